@@ -1,0 +1,3 @@
+//! The operator's side: events out.
+
+pub mod events;

@@ -1,0 +1,40 @@
+//! Every bound of the program in one place.
+//!
+//! Each queue, pool and table that a guest, a client or a failing file could make grow has its limit here,
+//! with the reason for the figure.
+
+/// Bytes in a sector: virtio's unit and the unit of the vote (virtio 1.3, 5.2.2).
+pub const SECTOR_BYTES: u64 = 512;
+
+/// Replicas of one disk. A set of replicas is a 32-bit mask.
+pub const REPLICAS_MAX: usize = 32;
+
+/// Virtqueues of the device; vhost-user allows more, no guest has use for them.
+pub const QUEUES_MAX: u16 = 64;
+
+/// Entries of one virtqueue (virtio 1.3, 2.7: a power of two, at most 32768; QEMU stops at 1024).
+pub const QUEUE_SIZE_MAX: u16 = 1024;
+
+/// Data segments of one guest request, `seg_max` of the config space: with the header and the status
+/// descriptor a request fills the 128 entries of QEMU's default queue.
+pub const SEGMENTS_MAX: u32 = 126;
+
+/// Bytes of one piece of a guest request. A longer request is served in pieces, each voted on its own, so
+/// that a guest can not make the backend hold more than pieces of this size.
+pub const PIECE_BYTES_MAX: u64 = 1 << 20;
+
+/// Runs of bad sectors named in one event; more are counted, not listed.
+pub const BAD_SECTOR_RUNS_MAX: usize = 16;
+
+/// Events of one kind (event, replica, operation, errno) sent one by one within [`EVENT_WINDOW_MS`]; what
+/// comes above is folded into one event with a count.
+pub const EVENT_BURST: u32 = 128;
+
+/// Length of the window over which events of one kind are counted, in milliseconds.
+pub const EVENT_WINDOW_MS: u64 = 1000;
+
+/// Readers of the event socket served at the same time; another one is turned away.
+pub const EVENT_READERS_MAX: usize = 64;
+
+/// Bytes kept for one reader of events that does not keep up. What does not fit is counted as missed.
+pub const EVENT_READER_BACKLOG_BYTES: usize = 256 << 10;

@@ -1,0 +1,63 @@
+//! What the voter has to tell an operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD.
+
+use super::{Errno, ReplicaIndex, SectorRange};
+
+/// The kind of guest operation a report is about; QEMU's `QuorumOpType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OperationType {
+    /// A read, or the repeated read that confirms a suspicion.
+    Read,
+    /// A write, or the rewrite of a corrupted sector.
+    Write,
+    /// A flush; its range is empty.
+    Flush,
+}
+
+/// A SHA-256 digest.
+pub type Digest = [u8; 32];
+
+/// One thing worth telling.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Report {
+    /// No quorum: the guest's request failed (QUORUM_FAILURE).
+    Failure {
+        /// The guest operation.
+        operation: OperationType,
+        /// Its range.
+        range: SectorRange,
+    },
+    /// A replica returned an error or lost the vote (QUORUM_REPORT_BAD).
+    Bad {
+        /// The replica.
+        replica: ReplicaIndex,
+        /// The guest operation.
+        operation: OperationType,
+        /// Its range.
+        range: SectorRange,
+        /// What was wrong.
+        cause: Cause,
+    },
+}
+
+/// Why a replica is reported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Cause {
+    /// The operation failed on this replica.
+    Error(Errno),
+    /// Its bytes are not those that won the vote.
+    WrongVersion(Evidence),
+}
+
+/// The proof that a replica held a wrong version.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Evidence {
+    /// The runs of sectors that differ from the winner, at most
+    /// [`BAD_SECTOR_RUNS_MAX`](crate::limits::BAD_SECTOR_RUNS_MAX).
+    pub bad_sectors: Vec<SectorRange>,
+    /// Whether there were more runs than are listed.
+    pub bad_sectors_cut: bool,
+    /// SHA-256 of the first bad sector as this replica gave it.
+    pub digest: Digest,
+    /// SHA-256 of the same sector as the winner holds it.
+    pub winner_digest: Digest,
+}
