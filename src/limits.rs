@@ -38,3 +38,24 @@ pub const EVENT_READERS_MAX: usize = 64;
 
 /// Bytes kept for one reader of events that does not keep up. What does not fit is counted as missed.
 pub const EVENT_READER_BACKLOG_BYTES: usize = 256 << 10;
+
+/// Ranges kept apart in one [`RangeSet`](crate::quorum::ranges::RangeSet); above it neighbours are joined.
+pub const RANGES_MAX: usize = 16 << 10;
+
+/// Requests that one engine works on at a time, background checks included. At the bound no more is taken
+/// from the guest until some are retired.
+pub const REQUESTS_MAX: usize = 2048;
+
+/// Bytes of private buffers that one worker lends to the kernel at a time. At the bound no more is taken
+/// from the guest until some are back.
+pub const BUFFER_BYTES_MAX: u64 = 512 << 20;
+
+/// Bytes of free buffers that a worker keeps for reuse.
+pub const BUFFER_BYTES_KEPT: usize = 64 << 20;
+
+/// Entries of the io_uring submission queue of one worker. More operations than this are in flight in
+/// several submissions.
+pub const RING_ENTRIES: u32 = 1024;
+
+/// Regions of guest memory. QEMU's own limit, from what KVM once allowed.
+pub const MEMORY_SLOTS_MAX: usize = 509;

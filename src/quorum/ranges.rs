@@ -1,1 +1,238 @@
-//! (to be written)
+//! A bounded set of sectors, kept as ranges.
+//!
+//! Invariants: the ranges are disjoint, none touches its neighbour, none is empty, and there are at most
+//! [`RANGES_MAX`] of them. Above that the set gets coarser: it may then say of a sector that it is in the set
+//! although nobody put it there, never the other way round. All users of the set take "in the set" for the
+//! careful answer.
+
+use std::collections::BTreeMap;
+
+use super::SectorRange;
+use crate::limits::RANGES_MAX;
+
+/// A bounded set of sectors.
+#[derive(Clone, Debug)]
+pub struct RangeSet {
+    /// First sector of each range to the first sector after it.
+    ranges: BTreeMap<u64, u64>,
+    /// What is put in is widened to multiples of this many sectors.
+    granule_sectors: u64,
+    ranges_max: usize,
+}
+
+impl Default for RangeSet {
+    fn default() -> Self {
+        Self::with_granule(1)
+    }
+}
+
+impl RangeSet {
+    /// An empty set that widens what is put in to multiples of `granule_sectors`, to stay small.
+    pub fn with_granule(granule_sectors: u64) -> Self {
+        Self::with_bound(granule_sectors, RANGES_MAX)
+    }
+
+    fn with_bound(granule_sectors: u64, ranges_max: usize) -> Self {
+        assert!(granule_sectors > 0 && ranges_max > 0);
+        Self {
+            ranges: BTreeMap::new(),
+            granule_sectors,
+            ranges_max,
+        }
+    }
+
+    /// Whether no sector is in the set.
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    /// How many sectors are in the set.
+    pub fn sectors(&self) -> u64 {
+        self.ranges.iter().map(|(start, end)| end - start).sum()
+    }
+
+    /// The ranges, in order.
+    pub fn iter(&self) -> impl Iterator<Item = SectorRange> {
+        self.ranges
+            .iter()
+            .map(|(&start, &end)| SectorRange::new(start, end - start))
+    }
+
+    /// Puts `range` into the set.
+    pub fn insert(&mut self, range: SectorRange) {
+        if range.count == 0 {
+            return;
+        }
+        self.join(range.start, range.end());
+        while self.ranges.len() > self.ranges_max {
+            self.coarsen();
+        }
+    }
+
+    /// Puts all of `other` into the set.
+    pub fn insert_all(&mut self, other: &Self) {
+        for range in other.iter() {
+            self.insert(range);
+        }
+    }
+
+    /// Takes `range` out of the set, to the sector.
+    pub fn remove(&mut self, range: SectorRange) {
+        if range.count == 0 {
+            return;
+        }
+        let (start, end) = (range.start, range.end());
+        while let Some((&found_start, &found_end)) = self.ranges.range(..end).next_back() {
+            if found_end <= start {
+                break;
+            }
+            self.ranges.remove(&found_start);
+            if found_end > end {
+                self.ranges.insert(end, found_end);
+            }
+            if found_start < start {
+                self.ranges.insert(found_start, start);
+                break;
+            }
+        }
+        while self.ranges.len() > self.ranges_max {
+            self.coarsen();
+        }
+    }
+
+    /// Whether a sector of `range` is in the set.
+    pub fn overlaps(&self, range: SectorRange) -> bool {
+        let last = self.ranges.range(..range.end()).next_back();
+        range.count > 0 && last.is_some_and(|(_, &end)| end > range.start)
+    }
+
+    /// The parts of `range` that are in the set, in order.
+    pub fn within(&self, range: SectorRange) -> Vec<SectorRange> {
+        if !self.overlaps(range) {
+            return Vec::new();
+        }
+        let mut parts: Vec<_> = self
+            .ranges
+            .range(..range.end())
+            .rev()
+            .take_while(|(_, end)| **end > range.start)
+            .map(|(&start, &end)| {
+                let start = start.max(range.start);
+                SectorRange::new(start, end.min(range.end()) - start)
+            })
+            .collect();
+        parts.reverse();
+        parts
+    }
+
+    /// Inserts `[start, end)` widened to the granule and joined with what it touches.
+    fn join(&mut self, start: u64, end: u64) {
+        let mut start = start - start % self.granule_sectors;
+        let mut end = end
+            .checked_next_multiple_of(self.granule_sectors)
+            .unwrap_or(u64::MAX);
+        while let Some((&found_start, &found_end)) = self.ranges.range(..=end).next_back() {
+            if found_end < start {
+                break;
+            }
+            self.ranges.remove(&found_start);
+            start = start.min(found_start);
+            end = end.max(found_end);
+        }
+        self.ranges.insert(start, end);
+    }
+
+    /// Doubles the granule and puts everything in anew. Each doubling at least halves the number of ranges
+    /// that a given span of the disk can hold, so a set of random sectors is rebuilt only a few times.
+    fn coarsen(&mut self) {
+        self.granule_sectors = self.granule_sectors.saturating_mul(2);
+        for (start, end) in std::mem::take(&mut self.ranges) {
+            self.join(start, end);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SPAN: u64 = 96;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Insert(SectorRange),
+        Remove(SectorRange),
+    }
+
+    fn range() -> impl Strategy<Value = SectorRange> {
+        (0..SPAN, 0..12u64).prop_map(|(start, count)| SectorRange::new(start, count))
+    }
+
+    fn changes() -> impl Strategy<Value = Vec<Change>> {
+        let change = prop_oneof![range().prop_map(Change::Insert), range().prop_map(Change::Remove)];
+        proptest::collection::vec(change, 0..60)
+    }
+
+    fn self_check(set: &RangeSet) {
+        let ranges: Vec<_> = set.iter().collect();
+        assert!(ranges.len() <= set.ranges_max);
+        assert!(ranges.iter().all(|r| r.count > 0));
+        assert!(ranges.windows(2).all(|w| w[0].end() < w[1].start));
+    }
+
+    proptest! {
+        /// Unbounded, the set is exactly the naive one: a flag per sector.
+        #[test]
+        fn is_the_naive_set(changes in changes(), probe in range()) {
+            let mut set = RangeSet::default();
+            let mut naive = [false; 128];
+            for change in changes {
+                let (range, value) = match change {
+                    Change::Insert(range) => { set.insert(range); (range, true) }
+                    Change::Remove(range) => { set.remove(range); (range, false) }
+                };
+                for sector in range.start..range.end() {
+                    naive[usize::try_from(sector).unwrap()] = value;
+                }
+                self_check(&set);
+            }
+            let at = |sector: u64| naive[usize::try_from(sector).unwrap()];
+            for sector in 0..128 {
+                prop_assert_eq!(set.overlaps(SectorRange::new(sector, 1)), at(sector));
+            }
+            prop_assert_eq!(set.overlaps(probe), (probe.start..probe.end()).any(at));
+            let within: Vec<u64> = set.within(probe).into_iter().flat_map(|r| r.start..r.end()).collect();
+            let expected: Vec<u64> = (probe.start..probe.end()).filter(|s| at(*s)).collect();
+            prop_assert_eq!(within, expected);
+            prop_assert_eq!(set.sectors(), naive.iter().filter(|f| **f).count() as u64);
+        }
+
+        /// Bounded, the set never loses a sector.
+        #[test]
+        fn bounded_it_errs_on_the_careful_side(changes in changes()) {
+            let mut set = RangeSet::with_bound(1, 3);
+            let mut naive = [false; 128];
+            for change in changes {
+                let (range, value) = match change {
+                    Change::Insert(range) => { set.insert(range); (range, true) }
+                    Change::Remove(range) => { set.remove(range); (range, false) }
+                };
+                for sector in range.start..range.end() {
+                    naive[usize::try_from(sector).unwrap()] = value;
+                }
+                self_check(&set);
+            }
+            for (sector, expected) in naive.into_iter().enumerate() {
+                prop_assert!(!expected || set.overlaps(SectorRange::new(sector as u64, 1)));
+            }
+        }
+    }
+
+    #[test]
+    fn reaches_the_end_of_the_number_space() {
+        let mut set = RangeSet::with_granule(2048);
+        set.insert(SectorRange::new(u64::MAX - 1, 1));
+        assert!(set.overlaps(SectorRange::new(u64::MAX - 1, 1)));
+    }
+}

@@ -1,1 +1,383 @@
-//! (to be written)
+//! The vote per sector (contract R2, R3).
+//!
+//! Called only where replies differ or where some replicas may not vote: equal buffers never come here. What
+//! a sector holds is decided for that sector alone, so that two replicas that are bad in different places do
+//! not make a request fail that each of its sectors could answer.
+
+use sha2::{Digest as _, Sha256};
+
+use super::report::{Digest, Evidence};
+use super::{ReplicaIndex, SECTOR_BYTES, SectorRange};
+use crate::limits::BAD_SECTOR_RUNS_MAX;
+
+const SECTOR_LEN: usize = 512;
+const _: () = assert!(SECTOR_LEN as u64 == SECTOR_BYTES);
+
+/// What one replica gave for the range that is voted on.
+#[derive(Debug)]
+pub struct Ballot<'a> {
+    /// The replica.
+    pub replica: ReplicaIndex,
+    /// Its bytes, as long as the range.
+    pub bytes: &'a [u8],
+    /// The parts of the range on which this replica may not vote, in order.
+    pub stale: Vec<SectorRange>,
+}
+
+/// How a sector's winner is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rule {
+    /// The version with at least this many votes; of two such the one with more, then the one that the
+    /// replica listed first holds.
+    Threshold(usize),
+    /// The version of the replica listed first (`read-pattern=fifo`): nobody is outvoted.
+    FirstListed,
+}
+
+/// A run of sectors whose winning version one replica holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WinningRun {
+    /// The sectors.
+    pub range: SectorRange,
+    /// The replica listed first among those that hold the winner.
+    pub held_by: ReplicaIndex,
+}
+
+/// A replica that lost the vote somewhere.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Dissent {
+    /// The replica.
+    pub replica: ReplicaIndex,
+    /// All runs of sectors in which its version is not the winner's.
+    pub bad_sectors: Vec<SectorRange>,
+    digest: Digest,
+    winner_digest: Digest,
+}
+
+impl Dissent {
+    /// The proof for the event: bounded, however much is bad.
+    pub fn evidence(&self) -> Evidence {
+        let listed = self.bad_sectors.len().min(BAD_SECTOR_RUNS_MAX);
+        Evidence {
+            bad_sectors: self.bad_sectors[..listed].to_vec(),
+            bad_sectors_cut: listed < self.bad_sectors.len(),
+            digest: self.digest,
+            winner_digest: self.winner_digest,
+        }
+    }
+}
+
+/// The outcome of a vote.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Verdict {
+    /// Who holds the winner, run by run; together with `undecided` these cover the range.
+    pub winners: Vec<WinningRun>,
+    /// The runs of sectors without a winner.
+    pub undecided: Vec<SectorRange>,
+    /// The replicas that lost, first listed first.
+    pub dissents: Vec<Dissent>,
+}
+
+/// Votes on every sector of `range`. The ballots come in the order in which the replicas were listed.
+pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
+    let mut verdict = Verdict::default();
+    let mut voters: Vec<Voter<'_>> = ballots.iter().map(Voter::new).collect();
+    for sector in range.start..range.end() {
+        vote_on_sector(range.start, sector, &mut voters, rule, &mut verdict);
+    }
+    verdict
+}
+
+/// A ballot and the place in its list of stale runs that the vote has come to.
+struct Voter<'a> {
+    replica: ReplicaIndex,
+    bytes: &'a [u8],
+    stale: std::iter::Peekable<std::slice::Iter<'a, SectorRange>>,
+}
+
+impl<'a> Voter<'a> {
+    fn new(ballot: &'a Ballot<'a>) -> Self {
+        Self {
+            replica: ballot.replica,
+            bytes: ballot.bytes,
+            stale: ballot.stale.iter().peekable(),
+        }
+    }
+
+    /// The bytes of `sector`, or `None` if this replica may not vote on it. Sectors are asked for in order.
+    fn version(&mut self, range_start: u64, sector: u64) -> Option<Version<'a>> {
+        while self.stale.next_if(|run| run.end() <= sector).is_some() {}
+        if self.stale.peek().is_some_and(|run| run.start <= sector) {
+            return None;
+        }
+        let offset = usize::try_from(sector - range_start).expect("a piece fits memory") * SECTOR_LEN;
+        Some(Version {
+            replica: self.replica,
+            bytes: &self.bytes[offset..offset + SECTOR_LEN],
+        })
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Version<'a> {
+    replica: ReplicaIndex,
+    bytes: &'a [u8],
+}
+
+fn vote_on_sector(
+    range_start: u64,
+    sector: u64,
+    voters: &mut [Voter<'_>],
+    rule: Rule,
+    verdict: &mut Verdict,
+) {
+    let mut first: Option<Version<'_>> = None;
+    let mut votes = 0;
+    let mut differ = false;
+    for version in voters.iter_mut().filter_map(|v| v.version(range_start, sector)) {
+        let first = *first.get_or_insert(version);
+        votes += 1;
+        differ |= first.bytes != version.bytes;
+    }
+    let threshold = match rule {
+        Rule::Threshold(threshold) => threshold,
+        Rule::FirstListed => {
+            differ = false;
+            1
+        }
+    };
+    match first {
+        Some(first) if !differ && votes >= threshold => won(verdict, sector, first.replica),
+        Some(_) if differ => {
+            let versions: Vec<_> = voters
+                .iter_mut()
+                .filter_map(|v| v.version(range_start, sector))
+                .collect();
+            vote_by_digest(sector, &versions, threshold, verdict);
+        }
+        _ => extend(&mut verdict.undecided, sector),
+    }
+}
+
+/// The slow path: the versions of this sector differ.
+fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdict: &mut Verdict) {
+    let digests: Vec<Digest> = versions
+        .iter()
+        .map(|version| Sha256::digest(version.bytes).into())
+        .collect();
+    let mut winner: Option<(usize, usize)> = None;
+    for (index, digest) in digests.iter().enumerate() {
+        if digests[..index].contains(digest) {
+            continue;
+        }
+        let votes = digests[index..].iter().filter(|d| *d == digest).count();
+        // Strictly more: on a tie the version found first, held by the replica listed first, stays.
+        if votes >= threshold && winner.is_none_or(|(_, most)| votes > most) {
+            winner = Some((index, votes));
+        }
+    }
+    let Some((winner, _)) = winner else {
+        return extend(&mut verdict.undecided, sector);
+    };
+    won(verdict, sector, versions[winner].replica);
+    for (version, digest) in versions.iter().zip(&digests) {
+        if *digest != digests[winner] {
+            lost(verdict, sector, version.replica, *digest, digests[winner]);
+        }
+    }
+}
+
+fn won(verdict: &mut Verdict, sector: u64, held_by: ReplicaIndex) {
+    match verdict.winners.last_mut() {
+        Some(run) if run.held_by == held_by && run.range.end() == sector => run.range.count += 1,
+        _ => verdict.winners.push(WinningRun {
+            range: SectorRange::new(sector, 1),
+            held_by,
+        }),
+    }
+}
+
+fn lost(verdict: &mut Verdict, sector: u64, replica: ReplicaIndex, digest: Digest, winner_digest: Digest) {
+    match verdict.dissents.iter_mut().find(|d| d.replica == replica) {
+        Some(dissent) => extend(&mut dissent.bad_sectors, sector),
+        None => {
+            let at = verdict.dissents.partition_point(|d| d.replica < replica);
+            verdict.dissents.insert(
+                at,
+                Dissent {
+                    replica,
+                    bad_sectors: vec![SectorRange::new(sector, 1)],
+                    digest,
+                    winner_digest,
+                },
+            );
+        }
+    }
+}
+
+fn extend(runs: &mut Vec<SectorRange>, sector: u64) {
+    match runs.last_mut() {
+        Some(run) if run.end() == sector => run.count += 1,
+        _ => runs.push(SectorRange::new(sector, 1)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    /// One letter a sector: the version a replica holds; `-` where it may not vote.
+    fn bytes_of(pattern: &str) -> Vec<u8> {
+        pattern.bytes().flat_map(|b| [b; SECTOR_LEN]).collect()
+    }
+
+    fn stale_of(pattern: &str) -> Vec<SectorRange> {
+        let mut runs = Vec::new();
+        for (sector, letter) in pattern.bytes().enumerate() {
+            if letter == b'-' {
+                extend(&mut runs, sector as u64);
+            }
+        }
+        runs
+    }
+
+    fn run(patterns: &[&str], rule: Rule) -> Verdict {
+        let buffers: Vec<_> = patterns.iter().map(|p| bytes_of(p)).collect();
+        let ballots: Vec<_> = patterns
+            .iter()
+            .zip(&buffers)
+            .enumerate()
+            .map(|(index, (pattern, bytes))| Ballot {
+                replica: ReplicaIndex(u8::try_from(index).unwrap()),
+                bytes,
+                stale: stale_of(pattern),
+            })
+            .collect();
+        vote(SectorRange::new(0, patterns[0].len() as u64), &ballots, rule)
+    }
+
+    /// The verdict in the same letters: the winner of each sector, `?` where there is none; and who lost.
+    fn letters(patterns: &[&str], rule: Rule) -> (String, Vec<(u8, String)>) {
+        let verdict = run(patterns, rule);
+        let mut winners = vec![b'.'; patterns[0].len()];
+        for won in &verdict.winners {
+            for sector in won.range.start..won.range.end() {
+                let sector = usize::try_from(sector).unwrap();
+                winners[sector] = patterns[won.held_by.as_usize()].as_bytes()[sector];
+            }
+        }
+        for range in &verdict.undecided {
+            for sector in range.start..range.end() {
+                winners[usize::try_from(sector).unwrap()] = b'?';
+            }
+        }
+        let lost = verdict
+            .dissents
+            .iter()
+            .map(|dissent| {
+                let mut bad = vec![b'.'; patterns[0].len()];
+                for range in &dissent.bad_sectors {
+                    for sector in range.start..range.end() {
+                        bad[usize::try_from(sector).unwrap()] = b'!';
+                    }
+                }
+                (dissent.replica.0, String::from_utf8(bad).unwrap())
+            })
+            .collect();
+        (String::from_utf8(winners).unwrap(), lost)
+    }
+
+    #[test]
+    fn table_of_cases() {
+        let two = Rule::Threshold(2);
+        #[rustfmt::skip]
+        type Case<'a> = (&'a [&'a str], Rule, &'a str, &'a [(u8, &'a str)]);
+        let cases: &[Case<'_>] = &[
+            // Two replicas bad in different sectors: QEMU fails this read.
+            (&["aab", "aba", "aaa"], two, "aaa", &[(0, "..!"), (1, ".!.")]),
+            (&["aaa", "aaa", "bbb"], two, "aaa", &[(2, "!!!")]),
+            (&["aaa", "abb", "bbb"], two, "abb", &[(0, ".!!"), (2, "!..")]),
+            // Three versions of one sector.
+            (&["aa", "ab", "ac"], two, "a?", &[]),
+            // A stale replica neither wins nor loses.
+            (&["a-", "aa", "aa"], two, "aa", &[]),
+            (&["--", "bb", "aa"], two, "??", &[]),
+            (&["--", "bb", "bb"], two, "bb", &[]),
+            (&["---", "---", "aaa"], two, "???", &[]),
+            // t <= N/2: more votes win, then the replica listed first.
+            (&["a", "b", "b"], Rule::Threshold(1), "b", &[(0, "!")]),
+            (&["a", "b", "c"], Rule::Threshold(1), "a", &[(1, "!"), (2, "!")]),
+            (&["a", "b", "b", "a"], two, "a", &[(1, "!"), (2, "!")]),
+            (
+                &["c", "b", "b", "a", "a"],
+                two,
+                "b",
+                &[(0, "!"), (3, "!"), (4, "!")],
+            ),
+            // All must agree.
+            (&["ab", "aa", "aa"], Rule::Threshold(3), "a?", &[]),
+            (&["a", "b"], two, "?", &[]),
+            (&["-a", "bb"], Rule::FirstListed, "ba", &[]),
+            (&["--", "b-"], Rule::FirstListed, "b?", &[]),
+        ];
+        for (patterns, rule, winners, lost) in cases {
+            let lost: Vec<_> = lost.iter().map(|(r, s)| (*r, (*s).to_string())).collect();
+            assert_eq!(
+                letters(patterns, *rule),
+                ((*winners).to_string(), lost),
+                "{patterns:?} {rule:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn evidence_is_of_the_first_bad_sector_and_bounded() {
+        let bad: String = "ba".repeat(BAD_SECTOR_RUNS_MAX + 1);
+        let good = "a".repeat(bad.len());
+        let verdict = run(&[&good, &bad, &good], Rule::Threshold(2));
+        let evidence = verdict.dissents[0].evidence();
+        assert_eq!(evidence.bad_sectors.len(), BAD_SECTOR_RUNS_MAX);
+        assert!(evidence.bad_sectors_cut);
+        assert_eq!(evidence.digest, Digest::from(Sha256::digest([b'b'; SECTOR_LEN])));
+        assert_eq!(
+            evidence.winner_digest,
+            Digest::from(Sha256::digest([b'a'; SECTOR_LEN]))
+        );
+    }
+
+    proptest! {
+        /// Against counting by hand.
+        #[test]
+        fn is_the_naive_vote(
+            patterns in (1..6usize, 1..8usize).prop_flat_map(|(n, sectors)| {
+                proptest::collection::vec(
+                    proptest::collection::vec(proptest::sample::select(vec!['a', 'b', 'c', '-']), sectors)
+                        .prop_map(|letters| letters.into_iter().collect::<String>()),
+                    n,
+                )
+            }),
+            threshold in 1..6usize,
+        ) {
+            let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+            let (winners, lost) = letters(&patterns, Rule::Threshold(threshold));
+            for sector in 0..patterns[0].len() {
+                let column: Vec<u8> = patterns.iter().map(|p| p.as_bytes()[sector]).collect();
+                let count = |letter: u8| column.iter().filter(|l| **l == letter).count();
+                let place = |letter: u8| column.iter().position(|l| *l == letter);
+                let expected = [b'a', b'b', b'c']
+                    .into_iter()
+                    .filter(|letter| count(*letter) >= threshold)
+                    .max_by_key(|letter| (count(*letter), std::cmp::Reverse(place(*letter))))
+                    .unwrap_or(b'?');
+                prop_assert_eq!(winners.as_bytes()[sector], expected);
+                for (replica, letter) in column.iter().enumerate() {
+                    let accused = lost.iter().any(|(r, bad)| {
+                        usize::from(*r) == replica && bad.as_bytes()[sector] == b'!'
+                    });
+                    prop_assert_eq!(accused, expected != b'?' && *letter != b'-' && *letter != expected);
+                }
+            }
+        }
+    }
+}
