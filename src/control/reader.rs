@@ -1,0 +1,189 @@
+//! One reader of the event socket, which may be as slow as it likes.
+//!
+//! Invariants:
+//! - No call here blocks: the stream is non-blocking.
+//! - The backlog never exceeds [`EVENT_READER_BACKLOG_BYTES`] and holds whole lines only, but for the part of
+//!   the first one that was written already. A line that does not fit is counted, not cut.
+//! - While something is missed no line enters the backlog, so the notice stands where the gap is.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::time::SystemTime;
+
+use vmm_sys_util::epoll::EventSet;
+
+use super::events::missed_line;
+use crate::limits::EVENT_READER_BACKLOG_BYTES;
+
+/// One write. Small enough for Linux to take it whole or not at all, so that even a reader that is cut off at
+/// shutdown gets no half line.
+const WRITE_BYTES_MAX: usize = 16 << 10;
+
+pub(super) struct Reader {
+    stream: UnixStream,
+    backlog: Vec<u8>,
+    /// How much of the backlog was written.
+    written: usize,
+    /// Events this reader did not get since its last notice.
+    missed: u64,
+    /// Whether the other side may still send.
+    input_open: bool,
+}
+
+impl Reader {
+    pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
+        stream.set_nonblocking(true)?;
+        Ok(Self {
+            stream,
+            backlog: Vec::new(),
+            written: 0,
+            missed: 0,
+            input_open: true,
+        })
+    }
+
+    /// Queues a line that stands for so many events, or counts them as missed.
+    pub(super) fn offer(&mut self, line: &[u8], stands_for: u64) -> io::Result<()> {
+        if self.missed == 0 && !self.has_room(line.len()) {
+            self.flush()?;
+        }
+        if self.missed > 0 || !self.has_room(line.len()) {
+            self.missed += stands_for;
+            return Ok(());
+        }
+        self.append(line);
+        Ok(())
+    }
+
+    /// Writes as much as the socket takes; when the backlog is gone, the notice of what was missed.
+    pub(super) fn flush(&mut self) -> io::Result<()> {
+        loop {
+            if self.written == self.backlog.len() {
+                self.backlog.clear();
+                self.written = 0;
+                if self.missed == 0 {
+                    return Ok(());
+                }
+                self.append(&missed_line(self.missed, SystemTime::now()));
+                self.missed = 0;
+            }
+            match (&self.stream).write(self.next_piece()) {
+                Ok(0) => return Err(ErrorKind::WriteZero.into()),
+                Ok(written) => self.written += written,
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Reads some of what the other side sent and throws it away. Its end is no reason to leave: a reader that
+    /// closed only its writing side, as `nc -N` does, still wants the events.
+    pub(super) fn discard_input(&mut self) -> io::Result<()> {
+        let mut scrap = [0; 4096];
+        match self.stream.read(&mut scrap) {
+            Ok(0) => self.input_open = false,
+            Ok(_) => {}
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
+    /// Whether something waits to be written.
+    pub(super) fn is_behind(&self) -> bool {
+        self.written < self.backlog.len() || self.missed > 0
+    }
+
+    /// What to be woken for.
+    pub(super) fn interest(&self) -> EventSet {
+        let mut interest = EventSet::empty();
+        interest.set(EventSet::IN, self.input_open);
+        interest.set(EventSet::OUT, self.is_behind());
+        interest
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.backlog.len() - self.written + bytes <= EVENT_READER_BACKLOG_BYTES
+    }
+
+    fn append(&mut self, line: &[u8]) {
+        if self.backlog.len() + line.len() > EVENT_READER_BACKLOG_BYTES {
+            self.backlog.drain(..self.written);
+            self.written = 0;
+        }
+        self.backlog.extend_from_slice(line);
+    }
+
+    /// As many whole lines as one write may hold; of a longer line a part.
+    fn next_piece(&self) -> &[u8] {
+        let rest = &self.backlog[self.written..];
+        let piece = &rest[..rest.len().min(WRITE_BYTES_MAX)];
+        match piece.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => &piece[..=end],
+            None => piece,
+        }
+    }
+}
+
+impl AsRawFd for Reader {
+    fn as_raw_fd(&self) -> RawFd {
+        self.stream.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::BufRead;
+
+    #[test]
+    fn a_stalled_reader_gets_whole_lines_and_one_notice_per_gap() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut reader = Reader::new(ours).unwrap();
+        let line = [b"x".repeat(299).as_slice(), b"\n"].concat();
+        let offered: u64 = 10_000;
+        for _ in 0..offered {
+            reader.offer(&line, 2).unwrap();
+            reader.flush().unwrap();
+            assert!(reader.backlog.len() <= EVENT_READER_BACKLOG_BYTES);
+        }
+        assert!(reader.missed > 0 && reader.is_behind());
+
+        let pump = std::thread::spawn(move || {
+            while reader.is_behind() {
+                reader.flush().unwrap();
+            }
+            reader.offer(b"last\n", 1).unwrap();
+            reader.flush().unwrap();
+        });
+        let lines: Vec<String> = io::BufReader::new(theirs).lines().map(Result::unwrap).collect();
+        pump.join().unwrap();
+
+        let (last, rest) = lines.split_last().unwrap();
+        assert_eq!(last, "last");
+        let (notice, events) = rest.split_last().unwrap();
+        assert!(events.iter().all(|line| line.len() == 299));
+        let notice: serde_json::Value = serde_json::from_str(notice).unwrap();
+        let missed = notice["data"]["missed"].as_u64().unwrap();
+        assert_eq!(missed + 2 * events.len() as u64, 2 * offered);
+    }
+
+    #[test]
+    fn the_end_of_input_is_not_the_end_of_the_reader() {
+        let (ours, theirs) = UnixStream::pair().unwrap();
+        let mut reader = Reader::new(ours).unwrap();
+        (&theirs).write_all(b"hello?").unwrap();
+        theirs.shutdown(std::net::Shutdown::Write).unwrap();
+        reader.discard_input().unwrap();
+        assert!(reader.interest().contains(EventSet::IN));
+        reader.discard_input().unwrap();
+        assert!(!reader.interest().contains(EventSet::IN));
+        reader.offer(b"line\n", 1).unwrap();
+        reader.flush().unwrap();
+        let mut got = [0; 5];
+        (&theirs).read_exact(&mut got).unwrap();
+        assert_eq!(&got, b"line\n");
+    }
+}

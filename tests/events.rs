@@ -1,0 +1,418 @@
+//! The event socket as its readers see it: real sockets, real floods, readers that behave badly.
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::Shutdown;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use quorum_blk::control::events::Names;
+use quorum_blk::control::publisher::Publisher;
+use quorum_blk::control::queue::EventQueue;
+use quorum_blk::control::socket::{BindError, bind_unix_listener};
+use quorum_blk::limits::{EVENT_BURST, EVENT_READERS_MAX, REPLICAS_MAX};
+use quorum_blk::quorum::report::{Cause, OperationType, Report};
+use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
+use serde_json::Value;
+
+/// Generous: nothing here is a measurement.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct Served {
+    _directory: tempfile::TempDir,
+    path: PathBuf,
+    queue: Arc<EventQueue>,
+    publisher: Publisher,
+}
+
+fn names() -> Names {
+    Names {
+        reference: "quorum0".into(),
+        nodes: (0..REPLICAS_MAX).map(|index| format!("{index}.raw")).collect(),
+    }
+}
+
+fn serve() -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("events.sock");
+    let queue = EventQueue::new().unwrap();
+    let listener = bind_unix_listener(&path).unwrap();
+    let publisher = Publisher::spawn(Some(listener), queue.clone(), names()).unwrap();
+    Served {
+        _directory: directory,
+        path,
+        queue,
+        publisher,
+    }
+}
+
+impl Served {
+    fn connect(&self) -> Lines {
+        Lines::new(UnixStream::connect(&self.path).unwrap())
+    }
+}
+
+fn failure(sector: u64) -> Report {
+    Report::Failure {
+        operation: OperationType::Read,
+        range: SectorRange::new(sector, 8),
+    }
+}
+
+fn error(replica: u8, errno: i32, sector: u64) -> Report {
+    Report::Bad {
+        replica: ReplicaIndex(replica),
+        operation: OperationType::Write,
+        range: SectorRange::new(sector, 8),
+        cause: Cause::Error(Errno(errno)),
+    }
+}
+
+/// A reader that insists on complete lines, each a JSON object.
+struct Lines(BufReader<UnixStream>);
+
+impl Lines {
+    fn new(stream: UnixStream) -> Self {
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        Self(BufReader::new(stream))
+    }
+
+    fn stream(&self) -> &UnixStream {
+        self.0.get_ref()
+    }
+
+    fn next(&mut self) -> Option<Value> {
+        let mut line = String::new();
+        if self.0.read_line(&mut line).unwrap() == 0 {
+            return None;
+        }
+        assert!(line.ends_with('\n'), "torn: {line}");
+        Some(serde_json::from_str(&line).unwrap())
+    }
+
+    fn sector(&mut self) -> u64 {
+        self.next().unwrap()["data"]["sector-num"].as_u64().unwrap()
+    }
+
+    fn rest(mut self) -> Account {
+        let mut account = Account::default();
+        while let Some(event) = self.next() {
+            account.add(&event);
+        }
+        account
+    }
+}
+
+/// What a reader got, and what it was told it did not get.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Account {
+    lines: u64,
+    suppressed: u64,
+    missed: u64,
+}
+
+impl Account {
+    fn add(&mut self, event: &Value) {
+        let data = &event["data"];
+        if event["event"] == "QUORUM_EVENTS_MISSED" {
+            self.missed += data["missed"].as_u64().unwrap();
+        } else {
+            self.lines += 1;
+            self.suppressed += data.get("suppressed").map_or(0, |n| n.as_u64().unwrap());
+        }
+    }
+
+    fn total(&self) -> u64 {
+        self.lines + self.suppressed + self.missed
+    }
+}
+
+#[test]
+fn readers_come_and_go() {
+    let served = serve();
+    // Nothing is kept for who comes later.
+    served.queue.push(failure(0));
+    thread::sleep(Duration::from_millis(100));
+    let mut first = served.connect();
+    served.queue.push(failure(1));
+    while first.sector() != 1 {}
+    let mut second = served.connect();
+    served.queue.push(failure(2));
+    assert_eq!((first.sector(), second.sector()), (2, 2));
+    drop(first);
+    served.queue.push(failure(3));
+    let mut third = served.connect();
+    served.queue.push(failure(4));
+    assert_eq!((second.sector(), second.sector()), (3, 4));
+    while third.sector() != 4 {}
+    served.publisher.stop();
+    assert_eq!(second.rest(), Account::default());
+    assert_eq!(third.rest(), Account::default());
+}
+
+#[test]
+fn the_first_event_is_out_at_once() {
+    let served = serve();
+    let mut reader = served.connect();
+    let pushed = Instant::now();
+    served.queue.push(error(1, 5, 77));
+    let event = reader.next().unwrap();
+    let took = pushed.elapsed();
+    assert_eq!(event["event"], "QUORUM_REPORT_BAD");
+    assert_eq!(event["data"]["node-name"], "1.raw");
+    assert_eq!(event["data"]["ret"], -5);
+    assert!(took < Duration::from_secs(1), "{took:?}");
+}
+
+#[test]
+fn a_flood_is_folded_with_exact_counts() {
+    let served = serve();
+    let mut reader = served.connect();
+    const FLOOD: u64 = 100_000;
+    let pushers: Vec<_> = (0..2)
+        .map(|_| {
+            let queue = served.queue.clone();
+            thread::spawn(move || (0..FLOOD / 2).for_each(|n| queue.push(error(2, 5, n))))
+        })
+        .collect();
+    // The folded one comes by itself when the window ends; nothing has to follow it.
+    let mut account = Account::default();
+    while account.total() < FLOOD {
+        account.add(&reader.next().unwrap());
+    }
+    for pusher in pushers {
+        pusher.join().unwrap();
+    }
+    served.publisher.stop();
+    assert_eq!(reader.rest(), Account::default());
+    assert_eq!((account.total(), account.missed), (FLOOD, 0));
+    // Fewer windows than this unless the machine stood still.
+    assert!(account.lines < 60 * (u64::from(EVENT_BURST) + 1), "{account:?}");
+    assert!(account.suppressed > 0);
+}
+
+#[test]
+fn what_is_folded_is_sent_at_stop() {
+    let served = serve();
+    let reader = served.connect();
+    for sector in 0..5_000 {
+        served.queue.push(failure(sector));
+    }
+    served.publisher.stop();
+    assert_eq!(reader.rest().total(), 5_000);
+}
+
+#[test]
+fn a_reader_that_stalls_delays_nobody_and_is_told_what_it_missed() {
+    let served = serve();
+    let stalled = served.connect();
+    let live = served.connect();
+    let live = thread::spawn(move || live.rest());
+
+    // Too many kinds for the folding to take the flood off the readers.
+    const FLOOD: u64 = 200_000;
+    let kinds = (1..=100).flat_map(|errno| (0..32).map(move |replica| (replica, errno)));
+    let mut slowest = Duration::ZERO;
+    for (sector, (replica, errno)) in (0..FLOOD).zip(kinds.cycle()) {
+        let start = Instant::now();
+        served.queue.push(error(replica, errno, sector));
+        slowest = slowest.max(start.elapsed());
+    }
+    assert!(slowest < Duration::from_secs(1), "a push took {slowest:?}");
+
+    // It reads again, and from then on gets all there is, the notice before it.
+    let stalled = thread::spawn(move || stalled.rest());
+    thread::sleep(Duration::from_millis(1200));
+    served.publisher.stop();
+    let (stalled, live) = (stalled.join().unwrap(), live.join().unwrap());
+    assert_eq!(live.total(), FLOOD, "{live:?}");
+    assert_eq!(stalled.total(), FLOOD, "{stalled:?}");
+    assert!(stalled.missed > 0, "{stalled:?}");
+    assert!(live.lines > stalled.lines, "{live:?} {stalled:?}");
+}
+
+#[test]
+fn a_reader_that_never_reads_does_not_hold_up_stop() {
+    let served = serve();
+    let stalled = served.connect();
+    for sector in 0..20_000_u64 {
+        let replica = u8::try_from(sector % 32).unwrap();
+        let errno = i32::try_from(sector / 32 % 100).unwrap() + 1;
+        served.queue.push(error(replica, errno, sector));
+    }
+    let start = Instant::now();
+    served.publisher.stop();
+    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(!served.path.exists());
+    // What did reach it is whole.
+    assert!(stalled.rest().lines > 0);
+}
+
+#[test]
+fn readers_come_and_go_during_a_flood() {
+    let served = serve();
+    let done = Arc::new(Mutex::new(false));
+    let visitors: Vec<_> = (0..4)
+        .map(|_| {
+            let (path, done) = (served.path.clone(), done.clone());
+            thread::spawn(move || {
+                let mut visits = 0;
+                while !*done.lock().unwrap() {
+                    let mut reader = Lines::new(UnixStream::connect(&path).unwrap());
+                    reader.next().unwrap();
+                    visits += 1;
+                }
+                visits
+            })
+        })
+        .collect();
+    let steady = served.connect();
+    let steady = thread::spawn(move || steady.rest());
+    let mut pushed = 0;
+    let start = Instant::now();
+    while start.elapsed() < Duration::from_millis(500) {
+        let replica = u8::try_from(pushed % 32).unwrap();
+        let errno = i32::try_from(pushed / 32 % 100).unwrap() + 1;
+        served.queue.push(error(replica, errno, pushed));
+        pushed += 1;
+    }
+    *done.lock().unwrap() = true;
+    // One who came after the last event waits for another.
+    while !visitors.iter().all(thread::JoinHandle::is_finished) {
+        served.queue.push(failure(pushed));
+        pushed += 1;
+        thread::sleep(Duration::from_millis(5));
+    }
+    for visitor in visitors {
+        assert!(visitor.join().unwrap() > 0);
+    }
+    served.publisher.stop();
+    assert_eq!(steady.join().unwrap().total(), pushed);
+}
+
+#[test]
+fn a_reader_that_closed_its_writing_side_still_reads() {
+    let served = serve();
+    let mut half = served.connect();
+    half.stream().shutdown(Shutdown::Write).unwrap();
+    served.queue.push(failure(1));
+    assert_eq!(half.sector(), 1);
+    thread::sleep(Duration::from_millis(20));
+    served.queue.push(failure(2));
+    assert_eq!(half.sector(), 2);
+}
+
+#[test]
+fn what_a_reader_sends_is_thrown_away() {
+    let served = serve();
+    let mut talker = served.connect();
+    let mut quiet = served.connect();
+    let mut talking = talker.stream().try_clone().unwrap();
+    talking.set_write_timeout(Some(PATIENCE)).unwrap();
+    talking.write_all(&vec![b'{'; 4 << 20]).unwrap();
+    served.queue.push(failure(1));
+    assert_eq!((talker.sector(), quiet.sector()), (1, 1));
+    talking.write_all(b"\0\n").unwrap();
+    served.publisher.stop();
+    assert_eq!(talker.rest(), Account::default(), "an end, not an error");
+}
+
+#[test]
+fn one_reader_too_many_is_turned_away() {
+    let served = serve();
+    let mut readers: Vec<Lines> = (0..EVENT_READERS_MAX).map(|_| served.connect()).collect();
+    let mut turned_away = served.connect();
+    assert!(turned_away.next().is_none());
+    served.queue.push(failure(1));
+    for reader in &mut readers {
+        assert_eq!(reader.sector(), 1);
+    }
+    // Room again, as soon as the publisher has seen one leave.
+    readers.pop();
+    let start = Instant::now();
+    loop {
+        let mut reader = served.connect();
+        served.queue.push(failure(2));
+        if reader.next().is_some() {
+            break;
+        }
+        assert!(start.elapsed() < PATIENCE);
+    }
+}
+
+#[test]
+fn the_socket_is_private_and_gone_after_stop() {
+    let served = serve();
+    let mode = std::fs::metadata(&served.path).unwrap().permissions().mode();
+    assert_eq!(mode & 0o7777, 0o600);
+    let mut reader = served.connect();
+    served.publisher.stop();
+    assert!(!served.path.exists());
+    assert_eq!(reader.0.read(&mut [0; 1]).unwrap(), 0);
+}
+
+#[test]
+fn a_stale_socket_is_replaced_and_a_live_one_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("events.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    let queue = EventQueue::new().unwrap();
+    let listener = bind_unix_listener(&path).unwrap();
+    let publisher = Publisher::spawn(Some(listener), queue.clone(), names()).unwrap();
+    let refused = bind_unix_listener(&path).unwrap_err();
+    assert!(matches!(refused, BindError::InUse(_)));
+    assert!(!refused.to_string().contains('\n'));
+    let mut reader = Lines::new(UnixStream::connect(&path).unwrap());
+    queue.push(failure(9));
+    assert_eq!(reader.sector(), 9, "the refused one did no harm");
+    publisher.stop();
+    assert!(!path.exists());
+}
+
+/// Keeps the sectors of what is logged under the name of one test.
+struct Log(Mutex<Vec<u64>>);
+
+static LOG: Log = Log(Mutex::new(Vec::new()));
+
+impl log::Log for Log {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        let line = record.args().to_string();
+        if line.contains("only-logged") {
+            assert_eq!(record.level(), log::Level::Warn);
+            let event: Value = serde_json::from_str(&line).unwrap();
+            let sector = event["data"]["sector-num"].as_u64().unwrap();
+            self.0.lock().unwrap().push(sector);
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+#[test]
+fn without_a_socket_each_event_sent_is_logged_once() {
+    log::set_logger(&LOG).unwrap();
+    log::set_max_level(log::LevelFilter::Warn);
+    let queue = EventQueue::new().unwrap();
+    let names = Names {
+        reference: "only-logged".into(),
+        nodes: vec![],
+    };
+    let publisher = Publisher::spawn(None, queue.clone(), names).unwrap();
+    for sector in 0..1000 {
+        queue.push(failure(sector));
+    }
+    publisher.stop();
+    let logged = LOG.0.lock().unwrap();
+    let distinct: BTreeSet<u64> = logged.iter().copied().collect();
+    assert_eq!(distinct.len(), logged.len());
+    assert_eq!(logged.last(), Some(&999));
+    assert!(logged.len() < 1000, "folded");
+}
