@@ -1,1 +1,924 @@
-//! (to be written)
+//! The command line, read and checked: what comes out is a [`Config`] the daemon can run with.
+//!
+//! Whether options fit together is decided here, before any file or socket is touched; whether the images
+//! fit together is [`replica::file`](crate::replica::file)'s to say.
+//!
+//! Invariants:
+//! - A [`Config`] holds 1 to [`REPLICAS_MAX`] replicas of different node-names, and 1 ≤ t ≤ N.
+//! - A refusal displays as one line, whatever the arguments are made of.
+//! - `--print-capabilities` and `--help` need no other option.
+
+use std::ffi::{OsStr, OsString};
+use std::os::fd::RawFd;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+
+use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+
+use crate::limits::{QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX};
+use crate::replica::file::{OpenOptions, Quoted, ReplicaSource};
+
+/// What QEMU's docs/interop/vhost-user.rst asks a backend program to tell of itself.
+const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
+const CAPABILITIES_OPTION: &str = "--print-capabilities";
+
+/// Length of the string a guest gets for VIRTIO_BLK_T_GET_ID (virtio 1.3, 5.2.6).
+const SERIAL_BYTES_MAX: usize = 20;
+/// As long as a file name can be, which is the default node-name.
+const NODE_NAME_BYTES_MAX: usize = 255;
+/// Bytes of `sockaddr_un.sun_path` without its final NUL.
+const SOCKET_PATH_BYTES_MAX: usize = 107;
+/// The smallest power of two with room for a request in three descriptors: header, data, status.
+const QUEUE_SIZE_MIN: u16 = 4;
+
+/// What the command line asks for.
+#[derive(Debug)]
+pub enum Parsed {
+    /// Serve a disk.
+    Run(Box<Config>),
+    /// Print this to standard output and end with status 0.
+    Print(String),
+}
+
+/// A disk to serve, and how. Checked as a whole.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where the frontend connects.
+    pub listen: Listen,
+    /// The replicas, in the order in which they are asked and voted.
+    pub replicas: Vec<ReplicaSource>,
+    /// Equal versions that make a quorum, and replicas that a write must reach.
+    pub vote_threshold: usize,
+    /// How reads are served.
+    pub read_pattern: ReadPattern,
+    /// Write the winner of a vote over what differs.
+    pub rewrite_corrupted: bool,
+    /// Stop at the first difference between the two replicas.
+    pub blkverify: bool,
+    /// Name of the voted disk in events.
+    pub node_name: String,
+    /// The guest may not write.
+    pub read_only: bool,
+    /// What the guest is told as the serial number; ASCII, at most 20 bytes.
+    pub serial: String,
+    /// Request queues.
+    pub queue_count: u16,
+    /// Entries of each queue, a power of two.
+    pub queue_size: u16,
+    /// Whether the host's page cache is used.
+    pub cache: Cache,
+    /// Socket on which events are told.
+    pub events: Option<PathBuf>,
+    /// How many times `-v` was given.
+    pub verbosity: u8,
+}
+
+impl Config {
+    /// How the images are to be opened.
+    pub fn open_options(&self) -> OpenOptions {
+        OpenOptions {
+            read_only: self.read_only,
+            direct: self.cache == Cache::None,
+        }
+    }
+
+    /// Data segments a guest request may have, `seg_max` of the config space: with header and status it
+    /// must fit into a queue.
+    pub fn segments_max(&self) -> u32 {
+        SEGMENTS_MAX.min(u32::from(self.queue_size).saturating_sub(2))
+    }
+}
+
+/// Where the frontend connects.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// A UNIX socket to be made at this path.
+    Path(PathBuf),
+    /// A UNIX socket that listens already, inherited under this number.
+    Fd(RawFd),
+}
+
+/// How reads are served.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum ReadPattern {
+    /// Read all replicas and vote on each sector
+    Quorum,
+    /// Read the first replica in order that answers, without a vote
+    Fifo,
+}
+
+/// The host's page cache.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// Direct I/O (O_DIRECT), past the host's page cache
+    None,
+    /// Through the host's page cache; a guest flush writes it back
+    Writeback,
+}
+
+/// Why a command line is refused. Each displays as one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum ConfigError {
+    /// Not a command line of this program: an unknown option, a value that is none.
+    #[error("{0}")]
+    Usage(String),
+    /// Neither `--socket-path` nor `--fd`.
+    #[error("no socket to serve the disk on; give --socket-path PATH or --fd N")]
+    NoSocket,
+    /// The path of a socket is empty or longer than the kernel takes.
+    #[error(
+        "{option} {}: the path of a socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes",
+        Quoted(.path)
+    )]
+    SocketPathLength {
+        /// The option.
+        option: &'static str,
+        /// Its value.
+        path: PathBuf,
+    },
+    /// Both sockets at one path.
+    #[error("--socket-path and --events are both {}; each socket needs its own path", Quoted(.0))]
+    OneSocketPath(PathBuf),
+    /// No `--blk-file`.
+    #[error("no image to serve; give --blk-file PATH once for each replica")]
+    NoReplicas,
+    /// More replicas than a disk can have.
+    #[error("{0} replicas; a disk can have at most {REPLICAS_MAX}")]
+    TooManyReplicas(usize),
+    /// A `--blk-file` that can not be read.
+    #[error("--blk-file {}: {reason}", Quoted(.value))]
+    BlkFile {
+        /// The value of the option.
+        value: OsString,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// One path twice.
+    #[error("--blk-file {} is given twice; each replica needs its own image", Quoted(.0))]
+    SamePath(PathBuf),
+    /// Two replicas of one name.
+    #[error(
+        "replicas {} and {} would both have the node-name {}; tell them apart with node-name=NAME",
+        Quoted(.first),
+        Quoted(.second),
+        Quoted(.node_name)
+    )]
+    NodeNameTwice {
+        /// The replica listed first.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+        /// The name of both.
+        node_name: String,
+    },
+    /// A replica named like the disk.
+    #[error(
+        "replica {} has the node-name of the voted disk, {}; choose another with node-name=NAME or --node-name",
+        Quoted(.path),
+        Quoted(.node_name)
+    )]
+    NodeNameOfDisk {
+        /// The replica.
+        path: PathBuf,
+        /// The name of both.
+        node_name: String,
+    },
+    /// A `--node-name` that is no name.
+    #[error("--node-name {}: {reason}", Quoted(.value))]
+    NodeName {
+        /// The value of the option.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// t out of range.
+    #[error("--vote-threshold {threshold} is out of range; with {replicas} {} it can be 1 to {replicas}",
+        if *.replicas == 1 { "replica" } else { "replicas" })]
+    Threshold {
+        /// The threshold asked for.
+        threshold: usize,
+        /// Number of replicas.
+        replicas: usize,
+    },
+    /// `--blkverify` without N = t = 2.
+    #[error(
+        "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} with a threshold of {threshold}"
+    )]
+    Blkverify {
+        /// Number of replicas.
+        replicas: usize,
+        /// The threshold, given or default.
+        threshold: usize,
+    },
+    /// Two options that exclude each other.
+    #[error("{first} cannot be used with {second}: {reason}")]
+    Excluded {
+        /// One of the options.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+        /// Why.
+        reason: &'static str,
+    },
+    /// A serial number that virtio can not carry.
+    #[error("--serial {}: {reason}", Quoted(.value))]
+    Serial {
+        /// The value of the option.
+        value: String,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// A queue size that is no power of two in range.
+    #[error("--queue-size {0} is not a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")]
+    QueueSize(u16),
+}
+
+/// The options as they are written. What they mean together is up to [`check`].
+#[derive(Debug, Parser)]
+#[command(
+    name = "quorum-blkd",
+    version,
+    about = "Serve several disk images as one voted disk to a virtual machine over vhost-user-blk",
+    override_usage = "quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
+                      quorum-blkd --print-capabilities",
+    after_help = "Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
+                  Everything that keeps the disk from being served is told in one line on standard error, \
+                  with exit status 1."
+)]
+struct Options {
+    /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket made at PATH
+    #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = "Connection")]
+    socket_path: Option<PathBuf>,
+
+    /// Listen on the inherited file descriptor N, a UNIX socket that listens already
+    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(RawFd).range(0..), help_heading = "Connection")]
+    fd: Option<RawFd>,
+
+    /// Replica: a raw image file or a block device. Give one for each replica, in order; all must have the
+    /// same size. NAME is the replica's name in events [default: the file name]. Write a comma in PATH or
+    /// NAME as two
+    #[arg(long, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
+    blk_file: Vec<OsString>,
+
+    /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed, 1 to the
+    /// number N of replicas [default: N/2 rounded down, plus 1]
+    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Vote")]
+    vote_threshold: Option<usize>,
+
+    /// How reads are served
+    #[arg(long, value_name = "PATTERN", value_enum, default_value_t = ReadPattern::Quorum, help_heading = "Vote")]
+    read_pattern: ReadPattern,
+
+    /// Write the data that won the vote over the sectors of replicas that lost it
+    #[arg(long, help_heading = "Vote")]
+    rewrite_corrupted: bool,
+
+    /// Compare two replicas and stop with exit status 1 at the first difference
+    #[arg(long, help_heading = "Vote")]
+    blkverify: bool,
+
+    /// Direct I/O (none) or the host's page cache (writeback) for the images
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None, help_heading = "Replicas")]
+    cache: Cache,
+
+    /// Name of the voted disk in events
+    #[arg(long, value_name = "NAME", default_value = "quorum0", help_heading = "Disk")]
+    node_name: String,
+
+    /// Serve a disk the guest cannot write to
+    #[arg(long, help_heading = "Disk")]
+    read_only: bool,
+
+    /// Serial number the guest sees, at most 20 ASCII characters [default: none]
+    #[arg(long, value_name = "S", help_heading = "Disk")]
+    serial: Option<String>,
+
+    /// Request queues, 1 to 64
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)), help_heading = "Disk")]
+    num_queues: u16,
+
+    /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at most 126 data
+    /// segments, and at most two less than the queue has descriptors
+    #[arg(
+        long,
+        value_name = "N",
+        allow_negative_numbers = true,
+        default_value_t = 256,
+        help_heading = "Disk"
+    )]
+    queue_size: u16,
+
+    /// Tell events, one JSON object a line, to everyone who connects to a UNIX socket made at PATH
+    #[arg(long, value_name = "PATH", help_heading = "Events and log")]
+    events: Option<PathBuf>,
+
+    /// Print what this backend can do as JSON, for management software, and exit
+    #[arg(long)]
+    print_capabilities: bool,
+
+    /// Log more; twice for still more
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Events and log")]
+    verbose: u8,
+}
+
+impl Config {
+    /// Reads a command line, the program's name included.
+    pub fn from_args(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, ConfigError> {
+        let arguments: Vec<OsString> = arguments.into_iter().collect();
+        // The convention asks to ignore all else, even what would be refused.
+        if arguments
+            .iter()
+            .skip(1)
+            .any(|argument| argument == CAPABILITIES_OPTION)
+        {
+            return Ok(Parsed::Print(format!("{CAPABILITIES}\n")));
+        }
+        let options = Options::command()
+            .try_get_matches_from(arguments)
+            .and_then(|mut matches| Options::from_arg_matches_mut(&mut matches));
+        match options {
+            Ok(options) => Ok(Parsed::Run(Box::new(check(options)?))),
+            Err(error) if !error.use_stderr() => Ok(Parsed::Print(error.to_string())),
+            Err(error) => Err(ConfigError::Usage(usage_line(&error))),
+        }
+    }
+}
+
+/// What the argument parser tells in a paragraph, with advice and usage in further ones, as one line.
+fn usage_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let mut paragraphs = text.split("\n\n");
+    let joined = |paragraph: &str| {
+        let words: Vec<&str> = paragraph.split(char::is_control).map(str::trim).collect();
+        words.join(" ").trim().to_owned()
+    };
+    let reason = joined(paragraphs.next().unwrap_or_default());
+    let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
+    let advice = paragraphs
+        .map(joined)
+        .find_map(|paragraph| paragraph.strip_prefix("tip: ").map(str::to_owned))
+        .unwrap_or_else(|| "see quorum-blkd --help".to_owned());
+    format!("{reason}; {advice}")
+}
+
+/// Whether the options make sense together.
+fn check(options: Options) -> Result<Config, ConfigError> {
+    let listen = check_sockets(options.socket_path, options.fd, options.events.as_deref())?;
+    if let Err(reason) = check_node_name(&options.node_name) {
+        return Err(ConfigError::NodeName {
+            value: options.node_name,
+            reason,
+        });
+    }
+    let replicas = check_replicas(&options.blk_file, &options.node_name)?;
+    let vote_threshold = options.vote_threshold.unwrap_or(replicas.len() / 2 + 1);
+    if !(1..=replicas.len()).contains(&vote_threshold) {
+        return Err(ConfigError::Threshold {
+            threshold: vote_threshold,
+            replicas: replicas.len(),
+        });
+    }
+    if options.blkverify {
+        check_blkverify(
+            replicas.len(),
+            vote_threshold,
+            options.read_pattern,
+            options.rewrite_corrupted,
+        )?;
+    }
+    if options.rewrite_corrupted && options.read_only {
+        return Err(ConfigError::Excluded {
+            first: "--rewrite-corrupted",
+            second: "--read-only",
+            reason: "read-only images are never written to",
+        });
+    }
+    let queue_size = options.queue_size;
+    if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
+        return Err(ConfigError::QueueSize(queue_size));
+    }
+    Ok(Config {
+        listen,
+        replicas,
+        vote_threshold,
+        read_pattern: options.read_pattern,
+        rewrite_corrupted: options.rewrite_corrupted,
+        blkverify: options.blkverify,
+        node_name: options.node_name,
+        read_only: options.read_only,
+        serial: check_serial(options.serial.unwrap_or_default())?,
+        queue_count: options.num_queues,
+        queue_size,
+        cache: options.cache,
+        events: options.events,
+        verbosity: options.verbose,
+    })
+}
+
+fn check_sockets(
+    socket_path: Option<PathBuf>,
+    fd: Option<RawFd>,
+    events: Option<&Path>,
+) -> Result<Listen, ConfigError> {
+    let paths = [("--socket-path", socket_path.as_deref()), ("--events", events)];
+    for (option, path) in paths {
+        if let Some(path) = path
+            && !(1..=SOCKET_PATH_BYTES_MAX).contains(&path.as_os_str().len())
+        {
+            return Err(ConfigError::SocketPathLength {
+                option,
+                path: path.to_owned(),
+            });
+        }
+    }
+    match (socket_path, fd) {
+        (Some(path), None) if Some(path.as_path()) == events => Err(ConfigError::OneSocketPath(path)),
+        (Some(path), None) => Ok(Listen::Path(path)),
+        (None, Some(fd)) => Ok(Listen::Fd(fd)),
+        // Both at once is refused by the parser.
+        (None, None) | (Some(_), Some(_)) => Err(ConfigError::NoSocket),
+    }
+}
+
+fn check_replicas(values: &[OsString], disk_name: &str) -> Result<Vec<ReplicaSource>, ConfigError> {
+    if values.is_empty() {
+        return Err(ConfigError::NoReplicas);
+    }
+    if values.len() > REPLICAS_MAX {
+        return Err(ConfigError::TooManyReplicas(values.len()));
+    }
+    let mut replicas: Vec<ReplicaSource> = Vec::with_capacity(values.len());
+    for value in values {
+        let replica = parse_blk_file(value).map_err(|reason| ConfigError::BlkFile {
+            value: value.clone(),
+            reason,
+        })?;
+        for other in &replicas {
+            if other.path == replica.path {
+                return Err(ConfigError::SamePath(replica.path));
+            }
+            if other.node_name == replica.node_name {
+                return Err(ConfigError::NodeNameTwice {
+                    first: other.path.clone(),
+                    second: replica.path,
+                    node_name: replica.node_name,
+                });
+            }
+        }
+        // One namespace, as in QEMU, so that a name alone tells what is meant.
+        if replica.node_name == disk_name {
+            return Err(ConfigError::NodeNameOfDisk {
+                path: replica.path,
+                node_name: replica.node_name,
+            });
+        }
+        replicas.push(replica);
+    }
+    Ok(replicas)
+}
+
+/// Takes `PATH[,node-name=NAME]` apart.
+fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
+    let mut fields = split_at_commas(value.as_bytes()).into_iter();
+    let path = PathBuf::from(OsString::from_vec(fields.next().unwrap_or_default()));
+    if path.as_os_str().is_empty() {
+        return Err("the path is empty".to_owned());
+    }
+    let mut given_name = None;
+    for field in fields {
+        let Some(name) = field.strip_prefix(b"node-name=") else {
+            return Err(format!(
+                "the only option after the path is node-name=NAME, not {}; a comma in a path is written as two",
+                Quoted(OsStr::from_bytes(&field))
+            ));
+        };
+        if given_name.replace(name.to_vec()).is_some() {
+            return Err("node-name is given twice".to_owned());
+        }
+    }
+    let node_name = match given_name {
+        Some(name) => String::from_utf8(name).map_err(|_| "the node-name is not valid UTF-8".to_owned())?,
+        None => default_node_name(&path)?,
+    };
+    check_node_name(&node_name).map_err(|reason| format!("node-name {}: {reason}", Quoted(&node_name)))?;
+    Ok(ReplicaSource { path, node_name })
+}
+
+/// Splits in the way of QEMU's options: at single commas, two commas being a literal one.
+fn split_at_commas(value: &[u8]) -> Vec<Vec<u8>> {
+    let mut fields = Vec::new();
+    let mut field = Vec::new();
+    let mut bytes = value.iter().copied().peekable();
+    while let Some(byte) = bytes.next() {
+        if byte == b',' && bytes.next_if_eq(&b',').is_none() {
+            fields.push(std::mem::take(&mut field));
+        } else {
+            field.push(byte);
+        }
+    }
+    fields.push(field);
+    fields
+}
+
+fn default_node_name(path: &Path) -> Result<String, String> {
+    let name = path
+        .file_name()
+        .ok_or("the path has no file name to name the replica after; give node-name=NAME")?;
+    let name = name
+        .to_str()
+        .ok_or("the file name is not valid UTF-8 and can not name the replica; give node-name=NAME")?;
+    Ok(name.to_owned())
+}
+
+fn check_node_name(name: &str) -> Result<(), &'static str> {
+    if name.is_empty() {
+        return Err("a name has at least one character");
+    }
+    if name.len() > NODE_NAME_BYTES_MAX {
+        return Err("a name has at most 255 bytes");
+    }
+    if name.contains(char::is_control) {
+        return Err("a name has no control characters");
+    }
+    Ok(())
+}
+
+fn check_blkverify(
+    replicas: usize,
+    threshold: usize,
+    read_pattern: ReadPattern,
+    rewrite_corrupted: bool,
+) -> Result<(), ConfigError> {
+    if (replicas, threshold) != (2, 2) {
+        return Err(ConfigError::Blkverify { replicas, threshold });
+    }
+    if rewrite_corrupted {
+        return Err(ConfigError::Excluded {
+            first: "--blkverify",
+            second: "--rewrite-corrupted",
+            reason: "it stops at a difference instead of mending it",
+        });
+    }
+    if read_pattern == ReadPattern::Fifo {
+        return Err(ConfigError::Excluded {
+            first: "--blkverify",
+            second: "--read-pattern fifo",
+            reason: "a single replica is read, there is nothing to compare",
+        });
+    }
+    Ok(())
+}
+
+fn check_serial(value: String) -> Result<String, ConfigError> {
+    let reason = if value.len() > SERIAL_BYTES_MAX {
+        "a serial number has at most 20 bytes"
+    } else if !value
+        .chars()
+        .all(|character| character == ' ' || character.is_ascii_graphic())
+    {
+        "a serial number has printable ASCII characters only"
+    } else {
+        return Ok(value);
+    };
+    Err(ConfigError::Serial { value, reason })
+}
+
+// Texts above name these figures.
+const _: () = assert!(SERIAL_BYTES_MAX == 20 && NODE_NAME_BYTES_MAX == 255);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SOCKET: [&str; 2] = ["--socket-path", "/run/disk.sock"];
+
+    fn parse<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Parsed, ConfigError> {
+        let program = OsString::from("quorum-blkd");
+        Config::from_args(std::iter::once(program).chain(arguments.iter().map(|a| a.as_ref().to_owned())))
+    }
+
+    /// A disk of `count` replicas with further options.
+    fn disk(count: usize, more: &[&str]) -> Vec<String> {
+        let mut arguments: Vec<String> = SOCKET.map(str::to_owned).to_vec();
+        for index in 0..count {
+            arguments.push(format!("--blk-file=/images/{index}.raw"));
+        }
+        arguments.extend(more.iter().map(|&a| a.to_owned()));
+        arguments
+    }
+
+    fn config<S: AsRef<OsStr>>(arguments: &[S]) -> Config {
+        match parse(arguments) {
+            Ok(Parsed::Run(config)) => *config,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn printed(arguments: &[&str]) -> String {
+        match parse(arguments) {
+            Ok(Parsed::Print(text)) => text,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    /// The line of a refusal.
+    fn refusal<S: AsRef<OsStr>>(arguments: &[S]) -> String {
+        let line = parse(arguments).expect_err("must be refused").to_string();
+        assert!(!line.contains(char::is_control) && !line.is_empty(), "{line:?}");
+        assert!(!line.starts_with("error"), "{line:?}");
+        line
+    }
+
+    fn assert_refused<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
+        let line = refusal(arguments);
+        assert!(line.contains(expected), "{line:?} does not say {expected:?}");
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        Options::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults() {
+        let config = config(&disk(3, &[]));
+        assert_eq!(config.listen, Listen::Path("/run/disk.sock".into()));
+        let names: Vec<&str> = config.replicas.iter().map(|r| r.node_name.as_str()).collect();
+        assert_eq!(names, ["0.raw", "1.raw", "2.raw"]);
+        assert_eq!(config.vote_threshold, 2);
+        assert_eq!(
+            (config.read_pattern, config.cache),
+            (ReadPattern::Quorum, Cache::None)
+        );
+        assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
+        assert_eq!(
+            (config.node_name.as_str(), config.serial.as_str()),
+            ("quorum0", "")
+        );
+        assert_eq!((config.queue_count, config.queue_size), (1, 256));
+        assert_eq!((config.events.as_deref(), config.verbosity), (None, 0));
+        assert_eq!(
+            config.open_options(),
+            OpenOptions {
+                read_only: false,
+                direct: true
+            }
+        );
+        assert_eq!(config.segments_max(), 126);
+    }
+
+    #[test]
+    fn every_option() {
+        let arguments = "--fd 3 --blk-file a.raw,node-name=a --blk-file b.raw --vote-threshold 1 \
+            --read-pattern fifo --rewrite-corrupted --node-name usr1 --serial QB-1 --num-queues 64 \
+            --queue-size 64 --cache writeback --events /run/events.sock -vv";
+        let config = config(&arguments.split_whitespace().collect::<Vec<_>>());
+        assert_eq!(config.listen, Listen::Fd(3));
+        assert_eq!(
+            config.replicas[0],
+            ReplicaSource {
+                path: "a.raw".into(),
+                node_name: "a".into()
+            }
+        );
+        assert_eq!(
+            (config.vote_threshold, config.read_pattern),
+            (1, ReadPattern::Fifo)
+        );
+        assert!(config.rewrite_corrupted);
+        assert_eq!(
+            (config.node_name.as_str(), config.serial.as_str()),
+            ("usr1", "QB-1")
+        );
+        assert_eq!(
+            (config.queue_count, config.queue_size, config.segments_max()),
+            (64, 64, 62)
+        );
+        assert_eq!(
+            config.open_options(),
+            OpenOptions {
+                read_only: false,
+                direct: false
+            }
+        );
+        assert_eq!(
+            (config.events, config.verbosity),
+            (Some("/run/events.sock".into()), 2)
+        );
+        let read_only = super::tests::config(&disk(2, &["--read-only", "--blkverify"]));
+        assert!(read_only.open_options().read_only && read_only.blkverify);
+    }
+
+    #[test]
+    fn the_default_threshold_is_a_majority() {
+        for (replicas, threshold) in [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3), (32, 17)] {
+            assert_eq!(config(&disk(replicas, &[])).vote_threshold, threshold);
+        }
+    }
+
+    #[test]
+    fn capabilities_need_nothing_and_ignore_all_else() {
+        for arguments in [
+            &["--print-capabilities"][..],
+            &["--nonsense", "--print-capabilities"],
+        ] {
+            let text = printed(arguments);
+            assert_eq!(
+                text,
+                "{\"type\": \"block\", \"features\": [\"read-only\", \"blk-file\"]}\n"
+            );
+            serde_json::from_str::<serde_json::Value>(&text).unwrap();
+        }
+    }
+
+    #[test]
+    fn help_and_version_are_printed() {
+        let help = printed(&["--help"]);
+        for option in ["--blk-file", "--vote-threshold", "--cache", "QUORUM_BLKD_LOG"] {
+            assert!(help.contains(option), "{help}");
+        }
+        assert_eq!(
+            printed(&["--version"]),
+            format!("quorum-blkd {}\n", env!("CARGO_PKG_VERSION"))
+        );
+    }
+
+    #[test]
+    fn the_help_names_the_limits() {
+        let help = printed(&["--help"])
+            .split_whitespace()
+            .collect::<Vec<_>>()
+            .join(" ");
+        assert!(help.contains(&format!("Request queues, 1 to {QUEUES_MAX}")));
+        assert!(help.contains(&format!("from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")));
+        assert!(help.contains(&format!("at most {SEGMENTS_MAX} data segments")));
+    }
+
+    #[test]
+    fn a_comma_in_a_path_is_written_twice() {
+        let cases: [(&str, &str, &str); 6] = [
+            ("/i/1.raw", "/i/1.raw", "1.raw"),
+            ("/i/a,,b", "/i/a,b", "a,b"),
+            ("/i/a,,,node-name=n", "/i/a,", "n"),
+            ("/i/a,node-name=x,,y", "/i/a", "x,y"),
+            (",,,,", ",,", ",,"),
+            ("a=b", "a=b", "a=b"),
+        ];
+        for (value, path, node_name) in cases {
+            let replica = parse_blk_file(OsStr::new(value)).unwrap();
+            assert_eq!(
+                replica,
+                ReplicaSource {
+                    path: path.into(),
+                    node_name: node_name.into()
+                }
+            );
+        }
+    }
+
+    #[test]
+    fn refuses_bad_images() {
+        assert_refused(&SOCKET, "give --blk-file PATH");
+        assert_refused(&disk(33, &[]), "33 replicas; a disk can have at most 32");
+        let cases = [
+            ("", "the path is empty"),
+            (",node-name=x", "the path is empty"),
+            ("a,", "the only option after the path is node-name=NAME, not ''"),
+            ("a,b", "not 'b'; a comma in a path is written as two"),
+            ("a,node-name=", "at least one character"),
+            ("a,node-name=x,node-name=y", "node-name is given twice"),
+            ("a,node-name=x\ny", "no control characters"),
+            ("/images/..", "no file name"),
+        ];
+        for (value, expected) in cases {
+            let value = format!("--blk-file={value}");
+            assert_refused(&disk(1, &[&value]), expected);
+        }
+        let long = format!("--blk-file=a,node-name={}", "x".repeat(256));
+        assert_refused(&disk(1, &[&long]), "at most 255 bytes");
+        let mut arguments: Vec<OsString> = disk(0, &[]).into_iter().map(OsString::from).collect();
+        arguments.push(OsString::from_vec(b"--blk-file=/i/\xff".to_vec()));
+        assert_refused(&arguments, "is not valid UTF-8");
+    }
+
+    #[test]
+    fn refuses_names_that_are_not_unique() {
+        assert_refused(
+            &disk(1, &["--blk-file=/other/0.raw"]),
+            "both have the node-name '0.raw'; tell",
+        );
+        assert_refused(
+            &disk(1, &["--blk-file=/images/0.raw,node-name=x"]),
+            "is given twice",
+        );
+        assert_refused(
+            &disk(1, &["--node-name=0.raw"]),
+            "the node-name of the voted disk",
+        );
+        assert_refused(&disk(1, &["--node-name="]), "at least one character");
+    }
+
+    #[test]
+    fn refuses_thresholds_out_of_range() {
+        assert_refused(
+            &disk(3, &["--vote-threshold=0"]),
+            "with 3 replicas it can be 1 to 3",
+        );
+        assert_refused(
+            &disk(1, &["--vote-threshold=2"]),
+            "with 1 replica it can be 1 to 1",
+        );
+        assert_refused(&disk(3, &["--vote-threshold", "-1"]), "invalid value '-1'");
+        assert_refused(&disk(3, &["--vote-threshold=two"]), "invalid value 'two'");
+    }
+
+    #[test]
+    fn refuses_blkverify_beside_what_it_is_not() {
+        assert_refused(&disk(3, &["--blkverify"]), "not 3 with a threshold of 2");
+        assert_refused(
+            &disk(2, &["--blkverify", "--vote-threshold=1"]),
+            "not 2 with a threshold of 1",
+        );
+        assert_refused(
+            &disk(2, &["--blkverify", "--rewrite-corrupted"]),
+            "--blkverify cannot be used with --rewrite-corrupted",
+        );
+        assert_refused(
+            &disk(2, &["--blkverify", "--read-pattern=fifo"]),
+            "--blkverify cannot be used with --read-pattern fifo",
+        );
+    }
+
+    #[test]
+    fn refuses_to_rewrite_what_is_read_only() {
+        assert_refused(
+            &disk(3, &["--rewrite-corrupted", "--read-only"]),
+            "--rewrite-corrupted cannot be used with --read-only",
+        );
+    }
+
+    #[test]
+    fn refuses_sockets_that_can_not_be() {
+        assert_refused(&["--blk-file=a"], "give --socket-path PATH or --fd N");
+        assert_refused(&disk(1, &["--fd=3"]), "cannot be used with");
+        assert_refused(&["--fd=-1", "--blk-file=a"], "--fd");
+        assert_refused(&["--fd=x", "--blk-file=a"], "invalid value 'x'");
+        assert_refused(&["--socket-path=", "--blk-file=a"], "--socket-path");
+        let long = format!("--events=/{}", "x".repeat(107));
+        assert_refused(&disk(1, &[&long]), "1 to 107 bytes");
+        assert_refused(
+            &disk(1, &["--events=/run/disk.sock"]),
+            "each socket needs its own path",
+        );
+    }
+
+    #[test]
+    fn refuses_serial_numbers_virtio_can_not_carry() {
+        assert_eq!(
+            config(&disk(1, &["--serial=12345678901234567890"])).serial.len(),
+            20
+        );
+        assert_refused(&disk(1, &["--serial=123456789012345678901"]), "at most 20 bytes");
+        assert_refused(&disk(1, &["--serial=é"]), "printable ASCII");
+        assert_refused(&disk(1, &["--serial=a\nb"]), "printable ASCII");
+    }
+
+    #[test]
+    fn refuses_queues_out_of_range() {
+        for value in ["0", "2", "3", "255", "2048"] {
+            let option = format!("--queue-size={value}");
+            assert_refused(&disk(1, &[&option]), "is not a power of two from 4 to 1024");
+        }
+        assert_refused(&disk(1, &["--queue-size=65536"]), "--queue-size");
+        assert_refused(&disk(1, &["--num-queues=0"]), "--num-queues");
+        assert_refused(&disk(1, &["--num-queues=65"]), "--num-queues");
+    }
+
+    #[test]
+    fn refuses_what_is_not_there() {
+        for option in [
+            "--qmp=/q",
+            "--replica-timeout=1000",
+            "--metrics=/m",
+            "--nonsense",
+            "-x",
+        ] {
+            assert_refused(&disk(3, &[option]), "unexpected argument");
+        }
+        assert_refused(
+            &disk(3, &["--read-pattern=threshold"]),
+            "invalid value 'threshold'",
+        );
+        assert_refused(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
+        assert_refused(&disk(3, &["stray"]), "unexpected argument 'stray'");
+        assert_refused(&disk(3, &["--serial"]), "a value is required");
+        assert_refused(
+            &disk(3, &["--serial=a", "--serial=b"]),
+            "cannot be used multiple times",
+        );
+        assert_refused(&disk(3, &["--two\n\nlines"]), "unexpected argument");
+        assert_refused::<&str>(&[], "no socket");
+    }
+}

@@ -1,5 +1,7 @@
 //! quorum-blk: several image files served as one voted disk over vhost-user-blk.
 
+pub mod config;
 pub mod control;
 pub mod limits;
 pub mod quorum;
+pub mod replica;

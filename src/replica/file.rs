@@ -1,1 +1,837 @@
-//! (to be written)
+//! Opening replicas: one file or block device each, checked before anything is served from it.
+//!
+//! Everything that can be wrong with an image is found here, with one line that names the image and what to
+//! do about it: not an image at all, in use elsewhere, no direct I/O, a size that does not fit.
+//!
+//! Invariants:
+//! - A [`ReplicaFile`] is locked against other users of the image for as long as it is open.
+//! - Its size is not zero and a multiple of its alignment, which is a power of two of at least 512: whole
+//!   sectors, and no last piece that direct I/O could not reach.
+//! - What [`open_all`] returns are different images of the same size under different node-names.
+
+use std::fmt::{self, Write as _};
+use std::fs::{File, FileType, Metadata};
+use std::io::{self, Seek as _, SeekFrom};
+use std::mem::MaybeUninit;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+
+use super::image_lock::{self, Access, LockError, Locking};
+use crate::limits::SECTOR_BYTES;
+
+/// The least alignment: a sector.
+const ALIGNMENT_BYTES_MIN: u32 = 512;
+/// The alignment that direct I/O accepts on every disk in use today, and the size of a page of memory.
+const ALIGNMENT_BYTES_SAFE: u32 = 4096;
+/// No file system or disk asks for more; a greater figure is not believed.
+const ALIGNMENT_BYTES_MAX: u32 = 1 << 20;
+
+/// Which image to open, and what to call it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ReplicaSource {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// The replica's name in events.
+    pub node_name: String,
+}
+
+/// How to open images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenOptions {
+    /// Never write to the image.
+    pub read_only: bool,
+    /// O_DIRECT: past the host's page cache.
+    pub direct: bool,
+}
+
+/// What makes two paths the same image, whatever links lead there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum ImageIdentity {
+    /// A regular file.
+    File {
+        /// The device of its file system.
+        device: u64,
+        /// Its inode there.
+        inode: u64,
+    },
+    /// A block device: any number of device nodes may name it.
+    BlockDevice {
+        /// Its device number.
+        device: u64,
+    },
+}
+
+/// An open and locked replica.
+#[derive(Debug)]
+pub struct ReplicaFile {
+    /// As it was given.
+    pub path: PathBuf,
+    /// Its name in events.
+    pub node_name: String,
+    /// The open file. It holds the image's lock.
+    pub file: File,
+    /// Size of the image.
+    pub size_bytes: u64,
+    /// Offset and length of each operation must be a multiple of this: at least 512, a power of two.
+    pub alignment_bytes: u32,
+    /// The address of each buffer must be a multiple of this: a power of two, 1 without direct I/O.
+    pub memory_alignment_bytes: u32,
+    /// A block device, not a regular file.
+    pub is_block_device: bool,
+    /// Which image this is.
+    pub identity: ImageIdentity,
+}
+
+/// Why a replica can not be served. Each displays as one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// It does not exist, or may not be opened.
+    #[error("cannot open {}: {}{}", Quoted(.path), Reason(.source), open_hint(.source, *.read_only))]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Whether it was to be opened for reading only.
+        read_only: bool,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("{} is {kind}; a replica must be a regular file or a block device", Quoted(.path))]
+    NotAnImage {
+        /// What was given as an image.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The file system has no direct I/O.
+    #[error("the file system of {} does not support O_DIRECT; use --cache writeback", Quoted(.path))]
+    NoDirectIo {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The block device is set read-only.
+    #[error("block device {} is read-only; use --read-only, or allow writing with blockdev --setrw", Quoted(.path))]
+    ReadOnlyDevice {
+        /// The block device.
+        path: PathBuf,
+    },
+    /// It is open but can not be examined.
+    #[error("cannot examine {} ({operation}): {}", Quoted(.path), Reason(.source))]
+    Examine {
+        /// The image.
+        path: PathBuf,
+        /// What was asked of the kernel.
+        operation: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The size is zero.
+    #[error("{} is empty; give it the size of the disk, for example with truncate --size=10G", Quoted(.path))]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The size is not a multiple of the alignment.
+    #[error(
+        "the size of {}, {size_bytes} bytes, is not a multiple of {alignment_bytes}{}",
+        Quoted(.path),
+        misaligned_hint(*.size_bytes, *.alignment_bytes)
+    )]
+    Misaligned {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// What the size must be a multiple of.
+        alignment_bytes: u32,
+    },
+    /// Another process uses the image, or it can not be locked.
+    #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: LockError,
+    },
+    /// One image under two paths.
+    #[error("{} and {} are the same image; each replica needs its own", Quoted(.first), Quoted(.second))]
+    SameImage {
+        /// The one listed first.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Replicas of different sizes.
+    #[error(
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}",
+        Quoted(.first),
+        Quoted(.second)
+    )]
+    SizesDiffer {
+        /// The replica listed first.
+        first: PathBuf,
+        /// Its size.
+        first_bytes: u64,
+        /// The first one of another size.
+        second: PathBuf,
+        /// Its size.
+        second_bytes: u64,
+    },
+    /// Two replicas of one name.
+    #[error(
+        "{} and {} have the same node-name {}; name each with node-name=NAME",
+        Quoted(.first),
+        Quoted(.second),
+        Quoted(.node_name)
+    )]
+    NodeNameTwice {
+        /// The replica listed first.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+        /// The name of both.
+        node_name: String,
+    },
+}
+
+/// Opens and locks one replica.
+pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<ReplicaFile, OpenError> {
+    let replica = open_unlocked(path, node_name, options)?;
+    lock(&replica, options)?;
+    Ok(replica)
+}
+
+/// Opens and locks all replicas of a disk, in the order given.
+pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<ReplicaFile>, OpenError> {
+    let mut replicas: Vec<ReplicaFile> = Vec::with_capacity(sources.len());
+    for source in sources {
+        let replica = open_unlocked(&source.path, &source.node_name, options)?;
+        check_against(&replicas, &replica)?;
+        replicas.push(replica);
+    }
+    // Locked only when all is known to be in order: an image given twice would otherwise be found in use by
+    // "another process", which is ourselves.
+    for replica in &replicas {
+        lock(replica, options)?;
+    }
+    Ok(replicas)
+}
+
+fn check_against(earlier: &[ReplicaFile], replica: &ReplicaFile) -> Result<(), OpenError> {
+    for other in earlier {
+        if other.identity == replica.identity {
+            return Err(OpenError::SameImage {
+                first: other.path.clone(),
+                second: replica.path.clone(),
+            });
+        }
+        if other.node_name == replica.node_name {
+            return Err(OpenError::NodeNameTwice {
+                first: other.path.clone(),
+                second: replica.path.clone(),
+                node_name: replica.node_name.clone(),
+            });
+        }
+        if other.size_bytes != replica.size_bytes {
+            return Err(OpenError::SizesDiffer {
+                first: other.path.clone(),
+                first_bytes: other.size_bytes,
+                second: replica.path.clone(),
+                second_bytes: replica.size_bytes,
+            });
+        }
+    }
+    Ok(())
+}
+
+fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<ReplicaFile, OpenError> {
+    let open_error = |source| OpenError::Open {
+        path: path.to_owned(),
+        read_only: options.read_only,
+        source,
+    };
+    // Asked before opening, because opening alone can block (a FIFO) or act (a tape) ...
+    check_kind(path, &std::fs::metadata(path).map_err(open_error)?)?;
+    let file = open_file(path, options).map_err(|error| {
+        if options.direct && error.raw_os_error() == Some(libc::EINVAL) {
+            OpenError::NoDirectIo {
+                path: path.to_owned(),
+            }
+        } else {
+            open_error(error)
+        }
+    })?;
+    // ... and again of the open file, because the path may lead elsewhere by now.
+    let examine_error = |operation| {
+        move |source| OpenError::Examine {
+            path: path.to_owned(),
+            operation,
+            source,
+        }
+    };
+    let metadata = file.metadata().map_err(examine_error("fstat"))?;
+    check_kind(path, &metadata)?;
+
+    let is_block_device = metadata.file_type().is_block_device();
+    if is_block_device && !options.read_only {
+        let read_only = block_device_value(&file, BLKROGET).map_err(examine_error("BLKROGET"))?;
+        if read_only != 0 {
+            return Err(OpenError::ReadOnlyDevice {
+                path: path.to_owned(),
+            });
+        }
+    }
+    // For a block device stat says 0; its end says the size of either kind.
+    let size_bytes = (&file).seek(SeekFrom::End(0)).map_err(examine_error("lseek"))?;
+    check_size(path, size_bytes, ALIGNMENT_BYTES_MIN)?;
+    let alignment = if options.direct {
+        direct_alignment(&file, is_block_device, size_bytes)
+    } else {
+        Alignment {
+            offset_bytes: ALIGNMENT_BYTES_MIN,
+            memory_bytes: 1,
+        }
+    };
+    check_size(path, size_bytes, alignment.offset_bytes)?;
+
+    Ok(ReplicaFile {
+        path: path.to_owned(),
+        node_name: node_name.to_owned(),
+        file,
+        size_bytes,
+        alignment_bytes: alignment.offset_bytes,
+        memory_alignment_bytes: alignment.memory_bytes,
+        is_block_device,
+        identity: if is_block_device {
+            ImageIdentity::BlockDevice {
+                device: metadata.rdev(),
+            }
+        } else {
+            ImageIdentity::File {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            }
+        },
+    })
+}
+
+fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
+    // The standard library adds O_CLOEXEC.
+    std::fs::OpenOptions::new()
+        .read(true)
+        .write(!options.read_only)
+        .custom_flags(if options.direct { libc::O_DIRECT } else { 0 })
+        .open(path)
+}
+
+fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), OpenError> {
+    let file_type = metadata.file_type();
+    if file_type.is_file() || file_type.is_block_device() {
+        return Ok(());
+    }
+    Err(OpenError::NotAnImage {
+        path: path.to_owned(),
+        kind: kind_name(file_type),
+    })
+}
+
+fn kind_name(file_type: FileType) -> &'static str {
+    if file_type.is_dir() {
+        "a directory"
+    } else if file_type.is_char_device() {
+        "a character device"
+    } else if file_type.is_fifo() {
+        "a FIFO"
+    } else if file_type.is_socket() {
+        "a socket"
+    } else {
+        "a special file"
+    }
+}
+
+fn check_size(path: &Path, size_bytes: u64, alignment_bytes: u32) -> Result<(), OpenError> {
+    if size_bytes == 0 {
+        return Err(OpenError::Empty {
+            path: path.to_owned(),
+        });
+    }
+    if !size_bytes.is_multiple_of(u64::from(alignment_bytes)) {
+        return Err(OpenError::Misaligned {
+            path: path.to_owned(),
+            size_bytes,
+            alignment_bytes,
+        });
+    }
+    Ok(())
+}
+
+fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
+    let access = if options.read_only {
+        Access::ReadOnly
+    } else {
+        Access::ReadWrite
+    };
+    match image_lock::lock(&replica.file, access) {
+        Ok(Locking::Held) => Ok(()),
+        Ok(Locking::Unsupported) => {
+            log::warn!(
+                "the file system of {} has no open file description locks: nothing keeps other processes from using it",
+                Quoted(&replica.path)
+            );
+            Ok(())
+        }
+        Err(source) => Err(OpenError::Locked {
+            path: replica.path.clone(),
+            source,
+        }),
+    }
+}
+
+/// What direct I/O asks of an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Alignment {
+    offset_bytes: u32,
+    memory_bytes: u32,
+}
+
+/// The alignment for direct I/O: what the file says; else what the block device says; else what is tried out.
+fn direct_alignment(file: &File, is_block_device: bool, size_bytes: u64) -> Alignment {
+    if let Some(alignment) = stated_alignment(file) {
+        return alignment;
+    }
+    let logical_block_bytes = if is_block_device {
+        block_device_value(file, libc::BLKSSZGET)
+            .ok()
+            .and_then(|bytes| u32::try_from(bytes).ok())
+            .and_then(believable_alignment)
+    } else {
+        None
+    };
+    Alignment {
+        offset_bytes: logical_block_bytes.unwrap_or_else(|| probed_alignment(file, size_bytes)),
+        memory_bytes: ALIGNMENT_BYTES_SAFE,
+    }
+}
+
+/// What the file system states (Linux 6.1 and later, not every file system). Zero means that it does direct
+/// I/O in its own way, buffered for instance: then only trying tells.
+fn stated_alignment(file: &File) -> Option<Alignment> {
+    let mut status = MaybeUninit::<libc::statx>::zeroed();
+    // SAFETY: the path is a NUL-terminated empty string, for which AT_EMPTY_PATH takes the open descriptor
+    // itself, and `status` has room for the structure the kernel fills in.
+    let result = unsafe {
+        libc::statx(
+            file.as_raw_fd(),
+            c"".as_ptr(),
+            libc::AT_EMPTY_PATH,
+            libc::STATX_DIOALIGN,
+            status.as_mut_ptr(),
+        )
+    };
+    if result != 0 {
+        return None;
+    }
+    // SAFETY: it was zeroed, and all its members are integers, for which zero is a value.
+    let status = unsafe { status.assume_init() };
+    if status.stx_mask & libc::STATX_DIOALIGN == 0 {
+        return None;
+    }
+    let memory_bytes = status.stx_dio_mem_align;
+    if !memory_bytes.is_power_of_two() || memory_bytes > ALIGNMENT_BYTES_MAX {
+        return None;
+    }
+    Some(Alignment {
+        offset_bytes: believable_alignment(status.stx_dio_offset_align)?,
+        memory_bytes,
+    })
+}
+
+fn believable_alignment(bytes: u32) -> Option<u32> {
+    (bytes.is_power_of_two() && bytes <= ALIGNMENT_BYTES_MAX).then(|| bytes.max(ALIGNMENT_BYTES_MIN))
+}
+
+/// Finds the alignment by reading: the smallest length that is not refused with EINVAL. A read that fails
+/// in another way, on a bad sector say, was not refused for its alignment.
+fn probed_alignment(file: &File, size_bytes: u64) -> u32 {
+    // A hole is read without the disk, by some file systems without a look at the alignment, so only a read
+    // of data tells. An image without any data is taken for one with the strictest disk underneath.
+    let data_offset = first_data_offset(file);
+    let offset = data_offset.unwrap_or(0);
+    let accepts = |length: u32| reads_with_alignment(file, offset, length);
+    if accepts(1) {
+        let safe = size_bytes.is_multiple_of(u64::from(ALIGNMENT_BYTES_SAFE));
+        return if data_offset.is_none() && safe {
+            ALIGNMENT_BYTES_SAFE
+        } else {
+            ALIGNMENT_BYTES_MIN
+        };
+    }
+    [512, 1024, 2048]
+        .into_iter()
+        .find(|&length| accepts(length))
+        .unwrap_or(ALIGNMENT_BYTES_SAFE)
+}
+
+fn reads_with_alignment(file: &File, offset: u64, length_bytes: u32) -> bool {
+    let page = ALIGNMENT_BYTES_SAFE as usize;
+    let mut memory = vec![0; 2 * page];
+    let start = memory.as_ptr().align_offset(page);
+    let Some(buffer) = memory.get_mut(start..start + length_bytes as usize) else {
+        return false;
+    };
+    match file.read_at(buffer, offset) {
+        Ok(_) => true,
+        Err(error) => error.raw_os_error() != Some(libc::EINVAL),
+    }
+}
+
+/// Where the first data of the file is; `None` if it is one hole. A file system that keeps no account of
+/// holes says 0.
+fn first_data_offset(file: &File) -> Option<u64> {
+    // SAFETY: lseek takes no pointer, and the descriptor is open as long as `file` is borrowed. Nothing
+    // depends on the file position it moves: every operation on a replica carries its own offset.
+    let offset = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_DATA) };
+    u64::try_from(offset).ok()
+}
+
+/// Linux's `BLKROGET`, linux/fs.h: whether a block device is set read-only.
+const BLKROGET: libc::Ioctl = libc::_IO(0x12, 94);
+
+/// Asks a block device for one of the values that are a C int: BLKSSZGET, BLKROGET.
+fn block_device_value(file: &File, request: libc::Ioctl) -> io::Result<libc::c_int> {
+    let mut value: libc::c_int = 0;
+    // SAFETY: both requests that come here store one int at the address given, and nothing else.
+    let status = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) };
+    if status != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    Ok(value)
+}
+
+/// A path or a name in a message: in quotes, and on one line whatever characters it is made of.
+pub(crate) struct Quoted<'a, T: AsRef<Path> + ?Sized>(pub(crate) &'a T);
+
+impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_char('\'')?;
+        for character in self.0.as_ref().to_string_lossy().chars() {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())?;
+            } else {
+                f.write_char(character)?;
+            }
+        }
+        f.write_char('\'')
+    }
+}
+
+/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no operator.
+struct Reason<'a>(&'a io::Error);
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_string();
+        f.write_str(text.split(" (os error").next().unwrap_or(&text))
+    }
+}
+
+fn open_hint(error: &io::Error, read_only: bool) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => "; create the image first",
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
+            "; make it writable for this user, or use --read-only"
+        }
+        Some(libc::EACCES | libc::EPERM) => "; make it readable for this user",
+        _ => "",
+    }
+}
+
+fn lock_hint(error: &LockError) -> &'static str {
+    if error.is_busy() {
+        "; stop that process first"
+    } else {
+        ""
+    }
+}
+
+fn misaligned_hint(size_bytes: u64, alignment_bytes: u32) -> String {
+    let mut hint = String::new();
+    let way_out = if alignment_bytes == ALIGNMENT_BYTES_MIN {
+        hint.push_str(" (the size of a sector)");
+        ""
+    } else {
+        hint.push_str(" as direct I/O needs there");
+        ", or use --cache writeback"
+    };
+    if let Some(rounded) = size_bytes.checked_next_multiple_of(u64::from(alignment_bytes)) {
+        let _ = write!(
+            hint,
+            "; make it {rounded} with truncate --size={rounded}{way_out}"
+        );
+    }
+    hint
+}
+
+const _: () = assert!(ALIGNMENT_BYTES_MIN as u64 == SECTOR_BYTES);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::ffi::CString;
+    use std::os::unix::ffi::OsStringExt as _;
+    use std::os::unix::fs::symlink;
+
+    const SIZE: u64 = 1 << 20;
+    const BUFFERED: OpenOptions = OpenOptions {
+        read_only: false,
+        direct: false,
+    };
+    const DIRECT: OpenOptions = OpenOptions {
+        read_only: false,
+        direct: true,
+    };
+    const READ_ONLY: OpenOptions = OpenOptions {
+        read_only: true,
+        direct: false,
+    };
+
+    struct Directory(tempfile::TempDir);
+
+    impl Directory {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn path(&self, name: &str) -> PathBuf {
+            self.0.path().join(name)
+        }
+
+        fn image(&self, name: &str, size_bytes: u64) -> ReplicaSource {
+            File::create(self.path(name))
+                .unwrap()
+                .set_len(size_bytes)
+                .unwrap();
+            self.source(name)
+        }
+
+        fn source(&self, name: &str) -> ReplicaSource {
+            ReplicaSource {
+                path: self.path(name),
+                node_name: name.to_owned(),
+            }
+        }
+    }
+
+    /// The one line of a refusal, which names the image.
+    fn refusal(source: &ReplicaSource, options: OpenOptions) -> String {
+        let line = open(&source.path, &source.node_name, options)
+            .unwrap_err()
+            .to_string();
+        assert_line(&line, source);
+        line
+    }
+
+    fn refusal_of_all(sources: &[ReplicaSource]) -> String {
+        let line = open_all(sources, BUFFERED).unwrap_err().to_string();
+        for source in sources {
+            assert_line(&line, source);
+        }
+        line
+    }
+
+    fn assert_line(line: &str, source: &ReplicaSource) {
+        assert!(
+            !line.contains(char::is_control) && !line.contains("os error"),
+            "{line}"
+        );
+        assert!(line.contains(&Quoted(&source.path).to_string()), "{line}");
+    }
+
+    #[test]
+    fn opens_a_file_and_tells_what_it_is() {
+        let directory = Directory::new();
+        let source = directory.image("1.raw", SIZE);
+        let replica = open(&source.path, "one", BUFFERED).unwrap();
+        assert_eq!((replica.node_name.as_str(), replica.size_bytes), ("one", SIZE));
+        assert_eq!(
+            (replica.alignment_bytes, replica.memory_alignment_bytes),
+            (512, 1)
+        );
+        assert!(!replica.is_block_device);
+    }
+
+    #[test]
+    fn direct_io_works_with_the_alignment_that_was_found() {
+        let directory = Directory::new();
+        for (name, content) in [("hole", None), ("data", Some(vec![7; 8192]))] {
+            let source = directory.image(name, SIZE);
+            if let Some(content) = content {
+                File::options()
+                    .write(true)
+                    .open(&source.path)
+                    .unwrap()
+                    .write_all_at(&content, 0)
+                    .unwrap();
+            }
+            let replica = match open(&source.path, name, DIRECT) {
+                Ok(replica) => replica,
+                // The directory for temporary files may lie on a file system that has no direct I/O.
+                Err(OpenError::NoDirectIo { .. }) => continue,
+                Err(error) => panic!("{error}"),
+            };
+            assert!(replica.alignment_bytes >= 512 && replica.alignment_bytes.is_power_of_two());
+            assert!(replica.memory_alignment_bytes.is_power_of_two());
+            assert!(reads_with_alignment(&replica.file, 0, replica.alignment_bytes));
+            let probed = probed_alignment(&replica.file, SIZE);
+            assert!(
+                (512..=4096).contains(&probed) && probed.is_power_of_two(),
+                "{probed}"
+            );
+            assert!(reads_with_alignment(&replica.file, 0, probed));
+        }
+    }
+
+    #[test]
+    fn probing_trusts_a_read_of_data_and_no_read_of_a_hole() {
+        // Without O_DIRECT every read is accepted, as on a file system that does not look at alignments.
+        let directory = Directory::new();
+        let hole = directory.image("hole", SIZE);
+        let file = File::open(&hole.path).unwrap();
+        assert_eq!(probed_alignment(&file, SIZE), 4096);
+        assert_eq!(probed_alignment(&file, SIZE + 512), 512);
+        std::fs::write(directory.path("data"), vec![1; 8192]).unwrap();
+        let file = File::open(directory.path("data")).unwrap();
+        assert_eq!(probed_alignment(&file, 8192), 512);
+    }
+
+    #[test]
+    fn refuses_what_is_not_an_image() {
+        let directory = Directory::new();
+        let line = refusal(&directory.source("missing"), BUFFERED);
+        assert!(
+            line.ends_with("No such file or directory; create the image first"),
+            "{line}"
+        );
+
+        std::fs::create_dir(directory.path("dir")).unwrap();
+        assert!(refusal(&directory.source("dir"), BUFFERED).contains("is a directory;"));
+        let device = ReplicaSource {
+            path: "/dev/null".into(),
+            node_name: "null".into(),
+        };
+        assert!(refusal(&device, BUFFERED).contains("is a character device;"));
+        let _listener = std::os::unix::net::UnixListener::bind(directory.path("socket")).unwrap();
+        assert!(refusal(&directory.source("socket"), BUFFERED).contains("is a socket;"));
+        let fifo = CString::new(directory.path("fifo").into_os_string().into_vec()).unwrap();
+        // No child process for this: between fork and exec it would keep the locks of tests beside this one.
+        // SAFETY: the path is a NUL-terminated string that outlives the call.
+        assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+        assert!(refusal(&directory.source("fifo"), READ_ONLY).contains("is a FIFO;"));
+    }
+
+    #[test]
+    fn refuses_sizes_that_are_no_disk() {
+        let directory = Directory::new();
+        assert!(refusal(&directory.image("empty", 0), BUFFERED).contains("is empty;"));
+        let line = refusal(&directory.image("odd", 1000), BUFFERED);
+        assert!(
+            line.contains("1000 bytes, is not a multiple of 512 (the size of a sector)"),
+            "{line}"
+        );
+        assert!(line.ends_with("make it 1024 with truncate --size=1024"), "{line}");
+        let line = check_size(Path::new("/x"), 512, 4096).unwrap_err().to_string();
+        assert!(
+            line.ends_with("truncate --size=4096, or use --cache writeback"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn a_refusal_is_one_line_even_if_the_path_is_not() {
+        let directory = Directory::new();
+        let line = refusal(&directory.source("two\nlines"), BUFFERED);
+        assert!(line.contains("two\\nlines"), "{line}");
+    }
+
+    #[test]
+    fn refuses_an_image_in_use_and_leaves_readers_together() {
+        let directory = Directory::new();
+        let source = directory.image("1.raw", SIZE);
+        let first = open(&source.path, "1.raw", BUFFERED).unwrap();
+        assert!(refusal(&source, BUFFERED).contains("in use by another process"));
+        assert!(refusal(&source, READ_ONLY).contains("in use by another process"));
+        drop(first);
+        let _readers = [READ_ONLY, READ_ONLY].map(|options| open(&source.path, "1.raw", options).unwrap());
+        assert!(refusal(&source, BUFFERED).ends_with("; stop that process first"));
+    }
+
+    #[test]
+    fn opens_all_in_order() {
+        let directory = Directory::new();
+        let sources = ["b", "a", "c"].map(|name| directory.image(name, SIZE));
+        let replicas = open_all(&sources, BUFFERED).unwrap();
+        let names: Vec<&str> = replicas
+            .iter()
+            .map(|replica| replica.node_name.as_str())
+            .collect();
+        assert_eq!(names, ["b", "a", "c"]);
+    }
+
+    #[test]
+    fn refuses_one_image_under_two_names() {
+        let directory = Directory::new();
+        let source = directory.image("1.raw", SIZE);
+        symlink(&source.path, directory.path("symlink")).unwrap();
+        std::fs::hard_link(&source.path, directory.path("hardlink")).unwrap();
+        for name in ["1.raw", "symlink", "hardlink"] {
+            let line = refusal_of_all(&[source.clone(), directory.source(name)]);
+            assert!(line.contains("are the same image"), "{line}");
+        }
+        // Nothing stays locked after a refusal.
+        open(&source.path, "1.raw", BUFFERED).unwrap();
+    }
+
+    #[test]
+    fn refuses_replicas_of_different_sizes() {
+        let directory = Directory::new();
+        let line = refusal_of_all(&[
+            directory.image("1.raw", SIZE),
+            directory.image("2.raw", SIZE + 512),
+        ]);
+        assert!(
+            line.contains("1048576 bytes") && line.contains("1049088"),
+            "{line}"
+        );
+    }
+
+    #[test]
+    fn refuses_one_name_for_two_images() {
+        let directory = Directory::new();
+        let mut sources = [directory.image("1.raw", SIZE), directory.image("2.raw", SIZE)];
+        sources[1].node_name = "1.raw".to_owned();
+        assert!(refusal_of_all(&sources).contains("the same node-name '1.raw'"));
+    }
+
+    #[test]
+    fn hints_fit_the_error() {
+        let error = |errno, read_only| {
+            let source = io::Error::from_raw_os_error(errno);
+            OpenError::Open {
+                path: "/x".into(),
+                read_only,
+                source,
+            }
+            .to_string()
+        };
+        assert!(error(libc::EROFS, false).ends_with("or use --read-only"));
+        assert!(error(libc::EACCES, true).ends_with("make it readable for this user"));
+        assert_eq!(error(libc::EIO, true), "cannot open '/x': Input/output error");
+        let line = OpenError::NoDirectIo { path: "/x".into() }.to_string();
+        assert!(
+            line.contains("does not support O_DIRECT; use --cache writeback"),
+            "{line}"
+        );
+    }
+}

@@ -5,4 +5,5 @@
 pub mod buffer;
 pub mod file;
 pub mod image_lock;
+pub mod operation;
 pub mod ring;

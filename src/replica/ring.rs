@@ -1,1 +1,455 @@
-//! (to be written)
+//! One io_uring for one worker thread: replica operations, and the file descriptors the worker waits on.
+//!
+//! Invariants: everything queued goes to the kernel with the next [`Ring::enter`], in one system call; every
+//! operation has exactly one reply; an operation keeps its buffer until the kernel is done with it, and if
+//! the ring must go before that, the buffers are leaked rather than reused.
+
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+
+use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::{IoUring, cqueue, opcode, squeue};
+use log::debug;
+use slab::Slab;
+
+use super::operation::{Action, Operation, Reply};
+use crate::limits::RING_ENTRIES;
+use crate::quorum::Errno;
+
+/// How often an operation that the kernel interrupted is tried again before that counts as an error.
+const RETRIES_MAX: u32 = 16;
+
+/// User data of cancellations, whose own completions mean nothing.
+const CANCELLATION: u64 = u64::MAX;
+
+/// What [`Ring::enter`] brings back.
+#[derive(Debug)]
+pub enum Completion {
+    /// An operation has ended.
+    Reply(Reply),
+    /// A watched descriptor became readable.
+    Readable(WatchToken),
+}
+
+/// The name that the worker gave to a watched descriptor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WatchToken(pub u32);
+
+/// An armed watch, to be given back to [`Ring::unwatch`].
+#[derive(Debug)]
+pub struct Watch {
+    slot: usize,
+}
+
+/// The ring.
+pub struct Ring {
+    uring: IoUring,
+    in_flight: Slab<InFlight>,
+    /// Operations in flight, watches not counted.
+    operations: usize,
+    completions: VecDeque<Completion>,
+}
+
+enum InFlight {
+    Operation {
+        operation: Operation,
+        done_bytes: usize,
+        retries: u32,
+    },
+    Watch {
+        fd: RawFd,
+        token: WatchToken,
+        /// `false` once it was given back: what still arrives is ignored.
+        wanted: bool,
+    },
+}
+
+impl Ring {
+    /// A ring over `files`, the replicas in order; they must stay open as long as the ring.
+    ///
+    /// # Errors
+    /// If the kernel has no io_uring for us, or no memory.
+    pub fn new(files: &[RawFd]) -> io::Result<Self> {
+        let uring = build()?;
+        uring.submitter().register_files(files)?;
+        Ok(Self {
+            uring,
+            in_flight: Slab::new(),
+            operations: 0,
+            completions: VecDeque::new(),
+        })
+    }
+
+    /// Queues `operation`; its reply comes out of a later [`Self::enter`].
+    pub fn push(&mut self, operation: Operation) -> io::Result<()> {
+        self.operations += 1;
+        let slot = self.in_flight.insert(InFlight::Operation {
+            operation,
+            done_bytes: 0,
+            retries: 0,
+        });
+        self.queue_slot(slot)
+    }
+
+    /// How many operations are in flight.
+    pub fn operations_in_flight(&self) -> usize {
+        self.operations
+    }
+
+    /// From now on tells whenever `fd`, an eventfd, is written to; also if it is readable already. The
+    /// eventfd need not be read: each write is told once, whatever its count.
+    pub fn watch(&mut self, fd: &impl AsRawFd, token: WatchToken) -> io::Result<Watch> {
+        let fd = fd.as_raw_fd();
+        let slot = self.in_flight.insert(InFlight::Watch {
+            fd,
+            token,
+            wanted: true,
+        });
+        self.queue_slot(slot)?;
+        Ok(Watch { slot })
+    }
+
+    /// Ends a watch. The kernel holds the file until then, so the descriptor may be closed before.
+    pub fn unwatch(&mut self, watch: &Watch) -> io::Result<()> {
+        if let Some(InFlight::Watch { wanted, .. }) = self.in_flight.get_mut(watch.slot) {
+            *wanted = false;
+            let cancel = opcode::AsyncCancel::new(watch.slot as u64).build();
+            self.queue_entry(&cancel.user_data(CANCELLATION))?;
+        }
+        Ok(())
+    }
+
+    /// Hands everything queued to the kernel, waits for a completion if `wait` is set, and returns what has
+    /// completed; to be drained by the caller.
+    ///
+    /// # Errors
+    /// Only what leaves the ring unusable.
+    pub fn enter(&mut self, wait: bool) -> io::Result<&mut VecDeque<Completion>> {
+        let want = usize::from(wait && self.completions.is_empty());
+        match self.uring.submit_and_wait(want) {
+            Ok(_) => {}
+            // EBUSY: completions must be taken before more can be submitted; that happens next.
+            Err(error)
+                if matches!(
+                    error.raw_os_error(),
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                ) => {}
+            Err(error) => return Err(error),
+        }
+        self.reap()?;
+        Ok(&mut self.completions)
+    }
+
+    /// Gives the emptied list of [`Self::enter`] back, to be used again.
+    pub fn recycle(&mut self, mut emptied: VecDeque<Completion>) {
+        if self.completions.is_empty() {
+            emptied.clear();
+            self.completions = emptied;
+        }
+    }
+
+    fn reap(&mut self) -> io::Result<()> {
+        loop {
+            let next = self.uring.completion().next();
+            match next {
+                Some(entry) => self.complete(&entry)?,
+                None => return Ok(()),
+            }
+        }
+    }
+
+    fn complete(&mut self, entry: &cqueue::Entry) -> io::Result<()> {
+        if entry.user_data() == CANCELLATION {
+            return Ok(());
+        }
+        let slot = usize::try_from(entry.user_data()).expect("a slot of ours");
+        match &mut self.in_flight[slot] {
+            InFlight::Watch { token, wanted, .. } => {
+                let (token, wanted) = (*token, *wanted);
+                if wanted {
+                    self.completions.push_back(Completion::Readable(token));
+                }
+                if cqueue::more(entry.flags()) {
+                    return Ok(());
+                }
+                if wanted && entry.result() >= 0 {
+                    // The kernel gave the multishot up, for instance for want of room; ask again.
+                    return self.queue_slot(slot);
+                }
+                self.in_flight.remove(slot);
+            }
+            InFlight::Operation {
+                operation,
+                done_bytes,
+                retries,
+            } => {
+                let result = match Outcome::of(&operation.action, *done_bytes, entry.result()) {
+                    Outcome::Again { done } if *retries < RETRIES_MAX || done > 0 => {
+                        *done_bytes += done;
+                        *retries = if done > 0 { 0 } else { *retries + 1 };
+                        return self.queue_slot(slot);
+                    }
+                    Outcome::Again { .. } => Err(Errno(libc::EINTR)),
+                    Outcome::Done => Ok(()),
+                    Outcome::Failed(errno) => Err(errno),
+                };
+                self.operations -= 1;
+                if let InFlight::Operation { operation, .. } = self.in_flight.remove(slot) {
+                    self.completions.push_back(Completion::Reply(Reply {
+                        request: operation.request,
+                        replica: operation.replica,
+                        action: operation.action,
+                        result,
+                    }));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Queues what is in `slot`, or what is left of it.
+    fn queue_slot(&mut self, slot: usize) -> io::Result<()> {
+        let entry = self.in_flight[slot].entry().user_data(slot as u64);
+        self.queue_entry(&entry)
+    }
+
+    fn queue_entry(&mut self, entry: &squeue::Entry) -> io::Result<()> {
+        loop {
+            // SAFETY: the buffer that the entry points to belongs to an operation in `in_flight`, which
+            // keeps it in place until the completion arrives, and `Drop` leaks it if that never happens.
+            if unsafe { self.uring.submission().push(entry) }.is_ok() {
+                return Ok(());
+            }
+            // Full: more than one submission for this batch. What completes meanwhile stays in the ring.
+            match self.uring.submit() {
+                Ok(_) => {}
+                Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
+                Err(error) if error.raw_os_error() == Some(libc::EBUSY) => {
+                    // The completion queue overflowed; make room.
+                    self.reap()?;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+}
+
+impl Drop for Ring {
+    fn drop(&mut self) {
+        if self.operations > 0 {
+            debug!(
+                "{} operations are still in flight; their buffers are left to the kernel",
+                self.operations
+            );
+            std::mem::forget(std::mem::take(&mut self.in_flight));
+        }
+    }
+}
+
+enum Outcome {
+    Done,
+    /// Partly done, or interrupted.
+    Again {
+        done: usize,
+    },
+    Failed(Errno),
+}
+
+impl Outcome {
+    fn of(action: &Action, done_bytes: usize, result: i32) -> Self {
+        match usize::try_from(result) {
+            Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => Self::Again { done: 0 },
+            Err(_) => Self::Failed(Errno(-result)),
+            Ok(done) => {
+                let left = match action {
+                    Action::Flush => return Self::Done,
+                    Action::Read { range, .. } | Action::Write { range, .. } => {
+                        len_of(range.bytes()) - done_bytes
+                    }
+                };
+                match done {
+                    done if done == left => Self::Done,
+                    // The end of the file: it was cut while we had it open.
+                    0 => Self::Failed(Errno(libc::EIO)),
+                    done => Self::Again { done },
+                }
+            }
+        }
+    }
+}
+
+impl InFlight {
+    fn entry(&mut self) -> squeue::Entry {
+        match self {
+            Self::Watch { fd, .. } => opcode::PollAdd::new(Fd(*fd), POLLIN).multi(true).build(),
+            Self::Operation {
+                operation,
+                done_bytes,
+                ..
+            } => {
+                let file = Fixed(u32::from(operation.replica.0));
+                let skip = *done_bytes;
+                match &mut operation.action {
+                    Action::Read { range, into } => {
+                        let rest = &mut into[skip..];
+                        opcode::Read::new(file, rest.as_mut_ptr(), u32_of(rest.len()))
+                            .offset(range.start * crate::quorum::SECTOR_BYTES + skip as u64)
+                            .build()
+                    }
+                    Action::Write {
+                        range,
+                        data,
+                        offset_bytes,
+                        durable,
+                    } => {
+                        let from = *offset_bytes + skip;
+                        let rest = &data[from..*offset_bytes + len_of(range.bytes())];
+                        opcode::Write::new(file, rest.as_ptr(), u32_of(rest.len()))
+                            .offset(range.start * crate::quorum::SECTOR_BYTES + skip as u64)
+                            .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
+                            .build()
+                    }
+                    Action::Flush => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+                }
+            }
+        }
+    }
+}
+
+const POLLIN: u32 = libc::POLLIN.cast_unsigned() as u32;
+
+fn len_of(bytes: u64) -> usize {
+    usize::try_from(bytes).expect("a piece fits memory")
+}
+
+fn u32_of(len: usize) -> u32 {
+    u32::try_from(len).expect("a piece is at most 1 MiB")
+}
+
+fn build() -> io::Result<IoUring> {
+    let best = IoUring::builder()
+        .setup_clamp()
+        .setup_cqsize(RING_ENTRIES * 4)
+        .setup_single_issuer()
+        .setup_defer_taskrun()
+        .setup_taskrun_flag()
+        .build(RING_ENTRIES);
+    match best {
+        // Linux before 6.1 does not know some of these.
+        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
+            .setup_clamp()
+            .setup_cqsize(RING_ENTRIES * 4)
+            .build(RING_ENTRIES),
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+    use std::rc::Rc;
+
+    use vmm_sys_util::eventfd::EventFd;
+
+    use super::*;
+    use crate::quorum::{ReplicaIndex, SectorRange};
+    use crate::replica::buffer::BufferPool;
+    use crate::replica::operation::RequestId;
+
+    fn operation(action: Action) -> Operation {
+        Operation {
+            request: RequestId(7),
+            replica: ReplicaIndex(0),
+            action,
+        }
+    }
+
+    fn reply_of(ring: &mut Ring) -> Reply {
+        loop {
+            if let Some(Completion::Reply(reply)) = ring.enter(true).unwrap().pop_front() {
+                return reply;
+            }
+        }
+    }
+
+    #[test]
+    fn writes_reads_and_flushes() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        let pool = BufferPool::default();
+        let mut data = pool.take(4096);
+        data.fill(0xa5);
+        ring.push(operation(Action::Write {
+            range: SectorRange::new(9, 2),
+            data: Rc::new(data),
+            offset_bytes: 512,
+            durable: true,
+        }))
+        .unwrap();
+        assert_eq!(reply_of(&mut ring).result, Ok(()));
+        let mut bytes = [0; 4 * 512];
+        file.read_exact_at(&mut bytes, 8 * 512).unwrap();
+        assert!(bytes[512..1536].iter().all(|b| *b == 0xa5));
+        assert!(bytes[..512].iter().chain(&bytes[1536..]).all(|b| *b == 0));
+
+        let into = pool.take(512);
+        ring.push(operation(Action::Read {
+            range: SectorRange::new(10, 1),
+            into,
+        }))
+        .unwrap();
+        let reply = reply_of(&mut ring);
+        assert_eq!((reply.request, reply.result), (RequestId(7), Ok(())));
+        assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|b| *b == 0xa5)));
+
+        ring.push(operation(Action::Flush)).unwrap();
+        assert_eq!(reply_of(&mut ring).result, Ok(()));
+        assert_eq!(ring.operations_in_flight(), 0);
+    }
+
+    #[test]
+    fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(768).unwrap();
+        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        let into = BufferPool::default().take(1024);
+        ring.push(operation(Action::Read {
+            range: SectorRange::new(0, 2),
+            into,
+        }))
+        .unwrap();
+        assert_eq!(reply_of(&mut ring).result, Err(Errno(libc::EIO)));
+    }
+
+    #[test]
+    fn takes_more_operations_than_the_queue_has_entries() {
+        let file = tempfile::tempfile().unwrap();
+        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        let count = RING_ENTRIES as usize * 3 + 1;
+        for _ in 0..count {
+            ring.push(operation(Action::Flush)).unwrap();
+        }
+        for _ in 0..count {
+            assert_eq!(reply_of(&mut ring).result, Ok(()));
+        }
+    }
+
+    #[test]
+    fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
+        let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let watch = ring.watch(&event, WatchToken(3)).unwrap();
+        for _ in 0..3 {
+            event.write(1).unwrap();
+            let completion = ring.enter(true).unwrap().pop_front();
+            assert!(matches!(completion, Some(Completion::Readable(WatchToken(3)))));
+        }
+        ring.unwatch(&watch).unwrap();
+        event.write(1).unwrap();
+        while !ring.in_flight.is_empty() {
+            assert!(ring.enter(true).unwrap().is_empty());
+        }
+    }
+}

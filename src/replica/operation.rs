@@ -1,0 +1,62 @@
+//! Plain values: what is asked of a replica, and what comes back.
+//!
+//! An operation owns its buffer until the reply brings it back, so memory that the kernel may still touch is
+//! never reused, however long a replica takes.
+
+use std::rc::Rc;
+
+use super::buffer::Buffer;
+use crate::quorum::{Errno, ReplicaIndex, SectorRange};
+
+/// Names the request that an operation serves; comes back in the reply.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct RequestId(pub u32);
+
+/// Something to do on one replica.
+#[derive(Debug)]
+pub struct Operation {
+    /// The request it serves.
+    pub request: RequestId,
+    /// The replica.
+    pub replica: ReplicaIndex,
+    /// What to do.
+    pub action: Action,
+}
+
+/// What to do on a replica.
+#[derive(Debug)]
+pub enum Action {
+    /// Fill the buffer, all of it, from the range.
+    Read {
+        /// The sectors.
+        range: SectorRange,
+        /// A private buffer as long as the range.
+        into: Buffer,
+    },
+    /// Write the range.
+    Write {
+        /// The sectors.
+        range: SectorRange,
+        /// A private copy of the data, shared by the operations that write it to the other replicas.
+        data: Rc<Buffer>,
+        /// Where in `data` the bytes of the range begin.
+        offset_bytes: usize,
+        /// The data must be on stable storage when the reply comes.
+        durable: bool,
+    },
+    /// Put everything that was written on stable storage.
+    Flush,
+}
+
+/// The end of an operation. Every operation has exactly one.
+#[derive(Debug)]
+pub struct Reply {
+    /// The request it served.
+    pub request: RequestId,
+    /// The replica.
+    pub replica: ReplicaIndex,
+    /// The operation, with its buffer.
+    pub action: Action,
+    /// Whether it was done, completely.
+    pub result: Result<(), Errno>,
+}
