@@ -2,7 +2,10 @@
 
 pub mod config;
 pub mod control;
+pub mod daemon;
+pub mod device;
 pub mod engine;
 pub mod limits;
 pub mod quorum;
 pub mod replica;
+pub mod worker;

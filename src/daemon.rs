@@ -1,0 +1,404 @@
+//! The daemon: builds the parts in the order in which they can fail, runs until it is told to stop, and shuts
+//! them down in the opposite order.
+//!
+//! Invariants: everything that can be refused is refused before a socket exists; when it ends, every request
+//! taken was answered and the replicas were flushed.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use log::{debug, error, info, warn};
+use vhost_user_backend::VringT;
+use vm_memory::GuestMemoryAtomic;
+
+use crate::config::{Config, Listen};
+use crate::control::events::Names;
+use crate::control::publisher::Publisher;
+use crate::control::queue::EventQueue;
+use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
+use crate::device::frontend::{AcceptedFeatures, Frontend};
+use crate::device::{DiskInfo, GuestMemory, Vring};
+use crate::engine::{Policy, ReadPattern, Shared};
+use crate::quorum::SECTOR_BYTES;
+use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
+use crate::replica::file::{OpenError, ReplicaFile, open_all};
+use crate::worker::{Disk, Stop, Workers};
+
+/// Why the daemon could not start, or ended otherwise than asked. Each is one line for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A replica cannot be used.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A socket cannot be made.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// `--fd` names something else than a listening socket.
+    #[error("--fd {0}: not a listening UNIX socket")]
+    NotAListener(RawFd),
+    /// A replica wants buffers more aligned than any known disk does.
+    #[error("{path}: needs buffers aligned to {alignment_bytes} bytes, more than is supported")]
+    Alignment {
+        /// The replica.
+        path: PathBuf,
+        /// What it wants.
+        alignment_bytes: u32,
+    },
+    /// The system refused something the daemon cannot do without.
+    #[error("{what}: {source}")]
+    System {
+        /// What was refused.
+        what: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// `--blkverify` found a difference.
+    #[error("the replicas differ at sector {0}")]
+    ContentsDiffer(u64),
+    /// A worker could not go on.
+    #[error("{0}")]
+    Broken(String),
+    /// The last flush failed.
+    #[error("{path}: the last flush failed: {source}")]
+    LastFlush {
+        /// The replica.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+fn system(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::System { what, source }
+}
+
+/// Serves the disk that `config` describes until SIGTERM or SIGINT.
+///
+/// Signals are blocked in the calling thread, which must be the only one so far.
+///
+/// # Errors
+/// If it cannot start, if `--blkverify` finds a difference, or if the replicas cannot be flushed in the end.
+pub fn run(config: &Config) -> Result<(), Error> {
+    let signals = Signals::block().map_err(system("cannot block signals"))?;
+    let replicas = open_all(&config.replicas, config.open_options())?;
+    check_alignment(&replicas)?;
+    let info = disk_info(config, &replicas);
+    let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
+    let (stop, stopped) = channel();
+    let disk = Disk {
+        policy: policy(config, &info),
+        info: info.clone(),
+        shared: Arc::new(Shared::new(replicas.len(), config.vote_threshold)),
+        files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
+        memory: GuestMemoryAtomic::new(GuestMemory::new()),
+        accepted: Arc::new(AcceptedFeatures::default()),
+        events: Arc::clone(&queue),
+        stop: stop.clone(),
+    };
+    let vrings = (0..config.queue_count)
+        .map(|_| Vring::new(disk.memory.clone(), config.queue_size))
+        .collect::<Result<Vec<_>, _>>()
+        .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?;
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
+    let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
+    let workers =
+        Workers::start(&disk, &vrings, count).map_err(system("cannot start a worker with io_uring"))?;
+
+    let served = serve(config, &disk, vrings, &workers, queue, signals, stop, &stopped);
+    workers.exit();
+    let counters = &disk.shared.counters;
+    debug!("{counters:?}");
+    let (publisher, reason) = served?;
+    let flushed = flush(&replicas, config.read_only);
+    publisher.stop();
+    match reason {
+        Stop::Requested => flushed,
+        Stop::ContentsDiffer(range) => Err(Error::ContentsDiffer(range.start)),
+        Stop::Broken(why) => Err(Error::Broken(why)),
+    }
+}
+
+/// Creates the sockets and serves connections until there is a reason to stop. Returns with every ring
+/// drained.
+#[expect(
+    clippy::too_many_arguments,
+    reason = "the second half of `run`, so that its errors end the workers"
+)]
+fn serve(
+    config: &Config,
+    disk: &Disk,
+    vrings: Vec<Vring>,
+    workers: &Workers,
+    queue: Arc<EventQueue>,
+    signals: Signals,
+    stop: Sender<Stop>,
+    stopped: &Receiver<Stop>,
+) -> Result<(Publisher, Stop), Error> {
+    let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
+    let listener = Arc::new(FrontendListener::new(&config.listen)?);
+    let names = Names {
+        reference: config.node_name.clone(),
+        nodes: config
+            .replicas
+            .iter()
+            .map(|replica| replica.node_name.clone())
+            .collect(),
+    };
+    let publisher =
+        Publisher::spawn(events, queue, names).map_err(system("cannot start the event publisher"))?;
+    signals
+        .forward_to(stop)
+        .map_err(system("cannot start the signal thread"))?;
+    let frontend = Arc::new(Mutex::new(Frontend::new(
+        disk.info.clone(),
+        disk.memory.clone(),
+        vrings,
+        workers.ring_server(),
+        Arc::clone(&disk.accepted),
+    )));
+    let connections = Connections::start(Arc::clone(&listener), frontend)
+        .map_err(system("cannot start the frontend thread"))?;
+    info!(
+        "serving {} MiB from {} replicas, vote threshold {}",
+        (disk.info.capacity_sectors * SECTOR_BYTES) >> 20,
+        disk.policy.replicas,
+        disk.policy.threshold
+    );
+    // Senders live as long as this function, so there is always a reason.
+    let reason = stopped.recv().unwrap_or(Stop::Requested);
+    info!("stopping: {reason:?}");
+    connections.stop();
+    Ok((publisher, reason))
+}
+
+fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
+    let too_much = |replica: &&ReplicaFile| replica.memory_alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES;
+    match replicas.iter().find(too_much) {
+        Some(replica) => Err(Error::Alignment {
+            path: replica.path.clone(),
+            alignment_bytes: replica.memory_alignment_bytes,
+        }),
+        None => Ok(()),
+    }
+}
+
+fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
+    DiskInfo {
+        capacity_sectors: replicas[0].size_bytes / SECTOR_BYTES,
+        block_bytes: replicas
+            .iter()
+            .map(|replica| replica.alignment_bytes)
+            .max()
+            .unwrap_or(512),
+        read_only: config.read_only,
+        serial: config.serial.clone(),
+        num_queues: config.queue_count,
+        queue_size_max: config.queue_size,
+    }
+}
+
+fn policy(config: &Config, info: &DiskInfo) -> Policy {
+    Policy {
+        replicas: config.replicas.len(),
+        threshold: config.vote_threshold,
+        read_pattern: match config.read_pattern {
+            crate::config::ReadPattern::Quorum => ReadPattern::Quorum,
+            crate::config::ReadPattern::Fifo => ReadPattern::Fifo,
+        },
+        rewrite_corrupted: config.rewrite_corrupted,
+        blkverify: config.blkverify,
+        block_sectors: u64::from(info.block_bytes) / SECTOR_BYTES,
+    }
+}
+
+fn flush(replicas: &[ReplicaFile], read_only: bool) -> Result<(), Error> {
+    let mut result = Ok(());
+    for replica in replicas.iter().filter(|_| !read_only) {
+        if let Err(source) = replica.file.sync_data() {
+            error!("{}: the last flush failed: {source}", replica.path.display());
+            let path = replica.path.clone();
+            result = Err(Error::LastFlush { path, source });
+        }
+    }
+    result
+}
+
+/// Where frontends connect.
+enum FrontendListener {
+    Bound(BoundListener),
+    Inherited(UnixListener),
+}
+
+impl FrontendListener {
+    fn new(listen: &Listen) -> Result<Self, Error> {
+        match listen {
+            Listen::Path(path) => Ok(Self::Bound(bind_unix_listener(path)?)),
+            Listen::Fd(fd) => inherited(*fd)
+                .map(Self::Inherited)
+                .ok_or(Error::NotAListener(*fd)),
+        }
+    }
+
+    fn socket(&self) -> &UnixListener {
+        match self {
+            Self::Bound(bound) => bound.socket(),
+            Self::Inherited(socket) => socket,
+        }
+    }
+
+    /// Makes a blocked and every later `accept` fail.
+    fn close(&self) {
+        // SAFETY: a system call on a descriptor that we own; it touches no memory.
+        unsafe { libc::shutdown(self.socket().as_raw_fd(), libc::SHUT_RDWR) };
+    }
+}
+
+/// The listening UNIX socket that was passed as descriptor `fd`, if it is one.
+fn inherited(fd: RawFd) -> Option<UnixListener> {
+    if fd <= libc::STDERR_FILENO {
+        return None;
+    }
+    let option = |name| {
+        let mut value: libc::c_int = 0;
+        let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
+        // SAFETY: `value` and `len` are valid for the write of an int option.
+        let result =
+            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+        (result == 0).then_some(value)
+    };
+    if option(libc::SO_DOMAIN) != Some(libc::AF_UNIX) || option(libc::SO_ACCEPTCONN) != Some(1) {
+        return None;
+    }
+    // SAFETY: the descriptor is open (the calls above succeeded) and was passed for us to own.
+    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
+    Some(owned.into())
+}
+
+/// The thread that serves one connection after the other.
+struct Connections {
+    listener: Arc<FrontendListener>,
+    current: Arc<Current>,
+    thread: JoinHandle<()>,
+}
+
+#[derive(Default)]
+struct Current {
+    connection: Mutex<Option<UnixStream>>,
+    stopping: AtomicBool,
+}
+
+impl Current {
+    /// Remembers the connection, to be able to end it. `false` when nothing is to be served any more.
+    fn set(&self, connection: Option<UnixStream>) -> bool {
+        let mut current = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        *current = connection;
+        !self.stopping.load(Ordering::Acquire)
+    }
+
+    fn end(&self) {
+        let current = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
+        self.stopping.store(true, Ordering::Release);
+        if let Some(connection) = &*current {
+            let _ = connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+}
+
+impl Connections {
+    fn start(listener: Arc<FrontendListener>, frontend: Arc<Mutex<Frontend>>) -> io::Result<Self> {
+        let current = Arc::new(Current::default());
+        let thread = {
+            let (listener, current) = (Arc::clone(&listener), Arc::clone(&current));
+            std::thread::Builder::new()
+                .name("frontend".into())
+                .spawn(move || accept_all(&listener, &current, &frontend))?
+        };
+        Ok(Self {
+            listener,
+            current,
+            thread,
+        })
+    }
+
+    /// Ends the connection, if there is one, and returns when its rings are drained.
+    fn stop(self) {
+        self.current.end();
+        self.listener.close();
+        if self.thread.join().is_err() {
+            error!("the frontend thread panicked");
+        }
+    }
+}
+
+fn accept_all(listener: &FrontendListener, current: &Current, frontend: &Arc<Mutex<Frontend>>) {
+    loop {
+        let connection = match listener.socket().accept() {
+            Ok((connection, _)) => connection,
+            Err(_) if current.stopping.load(Ordering::Acquire) => return,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+            Err(error) => {
+                // For want of descriptors or memory; that may pass, and the disk must not go for it.
+                warn!("cannot accept a connection: {error}");
+                std::thread::sleep(std::time::Duration::from_millis(100));
+                continue;
+            }
+        };
+        match connection.try_clone().map(|handle| current.set(Some(handle))) {
+            Ok(true) => Frontend::serve(frontend, connection),
+            Ok(false) => return,
+            Err(error) => warn!("cannot serve a connection: {error}"),
+        }
+        if !current.set(None) {
+            return;
+        }
+    }
+}
+
+/// SIGTERM and SIGINT, taken from the threads and given to one that waits for them.
+struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks them in this thread and those it will start.
+    fn block() -> io::Result<Self> {
+        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to locals.
+        let (set, result) = unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGTERM);
+            libc::sigaddset(&raw mut set, libc::SIGINT);
+            let result = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            (set, result)
+        };
+        if result == 0 {
+            Ok(Self(set))
+        } else {
+            Err(io::Error::from_raw_os_error(result))
+        }
+    }
+
+    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the process at
+    /// once: who sends it does not want to wait.
+    fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for first in [true, false] {
+                    let mut signal = 0;
+                    // SAFETY: the set is initialised and `signal` is valid for the write.
+                    while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+                    if !first {
+                        error!("signal {signal} again: ending at once");
+                        std::process::exit(128 + signal);
+                    }
+                    let _ = stop.send(Stop::Requested);
+                }
+            })?;
+        Ok(())
+    }
+}

@@ -1,0 +1,401 @@
+//! The vhost-user protocol: what the VMM tells us about memory and rings.
+//!
+//! One connection at a time. The `vhost` crate reads messages and checks their form; this file gives them
+//! their meaning. The daemon of `vhost-user-backend` is not used, since its worker loop cannot wait for
+//! io_uring completions (ARCHITECTURE.md); its vrings are.
+//!
+//! Invariants: a ring that is stopped, disabled or lost with its connection is drained before the frontend
+//! is answered, so guest memory is not touched afterwards.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::net::UnixStream;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use log::{debug, info, warn};
+use vhost::VhostUserMemoryRegionBase;
+use vhost::vhost_user::message::{
+    VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
+    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+};
+use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost_user_backend::VringT;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+use virtio_queue::QueueT;
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestRegionMmap};
+
+use super::{DiskInfo, GuestMemory, Vring, config_space};
+use crate::limits::MEMORY_SLOTS_MAX;
+
+/// Who serves the rings.
+pub trait RingServer: Send {
+    /// The state of a ring has changed. Returns when the ring is served according to it: one that is not
+    /// running any more is drained.
+    fn refresh(&self, queue: u16);
+}
+
+/// What the driver accepted, for the threads that serve the rings.
+#[derive(Debug, Default)]
+pub struct AcceptedFeatures(AtomicU64);
+
+impl AcceptedFeatures {
+    /// The feature bits.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// The device as the VMM sees it.
+pub struct Frontend {
+    info: DiskInfo,
+    memory: GuestMemoryAtomic<GuestMemory>,
+    vrings: Vec<Vring>,
+    server: Box<dyn RingServer>,
+    accepted: Arc<AcceptedFeatures>,
+    /// Where the VMM has the memory regions, to translate ring addresses.
+    mappings: Vec<Mapping>,
+    owned: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Mapping {
+    frontend_address: u64,
+    bytes: u64,
+    guest_address: u64,
+}
+
+impl Frontend {
+    /// The device on `vrings`, which `server` serves.
+    pub fn new(
+        info: DiskInfo,
+        memory: GuestMemoryAtomic<GuestMemory>,
+        vrings: Vec<Vring>,
+        server: Box<dyn RingServer>,
+        accepted: Arc<AcceptedFeatures>,
+    ) -> Self {
+        Self {
+            info,
+            memory,
+            vrings,
+            server,
+            accepted,
+            mappings: Vec::new(),
+            owned: false,
+        }
+    }
+
+    /// Serves one connection until it ends, and leaves the device ready for the next one.
+    pub fn serve(this: &Arc<Mutex<Self>>, connection: UnixStream) {
+        info!("a frontend has connected");
+        let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(this));
+        let end = loop {
+            if let Err(error) = handler.handle_request() {
+                break error;
+            }
+        };
+        match end {
+            Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
+                info!("the frontend has disconnected");
+            }
+            error => warn!("the connection to the frontend is closed: {error}"),
+        }
+        this.lock().unwrap_or_else(PoisonError::into_inner).reset();
+    }
+
+    /// Stops all rings and forgets what the connection told.
+    fn reset(&mut self) {
+        for queue in 0..self.info.num_queues {
+            let vring = &self.vrings[usize::from(queue)];
+            vring.set_enabled(false);
+            vring.set_queue_ready(false);
+            self.server.refresh(queue);
+            vring.set_kick(None);
+            vring.set_call(None);
+            vring.set_err(None);
+            vring.get_mut().get_queue_mut().reset();
+        }
+        self.replace_memory(GuestMemory::new());
+        self.mappings.clear();
+        self.accepted.0.store(0, Ordering::Release);
+        self.owned = false;
+    }
+
+    fn replace_memory(&self, memory: GuestMemory) {
+        match self.memory.lock() {
+            Ok(guard) => guard.replace(memory),
+            Err(poisoned) => poisoned.into_inner().replace(memory),
+        }
+    }
+
+    fn vring(&self, index: u32) -> Result<(u16, &Vring)> {
+        let queue = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
+        let vring = self.vrings.get(usize::from(queue)).ok_or(Error::InvalidParam)?;
+        Ok((queue, vring))
+    }
+
+    fn guest_address(&self, frontend_address: u64) -> Result<u64> {
+        self.mappings
+            .iter()
+            .find_map(|mapping| {
+                let offset = frontend_address.checked_sub(mapping.frontend_address)?;
+                (offset < mapping.bytes).then(|| mapping.guest_address + offset)
+            })
+            .ok_or(Error::InvalidParam)
+    }
+}
+
+/// Maps a region of guest memory.
+fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap<()>, Mapping)> {
+    let address = GuestAddress(region.guest_phys_addr);
+    let memory = GuestRegionMmap::new(region.mmap_region(file)?, address).ok_or(Error::InvalidParam)?;
+    let mapping = Mapping {
+        frontend_address: region.user_addr,
+        bytes: region.memory_size,
+        guest_address: region.guest_phys_addr,
+    };
+    Ok((memory, mapping))
+}
+
+fn not_offered<T>(message: &'static str) -> Result<T> {
+    Err(Error::InvalidOperation(message))
+}
+
+fn failed(error: impl std::error::Error + Send + Sync + 'static) -> Error {
+    Error::ReqHandlerError(io::Error::other(error))
+}
+
+impl VhostUserBackendReqHandlerMut for Frontend {
+    fn set_owner(&mut self) -> Result<()> {
+        if self.owned {
+            return Err(Error::InvalidOperation("already claimed"));
+        }
+        self.owned = true;
+        Ok(())
+    }
+
+    fn reset_owner(&mut self) -> Result<()> {
+        self.owned = false;
+        Ok(())
+    }
+
+    fn reset_device(&mut self) -> Result<()> {
+        not_offered("RESET_DEVICE")
+    }
+
+    fn get_features(&mut self) -> Result<u64> {
+        Ok(config_space::features(&self.info))
+    }
+
+    fn set_features(&mut self, features: u64) -> Result<()> {
+        if features & !config_space::features(&self.info) != 0 {
+            return Err(Error::InvalidParam);
+        }
+        debug!("the driver accepted features {features:#x}");
+        self.accepted.0.store(features, Ordering::Release);
+        for vring in &self.vrings {
+            vring.set_queue_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+        }
+        // Without protocol features there is no message to enable a ring, so they all are (vhost-user, "Ring
+        // states").
+        let enable_all = features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
+        for queue in 0..self.info.num_queues {
+            if enable_all {
+                self.vrings[usize::from(queue)].set_enabled(true);
+            }
+            self.server.refresh(queue);
+        }
+        Ok(())
+    }
+
+    fn set_mem_table(
+        &mut self,
+        regions: &[VhostUserMemoryRegion],
+        files: Vec<File>,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
+        let regions = regions.iter().zip(files).map(|(region, file)| map(region, file));
+        let (mapped, mappings) = regions.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        self.replace_memory(GuestMemory::from_regions(mapped).map_err(failed)?);
+        self.mappings = mappings;
+        Ok(None)
+    }
+
+    fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
+        let (_, vring) = self.vring(index)?;
+        let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
+        // `Queue` checks the size (a power of two up to its maximum) but keeps the old one silently.
+        vring
+            .get_mut()
+            .get_queue_mut()
+            .try_set_size(size)
+            .map_err(|_| Error::InvalidParam)
+    }
+
+    fn set_vring_addr(
+        &mut self,
+        index: u32,
+        _flags: VhostUserVringAddrFlags,
+        descriptor: u64,
+        used: u64,
+        available: u64,
+        _log: u64,
+    ) -> Result<()> {
+        let (_, vring) = self.vring(index)?;
+        let descriptor = self.guest_address(descriptor)?;
+        let available = self.guest_address(available)?;
+        let used = self.guest_address(used)?;
+        vring
+            .set_queue_info(descriptor, available, used)
+            .map_err(|_| Error::InvalidParam)?;
+        // The message that sets the base has the available index only; where the used ring stands is in the
+        // ring itself.
+        let used_index = vring.queue_used_idx().map_err(|_| Error::InvalidParam)?;
+        vring.set_queue_next_used(used_index);
+        Ok(())
+    }
+
+    fn set_vring_base(&mut self, index: u32, base: u32) -> Result<()> {
+        let (_, vring) = self.vring(index)?;
+        vring.set_queue_next_avail(u16::try_from(base).map_err(|_| Error::InvalidParam)?);
+        Ok(())
+    }
+
+    fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
+        let (queue, vring) = self.vring(index)?;
+        vring.set_queue_ready(false);
+        self.server.refresh(queue);
+        vring.set_kick(None);
+        vring.set_call(None);
+        Ok(VhostUserVringState::new(
+            index,
+            u32::from(vring.queue_next_avail()),
+        ))
+    }
+
+    fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let (queue, vring) = self.vring(u32::from(index))?;
+        // A ring starts when it has a kick (vhost-user, "Ring states"). We do not wait for the first one:
+        // what is on the ring already is served at once.
+        vring.set_queue_ready(file.is_some());
+        vring.set_kick(file);
+        self.server.refresh(queue);
+        Ok(())
+    }
+
+    fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.set_call(file);
+        // What was completed while there was nobody to tell must not stay untold.
+        let _ = vring.signal_used_queue();
+        Ok(())
+    }
+
+    fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
+        let (_, vring) = self.vring(u32::from(index))?;
+        vring.set_err(file);
+        Ok(())
+    }
+
+    fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
+        Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::REPLY_ACK
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+    }
+
+    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+        Ok(())
+    }
+
+    fn get_queue_num(&mut self) -> Result<u64> {
+        Ok(u64::from(self.info.num_queues))
+    }
+
+    fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
+        let (queue, vring) = self.vring(index)?;
+        vring.set_enabled(enable);
+        self.server.refresh(queue);
+        Ok(())
+    }
+
+    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+        Ok(config_space::read(&self.info, offset, size))
+    }
+
+    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        not_offered("no field of the configuration space can be written")
+    }
+
+    fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {
+        not_offered("GPU_SET_SOCKET")
+    }
+
+    fn get_shared_object(&mut self, _uuid: VhostUserSharedMsg) -> Result<File> {
+        not_offered("GET_SHARED_OBJECT")
+    }
+
+    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        not_offered("GET_INFLIGHT_FD")
+    }
+
+    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
+        not_offered("SET_INFLIGHT_FD")
+    }
+
+    fn get_max_mem_slots(&mut self) -> Result<u64> {
+        Ok(MEMORY_SLOTS_MAX as u64)
+    }
+
+    fn add_mem_region(
+        &mut self,
+        region: &VhostUserSingleMemoryRegion,
+        file: File,
+        _postcopy_listening: Option<bool>,
+    ) -> Result<Option<VhostUserMemoryRegionBase>> {
+        if self.mappings.len() >= MEMORY_SLOTS_MAX {
+            return Err(Error::InvalidParam);
+        }
+        let (memory, mapping) = map(region, file)?;
+        let with_it = self
+            .memory
+            .memory()
+            .insert_region(Arc::new(memory))
+            .map_err(failed)?;
+        self.replace_memory(with_it);
+        self.mappings.push(mapping);
+        Ok(None)
+    }
+
+    fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
+        let address = GuestAddress(region.guest_phys_addr);
+        let removed = self.memory.memory().remove_region(address, region.memory_size);
+        let (without_it, _) = removed.map_err(failed)?;
+        self.replace_memory(without_it);
+        self.mappings
+            .retain(|mapping| mapping.guest_address != region.guest_phys_addr);
+        Ok(())
+    }
+
+    fn set_device_state_fd(
+        &mut self,
+        _direction: VhostTransferStateDirection,
+        _phase: VhostTransferStatePhase,
+        _file: File,
+    ) -> Result<Option<File>> {
+        not_offered("SET_DEVICE_STATE_FD")
+    }
+
+    fn check_device_state(&mut self) -> Result<()> {
+        not_offered("CHECK_DEVICE_STATE")
+    }
+
+    fn get_shmem_config(&mut self) -> Result<VhostUserShMemConfig> {
+        not_offered("GET_SHMEM_CONFIG")
+    }
+
+    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
+        not_offered("SET_LOG_BASE")
+    }
+}

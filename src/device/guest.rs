@@ -1,0 +1,327 @@
+//! The rings of one worker: takes requests off them, cuts them into pieces, and answers.
+//!
+//! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one chain
+//! never decides how much memory we need. Once a piece has failed no further one is begun.
+
+use std::collections::VecDeque;
+
+use log::error;
+use slab::Slab;
+use vhost_user_backend::VringT;
+use virtio_queue::{QueueOwnedT, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+
+use super::request::{Kind, OutsideMemory, Request, Status};
+use super::{DiskInfo, GuestMemory, Vring};
+use crate::engine::{Failed, GuestRequest, Tag};
+use crate::limits::PIECE_BYTES_MAX;
+use crate::quorum::{SECTOR_BYTES, SectorRange};
+use crate::replica::buffer::BufferPool;
+
+const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;
+
+/// The guest as one worker sees it.
+pub struct Guest {
+    info: DiskInfo,
+    memory: GuestMemoryAtomic<GuestMemory>,
+    pool: BufferPool,
+    rings: Vec<Ring>,
+    /// Where to look for the next request, so that no ring starves another.
+    next_ring: usize,
+    chains: Slab<Chain>,
+    /// Chains of which pieces are still to be begun.
+    unfinished: VecDeque<usize>,
+    /// The driver cannot flush: every write must be durable when it is answered.
+    durable_writes: bool,
+}
+
+struct Ring {
+    vring: Vring,
+    /// Started, enabled and with addresses that make sense.
+    active: bool,
+    /// The driver is told to kick.
+    notify: bool,
+    /// Something was put on the used ring that the driver may have to be told of.
+    used: bool,
+    /// Chains taken and not given back.
+    taken: usize,
+}
+
+/// A chain that was taken off its ring.
+struct Chain {
+    ring: usize,
+    request: Request,
+    /// Sectors of the request that were begun.
+    begun_sectors: u64,
+    /// Pieces begun and not answered.
+    outstanding: usize,
+    failed: bool,
+}
+
+impl Guest {
+    /// The guest behind `vrings`, none of them active yet.
+    pub fn new(
+        info: DiskInfo,
+        memory: GuestMemoryAtomic<GuestMemory>,
+        vrings: Vec<Vring>,
+        pool: BufferPool,
+    ) -> Self {
+        let rings = vrings.into_iter().map(|vring| Ring {
+            vring,
+            active: false,
+            notify: true,
+            used: false,
+            taken: 0,
+        });
+        Self {
+            info,
+            memory,
+            pool,
+            rings: rings.collect(),
+            next_ring: 0,
+            chains: Slab::new(),
+            unfinished: VecDeque::new(),
+            durable_writes: false,
+        }
+    }
+
+    /// Looks at the state that the frontend gave to a ring; returns whether it is to be served from now on.
+    pub fn refresh(&mut self, ring: usize, durable_writes: bool) -> bool {
+        self.durable_writes = durable_writes;
+        let memory = self.memory.memory();
+        let ring = &mut self.rings[ring];
+        let state = ring.vring.get_ref();
+        let wanted = state.is_enabled() && state.get_queue().ready() && state.get_kick().is_some();
+        let valid = wanted && state.get_queue().is_valid(&*memory);
+        drop(state);
+        if wanted && !valid {
+            error!("the frontend started a ring that does not lie within guest memory; it is not served");
+        }
+        ring.active = valid;
+        ring.notify = true;
+        valid
+    }
+
+    /// Whether every chain taken off the ring was given back.
+    pub fn is_drained(&self, ring: usize) -> bool {
+        self.rings[ring].taken == 0
+    }
+
+    /// The next piece of work, if any: of a request that was begun, or of a new one.
+    pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
+        loop {
+            if let Some(&key) = self.unfinished.front() {
+                match self.next_piece(key) {
+                    Some(piece) => return Some(piece),
+                    None => continue,
+                }
+            }
+            if !self.take() {
+                return None;
+            }
+        }
+    }
+
+    /// The engine has answered a piece.
+    pub fn answered(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
+        let (key, offset_sectors) = untag(tag);
+        let chain = &mut self.chains[key];
+        chain.outstanding -= 1;
+        let done = match (result, chain.request.kind) {
+            (Err(Failed), _) => Err(OutsideMemory),
+            (Ok(data), Kind::In(_)) => {
+                let offset = bytes(offset_sectors);
+                chain.request.data.write(&self.memory.memory(), offset, data)
+            }
+            (Ok(_), _) => Ok(()),
+        };
+        if done.is_err() && !chain.failed {
+            chain.failed = true;
+            self.unfinished.retain(|unfinished| *unfinished != key);
+        }
+        let all_begun = chain.failed || chain.begun_sectors == chain.sectors();
+        if chain.outstanding == 0 && all_begun {
+            let status = if chain.failed { Status::IoError } else { Status::Ok };
+            self.give_back(key, status);
+        }
+    }
+
+    /// Tells the driver of what was put on the used rings since the last call, where it wants to be told.
+    pub fn signal(&mut self) {
+        let memory = self.memory.memory();
+        for ring in self.rings.iter_mut().filter(|ring| ring.used) {
+            ring.used = false;
+            let mut state = ring.vring.get_mut();
+            // When in doubt, tell.
+            if state.get_queue_mut().needs_notification(&*memory).unwrap_or(true) {
+                // The frontend may have closed its end; then nobody waits for it.
+                let _ = state.signal_used_queue();
+            }
+        }
+    }
+
+    /// Asks to be kicked from now on. Returns whether requests have come in meanwhile, for which no kick
+    /// will come.
+    pub fn ask_for_kicks(&mut self) -> bool {
+        let memory = self.memory.memory();
+        let mut more = false;
+        for ring in self.rings.iter_mut().filter(|ring| ring.active && !ring.notify) {
+            ring.notify = true;
+            let enabled = ring.vring.get_mut().get_queue_mut().enable_notification(&*memory);
+            match enabled {
+                Ok(pending) => more |= pending,
+                Err(error) => ring.give_up(&error),
+            }
+        }
+        more
+    }
+
+    /// Takes one chain off the rings. `false` if there is none.
+    fn take(&mut self) -> bool {
+        for step in 0..self.rings.len() {
+            let index = (self.next_ring + step) % self.rings.len();
+            if let Some(request) = self.pop(index) {
+                self.next_ring = (index + 1) % self.rings.len();
+                self.begin(index, request);
+                return true;
+            }
+        }
+        false
+    }
+
+    fn pop(&mut self, index: usize) -> Option<Request> {
+        let ring = &mut self.rings[index];
+        if !ring.active {
+            return None;
+        }
+        let memory = self.memory.memory();
+        let mut state = ring.vring.get_mut();
+        // The frontend stops a ring by taking its readiness away; it is told here at the latest.
+        if !state.is_enabled() || !state.get_queue().ready() {
+            return None;
+        }
+        let popped = match state.get_queue_mut().iter(&*memory) {
+            Ok(mut available) => available.next().map(|chain| Request::parse(chain, &self.info)),
+            Err(error) => {
+                drop(state);
+                ring.give_up(&error);
+                return None;
+            }
+        };
+        if popped.is_some() {
+            ring.taken += 1;
+            if ring.notify {
+                ring.notify = false;
+                // Only a hint; a failure shows again when the ring is used.
+                let _ = state.get_queue_mut().disable_notification(&*memory);
+            }
+        }
+        popped
+    }
+
+    /// Answers a request that needs no replica, queues the others for their pieces.
+    fn begin(&mut self, ring: usize, request: Request) {
+        let at_once = match request.kind {
+            Kind::Refused(status) => Some(status),
+            Kind::GetId => Some(request.write_id(&self.memory.memory(), &self.info.serial)),
+            Kind::In(range) | Kind::Out(range) if range.count == 0 => Some(Status::Ok),
+            Kind::In(_) | Kind::Out(_) | Kind::Flush => None,
+        };
+        let key = self.chains.insert(Chain {
+            ring,
+            request,
+            begun_sectors: 0,
+            outstanding: 0,
+            failed: false,
+        });
+        match at_once {
+            Some(status) => self.give_back(key, status),
+            None => self.unfinished.push_back(key),
+        }
+    }
+
+    /// Begins the next piece of a chain, or finds that there is none left to begin.
+    fn next_piece(&mut self, key: usize) -> Option<(Tag, GuestRequest)> {
+        let chain = &mut self.chains[key];
+        let begun = chain.begun_sectors;
+        let left = chain.sectors() - begun;
+        let piece = |range: SectorRange| SectorRange::new(range.start + begun, left.min(PIECE_SECTORS));
+        let (request, sectors) = match chain.request.kind {
+            Kind::In(range) => (GuestRequest::Read(piece(range)), piece(range).count),
+            Kind::Out(range) => {
+                let range = piece(range);
+                let mut data = self.pool.take(bytes(range.count));
+                let memory = self.memory.memory();
+                if chain.request.data.read(&memory, bytes(begun), &mut data).is_err() {
+                    chain.failed = true;
+                    self.unfinished.pop_front();
+                    if chain.outstanding == 0 {
+                        self.give_back(key, Status::IoError);
+                    }
+                    return None;
+                }
+                let durable = self.durable_writes;
+                (GuestRequest::Write { range, data, durable }, range.count)
+            }
+            Kind::Flush => (GuestRequest::Flush, 0),
+            Kind::GetId | Kind::Refused(_) => unreachable!("answered when it was taken"),
+        };
+        chain.begun_sectors += sectors;
+        chain.outstanding += 1;
+        if chain.begun_sectors == chain.sectors() {
+            self.unfinished.pop_front();
+        }
+        Some((tag(key, begun), request))
+    }
+
+    /// Answers a chain and puts it on the used ring.
+    fn give_back(&mut self, key: usize, status: Status) {
+        let chain = self.chains.remove(key);
+        let memory = self.memory.memory();
+        let written = chain.request.answer(&memory, status);
+        let ring = &mut self.rings[chain.ring];
+        ring.taken -= 1;
+        ring.used = true;
+        let mut state = ring.vring.get_mut();
+        if let Err(error) = state
+            .get_queue_mut()
+            .add_used(&*memory, chain.request.head, written)
+        {
+            drop(state);
+            ring.give_up(&error);
+        }
+    }
+}
+
+impl Ring {
+    /// The driver broke its own ring; leave it alone until it is set up anew.
+    fn give_up(&mut self, error: &virtio_queue::Error) {
+        if std::mem::take(&mut self.active) {
+            error!("the guest broke a ring ({error}); it is not served until it is started again");
+        }
+    }
+}
+
+impl Chain {
+    fn sectors(&self) -> u64 {
+        match self.request.kind {
+            Kind::In(range) | Kind::Out(range) => range.count,
+            _ => 0,
+        }
+    }
+}
+
+/// The tag of the piece that begins `offset_sectors` into a chain.
+fn tag(key: usize, offset_sectors: u64) -> Tag {
+    // A chain is below 4 GiB, and there are at most as many as the rings have entries.
+    Tag((key as u64) << 32 | offset_sectors)
+}
+
+fn untag(tag: Tag) -> (usize, u64) {
+    let key = usize::try_from(tag.0 >> 32).expect("it was one");
+    (key, tag.0 & u64::from(u32::MAX))
+}
+
+fn bytes(sectors: u64) -> usize {
+    usize::try_from(sectors * SECTOR_BYTES).expect("a chain is below 4 GiB")
+}

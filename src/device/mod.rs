@@ -1,0 +1,53 @@
+//! The guest's side: virtio-blk requests and the vhost-user protocol. Knows nothing of replicas.
+//!
+//! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
+//! answers them, [`request`] understands one descriptor chain, [`config_space`] is what the driver sees of
+//! the device.
+//!
+//! Invariants: every chain taken off a ring is put back on it once; guest memory is written only between
+//! those two moments; whatever bytes the guest or the VMM puts in front of us, at most its own requests fail.
+
+pub mod config_space;
+pub mod frontend;
+pub mod guest;
+pub mod request;
+
+use vhost_user_backend::VringMutex;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::quorum::{SECTOR_BYTES, SectorRange};
+
+/// Guest memory as the VMM shares it.
+pub type GuestMemory = GuestMemoryMmap<()>;
+
+/// A virtqueue with the descriptors it is kicked and signalled by.
+pub type Vring = VringMutex<GuestMemoryAtomic<GuestMemory>>;
+
+/// What the disk is to the guest.
+#[derive(Clone, Debug)]
+pub struct DiskInfo {
+    /// Capacity in sectors.
+    pub capacity_sectors: u64,
+    /// Logical block size in bytes: requests are multiples of it.
+    pub block_bytes: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// The answer to GET_ID, at most 20 bytes.
+    pub serial: String,
+    /// How many virtqueues there are.
+    pub num_queues: u16,
+    /// The longest virtqueue the frontend may set up.
+    pub queue_size_max: u16,
+}
+
+impl DiskInfo {
+    /// The range of a request for `bytes` bytes from `sector` on, if it is one that this disk can serve:
+    /// whole blocks within the capacity. May be empty.
+    pub fn range_of(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
+        let block_sectors = u64::from(self.block_bytes) / SECTOR_BYTES;
+        let whole = bytes.is_multiple_of(u64::from(self.block_bytes)) && sector.is_multiple_of(block_sectors);
+        let range = SectorRange::new(sector, bytes / SECTOR_BYTES);
+        let end = sector.checked_add(range.count)?;
+        (whole && end <= self.capacity_sectors).then_some(range)
+    }
+}

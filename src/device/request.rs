@@ -1,0 +1,259 @@
+//! One descriptor chain, understood as a virtio-blk request (virtio 1.3, 5.2.6).
+//!
+//! The driver may cut header, data and status into descriptors as it likes (2.7.4.2): the header is the
+//! first 16 device-readable bytes, the status the last device-writable byte, the data what is between. The
+//! descriptors are looked at once; addresses and lengths are checked when memory is accessed.
+
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
+    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+};
+use virtio_queue::DescriptorChain;
+use virtio_queue::desc::split::Descriptor;
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use super::{DiskInfo, GuestMemory};
+use crate::quorum::SectorRange;
+
+/// Bytes of the request header: type, reserved, sector.
+const HEADER_BYTES: usize = 16;
+
+/// The outcome of a request (`VIRTIO_BLK_S_*`).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Status {
+    /// Done.
+    Ok = VIRTIO_BLK_S_OK,
+    /// Failed.
+    IoError = VIRTIO_BLK_S_IOERR,
+    /// Not a request this device knows.
+    Unsupported = VIRTIO_BLK_S_UNSUPP,
+}
+
+impl Status {
+    fn byte(self) -> u8 {
+        let [byte, ..] = (self as u32).to_le_bytes();
+        byte
+    }
+}
+
+/// A run of guest memory. Not checked against the memory map yet.
+#[derive(Clone, Copy, Debug)]
+struct Segment {
+    address: GuestAddress,
+    len: usize,
+}
+
+/// Runs of guest memory that make up one stretch of bytes.
+#[derive(Clone, Debug, Default)]
+pub struct Segments(Vec<Segment>);
+
+/// The request does not lie within guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OutsideMemory;
+
+/// What a chain asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// VIRTIO_BLK_T_IN.
+    In(SectorRange),
+    /// VIRTIO_BLK_T_OUT.
+    Out(SectorRange),
+    /// VIRTIO_BLK_T_FLUSH.
+    Flush,
+    /// VIRTIO_BLK_T_GET_ID.
+    GetId,
+    /// Nothing that can be served: to be answered with this at once.
+    Refused(Status),
+}
+
+/// A chain, understood.
+#[derive(Debug)]
+pub struct Request {
+    /// Index of the chain's first descriptor, its name on the used ring.
+    pub head: u16,
+    /// What it asks for.
+    pub kind: Kind,
+    /// The data to write, or the place for the data to read.
+    pub data: Segments,
+    /// Where the status goes; `None` if the driver left no room for one, and then there is no way to answer
+    /// but to give the chain back.
+    status: Option<GuestAddress>,
+}
+
+impl Request {
+    /// Understands `chain` as a request to a disk such as `info`.
+    pub fn parse(chain: DescriptorChain<&GuestMemory>, info: &DiskInfo) -> Self {
+        let head = chain.head_index();
+        let memory = chain.memory();
+        let (mut readable, mut writable, in_order) = split(chain.clone());
+        let status = writable.take_last_byte();
+        let refused = |status_value| Self {
+            head,
+            kind: Kind::Refused(status_value),
+            data: Segments::default(),
+            status,
+        };
+        let mut header = [0; HEADER_BYTES];
+        if !in_order || status.is_none() || readable.read(memory, 0, &mut header).is_err() {
+            return refused(Status::IoError);
+        }
+        readable.skip(HEADER_BYTES);
+        let request_type = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        let (kind, data) = match request_type {
+            VIRTIO_BLK_T_IN => (info.range_of(sector, writable.bytes()).map(Kind::In), writable),
+            VIRTIO_BLK_T_OUT if info.read_only => return refused(Status::IoError),
+            VIRTIO_BLK_T_OUT => (info.range_of(sector, readable.bytes()).map(Kind::Out), readable),
+            VIRTIO_BLK_T_FLUSH => (Some(Kind::Flush), Segments::default()),
+            VIRTIO_BLK_T_GET_ID => (Some(Kind::GetId), writable),
+            _ => return refused(Status::Unsupported),
+        };
+        match kind {
+            Some(kind) => Self {
+                head,
+                kind,
+                data,
+                status,
+            },
+            None => refused(Status::IoError),
+        }
+    }
+
+    /// Writes the status byte, if the driver left room for it. Returns how many bytes from the start of the
+    /// device-writable part are written, for the used ring (virtio 1.3, 2.7.8.2).
+    pub fn answer(&self, memory: &GuestMemory, status: Status) -> u32 {
+        let Some(address) = self.status else {
+            return 0;
+        };
+        // A status byte outside of guest memory is the driver's loss; the chain is given back all the same.
+        if memory.write_slice(&[status.byte()], address).is_err() {
+            return 0;
+        }
+        let data_bytes = match (self.kind, status) {
+            (Kind::In(_), Status::Ok) => self.data.bytes(),
+            (Kind::GetId, Status::Ok) if self.data.bytes() <= u64::from(VIRTIO_BLK_ID_BYTES) => {
+                self.data.bytes()
+            }
+            (Kind::Out(_) | Kind::Flush, _) => 0,
+            // Something may lie unwritten before the status byte.
+            _ => return 0,
+        };
+        u32::try_from(data_bytes + 1).unwrap_or(u32::MAX)
+    }
+
+    /// Serves GET_ID: the serial number, padded with zeroes to 20 bytes (virtio 1.3, 5.2.6).
+    pub fn write_id(&self, memory: &GuestMemory, serial: &str) -> Status {
+        let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
+        let len = serial.len().min(id.len());
+        id[..len].copy_from_slice(&serial.as_bytes()[..len]);
+        let room = usize::try_from(self.data.bytes()).map_or(id.len(), |room| room.min(id.len()));
+        match self.data.write(memory, 0, &id[..room]) {
+            Ok(()) => Status::Ok,
+            Err(OutsideMemory) => Status::IoError,
+        }
+    }
+}
+
+/// The device-readable and the device-writable bytes of a chain, and whether the former come first, as they
+/// must (virtio 1.3, 2.7.4.2).
+fn split(chain: DescriptorChain<&GuestMemory>) -> (Segments, Segments, bool) {
+    let (mut readable, mut writable) = (Segments::default(), Segments::default());
+    let mut in_order = true;
+    for descriptor in chain {
+        if descriptor.is_write_only() {
+            writable.push(&descriptor);
+        } else {
+            in_order &= writable.0.is_empty();
+            readable.push(&descriptor);
+        }
+    }
+    (readable, writable, in_order)
+}
+
+impl Segments {
+    fn push(&mut self, descriptor: &Descriptor) {
+        if descriptor.len() > 0 {
+            self.0.push(Segment {
+                address: descriptor.addr(),
+                len: descriptor.len() as usize,
+            });
+        }
+    }
+
+    /// Length of all of it; below 4 GiB, as the queue refuses longer chains.
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|segment| segment.len as u64).sum()
+    }
+
+    /// Copies from guest memory, from byte `offset` of the stretch on.
+    ///
+    /// # Errors
+    /// If some of it is not guest memory, or the stretch is too short.
+    pub fn read(&self, memory: &GuestMemory, offset: usize, to: &mut [u8]) -> Result<(), OutsideMemory> {
+        let mut done = 0;
+        for segment in self.window(offset, to.len()) {
+            let part = &mut to[done..done + segment.len];
+            memory
+                .read_slice(part, segment.address)
+                .map_err(|_| OutsideMemory)?;
+            done += segment.len;
+        }
+        if done == to.len() {
+            Ok(())
+        } else {
+            Err(OutsideMemory)
+        }
+    }
+
+    /// Copies to guest memory, from byte `offset` of the stretch on.
+    ///
+    /// # Errors
+    /// If some of it is not guest memory, or the stretch is too short.
+    pub fn write(&self, memory: &GuestMemory, offset: usize, from: &[u8]) -> Result<(), OutsideMemory> {
+        let mut done = 0;
+        for segment in self.window(offset, from.len()) {
+            let part = &from[done..done + segment.len];
+            memory
+                .write_slice(part, segment.address)
+                .map_err(|_| OutsideMemory)?;
+            done += segment.len;
+        }
+        if done == from.len() {
+            Ok(())
+        } else {
+            Err(OutsideMemory)
+        }
+    }
+
+    /// The runs of memory behind the bytes `[offset, offset + len)`; fewer bytes at the end. A run that
+    /// wraps around the address space is left out.
+    fn window(&self, offset: usize, len: usize) -> impl Iterator<Item = Segment> {
+        let (mut skip, mut left) = (offset, len);
+        self.0.iter().filter_map(move |segment| {
+            let start = skip.min(segment.len);
+            skip -= start;
+            let take = (segment.len - start).min(left);
+            left -= take;
+            let address = segment.address.checked_add(start as u64)?;
+            (take > 0).then_some(Segment { address, len: take })
+        })
+    }
+
+    /// Drops the first `bytes` bytes; there are as many.
+    fn skip(&mut self, bytes: usize) {
+        let rest: Vec<_> = self.window(bytes, usize::MAX).collect();
+        self.0 = rest;
+    }
+
+    /// Takes the last byte off and returns its address.
+    fn take_last_byte(&mut self) -> Option<GuestAddress> {
+        let last = self.0.last_mut()?;
+        last.len -= 1;
+        let address = last.address.checked_add(last.len as u64);
+        if last.len == 0 {
+            self.0.pop();
+        }
+        address
+    }
+}
