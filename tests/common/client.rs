@@ -1,0 +1,166 @@
+//! A vhost-user client that this project did not write: `blkio`'s `virtio-blk-vhost-user` driver.
+
+use std::mem::MaybeUninit;
+use std::path::Path;
+
+use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
+
+/// Memory shared with the daemon for each queue.
+pub const QUEUE_MEMORY_BYTES: usize = 8 << 20;
+
+/// A connected client. One slot of memory for each queue holds the data of its requests.
+pub struct Client {
+    // Queues go before the driver they belong to.
+    queues: Vec<Blkioq>,
+    region: MemoryRegion,
+    blkio: Blkio,
+}
+
+/// A request failed, with this errno.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Failed(pub i32);
+
+/// A request to be sent together with others.
+#[derive(Clone, Copy, Debug)]
+pub enum Request {
+    /// Read `len` bytes at byte `offset` of the disk into byte `memory` of the queue's memory.
+    Read { offset: u64, memory: usize, len: usize },
+    /// Write them from there.
+    Write { offset: u64, memory: usize, len: usize },
+    /// Flush.
+    Flush,
+}
+
+impl Client {
+    /// Connects to a daemon and starts `queues` queues of 256 entries.
+    pub fn connect(socket: &Path, queues: usize) -> Self {
+        Self::connect_sized(socket, queues, 256)
+    }
+
+    /// Connects to a daemon and starts `queues` queues of `queue_size` entries.
+    pub fn connect_sized(socket: &Path, queues: usize, queue_size: i32) -> Self {
+        let mut blkio = Blkio::new("virtio-blk-vhost-user").expect("the driver");
+        let path = socket.to_str().expect("a path in UTF-8");
+        blkio.set_str("path", path).expect("setting the path");
+        blkio.connect().expect("connecting");
+        let count = i32::try_from(queues).expect("few queues");
+        blkio
+            .set_i32("num-queues", count)
+            .expect("setting the number of queues");
+        blkio
+            .set_i32("queue-size", queue_size)
+            .expect("setting the queue size");
+        let queues = blkio.start().expect("starting").queues;
+        let region = blkio
+            .alloc_mem_region(QUEUE_MEMORY_BYTES * queues.len())
+            .expect("allocating memory");
+        blkio.map_mem_region(&region).expect("sharing memory");
+        Self {
+            queues,
+            region,
+            blkio,
+        }
+    }
+
+    /// Size of the disk.
+    pub fn capacity_bytes(&self) -> u64 {
+        self.blkio.get_u64("capacity").expect("the capacity")
+    }
+
+    /// How many queues the device has.
+    pub fn max_queues(&self) -> i32 {
+        self.blkio.get_i32("max-queues").expect("the number of queues")
+    }
+
+    /// The memory of a queue. The daemon may write to it while a read is in flight.
+    pub fn memory(&mut self, queue: usize) -> &mut [u8] {
+        let address = self.region.addr + queue * QUEUE_MEMORY_BYTES;
+        // SAFETY: the region is mapped, as long as `self`, and each queue has its own part of it; what the
+        // daemon writes meanwhile changes plain bytes.
+        unsafe { std::slice::from_raw_parts_mut(address as *mut u8, QUEUE_MEMORY_BYTES) }
+    }
+
+    /// Sends the requests in one batch. Each must be waited for.
+    pub fn send(&mut self, queue: usize, requests: &[Request]) {
+        let base = self.memory(queue).as_mut_ptr();
+        for (index, request) in requests.iter().enumerate() {
+            let q = &mut self.queues[queue];
+            match *request {
+                Request::Read { offset, memory, len } => {
+                    assert!(memory + len <= QUEUE_MEMORY_BYTES);
+                    q.read(offset, base.wrapping_add(memory), len, index, ReqFlags::empty());
+                }
+                Request::Write { offset, memory, len } => {
+                    assert!(memory + len <= QUEUE_MEMORY_BYTES);
+                    q.write(offset, base.wrapping_add(memory), len, index, ReqFlags::empty());
+                }
+                Request::Flush => q.flush(index, ReqFlags::empty()),
+            }
+        }
+        let sent = self.queues[queue].do_io(&mut [], 0, None, None);
+        sent.expect("sending requests");
+    }
+
+    /// Waits for at least `min` completions: the place of each request in its batch, and its result.
+    pub fn poll(&mut self, queue: usize, min: usize) -> Vec<(usize, Result<(), Failed>)> {
+        let mut completions: [MaybeUninit<Completion>; 256] = [const { MaybeUninit::uninit() }; 256];
+        let count = self.queues[queue]
+            .do_io(&mut completions, min, None, None)
+            .expect("waiting for completions");
+        completions[..count]
+            .iter()
+            .map(|completion| {
+                // SAFETY: `do_io` has initialised as many as it returned.
+                let completion = unsafe { completion.assume_init_ref() };
+                let failed = Failed(-completion.ret);
+                (
+                    completion.user_data,
+                    if completion.ret == 0 { Ok(()) } else { Err(failed) },
+                )
+            })
+            .collect()
+    }
+
+    /// Sends the requests, waits for all of them, and returns their results in the order of the requests.
+    pub fn run(&mut self, queue: usize, requests: &[Request]) -> Vec<Result<(), Failed>> {
+        self.send(queue, requests);
+        let mut results = vec![None; requests.len()];
+        while results.contains(&None) {
+            for (index, result) in self.poll(queue, 1) {
+                assert_eq!(results[index].replace(result), None, "completed twice");
+            }
+        }
+        results.into_iter().flatten().collect()
+    }
+
+    /// Reads `len` bytes at byte `offset`.
+    pub fn read(&mut self, queue: usize, offset: u64, len: usize) -> Result<Vec<u8>, Failed> {
+        self.run(
+            queue,
+            &[Request::Read {
+                offset,
+                memory: 0,
+                len,
+            }],
+        )[0]?;
+        Ok(self.memory(queue)[..len].to_vec())
+    }
+
+    /// Writes `data` at byte `offset`.
+    pub fn write(&mut self, queue: usize, offset: u64, data: &[u8]) -> Result<(), Failed> {
+        self.memory(queue)[..data.len()].copy_from_slice(data);
+        self.run(
+            queue,
+            &[Request::Write {
+                offset,
+                memory: 0,
+                len: data.len(),
+            }],
+        )[0]
+    }
+
+    /// Flushes.
+    pub fn flush(&mut self, queue: usize) -> Result<(), Failed> {
+        self.run(queue, &[Request::Flush])[0]
+    }
+}

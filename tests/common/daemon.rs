@@ -1,0 +1,220 @@
+//! `quorum-blkd` as a process, and a reader of its events.
+
+use std::ffi::{OsStr, OsString};
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Output, Stdio};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::process::{Process, wait_until};
+
+/// Time in which a daemon must be ready, or gone after a signal.
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A running daemon. What it wrote to stderr is shown when the test fails; it is killed when dropped.
+pub struct Daemon {
+    process: Process,
+    socket: PathBuf,
+    events_socket: PathBuf,
+    log: PathBuf,
+}
+
+impl Daemon {
+    /// Starts the daemon with `arguments` and its sockets in `directory` (`disk.sock`, `events.sock`), and
+    /// waits until both are there. Its stderr goes to `daemon.log` in the same place.
+    pub fn start(directory: &Path, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        let socket = directory.join("disk.sock");
+        let events_socket = directory.join("events.sock");
+        let log = directory.join("daemon.log");
+        let mut command = Self::command();
+        command
+            .arg("--socket-path")
+            .arg(&socket)
+            .arg("--events")
+            .arg(&events_socket)
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(&log).expect("creating the daemon's log"));
+        let mut daemon = Self {
+            process: Process::spawn(&mut command).expect("starting the daemon"),
+            socket,
+            events_socket,
+            log,
+        };
+        let is_ready = wait_until(LIMIT, || {
+            let has_ended = !daemon.process.is_alive();
+            has_ended || daemon.socket.exists() && daemon.events_socket.exists()
+        });
+        assert!(is_ready, "the daemon made no sockets within {LIMIT:?}");
+        if let Some(status) = daemon.process.exit_status() {
+            panic!("the daemon ended at once, {status}");
+        }
+        daemon
+    }
+
+    /// Runs the daemon with `arguments` only, for a start that ends by itself: a refusal, `--help`.
+    pub fn run_to_end(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Output {
+        let mut command = Self::command();
+        command.args(arguments).stdin(Stdio::null());
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let [stdout, stderr] = ["stdout", "stderr"].map(|name| directory.path().join(name));
+        command
+            .stdout(File::create(&stdout).expect("creating a file for stdout"))
+            .stderr(File::create(&stderr).expect("creating a file for stderr"));
+        let mut process = Process::spawn(&mut command).expect("starting the daemon");
+        let status = process.wait_within(LIMIT);
+        Output {
+            status: status.expect("the daemon went on running"),
+            stdout: fs::read(stdout).expect("reading stdout"),
+            stderr: fs::read(stderr).expect("reading stderr"),
+        }
+    }
+
+    fn command() -> Command {
+        Command::new(env!("CARGO_BIN_EXE_quorum-blkd"))
+    }
+
+    /// The socket for the frontend.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    /// The socket for readers of events.
+    pub fn events_socket(&self) -> &Path {
+        &self.events_socket
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Is it still running?
+    pub fn is_alive(&mut self) -> bool {
+        self.process.is_alive()
+    }
+
+    /// What it wrote to stderr so far.
+    pub fn log(&self) -> String {
+        let bytes = fs::read(&self.log).expect("reading the daemon's log");
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Asks it to end (SIGTERM) and waits for that.
+    pub fn terminate(&mut self) -> ExitStatus {
+        self.process.signal(libc::SIGTERM);
+        self.wait()
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait(&mut self) -> ExitStatus {
+        let status = self.process.wait_within(LIMIT);
+        status.unwrap_or_else(|| panic!("the daemon is still there after {LIMIT:?}"))
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            println!("--- the daemon's stderr\n{}---", self.log());
+        }
+    }
+}
+
+/// The arguments that name these images as replicas, in order.
+pub fn replica_arguments(images: &[PathBuf]) -> Vec<OsString> {
+    images
+        .iter()
+        .flat_map(|image| ["--blk-file".into(), image.into()])
+        .collect()
+}
+
+/// Reads events from a daemon's event socket, from now on and in the background.
+pub struct EventReader {
+    stream: UnixStream,
+    collected: Arc<Collected>,
+    thread: Option<JoinHandle<()>>,
+}
+
+#[derive(Default)]
+struct Collected {
+    events: Mutex<Vec<Value>>,
+    came: Condvar,
+}
+
+impl Collected {
+    fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
+        self.events.lock().expect("the reader of events panicked")
+    }
+}
+
+impl EventReader {
+    /// Connects to the socket.
+    pub fn connect(socket: &Path) -> Self {
+        let stream = UnixStream::connect(socket).expect("connecting to the event socket");
+        let lines = BufReader::new(stream.try_clone().expect("duplicating a socket")).lines();
+        let collected = Arc::<Collected>::default();
+        let thread = thread::spawn({
+            let collected = Arc::clone(&collected);
+            move || {
+                for line in lines.map_while(Result::ok) {
+                    let event = serde_json::from_str(&line)
+                        .unwrap_or_else(|error| panic!("not an event ({error}): {line}"));
+                    collected.lock().push(event);
+                    collected.came.notify_all();
+                }
+            }
+        });
+        Self {
+            stream,
+            collected,
+            thread: Some(thread),
+        }
+    }
+
+    /// All events so far, in the order they came.
+    pub fn all(&self) -> Vec<Value> {
+        self.collected.lock().clone()
+    }
+
+    /// The first event, of those that came and those that come within `limit`, that `is_wanted`.
+    pub fn wait_for(&self, mut is_wanted: impl FnMut(&Value) -> bool, limit: Duration) -> Option<Value> {
+        let deadline = Instant::now() + limit;
+        let mut events = self.collected.lock();
+        let mut seen = 0;
+        loop {
+            if let Some(event) = events[seen..].iter().find(|event| is_wanted(event)) {
+                return Some(event.clone());
+            }
+            seen = events.len();
+            let remaining = deadline.checked_duration_since(Instant::now())?;
+            events = self
+                .collected
+                .came
+                .wait_timeout(events, remaining)
+                .expect("the reader of events panicked")
+                .0;
+        }
+    }
+}
+
+impl Drop for EventReader {
+    fn drop(&mut self) {
+        // Ends the thread; fails only if the daemon has closed the connection already.
+        let _ = self.stream.shutdown(Shutdown::Both);
+        if let Some(thread) = self.thread.take() {
+            let result = thread.join();
+            if !thread::panicking() {
+                result.expect("the reader of events panicked");
+            }
+        }
+    }
+}

@@ -1,0 +1,94 @@
+//! Child processes that a test can not leave behind.
+
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::{Child, Command, ExitStatus};
+use std::thread;
+use std::time::{Duration, Instant};
+
+/// Time between two looks at something that is being waited for.
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+/// A child process; killed and reaped when dropped, and killed by the kernel when the thread that started
+/// it ends without having dropped it (a test run that was killed).
+pub struct Process {
+    child: Child,
+    exit_status: Option<ExitStatus>,
+}
+
+impl Process {
+    /// Starts `command`.
+    pub fn spawn(command: &mut Command) -> io::Result<Self> {
+        // SAFETY: prctl is async-signal-safe and the closure touches no memory of the parent.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == -1 {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        Ok(Self {
+            child: command.spawn()?,
+            exit_status: None,
+        })
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Its exit status, if it has ended.
+    pub fn exit_status(&mut self) -> Option<ExitStatus> {
+        if self.exit_status.is_none() {
+            self.exit_status = self.child.try_wait().expect("waiting for a child");
+        }
+        self.exit_status
+    }
+
+    /// Is it still running?
+    pub fn is_alive(&mut self) -> bool {
+        self.exit_status().is_none()
+    }
+
+    /// Waits for its end, for `limit` at most.
+    pub fn wait_within(&mut self, limit: Duration) -> Option<ExitStatus> {
+        wait_until(limit, || self.exit_status().is_some());
+        self.exit_status
+    }
+
+    /// Sends a signal, unless it has ended.
+    pub fn signal(&mut self, signal: libc::c_int) {
+        if self.is_alive() {
+            let id = libc::pid_t::try_from(self.child.id()).expect("process ids are positive");
+            // SAFETY: kill takes no pointer; the child was not reaped, so the id is still its own.
+            let result = unsafe { libc::kill(id, signal) };
+            assert_eq!(result, 0, "kill: {}", io::Error::last_os_error());
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        if self.exit_status.is_none() {
+            // Both fail only for a child that is gone, which is what they are for.
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+}
+
+/// Waits for `condition`, for `limit` at most; says whether it came.
+pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
+    let deadline = Instant::now() + limit;
+    loop {
+        if condition() {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(POLL_INTERVAL);
+    }
+}
