@@ -1,0 +1,31 @@
+# The commands of the project. `make` alone lists them.
+
+CARGO ?= cargo
+RUSTDOCFLAGS := -D warnings
+
+.PHONY: help demo build test lint guest clean
+
+help: ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
+		awk -F':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+demo: guest ## Boot a guest on a voted disk, corrupt a replica under it, and watch
+	$(CARGO) build --release --locked --quiet
+	tests/guest/demo.sh
+
+build: ## Build the daemon (target/release/quorum-blkd)
+	$(CARGO) build --release --locked
+
+test: guest lint ## Everything that checks the project
+	$(CARGO) test --locked -- --nocapture
+
+lint: ## Formatting, clippy and documentation, warnings denied
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets -- -D warnings
+	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --no-deps --document-private-items --quiet
+
+guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
+	tests/guest/prepare.sh
+
+clean: ## Remove everything that was built
+	$(CARGO) clean
