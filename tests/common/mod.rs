@@ -6,5 +6,6 @@
 
 pub mod client;
 pub mod daemon;
+pub mod guest;
 pub mod images;
 pub mod process;

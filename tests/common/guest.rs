@@ -1,0 +1,275 @@
+//! A Linux guest with a vhost-user disk: QEMU under TCG, a stock Debian kernel, busybox.
+//!
+//! `tests/guest/prepare.sh` (`make guest`) fetches the parts; `tests/guest/init` is the guest's only program
+//! and says how commands reach it. The guest has two serial ports: the kernel writes to the first, which
+//! goes to `console.log`, and commands travel on the second, a unix socket.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use super::process::{Process, wait_until};
+
+/// Time in which the guest must have booted. It takes 6 s on an idle machine.
+const BOOT_LIMIT: Duration = Duration::from_secs(90);
+
+/// Time that a command may take.
+const COMMAND_LIMIT: Duration = Duration::from_secs(90);
+
+/// Time between two looks at the clock while the guest is silent.
+const READ_INTERVAL: Duration = Duration::from_millis(200);
+
+/// Lines of the console shown with a failure.
+const CONSOLE_TAIL_LINES: usize = 40;
+
+/// What a test without the parts of the guest says.
+const HOW_TO_PREPARE: &str = "run `make guest` (tests/guest/prepare.sh) first";
+
+/// A running guest. QEMU is killed when it is dropped.
+pub struct Guest {
+    qemu: Process,
+    /// The second serial port.
+    commands: UnixStream,
+    /// Read from it and not yet handed out.
+    received: Vec<u8>,
+    directory: PathBuf,
+    /// Before each line that goes to stdout.
+    prefix: String,
+    /// The same lines, in the test's directory.
+    transcript: File,
+}
+
+/// What became of a command in the guest.
+#[derive(Debug)]
+pub struct CommandOutput {
+    /// Its exit status, as a shell sees it.
+    pub status: i32,
+    /// What it wrote to stdout and stderr.
+    pub output: String,
+}
+
+impl Guest {
+    /// Boots a guest with `cpus` processors and the disk behind the vhost-user `socket` with `queues`
+    /// queues, and waits until it takes commands. In `directory` it leaves `console.log` (the kernel's
+    /// words), `commands.log` (commands and their output) and `qemu.log`.
+    pub fn start(directory: &Path, socket: &Path, queues: u16, cpus: u16) -> Self {
+        let parts = parts_directory();
+        let [kernel, initramfs] = ["vmlinuz", "initramfs.cpio.gz"].map(|name| parts.join(name));
+        for part in [&kernel, &initramfs] {
+            let part_name = part.display();
+            assert!(part.exists(), "no {part_name}: {HOW_TO_PREPARE}");
+        }
+
+        let commands_socket = directory.join("commands.sock");
+        let listener = UnixListener::bind(&commands_socket).expect("binding a socket for commands");
+        let paths = [
+            socket,
+            &commands_socket,
+            &directory.join("console.log"),
+            &kernel,
+            &initramfs,
+        ];
+        let [socket, commands_socket, console, kernel, initramfs] =
+            paths.map(|path| path.to_str().expect("a path in UTF-8"));
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none", "-accel", "tcg,thread=multi"])
+            .args(["-smp", &cpus.to_string()])
+            // The backend maps the guest's memory: it has to be shareable.
+            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on"])
+            .args(["-machine", "q35,memory-backend=memory"])
+            .args(["-kernel", kernel, "-initrd", initramfs])
+            .args(["-append", "console=ttyS0 panic=-1"])
+            .args(["-serial", &format!("file:{console}")])
+            .args(["-chardev", &format!("socket,id=commands,path={commands_socket}")])
+            .args(["-serial", "chardev:commands"])
+            .args(["-chardev", &format!("socket,id=disk,path={socket}")])
+            .args([
+                "-device",
+                &format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}"),
+            ])
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(directory.join("qemu.log")).expect("creating QEMU's log"));
+
+        let started = Instant::now();
+        let mut qemu = match Process::spawn(&mut command) {
+            Ok(qemu) => qemu,
+            Err(error) if error.kind() == ErrorKind::NotFound => {
+                panic!("no qemu-system-x86_64: {HOW_TO_PREPARE}")
+            }
+            Err(error) => panic!("starting QEMU: {error}"),
+        };
+        let Some(commands) = accept(&listener, &mut qemu) else {
+            panic!("QEMU did not start{}", evidence(directory));
+        };
+        commands
+            .set_read_timeout(Some(READ_INTERVAL))
+            .expect("setting a socket's timeout");
+        let mut guest = Self {
+            qemu,
+            commands,
+            received: Vec::new(),
+            directory: directory.to_owned(),
+            prefix: format!("[{}]", thread::current().name().unwrap_or("guest")),
+            transcript: File::create(directory.join("commands.log")).expect("creating the log of commands"),
+        };
+        let (_, word) = guest.receive_reply(BOOT_LIMIT);
+        assert_eq!(word, "ready", "the guest did not get ready");
+        let elapsed_s = started.elapsed().as_secs_f64();
+        guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
+        guest
+    }
+
+    /// Runs a shell command, one line, in the guest and waits for its end. The command and its output are
+    /// printed too.
+    pub fn run(&mut self, command: &str) -> CommandOutput {
+        assert!(!command.contains('\n'), "a command is one line: {command}");
+        self.send(command);
+        let (output, word) = self.receive_reply(COMMAND_LIMIT);
+        let Ok(status) = word.parse() else {
+            panic!("the guest sent {word:?} for an exit status");
+        };
+        for line in output.lines() {
+            self.say(line);
+        }
+        if status != 0 {
+            self.say(&format!("(exit status {status})"));
+        }
+        CommandOutput { status, output }
+    }
+
+    /// Runs a command that has to succeed, and returns its output.
+    pub fn run_successfully(&mut self, command: &str) -> String {
+        let CommandOutput { status, output } = self.run(command);
+        assert_eq!(
+            status, 0,
+            "exit status of {command:?} in the guest; it said:\n{output}"
+        );
+        output
+    }
+
+    /// What the kernel has said so far.
+    pub fn console_log(&self) -> String {
+        read_lossily(&self.directory.join("console.log"))
+    }
+
+    /// Switches the guest off and waits for QEMU's end. The guest does not sync or unmount.
+    pub fn poweroff(mut self) -> ExitStatus {
+        self.send("poweroff -f");
+        let status = self.qemu.wait_within(COMMAND_LIMIT);
+        status.expect("the guest did not switch itself off")
+    }
+
+    fn send(&mut self, command: &str) {
+        self.say(&format!("guest# {command}"));
+        self.commands
+            .write_all(format!("{command}\n").as_bytes())
+            .expect("sending the guest a command");
+    }
+
+    /// The bytes up to the next reply, and what the reply says (after `@@`).
+    fn receive_reply(&mut self, limit: Duration) -> (String, String) {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(reply) = self.take_reply() {
+                return reply;
+            }
+            let is_late = Instant::now() >= deadline;
+            let mut bytes = [0; 4096];
+            let trouble = match self.commands.read(&mut bytes) {
+                Ok(0) => "QEMU closed the guest's serial port",
+                _ if is_late => "the guest did not answer in time",
+                Ok(count) => {
+                    self.received.extend_from_slice(&bytes[..count]);
+                    continue;
+                }
+                Err(error) => match error.kind() {
+                    ErrorKind::WouldBlock | ErrorKind::Interrupted => continue,
+                    _ => panic!("reading from the guest: {error}"),
+                },
+            };
+            let output = String::from_utf8_lossy(&self.received);
+            panic!("{trouble} ({limit:?}); it had said:\n{output}");
+        }
+    }
+
+    fn take_reply(&mut self) -> Option<(String, String)> {
+        let text = &self.received;
+        let mark = if text.starts_with(b"@@ ") {
+            0
+        } else {
+            1 + text.windows(4).position(|window| window == b"\n@@ ")?
+        };
+        let end = mark + text[mark..].iter().position(|&byte| byte == b'\n')?;
+        // The line end before the mark is not the command's.
+        let output = String::from_utf8_lossy(&text[..mark.saturating_sub(1)]).into_owned();
+        let word = String::from_utf8_lossy(&text[mark + 3..end]).into_owned();
+        self.received.drain(..=end);
+        Some((output, word))
+    }
+
+    /// Straight to stdout, which the test harness does not hold back as it does `println!`: the log of a
+    /// test run has the guest's own words in it.
+    fn say(&mut self, line: &str) {
+        let mut text = String::new();
+        writeln!(text, "{} {line}", self.prefix).expect("writing to a string");
+        self.transcript
+            .write_all(text.as_bytes())
+            .and_then(|()| io::stdout().lock().write_all(text.as_bytes()))
+            .expect("writing the log");
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            println!("{}", evidence(&self.directory));
+        }
+    }
+}
+
+/// Where `tests/guest/prepare.sh` puts the parts of the guest.
+fn parts_directory() -> PathBuf {
+    let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let target = temporary.parent().expect("a directory inside of target/");
+    target.join("guest")
+}
+
+/// Waits for QEMU to connect.
+fn accept(listener: &UnixListener, qemu: &mut Process) -> Option<UnixStream> {
+    listener
+        .set_nonblocking(true)
+        .expect("making a socket non-blocking");
+    let mut accepted = None;
+    wait_until(BOOT_LIMIT, || {
+        accepted = listener.accept().ok();
+        accepted.is_some() || !qemu.is_alive()
+    });
+    let (stream, _) = accepted?;
+    stream.set_nonblocking(false).expect("making a socket blocking");
+    Some(stream)
+}
+
+/// The end of the console and what QEMU complained of, to show with a failure.
+fn evidence(directory: &Path) -> String {
+    let console = read_lossily(&directory.join("console.log"));
+    let lines: Vec<&str> = console.lines().collect();
+    let tail = lines[lines.len().saturating_sub(CONSOLE_TAIL_LINES)..].join("\n");
+    let qemu = read_lossily(&directory.join("qemu.log"));
+    format!("\n--- the end of the guest's console\n{tail}\n--- QEMU's stderr\n{qemu}---")
+}
+
+/// A log as text; empty if it is not there yet.
+fn read_lossily(path: &Path) -> String {
+    match fs::read(path) {
+        Ok(bytes) => String::from_utf8_lossy(&bytes).into_owned(),
+        Err(_) => String::new(),
+    }
+}

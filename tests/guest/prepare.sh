@@ -1,0 +1,147 @@
+#!/bin/sh
+# Prepares the guest of tests/guest.rs and of the demo: QEMU, a Debian kernel and an initramfs.
+#
+# Installs QEMU where it is missing (Debian and its like; as root or through sudo). The kernel and busybox
+# are fetched from the same archive and only unpacked, under target/guest/ or $CARGO_TARGET_DIR/guest/:
+#   vmlinuz              a stock Debian kernel
+#   initramfs.cpio.gz    busybox, the virtio drivers and tests/guest/init
+# Does nothing, and says nothing, when all is there. Remove that directory to have it made anew.
+
+set -eu
+
+sources=$(cd "$(dirname "$0")" && pwd)
+project=$(dirname "$(dirname "$sources")")
+guest=${CARGO_TARGET_DIR:-$project/target}/guest
+
+say() {
+    printf 'guest: %s\n' "$*"
+}
+
+fail() {
+    printf 'guest: %s\n' "$*" >&2
+    exit 1
+}
+
+# quietly COMMAND...: its output is shown only if it fails.
+quietly() {
+    if ! "$@" >"$scratch/output" 2>&1; then
+        cat "$scratch/output" >&2
+        fail "failed: $*"
+    fi
+}
+
+# as_root COMMAND...
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    else
+        sudo "$@"
+    fi
+}
+
+may_be_root() {
+    [ "$(id -u)" -eq 0 ] || { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
+}
+
+# Package lists may be absent (a fresh container) or too old to fetch from. Once is enough.
+refresh_package_lists() {
+    if [ "$lists_are_fresh" = no ] && may_be_root; then
+        say "updating the package lists"
+        quietly as_root apt-get update
+    fi
+    lists_are_fresh=yes
+}
+
+install_qemu() {
+    command -v apt-get >/dev/null ||
+        fail "install qemu-system-x86_64 and qemu-img first: this script knows apt-get only"
+    may_be_root ||
+        fail "not root and no sudo; install these packages first: qemu-system-x86 qemu-utils"
+    refresh_package_lists
+    version=$(apt-cache show qemu-system-x86 | awk '/^Version:/ { print $2; exit }')
+    [ -n "$version" ] || fail "the package archive has no qemu-system-x86"
+    say "installing qemu-system-x86 and qemu-utils $version"
+    # Both come from one source and must have one version: qemu-utils may be there in another.
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --allow-downgrades \
+        --no-install-recommends qemu-system-x86 "qemu-utils=$version"
+}
+
+# fetch PACKAGE DIRECTORY: unpacks a package there without installing it.
+fetch() {
+    mkdir -p "$scratch/packages"
+    (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
+    quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
+}
+
+# The package of the kernel that the meta package stands for.
+kernel_package() {
+    apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ { print $2; exit }'
+}
+
+fetch_kernel_and_busybox() {
+    command -v apt-get >/dev/null || fail "no apt-get here to fetch a Debian kernel and busybox-static with"
+    refresh_package_lists
+    kernel=$(kernel_package)
+    [ -n "$kernel" ] || fail "the package archive has no linux-image-cloud-amd64 (is the list there? apt-get update)"
+    say "fetching $kernel and busybox-static"
+    fetch "$kernel" "$scratch/system"
+    fetch busybox-static "$scratch/system"
+    rm -rf "$guest/system"
+    mv "$scratch/system" "$guest/system"
+    ln -f "$guest/system/boot/vmlinuz-"* "$guest/vmlinuz"
+}
+
+# The drivers that the guest needs, each after those it needs itself. Kernels differ in which of them are
+# modules; what is neither a module nor built in is not part of that kernel any more.
+modules='virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
+    crc16 crc32c_generic mbcache jbd2 ext4'
+
+build_initramfs() {
+    say "building the initramfs"
+    root=$scratch/root
+    mkdir -p "$root/bin" "$root/modules"
+    cp "$sources/init" "$root/init"
+    chmod 755 "$root/init"
+    busybox=$(find "$guest/system" -name busybox -type f -perm -100 | head -n 1)
+    cp "$busybox" "$root/bin/busybox"
+    ln -s busybox "$root/bin/sh"
+
+    number=10
+    for module in $modules; do
+        file=$(find "$guest/system" -name "$module.ko*" -type f | head -n 1)
+        target=$root/modules/$number-$module.ko
+        case $file in
+        *.ko) cp "$file" "$target" ;;
+        *.ko.xz) "$busybox" xzcat "$file" >"$target" ;;
+        *.ko.gz) "$busybox" zcat "$file" >"$target" ;;
+        *.ko.*) fail "do not know how to unpack $file" ;;
+        esac
+        number=$((number + 1))
+    done
+
+    (cd "$root" && find . | "$busybox" cpio -o -H newc 2>/dev/null | gzip -1) >"$scratch/initramfs"
+    mv "$scratch/initramfs" "$guest/initramfs.cpio.gz"
+}
+
+# Is FILE there and newer than what it is made of?
+is_fresh() {
+    file=$1
+    shift
+    [ -s "$file" ] && [ -z "$(find "$@" -newer "$file")" ]
+}
+
+mkdir -p "$guest"
+scratch=$(mktemp -d "$guest/scratch.XXXXXX")
+trap 'rm -rf "$scratch"' EXIT
+trap 'exit 1' HUP INT TERM
+lists_are_fresh=no
+
+if ! command -v qemu-system-x86_64 >/dev/null || ! command -v qemu-img >/dev/null; then
+    install_qemu
+fi
+if ! [ -s "$guest/vmlinuz" ] || ! [ -d "$guest/system" ]; then
+    fetch_kernel_and_busybox
+fi
+if ! is_fresh "$guest/initramfs.cpio.gz" "$sources/init" "$sources/prepare.sh" "$guest/vmlinuz"; then
+    build_initramfs
+fi
