@@ -12,6 +12,7 @@ use std::ffi::{OsStr, OsString};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
@@ -71,6 +72,8 @@ pub struct Config {
     pub events: Option<PathBuf>,
     /// How many times `-v` was given.
     pub verbosity: u8,
+    /// A replica that leaves an operation unanswered for so long is done without until it answers again.
+    pub replica_timeout: Duration,
 }
 
 impl Config {
@@ -103,6 +106,8 @@ pub enum Listen {
 pub enum ReadPattern {
     /// Read all replicas and vote on each sector
     Quorum,
+    /// Read as many replicas as make a quorum when they agree, the others only when they do not or are slow
+    Threshold,
     /// Read the first replica in order that answers, without a vote
     Fifo,
 }
@@ -278,6 +283,12 @@ struct Options {
     #[arg(long, help_heading = "Vote")]
     blkverify: bool,
 
+    /// Time in milliseconds after which a replica that does not answer is done without, 10 to 3600000. It comes
+    /// back by itself, and what it missed is copied to it
+    #[arg(long, value_name = "MS", allow_negative_numbers = true, default_value_t = 1000,
+        value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
+    replica_timeout: u64,
+
     /// Direct I/O (none) or the host's page cache (writeback) for the images
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None, help_heading = "Replicas")]
     cache: Cache,
@@ -414,6 +425,7 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         cache: options.cache,
         events: options.events,
         verbosity: options.verbose,
+        replica_timeout: Duration::from_millis(options.replica_timeout),
     })
 }
 
@@ -649,8 +661,12 @@ mod tests {
         assert_eq!(names, ["0.raw", "1.raw", "2.raw"]);
         assert_eq!(config.vote_threshold, 2);
         assert_eq!(
-            (config.read_pattern, config.cache),
-            (ReadPattern::Quorum, Cache::None)
+            (
+                config.read_pattern,
+                config.cache,
+                config.replica_timeout.as_millis()
+            ),
+            (ReadPattern::Quorum, Cache::None, 1000)
         );
         assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
         assert_eq!(
@@ -898,19 +914,14 @@ mod tests {
 
     #[test]
     fn refuses_what_is_not_there() {
-        for option in [
-            "--qmp=/q",
-            "--replica-timeout=1000",
-            "--metrics=/m",
-            "--nonsense",
-            "-x",
-        ] {
+        for option in ["--qmp=/q", "--metrics=/m", "--nonsense", "-x"] {
             assert_refused(&disk(3, &[option]), "unexpected argument");
         }
-        assert_refused(
-            &disk(3, &["--read-pattern=threshold"]),
-            "invalid value 'threshold'",
-        );
+        assert_refused(&disk(3, &["--read-pattern=single"]), "invalid value 'single'");
+        for value in ["0", "9", "3600001", "-1", "1s"] {
+            let option = format!("--replica-timeout={value}");
+            assert_refused(&disk(3, &[&option]), "--replica-timeout");
+        }
         assert_refused(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
         assert_refused(&disk(3, &["stray"]), "unexpected argument 'stray'");
         assert_refused(&disk(3, &["--serial"]), "a value is required");

@@ -25,7 +25,7 @@ use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
 use crate::device::frontend::{AcceptedFeatures, Frontend};
 use crate::device::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Policy, ReadPattern, Shared};
-use crate::quorum::SECTOR_BYTES;
+use crate::quorum::{ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
 use crate::worker::{Disk, Stop, Workers};
@@ -89,12 +89,19 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let replicas = open_all(&config.replicas, config.open_options())?;
     check_alignment(&replicas)?;
     let info = disk_info(config, &replicas);
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
+    let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
     let (stop, stopped) = channel();
     let disk = Disk {
         policy: policy(config, &info),
         info: info.clone(),
-        shared: Arc::new(Shared::new(replicas.len(), config.vote_threshold)),
+        shared: Arc::new(Shared::new(
+            replicas.len(),
+            config.vote_threshold,
+            count,
+            info.capacity_sectors,
+        )),
         files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
         memory: GuestMemoryAtomic::new(GuestMemory::new()),
         accepted: Arc::new(AcceptedFeatures::default()),
@@ -105,8 +112,6 @@ pub fn run(config: &Config) -> Result<(), Error> {
         .map(|_| Vring::new(disk.memory.clone(), config.queue_size))
         .collect::<Result<Vec<_>, _>>()
         .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?;
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
-    let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let workers =
         Workers::start(&disk, &vrings, count).map_err(system("cannot start a worker with io_uring"))?;
 
@@ -115,7 +120,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
     let (publisher, reason) = served?;
-    let flushed = flush(&replicas, config.read_only);
+    let flushed = flush(&replicas, disk.shared.in_service(), config.read_only);
     publisher.stop();
     match reason {
         Stop::Requested => flushed,
@@ -209,17 +214,21 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
         threshold: config.vote_threshold,
         read_pattern: match config.read_pattern {
             crate::config::ReadPattern::Quorum => ReadPattern::Quorum,
+            crate::config::ReadPattern::Threshold => ReadPattern::Threshold,
             crate::config::ReadPattern::Fifo => ReadPattern::Fifo,
         },
         rewrite_corrupted: config.rewrite_corrupted,
         blkverify: config.blkverify,
         block_sectors: u64::from(info.block_bytes) / SECTOR_BYTES,
+        replica_timeout: config.replica_timeout,
     }
 }
 
-fn flush(replicas: &[ReplicaFile], read_only: bool) -> Result<(), Error> {
+/// Flushes the replicas in service; one that does not answer would keep the daemon from ending.
+fn flush(replicas: &[ReplicaFile], in_service: ReplicaSet, read_only: bool) -> Result<(), Error> {
     let mut result = Ok(());
-    for replica in replicas.iter().filter(|_| !read_only) {
+    for index in in_service.iter().filter(|_| !read_only) {
+        let replica = &replicas[index.as_usize()];
         if let Err(source) = replica.file.sync_data() {
             error!("{}: the last flush failed: {source}", replica.path.display());
             let path = replica.path.clone();

@@ -59,3 +59,19 @@ pub const RING_ENTRIES: u32 = 1024;
 
 /// Regions of guest memory. QEMU's own limit, from what KVM once allowed.
 pub const MEMORY_SLOTS_MAX: usize = 509;
+
+/// Operations that one worker leaves with a replica while it goes on asking it in reads. Above that the
+/// replica lags, and reads do without it until it has caught up.
+pub const LAG_OPERATIONS_MAX: usize = 256;
+
+/// The same in bytes.
+pub const LAG_BYTES_MAX: u64 = 64 << 20;
+
+/// Reads of one worker that are being repeated under a lock. At the bound no more is taken from the guest.
+pub const CONFIRMATIONS_MAX: usize = 256;
+
+/// How often a worker looks for slow replicas while requests are in flight, in microseconds.
+pub const TICK_MICROSECONDS: u64 = 2000;
+
+/// Pause before stale ranges that could not be brought up to date are tried again, in milliseconds.
+pub const RESYNC_RETRY_MS: u64 = 1000;

@@ -10,6 +10,7 @@ use std::os::fd::RawFd;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use log::{debug, error};
 use vhost_user_backend::VringT;
@@ -25,7 +26,7 @@ use crate::quorum::SectorRange;
 use crate::quorum::report::Report;
 use crate::replica::buffer::BufferPool;
 use crate::replica::operation::{Operation, RequestId};
-use crate::replica::ring::{Completion, Ring, Watch, WatchToken};
+use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 
 /// The mailbox's watch; rings have their index.
 const MAILBOX: WatchToken = WatchToken(u32::MAX);
@@ -67,6 +68,8 @@ enum Message {
     Refresh { ring: usize, done: SyncSender<()> },
     /// A range lock was granted.
     Granted(RequestId),
+    /// Look at the replicas' health.
+    Tick,
     /// End when everything in flight is done.
     Exit,
 }
@@ -104,6 +107,7 @@ impl std::fmt::Debug for Message {
         f.write_str(match self {
             Self::Refresh { .. } => "Refresh",
             Self::Granted(_) => "Granted",
+            Self::Tick => "Tick",
             Self::Exit => "Exit",
         })
     }
@@ -209,6 +213,7 @@ struct Worker {
     /// Rings that were stopped and are not drained yet, and who waits for that.
     draining: Vec<(usize, SyncSender<()>)>,
     exiting: bool,
+    started_at: Instant,
 }
 
 /// Everything that the engine has an effect on.
@@ -239,6 +244,12 @@ impl Effects for Io {
 
     fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
         self.mailboxes[usize::from(worker.0)].send(Message::Granted(request));
+    }
+
+    fn health_changed(&mut self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Message::Tick);
+        }
     }
 
     fn contents_differ(&mut self, range: SectorRange) {
@@ -275,6 +286,7 @@ impl Worker {
             vrings,
             draining: Vec::new(),
             exiting: false,
+            started_at: Instant::now(),
         })
     }
 
@@ -289,8 +301,16 @@ impl Worker {
             }
             // Asking for kicks is the last thing before sleeping: whatever comes later wakes us.
             let blocked = !self.engine.has_room();
-            let wait = !worked && (blocked || !self.io.guest.ask_for_kicks());
-            self.turn(wait)?;
+            let idle = !worked && (blocked || !self.io.guest.ask_for_kicks());
+            self.turn(if idle { self.wait() } else { Wait::No })?;
+        }
+    }
+
+    /// How long there is nothing to do but wait.
+    fn wait(&self) -> Wait {
+        match self.engine.deadline() {
+            Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.started_at.elapsed())),
+            None => Wait::Forever,
         }
     }
 
@@ -308,11 +328,13 @@ impl Worker {
     }
 
     /// One system call, and what came of it.
-    fn turn(&mut self, wait: bool) -> io::Result<()> {
+    fn turn(&mut self, wait: Wait) -> io::Result<()> {
         if let Some(error) = self.io.failure.take() {
             return Err(error);
         }
         let mut completions = std::mem::take(self.io.ring.enter(wait)?);
+        let now = self.started_at.elapsed();
+        self.engine.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {
             match completion {
@@ -323,6 +345,9 @@ impl Worker {
             }
         }
         self.io.ring.recycle(completions);
+        if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
+            self.engine.tick(now, &mut self.io);
+        }
         if mail {
             for message in self.mailbox.take() {
                 self.handle(message)?;
@@ -334,7 +359,11 @@ impl Worker {
     fn handle(&mut self, message: Message) -> io::Result<()> {
         match message {
             Message::Granted(request) => self.engine.granted(request, &mut self.io),
-            Message::Exit => self.exiting = true,
+            Message::Tick => self.engine.tick(self.started_at.elapsed(), &mut self.io),
+            Message::Exit => {
+                self.engine.stop_background();
+                self.exiting = true;
+            }
             Message::Refresh { ring, done } => {
                 if let Some(watch) = self.kicks[ring].take() {
                     self.io.ring.unwatch(&watch)?;

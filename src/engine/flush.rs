@@ -1,14 +1,16 @@
 //! A flush: to all replicas at once, and honest about what is durable where (W5).
 
+use std::time::Duration;
+
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
-use crate::quorum::SectorRange;
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
+use crate::quorum::{ReplicaSet, SectorRange};
 use crate::replica::operation::{Action, Operation, Reply, RequestId};
 
 /// A flush has no range of its own.
-const NO_RANGE: SectorRange = SectorRange { start: 0, count: 0 };
+pub(super) const NO_RANGE: SectorRange = SectorRange { start: 0, count: 0 };
 
 #[derive(Debug)]
 pub(super) struct Flush {
@@ -19,7 +21,11 @@ pub(super) struct Flush {
 #[derive(Debug)]
 enum Stage {
     New,
-    Flushing { tally: Tally, epoch: FlushEpoch },
+    Flushing {
+        tally: Tally,
+        epoch: FlushEpoch,
+        asked_at: Duration,
+    },
 }
 
 impl Flush {
@@ -30,39 +36,76 @@ impl Flush {
         }
     }
 
+    /// The replicas whose replies are out, and since when.
+    pub(super) fn waiting(&self) -> (ReplicaSet, Duration) {
+        match &self.stage {
+            Stage::Flushing { tally, asked_at, .. } => (tally.waiting(), *asked_at),
+            Stage::New => (ReplicaSet::EMPTY, Duration::ZERO),
+        }
+    }
+
     pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let asked = core.all_replicas();
+        let (asked, epoch) = core
+            .shared
+            .health(|health| (health.in_service(), health.flush_begins()));
         self.stage = Stage::Flushing {
             tally: Tally::new(asked),
-            epoch: core.shared.health(|health| health.flush_begins()),
+            epoch,
+            asked_at: core.clock.now(),
         };
         for replica in asked.iter() {
-            effects.submit(Operation {
+            let operation = Operation {
                 request: id,
                 replica,
                 action: Action::Flush,
-            });
+            };
+            core.submit(operation, effects);
         }
         Progress::Waiting
     }
 
-    pub(super) fn reply(&mut self, reply: Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let Stage::Flushing { tally, epoch } = &mut self.stage else {
+    pub(super) fn reply(&mut self, reply: &Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let Stage::Flushing { tally, epoch, .. } = &mut self.stage else {
             unreachable!("a reply comes to an operation in flight");
         };
+        if !tally.waiting().contains(reply.replica) {
+            return Progress::Waiting;
+        }
         if let Err(errno) = reply.result {
             report_error(effects, reply.replica, OperationType::Flush, NO_RANGE, errno);
+            effects.health_changed();
         }
         let success = reply.result.is_ok();
         tally.record(reply.replica, success);
-        let durable = core.shared.health(|health| {
-            health.flush_ended(*epoch, reply.replica, success);
-            tally.is_complete() && health.fresh_on_threshold()
-        });
+        let epoch = *epoch;
+        core.shared
+            .health(|health| health.flush_ended(epoch, reply.replica, success));
+        self.finish_if_complete(core, effects)
+    }
+
+    /// Goes on without the replicas that have left the set. What they have not confirmed is stale already.
+    pub(super) fn abandon(
+        &mut self,
+        gone: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        match &mut self.stage {
+            Stage::Flushing { tally, .. } => tally.forget(gone),
+            Stage::New => return Progress::Waiting,
+        }
+        self.finish_if_complete(core, effects)
+    }
+
+    fn finish_if_complete(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let Stage::Flushing { tally, .. } = &self.stage else {
+            unreachable!("finished while flushing");
+        };
         if !tally.is_complete() {
             return Progress::Waiting;
         }
-        if durable && tally.succeeded().len() >= core.policy.threshold {
+        let flushed = tally.succeeded().len() >= core.policy.threshold;
+        if flushed && core.shared.health(|health| health.fresh_on_threshold()) {
             effects.complete(self.tag, Ok(&[]));
         } else {
             effects.report(Report::Failure {

@@ -1,5 +1,5 @@
-//! The life of a request: a state machine that is fed with guest requests and replica replies, and asks for
-//! replica operations, completions and reports.
+//! The life of a request: a state machine that is fed with guest requests, replica replies and the time, and
+//! asks for replica operations, completions and reports.
 //!
 //! Sans-IO: no file descriptor, no clock, no thread in here. Whoever drives an [`Engine`] carries out what it
 //! asks for through [`Effects`] and feeds the replies back. One engine serves one worker thread; what the
@@ -9,25 +9,31 @@
 //! read   asking ─────► answered ─► retired            t' replies agree: the others are only compared
 //!           │ replies differ                          (and when all have agreed, that is all)
 //!           ▼
-//!        waiting for the range lock ─► confirming ─► answered, reported ─► rewriting ─► retired
+//!        waiting for the range lock ─► confirming ─► answered, reported ─► mending ─► retired
 //!
 //! write  waiting for the range lock ─► writing ─► answered, retired
 //! flush  flushing ─► answered, retired
 //! ```
 //!
-//! Invariants: a request is answered exactly once, and before it is retired; it is retired when its last
+//! A replica that does not answer in time leaves the set, and the requests that wait for it go on without it.
+//! Its operations are *lent*: their slot stays until the last of them is back. See [`time`](self::time).
+//!
+//! Invariants: a request is answered exactly once, and before it is retired; a slot is free when its last
 //! operation is back; operations that change overlapping sectors run one after another (W2); a replica is
 //! accused of wrong bytes only after a read that held the lock (R5).
 
+mod confirm;
 mod flush;
 mod range_locks;
 mod read;
 mod shared;
+mod time;
 mod write;
 
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
 use slab::Slab;
 
@@ -37,8 +43,11 @@ use self::flush::Flush;
 use self::range_locks::LockKey;
 use self::read::Read;
 use self::shared::Waiter;
+use self::time::Clock;
 use self::write::Write;
-use crate::limits::{BUFFER_BYTES_MAX, PIECE_BYTES_MAX, REQUESTS_MAX};
+use crate::limits::{
+    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX, REQUESTS_MAX,
+};
 use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::{Buffer, BufferPool};
@@ -49,6 +58,8 @@ use crate::replica::operation::{Operation, Reply, RequestId};
 pub enum ReadPattern {
     /// All of them, and they vote.
     Quorum,
+    /// Only as many as make a quorum when they agree; the others when they do not, or are slow.
+    Threshold,
     /// The first in order that answers.
     Fifo,
 }
@@ -68,6 +79,8 @@ pub struct Policy {
     pub blkverify: bool,
     /// The unit in which replicas can be read and written, in sectors. All guest requests are multiples.
     pub block_sectors: u64,
+    /// A replica that leaves an operation unanswered for so long leaves the set.
+    pub replica_timeout: Duration,
 }
 
 /// The name that the device gave to a request; comes back when the request is answered.
@@ -107,6 +120,9 @@ pub trait Effects {
     fn report(&mut self, report: Report);
     /// Call [`Engine::granted`] with `request` on the engine of another worker.
     fn wake(&mut self, worker: WorkerIndex, request: RequestId);
+    /// A replica has left the set or came back, or something has become stale: call [`Engine::tick`] on every
+    /// engine soon, also on one that has nothing to do.
+    fn health_changed(&mut self);
     /// The replicas of a `--blkverify` disk differ: stop the daemon.
     fn contents_differ(&mut self, range: SectorRange);
 }
@@ -114,25 +130,15 @@ pub trait Effects {
 /// The state machine of one worker.
 #[derive(Debug)]
 pub struct Engine {
-    requests: Slab<Request>,
+    slots: Slab<Slot>,
     core: Core,
 }
 
-/// What every request needs of its engine.
+/// A request, and how many of its operations are in flight.
 #[derive(Debug)]
-struct Core {
-    worker: WorkerIndex,
-    policy: Policy,
-    shared: Arc<Shared>,
-    pool: BufferPool,
-    /// Requests of this engine whose lock has been granted.
-    granted: VecDeque<RequestId>,
-    /// Scratch for [`Core::unlock`].
-    waiters: Vec<Waiter>,
-    /// Bytes of all requests that are not retired, once for each buffer they may need.
-    bytes: u64,
-    /// Emptied lists of replies, to be used again.
-    spare_replies: Vec<Vec<Option<Buffer>>>,
+struct Slot {
+    request: Request,
+    operations: usize,
 }
 
 #[derive(Debug)]
@@ -140,6 +146,8 @@ enum Request {
     Read(Read),
     Write(Write),
     Flush(Flush),
+    /// Retired, but a replica that does not answer still has operations of it.
+    Lent,
 }
 
 /// Whether a request goes on after an input.
@@ -149,21 +157,61 @@ enum Progress {
     Retired,
 }
 
+/// What every request needs of its engine.
+#[derive(Debug)]
+struct Core {
+    worker: WorkerIndex,
+    policy: Policy,
+    shared: Arc<Shared>,
+    pool: BufferPool,
+    clock: Clock,
+    /// Requests of this engine whose lock has been granted.
+    granted: VecDeque<RequestId>,
+    /// Requests that other requests have begun.
+    begun: VecDeque<Read>,
+    /// Scratch for [`Core::unlock`].
+    waiters: Vec<Waiter>,
+    /// Operations submitted since the slot they belong to was last looked at.
+    submitted: usize,
+    /// What each replica has of this worker.
+    outstanding: Vec<Outstanding>,
+    /// Requests that are not retired.
+    active: usize,
+    /// Reads that are being repeated under a lock.
+    confirmations: usize,
+    /// Bytes of all requests that are not retired, once for each buffer they may need.
+    bytes: u64,
+    /// Emptied lists of replies, to be used again.
+    spare_replies: Vec<Vec<Option<Buffer>>>,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Outstanding {
+    operations: usize,
+    bytes: u64,
+}
+
 impl Engine {
     /// The engine of `worker`.
     pub fn new(worker: WorkerIndex, policy: Policy, shared: Arc<Shared>, pool: BufferPool) -> Self {
         assert!((1..=policy.replicas).contains(&policy.threshold));
         Self {
-            requests: Slab::new(),
+            slots: Slab::new(),
             core: Core {
                 worker,
-                policy,
                 shared,
                 pool,
+                clock: Clock::new(policy.replicas),
                 granted: VecDeque::new(),
+                begun: VecDeque::new(),
                 waiters: Vec::new(),
+                submitted: 0,
+                outstanding: vec![Outstanding::default(); policy.replicas],
+                active: 0,
+                confirmations: 0,
                 bytes: 0,
                 spare_replies: Vec::new(),
+                policy,
             },
         }
     }
@@ -171,81 +219,104 @@ impl Engine {
     /// Whether another request may be submitted. At the bound the device takes nothing from the guest until
     /// some are retired.
     pub fn has_room(&self) -> bool {
-        let most = PIECE_BYTES_MAX * (self.core.policy.replicas as u64 + 1);
-        self.requests.len() < REQUESTS_MAX && self.core.bytes + most <= BUFFER_BYTES_MAX.max(most)
+        let core = &self.core;
+        let most = PIECE_BYTES_MAX * (core.policy.replicas as u64 + 1);
+        core.active < REQUESTS_MAX
+            && core.confirmations < CONFIRMATIONS_MAX
+            && core.bytes + most <= BUFFER_BYTES_MAX.max(most)
     }
 
-    /// Whether every request is retired.
+    /// Whether every request is retired. Replicas that left the set may still have operations.
     pub fn is_idle(&self) -> bool {
-        self.requests.is_empty()
+        self.core.active == 0
     }
 
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
-        let core = &mut self.core;
         let request = match request {
-            GuestRequest::Read(range) => Request::Read(Read::new(tag, range, core)),
+            GuestRequest::Read(range) => Request::Read(Read::new(tag, range)),
             GuestRequest::Write { range, data, durable } => {
                 Request::Write(Write::new(tag, range, Rc::new(data), durable))
             }
             GuestRequest::Flush => Request::Flush(Flush::new(tag)),
         };
-        core.bytes += request.bytes(&core.policy);
-        let key = self.requests.insert(request);
-        let id = RequestId(u32::try_from(key).expect("REQUESTS_MAX fits"));
-        self.step(id, effects, |request, core, effects| match request {
-            Request::Read(read) => read.begin(id, core, effects),
-            Request::Write(write) => write.begin(id, core, effects),
-            Request::Flush(flush) => flush.begin(id, core, effects),
-        });
+        self.begin(request, effects);
+        self.settle(effects);
     }
 
     /// Takes the end of an operation in.
     pub fn reply(&mut self, reply: Reply, effects: &mut impl Effects) {
         let id = reply.request;
-        self.step(id, effects, |request, core, effects| match request {
+        self.core.returned(&reply);
+        self.slots[id.0 as usize].operations -= 1;
+        self.advance(id, effects, |request, core, effects| match request {
             Request::Read(read) => read.reply(id, reply, core, effects),
             Request::Write(write) => write.reply(reply, core, effects),
-            Request::Flush(flush) => flush.reply(reply, core, effects),
+            Request::Flush(flush) => flush.reply(&reply, core, effects),
+            Request::Lent => Progress::Retired,
         });
+        self.settle(effects);
     }
 
     /// The range lock that `request` waited for was released by another worker.
     pub fn granted(&mut self, request: RequestId, effects: &mut impl Effects) {
         self.core.granted.push_back(request);
-        self.run_granted(effects);
+        self.settle(effects);
     }
 
-    fn step<E: Effects>(
-        &mut self,
-        id: RequestId,
-        effects: &mut E,
-        advance: impl FnOnce(&mut Request, &mut Core, &mut E) -> Progress,
-    ) {
-        self.advance(id, effects, advance);
-        self.run_granted(effects);
+    fn begin(&mut self, request: Request, effects: &mut impl Effects) {
+        self.core.active += 1;
+        self.core.bytes += request.bytes(&self.core.policy);
+        let key = self.slots.insert(Slot {
+            request,
+            operations: 0,
+        });
+        let id = RequestId(u32::try_from(key).expect("slots are bounded"));
+        self.advance(id, effects, |request, core, effects| match request {
+            Request::Read(read) => read.begin(id, core, effects),
+            Request::Write(write) => write.begin(id, core, effects),
+            Request::Flush(flush) => flush.begin(id, core, effects),
+            Request::Lent => unreachable!("nothing begins as retired"),
+        });
     }
 
+    /// Lets a request take an input in, and its slot go when there is no more use for it.
     fn advance<E: Effects>(
         &mut self,
         id: RequestId,
         effects: &mut E,
-        advance: impl FnOnce(&mut Request, &mut Core, &mut E) -> Progress,
+        input: impl FnOnce(&mut Request, &mut Core, &mut E) -> Progress,
     ) {
-        let request = &mut self.requests[id.0 as usize];
-        if advance(request, &mut self.core, effects) == Progress::Retired {
-            let request = self.requests.remove(id.0 as usize);
-            self.core.bytes -= request.bytes(&self.core.policy);
+        let (slot, core) = (&mut self.slots[id.0 as usize], &mut self.core);
+        let progress = input(&mut slot.request, core, effects);
+        slot.operations += std::mem::take(&mut core.submitted);
+        if progress == Progress::Waiting {
+            return;
+        }
+        let request = std::mem::replace(&mut slot.request, Request::Lent);
+        if !matches!(request, Request::Lent) {
+            core.active -= 1;
+            core.bytes -= request.bytes(&core.policy);
+        }
+        if slot.operations == 0 {
+            self.slots.remove(id.0 as usize);
         }
     }
 
-    fn run_granted(&mut self, effects: &mut impl Effects) {
-        while let Some(id) = self.core.granted.pop_front() {
-            self.advance(id, effects, |request, core, effects| match request {
-                Request::Read(read) => read.lock_granted(id, core, effects),
-                Request::Write(write) => write.lock_granted(id, core, effects),
-                Request::Flush(_) => unreachable!("a flush takes no lock"),
-            });
+    /// Lets go on who can, until nobody can.
+    fn settle(&mut self, effects: &mut impl Effects) {
+        loop {
+            if let Some(id) = self.core.granted.pop_front() {
+                self.advance(id, effects, |request, core, effects| match request {
+                    Request::Read(read) => read.lock_granted(id, core, effects),
+                    Request::Write(write) => write.lock_granted(id, core, effects),
+                    Request::Flush(_) | Request::Lent => unreachable!("waits for no lock"),
+                });
+            } else if let Some(read) = self.core.begun.pop_front().or_else(|| self.core.next_resync()) {
+                self.begin(Request::Read(read), effects);
+            } else {
+                return;
+            }
         }
     }
 }
@@ -254,17 +325,43 @@ impl Request {
     /// Bytes of buffers that the request may hold at a time.
     fn bytes(&self, policy: &Policy) -> u64 {
         match self {
-            // One buffer for each replica; the winner is assembled in one of them.
-            Self::Read(read) => read.range().bytes() * policy.replicas as u64,
+            // One buffer for each replica, and one in which the winner may have to be put together.
+            Self::Read(read) => read.range().bytes() * (policy.replicas as u64 + 1),
             Self::Write(write) => write.range().bytes(),
-            Self::Flush(_) => 0,
+            Self::Flush(_) | Self::Lent => 0,
         }
     }
 }
 
 impl Core {
-    fn all_replicas(&self) -> ReplicaSet {
-        ReplicaSet::first(self.policy.replicas)
+    /// Hands an operation of the request that is being looked at to a replica.
+    fn submit(&mut self, operation: Operation, effects: &mut impl Effects) {
+        self.submitted += 1;
+        let outstanding = &mut self.outstanding[operation.replica.as_usize()];
+        outstanding.operations += 1;
+        outstanding.bytes += operation.action.bytes();
+        effects.submit(operation);
+    }
+
+    fn returned(&mut self, reply: &Reply) {
+        let outstanding = &mut self.outstanding[reply.replica.as_usize()];
+        outstanding.operations -= 1;
+        outstanding.bytes -= reply.action.bytes();
+    }
+
+    /// The replicas that may vote on all of `range` and are not so far behind that reads do without them.
+    fn voters(&self, range: SectorRange) -> ReplicaSet {
+        let fresh = self.shared.in_service().without(self.shared.stale_in(range));
+        let lags = |replica: &ReplicaIndex| {
+            let outstanding = self.outstanding[replica.as_usize()];
+            outstanding.operations >= LAG_OPERATIONS_MAX || outstanding.bytes >= LAG_BYTES_MAX
+        };
+        let lagging: ReplicaSet = fresh.iter().filter(lags).collect();
+        if lagging.is_empty() || fresh.without(lagging).len() < self.policy.threshold {
+            fresh
+        } else {
+            fresh.without(lagging)
+        }
     }
 
     /// Asks for the lock on `range` for `request`.

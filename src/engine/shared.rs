@@ -1,9 +1,11 @@
 //! What the worker threads of one disk share: range locks and the health of the replicas.
 //!
 //! One mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose replies
-//! agree takes it only while some replica is stale somewhere.
+//! agree takes it only while some replica is stale somewhere. What such a read must know is kept beside the
+//! mutex in atomics, which are changed only under it: a read that looks a moment too early is one that ran
+//! concurrently with the change.
 
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::range_locks::{LockKey, RangeLocks};
@@ -27,6 +29,7 @@ pub(super) struct Waiter {
 pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
+    in_service: AtomicU32,
     /// Totals for the operator.
     pub counters: Counters,
 }
@@ -42,6 +45,12 @@ pub struct Counters {
     pub suspicions: AtomicU64,
     /// Suspicions that the repeated read did not bear out: writes were in flight.
     pub suspicions_dropped: AtomicU64,
+    /// Sectors of stale replicas brought up to date.
+    pub sectors_resynced: AtomicU64,
+    /// How often a replica left the set because it did not answer.
+    pub departures: AtomicU64,
+    /// How often one came back.
+    pub returns: AtomicU64,
 }
 
 impl Counters {
@@ -58,21 +67,33 @@ struct State {
 }
 
 impl Shared {
-    /// The shared state of a disk of `replicas` replicas with vote threshold `threshold`.
-    pub fn new(replicas: usize, threshold: usize) -> Self {
+    /// The shared state of a disk of `replicas` replicas with vote threshold `threshold` and
+    /// `capacity_sectors`, served by `workers` threads.
+    pub fn new(replicas: usize, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
         Self {
             state: Mutex::new(State {
                 locks: RangeLocks::default(),
-                health: Health::new(replicas, threshold),
+                health: Health::new(replicas, threshold, workers, capacity_sectors),
             }),
             anything_stale: AtomicBool::new(false),
+            in_service: AtomicU32::new(ReplicaSet::first(replicas).bits()),
             counters: Counters::default(),
         }
     }
 
+    /// The replicas that are asked.
+    pub fn in_service(&self) -> ReplicaSet {
+        ReplicaSet::from_bits(self.in_service.load(Ordering::Acquire))
+    }
+
+    /// Whether a replica is stale anywhere.
+    pub(super) fn anything_stale(&self) -> bool {
+        self.anything_stale.load(Ordering::Acquire)
+    }
+
     /// The replicas that are stale somewhere in `range`.
     pub(super) fn stale_in(&self, range: SectorRange) -> ReplicaSet {
-        if self.anything_stale.load(Ordering::Acquire) {
+        if self.anything_stale() {
             self.state().health.stale_in(range)
         } else {
             ReplicaSet::EMPTY
@@ -95,6 +116,8 @@ impl Shared {
         let result = with(&mut state.health);
         self.anything_stale
             .store(state.health.anything_stale(), Ordering::Release);
+        self.in_service
+            .store(state.health.in_service().bits(), Ordering::Release);
         result
     }
 

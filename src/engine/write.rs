@@ -1,10 +1,11 @@
 //! A guest write: the same bytes to every replica, in the same order everywhere (W1 to W3).
 
 use std::rc::Rc;
+use std::time::Duration;
 
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
-use crate::quorum::health::FlushFailures;
+use crate::quorum::health::{Failures, WriteEnd};
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
 use crate::quorum::{ReplicaSet, SectorRange};
@@ -23,14 +24,16 @@ pub(super) struct Write {
 #[derive(Debug)]
 enum Stage {
     New,
-    WaitingForLock {
-        lock: LockKey,
-    },
-    Writing {
-        lock: LockKey,
-        tally: Tally,
-        began: FlushFailures,
-    },
+    WaitingForLock { lock: LockKey },
+    Writing(Writing),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Writing {
+    lock: LockKey,
+    tally: Tally,
+    began: Failures,
+    asked_at: Duration,
 }
 
 impl Write {
@@ -46,6 +49,14 @@ impl Write {
 
     pub(super) fn range(&self) -> SectorRange {
         self.range
+    }
+
+    /// The replicas whose replies are out, and since when.
+    pub(super) fn waiting(&self) -> (ReplicaSet, Duration) {
+        match &self.stage {
+            Stage::Writing(writing) => (writing.tally.waiting(), writing.asked_at),
+            Stage::New | Stage::WaitingForLock { .. } => (ReplicaSet::EMPTY, Duration::ZERO),
+        }
     }
 
     pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
@@ -67,14 +78,17 @@ impl Write {
         let Stage::WaitingForLock { lock } = self.stage else {
             unreachable!("a lock is granted once");
         };
-        let asked = core.all_replicas();
-        self.stage = Stage::Writing {
+        let (asked, began) = core
+            .shared
+            .health(|health| (health.in_service(), health.change_begins()));
+        self.stage = Stage::Writing(Writing {
             lock,
             tally: Tally::new(asked),
-            began: core.shared.health(|health| health.write_begins()),
-        };
+            began,
+            asked_at: core.clock.now(),
+        });
         for replica in asked.iter() {
-            effects.submit(Operation {
+            let operation = Operation {
                 request: id,
                 replica,
                 action: Action::Write {
@@ -83,34 +97,66 @@ impl Write {
                     offset_bytes: 0,
                     durable: self.durable,
                 },
-            });
+            };
+            core.submit(operation, effects);
         }
         Progress::Waiting
     }
 
     pub(super) fn reply(&mut self, reply: Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let Stage::Writing { lock, tally, began } = &mut self.stage else {
+        let Stage::Writing(writing) = &mut self.stage else {
             unreachable!("a reply comes to an operation in flight");
         };
+        if !writing.tally.waiting().contains(reply.replica) {
+            return Progress::Waiting;
+        }
         if let Err(errno) = reply.result {
             report_error(effects, reply.replica, OperationType::Write, self.range, errno);
         }
-        tally.record(reply.replica, reply.result.is_ok());
-        if !tally.is_complete() {
+        writing.tally.record(reply.replica, reply.result.is_ok());
+        self.finish_if_complete(core, effects)
+    }
+
+    /// Goes on without the replicas that have left the set.
+    pub(super) fn abandon(
+        &mut self,
+        gone: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        match &mut self.stage {
+            Stage::Writing(writing) => writing.tally.forget(gone),
+            Stage::New | Stage::WaitingForLock { .. } => return Progress::Waiting,
+        }
+        self.finish_if_complete(core, effects)
+    }
+
+    fn finish_if_complete(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let Stage::Writing(writing) = self.stage else {
+            unreachable!("finished while writing");
+        };
+        if !writing.tally.is_complete() {
             return Progress::Waiting;
         }
-        let (lock, tally, began) = (*lock, *tally, *began);
-        let success = tally.succeeded().len() >= core.policy.threshold;
-        core.shared.health(|health| {
-            // A write that failed leaves old or new bytes, and the vote decides which: nobody is known to be
-            // behind. A write that succeeded leaves those behind that failed it.
-            let failed = if success {
-                tally.failed()
-            } else {
-                ReplicaSet::EMPTY
+        let succeeded = writing.tally.succeeded();
+        let success = succeeded.len() >= core.policy.threshold;
+        // What is stale is known before the guest hears of success (W3).
+        let became_stale = core.shared.health(|health| {
+            let before = health.anything_stale();
+            let end = WriteEnd {
+                // Who was forgotten is as good as not asked: its write may still happen, or not.
+                asked: succeeded.or(writing.tally.failed()),
+                succeeded,
+                began: writing.began,
+                success,
+                durable: self.durable,
             };
-            health.write_ended(self.range, tally.succeeded(), failed, began, self.durable);
+            health.write_ended(self.range, &end);
+            !before && health.anything_stale()
         });
+        if became_stale {
+            effects.health_changed();
+        }
         if success {
             effects.complete(self.tag, Ok(&[]));
         } else {
@@ -120,7 +166,7 @@ impl Write {
             });
             effects.complete(self.tag, Err(Failed));
         }
-        core.unlock(lock, effects);
+        core.unlock(writing.lock, effects);
         Progress::Retired
     }
 }

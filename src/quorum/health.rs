@@ -1,11 +1,16 @@
-//! What each replica is known not to hold, and what is not durable yet (contract W3, W5).
+//! Which replicas are in service, what each is known not to hold, and what is not durable yet (contract W3,
+//! W5, W6).
 //!
-//! A sector is *stale* on a replica that failed to write it, or that failed to flush what it wrote there:
-//! after a failed fsync the kernel may have dropped the dirty pages, so a later success proves nothing. A
-//! stale replica does not vote on the sector until the sector is written to it again.
+//! A sector is *stale* on a replica that missed or failed a write of it, or that failed to flush what it
+//! wrote there: after a failed fsync the kernel may have dropped the dirty pages, so a later success proves
+//! nothing. A stale replica does not vote on the sector until the sector is written to it again.
 //!
-//! Invariant: a sector that the guest was told is written is fresh on at least t replicas, unless a flush
-//! has failed since.
+//! A replica that does not answer *leaves the set*. Whatever it was asked may still happen at any time, so
+//! everything it has not made durable is stale, and it joins again only when every worker has all of its
+//! operations back.
+//!
+//! Invariants: a sector that the guest was told is written is fresh on at least t replicas, unless a flush
+//! has failed since; at least t replicas are in service.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -17,9 +22,9 @@ use super::{ReplicaIndex, ReplicaSet, SectorRange};
 /// a flush has failed, and costs every write.
 const WRITTEN_GRANULE_SECTORS: u64 = 2048;
 
-/// Orders the start of writes against failed flushes.
+/// Orders the start of an operation against failed flushes and replicas that left the set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct FlushFailures(u64);
+pub struct Failures(u64);
 
 /// Names one flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,31 +34,87 @@ pub struct FlushEpoch(u64);
 #[derive(Debug)]
 pub struct Health {
     threshold: usize,
+    /// A bit for each worker thread.
+    workers: u64,
+    in_service: ReplicaSet,
     replicas: Vec<ReplicaHealth>,
     /// What completed writes changed since the last flush began.
     written: RangeSet,
+    capacity_sectors: u64,
     epoch: FlushEpoch,
-    failures: FlushFailures,
+    failures: Failures,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct ReplicaHealth {
     stale: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
-    last_failure: FlushFailures,
+    last_failure: Failures,
+    /// The workers that have every operation of this replica back since it left the set.
+    returned_to: u64,
+}
+
+impl ReplicaHealth {
+    fn new(capacity_sectors: u64) -> Self {
+        Self {
+            stale: RangeSet::with_granule(1, capacity_sectors),
+            unconfirmed: VecDeque::new(),
+            last_failure: Failures::default(),
+            returned_to: 0,
+        }
+    }
 }
 
 impl Health {
-    /// `replicas` replicas, all of them fresh everywhere.
-    pub fn new(replicas: usize, threshold: usize) -> Self {
+    /// `replicas` replicas of `capacity_sectors`, all of them in service and fresh everywhere, used by
+    /// `workers` threads.
+    pub fn new(replicas: usize, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
+        assert!((1..=64).contains(&workers));
         Self {
             threshold,
-            replicas: (0..replicas).map(|_| ReplicaHealth::default()).collect(),
-            written: RangeSet::with_granule(WRITTEN_GRANULE_SECTORS),
+            workers: u64::MAX >> (64 - workers),
+            in_service: ReplicaSet::first(replicas),
+            replicas: (0..replicas)
+                .map(|_| ReplicaHealth::new(capacity_sectors))
+                .collect(),
+            written: RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, capacity_sectors),
+            capacity_sectors,
             epoch: FlushEpoch(0),
-            failures: FlushFailures(0),
+            failures: Failures(0),
         }
+    }
+
+    /// The replicas that are asked.
+    pub fn in_service(&self) -> ReplicaSet {
+        self.in_service
+    }
+
+    /// Takes a replica that does not answer out of the set. `false` if it is out already, or if that would
+    /// leave fewer than t.
+    pub fn leave(&mut self, replica: ReplicaIndex) -> bool {
+        if !self.in_service.contains(replica) || self.in_service.len() <= self.threshold {
+            return false;
+        }
+        self.in_service.remove(replica);
+        self.replicas[replica.as_usize()].returned_to = 0;
+        self.not_durable(replica);
+        true
+    }
+
+    /// A worker has every operation of a replica that left the set back. `true` if that was the last one and
+    /// the replica is in service again; what it missed is stale.
+    pub fn returned(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
+        if self.in_service.contains(replica) {
+            return false;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.returned_to |= 1 << worker;
+        let all = state.returned_to == self.workers;
+        if all {
+            self.in_service.insert(replica);
+        }
+        all
     }
 
     /// Whether any replica is stale anywhere.
@@ -73,52 +134,78 @@ impl Health {
         self.replicas[replica.as_usize()].stale.within(range)
     }
 
-    /// To be kept from the moment a write is handed to the replicas until [`Self::write_ended`].
-    pub fn write_begins(&self) -> FlushFailures {
+    /// The first stale range of a replica in service at or after `from`, in the order of replicas.
+    pub fn next_stale(&self, from: (ReplicaIndex, u64)) -> Option<(ReplicaIndex, SectorRange)> {
+        let (first, sector) = from;
+        self.in_service
+            .iter()
+            .filter(|replica| *replica >= first)
+            .find_map(|replica| {
+                let sector = if replica == first { sector } else { 0 };
+                let rest = SectorRange::new(sector, u64::MAX - sector);
+                let range = self.replicas[replica.as_usize()].stale.first_within(rest)?;
+                Some((replica, range))
+            })
+    }
+
+    /// To be kept from the moment an operation that changes sectors is handed to the replicas until it has
+    /// ended.
+    pub fn change_begins(&self) -> Failures {
         self.failures
     }
 
-    /// A write of `range` has succeeded on `succeeded` and failed on `failed`, and the guest will be told
-    /// that it succeeded. `durable`: it went to stable storage by itself.
+    /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the guest will be
+    /// told so. `durable`: it went to stable storage by itself.
     ///
-    /// A replica whose flush failed while the write ran may have dropped it and counts as failed.
-    pub fn write_ended(
-        &mut self,
-        range: SectorRange,
-        succeeded: ReplicaSet,
-        failed: ReplicaSet,
-        began: FlushFailures,
-        durable: bool,
-    ) {
-        for replica in succeeded.iter() {
+    /// A write that failed leaves old or new bytes on those that failed it, and the vote decides which:
+    /// nobody is known to be behind. Who was not asked, or has left the set or failed a flush while the write
+    /// ran, is behind in any case.
+    pub fn write_ended(&mut self, range: SectorRange, write: &WriteEnd) {
+        for replica in self.indexes() {
             let state = &mut self.replicas[replica.as_usize()];
-            if state.last_failure > began {
+            let doubtful = state.last_failure > write.began || !write.asked.contains(replica);
+            let done = write.succeeded.contains(replica);
+            if doubtful || (write.success && !done) {
                 state.stale.insert(range);
-            } else if !state.stale.is_empty() {
+            } else if done {
                 state.stale.remove(range);
             }
         }
-        for replica in failed.iter() {
-            self.replicas[replica.as_usize()].stale.insert(range);
-        }
-        if !durable {
+        if !write.durable {
             self.written.insert(range);
         }
     }
 
-    /// Sectors were rewritten with the winner of a vote.
-    pub fn rewritten(&mut self, range: SectorRange) {
+    /// Sectors of one replica were written with the winner of a vote, under the lock of their range.
+    pub fn mended(&mut self, replica: ReplicaIndex, range: SectorRange, began: Failures) {
+        let state = &mut self.replicas[replica.as_usize()];
+        if state.last_failure > began {
+            state.stale.insert(range);
+        } else {
+            state.stale.remove(range);
+        }
         self.written.insert(range);
     }
 
-    /// A flush is about to go to all replicas; it covers every write that has ended.
+    /// Sectors of one replica may be changed by an operation that nobody waits for any more.
+    pub fn doubted(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        self.replicas[replica.as_usize()].stale.insert(range);
+    }
+
+    /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
-        let written = std::mem::replace(&mut self.written, RangeSet::with_granule(WRITTEN_GRANULE_SECTORS));
+        let nothing = RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, self.capacity_sectors);
+        let written = std::mem::replace(&mut self.written, nothing);
         if !written.is_empty() {
             let written = Arc::new(written);
-            for state in &mut self.replicas {
-                state.unconfirmed.push_back((self.epoch, Arc::clone(&written)));
+            for replica in self.indexes() {
+                let state = &mut self.replicas[replica.as_usize()];
+                if self.in_service.contains(replica) {
+                    state.unconfirmed.push_back((self.epoch, Arc::clone(&written)));
+                } else {
+                    state.stale.insert_all(&written);
+                }
             }
         }
         self.epoch
@@ -126,20 +213,23 @@ impl Health {
 
     /// The flush `epoch` has come back from `replica`.
     pub fn flush_ended(&mut self, epoch: FlushEpoch, replica: ReplicaIndex, success: bool) {
-        let state = &mut self.replicas[replica.as_usize()];
         if !success {
-            self.failures.0 += 1;
-            state.last_failure = self.failures;
-            // Also what has been written since the flush began, and what a later flush has not confirmed.
-            state.stale.insert_all(&self.written);
+            return self.not_durable(replica);
         }
-        while let Some((covered, written)) = state.unconfirmed.front() {
-            if !success {
-                state.stale.insert_all(written);
-            } else if *covered > epoch {
-                break;
-            }
-            state.unconfirmed.pop_front();
+        let unconfirmed = &mut self.replicas[replica.as_usize()].unconfirmed;
+        while unconfirmed.front().is_some_and(|(covered, _)| *covered <= epoch) {
+            unconfirmed.pop_front();
+        }
+    }
+
+    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing now.
+    fn not_durable(&mut self, replica: ReplicaIndex) {
+        self.failures.0 += 1;
+        let state = &mut self.replicas[replica.as_usize()];
+        state.last_failure = self.failures;
+        state.stale.insert_all(&self.written);
+        for (_, written) in state.unconfirmed.drain(..) {
+            state.stale.insert_all(&written);
         }
     }
 
@@ -171,6 +261,21 @@ impl Health {
     }
 }
 
+/// How a write ended.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteEnd {
+    /// The replicas it was handed to.
+    pub asked: ReplicaSet,
+    /// Those of them that did it.
+    pub succeeded: ReplicaSet,
+    /// [`Health::change_begins`] of that moment.
+    pub began: Failures,
+    /// The guest is told that it is written.
+    pub success: bool,
+    /// It went to stable storage by itself.
+    pub durable: bool,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -187,10 +292,19 @@ mod tests {
         SectorRange::new(start, count)
     }
 
+    fn end(began: Failures, succeeded: ReplicaSet) -> WriteEnd {
+        WriteEnd {
+            asked: ReplicaSet::first(3),
+            succeeded,
+            began,
+            success: succeeded.len() >= 2,
+            durable: false,
+        }
+    }
+
     fn write(health: &mut Health, range: SectorRange, failed: &[ReplicaIndex]) {
-        let began = health.write_begins();
-        let failed = set(failed);
-        health.write_ended(range, ReplicaSet::first(3).without(failed), failed, began, false);
+        let began = health.change_begins();
+        health.write_ended(range, &end(began, ReplicaSet::first(3).without(set(failed))));
     }
 
     fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
@@ -203,7 +317,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_is_stale_until_written_again() {
-        let mut health = Health::new(3, 2);
+        let mut health = Health::new(3, 2, 2, 1 << 22);
         write(&mut health, range(8, 8), &[C]);
         assert_eq!(health.stale_in(range(0, 9)), set(&[C]));
         assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
@@ -214,7 +328,7 @@ mod tests {
     /// The case that counting successes gets wrong: a write held by {A,B}, a flush done by {B,C}.
     #[test]
     fn a_flush_needs_the_replicas_that_hold_the_writes() {
-        let mut health = Health::new(3, 2);
+        let mut health = Health::new(3, 2, 2, 1 << 22);
         write(&mut health, range(0, 8), &[C]);
         assert!(!flush(&mut health, &[A]));
         // What is known to be lost is not forgotten by a flush that finds nothing more to do.
@@ -226,7 +340,7 @@ mod tests {
 
     #[test]
     fn a_failed_flush_makes_stale_what_was_written_since_the_last_good_one() {
-        let mut health = Health::new(3, 2);
+        let mut health = Health::new(3, 2, 2, 1 << 22);
         write(&mut health, range(0, 8), &[]);
         assert!(flush(&mut health, &[]));
         write(&mut health, range(1 << 20, 8), &[]);
@@ -237,17 +351,17 @@ mod tests {
 
     #[test]
     fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
-        let mut health = Health::new(3, 2);
-        let began = health.write_begins();
+        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let began = health.change_begins();
         let epoch = health.flush_begins();
         health.flush_ended(epoch, A, false);
-        health.write_ended(range(0, 8), ReplicaSet::first(3), ReplicaSet::EMPTY, began, false);
+        health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
         assert_eq!(health.stale_in(range(0, 8)), set(&[A]));
     }
 
     #[test]
     fn a_later_flush_confirms_the_earlier_ones() {
-        let mut health = Health::new(1, 1);
+        let mut health = Health::new(1, 1, 1, 1 << 22);
         write_one(&mut health, range(0, 8));
         let first = health.flush_begins();
         write_one(&mut health, range(1 << 20, 8));
@@ -261,7 +375,69 @@ mod tests {
     }
 
     fn write_one(health: &mut Health, range: SectorRange) {
-        let began = health.write_begins();
-        health.write_ended(range, ReplicaSet::first(1), ReplicaSet::EMPTY, began, false);
+        let began = health.change_begins();
+        let done = WriteEnd {
+            asked: set(&[A]),
+            succeeded: set(&[A]),
+            began,
+            success: true,
+            durable: false,
+        };
+        health.write_ended(range, &done);
+    }
+
+    #[test]
+    fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
+        let mut health = Health::new(3, 2, 2, 1 << 22);
+        write(&mut health, range(0, 8), &[]);
+        assert!(flush(&mut health, &[]));
+        write(&mut health, range(1 << 20, 8), &[]);
+        assert!(health.leave(C));
+        assert!(!health.leave(B), "two are needed");
+        assert_eq!(health.in_service(), set(&[A, B]));
+        assert_eq!(
+            health.stale_in(range(0, 8)),
+            ReplicaSet::EMPTY,
+            "that was flushed"
+        );
+        assert_eq!(health.stale_in(range(1 << 20, 8)), set(&[C]));
+        let began = health.change_begins();
+        let without = WriteEnd {
+            asked: set(&[A, B]),
+            ..end(began, set(&[A, B]))
+        };
+        health.write_ended(range(1 << 21, 8), &without);
+        assert!(!health.returned(C, 1));
+        assert!(health.returned(C, 0));
+        assert_eq!(health.in_service(), ReplicaSet::first(3));
+        assert_eq!(health.next_stale((A, 0)).map(|(replica, _)| replica), Some(C));
+        health.mended(C, range(0, 1 << 22), health.change_begins());
+        assert!(!health.anything_stale());
+    }
+
+    #[test]
+    fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
+        let mut health = Health::new(3, 2, 1, 1 << 22);
+        let began = health.change_begins();
+        assert!(health.leave(C) && health.returned(C, 0));
+        health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
+        assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
+    }
+
+    #[test]
+    fn what_is_flushed_without_a_replica_is_stale_there() {
+        let mut health = Health::new(3, 2, 1, 1 << 22);
+        assert!(health.leave(C));
+        let began = health.change_begins();
+        health.write_ended(
+            range(0, 8),
+            &WriteEnd {
+                asked: set(&[A, B]),
+                ..end(began, set(&[A, B]))
+            },
+        );
+        health.flush_begins();
+        assert!(health.returned(C, 0));
+        assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
     }
 }

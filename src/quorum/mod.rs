@@ -53,6 +53,16 @@ impl ReplicaSet {
         self.0 &= !(1 << replica.0);
     }
 
+    /// The set as a mask, bit `i` for replica `i`.
+    pub fn bits(self) -> u32 {
+        self.0
+    }
+
+    /// The set of a mask.
+    pub fn from_bits(bits: u32) -> Self {
+        Self(bits)
+    }
+
     /// How many replicas are in the set.
     pub fn len(self) -> usize {
         self.0.count_ones() as usize
@@ -67,6 +77,12 @@ impl ReplicaSet {
     #[must_use]
     pub fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
+    }
+
+    /// Those in either set.
+    #[must_use]
+    pub fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
     }
 
     /// Those in both sets.

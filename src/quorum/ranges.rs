@@ -17,26 +17,30 @@ pub struct RangeSet {
     ranges: BTreeMap<u64, u64>,
     /// What is put in is widened to multiples of this many sectors.
     granule_sectors: u64,
+    /// Nothing is widened beyond this sector: the end of the disk.
+    end_sector: u64,
     ranges_max: usize,
 }
 
 impl Default for RangeSet {
     fn default() -> Self {
-        Self::with_granule(1)
+        Self::with_granule(1, u64::MAX)
     }
 }
 
 impl RangeSet {
-    /// An empty set that widens what is put in to multiples of `granule_sectors`, to stay small.
-    pub fn with_granule(granule_sectors: u64) -> Self {
-        Self::with_bound(granule_sectors, RANGES_MAX)
+    /// An empty set that widens what is put in to multiples of `granule_sectors`, to stay small, but not
+    /// beyond `end_sector`.
+    pub fn with_granule(granule_sectors: u64, end_sector: u64) -> Self {
+        Self::with_bound(granule_sectors, end_sector, RANGES_MAX)
     }
 
-    fn with_bound(granule_sectors: u64, ranges_max: usize) -> Self {
+    fn with_bound(granule_sectors: u64, end_sector: u64, ranges_max: usize) -> Self {
         assert!(granule_sectors > 0 && ranges_max > 0);
         Self {
             ranges: BTreeMap::new(),
             granule_sectors,
+            end_sector,
             ranges_max,
         }
     }
@@ -125,12 +129,24 @@ impl RangeSet {
         parts
     }
 
+    /// The first part of `range` that is in the set.
+    pub fn first_within(&self, range: SectorRange) -> Option<SectorRange> {
+        let reaches_in = self.ranges.range(..=range.start).next_back();
+        let (&start, &end) = reaches_in
+            .filter(|(_, end)| **end > range.start && range.count > 0)
+            .or_else(|| self.ranges.range(range.start..range.end()).next())?;
+        let start = start.max(range.start);
+        Some(SectorRange::new(start, end.min(range.end()) - start))
+    }
+
     /// Inserts `[start, end)` widened to the granule and joined with what it touches.
     fn join(&mut self, start: u64, end: u64) {
         let mut start = start - start % self.granule_sectors;
         let mut end = end
             .checked_next_multiple_of(self.granule_sectors)
-            .unwrap_or(u64::MAX);
+            .unwrap_or(u64::MAX)
+            .min(self.end_sector)
+            .max(end);
         while let Some((&found_start, &found_end)) = self.ranges.range(..=end).next_back() {
             if found_end < start {
                 break;
@@ -205,13 +221,14 @@ mod tests {
             let within: Vec<u64> = set.within(probe).into_iter().flat_map(|r| r.start..r.end()).collect();
             let expected: Vec<u64> = (probe.start..probe.end()).filter(|s| at(*s)).collect();
             prop_assert_eq!(within, expected);
+            prop_assert_eq!(set.first_within(probe), set.within(probe).first().copied());
             prop_assert_eq!(set.sectors(), naive.iter().filter(|f| **f).count() as u64);
         }
 
         /// Bounded, the set never loses a sector.
         #[test]
         fn bounded_it_errs_on_the_careful_side(changes in changes()) {
-            let mut set = RangeSet::with_bound(1, 3);
+            let mut set = RangeSet::with_bound(1, 128, 3);
             let mut naive = [false; 128];
             for change in changes {
                 let (range, value) = match change {
@@ -230,8 +247,15 @@ mod tests {
     }
 
     #[test]
+    fn is_not_widened_beyond_the_end() {
+        let mut set = RangeSet::with_granule(2048, 5000);
+        set.insert(SectorRange::new(4500, 1));
+        assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
+    }
+
+    #[test]
     fn reaches_the_end_of_the_number_space() {
-        let mut set = RangeSet::with_granule(2048);
+        let mut set = RangeSet::with_granule(2048, u64::MAX);
         set.insert(SectorRange::new(u64::MAX - 1, 1));
         assert!(set.overlaps(SectorRange::new(u64::MAX - 1, 1)));
     }

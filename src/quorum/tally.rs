@@ -19,13 +19,15 @@ impl Tally {
         }
     }
 
-    /// A tally that waits for each replica in `asked` and remembers who failed before.
-    pub fn with_failed(asked: ReplicaSet, failed: ReplicaSet) -> Self {
-        Self {
-            waiting: asked,
-            failed,
-            ..Self::default()
-        }
+    /// Waits for each replica in `asked` as well. None of them was asked before.
+    pub fn ask(&mut self, asked: ReplicaSet) {
+        debug_assert!(self.asked().and(asked).is_empty());
+        self.waiting = self.waiting.or(asked);
+    }
+
+    /// Everyone who was asked.
+    pub fn asked(&self) -> ReplicaSet {
+        self.waiting.or(self.succeeded).or(self.failed)
     }
 
     /// Takes a reply in. Each replica that was asked replies once.
@@ -37,6 +39,11 @@ impl Tally {
         } else {
             self.failed.insert(replica);
         }
+    }
+
+    /// Waits no longer for the replicas in `gone`.
+    pub fn forget(&mut self, gone: ReplicaSet) {
+        self.waiting = self.waiting.without(gone);
     }
 
     /// Whether every reply is in.

@@ -48,6 +48,16 @@ pub enum Action {
     Flush,
 }
 
+impl Action {
+    /// Bytes of buffer that the operation keeps in use.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Read { range, .. } | Self::Write { range, .. } => range.bytes(),
+            Self::Flush => 0,
+        }
+    }
+}
+
 /// The end of an operation. Every operation has exactly one.
 #[derive(Debug)]
 pub struct Reply {

@@ -7,8 +7,9 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::Duration;
 
-use io_uring::types::{Fd, Fixed, FsyncFlags};
+use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use log::debug;
 use slab::Slab;
@@ -30,6 +31,17 @@ pub enum Completion {
     Reply(Reply),
     /// A watched descriptor became readable.
     Readable(WatchToken),
+}
+
+/// Whether [`Ring::enter`] waits for something to complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// No.
+    No,
+    /// Yes, however long it takes.
+    Forever,
+    /// For so long.
+    AtMost(Duration),
 }
 
 /// The name that the worker gave to a watched descriptor.
@@ -120,20 +132,30 @@ impl Ring {
         Ok(())
     }
 
-    /// Hands everything queued to the kernel, waits for a completion if `wait` is set, and returns what has
+    /// Hands everything queued to the kernel, waits for a completion as `wait` says, and returns what has
     /// completed; to be drained by the caller.
     ///
     /// # Errors
     /// Only what leaves the ring unusable.
-    pub fn enter(&mut self, wait: bool) -> io::Result<&mut VecDeque<Completion>> {
-        let want = usize::from(wait && self.completions.is_empty());
-        match self.uring.submit_and_wait(want) {
+    pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
+        let want = usize::from(self.completions.is_empty());
+        let entered = match wait {
+            Wait::No => self.uring.submit_and_wait(0),
+            Wait::Forever => self.uring.submit_and_wait(want),
+            Wait::AtMost(limit) => {
+                let limit = Timespec::from(limit);
+                self.uring
+                    .submitter()
+                    .submit_with_args(want, &SubmitArgs::new().timespec(&limit))
+            }
+        };
+        match entered {
             Ok(_) => {}
             // EBUSY: completions must be taken before more can be submitted; that happens next.
             Err(error)
                 if matches!(
                     error.raw_os_error(),
-                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN)
+                    Some(libc::EINTR | libc::EBUSY | libc::EAGAIN | libc::ETIME)
                 ) => {}
             Err(error) => return Err(error),
         }
@@ -367,7 +389,7 @@ mod tests {
 
     fn reply_of(ring: &mut Ring) -> Reply {
         loop {
-            if let Some(Completion::Reply(reply)) = ring.enter(true).unwrap().pop_front() {
+            if let Some(Completion::Reply(reply)) = ring.enter(Wait::Forever).unwrap().pop_front() {
                 return reply;
             }
         }
@@ -443,13 +465,13 @@ mod tests {
         let watch = ring.watch(&event, WatchToken(3)).unwrap();
         for _ in 0..3 {
             event.write(1).unwrap();
-            let completion = ring.enter(true).unwrap().pop_front();
+            let completion = ring.enter(Wait::Forever).unwrap().pop_front();
             assert!(matches!(completion, Some(Completion::Readable(WatchToken(3)))));
         }
         ring.unwatch(&watch).unwrap();
         event.write(1).unwrap();
         while !ring.in_flight.is_empty() {
-            assert!(ring.enter(true).unwrap().is_empty());
+            assert!(ring.enter(Wait::Forever).unwrap().is_empty());
         }
     }
 }

@@ -1,0 +1,380 @@
+//! The second asking of a read, under the lock of its range: what differs now is wrong (R2, R3, R5, R6).
+//!
+//! While the lock is held no write can change the range, so the replies are compared sector by sector, the
+//! losers are reported, and mended before the lock is given back. The same path brings a stale replica up to
+//! date: it is mended whatever it holds.
+
+use std::rc::Rc;
+
+use super::range_locks::LockKey;
+use super::read::{Purpose, Read, Stage, buffer};
+use super::{Core, Counters, Effects, Progress, ReadPattern, report_error};
+use crate::quorum::health::Failures;
+use crate::quorum::report::{Cause, OperationType, Report};
+use crate::quorum::tally::Tally;
+use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
+use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::replica::buffer::{Buffer, BufferPool};
+use crate::replica::operation::{Action, Operation, Reply, RequestId};
+
+/// A read that holds, or waits for, the lock of its range.
+#[derive(Debug)]
+pub(super) struct Confirmation {
+    lock: LockKey,
+    /// Replicas to be mended throughout: stale ones, and those that failed a `fifo` read.
+    mend: ReplicaSet,
+    step: Step,
+}
+
+#[derive(Debug)]
+enum Step {
+    WaitingForLock,
+    Asking,
+    /// The writes of the winner that are out.
+    Mending {
+        began: Failures,
+        pending: Vec<(ReplicaIndex, SectorRange)>,
+    },
+}
+
+impl Confirmation {
+    pub(super) fn is_mending(&self) -> bool {
+        matches!(self.step, Step::Mending { .. })
+    }
+
+    /// The replicas that are being mended.
+    pub(super) fn mending(&self) -> ReplicaSet {
+        match &self.step {
+            Step::Mending { pending, .. } => pending.iter().map(|(replica, _)| *replica).collect(),
+            Step::WaitingForLock | Step::Asking => ReplicaSet::EMPTY,
+        }
+    }
+}
+
+impl Read {
+    /// Goes for the lock.
+    pub(super) fn confirm(
+        &mut self,
+        id: RequestId,
+        mend: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        core.confirmations += 1;
+        // The buffers of the first asking are free again before new ones are taken.
+        self.replies.fill_with(|| None);
+        self.tally = Tally::default();
+        let (lock, granted) = core.lock(self.range, id);
+        self.stage = Stage::Confirming(Confirmation {
+            lock,
+            mend,
+            step: Step::WaitingForLock,
+        });
+        if granted {
+            self.lock_granted(id, core, effects)
+        } else {
+            Progress::Waiting
+        }
+    }
+
+    pub(super) fn lock_granted(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        let confirmation = self.confirmation();
+        confirmation.step = Step::Asking;
+        let mend = confirmation.mend;
+        let asked = core.shared.in_service().without(mend);
+        self.asked_at = core.clock.now();
+        self.ask(id, asked, core, effects);
+        self.confirm_reply(id, core, effects)
+    }
+
+    /// A reply has come in, or is not waited for any more.
+    pub(super) fn confirm_reply(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        if self.tally.is_complete() {
+            return self.confirmed(id, core, effects);
+        }
+        self.answer_early(core, effects);
+        Progress::Waiting
+    }
+
+    pub(super) fn confirm_without(
+        &mut self,
+        id: RequestId,
+        gone: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        match &mut self.confirmation().step {
+            Step::WaitingForLock => Progress::Waiting,
+            Step::Asking => self.confirm_reply(id, core, effects),
+            Step::Mending { pending, .. } => {
+                // Its write may still happen, perhaps after newer ones.
+                for (replica, range) in pending.extract_if(.., |(replica, _)| gone.contains(*replica)) {
+                    core.shared.health(|health| health.doubted(replica, range));
+                }
+                self.finish_if_mended(core, effects)
+            }
+        }
+    }
+
+    /// R7 for this asking: a guest waits for no slow replica whose vote cannot matter.
+    fn answer_early(&mut self, core: &mut Core, effects: &mut impl Effects) {
+        let (succeeded, waiting) = (self.tally.succeeded().len(), self.tally.waiting().len());
+        let enough = core.policy.threshold.max((succeeded + waiting) / 2 + 1);
+        if self.tag.is_none() || core.policy.read_pattern == ReadPattern::Fifo || succeeded < enough {
+            return;
+        }
+        let verdict = self.vote(Rule::Threshold(enough), core);
+        if verdict.undecided.is_empty()
+            && let (Some(tag), Some(winner)) = (self.tag.take(), self.assemble(&verdict, &core.pool))
+        {
+            effects.complete(tag, Ok(&winner));
+        }
+    }
+
+    /// All replies are in, and no write can have run meanwhile.
+    fn confirmed(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let rule = match core.policy.read_pattern {
+            ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(core.policy.threshold),
+            ReadPattern::Fifo => Rule::FirstListed,
+        };
+        let verdict = self.vote(rule, core);
+        let mend = self.confirmation().mend;
+        if mend.is_empty() && verdict.dissents.is_empty() && verdict.undecided.is_empty() {
+            Counters::add(&core.shared.counters.suspicions_dropped, 1);
+        }
+        for dissent in &verdict.dissents {
+            effects.report(Report::Bad {
+                replica: dissent.replica,
+                operation: OperationType::Read,
+                range: self.range,
+                cause: Cause::WrongVersion(dissent.evidence()),
+            });
+        }
+        let winner = self.assemble(&verdict, &core.pool);
+        if let Some(winner) = winner.as_ref().filter(|_| verdict.undecided.is_empty())
+            && let Some(tag) = self.tag.take()
+        {
+            effects.complete(tag, Ok(winner));
+        }
+        self.fail(effects);
+        if let Some(undecided) = verdict.undecided.first().filter(|_| core.policy.blkverify) {
+            effects.contents_differ(*undecided);
+        }
+        if let Some(winner) = winner {
+            self.mend(id, &verdict, Rc::new(winner), core, effects);
+        }
+        self.finish_if_mended(core, effects)
+    }
+
+    fn vote(&self, rule: Rule, core: &Core) -> Verdict {
+        let voters = self.tally.succeeded();
+        let stale = core.shared.health(|health| {
+            let stale_parts = |replica| health.stale_parts(replica, self.range);
+            voters.iter().map(stale_parts).collect::<Vec<_>>()
+        });
+        let ballots: Vec<Ballot<'_>> = voters
+            .iter()
+            .zip(stale)
+            .map(|(replica, stale)| Ballot {
+                replica,
+                bytes: buffer(&self.replies, replica),
+                stale,
+            })
+            .collect();
+        vote(self.range, &ballots, rule)
+    }
+
+    /// Puts the winning versions together. `None` if no sector has a winner. Sectors without one hold
+    /// whatever the buffer held: nobody may look at them.
+    fn assemble(&self, verdict: &Verdict, pool: &BufferPool) -> Option<Buffer> {
+        verdict.winners.first()?;
+        let mut winner = pool.take(usize::try_from(self.range.bytes()).expect("a piece fits memory"));
+        for run in &verdict.winners {
+            let bytes = bytes_of(run.range, self.range);
+            winner[bytes.clone()].copy_from_slice(&buffer(&self.replies, run.held_by)[bytes]);
+        }
+        Some(winner)
+    }
+
+    /// Writes the winner where it did not win (R6), and all over the replicas that are to be mended.
+    fn mend(
+        &mut self,
+        id: RequestId,
+        verdict: &Verdict,
+        winner: Rc<Buffer>,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) {
+        let block = core.policy.block_sectors;
+        let mut pending = Vec::new();
+        if core.policy.rewrite_corrupted {
+            for dissent in &verdict.dissents {
+                let runs = decided(&widen(&dissent.bad_sectors, block), &verdict.undecided, block);
+                pending.extend(runs.into_iter().map(|run| (dissent.replica, run)));
+            }
+        }
+        let (in_service, began) = core
+            .shared
+            .health(|health| (health.in_service(), health.change_begins()));
+        for replica in self.confirmation().mend.iter() {
+            let runs = decided(&[self.range], &verdict.undecided, block);
+            pending.extend(runs.into_iter().map(|run| (replica, run)));
+        }
+        pending.retain(|(replica, _)| in_service.contains(*replica));
+        self.asked_at = core.clock.now();
+        for &(replica, run) in &pending {
+            let operation = Operation {
+                request: id,
+                replica,
+                action: Action::Write {
+                    range: run,
+                    data: Rc::clone(&winner),
+                    offset_bytes: bytes_of(run, self.range).start,
+                    durable: false,
+                },
+            };
+            core.submit(operation, effects);
+        }
+        self.confirmation().step = Step::Mending { began, pending };
+    }
+
+    /// The end of a mending write.
+    pub(super) fn mended(&mut self, reply: &Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let is_resync = self.is_resync();
+        let Step::Mending { began, pending } = &mut self.confirmation().step else {
+            unreachable!("a mending write ends while mending");
+        };
+        let Action::Write { range, .. } = &reply.action else {
+            return Progress::Waiting;
+        };
+        let before = pending.len();
+        pending.retain(|write| *write != (reply.replica, *range));
+        if pending.len() == before {
+            return Progress::Waiting;
+        }
+        let began = *began;
+        let counters = &core.shared.counters;
+        match reply.result {
+            Ok(()) => {
+                let counter = if is_resync {
+                    &counters.sectors_resynced
+                } else {
+                    &counters.sectors_rewritten
+                };
+                Counters::add(counter, range.count);
+                core.shared
+                    .health(|health| health.mended(reply.replica, *range, began));
+            }
+            Err(errno) => {
+                Counters::add(&counters.sectors_not_rewritten, range.count);
+                report_error(effects, reply.replica, OperationType::Write, *range, errno);
+            }
+        }
+        self.finish_if_mended(core, effects)
+    }
+
+    fn finish_if_mended(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        let confirmation = self.confirmation();
+        if matches!(&confirmation.step, Step::Mending { pending, .. } if !pending.is_empty()) {
+            return Progress::Waiting;
+        }
+        let lock = confirmation.lock;
+        core.unlock(lock, effects);
+        core.confirmations -= 1;
+        if self.is_resync() {
+            core.clock.resync_ended();
+        }
+        self.retire(core)
+    }
+
+    fn is_resync(&self) -> bool {
+        matches!(self.purpose, Purpose::Resync(_))
+    }
+
+    fn confirmation(&mut self) -> &mut Confirmation {
+        match &mut self.stage {
+            Stage::Confirming(confirmation) => confirmation,
+            Stage::New | Stage::Asking(_) => unreachable!("confirmed under the lock"),
+        }
+    }
+}
+
+/// The bytes of `part` in a buffer that holds `whole`.
+fn bytes_of(part: SectorRange, whole: SectorRange) -> std::ops::Range<usize> {
+    let byte =
+        |sector: u64| usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a piece fits memory");
+    byte(part.start)..byte(part.end())
+}
+
+/// The runs, widened to whole blocks and joined where they meet.
+fn widen(runs: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
+    let mut widened: Vec<SectorRange> = Vec::with_capacity(runs.len());
+    for run in runs {
+        let start = run.start - run.start % block_sectors;
+        let end = run.end().next_multiple_of(block_sectors);
+        match widened.last_mut() {
+            Some(last) if start <= last.end() => last.count = end - last.start,
+            _ => widened.push(SectorRange::new(start, end - start)),
+        }
+    }
+    widened
+}
+
+/// What is left of `runs`, which are whole blocks, without the blocks that have an undecided sector.
+fn decided(runs: &[SectorRange], undecided: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
+    let undecided = widen(undecided, block_sectors);
+    let mut left = Vec::with_capacity(runs.len());
+    for run in runs {
+        let mut start = run.start;
+        for hole in undecided.iter().filter(|hole| hole.overlaps(*run)) {
+            if hole.start > start {
+                left.push(SectorRange::new(start, hole.start - start));
+            }
+            start = hole.end();
+        }
+        if start < run.end() {
+            left.push(SectorRange::new(start, run.end() - start));
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs<const N: usize>(runs: [(u64, u64); N]) -> Vec<SectorRange> {
+        runs.map(|(start, count)| SectorRange::new(start, count)).to_vec()
+    }
+
+    #[test]
+    fn runs_are_widened_to_blocks_and_joined() {
+        let scattered = runs([(1, 1), (3, 2), (9, 1), (30, 4)]);
+        assert_eq!(widen(&scattered, 1), scattered);
+        assert_eq!(widen(&scattered, 8), runs([(0, 16), (24, 16)]));
+    }
+
+    #[test]
+    fn blocks_with_an_undecided_sector_are_left_out() {
+        let blocks = runs([(0, 16), (24, 16)]);
+        assert_eq!(decided(&blocks, &[], 8), blocks);
+        assert_eq!(
+            decided(&blocks, &runs([(9, 1), (25, 1), (31, 2)]), 8),
+            runs([(0, 8)])
+        );
+        assert_eq!(
+            decided(&runs([(0, 8)]), &runs([(3, 2)]), 1),
+            runs([(0, 3), (5, 3)])
+        );
+    }
+}

@@ -1,0 +1,289 @@
+//! What an engine does because time passes: replicas that do not answer leave the set (W6), reads do not wait
+//! for slow ones (R7, R9), stale ranges are brought up to date.
+
+use std::time::Duration;
+
+use super::read::Read;
+use super::{Core, Counters, Effects, Engine, Progress, Request, WorkerIndex, report_error};
+use crate::limits::{PIECE_BYTES_MAX, RESYNC_RETRY_MS, TICK_MICROSECONDS};
+use crate::quorum::report::OperationType;
+use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::replica::operation::RequestId;
+
+const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
+const RESYNC_RETRY: Duration = Duration::from_millis(RESYNC_RETRY_MS);
+
+/// How many times what replies usually take a read waits before it asks others or goes for the lock.
+const SLOW_FACTOR: u32 = 4;
+
+/// Every so many reads of `read-pattern=threshold` the turn decides who is asked, so that each replica is
+/// checked, also the slowest.
+const TURN_EVERY: usize = 8;
+
+/// Where the resync starts over.
+const BEGINNING: (ReplicaIndex, u64) = (ReplicaIndex(0), 0);
+
+/// The time as the engine knows it, and what it does by it.
+#[derive(Debug)]
+pub(super) struct Clock {
+    now: Duration,
+    ticked_at: Duration,
+    /// What a reply of each replica usually takes: a moving average.
+    usual: Vec<Duration>,
+    /// Counts the reads of `read-pattern=threshold`.
+    turn: usize,
+    resync: Resync,
+}
+
+/// How far the resync is. One piece at a time, so that the guest hardly notices.
+#[derive(Debug)]
+struct Resync {
+    from: (ReplicaIndex, u64),
+    running: bool,
+    not_before: Duration,
+    stopped: bool,
+}
+
+impl Clock {
+    pub(super) fn new(replicas: usize) -> Self {
+        Self {
+            now: Duration::ZERO,
+            ticked_at: Duration::ZERO,
+            usual: vec![Duration::ZERO; replicas],
+            turn: 0,
+            resync: Resync {
+                from: BEGINNING,
+                running: false,
+                not_before: Duration::ZERO,
+                stopped: false,
+            },
+        }
+    }
+
+    pub(super) fn now(&self) -> Duration {
+        self.now
+    }
+
+    /// A reply of `replica` to what it was asked at `asked_at` is in.
+    pub(super) fn observe(&mut self, replica: ReplicaIndex, asked_at: Duration) {
+        let taken = self.now.saturating_sub(asked_at);
+        let usual = &mut self.usual[replica.as_usize()];
+        *usual = (*usual * 7 + taken) / 8;
+    }
+
+    /// After how long a read looks for a way around whoever has not answered.
+    fn patience(&self, in_service: ReplicaSet) -> Duration {
+        let usual = in_service
+            .iter()
+            .map(|replica| self.usual[replica.as_usize()])
+            .min();
+        (usual.unwrap_or_default() * SLOW_FACTOR).max(TICK)
+    }
+
+    /// The piece that was being resynced is done; the next one may begin.
+    pub(super) fn resync_ended(&mut self) {
+        self.resync.running = false;
+    }
+}
+
+impl Engine {
+    /// Tells the engine the time, counted from any fixed moment. To be called before inputs; it never goes
+    /// back.
+    pub fn set_time(&mut self, now: Duration) {
+        self.core.clock.now = now;
+    }
+
+    /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
+    pub fn deadline(&self) -> Option<Duration> {
+        let core = &self.core;
+        if core.active > 0 {
+            Some(core.clock.ticked_at + TICK)
+        } else if core.shared.in_service() != ReplicaSet::first(core.policy.replicas) {
+            Some(core.clock.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
+        } else if core.resyncs() && core.shared.anything_stale() {
+            Some(core.clock.resync.not_before.max(core.clock.ticked_at + TICK))
+        } else {
+            None
+        }
+    }
+
+    /// Does what is due at `now`.
+    pub fn tick(&mut self, now: Duration, effects: &mut impl Effects) {
+        self.set_time(now);
+        self.core.clock.ticked_at = now;
+        self.take_out_who_is_overdue(effects);
+        let gone = ReplicaSet::first(self.core.policy.replicas).without(self.core.shared.in_service());
+        if !gone.is_empty() {
+            self.for_each(
+                |request| !request.waiting().0.and(gone).is_empty(),
+                effects,
+                |id, request, core, effects| match request {
+                    Request::Read(read) => read.abandon(id, gone, core, effects),
+                    Request::Write(write) => write.abandon(gone, core, effects),
+                    Request::Flush(flush) => flush.abandon(gone, core, effects),
+                    Request::Lent => Progress::Retired,
+                },
+            );
+            self.core.take_back(gone, effects);
+        }
+        let slow = now.saturating_sub(self.core.clock.patience(self.core.shared.in_service()));
+        let is_slow = |request: &Request| match request {
+            Request::Read(read) => {
+                read.tag.is_some() && !read.waiting().0.is_empty() && read.asked_at <= slow
+            }
+            _ => false,
+        };
+        self.for_each(is_slow, effects, |id, request, core, effects| match request {
+            Request::Read(read) => read.hurry(id, core, effects),
+            _ => Progress::Waiting,
+        });
+        self.settle(effects);
+    }
+
+    /// From now on nothing is begun that nobody asked for.
+    pub fn stop_background(&mut self) {
+        self.core.clock.resync.stopped = true;
+    }
+
+    fn take_out_who_is_overdue(&mut self, effects: &mut impl Effects) {
+        let Some(limit) = self.core.clock.now.checked_sub(self.core.policy.replica_timeout) else {
+            return;
+        };
+        for (_, slot) in &self.slots {
+            let (waiting, asked_at) = slot.request.waiting();
+            if waiting.is_empty() || asked_at > limit {
+                continue;
+            }
+            for replica in waiting.iter() {
+                if self.core.shared.health(|health| health.leave(replica)) {
+                    Counters::add(&self.core.shared.counters.departures, 1);
+                    let (operation, range) = slot.request.describe();
+                    report_error(effects, replica, operation, range, Errno(libc::ETIMEDOUT));
+                    effects.health_changed();
+                }
+            }
+        }
+    }
+
+    /// Lets every request that is `wanted` take the same input in.
+    fn for_each<E: Effects>(
+        &mut self,
+        wanted: impl Fn(&Request) -> bool,
+        effects: &mut E,
+        input: impl Fn(RequestId, &mut Request, &mut Core, &mut E) -> Progress,
+    ) {
+        let wanted: Vec<usize> = self
+            .slots
+            .iter()
+            .filter(|(_, slot)| wanted(&slot.request))
+            .map(|(key, _)| key)
+            .collect();
+        for key in wanted {
+            let id = RequestId(u32::try_from(key).expect("slots are bounded"));
+            self.advance(id, effects, |request, core, effects| {
+                input(id, request, core, effects)
+            });
+        }
+    }
+}
+
+impl Request {
+    /// The replicas whose replies are out, and since when.
+    fn waiting(&self) -> (ReplicaSet, Duration) {
+        match self {
+            Self::Read(read) => read.waiting(),
+            Self::Write(write) => write.waiting(),
+            Self::Flush(flush) => flush.waiting(),
+            Self::Lent => (ReplicaSet::EMPTY, Duration::ZERO),
+        }
+    }
+
+    fn describe(&self) -> (OperationType, SectorRange) {
+        match self {
+            Self::Read(read) => (read.operation(), read.range()),
+            Self::Write(write) => (OperationType::Write, write.range()),
+            Self::Flush(_) | Self::Lent => (OperationType::Flush, super::flush::NO_RANGE),
+        }
+    }
+}
+
+impl Core {
+    /// Of `voters` the `count` that are to be asked first (R9): mostly those from which a reply is expected
+    /// soonest, now and then those whose turn it is.
+    pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
+        self.clock.turn += 1;
+        let turn = self.clock.turn;
+        let by_turn = turn.is_multiple_of(TURN_EVERY);
+        let start = if by_turn { turn / TURN_EVERY } else { turn };
+        let cost = |replica: ReplicaIndex| {
+            let place = (replica.as_usize() + start) % self.policy.replicas;
+            let ahead = u32::try_from(self.outstanding[replica.as_usize()].operations).unwrap_or(u32::MAX);
+            let usual = self.clock.usual[replica.as_usize()];
+            let expected = if by_turn {
+                Duration::ZERO
+            } else {
+                usual.saturating_mul(ahead.saturating_add(1))
+            };
+            // Differences below an eighth are noise; the turn decides then.
+            (expected.as_micros().checked_ilog2(), place)
+        };
+        let mut left = voters;
+        let mut chosen = ReplicaSet::EMPTY;
+        while chosen.len() < count {
+            let Some(next) = left.iter().min_by_key(|replica| cost(*replica)) else {
+                break;
+            };
+            left.remove(next);
+            chosen.insert(next);
+        }
+        chosen
+    }
+
+    /// Tells which of the replicas that left have none of this worker's operations any more.
+    fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
+        for replica in gone.iter() {
+            if self.outstanding[replica.as_usize()].operations > 0 {
+                continue;
+            }
+            if self
+                .shared
+                .health(|health| health.returned(replica, self.worker.0))
+            {
+                Counters::add(&self.shared.counters.returns, 1);
+                self.clock.resync.not_before = Duration::ZERO;
+                effects.health_changed();
+            }
+        }
+    }
+
+    /// Whether this worker does the resync.
+    fn resyncs(&self) -> bool {
+        self.worker == WorkerIndex(0) && !self.clock.resync.stopped
+    }
+
+    /// The next stale piece to bring up to date, if any is due.
+    pub(super) fn next_resync(&mut self) -> Option<Read> {
+        let resync = &mut self.clock.resync;
+        if self.worker != WorkerIndex(0) || resync.stopped || resync.running {
+            return None;
+        }
+        if !self.shared.anything_stale() || self.clock.now < resync.not_before {
+            return None;
+        }
+        let Some((replica, range)) = self.shared.health(|health| health.next_stale(resync.from)) else {
+            // Once through; what is still stale could not be helped now.
+            resync.from = BEGINNING;
+            resync.not_before = self.clock.now + RESYNC_RETRY;
+            return None;
+        };
+        let block = self.policy.block_sectors;
+        let start = range.start - range.start % block;
+        let end = range
+            .end()
+            .next_multiple_of(block)
+            .min(start + PIECE_BYTES_MAX / SECTOR_BYTES);
+        resync.from = (replica, end);
+        resync.running = true;
+        Some(Read::resync(replica, SectorRange::new(start, end - start)))
+    }
+}
