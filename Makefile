@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test lint guest clean
+.PHONY: help demo build test model lint guest clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -18,6 +18,10 @@ build: ## Build the daemon (target/release/quorum-blkd)
 
 test: guest lint ## Everything that checks the project
 	$(CARGO) test --locked -- --nocapture
+	$(MAKE) model
+
+model: ## Every interleaving of what worker threads share (loom)
+	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check

@@ -5,8 +5,20 @@
 //! mutex in atomics, which are changed only under it: a read that looks a moment too early is one that ran
 //! concurrently with the change.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::PoisonError;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+// The model checker brings its own.
+#[cfg(feature = "loom")]
+use loom::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU32},
+};
+#[cfg(not(feature = "loom"))]
+use std::sync::{
+    Mutex, MutexGuard,
+    atomic::{AtomicBool, AtomicU32},
+};
 
 use super::range_locks::{LockKey, RangeLocks};
 use crate::quorum::health::Health;
@@ -124,5 +136,148 @@ impl Shared {
     fn state(&self) -> MutexGuard<'_, State> {
         // A panic in another worker ends the process anyway; do not hide it behind a second one.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Every interleaving of small histories, by `cargo test --features loom --lib engine::shared`.
+#[cfg(all(test, feature = "loom"))]
+mod model {
+    use loom::cell::UnsafeCell;
+    use loom::sync::Arc;
+    use loom::sync::atomic::AtomicUsize;
+    use loom::sync::mpsc::{Receiver, channel};
+    use loom::thread;
+
+    use super::*;
+    use crate::quorum::ReplicaIndex;
+    use crate::quorum::health::WriteEnd;
+
+    const LAST: ReplicaIndex = ReplicaIndex(2);
+
+    fn shared(workers: u16) -> Arc<Shared> {
+        Arc::new(Shared::new(3, 2, workers, 1 << 20))
+    }
+
+    fn waiter(worker: u16) -> Waiter {
+        Waiter {
+            worker: WorkerIndex(worker),
+            request: RequestId(u32::from(worker)),
+        }
+    }
+
+    /// Three ranges, the middle one overlaps both others: whoever waits is granted the lock once, and nobody
+    /// else is in meanwhile.
+    #[test]
+    fn locks_exclude_and_are_handed_on() {
+        const RANGES: [(u64, u64); 3] = [(0, 8), (4, 8), (8, 8)];
+        let mut model = loom::model::Builder::new();
+        model.preemption_bound = Some(3);
+        model.check(|| {
+            let shared = shared(3);
+            // What the locks protect: two accesses at a time fail the model.
+            let halves = Arc::new([UnsafeCell::new(0), UnsafeCell::new(0)]);
+            let (mailboxes, mail): (Vec<_>, Vec<_>) = (0..3).map(|_| channel()).unzip();
+            let worker = |index: usize, mail: Receiver<()>| {
+                let (shared, halves, mailboxes) = (shared.clone(), halves.clone(), mailboxes.clone());
+                move || {
+                    let (start, count) = RANGES[index];
+                    let number = u16::try_from(index).unwrap();
+                    let (key, granted) = shared.lock(SectorRange::new(start, count), waiter(number));
+                    if !granted {
+                        mail.recv().unwrap();
+                    }
+                    for (half, used) in halves.iter().zip([index <= 1, index >= 1]) {
+                        if used {
+                            // SAFETY: the model fails if another access can happen meanwhile.
+                            half.with_mut(|count| unsafe { *count += 1 });
+                        }
+                    }
+                    let mut next = Vec::new();
+                    shared.unlock(key, &mut next);
+                    for waiter in next {
+                        mailboxes[usize::from(waiter.worker.0)].send(()).unwrap();
+                    }
+                }
+            };
+            let mut mail = mail.into_iter().enumerate();
+            let (_, first) = mail.next().unwrap();
+            let others: Vec<_> = mail
+                .map(|(index, mail)| thread::spawn(worker(index, mail)))
+                .collect();
+            worker(0, first)();
+            for other in others {
+                other.join().unwrap();
+            }
+        });
+    }
+
+    /// Whoever begins a read after a write was acknowledged knows which replica missed it.
+    #[test]
+    fn a_read_after_an_acknowledged_write_knows_who_is_stale() {
+        loom::model(|| {
+            let shared = shared(2);
+            let acknowledged = Arc::new(AtomicBool::new(false));
+            let range = SectorRange::new(0, 8);
+            let writer = {
+                let (shared, acknowledged) = (shared.clone(), acknowledged.clone());
+                thread::spawn(move || {
+                    let (asked, began) = shared.health(|h| (h.in_service(), h.change_begins()));
+                    let mut succeeded = asked;
+                    succeeded.remove(LAST);
+                    let (success, durable) = (true, false);
+                    let end = WriteEnd {
+                        asked,
+                        succeeded,
+                        began,
+                        success,
+                        durable,
+                    };
+                    shared.health(|health| health.write_ended(range, &end));
+                    // The completion travels through guest memory, with release and acquire.
+                    acknowledged.store(true, Ordering::Release);
+                })
+            };
+            if acknowledged.load(Ordering::Acquire) {
+                assert!(shared.stale_in(range).contains(LAST));
+            }
+            writer.join().unwrap();
+        });
+    }
+
+    /// A replica that left comes back only when no worker has an operation of it from before.
+    #[test]
+    fn a_replica_comes_back_after_its_last_operation() {
+        loom::model(|| {
+            let shared = shared(2);
+            // What the other worker has of the replica.
+            let outstanding = Arc::new(AtomicUsize::new(0));
+            let other = {
+                let (shared, outstanding) = (shared.clone(), outstanding.clone());
+                thread::spawn(move || {
+                    // As in a read: look who is in service, ask, and some time later have the reply.
+                    let asks = shared.in_service().contains(LAST);
+                    if asks {
+                        outstanding.store(1, Ordering::SeqCst);
+                        thread::yield_now();
+                        outstanding.store(0, Ordering::SeqCst);
+                    }
+                    // The tick, with nothing outstanding.
+                    shared.health(|health| health.returned(LAST, 1))
+                })
+            };
+            assert!(shared.health(|health| health.leave(LAST)));
+            let mut joined = shared.health(|health| health.returned(LAST, 0));
+            if joined {
+                assert_eq!(
+                    outstanding.load(Ordering::SeqCst),
+                    0,
+                    "joined with an operation outstanding"
+                );
+            }
+            joined |= other.join().unwrap();
+            // The other worker may have ticked before the replica left; then its next tick decides.
+            joined |= shared.health(|health| health.returned(LAST, 1));
+            assert!(joined && shared.in_service().contains(LAST));
+        });
     }
 }
