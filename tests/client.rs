@@ -85,6 +85,7 @@ fn is_a_disk() {
         (1, 1, &[][..]),
         (2, 1, &["--cache", "writeback"][..]),
         (3, 1, &["--read-pattern", "fifo"][..]),
+        (5, 2, &["--read-pattern", "threshold"][..]),
         (3, 4, &[][..]),
         (4, 2, &["--queue-size", "16"][..]),
         (5, 2, &["--rewrite-corrupted"][..]),

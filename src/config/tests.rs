@@ -1,0 +1,332 @@
+//! Unit tests: what the command line accepts and refuses.
+
+use super::*;
+
+const SOCKET: [&str; 2] = ["--socket-path", "/run/disk.sock"];
+
+fn parse<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Parsed, ConfigError> {
+    let program = OsString::from("quorum-blkd");
+    Config::from_args(std::iter::once(program).chain(arguments.iter().map(|a| a.as_ref().to_owned())))
+}
+
+/// A disk of `count` replicas with further options.
+fn disk(count: usize, more: &[&str]) -> Vec<String> {
+    let mut arguments: Vec<String> = SOCKET.map(str::to_owned).to_vec();
+    for index in 0..count {
+        arguments.push(format!("--blk-file=/images/{index}.raw"));
+    }
+    arguments.extend(more.iter().map(|&a| a.to_owned()));
+    arguments
+}
+
+fn config<S: AsRef<OsStr>>(arguments: &[S]) -> Config {
+    match parse(arguments) {
+        Ok(Parsed::Run(config)) => *config,
+        other => panic!("{other:?}"),
+    }
+}
+
+fn printed(arguments: &[&str]) -> String {
+    match parse(arguments) {
+        Ok(Parsed::Print(text)) => text,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The line of a refusal.
+fn refusal<S: AsRef<OsStr>>(arguments: &[S]) -> String {
+    let line = parse(arguments).expect_err("must be refused").to_string();
+    assert!(!line.contains(char::is_control) && !line.is_empty(), "{line:?}");
+    assert!(!line.starts_with("error"), "{line:?}");
+    line
+}
+
+fn assert_refused<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
+    let line = refusal(arguments);
+    assert!(line.contains(expected), "{line:?} does not say {expected:?}");
+}
+
+#[test]
+fn the_definition_is_sound() {
+    Options::command().debug_assert();
+}
+
+#[test]
+fn defaults() {
+    let config = config(&disk(3, &[]));
+    assert_eq!(config.listen, Listen::Path("/run/disk.sock".into()));
+    let names: Vec<&str> = config.replicas.iter().map(|r| r.node_name.as_str()).collect();
+    assert_eq!(names, ["0.raw", "1.raw", "2.raw"]);
+    assert_eq!(config.vote_threshold, 2);
+    assert_eq!(
+        (
+            config.read_pattern,
+            config.cache,
+            config.replica_timeout.as_millis()
+        ),
+        (ReadPattern::Quorum, Cache::None, 1000)
+    );
+    assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
+    assert_eq!(
+        (config.node_name.as_str(), config.serial.as_str()),
+        ("quorum0", "")
+    );
+    assert_eq!((config.queue_count, config.queue_size), (1, 256));
+    assert_eq!((config.events.as_deref(), config.verbosity), (None, 0));
+    assert_eq!(
+        config.open_options(),
+        OpenOptions {
+            read_only: false,
+            direct: true
+        }
+    );
+    assert_eq!(config.segments_max(), 126);
+}
+
+#[test]
+fn every_option() {
+    let arguments = "--fd 3 --blk-file a.raw,node-name=a --blk-file b.raw --vote-threshold 1 \
+        --read-pattern fifo --rewrite-corrupted --node-name usr1 --serial QB-1 --num-queues 64 \
+        --queue-size 64 --cache writeback --events /run/events.sock -vv";
+    let config = config(&arguments.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(config.listen, Listen::Fd(3));
+    assert_eq!(
+        config.replicas[0],
+        ReplicaSource {
+            path: "a.raw".into(),
+            node_name: "a".into()
+        }
+    );
+    assert_eq!(
+        (config.vote_threshold, config.read_pattern),
+        (1, ReadPattern::Fifo)
+    );
+    assert!(config.rewrite_corrupted);
+    assert_eq!(
+        (config.node_name.as_str(), config.serial.as_str()),
+        ("usr1", "QB-1")
+    );
+    assert_eq!(
+        (config.queue_count, config.queue_size, config.segments_max()),
+        (64, 64, 62)
+    );
+    assert_eq!(
+        config.open_options(),
+        OpenOptions {
+            read_only: false,
+            direct: false
+        }
+    );
+    assert_eq!(
+        (config.events, config.verbosity),
+        (Some("/run/events.sock".into()), 2)
+    );
+    let read_only = super::tests::config(&disk(2, &["--read-only", "--blkverify"]));
+    assert!(read_only.open_options().read_only && read_only.blkverify);
+}
+
+#[test]
+fn the_default_threshold_is_a_majority() {
+    for (replicas, threshold) in [(1, 1), (2, 2), (3, 2), (4, 3), (5, 3), (32, 17)] {
+        assert_eq!(config(&disk(replicas, &[])).vote_threshold, threshold);
+    }
+}
+
+#[test]
+fn capabilities_need_nothing_and_ignore_all_else() {
+    for arguments in [
+        &["--print-capabilities"][..],
+        &["--nonsense", "--print-capabilities"],
+    ] {
+        let text = printed(arguments);
+        assert_eq!(
+            text,
+            "{\"type\": \"block\", \"features\": [\"read-only\", \"blk-file\"]}\n"
+        );
+        serde_json::from_str::<serde_json::Value>(&text).unwrap();
+    }
+}
+
+#[test]
+fn help_and_version_are_printed() {
+    let help = printed(&["--help"]);
+    for option in ["--blk-file", "--vote-threshold", "--cache", "QUORUM_BLKD_LOG"] {
+        assert!(help.contains(option), "{help}");
+    }
+    assert_eq!(
+        printed(&["--version"]),
+        format!("quorum-blkd {}\n", env!("CARGO_PKG_VERSION"))
+    );
+}
+
+#[test]
+fn the_help_names_the_limits() {
+    let help = printed(&["--help"])
+        .split_whitespace()
+        .collect::<Vec<_>>()
+        .join(" ");
+    assert!(help.contains(&format!("Request queues, 1 to {QUEUES_MAX}")));
+    assert!(help.contains(&format!("from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")));
+    assert!(help.contains(&format!("at most {SEGMENTS_MAX} data segments")));
+}
+
+#[test]
+fn a_comma_in_a_path_is_written_twice() {
+    let cases: [(&str, &str, &str); 6] = [
+        ("/i/1.raw", "/i/1.raw", "1.raw"),
+        ("/i/a,,b", "/i/a,b", "a,b"),
+        ("/i/a,,,node-name=n", "/i/a,", "n"),
+        ("/i/a,node-name=x,,y", "/i/a", "x,y"),
+        (",,,,", ",,", ",,"),
+        ("a=b", "a=b", "a=b"),
+    ];
+    for (value, path, node_name) in cases {
+        let replica = parse_blk_file(OsStr::new(value)).unwrap();
+        assert_eq!(
+            replica,
+            ReplicaSource {
+                path: path.into(),
+                node_name: node_name.into()
+            }
+        );
+    }
+}
+
+#[test]
+fn refuses_bad_images() {
+    assert_refused(&SOCKET, "give --blk-file PATH");
+    assert_refused(&disk(33, &[]), "33 replicas; a disk can have at most 32");
+    let cases = [
+        ("", "the path is empty"),
+        (",node-name=x", "the path is empty"),
+        ("a,", "the only option after the path is node-name=NAME, not ''"),
+        ("a,b", "not 'b'; a comma in a path is written as two"),
+        ("a,node-name=", "at least one character"),
+        ("a,node-name=x,node-name=y", "node-name is given twice"),
+        ("a,node-name=x\ny", "no control characters"),
+        ("/images/..", "no file name"),
+    ];
+    for (value, expected) in cases {
+        let value = format!("--blk-file={value}");
+        assert_refused(&disk(1, &[&value]), expected);
+    }
+    let long = format!("--blk-file=a,node-name={}", "x".repeat(256));
+    assert_refused(&disk(1, &[&long]), "at most 255 bytes");
+    let mut arguments: Vec<OsString> = disk(0, &[]).into_iter().map(OsString::from).collect();
+    arguments.push(OsString::from_vec(b"--blk-file=/i/\xff".to_vec()));
+    assert_refused(&arguments, "is not valid UTF-8");
+}
+
+#[test]
+fn refuses_names_that_are_not_unique() {
+    assert_refused(
+        &disk(1, &["--blk-file=/other/0.raw"]),
+        "both have the node-name '0.raw'; tell",
+    );
+    assert_refused(
+        &disk(1, &["--blk-file=/images/0.raw,node-name=x"]),
+        "is given twice",
+    );
+    assert_refused(
+        &disk(1, &["--node-name=0.raw"]),
+        "the node-name of the voted disk",
+    );
+    assert_refused(&disk(1, &["--node-name="]), "at least one character");
+}
+
+#[test]
+fn refuses_thresholds_out_of_range() {
+    assert_refused(
+        &disk(3, &["--vote-threshold=0"]),
+        "with 3 replicas it can be 1 to 3",
+    );
+    assert_refused(
+        &disk(1, &["--vote-threshold=2"]),
+        "with 1 replica it can be 1 to 1",
+    );
+    assert_refused(&disk(3, &["--vote-threshold", "-1"]), "invalid value '-1'");
+    assert_refused(&disk(3, &["--vote-threshold=two"]), "invalid value 'two'");
+}
+
+#[test]
+fn refuses_blkverify_beside_what_it_is_not() {
+    assert_refused(&disk(3, &["--blkverify"]), "not 3 with a threshold of 2");
+    assert_refused(
+        &disk(2, &["--blkverify", "--vote-threshold=1"]),
+        "not 2 with a threshold of 1",
+    );
+    assert_refused(
+        &disk(2, &["--blkverify", "--rewrite-corrupted"]),
+        "--blkverify cannot be used with --rewrite-corrupted",
+    );
+    assert_refused(
+        &disk(2, &["--blkverify", "--read-pattern=fifo"]),
+        "--blkverify cannot be used with --read-pattern fifo",
+    );
+}
+
+#[test]
+fn refuses_to_rewrite_what_is_read_only() {
+    assert_refused(
+        &disk(3, &["--rewrite-corrupted", "--read-only"]),
+        "--rewrite-corrupted cannot be used with --read-only",
+    );
+}
+
+#[test]
+fn refuses_sockets_that_can_not_be() {
+    assert_refused(&["--blk-file=a"], "give --socket-path PATH or --fd N");
+    assert_refused(&disk(1, &["--fd=3"]), "cannot be used with");
+    assert_refused(&["--fd=-1", "--blk-file=a"], "--fd");
+    assert_refused(&["--fd=x", "--blk-file=a"], "invalid value 'x'");
+    assert_refused(&["--socket-path=", "--blk-file=a"], "--socket-path");
+    let long = format!("--events=/{}", "x".repeat(107));
+    assert_refused(&disk(1, &[&long]), "1 to 107 bytes");
+    assert_refused(
+        &disk(1, &["--events=/run/disk.sock"]),
+        "each socket needs its own path",
+    );
+}
+
+#[test]
+fn refuses_serial_numbers_virtio_can_not_carry() {
+    assert_eq!(
+        config(&disk(1, &["--serial=12345678901234567890"])).serial.len(),
+        20
+    );
+    assert_refused(&disk(1, &["--serial=123456789012345678901"]), "at most 20 bytes");
+    assert_refused(&disk(1, &["--serial=é"]), "printable ASCII");
+    assert_refused(&disk(1, &["--serial=a\nb"]), "printable ASCII");
+}
+
+#[test]
+fn refuses_queues_out_of_range() {
+    for value in ["0", "2", "3", "255", "2048"] {
+        let option = format!("--queue-size={value}");
+        assert_refused(&disk(1, &[&option]), "is not a power of two from 4 to 1024");
+    }
+    assert_refused(&disk(1, &["--queue-size=65536"]), "--queue-size");
+    assert_refused(&disk(1, &["--num-queues=0"]), "--num-queues");
+    assert_refused(&disk(1, &["--num-queues=65"]), "--num-queues");
+}
+
+#[test]
+fn refuses_what_is_not_there() {
+    for option in ["--qmp=/q", "--metrics=/m", "--nonsense", "-x"] {
+        assert_refused(&disk(3, &[option]), "unexpected argument");
+    }
+    assert_refused(&disk(3, &["--read-pattern=single"]), "invalid value 'single'");
+    for value in ["0", "9", "3600001", "-1", "1s"] {
+        let option = format!("--replica-timeout={value}");
+        assert_refused(&disk(3, &[&option]), "--replica-timeout");
+    }
+    assert_refused(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
+    assert_refused(&disk(3, &["stray"]), "unexpected argument 'stray'");
+    assert_refused(&disk(3, &["--serial"]), "a value is required");
+    assert_refused(
+        &disk(3, &["--serial=a", "--serial=b"]),
+        "cannot be used multiple times",
+    );
+    assert_refused(&disk(3, &["--two\n\nlines"]), "unexpected argument");
+    assert_refused::<&str>(&[], "no socket");
+}

@@ -1,0 +1,258 @@
+//! Unit tests: which images are opened and which are refused.
+
+use super::*;
+use std::ffi::CString;
+use std::os::unix::ffi::OsStringExt as _;
+use std::os::unix::fs::symlink;
+
+const SIZE: u64 = 1 << 20;
+const BUFFERED: OpenOptions = OpenOptions {
+    read_only: false,
+    direct: false,
+};
+const DIRECT: OpenOptions = OpenOptions {
+    read_only: false,
+    direct: true,
+};
+const READ_ONLY: OpenOptions = OpenOptions {
+    read_only: true,
+    direct: false,
+};
+
+struct Directory(tempfile::TempDir);
+
+impl Directory {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.0.path().join(name)
+    }
+
+    fn image(&self, name: &str, size_bytes: u64) -> ReplicaSource {
+        File::create(self.path(name))
+            .unwrap()
+            .set_len(size_bytes)
+            .unwrap();
+        self.source(name)
+    }
+
+    fn source(&self, name: &str) -> ReplicaSource {
+        ReplicaSource {
+            path: self.path(name),
+            node_name: name.to_owned(),
+        }
+    }
+}
+
+/// The one line of a refusal, which names the image.
+fn refusal(source: &ReplicaSource, options: OpenOptions) -> String {
+    let line = open(&source.path, &source.node_name, options)
+        .unwrap_err()
+        .to_string();
+    assert_line(&line, source);
+    line
+}
+
+fn refusal_of_all(sources: &[ReplicaSource]) -> String {
+    let line = open_all(sources, BUFFERED).unwrap_err().to_string();
+    for source in sources {
+        assert_line(&line, source);
+    }
+    line
+}
+
+fn assert_line(line: &str, source: &ReplicaSource) {
+    assert!(
+        !line.contains(char::is_control) && !line.contains("os error"),
+        "{line}"
+    );
+    assert!(line.contains(&Quoted(&source.path).to_string()), "{line}");
+}
+
+#[test]
+fn opens_a_file_and_tells_what_it_is() {
+    let directory = Directory::new();
+    let source = directory.image("1.raw", SIZE);
+    let replica = open(&source.path, "one", BUFFERED).unwrap();
+    assert_eq!((replica.node_name.as_str(), replica.size_bytes), ("one", SIZE));
+    assert_eq!(
+        (replica.alignment_bytes, replica.memory_alignment_bytes),
+        (512, 1)
+    );
+    assert!(!replica.is_block_device);
+}
+
+#[test]
+fn direct_io_works_with_the_alignment_that_was_found() {
+    let directory = Directory::new();
+    for (name, content) in [("hole", None), ("data", Some(vec![7; 8192]))] {
+        let source = directory.image(name, SIZE);
+        if let Some(content) = content {
+            File::options()
+                .write(true)
+                .open(&source.path)
+                .unwrap()
+                .write_all_at(&content, 0)
+                .unwrap();
+        }
+        let replica = match open(&source.path, name, DIRECT) {
+            Ok(replica) => replica,
+            // The directory for temporary files may lie on a file system that has no direct I/O.
+            Err(OpenError::NoDirectIo { .. }) => continue,
+            Err(error) => panic!("{error}"),
+        };
+        assert!(replica.alignment_bytes >= 512 && replica.alignment_bytes.is_power_of_two());
+        assert!(replica.memory_alignment_bytes.is_power_of_two());
+        assert!(reads_with_alignment(&replica.file, 0, replica.alignment_bytes));
+        let probed = probed_alignment(&replica.file, SIZE);
+        assert!(
+            (512..=4096).contains(&probed) && probed.is_power_of_two(),
+            "{probed}"
+        );
+        assert!(reads_with_alignment(&replica.file, 0, probed));
+    }
+}
+
+#[test]
+fn probing_trusts_a_read_of_data_and_no_read_of_a_hole() {
+    // Without O_DIRECT every read is accepted, as on a file system that does not look at alignments.
+    let directory = Directory::new();
+    let hole = directory.image("hole", SIZE);
+    let file = File::open(&hole.path).unwrap();
+    assert_eq!(probed_alignment(&file, SIZE), 4096);
+    assert_eq!(probed_alignment(&file, SIZE + 512), 512);
+    std::fs::write(directory.path("data"), vec![1; 8192]).unwrap();
+    let file = File::open(directory.path("data")).unwrap();
+    assert_eq!(probed_alignment(&file, 8192), 512);
+}
+
+#[test]
+fn refuses_what_is_not_an_image() {
+    let directory = Directory::new();
+    let line = refusal(&directory.source("missing"), BUFFERED);
+    assert!(
+        line.ends_with("No such file or directory; create the image first"),
+        "{line}"
+    );
+
+    std::fs::create_dir(directory.path("dir")).unwrap();
+    assert!(refusal(&directory.source("dir"), BUFFERED).contains("is a directory;"));
+    let device = ReplicaSource {
+        path: "/dev/null".into(),
+        node_name: "null".into(),
+    };
+    assert!(refusal(&device, BUFFERED).contains("is a character device;"));
+    let _listener = std::os::unix::net::UnixListener::bind(directory.path("socket")).unwrap();
+    assert!(refusal(&directory.source("socket"), BUFFERED).contains("is a socket;"));
+    let fifo = CString::new(directory.path("fifo").into_os_string().into_vec()).unwrap();
+    // No child process for this: between fork and exec it would keep the locks of tests beside this one.
+    // SAFETY: the path is a NUL-terminated string that outlives the call.
+    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+    assert!(refusal(&directory.source("fifo"), READ_ONLY).contains("is a FIFO;"));
+}
+
+#[test]
+fn refuses_sizes_that_are_no_disk() {
+    let directory = Directory::new();
+    assert!(refusal(&directory.image("empty", 0), BUFFERED).contains("is empty;"));
+    let line = refusal(&directory.image("odd", 1000), BUFFERED);
+    assert!(
+        line.contains("1000 bytes, is not a multiple of 512 (the size of a sector)"),
+        "{line}"
+    );
+    assert!(line.ends_with("make it 1024 with truncate --size=1024"), "{line}");
+    let line = check_size(Path::new("/x"), 512, 4096).unwrap_err().to_string();
+    assert!(
+        line.ends_with("truncate --size=4096, or use --cache writeback"),
+        "{line}"
+    );
+}
+
+#[test]
+fn a_refusal_is_one_line_even_if_the_path_is_not() {
+    let directory = Directory::new();
+    let line = refusal(&directory.source("two\nlines"), BUFFERED);
+    assert!(line.contains("two\\nlines"), "{line}");
+}
+
+#[test]
+fn refuses_an_image_in_use_and_leaves_readers_together() {
+    let directory = Directory::new();
+    let source = directory.image("1.raw", SIZE);
+    let first = open(&source.path, "1.raw", BUFFERED).unwrap();
+    assert!(refusal(&source, BUFFERED).contains("in use by another process"));
+    assert!(refusal(&source, READ_ONLY).contains("in use by another process"));
+    drop(first);
+    let _readers = [READ_ONLY, READ_ONLY].map(|options| open(&source.path, "1.raw", options).unwrap());
+    assert!(refusal(&source, BUFFERED).ends_with("; stop that process first"));
+}
+
+#[test]
+fn opens_all_in_order() {
+    let directory = Directory::new();
+    let sources = ["b", "a", "c"].map(|name| directory.image(name, SIZE));
+    let replicas = open_all(&sources, BUFFERED).unwrap();
+    let names: Vec<&str> = replicas
+        .iter()
+        .map(|replica| replica.node_name.as_str())
+        .collect();
+    assert_eq!(names, ["b", "a", "c"]);
+}
+
+#[test]
+fn refuses_one_image_under_two_names() {
+    let directory = Directory::new();
+    let source = directory.image("1.raw", SIZE);
+    symlink(&source.path, directory.path("symlink")).unwrap();
+    std::fs::hard_link(&source.path, directory.path("hardlink")).unwrap();
+    for name in ["1.raw", "symlink", "hardlink"] {
+        let line = refusal_of_all(&[source.clone(), directory.source(name)]);
+        assert!(line.contains("are the same image"), "{line}");
+    }
+    // Nothing stays locked after a refusal.
+    open(&source.path, "1.raw", BUFFERED).unwrap();
+}
+
+#[test]
+fn refuses_replicas_of_different_sizes() {
+    let directory = Directory::new();
+    let line = refusal_of_all(&[
+        directory.image("1.raw", SIZE),
+        directory.image("2.raw", SIZE + 512),
+    ]);
+    assert!(
+        line.contains("1048576 bytes") && line.contains("1049088"),
+        "{line}"
+    );
+}
+
+#[test]
+fn refuses_one_name_for_two_images() {
+    let directory = Directory::new();
+    let mut sources = [directory.image("1.raw", SIZE), directory.image("2.raw", SIZE)];
+    sources[1].node_name = "1.raw".to_owned();
+    assert!(refusal_of_all(&sources).contains("the same node-name '1.raw'"));
+}
+
+#[test]
+fn hints_fit_the_error() {
+    let error = |errno, read_only| {
+        let source = io::Error::from_raw_os_error(errno);
+        OpenError::Open {
+            path: "/x".into(),
+            read_only,
+            source,
+        }
+        .to_string()
+    };
+    assert!(error(libc::EROFS, false).ends_with("or use --read-only"));
+    assert!(error(libc::EACCES, true).ends_with("make it readable for this user"));
+    assert_eq!(error(libc::EIO, true), "cannot open '/x': Input/output error");
+    let line = OpenError::NoDirectIo { path: "/x".into() }.to_string();
+    assert!(
+        line.contains("does not support O_DIRECT; use --cache writeback"),
+        "{line}"
+    );
+}
