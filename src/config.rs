@@ -17,7 +17,8 @@ use std::time::Duration;
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
 use crate::limits::{QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX};
-use crate::replica::file::{OpenOptions, Quoted, ReplicaSource};
+use crate::message::Quoted;
+use crate::replica::file::{OpenOptions, ReplicaSource};
 
 /// What QEMU's docs/interop/vhost-user.rst asks a backend program to tell of itself.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;

@@ -25,6 +25,7 @@ use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
 use crate::device::frontend::{AcceptedFeatures, Frontend};
 use crate::device::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Policy, ReadPattern, Shared};
+use crate::message::{Quoted, Reason};
 use crate::quorum::{ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
@@ -43,7 +44,7 @@ pub enum Error {
     #[error("--fd {0}: not a listening UNIX socket")]
     NotAListener(RawFd),
     /// A replica wants buffers more aligned than any known disk does.
-    #[error("{path}: needs buffers aligned to {alignment_bytes} bytes, more than is supported")]
+    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported", Quoted(.path))]
     Alignment {
         /// The replica.
         path: PathBuf,
@@ -65,7 +66,7 @@ pub enum Error {
     #[error("{0}")]
     Broken(String),
     /// The last flush failed.
-    #[error("{path}: the last flush failed: {source}")]
+    #[error("{}: the last flush failed: {}", Quoted(.path), Reason(.source))]
     LastFlush {
         /// The replica.
         path: PathBuf,
@@ -230,7 +231,7 @@ fn flush(replicas: &[ReplicaFile], in_service: ReplicaSet, read_only: bool) -> R
     for index in in_service.iter().filter(|_| !read_only) {
         let replica = &replicas[index.as_usize()];
         if let Err(source) = replica.file.sync_data() {
-            error!("{}: the last flush failed: {source}", replica.path.display());
+            error!("{}: the last flush failed: {source}", Quoted(&replica.path));
             let path = replica.path.clone();
             result = Err(Error::LastFlush { path, source });
         }

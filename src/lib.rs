@@ -22,6 +22,7 @@ pub mod daemon;
 pub mod device;
 pub mod engine;
 pub mod limits;
+mod message;
 pub mod quorum;
 pub mod replica;
 pub mod worker;

@@ -16,6 +16,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use crate::message::{Quoted, Reason};
+
 /// What the kernel allows for a socket's path, the NUL at its end not counted.
 const PATH_BYTES_MAX: usize = 107;
 
@@ -26,16 +28,16 @@ const BACKLOG: libc::c_int = 128;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Somebody listens there.
-    #[error("{0}: another process listens on this socket")]
+    #[error("{}: another process listens on this socket", Quoted(.0))]
     InUse(PathBuf),
     /// Something else has this name.
-    #[error("{0}: exists and is not a socket")]
+    #[error("{}: exists and is not a socket", Quoted(.0))]
     NotASocket(PathBuf),
     /// The kernel could not take the name.
-    #[error("{0}: too long for the path of a socket (at most {PATH_BYTES_MAX} bytes)")]
+    #[error("{}: too long for the path of a socket (at most {PATH_BYTES_MAX} bytes)", Quoted(.0))]
     TooLong(PathBuf),
     /// The system refused.
-    #[error("{path}: cannot {action}: {source}")]
+    #[error("{}: cannot {action}: {}", Quoted(.path), Reason(.source))]
     Io {
         /// The socket.
         path: PathBuf,
@@ -319,10 +321,7 @@ mod tests {
         ));
         let nowhere = directory.path().join("none/s");
         let error = bind_unix_listener(&nowhere).unwrap_err().to_string();
-        assert!(
-            error.ends_with("No such file or directory (os error 2)"),
-            "{error}"
-        );
+        assert!(error.ends_with("No such file or directory"), "{error}");
         assert!(bind_unix_listener(Path::new("")).is_err());
     }
 }

@@ -12,6 +12,7 @@ pub mod vote;
 use std::fmt;
 
 pub use crate::limits::SECTOR_BYTES;
+use crate::message::Reason;
 
 /// Which replica, by its place on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -158,8 +159,6 @@ pub struct Errno(pub i32);
 
 impl fmt::Display for Errno {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // The library's text ends in " (os error N)", which says to an operator what `ret` says already.
-        let text = std::io::Error::from_raw_os_error(self.0).to_string();
-        f.write_str(text.split(" (os error").next().unwrap_or(&text))
+        Reason(&std::io::Error::from_raw_os_error(self.0)).fmt(f)
     }
 }

@@ -9,16 +9,18 @@
 //!   sectors, and no last piece that direct I/O could not reach.
 //! - What [`open_all`] returns are different images of the same size under different node-names.
 
-use std::fmt::{self, Write as _};
+use std::fmt::Write as _;
 use std::fs::{File, FileType, Metadata};
 use std::io::{self, Seek as _, SeekFrom};
 use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use super::image_lock::{self, Access, LockError, Locking};
 use crate::limits::SECTOR_BYTES;
+use crate::message::{Quoted, Reason};
 
 /// The least alignment: a sector.
 const ALIGNMENT_BYTES_MIN: u32 = 512;
@@ -26,6 +28,11 @@ const ALIGNMENT_BYTES_MIN: u32 = 512;
 const ALIGNMENT_BYTES_SAFE: u32 = 4096;
 /// No file system or disk asks for more; a greater figure is not believed.
 const ALIGNMENT_BYTES_MAX: u32 = 1 << 20;
+
+/// How long an image in use is waited for. The kernel closes the files of an io_uring some 50 ms after the
+/// process that had it is gone: a daemon that was killed can be started again at once all the same.
+const BUSY_LIMIT: Duration = Duration::from_millis(500);
+const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Which image to open, and what to call it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -81,6 +88,13 @@ pub struct ReplicaFile {
     pub is_block_device: bool,
     /// Which image this is.
     pub identity: ImageIdentity,
+}
+
+impl Drop for ReplicaFile {
+    fn drop(&mut self) {
+        // The file may outlive us for a moment in an io_uring, and the locks must not.
+        image_lock::unlock(&self.file);
+    }
 }
 
 /// Why a replica can not be served. Each displays as one line.
@@ -373,7 +387,14 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
     } else {
         Access::ReadWrite
     };
-    match image_lock::lock(&replica.file, access) {
+    let deadline = Instant::now() + BUSY_LIMIT;
+    let locking = loop {
+        match image_lock::lock(&replica.file, access) {
+            Err(error) if error.is_busy() && Instant::now() < deadline => std::thread::sleep(BUSY_INTERVAL),
+            locking => break locking,
+        }
+    };
+    match locking {
         Ok(Locking::Held) => Ok(()),
         Ok(Locking::Unsupported) => {
             log::warn!(
@@ -508,33 +529,6 @@ fn block_device_value(file: &File, request: libc::Ioctl) -> io::Result<libc::c_i
         return Err(io::Error::last_os_error());
     }
     Ok(value)
-}
-
-/// A path or a name in a message: in quotes, and on one line whatever characters it is made of.
-pub(crate) struct Quoted<'a, T: AsRef<Path> + ?Sized>(pub(crate) &'a T);
-
-impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_char('\'')?;
-        for character in self.0.as_ref().to_string_lossy().chars() {
-            if character.is_control() {
-                write!(f, "{}", character.escape_default())?;
-            } else {
-                f.write_char(character)?;
-            }
-        }
-        f.write_char('\'')
-    }
-}
-
-/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no operator.
-struct Reason<'a>(&'a io::Error);
-
-impl fmt::Display for Reason<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = self.0.to_string();
-        f.write_str(text.split(" (os error").next().unwrap_or(&text))
-    }
 }
 
 fn open_hint(error: &io::Error, read_only: bool) -> &'static str {

@@ -176,8 +176,8 @@ fn is_locked_elsewhere(file: &File, byte: libc::off_t) -> io::Result<bool> {
     Ok(libc::c_int::from(region.l_type) != libc::F_UNLCK)
 }
 
-/// Gives all bytes back. A failure leaves them to the close of the file, which follows a refusal anyway.
-fn unlock(file: &File) {
+/// Gives all bytes back. A failure leaves them to the close of the file, which follows anyway.
+pub fn unlock(file: &File) {
     let length = UNSHARED_BASE + Permission::COUNT - USED_BASE;
     let mut region = region(libc::F_UNLCK, USED_BASE, length);
     let _ = lock_call(file, libc::F_OFD_SETLK, &mut region);

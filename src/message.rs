@@ -1,0 +1,32 @@
+//! Parts of the one-line messages to an operator.
+
+use std::fmt::{self, Write as _};
+use std::io;
+use std::path::Path;
+
+/// A path or a name in a message: in quotes, and on one line whatever characters it is made of.
+pub(crate) struct Quoted<'a, T: AsRef<Path> + ?Sized>(pub(crate) &'a T);
+
+impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_char('\'')?;
+        for character in self.0.as_ref().to_string_lossy().chars() {
+            if character.is_control() {
+                write!(f, "{}", character.escape_default())?;
+            } else {
+                f.write_char(character)?;
+            }
+        }
+        f.write_char('\'')
+    }
+}
+
+/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no operator.
+pub(crate) struct Reason<'a>(pub(crate) &'a io::Error);
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_string();
+        f.write_str(text.split(" (os error").next().unwrap_or(&text))
+    }
+}
