@@ -14,7 +14,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 use super::request::{Kind, OutsideMemory, Request, Status};
 use super::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Failed, GuestRequest, Tag};
-use crate::limits::PIECE_BYTES_MAX;
+use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 use crate::replica::buffer::BufferPool;
 
@@ -109,7 +109,8 @@ impl Guest {
 
     /// The next piece of work, if any: of a request that was begun, or of a new one.
     pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
-        loop {
+        // Bounded: a driver that goes on adding requests which are refused at once must not keep us here.
+        for _ in 0..QUEUE_SIZE_MAX {
             if let Some(&key) = self.unfinished.front() {
                 match self.next_piece(key) {
                     Some(piece) => return Some(piece),
@@ -120,6 +121,7 @@ impl Guest {
                 return None;
             }
         }
+        None
     }
 
     /// The engine has answered a piece.

@@ -11,6 +11,8 @@ pub mod config_space;
 pub mod frontend;
 pub mod guest;
 pub mod request;
+#[cfg(test)]
+mod tests;
 
 use vhost_user_backend::VringMutex;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};

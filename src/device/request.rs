@@ -13,6 +13,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::{DiskInfo, GuestMemory};
+use crate::limits::QUEUE_SIZE_MAX;
 use crate::quorum::SectorRange;
 
 /// Bytes of the request header: type, reserved, sector.
@@ -79,6 +80,8 @@ pub struct Request {
     /// Where the status goes; `None` if the driver left no room for one, and then there is no way to answer
     /// but to give the chain back.
     status: Option<GuestAddress>,
+    /// Device-writable bytes before the status byte, whatever they are there for.
+    before_status: u64,
 }
 
 impl Request {
@@ -86,16 +89,18 @@ impl Request {
     pub fn parse(chain: DescriptorChain<&GuestMemory>, info: &DiskInfo) -> Self {
         let head = chain.head_index();
         let memory = chain.memory();
-        let (mut readable, mut writable, in_order) = split(chain.clone());
+        let (mut readable, mut writable, well_formed) = split(chain.clone());
         let status = writable.take_last_byte();
+        let before_status = writable.bytes();
         let refused = |status_value| Self {
             head,
             kind: Kind::Refused(status_value),
             data: Segments::default(),
             status,
+            before_status,
         };
         let mut header = [0; HEADER_BYTES];
-        if !in_order || status.is_none() || readable.read(memory, 0, &mut header).is_err() {
+        if !well_formed || status.is_none() || readable.read(memory, 0, &mut header).is_err() {
             return refused(Status::IoError);
         }
         readable.skip(HEADER_BYTES);
@@ -115,6 +120,7 @@ impl Request {
                 kind,
                 data,
                 status,
+                before_status,
             },
             None => refused(Status::IoError),
         }
@@ -130,16 +136,18 @@ impl Request {
         if memory.write_slice(&[status.byte()], address).is_err() {
             return 0;
         }
-        let data_bytes = match (self.kind, status) {
-            (Kind::In(_), Status::Ok) => self.data.bytes(),
-            (Kind::GetId, Status::Ok) if self.data.bytes() <= u64::from(VIRTIO_BLK_ID_BYTES) => {
-                self.data.bytes()
-            }
-            (Kind::Out(_) | Kind::Flush, _) => 0,
-            // Something may lie unwritten before the status byte.
-            _ => return 0,
+        let filled = match (self.kind, status) {
+            (Kind::In(_), Status::Ok) => self.before_status,
+            (Kind::GetId, Status::Ok) => self.before_status.min(u64::from(VIRTIO_BLK_ID_BYTES)),
+            _ => 0,
         };
-        u32::try_from(data_bytes + 1).unwrap_or(u32::MAX)
+        // The status byte counts only if nothing before it lies unwritten.
+        let written = if filled == self.before_status {
+            filled + 1
+        } else {
+            filled
+        };
+        u32::try_from(written).unwrap_or(u32::MAX)
     }
 
     /// Serves GET_ID: the serial number, padded with zeroes to 20 bytes (virtio 1.3, 5.2.6).
@@ -155,12 +163,16 @@ impl Request {
     }
 }
 
-/// The device-readable and the device-writable bytes of a chain, and whether the former come first, as they
-/// must (virtio 1.3, 2.7.4.2).
+/// The device-readable and the device-writable bytes of a chain, and whether it is formed as it must be:
+/// the former come first (virtio 1.3, 2.7.4.2), it is no longer than a queue (2.7.5.3.1), and it has an end.
+/// What of a malformed chain was not looked at is left out.
 fn split(chain: DescriptorChain<&GuestMemory>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
     let mut in_order = true;
-    for descriptor in chain {
+    // The iterator stops silently where a chain loops, leaves its table or exceeds 4 GiB.
+    let mut ended = false;
+    for descriptor in chain.take(usize::from(QUEUE_SIZE_MAX)) {
+        ended = !descriptor.has_next();
         if descriptor.is_write_only() {
             writable.push(&descriptor);
         } else {
@@ -168,7 +180,7 @@ fn split(chain: DescriptorChain<&GuestMemory>) -> (Segments, Segments, bool) {
             readable.push(&descriptor);
         }
     }
-    (readable, writable, in_order)
+    (readable, writable, in_order && ended)
 }
 
 impl Segments {

@@ -16,7 +16,7 @@
 //! ```
 //!
 //! A replica that does not answer in time leaves the set, and the requests that wait for it go on without it.
-//! Its operations are *lent*: their slot stays until the last of them is back. See [`time`](self::time).
+//! Its operations are *lent*: their slot stays until the last of them is back. See `time.rs`.
 //!
 //! Invariants: a request is answered exactly once, and before it is retired; a slot is free when its last
 //! operation is back; operations that change overlapping sectors run one after another (W2); a replica is
