@@ -72,6 +72,3 @@ pub const CONFIRMATIONS_MAX: usize = 256;
 
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;
-
-/// Pause before stale ranges that could not be brought up to date are tried again, in milliseconds.
-pub const RESYNC_RETRY_MS: u64 = 1000;

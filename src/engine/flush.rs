@@ -36,11 +36,11 @@ impl Flush {
         }
     }
 
-    /// The replicas whose replies are out, and since when.
-    pub(super) fn waiting(&self) -> (ReplicaSet, Duration) {
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match &self.stage {
-            Stage::Flushing { tally, asked_at, .. } => (tally.waiting(), *asked_at),
-            Stage::New => (ReplicaSet::EMPTY, Duration::ZERO),
+            Stage::Flushing { tally, asked_at, .. } if *asked_at <= limit => tally.waiting(),
+            _ => ReplicaSet::EMPTY,
         }
     }
 

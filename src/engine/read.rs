@@ -51,6 +51,9 @@ pub(super) struct Asking {
     agreement: Agreement,
     /// Those who may vote and were not asked yet.
     unasked: ReplicaSet,
+    /// Those who were not asked at first but later, and when.
+    more: ReplicaSet,
+    asked_more_at: Duration,
     /// How many may vote: n of R7.
     voters: usize,
 }
@@ -89,14 +92,28 @@ impl Read {
         self.range
     }
 
-    /// The replicas whose replies are out, and since when.
-    pub(super) fn waiting(&self) -> (ReplicaSet, Duration) {
-        match &self.stage {
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
+        let waiting = self.tally.waiting();
+        let (first, more, more_at) = match &self.stage {
+            Stage::Asking(asking) => (
+                waiting.without(asking.more),
+                waiting.and(asking.more),
+                asking.asked_more_at,
+            ),
             Stage::Confirming(confirmation) if confirmation.is_mending() => {
-                (confirmation.mending(), self.asked_at)
+                (confirmation.mending(), ReplicaSet::EMPTY, self.asked_at)
             }
-            _ => (self.tally.waiting(), self.asked_at),
-        }
+            Stage::New | Stage::Confirming(_) => (waiting, ReplicaSet::EMPTY, self.asked_at),
+        };
+        let since = |asked_at: Duration, waiting| {
+            if asked_at <= limit {
+                waiting
+            } else {
+                ReplicaSet::EMPTY
+            }
+        };
+        since(self.asked_at, first).or(since(more_at, more))
     }
 
     /// What the replicas are doing for this read.
@@ -136,6 +153,8 @@ impl Read {
         self.stage = Stage::Asking(Asking {
             agreement: Agreement::default(),
             unasked: voters.without(asked),
+            more: ReplicaSet::EMPTY,
+            asked_more_at: core.clock.now(),
             voters: voters.len(),
         });
         self.asked_at = core.clock.now();
@@ -158,7 +177,11 @@ impl Read {
         if !self.tally.waiting().contains(reply.replica) {
             return Progress::Waiting;
         }
-        core.clock.observe(reply.replica, self.asked_at);
+        let asked_at = match &self.stage {
+            Stage::Asking(asking) if asking.more.contains(reply.replica) => asking.asked_more_at,
+            _ => self.asked_at,
+        };
+        core.clock.observe(reply.replica, asked_at);
         self.tally.record(reply.replica, reply.result.is_ok());
         match reply.result {
             Err(errno) => report_error(effects, reply.replica, OperationType::Read, self.range, errno),
@@ -209,9 +232,9 @@ impl Read {
         if core.policy.read_pattern == ReadPattern::Fifo {
             return Progress::Waiting;
         }
-        let rest = std::mem::take(&mut asking.unasked);
-        if !rest.is_empty() {
-            self.ask(id, rest, core, effects);
+        if !asking.unasked.is_empty() {
+            let rest = asking.unasked;
+            self.ask_more(id, rest, core, effects);
         } else if !asking.agreement.others.is_empty() {
             // The slow one might decide, but nobody need wait for it: under the lock the others can.
             Counters::add(&core.shared.counters.suspicions, 1);
@@ -244,6 +267,15 @@ impl Read {
         }
     }
 
+    fn ask_more(&mut self, id: RequestId, more: ReplicaSet, core: &mut Core, effects: &mut impl Effects) {
+        if let Stage::Asking(asking) = &mut self.stage {
+            asking.unasked = asking.unasked.without(more);
+            asking.more = asking.more.or(more);
+            asking.asked_more_at = core.clock.now();
+        }
+        self.ask(id, more, core, effects);
+    }
+
     /// Is there a quorum, a suspicion, someone else to ask, or nothing more to come?
     fn compare(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
         let Stage::Asking(asking) = &mut self.stage else {
@@ -266,8 +298,7 @@ impl Read {
                 ReadPattern::Fifo => asking.unasked.iter().take(1).collect(),
                 ReadPattern::Quorum | ReadPattern::Threshold => asking.unasked,
             };
-            asking.unasked = asking.unasked.without(more);
-            self.ask(id, more, core, effects);
+            self.ask_more(id, more, core, effects);
             return Progress::Waiting;
         }
         if !asking.agreement.others.is_empty() {

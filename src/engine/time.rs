@@ -5,13 +5,12 @@ use std::time::Duration;
 
 use super::read::Read;
 use super::{Core, Counters, Effects, Engine, Progress, Request, WorkerIndex, report_error};
-use crate::limits::{PIECE_BYTES_MAX, RESYNC_RETRY_MS, TICK_MICROSECONDS};
+use crate::limits::{PIECE_BYTES_MAX, TICK_MICROSECONDS};
 use crate::quorum::report::OperationType;
 use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
 use crate::replica::operation::RequestId;
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
-const RESYNC_RETRY: Duration = Duration::from_millis(RESYNC_RETRY_MS);
 
 /// How many times what replies usually take a read waits before it asks others or goes for the lock.
 const SLOW_FACTOR: u32 = 4;
@@ -115,7 +114,7 @@ impl Engine {
         let gone = ReplicaSet::first(self.core.policy.replicas).without(self.core.shared.in_service());
         if !gone.is_empty() {
             self.for_each(
-                |request| !request.waiting().0.and(gone).is_empty(),
+                |request| !request.waiting_since(now).and(gone).is_empty(),
                 effects,
                 |id, request, core, effects| match request {
                     Request::Read(read) => read.abandon(id, gone, core, effects),
@@ -128,9 +127,7 @@ impl Engine {
         }
         let slow = now.saturating_sub(self.core.clock.patience(self.core.shared.in_service()));
         let is_slow = |request: &Request| match request {
-            Request::Read(read) => {
-                read.tag.is_some() && !read.waiting().0.is_empty() && read.asked_at <= slow
-            }
+            Request::Read(read) => read.tag.is_some() && !read.waiting_since(slow).is_empty(),
             _ => false,
         };
         self.for_each(is_slow, effects, |id, request, core, effects| match request {
@@ -150,11 +147,7 @@ impl Engine {
             return;
         };
         for (_, slot) in &self.slots {
-            let (waiting, asked_at) = slot.request.waiting();
-            if waiting.is_empty() || asked_at > limit {
-                continue;
-            }
-            for replica in waiting.iter() {
+            for replica in slot.request.waiting_since(limit).iter() {
                 if self.core.shared.health(|health| health.leave(replica)) {
                     Counters::add(&self.core.shared.counters.departures, 1);
                     let (operation, range) = slot.request.describe();
@@ -188,13 +181,13 @@ impl Engine {
 }
 
 impl Request {
-    /// The replicas whose replies are out, and since when.
-    fn waiting(&self) -> (ReplicaSet, Duration) {
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match self {
-            Self::Read(read) => read.waiting(),
-            Self::Write(write) => write.waiting(),
-            Self::Flush(flush) => flush.waiting(),
-            Self::Lent => (ReplicaSet::EMPTY, Duration::ZERO),
+            Self::Read(read) => read.waiting_since(limit),
+            Self::Write(write) => write.waiting_since(limit),
+            Self::Flush(flush) => flush.waiting_since(limit),
+            Self::Lent => ReplicaSet::EMPTY,
         }
     }
 
@@ -250,7 +243,6 @@ impl Core {
                 .health(|health| health.returned(replica, self.worker.0))
             {
                 Counters::add(&self.shared.counters.returns, 1);
-                self.clock.resync.not_before = Duration::ZERO;
                 effects.health_changed();
             }
         }
@@ -273,7 +265,13 @@ impl Core {
         let Some((replica, range)) = self.shared.health(|health| health.next_stale(resync.from)) else {
             // Once through; what is still stale could not be helped now.
             resync.from = BEGINNING;
-            resync.not_before = self.clock.now + RESYNC_RETRY;
+            if self
+                .shared
+                .health(|health| health.next_stale(BEGINNING))
+                .is_some()
+            {
+                resync.not_before = self.clock.now + self.policy.replica_timeout;
+            }
             return None;
         };
         let block = self.policy.block_sectors;

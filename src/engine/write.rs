@@ -51,11 +51,11 @@ impl Write {
         self.range
     }
 
-    /// The replicas whose replies are out, and since when.
-    pub(super) fn waiting(&self) -> (ReplicaSet, Duration) {
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match &self.stage {
-            Stage::Writing(writing) => (writing.tally.waiting(), writing.asked_at),
-            Stage::New | Stage::WaitingForLock { .. } => (ReplicaSet::EMPTY, Duration::ZERO),
+            Stage::Writing(writing) if writing.asked_at <= limit => writing.tally.waiting(),
+            _ => ReplicaSet::EMPTY,
         }
     }
 

@@ -10,7 +10,8 @@
 //! operations back.
 //!
 //! Invariants: a sector that the guest was told is written is fresh on at least t replicas, unless a flush
-//! has failed since; at least t replicas are in service.
+//! has failed since; at least t replicas are in service, and no replica leaves a sector behind that only t
+//! replicas in service have fresh.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -91,9 +92,9 @@ impl Health {
     }
 
     /// Takes a replica that does not answer out of the set. `false` if it is out already, or if that would
-    /// leave fewer than t.
+    /// leave fewer than t, in all or in some sector: then there is nobody to do without it.
     pub fn leave(&mut self, replica: ReplicaIndex) -> bool {
-        if !self.in_service.contains(replica) || self.in_service.len() <= self.threshold {
+        if !self.in_service.contains(replica) || self.is_needed(replica) {
             return false;
         }
         self.in_service.remove(replica);
@@ -236,24 +237,48 @@ impl Health {
     /// Whether every sector is fresh on at least t replicas. Asked after all replies to a flush are in, when
     /// whatever is fresh and was written before it is durable.
     pub fn fresh_on_threshold(&self) -> bool {
-        let stale: usize = self.replicas.iter().filter(|r| !r.stale.is_empty()).count();
-        if self.replicas.len() - stale >= self.threshold {
-            return true;
-        }
-        // Sweep over the ends of all stale ranges: at each point, how many replicas are stale?
-        let mut ends: Vec<(u64, i32)> = self
-            .replicas
-            .iter()
-            .flat_map(|r| r.stale.iter())
-            .flat_map(|range| [(range.start, 1), (range.end(), -1)])
+        let all = ReplicaSet::first(self.replicas.len());
+        self.every_sector(|stale| all.without(stale).len() >= self.threshold)
+    }
+
+    /// Whether without `replica` fewer than t would be left that are in service, or that are in service and
+    /// fresh in some sector where now there are enough.
+    fn is_needed(&self, replica: ReplicaIndex) -> bool {
+        let mut others = self.in_service;
+        others.remove(replica);
+        let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
+        let enough_with = |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
+        others.len() < self.threshold
+            || !self.every_sector(|stale| enough_without(stale) || !enough_with(stale))
+    }
+
+    /// Whether `holds` for the set of replicas that are stale in a sector, for every sector of the disk.
+    fn every_sector(&self, holds: impl Fn(ReplicaSet) -> bool) -> bool {
+        // Sweep over the ends of all stale ranges; between two of them the set does not change.
+        let mut ends: Vec<(u64, ReplicaIndex)> = self
+            .indexes()
+            .flat_map(|replica| {
+                let stale = &self.replicas[replica.as_usize()].stale;
+                stale
+                    .iter()
+                    .flat_map(move |range| [(range.start, replica), (range.end(), replica)])
+            })
             .collect();
         ends.sort_unstable();
-        let allowed = self.replicas.len() - self.threshold;
-        let mut stale_here = 0;
-        ends.into_iter().all(|(_, change)| {
-            stale_here += change;
-            usize::try_from(stale_here).is_ok_and(|count| count <= allowed)
-        })
+        let mut stale_here = ReplicaSet::EMPTY;
+        let mut from = 0;
+        for (sector, replica) in ends {
+            if sector > from && !holds(stale_here) {
+                return false;
+            }
+            from = sector;
+            if stale_here.contains(replica) {
+                stale_here.remove(replica);
+            } else {
+                stale_here.insert(replica);
+            }
+        }
+        from >= self.capacity_sectors || holds(stale_here)
     }
 
     fn indexes(&self) -> impl Iterator<Item = ReplicaIndex> + use<> {
@@ -413,6 +438,17 @@ mod tests {
         assert_eq!(health.next_stale((A, 0)).map(|(replica, _)| replica), Some(C));
         health.mended(C, range(0, 1 << 22), health.change_begins());
         assert!(!health.anything_stale());
+    }
+
+    #[test]
+    fn who_is_needed_in_one_sector_stays() {
+        let mut health = Health::new(3, 2, 1, 1 << 22);
+        write(&mut health, range(8, 8), &[C]);
+        assert!(!health.leave(A) && !health.leave(B), "only they hold it");
+        assert!(health.leave(C));
+        let mut last = Health::new(3, 2, 1, 16);
+        write(&mut last, range(8, 8), &[C]);
+        assert!(!last.leave(A), "also at the end of the disk");
     }
 
     #[test]
