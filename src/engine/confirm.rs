@@ -6,6 +6,7 @@
 
 use std::rc::Rc;
 
+use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::read::{Purpose, Read, Stage, buffer};
 use super::{Core, Counters, Effects, Progress, ReadPattern, report_error};
@@ -75,6 +76,20 @@ impl Read {
         } else {
             Progress::Waiting
         }
+    }
+
+    /// Takes the first asking for the confirmation: what [`Mutant::RewriteUnconfirmed`] does. Its lock is one
+    /// that nobody else asks for.
+    pub(super) fn believe(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        core.confirmations += 1;
+        let nobodys = SectorRange::new(u64::MAX - 1 - u64::from(id.0), 1);
+        let (lock, _) = core.lock(nobodys, id);
+        self.stage = Stage::Confirming(Confirmation {
+            lock,
+            mend: ReplicaSet::EMPTY,
+            step: Step::Asking,
+        });
+        self.confirmed(id, core, effects)
     }
 
     pub(super) fn lock_granted(
@@ -191,7 +206,20 @@ impl Read {
                 stale,
             })
             .collect();
-        vote(self.range, &ballots, rule)
+        let verdict = vote(self.range, &ballots, rule);
+        if is_broken(Mutant::VotePerRequest)
+            && let Rule::Threshold(threshold) = rule
+        {
+            let votes =
+                |ballot: &Ballot<'_>| ballots.iter().filter(|other| other.bytes == ballot.bytes).count();
+            if !ballots.iter().any(|ballot| votes(ballot) >= threshold) {
+                return Verdict {
+                    undecided: vec![self.range],
+                    ..Verdict::default()
+                };
+            }
+        }
+        verdict
     }
 
     /// Puts the winning versions together. `None` if no sector has a winner. Sectors without one hold

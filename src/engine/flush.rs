@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::mutant::{Mutant, is_broken};
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::report::{OperationType, Report};
@@ -78,8 +79,13 @@ impl Flush {
         let success = reply.result.is_ok();
         tally.record(reply.replica, success);
         let epoch = *epoch;
-        core.shared
-            .health(|health| health.flush_ended(epoch, reply.replica, success));
+        core.shared.health(|health| {
+            health.flush_ended(
+                epoch,
+                reply.replica,
+                success || is_broken(Mutant::FailedFlushNotStale),
+            )
+        });
         self.finish_if_complete(core, effects)
     }
 
@@ -105,7 +111,8 @@ impl Flush {
             return Progress::Waiting;
         }
         let flushed = tally.succeeded().len() >= core.policy.threshold;
-        if flushed && core.shared.health(|health| health.fresh_on_threshold()) {
+        let durable = core.shared.health(|health| health.fresh_on_threshold());
+        if flushed && (durable || is_broken(Mutant::FlushCountsSuccesses)) {
             effects.complete(self.tag, Ok(&[]));
         } else {
             effects.report(Report::Failure {

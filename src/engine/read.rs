@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::confirm::Confirmation;
+use super::mutant::{Mutant, is_broken};
 use super::{Core, Counters, Effects, Failed, Progress, ReadPattern, Tag, report_error};
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
@@ -286,6 +287,11 @@ impl Read {
             ReadPattern::Fifo => 1,
             ReadPattern::Quorum | ReadPattern::Threshold => core.policy.threshold.max(asking.voters / 2 + 1),
         };
+        let enough = if is_broken(Mutant::EarlyDecision) {
+            (enough - 1).max(1)
+        } else {
+            enough
+        };
         if let (Some(tag), Some(winner)) = (self.tag, asking.agreement.with_votes(enough)) {
             self.tag = None;
             effects.complete(tag, Ok(buffer(&self.replies, winner)));
@@ -303,6 +309,9 @@ impl Read {
         }
         if !asking.agreement.others.is_empty() {
             Counters::add(&core.shared.counters.suspicions, 1);
+            if is_broken(Mutant::RewriteUnconfirmed) {
+                return self.believe(id, core, effects);
+            }
             return self.confirm(id, ReplicaSet::EMPTY, core, effects);
         }
         self.fail(effects);

@@ -20,6 +20,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
+use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
 use crate::quorum::health::Health;
 use crate::quorum::{ReplicaSet, SectorRange};
@@ -119,6 +120,9 @@ impl Shared {
 
     /// Gives a lock back; adds whoever holds one now to `granted`.
     pub(super) fn unlock(&self, key: LockKey, granted: &mut Vec<Waiter>) {
+        if is_broken(Mutant::NoRangeLock) {
+            return;
+        }
         self.state().locks.release(key, granted);
     }
 

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use super::mutant::{Mutant, is_broken};
 use super::read::Read;
 use super::{Core, Counters, Effects, Engine, Progress, Request, WorkerIndex, report_error};
 use crate::limits::{PIECE_BYTES_MAX, TICK_MICROSECONDS};
@@ -235,7 +236,7 @@ impl Core {
     /// Tells which of the replicas that left have none of this worker's operations any more.
     fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
         for replica in gone.iter() {
-            if self.outstanding[replica.as_usize()].operations > 0 {
+            if self.outstanding[replica.as_usize()].operations > 0 && !is_broken(Mutant::ReturnEarly) {
                 continue;
             }
             if self

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
 use crate::quorum::health::{Failures, WriteEnd};
@@ -141,12 +142,20 @@ impl Write {
         let succeeded = writing.tally.succeeded();
         let success = succeeded.len() >= core.policy.threshold;
         // What is stale is known before the guest hears of success (W3).
+        let everyone = ReplicaSet::first(core.policy.replicas);
+        let asked = succeeded.or(writing.tally.failed());
+        let trusted = is_broken(Mutant::FailedWriteNotStale)
+            || is_broken(Mutant::ReturnNotStale) && writing.tally.failed().is_empty();
         let became_stale = core.shared.health(|health| {
             let before = health.anything_stale();
             let end = WriteEnd {
                 // Who was forgotten is as good as not asked: its write may still happen, or not.
-                asked: succeeded.or(writing.tally.failed()),
-                succeeded,
+                asked: if is_broken(Mutant::ReturnNotStale) {
+                    everyone
+                } else {
+                    asked
+                },
+                succeeded: if trusted { everyone } else { succeeded },
                 began: writing.began,
                 success,
                 durable: self.durable,
