@@ -21,6 +21,9 @@ use crate::quorum::Errno;
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
 const RETRIES_MAX: u32 = 16;
 
+/// Kernel threads that may wait for replicas at a time.
+const KERNEL_WORKERS_MAX: u32 = 1024;
+
 /// User data of cancellations, whose own completions mean nothing.
 const CANCELLATION: u64 = u64::MAX;
 
@@ -85,6 +88,12 @@ impl Ring {
     pub fn new(files: &[RawFd]) -> io::Result<Self> {
         let uring = build()?;
         uring.submitter().register_files(files)?;
+        // What the kernel can not do without waiting (fsync, for one) takes one of its workers for as long as
+        // it waits. By default there are four for each processor, and a replica that hangs would soon have
+        // them all, with the other replicas waiting behind it.
+        uring
+            .submitter()
+            .register_iowq_max_workers(&mut [KERNEL_WORKERS_MAX, 0])?;
         Ok(Self {
             uring,
             in_flight: Slab::new(),
