@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::mutant::{Mutant, is_broken};
+use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::report::{OperationType, Report};
@@ -13,6 +14,12 @@ use crate::replica::operation::{Action, Operation, Reply, RequestId};
 /// A flush has no range of its own.
 pub(super) const NO_RANGE: SectorRange = SectorRange { start: 0, count: 0 };
 
+/// A sector beyond every disk: its lock is that of flushing.
+const FLUSH_LOCK: SectorRange = SectorRange {
+    start: u64::MAX / 2,
+    count: 1,
+};
+
 #[derive(Debug)]
 pub(super) struct Flush {
     tag: Tag,
@@ -22,7 +29,11 @@ pub(super) struct Flush {
 #[derive(Debug)]
 enum Stage {
     New,
+    WaitingForLock {
+        lock: LockKey,
+    },
     Flushing {
+        lock: LockKey,
         tally: Tally,
         epoch: FlushEpoch,
         asked_at: Duration,
@@ -46,10 +57,31 @@ impl Flush {
     }
 
     pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+        // One flush at a time: the kernel tells of a page that it lost once, to whichever fsync of the file is
+        // first, and the other one would seem to have gone well.
+        let (lock, granted) = core.lock(FLUSH_LOCK, id);
+        self.stage = Stage::WaitingForLock { lock };
+        if granted {
+            self.lock_granted(id, core, effects)
+        } else {
+            Progress::Waiting
+        }
+    }
+
+    pub(super) fn lock_granted(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
+        let Stage::WaitingForLock { lock } = self.stage else {
+            unreachable!("a lock is granted once");
+        };
         let (asked, epoch) = core
             .shared
             .health(|health| (health.in_service(), health.flush_begins()));
         self.stage = Stage::Flushing {
+            lock,
             tally: Tally::new(asked),
             epoch,
             asked_at: core.clock.now(),
@@ -98,18 +130,19 @@ impl Flush {
     ) -> Progress {
         match &mut self.stage {
             Stage::Flushing { tally, .. } => tally.forget(gone),
-            Stage::New => return Progress::Waiting,
+            Stage::New | Stage::WaitingForLock { .. } => return Progress::Waiting,
         }
         self.finish_if_complete(core, effects)
     }
 
     fn finish_if_complete(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let Stage::Flushing { tally, .. } = &self.stage else {
+        let Stage::Flushing { lock, tally, .. } = &self.stage else {
             unreachable!("finished while flushing");
         };
         if !tally.is_complete() {
             return Progress::Waiting;
         }
+        let lock = *lock;
         let flushed = tally.succeeded().len() >= core.policy.threshold;
         let durable = core.shared.health(|health| health.fresh_on_threshold());
         if flushed && (durable || is_broken(Mutant::FlushCountsSuccesses)) {
@@ -121,6 +154,7 @@ impl Flush {
             });
             effects.complete(self.tag, Err(Failed));
         }
+        core.unlock(lock, effects);
         Progress::Retired
     }
 }

@@ -255,7 +255,14 @@ impl Engine {
             Request::Read(read) => read.reply(id, reply, core, effects),
             Request::Write(write) => write.reply(reply, core, effects),
             Request::Flush(flush) => flush.reply(&reply, core, effects),
-            Request::Lent => Progress::Retired,
+            Request::Lent => {
+                // Nobody waits for it any more, but an error is an error (R4).
+                if let Err(errno) = reply.result {
+                    let (operation, range) = reply.action.describe();
+                    report_error(effects, reply.replica, operation, range, errno);
+                }
+                Progress::Retired
+            }
         });
         self.settle(effects);
     }
@@ -312,7 +319,8 @@ impl Engine {
                 self.advance(id, effects, |request, core, effects| match request {
                     Request::Read(read) => read.lock_granted(id, core, effects),
                     Request::Write(write) => write.lock_granted(id, core, effects),
-                    Request::Flush(_) | Request::Lent => unreachable!("waits for no lock"),
+                    Request::Flush(flush) => flush.lock_granted(id, core, effects),
+                    Request::Lent => unreachable!("waits for no lock"),
                 });
             } else if let Some(read) = self.core.begun.pop_front().or_else(|| self.core.next_resync()) {
                 self.begin(Request::Read(read), effects);

@@ -23,6 +23,8 @@ pub(super) struct Read {
     pub(super) tally: Tally,
     /// What each replica gave, by its index.
     pub(super) replies: Vec<Option<Buffer>>,
+    /// The replicas whose error has been reported.
+    reported: ReplicaSet,
     pub(super) asked_at: Duration,
     pub(super) purpose: Purpose,
     pub(super) stage: Stage,
@@ -57,6 +59,8 @@ pub(super) struct Asking {
     asked_more_at: Duration,
     /// How many may vote: n of R7.
     voters: usize,
+    /// Who has replied has become stale since it was asked: only the lock can tell what its reply is worth.
+    doubtful: bool,
 }
 
 /// Which of the replies so far are equal: the first of each version, and how many there are of it.
@@ -83,6 +87,7 @@ impl Read {
             range,
             tally: Tally::default(),
             replies: Vec::new(),
+            reported: ReplicaSet::EMPTY,
             asked_at: Duration::ZERO,
             purpose,
             stage: Stage::New,
@@ -115,6 +120,14 @@ impl Read {
             }
         };
         since(self.asked_at, first).or(since(more_at, more))
+    }
+
+    /// The replicas that may yet be asked.
+    pub(super) fn unasked(&self) -> ReplicaSet {
+        match &self.stage {
+            Stage::Asking(asking) => asking.unasked,
+            Stage::New | Stage::Confirming(_) => ReplicaSet::EMPTY,
+        }
     }
 
     /// What the replicas are doing for this read.
@@ -157,6 +170,7 @@ impl Read {
             more: ReplicaSet::EMPTY,
             asked_more_at: core.clock.now(),
             voters: voters.len(),
+            doubtful: false,
         });
         self.asked_at = core.clock.now();
         self.ask(id, asked, core, effects);
@@ -185,7 +199,12 @@ impl Read {
         core.clock.observe(reply.replica, asked_at);
         self.tally.record(reply.replica, reply.result.is_ok());
         match reply.result {
-            Err(errno) => report_error(effects, reply.replica, OperationType::Read, self.range, errno),
+            // One event for each replica, though a read that is repeated under the lock may fail again.
+            Err(_) if self.reported.contains(reply.replica) => {}
+            Err(errno) => {
+                self.reported.insert(reply.replica);
+                report_error(effects, reply.replica, OperationType::Read, self.range, errno);
+            }
             Ok(()) => {
                 if let Action::Read { into, .. } = reply.action {
                     self.replies[reply.replica.as_usize()] = Some(into);
@@ -239,7 +258,8 @@ impl Read {
         } else if !asking.agreement.others.is_empty() {
             // The slow one might decide, but nobody need wait for it: under the lock the others can.
             Counters::add(&core.shared.counters.suspicions, 1);
-            let again = Self::with(self.tag.take(), self.range, Purpose::Suspicion);
+            let mut again = Self::with(self.tag.take(), self.range, Purpose::Suspicion);
+            again.reported = self.reported;
             core.begun.push_back(again);
             return self.retire(core);
         }
@@ -287,19 +307,22 @@ impl Read {
             ReadPattern::Fifo => 1,
             ReadPattern::Quorum | ReadPattern::Threshold => core.policy.threshold.max(asking.voters / 2 + 1),
         };
+        let stale = core.shared.stale_in(self.range);
+        asking.doubtful |= !stale.and(self.tally.succeeded()).is_empty();
+        let doubtful = asking.doubtful;
         let enough = if is_broken(Mutant::EarlyDecision) {
             (enough - 1).max(1)
         } else {
             enough
         };
-        if let (Some(tag), Some(winner)) = (self.tag, asking.agreement.with_votes(enough)) {
+        if let (Some(tag), Some(winner), false) = (self.tag, asking.agreement.with_votes(enough), doubtful) {
             self.tag = None;
             effects.complete(tag, Ok(buffer(&self.replies, winner)));
         }
         if !self.tally.is_complete() {
             return Progress::Waiting;
         }
-        if self.tag.is_some() && !asking.unasked.is_empty() {
+        if self.tag.is_some() && !doubtful && !asking.unasked.is_empty() {
             let more = match core.policy.read_pattern {
                 ReadPattern::Fifo => asking.unasked.iter().take(1).collect(),
                 ReadPattern::Quorum | ReadPattern::Threshold => asking.unasked,
@@ -312,6 +335,11 @@ impl Read {
             if is_broken(Mutant::RewriteUnconfirmed) {
                 return self.believe(id, core, effects);
             }
+            return self.confirm(id, ReplicaSet::EMPTY, core, effects);
+        }
+        // Under the lock it is known who may vote where, and sector by sector others may help.
+        let others = core.shared.in_service().without(self.tally.asked());
+        if self.tag.is_some() && (doubtful || !others.is_empty()) {
             return self.confirm(id, ReplicaSet::EMPTY, core, effects);
         }
         self.fail(effects);

@@ -115,7 +115,7 @@ impl Engine {
         let gone = ReplicaSet::first(self.core.policy.replicas).without(self.core.shared.in_service());
         if !gone.is_empty() {
             self.for_each(
-                |request| !request.waiting_since(now).and(gone).is_empty(),
+                |request| !request.counts_on().and(gone).is_empty(),
                 effects,
                 |id, request, core, effects| match request {
                     Request::Read(read) => read.abandon(id, gone, core, effects),
@@ -190,6 +190,15 @@ impl Request {
             Self::Flush(flush) => flush.waiting_since(limit),
             Self::Lent => ReplicaSet::EMPTY,
         }
+    }
+
+    /// The replicas whose replies are out, or that may yet be asked.
+    fn counts_on(&self) -> ReplicaSet {
+        let unasked = match self {
+            Self::Read(read) => read.unasked(),
+            Self::Write(_) | Self::Flush(_) | Self::Lent => ReplicaSet::EMPTY,
+        };
+        self.waiting_since(Duration::MAX).or(unasked)
     }
 
     fn describe(&self) -> (OperationType, SectorRange) {

@@ -42,6 +42,8 @@ pub struct Health {
     /// What completed writes changed since the last flush began.
     written: RangeSet,
     capacity_sectors: u64,
+    /// What each replica was known not to hold when the last flush began; empty if that was nothing.
+    stale_before_flush: Vec<RangeSet>,
     epoch: FlushEpoch,
     failures: Failures,
 }
@@ -81,6 +83,7 @@ impl Health {
                 .collect(),
             written: RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, capacity_sectors),
             capacity_sectors,
+            stale_before_flush: Vec::new(),
             epoch: FlushEpoch(0),
             failures: Failures(0),
         }
@@ -196,6 +199,15 @@ impl Health {
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
+        // What is brought up to date while the flush runs, it does not cover.
+        self.stale_before_flush.clear();
+        if self.anything_stale() {
+            self.stale_before_flush = self
+                .replicas
+                .iter()
+                .map(|replica| replica.stale.clone())
+                .collect();
+        }
         let nothing = RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, self.capacity_sectors);
         let written = std::mem::replace(&mut self.written, nothing);
         if !written.is_empty() {
@@ -234,11 +246,15 @@ impl Health {
         }
     }
 
-    /// Whether every sector is fresh on at least t replicas. Asked after all replies to a flush are in, when
-    /// whatever is fresh and was written before it is durable.
+    /// Whether every sector is fresh on at least t replicas, and was when the last flush began. Asked after all
+    /// replies to it are in, when that is what is durable. One flush runs at a time.
     pub fn fresh_on_threshold(&self) -> bool {
         let all = ReplicaSet::first(self.replicas.len());
-        self.every_sector(|stale| all.without(stale).len() >= self.threshold)
+        let now = self.replicas.iter().map(|replica| &replica.stale);
+        let sets = now.chain(&self.stale_before_flush);
+        every_sector(sets, self.replicas.len(), self.capacity_sectors, |stale| {
+            all.without(stale).len() >= self.threshold
+        })
     }
 
     /// Whether without `replica` fewer than t would be left that are in service, or that are in service and
@@ -249,41 +265,53 @@ impl Health {
         let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
         let enough_with = |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
         others.len() < self.threshold
-            || !self.every_sector(|stale| enough_without(stale) || !enough_with(stale))
-    }
-
-    /// Whether `holds` for the set of replicas that are stale in a sector, for every sector of the disk.
-    fn every_sector(&self, holds: impl Fn(ReplicaSet) -> bool) -> bool {
-        // Sweep over the ends of all stale ranges; between two of them the set does not change.
-        let mut ends: Vec<(u64, ReplicaIndex)> = self
-            .indexes()
-            .flat_map(|replica| {
-                let stale = &self.replicas[replica.as_usize()].stale;
-                stale
-                    .iter()
-                    .flat_map(move |range| [(range.start, replica), (range.end(), replica)])
-            })
-            .collect();
-        ends.sort_unstable();
-        let mut stale_here = ReplicaSet::EMPTY;
-        let mut from = 0;
-        for (sector, replica) in ends {
-            if sector > from && !holds(stale_here) {
-                return false;
-            }
-            from = sector;
-            if stale_here.contains(replica) {
-                stale_here.remove(replica);
-            } else {
-                stale_here.insert(replica);
-            }
-        }
-        from >= self.capacity_sectors || holds(stale_here)
+            || !every_sector(
+                self.replicas.iter().map(|replica| &replica.stale),
+                self.replicas.len(),
+                self.capacity_sectors,
+                |stale| enough_without(stale) || !enough_with(stale),
+            )
     }
 
     fn indexes(&self) -> impl Iterator<Item = ReplicaIndex> + use<> {
         ReplicaSet::first(self.replicas.len()).iter()
     }
+}
+
+/// Whether `holds` for the set of replicas that are stale in a sector, for every sector of a disk. The sets are
+/// those of the replicas in order, and then perhaps in order once more.
+fn every_sector<'a>(
+    sets: impl Iterator<Item = &'a RangeSet>,
+    replicas: usize,
+    capacity_sectors: u64,
+    holds: impl Fn(ReplicaSet) -> bool,
+) -> bool {
+    // Sweep over the ends of all stale ranges; between two of them the sets do not change.
+    let mut ends: Vec<(u64, usize, bool)> = sets
+        .enumerate()
+        .flat_map(|(set, ranges)| {
+            ranges
+                .iter()
+                .flat_map(move |range| [(range.start, set, true), (range.end(), set, false)])
+        })
+        .collect();
+    ends.sort_unstable();
+    let mut inside = [ReplicaSet::EMPTY; 2];
+    let mut from = 0;
+    for (sector, set, begins) in ends {
+        if sector > from && !holds(inside[0].or(inside[1])) {
+            return false;
+        }
+        from = sector;
+        let replica = ReplicaIndex(u8::try_from(set % replicas).expect("at most 32 replicas"));
+        let side = &mut inside[set / replicas];
+        if begins {
+            side.insert(replica)
+        } else {
+            side.remove(replica)
+        }
+    }
+    from >= capacity_sectors || holds(inside[0].or(inside[1]))
 }
 
 /// How a write ended.
@@ -438,6 +466,18 @@ mod tests {
         assert_eq!(health.next_stale((A, 0)).map(|(replica, _)| replica), Some(C));
         health.mended(C, range(0, 1 << 22), health.change_begins());
         assert!(!health.anything_stale());
+    }
+
+    #[test]
+    fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
+        let mut health = Health::new(3, 2, 1, 1 << 22);
+        write(&mut health, range(0, 8), &[C]);
+        let epoch = health.flush_begins();
+        health.mended(C, range(0, 8), health.change_begins());
+        health.flush_ended(epoch, A, false);
+        health.flush_ended(epoch, B, true);
+        health.flush_ended(epoch, C, true);
+        assert!(!health.fresh_on_threshold(), "only B has it safely");
     }
 
     #[test]

@@ -6,6 +6,7 @@
 use std::rc::Rc;
 
 use super::buffer::Buffer;
+use crate::quorum::report::OperationType;
 use crate::quorum::{Errno, ReplicaIndex, SectorRange};
 
 /// Names the request that an operation serves; comes back in the reply.
@@ -49,6 +50,15 @@ pub enum Action {
 }
 
 impl Action {
+    /// What it is to the operator: its kind, and its range, which for a flush is empty.
+    pub fn describe(&self) -> (OperationType, SectorRange) {
+        match self {
+            Self::Read { range, .. } => (OperationType::Read, *range),
+            Self::Write { range, .. } => (OperationType::Write, *range),
+            Self::Flush => (OperationType::Flush, SectorRange::new(0, 0)),
+        }
+    }
+
     /// Bytes of buffer that the operation keeps in use.
     pub fn bytes(&self) -> u64 {
         match self {
