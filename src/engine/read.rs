@@ -23,8 +23,6 @@ pub(super) struct Read {
     pub(super) tally: Tally,
     /// What each replica gave, by its index.
     pub(super) replies: Vec<Option<Buffer>>,
-    /// The replicas whose error has been reported.
-    reported: ReplicaSet,
     pub(super) asked_at: Duration,
     pub(super) purpose: Purpose,
     pub(super) stage: Stage,
@@ -87,7 +85,6 @@ impl Read {
             range,
             tally: Tally::default(),
             replies: Vec::new(),
-            reported: ReplicaSet::EMPTY,
             asked_at: Duration::ZERO,
             purpose,
             stage: Stage::New,
@@ -199,12 +196,7 @@ impl Read {
         core.clock.observe(reply.replica, asked_at);
         self.tally.record(reply.replica, reply.result.is_ok());
         match reply.result {
-            // One event for each replica, though a read that is repeated under the lock may fail again.
-            Err(_) if self.reported.contains(reply.replica) => {}
-            Err(errno) => {
-                self.reported.insert(reply.replica);
-                report_error(effects, reply.replica, OperationType::Read, self.range, errno);
-            }
+            Err(errno) => report_error(effects, reply.replica, OperationType::Read, self.range, errno),
             Ok(()) => {
                 if let Action::Read { into, .. } = reply.action {
                     self.replies[reply.replica.as_usize()] = Some(into);
@@ -258,8 +250,7 @@ impl Read {
         } else if !asking.agreement.others.is_empty() {
             // The slow one might decide, but nobody need wait for it: under the lock the others can.
             Counters::add(&core.shared.counters.suspicions, 1);
-            let mut again = Self::with(self.tag.take(), self.range, Purpose::Suspicion);
-            again.reported = self.reported;
+            let again = Self::with(self.tag.take(), self.range, Purpose::Suspicion);
             core.begun.push_back(again);
             return self.retire(core);
         }
