@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test model lint guest clean
+.PHONY: help demo build test sim model lint guest clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -19,6 +19,11 @@ build: ## Build the daemon (target/release/quorum-blkd)
 test: guest lint ## Everything that checks the project
 	$(CARGO) test --locked -- --nocapture
 	$(MAKE) model
+	$(MAKE) sim SECONDS=60
+
+sim: ## Random runs in the simulator: SEEDS=n, or SECONDS=n, or SEED=s to replay one
+	QUORUM_BLK_SIM_SEEDS=$(SEEDS) QUORUM_BLK_SIM_SEED=$(SEED) QUORUM_BLK_SIM_SECONDS=$(SECONDS) \
+		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture $(if $(SEED)$(SEEDS),keeps_the_contract)
 
 model: ## Every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared

@@ -25,4 +25,6 @@ pub mod limits;
 mod message;
 pub mod quorum;
 pub mod replica;
+#[cfg(feature = "sim")]
+pub mod sim;
 pub mod worker;

@@ -42,8 +42,9 @@ pub struct Health {
     /// What completed writes changed since the last flush began.
     written: RangeSet,
     capacity_sectors: u64,
-    /// What each replica was known not to hold when the last flush began; empty if that was nothing.
-    stale_before_flush: Vec<RangeSet>,
+    /// Of what the last flush covers, what each replica is known not to have made durable: what was stale when
+    /// it began, and what has become so since. Newer writes may heal that, but not for this flush.
+    uncovered: Vec<RangeSet>,
     epoch: FlushEpoch,
     failures: Failures,
 }
@@ -83,7 +84,9 @@ impl Health {
                 .collect(),
             written: RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, capacity_sectors),
             capacity_sectors,
-            stale_before_flush: Vec::new(),
+            uncovered: (0..replicas)
+                .map(|_| RangeSet::with_granule(1, capacity_sectors))
+                .collect(),
             epoch: FlushEpoch(0),
             failures: Failures(0),
         }
@@ -199,14 +202,8 @@ impl Health {
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
-        // What is brought up to date while the flush runs, it does not cover.
-        self.stale_before_flush.clear();
-        if self.anything_stale() {
-            self.stale_before_flush = self
-                .replicas
-                .iter()
-                .map(|replica| replica.stale.clone())
-                .collect();
+        for (uncovered, replica) in self.uncovered.iter_mut().zip(&self.replicas) {
+            uncovered.clone_from(&replica.stale);
         }
         let nothing = RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, self.capacity_sectors);
         let written = std::mem::replace(&mut self.written, nothing);
@@ -243,6 +240,7 @@ impl Health {
         state.stale.insert_all(&self.written);
         for (_, written) in state.unconfirmed.drain(..) {
             state.stale.insert_all(&written);
+            self.uncovered[replica.as_usize()].insert_all(&written);
         }
     }
 
@@ -251,7 +249,7 @@ impl Health {
     pub fn fresh_on_threshold(&self) -> bool {
         let all = ReplicaSet::first(self.replicas.len());
         let now = self.replicas.iter().map(|replica| &replica.stale);
-        let sets = now.chain(&self.stale_before_flush);
+        let sets = now.chain(&self.uncovered);
         every_sector(sets, self.replicas.len(), self.capacity_sectors, |stale| {
             all.without(stale).len() >= self.threshold
         })

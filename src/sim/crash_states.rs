@@ -1,0 +1,452 @@
+//! Every crash state of every small history: what can be on the replicas when the power fails.
+//!
+//! A history is a few writes and flushes of two sectors. All ways in which the guest can overlap them and the
+//! replicas can answer are explored with the real engine, one input at a time. At each moment a sector of a
+//! replica may hold, after a crash, any of the values written to it since it was last made durable, those in
+//! flight included, whatever the other sectors and replicas hold. All these combinations are voted on.
+//!
+//! Two paths that lead to the same state are followed once. What makes a state is what every replica may hold
+//! and has answered, and the order in which requests began and ended; replicas are alike.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Violation;
+use super::effects::{Collected, Effect, SECTOR_LEN, fill, parse};
+use super::model::{Model, Value};
+use super::plan::bits;
+use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use crate::quorum::vote::{Ballot, Rule, vote};
+use crate::quorum::{Errno, ReplicaIndex, SectorRange};
+use crate::replica::buffer::BufferPool;
+use crate::replica::operation::{Action, Operation, Reply};
+
+const SECTORS: usize = 2;
+
+/// What a guest does in a history.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Act {
+    /// Writes this sector.
+    Write(usize),
+    /// Writes both sectors.
+    WriteBoth,
+    /// Flushes.
+    Flush,
+}
+
+/// All of them.
+pub const ACTS: [Act; 4] = [Act::Write(0), Act::Write(1), Act::WriteBoth, Act::Flush];
+
+/// A disk, and at most one thing that goes wrong.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// N.
+    pub replicas: usize,
+    /// t.
+    pub threshold: usize,
+    /// The first replica fails this act.
+    pub fails: Option<usize>,
+}
+
+/// What was found.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Found {
+    /// States of engine and replicas.
+    pub states: u64,
+    /// Crash states of a sector, over all replicas.
+    pub crash_states: u64,
+    /// Those that no version wins although N is odd and none failed: the sector had two or more writes that
+    /// were not flushed, and so three versions.
+    pub three_versions: u64,
+    /// Those that no version wins, or a stale one, because N is even or a replica had failed.
+    pub undecided: u64,
+}
+
+/// One step of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Step {
+    /// The guest makes its next request.
+    Submit,
+    /// The reply of this replica to this act arrives.
+    Deliver { act: usize, replica: usize },
+}
+
+#[derive(Debug)]
+struct Flight {
+    act: usize,
+    operation: Operation,
+    /// A flush: what was dirty when it was submitted.
+    covers: [Option<Value>; SECTORS],
+}
+
+/// What a replica may hold after a crash.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Held {
+    /// The possible values of each sector, in the order in which they were written.
+    possible: [Vec<Value>; SECTORS],
+    /// The last value that the next flush will make durable.
+    dirty: [Option<Value>; SECTORS],
+    /// In flight: the act, and what the flush covers.
+    in_flight: Vec<(usize, [Option<Value>; SECTORS])>,
+    answered: Vec<usize>,
+}
+
+/// An engine somewhere in a history.
+struct State<'a> {
+    case: Case,
+    history: &'a [Act],
+    engine: Engine,
+    pool: BufferPool,
+    effects: Collected,
+    flights: Vec<Flight>,
+    held: Vec<Held>,
+    model: Model,
+    submitted: usize,
+    flush_began: Vec<u64>,
+    /// When each request was made and answered: +act, -act.
+    events: Vec<(usize, bool)>,
+    now: u64,
+}
+
+/// Explores all histories of `length` acts.
+///
+/// # Errors
+/// A sector that fails its vote without need, or a flushed write that is lost; with the path to it.
+pub fn explore_all(case: Case, length: u32) -> Result<Found, Violation> {
+    let mut found = Found::default();
+    let mut votes = Votes::default();
+    for number in 0..ACTS.len().pow(length) {
+        let digit = |place| number / ACTS.len().pow(place) % ACTS.len();
+        let history: Vec<Act> = (0..length).map(|place| ACTS[digit(place)]).collect();
+        explore(case, &history, &mut votes, &mut found)?;
+    }
+    Ok(found)
+}
+
+fn explore(case: Case, history: &[Act], votes: &mut Votes, found: &mut Found) -> Result<(), Violation> {
+    let pool = BufferPool::default();
+    let mut seen = BTreeSet::new();
+    let mut paths: Vec<Vec<Step>> = vec![Vec::new()];
+    while let Some(path) = paths.pop() {
+        let mut state = State::new(case, history, pool.clone());
+        for step in &path {
+            state.take(*step);
+        }
+        if !seen.insert(state.signature()) {
+            continue;
+        }
+        found.states += 1;
+        state
+            .check(votes, found)
+            .map_err(|v| Violation::new(v.promise, format!("{} {case:?} {history:?} {path:?}", v.text)))?;
+        for step in state.next() {
+            let mut longer = path.clone();
+            longer.push(step);
+            paths.push(longer);
+        }
+    }
+    Ok(())
+}
+
+impl<'a> State<'a> {
+    fn new(case: Case, history: &'a [Act], pool: BufferPool) -> Self {
+        let policy = Policy {
+            replicas: case.replicas,
+            threshold: case.threshold,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted: false,
+            blkverify: false,
+            block_sectors: 1,
+            replica_timeout: Duration::from_secs(1),
+        };
+        let shared = Arc::new(Shared::new(case.replicas, case.threshold, 1, SECTORS as u64));
+        let held = Held {
+            possible: std::array::from_fn(|sector| vec![Value::written(0, sector)]),
+            dirty: [None; SECTORS],
+            in_flight: Vec::new(),
+            answered: Vec::new(),
+        };
+        let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone());
+        // Nobody is brought up to date behind our back: a history is too short for that.
+        engine.stop_background();
+        Self {
+            case,
+            history,
+            engine,
+            pool,
+            effects: Collected::default(),
+            flights: Vec::new(),
+            held: vec![held; case.replicas],
+            model: Model::new(SECTORS),
+            submitted: 0,
+            flush_began: vec![0; history.len()],
+            events: Vec::new(),
+            now: 2,
+        }
+    }
+
+    /// The steps that may come next.
+    fn next(&self) -> Vec<Step> {
+        let mut steps: Vec<Step> = self.flights.iter().map(step_of).collect();
+        if self.submitted < self.history.len() {
+            steps.push(Step::Submit);
+        }
+        steps
+    }
+
+    fn take(&mut self, step: Step) {
+        self.now += 1;
+        match step {
+            Step::Submit => self.submit(),
+            Step::Deliver { .. } => self.deliver(step),
+        }
+        let effects: Vec<Effect> = self.effects.effects.drain(..).collect();
+        for effect in effects {
+            match effect {
+                Effect::Submit(operation) => self.take_off(operation),
+                Effect::Complete(tag, result) => self.completed(tag, result.is_ok()),
+                Effect::Report(_) | Effect::HealthChanged => {}
+                Effect::Wake(..) | Effect::ContentsDiffer(_) => unreachable!("one worker, no blkverify"),
+            }
+        }
+    }
+
+    fn submit(&mut self) {
+        let act = self.submitted;
+        self.submitted += 1;
+        self.events.push((act, true));
+        let request = match self.history[act].sectors() {
+            None => {
+                self.flush_began[act] = self.now;
+                GuestRequest::Flush
+            }
+            Some(range) => {
+                let mut data = self.pool.take(usize::try_from(range.bytes()).expect("few"));
+                let start = usize::try_from(range.start).expect("few");
+                for (index, bytes) in data.chunks_exact_mut(SECTOR_LEN).enumerate() {
+                    let value = value_of(act, start + index);
+                    fill(bytes, value);
+                    self.model.write_began(start + index, value, self.now);
+                }
+                let durable = false;
+                GuestRequest::Write { range, data, durable }
+            }
+        };
+        self.engine.submit(Tag(act as u64), request, &mut self.effects);
+    }
+
+    /// From now on the operation may have had its effect.
+    fn take_off(&mut self, operation: Operation) {
+        let replica = operation.replica.as_usize();
+        let (held, case) = (&mut self.held[replica], self.case);
+        let mut covers = [None; SECTORS];
+        let act = match &operation.action {
+            Action::Read { .. } => unreachable!("nobody reads"),
+            Action::Write { range, data, .. } => {
+                let value = parse(&data[..SECTOR_LEN]).and_then(Value::write);
+                let act = usize::try_from(value.expect("a guest's write")).expect("few") - 1;
+                for sector in range.start..range.end() {
+                    let sector = usize::try_from(sector).expect("few");
+                    held.possible[sector].push(value_of(act, sector));
+                }
+                act
+            }
+            Action::Flush => {
+                // A flush that is going to fail may have dropped the pages by now.
+                let dropping = held.in_flight.iter().any(|(act, _)| {
+                    replica == 0 && case.fails == Some(*act) && self.history[*act] == Act::Flush
+                });
+                if !dropping {
+                    covers = held.dirty;
+                }
+                let is_this = |act: &usize| {
+                    let asked = held.in_flight.iter().map(|(act, _)| act).chain(&held.answered);
+                    self.history[*act] == Act::Flush && !asked.into_iter().any(|other| other == act)
+                };
+                (0..self.submitted).find(is_this).expect("a guest's flush")
+            }
+        };
+        held.in_flight.push((act, covers));
+        self.flights.push(Flight {
+            act,
+            operation,
+            covers,
+        });
+    }
+
+    fn deliver(&mut self, step: Step) {
+        let index = self.flights.iter().position(|flight| step_of(flight) == step);
+        let flight = self.flights.swap_remove(index.expect("a step that is possible"));
+        let replica = flight.operation.replica.as_usize();
+        let fails = replica == 0 && self.case.fails == Some(flight.act);
+        let held = &mut self.held[replica];
+        held.in_flight.retain(|(act, _)| *act != flight.act);
+        held.answered.push(flight.act);
+        held.answered.sort_unstable();
+        match (&flight.operation.action, fails) {
+            (Action::Write { range, .. }, false) => {
+                for sector in range.start..range.end() {
+                    let sector = usize::try_from(sector).expect("few");
+                    held.dirty[sector] = Some(value_of(flight.act, sector));
+                }
+            }
+            (Action::Flush, false) => {
+                for (sector, covered) in flight.covers.iter().enumerate() {
+                    let Some(covered) = covered else { continue };
+                    let possible = &mut held.possible[sector];
+                    if let Some(place) = possible.iter().position(|value| value == covered) {
+                        possible.drain(..place);
+                    }
+                    held.dirty[sector] = held.dirty[sector].filter(|dirty| dirty != covered);
+                }
+            }
+            (Action::Flush, true) => held.dirty = [None; SECTORS],
+            (Action::Write { .. }, true) | (Action::Read { .. }, _) => {}
+        }
+        let result = if fails { Err(Errno(5)) } else { Ok(()) };
+        let Operation {
+            request,
+            replica,
+            action,
+        } = flight.operation;
+        let reply = Reply {
+            request,
+            replica,
+            action,
+            result,
+        };
+        self.engine.reply(reply, &mut self.effects);
+    }
+
+    fn completed(&mut self, tag: Tag, success: bool) {
+        self.now += 1;
+        let act = usize::try_from(tag.0).expect("few");
+        self.events.push((act, false));
+        match self.history[act].sectors() {
+            None if success => self.model.flushed(self.flush_began[act], 0),
+            None => {}
+            Some(range) => {
+                for sector in range.start..range.end() {
+                    let sector = usize::try_from(sector).expect("few");
+                    let value = value_of(act, sector);
+                    self.model.write_ended(sector, value, self.now, success, false);
+                }
+            }
+        }
+    }
+
+    fn signature(&self) -> (Vec<(usize, bool)>, Held, Vec<Held>) {
+        // The first replica is the one that may fail; the others are alike.
+        let mut others = self.held[1..].to_vec();
+        others.sort();
+        (self.events.clone(), self.held[0].clone(), others)
+    }
+
+    /// The power fails now.
+    fn check(&self, votes: &mut Votes, found: &mut Found) -> Result<(), Violation> {
+        let mut model = self.model.clone();
+        model.crashed(self.now);
+        for sector in 0..SECTORS {
+            let permitted: Vec<Value> = model.permitted(sector).collect();
+            let mut choice = vec![0; self.case.replicas];
+            loop {
+                let values: Vec<Value> = choice
+                    .iter()
+                    .zip(&self.held)
+                    .map(|(place, held)| held.possible[sector][*place])
+                    .collect();
+                found.crash_states += 1;
+                self.check_crash_state(&permitted, &values, votes, found)?;
+                // The next combination.
+                let next = (0..choice.len()).find(|r| choice[*r] + 1 < self.held[*r].possible[sector].len());
+                let Some(next) = next else { break };
+                choice[..next].fill(0);
+                choice[next] += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_crash_state(
+        &self,
+        permitted: &[Value],
+        values: &[Value],
+        votes: &mut Votes,
+        found: &mut Found,
+    ) -> Result<(), Violation> {
+        let Case {
+            replicas,
+            threshold,
+            fails,
+        } = self.case;
+        let good = values.iter().filter(|value| permitted.contains(value)).count();
+        let text = || format!("crash state {values:?}, permitted {permitted:?}:");
+        if good < threshold {
+            return Err(Violation::new("I2", text() + " a flushed write is lost,"));
+        }
+        match votes.winner(values, threshold) {
+            Some(winner) if permitted.contains(&winner) => {}
+            // What is stale is not known after a crash, and t replicas are no majority.
+            Some(_) if fails.is_some() && 2 * threshold <= replicas => found.undecided += 1,
+            Some(_) => return Err(Violation::new("I2", text() + " a flushed write is outvoted,")),
+            None if replicas % 2 == 0 || threshold != replicas / 2 + 1 || fails.is_some() => {
+                found.undecided += 1
+            }
+            // What was flushed, and one write since.
+            None if permitted.len() <= 2 => return Err(Violation::new("I5", text() + " no version wins,")),
+            None => found.three_versions += 1,
+        }
+        Ok(())
+    }
+}
+
+impl Act {
+    /// What it writes; a flush nothing.
+    fn sectors(self) -> Option<SectorRange> {
+        match self {
+            Self::Write(sector) => Some(SectorRange::new(sector as u64, 1)),
+            Self::WriteBoth => Some(SectorRange::new(0, SECTORS as u64)),
+            Self::Flush => None,
+        }
+    }
+}
+
+/// What an act puts into a sector.
+fn value_of(act: usize, sector: usize) -> Value {
+    Value::written(act as u64 + 1, sector)
+}
+
+fn step_of(flight: &Flight) -> Step {
+    Step::Deliver {
+        act: flight.act,
+        replica: flight.operation.replica.as_usize(),
+    }
+}
+
+/// The outcomes of votes, each counted by the real vote once.
+#[derive(Debug, Default)]
+struct Votes(BTreeMap<(Vec<Value>, usize), Option<Value>>);
+
+impl Votes {
+    fn winner(&mut self, values: &[Value], threshold: usize) -> Option<Value> {
+        let key = (values.to_vec(), threshold);
+        *self.0.entry(key).or_insert_with(|| {
+            let sectors: Vec<[u8; SECTOR_LEN]> = values.iter().map(|value| sector_of(*value)).collect();
+            let ballot = |replica: usize| Ballot {
+                replica: ReplicaIndex(u8::try_from(replica).expect("few")),
+                bytes: &sectors[replica],
+                stale: Vec::new(),
+            };
+            let ballots: Vec<Ballot<'_>> = bits((1 << values.len()) - 1).map(ballot).collect();
+            let verdict = vote(SectorRange::new(0, 1), &ballots, Rule::Threshold(threshold));
+            verdict.winners.first().map(|run| values[run.held_by.as_usize()])
+        })
+    }
+}
+
+fn sector_of(value: Value) -> [u8; SECTOR_LEN] {
+    let mut sector = [0; SECTOR_LEN];
+    fill(&mut sector, value);
+    sector
+}

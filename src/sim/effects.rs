@@ -1,0 +1,94 @@
+//! What the engines ask for, kept in order until the world looks at it: an effect must not call back.
+
+use super::model::Value;
+use crate::engine::{Effects, Failed, Tag, WorkerIndex};
+use crate::quorum::SectorRange;
+use crate::quorum::report::Report;
+use crate::replica::operation::{Operation, RequestId};
+
+/// Bytes of a sector.
+pub const SECTOR_LEN: usize = 512;
+
+/// One effect.
+#[derive(Debug)]
+pub enum Effect {
+    /// An operation for a replica.
+    Submit(Operation),
+    /// An answer for the guest; how many of [`Collected::values`] it brings, or that it failed.
+    Complete(Tag, Result<usize, Failed>),
+    /// A report.
+    Report(Report),
+    /// A grant for another worker.
+    Wake(WorkerIndex, RequestId),
+    /// All engines are to be ticked.
+    HealthChanged,
+    /// A `--blkverify` disk differs.
+    ContentsDiffer(SectorRange),
+}
+
+/// The effects of one input.
+#[derive(Debug, Default)]
+pub struct Collected {
+    /// In order.
+    pub effects: Vec<Effect>,
+    /// The sectors that answers brought, in order; `None` for one whose bytes are of no single version.
+    pub values: Vec<Option<Value>>,
+}
+
+impl Effects for Collected {
+    fn submit(&mut self, operation: Operation) {
+        self.effects.push(Effect::Submit(operation));
+    }
+
+    fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
+        let result = result.map(|data| {
+            self.values.extend(data.chunks_exact(SECTOR_LEN).map(parse));
+            data.len() / SECTOR_LEN
+        });
+        self.effects.push(Effect::Complete(tag, result));
+    }
+
+    fn report(&mut self, report: Report) {
+        self.effects.push(Effect::Report(report));
+    }
+
+    fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
+        self.effects.push(Effect::Wake(worker, request));
+    }
+
+    fn health_changed(&mut self) {
+        self.effects.push(Effect::HealthChanged);
+    }
+
+    fn contents_differ(&mut self, range: SectorRange) {
+        self.effects.push(Effect::ContentsDiffer(range));
+    }
+}
+
+/// Fills a sector with a value.
+pub fn fill(sector: &mut [u8], value: Value) {
+    for word in sector.chunks_exact_mut(8) {
+        word.copy_from_slice(&value.0.to_le_bytes());
+    }
+}
+
+/// The value that a sector was filled with.
+pub fn parse(sector: &[u8]) -> Option<Value> {
+    let (first, _) = sector.split_first_chunk::<8>()?;
+    let periodic = sector[8..] == sector[..sector.len() - 8];
+    periodic.then(|| Value(u64::from_le_bytes(*first)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_sector_of_two_versions_is_neither() {
+        let mut sector = [0; SECTOR_LEN];
+        fill(&mut sector, Value(77));
+        assert_eq!(parse(&sector), Some(Value(77)));
+        sector[256..].fill(1);
+        assert_eq!(parse(&sector), None);
+    }
+}

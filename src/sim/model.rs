@@ -1,0 +1,260 @@
+//! The naive model of a disk: for every sector, each value that was ever written to it and may still be read.
+//!
+//! It knows of requests only when they were made and when they were answered. That says which values a read
+//! may return: those that no later write has surely replaced. A value carries the number of its write and is
+//! unique, so what a read returned tells which write it saw, and reads that follow one another tell in which
+//! order the writes took effect.
+
+/// What a sector holds: unique for each write of each sector, and for each fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Value(pub u64);
+
+const ROT: u64 = 1 << 63;
+
+impl Value {
+    /// What write number `write` puts into `sector`. Write 0 is what the disk held in the beginning.
+    pub fn written(write: u64, sector: usize) -> Self {
+        Self(write << 8 | sector as u64)
+    }
+
+    /// Bytes that nobody wrote.
+    pub fn rotten(number: u64) -> Self {
+        Self(ROT | number)
+    }
+
+    /// Whether nobody wrote this.
+    pub fn is_rotten(self) -> bool {
+        self.0 & ROT != 0
+    }
+
+    /// The number of the write.
+    pub fn write(self) -> Option<u64> {
+        (!self.is_rotten()).then_some(self.0 >> 8)
+    }
+}
+
+impl std::fmt::Display for Value {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        if self.is_rotten() {
+            write!(f, "rot{}", self.0 & !ROT)
+        } else {
+            write!(f, "w{}.{}", self.0 >> 8, self.0 & 0xff)
+        }
+    }
+}
+
+/// A moment: the number of guest-visible events before it. What the disk held in the beginning was written
+/// from moment 0 to moment 1.
+pub type Moment = u64;
+
+/// Not yet.
+pub const NEVER: Moment = Moment::MAX;
+
+#[derive(Clone, Copy, Debug)]
+struct Written {
+    value: Value,
+    /// When the guest asked for it.
+    began: Moment,
+    /// When the guest was answered, or the host crashed.
+    ended: Moment,
+    /// It surely replaced what was written before it began.
+    acknowledged: bool,
+    /// A flush that began after its answer has succeeded: a crash does not undo it.
+    durable: bool,
+    /// The first end and the last begin of all that dealt with this value: it was current from the one to the
+    /// other if they come in this order.
+    first_end: Moment,
+    last_begin: Moment,
+}
+
+/// The model.
+#[derive(Clone, Debug)]
+pub struct Model {
+    sectors: Vec<Vec<Written>>,
+}
+
+impl Model {
+    /// A disk of `sectors` sectors that hold the values of write 0.
+    pub fn new(sectors: usize) -> Self {
+        let initial = |sector| {
+            vec![Written {
+                value: Value::written(0, sector),
+                began: 0,
+                ended: 1,
+                acknowledged: true,
+                durable: true,
+                first_end: 1,
+                last_begin: 0,
+            }]
+        };
+        Self {
+            sectors: (0..sectors).map(initial).collect(),
+        }
+    }
+
+    /// A write was submitted.
+    pub fn write_began(&mut self, sector: usize, value: Value, now: Moment) {
+        self.sectors[sector].push(Written {
+            value,
+            began: now,
+            ended: NEVER,
+            acknowledged: false,
+            durable: false,
+            first_end: NEVER,
+            last_begin: now,
+        });
+    }
+
+    /// The write was answered.
+    pub fn write_ended(&mut self, sector: usize, value: Value, now: Moment, success: bool, durable: bool) {
+        let written = self.sectors[sector].iter_mut().find(|w| w.value == value);
+        let written = written.expect("nothing is forgotten before it has ended");
+        written.ended = now;
+        written.acknowledged = success;
+        written.durable = success && durable;
+        if success {
+            written.first_end = written.first_end.min(now);
+        }
+    }
+
+    /// Whether a read that began at `since` may return the value: no write that began after this one ended was
+    /// acknowledged before.
+    pub fn is_permitted(&self, sector: usize, value: Value, since: Moment) -> bool {
+        let all = &self.sectors[sector];
+        let Some(written) = all.iter().find(|w| w.value == value) else {
+            return false;
+        };
+        !all.iter()
+            .any(|w| w.acknowledged && w.began >= written.ended && w.ended <= since)
+    }
+
+    /// A read from `began` to `ended` returned the value. Whether that goes with what other reads have
+    /// returned: there must be an order in which each value is current once, in one piece. For two values
+    /// that is impossible if each was dealt with after the other had been.
+    ///
+    /// # Errors
+    /// The value that contradicts this one.
+    pub fn observe(
+        &mut self,
+        sector: usize,
+        value: Value,
+        began: Moment,
+        ended: Moment,
+    ) -> Result<(), Value> {
+        let all = &mut self.sectors[sector];
+        let Some(index) = all.iter().position(|w| w.value == value) else {
+            return Ok(());
+        };
+        let seen = &mut all[index];
+        seen.first_end = seen.first_end.min(ended);
+        seen.last_begin = seen.last_begin.max(began);
+        let seen = *seen;
+        let contradicts =
+            |w: &&Written| w.value != value && seen.first_end < w.last_begin && w.first_end < seen.last_begin;
+        all.iter().find(contradicts).map_or(Ok(()), |w| Err(w.value))
+    }
+
+    /// A flush that began at `began` has succeeded. `oldest` is when the oldest request in flight began.
+    pub fn flushed(&mut self, began: Moment, oldest: Moment) {
+        for all in &mut self.sectors {
+            for written in &mut *all {
+                written.durable |= written.acknowledged && written.ended <= began;
+            }
+            forget(all, oldest);
+        }
+    }
+
+    /// Forgets what nobody may see any more.
+    pub fn forget(&mut self, oldest: Moment) {
+        for all in &mut self.sectors {
+            if all.len() > 8 {
+                forget(all, oldest);
+            }
+        }
+    }
+
+    /// The host crashed. What was not flushed may be there or not; what was in flight too.
+    pub fn crashed(&mut self, now: Moment) {
+        for all in &mut self.sectors {
+            for written in &mut *all {
+                written.ended = written.ended.min(now);
+                written.acknowledged = written.durable;
+                written.first_end = if written.durable { written.ended } else { NEVER };
+                written.last_begin = written.began;
+            }
+            forget(all, now);
+        }
+    }
+
+    /// The values that a read from now on may return.
+    pub fn permitted(&self, sector: usize) -> impl Iterator<Item = Value> + '_ {
+        let all = &self.sectors[sector];
+        all.iter()
+            .map(|w| w.value)
+            .filter(move |value| self.is_permitted(sector, *value, NEVER - 1))
+    }
+}
+
+/// Forgets the values that were replaced, durably, before the oldest request began.
+fn forget(all: &mut Vec<Written>, oldest: Moment) {
+    let Some(replaced_before) = all
+        .iter()
+        .filter(|w| w.durable && w.ended <= oldest)
+        .map(|w| w.began)
+        .max()
+    else {
+        return;
+    };
+    all.retain(|w| w.ended > replaced_before);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value(write: u64) -> Value {
+        Value::written(write, 0)
+    }
+
+    #[test]
+    fn a_read_sees_the_last_write_or_one_that_ran_meanwhile() {
+        let mut model = Model::new(1);
+        model.write_began(0, value(1), 10);
+        assert!(model.is_permitted(0, value(0), 11));
+        assert!(model.is_permitted(0, value(1), 11));
+        model.write_ended(0, value(1), 12, true, false);
+        assert!(model.is_permitted(0, value(0), 11));
+        assert!(!model.is_permitted(0, value(0), 12));
+        model.write_began(0, value(2), 13);
+        model.write_ended(0, value(2), 14, false, false);
+        assert!(model.is_permitted(0, value(1), 20));
+        assert!(model.is_permitted(0, value(2), 20));
+        assert!(!model.is_permitted(0, value(9), 20));
+    }
+
+    #[test]
+    fn reads_do_not_go_back() {
+        let mut model = Model::new(1);
+        model.write_began(0, value(1), 10);
+        assert_eq!(model.observe(0, value(1), 11, 12), Ok(()));
+        assert_eq!(model.observe(0, value(0), 11, 13), Ok(()), "concurrent reads may");
+        assert_eq!(model.observe(0, value(0), 13, 14), Err(value(1)));
+    }
+
+    #[test]
+    fn a_crash_undoes_what_was_not_flushed() {
+        let mut model = Model::new(1);
+        model.write_began(0, value(1), 10);
+        model.write_ended(0, value(1), 11, true, false);
+        model.flushed(12, 12);
+        model.write_began(0, value(2), 13);
+        model.write_ended(0, value(2), 14, true, false);
+        model.write_began(0, value(3), 15);
+        assert_eq!(model.permitted(0).collect::<Vec<_>>(), [value(2), value(3)]);
+        model.crashed(16);
+        assert_eq!(
+            model.permitted(0).collect::<Vec<_>>(),
+            [value(1), value(2), value(3)]
+        );
+    }
+}

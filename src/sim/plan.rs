@@ -1,0 +1,250 @@
+//! What a seed chooses before its run: the disk, the guest, and which faults there are and how often.
+//!
+//! Each seed enables a random subset of the faults ("swarm testing"): a run in which everything happens all
+//! the time hides what needs a long quiet stretch, or two rare things and nothing else.
+
+use std::time::Duration;
+
+use super::random::Random;
+use crate::engine::ReadPattern;
+use crate::quorum::SectorRange;
+
+/// Sectors of a simulated disk, at most: a set of sectors is a mask of 64 bits.
+pub const SECTORS_MAX: u64 = 64;
+
+/// Replicas of a simulated disk, at most.
+pub const REPLICAS_MAX: usize = 5;
+
+/// How likely each fault is, in 65536ths of the occasions for it.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Faults {
+    /// A read fails.
+    pub read_error: u32,
+    /// A write fails, and may have written any of its sectors.
+    pub write_error: u32,
+    /// A flush fails, and the pages it did not write are clean but not durable.
+    pub flush_error: u32,
+    /// Writeback in the background fails in the same way; the next flush tells.
+    pub writeback_error: u32,
+    /// A sector at rest changes.
+    pub rot: u32,
+    /// A write is reported done and was not.
+    pub lost: u32,
+    /// A write is done elsewhere.
+    pub misdirected: u32,
+    /// A flush is reported done and did nothing.
+    pub lying_flush: u32,
+    /// The host crashes and starts again.
+    pub crash: u32,
+    /// A replica does nothing for a while.
+    pub hang: u32,
+}
+
+/// Everything a seed fixes before the first step.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// N.
+    pub replicas: usize,
+    /// t.
+    pub threshold: usize,
+    /// Which replicas a read asks.
+    pub read_pattern: ReadPattern,
+    /// Whether losers are rewritten.
+    pub rewrite_corrupted: bool,
+    /// Engines that share the disk, as worker threads do.
+    pub workers: usize,
+    /// Requests in flight on one worker, at most.
+    pub depth: usize,
+    /// Sectors of the disk.
+    pub sectors: u64,
+    /// The block size, in sectors.
+    pub block_sectors: u64,
+    /// Blocks of one request, at most.
+    pub blocks_max: u64,
+    /// How many requests the guest makes.
+    pub requests: u64,
+    /// Of 100 requests, how many are reads, and how many flushes; the rest are writes.
+    pub reads: u64,
+    /// See `reads`.
+    pub flushes: u64,
+    /// The guest has no flush: each write is durable when it is answered.
+    pub durable: bool,
+    /// The guest submits this eagerly, against one chance for each operation in flight.
+    pub eagerness: usize,
+    /// An operation is applied sector by sector, in 65536ths of the occasions.
+    pub tear: u32,
+    /// A dirty sector is written back in the background, in 65536ths of the steps.
+    pub writeback: u32,
+    /// The guest waits until all is quiet, in 65536ths of the requests.
+    pub pause: u32,
+    /// The replicas on which faults happen, a mask.
+    pub faulty: u32,
+    /// The replicas that are slow, a mask.
+    pub slow: u32,
+    /// The replicas that stop to answer some time and do not begin again until the end.
+    pub dead: u32,
+    /// Time that passes in a step, on average.
+    pub step: Duration,
+    /// A replica that does not answer for so long leaves the set.
+    pub replica_timeout: Duration,
+    /// How often what goes wrong.
+    pub faults: Faults,
+    /// The guest's buffers change while writes are in flight.
+    pub fickle_guest: bool,
+}
+
+const PATTERNS: [ReadPattern; 6] = [
+    ReadPattern::Quorum,
+    ReadPattern::Quorum,
+    ReadPattern::Quorum,
+    ReadPattern::Threshold,
+    ReadPattern::Threshold,
+    ReadPattern::Fifo,
+];
+const RARE: u32 = 65536 / 300;
+const OFTEN: u32 = 65536 / 30;
+const HALF: u32 = 65536 / 2;
+
+impl Plan {
+    /// The plan of a seed.
+    pub fn new(random: &mut Random) -> Self {
+        let replicas = random.pick(&[1, 2, 2, 3, 3, 3, 3, 3, 3, 4, 4, 5, 5, 5]);
+        let majority = replicas / 2 + 1;
+        let threshold = if random.chance(HALF + HALF / 4) {
+            majority
+        } else {
+            1 + random.index(replicas)
+        };
+        let read_pattern = random.pick(&PATTERNS);
+        let block_sectors = random.pick(&[1, 1, 1, 1, 1, 2, 4]);
+        let sectors = block_sectors * (1 + random.below(16.min(SECTORS_MAX / block_sectors)));
+        let durable = random.below(10) == 0;
+        let mut plan = Self {
+            replicas,
+            threshold,
+            read_pattern,
+            rewrite_corrupted: random.below(3) > 0,
+            workers: random.pick(&[1, 2, 2, 3]),
+            depth: 1 + random.index(5),
+            sectors,
+            block_sectors,
+            blocks_max: random.pick(&[1, 2, 2, 4, 8]).min(sectors / block_sectors),
+            requests: random.pick(&[8, 15, 15, 25, 50]),
+            reads: random.pick(&[20, 40, 40, 60, 80]),
+            flushes: if durable { 0 } else { random.pick(&[0, 5, 5, 15]) },
+            durable,
+            eagerness: random.pick(&[1, 3, 10]),
+            tear: random.pick(&[0, HALF, HALF + HALF / 2]),
+            writeback: random.pick(&[0, RARE, OFTEN * 3]),
+            pause: random.pick(&[0, OFTEN, OFTEN * 4]),
+            faulty: 0,
+            slow: random.pick(&[0, 0, 1, 2, 3]),
+            dead: 0,
+            step: Duration::from_micros(random.pick(&[1, 30, 300])),
+            replica_timeout: Duration::from_millis(random.pick(&[5, 20, 100])),
+            faults: Faults::default(),
+            fickle_guest: random.below(4) == 0,
+        };
+        plan.choose_faults(random);
+        plan
+    }
+
+    fn choose_faults(&mut self, random: &mut Random) {
+        let faults = &mut self.faults;
+        faults.crash = random.pick(&[0, 0, RARE / 4]);
+        faults.hang = random.pick(&[0, 0, RARE / 2]);
+        if random.below(5) == 0 {
+            for _ in 0..self.replicas - self.threshold {
+                self.dead |= 1 << random.index(self.replicas);
+            }
+        }
+        let everyone = (1 << self.replicas) - 1;
+        self.faulty = match random.below(4) {
+            // Nothing goes wrong but time.
+            0 => 0,
+            // As many as the disk can bear.
+            1 | 2 => {
+                let most = (self.replicas - self.threshold).min(self.threshold - 1);
+                let mut mask = 0;
+                for _ in 0..most {
+                    mask |= 1 << random.index(self.replicas);
+                }
+                mask
+            }
+            _ => everyone,
+        };
+        if self.faulty == 0 {
+            if self.dead != 0 {
+                // Nobody else may look dead.
+                self.faults.hang = 0;
+                self.slow = 0;
+                self.step = self.step.min(Duration::from_micros(1));
+            }
+            return;
+        }
+        let faults = &mut self.faults;
+        let mut rate = |rates: &[u32]| {
+            if random.below(3) == 0 {
+                random.pick(rates)
+            } else {
+                0
+            }
+        };
+        let per_operation = [RARE, OFTEN, OFTEN * 4];
+        let per_step = [RARE / 4, RARE];
+        faults.read_error = rate(&per_operation);
+        faults.write_error = rate(&per_operation);
+        faults.flush_error = rate(&[OFTEN, OFTEN * 4, OFTEN * 10]);
+        faults.rot = rate(&per_step);
+        faults.lost = rate(&per_operation);
+        faults.misdirected = rate(&per_operation);
+        faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
+        faults.writeback_error = if self.durable { 0 } else { rate(&per_step) };
+    }
+
+    /// Whether nothing but the dead replicas keeps the disk from working: then they may stay dead.
+    pub fn only_death(&self) -> bool {
+        self.faulty == 0 && self.faults.hang == 0 && self.slow == 0
+    }
+
+    /// The range of a random request.
+    pub fn range(&self, random: &mut Random) -> SectorRange {
+        let blocks = self.sectors / self.block_sectors;
+        let count = 1 + random.below(self.blocks_max);
+        let start = random.below(blocks - count + 1);
+        SectorRange::new(start * self.block_sectors, count * self.block_sectors)
+    }
+
+    /// The whole disk.
+    pub fn disk(&self) -> SectorRange {
+        SectorRange::new(0, self.sectors)
+    }
+
+    /// The sectors of `range` as a mask.
+    pub fn mask(&self, range: SectorRange) -> u64 {
+        mask_below(range.count) << range.start
+    }
+
+    /// Whether faults may happen on this replica.
+    pub fn is_faulty(&self, replica: usize) -> bool {
+        self.faulty & (1 << replica) != 0
+    }
+}
+
+/// The lowest `count` bits.
+pub fn mask_below(count: u64) -> u64 {
+    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+}
+
+/// The numbers of the bits that are set, lowest first.
+pub fn bits(mask: u64) -> impl Iterator<Item = usize> {
+    let mut rest = mask;
+    std::iter::from_fn(move || {
+        if rest == 0 {
+            return None;
+        }
+        let bit = rest.trailing_zeros() as usize;
+        rest &= rest - 1;
+        Some(bit)
+    })
+}

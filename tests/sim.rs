@@ -1,0 +1,106 @@
+//! The engine in the simulator: many random runs, each checked against the contract.
+//!
+//! `make sim SEEDS=n` runs n seeds, `make sim SEED=s` replays one and prints what happens.
+
+use std::time::{Duration, Instant};
+
+use quorum_blk::engine::mutant;
+use quorum_blk::sim::crash_states::{Case, explore_all};
+use quorum_blk::sim::runner::{Batch, fresh_seed, replay, run_batch};
+
+fn variable(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok().filter(|text| !text.is_empty())?;
+    Some(
+        text.parse()
+            .unwrap_or_else(|_| panic!("{name} is not a number: {text}")),
+    )
+}
+
+/// `QUORUM_BLK_SIM_SEED` replays one seed, with the rule `QUORUM_BLK_SIM_MUTANT` broken. Otherwise
+/// `QUORUM_BLK_SIM_SEEDS` many are run, or as many as `QUORUM_BLK_SIM_SECONDS` allow, from `QUORUM_BLK_SIM_FIRST`
+/// on or from a fresh one, until `QUORUM_BLK_SIM_FAILURES` have failed.
+#[test]
+fn keeps_the_contract() {
+    if let Some(seed) = variable("QUORUM_BLK_SIM_SEED") {
+        let name = std::env::var("QUORUM_BLK_SIM_MUTANT").unwrap_or_default();
+        let rule = mutant::ALL.into_iter().find(|rule| format!("{rule:?}") == name);
+        assert!(
+            rule.is_some() || name.is_empty(),
+            "{name} is none of {:?}",
+            mutant::ALL
+        );
+        if let Err(violation) = replay(seed, rule) {
+            panic!("seed {seed}: {violation}");
+        }
+        return;
+    }
+    let seeds = variable("QUORUM_BLK_SIM_SEEDS");
+    let seconds =
+        variable("QUORUM_BLK_SIM_SECONDS").unwrap_or(if seeds.is_some() { u64::MAX >> 32 } else { 60 });
+    let first = variable("QUORUM_BLK_SIM_FIRST").unwrap_or_else(fresh_seed);
+    println!("seeds from {first} on");
+    let began = Instant::now();
+    let summary = run_batch(Batch {
+        first,
+        seeds: seeds.unwrap_or(u64::MAX),
+        time: Duration::from_secs(seconds),
+        failures: usize::try_from(variable("QUORUM_BLK_SIM_FAILURES").unwrap_or(1)).unwrap(),
+        mutant: None,
+    });
+    let per_second = summary.seeds as f64 / began.elapsed().as_secs_f64();
+    println!(
+        "{} seeds, {per_second:.0} a second; {:?}",
+        summary.seeds, summary.statistics
+    );
+    for failure in &summary.failures {
+        println!(
+            "seed {} after {} steps: {}\n  replay: make sim SEED={}",
+            failure.seed, failure.steps, failure.violation, failure.seed
+        );
+    }
+    assert!(summary.failures.is_empty(), "a promise was broken");
+}
+
+/// A broken rule of the engine does not go unnoticed for long.
+#[test]
+fn every_mutant_is_caught() {
+    let first = variable("QUORUM_BLK_SIM_FIRST").unwrap_or_else(fresh_seed);
+    for rule in mutant::ALL {
+        let summary = run_batch(Batch {
+            first,
+            seeds: 200_000,
+            time: Duration::from_secs(120),
+            failures: 1,
+            mutant: Some(rule),
+        });
+        let caught = summary.failures.first();
+        let caught = caught.unwrap_or_else(|| panic!("{rule:?} lives after {} seeds", summary.seeds));
+        println!(
+            "{rule:?}: {} seeds, seed {}: {}",
+            caught.after, caught.seed, caught.violation
+        );
+    }
+}
+
+/// All histories of up to three requests on two sectors: no crash loses a flushed write, and with N odd each
+/// sector has a winner as long as it has one write that was not flushed. (With two such writes a sector can
+/// have three versions, which nothing but a record on disk could tell apart: those states are counted.)
+#[test]
+fn crash_states_of_small_histories() {
+    for (replicas, threshold, longest) in [(1, 1, 3), (2, 2, 3), (2, 1, 3), (3, 2, 3), (5, 3, 2)] {
+        for length in 1..=longest {
+            let failures = (0..usize::try_from(length).unwrap()).map(Some);
+            for fails in failures.chain([None]) {
+                let case = Case {
+                    replicas,
+                    threshold,
+                    fails,
+                };
+                match explore_all(case, length) {
+                    Ok(found) => println!("{case:?}, {length} requests: {found:?}"),
+                    Err(violation) => panic!("{violation}"),
+                }
+            }
+        }
+    }
+}
