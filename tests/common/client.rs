@@ -2,11 +2,15 @@
 
 use std::mem::MaybeUninit;
 use std::path::Path;
+use std::time::Duration;
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
 /// Memory shared with the daemon for each queue.
 pub const QUEUE_MEMORY_BYTES: usize = 8 << 20;
+
+/// Time in which a daemon must have answered something.
+const LIMIT: Duration = Duration::from_secs(20);
 
 /// A connected client. One slot of memory for each queue holds the data of its requests.
 pub struct Client {
@@ -105,8 +109,8 @@ impl Client {
     pub fn poll(&mut self, queue: usize, min: usize) -> Vec<(usize, Result<(), Failed>)> {
         let mut completions: [MaybeUninit<Completion>; 256] = [const { MaybeUninit::uninit() }; 256];
         let count = self.queues[queue]
-            .do_io(&mut completions, min, None, None)
-            .expect("waiting for completions");
+            .do_io(&mut completions, min, Some(&mut LIMIT.clone()), None)
+            .unwrap_or_else(|error| panic!("no completion within {LIMIT:?}: {error}"));
         completions[..count]
             .iter()
             .map(|completion| {

@@ -159,7 +159,11 @@ impl Collected {
 impl EventReader {
     /// Connects to the socket.
     pub fn connect(socket: &Path) -> Self {
-        let stream = UnixStream::connect(socket).expect("connecting to the event socket");
+        Self::over(UnixStream::connect(socket).expect("connecting to the event socket"))
+    }
+
+    /// Reads from a connection.
+    pub fn over(stream: UnixStream) -> Self {
         let lines = BufReader::new(stream.try_clone().expect("duplicating a socket")).lines();
         let collected = Arc::<Collected>::default();
         let thread = thread::spawn({

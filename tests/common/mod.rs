@@ -1,11 +1,17 @@
 //! What the integration tests share: the daemon as a process, its events, image files to serve and to
-//! corrupt, and a Linux guest under QEMU.
+//! corrupt, files that hang and fail, the system to compare with, and a Linux guest under QEMU.
 
 // Each test is a crate of its own and uses its part of this.
 #![allow(dead_code, unreachable_pub)]
 
 pub mod client;
 pub mod daemon;
+pub mod disk;
+pub mod fuse;
 pub mod guest;
 pub mod images;
+pub mod load;
+pub mod oracle;
+pub mod peer;
 pub mod process;
+pub mod rows;

@@ -1,0 +1,441 @@
+//! This daemon beside qemu-storage-daemon's quorum: the same images, the same client, the same requests,
+//! corruptions and I/O errors, and the same answers and events; or better ones, for a reason that
+//! [`Improvement`] names. And what was found wrong there, measured again.
+
+mod common;
+
+use std::collections::BTreeMap;
+use std::fs::OpenOptions;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+use std::path::Path;
+use std::sync::{PoisonError, RwLock};
+
+use common::client::{Client, Failed};
+use common::disk::{Disk, LIMIT, Plan, System};
+use common::fuse::{Fault, Operation};
+use common::images::Random;
+use common::load::figure;
+use common::oracle::{
+    Action, Improvement, SECTOR, Seen, Step, bad_events, bytes, expected, improvement, text_of,
+};
+use common::process::wait_until;
+use common::rows;
+
+const DISK_SECTORS: usize = 128;
+/// Where most happens, so that it happens together.
+const BUSY_SECTORS: usize = 24;
+
+/// The test that measures has the machine for itself.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+/// Both systems, in step.
+struct Pair {
+    plan: Plan,
+    ours: Disk,
+    peer: Disk,
+    /// `None` only while the system is started again, or ends.
+    our_client: Option<Client>,
+    peer_client: Option<Client>,
+    /// What the replicas of either hold.
+    contents: Vec<Vec<u8>>,
+    our_events: usize,
+    /// The last step that left replicas behind.
+    left_behind: Option<Step>,
+    /// The peer has sent events, and would hold others back for a second.
+    peer_is_throttled: bool,
+    next_byte: u8,
+    differences: BTreeMap<Improvement, usize>,
+}
+
+impl Pair {
+    fn start(plan: &Plan) -> Self {
+        let [ours, peer] = [System::Ours, System::Peer].map(|system| Disk::start(system, plan));
+        Self {
+            plan: plan.clone(),
+            our_client: Some(ours.connect()),
+            peer_client: Some(peer.connect()),
+            ours,
+            peer,
+            contents: vec![vec![0; DISK_SECTORS * SECTOR]; plan.replicas],
+            our_events: 0,
+            left_behind: None,
+            peer_is_throttled: false,
+            next_byte: 1,
+            differences: BTreeMap::new(),
+        }
+    }
+
+    /// Does `step` on both and compares what can be seen.
+    fn step(&mut self, action: Action, failing: BTreeMap<usize, i32>) {
+        let step = Step { action, failing };
+        let due = expected(&self.plan, &step, &self.contents);
+        let ours = self.step_ours(&step, &due);
+        let peer = self.step_peer(&step);
+        assert_eq!(Told(&ours), Told(&due), "{step:?} on {}", told(&self.contents));
+        if ours != peer {
+            let reason = improvement(&self.plan, &step, &self.contents);
+            let reason = reason.unwrap_or_else(|| {
+                let (ours, peer) = (Told(&ours), Told(&peer));
+                let before = told(&self.contents);
+                panic!("no reason to differ in {step:?} on {before}\nours {ours:?}\npeer {peer:?}");
+            });
+            *self.differences.entry(reason).or_default() += 1;
+            for (image, content) in self.peer.images.iter().zip(&ours.contents) {
+                put(image, 0, content);
+            }
+        }
+        self.contents = ours.contents;
+    }
+
+    /// Each error of a replica is reported, also those it makes again when a read is repeated because replies
+    /// differ, or when it is brought up to date. Once is what is compared.
+    fn step_ours(&mut self, step: &Step, due: &Seen) -> Seen {
+        let reads = |disk: &Disk, plan: &Plan| -> Vec<u64> {
+            let image = |replica| disk.faulty(replica).done(Operation::Read);
+            (0..plan.replicas).map(image).collect()
+        };
+        let before = reads(&self.ours, &self.plan);
+        inject(&self.ours, step);
+        let result = perform(self.our_client.as_mut().expect("connected"), step);
+        // The guest waits neither for late replies nor for rewrites; the next step must.
+        let is_vote = matches!(step.action, Action::Read(_)) && !self.plan.fifo;
+        wait_until(LIMIT, || {
+            let now = reads(&self.ours, &self.plan);
+            !is_vote || before.iter().zip(&now).all(|(before, now)| now > before)
+        });
+        wait_until(LIMIT, || {
+            let events = self.new_events();
+            due.events.iter().all(|event| events.contains(event))
+        });
+        let is_at_rest = step.failing.is_empty() || matches!(step.action, Action::Read(_));
+        let contents = if is_at_rest {
+            wait_until(LIMIT, || contents(&self.ours) == due.contents);
+            contents(&self.ours)
+        } else {
+            // The replicas that failed are being brought up to date, while the test goes on to write what
+            // they missed once more.
+            self.left_behind = Some(step.clone());
+            due.contents.clone()
+        };
+        heal(&self.ours, step);
+        let texts = self.new_events();
+        self.our_events += texts.len();
+        let mut events: Vec<String> = Vec::new();
+        for text in texts {
+            let is_again = events.contains(&text) && bad_events(step).any(|event| event == text);
+            if !is_again && (due.events.contains(&text) || !self.is_repetition(&text)) {
+                events.push(text);
+            }
+        }
+        Seen {
+            result,
+            events,
+            contents,
+        }
+    }
+
+    /// What came since the last step, sorted.
+    fn new_events(&self) -> Vec<String> {
+        let events = self.ours.events();
+        let mut texts: Vec<_> = events[self.our_events..].iter().map(text_of).collect();
+        texts.sort();
+        texts
+    }
+
+    /// Bringing a replica up to date fails like the write before it, as long as the fault is there, and says
+    /// so, perhaps late: a write of a part of what it missed.
+    fn is_repetition(&self, text: &str) -> bool {
+        let Some(Step {
+            action: Action::Write(sectors, _),
+            failing,
+        }) = &self.left_behind
+        else {
+            return false;
+        };
+        let parts = sectors
+            .clone()
+            .flat_map(|start| (start + 1..=sectors.end).map(move |end| start..end));
+        let mut writes = parts.map(|part| Step {
+            action: Action::Write(part, 0),
+            failing: failing.clone(),
+        });
+        writes.any(|write| bad_events(&write).any(|event| event == text))
+    }
+
+    fn step_peer(&mut self, step: &Step) -> Seen {
+        if self.peer_is_throttled {
+            self.peer_client = None;
+            self.peer.restart_peer();
+            self.peer_client = Some(self.peer.connect());
+        }
+        inject(&self.peer, step);
+        let result = perform(self.peer_client.as_mut().expect("connected"), step);
+        self.peer.sync_peer();
+        heal(&self.peer, step);
+        let mut events: Vec<_> = self.peer.events().iter().map(text_of).collect();
+        events.sort();
+        self.peer_is_throttled = !events.is_empty();
+        Seen {
+            result,
+            events,
+            contents: contents(&self.peer),
+        }
+    }
+
+    /// Changes sectors of a replica under both.
+    fn corrupt(&mut self, replica: usize, sectors: &Range<usize>, mask: u8) {
+        let content = &mut self.contents[replica][bytes(sectors)];
+        for byte in content.iter_mut() {
+            *byte ^= mask;
+        }
+        for disk in [&self.ours, &self.peer] {
+            put(&disk.images[replica], bytes(sectors).start, content);
+        }
+    }
+
+    fn write(&mut self, sectors: Range<usize>, failing: BTreeMap<usize, i32>) {
+        self.next_byte = self.next_byte % 251 + 1;
+        self.step(Action::Write(sectors, self.next_byte), failing);
+    }
+
+    /// A write of everything: afterwards no replica is behind in anything.
+    fn renew(&mut self) {
+        self.write(0..DISK_SECTORS, BTreeMap::new());
+    }
+
+    fn end(mut self) -> BTreeMap<Improvement, usize> {
+        self.peer_client = None;
+        self.our_client = None;
+        self.ours.end();
+        let mut events = self.new_events();
+        events.retain(|event| !self.is_repetition(event));
+        assert_eq!(events, Vec::<String>::new(), "more events came");
+        self.peer.end();
+        self.differences
+    }
+}
+
+/// [`Seen`], fit to be read.
+#[derive(PartialEq)]
+struct Told<'a>(&'a Seen);
+
+impl std::fmt::Debug for Told<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let result = self
+            .0
+            .result
+            .as_ref()
+            .map(|data| told(std::slice::from_ref(data)));
+        let contents = told(&self.0.contents);
+        write!(f, "{result:?} {:#?} {contents}", self.0.events)
+    }
+}
+
+/// The first byte of each sector of some buffers.
+fn told(buffers: &[Vec<u8>]) -> String {
+    let sectors = |buffer: &Vec<u8>| -> String {
+        let firsts = buffer.iter().step_by(SECTOR).take(BUSY_SECTORS);
+        firsts.map(|byte| format!("{byte:02x} ")).collect()
+    };
+    buffers
+        .iter()
+        .map(|buffer| format!("[{}]", sectors(buffer)))
+        .collect()
+}
+
+fn perform(client: &mut Client, step: &Step) -> Result<Vec<u8>, i32> {
+    let offset = |sectors: &Range<usize>| bytes(sectors).start as u64;
+    let result = match &step.action {
+        Action::Read(sectors) => client.read(0, offset(sectors), bytes(sectors).len()),
+        Action::Write(sectors, byte) => {
+            let data = vec![*byte; bytes(sectors).len()];
+            client.write(0, offset(sectors), &data).map(|()| Vec::new())
+        }
+        Action::Flush => client.flush(0).map(|()| Vec::new()),
+    };
+    result.map_err(|Failed(errno)| errno)
+}
+
+fn inject(disk: &Disk, step: &Step) {
+    let operation = match step.action {
+        Action::Read(_) => Operation::Read,
+        Action::Write(..) => Operation::Write,
+        Action::Flush => Operation::Sync,
+    };
+    for (replica, errno) in &step.failing {
+        disk.faulty(*replica).inject(operation, Fault::Fail(*errno));
+    }
+}
+
+fn heal(disk: &Disk, step: &Step) {
+    for replica in step.failing.keys() {
+        disk.faulty(*replica).heal();
+    }
+}
+
+fn contents(disk: &Disk) -> Vec<Vec<u8>> {
+    let read = |image| std::fs::read(image).expect("reading an image");
+    disk.images.iter().map(read).collect()
+}
+
+fn put(image: &Path, offset: usize, content: &[u8]) {
+    let file = OpenOptions::new()
+        .write(true)
+        .open(image)
+        .expect("opening an image");
+    let put = file.write_all_at(content, offset as u64);
+    put.expect("writing to an image");
+}
+
+/// Some sectors, mostly where most happens.
+fn some_sectors(random: &mut Random) -> Range<usize> {
+    let small = |number| usize::try_from(number).expect("small");
+    let len = small(random.within(1..9));
+    let within = if random.within(0..8) == 0 {
+        DISK_SECTORS
+    } else {
+        BUSY_SECTORS
+    };
+    let start = small(random.within(0..(within - len + 1) as u64));
+    start..start + len
+}
+
+/// Some replicas, at times all, each with an errno.
+fn some_failing(random: &mut Random, replicas: usize) -> BTreeMap<usize, i32> {
+    let mut failing = BTreeMap::new();
+    for _ in 0..random.within(1..replicas as u64 + 1) {
+        let replica = usize::try_from(random.within(0..replicas as u64)).expect("small");
+        let errno = [libc::EIO, libc::ENOSPC][usize::from(random.within(0..4) == 0)];
+        failing.insert(replica, errno);
+    }
+    failing
+}
+
+fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
+    let replicas = pair.plan.replicas;
+    for _ in 0..steps {
+        let sectors = some_sectors(random);
+        match random.within(0..20) {
+            0..8 => pair.step(Action::Read(sectors), BTreeMap::new()),
+            8..10 => pair.step(Action::Read(sectors), some_failing(random, replicas)),
+            10..13 => pair.write(sectors, BTreeMap::new()),
+            13 => {
+                let failing = some_failing(random, replicas);
+                pair.write(sectors.clone(), failing);
+                // What the others wrote is copied to those that failed here, and not by the peer.
+                pair.write(sectors, BTreeMap::new());
+            }
+            14 => {
+                // The peer asks nobody to flush who has written nothing. And bringing a replica up to date
+                // afterwards must find nothing else to report.
+                pair.renew();
+                pair.step(Action::Flush, some_failing(random, replicas));
+                pair.renew();
+            }
+            15 => pair.step(Action::Flush, BTreeMap::new()),
+            _ => {
+                for _ in 0..random.within(1..4) {
+                    let replica = usize::try_from(random.within(0..replicas as u64)).expect("small");
+                    // Few masks, so that replicas at times agree on what is wrong.
+                    let mask = u8::try_from(random.within(1..3)).expect("small");
+                    let sectors = some_sectors(random);
+                    let end = sectors.end.min(sectors.start + 3);
+                    pair.corrupt(replica, &(sectors.start..end), mask);
+                }
+                if random.within(0..2) == 0 {
+                    pair.step(Action::Read(0..BUSY_SECTORS), BTreeMap::new());
+                }
+            }
+        }
+    }
+}
+
+fn compare(variant: impl Fn(Plan) -> Plan, steps: usize) {
+    let _machine = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    let mut random = Random::from_environment();
+    let mut differences: BTreeMap<Improvement, usize> = BTreeMap::new();
+    let mut cases = 0;
+    for replicas in 2..=4 {
+        for threshold in 1..=replicas {
+            let plan = variant(Plan {
+                replicas,
+                threshold,
+                faulty: (0..replicas).collect(),
+                size_bytes: (DISK_SECTORS * SECTOR) as u64,
+                direct: false,
+                ..Plan::default()
+            });
+            println!("N = {replicas}, t = {threshold}");
+            let mut pair = Pair::start(&plan);
+            random_steps(&mut pair, &mut random, steps);
+            for (reason, count) in pair.end() {
+                *differences.entry(reason).or_default() += count;
+            }
+            cases += 1;
+        }
+    }
+    println!("{cases} cases of {steps} steps; better than the peer: {differences:?}");
+}
+
+#[test]
+fn votes_like_qemu_or_better() {
+    compare(|plan| plan, 45);
+}
+
+#[test]
+fn mends_like_qemu_or_better() {
+    let rewriting = |plan| Plan {
+        rewrite_corrupted: true,
+        ..plan
+    };
+    compare(rewriting, 45);
+}
+
+#[test]
+fn asks_in_order_like_qemu() {
+    let fifo = |plan| Plan { fifo: true, ..plan };
+    compare(fifo, 30);
+}
+
+/// The peer's column of the table of what was measured; nothing is asserted of the peer.
+#[test]
+fn figures_of_the_peer() {
+    let _machine = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+    let peer = |row: &str, value: &str| figure(&format!("peer: {row}"), value);
+    let (failed, _) = rows::bad_in_different_sectors(System::Peer, 100);
+    peer(
+        "two replicas bad in different sectors",
+        &format!("{failed} of 100 reads fail"),
+    );
+    peer("racing on 64 KiB", &rows::race_on(System::Peer).figure());
+    let raced = rows::race_with_rewrites(System::Peer);
+    peer("racing with rewrites, two replicas delayed", &raced.figure());
+    let differing = rows::changing_memory(System::Peer);
+    peer(
+        "memory that changes in flight",
+        &format!("replicas differ in {differing} bytes"),
+    );
+    let hung = rows::hang(System::Peer);
+    peer(
+        "one of three hangs for 4 s, the first write",
+        &format!("{:.1?}", hung.first_write),
+    );
+    drop(hung);
+    let [healthy, slow] = rows::limited(System::Peer, 5, LIMIT);
+    peer(
+        "one replica limited to 1 read a second",
+        &format!("5 voted reads take {slow:.1?}, all healthy {healthy:.1?}"),
+    );
+    let took = rows::flush_of_300_ms(System::Peer);
+    peer("flush, each replica takes 300 ms", &format!("{took:.0?}"));
+    let (flushed, _, _) = rows::flush_without_quorum(System::Peer);
+    peer(
+        "a write held by {A,B}, a flush done by {B,C}",
+        if flushed.is_ok() {
+            "the flush succeeds"
+        } else {
+            "the flush fails"
+        },
+    );
+}

@@ -1,0 +1,240 @@
+//! A voted disk under test, ours or the peer's: the same images, the same client, the same faults.
+
+use std::cell::RefCell;
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use serde_json::Value;
+use tempfile::TempDir;
+
+use super::client::Client;
+use super::daemon::{Daemon, EventReader};
+use super::fuse::{FuseImage, Healer};
+use super::images::create_images;
+use super::peer::Peer;
+use super::process::wait_until;
+
+/// Time in which something that should happen must have happened.
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// Which program serves the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum System {
+    /// quorum-blkd.
+    Ours,
+    /// qemu-storage-daemon.
+    Peer,
+}
+
+/// What a disk is made of.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// How many replicas, N.
+    pub replicas: usize,
+    /// Which of them are served over FUSE, so that faults can be injected.
+    pub faulty: Vec<usize>,
+    /// Bytes of the disk.
+    pub size_bytes: u64,
+    /// The vote threshold.
+    pub threshold: usize,
+    /// Write the winner to those that lost.
+    pub rewrite_corrupted: bool,
+    /// `read-pattern=fifo`.
+    pub fifo: bool,
+    /// How many queues.
+    pub queues: usize,
+    /// O_DIRECT.
+    pub direct: bool,
+    /// `--replica-timeout` of ours. More than the default, so that a disk that is busy with other things is
+    /// not taken for one that hangs.
+    pub replica_timeout: Duration,
+}
+
+impl Default for Plan {
+    fn default() -> Self {
+        Self {
+            replicas: 3,
+            faulty: Vec::new(),
+            size_bytes: 4 << 20,
+            threshold: 2,
+            rewrite_corrupted: false,
+            fifo: false,
+            queues: 1,
+            direct: true,
+            replica_timeout: Duration::from_secs(15),
+        }
+    }
+}
+
+/// A disk that is being served.
+pub struct Disk {
+    // The order of these is the order in which they are dropped: a process can not end while its file hangs.
+    _healers: Vec<Healer>,
+    program: RefCell<Program>,
+    socket: PathBuf,
+    events: EventReader,
+    faulty: Vec<(usize, FuseImage)>,
+    /// The real files, also of replicas served over FUSE.
+    pub images: Vec<PathBuf>,
+    /// The files that the program was given.
+    served: Vec<PathBuf>,
+    plan: Plan,
+    directory: TempDir,
+}
+
+enum Program {
+    Ours(Daemon),
+    Peer(Peer),
+}
+
+impl Program {
+    fn start(
+        system: System,
+        directory: &Path,
+        served: &[PathBuf],
+        plan: &Plan,
+    ) -> (Self, PathBuf, EventReader) {
+        match system {
+            System::Ours => {
+                let daemon = Daemon::start(directory, plan.arguments(served));
+                let socket = daemon.socket().to_owned();
+                let events = EventReader::connect(daemon.events_socket());
+                (Self::Ours(daemon), socket, events)
+            }
+            System::Peer => {
+                let (peer, events) = Peer::start(directory, served, plan);
+                let socket = peer.socket().to_owned();
+                (Self::Peer(peer), socket, events)
+            }
+        }
+    }
+}
+
+/// The node-name of a replica.
+pub fn node_name(index: usize) -> String {
+    format!("r{index}")
+}
+
+impl Disk {
+    /// Serves new images.
+    pub fn start(system: System, plan: &Plan) -> Self {
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let images = create_images(directory.path(), plan.replicas, plan.size_bytes);
+        let faulty: Vec<_> = plan
+            .faulty
+            .iter()
+            .map(|&index| (index, FuseImage::serve(&images[index])))
+            .collect();
+        let mut served = images.clone();
+        for (index, image) in &faulty {
+            served[*index] = image.path();
+        }
+        let (program, socket, events) = Program::start(system, directory.path(), &served, plan);
+        Self {
+            _healers: faulty.iter().map(|(_, image)| image.healer()).collect(),
+            program: RefCell::new(program),
+            socket,
+            events,
+            faulty,
+            images,
+            served,
+            plan: plan.clone(),
+            directory,
+        }
+    }
+
+    /// Kills the peer and starts it again over the same images: its events count from here.
+    pub fn restart_peer(&mut self) {
+        let directory = self.directory.path();
+        let program = self.program.get_mut();
+        if let Program::Peer(peer) = program {
+            peer.terminate();
+            (*program, self.socket, self.events) =
+                Program::start(System::Peer, directory, &self.served, &self.plan);
+        }
+    }
+
+    /// Waits until the peer has sent all events of what has happened so far.
+    pub fn sync_peer(&self) {
+        if let Program::Peer(peer) = &mut *self.program.borrow_mut() {
+            peer.sync(&self.events);
+        }
+    }
+
+    /// A client with all queues of the disk.
+    pub fn connect(&self) -> Client {
+        Client::connect(&self.socket, self.plan.queues)
+    }
+
+    /// The replica `index` of those that are served over FUSE.
+    pub fn faulty(&self, index: usize) -> &FuseImage {
+        let found = self.faulty.iter().find(|(replica, _)| *replica == index);
+        &found.expect("served over FUSE").1
+    }
+
+    /// All events of the vote so far.
+    pub fn events(&self) -> Vec<Value> {
+        let mut events = self.events.all();
+        events.retain(|event| {
+            let name = event["event"].as_str().unwrap_or_default();
+            name.starts_with("QUORUM_")
+        });
+        events
+    }
+
+    /// The first event of this name and, for QUORUM_REPORT_BAD, replica.
+    pub fn wait_for(&self, name: &str, replica: Option<usize>) -> Value {
+        let node = replica.map(node_name);
+        let wanted = |event: &Value| {
+            let named = node
+                .as_ref()
+                .is_none_or(|node| event["data"]["node-name"] == *node);
+            event["event"] == name && named
+        };
+        let event = self.events.wait_for(wanted, LIMIT);
+        event.unwrap_or_else(|| panic!("no {name} of {node:?}, but {:?}", self.events()))
+    }
+
+    /// Ends the program as an operator does, and returns all events of the vote that there were.
+    pub fn end(&self) -> Vec<Value> {
+        match &mut *self.program.borrow_mut() {
+            Program::Ours(daemon) => assert!(daemon.terminate().success()),
+            Program::Peer(peer) => peer.terminate(),
+        }
+        // The event socket is closed after the last event.
+        let mut events = self.events();
+        wait_until(Duration::from_millis(200), || {
+            let before = std::mem::replace(&mut events, self.events());
+            before.len() != events.len()
+        });
+        events
+    }
+}
+
+impl Plan {
+    /// The arguments of quorum-blkd.
+    fn arguments(&self, images: &[PathBuf]) -> Vec<OsString> {
+        let mut arguments: Vec<OsString> = Vec::new();
+        for (index, image) in images.iter().enumerate() {
+            let mut replica = image.clone().into_os_string();
+            replica.push(format!(",node-name={}", node_name(index)));
+            arguments.extend(["--blk-file".into(), replica]);
+        }
+        arguments.extend(["--vote-threshold".into(), self.threshold.to_string().into()]);
+        arguments.extend(["--num-queues".into(), self.queues.to_string().into()]);
+        arguments.extend(["--node-name".into(), "quorum0".into()]);
+        let timeout = self.replica_timeout.as_millis().to_string();
+        arguments.extend(["--replica-timeout".into(), timeout.into()]);
+        if self.rewrite_corrupted {
+            arguments.push("--rewrite-corrupted".into());
+        }
+        if self.fifo {
+            arguments.extend(["--read-pattern".into(), "fifo".into()]);
+        }
+        if !self.direct {
+            arguments.extend(["--cache".into(), "writeback".into()]);
+        }
+        arguments
+    }
+}

@@ -1,0 +1,357 @@
+//! What the vote promises, shown with the daemon as a process, real files that hang, fail and lie, and
+//! `blkio` as the client: one test for each thing that was found wrong in another voted disk.
+
+mod common;
+
+use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::time::{Duration, Instant};
+
+use common::client::{Failed, Request};
+use common::disk::{Disk, LIMIT, Plan, System};
+use common::fuse::{Fault, Operation};
+use common::images::{BLOCK_BYTES, Random, are_identical};
+use common::load::{Kind, figure, one_by_one};
+use common::oracle::text_of_errno;
+use common::process::wait_until;
+use common::rows::{self, Raced, count};
+use serde_json::Value;
+
+const EIO: i32 = libc::EIO;
+const ENOSPC: i32 = libc::ENOSPC;
+const BLOCK: usize = 4096;
+
+/// Tests that measure time have the machine for themselves.
+static MACHINE: RwLock<()> = RwLock::new(());
+
+fn shared() -> RwLockReadGuard<'static, ()> {
+    MACHINE.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    MACHINE.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn ms(count: u64) -> Duration {
+    Duration::from_millis(count)
+}
+
+#[test]
+fn two_replicas_bad_in_different_sectors_fail_no_read() {
+    let _machine = shared();
+    let reads = 100;
+    let (failed, events) = rows::bad_in_different_sectors(System::Ours, reads);
+    figure(
+        "two replicas bad in different sectors",
+        &format!("{failed} of {reads} reads fail"),
+    );
+    assert_eq!(failed, 0);
+    assert_eq!(count(&events, "QUORUM_FAILURE"), 0);
+    assert_eq!(count(&events, "QUORUM_REPORT_BAD"), 2 * reads);
+}
+
+fn check_raced(row: &str, raced: &Raced) {
+    figure(row, &raced.figure());
+    assert_eq!(raced.events, Vec::<Value>::new());
+    assert_eq!((raced.outcome.failed, raced.outcome.wrong_sectors), (0, 0));
+    assert_eq!(raced.old_through, Vec::<usize>::new());
+    assert_eq!((raced.differing, raced.old), (0, 0));
+}
+
+#[test]
+fn racing_requests_accuse_nobody() {
+    let _machine = shared();
+    check_raced("racing on 64 KiB", &rows::race_on(System::Ours));
+}
+
+#[test]
+fn racing_requests_are_not_undone_by_rewrites() {
+    let _machine = shared();
+    let raced = rows::race_with_rewrites(System::Ours);
+    check_raced("racing with rewrites, two replicas delayed", &raced);
+}
+
+#[test]
+fn memory_that_changes_in_flight_does_not_make_replicas_diverge() {
+    let _machine = shared();
+    let differing = rows::changing_memory(System::Ours);
+    figure(
+        "memory that changes in flight",
+        &format!("replicas differ in {differing} bytes"),
+    );
+    assert_eq!(differing, 0);
+}
+
+/// The rule for requests while a replica is slow: no longer than twice what they take with all healthy, or
+/// than this on a machine that is busy with other things.
+fn limit(healthy: Duration) -> Duration {
+    (2 * healthy).max(ms(20))
+}
+
+#[test]
+fn a_hung_replica_is_left_behind_and_catches_up() {
+    let _machine = alone();
+    let mut hung = rows::hang(System::Ours);
+    let pairs = hung.healthy.iter_mut().zip(&mut hung.hung);
+    for (kind, (healthy, hung)) in ["reads", "writes"].iter().zip(pairs) {
+        let (before, after) = (healthy.percentile(99), hung.percentile(99));
+        figure(
+            &format!("one of three hangs for 4 s, {kind}"),
+            &format!(
+                "99 % of {} within {after:.1?} (healthy {before:.1?}), the longest {:.1?}",
+                hung.count(),
+                hung.max()
+            ),
+        );
+        assert!(after <= limit(before), "{kind}: {after:?}, healthy {before:?}");
+        assert!(hung.max() < rows::HANG / 2, "{kind}: {:?}", hung.max());
+    }
+    figure(
+        "one of three hangs for 4 s, the write that finds it out",
+        &format!("{:.1?}", hung.first_write),
+    );
+    let expected = rows::REPLICA_TIMEOUT * 9 / 10..rows::REPLICA_TIMEOUT * 5 / 2;
+    assert!(expected.contains(&hung.first_write), "{:?}", hung.first_write);
+    let (disk, mut client) = (hung.disk, hung.client);
+    let gone = disk.wait_for("QUORUM_REPORT_BAD", Some(2));
+    assert_eq!(gone["data"]["ret"], -libc::ETIMEDOUT);
+
+    // It catches up with what it missed, while other blocks are written.
+    let others = hung.blocks..2 * hung.blocks;
+    let missed = usize::try_from(hung.blocks * BLOCK_BYTES).unwrap();
+    let began = Instant::now();
+    let mut looked = began;
+    let mut random = Random::from_environment();
+    one_by_one(&mut client, Kind::Writes, others, &mut random, |_| {
+        if looked.elapsed() < ms(20) {
+            return false;
+        }
+        looked = Instant::now();
+        let contents = [0, 2].map(|replica| std::fs::read(&disk.images[replica]).unwrap());
+        contents[0][..missed] == contents[1][..missed] || began.elapsed() > LIMIT
+    });
+    let took = began.elapsed();
+    figure(
+        "one of three hung for 4 s, back in step",
+        &format!("{took:.1?} after"),
+    );
+    client.flush(0).unwrap();
+    drop(client);
+    let events = disk.end();
+    assert!(are_identical(&disk.images), "the replica did not catch up");
+    assert_eq!(count(&events, "QUORUM_FAILURE"), 0);
+    assert!(
+        events.iter().all(|event| event["data"]["node-name"] == "r2"),
+        "a healthy replica is accused: {events:?}"
+    );
+}
+
+/// More flushes than the kernel has workers for, all waiting for the one replica that hangs.
+#[test]
+fn flushes_that_hang_on_one_replica_hold_up_nothing_else() {
+    let _machine = alone();
+    let plan = Plan {
+        faulty: vec![2],
+        direct: false,
+        replica_timeout: rows::REPLICA_TIMEOUT,
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    disk.faulty(2).inject(Operation::Sync, Fault::Hang);
+    let flushes = [Request::Flush; 64];
+    let began = Instant::now();
+    assert!(client.run(0, &flushes).iter().all(Result::is_ok));
+    let took = began.elapsed();
+    assert!(took < ms(3000), "the flushes took {took:?}");
+    let blocks = 0..plan.size_bytes / BLOCK_BYTES;
+    let mut random = Random::from_environment();
+    for _ in 0..10 {
+        let mut writes = one_by_one(&mut client, Kind::Writes, blocks.clone(), &mut random, |count| {
+            count >= 50
+        });
+        client.flush(0).unwrap();
+        assert!(writes.percentile(90) < ms(100), "{:?}", writes.max());
+    }
+    figure(
+        "64 flushes, one of three replicas hangs",
+        &format!(
+            "answered after {took:.1?}, 500 writes and 10 flushes after that {:.1?}",
+            began.elapsed() - took
+        ),
+    );
+    assert!(
+        began.elapsed() - took < ms(3000),
+        "writes and flushes are held up"
+    );
+}
+
+#[test]
+fn a_slow_replica_slows_no_read_down() {
+    let _machine = alone();
+    let reads = 5000;
+    let [healthy, slow] = rows::limited(System::Ours, reads, LIMIT);
+    figure(
+        "one replica limited to 1 read a second",
+        &format!("{reads} voted reads take {slow:.1?}, all healthy {healthy:.1?}"),
+    );
+    assert!(
+        slow <= (2 * healthy).max(ms(1000)),
+        "{slow:?}, healthy {healthy:?}"
+    );
+}
+
+#[test]
+fn a_flush_goes_to_all_replicas_at_once() {
+    let _machine = alone();
+    let took = rows::flush_of_300_ms(System::Ours);
+    figure("flush, each replica takes 300 ms", &format!("{took:.0?}"));
+    assert!(took >= ms(300), "not every replica was flushed: {took:?}");
+    assert!(took < ms(600), "one after another: {took:?}");
+}
+
+#[test]
+fn a_flush_fails_unless_enough_replicas_hold_what_was_written() {
+    let _machine = shared();
+    let (flushed, disk, mut client) = rows::flush_without_quorum(System::Ours);
+    figure(
+        "a write held by {A,B}, a flush done by {B,C}",
+        if flushed.is_ok() {
+            "the flush succeeds"
+        } else {
+            "the flush fails"
+        },
+    );
+    assert_eq!(flushed, Err(Failed(EIO)));
+    assert_eq!(disk.wait_for("QUORUM_FAILURE", None)["data"]["type"], "flush");
+    // Writing it again is what mends it.
+    for replica in [0, 2] {
+        disk.faulty(replica).heal();
+    }
+    client.write(0, 0, &[4; BLOCK]).unwrap();
+    assert_eq!(client.flush(0), Ok(()));
+    assert_eq!(client.read(0, 0, BLOCK).unwrap(), [4; BLOCK]);
+}
+
+#[test]
+fn a_flush_that_fails_on_one_replica_succeeds() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    disk.faulty(0).inject(Operation::Sync, Fault::Fail(EIO));
+    assert_eq!(client.flush(0), Ok(()), "two of three are durable");
+    let event = disk.wait_for("QUORUM_REPORT_BAD", Some(0));
+    assert_eq!(
+        (&event["data"]["type"], &event["data"]["ret"]),
+        (&"flush".into(), &(-EIO).into())
+    );
+    assert_eq!(client.read(0, 0, BLOCK).unwrap(), [1; BLOCK]);
+}
+
+#[test]
+fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![1],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    disk.faulty(1).inject(Operation::Read, Fault::Fail(EIO));
+    disk.faulty(1).inject(Operation::Write, Fault::Fail(ENOSPC));
+    assert_eq!(client.read(0, 0, BLOCK).unwrap(), [1; BLOCK]);
+    client.write(0, 8192, &[2; BLOCK]).unwrap();
+    assert_eq!(client.read(0, 8192, BLOCK).unwrap(), [2; BLOCK]);
+    client.flush(0).unwrap();
+    disk.faulty(1).heal();
+    drop(client);
+    let events = disk.end();
+    for (index, (operation, errno, sector)) in
+        [("read", EIO, 0), ("write", ENOSPC, 16)].into_iter().enumerate()
+    {
+        let data = &events[index]["data"];
+        assert_eq!(events[index]["event"], "QUORUM_REPORT_BAD");
+        assert_eq!(
+            (&data["node-name"], &data["type"]),
+            (&"r1".into(), &operation.into())
+        );
+        assert_eq!(
+            (&data["ret"], &data["error"]),
+            (&(-errno).into(), &text_of_errno(errno).into())
+        );
+        assert_eq!(
+            (&data["sector-num"], &data["sector-count"]),
+            (&sector.into(), &8.into())
+        );
+    }
+    let others = &events[2..];
+    assert!(
+        others
+            .iter()
+            .all(|event| event["data"]["node-name"] == "r1" && event["data"]["ret"] != 0),
+        "{events:?}"
+    );
+}
+
+/// A replica whose reads lie, while its file is right.
+#[test]
+fn a_replica_that_lies_is_outvoted_and_named() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    disk.faulty(0).inject(Operation::Read, Fault::Corrupt(0x10));
+    for _ in 0..10 {
+        assert_eq!(client.read(0, 0, BLOCK).unwrap(), [1; BLOCK]);
+    }
+    // A late reply is compared after the guest has its answer.
+    assert!(wait_until(LIMIT, || count(&disk.events(), "QUORUM_REPORT_BAD") == 10));
+    drop(client);
+    let events = disk.end();
+    assert_eq!(count(&events, "QUORUM_REPORT_BAD"), 10);
+    assert!(
+        events.iter().all(|event| event["data"]["node-name"] == "r0"),
+        "{events:?}"
+    );
+}
+
+/// Images are healed, and their users gone, before they are: also when nobody healed them.
+#[test]
+fn a_hanging_image_can_be_given_up() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0, 1, 2],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    for replica in 0..3 {
+        disk.faulty(replica).inject(Operation::Read, Fault::Hang);
+    }
+    client.send(
+        0,
+        &[Request::Read {
+            offset: 0,
+            memory: 0,
+            len: BLOCK,
+        }],
+    );
+    let asked = || (0..3).all(|replica| disk.faulty(replica).asked(Operation::Read) > 0);
+    assert!(wait_until(LIMIT, asked));
+    drop(client);
+    let began = Instant::now();
+    drop(disk);
+    assert!(began.elapsed() < LIMIT, "dropping it took {:?}", began.elapsed());
+    let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
+    assert!(!mounts.contains("quorum-blk-test"), "a mount is left behind");
+}
