@@ -30,8 +30,8 @@ model: ## Every interleaving of what worker threads share (loom)
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets -- -D warnings
-	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --no-deps --document-private-items --quiet
+	$(CARGO) clippy --locked --all-targets --features sim -- -D warnings
+	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --features sim --no-deps --document-private-items --quiet
 
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh

@@ -355,3 +355,26 @@ fn a_hanging_image_can_be_given_up() {
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
     assert!(!mounts.contains("quorum-blk-test"), "a mount is left behind");
 }
+
+/// What was never written is not lost by a flush that fails.
+#[test]
+fn a_flush_that_fails_costs_only_what_was_written() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0, 1],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    for replica in [0, 1] {
+        disk.faulty(replica).inject(Operation::Sync, Fault::Fail(EIO));
+    }
+    assert_eq!(client.flush(0), Err(Failed(EIO)));
+    assert_eq!(client.read(0, 100 * BLOCK_BYTES, BLOCK).unwrap(), [0; BLOCK]);
+    assert_eq!(
+        client.read(0, 0, BLOCK),
+        Err(Failed(EIO)),
+        "only one replica may hold it"
+    );
+}

@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::confirm::Confirmation;
 use super::mutant::{Mutant, is_broken};
 use super::{Core, Counters, Effects, Failed, Progress, ReadPattern, Tag, report_error};
+use crate::quorum::health::Failures;
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -59,6 +60,8 @@ pub(super) struct Asking {
     voters: usize,
     /// Who has replied has become stale since it was asked: only the lock can tell what its reply is worth.
     doubtful: bool,
+    /// Orders the asking against failed flushes.
+    began: Failures,
 }
 
 /// Which of the replies so far are equal: the first of each version, and how many there are of it.
@@ -168,6 +171,7 @@ impl Read {
             asked_more_at: core.clock.now(),
             voters: voters.len(),
             doubtful: false,
+            began: core.shared.failures(),
         });
         self.asked_at = core.clock.now();
         self.ask(id, asked, core, effects);
@@ -244,6 +248,9 @@ impl Read {
         if core.policy.read_pattern == ReadPattern::Fifo {
             return Progress::Waiting;
         }
+        let out = asking.unasked.without(core.shared.in_service());
+        asking.unasked = asking.unasked.without(out);
+        asking.voters -= out.len();
         if !asking.unasked.is_empty() {
             let rest = asking.unasked;
             self.ask_more(id, rest, core, effects);
@@ -293,12 +300,17 @@ impl Read {
         let Stage::Asking(asking) = &mut self.stage else {
             unreachable!("compared in the first asking only");
         };
+        // Another worker may have found out who does not answer.
+        let out = asking.unasked.without(core.shared.in_service());
+        asking.unasked = asking.unasked.without(out);
+        asking.voters -= out.len();
         // R7: with this many equal replies the others cannot change the outcome.
         let enough = match core.policy.read_pattern {
             ReadPattern::Fifo => 1,
             ReadPattern::Quorum | ReadPattern::Threshold => core.policy.threshold.max(asking.voters / 2 + 1),
         };
         let stale = core.shared.stale_in(self.range);
+        let stale = stale.or(core.shared.failed_since(asking.began));
         asking.doubtful |= !stale.and(self.tally.succeeded()).is_empty();
         let doubtful = asking.doubtful;
         let enough = if is_broken(Mutant::EarlyDecision) {

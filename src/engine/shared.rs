@@ -22,7 +22,7 @@ use std::sync::{
 
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
-use crate::quorum::health::Health;
+use crate::quorum::health::{Failures, Health};
 use crate::quorum::{ReplicaSet, SectorRange};
 use crate::replica::operation::RequestId;
 
@@ -43,6 +43,7 @@ pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
     in_service: AtomicU32,
+    failures: AtomicU64,
     /// Totals for the operator.
     pub counters: Counters,
 }
@@ -90,6 +91,7 @@ impl Shared {
             }),
             anything_stale: AtomicBool::new(false),
             in_service: AtomicU32::new(ReplicaSet::first(replicas).bits()),
+            failures: AtomicU64::new(0),
             counters: Counters::default(),
         }
     }
@@ -113,6 +115,20 @@ impl Shared {
         }
     }
 
+    /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
+    pub(super) fn failures(&self) -> Failures {
+        Failures(self.failures.load(Ordering::Acquire))
+    }
+
+    /// The replicas that have failed a flush or left the set since `began`.
+    pub(super) fn failed_since(&self, began: Failures) -> ReplicaSet {
+        if self.failures() == began {
+            ReplicaSet::EMPTY
+        } else {
+            self.state().health.failed_since(began)
+        }
+    }
+
     /// Asks for the lock on `range`; the flag says whether it was granted at once.
     pub(super) fn lock(&self, range: SectorRange, waiter: Waiter) -> (LockKey, bool) {
         self.state().locks.acquire(range, waiter)
@@ -132,6 +148,8 @@ impl Shared {
         let result = with(&mut state.health);
         self.anything_stale
             .store(state.health.anything_stale(), Ordering::Release);
+        self.failures
+            .store(state.health.change_begins().0, Ordering::Release);
         self.in_service
             .store(state.health.in_service().bits(), Ordering::Release);
         result

@@ -19,13 +19,9 @@ use std::sync::Arc;
 use super::ranges::RangeSet;
 use super::{ReplicaIndex, ReplicaSet, SectorRange};
 
-/// What is written between two flushes is kept in multiples of 1 MiB: it is needed to the sector only after
-/// a flush has failed, and costs every write.
-const WRITTEN_GRANULE_SECTORS: u64 = 2048;
-
 /// Orders the start of an operation against failed flushes and replicas that left the set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Failures(u64);
+pub struct Failures(pub u64);
 
 /// Names one flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -62,7 +58,7 @@ struct ReplicaHealth {
 impl ReplicaHealth {
     fn new(capacity_sectors: u64) -> Self {
         Self {
-            stale: RangeSet::with_granule(1, capacity_sectors),
+            stale: RangeSet::below(capacity_sectors),
             unconfirmed: VecDeque::new(),
             last_failure: Failures::default(),
             returned_to: 0,
@@ -82,11 +78,9 @@ impl Health {
             replicas: (0..replicas)
                 .map(|_| ReplicaHealth::new(capacity_sectors))
                 .collect(),
-            written: RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, capacity_sectors),
+            written: RangeSet::below(capacity_sectors),
             capacity_sectors,
-            uncovered: (0..replicas)
-                .map(|_| RangeSet::with_granule(1, capacity_sectors))
-                .collect(),
+            uncovered: (0..replicas).map(|_| RangeSet::below(capacity_sectors)).collect(),
             epoch: FlushEpoch(0),
             failures: Failures(0),
         }
@@ -155,6 +149,13 @@ impl Health {
             })
     }
 
+    /// The replicas that have failed a flush or left the set since `began`.
+    pub fn failed_since(&self, began: Failures) -> ReplicaSet {
+        self.indexes()
+            .filter(|r| self.replicas[r.as_usize()].last_failure > began)
+            .collect()
+    }
+
     /// To be kept from the moment an operation that changes sectors is handed to the replicas until it has
     /// ended.
     pub fn change_begins(&self) -> Failures {
@@ -205,7 +206,7 @@ impl Health {
         for (uncovered, replica) in self.uncovered.iter_mut().zip(&self.replicas) {
             uncovered.clone_from(&replica.stale);
         }
-        let nothing = RangeSet::with_granule(WRITTEN_GRANULE_SECTORS, self.capacity_sectors);
+        let nothing = RangeSet::below(self.capacity_sectors);
         let written = std::mem::replace(&mut self.written, nothing);
         if !written.is_empty() {
             let written = Arc::new(written);

@@ -24,15 +24,14 @@ pub struct RangeSet {
 
 impl Default for RangeSet {
     fn default() -> Self {
-        Self::with_granule(1, u64::MAX)
+        Self::below(u64::MAX)
     }
 }
 
 impl RangeSet {
-    /// An empty set that widens what is put in to multiples of `granule_sectors`, to stay small, but not
-    /// beyond `end_sector`.
-    pub fn with_granule(granule_sectors: u64, end_sector: u64) -> Self {
-        Self::with_bound(granule_sectors, end_sector, RANGES_MAX)
+    /// An empty set of sectors below `end_sector`, the end of the disk.
+    pub fn below(end_sector: u64) -> Self {
+        Self::with_bound(1, end_sector, RANGES_MAX)
     }
 
     fn with_bound(granule_sectors: u64, end_sector: u64, ranges_max: usize) -> Self {
@@ -248,14 +247,14 @@ mod tests {
 
     #[test]
     fn is_not_widened_beyond_the_end() {
-        let mut set = RangeSet::with_granule(2048, 5000);
+        let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
         assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
     }
 
     #[test]
     fn reaches_the_end_of_the_number_space() {
-        let mut set = RangeSet::with_granule(2048, u64::MAX);
+        let mut set = RangeSet::with_bound(2048, u64::MAX, 3);
         set.insert(SectorRange::new(u64::MAX - 1, 1));
         assert!(set.overlaps(SectorRange::new(u64::MAX - 1, 1)));
     }
