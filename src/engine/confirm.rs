@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::read::{Purpose, Read, Stage, buffer};
+use super::shared::Waiter;
 use super::{Core, Counters, Effects, Progress, ReadPattern, report_error};
 use crate::quorum::health::Failures;
 use crate::quorum::report::{Cause, OperationType, Report};
@@ -54,28 +55,17 @@ impl Confirmation {
 
 impl Read {
     /// Goes for the lock.
-    pub(super) fn confirm(
-        &mut self,
-        id: RequestId,
-        mend: ReplicaSet,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
+    pub(super) fn confirm(&mut self, id: RequestId, mend: ReplicaSet, core: &mut Core) -> Progress {
         core.confirmations += 1;
         // The buffers of the first asking are free again before new ones are taken.
         self.replies.fill_with(|| None);
         self.tally = Tally::default();
-        let (lock, granted) = core.lock(self.range, id);
         self.stage = Stage::Confirming(Confirmation {
-            lock,
+            lock: core.lock(self.range, id),
             mend,
             step: Step::WaitingForLock,
         });
-        if granted {
-            self.lock_granted(id, core, effects)
-        } else {
-            Progress::Waiting
-        }
+        Progress::Waiting
     }
 
     /// Takes the first asking for the confirmation: what [`Mutant::RewriteUnconfirmed`] does. Its lock is one
@@ -83,7 +73,8 @@ impl Read {
     pub(super) fn believe(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
         core.confirmations += 1;
         let nobodys = SectorRange::new(u64::MAX - 1 - u64::from(id.0), 1);
-        let (lock, _) = core.lock(nobodys, id);
+        let worker = core.worker;
+        let (lock, _) = core.shared.lock(nobodys, Waiter { worker, request: id });
         self.stage = Stage::Confirming(Confirmation {
             lock,
             mend: ReplicaSet::EMPTY,

@@ -56,16 +56,13 @@ impl Flush {
         }
     }
 
-    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core) -> Progress {
         // One flush at a time: the kernel tells of a page that it lost once, to whichever fsync of the file is
         // first, and the other one would seem to have gone well.
-        let (lock, granted) = core.lock(FLUSH_LOCK, id);
-        self.stage = Stage::WaitingForLock { lock };
-        if granted {
-            self.lock_granted(id, core, effects)
-        } else {
-            Progress::Waiting
-        }
+        self.stage = Stage::WaitingForLock {
+            lock: core.lock(FLUSH_LOCK, id),
+        };
+        Progress::Waiting
     }
 
     pub(super) fn lock_granted(

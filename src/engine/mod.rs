@@ -283,8 +283,8 @@ impl Engine {
         let id = RequestId(u32::try_from(key).expect("slots are bounded"));
         self.advance(id, effects, |request, core, effects| match request {
             Request::Read(read) => read.begin(id, core, effects),
-            Request::Write(write) => write.begin(id, core, effects),
-            Request::Flush(flush) => flush.begin(id, core, effects),
+            Request::Write(write) => write.begin(id, core),
+            Request::Flush(flush) => flush.begin(id, core),
             Request::Lent => unreachable!("nothing begins as retired"),
         });
     }
@@ -374,11 +374,15 @@ impl Core {
         }
     }
 
-    /// Asks for the lock on `range` for `request`.
-    fn lock(&self, range: SectorRange, request: RequestId) -> (LockKey, bool) {
+    /// Asks for the lock on `range` for `request`, which goes on in its `lock_granted`: when this input has been
+    /// dealt with, if nobody has the range.
+    fn lock(&mut self, range: SectorRange, request: RequestId) -> LockKey {
         let worker = self.worker;
         let (lock, granted) = self.shared.lock(range, Waiter { worker, request });
-        (lock, granted || is_broken(Mutant::NoRangeLock))
+        if granted || is_broken(Mutant::NoRangeLock) {
+            self.granted.push_back(request);
+        }
+        lock
     }
 
     /// Gives a lock back and sees to it that whoever it is granted to goes on.

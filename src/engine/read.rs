@@ -143,10 +143,10 @@ impl Read {
         self.replies.resize_with(core.policy.replicas, || None);
         match self.purpose {
             Purpose::Guest => {}
-            Purpose::Suspicion => return self.confirm(id, ReplicaSet::EMPTY, core, effects),
+            Purpose::Suspicion => return self.confirm(id, ReplicaSet::EMPTY, core),
             Purpose::Resync(replica) => {
                 let mend = std::iter::once(replica).collect();
-                return self.confirm(id, mend, core, effects);
+                return self.confirm(id, mend, core);
             }
         }
         let voters = core.voters(self.range);
@@ -162,7 +162,7 @@ impl Read {
         };
         if asked.len() < needed {
             // Too few are fresh throughout, but sector by sector there may be enough.
-            return self.confirm(id, ReplicaSet::EMPTY, core, effects);
+            return self.confirm(id, ReplicaSet::EMPTY, core);
         }
         self.stage = Stage::Asking(Asking {
             agreement: Agreement::default(),
@@ -338,19 +338,19 @@ impl Read {
             if is_broken(Mutant::RewriteUnconfirmed) {
                 return self.believe(id, core, effects);
             }
-            return self.confirm(id, ReplicaSet::EMPTY, core, effects);
+            return self.confirm(id, ReplicaSet::EMPTY, core);
         }
         // Under the lock it is known who may vote where, and sector by sector others may help.
         let others = core.shared.in_service().without(self.tally.asked());
         if self.tag.is_some() && (doubtful || !others.is_empty()) {
-            return self.confirm(id, ReplicaSet::EMPTY, core, effects);
+            return self.confirm(id, ReplicaSet::EMPTY, core);
         }
         self.fail(effects);
         let mend = self.tally.failed();
         let is_fifo = core.policy.read_pattern == ReadPattern::Fifo;
         if is_fifo && core.policy.rewrite_corrupted && !mend.is_empty() && !self.tally.succeeded().is_empty()
         {
-            return self.confirm(id, mend, core, effects);
+            return self.confirm(id, mend, core);
         }
         self.retire(core)
     }

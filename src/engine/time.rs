@@ -147,8 +147,12 @@ impl Engine {
         let Some(limit) = self.core.clock.now.checked_sub(self.core.policy.replica_timeout) else {
             return;
         };
+        // Each replica once, however many requests wait for it: whether it is needed takes a look at all that
+        // is stale.
+        let mut seen = ReplicaSet::EMPTY;
         for (_, slot) in &self.slots {
-            for replica in slot.request.waiting_since(limit).iter() {
+            for replica in slot.request.waiting_since(limit).without(seen).iter() {
+                seen.insert(replica);
                 if self.core.shared.health(|health| health.leave(replica)) {
                     Counters::add(&self.core.shared.counters.departures, 1);
                     let (operation, range) = slot.request.describe();

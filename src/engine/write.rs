@@ -60,14 +60,11 @@ impl Write {
         }
     }
 
-    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let (lock, granted) = core.lock(self.range, id);
-        self.stage = Stage::WaitingForLock { lock };
-        if granted {
-            self.lock_granted(id, core, effects)
-        } else {
-            Progress::Waiting
-        }
+    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core) -> Progress {
+        self.stage = Stage::WaitingForLock {
+            lock: core.lock(self.range, id),
+        };
+        Progress::Waiting
     }
 
     pub(super) fn lock_granted(
