@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
-use crate::limits::{QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX};
+use crate::limits::{QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX};
 use crate::message::Quoted;
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
@@ -28,8 +28,6 @@ const CAPABILITIES_OPTION: &str = "--print-capabilities";
 const SERIAL_BYTES_MAX: usize = 20;
 /// As long as a file name can be, which is the default node-name.
 const NODE_NAME_BYTES_MAX: usize = 255;
-/// Bytes of `sockaddr_un.sun_path` without its final NUL.
-const SOCKET_PATH_BYTES_MAX: usize = 107;
 /// The smallest power of two with room for a request in three descriptors: header, data, status.
 const QUEUE_SIZE_MIN: u16 = 4;
 

@@ -205,7 +205,7 @@ fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
         read_only: config.read_only,
         serial: config.serial.clone(),
         num_queues: config.queue_count,
-        queue_size_max: config.queue_size,
+        segments_max: config.segments_max(),
     }
 }
 

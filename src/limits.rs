@@ -72,3 +72,6 @@ pub const CONFIRMATIONS_MAX: usize = 256;
 
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;
+
+/// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
+pub const SOCKET_PATH_BYTES_MAX: usize = 107;

@@ -16,10 +16,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use crate::limits::SOCKET_PATH_BYTES_MAX;
 use crate::message::{Quoted, Reason};
-
-/// What the kernel allows for a socket's path, the NUL at its end not counted.
-const PATH_BYTES_MAX: usize = 107;
 
 /// Connections that wait to be accepted.
 const BACKLOG: libc::c_int = 128;
@@ -34,7 +32,7 @@ pub enum BindError {
     #[error("{}: exists and is not a socket", Quoted(.0))]
     NotASocket(PathBuf),
     /// The kernel could not take the name.
-    #[error("{}: too long for the path of a socket (at most {PATH_BYTES_MAX} bytes)", Quoted(.0))]
+    #[error("{}: too long for the path of a socket (at most {SOCKET_PATH_BYTES_MAX} bytes)", Quoted(.0))]
     TooLong(PathBuf),
     /// The system refused.
     #[error("{}: cannot {action}: {}", Quoted(.path), Reason(.source))]
@@ -94,7 +92,7 @@ pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
             source,
         }
     };
-    if path.as_os_str().len() > PATH_BYTES_MAX {
+    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(BindError::TooLong(path.into()));
     }
     refuse_what_is_not_stale(path)?;
@@ -158,7 +156,7 @@ fn temporary_name(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.as_bytes();
     let suffix = format!(".{}", std::process::id());
     let directory_bytes = path.as_os_str().len() - name.len();
-    let kept = (PATH_BYTES_MAX - directory_bytes).checked_sub(suffix.len())?;
+    let kept = (SOCKET_PATH_BYTES_MAX - directory_bytes).checked_sub(suffix.len())?;
     let name = [&name[..name.len().min(kept)], suffix.as_bytes()].concat();
     Some(path.with_file_name(OsStr::from_bytes(&name)))
 }
@@ -198,12 +196,12 @@ fn listen(socket: &OwnedFd) -> io::Result<()> {
 
 fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
     let bytes = path.as_os_str().as_bytes();
-    if bytes.is_empty() || bytes.len() > PATH_BYTES_MAX || bytes.contains(&0) {
+    if bytes.is_empty() || bytes.len() > SOCKET_PATH_BYTES_MAX || bytes.contains(&0) {
         return Err(io::ErrorKind::InvalidInput.into());
     }
     let mut address = libc::sockaddr_un {
         sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).expect("a small constant"),
-        sun_path: [0; PATH_BYTES_MAX + 1],
+        sun_path: [0; SOCKET_PATH_BYTES_MAX + 1],
     };
     for (to, from) in address.sun_path.iter_mut().zip(bytes) {
         *to = c_char::from_ne_bytes([*from]);
@@ -311,7 +309,7 @@ mod tests {
     #[test]
     fn paths_that_cannot_be() {
         let directory = tempfile::tempdir().unwrap();
-        let room = PATH_BYTES_MAX - directory.path().as_os_str().len() - 1;
+        let room = SOCKET_PATH_BYTES_MAX - directory.path().as_os_str().len() - 1;
         let fits = directory.path().join("x".repeat(room));
         UnixStream::connect(bind_unix_listener(&fits).unwrap().path()).unwrap();
         let too_long = directory.path().join("x".repeat(room + 1));

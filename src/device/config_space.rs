@@ -10,7 +10,6 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::ByteValued;
 
 use super::DiskInfo;
-use crate::limits::SEGMENTS_MAX;
 
 /// The feature bits that the device offers.
 pub fn features(info: &DiskInfo) -> u64 {
@@ -48,10 +47,7 @@ unsafe impl ByteValued for ConfigSpace {}
 pub fn read(info: &DiskInfo, offset: u32, size: u32) -> Vec<u8> {
     let config = ConfigSpace(virtio_blk_config {
         capacity: info.capacity_sectors.to_le(),
-        seg_max: SEGMENTS_MAX
-            .min(u32::from(info.queue_size_max).saturating_sub(2))
-            .max(1)
-            .to_le(),
+        seg_max: info.segments_max.to_le(),
         blk_size: info.block_bytes.to_le(),
         num_queues: info.num_queues.to_le(),
         ..Default::default()
@@ -74,7 +70,7 @@ mod tests {
             read_only: false,
             serial: String::new(),
             num_queues: 5,
-            queue_size_max: 64,
+            segments_max: 62,
         }
     }
 

@@ -38,8 +38,8 @@ pub struct DiskInfo {
     pub serial: String,
     /// How many virtqueues there are.
     pub num_queues: u16,
-    /// The longest virtqueue the frontend may set up.
-    pub queue_size_max: u16,
+    /// Data segments that a request may have.
+    pub segments_max: u32,
 }
 
 impl DiskInfo {

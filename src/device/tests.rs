@@ -126,7 +126,7 @@ fn disk_info() -> DiskInfo {
         read_only: false,
         serial: SERIAL.to_owned(),
         num_queues: 1,
-        queue_size_max: 256,
+        segments_max: 126,
     }
 }
 

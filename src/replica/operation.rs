@@ -49,6 +49,23 @@ pub enum Action {
     Flush,
 }
 
+impl Operation {
+    /// The end of this operation.
+    pub fn reply(self, result: Result<(), Errno>) -> Reply {
+        let Self {
+            request,
+            replica,
+            action,
+        } = self;
+        Reply {
+            request,
+            replica,
+            action,
+            result,
+        }
+    }
+}
+
 impl Action {
     /// What it is to the operator: its kind, and its range, which for a flush is empty.
     pub fn describe(&self) -> (OperationType, SectorRange) {

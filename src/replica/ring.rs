@@ -113,11 +113,6 @@ impl Ring {
         self.queue_slot(slot)
     }
 
-    /// How many operations are in flight.
-    pub fn operations_in_flight(&self) -> usize {
-        self.operations
-    }
-
     /// From now on tells whenever `fd`, an eventfd, is written to; also if it is readable already. The
     /// eventfd need not be read: each write is told once, whatever its count.
     pub fn watch(&mut self, fd: &impl AsRawFd, token: WatchToken) -> io::Result<Watch> {
@@ -227,12 +222,8 @@ impl Ring {
                 };
                 self.operations -= 1;
                 if let InFlight::Operation { operation, .. } = self.in_flight.remove(slot) {
-                    self.completions.push_back(Completion::Reply(Reply {
-                        request: operation.request,
-                        replica: operation.replica,
-                        action: operation.action,
-                        result,
-                    }));
+                    self.completions
+                        .push_back(Completion::Reply(operation.reply(result)));
                 }
             }
         }
@@ -437,7 +428,7 @@ mod tests {
 
         ring.push(operation(Action::Flush)).unwrap();
         assert_eq!(reply_of(&mut ring).result, Ok(()));
-        assert_eq!(ring.operations_in_flight(), 0);
+        assert_eq!(ring.operations, 0);
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, Work
 use crate::quorum::vote::{Ballot, Rule, vote};
 use crate::quorum::{Errno, ReplicaIndex, SectorRange};
 use crate::replica::buffer::BufferPool;
-use crate::replica::operation::{Action, Operation, Reply};
+use crate::replica::operation::{Action, Operation};
 
 const SECTORS: usize = 2;
 
@@ -305,18 +305,8 @@ impl<'a> State<'a> {
             (Action::Write { .. }, true) | (Action::Read { .. }, _) => {}
         }
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
-        let Operation {
-            request,
-            replica,
-            action,
-        } = flight.operation;
-        let reply = Reply {
-            request,
-            replica,
-            action,
-            result,
-        };
-        self.engine.reply(reply, &mut self.effects);
+        self.engine
+            .reply(flight.operation.reply(result), &mut self.effects);
     }
 
     fn completed(&mut self, tag: Tag, success: bool) {

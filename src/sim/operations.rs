@@ -13,9 +13,8 @@ use super::plan::bits;
 use super::world::{Checked, PendingKind, World, show, trace};
 use crate::engine::ReadPattern;
 use crate::engine::mutant::{self, Mutant};
-use crate::quorum::report::OperationType;
 use crate::quorum::{Errno, SectorRange};
-use crate::replica::operation::{Action, Operation, Reply};
+use crate::replica::operation::{Action, Operation};
 
 /// What every injected error is.
 const EIO: Errno = Errno(5);
@@ -384,26 +383,11 @@ impl World {
             replica: flight.operation.replica,
             // A reply that nobody waits for any more is of no interest.
             must_be_reported: flight.departures == self.ledger.departures[replica],
-            operation: match flight.operation.action {
-                Action::Read { .. } => OperationType::Read,
-                Action::Write { .. } => OperationType::Write,
-                Action::Flush => OperationType::Flush,
-            },
+            operation: flight.operation.action.describe().0,
             errno,
         });
-        let Operation {
-            request,
-            replica,
-            action,
-        } = flight.operation;
-        let reply = Reply {
-            request,
-            replica,
-            action,
-            result,
-        };
         let (engine, effects) = self.engine(flight.worker);
-        engine.reply(reply, effects);
+        engine.reply(flight.operation.reply(result), effects);
         self.look_at_effects(error)
     }
 
