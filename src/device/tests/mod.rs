@@ -1,0 +1,369 @@
+//! The device on raw ring memory: descriptors written byte by byte, as a driver or an attacker would, and an
+//! engine that only does what it is told.
+
+mod chains;
+mod properties;
+mod requests;
+mod rings;
+
+use std::fs::File;
+use std::io::Read;
+use std::ops::Range;
+
+use proptest::collection::vec;
+use proptest::prelude::*;
+use vhost_user_backend::VringT;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID, VIRTIO_BLK_T_IN as IN,
+    VIRTIO_BLK_T_OUT as OUT,
+};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+
+use super::guest::Guest;
+use super::{DiskInfo, GuestMemory, Vring};
+use crate::engine::{Failed, GuestRequest, Tag};
+use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
+use crate::quorum::SectorRange;
+use crate::replica::buffer::BufferPool;
+
+const NEXT: u16 = 1;
+const WRITE: u16 = 2;
+const INDIRECT: u16 = 4;
+
+const OK: u8 = 0;
+const IOERR: u8 = 1;
+const UNSUPP: u8 = 2;
+/// What the driver puts into status bytes beforehand.
+const NO_STATUS: u8 = 0xff;
+
+/// Bytes of ring memory for each ring: descriptor table, available ring, used ring.
+const RING_BYTES: u64 = 0x8000;
+const AVAILABLE: u64 = 0x4000;
+const USED: u64 = 0x6000;
+
+/// Where tests keep the parts of a request.
+const HEADER: u64 = 0x2_0000;
+const STATUS: u64 = 0x2_1000;
+const TABLE: u64 = 0x2_2000;
+const DATA: u64 = 0x8_0000;
+const MEMORY_BYTES: u64 = 0x40_0000;
+/// Far from everything else.
+const OUTSIDE: u64 = 0x1000_0000;
+
+const SERIAL: &str = "quorum 0123";
+
+/// One descriptor: a run of guest memory.
+#[derive(Clone, Copy, Debug)]
+struct Part {
+    address: u64,
+    len: u32,
+    flags: u16,
+}
+
+impl Part {
+    fn range(&self) -> Range<u64> {
+        self.address..self.address.saturating_add(u64::from(self.len))
+    }
+}
+
+fn readable(address: u64, len: usize) -> Part {
+    Part {
+        address,
+        len: u32::try_from(len).unwrap(),
+        flags: 0,
+    }
+}
+
+fn writable(address: u64, len: usize) -> Part {
+    Part {
+        flags: WRITE,
+        ..readable(address, len)
+    }
+}
+
+fn descriptor(part: Part, flags: u16, next: u16) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&part.address.to_le_bytes());
+    bytes[8..12].copy_from_slice(&part.len.to_le_bytes());
+    bytes[12..14].copy_from_slice(&(part.flags | flags).to_le_bytes());
+    bytes[14..].copy_from_slice(&next.to_le_bytes());
+    bytes
+}
+
+fn header(request_type: u32, sector: u64) -> [u8; 16] {
+    // The reserved field was once a priority; it means nothing.
+    let mut bytes = [0xee; 16];
+    bytes[..4].copy_from_slice(&request_type.to_le_bytes());
+    bytes[8..].copy_from_slice(&sector.to_le_bytes());
+    bytes
+}
+
+/// The driver's view of a ring.
+#[derive(Clone, Copy, Default)]
+struct Driver {
+    next_descriptor: u16,
+    available: u16,
+    used: u16,
+}
+
+/// A guest, the device, and an engine with a disk in memory.
+struct Machine {
+    memory: GuestMemory,
+    /// Memory as the driver has written it.
+    written: Vec<u8>,
+    vrings: Vec<Vring>,
+    guest: Guest,
+    queue_size: u16,
+    drivers: Vec<Driver>,
+    disk: Vec<u8>,
+    /// The engine fails pieces with this sector in them.
+    bad_sector: Option<u64>,
+    /// What the engine was asked for: the kind, its first sector and its length in sectors.
+    asked: Vec<(&'static str, u64, u64)>,
+    /// Whether the last write had to be durable.
+    durable: bool,
+}
+
+fn disk_info() -> DiskInfo {
+    DiskInfo {
+        capacity_sectors: 6144,
+        block_bytes: 512,
+        read_only: false,
+        serial: SERIAL.to_owned(),
+        num_queues: 1,
+        segments_max: 126,
+    }
+}
+
+impl Machine {
+    /// One with one ring of 64 entries.
+    fn new() -> Self {
+        Self::with(disk_info(), 1, 64, MEMORY_BYTES)
+    }
+
+    fn with(info: DiskInfo, rings: usize, queue_size: u16, memory_bytes: u64) -> Self {
+        let bytes = usize::try_from(memory_bytes).unwrap();
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        let shared = GuestMemoryAtomic::new(memory.clone());
+        let vrings: Vec<Vring> = (0..rings)
+            .map(|ring| {
+                let vring = Vring::new(shared.clone(), queue_size).unwrap();
+                let base = ring as u64 * RING_BYTES;
+                vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
+                vring.set_queue_ready(true);
+                vring.set_enabled(true);
+                vring.set_kick(Some(File::open("/dev/null").unwrap()));
+                vring
+            })
+            .collect();
+        // Each byte depends on its place, and none of them is a small number.
+        let disk = (0..info.capacity_sectors * 512)
+            .map(|place| (place / 512 * 31 + place).to_le_bytes()[0] | 0x80)
+            .collect();
+        let mut guest = Guest::new(info, shared, vrings.clone(), BufferPool::default());
+        for ring in 0..rings {
+            assert!(guest.refresh(ring, false));
+        }
+        Self {
+            memory,
+            written: vec![0; bytes],
+            vrings,
+            guest,
+            queue_size,
+            drivers: vec![Driver::default(); rings],
+            disk,
+            bad_sector: None,
+            asked: Vec::new(),
+            durable: false,
+        }
+    }
+
+    fn put(&mut self, address: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        let start = usize::try_from(address).unwrap();
+        self.written[start..start + bytes.len()].copy_from_slice(bytes);
+    }
+
+    fn get(&self, address: u64, len: usize) -> Vec<u8> {
+        let mut bytes = vec![0; len];
+        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        bytes
+    }
+
+    fn get_u16(&self, address: u64) -> u16 {
+        u16::from_le_bytes(self.get(address, 2).try_into().unwrap())
+    }
+
+    fn get_u32(&self, address: u64) -> u32 {
+        u32::from_le_bytes(self.get(address, 4).try_into().unwrap())
+    }
+
+    fn status(&self) -> u8 {
+        self.get(STATUS, 1)[0]
+    }
+
+    fn all_memory(&self) -> Vec<u8> {
+        self.get(0, self.written.len())
+    }
+
+    fn put_header(&mut self, request_type: u32, sector: u64) {
+        self.put(HEADER, &header(request_type, sector));
+        self.put(STATUS, &[NO_STATUS]);
+    }
+
+    /// Writes a descriptor into a ring's table.
+    fn put_descriptor(&mut self, ring: usize, index: u16, bytes: &[u8; 16]) {
+        self.put(ring as u64 * RING_BYTES + u64::from(index) * 16, bytes);
+    }
+
+    /// Makes a chain head available.
+    fn offer_head(&mut self, ring: usize, head: u16) {
+        let base = ring as u64 * RING_BYTES + AVAILABLE;
+        let driver = &mut self.drivers[ring];
+        let slot = driver.available % self.queue_size;
+        driver.available = driver.available.wrapping_add(1);
+        let index = driver.available;
+        self.put(base + 4 + 2 * u64::from(slot), &head.to_le_bytes());
+        self.put(base + 2, &index.to_le_bytes());
+    }
+
+    /// Makes a chain of these parts available; returns its head.
+    fn offer(&mut self, ring: usize, parts: &[Part]) -> u16 {
+        let head = self.drivers[ring].next_descriptor;
+        for (index, &part) in parts.iter().enumerate() {
+            let next = (self.drivers[ring].next_descriptor + 1) % self.queue_size;
+            let flags = if index + 1 < parts.len() { NEXT } else { 0 };
+            let descriptor = descriptor(part, flags, next);
+            self.put_descriptor(ring, self.drivers[ring].next_descriptor, &descriptor);
+            self.drivers[ring].next_descriptor = next;
+        }
+        self.offer_head(ring, head);
+        head
+    }
+
+    /// Makes a chain of these parts available in an indirect table at `table`; returns its head.
+    fn offer_indirect(&mut self, ring: usize, table: u64, parts: &[Part]) -> u16 {
+        for (index, &part) in parts.iter().enumerate() {
+            let next = u16::try_from(index + 1).unwrap();
+            let flags = if index + 1 < parts.len() { NEXT } else { 0 };
+            self.put(table + 16 * index as u64, &descriptor(part, flags, next));
+        }
+        let reference = Part {
+            address: table,
+            len: u32::try_from(16 * parts.len()).unwrap(),
+            flags: INDIRECT,
+        };
+        self.offer(ring, &[reference])
+    }
+
+    /// Heads and lengths that were put on a used ring since the last call.
+    fn used(&mut self, ring: usize) -> Vec<(u16, u32)> {
+        let base = ring as u64 * RING_BYTES + USED;
+        let index = self.get_u16(base + 2);
+        let mut entries = Vec::new();
+        while self.drivers[ring].used != index {
+            let slot = u64::from(self.drivers[ring].used % self.queue_size);
+            let id = self.get_u32(base + 4 + 8 * slot);
+            entries.push((u16::try_from(id).unwrap(), self.get_u32(base + 8 + 8 * slot)));
+            self.drivers[ring].used = self.drivers[ring].used.wrapping_add(1);
+        }
+        entries
+    }
+
+    /// Answers a piece as the engine would.
+    fn answer(&mut self, tag: Tag, request: GuestRequest) {
+        let (name, range) = match &request {
+            GuestRequest::Read(range) => ("read", *range),
+            GuestRequest::Write { range, .. } => ("write", *range),
+            GuestRequest::Flush => ("flush", SectorRange::new(0, 0)),
+        };
+        self.asked.push((name, range.start, range.count));
+        let place = usize::try_from(range.start * 512).unwrap()..usize::try_from(range.end() * 512).unwrap();
+        let is_bad = |sector| (range.start..range.end()).contains(&sector);
+        let result: Result<&[u8], Failed> = match request {
+            _ if self.bad_sector.is_some_and(is_bad) => Err(Failed),
+            GuestRequest::Read(_) => Ok(&self.disk[place]),
+            GuestRequest::Write { data, durable, .. } => {
+                self.disk[place].copy_from_slice(&data);
+                self.durable = durable;
+                Ok(&[])
+            }
+            GuestRequest::Flush => Ok(&[]),
+        };
+        self.guest.answered(tag, result);
+    }
+
+    /// Serves until the rings are empty.
+    fn serve(&mut self) {
+        while let Some((tag, request)) = self.guest.next_request() {
+            self.answer(tag, request);
+        }
+    }
+
+    /// Serves one chain of the first ring; returns the length on the used ring.
+    fn serve_chain(&mut self, parts: &[Part]) -> u32 {
+        let head = self.offer(0, parts);
+        self.serve_head(head)
+    }
+
+    fn serve_head(&mut self, head: u16) -> u32 {
+        self.serve();
+        let used = self.used(0);
+        assert_eq!(used.len(), 1, "given back once");
+        assert_eq!(used[0].0, head);
+        assert!(self.guest.is_drained(0));
+        used[0].1
+    }
+
+    /// Asserts that guest memory is as the driver has written it, but for the writable ones of these
+    /// parts and the used rings.
+    fn assert_untouched(&self, except: &[Part]) {
+        const CHUNK: usize = 256;
+        let rings = (0..self.drivers.len() as u64).map(|ring| ring * RING_BYTES);
+        let rings = rings.map(|base| base + USED..base + RING_BYTES);
+        let except = except.iter().filter(|part| part.flags & WRITE != 0);
+        let allowed: Vec<Range<u64>> = rings.chain(except.map(Part::range)).collect();
+        let memory = self.all_memory();
+        for (chunk, (now, then)) in memory.chunks(CHUNK).zip(self.written.chunks(CHUNK)).enumerate() {
+            if now == then {
+                continue;
+            }
+            for (index, (now, then)) in now.iter().zip(then).enumerate() {
+                let place = (chunk * CHUNK + index) as u64;
+                let is_allowed = allowed.iter().any(|range| range.contains(&place));
+                assert!(now == then || is_allowed, "memory at {place:#x} was written to");
+            }
+        }
+    }
+}
+
+fn bytes_of(disk: &[u8], sector: usize, len: usize) -> Vec<u8> {
+    disk[sector * 512..sector * 512 + len].to_vec()
+}
+
+/// `len` bytes at `address`, in pieces of these lengths over and over.
+fn cut(whole: Part, lengths: &[usize]) -> Vec<Part> {
+    let mut parts = Vec::new();
+    let mut done = 0;
+    for &len in lengths.iter().cycle() {
+        let left = whole.len as usize - done;
+        if left == 0 {
+            break;
+        }
+        let len = len.min(left);
+        parts.push(Part {
+            address: whole.address + done as u64,
+            len: u32::try_from(len).unwrap(),
+            ..whole
+        });
+        done += len;
+    }
+    parts
+}
+
+fn gather(machine: &Machine, parts: &[Part]) -> Vec<u8> {
+    let pieces = parts
+        .iter()
+        .map(|part| machine.get(part.address, part.len as usize));
+    pieces.collect::<Vec<_>>().concat()
+}

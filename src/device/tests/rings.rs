@@ -1,0 +1,232 @@
+//! Rings: broken, full, stopped, served in turn, and when the driver is told.
+
+use super::*;
+
+/// A flush, whose status byte is at `STATUS + tag`.
+fn offer_flush(machine: &mut Machine, ring: usize, tag: u64) -> u16 {
+    machine.put(HEADER, &header(FLUSH, 0));
+    machine.put(STATUS + tag, &[NO_STATUS]);
+    machine.offer(ring, &[readable(HEADER, 16), writable(STATUS + tag, 1)])
+}
+
+#[test]
+fn a_head_out_of_the_table_gives_up_the_ring_alone() {
+    for head in [64, 65, u16::MAX] {
+        let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
+        // One in flight, one behind the broken one.
+        let in_flight = offer_flush(&mut machine, 0, 0);
+        let (tag, _) = machine.guest.next_request().unwrap();
+        machine.offer_head(0, head);
+        offer_flush(&mut machine, 0, 1);
+        let other = offer_flush(&mut machine, 1, 2);
+        machine.serve();
+        assert_eq!(machine.used(1), [(other, 1)]);
+        assert!(machine.used(0).is_empty());
+        assert!(!machine.guest.is_drained(0));
+        machine.guest.answered(tag, Ok(&[]));
+        assert_eq!(
+            machine.used(0),
+            [(in_flight, 1)],
+            "what was in flight is given back"
+        );
+        assert!(machine.guest.is_drained(0));
+        machine.serve();
+        assert_eq!(machine.get(STATUS + 1, 1), [NO_STATUS]);
+    }
+}
+
+#[test]
+fn an_available_index_that_jumps_gives_up_the_ring_alone() {
+    let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
+    machine.put(AVAILABLE + 2, &65u16.to_le_bytes());
+    let other = offer_flush(&mut machine, 1, 0);
+    machine.serve();
+    assert!(machine.used(0).is_empty());
+    assert!(machine.guest.is_drained(0));
+    assert!(
+        !machine.guest.ask_for_kicks(),
+        "there is nothing to come back for"
+    );
+    assert_eq!(machine.used(1), [(other, 1)]);
+    // It stays so until it is set up anew.
+    machine.put(AVAILABLE + 2, &0u16.to_le_bytes());
+    let head = offer_flush(&mut machine, 0, 1);
+    machine.serve();
+    assert!(machine.used(0).is_empty());
+    assert!(machine.guest.refresh(0, false));
+    machine.serve();
+    assert_eq!(machine.used(0), [(head, 1)]);
+}
+
+#[test]
+fn a_full_ring_and_indices_that_wrap() {
+    let mut machine = Machine::with(disk_info(), 1, 16, MEMORY_BYTES);
+    machine.vrings[0].set_queue_next_avail(u16::MAX - 3);
+    machine.vrings[0].set_queue_next_used(u16::MAX - 3);
+    machine.put(USED + 2, &(u16::MAX - 3).to_le_bytes());
+    machine.drivers[0] = Driver {
+        next_descriptor: 0,
+        available: u16::MAX - 3,
+        used: u16::MAX - 3,
+    };
+    for _ in 0..5 {
+        // Sixteen chains of one descriptor each.
+        machine.put(HEADER, &header(FLUSH, 0));
+        let heads: Vec<u16> = (0..16)
+            .map(|_| machine.offer(0, &[writable(STATUS, 1)]))
+            .collect();
+        machine.serve();
+        let used: Vec<u16> = machine.used(0).iter().map(|(head, _)| *head).collect();
+        assert_eq!(used, heads);
+    }
+}
+
+#[test]
+fn rings_are_served_in_turn() {
+    let mut machine = Machine::with(disk_info(), 3, 64, MEMORY_BYTES);
+    for index in 0..4u64 {
+        for ring in 0..3u64 {
+            let place = HEADER + (ring * 4 + index) * 16;
+            machine.put(place, &header(IN, ring * 100 + index));
+            let parts = [readable(place, 16), writable(DATA, 512), writable(STATUS, 1)];
+            machine.offer(usize::try_from(ring).unwrap(), &parts);
+        }
+    }
+    let pieces: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
+    let order: Vec<u64> = pieces
+        .iter()
+        .map(|(_, request)| match request {
+            GuestRequest::Read(range) => range.start,
+            other => panic!("{other:?}"),
+        })
+        .collect();
+    assert_eq!(order, [0, 100, 200, 1, 101, 201, 2, 102, 202, 3, 103, 203]);
+    for (tag, piece) in pieces {
+        machine.answer(tag, piece);
+    }
+    for ring in 0..3 {
+        assert_eq!(machine.used(ring).len(), 4);
+    }
+}
+
+#[test]
+fn a_stopped_ring_is_left_alone() {
+    type Change = fn(&Vring, bool);
+    let changes: [Change; 3] = [
+        |vring, on| vring.set_queue_ready(on),
+        |vring, on| vring.set_enabled(on),
+        |vring, on| vring.set_kick(on.then(|| File::open("/dev/null").unwrap())),
+    ];
+    for change in changes {
+        let mut machine = Machine::new();
+        let first = offer_flush(&mut machine, 0, 0);
+        let (tag, _) = machine.guest.next_request().unwrap();
+        let second = offer_flush(&mut machine, 0, 1);
+        change(&machine.vrings[0], false);
+        assert!(!machine.guest.refresh(0, false));
+        assert!(machine.guest.next_request().is_none());
+        assert!(!machine.guest.ask_for_kicks());
+        assert!(!machine.guest.is_drained(0));
+        machine.guest.answered(tag, Ok(&[]));
+        assert!(machine.guest.is_drained(0));
+        assert_eq!(machine.used(0), [(first, 1)]);
+        let before = machine.all_memory();
+        machine.serve();
+        machine.guest.signal();
+        assert!(
+            before == machine.all_memory(),
+            "memory of a stopped ring is touched"
+        );
+        // Started again, it goes on where it was.
+        change(&machine.vrings[0], true);
+        assert!(machine.guest.refresh(0, false));
+        machine.serve();
+        assert_eq!(machine.used(0), [(second, 1)]);
+    }
+}
+
+#[test]
+fn a_ring_that_lost_its_readiness_is_not_popped_even_before_the_device_is_told() {
+    let mut machine = Machine::new();
+    let head = offer_flush(&mut machine, 0, 0);
+    for change in [VringT::set_queue_ready, VringT::set_enabled] {
+        change(&machine.vrings[0], false);
+        assert!(machine.guest.next_request().is_none());
+        assert!(machine.guest.is_drained(0));
+        change(&machine.vrings[0], true);
+    }
+    // Nor is it given up.
+    machine.serve();
+    assert_eq!(machine.used(0), [(head, 1)]);
+}
+
+#[test]
+fn a_ring_outside_of_memory_is_not_served() {
+    let mut machine = Machine::new();
+    offer_flush(&mut machine, 0, 0);
+    for (table, available, used) in [
+        (OUTSIDE, AVAILABLE, USED),
+        (0, OUTSIDE, USED),
+        (0, AVAILABLE, OUTSIDE),
+        (0, AVAILABLE, MEMORY_BYTES - 16),
+    ] {
+        machine.vrings[0].set_queue_info(table, available, used).unwrap();
+        assert!(!machine.guest.refresh(0, false));
+        assert!(machine.guest.next_request().is_none());
+    }
+    machine.vrings[0].set_queue_info(0, AVAILABLE, USED).unwrap();
+    assert!(machine.guest.refresh(0, false));
+    machine.serve();
+    assert_eq!(machine.used(0).len(), 1);
+}
+
+/// With event indices the driver says after which entry it wants to be told, without them it is always told.
+#[test]
+fn the_driver_is_told_when_it_wants_to_be() {
+    let mut machine = Machine::new();
+    let (mut told, call) = std::io::pipe().unwrap();
+    machine.vrings[0].set_call(Some(File::from(std::os::fd::OwnedFd::from(call))));
+    machine.vrings[0].set_queue_event_idx(true);
+    let used_event = AVAILABLE + 4 + 2 * 64;
+    machine.put(used_event, &2u16.to_le_bytes());
+    for expected in [false, false, true, false] {
+        offer_flush(&mut machine, 0, 0);
+        machine.serve();
+        machine.guest.signal();
+        // A second call has nothing to tell.
+        machine.guest.signal();
+        assert_eq!(pending(&told), expected);
+        if expected {
+            told.read_exact(&mut [0; 8]).unwrap();
+            assert!(!pending(&told), "told once");
+        }
+    }
+}
+
+fn pending(pipe: &std::io::PipeReader) -> bool {
+    use std::os::fd::AsRawFd;
+    let mut poll = libc::pollfd {
+        fd: pipe.as_raw_fd(),
+        events: libc::POLLIN,
+        revents: 0,
+    };
+    // SAFETY: one initialised pollfd, valid for the call, which does not wait.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+}
+
+#[test]
+fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
+    let mut machine = Machine::new();
+    const NO_NOTIFY: u16 = 1;
+    offer_flush(&mut machine, 0, 0);
+    let (tag, _) = machine.guest.next_request().unwrap();
+    assert_eq!(machine.get_u16(USED), NO_NOTIFY);
+    machine.guest.answered(tag, Ok(&[]));
+    // What came in between, without a kick, is not lost.
+    offer_flush(&mut machine, 0, 1);
+    assert!(machine.guest.ask_for_kicks());
+    assert_eq!(machine.get_u16(USED), 0);
+    machine.serve();
+    assert!(!machine.guest.ask_for_kicks());
+    assert_eq!(machine.used(0).len(), 2);
+}
