@@ -360,13 +360,7 @@ fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
     let mut setup = Setup::new(3, &[]);
     let mut client = setup.connect(1);
     for _ in 0..50 {
-        let writes: Vec<_> = (0..32)
-            .map(|index| Request::Write {
-                offset: index * 65536,
-                memory: usize::try_from(index).unwrap() * 65536,
-                len: 65536,
-            })
-            .collect();
+        let writes = Request::writes(32, 65536);
         client.send(0, &writes);
         let mut done = 0;
         while done < writes.len() {

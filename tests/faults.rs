@@ -35,6 +35,15 @@ fn ms(count: u64) -> Duration {
     Duration::from_millis(count)
 }
 
+/// Our daemon on three replicas, these of which can be made to fail.
+fn with_faulty(faulty: Vec<usize>) -> Disk {
+    let plan = Plan {
+        faulty,
+        ..Plan::default()
+    };
+    Disk::start(System::Ours, &plan)
+}
+
 #[test]
 fn two_replicas_bad_in_different_sectors_fail_no_read() {
     let _machine = shared();
@@ -236,11 +245,7 @@ fn a_flush_fails_unless_enough_replicas_hold_what_was_written() {
 #[test]
 fn a_flush_that_fails_on_one_replica_succeeds() {
     let _machine = shared();
-    let plan = Plan {
-        faulty: vec![0],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
+    let disk = with_faulty(vec![0]);
     let mut client = disk.connect();
     client.write(0, 0, &[1; BLOCK]).unwrap();
     disk.faulty(0).inject(Operation::Sync, Fault::Fail(EIO));
@@ -256,11 +261,7 @@ fn a_flush_that_fails_on_one_replica_succeeds() {
 #[test]
 fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
     let _machine = shared();
-    let plan = Plan {
-        faulty: vec![1],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
+    let disk = with_faulty(vec![1]);
     let mut client = disk.connect();
     client.write(0, 0, &[1; BLOCK]).unwrap();
     disk.faulty(1).inject(Operation::Read, Fault::Fail(EIO));
@@ -303,11 +304,7 @@ fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
 #[test]
 fn a_replica_that_lies_is_outvoted_and_named() {
     let _machine = shared();
-    let plan = Plan {
-        faulty: vec![0],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
+    let disk = with_faulty(vec![0]);
     let mut client = disk.connect();
     client.write(0, 0, &[1; BLOCK]).unwrap();
     disk.faulty(0).inject(Operation::Read, Fault::Corrupt(0x10));
@@ -329,11 +326,7 @@ fn a_replica_that_lies_is_outvoted_and_named() {
 #[test]
 fn a_hanging_image_can_be_given_up() {
     let _machine = shared();
-    let plan = Plan {
-        faulty: vec![0, 1, 2],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
+    let disk = with_faulty(vec![0, 1, 2]);
     let mut client = disk.connect();
     for replica in 0..3 {
         disk.faulty(replica).inject(Operation::Read, Fault::Hang);
@@ -360,11 +353,7 @@ fn a_hanging_image_can_be_given_up() {
 #[test]
 fn a_flush_that_fails_costs_only_what_was_written() {
     let _machine = shared();
-    let plan = Plan {
-        faulty: vec![0, 1],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
+    let disk = with_faulty(vec![0, 1]);
     let mut client = disk.connect();
     client.write(0, 0, &[1; BLOCK]).unwrap();
     for replica in [0, 1] {

@@ -608,13 +608,7 @@ fn what_is_in_flight_is_answered_before_it_ends() {
         .map(|place| (place / 512).to_le_bytes()[0])
         .collect();
     client.memory(0)[..data.len()].copy_from_slice(&data);
-    let writes: Vec<_> = (0..REQUESTS)
-        .map(|index| Request::Write {
-            offset: (index * LEN) as u64,
-            memory: index * LEN,
-            len: LEN,
-        })
-        .collect();
+    let writes = Request::writes(REQUESTS, LEN);
     client.send(0, &writes);
     let mut answered = Vec::new();
     // They come in one batch: when one is answered, all have been taken.

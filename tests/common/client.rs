@@ -35,6 +35,19 @@ pub enum Request {
     Flush,
 }
 
+impl Request {
+    /// `count` writes of `len` bytes each, side by side on the disk and in memory from the beginning of both.
+    pub fn writes(count: usize, len: usize) -> Vec<Self> {
+        let offsets = (0..count).map(|index| index * len);
+        let write = |memory| Self::Write {
+            offset: memory as u64,
+            memory,
+            len,
+        };
+        offsets.map(write).collect()
+    }
+}
+
 impl Client {
     /// Connects to a daemon and starts `queues` queues of 256 entries.
     pub fn connect(socket: &Path, queues: usize) -> Self {

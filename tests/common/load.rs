@@ -225,13 +225,7 @@ pub fn write_from_changing_memory(client: &mut Client, random: &mut Random, time
     const LEN: usize = 64 << 10;
     let end = Instant::now() + time;
     while Instant::now() < end {
-        let writes: Vec<_> = (0..BATCH)
-            .map(|index| Request::Write {
-                offset: (index * LEN) as u64,
-                memory: index * LEN,
-                len: LEN,
-            })
-            .collect();
+        let writes = Request::writes(BATCH, LEN);
         client.send(0, &writes);
         let mut done = 0;
         while done < writes.len() {
