@@ -23,6 +23,21 @@ pub const SEGMENTS_MAX: u32 = 126;
 /// that a guest can not make the backend hold more than pieces of this size.
 pub const PIECE_BYTES_MAX: u64 = 1 << 20;
 
+/// Bytes of one piece of a discard or write-zeroes request. It needs no buffer, but a replica that can only
+/// write zeroes must get them written well within `--replica-timeout`, and its range is locked meanwhile.
+pub const ZERO_BYTES_MAX: u64 = 8 << 20;
+
+/// Pieces of one discard or write-zeroes request in flight at a time, so that a large one does not keep
+/// everything else waiting, and no replica late.
+pub const ZERO_PIECES_IN_FLIGHT_MAX: usize = 4;
+
+/// Sectors of one segment of a discard or write-zeroes request: `max_discard_sectors` and
+/// `max_write_zeroes_sectors` of the config space. 2 GiB, as QEMU allows.
+pub const ZERO_SECTORS_MAX: u32 = 1 << 22;
+
+/// Segments of one discard or write-zeroes request: `max_discard_seg` and `max_write_zeroes_seg`.
+pub const ZERO_SEGMENTS_MAX: u32 = 32;
+
 /// Runs of bad sectors named in one event; more are counted, not listed.
 pub const BAD_SECTOR_RUNS_MAX: usize = 16;
 

@@ -11,7 +11,7 @@
 //!           ▼
 //!        waiting for the range lock ─► confirming ─► answered, reported ─► mending ─► retired
 //!
-//! write  waiting for the range lock ─► writing ─► answered, retired
+//! write  waiting for the range lock ─► writing ─► answered, retired        discard and write-zeroes too
 //! flush  flushing ─► answered, retired
 //! ```
 //!
@@ -46,7 +46,7 @@ use self::range_locks::LockKey;
 use self::read::Read;
 use self::shared::Waiter;
 use self::time::Clock;
-use self::write::Write;
+use self::write::{Content, Write};
 use crate::limits::{
     BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX, REQUESTS_MAX,
 };
@@ -89,8 +89,8 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag(pub u64);
 
-/// What a guest can ask for. Ranges are within the disk, not empty, at most a piece long and multiples of
-/// [`Policy::block_sectors`]; the device has checked that.
+/// What a guest can ask for. Ranges are within the disk, not empty, multiples of [`Policy::block_sectors`] and,
+/// where nothing else is said, at most a piece long; the device has checked that.
 #[derive(Debug)]
 pub enum GuestRequest {
     /// Read the range.
@@ -102,6 +102,16 @@ pub enum GuestRequest {
         /// The private copy of the guest's data (W1).
         data: Buffer,
         /// The data must be durable when the request is answered: the guest has no flush.
+        durable: bool,
+    },
+    /// Make the range read as zeroes on every replica: a discard, or write-zeroes. At most
+    /// [`ZERO_BYTES_MAX`](crate::limits::ZERO_BYTES_MAX) long.
+    Zero {
+        /// The sectors.
+        range: SectorRange,
+        /// The space may be given back.
+        unmap: bool,
+        /// The zeroes must be durable when the request is answered.
         durable: bool,
     },
     /// Make every write that was answered before durable.
@@ -238,8 +248,13 @@ impl Engine {
         let request = match request {
             GuestRequest::Read(range) => Request::Read(Read::new(tag, range)),
             GuestRequest::Write { range, data, durable } => {
-                Request::Write(Write::new(tag, range, Rc::new(data), durable))
+                Request::Write(Write::new(tag, range, Content::Data(Rc::new(data)), durable))
             }
+            GuestRequest::Zero {
+                range,
+                unmap,
+                durable,
+            } => Request::Write(Write::new(tag, range, Content::Zeroes { unmap }, durable)),
             GuestRequest::Flush => Request::Flush(Flush::new(tag)),
         };
         self.begin(request, effects);
@@ -337,7 +352,7 @@ impl Request {
         match self {
             // One buffer for each replica, and one in which the winner may have to be put together.
             Self::Read(read) => read.range().bytes() * (policy.replicas as u64 + 1),
-            Self::Write(write) => write.range().bytes(),
+            Self::Write(write) => write.buffer_bytes(),
             Self::Flush(_) | Self::Lent => 0,
         }
     }

@@ -15,6 +15,9 @@ pub enum Mutant {
     /// W1: replicas are written from memory that the guest can change. Broken by the simulator, as the engine
     /// never sees guest memory.
     FanOutFromGuestMemory,
+    /// W4: a replica discards in its own way, and leaves what it likes. Broken by the simulator, as the engine
+    /// asks for zeroes only.
+    DiscardAsYouLike,
     /// R7: the guest is answered by one vote less than t'.
     EarlyDecision,
     /// W5: a flush succeeds if t replicas flushed, whatever they hold.
@@ -30,11 +33,12 @@ pub enum Mutant {
 }
 
 /// All of them.
-pub const ALL: [Mutant; 10] = [
+pub const ALL: [Mutant; 11] = [
     Mutant::VotePerRequest,
     Mutant::NoRangeLock,
     Mutant::RewriteUnconfirmed,
     Mutant::FanOutFromGuestMemory,
+    Mutant::DiscardAsYouLike,
     Mutant::EarlyDecision,
     Mutant::FlushCountsSuccesses,
     Mutant::FailedWriteNotStale,

@@ -14,11 +14,11 @@
 
 use std::collections::BTreeMap;
 
-use crate::limits::PIECE_BYTES_MAX;
+use crate::limits::ZERO_BYTES_MAX;
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 
 /// The longest range that can be locked, in sectors.
-pub(super) const LOCK_SECTORS_MAX: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;
+pub(super) const LOCK_SECTORS_MAX: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
 
 /// Names a lock, granted or waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]

@@ -1,4 +1,6 @@
-//! A guest write: the same bytes to every replica, in the same order everywhere (W1 to W3).
+//! A guest write: the same bytes to every replica, in the same order everywhere (W1 to W4).
+//!
+//! A discard and a write-zeroes are writes of zeroes that need no buffer.
 
 use std::rc::Rc;
 use std::time::Duration;
@@ -17,9 +19,18 @@ use crate::replica::operation::{Action, Operation, Reply, RequestId};
 pub(super) struct Write {
     tag: Tag,
     range: SectorRange,
-    data: Rc<Buffer>,
+    content: Content,
     durable: bool,
     stage: Stage,
+}
+
+/// What the range holds afterwards.
+#[derive(Clone, Debug)]
+pub(super) enum Content {
+    /// The private copy of the guest's data.
+    Data(Rc<Buffer>),
+    /// Zeroes; `unmap`: the space may be given back.
+    Zeroes { unmap: bool },
 }
 
 #[derive(Debug)]
@@ -38,11 +49,11 @@ struct Writing {
 }
 
 impl Write {
-    pub(super) fn new(tag: Tag, range: SectorRange, data: Rc<Buffer>, durable: bool) -> Self {
+    pub(super) fn new(tag: Tag, range: SectorRange, content: Content, durable: bool) -> Self {
         Self {
             tag,
             range,
-            data,
+            content,
             durable,
             stage: Stage::New,
         }
@@ -50,6 +61,31 @@ impl Write {
 
     pub(super) fn range(&self) -> SectorRange {
         self.range
+    }
+
+    /// Bytes of buffers that the request holds.
+    pub(super) fn buffer_bytes(&self) -> u64 {
+        match &self.content {
+            Content::Data(data) => data.len() as u64,
+            Content::Zeroes { .. } => 0,
+        }
+    }
+
+    fn action(&self) -> Action {
+        let (range, durable) = (self.range, self.durable);
+        match &self.content {
+            Content::Data(data) => Action::Write {
+                range,
+                data: Rc::clone(data),
+                offset_bytes: 0,
+                durable,
+            },
+            Content::Zeroes { unmap } => Action::Zero {
+                range,
+                unmap: *unmap,
+                durable,
+            },
+        }
     }
 
     /// The replicas whose replies are out, if they were asked at `limit` or before.
@@ -89,12 +125,7 @@ impl Write {
             let operation = Operation {
                 request: id,
                 replica,
-                action: Action::Write {
-                    range: self.range,
-                    data: Rc::clone(&self.data),
-                    offset_bytes: 0,
-                    durable: self.durable,
-                },
+                action: self.action(),
             };
             core.submit(operation, effects);
         }
@@ -110,6 +141,13 @@ impl Write {
         }
         if let Err(errno) = reply.result {
             report_error(effects, reply.replica, OperationType::Write, self.range, errno);
+            if self.durable {
+                // It may be what the kernel had to tell of pages written before.
+                let replica = reply.replica;
+                if core.shared.health(|health| health.failed_to_persist(replica)) {
+                    effects.health_changed();
+                }
+            }
         }
         writing.tally.record(reply.replica, reply.result.is_ok());
         self.finish_if_complete(core, effects)

@@ -233,6 +233,18 @@ impl Health {
         }
     }
 
+    /// `replica` has failed to make a write durable by itself. The kernel tells of a page that it could not write
+    /// back once, to a flush or to such a write: this may have been about what was written before. `true` if
+    /// there was anything.
+    pub fn failed_to_persist(&mut self, replica: ReplicaIndex) -> bool {
+        let unconfirmed = &self.replicas[replica.as_usize()].unconfirmed;
+        let anything = !self.written.is_empty() || !unconfirmed.is_empty();
+        if anything {
+            self.not_durable(replica);
+        }
+        anything
+    }
+
     /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing now.
     fn not_durable(&mut self, replica: ReplicaIndex) {
         self.failures.0 += 1;

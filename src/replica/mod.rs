@@ -7,3 +7,4 @@ pub mod file;
 pub mod image_lock;
 pub mod operation;
 pub mod ring;
+mod zero;

@@ -45,6 +45,15 @@ pub enum Action {
         /// The data must be on stable storage when the reply comes.
         durable: bool,
     },
+    /// Make the range read as zeroes, whatever that takes (W4).
+    Zero {
+        /// The sectors.
+        range: SectorRange,
+        /// Give the space back where the replica can.
+        unmap: bool,
+        /// The zeroes must be on stable storage when the reply comes.
+        durable: bool,
+    },
     /// Put everything that was written on stable storage.
     Flush,
 }
@@ -71,7 +80,7 @@ impl Action {
     pub fn describe(&self) -> (OperationType, SectorRange) {
         match self {
             Self::Read { range, .. } => (OperationType::Read, *range),
-            Self::Write { range, .. } => (OperationType::Write, *range),
+            Self::Write { range, .. } | Self::Zero { range, .. } => (OperationType::Write, *range),
             Self::Flush => (OperationType::Flush, SectorRange::new(0, 0)),
         }
     }
@@ -80,7 +89,7 @@ impl Action {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Read { range, .. } | Self::Write { range, .. } => range.bytes(),
-            Self::Flush => 0,
+            Self::Zero { .. } | Self::Flush => 0,
         }
     }
 }

@@ -15,8 +15,9 @@ use log::debug;
 use slab::Slab;
 
 use super::operation::{Action, Operation, Reply};
+use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::limits::RING_ENTRIES;
-use crate::quorum::Errno;
+use crate::quorum::{Errno, SECTOR_BYTES, SectorRange};
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
 const RETRIES_MAX: u32 = 16;
@@ -61,6 +62,8 @@ pub struct Watch {
 pub struct Ring {
     uring: IoUring,
     in_flight: Slab<InFlight>,
+    /// How each replica is best made to hold zeroes.
+    ways: Ways,
     /// Operations in flight, watches not counted.
     operations: usize,
     completions: VecDeque<Completion>,
@@ -69,6 +72,7 @@ pub struct Ring {
 enum InFlight {
     Operation {
         operation: Operation,
+        step: Step,
         done_bytes: usize,
         retries: u32,
     },
@@ -78,6 +82,17 @@ enum InFlight {
         /// `false` once it was given back: what still arrives is ignored.
         wanted: bool,
     },
+}
+
+/// What the kernel is doing for an operation. Most take one step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Step {
+    /// What it says.
+    Itself,
+    /// Zeroing in this way.
+    Zeroing(Way),
+    /// The zeroes are there; they are made durable.
+    Persisting,
 }
 
 impl Ring {
@@ -97,6 +112,7 @@ impl Ring {
         Ok(Self {
             uring,
             in_flight: Slab::new(),
+            ways: Ways::new(files.len()),
             operations: 0,
             completions: VecDeque::new(),
         })
@@ -105,8 +121,13 @@ impl Ring {
     /// Queues `operation`; its reply comes out of a later [`Self::enter`].
     pub fn push(&mut self, operation: Operation) -> io::Result<()> {
         self.operations += 1;
+        let step = match &operation.action {
+            Action::Zero { unmap, .. } => Step::Zeroing(self.ways.best(operation.replica, *unmap)),
+            Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Itself,
+        };
         let slot = self.in_flight.insert(InFlight::Operation {
             operation,
+            step,
             done_bytes: 0,
             retries: 0,
         });
@@ -207,10 +228,11 @@ impl Ring {
             }
             InFlight::Operation {
                 operation,
+                step,
                 done_bytes,
                 retries,
             } => {
-                let result = match Outcome::of(&operation.action, *done_bytes, entry.result()) {
+                let result = match Outcome::of(&operation.action, *step, *done_bytes, entry.result()) {
                     Outcome::Again { done } if *retries < RETRIES_MAX || done > 0 => {
                         *done_bytes += done;
                         *retries = if done > 0 { 0 } else { *retries + 1 };
@@ -220,6 +242,20 @@ impl Ring {
                     Outcome::Done => Ok(()),
                     Outcome::Failed(errno) => Err(errno),
                 };
+                if let (Step::Zeroing(way), Action::Zero { unmap, durable, .. }) = (*step, &operation.action)
+                {
+                    let next = match result {
+                        Ok(()) => durable.then_some(Step::Persisting),
+                        Err(errno) => {
+                            let other = self.ways.after(operation.replica, *unmap, way, errno);
+                            other.map(Step::Zeroing)
+                        }
+                    };
+                    if let Some(next) = next {
+                        (*step, *done_bytes, *retries) = (next, 0, 0);
+                        return self.queue_slot(slot);
+                    }
+                }
                 self.operations -= 1;
                 if let InFlight::Operation { operation, .. } = self.in_flight.remove(slot) {
                     self.completions
@@ -279,16 +315,17 @@ enum Outcome {
 }
 
 impl Outcome {
-    fn of(action: &Action, done_bytes: usize, result: i32) -> Self {
+    fn of(action: &Action, step: Step, done_bytes: usize, result: i32) -> Self {
         match usize::try_from(result) {
             Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => Self::Again { done: 0 },
             Err(_) => Self::Failed(Errno(-result)),
             Ok(done) => {
-                let left = match action {
-                    Action::Flush => return Self::Done,
-                    Action::Read { range, .. } | Action::Write { range, .. } => {
+                let left = match (action, step) {
+                    (Action::Read { range, .. } | Action::Write { range, .. }, _)
+                    | (Action::Zero { range, .. }, Step::Zeroing(Way::Write)) => {
                         len_of(range.bytes()) - done_bytes
                     }
+                    (Action::Flush | Action::Zero { .. }, _) => return Self::Done,
                 };
                 match done {
                     done if done == left => Self::Done,
@@ -307,6 +344,7 @@ impl InFlight {
             Self::Watch { fd, .. } => opcode::PollAdd::new(Fd(*fd), POLLIN).multi(true).build(),
             Self::Operation {
                 operation,
+                step,
                 done_bytes,
                 ..
             } => {
@@ -316,7 +354,7 @@ impl InFlight {
                     Action::Read { range, into } => {
                         let rest = &mut into[skip..];
                         opcode::Read::new(file, rest.as_mut_ptr(), u32_of(rest.len()))
-                            .offset(range.start * crate::quorum::SECTOR_BYTES + skip as u64)
+                            .offset(range.start * SECTOR_BYTES + skip as u64)
                             .build()
                     }
                     Action::Write {
@@ -328,13 +366,37 @@ impl InFlight {
                         let from = *offset_bytes + skip;
                         let rest = &data[from..*offset_bytes + len_of(range.bytes())];
                         opcode::Write::new(file, rest.as_ptr(), u32_of(rest.len()))
-                            .offset(range.start * crate::quorum::SECTOR_BYTES + skip as u64)
+                            .offset(range.start * SECTOR_BYTES + skip as u64)
                             .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
                             .build()
                     }
-                    Action::Flush => opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build(),
+                    Action::Zero { range, .. } => match step {
+                        Step::Zeroing(way) => zeroing(file, *way, *range, skip),
+                        Step::Itself | Step::Persisting => persisting(file),
+                    },
+                    Action::Flush => persisting(file),
                 }
             }
+        }
+    }
+}
+
+fn persisting(file: Fixed) -> squeue::Entry {
+    opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build()
+}
+
+fn zeroing(file: Fixed, way: Way, range: SectorRange, skip: usize) -> squeue::Entry {
+    let start = range.start * SECTOR_BYTES;
+    match way.fallocate_mode() {
+        Some(mode) => opcode::Fallocate::new(file, range.bytes())
+            .offset(start)
+            .mode(mode)
+            .build(),
+        None => {
+            let len = (len_of(range.bytes()) - skip).min(ZEROES_BYTES);
+            opcode::Write::new(file, ZEROES.0.as_ptr(), u32_of(len))
+                .offset(start + skip as u64)
+                .build()
         }
     }
 }
@@ -375,7 +437,7 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::quorum::{ReplicaIndex, SectorRange};
+    use crate::quorum::ReplicaIndex;
     use crate::replica::buffer::BufferPool;
     use crate::replica::operation::RequestId;
 
@@ -429,6 +491,64 @@ mod tests {
         ring.push(operation(Action::Flush)).unwrap();
         assert_eq!(reply_of(&mut ring).result, Ok(()));
         assert_eq!(ring.operations, 0);
+    }
+
+    fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
+        ring.push(operation(Action::Zero {
+            range,
+            unmap,
+            durable: true,
+        }))
+        .unwrap();
+        reply_of(ring).result
+    }
+
+    #[test]
+    fn zeroes_in_every_way_and_nothing_else() {
+        let file = tempfile::tempfile().unwrap();
+        let len = 3 * ZEROES_BYTES;
+        let lacks_nothing = |_: &mut Ways| {};
+        let lacks_holes = |ways: &mut Ways| {
+            ways.after(ReplicaIndex(0), true, Way::PunchHole, Errno(libc::EOPNOTSUPP));
+        };
+        let lacks_both = |ways: &mut Ways| {
+            for way in [Way::PunchHole, Way::ZeroRange] {
+                ways.after(ReplicaIndex(0), true, way, Errno(libc::EOPNOTSUPP));
+            }
+        };
+        let kinds: [&dyn Fn(&mut Ways); 3] = [&lacks_nothing, &lacks_holes, &lacks_both];
+        for (lacks, unmap) in kinds
+            .into_iter()
+            .flat_map(|lacks| [(lacks, true), (lacks, false)])
+        {
+            file.write_all_at(&vec![7; len], 0).unwrap();
+            let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+            lacks(&mut ring.ways);
+            // Neither end is that of a page.
+            let range = SectorRange::new(3, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 77);
+            assert_eq!(zero(&mut ring, range, unmap), Ok(()));
+            let mut bytes = vec![0; len];
+            file.read_exact_at(&mut bytes, 0).unwrap();
+            let start = len_of(range.start * SECTOR_BYTES);
+            let (before, rest) = bytes.split_at(start);
+            let (zeroed, after) = rest.split_at(len_of(range.bytes()));
+            assert!(
+                before.iter().chain(after).all(|byte| *byte == 7),
+                "unmap: {unmap}"
+            );
+            assert!(zeroed.iter().all(|byte| *byte == 0), "unmap: {unmap}");
+            assert_eq!(ring.operations, 0);
+        }
+    }
+
+    #[test]
+    fn unmapping_gives_the_space_back() {
+        use std::os::unix::fs::MetadataExt;
+        let file = tempfile::tempfile().unwrap();
+        file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
+        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        assert_eq!(zero(&mut ring, SectorRange::new(0, 2048), true), Ok(()));
+        assert_eq!(file.metadata().unwrap().blocks(), 0);
     }
 
     #[test]

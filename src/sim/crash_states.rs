@@ -242,7 +242,7 @@ impl<'a> State<'a> {
         let (held, case) = (&mut self.held[replica], self.case);
         let mut covers = [None; SECTORS];
         let act = match &operation.action {
-            Action::Read { .. } => unreachable!("nobody reads"),
+            Action::Read { .. } | Action::Zero { .. } => unreachable!("nobody reads or discards"),
             Action::Write { range, data, .. } => {
                 let value = parse(&data[..SECTOR_LEN]).and_then(Value::write);
                 let act = usize::try_from(value.expect("a guest's write")).expect("few") - 1;
@@ -302,7 +302,7 @@ impl<'a> State<'a> {
                 }
             }
             (Action::Flush, true) => held.dirty = [None; SECTORS],
-            (Action::Write { .. }, true) | (Action::Read { .. }, _) => {}
+            (Action::Write { .. }, true) | (Action::Read { .. } | Action::Zero { .. }, _) => {}
         }
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
         self.engine

@@ -10,7 +10,7 @@ use super::checks::ToldError;
 use super::effects::{SECTOR_LEN, fill, parse};
 use super::model::Value;
 use super::plan::bits;
-use super::world::{Checked, PendingKind, World, show, trace};
+use super::world::{Checked, Pending, PendingKind, PendingWrite, World, show, trace};
 use crate::engine::ReadPattern;
 use crate::engine::mutant::{self, Mutant};
 use crate::quorum::{Errno, SectorRange};
@@ -64,13 +64,16 @@ impl Flight {
             (Action::Read { .. }, _) => "read",
             (Action::Write { .. }, Some(_)) => "write",
             (Action::Write { .. }, None) => "rewrite",
+            (Action::Zero { .. }, _) => "zero",
             (Action::Flush, _) => "flush",
         }
     }
 
     fn range(&self) -> Option<SectorRange> {
         match &self.operation.action {
-            Action::Read { range, .. } | Action::Write { range, .. } => Some(*range),
+            Action::Read { range, .. } | Action::Write { range, .. } | Action::Zero { range, .. } => {
+                Some(*range)
+            }
             Action::Flush => None,
         }
     }
@@ -87,7 +90,7 @@ impl World {
         let disk = self.plan.disk();
         let (sectors, write) = match &operation.action {
             Action::Flush => (self.replicas[replica].dirty(), None),
-            Action::Read { range, .. } | Action::Write { range, .. } => {
+            Action::Read { range, .. } | Action::Write { range, .. } | Action::Zero { range, .. } => {
                 if range.count == 0 || range.start < disk.start || range.end() > disk.end() {
                     return Err(Violation::new(
                         "range",
@@ -98,7 +101,8 @@ impl World {
                     Action::Write {
                         data, offset_bytes, ..
                     } => self.guest_write(replica, *range, &data[*offset_bytes..])?,
-                    _ => None,
+                    Action::Zero { .. } => Some(self.guest_zero(replica, *range)?),
+                    Action::Read { .. } | Action::Flush => None,
                 };
                 (self.plan.mask(*range), write)
             }
@@ -133,26 +137,42 @@ impl World {
         let Some(number) = parse(&data[..SECTOR_LEN]).and_then(Value::write) else {
             return Ok(None);
         };
+        let is_this =
+            |pending: &Pending, write: &PendingWrite| write.number == number && pending.range == range;
         let failures = self.ledger.failures;
-        for pending in &mut self.pending {
-            if let PendingKind::Write(write) = &mut pending.kind
-                && write.number == number
-                && pending.range == range
-            {
-                if write.handed_to & (1 << replica) != 0 {
-                    return Err(Violation::new(
-                        "W3",
-                        format!("w{number} twice on replica {replica}"),
-                    ));
-                }
-                if write.handed_to == 0 {
-                    write.failures = failures;
-                }
-                write.handed_to |= 1 << replica;
-                return Ok(Some(number));
-            }
+        let write = self.pending_write(is_this);
+        write.map(|write| write.hand_to(replica, failures)).transpose()
+    }
+
+    /// The guest's zeroing that an operation belongs to. Zeroes do not tell who wrote them, but of those of one
+    /// range and one worker the first one that this replica was not handed is meant: they run in order.
+    fn guest_zero(&mut self, replica: usize, range: SectorRange) -> Result<u64, Violation> {
+        let worker = self.input_from;
+        let is_this = |pending: &Pending, write: &PendingWrite| {
+            let here = pending.worker == worker && pending.range == range;
+            here && write.zeroes && write.handed_to & (1 << replica) == 0
+        };
+        let failures = self.ledger.failures;
+        match self.pending_write(is_this) {
+            Some(write) => write.hand_to(replica, failures),
+            None => Err(Violation::new("W4", "zeroes that nobody asked for")),
         }
-        Ok(None)
+    }
+
+    /// The first of the guest's writes that is meant.
+    fn pending_write(
+        &mut self,
+        is_meant: impl Fn(&Pending, &PendingWrite) -> bool,
+    ) -> Option<&mut PendingWrite> {
+        let meant = self.pending.iter_mut().filter(|pending| match &pending.kind {
+            PendingKind::Write(write) => is_meant(pending, write),
+            PendingKind::Read | PendingKind::Flush => false,
+        });
+        let first = meant.min_by_key(|pending| pending.tag.0)?;
+        match &mut first.kind {
+            PendingKind::Write(write) => Some(write),
+            PendingKind::Read | PendingKind::Flush => None,
+        }
     }
 
     /// A replica is about to be mended: if enough replicas lie to win a vote, right bytes may be replaced.
@@ -175,15 +195,17 @@ impl World {
                 flight.fate = Fate::Fails;
                 flight.sectors = 0;
             }
-            Action::Write { .. } if random.chance(faults.write_error) => {
+            Action::Write { .. } | Action::Zero { .. } if random.chance(faults.write_error) => {
                 flight.fate = Fate::Fails;
                 flight.sectors &= random.bits();
             }
-            Action::Write { .. } if random.chance(faults.lost) => {
+            Action::Write { .. } | Action::Zero { .. } if random.chance(faults.lost) => {
                 flight.fate = Fate::Lies;
                 flight.sectors &= random.bits() & random.bits();
             }
-            Action::Write { .. } if self.plan.sectors > 1 && random.chance(faults.misdirected) => {
+            Action::Write { .. } | Action::Zero { .. }
+                if self.plan.sectors > 1 && random.chance(faults.misdirected) =>
+            {
                 let shift = 1 + random.below(self.plan.sectors - 1);
                 flight.fate = Fate::Misdirected(usize::try_from(shift).expect("few"));
             }
@@ -257,6 +279,13 @@ impl World {
                     self.write_sector(replica, sector, value, flight.fate, guest);
                 }
             }
+            Action::Zero { unmap, .. } => {
+                let number = flight.write.expect("only guests zero");
+                for sector in bits(now) {
+                    let value = self.discarded(Value::written(number, sector), *unmap);
+                    self.write_sector(replica, sector, value, flight.fate, true);
+                }
+            }
         }
         trace!(
             self,
@@ -275,7 +304,8 @@ impl World {
     /// The host crashes: the operation takes effect on these sectors only.
     pub(super) fn crash_in_flight(&mut self, index: usize, sectors: u64) {
         let now = sectors & self.flights[index].sectors;
-        if now != 0 && matches!(self.flights[index].operation.action, Action::Write { .. }) {
+        let action = &self.flights[index].operation.action;
+        if now != 0 && matches!(action, Action::Write { .. } | Action::Zero { .. }) {
             self.take_effect(index, now);
         }
     }
@@ -289,6 +319,15 @@ impl World {
             return Value::rotten(self.rotten);
         }
         value
+    }
+
+    /// A replica's discard leaves zeroes. (Unless a mutant lets it do as it likes.)
+    fn discarded(&mut self, zero: Value, unmap: bool) -> Value {
+        if unmap && mutant::is_broken(Mutant::DiscardAsYouLike) {
+            self.rotten += 1;
+            return Value::rotten(self.rotten);
+        }
+        zero
     }
 
     fn write_sector(&mut self, replica: usize, sector: usize, value: Value, fate: Fate, guest: bool) {
@@ -321,7 +360,7 @@ impl World {
         let mut failed = fate == Fate::Fails;
         match &flight.operation.action {
             Action::Read { .. } => {}
-            Action::Write { durable, .. } => {
+            Action::Write { durable, .. } | Action::Zero { durable, .. } => {
                 let durable = *durable;
                 let mask = range.map_or(0, |range| self.plan.mask(range));
                 if fate == Fate::Lies {
@@ -415,7 +454,15 @@ impl World {
                     self.ledger.excused[replica] &= !self.plan.mask(*range);
                 }
             }
-            (_, true) | (Action::Write { .. }, false) => {}
+            (_, true) => {}
+            (Action::Write { durable, .. } | Action::Zero { durable, .. }, false) => {
+                if *durable {
+                    // It may have told of what was mended before.
+                    self.ledger.failures[replica] += 1;
+                    let all = self.replicas[replica].all();
+                    self.mark_excused(replica, all);
+                }
+            }
             (Action::Read { range, .. }, false) => {
                 let mask = self.plan.mask(*range);
                 for pending in &mut self.pending {

@@ -63,10 +63,12 @@ pub struct Plan {
     pub blocks_max: u64,
     /// How many requests the guest makes.
     pub requests: u64,
-    /// Of 100 requests, how many are reads, and how many flushes; the rest are writes.
+    /// Of 100 requests, how many are reads, flushes, discards and write-zeroes; the rest are writes.
     pub reads: u64,
     /// See `reads`.
     pub flushes: u64,
+    /// See `reads`.
+    pub zeroes: u64,
     /// The guest has no flush: each write is durable when it is answered.
     pub durable: bool,
     /// The guest submits this eagerly, against one chance for each operation in flight.
@@ -132,6 +134,7 @@ impl Plan {
             requests: random.pick(&[8, 15, 15, 25, 50]),
             reads: random.pick(&[20, 40, 40, 60, 80]),
             flushes: if durable { 0 } else { random.pick(&[0, 5, 5, 15]) },
+            zeroes: random.pick(&[0, 0, 5, 20]),
             durable,
             eagerness: random.pick(&[1, 3, 10]),
             tear: random.pick(&[0, HALF, HALF + HALF / 2]),

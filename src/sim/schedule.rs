@@ -181,6 +181,9 @@ impl World {
         let range = self.plan.range(&mut self.random);
         if kind < self.plan.flushes + self.plan.reads {
             self.submit_read(worker, range)
+        } else if kind < self.plan.flushes + self.plan.reads + self.plan.zeroes {
+            let unmap = self.random.below(2) == 0;
+            self.submit_zero(worker, range, unmap)
         } else {
             self.submit_write(worker, range)
         }

@@ -45,12 +45,34 @@ pub(super) enum PendingKind {
 #[derive(Debug)]
 pub(super) struct PendingWrite {
     pub(super) number: u64,
+    /// It writes zeroes, which in here have the colour of its number: so a zero tells who wrote it.
+    pub(super) zeroes: bool,
     /// The replicas it was handed to, masks of replicas.
     pub(super) handed_to: u32,
     pub(super) succeeded: u32,
     pub(super) failed: u32,
     /// The failures of each replica when it was handed to them.
     pub(super) failures: [u32; REPLICAS_MAX],
+}
+
+impl PendingWrite {
+    /// It goes to a replica. Returns its number.
+    pub(super) fn hand_to(
+        &mut self,
+        replica: usize,
+        failures: [u32; REPLICAS_MAX],
+    ) -> Result<u64, Violation> {
+        let number = self.number;
+        if self.handed_to & (1 << replica) != 0 {
+            let text = format!("w{number} twice on replica {replica}");
+            return Err(Violation::new("W3", text));
+        }
+        if self.handed_to == 0 {
+            self.failures = failures;
+        }
+        self.handed_to |= 1 << replica;
+        Ok(number)
+    }
 }
 
 /// The world.
@@ -316,10 +338,33 @@ impl World {
     }
 
     pub(super) fn submit_write(&mut self, worker: usize, range: SectorRange) -> Checked {
+        let (tag, number) = self.pend_write(worker, range, false);
+        let mut data = self.pools[worker].take(usize::try_from(range.bytes()).expect("few"));
+        let sectors = bits(self.plan.mask(range));
+        for (sector, bytes) in sectors.zip(data.chunks_exact_mut(SECTOR_LEN)) {
+            fill(bytes, Value::written(number, sector));
+        }
+        let durable = self.plan.durable;
+        self.submit(worker, tag, GuestRequest::Write { range, data, durable })
+    }
+
+    pub(super) fn submit_zero(&mut self, worker: usize, range: SectorRange, unmap: bool) -> Checked {
+        let (tag, _) = self.pend_write(worker, range, true);
+        let durable = self.plan.durable;
+        let zero = GuestRequest::Zero {
+            range,
+            unmap,
+            durable,
+        };
+        self.submit(worker, tag, zero)
+    }
+
+    fn pend_write(&mut self, worker: usize, range: SectorRange, zeroes: bool) -> (Tag, u64) {
         self.writes += 1;
         let number = self.writes;
         let write = PendingWrite {
             number,
+            zeroes,
             handed_to: 0,
             succeeded: 0,
             failed: 0,
@@ -328,20 +373,17 @@ impl World {
         let tag = self.pend(worker, range, PendingKind::Write(write));
         trace!(
             self,
-            "guest: {} writes {} on worker {worker}: w{number}",
+            "guest: {} {} {} on worker {worker}: w{number}",
             tag.0,
+            if zeroes { "zeroes" } else { "writes" },
             show(range)
         );
-        let mut data = self.pools[worker].take(usize::try_from(range.bytes()).expect("few"));
-        let sectors = bits(self.plan.mask(range));
-        for (sector, bytes) in sectors.zip(data.chunks_exact_mut(SECTOR_LEN)) {
+        for sector in bits(self.plan.mask(range)) {
             let value = Value::written(number, sector);
-            fill(bytes, value);
             self.model.write_began(sector, value, self.now);
             self.stirred[sector] = self.now;
         }
-        let durable = self.plan.durable;
-        self.submit(worker, tag, GuestRequest::Write { range, data, durable })
+        (tag, number)
     }
 
     fn pend(&mut self, worker: usize, range: SectorRange, kind: PendingKind) -> Tag {

@@ -275,6 +275,7 @@ impl Machine {
         let (name, range) = match &request {
             GuestRequest::Read(range) => ("read", *range),
             GuestRequest::Write { range, .. } => ("write", *range),
+            GuestRequest::Zero { range, unmap, .. } => (if *unmap { "unmap" } else { "zero" }, *range),
             GuestRequest::Flush => ("flush", SectorRange::new(0, 0)),
         };
         self.asked.push((name, range.start, range.count));
@@ -285,6 +286,11 @@ impl Machine {
             GuestRequest::Read(_) => Ok(&self.disk[place]),
             GuestRequest::Write { data, durable, .. } => {
                 self.disk[place].copy_from_slice(&data);
+                self.durable = durable;
+                Ok(&[])
+            }
+            GuestRequest::Zero { durable, .. } => {
+                self.disk[place].fill(0);
                 self.durable = durable;
                 Ok(&[])
             }
