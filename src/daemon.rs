@@ -22,7 +22,7 @@ use crate::control::events::Names;
 use crate::control::publisher::Publisher;
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
-use crate::device::frontend::{AcceptedFeatures, Frontend};
+use crate::device::frontend::{DriverChoices, Frontend};
 use crate::device::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::message::{Quoted, Reason};
@@ -105,7 +105,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
         )),
         files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
         memory: GuestMemoryAtomic::new(GuestMemory::new()),
-        accepted: Arc::new(AcceptedFeatures::default()),
+        choices: Arc::new(DriverChoices::default()),
         events: Arc::clone(&queue),
         stop: stop.clone(),
     };
@@ -166,7 +166,7 @@ fn serve(
         disk.memory.clone(),
         vrings,
         workers.ring_server(),
-        Arc::clone(&disk.accepted),
+        Arc::clone(&disk.choices),
     )));
     let connections = Connections::start(Arc::clone(&listener), frontend)
         .map_err(system("cannot start the frontend thread"))?;
@@ -195,13 +195,12 @@ fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
 }
 
 fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
+    let greatest = |bytes: fn(&ReplicaFile) -> u32| replicas.iter().map(bytes).max().unwrap_or(512);
+    let block_bytes = greatest(|replica| replica.alignment_bytes);
     DiskInfo {
         capacity_sectors: replicas[0].size_bytes / SECTOR_BYTES,
-        block_bytes: replicas
-            .iter()
-            .map(|replica| replica.alignment_bytes)
-            .max()
-            .unwrap_or(512),
+        block_bytes,
+        physical_block_bytes: greatest(|replica| replica.physical_block_bytes).max(block_bytes),
         read_only: config.read_only,
         serial: config.serial.clone(),
         num_queues: config.queue_count,

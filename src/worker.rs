@@ -18,10 +18,10 @@ use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::queue::EventQueue;
-use crate::device::frontend::{AcceptedFeatures, RingServer};
+use crate::device::frontend::{DriverChoices, RingServer};
 use crate::device::guest::Guest;
-use crate::device::{DiskInfo, GuestMemory, Vring, config_space};
-use crate::engine::{Effects, Engine, Failed, Policy, Shared, Tag, WorkerIndex};
+use crate::device::{DiskInfo, GuestMemory, Vring};
+use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
 use crate::quorum::SectorRange;
 use crate::quorum::report::Report;
 use crate::replica::buffer::BufferPool;
@@ -30,6 +30,9 @@ use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 
 /// The mailbox's watch; rings have their index.
 const MAILBOX: WatchToken = WatchToken(u32::MAX);
+
+/// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are fewer.
+const OWN_FLUSH: Tag = Tag(u64::MAX);
 
 /// Why the daemon must stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,8 +58,8 @@ pub struct Disk {
     pub files: Vec<RawFd>,
     /// Guest memory.
     pub memory: GuestMemoryAtomic<GuestMemory>,
-    /// What the driver accepted.
-    pub accepted: Arc<AcceptedFeatures>,
+    /// What the driver has chosen.
+    pub choices: Arc<DriverChoices>,
     /// Where reports go.
     pub events: Arc<EventQueue>,
     /// Where to tell that the daemon must stop.
@@ -68,6 +71,8 @@ enum Message {
     Refresh { ring: usize, done: SyncSender<()> },
     /// A range lock was granted.
     Granted(RequestId),
+    /// Flush the replicas, and tell whether that went well.
+    Flush { done: SyncSender<bool> },
     /// Look at the replicas' health.
     Tick,
     /// End when everything in flight is done.
@@ -107,6 +112,7 @@ impl std::fmt::Debug for Message {
         f.write_str(match self {
             Self::Refresh { .. } => "Refresh",
             Self::Granted(_) => "Granted",
+            Self::Flush { .. } => "Flush",
             Self::Tick => "Tick",
             Self::Exit => "Exit",
         })
@@ -201,13 +207,19 @@ impl RingServer for Handle {
         // The worker drops its end; nothing is ever sent.
         let _ = is_done.recv();
     }
+
+    fn flush(&self) -> bool {
+        let (done, is_done) = sync_channel(1);
+        self.0[0].send(Message::Flush { done });
+        is_done.recv().unwrap_or(false)
+    }
 }
 
 struct Worker {
     engine: Engine,
     io: Io,
     mailbox: Arc<Mailbox>,
-    accepted: Arc<AcceptedFeatures>,
+    choices: Arc<DriverChoices>,
     vrings: Vec<Vring>,
     kicks: Vec<Option<Watch>>,
     /// Rings that were stopped and are not drained yet, and who waits for that.
@@ -222,6 +234,8 @@ struct Io {
     guest: Guest,
     mailboxes: Vec<Arc<Mailbox>>,
     events: Arc<EventQueue>,
+    /// Who waits for a flush of ours; they are answered in order.
+    flushing: VecDeque<SyncSender<bool>>,
     stop: std::sync::mpsc::Sender<Stop>,
     /// The first failure of the ring; found by the loop.
     failure: Option<io::Error>,
@@ -235,6 +249,13 @@ impl Effects for Io {
     }
 
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
+        if tag == OWN_FLUSH {
+            if let Some(done) = self.flushing.pop_front() {
+                // Who asked may have given up.
+                let _ = done.send(result.is_ok());
+            }
+            return;
+        }
         self.guest.answered(tag, result);
     }
 
@@ -277,11 +298,12 @@ impl Worker {
                 guest: Guest::new(disk.info, disk.memory, vrings.clone(), pool),
                 mailboxes,
                 events: disk.events,
+                flushing: VecDeque::new(),
                 stop: disk.stop,
                 failure: None,
             },
             mailbox,
-            accepted: disk.accepted,
+            choices: disk.choices,
             kicks: vrings.iter().map(|_| None).collect(),
             vrings,
             draining: Vec::new(),
@@ -359,6 +381,10 @@ impl Worker {
     fn handle(&mut self, message: Message) -> io::Result<()> {
         match message {
             Message::Granted(request) => self.engine.granted(request, &mut self.io),
+            Message::Flush { done } => {
+                self.io.flushing.push_back(done);
+                self.engine.submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
+            }
             Message::Tick => self.engine.tick(self.started_at.elapsed(), &mut self.io),
             Message::Exit => {
                 self.engine.stop_background();
@@ -368,8 +394,7 @@ impl Worker {
                 if let Some(watch) = self.kicks[ring].take() {
                     self.io.ring.unwatch(&watch)?;
                 }
-                let durable_writes = !config_space::has_flush(self.accepted.get());
-                if self.io.guest.refresh(ring, durable_writes) {
+                if self.io.guest.refresh(ring, self.choices.durable_writes()) {
                     let state = self.vrings[ring].get_ref();
                     if let Some(kick) = state.get_kick() {
                         let token = WatchToken(u32::try_from(ring).expect("at most QUEUES_MAX"));

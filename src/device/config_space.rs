@@ -2,36 +2,52 @@
 
 use vhost::vhost_user::VhostUserVirtioFeatures;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    virtio_blk_config,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
+    VIRTIO_BLK_F_WRITE_ZEROES, virtio_blk_config,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::ByteValued;
 
 use super::DiskInfo;
+use crate::limits::{PIECE_BYTES_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::quorum::SECTOR_BYTES;
 
 /// The feature bits that the device offers.
 pub fn features(info: &DiskInfo) -> u64 {
     let mut features = 1 << VIRTIO_F_VERSION_1
         | 1 << VIRTIO_RING_F_INDIRECT_DESC
         | 1 << VIRTIO_RING_F_EVENT_IDX
+        | 1 << VIRTIO_BLK_F_SIZE_MAX
         | 1 << VIRTIO_BLK_F_SEG_MAX
         | 1 << VIRTIO_BLK_F_BLK_SIZE
+        | 1 << VIRTIO_BLK_F_TOPOLOGY
         | 1 << VIRTIO_BLK_F_FLUSH
+        | 1 << VIRTIO_BLK_F_CONFIG_WCE
         | 1 << VIRTIO_BLK_F_MQ
         | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     if info.read_only {
         features |= 1 << VIRTIO_BLK_F_RO;
+    } else {
+        features |= 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
     }
     features
 }
 
-/// Whether a driver that accepted `features` can flush. One that cannot expects each write to be durable
-/// when it is answered (virtio 1.3, 5.2.5.2).
-pub fn has_flush(features: u64) -> bool {
-    features & 1 << VIRTIO_BLK_F_FLUSH != 0
+/// Whether a driver that accepted `features` expects each write to be durable when it is answered: one that
+/// cannot flush, or that has set `writeback` of the configuration space to 0 (virtio 1.3, 5.2.5.2 and 5.2.6.2).
+pub fn expects_durable_writes(features: u64, writeback: bool) -> bool {
+    let has = |bit: u32| features & 1 << bit != 0;
+    if has(VIRTIO_BLK_F_CONFIG_WCE) {
+        !writeback
+    } else {
+        !has(VIRTIO_BLK_F_FLUSH)
+    }
 }
+
+/// Where `writeback`, the only field that a driver may write, is in the configuration space.
+pub const WRITEBACK_OFFSET: u32 = 32;
 
 /// `virtio_blk_config` as bytes of guest memory.
 #[derive(Clone, Copy, Default)]
@@ -44,12 +60,30 @@ unsafe impl ByteValued for ConfigSpace {}
 
 /// `size` bytes of the configuration space from `offset` on. What lies behind the fields we know reads as
 /// zero: frontends ask for the structure of their own version.
-pub fn read(info: &DiskInfo, offset: u32, size: u32) -> Vec<u8> {
+pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8> {
+    let physical_blocks = info.physical_block_bytes / info.block_bytes;
+    let (zero_sectors, zero_segments) = match info.read_only {
+        true => (0, 0),
+        false => (ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX),
+    };
     let config = ConfigSpace(virtio_blk_config {
         capacity: info.capacity_sectors.to_le(),
+        // Nothing depends on it: a request is cut where we like. Drivers make segments no longer.
+        size_max: u32::try_from(PIECE_BYTES_MAX).expect("1 MiB").to_le(),
         seg_max: info.segments_max.to_le(),
         blk_size: info.block_bytes.to_le(),
+        physical_block_exp: u8::try_from(physical_blocks.ilog2()).expect("at most 31"),
+        min_io_size: u16::try_from(physical_blocks).unwrap_or(1).to_le(),
+        wce: writeback.into(),
         num_queues: info.num_queues.to_le(),
+        max_discard_sectors: zero_sectors.to_le(),
+        max_discard_seg: zero_segments.to_le(),
+        discard_sector_alignment: u32::try_from(u64::from(info.physical_block_bytes) / SECTOR_BYTES)
+            .expect("fewer than bytes")
+            .to_le(),
+        max_write_zeroes_sectors: zero_sectors.to_le(),
+        max_write_zeroes_seg: zero_segments.to_le(),
+        write_zeroes_may_unmap: u8::from(!info.read_only),
         ..Default::default()
     });
     let bytes = config.as_slice();
@@ -66,7 +100,8 @@ mod tests {
     fn info() -> DiskInfo {
         DiskInfo {
             capacity_sectors: 0x0102_0304_0506,
-            block_bytes: 4096,
+            block_bytes: 512,
+            physical_block_bytes: 4096,
             read_only: false,
             serial: String::new(),
             num_queues: 5,
@@ -76,19 +111,29 @@ mod tests {
 
     #[test]
     fn fields_are_where_the_specification_has_them() {
-        let bytes = read(&info(), 0, 60);
+        let bytes = read(&info(), true, 0, 60);
         assert_eq!(bytes.len(), 60);
         assert_eq!(bytes[0..8], 0x0102_0304_0506u64.to_le_bytes());
+        assert_eq!(bytes[8..12], (1u32 << 20).to_le_bytes());
         assert_eq!(bytes[12..16], 62u32.to_le_bytes());
-        assert_eq!(bytes[20..24], 4096u32.to_le_bytes());
+        assert_eq!(bytes[20..24], 512u32.to_le_bytes());
+        assert_eq!(bytes[24..26], [3, 0], "physical block exponent, alignment offset");
+        assert_eq!(bytes[26..28], 8u16.to_le_bytes());
+        assert_eq!(bytes[28..32], [0; 4], "no optimal size");
+        assert_eq!(bytes[32], 1, "writeback");
         assert_eq!(bytes[34..36], 5u16.to_le_bytes());
+        for (offset, value) in [(36, 1 << 22), (40, 32), (44, 8), (48, 1 << 22), (52, 32)] {
+            assert_eq!(bytes[offset..offset + 4], u32::to_le_bytes(value), "at {offset}");
+        }
+        assert_eq!(bytes[56], 1, "write-zeroes may unmap");
     }
 
     #[test]
     fn any_window_has_the_size_asked_for() {
-        assert_eq!(read(&info(), 20, 4), 4096u32.to_le_bytes());
-        assert_eq!(read(&info(), 90, 100), [0; 100]);
-        assert_eq!(read(&info(), u32::MAX, 8), [0; 8]);
+        assert_eq!(read(&info(), true, 20, 4), 512u32.to_le_bytes());
+        assert_eq!(read(&info(), true, 90, 100), [0; 100]);
+        assert_eq!(read(&info(), true, u32::MAX, 8), [0; 8]);
+        assert_eq!(read(&info(), false, WRITEBACK_OFFSET, 1), [0]);
     }
 
     #[test]
@@ -97,6 +142,22 @@ mod tests {
             read_only: true,
             ..info()
         };
-        assert_eq!(features(&read_only) ^ features(&info()), 1 << VIRTIO_BLK_F_RO);
+        let differ = 1 << VIRTIO_BLK_F_RO | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        assert_eq!(features(&read_only) ^ features(&info()), differ);
+    }
+
+    #[test]
+    fn writes_are_durable_unless_the_driver_says_otherwise_or_flushes() {
+        let (flush, wce) = (1 << VIRTIO_BLK_F_FLUSH, 1 << VIRTIO_BLK_F_CONFIG_WCE);
+        for (features, writeback, durable) in [
+            (0, true, true),
+            (flush, false, false),
+            (wce, true, false),
+            (flush | wce, true, false),
+            (flush | wce, false, true),
+        ] {
+            let expects = expects_durable_writes(features, writeback);
+            assert_eq!(expects, durable, "{features:#x}, writeback {writeback}");
+        }
     }
 }

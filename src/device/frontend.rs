@@ -10,7 +10,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{debug, info, warn};
@@ -31,19 +31,44 @@ use crate::limits::MEMORY_SLOTS_MAX;
 
 /// Who serves the rings.
 pub trait RingServer: Send {
+    /// Makes everything written so far durable. Returns when that has been done or has failed.
+    fn flush(&self) -> bool;
+
     /// The state of a ring has changed. Returns when the ring is served according to it: one that is not
     /// running any more is drained.
     fn refresh(&self, queue: u16);
 }
 
-/// What the driver accepted, for the threads that serve the rings.
-#[derive(Debug, Default)]
-pub struct AcceptedFeatures(AtomicU64);
+/// What the driver has chosen, for the threads that serve the rings.
+#[derive(Debug)]
+pub struct DriverChoices {
+    features: AtomicU64,
+    writeback: AtomicBool,
+}
 
-impl AcceptedFeatures {
-    /// The feature bits.
-    pub fn get(&self) -> u64 {
-        self.0.load(Ordering::Acquire)
+impl Default for DriverChoices {
+    fn default() -> Self {
+        Self {
+            features: AtomicU64::new(0),
+            writeback: AtomicBool::new(true),
+        }
+    }
+}
+
+impl DriverChoices {
+    /// Whether each write must be durable when it is answered.
+    pub fn durable_writes(&self) -> bool {
+        let features = self.features.load(Ordering::Acquire);
+        config_space::expects_durable_writes(features, self.writeback())
+    }
+
+    fn writeback(&self) -> bool {
+        self.writeback.load(Ordering::Acquire)
+    }
+
+    fn reset(&self) {
+        self.features.store(0, Ordering::Release);
+        self.writeback.store(true, Ordering::Release);
     }
 }
 
@@ -53,7 +78,7 @@ pub struct Frontend {
     memory: GuestMemoryAtomic<GuestMemory>,
     vrings: Vec<Vring>,
     server: Box<dyn RingServer>,
-    accepted: Arc<AcceptedFeatures>,
+    choices: Arc<DriverChoices>,
     /// Where the VMM has the memory regions, to translate ring addresses.
     mappings: Vec<Mapping>,
     owned: bool,
@@ -73,14 +98,14 @@ impl Frontend {
         memory: GuestMemoryAtomic<GuestMemory>,
         vrings: Vec<Vring>,
         server: Box<dyn RingServer>,
-        accepted: Arc<AcceptedFeatures>,
+        choices: Arc<DriverChoices>,
     ) -> Self {
         Self {
             info,
             memory,
             vrings,
             server,
-            accepted,
+            choices,
             mappings: Vec::new(),
             owned: false,
         }
@@ -118,7 +143,7 @@ impl Frontend {
         }
         self.replace_memory(GuestMemory::new());
         self.mappings.clear();
-        self.accepted.0.store(0, Ordering::Release);
+        self.choices.reset();
         self.owned = false;
     }
 
@@ -126,6 +151,36 @@ impl Frontend {
         match self.memory.lock() {
             Ok(guard) => guard.replace(memory),
             Err(poisoned) => poisoned.into_inner().replace(memory),
+        }
+    }
+
+    /// Switches between writes that are durable when they are answered and those that a flush makes so. No request
+    /// is in flight meanwhile, so that each is of the one kind or of the other.
+    fn set_writeback(&self, writeback: bool) -> Result<()> {
+        let was_enabled: Vec<bool> = self
+            .vrings
+            .iter()
+            .map(|vring| vring.get_ref().is_enabled())
+            .collect();
+        for (queue, vring) in (0..).zip(&self.vrings) {
+            vring.set_enabled(false);
+            self.server.refresh(queue);
+        }
+        self.choices.writeback.store(writeback, Ordering::Release);
+        // From now on the driver does not flush, so what it has not flushed yet is up to us.
+        let durable = writeback || self.server.flush();
+        for ((queue, vring), enabled) in (0..).zip(&self.vrings).zip(was_enabled) {
+            vring.set_enabled(enabled);
+            self.server.refresh(queue);
+        }
+        info!(
+            "the driver has switched to {}",
+            if writeback { "writeback" } else { "writethrough" }
+        );
+        if durable {
+            Ok(())
+        } else {
+            Err(Error::ReqHandlerError(io::Error::other("the flush failed")))
         }
     }
 
@@ -193,7 +248,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             return Err(Error::InvalidParam);
         }
         debug!("the driver accepted features {features:#x}");
-        self.accepted.0.store(features, Ordering::Release);
+        self.choices.features.store(features, Ordering::Release);
         for vring in &self.vrings {
             vring.set_queue_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         }
@@ -321,11 +376,17 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        Ok(config_space::read(&self.info, offset, size))
+        let writeback = self.choices.writeback();
+        Ok(config_space::read(&self.info, writeback, offset, size))
     }
 
-    fn set_config(&mut self, _offset: u32, _buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
-        not_offered("no field of the configuration space can be written")
+    fn set_config(&mut self, offset: u32, buf: &[u8], _flags: VhostUserConfigFlags) -> Result<()> {
+        let writeback = match (offset, buf) {
+            (config_space::WRITEBACK_OFFSET, [0]) => false,
+            (config_space::WRITEBACK_OFFSET, [1]) => true,
+            _ => return Err(Error::InvalidParam),
+        };
+        self.set_writeback(writeback)
     }
 
     fn set_gpu_socket(&mut self, _gpu_backend: GpuBackend) -> Result<()> {

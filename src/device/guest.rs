@@ -11,14 +11,15 @@ use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
-use super::request::{Kind, OutsideMemory, Request, Status};
+use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use super::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Failed, GuestRequest, Tag};
-use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
+use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 use crate::replica::buffer::BufferPool;
 
 const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;
+const ZERO_PIECE_SECTORS: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
 
 /// The guest as one worker sees it.
 pub struct Guest {
@@ -128,6 +129,7 @@ impl Guest {
     pub fn answered(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
         let (key, offset_sectors) = untag(tag);
         let chain = &mut self.chains[key];
+        let was_parked = chain.is_parked();
         chain.outstanding -= 1;
         let done = match (result, chain.request.kind) {
             (Err(Failed), _) => Err(OutsideMemory),
@@ -141,7 +143,10 @@ impl Guest {
             chain.failed = true;
             self.unfinished.retain(|unfinished| *unfinished != key);
         }
-        let all_begun = chain.failed || chain.begun_sectors == chain.sectors();
+        let all_begun = chain.failed || chain.begun_sectors == chain.request.sectors();
+        if was_parked && !all_begun {
+            self.unfinished.push_back(key);
+        }
         if chain.outstanding == 0 && all_begun {
             let status = if chain.failed { Status::IoError } else { Status::Ok };
             self.give_back(key, status);
@@ -226,8 +231,8 @@ impl Guest {
         let at_once = match request.kind {
             Kind::Refused(status) => Some(status),
             Kind::GetId => Some(request.write_id(&self.memory.memory(), &self.info.serial)),
-            Kind::In(range) | Kind::Out(range) if range.count == 0 => Some(Status::Ok),
-            Kind::In(_) | Kind::Out(_) | Kind::Flush => None,
+            Kind::In(_) | Kind::Out(_) | Kind::Zero if request.sectors() == 0 => Some(Status::Ok),
+            Kind::In(_) | Kind::Out(_) | Kind::Zero | Kind::Flush => None,
         };
         let key = self.chains.insert(Chain {
             ring,
@@ -246,7 +251,7 @@ impl Guest {
     fn next_piece(&mut self, key: usize) -> Option<(Tag, GuestRequest)> {
         let chain = &mut self.chains[key];
         let begun = chain.begun_sectors;
-        let left = chain.sectors() - begun;
+        let left = chain.request.sectors() - begun;
         let piece = |range: SectorRange| SectorRange::new(range.start + begun, left.min(PIECE_SECTORS));
         let (request, sectors) = match chain.request.kind {
             Kind::In(range) => (GuestRequest::Read(piece(range)), piece(range).count),
@@ -265,12 +270,23 @@ impl Guest {
                 let durable = self.durable_writes;
                 (GuestRequest::Write { range, data, durable }, range.count)
             }
+            Kind::Zero => {
+                let Zeroed { range, unmap } = chain.request.zeroed_from(begun).expect("some is left");
+                let range = SectorRange::new(range.start, range.count.min(ZERO_PIECE_SECTORS));
+                let durable = self.durable_writes;
+                let zero = GuestRequest::Zero {
+                    range,
+                    unmap,
+                    durable,
+                };
+                (zero, range.count)
+            }
             Kind::Flush => (GuestRequest::Flush, 0),
             Kind::GetId | Kind::Refused(_) => unreachable!("answered when it was taken"),
         };
         chain.begun_sectors += sectors;
         chain.outstanding += 1;
-        if chain.begun_sectors == chain.sectors() {
+        if chain.begun_sectors == chain.request.sectors() || chain.is_parked() {
             self.unfinished.pop_front();
         }
         Some((tag(key, begun), request))
@@ -305,11 +321,9 @@ impl Ring {
 }
 
 impl Chain {
-    fn sectors(&self) -> u64 {
-        match self.request.kind {
-            Kind::In(range) | Kind::Out(range) => range.count,
-            _ => 0,
-        }
+    /// Whether it has as many pieces in flight as it may; it goes on when one of them is answered.
+    fn is_parked(&self) -> bool {
+        self.request.kind == Kind::Zero && self.outstanding == ZERO_PIECES_IN_FLIGHT_MAX
     }
 }
 

@@ -32,6 +32,8 @@ pub struct DiskInfo {
     pub capacity_sectors: u64,
     /// Logical block size in bytes: requests are multiples of it.
     pub block_bytes: u32,
+    /// What the replicas write at a time at least, in bytes: a power of two, not below `block_bytes`.
+    pub physical_block_bytes: u32,
     /// Writes are refused.
     pub read_only: bool,
     /// The answer to GET_ID, at most 20 bytes.

@@ -5,19 +5,23 @@
 //! descriptors are looked at once; addresses and lengths are checked when memory is accessed.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::{DiskInfo, GuestMemory};
-use crate::limits::QUEUE_SIZE_MAX;
-use crate::quorum::SectorRange;
+use crate::limits::{QUEUE_SIZE_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::quorum::{SECTOR_BYTES, SectorRange};
 
 /// Bytes of the request header: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
+
+/// Bytes of a segment of a discard or write-zeroes request: sector, number of sectors, flags.
+const ZERO_SEGMENT_BYTES: usize = 16;
 
 /// The outcome of a request (`VIRTIO_BLK_S_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,12 +64,23 @@ pub enum Kind {
     In(SectorRange),
     /// VIRTIO_BLK_T_OUT.
     Out(SectorRange),
+    /// VIRTIO_BLK_T_DISCARD or VIRTIO_BLK_T_WRITE_ZEROES of [`Request::zeroes`].
+    Zero,
     /// VIRTIO_BLK_T_FLUSH.
     Flush,
     /// VIRTIO_BLK_T_GET_ID.
     GetId,
     /// Nothing that can be served: to be answered with this at once.
     Refused(Status),
+}
+
+/// What is to read as zeroes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Zeroed {
+    /// The sectors.
+    pub range: SectorRange,
+    /// The space may be given back.
+    pub unmap: bool,
 }
 
 /// A chain, understood.
@@ -77,6 +92,8 @@ pub struct Request {
     pub kind: Kind,
     /// The data to write, or the place for the data to read.
     pub data: Segments,
+    /// The ranges to zero.
+    pub zeroes: Vec<Zeroed>,
     /// Where the status goes; `None` if the driver left no room for one, and then there is no way to answer
     /// but to give the chain back.
     status: Option<GuestAddress>,
@@ -96,6 +113,7 @@ impl Request {
             head,
             kind: Kind::Refused(status_value),
             data: Segments::default(),
+            zeroes: Vec::new(),
             status,
             before_status,
         };
@@ -106,10 +124,20 @@ impl Request {
         readable.skip(HEADER_BYTES);
         let request_type = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
         let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        let mut zeroes = Vec::new();
         let (kind, data) = match request_type {
             VIRTIO_BLK_T_IN => (info.range_of(sector, writable.bytes()).map(Kind::In), writable),
-            VIRTIO_BLK_T_OUT if info.read_only => return refused(Status::IoError),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if info.read_only => {
+                return refused(Status::IoError);
+            }
             VIRTIO_BLK_T_OUT => (info.range_of(sector, readable.bytes()).map(Kind::Out), readable),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                match parse_zeroes(&readable, memory, info, request_type == VIRTIO_BLK_T_DISCARD) {
+                    Ok(ranges) => zeroes = ranges,
+                    Err(status) => return refused(status),
+                }
+                (Some(Kind::Zero), Segments::default())
+            }
             VIRTIO_BLK_T_FLUSH => (Some(Kind::Flush), Segments::default()),
             VIRTIO_BLK_T_GET_ID => (Some(Kind::GetId), writable),
             _ => return refused(Status::Unsupported),
@@ -119,11 +147,34 @@ impl Request {
                 head,
                 kind,
                 data,
+                zeroes,
                 status,
                 before_status,
             },
             None => refused(Status::IoError),
         }
+    }
+
+    /// Sectors that the request reads, writes or zeroes.
+    pub fn sectors(&self) -> u64 {
+        match self.kind {
+            Kind::In(range) | Kind::Out(range) => range.count,
+            Kind::Zero => self.zeroes.iter().map(|zeroed| zeroed.range.count).sum(),
+            Kind::Flush | Kind::GetId | Kind::Refused(_) => 0,
+        }
+    }
+
+    /// What is to be zeroed `begun_sectors` into the request, up to the end of that range.
+    pub fn zeroed_from(&self, begun_sectors: u64) -> Option<Zeroed> {
+        let mut skip = begun_sectors;
+        self.zeroes.iter().find_map(|&Zeroed { range, unmap }| {
+            if skip < range.count {
+                let range = SectorRange::new(range.start + skip, range.count - skip);
+                return Some(Zeroed { range, unmap });
+            }
+            skip -= range.count;
+            None
+        })
     }
 
     /// Writes the status byte, if the driver left room for it. Returns how many bytes from the start of the
@@ -161,6 +212,50 @@ impl Request {
             Err(OutsideMemory) => Status::IoError,
         }
     }
+}
+
+/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status it is refused with.
+fn parse_zeroes(
+    segments: &Segments,
+    memory: &GuestMemory,
+    info: &DiskInfo,
+    discard: bool,
+) -> Result<Vec<Zeroed>, Status> {
+    let count = segments.bytes() / ZERO_SEGMENT_BYTES as u64;
+    if count == 0 || !segments.bytes().is_multiple_of(ZERO_SEGMENT_BYTES as u64) {
+        return Err(Status::IoError);
+    }
+    if count > u64::from(ZERO_SEGMENTS_MAX) {
+        return Err(Status::Unsupported);
+    }
+    let mut ranges = Vec::with_capacity(ZERO_SEGMENTS_MAX as usize);
+    let mut refused = None;
+    for index in 0..usize::try_from(count).expect("few") {
+        let mut bytes = [0; ZERO_SEGMENT_BYTES];
+        let read = segments.read(memory, index * ZERO_SEGMENT_BYTES, &mut bytes);
+        read.map_err(|OutsideMemory| Status::IoError)?;
+        let sector = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
+        let sectors = u32::from_le_bytes(bytes[8..12].try_into().expect("4 bytes"));
+        let flags = u32::from_le_bytes(bytes[12..].try_into().expect("4 bytes"));
+        // Flags first, and those of all segments: what is not known must not be done in part (5.2.6.2).
+        let known = if discard {
+            0
+        } else {
+            VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+        };
+        if flags & !known != 0 {
+            return Err(Status::Unsupported);
+        }
+        let range = info.range_of(sector, u64::from(sectors) * SECTOR_BYTES);
+        match range.filter(|_| sectors <= ZERO_SECTORS_MAX) {
+            Some(range) => ranges.push(Zeroed {
+                range,
+                unmap: discard || flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
+            }),
+            None => refused = Some(Status::IoError),
+        }
+    }
+    refused.map_or(Ok(ranges), Err)
 }
 
 /// The device-readable and the device-writable bytes of a chain, and whether it is formed as it must be:

@@ -82,6 +82,8 @@ pub struct ReplicaFile {
     pub size_bytes: u64,
     /// Offset and length of each operation must be a multiple of this: at least 512, a power of two.
     pub alignment_bytes: u32,
+    /// What it is written in at least: a power of two. Smaller writes cost a read.
+    pub physical_block_bytes: u32,
     /// The address of each buffer must be a multiple of this: a power of two, 1 without direct I/O.
     pub memory_alignment_bytes: u32,
     /// A block device, not a regular file.
@@ -309,6 +311,7 @@ fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<R
         }
     };
     check_size(path, size_bytes, alignment.offset_bytes)?;
+    let physical_block_bytes = physical_block_bytes(&file, &metadata, is_block_device);
 
     Ok(ReplicaFile {
         path: path.to_owned(),
@@ -316,6 +319,7 @@ fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<R
         file,
         size_bytes,
         alignment_bytes: alignment.offset_bytes,
+        physical_block_bytes,
         memory_alignment_bytes: alignment.memory_bytes,
         is_block_device,
         identity: if is_block_device {
@@ -408,6 +412,23 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
             source,
         }),
     }
+}
+
+/// The physical block size of a block device; of a file, that of its file system.
+fn physical_block_bytes(file: &File, metadata: &Metadata, is_block_device: bool) -> u32 {
+    let stated = if is_block_device {
+        block_device_value(file, BLKPBSZGET)
+            .ok()
+            .and_then(|bytes| u32::try_from(bytes).ok())
+    } else {
+        // Network file systems name their transfer size, which is no block.
+        u32::try_from(metadata.blksize())
+            .ok()
+            .map(|bytes| bytes.min(ALIGNMENT_BYTES_SAFE))
+    };
+    stated
+        .and_then(believable_alignment)
+        .unwrap_or(ALIGNMENT_BYTES_MIN)
 }
 
 /// What direct I/O asks of an operation.
@@ -520,10 +541,13 @@ fn first_data_offset(file: &File) -> Option<u64> {
 /// Linux's `BLKROGET`, linux/fs.h: whether a block device is set read-only.
 const BLKROGET: libc::Ioctl = libc::_IO(0x12, 94);
 
-/// Asks a block device for one of the values that are a C int: BLKSSZGET, BLKROGET.
+/// Linux's `BLKPBSZGET`, linux/fs.h: the physical block size of a block device.
+const BLKPBSZGET: libc::Ioctl = libc::_IO(0x12, 123);
+
+/// Asks a block device for one of the values that are a C int: BLKSSZGET, BLKROGET, BLKPBSZGET.
 fn block_device_value(file: &File, request: libc::Ioctl) -> io::Result<libc::c_int> {
     let mut value: libc::c_int = 0;
-    // SAFETY: both requests that come here store one int at the address given, and nothing else.
+    // SAFETY: the requests that come here store one int at the address given, and nothing else.
     let status = unsafe { libc::ioctl(file.as_raw_fd(), request, &raw mut value) };
     if status != 0 {
         return Err(io::Error::last_os_error());

@@ -114,7 +114,7 @@ const SOUP_TABLE_ENTRIES: u16 = 64;
 const SOUP_DATA: u64 = SOUP_TABLES + 16 * SOUP_TABLE_ENTRIES as u64;
 const SOUP_END: u64 = SOUP_DATA + 0x4000;
 /// Headers that make sense, at the start of the data.
-const SOUP_HEADERS: [(u32, u64); 8] = [
+const SOUP_HEADERS: [(u32, u64); 10] = [
     (IN, 0),
     (IN, 31),
     (OUT, 3),
@@ -123,7 +123,12 @@ const SOUP_HEADERS: [(u32, u64); 8] = [
     (GET_ID, 0),
     (IN, 32),
     (1234, 0),
+    (DISCARD, 0),
+    (WRITE_ZEROES, 0),
 ];
+
+/// And segments of the last two, one of them beyond the disk: sector, sectors and flags.
+const SOUP_SEGMENTS: [(u64, u32, u32); 3] = [(3, 2, 0), (8, 4, 1), (30, 40, 0)];
 
 #[derive(Clone, Copy, Debug)]
 struct SoupDescriptor {
@@ -134,7 +139,7 @@ struct SoupDescriptor {
 
 fn soup_descriptor() -> impl Strategy<Value = SoupDescriptor> {
     let address = prop_oneof![
-        4 => (0..8u64).prop_map(|index| SOUP_DATA + 16 * index),
+        4 => (0..(SOUP_HEADERS.len() + SOUP_SEGMENTS.len()) as u64).prop_map(|index| SOUP_DATA + 16 * index),
         8 => SOUP_DATA..SOUP_END,
         1 => SOUP_END - 20..SOUP_END + 20,
         1 => (0..20u64).prop_map(|back| u64::MAX - back),
@@ -210,6 +215,10 @@ proptest! {
         machine.put(SOUP_DATA, &vec![0xa5; usize::try_from(SOUP_END - SOUP_DATA).unwrap()]);
         for (index, (request_type, sector)) in SOUP_HEADERS.into_iter().enumerate() {
             machine.put(SOUP_DATA + 16 * index as u64, &header(request_type, sector));
+        }
+        for (index, (sector, sectors, flags)) in SOUP_SEGMENTS.into_iter().enumerate() {
+            let place = SOUP_DATA + 16 * (SOUP_HEADERS.len() + index) as u64;
+            machine.put(place, &segment(sector, sectors, flags));
         }
         let mut writable: Vec<Part> = Vec::new();
         let places = (0..2u64).flat_map(|ring| (0..16).map(move |index| ring * RING_BYTES + 16 * index));
