@@ -31,6 +31,10 @@ pub enum Request {
     Read { offset: u64, memory: usize, len: usize },
     /// Write them from there.
     Write { offset: u64, memory: usize, len: usize },
+    /// Discard `len` bytes at byte `offset` of the disk.
+    Discard { offset: u64, len: u64 },
+    /// Write zeroes there; `unmap`: the space may be given back.
+    WriteZeroes { offset: u64, len: u64, unmap: bool },
     /// Flush.
     Flush,
 }
@@ -110,6 +114,15 @@ impl Client {
                 Request::Write { offset, memory, len } => {
                     assert!(memory + len <= QUEUE_MEMORY_BYTES);
                     q.write(offset, base.wrapping_add(memory), len, index, ReqFlags::empty());
+                }
+                Request::Discard { offset, len } => q.discard(offset, len, index, ReqFlags::empty()),
+                Request::WriteZeroes { offset, len, unmap } => {
+                    let flags = if unmap {
+                        ReqFlags::empty()
+                    } else {
+                        ReqFlags::NO_UNMAP
+                    };
+                    q.write_zeroes(offset, len, index, flags);
                 }
                 Request::Flush => q.flush(index, ReqFlags::empty()),
             }

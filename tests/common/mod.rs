@@ -11,6 +11,7 @@ pub mod fuse;
 pub mod guest;
 pub mod images;
 pub mod load;
+pub mod loop_device;
 pub mod oracle;
 pub mod peer;
 pub mod process;
