@@ -90,17 +90,14 @@ fn memory_that_changes_in_flight_does_not_make_replicas_diverge() {
     assert_eq!(differing, 0);
 }
 
-/// The rule for requests while a replica is slow: no longer than twice what they take with all healthy, or
-/// than this on a machine that is busy with other things.
-fn limit(healthy: Duration) -> Duration {
-    (2 * healthy).max(ms(20))
-}
+/// How often a comparison of latencies is made before it counts as failed: a machine that does other things
+/// meanwhile spoils one, a replica that is waited for spoils them all.
+const ROUNDS: usize = 5;
 
-#[test]
-fn a_hung_replica_is_left_behind_and_catches_up() {
-    let _machine = alone();
-    let mut hung = rows::hang(System::Ours);
-    let pairs = hung.healthy.iter_mut().zip(&mut hung.hung);
+/// Whether 99 % of reads and of writes took no longer than twice what they take with all healthy.
+fn is_left_behind(round: &mut rows::Hung) -> bool {
+    let pairs = round.healthy.iter_mut().zip(&mut round.hung);
+    let mut within = true;
     for (kind, (healthy, hung)) in ["reads", "writes"].iter().zip(pairs) {
         let (before, after) = (healthy.percentile(99), hung.percentile(99));
         figure(
@@ -111,8 +108,20 @@ fn a_hung_replica_is_left_behind_and_catches_up() {
                 hung.max()
             ),
         );
-        assert!(after <= limit(before), "{kind}: {after:?}, healthy {before:?}");
-        assert!(hung.max() < rows::HANG / 2, "{kind}: {:?}", hung.max());
+        within &= after <= 2 * before && hung.max() < rows::HANG / 2;
+    }
+    within
+}
+
+#[test]
+fn a_hung_replica_is_left_behind_and_catches_up() {
+    let _machine = alone();
+    let mut hung = rows::hang(System::Ours);
+    let mut rounds = 1;
+    while !is_left_behind(&mut hung) {
+        rounds += 1;
+        assert!(rounds <= ROUNDS, "a hung replica is waited for");
+        hung = rows::hang(System::Ours);
     }
     figure(
         "one of three hangs for 4 s, the write that finds it out",
