@@ -3,11 +3,11 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim model lint guest clean
+.PHONY: help demo build test sim model bench-engine lint guest clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
-		awk -F':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+		awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
 demo: guest ## Boot a guest on a voted disk, corrupt a replica under it, and watch
 	$(CARGO) build --release --locked --quiet
@@ -27,6 +27,9 @@ sim: ## Random runs in the simulator: SEEDS=n, or SECONDS=n, or SEED=s to replay
 
 model: ## Every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
+
+bench-engine: ## Instructions of the engine for each request, against those recorded (RECORD=1: record)
+	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check
