@@ -10,7 +10,7 @@ use std::thread;
 use std::time::Duration;
 
 use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::Guest;
+use common::guest::{Guest, GuestBuilder};
 use common::images::{BLOCK_SECTORS, Random, SECTOR_BYTES, are_identical, corrupt_sectors, create_images};
 use common::process::wait_until;
 use serde_json::Value;
@@ -44,7 +44,10 @@ fn a_guest_does_not_notice_a_corrupted_replica() {
     arguments.extend(["--rewrite-corrupted", "--num-queues", "2"].map(Into::into));
     let mut daemon = Daemon::start(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
-    let mut guest = Guest::start(directory.path(), daemon.socket(), 2, 2);
+    let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
+        .queues(2)
+        .cpus(2)
+        .start();
     let mut random = Random::from_environment();
 
     guest.run_successfully("ls /sys/block/vda/mq | wc -l");
@@ -148,7 +151,7 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
     let events = EventReader::connect(daemon.events_socket());
-    let mut guest = Guest::start(directory.path(), daemon.socket(), 1, 1);
+    let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();
     let read = |block| format!("dd if=/dev/vda of=/dev/null bs=4096 skip={block} count=1");
 
     guest.run_successfully("dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync");

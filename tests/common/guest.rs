@@ -13,6 +13,9 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use serde_json::json;
+
+use super::monitor::Monitor;
 use super::process::{Process, wait_until};
 
 /// Time in which the guest must have booted. It takes 6 s on an idle machine.
@@ -26,6 +29,10 @@ const READ_INTERVAL: Duration = Duration::from_millis(200);
 
 /// Lines of the console shown with a failure.
 const CONSOLE_TAIL_LINES: usize = 40;
+
+/// Sockets in the guest's directory: its second serial port, and QEMU's monitor.
+const COMMANDS_SOCKET: &str = "commands.sock";
+const MONITOR_SOCKET: &str = "monitor.sock";
 
 /// What a test without the parts of the guest says.
 const HOW_TO_PREPARE: &str = "run `make guest` (tests/guest/prepare.sh) first";
@@ -53,53 +60,96 @@ pub struct CommandOutput {
     pub output: String,
 }
 
-impl Guest {
-    /// Boots a guest with `cpus` processors and the disk behind the vhost-user `socket` with `queues`
-    /// queues, and waits until it takes commands. In `directory` it leaves `console.log` (the kernel's
-    /// words), `commands.log` (commands and their output) and `qemu.log`.
-    pub fn start(directory: &Path, socket: &Path, queues: u16, cpus: u16) -> Self {
-        let parts = parts_directory();
-        let [kernel, initramfs] = ["vmlinuz", "initramfs.cpio.gz"].map(|name| parts.join(name));
-        for part in [&kernel, &initramfs] {
-            let part_name = part.display();
-            assert!(part.exists(), "no {part_name}: {HOW_TO_PREPARE}");
+/// What a guest is booted with. Each has one processor, one queue and 256 MiB unless told otherwise.
+#[must_use]
+pub struct GuestBuilder {
+    directory: PathBuf,
+    socket: PathBuf,
+    queues: u16,
+    cpus: u16,
+    memory_mib: u64,
+    hot_plug: Option<HotPlug>,
+    reconnect: bool,
+    incoming: Option<String>,
+    arguments: Vec<String>,
+}
+
+/// Room for memory that is plugged into the running guest.
+struct HotPlug {
+    slots: u8,
+    memory_mib_max: u64,
+}
+
+impl GuestBuilder {
+    /// A guest with the disk behind the vhost-user `socket`. In `directory` it leaves `console.log` (the
+    /// kernel's words), `commands.log` (commands and their output), `qemu.log` and its sockets.
+    pub fn new(directory: &Path, socket: &Path) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            socket: socket.to_owned(),
+            queues: 1,
+            cpus: 1,
+            memory_mib: 256,
+            hot_plug: None,
+            reconnect: false,
+            incoming: None,
+            arguments: Vec::new(),
         }
+    }
 
-        let commands_socket = directory.join("commands.sock");
-        let listener = UnixListener::bind(&commands_socket).expect("binding a socket for commands");
-        let paths = [
-            socket,
-            &commands_socket,
-            &directory.join("console.log"),
-            &kernel,
-            &initramfs,
-        ];
-        let [socket, commands_socket, console, kernel, initramfs] =
-            paths.map(|path| path.to_str().expect("a path in UTF-8"));
-        let mut command = Command::new("qemu-system-x86_64");
-        command
-            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
-            .args(["-display", "none", "-accel", "tcg,thread=multi"])
-            .args(["-smp", &cpus.to_string()])
-            // The backend maps the guest's memory: it has to be shareable.
-            .args(["-object", "memory-backend-memfd,id=memory,size=256M,share=on"])
-            .args(["-machine", "q35,memory-backend=memory"])
-            .args(["-kernel", kernel, "-initrd", initramfs])
-            .args(["-append", "console=ttyS0 panic=-1"])
-            .args(["-serial", &format!("file:{console}")])
-            .args(["-chardev", &format!("socket,id=commands,path={commands_socket}")])
-            .args(["-serial", "chardev:commands"])
-            .args(["-chardev", &format!("socket,id=disk,path={socket}")])
-            .args([
-                "-device",
-                &format!("vhost-user-blk-pci,chardev=disk,num-queues={queues}"),
-            ])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(directory.join("qemu.log")).expect("creating QEMU's log"));
+    /// Queues of the disk.
+    pub fn queues(mut self, queues: u16) -> Self {
+        self.queues = queues;
+        self
+    }
 
+    /// Processors.
+    pub fn cpus(mut self, cpus: u16) -> Self {
+        self.cpus = cpus;
+        self
+    }
+
+    /// Memory at boot.
+    pub fn memory_mib(mut self, memory_mib: u64) -> Self {
+        self.memory_mib = memory_mib;
+        self
+    }
+
+    /// Lets up to `slots` modules of memory be plugged in later, `memory_mib_max` in all with that of boot.
+    pub fn hot_plug(mut self, slots: u8, memory_mib_max: u64) -> Self {
+        self.hot_plug = Some(HotPlug {
+            slots,
+            memory_mib_max,
+        });
+        self
+    }
+
+    /// Has QEMU connect again, every second, when the backend is gone.
+    pub fn reconnect(mut self) -> Self {
+        self.reconnect = true;
+        self
+    }
+
+    /// Does not boot: waits for a migration from `uri`, or with `defer` for the monitor to be told of one.
+    /// [`start`](Self::start) then returns as soon as QEMU runs, and commands work when the migration is done.
+    pub fn incoming(mut self, uri: &str) -> Self {
+        self.incoming = Some(uri.to_owned());
+        self
+    }
+
+    /// More arguments for QEMU.
+    pub fn arguments(mut self, arguments: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.arguments.extend(arguments.into_iter().map(Into::into));
+        self
+    }
+
+    /// Starts QEMU and waits until the guest takes commands.
+    pub fn start(self) -> Guest {
+        let directory = &self.directory;
+        let listener =
+            UnixListener::bind(directory.join(COMMANDS_SOCKET)).expect("binding a socket for commands");
         let started = Instant::now();
-        let mut qemu = match Process::spawn(&mut command) {
+        let mut qemu = match Process::spawn(&mut self.command()) {
             Ok(qemu) => qemu,
             Err(error) if error.kind() == ErrorKind::NotFound => {
                 panic!("no qemu-system-x86_64: {HOW_TO_PREPARE}")
@@ -112,26 +162,104 @@ impl Guest {
         commands
             .set_read_timeout(Some(READ_INTERVAL))
             .expect("setting a socket's timeout");
-        let mut guest = Self {
+        let mut guest = Guest {
             qemu,
             commands,
             received: Vec::new(),
-            directory: directory.to_owned(),
+            directory: directory.clone(),
             prefix: format!("[{}]", thread::current().name().unwrap_or("guest")),
             transcript: File::create(directory.join("commands.log")).expect("creating the log of commands"),
         };
-        let (_, word) = guest.receive_reply(BOOT_LIMIT);
-        assert_eq!(word, "ready", "the guest did not get ready");
-        let elapsed_s = started.elapsed().as_secs_f64();
-        guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
+        if self.incoming.is_none() {
+            let (_, word) = guest.receive_reply(BOOT_LIMIT);
+            assert_eq!(word, "ready", "the guest did not get ready");
+            let elapsed_s = started.elapsed().as_secs_f64();
+            guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
+        }
         guest
+    }
+
+    fn command(&self) -> Command {
+        let parts = parts_directory();
+        let [kernel, initramfs] = ["vmlinuz", "initramfs.cpio.gz"].map(|name| parts.join(name));
+        for part in [&kernel, &initramfs] {
+            let part_name = part.display();
+            assert!(part.exists(), "no {part_name}: {HOW_TO_PREPARE}");
+        }
+        let directory = &self.directory;
+        let paths = [
+            &self.socket,
+            &directory.join(COMMANDS_SOCKET),
+            &directory.join(MONITOR_SOCKET),
+            &directory.join("console.log"),
+            &kernel,
+            &initramfs,
+        ];
+        let [socket, commands, monitor, console, kernel, initramfs] =
+            paths.map(|path| path.to_str().expect("a path in UTF-8"));
+        let Self {
+            queues, memory_mib, ..
+        } = self;
+        let hot_plug = match &self.hot_plug {
+            Some(room) => format!(",slots={},maxmem={}M", room.slots, room.memory_mib_max),
+            None => String::new(),
+        };
+        let reconnect = if self.reconnect { ",reconnect=1" } else { "" };
+
+        let mut command = Command::new("qemu-system-x86_64");
+        command
+            .args(["-nodefaults", "-no-user-config", "-no-reboot"])
+            .args(["-display", "none", "-accel", "tcg,thread=multi"])
+            .args(["-smp", &self.cpus.to_string()])
+            .args(["-m", &format!("{memory_mib}M{hot_plug}")])
+            // The backend maps the guest's memory: it has to be shareable.
+            .args([
+                "-object",
+                &format!("memory-backend-memfd,id=memory,size={memory_mib}M,share=on"),
+            ])
+            .args(["-machine", "q35,memory-backend=memory"])
+            .args(["-kernel", kernel, "-initrd", initramfs])
+            .args(["-append", "console=ttyS0 panic=-1"])
+            .args(["-qmp", &format!("unix:{monitor},server=on,wait=off")])
+            .args(["-serial", &format!("file:{console}")])
+            .args(["-chardev", &format!("socket,id=commands,path={commands}")])
+            .args(["-serial", "chardev:commands"])
+            .args(["-chardev", &format!("socket,id=disk,path={socket}{reconnect}")])
+            .args([
+                "-device",
+                &format!("vhost-user-blk-pci,id=disk,chardev=disk,num-queues={queues}"),
+            ])
+            .args(self.incoming.iter().flat_map(|uri| ["-incoming", uri]))
+            .args(&self.arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(directory.join("qemu.log")).expect("creating QEMU's log"));
+        command
+    }
+}
+
+impl Guest {
+    /// A connection to QEMU's monitor. It serves one at a time.
+    pub fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.directory.join(MONITOR_SOCKET))
     }
 
     /// Runs a shell command, one line, in the guest and waits for its end. The command and its output are
     /// printed too.
     pub fn run(&mut self, command: &str) -> CommandOutput {
+        self.begin(command);
+        self.finish()
+    }
+
+    /// Begins a command and does not wait for it; [`finish`](Self::finish) does. The guest runs one at a
+    /// time.
+    pub fn begin(&mut self, command: &str) {
         assert!(!command.contains('\n'), "a command is one line: {command}");
         self.send(command);
+    }
+
+    /// Waits for the end of the command that was begun.
+    pub fn finish(&mut self) -> CommandOutput {
         let (output, word) = self.receive_reply(COMMAND_LIMIT);
         let Ok(status) = word.parse() else {
             panic!("the guest sent {word:?} for an exit status");
@@ -165,6 +293,13 @@ impl Guest {
         self.send("poweroff -f");
         let status = self.qemu.wait_within(COMMAND_LIMIT);
         status.expect("the guest did not switch itself off")
+    }
+
+    /// Ends QEMU, whatever the guest is doing (it may have been migrated away).
+    pub fn quit(mut self) -> ExitStatus {
+        self.monitor().execute("quit", json!({}));
+        let status = self.qemu.wait_within(COMMAND_LIMIT);
+        status.expect("QEMU did not end")
     }
 
     fn send(&mut self, command: &str) {
