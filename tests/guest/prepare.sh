@@ -1,10 +1,11 @@
 #!/bin/sh
 # Prepares the guest of tests/guest.rs and of the demo: QEMU, a Debian kernel and an initramfs.
 #
-# Installs QEMU where it is missing (Debian and its like; as root or through sudo). The kernel and busybox
-# are fetched from the same archive and only unpacked, under target/guest/ or $CARGO_TARGET_DIR/guest/:
+# Installs QEMU where it is missing (Debian and its like; as root or through sudo). The kernel, busybox and
+# the tools that busybox has no match for are fetched from the same archive and only unpacked, under
+# target/guest/ or $CARGO_TARGET_DIR/guest/:
 #   vmlinuz              a stock Debian kernel
-#   initramfs.cpio.gz    busybox, the virtio drivers and tests/guest/init
+#   initramfs.cpio.gz    busybox, the tools, the virtio drivers and tests/guest/init
 # Does nothing, and says nothing, when all is there. Remove that directory to have it made anew.
 
 set -eu
@@ -91,6 +92,40 @@ fetch_kernel_and_busybox() {
     ln -f "$guest/system/boot/vmlinuz-"* "$guest/vmlinuz"
 }
 
+# What busybox has not, or has without what the tests need: write zeroes, punch holes, ext4 with a journal.
+tools='blkdiscard fallocate mke2fs e2fsck'
+
+# fetch_tools: into a directory of their own, with the libraries they need.
+fetch_tools() {
+    refresh_package_lists
+    # The libraries of the one serve the other too. Their names differ from release to release.
+    libraries=$(apt-cache depends e2fsprogs 2>/dev/null | awk '/Depends: lib/ { print $2 }' | sort -u)
+    [ -n "$libraries" ] || fail "the package archive has no e2fsprogs (is the list there? apt-get update)"
+    say "fetching util-linux and e2fsprogs with" $libraries
+    for package in util-linux e2fsprogs $libraries; do
+        fetch "$package" "$scratch/tools"
+    done
+    rm -rf "$guest/tools" "$guest/initramfs.cpio.gz"
+    mv "$scratch/tools" "$guest/tools"
+}
+
+# install_tools ROOT: copies them there, the loader and the libraries where the loader looks for them.
+install_tools() {
+    mkdir -p "$1/sbin" "$1/lib" "$1/lib64"
+    loader=$(find "$guest/tools" -name 'ld-linux-x86-64.so.*' -type f | head -n 1)
+    cp "$loader" "$1/lib64/"
+    directories=$(find "$guest/tools" -name 'lib*.so.*' -exec dirname '{}' ';' | sort -u | tr '\n' ':')
+    for tool in $tools; do
+        file=$(find "$guest/tools" -path "*bin/$tool" -type f | head -n 1)
+        [ -n "$file" ] || fail "there is no $tool in util-linux or e2fsprogs"
+        cp "$file" "$1/sbin/"
+        "$loader" --library-path "$directories" --list "$file"
+    done >"$scratch/libraries"
+    awk '$2 == "=>" && $1 !~ "/" { print $3 }' "$scratch/libraries" | sort -u | while IFS= read -r library; do
+        cp -L "$library" "$1/lib/"
+    done
+}
+
 # The drivers that the guest needs, each after those it needs itself. Kernels differ in which of them are
 # modules; what is neither a module nor built in is not part of that kernel any more.
 modules='virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
@@ -105,6 +140,7 @@ build_initramfs() {
     busybox=$(find "$guest/system" -name busybox -type f -perm -100 | head -n 1)
     cp "$busybox" "$root/bin/busybox"
     ln -s busybox "$root/bin/sh"
+    install_tools "$root"
 
     number=10
     for module in $modules; do
@@ -141,6 +177,9 @@ if ! command -v qemu-system-x86_64 >/dev/null || ! command -v qemu-img >/dev/nul
 fi
 if ! [ -s "$guest/vmlinuz" ] || ! [ -d "$guest/system" ]; then
     fetch_kernel_and_busybox
+fi
+if ! [ -d "$guest/tools" ]; then
+    fetch_tools
 fi
 if ! is_fresh "$guest/initramfs.cpio.gz" "$sources/init" "$sources/prepare.sh" "$guest/vmlinuz"; then
     build_initramfs
