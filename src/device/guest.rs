@@ -99,7 +99,8 @@ impl Guest {
             error!("the frontend started a ring that does not lie within guest memory; it is not served");
         }
         ring.active = valid;
-        ring.notify = true;
+        // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
+        ring.notify = false;
         valid
     }
 

@@ -218,6 +218,7 @@ fn pending(pipe: &std::io::PipeReader) -> bool {
 fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
     let mut machine = Machine::new();
     const NO_NOTIFY: u16 = 1;
+    assert!(!machine.guest.ask_for_kicks());
     offer_flush(&mut machine, 0, 0);
     let (tag, _) = machine.guest.next_request().unwrap();
     assert_eq!(machine.get_u16(USED), NO_NOTIFY);
@@ -229,4 +230,17 @@ fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
     machine.serve();
     assert!(!machine.guest.ask_for_kicks());
     assert_eq!(machine.used(0).len(), 2);
+}
+
+/// The frontend looks at rings again while they run, when the driver has been told not to kick.
+#[test]
+fn a_ring_that_is_refreshed_while_it_runs_asks_for_kicks_again() {
+    let mut machine = Machine::new();
+    assert!(!machine.guest.ask_for_kicks());
+    offer_flush(&mut machine, 0, 0);
+    machine.serve();
+    assert_ne!(machine.get_u16(USED), 0, "no kicks wanted");
+    assert!(machine.guest.refresh(0, false));
+    assert!(!machine.guest.ask_for_kicks());
+    assert_eq!(machine.get_u16(USED), 0);
 }
