@@ -1,6 +1,6 @@
 //! The vhost-user protocol: what the VMM tells us about memory and rings.
 //!
-//! One connection at a time. The `vhost` crate reads messages and checks their form; this file gives them
+//! One [`Frontend`] serves one connection at a time. The `vhost` crate reads messages and checks their form; this file gives them
 //! their meaning. The daemon of `vhost-user-backend` is not used, since its worker loop cannot wait for
 //! io_uring completions (ARCHITECTURE.md); its vrings are.
 //!
@@ -24,8 +24,9 @@ use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserB
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestRegionMmap};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
+use super::memory::{DirtyLog, Region, map_region};
 use super::{DiskInfo, GuestMemory, Vring, config_space};
 use crate::limits::MEMORY_SLOTS_MAX;
 
@@ -79,6 +80,8 @@ pub struct Frontend {
     vrings: Vec<Vring>,
     server: Box<dyn RingServer>,
     choices: Arc<DriverChoices>,
+    /// What is written to guest memory while the guest is migrated.
+    log: Arc<DirtyLog>,
     /// Where the VMM has the memory regions, to translate ring addresses.
     mappings: Vec<Mapping>,
     owned: bool,
@@ -106,6 +109,7 @@ impl Frontend {
             vrings,
             server,
             choices,
+            log: Arc::default(),
             mappings: Vec::new(),
             owned: false,
         }
@@ -144,6 +148,7 @@ impl Frontend {
         self.replace_memory(GuestMemory::new());
         self.mappings.clear();
         self.choices.reset();
+        self.log.clear();
         self.owned = false;
     }
 
@@ -202,9 +207,8 @@ impl Frontend {
 }
 
 /// Maps a region of guest memory.
-fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(GuestRegionMmap<()>, Mapping)> {
-    let address = GuestAddress(region.guest_phys_addr);
-    let memory = GuestRegionMmap::new(region.mmap_region(file)?, address).ok_or(Error::InvalidParam)?;
+fn map(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Result<(Region, Mapping)> {
+    let memory = map_region(region, file, log).map_err(failed)?;
     let mapping = Mapping {
         frontend_address: region.user_addr,
         bytes: region.memory_size,
@@ -231,6 +235,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn reset_owner(&mut self) -> Result<()> {
+        self.log.clear();
         self.owned = false;
         Ok(())
     }
@@ -249,6 +254,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         }
         debug!("the driver accepted features {features:#x}");
         self.choices.features.store(features, Ordering::Release);
+        // Before the refreshes below: after them no worker is in a write that it has begun unlogged.
+        self.log
+            .set_wanted(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         for vring in &self.vrings {
             vring.set_queue_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         }
@@ -270,9 +278,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let regions = regions.iter().zip(files).map(|(region, file)| map(region, file));
+        let regions = regions.iter().zip(files);
+        let regions = regions.map(|(region, file)| map(region, file, &self.log));
         let (mapped, mappings) = regions.collect::<Result<(Vec<_>, Vec<_>)>>()?;
-        self.replace_memory(GuestMemory::from_regions(mapped).map_err(failed)?);
+        let memory = GuestMemory::from_regions(mapped).map_err(failed)?;
+        self.log.admit(&memory).map_err(failed)?;
+        self.replace_memory(memory);
         self.mappings = mappings;
         Ok(None)
     }
@@ -288,6 +299,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             .map_err(|_| Error::InvalidParam)
     }
 
+    /// The log address is for used rings that are not in guest memory as the log knows it, behind an IOMMU. We
+    /// offer none: the used ring is guest memory as everything else, and logged with it.
     fn set_vring_addr(
         &mut self,
         index: u32,
@@ -301,13 +314,22 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let descriptor = self.guest_address(descriptor)?;
         let available = self.guest_address(available)?;
         let used = self.guest_address(used)?;
-        vring
+        let mut state = vring.get_mut();
+        state
             .set_queue_info(descriptor, available, used)
             .map_err(|_| Error::InvalidParam)?;
+        // Frontends say it again, with another flag, when logging begins and ends. A ring that runs knows where
+        // it stands.
+        if state.get_queue().ready() {
+            return Ok(());
+        }
         // The message that sets the base has the available index only; where the used ring stands is in the
         // ring itself.
-        let used_index = vring.queue_used_idx().map_err(|_| Error::InvalidParam)?;
-        vring.set_queue_next_used(used_index);
+        let used_index = state
+            .get_queue()
+            .used_idx(&*self.memory.memory(), Ordering::Acquire)
+            .map_err(|_| Error::InvalidParam)?;
+        state.get_queue_mut().set_next_used(used_index.0);
         Ok(())
     }
 
@@ -356,6 +378,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
             | VhostUserProtocolFeatures::CONFIG
+            | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
             | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
     }
@@ -418,12 +441,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         if self.mappings.len() >= MEMORY_SLOTS_MAX {
             return Err(Error::InvalidParam);
         }
-        let (memory, mapping) = map(region, file)?;
+        let (memory, mapping) = map(region, file, &self.log)?;
         let with_it = self
             .memory
             .memory()
             .insert_region(Arc::new(memory))
             .map_err(failed)?;
+        self.log.admit(&with_it).map_err(failed)?;
         self.replace_memory(with_it);
         self.mappings.push(mapping);
         Ok(None)
@@ -456,7 +480,16 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         not_offered("GET_SHMEM_CONFIG")
     }
 
-    fn set_log_base(&mut self, _log: &VhostUserLog, _file: File) -> Result<()> {
-        not_offered("SET_LOG_BASE")
+    /// The `vhost` crate answers this message whether or not an acknowledgement was asked for, as it must be
+    /// where LOG_SHMFD was negotiated.
+    fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
+        self.log
+            .set_area(log, file, &self.memory.memory())
+            .map_err(failed)?;
+        // As for the features: what a worker has begun to write before may not be in the log.
+        for queue in (0..self.info.num_queues).filter(|_| self.log.is_on()) {
+            self.server.refresh(queue);
+        }
+        Ok(())
     }
 }

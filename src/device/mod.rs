@@ -2,7 +2,7 @@
 //!
 //! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
 //! answers them, [`request`] understands one descriptor chain, [`config_space`] is what the driver sees of
-//! the device.
+//! the device, [`memory`] is guest memory and the log of what is written to it.
 //!
 //! Invariants: every chain taken off a ring is put back on it once; guest memory is written only between
 //! those two moments; whatever bytes the guest or the VMM puts in front of us, at most its own requests fail.
@@ -10,17 +10,17 @@
 pub mod config_space;
 pub mod frontend;
 pub mod guest;
+pub mod memory;
 pub mod request;
 #[cfg(test)]
 mod tests;
 
 use vhost_user_backend::VringMutex;
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestMemoryAtomic;
+
+pub use self::memory::GuestMemory;
 
 use crate::quorum::{SECTOR_BYTES, SectorRange};
-
-/// Guest memory as the VMM shares it.
-pub type GuestMemory = GuestMemoryMmap<()>;
 
 /// A virtqueue with the descriptors it is kicked and signalled by.
 pub type Vring = VringMutex<GuestMemoryAtomic<GuestMemory>>;

@@ -2,6 +2,7 @@
 //! engine that only does what it is told.
 
 mod chains;
+mod logging;
 mod properties;
 mod requests;
 mod rings;
@@ -18,7 +19,7 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_DISCARD as DISCARD, VIRTIO_BLK_T_FLUSH as FLUSH, VIRTIO_BLK_T_GET_ID as GET_ID,
     VIRTIO_BLK_T_IN as IN, VIRTIO_BLK_T_OUT as OUT, VIRTIO_BLK_T_WRITE_ZEROES as WRITE_ZEROES,
 };
-use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend};
 
 use super::guest::Guest;
 use super::{DiskInfo, GuestMemory, Vring};
@@ -155,17 +156,25 @@ impl Machine {
         let bytes = usize::try_from(memory_bytes).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let vrings: Vec<Vring> = (0..rings)
-            .map(|ring| {
-                let vring = Vring::new(shared.clone(), queue_size).unwrap();
-                let base = ring as u64 * RING_BYTES;
-                vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
-                vring.set_queue_ready(true);
-                vring.set_enabled(true);
-                vring.set_kick(Some(File::open("/dev/null").unwrap()));
-                vring
-            })
-            .collect();
+        let vrings = (0..rings).map(|_| Vring::new(shared.clone(), queue_size).unwrap());
+        Self::on(info, memory, shared.clone(), vrings.collect(), queue_size)
+    }
+
+    /// One whose driver and device see the same memory, from address 0 on, each in its own way.
+    fn on(
+        info: DiskInfo,
+        memory: GuestMemory,
+        shared: GuestMemoryAtomic<GuestMemory>,
+        vrings: Vec<Vring>,
+        queue_size: u16,
+    ) -> Self {
+        let rings = vrings.len();
+        for (base, vring) in (0..).step_by(usize::try_from(RING_BYTES).unwrap()).zip(&vrings) {
+            vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
+            vring.set_queue_ready(true);
+            vring.set_enabled(true);
+            vring.set_kick(Some(File::open("/dev/null").unwrap()));
+        }
         // Each byte depends on its place, and none of them is a small number. Of a disk that is larger than
         // that, nothing behind it is read or written.
         let disk = (0..info.capacity_sectors.min(1 << 16) * 512)
@@ -175,6 +184,7 @@ impl Machine {
         for ring in 0..rings {
             assert!(guest.refresh(ring, false));
         }
+        let bytes = usize::try_from(memory.last_addr().0 + 1).unwrap();
         Self {
             memory,
             written: vec![0; bytes],
