@@ -8,23 +8,21 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
 use log::{debug, error, info, warn};
-use vhost_user_backend::VringT;
-use vm_memory::GuestMemoryAtomic;
 
 use crate::config::{Config, Listen};
 use crate::control::events::Names;
 use crate::control::publisher::Publisher;
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
-use crate::device::frontend::{DriverChoices, Frontend};
-use crate::device::{DiskInfo, GuestMemory, Vring};
+use crate::device::DiskInfo;
+use crate::device::frontend::{ConnectionSlot, Frontend};
 use crate::engine::{Policy, ReadPattern, Shared};
+use crate::limits::CONNECTIONS_MAX;
 use crate::message::{Quoted, Reason};
 use crate::quorum::{ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
@@ -94,6 +92,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
     let (stop, stopped) = channel();
+    let slots = (0..CONNECTIONS_MAX).map(|_| ConnectionSlot::new(config.queue_count, config.queue_size));
     let disk = Disk {
         policy: policy(config, &info),
         info: info.clone(),
@@ -104,19 +103,15 @@ pub fn run(config: &Config) -> Result<(), Error> {
             info.capacity_sectors,
         )),
         files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
-        memory: GuestMemoryAtomic::new(GuestMemory::new()),
-        choices: Arc::new(DriverChoices::default()),
+        slots: slots
+            .collect::<Result<_, _>>()
+            .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
         events: Arc::clone(&queue),
         stop: stop.clone(),
     };
-    let vrings = (0..config.queue_count)
-        .map(|_| Vring::new(disk.memory.clone(), config.queue_size))
-        .collect::<Result<Vec<_>, _>>()
-        .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?;
-    let workers =
-        Workers::start(&disk, &vrings, count).map_err(system("cannot start a worker with io_uring"))?;
+    let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
 
-    let served = serve(config, &disk, vrings, &workers, queue, signals, stop, &stopped);
+    let served = serve(config, &disk, &workers, queue, signals, stop, &stopped);
     workers.exit();
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
@@ -131,15 +126,10 @@ pub fn run(config: &Config) -> Result<(), Error> {
 }
 
 /// Creates the sockets and serves connections until there is a reason to stop. Returns with every ring
-/// drained.
-#[expect(
-    clippy::too_many_arguments,
-    reason = "the second half of `run`, so that its errors end the workers"
-)]
+/// drained. The second half of [`run`], so that its errors end the workers.
 fn serve(
     config: &Config,
     disk: &Disk,
-    vrings: Vec<Vring>,
     workers: &Workers,
     queue: Arc<EventQueue>,
     signals: Signals,
@@ -161,14 +151,10 @@ fn serve(
     signals
         .forward_to(stop)
         .map_err(system("cannot start the signal thread"))?;
-    let frontend = Arc::new(Mutex::new(Frontend::new(
-        disk.info.clone(),
-        disk.memory.clone(),
-        vrings,
-        workers.ring_server(),
-        Arc::clone(&disk.choices),
-    )));
-    let connections = Connections::start(Arc::clone(&listener), frontend)
+    let frontends = disk.slots.iter().enumerate();
+    let frontends = frontends
+        .map(|(index, slot)| Frontend::new(disk.info.clone(), slot.clone(), workers.ring_server(index)));
+    let connections = Connections::start(listener, frontends.collect())
         .map_err(system("cannot start the frontend thread"))?;
     info!(
         "serving {} MiB from {} replicas, vote threshold {}",
@@ -289,84 +275,172 @@ fn inherited(fd: RawFd) -> Option<UnixListener> {
     Some(owned.into())
 }
 
-/// The thread that serves one connection after the other.
+/// The thread that accepts connections, and those that serve one each.
 struct Connections {
     listener: Arc<FrontendListener>,
-    current: Arc<Current>,
+    slots: Arc<Slots>,
     thread: JoinHandle<()>,
 }
 
-#[derive(Default)]
-struct Current {
-    connection: Mutex<Option<UnixStream>>,
-    stopping: AtomicBool,
+/// Who is connected.
+struct Slots {
+    frontends: Vec<Arc<Mutex<Frontend>>>,
+    current: Mutex<Current>,
+    /// A slot has become free.
+    freed: Condvar,
 }
 
-impl Current {
-    /// Remembers the connection, to be able to end it. `false` when nothing is to be served any more.
-    fn set(&self, connection: Option<UnixStream>) -> bool {
-        let mut current = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        *current = connection;
-        !self.stopping.load(Ordering::Acquire)
+struct Current {
+    /// The connections, by slot, to be able to end them.
+    connections: Vec<Option<UnixStream>>,
+    /// Nothing is to be served any more.
+    stopping: bool,
+}
+
+impl Slots {
+    fn current(&self) -> MutexGuard<'_, Current> {
+        self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn end(&self) {
-        let current = self.connection.lock().unwrap_or_else(PoisonError::into_inner);
-        self.stopping.store(true, Ordering::Release);
-        if let Some(connection) = &*current {
-            let _ = connection.shutdown(std::net::Shutdown::Both);
-        }
+    /// Returns when all connections that were closed by their frontends have been drained. Who connects
+    /// after that, a guest that was started again for one, must not see writes of before take effect.
+    fn wait_for_the_closed(&self) {
+        let any_closed = |current: &mut Current| current.connections.iter().flatten().any(is_closed);
+        let waited = self.freed.wait_while(self.current(), any_closed);
+        drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
+
+    /// Gives a free slot to a connection, if there is one.
+    fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
+        let mut current = self.current();
+        // A frontend whose thread has panicked is of no use any more.
+        let is_free =
+            |slot: &usize| current.connections[*slot].is_none() && !self.frontends[*slot].is_poisoned();
+        let free = (0..self.frontends.len()).find(is_free);
+        if let Some(slot) = free {
+            current.connections[slot] = Some(connection.try_clone()?);
+            if current.stopping {
+                end(connection);
+            }
+        }
+        Ok(free)
+    }
+
+    fn free(&self, slot: usize) {
+        self.current().connections[slot] = None;
+        self.freed.notify_all();
+    }
+
+    fn end_all(&self) {
+        let mut current = self.current();
+        current.stopping = true;
+        current.connections.iter().flatten().for_each(end);
+    }
+
+    /// Serves the connection that has the slot until it ends.
+    fn serve(&self, slot: usize, connection: UnixStream) {
+        /// Frees the slot whatever happens, since others may be waiting for that.
+        struct Free<'a>(&'a Slots, usize);
+        impl Drop for Free<'_> {
+            fn drop(&mut self) {
+                self.0.free(self.1);
+            }
+        }
+        let _free = Free(self, slot);
+        Frontend::serve(&self.frontends[slot], connection);
+    }
+}
+
+fn end(connection: &UnixStream) {
+    // Fails only for one that has ended.
+    let _ = connection.shutdown(std::net::Shutdown::Both);
+}
+
+/// Whether the frontend has closed its end, whatever it has sent before.
+fn is_closed(connection: &UnixStream) -> bool {
+    let mut poll = libc::pollfd {
+        fd: connection.as_raw_fd(),
+        events: libc::POLLRDHUP,
+        revents: 0,
+    };
+    // SAFETY: one initialised pollfd, valid for the call, which does not wait.
+    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
 }
 
 impl Connections {
-    fn start(listener: Arc<FrontendListener>, frontend: Arc<Mutex<Frontend>>) -> io::Result<Self> {
-        let current = Arc::new(Current::default());
+    fn start(listener: Arc<FrontendListener>, frontends: Vec<Frontend>) -> io::Result<Self> {
+        let slots = Arc::new(Slots {
+            current: Mutex::new(Current {
+                connections: frontends.iter().map(|_| None).collect(),
+                stopping: false,
+            }),
+            frontends: frontends
+                .into_iter()
+                .map(|frontend| Arc::new(Mutex::new(frontend)))
+                .collect(),
+            freed: Condvar::new(),
+        });
         let thread = {
-            let (listener, current) = (Arc::clone(&listener), Arc::clone(&current));
+            let (listener, slots) = (Arc::clone(&listener), Arc::clone(&slots));
             std::thread::Builder::new()
                 .name("frontend".into())
-                .spawn(move || accept_all(&listener, &current, &frontend))?
+                .spawn(move || accept_all(&listener, &slots))?
         };
         Ok(Self {
             listener,
-            current,
+            slots,
             thread,
         })
     }
 
-    /// Ends the connection, if there is one, and returns when its rings are drained.
+    /// Ends all connections and returns when their rings are drained.
     fn stop(self) {
-        self.current.end();
+        self.slots.end_all();
         self.listener.close();
         if self.thread.join().is_err() {
-            error!("the frontend thread panicked");
+            error!("a frontend thread panicked");
         }
     }
 }
 
-fn accept_all(listener: &FrontendListener, current: &Current, frontend: &Arc<Mutex<Frontend>>) {
-    loop {
-        let connection = match listener.socket().accept() {
-            Ok((connection, _)) => connection,
-            Err(_) if current.stopping.load(Ordering::Acquire) => return,
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            Err(error) => {
-                // For want of descriptors or memory; that may pass, and the disk must not go for it.
-                warn!("cannot accept a connection: {error}");
-                std::thread::sleep(std::time::Duration::from_millis(100));
-                continue;
+/// Accepts connections until the listener is closed, and returns when those accepted have ended.
+fn accept_all(listener: &FrontendListener, slots: &Slots) {
+    std::thread::scope(|scope| {
+        loop {
+            let accepted = listener.socket().accept();
+            if slots.current().stopping {
+                return;
             }
-        };
-        match connection.try_clone().map(|handle| current.set(Some(handle))) {
-            Ok(true) => Frontend::serve(frontend, connection),
-            Ok(false) => return,
-            Err(error) => warn!("cannot serve a connection: {error}"),
+            let connection = match accepted {
+                Ok((connection, _)) => connection,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) => {
+                    // For want of descriptors or memory; that may pass, and the disk must not go for it.
+                    warn!("cannot accept a connection: {error}");
+                    std::thread::sleep(std::time::Duration::from_millis(100));
+                    continue;
+                }
+            };
+            slots.wait_for_the_closed();
+            let slot = match slots.take(&connection) {
+                Ok(Some(slot)) => slot,
+                Ok(None) => {
+                    warn!("a frontend is turned away: {CONNECTIONS_MAX} are connected");
+                    continue;
+                }
+                Err(error) => {
+                    warn!("cannot serve a connection: {error}");
+                    continue;
+                }
+            };
+            let thread = std::thread::Builder::new().name(format!("frontend-{slot}"));
+            let serving = thread.spawn_scoped(scope, move || slots.serve(slot, connection));
+            if let Err(error) = serving {
+                slots.free(slot);
+                warn!("cannot serve a connection: {error}");
+            }
         }
-        if !current.set(None) {
-            return;
-        }
-    }
+    });
 }
 
 /// SIGTERM and SIGINT, taken from the threads and given to one that waits for them.

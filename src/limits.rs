@@ -6,6 +6,10 @@
 /// Bytes in a sector: virtio's unit and the unit of the vote (virtio 1.3, 5.2.2).
 pub const SECTOR_BYTES: u64 = 512;
 
+/// Frontends connected at the same time; another one is turned away. A migration on one host needs two: the
+/// destination connects while the source still runs.
+pub const CONNECTIONS_MAX: usize = 4;
+
 /// Replicas of one disk. A set of replicas is a 32-bit mask.
 pub const REPLICAS_MAX: usize = 32;
 

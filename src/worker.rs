@@ -1,5 +1,7 @@
 //! A worker thread: its rings, its engine and its io_uring, and the loop that moves requests between them.
 //!
+//! It has its share of the rings of each connection; connections that nobody uses are not looked at.
+//!
 //! One turn of the loop takes what the rings hold, hands everything that comes of it to the kernel with one
 //! system call, feeds what has completed to the engine, and signals each ring at most once. The thread
 //! sleeps in that same system call, where kicks and messages wake it too.
@@ -14,13 +16,12 @@ use std::time::Instant;
 
 use log::{debug, error};
 use vhost_user_backend::VringT;
-use vm_memory::GuestMemoryAtomic;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::queue::EventQueue;
-use crate::device::frontend::{DriverChoices, RingServer};
+use crate::device::DiskInfo;
+use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
-use crate::device::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
 use crate::quorum::SectorRange;
 use crate::quorum::report::Report;
@@ -28,8 +29,9 @@ use crate::replica::buffer::BufferPool;
 use crate::replica::operation::{Operation, RequestId};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 
-/// The mailbox's watch; rings have their index.
-const MAILBOX: WatchToken = WatchToken(u32::MAX);
+/// The watch of the mailbox, and those of all kicks: every ring is looked at in any case.
+const MAILBOX: WatchToken = WatchToken(0);
+const KICK: WatchToken = WatchToken(1);
 
 /// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are fewer.
 const OWN_FLUSH: Tag = Tag(u64::MAX);
@@ -56,10 +58,8 @@ pub struct Disk {
     pub shared: Arc<Shared>,
     /// The open replicas, in order. They stay open as long as any worker runs.
     pub files: Vec<RawFd>,
-    /// Guest memory.
-    pub memory: GuestMemoryAtomic<GuestMemory>,
-    /// What the driver has chosen.
-    pub choices: Arc<DriverChoices>,
+    /// Room for connections.
+    pub slots: Vec<ConnectionSlot>,
     /// Where reports go.
     pub events: Arc<EventQueue>,
     /// Where to tell that the daemon must stop.
@@ -68,7 +68,11 @@ pub struct Disk {
 
 enum Message {
     /// Look at the state of this ring; drop the sender when it is served accordingly.
-    Refresh { ring: usize, done: SyncSender<()> },
+    Refresh {
+        slot: usize,
+        ring: usize,
+        done: SyncSender<()>,
+    },
     /// A range lock was granted.
     Granted(RequestId),
     /// Flush the replicas, and tell whether that went well.
@@ -127,11 +131,11 @@ pub struct Workers {
 }
 
 impl Workers {
-    /// Starts `count` workers for `vrings`.
+    /// Starts `count` workers.
     ///
     /// # Errors
     /// If a thread or its io_uring cannot be made; then none is left running.
-    pub fn start(disk: &Disk, vrings: &[Vring], count: u16) -> io::Result<Self> {
+    pub fn start(disk: &Disk, count: u16) -> io::Result<Self> {
         let count = count.max(1);
         let mailboxes = (0..count)
             .map(|_| Mailbox::new())
@@ -141,21 +145,19 @@ impl Workers {
             threads: Vec::new(),
         };
         for index in 0..count {
-            let disk = disk.clone();
+            let mut disk = disk.clone();
             let mailboxes = workers.mailboxes.clone();
-            let own: Vec<Vring> = vrings
-                .iter()
-                .skip(usize::from(index))
-                .step_by(usize::from(count))
-                .cloned()
-                .collect();
+            for slot in &mut disk.slots {
+                let own = slot.vrings.drain(..).skip(usize::from(index));
+                slot.vrings = own.step_by(usize::from(count)).collect();
+            }
             // The ring is made in the thread that uses it: the kernel can then do without locks.
             let (ready, is_ready) = sync_channel(1);
             let thread = std::thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn(move || {
                     let stop = disk.stop.clone();
-                    let made = Worker::new(WorkerIndex(index), disk, own, mailboxes);
+                    let made = Worker::new(WorkerIndex(index), disk, mailboxes);
                     let (outcome, worker) = match made {
                         Ok(worker) => (Ok(()), Some(worker)),
                         Err(error) => (Err(error), None),
@@ -178,9 +180,10 @@ impl Workers {
         Ok(workers)
     }
 
-    /// A handle for the frontend to have rings served.
-    pub fn ring_server(&self) -> Box<dyn RingServer> {
-        Box::new(Handle(self.mailboxes.clone()))
+    /// A handle for the frontend on a connection slot to have its rings served.
+    pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
+        let mailboxes = self.mailboxes.clone();
+        Box::new(Handle { mailboxes, slot })
     }
 
     /// Lets the workers finish what is in flight and ends them.
@@ -196,21 +199,25 @@ impl Workers {
     }
 }
 
-struct Handle(Vec<Arc<Mailbox>>);
+struct Handle {
+    mailboxes: Vec<Arc<Mailbox>>,
+    slot: usize,
+}
 
 impl RingServer for Handle {
     fn refresh(&self, queue: u16) {
         let (done, is_done) = sync_channel(0);
         let queue = usize::from(queue);
-        let (worker, ring) = (queue % self.0.len(), queue / self.0.len());
-        self.0[worker].send(Message::Refresh { ring, done });
+        let count = self.mailboxes.len();
+        let (slot, ring) = (self.slot, queue / count);
+        self.mailboxes[queue % count].send(Message::Refresh { slot, ring, done });
         // The worker drops its end; nothing is ever sent.
         let _ = is_done.recv();
     }
 
     fn flush(&self) -> bool {
         let (done, is_done) = sync_channel(1);
-        self.0[0].send(Message::Flush { done });
+        self.mailboxes[0].send(Message::Flush { done });
         is_done.recv().unwrap_or(false)
     }
 }
@@ -219,11 +226,12 @@ struct Worker {
     engine: Engine,
     io: Io,
     mailbox: Arc<Mailbox>,
-    choices: Arc<DriverChoices>,
-    vrings: Vec<Vring>,
-    kicks: Vec<Option<Watch>>,
-    /// Rings that were stopped and are not drained yet, and who waits for that.
-    draining: Vec<(usize, SyncSender<()>)>,
+    /// With this worker's rings only.
+    slots: Vec<ConnectionSlot>,
+    /// By slot and ring.
+    kicks: Vec<Vec<Option<Watch>>>,
+    /// Rings that were stopped and are not drained yet, by slot, and who waits for that.
+    draining: Vec<(usize, usize, SyncSender<()>)>,
     exiting: bool,
     started_at: Instant,
 }
@@ -231,7 +239,7 @@ struct Worker {
 /// Everything that the engine has an effect on.
 struct Io {
     ring: Ring,
-    guest: Guest,
+    guests: Guests,
     mailboxes: Vec<Arc<Mailbox>>,
     events: Arc<EventQueue>,
     /// Who waits for a flush of ours; they are answered in order.
@@ -256,7 +264,7 @@ impl Effects for Io {
             }
             return;
         }
-        self.guest.answered(tag, result);
+        self.guests.answered(tag, result);
     }
 
     fn report(&mut self, report: Report) {
@@ -280,22 +288,24 @@ impl Effects for Io {
 }
 
 impl Worker {
-    fn new(
-        index: WorkerIndex,
-        disk: Disk,
-        vrings: Vec<Vring>,
-        mailboxes: Vec<Arc<Mailbox>>,
-    ) -> io::Result<Self> {
+    fn new(index: WorkerIndex, disk: Disk, mailboxes: Vec<Arc<Mailbox>>) -> io::Result<Self> {
         let pool = BufferPool::default();
         let mut ring = Ring::new(&disk.files)?;
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Watched as long as the ring lives.
         ring.watch(&mailbox.event, MAILBOX)?;
+        let guests = disk.slots.iter().map(|slot| {
+            let (info, pool) = (disk.info.clone(), pool.clone());
+            Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool)
+        });
+        let kicks = disk.slots.iter();
+        let kicks = kicks.map(|slot| slot.vrings.iter().map(|_| None).collect());
         Ok(Self {
             engine: Engine::new(index, disk.policy, disk.shared, pool.clone()),
+            kicks: kicks.collect(),
             io: Io {
                 ring,
-                guest: Guest::new(disk.info, disk.memory, vrings.clone(), pool),
+                guests: Guests::new(guests.collect()),
                 mailboxes,
                 events: disk.events,
                 flushing: VecDeque::new(),
@@ -303,9 +313,7 @@ impl Worker {
                 failure: None,
             },
             mailbox,
-            choices: disk.choices,
-            kicks: vrings.iter().map(|_| None).collect(),
-            vrings,
+            slots: disk.slots,
             draining: Vec::new(),
             exiting: false,
             started_at: Instant::now(),
@@ -315,7 +323,7 @@ impl Worker {
     fn run(mut self) -> io::Result<()> {
         loop {
             let worked = self.take_requests();
-            self.io.guest.signal();
+            self.io.guests.signal();
             self.finish_draining();
             if self.exiting && self.engine.is_idle() {
                 debug!("the worker ends, nothing is in flight");
@@ -323,7 +331,7 @@ impl Worker {
             }
             // Asking for kicks is the last thing before sleeping: whatever comes later wakes us.
             let blocked = !self.engine.has_room();
-            let idle = !worked && (blocked || !self.io.guest.ask_for_kicks());
+            let idle = !worked && (blocked || !self.io.guests.ask_for_kicks());
             self.turn(if idle { self.wait() } else { Wait::No })?;
         }
     }
@@ -340,7 +348,7 @@ impl Worker {
     fn take_requests(&mut self) -> bool {
         let mut worked = false;
         while self.engine.has_room() {
-            let Some((tag, request)) = self.io.guest.next_request() else {
+            let Some((tag, request)) = self.io.guests.next_request() else {
                 break;
             };
             self.engine.submit(tag, request, &mut self.io);
@@ -362,7 +370,6 @@ impl Worker {
             match completion {
                 Completion::Reply(reply) => self.engine.reply(reply, &mut self.io),
                 Completion::Readable(MAILBOX) => mail = true,
-                // The ring is looked at in any case.
                 Completion::Readable(_) => {}
             }
         }
@@ -390,18 +397,19 @@ impl Worker {
                 self.engine.stop_background();
                 self.exiting = true;
             }
-            Message::Refresh { ring, done } => {
-                if let Some(watch) = self.kicks[ring].take() {
+            Message::Refresh { slot, ring, done } => {
+                let watched = &mut self.kicks[slot][ring];
+                if let Some(watch) = watched.take() {
                     self.io.ring.unwatch(&watch)?;
                 }
-                if self.io.guest.refresh(ring, self.choices.durable_writes()) {
-                    let state = self.vrings[ring].get_ref();
+                let ConnectionSlot { choices, vrings, .. } = &self.slots[slot];
+                if self.io.guests.refresh(slot, ring, choices.durable_writes()) {
+                    let state = vrings[ring].get_ref();
                     if let Some(kick) = state.get_kick() {
-                        let token = WatchToken(u32::try_from(ring).expect("at most QUEUES_MAX"));
-                        self.kicks[ring] = Some(self.io.ring.watch(kick, token)?);
+                        *watched = Some(self.io.ring.watch(kick, KICK)?);
                     }
                 } else {
-                    self.draining.push((ring, done));
+                    self.draining.push((slot, ring, done));
                 }
             }
         }
@@ -410,7 +418,85 @@ impl Worker {
 
     /// Tells those who stopped a ring when nothing of it is in flight any more.
     fn finish_draining(&mut self) {
-        let guest = &self.io.guest;
-        self.draining.retain(|(ring, _done)| !guest.is_drained(*ring));
+        if self.draining.is_empty() {
+            return;
+        }
+        let guests = &mut self.io.guests;
+        self.draining
+            .retain(|(slot, ring, _done)| !guests.is_drained(*slot, *ring));
+        guests.forget_idle();
+    }
+}
+
+/// The guests of all connections, as one worker sees them.
+struct Guests {
+    /// By connection slot.
+    guests: Vec<Guest>,
+    /// The slots in which there may be something to do.
+    in_use: Vec<usize>,
+    /// Where in `in_use` to look for the next request, so that no guest starves another.
+    next: usize,
+}
+
+/// Where the slot is in a [`Tag`], above what [`Guest`] has in it.
+const SLOT_SHIFT: u32 = 56;
+
+impl Guests {
+    fn new(guests: Vec<Guest>) -> Self {
+        Self {
+            guests,
+            in_use: Vec::new(),
+            next: 0,
+        }
+    }
+
+    /// See [`Guest::refresh`].
+    fn refresh(&mut self, slot: usize, ring: usize, durable_writes: bool) -> bool {
+        if !self.in_use.contains(&slot) {
+            self.in_use.push(slot);
+        }
+        self.guests[slot].refresh(ring, durable_writes)
+    }
+
+    /// Does not look any more at guests with which there is nothing to do.
+    fn forget_idle(&mut self) {
+        self.in_use.retain(|slot| !self.guests[*slot].is_idle());
+    }
+
+    fn is_drained(&self, slot: usize, ring: usize) -> bool {
+        self.guests[slot].is_drained(ring)
+    }
+
+    /// The next piece of work, of one guest after the other.
+    fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
+        for step in 0..self.in_use.len() {
+            let index = (self.next + step) % self.in_use.len();
+            let slot = self.in_use[index];
+            if let Some((Tag(tag), request)) = self.guests[slot].next_request() {
+                debug_assert_eq!(tag >> SLOT_SHIFT, 0);
+                self.next = index + 1;
+                return Some((Tag(tag | (slot as u64) << SLOT_SHIFT), request));
+            }
+        }
+        None
+    }
+
+    fn answered(&mut self, Tag(tag): Tag, result: Result<&[u8], Failed>) {
+        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("it was one");
+        self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
+    }
+
+    fn signal(&mut self) {
+        for &slot in &self.in_use {
+            self.guests[slot].signal();
+        }
+    }
+
+    fn ask_for_kicks(&mut self) -> bool {
+        let mut more = false;
+        for &slot in &self.in_use {
+            more |= self.guests[slot].ask_for_kicks();
+        }
+        more
     }
 }

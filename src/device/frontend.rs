@@ -73,6 +73,34 @@ impl DriverChoices {
     }
 }
 
+/// What a connection shares with the threads that serve its rings. There are as many as there may be
+/// connections; one that is not in use costs next to nothing.
+#[derive(Clone)]
+pub struct ConnectionSlot {
+    /// Guest memory.
+    pub memory: GuestMemoryAtomic<GuestMemory>,
+    /// The rings.
+    pub vrings: Vec<Vring>,
+    /// What the driver has chosen.
+    pub choices: Arc<DriverChoices>,
+}
+
+impl ConnectionSlot {
+    /// One with `queue_count` rings of up to `queue_size` entries.
+    ///
+    /// # Errors
+    /// If the size is not one that a ring can have.
+    pub fn new(queue_count: u16, queue_size: u16) -> std::result::Result<Self, virtio_queue::Error> {
+        let memory = GuestMemoryAtomic::new(GuestMemory::new());
+        let vrings = (0..queue_count).map(|_| Vring::new(memory.clone(), queue_size));
+        Ok(Self {
+            vrings: vrings.collect::<std::result::Result<_, _>>()?,
+            memory,
+            choices: Arc::default(),
+        })
+    }
+}
+
 /// The device as the VMM sees it.
 pub struct Frontend {
     info: DiskInfo,
@@ -95,14 +123,13 @@ struct Mapping {
 }
 
 impl Frontend {
-    /// The device on `vrings`, which `server` serves.
-    pub fn new(
-        info: DiskInfo,
-        memory: GuestMemoryAtomic<GuestMemory>,
-        vrings: Vec<Vring>,
-        server: Box<dyn RingServer>,
-        choices: Arc<DriverChoices>,
-    ) -> Self {
+    /// The device on the rings of `slot`, which `server` serves.
+    pub fn new(info: DiskInfo, slot: ConnectionSlot, server: Box<dyn RingServer>) -> Self {
+        let ConnectionSlot {
+            memory,
+            vrings,
+            choices,
+        } = slot;
         Self {
             info,
             memory,

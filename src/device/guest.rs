@@ -109,6 +109,12 @@ impl Guest {
         self.rings[ring].taken == 0
     }
 
+    /// Whether there is nothing to do for any ring, and will not be until one is looked at again.
+    pub fn is_idle(&self) -> bool {
+        let is_idle = |ring: &Ring| !ring.active && !ring.used && ring.taken == 0;
+        self.rings.iter().all(is_idle)
+    }
+
     /// The next piece of work, if any: of a request that was begun, or of a new one.
     pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
         // Bounded: a driver that goes on adding requests which are refused at once must not keep us here.
@@ -328,7 +334,7 @@ impl Chain {
     }
 }
 
-/// The tag of the piece that begins `offset_sectors` into a chain.
+/// The tag of the piece that begins `offset_sectors` into a chain. The worker has the upper 8 bits for itself.
 fn tag(key: usize, offset_sectors: u64) -> Tag {
     // A chain is below 4 GiB, and there are at most as many as the rings have entries.
     Tag((key as u64) << 32 | offset_sectors)

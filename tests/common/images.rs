@@ -124,6 +124,11 @@ impl Random {
         Self(seed)
     }
 
+    /// Another generator, for another thread.
+    pub fn fork(&mut self) -> Self {
+        Self(self.next())
+    }
+
     /// The next number.
     pub fn next(&mut self) -> u64 {
         self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);

@@ -16,7 +16,7 @@ use vm_memory::FileOffset;
 
 use super::*;
 use crate::device::config_space;
-use crate::device::frontend::{DriverChoices, Frontend, RingServer};
+use crate::device::frontend::{ConnectionSlot, Frontend, RingServer};
 
 const PAGE_BYTES: u64 = 4096;
 const PAGES: u64 = 77;
@@ -64,22 +64,19 @@ impl Vmm {
             Some(FileOffset::new(file.try_clone().unwrap(), 0)),
         );
         let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
-        let shared = GuestMemoryAtomic::new(GuestMemory::new());
-        let vrings = vec![Vring::new(shared.clone(), 64).unwrap()];
+        let slot = ConnectionSlot::new(1, 64).unwrap();
         let refreshes = Arc::<AtomicUsize>::default();
         let mut frontend = Frontend::new(
             info.clone(),
-            shared.clone(),
-            vrings.clone(),
+            slot.clone(),
             Box::new(Server(Arc::clone(&refreshes))),
-            Arc::<DriverChoices>::default(),
         );
         let region = VhostUserMemoryRegion::new(0, BYTES, VMM, 0);
         frontend
             .set_mem_table(&[region], vec![file.try_clone().unwrap()], None)
             .unwrap();
         Self {
-            machine: Machine::on(info.clone(), memory, shared, vrings, 64),
+            machine: Machine::on(info.clone(), memory, slot.memory, slot.vrings, 64),
             frontend,
             features: config_space::features(&info) & !LOG_ALL,
             file,

@@ -1,0 +1,155 @@
+//! Several frontends at a time on one disk, as during a migration on one host, and in what order they come.
+
+mod common;
+
+use std::io::{ErrorKind, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::Barrier;
+use std::thread;
+use std::time::Duration;
+
+use common::client::{Client, Request};
+use common::daemon::{Daemon, EventReader, replica_arguments};
+use common::fuse::{Fault, FuseImage, Operation};
+use common::images::{Random, are_identical, create_images};
+use common::process::wait_until;
+use quorum_blk::limits::CONNECTIONS_MAX;
+use serde_json::Value;
+
+const DISK_BYTES: u64 = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(10);
+/// Long enough for a daemon that would answer.
+const SILENCE: Duration = Duration::from_millis(300);
+
+/// Random writes and reads in a part of the disk of its own, then, as all others, writes all over it.
+fn work(socket: &Path, worker: u64, mut random: Random, all: &Barrier) {
+    const PART_BYTES: usize = 1 << 20;
+    let mut client = Client::connect(socket, 2);
+    all.wait();
+    let base = worker * PART_BYTES as u64;
+    let mut model = vec![0; PART_BYTES];
+    for _ in 0..300 {
+        let len = usize::try_from(random.within(1..64)).unwrap() * 512;
+        let place = usize::try_from(random.within(0..(PART_BYTES - len) as u64 / 512)).unwrap() * 512;
+        let queue = usize::from(random.within(0..2) == 1);
+        let part = place..place + len;
+        if random.within(0..2) == 0 {
+            let byte = random.mask();
+            client
+                .write(queue, base + place as u64, &vec![byte; len])
+                .unwrap();
+            model[part].fill(byte);
+        } else {
+            let read = client.read(queue, base + place as u64, len).unwrap();
+            assert!(read == model[part], "wrong data");
+        }
+    }
+    all.wait();
+    for _ in 0..50 {
+        client.memory(0)[..65536].fill(random.mask());
+        let offsets = (0..8).map(|_| random.within(0..DISK_BYTES / 512 - 128) * 512);
+        let write = |offset| Request::Write {
+            offset,
+            memory: 0,
+            len: 65536,
+        };
+        let writes: Vec<_> = offsets.map(write).collect();
+        assert!(client.run(0, &writes).iter().all(Result::is_ok));
+    }
+    client.flush(1).unwrap();
+}
+
+#[test]
+fn frontends_work_at_the_same_time() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 3, DISK_BYTES);
+    let mut arguments = replica_arguments(&images);
+    arguments.extend(["--num-queues", "2"].map(Into::into));
+    let mut daemon = Daemon::start(directory.path(), arguments);
+    let events = EventReader::connect(daemon.events_socket());
+    let mut random = Random::from_environment();
+    let all = Barrier::new(CONNECTIONS_MAX);
+    thread::scope(|scope| {
+        for worker in 0..CONNECTIONS_MAX {
+            let (socket, all, random) = (daemon.socket(), &all, random.fork());
+            scope.spawn(move || work(socket, worker as u64, random, all));
+        }
+    });
+    assert!(daemon.terminate().success(), "{}", daemon.log());
+    assert_eq!(events.all(), [] as [Value; 0]);
+    assert!(are_identical(&images));
+}
+
+/// Asks for the features; the answer comes once somebody serves the connection.
+fn ask(socket: &Path) -> UnixStream {
+    const GET_FEATURES: u32 = 1;
+    const VERSION: u32 = 1;
+    let mut connection = UnixStream::connect(socket).unwrap();
+    let message = [GET_FEATURES, VERSION, 0].map(u32::to_le_bytes).concat();
+    // Somebody who turns us away may do so before this.
+    let _ = connection.write_all(&message);
+    connection
+}
+
+/// Whether the daemon answers within `limit`; `None` if it closes the connection.
+fn is_served(connection: &mut UnixStream, limit: Duration) -> Option<bool> {
+    connection.set_read_timeout(Some(limit)).unwrap();
+    match connection.read(&mut [0; 20]) {
+        Ok(0) => None,
+        Ok(20) => Some(true),
+        Ok(bytes) => panic!("an answer of {bytes} bytes"),
+        Err(error) if error.kind() == ErrorKind::WouldBlock => Some(false),
+        Err(error) if error.kind() == ErrorKind::ConnectionReset => None,
+        Err(error) => panic!("{error}"),
+    }
+}
+
+#[test]
+fn one_too_many_is_turned_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 1, DISK_BYTES);
+    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    let mut connections: Vec<_> = (0..CONNECTIONS_MAX).map(|_| ask(daemon.socket())).collect();
+    for connection in &mut connections {
+        assert_eq!(is_served(connection, LIMIT), Some(true));
+    }
+    assert_eq!(is_served(&mut ask(daemon.socket()), LIMIT), None);
+    assert!(daemon.log().contains("turned away"), "{}", daemon.log());
+    for _ in 0..3 {
+        connections.remove(1);
+        connections.push(ask(daemon.socket()));
+        let last = connections.last_mut().unwrap();
+        assert_eq!(is_served(last, LIMIT), Some(true), "its place is free at once");
+    }
+    assert!(daemon.terminate().success(), "with all of them connected");
+    for connection in &mut connections {
+        assert_eq!(is_served(connection, LIMIT), None);
+    }
+}
+
+/// What a frontend that is gone has asked for is done before the next one is served: the same guest, say, which
+/// was started again and looks at its disk.
+#[test]
+fn who_comes_after_does_not_see_writes_of_before_take_effect() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 1, DISK_BYTES);
+    let image = FuseImage::serve(&images[0]);
+    let mut arguments = replica_arguments(&[image.path()]);
+    arguments.extend(["--replica-timeout", "60000"].map(Into::into));
+    let daemon = Daemon::start(directory.path(), arguments);
+    let mut stays = Client::connect(daemon.socket(), 1);
+    let mut goes = Client::connect(daemon.socket(), 1);
+
+    image.inject(Operation::Write, Fault::Hang);
+    goes.memory(0)[..4096].fill(7);
+    goes.send(0, &Request::writes(1, 4096));
+    assert!(wait_until(LIMIT, || image.asked(Operation::Write) == 1));
+    drop(goes);
+    let mut next = ask(daemon.socket());
+    assert_eq!(is_served(&mut next, SILENCE), Some(false));
+    assert!(stays.read(0, 0, 4096).is_ok(), "others are served");
+    image.heal();
+    assert_eq!(is_served(&mut next, LIMIT), Some(true));
+    assert!(stays.read(0, 0, 4096).unwrap() == [7; 4096]);
+}
