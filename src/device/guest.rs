@@ -11,6 +11,7 @@ use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
+use super::chain::Chain;
 use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use super::{DiskInfo, GuestMemory, Vring};
 use crate::engine::{Failed, GuestRequest, Tag};
@@ -29,7 +30,7 @@ pub struct Guest {
     rings: Vec<Ring>,
     /// Where to look for the next request, so that no ring starves another.
     next_ring: usize,
-    chains: Slab<Chain>,
+    chains: Slab<Taken>,
     /// Chains of which pieces are still to be begun.
     unfinished: VecDeque<usize>,
     /// The driver cannot flush: every write must be durable when it is answered.
@@ -49,7 +50,7 @@ struct Ring {
 }
 
 /// A chain that was taken off its ring.
-struct Chain {
+struct Taken {
     ring: usize,
     request: Request,
     /// Sectors of the request that were begun.
@@ -214,23 +215,23 @@ impl Guest {
         if !state.is_enabled() || !state.get_queue().ready() {
             return None;
         }
-        let popped = match state.get_queue_mut().iter(&*memory) {
-            Ok(mut available) => available.next().map(|chain| Request::parse(chain, &self.info)),
+        let available = state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next());
+        let head = match available {
+            Ok(chain) => chain?.head_index(),
             Err(error) => {
                 drop(state);
                 ring.give_up(&error);
                 return None;
             }
         };
-        if popped.is_some() {
-            ring.taken += 1;
-            if ring.notify {
-                ring.notify = false;
-                // Only a hint; a failure shows again when the ring is used.
-                let _ = state.get_queue_mut().disable_notification(&*memory);
-            }
+        ring.taken += 1;
+        if ring.notify {
+            ring.notify = false;
+            // Only a hint; a failure shows again when the ring is used.
+            let _ = state.get_queue_mut().disable_notification(&*memory);
         }
-        popped
+        let chain = Chain::new(&memory, state.get_queue(), head);
+        Some(Request::parse(chain, &self.info))
     }
 
     /// Answers a request that needs no replica, queues the others for their pieces.
@@ -241,7 +242,7 @@ impl Guest {
             Kind::In(_) | Kind::Out(_) | Kind::Zero if request.sectors() == 0 => Some(Status::Ok),
             Kind::In(_) | Kind::Out(_) | Kind::Zero | Kind::Flush => None,
         };
-        let key = self.chains.insert(Chain {
+        let key = self.chains.insert(Taken {
             ring,
             request,
             begun_sectors: 0,
@@ -327,7 +328,7 @@ impl Ring {
     }
 }
 
-impl Chain {
+impl Taken {
     /// Whether it has as many pieces in flight as it may; it goes on when one of them is answered.
     fn is_parked(&self) -> bool {
         self.request.kind == Kind::Zero && self.outstanding == ZERO_PIECES_IN_FLIGHT_MAX

@@ -1,12 +1,13 @@
 //! The guest's side: virtio-blk requests and the vhost-user protocol. Knows nothing of replicas.
 //!
 //! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
-//! answers them, [`request`] understands one descriptor chain, [`config_space`] is what the driver sees of
-//! the device, [`memory`] is guest memory and the log of what is written to it.
+//! answers them, [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
+//! the driver sees of the device, [`memory`] is guest memory and the log of what is written to it.
 //!
 //! Invariants: every chain taken off a ring is put back on it once; guest memory is written only between
 //! those two moments; whatever bytes the guest or the VMM puts in front of us, at most its own requests fail.
 
+pub mod chain;
 pub mod config_space;
 pub mod frontend;
 pub mod guest;

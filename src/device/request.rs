@@ -9,12 +9,12 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
     VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
-use virtio_queue::DescriptorChain;
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
+use super::chain::Chain;
 use super::{DiskInfo, GuestMemory};
-use crate::limits::{QUEUE_SIZE_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::limits::{ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 
 /// Bytes of the request header: type, reserved, sector.
@@ -103,10 +103,10 @@ pub struct Request {
 
 impl Request {
     /// Understands `chain` as a request to a disk such as `info`.
-    pub fn parse(chain: DescriptorChain<&GuestMemory>, info: &DiskInfo) -> Self {
+    pub fn parse(chain: Chain<'_>, info: &DiskInfo) -> Self {
         let head = chain.head_index();
         let memory = chain.memory();
-        let (mut readable, mut writable, well_formed) = split(chain.clone());
+        let (mut readable, mut writable, well_formed) = split(chain);
         let status = writable.take_last_byte();
         let before_status = writable.bytes();
         let refused = |status_value| Self {
@@ -259,14 +259,13 @@ fn parse_zeroes(
 }
 
 /// The device-readable and the device-writable bytes of a chain, and whether it is formed as it must be:
-/// the former come first (virtio 1.3, 2.7.4.2), it is no longer than a queue (2.7.5.3.1), and it has an end.
+/// the former come first (virtio 1.3, 2.7.4.2), and it has an end.
 /// What of a malformed chain was not looked at is left out.
-fn split(chain: DescriptorChain<&GuestMemory>) -> (Segments, Segments, bool) {
+fn split(chain: Chain<'_>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
     let mut in_order = true;
-    // The iterator stops silently where a chain loops, leaves its table or exceeds 4 GiB.
     let mut ended = false;
-    for descriptor in chain.take(usize::from(QUEUE_SIZE_MAX)) {
+    for descriptor in chain {
         ended = !descriptor.has_next();
         if descriptor.is_write_only() {
             writable.push(&descriptor);

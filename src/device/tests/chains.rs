@@ -187,6 +187,15 @@ fn indirect_tables_that_are_none() {
         machine.serve_chain(&[readable(HEADER, 16), writable(STATUS, 1), table]);
         assert_eq!(machine.status(), IOERR);
     }
+    // A table with a descriptor behind it.
+    machine.put_header(FLUSH, 0);
+    machine.put(TABLE, &descriptor(readable(HEADER, 16), NEXT, 1));
+    machine.put(TABLE + 16, &descriptor(writable(STATUS, 1), 0, 0));
+    assert_eq!(machine.serve_chain(&[indirect(TABLE, 32), writable(DATA, 1)]), 0);
+    assert!(machine.asked.is_empty());
+    assert_eq!(machine.serve_chain(&[indirect(TABLE, 32)]), 1);
+    assert_eq!((machine.status(), machine.asked.len()), (OK, 1));
+    machine.asked.clear();
     // A table in a table.
     machine.put_header(FLUSH, 0);
     machine.put(TABLE, &descriptor(readable(HEADER, 16), NEXT, 1));

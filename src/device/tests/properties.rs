@@ -1,5 +1,9 @@
 //! Properties over random chains and random bytes.
 
+use virtio_queue::desc::split::Descriptor;
+use virtio_queue::{QueueOwnedT, QueueT};
+
+use super::super::chain::Chain;
 use super::*;
 
 /// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the pieces over memory from
@@ -286,5 +290,34 @@ proptest! {
             prop_assert_eq!(&given_back[ring], &taken);
         }
         machine.assert_untouched(&writable);
+    }
+}
+
+proptest! {
+    /// Another walk of the same chains, `virtio-queue`'s, finds the same descriptors. It differs where it is
+    /// laxer: behind a reference to an indirect table, and in longer chains than any queue has.
+    #[test]
+    fn chains_are_walked_as_virtio_queue_walks_them(
+        table in vec(soup_descriptor(), 16),
+        indirect in vec(soup_descriptor(), usize::from(SOUP_TABLE_ENTRIES)),
+    ) {
+        let mut machine = Machine::with(small_disk(), 1, 16, SOUP_END);
+        let places = (0..16u64).map(|index| 16 * index);
+        let places = places.chain((0..u64::from(SOUP_TABLE_ENTRIES)).map(|index| SOUP_TABLES + 16 * index));
+        for (place, SoupDescriptor { part, flags, next }) in places.zip(table.iter().chain(&indirect)) {
+            // Two flags that must not come together.
+            let flags = if flags & INDIRECT != 0 { flags & !NEXT } else { *flags };
+            machine.put(place, &descriptor(*part, flags, *next));
+        }
+        for head in 0..17u16 {
+            machine.offer_head(0, head);
+            let mut state = machine.vrings[0].get_mut();
+            let fields = |of: Descriptor| (of.addr(), of.len(), of.flags(), of.next());
+            let ours: Vec<_> = Chain::new(&machine.memory, state.get_queue(), head).map(fields).collect();
+            state.get_queue_mut().set_next_avail(head);
+            let next = state.get_queue_mut().iter(&machine.memory).unwrap().next();
+            let theirs: Vec<_> = next.unwrap().map(fields).collect();
+            prop_assert_eq!(&ours, &theirs);
+        }
     }
 }
