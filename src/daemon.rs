@@ -112,7 +112,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
 
     let served = serve(config, &disk, &workers, queue, signals, stop, &stopped);
-    workers.exit();
+    let _ = workers.exit();
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
     let (publisher, reason) = served?;

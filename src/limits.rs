@@ -3,6 +3,8 @@
 //! Each queue, pool and table that a guest, a client or a failing file could make grow has its limit here,
 //! with the reason for the figure.
 
+use std::time::Duration;
+
 /// Bytes in a sector: virtio's unit and the unit of the vote (virtio 1.3, 5.2.2).
 pub const SECTOR_BYTES: u64 = 512;
 
@@ -91,6 +93,19 @@ pub const CONFIRMATIONS_MAX: usize = 256;
 
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;
+
+/// How long a ring that is stopped waits for the replicas, and the whole daemon when it ends. After
+/// `replica_timeout` a replica that nobody needs is out of the set, and what waited for it goes on with the others,
+/// which have as long once more. What is in flight even then is abandoned.
+pub fn drain_limit(replica_timeout: Duration) -> Duration {
+    replica_timeout
+        .saturating_mul(2)
+        .saturating_add(Duration::from_secs(1))
+}
+
+/// How long the daemon waits in the end until what the host's page cache holds is on the disks, which takes its
+/// time. Less than the 90 s after which systemd kills a service.
+pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;

@@ -6,25 +6,30 @@
 //! system call, feeds what has completed to the engine, and signals each ring at most once. The thread
 //! sleeps in that same system call, where kicks and messages wake it too.
 
+mod guests;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
 use std::sync::mpsc::{SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
-use log::{debug, error};
+use log::{debug, error, warn};
 use vhost_user_backend::VringT;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::guests::Guests;
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
+use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::quorum::SectorRange;
+use crate::limits::drain_limit;
 use crate::quorum::report::Report;
+use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
 use crate::replica::operation::{Operation, RequestId};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
@@ -67,10 +72,12 @@ pub struct Disk {
 }
 
 enum Message {
-    /// Look at the state of this ring; drop the sender when it is served accordingly.
+    /// Look at the state of this ring, which is tracked there from its next start on; drop the sender when it is
+    /// served accordingly.
     Refresh {
         slot: usize,
         ring: usize,
+        region: Option<QueueRegion>,
         done: SyncSender<()>,
     },
     /// A range lock was granted.
@@ -79,35 +86,43 @@ enum Message {
     Flush { done: SyncSender<bool> },
     /// Look at the replicas' health.
     Tick,
-    /// End when everything in flight is done.
+    /// End when everything in flight is done, or it is time.
     Exit,
 }
 
 #[derive(Debug)]
 struct Mailbox {
-    messages: Mutex<VecDeque<Message>>,
+    /// `None` when the worker has ended: nobody must wait for it then.
+    messages: Mutex<Option<VecDeque<Message>>>,
     event: EventFd,
 }
 
 impl Mailbox {
     fn new() -> io::Result<Arc<Self>> {
         Ok(Arc::new(Self {
-            messages: Mutex::default(),
+            messages: Mutex::new(Some(VecDeque::new())),
             event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
         }))
     }
 
+    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Message>>> {
+        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn send(&self, message: Message) {
-        self.messages
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push_back(message);
+        if let Some(messages) = &mut *self.lock() {
+            messages.push_back(message);
+        }
         // The counter cannot overflow: each write adds one.
         let _ = self.event.write(1);
     }
 
     fn take(&self) -> VecDeque<Message> {
-        std::mem::take(&mut *self.messages.lock().unwrap_or_else(PoisonError::into_inner))
+        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    fn close(&self) {
+        self.lock().take();
     }
 }
 
@@ -127,7 +142,8 @@ impl std::fmt::Debug for Message {
 #[derive(Debug)]
 pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Vec<JoinHandle<ReplicaSet>>,
+    replicas: usize,
 }
 
 impl Workers {
@@ -143,6 +159,7 @@ impl Workers {
         let mut workers = Self {
             mailboxes,
             threads: Vec::new(),
+            replicas: disk.policy.replicas,
         };
         for index in 0..count {
             let mut disk = disk.clone();
@@ -163,17 +180,22 @@ impl Workers {
                         Err(error) => (Err(error), None),
                     };
                     let _ = ready.send(outcome);
-                    if let Some(Err(error)) = worker.map(Worker::run) {
+                    let Some(mut worker) = worker else {
+                        return ReplicaSet::EMPTY;
+                    };
+                    if let Err(error) = worker.run() {
                         error!("the io_uring of worker {index} failed: {error}");
                         let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
                     }
+                    worker.io.replicas_asked()
                 })?;
             workers.threads.push(thread);
             let outcome = is_ready
                 .recv()
                 .unwrap_or_else(|_| Err(io::Error::other("the worker ended")));
             if let Err(error) = outcome {
-                workers.exit();
+                // They were given nothing to do yet.
+                let _ = workers.exit();
                 return Err(error);
             }
         }
@@ -186,16 +208,22 @@ impl Workers {
         Box::new(Handle { mailboxes, slot })
     }
 
-    /// Lets the workers finish what is in flight and ends them.
-    pub fn exit(self) {
+    /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends them. Returns the
+    /// replicas that may still have operations: the kernel does them when the replica answers again, so nobody
+    /// else may use these images before it has let go of them.
+    #[must_use]
+    pub fn exit(self) -> ReplicaSet {
         for mailbox in &self.mailboxes {
             mailbox.send(Message::Exit);
         }
-        for thread in self.threads {
-            if thread.join().is_err() {
+        let everyone = ReplicaSet::first(self.replicas);
+        let ended = self.threads.into_iter().map(|thread| {
+            thread.join().unwrap_or_else(|_| {
                 error!("a worker panicked");
-            }
-        }
+                everyone
+            })
+        });
+        ended.fold(ReplicaSet::EMPTY, ReplicaSet::or)
     }
 }
 
@@ -205,13 +233,20 @@ struct Handle {
 }
 
 impl RingServer for Handle {
-    fn refresh(&self, queue: u16) {
+    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
         let (done, is_done) = sync_channel(0);
-        let queue = usize::from(queue);
         let count = self.mailboxes.len();
-        let (slot, ring) = (self.slot, queue / count);
-        self.mailboxes[queue % count].send(Message::Refresh { slot, ring, done });
-        // The worker drops its end; nothing is ever sent.
+        for (queue, region) in rings {
+            let queue = usize::from(queue);
+            self.mailboxes[queue % count].send(Message::Refresh {
+                slot: self.slot,
+                ring: queue / count,
+                region,
+                done: done.clone(),
+            });
+        }
+        drop(done);
+        // The workers drop their ends; nothing is ever sent.
         let _ = is_done.recv();
     }
 
@@ -230,15 +265,28 @@ struct Worker {
     slots: Vec<ConnectionSlot>,
     /// By slot and ring.
     kicks: Vec<Vec<Option<Watch>>>,
-    /// Rings that were stopped and are not drained yet, by slot, and who waits for that.
-    draining: Vec<(usize, usize, SyncSender<()>)>,
-    exiting: bool,
+    /// Rings that were stopped and are not drained yet.
+    draining: Vec<Draining>,
+    /// When to end at the latest.
+    exit_by: Option<Duration>,
+    drain_limit: Duration,
     started_at: Instant,
+}
+
+struct Draining {
+    slot: usize,
+    ring: usize,
+    /// When what is still in flight is abandoned.
+    until: Duration,
+    /// Who waits for that; to be dropped.
+    _done: SyncSender<()>,
 }
 
 /// Everything that the engine has an effect on.
 struct Io {
     ring: Ring,
+    /// Operations in flight on each replica.
+    in_flight: Vec<usize>,
     guests: Guests,
     mailboxes: Vec<Arc<Mailbox>>,
     events: Arc<EventQueue>,
@@ -249,8 +297,20 @@ struct Io {
     failure: Option<io::Error>,
 }
 
+impl Io {
+    /// The replicas that have operations in flight.
+    fn replicas_asked(&self) -> ReplicaSet {
+        let asked = |replica: &ReplicaIndex| self.in_flight[replica.as_usize()] > 0;
+        ReplicaSet::first(self.in_flight.len())
+            .iter()
+            .filter(asked)
+            .collect()
+    }
+}
+
 impl Effects for Io {
     fn submit(&mut self, operation: Operation) {
+        self.in_flight[operation.replica.as_usize()] += 1;
         if let Err(error) = self.ring.push(operation) {
             self.failure.get_or_insert(error);
         }
@@ -287,6 +347,12 @@ impl Effects for Io {
     }
 }
 
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.mailbox.close();
+    }
+}
+
 impl Worker {
     fn new(index: WorkerIndex, disk: Disk, mailboxes: Vec<Arc<Mailbox>>) -> io::Result<Self> {
         let pool = BufferPool::default();
@@ -294,6 +360,7 @@ impl Worker {
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Watched as long as the ring lives.
         ring.watch(&mailbox.event, MAILBOX)?;
+        let (replicas, drain_limit) = (disk.policy.replicas, drain_limit(disk.policy.replica_timeout));
         let guests = disk.slots.iter().map(|slot| {
             let (info, pool) = (disk.info.clone(), pool.clone());
             Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool)
@@ -305,6 +372,7 @@ impl Worker {
             kicks: kicks.collect(),
             io: Io {
                 ring,
+                in_flight: vec![0; replicas],
                 guests: Guests::new(guests.collect()),
                 mailboxes,
                 events: disk.events,
@@ -315,19 +383,27 @@ impl Worker {
             mailbox,
             slots: disk.slots,
             draining: Vec::new(),
-            exiting: false,
+            exit_by: None,
+            drain_limit,
             started_at: Instant::now(),
         })
     }
 
-    fn run(mut self) -> io::Result<()> {
+    fn run(&mut self) -> io::Result<()> {
         loop {
             let worked = self.take_requests();
+            self.abandon_overdue();
             self.io.guests.signal();
             self.finish_draining();
-            if self.exiting && self.engine.is_idle() {
-                debug!("the worker ends, nothing is in flight");
-                return Ok(());
+            if let Some(exit_by) = self.exit_by {
+                let late = self.started_at.elapsed() >= exit_by;
+                if self.engine.is_idle() {
+                    debug!("the worker ends, nothing is in flight");
+                    return Ok(());
+                } else if late {
+                    warn!("the worker ends, although the replicas have not answered everything");
+                    return Ok(());
+                }
             }
             // Asking for kicks is the last thing before sleeping: whatever comes later wakes us.
             let blocked = !self.engine.has_room();
@@ -338,7 +414,9 @@ impl Worker {
 
     /// How long there is nothing to do but wait.
     fn wait(&self) -> Wait {
-        match self.engine.deadline() {
+        let drains = self.draining.iter().map(|draining| draining.until);
+        let first = drains.chain(self.exit_by).chain(self.engine.deadline()).min();
+        match first {
             Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.started_at.elapsed())),
             None => Wait::Forever,
         }
@@ -368,7 +446,10 @@ impl Worker {
         let mut mail = false;
         for completion in completions.drain(..) {
             match completion {
-                Completion::Reply(reply) => self.engine.reply(reply, &mut self.io),
+                Completion::Reply(reply) => {
+                    self.io.in_flight[reply.replica.as_usize()] -= 1;
+                    self.engine.reply(reply, &mut self.io);
+                }
                 Completion::Readable(MAILBOX) => mail = true,
                 Completion::Readable(_) => {}
             }
@@ -395,108 +476,58 @@ impl Worker {
             Message::Tick => self.engine.tick(self.started_at.elapsed(), &mut self.io),
             Message::Exit => {
                 self.engine.stop_background();
-                self.exiting = true;
+                self.exit_by = Some(self.started_at.elapsed() + self.drain_limit);
             }
-            Message::Refresh { slot, ring, done } => {
+            Message::Refresh {
+                slot,
+                ring,
+                region,
+                done,
+            } => {
                 let watched = &mut self.kicks[slot][ring];
                 if let Some(watch) = watched.take() {
                     self.io.ring.unwatch(&watch)?;
                 }
                 let ConnectionSlot { choices, vrings, .. } = &self.slots[slot];
-                if self.io.guests.refresh(slot, ring, choices.durable_writes()) {
+                let durable_writes = choices.durable_writes();
+                if self.io.guests.refresh(slot, ring, region, durable_writes) {
                     let state = vrings[ring].get_ref();
                     if let Some(kick) = state.get_kick() {
                         *watched = Some(self.io.ring.watch(kick, KICK)?);
                     }
                 } else {
-                    self.draining.push((slot, ring, done));
+                    self.draining.push(Draining {
+                        slot,
+                        ring,
+                        until: self.started_at.elapsed() + self.drain_limit,
+                        _done: done,
+                    });
                 }
             }
         }
         Ok(())
     }
 
-    /// Tells those who stopped a ring when nothing of it is in flight any more.
+    /// Abandons what is in flight of rings that were stopped, where it is time.
+    fn abandon_overdue(&mut self) {
+        if self.draining.is_empty() {
+            return;
+        }
+        let now = self.started_at.elapsed();
+        for draining in self.draining.iter().filter(|draining| draining.until <= now) {
+            self.io.guests.abandon(draining.slot, draining.ring);
+        }
+    }
+
+    /// Tells those who stopped a ring when nothing of it is in flight any more. They may take its call descriptor
+    /// away then.
     fn finish_draining(&mut self) {
         if self.draining.is_empty() {
             return;
         }
         let guests = &mut self.io.guests;
         self.draining
-            .retain(|(slot, ring, _done)| !guests.is_drained(*slot, *ring));
+            .retain(|draining| !guests.is_drained(draining.slot, draining.ring));
         guests.forget_idle();
-    }
-}
-
-/// The guests of all connections, as one worker sees them.
-struct Guests {
-    /// By connection slot.
-    guests: Vec<Guest>,
-    /// The slots in which there may be something to do.
-    in_use: Vec<usize>,
-    /// Where in `in_use` to look for the next request, so that no guest starves another.
-    next: usize,
-}
-
-/// Where the slot is in a [`Tag`], above what [`Guest`] has in it.
-const SLOT_SHIFT: u32 = 56;
-
-impl Guests {
-    fn new(guests: Vec<Guest>) -> Self {
-        Self {
-            guests,
-            in_use: Vec::new(),
-            next: 0,
-        }
-    }
-
-    /// See [`Guest::refresh`].
-    fn refresh(&mut self, slot: usize, ring: usize, durable_writes: bool) -> bool {
-        if !self.in_use.contains(&slot) {
-            self.in_use.push(slot);
-        }
-        self.guests[slot].refresh(ring, durable_writes)
-    }
-
-    /// Does not look any more at guests with which there is nothing to do.
-    fn forget_idle(&mut self) {
-        self.in_use.retain(|slot| !self.guests[*slot].is_idle());
-    }
-
-    fn is_drained(&self, slot: usize, ring: usize) -> bool {
-        self.guests[slot].is_drained(ring)
-    }
-
-    /// The next piece of work, of one guest after the other.
-    fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
-        for step in 0..self.in_use.len() {
-            let index = (self.next + step) % self.in_use.len();
-            let slot = self.in_use[index];
-            if let Some((Tag(tag), request)) = self.guests[slot].next_request() {
-                debug_assert_eq!(tag >> SLOT_SHIFT, 0);
-                self.next = index + 1;
-                return Some((Tag(tag | (slot as u64) << SLOT_SHIFT), request));
-            }
-        }
-        None
-    }
-
-    fn answered(&mut self, Tag(tag): Tag, result: Result<&[u8], Failed>) {
-        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("it was one");
-        self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
-    }
-
-    fn signal(&mut self) {
-        for &slot in &self.in_use {
-            self.guests[slot].signal();
-        }
-    }
-
-    fn ask_for_kicks(&mut self) -> bool {
-        let mut more = false;
-        for &slot in &self.in_use {
-            more |= self.guests[slot].ask_for_kicks();
-        }
-        more
     }
 }

@@ -5,7 +5,8 @@
 //! io_uring completions (ARCHITECTURE.md); its vrings are.
 //!
 //! Invariants: a ring that is stopped, disabled or lost with its connection is drained before the frontend
-//! is answered, so guest memory is not touched afterwards.
+//! is answered, so guest memory is not touched afterwards. That takes no longer than
+//! [`drain_limit`](crate::limits::drain_limit): then what is in flight is abandoned.
 
 use std::fs::File;
 use std::io;
@@ -26,18 +27,20 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
+use super::inflight::{self, QueueRegion};
 use super::memory::{DirtyLog, Region, map_region};
 use super::{DiskInfo, GuestMemory, Vring, config_space};
 use crate::limits::MEMORY_SLOTS_MAX;
 
 /// Who serves the rings.
 pub trait RingServer: Send {
+    /// The state of these rings has changed, or where their requests are tracked from their next start on.
+    /// Returns when each is served according to it: one that is not running any more is drained, or what is
+    /// still in flight is abandoned (see [`Guest::abandon`](super::guest::Guest::abandon)).
+    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>);
+
     /// Makes everything written so far durable. Returns when that has been done or has failed.
     fn flush(&self) -> bool;
-
-    /// The state of a ring has changed. Returns when the ring is served according to it: one that is not
-    /// running any more is drained.
-    fn refresh(&self, queue: u16);
 }
 
 /// What the driver has chosen, for the threads that serve the rings.
@@ -112,6 +115,8 @@ pub struct Frontend {
     log: Arc<DirtyLog>,
     /// Where the VMM has the memory regions, to translate ring addresses.
     mappings: Vec<Mapping>,
+    /// Where requests in flight are remembered.
+    inflight: Option<inflight::Region>,
     owned: bool,
 }
 
@@ -138,6 +143,7 @@ impl Frontend {
             choices,
             log: Arc::default(),
             mappings: Vec::new(),
+            inflight: None,
             owned: false,
         }
     }
@@ -162,21 +168,47 @@ impl Frontend {
 
     /// Stops all rings and forgets what the connection told.
     fn reset(&mut self) {
-        for queue in 0..self.info.num_queues {
-            let vring = &self.vrings[usize::from(queue)];
+        self.reset_rings();
+        self.replace_memory(GuestMemory::new());
+        self.mappings.clear();
+        self.log.clear();
+        self.owned = false;
+    }
+
+    /// Stops all rings, and leaves them and what the driver accepted as they were in the beginning. Returns the
+    /// inflight region there was.
+    fn reset_rings(&mut self) -> Option<inflight::Region> {
+        for vring in &self.vrings {
             vring.set_enabled(false);
             vring.set_queue_ready(false);
-            self.server.refresh(queue);
+        }
+        // What is in flight is still tracked where it was begun.
+        let region = self.inflight.take();
+        self.refresh_all();
+        for vring in &self.vrings {
             vring.set_kick(None);
             vring.set_call(None);
             vring.set_err(None);
             vring.get_mut().get_queue_mut().reset();
         }
-        self.replace_memory(GuestMemory::new());
-        self.mappings.clear();
         self.choices.reset();
-        self.log.clear();
-        self.owned = false;
+        self.log.set_wanted(false);
+        region
+    }
+
+    /// Has a ring served as it is now.
+    fn refresh(&self, queue: u16) {
+        self.server.refresh(vec![(queue, self.region(queue))]);
+    }
+
+    /// Has all rings served as they are now. Those that are stopped drain at the same time.
+    fn refresh_all(&self) {
+        let rings = (0..self.info.num_queues).map(|queue| (queue, self.region(queue)));
+        self.server.refresh(rings.collect());
+    }
+
+    fn region(&self, queue: u16) -> Option<QueueRegion> {
+        self.inflight.as_ref().and_then(|region| region.queue(queue))
     }
 
     fn replace_memory(&self, memory: GuestMemory) {
@@ -194,17 +226,17 @@ impl Frontend {
             .iter()
             .map(|vring| vring.get_ref().is_enabled())
             .collect();
-        for (queue, vring) in (0..).zip(&self.vrings) {
+        for vring in &self.vrings {
             vring.set_enabled(false);
-            self.server.refresh(queue);
         }
+        self.refresh_all();
         self.choices.writeback.store(writeback, Ordering::Release);
         // From now on the driver does not flush, so what it has not flushed yet is up to us.
         let durable = writeback || self.server.flush();
-        for ((queue, vring), enabled) in (0..).zip(&self.vrings).zip(was_enabled) {
+        for (vring, enabled) in self.vrings.iter().zip(was_enabled) {
             vring.set_enabled(enabled);
-            self.server.refresh(queue);
         }
+        self.refresh_all();
         info!(
             "the driver has switched to {}",
             if writeback { "writeback" } else { "writethrough" }
@@ -220,6 +252,13 @@ impl Frontend {
         let queue = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
         let vring = self.vrings.get(usize::from(queue)).ok_or(Error::InvalidParam)?;
         Ok((queue, vring))
+    }
+
+    fn layout(&self, inflight: &VhostUserInflight) -> Result<inflight::Layout> {
+        let (num_queues, queue_size) = (inflight.num_queues, inflight.queue_size);
+        inflight::Layout::new(num_queues, queue_size, self.info.num_queues)
+            .inspect_err(|error| warn!("the inflight region: {error}"))
+            .map_err(failed)
     }
 
     fn guest_address(&self, frontend_address: u64) -> Result<u64> {
@@ -268,7 +307,11 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        not_offered("RESET_DEVICE")
+        // The driver waits for no answer any more. What was abandoned must not be done again in its name.
+        if let Some(region) = self.reset_rings() {
+            region.clear();
+        }
+        Ok(())
     }
 
     fn get_features(&mut self) -> Result<u64> {
@@ -290,12 +333,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         // Without protocol features there is no message to enable a ring, so they all are (vhost-user, "Ring
         // states").
         let enable_all = features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
-        for queue in 0..self.info.num_queues {
-            if enable_all {
-                self.vrings[usize::from(queue)].set_enabled(true);
+        if enable_all {
+            for vring in &self.vrings {
+                vring.set_enabled(true);
             }
-            self.server.refresh(queue);
         }
+        self.refresh_all();
         Ok(())
     }
 
@@ -369,9 +412,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn get_vring_base(&mut self, index: u32) -> Result<VhostUserVringState> {
         let (queue, vring) = self.vring(index)?;
         vring.set_queue_ready(false);
-        self.server.refresh(queue);
+        self.refresh(queue);
         vring.set_kick(None);
         vring.set_call(None);
+        // What was abandoned counts as taken: it is in flight in the region.
         Ok(VhostUserVringState::new(
             index,
             u32::from(vring.queue_next_avail()),
@@ -384,7 +428,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         // what is on the ring already is served at once.
         vring.set_queue_ready(file.is_some());
         vring.set_kick(file);
-        self.server.refresh(queue);
+        self.refresh(queue);
         Ok(())
     }
 
@@ -407,7 +451,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
-            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS)
+            | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+            | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+            | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
     fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
@@ -421,7 +467,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn set_vring_enable(&mut self, index: u32, enable: bool) -> Result<()> {
         let (queue, vring) = self.vring(index)?;
         vring.set_enabled(enable);
-        self.server.refresh(queue);
+        self.refresh(queue);
         Ok(())
     }
 
@@ -447,12 +493,23 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         not_offered("GET_SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, _inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
-        not_offered("GET_INFLIGHT_FD")
+    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+        let layout = self.layout(inflight)?;
+        let file = layout.create_file().map_err(Error::ReqHandlerError)?;
+        let reply = VhostUserInflight {
+            mmap_size: layout.bytes() as u64,
+            mmap_offset: 0,
+            ..*inflight
+        };
+        Ok((reply, file))
     }
 
-    fn set_inflight_fd(&mut self, _inflight: &VhostUserInflight, _file: File) -> Result<()> {
-        not_offered("SET_INFLIGHT_FD")
+    fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
+        let layout = self.layout(inflight)?;
+        let region = inflight::Region::map(layout, file, inflight.mmap_offset, inflight.mmap_size);
+        let region = region.inspect_err(|error| warn!("the inflight region: {error}"));
+        self.inflight = Some(region.map_err(failed)?);
+        Ok(())
     }
 
     fn get_max_mem_slots(&mut self) -> Result<u64> {
@@ -515,7 +572,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             .map_err(failed)?;
         // As for the features: what a worker has begun to write before may not be in the log.
         for queue in (0..self.info.num_queues).filter(|_| self.log.is_on()) {
-            self.server.refresh(queue);
+            self.refresh(queue);
         }
         Ok(())
     }

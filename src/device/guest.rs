@@ -4,16 +4,18 @@
 //! never decides how much memory we need. Once a piece has failed no further one is begun.
 
 use std::collections::VecDeque;
+use std::sync::atomic::Ordering;
 
-use log::error;
+use log::{error, info, warn};
 use slab::Slab;
 use vhost_user_backend::VringT;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use super::chain::Chain;
+use super::inflight::{Begun, QueueRegion, RingState, Tracker};
 use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
-use super::{DiskInfo, GuestMemory, Vring};
+use super::{DiskInfo, GuestMemory, Vring, inflight};
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
@@ -47,6 +49,21 @@ struct Ring {
     used: bool,
     /// Chains taken and not given back.
     taken: usize,
+    /// Where chains are tracked from the next start on.
+    region: Option<QueueRegion>,
+    /// Tracks them since this start.
+    tracker: Option<Tracker>,
+    /// Chains that another process has taken and not given back. They come before any new one.
+    resubmitted: VecDeque<u16>,
+}
+
+/// Why a ring cannot go on from a region.
+#[derive(Debug, thiserror::Error)]
+enum StartError {
+    #[error(transparent)]
+    Region(#[from] inflight::BeginError),
+    #[error("{0}")]
+    Ring(#[from] virtio_queue::Error),
 }
 
 /// A chain that was taken off its ring.
@@ -58,6 +75,8 @@ struct Taken {
     /// Pieces begun and not answered.
     outstanding: usize,
     failed: bool,
+    /// Not ours any more; the engine still has pieces of it, whose answers mean nothing.
+    abandoned: bool,
 }
 
 impl Guest {
@@ -74,6 +93,9 @@ impl Guest {
             notify: true,
             used: false,
             taken: 0,
+            region: None,
+            tracker: None,
+            resubmitted: VecDeque::new(),
         });
         Self {
             info,
@@ -87,25 +109,86 @@ impl Guest {
         }
     }
 
+    /// Where the frontend wants the chains of a ring to be tracked, from its next start on.
+    pub fn set_region(&mut self, ring: usize, region: Option<QueueRegion>) {
+        self.rings[ring].region = region;
+    }
+
     /// Looks at the state that the frontend gave to a ring; returns whether it is to be served from now on.
     pub fn refresh(&mut self, ring: usize, durable_writes: bool) -> bool {
         self.durable_writes = durable_writes;
         let memory = self.memory.memory();
-        let ring = &mut self.rings[ring];
-        let state = ring.vring.get_ref();
+        let state = self.rings[ring].vring.get_ref();
         let wanted = state.is_enabled() && state.get_queue().ready() && state.get_kick().is_some();
         let valid = wanted && state.get_queue().is_valid(&*memory);
         drop(state);
         if wanted && !valid {
             error!("the frontend started a ring that does not lie within guest memory; it is not served");
         }
-        ring.active = valid;
-        // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
-        ring.notify = false;
-        valid
+        if valid && !self.rings[ring].active {
+            self.start(ring, &memory);
+        }
+        let ring = &mut self.rings[ring];
+        ring.active &= valid;
+        if !ring.active {
+            // Tracked as they are, they come back with the next start.
+            ring.resubmitted.clear();
+            return false;
+        }
+        ring.notify = true;
+        // Also where kicks were asked for before: that may have been another process. What is there already is
+        // looked at in any case.
+        let asked = ring.vring.get_mut().get_queue_mut().enable_notification(&*memory);
+        if let Err(error) = asked {
+            ring.give_up(&error);
+        }
+        ring.active
     }
 
-    /// Whether every chain taken off the ring was given back.
+    /// Begins to serve a ring: at the place that the frontend says, or at the one that its region says.
+    fn start(&mut self, index: usize, memory: &GuestMemory) {
+        let Some(region) = self.rings[index].region.clone() else {
+            self.rings[index].tracker = None;
+            self.rings[index].active = true;
+            return;
+        };
+        // Of a ring that its driver broke chains may be out still. They are in the region, like any others.
+        self.abandon(index);
+        let ring = &mut self.rings[index];
+        match ring.resume(region, memory) {
+            Ok(()) => ring.active = true,
+            Err(error) => error!("a ring is not served: {error}"),
+        }
+    }
+
+    /// Gives up what is still out of a ring: its later answers are dropped, and guest memory is not touched for
+    /// it any more. In a region it stays in flight, and the next start does it again; where there is none, it
+    /// fails.
+    pub fn abandon(&mut self, ring: usize) {
+        let out = |chain: &Taken| chain.ring == ring && !chain.abandoned;
+        let keys: Vec<usize> = self
+            .chains
+            .iter()
+            .filter(|(_, chain)| out(chain))
+            .map(|(key, _)| key)
+            .collect();
+        if keys.is_empty() {
+            return;
+        }
+        self.unfinished.retain(|key| !keys.contains(key));
+        let tracked = self.rings[ring].tracker.is_some();
+        let (count, fate) = (keys.len(), if tracked { "stay in flight" } else { "fail" });
+        warn!("{count} requests are not answered in time by the replicas they need; they {fate}");
+        for key in keys {
+            if tracked {
+                self.let_go(key);
+            } else {
+                self.give_back(key, Status::IoError);
+            }
+        }
+    }
+
+    /// Whether every chain taken off the ring was given back, or abandoned.
     pub fn is_drained(&self, ring: usize) -> bool {
         self.rings[ring].taken == 0
     }
@@ -139,6 +222,12 @@ impl Guest {
         let chain = &mut self.chains[key];
         let was_parked = chain.is_parked();
         chain.outstanding -= 1;
+        if chain.abandoned {
+            if chain.outstanding == 0 {
+                self.chains.remove(key);
+            }
+            return;
+        }
         let done = match (result, chain.request.kind) {
             (Err(Failed), _) => Err(OutsideMemory),
             (Ok(data), Kind::In(_)) => {
@@ -193,10 +282,14 @@ impl Guest {
 
     /// Takes one chain off the rings. `false` if there is none.
     fn take(&mut self) -> bool {
-        for step in 0..self.rings.len() {
-            let index = (self.next_ring + step) % self.rings.len();
+        // What another process began comes first, on all rings: it may be half done on the replicas.
+        let half_done = |ring: &Ring| !ring.resubmitted.is_empty();
+        let first = self.rings.iter().position(half_done);
+        let (count, next) = (self.rings.len(), self.next_ring);
+        let in_turn = (0..count).map(|step| (next + step) % count);
+        for index in first.into_iter().chain(in_turn) {
             if let Some(request) = self.pop(index) {
-                self.next_ring = (index + 1) % self.rings.len();
+                self.next_ring = (index + 1) % count;
                 self.begin(index, request);
                 return true;
             }
@@ -215,14 +308,22 @@ impl Guest {
         if !state.is_enabled() || !state.get_queue().ready() {
             return None;
         }
-        let available = state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next());
-        let head = match available {
-            Ok(chain) => chain?.head_index(),
-            Err(error) => {
-                drop(state);
-                ring.give_up(&error);
-                return None;
-            }
+        let head = match ring.resubmitted.pop_front() {
+            Some(head) => head,
+            None => match state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next()) {
+                Ok(chain) => {
+                    let head = chain?.head_index();
+                    if let Some(tracker) = &mut ring.tracker {
+                        tracker.taken(head);
+                    }
+                    head
+                }
+                Err(error) => {
+                    drop(state);
+                    ring.give_up(&error);
+                    return None;
+                }
+            },
         };
         ring.taken += 1;
         if ring.notify {
@@ -248,6 +349,7 @@ impl Guest {
             begun_sectors: 0,
             outstanding: 0,
             failed: false,
+            abandoned: false,
         });
         match at_once {
             Some(status) => self.give_back(key, status),
@@ -302,24 +404,65 @@ impl Guest {
 
     /// Answers a chain and puts it on the used ring.
     fn give_back(&mut self, key: usize, status: Status) {
-        let chain = self.chains.remove(key);
+        let chain = &self.chains[key];
+        let head = chain.request.head;
         let memory = self.memory.memory();
         let written = chain.request.answer(&memory, status);
         let ring = &mut self.rings[chain.ring];
-        ring.taken -= 1;
         ring.used = true;
         let mut state = ring.vring.get_mut();
-        if let Err(error) = state
-            .get_queue_mut()
-            .add_used(&*memory, chain.request.head, written)
-        {
-            drop(state);
-            ring.give_up(&error);
+        if let Some(tracker) = &ring.tracker {
+            tracker.giving_back(head);
+        }
+        let added = state.get_queue_mut().add_used(&*memory, head, written);
+        let used_idx = state.get_queue().next_used();
+        drop(state);
+        match (added, &ring.tracker) {
+            (Ok(()), Some(tracker)) => tracker.given_back(head, used_idx),
+            (Ok(()), None) => {}
+            (Err(error), _) => ring.give_up(&error),
+        }
+        self.let_go(key);
+    }
+
+    /// Forgets a chain, but keeps its name as long as the engine uses it.
+    fn let_go(&mut self, key: usize) {
+        let chain = &mut self.chains[key];
+        self.rings[chain.ring].taken -= 1;
+        chain.abandoned = true;
+        if chain.outstanding == 0 {
+            self.chains.remove(key);
         }
     }
 }
 
 impl Ring {
+    /// Goes on where the region says that the ring stands.
+    fn resume(&mut self, region: QueueRegion, memory: &GuestMemory) -> Result<(), StartError> {
+        let mut state = self.vring.get_mut();
+        let queue = state.get_queue_mut();
+        let used_idx = queue.used_idx(memory, Ordering::Acquire)?.0;
+        let available_idx = queue.avail_idx(memory, Ordering::Acquire)?.0;
+        let ring = RingState {
+            size: queue.size(),
+            used_idx,
+            available_idx,
+        };
+        let (tracker, begun) = region.begin(ring)?;
+        self.tracker = Some(tracker);
+        queue.set_next_used(used_idx);
+        if let Begun::Resumed(heads) = begun {
+            // What the frontend says is the available index with some, the used index with others.
+            let taken = u16::try_from(heads.len()).expect("at most one for each entry");
+            queue.set_next_avail(used_idx.wrapping_add(taken));
+            if taken > 0 {
+                info!("{taken} requests were in flight; they are done again");
+            }
+            self.resubmitted = heads.into();
+        }
+        Ok(())
+    }
+
     /// The driver broke its own ring; leave it alone until it is set up anew.
     fn give_up(&mut self, error: &virtio_queue::Error) {
         if std::mem::take(&mut self.active) {

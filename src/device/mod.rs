@@ -2,15 +2,17 @@
 //!
 //! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
 //! answers them, [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
-//! the driver sees of the device, [`memory`] is guest memory and the log of what is written to it.
+//! the driver sees of the device, [`inflight`] remembers for the next process what was taken and not answered.
 //!
-//! Invariants: every chain taken off a ring is put back on it once; guest memory is written only between
-//! those two moments; whatever bytes the guest or the VMM puts in front of us, at most its own requests fail.
+//! Invariants: every chain taken off a ring is put back on it once, by this process or by the next one; guest
+//! memory is written only between those two moments; whatever bytes the guest or the VMM puts in front of us, at
+//! most its own requests fail.
 
 pub mod chain;
 pub mod config_space;
 pub mod frontend;
 pub mod guest;
+pub mod inflight;
 pub mod memory;
 pub mod request;
 #[cfg(test)]

@@ -17,6 +17,7 @@ use vm_memory::FileOffset;
 use super::*;
 use crate::device::config_space;
 use crate::device::frontend::{ConnectionSlot, Frontend, RingServer};
+use crate::device::inflight::QueueRegion;
 
 const PAGE_BYTES: u64 = 4096;
 const PAGES: u64 = 77;
@@ -45,8 +46,8 @@ impl RingServer for Server {
         true
     }
 
-    fn refresh(&self, _queue: u16) {
-        self.0.fetch_add(1, Ordering::Relaxed);
+    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
+        self.0.fetch_add(rings.len(), Ordering::Relaxed);
     }
 }
 

@@ -2,6 +2,7 @@
 //! engine that only does what it is told.
 
 mod chains;
+pub(super) mod inflight;
 mod logging;
 mod properties;
 mod requests;
@@ -144,6 +145,21 @@ fn disk_info() -> DiskInfo {
         num_queues: 1,
         segments_max: 126,
     }
+}
+
+/// Rings as the frontend sets them up: at their places in memory, and started.
+fn rings_over(memory: &GuestMemoryAtomic<GuestMemory>, count: usize, queue_size: u16) -> Vec<Vring> {
+    let set_up = |ring| {
+        let vring = Vring::new(memory.clone(), queue_size).unwrap();
+        let base = ring as u64 * RING_BYTES;
+        vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
+        vring.set_queue_next_used(vring.queue_used_idx().unwrap());
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+        vring.set_kick(Some(File::open("/dev/null").unwrap()));
+        vring
+    };
+    (0..count).map(set_up).collect()
 }
 
 impl Machine {

@@ -1,0 +1,92 @@
+//! The guests of all connections, as one worker sees them: one after the other, and those that nobody uses not at
+//! all.
+
+use crate::device::guest::Guest;
+use crate::device::inflight::QueueRegion;
+use crate::engine::{Failed, GuestRequest, Tag};
+
+/// The guests of all connections, as one worker sees them.
+pub(super) struct Guests {
+    /// By connection slot.
+    guests: Vec<Guest>,
+    /// The slots in which there may be something to do.
+    in_use: Vec<usize>,
+    /// Where in `in_use` to look for the next request, so that no guest starves another.
+    next: usize,
+}
+
+/// Where the slot is in a [`Tag`], above what [`Guest`] has in it.
+const SLOT_SHIFT: u32 = 56;
+
+impl Guests {
+    pub(super) fn new(guests: Vec<Guest>) -> Self {
+        Self {
+            guests,
+            in_use: Vec::new(),
+            next: 0,
+        }
+    }
+
+    /// See [`Guest::set_region`] and [`Guest::refresh`].
+    pub(super) fn refresh(
+        &mut self,
+        slot: usize,
+        ring: usize,
+        region: Option<QueueRegion>,
+        durable_writes: bool,
+    ) -> bool {
+        if !self.in_use.contains(&slot) {
+            self.in_use.push(slot);
+        }
+        let guest = &mut self.guests[slot];
+        guest.set_region(ring, region);
+        guest.refresh(ring, durable_writes)
+    }
+
+    /// See [`Guest::abandon`].
+    pub(super) fn abandon(&mut self, slot: usize, ring: usize) {
+        self.guests[slot].abandon(ring);
+    }
+
+    /// Does not look any more at guests with which there is nothing to do.
+    pub(super) fn forget_idle(&mut self) {
+        self.in_use.retain(|slot| !self.guests[*slot].is_idle());
+    }
+
+    pub(super) fn is_drained(&self, slot: usize, ring: usize) -> bool {
+        self.guests[slot].is_drained(ring)
+    }
+
+    /// The next piece of work, of one guest after the other.
+    pub(super) fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
+        for step in 0..self.in_use.len() {
+            let index = (self.next + step) % self.in_use.len();
+            let slot = self.in_use[index];
+            if let Some((Tag(tag), request)) = self.guests[slot].next_request() {
+                debug_assert_eq!(tag >> SLOT_SHIFT, 0);
+                self.next = index + 1;
+                return Some((Tag(tag | (slot as u64) << SLOT_SHIFT), request));
+            }
+        }
+        None
+    }
+
+    pub(super) fn answered(&mut self, Tag(tag): Tag, result: Result<&[u8], Failed>) {
+        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("it was one");
+        self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
+    }
+
+    pub(super) fn signal(&mut self) {
+        for &slot in &self.in_use {
+            self.guests[slot].signal();
+        }
+    }
+
+    pub(super) fn ask_for_kicks(&mut self) -> bool {
+        let mut more = false;
+        for &slot in &self.in_use {
+            more |= self.guests[slot].ask_for_kicks();
+        }
+        more
+    }
+}
