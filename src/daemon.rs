@@ -2,7 +2,8 @@
 //! them down in the opposite order.
 //!
 //! Invariants: everything that can be refused is refused before a socket exists; when it ends, every request
-//! taken was answered and the replicas were flushed.
+//! taken was answered and the replicas were flushed, or the time for that is over and the exit status says so; an
+//! image that the kernel may still write to stays locked until it has.
 
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
@@ -11,6 +12,7 @@ use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use log::{debug, error, info, warn};
 
@@ -22,9 +24,9 @@ use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
 use crate::device::DiskInfo;
 use crate::device::frontend::{ConnectionSlot, Frontend};
 use crate::engine::{Policy, ReadPattern, Shared};
-use crate::limits::CONNECTIONS_MAX;
+use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT};
 use crate::message::{Quoted, Reason};
-use crate::quorum::{ReplicaSet, SECTOR_BYTES};
+use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
 use crate::worker::{Disk, Stop, Workers};
@@ -112,16 +114,20 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
 
     let served = serve(config, &disk, &workers, queue, signals, stop, &stopped);
-    let _ = workers.exit();
+    let mut unanswered = workers.exit();
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
-    let (publisher, reason) = served?;
-    let flushed = flush(&replicas, disk.shared.in_service(), config.read_only);
-    publisher.stop();
-    match reason {
-        Stop::Requested => flushed,
-        Stop::ContentsDiffer(range) => Err(Error::ContentsDiffer(range.start)),
-        Stop::Broken(why) => Err(Error::Broken(why)),
+    let ended = served.map(|(publisher, reason)| {
+        let in_service = disk.shared.in_service();
+        let flushed = flush(&replicas, in_service, config.read_only, &mut unanswered);
+        publisher.stop();
+        (reason, flushed)
+    });
+    close(replicas, unanswered);
+    match ended? {
+        (Stop::Requested, flushed) => flushed,
+        (Stop::ContentsDiffer(range), _) => Err(Error::ContentsDiffer(range.start)),
+        (Stop::Broken(why), _) => Err(Error::Broken(why)),
     }
 }
 
@@ -210,18 +216,66 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
     }
 }
 
-/// Flushes the replicas in service; one that does not answer would keep the daemon from ending.
-fn flush(replicas: &[ReplicaFile], in_service: ReplicaSet, read_only: bool) -> Result<(), Error> {
+/// Flushes the replicas in service, all at once; one that has left would keep the daemon from ending. Those that
+/// do not answer within [`LAST_FLUSH_LIMIT`] join the `unanswered`, which are not asked at all.
+fn flush(
+    replicas: &[ReplicaFile],
+    in_service: ReplicaSet,
+    read_only: bool,
+    unanswered: &mut ReplicaSet,
+) -> Result<(), Error> {
+    if read_only {
+        return Ok(());
+    }
     let mut result = Ok(());
-    for index in in_service.iter().filter(|_| !read_only) {
-        let replica = &replicas[index.as_usize()];
-        if let Err(source) = replica.file.sync_data() {
-            error!("{}: the last flush failed: {source}", Quoted(&replica.path));
-            let path = replica.path.clone();
-            result = Err(Error::LastFlush { path, source });
+    let mut failed = |index: ReplicaIndex, source: io::Error| {
+        let path = replicas[index.as_usize()].path.clone();
+        error!("{}: the last flush failed: {source}", Quoted(&path));
+        result = Err(Error::LastFlush { path, source });
+    };
+    let (done, is_done) = channel();
+    let mut waiting = in_service;
+    for index in in_service.without(*unanswered).iter() {
+        let done = done.clone();
+        let asked = replicas[index.as_usize()].file.try_clone().and_then(|file| {
+            std::thread::Builder::new()
+                .name("last-flush".into())
+                .spawn(move || done.send((index, file.sync_data())))
+        });
+        if let Err(error) = asked {
+            waiting.remove(index);
+            failed(index, error);
         }
     }
+    drop(done);
+    let deadline = Instant::now() + LAST_FLUSH_LIMIT;
+    while let Ok((index, flushed)) = is_done.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+    {
+        waiting.remove(index);
+        if let Err(error) = flushed {
+            failed(index, error);
+        }
+    }
+    for index in waiting.iter() {
+        failed(index, io::ErrorKind::TimedOut.into());
+    }
+    *unanswered = unanswered.or(waiting);
     result
+}
+
+/// Closes the images. Of those in `unanswered` the kernel still has operations, and a write among them must not
+/// land on what another program has done with the image since: their locks are not given back here, but go with
+/// the last of the operations.
+fn close(replicas: Vec<ReplicaFile>, unanswered: ReplicaSet) {
+    for (index, replica) in (0..).map(ReplicaIndex).zip(replicas) {
+        if unanswered.contains(index) {
+            warn!(
+                "{} does not answer; it stays locked until the kernel has ended what is in flight there",
+                Quoted(&replica.path)
+            );
+            std::mem::forget(replica);
+        }
+    }
 }
 
 /// Where frontends connect.
