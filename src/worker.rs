@@ -144,6 +144,7 @@ pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
     threads: Vec<JoinHandle<ReplicaSet>>,
     replicas: usize,
+    drain_limit: Duration,
 }
 
 impl Workers {
@@ -160,6 +161,7 @@ impl Workers {
             mailboxes,
             threads: Vec::new(),
             replicas: disk.policy.replicas,
+            drain_limit: drain_limit(disk.policy.replica_timeout),
         };
         for index in 0..count {
             let mut disk = disk.clone();
@@ -204,8 +206,11 @@ impl Workers {
 
     /// A handle for the frontend on a connection slot to have its rings served.
     pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
-        let mailboxes = self.mailboxes.clone();
-        Box::new(Handle { mailboxes, slot })
+        Box::new(Handle {
+            mailboxes: self.mailboxes.clone(),
+            slot,
+            drain_limit: self.drain_limit,
+        })
     }
 
     /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends them. Returns the
@@ -230,6 +235,7 @@ impl Workers {
 struct Handle {
     mailboxes: Vec<Arc<Mailbox>>,
     slot: usize,
+    drain_limit: Duration,
 }
 
 impl RingServer for Handle {
@@ -253,7 +259,8 @@ impl RingServer for Handle {
     fn flush(&self) -> bool {
         let (done, is_done) = sync_channel(1);
         self.mailboxes[0].send(Message::Flush { done });
-        is_done.recv().unwrap_or(false)
+        // A VMM must not wait for ever for a replica that hangs.
+        is_done.recv_timeout(self.drain_limit).unwrap_or(false)
     }
 }
 

@@ -39,7 +39,7 @@ pub trait RingServer: Send {
     /// still in flight is abandoned (see [`Guest::abandon`](super::guest::Guest::abandon)).
     fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>);
 
-    /// Makes everything written so far durable. Returns when that has been done or has failed.
+    /// Makes everything written so far durable. Returns when that has been done, has failed or takes too long.
     fn flush(&self) -> bool;
 }
 
