@@ -1,0 +1,245 @@
+//! A Linux guest moves to another QEMU on the same host while it works on a voted disk. Both are served by one
+//! daemon. Nothing that the guest or the daemon wrote is lost, and a migration that is cancelled or fails
+//! leaves no trace.
+
+mod common;
+
+use std::fmt::Write as _;
+use std::fs;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::daemon::{Daemon, EventReader, replica_arguments};
+use common::guest::{Guest, GuestBuilder};
+use common::images::{Random, are_identical, create_images};
+use common::monitor::Monitor;
+use common::process::wait_until;
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+const MIB: u64 = 1 << 20;
+const IMAGE_BYTES: u64 = 64 * MIB;
+
+/// Time in which a migration must have come to where it is wanted.
+const LIMIT: Duration = Duration::from_secs(90);
+
+/// A migration at this speed is not done before it is told to hurry.
+const SLOW_BYTES_PER_SECOND: u64 = 24 * MIB;
+
+/// The writer has this many places of this size, from the start of the disk on, and writes a text to them in
+/// turn: the numbers from that of the write on, one a line.
+const PLACES: u64 = 256;
+const TEXT_BYTES: u64 = 16 << 10;
+
+/// What the reader reads over and over. The data is there before the guest boots.
+const READ_FROM: u64 = 16 * MIB;
+const READ_BYTES: u64 = 16 * MIB;
+
+/// What the guest reads once, while it is migrated.
+const CACHED_FROM: u64 = 48 * MIB;
+const CACHED_BYTES: u64 = 8 * MIB;
+
+/// What the daemon logs.
+const LOGGED: &str = "writes to guest memory are logged";
+const NOT_LOGGED: &str = "writes to guest memory are not logged any more";
+
+/// Writes past the guest's page cache, reads back, compares.
+const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n % 256)); \
+    seq $n $((n + 16384)) | head -c 16384 >/tmp/text; \
+    dd if=/tmp/text of=/dev/vda bs=16k seek=$place oflag=direct conv=notrunc,fsync status=none && \
+    dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
+    echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
+
+/// Reads through the page cache, which it empties before unless told not to, and then sums up what is there.
+const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
+    [ -e /tmp/keep ] || echo 1 >/proc/sys/vm/drop_caches; \
+    dd if=/dev/vda of=/dev/null bs=1M skip=16 count=16 status=none; \
+    dd if=/dev/vda bs=1M skip=16 count=16 status=none | sha256sum | cmp - /tmp/sum || echo read $n; \
+    echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
+
+/// Waits until both have begun and ended a round.
+const WAIT_FOR_PROGRESS: &str = "for what in writes reads; do \
+    until [ -e /tmp/$what ]; do sleep 0.1; done; n=$(cat /tmp/$what); \
+    until [ $(cat /tmp/$what) -ge $((n + 2)) ]; do sleep 0.1; done; done";
+
+/// Waits until both have ended.
+const WAIT_FOR_END: &str = "touch /tmp/stop; for who in writer reader; do \
+    until [ -e /tmp/$who-ended ]; do sleep 0.1; done; done";
+
+const READ_ONCE: &str = "dd if=/dev/vda bs=1M skip=48 count=8 status=none";
+
+#[test]
+fn a_guest_under_load_moves_to_another_qemu() {
+    let directory = tempfile::tempdir().expect("creating a directory");
+    let images = create_images(directory.path(), 3, IMAGE_BYTES);
+    let [read, cached] = fill(&images);
+    let mut arguments = replica_arguments(&images);
+    // No replica is slow here, but the machine may be.
+    arguments.extend(["-v", "--num-queues", "2", "--replica-timeout", "60000"].map(Into::into));
+    let mut daemon = Daemon::start(directory.path(), arguments);
+    let events = EventReader::connect(daemon.events_socket());
+    let start = |name: &str, incoming: Option<&str>| {
+        let directory = directory.path().join(name);
+        fs::create_dir(&directory).expect("creating a directory");
+        let guest = GuestBuilder::new(&directory, daemon.socket()).queues(2).cpus(2);
+        // The guest clears a page before it has us write to it, and QEMU knows that: it would send what we have
+        // written even if we did not tell.
+        let guest = guest.arguments(["-append", "console=ttyS0 panic=-1 init_on_alloc=0"]);
+        match incoming {
+            Some(uri) => guest.incoming(uri).start(),
+            None => guest.start(),
+        }
+    };
+
+    let mut source = start("source", None);
+    source.run_successfully(&format!("echo '{read}  -' >/tmp/sum"));
+    source.run_successfully(&format!("({WRITER}) >/tmp/writer 2>&1 &"));
+    // When the last user of a disk closes it, the kernel empties its page cache. Here is one who stays.
+    source.run_successfully(&format!("({READER}) >/tmp/reader 2>&1 3</dev/vda &"));
+    expect_progress(&mut source);
+    assert!(!daemon.log().contains(LOGGED));
+
+    let mut monitor = source.monitor();
+    let uri = |name: &str| format!("unix:{}", directory.path().join(name).display());
+    for (name, status) in [("cancelled", "cancelled"), ("killed", "failed")] {
+        let destination = start(name, Some(&uri(&format!("{name}.sock"))));
+        migrate_slowly(&mut monitor, &destination, &uri(&format!("{name}.sock")));
+        assert_eq!(occurrences(&daemon, LOGGED), occurrences(&daemon, NOT_LOGGED) + 1);
+        if status == "cancelled" {
+            monitor.execute("migrate_cancel", json!({}));
+        } else {
+            drop(destination);
+        }
+        wait_for_migration(&mut monitor, |migration| migration["status"] == status);
+        let is_off = wait_until(LIMIT, || {
+            occurrences(&daemon, LOGGED) == occurrences(&daemon, NOT_LOGGED)
+        });
+        assert!(is_off, "{}", daemon.log());
+        assert_eq!(monitor.execute("query-status", json!({}))["status"], "running");
+        expect_progress(&mut source);
+    }
+
+    let mut destination = start("destination", Some(&uri("destination.sock")));
+    // From here on the reader leaves the page cache as it is.
+    source.run_successfully("touch /tmp/keep");
+    expect_progress(&mut source);
+    migrate_slowly(&mut monitor, &destination, &uri("destination.sock"));
+    // All memory was sent once. What we write to it now is sent only because it is in the log.
+    source.run_successfully(&format!("{READ_ONCE} of=/dev/null"));
+    set_speed(&mut monitor, 1 << 40);
+    let migration = wait_for_migration(&mut monitor, |migration| migration["status"] == "completed");
+    println!("{migration}");
+    drop(monitor);
+    let mut monitor = destination.monitor();
+    let is_running = wait_until(LIMIT, || {
+        monitor.execute("query-status", json!({}))["status"] == "running"
+    });
+    assert!(is_running, "the guest does not run in the destination");
+    drop(monitor);
+    source.quit();
+
+    let sum = destination.run_successfully(&format!("{READ_ONCE} | sha256sum"));
+    assert_eq!(
+        sum.trim(),
+        format!("{cached}  -"),
+        "what was read during the migration"
+    );
+    destination.run_successfully("rm /tmp/keep");
+    expect_progress(&mut destination);
+    destination.run_successfully(WAIT_FOR_END);
+    expect_nothing_wrong(&mut destination);
+    let writes = destination.run_successfully("cat /tmp/writes");
+    let writes = writes.trim().parse().expect("a number");
+    destination.run_successfully("sync");
+    assert!(
+        !destination.console_log().contains("I/O error"),
+        "the kernel complained"
+    );
+    destination.poweroff();
+
+    assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
+    assert_eq!(events.all(), [] as [Value; 0]);
+    assert!(are_identical(&images));
+    expect_all_writes(&images[0], writes);
+}
+
+/// Fills the parts of the disk that are only read with random data, and returns their sums.
+fn fill(images: &[PathBuf]) -> [String; 2] {
+    let mut random = Random::from_environment();
+    [(READ_FROM, READ_BYTES), (CACHED_FROM, CACHED_BYTES)].map(|(from, bytes)| {
+        let data: Vec<u8> = (0..bytes / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+        for image in images {
+            let image = fs::OpenOptions::new().write(true).open(image);
+            let image = image.expect("opening an image");
+            image.write_all_at(&data, from).expect("writing to an image");
+        }
+        let mut sum = String::new();
+        for byte in Sha256::digest(&data) {
+            write!(sum, "{byte:02x}").expect("writing to a string");
+        }
+        sum
+    })
+}
+
+/// How often something was logged.
+fn occurrences(daemon: &Daemon, words: &str) -> usize {
+    daemon.log().matches(words).count()
+}
+
+/// Asserts that writer and reader go on and found nothing wrong.
+fn expect_progress(guest: &mut Guest) {
+    guest.run_successfully(WAIT_FOR_PROGRESS);
+    expect_nothing_wrong(guest);
+}
+
+fn expect_nothing_wrong(guest: &mut Guest) {
+    assert_eq!(guest.run_successfully("cat /tmp/writer /tmp/reader"), "");
+}
+
+fn set_speed(monitor: &mut Monitor, bytes_per_second: u64) {
+    monitor.execute(
+        "migrate-set-parameters",
+        json!({ "max-bandwidth": bytes_per_second }),
+    );
+}
+
+/// Begins a migration and waits until all of the guest's memory was sent once.
+fn migrate_slowly(monitor: &mut Monitor, destination: &Guest, uri: &str) {
+    let status = destination.monitor().execute("query-status", json!({}));
+    assert_eq!(status["status"], "inmigrate");
+    set_speed(monitor, SLOW_BYTES_PER_SECOND);
+    monitor.execute("migrate", json!({ "uri": uri }));
+    wait_for_migration(monitor, |migration| {
+        assert_ne!(migration["status"], "completed", "{migration}");
+        // Counted when a round begins.
+        migration["ram"]["dirty-sync-count"].as_u64() >= Some(2)
+    });
+}
+
+/// Waits until the migration `is_wanted`, and returns what the monitor says of it.
+fn wait_for_migration(monitor: &mut Monitor, is_wanted: impl Fn(&Value) -> bool) -> Value {
+    let mut migration = Value::Null;
+    let came = wait_until(LIMIT, || {
+        migration = monitor.execute("query-migrate", json!({}));
+        is_wanted(&migration)
+    });
+    assert!(came, "{migration}");
+    migration
+}
+
+/// Asserts that each place has the last text that was written to it.
+fn expect_all_writes(image: &Path, writes: u64) {
+    let image = fs::File::open(image).expect("opening an image");
+    for number in writes.saturating_sub(PLACES - 1).max(1)..=writes {
+        let mut expected: Vec<u8> = (number..number + TEXT_BYTES)
+            .flat_map(|number| format!("{number}\n").into_bytes())
+            .collect();
+        expected.truncate(usize::try_from(TEXT_BYTES).expect("a small number"));
+        let mut text = vec![0; expected.len()];
+        image
+            .read_exact_at(&mut text, number % PLACES * TEXT_BYTES)
+            .expect("reading an image");
+        assert!(text == expected, "write {number} of {writes} is lost");
+    }
+}
