@@ -11,7 +11,7 @@ mod guests;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -142,9 +142,16 @@ impl std::fmt::Debug for Message {
 #[derive(Debug)]
 pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
-    threads: Vec<JoinHandle<ReplicaSet>>,
+    threads: Vec<Thread>,
     replicas: usize,
     drain_limit: Duration,
+}
+
+#[derive(Debug)]
+struct Thread {
+    handle: JoinHandle<()>,
+    /// Comes when the worker has ended: the replicas that still have operations of it.
+    asked: Receiver<ReplicaSet>,
 }
 
 impl Workers {
@@ -172,7 +179,8 @@ impl Workers {
             }
             // The ring is made in the thread that uses it: the kernel can then do without locks.
             let (ready, is_ready) = sync_channel(1);
-            let thread = std::thread::Builder::new()
+            let (ended, asked) = sync_channel(1);
+            let handle = std::thread::Builder::new()
                 .name(format!("worker-{index}"))
                 .spawn(move || {
                     let stop = disk.stop.clone();
@@ -183,15 +191,16 @@ impl Workers {
                     };
                     let _ = ready.send(outcome);
                     let Some(mut worker) = worker else {
-                        return ReplicaSet::EMPTY;
+                        let _ = ended.send(ReplicaSet::EMPTY);
+                        return;
                     };
                     if let Err(error) = worker.run() {
                         error!("the io_uring of worker {index} failed: {error}");
                         let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
                     }
-                    worker.io.replicas_asked()
+                    let _ = ended.send(worker.io.replicas_asked());
                 })?;
-            workers.threads.push(thread);
+            workers.threads.push(Thread { handle, asked });
             let outcome = is_ready
                 .recv()
                 .unwrap_or_else(|_| Err(io::Error::other("the worker ended")));
@@ -221,14 +230,19 @@ impl Workers {
         for mailbox in &self.mailboxes {
             mailbox.send(Message::Exit);
         }
-        let everyone = ReplicaSet::first(self.replicas);
-        let ended = self.threads.into_iter().map(|thread| {
-            thread.join().unwrap_or_else(|_| {
+        let mut unanswered = ReplicaSet::EMPTY;
+        for thread in self.threads {
+            let asked = thread.asked.recv().unwrap_or_else(|_| {
                 error!("a worker panicked");
-                everyone
-            })
-        });
-        ended.fold(ReplicaSet::EMPTY, ReplicaSet::or)
+                ReplicaSet::first(self.replicas)
+            });
+            // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of it.
+            if asked.is_empty() {
+                let _ = thread.handle.join();
+            }
+            unanswered = unanswered.or(asked);
+        }
+        unanswered
     }
 }
 

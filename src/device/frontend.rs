@@ -62,8 +62,12 @@ impl Default for DriverChoices {
 impl DriverChoices {
     /// Whether each write must be durable when it is answered.
     pub fn durable_writes(&self) -> bool {
-        let features = self.features.load(Ordering::Acquire);
-        config_space::expects_durable_writes(features, self.writeback())
+        config_space::expects_durable_writes(self.features(), self.writeback())
+    }
+
+    /// The feature bits that it accepted.
+    pub(super) fn features(&self) -> u64 {
+        self.features.load(Ordering::Acquire)
     }
 
     fn writeback(&self) -> bool {

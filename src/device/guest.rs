@@ -135,14 +135,9 @@ impl Guest {
             ring.resubmitted.clear();
             return false;
         }
-        ring.notify = true;
-        // Also where kicks were asked for before: that may have been another process. What is there already is
-        // looked at in any case.
-        let asked = ring.vring.get_mut().get_queue_mut().enable_notification(&*memory);
-        if let Err(error) = asked {
-            ring.give_up(&error);
-        }
-        ring.active
+        // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
+        ring.notify = false;
+        true
     }
 
     /// Begins to serve a ring: at the place that the frontend says, or at the one that its region says.

@@ -5,6 +5,7 @@ mod chains;
 pub(super) mod inflight;
 mod logging;
 mod properties;
+mod protocol;
 mod requests;
 mod rings;
 mod zeroes;

@@ -1,0 +1,163 @@
+//! A stop waits for replicas that hang, but not for ever, and an image that an old write may still land on is
+//! not given to anybody else.
+
+mod common;
+
+use std::ffi::OsString;
+use std::time::{Duration, Instant};
+
+use common::client::{Client, Failed, Request};
+use common::daemon::{Daemon, replica_arguments};
+use common::fuse::{Fault, FuseImage, Healer, Operation};
+use common::images::create_images;
+use common::process::wait_until;
+use tempfile::TempDir;
+
+/// Replicas that nobody needs are left behind after so long.
+const REPLICA_TIMEOUT: Duration = Duration::from_millis(200);
+/// `quorum_blk::limits::drain_limit` of that.
+const DRAIN_LIMIT: Duration = Duration::from_millis(1400);
+/// Time for everything else.
+const LIMIT: Duration = Duration::from_secs(10);
+const BLOCK: usize = 4096;
+
+/// A disk of three replicas, two of which can hang. Both are needed then.
+struct Hanging {
+    // A process cannot end while its files hang, so they are healed first.
+    _healers: Vec<Healer>,
+    daemon: Daemon,
+    faulty: Vec<FuseImage>,
+    arguments: Vec<OsString>,
+    directory: TempDir,
+}
+
+impl Hanging {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let mut images = create_images(directory.path(), 3, 4 << 20);
+        let faulty: Vec<_> = images[..2].iter().map(|image| FuseImage::serve(image)).collect();
+        for (image, fuse) in images.iter_mut().zip(&faulty) {
+            *image = fuse.path();
+        }
+        let mut arguments = replica_arguments(&images);
+        for (index, image) in arguments.iter_mut().skip(1).step_by(2).enumerate() {
+            image.push(format!(",node-name=r{index}"));
+        }
+        let timeout_ms = REPLICA_TIMEOUT.as_millis().to_string();
+        arguments.extend(["--replica-timeout".into(), timeout_ms.into()]);
+        Self {
+            _healers: faulty.iter().map(FuseImage::healer).collect(),
+            daemon: Daemon::start(directory.path(), &arguments),
+            faulty,
+            arguments,
+            directory,
+        }
+    }
+
+    /// Sends a request that hangs, and returns when both replicas have it.
+    fn hang(&self, operation: Operation, request: Request) -> Client {
+        let mut client = Client::connect(self.daemon.socket(), 1);
+        client.memory(0)[..BLOCK].fill(0xa5);
+        for image in &self.faulty {
+            image.inject(operation, Fault::Hang);
+        }
+        client.send(0, &[request]);
+        let has_it = |image: &FuseImage| image.asked(operation) > 0;
+        assert!(wait_until(LIMIT, || self.faulty.iter().all(has_it)));
+        client
+    }
+
+    fn send_sigterm(&self) -> Instant {
+        let id = libc::pid_t::try_from(self.daemon.id()).expect("process ids are positive");
+        // SAFETY: kill takes no pointer; the child is not reaped before `self.daemon` is asked for it.
+        assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
+        Instant::now()
+    }
+
+    fn heal(&self) {
+        self.faulty.iter().for_each(FuseImage::heal);
+    }
+
+    /// What another daemon says of the images.
+    fn second_daemon(&self) -> String {
+        let socket = self.directory.path().join("second.sock");
+        let socket = ["--socket-path".into(), socket.into_os_string()];
+        let output = Daemon::run_to_end(self.arguments.iter().chain(&socket));
+        assert_eq!(output.status.code(), Some(1));
+        String::from_utf8(output.stderr).expect("text")
+    }
+}
+
+#[test]
+fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
+    let mut disk = Hanging::new();
+    let write = Request::Write {
+        offset: 0,
+        memory: 0,
+        len: BLOCK,
+    };
+    let mut client = disk.hang(Operation::Write, write);
+    let began = disk.send_sigterm();
+    assert_eq!(client.poll(0, 1), [(0, Err(Failed(libc::EIO)))]);
+    assert!(
+        began.elapsed() >= DRAIN_LIMIT - Duration::from_millis(10),
+        "it waits"
+    );
+    let status = disk.daemon.wait();
+    // The rings, then the workers.
+    assert!(
+        began.elapsed() < 2 * DRAIN_LIMIT + LIMIT / 2,
+        "{:?}",
+        began.elapsed()
+    );
+    assert_eq!(status.code(), Some(1), "a replica that is needed was not flushed");
+    assert!(disk.daemon.log().contains("does not answer; it stays locked"));
+    // The process is gone, its writes are not.
+    let refused = disk.second_daemon();
+    assert!(refused.contains("in use by another process"), "{refused}");
+    disk.heal();
+    let socket = disk.directory.path().to_owned();
+    let mut daemon = Daemon::start(&socket, &disk.arguments);
+    let mut client = Client::connect(daemon.socket(), 1);
+    client.write(0, 0, &[0x5a; BLOCK]).expect("writing");
+    assert_eq!(client.read(0, 0, BLOCK).expect("reading"), [0x5a; BLOCK]);
+    drop(client);
+    assert!(daemon.terminate().success());
+}
+
+/// A flush that hangs keeps a thread of the kernel, and with it what is left of the process. All that the daemon
+/// can do is done all the same.
+#[test]
+fn a_flush_that_hangs_delays_no_more_than_the_last_of_the_process() {
+    let mut disk = Hanging::new();
+    let mut client = disk.hang(Operation::Sync, Request::Flush);
+    disk.send_sigterm();
+    assert_eq!(client.poll(0, 1), [(0, Err(Failed(libc::EIO)))]);
+    let says_so = || disk.daemon.log().contains("does not answer; it stays locked");
+    assert!(wait_until(LIMIT, says_so));
+    let are_gone = || !disk.daemon.socket().exists() && !disk.daemon.events_socket().exists();
+    assert!(wait_until(LIMIT, are_gone));
+    disk.heal();
+    assert_eq!(disk.daemon.wait().code(), Some(1));
+}
+
+/// A frontend that goes away does not wait for ever either, and the next one is served.
+#[test]
+fn a_connection_that_ends_with_requests_that_hang_makes_room_for_the_next() {
+    let mut disk = Hanging::new();
+    let read = Request::Read {
+        offset: 0,
+        memory: 0,
+        len: BLOCK,
+    };
+    let client = disk.hang(Operation::Read, read);
+    drop(client);
+    // Connecting takes an answer of the daemon, which comes when the rings of the one before are drained.
+    let began = Instant::now();
+    let mut next = Client::connect(disk.daemon.socket(), 1);
+    assert!(began.elapsed() < DRAIN_LIMIT + LIMIT / 2);
+    disk.heal();
+    assert_eq!(next.read(0, 0, BLOCK).expect("reading"), [0; BLOCK]);
+    drop(next);
+    assert!(disk.daemon.terminate().success());
+}
