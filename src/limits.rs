@@ -103,6 +103,10 @@ pub fn drain_limit(replica_timeout: Duration) -> Duration {
         .saturating_add(Duration::from_secs(1))
 }
 
+/// How long a ring waits after a restart for other rings, until these have begun again what was in flight there. A
+/// frontend starts its rings one right after the other; one that never starts again must not hold up the rest.
+pub const RESUBMIT_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long the daemon waits in the end until what the host's page cache holds is on the disks, which takes its
 /// time. Less than the 90 s after which systemd kills a service.
 pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);

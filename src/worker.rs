@@ -27,7 +27,7 @@ use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::limits::drain_limit;
+use crate::limits::{TICK_MICROSECONDS, drain_limit};
 use crate::quorum::report::Report;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
@@ -40,6 +40,9 @@ const KICK: WatchToken = WatchToken(1);
 
 /// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are fewer.
 const OWN_FLUSH: Tag = Tag(u64::MAX);
+
+/// How often rings that are held are looked at.
+const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
 /// Why the daemon must stop.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -436,7 +439,9 @@ impl Worker {
     /// How long there is nothing to do but wait.
     fn wait(&self) -> Wait {
         let drains = self.draining.iter().map(|draining| draining.until);
-        let first = drains.chain(self.exit_by).chain(self.engine.deadline()).min();
+        let held = self.io.guests.is_held().then(|| self.started_at.elapsed() + TICK);
+        let deadlines = drains.chain(self.exit_by).chain(held);
+        let first = deadlines.chain(self.engine.deadline()).min();
         match first {
             Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.started_at.elapsed())),
             None => Wait::Forever,

@@ -2,9 +2,13 @@
 //!
 //! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one chain
 //! never decides how much memory we need. Once a piece has failed no further one is begun.
+//!
+//! What a process that was killed has begun may be done on some replicas and not on others. It is begun again before
+//! anything new, on all rings: a read that finds the replicas different then waits for it, and accuses nobody.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use log::{error, info, warn};
 use slab::Slab;
@@ -17,7 +21,9 @@ use super::inflight::{Begun, QueueRegion, RingState, Tracker};
 use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use super::{DiskInfo, GuestMemory, Vring, inflight};
 use crate::engine::{Failed, GuestRequest, Tag};
-use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX};
+use crate::limits::{
+    PIECE_BYTES_MAX, QUEUE_SIZE_MAX, RESUBMIT_LIMIT, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX,
+};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 use crate::replica::buffer::BufferPool;
 
@@ -55,6 +61,15 @@ struct Ring {
     tracker: Option<Tracker>,
     /// Chains that another process has taken and not given back. They come before any new one.
     resubmitted: VecDeque<u16>,
+    /// No new ones are taken yet: what another process began on some ring is not with an engine.
+    held: Option<Held>,
+}
+
+struct Held {
+    region: QueueRegion,
+    /// Told that this ring is through with its own.
+    told: bool,
+    until: Instant,
 }
 
 /// Why a ring cannot go on from a region.
@@ -96,6 +111,7 @@ impl Guest {
             region: None,
             tracker: None,
             resubmitted: VecDeque::new(),
+            held: None,
         });
         Self {
             info,
@@ -133,6 +149,7 @@ impl Guest {
         if !ring.active {
             // Tracked as they are, they come back with the next start.
             ring.resubmitted.clear();
+            ring.held = None;
             return false;
         }
         // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
@@ -264,7 +281,8 @@ impl Guest {
     pub fn ask_for_kicks(&mut self) -> bool {
         let memory = self.memory.memory();
         let mut more = false;
-        for ring in self.rings.iter_mut().filter(|ring| ring.active && !ring.notify) {
+        let wanted = |ring: &&mut Ring| ring.active && !ring.notify && ring.held.is_none();
+        for ring in self.rings.iter_mut().filter(wanted) {
             ring.notify = true;
             let enabled = ring.vring.get_mut().get_queue_mut().enable_notification(&*memory);
             match enabled {
@@ -275,9 +293,33 @@ impl Guest {
         more
     }
 
+    /// Whether a ring waits for what other rings have to do first. Nobody tells when that is done; whoever serves
+    /// the rings has to look every now and then.
+    pub fn is_held(&self) -> bool {
+        self.rings.iter().any(|ring| ring.held.is_some())
+    }
+
+    /// Lets rings go on for which nothing more has to be begun again. What was to be is with the engine by now, as
+    /// nothing is unfinished.
+    fn release(&mut self) {
+        for ring in &mut self.rings {
+            let Some(held) = &mut ring.held else {
+                continue;
+            };
+            if !held.told && ring.resubmitted.is_empty() {
+                held.told = true;
+                held.region.resubmitted();
+            }
+            if held.told && (held.region.is_all_resubmitted() || Instant::now() >= held.until) {
+                ring.held = None;
+            }
+        }
+    }
+
     /// Takes one chain off the rings. `false` if there is none.
     fn take(&mut self) -> bool {
-        // What another process began comes first, on all rings: it may be half done on the replicas.
+        self.release();
+        // What another process began comes first.
         let half_done = |ring: &Ring| !ring.resubmitted.is_empty();
         let first = self.rings.iter().position(half_done);
         let (count, next) = (self.rings.len(), self.next_ring);
@@ -305,6 +347,7 @@ impl Guest {
         }
         let head = match ring.resubmitted.pop_front() {
             Some(head) => head,
+            None if ring.held.is_some() => return None,
             None => match state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next()) {
                 Ok(chain) => {
                     let head = chain?.head_index();
@@ -443,6 +486,7 @@ impl Ring {
             used_idx,
             available_idx,
         };
+        let tracked = region.clone();
         let (tracker, begun) = region.begin(ring)?;
         self.tracker = Some(tracker);
         queue.set_next_used(used_idx);
@@ -455,6 +499,11 @@ impl Ring {
             }
             self.resubmitted = heads.into();
         }
+        self.held = Some(Held {
+            region: tracked,
+            told: false,
+            until: Instant::now() + RESUBMIT_LIMIT,
+        });
         Ok(())
     }
 

@@ -34,7 +34,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{Ordering, compiler_fence};
+use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
 use log::warn;
 use vm_memory::mmap::MmapRegionError;
@@ -188,6 +188,7 @@ fn is_safe_from_cuts(file: &File) -> bool {
 pub struct Region {
     mapping: Arc<MmapRegion<()>>,
     layout: Layout,
+    to_resubmit: Arc<AtomicU64>,
 }
 
 impl Region {
@@ -215,10 +216,16 @@ impl Region {
             });
         }
         let mapping = MmapRegion::from_file(FileOffset::new(file, offset_bytes), needed_bytes)?;
-        Ok(Self {
+        let region = Self {
             mapping: Arc::new(mapping),
             layout,
-        })
+            to_resubmit: Arc::default(),
+        };
+        let queues = (0..layout.num_queues).filter_map(|queue| region.queue(queue));
+        let to_resubmit = queues.filter(QueueRegion::has_any_in_flight);
+        let to_resubmit = to_resubmit.fold(0, |mask, queue| mask | queue.bit);
+        region.to_resubmit.store(to_resubmit, Ordering::Release);
+        Ok(region)
     }
 
     /// The part of a queue; `None` if the region has none for it.
@@ -227,6 +234,8 @@ impl Region {
             mapping: Arc::clone(&self.mapping),
             start: self.layout.queue_bytes() * usize::from(queue),
             entries: self.layout.queue_size,
+            bit: 1 << queue,
+            to_resubmit: Arc::clone(&self.to_resubmit),
         })
     }
 
@@ -244,7 +253,13 @@ pub struct QueueRegion {
     mapping: Arc<MmapRegion<()>>,
     start: usize,
     entries: u16,
+    /// Names the queue in `to_resubmit`.
+    bit: u64,
+    /// The queues of which another process has left something in flight that nobody has begun again yet.
+    to_resubmit: Arc<AtomicU64>,
 }
+
+const _: () = assert!(QUEUES_MAX as u32 <= u64::BITS);
 
 /// A ring as it stands when it is begun.
 #[derive(Clone, Copy, Debug)]
@@ -302,6 +317,24 @@ impl QueueRegion {
         Ok((tracker, begun))
     }
 
+    /// What this ring had in flight is begun again.
+    pub fn resubmitted(&self) {
+        self.to_resubmit.fetch_and(!self.bit, Ordering::AcqRel);
+    }
+
+    /// Whether that is so of all rings of the region.
+    pub fn is_all_resubmitted(&self) -> bool {
+        self.to_resubmit.load(Ordering::Acquire) == 0
+    }
+
+    fn has_any_in_flight(&self) -> bool {
+        self.load::<u16>(VERSION_OFFSET) != 0 && (0..self.entries).any(|head| self.is_in_flight(head))
+    }
+
+    fn is_in_flight(&self, head: u16) -> bool {
+        self.load::<u8>(self.descriptor(head) + INFLIGHT_OFFSET) != 0
+    }
+
     /// Makes a new region that of a ring of which nothing is in flight. The version comes last: before that it is
     /// still a new one.
     fn initialise(&self, used_idx: u16) {
@@ -348,7 +381,7 @@ impl QueueRegion {
             self.store(USED_IDX_OFFSET, ring.used_idx);
         }
         let in_flight: Vec<_> = (0..ring.size)
-            .filter(|head| self.load::<u8>(self.descriptor(*head) + INFLIGHT_OFFSET) != 0)
+            .filter(|head| self.is_in_flight(*head))
             .map(|head| (self.load(self.descriptor(head) + COUNTER_OFFSET), head))
             .collect();
         let outstanding = ring.available_idx.wrapping_sub(ring.used_idx);

@@ -76,6 +76,11 @@ impl Guests {
         self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
     }
 
+    /// See [`Guest::is_held`].
+    pub(super) fn is_held(&self) -> bool {
+        self.in_use.iter().any(|slot| self.guests[*slot].is_held())
+    }
+
     pub(super) fn signal(&mut self) {
         for &slot in &self.in_use {
             self.guests[slot].signal();

@@ -3,9 +3,11 @@
 use std::cell::Cell;
 use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::time::Instant;
 
 use super::super::inflight::{BeginError, Begun, Error, Layout, QueueRegion, Region, RingState};
 use super::*;
+use crate::limits::RESUBMIT_LIMIT;
 
 const QUEUE_SIZE: u16 = 16;
 
@@ -643,10 +645,10 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
         machine.vrings = rings_over(&memory, 2, 64);
         machine.guest = Guest::new(disk_info(), memory, machine.vrings.clone(), BufferPool::default());
+        let region = map();
         for ring in 0..2 {
-            machine
-                .guest
-                .set_region(ring, map().queue(u16::try_from(ring).unwrap()));
+            let part = region.queue(u16::try_from(ring).unwrap());
+            machine.guest.set_region(ring, part);
             assert!(machine.guest.refresh(ring, false));
         }
     };
@@ -740,4 +742,61 @@ fn a_request_in_pieces_is_abandoned_as_a_whole() {
     }
     assert!(before == machine.all_memory());
     assert!(machine.guest.is_drained(0));
+}
+
+/// The rings of two workers after a restart: something was in flight on the first one, and there is something new
+/// on the second, which is started first and has to wait.
+fn held_up() -> [Guest; 2] {
+    let layout = Layout::new(2, 64, 2).unwrap();
+    let file = layout.create_file().unwrap();
+    let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
+    let workers = |machine: &Machine| -> [Guest; 2] {
+        let file = file.try_clone().unwrap();
+        let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
+        let memory = GuestMemoryAtomic::new(machine.memory.clone());
+        let rings = rings_over(&memory, 2, 64);
+        [0, 1].map(|index| {
+            let ring = rings[usize::from(index)].clone();
+            let mut guest = Guest::new(disk_info(), memory.clone(), vec![ring], BufferPool::default());
+            guest.set_region(0, region.queue(index));
+            guest
+        })
+    };
+    let parts = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
+    machine.put_header(IN, 0);
+    machine.offer(0, &parts);
+    let mut before = workers(&machine);
+    assert!(before[0].refresh(0, false));
+    assert!(before[0].next_request().is_some());
+    machine.offer(1, &parts);
+    let mut after = workers(&machine);
+    assert!(after[1].refresh(0, false));
+    assert!(after[1].next_request().is_none());
+    assert!(after[1].is_held());
+    assert!(!after[1].ask_for_kicks(), "there is nothing to spin for");
+    after
+}
+
+#[test]
+fn a_ring_waits_for_what_was_in_flight_on_the_rings_of_others() {
+    let [mut first, mut second] = held_up();
+    assert!(first.refresh(0, false));
+    assert!(second.next_request().is_none());
+    assert!(first.next_request().is_some());
+    // Only now it is known to be with the engine.
+    assert!(second.next_request().is_none());
+    assert!(first.next_request().is_none());
+    assert!(second.next_request().is_some());
+    assert!(!first.is_held() && !second.is_held());
+}
+
+#[test]
+fn a_ring_that_is_never_started_again_holds_nobody_up_for_ever() {
+    let [_, mut second] = held_up();
+    let deadline = Instant::now() + 10 * RESUBMIT_LIMIT;
+    while second.next_request().is_none() {
+        assert!(Instant::now() < deadline);
+        std::thread::yield_now();
+    }
+    assert!(!second.is_held());
 }
