@@ -10,6 +10,7 @@
 
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -287,6 +288,18 @@ fn map(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Resul
     Ok((memory, mapping))
 }
 
+/// Sets O_NONBLOCK. The flag is the file's, so whoever else has it sees it too.
+fn set_nonblocking(file: &File) -> io::Result<()> {
+    let on: libc::c_int = 1;
+    // SAFETY: FIONBIO reads one integer, which outlives the call; the descriptor is open.
+    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::FIONBIO, &raw const on) };
+    if done == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
 fn not_offered<T>(message: &'static str) -> Result<T> {
     Err(Error::InvalidOperation(message))
 }
@@ -438,6 +451,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let (_, vring) = self.vring(u32::from(index))?;
+        // A worker that tells the driver must not wait until there is room for that.
+        if let Some(file) = &file {
+            set_nonblocking(file).map_err(Error::ReqHandlerError)?;
+        }
         vring.set_call(file);
         // What was completed while there was nobody to tell must not stay untold.
         let _ = vring.signal_used_queue();

@@ -2,6 +2,7 @@
 //! engine that only does what it is told.
 
 mod chains;
+mod frontend;
 pub(super) mod inflight;
 mod logging;
 mod properties;

@@ -1,0 +1,50 @@
+//! What a frontend sends that is none of its rights.
+
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc::sync_channel;
+use std::thread;
+use std::time::Duration;
+
+use rustix::event::{EventfdFlags, eventfd};
+use vhost::vhost_user::VhostUserBackendReqHandlerMut;
+
+use super::*;
+use crate::device::frontend::{ConnectionSlot, Frontend, RingServer};
+use crate::device::inflight::QueueRegion;
+
+/// Has nothing to serve.
+struct Server;
+
+impl RingServer for Server {
+    fn flush(&self) -> bool {
+        true
+    }
+
+    fn refresh(&self, _rings: Vec<(u16, Option<QueueRegion>)>) {}
+}
+
+fn frontend() -> Frontend {
+    Frontend::new(disk_info(), ConnectionSlot::new(1, 64).unwrap(), Box::new(Server))
+}
+
+#[test]
+fn a_call_descriptor_without_room_keeps_nobody_waiting() {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    let writer = File::from(OwnedFd::from(writer));
+    // A pipe has room for 64 KiB, an eventfd for the greatest count but one.
+    (&writer).write_all(&[0; 1 << 16]).unwrap();
+    let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    (&event).write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
+    let (told, is_told) = sync_channel(1);
+    let thread = thread::spawn(move || {
+        let mut frontend = frontend();
+        frontend.set_vring_call(0, Some(writer)).unwrap();
+        frontend.set_vring_call(0, Some(event)).unwrap();
+        told.send(()).unwrap();
+    });
+    is_told
+        .recv_timeout(Duration::from_secs(30))
+        .expect("nobody waits for room");
+    thread.join().unwrap();
+}
