@@ -251,11 +251,35 @@ impl Guest {
         self.finish()
     }
 
+    /// What a command that has to succeed printed, without the last line end.
+    pub fn answer(&mut self, command: &str) -> String {
+        self.run_successfully(command).trim_end().to_owned()
+    }
+
+    /// The SHA-512 of a file in the guest. Of the checksums that busybox has this is the fastest under TCG.
+    pub fn checksum(&mut self, path: &str) -> String {
+        let mut line = self.answer(&format!("sha512sum <{path}"));
+        line.truncate(128);
+        line
+    }
+
     /// Begins a command and does not wait for it; [`finish`](Self::finish) does. The guest runs one at a
     /// time.
     pub fn begin(&mut self, command: &str) {
         assert!(!command.contains('\n'), "a command is one line: {command}");
         self.send(command);
+    }
+
+    /// Waits until the command that was begun has printed `text`; it has to go on running after that.
+    pub fn wait_for_output(&mut self, text: &str) {
+        self.receive(COMMAND_LIMIT, |guest| {
+            let received = String::from_utf8_lossy(&guest.received);
+            assert!(
+                !received.contains("\n@@ "),
+                "ended while {text:?} was waited for; it had said:\n{received}"
+            );
+            received.contains(text).then_some(())
+        });
     }
 
     /// Waits for the end of the command that was begun.
@@ -311,10 +335,15 @@ impl Guest {
 
     /// The bytes up to the next reply, and what the reply says (after `@@`).
     fn receive_reply(&mut self, limit: Duration) -> (String, String) {
+        self.receive(limit, Self::take_reply)
+    }
+
+    /// Reads until `is_complete` finds what it looks for in the bytes received.
+    fn receive<T>(&mut self, limit: Duration, mut is_complete: impl FnMut(&mut Self) -> Option<T>) -> T {
         let deadline = Instant::now() + limit;
         loop {
-            if let Some(reply) = self.take_reply() {
-                return reply;
+            if let Some(found) = is_complete(self) {
+                return found;
             }
             let is_late = Instant::now() >= deadline;
             let mut bytes = [0; 4096];
