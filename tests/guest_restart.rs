@@ -1,0 +1,110 @@
+//! A Linux guest does not notice that its daemon is killed, or replaced by another, while it works. QEMU
+//! connects again (`reconnect=1`) and hands over what was in flight.
+
+mod common;
+
+use std::fs;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::time::Duration;
+
+use common::daemon::{Daemon, replica_arguments};
+use common::guest::GuestBuilder;
+use common::images::{are_identical, create_images};
+use common::process::wait_until;
+
+/// Time in which a guest that copies must have written something.
+const PROGRESS_LIMIT: Duration = Duration::from_secs(20);
+
+const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
+
+/// The daemon is killed, and replaced in good order, while a guest copies files. The guest notices a pause.
+#[test]
+fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
+    const ROUNDS: usize = 6;
+    const KILLED_IN: [usize; 3] = [1, 2, 4];
+    const REPLACED_IN: [usize; 2] = [3, 5];
+
+    let directory = tempfile::tempdir().expect("creating a directory");
+    let images = create_images(directory.path(), 3, 256 << 20);
+    // Nothing hangs here; the machine may be slow.
+    let arguments = || {
+        let mut arguments = replica_arguments(&images);
+        arguments.extend(["--num-queues", "2", "--replica-timeout", "30000", "-v"].map(Into::into));
+        arguments
+    };
+    let mut daemon = Daemon::start(directory.path(), arguments());
+    let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
+        .queues(2)
+        .cpus(2)
+        .reconnect()
+        .start();
+    guest.run_successfully(
+        "/sbin/mke2fs -q -t ext4 -b 4096 /dev/vda && mount -t ext4 -o noatime /dev/vda /mnt",
+    );
+    guest.run_successfully("dd if=/dev/urandom of=/mnt/source bs=1M count=16 conv=fsync");
+    let sum = guest.checksum("/mnt/source");
+
+    // Reads and writes are in flight at the same time.
+    guest.begin(&format!(
+        "cd /mnt; for round in $(seq {ROUNDS}); do echo round $round; echo 3 >/proc/sys/vm/drop_caches; \
+         sha512sum <source >/tmp/sum & reader=$!; cp source copy-$round && sync && wait $reader || exit 1; \
+         echo \"{sum}  -\" | cmp - /tmp/sum || exit 1; done"
+    ));
+    let log = directory.path().join("daemon.log");
+    let mut logs = String::new();
+    for round in 1..=ROUNDS {
+        guest.wait_for_output(&format!("round {round}\n"));
+        let is_killed = KILLED_IN.contains(&round);
+        if !is_killed && !REPLACED_IN.contains(&round) {
+            continue;
+        }
+        let allocated_before = allocated_bytes(&images[0]);
+        let is_writing = || allocated_bytes(&images[0]) > allocated_before + (1 << 20);
+        assert!(
+            wait_until(PROGRESS_LIMIT, is_writing),
+            "round {round} writes nothing"
+        );
+        if is_killed {
+            println!("killing the daemon in round {round}");
+            drop(daemon);
+        } else {
+            println!("replacing the daemon in round {round}");
+            assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
+        }
+        logs += &fs::read_to_string(&log).expect("reading the daemon's log");
+        daemon = Daemon::start(directory.path(), arguments());
+    }
+    let copy = guest.finish();
+    assert_eq!(copy.status, 0, "{copy:?}");
+    logs += &daemon.log();
+    println!("{logs}");
+    assert!(logs.contains("requests were in flight"), "no kill hit a request");
+
+    guest.run_successfully(COLD_CACHE);
+    for round in 1..=ROUNDS {
+        assert_eq!(
+            guest.checksum(&format!("/mnt/copy-{round}")),
+            sum,
+            "round {round}"
+        );
+    }
+    guest.run_successfully("umount /mnt && e2fsck -fn /dev/vda");
+    let console = guest.console_log();
+    for complaint in [
+        "I/O error",
+        "EXT4-fs error",
+        "EXT4-fs warning",
+        "blocked for more than",
+    ] {
+        assert!(!console.contains(complaint), "{console}");
+    }
+    guest.poweroff();
+    assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
+    assert!(are_identical(&images));
+}
+
+/// What a sparse file takes of its file system.
+fn allocated_bytes(path: &Path) -> u64 {
+    fs::metadata(path).expect("looking at an image").blocks() * 512
+}
