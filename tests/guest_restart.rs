@@ -9,7 +9,8 @@ use std::path::Path;
 use std::time::Duration;
 
 use common::daemon::{Daemon, replica_arguments};
-use common::guest::GuestBuilder;
+use common::fuse::{FuseImage, Operation};
+use common::guest::{Guest, GuestBuilder};
 use common::images::{are_identical, create_images};
 use common::process::wait_until;
 
@@ -107,4 +108,50 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
 /// What a sparse file takes of its file system.
 fn allocated_bytes(path: &Path) -> u64 {
     fs::metadata(path).expect("looking at an image").blocks() * 512
+}
+
+/// A guest that has switched its disk to write-through does not flush any more.
+#[test]
+fn write_through_makes_every_write_durable() {
+    write_through(|daemon, _| daemon);
+}
+
+/// QEMU tells a daemon that takes over nothing of what the guest has chosen.
+#[test]
+#[ignore = "a daemon that takes over does not know of it yet"]
+fn write_through_holds_when_the_daemon_is_replaced() {
+    write_through(|mut daemon, start| {
+        assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
+        start()
+    });
+}
+
+/// Has the guest switch to write-through, then `replaced` give another daemon or the same.
+fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
+    let directory = tempfile::tempdir().expect("creating a directory");
+    let mut images = create_images(directory.path(), 3, 8 << 20);
+    let watched = FuseImage::serve(&images[0]);
+    images[0] = watched.path();
+    let start = || Daemon::start(directory.path(), replica_arguments(&images));
+    let daemon = start();
+    let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
+        .reconnect()
+        .start();
+    // Made durable in one step or two.
+    let durable = || watched.done(Operation::Sync) + watched.durable_writes();
+    let made_durable = |guest: &mut Guest| {
+        let before = durable();
+        guest.run_successfully("dd if=/dev/urandom of=/dev/vda bs=4k count=1 oflag=direct conv=notrunc");
+        durable() - before
+    };
+
+    assert_eq!(guest.answer("cat /sys/block/vda/cache_type"), "write back");
+    assert_eq!(made_durable(&mut guest), 0);
+    guest.run_successfully("echo write through >/sys/block/vda/cache_type");
+    let mut daemon = replaced(daemon, &start);
+    assert_eq!(guest.answer("cat /sys/block/vda/cache_type"), "write through");
+    assert_ne!(made_durable(&mut guest), 0, "writes are not durable");
+
+    guest.poweroff();
+    assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
 }

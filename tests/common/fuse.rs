@@ -89,6 +89,7 @@ struct State {
     next_free: [Instant; 3],
     asked: [u64; 3],
     done: [u64; 3],
+    durable_writes: u64,
     /// What is done later, in that order.
     waiting: BTreeMap<(Instant, u64), Job>,
     /// What is not done until the file is healed.
@@ -152,6 +153,11 @@ impl FuseImage {
         self.server.lock().done[operation as usize]
     }
 
+    /// How many of the writes were to be durable when they are answered.
+    pub fn durable_writes(&self) -> u64 {
+        self.server.lock().durable_writes
+    }
+
     /// Heals the image when dropped.
     pub fn healer(&self) -> Healer {
         Healer(Arc::clone(&self.server))
@@ -205,6 +211,7 @@ impl Server {
                 next_free: [Instant::now(); 3],
                 asked: [0; 3],
                 done: [0; 3],
+                durable_writes: 0,
                 waiting: BTreeMap::new(),
                 hung: Vec::new(),
                 number: 0,
@@ -400,10 +407,14 @@ impl Filesystem for Disk {
         offset: u64,
         data: &[u8],
         _: WriteFlags,
-        _: OpenFlags,
+        flags: OpenFlags,
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        // Both also come from RWF_DSYNC and RWF_SYNC of the one write.
+        if flags.0 & (libc::O_DSYNC | libc::O_SYNC) != 0 {
+            self.0.lock().durable_writes += 1;
+        }
         let mut bytes = data.to_vec();
         self.0.serve(Operation::Write, move |file, fault| {
             match fault.and_then(|mask| {
