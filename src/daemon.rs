@@ -386,9 +386,13 @@ impl Slots {
     }
 
     fn end_all(&self) {
-        let mut current = self.current();
-        current.stopping = true;
-        current.connections.iter().flatten().for_each(end);
+        self.current().stopping = true;
+        let is_connected = |slot: &usize| self.current().connections[*slot].is_some();
+        for slot in (0..self.frontends.len()).filter(is_connected) {
+            let frontend = self.frontends[slot].lock();
+            frontend.unwrap_or_else(PoisonError::into_inner).stop_rings();
+        }
+        self.current().connections.iter().flatten().for_each(end);
     }
 
     /// Serves the connection that has the slot until it ends.

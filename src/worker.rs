@@ -41,6 +41,9 @@ const KICK: WatchToken = WatchToken(1);
 /// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are fewer.
 const OWN_FLUSH: Tag = Tag(u64::MAX);
 
+/// What one turn of the loop takes at most, sleep not included.
+const TURN_LIMIT: Duration = Duration::from_millis(50);
+
 /// How often rings that are held are looked at.
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
@@ -294,7 +297,41 @@ struct Worker {
     /// When to end at the latest.
     exit_by: Option<Duration>,
     drain_limit: Duration,
-    started_at: Instant,
+    clock: Clock,
+}
+
+/// The time by which replicas are late: time in which this thread could not run, for want of a CPU or because the
+/// host was suspended, does not count.
+struct Clock {
+    looked_at: Instant,
+    now: Duration,
+}
+
+impl Clock {
+    fn new() -> Self {
+        Self {
+            looked_at: Instant::now(),
+            now: Duration::ZERO,
+        }
+    }
+
+    /// The time when it was last looked at.
+    fn now(&self) -> Duration {
+        self.now
+    }
+
+    /// Looks at the time after a turn that has waited.
+    fn advance(&mut self, waited: Wait) -> Duration {
+        let looked_at = Instant::now();
+        let limit = match waited {
+            Wait::No => TURN_LIMIT,
+            Wait::AtMost(limit) => limit.saturating_add(TURN_LIMIT),
+            Wait::Forever => Duration::MAX,
+        };
+        self.now += (looked_at - self.looked_at).min(limit);
+        self.looked_at = looked_at;
+        self.now
+    }
 }
 
 struct Draining {
@@ -409,7 +446,7 @@ impl Worker {
             draining: Vec::new(),
             exit_by: None,
             drain_limit,
-            started_at: Instant::now(),
+            clock: Clock::new(),
         })
     }
 
@@ -420,7 +457,7 @@ impl Worker {
             self.io.guests.signal();
             self.finish_draining();
             if let Some(exit_by) = self.exit_by {
-                let late = self.started_at.elapsed() >= exit_by;
+                let late = self.clock.now() >= exit_by;
                 if self.engine.is_idle() {
                     debug!("the worker ends, nothing is in flight");
                     return Ok(());
@@ -439,11 +476,11 @@ impl Worker {
     /// How long there is nothing to do but wait.
     fn wait(&self) -> Wait {
         let drains = self.draining.iter().map(|draining| draining.until);
-        let held = self.io.guests.is_held().then(|| self.started_at.elapsed() + TICK);
+        let held = self.io.guests.is_held().then(|| self.clock.now() + TICK);
         let deadlines = drains.chain(self.exit_by).chain(held);
         let first = deadlines.chain(self.engine.deadline()).min();
         match first {
-            Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.started_at.elapsed())),
+            Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.clock.now())),
             None => Wait::Forever,
         }
     }
@@ -467,7 +504,7 @@ impl Worker {
             return Err(error);
         }
         let mut completions = std::mem::take(self.io.ring.enter(wait)?);
-        let now = self.started_at.elapsed();
+        let now = self.clock.advance(wait);
         self.engine.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {
@@ -499,10 +536,10 @@ impl Worker {
                 self.io.flushing.push_back(done);
                 self.engine.submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
             }
-            Message::Tick => self.engine.tick(self.started_at.elapsed(), &mut self.io),
+            Message::Tick => self.engine.tick(self.clock.now(), &mut self.io),
             Message::Exit => {
                 self.engine.stop_background();
-                self.exit_by = Some(self.started_at.elapsed() + self.drain_limit);
+                self.exit_by = Some(self.clock.now() + self.drain_limit);
             }
             Message::Refresh {
                 slot,
@@ -525,7 +562,7 @@ impl Worker {
                     self.draining.push(Draining {
                         slot,
                         ring,
-                        until: self.started_at.elapsed() + self.drain_limit,
+                        until: self.clock.now() + self.drain_limit,
                         _done: done,
                     });
                 }
@@ -539,7 +576,7 @@ impl Worker {
         if self.draining.is_empty() {
             return;
         }
-        let now = self.started_at.elapsed();
+        let now = self.clock.now();
         for draining in self.draining.iter().filter(|draining| draining.until <= now) {
             self.io.guests.abandon(draining.slot, draining.ring);
         }
@@ -555,5 +592,24 @@ impl Worker {
         self.draining
             .retain(|draining| !guests.is_drained(draining.slot, draining.ring));
         guests.forget_idle();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn time_in_which_the_thread_could_not_run_does_not_count() {
+        let mut clock = Clock::new();
+        let ago = |seconds| Instant::now() - Duration::from_secs(seconds);
+        clock.looked_at = ago(3600);
+        let wait = Duration::from_millis(2);
+        assert_eq!(clock.advance(Wait::AtMost(wait)), wait + TURN_LIMIT);
+        clock.looked_at = ago(5);
+        assert_eq!(clock.advance(Wait::No), wait + 2 * TURN_LIMIT);
+        clock.looked_at = ago(5);
+        let now = clock.advance(Wait::AtMost(Duration::from_secs(60)));
+        assert!(now >= Duration::from_secs(5), "slept as it was meant to: {now:?}");
     }
 }

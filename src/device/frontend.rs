@@ -171,6 +171,15 @@ impl Frontend {
         this.lock().unwrap_or_else(PoisonError::into_inner).reset();
     }
 
+    /// Takes no more requests, and answers those in flight. To be called before the connection is closed: a frontend
+    /// that finds it closed looks how far the used ring has got, and must find it at its end.
+    pub fn stop_rings(&self) {
+        for vring in &self.vrings {
+            vring.set_enabled(false);
+        }
+        self.refresh_all();
+    }
+
     /// Stops all rings and forgets what the connection told.
     fn reset(&mut self) {
         self.reset_rings();
@@ -231,10 +240,7 @@ impl Frontend {
             .iter()
             .map(|vring| vring.get_ref().is_enabled())
             .collect();
-        for vring in &self.vrings {
-            vring.set_enabled(false);
-        }
-        self.refresh_all();
+        self.stop_rings();
         self.choices.writeback.store(writeback, Ordering::Release);
         // From now on the driver does not flush, so what it has not flushed yet is up to us.
         let durable = writeback || self.server.flush();
