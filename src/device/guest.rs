@@ -509,6 +509,8 @@ impl Ring {
 
     /// The driver broke its own ring; leave it alone until it is set up anew.
     fn give_up(&mut self, error: &virtio_queue::Error) {
+        self.resubmitted.clear();
+        self.held = None;
         if std::mem::take(&mut self.active) {
             error!("the guest broke a ring ({error}); it is not served until it is started again");
         }

@@ -800,3 +800,22 @@ fn a_ring_that_is_never_started_again_holds_nobody_up_for_ever() {
     }
     assert!(!second.is_held());
 }
+
+/// A ring that its driver broke waits for nothing, and nothing waits for it for ever.
+#[test]
+fn a_ring_that_is_broken_while_it_waits_is_not_looked_at_again() {
+    let mut life = Life::new(0);
+    life.begin(0);
+    (0..2).for_each(|which| life.offer(which));
+    (0..2).for_each(|_| life.take());
+    life.begin(0);
+    assert!(life.machine.guest.is_held());
+    // The first answer finds no room on the used ring: it is not in memory any more.
+    let (tag, request) = life.machine.guest.next_request().unwrap();
+    life.machine.vrings[0]
+        .set_queue_info(0, AVAILABLE, OUTSIDE)
+        .unwrap();
+    life.machine.answer(tag, request);
+    assert!(!life.machine.guest.is_held());
+    assert!(life.machine.guest.next_request().is_none());
+}
