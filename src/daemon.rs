@@ -22,7 +22,7 @@ use crate::control::publisher::Publisher;
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
 use crate::device::DiskInfo;
-use crate::device::frontend::{ConnectionSlot, Frontend};
+use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT};
 use crate::message::{Quoted, Reason};
@@ -94,7 +94,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
     let (stop, stopped) = channel();
-    let slots = (0..CONNECTIONS_MAX).map(|_| ConnectionSlot::new(config.queue_count, config.queue_size));
+    let cache_mode = CacheMode::default();
+    let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
+    let slots = (0..CONNECTIONS_MAX).map(slot);
     let disk = Disk {
         policy: policy(config, &info),
         info: info.clone(),

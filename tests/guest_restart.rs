@@ -118,7 +118,6 @@ fn write_through_makes_every_write_durable() {
 
 /// QEMU tells a daemon that takes over nothing of what the guest has chosen.
 #[test]
-#[ignore = "a daemon that takes over does not know of it yet"]
 fn write_through_holds_when_the_daemon_is_replaced() {
     write_through(|mut daemon, start| {
         assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());

@@ -44,40 +44,44 @@ pub trait RingServer: Send {
     fn flush(&self) -> bool;
 }
 
+/// Whether written data may stay in a cache until it is flushed. Of the disk, not of a connection: it stays until a
+/// driver chooses anew. No frontend tells it to the next process, or to the one that a guest is migrated to, and the
+/// guest relies on it.
+#[derive(Clone, Debug)]
+pub struct CacheMode(Arc<AtomicBool>);
+
+impl Default for CacheMode {
+    fn default() -> Self {
+        Self(Arc::new(AtomicBool::new(true)))
+    }
+}
+
+impl CacheMode {
+    fn is_writeback(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+
+    fn set_writeback(&self, writeback: bool) {
+        self.0.store(writeback, Ordering::Release);
+    }
+}
+
 /// What the driver has chosen, for the threads that serve the rings.
 #[derive(Debug)]
 pub struct DriverChoices {
     features: AtomicU64,
-    writeback: AtomicBool,
-}
-
-impl Default for DriverChoices {
-    fn default() -> Self {
-        Self {
-            features: AtomicU64::new(0),
-            writeback: AtomicBool::new(true),
-        }
-    }
+    cache_mode: CacheMode,
 }
 
 impl DriverChoices {
     /// Whether each write must be durable when it is answered.
     pub fn durable_writes(&self) -> bool {
-        config_space::expects_durable_writes(self.features(), self.writeback())
+        config_space::expects_durable_writes(self.features(), self.cache_mode.is_writeback())
     }
 
     /// The feature bits that it accepted.
     pub(super) fn features(&self) -> u64 {
         self.features.load(Ordering::Acquire)
-    }
-
-    fn writeback(&self) -> bool {
-        self.writeback.load(Ordering::Acquire)
-    }
-
-    fn reset(&self) {
-        self.features.store(0, Ordering::Release);
-        self.writeback.store(true, Ordering::Release);
     }
 }
 
@@ -94,17 +98,24 @@ pub struct ConnectionSlot {
 }
 
 impl ConnectionSlot {
-    /// One with `queue_count` rings of up to `queue_size` entries.
+    /// One with `queue_count` rings of up to `queue_size` entries, on a disk with this cache mode.
     ///
     /// # Errors
     /// If the size is not one that a ring can have.
-    pub fn new(queue_count: u16, queue_size: u16) -> std::result::Result<Self, virtio_queue::Error> {
+    pub fn new(
+        queue_count: u16,
+        queue_size: u16,
+        cache_mode: CacheMode,
+    ) -> std::result::Result<Self, virtio_queue::Error> {
         let memory = GuestMemoryAtomic::new(GuestMemory::new());
         let vrings = (0..queue_count).map(|_| Vring::new(memory.clone(), queue_size));
         Ok(Self {
             vrings: vrings.collect::<std::result::Result<_, _>>()?,
             memory,
-            choices: Arc::default(),
+            choices: Arc::new(DriverChoices {
+                features: AtomicU64::new(0),
+                cache_mode,
+            }),
         })
     }
 }
@@ -205,7 +216,7 @@ impl Frontend {
             vring.set_err(None);
             vring.get_mut().get_queue_mut().reset();
         }
-        self.choices.reset();
+        self.choices.features.store(0, Ordering::Release);
         self.log.set_wanted(false);
         region
     }
@@ -241,7 +252,10 @@ impl Frontend {
             .map(|vring| vring.get_ref().is_enabled())
             .collect();
         self.stop_rings();
-        self.choices.writeback.store(writeback, Ordering::Release);
+        self.choices.cache_mode.set_writeback(writeback);
+        if let Some(region) = &self.inflight {
+            region.set_writeback(writeback);
+        }
         // From now on the driver does not flush, so what it has not flushed yet is up to us.
         let durable = writeback || self.server.flush();
         for (vring, enabled) in self.vrings.iter().zip(was_enabled) {
@@ -499,7 +513,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
-        let writeback = self.choices.writeback();
+        let writeback = self.choices.cache_mode.is_writeback();
         Ok(config_space::read(&self.info, writeback, offset, size))
     }
 
@@ -535,7 +549,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let layout = self.layout(inflight)?;
         let region = inflight::Region::map(layout, file, inflight.mmap_offset, inflight.mmap_size);
         let region = region.inspect_err(|error| warn!("the inflight region: {error}"));
-        self.inflight = Some(region.map_err(failed)?);
+        let region = region.map_err(failed)?;
+        match region.writeback() {
+            Some(writeback) => self.choices.cache_mode.set_writeback(writeback),
+            None => region.set_writeback(self.choices.cache_mode.is_writeback()),
+        }
+        self.inflight = Some(region);
         Ok(())
     }
 

@@ -10,7 +10,8 @@
 //!  16  for each descriptor:    0  inflight u8  +5   6  next u16         8  counter u64
 //! ```
 //!
-//! and zeroes up to a multiple of 64 bytes. What is stored when, so that a kill between any two stores loses no
+//! and zeroes up to a multiple of 64 bytes. In those of the first queue we keep the cache mode that the driver has
+//! chosen ([`Region::writeback`]): frontends do not tell it again. What is stored when, so that a kill between any two stores loses no
 //! request and repeats none that is on the used ring:
 //!
 //! | a chain is taken | a chain is given back |
@@ -58,6 +59,10 @@ const DESCRIPTOR_BYTES: usize = 16;
 const INFLIGHT_OFFSET: usize = 0;
 const NEXT_OFFSET: usize = 6;
 const COUNTER_OFFSET: usize = 8;
+
+/// The cache mode, 0 if nobody has said anything.
+const WRITEBACK: u8 = 1;
+const WRITETHROUGH: u8 = 2;
 
 /// What the part of a queue is a multiple of, as in libvhost-user.
 const ALIGNMENT_BYTES: usize = 64;
@@ -239,7 +244,34 @@ impl Region {
         })
     }
 
-    /// Forgets everything: the region is new again.
+    /// Whether the driver's writes may stay in the cache, if the last process has left a word on that.
+    pub fn writeback(&self) -> Option<bool> {
+        match self.first_queue().load::<u8>(self.cache_mode_offset()?) {
+            WRITEBACK => Some(true),
+            WRITETHROUGH => Some(false),
+            _ => None,
+        }
+    }
+
+    /// Leaves word for the next process.
+    pub fn set_writeback(&self, writeback: bool) {
+        let mode = if writeback { WRITEBACK } else { WRITETHROUGH };
+        if let Some(offset) = self.cache_mode_offset() {
+            self.first_queue().store(offset, mode);
+        }
+    }
+
+    /// Where the cache mode is. Every queue that a ring can have leaves room for it.
+    fn cache_mode_offset(&self) -> Option<usize> {
+        let end = HEADER_BYTES + DESCRIPTOR_BYTES * usize::from(self.layout.queue_size);
+        (end < self.layout.queue_bytes()).then_some(end)
+    }
+
+    fn first_queue(&self) -> QueueRegion {
+        self.queue(0).expect("a region has at least one queue")
+    }
+
+    /// Forgets all requests: the region is new again.
     pub fn clear(&self) {
         for queue in (0..self.layout.num_queues).filter_map(|queue| self.queue(queue)) {
             queue.store(VERSION_OFFSET, 0u16);

@@ -30,8 +30,10 @@ const ALIGNMENT_BYTES_SAFE: u32 = 4096;
 const ALIGNMENT_BYTES_MAX: u32 = 1 << 20;
 
 /// How long an image in use is waited for. The kernel closes the files of an io_uring some 50 ms after the
-/// process that had it is gone: a daemon that was killed can be started again at once all the same.
-const BUSY_LIMIT: Duration = Duration::from_millis(500);
+/// process that had it is gone, on a busy machine much later: a daemon that was killed can be started again at
+/// once all the same.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_TOLD_AFTER: Duration = Duration::from_millis(500);
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 
 /// Which image to open, and what to call it.
@@ -391,10 +393,20 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
     } else {
         Access::ReadWrite
     };
-    let deadline = Instant::now() + BUSY_LIMIT;
+    let since = Instant::now();
+    let mut told = false;
     let locking = loop {
         match image_lock::lock(&replica.file, access) {
-            Err(error) if error.is_busy() && Instant::now() < deadline => std::thread::sleep(BUSY_INTERVAL),
+            Err(error) if error.is_busy() && since.elapsed() < BUSY_LIMIT => {
+                std::thread::sleep(BUSY_INTERVAL);
+                if !told && since.elapsed() >= BUSY_TOLD_AFTER {
+                    told = true;
+                    log::warn!(
+                        "waiting for another process to let go of {}",
+                        Quoted(&replica.path)
+                    );
+                }
+            }
             locking => break locking,
         }
     };

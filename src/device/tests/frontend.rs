@@ -10,7 +10,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
 
 use super::*;
-use crate::device::frontend::{ConnectionSlot, Frontend, RingServer};
+use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
 use crate::device::inflight::QueueRegion;
 
 /// Has nothing to serve.
@@ -25,7 +25,11 @@ impl RingServer for Server {
 }
 
 fn frontend() -> Frontend {
-    Frontend::new(disk_info(), ConnectionSlot::new(1, 64).unwrap(), Box::new(Server))
+    Frontend::new(
+        disk_info(),
+        ConnectionSlot::new(1, 64, CacheMode::default()).unwrap(),
+        Box::new(Server),
+    )
 }
 
 #[test]

@@ -16,7 +16,7 @@ use vm_memory::FileOffset;
 
 use super::*;
 use crate::device::config_space;
-use crate::device::frontend::{ConnectionSlot, Frontend, RingServer};
+use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
 use crate::device::inflight::QueueRegion;
 
 const PAGE_BYTES: u64 = 4096;
@@ -65,7 +65,7 @@ impl Vmm {
             Some(FileOffset::new(file.try_clone().unwrap(), 0)),
         );
         let memory = GuestMemory::from_ranges_with_files([range]).unwrap();
-        let slot = ConnectionSlot::new(1, 64).unwrap();
+        let slot = ConnectionSlot::new(1, 64, CacheMode::default()).unwrap();
         let refreshes = Arc::<AtomicUsize>::default();
         let mut frontend = Frontend::new(
             info.clone(),

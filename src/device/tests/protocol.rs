@@ -9,7 +9,7 @@ use std::time::Duration;
 use virtio_queue::QueueT;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::super::frontend::{ConnectionSlot, DriverChoices, Frontend, RingServer};
+use super::super::frontend::{CacheMode, ConnectionSlot, DriverChoices, Frontend, RingServer};
 use super::super::inflight::{Begun, Layout, QueueRegion, Region, RingState};
 use super::*;
 
@@ -69,7 +69,7 @@ impl Connection {
             num_queues: QUEUES,
             ..disk_info()
         };
-        let slot = ConnectionSlot::new(QUEUES, 64).unwrap();
+        let slot = ConnectionSlot::new(QUEUES, 64, CacheMode::default()).unwrap();
         let (vrings, choices) = (slot.vrings.clone(), Arc::clone(&slot.choices));
         let (sender, refreshed) = mpsc::channel();
         let frontend = Frontend::new(info, slot, Box::new(Recorder(sender)));
