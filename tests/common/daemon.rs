@@ -1,7 +1,7 @@
 //! `quorum-blkd` as a process, and a reader of its events.
 
 use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
+use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -21,6 +21,7 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// A running daemon. What it wrote to stderr is shown when the test fails; it is killed when dropped.
 pub struct Daemon {
     process: Process,
+    arguments: Vec<OsString>,
     socket: PathBuf,
     events_socket: PathBuf,
     log: PathBuf,
@@ -33,18 +34,12 @@ impl Daemon {
         let socket = directory.join("disk.sock");
         let events_socket = directory.join("events.sock");
         let log = directory.join("daemon.log");
-        let mut command = Self::command();
-        command
-            .arg("--socket-path")
-            .arg(&socket)
-            .arg("--events")
-            .arg(&events_socket)
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(&log).expect("creating the daemon's log"));
+        let mut all: Vec<OsString> = vec!["--socket-path".into(), socket.clone().into()];
+        all.extend(["--events".into(), events_socket.clone().into()]);
+        all.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
         let mut daemon = Self {
-            process: Process::spawn(&mut command).expect("starting the daemon"),
+            process: Self::spawn(&all, &log),
+            arguments: all,
             socket,
             events_socket,
             log,
@@ -58,6 +53,24 @@ impl Daemon {
             panic!("the daemon ended at once, {status}");
         }
         daemon
+    }
+
+    fn spawn(arguments: &[OsString], log: &Path) -> Process {
+        let log = OpenOptions::new().create(true).append(true).open(log);
+        let mut command = Self::command();
+        command
+            .args(arguments)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(log.expect("opening the daemon's log"));
+        Process::spawn(&mut command).expect("starting the daemon")
+    }
+
+    /// Starts it once more, with the same arguments, when it has ended. Does not wait for anything: one that
+    /// was killed has left its sockets behind, and they are not those of the next until it has made them.
+    pub fn start_again(&mut self) {
+        assert!(!self.process.is_alive(), "the daemon is still there");
+        self.process = Self::spawn(&self.arguments, &self.log);
     }
 
     /// Runs the daemon with `arguments` only, for a start that ends by itself: a refusal, `--help`.
@@ -112,6 +125,11 @@ impl Daemon {
     pub fn terminate(&mut self) -> ExitStatus {
         self.process.signal(libc::SIGTERM);
         self.wait()
+    }
+
+    /// Sends it a signal.
+    pub fn signal(&mut self, signal: libc::c_int) {
+        self.process.signal(signal);
     }
 
     /// Waits until it ends by itself.

@@ -20,17 +20,21 @@ const SLOT: usize = 4 * BLOCK;
 /// What each sector may hold: the writes that were not replaced by one that began after they had ended.
 pub struct Model {
     sectors: Vec<Vec<Version>>,
+    /// The newest write of zeroes to each sector.
+    zeroed: Vec<u64>,
     next_tag: u64,
 }
 
 #[derive(Clone, Copy)]
 struct Version {
     tag: u64,
+    /// It is made of zeroes, as the disk is in the beginning.
+    is_zero: bool,
     acknowledged: bool,
 }
 
 /// A write in flight.
-struct Write {
+pub struct Write {
     tag: u64,
     sectors: Range<usize>,
     /// What it replaces in each sector.
@@ -38,7 +42,7 @@ struct Write {
 }
 
 /// A read in flight.
-struct Read {
+pub struct Read {
     sectors: Range<usize>,
     /// What each sector may hold: one of these, or what was begun to be written since.
     permitted: Vec<Vec<u64>>,
@@ -50,28 +54,45 @@ impl Model {
     pub fn new(sectors: usize) -> Self {
         let zero = Version {
             tag: 0,
+            is_zero: true,
             acknowledged: true,
         };
         Self {
             sectors: vec![vec![zero]; sectors],
+            zeroed: vec![0; sectors],
             next_tag: 1,
         }
     }
 
-    fn begin_write(&mut self, sectors: Range<usize>, data: &mut [u8]) -> Write {
+    /// A write begins; `data` becomes what it writes.
+    pub fn begin_write(&mut self, sectors: Range<usize>, data: &mut [u8]) -> Write {
         let tag = self.next_tag;
-        self.next_tag += 1;
-        let mut replaces = Vec::new();
         for (sector, bytes) in sectors.clone().zip(data.chunks_exact_mut(SECTOR)) {
             for pair in bytes.chunks_exact_mut(16) {
                 pair[..8].copy_from_slice(&tag.to_le_bytes());
                 pair[8..].copy_from_slice(&(sector as u64).to_le_bytes());
             }
+        }
+        self.begin(sectors, false)
+    }
+
+    /// A write of zeroes begins, or a discard that leaves them.
+    pub fn begin_zeroes(&mut self, sectors: Range<usize>) -> Write {
+        self.zeroed[sectors.clone()].fill(self.next_tag);
+        self.begin(sectors, true)
+    }
+
+    fn begin(&mut self, sectors: Range<usize>, is_zero: bool) -> Write {
+        let tag = self.next_tag;
+        self.next_tag += 1;
+        let mut replaces = Vec::new();
+        for sector in sectors.clone() {
             let versions = &mut self.sectors[sector];
             let old = versions.iter().filter(|version| version.acknowledged);
             replaces.push(old.map(|version| version.tag).collect());
             versions.push(Version {
                 tag,
+                is_zero,
                 acknowledged: false,
             });
         }
@@ -82,7 +103,8 @@ impl Model {
         }
     }
 
-    fn end_write(&mut self, write: Write) {
+    /// It was acknowledged.
+    pub fn end_write(&mut self, write: Write) {
         for (sector, replaced) in write.sectors.zip(write.replaces) {
             let versions = &mut self.sectors[sector];
             versions.retain(|version| !replaced.contains(&version.tag));
@@ -92,8 +114,10 @@ impl Model {
         }
     }
 
-    fn begin_read(&self, sectors: Range<usize>) -> Read {
-        let tags = |versions: &Vec<Version>| versions.iter().map(|version| version.tag).collect();
+    /// A read begins.
+    pub fn begin_read(&self, sectors: Range<usize>) -> Read {
+        let content = |version: &Version| if version.is_zero { 0 } else { version.tag };
+        let tags = |versions: &Vec<Version>| versions.iter().map(content).collect();
         Read {
             permitted: self.sectors[sectors.clone()].iter().map(tags).collect(),
             since: self.next_tag,
@@ -102,13 +126,18 @@ impl Model {
     }
 
     /// The sectors that `read` should not have found like this.
-    fn wrong(read: &Read, data: &[u8]) -> Vec<usize> {
+    pub fn wrong(&self, read: &Read, data: &[u8]) -> Vec<usize> {
         let sectors = read.sectors.clone().zip(data.chunks_exact(SECTOR));
         let wrong = sectors
             .zip(&read.permitted)
             .filter(|((sector, bytes), permitted)| {
                 let tag = tag_of(bytes, *sector);
-                tag.is_none_or(|tag| !permitted.contains(&tag) && tag < read.since)
+                let since = match tag {
+                    Some(0) => self.zeroed[*sector],
+                    Some(tag) => tag,
+                    None => 0,
+                };
+                !tag.is_some_and(|tag| permitted.contains(&tag)) && since < read.since
             });
         wrong.map(|((sector, _), _)| sector).collect()
     }
@@ -116,7 +145,7 @@ impl Model {
     /// The sectors in which what is on a disk at rest is not the newest.
     pub fn wrong_at_rest(&self, data: &[u8]) -> Vec<usize> {
         let len = (data.len() / SECTOR).min(self.sectors.len());
-        Self::wrong(&self.begin_read(0..len), data)
+        self.wrong(&self.begin_read(0..len), data)
     }
 }
 
@@ -213,7 +242,7 @@ impl Outcome {
         self.requests += 1;
         match (request, result) {
             (Pending::Write(write), Ok(())) => model.end_write(write),
-            (Pending::Read(read), Ok(())) => self.wrong_sectors += Model::wrong(&read, data).len(),
+            (Pending::Read(read), Ok(())) => self.wrong_sectors += model.wrong(&read, data).len(),
             // A write that failed leaves old or new bytes: its version stays permitted beside the others.
             (_, Err(_)) => self.failed += 1,
         }

@@ -7,6 +7,7 @@
 pub mod client;
 pub mod daemon;
 pub mod disk;
+pub mod frontend;
 pub mod fuse;
 pub mod guest;
 pub mod images;
