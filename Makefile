@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim model bench-engine lint guest clean
+.PHONY: help demo build test sim soak model bench-engine lint guest clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -24,6 +24,10 @@ test: guest lint ## Everything that checks the project
 sim: ## Random runs in the simulator: SEEDS=n, or SECONDS=n, or SEED=s to replay one
 	QUORUM_BLK_SIM_SEEDS=$(SEEDS) QUORUM_BLK_SIM_SEED=$(SEED) QUORUM_BLK_SIM_SECONDS=$(SECONDS) \
 		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture $(if $(SEED)$(SEEDS),keeps_the_contract)
+
+soak: ## Kill the daemon under load, for SECONDS=n in each of three ways; SEED=s for the same requests
+	QUORUM_BLK_SOAK_SECONDS=$(SECONDS) $(if $(SEED),QUORUM_BLK_TEST_SEED=$(SEED)) \
+		$(CARGO) test --locked --release --test kill -- --nocapture
 
 model: ## Every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
