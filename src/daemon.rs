@@ -5,22 +5,25 @@
 //! taken was answered and the replicas were flushed, or the time for that is over and the exit status says so; an
 //! image that the kernel may still write to stays locked until it has.
 
+mod connections;
+mod signals;
+
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
 use std::time::Instant;
 
 use log::{debug, error, info, warn};
 
-use crate::config::{Config, Listen};
+use self::connections::{Connections, FrontendListener};
+use self::signals::Signals;
+use crate::config::Config;
 use crate::control::events::Names;
 use crate::control::publisher::Publisher;
 use crate::control::queue::EventQueue;
-use crate::control::socket::{BindError, BoundListener, bind_unix_listener};
+use crate::control::socket::{BindError, bind_unix_listener};
 use crate::device::DiskInfo;
 use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend};
 use crate::engine::{Policy, ReadPattern, Shared};
@@ -145,7 +148,7 @@ fn serve(
     stopped: &Receiver<Stop>,
 ) -> Result<(Publisher, Stop), Error> {
     let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
-    let listener = Arc::new(FrontendListener::new(&config.listen)?);
+    let listener = FrontendListener::new(&config.listen)?;
     let names = Names {
         reference: config.node_name.clone(),
         nodes: config
@@ -277,271 +280,5 @@ fn close(replicas: Vec<ReplicaFile>, unanswered: ReplicaSet) {
             );
             std::mem::forget(replica);
         }
-    }
-}
-
-/// Where frontends connect.
-enum FrontendListener {
-    Bound(BoundListener),
-    Inherited(UnixListener),
-}
-
-impl FrontendListener {
-    fn new(listen: &Listen) -> Result<Self, Error> {
-        match listen {
-            Listen::Path(path) => Ok(Self::Bound(bind_unix_listener(path)?)),
-            Listen::Fd(fd) => inherited(*fd)
-                .map(Self::Inherited)
-                .ok_or(Error::NotAListener(*fd)),
-        }
-    }
-
-    fn socket(&self) -> &UnixListener {
-        match self {
-            Self::Bound(bound) => bound.socket(),
-            Self::Inherited(socket) => socket,
-        }
-    }
-
-    /// Makes a blocked and every later `accept` fail.
-    fn close(&self) {
-        // SAFETY: a system call on a descriptor that we own; it touches no memory.
-        unsafe { libc::shutdown(self.socket().as_raw_fd(), libc::SHUT_RDWR) };
-    }
-}
-
-/// The listening UNIX socket that was passed as descriptor `fd`, if it is one.
-fn inherited(fd: RawFd) -> Option<UnixListener> {
-    if fd <= libc::STDERR_FILENO {
-        return None;
-    }
-    let option = |name| {
-        let mut value: libc::c_int = 0;
-        let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
-        // SAFETY: `value` and `len` are valid for the write of an int option.
-        let result =
-            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
-        (result == 0).then_some(value)
-    };
-    if option(libc::SO_DOMAIN) != Some(libc::AF_UNIX) || option(libc::SO_ACCEPTCONN) != Some(1) {
-        return None;
-    }
-    // SAFETY: the descriptor is open (the calls above succeeded) and was passed for us to own.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    Some(owned.into())
-}
-
-/// The thread that accepts connections, and those that serve one each.
-struct Connections {
-    listener: Arc<FrontendListener>,
-    slots: Arc<Slots>,
-    thread: JoinHandle<()>,
-}
-
-/// Who is connected.
-struct Slots {
-    frontends: Vec<Arc<Mutex<Frontend>>>,
-    current: Mutex<Current>,
-    /// A slot has become free.
-    freed: Condvar,
-}
-
-struct Current {
-    /// The connections, by slot, to be able to end them.
-    connections: Vec<Option<UnixStream>>,
-    /// Nothing is to be served any more.
-    stopping: bool,
-}
-
-impl Slots {
-    fn current(&self) -> MutexGuard<'_, Current> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Returns when all connections that were closed by their frontends have been drained. Who connects
-    /// after that, a guest that was started again for one, must not see writes of before take effect.
-    fn wait_for_the_closed(&self) {
-        let any_closed = |current: &mut Current| current.connections.iter().flatten().any(is_closed);
-        let waited = self.freed.wait_while(self.current(), any_closed);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
-    }
-
-    /// Gives a free slot to a connection, if there is one.
-    fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
-        let mut current = self.current();
-        // A frontend whose thread has panicked is of no use any more.
-        let is_free =
-            |slot: &usize| current.connections[*slot].is_none() && !self.frontends[*slot].is_poisoned();
-        let free = (0..self.frontends.len()).find(is_free);
-        if let Some(slot) = free {
-            current.connections[slot] = Some(connection.try_clone()?);
-            if current.stopping {
-                end(connection);
-            }
-        }
-        Ok(free)
-    }
-
-    fn free(&self, slot: usize) {
-        self.current().connections[slot] = None;
-        self.freed.notify_all();
-    }
-
-    fn end_all(&self) {
-        self.current().stopping = true;
-        let is_connected = |slot: &usize| self.current().connections[*slot].is_some();
-        for slot in (0..self.frontends.len()).filter(is_connected) {
-            let frontend = self.frontends[slot].lock();
-            frontend.unwrap_or_else(PoisonError::into_inner).stop_rings();
-        }
-        self.current().connections.iter().flatten().for_each(end);
-    }
-
-    /// Serves the connection that has the slot until it ends.
-    fn serve(&self, slot: usize, connection: UnixStream) {
-        /// Frees the slot whatever happens, since others may be waiting for that.
-        struct Free<'a>(&'a Slots, usize);
-        impl Drop for Free<'_> {
-            fn drop(&mut self) {
-                self.0.free(self.1);
-            }
-        }
-        let _free = Free(self, slot);
-        Frontend::serve(&self.frontends[slot], connection);
-    }
-}
-
-fn end(connection: &UnixStream) {
-    // Fails only for one that has ended.
-    let _ = connection.shutdown(std::net::Shutdown::Both);
-}
-
-/// Whether the frontend has closed its end, whatever it has sent before.
-fn is_closed(connection: &UnixStream) -> bool {
-    let mut poll = libc::pollfd {
-        fd: connection.as_raw_fd(),
-        events: libc::POLLRDHUP,
-        revents: 0,
-    };
-    // SAFETY: one initialised pollfd, valid for the call, which does not wait.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
-}
-
-impl Connections {
-    fn start(listener: Arc<FrontendListener>, frontends: Vec<Frontend>) -> io::Result<Self> {
-        let slots = Arc::new(Slots {
-            current: Mutex::new(Current {
-                connections: frontends.iter().map(|_| None).collect(),
-                stopping: false,
-            }),
-            frontends: frontends
-                .into_iter()
-                .map(|frontend| Arc::new(Mutex::new(frontend)))
-                .collect(),
-            freed: Condvar::new(),
-        });
-        let thread = {
-            let (listener, slots) = (Arc::clone(&listener), Arc::clone(&slots));
-            std::thread::Builder::new()
-                .name("frontend".into())
-                .spawn(move || accept_all(&listener, &slots))?
-        };
-        Ok(Self {
-            listener,
-            slots,
-            thread,
-        })
-    }
-
-    /// Ends all connections and returns when their rings are drained.
-    fn stop(self) {
-        self.slots.end_all();
-        self.listener.close();
-        if self.thread.join().is_err() {
-            error!("a frontend thread panicked");
-        }
-    }
-}
-
-/// Accepts connections until the listener is closed, and returns when those accepted have ended.
-fn accept_all(listener: &FrontendListener, slots: &Slots) {
-    std::thread::scope(|scope| {
-        loop {
-            let accepted = listener.socket().accept();
-            if slots.current().stopping {
-                return;
-            }
-            let connection = match accepted {
-                Ok((connection, _)) => connection,
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                Err(error) => {
-                    // For want of descriptors or memory; that may pass, and the disk must not go for it.
-                    warn!("cannot accept a connection: {error}");
-                    std::thread::sleep(std::time::Duration::from_millis(100));
-                    continue;
-                }
-            };
-            slots.wait_for_the_closed();
-            let slot = match slots.take(&connection) {
-                Ok(Some(slot)) => slot,
-                Ok(None) => {
-                    warn!("a frontend is turned away: {CONNECTIONS_MAX} are connected");
-                    continue;
-                }
-                Err(error) => {
-                    warn!("cannot serve a connection: {error}");
-                    continue;
-                }
-            };
-            let thread = std::thread::Builder::new().name(format!("frontend-{slot}"));
-            let serving = thread.spawn_scoped(scope, move || slots.serve(slot, connection));
-            if let Err(error) = serving {
-                slots.free(slot);
-                warn!("cannot serve a connection: {error}");
-            }
-        }
-    });
-}
-
-/// SIGTERM and SIGINT, taken from the threads and given to one that waits for them.
-struct Signals(libc::sigset_t);
-
-impl Signals {
-    /// Blocks them in this thread and those it will start.
-    fn block() -> io::Result<Self> {
-        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to locals.
-        let (set, result) = unsafe {
-            let mut set: libc::sigset_t = std::mem::zeroed();
-            libc::sigemptyset(&raw mut set);
-            libc::sigaddset(&raw mut set, libc::SIGTERM);
-            libc::sigaddset(&raw mut set, libc::SIGINT);
-            let result = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
-            (set, result)
-        };
-        if result == 0 {
-            Ok(Self(set))
-        } else {
-            Err(io::Error::from_raw_os_error(result))
-        }
-    }
-
-    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the process at
-    /// once: who sends it does not want to wait.
-    fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                for first in [true, false] {
-                    let mut signal = 0;
-                    // SAFETY: the set is initialised and `signal` is valid for the write.
-                    while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
-                    if !first {
-                        error!("signal {signal} again: ending at once");
-                        std::process::exit(128 + signal);
-                    }
-                    let _ = stop.send(Stop::Requested);
-                }
-            })?;
-        Ok(())
     }
 }

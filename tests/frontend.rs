@@ -226,7 +226,6 @@ fn interrupts_without_event_idx() {
 
 /// virtio 1.3, 2.7.7.2: with VRING_AVAIL_F_NO_INTERRUPT a device should send none.
 #[test]
-#[ignore = "the flag is not looked at"]
 fn no_interrupts_without_event_idx() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
@@ -685,7 +684,6 @@ fn the_device_is_reset() {
 
 /// The socket is somebody else's, who holds it while daemons come and go: a connection waits for the next.
 #[test]
-#[ignore = "a daemon that ends shuts the passed socket down for everybody"]
 fn a_passed_socket_outlives_a_daemon() {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 3, DISK_BYTES);
@@ -1089,7 +1087,6 @@ fn memory_shorter_than_it_is_said_to_be() {
 
 /// Whoever gives an eventfd that can not be written to harms at most himself.
 #[test]
-#[ignore = "the thread that signals waits for ever, with the ring locked"]
 fn descriptors_that_block_or_are_something_else() {
     let mut setup = Setup::new(&[]);
     for plan in both_styles() {

@@ -48,7 +48,6 @@ fn qemu_does_not_notice() {
 
 /// Writes to the page cache wait for a thread of the kernel, and are dropped there when the daemon is killed.
 #[test]
-#[ignore = "replicas are accused that a write in flight has left different"]
 fn writes_that_are_dropped() {
     torment(Style::Qemu, &["--cache", "writeback"], &[]);
 }
@@ -75,7 +74,6 @@ fn a_read_and_a_write_that_was_half_done() {
 
 /// The same when the write is on a ring that is started later.
 #[test]
-#[ignore = "the replica is accused before that ring has started"]
 fn a_read_and_a_write_that_was_half_done_on_another_ring() {
     half_done(1);
 }

@@ -13,8 +13,9 @@ use std::time::Instant;
 use log::{error, info, warn};
 use slab::Slab;
 use vhost_user_backend::VringT;
-use virtio_queue::{QueueOwnedT, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
+use virtio_bindings::virtio_ring::VRING_AVAIL_F_NO_INTERRUPT;
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 
 use super::chain::Chain;
 use super::inflight::{Begun, QueueRegion, RingState, Tracker};
@@ -268,8 +269,9 @@ impl Guest {
         for ring in self.rings.iter_mut().filter(|ring| ring.used) {
             ring.used = false;
             let mut state = ring.vring.get_mut();
+            let queue = state.get_queue_mut();
             // When in doubt, tell.
-            if state.get_queue_mut().needs_notification(&*memory).unwrap_or(true) {
+            if queue.needs_notification(&*memory).unwrap_or(true) && !forbids_interrupts(queue, &memory) {
                 // The frontend may have closed its end; then nobody waits for it.
                 let _ = state.signal_used_queue();
             }
@@ -522,6 +524,13 @@ impl Taken {
     fn is_parked(&self) -> bool {
         self.request.kind == Kind::Zero && self.outstanding == ZERO_PIECES_IN_FLIGHT_MAX
     }
+}
+
+/// Whether the driver, without EVENT_IDX, wants no interrupts now (virtio 1.3, 2.7.7); `virtio-queue` does not look.
+fn forbids_interrupts(queue: &Queue, memory: &GuestMemory) -> bool {
+    let flags = GuestAddress(queue.avail_ring());
+    let forbidden = |flags: u16| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0;
+    !queue.event_idx_enabled() && memory.load(flags, Ordering::Acquire).is_ok_and(forbidden)
 }
 
 /// The tag of the piece that begins `offset_sectors` into a chain. The worker has the upper 8 bits for itself.

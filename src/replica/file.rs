@@ -401,7 +401,7 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
                 std::thread::sleep(BUSY_INTERVAL);
                 if !told && since.elapsed() >= BUSY_TOLD_AFTER {
                     told = true;
-                    log::warn!(
+                    log::info!(
                         "waiting for another process to let go of {}",
                         Quoted(&replica.path)
                     );

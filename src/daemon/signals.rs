@@ -1,0 +1,51 @@
+//! SIGTERM and SIGINT end the daemon in an orderly way.
+
+use std::io;
+use std::sync::mpsc::Sender;
+
+use log::error;
+
+use crate::worker::Stop;
+
+/// SIGTERM and SIGINT, taken from the threads and given to one that waits for them.
+pub(super) struct Signals(libc::sigset_t);
+
+impl Signals {
+    /// Blocks them in this thread and those it will start.
+    pub(super) fn block() -> io::Result<Self> {
+        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to locals.
+        let (set, result) = unsafe {
+            let mut set: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&raw mut set);
+            libc::sigaddset(&raw mut set, libc::SIGTERM);
+            libc::sigaddset(&raw mut set, libc::SIGINT);
+            let result = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            (set, result)
+        };
+        if result == 0 {
+            Ok(Self(set))
+        } else {
+            Err(io::Error::from_raw_os_error(result))
+        }
+    }
+
+    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the process at
+    /// once: who sends it does not want to wait.
+    pub(super) fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
+        std::thread::Builder::new()
+            .name("signals".into())
+            .spawn(move || {
+                for first in [true, false] {
+                    let mut signal = 0;
+                    // SAFETY: the set is initialised and `signal` is valid for the write.
+                    while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+                    if !first {
+                        error!("signal {signal} again: ending at once");
+                        std::process::exit(128 + signal);
+                    }
+                    let _ = stop.send(Stop::Requested);
+                }
+            })?;
+        Ok(())
+    }
+}
