@@ -3,8 +3,9 @@
 //! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one chain
 //! never decides how much memory we need. Once a piece has failed no further one is begun.
 //!
-//! What a process that was killed has begun may be done on some replicas and not on others. It is begun again before
-//! anything new, on all rings: a read that finds the replicas different then waits for it, and accuses nobody.
+//! What a process that was killed has begun may be done on some replicas and not on others. Writes are begun again
+//! first, on all rings, then what else was in flight, then what is new: a read that finds the replicas different
+//! waits for the write, and accuses nobody.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -62,6 +63,8 @@ struct Ring {
     tracker: Option<Tracker>,
     /// Chains that another process has taken and not given back. They come before any new one.
     resubmitted: VecDeque<u16>,
+    /// Those of them that change nothing. They wait until those that do are begun again on all rings.
+    deferred: VecDeque<Request>,
     /// No new ones are taken yet: what another process began on some ring is not with an engine.
     held: Option<Held>,
 }
@@ -112,6 +115,7 @@ impl Guest {
             region: None,
             tracker: None,
             resubmitted: VecDeque::new(),
+            deferred: VecDeque::new(),
             held: None,
         });
         Self {
@@ -149,8 +153,7 @@ impl Guest {
         ring.active &= valid;
         if !ring.active {
             // Tracked as they are, they come back with the next start.
-            ring.resubmitted.clear();
-            ring.held = None;
+            ring.forget_resubmitted();
             return false;
         }
         // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
@@ -301,9 +304,12 @@ impl Guest {
         self.rings.iter().any(|ring| ring.held.is_some())
     }
 
-    /// Lets rings go on for which nothing more has to be begun again. What was to be is with the engine by now, as
-    /// nothing is unfinished.
+    /// Lets rings go on when all that changes the disk is begun again. What was to be is with the engine by now, as
+    /// nothing is unfinished; of a large discard a part may be left.
     fn release(&mut self) {
+        if !self.is_held() || self.chains.iter().any(|(_, chain)| chain.is_parked()) {
+            return;
+        }
         for ring in &mut self.rings {
             let Some(held) = &mut ring.held else {
                 continue;
@@ -347,23 +353,36 @@ impl Guest {
         if !state.is_enabled() || !state.get_queue().ready() {
             return None;
         }
-        let head = match ring.resubmitted.pop_front() {
-            Some(head) => head,
-            None if ring.held.is_some() => return None,
-            None => match state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next()) {
-                Ok(chain) => {
-                    let head = chain?.head_index();
-                    if let Some(tracker) = &mut ring.tracker {
-                        tracker.taken(head);
-                    }
-                    head
+        let again = |head| Request::parse(Chain::new(&memory, state.get_queue(), head), &self.info);
+        while let Some(head) = ring.resubmitted.pop_front() {
+            let request = again(head);
+            if matches!(request.kind, Kind::In(_) | Kind::Flush) {
+                ring.deferred.push_back(request);
+            } else {
+                ring.taken += 1;
+                return Some(request);
+            }
+        }
+        if ring.held.is_some() {
+            return None;
+        }
+        if let Some(request) = ring.deferred.pop_front() {
+            ring.taken += 1;
+            return Some(request);
+        }
+        let head = match state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next()) {
+            Ok(chain) => {
+                let head = chain?.head_index();
+                if let Some(tracker) = &mut ring.tracker {
+                    tracker.taken(head);
                 }
-                Err(error) => {
-                    drop(state);
-                    ring.give_up(&error);
-                    return None;
-                }
-            },
+                head
+            }
+            Err(error) => {
+                drop(state);
+                ring.give_up(&error);
+                return None;
+            }
         };
         ring.taken += 1;
         if ring.notify {
@@ -479,6 +498,7 @@ impl Guest {
 impl Ring {
     /// Goes on where the region says that the ring stands.
     fn resume(&mut self, region: QueueRegion, memory: &GuestMemory) -> Result<(), StartError> {
+        self.forget_resubmitted();
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
         let used_idx = queue.used_idx(memory, Ordering::Acquire)?.0;
@@ -509,10 +529,16 @@ impl Ring {
         Ok(())
     }
 
+    /// What was to be done again is not done now. Tracked as it is, it comes back with the next start.
+    fn forget_resubmitted(&mut self) {
+        self.resubmitted.clear();
+        self.deferred.clear();
+        self.held = None;
+    }
+
     /// The driver broke its own ring; leave it alone until it is set up anew.
     fn give_up(&mut self, error: &virtio_queue::Error) {
-        self.resubmitted.clear();
-        self.held = None;
+        self.forget_resubmitted();
         if std::mem::take(&mut self.active) {
             error!("the guest broke a ring ({error}); it is not served until it is started again");
         }

@@ -656,13 +656,13 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
     let mut number = 0;
     let mut offer = |machine: &mut Machine, ring, sectors: usize| {
         let place = HEADER + 16 * number;
-        machine.put(place, &header(IN, number));
+        machine.put(place, &header(OUT, number));
         number += 1;
         machine.offer(
             ring,
             &[
                 readable(place, 16),
-                writable(DATA, sectors * 512),
+                readable(DATA, sectors * 512),
                 writable(STATUS, 1),
             ],
         );
@@ -677,7 +677,7 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
     begin(&mut machine);
     let order: Vec<u64> = std::iter::from_fn(|| machine.guest.next_request())
         .map(|(_, request)| match request {
-            GuestRequest::Read(range) => range.start,
+            GuestRequest::Write { range, .. } => range.start,
             other => panic!("{other:?}"),
         })
         .collect();
@@ -762,8 +762,8 @@ fn held_up() -> [Guest; 2] {
             guest
         })
     };
-    let parts = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
-    machine.put_header(IN, 0);
+    let parts = [readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)];
+    machine.put_header(OUT, 0);
     machine.offer(0, &parts);
     let mut before = workers(&machine);
     assert!(before[0].refresh(0, false));
@@ -788,6 +788,47 @@ fn a_ring_waits_for_what_was_in_flight_on_the_rings_of_others() {
     assert!(first.next_request().is_none());
     assert!(second.next_request().is_some());
     assert!(!first.is_held() && !second.is_held());
+}
+
+/// A read that was in flight could find what a write has half done, on this ring or on another.
+#[test]
+fn reads_that_were_in_flight_come_after_the_writes() {
+    let mut machine = Machine::with(disk_info(), 1, 64, MEMORY_BYTES);
+    let layout = Layout::new(1, 64, 1).unwrap();
+    let file = layout.create_file().unwrap();
+    let begin = |machine: &mut Machine| {
+        let memory = GuestMemoryAtomic::new(machine.memory.clone());
+        machine.vrings = rings_over(&memory, 1, 64);
+        machine.guest = Guest::new(disk_info(), memory, machine.vrings.clone(), BufferPool::default());
+        let file = file.try_clone().unwrap();
+        let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
+        machine.guest.set_region(0, region.queue(0));
+        assert!(machine.guest.refresh(0, false));
+    };
+    begin(&mut machine);
+    for (number, request_type) in (0..).zip([IN, FLUSH, OUT, IN]) {
+        let place = HEADER + 16 * number;
+        machine.put(place, &header(request_type, number));
+        let data = match request_type {
+            OUT => readable(DATA, 512),
+            _ => writable(DATA, 512),
+        };
+        machine.offer(0, &[readable(place, 16), data, writable(STATUS, 1)]);
+    }
+    while machine.guest.next_request().is_some() {}
+    begin(&mut machine);
+    // It is looked at once more when the writes are known to be with the engine.
+    let mut next = || machine.guest.next_request();
+    let again = std::iter::from_fn(|| next().or_else(&mut next));
+    let kinds: Vec<&str> = again
+        .map(|(_, request)| match request {
+            GuestRequest::Read(_) => "read",
+            GuestRequest::Write { .. } => "write",
+            GuestRequest::Flush => "flush",
+            GuestRequest::Zero { .. } => "zero",
+        })
+        .collect();
+    assert_eq!(kinds, ["write", "read", "flush", "read"]);
 }
 
 #[test]
