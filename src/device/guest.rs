@@ -154,6 +154,7 @@ impl Guest {
         if !ring.active {
             // Tracked as they are, they come back with the next start.
             ring.forget_resubmitted();
+            ring.forget_tracker();
             return false;
         }
         // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
@@ -487,7 +488,9 @@ impl Guest {
     /// Forgets a chain, but keeps its name as long as the engine uses it.
     fn let_go(&mut self, key: usize) {
         let chain = &mut self.chains[key];
-        self.rings[chain.ring].taken -= 1;
+        let ring = &mut self.rings[chain.ring];
+        ring.taken -= 1;
+        ring.forget_tracker();
         chain.abandoned = true;
         if chain.outstanding == 0 {
             self.chains.remove(key);
@@ -534,6 +537,13 @@ impl Ring {
         self.resubmitted.clear();
         self.deferred.clear();
         self.held = None;
+    }
+
+    /// A ring that is stopped and drained does not keep the frontend's file mapped: it may never start again.
+    fn forget_tracker(&mut self) {
+        if !self.active && self.taken == 0 {
+            self.tracker = None;
+        }
     }
 
     /// The driver broke its own ring; leave it alone until it is set up anew.

@@ -744,6 +744,49 @@ fn a_request_in_pieces_is_abandoned_as_a_whole() {
     assert!(machine.guest.is_drained(0));
 }
 
+/// Whether this process has the file mapped.
+fn is_mapped(file: &File) -> bool {
+    use std::os::unix::fs::MetadataExt;
+
+    let inode = file.metadata().unwrap().ino().to_string();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let mut names = maps.lines().filter(|line| line.contains("quorum-blk-inflight"));
+    names.any(|line| line.split_whitespace().nth(4) == Some(&inode))
+}
+
+#[test]
+fn a_drained_ring_does_not_keep_a_region() {
+    for in_flight in [false, true] {
+        let layout = Layout::new(1, 64, 1).unwrap();
+        let file = layout.create_file().unwrap();
+        let bytes = layout.bytes() as u64;
+        let region = Region::map(layout, file.try_clone().unwrap(), 0, bytes).unwrap();
+        let mut machine = Machine::new();
+        machine.vrings[0].set_queue_ready(false);
+        assert!(!machine.guest.refresh(0, false));
+        machine.guest.set_region(0, region.queue(0));
+        machine.vrings[0].set_queue_ready(true);
+        assert!(machine.guest.refresh(0, false));
+        drop(region);
+        machine.put_header(FLUSH, 0);
+        let head = machine.offer(0, &[readable(HEADER, 16), writable(STATUS, 1)]);
+        let (tag, _) = machine.guest.next_request().unwrap();
+        if !in_flight {
+            machine.guest.answered(tag, Ok(&[]));
+        }
+        // The frontend is gone.
+        machine.vrings[0].set_queue_ready(false);
+        machine.guest.set_region(0, None);
+        assert!(!machine.guest.refresh(0, false));
+        assert_eq!(is_mapped(&file), in_flight);
+        if in_flight {
+            machine.guest.answered(tag, Ok(&[]));
+        }
+        assert_eq!(machine.used(0), [(head, 1)]);
+        assert!(!is_mapped(&file));
+    }
+}
+
 /// The rings of two workers after a restart: something was in flight on the first one, and there is something new
 /// on the second, which is started first and has to wait.
 fn held_up() -> [Guest; 2] {
