@@ -26,7 +26,7 @@ use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserB
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
-use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
+use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryRegion};
 
 use super::inflight::{self, QueueRegion};
 use super::memory::{DirtyLog, Region, map_region};
@@ -387,7 +387,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
         let regions = regions.iter().zip(files);
         let regions = regions.map(|(region, file)| map(region, file, &self.log));
-        let (mapped, mappings) = regions.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        let (mut mapped, mappings) = regions.collect::<Result<(Vec<_>, Vec<_>)>>()?;
+        // In which order the frontend lists them is up to it.
+        mapped.sort_by_key(GuestMemoryRegion::start_addr);
         let memory = GuestMemory::from_regions(mapped).map_err(failed)?;
         self.log.admit(&memory).map_err(failed)?;
         self.replace_memory(memory);

@@ -2,12 +2,15 @@
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::sync::mpsc::sync_channel;
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
+use vhost::vhost_user::message::VhostUserMemoryRegion;
+use vm_memory::GuestAddressSpace;
 
 use super::*;
 use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
@@ -51,4 +54,27 @@ fn a_call_descriptor_without_room_keeps_nobody_waiting() {
         .recv_timeout(Duration::from_secs(30))
         .expect("nobody waits for room");
     thread.join().unwrap();
+}
+
+#[test]
+fn regions_of_memory_come_in_any_order() {
+    const BYTES: u64 = 0x1000;
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(2 * BYTES).unwrap();
+    let slot = ConnectionSlot::new(1, 64).unwrap();
+    let mut frontend = Frontend::new(disk_info(), slot.clone(), Box::new(Server));
+    let region = |address, offset| VhostUserMemoryRegion::new(address, BYTES, address, offset);
+    let regions = [region(0x10_0000, 0), region(0, BYTES)];
+    let files = || vec![file.try_clone().unwrap(), file.try_clone().unwrap()];
+    frontend.set_mem_table(&regions, files(), None).unwrap();
+    let memory = slot.memory.memory();
+    memory.write_slice(&[1], GuestAddress(0x10_0000)).unwrap();
+    memory.write_slice(&[2], GuestAddress(0)).unwrap();
+    let mut bytes = [0; 2];
+    file.read_exact_at(&mut bytes[..1], 0).unwrap();
+    file.read_exact_at(&mut bytes[1..], BYTES).unwrap();
+    assert_eq!(bytes, [1, 2]);
+    // Not one over the other.
+    let regions = [region(0x800, 0), region(0, BYTES)];
+    assert!(frontend.set_mem_table(&regions, files(), None).is_err());
 }
