@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim soak model bench-engine lint guest clean
+.PHONY: help demo build test sim soak model bench bench-engine lint guest clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -34,6 +34,9 @@ model: ## Every interleaving of what worker threads share (loom)
 
 bench-engine: ## Instructions of the engine for each request, against those recorded (RECORD=1: record)
 	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)
+
+bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BENCH_ROUNDS=3, BENCH_DIR=directory
+	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench disk
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check

@@ -101,6 +101,17 @@ impl Client {
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, QUEUE_MEMORY_BYTES) }
     }
 
+    /// Each queue with its memory, so that each can be driven by a thread of its own.
+    pub fn queues(&mut self) -> impl Iterator<Item = (&mut Blkioq, &mut [u8])> {
+        let len = QUEUE_MEMORY_BYTES * self.queues.len();
+        // SAFETY: the region is mapped, as long as `self`, which is borrowed, and of this length; what the
+        // daemon writes meanwhile changes plain bytes.
+        let memory = unsafe { std::slice::from_raw_parts_mut(self.region.addr as *mut u8, len) };
+        self.queues
+            .iter_mut()
+            .zip(memory.chunks_exact_mut(QUEUE_MEMORY_BYTES))
+    }
+
     /// Sends the requests in one batch. Each must be waited for.
     pub fn send(&mut self, queue: usize, requests: &[Request]) {
         let base = self.memory(queue).as_mut_ptr();

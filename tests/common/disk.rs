@@ -46,6 +46,8 @@ pub struct Plan {
     pub queues: usize,
     /// O_DIRECT.
     pub direct: bool,
+    /// The peer serves the disk on a thread of its own, not on its main thread.
+    pub iothread: bool,
     /// `--replica-timeout` of ours. More than the default, so that a disk that is busy with other things is
     /// not taken for one that hangs.
     pub replica_timeout: Duration,
@@ -62,6 +64,7 @@ impl Default for Plan {
             fifo: false,
             queues: 1,
             direct: true,
+            iothread: false,
             replica_timeout: Duration::from_secs(15),
         }
     }

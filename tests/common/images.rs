@@ -110,6 +110,11 @@ pub fn are_identical(images: &[PathBuf]) -> bool {
 pub struct Random(u64);
 
 impl Random {
+    /// One that is the same each time.
+    pub fn from_seed(seed: u64) -> Self {
+        Self(seed)
+    }
+
     /// One with the seed of the environment variable `QUORUM_BLK_TEST_SEED`, or else a new one. The seed is
     /// printed, so that a failed run can be repeated.
     pub fn from_environment() -> Self {

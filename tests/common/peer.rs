@@ -52,11 +52,15 @@ impl Peer {
             "read-pattern": if plan.fifo { "fifo" } else { "quorum" },
             "cache": {"direct": plan.direct},
         });
-        let export = format!(
+        let mut export = format!(
             "type=vhost-user-blk,id=e,node-name=quorum0,addr.type=unix,addr.path={},writable=on,num-queues={}",
             socket.display(),
             plan.queues
         );
+        if plan.iothread {
+            command.args(["--object", "iothread,id=t0"]);
+            export.push_str(",iothread=t0");
+        }
         command
             .args(["--blockdev", &quorum.to_string(), "--export", &export])
             .args(["--chardev", "stdio,id=c", "--monitor", "chardev=c"])
@@ -96,6 +100,11 @@ impl Peer {
     /// The socket for the frontend.
     pub fn socket(&self) -> &Path {
         &self.socket
+    }
+
+    /// Its process id.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Asks it to end and waits for that.

@@ -1,0 +1,182 @@
+//! The ceiling: what the files themselves give one thread and its io_uring, without vote or guest. A request
+//! counts when its operations on all replicas have ended.
+
+use std::fs::{File, OpenOptions};
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::{IoUring, opcode, squeue};
+
+use quorum_blk::replica::buffer::{Buffer, BufferPool};
+
+use super::drive::Queue;
+use super::interrupt::Interrupted;
+use super::plan::{Row, Storage};
+use super::requests::{Kind, Request, WriteData};
+
+/// Room for all operations at the greatest depth.
+const RING_ENTRIES: u32 = 1024;
+
+/// Reads from the page cache are cut into pieces that fit the L2 cache, which is the fastest way. Others are
+/// not: each is a turn of a kernel thread, or a command to a device.
+const PIECE_BYTES: usize = 64 << 10;
+
+/// One thread with an io_uring over the replicas.
+pub struct Ceiling {
+    uring: IoUring,
+    _files: Vec<File>,
+    /// Replicas that are written, and those that are read.
+    replicas: usize,
+    replicas_read: usize,
+    len: usize,
+    piece_len: usize,
+    /// What each slot writes.
+    memory: Vec<Buffer>,
+    data: WriteData,
+    /// Where what is read from a replica goes; nobody looks at it.
+    sinks: Vec<Buffer>,
+    /// Operations that each slot waits for, and the result that each must have.
+    waits_for: Vec<(usize, usize)>,
+}
+
+impl Ceiling {
+    /// Over `images`, for requests as `row` has them.
+    pub fn new(row: &Row, images: &[PathBuf]) -> Self {
+        let direct = row.storage == Storage::Disk;
+        let files: Vec<File> = images.iter().map(|image| open(image, direct)).collect();
+        let fds: Vec<_> = files.iter().map(AsRawFd::as_raw_fd).collect();
+        let uring = IoUring::builder()
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .build(RING_ENTRIES)
+            // Linux before 6.1 does not know these.
+            .or_else(|_| IoUring::new(RING_ENTRIES))
+            .expect("making an io_uring");
+        let registered = uring.submitter().register_files(&fds);
+        registered.expect("registering the images");
+        let len = row.pattern.len;
+        let piece_len = if direct || row.writes() {
+            len
+        } else {
+            len.min(PIECE_BYTES)
+        };
+        let pool = BufferPool::default();
+        let mut data = WriteData::new();
+        let mut memory: Vec<_> = (0..row.pattern.depth).map(|_| pool.take(len)).collect();
+        memory.iter_mut().for_each(|memory| data.fill(memory));
+        Self {
+            uring,
+            replicas: files.len(),
+            _files: files,
+            replicas_read: row.replicas_read(),
+            len,
+            piece_len,
+            data,
+            memory,
+            sinks: images.iter().map(|_| pool.take(piece_len)).collect(),
+            waits_for: vec![(0, 0); row.pattern.depth],
+        }
+    }
+
+    fn push_operation(&mut self, slot: usize, operation: squeue::Entry) {
+        let operation = operation.user_data(slot as u64);
+        self.waits_for[slot].0 += 1;
+        // SAFETY: the memory that the operation points to is not touched until it has ended, but by other
+        // operations, and is not freed before, which `drop` sees to.
+        let pushed = unsafe { self.uring.submission().push(&operation) };
+        pushed.expect("room for all operations");
+    }
+
+    /// Waits for something to end and adds the slots that wait for no more.
+    fn reap(&mut self, completed: &mut Vec<usize>) {
+        while let Err(error) = self.uring.submit_and_wait(1) {
+            let errno = error.raw_os_error();
+            assert!(errno == Some(libc::EINTR), "waiting for completions: {error}");
+        }
+        for entry in self.uring.completion() {
+            let slot = usize::try_from(entry.user_data()).expect("a slot");
+            let (count, expected) = &mut self.waits_for[slot];
+            let result = entry.result();
+            assert_eq!(
+                usize::try_from(result),
+                Ok(*expected),
+                "an operation returned {result}"
+            );
+            *count -= 1;
+            if *count == 0 {
+                completed.push(slot);
+            }
+        }
+    }
+}
+
+impl Queue for Ceiling {
+    fn push(&mut self, slot: usize, request: Request) {
+        let memory = &mut self.memory[slot];
+        let is_flush = request.kind == Kind::Flush;
+        self.waits_for[slot].1 = if is_flush { 0 } else { self.piece_len };
+        if request.kind == Kind::Write {
+            self.data.renew(memory);
+        }
+        let source = memory.as_ptr();
+        let piece_len = u32::try_from(self.piece_len).expect("a short piece");
+        for at in (0..self.len).step_by(self.piece_len) {
+            let offset = request.offset + at as u64;
+            match request.kind {
+                Kind::Read => {
+                    for replica in 0..self.replicas_read {
+                        let sink = self.sinks[replica].as_mut_ptr();
+                        let read = opcode::Read::new(file(replica), sink, piece_len).offset(offset);
+                        self.push_operation(slot, read.build());
+                    }
+                }
+                Kind::Write => {
+                    for replica in 0..self.replicas {
+                        let from = source.wrapping_add(at);
+                        let write = opcode::Write::new(file(replica), from, piece_len).offset(offset);
+                        self.push_operation(slot, write.build());
+                    }
+                }
+                Kind::Flush => {
+                    for replica in 0..self.replicas {
+                        let flush = opcode::Fsync::new(file(replica)).flags(FsyncFlags::DATASYNC);
+                        self.push_operation(slot, flush.build());
+                    }
+                    return;
+                }
+            }
+        }
+    }
+
+    fn run(&mut self, completed: &mut Vec<usize>) -> Result<(), Interrupted> {
+        while completed.is_empty() {
+            self.reap(completed);
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Ceiling {
+    fn drop(&mut self) {
+        // A panic may have come before all had ended.
+        while self.waits_for.iter().any(|(count, _)| *count > 0) {
+            self.reap(&mut Vec::new());
+        }
+    }
+}
+
+/// Opens an image as the systems do.
+pub fn open(image: &Path, direct: bool) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(if direct { libc::O_DIRECT } else { 0 })
+        .open(image)
+        .expect("opening an image")
+}
+
+fn file(replica: usize) -> Fixed {
+    Fixed(u32::try_from(replica).expect("few replicas"))
+}

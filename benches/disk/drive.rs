@@ -1,0 +1,77 @@
+//! The loop of every client: keeps the requests of a load in flight on one queue and takes the time of each.
+
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use hdrhistogram::Histogram;
+
+use super::interrupt::{self, Interrupted};
+use super::requests::{Kind, Request, Requests};
+
+/// The longest latency that is told apart.
+const LATENCY_MAX: Duration = Duration::from_secs(60);
+
+/// Something that serves requests. Each has a slot, and each slot memory.
+pub trait Queue {
+    /// Takes a request, to be handed over by [`Self::run`].
+    fn push(&mut self, slot: usize, request: Request);
+
+    /// Hands over what was pushed, waits for at least one completion, and adds the slots of all that there
+    /// are to `completed`.
+    fn run(&mut self, completed: &mut Vec<usize>) -> Result<(), Interrupted>;
+}
+
+/// Latencies, in nanoseconds.
+pub type Latencies = Histogram<u64>;
+
+/// None so far.
+pub fn latencies() -> Latencies {
+    let max = nanoseconds(LATENCY_MAX);
+    Histogram::new_with_bounds(1, max, 3).expect("bounds in order")
+}
+
+/// Drives `queue` from now to the end of `window`, and returns how long each request took that was completed
+/// within it, from the moment it was handed over to the moment its completion was seen.
+pub fn drive(
+    queue: &mut impl Queue,
+    requests: &mut Requests,
+    depth: usize,
+    window: &Range<Instant>,
+) -> Result<Latencies, Interrupted> {
+    let mut latencies = latencies();
+    let mut free: Vec<usize> = (0..depth).collect();
+    let mut completed = Vec::with_capacity(depth);
+    let mut submitted = vec![Instant::now(); depth];
+    let mut in_flight = 0;
+    loop {
+        let now = Instant::now();
+        if now < window.end && interrupt::check().is_ok() {
+            in_flight += free.len();
+            for slot in free.drain(..) {
+                let request = requests.next(slot);
+                // That a flush belongs to the write before it.
+                if request.kind != Kind::Flush {
+                    submitted[slot] = now;
+                }
+                queue.push(slot, request);
+            }
+        }
+        if in_flight == 0 {
+            interrupt::check()?;
+            return Ok(latencies);
+        }
+        queue.run(&mut completed)?;
+        let now = Instant::now();
+        in_flight -= completed.len();
+        for slot in completed.drain(..) {
+            if window.contains(&now) && requests.is_whole(slot) {
+                latencies.saturating_record(nanoseconds(now - submitted[slot]));
+            }
+            free.push(slot);
+        }
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

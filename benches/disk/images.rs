@@ -1,0 +1,104 @@
+//! The images that all systems serve, turn by turn.
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
+
+use super::common::images::{are_identical, create_images};
+use super::interrupt::{self, Interrupted};
+use super::plan::{IMAGE_BYTES, Storage};
+use super::requests::WriteData;
+
+const PIECE_BYTES: usize = 1 << 20;
+
+/// Images with the same random content, removed when dropped.
+pub struct Images {
+    storage: Storage,
+    paths: Vec<PathBuf>,
+    _directory: TempDir,
+}
+
+impl Images {
+    /// Creates `count`; `directory` is where those go that do not lie on tmpfs.
+    pub fn create(storage: Storage, count: usize, directory: &Path) -> Result<Self, Interrupted> {
+        let place = match storage {
+            Storage::Cache | Storage::Disk => directory,
+            Storage::Tmpfs => Path::new("/dev/shm"),
+        };
+        let directory = tempfile::Builder::new()
+            .prefix("quorum-blk-bench-")
+            .tempdir_in(place);
+        let directory = directory.expect("creating a directory for images");
+        let images = Self {
+            storage,
+            paths: create_images(directory.path(), count, IMAGE_BYTES),
+            _directory: directory,
+        };
+        let files: Vec<File> = images.files(count).collect();
+        let mut data = WriteData::new();
+        let mut piece = vec![0; PIECE_BYTES];
+        for offset in (0..IMAGE_BYTES).step_by(PIECE_BYTES) {
+            interrupt::check()?;
+            data.fill(&mut piece);
+            for file in &files {
+                file.write_all_at(&piece, offset).expect("filling an image");
+            }
+        }
+        Ok(images)
+    }
+
+    /// The first `count`.
+    pub fn first(&self, count: usize) -> &[PathBuf] {
+        &self.paths[..count]
+    }
+
+    fn files(&self, count: usize) -> impl Iterator<Item = File> {
+        let paths = self.first(count).iter();
+        paths.map(|path| {
+            File::options()
+                .read(true)
+                .write(true)
+                .open(path)
+                .expect("opening an image")
+        })
+    }
+
+    /// Leaves nothing to be written back.
+    pub fn sync(&self, count: usize) -> Result<(), Interrupted> {
+        for file in self.files(count) {
+            interrupt::check()?;
+            file.sync_all().expect("syncing an image");
+        }
+        Ok(())
+    }
+
+    /// Syncs them and has the page cache hold all of them, or, where it is not used, nothing.
+    pub fn prepare(&self, count: usize) -> Result<(), Interrupted> {
+        self.sync(count)?;
+        let mut piece = vec![0; PIECE_BYTES];
+        for mut file in self.files(count) {
+            interrupt::check()?;
+            if self.storage == Storage::Disk {
+                // SAFETY: posix_fadvise takes no pointer.
+                let result =
+                    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+                assert_eq!(result, 0, "dropping an image from the page cache");
+            } else {
+                while file.read(&mut piece).expect("reading an image") > 0 {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whatever was measured, the replicas must be equal afterwards.
+    pub fn assert_identical(&self, count: usize) {
+        assert!(
+            are_identical(self.first(count)),
+            "the replicas differ after the writes"
+        );
+    }
+}

@@ -1,0 +1,185 @@
+//! quorum-blkd beside qemu-storage-daemon's quorum, and beside what the files themselves give: `make bench`.
+//!
+//! `BENCH_SECONDS` is the time of one measurement (default 1), `BENCH_ROUNDS` how often each is repeated
+//! (default 3), `BENCH_ONLY` the name of a row, or parts of names separated by commas; then nothing is written
+//! to docs/. `BENCH_DIR` is where the images go that do not lie on tmpfs.
+
+// Of what the tests share, only a part is used; and what is public here is so within this program.
+#![allow(unreachable_pub)]
+
+mod ceiling;
+#[path = "../../tests/common/mod.rs"]
+mod common;
+mod drive;
+mod guest;
+mod images;
+mod interrupt;
+mod machine;
+mod measure;
+mod plan;
+mod plot;
+mod process_usage;
+mod report;
+mod requests;
+mod summary;
+mod systems;
+
+use std::env;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use images::Images;
+use interrupt::Interrupted;
+use measure::measure;
+use plan::Row;
+use summary::{Outcome, microseconds, percent, short, times};
+use systems::System;
+
+/// How often a measurement is tried in which nothing happens, as may be when it is short and the machine busy.
+const TRIES_MAX: usize = 3;
+
+/// What a user can choose.
+pub struct Settings {
+    /// Of one measurement.
+    pub time: Duration,
+    /// How often each is repeated.
+    pub rounds: u64,
+    /// Rows whose names are, or contain, one of these. Empty: all.
+    pub only: Vec<String>,
+    /// Where images go that do not lie on tmpfs.
+    pub directory: PathBuf,
+}
+
+impl Settings {
+    fn from_environment() -> Self {
+        let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
+        let parts = only.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let directory = variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
+        Self {
+            time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(1.0)),
+            rounds: variable("BENCH_ROUNDS").unwrap_or(3).max(1),
+            only: parts.map(str::to_owned).collect(),
+            directory,
+        }
+    }
+
+    /// The rows that are to be measured. A whole name means just that row, though others may contain it.
+    fn rows(&self) -> Vec<Row> {
+        let rows = plan::rows();
+        let is_row = |name: &str| rows.iter().any(|row| row.to_string() == name);
+        let is_meant = |row: &Row, part: &String| {
+            let name = row.to_string();
+            name == *part || !is_row(part) && name.contains(part)
+        };
+        let is_wanted = |row: &Row| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
+        rows.iter().copied().filter(is_wanted).collect()
+    }
+}
+
+fn variable<T: FromStr>(name: &str) -> Option<T> {
+    let text = env::var(name).ok().filter(|text| !text.is_empty())?;
+    let value = text.parse().ok();
+    Some(value.unwrap_or_else(|| panic!("{name}={text}: not what it should be")))
+}
+
+fn main() -> ExitCode {
+    // `cargo test --all-targets` starts it, too.
+    if !env::args().any(|argument| argument == "--bench") {
+        println!("to be run by `make bench`");
+        return ExitCode::SUCCESS;
+    }
+    interrupt::catch();
+    let settings = Settings::from_environment();
+    let began = Instant::now();
+    match run(&settings) {
+        Ok(()) => {
+            println!("\n{:.0} s", began.elapsed().as_secs_f64());
+            ExitCode::SUCCESS
+        }
+        Err(Interrupted) => {
+            println!("\ninterrupted");
+            ExitCode::from(130)
+        }
+    }
+}
+
+fn run(settings: &Settings) -> Result<(), Interrupted> {
+    let rows = settings.rows();
+    if rows.is_empty() {
+        println!("BENCH_ONLY fits none of these:");
+        plan::rows().iter().for_each(|row| println!("  {row}"));
+        return Ok(());
+    }
+    let (count, rounds, seconds) = (rows.len(), settings.rounds, settings.time.as_secs_f64());
+    println!("{count} rows, {rounds} rounds of {seconds} s for each system");
+    println!("from one measurement to the next: median (lowest to highest); latency: p50 p99 p99.9");
+    let mut outcomes = Vec::new();
+    for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
+        let most = rows.iter().map(|row| row.replicas).max().unwrap_or_default();
+        let images = Images::create(rows[0].storage, most, &settings.directory)?;
+        for rows in rows.chunk_by(|left, right| left.replicas == right.replicas) {
+            let replicas = rows[0].replicas;
+            images.prepare(replicas)?;
+            for row in rows {
+                let outcome = run_row(row, &images, settings)?;
+                print(&outcome);
+                outcomes.push(outcome);
+            }
+            images.assert_identical(replicas);
+        }
+    }
+    if settings.only.is_empty() {
+        let docs = Path::new(env!("CARGO_MANIFEST_DIR")).join("docs");
+        report::write(&outcomes, settings, &docs);
+        println!("\ndocs/benchmarks.md is written");
+    }
+    Ok(())
+}
+
+/// All rounds of a row, turn by turn.
+fn run_row(row: &Row, images: &Images, settings: &Settings) -> Result<Outcome, Interrupted> {
+    let mut rounds: Vec<_> = System::of(row)
+        .into_iter()
+        .map(|system| (system, Vec::new()))
+        .collect();
+    for round in 0..settings.rounds {
+        for (system, measured) in &mut rounds {
+            let measured_now = (0..TRIES_MAX)
+                .find_map(|_| measure(*system, row, images, settings.time, round + 1).transpose());
+            let measured_now =
+                measured_now.unwrap_or_else(|| panic!("{row}: {} stands still", system.name()));
+            measured.push(measured_now?);
+        }
+    }
+    Ok(Outcome { row: *row, rounds })
+}
+
+fn print(outcome: &Outcome) {
+    println!("\n{}", outcome.row);
+    for (system, _) in &outcome.rounds {
+        let figures = outcome.figures(*system).expect("measured");
+        let rate = figures.requests_per_second;
+        let range = format!("({} to {})", short(rate.min), short(rate.max));
+        print!(
+            "  {:<20}{:>7}/s {range:<18}{:>7} MB/s {:>22} µs  CPU {:>6} µs",
+            system.name(),
+            short(rate.median),
+            short(figures.megabytes_per_second),
+            figures.latency_us.map(microseconds).join(" "),
+            short(figures.cpu_us),
+        );
+        if let (Some(memory), Some(client)) = (figures.memory_mib, figures.client_cores) {
+            print!("  {:>5} MiB  client {}", short(memory), percent(client));
+        }
+        println!();
+    }
+    if let Some(ratio) = outcome.ratio_to(System::Peer) {
+        let [median, min, max] = [ratio.median, ratio.min, ratio.max].map(times);
+        print!("  {median} the peer ({min} to {max}),");
+    }
+    if let Some(fraction) = outcome.ratio_to(System::Ceiling) {
+        println!("  {} of the ceiling", percent(fraction.median));
+    }
+}
