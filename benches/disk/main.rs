@@ -113,8 +113,14 @@ fn run(settings: &Settings) -> Result<(), Interrupted> {
         return Ok(());
     }
     let (count, rounds, seconds) = (rows.len(), settings.rounds, settings.time.as_secs_f64());
-    println!("{count} rows, {rounds} rounds of {seconds} s for each system");
-    println!("from one measurement to the next: median (lowest to highest); latency: p50 p99 p99.9");
+    let of_round: usize = rows.iter().map(|row| System::of(row).len()).sum();
+    // With the warm-up, and what it takes to start, to stop and to write back.
+    let minutes = rounds as f64 * of_round as f64 * (seconds * 1.2 + 0.12) / 60.0;
+    println!("{count} rows, {rounds} rounds of {seconds} s for each system: about {minutes:.1} minutes");
+    println!(
+        "requests a second, median (lowest to highest); latencies p50, p99, p99.9; CPU time of the system for each \
+         request; its most memory; how much of a core the client uses"
+    );
     let mut outcomes = Vec::new();
     for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
         let most = rows.iter().map(|row| row.replicas).max().unwrap_or_default();

@@ -124,7 +124,7 @@ impl Server {
     pub fn end(mut self) {
         match &mut self.program {
             Program::Ours(daemon) => assert!(daemon.terminate().success(), "quorum-blkd failed"),
-            // It is killed after that: asked to end, it hangs at times if it has an iothread.
+            // Killed when dropped: asked to end, it was once still there after 10 s.
             Program::Peer(peer) => peer.sync(&self.events),
         }
         let mut events = self.events.all();

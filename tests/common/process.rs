@@ -17,7 +17,7 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `command`.
+    /// Starts `command`, in a process group of its own: Ctrl-C is for the program that started it.
     pub fn spawn(command: &mut Command) -> io::Result<Self> {
         // SAFETY: prctl is async-signal-safe and the closure touches no memory of the parent.
         unsafe {
@@ -28,6 +28,7 @@ impl Process {
                 Ok(())
             });
         }
+        command.process_group(0);
         Ok(Self {
             child: command.spawn()?,
             exit_status: None,
