@@ -92,8 +92,14 @@ fn main() -> ExitCode {
     }
     interrupt::catch();
     let settings = Settings::from_environment();
+    let rows = settings.rows();
+    if rows.is_empty() {
+        println!("BENCH_ONLY fits none of these:");
+        plan::rows().iter().for_each(|row| println!("  {row}"));
+        return ExitCode::FAILURE;
+    }
     let began = Instant::now();
-    match run(&settings) {
+    match run(&rows, &settings) {
         Ok(()) => {
             println!("\n{:.0} s", began.elapsed().as_secs_f64());
             ExitCode::SUCCESS
@@ -105,13 +111,7 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(settings: &Settings) -> Result<(), Interrupted> {
-    let rows = settings.rows();
-    if rows.is_empty() {
-        println!("BENCH_ONLY fits none of these:");
-        plan::rows().iter().for_each(|row| println!("  {row}"));
-        return Ok(());
-    }
+fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     let (count, rounds, seconds) = (rows.len(), settings.rounds, settings.time.as_secs_f64());
     let of_round: usize = rows.iter().map(|row| System::of(row).len()).sum();
     // With the warm-up, and what it takes to start, to stop and to write back.

@@ -160,14 +160,16 @@ fn how(text: &mut String, settings: &Settings) {
            Ratios are taken within a round, then their median.\n\
          - The client of both daemons is blkio's `virtio-blk-vhost-user` driver, one thread for each queue; latency \
            is from handing a request over to seeing its completion. With several queues, depth is that of each.\n\
-         - The ceiling is one thread for each queue with an io_uring that does the same requests on all N files; no vote, no \
-           guest, data read is thrown away. Large reads from the page cache are cut into pieces of 64 KiB. \
-           With `--read-pattern threshold` it reads as many files as make a quorum. It is no limit in the strict sense: who \
-           does the same work in a better way can exceed it.\n\
+         - The ceiling is one thread for each queue with an io_uring that does the same requests on all N files; no \
+           vote, no guest, data read is thrown away. It waits for a quarter of its operations at a time. Large reads \
+           from the page cache are cut into pieces of 64 KiB. With `--read-pattern threshold` it reads as many files \
+           as make a quorum. It is no limit in the strict sense: who does the same work in a better way can exceed \
+           it.\n\
          - *page cache*: files that fit memory and are in it, `--cache writeback` and `cache.direct=off`. *tmpfs*: \
            the same on `/dev/shm`. *disk*: O_DIRECT for all three.\n\
-         - No two requests in flight overlap, every block written is unlike all others, dirty pages are written \
-           back between measurements, and the replicas must be byte-identical in the end.\n\
+         - No two requests in flight overlap, every block written is unlike all others, images are filled by \
+           4 KiB writes (ext4 takes ten times as long for small writes into what was written by the megabyte), dirty \
+           pages are written back between measurements, and the replicas must be byte-identical in the end.\n\
          - qemu-storage-daemon runs with `aio=io_uring` and an iothread; quorum-blkd with its defaults and \
            `--replica-timeout 20000`, so that a disk that is busy with writing back is not taken for one that hangs.\n\
          - CPU time is that of all threads of the daemon, the kernel's for io_uring included. Memory is the highest \
