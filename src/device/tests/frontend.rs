@@ -61,7 +61,7 @@ fn regions_of_memory_come_in_any_order() {
     const BYTES: u64 = 0x1000;
     let file = tempfile::tempfile().unwrap();
     file.set_len(2 * BYTES).unwrap();
-    let slot = ConnectionSlot::new(1, 64).unwrap();
+    let slot = ConnectionSlot::new(1, 64, CacheMode::default()).unwrap();
     let mut frontend = Frontend::new(disk_info(), slot.clone(), Box::new(Server));
     let region = |address, offset| VhostUserMemoryRegion::new(address, BYTES, address, offset);
     let regions = [region(0x10_0000, 0), region(0, BYTES)];
