@@ -91,6 +91,14 @@ pub const LAG_BYTES_MAX: u64 = 64 << 20;
 /// Reads of one worker that are being repeated under a lock. At the bound no more is taken from the guest.
 pub const CONFIRMATIONS_MAX: usize = 256;
 
+/// Pieces of requests that one turn of a worker takes. What is read from the page cache is there when the turn's
+/// system call returns: a small batch is still in the cache of the processor then, and its guest makes new
+/// requests while the next one is served.
+pub const BATCH_MAX: usize = 16;
+
+/// How long a worker looks for work before it sleeps, in microseconds, where that has been worth it.
+pub const SPIN_MICROSECONDS_MAX: u64 = 50;
+
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;
 

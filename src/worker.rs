@@ -7,6 +7,7 @@
 //! sleeps in that same system call, where kicks and messages wake it too.
 
 mod guests;
+mod spin;
 
 use std::collections::VecDeque;
 use std::io;
@@ -21,13 +22,14 @@ use vhost_user_backend::VringT;
 use vmm_sys_util::eventfd::EventFd;
 
 use self::guests::Guests;
+use self::spin::Spin;
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::limits::{TICK_MICROSECONDS, drain_limit};
+use crate::limits::{BATCH_MAX, TICK_MICROSECONDS, drain_limit};
 use crate::quorum::report::Report;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
@@ -298,6 +300,7 @@ struct Worker {
     exit_by: Option<Duration>,
     drain_limit: Duration,
     clock: Clock,
+    spin: Spin,
 }
 
 /// The time by which replicas are late: time in which this thread could not run, for want of a CPU or because the
@@ -447,6 +450,7 @@ impl Worker {
             exit_by: None,
             drain_limit,
             clock: Clock::new(),
+            spin: Spin::new(),
         })
     }
 
@@ -466,10 +470,19 @@ impl Worker {
                     return Ok(());
                 }
             }
+            if worked {
+                self.spin.found();
+            }
+            if worked || self.spin.look_again(self.clock.looked_at) {
+                self.turn(Wait::No)?;
+                continue;
+            }
             // Asking for kicks is the last thing before sleeping: whatever comes later wakes us.
             let blocked = !self.engine.has_room();
-            let idle = !worked && (blocked || !self.io.guests.ask_for_kicks());
+            let idle = blocked || !self.io.guests.ask_for_kicks();
+            let slept_from = self.clock.looked_at;
             self.turn(if idle { self.wait() } else { Wait::No })?;
+            self.spin.slept(self.clock.looked_at - slept_from);
         }
     }
 
@@ -485,17 +498,17 @@ impl Worker {
         }
     }
 
-    /// Moves requests from the rings to the engine, as many as it has room for.
+    /// Moves requests from the rings to the engine, as many as it has room for and a turn takes.
     fn take_requests(&mut self) -> bool {
-        let mut worked = false;
-        while self.engine.has_room() {
+        let mut taken = 0;
+        while taken < BATCH_MAX && self.engine.has_room() {
             let Some((tag, request)) = self.io.guests.next_request() else {
                 break;
             };
             self.engine.submit(tag, request, &mut self.io);
-            worked = true;
+            taken += 1;
         }
-        worked
+        taken > 0
     }
 
     /// One system call, and what came of it.
@@ -505,6 +518,9 @@ impl Worker {
         }
         let mut completions = std::mem::take(self.io.ring.enter(wait)?);
         let now = self.clock.advance(wait);
+        if !completions.is_empty() {
+            self.spin.found();
+        }
         self.engine.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {

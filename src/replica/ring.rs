@@ -165,6 +165,7 @@ impl Ring {
     pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
         let want = usize::from(self.completions.is_empty());
         let entered = match wait {
+            Wait::No if self.has_nothing_to_do() => Ok(0),
             Wait::No => self.uring.submit_and_wait(0),
             Wait::Forever => self.uring.submit_and_wait(want),
             Wait::AtMost(limit) => {
@@ -186,6 +187,12 @@ impl Ring {
         }
         self.reap()?;
         Ok(&mut self.completions)
+    }
+
+    /// Whether a system call would bring nothing: nothing is queued, and the kernel has set nothing aside for it.
+    fn has_nothing_to_do(&mut self) -> bool {
+        let queue = self.uring.submission();
+        queue.is_empty() && !queue.taskrun() && !queue.cq_overflow()
     }
 
     /// Gives the emptied list of [`Self::enter`] back, to be used again.
