@@ -74,6 +74,11 @@ pub const BUFFER_BYTES_MAX: u64 = 512 << 20;
 /// Bytes of free buffers that a worker keeps for reuse.
 pub const BUFFER_BYTES_KEPT: usize = 64 << 20;
 
+/// Bytes of buffers of one length that a worker has registered with its io_uring, for each of the lengths from 4 KiB
+/// to 64 KiB; of those of 4 KiB twice as many. They are pinned: without privilege RLIMIT_MEMLOCK counts them, and where it is
+/// too low there are none.
+pub const ARENA_SHARE_BYTES: usize = 1 << 20;
+
 /// Entries of the io_uring submission queue of one worker. More operations than this are in flight in
 /// several submissions.
 pub const RING_ENTRIES: u32 = 1024;

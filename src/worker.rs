@@ -419,8 +419,9 @@ impl Drop for Worker {
 
 impl Worker {
     fn new(index: WorkerIndex, disk: Disk, mailboxes: Vec<Arc<Mailbox>>) -> io::Result<Self> {
-        let pool = BufferPool::default();
+        let pool = BufferPool::with_arena();
         let mut ring = Ring::new(&disk.files)?;
+        ring.register_arena(&pool);
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Watched as long as the ring lives.
         ring.watch(&mailbox.event, MAILBOX)?;

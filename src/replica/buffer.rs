@@ -1,7 +1,11 @@
 //! Private, aligned, pooled buffers for replica I/O.
 //!
+//! A pool may have an *arena*: one run of memory that io_uring is told of once, so that it need not look the pages of
+//! the buffers in it up for each operation. Only short buffers come from there, as long as it lasts.
+//!
 //! Invariants: a buffer is initialised memory (zeroed when it is made, whatever was read into it later),
-//! aligned for O_DIRECT on any file, and returns to the pool of the thread that made it when it is dropped.
+//! aligned for O_DIRECT on any file, and returns to the pool of the thread that made it when it is dropped. The arena
+//! is as long in place as any buffer of the pool.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -10,13 +14,19 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use crate::limits::{BUFFER_BYTES_KEPT, PIECE_BYTES_MAX};
+use crate::limits::{ARENA_SHARE_BYTES, BUFFER_BYTES_KEPT, PIECE_BYTES_MAX};
 
 /// Alignment of every buffer: a page, which satisfies O_DIRECT on every block size that Linux has.
 pub const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 
 /// Capacities are the powers of two from a page to the longest piece.
 const CLASSES: usize = (PIECE_BYTES_MAX / BUFFER_ALIGNMENT_BYTES as u64).ilog2() as usize + 1;
+
+/// How many of the shortest classes an arena has: up to 64 KiB.
+const ARENA_CLASSES: usize = 5;
+
+/// Bytes of an arena.
+const ARENA_BYTES: usize = (ARENA_CLASSES + 1) * ARENA_SHARE_BYTES;
 
 /// A pool of buffers, for one thread. Clones are handles to the same pool.
 #[derive(Clone, Debug, Default)]
@@ -25,31 +35,113 @@ pub struct BufferPool(Rc<RefCell<Free>>);
 #[derive(Debug, Default)]
 struct Free {
     by_class: [Vec<NonNull<u8>>; CLASSES],
+    /// Bytes of free buffers that are not of the arena.
     bytes: usize,
+    arena: Option<Arena>,
+}
+
+/// Alignment of an arena, so that the kernel can map it by huge pages.
+const ARENA_ALIGNMENT_BYTES: usize = 2 << 20;
+
+#[derive(Debug)]
+struct Arena {
+    start: NonNull<u8>,
+}
+
+impl Arena {
+    fn layout() -> Layout {
+        Layout::from_size_align(ARENA_BYTES, ARENA_ALIGNMENT_BYTES).expect("a small power of two")
+    }
+
+    fn new() -> Self {
+        // SAFETY: the layout's size is not zero.
+        let memory = unsafe { alloc_zeroed(Self::layout()) };
+        let start = NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(Self::layout()));
+        // SAFETY: the range was just allocated. It is advice only: whatever comes of it, the memory stays as it is.
+        unsafe { libc::madvise(start.as_ptr().cast(), ARENA_BYTES, libc::MADV_HUGEPAGE) };
+        Self { start }
+    }
+
+    /// Whether `memory`, the start of a buffer, is in here.
+    fn contains(&self, memory: NonNull<u8>) -> bool {
+        memory.addr().get().wrapping_sub(self.start.addr().get()) < ARENA_BYTES
+    }
+
+    /// Cuts it into buffers: the same number of bytes for each of the shortest classes, but for the very shortest as
+    /// many again.
+    fn cut(&self, by_class: &mut [Vec<NonNull<u8>>; CLASSES]) {
+        let mut offset = 0;
+        for (class, list) in by_class.iter_mut().enumerate().take(ARENA_CLASSES) {
+            let share = if class == 0 {
+                2 * ARENA_SHARE_BYTES
+            } else {
+                ARENA_SHARE_BYTES
+            };
+            let end = offset + share;
+            while offset < end {
+                // SAFETY: the shares of all classes make up the arena.
+                list.push(unsafe { self.start.add(offset) });
+                offset += capacity_of(class);
+            }
+        }
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        // SAFETY: it came from `new` with the same layout, and the buffers in it have all returned.
+        unsafe { dealloc(self.start.as_ptr(), Self::layout()) }
+    }
 }
 
 impl BufferPool {
+    /// A pool with an arena.
+    pub fn with_arena() -> Self {
+        let arena = Arena::new();
+        let mut free = Free::default();
+        arena.cut(&mut free.by_class);
+        free.arena = Some(arena);
+        Self(Rc::new(RefCell::new(free)))
+    }
+
+    /// Where the arena is, if there is one, and how many bytes it has.
+    pub fn arena(&self) -> Option<(NonNull<u8>, usize)> {
+        self.0
+            .borrow()
+            .arena
+            .as_ref()
+            .map(|arena| (arena.start, ARENA_BYTES))
+    }
+
     /// A buffer of `len` bytes, at most [`PIECE_BYTES_MAX`]. Its content is unspecified.
     pub fn take(&self, len: usize) -> Buffer {
         let class = class_of(len);
         let mut free = self.0.borrow_mut();
         let memory = free.by_class[class].pop();
-        if memory.is_some() {
+        let in_arena = memory.is_some_and(|memory| free.is_in_arena(memory));
+        if memory.is_some() && !in_arena {
             free.bytes -= capacity_of(class);
         }
         Buffer {
             memory: memory.unwrap_or_else(|| allocate(class)),
             class,
             len,
+            in_arena,
             pool: self.clone(),
         }
+    }
+}
+
+impl Free {
+    fn is_in_arena(&self, memory: NonNull<u8>) -> bool {
+        self.arena.as_ref().is_some_and(|arena| arena.contains(memory))
     }
 }
 
 impl Drop for Free {
     fn drop(&mut self) {
         for (class, list) in self.by_class.iter().enumerate() {
-            for memory in list {
+            for memory in list.iter().filter(|memory| !self.is_in_arena(**memory)) {
                 release(*memory, class);
             }
         }
@@ -88,7 +180,15 @@ pub struct Buffer {
     memory: NonNull<u8>,
     class: usize,
     len: usize,
+    in_arena: bool,
     pool: BufferPool,
+}
+
+impl Buffer {
+    /// Whether it lies in the arena of its pool.
+    pub fn is_in_arena(&self) -> bool {
+        self.in_arena
+    }
 }
 
 impl Deref for Buffer {
@@ -111,7 +211,9 @@ impl Drop for Buffer {
     fn drop(&mut self) {
         let capacity = capacity_of(self.class);
         let mut free = self.pool.0.borrow_mut();
-        if free.bytes + capacity <= BUFFER_BYTES_KEPT {
+        if self.in_arena {
+            free.by_class[self.class].push(self.memory);
+        } else if free.bytes + capacity <= BUFFER_BYTES_KEPT {
             free.bytes += capacity;
             free.by_class[self.class].push(self.memory);
         } else {
@@ -157,6 +259,41 @@ mod tests {
             .collect();
         drop(many);
         assert_eq!(pool.0.borrow().bytes, BUFFER_BYTES_KEPT);
+    }
+
+    #[test]
+    fn takes_from_the_arena_as_long_as_it_lasts() {
+        let pool = BufferPool::with_arena();
+        let (start, len) = pool.arena().unwrap();
+        let inside = |buffer: &Buffer| {
+            let offset = (buffer.as_ptr() as usize).wrapping_sub(start.as_ptr() as usize);
+            offset < len && offset + capacity_of(buffer.class) <= len
+        };
+        for _ in 0..2 {
+            let mut taken = Vec::new();
+            for class in 0..CLASSES {
+                let count = if class < ARENA_CLASSES {
+                    ARENA_SHARE_BYTES / capacity_of(class)
+                } else {
+                    0
+                };
+                let count = if class == 0 { 2 * count } else { count };
+                let buffers: Vec<_> = (0..count + 3).map(|_| pool.take(capacity_of(class))).collect();
+                assert_eq!(
+                    buffers.iter().filter(|buffer| buffer.is_in_arena()).count(),
+                    count
+                );
+                taken.extend(buffers);
+            }
+            assert!(taken.iter().all(|buffer| inside(buffer) == buffer.is_in_arena()));
+            taken
+                .iter_mut()
+                .enumerate()
+                .for_each(|(index, buffer)| buffer.fill(index.to_le_bytes()[0]));
+            let is_own =
+                |(index, buffer): (usize, &Buffer)| buffer.iter().all(|byte| *byte == index.to_le_bytes()[0]);
+            assert!(taken.iter().enumerate().all(is_own), "no two share memory");
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ use io_uring::{IoUring, cqueue, opcode, squeue};
 use log::debug;
 use slab::Slab;
 
+use super::buffer::BufferPool;
 use super::operation::{Action, Operation, Reply};
 use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::limits::RING_ENTRIES;
@@ -24,6 +25,9 @@ const RETRIES_MAX: u32 = 16;
 
 /// Kernel threads that may wait for replicas at a time.
 const KERNEL_WORKERS_MAX: u32 = 1024;
+
+/// The index by which the kernel knows the arena.
+const ARENA: u16 = 0;
 
 /// User data of cancellations, whose own completions mean nothing.
 const CANCELLATION: u64 = u64::MAX;
@@ -64,6 +68,8 @@ pub struct Ring {
     in_flight: Slab<InFlight>,
     /// How each replica is best made to hold zeroes.
     ways: Ways,
+    /// The arena of the buffer pool is registered.
+    arena_registered: bool,
     /// Operations in flight, watches not counted.
     operations: usize,
     completions: VecDeque<Completion>,
@@ -113,9 +119,30 @@ impl Ring {
             uring,
             in_flight: Slab::new(),
             ways: Ways::new(files.len()),
+            arena_registered: false,
             operations: 0,
             completions: VecDeque::new(),
         })
+    }
+
+    /// Registers the arena of `pool`, from which all buffers of operations must come that lie in any arena. Where the
+    /// kernel does not let us pin as much memory, operations are a little slower.
+    pub fn register_arena(&mut self, pool: &BufferPool) {
+        let Some((start, len)) = pool.arena() else {
+            return;
+        };
+        let arena = libc::iovec {
+            iov_base: start.as_ptr().cast(),
+            iov_len: len,
+        };
+        // SAFETY: the kernel holds the pages by itself from now on, so the arena may go before the ring; what it uses
+        // them for are operations, whose buffers keep the arena in place.
+        match unsafe { self.uring.submitter().register_buffers(&[arena]) } {
+            Ok(()) => self.arena_registered = true,
+            Err(error) => {
+                debug!("{len} bytes of buffers cannot be registered ({error}); they are used as they are")
+            }
+        }
     }
 
     /// Queues `operation`; its reply comes out of a later [`Self::enter`].
@@ -275,7 +302,9 @@ impl Ring {
 
     /// Queues what is in `slot`, or what is left of it.
     fn queue_slot(&mut self, slot: usize) -> io::Result<()> {
-        let entry = self.in_flight[slot].entry().user_data(slot as u64);
+        let entry = self.in_flight[slot]
+            .entry(self.arena_registered)
+            .user_data(slot as u64);
         self.queue_entry(&entry)
     }
 
@@ -346,7 +375,7 @@ impl Outcome {
 }
 
 impl InFlight {
-    fn entry(&mut self) -> squeue::Entry {
+    fn entry(&mut self, arena_registered: bool) -> squeue::Entry {
         match self {
             Self::Watch { fd, .. } => opcode::PollAdd::new(Fd(*fd), POLLIN).multi(true).build(),
             Self::Operation {
@@ -359,10 +388,17 @@ impl InFlight {
                 let skip = *done_bytes;
                 match &mut operation.action {
                     Action::Read { range, into } => {
+                        let registered = arena_registered && into.is_in_arena();
+                        let offset = range.start * SECTOR_BYTES + skip as u64;
                         let rest = &mut into[skip..];
-                        opcode::Read::new(file, rest.as_mut_ptr(), u32_of(rest.len()))
-                            .offset(range.start * SECTOR_BYTES + skip as u64)
-                            .build()
+                        let (memory, len) = (rest.as_mut_ptr(), u32_of(rest.len()));
+                        if registered {
+                            opcode::ReadFixed::new(file, memory, len, ARENA)
+                                .offset(offset)
+                                .build()
+                        } else {
+                            opcode::Read::new(file, memory, len).offset(offset).build()
+                        }
                     }
                     Action::Write {
                         range,
@@ -372,10 +408,16 @@ impl InFlight {
                     } => {
                         let from = *offset_bytes + skip;
                         let rest = &data[from..*offset_bytes + len_of(range.bytes())];
-                        opcode::Write::new(file, rest.as_ptr(), u32_of(rest.len()))
-                            .offset(range.start * SECTOR_BYTES + skip as u64)
-                            .rw_flags(if *durable { libc::RWF_DSYNC } else { 0 })
-                            .build()
+                        let (memory, len) = (rest.as_ptr(), u32_of(rest.len()));
+                        let offset = range.start * SECTOR_BYTES + skip as u64;
+                        let flags = if *durable { libc::RWF_DSYNC } else { 0 };
+                        if arena_registered && data.is_in_arena() {
+                            let write = opcode::WriteFixed::new(file, memory, len, ARENA);
+                            write.offset(offset).rw_flags(flags).build()
+                        } else {
+                            let write = opcode::Write::new(file, memory, len);
+                            write.offset(offset).rw_flags(flags).build()
+                        }
                     }
                     Action::Zero { range, .. } => match step {
                         Step::Zeroing(way) => zeroing(file, *way, *range, skip),
@@ -445,7 +487,6 @@ mod tests {
 
     use super::*;
     use crate::quorum::ReplicaIndex;
-    use crate::replica::buffer::BufferPool;
     use crate::replica::operation::RequestId;
 
     fn operation(action: Action) -> Operation {
