@@ -8,7 +8,7 @@ use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use super::GuestMemory;
+use super::View;
 use crate::limits::QUEUE_SIZE_MAX;
 
 const DESCRIPTOR_BYTES: u32 = 16;
@@ -21,7 +21,7 @@ const DESCRIPTOR_BYTES: u32 = 16;
 /// last descriptor that was returned, if any, says that another one follows.
 #[derive(Clone, Debug)]
 pub struct Chain<'a> {
-    memory: &'a GuestMemory,
+    memory: View<'a>,
     head: u16,
     table: GuestAddress,
     /// Entries of the table.
@@ -36,7 +36,7 @@ pub struct Chain<'a> {
 
 impl<'a> Chain<'a> {
     /// The chain of `queue` that begins at descriptor `head`, which may be anything.
-    pub fn new(memory: &'a GuestMemory, queue: &Queue, head: u16) -> Self {
+    pub fn new(memory: View<'a>, queue: &Queue, head: u16) -> Self {
         Self {
             memory,
             head,
@@ -56,7 +56,7 @@ impl<'a> Chain<'a> {
     }
 
     /// The memory it lies in.
-    pub fn memory(&self) -> &'a GuestMemory {
+    pub fn memory(&self) -> View<'a> {
         self.memory
     }
 

@@ -21,7 +21,7 @@ use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic};
 use super::chain::Chain;
 use super::inflight::{Begun, QueueRegion, RingState, Tracker};
 use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
-use super::{DiskInfo, GuestMemory, Vring, inflight};
+use super::{DiskInfo, GuestMemory, View, Vring, inflight};
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{
     PIECE_BYTES_MAX, QUEUE_SIZE_MAX, RESUBMIT_LIMIT, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX,
@@ -139,15 +139,16 @@ impl Guest {
     pub fn refresh(&mut self, ring: usize, durable_writes: bool) -> bool {
         self.durable_writes = durable_writes;
         let memory = self.memory.memory();
+        let memory = View(&memory);
         let state = self.rings[ring].vring.get_ref();
         let wanted = state.is_enabled() && state.get_queue().ready() && state.get_kick().is_some();
-        let valid = wanted && state.get_queue().is_valid(&*memory);
+        let valid = wanted && state.get_queue().is_valid(&memory);
         drop(state);
         if wanted && !valid {
             error!("the frontend started a ring that does not lie within guest memory; it is not served");
         }
         if valid && !self.rings[ring].active {
-            self.start(ring, &memory);
+            self.start(ring, memory);
         }
         let ring = &mut self.rings[ring];
         ring.active &= valid;
@@ -163,7 +164,7 @@ impl Guest {
     }
 
     /// Begins to serve a ring: at the place that the frontend says, or at the one that its region says.
-    fn start(&mut self, index: usize, memory: &GuestMemory) {
+    fn start(&mut self, index: usize, memory: View<'_>) {
         let Some(region) = self.rings[index].region.clone() else {
             self.rings[index].tracker = None;
             self.rings[index].active = true;
@@ -249,7 +250,10 @@ impl Guest {
             (Err(Failed), _) => Err(OutsideMemory),
             (Ok(data), Kind::In(_)) => {
                 let offset = bytes(offset_sectors);
-                chain.request.data.write(&self.memory.memory(), offset, data)
+                chain
+                    .request
+                    .data
+                    .write(View(&self.memory.memory()), offset, data)
             }
             (Ok(_), _) => Ok(()),
         };
@@ -270,12 +274,13 @@ impl Guest {
     /// Tells the driver of what was put on the used rings since the last call, where it wants to be told.
     pub fn signal(&mut self) {
         let memory = self.memory.memory();
+        let memory = View(&memory);
         for ring in self.rings.iter_mut().filter(|ring| ring.used) {
             ring.used = false;
             let mut state = ring.vring.get_mut();
             let queue = state.get_queue_mut();
             // When in doubt, tell.
-            if queue.needs_notification(&*memory).unwrap_or(true) && !forbids_interrupts(queue, &memory) {
+            if queue.needs_notification(&memory).unwrap_or(true) && !forbids_interrupts(queue, memory) {
                 // The frontend may have closed its end; then nobody waits for it.
                 let _ = state.signal_used_queue();
             }
@@ -286,11 +291,12 @@ impl Guest {
     /// will come.
     pub fn ask_for_kicks(&mut self) -> bool {
         let memory = self.memory.memory();
+        let memory = View(&memory);
         let mut more = false;
         let wanted = |ring: &&mut Ring| ring.active && !ring.notify && ring.held.is_none();
         for ring in self.rings.iter_mut().filter(wanted) {
             ring.notify = true;
-            let enabled = ring.vring.get_mut().get_queue_mut().enable_notification(&*memory);
+            let enabled = ring.vring.get_mut().get_queue_mut().enable_notification(&memory);
             match enabled {
                 Ok(pending) => more |= pending,
                 Err(error) => ring.give_up(&error),
@@ -349,12 +355,13 @@ impl Guest {
             return None;
         }
         let memory = self.memory.memory();
+        let memory = View(&memory);
         let mut state = ring.vring.get_mut();
         // The frontend stops a ring by taking its readiness away; it is told here at the latest.
         if !state.is_enabled() || !state.get_queue().ready() {
             return None;
         }
-        let again = |head| Request::parse(Chain::new(&memory, state.get_queue(), head), &self.info);
+        let again = |head| Request::parse(Chain::new(memory, state.get_queue(), head), &self.info);
         while let Some(head) = ring.resubmitted.pop_front() {
             let request = again(head);
             if matches!(request.kind, Kind::In(_) | Kind::Flush) {
@@ -371,7 +378,7 @@ impl Guest {
             ring.taken += 1;
             return Some(request);
         }
-        let head = match state.get_queue_mut().iter(&*memory).map(|mut iter| iter.next()) {
+        let head = match state.get_queue_mut().iter(&memory).map(|mut iter| iter.next()) {
             Ok(chain) => {
                 let head = chain?.head_index();
                 if let Some(tracker) = &mut ring.tracker {
@@ -389,9 +396,9 @@ impl Guest {
         if ring.notify {
             ring.notify = false;
             // Only a hint; a failure shows again when the ring is used.
-            let _ = state.get_queue_mut().disable_notification(&*memory);
+            let _ = state.get_queue_mut().disable_notification(&memory);
         }
-        let chain = Chain::new(&memory, state.get_queue(), head);
+        let chain = Chain::new(memory, state.get_queue(), head);
         Some(Request::parse(chain, &self.info))
     }
 
@@ -399,7 +406,7 @@ impl Guest {
     fn begin(&mut self, ring: usize, request: Request) {
         let at_once = match request.kind {
             Kind::Refused(status) => Some(status),
-            Kind::GetId => Some(request.write_id(&self.memory.memory(), &self.info.serial)),
+            Kind::GetId => Some(request.write_id(View(&self.memory.memory()), &self.info.serial)),
             Kind::In(_) | Kind::Out(_) | Kind::Zero if request.sectors() == 0 => Some(Status::Ok),
             Kind::In(_) | Kind::Out(_) | Kind::Zero | Kind::Flush => None,
         };
@@ -429,7 +436,8 @@ impl Guest {
                 let range = piece(range);
                 let mut data = self.pool.take(bytes(range.count));
                 let memory = self.memory.memory();
-                if chain.request.data.read(&memory, bytes(begun), &mut data).is_err() {
+                let memory = View(&memory);
+                if chain.request.data.read(memory, bytes(begun), &mut data).is_err() {
                     chain.failed = true;
                     self.unfinished.pop_front();
                     if chain.outstanding == 0 {
@@ -467,14 +475,15 @@ impl Guest {
         let chain = &self.chains[key];
         let head = chain.request.head;
         let memory = self.memory.memory();
-        let written = chain.request.answer(&memory, status);
+        let memory = View(&memory);
+        let written = chain.request.answer(memory, status);
         let ring = &mut self.rings[chain.ring];
         ring.used = true;
         let mut state = ring.vring.get_mut();
         if let Some(tracker) = &ring.tracker {
             tracker.giving_back(head);
         }
-        let added = state.get_queue_mut().add_used(&*memory, head, written);
+        let added = state.get_queue_mut().add_used(&memory, head, written);
         let used_idx = state.get_queue().next_used();
         drop(state);
         match (added, &ring.tracker) {
@@ -500,12 +509,12 @@ impl Guest {
 
 impl Ring {
     /// Goes on where the region says that the ring stands.
-    fn resume(&mut self, region: QueueRegion, memory: &GuestMemory) -> Result<(), StartError> {
+    fn resume(&mut self, region: QueueRegion, memory: View<'_>) -> Result<(), StartError> {
         self.forget_resubmitted();
         let mut state = self.vring.get_mut();
         let queue = state.get_queue_mut();
-        let used_idx = queue.used_idx(memory, Ordering::Acquire)?.0;
-        let available_idx = queue.avail_idx(memory, Ordering::Acquire)?.0;
+        let used_idx = queue.used_idx(&memory, Ordering::Acquire)?.0;
+        let available_idx = queue.avail_idx(&memory, Ordering::Acquire)?.0;
         let ring = RingState {
             size: queue.size(),
             used_idx,
@@ -563,7 +572,7 @@ impl Taken {
 }
 
 /// Whether the driver, without EVENT_IDX, wants no interrupts now (virtio 1.3, 2.7.7); `virtio-queue` does not look.
-fn forbids_interrupts(queue: &Queue, memory: &GuestMemory) -> bool {
+fn forbids_interrupts(queue: &Queue, memory: View<'_>) -> bool {
     let flags = GuestAddress(queue.avail_ring());
     let forbidden = |flags: u16| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0;
     !queue.event_idx_enabled() && memory.load(flags, Ordering::Acquire).is_ok_and(forbidden)

@@ -17,11 +17,13 @@ pub mod memory;
 pub mod request;
 #[cfg(test)]
 mod tests;
+mod view;
 
 use vhost_user_backend::VringMutex;
 use vm_memory::GuestMemoryAtomic;
 
 pub use self::memory::GuestMemory;
+pub use self::view::View;
 
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 

@@ -13,7 +13,7 @@ use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::chain::Chain;
-use super::{DiskInfo, GuestMemory};
+use super::{DiskInfo, View};
 use crate::limits::{ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 
@@ -179,7 +179,7 @@ impl Request {
 
     /// Writes the status byte, if the driver left room for it. Returns how many bytes from the start of the
     /// device-writable part are written, for the used ring (virtio 1.3, 2.7.8.2).
-    pub fn answer(&self, memory: &GuestMemory, status: Status) -> u32 {
+    pub fn answer(&self, memory: View<'_>, status: Status) -> u32 {
         let Some(address) = self.status else {
             return 0;
         };
@@ -202,7 +202,7 @@ impl Request {
     }
 
     /// Serves GET_ID: the serial number, padded with zeroes to 20 bytes (virtio 1.3, 5.2.6).
-    pub fn write_id(&self, memory: &GuestMemory, serial: &str) -> Status {
+    pub fn write_id(&self, memory: View<'_>, serial: &str) -> Status {
         let mut id = [0; VIRTIO_BLK_ID_BYTES as usize];
         let len = serial.len().min(id.len());
         id[..len].copy_from_slice(&serial.as_bytes()[..len]);
@@ -217,7 +217,7 @@ impl Request {
 /// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status it is refused with.
 fn parse_zeroes(
     segments: &Segments,
-    memory: &GuestMemory,
+    memory: View<'_>,
     info: &DiskInfo,
     discard: bool,
 ) -> Result<Vec<Zeroed>, Status> {
@@ -296,7 +296,7 @@ impl Segments {
     ///
     /// # Errors
     /// If some of it is not guest memory, or the stretch is too short.
-    pub fn read(&self, memory: &GuestMemory, offset: usize, to: &mut [u8]) -> Result<(), OutsideMemory> {
+    pub fn read(&self, memory: View<'_>, offset: usize, to: &mut [u8]) -> Result<(), OutsideMemory> {
         let mut done = 0;
         for segment in self.window(offset, to.len()) {
             let part = &mut to[done..done + segment.len];
@@ -316,7 +316,7 @@ impl Segments {
     ///
     /// # Errors
     /// If some of it is not guest memory, or the stretch is too short.
-    pub fn write(&self, memory: &GuestMemory, offset: usize, from: &[u8]) -> Result<(), OutsideMemory> {
+    pub fn write(&self, memory: View<'_>, offset: usize, from: &[u8]) -> Result<(), OutsideMemory> {
         let mut done = 0;
         for segment in self.window(offset, from.len()) {
             let part = &from[done..done + segment.len];
