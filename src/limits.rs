@@ -101,6 +101,12 @@ pub const CONFIRMATIONS_MAX: usize = 256;
 /// requests while the next one is served.
 pub const BATCH_MAX: usize = 16;
 
+/// Bytes that one turn of a worker takes, but for the last of its pieces.
+pub const BATCH_BYTES_MAX: u64 = 256 << 10;
+
+/// Turns of a worker after which it tells drivers of what is done, even if they have enough in flight to be told later.
+pub const UNSIGNALLED_TURNS_MAX: usize = 4;
+
 /// How long a worker looks for work before it sleeps, in microseconds, where that has been worth it.
 pub const SPIN_MICROSECONDS_MAX: u64 = 50;
 

@@ -29,7 +29,7 @@ use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::limits::{BATCH_MAX, TICK_MICROSECONDS, drain_limit};
+use crate::limits::{BATCH_BYTES_MAX, BATCH_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit};
 use crate::quorum::report::Report;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
@@ -301,6 +301,8 @@ struct Worker {
     drain_limit: Duration,
     clock: Clock,
     spin: Spin,
+    /// Turns since drivers were last told of what is done.
+    turns_unsignalled: usize,
 }
 
 /// The time by which replicas are late: time in which this thread could not run, for want of a CPU or because the
@@ -452,6 +454,7 @@ impl Worker {
             drain_limit,
             clock: Clock::new(),
             spin: Spin::new(),
+            turns_unsignalled: 0,
         })
     }
 
@@ -459,7 +462,7 @@ impl Worker {
         loop {
             let worked = self.take_requests();
             self.abandon_overdue();
-            self.io.guests.signal();
+            self.signal();
             self.finish_draining();
             if let Some(exit_by) = self.exit_by {
                 let late = self.clock.now() >= exit_by;
@@ -501,15 +504,26 @@ impl Worker {
 
     /// Moves requests from the rings to the engine, as many as it has room for and a turn takes.
     fn take_requests(&mut self) -> bool {
-        let mut taken = 0;
-        while taken < BATCH_MAX && self.engine.has_room() {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < BATCH_MAX && bytes < BATCH_BYTES_MAX && self.engine.has_room() {
             let Some((tag, request)) = self.io.guests.next_request() else {
                 break;
             };
+            bytes += request.bytes();
             self.engine.submit(tag, request, &mut self.io);
             taken += 1;
         }
         taken > 0
+    }
+
+    /// Tells drivers of what is done. A driver that has much in flight is told less often: to be woken costs it, and
+    /// us, more than a request does. What is left in its ring must be enough to do until it has made new requests.
+    fn signal(&mut self) {
+        self.turns_unsignalled += 1;
+        if self.turns_unsignalled >= UNSIGNALLED_TURNS_MAX || !self.io.guests.has_more() {
+            self.turns_unsignalled = 0;
+            self.io.guests.signal();
+        }
     }
 
     /// One system call, and what came of it.

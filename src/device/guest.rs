@@ -234,6 +234,19 @@ impl Guest {
         None
     }
 
+    /// Whether there is a next piece of work, as far as a glance tells.
+    pub fn has_more(&self) -> bool {
+        let memory = self.memory.memory();
+        let has_more = |ring: &Ring| {
+            let state = ring.vring.get_ref();
+            let queue = state.get_queue();
+            let available = queue.avail_idx(&View(&memory), Ordering::Relaxed);
+            available.is_ok_and(|index| index.0 != queue.next_avail())
+        };
+        let mut active = self.rings.iter().filter(|ring| ring.active);
+        !self.unfinished.is_empty() || active.any(has_more)
+    }
+
     /// The engine has answered a piece.
     pub fn answered(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
         let (key, offset_sectors) = untag(tag);

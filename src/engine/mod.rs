@@ -118,6 +118,16 @@ pub enum GuestRequest {
     Flush,
 }
 
+impl GuestRequest {
+    /// Bytes that are read or written; none where nothing needs a buffer.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Self::Read(range) | Self::Write { range, .. } => range.bytes(),
+            Self::Zero { .. } | Self::Flush => 0,
+        }
+    }
+}
+
 /// The request failed; the guest gets an I/O error. Why has been reported.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failed;

@@ -81,6 +81,11 @@ impl Guests {
         self.in_use.iter().any(|slot| self.guests[*slot].is_held())
     }
 
+    /// See [`Guest::has_more`].
+    pub(super) fn has_more(&self) -> bool {
+        self.in_use.iter().any(|slot| self.guests[*slot].has_more())
+    }
+
     pub(super) fn signal(&mut self) {
         for &slot in &self.in_use {
             self.guests[slot].signal();
