@@ -105,7 +105,7 @@ pub const BATCH_MAX: usize = 16;
 pub const BATCH_BYTES_MAX: u64 = 256 << 10;
 
 /// Turns of a worker after which it tells drivers of what is done, even if they have enough in flight to be told later.
-pub const UNSIGNALLED_TURNS_MAX: usize = 4;
+pub const UNSIGNALLED_TURNS_MAX: usize = 8;
 
 /// How long a worker looks for work before it sleeps, in microseconds, where that has been worth it.
 pub const SPIN_MICROSECONDS_MAX: u64 = 50;

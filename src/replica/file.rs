@@ -338,12 +338,20 @@ fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<R
 }
 
 fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
-    // The standard library adds O_CLOEXEC.
-    std::fs::OpenOptions::new()
-        .read(true)
-        .write(!options.read_only)
-        .custom_flags(if options.direct { libc::O_DIRECT } else { 0 })
-        .open(path)
+    let direct = if options.direct { libc::O_DIRECT } else { 0 };
+    let open = |flags| {
+        // The standard library adds O_CLOEXEC.
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(!options.read_only)
+            .custom_flags(direct | flags)
+            .open(path)
+    };
+    // When an image was last read is of no use to anybody, and to note it costs each read. Only its owner may say so.
+    match open(libc::O_NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
+        opened => opened,
+    }
 }
 
 fn check_kind(path: &Path, metadata: &Metadata) -> Result<(), OpenError> {

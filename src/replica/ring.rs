@@ -461,21 +461,28 @@ fn u32_of(len: usize) -> u32 {
 }
 
 fn build() -> io::Result<IoUring> {
-    let best = IoUring::builder()
-        .setup_clamp()
-        .setup_cqsize(RING_ENTRIES * 4)
-        .setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag()
-        .build(RING_ENTRIES);
-    match best {
-        // Linux before 6.1 does not know some of these.
-        Err(error) if error.raw_os_error() == Some(libc::EINVAL) => IoUring::builder()
-            .setup_clamp()
-            .setup_cqsize(RING_ENTRIES * 4)
-            .build(RING_ENTRIES),
-        other => other,
+    let basic = || {
+        let mut builder = IoUring::builder();
+        builder.setup_clamp().setup_cqsize(RING_ENTRIES * 4);
+        builder
+    };
+    let deferring = || {
+        let mut builder = basic();
+        builder
+            .setup_single_issuer()
+            .setup_defer_taskrun()
+            .setup_taskrun_flag();
+        builder
+    };
+    // Linux before 6.6 does not know the first, before 6.1 the second.
+    let mut result = deferring().setup_no_sqarray().build(RING_ENTRIES);
+    for builder in [deferring(), basic()] {
+        match result {
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => result = builder.build(RING_ENTRIES),
+            other => return other,
+        }
     }
+    result
 }
 
 #[cfg(test)]
