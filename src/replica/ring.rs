@@ -7,6 +7,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
+use std::thread;
 use std::time::Duration;
 
 use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
@@ -29,8 +30,11 @@ const KERNEL_WORKERS_MAX: u32 = 1024;
 /// The index by which the kernel knows the arena.
 const ARENA: u16 = 0;
 
-/// User data of cancellations, whose own completions mean nothing.
-const CANCELLATION: u64 = u64::MAX;
+/// Bytes of writes after which kernel threads are called for anew. Idle, they are gone after five seconds.
+const CALL_BYTES: u64 = 256 << 10;
+
+/// User data of what completes without meaning: cancellations, and calls for kernel threads.
+const MEANINGLESS: u64 = u64::MAX;
 
 /// What [`Ring::enter`] brings back.
 #[derive(Debug)]
@@ -73,6 +77,10 @@ pub struct Ring {
     /// Operations in flight, watches not counted.
     operations: usize,
     completions: VecDeque<Completion>,
+    /// Kernel threads that are of use to writes.
+    writers: usize,
+    /// Bytes of writes that were queued since they were called for.
+    uncalled_bytes: u64,
 }
 
 enum InFlight {
@@ -122,6 +130,10 @@ impl Ring {
             arena_registered: false,
             operations: 0,
             completions: VecDeque::new(),
+            writers: thread::available_parallelism()
+                .map_or(1, usize::from)
+                .min(files.len()),
+            uncalled_bytes: 0,
         })
     }
 
@@ -145,6 +157,19 @@ impl Ring {
         }
     }
 
+    /// Sees to it that the kernel has threads enough for writes. What goes through the page cache one of its threads
+    /// does, file by file one after the other; for the second file it makes no other thread as long as the first is
+    /// busy, but uses one that is there. Anything that is not a write gets a thread of its own, if it wants one.
+    fn call_writers(&mut self) -> io::Result<()> {
+        if self.uncalled_bytes < CALL_BYTES {
+            return Ok(());
+        }
+        self.uncalled_bytes = 0;
+        let call = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
+        let call = call.user_data(MEANINGLESS);
+        (0..self.writers).try_for_each(|_| self.queue_entry(&call))
+    }
+
     /// Queues `operation`; its reply comes out of a later [`Self::enter`].
     pub fn push(&mut self, operation: Operation) -> io::Result<()> {
         self.operations += 1;
@@ -152,6 +177,9 @@ impl Ring {
             Action::Zero { unmap, .. } => Step::Zeroing(self.ways.best(operation.replica, *unmap)),
             Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Itself,
         };
+        if let Action::Write { range, .. } = &operation.action {
+            self.uncalled_bytes += range.bytes();
+        }
         let slot = self.in_flight.insert(InFlight::Operation {
             operation,
             step,
@@ -179,7 +207,7 @@ impl Ring {
         if let Some(InFlight::Watch { wanted, .. }) = self.in_flight.get_mut(watch.slot) {
             *wanted = false;
             let cancel = opcode::AsyncCancel::new(watch.slot as u64).build();
-            self.queue_entry(&cancel.user_data(CANCELLATION))?;
+            self.queue_entry(&cancel.user_data(MEANINGLESS))?;
         }
         Ok(())
     }
@@ -190,6 +218,7 @@ impl Ring {
     /// # Errors
     /// Only what leaves the ring unusable.
     pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
+        self.call_writers()?;
         let want = usize::from(self.completions.is_empty());
         let entered = match wait {
             Wait::No if self.has_nothing_to_do() => Ok(0),
@@ -241,7 +270,7 @@ impl Ring {
     }
 
     fn complete(&mut self, entry: &cqueue::Entry) -> io::Result<()> {
-        if entry.user_data() == CANCELLATION {
+        if entry.user_data() == MEANINGLESS {
             return Ok(());
         }
         let slot = usize::try_from(entry.user_data()).expect("a slot of ours");
