@@ -30,8 +30,11 @@ const KERNEL_WORKERS_MAX: u32 = 1024;
 /// The index by which the kernel knows the arena.
 const ARENA: u16 = 0;
 
-/// Bytes of writes after which kernel threads are called for anew. Idle, they are gone after five seconds.
+/// Bytes of long writes after which kernel threads are called for anew. Idle, they are gone after five seconds.
 const CALL_BYTES: u64 = 256 << 10;
+
+/// Writes that keep a kernel thread busy for so long that another one is worth its while.
+const LONG_WRITE_BYTES: u64 = 64 << 10;
 
 /// User data of what completes without meaning: cancellations, and calls for kernel threads.
 const MEANINGLESS: u64 = u64::MAX;
@@ -79,7 +82,7 @@ pub struct Ring {
     completions: VecDeque<Completion>,
     /// Kernel threads that are of use to writes.
     writers: usize,
-    /// Bytes of writes that were queued since they were called for.
+    /// Bytes of long writes that were queued since they were called for.
     uncalled_bytes: u64,
 }
 
@@ -157,7 +160,7 @@ impl Ring {
         }
     }
 
-    /// Sees to it that the kernel has threads enough for writes. What goes through the page cache one of its threads
+    /// Sees to it that the kernel has threads enough for long writes. What goes through the page cache one of its threads
     /// does, file by file one after the other; for the second file it makes no other thread as long as the first is
     /// busy, but uses one that is there. Anything that is not a write gets a thread of its own, if it wants one.
     fn call_writers(&mut self) -> io::Result<()> {
@@ -177,7 +180,9 @@ impl Ring {
             Action::Zero { unmap, .. } => Step::Zeroing(self.ways.best(operation.replica, *unmap)),
             Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Itself,
         };
-        if let Action::Write { range, .. } = &operation.action {
+        if let Action::Write { range, .. } = &operation.action
+            && range.bytes() >= LONG_WRITE_BYTES
+        {
             self.uncalled_bytes += range.bytes();
         }
         let slot = self.in_flight.insert(InFlight::Operation {
