@@ -3,6 +3,7 @@
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{QueueOwnedT, QueueT};
 
+use super::super::View;
 use super::super::chain::Chain;
 use super::*;
 
@@ -313,7 +314,7 @@ proptest! {
             machine.offer_head(0, head);
             let mut state = machine.vrings[0].get_mut();
             let fields = |of: Descriptor| (of.addr(), of.len(), of.flags(), of.next());
-            let ours: Vec<_> = Chain::new(&machine.memory, state.get_queue(), head).map(fields).collect();
+            let ours: Vec<_> = Chain::new(View(&machine.memory), state.get_queue(), head).map(fields).collect();
             state.get_queue_mut().set_next_avail(head);
             let next = state.get_queue_mut().iter(&machine.memory).unwrap().next();
             let theirs: Vec<_> = next.unwrap().map(fields).collect();
