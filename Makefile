@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim soak model bench bench-engine lint guest clean
+.PHONY: help demo build test sim soak model bench bench-engine lint guest clients clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -16,7 +16,7 @@ demo: guest ## Boot a guest on a voted disk, corrupt a replica under it, and wat
 build: ## Build the daemon (target/release/quorum-blkd)
 	$(CARGO) build --release --locked
 
-test: guest lint ## Everything that checks the project
+test: guest clients lint ## Everything that checks the project
 	$(CARGO) test --locked -- --nocapture
 	$(MAKE) model
 	$(MAKE) sim SECONDS=60
@@ -45,6 +45,9 @@ lint: ## Formatting, clippy and documentation, warnings denied
 
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh
+
+clients: ## Fetch the programs of others that the tests of the monitor and the metrics use
+	tests/clients/prepare.sh
 
 clean: ## Remove everything that was built
 	$(CARGO) clean

@@ -69,6 +69,8 @@ pub struct Config {
     pub cache: Cache,
     /// Socket on which events are told.
     pub events: Option<PathBuf>,
+    /// Socket of the monitor.
+    pub qmp: Option<PathBuf>,
     /// How many times `-v` was given.
     pub verbosity: u8,
     /// A replica that leaves an operation unanswered for so long is done without until it answers again.
@@ -141,9 +143,16 @@ pub enum ConfigError {
         /// Its value.
         path: PathBuf,
     },
-    /// Both sockets at one path.
-    #[error("--socket-path and --events are both {}; each socket needs its own path", Quoted(.0))]
-    OneSocketPath(PathBuf),
+    /// Two sockets at one path.
+    #[error("{first} and {second} are both {}; each socket needs its own path", Quoted(.path))]
+    OneSocketPath {
+        /// One of the options.
+        first: &'static str,
+        /// The other.
+        second: &'static str,
+        /// The value of both.
+        path: PathBuf,
+    },
     /// No `--blk-file`.
     #[error("no image to serve; give --blk-file PATH once for each replica")]
     NoReplicas,
@@ -321,15 +330,19 @@ struct Options {
     queue_size: u16,
 
     /// Tell events, one JSON object a line, to everyone who connects to a UNIX socket made at PATH
-    #[arg(long, value_name = "PATH", help_heading = "Events and log")]
+    #[arg(long, value_name = "PATH", help_heading = "Operator")]
     events: Option<PathBuf>,
+
+    /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine Protocol
+    #[arg(long, value_name = "PATH", help_heading = "Operator")]
+    qmp: Option<PathBuf>,
 
     /// Print what this backend can do as JSON, for management software, and exit
     #[arg(long)]
     print_capabilities: bool,
 
     /// Log more; twice for still more
-    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Events and log")]
+    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Operator")]
     verbose: u8,
 }
 
@@ -375,7 +388,11 @@ fn usage_line(error: &clap::Error) -> String {
 
 /// Whether the options make sense together.
 fn check(options: Options) -> Result<Config, ConfigError> {
-    let listen = check_sockets(options.socket_path, options.fd, options.events.as_deref())?;
+    let listen = check_sockets(
+        options.socket_path,
+        options.fd,
+        [("--events", &options.events), ("--qmp", &options.qmp)],
+    )?;
     if let Err(reason) = check_node_name(&options.node_name) {
         return Err(ConfigError::NodeName {
             value: options.node_name,
@@ -423,6 +440,7 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         queue_size,
         cache: options.cache,
         events: options.events,
+        qmp: options.qmp,
         verbosity: options.verbose,
         replica_timeout: Duration::from_millis(options.replica_timeout),
     })
@@ -431,21 +449,30 @@ fn check(options: Options) -> Result<Config, ConfigError> {
 fn check_sockets(
     socket_path: Option<PathBuf>,
     fd: Option<RawFd>,
-    events: Option<&Path>,
+    others: [(&'static str, &Option<PathBuf>); 2],
 ) -> Result<Listen, ConfigError> {
-    let paths = [("--socket-path", socket_path.as_deref()), ("--events", events)];
-    for (option, path) in paths {
-        if let Some(path) = path
-            && !(1..=SOCKET_PATH_BYTES_MAX).contains(&path.as_os_str().len())
-        {
+    let all = std::iter::once(("--socket-path", &socket_path)).chain(others);
+    let mut seen: Vec<(&'static str, &Path)> = Vec::new();
+    for (option, path) in all {
+        let Some(path) = path.as_deref() else {
+            continue;
+        };
+        if !(1..=SOCKET_PATH_BYTES_MAX).contains(&path.as_os_str().len()) {
             return Err(ConfigError::SocketPathLength {
                 option,
                 path: path.to_owned(),
             });
         }
+        if let Some((first, _)) = seen.iter().find(|(_, other)| *other == path) {
+            return Err(ConfigError::OneSocketPath {
+                first,
+                second: option,
+                path: path.to_owned(),
+            });
+        }
+        seen.push((option, path));
     }
     match (socket_path, fd) {
-        (Some(path), None) if Some(path.as_path()) == events => Err(ConfigError::OneSocketPath(path)),
         (Some(path), None) => Ok(Listen::Path(path)),
         (None, Some(fd)) => Ok(Listen::Fd(fd)),
         // Both at once is refused by the parser.

@@ -6,6 +6,7 @@
 //! image that the kernel may still write to stays locked until it has.
 
 mod connections;
+mod operator;
 mod signals;
 
 use std::io;
@@ -18,10 +19,11 @@ use std::time::Instant;
 use log::{debug, error, info, warn};
 
 use self::connections::{Connections, FrontendListener};
+use self::operator::DiskOperator;
 use self::signals::Signals;
 use crate::config::Config;
 use crate::control::events::Names;
-use crate::control::publisher::Publisher;
+use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, bind_unix_listener};
 use crate::device::DiskInfo;
@@ -148,6 +150,7 @@ fn serve(
     stopped: &Receiver<Stop>,
 ) -> Result<(Publisher, Stop), Error> {
     let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
+    let qmp = config.qmp.as_deref().map(bind_unix_listener).transpose()?;
     let listener = FrontendListener::new(&config.listen)?;
     let names = Names {
         reference: config.node_name.clone(),
@@ -157,8 +160,12 @@ fn serve(
             .map(|replica| replica.node_name.clone())
             .collect(),
     };
-    let publisher =
-        Publisher::spawn(events, queue, names).map_err(system("cannot start the event publisher"))?;
+    let monitor = qmp.map(|listener| Monitor {
+        listener,
+        operator: Arc::new(DiskOperator::new(stop.clone())),
+    });
+    let publisher = Publisher::spawn(events, monitor, queue, names)
+        .map_err(system("cannot start the event publisher"))?;
     signals
         .forward_to(stop)
         .map_err(system("cannot start the signal thread"))?;

@@ -60,6 +60,12 @@ pub const EVENT_READERS_MAX: usize = 64;
 /// Bytes kept for one reader of events that does not keep up. What does not fit is counted as missed.
 pub const EVENT_READER_BACKLOG_BYTES: usize = 256 << 10;
 
+/// Clients of the monitor served at the same time; another one is turned away.
+pub const QMP_CLIENTS_MAX: usize = 16;
+
+/// Bytes of one message to the monitor. A client that sends a longer one is dropped.
+pub const QMP_MESSAGE_BYTES_MAX: usize = 64 << 10;
+
 /// Ranges kept apart in one [`RangeSet`](crate::quorum::ranges::RangeSet); above it neighbours are joined.
 pub const RANGES_MAX: usize = 16 << 10;
 

@@ -41,7 +41,7 @@ fn serve() -> Served {
     let path = directory.path().join("events.sock");
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(listener), queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(Some(listener), None, queue.clone(), names()).unwrap();
     Served {
         _directory: directory,
         path,
@@ -362,7 +362,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     drop(UnixListener::bind(&path).unwrap());
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(listener), queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(Some(listener), None, queue.clone(), names()).unwrap();
     let refused = bind_unix_listener(&path).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)));
     assert!(!refused.to_string().contains('\n'));
@@ -405,7 +405,7 @@ fn without_a_socket_each_event_sent_is_logged_once() {
         reference: "only-logged".into(),
         nodes: vec![],
     };
-    let publisher = Publisher::spawn(None, queue.clone(), names).unwrap();
+    let publisher = Publisher::spawn(None, None, queue.clone(), names).unwrap();
     for sector in 0..1000 {
         queue.push(failure(sector));
     }

@@ -282,10 +282,13 @@ fn refuses_sockets_that_can_not_be() {
     assert_refused(&["--socket-path=", "--blk-file=a"], "--socket-path");
     let long = format!("--events=/{}", "x".repeat(107));
     assert_refused(&disk(1, &[&long]), "1 to 107 bytes");
-    assert_refused(
-        &disk(1, &["--events=/run/disk.sock"]),
-        "each socket needs its own path",
-    );
+    for sockets in [
+        &["--events=/run/disk.sock"] as &[_],
+        &["--qmp=/run/disk.sock"],
+        &["--events=/e", "--qmp=/e"],
+    ] {
+        assert_refused(&disk(1, sockets), "each socket needs its own path");
+    }
 }
 
 #[test]
@@ -312,7 +315,7 @@ fn refuses_queues_out_of_range() {
 
 #[test]
 fn refuses_what_is_not_there() {
-    for option in ["--qmp=/q", "--metrics=/m", "--nonsense", "-x"] {
+    for option in ["--metrics=/m", "--nonsense", "-x"] {
         assert_refused(&disk(3, &[option]), "unexpected argument");
     }
     assert_refused(&disk(3, &["--read-pattern=single"]), "invalid value 'single'");

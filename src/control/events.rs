@@ -11,6 +11,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use super::json::to_ascii;
 use crate::quorum::SectorRange;
 use crate::quorum::report::{Cause, Digest, Evidence, OperationType, Report};
 
@@ -182,7 +183,7 @@ fn line<D: Serialize>(event: &'static str, data: D, at: SystemTime) -> Vec<u8> {
             microseconds: since_epoch.subsec_micros(),
         },
     };
-    let mut bytes = serde_json::to_vec(&object).expect("structs of numbers and text serialise");
+    let mut bytes = to_ascii(&object);
     bytes.push(b'\n');
     bytes
 }

@@ -1,14 +1,24 @@
-//! The operator's side: events out.
+//! The operator's side: commands in, events and state out.
 //!
 //! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives them
-//! their JSON form, [`publisher`] hands them to the readers of the event socket (`reader`). [`socket`] makes
-//! the Unix sockets that the daemon listens on.
+//! their JSON form, [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
+//! ([`qmp`]), whose commands call the [`Operator`]. [`socket`] makes the Unix sockets that the daemon listens on.
 //!
 //! Nothing here is known to the voter, and nothing here can make it wait.
 
+mod client;
+mod door;
 pub mod events;
 mod fold;
+mod json;
 pub mod publisher;
+pub mod qmp;
 pub mod queue;
 mod reader;
 pub mod socket;
+
+/// What commands can ask for; the daemon does it. They call from one thread, one at a time, and may wait there.
+pub trait Operator: Send + Sync {
+    /// Has the daemon end as on SIGTERM; does not wait for that.
+    fn quit(&self);
+}

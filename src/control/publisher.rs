@@ -1,10 +1,12 @@
-//! The thread that sends events to whoever listens at `--events`, and to the log.
+//! The thread that talks to operators: it sends events to whoever listens at `--events`, to the clients of the monitor
+//! at `--qmp`, whose commands it passes on, and to the log.
 //!
 //! Invariants:
-//! - It waits in one place, for everything at once; no reader makes it wait for itself.
+//! - It waits in one place, for everything at once; no client makes it wait for itself.
 //! - Every event goes to the log once and to each reader that is connected when it is sent. None is kept for
 //!   a reader that comes later.
-//! - Readers are at most [`EVENT_READERS_MAX`], each with a bounded backlog (`reader`).
+//! - Readers and clients are at most [`EVENT_READERS_MAX`] and [`QMP_CLIENTS_MAX`], each with a bounded backlog
+//!   (`reader`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -17,25 +19,28 @@ use std::time::{Duration, Instant};
 use log::{debug, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
+use super::Operator;
+use super::client::Client;
+use super::door::Door;
 use super::events::Names;
+use super::qmp::executor::Executor;
 use super::queue::EventQueue;
-use super::reader::Reader;
 use super::socket::BoundListener;
-use crate::limits::EVENT_READERS_MAX;
+use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 
-/// How long [`Publisher::stop`] waits for readers that are behind.
+/// How long [`Publisher::stop`] waits for clients that are behind.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
-
-/// How long no reader is accepted after the system had no means for one; level-triggered, the listener would
-/// otherwise keep the thread spinning.
-const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// Events that are made into lines between two rounds of writing, so that the first of many is out early.
 const EVENTS_PER_ROUND: usize = 64;
 
+const CLIENTS_MAX: usize = EVENT_READERS_MAX + QMP_CLIENTS_MAX;
+
 const QUEUE_TOKEN: u64 = 0;
-const LISTENER_TOKEN: u64 = 1;
-const FIRST_READER_TOKEN: u64 = 2;
+const REPLIES_TOKEN: u64 = 1;
+const EVENTS_TOKEN: u64 = 2;
+const MONITOR_TOKEN: u64 = 3;
+const FIRST_CLIENT_TOKEN: u64 = 4;
 
 /// A running publisher. Dropping it stops it.
 pub struct Publisher {
@@ -43,11 +48,24 @@ pub struct Publisher {
     thread: Option<JoinHandle<()>>,
 }
 
+/// Where clients of the monitor connect, and who does what they ask for.
+pub struct Monitor {
+    /// The socket.
+    pub listener: BoundListener,
+    /// Does what commands say.
+    pub operator: Arc<dyn Operator>,
+}
+
 impl Publisher {
-    /// Starts to serve `queue` at `listener`. Without a listener the events go to the log alone, so that
+    /// Starts to serve `queue` at the sockets there are. Without any the events go to the log alone, so that
     /// nothing is left in the queue. A queue has one publisher in its life.
-    pub fn spawn(listener: Option<BoundListener>, queue: Arc<EventQueue>, names: Names) -> io::Result<Self> {
-        let server = Server::new(listener, queue.clone(), names)?;
+    pub fn spawn(
+        events: Option<BoundListener>,
+        monitor: Option<Monitor>,
+        queue: Arc<EventQueue>,
+        names: Names,
+    ) -> io::Result<Self> {
+        let server = Server::new(events, monitor, queue.clone(), names)?;
         let thread = std::thread::Builder::new()
             .name("events".into())
             .spawn(move || server.run())?;
@@ -57,8 +75,9 @@ impl Publisher {
         })
     }
 
-    /// Sends what is in the queue, folded or not, closes the readers (those that are behind after half a
-    /// second at most) and removes the socket. What is pushed later is not sent: stop what pushes first.
+    /// Sends what is in the queue, folded or not, lets the commands that run end, closes the connections (those
+    /// that are behind after half a second at most) and removes the sockets. What is pushed later is not sent: stop
+    /// what pushes first.
     pub fn stop(self) {
         drop(self);
     }
@@ -74,45 +93,68 @@ impl Drop for Publisher {
 }
 
 struct Server {
-    listener: Option<BoundListener>,
+    /// Of readers of events.
+    events: Option<Door>,
+    /// Of clients of the monitor.
+    monitor: Option<Door>,
+    executor: Option<Executor>,
     queue: Arc<EventQueue>,
     names: Names,
     epoll: Epoll,
-    readers: BTreeMap<u64, Registered>,
+    clients: BTreeMap<u64, (Kind, Client)>,
     next_token: u64,
-    /// When to listen again, if accepting was suspended.
-    accept_again_at: Option<Instant>,
 }
 
-struct Registered {
-    reader: Reader,
-    /// What the epoll instance knows of [`Reader::interest`].
-    interest: EventSet,
+/// By what door a client came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Reader,
+    Monitor,
+}
+
+impl Kind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Reader => "a reader of events",
+            Self::Monitor => "a client of the monitor",
+        }
+    }
+
+    fn most(self) -> usize {
+        match self {
+            Self::Reader => EVENT_READERS_MAX,
+            Self::Monitor => QMP_CLIENTS_MAX,
+        }
+    }
 }
 
 impl Server {
-    fn new(listener: Option<BoundListener>, queue: Arc<EventQueue>, names: Names) -> io::Result<Self> {
+    fn new(
+        events: Option<BoundListener>,
+        monitor: Option<Monitor>,
+        queue: Arc<EventQueue>,
+        names: Names,
+    ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let server = Self {
-            listener,
+        let wait_for = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
+        wait_for(queue.as_raw_fd(), QUEUE_TOKEN)?;
+        let events = events.map(|listener| Door::open(listener, EVENTS_TOKEN, &epoll));
+        let (mut door, mut executor) = (None, None);
+        if let Some(Monitor { listener, operator }) = monitor {
+            let runs = executor.insert(Executor::spawn(operator)?);
+            wait_for(runs.as_raw_fd(), REPLIES_TOKEN)?;
+            door = Some(Door::open(listener, MONITOR_TOKEN, &epoll)?);
+        }
+        Ok(Self {
+            events: events.transpose()?,
+            monitor: door,
+            executor,
             queue,
             names,
             epoll,
-            readers: BTreeMap::new(),
-            next_token: FIRST_READER_TOKEN,
-            accept_again_at: None,
-        };
-        server.control(
-            ControlOperation::Add,
-            server.queue.as_raw_fd(),
-            EventSet::IN,
-            QUEUE_TOKEN,
-        )?;
-        if let Some(listener) = &server.listener {
-            listener.socket().set_nonblocking(true)?;
-            server.listen()?;
-        }
-        Ok(server)
+            clients: BTreeMap::new(),
+            next_token: FIRST_CLIENT_TOKEN,
+        })
     }
 
     fn run(mut self) {
@@ -122,7 +164,8 @@ impl Server {
             let batch = self.queue.take();
             if !batch.events.is_empty() {
                 // Whoever had connected when they were pushed gets them.
-                self.accept_waiting();
+                self.accept_waiting(Kind::Reader);
+                self.accept_waiting(Kind::Monitor);
             }
             for round in batch.events.chunks(EVENTS_PER_ROUND) {
                 let lines: Vec<(Vec<u8>, u64)> = round
@@ -137,184 +180,136 @@ impl Server {
             if batch.last {
                 return self.finish();
             }
-            timeout = [batch.again_in, self.resume_accepting()]
-                .into_iter()
-                .flatten()
-                .min();
+            let doors = [&mut self.events, &mut self.monitor].into_iter().flatten();
+            let resume_in = doors.filter_map(|door| door.resume(&self.epoll)).min();
+            timeout = [batch.again_in, resume_in].into_iter().flatten().min();
         }
     }
 
-    /// Gives the readers that are behind a last chance.
+    /// Gives the clients that are behind a last chance.
     fn finish(mut self) {
         // First, so that nobody connects in vain.
-        self.listener = None;
+        (self.events, self.monitor) = (None, None);
         // What is pushed from now on is not sent and must not wake.
         let queue_fd = self.queue.as_raw_fd();
         let _ = self.control(ControlOperation::Delete, queue_fd, EventSet::empty(), QUEUE_TOKEN);
         let deadline = Instant::now() + STOP_PATIENCE;
-        while self
-            .readers
-            .values()
-            .any(|registered| registered.reader.is_behind())
-        {
+        while self.clients.values().any(|(_, client)| client.is_behind()) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                info!("a reader of events was cut off at shutdown, it had not read all of them");
+                info!("who had not read all by the end is cut off");
                 break;
             }
             self.wait(Some(left));
         }
-        for registered in self.readers.values_mut() {
-            // To close a socket with unread input would give the other side an error in place of an end.
-            let _ = registered.reader.discard_input();
+        for (_, client) in self.clients.values_mut() {
+            client.discard_input();
         }
     }
 
     fn send(&mut self, lines: &[(Vec<u8>, u64)]) {
-        self.each_reader(|reader| {
-            for (line, stands_for) in lines {
-                reader.offer(line, *stands_for)?;
-            }
-            reader.flush()
-        });
+        let tokens: Vec<u64> = self.clients.keys().copied().collect();
+        for token in tokens {
+            self.one_client(token, |client, monitor| client.tell(token, lines, monitor));
+        }
     }
 
-    /// Waits for the queue, the listener or a reader, and serves the latter two.
+    /// Waits for the queue, a door, a client or a reply for one, and serves all but the first.
     fn wait(&mut self, timeout: Option<Duration>) {
         // Rounded up: to come back early would be to come back twice.
         let timeout_ms = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
-        let mut fired = [EpollEvent::default(); EVENT_READERS_MAX + 2];
+        let mut fired = [EpollEvent::default(); CLIENTS_MAX + 4];
         let count = match self.epoll.wait(timeout_ms, &mut fired) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             // It is our own fd and our own memory.
             Err(error) => panic!("epoll_wait: {error}"),
         };
-        let mut accept = false;
+        let (mut readers, mut clients) = (false, false);
         for event in &fired[..count] {
             match event.data() {
                 QUEUE_TOKEN => {}
-                LISTENER_TOKEN => accept = true,
-                token => self.serve(token, event.event_set()),
+                REPLIES_TOKEN => self.pass_replies_on(),
+                EVENTS_TOKEN => readers = true,
+                MONITOR_TOKEN => clients = true,
+                token => self.one_client(token, |client, monitor| {
+                    client.serve(token, event.event_set(), monitor)
+                }),
             }
         }
         // Last, so that those who left have made room.
-        if accept {
-            self.accept_waiting();
+        if readers {
+            self.accept_waiting(Kind::Reader);
+        }
+        if clients {
+            self.accept_waiting(Kind::Monitor);
         }
     }
 
-    fn serve(&mut self, token: u64, ready: EventSet) {
-        self.one_reader(token, |reader| {
-            if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
-                return Err(io::ErrorKind::ConnectionReset.into());
-            }
-            if ready.contains(EventSet::IN) {
-                reader.discard_input()?;
-            }
-            reader.flush()
-        });
+    fn pass_replies_on(&mut self) {
+        let replies = self.executor.as_ref().map(Executor::take);
+        for (token, line) in replies.unwrap_or_default() {
+            // Who asked may have left.
+            self.one_client(token, |client, monitor| client.answer(token, &line, monitor));
+        }
     }
 
-    /// Accepts who waits at the listener, in a number that lets nobody keep the thread here.
-    fn accept_waiting(&mut self) {
-        for _ in 0..EVENT_READERS_MAX {
-            let Some(listener) = &self.listener else {
+    /// Accepts who waits at a door, in a number that lets nobody keep the thread here.
+    fn accept_waiting(&mut self, kind: Kind) {
+        for _ in 0..kind.most() {
+            let door = match kind {
+                Kind::Reader => &mut self.events,
+                Kind::Monitor => &mut self.monitor,
+            };
+            let Some(stream) = door.as_mut().and_then(|door| door.accept(&self.epoll)) else {
                 return;
             };
-            if self.accept_again_at.is_some() {
-                return;
-            }
-            match listener.socket().accept() {
-                Ok((stream, _)) => self.admit(stream),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-                Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => {}
-                Err(error) => return self.suspend_accepting(&error),
+            let present = self.clients.values().filter(|(other, _)| *other == kind).count();
+            if present >= kind.most() {
+                info!("{} was turned away: there are {present} already", kind.name());
+            } else if let Err(error) = self.admit(kind, stream) {
+                warn!("{} was turned away: {error}", kind.name());
             }
         }
     }
 
-    fn admit(&mut self, stream: UnixStream) {
-        if self.readers.len() >= EVENT_READERS_MAX {
-            info!("a reader of events was turned away: there are {EVENT_READERS_MAX} already");
-        } else if let Err(error) = self.register(stream) {
-            warn!("a reader of events was turned away: {error}");
-        }
-    }
-
-    fn register(&mut self, stream: UnixStream) -> io::Result<()> {
-        let reader = Reader::new(stream)?;
-        let interest = reader.interest();
+    fn admit(&mut self, kind: Kind, stream: UnixStream) -> io::Result<()> {
+        let client = match kind {
+            Kind::Reader => Client::reader(stream)?,
+            Kind::Monitor => Client::conversation(stream)?,
+        };
         let token = self.next_token;
-        self.control(ControlOperation::Add, reader.as_raw_fd(), interest, token)?;
+        let fd = client.as_raw_fd();
+        self.control(ControlOperation::Add, fd, client.registered, token)?;
         self.next_token += 1;
-        self.readers.insert(token, Registered { reader, interest });
+        self.clients.insert(token, (kind, client));
         Ok(())
     }
 
-    fn suspend_accepting(&mut self, error: &io::Error) {
-        warn!("no reader of events can be accepted for now: {error}");
-        if let Some(listener) = &self.listener {
-            let fd = listener.socket().as_raw_fd();
-            // Should it fail, the thread spins for the length of the pause.
-            let _ = self.control(ControlOperation::Delete, fd, EventSet::empty(), LISTENER_TOKEN);
-        }
-        self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
-    }
-
-    /// Listens again if it is time to, or says how long that is.
-    fn resume_accepting(&mut self) -> Option<Duration> {
-        let left = self.accept_again_at?.saturating_duration_since(Instant::now());
-        if !left.is_zero() {
-            return Some(left);
-        }
-        match self.listen() {
-            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
-                self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
-                Some(ACCEPT_PAUSE)
-            }
-            _ => {
-                self.accept_again_at = None;
-                None
-            }
-        }
-    }
-
-    fn listen(&self) -> io::Result<()> {
-        match &self.listener {
-            Some(listener) => {
-                let fd = listener.socket().as_raw_fd();
-                self.control(ControlOperation::Add, fd, EventSet::IN, LISTENER_TOKEN)
-            }
-            None => Ok(()),
-        }
-    }
-
-    fn each_reader(&mut self, mut action: impl FnMut(&mut Reader) -> io::Result<()>) {
-        let tokens: Vec<u64> = self.readers.keys().copied().collect();
-        for token in tokens {
-            self.one_reader(token, &mut action);
-        }
-    }
-
-    /// Does `action`, then tells epoll what the reader waits for now. A reader for which either fails is gone.
-    fn one_reader(&mut self, token: u64, action: impl FnOnce(&mut Reader) -> io::Result<()>) {
-        let Some(registered) = self.readers.get_mut(&token) else {
+    /// Does `action`, then tells epoll what the client waits for now. A client for which either fails is gone.
+    fn one_client(
+        &mut self,
+        token: u64,
+        action: impl FnOnce(&mut Client, Option<&Executor>) -> io::Result<()>,
+    ) {
+        let Some((kind, client)) = self.clients.get_mut(&token) else {
             return;
         };
-        let mut result = action(&mut registered.reader);
-        let interest = registered.reader.interest();
-        if result.is_ok() && interest != registered.interest {
-            registered.interest = interest;
-            let fd = registered.reader.as_raw_fd();
-            result = self.control(ControlOperation::Modify, fd, interest, token);
+        let mut result = action(client, self.executor.as_ref());
+        let interest = client.interest();
+        if result.is_ok() && interest != client.registered {
+            client.registered = interest;
+            let event = EpollEvent::new(interest, token);
+            result = self
+                .epoll
+                .ctl(ControlOperation::Modify, client.as_raw_fd(), event);
         }
         if let Err(error) = result {
-            debug!("a reader of events left: {error}");
+            debug!("{} left: {error}", kind.name());
             // Closing the fd takes it out of the epoll set.
-            self.readers.remove(&token);
+            self.clients.remove(&token);
         }
     }
 

@@ -1,9 +1,10 @@
-//! One reader of the event socket, which may be as slow as it likes.
+//! A connection that lines are sent on, to a reader who may be as slow as he likes.
 //!
 //! Invariants:
 //! - No call here blocks: the stream is non-blocking.
-//! - The backlog never exceeds [`EVENT_READER_BACKLOG_BYTES`] and holds whole lines only, but for the part of
-//!   the first one that was written already. A line that does not fit is counted, not cut.
+//! - The backlog holds whole lines only, but for the part of the first one that was written already. Events fill it
+//!   up to [`EVENT_READER_BACKLOG_BYTES`]; one that does not fit is counted, not cut. A reply always fits: who gets
+//!   one is not heard until it has read it.
 //! - While something is missed no line enters the backlog, so the notice stands where the gap is.
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -20,8 +21,18 @@ use crate::limits::EVENT_READER_BACKLOG_BYTES;
 /// shutdown gets no half line.
 const WRITE_BYTES_MAX: usize = 16 << 10;
 
+/// What ends a line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum LineEnd {
+    /// As text files have it.
+    Newline,
+    /// As QMP has it.
+    ReturnNewline,
+}
+
 pub(super) struct Reader {
     stream: UnixStream,
+    line_end: LineEnd,
     backlog: Vec<u8>,
     /// How much of the backlog was written.
     written: usize,
@@ -32,10 +43,11 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    pub(super) fn new(stream: UnixStream) -> io::Result<Self> {
+    pub(super) fn new(stream: UnixStream, line_end: LineEnd) -> io::Result<Self> {
         stream.set_nonblocking(true)?;
         Ok(Self {
             stream,
+            line_end,
             backlog: Vec::new(),
             written: 0,
             missed: 0,
@@ -43,7 +55,7 @@ impl Reader {
         })
     }
 
-    /// Queues a line that stands for so many events, or counts them as missed.
+    /// Queues an event, a line with its end, that stands for so many, or counts them as missed.
     pub(super) fn offer(&mut self, line: &[u8], stands_for: u64) -> io::Result<()> {
         if self.missed == 0 && !self.has_room(line.len()) {
             self.flush()?;
@@ -52,8 +64,17 @@ impl Reader {
             self.missed += stands_for;
             return Ok(());
         }
-        self.append(line);
+        self.event(line);
         Ok(())
+    }
+
+    /// Queues a reply, a line without its end.
+    pub(super) fn reply(&mut self, line: &[u8]) {
+        self.append(line);
+        self.append(match self.line_end {
+            LineEnd::Newline => b"\n",
+            LineEnd::ReturnNewline => b"\r\n",
+        });
     }
 
     /// Writes as much as the socket takes; when the backlog is gone, the notice of what was missed.
@@ -65,7 +86,7 @@ impl Reader {
                 if self.missed == 0 {
                     return Ok(());
                 }
-                self.append(&missed_line(self.missed, SystemTime::now()));
+                self.event(&missed_line(self.missed, SystemTime::now()));
                 self.missed = 0;
             }
             match (&self.stream).write(self.next_piece()) {
@@ -78,17 +99,23 @@ impl Reader {
         }
     }
 
-    /// Reads some of what the other side sent and throws it away. Its end is no reason to leave: a reader that
-    /// closed only its writing side, as `nc -N` does, still wants the events.
-    pub(super) fn discard_input(&mut self) -> io::Result<()> {
-        let mut scrap = [0; 4096];
-        match self.stream.read(&mut scrap) {
-            Ok(0) => self.input_open = false,
-            Ok(_) => {}
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => {}
-            Err(error) => return Err(error),
+    /// Reads some of what the other side sent. Its end is no reason to leave: a reader that closed only its writing
+    /// side, as `nc -N` does, still wants what there is for it.
+    pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
+        match self.stream.read(into) {
+            Ok(0) => {
+                self.input_open = false;
+                Ok(0)
+            }
+            Ok(count) => Ok(count),
+            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+            Err(error) => Err(error),
         }
-        Ok(())
+    }
+
+    /// Whether the other side may still send.
+    pub(super) fn is_input_open(&self) -> bool {
+        self.input_open
     }
 
     /// Whether something waits to be written.
@@ -105,7 +132,15 @@ impl Reader {
     }
 
     fn has_room(&self, bytes: usize) -> bool {
-        self.backlog.len() - self.written + bytes <= EVENT_READER_BACKLOG_BYTES
+        // With room for an end that is longer.
+        self.backlog.len() - self.written + bytes < EVENT_READER_BACKLOG_BYTES
+    }
+
+    fn event(&mut self, line: &[u8]) {
+        match line.strip_suffix(b"\n") {
+            Some(line) => self.reply(line),
+            None => debug_assert!(false, "a line has an end"),
+        }
     }
 
     fn append(&mut self, line: &[u8]) {
@@ -141,7 +176,7 @@ mod tests {
     #[test]
     fn a_stalled_reader_gets_whole_lines_and_one_notice_per_gap() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut reader = Reader::new(ours).unwrap();
+        let mut reader = Reader::new(ours, LineEnd::Newline).unwrap();
         let line = [b"x".repeat(299).as_slice(), b"\n"].concat();
         let offered: u64 = 10_000;
         for _ in 0..offered {
@@ -173,12 +208,12 @@ mod tests {
     #[test]
     fn the_end_of_input_is_not_the_end_of_the_reader() {
         let (ours, theirs) = UnixStream::pair().unwrap();
-        let mut reader = Reader::new(ours).unwrap();
+        let mut reader = Reader::new(ours, LineEnd::Newline).unwrap();
         (&theirs).write_all(b"hello?").unwrap();
         theirs.shutdown(std::net::Shutdown::Write).unwrap();
-        reader.discard_input().unwrap();
+        reader.read(&mut [0; 64]).unwrap();
         assert!(reader.interest().contains(EventSet::IN));
-        reader.discard_input().unwrap();
+        reader.read(&mut [0; 64]).unwrap();
         assert!(!reader.interest().contains(EventSet::IN));
         reader.offer(b"line\n", 1).unwrap();
         reader.flush().unwrap();

@@ -5,6 +5,7 @@
 #![allow(dead_code, unreachable_pub)]
 
 pub mod client;
+pub mod clients;
 pub mod daemon;
 pub mod disk;
 pub mod frontend;

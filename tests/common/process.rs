@@ -48,6 +48,11 @@ impl Process {
         self.exit_status
     }
 
+    /// Ends its standard input, if that is a pipe.
+    pub fn close_stdin(&mut self) {
+        drop(self.child.stdin.take());
+    }
+
     /// Is it still running?
     pub fn is_alive(&mut self) -> bool {
         self.exit_status().is_none()

@@ -13,45 +13,9 @@ set -eu
 sources=$(cd "$(dirname "$0")" && pwd)
 project=$(dirname "$(dirname "$sources")")
 guest=${CARGO_TARGET_DIR:-$project/target}/guest
+what=guest
 
-say() {
-    printf 'guest: %s\n' "$*"
-}
-
-fail() {
-    printf 'guest: %s\n' "$*" >&2
-    exit 1
-}
-
-# quietly COMMAND...: its output is shown only if it fails.
-quietly() {
-    if ! "$@" >"$scratch/output" 2>&1; then
-        cat "$scratch/output" >&2
-        fail "failed: $*"
-    fi
-}
-
-# as_root COMMAND...
-as_root() {
-    if [ "$(id -u)" -eq 0 ]; then
-        "$@"
-    else
-        sudo "$@"
-    fi
-}
-
-may_be_root() {
-    [ "$(id -u)" -eq 0 ] || { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
-}
-
-# Package lists may be absent (a fresh container) or too old to fetch from. Once is enough.
-refresh_package_lists() {
-    if [ "$lists_are_fresh" = no ] && may_be_root; then
-        say "updating the package lists"
-        quietly as_root apt-get update
-    fi
-    lists_are_fresh=yes
-}
+. "$project/tests/packages.sh"
 
 install_qemu() {
     command -v apt-get >/dev/null ||
@@ -65,13 +29,6 @@ install_qemu() {
     # Both come from one source and must have one version: qemu-utils may be there in another.
     quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --allow-downgrades \
         --no-install-recommends qemu-system-x86 "qemu-utils=$version"
-}
-
-# fetch PACKAGE DIRECTORY: unpacks a package there without installing it.
-fetch() {
-    mkdir -p "$scratch/packages"
-    (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
-    quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
 }
 
 # The package of the kernel that the meta package stands for.
@@ -166,11 +123,7 @@ is_fresh() {
     [ -s "$file" ] && [ -z "$(find "$@" -newer "$file")" ]
 }
 
-mkdir -p "$guest"
-scratch=$(mktemp -d "$guest/scratch.XXXXXX")
-trap 'rm -rf "$scratch"' EXIT
-trap 'exit 1' HUP INT TERM
-lists_are_fresh=no
+make_scratch "$guest"
 
 if ! command -v qemu-system-x86_64 >/dev/null || ! command -v qemu-img >/dev/null; then
     install_qemu

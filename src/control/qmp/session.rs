@@ -1,0 +1,236 @@
+//! A client's side of the conversation as a pure state machine: bytes in, replies and calls out.
+//!
+//! ```text
+//! greeting ─► negotiating ── qmp_capabilities ─► commanding: commands, and events from now on
+//! ```
+//!
+//! Invariants: each message has one reply, in the order of the messages; a reply is one line and ASCII; the `id`
+//! of a message, whatever it is, comes back with its reply.
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use super::commands::{self, Command, CommandError, Returned, Version};
+use super::splitter::{Found, Splitter};
+use crate::control::Operator;
+use crate::control::json::to_ascii;
+
+/// One client's conversation.
+#[derive(Debug, Default)]
+pub struct Session {
+    splitter: Splitter,
+    /// Received and not looked at yet, from `looked_at` on.
+    received: Vec<u8>,
+    looked_at: usize,
+    negotiated: bool,
+}
+
+/// What comes of a message.
+#[derive(Debug)]
+pub enum Step {
+    /// Send this line.
+    Reply(Vec<u8>),
+    /// Run this and send what comes of it, before the next step.
+    Execute(Call),
+    /// Send this line and hear no more of the client.
+    Close(Vec<u8>),
+}
+
+/// A command, ready to be run.
+#[derive(Debug)]
+pub struct Call {
+    command: &'static Command,
+    arguments: Map<String, Value>,
+    id: Option<Value>,
+}
+
+impl Call {
+    /// Runs the command; the reply, one line without its end.
+    pub fn run(self, operator: &dyn Operator) -> Vec<u8> {
+        reply(self.command.run(self.arguments, operator), self.id)
+    }
+
+    /// What is to be run.
+    pub fn name(&self) -> &'static str {
+        self.command.name
+    }
+}
+
+impl Session {
+    /// The line that a client is greeted with.
+    pub fn greeting() -> Vec<u8> {
+        #[derive(Serialize)]
+        struct Greeting {
+            #[serde(rename = "QMP")]
+            qmp: Qmp,
+        }
+        #[derive(Serialize)]
+        struct Qmp {
+            version: Version,
+            capabilities: [&'static str; 0],
+        }
+        to_ascii(&Greeting {
+            qmp: Qmp {
+                version: Version::of_this_program(),
+                capabilities: [],
+            },
+        })
+    }
+
+    /// Takes in what the client has sent. [`Self::step`] says what comes of it.
+    pub fn receive(&mut self, bytes: &[u8]) {
+        self.received.drain(..self.looked_at);
+        self.looked_at = 0;
+        self.received.extend_from_slice(bytes);
+    }
+
+    /// What to do now; `None` until more is received.
+    pub fn step(&mut self) -> Option<Step> {
+        while let Some(&byte) = self.received.get(self.looked_at) {
+            self.looked_at += 1;
+            if let Some(found) = self.splitter.push(byte) {
+                return Some(self.take(found));
+            }
+        }
+        None
+    }
+
+    /// Whether the client wants events.
+    pub fn is_negotiated(&self) -> bool {
+        self.negotiated
+    }
+
+    fn take(&mut self, found: Found) -> Step {
+        let text = match found {
+            Found::Message(text) => text,
+            Found::Garbage(why) => {
+                let error = CommandError::generic(format!("JSON parse error, {why}"));
+                return Step::Reply(reply(Err(error), None));
+            }
+            Found::TooLong => {
+                let error = CommandError::generic("JSON parse error, the message is too long");
+                return Step::Close(reply(Err(error), None));
+            }
+        };
+        let mut message = match serde_json::from_slice(&text) {
+            Ok(Value::Object(message)) => message,
+            Ok(_) => {
+                let error = CommandError::generic("QMP input must be a JSON object");
+                return Step::Reply(reply(Err(error), None));
+            }
+            Err(error) => {
+                let error = CommandError::generic(format!("JSON parse error, {error}"));
+                return Step::Reply(reply(Err(error), None));
+            }
+        };
+        let id = message.remove("id");
+        match self.understand(message) {
+            Ok(Understood::Negotiated(returned)) => Step::Reply(reply(Ok(returned), id)),
+            Ok(Understood::Call(command, arguments)) => Step::Execute(Call {
+                command,
+                arguments,
+                id,
+            }),
+            Err(error) => Step::Reply(reply(Err(error), id)),
+        }
+    }
+
+    fn understand(&mut self, mut message: Map<String, Value>) -> Result<Understood, CommandError> {
+        let execute = message.remove("execute");
+        let arguments = message.remove("arguments");
+        if let Some(member) = message.keys().next() {
+            let text = format!("QMP input member '{member}' is unexpected");
+            return Err(CommandError::generic(text));
+        }
+        let name = match execute {
+            Some(Value::String(name)) => name,
+            Some(_) => {
+                return Err(CommandError::generic(
+                    "QMP input member 'execute' must be a string",
+                ));
+            }
+            None => return Err(CommandError::generic("QMP input lacks member 'execute'")),
+        };
+        let arguments = match arguments {
+            Some(Value::Object(arguments)) => arguments,
+            Some(_) => {
+                return Err(CommandError::generic(
+                    "QMP input member 'arguments' must be an object",
+                ));
+            }
+            None => Map::new(),
+        };
+        if name == commands::NEGOTIATION {
+            if self.negotiated {
+                return Err(CommandError::not_found(
+                    "Capabilities negotiation is already complete, command ignored",
+                ));
+            }
+            let returned = commands::negotiate(arguments)?;
+            self.negotiated = true;
+            return Ok(Understood::Negotiated(returned));
+        }
+        if !self.negotiated {
+            return Err(CommandError::not_found(format!(
+                "Expecting capabilities negotiation with '{}'",
+                commands::NEGOTIATION
+            )));
+        }
+        match commands::find(&name) {
+            Some(command) => Ok(Understood::Call(command, arguments)),
+            None => Err(CommandError::not_found(format!(
+                "The command {name} has not been found"
+            ))),
+        }
+    }
+}
+
+enum Understood {
+    Negotiated(Returned),
+    Call(&'static Command, Map<String, Value>),
+}
+
+/// A whole conversation: what a client is sent that sends `bytes` and does not wait for replies. For whoever wants to
+/// try what a client can send.
+pub fn converse(bytes: &[u8], operator: &dyn Operator) -> Vec<Vec<u8>> {
+    let mut session = Session::default();
+    let mut lines = vec![Session::greeting()];
+    // As a socket would bring them.
+    for part in bytes.chunks(READ_BYTES) {
+        session.receive(part);
+        while let Some(step) = session.step() {
+            match step {
+                Step::Reply(line) => lines.push(line),
+                Step::Execute(call) => lines.push(call.run(operator)),
+                Step::Close(line) => {
+                    lines.push(line);
+                    return lines;
+                }
+            }
+        }
+    }
+    lines
+}
+
+/// Bytes that are received at a time.
+pub(in crate::control) const READ_BYTES: usize = 4096;
+
+fn reply(outcome: Result<Returned, CommandError>, id: Option<Value>) -> Vec<u8> {
+    #[derive(Serialize)]
+    struct Reply {
+        #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
+        returned: Option<Returned>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        error: Option<CommandError>,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        id: Option<Value>,
+    }
+    let (returned, error) = match outcome {
+        Ok(returned) => (Some(returned), None),
+        Err(error) => (None, Some(error)),
+    };
+    to_ascii(&Reply { returned, error, id })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,256 @@
+//! What a client is answered, beside what QEMU answers.
+
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use proptest::prelude::*;
+use serde_json::json;
+
+use super::*;
+
+/// Counts how often it was asked to quit.
+#[derive(Default)]
+struct Counting {
+    quits: AtomicU32,
+}
+
+impl Operator for Counting {
+    fn quit(&self) {
+        self.quits.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// The replies after the greeting, parsed.
+fn replies(bytes: &[u8]) -> Vec<Value> {
+    let lines = converse(bytes, &Counting::default());
+    let mut parsed = lines.iter().map(|line| serde_json::from_slice(line).unwrap());
+    let greeting: Value = parsed.next().unwrap();
+    assert_eq!(greeting["QMP"]["capabilities"], json!([]));
+    assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
+    parsed.collect()
+}
+
+/// The last reply, after capabilities were negotiated.
+fn answer(text: &str) -> Value {
+    let mut all = replies(
+        [br#"{"execute":"qmp_capabilities"}"#, text.as_bytes()]
+            .concat()
+            .as_slice(),
+    );
+    assert_eq!(all.remove(0), json!({ "return": {} }));
+    assert_eq!(all.len(), 1, "{all:?}");
+    all.remove(0)
+}
+
+fn error(class: &str, desc: &str) -> Value {
+    json!({ "error": { "class": class, "desc": desc } })
+}
+
+#[test]
+fn nothing_runs_before_the_negotiation_and_that_is_done_once() {
+    let all = replies(
+        br#"{"execute":"quit","id":1}
+            {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}
+            {"execute":"qmp_capabilities","arguments":{"enable":[]},"id":"a"}
+            {"execute":"qmp_capabilities","id":null}"#,
+    );
+    let mut expecting = error(
+        "CommandNotFound",
+        "Expecting capabilities negotiation with 'qmp_capabilities'",
+    );
+    expecting["id"] = json!(1);
+    let mut complete = error(
+        "CommandNotFound",
+        "Capabilities negotiation is already complete, command ignored",
+    );
+    complete["id"] = json!(null);
+    assert_eq!(all[0], expecting);
+    assert_eq!(all[1], error("GenericError", "Capability 'oob' is not available"));
+    assert_eq!(all[2], json!({ "return": {}, "id": "a" }));
+    assert_eq!(all[3], complete);
+}
+
+#[test]
+fn any_id_comes_back() {
+    for id in [
+        json!(null),
+        json!(-1.5),
+        json!("é\n"),
+        json!({ "a": [true, { "b": [] }] }),
+    ] {
+        let reply = answer(&json!({ "execute": "query-status", "id": id }).to_string());
+        assert_eq!(
+            reply,
+            json!({ "return": { "running": true, "status": "running" }, "id": id })
+        );
+        let reply = answer(&json!({ "execute": "none", "id": id }).to_string());
+        assert_eq!(
+            (&reply["id"], &reply["error"]["class"]),
+            (&id, &json!("CommandNotFound"))
+        );
+    }
+}
+
+/// Word for word what qemu-storage-daemon answers, where it does not speak of its own JSON parser.
+#[test]
+fn errors_are_qemus() {
+    let cases = [
+        (
+            r#"{"execute":"system_reset"}"#,
+            "CommandNotFound",
+            "The command system_reset has not been found",
+        ),
+        (
+            r#"{"execute":1}"#,
+            "GenericError",
+            "QMP input member 'execute' must be a string",
+        ),
+        (
+            r#"{"exec":"a"}"#,
+            "GenericError",
+            "QMP input member 'exec' is unexpected",
+        ),
+        (
+            r#"{"execute":"quit","foo":1}"#,
+            "GenericError",
+            "QMP input member 'foo' is unexpected",
+        ),
+        (
+            r#"{"execute":"quit","arguments":[]}"#,
+            "GenericError",
+            "QMP input member 'arguments' must be an object",
+        ),
+        ("{}", "GenericError", "QMP input lacks member 'execute'"),
+        ("[1]", "GenericError", "QMP input must be a JSON object"),
+    ];
+    for (text, class, desc) in cases {
+        assert_eq!(answer(text), error(class, desc), "{text}");
+    }
+}
+
+#[test]
+fn what_is_no_json_is_told_and_the_next_line_is_heard() {
+    for text in [
+        "5",
+        "}",
+        "hello {}",
+        r#"{"a" 1}"#,
+        r#"{"execute": query}"#,
+        "{]",
+        r#"{"a"#,
+        "{\"\u{7f}",
+    ] {
+        let bytes = format!("{text}\n{{'execute':'qmp_capabilities'}}\n");
+        let all = replies(bytes.as_bytes());
+        assert_eq!(all[0]["error"]["class"], "GenericError", "{text}: {all:?}");
+        assert_eq!(all.last(), Some(&json!({ "return": {} })), "{text}: {all:?}");
+    }
+}
+
+#[test]
+fn arguments_are_checked() {
+    let reply = answer(r#"{"execute":"query-status","arguments":{"a":1}}"#);
+    assert_eq!(reply["error"]["class"], "GenericError");
+    assert!(
+        reply["error"]["desc"]
+            .as_str()
+            .unwrap()
+            .contains("unknown field `a`")
+    );
+}
+
+#[test]
+fn all_commands_are_named() {
+    let reply = answer(r#"{"execute":"query-commands"}"#);
+    let names: Vec<&str> = reply["return"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|command| command["name"].as_str().unwrap())
+        .collect();
+    assert!(names.is_sorted());
+    for name in ["qmp_capabilities", "query-commands", "query-version", "quit"] {
+        assert!(names.contains(&name), "{name}");
+    }
+}
+
+#[test]
+fn who_says_quit_is_answered() {
+    let operator = Counting::default();
+    let lines = converse(
+        br#"{"execute":"qmp_capabilities"}{"execute":"quit","id":7}"#,
+        &operator,
+    );
+    assert_eq!(lines.last().unwrap(), br#"{"return":{},"id":7}"#);
+    assert_eq!(operator.quits.into_inner(), 1);
+}
+
+#[test]
+fn nesting_does_not_exhaust_the_stack_nor_an_endless_message_the_memory() {
+    let deep = [b"[".repeat(30_000), b"]".repeat(30_000)].concat();
+    assert_eq!(replies(&deep)[0]["error"]["class"], "GenericError");
+    let endless = b"[".repeat(1 << 20);
+    assert_eq!(replies(&endless).len(), 1, "and no more is heard");
+}
+
+/// Bytes as a client may send them: pieces of messages, in any order.
+fn input() -> impl Strategy<Value = Vec<u8>> {
+    let pieces: [&'static [u8]; 16] = [
+        b"{\"execute\":\"qmp_capabilities\"}",
+        b"{\"execute\":\"query-version\",\"id\":1}",
+        b"{\"execute\":",
+        b"\"arguments\":{}",
+        b"\"id\":[1,{\"a\":null}]",
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b"\"",
+        b"'",
+        b"\\",
+        b"\n",
+        b",",
+        b"\xff",
+        b"\xc3\xa9",
+    ];
+    let piece = prop_oneof![
+        4 => prop::sample::select(pieces.to_vec()).prop_map(<[u8]>::to_vec),
+        1 => prop::collection::vec(any::<u8>(), 0..8),
+    ];
+    prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+}
+
+proptest! {
+    /// Whatever is sent, each reply is one line of ASCII with a return or an error of a known class, and a client that
+    /// begins a new line, after a byte that is in no message, is heard.
+    #[test]
+    fn whatever_is_sent(bytes in input()) {
+        let ended = [&bytes, b"\xff\n{\"execute\":\"qmp_capabilities\",\"id\":\"the last\"}".as_slice()].concat();
+        let lines = converse(&ended, &Counting::default());
+        for line in &lines[1..] {
+            prop_assert!(line.is_ascii() && !line.contains(&b'\n') && !line.contains(&b'\r'));
+            let reply: Value = serde_json::from_slice(line).unwrap();
+            let class = reply["error"]["class"].as_str();
+            let known = matches!(class, Some("GenericError" | "CommandNotFound"));
+            prop_assert!(known != reply.get("return").is_some(), "{}", reply);
+        }
+        let last: Value = serde_json::from_slice(lines.last().unwrap()).unwrap();
+        prop_assert_eq!(&last["id"], "the last");
+    }
+
+    /// How the bytes arrive makes no difference.
+    #[test]
+    fn whatever_the_pieces(bytes in input(), size in 1_usize..9) {
+        let mut session = Session::default();
+        let mut lines = vec![Session::greeting()];
+        for part in bytes.chunks(size) {
+            session.receive(part);
+            while let Some(step) = session.step() {
+                match step {
+                    Step::Reply(line) | Step::Close(line) => lines.push(line),
+                    Step::Execute(call) => lines.push(call.run(&Counting::default())),
+                }
+            }
+        }
+        prop_assert_eq!(lines, converse(&bytes, &Counting::default()));
+    }
+}

@@ -1,0 +1,54 @@
+#!/bin/sh
+# Prepares the programs of others that the tests talk to the operator's interfaces with.
+#
+# Under target/clients/ or $CARGO_TARGET_DIR/clients/:
+#   venv/        the QEMU project's client of its monitor, qemu.qmp, with qmp-shell
+#   promtool     Prometheus' own check of what is scraped
+# Installs python3-venv where it is missing (Debian and its like; as root or through sudo). Does nothing, and says
+# nothing, when all is there. Remove that directory to have it made anew.
+
+set -eu
+
+sources=$(cd "$(dirname "$0")" && pwd)
+project=$(dirname "$(dirname "$sources")")
+clients=${CARGO_TARGET_DIR:-$project/target}/clients
+what=clients
+
+. "$project/tests/packages.sh"
+
+# What is there and made with the versions of today is left alone.
+wanted=$(cksum <"$sources/requirements.txt")
+
+install_venv() {
+    command -v apt-get >/dev/null && may_be_root ||
+        fail "install Python 3 with venv and pip first (Debian: python3-venv)"
+    refresh_package_lists
+    say "installing python3-venv"
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
+}
+
+make_venv() {
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install_venv
+    say "making a Python environment with $(grep -v '^#' "$sources/requirements.txt")"
+    rm -rf "$clients/venv"
+    quietly python3 -m venv "$clients/venv"
+    quietly "$clients/venv/bin/pip" install --disable-pip-version-check --requirement "$sources/requirements.txt"
+    printf '%s\n' "$wanted" >"$clients/venv/made-of"
+}
+
+fetch_promtool() {
+    command -v apt-get >/dev/null || fail "no apt-get here to fetch Debian's package prometheus with"
+    refresh_package_lists
+    say "fetching promtool"
+    fetch prometheus "$scratch/prometheus"
+    mv "$scratch/prometheus/usr/bin/promtool" "$clients/promtool"
+}
+
+make_scratch "$clients"
+
+if [ "$(cat "$clients/venv/made-of" 2>/dev/null)" != "$wanted" ]; then
+    make_venv
+fi
+if ! [ -x "$clients/promtool" ]; then
+    fetch_promtool
+fi

@@ -1,0 +1,57 @@
+# What the scripts that prepare something for the tests share. They say in $what who speaks, and call make_scratch
+# first.
+
+say() {
+    printf '%s: %s\n' "$what" "$*"
+}
+
+fail() {
+    printf '%s: %s\n' "$what" "$*" >&2
+    exit 1
+}
+
+# quietly COMMAND...: its output is shown only if it fails.
+quietly() {
+    if ! "$@" >"$scratch/output" 2>&1; then
+        cat "$scratch/output" >&2
+        fail "failed: $*"
+    fi
+}
+
+# as_root COMMAND...
+as_root() {
+    if [ "$(id -u)" -eq 0 ]; then
+        "$@"
+    else
+        sudo "$@"
+    fi
+}
+
+may_be_root() {
+    [ "$(id -u)" -eq 0 ] || { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
+}
+
+# Package lists may be absent (a fresh container) or too old to fetch from. Once is enough.
+refresh_package_lists() {
+    if [ "$lists_are_fresh" = no ] && may_be_root; then
+        say "updating the package lists"
+        quietly as_root apt-get update
+    fi
+    lists_are_fresh=yes
+}
+
+# fetch PACKAGE DIRECTORY: unpacks a package there without installing it.
+fetch() {
+    mkdir -p "$scratch/packages"
+    (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
+    quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
+}
+
+# make_scratch DIRECTORY: makes it, and in it a place for what is being made, $scratch, which goes when the script ends.
+make_scratch() {
+    mkdir -p "$1"
+    scratch=$(mktemp -d "$1/scratch.XXXXXX")
+    trap 'rm -rf "$scratch"' EXIT
+    trap 'exit 1' HUP INT TERM
+    lists_are_fresh=no
+}
