@@ -22,6 +22,7 @@ use self::connections::{Connections, FrontendListener};
 use self::operator::DiskOperator;
 use self::signals::Signals;
 use crate::config::Config;
+use crate::control::Operator;
 use crate::control::events::Names;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
@@ -34,6 +35,7 @@ use crate::message::{Quoted, Reason};
 use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
+use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
 
 /// Why the daemon could not start, or ended otherwise than asked. Each is one line for the operator.
@@ -115,12 +117,21 @@ pub fn run(config: &Config) -> Result<(), Error> {
         slots: slots
             .collect::<Result<_, _>>()
             .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
+        statistics: Statistics::new(count, replicas.len()),
         events: Arc::clone(&queue),
         stop: stop.clone(),
     };
     let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
 
-    let served = serve(config, &disk, &workers, queue, signals, stop, &stopped);
+    let served = serve(
+        config,
+        &disk,
+        &replicas,
+        &workers,
+        queue,
+        signals,
+        (stop, &stopped),
+    );
     let mut unanswered = workers.exit();
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
@@ -143,11 +154,11 @@ pub fn run(config: &Config) -> Result<(), Error> {
 fn serve(
     config: &Config,
     disk: &Disk,
+    replicas: &[ReplicaFile],
     workers: &Workers,
     queue: Arc<EventQueue>,
     signals: Signals,
-    stop: Sender<Stop>,
-    stopped: &Receiver<Stop>,
+    (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
     let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
     let qmp = config.qmp.as_deref().map(bind_unix_listener).transpose()?;
@@ -160,9 +171,10 @@ fn serve(
             .map(|replica| replica.node_name.clone())
             .collect(),
     };
+    let operator: Arc<dyn Operator> = Arc::new(DiskOperator::new(config, disk, replicas, stop.clone()));
     let monitor = qmp.map(|listener| Monitor {
         listener,
-        operator: Arc::new(DiskOperator::new(stop.clone())),
+        operator: Arc::clone(&operator),
     });
     let publisher = Publisher::spawn(events, monitor, queue, names)
         .map_err(system("cannot start the event publisher"))?;

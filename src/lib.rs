@@ -13,7 +13,7 @@
 //!    chain on the used ring.
 //! 6. [`control`] tells the operator who was wrong.
 //!
-//! [`worker`] is the thread all of this runs on, [`daemon`] builds and stops the parts, [`config`] is the
+//! [`worker`] is the thread all of this runs on, [`statistics`] what it counts, [`daemon`] builds and stops the parts, [`config`] is the
 //! command line, [`limits`] has every bound.
 
 pub mod config;
@@ -27,4 +27,5 @@ pub mod quorum;
 pub mod replica;
 #[cfg(feature = "sim")]
 pub mod sim;
+pub mod statistics;
 pub mod worker;

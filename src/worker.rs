@@ -35,6 +35,7 @@ use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
 use crate::replica::operation::{Operation, RequestId};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
+use crate::statistics::{Recorder, Statistics, TurnTime};
 
 /// The watch of the mailbox, and those of all kicks: every ring is looked at in any case.
 const MAILBOX: WatchToken = WatchToken(0);
@@ -73,6 +74,8 @@ pub struct Disk {
     pub files: Vec<RawFd>,
     /// Room for connections.
     pub slots: Vec<ConnectionSlot>,
+    /// Where figures are kept, for each worker.
+    pub statistics: Statistics,
     /// Where reports go.
     pub events: Arc<EventQueue>,
     /// Where to tell that the daemon must stop.
@@ -353,6 +356,7 @@ struct Io {
     ring: Ring,
     /// Operations in flight on each replica.
     in_flight: Vec<usize>,
+    recorder: Recorder,
     guests: Guests,
     mailboxes: Vec<Arc<Mailbox>>,
     events: Arc<EventQueue>,
@@ -377,7 +381,8 @@ impl Io {
 impl Effects for Io {
     fn submit(&mut self, operation: Operation) {
         self.in_flight[operation.replica.as_usize()] += 1;
-        if let Err(error) = self.ring.push(operation) {
+        self.recorder.operation_begun(&operation);
+        if let Err(error) = self.ring.push(operation, self.recorder.now()) {
             self.failure.get_or_insert(error);
         }
     }
@@ -394,6 +399,7 @@ impl Effects for Io {
     }
 
     fn report(&mut self, report: Report) {
+        self.recorder.reported(&report);
         self.events.push(report);
     }
 
@@ -428,10 +434,15 @@ impl Worker {
         // Watched as long as the ring lives.
         ring.watch(&mailbox.event, MAILBOX)?;
         let (replicas, drain_limit) = (disk.policy.replicas, drain_limit(disk.policy.replica_timeout));
+        let statistics = disk.statistics.of_worker(index.0);
+        let recorder = Recorder::new(statistics, TurnTime::default());
         let guests = disk.slots.iter().map(|slot| {
             let (info, pool) = (disk.info.clone(), pool.clone());
-            Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool)
+            let mut guest = Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool);
+            guest.set_recorder(recorder.clone());
+            guest
         });
+        let guests = Guests::new(guests.collect());
         let kicks = disk.slots.iter();
         let kicks = kicks.map(|slot| slot.vrings.iter().map(|_| None).collect());
         Ok(Self {
@@ -440,7 +451,8 @@ impl Worker {
             io: Io {
                 ring,
                 in_flight: vec![0; replicas],
-                guests: Guests::new(guests.collect()),
+                recorder,
+                guests,
                 mailboxes,
                 events: disk.events,
                 flushing: VecDeque::new(),
@@ -537,10 +549,12 @@ impl Worker {
             self.spin.found();
         }
         self.engine.set_time(now);
+        self.io.recorder.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {
             match completion {
-                Completion::Reply(reply) => {
+                Completion::Reply(reply, since) => {
+                    self.io.recorder.operation_ended(&reply, since);
                     self.io.in_flight[reply.replica.as_usize()] -= 1;
                     self.engine.reply(reply, &mut self.io);
                 }

@@ -25,6 +25,7 @@ use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::bind_unix_listener;
+use quorum_blk::control::state::DiskState;
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
 use quorum_blk::quorum::report::{Cause, OperationType, Report};
 use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
@@ -307,6 +308,10 @@ struct Hesitant {
 }
 
 impl Operator for Hesitant {
+    fn state(&self) -> DiskState {
+        panic!("nobody asks")
+    }
+
     fn quit(&self) {
         self.asked.send(()).unwrap();
         let _ = self.may_go_on.lock().unwrap().recv_timeout(LIMIT);

@@ -1,7 +1,7 @@
 //! The operator's side: commands in, events and state out.
 //!
 //! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives them
-//! their JSON form, [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
+//! their JSON form, [`state`] is what can be seen of the disk, [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
 //! ([`qmp`]), whose commands call the [`Operator`]. [`socket`] makes the Unix sockets that the daemon listens on.
 //!
 //! Nothing here is known to the voter, and nothing here can make it wait.
@@ -16,9 +16,15 @@ pub mod qmp;
 pub mod queue;
 mod reader;
 pub mod socket;
+pub mod state;
+
+use self::state::DiskState;
 
 /// What commands can ask for; the daemon does it. They call from one thread, one at a time, and may wait there.
 pub trait Operator: Send + Sync {
+    /// What there is to be seen of the disk.
+    fn state(&self) -> DiskState;
+
     /// Has the daemon end as on SIGTERM; does not wait for that.
     fn quit(&self);
 }

@@ -28,6 +28,7 @@ use crate::limits::{
 };
 use crate::quorum::{SECTOR_BYTES, SectorRange};
 use crate::replica::buffer::BufferPool;
+use crate::statistics::{Recorder, RequestKind, Since};
 
 const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;
 const ZERO_PIECE_SECTORS: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
@@ -45,6 +46,7 @@ pub struct Guest {
     unfinished: VecDeque<usize>,
     /// The driver cannot flush: every write must be durable when it is answered.
     durable_writes: bool,
+    recorder: Recorder,
 }
 
 struct Ring {
@@ -94,6 +96,8 @@ struct Taken {
     /// Pieces begun and not answered.
     outstanding: usize,
     failed: bool,
+    /// As what it counts, and since when.
+    counted: Option<(RequestKind, Since)>,
     /// Not ours any more; the engine still has pieces of it, whose answers mean nothing.
     abandoned: bool,
 }
@@ -127,7 +131,13 @@ impl Guest {
             chains: Slab::new(),
             unfinished: VecDeque::new(),
             durable_writes: false,
+            recorder: Recorder::nobodys(),
         }
+    }
+
+    /// Counts requests there from now on.
+    pub fn set_recorder(&mut self, recorder: Recorder) {
+        self.recorder = recorder;
     }
 
     /// Where the frontend wants the chains of a ring to be tracked, from its next start on.
@@ -199,6 +209,9 @@ impl Guest {
         warn!("{count} requests are not answered in time by the replicas they need; they {fate}");
         for key in keys {
             if tracked {
+                if let Some((kind, _)) = self.chains[key].counted {
+                    self.recorder.request_abandoned(kind);
+                }
                 self.let_go(key);
             } else {
                 self.give_back(key, Status::IoError);
@@ -423,12 +436,18 @@ impl Guest {
             Kind::In(_) | Kind::Out(_) | Kind::Zero if request.sectors() == 0 => Some(Status::Ok),
             Kind::In(_) | Kind::Out(_) | Kind::Zero | Kind::Flush => None,
         };
+        let counted = request.counts_as();
+        let counted = counted.map(|kind| (kind, self.recorder.request_begun(kind)));
+        if matches!(request.kind, Kind::Refused(_)) {
+            self.recorder.request_refused();
+        }
         let key = self.chains.insert(Taken {
             ring,
             request,
             begun_sectors: 0,
             outstanding: 0,
             failed: false,
+            counted,
             abandoned: false,
         });
         match at_once {
@@ -487,6 +506,11 @@ impl Guest {
     fn give_back(&mut self, key: usize, status: Status) {
         let chain = &self.chains[key];
         let head = chain.request.head;
+        if let Some((kind, since)) = chain.counted {
+            let range = chain.request.extent();
+            self.recorder
+                .request_ended(kind, range, since, status == Status::Ok);
+        }
         let memory = self.memory.memory();
         let memory = View(&memory);
         let written = chain.request.answer(memory, status);

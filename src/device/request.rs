@@ -16,6 +16,7 @@ use super::chain::Chain;
 use super::{DiskInfo, View};
 use crate::limits::{ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use crate::quorum::{SECTOR_BYTES, SectorRange};
+use crate::statistics::RequestKind;
 
 /// Bytes of the request header: type, reserved, sector.
 const HEADER_BYTES: usize = 16;
@@ -152,6 +153,25 @@ impl Request {
                 before_status,
             },
             None => refused(Status::IoError),
+        }
+    }
+
+    /// As what it is counted, if it is one that replicas are asked for.
+    pub fn counts_as(&self) -> Option<RequestKind> {
+        match self.kind {
+            Kind::In(_) => Some(RequestKind::Read),
+            Kind::Out(_) => Some(RequestKind::Write),
+            Kind::Zero => Some(RequestKind::Zero),
+            Kind::Flush => Some(RequestKind::Flush),
+            Kind::GetId | Kind::Refused(_) => None,
+        }
+    }
+
+    /// Its sectors as one range; of one that zeroes as many, wherever they are.
+    pub fn extent(&self) -> SectorRange {
+        match self.kind {
+            Kind::In(range) | Kind::Out(range) => range,
+            _ => SectorRange::new(0, self.sectors()),
         }
     }
 

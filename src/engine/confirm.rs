@@ -159,6 +159,8 @@ impl Read {
             Counters::add(&core.shared.counters.suspicions_dropped, 1);
         }
         for dissent in &verdict.dissents {
+            let sectors = dissent.bad_sectors.iter().map(|run| run.count).sum();
+            Counters::add(&core.shared.counters.of(dissent.replica).sectors_wrong, sectors);
             effects.report(Report::Bad {
                 replica: dissent.replica,
                 operation: OperationType::Read,
@@ -282,7 +284,7 @@ impl Read {
             return Progress::Waiting;
         }
         let began = *began;
-        let counters = &core.shared.counters;
+        let counters = core.shared.counters.of(reply.replica);
         match reply.result {
             Ok(()) => {
                 let counter = if is_resync {

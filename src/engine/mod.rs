@@ -38,7 +38,7 @@ use std::time::Duration;
 
 use slab::Slab;
 
-pub use self::shared::{Counters, Shared, WorkerIndex};
+pub use self::shared::{Counters, ReplicaCounters, Shared, WorkerIndex};
 
 use self::flush::Flush;
 use self::mutant::{Mutant, is_broken};

@@ -23,7 +23,7 @@ use std::sync::{
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
 use crate::quorum::health::{Failures, Health};
-use crate::quorum::{ReplicaSet, SectorRange};
+use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::operation::RequestId;
 
 /// Names a worker thread, and with it an engine.
@@ -49,25 +49,46 @@ pub struct Shared {
 }
 
 /// Totals since the start.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Counters {
-    /// Sectors of dissenters rewritten with the winner.
-    pub sectors_rewritten: AtomicU64,
-    /// Sectors whose rewrite failed.
-    pub sectors_not_rewritten: AtomicU64,
     /// Reads repeated under a lock because the replies differed.
     pub suspicions: AtomicU64,
     /// Suspicions that the repeated read did not bear out: writes were in flight.
     pub suspicions_dropped: AtomicU64,
-    /// Sectors of stale replicas brought up to date.
+    replicas: Box<[ReplicaCounters]>,
+}
+
+/// Totals of one replica.
+#[derive(Debug, Default)]
+pub struct ReplicaCounters {
+    /// Sectors that lost a vote; one that is found again counts again.
+    pub sectors_wrong: AtomicU64,
+    /// Of those, rewritten with the winner.
+    pub sectors_rewritten: AtomicU64,
+    /// Sectors that could not be written with the winner.
+    pub sectors_not_rewritten: AtomicU64,
+    /// Sectors brought up to date that were stale.
     pub sectors_resynced: AtomicU64,
-    /// How often a replica left the set because it did not answer.
+    /// How often it left the set because it did not answer.
     pub departures: AtomicU64,
-    /// How often one came back.
+    /// How often it came back.
     pub returns: AtomicU64,
 }
 
 impl Counters {
+    fn new(replicas: usize) -> Self {
+        Self {
+            suspicions: AtomicU64::new(0),
+            suspicions_dropped: AtomicU64::new(0),
+            replicas: (0..replicas).map(|_| ReplicaCounters::default()).collect(),
+        }
+    }
+
+    /// Those of one replica.
+    pub fn of(&self, replica: ReplicaIndex) -> &ReplicaCounters {
+        &self.replicas[replica.as_usize()]
+    }
+
     /// Adds to a total.
     pub(super) fn add(counter: &AtomicU64, amount: u64) {
         counter.fetch_add(amount, Ordering::Relaxed);
@@ -92,7 +113,7 @@ impl Shared {
             anything_stale: AtomicBool::new(false),
             in_service: AtomicU32::new(ReplicaSet::first(replicas).bits()),
             failures: AtomicU64::new(0),
-            counters: Counters::default(),
+            counters: Counters::new(replicas),
         }
     }
 
@@ -113,6 +134,16 @@ impl Shared {
         } else {
             ReplicaSet::EMPTY
         }
+    }
+
+    /// Sectors in which each replica is stale, of `replicas`. The lock is taken for one at a time.
+    pub fn stale_sectors(&self, replicas: usize) -> Vec<u64> {
+        let all = ReplicaSet::first(replicas).iter();
+        let stale = |replica| match self.anything_stale() {
+            true => self.state().health.stale_sectors(replica),
+            false => 0,
+        };
+        all.map(stale).collect()
     }
 
     /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
@@ -171,7 +202,6 @@ mod model {
     use loom::thread;
 
     use super::*;
-    use crate::quorum::ReplicaIndex;
     use crate::quorum::health::WriteEnd;
 
     const LAST: ReplicaIndex = ReplicaIndex(2);

@@ -154,7 +154,7 @@ impl Engine {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
                 if self.core.shared.health(|health| health.leave(replica)) {
-                    Counters::add(&self.core.shared.counters.departures, 1);
+                    Counters::add(&self.core.shared.counters.of(replica).departures, 1);
                     let (operation, range) = slot.request.describe();
                     report_error(effects, replica, operation, range, Errno(libc::ETIMEDOUT));
                     effects.health_changed();
@@ -256,7 +256,7 @@ impl Core {
                 .shared
                 .health(|health| health.returned(replica, self.worker.0))
             {
-                Counters::add(&self.shared.counters.returns, 1);
+                Counters::add(&self.shared.counters.of(replica).returns, 1);
                 effects.health_changed();
             }
         }

@@ -123,6 +123,12 @@ impl Health {
         self.replicas.iter().any(|r| !r.stale.is_empty())
     }
 
+    /// In how many sectors `replica` is stale.
+    pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
+        let ranges = self.replicas[replica.as_usize()].stale.iter();
+        ranges.map(|range| range.count).sum()
+    }
+
     /// The replicas that are stale somewhere in `range`.
     pub fn stale_in(&self, range: SectorRange) -> ReplicaSet {
         self.indexes()

@@ -20,6 +20,7 @@ use super::operation::{Action, Operation, Reply};
 use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::limits::RING_ENTRIES;
 use crate::quorum::{Errno, SECTOR_BYTES, SectorRange};
+use crate::statistics::Since;
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
 const RETRIES_MAX: u32 = 16;
@@ -42,8 +43,8 @@ const MEANINGLESS: u64 = u64::MAX;
 /// What [`Ring::enter`] brings back.
 #[derive(Debug)]
 pub enum Completion {
-    /// An operation has ended.
-    Reply(Reply),
+    /// An operation has ended, which was queued then.
+    Reply(Reply, Since),
     /// A watched descriptor became readable.
     Readable(WatchToken),
 }
@@ -92,6 +93,7 @@ enum InFlight {
         step: Step,
         done_bytes: usize,
         retries: u32,
+        since: Since,
     },
     Watch {
         fd: RawFd,
@@ -174,7 +176,7 @@ impl Ring {
     }
 
     /// Queues `operation`; its reply comes out of a later [`Self::enter`].
-    pub fn push(&mut self, operation: Operation) -> io::Result<()> {
+    pub fn push(&mut self, operation: Operation, since: Since) -> io::Result<()> {
         self.operations += 1;
         let step = match &operation.action {
             Action::Zero { unmap, .. } => Step::Zeroing(self.ways.best(operation.replica, *unmap)),
@@ -190,6 +192,7 @@ impl Ring {
             step,
             done_bytes: 0,
             retries: 0,
+            since,
         });
         self.queue_slot(slot)
     }
@@ -299,6 +302,7 @@ impl Ring {
                 step,
                 done_bytes,
                 retries,
+                ..
             } => {
                 let result = match Outcome::of(&operation.action, *step, *done_bytes, entry.result()) {
                     Outcome::Again { done } if *retries < RETRIES_MAX || done > 0 => {
@@ -325,9 +329,9 @@ impl Ring {
                     }
                 }
                 self.operations -= 1;
-                if let InFlight::Operation { operation, .. } = self.in_flight.remove(slot) {
+                if let InFlight::Operation { operation, since, .. } = self.in_flight.remove(slot) {
                     self.completions
-                        .push_back(Completion::Reply(operation.reply(result)));
+                        .push_back(Completion::Reply(operation.reply(result), since));
                 }
             }
         }
@@ -529,6 +533,7 @@ mod tests {
     use super::*;
     use crate::quorum::ReplicaIndex;
     use crate::replica::operation::RequestId;
+    use crate::statistics::Recorder;
 
     fn operation(action: Action) -> Operation {
         Operation {
@@ -538,9 +543,13 @@ mod tests {
         }
     }
 
+    fn push(ring: &mut Ring, operation: Operation) -> io::Result<()> {
+        ring.push(operation, Recorder::nobodys().now())
+    }
+
     fn reply_of(ring: &mut Ring) -> Reply {
         loop {
-            if let Some(Completion::Reply(reply)) = ring.enter(Wait::Forever).unwrap().pop_front() {
+            if let Some(Completion::Reply(reply, _)) = ring.enter(Wait::Forever).unwrap().pop_front() {
                 return reply;
             }
         }
@@ -554,12 +563,15 @@ mod tests {
         let pool = BufferPool::default();
         let mut data = pool.take(4096);
         data.fill(0xa5);
-        ring.push(operation(Action::Write {
-            range: SectorRange::new(9, 2),
-            data: Rc::new(data),
-            offset_bytes: 512,
-            durable: true,
-        }))
+        push(
+            &mut ring,
+            operation(Action::Write {
+                range: SectorRange::new(9, 2),
+                data: Rc::new(data),
+                offset_bytes: 512,
+                durable: true,
+            }),
+        )
         .unwrap();
         assert_eq!(reply_of(&mut ring).result, Ok(()));
         let mut bytes = [0; 4 * 512];
@@ -568,26 +580,32 @@ mod tests {
         assert!(bytes[..512].iter().chain(&bytes[1536..]).all(|b| *b == 0));
 
         let into = pool.take(512);
-        ring.push(operation(Action::Read {
-            range: SectorRange::new(10, 1),
-            into,
-        }))
+        push(
+            &mut ring,
+            operation(Action::Read {
+                range: SectorRange::new(10, 1),
+                into,
+            }),
+        )
         .unwrap();
         let reply = reply_of(&mut ring);
         assert_eq!((reply.request, reply.result), (RequestId(7), Ok(())));
         assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|b| *b == 0xa5)));
 
-        ring.push(operation(Action::Flush)).unwrap();
+        push(&mut ring, operation(Action::Flush)).unwrap();
         assert_eq!(reply_of(&mut ring).result, Ok(()));
         assert_eq!(ring.operations, 0);
     }
 
     fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
-        ring.push(operation(Action::Zero {
-            range,
-            unmap,
-            durable: true,
-        }))
+        push(
+            ring,
+            operation(Action::Zero {
+                range,
+                unmap,
+                durable: true,
+            }),
+        )
         .unwrap();
         reply_of(ring).result
     }
@@ -646,10 +664,13 @@ mod tests {
         file.set_len(768).unwrap();
         let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
         let into = BufferPool::default().take(1024);
-        ring.push(operation(Action::Read {
-            range: SectorRange::new(0, 2),
-            into,
-        }))
+        push(
+            &mut ring,
+            operation(Action::Read {
+                range: SectorRange::new(0, 2),
+                into,
+            }),
+        )
         .unwrap();
         assert_eq!(reply_of(&mut ring).result, Err(Errno(libc::EIO)));
     }
@@ -660,7 +681,7 @@ mod tests {
         let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
         let count = RING_ENTRIES as usize * 3 + 1;
         for _ in 0..count {
-            ring.push(operation(Action::Flush)).unwrap();
+            push(&mut ring, operation(Action::Flush)).unwrap();
         }
         for _ in 0..count {
             assert_eq!(reply_of(&mut ring).result, Ok(()));

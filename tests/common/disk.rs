@@ -12,11 +12,15 @@ use super::client::Client;
 use super::daemon::{Daemon, EventReader};
 use super::fuse::{FuseImage, Healer};
 use super::images::create_images;
+use super::monitor::Monitor;
 use super::peer::Peer;
 use super::process::wait_until;
 
 /// Time in which something that should happen must have happened.
 pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// The monitor of ours, in the directory of the disk.
+const MONITOR_SOCKET: &str = "qmp.sock";
 
 /// Which program serves the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -100,7 +104,9 @@ impl Program {
     ) -> (Self, PathBuf, EventReader) {
         match system {
             System::Ours => {
-                let daemon = Daemon::start(directory, plan.arguments(served));
+                let mut arguments = plan.arguments(served);
+                arguments.extend(["--qmp".into(), directory.join(MONITOR_SOCKET).into()]);
+                let daemon = Daemon::start(directory, arguments);
                 let socket = daemon.socket().to_owned();
                 let events = EventReader::connect(daemon.events_socket());
                 (Self::Ours(daemon), socket, events)
@@ -168,6 +174,19 @@ impl Disk {
     /// A client with all queues of the disk.
     pub fn connect(&self) -> Client {
         Client::connect(&self.socket, self.plan.queues)
+    }
+
+    /// The monitor of ours.
+    pub fn monitor(&self) -> Monitor {
+        Monitor::connect(&self.directory.path().join(MONITOR_SOCKET))
+    }
+
+    /// Has the peer execute a query.
+    pub fn ask_peer(&self, command: &str, arguments: Value) -> Value {
+        match &mut *self.program.borrow_mut() {
+            Program::Peer(peer) => peer.execute(command, arguments, &self.events),
+            Program::Ours(_) => panic!("not the peer"),
+        }
     }
 
     /// The replica `index` of those that are served over FUSE.

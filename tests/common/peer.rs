@@ -9,6 +9,8 @@ use std::process::Command;
 use std::thread;
 use std::time::Duration;
 
+use serde_json::{Value, json};
+
 use super::daemon::EventReader;
 use super::disk::{Plan, node_name};
 use super::process::{Process, wait_until};
@@ -88,13 +90,20 @@ impl Peer {
 
     /// Waits until all events of what has happened so far have come.
     pub fn sync(&mut self, events: &EventReader) {
+        self.execute("query-version", json!({}), events);
+    }
+
+    /// Runs a command that has to succeed, and returns what it returned.
+    pub fn execute(&mut self, command: &str, arguments: Value, events: &EventReader) -> Value {
         self.barriers += 1;
         let id = self.barriers;
-        let command = format!("{{\"execute\": \"query-version\", \"id\": {id}}}\n");
-        let sent = self.monitor.write_all(command.as_bytes());
+        let message = json!({ "execute": command, "arguments": arguments, "id": id });
+        let sent = self.monitor.write_all(format!("{message}\n").as_bytes());
         sent.expect("writing to the monitor");
         let answer = events.wait_for(|line| line["id"] == id, LIMIT);
-        answer.expect("an answer of the monitor");
+        let mut answer = answer.expect("an answer of the monitor");
+        assert!(answer["error"].is_null(), "{command}: {answer}");
+        answer["return"].take()
     }
 
     /// The socket for the frontend.

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
+use super::block::{self, QueryNamedBlockNodes};
 use crate::control::Operator;
 use crate::control::json::to_ascii;
 
@@ -29,8 +30,36 @@ type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandErro
 /// Every command, in alphabetical order.
 static COMMANDS: &[Command] = &[
     Command {
+        name: "query-block",
+        run: |arguments, operator| run(arguments, |NoArguments {}| Ok(block::devices(&operator.state()))),
+    },
+    Command {
+        name: "query-blockstats",
+        run: |arguments, operator| {
+            run(arguments, |query| {
+                Ok(block::statistics(&operator.state(), &query))
+            })
+        },
+    },
+    Command {
         name: "query-commands",
         run: |arguments, _| run(arguments, |NoArguments {}| Ok(names())),
+    },
+    Command {
+        name: "query-jobs",
+        run: |arguments, _| run(arguments, |NoArguments {}| Ok([(); 0])),
+    },
+    Command {
+        name: "query-named-block-nodes",
+        run: |arguments, operator| {
+            run(arguments, |_: QueryNamedBlockNodes| {
+                Ok(block::nodes(&operator.state()))
+            })
+        },
+    },
+    Command {
+        name: "query-quorum",
+        run: |arguments, operator| run(arguments, |NoArguments {}| Ok(operator.state())),
     },
     Command {
         name: "query-status",

@@ -8,6 +8,7 @@
 //! Invariants: nothing a client sends leaves its session in another state than a client can go on from, or ends
 //! the connection; each message has one reply, in order; what a client can make us keep is bounded.
 
+mod block;
 pub mod commands;
 pub(super) mod executor;
 pub mod session;

@@ -6,6 +6,7 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
+use crate::control::state::DiskState;
 
 /// Counts how often it was asked to quit.
 #[derive(Default)]
@@ -14,6 +15,10 @@ struct Counting {
 }
 
 impl Operator for Counting {
+    fn state(&self) -> DiskState {
+        panic!("nobody asks")
+    }
+
     fn quit(&self) {
         self.quits.fetch_add(1, Ordering::Relaxed);
     }

@@ -1,0 +1,465 @@
+//! What worker threads count and measure, for whoever wants to look.
+//!
+//! Invariants: a [`Counter`] has one writer, the worker it belongs to, so counting takes no lock and no atomic
+//! read-modify-write; who reads sees each counter at some moment, not all of them at the same one. Nothing is
+//! allocated after the start.
+
+use std::cell::Cell;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use crate::quorum::report::{OperationType, Report};
+use crate::quorum::{SECTOR_BYTES, SectorRange};
+use crate::replica::operation::{Operation, Reply};
+
+/// A number that one thread writes and any thread reads.
+#[derive(Debug, Default)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    fn add(&self, amount: u64) {
+        self.0.store(self.get().wrapping_add(amount), Ordering::Relaxed);
+    }
+
+    fn raise_to(&self, value: u64) {
+        if self.get() < value {
+            self.0.store(value, Ordering::Relaxed);
+        }
+    }
+
+    fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Each power of two of microseconds is cut into so many buckets: a bucket is at most 1/16 wide.
+const STEPS: u64 = 1 << STEPS_LOG2;
+const STEPS_LOG2: u32 = 4;
+
+/// Above 2^32 microseconds, more than an hour, nothing is told apart.
+const BUCKETS: usize = (1 << STEPS_LOG2) * (32 - STEPS_LOG2 as usize + 1) + 1;
+
+/// How often what took how long, by microseconds in buckets that get wider with the time.
+#[derive(Debug)]
+struct Histogram {
+    buckets: Box<[Counter]>,
+    sum_ns: Counter,
+}
+
+impl Default for Histogram {
+    fn default() -> Self {
+        Self {
+            buckets: (0..BUCKETS).map(|_| Counter::default()).collect(),
+            sum_ns: Counter::default(),
+        }
+    }
+}
+
+impl Histogram {
+    fn record(&self, took: Duration) {
+        let ns = took.as_secs() * 1_000_000_000 + u64::from(took.subsec_nanos());
+        self.sum_ns.add(ns);
+        self.buckets[bucket_of(ns / 1000)].add(1);
+    }
+}
+
+/// Below 16 µs a bucket for each microsecond.
+fn bucket_of(us: u64) -> usize {
+    let octave = us.max(STEPS).ilog2() - STEPS_LOG2;
+    let step = u64::from(octave) * STEPS + (us >> octave);
+    usize::try_from(step).map_or(BUCKETS - 1, |step| step.min(BUCKETS - 1))
+}
+
+/// The first microsecond that is above the bucket.
+fn end_of(bucket: usize) -> u64 {
+    let next = bucket as u64 + 1;
+    let octave = (next / STEPS).saturating_sub(1);
+    (next - octave * STEPS) << octave
+}
+
+/// A kind of guest request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RequestKind {
+    /// A read.
+    Read,
+    /// A write.
+    Write,
+    /// A discard or write-zeroes.
+    Zero,
+    /// A flush.
+    Flush,
+}
+
+/// What one worker counts. On cache lines of its own.
+#[derive(Debug)]
+#[repr(align(128))]
+pub struct WorkerStatistics {
+    /// By [`RequestKind`].
+    requests: [Operations; 4],
+    /// Requests that made no sense.
+    refused: Counter,
+    /// By [`OperationType`], requests that found no quorum.
+    failures: [Counter; 3],
+    /// The greatest end of a write.
+    written_to_sector: Counter,
+    /// By replica and [`OperationType`].
+    replicas: Box<[[Operations; 3]]>,
+}
+
+#[derive(Debug, Default)]
+struct Operations {
+    begun: Counter,
+    failed: Counter,
+    abandoned: Counter,
+    bytes: Counter,
+    /// Of those that went well.
+    latency: Histogram,
+}
+
+impl WorkerStatistics {
+    fn new(replicas: usize) -> Self {
+        Self {
+            requests: Default::default(),
+            refused: Counter::default(),
+            failures: Default::default(),
+            written_to_sector: Counter::default(),
+            replicas: (0..replicas).map(|_| Default::default()).collect(),
+        }
+    }
+}
+
+/// The time of a worker's turn, shared by its parts.
+#[derive(Clone, Debug, Default)]
+pub struct TurnTime(Rc<Cell<Duration>>);
+
+impl TurnTime {
+    /// Sets the time.
+    pub fn set(&self, now: Duration) {
+        self.0.set(now);
+    }
+
+    fn get(&self) -> Duration {
+        self.0.get()
+    }
+}
+
+/// How a worker counts. What took how long is known to a turn.
+#[derive(Clone, Debug)]
+pub struct Recorder {
+    statistics: Arc<WorkerStatistics>,
+    time: TurnTime,
+}
+
+/// When something began.
+#[derive(Clone, Copy, Debug)]
+pub struct Since(Duration);
+
+impl Recorder {
+    /// Counts in `statistics`, by the time that is set through `time`.
+    pub fn new(statistics: Arc<WorkerStatistics>, time: TurnTime) -> Self {
+        Self { statistics, time }
+    }
+
+    /// One whose figures nobody looks at.
+    pub fn nobodys() -> Self {
+        Self::new(Arc::new(WorkerStatistics::new(0)), TurnTime::default())
+    }
+
+    /// Sets the time of the turn.
+    pub fn set_time(&self, now: Duration) {
+        self.time.set(now);
+    }
+
+    /// What begins now.
+    pub fn now(&self) -> Since {
+        Since(self.time.get())
+    }
+
+    /// A guest request was taken.
+    pub fn request_begun(&self, kind: RequestKind) -> Since {
+        self.statistics.requests[kind as usize].begun.add(1);
+        self.now()
+    }
+
+    /// It has been answered.
+    pub fn request_ended(&self, kind: RequestKind, range: SectorRange, since: Since, success: bool) {
+        let bytes = range.bytes();
+        self.ended(&self.statistics.requests[kind as usize], bytes, since, success);
+        if kind == RequestKind::Write && success {
+            self.statistics.written_to_sector.raise_to(range.end());
+        }
+    }
+
+    /// It will not be answered by this process.
+    pub fn request_abandoned(&self, kind: RequestKind) {
+        self.statistics.requests[kind as usize].abandoned.add(1);
+    }
+
+    /// A guest request was none.
+    pub fn request_refused(&self) {
+        self.statistics.refused.add(1);
+    }
+
+    /// A replica is asked.
+    pub fn operation_begun(&self, operation: &Operation) {
+        let (kind, _) = operation.action.describe();
+        self.statistics.replicas[operation.replica.as_usize()][kind as usize]
+            .begun
+            .add(1);
+    }
+
+    /// It has replied.
+    pub fn operation_ended(&self, reply: &Reply, since: Since) {
+        let (kind, range) = reply.action.describe();
+        let operations = &self.statistics.replicas[reply.replica.as_usize()][kind as usize];
+        self.ended(operations, range.bytes(), since, reply.result.is_ok());
+    }
+
+    /// The operator is told of something.
+    pub fn reported(&self, report: &Report) {
+        if let Report::Failure { operation, .. } = report {
+            self.statistics.failures[*operation as usize].add(1);
+        }
+    }
+
+    fn ended(&self, operations: &Operations, bytes: u64, since: Since, success: bool) {
+        if success {
+            operations.bytes.add(bytes);
+            operations.latency.record(self.time.get().saturating_sub(since.0));
+        } else {
+            operations.failed.add(1);
+        }
+    }
+}
+
+/// What all workers of a disk count.
+#[derive(Clone, Debug)]
+pub struct Statistics(Arc<[Arc<WorkerStatistics>]>);
+
+impl Statistics {
+    /// For `workers` workers and `replicas` replicas.
+    pub fn new(workers: u16, replicas: usize) -> Self {
+        let workers = (0..workers).map(|_| Arc::new(WorkerStatistics::new(replicas)));
+        Self(workers.collect())
+    }
+
+    /// For the worker of this index to count in.
+    pub fn of_worker(&self, index: u16) -> Arc<WorkerStatistics> {
+        Arc::clone(&self.0[usize::from(index)])
+    }
+
+    /// How many workers there are.
+    pub fn workers(&self) -> usize {
+        self.0.len()
+    }
+
+    /// Guest requests of a kind.
+    pub fn requests(&self, kind: RequestKind) -> Figures {
+        self.sum(|worker| &worker.requests[kind as usize])
+    }
+
+    /// Operations of a kind on a replica.
+    pub fn operations(&self, replica: usize, kind: OperationType) -> Figures {
+        self.sum(|worker| &worker.replicas[replica][kind as usize])
+    }
+
+    /// Guest requests that made no sense.
+    pub fn refused(&self) -> u64 {
+        self.0.iter().map(|worker| worker.refused.get()).sum()
+    }
+
+    /// Requests that found no quorum.
+    pub fn failures(&self, kind: OperationType) -> u64 {
+        self.0
+            .iter()
+            .map(|worker| worker.failures[kind as usize].get())
+            .sum()
+    }
+
+    /// The byte after the last that was written.
+    pub fn written_to_byte(&self) -> u64 {
+        let ends = self.0.iter().map(|worker| worker.written_to_sector.get());
+        ends.max().unwrap_or(0) * SECTOR_BYTES
+    }
+
+    fn sum<'a>(&'a self, part: impl Fn(&'a WorkerStatistics) -> &'a Operations) -> Figures {
+        let mut figures = Figures::default();
+        for operations in self.0.iter().map(|worker| part(worker)) {
+            // What has ended before what has begun: it cannot be more then.
+            figures.failed += operations.failed.get();
+            figures.abandoned += operations.abandoned.get();
+            figures.bytes += operations.bytes.get();
+            figures.latency.add(&operations.latency);
+            figures.begun += operations.begun.get();
+        }
+        figures
+    }
+}
+
+/// What there was of one kind.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    begun: u64,
+    /// Ended in an error.
+    pub failed: u64,
+    abandoned: u64,
+    /// Bytes of those that went well.
+    pub bytes: u64,
+    /// How long those took.
+    pub latency: Distribution,
+}
+
+impl Figures {
+    /// How many went well.
+    pub fn completed(&self) -> u64 {
+        self.latency.count()
+    }
+
+    /// How many have begun and not ended.
+    pub fn in_flight(&self) -> u64 {
+        let ended = self.completed() + self.failed + self.abandoned;
+        self.begun.saturating_sub(ended)
+    }
+}
+
+/// How often what took how long.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Distribution {
+    /// By bucket; shorter where nothing took as long.
+    counts: Vec<u64>,
+    sum_ns: u64,
+}
+
+impl Distribution {
+    fn add(&mut self, histogram: &Histogram) {
+        let used = histogram.buckets.iter().rposition(|bucket| bucket.get() > 0);
+        let used = used.map_or(0, |last| last + 1);
+        if self.counts.len() < used {
+            self.counts.resize(used, 0);
+        }
+        for (count, bucket) in self.counts.iter_mut().zip(&histogram.buckets) {
+            *count += bucket.get();
+        }
+        self.sum_ns = self.sum_ns.wrapping_add(histogram.sum_ns.get());
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum()
+    }
+
+    /// How long all took together, in nanoseconds.
+    pub fn sum_ns(&self) -> u64 {
+        self.sum_ns
+    }
+
+    /// How many took less than so many microseconds: exact for powers of two, and below 16.
+    pub fn below_us(&self, us: u64) -> u64 {
+        let buckets = self.counts.iter().enumerate();
+        buckets
+            .take_while(|(bucket, _)| end_of(*bucket) <= us)
+            .map(|(_, count)| count)
+            .sum()
+    }
+
+    /// The time that `per_mille` of them did not exceed, in microseconds, at most 1/16 too long. `None` if there are
+    /// none.
+    pub fn quantile_us(&self, per_mille: u64) -> Option<u64> {
+        let count = self.count();
+        let wanted = count.saturating_mul(per_mille).div_ceil(1000).max(1);
+        let mut seen = 0;
+        let bucket = self.counts.iter().position(|count| {
+            seen += count;
+            seen >= wanted
+        })?;
+        Some(end_of(bucket))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn us(us: u64) -> Duration {
+        Duration::from_micros(us)
+    }
+
+    fn distribution(times: &[Duration]) -> Distribution {
+        let histogram = Histogram::default();
+        for time in times {
+            histogram.record(*time);
+        }
+        let mut distribution = Distribution::default();
+        distribution.add(&histogram);
+        distribution
+    }
+
+    #[test]
+    fn buckets_follow_one_another_and_are_narrow() {
+        let mut start = 0;
+        for bucket in 0..BUCKETS - 1 {
+            let end = end_of(bucket);
+            assert!(
+                end > start && (end - start == 1 || (end - start) * STEPS <= start),
+                "{start} {end}"
+            );
+            assert_eq!((bucket_of(start), bucket_of(end - 1)), (bucket, bucket));
+            start = end;
+        }
+        assert_eq!(start, 1 << 32);
+        assert_eq!(
+            (bucket_of(start), bucket_of(u64::MAX)),
+            (BUCKETS - 1, BUCKETS - 1)
+        );
+    }
+
+    #[test]
+    fn what_is_in_flight_is_what_has_not_ended() {
+        let statistics = Statistics::new(2, 1);
+        let recorders: Vec<_> = (0..2)
+            .map(|index| Recorder::new(statistics.of_worker(index), TurnTime::default()))
+            .collect();
+        let range = SectorRange::new(8, 8);
+        let [kept, ended, failed, gone] =
+            [0, 1, 0, 1].map(|index: usize| recorders[index].request_begun(RequestKind::Write));
+        let _ = (kept, gone);
+        recorders[1].set_time(us(300));
+        recorders[1].request_ended(RequestKind::Write, range, ended, true);
+        recorders[0].request_ended(RequestKind::Write, range, failed, false);
+        recorders[1].request_abandoned(RequestKind::Write);
+        let figures = statistics.requests(RequestKind::Write);
+        assert_eq!(
+            (figures.in_flight(), figures.completed(), figures.failed),
+            (1, 1, 1)
+        );
+        assert_eq!((figures.bytes, figures.latency.sum_ns()), (4096, 300_000));
+        assert_eq!(statistics.written_to_byte(), 8192);
+        assert_eq!(statistics.requests(RequestKind::Read), Figures::default());
+    }
+
+    #[test]
+    fn nothing_has_no_quantiles() {
+        assert_eq!(Distribution::default().quantile_us(500), None);
+        assert_eq!(distribution(&[Duration::ZERO]).quantile_us(1), Some(1));
+    }
+
+    proptest! {
+        #[test]
+        fn quantiles_and_counts_are_those_of_the_sorted_times(
+            mut times in prop::collection::vec(0_u64..1 << 20, 1..200), per_mille in 0_u64..=1000, power in 0_u32..21
+        ) {
+            let all = distribution(&times.iter().map(|time| us(*time)).collect::<Vec<_>>());
+            times.sort_unstable();
+            let rank = (times.len() as u64 * per_mille).div_ceil(1000).max(1);
+            let exact = times[usize::try_from(rank).unwrap() - 1];
+            let told = all.quantile_us(per_mille).unwrap();
+            prop_assert!(told > exact && told <= exact + exact / STEPS + 1, "{} for {}", told, exact);
+            let below = times.iter().filter(|time| **time < 1 << power).count();
+            prop_assert_eq!(all.below_us(1 << power), below as u64);
+            prop_assert_eq!((all.count(), all.sum_ns()), (times.len() as u64, times.iter().sum::<u64>() * 1000));
+        }
+    }
+}
