@@ -9,6 +9,7 @@
 //! - `--print-capabilities` and `--help` need no other option.
 
 use std::ffi::{OsStr, OsString};
+use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
@@ -71,6 +72,8 @@ pub struct Config {
     pub events: Option<PathBuf>,
     /// Socket of the monitor.
     pub qmp: Option<PathBuf>,
+    /// Where metrics are served.
+    pub metrics: Option<SocketAddr>,
     /// How many times `-v` was given.
     pub verbosity: u8,
     /// A replica that leaves an operation unanswered for so long is done without until it answers again.
@@ -337,6 +340,10 @@ struct Options {
     #[arg(long, value_name = "PATH", help_heading = "Operator")]
     qmp: Option<PathBuf>,
 
+    /// Serve metrics for Prometheus over HTTP at ADDR: a port, on 127.0.0.1 then, or address:port
+    #[arg(long, value_name = "ADDR", value_parser = parse_metrics_address, help_heading = "Operator")]
+    metrics: Option<SocketAddr>,
+
     /// Print what this backend can do as JSON, for management software, and exit
     #[arg(long)]
     print_capabilities: bool,
@@ -384,6 +391,16 @@ fn usage_line(error: &clap::Error) -> String {
         .find_map(|paragraph| paragraph.strip_prefix("tip: ").map(str::to_owned))
         .unwrap_or_else(|| "see quorum-blkd --help".to_owned());
     format!("{reason}; {advice}")
+}
+
+/// Without an address other hosts can not connect.
+fn parse_metrics_address(value: &str) -> Result<SocketAddr, &'static str> {
+    match value.parse::<u16>() {
+        Ok(port) => Ok((Ipv4Addr::LOCALHOST, port).into()),
+        Err(_) => value
+            .parse()
+            .map_err(|_| "neither a port nor an address with one, such as 127.0.0.1:9000 or [::1]:9000"),
+    }
 }
 
 /// Whether the options make sense together.
@@ -441,6 +458,7 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         cache: options.cache,
         events: options.events,
         qmp: options.qmp,
+        metrics: options.metrics,
         verbosity: options.verbose,
         replica_timeout: Duration::from_millis(options.replica_timeout),
     })

@@ -10,6 +10,7 @@ mod operator;
 mod signals;
 
 use std::io;
+use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -24,6 +25,7 @@ use self::signals::Signals;
 use crate::config::Config;
 use crate::control::Operator;
 use crate::control::events::Names;
+use crate::control::http::MetricsServer;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, bind_unix_listener};
@@ -47,6 +49,14 @@ pub enum Error {
     /// A socket cannot be made.
     #[error(transparent)]
     Bind(#[from] BindError),
+    /// Metrics cannot be served there.
+    #[error("--metrics {address}: {}", Reason(.source))]
+    Metrics {
+        /// Where.
+        address: SocketAddr,
+        /// What the system said.
+        source: io::Error,
+    },
     /// `--fd` names something else than a listening socket.
     #[error("--fd {0}: not a listening UNIX socket")]
     NotAListener(RawFd),
@@ -162,6 +172,7 @@ fn serve(
 ) -> Result<(Publisher, Stop), Error> {
     let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
     let qmp = config.qmp.as_deref().map(bind_unix_listener).transpose()?;
+    let metrics = config.metrics.map(listen_for_metrics).transpose()?;
     let listener = FrontendListener::new(&config.listen)?;
     let names = Names {
         reference: config.node_name.clone(),
@@ -172,6 +183,10 @@ fn serve(
             .collect(),
     };
     let operator: Arc<dyn Operator> = Arc::new(DiskOperator::new(config, disk, replicas, stop.clone()));
+    let _metrics = metrics
+        .map(|listener| MetricsServer::spawn(listener, &operator))
+        .transpose()
+        .map_err(system("cannot start the metrics server"))?;
     let monitor = qmp.map(|listener| Monitor {
         listener,
         operator: Arc::clone(&operator),
@@ -197,6 +212,10 @@ fn serve(
     info!("stopping: {reason:?}");
     connections.stop();
     Ok((publisher, reason))
+}
+
+fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).map_err(|source| Error::Metrics { address, source })
 }
 
 fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {

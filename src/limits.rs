@@ -66,6 +66,15 @@ pub const QMP_CLIENTS_MAX: usize = 16;
 /// Bytes of one message to the monitor. A client that sends a longer one is dropped.
 pub const QMP_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
+/// Connections on which metrics are served at the same time; others wait in the kernel.
+pub const METRICS_CONNECTIONS_MAX: usize = 4;
+
+/// Bytes of one request for metrics.
+pub const METRICS_REQUEST_BYTES_MAX: usize = 8 << 10;
+
+/// Time in which a client must have sent its request for metrics and taken the answer.
+pub const METRICS_LIMIT: Duration = Duration::from_secs(5);
+
 /// Ranges kept apart in one [`RangeSet`](crate::quorum::ranges::RangeSet); above it neighbours are joined.
 pub const RANGES_MAX: usize = 16 << 10;
 

@@ -292,6 +292,22 @@ fn refuses_sockets_that_can_not_be() {
 }
 
 #[test]
+fn metrics_are_local_unless_an_address_is_given() {
+    let address = |value: &str| {
+        config(&disk(1, &["--metrics", value]))
+            .metrics
+            .unwrap()
+            .to_string()
+    };
+    assert_eq!(address("9000"), "127.0.0.1:9000");
+    assert_eq!(address("0.0.0.0:9000"), "0.0.0.0:9000");
+    assert_eq!(address("[::1]:0"), "[::1]:0");
+    for value in ["", "/m", "65536", "localhost:9000", "127.0.0.1", ":9000"] {
+        assert_refused(&disk(1, &["--metrics", value]), "--metrics");
+    }
+}
+
+#[test]
 fn refuses_serial_numbers_virtio_can_not_carry() {
     assert_eq!(
         config(&disk(1, &["--serial=12345678901234567890"])).serial.len(),
@@ -315,7 +331,7 @@ fn refuses_queues_out_of_range() {
 
 #[test]
 fn refuses_what_is_not_there() {
-    for option in ["--metrics=/m", "--nonsense", "-x"] {
+    for option in ["--nonsense", "-x"] {
         assert_refused(&disk(3, &[option]), "unexpected argument");
     }
     assert_refused(&disk(3, &["--read-pattern=single"]), "invalid value 'single'");

@@ -1,0 +1,274 @@
+//! What can be seen of a disk as metrics for Prometheus, in its text format: names of base units, `_total` for what
+//! only grows. A pure function of the [state](super::state).
+
+use prometheus::TextEncoder;
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+
+use super::state::{DiskState, Operations, ReplicaState, ServiceState};
+use crate::statistics::Distribution;
+
+/// The type of what [`render`] returns.
+pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
+
+/// Upper bounds of the buckets of latencies are these powers of two of microseconds: 16 µs to 17 s. The figures
+/// behind them are finer, but each series costs whoever scrapes it.
+const BUCKET_POWERS: std::ops::RangeInclusive<u32> = 4..=24;
+
+/// All metrics of a disk, a line for each.
+pub fn render(disk: &DiskState) -> String {
+    let mut page = Page::of(disk);
+    page.disk(disk);
+    page.requests(disk);
+    page.replicas(disk);
+    let encoded = TextEncoder::new().encode_to_string(&page.families);
+    encoded.expect("each has a name and a metric")
+}
+
+struct Page {
+    families: Vec<MetricFamily>,
+    disk: String,
+}
+
+type Labels<'a> = &'a [(&'static str, &'a str)];
+
+impl Page {
+    fn of(disk: &DiskState) -> Self {
+        Self {
+            families: Vec::new(),
+            disk: disk.node_name.clone(),
+        }
+    }
+
+    fn disk(&mut self, disk: &DiskState) {
+        let version = [("version", env!("CARGO_PKG_VERSION"))];
+        self.gauge("build_info", "The version of quorum-blkd, as a label.", |add| {
+            add(&version, 1)
+        });
+        self.gauge("disk_size_bytes", "Size of the disk.", |add| add(&[], disk.size));
+        self.gauge("vote_threshold", "Equal versions that make a quorum.", |add| {
+            add(&[], disk.policy.vote_threshold as u64);
+        });
+        self.counter(
+            "suspicions_total",
+            "Reads that were repeated because the replicas' replies differed.",
+            |add| add(&[], disk.suspicions),
+        );
+        self.counter(
+            "suspicions_dropped_total",
+            "Those of them that found writes in flight to be the reason.",
+            |add| add(&[], disk.suspicions_dropped),
+        );
+        self.counter(
+            "quorum_failures_total",
+            "Requests that failed for want of a quorum, as pieces of at most 1 MiB.",
+            |add| {
+                for (kind, failures) in disk.failures.iter() {
+                    add(&[("type", kind)], *failures);
+                }
+            },
+        );
+    }
+
+    fn requests(&mut self, disk: &DiskState) {
+        let kinds: Vec<_> = disk
+            .requests
+            .iter()
+            .map(|(kind, all)| (vec![("type", kind)], all))
+            .collect();
+        self.operations("request", "Requests of the guest", &kinds);
+        self.counter(
+            "requests_refused_total",
+            "Requests of the guest that made no sense, or that the disk does not know.",
+            |add| add(&[], disk.requests.refused),
+        );
+    }
+
+    fn replicas(&mut self, disk: &DiskState) {
+        let kinds = disk.replicas.iter().flat_map(|replica| {
+            let name = replica.node_name.as_str();
+            let kinds = replica.operations.iter();
+            kinds.map(move |(kind, all)| (vec![("replica", name), ("type", kind)], all))
+        });
+        let kinds: Vec<_> = kinds.collect();
+        self.operations("replica_operation", "Operations on a replica", &kinds);
+        self.gauge(
+            "replica_state",
+            "Whether a replica is in this state: 1, or 0.",
+            |add| {
+                for replica in &disk.replicas {
+                    for state in ServiceState::ALL {
+                        let labels = [("replica", replica.node_name.as_str()), ("state", state.name())];
+                        add(&labels, u64::from(replica.state == state));
+                    }
+                }
+            },
+        );
+        type Figure = fn(&ReplicaState) -> u64;
+        self.gauge(
+            "replica_stale_bytes",
+            "Bytes that a replica is known not to hold the newest data of.",
+            |add| {
+                for replica in &disk.replicas {
+                    add(&[("replica", &replica.node_name)], replica.stale_bytes);
+                }
+            },
+        );
+        let totals: [(&str, &str, Figure); 6] = [
+            (
+                "replica_wrong_sectors_total",
+                "Sectors that lost a vote; one that is found again counts again.",
+                |replica| replica.wrong_sectors,
+            ),
+            (
+                "replica_mended_sectors_total",
+                "Sectors that were written with the winner of a vote they had lost.",
+                |replica| replica.mended_sectors,
+            ),
+            (
+                "replica_unmended_sectors_total",
+                "Sectors that could not be written with the winner of a vote.",
+                |replica| replica.unmended_sectors,
+            ),
+            (
+                "replica_resynced_sectors_total",
+                "Sectors that were stale and were brought up to date.",
+                |replica| replica.resynced_sectors,
+            ),
+            (
+                "replica_departures_total",
+                "How often a replica left the set because it did not answer.",
+                |replica| replica.departures,
+            ),
+            (
+                "replica_returns_total",
+                "How often a replica came back.",
+                |replica| replica.returns,
+            ),
+        ];
+        for (name, help, figure) in totals {
+            self.counter(name, help, |add| {
+                for replica in &disk.replicas {
+                    add(&[("replica", &replica.node_name)], figure(replica));
+                }
+            });
+        }
+    }
+
+    /// The families of one kind of thing that begins, takes its time and ends.
+    fn operations(&mut self, noun: &str, what: &str, all: &[(Vec<(&'static str, &str)>, &Operations)]) {
+        type Figure = fn(&Operations) -> u64;
+        let counters: [(String, String, Figure); 3] = [
+            (
+                format!("{noun}s_total"),
+                format!("{what} that have ended."),
+                |all| all.completed + all.failed,
+            ),
+            (
+                format!("{noun}_errors_total"),
+                format!("{what} that ended in an error."),
+                |all| all.failed,
+            ),
+            (
+                format!("{noun}_bytes_total"),
+                format!("Bytes of those that went well: {}.", what.to_lowercase()),
+                |all| all.bytes,
+            ),
+        ];
+        for (name, help, figure) in counters {
+            self.counter(&name, &help, |add| {
+                for (labels, operations) in all {
+                    add(labels, figure(operations));
+                }
+            });
+        }
+        let in_flight = (
+            format!("{noun}s_in_flight"),
+            format!("{what} that have begun and not ended."),
+        );
+        self.gauge(&in_flight.0, &in_flight.1, |add| {
+            for (labels, operations) in all {
+                add(labels, operations.in_flight);
+            }
+        });
+        let metrics = all.iter().map(|(labels, operations)| {
+            let mut metric = self.metric(labels);
+            metric.set_histogram(histogram(&operations.latency));
+            metric
+        });
+        let metrics = metrics.collect();
+        let help = format!(
+            "How long it took of those that went well: {}.",
+            what.to_lowercase()
+        );
+        self.family(
+            &format!("{noun}_duration_seconds"),
+            &help,
+            MetricType::HISTOGRAM,
+            metrics,
+        );
+    }
+
+    fn counter(&mut self, name: &str, help: &str, fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64))) {
+        let mut metrics = Vec::new();
+        fill(&mut |labels, value| {
+            let mut counter = Counter::default();
+            counter.set_value(float(value));
+            let mut metric = self.metric(labels);
+            metric.set_counter(counter);
+            metrics.push(metric);
+        });
+        self.family(name, help, MetricType::COUNTER, metrics);
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64))) {
+        let mut metrics = Vec::new();
+        fill(&mut |labels, value| {
+            let mut gauge = Gauge::default();
+            gauge.set_value(float(value));
+            let mut metric = self.metric(labels);
+            metric.set_gauge(gauge);
+            metrics.push(metric);
+        });
+        self.family(name, help, MetricType::GAUGE, metrics);
+    }
+
+    fn metric(&self, labels: Labels<'_>) -> Metric {
+        let all = std::iter::once(("disk", self.disk.as_str())).chain(labels.iter().copied());
+        let pairs = all.map(|(name, value)| {
+            let mut pair = LabelPair::default();
+            pair.set_name(name.to_owned());
+            pair.set_value(value.to_owned());
+            pair
+        });
+        Metric::from_label(pairs.collect())
+    }
+
+    fn family(&mut self, name: &str, help: &str, kind: MetricType, metrics: Vec<Metric>) {
+        let mut family = MetricFamily::default();
+        family.set_name(format!("quorum_blk_{name}"));
+        family.set_help(help.to_owned());
+        family.set_field_type(kind);
+        family.set_metric(metrics);
+        self.families.push(family);
+    }
+}
+
+fn histogram(latency: &Distribution) -> Histogram {
+    let buckets = BUCKET_POWERS.map(|power| {
+        let mut bucket = Bucket::default();
+        bucket.set_upper_bound(float(1 << power) / 1e6);
+        bucket.set_cumulative_count(latency.below_us(1 << power));
+        bucket
+    });
+    let mut histogram = Histogram::default();
+    histogram.set_bucket(buckets.collect());
+    histogram.set_sample_count(latency.count());
+    histogram.set_sample_sum(float(latency.sum_ns()) / 1e9);
+    histogram
+}
+
+/// The nearest number that Prometheus can have, which is exact up to 2^53.
+#[expect(clippy::cast_precision_loss)]
+fn float(value: u64) -> f64 {
+    value as f64
+}

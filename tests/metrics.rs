@@ -1,0 +1,222 @@
+//! The metrics as Prometheus gets them.
+
+mod common;
+
+use std::collections::HashMap;
+use std::ffi::OsString;
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use common::client::Client;
+use common::clients::client_program;
+use common::daemon::{Daemon, replica_arguments};
+use common::images::{corrupt_sectors, create_images};
+use common::process::{Process, wait_until};
+use quorum_blk::limits::{METRICS_CONNECTIONS_MAX, METRICS_LIMIT};
+
+/// Generous: nothing here is a measurement.
+const LIMIT: Duration = Duration::from_secs(30);
+
+struct Served {
+    daemon: Daemon,
+    address: SocketAddr,
+    directory: tempfile::TempDir,
+}
+
+/// A daemon on three images that serves metrics at a free port of `address`.
+fn serve(address: &str) -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 20));
+    arguments.extend(["-v", "--rewrite-corrupted", "--metrics", address].map(OsString::from));
+    let daemon = Daemon::start(directory.path(), arguments);
+    let mut port = None;
+    wait_until(LIMIT, || {
+        let log = daemon.log();
+        let told = log.split("metrics at http://").nth(1);
+        let told: Option<SocketAddr> = told.and_then(|rest| rest.split('/').next()?.parse().ok());
+        port = told.map(|address| address.port());
+        port.is_some()
+    });
+    let address = SocketAddr::from(([127, 0, 0, 1], port.expect("a port in the log")));
+    Served {
+        daemon,
+        address,
+        directory,
+    }
+}
+
+impl Served {
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(self.address).unwrap();
+        stream.set_read_timeout(Some(LIMIT)).unwrap();
+        stream
+    }
+
+    fn scrape(&self) -> String {
+        let mut stream = self.connect();
+        stream
+            .write_all(b"GET /metrics HTTP/1.1\r\nHost: a\r\n\r\n")
+            .unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        assert!(head.starts_with("HTTP/1.1 200 OK"), "{head}");
+        assert!(
+            head.contains(&format!("Content-Length: {}\r\n", body.len())),
+            "{head}"
+        );
+        body.to_owned()
+    }
+}
+
+/// Values by what is before them on their line, `disk` left out.
+fn values(text: &str) -> HashMap<String, f64> {
+    let samples = text.lines().filter(|line| !line.starts_with('#'));
+    let value = |line: &str| {
+        let (series, value) = line.rsplit_once(' ').unwrap();
+        assert!(series.contains(r#"disk="quorum0""#), "{series}");
+        let series = series
+            .replace(r#"{disk="quorum0"}"#, "")
+            .replace(r#"disk="quorum0","#, "");
+        (series, value.parse().unwrap())
+    };
+    samples.map(value).collect()
+}
+
+#[test]
+fn metrics_are_what_happened_and_well_formed() {
+    let served = serve("0");
+    corrupt_sectors(&served.directory.path().join("1.raw"), 0..2, 0xff);
+    let mut client = Client::connect(served.daemon.socket(), 1);
+    client.read(0, 0, 4096).unwrap();
+    client.write(0, 8192, &[1; 8192]).unwrap();
+    client.flush(0).unwrap();
+    let mut text = String::new();
+    let came = wait_until(LIMIT, || {
+        text = served.scrape();
+        let values = values(&text);
+        values[r#"quorum_blk_replica_mended_sectors_total{replica="1.raw"}"#] >= 2.0
+            && values[r#"quorum_blk_replica_operations_in_flight{replica="2.raw",type="read"}"#] == 0.0
+    });
+    assert!(came, "{text}");
+    let values = values(&text);
+    for (series, expected) in [
+        ("quorum_blk_disk_size_bytes", 1_048_576.0),
+        (r#"quorum_blk_requests_total{type="read"}"#, 1.0),
+        (r#"quorum_blk_request_bytes_total{type="read"}"#, 4096.0),
+        (r#"quorum_blk_request_bytes_total{type="write"}"#, 8192.0),
+        (r#"quorum_blk_requests_total{type="flush"}"#, 1.0),
+        (r#"quorum_blk_request_errors_total{type="read"}"#, 0.0),
+        (r#"quorum_blk_request_duration_seconds_count{type="write"}"#, 1.0),
+        (
+            r#"quorum_blk_request_duration_seconds_bucket{type="write",le="+Inf"}"#,
+            1.0,
+        ),
+        (r#"quorum_blk_requests_in_flight{type="write"}"#, 0.0),
+        ("quorum_blk_suspicions_total", 1.0),
+        (r#"quorum_blk_replica_wrong_sectors_total{replica="1.raw"}"#, 2.0),
+        (r#"quorum_blk_replica_wrong_sectors_total{replica="0.raw"}"#, 0.0),
+        (r#"quorum_blk_replica_stale_bytes{replica="0.raw"}"#, 0.0),
+        (
+            r#"quorum_blk_replica_state{replica="0.raw",state="in-service"}"#,
+            1.0,
+        ),
+        (r#"quorum_blk_replica_state{replica="0.raw",state="out"}"#, 0.0),
+        (
+            r#"quorum_blk_replica_operations_total{replica="0.raw",type="flush"}"#,
+            1.0,
+        ),
+    ] {
+        assert_eq!(values.get(series), Some(&expected), "{series} in {text}");
+    }
+    // The read, and the read that confirmed it.
+    let reads = values[r#"quorum_blk_replica_operations_total{replica="0.raw",type="read"}"#];
+    assert!(reads >= 2.0, "{reads}");
+    let took = values[r#"quorum_blk_request_duration_seconds_sum{type="write"}"#];
+    assert!(took > 0.0 && took < 60.0, "{took} s");
+
+    let input = served.directory.path().join("metrics.txt");
+    let output = served.directory.path().join("promtool.txt");
+    fs::write(&input, &text).unwrap();
+    let file = fs::File::create(&output).unwrap();
+    let mut command = Command::new(client_program("promtool"));
+    command
+        .args(["check", "metrics"])
+        .stdin(fs::File::open(&input).unwrap());
+    command.stderr(file.try_clone().unwrap()).stdout(file);
+    let mut promtool = Process::spawn(&mut command).unwrap();
+    let status = promtool.wait_within(LIMIT).expect("promtool ends");
+    let said = fs::read_to_string(&output).unwrap();
+    assert!(status.success() && said.is_empty(), "{said}\n{text}");
+}
+
+#[test]
+fn who_misbehaves_keeps_nobody_waiting_for_long() {
+    let mut served = serve("127.0.0.1:0");
+    let begun = Instant::now();
+    let silent: Vec<TcpStream> = (0..METRICS_CONNECTIONS_MAX).map(|_| served.connect()).collect();
+    for (index, mut stream) in silent.iter().enumerate() {
+        stream.write_all(&b"GET /metrics HTTP/1.1\r\n"[..index]).unwrap();
+    }
+    served.scrape();
+    assert!(
+        begun.elapsed() < METRICS_LIMIT + LIMIT / 2,
+        "{:?}",
+        begun.elapsed()
+    );
+    for mut stream in silent {
+        // An end or a reset: what was sent is not read any more.
+        assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
+    }
+
+    let mut endless = served.connect();
+    while endless.write_all(&[b'x'; 4096]).is_ok() {}
+    let mut garbage = served.connect();
+    garbage.write_all(b"\0\0\0\0\r\n\r\n").unwrap();
+    let mut answer = String::new();
+    garbage.read_to_string(&mut answer).unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+
+    // The end waits for nobody who is silent.
+    let _silent: Vec<TcpStream> = (0..2 * METRICS_CONNECTIONS_MAX)
+        .map(|_| served.connect())
+        .collect();
+    let begun = Instant::now();
+    assert!(served.daemon.terminate().success());
+    assert!(begun.elapsed() < METRICS_LIMIT, "{:?}", begun.elapsed());
+}
+
+#[test]
+fn an_address_that_others_reach_is_told() {
+    let served = serve("0.0.0.0:0");
+    served.scrape();
+    let log = served.daemon.log();
+    assert!(log.contains("can be read by other hosts"), "{log}");
+    let local = serve("0");
+    assert!(!local.daemon.log().contains("other hosts"));
+}
+
+#[test]
+fn an_address_in_use_is_refused_in_one_line() {
+    let taken = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let directory = tempfile::tempdir().unwrap();
+    let mut arguments = replica_arguments(&create_images(directory.path(), 1, 1 << 20));
+    let socket = directory.path().join("disk.sock");
+    arguments.extend([
+        "--socket-path".into(),
+        socket.clone().into(),
+        "--metrics".into(),
+        address.clone().into(),
+    ]);
+    let output = Daemon::run_to_end(arguments);
+    let line = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(
+        line,
+        format!("quorum-blkd: --metrics {address}: Address already in use\n")
+    );
+    assert!(!output.status.success() && !socket.exists());
+}
