@@ -1,0 +1,155 @@
+//! docs/qmp.md shows what is really printed: its examples are one conversation, held here with a real daemon.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::time::Duration;
+
+use common::client::Client;
+use common::daemon::{Daemon, replica_arguments};
+use common::images::{corrupt_sectors, create_images};
+use common::monitor::Monitor;
+use common::process::wait_until;
+use serde_json::{Value, json};
+
+const MANUAL: &str = include_str!("../docs/qmp.md");
+
+/// What the directory of the images is called in the manual.
+const DIRECTORY: &str = "/images";
+
+const LIMIT: Duration = Duration::from_secs(10);
+
+/// A message of the manual.
+#[derive(Debug)]
+enum Message {
+    Sent(String),
+    Received(Value),
+}
+
+/// The messages in the manual, in order: each begins with an arrow, and ends with the next or with the block it is in.
+fn messages() -> Vec<Message> {
+    let mut all = Vec::new();
+    for block in MANUAL
+        .split("```")
+        .skip(1)
+        .step_by(2)
+        .filter(|block| block.starts_with("\n-> ") || block.starts_with("\n<- "))
+    {
+        for message in block
+            .replace("\n-> ", "\0>")
+            .replace("\n<- ", "\0<")
+            .split('\0')
+            .skip(1)
+        {
+            let (direction, text) = message.split_at(1);
+            all.push(match direction {
+                ">" => Message::Sent(text.trim().to_owned()),
+                _ => Message::Received(
+                    serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}")),
+                ),
+            });
+        }
+    }
+    all
+}
+
+/// Whether it is what the manual shows, times aside, which only have to be some.
+fn is_as_shown(real: &Value, shown: &Value, name: &str) -> bool {
+    match (real, shown) {
+        (Value::Object(real), Value::Object(shown)) => {
+            let same = |(name, value): (&String, &Value)| {
+                shown
+                    .get(name)
+                    .is_some_and(|shown| is_as_shown(value, shown, name))
+            };
+            real.len() == shown.len() && real.iter().all(same)
+        }
+        (Value::Array(real), Value::Array(shown)) => {
+            let mut pairs = real.iter().zip(shown);
+            real.len() == shown.len() && pairs.all(|(real, shown)| is_as_shown(real, shown, name))
+        }
+        (Value::Number(_), Value::Number(_)) if name.ends_with("-ns") || name.ends_with("_ns") => true,
+        _ => real == shown,
+    }
+}
+
+/// What the manual tells of: a write, a flush, and a read that finds one sector wrong and has it mended.
+fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
+    let mut client = Client::connect(daemon.socket(), 1);
+    client.write(0, 0, &[7; 65536]).unwrap();
+    client.flush(0).unwrap();
+    corrupt_sectors(&directory.join("1.raw"), 20..21, 0xff);
+    client.read(0, 8192, 4096).unwrap();
+    let mut monitor = Monitor::connect(&directory.join("qmp.sock"));
+    let is_quiet = wait_until(LIMIT, || {
+        let state = monitor.execute("query-quorum", json!({}));
+        let mended = state["replicas"][1]["mended-sectors"] == 1;
+        let operations = state["replicas"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|replica| &replica["operations"]);
+        let mut kinds = operations.flat_map(|operations| operations.as_object().unwrap().values());
+        mended && kinds.all(|kind| kind["in-flight"] == 0)
+    });
+    assert!(is_quiet);
+}
+
+#[test]
+fn the_examples_are_what_is_printed() {
+    let directory = tempfile::tempdir().unwrap();
+    let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 30));
+    arguments.extend(["--rewrite-corrupted", "--cache", "writeback", "--qmp"].map(OsString::from));
+    arguments.push(directory.path().join("qmp.sock").into());
+    let mut daemon = Daemon::start(directory.path(), arguments);
+    tell_the_story(&daemon, directory.path());
+
+    let stream = UnixStream::connect(directory.path().join("qmp.sock")).unwrap();
+    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    let mut stream = BufReader::new(stream);
+    let (mut transcript, mut differences) = (String::new(), Vec::new());
+    let (mut shown, mut listed) = (BTreeSet::new(), BTreeSet::new());
+    for message in messages() {
+        match message {
+            Message::Sent(text) => {
+                stream.get_mut().write_all(text.as_bytes()).unwrap();
+                let sent: Value = serde_json::from_str(&text).unwrap();
+                shown.extend(sent["execute"].as_str().map(str::to_owned));
+                writeln!(transcript, "-> {text}").unwrap();
+            }
+            Message::Received(shown) => {
+                let mut line = String::new();
+                stream.read_line(&mut line).unwrap();
+                let line = line.replace(directory.path().to_str().unwrap(), DIRECTORY);
+                write!(transcript, "<- {line}").unwrap();
+                let real: Value = serde_json::from_str(&line).unwrap();
+                let commands = real["return"].as_array().into_iter().flatten();
+                listed.extend(
+                    commands
+                        .filter_map(|command| command["name"].as_str())
+                        .map(str::to_owned),
+                );
+                if !is_as_shown(&real, &shown, "") {
+                    differences.push(line);
+                }
+            }
+        }
+    }
+    assert!(
+        differences.is_empty(),
+        "not in docs/qmp.md: {differences:?}\nAll of it:\n{transcript}"
+    );
+    for command in &listed {
+        assert!(shown.contains(command), "docs/qmp.md has no example of {command}");
+        assert!(
+            MANUAL.contains(&format!("`{command}`")),
+            "docs/qmp.md does not tell of {command}"
+        );
+    }
+    // Its last word is `quit`.
+    assert!(daemon.wait().success());
+}
