@@ -139,9 +139,14 @@ fn metrics_are_what_happened_and_well_formed() {
     assert!(took > 0.0 && took < 60.0, "{took} s");
 
     let manual = include_str!("../docs/metrics.md");
-    let families = text.lines().filter_map(|line| line.strip_prefix("# TYPE quorum_blk_"));
+    let families = text
+        .lines()
+        .filter_map(|line| line.strip_prefix("# TYPE quorum_blk_"));
     for family in families.map(|rest| rest.split(' ').next().unwrap()) {
-        assert!(manual.contains(&format!("`{family}`")), "docs/metrics.md does not tell of {family}");
+        assert!(
+            manual.contains(&format!("`{family}`")),
+            "docs/metrics.md does not tell of {family}"
+        );
     }
 
     let input = served.directory.path().join("metrics.txt");
