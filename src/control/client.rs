@@ -14,6 +14,9 @@ use super::qmp::executor::Executor;
 use super::qmp::session::{READ_BYTES, Session, Step};
 use super::reader::{LineEnd, Reader};
 
+/// What is read of a client that is about to be disconnected.
+const DISCARDED_BYTES_MAX: usize = 1 << 20;
+
 pub(super) struct Client {
     reader: Reader,
     conversation: Option<Conversation>,
@@ -143,7 +146,12 @@ impl Client {
     /// To be called before it is closed: to close a socket with unread input would give the other side an error in
     /// place of an end.
     pub(super) fn discard_input(&mut self) {
-        let _ = self.reader.read(&mut [0; READ_BYTES]);
+        // More than a socket holds, of a client that goes on sending too.
+        for _ in 0..DISCARDED_BYTES_MAX / READ_BYTES {
+            if !matches!(self.reader.read(&mut [0; READ_BYTES]), Ok(1..)) {
+                return;
+            }
+        }
     }
 
     /// What to be woken for.

@@ -1,4 +1,4 @@
-//! The commands: one line in [`COMMANDS`] for each, and the types of what it takes and returns. What it does is a
+//! The commands: one entry of `COMMANDS` for each, and the types of what it takes and returns. What it does is a
 //! method of [`Operator`].
 
 use std::fmt;
