@@ -180,6 +180,11 @@ pub fn hang(system: System) -> Hung {
     let mut until = |client: &mut Client, end: Instant, kind| {
         one_by_one(client, kind, 0..blocks, &mut random, |_| Instant::now() >= end)
     };
+    // What is read was written before, in both states: holes are read without the disk.
+    for block in 0..blocks {
+        let offset = block * BLOCK_BYTES;
+        assert_eq!(client.write(0, offset, &[0; BLOCK]), Ok(()), "filling the disk");
+    }
     let began = Instant::now();
     let healthy = [
         until(&mut client, began + ms(700), Kind::Reads),
