@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim soak model bench bench-engine lint guest clients clean
+.PHONY: help demo build test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus fuzz-seeds clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -32,6 +32,15 @@ soak: ## Kill the daemon under load, for SECONDS=n in each of three ways; SEED=s
 model: ## Every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
 
+fuzz: ## Feed the device with hostile input for SECONDS=60 each; TARGET=name: only that one (fuzz/README.md)
+	SECONDS_EACH=$(SECONDS) fuzz/run.sh $(TARGET)
+
+fuzz-corpus: ## Keep what the fuzzer has found to reach new code, as few inputs as do
+	fuzz/run.sh --minimise $(TARGET)
+
+fuzz-seeds: ## Write the seeds of the fuzzer's corpora anew
+	QUORUM_BLK_FUZZ_SEEDS=1 $(CARGO) test --locked --test fuzz
+
 bench-engine: ## Instructions of the engine for each request, against those recorded (RECORD=1: record)
 	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)
 
@@ -40,6 +49,7 @@ bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BEN
 
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check
+	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) clippy --locked --all-targets --features sim -- -D warnings
 	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --features sim --no-deps --document-private-items --quiet
 

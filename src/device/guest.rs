@@ -219,6 +219,11 @@ impl Guest {
         }
     }
 
+    /// Whether requests are taken off a ring: it was started, and neither stopped nor broken by its driver since.
+    pub fn is_served(&self, ring: usize) -> bool {
+        self.rings[ring].active
+    }
+
     /// Whether every chain taken off the ring was given back, or abandoned.
     pub fn is_drained(&self, ring: usize) -> bool {
         self.rings[ring].taken == 0

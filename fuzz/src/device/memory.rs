@@ -1,0 +1,193 @@
+//! Guest memory as the frontend has it: files, of which parts are shared with the device, and what is known to be in
+//! them. Any byte that the device changes is found.
+
+use std::fs::File;
+use std::ops::Range;
+use std::os::unix::fs::FileExt;
+
+use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
+
+use super::super::naive::{Memory, Run};
+
+/// Lengths of the files.
+pub const FILE_BYTES: [u64; 3] = [0x4000, 0x2000, 0x2000];
+
+/// Bytes of guest memory for each bit of the log.
+const LOG_PAGE_BYTES: u64 = 0x1000;
+
+/// An anonymous file that can be shared.
+pub fn memory_file(bytes: u64) -> File {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("quorum-blk-fuzz", flags).expect("a memory file");
+    ftruncate(&file, bytes).expect("a length for it");
+    File::from(file)
+}
+
+/// A part of a file that is guest memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where it is in the guest's address space.
+    pub guest_address: u64,
+    /// Where it is in the frontend's.
+    pub user_address: u64,
+    /// Its length.
+    pub bytes: u64,
+    /// Which file.
+    pub file: usize,
+    /// Where in the file.
+    pub offset: u64,
+}
+
+/// The files, what is in them, and which parts are shared.
+pub struct Files {
+    /// The files themselves.
+    pub files: Vec<File>,
+    /// As they were when [`Self::changes`] was called last, and as the driver has written them since.
+    known: Vec<Vec<u8>>,
+    /// What is shared with the device.
+    pub table: Vec<Mapping>,
+    /// Where writes are marked, if they are to be.
+    pub log: Option<File>,
+}
+
+/// A place in a file.
+pub type Place = (usize, usize);
+
+/// Bytes of the files that are marked.
+pub struct Marks(Vec<Vec<bool>>);
+
+impl Marks {
+    /// None.
+    pub fn none() -> Self {
+        let files = FILE_BYTES.iter();
+        Self(files.map(|&bytes| vec![false; to_usize(bytes)]).collect())
+    }
+
+    /// Marks what of a run of guest memory is in the files.
+    pub fn add(&mut self, files: &Files, run: Run) {
+        for (file, range) in files.ranges(run) {
+            self.0[file][range].fill(true);
+        }
+    }
+
+    /// Whether a byte is marked.
+    pub fn contains(&self, (file, offset): Place) -> bool {
+        self.0[file][offset]
+    }
+
+    /// Whether any byte of a run is marked.
+    pub fn overlaps(&self, files: &Files, run: Run) -> bool {
+        files
+            .ranges(run)
+            .any(|(file, range)| self.0[file][range].contains(&true))
+    }
+}
+
+impl Files {
+    /// Zeroes, not shared.
+    pub fn new() -> Self {
+        Self {
+            files: FILE_BYTES.map(memory_file).into(),
+            known: FILE_BYTES.iter().map(|&bytes| vec![0; to_usize(bytes)]).collect(),
+            table: Vec::new(),
+            log: None,
+        }
+    }
+
+    /// Where the frontend has an address of the guest.
+    pub fn user_address(&self, guest_address: u64) -> Option<u64> {
+        let found = |mapping: &Mapping| {
+            let offset = guest_address.checked_sub(mapping.guest_address)?;
+            (offset < mapping.bytes).then(|| mapping.user_address + offset)
+        };
+        self.table.iter().find_map(found)
+    }
+
+    fn place(&self, guest_address: u64) -> Option<Place> {
+        let found = |mapping: &Mapping| {
+            let offset = guest_address.checked_sub(mapping.guest_address)?;
+            (offset < mapping.bytes).then(|| (mapping.file, to_usize(mapping.offset + offset)))
+        };
+        self.table.iter().find_map(found)
+    }
+
+    /// The parts of the files that a run of guest memory lies in.
+    fn ranges(&self, run: Run) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let end = u128::from(run.address) + u128::from(run.bytes);
+        self.table.iter().filter_map(move |mapping| {
+            let first = mapping.guest_address;
+            let from = run.address.max(first);
+            let to = end.min(u128::from(first) + u128::from(mapping.bytes));
+            let bytes = u64::try_from(to.checked_sub(u128::from(from))?).ok()?;
+            let start = to_usize(mapping.offset + (from - first));
+            (bytes > 0).then(|| (mapping.file, start..start + to_usize(bytes)))
+        })
+    }
+
+    /// Whether all of a run is guest memory.
+    pub fn is_memory(&self, run: Run) -> bool {
+        let found: usize = self.ranges(run).map(|(_, range)| range.len()).sum();
+        found as u64 == run.bytes
+    }
+
+    /// The driver writes. What is not guest memory is not written.
+    pub fn put(&mut self, guest_address: u64, bytes: &[u8]) {
+        for (offset, byte) in (0..).zip(bytes) {
+            let place = guest_address
+                .checked_add(offset)
+                .and_then(|address| self.place(address));
+            if let Some((file, at)) = place {
+                self.files[file]
+                    .write_all_at(&[*byte], at as u64)
+                    .expect("a memory file");
+                self.known[file][at] = *byte;
+            }
+        }
+    }
+
+    /// What has changed since the last call other than by [`Self::put`].
+    pub fn changes(&mut self) -> Vec<Place> {
+        let mut changes = Vec::new();
+        for (index, (file, known)) in self.files.iter().zip(&mut self.known).enumerate() {
+            let mut now = vec![0; known.len()];
+            file.read_exact_at(&mut now, 0).expect("a memory file");
+            if now == *known {
+                continue;
+            }
+            let both = known.iter().zip(&now).enumerate();
+            changes.extend(
+                both.filter(|(_, (old, new))| old != new)
+                    .map(|(at, _)| (index, at)),
+            );
+            *known = now;
+        }
+        changes
+    }
+
+    /// Whether a write there is marked in the log, under any of the addresses that the place has.
+    pub fn is_logged(&self, log: &File, (file, at): Place) -> bool {
+        let aliases = self
+            .table
+            .iter()
+            .filter(|mapping| mapping.file == file)
+            .filter_map(|mapping| {
+                let offset = (at as u64).checked_sub(mapping.offset)?;
+                (offset < mapping.bytes).then(|| mapping.guest_address + offset)
+            });
+        aliases.map(|address| address / LOG_PAGE_BYTES).any(|page| {
+            let mut bits = [0];
+            log.read_exact_at(&mut bits, page / 8).is_ok() && bits[0] & 1 << (page % 8) != 0
+        })
+    }
+}
+
+impl Memory for Files {
+    fn byte(&self, address: u64) -> Option<u8> {
+        let (file, at) = self.place(address)?;
+        Some(self.known[file][at])
+    }
+}
+
+fn to_usize(number: u64) -> usize {
+    usize::try_from(number).expect("of a small file")
+}

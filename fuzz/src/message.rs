@@ -1,0 +1,410 @@
+//! vhost-user messages and descriptors, as a frontend sends them on a socket, against the whole of what serves them:
+//! the connection, worker threads with their io_uring, the engine, and replicas in memory.
+//!
+//! What must hold: nothing panics; the connection ends when the frontend has closed it, and then nothing of it is
+//! left: no descriptor, no memory, no ring; the disk works as before.
+
+use std::fs::File;
+use std::io::Write;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::Duration;
+
+use quorum_blk::control::queue::EventQueue;
+use quorum_blk::device::DiskInfo;
+use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
+use quorum_blk::engine::{Policy, ReadPattern, Shared};
+use quorum_blk::worker::{Disk, Stop, Workers};
+use rustix::event::{EventfdFlags, epoll, eventfd};
+use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
+use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use vhost_user_backend::VringT;
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+use super::script::Script;
+use super::seeds;
+
+/// Rings of the device.
+const RINGS: u16 = 2;
+const QUEUE_SIZE_MAX: u16 = 64;
+/// Size of the file that guest memory is in, at addresses from 0 on.
+pub const MEMORY_BYTES: u64 = 0x1_0000;
+/// Where the frontend says that it has guest memory.
+pub const USER_ADDRESS: u64 = 0x7f00_0000_0000;
+const REPLICA_BYTES: u64 = 1 << 20;
+const REPLICAS: usize = 3;
+/// What one input sends at most: all of it must fit into the buffers of the socket.
+const MESSAGES_MAX: usize = 64;
+const DESCRIPTORS_MAX: usize = 120;
+
+/// Messages are set up before those of the input.
+pub const NEGOTIATE: u8 = 1;
+/// Memory and rings too.
+pub const START: u8 = 2;
+
+/// Kinds of descriptors, by the byte that stands for them in an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+#[allow(missing_docs, reason = "the names say it")]
+pub enum Kind {
+    Memory,
+    OtherMemory,
+    Event,
+    FullEvent,
+    PipeWriter,
+    PipeReader,
+    Socket,
+    Path,
+    Zero,
+    Directory,
+    ReadOnlyMemory,
+    SealedMemory,
+    EmptyMemory,
+    Epoll,
+    Timer,
+    Itself,
+}
+
+/// Codes of messages.
+pub mod code {
+    #![allow(missing_docs, reason = "named as in the specification")]
+    pub const GET_FEATURES: u8 = 1;
+    pub const SET_FEATURES: u8 = 2;
+    pub const SET_OWNER: u8 = 3;
+    pub const SET_MEM_TABLE: u8 = 5;
+    pub const SET_LOG_BASE: u8 = 6;
+    pub const SET_VRING_NUM: u8 = 8;
+    pub const SET_VRING_ADDR: u8 = 9;
+    pub const SET_VRING_BASE: u8 = 10;
+    pub const GET_VRING_BASE: u8 = 11;
+    pub const SET_VRING_KICK: u8 = 12;
+    pub const SET_VRING_CALL: u8 = 13;
+    pub const SET_VRING_ERR: u8 = 14;
+    pub const GET_PROTOCOL_FEATURES: u8 = 15;
+    pub const SET_PROTOCOL_FEATURES: u8 = 16;
+    pub const GET_QUEUE_NUM: u8 = 17;
+    pub const SET_VRING_ENABLE: u8 = 18;
+    pub const GET_CONFIG: u8 = 24;
+    pub const SET_CONFIG: u8 = 25;
+    pub const GET_INFLIGHT_FD: u8 = 31;
+    pub const SET_INFLIGHT_FD: u8 = 32;
+    pub const RESET_DEVICE: u8 = 34;
+    pub const GET_MAX_MEM_SLOTS: u8 = 36;
+    pub const ADD_MEM_REG: u8 = 37;
+    pub const REM_MEM_REG: u8 = 38;
+}
+
+/// What of a message an input has.
+pub struct Message<'a> {
+    /// Its code, or 0xff: then the payload begins with a header.
+    pub code: u8,
+    /// Flags other than the version. If bit 0 is set, the version is wrong.
+    pub flags: u8,
+    /// How much longer than it is the message claims to be.
+    pub surplus: i8,
+    /// What comes behind the header.
+    pub payload: &'a [u8],
+    /// Descriptors that come with it.
+    pub kinds: &'a [u8],
+}
+
+impl<'a> Message<'a> {
+    fn read(script: &mut Script<'a>) -> Self {
+        let (code, flags, surplus) = (script.u8(), script.u8(), script.u8().cast_signed());
+        let bytes = script.u8().into();
+        let payload = script.take(bytes);
+        let kinds = (script.u8() & 0x3f).into();
+        Self {
+            code,
+            flags,
+            surplus,
+            payload,
+            kinds: script.take(kinds),
+        }
+    }
+
+    /// The bytes of an input that stand for it.
+    pub fn input(&self) -> Vec<u8> {
+        let small = |slice: &[u8]| u8::try_from(slice.len()).expect("a short message");
+        let mut input = vec![
+            self.code,
+            self.flags,
+            self.surplus.cast_unsigned(),
+            small(self.payload),
+        ];
+        input.extend(self.payload);
+        input.push(small(self.kinds));
+        input.extend(self.kinds);
+        input
+    }
+
+    /// As it is on the socket.
+    fn bytes(&self) -> Vec<u8> {
+        if self.code == u8::MAX {
+            return self.payload.to_vec();
+        }
+        let size = self.payload.len().saturating_add_signed(self.surplus.into());
+        let size = u32::try_from(size).expect("a short message");
+        let header = [self.code.into(), u32::from(self.flags ^ 1), size];
+        let mut bytes = header.map(u32::to_ne_bytes).concat();
+        bytes.extend(self.payload);
+        bytes
+    }
+}
+
+/// What outlives an input: the disk, and descriptors to send.
+struct Machine {
+    frontend: Arc<Mutex<Frontend>>,
+    slot: ConnectionSlot,
+    server: Box<dyn RingServer>,
+    _workers: Workers,
+    _replicas: Vec<File>,
+    _stopped: std::sync::mpsc::Receiver<Stop>,
+    descriptors: Vec<OwnedFd>,
+    /// The other ends of pipes and sockets.
+    _others: Vec<OwnedFd>,
+}
+
+fn memory_file(bytes: u64) -> OwnedFd {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let file = memfd_create("quorum-blk-fuzz", flags).expect("a memory file");
+    ftruncate(&file, bytes).expect("a length for it");
+    file
+}
+
+fn opened(path: &str, flags: OFlags) -> OwnedFd {
+    open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("something that every system has")
+}
+
+/// One descriptor of each kind but the last, and what must stay open for them.
+fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+    let event = |count| eventfd(count, EventfdFlags::CLOEXEC).expect("an eventfd");
+    let full = File::from(event(0));
+    (&full)
+        .write_all(&(u64::MAX - 1).to_ne_bytes())
+        .expect("room for the greatest count");
+    let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
+    let (socket, peer) = UnixStream::pair().expect("a pair of sockets");
+    let memory = memory_file(MEMORY_BYTES);
+    let read_only = opened(&format!("/proc/self/fd/{}", memory.as_raw_fd()), OFlags::RDONLY);
+    let sealed = memory_file(MEMORY_BYTES);
+    fcntl_add_seals(&sealed, SealFlags::WRITE | SealFlags::SHRINK).expect("seals");
+    let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).expect("a timer");
+    let descriptors = vec![
+        memory,
+        memory_file(MEMORY_BYTES),
+        event(0),
+        full.into(),
+        writer,
+        reader,
+        socket.into(),
+        opened("/", OFlags::PATH),
+        opened("/dev/zero", OFlags::RDWR),
+        opened("/", OFlags::RDONLY | OFlags::DIRECTORY),
+        read_only,
+        sealed,
+        memory_file(0),
+        epoll::create(epoll::CreateFlags::CLOEXEC).expect("an epoll"),
+        timer,
+    ];
+    (descriptors, vec![peer.into()])
+}
+
+impl Machine {
+    fn new() -> Self {
+        let info = DiskInfo {
+            capacity_sectors: REPLICA_BYTES / 512,
+            block_bytes: 512,
+            physical_block_bytes: 4096,
+            read_only: false,
+            serial: "quorum 0123".to_owned(),
+            num_queues: RINGS,
+            segments_max: 62,
+        };
+        let replicas: Vec<File> = (0..REPLICAS).map(|_| memory_file(REPLICA_BYTES).into()).collect();
+        let slot = ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default());
+        let slot = slot.expect("a size that a ring can have");
+        let (stop, stopped) = std::sync::mpsc::channel();
+        let disk = Disk {
+            policy: Policy {
+                replicas: REPLICAS,
+                threshold: 2,
+                read_pattern: ReadPattern::Quorum,
+                rewrite_corrupted: true,
+                blkverify: false,
+                block_sectors: 1,
+                // Nobody is late, however slow the machine is.
+                replica_timeout: Duration::from_secs(3600),
+            },
+            shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity_sectors)),
+            files: replicas.iter().map(AsRawFd::as_raw_fd).collect(),
+            slots: vec![slot.clone()],
+            events: EventQueue::new().expect("an eventfd"),
+            stop,
+            info: info.clone(),
+        };
+        let workers = Workers::start(&disk, 1).expect("a worker with io_uring");
+        let frontend = Frontend::new(info, slot.clone(), workers.ring_server(0));
+        let (descriptors, others) = descriptors();
+        Self {
+            frontend: Arc::new(Mutex::new(frontend)),
+            slot,
+            server: workers.ring_server(0),
+            _workers: workers,
+            _replicas: replicas,
+            _stopped: stopped,
+            descriptors,
+            _others: others,
+        }
+    }
+
+    /// One for all inputs, one input at a time.
+    fn lock() -> MutexGuard<'static, Self> {
+        static MACHINE: OnceLock<Mutex<Machine>> = OnceLock::new();
+        // As Rust's own start does; libFuzzer's does not.
+        // SAFETY: no handler is set, so none can run in a bad moment.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        let machine = MACHINE.get_or_init(|| Mutex::new(Self::new()));
+        machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Puts guest memory into its file; what is missing is zeroes.
+    fn set_memory(&self, content: &[u8]) {
+        let mut memory = content.to_vec();
+        memory.resize(usize::try_from(MEMORY_BYTES).expect("64 KiB"), 0);
+        let file = self.descriptors[Kind::Memory as usize]
+            .try_clone()
+            .expect("a descriptor");
+        File::from(file).write_all_at(&memory, 0).expect("a memory file");
+    }
+
+    /// The connection is gone, and nothing of it is left.
+    fn check(&self, descriptors_before: usize) {
+        assert_eq!(self.slot.memory.memory().num_regions(), 0, "no memory is mapped");
+        for vring in &self.slot.vrings {
+            let state = vring.get_ref();
+            assert!(!state.is_enabled() && state.get_kick().is_none() && state.get_call().is_none());
+        }
+        assert_eq!(
+            open_descriptors(),
+            descriptors_before,
+            "no descriptor is left open"
+        );
+        assert!(self.server.flush(), "the disk works");
+    }
+}
+
+fn open_descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").expect("/proc").count()
+}
+
+/// Sends what the input says, and looks at what is left when the connection has ended.
+pub fn run(input: &[u8]) {
+    let machine = Machine::lock();
+    let before = open_descriptors();
+    let mut script = Script::new(input);
+    let options = script.u8();
+    let content_bytes = script.u16().into();
+    let content = script.take(content_bytes);
+    if content.is_empty() {
+        machine.set_memory(&seeds::guest_memory());
+    } else {
+        machine.set_memory(content);
+    }
+    let mut prepared = Vec::new();
+    if options & NEGOTIATE != 0 {
+        prepared.extend(negotiation());
+    }
+    if options & START != 0 {
+        prepared.extend(seeds::start());
+    }
+    let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+    ours.set_nonblocking(true).expect("a socket");
+    let mut sender = Sender {
+        machine: &machine,
+        socket: &ours,
+        descriptors_left: DESCRIPTORS_MAX,
+    };
+    let mut prepared = Script::new(&prepared);
+    while !prepared.is_empty() {
+        sender.send(&Message::read(&mut prepared));
+    }
+    for _ in 0..MESSAGES_MAX {
+        if script.is_empty() || !sender.send(&Message::read(&mut script)) {
+            break;
+        }
+    }
+    ours.shutdown(std::net::Shutdown::Write).expect("a socket");
+    Frontend::serve(&machine.frontend, theirs);
+    drop(ours);
+    machine.check(before);
+}
+
+struct Sender<'a> {
+    machine: &'a Machine,
+    socket: &'a UnixStream,
+    descriptors_left: usize,
+}
+
+impl Sender<'_> {
+    /// Returns whether there was room for it.
+    fn send(&mut self, message: &Message<'_>) -> bool {
+        let descriptors: Vec<RawFd> = message
+            .kinds
+            .iter()
+            .take(self.descriptors_left)
+            .map(
+                |kind| match self.machine.descriptors.get(usize::from(kind & 0xf)) {
+                    Some(descriptor) => descriptor.as_raw_fd(),
+                    None => self.socket.as_raw_fd(),
+                },
+            )
+            .collect();
+        self.descriptors_left -= descriptors.len();
+        let bytes = message.bytes();
+        if bytes.is_empty() {
+            return true;
+        }
+        let sent = self.socket.send_with_fds(&[&bytes[..]], &descriptors);
+        sent.is_ok_and(|sent| sent == bytes.len())
+    }
+}
+
+/// What every frontend begins with.
+fn negotiation() -> Vec<u8> {
+    let features = 1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
+    let protocol_features = VhostUserProtocolFeatures::MQ
+        | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::LOG_SHMFD
+        | VhostUserProtocolFeatures::REPLY_ACK
+        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
+        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
+        | VhostUserProtocolFeatures::RESET_DEVICE;
+    let message = |code, payload: &[u8]| {
+        let message = Message {
+            code,
+            flags: 0,
+            surplus: 0,
+            payload,
+            kinds: &[],
+        };
+        message.input()
+    };
+    [
+        message(code::SET_OWNER, &[]),
+        message(code::GET_FEATURES, &[]),
+        message(code::SET_FEATURES, &u64::to_ne_bytes(features)),
+        message(code::GET_PROTOCOL_FEATURES, &[]),
+        message(
+            code::SET_PROTOCOL_FEATURES,
+            &protocol_features.bits().to_ne_bytes(),
+        ),
+    ]
+    .concat()
+}
