@@ -35,7 +35,7 @@ for target in "${targets[@]}"; do
     corpus=fuzz/corpus/$target
     work=fuzz/work/$target
     mkdir -p "$work"
-    options=(-max_len=4096 -rss_limit_mb=1024 -timeout=10)
+    options=(-max_len=4096 -len_control=20 -rss_limit_mb=1024 -timeout=10)
     if [ -n "$minimise" ]; then
         # What is in the corpus comes first, so that names stay.
         fuzz run "$target" "$work" "$corpus" -- "${options[@]}" -merge=1

@@ -44,6 +44,8 @@ pub struct Files {
     pub files: Vec<File>,
     /// As they were when [`Self::changes`] was called last, and as the driver has written them since.
     known: Vec<Vec<u8>>,
+    /// Room for as much as the largest has.
+    scratch: Vec<u8>,
     /// What is shared with the device.
     pub table: Vec<Mapping>,
     /// Where writes are marked, if they are to be.
@@ -89,6 +91,7 @@ impl Files {
         Self {
             files: FILE_BYTES.map(memory_file).into(),
             known: FILE_BYTES.iter().map(|&bytes| vec![0; to_usize(bytes)]).collect(),
+            scratch: vec![0; FILE_BYTES.iter().map(|&bytes| to_usize(bytes)).max().unwrap_or(0)],
             table: Vec::new(),
             log: None,
         }
@@ -149,17 +152,16 @@ impl Files {
     pub fn changes(&mut self) -> Vec<Place> {
         let mut changes = Vec::new();
         for (index, (file, known)) in self.files.iter().zip(&mut self.known).enumerate() {
-            let mut now = vec![0; known.len()];
-            file.read_exact_at(&mut now, 0).expect("a memory file");
-            if now == *known {
-                continue;
+            let now = &mut self.scratch[..known.len()];
+            file.read_exact_at(now, 0).expect("a memory file");
+            if now != known {
+                let both = known.iter().zip(&*now).enumerate();
+                changes.extend(
+                    both.filter(|(_, (old, new))| old != new)
+                        .map(|(at, _)| (index, at)),
+                );
+                known.copy_from_slice(now);
             }
-            let both = known.iter().zip(&now).enumerate();
-            changes.extend(
-                both.filter(|(_, (old, new))| old != new)
-                    .map(|(at, _)| (index, at)),
-            );
-            *known = now;
         }
         changes
     }
