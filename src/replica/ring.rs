@@ -98,9 +98,18 @@ enum InFlight {
     Watch {
         fd: RawFd,
         token: WatchToken,
-        /// `false` once it was given back: what still arrives is ignored.
-        wanted: bool,
+        state: WatchState,
     },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum WatchState {
+    /// The kernel tells when the descriptor is written to.
+    Armed,
+    /// The kernel does not watch it, and will not: it is none that can be. Whoever has the watch does not know.
+    Failed,
+    /// It was given back: what still arrives is ignored.
+    GivenBack,
 }
 
 /// What the kernel is doing for an operation. Most take one step.
@@ -204,7 +213,7 @@ impl Ring {
         let slot = self.in_flight.insert(InFlight::Watch {
             fd,
             token,
-            wanted: true,
+            state: WatchState::Armed,
         });
         self.queue_slot(slot)?;
         Ok(Watch { slot })
@@ -212,12 +221,16 @@ impl Ring {
 
     /// Ends a watch. The kernel holds the file until then, so the descriptor may be closed before.
     pub fn unwatch(&mut self, watch: &Watch) -> io::Result<()> {
-        if let Some(InFlight::Watch { wanted, .. }) = self.in_flight.get_mut(watch.slot) {
-            *wanted = false;
-            let cancel = opcode::AsyncCancel::new(watch.slot as u64).build();
-            self.queue_entry(&cancel.user_data(MEANINGLESS))?;
+        let Some(InFlight::Watch { state, .. }) = self.in_flight.get_mut(watch.slot) else {
+            return Ok(());
+        };
+        if *state == WatchState::Failed {
+            self.in_flight.remove(watch.slot);
+            return Ok(());
         }
-        Ok(())
+        *state = WatchState::GivenBack;
+        let cancel = opcode::AsyncCancel::new(watch.slot as u64).build();
+        self.queue_entry(&cancel.user_data(MEANINGLESS))
     }
 
     /// Hands everything queued to the kernel, waits for a completion as `wait` says, and returns what has
@@ -283,19 +296,23 @@ impl Ring {
         }
         let slot = usize::try_from(entry.user_data()).expect("a slot of ours");
         match &mut self.in_flight[slot] {
-            InFlight::Watch { token, wanted, .. } => {
-                let (token, wanted) = (*token, *wanted);
+            InFlight::Watch { token, state, .. } => {
+                let wanted = *state == WatchState::Armed;
                 if wanted {
-                    self.completions.push_back(Completion::Readable(token));
+                    self.completions.push_back(Completion::Readable(*token));
                 }
                 if cqueue::more(entry.flags()) {
                     return Ok(());
                 }
-                if wanted && entry.result() >= 0 {
+                if !wanted {
+                    self.in_flight.remove(slot);
+                } else if entry.result() >= 0 {
                     // The kernel gave the multishot up, for instance for want of room; ask again.
                     return self.queue_slot(slot);
+                } else {
+                    // The slot stays taken, so that giving it back later does not hit another watch.
+                    *state = WatchState::Failed;
                 }
-                self.in_flight.remove(slot);
             }
             InFlight::Operation {
                 operation,
@@ -525,7 +542,8 @@ fn build() -> io::Result<IoUring> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
+    use std::fs::File;
+    use std::os::unix::fs::{FileExt, OpenOptionsExt};
     use std::rc::Rc;
 
     use vmm_sys_util::eventfd::EventFd;
@@ -703,5 +721,32 @@ mod tests {
         while !ring.in_flight.is_empty() {
             assert!(ring.enter(Wait::Forever).unwrap().is_empty());
         }
+    }
+    #[test]
+    fn what_cannot_be_watched_takes_no_other_watch_with_it() {
+        let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
+        // Names a file, and cannot be used.
+        let path = File::options()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open("/")
+            .unwrap();
+        let hopeless = ring.watch(&path, WatchToken(1)).unwrap();
+        ring.enter(Wait::Forever).unwrap().clear();
+        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let _watch = ring.watch(&event, WatchToken(2)).unwrap();
+        ring.unwatch(&hopeless).unwrap();
+        ring.enter(Wait::AtMost(Duration::from_millis(1)))
+            .unwrap()
+            .clear();
+        event.write(1).unwrap();
+        let completion = ring
+            .enter(Wait::AtMost(Duration::from_secs(20)))
+            .unwrap()
+            .pop_front();
+        assert!(
+            matches!(completion, Some(Completion::Readable(WatchToken(2)))),
+            "{completion:?}"
+        );
     }
 }
