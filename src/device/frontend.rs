@@ -11,6 +11,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -27,6 +28,7 @@ use vhost_user_backend::VringT;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryRegion};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::inflight::{self, QueueRegion};
 use super::memory::{DirtyLog, Region, map_region};
@@ -320,6 +322,27 @@ fn set_nonblocking(file: &File) -> io::Result<()> {
     }
 }
 
+/// Refuses what no event can come through. A file is always readable, so a worker that waits for kicks from one would
+/// never sleep; and writing to one can take for ever whatever its flags say, if it is on a network or another process
+/// serves it.
+fn check_is_no_file(descriptor: &File) -> io::Result<()> {
+    let kind = descriptor.metadata()?.file_type();
+    if kind.is_file() || kind.is_dir() || kind.is_block_device() {
+        return Err(io::Error::other("a file in place of an eventfd"));
+    }
+    Ok(())
+}
+
+/// Refuses what the system does not tell of when there is something to read.
+fn check_can_be_waited_for(descriptor: &File) -> io::Result<()> {
+    check_is_no_file(descriptor)?;
+    Epoll::new()?.ctl(
+        ControlOperation::Add,
+        descriptor.as_raw_fd(),
+        EpollEvent::default(),
+    )
+}
+
 fn not_offered<T>(message: &'static str) -> Result<T> {
     Err(Error::InvalidOperation(message))
 }
@@ -463,6 +486,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn set_vring_kick(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let (queue, vring) = self.vring(u32::from(index))?;
+        if let Some(file) = &file {
+            check_can_be_waited_for(file).map_err(Error::ReqHandlerError)?;
+        }
         // A ring starts when it has a kick (vhost-user, "Ring states"). We do not wait for the first one:
         // what is on the ring already is served at once.
         vring.set_queue_ready(file.is_some());
@@ -475,6 +501,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let (_, vring) = self.vring(u32::from(index))?;
         // A worker that tells the driver must not wait until there is room for that.
         if let Some(file) = &file {
+            check_is_no_file(file).map_err(Error::ReqHandlerError)?;
             set_nonblocking(file).map_err(Error::ReqHandlerError)?;
         }
         vring.set_call(file);

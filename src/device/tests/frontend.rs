@@ -57,6 +57,38 @@ fn a_call_descriptor_without_room_keeps_nobody_waiting() {
 }
 
 #[test]
+fn files_are_no_kick_and_no_call_descriptors() {
+    let mut frontend = frontend();
+    for path in ["/", "/dev/null"] {
+        assert!(
+            frontend
+                .set_vring_kick(0, Some(File::open(path).unwrap()))
+                .is_err()
+        );
+    }
+    for file in [File::open("/").unwrap(), tempfile::tempfile().unwrap()] {
+        assert!(
+            frontend
+                .set_vring_kick(0, Some(file.try_clone().unwrap()))
+                .is_err()
+        );
+        assert!(frontend.set_vring_call(0, Some(file)).is_err());
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
+    for (kick, call) in [
+        (
+            File::from(OwnedFd::from(reader)),
+            File::from(OwnedFd::from(writer)),
+        ),
+        (event.try_clone().unwrap(), event),
+    ] {
+        frontend.set_vring_kick(0, Some(kick)).unwrap();
+        frontend.set_vring_call(0, Some(call)).unwrap();
+    }
+}
+
+#[test]
 fn regions_of_memory_come_in_any_order() {
     const BYTES: u64 = 0x1000;
     let file = tempfile::tempfile().unwrap();
