@@ -65,8 +65,9 @@ struct Ring {
     tracker: Option<Tracker>,
     /// Chains that another process has taken and not given back. They come before any new one.
     resubmitted: VecDeque<u16>,
-    /// Those of them that change nothing. They wait until those that do are begun again on all rings.
-    deferred: VecDeque<Request>,
+    /// Those of them that change nothing. They wait until those that do are begun again on all rings. By their heads:
+    /// there may be many, and what a guest makes long must not take memory meanwhile.
+    deferred: VecDeque<u16>,
     /// No new ones are taken yet: what another process began on some ring is not with an engine.
     held: Option<Held>,
 }
@@ -396,7 +397,7 @@ impl Guest {
         while let Some(head) = ring.resubmitted.pop_front() {
             let request = again(head);
             if matches!(request.kind, Kind::In(_) | Kind::Flush) {
-                ring.deferred.push_back(request);
+                ring.deferred.push_back(head);
             } else {
                 ring.taken += 1;
                 return Some(request);
@@ -405,9 +406,9 @@ impl Guest {
         if ring.held.is_some() {
             return None;
         }
-        if let Some(request) = ring.deferred.pop_front() {
+        if let Some(head) = ring.deferred.pop_front() {
             ring.taken += 1;
-            return Some(request);
+            return Some(again(head));
         }
         let head = match state.get_queue_mut().iter(&memory).map(|mut iter| iter.next()) {
             Ok(chain) => {
