@@ -35,11 +35,8 @@ model: ## Every interleaving of what worker threads share (loom)
 fuzz: ## Feed the device with hostile input for SECONDS=60 each; TARGET=name: only that one (fuzz/README.md)
 	SECONDS_EACH=$(SECONDS) fuzz/run.sh $(TARGET)
 
-fuzz-corpus: ## Keep what the fuzzer has found to reach new code, as few inputs as do
-	fuzz/run.sh --minimise $(TARGET)
-
-fuzz-seeds: ## Write the seeds of the fuzzer's corpora anew
-	QUORUM_BLK_FUZZ_SEEDS=1 $(CARGO) test --locked --test fuzz
+fuzz-corpus: ## Make the committed inputs of the fuzzer anew from all it has found
+	fuzz/run.sh --corpus $(TARGET)
 
 bench-engine: ## Instructions of the engine for each request, against those recorded (RECORD=1: record)
 	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)

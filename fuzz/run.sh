@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Runs the fuzz targets: run.sh [--minimise] [target...], for $SECONDS_EACH each. Fails if one finds something.
+# run.sh [target...]: runs the fuzz targets for $SECONDS_EACH each, and fails if one finds something.
+# run.sh --corpus [target...]: makes the corpora of the fewest inputs that reach as much as all there are.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${SECONDS_EACH:-60}
 cargo=${CARGO:-cargo}
 
-minimise=
-if [ "${1:-}" = --minimise ]; then
-    minimise=yes
+make_corpus=
+if [ "${1:-}" = --corpus ]; then
+    make_corpus=yes
     shift
 fi
 targets=("$@")
@@ -18,33 +19,38 @@ fi
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then
     "$cargo" install --locked cargo-fuzz
 fi
-# Sanitizers are not for stable toolchains; one that is made to have them does.
-if [ -z "${FUZZ_STABLE:-}" ] && "$cargo" +nightly --version >/dev/null 2>&1; then
-    toolchain=+nightly
+# Stable toolchains have no sanitizers unless they are told that they have. FUZZ_STABLE=1: not a nightly one.
+toolchain=()
+if [ -z "${FUZZ_STABLE:-}" ] && rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
+    toolchain=(+nightly)
 else
-    toolchain=
     export RUSTC_BOOTSTRAP=1
 fi
 
 fuzz() {
-    "$cargo" $toolchain fuzz "$@"
+    local target=$1
+    shift
+    "$cargo" "${toolchain[@]}" fuzz run "$target" "$@" -max_len=4096 -len_control=20 -rss_limit_mb=1024 -timeout=10
 }
 
+if [ -n "$make_corpus" ]; then
+    QUORUM_BLK_FUZZ_SEEDS=1 "$cargo" test --locked --quiet --test fuzz
+fi
 status=0
 for target in "${targets[@]}"; do
     corpus=fuzz/corpus/$target
     work=fuzz/work/$target
-    mkdir -p "$work"
-    options=(-max_len=4096 -len_control=20 -rss_limit_mb=1024 -timeout=10)
-    if [ -n "$minimise" ]; then
-        # What is in the corpus comes first, so that names stay.
-        fuzz run "$target" "$work" "$corpus" -- "${options[@]}" -merge=1
-        rm -rf "$work.least"
-        mkdir "$work.least"
-        fuzz run "$target" "$work.least" "$corpus" "$work" -- "${options[@]}" -merge=1
-        continue
+    mkdir -p "$work" "$corpus"
+    if [ -n "$make_corpus" ]; then
+        least=fuzz/work/$target.least
+        rm -rf "$least"
+        mkdir "$least"
+        fuzz "$target" "$least" "$corpus" "$work" -- -set_cover_merge=1 -use_counters=0
+        rm -rf "$corpus"
+        mv "$least" "$corpus"
+    else
+        echo "== $target, $seconds s"
+        fuzz "$target" "$work" "$corpus" -- -max_total_time="$seconds" -print_final_stats=1 || status=$?
     fi
-    echo "== $target, $seconds s"
-    fuzz run "$target" "$work" "$corpus" -- "${options[@]}" -max_total_time="$seconds" -print_final_stats=1 || status=$?
 done
 exit "$status"

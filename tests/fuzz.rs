@@ -1,47 +1,55 @@
-//! The inputs of the fuzz targets (fuzz/README.md), replayed: the seeds, and what the fuzzer has made of them.
+//! The inputs of the fuzz targets (fuzz/README.md), replayed: the seeds, what the fuzzer has made of them, and what was
+//! mended.
 
 #[path = "../fuzz/src/lib.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod targets;
 
 use std::fs;
-use std::path::Path;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
 use targets::seeds::{self, Seed};
 
-/// Where the corpora are.
-const CORPUS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz/corpus");
+/// The fuzzer's directory.
+const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
 
-/// Runs all inputs of a target. With `QUORUM_BLK_FUZZ_SEEDS=1` it puts the seeds into the corpus.
+/// Runs all inputs of a target. With `QUORUM_BLK_FUZZ_SEEDS=1` it leaves the seeds where the fuzzer finds them.
 fn replay(target: &str, seeds: &[Seed], run: fn(&[u8])) {
-    // One looks at what the process has open.
+    // Some look at what the process has open.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let directory = Path::new(CORPUS).join(target);
+    let directory = |name| Path::new(FUZZ).join(name).join(target);
     for (name, input) in seeds {
         println!("{target}: seed {name}");
         run(input);
-        if std::env::var_os("QUORUM_BLK_FUZZ_SEEDS").is_some_and(|value| !value.is_empty()) {
-            fs::create_dir_all(&directory).unwrap();
-            fs::write(directory.join(name), input).unwrap();
+    }
+    if std::env::var("QUORUM_BLK_FUZZ_SEEDS").is_ok_and(|value| value == "1") {
+        fs::create_dir_all(directory("work")).unwrap();
+        for (name, input) in seeds {
+            fs::write(directory("work").join(name), input).unwrap();
         }
     }
-    let mut files: Vec<_> = fs::read_dir(&directory)
-        .unwrap_or_else(|error| panic!("{}: {error}", directory.display()))
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    files.sort();
-    assert!(!files.is_empty(), "no corpus in {}", directory.display());
-    for file in &files {
+    let corpus = files(&directory("corpus"));
+    assert!(!corpus.is_empty(), "{target}: no corpus");
+    for file in corpus.iter().chain(&files(&directory("regressions"))) {
         println!("{}", file.display());
         run(&fs::read(file).unwrap());
     }
-    println!(
-        "{target}: {} seeds and {} files of the corpus",
-        seeds.len(),
-        files.len()
-    );
+    println!("{target}: {} seeds and {} files", seeds.len(), corpus.len());
+}
+
+/// The files in a directory, if it is there.
+fn files(directory: &Path) -> Vec<PathBuf> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Vec::new(),
+        Err(error) => panic!("{}: {error}", directory.display()),
+    };
+    let mut files: Vec<_> = entries.map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    files
 }
 
 #[test]

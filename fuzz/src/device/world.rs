@@ -1,7 +1,7 @@
 //! The rings and who serves them: the device's guest side, an engine that answers as it is told, and a model of what
 //! was taken and not given back.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
@@ -14,6 +14,7 @@ use quorum_blk::limits::{PIECE_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
 use quorum_blk::quorum::SectorRange;
 use quorum_blk::replica::buffer::BufferPool;
 use vhost_user_backend::VringT;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::QueueT;
 
 use super::super::naive::{Memory, Run, walk};
@@ -66,6 +67,8 @@ struct Out {
     count: usize,
     /// What the device may write for them.
     writable: Vec<Run>,
+    /// Where the status of the last of them goes.
+    status: Option<u64>,
     /// Taken by another process; it is not known when it is looked at again.
     resubmitted: bool,
 }
@@ -111,6 +114,8 @@ pub struct World {
     info: DiskInfo,
     guest: Guest,
     rings: Vec<Ring>,
+    /// Chains of which pieces have failed, as tags name them.
+    failed: BTreeSet<u64>,
     /// Which chains are out is known. It is not any more when the device was made to write over rings and descriptors
     /// while it takes chains.
     strict: bool,
@@ -126,6 +131,7 @@ impl World {
             flushes: true,
             region: None,
             guest,
+            failed: BTreeSet::new(),
             rings: slot.vrings.iter().map(|_| Ring::default()).collect(),
             info,
             slot,
@@ -138,6 +144,7 @@ impl World {
         self.guest = guest(&self.info, &slot);
         self.slot = slot;
         self.pending.clear();
+        self.failed.clear();
         self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
         self.files.table.clear();
         self.files.log = None;
@@ -169,7 +176,62 @@ impl World {
             _ => &[],
         };
         let result = if fails { Err(Failed) } else { Ok(data) };
+        // The name of a chain in the tags of its pieces.
+        let chain = |tag: Tag| tag.0 >> 32;
+        if fails {
+            self.failed.insert(chain(tag));
+        }
+        let statuses = self.statuses();
+        let before = self.positions();
         self.call(Call::Answer, |guest| guest.answered(tag, result));
+        let is_out = self.pending.iter().any(|(other, _)| chain(*other) == chain(tag));
+        let failed = self.failed.contains(&chain(tag));
+        if !is_out {
+            self.failed.remove(&chain(tag));
+        }
+        let both = before.iter().zip(self.positions()).enumerate();
+        let given_back = both.filter(|(_, (before, after))| before.next_used != after.next_used);
+        for (ring, (before, _)) in given_back {
+            assert!(!is_out, "given back before all of it was done");
+            let head = self.files.bytes(before.used_entry(before.next_used));
+            let head = head.map_or(0, u32::from_le_bytes);
+            if let (true, Some(address)) = (self.strict, statuses.get(&(ring, head))) {
+                self.check_status(*address, failed);
+            }
+        }
+    }
+
+    /// Where the status of each chain that is out goes, by ring and head.
+    fn statuses(&self) -> BTreeMap<(usize, u32), u64> {
+        let rings = self.rings.iter().enumerate();
+        let known = rings.flat_map(|(index, ring)| {
+            let single = ring
+                .out
+                .iter()
+                .filter(|(_, out)| out.count == 1 && !out.resubmitted);
+            single.filter_map(move |(head, out)| Some(((index, u32::from(*head)), out.status?)))
+        });
+        known.collect()
+    }
+
+    /// A request of which a piece failed has failed.
+    fn check_status(&self, address: u64, failed: bool) {
+        let run = Run { address, bytes: 1 };
+        let mut used = Marks::none();
+        for position in self.positions() {
+            used.add(&self.files, position.used_area());
+        }
+        let status = self
+            .files
+            .byte(address)
+            .filter(|_| !used.overlaps(&self.files, run));
+        if let Some(status) = status {
+            let known = [VIRTIO_BLK_S_OK, VIRTIO_BLK_S_IOERR].contains(&status.into());
+            assert!(
+                known && !(failed && u32::from(status) == VIRTIO_BLK_S_OK),
+                "status {status}"
+            );
+        }
     }
 
     /// What a worker does before it sleeps.
@@ -259,6 +321,7 @@ impl World {
             _ => {}
         }
         self.note_losses(&after);
+        self.note_overwritten(&before, &after);
         self.check_changes(&before);
         for ring in 0..self.rings.len() {
             let restarted = match call {
@@ -302,6 +365,7 @@ impl World {
                     .for_each(|run| read.add(&self.files, *run));
                 let out = ring.out.entry(head).or_default();
                 out.count += usize::from(is_new);
+                out.status = walk.status();
                 out.writable.extend(&walk.writable);
                 written.extend(walk.writable);
             }
@@ -312,6 +376,24 @@ impl World {
         if any && written.iter().any(|run| read.overlaps(&self.files, *run)) {
             self.strict = false;
         }
+    }
+
+    /// Of several elements that were put on used rings the first may be written over by what came with the others.
+    fn note_overwritten(&mut self, before: &[Position], after: &[Position]) {
+        let both = before.iter().zip(after);
+        let counts = both.map(|(before, after)| u32::from(after.next_used.wrapping_sub(before.next_used)));
+        if counts.sum::<u32>() < 2 {
+            return;
+        }
+        let mut used = Marks::none();
+        for position in before {
+            let area = position.used_area();
+            self.strict &= !used.overlaps(&self.files, area);
+            used.add(&self.files, area);
+        }
+        let outs = self.rings.iter().flat_map(|ring| ring.out.values());
+        let mut runs = outs.flat_map(|out| &out.writable);
+        self.strict &= !runs.any(|run| used.overlaps(&self.files, *run));
     }
 
     /// A chain cannot be given back if its head is none, or the used ring is not there.
@@ -373,6 +455,7 @@ impl World {
             let out = Out {
                 count: 1,
                 writable: Vec::new(),
+                status: None,
                 resubmitted: true,
             };
             (head, out)
