@@ -54,15 +54,15 @@ fn files(directory: &Path) -> Vec<PathBuf> {
 
 #[test]
 fn requests() {
-    replay("request", &seeds::request(), targets::request::run);
+    replay("request", &seeds::request::all(), targets::request::run);
 }
 
 #[test]
 fn devices() {
-    replay("device", &seeds::device(), targets::device::run);
+    replay("device", &seeds::device::all(), targets::device::run);
 }
 
 #[test]
 fn messages() {
-    replay("message", &seeds::message_inputs(), targets::message::run);
+    replay("message", &seeds::message::all(), targets::message::run);
 }

@@ -18,17 +18,16 @@ use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServ
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::worker::{Disk, Stop, Workers};
 use rustix::event::{EventfdFlags, epoll, eventfd};
-use rustix::fs::{MemfdFlags, Mode, OFlags, SealFlags, fcntl_add_seals, ftruncate, memfd_create, open};
+use rustix::fs::{Mode, OFlags, SealFlags, fcntl_add_seals, open};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::time::{TimerfdClockId, TimerfdFlags, timerfd_create};
-use vhost::vhost_user::message::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
 use vhost_user_backend::VringT;
-use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use super::device::memory::memory_file;
 use super::script::Script;
-use super::seeds;
+use super::seeds::message as seeds;
 
 /// Rings of the device.
 const RINGS: u16 = 2;
@@ -171,13 +170,6 @@ struct Machine {
     _others: Vec<OwnedFd>,
 }
 
-fn memory_file(bytes: u64) -> OwnedFd {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let file = memfd_create("quorum-blk-fuzz", flags).expect("a memory file");
-    ftruncate(&file, bytes).expect("a length for it");
-    file
-}
-
 fn opened(path: &str, flags: OFlags) -> OwnedFd {
     open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("something that every system has")
 }
@@ -197,8 +189,8 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     fcntl_add_seals(&sealed, SealFlags::WRITE | SealFlags::SHRINK).expect("seals");
     let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).expect("a timer");
     let descriptors = vec![
-        memory,
-        memory_file(MEMORY_BYTES),
+        memory.into(),
+        memory_file(MEMORY_BYTES).into(),
         event(0),
         full.into(),
         writer,
@@ -208,8 +200,8 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
         opened("/dev/zero", OFlags::RDWR),
         opened("/", OFlags::RDONLY | OFlags::DIRECTORY),
         read_only,
-        sealed,
-        memory_file(0),
+        sealed.into(),
+        memory_file(0).into(),
         epoll::create(epoll::CreateFlags::CLOEXEC).expect("an epoll"),
         timer,
     ];
@@ -227,7 +219,7 @@ impl Machine {
             num_queues: RINGS,
             segments_max: 62,
         };
-        let replicas: Vec<File> = (0..REPLICAS).map(|_| memory_file(REPLICA_BYTES).into()).collect();
+        let replicas: Vec<File> = (0..REPLICAS).map(|_| memory_file(REPLICA_BYTES)).collect();
         let slot = ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default());
         let slot = slot.expect("a size that a ring can have");
         let (stop, stopped) = std::sync::mpsc::channel();
@@ -319,7 +311,7 @@ pub fn run(input: &[u8]) {
     }
     let mut prepared = Vec::new();
     if options & NEGOTIATE != 0 {
-        prepared.extend(negotiation());
+        prepared.extend(seeds::negotiation());
     }
     if options & START != 0 {
         prepared.extend(seeds::start());
@@ -374,37 +366,4 @@ impl Sender<'_> {
         let sent = self.socket.send_with_fds(&[&bytes[..]], &descriptors);
         sent.is_ok_and(|sent| sent == bytes.len())
     }
-}
-
-/// What every frontend begins with.
-fn negotiation() -> Vec<u8> {
-    let features = 1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
-    let protocol_features = VhostUserProtocolFeatures::MQ
-        | VhostUserProtocolFeatures::CONFIG
-        | VhostUserProtocolFeatures::LOG_SHMFD
-        | VhostUserProtocolFeatures::REPLY_ACK
-        | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
-        | VhostUserProtocolFeatures::INFLIGHT_SHMFD
-        | VhostUserProtocolFeatures::RESET_DEVICE;
-    let message = |code, payload: &[u8]| {
-        let message = Message {
-            code,
-            flags: 0,
-            surplus: 0,
-            payload,
-            kinds: &[],
-        };
-        message.input()
-    };
-    [
-        message(code::SET_OWNER, &[]),
-        message(code::GET_FEATURES, &[]),
-        message(code::SET_FEATURES, &u64::to_ne_bytes(features)),
-        message(code::GET_PROTOCOL_FEATURES, &[]),
-        message(
-            code::SET_PROTOCOL_FEATURES,
-            &protocol_features.bits().to_ne_bytes(),
-        ),
-    ]
-    .concat()
 }
