@@ -378,7 +378,10 @@ impl Machine {
             .send(|frontend| frontend.set_inflight_fd(&region, file))
             .is_some()
         {
-            with_world(|world| world.region = Some((kept, offset, queue_bytes)));
+            with_world(|world| {
+                world.region = Some((kept, offset, queue_bytes));
+                world.regions += 1;
+            });
         }
     }
 

@@ -53,7 +53,7 @@ struct Out {
     count: usize,
     /// What the device may write for them.
     writable: Vec<Run>,
-    /// Where the status of the last of them goes.
+    /// Where the status goes, if there has been one of them only.
     status: Option<u64>,
     /// Taken by another process; it is not known when it is looked at again.
     resubmitted: bool,
@@ -67,6 +67,8 @@ pub(super) struct Ring {
     out_count: usize,
     /// Chains are tracked in a region.
     tracked: bool,
+    /// In which one: they are counted as they are handed over.
+    region: usize,
     /// Some of what is out was taken by another process.
     resubmitted: bool,
     /// Some of what is out cannot be given back, through no fault of the device.
@@ -126,7 +128,10 @@ impl World {
                 Call::Refresh {
                     ring: refreshed,
                     tracked,
-                } if refreshed == ring => self.note_start(ring, tracked, before[ring], after[ring]),
+                } if refreshed == ring => {
+                    self.note_failed_start(ring, tracked, before[ring], after[ring]);
+                    self.note_start(ring, tracked, before[ring], after[ring])
+                }
                 _ => false,
             };
             if !restarted {
@@ -163,7 +168,8 @@ impl World {
                     .for_each(|run| read.add(&self.files, *run));
                 let out = ring.out.entry(head).or_default();
                 out.count += usize::from(is_new);
-                out.status = walk.status();
+                // Of two with the same head it is not known which one is given back.
+                out.status = walk.status().filter(|_| out.count == 1);
                 out.writable.extend(&walk.writable);
                 written.extend(walk.writable);
             }
@@ -230,6 +236,17 @@ impl World {
         }
     }
 
+    /// A ring that its driver broke, and that does not start again with the region that it has: what is out stays in
+    /// flight there.
+    fn note_failed_start(&mut self, index: usize, tracked: bool, before: Position, after: Position) {
+        let ring = &mut self.rings[index];
+        let same_region = tracked && ring.tracked && ring.region == self.regions;
+        if same_region && !before.served && !after.served && self.guest.is_drained(index) {
+            ring.out.clear();
+            ring.out_count = 0;
+        }
+    }
+
     /// Returns whether the ring was started from a region: then what is out is what the region says.
     fn note_start(&mut self, index: usize, tracked: bool, before: Position, after: Position) -> bool {
         if before.served || !after.served {
@@ -237,6 +254,7 @@ impl World {
         }
         let ring = &mut self.rings[index];
         ring.tracked = tracked;
+        ring.region = self.regions;
         if !tracked {
             return false;
         }
@@ -301,6 +319,7 @@ impl World {
         if !now.served || !ring.resubmitted {
             *ring = Ring {
                 tracked: ring.tracked,
+                region: ring.region,
                 ..Ring::default()
             };
         }

@@ -35,6 +35,8 @@ pub struct World {
     pub(super) flushes: bool,
     /// The file with the region, where it begins, and the bytes of it for each queue.
     pub(super) region: Option<(File, u64, u64)>,
+    /// How many were handed over.
+    pub(super) regions: usize,
     info: DiskInfo,
     pub(super) guest: Guest,
     pub(super) rings: Vec<Ring>,
@@ -54,6 +56,7 @@ impl World {
             patience: usize::MAX,
             flushes: true,
             region: None,
+            regions: 0,
             guest,
             failed: BTreeSet::new(),
             rings: slot.vrings.iter().map(|_| Ring::default()).collect(),
