@@ -181,7 +181,14 @@ impl Guest {
             self.rings[index].active = true;
             return;
         };
-        // Of a ring that its driver broke chains may be out still. They are in the region, like any others.
+        // Of a ring that its driver broke chains may be out still. They are in the region, like any others; if it is
+        // another one than before, nobody would come back to them.
+        let tracker = self.rings[index].tracker.as_ref();
+        if tracker.is_some_and(|tracker| !tracker.is_of(&region)) {
+            for key in self.take_out_of(index) {
+                self.give_back(key, Status::IoError);
+            }
+        }
         self.abandon(index);
         let ring = &mut self.rings[index];
         match ring.resume(region, memory) {
@@ -194,17 +201,10 @@ impl Guest {
     /// it any more. In a region it stays in flight, and the next start does it again; where there is none, it
     /// fails.
     pub fn abandon(&mut self, ring: usize) {
-        let out = |chain: &Taken| chain.ring == ring && !chain.abandoned;
-        let keys: Vec<usize> = self
-            .chains
-            .iter()
-            .filter(|(_, chain)| out(chain))
-            .map(|(key, _)| key)
-            .collect();
+        let keys = self.take_out_of(ring);
         if keys.is_empty() {
             return;
         }
-        self.unfinished.retain(|key| !keys.contains(key));
         let tracked = self.rings[ring].tracker.is_some();
         let (count, fate) = (keys.len(), if tracked { "stay in flight" } else { "fail" });
         warn!("{count} requests are not answered in time by the replicas they need; they {fate}");
@@ -218,6 +218,15 @@ impl Guest {
                 self.give_back(key, Status::IoError);
             }
         }
+    }
+
+    /// The chains that are out of a ring, of which no more is begun.
+    fn take_out_of(&mut self, ring: usize) -> Vec<usize> {
+        let out = |chain: &Taken| chain.ring == ring && !chain.abandoned;
+        let chains = self.chains.iter().filter(|(_, chain)| out(chain));
+        let keys: Vec<usize> = chains.map(|(key, _)| key).collect();
+        self.unfinished.retain(|key| !keys.contains(key));
+        keys
     }
 
     /// Whether requests are taken off a ring: it was started, and neither stopped nor broken by its driver since.

@@ -465,6 +465,11 @@ pub struct Tracker {
 }
 
 impl Tracker {
+    /// Whether it tracks chains there, as mapped at this time.
+    pub fn is_of(&self, region: &QueueRegion) -> bool {
+        Arc::ptr_eq(&self.region.mapping, &region.mapping)
+    }
+
     /// A chain was taken off the available ring; to be called before anything comes of it.
     pub fn taken(&mut self, head: u16) {
         if head >= self.region.entries {

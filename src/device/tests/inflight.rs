@@ -903,3 +903,36 @@ fn a_ring_that_is_broken_while_it_waits_is_not_looked_at_again() {
     assert!(!life.machine.guest.is_held());
     assert!(life.machine.guest.next_request().is_none());
 }
+
+/// What was taken under one region is not in the next one. The frontend may not change it while chains are out, but the
+/// driver must not wait for these for ever.
+#[test]
+fn what_is_out_of_a_broken_ring_fails_when_the_region_is_another_one() {
+    let mut machine = Machine::new();
+    let (first, second) = (Layout::new(1, 64, 1).unwrap(), Layout::new(1, 64, 1).unwrap());
+    let regions = [first, second].map(|layout| {
+        let file = layout.create_file().unwrap();
+        Region::map(layout, file, 0, layout.bytes() as u64).unwrap()
+    });
+    machine.vrings[0].set_enabled(false);
+    assert!(!machine.guest.refresh(0, false));
+    machine.guest.set_region(0, regions[0].queue(0));
+    machine.vrings[0].set_enabled(true);
+    assert!(machine.guest.refresh(0, false));
+    machine.put_header(IN, 0);
+    let parts = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
+    let head = machine.offer(0, &parts);
+    let (tag, request) = machine.guest.next_request().unwrap();
+    // No ring has so much to offer.
+    machine.put(AVAILABLE + 2, &1000u16.to_le_bytes());
+    assert!(machine.guest.next_request().is_none());
+    assert!(!machine.guest.is_served(0));
+    machine.put(AVAILABLE + 2, &1u16.to_le_bytes());
+    machine.guest.set_region(0, regions[1].queue(0));
+    assert!(machine.guest.refresh(0, false));
+    assert_eq!(machine.used(0), [(head, 0)]);
+    assert_eq!(machine.status(), IOERR);
+    machine.answer(tag, request);
+    assert!(machine.used(0).is_empty());
+    assert!(machine.guest.next_request().is_none());
+}
