@@ -47,6 +47,7 @@ bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BEN
 lint: ## Formatting, clippy and documentation, warnings denied
 	$(CARGO) fmt --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
+	$(CARGO) metadata --locked --manifest-path fuzz/Cargo.toml --format-version 1 >/dev/null
 	$(CARGO) clippy --locked --all-targets --features sim -- -D warnings
 	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --features sim --no-deps --document-private-items --quiet
 
@@ -58,3 +59,4 @@ clients: ## Fetch the programs of others that the tests of the monitor and the m
 
 clean: ## Remove everything that was built
 	$(CARGO) clean
+	$(CARGO) clean --manifest-path fuzz/Cargo.toml
