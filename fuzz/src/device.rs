@@ -21,7 +21,7 @@ use self::world::World;
 use super::script::Script;
 
 /// What a script does at most: no input takes long.
-const STEPS_MAX: usize = 400;
+const STEPS_MAX: usize = 150;
 
 thread_local! {
     /// Here, since who serves the rings of a frontend must be one that can go to another thread.

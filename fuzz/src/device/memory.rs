@@ -7,6 +7,8 @@ use std::os::unix::fs::FileExt;
 
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
 
+use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
+
 use super::super::naive::{Memory, Run};
 
 /// Lengths of the files.
@@ -42,6 +44,8 @@ pub struct Mapping {
 pub struct Files {
     /// The files themselves.
     pub files: Vec<File>,
+    /// And what this end has mapped of them.
+    mappings: Vec<MmapRegion<()>>,
     /// As they were when [`Self::changes`] was called last, and as the driver has written them since.
     known: Vec<Vec<u8>>,
     /// Room for as much as the largest has.
@@ -88,8 +92,14 @@ impl Marks {
 impl Files {
     /// Zeroes, not shared.
     pub fn new() -> Self {
+        let files: Vec<File> = FILE_BYTES.map(memory_file).into();
+        let map = |(file, &bytes): (&File, &u64)| {
+            let file = file.try_clone().expect("a descriptor");
+            MmapRegion::from_file(FileOffset::new(file, 0), to_usize(bytes)).expect("room for it")
+        };
         Self {
-            files: FILE_BYTES.map(memory_file).into(),
+            mappings: files.iter().zip(&FILE_BYTES).map(map).collect(),
+            files,
             known: FILE_BYTES.iter().map(|&bytes| vec![0; to_usize(bytes)]).collect(),
             scratch: vec![0; FILE_BYTES.iter().map(|&bytes| to_usize(bytes)).max().unwrap_or(0)],
             table: Vec::new(),
@@ -140,9 +150,11 @@ impl Files {
                 .checked_add(offset)
                 .and_then(|address| self.place(address));
             if let Some((file, at)) = place {
-                self.files[file]
-                    .write_all_at(&[*byte], at as u64)
-                    .expect("a memory file");
+                self.mappings[file]
+                    .as_volatile_slice()
+                    .subslice(at, 1)
+                    .expect("within it")
+                    .copy_from(&[*byte]);
                 self.known[file][at] = *byte;
             }
         }
@@ -151,9 +163,9 @@ impl Files {
     /// What has changed since the last call other than by [`Self::put`].
     pub fn changes(&mut self) -> Vec<Place> {
         let mut changes = Vec::new();
-        for (index, (file, known)) in self.files.iter().zip(&mut self.known).enumerate() {
+        for (index, (mapping, known)) in self.mappings.iter().zip(&mut self.known).enumerate() {
             let now = &mut self.scratch[..known.len()];
-            file.read_exact_at(now, 0).expect("a memory file");
+            mapping.as_volatile_slice().copy_to(now);
             if now != known {
                 let both = known.iter().zip(&*now).enumerate();
                 changes.extend(
