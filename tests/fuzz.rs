@@ -22,7 +22,7 @@ fn replay(target: &str, seeds: &[Seed], run: fn(&[u8])) {
     let _guard = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let directory = |name| Path::new(FUZZ).join(name).join(target);
     for (name, input) in seeds {
-        println!("{target}: seed {name}");
+        let _named = NamedInPanics(&format!("the seed {name}"));
         run(input);
     }
     if std::env::var("QUORUM_BLK_FUZZ_SEEDS").is_ok_and(|value| value == "1") {
@@ -34,10 +34,21 @@ fn replay(target: &str, seeds: &[Seed], run: fn(&[u8])) {
     let corpus = files(&directory("corpus"));
     assert!(!corpus.is_empty(), "{target}: no corpus");
     for file in corpus.iter().chain(&files(&directory("regressions"))) {
-        println!("{}", file.display());
+        let _named = NamedInPanics(&file.display().to_string());
         run(&fs::read(file).unwrap());
     }
     println!("{target}: {} seeds and {} files", seeds.len(), corpus.len());
+}
+
+/// Says which input it was when the test fails.
+struct NamedInPanics<'a>(&'a str);
+
+impl Drop for NamedInPanics<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the input was {}", self.0);
+        }
+    }
 }
 
 /// The files in a directory, if it is there.
