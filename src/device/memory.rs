@@ -11,7 +11,7 @@
 //! Invariants: a page is marked after it was written to, never before; the log covers all of guest memory.
 
 use std::fs::File;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
@@ -72,14 +72,7 @@ pub fn map_region(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog
 /// disk goes with us.
 fn map<B: Bitmap>(file: File, offset_bytes: u64, bytes: u64, bitmap: B) -> Result<MmapRegion<B>, Error> {
     let end = offset_bytes.checked_add(bytes).ok_or(Error::BeyondFile)?;
-    let is_there = match file.metadata() {
-        // Also one of huge pages or of tmpfs.
-        Ok(file) if file.is_file() => file.len() >= end,
-        // Persistent memory has no size and does not map more than there is.
-        Ok(file) => file.file_type().is_char_device(),
-        Err(_) => false,
-    };
-    if !is_there {
+    if file_bytes(&file).is_none_or(|bytes| bytes < end) {
         return Err(Error::BeyondFile);
     }
     let size = usize::try_from(bytes).map_err(|_| Error::Address)?;
@@ -88,6 +81,23 @@ fn map<B: Bitmap>(file: File, offset_bytes: u64, bytes: u64, bitmap: B) -> Resul
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED);
     Ok(mapping.build()?)
+}
+
+/// How much there is of what the VMM shares. Of other things than memory some can be mapped further than they reach,
+/// like /dev/zero.
+fn file_bytes(file: &File) -> Option<u64> {
+    let metadata = file.metadata().ok()?;
+    if metadata.is_file() {
+        // Also one of huge pages or of tmpfs.
+        return Some(metadata.len());
+    }
+    if !metadata.file_type().is_char_device() {
+        return None;
+    }
+    // Persistent memory (device DAX) says there how large it is.
+    let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    let bytes = std::fs::read_to_string(format!("/sys/dev/char/{major}:{minor}/size")).ok()?;
+    bytes.trim().parse().ok()
 }
 
 /// The log of one connection. Off until the VMM has given it an area and the feature VHOST_F_LOG_ALL was

@@ -110,3 +110,13 @@ fn regions_of_memory_come_in_any_order() {
     let regions = [region(0x800, 0), region(0, BYTES)];
     assert!(frontend.set_mem_table(&regions, files(), None).is_err());
 }
+
+/// It can be mapped from any place on, and then there is nothing behind the mapping.
+#[test]
+fn dev_zero_is_no_memory() {
+    for offset in [0, 0x1000] {
+        let file = File::options().read(true).write(true).open("/dev/zero").unwrap();
+        let region = VhostUserMemoryRegion::new(0, 0x1000, 0, offset);
+        assert!(frontend().set_mem_table(&[region], vec![file], None).is_err());
+    }
+}
