@@ -269,6 +269,7 @@ pub fn all() -> Vec<Seed> {
     }
     for (name, kind, bytes) in [
         ("region", OtherMemory, 0x280),
+        ("region-with-room", OtherMemory, MEMORY_BYTES),
         ("region-in-guest-memory", Memory, 0x280),
         ("region-too-small", OtherMemory, 0x27f),
         ("region-read-only", ReadOnlyMemory, 0x280),
