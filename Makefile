@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus fuzz-seeds clean
+.PHONY: help demo build test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \

@@ -16,6 +16,7 @@ use quorum_blk::control::queue::EventQueue;
 use quorum_blk::device::DiskInfo;
 use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
+use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Stop, Workers};
 use rustix::event::{EventfdFlags, epoll, eventfd};
 use rustix::fs::{Mode, OFlags, SealFlags, fcntl_add_seals, open};
@@ -238,6 +239,7 @@ impl Machine {
             files: replicas.iter().map(AsRawFd::as_raw_fd).collect(),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),
+            statistics: Statistics::new(1, REPLICAS),
             stop,
             info: info.clone(),
         };

@@ -5,7 +5,7 @@
 
 use quorum_blk::device::chain::Chain;
 use quorum_blk::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
-use quorum_blk::device::{DiskInfo, GuestMemory};
+use quorum_blk::device::{DiskInfo, GuestMemory, View};
 use quorum_blk::limits::{QUEUE_SIZE_MAX, SECTOR_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -109,7 +109,7 @@ pub fn run(input: &[u8]) {
         .expect("within the first region");
     let before = Image::of(&memory);
 
-    let chain = Chain::new(&memory, &case.queue, case.head);
+    let chain = Chain::new(View(&memory), &case.queue, case.head);
     let expected = walk(&before, case.queue.desc_table(), case.queue.size(), case.head);
     let (mut count, mut bytes) = (0, 0u64);
     for descriptor in chain.clone() {
@@ -248,12 +248,12 @@ fn assert_zeroes(request: &Request) {
 fn serve(case: &Case, request: &Request, expected: &Expected, memory: &GuestMemory, before: Image) {
     let status = match request.kind {
         Kind::Refused(status) => status,
-        Kind::GetId => request.write_id(memory, SERIAL),
+        Kind::GetId => request.write_id(View(memory), SERIAL),
         Kind::In(_) | Kind::Out(_) => transfer(case, request, expected, memory, &before),
         Kind::Zero | Kind::Flush => status_of(!case.fails),
     };
     let after_data = Image::of(memory);
-    let written = request.answer(memory, status);
+    let written = request.answer(View(memory), status);
     let after = Image::of(memory);
 
     let mut wanted = before;
@@ -328,13 +328,13 @@ fn transfer(
         let done = match request.kind {
             Kind::Out(_) => {
                 let mut data = vec![0; end - start];
-                let done = request.data.read(memory, start, &mut data);
+                let done = request.data.read(View(memory), start, &mut data);
                 if let (Ok(()), Some(whole)) = (done, &whole) {
                     assert!(data == *whole, "what is written is what the guest had there");
                 }
                 done
             }
-            _ => request.data.write(memory, start, &content[start..end]),
+            _ => request.data.write(View(memory), start, &content[start..end]),
         };
         let should = whole.map(drop).ok_or(OutsideMemory);
         assert_eq!(done, should, "all of it is guest memory, or it fails");

@@ -5,7 +5,6 @@ use virtio_queue::{QueueOwnedT, QueueT};
 
 use super::super::View;
 use super::super::chain::Chain;
-use super::super::view::View;
 use super::*;
 
 /// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the pieces over memory from
