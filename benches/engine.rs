@@ -13,8 +13,9 @@ use std::time::Duration;
 use quorum_blk::engine::{
     Effects, Engine, Failed, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex,
 };
-use quorum_blk::quorum::SectorRange;
+use quorum_blk::jobs::{JobEvent, Sizes};
 use quorum_blk::quorum::report::Report;
+use quorum_blk::quorum::{ReplicaIndex, SectorRange};
 use quorum_blk::replica::buffer::BufferPool;
 use quorum_blk::replica::operation::{Operation, RequestId};
 
@@ -107,17 +108,25 @@ impl Effects for Driver {
 
     fn health_changed(&mut self) {}
 
+    fn job_changed(&mut self, event: JobEvent) {
+        panic!("nobody asked for a job, and yet: {event:?}");
+    }
+
+    fn released(&mut self, replica: ReplicaIndex) {
+        panic!("nobody removed replica {}", replica.0);
+    }
+
     fn contents_differ(&mut self, _range: SectorRange) {}
 }
 
 /// Runs a case; what is counted.
 fn run(case: &Case, batches: u64) {
     let policy = Policy {
-        replicas: case.replicas,
         threshold: case.replicas / 2 + 1,
         read_pattern: case.read_pattern,
         rewrite_corrupted: false,
         blkverify: false,
+        job_sizes: Sizes::default(),
         block_sectors: 1,
         replica_timeout: Duration::from_secs(1),
     };

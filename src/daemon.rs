@@ -32,12 +32,15 @@ use crate::control::socket::{BindError, bind_unix_listener};
 use crate::device::DiskInfo;
 use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend};
 use crate::engine::{Policy, ReadPattern, Shared};
-use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT};
+use crate::jobs::Sizes;
+use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT, REPLICAS_MAX};
 use crate::message::{Quoted, Reason};
 use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
+use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
+use crate::upkeep::Upkeep;
 use crate::worker::{Disk, Stop, Workers};
 
 /// Why the daemon could not start, or ended otherwise than asked. Each is one line for the operator.
@@ -111,6 +114,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
     let (stop, stopped) = channel();
+    let (released, is_released) = channel();
     let cache_mode = CacheMode::default();
     let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
     let slots = (0..CONNECTIONS_MAX).map(slot);
@@ -124,34 +128,53 @@ pub fn run(config: &Config) -> Result<(), Error> {
             info.capacity_sectors,
         )),
         files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
+        released: released.clone(),
         slots: slots
             .collect::<Result<_, _>>()
             .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
-        statistics: Statistics::new(count, replicas.len()),
-        events: Arc::clone(&queue),
+        statistics: Statistics::new(count, REPLICAS_MAX),
+        events: queue,
         stop: stop.clone(),
     };
     let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
-
-    let served = serve(
-        config,
+    let table = Arc::new(ReplicaTable::new(replicas));
+    let upkeep = Upkeep::start(
         &disk,
-        &replicas,
         &workers,
-        queue,
-        signals,
-        (stop, &stopped),
+        Arc::clone(&table),
+        config.open_options(),
+        is_released,
     );
+
+    let served = upkeep
+        .map_err(system("cannot start a thread"))
+        .and_then(|upkeep| {
+            serve(
+                config,
+                &disk,
+                &workers,
+                &Arc::new(upkeep),
+                signals,
+                (stop, &stopped),
+            )
+        });
     let mut unanswered = workers.exit();
     let counters = &disk.shared.counters;
     debug!("{counters:?}");
     let ended = served.map(|(publisher, reason)| {
         let in_service = disk.shared.in_service();
-        let flushed = flush(&replicas, in_service, config.read_only, &mut unanswered);
+        let flushed = flush(&table, in_service, config.read_only, &mut unanswered);
         publisher.stop();
         (reason, flushed)
     });
-    close(replicas, unanswered);
+    // Of those that have not answered the kernel still has operations, and a write among them must not land on what
+    // another program has done with the image since: their locks are not given back here.
+    for replica in table.close_all(unanswered) {
+        warn!(
+            "{} does not answer; it stays locked until the kernel has ended what is in flight there",
+            Quoted(&replica.path)
+        );
+    }
     match ended? {
         (Stop::Requested, flushed) => flushed,
         (Stop::ContentsDiffer(range), _) => Err(Error::ContentsDiffer(range.start)),
@@ -164,9 +187,8 @@ pub fn run(config: &Config) -> Result<(), Error> {
 fn serve(
     config: &Config,
     disk: &Disk,
-    replicas: &[ReplicaFile],
     workers: &Workers,
-    queue: Arc<EventQueue>,
+    upkeep: &Arc<Upkeep>,
     signals: Signals,
     (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
@@ -176,13 +198,10 @@ fn serve(
     let listener = FrontendListener::new(&config.listen)?;
     let names = Names {
         reference: config.node_name.clone(),
-        nodes: config
-            .replicas
-            .iter()
-            .map(|replica| replica.node_name.clone())
-            .collect(),
+        nodes: upkeep.names(),
     };
-    let operator: Arc<dyn Operator> = Arc::new(DiskOperator::new(config, disk, replicas, stop.clone()));
+    let operator: Arc<dyn Operator> =
+        Arc::new(DiskOperator::new(config, disk, Arc::clone(upkeep), stop.clone()));
     let _metrics = metrics
         .map(|listener| MetricsServer::spawn(listener, &operator))
         .transpose()
@@ -191,6 +210,7 @@ fn serve(
         listener,
         operator: Arc::clone(&operator),
     });
+    let queue = Arc::clone(&disk.events);
     let publisher = Publisher::spawn(events, monitor, queue, names)
         .map_err(system("cannot start the event publisher"))?;
     signals
@@ -204,7 +224,7 @@ fn serve(
     info!(
         "serving {} MiB from {} replicas, vote threshold {}",
         (disk.info.capacity_sectors * SECTOR_BYTES) >> 20,
-        disk.policy.replicas,
+        config.replicas.len(),
         disk.policy.threshold
     );
     // Senders live as long as this function, so there is always a reason.
@@ -245,7 +265,6 @@ fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
 
 fn policy(config: &Config, info: &DiskInfo) -> Policy {
     Policy {
-        replicas: config.replicas.len(),
         threshold: config.vote_threshold,
         read_pattern: match config.read_pattern {
             crate::config::ReadPattern::Quorum => ReadPattern::Quorum,
@@ -254,6 +273,7 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
         },
         rewrite_corrupted: config.rewrite_corrupted,
         blkverify: config.blkverify,
+        job_sizes: Sizes::default(),
         block_sectors: u64::from(info.block_bytes) / SECTOR_BYTES,
         replica_timeout: config.replica_timeout,
     }
@@ -262,7 +282,7 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
 /// Flushes the replicas in service, all at once; one that has left would keep the daemon from ending. Those that
 /// do not answer within [`LAST_FLUSH_LIMIT`] join the `unanswered`, which are not asked at all.
 fn flush(
-    replicas: &[ReplicaFile],
+    replicas: &ReplicaTable,
     in_service: ReplicaSet,
     read_only: bool,
     unanswered: &mut ReplicaSet,
@@ -271,16 +291,19 @@ fn flush(
         return Ok(());
     }
     let mut result = Ok(());
+    let replicas = replicas.in_use();
     let mut failed = |index: ReplicaIndex, source: io::Error| {
-        let path = replicas[index.as_usize()].path.clone();
+        let named = replicas.iter().find(|(replica, _)| *replica == index);
+        let path = named.map(|(_, file)| file.path.clone()).unwrap_or_default();
         error!("{}: the last flush failed: {source}", Quoted(&path));
         result = Err(Error::LastFlush { path, source });
     };
     let (done, is_done) = channel();
     let mut waiting = in_service;
-    for index in in_service.without(*unanswered).iter() {
-        let done = done.clone();
-        let asked = replicas[index.as_usize()].file.try_clone().and_then(|file| {
+    let asked = in_service.without(*unanswered);
+    for (index, replica) in replicas.iter().filter(|(index, _)| asked.contains(*index)) {
+        let (index, done) = (*index, done.clone());
+        let asked = replica.file.try_clone().and_then(|file| {
             std::thread::Builder::new()
                 .name("last-flush".into())
                 .spawn(move || done.send((index, file.sync_data())))
@@ -304,19 +327,4 @@ fn flush(
     }
     *unanswered = unanswered.or(waiting);
     result
-}
-
-/// Closes the images. Of those in `unanswered` the kernel still has operations, and a write among them must not
-/// land on what another program has done with the image since: their locks are not given back here, but go with
-/// the last of the operations.
-fn close(replicas: Vec<ReplicaFile>, unanswered: ReplicaSet) {
-    for (index, replica) in (0..).map(ReplicaIndex).zip(replicas) {
-        if unanswered.contains(index) {
-            warn!(
-                "{} does not answer; it stays locked until the kernel has ended what is in flight there",
-                Quoted(&replica.path)
-            );
-            std::mem::forget(replica);
-        }
-    }
 }

@@ -13,6 +13,9 @@
 //!    chain on the used ring.
 //! 6. [`control`] tells the operator who was wrong.
 //!
+//! [`jobs`] has the work that no guest asked for: bringing a replica up to date, looking for damage. [`upkeep`] is what
+//! an operator can do to a disk while it is served.
+//!
 //! [`worker`] is the thread all of this runs on, [`statistics`] what it counts, [`daemon`] builds and stops the parts, [`config`] is the
 //! command line, [`limits`] has every bound.
 
@@ -21,6 +24,7 @@ pub mod control;
 pub mod daemon;
 pub mod device;
 pub mod engine;
+pub mod jobs;
 pub mod limits;
 mod message;
 pub mod quorum;
@@ -28,4 +32,5 @@ pub mod replica;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod statistics;
+pub mod upkeep;
 pub mod worker;

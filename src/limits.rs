@@ -15,6 +15,10 @@ pub const CONNECTIONS_MAX: usize = 4;
 /// Replicas of one disk. A set of replicas is a 32-bit mask.
 pub const REPLICAS_MAX: usize = 32;
 
+/// How long after a replica was removed and closed its place is not taken by another one: longer than its last events
+/// take to be sent.
+pub const PLACE_RESTS: Duration = Duration::from_millis(2 * EVENT_WINDOW_MS);
+
 /// Virtqueues of the device; vhost-user allows more, no guest has use for them.
 pub const QUEUES_MAX: u16 = 64;
 
@@ -124,6 +128,25 @@ pub const UNSIGNALLED_TURNS_MAX: usize = 8;
 
 /// How long a worker looks for work before it sleeps, in microseconds, where that has been worth it.
 pub const SPIN_MICROSECONDS_MAX: u64 = 50;
+/// Jobs at a time: a resync of every replica, and as many scrubs. Also how many places of damage are remembered until
+/// their neighbourhood is looked at.
+pub const JOBS_MAX: usize = 64;
+
+/// Pieces of a job in flight at a time while the guest has no use for the disk.
+pub const JOB_PIECES_IN_FLIGHT_MAX: usize = 4;
+
+/// The longest pause of a job for the guest's sake: it is never starved.
+pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// Flushes that may fail before a resync is given up.
+pub const FAILED_FLUSHES_MAX: u32 = 3;
+
+/// How far around damage the disk is scrubbed at once, on either side.
+pub const NEIGHBOURHOOD_BYTES: u64 = 4 << 20;
+
+/// For how long what was scrubbed near to damage is not scrubbed again for the same reason: a guest may read what is
+/// damaged over and over, and nobody may mend it.
+pub const NEIGHBOURHOOD_REST: Duration = Duration::from_secs(60);
 
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;

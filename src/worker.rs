@@ -6,6 +6,7 @@
 //! system call, feeds what has completed to the engine, and signals each ring at most once. The thread
 //! sleeps in that same system call, where kicks and messages wake it too.
 
+pub mod control;
 mod guests;
 mod spin;
 
@@ -21,6 +22,7 @@ use log::{debug, error, warn};
 use vhost_user_backend::VringT;
 use vmm_sys_util::eventfd::EventFd;
 
+use self::control::WorkerControl;
 use self::guests::Guests;
 use self::spin::Spin;
 use crate::control::queue::EventQueue;
@@ -29,7 +31,10 @@ use crate::device::frontend::{ConnectionSlot, RingServer};
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::limits::{BATCH_BYTES_MAX, BATCH_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit};
+use crate::jobs::JobEvent;
+use crate::limits::{
+    BATCH_BYTES_MAX, BATCH_MAX, REPLICAS_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
+};
 use crate::quorum::report::Report;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
@@ -70,8 +75,10 @@ pub struct Disk {
     pub policy: Policy,
     /// What the engines share.
     pub shared: Arc<Shared>,
-    /// The open replicas, in order. They stay open as long as any worker runs.
+    /// The open replicas, in order. They stay open as long as any worker runs, or until they are released.
     pub files: Vec<RawFd>,
+    /// Where to tell that no worker uses a removed replica any more.
+    pub released: std::sync::mpsc::Sender<ReplicaIndex>,
     /// Room for connections.
     pub slots: Vec<ConnectionSlot>,
     /// Where figures are kept, for each worker.
@@ -95,8 +102,14 @@ enum Message {
     Granted(RequestId),
     /// Flush the replicas, and tell whether that went well.
     Flush { done: SyncSender<bool> },
-    /// Look at the replicas' health.
+    /// Look at the replicas' health, and at the jobs.
     Tick,
+    /// This is the file of a replica now.
+    SetFile {
+        replica: ReplicaIndex,
+        file: Option<RawFd>,
+        done: SyncSender<io::Result<()>>,
+    },
     /// End when everything in flight is done, or it is time.
     Exit,
 }
@@ -144,6 +157,7 @@ impl std::fmt::Debug for Message {
             Self::Granted(_) => "Granted",
             Self::Flush { .. } => "Flush",
             Self::Tick => "Tick",
+            Self::SetFile { .. } => "SetFile",
             Self::Exit => "Exit",
         })
     }
@@ -154,7 +168,7 @@ impl std::fmt::Debug for Message {
 pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
     threads: Vec<Thread>,
-    replicas: usize,
+    shared: Arc<Shared>,
     drain_limit: Duration,
 }
 
@@ -178,7 +192,7 @@ impl Workers {
         let mut workers = Self {
             mailboxes,
             threads: Vec::new(),
-            replicas: disk.policy.replicas,
+            shared: Arc::clone(&disk.shared),
             drain_limit: drain_limit(disk.policy.replica_timeout),
         };
         for index in 0..count {
@@ -224,12 +238,19 @@ impl Workers {
         Ok(workers)
     }
 
+    /// A handle for those who change the replicas, or the jobs.
+    pub fn control(&self) -> WorkerControl {
+        WorkerControl {
+            mailboxes: self.mailboxes.clone(),
+            drain_limit: self.drain_limit,
+        }
+    }
+
     /// A handle for the frontend on a connection slot to have its rings served.
     pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
         Box::new(Handle {
-            mailboxes: self.mailboxes.clone(),
+            workers: self.control(),
             slot,
-            drain_limit: self.drain_limit,
         })
     }
 
@@ -245,7 +266,7 @@ impl Workers {
         for thread in self.threads {
             let asked = thread.asked.recv().unwrap_or_else(|_| {
                 error!("a worker panicked");
-                ReplicaSet::first(self.replicas)
+                self.shared.members()
             });
             // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of it.
             if asked.is_empty() {
@@ -258,18 +279,18 @@ impl Workers {
 }
 
 struct Handle {
-    mailboxes: Vec<Arc<Mailbox>>,
+    workers: WorkerControl,
     slot: usize,
-    drain_limit: Duration,
 }
 
 impl RingServer for Handle {
     fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
         let (done, is_done) = sync_channel(0);
-        let count = self.mailboxes.len();
+        let mailboxes = &self.workers.mailboxes;
+        let count = mailboxes.len();
         for (queue, region) in rings {
             let queue = usize::from(queue);
-            self.mailboxes[queue % count].send(Message::Refresh {
+            mailboxes[queue % count].send(Message::Refresh {
                 slot: self.slot,
                 ring: queue / count,
                 region,
@@ -282,10 +303,7 @@ impl RingServer for Handle {
     }
 
     fn flush(&self) -> bool {
-        let (done, is_done) = sync_channel(1);
-        self.mailboxes[0].send(Message::Flush { done });
-        // A VMM must not wait for ever for a replica that hangs.
-        is_done.recv_timeout(self.drain_limit).unwrap_or(false)
+        self.workers.flush()
     }
 }
 
@@ -355,8 +373,9 @@ struct Draining {
 struct Io {
     ring: Ring,
     /// Operations in flight on each replica.
-    in_flight: Vec<usize>,
+    in_flight: [usize; REPLICAS_MAX],
     recorder: Recorder,
+    released: std::sync::mpsc::Sender<ReplicaIndex>,
     guests: Guests,
     mailboxes: Vec<Arc<Mailbox>>,
     events: Arc<EventQueue>,
@@ -413,6 +432,15 @@ impl Effects for Io {
         }
     }
 
+    fn job_changed(&mut self, event: JobEvent) {
+        self.events.push(event);
+    }
+
+    fn released(&mut self, replica: ReplicaIndex) {
+        // Nobody listens only when the daemon stops already.
+        let _ = self.released.send(replica);
+    }
+
     fn contents_differ(&mut self, range: SectorRange) {
         // Nobody listens only when the daemon stops already.
         let _ = self.stop.send(Stop::ContentsDiffer(range));
@@ -433,7 +461,7 @@ impl Worker {
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Watched as long as the ring lives.
         ring.watch(&mailbox.event, MAILBOX)?;
-        let (replicas, drain_limit) = (disk.policy.replicas, drain_limit(disk.policy.replica_timeout));
+        let drain_limit = drain_limit(disk.policy.replica_timeout);
         let statistics = disk.statistics.of_worker(index.0);
         let recorder = Recorder::new(statistics, TurnTime::default());
         let guests = disk.slots.iter().map(|slot| {
@@ -450,8 +478,9 @@ impl Worker {
             kicks: kicks.collect(),
             io: Io {
                 ring,
-                in_flight: vec![0; replicas],
+                in_flight: [0; REPLICAS_MAX],
                 recorder,
+                released: disk.released,
                 guests,
                 mailboxes,
                 events: disk.events,
@@ -582,6 +611,10 @@ impl Worker {
                 self.engine.submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
             }
             Message::Tick => self.engine.tick(self.clock.now(), &mut self.io),
+            Message::SetFile { replica, file, done } => {
+                // Who asked may have given up.
+                let _ = done.send(self.io.ring.set_file(replica, file));
+            }
             Message::Exit => {
                 self.engine.stop_background();
                 self.exit_by = Some(self.clock.now() + self.drain_limit);

@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use quorum_blk::control::events::Names;
+use quorum_blk::control::events::{Names, NodeNames};
 use quorum_blk::control::publisher::Publisher;
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{BindError, bind_unix_listener};
@@ -403,7 +403,7 @@ fn without_a_socket_each_event_sent_is_logged_once() {
     let queue = EventQueue::new().unwrap();
     let names = Names {
         reference: "only-logged".into(),
-        nodes: vec![],
+        nodes: NodeNames::default(),
     };
     let publisher = Publisher::spawn(None, None, queue.clone(), names).unwrap();
     for sector in 0..1000 {

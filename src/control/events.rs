@@ -7,28 +7,80 @@
 //! - The timestamp is that of the report, however late the line is sent.
 
 use std::fmt::Write as _;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
 use super::json::to_ascii;
-use crate::quorum::SectorRange;
+use crate::jobs::{JobChange, JobEvent, JobKind};
 use crate::quorum::report::{Cause, Digest, Evidence, OperationType, Report};
+use crate::quorum::{ReplicaIndex, SectorRange};
 
 /// What the voted disk and its replicas are called in events.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub struct Names {
     /// `reference` of QUORUM_FAILURE.
     pub reference: String,
-    /// `node-name` of each replica, in order.
-    pub nodes: Vec<String>,
+    /// `node-name` of each replica.
+    pub nodes: NodeNames,
 }
 
-/// A report on its way to the readers.
+/// The `node-name` of each replica by its index; it may change while the disk is served. Clones are handles to the
+/// same list.
+#[derive(Clone, Debug, Default)]
+pub struct NodeNames(Arc<RwLock<Vec<Arc<str>>>>);
+
+impl NodeNames {
+    /// The name, empty if there is no such replica.
+    pub fn get(&self, replica: ReplicaIndex) -> Arc<str> {
+        let names = self.0.read().unwrap_or_else(PoisonError::into_inner);
+        names.get(replica.as_usize()).cloned().unwrap_or_default()
+    }
+
+    /// Gives the replica this name.
+    pub fn set(&self, replica: ReplicaIndex, name: &str) {
+        let mut names = self.0.write().unwrap_or_else(PoisonError::into_inner);
+        if names.len() <= replica.as_usize() {
+            names.resize(replica.as_usize() + 1, Arc::default());
+        }
+        names[replica.as_usize()] = name.into();
+    }
+}
+
+impl<S: AsRef<str>> FromIterator<S> for NodeNames {
+    fn from_iter<I: IntoIterator<Item = S>>(names: I) -> Self {
+        let names = names.into_iter().map(|name| Arc::from(name.as_ref()));
+        Self(Arc::new(RwLock::new(names.collect())))
+    }
+}
+
+/// What there is to tell.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum News {
+    /// Of a replica or a request.
+    Report(Report),
+    /// Of a job.
+    Job(JobEvent),
+}
+
+impl From<Report> for News {
+    fn from(report: Report) -> Self {
+        Self::Report(report)
+    }
+}
+
+impl From<JobEvent> for News {
+    fn from(event: JobEvent) -> Self {
+        Self::Job(event)
+    }
+}
+
+/// News on their way to the readers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Event {
-    /// What is reported.
-    pub report: Report,
+    /// What is told.
+    pub news: News,
     /// When it was reported.
     pub made_at: SystemTime,
     /// How many earlier reports of the same kind were folded into this one.
@@ -44,7 +96,11 @@ impl Event {
     /// The event as it is sent: a JSON object and the newline that ends it.
     pub fn to_line(&self, names: &Names) -> Vec<u8> {
         let suppressed = self.suppressed;
-        match &self.report {
+        let report = match &self.news {
+            News::Report(report) => report,
+            News::Job(event) => return job_line(event, names, self.made_at),
+        };
+        match report {
             Report::Failure { operation, range } => {
                 let data = Failure {
                     reference: &names.reference,
@@ -68,7 +124,7 @@ impl Event {
                 };
                 let data = ReportBad {
                     ret: errno.map_or(0, |errno| errno.0.saturating_neg()),
-                    node_name: names.nodes.get(replica.as_usize()).map_or("", |n| n),
+                    node_name: &names.nodes.get(*replica),
                     sector_num: range.start,
                     sector_count: range.count,
                     sectors_count: range.count,
@@ -81,6 +137,35 @@ impl Event {
             }
         }
     }
+}
+
+fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
+    let job = &event.job;
+    let id = job.id.to_string();
+    let name = match event.what {
+        JobChange::Status => {
+            let status = job.status.name();
+            return line("JOB_STATUS_CHANGE", JobStatusChange { id: &id, status }, made_at);
+        }
+        JobChange::Completed => "BLOCK_JOB_COMPLETED",
+        JobChange::Cancelled => "BLOCK_JOB_CANCELLED",
+    };
+    let replica = match job.kind {
+        JobKind::Resync(replica) => Some(names.nodes.get(replica)),
+        JobKind::Scrub { .. } | JobKind::NeighbourhoodScrub => None,
+    };
+    let data = JobEnd {
+        r#type: job.kind.name(),
+        device: &id,
+        len: job.total_bytes,
+        offset: job.current_bytes,
+        speed: job.speed_bytes,
+        error: job.error.map(|error| error.to_string()),
+        node_name: replica.as_deref(),
+        sectors_found: job.sectors_found,
+        sectors_written: job.sectors_written,
+    };
+    line(name, data, made_at)
 }
 
 /// The line that tells a reader how many events it did not get, those folded into them included.
@@ -168,6 +253,28 @@ impl From<&SectorRange> for Run {
 }
 
 #[derive(Serialize)]
+struct JobStatusChange<'a> {
+    id: &'a str,
+    status: &'static str,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct JobEnd<'a> {
+    r#type: &'static str,
+    device: &'a str,
+    len: u64,
+    offset: u64,
+    speed: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    node_name: Option<&'a str>,
+    sectors_found: u64,
+    sectors_written: u64,
+}
+
+#[derive(Serialize)]
 struct Missed {
     missed: u64,
 }
@@ -215,19 +322,19 @@ fn is_false(flag: &bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::{Errno, ReplicaIndex};
+    use crate::quorum::Errno;
     use std::time::Duration;
 
     fn names() -> Names {
         Names {
             reference: "usr1".into(),
-            nodes: vec!["0.raw".into(), "1.raw".into()],
+            nodes: ["0.raw", "1.raw"].into_iter().collect(),
         }
     }
 
     fn text(report: Report, suppressed: u64) -> String {
         let event = Event {
-            report,
+            news: report.into(),
             made_at: UNIX_EPOCH + Duration::from_micros(1_344_522_075_745_528),
             suppressed,
         };
@@ -323,13 +430,13 @@ mod tests {
             range: SectorRange::new(1, 1),
         };
         let event = Event {
-            report,
+            news: report.into(),
             made_at: UNIX_EPOCH,
             suppressed: 0,
         };
         let names = Names {
             reference: "a\n\"b".into(),
-            nodes: Vec::new(),
+            nodes: NodeNames::default(),
         };
         let line = event.to_line(&names);
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);

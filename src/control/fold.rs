@@ -13,7 +13,8 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::Duration;
 
-use super::events::Event;
+use super::events::{Event, News};
+use crate::jobs::{JobId, JobStatus};
 use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::{Errno, ReplicaIndex};
 
@@ -25,10 +26,16 @@ enum Kind {
     Error(ReplicaIndex, OperationType, Errno),
     /// Whatever the error: where kinds go when a replica's errors are too various to be kept apart.
     AnyError(ReplicaIndex, OperationType),
+    /// Only somebody who pauses and resumes a job over and over makes many of these.
+    Job(JobId, JobStatus),
 }
 
 impl Kind {
-    fn of(report: &Report) -> Self {
+    fn of(news: &News) -> Self {
+        let report = match news {
+            News::Report(report) => report,
+            News::Job(event) => return Self::Job(event.job.id, event.job.status),
+        };
         match report {
             Report::Failure { operation, .. } => Self::Failure(*operation),
             Report::Bad {
@@ -88,7 +95,7 @@ impl Fold {
     pub(super) fn push(&mut self, now: Duration, mut event: Event) -> bool {
         let limits = self.limits;
         let was_empty = self.ready.is_empty();
-        let kind = self.kind(&event.report);
+        let kind = self.kind(&event.news);
         let fresh = Window {
             ends_at: now.saturating_add(limits.window),
             sent: 0,
@@ -149,8 +156,8 @@ impl Fold {
         self.take(Duration::MAX).0
     }
 
-    fn kind(&self, report: &Report) -> Kind {
-        let kind = Kind::of(report);
+    fn kind(&self, news: &News) -> Kind {
+        let kind = Kind::of(news);
         match kind {
             Kind::Error(replica, operation, _)
                 if self.windows.len() >= self.limits.kinds_max && !self.windows.contains_key(&kind) =>
@@ -179,24 +186,24 @@ mod tests {
     /// An event that remembers by its sector when it was pushed.
     fn event(errno: i32, serial: u64) -> Event {
         Event {
-            report: Report::Bad {
+            news: News::Report(Report::Bad {
                 replica: ReplicaIndex(0),
                 operation: OperationType::Read,
                 range: SectorRange::new(serial, 1),
                 cause: Cause::Error(Errno(errno)),
-            },
+            }),
             made_at: UNIX_EPOCH + Duration::from_secs(serial),
             suppressed: 0,
         }
     }
 
     fn parts(event: &Event) -> (i32, u64) {
-        match &event.report {
-            Report::Bad {
+        match &event.news {
+            News::Report(Report::Bad {
                 range,
                 cause: Cause::Error(errno),
                 ..
-            } => (errno.0, range.start),
+            }) => (errno.0, range.start),
             other => panic!("not pushed here: {other:?}"),
         }
     }
@@ -255,10 +262,10 @@ mod tests {
             "another errno is another kind"
         );
         let mut wrong = event(5, 5);
-        wrong.report = Report::Failure {
+        wrong.news = News::Report(Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(5, 1),
-        };
+        });
         assert!(fold.push(ms(0), wrong));
     }
 

@@ -12,10 +12,9 @@ use std::time::{Duration, Instant, SystemTime};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::events::Event;
+use super::events::{Event, News};
 use super::fold::{Fold, FoldLimits};
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
-use crate::quorum::report::Report;
 
 /// Twice (see [`FoldLimits::ready_max`]) what a burst of every replica comes to.
 const READY_MAX: usize = 2 * REPLICAS_MAX * EVENT_BURST as usize;
@@ -64,10 +63,10 @@ impl EventQueue {
         }))
     }
 
-    /// Hands over a report that was made now. Never waits for a reader, never fails.
-    pub fn push(&self, report: Report) {
+    /// Hands over news of this moment. Never waits for a reader, never fails.
+    pub fn push(&self, news: impl Into<News>) {
         let event = Event {
-            report,
+            news: news.into(),
             made_at: SystemTime::now(),
             suppressed: 0,
         };
@@ -129,7 +128,7 @@ impl AsRawFd for EventQueue {
 mod tests {
     use super::*;
     use crate::quorum::SectorRange;
-    use crate::quorum::report::OperationType;
+    use crate::quorum::report::{OperationType, Report};
 
     fn failure(sector: u64) -> Report {
         Report::Failure {

@@ -14,6 +14,7 @@ use crate::quorum::report::OperationType;
 use crate::quorum::{ReplicaIndex, SECTOR_BYTES};
 use crate::replica::file::ReplicaFile;
 use crate::statistics::{RequestKind, Statistics};
+use crate::upkeep::Upkeep;
 use crate::worker::{Disk, Stop};
 
 /// The disk as the operator has it before him.
@@ -22,6 +23,7 @@ pub(super) struct DiskOperator {
     is: Fixed,
     shared: Arc<Shared>,
     statistics: Statistics,
+    upkeep: Arc<Upkeep>,
     stop: Sender<Stop>,
 }
 
@@ -33,27 +35,10 @@ struct Fixed {
     direct: bool,
     workers: usize,
     queues: u16,
-    replicas: Vec<FixedReplica>,
-}
-
-struct FixedReplica {
-    node_name: String,
-    file: String,
-    is_block_device: bool,
-}
-
-impl From<&ReplicaFile> for FixedReplica {
-    fn from(replica: &ReplicaFile) -> Self {
-        Self {
-            node_name: replica.node_name.clone(),
-            file: replica.path.to_string_lossy().into_owned(),
-            is_block_device: replica.is_block_device,
-        }
-    }
 }
 
 impl DiskOperator {
-    pub(super) fn new(config: &Config, disk: &Disk, replicas: &[ReplicaFile], stop: Sender<Stop>) -> Self {
+    pub(super) fn new(config: &Config, disk: &Disk, upkeep: Arc<Upkeep>, stop: Sender<Stop>) -> Self {
         let pattern = config.read_pattern.to_possible_value();
         let is = Fixed {
             node_name: config.node_name.clone(),
@@ -68,27 +53,26 @@ impl DiskOperator {
             direct: config.cache == Cache::None,
             workers: disk.statistics.workers(),
             queues: config.queue_count,
-            replicas: replicas.iter().map(FixedReplica::from).collect(),
         };
         Self {
             is,
             shared: Arc::clone(&disk.shared),
             statistics: disk.statistics.clone(),
+            upkeep,
             stop,
         }
     }
 
     fn replicas(&self) -> Vec<ReplicaState> {
-        let stale = self.shared.stale_sectors(self.is.replicas.len());
         let in_service = self.shared.in_service();
-        let all = (0..).map(ReplicaIndex).zip(&self.is.replicas).zip(stale);
-        let replica_state = |((index, is), stale): ((ReplicaIndex, &FixedReplica), u64)| {
+        let replica_state = |(index, is): (ReplicaIndex, Arc<ReplicaFile>)| {
+            let stale = self.shared.stale_sectors(index);
             let counters = self.shared.counters.of(index);
             let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
             let operations = |kind| self.statistics.operations(index.as_usize(), kind).into();
             ReplicaState {
                 node_name: is.node_name.clone(),
-                file: is.file.clone(),
+                file: is.path.to_string_lossy().into_owned(),
                 is_block_device: is.is_block_device,
                 state: match in_service.contains(index) {
                     true => ServiceState::InService,
@@ -104,7 +88,7 @@ impl DiskOperator {
                 operations: by_operation(operations),
             }
         };
-        all.map(replica_state).collect()
+        self.upkeep.replicas().into_iter().map(replica_state).collect()
     }
 }
 

@@ -11,6 +11,7 @@ use super::range_locks::LockKey;
 use super::read::{Purpose, Read, Stage, buffer};
 use super::shared::Waiter;
 use super::{Core, Counters, Effects, Progress, ReadPattern, report_error};
+use crate::jobs::PieceEnd;
 use crate::quorum::health::Failures;
 use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::tally::Tally;
@@ -26,6 +27,8 @@ pub(super) struct Confirmation {
     /// Replicas to be mended throughout: stale ones, and those that failed a `fifo` read.
     mend: ReplicaSet,
     step: Step,
+    /// What there is to tell a job.
+    end: PieceEnd,
 }
 
 #[derive(Debug)]
@@ -42,6 +45,11 @@ enum Step {
 impl Confirmation {
     pub(super) fn is_mending(&self) -> bool {
         matches!(self.step, Step::Mending { .. })
+    }
+
+    /// The replicas that this confirmation knows of.
+    pub(super) fn remembers(&self) -> ReplicaSet {
+        self.mend.or(self.mending())
     }
 
     /// The replicas that are being mended.
@@ -64,6 +72,7 @@ impl Read {
             lock: core.lock(self.range, id),
             mend,
             step: Step::WaitingForLock,
+            end: PieceEnd::default(),
         });
         Progress::Waiting
     }
@@ -79,6 +88,7 @@ impl Read {
             lock,
             mend: ReplicaSet::EMPTY,
             step: Step::Asking,
+            end: PieceEnd::default(),
         });
         self.confirmed(id, core, effects)
     }
@@ -123,10 +133,13 @@ impl Read {
             Step::WaitingForLock => Progress::Waiting,
             Step::Asking => self.confirm_reply(id, core, effects),
             Step::Mending { pending, .. } => {
+                let mut not_written = 0;
                 // Its write may still happen, perhaps after newer ones.
                 for (replica, range) in pending.extract_if(.., |(replica, _)| gone.contains(*replica)) {
                     core.shared.health(|health| health.doubted(replica, range));
+                    not_written += range.count;
                 }
+                self.confirmation().end.not_written += not_written;
                 self.finish_if_mended(core, effects)
             }
         }
@@ -150,8 +163,8 @@ impl Read {
     /// All replies are in, and no write can have run meanwhile.
     fn confirmed(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
         let rule = match core.policy.read_pattern {
-            ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(core.policy.threshold),
-            ReadPattern::Fifo => Rule::FirstListed,
+            ReadPattern::Fifo if !self.is_scrub() => Rule::FirstListed,
+            _ => Rule::Threshold(core.policy.threshold),
         };
         let verdict = self.vote(rule, core);
         let mend = self.confirmation().mend;
@@ -159,8 +172,6 @@ impl Read {
             Counters::add(&core.shared.counters.suspicions_dropped, 1);
         }
         for dissent in &verdict.dissents {
-            let sectors = dissent.bad_sectors.iter().map(|run| run.count).sum();
-            Counters::add(&core.shared.counters.of(dissent.replica).sectors_wrong, sectors);
             effects.report(Report::Bad {
                 replica: dissent.replica,
                 operation: OperationType::Read,
@@ -168,6 +179,7 @@ impl Read {
                 cause: Cause::WrongVersion(dissent.evidence()),
             });
         }
+        self.note_damage(&verdict, core, effects);
         let winner = self.assemble(&verdict, &core.pool);
         if let Some(winner) = winner.as_ref().filter(|_| verdict.undecided.is_empty())
             && let Some(tag) = self.tag.take()
@@ -182,6 +194,39 @@ impl Read {
             self.mend(id, &verdict, Rc::new(winner), core, effects);
         }
         self.finish_if_mended(core, effects)
+    }
+
+    /// Counts what is bad, and has its neighbourhood scrubbed.
+    fn note_damage(&mut self, verdict: &Verdict, core: &mut Core, effects: &mut impl Effects) {
+        let unread = self.unread(core);
+        let sectors = |runs: &[SectorRange]| runs.iter().map(|run| run.count).sum::<u64>();
+        let confirmation = self.confirmation();
+        let end = &mut confirmation.end;
+        end.unread = unread.without(confirmation.mend);
+        end.undecided = sectors(&verdict.undecided);
+        for dissent in &verdict.dissents {
+            let found = sectors(&dissent.bad_sectors);
+            end.found += found;
+            Counters::add(&core.shared.counters.of(dissent.replica).sectors_wrong, found);
+        }
+        let bad = verdict.dissents.iter().flat_map(|dissent| &dissent.bad_sectors);
+        let (first, last) = bad.fold((u64::MAX, 0), |(first, last), run| {
+            (first.min(run.start), last.max(run.end()))
+        });
+        let spreads = !matches!(self.purpose, Purpose::Scrub { spreads: false, .. });
+        if first < last && spreads {
+            let bad = SectorRange::new(first, last - first);
+            let tell = |event| effects.job_changed(event);
+            if core.shared.jobs(tell, |jobs, _| jobs.damaged(bad)) {
+                effects.health_changed();
+            }
+        }
+        if self.tag.is_none() && self.is_scrub() && !verdict.undecided.is_empty() {
+            effects.report(Report::Failure {
+                operation: OperationType::Read,
+                range: self.range,
+            });
+        }
     }
 
     fn vote(&self, rule: Rule, core: &Core) -> Verdict {
@@ -238,7 +283,8 @@ impl Read {
     ) {
         let block = core.policy.block_sectors;
         let mut pending = Vec::new();
-        if core.policy.rewrite_corrupted {
+        let repairs = matches!(self.purpose, Purpose::Scrub { repair: true, .. });
+        if core.policy.rewrite_corrupted || (repairs && !is_broken(Mutant::RepairForgotten)) {
             for dissent in &verdict.dissents {
                 let runs = decided(&widen(&dissent.bad_sectors, block), &verdict.undecided, block);
                 pending.extend(runs.into_iter().map(|run| (dissent.replica, run)));
@@ -247,35 +293,55 @@ impl Read {
         let (in_service, began) = core
             .shared
             .health(|health| (health.in_service(), health.change_begins()));
+        let rewritten = pending.len();
         for replica in self.confirmation().mend.iter() {
             let runs = decided(&[self.range], &verdict.undecided, block);
-            pending.extend(runs.into_iter().map(|run| (replica, run)));
+            let runs = runs
+                .into_iter()
+                .flat_map(|run| sparse(run, &winner, self.range, block));
+            pending.extend(runs.map(|run| (replica, run)));
         }
-        pending.retain(|(replica, _)| in_service.contains(*replica));
+        let mut number = 0;
         self.asked_at = core.clock.now();
-        for &(replica, run) in &pending {
-            let operation = Operation {
-                request: id,
-                replica,
-                action: Action::Write {
+        pending.retain(|&(replica, run)| {
+            number += 1;
+            let bytes = bytes_of(run, self.range);
+            let action = if number > rewritten && is_zero(&winner[bytes.clone()]) {
+                // What is sparse stays sparse.
+                Action::Zero {
+                    range: run,
+                    unmap: true,
+                    durable: false,
+                }
+            } else {
+                Action::Write {
                     range: run,
                     data: Rc::clone(&winner),
-                    offset_bytes: bytes_of(run, self.range).start,
+                    offset_bytes: bytes.start,
                     durable: false,
-                },
+                }
             };
-            core.submit(operation, effects);
-        }
+            let asked = in_service.contains(replica);
+            if asked {
+                let operation = Operation {
+                    request: id,
+                    replica,
+                    action,
+                };
+                core.submit(operation, effects);
+            }
+            asked
+        });
         self.confirmation().step = Step::Mending { began, pending };
     }
 
     /// The end of a mending write.
     pub(super) fn mended(&mut self, reply: &Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let is_resync = self.is_resync();
+        let is_resync = matches!(self.purpose, Purpose::Resync { .. });
         let Step::Mending { began, pending } = &mut self.confirmation().step else {
             unreachable!("a mending write ends while mending");
         };
-        let Action::Write { range, .. } = &reply.action else {
+        let (Action::Write { range, .. } | Action::Zero { range, .. }) = &reply.action else {
             return Progress::Waiting;
         };
         let before = pending.len();
@@ -285,6 +351,11 @@ impl Read {
         }
         let began = *began;
         let counters = core.shared.counters.of(reply.replica);
+        let trusted = is_broken(Mutant::FailedCopyTrusted);
+        if trusted && reply.result.is_err() {
+            core.shared
+                .health(|health| health.mended(reply.replica, *range, began));
+        }
         match reply.result {
             Ok(()) => {
                 let counter = if is_resync {
@@ -295,8 +366,10 @@ impl Read {
                 Counters::add(counter, range.count);
                 core.shared
                     .health(|health| health.mended(reply.replica, *range, began));
+                self.confirmation().end.written += range.count;
             }
             Err(errno) => {
+                self.confirmation().end.not_written += range.count;
                 Counters::add(&counters.sectors_not_rewritten, range.count);
                 report_error(effects, reply.replica, OperationType::Write, *range, errno);
             }
@@ -309,17 +382,18 @@ impl Read {
         if matches!(&confirmation.step, Step::Mending { pending, .. } if !pending.is_empty()) {
             return Progress::Waiting;
         }
-        let lock = confirmation.lock;
+        let (lock, end) = (confirmation.lock, confirmation.end);
         core.unlock(lock, effects);
         core.confirmations -= 1;
-        if self.is_resync() {
-            core.clock.resync_ended();
+        match self.purpose {
+            Purpose::Guest | Purpose::Suspicion => {}
+            Purpose::Resync { piece, .. } | Purpose::Scrub { piece, .. } => core.piece_ended(piece, end),
         }
         self.retire(core)
     }
 
-    fn is_resync(&self) -> bool {
-        matches!(self.purpose, Purpose::Resync(_))
+    fn is_scrub(&self) -> bool {
+        matches!(self.purpose, Purpose::Scrub { .. })
     }
 
     fn confirmation(&mut self) -> &mut Confirmation {
@@ -335,6 +409,44 @@ fn bytes_of(part: SectorRange, whole: SectorRange) -> std::ops::Range<usize> {
     let byte =
         |sector: u64| usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a piece fits memory");
     byte(part.start)..byte(part.end())
+}
+
+/// The shortest run of zeroes in a longer run that is made a hole.
+const HOLE_SECTORS_MIN: u64 = (32 << 10) / SECTOR_BYTES;
+
+/// A page of a file, which is where its holes can begin and end.
+const PAGE_SECTORS: u64 = 4096 / SECTOR_BYTES;
+
+/// Cuts `run`, whose bytes are part of those of `whole`, into runs that are zero and runs that are not. Short runs of
+/// zeroes are left with their neighbours.
+fn sparse(run: SectorRange, bytes: &[u8], whole: SectorRange, block_sectors: u64) -> Vec<SectorRange> {
+    let granule = PAGE_SECTORS.next_multiple_of(block_sectors);
+    let mut runs: Vec<(SectorRange, bool)> = Vec::new();
+    let mut start = run.start;
+    while start < run.end() {
+        let end = (start - start % granule + granule).min(run.end());
+        let part = SectorRange::new(start, end - start);
+        let zero = is_zero(&bytes[bytes_of(part, whole)]);
+        match runs.last_mut() {
+            Some((last, last_zero)) if *last_zero == zero => last.count += part.count,
+            _ => runs.push((part, zero)),
+        }
+        start = end;
+    }
+    let mut cut: Vec<(SectorRange, bool)> = Vec::with_capacity(runs.len());
+    for (part, zero) in runs {
+        let zero = zero && (part.count >= HOLE_SECTORS_MIN || part.count == run.count);
+        match cut.last_mut() {
+            Some((last, false)) if !zero => last.count += part.count,
+            _ => cut.push((part, zero)),
+        }
+    }
+    cut.into_iter().map(|(part, _)| part).collect()
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }
 
 /// The runs, widened to whole blocks and joined where they meet.
@@ -383,6 +495,21 @@ mod tests {
         let scattered = runs([(1, 1), (3, 2), (9, 1), (30, 4)]);
         assert_eq!(widen(&scattered, 1), scattered);
         assert_eq!(widen(&scattered, 8), runs([(0, 16), (24, 16)]));
+    }
+
+    #[test]
+    fn long_runs_of_zeroes_become_holes() {
+        let whole = SectorRange::new(16, 400);
+        let mut bytes = vec![0; 400 * 512];
+        let all = |bytes: &[u8]| sparse(whole, bytes, whole, 1);
+        assert_eq!(all(&bytes), [whole], "all of it is zero");
+        bytes[100 * 512] = 1;
+        // The page of sector 116 is 112 to 119.
+        assert_eq!(all(&bytes), runs([(16, 96), (112, 8), (120, 296)]));
+        bytes[130 * 512] = 1;
+        assert_eq!(all(&bytes), runs([(16, 96), (112, 40), (152, 264)]));
+        let part = SectorRange::new(120, 8);
+        assert_eq!(sparse(part, &bytes, whole, 1), [part]);
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
+use crate::jobs::{PieceEnd, PieceId};
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
@@ -22,8 +23,15 @@ const FLUSH_LOCK: SectorRange = SectorRange {
 
 #[derive(Debug)]
 pub(super) struct Flush {
-    tag: Tag,
+    asker: Asker,
     stage: Stage,
+}
+
+/// Who is to be told.
+#[derive(Clone, Copy, Debug)]
+enum Asker {
+    Guest(Tag),
+    Job(PieceId),
 }
 
 #[derive(Debug)]
@@ -43,8 +51,24 @@ enum Stage {
 impl Flush {
     pub(super) fn new(tag: Tag) -> Self {
         Self {
-            tag,
+            asker: Asker::Guest(tag),
             stage: Stage::New,
+        }
+    }
+
+    /// A flush that is part of a job.
+    pub(super) fn of_job(piece: PieceId) -> Self {
+        Self {
+            asker: Asker::Job(piece),
+            stage: Stage::New,
+        }
+    }
+
+    /// The replicas that this flush knows of.
+    pub(super) fn remembers(&self) -> ReplicaSet {
+        match &self.stage {
+            Stage::Flushing { tally, .. } => tally.asked(),
+            Stage::New | Stage::WaitingForLock { .. } => ReplicaSet::EMPTY,
         }
     }
 
@@ -140,16 +164,32 @@ impl Flush {
             return Progress::Waiting;
         }
         let lock = *lock;
-        let flushed = tally.succeeded().len() >= core.policy.threshold;
-        let durable = core.shared.health(|health| health.fresh_on_threshold());
-        if flushed && (durable || is_broken(Mutant::FlushCountsSuccesses)) {
-            effects.complete(self.tag, Ok(&[]));
-        } else {
-            effects.report(Report::Failure {
-                operation: OperationType::Flush,
-                range: NO_RANGE,
-            });
-            effects.complete(self.tag, Err(Failed));
+        let succeeded = tally.succeeded();
+        let (flushed, durable) = core.shared.health(|health| {
+            // Who was removed meanwhile does not count.
+            let flushed = succeeded.and(health.members()).len() >= core.policy.threshold;
+            (flushed, health.fresh_on_threshold())
+        });
+        let success = flushed && (durable || is_broken(Mutant::FlushCountsSuccesses));
+        match self.asker {
+            Asker::Guest(tag) if success => effects.complete(tag, Ok(&[])),
+            Asker::Guest(tag) => {
+                effects.report(Report::Failure {
+                    operation: OperationType::Flush,
+                    range: NO_RANGE,
+                });
+                effects.complete(tag, Err(Failed));
+            }
+            Asker::Job(piece) => {
+                let failed = !success;
+                core.piece_ended(
+                    piece,
+                    PieceEnd {
+                        failed,
+                        ..PieceEnd::default()
+                    },
+                );
+            }
         }
         core.unlock(lock, effects);
         Progress::Retired

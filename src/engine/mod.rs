@@ -16,17 +16,20 @@
 //! ```
 //!
 //! A replica that does not answer in time leaves the set, and the requests that wait for it go on without it.
-//! Its operations are *lent*: their slot stays until the last of them is back. See `time.rs`.
+//! Its operations are *lent*: their slot stays until the last of them is back. See `time.rs`. One that is removed
+//! from the disk leaves in the same way, for good.
 //!
 //! Invariants: a request is answered exactly once, and before it is retired; a slot is free when its last
 //! operation is back; operations that change overlapping sectors run one after another (W2); a replica is
 //! accused of wrong bytes only after a read that held the lock (R5).
 
+mod background;
 mod confirm;
 mod flush;
 pub mod mutant;
 mod range_locks;
 mod read;
+mod scrub;
 mod shared;
 mod time;
 mod write;
@@ -40,6 +43,7 @@ use slab::Slab;
 
 pub use self::shared::{Counters, ReplicaCounters, Shared, WorkerIndex};
 
+use self::background::Background;
 use self::flush::Flush;
 use self::mutant::{Mutant, is_broken};
 use self::range_locks::LockKey;
@@ -47,8 +51,10 @@ use self::read::Read;
 use self::shared::Waiter;
 use self::time::Clock;
 use self::write::{Content, Write};
+use crate::jobs::{JobEvent, Sizes};
 use crate::limits::{
-    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX, REQUESTS_MAX,
+    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX, REPLICAS_MAX,
+    REQUESTS_MAX,
 };
 use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
@@ -69,9 +75,7 @@ pub enum ReadPattern {
 /// How a disk decides.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// How many replicas there are, N.
-    pub replicas: usize,
-    /// The vote threshold t, 1 ≤ t ≤ N.
+    /// The vote threshold t; there are never fewer replicas.
     pub threshold: usize,
     /// Which replicas a read asks.
     pub read_pattern: ReadPattern,
@@ -79,6 +83,8 @@ pub struct Policy {
     pub rewrite_corrupted: bool,
     /// A sector without a winner stops the daemon.
     pub blkverify: bool,
+    /// How much jobs do at a time.
+    pub job_sizes: Sizes,
     /// The unit in which replicas can be read and written, in sectors. All guest requests are multiples.
     pub block_sectors: u64,
     /// A replica that leaves an operation unanswered for so long leaves the set.
@@ -145,6 +151,10 @@ pub trait Effects {
     /// A replica has left the set or came back, or something has become stale: call [`Engine::tick`] on every
     /// engine soon, also on one that has nothing to do.
     fn health_changed(&mut self);
+    /// Tell the operator of a job.
+    fn job_changed(&mut self, event: JobEvent);
+    /// No engine has anything to do with this removed replica any more: its place is free.
+    fn released(&mut self, replica: ReplicaIndex);
     /// The replicas of a `--blkverify` disk differ: stop the daemon.
     fn contents_differ(&mut self, range: SectorRange);
 }
@@ -161,6 +171,8 @@ pub struct Engine {
 struct Slot {
     request: Request,
     operations: usize,
+    /// Bytes of buffers that the request may hold at a time.
+    bytes: u64,
 }
 
 #[derive(Debug)]
@@ -187,6 +199,7 @@ struct Core {
     shared: Arc<Shared>,
     pool: BufferPool,
     clock: Clock,
+    background: Background,
     /// Requests of this engine whose lock has been granted.
     granted: VecDeque<RequestId>,
     /// Requests that other requests have begun.
@@ -196,7 +209,7 @@ struct Core {
     /// Operations submitted since the slot they belong to was last looked at.
     submitted: usize,
     /// What each replica has of this worker.
-    outstanding: Vec<Outstanding>,
+    outstanding: [Outstanding; REPLICAS_MAX],
     /// Requests that are not retired.
     active: usize,
     /// Reads that are being repeated under a lock.
@@ -216,19 +229,21 @@ struct Outstanding {
 impl Engine {
     /// The engine of `worker`.
     pub fn new(worker: WorkerIndex, policy: Policy, shared: Arc<Shared>, pool: BufferPool) -> Self {
-        assert!((1..=policy.replicas).contains(&policy.threshold));
+        let (block_sectors, timeout) = (policy.block_sectors, policy.replica_timeout);
+        shared.configure_jobs(block_sectors, policy.job_sizes, timeout);
         Self {
             slots: Slab::new(),
             core: Core {
                 worker,
                 shared,
                 pool,
-                clock: Clock::new(policy.replicas),
+                clock: Clock::new(),
+                background: Background::default(),
                 granted: VecDeque::new(),
                 begun: VecDeque::new(),
                 waiters: Vec::new(),
                 submitted: 0,
-                outstanding: vec![Outstanding::default(); policy.replicas],
+                outstanding: [Outstanding::default(); REPLICAS_MAX],
                 active: 0,
                 confirmations: 0,
                 bytes: 0,
@@ -242,10 +257,16 @@ impl Engine {
     /// some are retired.
     pub fn has_room(&self) -> bool {
         let core = &self.core;
-        let most = PIECE_BYTES_MAX * (core.policy.replicas as u64 + 1);
+        let most = PIECE_BYTES_MAX * (core.shared.in_service().len() as u64 + 1);
         core.active < REQUESTS_MAX
             && core.confirmations < CONFIRMATIONS_MAX
             && core.bytes + most <= BUFFER_BYTES_MAX.max(most)
+    }
+
+    /// Whether `request`, which has operations in flight, is a write or a zeroing of the guest.
+    #[cfg(feature = "sim")]
+    pub fn is_guest_write(&self, request: RequestId) -> bool {
+        matches!(self.slots[request.0 as usize].request, Request::Write(_))
     }
 
     /// Whether every request is retired. Replicas that left the set may still have operations.
@@ -255,6 +276,7 @@ impl Engine {
 
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
+        self.core.count_request();
         let request = match request {
             GuestRequest::Read(range) => Request::Read(Read::new(tag, range)),
             GuestRequest::Write { range, data, durable } => {
@@ -299,11 +321,13 @@ impl Engine {
     }
 
     fn begin(&mut self, request: Request, effects: &mut impl Effects) {
+        let bytes = request.bytes(self.core.shared.in_service());
         self.core.active += 1;
-        self.core.bytes += request.bytes(&self.core.policy);
+        self.core.bytes += bytes;
         let key = self.slots.insert(Slot {
             request,
             operations: 0,
+            bytes,
         });
         let id = RequestId(u32::try_from(key).expect("slots are bounded"));
         self.advance(id, effects, |request, core, effects| match request {
@@ -330,7 +354,7 @@ impl Engine {
         let request = std::mem::replace(&mut slot.request, Request::Lent);
         if !matches!(request, Request::Lent) {
             core.active -= 1;
-            core.bytes -= request.bytes(&core.policy);
+            core.bytes -= slot.bytes;
         }
         if slot.operations == 0 {
             self.slots.remove(id.0 as usize);
@@ -347,8 +371,12 @@ impl Engine {
                     Request::Flush(flush) => flush.lock_granted(id, core, effects),
                     Request::Lent => unreachable!("waits for no lock"),
                 });
-            } else if let Some(read) = self.core.begun.pop_front().or_else(|| self.core.next_resync()) {
+            } else if let Some(read) = self.core.begun.pop_front() {
                 self.begin(Request::Read(read), effects);
+            } else if self.core.background.wants_a_look()
+                && let Some(request) = self.next_work(effects)
+            {
+                self.begin(request, effects);
             } else {
                 return;
             }
@@ -358,10 +386,10 @@ impl Engine {
 
 impl Request {
     /// Bytes of buffers that the request may hold at a time.
-    fn bytes(&self, policy: &Policy) -> u64 {
+    fn bytes(&self, in_service: ReplicaSet) -> u64 {
         match self {
             // One buffer for each replica, and one in which the winner may have to be put together.
-            Self::Read(read) => read.range().bytes() * (policy.replicas as u64 + 1),
+            Self::Read(read) => read.range().bytes() * (in_service.len() as u64 + 1),
             Self::Write(write) => write.buffer_bytes(),
             Self::Flush(_) | Self::Lent => 0,
         }

@@ -30,10 +30,26 @@ pub enum Mutant {
     ReturnNotStale,
     /// W6: a replica comes back while it still has operations.
     ReturnEarly,
+    /// A replica that was added votes at once, wherever.
+    AddedNotStale,
+    /// A replica is removed although it is needed.
+    RemovedNeeded,
+    /// A replica is removed that holds the last durable copies of a sector.
+    RemovedNotDurable,
+    /// The place of a removed replica is taken while it still has operations.
+    ReleasedEarly,
+    /// What could not be copied to a replica counts as copied.
+    FailedCopyTrusted,
+    /// A scrub asks only as many replicas as make a quorum.
+    ScrubAsksTooFew,
+    /// A scrub believes a difference without asking again.
+    ScrubUnconfirmed,
+    /// A scrub that is to repair does not.
+    RepairForgotten,
 }
 
 /// All of them.
-pub const ALL: [Mutant; 11] = [
+pub const ALL: [Mutant; 19] = [
     Mutant::VotePerRequest,
     Mutant::NoRangeLock,
     Mutant::RewriteUnconfirmed,
@@ -45,6 +61,14 @@ pub const ALL: [Mutant; 11] = [
     Mutant::FailedFlushNotStale,
     Mutant::ReturnNotStale,
     Mutant::ReturnEarly,
+    Mutant::AddedNotStale,
+    Mutant::RemovedNeeded,
+    Mutant::RemovedNotDurable,
+    Mutant::ReleasedEarly,
+    Mutant::FailedCopyTrusted,
+    Mutant::ScrubAsksTooFew,
+    Mutant::ScrubUnconfirmed,
+    Mutant::RepairForgotten,
 ];
 
 #[cfg(feature = "sim")]

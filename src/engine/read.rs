@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::confirm::Confirmation;
 use super::mutant::{Mutant, is_broken};
 use super::{Core, Counters, Effects, Failed, Progress, ReadPattern, Tag, report_error};
+use crate::jobs::PieceId;
 use crate::quorum::health::Failures;
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
@@ -44,7 +45,13 @@ pub(super) enum Purpose {
     /// The guest asks, and what the replicas said differs while one of them is slow.
     Suspicion,
     /// This replica is stale in the range.
-    Resync(ReplicaIndex),
+    Resync { replica: ReplicaIndex, piece: PieceId },
+    /// To see whether the replicas are equal.
+    Scrub {
+        piece: PieceId,
+        repair: bool,
+        spreads: bool,
+    },
 }
 
 /// The first asking.
@@ -77,9 +84,9 @@ impl Read {
         Self::with(Some(tag), range, Purpose::Guest)
     }
 
-    /// A read that brings `replica` up to date.
-    pub(super) fn resync(replica: ReplicaIndex, range: SectorRange) -> Self {
-        Self::with(None, range, Purpose::Resync(replica))
+    /// A read that is part of a job.
+    pub(super) fn of_job(range: SectorRange, purpose: Purpose) -> Self {
+        Self::with(None, range, purpose)
     }
 
     fn with(tag: Option<Tag>, range: SectorRange, purpose: Purpose) -> Self {
@@ -122,6 +129,16 @@ impl Read {
         since(self.asked_at, first).or(since(more_at, more))
     }
 
+    /// The replicas that this read knows of.
+    pub(super) fn remembers(&self) -> ReplicaSet {
+        let others = match &self.stage {
+            Stage::New => ReplicaSet::EMPTY,
+            Stage::Asking(asking) => asking.unasked,
+            Stage::Confirming(confirmation) => confirmation.remembers(),
+        };
+        self.tally.asked().or(others)
+    }
+
     /// The replicas that may yet be asked.
     pub(super) fn unasked(&self) -> ReplicaSet {
         match &self.stage {
@@ -140,11 +157,11 @@ impl Read {
 
     pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
         self.replies = core.spare_replies.pop().unwrap_or_default();
-        self.replies.resize_with(core.policy.replicas, || None);
         match self.purpose {
             Purpose::Guest => {}
             Purpose::Suspicion => return self.confirm(id, ReplicaSet::EMPTY, core),
-            Purpose::Resync(replica) => {
+            Purpose::Scrub { .. } => return self.begin_scrub(id, core, effects),
+            Purpose::Resync { replica, .. } => {
                 let mend = std::iter::once(replica).collect();
                 return self.confirm(id, mend, core);
             }
@@ -164,6 +181,19 @@ impl Read {
             // Too few are fresh throughout, but sector by sector there may be enough.
             return self.confirm(id, ReplicaSet::EMPTY, core);
         }
+        self.begin_asking(id, voters, asked, core, effects);
+        Progress::Waiting
+    }
+
+    /// Begins the first asking.
+    pub(super) fn begin_asking(
+        &mut self,
+        id: RequestId,
+        voters: ReplicaSet,
+        asked: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) {
         self.stage = Stage::Asking(Asking {
             agreement: Agreement::default(),
             unasked: voters.without(asked),
@@ -175,7 +205,6 @@ impl Read {
         });
         self.asked_at = core.clock.now();
         self.ask(id, asked, core, effects);
-        Progress::Waiting
     }
 
     pub(super) fn reply(
@@ -272,6 +301,9 @@ impl Read {
         effects: &mut impl Effects,
     ) {
         self.tally.ask(asked);
+        if self.replies.len() < asked.places() {
+            self.replies.resize_with(asked.places(), || None);
+        }
         let len = usize::try_from(self.range.bytes()).expect("a piece fits memory");
         for replica in asked.iter() {
             let operation = Operation {
@@ -324,6 +356,10 @@ impl Read {
         }
         if !self.tally.is_complete() {
             return Progress::Waiting;
+        }
+        if matches!(self.purpose, Purpose::Scrub { .. }) {
+            let agree = asking.agreement.others.is_empty() && !doubtful;
+            return self.scrubbed(id, agree, core, effects);
         }
         if self.tag.is_some() && !doubtful && !asking.unasked.is_empty() {
             let more = match core.policy.read_pattern {

@@ -1,12 +1,14 @@
 //! What the worker threads of one disk share: range locks and the health of the replicas.
 //!
-//! One mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose replies
+//! The jobs are here too, behind a mutex of their own that no guest request takes. Else there is
+//! one mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose replies
 //! agree takes it only while some replica is stale somewhere. What such a read must know is kept beside the
 //! mutex in atomics, which are changed only under it: a read that looks a moment too early is one that ran
 //! concurrently with the change.
 
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 // The model checker brings its own.
 #[cfg(feature = "loom")]
@@ -22,7 +24,10 @@ use std::sync::{
 
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
-use crate::quorum::health::{Failures, Health};
+use crate::jobs::pace::GuestRequests;
+use crate::jobs::{JobEvent, Jobs, Sizes};
+use crate::limits::REPLICAS_MAX;
+use crate::quorum::health::{Failures, Health, NotRemoved};
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::operation::RequestId;
 
@@ -42,11 +47,23 @@ pub(super) struct Waiter {
 pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
+    members: AtomicU32,
     in_service: AtomicU32,
+    out_of_service: AtomicU32,
     failures: AtomicU64,
+    /// Locked before `state`.
+    jobs: Mutex<Jobs>,
+    has_jobs: AtomicBool,
+    /// Requests of the guest, by worker.
+    requests: Vec<OwnLine>,
     /// Totals for the operator.
     pub counters: Counters,
 }
+
+/// A counter that one thread writes, on a cache line of its own.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct OwnLine(AtomicU64);
 
 /// Totals since the start.
 #[derive(Debug)]
@@ -73,6 +90,23 @@ pub struct ReplicaCounters {
     pub departures: AtomicU64,
     /// How often it came back.
     pub returns: AtomicU64,
+}
+
+impl ReplicaCounters {
+    /// The place is that of another replica now.
+    fn reset(&self) {
+        let all = [
+            &self.sectors_wrong,
+            &self.sectors_rewritten,
+            &self.sectors_not_rewritten,
+            &self.sectors_resynced,
+            &self.departures,
+            &self.returns,
+        ];
+        for counter in all {
+            counter.store(0, Ordering::Relaxed);
+        }
+    }
 }
 
 impl Counters {
@@ -105,21 +139,113 @@ impl Shared {
     /// The shared state of a disk of `replicas` replicas with vote threshold `threshold` and
     /// `capacity_sectors`, served by `workers` threads.
     pub fn new(replicas: usize, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
+        Self::with_members(ReplicaSet::first(replicas), threshold, workers, capacity_sectors)
+    }
+
+    /// The same with these replicas.
+    pub fn with_members(members: ReplicaSet, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
         Self {
             state: Mutex::new(State {
                 locks: RangeLocks::default(),
-                health: Health::new(replicas, threshold, workers, capacity_sectors),
+                health: Health::new(members, threshold, workers, capacity_sectors),
             }),
             anything_stale: AtomicBool::new(false),
-            in_service: AtomicU32::new(ReplicaSet::first(replicas).bits()),
+            members: AtomicU32::new(members.bits()),
+            in_service: AtomicU32::new(members.bits()),
+            out_of_service: AtomicU32::new(0),
             failures: AtomicU64::new(0),
-            counters: Counters::new(replicas),
+            jobs: Mutex::new(Jobs::new(capacity_sectors)),
+            has_jobs: AtomicBool::new(false),
+            requests: (0..workers).map(|_| OwnLine::default()).collect(),
+            counters: Counters::new(REPLICAS_MAX),
         }
+    }
+
+    /// The replicas of the disk.
+    pub fn members(&self) -> ReplicaSet {
+        ReplicaSet::from_bits(self.members.load(Ordering::Acquire))
     }
 
     /// The replicas that are asked.
     pub fn in_service(&self) -> ReplicaSet {
         ReplicaSet::from_bits(self.in_service.load(Ordering::Acquire))
+    }
+
+    /// The replicas that are not asked, and those removed that still have operations.
+    pub(super) fn out_of_service(&self) -> ReplicaSet {
+        ReplicaSet::from_bits(self.out_of_service.load(Ordering::Acquire))
+    }
+
+    /// Makes `replica`, whose place is free, a member: it is written to from now on, and votes on what was
+    /// written to it. To be followed by a tick of every engine.
+    pub fn add(&self, replica: ReplicaIndex) {
+        self.health(|health| {
+            health.add(replica);
+            if is_broken(Mutant::AddedNotStale) {
+                let everything = SectorRange::new(0, health.capacity_sectors());
+                health.mended(replica, everything, health.change_begins());
+            }
+        });
+        self.counters.of(replica).reset();
+    }
+
+    /// Takes `replica` out of the disk. To be followed by a tick of every engine; its place is free when one of
+    /// them tells so ([`Effects::released`](super::Effects::released)).
+    ///
+    /// # Errors
+    /// If it is needed; then nothing has changed.
+    pub fn remove(&self, replica: ReplicaIndex, tell: impl FnMut(JobEvent)) -> Result<(), NotRemoved> {
+        self.health(|health| {
+            match health.check_removal(replica) {
+                Err(NotRemoved::NoMember) => return Err(NotRemoved::NoMember),
+                Err(NotRemoved::LastDurableCopies) if is_broken(Mutant::RemovedNotDurable) => {}
+                Err(why) if !is_broken(Mutant::RemovedNeeded) => return Err(why),
+                Err(_) | Ok(()) => {}
+            }
+            health.remove(replica);
+            Ok(())
+        })?;
+        self.jobs(tell, |jobs, health| jobs.removed(replica, health));
+        Ok(())
+    }
+
+    /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of the first
+    /// engine.
+    pub fn jobs<R>(&self, mut tell: impl FnMut(JobEvent), with: impl FnOnce(&mut Jobs, &Health) -> R) -> R {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let result = with(&mut jobs, &self.state().health);
+        // Still locked, so that events come in the order of what they tell.
+        for event in jobs.take_events() {
+            tell(event);
+        }
+        self.has_jobs.store(!jobs.is_empty(), Ordering::Release);
+        result
+    }
+
+    /// See [`Jobs::configure`].
+    pub(super) fn configure_jobs(&self, block_sectors: u64, sizes: Sizes, retry_after: Duration) {
+        let nothing_to_tell = |_| {};
+        self.jobs(nothing_to_tell, |jobs, _| {
+            jobs.configure(block_sectors, sizes, retry_after);
+        });
+    }
+
+    /// Whether there is any job.
+    pub(super) fn has_jobs(&self) -> bool {
+        self.has_jobs.load(Ordering::Acquire)
+    }
+
+    /// So many requests has the guest made of `worker`, which alone calls this.
+    pub(super) fn count_requests(&self, worker: WorkerIndex, requests: u64) {
+        self.requests[usize::from(worker.0)]
+            .0
+            .store(requests, Ordering::Relaxed);
+    }
+
+    /// Requests of the guest so far.
+    pub(super) fn guest_requests(&self) -> GuestRequests {
+        let requests = self.requests.iter();
+        GuestRequests(requests.map(|requests| requests.0.load(Ordering::Relaxed)).sum())
     }
 
     /// Whether a replica is stale anywhere.
@@ -136,14 +262,12 @@ impl Shared {
         }
     }
 
-    /// Sectors in which each replica is stale, of `replicas`. The lock is taken for one at a time.
-    pub fn stale_sectors(&self, replicas: usize) -> Vec<u64> {
-        let all = ReplicaSet::first(replicas).iter();
-        let stale = |replica| match self.anything_stale() {
+    /// In how many sectors `replica` is stale.
+    pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
+        match self.anything_stale() {
             true => self.state().health.stale_sectors(replica),
             false => 0,
-        };
-        all.map(stale).collect()
+        }
     }
 
     /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
@@ -181,8 +305,13 @@ impl Shared {
             .store(state.health.anything_stale(), Ordering::Release);
         self.failures
             .store(state.health.change_begins().0, Ordering::Release);
+        self.members
+            .store(state.health.members().bits(), Ordering::Release);
         self.in_service
             .store(state.health.in_service().bits(), Ordering::Release);
+        // Last: who sees that a replica is out of service does not ask it any more.
+        self.out_of_service
+            .store(state.health.out_of_service().bits(), Ordering::Release);
         result
     }
 

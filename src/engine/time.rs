@@ -1,14 +1,13 @@
 //! What an engine does because time passes: replicas that do not answer leave the set (W6), reads do not wait
-//! for slow ones (R7, R9), stale ranges are brought up to date.
+//! for slow ones (R7, R9), jobs go on.
 
 use std::time::Duration;
 
 use super::mutant::{Mutant, is_broken};
-use super::read::Read;
-use super::{Core, Counters, Effects, Engine, Progress, Request, WorkerIndex, report_error};
-use crate::limits::{PIECE_BYTES_MAX, TICK_MICROSECONDS};
+use super::{Core, Counters, Effects, Engine, Progress, Request, report_error};
+use crate::limits::{REPLICAS_MAX, TICK_MICROSECONDS};
 use crate::quorum::report::OperationType;
-use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::replica::operation::RequestId;
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
@@ -20,43 +19,24 @@ const SLOW_FACTOR: u32 = 4;
 /// checked, also the slowest.
 const TURN_EVERY: usize = 8;
 
-/// Where the resync starts over.
-const BEGINNING: (ReplicaIndex, u64) = (ReplicaIndex(0), 0);
-
 /// The time as the engine knows it, and what it does by it.
 #[derive(Debug)]
 pub(super) struct Clock {
     now: Duration,
     ticked_at: Duration,
     /// What a reply of each replica usually takes: a moving average.
-    usual: Vec<Duration>,
+    usual: [Duration; REPLICAS_MAX],
     /// Counts the reads of `read-pattern=threshold`.
     turn: usize,
-    resync: Resync,
-}
-
-/// How far the resync is. One piece at a time, so that the guest hardly notices.
-#[derive(Debug)]
-struct Resync {
-    from: (ReplicaIndex, u64),
-    running: bool,
-    not_before: Duration,
-    stopped: bool,
 }
 
 impl Clock {
-    pub(super) fn new(replicas: usize) -> Self {
+    pub(super) fn new() -> Self {
         Self {
             now: Duration::ZERO,
             ticked_at: Duration::ZERO,
-            usual: vec![Duration::ZERO; replicas],
+            usual: [Duration::ZERO; REPLICAS_MAX],
             turn: 0,
-            resync: Resync {
-                from: BEGINNING,
-                running: false,
-                not_before: Duration::ZERO,
-                stopped: false,
-            },
         }
     }
 
@@ -79,11 +59,6 @@ impl Clock {
             .min();
         (usual.unwrap_or_default() * SLOW_FACTOR).max(TICK)
     }
-
-    /// The piece that was being resynced is done; the next one may begin.
-    pub(super) fn resync_ended(&mut self) {
-        self.resync.running = false;
-    }
 }
 
 impl Engine {
@@ -96,14 +71,16 @@ impl Engine {
     /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
     pub fn deadline(&self) -> Option<Duration> {
         let core = &self.core;
-        if core.active > 0 {
+        let next_tick = if core.active > 0 {
             Some(core.clock.ticked_at + TICK)
-        } else if core.shared.in_service() != ReplicaSet::first(core.policy.replicas) {
+        } else if !core.shared.out_of_service().is_empty() {
             Some(core.clock.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
-        } else if core.resyncs() && core.shared.anything_stale() {
-            Some(core.clock.resync.not_before.max(core.clock.ticked_at + TICK))
         } else {
             None
+        };
+        match core.background.deadline() {
+            Some(work) => Some(next_tick.map_or(work, |tick| tick.min(work))),
+            None => next_tick,
         }
     }
 
@@ -112,7 +89,7 @@ impl Engine {
         self.set_time(now);
         self.core.clock.ticked_at = now;
         self.take_out_who_is_overdue(effects);
-        let gone = ReplicaSet::first(self.core.policy.replicas).without(self.core.shared.in_service());
+        let gone = self.core.shared.out_of_service();
         if !gone.is_empty() {
             self.for_each(
                 |request| !request.counts_on().and(gone).is_empty(),
@@ -124,7 +101,7 @@ impl Engine {
                     Request::Lent => Progress::Retired,
                 },
             );
-            self.core.take_back(gone, effects);
+            self.take_back(gone, effects);
         }
         let slow = now.saturating_sub(self.core.clock.patience(self.core.shared.in_service()));
         let is_slow = |request: &Request| match request {
@@ -135,12 +112,13 @@ impl Engine {
             Request::Read(read) => read.hurry(id, core, effects),
             _ => Progress::Waiting,
         });
+        self.core.look_for_work();
         self.settle(effects);
     }
 
     /// From now on nothing is begun that nobody asked for.
     pub fn stop_background(&mut self) {
-        self.core.clock.resync.stopped = true;
+        self.core.background.stop();
     }
 
     fn take_out_who_is_overdue(&mut self, effects: &mut impl Effects) {
@@ -159,6 +137,35 @@ impl Engine {
                     report_error(effects, replica, operation, range, Errno(libc::ETIMEDOUT));
                     effects.health_changed();
                 }
+            }
+        }
+    }
+
+    /// Tells which of the replicas that left, or were removed, have none of this worker's operations any more.
+    fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
+        let core = &mut self.core;
+        let worker = core.worker.0;
+        let removed = gone.without(core.shared.members());
+        let remembered = removed.iter().filter(|replica| {
+            let remembers = |(_, slot): (usize, &super::Slot)| slot.request.remembers().contains(*replica);
+            self.slots.iter().any(remembers)
+        });
+        let remembered: ReplicaSet = remembered.collect();
+        for replica in gone.without(remembered).iter() {
+            let has_operations = core.outstanding[replica.as_usize()].operations > 0;
+            if removed.contains(replica) {
+                let has_operations = has_operations && !is_broken(Mutant::ReleasedEarly);
+                if core
+                    .shared
+                    .health(|health| health.let_go(replica, worker, has_operations))
+                {
+                    effects.released(replica);
+                }
+            } else if (!has_operations || is_broken(Mutant::ReturnEarly))
+                && core.shared.health(|health| health.returned(replica, worker))
+            {
+                Counters::add(&core.shared.counters.of(replica).returns, 1);
+                effects.health_changed();
             }
         }
     }
@@ -196,6 +203,16 @@ impl Request {
         }
     }
 
+    /// The replicas that it has anything to do with: as long as it has, nobody takes their places.
+    fn remembers(&self) -> ReplicaSet {
+        match self {
+            Self::Read(read) => read.remembers(),
+            Self::Write(write) => write.remembers(),
+            Self::Flush(flush) => flush.remembers(),
+            Self::Lent => ReplicaSet::EMPTY,
+        }
+    }
+
     /// The replicas whose replies are out, or that may yet be asked.
     fn counts_on(&self) -> ReplicaSet {
         let unasked = match self {
@@ -223,7 +240,7 @@ impl Core {
         let by_turn = turn.is_multiple_of(TURN_EVERY);
         let start = if by_turn { turn / TURN_EVERY } else { turn };
         let cost = |replica: ReplicaIndex| {
-            let place = (replica.as_usize() + start) % self.policy.replicas;
+            let place = (replica.as_usize() + start) % voters.places();
             let ahead = u32::try_from(self.outstanding[replica.as_usize()].operations).unwrap_or(u32::MAX);
             let usual = self.clock.usual[replica.as_usize()];
             let expected = if by_turn {
@@ -244,58 +261,5 @@ impl Core {
             chosen.insert(next);
         }
         chosen
-    }
-
-    /// Tells which of the replicas that left have none of this worker's operations any more.
-    fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
-        for replica in gone.iter() {
-            if self.outstanding[replica.as_usize()].operations > 0 && !is_broken(Mutant::ReturnEarly) {
-                continue;
-            }
-            if self
-                .shared
-                .health(|health| health.returned(replica, self.worker.0))
-            {
-                Counters::add(&self.shared.counters.of(replica).returns, 1);
-                effects.health_changed();
-            }
-        }
-    }
-
-    /// Whether this worker does the resync.
-    fn resyncs(&self) -> bool {
-        self.worker == WorkerIndex(0) && !self.clock.resync.stopped
-    }
-
-    /// The next stale piece to bring up to date, if any is due.
-    pub(super) fn next_resync(&mut self) -> Option<Read> {
-        let resync = &mut self.clock.resync;
-        if self.worker != WorkerIndex(0) || resync.stopped || resync.running {
-            return None;
-        }
-        if !self.shared.anything_stale() || self.clock.now < resync.not_before {
-            return None;
-        }
-        let Some((replica, range)) = self.shared.health(|health| health.next_stale(resync.from)) else {
-            // Once through; what is still stale could not be helped now.
-            resync.from = BEGINNING;
-            if self
-                .shared
-                .health(|health| health.next_stale(BEGINNING))
-                .is_some()
-            {
-                resync.not_before = self.clock.now + self.policy.replica_timeout;
-            }
-            return None;
-        };
-        let block = self.policy.block_sectors;
-        let start = range.start - range.start % block;
-        let end = range
-            .end()
-            .next_multiple_of(block)
-            .min(start + PIECE_BYTES_MAX / SECTOR_BYTES);
-        resync.from = (replica, end);
-        resync.running = true;
-        Some(Read::resync(replica, SectorRange::new(start, end - start)))
     }
 }

@@ -88,6 +88,14 @@ impl Write {
         }
     }
 
+    /// The replicas that this write knows of.
+    pub(super) fn remembers(&self) -> ReplicaSet {
+        match &self.stage {
+            Stage::Writing(writing) => writing.tally.asked(),
+            Stage::New | Stage::WaitingForLock { .. } => ReplicaSet::EMPTY,
+        }
+    }
+
     /// The replicas whose replies are out, if they were asked at `limit` or before.
     pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match &self.stage {
@@ -175,14 +183,15 @@ impl Write {
             return Progress::Waiting;
         }
         let succeeded = writing.tally.succeeded();
-        let success = succeeded.len() >= core.policy.threshold;
         // What is stale is known before the guest hears of success (W3).
-        let everyone = ReplicaSet::first(core.policy.replicas);
+        let everyone = core.shared.members();
         let asked = succeeded.or(writing.tally.failed());
         let trusted = is_broken(Mutant::FailedWriteNotStale)
             || is_broken(Mutant::ReturnNotStale) && writing.tally.failed().is_empty();
-        let became_stale = core.shared.health(|health| {
-            let before = health.anything_stale();
+        let (success, became_stale) = core.shared.health(|health| {
+            let before = health.stale();
+            // Who was removed meanwhile does not count.
+            let success = succeeded.and(health.members()).len() >= core.policy.threshold;
             let end = WriteEnd {
                 // Who was forgotten is as good as not asked: its write may still happen, or not.
                 asked: if is_broken(Mutant::ReturnNotStale) {
@@ -196,7 +205,7 @@ impl Write {
                 durable: self.durable,
             };
             health.write_ended(self.range, &end);
-            !before && health.anything_stale()
+            (success, !health.stale().without(before).is_empty())
         });
         if became_stale {
             effects.health_changed();

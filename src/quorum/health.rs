@@ -9,15 +9,21 @@
 //! everything it has not made durable is stale, and it joins again only when every worker has all of its
 //! operations back.
 //!
-//! Invariants: a sector that the guest was told is written is fresh on at least t replicas, unless a flush
+//! Replicas are *members* until they are removed. One that was added is stale everywhere: it takes part in every
+//! write and votes where it has been written to. One that was removed is stale everywhere too, until no request
+//! remembers it; its place is taken by another one only when every worker has all of its operations back.
+//!
+//! Invariants: a sector that the guest was told is written is fresh on at least t members, unless a flush
 //! has failed since; at least t replicas are in service, and no replica leaves a sector behind that only t
-//! replicas in service have fresh.
+//! replicas in service have fresh; there are at least t members, and none is removed that holds one of the last t
+//! fresh copies of a sector, or of the last t durable ones.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::ranges::RangeSet;
 use super::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::limits::REPLICAS_MAX;
 
 /// Orders the start of an operation against failed flushes and replicas that left the set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
@@ -33,14 +39,15 @@ pub struct Health {
     threshold: usize,
     /// A bit for each worker thread.
     workers: u64,
+    members: ReplicaSet,
     in_service: ReplicaSet,
+    /// Removed, but some worker still has a request that remembers it, or an operation.
+    leaving: ReplicaSet,
+    /// By index; some may be of nobody.
     replicas: Vec<ReplicaHealth>,
     /// What completed writes changed since the last flush began.
     written: RangeSet,
     capacity_sectors: u64,
-    /// Of what the last flush covers, what each replica is known not to have made durable: what was stale when
-    /// it began, and what has become so since. Newer writes may heal that, but not for this flush.
-    uncovered: Vec<RangeSet>,
     epoch: FlushEpoch,
     failures: Failures,
 }
@@ -48,47 +55,217 @@ pub struct Health {
 #[derive(Debug)]
 struct ReplicaHealth {
     stale: RangeSet,
+    /// Of what the last flush covers, what this replica is known not to have made durable: what was stale when
+    /// it began, and what has become so since. Newer writes may heal that, but not for this flush.
+    uncovered: RangeSet,
+    /// Has not been written to since this replica was added.
+    blank: RangeSet,
+    /// Was stale, or mended, and has been written since the last flush began. Other members may have made durable
+    /// long ago what this one had not.
+    healed: RangeSet,
+    /// The same of a flush that this replica has not confirmed yet.
+    healed_before_flush: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
     last_failure: Failures,
     /// The workers that have every operation of this replica back since it left the set.
     returned_to: u64,
+    /// The workers that have no request any more that remembers this replica since it was removed.
+    forgotten_by: u64,
 }
 
 impl ReplicaHealth {
     fn new(capacity_sectors: u64) -> Self {
         Self {
             stale: RangeSet::below(capacity_sectors),
+            uncovered: RangeSet::below(capacity_sectors),
+            blank: RangeSet::below(capacity_sectors),
+            healed: RangeSet::below(capacity_sectors),
+            healed_before_flush: RangeSet::below(capacity_sectors),
             unconfirmed: VecDeque::new(),
             last_failure: Failures::default(),
             returned_to: 0,
+            forgotten_by: 0,
         }
+    }
+
+    /// `range` was written. `volatile`: not to stable storage.
+    fn heal(&mut self, range: SectorRange, volatile: bool) {
+        if volatile {
+            for part in self.stale.within(range) {
+                self.healed.insert(part);
+            }
+        }
+        self.stale.remove(range);
+        self.blank.remove(range);
+    }
+
+    /// What is not on stable storage here, although it may be there elsewhere.
+    fn not_durable_here(&self) -> impl Iterator<Item = &RangeSet> {
+        [&self.stale, &self.healed, &self.healed_before_flush].into_iter()
     }
 }
 
+/// Why a replica cannot be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotRemoved {
+    /// It is none of the disk's.
+    #[error("it is no replica of this disk")]
+    NoMember,
+    /// Fewer than t would be left.
+    #[error("fewer replicas than the vote threshold would be left")]
+    TooFew,
+    /// Others do not answer, and so fewer than t would be left in service.
+    #[error("fewer replicas than the vote threshold would be left in service")]
+    TooFewInService,
+    /// Some sector is up to date on so few others that it would be lost.
+    #[error("there are sectors that too few other replicas hold up to date")]
+    LastCopies,
+    /// Some sector is on stable storage on so few others that it would be lost if they crashed now.
+    #[error("there are sectors that too few other replicas have on stable storage")]
+    LastDurableCopies,
+}
+
 impl Health {
-    /// `replicas` replicas of `capacity_sectors`, all of them in service and fresh everywhere, used by
+    /// A disk of `capacity_sectors` with these members, all of them in service and fresh everywhere, used by
     /// `workers` threads.
-    pub fn new(replicas: usize, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
+    pub fn new(members: ReplicaSet, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
         assert!((1..=64).contains(&workers));
+        assert!((1..=members.len()).contains(&threshold));
+        let places = members.places();
         Self {
             threshold,
             workers: u64::MAX >> (64 - workers),
-            in_service: ReplicaSet::first(replicas),
-            replicas: (0..replicas)
+            members,
+            in_service: members,
+            leaving: ReplicaSet::EMPTY,
+            replicas: (0..places)
                 .map(|_| ReplicaHealth::new(capacity_sectors))
                 .collect(),
             written: RangeSet::below(capacity_sectors),
             capacity_sectors,
-            uncovered: (0..replicas).map(|_| RangeSet::below(capacity_sectors)).collect(),
             epoch: FlushEpoch(0),
             failures: Failures(0),
         }
     }
 
+    /// The replicas of the disk.
+    pub fn members(&self) -> ReplicaSet {
+        self.members
+    }
+
     /// The replicas that are asked.
     pub fn in_service(&self) -> ReplicaSet {
         self.in_service
+    }
+
+    /// The replicas that are not asked, and those removed whose operations are not all back.
+    pub fn out_of_service(&self) -> ReplicaSet {
+        self.members.or(self.leaving).without(self.in_service)
+    }
+
+    /// Sectors of the disk.
+    pub fn capacity_sectors(&self) -> u64 {
+        self.capacity_sectors
+    }
+
+    /// Makes `replica` a member, in service and stale everywhere. Its place must be free.
+    pub fn add(&mut self, replica: ReplicaIndex) {
+        assert!(
+            !self.members.or(self.leaving).contains(replica),
+            "its place is taken"
+        );
+        let capacity_sectors = self.capacity_sectors;
+        while self.replicas.len() <= replica.as_usize() {
+            self.replicas.push(ReplicaHealth::new(capacity_sectors));
+        }
+        let mut state = ReplicaHealth::new(capacity_sectors);
+        state.stale.insert(SectorRange::new(0, capacity_sectors));
+        // A flush that is under way was not asked of it.
+        state.uncovered.clone_from(&state.stale);
+        state.blank.clone_from(&state.stale);
+        self.replicas[replica.as_usize()] = state;
+        self.members.insert(replica);
+        self.in_service.insert(replica);
+    }
+
+    /// Takes `replica`, a member that nobody needs, out of the disk. Its place is free when every worker has let
+    /// go of it.
+    pub fn remove(&mut self, replica: ReplicaIndex) {
+        debug_assert!(self.members.contains(replica));
+        self.members.remove(replica);
+        self.in_service.remove(replica);
+        self.leaving.insert(replica);
+        self.failures.0 += 1;
+        let mut state = ReplicaHealth::new(self.capacity_sectors);
+        // What it has answered before does not count any more.
+        state.stale.insert(SectorRange::new(0, self.capacity_sectors));
+        state.last_failure = self.failures;
+        self.replicas[replica.as_usize()] = state;
+    }
+
+    /// Whether the disk can do without `replica`.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn check_removal(&self, replica: ReplicaIndex) -> Result<(), NotRemoved> {
+        if !self.members.contains(replica) {
+            return Err(NotRemoved::NoMember);
+        }
+        let mut others = self.members;
+        others.remove(replica);
+        if others.len() < self.threshold {
+            return Err(NotRemoved::TooFew);
+        }
+        if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
+            return Err(NotRemoved::TooFewInService);
+        }
+        // It may be good where it is stale: who failed a flush has perhaps lost nothing. Where too few others are
+        // known to be good it has to stay, unless it is known to hold nothing.
+        let lost = |without: ReplicaSet| {
+            !without.contains(replica) && others.without(without).len() < self.threshold
+        };
+        let blank = || std::iter::once((replica, &self.replicas[replica.as_usize()].blank));
+        let stale = others
+            .iter()
+            .map(|other| (other, &self.replicas[other.as_usize()].stale));
+        if !every_sector(blank().chain(stale), self.capacity_sectors, |without| {
+            !lost(without)
+        }) {
+            return Err(NotRemoved::LastCopies);
+        }
+        let not_durable = others.iter().flat_map(|other| {
+            let sets = self.replicas[other.as_usize()].not_durable_here();
+            sets.map(move |set| (other, set))
+        });
+        let sets = blank().chain(not_durable);
+        if !every_sector(sets, self.capacity_sectors, |without| !lost(without)) {
+            return Err(NotRemoved::LastDurableCopies);
+        }
+        Ok(())
+    }
+
+    /// A worker has no request that remembers the removed `replica`, and no operation of it either if
+    /// `has_operations` says so. `true` if with this its place is free.
+    pub fn let_go(&mut self, replica: ReplicaIndex, worker: u16, has_operations: bool) -> bool {
+        if !self.leaving.contains(replica) {
+            return false;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.forgotten_by |= 1 << worker;
+        if !has_operations {
+            state.returned_to |= 1 << worker;
+        }
+        let forgotten = state.forgotten_by == self.workers;
+        if forgotten {
+            // Nobody can take it for a voter any more.
+            state.stale = RangeSet::below(self.capacity_sectors);
+        }
+        let free = forgotten && state.returned_to == self.workers;
+        if free {
+            self.leaving.remove(replica);
+        }
+        free
     }
 
     /// Takes a replica that does not answer out of the set. `false` if it is out already, or if that would
@@ -106,7 +283,7 @@ impl Health {
     /// A worker has every operation of a replica that left the set back. `true` if that was the last one and
     /// the replica is in service again; what it missed is stale.
     pub fn returned(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
-        if self.in_service.contains(replica) {
+        if self.in_service.contains(replica) || !self.members.contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];
@@ -123,15 +300,18 @@ impl Health {
         self.replicas.iter().any(|r| !r.stale.is_empty())
     }
 
-    /// In how many sectors `replica` is stale.
-    pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
-        let ranges = self.replicas[replica.as_usize()].stale.iter();
-        ranges.map(|range| range.count).sum()
+    /// The replicas that are stale anywhere, those included that were removed and are not forgotten.
+    pub fn stale(&self) -> ReplicaSet {
+        self.known()
+            .iter()
+            .filter(|r| !self.replicas[r.as_usize()].stale.is_empty())
+            .collect()
     }
 
     /// The replicas that are stale somewhere in `range`.
     pub fn stale_in(&self, range: SectorRange) -> ReplicaSet {
-        self.indexes()
+        self.known()
+            .iter()
             .filter(|r| self.replicas[r.as_usize()].stale.overlaps(range))
             .collect()
     }
@@ -141,23 +321,23 @@ impl Health {
         self.replicas[replica.as_usize()].stale.within(range)
     }
 
-    /// The first stale range of a replica in service at or after `from`, in the order of replicas.
-    pub fn next_stale(&self, from: (ReplicaIndex, u64)) -> Option<(ReplicaIndex, SectorRange)> {
-        let (first, sector) = from;
-        self.in_service
-            .iter()
-            .filter(|replica| *replica >= first)
-            .find_map(|replica| {
-                let sector = if replica == first { sector } else { 0 };
-                let rest = SectorRange::new(sector, u64::MAX - sector);
-                let range = self.replicas[replica.as_usize()].stale.first_within(rest)?;
-                Some((replica, range))
-            })
+    /// The first range at or after `sector` in which `replica` is stale.
+    pub fn next_stale(&self, replica: ReplicaIndex, sector: u64) -> Option<SectorRange> {
+        let rest = SectorRange::new(sector, u64::MAX - sector);
+        self.replicas[replica.as_usize()].stale.first_within(rest)
+    }
+
+    /// In how many sectors `replica` is stale.
+    pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
+        let state = self.replicas.get(replica.as_usize());
+        let stale = state.into_iter().flat_map(|state| state.stale.iter());
+        stale.map(|range| range.count).sum()
     }
 
     /// The replicas that have failed a flush or left the set since `began`.
     pub fn failed_since(&self, began: Failures) -> ReplicaSet {
-        self.indexes()
+        self.known()
+            .iter()
             .filter(|r| self.replicas[r.as_usize()].last_failure > began)
             .collect()
     }
@@ -175,14 +355,14 @@ impl Health {
     /// nobody is known to be behind. Who was not asked, or has left the set or failed a flush while the write
     /// ran, is behind in any case.
     pub fn write_ended(&mut self, range: SectorRange, write: &WriteEnd) {
-        for replica in self.indexes() {
+        for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             let doubtful = state.last_failure > write.began || !write.asked.contains(replica);
             let done = write.succeeded.contains(replica);
             if doubtful || (write.success && !done) {
                 state.stale.insert(range);
             } else if done {
-                state.stale.remove(range);
+                state.heal(range, !write.durable);
             }
         }
         if !write.durable {
@@ -192,31 +372,41 @@ impl Health {
 
     /// Sectors of one replica were written with the winner of a vote, under the lock of their range.
     pub fn mended(&mut self, replica: ReplicaIndex, range: SectorRange, began: Failures) {
+        if !self.members.contains(replica) {
+            return;
+        }
         let state = &mut self.replicas[replica.as_usize()];
         if state.last_failure > began {
             state.stale.insert(range);
         } else {
-            state.stale.remove(range);
+            state.heal(range, true);
+            // It was perhaps not stale, but wrong.
+            state.healed.insert(range);
         }
         self.written.insert(range);
     }
 
     /// Sectors of one replica may be changed by an operation that nobody waits for any more.
     pub fn doubted(&mut self, replica: ReplicaIndex, range: SectorRange) {
-        self.replicas[replica.as_usize()].stale.insert(range);
+        if self.members.contains(replica) {
+            self.replicas[replica.as_usize()].stale.insert(range);
+        }
     }
 
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
-        for (uncovered, replica) in self.uncovered.iter_mut().zip(&self.replicas) {
-            uncovered.clone_from(&replica.stale);
-        }
         let nothing = RangeSet::below(self.capacity_sectors);
+        for replica in self.members.iter() {
+            let state = &mut self.replicas[replica.as_usize()];
+            state.uncovered.clone_from(&state.stale);
+            let healed = std::mem::replace(&mut state.healed, nothing.clone());
+            state.healed_before_flush.insert_all(&healed);
+        }
         let written = std::mem::replace(&mut self.written, nothing);
         if !written.is_empty() {
             let written = Arc::new(written);
-            for replica in self.indexes() {
+            for replica in self.members.iter() {
                 let state = &mut self.replicas[replica.as_usize()];
                 if self.in_service.contains(replica) {
                     state.unconfirmed.push_back((self.epoch, Arc::clone(&written)));
@@ -233,7 +423,9 @@ impl Health {
         if !success {
             return self.not_durable(replica);
         }
-        let unconfirmed = &mut self.replicas[replica.as_usize()].unconfirmed;
+        let state = &mut self.replicas[replica.as_usize()];
+        state.healed_before_flush = RangeSet::below(self.capacity_sectors);
+        let unconfirmed = &mut state.unconfirmed;
         while unconfirmed.front().is_some_and(|(covered, _)| *covered <= epoch) {
             unconfirmed.pop_front();
         }
@@ -259,18 +451,19 @@ impl Health {
         state.stale.insert_all(&self.written);
         for (_, written) in state.unconfirmed.drain(..) {
             state.stale.insert_all(&written);
-            self.uncovered[replica.as_usize()].insert_all(&written);
+            state.uncovered.insert_all(&written);
         }
     }
 
-    /// Whether every sector is fresh on at least t replicas, and was when the last flush began. Asked after all
+    /// Whether every sector is fresh on at least t members, and was when the last flush began. Asked after all
     /// replies to it are in, when that is what is durable. One flush runs at a time.
     pub fn fresh_on_threshold(&self) -> bool {
-        let all = ReplicaSet::first(self.replicas.len());
-        let now = self.replicas.iter().map(|replica| &replica.stale);
-        let sets = now.chain(&self.uncovered);
-        every_sector(sets, self.replicas.len(), self.capacity_sectors, |stale| {
-            all.without(stale).len() >= self.threshold
+        let sets = self.members.iter().flat_map(|member| {
+            let state = &self.replicas[member.as_usize()];
+            [(member, &state.stale), (member, &state.uncovered)]
+        });
+        every_sector(sets, self.capacity_sectors, |stale| {
+            self.members.without(stale).len() >= self.threshold
         })
     }
 
@@ -281,54 +474,58 @@ impl Health {
         others.remove(replica);
         let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
         let enough_with = |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
+        let stale = self
+            .members
+            .iter()
+            .map(|member| (member, &self.replicas[member.as_usize()].stale));
         others.len() < self.threshold
-            || !every_sector(
-                self.replicas.iter().map(|replica| &replica.stale),
-                self.replicas.len(),
-                self.capacity_sectors,
-                |stale| enough_without(stale) || !enough_with(stale),
-            )
+            || !every_sector(stale, self.capacity_sectors, |stale| {
+                enough_without(stale) || !enough_with(stale)
+            })
     }
 
-    fn indexes(&self) -> impl Iterator<Item = ReplicaIndex> + use<> {
-        ReplicaSet::first(self.replicas.len()).iter()
+    /// The members, and those that were removed and are not forgotten.
+    fn known(&self) -> ReplicaSet {
+        self.members.or(self.leaving)
     }
 }
 
-/// Whether `holds` for the set of replicas that are stale in a sector, for every sector of a disk. The sets are
-/// those of the replicas in order, and then perhaps in order once more.
+/// Whether `holds` for the replicas that have a sector in one of their sets, for every sector of a disk.
 fn every_sector<'a>(
-    sets: impl Iterator<Item = &'a RangeSet>,
-    replicas: usize,
+    sets: impl Iterator<Item = (ReplicaIndex, &'a RangeSet)>,
     capacity_sectors: u64,
     holds: impl Fn(ReplicaSet) -> bool,
 ) -> bool {
-    // Sweep over the ends of all stale ranges; between two of them the sets do not change.
-    let mut ends: Vec<(u64, usize, bool)> = sets
-        .enumerate()
-        .flat_map(|(set, ranges)| {
+    // Sweep over the ends of all ranges; between two of them the sets do not change.
+    let mut ends: Vec<(u64, ReplicaIndex, bool)> = sets
+        .flat_map(|(replica, ranges)| {
             ranges
                 .iter()
-                .flat_map(move |range| [(range.start, set, true), (range.end(), set, false)])
+                .flat_map(move |range| [(range.start, replica, true), (range.end(), replica, false)])
         })
         .collect();
     ends.sort_unstable();
-    let mut inside = [ReplicaSet::EMPTY; 2];
+    // How many of its sets each replica is in.
+    let mut inside = [0_u8; REPLICAS_MAX];
+    let mut with = ReplicaSet::EMPTY;
     let mut from = 0;
-    for (sector, set, begins) in ends {
-        if sector > from && !holds(inside[0].or(inside[1])) {
+    for (sector, replica, begins) in ends {
+        if sector > from && !holds(with) {
             return false;
         }
         from = sector;
-        let replica = ReplicaIndex(u8::try_from(set % replicas).expect("at most 32 replicas"));
-        let side = &mut inside[set / replicas];
+        let count = &mut inside[replica.as_usize()];
         if begins {
-            side.insert(replica)
+            *count += 1;
+            with.insert(replica);
         } else {
-            side.remove(replica)
+            *count -= 1;
+            if *count == 0 {
+                with.remove(replica);
+            }
         }
     }
-    from >= capacity_sectors || holds(inside[0].or(inside[1]))
+    from >= capacity_sectors || holds(with)
 }
 
 /// How a write ended.
@@ -387,7 +584,7 @@ mod tests {
 
     #[test]
     fn a_failed_write_is_stale_until_written_again() {
-        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
         write(&mut health, range(8, 8), &[C]);
         assert_eq!(health.stale_in(range(0, 9)), set(&[C]));
         assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
@@ -398,7 +595,7 @@ mod tests {
     /// The case that counting successes gets wrong: a write held by {A,B}, a flush done by {B,C}.
     #[test]
     fn a_flush_needs_the_replicas_that_hold_the_writes() {
-        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
         write(&mut health, range(0, 8), &[C]);
         assert!(!flush(&mut health, &[A]));
         // What is known to be lost is not forgotten by a flush that finds nothing more to do.
@@ -410,7 +607,7 @@ mod tests {
 
     #[test]
     fn a_failed_flush_makes_stale_what_was_written_since_the_last_good_one() {
-        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
         write(&mut health, range(0, 8), &[]);
         assert!(flush(&mut health, &[]));
         write(&mut health, range(1 << 20, 8), &[]);
@@ -421,7 +618,7 @@ mod tests {
 
     #[test]
     fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
-        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
         let began = health.change_begins();
         let epoch = health.flush_begins();
         health.flush_ended(epoch, A, false);
@@ -431,7 +628,7 @@ mod tests {
 
     #[test]
     fn a_later_flush_confirms_the_earlier_ones() {
-        let mut health = Health::new(1, 1, 1, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
         write_one(&mut health, range(0, 8));
         let first = health.flush_begins();
         write_one(&mut health, range(1 << 20, 8));
@@ -458,7 +655,7 @@ mod tests {
 
     #[test]
     fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
-        let mut health = Health::new(3, 2, 2, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
         write(&mut health, range(0, 8), &[]);
         assert!(flush(&mut health, &[]));
         write(&mut health, range(1 << 20, 8), &[]);
@@ -480,14 +677,14 @@ mod tests {
         assert!(!health.returned(C, 1));
         assert!(health.returned(C, 0));
         assert_eq!(health.in_service(), ReplicaSet::first(3));
-        assert_eq!(health.next_stale((A, 0)).map(|(replica, _)| replica), Some(C));
+        assert_eq!(health.next_stale(C, 0).map(|range| range.start), Some(1 << 20));
         health.mended(C, range(0, 1 << 22), health.change_begins());
         assert!(!health.anything_stale());
     }
 
     #[test]
     fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
-        let mut health = Health::new(3, 2, 1, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
         write(&mut health, range(0, 8), &[C]);
         let epoch = health.flush_begins();
         health.mended(C, range(0, 8), health.change_begins());
@@ -499,18 +696,18 @@ mod tests {
 
     #[test]
     fn who_is_needed_in_one_sector_stays() {
-        let mut health = Health::new(3, 2, 1, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
         write(&mut health, range(8, 8), &[C]);
         assert!(!health.leave(A) && !health.leave(B), "only they hold it");
         assert!(health.leave(C));
-        let mut last = Health::new(3, 2, 1, 16);
+        let mut last = Health::new(ReplicaSet::first(3), 2, 1, 16);
         write(&mut last, range(8, 8), &[C]);
         assert!(!last.leave(A), "also at the end of the disk");
     }
 
     #[test]
     fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
-        let mut health = Health::new(3, 2, 1, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
         let began = health.change_begins();
         assert!(health.leave(C) && health.returned(C, 0));
         health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
@@ -519,7 +716,7 @@ mod tests {
 
     #[test]
     fn what_is_flushed_without_a_replica_is_stale_there() {
-        let mut health = Health::new(3, 2, 1, 1 << 22);
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
         assert!(health.leave(C));
         let began = health.change_begins();
         health.write_ended(

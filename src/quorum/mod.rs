@@ -64,6 +64,11 @@ impl ReplicaSet {
         Self(bits)
     }
 
+    /// One more than the greatest index in the set, or 0.
+    pub fn places(self) -> usize {
+        (u32::BITS - self.0.leading_zeros()) as usize
+    }
+
     /// How many replicas are in the set.
     pub fn len(self) -> usize {
         self.0.count_ones() as usize

@@ -16,6 +16,7 @@ use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::image_lock::{self, Access, LockError, Locking};
@@ -165,6 +166,19 @@ pub enum OpenError {
         /// What the size must be a multiple of.
         alignment_bytes: u32,
     },
+    /// It cannot be read and written in the blocks of the disk.
+    #[error(
+        "{} can be read and written in blocks of {alignment_bytes} bytes only, and the disk has blocks of {block_bytes}",
+        Quoted(.path)
+    )]
+    Coarser {
+        /// The image.
+        path: PathBuf,
+        /// Its unit.
+        alignment_bytes: u32,
+        /// That of the disk.
+        block_bytes: u32,
+    },
     /// Another process uses the image, or it can not be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
     Locked {
@@ -237,7 +251,30 @@ pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<R
     Ok(replicas)
 }
 
-fn check_against(earlier: &[ReplicaFile], replica: &ReplicaFile) -> Result<(), OpenError> {
+/// Opens and locks a replica beside those that a disk of `block_bytes` has open.
+pub fn open_beside(
+    others: &[Arc<ReplicaFile>],
+    source: &ReplicaSource,
+    options: OpenOptions,
+    block_bytes: u32,
+) -> Result<ReplicaFile, OpenError> {
+    let replica = open_unlocked(&source.path, &source.node_name, options)?;
+    check_against(others.iter().map(Arc::as_ref), &replica)?;
+    if replica.alignment_bytes > block_bytes {
+        return Err(OpenError::Coarser {
+            path: replica.path.clone(),
+            alignment_bytes: replica.alignment_bytes,
+            block_bytes,
+        });
+    }
+    lock(&replica, options)?;
+    Ok(replica)
+}
+
+fn check_against<'a>(
+    earlier: impl IntoIterator<Item = &'a ReplicaFile>,
+    replica: &ReplicaFile,
+) -> Result<(), OpenError> {
     for other in earlier {
         if other.identity == replica.identity {
             return Err(OpenError::SameImage {

@@ -7,4 +7,5 @@ pub mod file;
 pub mod image_lock;
 pub mod operation;
 pub mod ring;
+pub mod table;
 mod zero;

@@ -18,8 +18,8 @@ use slab::Slab;
 use super::buffer::BufferPool;
 use super::operation::{Action, Operation, Reply};
 use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
-use crate::limits::RING_ENTRIES;
-use crate::quorum::{Errno, SECTOR_BYTES, SectorRange};
+use crate::limits::{REPLICAS_MAX, RING_ENTRIES};
+use crate::quorum::{Errno, ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::statistics::Since;
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
@@ -130,7 +130,10 @@ impl Ring {
     /// If the kernel has no io_uring for us, or no memory.
     pub fn new(files: &[RawFd]) -> io::Result<Self> {
         let uring = build()?;
-        uring.submitter().register_files(files)?;
+        // With places for those that may be added.
+        let mut table = [-1; REPLICAS_MAX];
+        table[..files.len()].copy_from_slice(files);
+        uring.submitter().register_files(&table)?;
         // What the kernel can not do without waiting (fsync, for one) takes one of its workers for as long as
         // it waits. By default there are four for each processor, and a replica that hangs would soon have
         // them all, with the other replicas waiting behind it.
@@ -140,7 +143,7 @@ impl Ring {
         Ok(Self {
             uring,
             in_flight: Slab::new(),
-            ways: Ways::new(files.len()),
+            ways: Ways::new(REPLICAS_MAX),
             arena_registered: false,
             operations: 0,
             completions: VecDeque::new(),
@@ -182,6 +185,16 @@ impl Ring {
         let call = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
         let call = call.user_data(MEANINGLESS);
         (0..self.writers).try_for_each(|_| self.queue_entry(&call))
+    }
+
+    /// From now on `file` is what operations on `replica`, of which none is in flight, are done on. It must stay
+    /// open until it is replaced.
+    pub fn set_file(&mut self, replica: ReplicaIndex, file: Option<RawFd>) -> io::Result<()> {
+        let place = u32::from(replica.0);
+        let submitter = self.uring.submitter();
+        submitter.register_files_update(place, &[file.unwrap_or(-1)])?;
+        self.ways.forget(replica);
+        Ok(())
     }
 
     /// Queues `operation`; its reply comes out of a later [`Self::enter`].
@@ -549,7 +562,6 @@ mod tests {
     use vmm_sys_util::eventfd::EventFd;
 
     use super::*;
-    use crate::quorum::ReplicaIndex;
     use crate::replica::operation::RequestId;
     use crate::statistics::Recorder;
 
@@ -704,6 +716,30 @@ mod tests {
         for _ in 0..count {
             assert_eq!(reply_of(&mut ring).result, Ok(()));
         }
+    }
+
+    #[test]
+    fn a_file_is_taken_and_let_go_while_others_are_in_use() {
+        let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        second.write_all_at(&[9; 512], 0).unwrap();
+        let mut ring = Ring::new(&[first.as_raw_fd()]).unwrap();
+        let read = |ring: &mut Ring| {
+            let into = BufferPool::default().take(512);
+            let range = SectorRange::new(0, 1);
+            ring.push(Operation {
+                replica: ReplicaIndex(7),
+                ..operation(Action::Read { range, into })
+            })
+            .unwrap();
+            reply_of(ring)
+        };
+        assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
+        ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd())).unwrap();
+        let reply = read(&mut ring);
+        assert_eq!(reply.result, Ok(()));
+        assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|byte| *byte == 9)));
+        ring.set_file(ReplicaIndex(7), None).unwrap();
+        assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
     }
 
     #[test]

@@ -46,6 +46,11 @@ impl Ways {
         Self(vec![Lacks::default(); replicas])
     }
 
+    /// The replica is another one.
+    pub(super) fn forget(&mut self, replica: ReplicaIndex) {
+        self.0[replica.as_usize()] = Lacks::default();
+    }
+
     /// The way to begin with.
     pub(super) fn best(&self, replica: ReplicaIndex, unmap: bool) -> Way {
         let mut ways = order(unmap).iter().copied();

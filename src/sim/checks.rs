@@ -5,7 +5,6 @@
 //! and whatever is reported must have a cause.
 
 use super::Violation;
-use super::ledger::count;
 use super::model::Value;
 use super::operations::Flight;
 use super::plan::{bits, mask_below};
@@ -70,7 +69,8 @@ impl World {
     }
 
     fn check_value(&mut self, read: &Pending, sector: usize, value: Value) -> Checked {
-        let (n, t) = (self.plan.replicas, self.plan.threshold);
+        // All that were ever asked since the start.
+        let (n, t) = (self.ever, self.plan.threshold);
         let wrong = read.seen.wrong_at(sector);
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         if !self.model.is_permitted(sector, value, read.began) {
@@ -105,11 +105,10 @@ impl World {
 
     /// I1: a read does not fail while t replicas (`fifo`: one) give right answers.
     fn check_failed_read(&mut self, read: &Pending) -> Checked {
-        let n = self.plan.replicas;
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let needed = if fifo { 1 } else { self.plan.threshold };
         let enough = |sector: usize| {
-            let right = read.seen.right_at(sector, n);
+            let right = read.seen.right_at(sector, self.members);
             if usize::try_from(right.count_ones()).expect("few") < needed {
                 return false;
             }
@@ -120,7 +119,7 @@ impl World {
             let votes = |r: usize| {
                 let value = self.replicas[r].value(sector);
                 let same = |o: &usize| right >> o & 1 == 1 && self.replicas[*o].value(sector) == value;
-                (0..n).filter(same).count()
+                self.members().filter(same).count()
             };
             self.stirred[sector] < read.began
                 && self.is_still(sector)
@@ -148,12 +147,12 @@ impl World {
     fn check_write(&mut self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
         let sectors = self.plan.mask(pending.range);
         let now = self.ledger.failures;
-        let steady = (0..self.plan.replicas).filter(|r| now[*r] == write.failures[*r]);
+        let steady = self.members().filter(|r| now[*r] == write.failures[*r]);
         let steady = steady.fold(0, |mask, r| mask | 1 << r);
         let count = |mask: u32| usize::try_from(mask.count_ones()).expect("few");
         let needed = self.plan.threshold;
         // Of one that has left meanwhile it depends on whether its reply was there before.
-        if (success && count(write.succeeded) < needed)
+        if (success && count(write.succeeded & self.members) < needed)
             || (!success && count(write.succeeded & steady) >= needed)
         {
             let text = format!(
@@ -168,7 +167,7 @@ impl World {
                 .write_ended(sector, value, self.now, success, self.plan.durable);
             self.stirred[sector] = self.now;
         }
-        for replica in 0..self.plan.replicas {
+        for replica in self.members() {
             let bit = 1 << replica;
             if write.succeeded & steady & bit != 0 {
                 self.ledger.excused[replica] &= !sectors;
@@ -194,7 +193,7 @@ impl World {
                         .model
                         .is_permitted(sector, self.replicas[*r].durable(sector), flush.began)
             };
-            let safe = (0..self.plan.replicas).filter(safe).count();
+            let safe = self.members().filter(safe).count();
             if safe < self.plan.threshold {
                 let text = format!(
                     "flush {} succeeded, but {sector} is durable on {safe} only",
@@ -210,8 +209,10 @@ impl World {
 
     /// A flush fails only if some sector may not be durable on t replicas.
     fn check_failed_flush(&self, flush: &Pending) -> Checked {
-        let n = self.plan.replicas;
-        let enough = |sector: usize| n - count(&flush.seen.excused, sector) >= self.plan.threshold;
+        let enough = |sector: usize| {
+            let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
+            self.members().filter(good).count() >= self.plan.threshold
+        };
         if (0..self.stirred.len()).all(enough) {
             let text = format!("flush {} failed without need", flush.tag.0);
             return Err(Violation::new("W5", text));
@@ -227,7 +228,7 @@ impl World {
         failures: &mut i64,
     ) -> Checked {
         trace!(self, "report: {}", show_report(report));
-        let (replica, operation, cause) = match report {
+        let (replica, operation, range, cause) = match report {
             Report::Failure { .. } => {
                 *failures += 1;
                 return Ok(());
@@ -235,9 +236,9 @@ impl World {
             Report::Bad {
                 replica,
                 operation,
+                range,
                 cause,
-                ..
-            } => (*replica, *operation, cause),
+            } => (*replica, *operation, range, cause),
         };
         match cause {
             Cause::Error(errno) => {
@@ -252,10 +253,14 @@ impl World {
             }
             Cause::WrongVersion(evidence) => {
                 self.statistics.accusations += 1;
-                if self.plan.read_pattern == ReadPattern::Fifo {
+                if self.plan.read_pattern == ReadPattern::Fifo && !self.is_scrubbing() {
                     return Err(Violation::new("R8", "read-pattern=fifo outvotes nobody"));
                 }
+                if evidence.bad_sectors_cut {
+                    self.accused |= self.plan.mask(*range);
+                }
                 for run in &evidence.bad_sectors {
+                    self.accused |= mask_below(run.count) << run.start;
                     for sector in bits(mask_below(run.count) << run.start) {
                         self.check_accusation(replica.as_usize(), sector)?;
                     }
@@ -272,8 +277,8 @@ impl World {
         if !self.is_out(replica) || !self.flights.iter().any(owes) {
             return Err(Violation::new("W6", format!("replica {replica} is not overdue")));
         }
-        let out = usize::try_from(self.ledger.out.count_ones()).expect("few");
-        if self.plan.replicas - out < self.plan.threshold {
+        let out = (self.ledger.out & self.members).count_ones();
+        if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
             return Err(Violation::new("W6", "fewer than t replicas are left"));
         }
         Ok(())
@@ -298,7 +303,7 @@ impl World {
     pub(super) fn check_quiet(&self) -> Checked {
         for sector in 0..self.stirred.len() {
             let mut first: Option<(usize, Value)> = None;
-            for replica in 0..self.plan.replicas {
+            for replica in self.members() {
                 let excused = self.ledger.excused[replica] | self.ledger.wrong(replica) | self.ledger.mixed;
                 if excused >> sector & 1 == 1 {
                     continue;
@@ -325,7 +330,7 @@ impl World {
         for part in self.parts() {
             let sectors = self.plan.mask(part);
             // Who is behind in some of it was perhaps not asked.
-            let mut voters: Vec<usize> = (0..self.plan.replicas).collect();
+            let mut voters: Vec<usize> = self.members().collect();
             voters.retain(|r| self.ledger.excused[*r] & sectors == 0);
             let value = |r: &usize, s: usize| self.replicas[*r].value(s);
             let votes = |r: &usize, s: usize| voters.iter().filter(|o| value(o, s) == value(r, s)).count();
@@ -345,18 +350,17 @@ impl World {
 
     /// W6: after a rest without faults all replicas are in service, and none is behind where t know better.
     pub(super) fn check_resynced(&self) -> Checked {
-        if self.ledger.out != 0 {
-            return Err(Violation::new(
-                "W6",
-                format!("{:b} did not come back", self.ledger.out),
-            ));
+        let out = self.ledger.out & self.members;
+        if out != 0 || self.leaving != 0 {
+            let text = format!("{out:b} did not come back, {:b} not go", self.leaving);
+            return Err(Violation::new("W6", text));
         }
-        let (n, t) = (self.plan.replicas, self.plan.threshold);
+        let t = self.plan.threshold;
         let seen = self.ledger.seen();
         let clean = |sector: usize| {
             seen.mixed >> sector & 1 == 0
                 && seen.wrong_at(sector) == 0
-                && usize::try_from(seen.right_at(sector, n).count_ones()).expect("few") >= t
+                && usize::try_from(seen.right_at(sector, self.members).count_ones()).expect("few") >= t
         };
         let block = usize::try_from(self.plan.block_sectors).expect("few");
         for sector in 0..self.stirred.len() {
@@ -364,12 +368,10 @@ impl World {
             if !(start..start + block).all(clean) {
                 continue;
             }
-            let first = self.replicas[0].value(sector);
-            if let Some(other) = self.replicas.iter().find(|r| r.value(sector) != first) {
-                let text = format!(
-                    "{sector} is {first} on one replica, {} on another",
-                    other.value(sector)
-                );
+            let values = || self.members().map(|replica| self.replicas[replica].value(sector));
+            let first = values().next();
+            if let Some(other) = values().find(|value| Some(*value) != first) {
+                let text = format!("{sector} is {first:?} on one replica, {other} on another");
                 return Err(Violation::new("W6", text));
             }
         }
@@ -379,8 +381,8 @@ impl World {
     /// Everything was written and flushed without faults: all replicas hold the same, durably.
     pub(super) fn check_healed(&self) -> Checked {
         for sector in 0..self.stirred.len() {
-            for replica in &self.replicas {
-                let value = replica.durable(sector);
+            for replica in self.members() {
+                let value = self.replicas[replica].durable(sector);
                 if !self.model.is_permitted(sector, value, self.now) {
                     return Err(Violation::new(
                         "W5",

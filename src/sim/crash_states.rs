@@ -17,6 +17,7 @@ use super::effects::{Collected, Effect, SECTOR_LEN, fill, parse};
 use super::model::{Model, Value};
 use super::plan::bits;
 use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use crate::jobs::Sizes;
 use crate::quorum::vote::{Ballot, Rule, vote};
 use crate::quorum::{Errno, ReplicaIndex, SectorRange};
 use crate::replica::buffer::BufferPool;
@@ -152,11 +153,11 @@ fn explore(case: Case, history: &[Act], votes: &mut Votes, found: &mut Found) ->
 impl<'a> State<'a> {
     fn new(case: Case, history: &'a [Act], pool: BufferPool) -> Self {
         let policy = Policy {
-            replicas: case.replicas,
             threshold: case.threshold,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
             blkverify: false,
+            job_sizes: Sizes::default(),
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),
         };
@@ -208,6 +209,7 @@ impl<'a> State<'a> {
                 Effect::Complete(tag, result) => self.completed(tag, result.is_ok()),
                 Effect::Report(_) | Effect::HealthChanged => {}
                 Effect::Wake(..) | Effect::ContentsDiffer(_) => unreachable!("one worker, no blkverify"),
+                Effect::JobChanged(_) | Effect::Released(_) => unreachable!("no operator"),
             }
         }
     }

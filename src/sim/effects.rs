@@ -2,8 +2,9 @@
 
 use super::model::Value;
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
-use crate::quorum::SectorRange;
+use crate::jobs::JobEvent;
 use crate::quorum::report::Report;
+use crate::quorum::{ReplicaIndex, SectorRange};
 use crate::replica::operation::{Operation, RequestId};
 
 /// Bytes of a sector.
@@ -22,6 +23,10 @@ pub enum Effect {
     Wake(WorkerIndex, RequestId),
     /// All engines are to be ticked.
     HealthChanged,
+    /// An event of a job.
+    JobChanged(JobEvent),
+    /// A removed replica's place is free.
+    Released(ReplicaIndex),
     /// A `--blkverify` disk differs.
     ContentsDiffer(SectorRange),
 }
@@ -58,6 +63,14 @@ impl Effects for Collected {
 
     fn health_changed(&mut self) {
         self.effects.push(Effect::HealthChanged);
+    }
+
+    fn job_changed(&mut self, event: JobEvent) {
+        self.effects.push(Effect::JobChanged(event));
+    }
+
+    fn released(&mut self, replica: ReplicaIndex) {
+        self.effects.push(Effect::Released(replica));
     }
 
     fn contents_differ(&mut self, range: SectorRange) {

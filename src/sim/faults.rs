@@ -86,7 +86,15 @@ impl World {
             let sectors = self.random.bits();
             self.crash_in_flight(index, sectors);
         }
-        for replica in 0..self.plan.replicas {
+        let behind = |replica: &usize| {
+            let index = crate::quorum::ReplicaIndex(u8::try_from(*replica).expect("few"));
+            self.shared.jobs(|_| (), |_, health| health.stale_sectors(index)) > 0
+        };
+        let new = bits(u64::from(self.unsynced)).filter(behind);
+        let mut unsynced = new.fold(0, |mask, replica| mask | 1 << replica);
+        (self.leaving, self.unsynced) = (0, 0);
+        self.jobs.clear();
+        for replica in self.members() {
             let sectors = self.random.bits();
             self.write_back(replica, sectors);
             self.replicas[replica].crash(0);
@@ -101,21 +109,29 @@ impl World {
         self.tick_wanted = 0;
         self.ledger.any = before.any;
         for sector in 0..self.stirred.len() {
-            self.take_stock(sector, &before)?;
+            let good = self.take_stock(sector, &before)?;
+            let left = usize::try_from((good & !unsynced).count_ones()).expect("few");
+            if left < self.plan.threshold {
+                unsynced = 0;
+            }
         }
+        // Who was added and is not up to date is not given to the next daemon, which would take it for a good one;
+        // unless nothing works without it.
+        self.members &= !unsynced;
+        self.ever = self.count();
         self.start_engines();
         Ok(())
     }
 
     /// What a sector holds after a crash (I2, I5).
-    fn take_stock(&mut self, sector: usize, before: &Ledger) -> Checked {
+    fn take_stock(&mut self, sector: usize, before: &Ledger) -> Result<u32, Violation> {
         let bit = 1 << sector;
-        let (mut good, mut versions) = (0, Vec::new());
-        for replica in 0..self.plan.replicas {
+        let (mut good, mut versions) = (0_u32, Vec::new());
+        for replica in self.members() {
             let value = self.replicas[replica].value(sector);
             let permitted = self.model.is_permitted(sector, value, self.now);
             let lied = (before.lied[replica] | before.lied_durable[replica]) & bit != 0;
-            good += usize::from(permitted || lied);
+            good |= u32::from(permitted || lied) << replica;
             if !permitted {
                 self.ledger.lied[replica] |= bit;
             } else if !versions.contains(&value) {
@@ -125,8 +141,8 @@ impl World {
         if versions.len() > 1 {
             self.ledger.mixed |= bit;
         }
-        if good < self.plan.threshold {
-            let text = format!("only {good} replicas hold what was flushed, or later, of {sector}");
+        if usize::try_from(good.count_ones()).expect("few") < self.plan.threshold {
+            let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
             return Err(Violation::new("I2", text));
         }
         let explained =
@@ -135,6 +151,6 @@ impl World {
             self.statistics.three_versions += 1;
             trace!(self, "after the crash {sector} has the versions {versions:?}");
         }
-        Ok(())
+        Ok(good)
     }
 }

@@ -4,10 +4,10 @@
 //! it? Each request in flight keeps what was true at any time since it began, so that a replica that was
 //! wrong when it was read and was mended since is not forgotten.
 
-use super::plan::REPLICAS_MAX;
+use super::plan::PLACES;
 
 /// One mask of sectors for each replica.
-pub type Masks = [u64; REPLICAS_MAX];
+pub type Masks = [u64; PLACES];
 
 /// Faults and their aftermath.
 #[derive(Clone, Debug, Default)]
@@ -23,9 +23,9 @@ pub struct Ledger {
     /// Sectors on which a failed write or a crash may have left different versions.
     pub mixed: u64,
     /// How often each replica has told the engine of a failed flush, or has left the set.
-    pub failures: [u32; REPLICAS_MAX],
+    pub failures: [u32; PLACES],
     /// How often each replica has left the set.
-    pub departures: [u32; REPLICAS_MAX],
+    pub departures: [u32; PLACES],
     /// The replicas that have left the set, a mask.
     pub out: u32,
     /// Any fault was injected, errors included.
@@ -53,6 +53,22 @@ impl Ledger {
         }
     }
 
+    /// The place is that of another replica now.
+    pub fn forget(&mut self, replica: usize) {
+        let masks = [
+            &mut self.lied,
+            &mut self.dropped,
+            &mut self.lied_durable,
+            &mut self.excused,
+        ];
+        for mask in masks {
+            mask[replica] = 0;
+        }
+        self.failures[replica] = 0;
+        self.departures[replica] = 0;
+        self.out &= !(1 << replica);
+    }
+
     /// The sectors on which the replica may give wrong bytes.
     pub fn wrong(&self, replica: usize) -> u64 {
         self.lied[replica] | self.dropped[replica]
@@ -72,10 +88,11 @@ impl Seen {
         count(&self.wrong, sector)
     }
 
-    /// The replicas of the first `replicas` that gave right answers for the sector, as a mask.
-    pub fn right_at(&self, sector: usize, replicas: usize) -> u32 {
+    /// The replicas of `members`, a mask, that gave right answers for the sector.
+    pub fn right_at(&self, sector: usize, members: u32) -> u32 {
         let is_right = |r: &usize| (self.wrong[*r] | self.excused[*r]) >> sector & 1 == 0;
-        (0..replicas).filter(is_right).fold(0, |mask, r| mask | 1 << r)
+        let members = super::plan::bits(u64::from(members));
+        members.filter(is_right).fold(0, |mask, r| mask | 1 << r)
     }
 }
 

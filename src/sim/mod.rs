@@ -18,6 +18,7 @@ mod faults;
 pub mod ledger;
 pub mod model;
 mod operations;
+mod operator;
 pub mod plan;
 pub mod random;
 pub mod replica;

@@ -12,8 +12,11 @@ pub struct Value(pub u64);
 const ROT: u64 = 1 << 63;
 
 impl Value {
-    /// What write number `write` puts into `sector`. Write 0 is what the disk held in the beginning.
+    /// What write number `write` puts into `sector`. Write 0 is what the disk held in the beginning: zeroes.
     pub fn written(write: u64, sector: usize) -> Self {
+        if write == 0 {
+            return Self(0);
+        }
         Self(write << 8 | sector as u64)
     }
 

@@ -83,7 +83,7 @@ impl World {
     /// An engine has submitted an operation.
     pub(super) fn take_off(&mut self, operation: Operation) -> Checked {
         let replica = operation.replica.as_usize();
-        if self.is_out(replica) {
+        if self.is_out(replica) || self.members >> replica & 1 == 0 {
             let text = format!("replica {replica} is asked although it has left the set");
             return Err(Violation::new("W6", text));
         }
@@ -101,13 +101,18 @@ impl World {
                     Action::Write {
                         data, offset_bytes, ..
                     } => self.guest_write(replica, *range, &data[*offset_bytes..])?,
-                    Action::Zero { .. } => Some(self.guest_zero(replica, *range)?),
+                    Action::Zero { .. } => {
+                        let asker = operation.request;
+                        let of_guest = self.engines[self.input_from].is_guest_write(asker);
+                        of_guest.then(|| self.guest_zero(replica, *range)).transpose()?
+                    }
                     Action::Read { .. } | Action::Flush => None,
                 };
                 (self.plan.mask(*range), write)
             }
         };
-        if write.is_none() && matches!(operation.action, Action::Write { .. }) {
+        if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. }) {
+            self.rewrites += 1;
             self.doubt_mend(sectors);
         }
         let mut flight = Flight {
@@ -280,10 +285,11 @@ impl World {
                 }
             }
             Action::Zero { unmap, .. } => {
-                let number = flight.write.expect("only guests zero");
+                // Zeroes of a job have no colour: they are what the disk held in the beginning.
+                let (guest, number) = (flight.write.is_some(), flight.write.unwrap_or(0));
                 for sector in bits(now) {
-                    let value = self.discarded(Value::written(number, sector), *unmap);
-                    self.write_sector(replica, sector, value, flight.fate, true);
+                    let value = self.discarded(Value::written(number, sector), *unmap && guest);
+                    self.write_sector(replica, sector, value, flight.fate, guest);
                 }
             }
         }
@@ -448,7 +454,7 @@ impl World {
             }
         }
         match (&flight.operation.action, success) {
-            (Action::Write { range, .. }, true) if flight.write.is_none() => {
+            (Action::Write { range, .. } | Action::Zero { range, .. }, true) if flight.write.is_none() => {
                 // Mended, unless something has come between.
                 if flight.failures == self.ledger.failures[replica] {
                     self.ledger.excused[replica] &= !self.plan.mask(*range);

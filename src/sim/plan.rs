@@ -7,13 +7,17 @@ use std::time::Duration;
 
 use super::random::Random;
 use crate::engine::ReadPattern;
+use crate::jobs::Sizes;
 use crate::quorum::SectorRange;
 
 /// Sectors of a simulated disk, at most: a set of sectors is a mask of 64 bits.
 pub const SECTORS_MAX: u64 = 64;
 
-/// Replicas of a simulated disk, at most.
+/// Replicas of a simulated disk in the beginning, at most.
 pub const REPLICAS_MAX: usize = 5;
+
+/// Places for replicas: those in the beginning, and some that are added.
+pub const PLACES: usize = 8;
 
 /// How likely each fault is, in 65536ths of the occasions for it.
 #[derive(Clone, Copy, Debug, Default)]
@@ -93,6 +97,12 @@ pub struct Plan {
     pub faults: Faults,
     /// The guest's buffers change while writes are in flight.
     pub fickle_guest: bool,
+    /// The operator does something, in 65536ths of the steps.
+    pub operator: u32,
+    /// How often, at most.
+    pub acts: u32,
+    /// How much jobs do at a time.
+    pub job_sizes: Sizes,
 }
 
 const PATTERNS: [ReadPattern; 6] = [
@@ -147,6 +157,12 @@ impl Plan {
             replica_timeout: Duration::from_millis(random.pick(&[5, 20, 100])),
             faults: Faults::default(),
             fickle_guest: random.below(4) == 0,
+            operator: random.pick(&[0, 0, RARE, OFTEN]),
+            acts: 30,
+            job_sizes: Sizes {
+                piece_sectors: block_sectors * random.pick(&[1, 3, 64]),
+                neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
+            },
         };
         plan.choose_faults(random);
         plan

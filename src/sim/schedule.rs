@@ -126,7 +126,12 @@ impl World {
     /// Things that happen by themselves.
     fn strike(&mut self) -> Checked {
         let faults = self.plan.faults;
-        let replica = self.random.index(self.plan.replicas);
+        let replica = self.random.bit(u64::from(self.members)) as usize;
+        let guest_goes_on = self.requests < self.plan.requests && !self.paused;
+        if guest_goes_on && self.plan.acts > 0 && self.random.chance(self.plan.operator) {
+            self.plan.acts -= 1;
+            self.operate()?;
+        }
         if self.random.chance(self.plan.writeback) {
             let sectors = self.random.bits() & self.random.bits();
             self.write_back(replica, sectors);

@@ -13,11 +13,12 @@ use super::effects::{Collected, Effect, SECTOR_LEN, fill};
 use super::ledger::{Ledger, Seen};
 use super::model::{Model, Moment, NEVER, Value};
 use super::operations::Flight;
-use super::plan::{Plan, REPLICAS_MAX, bits};
+use super::plan::{PLACES, Plan, bits};
 use super::random::Random;
 use super::replica::SimReplica;
 use crate::engine::{Engine, GuestRequest, Policy, Shared, Tag, WorkerIndex};
-use crate::quorum::SectorRange;
+use crate::jobs::JobInfo;
+use crate::quorum::{ReplicaSet, SectorRange};
 use crate::replica::buffer::BufferPool;
 use crate::replica::operation::RequestId;
 
@@ -52,16 +53,12 @@ pub(super) struct PendingWrite {
     pub(super) succeeded: u32,
     pub(super) failed: u32,
     /// The failures of each replica when it was handed to them.
-    pub(super) failures: [u32; REPLICAS_MAX],
+    pub(super) failures: [u32; PLACES],
 }
 
 impl PendingWrite {
     /// It goes to a replica. Returns its number.
-    pub(super) fn hand_to(
-        &mut self,
-        replica: usize,
-        failures: [u32; REPLICAS_MAX],
-    ) -> Result<u64, Violation> {
+    pub(super) fn hand_to(&mut self, replica: usize, failures: [u32; PLACES]) -> Result<u64, Violation> {
         let number = self.number;
         if self.handed_to & (1 << replica) != 0 {
             let text = format!("w{number} twice on replica {replica}");
@@ -104,9 +101,23 @@ pub struct World {
     pub(super) rotten: u64,
     /// The last time that anything happened to a sector.
     pub(super) stirred: Vec<Moment>,
-    pub(super) hung_until: [Duration; REPLICAS_MAX],
+    pub(super) hung_until: [Duration; PLACES],
     /// The guest waits until all is quiet.
     pub(super) paused: bool,
+    /// The replicas of the disk, a mask.
+    pub(super) members: u32,
+    /// Removed, but not released.
+    pub(super) leaving: u32,
+    /// Added, and not brought up to date yet.
+    pub(super) unsynced: u32,
+    /// How many replicas there have been since the start.
+    pub(super) ever: usize,
+    /// The jobs, by what was told of them.
+    pub(super) jobs: Vec<JobInfo>,
+    /// The sectors of which anybody was accused, and how often anybody was rewritten.
+    pub(super) accused: u64,
+    /// See `accused`.
+    pub(super) rewrites: u64,
     /// No more faults.
     pub(super) calm: bool,
     /// A crash has happened.
@@ -134,6 +145,14 @@ pub struct Statistics {
     pub departures: u64,
     /// Sectors of which the replicas had three versions or more after a crash, although all were in service.
     pub three_versions: u64,
+    /// Replicas added.
+    pub added: u64,
+    /// Replicas removed.
+    pub removed: u64,
+    /// Resyncs that have completed.
+    pub resynced: u64,
+    /// Scrubs of the operator.
+    pub scrubs: u64,
 }
 
 impl Statistics {
@@ -146,6 +165,10 @@ impl Statistics {
         self.accusations += other.accusations;
         self.departures += other.departures;
         self.three_versions += other.three_versions;
+        self.added += other.added;
+        self.removed += other.removed;
+        self.resynced += other.resynced;
+        self.scrubs += other.scrubs;
     }
 }
 
@@ -166,7 +189,14 @@ impl World {
     pub fn new(plan: Plan, random: Random, pools: &[BufferPool], traced: bool) -> Self {
         let sectors = usize::try_from(plan.sectors).expect("few");
         let mut world = Self {
-            replicas: (0..plan.replicas).map(|_| SimReplica::new(sectors)).collect(),
+            replicas: (0..PLACES).map(|_| SimReplica::new(sectors)).collect(),
+            members: (1 << plan.replicas) - 1,
+            leaving: 0,
+            unsynced: 0,
+            ever: plan.replicas,
+            jobs: Vec::new(),
+            accused: 0,
+            rewrites: 0,
             shared: Arc::new(Shared::new(1, 1, 1, 1)),
             engines: Vec::new(),
             pools: pools[..plan.workers].to_vec(),
@@ -185,7 +215,7 @@ impl World {
             writes: 0,
             rotten: 0,
             stirred: vec![0; sectors],
-            hung_until: [Duration::ZERO; REPLICAS_MAX],
+            hung_until: [Duration::ZERO; PLACES],
             paused: false,
             calm: false,
             crashed: false,
@@ -227,17 +257,18 @@ impl World {
     /// Fresh engines, as after a start of the daemon.
     pub(super) fn start_engines(&mut self) {
         let policy = Policy {
-            replicas: self.plan.replicas,
             threshold: self.plan.threshold,
             read_pattern: self.plan.read_pattern,
             rewrite_corrupted: self.plan.rewrite_corrupted,
             blkverify: false,
+            job_sizes: self.plan.job_sizes,
             block_sectors: self.plan.block_sectors,
             replica_timeout: self.plan.replica_timeout,
         };
         let workers = u16::try_from(self.plan.workers).expect("few");
-        let (n, t) = (self.plan.replicas, self.plan.threshold);
-        self.shared = Arc::new(Shared::new(n, t, workers, self.plan.sectors));
+        let members = ReplicaSet::from_bits(self.members);
+        let (t, sectors) = (self.plan.threshold, self.plan.sectors);
+        self.shared = Arc::new(Shared::with_members(members, t, workers, sectors));
         let engine = |worker| {
             let pool = self.pools[usize::from(worker)].clone();
             Engine::new(
@@ -260,12 +291,14 @@ impl World {
         self.calm = true;
         // So that nobody is late only because others come first.
         self.plan.step = Duration::from_nanos(10);
-        self.hung_until = [Duration::ZERO; REPLICAS_MAX];
+        self.hung_until = [Duration::ZERO; PLACES];
+        self.let_jobs_go_on()?;
         self.settle()?;
         self.rest()?;
         self.check_resynced()?;
         self.read_all()?;
         self.check_rewritten()?;
+        self.check_scrub()?;
         for part in self.parts() {
             self.submit_write(0, part)?;
         }
@@ -305,8 +338,12 @@ impl World {
 
     /// Long enough for everything that the engine does by itself.
     fn rest(&mut self) -> Checked {
-        let until = self.clock + Duration::from_secs(3);
-        while self.clock < until && self.engines.iter().any(|engine| engine.deadline().is_some()) {
+        let until = self.clock + Duration::from_secs(10);
+        let due = |world: &Self| {
+            let deadline = world.engines.iter().any(|engine| engine.deadline().is_some());
+            deadline || world.tick_wanted != 0
+        };
+        while self.clock < until && due(self) {
             self.step()?;
         }
         self.settle()
@@ -368,7 +405,7 @@ impl World {
             handed_to: 0,
             succeeded: 0,
             failed: 0,
-            failures: [0; REPLICAS_MAX],
+            failures: [0; PLACES],
         };
         let tag = self.pend(worker, range, PendingKind::Write(write));
         trace!(
@@ -421,6 +458,7 @@ impl World {
         let mut effects = std::mem::take(&mut self.collected.effects);
         let mut values = std::mem::take(&mut self.collected.values);
         let (mut values_used, mut told, mut failures) = (0, told, 0_i64);
+        let scrubbing = self.is_scrubbing();
         for effect in effects.drain(..) {
             match effect {
                 Effect::Submit(operation) => self.take_off(operation)?,
@@ -437,6 +475,8 @@ impl World {
                 Effect::Report(report) => self.check_report(&report, &mut told, &mut failures)?,
                 Effect::Wake(worker, request) => self.wakes.push((worker, request)),
                 Effect::HealthChanged => self.tick_wanted = (1 << self.plan.workers) - 1,
+                Effect::JobChanged(event) => self.job_told(event)?,
+                Effect::Released(replica) => self.released(replica)?,
                 Effect::ContentsDiffer(_) => {
                     return Err(Violation::new("blkverify", "the disk is none"));
                 }
@@ -451,7 +491,8 @@ impl World {
                 format!("an error was not reported: {told:?}"),
             ));
         }
-        if failures != 0 {
+        // A scrub tells of sectors without a winner too.
+        if failures < 0 || (failures > 0 && !scrubbing) {
             return Err(Violation::new(
                 "R3",
                 "not one QUORUM_FAILURE for each failed request",
@@ -463,7 +504,7 @@ impl World {
     /// Notes who has left the set or come back.
     fn look_at_service(&mut self) {
         let in_service = self.shared.in_service();
-        for replica in 0..self.plan.replicas {
+        for replica in self.members() {
             let index = crate::quorum::ReplicaIndex(u8::try_from(replica).expect("few"));
             let out = !in_service.contains(index);
             if out == self.is_out(replica) {

@@ -1,0 +1,422 @@
+//! One job: what it has still to do, what is in flight of it, and what came of it.
+
+use std::time::Duration;
+
+use super::pace::Pace;
+use super::{JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, PieceEnd, PieceId, Work};
+use crate::limits::{FAILED_FLUSHES_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
+use crate::quorum::health::Health;
+use crate::quorum::ranges::RangeSet;
+use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
+
+/// A piece of a job with a speed limit takes this much of a second at most, so that the job is as smooth as its limit
+/// is low.
+const PIECES_PER_SECOND: u64 = 8;
+
+#[derive(Debug)]
+pub(super) struct Job {
+    id: JobId,
+    task: Task,
+    status: JobStatus,
+    speed_bytes: u64,
+    /// By its speed.
+    not_before: Duration,
+    in_flight: Vec<InFlight>,
+    done_sectors: u64,
+    /// Something was written since the last flush.
+    needs_flush: bool,
+    failed_flushes: u32,
+    found: u64,
+    written: u64,
+    not_written: u64,
+    undecided: u64,
+    unread: ReplicaSet,
+    failure: Option<JobFailure>,
+}
+
+/// What a job has still to do.
+#[derive(Debug)]
+pub(super) enum Task {
+    Resync {
+        replica: ReplicaIndex,
+        /// What is before it had its turn in this pass.
+        cursor_sector: u64,
+        /// Sectors written in this pass.
+        gained: u64,
+        /// Some piece of this pass could not be written.
+        failed: bool,
+        /// When the next pass begins.
+        not_before: Duration,
+    },
+    Scrub {
+        repair: bool,
+        cursor_sector: u64,
+        end_sector: u64,
+    },
+    Neighbourhood {
+        left: RangeSet,
+    },
+}
+
+/// A piece on its way.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct InFlight {
+    id: PieceId,
+    pub(super) began: Duration,
+    /// `None`: a flush.
+    pub(super) range: Option<SectorRange>,
+}
+
+impl Task {
+    pub(super) fn resync(replica: ReplicaIndex) -> Self {
+        Self::Resync {
+            replica,
+            cursor_sector: 0,
+            gained: 0,
+            failed: false,
+            not_before: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn scrub(repair: bool, end_sector: u64) -> Self {
+        Self::Scrub {
+            repair,
+            cursor_sector: 0,
+            end_sector,
+        }
+    }
+
+    pub(super) fn neighbourhood(left: RangeSet) -> Self {
+        Self::Neighbourhood { left }
+    }
+
+    /// Whether there is anything that can be begun, or a pass to be ended.
+    fn has_work(&self, in_flight: bool, health: &Health) -> bool {
+        match self {
+            Self::Resync {
+                replica,
+                cursor_sector,
+                ..
+            } => {
+                let in_service = health.in_service().contains(*replica);
+                let here = || health.next_stale(*replica, *cursor_sector).is_some();
+                let anywhere = || health.next_stale(*replica, 0).is_some();
+                in_service && (here() || (!in_flight && anywhere()))
+            }
+            Self::Scrub {
+                cursor_sector,
+                end_sector,
+                ..
+            } => cursor_sector < end_sector,
+            Self::Neighbourhood { left } => !left.is_empty(),
+        }
+    }
+
+    fn is_done(&self, health: &Health) -> bool {
+        match self {
+            Self::Resync { replica, .. } => {
+                health.in_service().contains(*replica) && health.next_stale(*replica, 0).is_none()
+            }
+            Self::Scrub { .. } | Self::Neighbourhood { .. } => !self.has_work(false, health),
+        }
+    }
+
+    fn left_sectors(&self, health: &Health) -> u64 {
+        match self {
+            Self::Resync { replica, .. } => health.stale_sectors(*replica),
+            Self::Scrub {
+                cursor_sector,
+                end_sector,
+                ..
+            } => end_sector - cursor_sector,
+            Self::Neighbourhood { left } => left.iter().map(|range| range.count).sum(),
+        }
+    }
+}
+
+impl Job {
+    pub(super) fn new(id: JobId, task: Task, speed_bytes: u64) -> Self {
+        Self {
+            id,
+            task,
+            status: JobStatus::Created,
+            speed_bytes,
+            not_before: Duration::ZERO,
+            in_flight: Vec::new(),
+            done_sectors: 0,
+            needs_flush: false,
+            failed_flushes: 0,
+            found: 0,
+            written: 0,
+            not_written: 0,
+            undecided: 0,
+            unread: ReplicaSet::EMPTY,
+            failure: None,
+        }
+    }
+
+    pub(super) fn id(&self) -> JobId {
+        self.id
+    }
+
+    pub(super) fn status(&self) -> JobStatus {
+        self.status
+    }
+
+    pub(super) fn kind(&self) -> JobKind {
+        match &self.task {
+            Task::Resync { replica, .. } => JobKind::Resync(*replica),
+            Task::Scrub { repair, .. } => JobKind::Scrub { repair: *repair },
+            Task::Neighbourhood { .. } => JobKind::NeighbourhoodScrub,
+        }
+    }
+
+    pub(super) fn info(&self, health: &Health) -> JobInfo {
+        let in_flight = self.in_flight.iter().filter_map(|piece| piece.range);
+        let left = match &self.task {
+            // What is in flight is stale until it is back.
+            Task::Resync { .. } => self.task.left_sectors(health),
+            Task::Scrub { .. } | Task::Neighbourhood { .. } => {
+                self.task.left_sectors(health) + in_flight.map(|range| range.count).sum::<u64>()
+            }
+        };
+        JobInfo {
+            id: self.id,
+            kind: self.kind(),
+            status: self.status,
+            current_bytes: self.done_sectors * SECTOR_BYTES,
+            total_bytes: (self.done_sectors + left) * SECTOR_BYTES,
+            speed_bytes: self.speed_bytes,
+            sectors_found: self.found,
+            sectors_written: self.written,
+            error: self.failure(health),
+        }
+    }
+
+    fn failure(&self, health: &Health) -> Option<JobFailure> {
+        let is_resync = matches!(self.task, Task::Resync { .. });
+        let unread = self.unread.and(health.members());
+        self.failure.or_else(|| match self {
+            _ if is_resync => None,
+            Self { undecided: 1.., .. } => Some(JobFailure::NoQuorum {
+                sectors: self.undecided,
+            }),
+            Self { not_written: 1.., .. } => Some(JobFailure::NotMended {
+                sectors: self.not_written,
+            }),
+            _ if !unread.is_empty() => Some(JobFailure::NotRead {
+                replicas: unread.len(),
+            }),
+            Self {
+                failed_flushes: 1.., ..
+            } => Some(JobFailure::NotFlushed),
+            _ => None,
+        })
+    }
+
+    pub(super) fn tell(&self, what: JobChange, health: &Health, events: &mut Vec<JobEvent>) {
+        let job = self.info(health);
+        events.push(JobEvent { job, what });
+    }
+
+    pub(super) fn set_status(&mut self, status: JobStatus, health: &Health, events: &mut Vec<JobEvent>) {
+        self.status = status;
+        self.tell(JobChange::Status, health, events);
+    }
+
+    pub(super) fn set_speed(&mut self, speed_bytes: u64) {
+        self.speed_bytes = speed_bytes;
+        self.not_before = Duration::ZERO;
+    }
+
+    /// It ends when what is in flight is back.
+    pub(super) fn give_up(&mut self, failure: JobFailure) {
+        self.failure.get_or_insert(failure);
+    }
+
+    /// A scrub of a neighbourhood that is not over.
+    pub(super) fn takes_neighbours(&self) -> bool {
+        matches!(self.task, Task::Neighbourhood { .. }) && self.status != JobStatus::Aborting
+    }
+
+    pub(super) fn add(&mut self, more: &RangeSet) {
+        if let Task::Neighbourhood { left } = &mut self.task {
+            left.insert_all(more);
+        }
+    }
+
+    /// When the next piece may begin. `None`: not before something changes.
+    pub(super) fn ready_at(&self, now: Duration, pace: &Pace, health: &Health) -> Option<Duration> {
+        if self.status != JobStatus::Running || self.failure.is_some() {
+            return None;
+        }
+        let in_flight = !self.in_flight.is_empty();
+        let flushes = !in_flight && self.needs_flush && self.task.is_done(health);
+        if !flushes && !self.task.has_work(in_flight, health) {
+            return None;
+        }
+        let pass = match &self.task {
+            Task::Resync { not_before, .. } => *not_before,
+            Task::Scrub { .. } | Task::Neighbourhood { .. } => Duration::ZERO,
+        };
+        let by_pace = if self.speed_bytes > 0 {
+            (self.in_flight.len() < JOB_PIECES_IN_FLIGHT_MAX).then_some(self.not_before)
+        } else {
+            pace.ready_at()
+        };
+        Some(by_pace?.max(pass).max(now))
+    }
+
+    /// Takes the next piece: at most `most` sectors, in whole blocks. `None` if a pass has come to its end.
+    pub(super) fn take(
+        &mut self,
+        id: PieceId,
+        now: Duration,
+        most: u64,
+        block_sectors: u64,
+        retry_after: Duration,
+        health: &Health,
+    ) -> Option<Work> {
+        let most = match self.speed_bytes / PIECES_PER_SECOND / SECTOR_BYTES {
+            0 if self.speed_bytes == 0 => most,
+            sectors => (sectors - sectors % block_sectors).clamp(block_sectors, most),
+        };
+        let work = self.next_work(now, most, block_sectors, retry_after, health)?;
+        let range = match work {
+            Work::Resync { range, .. } | Work::Scrub { range, .. } => Some(range),
+            Work::Flush => None,
+        };
+        if let Some(range) = range.filter(|_| self.speed_bytes > 0) {
+            let time = Duration::from_secs_f64(range.bytes() as f64 / self.speed_bytes as f64);
+            self.not_before = self.not_before.max(now) + time;
+        }
+        self.in_flight.push(InFlight {
+            id,
+            began: now,
+            range,
+        });
+        Some(work)
+    }
+
+    fn next_work(
+        &mut self,
+        now: Duration,
+        most: u64,
+        block_sectors: u64,
+        retry_after: Duration,
+        health: &Health,
+    ) -> Option<Work> {
+        if self.needs_flush && self.task.is_done(health) {
+            self.needs_flush = false;
+            return Some(Work::Flush);
+        }
+        match &mut self.task {
+            Task::Resync {
+                replica,
+                cursor_sector,
+                gained,
+                failed,
+                not_before,
+            } => {
+                let Some(stale) = health.next_stale(*replica, *cursor_sector) else {
+                    // Once through; what is still stale could not be helped now.
+                    let in_vain = *failed && *gained == 0;
+                    if in_vain || self.failed_flushes >= FAILED_FLUSHES_MAX {
+                        let sectors = health.stale_sectors(*replica);
+                        self.failure = Some(JobFailure::NotCopied { sectors });
+                    }
+                    if *cursor_sector > 0 {
+                        *not_before = now + retry_after;
+                    }
+                    (*cursor_sector, *gained, *failed) = (0, 0, false);
+                    return None;
+                };
+                let range = piece_of(stale, most, block_sectors);
+                *cursor_sector = range.end();
+                Some(Work::Resync {
+                    replica: *replica,
+                    range,
+                })
+            }
+            Task::Scrub {
+                repair,
+                cursor_sector,
+                end_sector,
+            } => {
+                let count = most.min(*end_sector - *cursor_sector);
+                let range = SectorRange::new(*cursor_sector, count);
+                *cursor_sector = range.end();
+                // What is around damage has its turn anyway.
+                Some(Work::Scrub {
+                    range,
+                    repair: *repair,
+                    spreads: false,
+                })
+            }
+            Task::Neighbourhood { left } => {
+                let first = left.iter().next()?;
+                let range = piece_of(first, most, block_sectors);
+                left.remove(range);
+                Some(Work::Scrub {
+                    range,
+                    repair: false,
+                    spreads: true,
+                })
+            }
+        }
+    }
+
+    /// Takes the end of a piece in, if it is one of this job.
+    pub(super) fn ended(&mut self, id: PieceId, end: &PieceEnd) -> Option<InFlight> {
+        let index = self.in_flight.iter().position(|piece| piece.id == id)?;
+        let piece = self.in_flight.swap_remove(index);
+        self.failed_flushes += u32::from(end.failed);
+        self.needs_flush |= end.written > 0;
+        self.found += end.found;
+        self.written += end.written;
+        self.not_written += end.not_written;
+        self.undecided += end.undecided;
+        self.unread = self.unread.or(end.unread);
+        self.done_sectors += match &mut self.task {
+            Task::Resync { gained, failed, .. } => {
+                *gained += end.written;
+                *failed |= piece.range.is_some() && end.written == 0;
+                end.written
+            }
+            Task::Scrub { .. } | Task::Neighbourhood { .. } => piece.range.map_or(0, |range| range.count),
+        };
+        Some(piece)
+    }
+
+    pub(super) fn has_ended(&self, health: &Health) -> bool {
+        let running = self.status == JobStatus::Running;
+        let given_up = self.failure.is_some() || self.status == JobStatus::Aborting;
+        let done = || running && !self.needs_flush && self.task.is_done(health);
+        self.in_flight.is_empty() && (given_up || done())
+    }
+
+    /// Whether it is to be expected that another try would be in vain as well.
+    pub(super) fn was_in_vain(&self) -> bool {
+        self.failure.is_some()
+    }
+
+    pub(super) fn conclude(&mut self, health: &Health, events: &mut Vec<JobEvent>) {
+        if self.status == JobStatus::Aborting {
+            self.tell(JobChange::Cancelled, health, events);
+        } else {
+            if self.failure(health).is_some() {
+                self.set_status(JobStatus::Aborting, health, events);
+            }
+            self.tell(JobChange::Completed, health, events);
+        }
+        self.set_status(JobStatus::Concluded, health, events);
+        self.set_status(JobStatus::Null, health, events);
+    }
+}
+
+/// The first piece of `range`, in whole blocks and at most `most` sectors long.
+fn piece_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
+    let start = range.start - range.start % block_sectors;
+    let end = range.end().next_multiple_of(block_sectors).min(start + most);
+    SectorRange::new(start, end - start)
+}

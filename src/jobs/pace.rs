@@ -1,0 +1,248 @@
+//! How fast jobs go that have no limit of their own: as fast as leaves a busy guest nine tenths of its requests.
+//!
+//! How much a piece of work hinders the guest cannot be known beforehand. It may cost nothing, on a disk that has
+//! time left, or everything, where both wait for the same processor. So it is measured, by how many requests the guest
+//! makes while a piece is in flight and while none is:
+//!
+//! ```text
+//! piece in flight    ███          ███          ███
+//! guest's requests   | ||  |||||||| ||  ||||||| |||   a third of them is missing while a piece is in flight:
+//!                                                     a pause of three times a piece leaves the guest 92 %
+//! ```
+//!
+//! A piece delays a request by its own time at most. A guest that makes so few that this comes to little is not
+//! waited for at all. Pure; the time is passed in.
+
+use std::time::Duration;
+
+use crate::limits::{JOB_PAUSE_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
+
+/// How many requests the guest has made so far.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct GuestRequests(pub u64);
+
+/// The part of its requests that jobs may cost the guest: less than a tenth, as what is measured is never exact.
+const COST_MAX: f64 = 0.07;
+
+/// Below this part of a piece's time jobs are not noticed.
+const COST_NOT_NOTICED: f64 = 0.02;
+
+/// Even if it costs nothing, a piece is followed by a pause of this part of its time: to go on measuring.
+const PAUSE_MIN: f64 = 0.25;
+
+/// Requests of the guest without which a measurement says nothing.
+const REQUESTS_MIN: f64 = 32.0;
+
+/// Requests after which what was measured counts half.
+const REQUESTS_KEPT: f64 = 4096.0;
+
+/// How long the guest's rate is taken from.
+const RATE_OVER: Duration = Duration::from_millis(200);
+
+/// The longest piece while the guest is busy.
+const BUSY_PIECE_SECTORS: u64 = (256 << 10) / SECTOR_BYTES;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub struct Pace {
+    looked_at: Duration,
+    requests: u64,
+    in_flight: usize,
+    with: Measured,
+    without: Measured,
+    /// Requests a second, over the last [`RATE_OVER`].
+    rate: f64,
+    /// What a piece took last.
+    took: Duration,
+    not_before: Duration,
+}
+
+/// Requests of the guest, and the time in which it made them.
+#[derive(Clone, Copy, Debug, Default)]
+struct Measured {
+    requests: f64,
+    seconds: f64,
+}
+
+impl Measured {
+    fn rate(self) -> f64 {
+        self.requests / self.seconds.max(1e-9)
+    }
+}
+
+impl Default for Pace {
+    fn default() -> Self {
+        Self {
+            looked_at: Duration::ZERO,
+            requests: 0,
+            in_flight: 0,
+            with: Measured::default(),
+            without: Measured::default(),
+            // Until it is known better the guest is busy.
+            rate: f64::INFINITY,
+            took: Duration::ZERO,
+            not_before: Duration::ZERO,
+        }
+    }
+}
+
+impl Pace {
+    /// Takes note of what the guest has done since the last look.
+    pub(super) fn observe(&mut self, now: Duration, guest: GuestRequests) {
+        let seconds = now.saturating_sub(self.looked_at).as_secs_f64();
+        if seconds <= 0.0 {
+            return;
+        }
+        let requests = guest.0.saturating_sub(self.requests) as f64;
+        self.looked_at = now;
+        self.requests = guest.0;
+        let measured = if self.in_flight > 0 {
+            &mut self.with
+        } else {
+            &mut self.without
+        };
+        measured.requests += requests;
+        measured.seconds += seconds;
+        if self.with.requests + self.without.requests > REQUESTS_KEPT {
+            for measured in [&mut self.with, &mut self.without] {
+                measured.requests /= 2.0;
+                measured.seconds /= 2.0;
+            }
+        }
+        let weight = (seconds / RATE_OVER.as_secs_f64()).min(1.0);
+        self.rate = if self.rate.is_finite() {
+            self.rate + (requests / seconds - self.rate) * weight
+        } else if self.with.seconds + self.without.seconds >= RATE_OVER.as_secs_f64() {
+            requests / seconds
+        } else {
+            f64::INFINITY
+        };
+    }
+
+    pub(super) fn began(&mut self, now: Duration, guest: GuestRequests) {
+        self.observe(now, guest);
+        self.in_flight += 1;
+    }
+
+    /// A piece that began at `began` is back.
+    pub(super) fn ended(&mut self, now: Duration, guest: GuestRequests, began: Duration) {
+        self.observe(now, guest);
+        self.in_flight = self.in_flight.saturating_sub(1);
+        self.took = now.saturating_sub(began);
+        let pause = self.took.as_secs_f64() * self.pause_factor();
+        let pause = Duration::from_secs_f64(pause.min(JOB_PAUSE_MAX.as_secs_f64()));
+        self.not_before = self.not_before.max(now + pause);
+    }
+
+    /// When a piece may begin, if another one may be in flight.
+    pub(super) fn ready_at(&self) -> Option<Duration> {
+        let most = if self.cost_at_most() <= COST_NOT_NOTICED {
+            JOB_PIECES_IN_FLIGHT_MAX
+        } else {
+            1
+        };
+        (self.in_flight < most).then_some(self.not_before)
+    }
+
+    /// The longest piece now.
+    pub(super) fn piece_sectors(&self, most: u64, block_sectors: u64) -> u64 {
+        let sectors = if self.cost_at_most() <= COST_MAX {
+            most
+        } else {
+            most.min(BUSY_PIECE_SECTORS)
+        };
+        (sectors - sectors % block_sectors).max(block_sectors)
+    }
+
+    /// No more than this part of its requests can a piece cost the guest while it is in flight: each waits for it
+    /// at most as long as it takes.
+    fn cost_at_most(&self) -> f64 {
+        self.rate * self.took.as_secs_f64().max(1e-6)
+    }
+
+    /// How long the pause after a piece is, in times of what the piece took.
+    fn pause_factor(&self) -> f64 {
+        let at_most = self.cost_at_most().min(1.0);
+        if at_most <= COST_MAX {
+            return 0.0;
+        }
+        let known = self.with.requests + self.without.requests >= REQUESTS_MIN
+            && self.without.requests >= REQUESTS_MIN / 2.0
+            && self.with.seconds > 0.0;
+        let cost = if known {
+            (1.0 - self.with.rate() / self.without.rate()).clamp(0.0, 1.0)
+        } else {
+            1.0
+        };
+        (cost.min(at_most) / COST_MAX - 1.0).max(PAUSE_MIN)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A guest that keeps `depth` requests in flight on a machine that does one request in `request_micros`, and
+    /// while a piece is in flight only `left` of that. Returns how many requests it made in ten seconds, and how
+    /// much time pieces were in flight.
+    fn run(rate: f64, left: f64, piece: Duration, jobs: bool) -> (f64, f64) {
+        let mut pace = Pace::default();
+        let step = Duration::from_micros(50);
+        let (mut now, mut requests) = (Duration::ZERO, 0.0);
+        let mut in_flight: Option<Duration> = None;
+        let mut busy = 0.0;
+        while now < Duration::from_secs(10) {
+            let guest = GuestRequests(requests as u64);
+            match in_flight {
+                Some(began) if now >= began + piece => {
+                    pace.ended(now, guest, began);
+                    in_flight = None;
+                }
+                None if jobs && pace.ready_at().is_some_and(|at| at <= now) => {
+                    pace.began(now, guest);
+                    in_flight = Some(now);
+                }
+                _ => {}
+            }
+            let share = if in_flight.is_some() { left } else { 1.0 };
+            busy += f64::from(u8::from(in_flight.is_some())) * step.as_secs_f64();
+            requests += rate * share * step.as_secs_f64();
+            now += step;
+        }
+        (requests, busy / 10.0)
+    }
+
+    #[test]
+    fn a_busy_guest_keeps_nine_tenths_whatever_a_piece_costs_it() {
+        for (rate, left, millis) in [
+            (50_000.0, 0.0, 1),
+            (50_000.0, 0.5, 1),
+            (50_000.0, 0.95, 4),
+            (2_000.0, 0.3, 5),
+            (200.0, 0.6, 20),
+            (200.0, 0.0, 100),
+        ] {
+            let piece = Duration::from_millis(millis);
+            let (alone, _) = run(rate, left, piece, false);
+            let (beside, busy) = run(rate, left, piece, true);
+            assert!(
+                beside >= 0.9 * alone,
+                "{rate} a second, {left} left: {:.3}",
+                beside / alone
+            );
+            // And jobs are not starved.
+            assert!(busy >= 0.04, "{rate} a second, {left} left: busy {busy:.3}");
+        }
+    }
+
+    #[test]
+    fn time_that_the_guest_has_no_use_for_is_used() {
+        let piece = Duration::from_millis(1);
+        let (_, alone) = run(0.0, 0.0, piece, true);
+        assert!(alone > 0.95, "{alone}");
+        let (_, beside_little) = run(20.0, 0.0, piece, true);
+        assert!(beside_little > 0.9, "{beside_little}");
+        let (_, for_nothing) = run(50_000.0, 1.0, piece, true);
+        assert!(for_nothing > 0.7, "{for_nothing}");
+    }
+}
