@@ -185,6 +185,7 @@ mod tests {
     /// A guest that keeps `depth` requests in flight on a machine that does one request in `request_micros`, and
     /// while a piece is in flight only `left` of that. Returns how many requests it made in ten seconds, and how
     /// much time pieces were in flight.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     fn run(rate: f64, left: f64, piece: Duration, jobs: bool) -> (f64, f64) {
         let mut pace = Pace::default();
         let step = Duration::from_micros(50);

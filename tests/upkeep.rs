@@ -1,0 +1,353 @@
+//! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real io_uring, the
+//! workers of the daemon within this process.
+
+mod common;
+
+use std::os::fd::AsRawFd;
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use common::client::Client;
+use common::images::{are_identical, corrupt_sectors, create_images};
+use quorum_blk::control::queue::EventQueue;
+use quorum_blk::device::DiskInfo;
+use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend};
+use quorum_blk::engine::{Policy, ReadPattern, Shared};
+use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
+use quorum_blk::limits::REPLICAS_MAX;
+use quorum_blk::quorum::{ReplicaIndex, SECTOR_BYTES};
+use quorum_blk::replica::file::{OpenOptions, ReplicaSource, open_all};
+use quorum_blk::replica::table::ReplicaTable;
+use quorum_blk::statistics::Statistics;
+use quorum_blk::upkeep::{Removed, Upkeep};
+use quorum_blk::worker::{Disk, Workers};
+
+const SIZE_BYTES: u64 = 64 << 20;
+const LIMIT: Duration = Duration::from_secs(60);
+
+struct Served {
+    directory: tempfile::TempDir,
+    images: Vec<PathBuf>,
+    shared: Arc<Shared>,
+    workers: Workers,
+    upkeep: Upkeep,
+    table: Arc<ReplicaTable>,
+    socket: PathBuf,
+}
+
+fn source(path: &Path) -> ReplicaSource {
+    ReplicaSource {
+        path: path.to_owned(),
+        node_name: path.file_name().unwrap().to_str().unwrap().to_owned(),
+    }
+}
+
+/// Serves three images with threshold 2, on two workers.
+fn serve() -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 3, SIZE_BYTES);
+    let sources: Vec<_> = images.iter().map(|path| source(path)).collect();
+    let options = OpenOptions {
+        read_only: false,
+        direct: false,
+    };
+    let files = open_all(&sources, options).unwrap();
+    let workers = 2;
+    let capacity_sectors = SIZE_BYTES / SECTOR_BYTES;
+    let shared = Arc::new(Shared::new(3, 2, workers, capacity_sectors));
+    let slot = ConnectionSlot::new(workers, 256, CacheMode::default()).unwrap();
+    let (released, is_released) = channel();
+    let (stop, _) = channel();
+    let disk = Disk {
+        info: DiskInfo {
+            capacity_sectors,
+            block_bytes: 512,
+            physical_block_bytes: 4096,
+            read_only: false,
+            serial: String::new(),
+            num_queues: workers,
+            segments_max: 126,
+        },
+        policy: Policy {
+            threshold: 2,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted: false,
+            blkverify: false,
+            job_sizes: Sizes::default(),
+            block_sectors: 1,
+            replica_timeout: Duration::from_secs(1),
+        },
+        shared: Arc::clone(&shared),
+        files: files.iter().map(|file| file.file.as_raw_fd()).collect(),
+        released,
+        slots: vec![slot.clone()],
+        statistics: Statistics::new(workers, REPLICAS_MAX),
+        events: EventQueue::new().unwrap(),
+        stop,
+    };
+    let table = Arc::new(ReplicaTable::new(files));
+    let workers = Workers::start(&disk, workers).unwrap();
+    let upkeep = Upkeep::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
+    let frontend = Frontend::new(disk.info.clone(), slot, workers.ring_server(0));
+    let frontend = Arc::new(Mutex::new(frontend));
+    let socket = directory.path().join("disk.sock");
+    let listener = UnixListener::bind(&socket).unwrap();
+    std::thread::spawn(move || {
+        while let Ok((connection, _)) = listener.accept() {
+            Frontend::serve(&frontend, connection);
+        }
+    });
+    Served {
+        directory,
+        images,
+        shared,
+        workers,
+        upkeep,
+        table,
+        socket,
+    }
+}
+
+impl Served {
+    fn path(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// A sparse image of the disk's size, with something in it that is not the disk's.
+    fn another(&self, name: &str) -> PathBuf {
+        let path = self.path(name);
+        let file = std::fs::File::create(&path).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 8192], 12345).unwrap();
+        file.set_len(SIZE_BYTES).unwrap();
+        path
+    }
+
+    fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
+        let since = Instant::now();
+        while !holds() {
+            assert!(since.elapsed() < LIMIT, "{what}; {:?}", self.upkeep.jobs());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn wait_for_the_end_of(&self, id: JobId) {
+        self.wait_until("the end of a job", || {
+            self.upkeep.jobs().iter().all(|job| job.id != id)
+        });
+    }
+
+    /// Lets go of everything; the images that are the disk's.
+    fn end(self) -> (tempfile::TempDir, Vec<PathBuf>) {
+        let open = self.table.in_use();
+        assert!(self.workers.exit().is_empty());
+        let images = open.iter().map(|(_, file)| file.path.clone());
+        (self.directory, images.collect())
+    }
+}
+
+/// Writes random blocks all the time, and reads each back. Returns how many it wrote.
+fn verify_until(stop: &AtomicBool, socket: &Path, seed: u64) -> u64 {
+    let mut client = Client::connect(socket, 1);
+    let mut state = seed | 1;
+    let mut count = 0;
+    while !stop.load(Ordering::Relaxed) {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let offset = (state >> 33) % (SIZE_BYTES / 4096) * 4096;
+        let data: Vec<u8> = state.to_le_bytes().repeat(512);
+        client.write(0, offset, &data).unwrap();
+        assert!(client.read(0, offset, 4096).unwrap() == data, "at {offset}");
+        count += 1;
+        if count % 64 == 0 {
+            client.flush(0).unwrap();
+        }
+    }
+    client.flush(0).unwrap();
+    count
+}
+
+#[test]
+fn a_replica_is_replaced_under_a_client() {
+    let served = serve();
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        let verifier = scope.spawn(|| verify_until(&stop, &served.socket, 7));
+        let fourth = served.another("fourth.raw");
+        let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+        served.wait_for_the_end_of(id);
+        // Nothing of it is stale: the one that it replaces can go.
+        let first = source(&served.images[0]).node_name;
+        assert_eq!(served.upkeep.remove_replica(&first).unwrap(), Removed::Closed);
+        let second = source(&served.images[1]).node_name;
+        assert_eq!(served.upkeep.remove_replica(&second).unwrap(), Removed::Closed);
+        let third = source(&served.images[2]).node_name;
+        let refused = served.upkeep.remove_replica(&third).unwrap_err().to_string();
+        assert!(
+            refused.contains("fewer replicas than the vote threshold"),
+            "{refused}"
+        );
+        // What was let go is not locked any more, and can come back.
+        let id = served
+            .upkeep
+            .add_replica(&source(&served.images[0]))
+            .unwrap()
+            .unwrap();
+        served.wait_for_the_end_of(id);
+        stop.store(true, Ordering::Relaxed);
+        assert!(verifier.join().unwrap() > 0);
+    });
+    let (_directory, images) = served.end();
+    assert_eq!(images.len(), 3);
+    assert!(are_identical(&images));
+}
+
+#[test]
+fn what_is_sparse_stays_sparse() {
+    let served = serve();
+    let mut client = Client::connect(&served.socket, 1);
+    client.write(0, 40 << 20, &[7; 8192]).unwrap();
+    client.flush(0).unwrap();
+    let fourth = served.another("fourth.raw");
+    let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+    served.wait_for_the_end_of(id);
+    drop(client);
+    let (_directory, images) = served.end();
+    assert!(are_identical(&images));
+    let bytes = |path: &Path| std::fs::metadata(path).unwrap().blocks() * 512;
+    let (copy, original) = (bytes(&fourth), bytes(&images[0]));
+    assert!(
+        copy <= original + (256 << 10),
+        "{copy} bytes, the original has {original}"
+    );
+}
+
+#[test]
+fn what_cannot_be_a_replica_is_refused() {
+    let served = serve();
+    let refused = |source: &ReplicaSource| served.upkeep.add_replica(source).unwrap_err().to_string();
+    let missing = refused(&source(&served.path("missing.raw")));
+    assert!(missing.contains("cannot open"), "{missing}");
+    let short = served.another("short.raw");
+    std::fs::File::options()
+        .write(true)
+        .open(&short)
+        .unwrap()
+        .set_len(SIZE_BYTES / 2)
+        .unwrap();
+    let differs = refused(&source(&short));
+    assert!(differs.contains("differ in size"), "{differs}");
+    let again = ReplicaSource {
+        node_name: "other".into(),
+        ..source(&served.images[1])
+    };
+    let same = refused(&again);
+    assert!(same.contains("are the same image"), "{same}");
+    let named = ReplicaSource {
+        node_name: source(&served.images[1]).node_name,
+        path: served.another("fifth.raw"),
+    };
+    let twice = refused(&named);
+    assert!(twice.contains("same node-name"), "{twice}");
+    let unknown = served.upkeep.remove_replica("nobody").unwrap_err().to_string();
+    assert_eq!(unknown, "there is no replica 'nobody'");
+    assert!(served.upkeep.jobs().is_empty());
+    assert_eq!(served.end().1.len(), 3);
+}
+
+#[test]
+fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
+    let served = serve();
+    let fourth = served.another("fourth.raw");
+    let name = source(&fourth).node_name;
+    let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+    served.upkeep.job_pause(id).unwrap();
+    let paused = || {
+        served
+            .upkeep
+            .jobs()
+            .iter()
+            .any(|job| job.id == id && job.status == JobStatus::Paused)
+    };
+    if paused() {
+        served.upkeep.job_cancel(id).unwrap();
+        served.wait_for_the_end_of(id);
+        let mut client = Client::connect(&served.socket, 1);
+        assert!(client.read(0, 8192, 16384).unwrap().iter().all(|byte| *byte == 0));
+        assert!(served.upkeep.jobs().is_empty(), "nothing begins by itself");
+        let id = served.upkeep.resync(&name, 0).unwrap();
+        served.wait_for_the_end_of(id);
+    }
+    let (_directory, images) = served.end();
+    assert_eq!(images.len(), 4);
+    assert!(are_identical(&images));
+}
+
+#[test]
+fn a_scrub_finds_and_mends_what_nobody_reads() {
+    let served = serve();
+    let mut client = Client::connect(&served.socket, 1);
+    for megabyte in 0..64 {
+        client
+            .write(0, megabyte << 20, &[u8::try_from(megabyte).unwrap() + 1; 65536])
+            .unwrap();
+    }
+    client.flush(0).unwrap();
+    let found = || served.shared.counters.of(ReplicaIndex(1)).sectors_wrong.load(Ordering::Relaxed);
+    let id = served.upkeep.scrub(false, 0).unwrap();
+    served.wait_for_the_end_of(id);
+    assert_eq!(found(), 0);
+    corrupt_sectors(&served.images[1], 98304..98306, 0xff);
+    corrupt_sectors(&served.images[1], 20480..20481, 0xff);
+    let id = served.upkeep.scrub(false, 0).unwrap();
+    assert!(
+        served
+            .upkeep
+            .jobs()
+            .iter()
+            .all(|job| job.kind == JobKind::Scrub { repair: false })
+    );
+    served.wait_for_the_end_of(id);
+    assert_eq!(found(), 3);
+    assert!(!are_identical(&served.images));
+    let id = served.upkeep.scrub(true, 0).unwrap();
+    served.wait_for_the_end_of(id);
+    let mended = &served.shared.counters.of(ReplicaIndex(1)).sectors_rewritten;
+    assert_eq!(mended.load(Ordering::Relaxed), 3);
+    drop(client);
+    let (_directory, images) = served.end();
+    assert!(are_identical(&images));
+}
+
+#[test]
+fn a_mismatch_has_its_neighbourhood_scrubbed() {
+    let served = serve();
+    let mut client = Client::connect(&served.socket, 1);
+    corrupt_sectors(&served.images[2], 4096..4097, 0xff);
+    corrupt_sectors(&served.images[2], 6000..6010, 0xff);
+    client.read(0, 4096 * 512, 4096).unwrap();
+    let found = &served.shared.counters.of(ReplicaIndex(2)).sectors_wrong;
+    served.wait_until("the neighbours are found", || found.load(Ordering::Relaxed) >= 11);
+    drop(client);
+    let _ = served.end();
+}
+
+#[test]
+fn a_speed_limit_is_kept() {
+    let served = serve();
+    let began = Instant::now();
+    let id = served.upkeep.scrub(false, 32 << 20).unwrap();
+    served.wait_for_the_end_of(id);
+    // 64 MiB, but the last pieces are not waited for.
+    assert!(
+        began.elapsed() >= Duration::from_millis(1300),
+        "{:?}",
+        began.elapsed()
+    );
+    let _ = served.end();
+}
