@@ -189,7 +189,6 @@ impl Write {
         let trusted = is_broken(Mutant::FailedWriteNotStale)
             || is_broken(Mutant::ReturnNotStale) && writing.tally.failed().is_empty();
         let (success, became_stale) = core.shared.health(|health| {
-            let before = health.stale();
             // Who was removed meanwhile does not count.
             let success = succeeded.and(health.members()).len() >= core.policy.threshold;
             let end = WriteEnd {
@@ -204,8 +203,7 @@ impl Write {
                 success,
                 durable: self.durable,
             };
-            health.write_ended(self.range, &end);
-            (success, !health.stale().without(before).is_empty())
+            (success, health.write_ended(self.range, &end))
         });
         if became_stale {
             effects.health_changed();

@@ -91,6 +91,9 @@ impl ReplicaHealth {
 
     /// `range` was written. `volatile`: not to stable storage.
     fn heal(&mut self, range: SectorRange, volatile: bool) {
+        if self.stale.is_empty() {
+            return;
+        }
         if volatile {
             for part in self.stale.within(range) {
                 self.healed.insert(part);
@@ -354,12 +357,16 @@ impl Health {
     /// A write that failed leaves old or new bytes on those that failed it, and the vote decides which:
     /// nobody is known to be behind. Who was not asked, or has left the set or failed a flush while the write
     /// ran, is behind in any case.
-    pub fn write_ended(&mut self, range: SectorRange, write: &WriteEnd) {
+    ///
+    /// `true` if with this a replica is stale that was stale nowhere.
+    pub fn write_ended(&mut self, range: SectorRange, write: &WriteEnd) -> bool {
+        let mut became_stale = false;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             let doubtful = state.last_failure > write.began || !write.asked.contains(replica);
             let done = write.succeeded.contains(replica);
             if doubtful || (write.success && !done) {
+                became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
             } else if done {
                 state.heal(range, !write.durable);
@@ -368,6 +375,7 @@ impl Health {
         if !write.durable {
             self.written.insert(range);
         }
+        became_stale
     }
 
     /// Sectors of one replica were written with the winner of a vote, under the lock of their range.
