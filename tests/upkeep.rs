@@ -298,7 +298,14 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
             .unwrap();
     }
     client.flush(0).unwrap();
-    let found = || served.shared.counters.of(ReplicaIndex(1)).sectors_wrong.load(Ordering::Relaxed);
+    let found = || {
+        served
+            .shared
+            .counters
+            .of(ReplicaIndex(1))
+            .sectors_wrong
+            .load(Ordering::Relaxed)
+    };
     let id = served.upkeep.scrub(false, 0).unwrap();
     served.wait_for_the_end_of(id);
     assert_eq!(found(), 0);

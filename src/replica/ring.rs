@@ -726,11 +726,11 @@ mod tests {
         let read = |ring: &mut Ring| {
             let into = BufferPool::default().take(512);
             let range = SectorRange::new(0, 1);
-            ring.push(Operation {
+            let read = Operation {
                 replica: ReplicaIndex(7),
                 ..operation(Action::Read { range, into })
-            })
-            .unwrap();
+            };
+            push(ring, read).unwrap();
             reply_of(ring)
         };
         assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
