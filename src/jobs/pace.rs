@@ -240,7 +240,8 @@ mod tests {
     fn time_that_the_guest_has_no_use_for_is_used() {
         let piece = Duration::from_millis(1);
         let (_, alone) = run(0.0, 0.0, piece, true);
-        assert!(alone > 0.95, "{alone}");
+        // A step of this test is a twentieth of a piece.
+        assert!(alone > 0.92, "{alone}");
         let (_, beside_little) = run(20.0, 0.0, piece, true);
         assert!(beside_little > 0.9, "{beside_little}");
         let (_, for_nothing) = run(50_000.0, 1.0, piece, true);
