@@ -588,7 +588,7 @@ fn default_node_name(path: &Path) -> Result<String, String> {
     Ok(name.to_owned())
 }
 
-fn check_node_name(name: &str) -> Result<(), &'static str> {
+pub(crate) fn check_node_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() {
         return Err("a name has at least one character");
     }

@@ -20,12 +20,12 @@ use common::daemon::{Daemon, EventReader, replica_arguments};
 use common::images::{corrupt_sectors, create_images};
 use common::monitor::Monitor;
 use common::process::{Process, wait_until};
-use quorum_blk::control::Operator;
 use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::bind_unix_listener;
-use quorum_blk::control::state::DiskState;
+use quorum_blk::control::state::{DiskState, JobState};
+use quorum_blk::control::{Change, Operator};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
 use quorum_blk::quorum::report::{Cause, OperationType, Report};
 use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
@@ -310,6 +310,14 @@ struct Hesitant {
 impl Operator for Hesitant {
     fn state(&self) -> DiskState {
         panic!("nobody asks")
+    }
+
+    fn jobs(&self) -> Vec<JobState> {
+        Vec::new()
+    }
+
+    fn change(&self, change: Change) -> Result<Option<String>, String> {
+        Err(format!("not here: {change:?}"))
     }
 
     fn quit(&self) {

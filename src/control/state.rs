@@ -101,25 +101,56 @@ pub struct ReplicaState {
     pub operations: ByOperation<Operations>,
 }
 
+/// A job at one moment, with the members of QEMU's JobInfo first.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct JobState {
+    /// What it is called.
+    pub id: String,
+    /// What it does.
+    pub r#type: &'static str,
+    /// As QEMU has it.
+    pub status: &'static str,
+    /// Bytes done.
+    pub current_progress: u64,
+    /// Bytes to be done. May grow.
+    pub total_progress: u64,
+    /// What keeps it from having done what it was to do.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+    /// The replica that it brings up to date.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_name: Option<String>,
+    /// Bytes a second at most; 0: as fast as leaves the guest its share.
+    pub speed: u64,
+    /// Sectors that it found to be bad, counted once for each replica.
+    pub sectors_found: u64,
+    /// Sectors that it has written.
+    pub sectors_written: u64,
+}
+
 /// Whether a replica is asked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ServiceState {
-    /// It is asked, and votes where it is not stale.
+    /// It is asked, and votes.
     InService,
+    /// It is asked, and votes where it is not stale.
+    Syncing,
     /// It did not answer, and is done without until it does.
     Out,
 }
 
 impl ServiceState {
     /// All there are.
-    pub const ALL: [Self; 2] = [Self::InService, Self::Out];
+    pub const ALL: [Self; 3] = [Self::InService, Self::Syncing, Self::Out];
 
     /// As it is shown.
     pub fn name(self) -> &'static str {
         match self {
             Self::InService => "in-service",
+            Self::Syncing => "syncing",
             Self::Out => "out",
         }
     }

@@ -1,20 +1,27 @@
 //! What commands of the monitor do, and what there is to be seen of the disk.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clap::ValueEnum as _;
 
-use crate::config::{Cache, Config};
-use crate::control::Operator;
-use crate::control::state::{ByOperation, DiskState, PolicyState, ReplicaState, Requests, ServiceState};
+use crate::config::{Cache, Config, check_node_name};
+use crate::control::state::{
+    ByOperation, DiskState, JobState, PolicyState, ReplicaState, Requests, ServiceState,
+};
+use crate::control::{Change, JobOrder, Operator};
 use crate::engine::Shared;
+use crate::jobs::{JobInfo, JobKind, UnknownJob};
+use crate::limits::REPLICAS_MAX;
+use crate::message::Quoted;
 use crate::quorum::report::OperationType;
 use crate::quorum::{ReplicaIndex, SECTOR_BYTES};
-use crate::replica::file::ReplicaFile;
+use crate::replica::file::{ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
-use crate::upkeep::Upkeep;
+use crate::upkeep::{Upkeep, UpkeepError};
 use crate::worker::{Disk, Stop};
 
 /// The disk as the operator has it before him.
@@ -24,6 +31,8 @@ pub(super) struct DiskOperator {
     shared: Arc<Shared>,
     statistics: Statistics,
     upkeep: Arc<Upkeep>,
+    /// Images that were named, and are no replicas yet.
+    nodes: Mutex<BTreeMap<String, PathBuf>>,
     stop: Sender<Stop>,
 }
 
@@ -59,8 +68,55 @@ impl DiskOperator {
             shared: Arc::clone(&disk.shared),
             statistics: disk.statistics.clone(),
             upkeep,
+            nodes: Mutex::default(),
             stop,
         }
+    }
+
+    fn add_node(&self, node_name: String, path: PathBuf) -> Result<(), String> {
+        check_node_name(&node_name)?;
+        let mut nodes = self.nodes();
+        let mut replicas = self.upkeep.replicas().into_iter();
+        let is_taken = node_name == self.is.node_name || nodes.contains_key(&node_name);
+        if is_taken || replicas.any(|(_, file)| file.node_name == node_name) {
+            return Err(format!("there is a node {} already", Quoted(&node_name)));
+        }
+        if nodes.len() >= REPLICAS_MAX {
+            return Err(format!("there are {REPLICAS_MAX} unused nodes already"));
+        }
+        nodes.insert(node_name, path);
+        Ok(())
+    }
+
+    fn take_node(&self, node_name: &str) -> Result<PathBuf, String> {
+        let node = self.nodes().remove(node_name);
+        node.ok_or_else(|| format!("there is no unused node {}", Quoted(node_name)))
+    }
+
+    /// A node that cannot be added stays what it was.
+    fn add_replica(&self, node_name: String) -> Result<(), String> {
+        let path = self.take_node(&node_name)?;
+        let source = ReplicaSource { path, node_name };
+        let added = self.upkeep.add_replica(&source);
+        added.map(|_| ()).map_err(|error| {
+            self.nodes().insert(source.node_name, source.path);
+            line(error)
+        })
+    }
+
+    fn order_job(&self, id: &str, order: JobOrder) -> Result<(), String> {
+        let id = id.parse().map_err(|error: UnknownJob| error.to_string())?;
+        let done = match order {
+            JobOrder::Pause => self.upkeep.job_pause(id),
+            JobOrder::Resume => self.upkeep.job_resume(id),
+            JobOrder::Cancel => self.upkeep.job_cancel(id),
+            JobOrder::Speed(bytes) => self.upkeep.job_set_speed(id, bytes),
+        };
+        done.map_err(line)
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, PathBuf>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn replicas(&self) -> Vec<ReplicaState> {
@@ -74,9 +130,10 @@ impl DiskOperator {
                 node_name: is.node_name.clone(),
                 file: is.path.to_string_lossy().into_owned(),
                 is_block_device: is.is_block_device,
-                state: match in_service.contains(index) {
-                    true => ServiceState::InService,
-                    false => ServiceState::Out,
+                state: match (in_service.contains(index), stale) {
+                    (true, 0) => ServiceState::InService,
+                    (true, _) => ServiceState::Syncing,
+                    (false, _) => ServiceState::Out,
                 },
                 stale_bytes: stale * SECTOR_BYTES,
                 wrong_sectors: count(&counters.sectors_wrong),
@@ -119,10 +176,53 @@ impl Operator for DiskOperator {
         }
     }
 
+    fn jobs(&self) -> Vec<JobState> {
+        let names = self.upkeep.names();
+        let state = |job: JobInfo| JobState {
+            id: job.id.to_string(),
+            r#type: job.kind.name(),
+            status: job.status.name(),
+            current_progress: job.current_bytes,
+            total_progress: job.total_bytes,
+            error: job.error.map(|error| error.to_string()),
+            node_name: match job.kind {
+                JobKind::Resync(replica) => Some(names.get(replica).to_string()),
+                JobKind::Scrub { .. } | JobKind::NeighbourhoodScrub => None,
+            },
+            speed: job.speed_bytes,
+            sectors_found: job.sectors_found,
+            sectors_written: job.sectors_written,
+        };
+        self.upkeep.jobs().into_iter().map(state).collect()
+    }
+
+    fn change(&self, change: Change) -> Result<Option<String>, String> {
+        let upkeep = &self.upkeep;
+        let begun = match change {
+            Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
+            Change::RemoveNode(node_name) => self.take_node(&node_name).map(|_| None)?,
+            Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
+            Change::RemoveReplica(node_name) => {
+                upkeep.remove_replica(&node_name).map(|_| None).map_err(line)?
+            }
+            Change::Scrub { repair, speed_bytes } => Some(upkeep.scrub(repair, speed_bytes).map_err(line)?),
+            Change::Resync {
+                node_name,
+                speed_bytes,
+            } => Some(upkeep.resync(&node_name, speed_bytes).map_err(line)?),
+            Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
+        };
+        Ok(begun.map(|id| id.to_string()))
+    }
+
     fn quit(&self) {
         // Nobody listens only when the daemon stops already.
         let _ = self.stop.send(Stop::Requested);
     }
+}
+
+fn line(error: UpkeepError) -> String {
+    error.to_string()
 }
 
 fn by_operation<T>(of: impl Fn(OperationType) -> T) -> ByOperation<T> {

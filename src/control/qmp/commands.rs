@@ -9,8 +9,9 @@ use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::block::{self, QueryNamedBlockNodes};
-use crate::control::Operator;
+use super::upkeep;
 use crate::control::json::to_ascii;
+use crate::control::{JobOrder, Operator};
 
 /// The command that ends the negotiation of capabilities. It belongs to the session.
 pub(super) const NEGOTIATION: &str = "qmp_capabilities";
@@ -30,6 +31,42 @@ type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandErro
 /// Every command, in alphabetical order.
 static COMMANDS: &[Command] = &[
     Command {
+        name: "block-job-set-speed",
+        run: |arguments, operator| run(arguments, |job| nothing(upkeep::set_speed(job, operator))),
+    },
+    Command {
+        name: "blockdev-add",
+        run: |arguments, operator| run(arguments, |node| nothing(upkeep::blockdev_add(node, operator))),
+    },
+    Command {
+        name: "blockdev-del",
+        run: |arguments, operator| run(arguments, |node| nothing(upkeep::blockdev_del(node, operator))),
+    },
+    Command {
+        name: "job-cancel",
+        run: |arguments, operator| {
+            run(arguments, |job| {
+                nothing(upkeep::order(job, JobOrder::Cancel, operator))
+            })
+        },
+    },
+    Command {
+        name: "job-pause",
+        run: |arguments, operator| {
+            run(arguments, |job| {
+                nothing(upkeep::order(job, JobOrder::Pause, operator))
+            })
+        },
+    },
+    Command {
+        name: "job-resume",
+        run: |arguments, operator| {
+            run(arguments, |job| {
+                nothing(upkeep::order(job, JobOrder::Resume, operator))
+            })
+        },
+    },
+    Command {
         name: "query-block",
         run: |arguments, operator| run(arguments, |NoArguments {}| Ok(block::devices(&operator.state()))),
     },
@@ -47,7 +84,7 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "query-jobs",
-        run: |arguments, _| run(arguments, |NoArguments {}| Ok([(); 0])),
+        run: |arguments, operator| run(arguments, |NoArguments {}| Ok(operator.jobs())),
     },
     Command {
         name: "query-named-block-nodes",
@@ -77,6 +114,18 @@ static COMMANDS: &[Command] = &[
                 Ok(Nothing {})
             })
         },
+    },
+    Command {
+        name: "quorum-resync",
+        run: |arguments, operator| run(arguments, |replica| upkeep::resync(replica, operator)),
+    },
+    Command {
+        name: "quorum-scrub",
+        run: |arguments, operator| run(arguments, |scrub| upkeep::scrub(&scrub, operator)),
+    },
+    Command {
+        name: "x-blockdev-change",
+        run: |arguments, operator| run(arguments, |change| nothing(upkeep::change(change, operator))),
     },
 ];
 
@@ -169,6 +218,10 @@ struct NoArguments {}
 /// What a command returns that returns nothing.
 #[derive(Serialize)]
 struct Nothing {}
+
+fn nothing(done: Result<(), CommandError>) -> Result<Nothing, CommandError> {
+    done.map(|()| Nothing {})
+}
 
 /// QAPI's VersionInfo.
 #[derive(Serialize)]

@@ -13,3 +13,4 @@ pub mod commands;
 pub(super) mod executor;
 pub mod session;
 mod splitter;
+mod upkeep;

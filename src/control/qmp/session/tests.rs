@@ -6,7 +6,8 @@ use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
-use crate::control::state::DiskState;
+use crate::control::Change;
+use crate::control::state::{DiskState, JobState};
 
 /// Counts how often it was asked to quit.
 #[derive(Default)]
@@ -17,6 +18,14 @@ struct Counting {
 impl Operator for Counting {
     fn state(&self) -> DiskState {
         panic!("nobody asks")
+    }
+
+    fn jobs(&self) -> Vec<JobState> {
+        Vec::new()
+    }
+
+    fn change(&self, change: Change) -> Result<Option<String>, String> {
+        Err(format!("not here: {change:?}"))
     }
 
     fn quit(&self) {

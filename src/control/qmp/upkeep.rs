@@ -1,0 +1,167 @@
+//! The arguments of commands that change the disk: those of QEMU where it has the command, read as QEMU means them.
+
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::commands::CommandError;
+use crate::control::{Change, JobOrder, Operator};
+
+/// BlockdevOptions, of the drivers that open an image: a file, or a raw node over one.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct BlockdevAdd {
+    driver: Driver,
+    node_name: String,
+    filename: Option<PathBuf>,
+    file: Option<FileNode>,
+}
+
+#[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
+#[serde(rename_all = "snake_case")]
+enum Driver {
+    File,
+    HostDevice,
+    Raw,
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+struct FileNode {
+    driver: Driver,
+    filename: PathBuf,
+}
+
+/// The arguments of blockdev-del.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct BlockdevDel {
+    node_name: String,
+}
+
+/// The arguments of x-blockdev-change.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct BlockdevChange {
+    parent: String,
+    child: Option<String>,
+    node: Option<String>,
+}
+
+/// The arguments of quorum-scrub.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Scrub {
+    #[serde(default)]
+    repair: bool,
+    #[serde(default)]
+    speed: u64,
+}
+
+/// The arguments of quorum-resync.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Resync {
+    node_name: String,
+    #[serde(default)]
+    speed: u64,
+}
+
+/// A job that has begun.
+#[derive(Serialize)]
+pub(super) struct Begun {
+    id: String,
+}
+
+/// The arguments of commands that name a job.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NamedJob {
+    id: String,
+}
+
+/// The arguments of block-job-set-speed, which calls a job a device.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct JobSpeed {
+    device: String,
+    speed: u64,
+}
+
+pub(super) fn blockdev_add(node: BlockdevAdd, operator: &dyn Operator) -> Result<(), CommandError> {
+    let filename = match (node.driver, node.filename, node.file) {
+        (Driver::File | Driver::HostDevice, Some(filename), None) => filename,
+        (Driver::Raw, None, Some(file)) if file.driver != Driver::Raw => file.filename,
+        _ => {
+            return Err(CommandError::generic(
+                "a driver file or host_device with a filename is wanted, or raw over one of these",
+            ));
+        }
+    };
+    let (node_name, path) = (node.node_name, filename);
+    done(operator, Change::AddNode { node_name, path })
+}
+
+pub(super) fn blockdev_del(node: BlockdevDel, operator: &dyn Operator) -> Result<(), CommandError> {
+    done(operator, Change::RemoveNode(node.node_name))
+}
+
+pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<(), CommandError> {
+    let disk = operator.state();
+    if change.parent != disk.node_name {
+        let what = format!("Cannot find device='{0}' nor node-name='{0}'", change.parent);
+        return Err(CommandError::generic(what));
+    }
+    match (change.child, change.node) {
+        (None, Some(node)) => done(operator, Change::AddReplica(node)),
+        (Some(child), None) => {
+            // QEMU names children by their place.
+            let place = child
+                .strip_prefix("children.")
+                .and_then(|place| place.parse().ok());
+            let at_place = place.and_then(|place: usize| disk.replicas.get(place));
+            let node_name = at_place.map(|replica| replica.node_name.clone());
+            done(operator, Change::RemoveReplica(node_name.unwrap_or(child)))
+        }
+        (Some(_), Some(_)) => Err(CommandError::generic(
+            "child and node are not for the same command",
+        )),
+        (None, None) => Err(CommandError::generic("Either child or node must be specified")),
+    }
+}
+
+pub(super) fn scrub(scrub: &Scrub, operator: &dyn Operator) -> Result<Begun, CommandError> {
+    let (repair, speed_bytes) = (scrub.repair, scrub.speed);
+    begun(operator, Change::Scrub { repair, speed_bytes })
+}
+
+pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, CommandError> {
+    let (node_name, speed_bytes) = (replica.node_name, replica.speed);
+    begun(
+        operator,
+        Change::Resync {
+            node_name,
+            speed_bytes,
+        },
+    )
+}
+
+pub(super) fn order(job: NamedJob, order: JobOrder, operator: &dyn Operator) -> Result<(), CommandError> {
+    done(operator, Change::Job { id: job.id, order })
+}
+
+pub(super) fn set_speed(job: JobSpeed, operator: &dyn Operator) -> Result<(), CommandError> {
+    let (id, order) = (job.device, JobOrder::Speed(job.speed));
+    done(operator, Change::Job { id, order })
+}
+
+fn done(operator: &dyn Operator, change: Change) -> Result<(), CommandError> {
+    operator.change(change).map(|_| ()).map_err(CommandError::generic)
+}
+
+fn begun(operator: &dyn Operator, change: Change) -> Result<Begun, CommandError> {
+    let begun = operator.change(change).map_err(CommandError::generic)?;
+    Ok(Begun {
+        id: begun.unwrap_or_default(),
+    })
+}
