@@ -3,6 +3,7 @@
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{QueueOwnedT, QueueT};
 
+use super::super::View;
 use super::super::chain::Chain;
 use super::*;
 
