@@ -9,6 +9,7 @@ use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -16,6 +17,7 @@ use quorum_blk::control::queue::EventQueue;
 use quorum_blk::device::DiskInfo;
 use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
+use quorum_blk::jobs::Sizes;
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Stop, Workers};
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -165,7 +167,7 @@ struct Machine {
     server: Box<dyn RingServer>,
     _workers: Workers,
     _replicas: Vec<File>,
-    _stopped: std::sync::mpsc::Receiver<Stop>,
+    _stopped: Receiver<Stop>,
     descriptors: Vec<OwnedFd>,
     /// The other ends of pipes and sockets.
     _others: Vec<OwnedFd>,
@@ -223,10 +225,9 @@ impl Machine {
         let replicas: Vec<File> = (0..REPLICAS).map(|_| memory_file(REPLICA_BYTES)).collect();
         let slot = ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default());
         let slot = slot.expect("a size that a ring can have");
-        let (stop, stopped) = std::sync::mpsc::channel();
+        let (stop, stopped) = channel();
         let disk = Disk {
             policy: Policy {
-                replicas: REPLICAS,
                 threshold: 2,
                 read_pattern: ReadPattern::Quorum,
                 rewrite_corrupted: true,
@@ -234,6 +235,7 @@ impl Machine {
                 block_sectors: 1,
                 // Nobody is late, however slow the machine is.
                 replica_timeout: Duration::from_secs(3600),
+                job_sizes: Sizes::default(),
             },
             shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity_sectors)),
             files: replicas.iter().map(AsRawFd::as_raw_fd).collect(),
@@ -241,6 +243,8 @@ impl Machine {
             events: EventQueue::new().expect("an eventfd"),
             statistics: Statistics::new(1, REPLICAS),
             stop,
+            // No replica is ever removed.
+            released: channel().0,
             info: info.clone(),
         };
         let workers = Workers::start(&disk, 1).expect("a worker with io_uring");
