@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
 
-use crate::limits::{QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX};
+use crate::limits::{
+    NEIGHBOURHOOD_BYTES, QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX,
+};
 use crate::message::Quoted;
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
@@ -78,6 +80,8 @@ pub struct Config {
     pub verbosity: u8,
     /// A replica that leaves an operation unanswered for so long is done without until it answers again.
     pub replica_timeout: Duration,
+    /// How far around damage the disk is scrubbed at once.
+    pub scrub_around_bytes: u64,
 }
 
 impl Config {
@@ -300,6 +304,11 @@ struct Options {
         value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
     replica_timeout: u64,
 
+    /// How far around damage, on either side, the disk is scrubbed at once, in MiB; 0: not at all
+    #[arg(long, value_name = "MIB", allow_negative_numbers = true, default_value_t = NEIGHBOURHOOD_BYTES >> 20,
+        value_parser = clap::value_parser!(u64).range(0..=1 << 20), help_heading = "Replicas")]
+    scrub_around: u64,
+
     /// Direct I/O (none) or the host's page cache (writeback) for the images
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None, help_heading = "Replicas")]
     cache: Cache,
@@ -461,6 +470,7 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         metrics: options.metrics,
         verbosity: options.verbose,
         replica_timeout: Duration::from_millis(options.replica_timeout),
+        scrub_around_bytes: options.scrub_around << 20,
     })
 }
 

@@ -273,7 +273,10 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
         },
         rewrite_corrupted: config.rewrite_corrupted,
         blkverify: config.blkverify,
-        job_sizes: Sizes::default(),
+        job_sizes: Sizes {
+            neighbourhood_sectors: config.scrub_around_bytes / SECTOR_BYTES,
+            ..Sizes::default()
+        },
         block_sectors: u64::from(info.block_bytes) / SECTOR_BYTES,
         replica_timeout: config.replica_timeout,
     }

@@ -14,7 +14,7 @@ use common::load::{Kind, figure, one_by_one};
 use common::oracle::text_of_errno;
 use common::process::wait_until;
 use common::rows::{self, Raced, count};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 const EIO: i32 = libc::EIO;
 const ENOSPC: i32 = libc::ENOSPC;
@@ -154,6 +154,13 @@ fn a_hung_replica_is_left_behind_and_catches_up() {
     );
     client.flush(0).unwrap();
     drop(client);
+    // Of the other blocks it has missed some, too.
+    let mut monitor = disk.monitor();
+    let caught_up = wait_until(LIMIT, || {
+        let state = monitor.execute("query-quorum", json!({}));
+        state["replicas"][2]["stale-bytes"] == 0
+    });
+    assert!(caught_up, "it is stale still");
     let events = disk.end();
     assert!(are_identical(&disk.images), "the replica did not catch up");
     assert_eq!(count(&events, "QUORUM_FAILURE"), 0);

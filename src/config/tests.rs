@@ -66,6 +66,7 @@ fn defaults() {
         ),
         (ReadPattern::Quorum, Cache::None, 1000)
     );
+    assert_eq!(config.scrub_around_bytes, 4 << 20);
     assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
     assert_eq!(
         (config.node_name.as_str(), config.serial.as_str()),
@@ -338,6 +339,10 @@ fn refuses_what_is_not_there() {
     for value in ["0", "9", "3600001", "-1", "1s"] {
         let option = format!("--replica-timeout={value}");
         assert_refused(&disk(3, &[&option]), "--replica-timeout");
+    }
+    for value in ["-1", "1048577", "4M"] {
+        let option = format!("--scrub-around={value}");
+        assert_refused(&disk(3, &[&option]), "--scrub-around");
     }
     assert_refused(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
     assert_refused(&disk(3, &["stray"]), "unexpected argument 'stray'");

@@ -248,6 +248,8 @@ impl Plan {
         arguments.extend(["--node-name".into(), "quorum0".into()]);
         let timeout = self.replica_timeout.as_millis().to_string();
         arguments.extend(["--replica-timeout".into(), timeout.into()]);
+        // What a request does is compared with what it must do, and with the peer, which does nothing besides.
+        arguments.extend(["--scrub-around".into(), "0".into()]);
         if self.rewrite_corrupted {
             arguments.push("--rewrite-corrupted".into());
         }
