@@ -41,7 +41,8 @@ fn a_guest_does_not_notice_a_corrupted_replica() {
     let directory = tempfile::tempdir().expect("creating a directory");
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut arguments = replica_arguments(&images);
-    arguments.extend(["--rewrite-corrupted", "--num-queues", "2"].map(Into::into));
+    // Every sector is to be found by the guest.
+    arguments.extend(["--scrub-around", "0", "--rewrite-corrupted", "--num-queues", "2"].map(Into::into));
     // Nothing hangs here; the machine may be slow, and a replica that is late would be reported.
     arguments.extend(["--replica-timeout", "30000"].map(Into::into));
     let mut daemon = Daemon::start(directory.path(), arguments);

@@ -2,7 +2,7 @@
 //!
 //! Sans-IO like the engine. [`Jobs`] is asked for the next piece of work, which the engine of one worker does like a
 //! guest's request, and told how it ended. It decides what is due (`job`) and how fast that goes (`pace`); it
-//! guest's request, and told how it ended. It decides what is due (`job`) and how fast that goes ([`pace`]); it
+//! knows of replicas only what [`Health`] says, and of the guest only how many requests it makes.
 //!
 //! ```text
 //! created ─► running ◄─► paused                     each change of the status is told as an event
