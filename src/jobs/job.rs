@@ -23,7 +23,10 @@ pub(super) struct Job {
     not_before: Duration,
     in_flight: Vec<InFlight>,
     done_sectors: u64,
-    /// Something was written since the last flush.
+    /// What it writes is durable when it ends: somebody has asked for it. Of what began by itself nobody is told that
+    /// it is safe; it becomes so with the guest's next flush, like the guest's writes.
+    persists: bool,
+    /// Something was written since the last flush that is to be durable.
     needs_flush: bool,
     failed_flushes: u32,
     found: u64,
@@ -135,7 +138,7 @@ impl Task {
 }
 
 impl Job {
-    pub(super) fn new(id: JobId, task: Task, speed_bytes: u64) -> Self {
+    pub(super) fn new(id: JobId, task: Task, speed_bytes: u64, persists: bool) -> Self {
         Self {
             id,
             task,
@@ -144,6 +147,7 @@ impl Job {
             not_before: Duration::ZERO,
             in_flight: Vec::new(),
             done_sectors: 0,
+            persists,
             needs_flush: false,
             failed_flushes: 0,
             found: 0,
@@ -222,6 +226,12 @@ impl Job {
     pub(super) fn set_status(&mut self, status: JobStatus, health: &Health, events: &mut Vec<JobEvent>) {
         self.status = status;
         self.tell(JobChange::Status, health, events);
+    }
+
+    /// What it writes, and has written, is to be durable when it ends.
+    pub(super) fn persist(&mut self) {
+        self.needs_flush |= !self.persists && self.written > 0;
+        self.persists = true;
     }
 
     pub(super) fn set_speed(&mut self, speed_bytes: u64) {
@@ -371,7 +381,7 @@ impl Job {
         let index = self.in_flight.iter().position(|piece| piece.id == id)?;
         let piece = self.in_flight.swap_remove(index);
         self.failed_flushes += u32::from(end.failed);
-        self.needs_flush |= end.written > 0;
+        self.needs_flush |= self.persists && end.written > 0;
         self.found += end.found;
         self.written += end.written;
         self.not_written += end.not_written;

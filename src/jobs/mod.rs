@@ -380,10 +380,14 @@ impl Jobs {
             return Err(NotBegun::NoMember);
         }
         if let Some(id) = self.resync_of(replica) {
+            // It may have begun by itself.
+            if let Ok(job) = find(&mut self.jobs, id) {
+                job.persist();
+            }
             return Err(NotBegun::InResync(id));
         }
         self.held.remove(replica);
-        self.begin(Task::resync(replica), speed_bytes, health)
+        self.begin(Task::resync(replica), speed_bytes, true, health)
     }
 
     /// Begins to scrub the whole disk.
@@ -391,7 +395,12 @@ impl Jobs {
     /// # Errors
     /// If there are too many jobs.
     pub fn scrub(&mut self, repair: bool, speed_bytes: u64, health: &Health) -> Result<JobId, NotBegun> {
-        self.begin(Task::scrub(repair, self.capacity_sectors), speed_bytes, health)
+        self.begin(
+            Task::scrub(repair, self.capacity_sectors),
+            speed_bytes,
+            true,
+            health,
+        )
     }
 
     /// The job begins nothing until it is resumed.
@@ -549,13 +558,19 @@ impl Jobs {
         resync.map(Job::id)
     }
 
-    fn begin(&mut self, task: Task, speed_bytes: u64, health: &Health) -> Result<JobId, NotBegun> {
+    fn begin(
+        &mut self,
+        task: Task,
+        speed_bytes: u64,
+        persists: bool,
+        health: &Health,
+    ) -> Result<JobId, NotBegun> {
         if self.jobs.len() >= JOBS_MAX {
             return Err(NotBegun::TooMany);
         }
         let id = JobId(self.next_id);
         self.next_id += 1;
-        let mut job = Job::new(id, task, speed_bytes);
+        let mut job = Job::new(id, task, speed_bytes, persists);
         job.tell(JobChange::Status, health, &mut self.events);
         job.set_status(JobStatus::Running, health, &mut self.events);
         self.jobs.push_back(job);
@@ -567,7 +582,7 @@ impl Jobs {
         for replica in self.unattended(health).iter() {
             if self.retries[replica.as_usize()].not_before <= now {
                 // At the bound it begins when another one has ended.
-                let _ = self.begin(Task::resync(replica), 0, health);
+                let _ = self.begin(Task::resync(replica), 0, false, health);
             }
         }
         if now >= self.near_until && !self.near.is_empty() {
@@ -601,7 +616,7 @@ impl Jobs {
             return job.add(&around);
         }
         if !around.is_empty() {
-            let _ = self.begin(Task::neighbourhood(around), 0, health);
+            let _ = self.begin(Task::neighbourhood(around), 0, false, health);
         }
     }
 
