@@ -68,6 +68,9 @@ struct ReplicaHealth {
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
     last_failure: Failures,
+    /// When it was last found that the failure before it had undone something that ended well here: a read that was in
+    /// flight may have seen that undone, even if it has been written again by the time the reply comes.
+    last_doubt: Failures,
     /// The workers that have every operation of this replica back since it left the set.
     returned_to: u64,
     /// The workers that have no request any more that remembers this replica since it was removed.
@@ -84,6 +87,7 @@ impl ReplicaHealth {
             healed_before_flush: RangeSet::below(capacity_sectors),
             unconfirmed: VecDeque::new(),
             last_failure: Failures::default(),
+            last_doubt: Failures::default(),
             returned_to: 0,
             forgotten_by: 0,
         }
@@ -337,11 +341,15 @@ impl Health {
         stale.map(|range| range.count).sum()
     }
 
-    /// The replicas that have failed a flush or left the set since `began`.
+    /// The replicas that have failed a flush or left the set since `began`, or of which it was found since what that
+    /// has undone.
     pub fn failed_since(&self, began: Failures) -> ReplicaSet {
         self.known()
             .iter()
-            .filter(|r| self.replicas[r.as_usize()].last_failure > began)
+            .filter(|r| {
+                let state = &self.replicas[r.as_usize()];
+                state.last_failure > began || state.last_doubt > began
+            })
             .collect()
     }
 
@@ -368,6 +376,10 @@ impl Health {
             if doubtful || (write.success && !done) {
                 became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
+                if done {
+                    self.failures.0 += 1;
+                    state.last_doubt = self.failures;
+                }
             } else if done {
                 state.heal(range, !write.durable);
             }
@@ -386,6 +398,8 @@ impl Health {
         let state = &mut self.replicas[replica.as_usize()];
         if state.last_failure > began {
             state.stale.insert(range);
+            self.failures.0 += 1;
+            state.last_doubt = self.failures;
         } else {
             state.heal(range, true);
             // It was perhaps not stale, but wrong.
@@ -632,6 +646,27 @@ mod tests {
         health.flush_ended(epoch, A, false);
         health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
         assert_eq!(health.stale_in(range(0, 8)), set(&[A]));
+    }
+
+    #[test]
+    fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again() {
+        let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
+        let began = health.change_begins();
+        let epoch = health.flush_begins();
+        health.flush_ended(epoch, A, false);
+        let read_began = health.change_begins();
+        let done = WriteEnd {
+            asked: set(&[A]),
+            succeeded: set(&[A]),
+            began,
+            success: true,
+            durable: false,
+        };
+        health.write_ended(range(0, 8), &done);
+        write_one(&mut health, range(0, 8));
+        assert!(!health.anything_stale());
+        assert_eq!(health.failed_since(read_began), set(&[A]));
+        assert_eq!(health.failed_since(health.change_begins()), ReplicaSet::EMPTY);
     }
 
     #[test]
