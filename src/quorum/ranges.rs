@@ -15,7 +15,7 @@ use crate::limits::RANGES_MAX;
 pub struct RangeSet {
     /// First sector of each range to the first sector after it.
     ranges: BTreeMap<u64, u64>,
-    /// What is put in is widened to multiples of this many sectors.
+    /// What is put in is widened to multiples of this many sectors, a power of two.
     granule_sectors: u64,
     /// Nothing is widened beyond this sector: the end of the disk.
     end_sector: u64,
@@ -35,7 +35,7 @@ impl RangeSet {
     }
 
     fn with_bound(granule_sectors: u64, end_sector: u64, ranges_max: usize) -> Self {
-        assert!(granule_sectors > 0 && ranges_max > 0);
+        assert!(granule_sectors.is_power_of_two() && ranges_max > 0);
         Self {
             ranges: BTreeMap::new(),
             granule_sectors,
@@ -62,9 +62,7 @@ impl RangeSet {
             return;
         }
         self.join(range.start, range.end());
-        while self.ranges.len() > self.ranges_max {
-            self.coarsen();
-        }
+        self.coarsen_above_bound();
     }
 
     /// Puts all of `other` into the set.
@@ -93,9 +91,7 @@ impl RangeSet {
                 break;
             }
         }
-        while self.ranges.len() > self.ranges_max {
-            self.coarsen();
-        }
+        self.coarsen_above_bound();
     }
 
     /// Whether a sector of `range` is in the set.
@@ -135,12 +131,7 @@ impl RangeSet {
 
     /// Inserts `[start, end)` widened to the granule and joined with what it touches.
     fn join(&mut self, start: u64, end: u64) {
-        let mut start = start - start % self.granule_sectors;
-        let mut end = end
-            .checked_next_multiple_of(self.granule_sectors)
-            .unwrap_or(u64::MAX)
-            .min(self.end_sector)
-            .max(end);
+        let (mut start, mut end) = self.widened(start, end);
         while let Some((&found_start, &found_end)) = self.ranges.range(..=end).next_back() {
             if found_end < start {
                 break;
@@ -152,14 +143,54 @@ impl RangeSet {
         self.ranges.insert(start, end);
     }
 
-    /// Doubles the granule and puts everything in anew. Each doubling at least halves the number of ranges
-    /// that a given span of the disk can hold, so a set of random sectors is rebuilt only a few times.
-    fn coarsen(&mut self) {
-        self.granule_sectors = self.granule_sectors.saturating_mul(2);
-        for (start, end) in std::mem::take(&mut self.ranges) {
-            self.join(start, end);
-        }
+    fn widened(&self, start: u64, end: u64) -> (u64, u64) {
+        let granules_end = end.checked_next_multiple_of(self.granule_sectors);
+        (
+            start - start % self.granule_sectors,
+            granules_end.unwrap_or(u64::MAX).min(self.end_sector).max(end),
+        )
     }
+
+    /// Where there are too many ranges, makes the granule as coarse as it takes to be rid of a quarter of them. To
+    /// put everything in anew is dear, so that is done once, however far apart the ranges are, and not again before
+    /// as many have come.
+    fn coarsen_above_bound(&mut self) {
+        let count = self.ranges.len();
+        if count <= self.ranges_max {
+            return;
+        }
+        let mut joining = [0; u64::BITS as usize];
+        let neighbours = self.ranges.values().zip(self.ranges.keys().skip(1));
+        for (&end, &start) in neighbours {
+            joining[doublings_to_join(end, start)] += 1;
+        }
+        let mut unwanted = (count / 4).max(count - self.ranges_max);
+        let mut doublings = 0;
+        while joining[doublings] < unwanted {
+            unwanted -= joining[doublings];
+            doublings += 1;
+        }
+        self.granule_sectors = self.granule_sectors.max(1 << doublings);
+        let mut joined: Vec<(u64, u64)> = Vec::with_capacity(count);
+        for (start, end) in std::mem::take(&mut self.ranges) {
+            let (start, end) = self.widened(start, end);
+            match joined.last_mut() {
+                Some((_, last_end)) if start <= *last_end => *last_end = end.max(*last_end),
+                _ => joined.push((start, end)),
+            }
+        }
+        self.ranges = joined.into_iter().collect();
+    }
+}
+
+/// How often one sector must be doubled to be the granule by which a range that ends before `end` and the next one,
+/// which begins at `start`, are joined: the least k for which ⌊start / 2ᵏ⌋ is at most one more than
+/// ⌊(end - 1) / 2ᵏ⌋.
+fn doublings_to_join(end: u64, start: u64) -> usize {
+    let last = end - 1;
+    let least = (start - last).ilog2();
+    let doublings = least + u32::from((start >> least) - (last >> least) > 1);
+    doublings.min(u64::BITS - 1) as usize
 }
 
 #[cfg(test)]
@@ -238,6 +269,36 @@ mod tests {
             for (sector, expected) in naive.into_iter().enumerate() {
                 prop_assert!(!expected || set.overlaps(SectorRange::new(sector as u64, 1)));
             }
+        }
+    }
+
+    /// However far apart the ranges are, they are put in anew only a few times, and precision is not thrown away.
+    #[test]
+    fn is_coarsened_in_one_go() {
+        for apart in [4, 1000, 1 << 40] {
+            let mut set = RangeSet::with_bound(1, u64::MAX, 64);
+            for index in 0..65 {
+                set.insert(SectorRange::new(index * apart, 1));
+            }
+            self_check(&set);
+            let count = set.iter().count();
+            assert!(count <= 49, "{count} ranges are left");
+            assert!(
+                set.granule_sectors < apart,
+                "a granule of {}",
+                set.granule_sectors
+            );
+        }
+    }
+
+    /// Holes in the middle of a long range: each makes one range more.
+    #[test]
+    fn is_coarsened_when_sectors_are_taken_out() {
+        let mut set = RangeSet::with_bound(1, u64::MAX, 64);
+        set.insert(SectorRange::new(0, 1 << 30));
+        for index in 0..1000 {
+            set.remove(SectorRange::new((index + 1) << 14, 8 + index));
+            self_check(&set);
         }
     }
 
