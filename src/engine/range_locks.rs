@@ -9,8 +9,9 @@
 //!   asked 4th  |-D-|                          waits for A            overtaking would reorder B and C
 //! ```
 //!
-//! Each entry counts those it waits for. A range is at most [`LOCK_SECTORS_MAX`] long, so all entries that can
-//! overlap one start within that distance before it: an ordered map is all the index it takes.
+//! Each entry counts those it waits for. Entries are kept by the power of two up to which they are long. All of one
+//! such class that can overlap a range start within that length before it, where few are that do not overlap it: as
+//! many ranges as there are may be locked side by side, and a new one is compared with its neighbours only.
 
 use std::collections::BTreeMap;
 
@@ -20,9 +21,20 @@ use crate::quorum::{SECTOR_BYTES, SectorRange};
 /// The longest range that can be locked, in sectors.
 pub(super) const LOCK_SECTORS_MAX: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
 
+/// How many classes of lengths there are: 1, 2, up to 4, up to 8, ... sectors.
+const CLASSES: usize = LOCK_SECTORS_MAX.ilog2() as usize + 1;
+const _: () = assert!(LOCK_SECTORS_MAX.is_power_of_two() && CLASSES <= u16::BITS as usize);
+
 /// Names a lock, granted or waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct LockKey {
+    class: usize,
+    place: Place,
+}
+
+/// Where an entry is among those of its class.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Place {
     start: u64,
     ticket: u64,
 }
@@ -30,7 +42,9 @@ pub(super) struct LockKey {
 /// The locks of a disk. `O` is whom to tell when a lock is granted.
 #[derive(Debug)]
 pub(super) struct RangeLocks<O> {
-    entries: BTreeMap<LockKey, Entry<O>>,
+    by_class: [BTreeMap<Place, Entry<O>>; CLASSES],
+    /// A bit for each class that has entries: most loads have few.
+    used: u16,
     next_ticket: u64,
 }
 
@@ -45,7 +59,8 @@ struct Entry<O> {
 impl<O> Default for RangeLocks<O> {
     fn default() -> Self {
         Self {
-            entries: BTreeMap::new(),
+            by_class: std::array::from_fn(|_| BTreeMap::new()),
+            used: 0,
             next_ticket: 0,
         }
     }
@@ -57,58 +72,65 @@ impl<O: Copy> RangeLocks<O> {
     pub(super) fn acquire(&mut self, range: SectorRange, owner: O) -> (LockKey, bool) {
         assert!(range.count > 0 && range.count <= LOCK_SECTORS_MAX);
         let key = LockKey {
-            start: range.start,
-            ticket: self.next_ticket,
+            class: range.count.next_power_of_two().ilog2() as usize,
+            place: Place {
+                start: range.start,
+                ticket: self.next_ticket,
+            },
         };
         self.next_ticket += 1;
-        let waits_for = self.overlapping(range).count();
+        let overlapping = |class: usize| {
+            let near = self.by_class[class].range(window(class, range));
+            near.filter(|(_, entry)| entry.range.overlaps(range)).count()
+        };
+        let waits_for = classes(self.used).map(overlapping).sum();
         let entry = Entry {
             range,
             owner,
             waits_for,
         };
-        self.entries.insert(key, entry);
+        self.by_class[key.class].insert(key.place, entry);
+        self.used |= 1 << key.class;
         (key, waits_for == 0)
     }
 
     /// Gives a granted lock back. Adds the owners of the locks that this grants to `granted`, in the order in
     /// which they asked.
     pub(super) fn release(&mut self, key: LockKey, granted: &mut Vec<O>) {
-        let entry = self.entries.remove(&key).expect("a lock is released once");
+        let entries = &mut self.by_class[key.class];
+        let entry = entries.remove(&key.place).expect("a lock is released once");
+        self.used &= !(u16::from(entries.is_empty()) << key.class);
         debug_assert_eq!(entry.waits_for, 0, "only a granted lock is released");
         let mut ready: Vec<(u64, O)> = Vec::new();
-        for (other_key, other) in overlapping_mut(&mut self.entries, entry.range) {
-            // The released lock was granted, so every overlapping entry came after it.
-            other.waits_for -= 1;
-            if other.waits_for == 0 {
-                ready.push((other_key.ticket, other.owner));
+        for class in classes(self.used) {
+            let near = self.by_class[class].range_mut(window(class, entry.range));
+            for (place, other) in near.filter(|(_, other)| other.range.overlaps(entry.range)) {
+                // The released lock was granted, so every overlapping entry came after it.
+                other.waits_for -= 1;
+                if other.waits_for == 0 {
+                    ready.push((place.ticket, other.owner));
+                }
             }
         }
         ready.sort_unstable_by_key(|(ticket, _)| *ticket);
         granted.extend(ready.into_iter().map(|(_, owner)| owner));
     }
-
-    fn overlapping(&self, range: SectorRange) -> impl Iterator<Item = &Entry<O>> {
-        self.entries
-            .range(window(range))
-            .map(|(_, entry)| entry)
-            .filter(move |entry| entry.range.overlaps(range))
-    }
 }
 
-fn overlapping_mut<O>(
-    entries: &mut BTreeMap<LockKey, Entry<O>>,
-    range: SectorRange,
-) -> impl Iterator<Item = (&LockKey, &mut Entry<O>)> {
-    entries
-        .range_mut(window(range))
-        .filter(move |(_, entry)| entry.range.overlaps(range))
+/// The classes whose bits are set.
+fn classes(mut bits: u16) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let class = (bits != 0).then(|| bits.trailing_zeros() as usize)?;
+        bits &= bits - 1;
+        Some(class)
+    })
 }
 
-/// The keys of all entries that can overlap `range`.
-fn window(range: SectorRange) -> std::ops::Range<LockKey> {
-    let from = |start| LockKey { start, ticket: 0 };
-    from(range.start.saturating_sub(LOCK_SECTORS_MAX - 1))..from(range.end())
+/// The places of all entries of `class` that can overlap `range`.
+fn window(class: usize, range: SectorRange) -> std::ops::Range<Place> {
+    let from = |start| Place { start, ticket: 0 };
+    let longest = 1 << class;
+    from(range.start.saturating_sub(longest - 1))..from(range.end())
 }
 
 #[cfg(test)]
