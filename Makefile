@@ -38,7 +38,7 @@ fuzz: ## Feed the device with hostile input for SECONDS=60 each; TARGET=name: on
 fuzz-corpus: ## Make the committed inputs of the fuzzer anew from all it has found
 	fuzz/run.sh --corpus $(TARGET)
 
-bench-engine: ## Instructions of the engine for each request, against those recorded (RECORD=1: record)
+bench-engine: ## Instructions of the engine for each request: as recorded (RECORD=1: record), and how they scale
 	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)
 
 bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BENCH_ROUNDS=3, BENCH_DIR=directory

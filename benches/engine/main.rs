@@ -1,23 +1,25 @@
 //! Instructions that the engine alone takes for a request: vote, locks and request states, no I/O and no guest.
 //!
 //! `make bench-engine` counts them under callgrind, which gives the same figure each time, whatever else the
-//! machine does, and compares them with those in `benches/engine.txt`. Called with `--record`, it writes that
-//! file. Each figure is the difference between a long and a short run, so starting up does not count.
+//! machine does. It compares them with those in `benches/engine/record.txt`, which `--record` writes, and checks that
+//! they grow with the disk as they may ([`scale`]); `--scale` does the latter alone.
+
+mod count;
+mod driver;
+mod scale;
 
 use std::fmt::Write as _;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
-use quorum_blk::engine::{
-    Effects, Engine, Failed, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex,
-};
-use quorum_blk::jobs::{JobEvent, Sizes};
-use quorum_blk::quorum::report::Report;
-use quorum_blk::quorum::{ReplicaIndex, SectorRange};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use quorum_blk::jobs::Sizes;
+use quorum_blk::quorum::SectorRange;
 use quorum_blk::replica::buffer::BufferPool;
-use quorum_blk::replica::operation::{Operation, RequestId};
+
+use self::driver::Driver;
 
 /// Requests in flight together, as a guest of queue depth 32 has them.
 const DEPTH: u64 = 32;
@@ -25,7 +27,7 @@ const SHORT_BATCHES: u64 = 20;
 const LONG_BATCHES: u64 = 120;
 
 /// What is recorded, and how much more than that counts as a change for the worse, in percent.
-const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine.txt");
+const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine/record.txt");
 const TOLERANCE_PERCENT: f64 = 1.0;
 
 const DISK_SECTORS: u64 = 1 << 21;
@@ -81,46 +83,9 @@ const CASES: [Case; 6] = [
     case("write-4k-3-replicas", Kind::Write, 3, ReadPattern::Quorum, 8),
 ];
 
-/// Keeps operations until they are answered, and counts answers.
-#[derive(Default)]
-struct Driver {
-    operations: Vec<Operation>,
-    completed: u64,
-}
-
-impl Effects for Driver {
-    fn submit(&mut self, operation: Operation) {
-        self.operations.push(operation);
-    }
-
-    fn complete(&mut self, _tag: Tag, result: Result<&[u8], Failed>) {
-        assert!(result.is_ok());
-        self.completed += 1;
-    }
-
-    fn report(&mut self, report: Report) {
-        panic!("nothing is wrong with the replicas, and yet: {report:?}");
-    }
-
-    fn wake(&mut self, _worker: WorkerIndex, _request: RequestId) {
-        panic!("there is one worker");
-    }
-
-    fn health_changed(&mut self) {}
-
-    fn job_changed(&mut self, event: JobEvent) {
-        panic!("nobody asked for a job, and yet: {event:?}");
-    }
-
-    fn released(&mut self, replica: ReplicaIndex) {
-        panic!("nobody removed replica {}", replica.0);
-    }
-
-    fn contents_differ(&mut self, _range: SectorRange) {}
-}
-
 /// Runs a case; what is counted.
-fn run(case: &Case, batches: u64) {
+fn run(case: &Case, requests: u64) {
+    let batches = requests / DEPTH;
     let policy = Policy {
         threshold: case.replicas / 2 + 1,
         read_pattern: case.read_pattern,
@@ -163,32 +128,6 @@ fn run(case: &Case, batches: u64) {
     assert!(engine.is_idle());
 }
 
-/// Instructions of a run of this program.
-fn count(case: &Case, batches: u64) -> Result<u64, String> {
-    let program = std::env::current_exe().map_err(|error| error.to_string())?;
-    let output = Command::new("valgrind")
-        .args(["--tool=callgrind", "--callgrind-out-file=/dev/null"])
-        .arg(program)
-        .args(["--run", case.name, &batches.to_string()])
-        .stdin(Stdio::null())
-        .output()
-        .map_err(|error| format!("cannot run valgrind ({error}); install it first"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    let collected = said.lines().find_map(|line| line.split("Collected :").nth(1));
-    collected
-        .and_then(|figure| figure.trim().parse().ok())
-        .ok_or_else(|| format!("valgrind did not count: {said}"))
-}
-
-fn measure(case: &Case) -> Result<f64, String> {
-    let (short, long) = (count(case, SHORT_BATCHES)?, count(case, LONG_BATCHES)?);
-    let requests = (LONG_BATCHES - SHORT_BATCHES) * DEPTH;
-    Ok(
-        f64::from(u32::try_from(long - short).map_err(|error| error.to_string())?)
-            / f64::from(u32::try_from(requests).expect("few")),
-    )
-}
-
 fn recorded(record: &str, name: &str) -> Option<f64> {
     let mut lines = record.lines().map(str::split_whitespace);
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
@@ -199,7 +138,8 @@ fn compare(record_anew: bool) -> Result<bool, String> {
     let mut anew = String::from("# Instructions for each request, by `make bench-engine`.\n");
     let mut good = true;
     for case in &CASES {
-        let now = measure(case)?;
+        let (short, long) = (SHORT_BATCHES * DEPTH, LONG_BATCHES * DEPTH);
+        let now = count::per_unit(case.name, short, long)?;
         let _ = writeln!(anew, "{} {now:.1}", case.name);
         let before = recorded(&record, case.name);
         let change = before.map(|before| (now / before - 1.0) * 100.0);
@@ -217,20 +157,37 @@ fn compare(record_anew: bool) -> Result<bool, String> {
     Ok(good)
 }
 
+/// A run whose instructions are counted.
+fn run_named(name: &str, requests: u64) {
+    match CASES.iter().find(|case| case.name == name) {
+        Some(case) => run(case, requests),
+        None => scale::run_named(name, requests),
+    }
+}
+
+/// What was asked for; the complaint, if there is any.
+fn bench(arguments: &[String]) -> Result<Option<&'static str>, String> {
+    let asks_for = |option: &str| arguments.iter().any(|argument| argument == option);
+    let more = "more instructions than recorded; `make bench-engine RECORD=1` if that is meant";
+    if !asks_for("--scale") && !compare(asks_for("--record"))? {
+        return Ok(Some(more));
+    }
+    Ok((!scale::check()?).then_some("the cost of a request does not scale as it must"))
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     if let Some(place) = arguments.iter().position(|argument| argument == "--run") {
-        let case = CASES.iter().find(|case| case.name == arguments[place + 1]);
-        run(
-            case.expect("a case"),
+        run_named(
+            &arguments[place + 1],
             arguments[place + 2].parse().expect("a number"),
         );
         return ExitCode::SUCCESS;
     }
-    match compare(arguments.iter().any(|argument| argument == "--record")) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => {
-            eprintln!("more instructions than recorded; `make bench-engine RECORD=1` if that is meant");
+    match bench(&arguments) {
+        Ok(None) => ExitCode::SUCCESS,
+        Ok(Some(complaint)) => {
+            eprintln!("{complaint}");
             ExitCode::FAILURE
         }
         Err(error) => {
