@@ -1,0 +1,343 @@
+//! Memory and start-up of the daemon: what docs/performance.md says it takes, and no more on a larger disk.
+//!
+//! The replicas hang until as much is in flight as the guest or the daemon allows. That moment is the peak, and it
+//! can be computed.
+
+mod common;
+
+use std::ffi::OsString;
+use std::fs::{self, File};
+use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use common::client::{Client, Request};
+use common::daemon::{Daemon, replica_arguments};
+use common::fuse::{Fault, FuseImage, Healer, Operation};
+use common::process::wait_until;
+use quorum_blk::limits::{BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, PIECE_BYTES_MAX, RANGES_MAX, REQUESTS_MAX};
+use tempfile::TempDir;
+
+const KIB: u64 = 1 << 10;
+const MIB: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+const TIB: u64 = 1 << 40;
+
+/// Time for the daemon to ask for everything.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// A request of one buffer takes three descriptors.
+const REQUESTS_PER_QUEUE: u64 = 256 / 3;
+
+/// The formula of docs/performance.md.
+mod formula {
+    use quorum_blk::limits::{ARENA_SHARE_BYTES, RANGES_MAX};
+
+    use super::{KIB, MIB};
+
+    /// The program, its libraries, threads and tables. Without optimisation there is more of it.
+    pub(super) const PROGRAM_BYTES: u64 = if cfg!(debug_assertions) { 10 * MIB } else { 5 * MIB };
+    /// For each worker: its registered buffers, of which there are as many of each length up to 64 KiB, and twice as
+    /// many of 4 KiB.
+    pub(super) const ARENA_BYTES: u64 = 6 * ARENA_SHARE_BYTES as u64;
+    /// For each operation in flight, beside its buffer.
+    const OPERATION_BYTES: u64 = 512;
+    /// A set of ranges at its bound.
+    pub(super) const RANGE_SET_BYTES: u64 = 40 * RANGES_MAX as u64;
+
+    /// What `operations` of `len` bytes take that one worker has in flight, beyond its arena.
+    pub(super) fn in_flight_bytes(operations: u64, len: u64) -> u64 {
+        let capacity = len.next_power_of_two().max(4 * KIB);
+        let share = match capacity / KIB {
+            4 => 2 * ARENA_SHARE_BYTES as u64,
+            8..=64 => ARENA_SHARE_BYTES as u64,
+            _ => 0,
+        };
+        // A page more for each, to align it.
+        let outside = operations.saturating_sub(share / capacity);
+        outside * (capacity + 4 * KIB) + operations * OPERATION_BYTES
+    }
+}
+
+/// A daemon over sparse images that hang when they are told to.
+struct Setup {
+    // A process cannot end while its files hang, so they are healed first.
+    _healers: Vec<Healer>,
+    client: Client,
+    daemon: Daemon,
+    images: Vec<FuseImage>,
+    _directory: TempDir,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Shape {
+    replicas: u64,
+    queues: u64,
+    disk_bytes: u64,
+    request_bytes: u64,
+}
+
+impl Shape {
+    fn workers(&self) -> u64 {
+        let processors = thread::available_parallelism().expect("the number of processors");
+        self.queues.min(processors.get() as u64)
+    }
+
+    /// Requests that each worker has in flight when all of its queues are full, or the bounds are reached.
+    fn in_flight(&self) -> Vec<u64> {
+        let buffers = self.replicas + 1;
+        let room = BUFFER_BYTES_MAX - buffers * PIECE_BYTES_MAX;
+        let fit = room / (buffers * self.request_bytes) + 1;
+        let queues_of = |worker: u64| (self.queues - worker).div_ceil(self.workers());
+        (0..self.workers())
+            .map(|worker| queues_of(worker) * REQUESTS_PER_QUEUE)
+            .map(|offered| offered.min(fit).min(REQUESTS_MAX as u64))
+            .collect()
+    }
+
+    /// When all of that is in flight, without the memory of the guest.
+    fn full_bytes(&self) -> u64 {
+        let workers = self.in_flight().into_iter();
+        let in_flight =
+            workers.map(|reads| formula::in_flight_bytes(reads * self.replicas, self.request_bytes));
+        self.idle_bytes() + in_flight.sum::<u64>()
+    }
+
+    fn idle_bytes(&self) -> u64 {
+        formula::PROGRAM_BYTES + self.workers() * formula::ARENA_BYTES
+    }
+}
+
+/// Sparse images of `disk_bytes`, or of as much as the file system allows if that is nearly as much: ext4 stops one
+/// block below 16 TiB.
+fn create_sparse(directory: &Path, count: u64, disk_bytes: u64) -> Vec<PathBuf> {
+    let create = |index| {
+        let path = directory.join(format!("{index}.raw"));
+        let image = File::create_new(&path).expect("creating an image");
+        let sized = image
+            .set_len(disk_bytes)
+            .or_else(|_| image.set_len(disk_bytes - 4 * KIB));
+        sized.expect("sizing a sparse image");
+        path
+    };
+    (0..count).map(create).collect()
+}
+
+/// A field of `/proc/<id>/status` that is a number of KiB.
+fn status_bytes(id: u32, field: &str) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{id}/status")).expect("reading the daemon's status");
+    let line = status.lines().find_map(|line| line.strip_prefix(field));
+    let number = line.and_then(|line| line.trim_matches([':', '\t', ' ', 'k', 'B']).parse::<u64>().ok());
+    number.unwrap_or_else(|| panic!("no {field} in {status}")) * KIB
+}
+
+impl Setup {
+    fn new(shape: Shape) -> Self {
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let backing = create_sparse(directory.path(), shape.replicas, shape.disk_bytes);
+        let images: Vec<_> = backing.iter().map(|image| FuseImage::serve(image)).collect();
+        let paths: Vec<_> = images.iter().map(FuseImage::path).collect();
+        let mut arguments = replica_arguments(&paths);
+        for (index, image) in arguments.iter_mut().skip(1).step_by(2).enumerate() {
+            image.push(format!(",node-name=r{index}"));
+        }
+        // Nobody leaves the set meanwhile.
+        let queues = shape.queues.to_string();
+        arguments.extend(["--replica-timeout", "60000", "--num-queues", &queues].map(OsString::from));
+        let daemon = Daemon::start(directory.path(), &arguments);
+        let queues = usize::try_from(shape.queues).expect("few");
+        Self {
+            _healers: images.iter().map(FuseImage::healer).collect(),
+            client: Client::connect(daemon.socket(), queues),
+            daemon,
+            images,
+            _directory: directory,
+        }
+    }
+
+    fn reads_asked(&self) -> u64 {
+        self.images.iter().map(|image| image.asked(Operation::Read)).sum()
+    }
+
+    /// Fills all queues with reads all over the disk and waits until the replicas were asked for all that the daemon
+    /// takes. They go to the same place in the memory of their queue.
+    fn fill(&mut self, shape: Shape) {
+        let len = usize::try_from(shape.request_bytes).expect("small");
+        let read = |index| Request::Read {
+            offset: index * (shape.disk_bytes / REQUESTS_PER_QUEUE / MIB) * MIB,
+            memory: 0,
+            len,
+        };
+        let before = self.reads_asked();
+        self.client.run(0, &[read(0)])[0].expect("reading");
+        let asked_for_one = self.reads_asked() - before;
+        for image in &self.images {
+            image.inject(Operation::Read, Fault::Hang);
+        }
+        let before = self.reads_asked();
+        let reads: Vec<_> = (0..REQUESTS_PER_QUEUE).map(read).collect();
+        for queue in 0..usize::try_from(shape.queues).expect("few") {
+            self.client.send(queue, &reads);
+        }
+        let expected = before + shape.in_flight().iter().sum::<u64>() * asked_for_one;
+        let filled = wait_until(LIMIT, || self.reads_asked() >= expected);
+        assert!(
+            filled,
+            "{shape:?}: {} of {expected} asked for",
+            self.reads_asked()
+        );
+    }
+
+    /// Lets the replicas answer, and takes all answers.
+    fn drain(&mut self, shape: Shape) {
+        for image in &self.images {
+            image.heal();
+        }
+        for queue in 0..usize::try_from(shape.queues).expect("few") {
+            let mut left = REQUESTS_PER_QUEUE;
+            while left > 0 {
+                let answers = self.client.poll(queue, 1);
+                assert!(answers.iter().all(|(_, result)| result.is_ok()));
+                left -= answers.len() as u64;
+            }
+        }
+    }
+}
+
+fn check(shape: Shape) {
+    let mut setup = Setup::new(shape);
+    let id = setup.daemon.id();
+    // What the daemon has touched of the guest's memory counts with Linux, but is the guest's.
+    let own = |field| status_bytes(id, field) - status_bytes(id, "RssShmem");
+    let idle = own("VmHWM");
+    setup.fill(shape);
+    let full = own("VmHWM");
+    setup.drain(shape);
+    let (peak, guest) = (status_bytes(id, "VmHWM"), status_bytes(id, "RssShmem"));
+    let after = own("VmRSS");
+    assert!(setup.daemon.terminate().success());
+
+    let (idle_expected, full_expected) = (shape.idle_bytes(), shape.full_bytes());
+    println!(
+        "{:2} replicas, {:2} queues, {:5} GiB, {:4} KiB requests: {:6.1} MiB idle (formula {:6.1}), {:6.1} full \
+         (formula {:6.1}), {:6.1} after",
+        shape.replicas,
+        shape.queues,
+        shape.disk_bytes / GIB,
+        shape.request_bytes / KIB,
+        mib(idle),
+        mib(idle_expected),
+        mib(full),
+        mib(full_expected),
+        mib(after),
+    );
+    let fits = |bytes: u64, expected: u64| (expected / 2..=expected).contains(&bytes);
+    assert!(fits(idle, idle_expected), "{shape:?}: {idle} bytes when idle");
+    assert!(fits(full, full_expected), "{shape:?}: {full} bytes in all");
+    let peak_max = full_expected + guest;
+    assert!(peak <= peak_max, "{shape:?}: {peak} bytes at some time");
+    // Free buffers are kept up to a bound; those of 4 KiB take two pages each.
+    let after_max = full_expected.min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
+    assert!(after <= after_max, "{shape:?}: {after} bytes afterwards");
+}
+
+fn mib(bytes: u64) -> f64 {
+    f64::from(u32::try_from(bytes / KIB).expect("less than 4 TiB")) / 1024.0
+}
+
+fn check_all(replicas: u64, queues: u64) {
+    for disk_bytes in [GIB, 16 * TIB] {
+        for request_bytes in [4 * KIB, MIB] {
+            check(Shape {
+                replicas,
+                queues,
+                disk_bytes,
+                request_bytes,
+            });
+        }
+    }
+}
+
+#[test]
+fn of_one_replica_and_one_queue() {
+    check_all(1, 1);
+}
+
+#[test]
+fn of_one_replica_and_sixteen_queues() {
+    check_all(1, 16);
+}
+
+#[test]
+fn of_sixteen_replicas_and_one_queue() {
+    check_all(16, 1);
+}
+
+#[test]
+fn of_sixteen_replicas_and_sixteen_queues() {
+    check_all(16, 16);
+}
+
+/// A replica misses more writes than ranges are kept apart, all over the disk.
+#[test]
+fn of_all_that_is_stale_or_not_flushed() {
+    const WRITES: u64 = RANGES_MAX as u64 * 5 / 4;
+    let shape = Shape {
+        replicas: 3,
+        queues: 1,
+        disk_bytes: 16 * TIB,
+        request_bytes: 4 * KIB,
+    };
+    let mut setup = Setup::new(shape);
+    setup.images[2].inject(Operation::Write, Fault::Fail(libc::EIO));
+    let write = |index| Request::Write {
+        offset: index * (shape.disk_bytes / WRITES / MIB) * MIB,
+        memory: 0,
+        len: 4096,
+    };
+    let writes: Vec<_> = (0..WRITES).map(write).collect();
+    for batch in writes.chunks(64) {
+        assert!(setup.client.run(0, batch).iter().all(Result::is_ok));
+    }
+    setup.client.flush(0).expect("flushing");
+    let id = setup.daemon.id();
+    let own = status_bytes(id, "VmHWM") - status_bytes(id, "RssShmem");
+    let sets = 2 * shape.replicas + 2;
+    // What is stale is being brought up to date meanwhile, a piece at a time.
+    let piece = formula::in_flight_bytes(shape.replicas, PIECE_BYTES_MAX);
+    let expected = shape.full_bytes() + sets * formula::RANGE_SET_BYTES + piece;
+    println!(
+        "{WRITES} ranges: {:.1} MiB, formula {:.1}",
+        mib(own),
+        mib(expected)
+    );
+    assert!((expected / 2..=expected).contains(&own), "{own} bytes");
+}
+
+/// Nothing is read or laid out in proportion to the disk.
+#[test]
+fn start_up_is_as_short_on_a_large_disk() {
+    let start = |disk_bytes| {
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let images = create_sparse(directory.path(), 3, disk_bytes);
+        let began = Instant::now();
+        let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+        let took = began.elapsed();
+        let memory = status_bytes(daemon.id(), "VmHWM");
+        assert!(daemon.terminate().success());
+        (took, memory)
+    };
+    // The least of a few in turn: other programs make single ones longer.
+    let least = |a: (Duration, u64), b: (Duration, u64)| (a.0.min(b.0), a.1.min(b.1));
+    let (mut small, mut large) = (start(GIB), start(16 * TIB));
+    for _ in 0..4 {
+        small = least(small, start(GIB));
+        large = least(large, start(16 * TIB));
+    }
+    println!("start-up: 1 GiB {small:?}, 16 TiB {large:?}");
+    assert!(
+        large.0 <= small.0 + Duration::from_millis(100),
+        "{small:?}, {large:?}"
+    );
+    assert!(large.1 <= small.1 + MIB, "{small:?}, {large:?}");
+}
