@@ -655,14 +655,7 @@ mod tests {
         let epoch = health.flush_begins();
         health.flush_ended(epoch, A, false);
         let read_began = health.change_begins();
-        let done = WriteEnd {
-            asked: set(&[A]),
-            succeeded: set(&[A]),
-            began,
-            success: true,
-            durable: false,
-        };
-        health.write_ended(range(0, 8), &done);
+        write_one_begun(&mut health, range(0, 8), began);
         write_one(&mut health, range(0, 8));
         assert!(!health.anything_stale());
         assert_eq!(health.failed_since(read_began), set(&[A]));
@@ -686,6 +679,10 @@ mod tests {
 
     fn write_one(health: &mut Health, range: SectorRange) {
         let began = health.change_begins();
+        write_one_begun(health, range, began);
+    }
+
+    fn write_one_begun(health: &mut Health, range: SectorRange, began: Failures) {
         let done = WriteEnd {
             asked: set(&[A]),
             succeeded: set(&[A]),
