@@ -1,0 +1,205 @@
+//! What counts as held, and by whom.
+
+use super::*;
+
+const A: ReplicaIndex = ReplicaIndex(0);
+const B: ReplicaIndex = ReplicaIndex(1);
+const C: ReplicaIndex = ReplicaIndex(2);
+
+fn set(replicas: &[ReplicaIndex]) -> ReplicaSet {
+    replicas.iter().copied().collect()
+}
+
+fn range(start: u64, count: u64) -> SectorRange {
+    SectorRange::new(start, count)
+}
+
+fn end(began: Failures, succeeded: ReplicaSet) -> WriteEnd {
+    WriteEnd {
+        asked: ReplicaSet::first(3),
+        succeeded,
+        began,
+        success: succeeded.len() >= 2,
+        durable: false,
+    }
+}
+
+fn write(health: &mut Health, range: SectorRange, failed: &[ReplicaIndex]) {
+    let began = health.change_begins();
+    health.write_ended(range, &end(began, ReplicaSet::first(3).without(set(failed))));
+}
+
+fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
+    let epoch = health.flush_begins();
+    for replica in ReplicaSet::first(3).iter() {
+        health.flush_ended(epoch, replica, !failed.contains(&replica));
+    }
+    health.fresh_on_threshold()
+}
+
+#[test]
+fn a_failed_write_is_stale_until_written_again() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    write(&mut health, range(8, 8), &[C]);
+    assert_eq!(health.stale_in(range(0, 9)), set(&[C]));
+    assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
+    write(&mut health, range(8, 4), &[]);
+    assert_eq!(health.stale_parts(C, range(0, 100)), [range(12, 4)]);
+}
+
+/// The case that counting successes gets wrong: a write held by {A,B}, a flush done by {B,C}.
+#[test]
+fn a_flush_needs_the_replicas_that_hold_the_writes() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    write(&mut health, range(0, 8), &[C]);
+    assert!(!flush(&mut health, &[A]));
+    // What is known to be lost is not forgotten by a flush that finds nothing more to do.
+    assert!(!flush(&mut health, &[]));
+    write(&mut health, range(0, 8), &[]);
+    assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
+    assert!(flush(&mut health, &[]));
+}
+
+#[test]
+fn a_failed_flush_makes_stale_what_was_written_since_the_last_good_one() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    write(&mut health, range(0, 8), &[]);
+    assert!(flush(&mut health, &[]));
+    write(&mut health, range(1 << 20, 8), &[]);
+    assert!(flush(&mut health, &[B]));
+    assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
+    assert_eq!(health.stale_in(range(1 << 20, 8)), set(&[B]));
+}
+
+#[test]
+fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    let began = health.change_begins();
+    let epoch = health.flush_begins();
+    health.flush_ended(epoch, A, false);
+    health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
+    assert_eq!(health.stale_in(range(0, 8)), set(&[A]));
+}
+
+#[test]
+fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again() {
+    let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
+    let began = health.change_begins();
+    let epoch = health.flush_begins();
+    health.flush_ended(epoch, A, false);
+    let read_began = health.change_begins();
+    write_one_begun(&mut health, range(0, 8), began);
+    write_one(&mut health, range(0, 8));
+    assert!(!health.anything_stale());
+    assert_eq!(health.failed_since(read_began), set(&[A]));
+    assert_eq!(health.failed_since(health.change_begins()), ReplicaSet::EMPTY);
+}
+
+#[test]
+fn a_later_flush_confirms_the_earlier_ones() {
+    let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
+    write_one(&mut health, range(0, 8));
+    let first = health.flush_begins();
+    write_one(&mut health, range(1 << 20, 8));
+    let second = health.flush_begins();
+    health.flush_ended(second, A, true);
+    health.flush_ended(first, A, false);
+    assert!(
+        !health.anything_stale(),
+        "all of it was confirmed by the second flush"
+    );
+}
+
+fn write_one(health: &mut Health, range: SectorRange) {
+    let began = health.change_begins();
+    write_one_begun(health, range, began);
+}
+
+fn write_one_begun(health: &mut Health, range: SectorRange, began: Failures) {
+    let done = WriteEnd {
+        asked: set(&[A]),
+        succeeded: set(&[A]),
+        began,
+        success: true,
+        durable: false,
+    };
+    health.write_ended(range, &done);
+}
+
+#[test]
+fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    write(&mut health, range(0, 8), &[]);
+    assert!(flush(&mut health, &[]));
+    write(&mut health, range(1 << 20, 8), &[]);
+    assert!(health.leave(C));
+    assert!(!health.leave(B), "two are needed");
+    assert_eq!(health.in_service(), set(&[A, B]));
+    assert_eq!(
+        health.stale_in(range(0, 8)),
+        ReplicaSet::EMPTY,
+        "that was flushed"
+    );
+    assert_eq!(health.stale_in(range(1 << 20, 8)), set(&[C]));
+    let began = health.change_begins();
+    let without = WriteEnd {
+        asked: set(&[A, B]),
+        ..end(began, set(&[A, B]))
+    };
+    health.write_ended(range(1 << 21, 8), &without);
+    assert!(!health.returned(C, 1));
+    assert!(health.returned(C, 0));
+    assert_eq!(health.in_service(), ReplicaSet::first(3));
+    assert_eq!(health.next_stale(C, 0).map(|range| range.start), Some(1 << 20));
+    health.mended(C, range(0, 1 << 22), health.change_begins());
+    assert!(!health.anything_stale());
+}
+
+#[test]
+fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(0, 8), &[C]);
+    let epoch = health.flush_begins();
+    health.mended(C, range(0, 8), health.change_begins());
+    health.flush_ended(epoch, A, false);
+    health.flush_ended(epoch, B, true);
+    health.flush_ended(epoch, C, true);
+    assert!(!health.fresh_on_threshold(), "only B has it safely");
+}
+
+#[test]
+fn who_is_needed_in_one_sector_stays() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(8, 8), &[C]);
+    assert!(!health.leave(A) && !health.leave(B), "only they hold it");
+    assert!(health.leave(C));
+    let mut last = Health::new(ReplicaSet::first(3), 2, 1, 16);
+    write(&mut last, range(8, 8), &[C]);
+    assert!(!last.leave(A), "also at the end of the disk");
+}
+
+#[test]
+fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let began = health.change_begins();
+    assert!(health.leave(C) && health.returned(C, 0));
+    health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
+    assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
+}
+
+#[test]
+fn what_is_flushed_without_a_replica_is_stale_there() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    assert!(health.leave(C));
+    let began = health.change_begins();
+    health.write_ended(
+        range(0, 8),
+        &WriteEnd {
+            asked: set(&[A, B]),
+            ..end(began, set(&[A, B]))
+        },
+    );
+    health.flush_begins();
+    assert!(health.returned(C, 0));
+    assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
+}
