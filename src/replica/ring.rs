@@ -4,22 +4,25 @@
 //! operation has exactly one reply; an operation keeps its buffer until the kernel is done with it, and if
 //! the ring must go before that, the buffers are leaked rather than reused.
 
+mod in_flight;
+
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::thread;
 use std::time::Duration;
 
-use io_uring::types::{Fd, Fixed, FsyncFlags, SubmitArgs, Timespec};
+use io_uring::types::{SubmitArgs, Timespec};
 use io_uring::{IoUring, cqueue, opcode, squeue};
 use log::debug;
 use slab::Slab;
 
+use self::in_flight::{InFlight, Outcome, Step, WatchState};
 use super::buffer::BufferPool;
 use super::operation::{Action, Operation, Reply};
-use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
+use super::zero::Ways;
 use crate::limits::{REPLICAS_MAX, RING_ENTRIES};
-use crate::quorum::{Errno, ReplicaIndex, SECTOR_BYTES, SectorRange};
+use crate::quorum::{Errno, ReplicaIndex};
 use crate::statistics::Since;
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
@@ -27,9 +30,6 @@ const RETRIES_MAX: u32 = 16;
 
 /// Kernel threads that may wait for replicas at a time.
 const KERNEL_WORKERS_MAX: u32 = 1024;
-
-/// The index by which the kernel knows the arena.
-const ARENA: u16 = 0;
 
 /// Bytes of long writes after which kernel threads are called for anew. Idle, they are gone after five seconds.
 const CALL_BYTES: u64 = 256 << 10;
@@ -85,42 +85,6 @@ pub struct Ring {
     writers: usize,
     /// Bytes of long writes that were queued since they were called for.
     uncalled_bytes: u64,
-}
-
-enum InFlight {
-    Operation {
-        operation: Operation,
-        step: Step,
-        done_bytes: usize,
-        retries: u32,
-        since: Since,
-    },
-    Watch {
-        fd: RawFd,
-        token: WatchToken,
-        state: WatchState,
-    },
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum WatchState {
-    /// The kernel tells when the descriptor is written to.
-    Armed,
-    /// The kernel does not watch it, and will not: it is none that can be. Whoever has the watch does not know.
-    Failed,
-    /// It was given back: what still arrives is ignored.
-    GivenBack,
-}
-
-/// What the kernel is doing for an operation. Most take one step.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Step {
-    /// What it says.
-    Itself,
-    /// Zeroing in this way.
-    Zeroing(Way),
-    /// The zeroes are there; they are made durable.
-    Persisting,
 }
 
 impl Ring {
@@ -409,125 +373,6 @@ impl Drop for Ring {
     }
 }
 
-enum Outcome {
-    Done,
-    /// Partly done, or interrupted.
-    Again {
-        done: usize,
-    },
-    Failed(Errno),
-}
-
-impl Outcome {
-    fn of(action: &Action, step: Step, done_bytes: usize, result: i32) -> Self {
-        match usize::try_from(result) {
-            Err(_) if result == -libc::EINTR || result == -libc::EAGAIN => Self::Again { done: 0 },
-            Err(_) => Self::Failed(Errno(-result)),
-            Ok(done) => {
-                let left = match (action, step) {
-                    (Action::Read { range, .. } | Action::Write { range, .. }, _)
-                    | (Action::Zero { range, .. }, Step::Zeroing(Way::Write)) => {
-                        len_of(range.bytes()) - done_bytes
-                    }
-                    (Action::Flush | Action::Zero { .. }, _) => return Self::Done,
-                };
-                match done {
-                    done if done == left => Self::Done,
-                    // The end of the file: it was cut while we had it open.
-                    0 => Self::Failed(Errno(libc::EIO)),
-                    done => Self::Again { done },
-                }
-            }
-        }
-    }
-}
-
-impl InFlight {
-    fn entry(&mut self, arena_registered: bool) -> squeue::Entry {
-        match self {
-            Self::Watch { fd, .. } => opcode::PollAdd::new(Fd(*fd), POLLIN).multi(true).build(),
-            Self::Operation {
-                operation,
-                step,
-                done_bytes,
-                ..
-            } => {
-                let file = Fixed(u32::from(operation.replica.0));
-                let skip = *done_bytes;
-                match &mut operation.action {
-                    Action::Read { range, into } => {
-                        let registered = arena_registered && into.is_in_arena();
-                        let offset = range.start * SECTOR_BYTES + skip as u64;
-                        let rest = &mut into[skip..];
-                        let (memory, len) = (rest.as_mut_ptr(), u32_of(rest.len()));
-                        if registered {
-                            opcode::ReadFixed::new(file, memory, len, ARENA)
-                                .offset(offset)
-                                .build()
-                        } else {
-                            opcode::Read::new(file, memory, len).offset(offset).build()
-                        }
-                    }
-                    Action::Write {
-                        range,
-                        data,
-                        offset_bytes,
-                        durable,
-                    } => {
-                        let from = *offset_bytes + skip;
-                        let rest = &data[from..*offset_bytes + len_of(range.bytes())];
-                        let (memory, len) = (rest.as_ptr(), u32_of(rest.len()));
-                        let offset = range.start * SECTOR_BYTES + skip as u64;
-                        let flags = if *durable { libc::RWF_DSYNC } else { 0 };
-                        if arena_registered && data.is_in_arena() {
-                            let write = opcode::WriteFixed::new(file, memory, len, ARENA);
-                            write.offset(offset).rw_flags(flags).build()
-                        } else {
-                            let write = opcode::Write::new(file, memory, len);
-                            write.offset(offset).rw_flags(flags).build()
-                        }
-                    }
-                    Action::Zero { range, .. } => match step {
-                        Step::Zeroing(way) => zeroing(file, *way, *range, skip),
-                        Step::Itself | Step::Persisting => persisting(file),
-                    },
-                    Action::Flush => persisting(file),
-                }
-            }
-        }
-    }
-}
-
-fn persisting(file: Fixed) -> squeue::Entry {
-    opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build()
-}
-
-fn zeroing(file: Fixed, way: Way, range: SectorRange, skip: usize) -> squeue::Entry {
-    let start = range.start * SECTOR_BYTES;
-    match way.fallocate_mode() {
-        Some(mode) => opcode::Fallocate::new(file, range.bytes())
-            .offset(start)
-            .mode(mode)
-            .build(),
-        None => {
-            let len = (len_of(range.bytes()) - skip).min(ZEROES_BYTES);
-            opcode::Write::new(file, ZEROES.0.as_ptr(), u32_of(len))
-                .offset(start + skip as u64)
-                .build()
-        }
-    }
-}
-
-const POLLIN: u32 = libc::POLLIN.cast_unsigned() as u32;
-
-fn len_of(bytes: u64) -> usize {
-    usize::try_from(bytes).expect("a piece fits memory")
-}
-
-fn u32_of(len: usize) -> u32 {
-    u32::try_from(len).expect("a piece is at most 1 MiB")
-}
-
 fn build() -> io::Result<IoUring> {
     let basic = || {
         let mut builder = IoUring::builder();
@@ -554,235 +399,4 @@ fn build() -> io::Result<IoUring> {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::fs::File;
-    use std::os::unix::fs::{FileExt, OpenOptionsExt};
-    use std::rc::Rc;
-
-    use vmm_sys_util::eventfd::EventFd;
-
-    use super::*;
-    use crate::replica::operation::RequestId;
-    use crate::statistics::Recorder;
-
-    fn operation(action: Action) -> Operation {
-        Operation {
-            request: RequestId(7),
-            replica: ReplicaIndex(0),
-            action,
-        }
-    }
-
-    fn push(ring: &mut Ring, operation: Operation) -> io::Result<()> {
-        ring.push(operation, Recorder::nobodys().now())
-    }
-
-    fn reply_of(ring: &mut Ring) -> Reply {
-        loop {
-            if let Some(Completion::Reply(reply, _)) = ring.enter(Wait::Forever).unwrap().pop_front() {
-                return reply;
-            }
-        }
-    }
-
-    #[test]
-    fn writes_reads_and_flushes() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(1 << 20).unwrap();
-        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
-        let pool = BufferPool::default();
-        let mut data = pool.take(4096);
-        data.fill(0xa5);
-        push(
-            &mut ring,
-            operation(Action::Write {
-                range: SectorRange::new(9, 2),
-                data: Rc::new(data),
-                offset_bytes: 512,
-                durable: true,
-            }),
-        )
-        .unwrap();
-        assert_eq!(reply_of(&mut ring).result, Ok(()));
-        let mut bytes = [0; 4 * 512];
-        file.read_exact_at(&mut bytes, 8 * 512).unwrap();
-        assert!(bytes[512..1536].iter().all(|b| *b == 0xa5));
-        assert!(bytes[..512].iter().chain(&bytes[1536..]).all(|b| *b == 0));
-
-        let into = pool.take(512);
-        push(
-            &mut ring,
-            operation(Action::Read {
-                range: SectorRange::new(10, 1),
-                into,
-            }),
-        )
-        .unwrap();
-        let reply = reply_of(&mut ring);
-        assert_eq!((reply.request, reply.result), (RequestId(7), Ok(())));
-        assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|b| *b == 0xa5)));
-
-        push(&mut ring, operation(Action::Flush)).unwrap();
-        assert_eq!(reply_of(&mut ring).result, Ok(()));
-        assert_eq!(ring.operations, 0);
-    }
-
-    fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
-        push(
-            ring,
-            operation(Action::Zero {
-                range,
-                unmap,
-                durable: true,
-            }),
-        )
-        .unwrap();
-        reply_of(ring).result
-    }
-
-    #[test]
-    fn zeroes_in_every_way_and_nothing_else() {
-        let file = tempfile::tempfile().unwrap();
-        let len = 3 * ZEROES_BYTES;
-        let lacks_nothing = |_: &mut Ways| {};
-        let lacks_holes = |ways: &mut Ways| {
-            ways.after(ReplicaIndex(0), true, Way::PunchHole, Errno(libc::EOPNOTSUPP));
-        };
-        let lacks_both = |ways: &mut Ways| {
-            for way in [Way::PunchHole, Way::ZeroRange] {
-                ways.after(ReplicaIndex(0), true, way, Errno(libc::EOPNOTSUPP));
-            }
-        };
-        let kinds: [&dyn Fn(&mut Ways); 3] = [&lacks_nothing, &lacks_holes, &lacks_both];
-        for (lacks, unmap) in kinds
-            .into_iter()
-            .flat_map(|lacks| [(lacks, true), (lacks, false)])
-        {
-            file.write_all_at(&vec![7; len], 0).unwrap();
-            let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
-            lacks(&mut ring.ways);
-            // Neither end is that of a page.
-            let range = SectorRange::new(3, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 77);
-            assert_eq!(zero(&mut ring, range, unmap), Ok(()));
-            let mut bytes = vec![0; len];
-            file.read_exact_at(&mut bytes, 0).unwrap();
-            let start = len_of(range.start * SECTOR_BYTES);
-            let (before, rest) = bytes.split_at(start);
-            let (zeroed, after) = rest.split_at(len_of(range.bytes()));
-            assert!(
-                before.iter().chain(after).all(|byte| *byte == 7),
-                "unmap: {unmap}"
-            );
-            assert!(zeroed.iter().all(|byte| *byte == 0), "unmap: {unmap}");
-            assert_eq!(ring.operations, 0);
-        }
-    }
-
-    #[test]
-    fn unmapping_gives_the_space_back() {
-        use std::os::unix::fs::MetadataExt;
-        let file = tempfile::tempfile().unwrap();
-        file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
-        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
-        assert_eq!(zero(&mut ring, SectorRange::new(0, 2048), true), Ok(()));
-        assert_eq!(file.metadata().unwrap().blocks(), 0);
-    }
-
-    #[test]
-    fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(768).unwrap();
-        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
-        let into = BufferPool::default().take(1024);
-        push(
-            &mut ring,
-            operation(Action::Read {
-                range: SectorRange::new(0, 2),
-                into,
-            }),
-        )
-        .unwrap();
-        assert_eq!(reply_of(&mut ring).result, Err(Errno(libc::EIO)));
-    }
-
-    #[test]
-    fn takes_more_operations_than_the_queue_has_entries() {
-        let file = tempfile::tempfile().unwrap();
-        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
-        let count = RING_ENTRIES as usize * 3 + 1;
-        for _ in 0..count {
-            push(&mut ring, operation(Action::Flush)).unwrap();
-        }
-        for _ in 0..count {
-            assert_eq!(reply_of(&mut ring).result, Ok(()));
-        }
-    }
-
-    #[test]
-    fn a_file_is_taken_and_let_go_while_others_are_in_use() {
-        let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
-        second.write_all_at(&[9; 512], 0).unwrap();
-        let mut ring = Ring::new(&[first.as_raw_fd()]).unwrap();
-        let read = |ring: &mut Ring| {
-            let into = BufferPool::default().take(512);
-            let range = SectorRange::new(0, 1);
-            let read = Operation {
-                replica: ReplicaIndex(7),
-                ..operation(Action::Read { range, into })
-            };
-            push(ring, read).unwrap();
-            reply_of(ring)
-        };
-        assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
-        ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd())).unwrap();
-        let reply = read(&mut ring);
-        assert_eq!(reply.result, Ok(()));
-        assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|byte| *byte == 9)));
-        ring.set_file(ReplicaIndex(7), None).unwrap();
-        assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
-    }
-
-    #[test]
-    fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
-        let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
-        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let watch = ring.watch(&event, WatchToken(3)).unwrap();
-        for _ in 0..3 {
-            event.write(1).unwrap();
-            let completion = ring.enter(Wait::Forever).unwrap().pop_front();
-            assert!(matches!(completion, Some(Completion::Readable(WatchToken(3)))));
-        }
-        ring.unwatch(&watch).unwrap();
-        event.write(1).unwrap();
-        while !ring.in_flight.is_empty() {
-            assert!(ring.enter(Wait::Forever).unwrap().is_empty());
-        }
-    }
-    #[test]
-    fn what_cannot_be_watched_takes_no_other_watch_with_it() {
-        let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
-        // Names a file, and cannot be used.
-        let path = File::options()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open("/")
-            .unwrap();
-        let hopeless = ring.watch(&path, WatchToken(1)).unwrap();
-        ring.enter(Wait::Forever).unwrap().clear();
-        let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let _watch = ring.watch(&event, WatchToken(2)).unwrap();
-        ring.unwatch(&hopeless).unwrap();
-        ring.enter(Wait::AtMost(Duration::from_millis(1)))
-            .unwrap()
-            .clear();
-        event.write(1).unwrap();
-        let completion = ring
-            .enter(Wait::AtMost(Duration::from_secs(20)))
-            .unwrap()
-            .pop_front();
-        assert!(
-            matches!(completion, Some(Completion::Readable(WatchToken(2)))),
-            "{completion:?}"
-        );
-    }
-}
+mod tests;

@@ -1,0 +1,236 @@
+//! The ring with real files and a real kernel.
+
+use std::fs::File;
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::rc::Rc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::in_flight::len_of;
+use super::*;
+use crate::quorum::{SECTOR_BYTES, SectorRange};
+use crate::replica::operation::RequestId;
+use crate::replica::zero::{Way, ZEROES_BYTES};
+use crate::statistics::Recorder;
+
+fn operation(action: Action) -> Operation {
+    Operation {
+        request: RequestId(7),
+        replica: ReplicaIndex(0),
+        action,
+    }
+}
+
+fn push(ring: &mut Ring, operation: Operation) -> io::Result<()> {
+    ring.push(operation, Recorder::nobodys().now())
+}
+
+fn reply_of(ring: &mut Ring) -> Reply {
+    loop {
+        if let Some(Completion::Reply(reply, _)) = ring.enter(Wait::Forever).unwrap().pop_front() {
+            return reply;
+        }
+    }
+}
+
+#[test]
+fn writes_reads_and_flushes() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(1 << 20).unwrap();
+    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let pool = BufferPool::default();
+    let mut data = pool.take(4096);
+    data.fill(0xa5);
+    push(
+        &mut ring,
+        operation(Action::Write {
+            range: SectorRange::new(9, 2),
+            data: Rc::new(data),
+            offset_bytes: 512,
+            durable: true,
+        }),
+    )
+    .unwrap();
+    assert_eq!(reply_of(&mut ring).result, Ok(()));
+    let mut bytes = [0; 4 * 512];
+    file.read_exact_at(&mut bytes, 8 * 512).unwrap();
+    assert!(bytes[512..1536].iter().all(|b| *b == 0xa5));
+    assert!(bytes[..512].iter().chain(&bytes[1536..]).all(|b| *b == 0));
+
+    let into = pool.take(512);
+    push(
+        &mut ring,
+        operation(Action::Read {
+            range: SectorRange::new(10, 1),
+            into,
+        }),
+    )
+    .unwrap();
+    let reply = reply_of(&mut ring);
+    assert_eq!((reply.request, reply.result), (RequestId(7), Ok(())));
+    assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|b| *b == 0xa5)));
+
+    push(&mut ring, operation(Action::Flush)).unwrap();
+    assert_eq!(reply_of(&mut ring).result, Ok(()));
+    assert_eq!(ring.operations, 0);
+}
+
+fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
+    push(
+        ring,
+        operation(Action::Zero {
+            range,
+            unmap,
+            durable: true,
+        }),
+    )
+    .unwrap();
+    reply_of(ring).result
+}
+
+#[test]
+fn zeroes_in_every_way_and_nothing_else() {
+    let file = tempfile::tempfile().unwrap();
+    let len = 3 * ZEROES_BYTES;
+    let lacks_nothing = |_: &mut Ways| {};
+    let lacks_holes = |ways: &mut Ways| {
+        ways.after(ReplicaIndex(0), true, Way::PunchHole, Errno(libc::EOPNOTSUPP));
+    };
+    let lacks_both = |ways: &mut Ways| {
+        for way in [Way::PunchHole, Way::ZeroRange] {
+            ways.after(ReplicaIndex(0), true, way, Errno(libc::EOPNOTSUPP));
+        }
+    };
+    let kinds: [&dyn Fn(&mut Ways); 3] = [&lacks_nothing, &lacks_holes, &lacks_both];
+    for (lacks, unmap) in kinds
+        .into_iter()
+        .flat_map(|lacks| [(lacks, true), (lacks, false)])
+    {
+        file.write_all_at(&vec![7; len], 0).unwrap();
+        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        lacks(&mut ring.ways);
+        // Neither end is that of a page.
+        let range = SectorRange::new(3, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 77);
+        assert_eq!(zero(&mut ring, range, unmap), Ok(()));
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        let start = len_of(range.start * SECTOR_BYTES);
+        let (before, rest) = bytes.split_at(start);
+        let (zeroed, after) = rest.split_at(len_of(range.bytes()));
+        assert!(
+            before.iter().chain(after).all(|byte| *byte == 7),
+            "unmap: {unmap}"
+        );
+        assert!(zeroed.iter().all(|byte| *byte == 0), "unmap: {unmap}");
+        assert_eq!(ring.operations, 0);
+    }
+}
+
+#[test]
+fn unmapping_gives_the_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let file = tempfile::tempfile().unwrap();
+    file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
+    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    assert_eq!(zero(&mut ring, SectorRange::new(0, 2048), true), Ok(()));
+    assert_eq!(file.metadata().unwrap().blocks(), 0);
+}
+
+#[test]
+fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
+    let file = tempfile::tempfile().unwrap();
+    file.set_len(768).unwrap();
+    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let into = BufferPool::default().take(1024);
+    push(
+        &mut ring,
+        operation(Action::Read {
+            range: SectorRange::new(0, 2),
+            into,
+        }),
+    )
+    .unwrap();
+    assert_eq!(reply_of(&mut ring).result, Err(Errno(libc::EIO)));
+}
+
+#[test]
+fn takes_more_operations_than_the_queue_has_entries() {
+    let file = tempfile::tempfile().unwrap();
+    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let count = RING_ENTRIES as usize * 3 + 1;
+    for _ in 0..count {
+        push(&mut ring, operation(Action::Flush)).unwrap();
+    }
+    for _ in 0..count {
+        assert_eq!(reply_of(&mut ring).result, Ok(()));
+    }
+}
+
+#[test]
+fn a_file_is_taken_and_let_go_while_others_are_in_use() {
+    let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+    second.write_all_at(&[9; 512], 0).unwrap();
+    let mut ring = Ring::new(&[first.as_raw_fd()]).unwrap();
+    let read = |ring: &mut Ring| {
+        let into = BufferPool::default().take(512);
+        let range = SectorRange::new(0, 1);
+        let read = Operation {
+            replica: ReplicaIndex(7),
+            ..operation(Action::Read { range, into })
+        };
+        push(ring, read).unwrap();
+        reply_of(ring)
+    };
+    assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
+    ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd())).unwrap();
+    let reply = read(&mut ring);
+    assert_eq!(reply.result, Ok(()));
+    assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|byte| *byte == 9)));
+    ring.set_file(ReplicaIndex(7), None).unwrap();
+    assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
+}
+
+#[test]
+fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
+    let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let watch = ring.watch(&event, WatchToken(3)).unwrap();
+    for _ in 0..3 {
+        event.write(1).unwrap();
+        let completion = ring.enter(Wait::Forever).unwrap().pop_front();
+        assert!(matches!(completion, Some(Completion::Readable(WatchToken(3)))));
+    }
+    ring.unwatch(&watch).unwrap();
+    event.write(1).unwrap();
+    while !ring.in_flight.is_empty() {
+        assert!(ring.enter(Wait::Forever).unwrap().is_empty());
+    }
+}
+
+#[test]
+fn what_cannot_be_watched_takes_no_other_watch_with_it() {
+    let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
+    // Names a file, and cannot be used.
+    let path = File::options()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open("/")
+        .unwrap();
+    let hopeless = ring.watch(&path, WatchToken(1)).unwrap();
+    ring.enter(Wait::Forever).unwrap().clear();
+    let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let _watch = ring.watch(&event, WatchToken(2)).unwrap();
+    ring.unwatch(&hopeless).unwrap();
+    ring.enter(Wait::AtMost(Duration::from_millis(1)))
+        .unwrap()
+        .clear();
+    event.write(1).unwrap();
+    let completion = ring
+        .enter(Wait::AtMost(Duration::from_secs(20)))
+        .unwrap()
+        .pop_front();
+    assert!(
+        matches!(completion, Some(Completion::Readable(WatchToken(2)))),
+        "{completion:?}"
+    );
+}
