@@ -19,193 +19,24 @@
 //! Invariants: a replica has at most one resync; a job without pieces in flight that is not paused is either waiting
 //! for a moment that [`Jobs::next`] has named, or for a replica that is out of service, which tells when it is back.
 
+mod info;
 mod job;
 pub mod pace;
+mod piece;
 
 use std::collections::VecDeque;
-use std::fmt;
-use std::str::FromStr;
 use std::time::Duration;
 
+pub use self::info::{
+    JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotBegun, UnknownJob,
+};
 use self::job::{Job, Task};
 use self::pace::{GuestRequests, Pace};
+pub use self::piece::{Next, Piece, PieceEnd, PieceId, Work};
 use crate::limits::{JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, PIECE_BYTES_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 use crate::quorum::ranges::RangeSet;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
-
-/// Names a job, for as long as the daemon runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct JobId(pub u32);
-
-impl fmt::Display for JobId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "job{}", self.0)
-    }
-}
-
-impl FromStr for JobId {
-    type Err = UnknownJob;
-
-    fn from_str(text: &str) -> Result<Self, UnknownJob> {
-        let number = text.strip_prefix("job").and_then(|number| number.parse().ok());
-        let id = number.map(Self).filter(|id| id.to_string() == text);
-        id.ok_or(UnknownJob)
-    }
-}
-
-/// No job has this name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no such job")]
-pub struct UnknownJob;
-
-/// What a job does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum JobKind {
-    /// Brings this replica up to date.
-    Resync(ReplicaIndex),
-    /// Reads everything on every replica, and votes.
-    Scrub {
-        /// Write the winner over what lost.
-        repair: bool,
-    },
-    /// Scrubs what is near to damage that was found.
-    NeighbourhoodScrub,
-}
-
-impl JobKind {
-    /// The kind in events and commands.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Resync(_) => "quorum-resync",
-            Self::Scrub { .. } => "quorum-scrub",
-            Self::NeighbourhoodScrub => "quorum-neighbourhood-scrub",
-        }
-    }
-}
-
-/// The state of a job: those of QEMU's `JobStatus` that occur here.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum JobStatus {
-    /// It has been made.
-    Created,
-    /// It is at work, or waits for a replica.
-    Running,
-    /// It begins nothing until it is resumed.
-    Paused,
-    /// It was cancelled, and the last of it is not back.
-    Aborting,
-    /// It has ended.
-    Concluded,
-    /// It is forgotten.
-    Null,
-}
-
-impl JobStatus {
-    /// The name that QEMU has for it.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Created => "created",
-            Self::Running => "running",
-            Self::Paused => "paused",
-            Self::Aborting => "aborting",
-            Self::Concluded => "concluded",
-            Self::Null => "null",
-        }
-    }
-}
-
-/// All that there is to know of a job.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobInfo {
-    /// Its name.
-    pub id: JobId,
-    /// What it does.
-    pub kind: JobKind,
-    /// Its state.
-    pub status: JobStatus,
-    /// How much of it is done.
-    pub current_bytes: u64,
-    /// How much there is to do. That of a resync may grow while it runs.
-    pub total_bytes: u64,
-    /// Bytes a second, at most; 0: as fast as leaves the guest its share.
-    pub speed_bytes: u64,
-    /// Sectors that it found to be bad, counted once for each replica.
-    pub sectors_found: u64,
-    /// Sectors that it has written.
-    pub sectors_written: u64,
-    /// What keeps it from having done what it was to do.
-    pub error: Option<JobFailure>,
-}
-
-/// What a job could not do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum JobFailure {
-    /// The replica could not be brought up to date.
-    #[error("{sectors} sectors could not be copied")]
-    NotCopied {
-        /// How many sectors are still stale.
-        sectors: u64,
-    },
-    /// The replica was removed meanwhile.
-    #[error("the replica was removed")]
-    Removed,
-    /// No version of some sectors has a quorum.
-    #[error("{sectors} sectors have no quorum")]
-    NoQuorum {
-        /// How many sectors.
-        sectors: u64,
-    },
-    /// Some replicas could not be read everywhere.
-    #[error("{replicas} replicas could not be read everywhere")]
-    NotRead {
-        /// How many replicas.
-        replicas: usize,
-    },
-    /// What was written could not be made durable.
-    #[error("what was written could not be flushed")]
-    NotFlushed,
-    /// What was bad could not be written everywhere.
-    #[error("{sectors} bad sectors could not be written")]
-    NotMended {
-        /// How many sectors.
-        sectors: u64,
-    },
-}
-
-/// Something to tell of a job.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct JobEvent {
-    /// The job, as it was then.
-    pub job: JobInfo,
-    /// What has happened.
-    pub what: JobChange,
-}
-
-/// What has happened to a job.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum JobChange {
-    /// Its status is another one (JOB_STATUS_CHANGE).
-    Status,
-    /// It has come to its end, with or without an error (BLOCK_JOB_COMPLETED).
-    Completed,
-    /// It was cancelled (BLOCK_JOB_CANCELLED).
-    Cancelled,
-}
-
-/// Why a job is not begun.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotBegun {
-    /// The replica has one already.
-    #[error("it is being brought up to date already, by {0}")]
-    InResync(JobId),
-    /// The replica is not the disk's.
-    #[error("it is no replica of this disk")]
-    NoMember,
-    /// There are too many.
-    #[error("there are {JOBS_MAX} jobs already")]
-    TooMany,
-}
 
 /// The sizes by which jobs go.
 #[derive(Clone, Copy, Debug)]
@@ -223,70 +54,6 @@ impl Default for Sizes {
             neighbourhood_sectors: NEIGHBOURHOOD_BYTES / SECTOR_BYTES,
         }
     }
-}
-
-/// Names a piece of work on its way.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PieceId(pub u64);
-
-/// Something for the engine to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
-    /// Its name, for [`Jobs::ended`].
-    pub id: PieceId,
-    /// What to do.
-    pub work: Work,
-}
-
-/// What a piece of work is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Work {
-    /// Write the winner to this replica.
-    Resync {
-        /// The replica.
-        replica: ReplicaIndex,
-        /// The sectors.
-        range: SectorRange,
-    },
-    /// Ask every replica, and vote.
-    Scrub {
-        /// The sectors.
-        range: SectorRange,
-        /// Write the winner to those that lost or failed.
-        repair: bool,
-        /// Damage that is found is to be told to [`Jobs::damaged`].
-        spreads: bool,
-    },
-    /// Make durable what was written.
-    Flush,
-}
-
-/// How a piece of work ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct PieceEnd {
-    /// Sectors that lost the vote, counted once for each replica.
-    pub found: u64,
-    /// Sectors written.
-    pub written: u64,
-    /// Sectors that could not be written.
-    pub not_written: u64,
-    /// Sectors without a winner.
-    pub undecided: u64,
-    /// Members that gave nothing for it.
-    pub unread: ReplicaSet,
-    /// A flush, or all of it, failed.
-    pub failed: bool,
-}
-
-/// What there is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Next {
-    /// This, now.
-    Piece(Piece),
-    /// Nothing before this moment.
-    At(Duration),
-    /// Nothing until something changes.
-    Nothing,
 }
 
 /// The jobs of a disk.
