@@ -29,8 +29,8 @@ use crate::control::http::MetricsServer;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
 use crate::control::socket::{BindError, bind_unix_listener};
-use crate::device::DiskInfo;
 use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend};
+use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT, REPLICAS_MAX};
@@ -125,7 +125,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
             replicas.len(),
             config.vote_threshold,
             count,
-            info.capacity_sectors,
+            info.capacity.sectors(),
         )),
         files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
         released: released.clone(),
@@ -223,7 +223,7 @@ fn serve(
         .map_err(system("cannot start the frontend thread"))?;
     info!(
         "serving {} MiB from {} replicas, vote threshold {}",
-        (disk.info.capacity_sectors * SECTOR_BYTES) >> 20,
+        disk.info.capacity.bytes() >> 20,
         config.replicas.len(),
         disk.policy.threshold
     );
@@ -253,7 +253,7 @@ fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
     let greatest = |bytes: fn(&ReplicaFile) -> u32| replicas.iter().map(bytes).max().unwrap_or(512);
     let block_bytes = greatest(|replica| replica.alignment_bytes);
     DiskInfo {
-        capacity_sectors: replicas[0].size_bytes / SECTOR_BYTES,
+        capacity: Capacity::new(replicas[0].size_bytes / SECTOR_BYTES),
         block_bytes,
         physical_block_bytes: greatest(|replica| replica.physical_block_bytes).max(block_bytes),
         read_only: config.read_only,

@@ -15,8 +15,8 @@ use std::time::{Duration, Instant};
 use common::client::Client;
 use common::images::{are_identical, corrupt_sectors, create_images};
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::device::DiskInfo;
 use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend};
+use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
@@ -65,7 +65,7 @@ fn serve() -> Served {
     let (stop, _) = channel();
     let disk = Disk {
         info: DiskInfo {
-            capacity_sectors,
+            capacity: Capacity::new(capacity_sectors),
             block_bytes: 512,
             physical_block_bytes: 4096,
             read_only: false,

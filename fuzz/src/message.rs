@@ -14,8 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::device::DiskInfo;
 use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
+use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::Sizes;
 use quorum_blk::statistics::Statistics;
@@ -214,7 +214,7 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
 impl Machine {
     fn new() -> Self {
         let info = DiskInfo {
-            capacity_sectors: REPLICA_BYTES / 512,
+            capacity: Capacity::new(REPLICA_BYTES / 512),
             block_bytes: 512,
             physical_block_bytes: 4096,
             read_only: false,
@@ -237,7 +237,7 @@ impl Machine {
                 replica_timeout: Duration::from_secs(3600),
                 job_sizes: Sizes::default(),
             },
-            shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity_sectors)),
+            shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity.sectors())),
             files: replicas.iter().map(AsRawFd::as_raw_fd).collect(),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),

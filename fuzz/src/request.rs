@@ -5,7 +5,7 @@
 
 use quorum_blk::device::chain::Chain;
 use quorum_blk::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
-use quorum_blk::device::{DiskInfo, GuestMemory, View};
+use quorum_blk::device::{Capacity, DiskInfo, GuestMemory, View};
 use quorum_blk::limits::{QUEUE_SIZE_MAX, SECTOR_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
@@ -76,7 +76,7 @@ impl Case {
         let mut queue = Queue::new(QUEUE_SIZE_MAX).expect("a power of two");
         queue.set_size(1 << (options & 0xf).min(10));
         let info = DiskInfo {
-            capacity_sectors: CAPACITY_SECTORS,
+            capacity: Capacity::new(CAPACITY_SECTORS),
             block_bytes: if options & 0x20 == 0 { 512 } else { 4096 },
             physical_block_bytes: 4096,
             read_only: options & 0x10 != 0,

@@ -13,6 +13,7 @@ use crate::control::state::{
     ByOperation, DiskState, JobState, PolicyState, ReplicaState, Requests, ServiceState,
 };
 use crate::control::{Change, JobOrder, Operator};
+use crate::device::Capacity;
 use crate::engine::Shared;
 use crate::jobs::{JobInfo, JobKind, UnknownJob};
 use crate::limits::REPLICAS_MAX;
@@ -38,7 +39,7 @@ pub(super) struct DiskOperator {
 
 struct Fixed {
     node_name: String,
-    size: u64,
+    capacity: Capacity,
     policy: PolicyState,
     read_only: bool,
     direct: bool,
@@ -51,7 +52,7 @@ impl DiskOperator {
         let pattern = config.read_pattern.to_possible_value();
         let is = Fixed {
             node_name: config.node_name.clone(),
-            size: disk.info.capacity_sectors * SECTOR_BYTES,
+            capacity: disk.info.capacity.clone(),
             policy: PolicyState {
                 vote_threshold: config.vote_threshold,
                 read_pattern: pattern.map_or_else(String::new, |value| value.get_name().to_owned()),
@@ -155,7 +156,7 @@ impl Operator for DiskOperator {
         let counters = &self.shared.counters;
         DiskState {
             node_name: self.is.node_name.clone(),
-            size: self.is.size,
+            size: self.is.capacity.bytes(),
             policy: self.is.policy.clone(),
             read_only: self.is.read_only,
             direct: self.is.direct,

@@ -68,7 +68,7 @@ pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8>
         false => (ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX),
     };
     let config = ConfigSpace(virtio_blk_config {
-        capacity: info.capacity_sectors.to_le(),
+        capacity: info.capacity.sectors().to_le(),
         // Nothing depends on it: a request is cut where we like. Drivers make segments no longer.
         size_max: u32::try_from(PIECE_BYTES_MAX).expect("1 MiB").to_le(),
         seg_max: info.segments_max.to_le(),
@@ -97,10 +97,11 @@ pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8>
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::device::Capacity;
 
     fn info() -> DiskInfo {
         DiskInfo {
-            capacity_sectors: 0x0102_0304_0506,
+            capacity: Capacity::new(0x0102_0304_0506),
             block_bytes: 512,
             physical_block_bytes: 4096,
             read_only: false,

@@ -19,6 +19,9 @@ pub mod request;
 mod tests;
 mod view;
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
 use vhost_user_backend::VringMutex;
 use vm_memory::GuestMemoryAtomic;
 
@@ -30,11 +33,38 @@ use crate::quorum::{SECTOR_BYTES, SectorRange};
 /// A virtqueue with the descriptors it is kicked and signalled by.
 pub type Vring = VringMutex<GuestMemoryAtomic<GuestMemory>>;
 
+/// How large the disk is: one figure for all who serve it. It only grows.
+#[derive(Clone, Debug)]
+pub struct Capacity(Arc<AtomicU64>);
+
+impl Capacity {
+    /// Of a disk of so many sectors.
+    pub fn new(sectors: u64) -> Self {
+        Self(Arc::new(AtomicU64::new(sectors)))
+    }
+
+    /// In sectors.
+    pub fn sectors(&self) -> u64 {
+        self.0.load(Ordering::Acquire)
+    }
+
+    /// In bytes.
+    pub fn bytes(&self) -> u64 {
+        self.sectors() * SECTOR_BYTES
+    }
+
+    /// Requests may go as far as that from now on. To be called when every replica can serve them, and what is known
+    /// of the replicas covers them.
+    pub fn grow(&self, sectors: u64) {
+        self.0.fetch_max(sectors, Ordering::AcqRel);
+    }
+}
+
 /// What the disk is to the guest.
 #[derive(Clone, Debug)]
 pub struct DiskInfo {
-    /// Capacity in sectors.
-    pub capacity_sectors: u64,
+    /// How large it is.
+    pub capacity: Capacity,
     /// Logical block size in bytes: requests are multiples of it.
     pub block_bytes: u32,
     /// What the replicas write at a time at least, in bytes: a power of two, not below `block_bytes`.
@@ -57,6 +87,6 @@ impl DiskInfo {
         let whole = bytes.is_multiple_of(u64::from(self.block_bytes)) && sector.is_multiple_of(block_sectors);
         let range = SectorRange::new(sector, bytes / SECTOR_BYTES);
         let end = sector.checked_add(range.count)?;
-        (whole && end <= self.capacity_sectors).then_some(range)
+        (whole && end <= self.capacity.sectors()).then_some(range)
     }
 }

@@ -5,8 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use quorum_blk::device::DiskInfo;
 use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend};
+use quorum_blk::device::{Capacity, DiskInfo};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemoryRegion,
@@ -58,7 +58,7 @@ pub(super) struct Machine {
 fn disk_info() -> DiskInfo {
     DiskInfo {
         // Large enough for a discard of many pieces.
-        capacity_sectors: 1 << 17,
+        capacity: Capacity::new(1 << 17),
         block_bytes: 512,
         physical_block_bytes: 4096,
         read_only: false,

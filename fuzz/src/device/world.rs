@@ -198,7 +198,7 @@ fn check_piece(request: &GuestRequest, info: &DiskInfo) {
     let check = |range: SectorRange, bytes_max: u64| {
         let block_sectors = u64::from(info.block_bytes) / SECTOR_BYTES;
         let end = range.start.checked_add(range.count).expect("an end");
-        assert!(range.count > 0 && end <= info.capacity_sectors && range.bytes() <= bytes_max);
+        assert!(range.count > 0 && end <= info.capacity.sectors() && range.bytes() <= bytes_max);
         assert!(range.start.is_multiple_of(block_sectors) && range.count.is_multiple_of(block_sectors));
     };
     match request {

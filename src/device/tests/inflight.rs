@@ -43,7 +43,7 @@ fn survives(life: impl FnOnce()) -> bool {
 /// Has room for as many requests as a life makes.
 fn small_disk() -> DiskInfo {
     DiskInfo {
-        capacity_sectors: 128,
+        capacity: Capacity::new(128),
         ..disk_info()
     }
 }

@@ -54,7 +54,7 @@ impl RingServer for Server {
 impl Vmm {
     fn new() -> Self {
         let info = DiskInfo {
-            capacity_sectors: 128,
+            capacity: Capacity::new(128),
             ..disk_info()
         };
         let file = tempfile::tempfile().unwrap();

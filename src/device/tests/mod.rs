@@ -25,7 +25,7 @@ use virtio_bindings::virtio_blk::{
 use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend};
 
 use super::guest::Guest;
-use super::{DiskInfo, GuestMemory, Vring};
+use super::{Capacity, DiskInfo, GuestMemory, Vring};
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
 use crate::quorum::SectorRange;
@@ -139,7 +139,7 @@ struct Machine {
 
 fn disk_info() -> DiskInfo {
     DiskInfo {
-        capacity_sectors: 6144,
+        capacity: Capacity::new(6144),
         block_bytes: 512,
         physical_block_bytes: 512,
         read_only: false,
@@ -195,7 +195,7 @@ impl Machine {
         }
         // Each byte depends on its place, and none of them is a small number. Of a disk that is larger than
         // that, nothing behind it is read or written.
-        let disk = (0..info.capacity_sectors.min(1 << 16) * 512)
+        let disk = (0..info.capacity.sectors().min(1 << 16) * 512)
             .map(|place| (place / 512 * 31 + place).to_le_bytes()[0] | 0x80)
             .collect();
         let mut guest = Guest::new(info, shared, vrings.clone(), BufferPool::default());

@@ -49,7 +49,7 @@ fn scatter(machine: &mut Machine, parts: &[Part], mut bytes: &[u8]) {
 
 fn small_disk() -> DiskInfo {
     DiskInfo {
-        capacity_sectors: 32,
+        capacity: Capacity::new(32),
         ..disk_info()
     }
 }

@@ -204,7 +204,7 @@ fn status_of(machine: &mut Machine, request_type: u32, sector: u64, bytes: usize
 #[test]
 fn what_lies_beyond_the_disk_is_an_error() {
     let mut machine = Machine::new();
-    let end = disk_info().capacity_sectors;
+    let end = disk_info().capacity.sectors();
     for request_type in [IN, OUT] {
         for (sector, bytes, status) in [
             (end - 1, 512, OK),

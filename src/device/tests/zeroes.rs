@@ -50,7 +50,7 @@ fn flags_that_are_reserved_are_unsupported_and_nothing_is_done() {
         assert_eq!(status_of(&mut machine, request_type, &bad), UNSUPP);
     }
     // The flag is looked at before the range.
-    let end = disk_info().capacity_sectors;
+    let end = disk_info().capacity.sectors();
     assert_eq!(
         status_of(
             &mut machine,
@@ -65,7 +65,7 @@ fn flags_that_are_reserved_are_unsupported_and_nothing_is_done() {
 #[test]
 fn limits_are_those_of_the_config_space() {
     let info = DiskInfo {
-        capacity_sectors: 1 << 40,
+        capacity: Capacity::new(1 << 40),
         ..disk_info()
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
@@ -118,7 +118,7 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
     let pieces = 3 * ZERO_PIECES_IN_FLIGHT_MAX as u64;
     let piece_sectors = ZERO_BYTES_MAX / 512;
     let info = DiskInfo {
-        capacity_sectors: pieces * piece_sectors,
+        capacity: Capacity::new(pieces * piece_sectors),
         ..disk_info()
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
@@ -176,7 +176,7 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
 #[test]
 fn a_piece_that_fails_ends_the_request_once() {
     let info = DiskInfo {
-        capacity_sectors: 1 << 30,
+        capacity: Capacity::new(1 << 30),
         ..disk_info()
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
