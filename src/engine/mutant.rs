@@ -32,6 +32,11 @@ pub enum Mutant {
     ReturnEarly,
     /// A replica that was added votes at once, wherever.
     AddedNotStale,
+    /// The disk grows, and what is known of the replicas does not cover what is new.
+    GrowthUntold,
+    /// Replicas that the disk grows by hold there what they like. Broken by the simulator, as the engine asks for
+    /// nothing.
+    GrownNotZeroed,
     /// A replica is removed although it is needed.
     RemovedNeeded,
     /// A replica is removed that holds the last durable copies of a sector.
@@ -49,7 +54,7 @@ pub enum Mutant {
 }
 
 /// All of them.
-pub const ALL: [Mutant; 19] = [
+pub const ALL: [Mutant; 21] = [
     Mutant::VotePerRequest,
     Mutant::NoRangeLock,
     Mutant::RewriteUnconfirmed,
@@ -62,6 +67,8 @@ pub const ALL: [Mutant; 19] = [
     Mutant::ReturnNotStale,
     Mutant::ReturnEarly,
     Mutant::AddedNotStale,
+    Mutant::GrowthUntold,
+    Mutant::GrownNotZeroed,
     Mutant::RemovedNeeded,
     Mutant::RemovedNotDurable,
     Mutant::ReleasedEarly,

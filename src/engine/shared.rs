@@ -209,6 +209,16 @@ impl Shared {
         Ok(())
     }
 
+    /// The disk has so many sectors now, and every replica holds zeroes in those that are new. To be called before any
+    /// request may reach them.
+    pub fn grow(&self, capacity_sectors: u64) {
+        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        jobs.grow(capacity_sectors);
+        if !is_broken(Mutant::GrowthUntold) {
+            self.health(|health| health.grow(capacity_sectors));
+        }
+    }
+
     /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of the first
     /// engine.
     pub fn jobs<R>(&self, mut tell: impl FnMut(JobEvent), with: impl FnOnce(&mut Jobs, &Health) -> R) -> R {

@@ -118,6 +118,13 @@ impl Jobs {
         self.retry_after = retry_after;
     }
 
+    /// The disk has so many sectors now. A scrub of the whole disk that has begun still ends where the disk ended then:
+    /// what is new is zeroes on every replica, or was written since.
+    pub fn grow(&mut self, capacity_sectors: u64) {
+        self.capacity_sectors = capacity_sectors;
+        self.near.grow(capacity_sectors);
+    }
+
     /// Whether there is any.
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty() && self.damage.is_empty()

@@ -93,6 +93,19 @@ impl ReplicaHealth {
         }
     }
 
+    fn grow(&mut self, capacity_sectors: u64) {
+        let sets = [
+            &mut self.stale,
+            &mut self.uncovered,
+            &mut self.blank,
+            &mut self.healed,
+            &mut self.healed_before_flush,
+        ];
+        for set in sets {
+            set.grow(capacity_sectors);
+        }
+    }
+
     /// `range` was written. `volatile`: not to stable storage.
     fn heal(&mut self, range: SectorRange, volatile: bool) {
         if self.stale.is_empty() {
@@ -174,6 +187,17 @@ impl Health {
     /// Sectors of the disk.
     pub fn capacity_sectors(&self) -> u64 {
         self.capacity_sectors
+    }
+
+    /// The disk has so many sectors now. All members, whatever state they are in, hold zeroes in those that are new, and
+    /// so none is stale there.
+    pub fn grow(&mut self, capacity_sectors: u64) {
+        debug_assert!(capacity_sectors >= self.capacity_sectors);
+        self.capacity_sectors = capacity_sectors;
+        self.written.grow(capacity_sectors);
+        for state in &mut self.replicas {
+            state.grow(capacity_sectors);
+        }
     }
 
     /// Makes `replica` a member, in service and stale everywhere. Its place must be free.

@@ -44,6 +44,11 @@ impl RangeSet {
         }
     }
 
+    /// The disk ends there now.
+    pub fn grow(&mut self, end_sector: u64) {
+        self.end_sector = self.end_sector.max(end_sector);
+    }
+
     /// Whether no sector is in the set.
     pub fn is_empty(&self) -> bool {
         self.ranges.is_empty()
@@ -308,6 +313,17 @@ mod tests {
         let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
         assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
+    }
+
+    #[test]
+    fn is_widened_up_to_the_new_end_of_a_disk_that_has_grown() {
+        let mut set = RangeSet::with_bound(2048, 5000, 3);
+        set.insert(SectorRange::new(4500, 1));
+        set.grow(10_000);
+        assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
+        set.insert(SectorRange::new(9000, 1));
+        let parts: Vec<_> = set.iter().collect();
+        assert_eq!(parts, [SectorRange::new(4096, 904), SectorRange::new(8192, 1808)]);
     }
 
     #[test]

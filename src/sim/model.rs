@@ -79,6 +79,13 @@ pub struct Model {
 impl Model {
     /// A disk of `sectors` sectors that hold the values of write 0.
     pub fn new(sectors: usize) -> Self {
+        let mut model = Self { sectors: Vec::new() };
+        model.grow(sectors);
+        model
+    }
+
+    /// The disk has so many sectors now; the new ones hold the values of write 0.
+    pub fn grow(&mut self, sectors: usize) {
         let initial = |sector| {
             vec![Written {
                 value: Value::written(0, sector),
@@ -90,9 +97,7 @@ impl Model {
                 last_begin: 0,
             }]
         };
-        Self {
-            sectors: (0..sectors).map(initial).collect(),
-        }
+        self.sectors.extend((self.sectors.len()..sectors).map(initial));
     }
 
     /// A write was submitted.

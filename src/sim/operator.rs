@@ -1,18 +1,21 @@
-//! What the operator does while the guest runs: replicas are added and removed, jobs begun, paused, cancelled.
+//! What the operator does while the guest runs: replicas are added and removed, the disk grows, jobs are begun, paused,
+//! cancelled.
 //!
 //! What must hold of it: a replica that was added never counts where it has not been written to (it begins with bytes
 //! that nobody wrote, so a read that returns them is noticed); none is removed that is needed; its place is free only
 //! when nothing is in flight there; jobs go through their states in order; a scrub finds whatever is damaged, mends it
-//! if it is to, and accuses nobody otherwise.
+//! if it is to, and accuses nobody otherwise; what a disk has grown by is zeroes until it is written, whoever is in
+//! service, on its way in or out.
 
 use super::Violation;
 use super::model::Value;
-use super::plan::{PLACES, bits};
+use super::plan::{PLACES, SECTORS_MAX, bits};
 use super::replica::SimReplica;
 use super::world::{Checked, PendingKind, World, trace};
+use crate::engine::mutant::{Mutant, is_broken};
 use crate::jobs::{JobChange, JobEvent, JobId, JobInfo, JobKind, JobStatus, Jobs};
-use crate::quorum::ReplicaIndex;
 use crate::quorum::health::{Health, NotRemoved};
+use crate::quorum::{ReplicaIndex, SectorRange};
 
 impl World {
     /// How many replicas the disk has.
@@ -33,7 +36,7 @@ impl World {
 
     /// The operator does something.
     pub(super) fn operate(&mut self) -> Checked {
-        match self.random.below(10) {
+        match self.random.below(11) {
             0 | 1 => self.add_replica(),
             2 | 3 => self.remove_replica(),
             4 | 5 => {
@@ -42,6 +45,10 @@ impl World {
                 self.statistics.scrubs += 1;
                 self.with_jobs(|jobs, health| jobs.scrub(repair, 0, health))
                     .map(|_| ())
+            }
+            10 => {
+                self.grow();
+                Ok(())
             }
             choice => self.operate_on_job(choice),
         }
@@ -62,6 +69,42 @@ impl World {
             _ => jobs.set_speed(id, speed),
         })
         .map(|_| ())
+    }
+
+    /// The disk grows. Every replica has been made longer by zeroes, durably, before anybody hears of it.
+    fn grow(&mut self) {
+        let blocks = (SECTORS_MAX - self.plan.sectors) / self.plan.block_sectors;
+        if blocks == 0 {
+            return;
+        }
+        self.plan.sectors += (1 + self.random.below(blocks.min(4))) * self.plan.block_sectors;
+        trace!(self, "operator: the disk grows to {}", self.plan.sectors);
+        self.statistics.grown += 1;
+        let (from, sectors) = (
+            self.stirred.len(),
+            usize::try_from(self.plan.sectors).expect("few"),
+        );
+        self.stirred.resize(sectors, 0);
+        self.model.grow(sectors);
+        for replica in &mut self.replicas {
+            replica.grow(sectors);
+        }
+        if is_broken(Mutant::GrownNotZeroed) {
+            for place in self.members() {
+                for sector in from..sectors {
+                    self.rotten += 1;
+                    self.replicas[place].rot(sector, Value::rotten(self.rotten));
+                }
+            }
+        }
+        // Who has left the set is not asked there either until it is back.
+        let new = self
+            .plan
+            .mask(SectorRange::new(from as u64, (sectors - from) as u64));
+        for place in bits(u64::from(self.ledger.out)) {
+            self.mark_excused(place, new);
+        }
+        self.shared.grow(self.plan.sectors);
     }
 
     fn add_replica(&mut self) -> Checked {

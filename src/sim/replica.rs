@@ -39,6 +39,13 @@ impl SimReplica {
         }
     }
 
+    /// It has so many sectors now; the new ones hold the values of write 0, durably.
+    pub fn grow(&mut self, sectors: usize) {
+        let new = self.cached.len()..sectors;
+        self.cached.extend(new.clone().map(|s| Value::written(0, s)));
+        self.durable.extend(new.map(|s| Value::written(0, s)));
+    }
+
     /// What a read of the sector sees.
     pub fn value(&self, sector: usize) -> Value {
         self.cached[sector]

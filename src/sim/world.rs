@@ -149,6 +149,8 @@ pub struct Statistics {
     pub added: u64,
     /// Replicas removed.
     pub removed: u64,
+    /// How often the disk has grown.
+    pub grown: u64,
     /// Resyncs that have completed.
     pub resynced: u64,
     /// Scrubs of the operator.
@@ -167,6 +169,7 @@ impl Statistics {
         self.three_versions += other.three_versions;
         self.added += other.added;
         self.removed += other.removed;
+        self.grown += other.grown;
         self.resynced += other.resynced;
         self.scrubs += other.scrubs;
     }

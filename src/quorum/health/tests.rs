@@ -179,6 +179,20 @@ fn who_is_needed_in_one_sector_stays() {
 }
 
 #[test]
+fn a_disk_that_grows_is_fresh_where_it_is_new_on_all_that_are_its_replicas_then() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 16);
+    write(&mut health, range(8, 8), &[C]);
+    health.grow(32);
+    assert_eq!(health.stale_in(range(16, 16)), ReplicaSet::EMPTY);
+    assert_eq!(health.stale_in(range(0, 16)), set(&[C]));
+    write(&mut health, range(24, 8), &[B]);
+    assert!(!health.leave(A), "in the new part two are needed too");
+    let added = ReplicaIndex(3);
+    health.add(added);
+    assert_eq!(health.stale_parts(added, range(0, 64)), [range(0, 32)]);
+}
+
+#[test]
 fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let began = health.change_begins();
