@@ -1,10 +1,13 @@
-//! What an operator does to a disk while it is served: replicas are added and removed, brought up to date, scrubbed.
+//! What an operator does to a disk while it is served: replicas are added and removed, brought up to date, scrubbed;
+//! the disk grows.
 //!
 //! Its methods may be called from any thread but those of the workers. They wait for the workers to take note, and for
 //! the kernel to open and close files, never for a guest.
 //!
 //! Invariants: a file is closed when no worker uses it any more, and its lock is given back then, not sooner; one
 //! replica is added or removed at a time.
+
+mod resize;
 
 use std::io;
 use std::os::fd::AsRawFd;
@@ -13,13 +16,17 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{info, warn};
 
+use self::resize::Growers;
+pub use self::resize::NotGrown;
 use crate::control::events::NodeNames;
 use crate::control::queue::EventQueue;
+use crate::device::Capacity;
+use crate::device::back_channel::BackChannel;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotBegun, UnknownJob};
 use crate::message::{Quoted, Reason};
-use crate::quorum::ReplicaIndex;
 use crate::quorum::health::NotRemoved;
+use crate::quorum::{ReplicaIndex, SECTOR_BYTES};
 use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, OpenOptions, ReplicaFile, ReplicaSource, open_beside};
 use crate::replica::table::ReplicaTable;
@@ -82,6 +89,22 @@ pub enum UpkeepError {
     /// There is no job of that name.
     #[error(transparent)]
     UnknownJob(#[from] UnknownJob),
+    /// A disk only grows.
+    #[error(
+        "the disk has {0} bytes; it can be made larger, not smaller: what is stored at its end would be lost"
+    )]
+    Smaller(u64),
+    /// The size is not one that a disk can have.
+    #[error("the size must be a multiple of {0} bytes, and less than 8 EiB")]
+    Size(u32),
+    /// An image is still waited for.
+    #[error(
+        "a replica that did not answer has not settled since the last time; try again later, or remove it"
+    )]
+    Unsettled,
+    /// A replica cannot be made longer.
+    #[error(transparent)]
+    NotGrown(#[from] NotGrown),
 }
 
 /// What has come of removing a replica.
@@ -101,9 +124,13 @@ pub struct Upkeep {
     names: NodeNames,
     events: Arc<EventQueue>,
     options: OpenOptions,
+    capacity: Capacity,
     block_bytes: u32,
     blkverify: bool,
-    /// Held while a replica is added or removed.
+    /// Of all connections.
+    back_channels: Vec<BackChannel>,
+    growers: Growers,
+    /// Held while a replica is added or removed, or the disk grows.
     changing: Mutex<()>,
 }
 
@@ -126,8 +153,11 @@ impl Upkeep {
             table,
             events: Arc::clone(&disk.events),
             options,
+            capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
             blkverify: disk.policy.blkverify,
+            back_channels: disk.slots.iter().map(|slot| slot.back_channel.clone()).collect(),
+            growers: Growers::default(),
             changing: Mutex::new(()),
         };
         let (workers, table) = (upkeep.workers.clone(), Arc::clone(&upkeep.table));
@@ -163,7 +193,13 @@ impl Upkeep {
         let index = self.table.free_place().ok_or(UpkeepError::Full)?;
         let open = self.table.open();
         let others: Vec<_> = open.into_iter().map(|(_, file)| file).collect();
-        let file = open_beside(&others, source, self.options, self.block_bytes)?;
+        let file = open_beside(
+            &others,
+            source,
+            self.options,
+            self.capacity.bytes(),
+            self.block_bytes,
+        )?;
         let node_name = source.node_name.clone();
         let alignment_bytes = file.memory_alignment_bytes;
         if alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES {
@@ -220,6 +256,42 @@ impl Upkeep {
             Quoted(node_name)
         );
         Ok(Removed::StillOpen)
+    }
+
+    /// Makes the disk larger: all its replicas, and then tells the guest. With the size that it has the guest is told once
+    /// more.
+    ///
+    /// # Errors
+    /// If the size is none for this disk, or a replica cannot have it; then the guest has seen nothing, and those
+    /// that were made longer already are put back.
+    pub fn resize(&self, size_bytes: u64) -> Result<(), UpkeepError> {
+        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        if self.options.read_only {
+            return Err(UpkeepError::ReadOnly);
+        }
+        let from = self.capacity.bytes();
+        if size_bytes < from {
+            return Err(UpkeepError::Smaller(from));
+        }
+        if !size_bytes.is_multiple_of(u64::from(self.block_bytes)) || i64::try_from(size_bytes).is_err() {
+            return Err(UpkeepError::Size(self.block_bytes));
+        }
+        if size_bytes > from {
+            if self.growers.are_unsettled() {
+                return Err(UpkeepError::Unsettled);
+            }
+            let replicas: Vec<_> = self.replicas().into_iter().map(|(_, file)| file).collect();
+            self.growers
+                .grow(&replicas, (from, size_bytes), self.workers.drain_limit())?;
+            let sectors = size_bytes / SECTOR_BYTES;
+            self.shared.grow(sectors);
+            self.capacity.grow(sectors);
+            info!("the disk has grown to {size_bytes} bytes");
+        }
+        for back_channel in &self.back_channels {
+            back_channel.tell_config_changed();
+        }
+        Ok(())
     }
 
     /// Brings a replica up to date whose resync was cancelled.

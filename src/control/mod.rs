@@ -41,6 +41,11 @@ pub enum Change {
     AddReplica(String),
     /// Remove a replica, and close its image.
     RemoveReplica(String),
+    /// Make the disk larger.
+    Resize {
+        /// Its bytes from then on.
+        size_bytes: u64,
+    },
     /// Begin to read everything on every replica.
     Scrub {
         /// Write the winners over what lost.

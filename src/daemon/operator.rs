@@ -206,6 +206,7 @@ impl Operator for DiskOperator {
             Change::RemoveReplica(node_name) => {
                 upkeep.remove_replica(&node_name).map(|_| None).map_err(line)?
             }
+            Change::Resize { size_bytes } => upkeep.resize(size_bytes).map(|()| None).map_err(line)?,
             Change::Scrub { repair, speed_bytes } => Some(upkeep.scrub(repair, speed_bytes).map_err(line)?),
             Change::Resync {
                 node_name,

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT end the daemon in an orderly way.
+//! SIGTERM and SIGINT end the daemon in an orderly way; SIGXFSZ does not end it.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -11,8 +11,11 @@ use crate::worker::Stop;
 pub(super) struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks them in this thread and those it will start.
+    /// Blocks them in this thread and those it will start. Where a file may not become as long as it should
+    /// (RLIMIT_FSIZE), that is an error of this file, and no reason to end: that signal is ignored.
     pub(super) fn block() -> io::Result<Self> {
+        // SAFETY: to ignore a signal takes no code of ours.
+        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to locals.
         let (set, result) = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();

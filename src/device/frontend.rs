@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -23,13 +23,16 @@ use vhost::vhost_user::message::{
     VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
     VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
 };
-use vhost::vhost_user::{BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
+use vhost::vhost_user::{
+    Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
+};
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryRegion};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
+use super::back_channel::{self, BackChannel};
 use super::inflight::{self, QueueRegion};
 use super::memory::{DirtyLog, Region, map_region};
 use super::{DiskInfo, GuestMemory, Vring, config_space};
@@ -97,6 +100,8 @@ pub struct ConnectionSlot {
     pub vrings: Vec<Vring>,
     /// What the driver has chosen.
     pub choices: Arc<DriverChoices>,
+    /// How the frontend hears of changes.
+    pub back_channel: BackChannel,
 }
 
 impl ConnectionSlot {
@@ -118,6 +123,7 @@ impl ConnectionSlot {
                 features: AtomicU64::new(0),
                 cache_mode,
             }),
+            back_channel: BackChannel::default(),
         })
     }
 }
@@ -135,6 +141,9 @@ pub struct Frontend {
     mappings: Vec<Mapping>,
     /// Where requests in flight are remembered.
     inflight: Option<inflight::Region>,
+    back_channel: BackChannel,
+    /// What comes with a message that passes a back channel.
+    passed: Option<OwnedFd>,
     owned: bool,
 }
 
@@ -152,6 +161,7 @@ impl Frontend {
             memory,
             vrings,
             choices,
+            back_channel,
         } = slot;
         Self {
             info,
@@ -162,6 +172,8 @@ impl Frontend {
             log: Arc::default(),
             mappings: Vec::new(),
             inflight: None,
+            back_channel,
+            passed: None,
             owned: false,
         }
     }
@@ -171,6 +183,9 @@ impl Frontend {
         info!("a frontend has connected");
         let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(this));
         let end = loop {
+            if let Some(passed) = back_channel::passed(handler.as_raw_fd()) {
+                this.lock().unwrap_or_else(PoisonError::into_inner).passed = Some(passed);
+            }
             if let Err(error) = handler.handle_request() {
                 break error;
             }
@@ -199,6 +214,8 @@ impl Frontend {
         self.replace_memory(GuestMemory::new());
         self.mappings.clear();
         self.log.clear();
+        self.back_channel.clear();
+        self.passed = None;
         self.owned = false;
     }
 
@@ -518,6 +535,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn get_protocol_features(&mut self) -> Result<VhostUserProtocolFeatures> {
         Ok(VhostUserProtocolFeatures::MQ
+            | VhostUserProtocolFeatures::BACKEND_REQ
             | VhostUserProtocolFeatures::CONFIG
             | VhostUserProtocolFeatures::LOG_SHMFD
             | VhostUserProtocolFeatures::REPLY_ACK
@@ -526,8 +544,15 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             | VhostUserProtocolFeatures::RESET_DEVICE)
     }
 
-    fn set_protocol_features(&mut self, _features: u64) -> Result<()> {
+    fn set_protocol_features(&mut self, features: u64) -> Result<()> {
+        let has_config = features & VhostUserProtocolFeatures::CONFIG.bits() != 0;
+        self.back_channel.set_has_config(has_config);
         Ok(())
+    }
+
+    /// The crate has found it to be a stream socket, but its own end of it cannot send what we have to tell.
+    fn set_backend_req_fd(&mut self, _backend: Backend) {
+        self.back_channel.set(self.passed.take());
     }
 
     fn get_queue_num(&mut self) -> Result<u64> {

@@ -2,12 +2,13 @@
 //!
 //! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
 //! answers them, [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
-//! the driver sees of the device, [`inflight`] remembers for the next process what was taken and not answered.
+//! the driver sees of the device, [`back_channel`] is how the VMM hears that it has changed, [`inflight`] remembers for the next process what was taken and not answered.
 //!
 //! Invariants: every chain taken off a ring is put back on it once, by this process or by the next one; guest
 //! memory is written only between those two moments; whatever bytes the guest or the VMM puts in front of us, at
 //! most its own requests fail.
 
+pub mod back_channel;
 pub mod chain;
 pub mod config_space;
 pub mod frontend;

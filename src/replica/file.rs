@@ -81,7 +81,7 @@ pub struct ReplicaFile {
     pub node_name: String,
     /// The open file. It holds the image's lock.
     pub file: File,
-    /// Size of the image.
+    /// Size of the image when it was opened.
     pub size_bytes: u64,
     /// Offset and length of each operation must be a multiple of this: at least 512, a power of two.
     pub alignment_bytes: u32,
@@ -197,9 +197,10 @@ pub enum OpenError {
     },
     /// Replicas of different sizes.
     #[error(
-        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}",
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a block_resize was cut short, end it with truncate --size={} on the shorter ones",
         Quoted(.first),
-        Quoted(.second)
+        Quoted(.second),
+        .first_bytes.max(.second_bytes)
     )]
     SizesDiffer {
         /// The replica listed first.
@@ -210,6 +211,16 @@ pub enum OpenError {
         second: PathBuf,
         /// Its size.
         second_bytes: u64,
+    },
+    /// It does not have the size of the disk.
+    #[error("{} has {size_bytes} bytes, and the disk {disk_bytes}", Quoted(.path))]
+    NotTheSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// That of the disk.
+        disk_bytes: u64,
     },
     /// Two replicas of one name.
     #[error(
@@ -241,6 +252,7 @@ pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<R
     for source in sources {
         let replica = open_unlocked(&source.path, &source.node_name, options)?;
         check_against(&replicas, &replica)?;
+        check_sizes(&replicas, &replica)?;
         replicas.push(replica);
     }
     // Locked only when all is known to be in order: an image given twice would otherwise be found in use by
@@ -251,15 +263,23 @@ pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<R
     Ok(replicas)
 }
 
-/// Opens and locks a replica beside those that a disk of `block_bytes` has open.
+/// Opens and locks a replica beside those that a disk of `size_bytes`, in blocks of `block_bytes`, has open.
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
     options: OpenOptions,
+    size_bytes: u64,
     block_bytes: u32,
 ) -> Result<ReplicaFile, OpenError> {
     let replica = open_unlocked(&source.path, &source.node_name, options)?;
     check_against(others.iter().map(Arc::as_ref), &replica)?;
+    if replica.size_bytes != size_bytes {
+        return Err(OpenError::NotTheSize {
+            path: replica.path.clone(),
+            size_bytes: replica.size_bytes,
+            disk_bytes: size_bytes,
+        });
+    }
     if replica.alignment_bytes > block_bytes {
         return Err(OpenError::Coarser {
             path: replica.path.clone(),
@@ -289,16 +309,20 @@ fn check_against<'a>(
                 node_name: replica.node_name.clone(),
             });
         }
-        if other.size_bytes != replica.size_bytes {
-            return Err(OpenError::SizesDiffer {
-                first: other.path.clone(),
-                first_bytes: other.size_bytes,
-                second: replica.path.clone(),
-                second_bytes: replica.size_bytes,
-            });
-        }
     }
     Ok(())
+}
+
+fn check_sizes(earlier: &[ReplicaFile], replica: &ReplicaFile) -> Result<(), OpenError> {
+    match earlier.first() {
+        Some(other) if other.size_bytes != replica.size_bytes => Err(OpenError::SizesDiffer {
+            first: other.path.clone(),
+            first_bytes: other.size_bytes,
+            second: replica.path.clone(),
+            second_bytes: replica.size_bytes,
+        }),
+        _ => Ok(()),
+    }
 }
 
 fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<ReplicaFile, OpenError> {

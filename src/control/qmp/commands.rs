@@ -35,6 +35,10 @@ static COMMANDS: &[Command] = &[
         run: |arguments, operator| run(arguments, |job| nothing(upkeep::set_speed(job, operator))),
     },
     Command {
+        name: "block_resize",
+        run: |arguments, operator| run(arguments, |resize| nothing(upkeep::resize(&resize, operator))),
+    },
+    Command {
         name: "blockdev-add",
         run: |arguments, operator| run(arguments, |node| nothing(upkeep::blockdev_add(node, operator))),
     },

@@ -48,6 +48,15 @@ pub(super) struct BlockdevChange {
     node: Option<String>,
 }
 
+/// The arguments of block_resize.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Resize {
+    device: Option<String>,
+    node_name: Option<String>,
+    size: u64,
+}
+
 /// The arguments of quorum-scrub.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -128,6 +137,19 @@ pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<
         )),
         (None, None) => Err(CommandError::generic("Either child or node must be specified")),
     }
+}
+
+pub(super) fn resize(resize: &Resize, operator: &dyn Operator) -> Result<(), CommandError> {
+    let disk = operator.state();
+    let (device, node) = (resize.device.as_deref(), resize.node_name.as_deref());
+    let mut named = [device, node].into_iter().flatten().peekable();
+    if named.peek().is_none() || named.any(|name| name != disk.node_name) {
+        let (device, node) = (device.unwrap_or_default(), node.unwrap_or_default());
+        let what = format!("Cannot find device='{device}' nor node-name='{node}'");
+        return Err(CommandError::generic(what));
+    }
+    let size_bytes = resize.size;
+    done(operator, Change::Resize { size_bytes })
 }
 
 pub(super) fn scrub(scrub: &Scrub, operator: &dyn Operator) -> Result<Begun, CommandError> {
