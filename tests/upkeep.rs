@@ -241,7 +241,10 @@ fn what_cannot_be_a_replica_is_refused() {
         .set_len(SIZE_BYTES / 2)
         .unwrap();
     let differs = refused(&source(&short));
-    assert!(differs.contains("differ in size"), "{differs}");
+    assert!(
+        differs.contains("33554432 bytes, and the disk 67108864"),
+        "{differs}"
+    );
     let again = ReplicaSource {
         node_name: "other".into(),
         ..source(&served.images[1])

@@ -17,19 +17,19 @@ use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty,
-    ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
+    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
+    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData,
+    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use super::process::wait_until;
 
 const FILE_NAME: &str = "image";
 const FILE_INODE: INodeNo = INodeNo(2);
-/// How long the kernel may believe what it was told of the file: it does not change.
+/// How long the kernel may believe what it was told of the file: nobody else changes it.
 const ATTRIBUTES_VALID: Duration = Duration::from_secs(3600);
 /// Requests that the kernel hands over without waiting for answers; a test hangs more than the default, 16.
 const REQUESTS_MAX: u16 = 4096;
@@ -45,6 +45,8 @@ pub enum Operation {
     Write,
     /// fsync or fdatasync.
     Sync,
+    /// ftruncate.
+    Resize,
 }
 
 /// What is wrong with an operation.
@@ -84,11 +86,11 @@ struct Server {
 }
 
 struct State {
-    faults: [Option<Fault>; 3],
+    faults: [Option<Fault>; 4],
     /// [`Fault::PerSecond`]: when the next one may be done.
-    next_free: [Instant; 3],
-    asked: [u64; 3],
-    done: [u64; 3],
+    next_free: [Instant; 4],
+    asked: [u64; 4],
+    done: [u64; 4],
     durable_writes: u64,
     /// What is done later, in that order.
     waiting: BTreeMap<(Instant, u64), Job>,
@@ -207,10 +209,10 @@ impl Server {
         Self {
             backing: backing.expect("opening an image"),
             state: Mutex::new(State {
-                faults: [None; 3],
-                next_free: [Instant::now(); 3],
-                asked: [0; 3],
-                done: [0; 3],
+                faults: [None; 4],
+                next_free: [Instant::now(); 4],
+                asked: [0; 4],
+                done: [0; 4],
                 durable_writes: 0,
                 waiting: BTreeMap::new(),
                 hung: Vec::new(),
@@ -228,7 +230,7 @@ impl Server {
 
     fn heal(&self) {
         let mut state = self.lock();
-        state.faults = [None; 3];
+        state.faults = [None; 4];
         let now = Instant::now();
         let late: Vec<Job> = std::mem::take(&mut state.waiting).into_values().collect();
         let hung = std::mem::take(&mut state.hung);
@@ -340,6 +342,15 @@ impl State {
 /// What the kernel talks to.
 struct Disk(Arc<Server>);
 
+impl Disk {
+    fn getattr_of(&self, inode: INodeNo, reply: ReplyAttr) {
+        match self.0.attributes(inode) {
+            Ok(attributes) => reply.attr(&ATTRIBUTES_VALID, &attributes),
+            Err(error) => reply.error(error.into()),
+        }
+    }
+}
+
 impl Filesystem for Disk {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
         // An operation that hangs must hold up nothing but itself. Every kernel that has io_uring has this.
@@ -359,10 +370,38 @@ impl Filesystem for Disk {
     }
 
     fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
-        match self.0.attributes(inode) {
-            Ok(attributes) => reply.attr(&ATTRIBUTES_VALID, &attributes),
-            Err(error) => reply.error(error.into()),
-        }
+        self.getattr_of(inode, reply);
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        size: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        let server = Arc::clone(&self.0);
+        let Some(size) = size else {
+            return self.getattr_of(inode, reply);
+        };
+        self.0.serve(Operation::Resize, move |file, fault| {
+            let resized = fault.and_then(|_| Ok(file.set_len(size)?));
+            match resized.and_then(|()| Ok(server.attributes(inode)?)) {
+                Ok(attributes) => reply.attr(&ATTRIBUTES_VALID, &attributes),
+                Err(errno) => reply.error(errno),
+            }
+        });
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {

@@ -1,0 +1,440 @@
+//! A disk grows under its guest: all replicas or none, and the guest hears of it.
+
+mod common;
+
+use std::fs::{File, OpenOptions};
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use common::daemon::{Daemon, replica_arguments};
+use common::frontend::{Cut, Layout, Plan, Request, Vmm};
+use common::fuse::{Fault, FuseImage, Operation};
+use common::images::{are_identical, create_images};
+use common::loop_device::LoopDevice;
+use common::monitor::Monitor;
+use common::process::wait_until;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
+
+const SIZE_BYTES: u64 = 4 << 20;
+const NEW_BYTES: u64 = 10 << 20;
+const LIMIT: Duration = Duration::from_secs(20);
+/// Header of VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, version and flags, size.
+const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
+
+/// A daemon over these images, and its monitor.
+struct Setup {
+    daemon: Daemon,
+    monitor: Monitor,
+    directory: TempDir,
+}
+
+impl Setup {
+    fn new(images: &[PathBuf], options: &[&str]) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let mut arguments = replica_arguments(images);
+        let socket = directory.path().join("qmp.sock");
+        arguments.extend(["--qmp".into(), socket.clone().into()]);
+        arguments.extend(options.iter().map(Into::into));
+        Self {
+            daemon: Daemon::start(directory.path(), arguments),
+            monitor: Monitor::connect(&socket),
+            directory,
+        }
+    }
+
+    fn vmm(&self) -> Vmm {
+        Vmm::start(self.daemon.socket(), &with_back_channel())
+    }
+
+    fn resize(&mut self, size: u64) -> Result<Value, String> {
+        let arguments = json!({ "node-name": "quorum0", "size": size });
+        let resized = self.monitor.try_execute("block_resize", arguments);
+        resized.map_err(|error| {
+            assert_eq!(error["class"], "GenericError");
+            error["desc"].as_str().unwrap().to_owned()
+        })
+    }
+
+    /// The size that everybody sees.
+    fn size(&mut self) -> u64 {
+        let mut ask = |command: &str| self.monitor.execute(command, json!({}));
+        let size = ask("query-quorum")["size"].as_u64().unwrap();
+        let image = &ask("query-block")[0]["inserted"]["image"];
+        assert_eq!(image["virtual-size"], size);
+        for node in ask("query-named-block-nodes").as_array().unwrap() {
+            assert_eq!(node["image"]["virtual-size"], size);
+        }
+        size
+    }
+}
+
+fn with_back_channel() -> Plan {
+    let plan = Plan::default();
+    Plan {
+        protocol_features: plan.protocol_features | VhostUserProtocolFeatures::BACKEND_REQ,
+        ..plan
+    }
+}
+
+/// Passes one end of a socket as the back channel, and returns the other.
+fn back_channel(vmm: &mut Vmm) -> UnixStream {
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    pass(vmm, &theirs);
+    ours.set_read_timeout(Some(LIMIT)).unwrap();
+    ours
+}
+
+fn pass(vmm: &mut Vmm, channel: &UnixStream) {
+    vmm.frontend().set_backend_request_fd(channel).unwrap();
+    // With the answer to this the message before it has been dealt with.
+    capacity_bytes(vmm);
+}
+
+fn assert_told_once(channel: &mut UnixStream) {
+    let mut message = [0; 12];
+    channel.read_exact(&mut message).unwrap();
+    assert_eq!(message, CONFIG_CHANGE.map(u32::to_ne_bytes).concat()[..]);
+    assert_told_nothing(channel);
+}
+
+fn assert_told_nothing(channel: &mut UnixStream) {
+    channel.set_nonblocking(true).unwrap();
+    let nothing = channel.read(&mut [0]).unwrap_err();
+    assert_eq!(nothing.kind(), ErrorKind::WouldBlock);
+    channel.set_nonblocking(false).unwrap();
+}
+
+/// The capacity in the configuration space, as a frontend reads it.
+fn capacity_bytes(vmm: &mut Vmm) -> u64 {
+    let flags = vhost::vhost_user::message::VhostUserConfigFlags::empty();
+    let (_, config) = vmm.frontend().get_config(0, 60, flags, &[0; 60]).unwrap();
+    u64::from_le_bytes(config[..8].try_into().unwrap()) * 512
+}
+
+fn status(vmm: &mut Vmm, request: &Request) -> u32 {
+    let layout = Layout {
+        cut: Cut::Fields,
+        indirect: false,
+    };
+    u32::from(vmm.queues[0].run(request, layout).status)
+}
+
+fn length(path: &Path) -> u64 {
+    std::fs::metadata(path).unwrap().len()
+}
+
+fn set_length(path: &Path, bytes: u64) {
+    let file = OpenOptions::new().write(true).open(path).unwrap();
+    file.set_len(bytes).unwrap();
+}
+
+#[test]
+fn a_disk_grows_and_is_used_up_to_its_new_end() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    let mut vmm = setup.vmm();
+    let mut channel = back_channel(&mut vmm);
+    let (end, new_end) = (SIZE_BYTES / 512, NEW_BYTES / 512);
+    vmm.queues[0].write_disk(end - 8, &[1; 4096]);
+    assert_eq!(
+        status(&mut vmm, &Request::write(end, vec![2; 4096])),
+        VIRTIO_BLK_S_IOERR
+    );
+    assert_told_nothing(&mut channel);
+
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert_told_once(&mut channel);
+    assert_eq!((setup.size(), capacity_bytes(&mut vmm)), (NEW_BYTES, NEW_BYTES));
+    let zeroes = vmm.queues[0].read_disk(end, 64 << 10);
+    assert!(zeroes.iter().all(|byte| *byte == 0));
+    // Over the old end, and up to the new one.
+    vmm.queues[0].write_disk(end - 4, &[3; 4096]);
+    vmm.queues[0].write_disk(new_end - 8, &[4; 4096]);
+    assert_eq!(vmm.queues[0].read_disk(end - 8, 2048), [1; 2048]);
+    assert_eq!(vmm.queues[0].read_disk(end - 4, 4096), [3; 4096]);
+    assert_eq!(vmm.queues[0].read_disk(new_end - 8, 4096), [4; 4096]);
+    assert_eq!(
+        status(&mut vmm, &Request::read(new_end - 4, 4096)),
+        VIRTIO_BLK_S_IOERR
+    );
+    assert_eq!(status(&mut vmm, &Request::flush()), VIRTIO_BLK_S_OK);
+
+    // The size that it has: nothing but the message.
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert_told_once(&mut channel);
+    // What has the old size is no replica of this disk, what has the new one is.
+    let fourth = place.path().join("fourth.raw");
+    File::create(&fourth).unwrap().set_len(SIZE_BYTES).unwrap();
+    let node = json!({ "driver": "file", "node-name": "fourth", "filename": fourth });
+    setup.monitor.execute("blockdev-add", node);
+    let add = json!({ "parent": "quorum0", "node": "fourth" });
+    let refused = setup.monitor.try_execute("x-blockdev-change", add.clone());
+    let refused = refused.unwrap_err()["desc"].as_str().unwrap().to_owned();
+    assert!(
+        refused.contains("4194304 bytes, and the disk 10485760"),
+        "{refused}"
+    );
+    set_length(&fourth, NEW_BYTES);
+    setup.monitor.execute("x-blockdev-change", add);
+    let no_jobs = || setup.monitor.execute("query-jobs", json!({})) == json!([]);
+    assert!(wait_until(LIMIT, no_jobs));
+
+    assert!(setup.daemon.terminate().success());
+    let all: Vec<_> = images.iter().cloned().chain([fourth]).collect();
+    assert!(are_identical(&all));
+    assert_eq!(length(&images[0]), NEW_BYTES);
+    let mut again = Setup::new(&all, &[]);
+    assert_eq!(again.size(), NEW_BYTES);
+}
+
+#[test]
+fn what_is_no_growth_is_refused() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    for (size, says) in [
+        (0, "can be made larger, not smaller"),
+        (SIZE_BYTES - 4096, "can be made larger, not smaller"),
+        (SIZE_BYTES + 1, "must be a multiple of"),
+        (1 << 63, "less than 8 EiB"),
+    ] {
+        let error = setup.resize(size).unwrap_err();
+        assert!(error.contains(says), "{size}: {error}");
+    }
+    for arguments in [
+        json!({ "size": NEW_BYTES }),
+        json!({ "device": "other", "size": NEW_BYTES }),
+        json!({ "device": "quorum0", "node-name": "0.raw", "size": NEW_BYTES }),
+        json!({ "node-name": "quorum0" }),
+        json!({ "node-name": "quorum0", "size": -1 }),
+        json!({ "node-name": "quorum0", "size": "1G" }),
+    ] {
+        let refused = setup.monitor.try_execute("block_resize", arguments.clone());
+        assert_eq!(refused.unwrap_err()["class"], "GenericError", "{arguments}");
+    }
+    let device = json!({ "device": "quorum0", "size": SIZE_BYTES });
+    setup.monitor.execute("block_resize", device);
+    assert_eq!(setup.size(), SIZE_BYTES);
+    assert!(images.iter().all(|image| length(image) == SIZE_BYTES));
+    assert!(setup.daemon.terminate().success());
+
+    let mut read_only = Setup::new(&images, &["--read-only"]);
+    let error = read_only.resize(NEW_BYTES).unwrap_err();
+    assert_eq!(error, "the disk is read-only");
+}
+
+/// Resizes it, which must fail, and nobody must have noticed.
+fn assert_put_back(setup: &mut Setup, images: &[PathBuf], says: &[&str]) {
+    let mut vmm = setup.vmm();
+    let mut channel = back_channel(&mut vmm);
+    let error = setup.resize(NEW_BYTES).unwrap_err();
+    for part in says {
+        assert!(error.contains(part), "no {part:?} in {error:?}");
+    }
+    assert_told_nothing(&mut channel);
+    assert_eq!((setup.size(), capacity_bytes(&mut vmm)), (SIZE_BYTES, SIZE_BYTES));
+    let beyond = Request::write(SIZE_BYTES / 512, vec![2; 4096]);
+    assert_eq!(status(&mut vmm, &beyond), VIRTIO_BLK_S_IOERR);
+    for image in images {
+        assert_eq!(length(image), SIZE_BYTES, "{}", image.display());
+    }
+}
+
+#[test]
+fn one_that_cannot_be_grown_leaves_all_as_they_were() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let fuse = FuseImage::serve(&images[2]);
+    let served = [images[0].clone(), images[1].clone(), fuse.path()];
+    let _healer = fuse.healer();
+    let name = |setup: &mut Setup| {
+        let state = setup.monitor.execute("query-quorum", json!({}));
+        state["replicas"][2]["node-name"].as_str().unwrap().to_owned()
+    };
+    let mut setup = Setup::new(&served, &[]);
+    let third = format!("'{}'", name(&mut setup));
+    for (operation, errno, says) in [
+        (Operation::Resize, libc::EIO, "truncate: Input/output error"),
+        (
+            Operation::Resize,
+            libc::ENOSPC,
+            "truncate: No space left on device",
+        ),
+        (Operation::Sync, libc::EIO, "fsync: Input/output error"),
+    ] {
+        fuse.inject(operation, Fault::Fail(errno));
+        // What cannot be synced cannot be put back durably either, which is said.
+        assert_put_back(&mut setup, &images, &[&third, "cannot be grown", says]);
+        fuse.heal();
+    }
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert!(images.iter().all(|image| length(image) == NEW_BYTES));
+    assert!(setup.daemon.terminate().success());
+}
+
+#[test]
+fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let fuse = FuseImage::serve(&images[2]);
+    let served = [images[0].clone(), images[1].clone(), fuse.path()];
+    let _healer = fuse.healer();
+    let mut setup = Setup::new(&served, &["--replica-timeout", "200"]);
+    fuse.inject(Operation::Resize, Fault::Hang);
+    assert_put_back(
+        &mut setup,
+        &images,
+        &["it does not answer", "gets its size of before when it answers"],
+    );
+    let unsettled = setup.resize(NEW_BYTES).unwrap_err();
+    assert!(unsettled.contains("has not settled"), "{unsettled}");
+    assert_eq!(length(&images[0]), SIZE_BYTES);
+    // It does what it was asked for, and the opposite then.
+    fuse.heal();
+    let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
+    assert!(wait_until(LIMIT, settled));
+    assert!(wait_until(LIMIT, || setup.resize(NEW_BYTES).is_ok()));
+    assert_eq!(length(&images[2]), NEW_BYTES);
+    assert!(setup.daemon.terminate().success());
+    assert!(are_identical(&images));
+}
+
+/// The daemon's limit for files ends the growth, not the daemon.
+#[test]
+fn a_file_size_limit_is_an_error_like_any_other() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    let limit = libc::rlimit {
+        rlim_cur: SIZE_BYTES,
+        rlim_max: libc::RLIM_INFINITY,
+    };
+    let id = libc::pid_t::try_from(setup.daemon.id()).unwrap();
+    // SAFETY: the limit is valid for reads; no old one is asked for.
+    let set = unsafe { libc::prlimit(id, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
+    assert_eq!(set, 0);
+    assert_put_back(
+        &mut setup,
+        &images,
+        &["cannot be grown", "truncate: File too large"],
+    );
+    assert!(setup.daemon.terminate().success());
+}
+
+#[test]
+fn a_file_that_is_longer_already_is_not_touched() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    let file = OpenOptions::new().write(true).open(&images[1]).unwrap();
+    file.write_all_at(&[9; 4096], SIZE_BYTES).unwrap();
+    let error = setup.resize(NEW_BYTES).unwrap_err();
+    assert!(
+        error.contains("'1.raw' cannot be grown: it has 4198400 bytes"),
+        "{error}"
+    );
+    assert!(error.ends_with("truncate --size=4194304"), "{error}");
+    assert_eq!(
+        [0, 1, 2].map(|index| length(&images[index])),
+        [SIZE_BYTES, SIZE_BYTES + 4096, SIZE_BYTES]
+    );
+    file.set_len(SIZE_BYTES).unwrap();
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert!(setup.daemon.terminate().success());
+    assert!(are_identical(&images));
+}
+
+/// A block device has to be large enough, and what it holds there is written over.
+#[test]
+fn block_devices_are_zeroed_where_they_are_new() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let devices = [0, 1].map(|index: usize| LoopDevice::attach(&images[index]));
+    let served = [
+        devices[0].path().to_owned(),
+        devices[1].path().to_owned(),
+        images[2].clone(),
+    ];
+    let mut setup = Setup::new(&served, &[]);
+    let mut vmm = setup.vmm();
+    let error = setup.resize(NEW_BYTES).unwrap_err();
+    assert!(
+        error.contains("is a block device of 4194304 bytes; give it the new size"),
+        "{error}"
+    );
+    assert_eq!(length(&images[2]), SIZE_BYTES);
+    for (index, device) in devices.iter().enumerate() {
+        set_length(&images[index], NEW_BYTES);
+        let file = OpenOptions::new().write(true).open(&images[index]).unwrap();
+        let left_over = vec![0xa0 + u8::try_from(index).unwrap(); 6 << 20];
+        file.write_all_at(&left_over, SIZE_BYTES).unwrap();
+        file.sync_all().unwrap();
+        let looked = std::process::Command::new("losetup")
+            .arg("--set-capacity")
+            .arg(device.path())
+            .status();
+        assert!(looked.unwrap().success());
+    }
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    let zeroes = vmm.queues[0].read_disk(SIZE_BYTES / 512, 64 << 10);
+    assert!(zeroes.iter().all(|byte| *byte == 0));
+    vmm.queues[0].write_disk(NEW_BYTES / 512 - 8, &[4; 4096]);
+    assert!(setup.daemon.terminate().success());
+    drop(devices);
+    assert!(are_identical(&images));
+    assert!(setup.directory.path().exists());
+}
+
+/// Whatever a frontend does with its back channel, the disk grows.
+#[test]
+fn a_frontend_that_does_not_listen_harms_itself_only() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    // One never reads, one has closed its end, one has none, and one passes another channel.
+    let (mut full, mut closed, mut without, mut twice) = (setup.vmm(), setup.vmm(), setup.vmm(), setup.vmm());
+    let (mut unread, theirs) = UnixStream::pair().unwrap();
+    theirs.set_nonblocking(true).unwrap();
+    while (&theirs).write(&[0; 4096]).is_ok() {}
+    theirs.set_nonblocking(false).unwrap();
+    pass(&mut full, &theirs);
+    drop(back_channel(&mut closed));
+    let mut first = back_channel(&mut twice);
+    let mut second = back_channel(&mut twice);
+    for step in 1..=3 {
+        let size = SIZE_BYTES + step * 4096;
+        assert_eq!(setup.resize(size), Ok(json!({})));
+        assert_told_once(&mut second);
+        for vmm in [&mut full, &mut closed, &mut without, &mut twice] {
+            assert_eq!(capacity_bytes(vmm), size);
+        }
+    }
+    // The other end of the first one is closed.
+    assert_eq!(first.read(&mut [0]).unwrap(), 0);
+    let mut received = [0; 4096];
+    assert!(unread.read(&mut received).unwrap() > 0);
+    drop((full, closed, without, twice));
+
+    // What is no stream socket ends the connection of who passes it.
+    let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let file: OwnedFd = tempfile::tempfile().unwrap().into();
+    let (reader, _writer) = std::io::pipe().unwrap();
+    for descriptor in [OwnedFd::from(datagram), file, OwnedFd::from(reader)] {
+        let mut vmm = setup.vmm();
+        let _ = vmm.frontend().set_backend_request_fd(&descriptor);
+        assert!(setup.daemon.is_alive());
+        let mut next = setup.vmm();
+        next.queues[0].write_disk(0, &[7; 4096]);
+        assert_eq!(setup.resize(SIZE_BYTES + 3 * 4096), Ok(json!({})));
+    }
+    assert!(setup.daemon.terminate().success());
+    assert!(are_identical(&images));
+}
