@@ -352,6 +352,27 @@ fn a_file_that_is_longer_already_is_not_touched() {
     assert!(are_identical(&images));
 }
 
+/// As when the daemon was killed before all were grown.
+#[test]
+fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    set_length(&images[1], NEW_BYTES);
+    let socket = place.path().join("never.sock");
+    let mut arguments = replica_arguments(&images);
+    arguments.extend(["--socket-path".into(), socket.into()]);
+    let refused = Daemon::run_to_end(&arguments);
+    assert_eq!(refused.status.code(), Some(1));
+    let said = String::from_utf8(refused.stderr).unwrap();
+    assert!(said.contains("if a block_resize was cut short"), "{said}");
+    let (_, size) = said.split_once("truncate --size=").expect("what to do");
+    let size: u64 = size.split(' ').next().unwrap().parse().unwrap();
+    for image in [&images[0], &images[2]] {
+        set_length(image, size);
+    }
+    assert_eq!(Setup::new(&images, &[]).size(), NEW_BYTES);
+}
+
 /// A block device has to be large enough, and what it holds there is written over.
 #[test]
 fn block_devices_are_zeroed_where_they_are_new() {
