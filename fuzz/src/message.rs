@@ -92,6 +92,7 @@ pub mod code {
     pub const SET_PROTOCOL_FEATURES: u8 = 16;
     pub const GET_QUEUE_NUM: u8 = 17;
     pub const SET_VRING_ENABLE: u8 = 18;
+    pub const SET_BACKEND_REQ_FD: u8 = 21;
     pub const GET_CONFIG: u8 = 24;
     pub const SET_CONFIG: u8 = 25;
     pub const GET_INFLIGHT_FD: u8 = 31;

@@ -77,6 +77,7 @@ pub fn negotiation() -> Vec<u8> {
     let features = 1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let protocol_features = VhostUserProtocolFeatures::MQ
         | VhostUserProtocolFeatures::CONFIG
+        | VhostUserProtocolFeatures::BACKEND_REQ
         | VhostUserProtocolFeatures::LOG_SHMFD
         | VhostUserProtocolFeatures::REPLY_ACK
         | VhostUserProtocolFeatures::CONFIGURE_MEM_SLOTS
@@ -165,6 +166,25 @@ pub fn all() -> Vec<Seed> {
         (
             "reset",
             input(started, &[message(code::RESET_DEVICE, ACK, &[], &[])]),
+        ),
+        (
+            "back-channels",
+            input(
+                NEGOTIATE,
+                &[
+                    message(code::SET_BACKEND_REQ_FD, ACK, &[], &[Socket]),
+                    message(code::SET_BACKEND_REQ_FD, 0, &[], &[Itself]),
+                    message(code::GET_QUEUE_NUM, 0, &[], &[]),
+                    message(code::SET_BACKEND_REQ_FD, ACK, &[], &[Socket, Socket]),
+                ],
+            ),
+        ),
+        (
+            "no-back-channel",
+            input(
+                NEGOTIATE,
+                &[message(code::SET_BACKEND_REQ_FD, ACK, &[], &[OtherMemory])],
+            ),
         ),
         (
             "cache-mode",
