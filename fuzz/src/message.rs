@@ -14,7 +14,8 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
+use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
+use quorum_blk::device::frontend::{Frontend, RingServer};
 use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::Sizes;

@@ -11,9 +11,8 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use log::{debug, info, warn};
@@ -30,9 +29,10 @@ use vhost_user_backend::VringT;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::QueueT;
 use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryRegion};
-use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent};
 
 use super::back_channel::{self, BackChannel};
+use super::connection::{ConnectionSlot, DriverChoices};
+use super::descriptor::{check_can_be_waited_for, check_is_no_file, set_nonblocking};
 use super::inflight::{self, QueueRegion};
 use super::memory::{DirtyLog, Region, map_region};
 use super::{DiskInfo, GuestMemory, Vring, config_space};
@@ -47,85 +47,6 @@ pub trait RingServer: Send {
 
     /// Makes everything written so far durable. Returns when that has been done, has failed or takes too long.
     fn flush(&self) -> bool;
-}
-
-/// Whether written data may stay in a cache until it is flushed. Of the disk, not of a connection: it stays until a
-/// driver chooses anew. No frontend tells it to the next process, or to the one that a guest is migrated to, and the
-/// guest relies on it.
-#[derive(Clone, Debug)]
-pub struct CacheMode(Arc<AtomicBool>);
-
-impl Default for CacheMode {
-    fn default() -> Self {
-        Self(Arc::new(AtomicBool::new(true)))
-    }
-}
-
-impl CacheMode {
-    fn is_writeback(&self) -> bool {
-        self.0.load(Ordering::Acquire)
-    }
-
-    fn set_writeback(&self, writeback: bool) {
-        self.0.store(writeback, Ordering::Release);
-    }
-}
-
-/// What the driver has chosen, for the threads that serve the rings.
-#[derive(Debug)]
-pub struct DriverChoices {
-    features: AtomicU64,
-    cache_mode: CacheMode,
-}
-
-impl DriverChoices {
-    /// Whether each write must be durable when it is answered.
-    pub fn durable_writes(&self) -> bool {
-        config_space::expects_durable_writes(self.features(), self.cache_mode.is_writeback())
-    }
-
-    /// The feature bits that it accepted.
-    pub(super) fn features(&self) -> u64 {
-        self.features.load(Ordering::Acquire)
-    }
-}
-
-/// What a connection shares with the threads that serve its rings. There are as many as there may be
-/// connections; one that is not in use costs next to nothing.
-#[derive(Clone)]
-pub struct ConnectionSlot {
-    /// Guest memory.
-    pub memory: GuestMemoryAtomic<GuestMemory>,
-    /// The rings.
-    pub vrings: Vec<Vring>,
-    /// What the driver has chosen.
-    pub choices: Arc<DriverChoices>,
-    /// How the frontend hears of changes.
-    pub back_channel: BackChannel,
-}
-
-impl ConnectionSlot {
-    /// One with `queue_count` rings of up to `queue_size` entries, on a disk with this cache mode.
-    ///
-    /// # Errors
-    /// If the size is not one that a ring can have.
-    pub fn new(
-        queue_count: u16,
-        queue_size: u16,
-        cache_mode: CacheMode,
-    ) -> std::result::Result<Self, virtio_queue::Error> {
-        let memory = GuestMemoryAtomic::new(GuestMemory::new());
-        let vrings = (0..queue_count).map(|_| Vring::new(memory.clone(), queue_size));
-        Ok(Self {
-            vrings: vrings.collect::<std::result::Result<_, _>>()?,
-            memory,
-            choices: Arc::new(DriverChoices {
-                features: AtomicU64::new(0),
-                cache_mode,
-            }),
-            back_channel: BackChannel::default(),
-        })
-    }
 }
 
 /// The device as the VMM sees it.
@@ -235,7 +156,7 @@ impl Frontend {
             vring.set_err(None);
             vring.get_mut().get_queue_mut().reset();
         }
-        self.choices.features.store(0, Ordering::Release);
+        self.choices.set_features(0);
         self.log.set_wanted(false);
         region
     }
@@ -327,39 +248,6 @@ fn map(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Resul
     Ok((memory, mapping))
 }
 
-/// Sets O_NONBLOCK. The flag is the file's, so whoever else has it sees it too.
-fn set_nonblocking(file: &File) -> io::Result<()> {
-    let on: libc::c_int = 1;
-    // SAFETY: FIONBIO reads one integer, which outlives the call; the descriptor is open.
-    let done = unsafe { libc::ioctl(file.as_raw_fd(), libc::FIONBIO, &raw const on) };
-    if done == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
-}
-
-/// Refuses what no event can come through. A file is always readable, so a worker that waits for kicks from one would
-/// never sleep; and writing to one can take for ever whatever its flags say, if it is on a network or another process
-/// serves it.
-fn check_is_no_file(descriptor: &File) -> io::Result<()> {
-    let kind = descriptor.metadata()?.file_type();
-    if kind.is_file() || kind.is_dir() || kind.is_block_device() {
-        return Err(io::Error::other("a file in place of an eventfd"));
-    }
-    Ok(())
-}
-
-/// Refuses what the system does not tell of when there is something to read.
-fn check_can_be_waited_for(descriptor: &File) -> io::Result<()> {
-    check_is_no_file(descriptor)?;
-    Epoll::new()?.ctl(
-        ControlOperation::Add,
-        descriptor.as_raw_fd(),
-        EpollEvent::default(),
-    )
-}
-
 fn not_offered<T>(message: &'static str) -> Result<T> {
     Err(Error::InvalidOperation(message))
 }
@@ -400,7 +288,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             return Err(Error::InvalidParam);
         }
         debug!("the driver accepted features {features:#x}");
-        self.choices.features.store(features, Ordering::Release);
+        self.choices.set_features(features);
         // Before the refreshes below: after them no worker is in a write that it has begun unlogged.
         self.log
             .set_wanted(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);

@@ -1,8 +1,9 @@
 //! The guest's side: virtio-blk requests and the vhost-user protocol. Knows nothing of replicas.
 //!
-//! [`frontend`] speaks vhost-user with the VMM and sets rings up. [`guest`] takes requests off the rings and
-//! answers them, [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
-//! the driver sees of the device, [`back_channel`] is how the VMM hears that it has changed, [`inflight`] remembers for the next process what was taken and not answered.
+//! [`frontend`] speaks vhost-user with the VMM and sets rings up; what it shares with the threads that serve them is in
+//! [`connection`]. [`guest`] takes requests off the rings and answers them, [`chain`] walks the descriptors of one and
+//! [`request`] understands it, [`config_space`] is what the driver sees of the device, [`back_channel`] tells the VMM that
+//! it has changed, [`inflight`] remembers for the next process what was taken and not answered.
 //!
 //! Invariants: every chain taken off a ring is put back on it once, by this process or by the next one; guest
 //! memory is written only between those two moments; whatever bytes the guest or the VMM puts in front of us, at
@@ -11,6 +12,8 @@
 pub mod back_channel;
 pub mod chain;
 pub mod config_space;
+pub mod connection;
+mod descriptor;
 pub mod frontend;
 pub mod guest;
 pub mod inflight;

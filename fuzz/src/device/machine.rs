@@ -5,7 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
 
-use quorum_blk::device::frontend::{CacheMode, ConnectionSlot, Frontend};
+use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
+use quorum_blk::device::frontend::Frontend;
 use quorum_blk::device::{Capacity, DiskInfo};
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::{

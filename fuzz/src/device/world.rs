@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 
 use quorum_blk::device::DiskInfo;
-use quorum_blk::device::frontend::ConnectionSlot;
+use quorum_blk::device::connection::ConnectionSlot;
 use quorum_blk::device::guest::Guest;
 use quorum_blk::device::inflight::QueueRegion;
 use quorum_blk::engine::{Failed, GuestRequest, Tag};

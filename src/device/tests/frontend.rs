@@ -13,7 +13,8 @@ use vhost::vhost_user::message::VhostUserMemoryRegion;
 use vm_memory::GuestAddressSpace;
 
 use super::*;
-use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
+use crate::device::connection::{CacheMode, ConnectionSlot};
+use crate::device::frontend::{Frontend, RingServer};
 use crate::device::inflight::QueueRegion;
 
 /// Has nothing to serve.

@@ -16,7 +16,8 @@ use vm_memory::FileOffset;
 
 use super::*;
 use crate::device::config_space;
-use crate::device::frontend::{CacheMode, ConnectionSlot, Frontend, RingServer};
+use crate::device::connection::{CacheMode, ConnectionSlot};
+use crate::device::frontend::{Frontend, RingServer};
 use crate::device::inflight::QueueRegion;
 
 const PAGE_BYTES: u64 = 4096;

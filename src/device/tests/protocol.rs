@@ -9,7 +9,8 @@ use std::time::Duration;
 use virtio_queue::QueueT;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use super::super::frontend::{CacheMode, ConnectionSlot, DriverChoices, Frontend, RingServer};
+use super::super::connection::{CacheMode, ConnectionSlot, DriverChoices};
+use super::super::frontend::{Frontend, RingServer};
 use super::super::inflight::{Begun, Layout, QueueRegion, Region, RingState};
 use super::*;
 
