@@ -99,12 +99,12 @@ pub enum UpkeepError {
     Size(u32),
     /// An image is still waited for.
     #[error(
-        "a replica that did not answer has not settled since the last time; try again later, or remove it"
+        "a replica that did not answer has not been put back since the last time; try again later, or remove it"
     )]
     Unsettled,
     /// A replica cannot be made longer.
     #[error(transparent)]
-    NotGrown(#[from] NotGrown),
+    NotGrown(NotGrown),
 }
 
 /// What has come of removing a replica.
@@ -277,9 +277,6 @@ impl Upkeep {
             return Err(UpkeepError::Size(self.block_bytes));
         }
         if size_bytes > from {
-            if self.growers.are_unsettled() {
-                return Err(UpkeepError::Unsettled);
-            }
             let replicas: Vec<_> = self.replicas().into_iter().map(|(_, file)| file).collect();
             self.growers
                 .grow(&replicas, (from, size_bytes), self.workers.drain_limit())?;

@@ -295,7 +295,7 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
         &["it does not answer", "gets its size of before when it answers"],
     );
     let unsettled = setup.resize(NEW_BYTES).unwrap_err();
-    assert!(unsettled.contains("has not settled"), "{unsettled}");
+    assert!(unsettled.contains("has not been put back"), "{unsettled}");
     assert_eq!(length(&images[0]), SIZE_BYTES);
     // It does what it was asked for, and the opposite then.
     fuse.heal();
@@ -305,6 +305,26 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
     assert_eq!(length(&images[2]), NEW_BYTES);
     assert!(setup.daemon.terminate().success());
     assert!(are_identical(&images));
+}
+
+#[test]
+fn one_that_hangs_can_be_removed_and_the_others_grow() {
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    let fuse = FuseImage::serve(&images[2]);
+    let served = [images[0].clone(), images[1].clone(), fuse.path()];
+    let _healer = fuse.healer();
+    let mut setup = Setup::new(&served, &["--replica-timeout", "200"]);
+    fuse.inject(Operation::Resize, Fault::Hang);
+    assert!(setup.resize(NEW_BYTES).unwrap_err().contains("does not answer"));
+    let remove = json!({ "parent": "quorum0", "child": "children.2" });
+    setup.monitor.execute("x-blockdev-change", remove);
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    fuse.heal();
+    let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
+    assert!(wait_until(LIMIT, settled));
+    assert_eq!([0, 1].map(|index| length(&images[index])), [NEW_BYTES; 2]);
+    assert!(setup.daemon.terminate().success());
 }
 
 /// The daemon's limit for files ends the growth, not the daemon.

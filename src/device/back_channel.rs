@@ -3,7 +3,7 @@
 //!
 //! The `vhost` crate has no call for that message, and does not hand out the socket that it wraps. So a connection is
 //! looked at before the crate reads a message from it: of the one that passes a back channel the descriptor is kept
-//! ([`passed`]). Whether it is one the crate checks as before.
+//! (`passed`). Whether it is one the crate checks as before.
 //!
 //! Invariant: nobody waits for a frontend that does not read what it is told.
 

@@ -7,16 +7,16 @@
 
 use std::fmt;
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use log::warn;
 
+use super::UpkeepError;
 use crate::limits::LAST_FLUSH_LIMIT;
 use crate::message::Quoted;
-use crate::replica::file::ReplicaFile;
+use crate::replica::file::{ImageIdentity, ReplicaFile};
 use crate::replica::grow::{GrowError, Growth, Step};
 
 /// Why the disk has not grown. One line.
@@ -123,14 +123,17 @@ enum Verdict {
 /// The threads that make images longer.
 #[derive(Debug, Default)]
 pub(super) struct Growers {
-    /// Those that have not settled.
-    unsettled: Arc<AtomicUsize>,
+    /// The images of those that have not settled.
+    unsettled: Arc<Mutex<Vec<ImageIdentity>>>,
 }
 
 impl Growers {
-    /// Whether an image is still waited for that did not answer in time.
-    pub(super) fn are_unsettled(&self) -> bool {
-        self.unsettled.load(Ordering::Acquire) > 0
+    /// Whether one of these images has not been put back yet, because it did not answer in time.
+    fn is_any_unsettled(&self, replicas: &[Arc<ReplicaFile>]) -> bool {
+        let unsettled = self.unsettled.lock().unwrap_or_else(PoisonError::into_inner);
+        replicas
+            .iter()
+            .any(|replica| unsettled.contains(&replica.identity))
     }
 
     /// Makes all images longer, or puts them back. One that is silent for longer than `limit` fails.
@@ -139,7 +142,10 @@ impl Growers {
         replicas: &[Arc<ReplicaFile>],
         sizes: (u64, u64),
         limit: Duration,
-    ) -> Result<(), NotGrown> {
+    ) -> Result<(), UpkeepError> {
+        if self.is_any_unsettled(replicas) {
+            return Err(UpkeepError::Unsettled);
+        }
         let (tell, told) = channel();
         let mut verdicts = Vec::new();
         let mut begun = Ok(());
@@ -169,14 +175,14 @@ impl Growers {
         }
         let not_put_back: Vec<_> = wait(&told, count, limit, Told::settled).collect();
         let name = |place: usize| replicas[place].node_name.clone();
-        grown.map_err(|(place, reason)| NotGrown {
-            node_name: name(place),
-            reason,
-            left: not_put_back
-                .into_iter()
-                .map(|(place, reason)| (name(place), reason))
-                .collect(),
-            disk_bytes: sizes.0,
+        grown.map_err(|(place, reason)| {
+            let left = not_put_back.into_iter();
+            UpkeepError::NotGrown(NotGrown {
+                node_name: name(place),
+                reason,
+                left: left.map(|(place, reason)| (name(place), reason)).collect(),
+                disk_bytes: sizes.0,
+            })
         })
     }
 
@@ -190,7 +196,7 @@ impl Growers {
     ) -> io::Result<()> {
         // With its locks, as long as this may change it.
         let replica = Arc::clone(replica);
-        let unsettled = Unsettled::new(&self.unsettled);
+        let unsettled = Unsettled::new(&self.unsettled, replica.identity);
         let thread = std::thread::Builder::new().name("growing".into());
         thread.spawn(move || {
             // Whoever does not listen any more has left a verdict.
@@ -219,18 +225,19 @@ impl Growers {
     }
 }
 
-/// Counts as unsettled until it is dropped.
-struct Unsettled(Arc<AtomicUsize>);
+/// Its image is unsettled until this is dropped.
+struct Unsettled(Arc<Mutex<Vec<ImageIdentity>>>, ImageIdentity);
 
 impl Unsettled {
-    fn new(count: &Arc<AtomicUsize>) -> Self {
-        count.fetch_add(1, Ordering::AcqRel);
-        Self(Arc::clone(count))
+    fn new(images: &Arc<Mutex<Vec<ImageIdentity>>>, image: ImageIdentity) -> Self {
+        images.lock().unwrap_or_else(PoisonError::into_inner).push(image);
+        Self(Arc::clone(images), image)
     }
 }
 
 impl Drop for Unsettled {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
+        let mut images = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        images.retain(|image| *image != self.1);
     }
 }
