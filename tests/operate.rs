@@ -14,6 +14,7 @@ use common::client::Client;
 use common::disk::{Disk, Plan, System, node_name};
 use common::images::{Random, are_identical, corrupt_sectors};
 use common::monitor::Monitor;
+use common::process::wait_until;
 use serde_json::{Value, json};
 
 const BLOCK_BYTES: usize = 4096;
@@ -172,6 +173,31 @@ fn a_scrub_finds_and_mends_what_the_guest_never_reads() {
     assert_eq!(found["mended-sectors"], DAMAGED, "{found:#}");
     disk.end();
     assert!(are_identical(&disk.images));
+}
+
+#[test]
+fn the_disk_grows_while_the_guest_and_jobs_work() {
+    const STEPS: u64 = 8;
+    let disk = serve();
+    let image = new_image(&disk, "new.raw");
+    beside_a_guest(&disk, |monitor| {
+        add(monitor, &image, "new");
+        monitor.execute("quorum-scrub", json!({ "repair": true }));
+        for step in 1..=STEPS {
+            let size = SIZE_BYTES + (step << 20);
+            monitor.execute("block_resize", json!({ "device": "quorum0", "size": size }));
+        }
+        wait_for_end(monitor, "quorum-scrub");
+        // What is scrubbed now has the new part in it, and the one that was added has it too.
+        let no_job = |monitor: &mut Monitor| monitor.execute("query-jobs", json!({})) == json!([]);
+        assert!(wait_until(LIMIT, || no_job(monitor)));
+        monitor.execute("quorum-scrub", json!({ "repair": true }));
+        let end = wait_for_end(monitor, "quorum-scrub");
+        assert_eq!(end["data"]["len"], SIZE_BYTES + (STEPS << 20), "{end}");
+    });
+    assert_eq!(disk.end(), Vec::<Value>::new());
+    let images: Vec<_> = disk.images.iter().cloned().chain([image]).collect();
+    assert!(are_identical(&images));
 }
 
 #[test]
