@@ -79,6 +79,15 @@ pub const METRICS_REQUEST_BYTES_MAX: usize = 8 << 10;
 /// Time in which a client must have sent its request for metrics and taken the answer.
 pub const METRICS_LIMIT: Duration = Duration::from_secs(5);
 
+/// Buckets of the map that tells where a replica was bad: more than a line of a terminal has characters.
+pub const MAP_BUCKETS: usize = 1024;
+
+/// Ranges kept apart of what is damaged on a replica; above it neighbours are joined.
+pub const MAP_RANGES_MAX: usize = 1024;
+
+/// Ranges of a kind that `query-quorum-map` lists for a replica, the longest.
+pub const MAP_RANGES_LISTED_MAX: usize = 64;
+
 /// Ranges kept apart in one [`RangeSet`](crate::quorum::ranges::RangeSet); above it neighbours are joined.
 pub const RANGES_MAX: usize = 16 << 10;
 

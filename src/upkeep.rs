@@ -215,6 +215,7 @@ impl Upkeep {
         info!("replica {} is added", Quoted(&node_name));
         self.names.set(index, &node_name);
         self.table.put(index, Arc::new(file));
+        self.events.forget(index);
         self.shared.add(index);
         let begun = self.jobs_do(|jobs, health| jobs.resync(index, 0, health));
         self.workers.tick_all();

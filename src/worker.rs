@@ -423,6 +423,10 @@ impl Effects for Io {
         self.events.push(report);
     }
 
+    fn rewritten(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        self.events.mended(replica, range);
+    }
+
     fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
         self.mailboxes[usize::from(worker.0)].send(Message::Granted(request));
     }

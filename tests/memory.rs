@@ -31,7 +31,7 @@ const REQUESTS_PER_QUEUE: u64 = 256 / 3;
 
 /// The formula of docs/performance.md.
 mod formula {
-    use quorum_blk::limits::{ARENA_SHARE_BYTES, RANGES_MAX};
+    use quorum_blk::limits::{ARENA_SHARE_BYTES, MAP_BUCKETS, MAP_RANGES_MAX, RANGES_MAX};
 
     use super::{KIB, MIB};
 
@@ -44,6 +44,9 @@ mod formula {
     const OPERATION_BYTES: u64 = 512;
     /// A set of ranges at its bound.
     pub(super) const RANGE_SET_BYTES: u64 = 40 * RANGES_MAX as u64;
+
+    /// What is remembered of where a replica, or the disk, was bad: three counts in each bucket, and two sets.
+    pub(super) const MAP_ROW_BYTES: u64 = 24 * MAP_BUCKETS as u64 + 2 * 40 * MAP_RANGES_MAX as u64;
 
     /// What `operations` of `len` bytes take that one worker has in flight, beyond its arena.
     pub(super) fn in_flight_bytes(operations: u64, len: u64) -> u64 {
@@ -305,7 +308,10 @@ fn of_all_that_is_stale_or_not_flushed() {
     let sets = 2 * shape.replicas + 2;
     // What is stale is being brought up to date meanwhile, a piece at a time.
     let piece = formula::in_flight_bytes(shape.replicas, PIECE_BYTES_MAX);
-    let expected = shape.full_bytes() + sets * formula::RANGE_SET_BYTES + piece;
+    let expected = shape.full_bytes()
+        + sets * formula::RANGE_SET_BYTES
+        + piece
+        + (shape.replicas + 1) * formula::MAP_ROW_BYTES;
     println!(
         "{WRITES} ranges: {:.1} MiB, formula {:.1}",
         mib(own),

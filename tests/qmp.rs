@@ -21,6 +21,7 @@ use common::images::{corrupt_sectors, create_images};
 use common::monitor::Monitor;
 use common::process::{Process, wait_until};
 use quorum_blk::control::events::Names;
+use quorum_blk::control::map_state::MapState;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::bind_unix_listener;
@@ -309,6 +310,10 @@ struct Hesitant {
 
 impl Operator for Hesitant {
     fn state(&self) -> DiskState {
+        panic!("nobody asks")
+    }
+
+    fn map(&self, _buckets: usize) -> MapState {
         panic!("nobody asks")
     }
 

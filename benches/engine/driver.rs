@@ -34,6 +34,10 @@ impl Effects for Driver {
         );
     }
 
+    fn rewritten(&mut self, replica: ReplicaIndex, _range: SectorRange) {
+        panic!("nothing is wrong on replica {}", replica.0);
+    }
+
     fn wake(&mut self, _worker: WorkerIndex, _request: RequestId) {
         panic!("no request waits for the range of another worker's");
     }

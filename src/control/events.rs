@@ -354,6 +354,7 @@ mod tests {
         Evidence {
             bad_sectors: vec![SectorRange::new(345_436, 2), SectorRange::new(345_439, 1)],
             bad_sectors_cut: false,
+            sectors: 3,
             digest: [0xab; 32],
             winner_digest: [0x01; 32],
         }
@@ -460,6 +461,7 @@ mod tests {
         let evidence = Evidence {
             bad_sectors: vec![SectorRange::new(345_436, 1)],
             bad_sectors_cut: false,
+            sectors: 1,
             digest: Sha256::digest([0; 512]).into(),
             winner_digest: Sha256::digest([0xff; 512]).into(),
         };

@@ -1,7 +1,7 @@
 //! The operator's side: commands in, events and state out.
 //!
 //! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives them
-//! their JSON form, [`state`] is what can be seen of the disk, [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
+//! their JSON form, [`state`] is what can be seen of the disk, [`map_state`] where on it what was found (`map`), [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
 //! ([`qmp`]), whose commands call the [`Operator`]. [`metrics`] are the state in the words of Prometheus, which [`http`]
 //! serves. [`socket`] makes the Unix sockets that the daemon listens on.
 //!
@@ -13,6 +13,8 @@ pub mod events;
 mod fold;
 pub mod http;
 mod json;
+mod map;
+pub mod map_state;
 pub mod metrics;
 pub mod publisher;
 pub mod qmp;
@@ -23,6 +25,7 @@ pub mod state;
 
 use std::path::PathBuf;
 
+use self::map_state::MapState;
 use self::state::{DiskState, JobState};
 
 /// What can be done to a disk that is served.
@@ -86,6 +89,9 @@ pub enum JobOrder {
 pub trait Operator: Send + Sync {
     /// What there is to be seen of the disk. Waits for no replica.
     fn state(&self) -> DiskState;
+
+    /// Where on the disk which replica was bad, in so many buckets at most. Waits for no replica.
+    fn map(&self, buckets: usize) -> MapState;
 
     /// The jobs, oldest first.
     fn jobs(&self) -> Vec<JobState>;

@@ -3,6 +3,7 @@
 //! Invariants:
 //! - [`push`](EventQueue::push) waits for no reader: it holds one lock that is never held over a system call,
 //!   and writes at most one eventfd, which is non-blocking.
+//! - The map of what was found where is kept behind a lock of its own, which is held as shortly.
 //! - What nobody takes stays bounded: it is folded (`fold`) and remains counted.
 
 use std::io;
@@ -14,7 +15,9 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::events::{Event, News};
 use super::fold::{Fold, FoldLimits};
+use super::map::DiskMap;
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
+use crate::quorum::{ReplicaIndex, SectorRange};
 
 /// Twice (see [`FoldLimits::ready_max`]) what a burst of every replica comes to.
 const READY_MAX: usize = 2 * REPLICAS_MAX * EVENT_BURST as usize;
@@ -25,6 +28,8 @@ const KINDS_MAX: usize = REPLICAS_MAX * EVENT_BURST as usize;
 /// Reports on their way to the [`Publisher`](super::publisher::Publisher).
 pub struct EventQueue {
     state: Mutex<State>,
+    /// Sees everything, before it is folded.
+    map: Mutex<DiskMap>,
     /// Readable when there is something new for the publisher.
     wake: EventFd,
     /// The zero of the folding's time.
@@ -58,6 +63,7 @@ impl EventQueue {
                 }),
                 closed: false,
             }),
+            map: Mutex::new(DiskMap::new()),
             wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             opened_at: Instant::now(),
         }))
@@ -70,6 +76,7 @@ impl EventQueue {
             made_at: SystemTime::now(),
             suppressed: 0,
         };
+        self.map().record(&event.news);
         let wake = {
             let mut state = self.state();
             state.fold.push(self.opened_at.elapsed(), event)
@@ -77,6 +84,32 @@ impl EventQueue {
         if wake {
             self.wake();
         }
+    }
+
+    /// Sectors of a replica that were wrong have been written with the winner. Nobody is told; the map remembers it.
+    pub fn mended(&self, replica: ReplicaIndex, range: SectorRange) {
+        self.map().mended(replica, range);
+    }
+
+    /// The place of this replica is that of another one now: the map forgets what was found there.
+    pub fn forget(&self, replica: ReplicaIndex) {
+        self.map().forget(replica);
+    }
+
+    /// Where on the disk which replica was bad.
+    pub(super) fn map(&self) -> MutexGuard<'_, DiskMap> {
+        // Counts and ranges are whole between any two statements that could panic.
+        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// In how many sectors a replica was wrong when they were last looked at.
+    pub fn damaged_sectors(&self, replica: ReplicaIndex) -> u64 {
+        self.map().damaged_sectors(replica)
+    }
+
+    /// In how many sectors reads failed for want of a winner, since the last scrub.
+    pub fn undecided_sectors(&self) -> u64 {
+        self.map().undecided_sectors()
     }
 
     /// Takes what is to be sent now; everything, once the queue was closed.
@@ -127,7 +160,6 @@ impl AsRawFd for EventQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::SectorRange;
     use crate::quorum::report::{OperationType, Report};
 
     fn failure(sector: u64) -> Report {

@@ -29,6 +29,8 @@ pub struct DiskState {
     pub requests: Requests,
     /// Requests that found no quorum.
     pub failures: ByOperation<u64>,
+    /// Sectors of reads that found no winner, and that no scrub has found to have one since.
+    pub undecided_sectors: u64,
     /// Reads repeated because the replies differed.
     pub suspicions: u64,
     /// Those of them that found writes in flight to be the reason.
@@ -91,6 +93,8 @@ pub struct ReplicaState {
     pub mended_sectors: u64,
     /// Sectors that could not be written with the winner.
     pub unmended_sectors: u64,
+    /// Sectors that had lost the vote when they were last looked at.
+    pub damaged_sectors: u64,
     /// Sectors brought up to date that were stale.
     pub resynced_sectors: u64,
     /// How often it left the set because it did not answer.

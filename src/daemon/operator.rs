@@ -9,6 +9,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use clap::ValueEnum as _;
 
 use crate::config::{Cache, Config, check_node_name};
+use crate::control::map_state::{MapState, ReplicaPlaces};
+use crate::control::queue::EventQueue;
 use crate::control::state::{
     ByOperation, DiskState, JobState, PolicyState, ReplicaState, Requests, ServiceState,
 };
@@ -30,6 +32,7 @@ pub(super) struct DiskOperator {
     /// All that does not change.
     is: Fixed,
     shared: Arc<Shared>,
+    reports: Arc<EventQueue>,
     statistics: Statistics,
     upkeep: Arc<Upkeep>,
     /// Images that were named, and are no replicas yet.
@@ -67,6 +70,7 @@ impl DiskOperator {
         Self {
             is,
             shared: Arc::clone(&disk.shared),
+            reports: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
             upkeep,
             nodes: Mutex::default(),
@@ -140,6 +144,7 @@ impl DiskOperator {
                 wrong_sectors: count(&counters.sectors_wrong),
                 mended_sectors: count(&counters.sectors_rewritten),
                 unmended_sectors: count(&counters.sectors_not_rewritten),
+                damaged_sectors: self.reports.damaged_sectors(index),
                 resynced_sectors: count(&counters.sectors_resynced),
                 departures: count(&counters.departures),
                 returns: count(&counters.returns),
@@ -171,10 +176,22 @@ impl Operator for DiskOperator {
                 written_to_byte: self.statistics.written_to_byte(),
             },
             failures: by_operation(|kind| self.statistics.failures(kind)),
+            undecided_sectors: self.reports.undecided_sectors(),
             suspicions: counters.suspicions.load(Ordering::Relaxed),
             suspicions_dropped: counters.suspicions_dropped.load(Ordering::Relaxed),
             replicas: self.replicas(),
         }
+    }
+
+    fn map(&self, buckets: usize) -> MapState {
+        let replicas = self.upkeep.replicas().into_iter();
+        let places = replicas.map(|(index, file)| ReplicaPlaces {
+            index,
+            node_name: file.node_name.clone(),
+            stale: self.shared.stale_ranges(index),
+        });
+        let node_name = self.is.node_name.clone();
+        MapState::new(&self.reports, node_name, self.is.size, buckets, places)
     }
 
     fn jobs(&self) -> Vec<JobState> {

@@ -366,6 +366,9 @@ impl Read {
                 Counters::add(counter, range.count);
                 core.shared
                     .health(|health| health.mended(reply.replica, *range, began));
+                if !is_resync {
+                    effects.rewritten(reply.replica, *range);
+                }
                 self.confirmation().end.written += range.count;
             }
             Err(errno) => {

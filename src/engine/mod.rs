@@ -146,6 +146,8 @@ pub trait Effects {
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>);
     /// Tell the operator.
     fn report(&mut self, report: Report);
+    /// Sectors of a replica that were wrong have been written with the winner.
+    fn rewritten(&mut self, replica: ReplicaIndex, range: SectorRange);
     /// Call [`Engine::granted`] with `request` on the engine of another worker.
     fn wake(&mut self, worker: WorkerIndex, request: RequestId);
     /// A replica has left the set or came back, or something has become stale: call [`Engine::tick`] on every

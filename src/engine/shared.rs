@@ -280,6 +280,32 @@ impl Shared {
         }
     }
 
+    /// The ranges in which `replica` is stale, in order. Others have their turn in between, so not all of it may be of
+    /// one moment.
+    pub fn stale_ranges(&self, replica: ReplicaIndex) -> Vec<SectorRange> {
+        const AT_A_TIME: usize = 256;
+        let mut ranges: Vec<SectorRange> = Vec::new();
+        let mut sector = 0;
+        while self.anything_stale() {
+            let state = self.state();
+            // It may be gone, or not be there yet.
+            if !state.health.members().contains(replica) {
+                break;
+            }
+            let before = ranges.len();
+            while ranges.len() < before + AT_A_TIME
+                && let Some(range) = state.health.next_stale(replica, sector)
+            {
+                sector = range.end();
+                ranges.push(range);
+            }
+            if ranges.len() < before + AT_A_TIME {
+                break;
+            }
+        }
+        ranges
+    }
+
     /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
     pub(super) fn failures(&self) -> Failures {
         Failures(self.failures.load(Ordering::Acquire))

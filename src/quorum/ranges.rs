@@ -34,6 +34,11 @@ impl RangeSet {
         Self::with_bound(1, end_sector, RANGES_MAX)
     }
 
+    /// An empty set of which so many ranges are kept apart.
+    pub fn bounded(ranges_max: usize) -> Self {
+        Self::with_bound(1, u64::MAX, ranges_max)
+    }
+
     fn with_bound(granule_sectors: u64, end_sector: u64, ranges_max: usize) -> Self {
         assert!(granule_sectors.is_power_of_two() && ranges_max > 0);
         Self {

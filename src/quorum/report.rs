@@ -56,6 +56,8 @@ pub struct Evidence {
     pub bad_sectors: Vec<SectorRange>,
     /// Whether there were more runs than are listed.
     pub bad_sectors_cut: bool,
+    /// How many sectors differ, listed or not.
+    pub sectors: u64,
     /// SHA-256 of the first bad sector as this replica gave it.
     pub digest: Digest,
     /// SHA-256 of the same sector as the winner holds it.

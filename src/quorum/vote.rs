@@ -61,6 +61,7 @@ impl Dissent {
         Evidence {
             bad_sectors: self.bad_sectors[..listed].to_vec(),
             bad_sectors_cut: listed < self.bad_sectors.len(),
+            sectors: self.bad_sectors.iter().map(|run| run.count).sum(),
             digest: self.digest,
             winner_digest: self.winner_digest,
         }

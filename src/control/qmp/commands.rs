@@ -12,6 +12,7 @@ use super::block::{self, QueryNamedBlockNodes};
 use super::upkeep;
 use crate::control::json::to_ascii;
 use crate::control::{JobOrder, Operator};
+use crate::limits::MAP_BUCKETS;
 
 /// The command that ends the negotiation of capabilities. It belongs to the session.
 pub(super) const NEGOTIATION: &str = "qmp_capabilities";
@@ -101,6 +102,20 @@ static COMMANDS: &[Command] = &[
     Command {
         name: "query-quorum",
         run: |arguments, operator| run(arguments, |NoArguments {}| Ok(operator.state())),
+    },
+    Command {
+        name: "query-quorum-map",
+        run: |arguments, operator| {
+            run(arguments, |query: QueryMap| {
+                let buckets = query.buckets.unwrap_or(MAP_BUCKETS);
+                if (1..=MAP_BUCKETS).contains(&buckets) {
+                    Ok(operator.map(buckets))
+                } else {
+                    let text = format!("buckets is from 1 to {MAP_BUCKETS}");
+                    Err(CommandError::generic(text))
+                }
+            })
+        },
     },
     Command {
         name: "query-status",
@@ -213,6 +228,13 @@ impl CommandError {
             desc: text.into(),
         }
     }
+}
+
+/// The arguments of query-quorum-map.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueryMap {
+    buckets: Option<usize>,
 }
 
 #[derive(Deserialize)]

@@ -1,0 +1,380 @@
+//! Where on the disk which replica was bad: a map of bounded size, made from all that is reported, before floods are
+//! folded. Pure.
+//!
+//! The disk is cut into at most [`MAP_BUCKETS`] buckets, and what was found in each is counted. Beside that it is
+//! remembered to the sector, as far as there is room, what was *damaged* when it was last looked at: it lost a vote, or
+//! had no winner, and has not been mended since. A guest may have written over it, or a disk may have misread it once:
+//! whether it is still damaged is found out by the next scrub, which sees everything. What a scrub has not found again
+//! is forgotten when it ends.
+//!
+//! Invariants:
+//! - A row takes memory from its first report on, and never more than its buckets and [`MAP_RANGES_MAX`] ranges, twice.
+//! - Buckets are all of one size, which doubles when something lies beyond the last one: the disk may grow.
+//! - The counts of all buckets add up to what was reported, but for what has no place (flushes) and for errors, which
+//!   count in each bucket that their operation touched.
+
+use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
+use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
+use crate::quorum::ranges::RangeSet;
+use crate::quorum::report::{Cause, OperationType, Report};
+use crate::quorum::{ReplicaIndex, SectorRange};
+
+use super::events::News;
+
+/// The size that buckets begin with: 4 KiB.
+const BUCKET_SECTORS_MIN: u64 = 8;
+
+/// The row of the disk itself comes after those of the replicas.
+const DISK: usize = REPLICAS_MAX;
+
+/// See the [module](self).
+#[derive(Debug)]
+pub(super) struct DiskMap {
+    bucket_sectors: u64,
+    rows: [Option<Box<Row>>; REPLICAS_MAX + 1],
+    /// The scrub that is under way; of several the first.
+    scrub: Option<JobId>,
+}
+
+/// What was found in a bucket.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Bucket {
+    /// Sectors that lost a vote.
+    pub(super) wrong_sectors: u64,
+    /// Sectors that were written with the winner.
+    pub(super) mended_sectors: u64,
+    /// Operations that failed; for the disk: requests.
+    pub(super) errors: u64,
+}
+
+/// What is remembered of a replica, or of the disk.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    pub(super) buckets: Box<[Bucket]>,
+    /// Was damaged when it was last looked at.
+    pub(super) damaged: RangeSet,
+    /// Of that, what was found or found again since the scrub began that is under way.
+    found_again: RangeSet,
+}
+
+impl Default for Row {
+    fn default() -> Self {
+        let nothing = RangeSet::bounded(MAP_RANGES_MAX);
+        Self {
+            buckets: vec![Bucket::default(); MAP_BUCKETS].into(),
+            damaged: nothing.clone(),
+            found_again: nothing,
+        }
+    }
+}
+
+impl Row {
+    fn is_damaged(&mut self, range: SectorRange) {
+        self.damaged.insert(range);
+        self.found_again.insert(range);
+    }
+
+    fn halve(&mut self) {
+        let half = self.buckets.len() / 2;
+        for index in 0..half {
+            self.buckets[index] = self.buckets[2 * index].plus(self.buckets[2 * index + 1]);
+        }
+        self.buckets[half..].fill(Bucket::default());
+    }
+}
+
+impl Bucket {
+    /// Both as one.
+    pub(super) fn plus(self, other: Self) -> Self {
+        Self {
+            wrong_sectors: self.wrong_sectors + other.wrong_sectors,
+            mended_sectors: self.mended_sectors + other.mended_sectors,
+            errors: self.errors + other.errors,
+        }
+    }
+}
+
+impl DiskMap {
+    pub(super) fn new() -> Self {
+        Self {
+            bucket_sectors: BUCKET_SECTORS_MIN,
+            rows: [const { None }; REPLICAS_MAX + 1],
+            scrub: None,
+        }
+    }
+
+    /// Takes in what is told to the operator.
+    pub(super) fn record(&mut self, news: &News) {
+        match news {
+            News::Job(event) => self.job_changed(event),
+            News::Report(Report::Failure { operation, range }) => {
+                self.count(DISK, *range, |bucket, _| bucket.errors += 1);
+                if *operation == OperationType::Read {
+                    self.row(DISK).is_damaged(*range);
+                }
+            }
+            News::Report(Report::Bad {
+                replica,
+                range,
+                cause,
+                ..
+            }) => match cause {
+                Cause::Error(_) => self.count(replica.as_usize(), *range, |bucket, _| bucket.errors += 1),
+                Cause::WrongVersion(evidence) => {
+                    let mut unlisted = evidence.sectors;
+                    for run in &evidence.bad_sectors {
+                        unlisted = unlisted.saturating_sub(run.count);
+                        self.count(replica.as_usize(), *run, |bucket, count| {
+                            bucket.wrong_sectors += count;
+                        });
+                        self.row(replica.as_usize()).is_damaged(*run);
+                    }
+                    // They are of the same operation, and so near to the last that is listed.
+                    if let Some(last) = evidence.bad_sectors.last() {
+                        let near = SectorRange::new(last.start, 1);
+                        self.count(replica.as_usize(), near, |bucket, _| {
+                            bucket.wrong_sectors += unlisted;
+                        });
+                    }
+                }
+            },
+        }
+    }
+
+    /// Sectors of a replica were written with the winner.
+    pub(super) fn mended(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        self.count(replica.as_usize(), range, |bucket, count| {
+            bucket.mended_sectors += count;
+        });
+        let row = self.row(replica.as_usize());
+        row.damaged.remove(range);
+        row.found_again.remove(range);
+    }
+
+    /// The place is that of another replica now.
+    pub(super) fn forget(&mut self, replica: ReplicaIndex) {
+        self.rows[replica.as_usize()] = None;
+    }
+
+    /// In how many sectors a replica was wrong when they were last looked at.
+    pub(super) fn damaged_sectors(&self, replica: ReplicaIndex) -> u64 {
+        sectors(self.rows[replica.as_usize()].as_deref())
+    }
+
+    /// In how many sectors reads failed that nobody has scrubbed since.
+    pub(super) fn undecided_sectors(&self) -> u64 {
+        sectors(self.rows[DISK].as_deref())
+    }
+
+    /// Sectors in a bucket, if the disk has `capacity_sectors`.
+    pub(super) fn bucket_sectors(&mut self, capacity_sectors: u64) -> u64 {
+        self.cover(capacity_sectors);
+        self.bucket_sectors
+    }
+
+    /// The row of a replica; of the disk if it is none. Nothing if there is nothing to tell.
+    pub(super) fn view(&self, replica: Option<ReplicaIndex>) -> Option<Row> {
+        let index = replica.map_or(DISK, ReplicaIndex::as_usize);
+        self.rows[index].as_deref().cloned()
+    }
+
+    fn job_changed(&mut self, event: &JobEvent) {
+        if !matches!(event.job.kind, JobKind::Scrub { .. }) {
+            return;
+        }
+        let id = event.job.id;
+        match event.what {
+            JobChange::Status if self.scrub.is_none() && event.job.status == JobStatus::Created => {
+                self.scrub = Some(id);
+                for row in self.rows.iter_mut().flatten() {
+                    row.found_again = RangeSet::bounded(MAP_RANGES_MAX);
+                }
+            }
+            JobChange::Completed if self.scrub == Some(id) => {
+                self.scrub = None;
+                if !matches!(event.job.error, Some(JobFailure::NotRead { .. })) {
+                    for row in self.rows.iter_mut().flatten() {
+                        row.damaged.clone_from(&row.found_again);
+                    }
+                }
+            }
+            JobChange::Cancelled if self.scrub == Some(id) => self.scrub = None,
+            JobChange::Status | JobChange::Completed | JobChange::Cancelled => {}
+        }
+    }
+
+    fn row(&mut self, index: usize) -> &mut Row {
+        self.rows[index].get_or_insert_default()
+    }
+
+    /// Tells `with` each bucket that has a part of `range`, and how many sectors of it.
+    fn count(&mut self, row: usize, range: SectorRange, with: impl Fn(&mut Bucket, u64)) {
+        self.cover(range.end());
+        let size = self.bucket_sectors;
+        let row = self.row(row);
+        let mut start = range.start;
+        while start < range.end() {
+            let index = usize::try_from(start / size).unwrap_or(MAP_BUCKETS - 1);
+            let end = range.end().min((start / size + 1) * size);
+            with(&mut row.buckets[index], end - start);
+            start = end;
+        }
+    }
+
+    /// Makes the buckets as large as it takes for a disk of so many sectors.
+    fn cover(&mut self, capacity_sectors: u64) {
+        while self.bucket_sectors * (MAP_BUCKETS as u64) < capacity_sectors {
+            self.bucket_sectors *= 2;
+            self.rows.iter_mut().flatten().for_each(|row| row.halve());
+        }
+    }
+}
+
+fn sectors(row: Option<&Row>) -> u64 {
+    let ranges = row.into_iter().flat_map(|row| row.damaged.iter());
+    ranges.map(|range| range.count).sum()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::jobs::JobInfo;
+    use crate::quorum::Errno;
+    use crate::quorum::report::Evidence;
+    use proptest::prelude::*;
+
+    const REPLICA: ReplicaIndex = ReplicaIndex(1);
+
+    fn range(start: u64, count: u64) -> SectorRange {
+        SectorRange::new(start, count)
+    }
+
+    fn bad(range: SectorRange, cause: Cause) -> News {
+        News::Report(Report::Bad {
+            replica: REPLICA,
+            operation: OperationType::Read,
+            range,
+            cause,
+        })
+    }
+
+    fn wrong(runs: &[SectorRange], sectors: u64) -> News {
+        let evidence = Evidence {
+            bad_sectors: runs.to_vec(),
+            bad_sectors_cut: runs.iter().map(|run| run.count).sum::<u64>() < sectors,
+            sectors,
+            digest: [0; 32],
+            winner_digest: [1; 32],
+        };
+        bad(range(0, 1 << 20), Cause::WrongVersion(evidence))
+    }
+
+    fn scrub(id: &str, what: JobChange, status: JobStatus, error: Option<JobFailure>) -> News {
+        News::Job(JobEvent {
+            job: JobInfo {
+                id: id.parse().unwrap(),
+                kind: JobKind::Scrub { repair: false },
+                status,
+                current_bytes: 0,
+                total_bytes: 1 << 30,
+                speed_bytes: 0,
+                sectors_found: 0,
+                sectors_written: 0,
+                error,
+            },
+            what,
+        })
+    }
+
+    fn buckets(map: &DiskMap, replica: Option<ReplicaIndex>) -> Vec<(usize, Bucket)> {
+        let row = map.view(replica).unwrap_or_default();
+        let all = row.buckets.iter().copied().enumerate();
+        all.filter(|(_, bucket)| *bucket != Bucket::default()).collect()
+    }
+
+    #[test]
+    fn what_is_found_counts_where_it_is() {
+        let mut map = DiskMap::new();
+        assert_eq!(map.bucket_sectors(2048 * 1024), 2048);
+        map.record(&wrong(&[range(2047, 2), range(8192, 1)], 13));
+        map.record(&bad(range(2040, 16), Cause::Error(Errno(5))));
+        // A flush has no place.
+        map.record(&bad(range(0, 0), Cause::Error(Errno(5))));
+        map.mended(REPLICA, range(2048, 8));
+        let bucket = |wrong_sectors, mended_sectors, errors| Bucket {
+            wrong_sectors,
+            mended_sectors,
+            errors,
+        };
+        assert_eq!(
+            buckets(&map, Some(REPLICA)),
+            [(0, bucket(1, 0, 1)), (1, bucket(1, 8, 1)), (4, bucket(11, 0, 0))]
+        );
+        assert_eq!(map.damaged_sectors(REPLICA), 2, "one is mended");
+        assert!(map.view(None).is_none() && map.view(Some(ReplicaIndex(0))).is_none());
+        map.forget(REPLICA);
+        assert_eq!(map.damaged_sectors(REPLICA), 0);
+    }
+
+    #[test]
+    fn reads_that_fail_are_the_disks() {
+        let mut map = DiskMap::new();
+        for operation in [OperationType::Read, OperationType::Write] {
+            let range = range(8, 8);
+            map.record(&News::Report(Report::Failure { operation, range }));
+        }
+        assert_eq!(buckets(&map, None)[0].1.errors, 2);
+        assert_eq!(map.undecided_sectors(), 8);
+    }
+
+    #[test]
+    fn a_scrub_settles_what_is_damaged() {
+        let mut map = DiskMap::new();
+        let damage = |sector| wrong(&[range(sector, 1)], 1);
+        map.record(&damage(1));
+        map.record(&damage(5));
+        map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
+        map.record(&damage(5));
+        map.record(&damage(9));
+        // Another one has not seen everything since it began.
+        map.record(&scrub("job2", JobChange::Status, JobStatus::Created, None));
+        map.record(&scrub("job2", JobChange::Completed, JobStatus::Concluded, None));
+        assert_eq!(map.damaged_sectors(REPLICA), 3);
+        map.record(&scrub("job1", JobChange::Status, JobStatus::Running, None));
+        map.mended(REPLICA, range(9, 1));
+        map.record(&scrub("job1", JobChange::Completed, JobStatus::Concluded, None));
+        assert_eq!(map.damaged_sectors(REPLICA), 1, "sector 5");
+        for (what, error) in [
+            (JobChange::Cancelled, None),
+            (JobChange::Completed, Some(JobFailure::NotRead { replicas: 1 })),
+        ] {
+            map.record(&scrub("job3", JobChange::Status, JobStatus::Created, None));
+            map.record(&scrub("job3", what, JobStatus::Concluded, error));
+            assert_eq!(map.damaged_sectors(REPLICA), 1, "it has not seen everything");
+        }
+        map.record(&scrub("job5", JobChange::Status, JobStatus::Created, None));
+        map.record(&scrub("job5", JobChange::Completed, JobStatus::Concluded, None));
+        assert_eq!(map.damaged_sectors(REPLICA), 0);
+    }
+
+    proptest! {
+        #[test]
+        fn buckets_grow_with_the_disk_and_lose_nothing(
+            found in prop::collection::vec((0_u64..1 << 40, 1_u64..4096), 1..50), capacity in 1_u64..1 << 42
+        ) {
+            let mut map = DiskMap::new();
+            for (start, count) in &found {
+                map.record(&wrong(&[range(*start, *count)], *count));
+            }
+            let size = map.bucket_sectors(capacity);
+            prop_assert!(size * MAP_BUCKETS as u64 >= capacity);
+            let mut expected = vec![0; MAP_BUCKETS];
+            for sector in found.iter().flat_map(|(start, count)| *start..start + count) {
+                expected[usize::try_from(sector / size).unwrap()] += 1;
+            }
+            let row = map.view(Some(REPLICA)).unwrap();
+            let counted: Vec<u64> = row.buckets.iter().map(|bucket| bucket.wrong_sectors).collect();
+            prop_assert_eq!(counted, expected);
+        }
+    }
+}

@@ -1,0 +1,354 @@
+//! Where on the disk which replica was bad, as `query-quorum-map` shows it: plain values, made from the map and from
+//! what is stale.
+//!
+//! Invariants: a bucket is listed only if there is something in it; lists of ranges are bounded, the longest are kept.
+
+use serde::Serialize;
+
+use super::map::{Bucket, Row};
+use super::queue::EventQueue;
+use crate::limits::MAP_RANGES_LISTED_MAX;
+use crate::quorum::{ReplicaIndex, SECTOR_BYTES, SectorRange};
+
+/// The map of a disk at one moment.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct MapState {
+    /// What the disk is called.
+    pub node_name: String,
+    /// Its bytes.
+    pub size: u64,
+    /// The bytes that a bucket stands for.
+    pub bucket_bytes: u64,
+    /// Where the guest's requests failed.
+    pub failures: FailuresState,
+    /// The replicas, in order.
+    pub replicas: Vec<ReplicaMapState>,
+}
+
+/// Where requests failed for want of a quorum.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct FailuresState {
+    /// How many, by the buckets they touched.
+    pub buckets: Vec<FailureBucket>,
+    /// What could not be read, and no scrub has found to have a winner since.
+    #[serde(flatten)]
+    pub undecided: UndecidedRanges,
+}
+
+/// A bucket in which requests failed.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub struct FailureBucket {
+    /// Its first byte.
+    pub offset: u64,
+    /// Requests that failed.
+    pub failed: u64,
+}
+
+/// What was found on a replica.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct ReplicaMapState {
+    /// What it is called.
+    pub node_name: String,
+    /// By place.
+    pub buckets: Vec<BucketState>,
+    /// What was wrong when it was last looked at.
+    #[serde(flatten)]
+    pub damaged: DamagedRanges,
+    /// What it does not hold the newest data of.
+    #[serde(flatten)]
+    pub stale: StaleRanges,
+}
+
+/// What was found in a bucket of a replica.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub struct BucketState {
+    /// Its first byte.
+    pub offset: u64,
+    /// Sectors that lost a vote, all in all.
+    pub wrong_sectors: u64,
+    /// Sectors that were written with the winner.
+    pub mended_sectors: u64,
+    /// Operations that failed.
+    pub errors: u64,
+    /// Sectors that had lost the vote when they were last looked at.
+    pub damaged_sectors: u64,
+    /// Sectors that are stale.
+    pub stale_sectors: u64,
+}
+
+macro_rules! ranges {
+    ($(#[$doc:meta])* $name:ident, $list:literal, $truncated:literal) => {
+        $(#[$doc])*
+        #[derive(Clone, Debug, Serialize)]
+        pub struct $name {
+            /// The longest, in order.
+            #[serde(rename = $list)]
+            pub ranges: Vec<RangeState>,
+            /// There are more.
+            #[serde(rename = $truncated, skip_serializing_if = "std::ops::Not::not")]
+            pub truncated: bool,
+        }
+
+        impl $name {
+            fn of(ranges: &[SectorRange]) -> Self {
+                Self {
+                    ranges: longest(ranges),
+                    truncated: ranges.len() > MAP_RANGES_LISTED_MAX,
+                }
+            }
+        }
+    };
+}
+
+ranges!(
+    /// Ranges whose reads found no winner.
+    UndecidedRanges, "undecided", "undecided-truncated"
+);
+ranges!(
+    /// Ranges that were wrong when they were last looked at.
+    DamagedRanges, "damaged", "damaged-truncated"
+);
+ranges!(
+    /// Ranges that are stale.
+    StaleRanges, "stale", "stale-truncated"
+);
+
+/// A run of sectors.
+#[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
+#[serde(rename_all = "kebab-case")]
+pub struct RangeState {
+    /// The first sector.
+    pub sector_num: u64,
+    /// How many.
+    pub sector_count: u64,
+}
+
+/// What is known of a replica beside what is in the map.
+pub(crate) struct ReplicaPlaces {
+    pub(crate) index: ReplicaIndex,
+    pub(crate) node_name: String,
+    pub(crate) stale: Vec<SectorRange>,
+}
+
+impl MapState {
+    /// The map of the disk `node_name` of `size` bytes with these replicas, in at most so many buckets.
+    pub(crate) fn new(
+        reports: &EventQueue,
+        node_name: String,
+        size: u64,
+        buckets_max: usize,
+        replicas: impl IntoIterator<Item = ReplicaPlaces>,
+    ) -> Self {
+        let capacity_sectors = size / SECTOR_BYTES;
+        let base_sectors = reports.map().bucket_sectors(capacity_sectors);
+        let together = capacity_sectors
+            .div_ceil(base_sectors)
+            .div_ceil(buckets_max.max(1) as u64)
+            .max(1);
+        let cut = Cut {
+            capacity_sectors,
+            bucket_sectors: base_sectors * together,
+            together: usize::try_from(together).unwrap_or(usize::MAX),
+        };
+        // One row at a time: who reports something waits for no longer.
+        let view = |replica| reports.map().view(replica);
+        let replica_map =
+            |places: ReplicaPlaces| cut.replica(places.node_name, view(Some(places.index)), &places.stale);
+        Self {
+            node_name,
+            size,
+            bucket_bytes: cut.bucket_sectors * SECTOR_BYTES,
+            failures: cut.failures(view(None)),
+            replicas: replicas.into_iter().map(replica_map).collect(),
+        }
+    }
+}
+
+/// How the disk is cut into the buckets that are shown.
+struct Cut {
+    capacity_sectors: u64,
+    bucket_sectors: u64,
+    /// So many buckets of the map are one.
+    together: usize,
+}
+
+impl Cut {
+    fn counts(&self, row: Option<&Row>) -> Vec<Bucket> {
+        let buckets = row.map_or(&[][..], |row| &row.buckets);
+        let sums = buckets.chunks(self.together);
+        sums.map(|chunk| {
+            chunk
+                .iter()
+                .fold(Bucket::default(), |sum, bucket| sum.plus(*bucket))
+        })
+        .collect()
+    }
+
+    /// Sectors of `ranges` in each bucket.
+    fn sectors(&self, ranges: &[SectorRange]) -> Vec<u64> {
+        let mut sums = vec![0; self.count()];
+        for range in ranges {
+            let mut start = range.start;
+            while start < range.end() {
+                let bucket = start / self.bucket_sectors;
+                let end = range.end().min((bucket + 1) * self.bucket_sectors);
+                if let Some(sum) = usize::try_from(bucket)
+                    .ok()
+                    .and_then(|bucket| sums.get_mut(bucket))
+                {
+                    *sum += end - start;
+                }
+                start = end;
+            }
+        }
+        sums
+    }
+
+    fn count(&self) -> usize {
+        usize::try_from(self.capacity_sectors.div_ceil(self.bucket_sectors)).unwrap_or(usize::MAX)
+    }
+
+    fn offset(&self, bucket: usize) -> u64 {
+        bucket as u64 * self.bucket_sectors * SECTOR_BYTES
+    }
+
+    /// Without what lies beyond the end of the disk, to which a set that gets coarser may spread.
+    fn within(&self, ranges: impl IntoIterator<Item = SectorRange>) -> Vec<SectorRange> {
+        let cut = |range: SectorRange| {
+            let end = range.end().min(self.capacity_sectors);
+            (range.start < end).then(|| SectorRange::new(range.start, end - range.start))
+        };
+        ranges.into_iter().filter_map(cut).collect()
+    }
+
+    fn failures(&self, row: Option<Row>) -> FailuresState {
+        let undecided = self.within(row.iter().flat_map(|row| row.damaged.iter()));
+        let counts = self.counts(row.as_ref()).into_iter().enumerate();
+        let buckets = counts.filter(|(_, bucket)| bucket.errors > 0);
+        FailuresState {
+            buckets: buckets
+                .map(|(index, bucket)| FailureBucket {
+                    offset: self.offset(index),
+                    failed: bucket.errors,
+                })
+                .collect(),
+            undecided: UndecidedRanges::of(&undecided),
+        }
+    }
+
+    fn replica(&self, node_name: String, row: Option<Row>, stale: &[SectorRange]) -> ReplicaMapState {
+        let counts = self.counts(row.as_ref());
+        let damaged = self.within(row.iter().flat_map(|row| row.damaged.iter()));
+        let stale = self.within(stale.iter().copied());
+        let (damaged_sectors, stale_sectors) = (self.sectors(&damaged), self.sectors(&stale));
+        let bucket = |index: usize| {
+            let count = counts.get(index).copied().unwrap_or_default();
+            BucketState {
+                offset: self.offset(index),
+                wrong_sectors: count.wrong_sectors,
+                mended_sectors: count.mended_sectors,
+                errors: count.errors,
+                damaged_sectors: damaged_sectors[index],
+                stale_sectors: stale_sectors[index],
+            }
+        };
+        let is_something = |bucket: &BucketState| {
+            let BucketState {
+                offset: _,
+                wrong_sectors,
+                mended_sectors,
+                errors,
+                damaged_sectors,
+                stale_sectors,
+            } = *bucket;
+            wrong_sectors + mended_sectors + errors + damaged_sectors + stale_sectors > 0
+        };
+        ReplicaMapState {
+            node_name,
+            buckets: (0..self.count()).map(bucket).filter(is_something).collect(),
+            damaged: DamagedRanges::of(&damaged),
+            stale: StaleRanges::of(&stale),
+        }
+    }
+}
+
+/// The longest of `ranges`, which are in order, in order.
+fn longest(ranges: &[SectorRange]) -> Vec<RangeState> {
+    let mut kept = ranges.to_vec();
+    kept.sort_by_key(|range| std::cmp::Reverse(range.count));
+    kept.truncate(MAP_RANGES_LISTED_MAX);
+    kept.sort_by_key(|range| range.start);
+    let state = |range: &SectorRange| RangeState {
+        sector_num: range.start,
+        sector_count: range.count,
+    };
+    kept.iter().map(state).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quorum::Errno;
+    use crate::quorum::report::{Cause, OperationType, Report};
+    use serde_json::json;
+
+    #[test]
+    fn a_map_is_as_coarse_as_it_is_asked_for() {
+        let queue = EventQueue::new().unwrap();
+        let error = |sector| Report::Bad {
+            replica: ReplicaIndex(0),
+            operation: OperationType::Write,
+            range: SectorRange::new(sector, 8),
+            cause: Cause::Error(Errno(5)),
+        };
+        // 1 GiB, in buckets of 1 MiB.
+        for sector in [0, 2048, 1 << 20] {
+            queue.push(error(sector));
+        }
+        let map = |buckets| {
+            let places = ReplicaPlaces {
+                index: ReplicaIndex(0),
+                node_name: "a".into(),
+                stale: vec![SectorRange::new((1 << 21) - 4, 4)],
+            };
+            serde_json::to_value(MapState::new(&queue, "disk".into(), 1 << 30, buckets, [places])).unwrap()
+        };
+        let bucket = |offset: u64, errors: u64, stale: u64| {
+            json!({ "offset": offset, "wrong-sectors": 0, "mended-sectors": 0, "errors": errors,
+                    "damaged-sectors": 0, "stale-sectors": stale })
+        };
+        let fine = map(1024);
+        assert_eq!(fine["bucket-bytes"], 1 << 20);
+        assert_eq!(
+            fine["replicas"][0]["buckets"],
+            json!([
+                bucket(0, 1, 0),
+                bucket(1 << 20, 1, 0),
+                bucket(1 << 29, 1, 0),
+                bucket(1023 << 20, 0, 4)
+            ])
+        );
+        // 1024 of them make 94 of 11 MiB.
+        let coarse = map(100);
+        assert_eq!(coarse["bucket-bytes"], 11 << 20);
+        assert_eq!(
+            coarse["replicas"][0]["buckets"],
+            json!([bucket(0, 2, 0), bucket(506 << 20, 1, 0), bucket(1023 << 20, 0, 4)])
+        );
+        assert_eq!(map(1)["replicas"][0]["buckets"], json!([bucket(0, 3, 4)]));
+    }
+
+    #[test]
+    fn the_longest_ranges_are_listed() {
+        let ranges: Vec<_> = (0..100).map(|n| SectorRange::new(n * 1000, n + 1)).collect();
+        let listed = StaleRanges::of(&ranges);
+        assert!(listed.truncated && listed.ranges.len() == MAP_RANGES_LISTED_MAX);
+        assert_eq!(listed.ranges[0].sector_count, 37);
+        assert!(!StaleRanges::of(&ranges[..64]).truncated);
+    }
+}
