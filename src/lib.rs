@@ -16,9 +16,12 @@
 //! [`jobs`] has the work that no guest asked for: bringing a replica up to date, looking for damage. [`upkeep`] is what
 //! an operator can do to a disk while it is served.
 //!
+//! [`client`] is another program, `quorum-blkctl`, which talks to the monitor.
+//!
 //! [`worker`] is the thread all of this runs on, [`statistics`] what it counts, [`daemon`] builds and stops the parts, [`config`] is the
 //! command line, [`limits`] has every bound.
 
+pub mod client;
 pub mod config;
 pub mod control;
 pub mod daemon;

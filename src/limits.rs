@@ -70,6 +70,12 @@ pub const QMP_CLIENTS_MAX: usize = 16;
 /// Bytes of one message to the monitor. A client that sends a longer one is dropped.
 pub const QMP_MESSAGE_BYTES_MAX: usize = 64 << 10;
 
+/// Bytes of one line that `quorum-blkctl` takes from a monitor: a map of 32 replicas in 1024 buckets each has half of it.
+pub const CLIENT_LINE_BYTES_MAX: usize = 8 << 20;
+
+/// Ends of jobs that `quorum-blkctl` keeps while it waits for something else.
+pub const CLIENT_EVENTS_KEPT_MAX: usize = 256;
+
 /// Connections on which metrics are served at the same time; others wait in the kernel.
 pub const METRICS_CONNECTIONS_MAX: usize = 4;
 

@@ -1,0 +1,218 @@
+//! `events`: what the daemon tells, one line each, as it happens.
+
+use std::time::{Duration, Instant};
+
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::format::{clean, counted, sectors, size, timestamp};
+use super::progress::describe;
+use super::shapes::{JobEnd, Range};
+use super::terminal::Style;
+use super::{Context, Error, Outcome};
+
+/// The data of QUORUM_REPORT_BAD and QUORUM_FAILURE.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Report {
+    ret: Option<i64>,
+    node_name: Option<String>,
+    reference: Option<String>,
+    sector_num: u64,
+    sectors_count: u64,
+    r#type: Option<String>,
+    error: Option<String>,
+    #[serde(default)]
+    bad_sectors: Vec<Range>,
+    #[serde(default)]
+    bad_sectors_truncated: bool,
+    #[serde(default)]
+    suppressed: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct StatusChange {
+    id: String,
+    status: String,
+}
+
+#[derive(Debug, Deserialize)]
+struct Missed {
+    missed: u64,
+}
+
+#[derive(Debug, Deserialize)]
+struct Timestamp {
+    seconds: u64,
+    microseconds: u32,
+}
+
+/// Follows the events. Ends only with the connection.
+pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
+    loop {
+        let far = Instant::now() + Duration::from_secs(3600);
+        let Some(message) = context.connection.receive(far)? else {
+            continue;
+        };
+        let Some(name) = message.event() else {
+            continue;
+        };
+        if json {
+            writeln!(context.out, "{}", message.line)?;
+        } else {
+            let time = read::<Timestamp>(&message.value["timestamp"]);
+            let time = time.and_then(|time| timestamp(time.seconds, time.microseconds));
+            let (style, text) = sentence(name, &message.value["data"]);
+            writeln!(
+                context.out,
+                "{}  {}",
+                time.as_deref().unwrap_or("-"),
+                context.terminal.paint(style, text)
+            )?;
+        }
+        context.out.flush()?;
+    }
+}
+
+/// An event in words. What is not understood is shown as it is.
+fn sentence(name: &str, data: &Value) -> (Style, String) {
+    let known = match name {
+        "QUORUM_REPORT_BAD" => read(data).and_then(|report| bad(&report)),
+        "QUORUM_FAILURE" => read(data).map(|report| failure(&report)),
+        "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
+            let text = format!("{}: {}", clean(&id), clean(&status));
+            (Style::Plain, text)
+        }),
+        "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => {
+            read(data).map(|end: JobEnd| job_end(&end, name == "BLOCK_JOB_CANCELLED"))
+        }
+        "QUORUM_EVENTS_MISSED" => read(data).map(|Missed { missed }| {
+            let text = format!(
+                "{} not told: they came faster than this could read",
+                counted(missed, "event")
+            );
+            (Style::Warning, text)
+        }),
+        _ => None,
+    };
+    known.unwrap_or_else(|| (Style::Plain, clean(&format!("{name} {data}"))))
+}
+
+fn bad(report: &Report) -> Option<(Style, String)> {
+    let node = clean(report.node_name.as_deref()?);
+    let operation = clean(report.r#type.as_deref().unwrap_or("operation"));
+    let place = place(report);
+    if report.ret? < 0 {
+        let error = clean(report.error.as_deref().unwrap_or("an error"));
+        let text = format!("{node}: {operation} failed{place}: {error}");
+        return Some((Style::Bad, text + &folded(report)));
+    }
+    let mut places: Vec<String> = report
+        .bad_sectors
+        .iter()
+        .map(|run| sectors(run.sector_num, run.sector_count))
+        .collect();
+    if report.bad_sectors_truncated {
+        places.push("more".into());
+    }
+    let at = report.bad_sectors.first().map_or(0, |run| run.sector_num);
+    let text = format!(
+        "{node}: wrong data in {}, from byte {}, found by a {operation} of {}",
+        places.join(", "),
+        at.saturating_mul(512),
+        sectors(report.sector_num, report.sectors_count)
+    );
+    Some((Style::Warning, text + &folded(report)))
+}
+
+fn failure(report: &Report) -> (Style, String) {
+    let disk = clean(report.reference.as_deref().unwrap_or("the disk"));
+    let operation = clean(report.r#type.as_deref().unwrap_or("request"));
+    let text = format!("{disk}: NO QUORUM for a {operation}{}", place(report));
+    (Style::Bad, text + &folded(report))
+}
+
+fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
+    let what = describe(&end.device, &end.r#type, end.node_name.as_deref());
+    let (style, how) = match &end.error {
+        _ if is_cancelled => (Style::Warning, "cancelled".into()),
+        Some(error) => (Style::Bad, format!("failed: {}", clean(error))),
+        None => (Style::Good, "completed".to_owned()),
+    };
+    let text = format!(
+        "{what} {how}, {} of {}; {} found, {} written",
+        size(end.offset),
+        size(end.len),
+        counted(end.sectors_found, "bad sector"),
+        end.sectors_written
+    );
+    (style, text)
+}
+
+/// Where an operation was; a flush is nowhere.
+fn place(report: &Report) -> String {
+    match report.sectors_count {
+        0 => String::new(),
+        count => format!(
+            " at {}, byte {}",
+            sectors(report.sector_num, count),
+            report.sector_num.saturating_mul(512)
+        ),
+    }
+}
+
+fn folded(report: &Report) -> String {
+    match report.suppressed {
+        0 => String::new(),
+        count => format!(" (and {count} more like this before it)"),
+    }
+}
+
+fn read<'a, T: Deserialize<'a>>(value: &'a Value) -> Option<T> {
+    T::deserialize(value).ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The examples of docs/events.md, in words.
+    #[test]
+    fn the_documented_events_are_readable() {
+        let manual = include_str!("../../docs/events.md");
+        let examples = manual.lines().filter(|line| line.starts_with("{\"event\""));
+        let told: Vec<String> = examples
+            .map(|line| {
+                let event: Value = serde_json::from_str(line).unwrap();
+                sentence(event["event"].as_str().unwrap(), &event["data"]).1
+            })
+            .collect();
+        assert_eq!(
+            told,
+            [
+                "1.raw: wrong data in sector 345436, from byte 176863232, found by a read of sectors 345435-345439",
+                "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error (and 41 more like \
+                 this before it)",
+                "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
+                "1742 events not told: they came faster than this could read",
+            ]
+        );
+    }
+
+    #[test]
+    fn what_is_not_known_is_shown_as_it_is() {
+        let strange = serde_json::json!({ "ret": "\x1b[2J" });
+        for name in [
+            "QUORUM_REPORT_BAD",
+            "QUORUM_FAILURE",
+            "JOB_STATUS_CHANGE",
+            "NEW\x1b",
+        ] {
+            let text = sentence(name, &strange).1;
+            assert!(
+                text.starts_with(&clean(name)) && !text.contains('\x1b'),
+                "{text:?}"
+            );
+        }
+    }
+}

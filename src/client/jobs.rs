@@ -1,0 +1,90 @@
+//! `jobs`: what they do, and telling them something.
+
+use std::io::Write;
+
+use serde_json::json;
+
+use super::arguments::JobOrder;
+use super::connection::understand;
+use super::format::{clean, percent, size};
+use super::scrub::wait_for;
+use super::shapes::Job;
+use super::table::Table;
+use super::terminal::{Style, Terminal};
+use super::wait::is_there;
+use super::{Context, Error, Outcome};
+
+pub(super) fn run(context: &mut Context<'_>, json: bool, order: Option<JobOrder>) -> Result<Outcome, Error> {
+    let connection = &mut context.connection;
+    match order {
+        None => return list(context, json),
+        Some(JobOrder::Pause { id }) => connection.execute("job-pause", json!({ "id": id }))?,
+        Some(JobOrder::Resume { id }) => connection.execute("job-resume", json!({ "id": id }))?,
+        Some(JobOrder::Cancel { id }) => connection.execute("job-cancel", json!({ "id": id }))?,
+        Some(JobOrder::Speed { id, rate }) => {
+            let arguments = json!({ "device": id, "speed": rate.0 });
+            connection.execute("block-job-set-speed", arguments)?
+        }
+        Some(JobOrder::Wait { id }) => {
+            if !is_there(connection, &id)? {
+                return Err(Error::Not(format!("there is no job {}", clean(&id))));
+            }
+            return wait_for(context, &id);
+        }
+    };
+    Ok(Outcome::Well)
+}
+
+fn list(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
+    let reply = context.connection.execute("query-jobs", json!({}))?;
+    if json {
+        writeln!(context.out, "{reply}")?;
+        return Ok(Outcome::Well);
+    }
+    let jobs: Vec<Job> = understand("query-jobs", reply)?;
+    if jobs.is_empty() {
+        writeln!(context.out, "no jobs")?;
+    } else {
+        write_table(context.out, &jobs, context.terminal)?;
+    }
+    Ok(Outcome::Well)
+}
+
+/// A line for each job.
+pub(super) fn write_table(out: &mut dyn Write, jobs: &[Job], terminal: Terminal) -> Result<(), Error> {
+    let mut table = Table::new(&[
+        "job", "type", "replica", "status", ">done", ">of", ">limit", ">found", ">written", "error",
+    ]);
+    for job in jobs {
+        let plain = |text: String| (text, Style::Plain);
+        let limit = match job.speed {
+            0 => "-".into(),
+            speed => format!("{}/s", size(speed)),
+        };
+        let error = job.error.as_deref().map_or_else(|| "-".into(), clean);
+        let is_running = job.status == "running";
+        table.row(vec![
+            plain(clean(&job.id)),
+            plain(clean(job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type))),
+            plain(job.node_name.as_deref().map_or_else(|| "-".into(), clean)),
+            (
+                clean(&job.status),
+                if is_running { Style::Good } else { Style::Warning },
+            ),
+            plain(format!("{} %", percent(job.current_progress, job.total_progress))),
+            plain(size(job.total_progress)),
+            plain(limit),
+            plain(job.sectors_found.to_string()),
+            plain(job.sectors_written.to_string()),
+            (
+                error,
+                if job.error.is_some() {
+                    Style::Bad
+                } else {
+                    Style::Plain
+                },
+            ),
+        ]);
+    }
+    Ok(table.write(out, terminal)?)
+}

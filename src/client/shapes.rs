@@ -1,0 +1,162 @@
+//! The replies of the monitor, as far as they are of interest here. Members that are not known are ignored.
+
+use serde::Deserialize;
+
+/// query-quorum.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Disk {
+    pub(super) node_name: String,
+    pub(super) size: u64,
+    pub(super) vote_threshold: u64,
+    pub(super) read_pattern: String,
+    pub(super) rewrite_corrupted: bool,
+    pub(super) read_only: bool,
+    pub(super) requests: Requests,
+    pub(super) failures: ByOperation<u64>,
+    pub(super) undecided_sectors: u64,
+    pub(super) replicas: Vec<Replica>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Replica {
+    pub(super) node_name: String,
+    pub(super) file: String,
+    pub(super) state: String,
+    pub(super) stale_bytes: u64,
+    pub(super) wrong_sectors: u64,
+    pub(super) mended_sectors: u64,
+    pub(super) damaged_sectors: u64,
+    pub(super) operations: ByOperation<Operations>,
+}
+
+/// The guest's requests.
+#[derive(Debug, Deserialize)]
+pub(super) struct Requests {
+    pub(super) read: Operations,
+    pub(super) write: Operations,
+    pub(super) zero: Operations,
+    pub(super) flush: Operations,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct ByOperation<T> {
+    pub(super) read: T,
+    pub(super) write: T,
+    pub(super) flush: T,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Operations {
+    pub(super) failed: u64,
+    pub(super) in_flight: u64,
+    pub(super) latency: Option<Latency>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Latency {
+    pub(super) p99_ns: u64,
+}
+
+/// One of query-jobs.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Job {
+    pub(super) id: String,
+    pub(super) r#type: String,
+    pub(super) status: String,
+    pub(super) current_progress: u64,
+    pub(super) total_progress: u64,
+    pub(super) error: Option<String>,
+    pub(super) node_name: Option<String>,
+    #[serde(default)]
+    pub(super) speed: u64,
+    #[serde(default)]
+    pub(super) sectors_found: u64,
+    #[serde(default)]
+    pub(super) sectors_written: u64,
+}
+
+/// The data of BLOCK_JOB_COMPLETED and BLOCK_JOB_CANCELLED.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct JobEnd {
+    pub(super) r#type: String,
+    pub(super) device: String,
+    #[serde(default)]
+    pub(super) len: u64,
+    #[serde(default)]
+    pub(super) offset: u64,
+    pub(super) error: Option<String>,
+    pub(super) node_name: Option<String>,
+    #[serde(default)]
+    pub(super) sectors_found: u64,
+    #[serde(default)]
+    pub(super) sectors_written: u64,
+}
+
+/// What commands return that begin a job.
+#[derive(Debug, Deserialize)]
+pub(super) struct Begun {
+    pub(super) id: String,
+}
+
+/// query-quorum-map.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct DiskMap {
+    pub(super) node_name: String,
+    pub(super) size: u64,
+    pub(super) bucket_bytes: u64,
+    pub(super) failures: Failures,
+    pub(super) replicas: Vec<ReplicaMap>,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Failures {
+    pub(super) buckets: Vec<FailureBucket>,
+    pub(super) undecided: Vec<Range>,
+    #[serde(default)]
+    pub(super) undecided_truncated: bool,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct FailureBucket {
+    pub(super) offset: u64,
+    pub(super) failed: u64,
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct ReplicaMap {
+    pub(super) node_name: String,
+    pub(super) buckets: Vec<Bucket>,
+    pub(super) damaged: Vec<Range>,
+    #[serde(default)]
+    pub(super) damaged_truncated: bool,
+    pub(super) stale: Vec<Range>,
+    #[serde(default)]
+    pub(super) stale_truncated: bool,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Bucket {
+    pub(super) offset: u64,
+    pub(super) wrong_sectors: u64,
+    pub(super) mended_sectors: u64,
+    pub(super) errors: u64,
+    pub(super) damaged_sectors: u64,
+    pub(super) stale_sectors: u64,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Range {
+    pub(super) sector_num: u64,
+    pub(super) sector_count: u64,
+}
