@@ -34,7 +34,7 @@ fn rate(text: &str) -> Result<Rate, String> {
 )]
 pub(super) struct Options {
     /// The monitor of the daemon: the PATH that its --qmp was given
-    #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, global = true)]
+    #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, hide_env_values = true, global = true)]
     pub(super) qmp: Option<PathBuf>,
 
     /// Time in seconds in which the daemon has to answer, 1 to 3600

@@ -139,13 +139,11 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
         Some(error) => (Style::Bad, format!("failed: {}", clean(error))),
         None => (Style::Good, "completed".to_owned()),
     };
-    let text = format!(
-        "{what} {how}, {} of {}; {} found, {} written",
-        size(end.offset),
-        size(end.len),
-        counted(end.sectors_found, "bad sector"),
-        end.sectors_written
-    );
+    let mut text = format!("{what} {how}, {} of {}", size(end.offset), size(end.len));
+    if end.r#type != "quorum-resync" {
+        let (found, written) = (counted(end.sectors_found, "bad sector"), end.sectors_written);
+        text += &format!("; {found} found, {written} written");
+    }
     (style, text)
 }
 

@@ -75,6 +75,10 @@ pub(super) fn replace(context: &mut Context<'_>, old: &str, image: &NewImage) ->
     let ended = wait(context, Awaited::ResyncOf(&new.node_name), goes_on);
     let ended = ended.map_err(|error| match error {
         interrupted @ Error::Interrupted(_) => interrupted,
+        Error::Closed => Error::Not(format!(
+            "{}\n{name} and {old_name} were both replicas; one that is started again has those of its command line",
+            Error::Closed
+        )),
         other => Error::Not(format!(
             "{other}\n{name} and {old_name} are both replicas; {to_go_on}"
         )),
