@@ -99,6 +99,7 @@ fn metrics_are_what_happened_and_well_formed() {
         text = served.scrape();
         let values = values(&text);
         values[r#"quorum_blk_replica_mended_sectors_total{replica="1.raw"}"#] >= 2.0
+            && values[r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#] == 0.0
             && values[r#"quorum_blk_replica_operations_in_flight{replica="2.raw",type="read"}"#] == 0.0
     });
     assert!(came, "{text}");
@@ -120,6 +121,8 @@ fn metrics_are_what_happened_and_well_formed() {
         (r#"quorum_blk_replica_wrong_sectors_total{replica="1.raw"}"#, 2.0),
         (r#"quorum_blk_replica_wrong_sectors_total{replica="0.raw"}"#, 0.0),
         (r#"quorum_blk_replica_stale_bytes{replica="0.raw"}"#, 0.0),
+        (r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#, 0.0),
+        ("quorum_blk_undecided_sectors", 0.0),
         (
             r#"quorum_blk_replica_state{replica="0.raw",state="in-service"}"#,
             1.0,

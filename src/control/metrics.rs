@@ -70,6 +70,11 @@ impl Page {
     }
 
     fn requests(&mut self, disk: &DiskState) {
+        self.gauge(
+            "undecided_sectors",
+            "Sectors that could not be read for want of a quorum, and that no scrub has read well since.",
+            |add| add(&[], disk.undecided_sectors),
+        );
         let kinds: Vec<_> = disk
             .requests
             .iter()
@@ -104,15 +109,25 @@ impl Page {
             },
         );
         type Figure = fn(&ReplicaState) -> u64;
-        self.gauge(
-            "replica_stale_bytes",
-            "Bytes that a replica is known not to hold the newest data of.",
-            |add| {
+        let states: [(&str, &str, Figure); 2] = [
+            (
+                "replica_stale_bytes",
+                "Bytes that a replica is known not to hold the newest data of.",
+                |replica| replica.stale_bytes,
+            ),
+            (
+                "replica_damaged_sectors",
+                "Sectors that had lost a vote when they were last looked at.",
+                |replica| replica.damaged_sectors,
+            ),
+        ];
+        for (name, help, figure) in states {
+            self.gauge(name, help, |add| {
                 for replica in &disk.replicas {
-                    add(&[("replica", &replica.node_name)], replica.stale_bytes);
+                    add(&[("replica", &replica.node_name)], figure(replica));
                 }
-            },
-        );
+            });
+        }
         let totals: [(&str, &str, Figure); 6] = [
             (
                 "replica_wrong_sectors_total",

@@ -190,8 +190,8 @@ impl Operator for DiskOperator {
             node_name: file.node_name.clone(),
             stale: self.shared.stale_ranges(index),
         });
-        let node_name = self.is.node_name.clone();
-        MapState::new(&self.reports, node_name, self.is.size, buckets, places)
+        let DiskState { node_name, size, .. } = self.state();
+        MapState::new(&self.reports, node_name, size, buckets, places)
     }
 
     fn jobs(&self) -> Vec<JobState> {
