@@ -8,18 +8,21 @@
 //! - A refusal displays as one line, whatever the arguments are made of.
 //! - `--print-capabilities` and `--help` need no other option.
 
+mod command_line;
+mod error;
+
 use std::ffi::{OsStr, OsString};
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::os::fd::RawFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use clap::{CommandFactory as _, FromArgMatches as _, Parser, ValueEnum};
+use clap::{CommandFactory as _, FromArgMatches as _, ValueEnum};
 
-use crate::limits::{
-    NEIGHBOURHOOD_BYTES, QUEUE_SIZE_MAX, QUEUES_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX,
-};
+use self::command_line::{Options, usage_line};
+pub use self::error::ConfigError;
+use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX};
 use crate::message::Quoted;
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
@@ -129,239 +132,6 @@ pub enum Cache {
     Writeback,
 }
 
-/// Why a command line is refused. Each displays as one line.
-#[derive(Debug, thiserror::Error)]
-#[non_exhaustive]
-pub enum ConfigError {
-    /// Not a command line of this program: an unknown option, a value that is none.
-    #[error("{0}")]
-    Usage(String),
-    /// Neither `--socket-path` nor `--fd`.
-    #[error("no socket to serve the disk on; give --socket-path PATH or --fd N")]
-    NoSocket,
-    /// The path of a socket is empty or longer than the kernel takes.
-    #[error(
-        "{option} {}: the path of a socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes",
-        Quoted(.path)
-    )]
-    SocketPathLength {
-        /// The option.
-        option: &'static str,
-        /// Its value.
-        path: PathBuf,
-    },
-    /// Two sockets at one path.
-    #[error("{first} and {second} are both {}; each socket needs its own path", Quoted(.path))]
-    OneSocketPath {
-        /// One of the options.
-        first: &'static str,
-        /// The other.
-        second: &'static str,
-        /// The value of both.
-        path: PathBuf,
-    },
-    /// No `--blk-file`.
-    #[error("no image to serve; give --blk-file PATH once for each replica")]
-    NoReplicas,
-    /// More replicas than a disk can have.
-    #[error("{0} replicas; a disk can have at most {REPLICAS_MAX}")]
-    TooManyReplicas(usize),
-    /// A `--blk-file` that can not be read.
-    #[error("--blk-file {}: {reason}", Quoted(.value))]
-    BlkFile {
-        /// The value of the option.
-        value: OsString,
-        /// What is wrong with it.
-        reason: String,
-    },
-    /// One path twice.
-    #[error("--blk-file {} is given twice; each replica needs its own image", Quoted(.0))]
-    SamePath(PathBuf),
-    /// Two replicas of one name.
-    #[error(
-        "replicas {} and {} would both have the node-name {}; tell them apart with node-name=NAME",
-        Quoted(.first),
-        Quoted(.second),
-        Quoted(.node_name)
-    )]
-    NodeNameTwice {
-        /// The replica listed first.
-        first: PathBuf,
-        /// The other.
-        second: PathBuf,
-        /// The name of both.
-        node_name: String,
-    },
-    /// A replica named like the disk.
-    #[error(
-        "replica {} has the node-name of the voted disk, {}; choose another with node-name=NAME or --node-name",
-        Quoted(.path),
-        Quoted(.node_name)
-    )]
-    NodeNameOfDisk {
-        /// The replica.
-        path: PathBuf,
-        /// The name of both.
-        node_name: String,
-    },
-    /// A `--node-name` that is no name.
-    #[error("--node-name {}: {reason}", Quoted(.value))]
-    NodeName {
-        /// The value of the option.
-        value: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// t out of range.
-    #[error("--vote-threshold {threshold} is out of range; with {replicas} {} it can be 1 to {replicas}",
-        if *.replicas == 1 { "replica" } else { "replicas" })]
-    Threshold {
-        /// The threshold asked for.
-        threshold: usize,
-        /// Number of replicas.
-        replicas: usize,
-    },
-    /// `--blkverify` without N = t = 2.
-    #[error(
-        "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} with a threshold of {threshold}"
-    )]
-    Blkverify {
-        /// Number of replicas.
-        replicas: usize,
-        /// The threshold, given or default.
-        threshold: usize,
-    },
-    /// Two options that exclude each other.
-    #[error("{first} cannot be used with {second}: {reason}")]
-    Excluded {
-        /// One of the options.
-        first: &'static str,
-        /// The other.
-        second: &'static str,
-        /// Why.
-        reason: &'static str,
-    },
-    /// A serial number that virtio can not carry.
-    #[error("--serial {}: {reason}", Quoted(.value))]
-    Serial {
-        /// The value of the option.
-        value: String,
-        /// What is wrong with it.
-        reason: &'static str,
-    },
-    /// A queue size that is no power of two in range.
-    #[error("--queue-size {0} is not a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")]
-    QueueSize(u16),
-}
-
-/// The options as they are written. What they mean together is up to [`check`].
-#[derive(Debug, Parser)]
-#[command(
-    name = "quorum-blkd",
-    version,
-    about = "Serve several disk images as one voted disk to a virtual machine over vhost-user-blk",
-    override_usage = "quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
-                      quorum-blkd --print-capabilities",
-    after_help = "Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
-                  Everything that keeps the disk from being served is told in one line on standard error, \
-                  with exit status 1."
-)]
-struct Options {
-    /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket made at PATH
-    #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = "Connection")]
-    socket_path: Option<PathBuf>,
-
-    /// Listen on the inherited file descriptor N, a UNIX socket that listens already
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(RawFd).range(0..), help_heading = "Connection")]
-    fd: Option<RawFd>,
-
-    /// Replica: a raw image file or a block device. Give one for each replica, in order; all must have the
-    /// same size. NAME is the replica's name in events [default: the file name]. Write a comma in PATH or
-    /// NAME as two
-    #[arg(long, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
-    blk_file: Vec<OsString>,
-
-    /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed, 1 to the
-    /// number N of replicas [default: N/2 rounded down, plus 1]
-    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Vote")]
-    vote_threshold: Option<usize>,
-
-    /// How reads are served
-    #[arg(long, value_name = "PATTERN", value_enum, default_value_t = ReadPattern::Quorum, help_heading = "Vote")]
-    read_pattern: ReadPattern,
-
-    /// Write the data that won the vote over the sectors of replicas that lost it
-    #[arg(long, help_heading = "Vote")]
-    rewrite_corrupted: bool,
-
-    /// Compare two replicas and stop with exit status 1 at the first difference
-    #[arg(long, help_heading = "Vote")]
-    blkverify: bool,
-
-    /// Time in milliseconds after which a replica that does not answer is done without, 10 to 3600000. It comes
-    /// back by itself, and what it missed is copied to it
-    #[arg(long, value_name = "MS", allow_negative_numbers = true, default_value_t = 1000,
-        value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
-    replica_timeout: u64,
-
-    /// How far around damage, on either side, the disk is scrubbed at once, in MiB; 0: not at all
-    #[arg(long, value_name = "MIB", allow_negative_numbers = true, default_value_t = NEIGHBOURHOOD_BYTES >> 20,
-        value_parser = clap::value_parser!(u64).range(0..=1 << 20), help_heading = "Replicas")]
-    scrub_around: u64,
-
-    /// Direct I/O (none) or the host's page cache (writeback) for the images
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None, help_heading = "Replicas")]
-    cache: Cache,
-
-    /// Name of the voted disk in events
-    #[arg(long, value_name = "NAME", default_value = "quorum0", help_heading = "Disk")]
-    node_name: String,
-
-    /// Serve a disk the guest cannot write to
-    #[arg(long, help_heading = "Disk")]
-    read_only: bool,
-
-    /// Serial number the guest sees, at most 20 ASCII characters [default: none]
-    #[arg(long, value_name = "S", help_heading = "Disk")]
-    serial: Option<String>,
-
-    /// Request queues, 1 to 64
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 1,
-        value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)), help_heading = "Disk")]
-    num_queues: u16,
-
-    /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at most 126 data
-    /// segments, and at most two less than the queue has descriptors
-    #[arg(
-        long,
-        value_name = "N",
-        allow_negative_numbers = true,
-        default_value_t = 256,
-        help_heading = "Disk"
-    )]
-    queue_size: u16,
-
-    /// Tell events, one JSON object a line, to everyone who connects to a UNIX socket made at PATH
-    #[arg(long, value_name = "PATH", help_heading = "Operator")]
-    events: Option<PathBuf>,
-
-    /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine Protocol
-    #[arg(long, value_name = "PATH", help_heading = "Operator")]
-    qmp: Option<PathBuf>,
-
-    /// Serve metrics for Prometheus over HTTP at ADDR: a port, on 127.0.0.1 then, or address:port
-    #[arg(long, value_name = "ADDR", value_parser = parse_metrics_address, help_heading = "Operator")]
-    metrics: Option<SocketAddr>,
-
-    /// Print what this backend can do as JSON, for management software, and exit
-    #[arg(long)]
-    print_capabilities: bool,
-
-    /// Log more; twice for still more
-    #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Operator")]
-    verbose: u8,
-}
-
 impl Config {
     /// Reads a command line, the program's name included.
     pub fn from_args(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, ConfigError> {
@@ -382,33 +152,6 @@ impl Config {
             Err(error) if !error.use_stderr() => Ok(Parsed::Print(error.to_string())),
             Err(error) => Err(ConfigError::Usage(usage_line(&error))),
         }
-    }
-}
-
-/// What the argument parser tells in a paragraph, with advice and usage in further ones, as one line.
-fn usage_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let mut paragraphs = text.split("\n\n");
-    let joined = |paragraph: &str| {
-        let words: Vec<&str> = paragraph.split(char::is_control).map(str::trim).collect();
-        words.join(" ").trim().to_owned()
-    };
-    let reason = joined(paragraphs.next().unwrap_or_default());
-    let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
-    let advice = paragraphs
-        .map(joined)
-        .find_map(|paragraph| paragraph.strip_prefix("tip: ").map(str::to_owned))
-        .unwrap_or_else(|| "see quorum-blkd --help".to_owned());
-    format!("{reason}; {advice}")
-}
-
-/// Without an address other hosts can not connect.
-fn parse_metrics_address(value: &str) -> Result<SocketAddr, &'static str> {
-    match value.parse::<u16>() {
-        Ok(port) => Ok((Ipv4Addr::LOCALHOST, port).into()),
-        Err(_) => value
-            .parse()
-            .map_err(|_| "neither a port nor an address with one, such as 127.0.0.1:9000 or [::1]:9000"),
     }
 }
 

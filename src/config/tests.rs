@@ -1,6 +1,7 @@
 //! Unit tests: what the command line accepts and refuses.
 
 use super::*;
+use crate::limits::QUEUES_MAX;
 
 const SOCKET: [&str; 2] = ["--socket-path", "/run/disk.sock"];
 
