@@ -10,6 +10,7 @@
 
 mod command_line;
 mod error;
+mod sockets;
 
 use std::ffi::{OsStr, OsString};
 use std::net::SocketAddr;
@@ -22,7 +23,8 @@ use clap::{CommandFactory as _, FromArgMatches as _, ValueEnum};
 
 use self::command_line::{Options, usage_line};
 pub use self::error::ConfigError;
-use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX, SOCKET_PATH_BYTES_MAX};
+use self::sockets::Sockets;
+use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX};
 use crate::message::Quoted;
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
@@ -73,10 +75,10 @@ pub struct Config {
     pub queue_size: u16,
     /// Whether the host's page cache is used.
     pub cache: Cache,
-    /// Socket on which events are told.
-    pub events: Option<PathBuf>,
-    /// Socket of the monitor.
-    pub qmp: Option<PathBuf>,
+    /// Where readers of events connect.
+    pub events: Option<Listen>,
+    /// Where clients of the monitor connect.
+    pub qmp: Option<Listen>,
     /// Where metrics are served.
     pub metrics: Option<SocketAddr>,
     /// How many times `-v` was given.
@@ -103,13 +105,24 @@ impl Config {
     }
 }
 
-/// Where the frontend connects.
+/// Where somebody connects: the frontend, an operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
     /// A UNIX socket to be made at this path.
     Path(PathBuf),
     /// A UNIX socket that listens already, inherited under this number.
     Fd(RawFd),
+    /// A UNIX socket that listens already, passed by the service manager.
+    Passed(PassedSocket),
+}
+
+/// What the service manager passes: a descriptor with a name. Whether it is a listening socket shows when it is used.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PassedSocket {
+    /// What it is for: FileDescriptorName= of systemd's socket units.
+    pub name: String,
+    /// The number of the descriptor.
+    pub fd: RawFd,
 }
 
 /// How reads are served.
@@ -133,8 +146,11 @@ pub enum Cache {
 }
 
 impl Config {
-    /// Reads a command line, the program's name included.
-    pub fn from_args(arguments: impl IntoIterator<Item = OsString>) -> Result<Parsed, ConfigError> {
+    /// Reads a command line, the program's name included. `passed` are the sockets that came with it.
+    pub fn from_args(
+        arguments: impl IntoIterator<Item = OsString>,
+        passed: Vec<PassedSocket>,
+    ) -> Result<Parsed, ConfigError> {
         let arguments: Vec<OsString> = arguments.into_iter().collect();
         // The convention asks to ignore all else, even what would be refused.
         if arguments
@@ -148,7 +164,7 @@ impl Config {
             .try_get_matches_from(arguments)
             .and_then(|mut matches| Options::from_arg_matches_mut(&mut matches));
         match options {
-            Ok(options) => Ok(Parsed::Run(Box::new(check(options)?))),
+            Ok(options) => Ok(Parsed::Run(Box::new(check(options, passed)?))),
             Err(error) if !error.use_stderr() => Ok(Parsed::Print(error.to_string())),
             Err(error) => Err(ConfigError::Usage(usage_line(&error))),
         }
@@ -156,12 +172,8 @@ impl Config {
 }
 
 /// Whether the options make sense together.
-fn check(options: Options) -> Result<Config, ConfigError> {
-    let listen = check_sockets(
-        options.socket_path,
-        options.fd,
-        [("--events", &options.events), ("--qmp", &options.qmp)],
-    )?;
+fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigError> {
+    let sockets = Sockets::check(&options, passed)?;
     if let Err(reason) = check_node_name(&options.node_name) {
         return Err(ConfigError::NodeName {
             value: options.node_name,
@@ -196,7 +208,7 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         return Err(ConfigError::QueueSize(queue_size));
     }
     Ok(Config {
-        listen,
+        listen: sockets.listen,
         replicas,
         vote_threshold,
         read_pattern: options.read_pattern,
@@ -208,47 +220,13 @@ fn check(options: Options) -> Result<Config, ConfigError> {
         queue_count: options.num_queues,
         queue_size,
         cache: options.cache,
-        events: options.events,
-        qmp: options.qmp,
+        events: sockets.events,
+        qmp: sockets.qmp,
         metrics: options.metrics,
         verbosity: options.verbose,
         replica_timeout: Duration::from_millis(options.replica_timeout),
         scrub_around_bytes: options.scrub_around << 20,
     })
-}
-
-fn check_sockets(
-    socket_path: Option<PathBuf>,
-    fd: Option<RawFd>,
-    others: [(&'static str, &Option<PathBuf>); 2],
-) -> Result<Listen, ConfigError> {
-    let all = std::iter::once(("--socket-path", &socket_path)).chain(others);
-    let mut seen: Vec<(&'static str, &Path)> = Vec::new();
-    for (option, path) in all {
-        let Some(path) = path.as_deref() else {
-            continue;
-        };
-        if !(1..=SOCKET_PATH_BYTES_MAX).contains(&path.as_os_str().len()) {
-            return Err(ConfigError::SocketPathLength {
-                option,
-                path: path.to_owned(),
-            });
-        }
-        if let Some((first, _)) = seen.iter().find(|(_, other)| *other == path) {
-            return Err(ConfigError::OneSocketPath {
-                first,
-                second: option,
-                path: path.to_owned(),
-            });
-        }
-        seen.push((option, path));
-    }
-    match (socket_path, fd) {
-        (Some(path), None) => Ok(Listen::Path(path)),
-        (None, Some(fd)) => Ok(Listen::Fd(fd)),
-        // Both at once is refused by the parser.
-        (None, None) | (Some(_), Some(_)) => Err(ConfigError::NoSocket),
-    }
 }
 
 fn check_replicas(values: &[OsString], disk_name: &str) -> Result<Vec<ReplicaSource>, ConfigError> {

@@ -7,6 +7,7 @@
 
 mod connections;
 mod operator;
+pub mod service_manager;
 mod signals;
 
 use std::io;
@@ -18,17 +19,18 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
 use log::{debug, error, info, warn};
+use sd_notify::NotifyState;
 
 use self::connections::{Connections, FrontendListener};
 use self::operator::DiskOperator;
 use self::signals::Signals;
-use crate::config::Config;
+use crate::config::{Config, Listen, PassedSocket};
 use crate::control::Operator;
 use crate::control::events::Names;
 use crate::control::http::MetricsServer;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
-use crate::control::socket::{BindError, bind_unix_listener};
+use crate::control::socket::{BindError, Listener, adopt_unix_listener, bind_unix_listener};
 use crate::device::connection::{CacheMode, ConnectionSlot};
 use crate::device::frontend::Frontend;
 use crate::device::{Capacity, DiskInfo};
@@ -62,8 +64,12 @@ pub enum Error {
         source: io::Error,
     },
     /// `--fd` names something else than a listening socket.
-    #[error("--fd {0}: not a listening UNIX socket")]
+    #[error("--fd {0}: not a listening UNIX stream socket")]
     NotAListener(RawFd),
+    /// What the service manager passed is something else than a listening socket.
+    #[error("what the service manager passed as {} (descriptor {}) is not a listening UNIX stream socket",
+        Quoted(&.0.name), .0.fd)]
+    PassedNoListener(PassedSocket),
     /// A replica wants buffers more aligned than any known disk does.
     #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported", Quoted(.path))]
     Alignment {
@@ -193,10 +199,10 @@ fn serve(
     signals: Signals,
     (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
-    let events = config.events.as_deref().map(bind_unix_listener).transpose()?;
-    let qmp = config.qmp.as_deref().map(bind_unix_listener).transpose()?;
+    let events = config.events.as_ref().map(open_listener).transpose()?;
+    let qmp = config.qmp.as_ref().map(open_listener).transpose()?;
     let metrics = config.metrics.map(listen_for_metrics).transpose()?;
-    let listener = FrontendListener::new(&config.listen)?;
+    let listener = FrontendListener::new(open_listener(&config.listen)?)?;
     let names = Names {
         reference: config.node_name.clone(),
         nodes: upkeep.names(),
@@ -222,17 +228,31 @@ fn serve(
         .map(|(index, slot)| Frontend::new(disk.info.clone(), slot.clone(), workers.ring_server(index)));
     let connections = Connections::start(listener, frontends.collect())
         .map_err(system("cannot start the frontend thread"))?;
-    info!(
+    let status = format!(
         "serving {} MiB from {} replicas, vote threshold {}",
         disk.info.capacity.bytes() >> 20,
         config.replicas.len(),
         disk.policy.threshold
     );
+    info!("{status}");
+    service_manager::tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     // Senders live as long as this function, so there is always a reason.
     let reason = stopped.recv().unwrap_or(Stop::Requested);
     info!("stopping: {reason:?}");
+    service_manager::tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
     connections.stop();
     Ok((publisher, reason))
+}
+
+fn open_listener(listen: &Listen) -> Result<Listener, Error> {
+    // SAFETY: what is inherited or passed is for the purpose that it is named for, one descriptor for one purpose, which
+    // the configuration sees to; nothing else has taken it, and it is opened once.
+    let adopted = |fd| unsafe { adopt_unix_listener(fd) }.map(Listener::Passed);
+    match listen {
+        Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path)?)),
+        Listen::Fd(fd) => adopted(*fd).ok_or(Error::NotAListener(*fd)),
+        Listen::Passed(socket) => adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone())),
+    }
 }
 
 fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {

@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 use quorum_blk::control::events::{Names, NodeNames};
 use quorum_blk::control::publisher::Publisher;
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::control::socket::{BindError, bind_unix_listener};
+use quorum_blk::control::socket::{BindError, Listener, bind_unix_listener};
 use quorum_blk::limits::{EVENT_BURST, EVENT_READERS_MAX, REPLICAS_MAX};
 use quorum_blk::quorum::report::{Cause, OperationType, Report};
 use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
@@ -41,7 +41,7 @@ fn serve() -> Served {
     let path = directory.path().join("events.sock");
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(listener), None, queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(Some(Listener::Bound(listener)), None, queue.clone(), names()).unwrap();
     Served {
         _directory: directory,
         path,
@@ -362,7 +362,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     drop(UnixListener::bind(&path).unwrap());
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(listener), None, queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(Some(Listener::Bound(listener)), None, queue.clone(), names()).unwrap();
     let refused = bind_unix_listener(&path).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)));
     assert!(!refused.to_string().contains('\n'));

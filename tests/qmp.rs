@@ -24,7 +24,7 @@ use quorum_blk::control::events::Names;
 use quorum_blk::control::map_state::MapState;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::control::socket::bind_unix_listener;
+use quorum_blk::control::socket::{Listener, bind_unix_listener};
 use quorum_blk::control::state::{DiskState, JobState};
 use quorum_blk::control::{Change, Operator};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
@@ -337,7 +337,7 @@ fn alone() -> (Alone, Receiver<()>, Sender<()>) {
     let ((asked, is_asked), (go_on, may_go_on)) = (channel(), channel());
     let queue = EventQueue::new().unwrap();
     let monitor = publisher::Monitor {
-        listener: bind_unix_listener(&socket).unwrap(),
+        listener: Listener::Bound(bind_unix_listener(&socket).unwrap()),
         operator: Arc::new(Hesitant {
             asked,
             may_go_on: Mutex::new(may_go_on),

@@ -475,7 +475,7 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
         assert_eq!(running.exit_code(), Some(1));
         assert_eq!(
             running.log(),
-            format!("quorum-blkd: --fd {number}: not a listening UNIX socket\n")
+            format!("quorum-blkd: --fd {number}: not a listening UNIX stream socket\n")
         );
         assert!(!events.exists());
     }

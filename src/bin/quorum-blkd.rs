@@ -4,13 +4,18 @@ use std::process::ExitCode;
 
 use log::LevelFilter;
 use quorum_blk::config::{Config, Parsed};
-use quorum_blk::daemon;
+use quorum_blk::daemon::{self, service_manager};
 
 /// Overrides `-v`: a level, or levels by module, as `env_logger` reads them.
 const LOG_VARIABLE: &str = "QUORUM_BLKD_LOG";
 
 fn main() -> ExitCode {
-    let config = match Config::from_args(std::env::args_os()) {
+    // SAFETY: there is no thread but this one so far.
+    let passed = match unsafe { service_manager::take_passed_sockets() } {
+        Ok(passed) => passed,
+        Err(error) => return refuse(&error),
+    };
+    let config = match Config::from_args(std::env::args_os(), passed) {
         Ok(Parsed::Run(config)) => config,
         Ok(Parsed::Print(text)) => {
             print!("{text}");

@@ -19,6 +19,8 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
     override_usage = "quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
                       quorum-blkd --print-capabilities",
     after_help = "Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
+                  Sockets passed by a service manager (systemd's socket activation) take the place of --socket-path, --events \
+                  and --qmp; they are told apart by their names vhost-user, events and qmp.\n\n\
                   Everything that keeps the disk from being served is told in one line on standard error, \
                   with exit status 1."
 )]

@@ -3,7 +3,7 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use super::QUEUE_SIZE_MIN;
+use super::{PassedSocket, QUEUE_SIZE_MIN};
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SOCKET_PATH_BYTES_MAX};
 use crate::message::Quoted;
 
@@ -14,9 +14,34 @@ pub enum ConfigError {
     /// Not a command line of this program: an unknown option, a value that is none.
     #[error("{0}")]
     Usage(String),
-    /// Neither `--socket-path` nor `--fd`.
+    /// Neither `--socket-path` nor `--fd`, and none was passed.
     #[error("no socket to serve the disk on; give --socket-path PATH or --fd N")]
     NoSocket,
+    /// The service manager passed something under a name that says nothing.
+    #[error(
+        "the service manager passed a socket named {} (descriptor {}); the names known are vhost-user, events and qmp",
+        Quoted(&.0.name),
+        .0.fd
+    )]
+    PassedUnknown(PassedSocket),
+    /// Two under one name.
+    #[error(
+        "the service manager passed more than one socket named {}; the second is descriptor {}",
+        Quoted(&.0.name),
+        .0.fd
+    )]
+    PassedTwice(PassedSocket),
+    /// A socket was passed that there is an option for too.
+    #[error(
+        "the service manager passed a socket named {}; {option} cannot be used with it",
+        Quoted(&.socket.name)
+    )]
+    PassedAndGiven {
+        /// What was passed.
+        socket: PassedSocket,
+        /// The option for the same purpose.
+        option: &'static str,
+    },
     /// The path of a socket is empty or longer than the kernel takes.
     #[error(
         "{option} {}: the path of a socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes",

@@ -6,8 +6,18 @@ use crate::limits::QUEUES_MAX;
 const SOCKET: [&str; 2] = ["--socket-path", "/run/disk.sock"];
 
 fn parse<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Parsed, ConfigError> {
+    parse_with(arguments, &[])
+}
+
+/// With sockets that the service manager passed.
+fn parse_with<S: AsRef<OsStr>>(arguments: &[S], passed: &[(&str, RawFd)]) -> Result<Parsed, ConfigError> {
     let program = OsString::from("quorum-blkd");
-    Config::from_args(std::iter::once(program).chain(arguments.iter().map(|a| a.as_ref().to_owned())))
+    let passed = passed.iter().map(|&(name, fd)| PassedSocket {
+        name: name.to_owned(),
+        fd,
+    });
+    let arguments = arguments.iter().map(|argument| argument.as_ref().to_owned());
+    Config::from_args(std::iter::once(program).chain(arguments), passed.collect())
 }
 
 /// A disk of `count` replicas with further options.
@@ -74,7 +84,7 @@ fn defaults() {
         ("quorum0", "")
     );
     assert_eq!((config.queue_count, config.queue_size), (1, 256));
-    assert_eq!((config.events.as_deref(), config.verbosity), (None, 0));
+    assert_eq!((config.events.as_ref(), config.verbosity), (None, 0));
     assert_eq!(
         config.open_options(),
         OpenOptions {
@@ -121,7 +131,7 @@ fn every_option() {
     );
     assert_eq!(
         (config.events, config.verbosity),
-        (Some("/run/events.sock".into()), 2)
+        (Some(Listen::Path("/run/events.sock".into())), 2)
     );
     let read_only = super::tests::config(&disk(2, &["--read-only", "--blkverify"]));
     assert!(read_only.open_options().read_only && read_only.blkverify);
@@ -290,6 +300,66 @@ fn refuses_sockets_that_can_not_be() {
         &["--events=/e", "--qmp=/e"],
     ] {
         assert_refused(&disk(1, sockets), "each socket needs its own path");
+    }
+}
+
+#[test]
+fn sockets_that_were_passed_are_told_apart_by_name() {
+    let sockets = |options: &[&str], passed: &[(&str, RawFd)]| {
+        let arguments = [&["--blk-file=a"], options].concat();
+        match parse_with(&arguments, passed) {
+            Ok(Parsed::Run(config)) => [Some(config.listen), config.events, config.qmp].map(|listen| {
+                listen.map(|listen| match listen {
+                    Listen::Path(path) => path.display().to_string(),
+                    Listen::Fd(fd) => format!("--fd {fd}"),
+                    Listen::Passed(socket) => format!("{} {}", socket.name, socket.fd),
+                })
+            }),
+            other => panic!("{other:?}"),
+        }
+    };
+    let some = |text: &str| Some(text.to_owned());
+    assert_eq!(
+        sockets(&[], &[("qmp", 3), ("vhost-user", 4), ("events", 5)]),
+        [some("vhost-user 4"), some("events 5"), some("qmp 3")]
+    );
+    assert_eq!(
+        sockets(&["--socket-path=/d", "--qmp=/q"], &[("events", 3)]),
+        [some("/d"), some("events 3"), some("/q")]
+    );
+    // A single one can be for one thing only; one that is named by its number needs no name.
+    for name in ["unknown", "disk.socket", "", "vhost-user"] {
+        assert_eq!(sockets(&[], &[(name, 3)])[0], some("vhost-user 3"));
+        assert_eq!(
+            sockets(&["--fd=4"], &[("qmp", 3), (name, 4)]),
+            [some("--fd 4"), None, some("qmp 3")]
+        );
+    }
+}
+
+#[test]
+fn refuses_sockets_passed_for_nothing() {
+    let refused = |options: &[&str], passed: &[(&str, RawFd)], expected: &str| {
+        let arguments = [&["--blk-file=a"], options].concat();
+        let line = parse_with(&arguments, passed).unwrap_err().to_string();
+        assert!(line.contains(expected) && !line.contains('\n'), "{line}");
+    };
+    refused(&[], &[("qmp", 3)], "no socket to serve the disk on");
+    refused(
+        &[],
+        &[("vhost-user", 3), ("other", 4)],
+        "named 'other' (descriptor 4)",
+    );
+    refused(&[], &[("a\nb", 3), ("other", 4)], "named 'a\\nb' (descriptor 3)");
+    refused(&["--socket-path=/d"], &[("unknown", 3)], "named 'unknown'");
+    refused(&[], &[("vhost-user", 3), ("vhost-user", 4)], "more than one");
+    for (options, name) in [
+        (&["--socket-path=/d"][..], "vhost-user"),
+        (&["--fd=9"], "vhost-user"),
+        (&["--fd=9", "--events=/e"], "events"),
+        (&["--fd=9", "--qmp=/q"], "qmp"),
+    ] {
+        refused(options, &[(name, 3)], "cannot be used with it");
     }
 }
 

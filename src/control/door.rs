@@ -11,13 +11,13 @@ use std::time::{Duration, Instant};
 use log::warn;
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
-use super::socket::BoundListener;
+use super::socket::Listener;
 
 /// How long nobody is accepted after the system had no means for that.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 pub(super) struct Door {
-    listener: BoundListener,
+    listener: Listener,
     token: u64,
     /// When to listen again, if accepting was suspended.
     accept_again_at: Option<Instant>,
@@ -25,7 +25,7 @@ pub(super) struct Door {
 
 impl Door {
     /// Has `epoll` wait for clients under the name `token`.
-    pub(super) fn open(listener: BoundListener, token: u64, epoll: &Epoll) -> io::Result<Self> {
+    pub(super) fn open(listener: Listener, token: u64, epoll: &Epoll) -> io::Result<Self> {
         listener.socket().set_nonblocking(true)?;
         let door = Self {
             listener,

@@ -25,7 +25,7 @@ use super::door::Door;
 use super::events::Names;
 use super::qmp::executor::Executor;
 use super::queue::EventQueue;
-use super::socket::BoundListener;
+use super::socket::Listener;
 use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 
 /// How long [`Publisher::stop`] waits for clients that are behind.
@@ -51,7 +51,7 @@ pub struct Publisher {
 /// Where clients of the monitor connect, and who does what they ask for.
 pub struct Monitor {
     /// The socket.
-    pub listener: BoundListener,
+    pub listener: Listener,
     /// Does what commands say.
     pub operator: Arc<dyn Operator>,
 }
@@ -60,7 +60,7 @@ impl Publisher {
     /// Starts to serve `queue` at the sockets there are. Without any the events go to the log alone, so that
     /// nothing is left in the queue. A queue has one publisher in its life.
     pub fn spawn(
-        events: Option<BoundListener>,
+        events: Option<Listener>,
         monitor: Option<Monitor>,
         queue: Arc<EventQueue>,
         names: Names,
@@ -130,7 +130,7 @@ impl Kind {
 
 impl Server {
     fn new(
-        events: Option<BoundListener>,
+        events: Option<Listener>,
         monitor: Option<Monitor>,
         queue: Arc<EventQueue>,
         names: Names,

@@ -1,4 +1,4 @@
-//! Makes the Unix sockets the daemon listens on.
+//! The Unix sockets the daemon listens on: those it makes, and those it was passed.
 //!
 //! Invariants:
 //! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode before it
@@ -10,7 +10,7 @@
 use std::ffi::{OsStr, c_char};
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
@@ -81,6 +81,48 @@ impl Drop for BoundListener {
             let _ = fs::remove_file(&self.path);
         }
     }
+}
+
+/// A socket on which somebody is awaited.
+#[derive(Debug)]
+pub enum Listener {
+    /// Made here.
+    Bound(BoundListener),
+    /// Made by who started the process. It may have other users, now or later, and its name is theirs.
+    Passed(UnixListener),
+}
+
+impl Listener {
+    /// The socket.
+    pub fn socket(&self) -> &UnixListener {
+        match self {
+            Self::Bound(bound) => bound.socket(),
+            Self::Passed(socket) => socket,
+        }
+    }
+}
+
+/// The listening UNIX stream socket that was passed as descriptor `fd`, if it is one.
+///
+/// # Safety
+/// Nothing else in this process may own the descriptor.
+pub unsafe fn adopt_unix_listener(fd: RawFd) -> Option<UnixListener> {
+    if fd <= libc::STDERR_FILENO {
+        return None;
+    }
+    let option = |name| {
+        let mut value: libc::c_int = 0;
+        let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
+        // SAFETY: `value` and `len` are valid for the write of an int option.
+        let result =
+            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+        (result == 0).then_some(value)
+    };
+    let is_as_needed = option(libc::SO_DOMAIN) == Some(libc::AF_UNIX)
+        && option(libc::SO_TYPE) == Some(libc::SOCK_STREAM)
+        && option(libc::SO_ACCEPTCONN) == Some(1);
+    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing else owns it.
+    is_as_needed.then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 
 /// Listens at `path`, in place of a socket that a dead process left there, if there is one.

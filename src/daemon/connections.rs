@@ -1,8 +1,8 @@
 //! Frontends that connect, and their connections: each gets a slot with rings of its own.
 
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -10,33 +10,18 @@ use log::{error, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, system};
-use crate::config::Listen;
-use crate::control::socket::{BoundListener, bind_unix_listener};
+use crate::control::socket::Listener;
 use crate::device::frontend::Frontend;
 use crate::limits::CONNECTIONS_MAX;
 
 /// Where frontends connect.
-pub(super) enum FrontendListener {
-    Bound(BoundListener),
-    Inherited(UnixListener),
-}
+pub(super) struct FrontendListener(Listener);
 
 impl FrontendListener {
-    pub(super) fn new(listen: &Listen) -> Result<Self, Error> {
-        let listener = match listen {
-            Listen::Path(path) => Self::Bound(bind_unix_listener(path)?),
-            Listen::Fd(fd) => Self::Inherited(inherited(*fd).ok_or(Error::NotAListener(*fd))?),
-        };
+    pub(super) fn new(listener: Listener) -> Result<Self, Error> {
         let set = listener.socket().set_nonblocking(true);
         set.map_err(system("cannot set up the listening socket"))?;
-        Ok(listener)
-    }
-
-    fn socket(&self) -> &UnixListener {
-        match self {
-            Self::Bound(bound) => bound.socket(),
-            Self::Inherited(socket) => socket,
-        }
+        Ok(Self(listener))
     }
 
     /// Waits for a connection, until `stop` is written to. A socket that was passed may have other users, now or
@@ -47,7 +32,7 @@ impl FrontendListener {
             events: libc::POLLIN,
             revents: 0,
         };
-        let mut polls = [wanted(self.socket().as_raw_fd()), wanted(stop.as_raw_fd())];
+        let mut polls = [wanted(self.0.socket().as_raw_fd()), wanted(stop.as_raw_fd())];
         // SAFETY: two initialised pollfds, valid for the call.
         if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 {
             return Err(io::Error::last_os_error());
@@ -55,7 +40,8 @@ impl FrontendListener {
         if polls[1].revents != 0 {
             return Ok(Accepted::Stop);
         }
-        self.socket()
+        self.0
+            .socket()
             .accept()
             .map(|(connection, _)| Accepted::Connection(connection))
     }
@@ -65,27 +51,6 @@ impl FrontendListener {
 enum Accepted {
     Connection(UnixStream),
     Stop,
-}
-
-/// The listening UNIX socket that was passed as descriptor `fd`, if it is one.
-fn inherited(fd: RawFd) -> Option<UnixListener> {
-    if fd <= libc::STDERR_FILENO {
-        return None;
-    }
-    let option = |name| {
-        let mut value: libc::c_int = 0;
-        let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
-        // SAFETY: `value` and `len` are valid for the write of an int option.
-        let result =
-            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
-        (result == 0).then_some(value)
-    };
-    if option(libc::SO_DOMAIN) != Some(libc::AF_UNIX) || option(libc::SO_ACCEPTCONN) != Some(1) {
-        return None;
-    }
-    // SAFETY: the descriptor is open (the calls above succeeded) and was passed for us to own.
-    let owned = unsafe { OwnedFd::from_raw_fd(fd) };
-    Some(owned.into())
 }
 
 /// The thread that accepts connections, and those that serve one each.

@@ -1,0 +1,42 @@
+//! What the daemon and its service manager tell each other: which sockets were passed, and when the disk is served.
+//!
+//! systemd's protocols (sd_listen_fds(3), sd_notify(3)), which other service managers and supervisors speak too. Without
+//! one nothing is passed, and nobody is told.
+
+use std::io;
+
+use log::warn;
+use sd_notify::NotifyState;
+
+use crate::config::PassedSocket;
+use crate::message::Reason;
+
+/// Why what was passed cannot be taken: the environment contradicts itself.
+#[derive(Debug, thiserror::Error)]
+#[error("the sockets that the service manager passed cannot be taken: {}", Reason(.0))]
+pub struct PassedError(#[from] io::Error);
+
+/// The sockets that were passed to this process, which its children do not inherit. The environment does not tell of them
+/// any more after that.
+///
+/// # Safety
+/// Changes the environment: no other thread may exist.
+///
+/// # Errors
+/// If there are fewer descriptors than there should be, or not as many as names for them.
+pub unsafe fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
+    // Variables that are for another process, whose child this one is, are of no interest, not even for being wrong.
+    if sd_notify::listen_fds()?.len() == 0 {
+        return Ok(Vec::new());
+    }
+    // SAFETY: the caller's promise is what is asked for.
+    let passed = unsafe { sd_notify::listen_fds_with_names_and_unset_env() }?;
+    Ok(passed.map(|(fd, name)| PassedSocket { name, fd }).collect())
+}
+
+/// Tells the service manager, if there is one that wants to know.
+pub(super) fn tell(news: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(news) {
+        warn!("the service manager cannot be told of the daemon's state: {error}");
+    }
+}
