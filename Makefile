@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus clean
+.PHONY: help demo build man install uninstall test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -15,6 +15,14 @@ demo: guest ## Boot a guest on a voted disk, corrupt a replica under it, and wat
 
 build: ## Build the daemon (target/release/quorum-blkd)
 	$(CARGO) build --release --locked
+
+man: ## Write the man pages and the completions for shells (target/manual)
+
+install: ## Install it all: PREFIX=/usr/local, DESTDIR=, and a variable for each directory (packaging/install.mk)
+
+uninstall: ## Remove what `make install` has installed, given the same variables
+
+include packaging/install.mk
 
 test: guest clients lint ## Everything that checks the project
 	$(CARGO) test --locked -- --nocapture

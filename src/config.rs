@@ -145,6 +145,11 @@ pub enum Cache {
     Writeback,
 }
 
+/// The definition of the command line, for its man page and the completions of shells.
+pub fn command_line() -> clap::Command {
+    Options::command()
+}
+
 impl Config {
     /// Reads a command line, the program's name included. `passed` are the sockets that came with it.
     pub fn from_args(
@@ -160,7 +165,7 @@ impl Config {
         {
             return Ok(Parsed::Print(format!("{CAPABILITIES}\n")));
         }
-        let options = Options::command()
+        let options = command_line()
             .try_get_matches_from(arguments)
             .and_then(|mut matches| Options::from_arg_matches_mut(&mut matches));
         match options {

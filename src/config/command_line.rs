@@ -5,7 +5,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
-use clap::Parser;
+use clap::{Parser, ValueHint};
 
 use super::{Cache, ReadPattern};
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
@@ -26,7 +26,7 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
 )]
 pub(super) struct Options {
     /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket made at PATH
-    #[arg(long, value_name = "PATH", conflicts_with = "fd", help_heading = "Connection")]
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", conflicts_with = "fd", help_heading = "Connection")]
     pub(super) socket_path: Option<PathBuf>,
 
     /// Listen on the inherited file descriptor N, a UNIX socket that listens already
@@ -36,7 +36,7 @@ pub(super) struct Options {
     /// Replica: a raw image file or a block device. Give one for each replica, in order; all must have the
     /// same size. NAME is the replica's name in events [default: the file name]. Write a comma in PATH or
     /// NAME as two
-    #[arg(long, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
     pub(super) blk_file: Vec<OsString>,
 
     /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed, 1 to the
@@ -100,11 +100,11 @@ pub(super) struct Options {
     pub(super) queue_size: u16,
 
     /// Tell events, one JSON object a line, to everyone who connects to a UNIX socket made at PATH
-    #[arg(long, value_name = "PATH", help_heading = "Operator")]
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) events: Option<PathBuf>,
 
     /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine Protocol
-    #[arg(long, value_name = "PATH", help_heading = "Operator")]
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) qmp: Option<PathBuf>,
 
     /// Serve metrics for Prometheus over HTTP at ADDR: a port, on 127.0.0.1 then, or address:port

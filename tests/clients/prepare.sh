@@ -4,8 +4,8 @@
 # Under target/clients/ or $CARGO_TARGET_DIR/clients/:
 #   venv/        the QEMU project's client of its monitor, qemu.qmp, with qmp-shell
 #   promtool     Prometheus' own check of what is scraped
-# Installs python3-venv where it is missing (Debian and its like; as root or through sudo). Does nothing, and says
-# nothing, when all is there. Remove that directory to have it made anew.
+# Installs python3-venv, systemd's tools, shells and readers of man pages where they are missing (Debian and its like; as
+# root or through sudo). Does nothing, and says nothing, when all is there. Remove that directory to have it made anew.
 
 set -eu
 
@@ -19,16 +19,27 @@ what=clients
 # What is there and made with the versions of today is left alone.
 wanted=$(cksum <"$sources/requirements.txt")
 
-install_venv() {
-    command -v apt-get >/dev/null && may_be_root ||
-        fail "install Python 3 with venv and pip first (Debian: python3-venv)"
+# install_packages PACKAGE...
+install_packages() {
+    command -v apt-get >/dev/null && may_be_root || fail "install what Debian has in these packages first: $*"
     refresh_package_lists
-    say "installing python3-venv"
-    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends python3-venv
+    say "installing $*"
+    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+}
+
+# What of the installation is tried with, program by program.
+install_tools() {
+    missing=
+    for tool in systemd:systemd-analyze systemd:systemd-socket-activate systemd:systemd-sysusers \
+        man-db:man mandoc:mandoc zsh:zsh fish:fish; do
+        command -v "${tool#*:}" >/dev/null || missing="$missing ${tool%:*}"
+    done
+    # shellcheck disable=SC2086
+    [ -z "$missing" ] || install_packages $(printf '%s\n' $missing | sort -u)
 }
 
 make_venv() {
-    python3 -c 'import ensurepip, venv' 2>/dev/null || install_venv
+    python3 -c 'import ensurepip, venv' 2>/dev/null || install_packages python3-venv
     say "making a Python environment with $(grep -v '^#' "$sources/requirements.txt")"
     rm -rf "$clients/venv"
     quietly python3 -m venv "$clients/venv"
@@ -45,6 +56,8 @@ fetch_promtool() {
 }
 
 make_scratch "$clients"
+
+install_tools
 
 if [ "$(cat "$clients/venv/made-of" 2>/dev/null)" != "$wanted" ]; then
     make_venv

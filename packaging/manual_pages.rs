@@ -1,0 +1,104 @@
+//! Writes the man pages and the shell completions of the programs into a directory: `make man`.
+//!
+//! What a program does, its files and its examples are written by hand, in `NAME.1.in` beside this file; its name, synopsis
+//! and options come from the definition of its command line, in place of `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`.
+
+use std::error::Error;
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use clap::Command;
+use clap_complete::Shell;
+use clap_mangen::Man;
+
+/// A program with a man page.
+struct Program {
+    command: Command,
+    page: &'static str,
+}
+
+fn programs() -> [Program; 1] {
+    [Program {
+        command: quorum_blk::config::command_line(),
+        page: include_str!("quorum-blkd.1.in"),
+    }]
+}
+
+fn main() -> Result<(), Box<dyn Error>> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [directory] = &arguments[..] else {
+        return Err("the one argument is the directory to write to".into());
+    };
+    let (pages, completions) = (
+        Path::new(directory).join("man"),
+        Path::new(directory).join("completions"),
+    );
+    fs::create_dir_all(&pages)?;
+    fs::create_dir_all(&completions)?;
+    for mut program in programs() {
+        let name = program.command.get_name().to_owned();
+        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+            clap_complete::generate_to(shell, &mut program.command, &name, &completions)?;
+        }
+        fs::write(pages.join(format!("{name}.1")), page(program)?)?;
+    }
+    Ok(())
+}
+
+/// The page with what the definition of the command line has to say.
+fn page(program: Program) -> io::Result<String> {
+    let version = program.command.get_version().unwrap_or_default().to_owned();
+    let man = Man::new(program.command);
+    let mut page = program.page.replace("@VERSION@", &version);
+    let name = rendered(|text| man.render_name_section(text))?;
+    let synopsis = rendered(|text| man.render_synopsis_section(text))?;
+    let options = rendered(|text| man.render_options_section(text))?;
+    for (place, section) in [
+        ("@NAME@\n", name),
+        ("@SYNOPSIS@\n", synopsis),
+        ("@OPTIONS@\n", one_section(&options)),
+    ] {
+        page = page.replace(place, &section);
+    }
+    Ok(page)
+}
+
+/// What `render` writes, in the form that man pages have.
+fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result<String> {
+    let mut text = Vec::new();
+    render(&mut text)?;
+    let text = String::from_utf8_lossy(&text);
+    // A string for the apostrophe, for formatters that do not know the character, is defined anew in each section.
+    let lines = text.lines().filter(|line| !line.contains(".ds Aq"));
+    let text: String = lines.flat_map(|line| [line, "\n"]).collect();
+    let changes = [
+        (r"\*(Aq", r"\(aq"),
+        // Italics say that it is to be replaced.
+        (r"\fI<", r"\fI"),
+        (r">\fR", r"\fR"),
+        // Both at once are more space than is wanted.
+        (".br\n\n.br\n", ".sp\n"),
+        (".RS 14\n", ".RS\n"),
+    ];
+    Ok(changes
+        .into_iter()
+        .fold(text, |text, (from, to)| text.replace(from, to)))
+}
+
+/// Options are rendered with a section for each heading, those without one first. A man page has one section with
+/// subsections.
+fn one_section(options: &str) -> String {
+    let mut sections = options.split(".SH ").filter(|section| !section.is_empty());
+    let without_heading = sections.next().unwrap_or_default();
+    let others = without_heading.replacen("OPTIONS", "OTHER", 1);
+    let subsections = sections.chain([&others[..]]).map(|section| {
+        let (heading, options) = section.split_once('\n').unwrap_or((section, ""));
+        let (initial, rest) = heading.split_at(1);
+        format!(".SS {initial}{}\n{options}", rest.to_lowercase())
+    });
+    [".SH OPTIONS\n".to_owned()]
+        .into_iter()
+        .chain(subsections)
+        .collect()
+}
