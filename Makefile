@@ -62,7 +62,7 @@ lint: ## Formatting, clippy and documentation, warnings denied
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh
 
-clients: ## Fetch the programs of others that the tests of the monitor and the metrics use
+clients: ## Fetch the programs of others that the tests of the monitor, the metrics and the installation use
 	tests/clients/prepare.sh
 
 clean: ## Remove everything that was built
