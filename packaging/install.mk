@@ -14,7 +14,7 @@ ZSHDIR ?= $(DATADIR)/zsh/site-functions
 FISHDIR ?= $(DATADIR)/fish/vendor_completions.d
 
 INSTALL ?= install
-PROGRAMS := quorum-blkd
+PROGRAMS := quorum-blkd quorum-blkctl
 UNITS := $(patsubst packaging/%.in,%,$(wildcard packaging/*.socket packaging/*.service.in))
 UNITS := $(notdir $(UNITS))
 PAGES := $(wildcard *.md LICENSE docs/*.md docs/benchmarks/*.svg)

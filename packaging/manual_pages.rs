@@ -1,7 +1,8 @@
 //! Writes the man pages and the shell completions of the programs into a directory: `make man`.
 //!
 //! What a program does, its files and its examples are written by hand, in `NAME.1.in` beside this file; its name, synopsis
-//! and options come from the definition of its command line, in place of `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`.
+//! and options come from the definition of its command line, in place of `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`, as do
+//! its commands in place of `@COMMANDS@`.
 
 use std::error::Error;
 use std::fs;
@@ -18,11 +19,17 @@ struct Program {
     page: &'static str,
 }
 
-fn programs() -> [Program; 1] {
-    [Program {
-        command: quorum_blk::config::command_line(),
-        page: include_str!("quorum-blkd.1.in"),
-    }]
+fn programs() -> [Program; 2] {
+    [
+        Program {
+            command: quorum_blk::config::command_line(),
+            page: include_str!("quorum-blkd.1.in"),
+        },
+        Program {
+            command: quorum_blk::client::command_line(),
+            page: include_str!("quorum-blkctl.1.in"),
+        },
+    ]
 }
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -38,18 +45,19 @@ fn main() -> Result<(), Box<dyn Error>> {
     fs::create_dir_all(&completions)?;
     for mut program in programs() {
         let name = program.command.get_name().to_owned();
+        fs::write(pages.join(format!("{name}.1")), page(&program)?)?;
         for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
             clap_complete::generate_to(shell, &mut program.command, &name, &completions)?;
         }
-        fs::write(pages.join(format!("{name}.1")), page(program)?)?;
     }
     Ok(())
 }
 
 /// The page with what the definition of the command line has to say.
-fn page(program: Program) -> io::Result<String> {
+fn page(program: &Program) -> io::Result<String> {
     let version = program.command.get_version().unwrap_or_default().to_owned();
-    let man = Man::new(program.command);
+    let commands = commands(&program.command, "")?;
+    let man = Man::new(program.command.clone());
     let mut page = program.page.replace("@VERSION@", &version);
     let name = rendered(|text| man.render_name_section(text))?;
     let synopsis = rendered(|text| man.render_synopsis_section(text))?;
@@ -58,10 +66,35 @@ fn page(program: Program) -> io::Result<String> {
         ("@NAME@\n", name),
         ("@SYNOPSIS@\n", synopsis),
         ("@OPTIONS@\n", one_section(&options)),
+        ("@COMMANDS@\n", commands),
     ] {
         page = page.replace(place, &section);
     }
     Ok(page)
+}
+
+/// A subsection for each command below `parent`, which is called `path`.
+fn commands(parent: &Command, path: &str) -> io::Result<String> {
+    let mut text = String::new();
+    for command in parent.get_subcommands() {
+        let path = format!("{path} {}", command.get_name()).trim_start().to_owned();
+        let about = command.get_about().unwrap_or_default().to_string();
+        let alone = command.clone().disable_help_flag(true).bin_name(path.clone());
+        let man = Man::new(alone.disable_help_subcommand(true));
+        let synopsis = rendered(|text| man.render_synopsis_section(text))?;
+        let mut options = Vec::new();
+        if command.get_arguments().next().is_some() {
+            let rendered = rendered(|text| man.render_options_section(text))?;
+            options.push(rendered.replace(".SH OPTIONS\n", ""));
+        }
+        text += &format!(
+            ".SS {path}\n{about}.\n.PP\n{}",
+            synopsis.replace(".SH SYNOPSIS\n", "")
+        );
+        text.extend(options);
+        text += &commands(command, &path)?;
+    }
+    Ok(text)
 }
 
 /// What `render` writes, in the form that man pages have.
@@ -89,6 +122,9 @@ fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result
 /// Options are rendered with a section for each heading, those without one first. A man page has one section with
 /// subsections.
 fn one_section(options: &str) -> String {
+    if options.matches(".SH ").count() < 2 {
+        return options.to_owned();
+    }
     let mut sections = options.split(".SH ").filter(|section| !section.is_empty());
     let without_heading = sections.next().unwrap_or_default();
     let others = without_heading.replacen("OPTIONS", "OTHER", 1);

@@ -75,7 +75,7 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
         .start();
     let operator = Operator { monitor };
 
-    let sum = format!("dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum >/tmp/sum");
+    let sum = "dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum >/tmp/sum";
     guest.run_successfully(&format!("echo 0 >/tmp/base; {sum}"));
     guest.run_successfully(&format!("({WRITER}) >/tmp/writer 2>&1 &"));
     guest.run_successfully(&format!("({READER}) >/tmp/reader 2>&1 &"));
@@ -86,14 +86,23 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
     let fresh = directory.path().join("fresh.raw");
     std::thread::scope(|scope| {
         let replace = scope.spawn(|| {
-            operator.run(&["replace", "0.raw", fresh.to_str().expect("a path in UTF-8"), "--create"])
+            operator.run(&[
+                "replace",
+                "0.raw",
+                fresh.to_str().expect("a path in UTF-8"),
+                "--create",
+            ])
         });
         damage(&images[2], &mut random);
         assert_eq!(replace.join().expect("no panic"), 0);
     });
     let images = [fresh, images[1].clone(), images[2].clone()];
     expect_progress(&mut guest);
-    assert_eq!(operator.run(&["status"]), 1, "what the guest has read was found to be damaged");
+    assert_eq!(
+        operator.run(&["status"]),
+        1,
+        "what the guest has read was found to be damaged"
+    );
 
     // What was found so far has not been mended, nor what the guest does not read.
     assert_eq!(operator.run(&["scrub"]), 1);
@@ -104,32 +113,59 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
     expect_progress(&mut guest);
 
     // The writer's places lie on both sides of what was the end.
-    assert_eq!(guest.answer("cat /sys/block/vda/size"), (IMAGE_BYTES / 512).to_string());
-    assert_eq!(operator.run(&["resize", &format!("+{}M", (GROWN_BYTES - IMAGE_BYTES) / MIB)]), 0);
+    assert_eq!(
+        guest.answer("cat /sys/block/vda/size"),
+        (IMAGE_BYTES / 512).to_string()
+    );
+    assert_eq!(
+        operator.run(&["resize", &format!("+{}M", (GROWN_BYTES - IMAGE_BYTES) / MIB)]),
+        0
+    );
     let grown = GROWN_BYTES / 512;
-    guest.run_successfully(&format!("until [ $(cat /sys/block/vda/size) = {grown} ]; do sleep 0.1; done"));
+    guest.run_successfully(&format!(
+        "until [ $(cat /sys/block/vda/size) = {grown} ]; do sleep 0.1; done"
+    ));
     let base = IMAGE_BYTES / PLACE_BYTES - PLACES / 2;
     guest.run_successfully(&format!("echo {base} >/tmp/base_; mv /tmp/base_ /tmp/base"));
     expect_progress(&mut guest);
-    guest.run_successfully("n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do sleep 0.2; done");
+    guest.run_successfully(
+        "n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do sleep 0.2; done",
+    );
     assert_eq!(operator.run(&["scrub"]), 0);
 
     guest.run_successfully(WAIT_FOR_END);
     expect_nothing_wrong(&mut guest);
     operator.run(&["status"]);
     guest.run_successfully("sync");
-    assert!(!guest.console_log().contains("I/O error"), "the kernel complained");
+    assert!(
+        !guest.console_log().contains("I/O error"),
+        "the kernel complained"
+    );
     guest.poweroff();
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
 
     let found = events.all();
-    let names = |name: &str| found.iter().filter(|event| event["event"] == name).cloned().collect::<Vec<Value>>();
+    let names = |name: &str| {
+        found
+            .iter()
+            .filter(|event| event["event"] == name)
+            .cloned()
+            .collect::<Vec<Value>>()
+    };
     assert_eq!(names("QUORUM_FAILURE"), [] as [Value; 0]);
     let reports = names("QUORUM_REPORT_BAD");
     assert!(!reports.is_empty());
-    assert!(reports.iter().all(|report| report["data"]["node-name"] == "2.raw"), "{reports:?}");
+    assert!(
+        reports
+            .iter()
+            .all(|report| report["data"]["node-name"] == "2.raw"),
+        "{reports:?}"
+    );
     for image in &images {
-        assert_eq!(fs::metadata(image).expect("looking at an image").len(), GROWN_BYTES);
+        assert_eq!(
+            fs::metadata(image).expect("looking at an image").len(),
+            GROWN_BYTES
+        );
     }
     assert!(are_identical(&images));
 }

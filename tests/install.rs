@@ -19,17 +19,22 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Everything but the documentation, below PREFIX.
-const INSTALLED: [&str; 11] = [
+const INSTALLED: [&str; 15] = [
+    "bin/quorum-blkctl",
     "bin/quorum-blkd",
     "lib/systemd/system/quorum-blkd-events@.socket",
     "lib/systemd/system/quorum-blkd-qmp@.socket",
     "lib/systemd/system/quorum-blkd@.service",
     "lib/systemd/system/quorum-blkd@.socket",
     "lib/sysusers.d/quorum-blk.conf",
+    "share/bash-completion/completions/quorum-blkctl",
     "share/bash-completion/completions/quorum-blkd",
+    "share/fish/vendor_completions.d/quorum-blkctl.fish",
     "share/fish/vendor_completions.d/quorum-blkd.fish",
+    "share/man/man1/quorum-blkctl.1",
     "share/man/man1/quorum-blkd.1",
     "share/qemu/vhost-user/50-quorum-blkd.json",
+    "share/zsh/site-functions/_quorum-blkctl",
     "share/zsh/site-functions/_quorum-blkd",
 ];
 
