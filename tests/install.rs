@@ -19,7 +19,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Everything but the documentation, below PREFIX.
-const INSTALLED: [&str; 15] = [
+const INSTALLED: [&str; 16] = [
     "bin/quorum-blkctl",
     "bin/quorum-blkd",
     "lib/systemd/system/quorum-blkd-events@.socket",
