@@ -2,8 +2,6 @@
 //!
 //! Needs systemd's tools, man, mandoc, zsh and fish, which `make clients` installs.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
 use std::fs;
@@ -13,7 +11,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
-use common::daemon::Daemon;
 use quorum_blk::config::{Config, Listen, Parsed, PassedSocket, command_line};
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -292,9 +289,27 @@ fn the_daemon_takes_what_the_units_give_it() {
 }
 
 #[test]
-fn the_man_page_is_one() {
+fn the_man_pages_are_some() {
     let installed = Installed::new();
-    let page = installed.path("share/man/man1/quorum-blkd.1");
+    let beginning = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS"];
+    let of_daemon = [
+        "ENVIRONMENT",
+        "EXIT STATUS",
+        "SIGNALS",
+        "FILES",
+        "EXAMPLES",
+        "SEE ALSO",
+    ];
+    let of_client = ["COMMANDS", "ENVIRONMENT", "EXIT STATUS", "EXAMPLES", "SEE ALSO"];
+    is_a_man_page(&installed, command_line(), &[&beginning[..], &of_daemon].concat());
+    let client = quorum_blk::client::command_line();
+    is_a_man_page(&installed, client, &[&beginning[..], &of_client].concat());
+}
+
+/// The page of a program: clean, with these sections, and complete.
+fn is_a_man_page(installed: &Installed, program: clap::Command, sections: &[&str]) {
+    let name = program.get_name().to_owned();
+    let page = installed.path(&format!("share/man/man1/{name}.1"));
     let arguments = |options: &[&str]| -> Vec<OsString> {
         let options = options.iter().map(OsString::from);
         options.chain([page.clone().into()]).collect()
@@ -310,28 +325,26 @@ fn the_man_page_is_one() {
     let text = run_with("man", arguments(&["-l"]), &width);
     let is_heading = |line: &&str| line.starts_with(|initial: char| initial.is_ascii_uppercase());
     let headings: Vec<&str> = text.lines().filter(is_heading).map(str::trim).collect();
-    let all = [
-        "NAME",
-        "SYNOPSIS",
-        "DESCRIPTION",
-        "OPTIONS",
-        "ENVIRONMENT",
-        "EXIT STATUS",
-        "SIGNALS",
-        "FILES",
-        "EXAMPLES",
-        "SEE ALSO",
-    ];
     // The first line has the name of the page.
-    assert_eq!(headings[1..], all, "{text}");
-    let mut command = command_line();
-    command.build();
+    assert_eq!(headings[1..], *sections, "{text}");
+    let version = program.get_version().unwrap().to_owned();
+    assert!(text.contains(&format!("quorum-blk {version}")), "{text}");
+    has_all(&text, &program);
+}
+
+/// The text has all options of the command and of those below it, and their names.
+fn has_all(text: &str, command: &clap::Command) {
     for option in command.get_arguments().filter_map(|argument| argument.get_long()) {
         assert!(text.contains(&format!("--{option}")), "no --{option}");
     }
-    let version = String::from_utf8(Daemon::run_to_end(["--version"]).stdout).unwrap();
-    let version = version.trim().strip_prefix("quorum-blkd ").unwrap().to_owned();
-    assert!(text.contains(&format!("quorum-blk {version}")), "{text}");
+    for below in command.get_subcommands() {
+        assert!(
+            text.contains(&format!(" {} ", below.get_name())),
+            "no {}",
+            below.get_name()
+        );
+        has_all(text, below);
+    }
 }
 
 #[test]

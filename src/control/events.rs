@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use log::Level;
 use serde::Serialize;
 
 use super::json::to_ascii;
@@ -62,6 +63,16 @@ pub enum News {
     Report(Report),
     /// Of a job.
     Job(JobEvent),
+}
+
+impl News {
+    /// How urgent they are for who reads the log: the steps of a job that does what it is to do are not.
+    pub fn level(&self) -> Level {
+        match self {
+            Self::Job(event) if event.what == JobChange::Status || event.job.error.is_none() => Level::Info,
+            Self::Job(_) | Self::Report(_) => Level::Warn,
+        }
+    }
 }
 
 impl From<Report> for News {

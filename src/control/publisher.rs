@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use log::{debug, info, warn};
+use log::{debug, info, log, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Operator;
@@ -173,8 +173,8 @@ impl Server {
                     .map(|event| (event.to_line(&self.names), event.stands_for()))
                     .collect();
                 self.send(&lines);
-                for (line, _) in &lines {
-                    warn!("{}", String::from_utf8_lossy(line).trim_end());
+                for (event, (line, _)) in round.iter().zip(&lines) {
+                    log!(event.news.level(), "{}", String::from_utf8_lossy(line).trim_end());
                 }
             }
             if batch.last {
