@@ -8,29 +8,28 @@
 
 pub mod control;
 mod guests;
+mod mailbox;
 mod spin;
+mod threads;
 
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::RawFd;
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
-use log::{debug, error, warn};
+use log::{debug, warn};
 use vhost_user_backend::VringT;
-use vmm_sys_util::eventfd::EventFd;
 
-use self::control::WorkerControl;
 use self::guests::Guests;
+use self::mailbox::{Mailbox, Message};
 use self::spin::Spin;
+pub use self::threads::Workers;
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
-use crate::device::frontend::RingServer;
 use crate::device::guest::Guest;
-use crate::device::inflight::QueueRegion;
 use crate::engine::{Effects, Engine, Failed, GuestRequest, Policy, Shared, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 use crate::limits::{
@@ -88,224 +87,6 @@ pub struct Disk {
     pub events: Arc<EventQueue>,
     /// Where to tell that the daemon must stop.
     pub stop: std::sync::mpsc::Sender<Stop>,
-}
-
-enum Message {
-    /// Look at the state of this ring, which is tracked there from its next start on; drop the sender when it is
-    /// served accordingly.
-    Refresh {
-        slot: usize,
-        ring: usize,
-        region: Option<QueueRegion>,
-        done: SyncSender<()>,
-    },
-    /// A range lock was granted.
-    Granted(RequestId),
-    /// Flush the replicas, and tell whether that went well.
-    Flush { done: SyncSender<bool> },
-    /// Look at the replicas' health, and at the jobs.
-    Tick,
-    /// This is the file of a replica now.
-    SetFile {
-        replica: ReplicaIndex,
-        file: Option<RawFd>,
-        done: SyncSender<io::Result<()>>,
-    },
-    /// End when everything in flight is done, or it is time.
-    Exit,
-}
-
-#[derive(Debug)]
-struct Mailbox {
-    /// `None` when the worker has ended: nobody must wait for it then.
-    messages: Mutex<Option<VecDeque<Message>>>,
-    event: EventFd,
-}
-
-impl Mailbox {
-    fn new() -> io::Result<Arc<Self>> {
-        Ok(Arc::new(Self {
-            messages: Mutex::new(Some(VecDeque::new())),
-            event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-        }))
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Message>>> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn send(&self, message: Message) {
-        if let Some(messages) = &mut *self.lock() {
-            messages.push_back(message);
-        }
-        // The counter cannot overflow: each write adds one.
-        let _ = self.event.write(1);
-    }
-
-    fn take(&self) -> VecDeque<Message> {
-        self.lock().as_mut().map(std::mem::take).unwrap_or_default()
-    }
-
-    fn close(&self) {
-        self.lock().take();
-    }
-}
-
-impl std::fmt::Debug for Message {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str(match self {
-            Self::Refresh { .. } => "Refresh",
-            Self::Granted(_) => "Granted",
-            Self::Flush { .. } => "Flush",
-            Self::Tick => "Tick",
-            Self::SetFile { .. } => "SetFile",
-            Self::Exit => "Exit",
-        })
-    }
-}
-
-/// The running worker threads of a disk. Queue `i` is served by worker `i mod count`.
-#[derive(Debug)]
-pub struct Workers {
-    mailboxes: Vec<Arc<Mailbox>>,
-    threads: Vec<Thread>,
-    shared: Arc<Shared>,
-    drain_limit: Duration,
-}
-
-#[derive(Debug)]
-struct Thread {
-    handle: JoinHandle<()>,
-    /// Comes when the worker has ended: the replicas that still have operations of it.
-    asked: Receiver<ReplicaSet>,
-}
-
-impl Workers {
-    /// Starts `count` workers.
-    ///
-    /// # Errors
-    /// If a thread or its io_uring cannot be made; then none is left running.
-    pub fn start(disk: &Disk, count: u16) -> io::Result<Self> {
-        let count = count.max(1);
-        let mailboxes = (0..count)
-            .map(|_| Mailbox::new())
-            .collect::<io::Result<Vec<_>>>()?;
-        let mut workers = Self {
-            mailboxes,
-            threads: Vec::new(),
-            shared: Arc::clone(&disk.shared),
-            drain_limit: drain_limit(disk.policy.replica_timeout),
-        };
-        for index in 0..count {
-            let mut disk = disk.clone();
-            let mailboxes = workers.mailboxes.clone();
-            for slot in &mut disk.slots {
-                let own = slot.vrings.drain(..).skip(usize::from(index));
-                slot.vrings = own.step_by(usize::from(count)).collect();
-            }
-            // The ring is made in the thread that uses it: the kernel can then do without locks.
-            let (ready, is_ready) = sync_channel(1);
-            let (ended, asked) = sync_channel(1);
-            let handle = std::thread::Builder::new()
-                .name(format!("worker-{index}"))
-                .spawn(move || {
-                    let stop = disk.stop.clone();
-                    let made = Worker::new(WorkerIndex(index), disk, mailboxes);
-                    let (outcome, worker) = match made {
-                        Ok(worker) => (Ok(()), Some(worker)),
-                        Err(error) => (Err(error), None),
-                    };
-                    let _ = ready.send(outcome);
-                    let Some(mut worker) = worker else {
-                        let _ = ended.send(ReplicaSet::EMPTY);
-                        return;
-                    };
-                    if let Err(error) = worker.run() {
-                        error!("the io_uring of worker {index} failed: {error}");
-                        let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
-                    }
-                    let _ = ended.send(worker.io.replicas_asked());
-                })?;
-            workers.threads.push(Thread { handle, asked });
-            let outcome = is_ready
-                .recv()
-                .unwrap_or_else(|_| Err(io::Error::other("the worker ended")));
-            if let Err(error) = outcome {
-                // They were given nothing to do yet.
-                let _ = workers.exit();
-                return Err(error);
-            }
-        }
-        Ok(workers)
-    }
-
-    /// A handle for those who change the replicas, or the jobs.
-    pub fn control(&self) -> WorkerControl {
-        WorkerControl {
-            mailboxes: self.mailboxes.clone(),
-            drain_limit: self.drain_limit,
-        }
-    }
-
-    /// A handle for the frontend on a connection slot to have its rings served.
-    pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
-        Box::new(Handle {
-            workers: self.control(),
-            slot,
-        })
-    }
-
-    /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends them. Returns the
-    /// replicas that may still have operations: the kernel does them when the replica answers again, so nobody
-    /// else may use these images before it has let go of them.
-    #[must_use]
-    pub fn exit(self) -> ReplicaSet {
-        for mailbox in &self.mailboxes {
-            mailbox.send(Message::Exit);
-        }
-        let mut unanswered = ReplicaSet::EMPTY;
-        for thread in self.threads {
-            let asked = thread.asked.recv().unwrap_or_else(|_| {
-                error!("a worker panicked");
-                self.shared.members()
-            });
-            // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of it.
-            if asked.is_empty() {
-                let _ = thread.handle.join();
-            }
-            unanswered = unanswered.or(asked);
-        }
-        unanswered
-    }
-}
-
-struct Handle {
-    workers: WorkerControl,
-    slot: usize,
-}
-
-impl RingServer for Handle {
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
-        let (done, is_done) = sync_channel(0);
-        let mailboxes = &self.workers.mailboxes;
-        let count = mailboxes.len();
-        for (queue, region) in rings {
-            let queue = usize::from(queue);
-            mailboxes[queue % count].send(Message::Refresh {
-                slot: self.slot,
-                ring: queue / count,
-                region,
-                done: done.clone(),
-            });
-        }
-        drop(done);
-        // The workers drop their ends; nothing is ever sent.
-        let _ = is_done.recv();
-    }
-
-    fn flush(&self) -> bool {
-        self.workers.flush()
-    }
 }
 
 struct Worker {

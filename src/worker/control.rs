@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
-use super::{Mailbox, Message};
+use super::mailbox::{Mailbox, Message};
 use crate::quorum::ReplicaIndex;
 
 /// A handle to the workers of a disk.
