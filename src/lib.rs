@@ -21,6 +21,10 @@
 //! [`worker`] is the thread all of this runs on, [`statistics`] what it counts, [`daemon`] builds and stops the parts, [`config`] is the
 //! command line, [`limits`] has every bound.
 
+// For what unit tests share with those outside of the crate.
+#[cfg(test)]
+extern crate self as quorum_blk;
+
 pub mod client;
 pub mod config;
 pub mod control;

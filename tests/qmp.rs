@@ -19,14 +19,12 @@ use common::clients::client_program;
 use common::daemon::{Daemon, EventReader, replica_arguments};
 use common::images::{corrupt_sectors, create_images};
 use common::monitor::Monitor;
+use common::operator::Recorder;
 use common::process::{Process, wait_until};
 use quorum_blk::control::events::Names;
-use quorum_blk::control::map_state::MapState;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{Listener, bind_unix_listener};
-use quorum_blk::control::state::{DiskState, JobState};
-use quorum_blk::control::{Change, Operator};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
 use quorum_blk::quorum::report::{Cause, OperationType, Report};
 use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
@@ -302,46 +300,20 @@ struct Alone {
     _directory: tempfile::TempDir,
 }
 
-/// A daemon that takes its time to quit.
-struct Hesitant {
-    asked: Sender<()>,
-    may_go_on: Mutex<Receiver<()>>,
-}
-
-impl Operator for Hesitant {
-    fn state(&self) -> DiskState {
-        panic!("nobody asks")
-    }
-
-    fn map(&self, _buckets: usize) -> MapState {
-        panic!("nobody asks")
-    }
-
-    fn jobs(&self) -> Vec<JobState> {
-        Vec::new()
-    }
-
-    fn change(&self, change: Change) -> Result<Option<String>, String> {
-        Err(format!("not here: {change:?}"))
-    }
-
-    fn quit(&self) {
-        self.asked.send(()).unwrap();
-        let _ = self.may_go_on.lock().unwrap().recv_timeout(LIMIT);
-    }
-}
-
 fn alone() -> (Alone, Receiver<()>, Sender<()>) {
     let directory = tempfile::tempdir().unwrap();
     let socket = directory.path().join("qmp.sock");
     let ((asked, is_asked), (go_on, may_go_on)) = (channel(), channel());
+    let may_go_on = Mutex::new(may_go_on);
+    // It takes its time to quit.
+    let operator = Recorder::with_quit(move || {
+        asked.send(()).unwrap();
+        let _ = may_go_on.lock().unwrap().recv_timeout(LIMIT);
+    });
     let queue = EventQueue::new().unwrap();
     let monitor = publisher::Monitor {
         listener: Listener::Bound(bind_unix_listener(&socket).unwrap()),
-        operator: Arc::new(Hesitant {
-            asked,
-            may_go_on: Mutex::new(may_go_on),
-        }),
+        operator: Arc::new(operator),
     };
     let names = Names {
         reference: "quorum0".into(),

@@ -15,6 +15,7 @@ pub mod images;
 pub mod load;
 pub mod loop_device;
 pub mod monitor;
+pub mod operator;
 pub mod oracle;
 pub mod peer;
 pub mod process;

@@ -1,46 +1,18 @@
 //! What a client is answered, beside what QEMU answers.
 
-use std::sync::atomic::{AtomicU32, Ordering};
-
 use proptest::prelude::*;
 use serde_json::json;
 
+use self::operator::{Asked, Recorder};
 use super::*;
-use crate::control::Change;
-use crate::control::map_state::MapState;
-use crate::control::state::{DiskState, JobState};
 
-/// Counts how often it was asked to quit.
-#[derive(Default)]
-struct Counting {
-    quits: AtomicU32,
-}
-
-impl Operator for Counting {
-    fn state(&self) -> DiskState {
-        panic!("nobody asks")
-    }
-
-    fn map(&self, _buckets: usize) -> MapState {
-        panic!("nobody asks")
-    }
-
-    fn jobs(&self) -> Vec<JobState> {
-        Vec::new()
-    }
-
-    fn change(&self, change: Change) -> Result<Option<String>, String> {
-        Err(format!("not here: {change:?}"))
-    }
-
-    fn quit(&self) {
-        self.quits.fetch_add(1, Ordering::Relaxed);
-    }
-}
+#[path = "../../../../tests/common/operator.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod operator;
 
 /// The replies after the greeting, parsed.
 fn replies(bytes: &[u8]) -> Vec<Value> {
-    let lines = converse(bytes, &Counting::default());
+    let lines = converse(bytes, &Recorder::default());
     let mut parsed = lines.iter().map(|line| serde_json::from_slice(line).unwrap());
     let greeting: Value = parsed.next().unwrap();
     assert_eq!(greeting["QMP"]["capabilities"], json!([]));
@@ -194,13 +166,13 @@ fn all_commands_are_named() {
 
 #[test]
 fn who_says_quit_is_answered() {
-    let operator = Counting::default();
+    let operator = Recorder::default();
     let lines = converse(
         br#"{"execute":"qmp_capabilities"}{"execute":"quit","id":7}"#,
         &operator,
     );
     assert_eq!(lines.last().unwrap(), br#"{"return":{},"id":7}"#);
-    assert_eq!(operator.quits.into_inner(), 1);
+    assert_eq!(operator.asked(), [Asked::Quit]);
 }
 
 #[test]
@@ -244,7 +216,7 @@ proptest! {
     #[test]
     fn whatever_is_sent(bytes in input()) {
         let ended = [&bytes, b"\xff\n{\"execute\":\"qmp_capabilities\",\"id\":\"the last\"}".as_slice()].concat();
-        let lines = converse(&ended, &Counting::default());
+        let lines = converse(&ended, &Recorder::default());
         for line in &lines[1..] {
             prop_assert!(line.is_ascii() && !line.contains(&b'\n') && !line.contains(&b'\r'));
             let reply: Value = serde_json::from_slice(line).unwrap();
@@ -266,10 +238,10 @@ proptest! {
             while let Some(step) = session.step() {
                 match step {
                     Step::Reply(line) | Step::Close(line) => lines.push(line),
-                    Step::Execute(call) => lines.push(call.run(&Counting::default())),
+                    Step::Execute(call) => lines.push(call.run(&Recorder::default())),
                 }
             }
         }
-        prop_assert_eq!(lines, converse(&bytes, &Counting::default()));
+        prop_assert_eq!(lines, converse(&bytes, &Recorder::default()));
     }
 }

@@ -1,0 +1,170 @@
+//! An operator for tests of the monitor: it has a disk to show, changes nothing, and remembers what it was asked for. The
+//! unit tests, the integration tests and the fuzz target all use it.
+//!
+//! Invariant: what it answers depends on nothing but the question.
+
+use std::sync::{Mutex, PoisonError};
+
+use quorum_blk::control::map_state::{FailuresState, MapState, UndecidedRanges};
+use quorum_blk::control::state::{
+    ByOperation, DiskState, JobState, Operations, PolicyState, ReplicaState, Requests, ServiceState,
+};
+use quorum_blk::control::{Change, Operator};
+use quorum_blk::statistics::Figures;
+
+/// What its disk is called.
+pub const DISK: &str = "quorum0";
+
+/// What its replicas are called, with all that a name can have in it.
+pub const REPLICAS: [&str; 3] = ["0.raw", "é \"\\\n\u{1f600}", "children.0"];
+
+/// What a client has asked for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Asked {
+    /// A change of the disk.
+    Change(Change),
+    /// The end of the daemon.
+    Quit,
+}
+
+/// See the [module](self).
+pub struct Recorder {
+    asked: Mutex<Vec<Asked>>,
+    on_quit: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Default for Recorder {
+    fn default() -> Self {
+        Self::with_quit(|| ())
+    }
+}
+
+impl Recorder {
+    /// One that does this when it is asked to quit.
+    pub fn with_quit(on_quit: impl Fn() + Send + Sync + 'static) -> Self {
+        let (asked, on_quit) = (Mutex::default(), Box::new(on_quit));
+        Self { asked, on_quit }
+    }
+
+    /// All it was asked for, in order.
+    pub fn asked(&self) -> Vec<Asked> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.clone()
+    }
+
+    fn remember(&self, asked: Asked) {
+        let mut all = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        all.push(asked);
+    }
+}
+
+impl Operator for Recorder {
+    fn state(&self) -> DiskState {
+        disk()
+    }
+
+    fn map(&self, buckets: usize) -> MapState {
+        map(buckets)
+    }
+
+    fn jobs(&self) -> Vec<JobState> {
+        Vec::new()
+    }
+
+    fn change(&self, change: Change) -> Result<Option<String>, String> {
+        self.remember(Asked::Change(change.clone()));
+        answer(&change)
+    }
+
+    fn quit(&self) {
+        self.remember(Asked::Quit);
+        (self.on_quit)();
+    }
+}
+
+/// What it answers to a change: a scrub is a job, and nobody is without a name.
+pub fn answer(change: &Change) -> Result<Option<String>, String> {
+    match change {
+        Change::Scrub { .. } => Ok(Some("job7".into())),
+        Change::Resync { node_name, .. } if !node_name.is_empty() => Ok(Some("job8".into())),
+        Change::RemoveReplica(name) if !name.is_empty() => Ok(None),
+        Change::Job { id, .. } if !id.is_empty() => Ok(None),
+        _ => Err(format!("not here: {change:?}")),
+    }
+}
+
+/// The map of that disk: nothing was ever bad.
+fn map(buckets: usize) -> MapState {
+    let size = disk().size;
+    MapState {
+        node_name: DISK.into(),
+        size,
+        bucket_bytes: size.div_ceil(buckets.max(1) as u64),
+        failures: FailuresState {
+            buckets: Vec::new(),
+            undecided: UndecidedRanges {
+                ranges: Vec::new(),
+                truncated: false,
+            },
+        },
+        replicas: Vec::new(),
+    }
+}
+
+fn none() -> Operations {
+    Figures::default().into()
+}
+
+fn by_operation<T>(make: impl Fn() -> T) -> ByOperation<T> {
+    ByOperation {
+        read: make(),
+        write: make(),
+        flush: make(),
+    }
+}
+
+/// A disk that nobody has used.
+pub fn disk() -> DiskState {
+    let replicas = REPLICAS.map(|name| ReplicaState {
+        node_name: name.into(),
+        file: format!("/images/{name}"),
+        is_block_device: false,
+        state: ServiceState::InService,
+        stale_bytes: 0,
+        wrong_sectors: 0,
+        damaged_sectors: 0,
+        mended_sectors: 0,
+        unmended_sectors: 0,
+        resynced_sectors: 0,
+        departures: 0,
+        returns: 0,
+        operations: by_operation(none),
+    });
+    DiskState {
+        node_name: DISK.into(),
+        size: 1 << 30,
+        policy: PolicyState {
+            vote_threshold: 2,
+            read_pattern: "quorum".into(),
+            rewrite_corrupted: false,
+            blkverify: false,
+        },
+        read_only: false,
+        direct: true,
+        workers: 1,
+        queues: 1,
+        requests: Requests {
+            read: none(),
+            write: none(),
+            zero: none(),
+            flush: none(),
+            refused: 0,
+            written_to_byte: 0,
+        },
+        failures: by_operation(|| 0),
+        suspicions: 0,
+        suspicions_dropped: 0,
+        undecided_sectors: 0,
+        replicas: replicas.into(),
+    }
+}
