@@ -241,7 +241,7 @@ pub enum OpenError {
 
 /// Opens and locks one replica.
 pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<ReplicaFile, OpenError> {
-    let replica = open_unlocked(path, node_name, options)?;
+    let replica = open_unlocked([], path, node_name, options)?;
     lock(&replica, options)?;
     Ok(replica)
 }
@@ -250,8 +250,7 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
 pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<ReplicaFile>, OpenError> {
     let mut replicas: Vec<ReplicaFile> = Vec::with_capacity(sources.len());
     for source in sources {
-        let replica = open_unlocked(&source.path, &source.node_name, options)?;
-        check_against(&replicas, &replica)?;
+        let replica = open_unlocked(&replicas, &source.path, &source.node_name, options)?;
         check_sizes(&replicas, &replica)?;
         replicas.push(replica);
     }
@@ -271,8 +270,8 @@ pub fn open_beside(
     size_bytes: u64,
     block_bytes: u32,
 ) -> Result<ReplicaFile, OpenError> {
-    let replica = open_unlocked(&source.path, &source.node_name, options)?;
-    check_against(others.iter().map(Arc::as_ref), &replica)?;
+    let others = others.iter().map(Arc::as_ref);
+    let replica = open_unlocked(others, &source.path, &source.node_name, options)?;
     if replica.size_bytes != size_bytes {
         return Err(OpenError::NotTheSize {
             path: replica.path.clone(),
@@ -325,7 +324,13 @@ fn check_sizes(earlier: &[ReplicaFile], replica: &ReplicaFile) -> Result<(), Ope
     }
 }
 
-fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<ReplicaFile, OpenError> {
+/// Opens an image that is to be used beside `earlier` ones.
+fn open_unlocked<'a>(
+    earlier: impl IntoIterator<Item = &'a ReplicaFile>,
+    path: &Path,
+    node_name: &str,
+    options: OpenOptions,
+) -> Result<ReplicaFile, OpenError> {
     let open_error = |source| OpenError::Open {
         path: path.to_owned(),
         read_only: options.read_only,
@@ -365,25 +370,14 @@ fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<R
     // For a block device stat says 0; its end says the size of either kind.
     let size_bytes = (&file).seek(SeekFrom::End(0)).map_err(examine_error("lseek"))?;
     check_size(path, size_bytes, ALIGNMENT_BYTES_MIN)?;
-    let alignment = if options.direct {
-        direct_alignment(&file, is_block_device, size_bytes)
-    } else {
-        Alignment {
-            offset_bytes: ALIGNMENT_BYTES_MIN,
-            memory_bytes: 1,
-        }
-    };
-    check_size(path, size_bytes, alignment.offset_bytes)?;
-    let physical_block_bytes = physical_block_bytes(&file, &metadata, is_block_device);
-
-    Ok(ReplicaFile {
+    let mut replica = ReplicaFile {
         path: path.to_owned(),
         node_name: node_name.to_owned(),
-        file,
         size_bytes,
-        alignment_bytes: alignment.offset_bytes,
-        physical_block_bytes,
-        memory_alignment_bytes: alignment.memory_bytes,
+        alignment_bytes: ALIGNMENT_BYTES_MIN,
+        physical_block_bytes: physical_block_bytes(&file, &metadata, is_block_device),
+        memory_alignment_bytes: 1,
+        file,
         is_block_device,
         identity: if is_block_device {
             ImageIdentity::BlockDevice {
@@ -395,7 +389,17 @@ fn open_unlocked(path: &Path, node_name: &str, options: OpenOptions) -> Result<R
                 inode: metadata.ino(),
             }
         },
-    })
+    };
+    check_against(earlier, &replica)?;
+    if options.direct {
+        // May read, which does not return from an image that hangs: one of the disk's own, perhaps, that was removed
+        // for that.
+        let alignment = direct_alignment(&replica.file, is_block_device, size_bytes);
+        replica.alignment_bytes = alignment.offset_bytes;
+        replica.memory_alignment_bytes = alignment.memory_bytes;
+        check_size(path, size_bytes, replica.alignment_bytes)?;
+    }
+    Ok(replica)
 }
 
 fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {

@@ -176,6 +176,14 @@ impl Disk {
         Client::connect(&self.socket, self.plan.queues)
     }
 
+    /// The process that serves it.
+    pub fn process_id(&self) -> u32 {
+        match &*self.program.borrow() {
+            Program::Ours(daemon) => daemon.id(),
+            Program::Peer(peer) => peer.id(),
+        }
+    }
+
     /// The monitor of ours.
     pub fn monitor(&self) -> Monitor {
         Monitor::connect(&self.directory.path().join(MONITOR_SOCKET))

@@ -11,6 +11,7 @@ use std::collections::BTreeMap;
 use std::ffi::{CString, OsStr};
 use std::fs::{File, OpenOptions};
 use std::io;
+use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
@@ -58,6 +59,8 @@ pub enum Fault {
     Hang,
     /// It fails with this errno.
     Fail(i32),
+    /// It fails with this errno if it touches a byte from the first of these on and before the second.
+    FailIn(i32, u64, u64),
     /// The bytes that come or go are changed by xor with this.
     Corrupt(u8),
     /// Only so many are done in a second.
@@ -242,7 +245,12 @@ impl Server {
     }
 
     /// Does `job`, which is told what is wrong with it, now or later.
-    fn serve(&self, operation: Operation, job: impl FnOnce(&File, Result<u8, Errno>) + Send + 'static) {
+    fn serve(
+        &self,
+        operation: Operation,
+        bytes: Range<u64>,
+        job: impl FnOnce(&File, Result<u8, Errno>) + Send + 'static,
+    ) {
         let now = Instant::now();
         let mut state = self.lock();
         state.asked[operation as usize] += 1;
@@ -250,6 +258,9 @@ impl Server {
         let effect = match fault {
             Some(Fault::Corrupt(mask)) => Ok(mask),
             Some(Fault::Fail(errno)) => Err(Errno::from_i32(errno)),
+            Some(Fault::FailIn(errno, from, to)) if bytes.start < to && from < bytes.end => {
+                Err(Errno::from_i32(errno))
+            }
             _ => Ok(0),
         };
         let job = move |server: &Self| {
@@ -257,7 +268,7 @@ impl Server {
             server.lock().done[operation as usize] += 1;
         };
         let due = match fault {
-            None | Some(Fault::Corrupt(_) | Fault::Fail(_)) => {
+            None | Some(Fault::Corrupt(_) | Fault::Fail(_) | Fault::FailIn(..)) => {
                 drop(state);
                 return job(self);
             }
@@ -395,7 +406,7 @@ impl Filesystem for Disk {
         let Some(size) = size else {
             return self.getattr_of(inode, reply);
         };
-        self.0.serve(Operation::Resize, move |file, fault| {
+        self.0.serve(Operation::Resize, 0..0, move |file, fault| {
             let resized = fault.and_then(|_| Ok(file.set_len(size)?));
             match resized.and_then(|()| Ok(server.attributes(inode)?)) {
                 Ok(attributes) => reply.attr(&ATTRIBUTES_VALID, &attributes),
@@ -424,7 +435,8 @@ impl Filesystem for Disk {
         _: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.0.serve(Operation::Read, move |file, fault| {
+        let range = offset..offset + u64::from(size);
+        self.0.serve(Operation::Read, range, move |file, fault| {
             match fault.and_then(|mask| {
                 let mut bytes = vec![0; size as usize];
                 let read = read_at(file, &mut bytes, offset)?;
@@ -455,7 +467,8 @@ impl Filesystem for Disk {
             self.0.lock().durable_writes += 1;
         }
         let mut bytes = data.to_vec();
-        self.0.serve(Operation::Write, move |file, fault| {
+        let range = offset..offset + data.len() as u64;
+        self.0.serve(Operation::Write, range, move |file, fault| {
             match fault.and_then(|mask| {
                 change(&mut bytes, mask);
                 file.write_all_at(&bytes, offset)?;
@@ -469,7 +482,7 @@ impl Filesystem for Disk {
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         // Nothing is synced: no test takes the power away.
-        self.0.serve(Operation::Sync, move |_, fault| match fault {
+        self.0.serve(Operation::Sync, 0..0, move |_, fault| match fault {
             Ok(_) => reply.ok(),
             Err(errno) => reply.error(errno),
         });
