@@ -13,7 +13,7 @@ if [ "${1:-}" = --corpus ]; then
 fi
 targets=("$@")
 if [ ${#targets[@]} = 0 ]; then
-    targets=(request device message)
+    targets=(request device message monitor)
 fi
 
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then

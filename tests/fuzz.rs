@@ -77,3 +77,8 @@ fn devices() {
 fn messages() {
     replay("message", &seeds::message::all(), targets::message::run);
 }
+
+#[test]
+fn monitors() {
+    replay("monitor", &seeds::monitor::all(), targets::monitor::run);
+}

@@ -5,7 +5,10 @@
 
 pub mod device;
 pub mod message;
+pub mod monitor;
 pub mod naive;
+#[path = "../../tests/common/operator.rs"]
+pub mod operator;
 pub mod request;
 pub mod script;
 pub mod seeds;

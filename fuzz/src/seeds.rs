@@ -2,6 +2,7 @@
 
 pub mod device;
 pub mod message;
+pub mod monitor;
 pub mod request;
 
 use virtio_queue::desc::split::Descriptor;

@@ -5,7 +5,6 @@ use std::fmt;
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 
 use super::block::{self, QueryNamedBlockNodes};
@@ -24,8 +23,8 @@ pub struct Command {
     run: Run,
 }
 
-/// What a command returns, as it is sent.
-pub(super) type Returned = Box<RawValue>;
+/// What a command returns, as it is sent: JSON.
+pub(super) type Returned = Vec<u8>;
 
 type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandError>;
 
@@ -177,9 +176,7 @@ fn run<A: DeserializeOwned, R: Serialize>(
     let arguments = serde_json::from_value(Value::Object(arguments));
     let arguments =
         arguments.map_err(|error| CommandError::generic(format!("Invalid arguments: {error}")))?;
-    let returned = command(arguments)?;
-    let text = String::from_utf8(to_ascii(&returned)).expect("ASCII");
-    Ok(RawValue::from_string(text).expect("JSON"))
+    command(arguments).map(|returned| to_ascii(&returned))
 }
 
 /// Takes the arguments of [`NEGOTIATION`].

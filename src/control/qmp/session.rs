@@ -95,6 +95,11 @@ impl Session {
         None
     }
 
+    /// Memory that is kept for the client while it sends.
+    pub fn held_bytes(&self) -> usize {
+        self.received.capacity() + self.splitter.held_bytes()
+    }
+
     /// Whether the client wants events.
     pub fn is_negotiated(&self) -> bool {
         self.negotiated
@@ -216,20 +221,18 @@ pub fn converse(bytes: &[u8], operator: &dyn Operator) -> Vec<Vec<u8>> {
 pub(in crate::control) const READ_BYTES: usize = 4096;
 
 fn reply(outcome: Result<Returned, CommandError>, id: Option<Value>) -> Vec<u8> {
-    #[derive(Serialize)]
-    struct Reply {
-        #[serde(rename = "return", skip_serializing_if = "Option::is_none")]
-        returned: Option<Returned>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        error: Option<CommandError>,
-        #[serde(skip_serializing_if = "Option::is_none")]
-        id: Option<Value>,
-    }
-    let (returned, error) = match outcome {
-        Ok(returned) => (Some(returned), None),
-        Err(error) => (None, Some(error)),
+    let (name, value) = match outcome {
+        Ok(returned) => ("return", returned),
+        Err(error) => ("error", to_ascii(&error)),
     };
-    to_ascii(&Reply { returned, error, id })
+    let mut line = format!("{{\"{name}\":").into_bytes();
+    line.extend(value);
+    if let Some(id) = id {
+        line.extend(b",\"id\":");
+        line.extend(to_ascii(&id));
+    }
+    line.push(b'}');
+    line
 }
 
 #[cfg(test)]

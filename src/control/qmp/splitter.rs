@@ -71,6 +71,10 @@ impl Splitter {
         found
     }
 
+    pub(super) fn held_bytes(&self) -> usize {
+        self.text.capacity()
+    }
+
     fn inside(&mut self, byte: u8) -> Option<Found> {
         self.place = Place::Inside;
         match byte {
@@ -84,7 +88,7 @@ impl Splitter {
             _ => {}
         }
         self.text.push(if byte == b'\'' { b'"' } else { byte });
-        if self.depth > 0 {
+        if self.depth > 0 || self.text.len() > QMP_MESSAGE_BYTES_MAX {
             return None;
         }
         let text = std::mem::take(&mut self.text);
@@ -179,5 +183,14 @@ mod tests {
         let mut endless = b"{\"a\":\"".to_vec();
         endless.resize(3 * QMP_MESSAGE_BYTES_MAX, b'x');
         assert_eq!(found(&endless), [Found::TooLong]);
+    }
+
+    #[test]
+    fn a_message_may_have_so_many_bytes_and_no_more() {
+        let of = |bytes: usize| [b"{".as_slice(), &vec![b' '; bytes - 2], b"}"].concat();
+        let longest = of(QMP_MESSAGE_BYTES_MAX);
+        assert!(found(&longest) == [Found::Message(longest)]);
+        let longer = of(QMP_MESSAGE_BYTES_MAX + 1);
+        assert!(found(&longer) == [Found::TooLong]);
     }
 }

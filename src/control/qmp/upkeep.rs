@@ -2,7 +2,9 @@
 
 use std::path::PathBuf;
 
-use serde::{Deserialize, Serialize};
+use serde::de::{DeserializeOwned, Error};
+use serde::{Deserialize, Deserializer, Serialize};
+use serde_json::{Map, Value};
 
 use super::commands::CommandError;
 use crate::control::{Change, JobOrder, Operator};
@@ -14,15 +16,37 @@ pub(super) struct BlockdevAdd {
     driver: Driver,
     node_name: String,
     filename: Option<PathBuf>,
+    #[serde(default, deserialize_with = "object")]
     file: Option<FileNode>,
 }
 
 #[derive(Clone, Copy, Deserialize, PartialEq, Eq)]
-#[serde(rename_all = "snake_case")]
+#[serde(try_from = "String")]
 enum Driver {
     File,
     HostDevice,
     Raw,
+}
+
+// Derived, it would take an object for a name too.
+impl TryFrom<String> for Driver {
+    type Error = &'static str;
+
+    fn try_from(name: String) -> Result<Self, Self::Error> {
+        match name.as_str() {
+            "file" => Ok(Self::File),
+            "host_device" => Ok(Self::HostDevice),
+            "raw" => Ok(Self::Raw),
+            _ => Err("unknown driver, expected file, host_device or raw"),
+        }
+    }
+}
+
+/// Reads members by their names only; what is derived takes them in order too, from an array.
+fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(value: D) -> Result<Option<T>, D::Error> {
+    let members = Option::<Map<String, Value>>::deserialize(value)?;
+    let object = members.map(|members| serde_json::from_value(Value::Object(members)));
+    object.transpose().map_err(D::Error::custom)
 }
 
 #[derive(Deserialize)]
@@ -125,11 +149,9 @@ pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<
         (None, Some(node)) => done(operator, Change::AddReplica(node)),
         (Some(child), None) => {
             // QEMU names children by their place.
-            let place = child
-                .strip_prefix("children.")
-                .and_then(|place| place.parse().ok());
-            let at_place = place.and_then(|place: usize| disk.replicas.get(place));
-            let node_name = at_place.map(|replica| replica.node_name.clone());
+            let mut replicas = disk.replicas.iter().enumerate();
+            let at_place = replicas.find(|(place, _)| child == format!("children.{place}"));
+            let node_name = at_place.map(|(_, replica)| replica.node_name.clone());
             done(operator, Change::RemoveReplica(node_name.unwrap_or(child)))
         }
         (Some(_), Some(_)) => Err(CommandError::generic(

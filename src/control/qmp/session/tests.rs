@@ -81,6 +81,59 @@ fn any_id_comes_back() {
     }
 }
 
+/// Whatever the JSON parser makes of some values.
+#[test]
+fn an_id_is_not_understood() {
+    for id in [
+        r#"{"$serde_json::private::RawValue":"5"}"#,
+        "5.1e-308",
+        "8.988465674311583e+291",
+        "31.245270191439438",
+        "2.638344616030823e-256",
+    ] {
+        let all = converse(format!("{{\"id\":{id}}}").as_bytes(), &Recorder::default());
+        let reply = String::from_utf8(all[1].clone()).unwrap();
+        assert!(reply.ends_with(&format!(",\"id\":{id}}}")), "{id}: {reply}");
+    }
+}
+
+#[test]
+fn names_are_text_and_nodes_are_objects() {
+    for arguments in [
+        json!({ "driver": { "file": null }, "node-name": "a", "filename": "/a" }),
+        json!({ "driver": "raw", "node-name": "a", "file": ["file", "/a"] }),
+        json!({ "driver": "raw", "node-name": "a", "file": { "driver": { "file": null }, "filename": "/a" } }),
+    ] {
+        let command = json!({ "execute": "blockdev-add", "arguments": arguments });
+        let text = format!("{{'execute':'qmp_capabilities'}}{command}");
+        let operator = Recorder::default();
+        converse(text.as_bytes(), &operator);
+        assert_eq!(operator.asked(), [], "{command}");
+    }
+}
+
+/// `children.N` is a place as it is written there; anything else is a name.
+#[test]
+fn a_child_has_one_place() {
+    for (child, wanted) in [
+        ("children.1", operator::REPLICAS[1]),
+        ("children.01", "children.01"),
+        ("children.+1", "children.+1"),
+        ("children.3", "children.3"),
+        ("0.raw", "0.raw"),
+    ] {
+        let arguments = json!({ "parent": operator::DISK, "child": child });
+        let command = json!({ "execute": "x-blockdev-change", "arguments": arguments });
+        let operator = Recorder::default();
+        converse(
+            format!("{{'execute':'qmp_capabilities'}}{command}").as_bytes(),
+            &operator,
+        );
+        let removed = Asked::Change(crate::control::Change::RemoveReplica(wanted.into()));
+        assert_eq!(operator.asked(), [removed]);
+    }
+}
+
 /// Word for word what qemu-storage-daemon answers, where it does not speak of its own JSON parser.
 #[test]
 fn errors_are_qemus() {

@@ -1,0 +1,309 @@
+//! The monitor, with bytes that arrive in pieces of any size: the session alone, and clients on a socket, who half-close it or go
+//! without a word.
+//!
+//! What must hold: each message is answered as the [naive reading](expected) of the same bytes says, once, in order, with
+//! its `id`; the operator is asked for what was meant and nothing else; how the bytes were cut makes no difference; a
+//! reply is one line of JSON in ASCII; what is kept of a client is bounded; the next client is served.
+
+mod expected;
+
+use std::io::{ErrorKind, Read, Write};
+use std::net::Shutdown;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quorum_blk::control::events::Names;
+use quorum_blk::control::publisher::{self, Publisher};
+use quorum_blk::control::qmp::session::{Session, Step, converse};
+use quorum_blk::control::queue::EventQueue;
+use quorum_blk::control::socket::{Listener, bind_unix_listener};
+use quorum_blk::limits::QMP_MESSAGE_BYTES_MAX;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use serde_json::Value;
+
+use self::expected::{Conversation, Outcome};
+use super::operator::{Asked, Recorder};
+use super::script::Script;
+
+/// Capabilities are negotiated before the bytes of the input.
+pub const NEGOTIATE: u8 = 1;
+/// A client sends it over a socket too, and closes its writing side.
+pub const SOCKET: u8 = 2;
+/// A client sends it, and goes without having read anything.
+pub const LEAVE: u8 = 4;
+/// One of the bytes comes many times.
+pub const REPEAT: u8 = 8;
+
+const NEGOTIATION: &[u8] = b"{\"execute\":\"qmp_capabilities\"}";
+
+/// What is kept of a client: a message, the next read, and that a `Vec` doubles.
+const HELD_BYTES_MAX: usize = 2 * (QMP_MESSAGE_BYTES_MAX + 2 * 4096);
+
+/// Nothing takes long.
+const LIMIT: Duration = Duration::from_secs(8);
+
+/// What an input says.
+struct Case {
+    options: u8,
+    /// Sizes of the pieces, one after another and again; 0: all there is.
+    sizes: [u8; 4],
+    bytes: Vec<u8>,
+}
+
+impl Case {
+    fn read(input: &[u8]) -> Self {
+        let mut script = Script::new(input);
+        let options = script.u8();
+        let sizes = std::array::from_fn(|_| script.u8());
+        let (place, times) = (script.u8(), script.u8());
+        let mut bytes = script.rest().to_vec();
+        if options & REPEAT != 0 && !bytes.is_empty() {
+            let place = usize::from(place) * bytes.len() / 256;
+            let repeated = vec![bytes[place]; usize::from(times) * 1024];
+            bytes.splice(place..place, repeated);
+        }
+        if options & NEGOTIATE != 0 {
+            bytes.splice(0..0, NEGOTIATION.iter().copied());
+        }
+        Self {
+            options,
+            sizes,
+            bytes,
+        }
+    }
+
+    fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+        let mut sizes = self.sizes.iter().cycle();
+        let mut rest = self.bytes.as_slice();
+        std::iter::from_fn(move || {
+            let size = match sizes.next() {
+                Some(0) | None => rest.len(),
+                Some(size) => rest.len().min(usize::from(*size)),
+            };
+            let (piece, after) = rest.split_at(size);
+            rest = after;
+            (!piece.is_empty()).then_some(piece)
+        })
+    }
+}
+
+/// Holds the conversation in each way there is.
+pub fn run(input: &[u8]) {
+    let case = Case::read(input);
+    let wanted = expected::read(&case.bytes);
+    let recorder = Recorder::default();
+    let lines = alone(&case, &recorder);
+    check(&lines, &wanted);
+    assert_eq!(recorder.asked(), wanted.asked, "what the operator is asked for");
+    let recorder = Recorder::default();
+    assert!(converse(&case.bytes, &recorder) == lines, "cut otherwise");
+    assert_eq!(recorder.asked(), wanted.asked, "cut otherwise");
+    if case.options & (SOCKET | LEAVE) != 0 {
+        let machine = Machine::new();
+        if case.options & LEAVE != 0 {
+            machine.leave(&case);
+        }
+        if case.options & SOCKET != 0 {
+            machine.converse(&case, &lines);
+        }
+        machine.expect_well();
+    }
+}
+
+/// What the session says to the pieces.
+fn alone(case: &Case, recorder: &Recorder) -> Vec<Vec<u8>> {
+    let mut session = Session::default();
+    let mut lines = vec![Session::greeting()];
+    for piece in case.pieces().flat_map(|piece| piece.chunks(4096)) {
+        session.receive(piece);
+        while let Some(step) = session.step() {
+            match step {
+                Step::Reply(line) => lines.push(line),
+                Step::Execute(call) => lines.push(call.run(recorder)),
+                Step::Close(line) => {
+                    lines.push(line);
+                    return lines;
+                }
+            }
+        }
+        assert!(session.held_bytes() <= HELD_BYTES_MAX, "{}", session.held_bytes());
+    }
+    lines
+}
+
+/// Compares the replies with what the same bytes mean.
+fn check(lines: &[Vec<u8>], wanted: &Conversation) {
+    assert_eq!(
+        lines.len() - 1,
+        wanted.outcomes.len(),
+        "one reply for each message"
+    );
+    for (line, outcome) in lines[1..].iter().zip(&wanted.outcomes) {
+        let text = std::str::from_utf8(line).expect("text");
+        assert!(
+            text.is_ascii() && !text.contains(['\r', '\n']),
+            "a line of ASCII: {text}"
+        );
+        let Ok(Value::Object(mut reply)) = serde_json::from_str(text) else {
+            panic!("not an object: {text}");
+        };
+        assert_eq!(reply.remove("id"), wanted_id(outcome), "the id of {text}");
+        match outcome {
+            Outcome::Returned { value, .. } => {
+                let returned = reply.remove("return").unwrap_or_else(|| panic!("failed: {text}"));
+                assert!(value.as_ref().is_none_or(|value| *value == returned), "{text}");
+                assert!(returned.is_object() || returned.is_array(), "{text}");
+            }
+            Outcome::Failed { class, .. } => {
+                let Some(Value::Object(mut error)) = reply.remove("error") else {
+                    panic!("succeeded: {text}");
+                };
+                assert_eq!(error.remove("class"), Some((*class).into()), "{text}");
+                assert!(
+                    error.remove("desc").is_some_and(|desc| desc.is_string()),
+                    "{text}"
+                );
+                assert!(error.is_empty(), "{text}");
+            }
+        }
+        assert!(reply.is_empty(), "more than a reply: {text}");
+    }
+}
+
+fn wanted_id(outcome: &Outcome) -> Option<Value> {
+    let (Outcome::Returned { id, .. } | Outcome::Failed { id, .. }) = outcome;
+    id.clone()
+}
+
+/// The monitor on its socket.
+struct Machine {
+    publisher: Publisher,
+    recorder: Arc<Recorder>,
+    path: PathBuf,
+    _directory: tempfile::TempDir,
+}
+
+impl Machine {
+    fn new() -> Self {
+        let directory = tempfile::tempdir().expect("a directory");
+        let path = directory.path().join("qmp.sock");
+        let recorder = Arc::new(Recorder::default());
+        let monitor = publisher::Monitor {
+            listener: Listener::Bound(bind_unix_listener(&path).expect("a socket")),
+            operator: recorder.clone(),
+        };
+        let names = Names {
+            reference: "quorum0".into(),
+            nodes: ["0.raw".to_owned()].into_iter().collect(),
+        };
+        let queue = EventQueue::new().expect("an eventfd");
+        let publisher = Publisher::spawn(None, Some(monitor), queue, names).expect("a thread");
+        Self {
+            publisher,
+            recorder,
+            path,
+            _directory: directory,
+        }
+    }
+
+    fn connect(&self) -> UnixStream {
+        // As Rust's own start does; libFuzzer's does not.
+        // SAFETY: no handler is set, so none can run in a bad moment.
+        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        let socket = UnixStream::connect(&self.path).expect("the monitor listens");
+        socket.set_nonblocking(true).expect("a socket");
+        socket
+    }
+
+    /// Sends all and reads what comes, to the end.
+    fn converse(&self, case: &Case, lines: &[Vec<u8>]) {
+        let socket = self.connect();
+        let mut received = Vec::new();
+        // Who sent too long a message is heard no more.
+        let _ = case
+            .pieces()
+            .try_for_each(|piece| send(&socket, piece, &mut received));
+        let _ = socket.shutdown(Shutdown::Write);
+        while read(&socket, &mut received) {
+            wait(&socket, PollFlags::IN);
+        }
+        let wanted: Vec<u8> = lines
+            .iter()
+            .flat_map(|line| [line, &b"\r\n"[..]].concat())
+            .collect();
+        assert!(
+            received == wanted,
+            "on a socket: {}",
+            String::from_utf8_lossy(&received)
+        );
+    }
+
+    /// Sends what the socket takes, and closes it.
+    fn leave(&self, case: &Case) {
+        let socket = self.connect();
+        let _ = case.pieces().try_for_each(|piece| (&socket).write_all(piece));
+    }
+
+    /// Another client is served, and the monitor ends in order.
+    fn expect_well(self) {
+        let case = Case {
+            options: SOCKET,
+            sizes: [0; 4],
+            bytes: [NEGOTIATION, b"{'execute':'quit','id':[]}"].concat(),
+        };
+        self.converse(&case, &converse(&case.bytes, &Recorder::default()));
+        assert!(self.recorder.asked().contains(&Asked::Quit));
+        self.publisher.stop();
+        assert!(!self.path.exists(), "the socket is gone");
+    }
+}
+
+/// Sends a piece, and reads meanwhile: who does not read is not heard.
+fn send(socket: &UnixStream, piece: &[u8], received: &mut Vec<u8>) -> Result<(), ErrorKind> {
+    let mut rest = piece;
+    while !rest.is_empty() {
+        match { socket }.write(rest) {
+            Ok(count) => rest = &rest[count..],
+            Err(error) if error.kind() == ErrorKind::WouldBlock => {
+                wait(socket, PollFlags::IN | PollFlags::OUT);
+            }
+            Err(error) => return Err(error.kind()),
+        }
+        if !read(socket, received) {
+            return Err(ErrorKind::UnexpectedEof);
+        }
+    }
+    Ok(())
+}
+
+/// Reads what is there. Returns whether more may come.
+fn read(mut socket: &UnixStream, received: &mut Vec<u8>) -> bool {
+    let mut bytes = [0; 16 << 10];
+    loop {
+        match socket.read(&mut bytes) {
+            Ok(0) => return false,
+            Ok(count) => received.extend(&bytes[..count]),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+            // It was dropped with something unread.
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => return false,
+            Err(error) => panic!("read: {error}"),
+        }
+    }
+}
+
+fn wait(socket: &UnixStream, flags: PollFlags) {
+    let limit = Timespec::try_from(LIMIT).expect("a short time");
+    let mut waited = [PollFd::from_borrowed_fd(socket.as_fd(), flags)];
+    loop {
+        match poll(&mut waited, Some(&limit)) {
+            Ok(ready) => return assert!(ready > 0, "the monitor has forgotten a client"),
+            // libFuzzer has an alarm set.
+            Err(Errno::INTR) => {}
+            Err(error) => panic!("poll: {error}"),
+        }
+    }
+}
