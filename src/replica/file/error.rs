@@ -1,0 +1,183 @@
+//! Why an image is refused, in words for who started the daemon or asked for the replica.
+
+use std::fmt::Write as _;
+use std::io;
+use std::path::PathBuf;
+
+use super::ALIGNMENT_BYTES_MIN;
+use crate::message::{Quoted, Reason};
+use crate::replica::image_lock::LockError;
+
+/// Why a replica can not be served. Each displays as one line.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum OpenError {
+    /// It does not exist, or may not be opened.
+    #[error("cannot open {}: {}{}", Quoted(.path), Reason(.source), open_hint(.source, *.read_only))]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Whether it was to be opened for reading only.
+        read_only: bool,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// Neither a regular file nor a block device.
+    #[error("{} is {kind}; a replica must be a regular file or a block device", Quoted(.path))]
+    NotAnImage {
+        /// What was given as an image.
+        path: PathBuf,
+        /// What it is.
+        kind: &'static str,
+    },
+    /// The file system has no direct I/O.
+    #[error("the file system of {} does not support O_DIRECT; use --cache writeback", Quoted(.path))]
+    NoDirectIo {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The block device is set read-only.
+    #[error("block device {} is read-only; use --read-only, or allow writing with blockdev --setrw", Quoted(.path))]
+    ReadOnlyDevice {
+        /// The block device.
+        path: PathBuf,
+    },
+    /// It is open but can not be examined.
+    #[error("cannot examine {} ({operation}): {}", Quoted(.path), Reason(.source))]
+    Examine {
+        /// The image.
+        path: PathBuf,
+        /// What was asked of the kernel.
+        operation: &'static str,
+        /// The kernel's answer.
+        source: io::Error,
+    },
+    /// The size is zero.
+    #[error("{} is empty; give it the size of the disk, for example with truncate --size=10G", Quoted(.path))]
+    Empty {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The size is not a multiple of the alignment.
+    #[error(
+        "the size of {}, {size_bytes} bytes, is not a multiple of {alignment_bytes}{}",
+        Quoted(.path),
+        misaligned_hint(*.size_bytes, *.alignment_bytes)
+    )]
+    Misaligned {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// What the size must be a multiple of.
+        alignment_bytes: u32,
+    },
+    /// It cannot be read and written in the blocks of the disk.
+    #[error(
+        "{} can be read and written in blocks of {alignment_bytes} bytes only, and the disk has blocks of {block_bytes}",
+        Quoted(.path)
+    )]
+    Coarser {
+        /// The image.
+        path: PathBuf,
+        /// Its unit.
+        alignment_bytes: u32,
+        /// That of the disk.
+        block_bytes: u32,
+    },
+    /// Another process uses the image, or it can not be locked.
+    #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
+    Locked {
+        /// The image.
+        path: PathBuf,
+        /// Why.
+        source: LockError,
+    },
+    /// One image under two paths.
+    #[error("{} and {} are the same image; each replica needs its own", Quoted(.first), Quoted(.second))]
+    SameImage {
+        /// The one listed first.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+    },
+    /// Replicas of different sizes.
+    #[error(
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a block_resize was cut short, end it with truncate --size={} on the shorter ones",
+        Quoted(.first),
+        Quoted(.second),
+        .first_bytes.max(.second_bytes)
+    )]
+    SizesDiffer {
+        /// The replica listed first.
+        first: PathBuf,
+        /// Its size.
+        first_bytes: u64,
+        /// The first one of another size.
+        second: PathBuf,
+        /// Its size.
+        second_bytes: u64,
+    },
+    /// It does not have the size of the disk.
+    #[error("{} has {size_bytes} bytes, and the disk {disk_bytes}", Quoted(.path))]
+    NotTheSize {
+        /// The image.
+        path: PathBuf,
+        /// Its size.
+        size_bytes: u64,
+        /// That of the disk.
+        disk_bytes: u64,
+    },
+    /// Two replicas of one name.
+    #[error(
+        "{} and {} have the same node-name {}; name each with node-name=NAME",
+        Quoted(.first),
+        Quoted(.second),
+        Quoted(.node_name)
+    )]
+    NodeNameTwice {
+        /// The replica listed first.
+        first: PathBuf,
+        /// The other.
+        second: PathBuf,
+        /// The name of both.
+        node_name: String,
+    },
+}
+
+fn open_hint(error: &io::Error, read_only: bool) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::ENOENT) => "; create the image first",
+        Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
+            "; make it writable for this user, or use --read-only"
+        }
+        Some(libc::EACCES | libc::EPERM) => "; make it readable for this user",
+        _ => "",
+    }
+}
+
+fn lock_hint(error: &LockError) -> &'static str {
+    if error.is_busy() {
+        "; stop that process first"
+    } else {
+        ""
+    }
+}
+
+fn misaligned_hint(size_bytes: u64, alignment_bytes: u32) -> String {
+    let mut hint = String::new();
+    let way_out = if alignment_bytes == ALIGNMENT_BYTES_MIN {
+        hint.push_str(" (the size of a sector)");
+        ""
+    } else {
+        hint.push_str(" as direct I/O needs there");
+        ", or use --cache writeback"
+    };
+    if let Some(rounded) = size_bytes.checked_next_multiple_of(u64::from(alignment_bytes)) {
+        let _ = write!(
+            hint,
+            "; make it {rounded} with truncate --size={rounded}{way_out}"
+        );
+    }
+    hint
+}
