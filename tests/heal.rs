@@ -10,7 +10,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::{Guest, GuestBuilder};
+use common::guest::GuestBuilder;
+use common::guest_load::{expect_end, expect_progress};
 use common::images::{Random, are_identical, corrupt_sectors, create_images};
 use serde_json::Value;
 
@@ -45,14 +46,6 @@ const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n %
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum | cmp - /tmp/sum || echo read $n; \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
-
-/// Waits until both have begun and ended a round.
-const WAIT_FOR_PROGRESS: &str = "for what in writes reads; do \
-    until [ -e /tmp/$what ]; do sleep 0.1; done; n=$(cat /tmp/$what); \
-    until [ $(cat /tmp/$what) -ge $((n + 2)) ]; do sleep 0.1; done; done";
-
-const WAIT_FOR_END: &str = "touch /tmp/stop; for who in writer reader; do \
-    until [ -e /tmp/$who-ended ]; do sleep 0.1; done; done";
 
 #[test]
 fn a_disk_is_mended_and_grown_under_a_guest() {
@@ -133,8 +126,7 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
     );
     assert_eq!(operator.run(&["scrub"]), 0);
 
-    guest.run_successfully(WAIT_FOR_END);
-    expect_nothing_wrong(&mut guest);
+    expect_end(&mut guest);
     operator.run(&["status"]);
     guest.run_successfully("sync");
     assert!(
@@ -216,14 +208,4 @@ fn damage(image: &Path, random: &mut Random) {
             corrupt_sectors(image, sector..sector + 1, random.mask());
         }
     }
-}
-
-/// Asserts that writer and reader go on and found nothing wrong.
-fn expect_progress(guest: &mut Guest) {
-    guest.run_successfully(WAIT_FOR_PROGRESS);
-    expect_nothing_wrong(guest);
-}
-
-fn expect_nothing_wrong(guest: &mut Guest) {
-    assert_eq!(guest.run_successfully("cat /tmp/writer /tmp/reader"), "");
 }

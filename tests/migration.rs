@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use common::daemon::{Daemon, EventReader, replica_arguments};
 use common::guest::{Guest, GuestBuilder};
+use common::guest_load::{expect_end, expect_progress};
 use common::images::{Random, are_identical, create_images};
 use common::monitor::Monitor;
 use common::process::wait_until;
@@ -57,15 +58,6 @@ const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     dd if=/dev/vda of=/dev/null bs=1M skip=16 count=16 status=none; \
     dd if=/dev/vda bs=1M skip=16 count=16 status=none | sha256sum | cmp - /tmp/sum || echo read $n; \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
-
-/// Waits until both have begun and ended a round.
-const WAIT_FOR_PROGRESS: &str = "for what in writes reads; do \
-    until [ -e /tmp/$what ]; do sleep 0.1; done; n=$(cat /tmp/$what); \
-    until [ $(cat /tmp/$what) -ge $((n + 2)) ]; do sleep 0.1; done; done";
-
-/// Waits until both have ended.
-const WAIT_FOR_END: &str = "touch /tmp/stop; for who in writer reader; do \
-    until [ -e /tmp/$who-ended ]; do sleep 0.1; done; done";
 
 const READ_ONCE: &str = "dd if=/dev/vda bs=1M skip=48 count=8 status=none";
 
@@ -147,8 +139,7 @@ fn a_guest_under_load_moves_to_another_qemu() {
     );
     destination.run_successfully("rm /tmp/keep");
     expect_progress(&mut destination);
-    destination.run_successfully(WAIT_FOR_END);
-    expect_nothing_wrong(&mut destination);
+    expect_end(&mut destination);
     let writes = destination.run_successfully("cat /tmp/writes");
     let writes = writes.trim().parse().expect("a number");
     destination.run_successfully("sync");
@@ -185,16 +176,6 @@ fn fill(images: &[PathBuf]) -> [String; 2] {
 /// How often something was logged.
 fn occurrences(daemon: &Daemon, words: &str) -> usize {
     daemon.log().matches(words).count()
-}
-
-/// Asserts that writer and reader go on and found nothing wrong.
-fn expect_progress(guest: &mut Guest) {
-    guest.run_successfully(WAIT_FOR_PROGRESS);
-    expect_nothing_wrong(guest);
-}
-
-fn expect_nothing_wrong(guest: &mut Guest) {
-    assert_eq!(guest.run_successfully("cat /tmp/writer /tmp/reader"), "");
 }
 
 fn set_speed(monitor: &mut Monitor, bytes_per_second: u64) {

@@ -11,6 +11,7 @@ pub mod disk;
 pub mod frontend;
 pub mod fuse;
 pub mod guest;
+pub mod guest_load;
 pub mod images;
 pub mod load;
 pub mod loop_device;
