@@ -401,6 +401,8 @@ impl Health {
                 became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
                 if done {
+                    // It counted, and is perhaps still there.
+                    state.blank.remove(range);
                     self.failures.0 += 1;
                     state.last_doubt = self.failures;
                 }
@@ -422,6 +424,7 @@ impl Health {
         let state = &mut self.replicas[replica.as_usize()];
         if state.last_failure > began {
             state.stale.insert(range);
+            state.blank.remove(range);
             self.failures.0 += 1;
             state.last_doubt = self.failures;
         } else {

@@ -193,6 +193,23 @@ fn a_disk_that_grows_is_fresh_where_it_is_new_on_all_that_are_its_replicas_then(
 }
 
 #[test]
+fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() {
+    let mut health = Health::new(ReplicaSet::first(3), 3, 1, 16);
+    let added = ReplicaIndex(3);
+    health.add(added);
+    // Of this write C knows nothing, and the new replica leaves when it has done it.
+    let began = health.change_begins();
+    let done = set(&[A, B, added]);
+    assert!(health.leave(added));
+    let end = WriteEnd {
+        asked: ReplicaSet::first(4),
+        ..end(began, done)
+    };
+    health.write_ended(range(0, 8), &end);
+    assert_eq!(health.check_removal(added), Err(NotRemoved::LastCopies));
+}
+
+#[test]
 fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let began = health.change_begins();
