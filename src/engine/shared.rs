@@ -438,18 +438,18 @@ mod model {
             let writer = {
                 let (shared, acknowledged) = (shared.clone(), acknowledged.clone());
                 thread::spawn(move || {
-                    let (asked, began) = shared.health(|h| (h.in_service(), h.change_begins()));
+                    let (asked, begun) = shared.health(|h| (h.in_service(), h.write_begins(range)));
                     let mut succeeded = asked;
                     succeeded.remove(LAST);
                     let (success, durable) = (true, false);
                     let end = WriteEnd {
                         asked,
                         succeeded,
-                        began,
+                        begun,
                         success,
                         durable,
                     };
-                    shared.health(|health| health.write_ended(range, &end));
+                    shared.health(|health| health.write_ended(&end));
                     // The completion travels through guest memory, with release and acquire.
                     acknowledged.store(true, Ordering::Release);
                 })

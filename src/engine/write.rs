@@ -8,7 +8,7 @@ use std::time::Duration;
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
-use crate::quorum::health::{Failures, WriteEnd};
+use crate::quorum::health::{WriteBegun, WriteEnd};
 use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
 use crate::quorum::{ReplicaSet, SectorRange};
@@ -44,7 +44,7 @@ enum Stage {
 struct Writing {
     lock: LockKey,
     tally: Tally,
-    began: Failures,
+    begun: WriteBegun,
     asked_at: Duration,
 }
 
@@ -120,13 +120,14 @@ impl Write {
         let Stage::WaitingForLock { lock } = self.stage else {
             unreachable!("a lock is granted once");
         };
-        let (asked, began) = core
+        let range = self.range;
+        let (asked, begun) = core
             .shared
-            .health(|health| (health.in_service(), health.change_begins()));
+            .health(|health| (health.in_service(), health.write_begins(range)));
         self.stage = Stage::Writing(Writing {
             lock,
             tally: Tally::new(asked),
-            began,
+            begun,
             asked_at: core.clock.now(),
         });
         for replica in asked.iter() {
@@ -199,11 +200,11 @@ impl Write {
                     asked
                 },
                 succeeded: if trusted { everyone } else { succeeded },
-                began: writing.began,
+                begun: writing.begun,
                 success,
                 durable: self.durable,
             };
-            (success, health.write_ended(self.range, &end))
+            (success, health.write_ended(&end))
         });
         if became_stale {
             effects.health_changed();

@@ -21,6 +21,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use slab::Slab;
+
 use super::ranges::RangeSet;
 use super::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::REPLICAS_MAX;
@@ -28,6 +30,13 @@ use crate::limits::REPLICAS_MAX;
 /// Orders the start of an operation against failed flushes and replicas that left the set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct Failures(pub u64);
+
+/// A write that has been handed to replicas and has not ended.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteBegun {
+    failures: Failures,
+    place: usize,
+}
 
 /// Names one flush.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -47,6 +56,8 @@ pub struct Health {
     replicas: Vec<ReplicaHealth>,
     /// What completed writes changed since the last flush began.
     written: RangeSet,
+    /// What the writes that have not ended change.
+    writing: Slab<SectorRange>,
     capacity_sectors: u64,
     epoch: FlushEpoch,
     failures: Failures,
@@ -163,6 +174,7 @@ impl Health {
                 .map(|_| ReplicaHealth::new(capacity_sectors))
                 .collect(),
             written: RangeSet::below(capacity_sectors),
+            writing: Slab::new(),
             capacity_sectors,
             epoch: FlushEpoch(0),
             failures: Failures(0),
@@ -383,6 +395,14 @@ impl Health {
         self.failures
     }
 
+    /// A write of `range` is handed to the replicas; to be followed by [`Self::write_ended`].
+    pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
+        WriteBegun {
+            failures: self.failures,
+            place: self.writing.insert(range),
+        }
+    }
+
     /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the guest will be
     /// told so. `durable`: it went to stable storage by itself.
     ///
@@ -391,11 +411,16 @@ impl Health {
     /// ran, is behind in any case.
     ///
     /// `true` if with this a replica is stale that was stale nowhere.
-    pub fn write_ended(&mut self, range: SectorRange, write: &WriteEnd) -> bool {
+    pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
+        let WriteBegun {
+            failures: began,
+            place,
+        } = write.begun;
+        let range = self.writing.remove(place);
         let mut became_stale = false;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
-            let doubtful = state.last_failure > write.began || !write.asked.contains(replica);
+            let doubtful = state.last_failure > began || !write.asked.contains(replica);
             let done = write.succeeded.contains(replica);
             if doubtful || (write.success && !done) {
                 became_stale |= state.stale.is_empty();
@@ -492,12 +517,16 @@ impl Health {
         anything
     }
 
-    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing now.
+    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing now: others may have
+    /// read that from it already, and must not read what was there before.
     fn not_durable(&mut self, replica: ReplicaIndex) {
         self.failures.0 += 1;
         let state = &mut self.replicas[replica.as_usize()];
         state.last_failure = self.failures;
         state.stale.insert_all(&self.written);
+        for (_, range) in &self.writing {
+            state.stale.insert(*range);
+        }
         for (_, written) in state.unconfirmed.drain(..) {
             state.stale.insert_all(&written);
             state.uncovered.insert_all(&written);
@@ -584,8 +613,8 @@ pub struct WriteEnd {
     pub asked: ReplicaSet,
     /// Those of them that did it.
     pub succeeded: ReplicaSet,
-    /// [`Health::change_begins`] of that moment.
-    pub began: Failures,
+    /// What [`Health::write_begins`] has returned.
+    pub begun: WriteBegun,
     /// The guest is told that it is written.
     pub success: bool,
     /// It went to stable storage by itself.

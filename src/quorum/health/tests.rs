@@ -14,19 +14,19 @@ fn range(start: u64, count: u64) -> SectorRange {
     SectorRange::new(start, count)
 }
 
-fn end(began: Failures, succeeded: ReplicaSet) -> WriteEnd {
+fn end(begun: WriteBegun, succeeded: ReplicaSet) -> WriteEnd {
     WriteEnd {
         asked: ReplicaSet::first(3),
         succeeded,
-        began,
+        begun,
         success: succeeded.len() >= 2,
         durable: false,
     }
 }
 
 fn write(health: &mut Health, range: SectorRange, failed: &[ReplicaIndex]) {
-    let began = health.change_begins();
-    health.write_ended(range, &end(began, ReplicaSet::first(3).without(set(failed))));
+    let begun = health.write_begins(range);
+    health.write_ended(&end(begun, ReplicaSet::first(3).without(set(failed))));
 }
 
 fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
@@ -74,21 +74,27 @@ fn a_failed_flush_makes_stale_what_was_written_since_the_last_good_one() {
 #[test]
 fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
-    let began = health.change_begins();
+    let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
     health.flush_ended(epoch, A, false);
-    health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
+    assert_eq!(health.stale_in(range(8, 8)), ReplicaSet::EMPTY);
+    assert_eq!(
+        health.stale_in(range(0, 8)),
+        set(&[A]),
+        "at once: it may have been read"
+    );
+    health.write_ended(&end(begun, ReplicaSet::first(3)));
     assert_eq!(health.stale_in(range(0, 8)), set(&[A]));
 }
 
 #[test]
 fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again() {
     let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
-    let began = health.change_begins();
+    let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
     health.flush_ended(epoch, A, false);
     let read_began = health.change_begins();
-    write_one_begun(&mut health, range(0, 8), began);
+    write_one_begun(&mut health, begun);
     write_one(&mut health, range(0, 8));
     assert!(!health.anything_stale());
     assert_eq!(health.failed_since(read_began), set(&[A]));
@@ -111,19 +117,19 @@ fn a_later_flush_confirms_the_earlier_ones() {
 }
 
 fn write_one(health: &mut Health, range: SectorRange) {
-    let began = health.change_begins();
-    write_one_begun(health, range, began);
+    let begun = health.write_begins(range);
+    write_one_begun(health, begun);
 }
 
-fn write_one_begun(health: &mut Health, range: SectorRange, began: Failures) {
+fn write_one_begun(health: &mut Health, begun: WriteBegun) {
     let done = WriteEnd {
         asked: set(&[A]),
         succeeded: set(&[A]),
-        began,
+        begun,
         success: true,
         durable: false,
     };
-    health.write_ended(range, &done);
+    health.write_ended(&done);
 }
 
 #[test]
@@ -141,12 +147,12 @@ fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
         "that was flushed"
     );
     assert_eq!(health.stale_in(range(1 << 20, 8)), set(&[C]));
-    let began = health.change_begins();
+    let begun = health.write_begins(range(1 << 21, 8));
     let without = WriteEnd {
         asked: set(&[A, B]),
-        ..end(began, set(&[A, B]))
+        ..end(begun, set(&[A, B]))
     };
-    health.write_ended(range(1 << 21, 8), &without);
+    health.write_ended(&without);
     assert!(!health.returned(C, 1));
     assert!(health.returned(C, 0));
     assert_eq!(health.in_service(), ReplicaSet::first(3));
@@ -198,23 +204,23 @@ fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() 
     let added = ReplicaIndex(3);
     health.add(added);
     // Of this write C knows nothing, and the new replica leaves when it has done it.
-    let began = health.change_begins();
+    let begun = health.write_begins(range(0, 8));
     let done = set(&[A, B, added]);
     assert!(health.leave(added));
     let end = WriteEnd {
         asked: ReplicaSet::first(4),
-        ..end(began, done)
+        ..end(begun, done)
     };
-    health.write_ended(range(0, 8), &end);
+    health.write_ended(&end);
     assert_eq!(health.check_removal(added), Err(NotRemoved::LastCopies));
 }
 
 #[test]
 fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
-    let began = health.change_begins();
+    let begun = health.write_begins(range(0, 8));
     assert!(health.leave(C) && health.returned(C, 0));
-    health.write_ended(range(0, 8), &end(began, ReplicaSet::first(3)));
+    health.write_ended(&end(begun, ReplicaSet::first(3)));
     assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
 }
 
@@ -222,14 +228,11 @@ fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
 fn what_is_flushed_without_a_replica_is_stale_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     assert!(health.leave(C));
-    let began = health.change_begins();
-    health.write_ended(
-        range(0, 8),
-        &WriteEnd {
-            asked: set(&[A, B]),
-            ..end(began, set(&[A, B]))
-        },
-    );
+    let begun = health.write_begins(range(0, 8));
+    health.write_ended(&WriteEnd {
+        asked: set(&[A, B]),
+        ..end(begun, set(&[A, B]))
+    });
     health.flush_begins();
     assert!(health.returned(C, 0));
     assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
