@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build man install uninstall test sim soak model bench bench-engine lint guest clients fuzz fuzz-corpus clean
+.PHONY: help demo build man install uninstall test sim soak model bench bench-engine bench-jobs lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -48,6 +48,9 @@ fuzz-corpus: ## Make the committed inputs of the fuzzer anew from all it has fou
 
 bench-engine: ## Instructions of the engine for each request: as recorded (RECORD=1: record), and how they scale
 	$(CARGO) bench --locked --bench engine -- $(if $(RECORD),--record)
+
+bench-jobs: ## What a scrub and a resync cost a guest: ONLY=row, BENCH_SECONDS=0.5, BENCH_ROUNDS=7, BENCH_DIR=directory
+	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench jobs
 
 bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BENCH_ROUNDS=3, BENCH_DIR=directory
 	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench disk

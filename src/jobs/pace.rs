@@ -7,7 +7,7 @@
 //! ```text
 //! piece in flight    ███          ███          ███
 //! guest's requests   | ||  |||||||| ||  ||||||| |||   a third of them is missing while a piece is in flight:
-//!                                                     a pause of three times a piece leaves the guest 92 %
+//!                                                     a pause of seven times a piece leaves the guest 96 %
 //! ```
 //!
 //! A piece delays a request by its own time at most. A guest that makes so few that this comes to little is not
@@ -21,14 +21,16 @@ use crate::limits::{JOB_PAUSE_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct GuestRequests(pub u64);
 
-/// The part of its requests that jobs may cost the guest: less than a tenth, as what is measured is never exact.
-const COST_MAX: f64 = 0.07;
+/// The part of its requests that jobs may cost the guest: less than half of a tenth, as what a piece costs is not over
+/// when it is: caches are cold, and requests that it has delayed end later.
+const COST_MAX: f64 = 0.04;
 
 /// Below this part of a piece's time jobs are not noticed.
 const COST_NOT_NOTICED: f64 = 0.02;
 
-/// Even if it costs nothing, a piece is followed by a pause of this part of its time: to go on measuring.
-const PAUSE_MIN: f64 = 0.25;
+/// Even if it seems to cost nothing, a piece is followed by a pause of so many times its time: a request that takes
+/// longer than a piece is counted in the pause, whatever has delayed it.
+const PAUSE_MIN: f64 = 3.0;
 
 /// Requests of the guest without which a measurement says nothing.
 const REQUESTS_MIN: f64 = 32.0;
@@ -232,7 +234,7 @@ mod tests {
                 beside / alone
             );
             // And jobs are not starved.
-            assert!(busy >= 0.04, "{rate} a second, {left} left: busy {busy:.3}");
+            assert!(busy >= 0.035, "{rate} a second, {left} left: busy {busy:.3}");
         }
     }
 
@@ -245,6 +247,6 @@ mod tests {
         let (_, beside_little) = run(20.0, 0.0, piece, true);
         assert!(beside_little > 0.9, "{beside_little}");
         let (_, for_nothing) = run(50_000.0, 1.0, piece, true);
-        assert!(for_nothing > 0.7, "{for_nothing}");
+        assert!(for_nothing > 0.24, "{for_nothing}");
     }
 }

@@ -1,0 +1,71 @@
+//! What is measured: every row, and the load of each in the words of the other benchmark.
+
+use std::fmt;
+use std::sync::LazyLock;
+
+use super::disk_plan::{Pattern, ReadPattern, Row as Load, Storage, patterns};
+
+/// Bytes of the disk.
+pub static DISK_BYTES: LazyLock<u64> =
+    LazyLock::new(|| super::variable("BENCH_MIB").unwrap_or(2048u64) << 20);
+
+/// Where the guest's requests go: less than the smallest disk that is worth measuring.
+pub const GUEST_BYTES: u64 = 1 << 30;
+
+/// What goes on besides.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum JobKind {
+    /// All replicas are compared.
+    Scrub,
+    /// One is brought up to date.
+    Resync,
+}
+
+/// One line of the result.
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// What the images lie on.
+    pub storage: Storage,
+    /// What goes on besides.
+    pub job: JobKind,
+    /// What the guest does, if anything.
+    pub load: Option<Load>,
+}
+
+/// Its name: `cache/scrub/randread/32`.
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}/", self.storage.name(), self.job.name())?;
+        match &self.load {
+            Some(load) => write!(f, "{}/{}", load.pattern.name, load.pattern.depth),
+            None => f.write_str("idle"),
+        }
+    }
+}
+
+/// Every row, by storage.
+pub fn rows() -> Vec<Row> {
+    let is_wanted = |pattern: &Pattern| {
+        matches!(
+            (pattern.name, pattern.depth),
+            ("randread" | "randwrite", 1 | 32) | ("write-flush" | "read-1m", _)
+        )
+    };
+    let patterns: Vec<Pattern> = patterns().into_iter().filter(is_wanted).collect();
+    let mut rows = Vec::new();
+    for storage in [Storage::Cache, Storage::Disk] {
+        for job in [JobKind::Scrub, JobKind::Resync] {
+            let row = |load| Row { storage, job, load };
+            let load = |pattern: &Pattern| Load {
+                storage,
+                replicas: 3,
+                queues: 1,
+                read_pattern: ReadPattern::Quorum,
+                pattern: *pattern,
+            };
+            rows.push(row(None));
+            rows.extend(patterns.iter().map(|pattern| row(Some(load(pattern)))));
+        }
+    }
+    rows
+}
