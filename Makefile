@@ -25,7 +25,7 @@ uninstall: ## Remove what `make install` has installed, given the same variables
 include packaging/install.mk
 
 test: guest clients lint ## Everything that checks the project
-	$(CARGO) test --locked -- --nocapture
+	$(CARGO) test --locked --no-fail-fast -- --nocapture
 	$(MAKE) model
 	$(MAKE) sim SECONDS=60
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 use blkio::Blkio;
 use common::daemon::{Daemon, EventReader, replica_arguments};
 use common::guest::{Guest, GuestBuilder};
-use common::images::{are_identical, create_images};
+use common::images::{allocated_bytes, are_identical, create_images};
 use common::loop_device::LoopDevice;
 use common::monitor::Monitor;
 use serde_json::{Value, json};
@@ -412,11 +412,6 @@ impl MixedReplicas {
 
 fn metadata(path: impl AsRef<Path>) -> Metadata {
     fs::metadata(path).expect("looking at a file")
-}
-
-/// What a sparse file takes of its file system.
-fn allocated_bytes(path: impl AsRef<Path>) -> u64 {
-    metadata(path).blocks() * 512
 }
 
 /// All files hold the same, and in this range something with the checksum `sum`.

@@ -4,14 +4,12 @@
 mod common;
 
 use std::fs;
-use std::os::unix::fs::MetadataExt;
-use std::path::Path;
 use std::time::Duration;
 
 use common::daemon::{Daemon, replica_arguments};
 use common::fuse::{FuseImage, Operation};
 use common::guest::{Guest, GuestBuilder};
-use common::images::{are_identical, create_images};
+use common::images::{allocated_bytes, are_identical, create_images};
 use common::process::wait_until;
 
 /// Time in which a guest that copies must have written something.
@@ -103,11 +101,6 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
     guest.poweroff();
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
     assert!(are_identical(&images));
-}
-
-/// What a sparse file takes of its file system.
-fn allocated_bytes(path: &Path) -> u64 {
-    fs::metadata(path).expect("looking at an image").blocks() * 512
 }
 
 /// A guest that has switched its disk to write-through does not flush any more.

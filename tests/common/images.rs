@@ -1,12 +1,14 @@
 //! Image files for a voted disk, ways to corrupt them under it, and a seeded source of randomness.
 
 use std::env;
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+use rustix::fs::SeekFrom;
 
 /// Bytes in a sector.
 pub const SECTOR_BYTES: u64 = 512;
@@ -104,6 +106,27 @@ pub fn are_identical(images: &[PathBuf]) -> bool {
             .expect("comparing images")
             .is_none()
     })
+}
+
+/// What of a sparse file is not in holes, in bytes, in the order of the file.
+pub fn data_ranges(image: &Path) -> Vec<Range<u64>> {
+    let file = File::open(image).expect("opening an image");
+    let seek = |to| match rustix::fs::seek(&file, to) {
+        Ok(offset) => Some(offset),
+        Err(rustix::io::Errno::NXIO) => None, // nothing but a hole from there on
+        Err(error) => panic!("looking for holes in {}: {error}", image.display()),
+    };
+    let mut ranges: Vec<Range<u64>> = Vec::new();
+    while let Some(start) = seek(SeekFrom::Data(ranges.last().map_or(0, |last| last.end))) {
+        let end = seek(SeekFrom::Hole(start)).expect("a hole at the end");
+        ranges.push(start..end);
+    }
+    ranges
+}
+
+/// What a sparse file takes of its file system, with what that needs to keep account of it.
+pub fn allocated_bytes(image: impl AsRef<Path>) -> u64 {
+    fs::metadata(image).expect("looking at an image").blocks() * 512
 }
 
 /// A small seeded generator of random numbers (SplitMix64).
