@@ -304,7 +304,7 @@ impl Worker {
             if worked {
                 self.spin.found();
             }
-            if worked || self.spin.look_again(self.clock.looked_at) {
+            if worked || (!self.io.ring.is_writing_long() && self.spin.look_again(self.clock.looked_at)) {
                 self.turn(Wait::No)?;
                 continue;
             }

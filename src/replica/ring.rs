@@ -9,7 +9,6 @@ mod in_flight;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::thread;
 use std::time::Duration;
 
 use io_uring::types::{SubmitArgs, Timespec};
@@ -22,7 +21,7 @@ use super::buffer::BufferPool;
 use super::operation::{Action, Operation, Reply};
 use super::zero::Ways;
 use crate::limits::{REPLICAS_MAX, RING_ENTRIES};
-use crate::quorum::{Errno, ReplicaIndex};
+use crate::quorum::{Errno, ReplicaIndex, ReplicaSet};
 use crate::statistics::Since;
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an error.
@@ -31,13 +30,13 @@ const RETRIES_MAX: u32 = 16;
 /// Kernel threads that may wait for replicas at a time.
 const KERNEL_WORKERS_MAX: u32 = 1024;
 
-/// Bytes of long writes after which kernel threads are called for anew. Idle, they are gone after five seconds.
-const CALL_BYTES: u64 = 256 << 10;
-
 /// Writes that keep a kernel thread busy for so long that another one is worth its while.
 const LONG_WRITE_BYTES: u64 = 64 << 10;
 
-/// User data of what completes without meaning: cancellations, and calls for kernel threads.
+/// Long writes at a time that may each have the kernel make another thread.
+const LONG_WRITES_MAX: usize = 64;
+
+/// User data of what completes without meaning: cancellations.
 const MEANINGLESS: u64 = u64::MAX;
 
 /// What [`Ring::enter`] brings back.
@@ -78,13 +77,13 @@ pub struct Ring {
     ways: Ways,
     /// The arena of the buffer pool is registered.
     arena_registered: bool,
+    /// The replicas that are written through the page cache.
+    cached: ReplicaSet,
     /// Operations in flight, watches not counted.
     operations: usize,
+    /// Those of them that were given to kernel threads at once.
+    long_writes: usize,
     completions: VecDeque<Completion>,
-    /// Kernel threads that are of use to writes.
-    writers: usize,
-    /// Bytes of long writes that were queued since they were called for.
-    uncalled_bytes: u64,
 }
 
 impl Ring {
@@ -109,12 +108,13 @@ impl Ring {
             in_flight: Slab::new(),
             ways: Ways::new(REPLICAS_MAX),
             arena_registered: false,
+            cached: ReplicaSet::first(files.len())
+                .iter()
+                .filter(|replica| is_cached(files[replica.as_usize()]))
+                .collect(),
             operations: 0,
+            long_writes: 0,
             completions: VecDeque::new(),
-            writers: thread::available_parallelism()
-                .map_or(1, usize::from)
-                .min(files.len()),
-            uncalled_bytes: 0,
         })
     }
 
@@ -138,17 +138,19 @@ impl Ring {
         }
     }
 
-    /// Sees to it that the kernel has threads enough for long writes. What goes through the page cache one of its threads
-    /// does, file by file one after the other; for the second file it makes no other thread as long as the first is
-    /// busy, but uses one that is there. Anything that is not a write gets a thread of its own, if it wants one.
-    fn call_writers(&mut self) -> io::Result<()> {
-        if self.uncalled_bytes < CALL_BYTES {
-            return Ok(());
-        }
-        self.uncalled_bytes = 0;
-        let call = opcode::Nop::new().build().flags(squeue::Flags::ASYNC);
-        let call = call.user_data(MEANINGLESS);
-        (0..self.writers).try_for_each(|_| self.queue_entry(&call))
+    /// Whether kernel threads are busy with long writes. They need the processor, and take longer than is worth
+    /// looking for their end.
+    pub fn is_writing_long(&self) -> bool {
+        self.long_writes > 0
+    }
+
+    /// Whether `operation` is better given to a kernel thread than tried at once. Buffered writes end up with these threads
+    /// in any case, which do those of one file one after the other. While one of them is busy the kernel makes no other one
+    /// for the next file, unless it is told like this.
+    fn is_for_thread(&self, operation: &Operation) -> bool {
+        matches!(&operation.action, Action::Write { range, .. } if range.bytes() >= LONG_WRITE_BYTES)
+            && self.cached.contains(operation.replica)
+            && self.long_writes < LONG_WRITES_MAX
     }
 
     /// From now on `file` is what operations on `replica`, of which none is in flight, are done on. It must stay
@@ -157,6 +159,11 @@ impl Ring {
         let place = u32::from(replica.0);
         let submitter = self.uring.submitter();
         submitter.register_files_update(place, &[file.unwrap_or(-1)])?;
+        if file.is_some_and(is_cached) {
+            self.cached.insert(replica);
+        } else {
+            self.cached.remove(replica);
+        }
         self.ways.forget(replica);
         Ok(())
     }
@@ -168,16 +175,14 @@ impl Ring {
             Action::Zero { unmap, .. } => Step::Zeroing(self.ways.best(operation.replica, *unmap)),
             Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Itself,
         };
-        if let Action::Write { range, .. } = &operation.action
-            && range.bytes() >= LONG_WRITE_BYTES
-        {
-            self.uncalled_bytes += range.bytes();
-        }
+        let in_thread = self.is_for_thread(&operation);
+        self.long_writes += usize::from(in_thread);
         let slot = self.in_flight.insert(InFlight::Operation {
             operation,
             step,
             done_bytes: 0,
             retries: 0,
+            in_thread,
             since,
         });
         self.queue_slot(slot)
@@ -216,7 +221,6 @@ impl Ring {
     /// # Errors
     /// Only what leaves the ring unusable.
     pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
-        self.call_writers()?;
         let want = usize::from(self.completions.is_empty());
         let entered = match wait {
             Wait::No if self.has_nothing_to_do() => Ok(0),
@@ -323,7 +327,14 @@ impl Ring {
                     }
                 }
                 self.operations -= 1;
-                if let InFlight::Operation { operation, since, .. } = self.in_flight.remove(slot) {
+                if let InFlight::Operation {
+                    operation,
+                    in_thread,
+                    since,
+                    ..
+                } = self.in_flight.remove(slot)
+                {
+                    self.long_writes -= usize::from(in_thread);
                     self.completions
                         .push_back(Completion::Reply(operation.reply(result), since));
                 }
@@ -371,6 +382,13 @@ impl Drop for Ring {
             std::mem::forget(std::mem::take(&mut self.in_flight));
         }
     }
+}
+
+/// Whether what is written to this descriptor goes through the page cache.
+fn is_cached(file: RawFd) -> bool {
+    // SAFETY: only asks for the flags of the descriptor; one that is none is an error.
+    let flags = unsafe { libc::fcntl(file, libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_DIRECT == 0
 }
 
 fn build() -> io::Result<IoUring> {

@@ -21,6 +21,8 @@ pub(super) enum InFlight {
         step: Step,
         done_bytes: usize,
         retries: u32,
+        /// Given to a kernel thread at once.
+        in_thread: bool,
         since: Since,
     },
     Watch {
@@ -96,6 +98,7 @@ impl InFlight {
                 operation,
                 step,
                 done_bytes,
+                in_thread,
                 ..
             } => {
                 let file = Fixed(u32::from(operation.replica.0));
@@ -125,12 +128,17 @@ impl InFlight {
                         let (memory, len) = (rest.as_ptr(), u32_of(rest.len()));
                         let offset = range.start * SECTOR_BYTES + skip as u64;
                         let flags = if *durable { libc::RWF_DSYNC } else { 0 };
-                        if arena_registered && data.is_in_arena() {
+                        let entry = if arena_registered && data.is_in_arena() {
                             let write = opcode::WriteFixed::new(file, memory, len, ARENA);
                             write.offset(offset).rw_flags(flags).build()
                         } else {
                             let write = opcode::Write::new(file, memory, len);
                             write.offset(offset).rw_flags(flags).build()
+                        };
+                        if *in_thread {
+                            entry.flags(squeue::Flags::ASYNC)
+                        } else {
+                            entry
                         }
                     }
                     Action::Zero { range, .. } => match step {

@@ -167,6 +167,51 @@ fn takes_more_operations_than_the_queue_has_entries() {
 }
 
 #[test]
+fn long_writes_through_the_page_cache_are_given_to_threads() {
+    let directory = tempfile::tempdir().unwrap();
+    let open = |flags| {
+        let mut options = File::options();
+        options.read(true).write(true).create(true).custom_flags(flags);
+        options.open(directory.path().join("image")).unwrap()
+    };
+    let (cached, direct) = (open(0), open(libc::O_DIRECT));
+    let mut ring = Ring::new(&[cached.as_raw_fd(), direct.as_raw_fd()]).unwrap();
+    let data = Rc::new(BufferPool::default().take(len_of(LONG_WRITE_BYTES)));
+    let writing_long = |ring: &mut Ring, replica, bytes, count: usize| {
+        for _ in 0..count {
+            let action = Action::Write {
+                range: SectorRange::new(0, bytes / SECTOR_BYTES),
+                data: Rc::clone(&data),
+                offset_bytes: 0,
+                durable: false,
+            };
+            let write = Operation {
+                replica: ReplicaIndex(replica),
+                ..operation(action)
+            };
+            push(ring, write).unwrap();
+        }
+        let was = ring.long_writes;
+        for _ in 0..count {
+            assert_eq!(reply_of(ring).result, Ok(()));
+        }
+        assert!(!ring.is_writing_long(), "they have ended");
+        was
+    };
+    assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 3), 3);
+    assert_eq!(writing_long(&mut ring, 0, 4096, 3), 0);
+    assert_eq!(writing_long(&mut ring, 1, LONG_WRITE_BYTES, 3), 0);
+    assert_eq!(
+        writing_long(&mut ring, 0, LONG_WRITE_BYTES, 3 * LONG_WRITES_MAX),
+        LONG_WRITES_MAX
+    );
+    ring.set_file(ReplicaIndex(1), Some(cached.as_raw_fd())).unwrap();
+    assert_eq!(writing_long(&mut ring, 1, LONG_WRITE_BYTES, 1), 1);
+    ring.set_file(ReplicaIndex(0), Some(direct.as_raw_fd())).unwrap();
+    assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 1), 0);
+}
+
+#[test]
 fn a_file_is_taken_and_let_go_while_others_are_in_use() {
     let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     second.write_all_at(&[9; 512], 0).unwrap();
