@@ -10,13 +10,8 @@ use tempfile::TempDir;
 
 use super::common::images::{are_identical, create_images};
 use super::interrupt::{self, Interrupted};
-use super::plan::{IMAGE_BYTES, Storage};
+use super::plan::Storage;
 use super::requests::WriteData;
-
-/// Written at a time when images are made. As the first access makes a page cache entry, so it stays: what is
-/// written by the megabyte becomes large folios, in which ext4 then takes ten times as long for each write of
-/// 4 KiB, whoever asks for it.
-const FILL_BYTES: usize = 4 << 10;
 
 /// Read at a time.
 const READ_BYTES: usize = 1 << 20;
@@ -29,8 +24,14 @@ pub struct Images {
 }
 
 impl Images {
-    /// Creates `count`; `directory` is where those go that do not lie on tmpfs.
-    pub fn create(storage: Storage, count: usize, directory: &Path) -> Result<Self, Interrupted> {
+    /// Creates `count`, of `size_bytes`, with writes of `fill_bytes`; `directory` is where those go that do not lie on tmpfs.
+    pub fn create(
+        storage: Storage,
+        count: usize,
+        size_bytes: u64,
+        fill_bytes: usize,
+        directory: &Path,
+    ) -> Result<Self, Interrupted> {
         let place = match storage {
             Storage::Cache | Storage::Disk => directory,
             Storage::Tmpfs => Path::new("/dev/shm"),
@@ -41,13 +42,13 @@ impl Images {
         let directory = directory.expect("creating a directory for images");
         let images = Self {
             storage,
-            paths: create_images(directory.path(), count, IMAGE_BYTES),
+            paths: create_images(directory.path(), count, size_bytes),
             _directory: directory,
         };
         let files: Vec<File> = images.files(count).collect();
         let mut data = WriteData::new();
-        let mut piece = [0; FILL_BYTES];
-        for offset in (0..IMAGE_BYTES).step_by(FILL_BYTES) {
+        let mut piece = vec![0; fill_bytes];
+        for offset in (0..size_bytes).step_by(fill_bytes) {
             interrupt::check()?;
             data.fill(&mut piece);
             for file in &files {

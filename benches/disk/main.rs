@@ -21,68 +21,31 @@ mod plot;
 mod process_usage;
 mod report;
 mod requests;
+mod settings;
+mod spread;
 mod summary;
 mod systems;
 
 use std::env;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
-use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use images::Images;
 use interrupt::Interrupted;
 use measure::measure;
-use plan::Row;
+use plan::{IMAGE_BYTES, Row};
+use settings::Settings;
 use summary::{Outcome, microseconds, percent, short, times};
 use systems::System;
 
+/// What is written at a time when images are made. As the first access makes a page cache entry, so it stays: what is
+/// written by the megabyte becomes large folios, in which ext4 then takes ten times as long for each write of
+/// 4 KiB, whoever asks for it.
+const FILL_BYTES: usize = 4 << 10;
+
 /// How often a measurement is tried in which nothing happens, as may be when it is short and the machine busy.
 const TRIES_MAX: usize = 3;
-
-/// What a user can choose.
-pub struct Settings {
-    /// Of one measurement.
-    pub time: Duration,
-    /// How often each is repeated.
-    pub rounds: u64,
-    /// Rows whose names are, or contain, one of these. Empty: all.
-    pub only: Vec<String>,
-    /// Where images go that do not lie on tmpfs.
-    pub directory: PathBuf,
-}
-
-impl Settings {
-    fn from_environment() -> Self {
-        let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
-        let parts = only.split(',').map(str::trim).filter(|part| !part.is_empty());
-        let directory = variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
-        Self {
-            time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(1.0)),
-            rounds: variable("BENCH_ROUNDS").unwrap_or(3).max(1),
-            only: parts.map(str::to_owned).collect(),
-            directory,
-        }
-    }
-
-    /// The rows that are to be measured. A whole name means just that row, though others may contain it.
-    fn rows(&self) -> Vec<Row> {
-        let rows = plan::rows();
-        let is_row = |name: &str| rows.iter().any(|row| row.to_string() == name);
-        let is_meant = |row: &Row, part: &String| {
-            let name = row.to_string();
-            name == *part || !is_row(part) && name.contains(part)
-        };
-        let is_wanted = |row: &Row| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
-        rows.iter().copied().filter(is_wanted).collect()
-    }
-}
-
-fn variable<T: FromStr>(name: &str) -> Option<T> {
-    let text = env::var(name).ok().filter(|text| !text.is_empty())?;
-    let value = text.parse().ok();
-    Some(value.unwrap_or_else(|| panic!("{name}={text}: not what it should be")))
-}
 
 fn main() -> ExitCode {
     // `cargo test --all-targets` starts it, too.
@@ -91,11 +54,9 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     interrupt::catch();
-    let settings = Settings::from_environment();
-    let rows = settings.rows();
+    let settings = Settings::from_environment(1.0, 3);
+    let rows = settings.wanted(&plan::rows());
     if rows.is_empty() {
-        println!("BENCH_ONLY fits none of these:");
-        plan::rows().iter().for_each(|row| println!("  {row}"));
         return ExitCode::FAILURE;
     }
     let began = Instant::now();
@@ -124,7 +85,13 @@ fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     let mut outcomes = Vec::new();
     for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
         let most = rows.iter().map(|row| row.replicas).max().unwrap_or_default();
-        let images = Images::create(rows[0].storage, most, &settings.directory)?;
+        let images = Images::create(
+            rows[0].storage,
+            most,
+            IMAGE_BYTES,
+            FILL_BYTES,
+            &settings.directory,
+        )?;
         for rows in rows.chunk_by(|left, right| left.replicas == right.replicas) {
             let replicas = rows[0].replicas;
             images.prepare(replicas)?;

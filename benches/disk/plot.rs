@@ -2,7 +2,8 @@
 
 use std::fmt::Write as _;
 
-use super::summary::{Spread, short, times};
+use super::spread::Spread;
+use super::summary::{short, times};
 
 const WIDTH: f64 = 960.0;
 const MARGIN: f64 = 16.0;

@@ -4,11 +4,12 @@ use std::fmt::Write as _;
 use std::fs;
 use std::path::Path;
 
-use super::Settings;
 use super::machine;
 use super::plan::{IMAGE_BYTES, Pattern, Row, Storage, is_varied, patterns};
 use super::plot::{self, Panel, Scale};
-use super::summary::{Figures, Outcome, Spread, microseconds, percent, short, times};
+use super::settings::Settings;
+use super::spread::Spread;
+use super::summary::{Figures, Outcome, microseconds, percent, short, times};
 use super::systems::System;
 
 const ALL: [System; 3] = [System::Ours, System::Peer, System::Ceiling];

@@ -18,60 +18,35 @@ mod disk_plan;
 mod drive;
 #[path = "../disk/guest.rs"]
 mod guest;
+#[path = "../disk/images.rs"]
+mod images;
 #[path = "../disk/interrupt.rs"]
 mod interrupt;
 #[path = "../disk/requests.rs"]
 mod requests;
 mod rows;
+#[path = "../disk/settings.rs"]
+mod settings;
+#[path = "../disk/spread.rs"]
+mod spread;
 mod under;
 
 /// A load in the words of the other benchmark.
 mod plan {
-    pub use super::disk_plan::{Access, Row};
+    pub use super::disk_plan::{Access, Row, Storage};
     pub use super::rows::GUEST_BYTES as IMAGE_BYTES;
 }
 
 use std::env;
-use std::path::PathBuf;
 use std::process::ExitCode;
-use std::str::FromStr;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use images::Images;
 use interrupt::Interrupted;
-use rows::{JobKind, Row, rows};
-use under::{Machine, Measured};
-
-/// What a user can choose.
-struct Settings {
-    time: Duration,
-    rounds: u64,
-    only: Vec<String>,
-    directory: PathBuf,
-}
-
-impl Settings {
-    fn from_environment() -> Self {
-        let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
-        let parts = only.split(',').map(str::trim).filter(|part| !part.is_empty());
-        Self {
-            time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(0.5)),
-            rounds: variable("BENCH_ROUNDS").unwrap_or(7).max(1),
-            only: parts.map(str::to_owned).collect(),
-            directory: variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()),
-        }
-    }
-
-    fn wants(&self, row: &Row) -> bool {
-        let name = row.to_string();
-        self.only.is_empty() || self.only.iter().any(|part| name.contains(part))
-    }
-}
-
-fn variable<T: FromStr>(name: &str) -> Option<T> {
-    let text = env::var(name).ok().filter(|text| !text.is_empty())?;
-    let value = text.parse().ok();
-    Some(value.unwrap_or_else(|| panic!("{name}={text}: not what it should be")))
-}
+use rows::{DISK_BYTES, JobKind, Row, rows};
+use settings::Settings;
+use spread::Spread;
+use under::{FILL_BYTES, Measured, REPLICAS, Served};
 
 fn main() -> ExitCode {
     // `cargo test --all-targets` starts it, too.
@@ -80,10 +55,9 @@ fn main() -> ExitCode {
         return ExitCode::SUCCESS;
     }
     interrupt::catch();
-    let settings = Settings::from_environment();
-    let rows: Vec<Row> = rows().into_iter().filter(|row| settings.wants(row)).collect();
+    let settings = Settings::from_environment(0.5, 7);
+    let rows = settings.wanted(&rows());
     if rows.is_empty() {
-        println!("BENCH_ONLY fits no row");
         return ExitCode::FAILURE;
     }
     let began = Instant::now();
@@ -102,41 +76,36 @@ fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     println!("| guest | alone, requests/s | beside the job | left | the job, MB/s |");
     println!("| --- | --- | --- | --- | --- |");
     for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
-        let machine = Machine::new(rows[0].storage, &settings.directory)?;
+        let (storage, directory) = (rows[0].storage, &settings.directory);
+        let images = Images::create(storage, REPLICAS, *DISK_BYTES, FILL_BYTES, directory)?;
+        images.prepare(REPLICAS)?;
         for row in rows {
-            let mut served = machine.serve(row);
+            let mut served = Served::start(row, &images);
             let mut measured = Vec::new();
             for round in 0..rounds {
                 measured.push(served.measure(settings.time, round + 1)?);
             }
             print(row, &measured);
-            served.end();
+            served.end()?;
         }
     }
     Ok(())
 }
 
-/// Median, lowest and highest.
-fn spread(values: impl Iterator<Item = f64>) -> [f64; 3] {
-    let mut values: Vec<f64> = values.collect();
-    values.sort_by(f64::total_cmp);
-    [values[values.len() / 2], values[0], values[values.len() - 1]]
-}
-
 fn print(row: &Row, measured: &[Measured]) {
-    let text = |[median, low, high]: [f64; 3]| format!("{median:.0} ({low:.0} to {high:.0})");
-    let job = text(spread(measured.iter().map(|measured| measured.job_bytes / 1e6)));
+    let spread = |figure: fn(&Measured) -> f64| Spread::of(measured.iter().map(figure));
+    let text = |figure| {
+        let Spread { median, min, max } = spread(figure);
+        format!("{median:.0} ({min:.0} to {max:.0})")
+    };
+    let job = text(|measured| measured.job_bytes / 1e6);
     if row.load.is_none() {
         return println!("| {row} | | | | {job} |");
     }
-    let alone = text(spread(measured.iter().map(|measured| measured.alone)));
-    let beside = text(spread(measured.iter().map(|measured| measured.beside)));
-    let [left, low, high] = spread(
-        measured
-            .iter()
-            .map(|measured| measured.beside / measured.alone * 100.0),
-    );
-    println!("| {row} | {alone} | {beside} | {left:.1} % ({low:.1} to {high:.1}) | {job} |");
+    let alone = text(|measured| measured.alone);
+    let beside = text(|measured| measured.beside);
+    let Spread { median, min, max } = spread(|measured| measured.beside / measured.alone * 100.0);
+    println!("| {row} | {alone} | {beside} | {median:.1} % ({min:.1} to {max:.1}) | {job} |");
 }
 
 impl JobKind {

@@ -1,9 +1,5 @@
-//! The disk that is measured: its images, the daemon that serves it, its guest and its operator.
+//! The disk that is measured: the daemon that serves it, its guest and its operator.
 
-use std::fs::File;
-use std::os::fd::AsRawFd;
-use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,28 +8,23 @@ use tempfile::TempDir;
 
 use super::common::client::Client;
 use super::common::daemon::{Daemon, replica_arguments};
-use super::common::images::create_images;
 use super::common::monitor::Monitor;
 use super::disk_plan::Storage;
 use super::drive::drive;
 use super::guest::{GuestQueue, QUEUE_SIZE};
+use super::images::Images;
 use super::interrupt::{self, Interrupted};
-use super::requests::{Requests, WriteData};
+use super::requests::Requests;
 use super::rows::{DISK_BYTES, JobKind, Row};
 
-const REPLICAS: usize = 3;
+/// Of the disk.
+pub const REPLICAS: usize = 3;
 /// The one that is brought up to date.
 const STALE: &str = "2.raw";
-const FILL_BYTES: usize = 1 << 20;
+/// What is written at a time when images are made.
+pub const FILL_BYTES: usize = 1 << 20;
 /// Before anything is counted: the daemon finds its pace.
 const LEAD_IN: Duration = Duration::from_millis(200);
-
-/// The images, full of data that is the same in all.
-pub struct Machine {
-    storage: Storage,
-    images: Vec<PathBuf>,
-    directory: TempDir,
-}
 
 /// A pair of measurements: a second of each.
 #[derive(Clone, Copy, Debug)]
@@ -52,76 +43,35 @@ pub struct Served<'a> {
     client: Client,
     monitor: Monitor,
     daemon: Daemon,
-    machine: &'a Machine,
+    images: &'a Images,
     row: Row,
     _sockets: TempDir,
 }
 
-impl Machine {
-    pub fn new(storage: Storage, directory: &Path) -> Result<Self, Interrupted> {
-        let directory = tempfile::tempdir_in(directory).expect("creating a directory for images");
-        let images = create_images(directory.path(), REPLICAS, *DISK_BYTES);
-        let files: Vec<File> = open(&images).collect();
-        let mut data = WriteData::new();
-        let mut piece = vec![0; FILL_BYTES];
-        for offset in (0..*DISK_BYTES).step_by(FILL_BYTES) {
-            interrupt::check()?;
-            data.fill(&mut piece);
-            for file in &files {
-                file.write_all_at(&piece, offset).expect("filling an image");
-            }
-        }
-        let machine = Self {
-            storage,
-            images,
-            directory,
-        };
-        machine.sync();
-        for file in files.iter().filter(|_| storage == Storage::Disk) {
-            // SAFETY: posix_fadvise takes no pointer.
-            let result = unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
-            assert_eq!(result, 0, "dropping an image from the page cache");
-        }
-        Ok(machine)
-    }
-
-    /// Leaves nothing to be written back.
-    fn sync(&self) {
-        open(&self.images).for_each(|file| file.sync_all().expect("syncing an image"));
-    }
-
-    pub fn serve(&self, row: &Row) -> Served<'_> {
-        let sockets = tempfile::tempdir_in(self.directory.path()).expect("a directory");
+impl<'a> Served<'a> {
+    pub fn start(row: &Row, images: &'a Images) -> Self {
+        let sockets = tempfile::tempdir().expect("creating a directory");
         let monitor = sockets.path().join("qmp.sock");
-        let mut arguments = replica_arguments(&self.images);
+        let mut arguments = replica_arguments(images.first(REPLICAS));
         let queue_size = QUEUE_SIZE.to_string();
         arguments.extend(["--queue-size".into(), queue_size.into()]);
         // A disk that is busy with writing back is not to be taken for one that hangs.
         arguments.extend(["--replica-timeout".into(), "20000".into()]);
         arguments.extend(["--qmp".into(), monitor.clone().into()]);
-        if self.storage != Storage::Disk {
+        if row.storage != Storage::Disk {
             arguments.extend(["--cache".into(), "writeback".into()]);
         }
         let daemon = Daemon::start(sockets.path(), arguments);
-        Served {
+        Self {
             client: Client::connect_sized(daemon.socket(), 1, QUEUE_SIZE),
             monitor: Monitor::connect(&monitor),
             daemon,
-            machine: self,
+            images,
             row: *row,
             _sockets: sockets,
         }
     }
-}
 
-fn open(images: &[PathBuf]) -> impl Iterator<Item = File> {
-    let open = |path| File::options().read(true).write(true).open(path);
-    images
-        .iter()
-        .map(move |path| open(path).expect("opening an image"))
-}
-
-impl Served<'_> {
     /// Measures with the job paused and with it running.
     pub fn measure(&mut self, time: Duration, seed: u64) -> Result<Measured, Interrupted> {
         if self.row.load.is_none() {
@@ -167,8 +117,8 @@ impl Served<'_> {
     /// Requests a second.
     fn guest(&mut self, time: Duration, seed: u64) -> Result<f64, Interrupted> {
         let load = self.row.load.expect("somebody to be beside");
-        if load.writes() && self.machine.storage != Storage::Disk {
-            self.machine.sync();
+        if load.writes() && self.row.storage != Storage::Disk {
+            self.images.sync(REPLICAS)?;
         }
         let (queue, memory) = self.client.queues().next().expect("a queue");
         let mut requests = Requests::new(&load, 0, seed);
@@ -204,8 +154,7 @@ impl Served<'_> {
             JobKind::Resync => {
                 self.monitor
                     .execute(what, json!({ "parent": disk, "child": STALE }));
-                let node =
-                    json!({ "driver": "file", "node-name": STALE, "filename": self.machine.images[2] });
+                let node = json!({ "driver": "file", "node-name": STALE, "filename": self.images.first(REPLICAS)[2] });
                 self.monitor.execute("blockdev-add", node);
                 self.monitor
                     .execute(what, json!({ "parent": disk, "node": STALE }));
@@ -215,7 +164,7 @@ impl Served<'_> {
     }
 
     /// Ends it with nothing stale, as the next one takes the images for equal.
-    pub fn end(mut self) {
+    pub fn end(mut self) -> Result<(), Interrupted> {
         for job in self.jobs() {
             let id = json!({ "id": job["id"] });
             match self.row.job {
@@ -228,6 +177,6 @@ impl Served<'_> {
         }
         drop(self.client);
         assert!(self.daemon.terminate().success(), "quorum-blkd failed");
-        self.machine.sync();
+        self.images.sync(REPLICAS)
     }
 }

@@ -1,0 +1,57 @@
+//! What a user can choose, by variables of the environment.
+
+use std::env;
+use std::fmt::Display;
+use std::path::PathBuf;
+use std::str::FromStr;
+use std::time::Duration;
+
+/// The choices.
+pub struct Settings {
+    /// Of one measurement.
+    pub time: Duration,
+    /// How often each is repeated.
+    pub rounds: u64,
+    /// Rows whose names are, or contain, one of these. Empty: all.
+    pub only: Vec<String>,
+    /// Where images go that do not lie on tmpfs.
+    pub directory: PathBuf,
+}
+
+impl Settings {
+    /// With `seconds` and `rounds` for who has not chosen.
+    pub fn from_environment(seconds: f64, rounds: u64) -> Self {
+        let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
+        let parts = only.split(',').map(str::trim).filter(|part| !part.is_empty());
+        Self {
+            time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(seconds)),
+            rounds: variable("BENCH_ROUNDS").unwrap_or(rounds).max(1),
+            only: parts.map(str::to_owned).collect(),
+            directory: variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()),
+        }
+    }
+
+    /// Those of `rows` that are to be measured. A whole name means just that row, though others may contain it. If there are
+    /// none, the names that could have been chosen are printed.
+    pub fn wanted<R: Copy + Display>(&self, rows: &[R]) -> Vec<R> {
+        let is_row = |name: &str| rows.iter().any(|row| row.to_string() == name);
+        let is_meant = |row: &R, part: &String| {
+            let name = row.to_string();
+            name == *part || !is_row(part) && name.contains(part)
+        };
+        let is_wanted = |row: &R| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
+        let wanted: Vec<R> = rows.iter().copied().filter(is_wanted).collect();
+        if wanted.is_empty() {
+            println!("BENCH_ONLY fits none of these:");
+            rows.iter().for_each(|row| println!("  {row}"));
+        }
+        wanted
+    }
+}
+
+/// The value of a variable that is set and not empty.
+pub fn variable<T: FromStr>(name: &str) -> Option<T> {
+    let text = env::var(name).ok().filter(|text| !text.is_empty())?;
+    let value = text.parse().ok();
+    Some(value.unwrap_or_else(|| panic!("{name}={text}: not what it should be")))
+}
