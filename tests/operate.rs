@@ -143,6 +143,7 @@ fn a_replica_is_replaced_while_the_guest_works() {
     assert_eq!(disk.end(), Vec::<Value>::new());
     let images = [&disk.images[0], &disk.images[2], &image].map(Clone::clone);
     assert!(are_identical(&images));
+    // In the half that is used the copy has more data: short runs of zeroes are copied with what is around them.
     let unused = images.map(|image| {
         let mut data = data_ranges(&image);
         data.retain(|range| range.end > SIZE_BYTES / 2);
