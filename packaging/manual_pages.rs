@@ -1,8 +1,8 @@
 //! Writes the man pages and the shell completions of the programs into a directory: `make man`.
 //!
-//! What a program does, its files and its examples are written by hand, in `NAME.1.in` beside this file; its name, synopsis
-//! and options come from the definition of its command line, in place of `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`, as do
-//! its commands in place of `@COMMANDS@`.
+//! What a program does, its files and its examples are written by hand, in `NAME.1.in` beside this
+//! file; its name, synopsis and options come from the definition of its command line, in place of
+//! `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`, as do its commands in place of `@COMMANDS@`.
 
 use std::error::Error;
 use std::fs;
@@ -77,9 +77,14 @@ fn page(program: &Program) -> io::Result<String> {
 fn commands(parent: &Command, path: &str) -> io::Result<String> {
     let mut text = String::new();
     for command in parent.get_subcommands() {
-        let path = format!("{path} {}", command.get_name()).trim_start().to_owned();
+        let path = format!("{path} {}", command.get_name())
+            .trim_start()
+            .to_owned();
         let about = command.get_about().unwrap_or_default().to_string();
-        let alone = command.clone().disable_help_flag(true).bin_name(path.clone());
+        let alone = command
+            .clone()
+            .disable_help_flag(true)
+            .bin_name(path.clone());
         let man = Man::new(alone.disable_help_subcommand(true));
         let synopsis = rendered(|text| man.render_synopsis_section(text))?;
         let mut options = Vec::new();
@@ -102,7 +107,8 @@ fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result
     let mut text = Vec::new();
     render(&mut text)?;
     let text = String::from_utf8_lossy(&text);
-    // A string for the apostrophe, for formatters that do not know the character, is defined anew in each section.
+    // A string for the apostrophe, for formatters that do not know the character, is defined anew
+    // in each section.
     let lines = text.lines().filter(|line| !line.contains(".ds Aq"));
     let text: String = lines.flat_map(|line| [line, "\n"]).collect();
     let changes = [
@@ -119,8 +125,8 @@ fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result
         .fold(text, |text, (from, to)| text.replace(from, to)))
 }
 
-/// Options are rendered with a section for each heading, those without one first. A man page has one section with
-/// subsections.
+/// Options are rendered with a section for each heading, those without one first. A man page has
+/// one section with subsections.
 fn one_section(options: &str) -> String {
     if options.matches(".SH ").count() < 2 {
         return options.to_owned();

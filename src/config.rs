@@ -1,7 +1,7 @@
 //! The command line, read and checked: what comes out is a [`Config`] the daemon can run with.
 //!
-//! Whether options fit together is decided here, before any file or socket is touched; whether the images
-//! fit together is [`replica::file`](crate::replica::file)'s to say.
+//! Whether options fit together is decided here, before any file or socket is touched; whether the
+//! images fit together is [`replica::file`](crate::replica::file)'s to say.
 //!
 //! Invariants:
 //! - A [`Config`] holds 1 to [`REPLICAS_MAX`] replicas of different node-names, and 1 ≤ t ≤ N.
@@ -83,7 +83,8 @@ pub struct Config {
     pub metrics: Option<SocketAddr>,
     /// How many times `-v` was given.
     pub verbosity: u8,
-    /// A replica that leaves an operation unanswered for so long is done without until it answers again.
+    /// A replica that leaves an operation unanswered for so long is done without until it answers
+    /// again.
     pub replica_timeout: Duration,
     /// How far around damage the disk is scrubbed at once.
     pub scrub_around_bytes: u64,
@@ -98,8 +99,8 @@ impl Config {
         }
     }
 
-    /// Data segments a guest request may have, `seg_max` of the config space: with header and status it
-    /// must fit into a queue.
+    /// Data segments a guest request may have, `seg_max` of the config space: with header and
+    /// status it must fit into a queue.
     pub fn segments_max(&self) -> u32 {
         SEGMENTS_MAX.min(u32::from(self.queue_size).saturating_sub(2))
     }
@@ -116,7 +117,8 @@ pub enum Listen {
     Passed(PassedSocket),
 }
 
-/// What the service manager passes: a descriptor with a name. Whether it is a listening socket shows when it is used.
+/// What the service manager passes: a descriptor with a name. Whether it is a listening socket
+/// shows when it is used.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PassedSocket {
     /// What it is for: FileDescriptorName= of systemd's socket units.
@@ -130,7 +132,8 @@ pub struct PassedSocket {
 pub enum ReadPattern {
     /// Read all replicas and vote on each sector
     Quorum,
-    /// Read as many replicas as make a quorum when they agree, the others only when they do not or are slow
+    /// Read as many replicas as make a quorum when they agree, the others only when they do not or
+    /// are slow
     Threshold,
     /// Read the first replica in order that answers, without a vote
     Fifo,
@@ -151,7 +154,8 @@ pub fn command_line() -> clap::Command {
 }
 
 impl Config {
-    /// Reads a command line, the program's name included. `passed` are the sockets that came with it.
+    /// Reads a command line, the program's name included. `passed` are the sockets that came with
+    /// it.
     pub fn from_args(
         arguments: impl IntoIterator<Item = OsString>,
         passed: Vec<PassedSocket>,
@@ -291,10 +295,13 @@ fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
         }
     }
     let node_name = match given_name {
-        Some(name) => String::from_utf8(name).map_err(|_| "the node-name is not valid UTF-8".to_owned())?,
+        Some(name) => {
+            String::from_utf8(name).map_err(|_| "the node-name is not valid UTF-8".to_owned())?
+        }
         None => default_node_name(&path)?,
     };
-    check_node_name(&node_name).map_err(|reason| format!("node-name {}: {reason}", Quoted(&node_name)))?;
+    check_node_name(&node_name)
+        .map_err(|reason| format!("node-name {}: {reason}", Quoted(&node_name)))?;
     Ok(ReplicaSource { path, node_name })
 }
 
@@ -318,9 +325,9 @@ fn default_node_name(path: &Path) -> Result<String, String> {
     let name = path
         .file_name()
         .ok_or("the path has no file name to name the replica after; give node-name=NAME")?;
-    let name = name
-        .to_str()
-        .ok_or("the file name is not valid UTF-8 and can not name the replica; give node-name=NAME")?;
+    let name = name.to_str().ok_or(
+        "the file name is not valid UTF-8 and can not name the replica; give node-name=NAME",
+    )?;
     Ok(name.to_owned())
 }
 
@@ -344,7 +351,10 @@ fn check_blkverify(
     rewrite_corrupted: bool,
 ) -> Result<(), ConfigError> {
     if (replicas, threshold) != (2, 2) {
-        return Err(ConfigError::Blkverify { replicas, threshold });
+        return Err(ConfigError::Blkverify {
+            replicas,
+            threshold,
+        });
     }
     if rewrite_corrupted {
         return Err(ConfigError::Excluded {

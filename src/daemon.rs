@@ -1,9 +1,9 @@
-//! The daemon: builds the parts in the order in which they can fail, runs until it is told to stop, and shuts
-//! them down in the opposite order.
+//! The daemon: builds the parts in the order in which they can fail, runs until it is told to stop,
+//! and shuts them down in the opposite order.
 //!
-//! Invariants: everything that can be refused is refused before a socket exists; when it ends, every request
-//! taken was answered and the replicas were flushed, or the time for that is over and the exit status says so; an
-//! image that the kernel may still write to stays locked until it has.
+//! Invariants: everything that can be refused is refused before a socket exists; when it ends,
+//! every request taken was answered and the replicas were flushed, or the time for that is over and
+//! the exit status says so; an image that the kernel may still write to stays locked until it has.
 
 mod connections;
 mod operator;
@@ -46,7 +46,8 @@ use crate::statistics::Statistics;
 use crate::upkeep::Upkeep;
 use crate::worker::{Disk, Stop, Workers};
 
-/// Why the daemon could not start, or ended otherwise than asked. Each is one line for the operator.
+/// Why the daemon could not start, or ended otherwise than asked. Each is one line for the
+/// operator.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A replica cannot be used.
@@ -111,7 +112,8 @@ fn system(what: &'static str) -> impl FnOnce(io::Error) -> Error {
 /// Signals are blocked in the calling thread, which must be the only one so far.
 ///
 /// # Errors
-/// If it cannot start, if `--blkverify` finds a difference, or if the replicas cannot be flushed in the end.
+/// If it cannot start, if `--blkverify` finds a difference, or if the replicas cannot be flushed in
+/// the end.
 pub fn run(config: &Config) -> Result<(), Error> {
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let replicas = open_all(&config.replicas, config.open_options())?;
@@ -134,7 +136,10 @@ pub fn run(config: &Config) -> Result<(), Error> {
             count,
             info.capacity.sectors(),
         )),
-        files: replicas.iter().map(|replica| replica.file.as_raw_fd()).collect(),
+        files: replicas
+            .iter()
+            .map(|replica| replica.file.as_raw_fd())
+            .collect(),
         released: released.clone(),
         slots: slots
             .collect::<Result<_, _>>()
@@ -143,7 +148,8 @@ pub fn run(config: &Config) -> Result<(), Error> {
         events: queue,
         stop: stop.clone(),
     };
-    let workers = Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
+    let workers =
+        Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
     let table = Arc::new(ReplicaTable::new(replicas));
     let upkeep = Upkeep::start(
         &disk,
@@ -174,8 +180,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
         publisher.stop();
         (reason, flushed)
     });
-    // Of those that have not answered the kernel still has operations, and a write among them must not land on what
-    // another program has done with the image since: their locks are not given back here.
+    // Of those that have not answered the kernel still has operations, and a write among them must
+    // not land on what another program has done with the image since: their locks are not given
+    // back here.
     for replica in table.close_all(unanswered) {
         warn!(
             "{} does not answer; it stays locked until the kernel has ended what is in flight there",
@@ -189,8 +196,8 @@ pub fn run(config: &Config) -> Result<(), Error> {
     }
 }
 
-/// Creates the sockets and serves connections until there is a reason to stop. Returns with every ring
-/// drained. The second half of [`run`], so that its errors end the workers.
+/// Creates the sockets and serves connections until there is a reason to stop. Returns with every
+/// ring drained. The second half of [`run`], so that its errors end the workers.
 fn serve(
     config: &Config,
     disk: &Disk,
@@ -207,8 +214,12 @@ fn serve(
         reference: config.node_name.clone(),
         nodes: upkeep.names(),
     };
-    let operator: Arc<dyn Operator> =
-        Arc::new(DiskOperator::new(config, disk, Arc::clone(upkeep), stop.clone()));
+    let operator: Arc<dyn Operator> = Arc::new(DiskOperator::new(
+        config,
+        disk,
+        Arc::clone(upkeep),
+        stop.clone(),
+    ));
     let _metrics = metrics
         .map(|listener| MetricsServer::spawn(listener, &operator))
         .transpose()
@@ -224,8 +235,9 @@ fn serve(
         .forward_to(stop)
         .map_err(system("cannot start the signal thread"))?;
     let frontends = disk.slots.iter().enumerate();
-    let frontends = frontends
-        .map(|(index, slot)| Frontend::new(disk.info.clone(), slot.clone(), workers.ring_server(index)));
+    let frontends = frontends.map(|(index, slot)| {
+        Frontend::new(disk.info.clone(), slot.clone(), workers.ring_server(index))
+    });
     let connections = Connections::start(listener, frontends.collect())
         .map_err(system("cannot start the frontend thread"))?;
     let status = format!(
@@ -245,13 +257,16 @@ fn serve(
 }
 
 fn open_listener(listen: &Listen) -> Result<Listener, Error> {
-    // SAFETY: what is inherited or passed is for the purpose that it is named for, one descriptor for one purpose, which
-    // the configuration sees to; nothing else has taken it, and it is opened once.
+    // SAFETY: what is inherited or passed is for the purpose that it is named for, one descriptor
+    // for one purpose, which the configuration sees to; nothing else has taken it, and it is
+    // opened once.
     let adopted = |fd| unsafe { adopt_unix_listener(fd) }.map(Listener::Passed);
     match listen {
         Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path)?)),
         Listen::Fd(fd) => adopted(*fd).ok_or(Error::NotAListener(*fd)),
-        Listen::Passed(socket) => adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone())),
+        Listen::Passed(socket) => {
+            adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone()))
+        }
     }
 }
 
@@ -260,7 +275,8 @@ fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
 }
 
 fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
-    let too_much = |replica: &&ReplicaFile| replica.memory_alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES;
+    let too_much =
+        |replica: &&ReplicaFile| replica.memory_alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES;
     match replicas.iter().find(too_much) {
         Some(replica) => Err(Error::Alignment {
             path: replica.path.clone(),
@@ -303,8 +319,9 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
     }
 }
 
-/// Flushes the replicas in service, all at once; one that has left would keep the daemon from ending. Those that
-/// do not answer within [`LAST_FLUSH_LIMIT`] join the `unanswered`, which are not asked at all.
+/// Flushes the replicas in service, all at once; one that has left would keep the daemon from
+/// ending. Those that do not answer within [`LAST_FLUSH_LIMIT`] join the `unanswered`, which are
+/// not asked at all.
 fn flush(
     replicas: &ReplicaTable,
     in_service: ReplicaSet,
@@ -339,7 +356,8 @@ fn flush(
     }
     drop(done);
     let deadline = Instant::now() + LAST_FLUSH_LIMIT;
-    while let Ok((index, flushed)) = is_done.recv_timeout(deadline.saturating_duration_since(Instant::now()))
+    while let Ok((index, flushed)) =
+        is_done.recv_timeout(deadline.saturating_duration_since(Instant::now()))
     {
         waiting.remove(index);
         if let Err(error) = flushed {

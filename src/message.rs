@@ -21,7 +21,8 @@ impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
     }
 }
 
-/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no operator.
+/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no
+/// operator.
 pub(crate) struct Reason<'a>(pub(crate) &'a io::Error);
 
 impl fmt::Display for Reason<'_> {

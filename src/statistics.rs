@@ -1,8 +1,8 @@
 //! What worker threads count and measure, for whoever wants to look.
 //!
-//! Invariants: a [`Counter`] has one writer, the worker it belongs to, so counting takes no lock and no atomic
-//! read-modify-write; who reads sees each counter at some moment, not all of them at the same one. Nothing is
-//! allocated after the start.
+//! Invariants: a [`Counter`] has one writer, the worker it belongs to, so counting takes no lock
+//! and no atomic read-modify-write; who reads sees each counter at some moment, not all of them at
+//! the same one. Nothing is allocated after the start.
 
 use std::cell::Cell;
 use std::rc::Rc;
@@ -20,7 +20,8 @@ pub struct Counter(AtomicU64);
 
 impl Counter {
     fn add(&self, amount: u64) {
-        self.0.store(self.get().wrapping_add(amount), Ordering::Relaxed);
+        self.0
+            .store(self.get().wrapping_add(amount), Ordering::Relaxed);
     }
 
     fn raise_to(&self, value: u64) {
@@ -184,9 +185,20 @@ impl Recorder {
     }
 
     /// It has been answered.
-    pub fn request_ended(&self, kind: RequestKind, range: SectorRange, since: Since, success: bool) {
+    pub fn request_ended(
+        &self,
+        kind: RequestKind,
+        range: SectorRange,
+        since: Since,
+        success: bool,
+    ) {
         let bytes = range.bytes();
-        self.ended(&self.statistics.requests[kind as usize], bytes, since, success);
+        self.ended(
+            &self.statistics.requests[kind as usize],
+            bytes,
+            since,
+            success,
+        );
         if kind == RequestKind::Write && success {
             self.statistics.written_to_sector.raise_to(range.end());
         }
@@ -227,7 +239,9 @@ impl Recorder {
     fn ended(&self, operations: &Operations, bytes: u64, since: Since, success: bool) {
         if success {
             operations.bytes.add(bytes);
-            operations.latency.record(self.time.get().saturating_sub(since.0));
+            operations
+                .latency
+                .record(self.time.get().saturating_sub(since.0));
         } else {
             operations.failed.add(1);
         }
@@ -334,7 +348,10 @@ pub struct Distribution {
 
 impl Distribution {
     fn add(&mut self, histogram: &Histogram) {
-        let used = histogram.buckets.iter().rposition(|bucket| bucket.get() > 0);
+        let used = histogram
+            .buckets
+            .iter()
+            .rposition(|bucket| bucket.get() > 0);
         let used = used.map_or(0, |last| last + 1);
         if self.counts.len() < used {
             self.counts.resize(used, 0);
@@ -364,8 +381,8 @@ impl Distribution {
             .sum()
     }
 
-    /// The time that `per_mille` of them did not exceed, in microseconds, at most 1/16 too long. `None` if there are
-    /// none.
+    /// The time that `per_mille` of them did not exceed, in microseconds, at most 1/16 too long.
+    /// `None` if there are none.
     pub fn quantile_us(&self, per_mille: u64) -> Option<u64> {
         let count = self.count();
         let wanted = count.saturating_mul(per_mille).div_ceil(1000).max(1);

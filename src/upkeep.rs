@@ -1,11 +1,11 @@
-//! What an operator does to a disk while it is served: replicas are added and removed, brought up to date, scrubbed;
-//! the disk grows.
+//! What an operator does to a disk while it is served: replicas are added and removed, brought up
+//! to date, scrubbed; the disk grows.
 //!
-//! Its methods may be called from any thread but those of the workers. They wait for the workers to take note, and for
-//! the kernel to open and close files, never for a guest.
+//! Its methods may be called from any thread but those of the workers. They wait for the workers to
+//! take note, and for the kernel to open and close files, never for a guest.
 //!
-//! Invariants: a file is closed when no worker uses it any more, and its lock is given back then, not sooner; one
-//! replica is added or removed at a time.
+//! Invariants: a file is closed when no worker uses it any more, and its lock is given back then,
+//! not sooner; one replica is added or removed at a time.
 
 mod resize;
 
@@ -51,10 +51,14 @@ pub enum UpkeepError {
     #[error("the disk is read-only")]
     ReadOnly,
     /// `--blkverify` is about two replicas.
-    #[error("a disk that is served with --blkverify has two replicas; none can be added or removed")]
+    #[error(
+        "a disk that is served with --blkverify has two replicas; none can be added or removed"
+    )]
     Blkverify,
     /// A disk has so many replicas at most.
-    #[error("no place for another replica is free; try again when one has been removed for some seconds")]
+    #[error(
+        "no place for another replica is free; try again when one has been removed for some seconds"
+    )]
     Full,
     /// The workers cannot use the file.
     #[error("{} cannot be used: {}", Quoted(.node_name), Reason(.source))]
@@ -112,7 +116,8 @@ pub enum UpkeepError {
 pub enum Removed {
     /// Its image is closed and not locked any more.
     Closed,
-    /// It does not answer: its image stays locked until the kernel has ended what is in flight there.
+    /// It does not answer: its image stays locked until the kernel has ended what is in flight
+    /// there.
     StillOpen,
 }
 
@@ -135,7 +140,8 @@ pub struct Upkeep {
 }
 
 impl Upkeep {
-    /// For a disk that `workers` serve from what is in `table`. `released` is the other end of [`Disk::released`].
+    /// For a disk that `workers` serve from what is in `table`. `released` is the other end of
+    /// [`Disk::released`].
     ///
     /// # Errors
     /// If the thread that closes files cannot be made.
@@ -149,14 +155,22 @@ impl Upkeep {
         let upkeep = Self {
             shared: Arc::clone(&disk.shared),
             workers: workers.control(),
-            names: table.in_use().iter().map(|(_, file)| &file.node_name).collect(),
+            names: table
+                .in_use()
+                .iter()
+                .map(|(_, file)| &file.node_name)
+                .collect(),
             table,
             events: Arc::clone(&disk.events),
             options,
             capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
             blkverify: disk.policy.blkverify,
-            back_channels: disk.slots.iter().map(|slot| slot.back_channel.clone()).collect(),
+            back_channels: disk
+                .slots
+                .iter()
+                .map(|slot| slot.back_channel.clone())
+                .collect(),
             growers: Growers::default(),
             changing: Mutex::new(()),
         };
@@ -178,9 +192,10 @@ impl Upkeep {
         self.table.in_use()
     }
 
-    /// Adds a replica: its image is opened, checked and locked as at the start. It is written to from now on, votes
-    /// where it has been written to, and is brought up to date by the job that is returned. (`None` if there are too
-    /// many jobs: it begins by itself when there is room.)
+    /// Adds a replica: its image is opened, checked and locked as at the start. It is written to
+    /// from now on, votes where it has been written to, and is brought up to date by the job
+    /// that is returned. (`None` if there are too many jobs: it begins by itself when there is
+    /// room.)
     ///
     /// # Errors
     /// If the image cannot be used; then nothing has changed.
@@ -225,8 +240,8 @@ impl Upkeep {
         })
     }
 
-    /// Removes a replica, whether it answers or not. Its image is closed when nothing is in flight there any more,
-    /// which is waited for as long as a replica that hangs is waited for.
+    /// Removes a replica, whether it answers or not. Its image is closed when nothing is in flight
+    /// there any more, which is waited for as long as a replica that hangs is waited for.
     ///
     /// # Errors
     /// If the disk cannot do without it; then nothing has changed.
@@ -249,7 +264,10 @@ impl Upkeep {
         info!("replica {} is removed", Quoted(node_name));
         self.table.leaves(index);
         self.workers.tick_all();
-        if self.table.wait_until_closed(index, self.workers.drain_limit()) {
+        if self
+            .table
+            .wait_until_closed(index, self.workers.drain_limit())
+        {
             return Ok(Removed::Closed);
         }
         warn!(
@@ -259,12 +277,12 @@ impl Upkeep {
         Ok(Removed::StillOpen)
     }
 
-    /// Makes the disk larger: all its replicas, and then tells the guest. With the size that it has the guest is told once
-    /// more.
+    /// Makes the disk larger: all its replicas, and then tells the guest. With the size that it has
+    /// the guest is told once more.
     ///
     /// # Errors
-    /// If the size is none for this disk, or a replica cannot have it; then the guest has seen nothing, and those
-    /// that were made longer already are put back.
+    /// If the size is none for this disk, or a replica cannot have it; then the guest has seen
+    /// nothing, and those that were made longer already are put back.
     pub fn resize(&self, size_bytes: u64) -> Result<(), UpkeepError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.options.read_only {
@@ -274,7 +292,9 @@ impl Upkeep {
         if size_bytes < from {
             return Err(UpkeepError::Smaller(from));
         }
-        if !size_bytes.is_multiple_of(u64::from(self.block_bytes)) || i64::try_from(size_bytes).is_err() {
+        if !size_bytes.is_multiple_of(u64::from(self.block_bytes))
+            || i64::try_from(size_bytes).is_err()
+        {
             return Err(UpkeepError::Size(self.block_bytes));
         }
         if size_bytes > from {
@@ -305,8 +325,8 @@ impl Upkeep {
         })
     }
 
-    /// Reads every sector of every replica, votes, and with `repair` writes the winner over what lost. Not faster than
-    /// `speed_bytes` a second; 0: as fast as leaves the guest its share.
+    /// Reads every sector of every replica, votes, and with `repair` writes the winner over what
+    /// lost. Not faster than `speed_bytes` a second; 0: as fast as leaves the guest its share.
     ///
     /// # Errors
     /// If nothing can be repaired, or there are too many jobs.
@@ -341,8 +361,8 @@ impl Upkeep {
         Ok(self.jobs_do(|jobs, health| jobs.resume(id, health))?)
     }
 
-    /// The job ends. The replica of a cancelled resync stays stale where it has not been written to, and does not vote
-    /// there, until [`Self::resync`] or until it is removed.
+    /// The job ends. The replica of a cancelled resync stays stale where it has not been written
+    /// to, and does not vote there, until [`Self::resync`] or until it is removed.
     ///
     /// # Errors
     /// If there is no such job.
@@ -387,7 +407,11 @@ impl Upkeep {
 }
 
 /// Closes the files of removed replicas when no worker uses them any more.
-fn close_released(released: &Receiver<ReplicaIndex>, workers: &WorkerControl, table: &ReplicaTable) {
+fn close_released(
+    released: &Receiver<ReplicaIndex>,
+    workers: &WorkerControl,
+    table: &ReplicaTable,
+) {
     while let Ok(index) = released.recv() {
         if let Err(error) = workers.set_file(index, None) {
             // The kernel goes on holding the file, but nothing is in flight there.

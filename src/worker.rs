@@ -1,10 +1,12 @@
-//! A worker thread: its rings, its engine and its io_uring, and the loop that moves requests between them.
+//! A worker thread: its rings, its engine and its io_uring, and the loop that moves requests
+//! between them.
 //!
-//! It has its share of the rings of each connection; connections that nobody uses are not looked at.
+//! It has its share of the rings of each connection; connections that nobody uses are not looked
+//! at.
 //!
-//! One turn of the loop takes what the rings hold, hands everything that comes of it to the kernel with one
-//! system call, feeds what has completed to the engine, and signals each ring at most once. The thread
-//! sleeps in that same system call, where kicks and messages wake it too.
+//! One turn of the loop takes what the rings hold, hands everything that comes of it to the kernel
+//! with one system call, feeds what has completed to the engine, and signals each ring at most
+//! once. The thread sleeps in that same system call, where kicks and messages wake it too.
 
 pub mod control;
 mod guests;
@@ -46,7 +48,8 @@ use crate::statistics::{Recorder, Statistics, TurnTime};
 const MAILBOX: WatchToken = WatchToken(0);
 const KICK: WatchToken = WatchToken(1);
 
-/// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are fewer.
+/// The tag of a flush that no guest asked for. Those of guests have chains behind them, which are
+/// fewer.
 const OWN_FLUSH: Tag = Tag(u64::MAX);
 
 /// What one turn of the loop takes at most, sleep not included.
@@ -75,7 +78,8 @@ pub struct Disk {
     pub policy: Policy,
     /// What the engines share.
     pub shared: Arc<Shared>,
-    /// The open replicas, in order. They stay open as long as any worker runs, or until they are released.
+    /// The open replicas, in order. They stay open as long as any worker runs, or until they are
+    /// released.
     pub files: Vec<RawFd>,
     /// Where to tell that no worker uses a removed replica any more.
     pub released: std::sync::mpsc::Sender<ReplicaIndex>,
@@ -108,8 +112,8 @@ struct Worker {
     turns_unsignalled: usize,
 }
 
-/// The time by which replicas are late: time in which this thread could not run, for want of a CPU or because the
-/// host was suspended, does not count.
+/// The time by which replicas are late: time in which this thread could not run, for want of a CPU
+/// or because the host was suspended, does not count.
 struct Clock {
     looked_at: Instant,
     now: Duration,
@@ -304,7 +308,9 @@ impl Worker {
             if worked {
                 self.spin.found();
             }
-            if worked || (!self.io.ring.is_writing_long() && self.spin.look_again(self.clock.looked_at)) {
+            if worked
+                || (!self.io.ring.is_writing_long() && self.spin.look_again(self.clock.looked_at))
+            {
                 self.turn(Wait::No)?;
                 continue;
             }
@@ -343,8 +349,9 @@ impl Worker {
         taken > 0
     }
 
-    /// Tells drivers of what is done. A driver that has much in flight is told less often: to be woken costs it, and
-    /// us, more than a request does. What is left in its ring must be enough to do until it has made new requests.
+    /// Tells drivers of what is done. A driver that has much in flight is told less often: to be
+    /// woken costs it, and us, more than a request does. What is left in its ring must be
+    /// enough to do until it has made new requests.
     fn signal(&mut self) {
         self.turns_unsignalled += 1;
         if self.turns_unsignalled >= UNSIGNALLED_TURNS_MAX || !self.io.guests.has_more() {
@@ -378,7 +385,11 @@ impl Worker {
             }
         }
         self.io.ring.recycle(completions);
-        if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
+        if self
+            .engine
+            .deadline()
+            .is_some_and(|deadline| deadline <= now)
+        {
             self.engine.tick(now, &mut self.io);
         }
         if mail {
@@ -394,10 +405,15 @@ impl Worker {
             Message::Granted(request) => self.engine.granted(request, &mut self.io),
             Message::Flush { done } => {
                 self.io.flushing.push_back(done);
-                self.engine.submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
+                self.engine
+                    .submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
             }
             Message::Tick => self.engine.tick(self.clock.now(), &mut self.io),
-            Message::SetFile { replica, file, done } => {
+            Message::SetFile {
+                replica,
+                file,
+                done,
+            } => {
                 // Who asked may have given up.
                 let _ = done.send(self.io.ring.set_file(replica, file));
             }
@@ -415,7 +431,9 @@ impl Worker {
                 if let Some(watch) = watched.take() {
                     self.io.ring.unwatch(&watch)?;
                 }
-                let ConnectionSlot { choices, vrings, .. } = &self.slots[slot];
+                let ConnectionSlot {
+                    choices, vrings, ..
+                } = &self.slots[slot];
                 let durable_writes = choices.durable_writes();
                 if self.io.guests.refresh(slot, ring, region, durable_writes) {
                     let state = vrings[ring].get_ref();
@@ -441,13 +459,17 @@ impl Worker {
             return;
         }
         let now = self.clock.now();
-        for draining in self.draining.iter().filter(|draining| draining.until <= now) {
+        for draining in self
+            .draining
+            .iter()
+            .filter(|draining| draining.until <= now)
+        {
             self.io.guests.abandon(draining.slot, draining.ring);
         }
     }
 
-    /// Tells those who stopped a ring when nothing of it is in flight any more. They may take its call descriptor
-    /// away then.
+    /// Tells those who stopped a ring when nothing of it is in flight any more. They may take its
+    /// call descriptor away then.
     fn finish_draining(&mut self) {
         if self.draining.is_empty() {
             return;
@@ -474,6 +496,9 @@ mod tests {
         assert_eq!(clock.advance(Wait::No), wait + 2 * TURN_LIMIT);
         clock.looked_at = ago(5);
         let now = clock.advance(Wait::AtMost(Duration::from_secs(60)));
-        assert!(now >= Duration::from_secs(5), "slept as it was meant to: {now:?}");
+        assert!(
+            now >= Duration::from_secs(5),
+            "slept as it was meant to: {now:?}"
+        );
     }
 }

@@ -1,4 +1,5 @@
-//! The daemon under a service manager: it takes the sockets it is passed, and tells when the disk is served.
+//! The daemon under a service manager: it takes the sockets it is passed, and tells when the disk
+//! is served.
 //!
 //! Needs `systemd-socket-activate` (Debian: systemd), which `make clients` installs.
 
@@ -96,8 +97,8 @@ impl Place {
         }
     }
 
-    /// Starts the daemon as systemd does: with `sockets` as descriptors 3 and up, and with `variables`, in which `$$` is the
-    /// process id of the daemon.
+    /// Starts the daemon as systemd does: with `sockets` as descriptors 3 and up, and with
+    /// `variables`, in which `$$` is the process id of the daemon.
     fn pass(&self, sockets: &[BorrowedFd<'_>], variables: &str, arguments: &[OsString]) -> Running {
         // Out of the way of the numbers they are to have.
         let duplicate = |socket: &BorrowedFd<'_>| fcntl_dupfd_cloexec(socket, 100).unwrap();
@@ -155,7 +156,8 @@ impl Running {
     }
 }
 
-/// A program that we did not write listens, and starts the daemon for the first that connects anywhere.
+/// A program that we did not write listens, and starts the daemon for the first that connects
+/// anywhere.
 #[test]
 fn a_connection_starts_it_and_all_its_sockets_are_served() {
     let place = Place::new(3);
@@ -186,19 +188,28 @@ fn a_connection_starts_it_and_all_its_sockets_are_served() {
     let is_report = |event: &serde_json::Value| {
         event["event"] == "QUORUM_REPORT_BAD" && event["data"]["node-name"] == "1.raw"
     };
-    assert!(reader.wait_for(is_report, LIMIT).is_some(), "{:?}", reader.all());
+    assert!(
+        reader.wait_for(is_report, LIMIT).is_some(),
+        "{:?}",
+        reader.all()
+    );
     assert_eq!(monitor.execute("query-status", json!({}))["running"], true);
 
     running.process.signal(libc::SIGTERM);
     assert_eq!(place.news(), "STOPPING=1\nSTATUS=stopping\n");
     assert_eq!(running.wait(), Some(0), "{}", running.log());
     for socket in [disk, events, qmp] {
-        assert!(socket.exists(), "{} is not ours to remove", socket.display());
+        assert!(
+            socket.exists(),
+            "{} is not ours to remove",
+            socket.display()
+        );
     }
 }
 
-/// The sockets stay while the daemon is killed and started again, as systemd does it, so a frontend that connects in
-/// between is not turned away. The name does not matter where there is only one socket.
+/// The sockets stay while the daemon is killed and started again, as systemd does it, so a frontend
+/// that connects in between is not turned away. The name does not matter where there is only one
+/// socket.
 #[test]
 fn who_connects_while_it_is_started_again_is_served() {
     let place = Place::new(3);
@@ -302,7 +313,8 @@ fn sockets_that_do_not_fit_are_refused() {
     }
 }
 
-/// The environment of a service is inherited by whatever it starts, for which it has no meaning then.
+/// The environment of a service is inherited by whatever it starts, for which it has no meaning
+/// then.
 #[test]
 fn what_was_passed_to_another_process_is_not_taken() {
     let place = Place::new(1);
@@ -328,7 +340,10 @@ fn a_number_and_names() {
     let variables = "LISTEN_PID=$$ LISTEN_FDS=2 LISTEN_FDNAMES=disk.socket:qmp";
     let mut running = place.pass(&sockets, variables, &arguments);
     place.wait_until_it_is_ready();
-    assert_eq!(Client::connect(&disk, 1).read(0, 0, BLOCK).unwrap(), [0; BLOCK]);
+    assert_eq!(
+        Client::connect(&disk, 1).read(0, 0, BLOCK).unwrap(),
+        [0; BLOCK]
+    );
     Monitor::connect(&qmp).execute("quit", json!({}));
     assert_eq!(running.wait(), Some(0), "{}", running.log());
 }

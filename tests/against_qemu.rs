@@ -1,6 +1,6 @@
-//! This daemon beside qemu-storage-daemon's quorum: the same images, the same client, the same requests,
-//! corruptions and I/O errors, and the same answers and events; or better ones, for a reason that
-//! [`Improvement`] names. And what was found wrong there, measured again.
+//! This daemon beside qemu-storage-daemon's quorum: the same images, the same client, the same
+//! requests, corruptions and I/O errors, and the same answers and events; or better ones, for a
+//! reason that [`Improvement`] names. And what was found wrong there, measured again.
 
 mod common;
 
@@ -72,7 +72,12 @@ impl Pair {
         let due = expected(&self.plan, &step, &self.contents);
         let ours = self.step_ours(&step, &due);
         let peer = self.step_peer(&step);
-        assert_eq!(Told(&ours), Told(&due), "{step:?} on {}", told(&self.contents));
+        assert_eq!(
+            Told(&ours),
+            Told(&due),
+            "{step:?} on {}",
+            told(&self.contents)
+        );
         if ours != peer {
             let reason = improvement(&self.plan, &step, &self.contents);
             let reason = reason.unwrap_or_else(|| {
@@ -88,8 +93,8 @@ impl Pair {
         self.contents = ours.contents;
     }
 
-    /// Each error of a replica is reported, also those it makes again when a read is repeated because replies
-    /// differ, or when it is brought up to date. Once is what is compared.
+    /// Each error of a replica is reported, also those it makes again when a read is repeated
+    /// because replies differ, or when it is brought up to date. Once is what is compared.
     fn step_ours(&mut self, step: &Step, due: &Seen) -> Seen {
         let reads = |disk: &Disk, plan: &Plan| -> Vec<u64> {
             let image = |replica| disk.faulty(replica).done(Operation::Read);
@@ -113,8 +118,8 @@ impl Pair {
             wait_until(LIMIT, || contents(&self.ours) == due.contents);
             contents(&self.ours)
         } else {
-            // The replicas that failed are being brought up to date, while the test goes on to write what
-            // they missed once more.
+            // The replicas that failed are being brought up to date, while the test goes on to
+            // write what they missed once more.
             self.left_behind = Some(step.clone());
             due.contents.clone()
         };
@@ -143,8 +148,8 @@ impl Pair {
         texts
     }
 
-    /// Bringing a replica up to date fails like the write before it, as long as the fault is there, and says
-    /// so, perhaps late: a write of a part of what it missed.
+    /// Bringing a replica up to date fails like the write before it, as long as the fault is there,
+    /// and says so, perhaps late: a write of a part of what it missed.
     fn is_repetition(&self, text: &str) -> bool {
         let Some(Step {
             action: Action::Write(sectors, _),
@@ -327,8 +332,8 @@ fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
                 pair.write(sectors, BTreeMap::new());
             }
             14 => {
-                // The peer asks nobody to flush who has written nothing. And bringing a replica up to date
-                // afterwards must find nothing else to report.
+                // The peer asks nobody to flush who has written nothing. And bringing a replica up
+                // to date afterwards must find nothing else to report.
                 pair.renew();
                 pair.step(Action::Flush, some_failing(random, replicas));
                 pair.renew();
@@ -336,7 +341,8 @@ fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
             15 => pair.step(Action::Flush, BTreeMap::new()),
             _ => {
                 for _ in 0..random.within(1..4) {
-                    let replica = usize::try_from(random.within(0..replicas as u64)).expect("small");
+                    let replica =
+                        usize::try_from(random.within(0..replicas as u64)).expect("small");
                     // Few masks, so that replicas at times agree on what is wrong.
                     let mask = u8::try_from(random.within(1..3)).expect("small");
                     let sectors = some_sectors(random);
@@ -410,7 +416,10 @@ fn figures_of_the_peer() {
     );
     peer("racing on 64 KiB", &rows::race_on(System::Peer).figure());
     let raced = rows::race_with_rewrites(System::Peer);
-    peer("racing with rewrites, two replicas delayed", &raced.figure());
+    peer(
+        "racing with rewrites, two replicas delayed",
+        &raced.figure(),
+    );
     let differing = rows::changing_memory(System::Peer);
     peer(
         "memory that changes in flight",

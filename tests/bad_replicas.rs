@@ -1,5 +1,5 @@
-//! Replicas that fail while they are added, removed or brought up to date: what the operator is told, and that the guest does
-//! not notice.
+//! Replicas that fail while they are added, removed or brought up to date: what the operator is
+//! told, and that the guest does not notice.
 
 mod common;
 
@@ -38,7 +38,9 @@ fn serve(plan: Plan) -> Disk {
 fn fill(client: &mut Client) {
     for place in 0..SIZE_BYTES / MEBIBYTE {
         let content = vec![mark(place); 1 << 20];
-        client.write(0, place * MEBIBYTE, &content).expect("a write");
+        client
+            .write(0, place * MEBIBYTE, &content)
+            .expect("a write");
     }
     client.flush(0).expect("a flush");
 }
@@ -98,13 +100,16 @@ fn try_remove(monitor: &mut Monitor, name: &str) -> Result<Value, Value> {
 fn replica(monitor: &mut Monitor, name: &str) -> Option<Value> {
     let state = monitor.execute("query-quorum", json!({}));
     let mut replicas = state["replicas"].as_array().expect("replicas").iter();
-    replicas.find(|replica| replica["node-name"] == name).cloned()
+    replicas
+        .find(|replica| replica["node-name"] == name)
+        .cloned()
 }
 
 /// Waits until it votes everywhere and nothing is done for it any more.
 fn wait_until_in_service(monitor: &mut Monitor, name: &str) {
     let is_there = wait_until(LIMIT, || {
-        let in_service = replica(monitor, name).is_some_and(|replica| replica["state"] == "in-service");
+        let in_service =
+            replica(monitor, name).is_some_and(|replica| replica["state"] == "in-service");
         in_service && monitor.execute("query-jobs", json!({})) == json!([])
     });
     assert!(is_there, "{:?}", replica(monitor, name));
@@ -140,7 +145,10 @@ fn is_locked(path: &Path) -> bool {
     match file::open(path, "probe", options) {
         Ok(_) => false,
         Err(error) => {
-            assert!(error.to_string().contains("in use by another process"), "{error}");
+            assert!(
+                error.to_string().contains("in use by another process"),
+                "{error}"
+            );
             true
         }
     }
@@ -175,7 +183,10 @@ fn a_hung_replica_can_be_removed() {
     assert!(refused.contains("are the same image"), "{refused}");
 
     hung.heal();
-    assert!(wait_until(LIMIT, || !has_open(disk.process_id(), &hung.path())));
+    assert!(wait_until(LIMIT, || !has_open(
+        disk.process_id(),
+        &hung.path()
+    )));
     assert!(!is_locked(&hung.path()));
     add(&mut monitor, &hung.path(), &name);
     wait_until_in_service(&mut monitor, &name);
@@ -201,7 +212,10 @@ fn fail_midway(disk: &Disk, monitor: &mut Monitor, target: &FuseImage, errno: i3
         "{end}"
     );
     assert_eq!(state["state"], "syncing");
-    assert!(stale > 0 && stale < SIZE_BYTES, "some of it was copied: {state}");
+    assert!(
+        stale > 0 && stale < SIZE_BYTES,
+        "some of it was copied: {state}"
+    );
     let is_report = |event: &Value| {
         event["event"] == "QUORUM_REPORT_BAD"
             && event["data"]["node-name"] == "new"
@@ -280,7 +294,9 @@ fn a_resync_copies_what_has_a_quorum() {
     );
     // What two can read is read, whatever the others say.
     for place in [4, 8, 10, 13] {
-        let read = client.read(0, place * MEBIBYTE, 64 << 10).expect("a quorum");
+        let read = client
+            .read(0, place * MEBIBYTE, 64 << 10)
+            .expect("a quorum");
         assert!(read.iter().all(|byte| *byte == mark(place)));
     }
     client.read(0, 9 * MEBIBYTE, 4096).expect_err("no quorum");
@@ -304,7 +320,10 @@ fn what_is_no_replica_is_refused_and_nothing_changes() {
     fill(&mut client);
     let mut refused = |image: &Path, why: &str| {
         let error = try_add(&mut monitor, image, "new").expect_err(why);
-        assert!(error.contains(why) && !error.contains('\n'), "{why}: {error}");
+        assert!(
+            error.contains(why) && !error.contains('\n'),
+            "{why}: {error}"
+        );
         println!("{error}");
     };
     // The second name of a replica, of both kinds. Direct I/O, as everywhere here.
@@ -347,7 +366,8 @@ fn what_is_no_replica_is_refused_and_nothing_changes() {
     ));
 }
 
-/// tmpfs has had direct I/O since Linux 6.6, in blocks of a page, which is more than those of this disk may be.
+/// tmpfs has had direct I/O since Linux 6.6, in blocks of a page, which is more than those of this
+/// disk may be.
 #[test]
 fn an_image_in_memory_is_a_replica_or_refused_in_words() {
     let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
@@ -360,7 +380,10 @@ fn an_image_in_memory_is_a_replica_or_refused_in_words() {
             "does not support O_DIRECT; use --cache writeback",
             "in blocks of 4096 bytes only, and the disk has blocks of 512",
         ];
-        assert!(reasons.iter().any(|reason| error.contains(reason)), "{error}");
+        assert!(
+            reasons.iter().any(|reason| error.contains(reason)),
+            "{error}"
+        );
         works(&mut client);
         return;
     }

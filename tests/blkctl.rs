@@ -1,5 +1,5 @@
-//! `quorum-blkctl` as a process, with a real daemon and real images, in a pipe and on a terminal; and with servers that
-//! are none.
+//! `quorum-blkctl` as a process, with a real daemon and real images, in a pipe and on a terminal;
+//! and with servers that are none.
 
 mod common;
 
@@ -133,7 +133,11 @@ impl Served {
 #[track_caller]
 fn wait_for_text(path: &Path, text: &str) {
     let comes = wait_until(LIMIT, || fs::read_to_string(path).unwrap().contains(text));
-    assert!(comes, "no {text:?} in {}", fs::read_to_string(path).unwrap());
+    assert!(
+        comes,
+        "no {text:?} in {}",
+        fs::read_to_string(path).unwrap()
+    );
 }
 
 /// The line of a map that belongs to a replica, without its ends.
@@ -151,10 +155,18 @@ fn damage_is_found_shown_and_mended() {
         healthy.starts_with("quorum0  healthy  64 MiB, 2 of 3 must agree"),
         "{healthy}"
     );
-    assert!(served.run("scrub").with(0).contains("nothing bad was found"));
+    assert!(
+        served
+            .run("scrub")
+            .with(0)
+            .contains("nothing bad was found")
+    );
     corrupt_sectors(&served.images[1], 98304..98306, 0xff);
     let found = served.run("scrub").with(1);
-    assert!(found.contains("2 bad sectors found and not mended"), "{found}");
+    assert!(
+        found.contains("2 bad sectors found and not mended"),
+        "{found}"
+    );
     let degraded = served.run("status").with(1);
     assert!(
         degraded.contains("degraded") && degraded.contains("1.raw is wrong in 2 sectors"),
@@ -233,7 +245,10 @@ fn a_replica_is_replaced() {
     );
     let status: Value = serde_json::from_str(&served.run("status --json").with(0)).unwrap();
     let replicas = status["query-quorum"]["replicas"].as_array().unwrap();
-    let names: Vec<_> = replicas.iter().map(|replica| &replica["node-name"]).collect();
+    let names: Vec<_> = replicas
+        .iter()
+        .map(|replica| &replica["node-name"])
+        .collect();
     assert_eq!(names, ["0.raw", "2.raw", "new.raw"]);
     assert_eq!(status["query-jobs"], json!([]));
     assert!(are_identical(&[served.images[0].clone(), new]));
@@ -303,7 +318,10 @@ fn jobs_are_listed_told_and_waited_for() {
         "job0 has begun\n"
     );
     let listed = served.run("jobs").with(0);
-    assert!(listed.contains("job0") && listed.contains("4 KiB/s"), "{listed}");
+    assert!(
+        listed.contains("job0") && listed.contains("4 KiB/s"),
+        "{listed}"
+    );
     assert!(served.run("status").with(0).contains("job0"));
     let status = || {
         let jobs: Value = serde_json::from_str(&served.run("jobs --json").with(0)).unwrap();
@@ -346,7 +364,10 @@ fn jobs_are_listed_told_and_waited_for() {
             .with(3)
             .contains("there is no such job")
     );
-    assert!(served.run("resync 0.raw").code == Some(0), "it has nothing to do");
+    assert!(
+        served.run("resync 0.raw").code == Some(0),
+        "it has nothing to do"
+    );
 }
 
 #[test]
@@ -394,7 +415,9 @@ fn events_are_followed_until_the_daemon_ends() {
         assert!(!fs::read_to_string(path).unwrap().contains('\x1b'));
     }
     let raw = fs::read_to_string(raw_output).unwrap();
-    let objects = raw.lines().filter(|line| !line.starts_with("quorum-blkctl"));
+    let objects = raw
+        .lines()
+        .filter(|line| !line.starts_with("quorum-blkctl"));
     for line in objects {
         let event: Value = serde_json::from_str(line).unwrap();
         assert!(event["event"].is_string() && event["timestamp"]["seconds"].is_u64());
@@ -426,7 +449,12 @@ fn a_reader_that_has_seen_enough_ends_it_quietly() {
 }
 
 /// Runs it on a terminal of 100 columns; what it wrote there until it ended or `enough` was there.
-fn on_terminal(served: &Served, line: &str, variables: &[(&str, &str)], enough: Option<&str>) -> String {
+fn on_terminal(
+    served: &Served,
+    line: &str,
+    variables: &[(&str, &str)],
+    enough: Option<&str>,
+) -> String {
     let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&terminal).unwrap();
     unlockpt(&terminal).unwrap();
@@ -444,7 +472,9 @@ fn on_terminal(served: &Served, line: &str, variables: &[(&str, &str)], enough: 
         .open(name.to_str().unwrap())
         .unwrap();
     let mut command = program(&served.socket());
-    command.args(line.split(' ')).envs(variables.iter().copied());
+    command
+        .args(line.split(' '))
+        .envs(variables.iter().copied());
     command.stdout(slave.try_clone().unwrap()).stderr(slave);
     let mut process = Process::spawn(&mut command).unwrap();
     // Else its end would be open here.
@@ -477,7 +507,10 @@ fn a_terminal_gets_bars_and_colours() {
     let served = Served::new(&[]);
     let utf8 = [("LANG", "C.UTF-8")];
     let drawn = on_terminal(&served, "scrub --speed 48M", &utf8, None);
-    let bars: Vec<_> = drawn.split("\r\x1b[2K").filter(|bar| bar.contains('%')).collect();
+    let bars: Vec<_> = drawn
+        .split("\r\x1b[2K")
+        .filter(|bar| bar.contains('%'))
+        .collect();
     assert!(bars.len() > 2, "{drawn:?}");
     assert!(
         bars.iter()
@@ -504,7 +537,9 @@ fn a_terminal_gets_bars_and_colours() {
 }
 
 /// A server at a socket of its own, which does with the first connection what it likes.
-fn serve(with: impl FnOnce(UnixStream) + Send + 'static) -> (tempfile::TempDir, thread::JoinHandle<()>) {
+fn serve(
+    with: impl FnOnce(UnixStream) + Send + 'static,
+) -> (tempfile::TempDir, thread::JoinHandle<()>) {
     let directory = tempfile::tempdir().unwrap();
     let listener = UnixListener::bind(directory.path().join("qmp.sock")).unwrap();
     let thread = thread::spawn(move || with(listener.accept().unwrap().0));
@@ -570,7 +605,9 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
             "the daemon does not say why",
         ),
         (
-            after_greeting("{\"error\": {\"class\": \"GenericError\", \"desc\": \"\\u001b[31mred\"}}"),
+            after_greeting(
+                "{\"error\": {\"class\": \"GenericError\", \"desc\": \"\\u001b[31mred\"}}",
+            ),
             "jobs",
             "quorum-blkctl: \\u{1b}[31mred",
         ),
@@ -582,7 +619,11 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
             "map",
             "more buckets than were asked for",
         ),
-        (after_greeting(&"[".repeat(100_000)), "jobs", "recursion limit"),
+        (
+            after_greeting(&"[".repeat(100_000)),
+            "jobs",
+            "recursion limit",
+        ),
     ] {
         let said = with_server(sent, &format!("{line} --timeout 1")).with(3);
         assert!(
@@ -616,7 +657,12 @@ fn a_server_that_is_silent_or_gone_is_not_waited_for() {
         nowhere.contains("cannot connect to") && nowhere.contains("No such file"),
         "{nowhere}"
     );
-    let unknown = run_command(program(Path::new("")).env_remove("QUORUM_BLK_QMP").arg("status")).with(3);
+    let unknown = run_command(
+        program(Path::new(""))
+            .env_remove("QUORUM_BLK_QMP")
+            .arg("status"),
+    )
+    .with(3);
     assert!(
         unknown.contains("--qmp PATH") && unknown.contains("QUORUM_BLK_QMP"),
         "{unknown}"

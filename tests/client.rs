@@ -70,13 +70,20 @@ impl Setup {
             before.len() != events.len()
         });
         // What jobs do by themselves is of no interest here.
-        events.retain(|event| event["event"].as_str().unwrap_or_default().starts_with("QUORUM_"));
+        events.retain(|event| {
+            event["event"]
+                .as_str()
+                .unwrap_or_default()
+                .starts_with("QUORUM_")
+        });
         events
     }
 }
 
 fn pattern(random: &mut Random, len: usize) -> Vec<u8> {
-    (0..len / 8).flat_map(|_| random.next().to_le_bytes()).collect()
+    (0..len / 8)
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect()
 }
 
 /// Random requests against a plain array of bytes, one at a time and on any queue.
@@ -173,7 +180,8 @@ fn serves_many_requests_at_once() {
                 client.run(queue, &reads).iter().all(Result::is_ok),
                 "round {round}"
             );
-            let (written, read) = client.memory(queue)[..2 * REQUESTS * LEN].split_at(REQUESTS * LEN);
+            let (written, read) =
+                client.memory(queue)[..2 * REQUESTS * LEN].split_at(REQUESTS * LEN);
             assert!(written == read, "round {round}, queue {queue}");
         }
     }
@@ -215,7 +223,8 @@ fn replicas_bad_in_different_sectors_fail_nothing() {
     corrupt_sectors(&setup.images[0], 2..3, 0xff);
     corrupt_sectors(&setup.images[2], 9..10, 0xff);
     assert_eq!(client.read(0, 0, data.len()).unwrap(), data);
-    let [first, third] = ["0.raw", "2.raw"].map(|node| setup.wait_for("QUORUM_REPORT_BAD", Some(node)));
+    let [first, third] =
+        ["0.raw", "2.raw"].map(|node| setup.wait_for("QUORUM_REPORT_BAD", Some(node)));
     assert_eq!(
         first["data"]["bad-sectors"],
         serde_json::json!([{"sector-num": 2, "sector-count": 1}])
@@ -253,7 +262,10 @@ fn an_io_error_is_the_replicas_own() {
         let setup = Setup::new(3, &["--read-pattern", pattern]);
         let mut client = setup.connect(1);
         client.write(0, 2 << 20, &[9; 4096]).unwrap();
-        let first = OpenOptions::new().write(true).open(&setup.images[0]).unwrap();
+        let first = OpenOptions::new()
+            .write(true)
+            .open(&setup.images[0])
+            .unwrap();
         first.set_len(1 << 20).unwrap();
         assert_eq!(client.read(0, 2 << 20, 4096).unwrap(), [9; 4096]);
         let event = setup.wait_for("QUORUM_REPORT_BAD", Some("0.raw"));
@@ -272,7 +284,10 @@ fn fifo_asks_in_order_and_mends_from_the_good_reply() {
     // The first replica is believed, whatever the others hold.
     corrupt_sectors(&setup.images[1], 4096..4104, 0xff);
     assert_eq!(client.read(0, 2 << 20, 4096).unwrap(), [9; 4096]);
-    let first = OpenOptions::new().write(true).open(&setup.images[0]).unwrap();
+    let first = OpenOptions::new()
+        .write(true)
+        .open(&setup.images[0])
+        .unwrap();
     first.set_len(2 << 20).unwrap();
     assert_eq!(
         client.read(0, 2 << 20, 4096).unwrap(),
@@ -288,7 +303,8 @@ fn fifo_asks_in_order_and_mends_from_the_good_reply() {
     assert!(wait_until(LIMIT, mended));
 }
 
-/// A file in memory that can be made to refuse writes while it is open: a replica that fails to write.
+/// A file in memory that can be made to refuse writes while it is open: a replica that fails to
+/// write.
 struct SealableImage(std::os::fd::OwnedFd);
 
 impl SealableImage {
@@ -316,7 +332,13 @@ impl SealableImage {
     fn refuse_writes(&self) {
         use std::os::fd::AsRawFd;
         // SAFETY: a system call without pointers on a descriptor of ours.
-        let result = unsafe { libc::fcntl(self.0.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_FUTURE_WRITE) };
+        let result = unsafe {
+            libc::fcntl(
+                self.0.as_raw_fd(),
+                libc::F_ADD_SEALS,
+                libc::F_SEAL_FUTURE_WRITE,
+            )
+        };
         assert_eq!(result, 0, "sealing: {}", std::io::Error::last_os_error());
     }
 }
@@ -325,19 +347,29 @@ impl SealableImage {
 fn a_replica_that_missed_a_write_does_not_vote_on_it() {
     let sealable: Vec<_> = (0..3).map(|_| SealableImage::new()).collect();
     let images: Vec<_> = sealable.iter().map(SealableImage::path).collect();
-    let mut setup = Setup::over(tempfile::tempdir().unwrap(), images, &["--cache", "writeback"]);
+    let mut setup = Setup::over(
+        tempfile::tempdir().unwrap(),
+        images,
+        &["--cache", "writeback"],
+    );
     let mut client = setup.connect(1);
     client.write(0, 0, &[1; 4096]).unwrap();
     sealable[2].refuse_writes();
     client.write(0, 0, &[2; 4096]).unwrap();
-    let node = setup.images[2].file_name().unwrap().to_str().unwrap().to_owned();
+    let node = setup.images[2]
+        .file_name()
+        .unwrap()
+        .to_str()
+        .unwrap()
+        .to_owned();
     let event = setup.wait_for("QUORUM_REPORT_BAD", Some(&node));
     assert_eq!(
         (&event["data"]["ret"], &event["data"]["type"]),
         (&(-libc::EPERM).into(), &"write".into())
     );
     client.flush(0).unwrap();
-    // Its old data neither wins nor is taken for corruption: of what it missed, nothing is asked of it.
+    // Its old data neither wins nor is taken for corruption: of what it missed, nothing is asked of
+    // it.
     assert_eq!(client.read(0, 0, 8192).unwrap()[..4096], [2; 4096]);
     // With one more gone there are fewer than t.
     sealable[1].refuse_writes();
@@ -355,7 +387,8 @@ fn a_replica_that_missed_a_write_does_not_vote_on_it() {
     );
 }
 
-/// The client changes its buffers while they are being written: replicas get one version all the same.
+/// The client changes its buffers while they are being written: replicas get one version all the
+/// same.
 #[test]
 fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
     let mut random = Random::from_environment();
@@ -394,11 +427,17 @@ fn blkverify_stops_the_daemon_at_the_first_difference() {
     assert_eq!(client.read(0, 4096, 4096), Err(Failed(EIO)));
     assert_eq!(setup.daemon.wait().code(), Some(1));
     assert!(
-        setup.daemon.log().contains("the replicas differ at sector 9"),
+        setup
+            .daemon
+            .log()
+            .contains("the replicas differ at sector 9"),
         "{}",
         setup.daemon.log()
     );
-    assert_eq!(setup.wait_for("QUORUM_FAILURE", None)["data"]["sector-num"], 8);
+    assert_eq!(
+        setup.wait_for("QUORUM_FAILURE", None)["data"]["sector-num"],
+        8
+    );
 }
 
 #[test]
@@ -431,7 +470,8 @@ fn a_read_only_disk_is_read_and_not_written() {
         corrupt_sectors(image, 0..8, 0x11);
     }
     let setup = Setup::over(directory, images, &["--read-only"]);
-    // The driver refuses writes by itself when it is told that the device is read-only, and must be told.
+    // The driver refuses writes by itself when it is told that the device is read-only, and must be
+    // told.
     let mut blkio = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
     blkio
         .set_str("path", setup.daemon.socket().to_str().unwrap())

@@ -1,4 +1,5 @@
-//! Several frontends at a time on one disk, as during a migration on one host, and in what order they come.
+//! Several frontends at a time on one disk, as during a migration on one host, and in what order
+//! they come.
 
 mod common;
 
@@ -22,7 +23,8 @@ const LIMIT: Duration = Duration::from_secs(10);
 /// Long enough for a daemon that would answer.
 const SILENCE: Duration = Duration::from_millis(300);
 
-/// Random writes and reads in a part of the disk of its own, then, as all others, writes all over it.
+/// Random writes and reads in a part of the disk of its own, then, as all others, writes all over
+/// it.
 fn work(socket: &Path, worker: u64, mut random: Random, all: &Barrier) {
     const PART_BYTES: usize = 1 << 20;
     let mut client = Client::connect(socket, 2);
@@ -31,7 +33,8 @@ fn work(socket: &Path, worker: u64, mut random: Random, all: &Barrier) {
     let mut model = vec![0; PART_BYTES];
     for _ in 0..300 {
         let len = usize::try_from(random.within(1..64)).unwrap() * 512;
-        let place = usize::try_from(random.within(0..(PART_BYTES - len) as u64 / 512)).unwrap() * 512;
+        let place =
+            usize::try_from(random.within(0..(PART_BYTES - len) as u64 / 512)).unwrap() * 512;
         let queue = usize::from(random.within(0..2) == 1);
         let part = place..place + len;
         if random.within(0..2) == 0 {
@@ -120,7 +123,11 @@ fn one_too_many_is_turned_away() {
         connections.remove(1);
         connections.push(ask(daemon.socket()));
         let last = connections.last_mut().unwrap();
-        assert_eq!(is_served(last, LIMIT), Some(true), "its place is free at once");
+        assert_eq!(
+            is_served(last, LIMIT),
+            Some(true),
+            "its place is free at once"
+        );
     }
     assert!(daemon.terminate().success(), "with all of them connected");
     for connection in &mut connections {
@@ -128,8 +135,8 @@ fn one_too_many_is_turned_away() {
     }
 }
 
-/// What a frontend that is gone has asked for is done before the next one is served: the same guest, say, which
-/// was started again and looks at its disk.
+/// What a frontend that is gone has asked for is done before the next one is served: the same
+/// guest, say, which was started again and looks at its disk.
 #[test]
 fn who_comes_after_does_not_see_writes_of_before_take_effect() {
     let directory = tempfile::tempdir().unwrap();

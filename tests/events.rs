@@ -32,7 +32,9 @@ struct Served {
 fn names() -> Names {
     Names {
         reference: "quorum0".into(),
-        nodes: (0..REPLICAS_MAX).map(|index| format!("{index}.raw")).collect(),
+        nodes: (0..REPLICAS_MAX)
+            .map(|index| format!("{index}.raw"))
+            .collect(),
     }
 }
 
@@ -41,7 +43,13 @@ fn serve() -> Served {
     let path = directory.path().join("events.sock");
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(Listener::Bound(listener)), None, queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(
+        Some(Listener::Bound(listener)),
+        None,
+        queue.clone(),
+        names(),
+    )
+    .unwrap();
     Served {
         _directory: directory,
         path,
@@ -191,7 +199,10 @@ fn a_flood_is_folded_with_exact_counts() {
     assert_eq!(reader.rest(), Account::default());
     assert_eq!((account.total(), account.missed), (FLOOD, 0));
     // Fewer windows than this unless the machine stood still.
-    assert!(account.lines < 60 * (u64::from(EVENT_BURST) + 1), "{account:?}");
+    assert!(
+        account.lines < 60 * (u64::from(EVENT_BURST) + 1),
+        "{account:?}"
+    );
     assert!(account.suppressed > 0);
 }
 
@@ -246,7 +257,11 @@ fn a_reader_that_never_reads_does_not_hold_up_stop() {
     }
     let start = Instant::now();
     served.publisher.stop();
-    assert!(start.elapsed() < Duration::from_secs(10), "{:?}", start.elapsed());
+    assert!(
+        start.elapsed() < Duration::from_secs(10),
+        "{:?}",
+        start.elapsed()
+    );
     assert!(!served.path.exists());
     // What did reach it is whole.
     assert!(stalled.rest().lines > 0);
@@ -347,7 +362,10 @@ fn one_reader_too_many_is_turned_away() {
 #[test]
 fn the_socket_is_private_and_gone_after_stop() {
     let served = serve();
-    let mode = std::fs::metadata(&served.path).unwrap().permissions().mode();
+    let mode = std::fs::metadata(&served.path)
+        .unwrap()
+        .permissions()
+        .mode();
     assert_eq!(mode & 0o7777, 0o600);
     let mut reader = served.connect();
     served.publisher.stop();
@@ -362,7 +380,13 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     drop(UnixListener::bind(&path).unwrap());
     let queue = EventQueue::new().unwrap();
     let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(Some(Listener::Bound(listener)), None, queue.clone(), names()).unwrap();
+    let publisher = Publisher::spawn(
+        Some(Listener::Bound(listener)),
+        None,
+        queue.clone(),
+        names(),
+    )
+    .unwrap();
     let refused = bind_unix_listener(&path).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)));
     assert!(!refused.to_string().contains('\n'));

@@ -1,5 +1,5 @@
-//! What the vote promises, shown with the daemon as a process, real files that hang, fail and lie, and
-//! `blkio` as the client: one test for each thing that was found wrong in another voted disk.
+//! What the vote promises, shown with the daemon as a process, real files that hang, fail and lie,
+//! and `blkio` as the client: one test for each thing that was found wrong in another voted disk.
 
 mod common;
 
@@ -90,8 +90,8 @@ fn memory_that_changes_in_flight_does_not_make_replicas_diverge() {
     assert_eq!(differing, 0);
 }
 
-/// How often a comparison of latencies is made before it counts as failed: a machine that does other things
-/// meanwhile spoils one, a replica that is waited for spoils them all.
+/// How often a comparison of latencies is made before it counts as failed: a machine that does
+/// other things meanwhile spoils one, a replica that is waited for spoils them all.
 const ROUNDS: usize = 5;
 
 /// Whether 99 % of reads and of writes took no longer than twice what they take with all healthy.
@@ -128,7 +128,11 @@ fn a_hung_replica_is_left_behind_and_catches_up() {
         &format!("{:.1?}", hung.first_write),
     );
     let expected = rows::REPLICA_TIMEOUT * 9 / 10..rows::REPLICA_TIMEOUT * 5 / 2;
-    assert!(expected.contains(&hung.first_write), "{:?}", hung.first_write);
+    assert!(
+        expected.contains(&hung.first_write),
+        "{:?}",
+        hung.first_write
+    );
     let (disk, mut client) = (hung.disk, hung.client);
     let gone = disk.wait_for("QUORUM_REPORT_BAD", Some(2));
     assert_eq!(gone["data"]["ret"], -libc::ETIMEDOUT);
@@ -165,7 +169,9 @@ fn a_hung_replica_is_left_behind_and_catches_up() {
     assert!(are_identical(&disk.images), "the replica did not catch up");
     assert_eq!(count(&events, "QUORUM_FAILURE"), 0);
     assert!(
-        events.iter().all(|event| event["data"]["node-name"] == "r2"),
+        events
+            .iter()
+            .all(|event| event["data"]["node-name"] == "r2"),
         "a healthy replica is accused: {events:?}"
     );
 }
@@ -192,9 +198,13 @@ fn flushes_that_hang_on_one_replica_hold_up_nothing_else() {
     let blocks = 0..plan.size_bytes / BLOCK_BYTES;
     let mut random = Random::from_environment();
     for _ in 0..10 {
-        let mut writes = one_by_one(&mut client, Kind::Writes, blocks.clone(), &mut random, |count| {
-            count >= 50
-        });
+        let mut writes = one_by_one(
+            &mut client,
+            Kind::Writes,
+            blocks.clone(),
+            &mut random,
+            |count| count >= 50,
+        );
         client.flush(0).unwrap();
         assert!(writes.percentile(90) < ms(100), "{:?}", writes.max());
     }
@@ -248,7 +258,10 @@ fn a_flush_fails_unless_enough_replicas_hold_what_was_written() {
         },
     );
     assert_eq!(flushed, Err(Failed(EIO)));
-    assert_eq!(disk.wait_for("QUORUM_FAILURE", None)["data"]["type"], "flush");
+    assert_eq!(
+        disk.wait_for("QUORUM_FAILURE", None)["data"]["type"],
+        "flush"
+    );
     // Writing it again is what mends it.
     for replica in [0, 2] {
         disk.faulty(replica).heal();
@@ -289,8 +302,9 @@ fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
     disk.faulty(1).heal();
     drop(client);
     let events = disk.end();
-    for (index, (operation, errno, sector)) in
-        [("read", EIO, 0), ("write", ENOSPC, 16)].into_iter().enumerate()
+    for (index, (operation, errno, sector)) in [("read", EIO, 0), ("write", ENOSPC, 16)]
+        .into_iter()
+        .enumerate()
     {
         let data = &events[index]["data"];
         assert_eq!(events[index]["event"], "QUORUM_REPORT_BAD");
@@ -328,12 +342,17 @@ fn a_replica_that_lies_is_outvoted_and_named() {
         assert_eq!(client.read(0, 0, BLOCK).unwrap(), [1; BLOCK]);
     }
     // A late reply is compared after the guest has its answer.
-    assert!(wait_until(LIMIT, || count(&disk.events(), "QUORUM_REPORT_BAD") == 10));
+    assert!(wait_until(LIMIT, || count(
+        &disk.events(),
+        "QUORUM_REPORT_BAD"
+    ) == 10));
     drop(client);
     let events = disk.end();
     assert_eq!(count(&events, "QUORUM_REPORT_BAD"), 10);
     assert!(
-        events.iter().all(|event| event["data"]["node-name"] == "r0"),
+        events
+            .iter()
+            .all(|event| event["data"]["node-name"] == "r0"),
         "{events:?}"
     );
 }
@@ -360,9 +379,16 @@ fn a_hanging_image_can_be_given_up() {
     drop(client);
     let began = Instant::now();
     drop(disk);
-    assert!(began.elapsed() < LIMIT, "dropping it took {:?}", began.elapsed());
+    assert!(
+        began.elapsed() < LIMIT,
+        "dropping it took {:?}",
+        began.elapsed()
+    );
     let mounts = std::fs::read_to_string("/proc/self/mounts").unwrap();
-    assert!(!mounts.contains("quorum-blk-test"), "a mount is left behind");
+    assert!(
+        !mounts.contains("quorum-blk-test"),
+        "a mount is left behind"
+    );
 }
 
 /// What was never written is not lost by a flush that fails.
@@ -373,8 +399,12 @@ fn a_flush_that_fails_costs_only_what_was_written() {
     let mut client = disk.connect();
     client.write(0, 0, &[1; BLOCK]).unwrap();
     for replica in [0, 1] {
-        disk.faulty(replica).inject(Operation::Sync, Fault::Fail(EIO));
+        disk.faulty(replica)
+            .inject(Operation::Sync, Fault::Fail(EIO));
     }
     assert_eq!(client.flush(0), Err(Failed(EIO)));
-    assert_eq!(client.read(0, 100 * BLOCK_BYTES, BLOCK).unwrap(), [0; BLOCK]);
+    assert_eq!(
+        client.read(0, 100 * BLOCK_BYTES, BLOCK).unwrap(),
+        [0; BLOCK]
+    );
 }

@@ -1,5 +1,5 @@
-//! The daemon under a vhost-user frontend and a driver of our own: what QEMU's qtests ask of a vhost-user-blk
-//! device, what cloud-hypervisor does that QEMU does not, and what neither does.
+//! The daemon under a vhost-user frontend and a driver of our own: what QEMU's qtests ask of a
+//! vhost-user-blk device, what cloud-hypervisor does that QEMU does not, and what neither does.
 
 mod common;
 
@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 
 use common::daemon::{Daemon, replica_arguments};
 use common::frontend::{
-    Completion, Cut, EVENT_IDX, INDIRECT_DESCRIPTORS, Layout, Plan, Queue, Range, Request, Segment, Style,
-    Vmm, memfd, region,
+    Completion, Cut, EVENT_IDX, INDIRECT_DESCRIPTORS, Layout, Plan, Queue, Range, Request, Segment,
+    Style, Vmm, memfd, region,
 };
 use common::fuse::{Fault, FuseImage, Operation};
 use common::images::{Random, are_identical, create_images};
@@ -69,7 +69,9 @@ impl Setup {
     fn assert_serves(&mut self, after: &str) {
         assert!(self.daemon.is_alive(), "the daemon has ended after {after}");
         let mut vmm = Vmm::new(&Plan::default());
-        let connected = vmm.connect(self.daemon.socket()).and_then(|()| vmm.activate());
+        let connected = vmm
+            .connect(self.daemon.socket())
+            .and_then(|()| vmm.activate());
         connected.unwrap_or_else(|error| panic!("after {after}: {error}"));
         vmm.queues[0].write_disk(0, &[7; 4096]);
         assert_eq!(vmm.queues[0].read_disk(0, 4096), [7; 4096], "after {after}");
@@ -132,7 +134,11 @@ fn requests_in_every_layout() {
                 let done = queue.run(&Request::write(sector, data.clone()), layout);
                 assert_eq!((status(&done), done.written), (OK, 1), "{what}");
                 let done = queue.run(&Request::read(sector, bytes), layout);
-                assert_eq!((status(&done), done.written as usize), (OK, bytes + 1), "{what}");
+                assert_eq!(
+                    (status(&done), done.written as usize),
+                    (OK, bytes + 1),
+                    "{what}"
+                );
                 assert!(done.data == data, "{what}");
                 let done = queue.run(&Request::flush(), layout);
                 assert_eq!((status(&done), done.written), (OK, 1), "{what}");
@@ -145,7 +151,10 @@ fn requests_in_every_layout() {
                 let done = queue.run(&Request::read(DISK_SECTORS - 8, 4096), layout);
                 assert_eq!(status(&done), OK, "{what}");
                 for sector in [DISK_SECTORS, DISK_SECTORS - 7, u64::MAX - 7, u64::MAX] {
-                    for request in [Request::read(sector, 4096), Request::write(sector, vec![1; 4096])] {
+                    for request in [
+                        Request::read(sector, 4096),
+                        Request::write(sector, vec![1; 4096]),
+                    ] {
                         let done = queue.run(&request, layout);
                         assert_eq!((status(&done), done.written <= 1), (IOERR, true), "{what}");
                     }
@@ -252,8 +261,9 @@ fn several_queues_at_once() {
         });
         assert_eq!(vmm.device_queues, QUEUES as u64);
         let place = |queue: usize, request: usize| (queue * REQUESTS + request) * 8;
-        let data =
-            |queue: usize, request: usize| vec![u8::try_from(queue * REQUESTS + request).unwrap(); 4096];
+        let data = |queue: usize, request: usize| {
+            vec![u8::try_from(queue * REQUESTS + request).unwrap(); 4096]
+        };
         for is_read in [false, true] {
             let mut heads = vec![Vec::new(); QUEUES];
             for request in 0..REQUESTS {
@@ -310,9 +320,12 @@ fn discards_and_zeroes() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
-        assert!(vmm.has_feature(VIRTIO_BLK_F_DISCARD) && vmm.has_feature(VIRTIO_BLK_F_WRITE_ZEROES));
+        assert!(
+            vmm.has_feature(VIRTIO_BLK_F_DISCARD) && vmm.has_feature(VIRTIO_BLK_F_WRITE_ZEROES)
+        );
         // virtio_blk_config: max_discard_seg, discard_sector_alignment, max_write_zeroes_seg.
-        let [segments, alignment, zero_segments] = [40, 44, 52].map(|offset| vmm.config_u32(offset));
+        let [segments, alignment, zero_segments] =
+            [40, 44, 52].map(|offset| vmm.config_u32(offset));
         assert!(vmm.config_u32(36) >= 64 && vmm.config_u32(48) >= 64);
         assert!((1..=8).contains(&alignment), "{alignment} sectors");
         let queue = &mut vmm.queues[0];
@@ -355,7 +368,11 @@ fn discards_and_zeroes() {
                 range(u64::MAX - 7, 8),
                 range(u64::MAX, u32::MAX),
             ] {
-                assert_eq!(run(queue, &new(&[bad])), (IOERR, untouched.clone()), "{bad:?}");
+                assert_eq!(
+                    run(queue, &new(&[bad])),
+                    (IOERR, untouched.clone()),
+                    "{bad:?}"
+                );
             }
             let mut cut = new(&[range(8, 8)]);
             cut.out.pop();
@@ -363,7 +380,10 @@ fn discards_and_zeroes() {
             cut.out.clear();
             assert_eq!(run(queue, &cut).1, untouched);
             for flags in [2, 4, 1 << 31, u32::MAX] {
-                let unknown = [Range { flags, ..range(8, 8) }];
+                let unknown = [Range {
+                    flags,
+                    ..range(8, 8)
+                }];
                 assert_eq!(run(queue, &new(&unknown)), (UNSUPP, untouched.clone()));
             }
         }
@@ -371,8 +391,14 @@ fn discards_and_zeroes() {
             flags: 1,
             ..range(8, 8)
         }];
-        assert_eq!(run(queue, &Request::discard(&unmap)), (UNSUPP, vec![5; BYTES]));
-        assert_eq!(run(queue, &Request::write_zeroes(&unmap)), (OK, zeroed(&unmap)));
+        assert_eq!(
+            run(queue, &Request::discard(&unmap)),
+            (UNSUPP, vec![5; BYTES])
+        );
+        assert_eq!(
+            run(queue, &Request::write_zeroes(&unmap)),
+            (OK, zeroed(&unmap))
+        );
     }
     setup.end();
 }
@@ -387,8 +413,10 @@ fn memory_comes_and_goes_while_requests_run() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
-        // Requests go on while such a message is handled; those that use what it brings come after it.
-        vmm.frontend().set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
+        // Requests go on while such a message is handled; those that use what it brings come after
+        // it.
+        vmm.frontend()
+            .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         vmm.queues[0].write_disk(0, &[1; 4096]);
         for round in 2..12 {
             let plugged = region(ADDRESS, BYTES);
@@ -407,7 +435,9 @@ fn memory_comes_and_goes_while_requests_run() {
             let mut header = [0; 16];
             header[0] = 1;
             header[8] = 64;
-            plugged.write_slice(&header, MemoryRegionAddress(0)).unwrap();
+            plugged
+                .write_slice(&header, MemoryRegionAddress(0))
+                .unwrap();
             plugged
                 .write_slice(&[round; 4096], MemoryRegionAddress(8192))
                 .unwrap();
@@ -453,7 +483,9 @@ fn memory_comes_and_goes_while_requests_run() {
             let mut header = [0; 16];
             header[0] = 1;
             header[8] = 64;
-            vmm.memory().write_slice(&header, GuestAddress(page)).unwrap();
+            vmm.memory()
+                .write_slice(&header, GuestAddress(page))
+                .unwrap();
             vmm.memory()
                 .write_slice(&[0xee], GuestAddress(page + 16))
                 .unwrap();
@@ -512,7 +544,15 @@ fn the_configuration_space() {
         assert_eq!(vmm.config[34..36], [3, 0], "num_queues");
         // Any window, and what lies behind what is known.
         let config = vmm.config.clone();
-        for (offset, size) in [(0, 8), (20, 4), (32, 1), (56, 4), (0, 256), (60, 196), (255, 1)] {
+        for (offset, size) in [
+            (0, 8),
+            (20, 4),
+            (32, 1),
+            (56, 4),
+            (0, 256),
+            (60, 196),
+            (255, 1),
+        ] {
             let nothing = vec![0; size];
             let window = vmm.frontend().get_config(
                 offset,
@@ -522,14 +562,19 @@ fn the_configuration_space() {
             );
             let window = window.unwrap().1;
             let start = offset as usize;
-            for (index, byte) in window.iter().enumerate().filter(|(index, _)| start + index < 60) {
+            for (index, byte) in window
+                .iter()
+                .enumerate()
+                .filter(|(index, _)| start + index < 60)
+            {
                 assert_eq!(*byte, config[start + index]);
             }
         }
     }
 }
 
-/// The driver switches the write cache off and on (virtio 1.3, 5.2.5.2), and only that may be written.
+/// The driver switches the write cache off and on (virtio 1.3, 5.2.5.2), and only that may be
+/// written.
 #[test]
 fn the_write_cache_is_switched() {
     let mut setup = Setup::new(&[]);
@@ -582,8 +627,8 @@ fn one_connection_after_the_other() {
     setup.end();
 }
 
-/// What cloud-hypervisor does when the guest's driver is reset: the same connection, no new owner, and other
-/// features if the next driver is another one.
+/// What cloud-hypervisor does when the guest's driver is reset: the same connection, no new owner,
+/// and other features if the next driver is another one.
 #[test]
 fn a_driver_is_reset_and_another_one_comes() {
     let setup = Setup::new(&["--num-queues", "2"]);
@@ -673,7 +718,10 @@ fn the_device_is_reset() {
             let before = vmm.memory_content();
             other.queues[0].write_disk(16, &data);
             assert_eq!(other.queues[0].read_disk(16, 4096), data);
-            assert!(vmm.memory_content() == before, "memory was written after a reset");
+            assert!(
+                vmm.memory_content() == before,
+                "memory was written after a reset"
+            );
             vmm.reset_driver();
             vmm.activate().unwrap();
             assert_eq!(vmm.queues[0].read_disk(8, 4096), data);
@@ -682,7 +730,8 @@ fn the_device_is_reset() {
     setup.end();
 }
 
-/// The socket is somebody else's, who holds it while daemons come and go: a connection waits for the next.
+/// The socket is somebody else's, who holds it while daemons come and go: a connection waits for
+/// the next.
 #[test]
 fn a_passed_socket_outlives_a_daemon() {
     let directory = tempfile::tempdir().unwrap();
@@ -726,8 +775,8 @@ fn a_passed_socket_outlives_a_daemon() {
 
 // ---- Replicas that hang
 
-/// Two of three replicas hang, so that nothing can be answered; and the VMM stops the ring. It must not wait
-/// for the replicas, and its memory is its own from then on.
+/// Two of three replicas hang, so that nothing can be answered; and the VMM stops the ring. It must
+/// not wait for the replicas, and its memory is its own from then on.
 #[test]
 fn a_ring_is_stopped_while_replicas_hang() {
     /// What is waited for the requests of a ring that stops, and some.
@@ -745,12 +794,20 @@ fn a_ring_is_stopped_while_replicas_hang() {
             image.inject(Operation::Read, Fault::Hang);
             image.inject(Operation::Write, Fault::Hang);
         }
-        let asked = |operation| hanging.iter().map(|image| image.asked(operation)).sum::<u64>();
+        let asked = |operation| {
+            hanging
+                .iter()
+                .map(|image| image.asked(operation))
+                .sum::<u64>()
+        };
         let before = [Operation::Read, Operation::Write].map(asked);
         for place in 0..4 {
             let queue = &mut vmm.queues[0];
             queue.submit(&Request::read(place * 8, 4096), Layout::DIRECT);
-            queue.submit(&Request::write((place + 8) * 8, vec![2; 4096]), Layout::DIRECT);
+            queue.submit(
+                &Request::write((place + 8) * 8, vec![2; 4096]),
+                Layout::DIRECT,
+            );
         }
         // They are with the replicas.
         let are_there = wait_until(LIMIT, || {
@@ -851,7 +908,9 @@ fn messages_of_wrong_size_or_form() {
         ] {
             let raw = Raw::connect(&setup);
             raw.send(request, flags, size, &vec![0; body], &[]);
-            raw.end(&format!("message {request} with flags {flags} and size {size}"));
+            raw.end(&format!(
+                "message {request} with flags {flags} and size {size}"
+            ));
         }
         // Descriptors that nobody asked for.
         let descriptor = setup.directory.path().join("0.raw");
@@ -881,7 +940,9 @@ fn messages_that_make_no_sense() {
         ("a ring too large", |vmm| {
             ignore(vmm.frontend().set_vring_num(0, 32768))
         }),
-        ("a ring of none", |vmm| ignore(vmm.frontend().set_vring_num(0, 0))),
+        ("a ring of none", |vmm| {
+            ignore(vmm.frontend().set_vring_num(0, 0))
+        }),
         ("a ring of three", |vmm| {
             ignore(vmm.frontend().set_vring_num(0, 3))
         }),
@@ -917,11 +978,13 @@ fn messages_that_make_no_sense() {
             table(vmm, &[(0, 8192, 0, 8192), (4096, 8192, 0, 8192)])
         }),
         ("a region that is there already", |vmm| {
-            let info = VhostUserMemoryRegionInfo::from_guest_region(&region(1 << 20, 8192)).unwrap();
+            let info =
+                VhostUserMemoryRegionInfo::from_guest_region(&region(1 << 20, 8192)).unwrap();
             ignore(vmm.frontend().add_mem_region(&info).map(drop));
         }),
         ("a region that is not there", |vmm| {
-            let info = VhostUserMemoryRegionInfo::from_guest_region(&region(1 << 40, 8192)).unwrap();
+            let info =
+                VhostUserMemoryRegionInfo::from_guest_region(&region(1 << 40, 8192)).unwrap();
             ignore(vmm.frontend().remove_mem_region(&info));
         }),
         ("memory that goes away under the rings", remove_all_memory),
@@ -1017,7 +1080,11 @@ fn ignore<E>(_: Result<(), E>) {}
 /// Sends ring addresses of this process, changed.
 fn set_addresses(vmm: &mut Vmm, change: impl FnOnce(&mut [u64; 3])) {
     let data = common::frontend::ring_data(vmm.memory(), &vmm.queues[0]);
-    let mut addresses = [data.desc_table_addr, data.avail_ring_addr, data.used_ring_addr];
+    let mut addresses = [
+        data.desc_table_addr,
+        data.avail_ring_addr,
+        data.used_ring_addr,
+    ];
     change(&mut addresses);
     let data = VringConfigData {
         desc_table_addr: addresses[0],
@@ -1131,7 +1198,11 @@ fn rings_that_are_broken() {
                     queue.add_head(5);
                 }
                 4 => {
-                    queue.write_raw_descriptor(table, 5, Descriptor::new(u64::MAX - 3, u32::MAX, 2, 0));
+                    queue.write_raw_descriptor(
+                        table,
+                        5,
+                        Descriptor::new(u64::MAX - 3, u32::MAX, 2, 0),
+                    );
                     queue.add_head(5);
                 }
                 _ => {

@@ -1,5 +1,5 @@
-//! The inputs of the fuzz targets (fuzz/README.md), replayed: the seeds, what the fuzzer has made of them, and what was
-//! mended.
+//! The inputs of the fuzz targets (fuzz/README.md), replayed: the seeds, what the fuzzer has made
+//! of them, and what was mended.
 
 #[path = "../fuzz/src/lib.rs"]
 #[allow(dead_code, unreachable_pub)]
@@ -15,7 +15,8 @@ use targets::seeds::{self, Seed};
 /// The fuzzer's directory.
 const FUZZ: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/fuzz");
 
-/// Runs all inputs of a target. With `QUORUM_BLK_FUZZ_SEEDS=1` it leaves the seeds where the fuzzer finds them.
+/// Runs all inputs of a target. With `QUORUM_BLK_FUZZ_SEEDS=1` it leaves the seeds where the fuzzer
+/// finds them.
 fn replay(target: &str, seeds: &[Seed], run: fn(&[u8])) {
     // Some look at what the process has open.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

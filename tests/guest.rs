@@ -1,5 +1,6 @@
-//! A Linux guest works on a voted disk while a replica is corrupted underneath: it never notices, and the
-//! events name what was corrupted and nothing else. Where three replicas differ, it gets an I/O error.
+//! A Linux guest works on a voted disk while a replica is corrupted underneath: it never notices,
+//! and the events name what was corrupted and nothing else. Where three replicas differ, it gets an
+//! I/O error.
 
 mod common;
 
@@ -11,7 +12,9 @@ use std::time::Duration;
 
 use common::daemon::{Daemon, EventReader, replica_arguments};
 use common::guest::{Guest, GuestBuilder};
-use common::images::{BLOCK_SECTORS, Random, SECTOR_BYTES, are_identical, corrupt_sectors, create_images};
+use common::images::{
+    BLOCK_SECTORS, Random, SECTOR_BYTES, are_identical, corrupt_sectors, create_images,
+};
 use common::process::wait_until;
 use serde_json::Value;
 
@@ -34,7 +37,8 @@ const FILE_MIB: u64 = 4;
 const SETTLING_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
-const READ_WHOLE_DISK: &str = "sync; echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null bs=1M";
+const READ_WHOLE_DISK: &str =
+    "sync; echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null bs=1M";
 
 #[test]
 fn a_guest_does_not_notice_a_corrupted_replica() {
@@ -42,7 +46,16 @@ fn a_guest_does_not_notice_a_corrupted_replica() {
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut arguments = replica_arguments(&images);
     // Every sector is to be found by the guest.
-    arguments.extend(["--scrub-around", "0", "--rewrite-corrupted", "--num-queues", "2"].map(Into::into));
+    arguments.extend(
+        [
+            "--scrub-around",
+            "0",
+            "--rewrite-corrupted",
+            "--num-queues",
+            "2",
+        ]
+        .map(Into::into),
+    );
     // Nothing hangs here; the machine may be slow, and a replica that is late would be reported.
     arguments.extend(["--replica-timeout", "30000"].map(Into::into));
     let mut daemon = Daemon::start(directory.path(), arguments);
@@ -61,8 +74,15 @@ fn a_guest_does_not_notice_a_corrupted_replica() {
     ));
     guest.run_successfully("cd /mnt && sha256sum * >/tmp/checksums && cat /tmp/checksums");
     guest.run_successfully("umount /mnt && mount -o ro /dev/vda /mnt");
-    assert_eq!(events.all(), [] as [Value; 0], "nothing was corrupted so far");
-    assert!(are_identical(&images), "all replicas hold what the guest wrote");
+    assert_eq!(
+        events.all(),
+        [] as [Value; 0],
+        "nothing was corrupted so far"
+    );
+    assert!(
+        are_identical(&images),
+        "all replicas hold what the guest wrote"
+    );
 
     a_reading_guest(&mut guest, &images, &events, &mut random);
     a_writing_guest(&mut guest, &images, &events, &mut random);
@@ -73,7 +93,12 @@ fn a_guest_does_not_notice_a_corrupted_replica() {
 }
 
 /// The guest only reads, so every corrupted sector has to be found, reported and repaired.
-fn a_reading_guest(guest: &mut Guest, images: &[PathBuf], events: &EventReader, random: &mut Random) {
+fn a_reading_guest(
+    guest: &mut Guest,
+    images: &[PathBuf],
+    events: &EventReader,
+    random: &mut Random,
+) {
     let mut used_blocks = BTreeSet::new();
     let mut corrupted = BTreeSet::new();
     for _ in 0..ROUNDS {
@@ -100,7 +125,10 @@ fn a_reading_guest(guest: &mut Guest, images: &[PathBuf], events: &EventReader, 
     let events = events.all();
     let reported = reported_sectors(&events, &corrupted);
     let unreported: Vec<_> = corrupted.difference(&reported).collect();
-    assert!(is_complete, "corrupted but not reported: sectors {unreported:?}");
+    assert!(
+        is_complete,
+        "corrupted but not reported: sectors {unreported:?}"
+    );
     println!(
         "{} sectors corrupted, all reported, by {} events",
         corrupted.len(),
@@ -109,9 +137,14 @@ fn a_reading_guest(guest: &mut Guest, images: &[PathBuf], events: &EventReader, 
     expect_identical(images);
 }
 
-/// The guest writes as well. It may write over what was corrupted before anybody has read it, so not all
-/// has to be reported; still nothing else may be, and nothing may stay different.
-fn a_writing_guest(guest: &mut Guest, images: &[PathBuf], events: &EventReader, random: &mut Random) {
+/// The guest writes as well. It may write over what was corrupted before anybody has read it, so
+/// not all has to be reported; still nothing else may be, and nothing may stay different.
+fn a_writing_guest(
+    guest: &mut Guest,
+    images: &[PathBuf],
+    events: &EventReader,
+    random: &mut Random,
+) {
     let events_before = events.all().len();
     guest.run_successfully("mount -o noatime /dev/vda /mnt");
     let runs: Vec<_> = (0..RUNS_PER_ROUND)
@@ -141,7 +174,11 @@ fn a_writing_guest(guest: &mut Guest, images: &[PathBuf], events: &EventReader, 
     expect_identical(images);
     let events = &events.all()[events_before..];
     let reported = reported_sectors(events, &touched);
-    println!("{} sectors reported, by {} events", reported.len(), events.len());
+    println!(
+        "{} sectors reported, by {} events",
+        reported.len(),
+        events.len()
+    );
 }
 
 #[test]
@@ -188,12 +225,16 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
     guest.run_successfully(READ_WHOLE_DISK);
     expect_identical(&images);
 
-    // The guest tried more than once, also by reading ahead. No version won: there is nobody to accuse.
+    // The guest tried more than once, also by reading ahead. No version won: there is nobody to
+    // accuse.
     for event in events.all() {
         let data = &event["data"];
         assert_eq!(event["event"], "QUORUM_FAILURE", "{event}");
         assert_eq!(data["reference"], "quorum0", "{event}");
-        assert!(sector_range(data, "sector-count").contains(&SECTOR), "{event}");
+        assert!(
+            sector_range(data, "sector-count").contains(&SECTOR),
+            "{event}"
+        );
         assert_eq!(data["sector-count"], data["sectors-count"], "{event}");
         assert!(number(&event["timestamp"], "seconds") > 0, "{event}");
     }
@@ -203,8 +244,8 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
     guest.run_successfully("echo the guest lives on");
 }
 
-/// One to eight sectors within a block that is not in `used_blocks`, and the mask to corrupt them with. Two
-/// of three lie where the guest's files are.
+/// One to eight sectors within a block that is not in `used_blocks`, and the mask to corrupt them
+/// with. Two of three lie where the guest's files are.
 fn fresh_run(random: &mut Random, used_blocks: &mut BTreeSet<u64>) -> (Range<u64>, u8) {
     const FILES_BLOCKS: u64 = FILES * FILE_MIB * (1 << 20) / SECTOR_BYTES / BLOCK_SECTORS;
     let last_block = match random.within(0..3) {
@@ -238,9 +279,9 @@ fn expect_identical(images: &[PathBuf]) {
     );
 }
 
-/// The sectors that these events name, each of which has to be a QUORUM_REPORT_BAD against the victim for
-/// wrong data in some of the `corrupted` sectors and no others. Where an event had to cut its list short,
-/// all corrupted sectors of its range count as named.
+/// The sectors that these events name, each of which has to be a QUORUM_REPORT_BAD against the
+/// victim for wrong data in some of the `corrupted` sectors and no others. Where an event had to
+/// cut its list short, all corrupted sectors of its range count as named.
 fn reported_sectors(events: &[Value], corrupted: &BTreeSet<u64>) -> BTreeSet<u64> {
     let mut reported = BTreeSet::new();
     for event in events {
@@ -255,7 +296,10 @@ fn reported_sectors(events: &[Value], corrupted: &BTreeSet<u64>) -> BTreeSet<u64
         let runs = data["bad-sectors"].as_array();
         let runs = runs.unwrap_or_else(|| panic!("no array bad-sectors: {event}"));
         assert!(!runs.is_empty(), "{event}");
-        for sector in runs.iter().flat_map(|run| sector_range(run, "sector-count")) {
+        for sector in runs
+            .iter()
+            .flat_map(|run| sector_range(run, "sector-count"))
+        {
             assert!(
                 range.contains(&sector),
                 "sector {sector} is out of range: {event}"

@@ -1,5 +1,6 @@
-//! What a Linux guest does with a disk beside reading and writing works too: it uses all queues at the same
-//! time, changes the cache mode, gives space back, and works with memory that it was given while it runs.
+//! What a Linux guest does with a disk beside reading and writing works too: it uses all queues at
+//! the same time, changes the cache mode, gives space back, and works with memory that it was given
+//! while it runs.
 
 mod common;
 
@@ -26,8 +27,8 @@ const UNPLUG_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
-/// What the disk looks like, every queue used, cache mode, space given back: all in one guest. Its second disk
-/// is read-only.
+/// What the disk looks like, every queue used, cache mode, space given back: all in one guest. Its
+/// second disk is read-only.
 #[test]
 fn a_guest_uses_what_the_disk_offers() {
     let directory = tempfile::tempdir().expect("creating a directory");
@@ -77,13 +78,17 @@ fn a_guest_uses_what_the_disk_offers() {
     assert_eq!(frozen.terminate().code(), Some(0), "{}", frozen.log());
     assert_eq!(events.all(), [] as [Value; 0]);
     for (image, before) in frozen_images.iter().zip(&frozen_before) {
-        assert_eq!(fs::read(image).expect("reading an image"), vec![0x5a; 1 << 20]);
+        assert_eq!(
+            fs::read(image).expect("reading an image"),
+            vec![0x5a; 1 << 20]
+        );
         let times = |data: &Metadata| (data.mtime(), data.mtime_nsec(), data.blocks());
         assert_eq!(times(&metadata(image)), times(before), "not even touched");
     }
 }
 
-/// Nothing that the guest tries on `/dev/vdb` gets through; that nothing arrived is seen at the end.
+/// Nothing that the guest tries on `/dev/vdb` gets through; that nothing arrived is seen at the
+/// end.
 fn a_read_only_disk(guest: &mut Guest) {
     assert_eq!(guest.answer("blockdev --getro /dev/vda"), "0");
     assert_eq!(guest.answer("blockdev --getro /dev/vdb"), "1");
@@ -151,7 +156,9 @@ impl DiskLimits {
 fn both_queues_at_the_same_time(guest: &mut Guest, files: &[PathBuf]) {
     const PART_MIB: u64 = 4;
     assert_eq!(
-        guest.answer("cd /sys/block/vda/mq && for queue in *; do echo $queue: $(cat $queue/cpu_list); done"),
+        guest.answer(
+            "cd /sys/block/vda/mq && for queue in *; do echo $queue: $(cat $queue/cpu_list); done"
+        ),
         "0: 0\n1: 1"
     );
     guest.run_successfully(&format!(
@@ -190,8 +197,9 @@ fn both_queues_at_the_same_time(guest: &mut Guest, files: &[PathBuf]) {
 
 /// The guest sees a cache that it has to flush, and may ask for one that it has not.
 fn cache_mode(guest: &mut Guest) {
-    let modes =
-        |guest: &mut Guest| guest.answer("cat /sys/block/vda/cache_type /sys/block/vda/queue/write_cache");
+    let modes = |guest: &mut Guest| {
+        guest.answer("cat /sys/block/vda/cache_type /sys/block/vda/queue/write_cache")
+    };
     assert_eq!(modes(guest), "write back\nwrite back");
     for mode in ["write through", "write back"] {
         guest.run_successfully(&format!("echo {mode} >/sys/block/vda/cache_type"));
@@ -226,7 +234,10 @@ fn freed_space(guest: &mut Guest, files: &[PathBuf]) {
             allocated_empty[index] + (2 << 20) < allocated_before[index],
             "replica {index}: mke2fs"
         );
-        assert!(allocated_full[index] >= FILE_MIB << 20, "replica {index}: full");
+        assert!(
+            allocated_full[index] >= FILE_MIB << 20,
+            "replica {index}: full"
+        );
         assert!(
             allocated_trimmed[index] + ((FILE_MIB - 2) << 20) < allocated_full[index],
             "replica {index}: fstrim"
@@ -235,7 +246,8 @@ fn freed_space(guest: &mut Guest, files: &[PathBuf]) {
     assert!(are_identical(files), "the replicas differ");
 }
 
-/// Discarded, zeroed and punched ranges are zero on every replica, and their neighbours are as they were.
+/// Discarded, zeroed and punched ranges are zero on every replica, and their neighbours are as they
+/// were.
 fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
     const MIB: usize = 1 << 20;
     let block: usize = guest
@@ -249,8 +261,14 @@ fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
         ("/sbin/fallocate --zero-range", 13 * MIB + 4096..14 * MIB),
         // As small as can be, and aligned to nothing else.
         ("/sbin/blkdiscard", 15 * MIB + block..15 * MIB + 4 * block),
-        ("/sbin/blkdiscard -z", 15 * MIB + 9 * block..15 * MIB + 10 * block),
-        ("/sbin/blkdiscard -z", 15 * MIB + 100 * block..16 * MIB - block),
+        (
+            "/sbin/blkdiscard -z",
+            15 * MIB + 9 * block..15 * MIB + 10 * block,
+        ),
+        (
+            "/sbin/blkdiscard -z",
+            15 * MIB + 100 * block..16 * MIB - block,
+        ),
     ];
     guest.run_successfully(
         "tr '\\0' '\\377' </dev/zero | dd of=/dev/vda bs=1M count=16 iflag=fullblock conv=notrunc,fsync",
@@ -267,7 +285,10 @@ fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
         File::open(file)
             .and_then(|file| file.read_exact_at(&mut bytes, 0))
             .expect("reading a replica");
-        let wrong = bytes.iter().zip(&expected).position(|(is, should)| is != should);
+        let wrong = bytes
+            .iter()
+            .zip(&expected)
+            .position(|(is, should)| is != should);
         assert_eq!(wrong, None, "byte that differs in {}", file.display());
         // At least what was discarded and punched in whole.
         assert!(
@@ -282,7 +303,8 @@ fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
     expect_on_disk(files, 0, expected.len() as u64, &sum);
 }
 
-/// Guest memory grows while requests are in flight; then they go to the new memory and come from there.
+/// Guest memory grows while requests are in flight; then they go to the new memory and come from
+/// there.
 #[test]
 fn a_guest_gets_more_memory_while_it_works() {
     const DATA_MIB: u64 = 96;
@@ -322,7 +344,9 @@ fn a_guest_gets_more_memory_while_it_works() {
     assert!(memory_kib(&mut guest) >= before_kib + (256 << 10));
 
     guest.run_successfully("rm /tmp/back; mount -o remount,size=300M /tmp");
-    guest.run_successfully(&format!("dd if=/dev/urandom of=/tmp/data bs=1M count={DATA_MIB}"));
+    guest.run_successfully(&format!(
+        "dd if=/dev/urandom of=/tmp/data bs=1M count={DATA_MIB}"
+    ));
     let sum = guest.checksum("/tmp/data");
     copy_to_disk(&mut guest, 0, DATA_MIB, &sum, &images);
     let zones = "awk '$3 == \"zone\" { movable = $4 == \"Movable\" } movable && $1 == \"managed\" { managed = $2 } \
@@ -342,7 +366,8 @@ fn a_guest_gets_more_memory_while_it_works() {
     guest.run_successfully("truncate -s 8M /tmp/data; echo 3 >/proc/sys/vm/drop_caches");
     let sum = guest.checksum("/tmp/data");
     monitor.execute("device_del", json!({ "id": "memory1" }));
-    let is_gone = |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == "memory1";
+    let is_gone =
+        |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == "memory1";
     let gone = monitor.wait_for_event(is_gone, UNPLUG_LIMIT);
     assert!(gone.is_some(), "the guest keeps the memory");
     monitor.execute("object-del", json!({ "id": "memory1" }));
@@ -371,7 +396,8 @@ fn copy_to_disk(guest: &mut Guest, offset_mib: u64, data_mib: u64, sum: &str, im
         "dd if=/tmp/data of=/dev/vda bs=1M seek={offset_mib} conv=notrunc,fsync"
     ));
     guest.run_successfully(COLD_CACHE);
-    let read = format!("dd if=/dev/vda bs=1M skip={offset_mib} count={data_mib} 2>/dev/null | sha512sum");
+    let read =
+        format!("dd if=/dev/vda bs=1M skip={offset_mib} count={data_mib} 2>/dev/null | sha512sum");
     assert_eq!(guest.answer(&read)[..sum.len()], *sum);
     expect_on_disk(images, offset_mib << 20, data_mib << 20, sum);
 }

@@ -59,7 +59,9 @@ fn a_running_guest_sees_the_new_size_and_uses_it() {
         "dd if=/tmp/new of=/dev/vda bs=1M seek={last} conv=fsync"
     ));
     guest.run_successfully("rm /tmp/new; sync; echo 3 >/proc/sys/vm/drop_caches");
-    guest.run_successfully(&format!("dd if=/dev/vda of=/tmp/new bs=1M skip={last} count=8"));
+    guest.run_successfully(&format!(
+        "dd if=/dev/vda of=/tmp/new bs=1M skip={last} count=8"
+    ));
     assert_eq!(guest.checksum("/tmp/new"), new_sum);
     assert_eq!(guest.checksum("/mnt/file"), sum);
     guest.run_successfully("umount /mnt");

@@ -1,5 +1,5 @@
-//! A Linux guest does not notice that its daemon is killed, or replaced by another, while it works. QEMU
-//! connects again (`reconnect=1`) and hands over what was in flight.
+//! A Linux guest does not notice that its daemon is killed, or replaced by another, while it works.
+//! QEMU connects again (`reconnect=1`) and hands over what was in flight.
 
 mod common;
 
@@ -17,7 +17,8 @@ const PROGRESS_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
-/// The daemon is killed, and replaced in good order, while a guest copies files. The guest notices a pause.
+/// The daemon is killed, and replaced in good order, while a guest copies files. The guest notices
+/// a pause.
 #[test]
 fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
     const ROUNDS: usize = 6;
@@ -78,7 +79,10 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
     assert_eq!(copy.status, 0, "{copy:?}");
     logs += &daemon.log();
     println!("{logs}");
-    assert!(logs.contains("requests were in flight"), "no kill hit a request");
+    assert!(
+        logs.contains("requests were in flight"),
+        "no kill hit a request"
+    );
 
     guest.run_successfully(COLD_CACHE);
     for round in 1..=ROUNDS {
@@ -133,7 +137,9 @@ fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
     let durable = || watched.done(Operation::Sync) + watched.durable_writes();
     let made_durable = |guest: &mut Guest| {
         let before = durable();
-        guest.run_successfully("dd if=/dev/urandom of=/dev/vda bs=4k count=1 oflag=direct conv=notrunc");
+        guest.run_successfully(
+            "dd if=/dev/urandom of=/dev/vda bs=4k count=1 oflag=direct conv=notrunc",
+        );
         durable() - before
     };
 
@@ -141,7 +147,10 @@ fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
     assert_eq!(made_durable(&mut guest), 0);
     guest.run_successfully("echo write through >/sys/block/vda/cache_type");
     let mut daemon = replaced(daemon, &start);
-    assert_eq!(guest.answer("cat /sys/block/vda/cache_type"), "write through");
+    assert_eq!(
+        guest.answer("cat /sys/block/vda/cache_type"),
+        "write through"
+    );
     assert_ne!(made_durable(&mut guest), 0, "writes are not durable");
 
     guest.poweroff();

@@ -1,6 +1,7 @@
-//! What an operator does to a disk while a guest works on it, with `quorum-blkctl` only: one replica is replaced by an
-//! empty file, another one is damaged in a thousand places and mended, the disk is made larger. The guest checks
-//! everything that it reads, and sees nothing but right data; in the end all files are equal.
+//! What an operator does to a disk while a guest works on it, with `quorum-blkctl` only: one
+//! replica is replaced by an empty file, another one is damaged in a thousand places and mended,
+//! the disk is made larger. The guest checks everything that it reads, and sees nothing but right
+//! data; in the end all files are equal.
 
 mod common;
 
@@ -19,7 +20,8 @@ const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 256 * MIB;
 const GROWN_BYTES: u64 = 320 * MIB;
 
-/// The writer has this many places of this size, which begin at `/tmp/base` places, and writes a text to them in turn.
+/// The writer has this many places of this size, which begin at `/tmp/base` places, and writes a
+/// text to them in turn.
 const PLACES: u64 = 256;
 const PLACE_BYTES: u64 = 16 << 10;
 
@@ -31,8 +33,8 @@ const READ_BYTES: u64 = 16 * MIB;
 const UNREAD_FROM: u64 = 128 * MIB;
 const UNREAD_BYTES: u64 = 16 * MIB;
 
-/// Places that are damaged in each of: what is written, what is read, what is there and is not read, what has never
-/// been written.
+/// Places that are damaged in each of: what is written, what is read, what is there and is not
+/// read, what has never been written.
 const DAMAGED_IN_EACH: u64 = 250;
 
 /// Writes past the guest's page cache, reads back all that it wrote in the last turn, compares.
@@ -68,7 +70,8 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
         .start();
     let operator = Operator { monitor };
 
-    let sum = "dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum >/tmp/sum";
+    let sum =
+        "dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum >/tmp/sum";
     guest.run_successfully(&format!("echo 0 >/tmp/base; {sum}"));
     guest.run_successfully(&format!("({WRITER}) >/tmp/writer 2>&1 &"));
     guest.run_successfully(&format!("({READER}) >/tmp/reader 2>&1 &"));
@@ -111,7 +114,10 @@ fn a_disk_is_mended_and_grown_under_a_guest() {
         (IMAGE_BYTES / 512).to_string()
     );
     assert_eq!(
-        operator.run(&["resize", &format!("+{}M", (GROWN_BYTES - IMAGE_BYTES) / MIB)]),
+        operator.run(&[
+            "resize",
+            &format!("+{}M", (GROWN_BYTES - IMAGE_BYTES) / MIB)
+        ]),
         0
     );
     let grown = GROWN_BYTES / 512;
@@ -186,11 +192,15 @@ impl Operator {
 
 /// Writes random data to all images.
 fn fill(images: &[PathBuf], from: u64, bytes: u64, random: &mut Random) {
-    let data: Vec<u8> = (0..bytes / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+    let data: Vec<u8> = (0..bytes / 8)
+        .flat_map(|_| random.next().to_le_bytes())
+        .collect();
     for image in images {
         let image = fs::OpenOptions::new().write(true).open(image);
         let image = image.expect("opening an image");
-        image.write_all_at(&data, from).expect("writing to an image");
+        image
+            .write_all_at(&data, from)
+            .expect("writing to an image");
     }
 }
 

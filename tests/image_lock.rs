@@ -1,7 +1,8 @@
-//! Image locking together with the real QEMU: its tools leave a disk alone that is in use here, and an image
-//! that QEMU has open is refused here.
+//! Image locking together with the real QEMU: its tools leave a disk alone that is in use here, and
+//! an image that QEMU has open is refused here.
 //!
-//! Needs `qemu-img`, `qemu-io` and `qemu-storage-daemon` (Debian: qemu-utils and qemu-system-common).
+//! Needs `qemu-img`, `qemu-io` and `qemu-storage-daemon` (Debian: qemu-utils and
+//! qemu-system-common).
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
@@ -27,7 +28,10 @@ impl Image {
     fn new() -> Self {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("1.raw");
-        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        std::fs::File::create(&path)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
         Self { directory, path }
     }
 
@@ -41,7 +45,10 @@ impl Image {
             matches!(&error, OpenError::Locked { source, .. } if source.is_busy()),
             "{error}"
         );
-        assert!(error.to_string().contains("in use by another process"), "{error}");
+        assert!(
+            error.to_string().contains("in use by another process"),
+            "{error}"
+        );
     }
 }
 
@@ -64,7 +71,10 @@ impl StorageDaemon {
             ])
             .args([
                 "--blockdev",
-                &format!("driver=raw,file=file,node-name=disk,read-only={}", on(!writable)),
+                &format!(
+                    "driver=raw,file=file,node-name=disk,read-only={}",
+                    on(!writable)
+                ),
             ])
             .args([
                 "--nbd-server",
@@ -75,7 +85,10 @@ impl StorageDaemon {
             ])
             .args([
                 "--export",
-                &format!("type=nbd,id=export,node-name=disk,writable={}", on(writable)),
+                &format!(
+                    "type=nbd,id=export,node-name=disk,writable={}",
+                    on(writable)
+                ),
             ])
             .args(["--pidfile", &pid_file.display().to_string()])
             .stdin(Stdio::null())
@@ -131,13 +144,18 @@ fn qemu_img(arguments: &[&str], image: &Image) -> Output {
 
 fn qemu_write(image: &Image) -> Output {
     let mut command = program("qemu-io");
-    command.args(["-f", "raw", "-c", "write 0 512"]).arg(&image.path);
+    command
+        .args(["-f", "raw", "-c", "write 0 512"])
+        .arg(&image.path);
     started("qemu-io", command.output())
 }
 
 fn assert_refused(output: &Output) {
     let text = String::from_utf8_lossy(&output.stderr);
-    assert!(!output.status.success(), "QEMU took an image that is in use here");
+    assert!(
+        !output.status.success(),
+        "QEMU took an image that is in use here"
+    );
     assert!(
         text.contains("lock") && text.contains("Is another process using the image"),
         "{text}"

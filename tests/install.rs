@@ -1,4 +1,5 @@
-//! What `make install` installs is complete, is what the programs that read it take, and goes again.
+//! What `make install` installs is complete, is what the programs that read it take, and goes
+//! again.
 //!
 //! Needs systemd's tools, man, mandoc, zsh and fish, which `make clients` installs.
 
@@ -38,7 +39,10 @@ const INSTALLED: [&str; 16] = [
 const SOCKET_UNITS: [&str; 3] = ["quorum-blkd@", "quorum-blkd-events@", "quorum-blkd-qmp@"];
 
 /// Runs a program that has to succeed; returns what it printed, errors included.
-fn run(program: impl AsRef<OsStr>, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
+fn run(
+    program: impl AsRef<OsStr>,
+    arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+) -> String {
     run_with(program, arguments, &[])
 }
 
@@ -72,15 +76,26 @@ fn make(target: &str, variables: &[(&str, &Path)]) {
     let _turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let program = Path::new(env!("CARGO_BIN_EXE_quorum-blkd"));
     let build = Path::new(env!("CARGO_TARGET_TMPDIR")).parent().unwrap();
-    let mut arguments: Vec<OsString> = vec!["-C".into(), env!("CARGO_MANIFEST_DIR").into(), target.into()];
-    for (name, value) in [("BUILT", program.parent().unwrap())].iter().chain(variables) {
+    let mut arguments: Vec<OsString> = vec![
+        "-C".into(),
+        env!("CARGO_MANIFEST_DIR").into(),
+        target.into(),
+    ];
+    for (name, value) in [("BUILT", program.parent().unwrap())]
+        .iter()
+        .chain(variables)
+    {
         arguments.push(
             [OsStr::new(name), OsStr::new("="), value.as_os_str()]
                 .into_iter()
                 .collect(),
         );
     }
-    run_with("make", arguments, &[("CARGO_TARGET_DIR", build.as_os_str())]);
+    run_with(
+        "make",
+        arguments,
+        &[("CARGO_TARGET_DIR", build.as_os_str())],
+    );
 }
 
 /// The files below a directory, by their paths from there.
@@ -127,7 +142,9 @@ impl Installed {
         let mut values = text
             .lines()
             .filter_map(|line| line.strip_prefix(name)?.strip_prefix('='));
-        let value = values.next().unwrap_or_else(|| panic!("no {name}= in {unit}"));
+        let value = values
+            .next()
+            .unwrap_or_else(|| panic!("no {name}= in {unit}"));
         assert_eq!(values.next(), None, "{name}= in {unit}");
         value.to_owned()
     }
@@ -142,7 +159,10 @@ fn all_is_installed_and_goes_again() {
     let (documents, others): (BTreeSet<PathBuf>, _) = files(directory.path())
         .into_iter()
         .partition(|file| file.starts_with("usr/share/doc/quorum-blk"));
-    let expected: BTreeSet<PathBuf> = INSTALLED.iter().map(|name| Path::new("usr").join(name)).collect();
+    let expected: BTreeSet<PathBuf> = INSTALLED
+        .iter()
+        .map(|name| Path::new("usr").join(name))
+        .collect();
     assert_eq!(others, expected);
     for name in [
         "LICENSE",
@@ -159,7 +179,11 @@ fn all_is_installed_and_goes_again() {
             .unwrap()
             .permissions()
             .mode();
-        let expected = if file.starts_with("usr/bin") { 0o755 } else { 0o644 };
+        let expected = if file.starts_with("usr/bin") {
+            0o755
+        } else {
+            0o644
+        };
         assert_eq!(mode & 0o7777, expected, "{}", file.display());
         // Nothing remembers where it was put together.
         let bytes = fs::read(directory.path().join(file)).unwrap();
@@ -185,7 +209,8 @@ fn all_is_installed_and_goes_again() {
     assert!(!usr.join("share/doc/quorum-blk").exists());
 }
 
-/// QEMU's docs/interop/vhost-user.json: the struct VhostUserBackend, and what it says of `--print-capabilities`.
+/// QEMU's docs/interop/vhost-user.json: the struct VhostUserBackend, and what it says of
+/// `--print-capabilities`.
 #[test]
 fn the_descriptor_is_true() {
     let installed = Installed::new();
@@ -196,7 +221,8 @@ fn the_descriptor_is_true() {
     assert!(descriptor["description"].is_string());
     let program = installed.path("bin/quorum-blkd");
     assert_eq!(descriptor["binary"], json!(program));
-    let capabilities: Value = serde_json::from_str(&run(&program, ["--print-capabilities"])).unwrap();
+    let capabilities: Value =
+        serde_json::from_str(&run(&program, ["--print-capabilities"])).unwrap();
     assert_eq!(
         capabilities,
         json!({ "type": descriptor["type"], "features": ["read-only", "blk-file"] })
@@ -213,7 +239,10 @@ fn the_descriptor_is_true() {
 fn systemd_takes_the_units() {
     let installed = Installed::new();
     let units = SOCKET_UNITS.map(|unit| format!("{unit}.socket"));
-    let units = units.iter().map(String::as_str).chain(["quorum-blkd@.service"]);
+    let units = units
+        .iter()
+        .map(String::as_str)
+        .chain(["quorum-blkd@.service"]);
     let units: Vec<PathBuf> = units.map(|unit| installed.unit(unit)).collect();
     let manual = installed.path("share/man");
     // Warns of what it does not know, of programs and man pages that are not there.
@@ -224,12 +253,19 @@ fn systemd_takes_the_units() {
             .chain(units.iter().map(OsString::from)),
         &[("MANPATH", manual.as_os_str())],
     );
-    let ours: Vec<&str> = said.lines().filter(|line| line.contains("quorum-blk")).collect();
+    let ours: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("quorum-blk"))
+        .collect();
     assert_eq!(ours, Vec::<&str>::new(), "{said}");
     // From 0 to 100, the less the better.
     let service = &units[3];
-    let arguments = ["security", "--no-pager", "--offline=true", "--threshold=5"].map(OsString::from);
-    let assessed = run("systemd-analyze", arguments.into_iter().chain([service.into()]));
+    let arguments =
+        ["security", "--no-pager", "--offline=true", "--threshold=5"].map(OsString::from);
+    let assessed = run(
+        "systemd-analyze",
+        arguments.into_iter().chain([service.into()]),
+    );
     println!("{}", assessed.lines().last().unwrap_or_default());
     let root = tempfile::tempdir().unwrap();
     fs::create_dir(root.path().join("etc")).unwrap();
@@ -241,7 +277,10 @@ fn systemd_takes_the_units() {
     for (file, of_service) in [("etc/passwd", "User"), ("etc/group", "Group")] {
         let name = installed.setting("quorum-blkd@.service", of_service);
         let entries = fs::read_to_string(root.path().join(file)).unwrap();
-        assert!(entries.starts_with(&format!("{name}:")), "{file}: {entries}");
+        assert!(
+            entries.starts_with(&format!("{name}:")),
+            "{file}: {entries}"
+        );
     }
     assert_eq!(
         installed.setting("quorum-blkd@.socket", "SocketGroup"),
@@ -249,14 +288,15 @@ fn systemd_takes_the_units() {
     );
 }
 
-/// The program understands what the units say: the command line, the variable of the file of options, and the names of
-/// the sockets.
+/// The program understands what the units say: the command line, the variable of the file of
+/// options, and the names of the sockets.
 #[test]
 fn the_daemon_takes_what_the_units_give_it() {
     let installed = Installed::new();
     let unit = "quorum-blkd@.service";
     let command = installed.setting(unit, "ExecStart").replace("%i", "db");
-    let options = "--rewrite-corrupted --blk-file /ssd1/a.raw --blk-file /ssd2/b.raw --blk-file /ssd3/c.raw";
+    let options =
+        "--rewrite-corrupted --blk-file /ssd1/a.raw --blk-file /ssd2/b.raw --blk-file /ssd3/c.raw";
     assert_eq!(
         installed.setting(unit, "EnvironmentFile"),
         "/etc/quorum-blk/%i.conf"
@@ -275,7 +315,10 @@ fn the_daemon_takes_what_the_units_give_it() {
     let Ok(Parsed::Run(config)) = Config::from_args(arguments, passed.collect()) else {
         panic!("refused: {command}");
     };
-    assert_eq!((config.node_name.as_str(), config.replicas.len()), ("db", 3));
+    assert_eq!(
+        (config.node_name.as_str(), config.replicas.len()),
+        ("db", 3)
+    );
     let fd = |listen: Option<Listen>| match listen {
         Some(Listen::Passed(socket)) => socket.fd,
         other => panic!("{other:?}"),
@@ -284,7 +327,9 @@ fn the_daemon_takes_what_the_units_give_it() {
         [Some(config.listen), config.events, config.qmp].map(fd),
         [3, 4, 5]
     );
-    let sockets = SOCKET_UNITS.map(|name| format!("{name}%i.socket")).join(" ");
+    let sockets = SOCKET_UNITS
+        .map(|name| format!("{name}%i.socket"))
+        .join(" ");
     assert_eq!(installed.setting(unit, "Sockets"), sockets);
 }
 
@@ -300,8 +345,18 @@ fn the_man_pages_are_some() {
         "EXAMPLES",
         "SEE ALSO",
     ];
-    let of_client = ["COMMANDS", "ENVIRONMENT", "EXIT STATUS", "EXAMPLES", "SEE ALSO"];
-    is_a_man_page(&installed, command_line(), &[&beginning[..], &of_daemon].concat());
+    let of_client = [
+        "COMMANDS",
+        "ENVIRONMENT",
+        "EXIT STATUS",
+        "EXAMPLES",
+        "SEE ALSO",
+    ];
+    is_a_man_page(
+        &installed,
+        command_line(),
+        &[&beginning[..], &of_daemon].concat(),
+    );
     let client = quorum_blk::client::command_line();
     is_a_man_page(&installed, client, &[&beginning[..], &of_client].concat());
 }
@@ -316,8 +371,15 @@ fn is_a_man_page(installed: &Installed, program: clap::Command, sections: &[&str
     };
     assert_eq!(run("mandoc", arguments(&["-Tlint", "-Wwarning"])), "");
     // Formatted, and what is said about it, which would be on standard error.
-    let width = [("MANWIDTH", OsStr::new("100")), ("LC_ALL", OsStr::new("C.UTF-8"))];
-    let said = run_with("man", arguments(&["--warnings", "-Z", "-Tutf8", "-l"]), &width);
+    let width = [
+        ("MANWIDTH", OsStr::new("100")),
+        ("LC_ALL", OsStr::new("C.UTF-8")),
+    ];
+    let said = run_with(
+        "man",
+        arguments(&["--warnings", "-Z", "-Tutf8", "-l"]),
+        &width,
+    );
     assert!(
         said.starts_with("x T utf8\n") && !said.contains("warning"),
         "{said}"
@@ -334,7 +396,10 @@ fn is_a_man_page(installed: &Installed, program: clap::Command, sections: &[&str
 
 /// The text has all options of the command and of those below it, and their names.
 fn has_all(text: &str, command: &clap::Command) {
-    for option in command.get_arguments().filter_map(|argument| argument.get_long()) {
+    for option in command
+        .get_arguments()
+        .filter_map(|argument| argument.get_long())
+    {
         assert!(text.contains(&format!("--{option}")), "no --{option}");
     }
     for below in command.get_subcommands() {

@@ -1,6 +1,6 @@
-//! The daemon is killed at random moments under load and started again, and the guest must not notice: every
-//! request that was with it completes, once, and well; nothing is lost, nothing comes twice, no replica is
-//! accused, and in the end all of them hold the same.
+//! The daemon is killed at random moments under load and started again, and the guest must not
+//! notice: every request that was with it completes, once, and well; nothing is lost, nothing comes
+//! twice, no replica is accused, and in the end all of them hold the same.
 //!
 //! `QUORUM_BLK_SOAK_SECONDS` makes it longer (`make soak`).
 
@@ -46,7 +46,8 @@ fn qemu_does_not_notice() {
     torment(Style::Qemu, &[], &[]);
 }
 
-/// Writes to the page cache wait for a thread of the kernel, and are dropped there when the daemon is killed.
+/// Writes to the page cache wait for a thread of the kernel, and are dropped there when the daemon
+/// is killed.
 #[test]
 fn writes_that_are_dropped() {
     torment(Style::Qemu, &["--cache", "writeback"], &[]);
@@ -57,16 +58,16 @@ fn cloud_hypervisor_does_not_notice() {
     torment(Style::CloudHypervisor, &[], &[]);
 }
 
-/// Replicas take their time, so that many a write is done on some when the daemon is killed, and not on others;
-/// and those that are in doubt are rewritten.
+/// Replicas take their time, so that many a write is done on some when the daemon is killed, and
+/// not on others; and those that are in doubt are rewritten.
 #[test]
 fn slow_replicas_and_rewrites() {
     let options = ["--rewrite-corrupted", "--read-pattern", "threshold"];
     torment(Style::CloudHypervisor, &options, &[1, 2]);
 }
 
-/// A write was done on two of three replicas when the daemon was killed. A read that is done again before it
-/// finds that they differ, and must not accuse the third.
+/// A write was done on two of three replicas when the daemon was killed. A read that is done again
+/// before it finds that they differ, and must not accuse the third.
 #[test]
 fn a_read_and_a_write_that_was_half_done() {
     half_done(0);
@@ -105,7 +106,9 @@ fn half_done(queue_of_write: usize) {
         vmm.queues[queue_of_write].submit(&Request::write(0, vec![1; 4096]), Layout::DIRECT);
         let is_written = |image: &PathBuf| fs::read(image).unwrap()[..4096] == [1; 4096];
         assert!(wait_until(LIMIT, || {
-            is_written(&images[0]) && is_written(&images[1]) && hanging[1].asked(Operation::Write) > 0
+            is_written(&images[0])
+                && is_written(&images[1])
+                && hanging[1].asked(Operation::Write) > 0
         }));
         daemon.signal(libc::SIGKILL);
         hanging.iter().for_each(FuseImage::heal);
@@ -237,7 +240,8 @@ impl Soak {
                 scope.spawn(move || {
                     thread::sleep(delay);
                     is_over.store(true, Ordering::Release);
-                    // SAFETY: kill takes no pointer; the child is reaped below, so the id is still its own.
+                    // SAFETY: kill takes no pointer; the child is reaped below, so the id is still
+                    // its own.
                     assert_eq!(unsafe { libc::kill(id, signal) }, 0);
                 });
             };
@@ -323,7 +327,10 @@ impl Soak {
             self.began.elapsed(),
             self.load.left_max,
         );
-        assert!(self.kills > 0 && self.load.left_max > 0, "nothing was tried");
+        assert!(
+            self.kills > 0 && self.load.left_max > 0,
+            "nothing was tried"
+        );
         assert!(are_identical(&self.images), "replicas differ");
         let content = fs::read(&self.images[0]).unwrap();
         assert_eq!(
@@ -385,7 +392,8 @@ impl Load {
         }
     }
 
-    /// Every request that was with an earlier daemon completes, and those that are added meanwhile do too.
+    /// Every request that was with an earlier daemon completes, and those that are added meanwhile
+    /// do too.
     fn catch_up(&mut self) {
         self.left_max = self.left_max.max(self.outstanding());
         self.pump_without_adding(|load| load.outstanding() == 0);
@@ -403,8 +411,8 @@ impl Load {
         self.serve(false, is_over);
     }
 
-    /// Does what a driver does: takes what has come back, adds to what is with the device, and waits for an
-    /// interrupt, without which it does not look again.
+    /// Does what a driver does: takes what has come back, adds to what is with the device, and
+    /// waits for an interrupt, without which it does not look again.
     fn serve(&mut self, adds: bool, is_over: impl Fn(&Self) -> bool) {
         let mut since = Instant::now();
         while !is_over(self) {
@@ -446,7 +454,11 @@ impl Load {
     fn check(&mut self, queue: usize, completion: &Completion) {
         let request = self.pending[queue].remove(&completion.head);
         let request = request.expect("the ring says it was outstanding");
-        assert_eq!(u32::from(completion.status), VIRTIO_BLK_S_OK, "a request failed");
+        assert_eq!(
+            u32::from(completion.status),
+            VIRTIO_BLK_S_OK,
+            "a request failed"
+        );
         match request {
             Pending::Read(read) => {
                 let wrong = self.model.wrong(&read, &completion.data);
@@ -511,7 +523,10 @@ impl Load {
         match kind {
             0..45 => {
                 let read = self.model.begin_read(sectors);
-                (Request::read(block * BLOCK_SECTORS, bytes), Pending::Read(read))
+                (
+                    Request::read(block * BLOCK_SECTORS, bytes),
+                    Pending::Read(read),
+                )
             }
             45..50 => {
                 let flush = Request::flush();

@@ -1,4 +1,5 @@
-//! docs/qmp.md shows what is really printed: its examples are one conversation, held here with a real daemon.
+//! docs/qmp.md shows what is really printed: its examples are one conversation, held here with a
+//! real daemon.
 
 mod common;
 
@@ -31,7 +32,8 @@ enum Message {
     Received(Value),
 }
 
-/// The messages in the manual, in order: each begins with an arrow, and ends with the next or with the block it is in.
+/// The messages in the manual, in order: each begins with an arrow, and ends with the next or with
+/// the block it is in.
 fn messages() -> Vec<Message> {
     let mut all = Vec::new();
     for block in MANUAL
@@ -97,7 +99,8 @@ fn is_as_shown(real: &Value, shown: &Value, name: &str) -> bool {
     }
 }
 
-/// What the manual tells of: a write, a flush, and a read that finds one sector wrong and has it mended.
+/// What the manual tells of: a write, a flush, and a read that finds one sector wrong and has it
+/// mended.
 fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
     let mut client = Client::connect(daemon.socket(), 1);
     client.write(0, 0, &[7; 65536]).unwrap();
@@ -168,7 +171,10 @@ fn the_examples_are_what_is_printed() {
         "not in docs/qmp.md: {differences:?}\nAll of it:\n{transcript}"
     );
     for command in &listed {
-        assert!(shown.contains(command), "docs/qmp.md has no example of {command}");
+        assert!(
+            shown.contains(command),
+            "docs/qmp.md has no example of {command}"
+        );
         assert!(
             MANUAL.contains(&format!("`{command}`")),
             "docs/qmp.md does not tell of {command}"

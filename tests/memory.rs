@@ -1,7 +1,8 @@
-//! Memory and start-up of the daemon: what docs/performance.md says it takes, and no more on a larger disk.
+//! Memory and start-up of the daemon: what docs/performance.md says it takes, and no more on a
+//! larger disk.
 //!
-//! The replicas hang until as much is in flight as the guest or the daemon allows. That moment is the peak, and it
-//! can be computed.
+//! The replicas hang until as much is in flight as the guest or the daemon allows. That moment is
+//! the peak, and it can be computed.
 
 mod common;
 
@@ -15,7 +16,9 @@ use common::client::{Client, Request};
 use common::daemon::{Daemon, replica_arguments};
 use common::fuse::{Fault, FuseImage, Healer, Operation};
 use common::process::wait_until;
-use quorum_blk::limits::{BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, PIECE_BYTES_MAX, RANGES_MAX, REQUESTS_MAX};
+use quorum_blk::limits::{
+    BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, PIECE_BYTES_MAX, RANGES_MAX, REQUESTS_MAX,
+};
 use tempfile::TempDir;
 
 const KIB: u64 = 1 << 10;
@@ -36,16 +39,21 @@ mod formula {
     use super::{KIB, MIB};
 
     /// The program, its libraries, threads and tables. Without optimisation there is more of it.
-    pub(super) const PROGRAM_BYTES: u64 = if cfg!(debug_assertions) { 10 * MIB } else { 5 * MIB };
-    /// For each worker: its registered buffers, of which there are as many of each length up to 64 KiB, and twice as
-    /// many of 4 KiB.
+    pub(super) const PROGRAM_BYTES: u64 = if cfg!(debug_assertions) {
+        10 * MIB
+    } else {
+        5 * MIB
+    };
+    /// For each worker: its registered buffers, of which there are as many of each length up to 64
+    /// KiB, and twice as many of 4 KiB.
     pub(super) const ARENA_BYTES: u64 = 6 * ARENA_SHARE_BYTES as u64;
     /// For each operation in flight, beside its buffer.
     const OPERATION_BYTES: u64 = 512;
     /// A set of ranges at its bound.
     pub(super) const RANGE_SET_BYTES: u64 = 40 * RANGES_MAX as u64;
 
-    /// What is remembered of where a replica, or the disk, was bad: three counts in each bucket, and two sets.
+    /// What is remembered of where a replica, or the disk, was bad: three counts in each bucket,
+    /// and two sets.
     pub(super) const MAP_ROW_BYTES: u64 = 24 * MAP_BUCKETS as u64 + 2 * 40 * MAP_RANGES_MAX as u64;
 
     /// What `operations` of `len` bytes take that one worker has in flight, beyond its arena.
@@ -86,7 +94,8 @@ impl Shape {
         self.queues.min(processors.get() as u64)
     }
 
-    /// Requests that each worker has in flight when all of its queues are full, or the bounds are reached.
+    /// Requests that each worker has in flight when all of its queues are full, or the bounds are
+    /// reached.
     fn in_flight(&self) -> Vec<u64> {
         let buffers = self.replicas + 1;
         let room = BUFFER_BYTES_MAX - buffers * PIECE_BYTES_MAX;
@@ -101,8 +110,8 @@ impl Shape {
     /// When all of that is in flight, without the memory of the guest.
     fn full_bytes(&self) -> u64 {
         let workers = self.in_flight().into_iter();
-        let in_flight =
-            workers.map(|reads| formula::in_flight_bytes(reads * self.replicas, self.request_bytes));
+        let in_flight = workers
+            .map(|reads| formula::in_flight_bytes(reads * self.replicas, self.request_bytes));
         self.idle_bytes() + in_flight.sum::<u64>()
     }
 
@@ -111,8 +120,8 @@ impl Shape {
     }
 }
 
-/// Sparse images of `disk_bytes`, or of as much as the file system allows if that is nearly as much: ext4 stops one
-/// block below 16 TiB.
+/// Sparse images of `disk_bytes`, or of as much as the file system allows if that is nearly as
+/// much: ext4 stops one block below 16 TiB.
 fn create_sparse(directory: &Path, count: u64, disk_bytes: u64) -> Vec<PathBuf> {
     let create = |index| {
         let path = directory.join(format!("{index}.raw"));
@@ -128,9 +137,14 @@ fn create_sparse(directory: &Path, count: u64, disk_bytes: u64) -> Vec<PathBuf> 
 
 /// A field of `/proc/<id>/status` that is a number of KiB.
 fn status_bytes(id: u32, field: &str) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{id}/status")).expect("reading the daemon's status");
+    let status =
+        fs::read_to_string(format!("/proc/{id}/status")).expect("reading the daemon's status");
     let line = status.lines().find_map(|line| line.strip_prefix(field));
-    let number = line.and_then(|line| line.trim_matches([':', '\t', ' ', 'k', 'B']).parse::<u64>().ok());
+    let number = line.and_then(|line| {
+        line.trim_matches([':', '\t', ' ', 'k', 'B'])
+            .parse::<u64>()
+            .ok()
+    });
     number.unwrap_or_else(|| panic!("no {field} in {status}")) * KIB
 }
 
@@ -138,7 +152,10 @@ impl Setup {
     fn new(shape: Shape) -> Self {
         let directory = tempfile::tempdir().expect("creating a directory");
         let backing = create_sparse(directory.path(), shape.replicas, shape.disk_bytes);
-        let images: Vec<_> = backing.iter().map(|image| FuseImage::serve(image)).collect();
+        let images: Vec<_> = backing
+            .iter()
+            .map(|image| FuseImage::serve(image))
+            .collect();
         let paths: Vec<_> = images.iter().map(FuseImage::path).collect();
         let mut arguments = replica_arguments(&paths);
         for (index, image) in arguments.iter_mut().skip(1).step_by(2).enumerate() {
@@ -146,7 +163,8 @@ impl Setup {
         }
         // Nobody leaves the set meanwhile.
         let queues = shape.queues.to_string();
-        arguments.extend(["--replica-timeout", "60000", "--num-queues", &queues].map(OsString::from));
+        arguments
+            .extend(["--replica-timeout", "60000", "--num-queues", &queues].map(OsString::from));
         let daemon = Daemon::start(directory.path(), &arguments);
         let queues = usize::try_from(shape.queues).expect("few");
         Self {
@@ -159,11 +177,14 @@ impl Setup {
     }
 
     fn reads_asked(&self) -> u64 {
-        self.images.iter().map(|image| image.asked(Operation::Read)).sum()
+        self.images
+            .iter()
+            .map(|image| image.asked(Operation::Read))
+            .sum()
     }
 
-    /// Fills all queues with reads all over the disk and waits until the replicas were asked for all that the daemon
-    /// takes. They go to the same place in the memory of their queue.
+    /// Fills all queues with reads all over the disk and waits until the replicas were asked for
+    /// all that the daemon takes. They go to the same place in the memory of their queue.
     fn fill(&mut self, shape: Shape) {
         let len = usize::try_from(shape.request_bytes).expect("small");
         let read = |index| Request::Read {
@@ -219,7 +240,8 @@ fn check(shape: Shape) {
     let (peak, guest) = (status_bytes(id, "VmHWM"), status_bytes(id, "RssShmem"));
     // Free buffers are kept up to a bound; those of 4 KiB take two pages each.
     let (idle_expected, full_expected) = (shape.idle_bytes(), shape.full_bytes());
-    let after_max = full_expected.min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
+    let after_max =
+        full_expected.min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
     // The last replies to what is decided already may still be on their way.
     wait_until(LIMIT, || own("VmRSS") <= after_max);
     let after = own("VmRSS");
@@ -239,7 +261,10 @@ fn check(shape: Shape) {
         mib(after),
     );
     let fits = |bytes: u64, expected: u64| (expected / 2..=expected).contains(&bytes);
-    assert!(fits(idle, idle_expected), "{shape:?}: {idle} bytes when idle");
+    assert!(
+        fits(idle, idle_expected),
+        "{shape:?}: {idle} bytes when idle"
+    );
     assert!(fits(full, full_expected), "{shape:?}: {full} bytes in all");
     let peak_max = full_expected + guest;
     assert!(peak <= peak_max, "{shape:?}: {peak} bytes at some time");

@@ -100,7 +100,8 @@ fn metrics_are_what_happened_and_well_formed() {
         let values = values(&text);
         values[r#"quorum_blk_replica_mended_sectors_total{replica="1.raw"}"#] >= 2.0
             && values[r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#] == 0.0
-            && values[r#"quorum_blk_replica_operations_in_flight{replica="2.raw",type="read"}"#] == 0.0
+            && values[r#"quorum_blk_replica_operations_in_flight{replica="2.raw",type="read"}"#]
+                == 0.0
     });
     assert!(came, "{text}");
     let values = values(&text);
@@ -111,23 +112,38 @@ fn metrics_are_what_happened_and_well_formed() {
         (r#"quorum_blk_request_bytes_total{type="write"}"#, 8192.0),
         (r#"quorum_blk_requests_total{type="flush"}"#, 1.0),
         (r#"quorum_blk_request_errors_total{type="read"}"#, 0.0),
-        (r#"quorum_blk_request_duration_seconds_count{type="write"}"#, 1.0),
+        (
+            r#"quorum_blk_request_duration_seconds_count{type="write"}"#,
+            1.0,
+        ),
         (
             r#"quorum_blk_request_duration_seconds_bucket{type="write",le="+Inf"}"#,
             1.0,
         ),
         (r#"quorum_blk_requests_in_flight{type="write"}"#, 0.0),
         ("quorum_blk_suspicions_total", 1.0),
-        (r#"quorum_blk_replica_wrong_sectors_total{replica="1.raw"}"#, 2.0),
-        (r#"quorum_blk_replica_wrong_sectors_total{replica="0.raw"}"#, 0.0),
+        (
+            r#"quorum_blk_replica_wrong_sectors_total{replica="1.raw"}"#,
+            2.0,
+        ),
+        (
+            r#"quorum_blk_replica_wrong_sectors_total{replica="0.raw"}"#,
+            0.0,
+        ),
         (r#"quorum_blk_replica_stale_bytes{replica="0.raw"}"#, 0.0),
-        (r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#, 0.0),
+        (
+            r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#,
+            0.0,
+        ),
         ("quorum_blk_undecided_sectors", 0.0),
         (
             r#"quorum_blk_replica_state{replica="0.raw",state="in-service"}"#,
             1.0,
         ),
-        (r#"quorum_blk_replica_state{replica="0.raw",state="out"}"#, 0.0),
+        (
+            r#"quorum_blk_replica_state{replica="0.raw",state="out"}"#,
+            0.0,
+        ),
         (
             r#"quorum_blk_replica_operations_total{replica="0.raw",type="flush"}"#,
             1.0,
@@ -171,9 +187,13 @@ fn metrics_are_what_happened_and_well_formed() {
 fn who_misbehaves_keeps_nobody_waiting_for_long() {
     let mut served = serve("127.0.0.1:0");
     let begun = Instant::now();
-    let silent: Vec<TcpStream> = (0..METRICS_CONNECTIONS_MAX).map(|_| served.connect()).collect();
+    let silent: Vec<TcpStream> = (0..METRICS_CONNECTIONS_MAX)
+        .map(|_| served.connect())
+        .collect();
     for (index, mut stream) in silent.iter().enumerate() {
-        stream.write_all(&b"GET /metrics HTTP/1.1\r\n"[..index]).unwrap();
+        stream
+            .write_all(&b"GET /metrics HTTP/1.1\r\n"[..index])
+            .unwrap();
     }
     served.scrape();
     assert!(

@@ -1,6 +1,6 @@
-//! A Linux guest moves to another QEMU on the same host while it works on a voted disk. Both are served by one
-//! daemon. Nothing that the guest or the daemon wrote is lost, and a migration that is cancelled or fails
-//! leaves no trace.
+//! A Linux guest moves to another QEMU on the same host while it works on a voted disk. Both are
+//! served by one daemon. Nothing that the guest or the daemon wrote is lost, and a migration that
+//! is cancelled or fails leaves no trace.
 
 mod common;
 
@@ -28,8 +28,8 @@ const LIMIT: Duration = Duration::from_secs(90);
 /// A migration at this speed is not done before it is told to hurry.
 const SLOW_BYTES_PER_SECOND: u64 = 24 * MIB;
 
-/// The writer has this many places of this size, from the start of the disk on, and writes a text to them in
-/// turn: the numbers from that of the write on, one a line.
+/// The writer has this many places of this size, from the start of the disk on, and writes a text
+/// to them in turn: the numbers from that of the write on, one a line.
 const PLACES: u64 = 256;
 const TEXT_BYTES: u64 = 16 << 10;
 
@@ -52,7 +52,8 @@ const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n %
     dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
     echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
 
-/// Reads through the page cache, which it empties before unless told not to, and then sums up what is there.
+/// Reads through the page cache, which it empties before unless told not to, and then sums up what
+/// is there.
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     [ -e /tmp/keep ] || echo 1 >/proc/sys/vm/drop_caches; \
     dd if=/dev/vda of=/dev/null bs=1M skip=16 count=16 status=none; \
@@ -74,9 +75,11 @@ fn a_guest_under_load_moves_to_another_qemu() {
     let start = |name: &str, incoming: Option<&str>| {
         let directory = directory.path().join(name);
         fs::create_dir(&directory).expect("creating a directory");
-        let guest = GuestBuilder::new(&directory, daemon.socket()).queues(2).cpus(2);
-        // The guest clears a page before it has us write to it, and QEMU knows that: it would send what we have
-        // written even if we did not tell.
+        let guest = GuestBuilder::new(&directory, daemon.socket())
+            .queues(2)
+            .cpus(2);
+        // The guest clears a page before it has us write to it, and QEMU knows that: it would send
+        // what we have written even if we did not tell.
         let guest = guest.arguments(["-append", "console=ttyS0 panic=-1 init_on_alloc=0"]);
         match incoming {
             Some(uri) => guest.incoming(uri).start(),
@@ -87,7 +90,8 @@ fn a_guest_under_load_moves_to_another_qemu() {
     let mut source = start("source", None);
     source.run_successfully(&format!("echo '{read}  -' >/tmp/sum"));
     source.run_successfully(&format!("({WRITER}) >/tmp/writer 2>&1 &"));
-    // When the last user of a disk closes it, the kernel empties its page cache. Here is one who stays.
+    // When the last user of a disk closes it, the kernel empties its page cache. Here is one who
+    // stays.
     source.run_successfully(&format!("({READER}) >/tmp/reader 2>&1 3</dev/vda &"));
     expect_progress(&mut source);
     assert!(!daemon.log().contains(LOGGED));
@@ -97,7 +101,10 @@ fn a_guest_under_load_moves_to_another_qemu() {
     for (name, status) in [("cancelled", "cancelled"), ("killed", "failed")] {
         let destination = start(name, Some(&uri(&format!("{name}.sock"))));
         migrate_slowly(&mut monitor, &destination, &uri(&format!("{name}.sock")));
-        assert_eq!(occurrences(&daemon, LOGGED), occurrences(&daemon, NOT_LOGGED) + 1);
+        assert_eq!(
+            occurrences(&daemon, LOGGED),
+            occurrences(&daemon, NOT_LOGGED) + 1
+        );
         if status == "cancelled" {
             monitor.execute("migrate_cancel", json!({}));
         } else {
@@ -108,7 +115,10 @@ fn a_guest_under_load_moves_to_another_qemu() {
             occurrences(&daemon, LOGGED) == occurrences(&daemon, NOT_LOGGED)
         });
         assert!(is_off, "{}", daemon.log());
-        assert_eq!(monitor.execute("query-status", json!({}))["status"], "running");
+        assert_eq!(
+            monitor.execute("query-status", json!({}))["status"],
+            "running"
+        );
         expect_progress(&mut source);
     }
 
@@ -120,7 +130,8 @@ fn a_guest_under_load_moves_to_another_qemu() {
     // All memory was sent once. What we write to it now is sent only because it is in the log.
     source.run_successfully(&format!("{READ_ONCE} of=/dev/null"));
     set_speed(&mut monitor, 1 << 40);
-    let migration = wait_for_migration(&mut monitor, |migration| migration["status"] == "completed");
+    let migration =
+        wait_for_migration(&mut monitor, |migration| migration["status"] == "completed");
     println!("{migration}");
     drop(monitor);
     let mut monitor = destination.monitor();
@@ -159,11 +170,15 @@ fn a_guest_under_load_moves_to_another_qemu() {
 fn fill(images: &[PathBuf]) -> [String; 2] {
     let mut random = Random::from_environment();
     [(READ_FROM, READ_BYTES), (CACHED_FROM, CACHED_BYTES)].map(|(from, bytes)| {
-        let data: Vec<u8> = (0..bytes / 8).flat_map(|_| random.next().to_le_bytes()).collect();
+        let data: Vec<u8> = (0..bytes / 8)
+            .flat_map(|_| random.next().to_le_bytes())
+            .collect();
         for image in images {
             let image = fs::OpenOptions::new().write(true).open(image);
             let image = image.expect("opening an image");
-            image.write_all_at(&data, from).expect("writing to an image");
+            image
+                .write_all_at(&data, from)
+                .expect("writing to an image");
         }
         let mut sum = String::new();
         for byte in Sha256::digest(&data) {

@@ -1,4 +1,5 @@
-//! A disk is mended over the monitor while its guest works: a replica is added and another removed, damage is scrubbed.
+//! A disk is mended over the monitor while its guest works: a replica is added and another removed,
+//! damage is scrubbed.
 
 mod common;
 
@@ -33,7 +34,8 @@ fn serve() -> Disk {
     )
 }
 
-/// Writes and reads blocks until `stop`, and checks every byte that is read. Returns how many requests that were.
+/// Writes and reads blocks until `stop`, and checks every byte that is read. Returns how many
+/// requests that were.
 fn work(client: &mut Client, random: &mut Random, stop: &AtomicBool) -> usize {
     let count = usize::try_from(GUEST_BLOCKS).unwrap();
     let mut contents = vec![0; count];
@@ -50,7 +52,10 @@ fn work(client: &mut Client, random: &mut Random, stop: &AtomicBool) -> usize {
                 .expect("a write");
         } else {
             let read = client.read(0, offset, BLOCK_BYTES).expect("a read");
-            assert!(read.iter().all(|byte| byte == content), "block {block} is wrong");
+            assert!(
+                read.iter().all(|byte| byte == content),
+                "block {block} is wrong"
+            );
         }
     }
     client.flush(0).expect("a flush");
@@ -79,8 +84,14 @@ fn add(monitor: &mut Monitor, image: &Path, name: &str) {
         }}),
     );
     let again = monitor.try_execute("blockdev-add", node);
-    assert_eq!(again.expect_err("the name is taken")["class"], "GenericError");
-    monitor.execute("x-blockdev-change", json!({ "parent": "quorum0", "node": name }));
+    assert_eq!(
+        again.expect_err("the name is taken")["class"],
+        "GenericError"
+    );
+    monitor.execute(
+        "x-blockdev-change",
+        json!({ "parent": "quorum0", "node": name }),
+    );
 }
 
 fn remove(monitor: &mut Monitor, child: &str) -> Result<Value, Value> {
@@ -92,8 +103,9 @@ fn remove(monitor: &mut Monitor, child: &str) -> Result<Value, Value> {
 
 /// The end of a job of this type, and that it had no error.
 fn wait_for_end(monitor: &mut Monitor, kind: &str) -> Value {
-    let is_end =
-        |message: &Value| message["event"] == "BLOCK_JOB_COMPLETED" && message["data"]["type"] == kind;
+    let is_end = |message: &Value| {
+        message["event"] == "BLOCK_JOB_COMPLETED" && message["data"]["type"] == kind
+    };
     let end = monitor
         .wait_for_event(is_end, LIMIT)
         .unwrap_or_else(|| panic!("no end of {kind}"));
@@ -112,15 +124,24 @@ fn replica(monitor: &mut Monitor, name: &str) -> Value {
 
 fn new_image(disk: &Disk, name: &str) -> PathBuf {
     let image = disk.images[0].with_file_name(name);
-    File::create_new(&image).unwrap().set_len(SIZE_BYTES).unwrap();
+    File::create_new(&image)
+        .unwrap()
+        .set_len(SIZE_BYTES)
+        .unwrap();
     image
 }
 
 /// Whether QEMU would take the image for writing: it is not locked.
 fn is_free(image: &Path) -> bool {
     let mut io = Command::new("qemu-io");
-    let output = io.args(["-f", "raw", "-c", "write 0 512"]).arg(image).output();
-    output.expect("qemu-io, of Debian's qemu-utils").status.success()
+    let output = io
+        .args(["-f", "raw", "-c", "write 0 512"])
+        .arg(image)
+        .output();
+    output
+        .expect("qemu-io, of Debian's qemu-utils")
+        .status
+        .success()
 }
 
 #[test]
@@ -143,7 +164,8 @@ fn a_replica_is_replaced_while_the_guest_works() {
     assert_eq!(disk.end(), Vec::<Value>::new());
     let images = [&disk.images[0], &disk.images[2], &image].map(Clone::clone);
     assert!(are_identical(&images));
-    // In the half that is used the copy has more data: short runs of zeroes are copied with what is around them.
+    // In the half that is used the copy has more data: short runs of zeroes are copied with what is
+    // around them.
     let unused = images.map(|image| {
         let mut data = data_ranges(&image);
         data.retain(|range| range.end > SIZE_BYTES / 2);
@@ -167,7 +189,11 @@ fn a_scrub_finds_and_mends_what_the_guest_never_reads() {
         let begun = monitor.execute("quorum-scrub", json!({ "repair": true }));
         let jobs = monitor.execute("query-jobs", json!({}));
         let is_it = |job: &&Value| job["id"] == begun["id"];
-        assert_eq!(jobs.as_array().unwrap().iter().filter(is_it).count(), 1, "{jobs}");
+        assert_eq!(
+            jobs.as_array().unwrap().iter().filter(is_it).count(),
+            1,
+            "{jobs}"
+        );
         wait_for_end(monitor, "quorum-scrub");
         replica(monitor, &node_name(1))
     });
@@ -217,7 +243,10 @@ fn a_job_is_paused_slowed_resumed_and_cancelled() {
     assert_eq!(status(monitor), Some(json!("paused")));
     monitor.execute("job-resume", json!({ "id": id }));
     assert_eq!(status(monitor), Some(json!("running")));
-    monitor.execute("block-job-set-speed", json!({ "device": id, "speed": 4096 }));
+    monitor.execute(
+        "block-job-set-speed",
+        json!({ "device": id, "speed": 4096 }),
+    );
     monitor.execute("job-cancel", json!({ "id": id }));
     let is_end = |message: &Value| message["event"] == "BLOCK_JOB_CANCELLED";
     assert!(monitor.wait_for_event(is_end, LIMIT).is_some());
@@ -231,7 +260,10 @@ fn what_cannot_be_done_changes_nothing() {
     let monitor = &mut disk.monitor();
     let before = monitor.execute("query-quorum", json!({}))["replicas"].clone();
     let short = disk.images[0].with_file_name("short.raw");
-    File::create_new(&short).unwrap().set_len(SIZE_BYTES / 2).unwrap();
+    File::create_new(&short)
+        .unwrap()
+        .set_len(SIZE_BYTES / 2)
+        .unwrap();
     for (name, path) in [
         ("short", short.as_path()),
         ("twice", disk.images[2].as_path()),
@@ -241,7 +273,10 @@ fn what_cannot_be_done_changes_nothing() {
             "blockdev-add",
             json!({ "driver": "file", "node-name": name, "filename": path }),
         );
-        let added = monitor.try_execute("x-blockdev-change", json!({ "parent": "quorum0", "node": name }));
+        let added = monitor.try_execute(
+            "x-blockdev-change",
+            json!({ "parent": "quorum0", "node": name }),
+        );
         assert_eq!(added.expect_err(name)["class"], "GenericError");
         monitor.execute("blockdev-del", json!({ "node-name": name }));
     }
@@ -255,7 +290,10 @@ fn what_cannot_be_done_changes_nothing() {
         let changed = monitor.try_execute("x-blockdev-change", arguments.clone());
         assert!(changed.is_err(), "{arguments}");
     }
-    assert_eq!(monitor.execute("query-quorum", json!({}))["replicas"], before);
+    assert_eq!(
+        monitor.execute("query-quorum", json!({}))["replicas"],
+        before
+    );
     remove(monitor, "children.1").expect("two are enough");
     let refused = remove(monitor, "r0").expect_err("two are needed");
     assert_eq!(refused["class"], "GenericError");

@@ -1,7 +1,8 @@
-//! docs/operating.md shows what is really printed: its commands are one session, held here with a real daemon.
+//! docs/operating.md shows what is really printed: its commands are one session, held here with a
+//! real daemon.
 //!
-//! Between them things happen, where the page has a comment `replay`. Times are not compared, nor how far a job was when
-//! it was looked at.
+//! Between them things happen, where the page has a comment `replay`. Times are not compared, nor
+//! how far a job was when it was looked at.
 
 mod common;
 
@@ -36,7 +37,9 @@ fn steps() -> Vec<Step> {
     for (index, part) in PAGE.split("```").enumerate() {
         if index % 2 == 0 {
             let comments = part.split("<!-- replay: ").skip(1);
-            steps.extend(comments.map(|comment| Step::Happens(comment.split(" -->").next().unwrap().into())));
+            steps.extend(
+                comments.map(|comment| Step::Happens(comment.split(" -->").next().unwrap().into())),
+            );
             continue;
         }
         for command in part.replace("\n$ ", "\0").split('\0').skip(1) {
@@ -91,7 +94,9 @@ impl Session {
         let dying = format!("{},node-name=c.raw", self.dying.path().display());
         let directory = self.directory.path().to_str().unwrap();
         let text = text.replace("/images/c.raw", &dying);
-        let text = text.replace("/images", directory).replace("/run/vm1", directory);
+        let text = text
+            .replace("/images", directory)
+            .replace("/run/vm1", directory);
         with_jobs_numbered(&text, self.jobs_before)
     }
 
@@ -103,7 +108,9 @@ impl Session {
     }
 
     fn shell(&self, line: &str) -> Command {
-        let programs = Path::new(env!("CARGO_BIN_EXE_quorum-blkctl")).parent().unwrap();
+        let programs = Path::new(env!("CARGO_BIN_EXE_quorum-blkctl"))
+            .parent()
+            .unwrap();
         let mut command = Command::new("/bin/sh");
         command
             .arg("-c")
@@ -128,7 +135,10 @@ impl Session {
     fn execute(&mut self, line: &str) -> String {
         if let Some(line) = line.strip_suffix(" &") {
             self.daemon = Some(self.spawn(line, "daemon.log"));
-            assert!(wait_until(LIMIT, || self.path("qmp.sock").exists()), "no daemon");
+            assert!(
+                wait_until(LIMIT, || self.path("qmp.sock").exists()),
+                "no daemon"
+            );
             return String::new();
         }
         match line {
@@ -176,7 +186,9 @@ impl Session {
                 };
                 assert!(wait_until(LIMIT, is_scrubbed));
                 let mut monitor = self.monitor();
-                assert!(wait_until(LIMIT, || monitor.execute("query-jobs", json!({})) == json!([])));
+                assert!(wait_until(LIMIT, || monitor
+                    .execute("query-jobs", json!({}))
+                    == json!([])));
             }
             "hang" => {
                 for operation in [Operation::Read, Operation::Write, Operation::Sync] {
@@ -197,7 +209,9 @@ fn with_jobs_numbered(text: &str, by: i64) -> String {
     for part in parts {
         let end = part.find(|character: char| !character.is_ascii_digit());
         let (number, rest) = part.split_at(end.unwrap_or(part.len()));
-        let number = number.parse::<i64>().map(|number| (number + by).to_string());
+        let number = number
+            .parse::<i64>()
+            .map(|number| (number + by).to_string());
         write!(renamed, "job{}{rest}", number.unwrap_or_default()).unwrap();
     }
     renamed
@@ -206,7 +220,8 @@ fn with_jobs_numbered(text: &str, by: i64) -> String {
 /// Without what is of the moment, and without how wide columns are for that.
 fn comparable(text: &str) -> Vec<String> {
     const UNITS: [&str; 5] = ["ns", "us", "µs", "ms", "s"];
-    let is_progress = |line: &str| line.starts_with("job") && line.contains(") ") && line.contains(" %  ");
+    let is_progress =
+        |line: &str| line.starts_with("job") && line.contains(") ") && line.contains(" %  ");
     let words = |line: &str| {
         let words: Vec<_> = line.split_whitespace().collect();
         let mut kept = Vec::new();
@@ -214,7 +229,9 @@ fn comparable(text: &str) -> Vec<String> {
             let is_figure = word
                 .chars()
                 .all(|character| character.is_ascii_digit() || character == '.');
-            let has_unit = words.get(index + 1).is_some_and(|unit| UNITS.contains(unit));
+            let has_unit = words
+                .get(index + 1)
+                .is_some_and(|unit| UNITS.contains(unit));
             kept.push(match word {
                 _ if is_figure && has_unit => "TIME",
                 word if UNITS.contains(word) => "UNIT",

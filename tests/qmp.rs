@@ -1,4 +1,5 @@
-//! The monitor as its clients see it: the QEMU project's own, several at once, and those that behave badly.
+//! The monitor as its clients see it: the QEMU project's own, several at once, and those that
+//! behave badly.
 
 mod common;
 
@@ -65,7 +66,9 @@ impl Served {
 }
 
 fn report_of(replica: &str) -> impl Fn(&Value) -> bool + use<'_> {
-    move |message| message["event"] == "QUORUM_REPORT_BAD" && message["data"]["node-name"] == replica
+    move |message| {
+        message["event"] == "QUORUM_REPORT_BAD" && message["data"]["node-name"] == replica
+    }
 }
 
 /// A program whose output is read as lines of JSON.
@@ -96,7 +99,9 @@ fn the_library_of_the_qemu_project() {
         .wait_for(is_last, LIMIT)
         .expect("an answer to the last command");
     served.find_a_wrong_sector();
-    let event = messages.wait_for(report_of("1.raw"), LIMIT).expect("an event");
+    let event = messages
+        .wait_for(report_of("1.raw"), LIMIT)
+        .expect("an event");
     assert_eq!(
         event["data"]["bad-sectors"],
         json!([{ "sector-num": 0, "sector-count": 1 }])
@@ -110,13 +115,21 @@ fn the_library_of_the_qemu_project() {
             .starts_with("quorum-blk ")
     );
     assert_eq!(said[1]["return"], said[0]["greeting"]);
-    assert_eq!(said[2]["return"], json!({ "running": true, "status": "running" }));
+    assert_eq!(
+        said[2]["return"],
+        json!({ "running": true, "status": "running" })
+    );
     assert_eq!(
         said[3]["error"],
         json!({ "class": "CommandNotFound", "desc": "The command system_reset has not been found" })
     );
     process.close_stdin();
-    assert!(process.wait_within(LIMIT).expect("the client ends").success());
+    assert!(
+        process
+            .wait_within(LIMIT)
+            .expect("the client ends")
+            .success()
+    );
 }
 
 #[test]
@@ -272,7 +285,8 @@ fn who_misbehaves_is_told_or_dropped_and_disturbs_nobody() {
 
     // Asks and does not read: heard no more when its socket is full of replies.
     let mut deaf = UnixStream::connect(&served.socket).unwrap();
-    deaf.set_write_timeout(Some(Duration::from_millis(200))).unwrap();
+    deaf.set_write_timeout(Some(Duration::from_millis(200)))
+        .unwrap();
     deaf.write_all(b"{'execute':'qmp_capabilities'}").unwrap();
     let command = b"{'execute':'query-commands'}".repeat(100);
     let blocked = (0..10_000).any(|_| deaf.write_all(&command).is_err());
@@ -354,7 +368,10 @@ fn a_command_that_takes_its_time_delays_no_event_and_no_negotiation() {
         );
     }
     go_on.send(()).unwrap();
-    assert_eq!(asking.next().unwrap(), json!({ "return": {}, "id": "slow" }));
+    assert_eq!(
+        asking.next().unwrap(),
+        json!({ "return": {}, "id": "slow" })
+    );
     assert_eq!(asking.next().unwrap()["return"]["status"], "running");
     alone.publisher.stop();
 }
@@ -396,7 +413,9 @@ fn a_client_that_stalls_is_told_what_it_missed() {
             if message["event"] == "QUORUM_EVENTS_MISSED" {
                 missed += data["missed"].as_u64().unwrap();
             } else if message["event"].is_string() {
-                told += 1 + data.get("suppressed").map_or(0, |count| count.as_u64().unwrap());
+                told += 1 + data
+                    .get("suppressed")
+                    .map_or(0, |count| count.as_u64().unwrap());
             } else {
                 answered = true;
             }

@@ -152,7 +152,10 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
 
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
     assert_told_once(&mut channel);
-    assert_eq!((setup.size(), capacity_bytes(&mut vmm)), (NEW_BYTES, NEW_BYTES));
+    assert_eq!(
+        (setup.size(), capacity_bytes(&mut vmm)),
+        (NEW_BYTES, NEW_BYTES)
+    );
     let zeroes = vmm.queues[0].read_disk(end, 64 << 10);
     assert!(zeroes.iter().all(|byte| *byte == 0));
     // Over the old end, and up to the new one.
@@ -240,7 +243,10 @@ fn assert_put_back(setup: &mut Setup, images: &[PathBuf], says: &[&str]) {
         assert!(error.contains(part), "no {part:?} in {error:?}");
     }
     assert_told_nothing(&mut channel);
-    assert_eq!((setup.size(), capacity_bytes(&mut vmm)), (SIZE_BYTES, SIZE_BYTES));
+    assert_eq!(
+        (setup.size(), capacity_bytes(&mut vmm)),
+        (SIZE_BYTES, SIZE_BYTES)
+    );
     let beyond = Request::write(SIZE_BYTES / 512, vec![2; 4096]);
     assert_eq!(status(&mut vmm, &beyond), VIRTIO_BLK_S_IOERR);
     for image in images {
@@ -257,7 +263,10 @@ fn one_that_cannot_be_grown_leaves_all_as_they_were() {
     let _healer = fuse.healer();
     let name = |setup: &mut Setup| {
         let state = setup.monitor.execute("query-quorum", json!({}));
-        state["replicas"][2]["node-name"].as_str().unwrap().to_owned()
+        state["replicas"][2]["node-name"]
+            .as_str()
+            .unwrap()
+            .to_owned()
     };
     let mut setup = Setup::new(&served, &[]);
     let third = format!("'{}'", name(&mut setup));
@@ -292,7 +301,10 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
     assert_put_back(
         &mut setup,
         &images,
-        &["it does not answer", "gets its size of before when it answers"],
+        &[
+            "it does not answer",
+            "gets its size of before when it answers",
+        ],
     );
     let unsettled = setup.resize(NEW_BYTES).unwrap_err();
     assert!(unsettled.contains("has not been put back"), "{unsettled}");
@@ -316,7 +328,12 @@ fn one_that_hangs_can_be_removed_and_the_others_grow() {
     let _healer = fuse.healer();
     let mut setup = Setup::new(&served, &["--replica-timeout", "200"]);
     fuse.inject(Operation::Resize, Fault::Hang);
-    assert!(setup.resize(NEW_BYTES).unwrap_err().contains("does not answer"));
+    assert!(
+        setup
+            .resize(NEW_BYTES)
+            .unwrap_err()
+            .contains("does not answer")
+    );
     let remove = json!({ "parent": "quorum0", "child": "children.2" });
     setup.monitor.execute("x-blockdev-change", remove);
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
@@ -339,7 +356,14 @@ fn a_file_size_limit_is_an_error_like_any_other() {
     };
     let id = libc::pid_t::try_from(setup.daemon.id()).unwrap();
     // SAFETY: the limit is valid for reads; no old one is asked for.
-    let set = unsafe { libc::prlimit(id, libc::RLIMIT_FSIZE, &raw const limit, std::ptr::null_mut()) };
+    let set = unsafe {
+        libc::prlimit(
+            id,
+            libc::RLIMIT_FSIZE,
+            &raw const limit,
+            std::ptr::null_mut(),
+        )
+    };
     assert_eq!(set, 0);
     assert_put_back(
         &mut setup,
@@ -441,7 +465,8 @@ fn a_frontend_that_does_not_listen_harms_itself_only() {
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
     // One never reads, one has closed its end, one has none, and one passes another channel.
-    let (mut full, mut closed, mut without, mut twice) = (setup.vmm(), setup.vmm(), setup.vmm(), setup.vmm());
+    let (mut full, mut closed, mut without, mut twice) =
+        (setup.vmm(), setup.vmm(), setup.vmm(), setup.vmm());
     let (mut unread, theirs) = UnixStream::pair().unwrap();
     theirs.set_nonblocking(true).unwrap();
     while (&theirs).write(&[0; 4096]).is_ok() {}

@@ -17,13 +17,15 @@ fn variable(name: &str) -> Option<u64> {
 }
 
 /// `QUORUM_BLK_SIM_SEED` replays one seed, with the rule `QUORUM_BLK_SIM_MUTANT` broken. Otherwise
-/// `QUORUM_BLK_SIM_SEEDS` many are run, or as many as `QUORUM_BLK_SIM_SECONDS` allow, from `QUORUM_BLK_SIM_FIRST`
-/// on or from a fresh one, until `QUORUM_BLK_SIM_FAILURES` have failed.
+/// `QUORUM_BLK_SIM_SEEDS` many are run, or as many as `QUORUM_BLK_SIM_SECONDS` allow, from
+/// `QUORUM_BLK_SIM_FIRST` on or from a fresh one, until `QUORUM_BLK_SIM_FAILURES` have failed.
 #[test]
 fn keeps_the_contract() {
     if let Some(seed) = variable("QUORUM_BLK_SIM_SEED") {
         let name = std::env::var("QUORUM_BLK_SIM_MUTANT").unwrap_or_default();
-        let rule = mutant::ALL.into_iter().find(|rule| format!("{rule:?}") == name);
+        let rule = mutant::ALL
+            .into_iter()
+            .find(|rule| format!("{rule:?}") == name);
         assert!(
             rule.is_some() || name.is_empty(),
             "{name} is none of {:?}",
@@ -35,8 +37,11 @@ fn keeps_the_contract() {
         return;
     }
     let seeds = variable("QUORUM_BLK_SIM_SEEDS");
-    let seconds =
-        variable("QUORUM_BLK_SIM_SECONDS").unwrap_or(if seeds.is_some() { u64::MAX >> 32 } else { 60 });
+    let seconds = variable("QUORUM_BLK_SIM_SECONDS").unwrap_or(if seeds.is_some() {
+        u64::MAX >> 32
+    } else {
+        60
+    });
     let first = variable("QUORUM_BLK_SIM_FIRST").unwrap_or_else(fresh_seed);
     println!("seeds from {first} on");
     let began = Instant::now();
@@ -74,7 +79,8 @@ fn every_mutant_is_caught() {
             mutant: Some(rule),
         });
         let caught = summary.failures.first();
-        let caught = caught.unwrap_or_else(|| panic!("{rule:?} lives after {} seeds", summary.seeds));
+        let caught =
+            caught.unwrap_or_else(|| panic!("{rule:?} lives after {} seeds", summary.seeds));
         println!(
             "{rule:?}: {} seeds, seed {}: {}",
             caught.after, caught.seed, caught.violation
@@ -82,9 +88,10 @@ fn every_mutant_is_caught() {
     }
 }
 
-/// All histories of up to three requests on two sectors: no crash loses a flushed write, and with N odd each
-/// sector has a winner as long as it has one write that was not flushed. (With two such writes a sector can
-/// have three versions, which nothing but a record on disk could tell apart: those states are counted.)
+/// All histories of up to three requests on two sectors: no crash loses a flushed write, and with N
+/// odd each sector has a winner as long as it has one write that was not flushed. (With two such
+/// writes a sector can have three versions, which nothing but a record on disk could tell apart:
+/// those states are counted.)
 #[test]
 fn crash_states_of_small_histories() {
     for (replicas, threshold, longest) in [(1, 1, 3), (2, 2, 3), (2, 1, 3), (3, 2, 3), (5, 3, 2)] {

@@ -1,5 +1,5 @@
-//! How the daemon starts and ends, as a process: what it refuses to serve, what it prints, what it leaves
-//! behind.
+//! How the daemon starts and ends, as a process: what it refuses to serve, what it prints, what it
+//! leaves behind.
 //!
 //! Needs `qemu-storage-daemon` (Debian: qemu-system-common) and, for a replica that is slow, FUSE.
 
@@ -47,15 +47,17 @@ impl Place {
 
     /// Names of the sockets in the directory.
     fn sockets(&self) -> Vec<String> {
-        let entries = fs::read_dir(self.directory.path()).unwrap().map(Result::unwrap);
+        let entries = fs::read_dir(self.directory.path())
+            .unwrap()
+            .map(Result::unwrap);
         entries
             .filter(|entry| entry.file_type().unwrap().is_socket())
             .map(|entry| entry.file_name().into_string().unwrap())
             .collect()
     }
 
-    /// Starts a daemon over `images` with `options` and both sockets; returns its one line of refusal. No
-    /// socket is left behind.
+    /// Starts a daemon over `images` with `options` and both sockets; returns its one line of
+    /// refusal. No socket is left behind.
     fn refusal_of(&self, images: &[PathBuf], options: &[&str]) -> String {
         let mut arguments = self.sockets_arguments();
         arguments.extend(replica_arguments(images));
@@ -79,7 +81,8 @@ impl Place {
     }
 }
 
-/// Runs the daemon, which must refuse to start; returns the line that says why, without its beginning.
+/// Runs the daemon, which must refuse to start; returns the line that says why, without its
+/// beginning.
 fn refusal(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
     let output = Daemon::run_to_end(arguments);
     let stderr = String::from_utf8(output.stderr).unwrap();
@@ -87,7 +90,9 @@ fn refusal(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> String {
     assert_eq!(output.stdout, b"", "{stderr}");
     let line = stderr.strip_suffix('\n').expect("a whole line");
     assert!(!line.contains('\n'), "more than a line: {stderr}");
-    line.strip_prefix("quorum-blkd: ").expect("its name").to_owned()
+    line.strip_prefix("quorum-blkd: ")
+        .expect("its name")
+        .to_owned()
 }
 
 fn assert_says(line: &str, parts: &[&str]) {
@@ -101,17 +106,26 @@ fn assert_says(line: &str, parts: &[&str]) {
 #[test]
 fn sizes_that_differ() {
     let place = Place::new(3);
-    let second = OpenOptions::new().write(true).open(&place.images[1]).unwrap();
+    let second = OpenOptions::new()
+        .write(true)
+        .open(&place.images[1])
+        .unwrap();
     second.set_len(2 * DISK_BYTES).unwrap();
     let line = place.refusal(&[]);
-    assert_says(&line, &["differ in size", "0.raw", "1.raw", "1048576", "2097152"]);
+    assert_says(
+        &line,
+        &["differ in size", "0.raw", "1.raw", "1048576", "2097152"],
+    );
 }
 
 #[test]
 fn sizes_that_are_none() {
     for (bytes, text) in [(0, "is empty"), (1000, "not a multiple of")] {
         let place = Place::new(1);
-        let image = OpenOptions::new().write(true).open(&place.images[0]).unwrap();
+        let image = OpenOptions::new()
+            .write(true)
+            .open(&place.images[0])
+            .unwrap();
         image.set_len(bytes).unwrap();
         assert_says(&place.refusal(&[]), &["0.raw", text]);
     }
@@ -146,10 +160,16 @@ fn one_image_twice() {
 fn one_name_twice() {
     let place = Place::new(2);
     let named = |image: &Path, name| PathBuf::from(format!("{},node-name={name}", image.display()));
-    let images = [named(&place.images[0], "left"), named(&place.images[1], "left")];
+    let images = [
+        named(&place.images[0], "left"),
+        named(&place.images[1], "left"),
+    ];
     assert_says(&place.refusal_of(&images, &[]), &["node-name", "'left'"]);
     let images = [named(&place.images[0], "quorum0")];
-    assert_says(&place.refusal_of(&images, &[]), &["'quorum0'", "voted disk"]);
+    assert_says(
+        &place.refusal_of(&images, &[]),
+        &["'quorum0'", "voted disk"],
+    );
 }
 
 #[test]
@@ -253,7 +273,10 @@ fn an_image_that_qemu_has_open() {
 fn options_that_do_not_exist() {
     let place = Place::new(3);
     for options in [&["--no-such-option", "1"][..], &["surplus"]] {
-        assert_says(&place.refusal(options), &["unexpected argument", options[0]]);
+        assert_says(
+            &place.refusal(options),
+            &["unexpected argument", options[0]],
+        );
     }
     for options in [
         ["--read-pattern", "majority"],
@@ -445,7 +468,12 @@ fn an_inherited_socket_is_served() {
     let socket = place.path("inherited.sock");
     let listener = UnixListener::bind(&socket).unwrap();
     let descriptor = listener.as_raw_fd();
-    let mut running = Running::start(&place, &["--fd", &descriptor.to_string()], None, Some(descriptor));
+    let mut running = Running::start(
+        &place,
+        &["--fd", &descriptor.to_string()],
+        None,
+        Some(descriptor),
+    );
     // The daemon has its own now; without ours, a connection fails if the daemon does.
     drop(listener);
     for round in 1..3 {
@@ -465,10 +493,17 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
     let file = File::open(&place.images[0]).unwrap();
     let (connected, _other_end) = UnixStream::pair().unwrap();
     let internet = TcpListener::bind("127.0.0.1:0").unwrap();
-    let inherited = [file.as_raw_fd(), connected.as_raw_fd(), internet.as_raw_fd()];
+    let inherited = [
+        file.as_raw_fd(),
+        connected.as_raw_fd(),
+        internet.as_raw_fd(),
+    ];
     let inherited = inherited.map(|descriptor| (descriptor, Some(descriptor)));
     // Neither do the standard streams, nor what is not open.
-    for (descriptor, passed) in inherited.into_iter().chain([0, 1, 2, 9999].map(|fd| (fd, None))) {
+    for (descriptor, passed) in inherited
+        .into_iter()
+        .chain([0, 1, 2, 9999].map(|fd| (fd, None)))
+    {
         let number = descriptor.to_string();
         let arguments = ["--fd", &number, "--events", events.to_str().unwrap()];
         let mut running = Running::start(&place, &arguments, None, passed);
@@ -488,7 +523,8 @@ fn a_signal_ends_it_and_nothing_is_left() {
         for frontend in 0..3 {
             let place = Place::new(2);
             let events = place.path("events.sock");
-            let mut running = Running::with_socket(&place, &["--events", events.to_str().unwrap()], None);
+            let mut running =
+                Running::with_socket(&place, &["--events", events.to_str().unwrap()], None);
             let socket = place.path("disk.sock");
             let _reader = UnixStream::connect(&events).unwrap();
             let mut silent = None;
@@ -510,8 +546,8 @@ fn a_signal_ends_it_and_nothing_is_left() {
     }
 }
 
-/// The kernel closes the files of an io_uring some time after its process has ended. Neither QEMU nor the
-/// next daemon must find them locked for that.
+/// The kernel closes the files of an io_uring some time after its process has ended. Neither QEMU
+/// nor the next daemon must find them locked for that.
 #[test]
 fn images_are_free_when_it_has_ended() {
     let place = Place::new(2);
@@ -521,7 +557,11 @@ fn images_are_free_when_it_has_ended() {
         running.end(signal);
         if signal == libc::SIGTERM {
             for image in &place.images {
-                let image = OpenOptions::new().read(true).write(true).open(image).unwrap();
+                let image = OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open(image)
+                    .unwrap();
                 assert_eq!(
                     image_lock::lock(&image, Access::ReadWrite).unwrap(),
                     Locking::Held
@@ -589,7 +629,10 @@ fn what_is_in_flight_is_answered_before_it_ends() {
             "--object",
             "throttle-group,id=group,x-bps-write=524288",
             "--blockdev",
-            &format!("driver=file,filename={},node-name=file", images[2].display()),
+            &format!(
+                "driver=file,filename={},node-name=file",
+                images[2].display()
+            ),
             "--blockdev",
             "driver=throttle,throttle-group=group,file=file,node-name=slow",
             "--export",
@@ -620,9 +663,13 @@ fn what_is_in_flight_is_answered_before_it_ends() {
     assert!(answered.len() < REQUESTS, "the slow replica is too fast");
     assert!(daemon.terminate().success());
     answered.extend(client.poll(0, 0));
-    assert!(answered.iter().all(|(_, result)| result.is_ok()), "{answered:?}");
+    assert!(
+        answered.iter().all(|(_, result)| result.is_ok()),
+        "{answered:?}"
+    );
     assert_eq!(answered.len(), REQUESTS);
-    // Not the third: the FUSE export of QEMU 7.2 mixes up the data of writes that it gets at the same time.
+    // Not the third: the FUSE export of QEMU 7.2 mixes up the data of writes that it gets at the
+    // same time.
     for image in &images[..2] {
         assert!(fs::read(image).unwrap()[..data.len()] == data);
     }

@@ -31,7 +31,9 @@ fn seen_when(disk: &Disk, is_wanted: impl Fn(&Value) -> bool) -> Value {
 }
 
 fn number(value: &Value) -> u64 {
-    value.as_u64().unwrap_or_else(|| panic!("not a number: {value}"))
+    value
+        .as_u64()
+        .unwrap_or_else(|| panic!("not a number: {value}"))
 }
 
 /// Writes three blocks, reads five, flushes.
@@ -91,7 +93,8 @@ fn requests_and_operations_are_counted_and_timed() {
         assert_eq!(counted(&operations["flush"]), [1, 0, 0, 0]);
         for operations in operations.as_object().unwrap().values() {
             let latency = &operations["latency"];
-            let quantiles = ["p50-ns", "p90-ns", "p99-ns", "p999-ns", "max-ns"].map(|q| number(&latency[q]));
+            let quantiles =
+                ["p50-ns", "p90-ns", "p99-ns", "p999-ns", "max-ns"].map(|q| number(&latency[q]));
             assert!(quantiles.is_sorted() && quantiles[0] > 0, "{latency}");
             assert!(number(&latency["mean-ns"]) <= quantiles[4], "{latency}");
         }
@@ -106,7 +109,8 @@ fn a_slow_replica_is_seen_to_be_slow() {
         ..Plan::default()
     };
     let disk = Disk::start(System::Ours, &plan);
-    disk.faulty(2).inject(Operation::Read, Fault::Delay(delay, delay));
+    disk.faulty(2)
+        .inject(Operation::Read, Fault::Delay(delay, delay));
     let mut client = disk.connect();
     client.read(0, 0, 4096).unwrap();
     let state = seen_when(&disk, |state| {
@@ -140,16 +144,24 @@ fn wrong_sectors_and_errors_are_counted_where_they_are() {
     // Mended by whole blocks of the image, which may be longer than a sector.
     assert_eq!(state["replicas"][1]["unmended-sectors"], 0);
 
-    disk.faulty(0).inject(Operation::Read, Fault::Fail(libc::EIO));
+    disk.faulty(0)
+        .inject(Operation::Read, Fault::Fail(libc::EIO));
     client.read(0, 0, 4096).unwrap();
-    disk.faulty(0).inject(Operation::Write, Fault::Fail(libc::EIO));
+    disk.faulty(0)
+        .inject(Operation::Write, Fault::Fail(libc::EIO));
     client.write(0, 0, &[1; 4096]).unwrap();
     let state = seen_when(&disk, |state| {
         number(&state["replicas"][0]["stale-bytes"]) == BLOCK
     });
     let bad = &state["replicas"][0];
-    assert!(number(&bad["operations"]["read"]["failed"]) >= 1, "{state:#}");
-    assert!(number(&bad["operations"]["write"]["failed"]) >= 1, "{state:#}");
+    assert!(
+        number(&bad["operations"]["read"]["failed"]) >= 1,
+        "{state:#}"
+    );
+    assert!(
+        number(&bad["operations"]["write"]["failed"]) >= 1,
+        "{state:#}"
+    );
     // It votes where it is not stale.
     assert_eq!(bad["state"], "syncing");
     for replica in 1..3 {
@@ -159,13 +171,19 @@ fn wrong_sectors_and_errors_are_counted_where_they_are() {
             (&json!(0), &json!(0))
         );
     }
-    assert_eq!(state["failures"], json!({ "read": 0, "write": 0, "flush": 0 }));
+    assert_eq!(
+        state["failures"],
+        json!({ "read": 0, "write": 0, "flush": 0 })
+    );
 
     corrupt_sectors(&disk.images[1], 64..65, 0x0f);
     corrupt_sectors(&disk.images[2], 64..65, 0xf0);
     client.read(0, 64 * 512, 4096).unwrap_err();
     let state = seen(&disk);
-    assert_eq!(state["failures"], json!({ "read": 1, "write": 0, "flush": 0 }));
+    assert_eq!(
+        state["failures"],
+        json!({ "read": 1, "write": 0, "flush": 0 })
+    );
     assert_eq!(state["requests"]["read"]["failed"], 1);
 }
 
@@ -183,7 +201,11 @@ fn a_replica_that_leaves_and_comes_back() {
     let state = seen(&disk);
     let replica = &state["replicas"][1];
     assert_eq!(
-        (&replica["state"], &replica["departures"], &replica["returns"]),
+        (
+            &replica["state"],
+            &replica["departures"],
+            &replica["returns"]
+        ),
         (&json!("out"), &json!(1), &json!(0))
     );
     assert_eq!(replica["operations"]["write"]["in-flight"], 1);
@@ -200,8 +222,8 @@ fn a_replica_that_leaves_and_comes_back() {
     assert_eq!(number(&replica["resynced-sectors"]), BLOCK / 512);
 }
 
-/// Whether `ours` has all that `qemus` has, of the same types. What is optional in QEMU's schema and of no meaning to
-/// us may be missing.
+/// Whether `ours` has all that `qemus` has, of the same types. What is optional in QEMU's schema
+/// and of no meaning to us may be missing.
 fn has_the_shape_of(ours: &Value, qemus: &Value, place: &str) {
     const OPTIONAL: [&str; 3] = ["actual-size", "dirty-flag", "driver-specific"];
     match (ours, qemus) {
@@ -210,7 +232,9 @@ fn has_the_shape_of(ours: &Value, qemus: &Value, place: &str) {
                 .iter()
                 .filter(|(name, _)| !OPTIONAL.contains(&name.as_str()))
             {
-                let mine = ours.get(name).unwrap_or_else(|| panic!("{place} has no {name}"));
+                let mine = ours
+                    .get(name)
+                    .unwrap_or_else(|| panic!("{place} has no {name}"));
                 has_the_shape_of(mine, value, &format!("{place}.{name}"));
             }
         }
@@ -228,7 +252,8 @@ fn has_the_shape_of(ours: &Value, qemus: &Value, place: &str) {
 
 #[test]
 fn queries_answer_as_qemus_do() {
-    let [ours, peer] = [System::Ours, System::Peer].map(|system| Disk::start(system, &Plan::default()));
+    let [ours, peer] =
+        [System::Ours, System::Peer].map(|system| Disk::start(system, &Plan::default()));
     let mut monitor = ours.monitor();
     work(&ours);
     work(&peer);
@@ -251,7 +276,10 @@ fn queries_answer_as_qemus_do() {
             for member in ["drv", "ro", "cache", "detect_zeroes"] {
                 assert_eq!(mine[member], theirs[member], "{member} of {mine}");
             }
-            assert_eq!(mine["image"]["virtual-size"], theirs["image"]["virtual-size"]);
+            assert_eq!(
+                mine["image"]["virtual-size"],
+                theirs["image"]["virtual-size"]
+            );
             has_the_shape_of(mine, theirs, command);
             compared += 1;
         }
@@ -282,7 +310,11 @@ fn queries_answer_as_qemus_do() {
         names.map(|name| number(&stats[name])),
         [5, 5 * BLOCK, 3, 3 * BLOCK, 1, 3 * BLOCK]
     );
-    for name in ["rd_total_time_ns", "wr_total_time_ns", "flush_total_time_ns"] {
+    for name in [
+        "rd_total_time_ns",
+        "wr_total_time_ns",
+        "flush_total_time_ns",
+    ] {
         assert!(number(&stats[name]) > 0, "{name}");
     }
 }

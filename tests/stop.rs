@@ -1,5 +1,5 @@
-//! A stop waits for replicas that hang, but not for ever, and an image that an old write may still land on is
-//! not given to anybody else.
+//! A stop waits for replicas that hang, but not for ever, and an image that an old write may still
+//! land on is not given to anybody else.
 
 mod common;
 
@@ -35,7 +35,10 @@ impl Hanging {
     fn new() -> Self {
         let directory = tempfile::tempdir().expect("creating a directory");
         let mut images = create_images(directory.path(), 3, 4 << 20);
-        let faulty: Vec<_> = images[..2].iter().map(|image| FuseImage::serve(image)).collect();
+        let faulty: Vec<_> = images[..2]
+            .iter()
+            .map(|image| FuseImage::serve(image))
+            .collect();
         for (image, fuse) in images.iter_mut().zip(&faulty) {
             *image = fuse.path();
         }
@@ -69,7 +72,8 @@ impl Hanging {
 
     fn send_sigterm(&self) -> Instant {
         let id = libc::pid_t::try_from(self.daemon.id()).expect("process ids are positive");
-        // SAFETY: kill takes no pointer; the child is not reaped before `self.daemon` is asked for it.
+        // SAFETY: kill takes no pointer; the child is not reaped before `self.daemon` is asked for
+        // it.
         assert_eq!(unsafe { libc::kill(id, libc::SIGTERM) }, 0);
         Instant::now()
     }
@@ -110,8 +114,16 @@ fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
         "{:?}",
         began.elapsed()
     );
-    assert_eq!(status.code(), Some(1), "a replica that is needed was not flushed");
-    assert!(disk.daemon.log().contains("does not answer; it stays locked"));
+    assert_eq!(
+        status.code(),
+        Some(1),
+        "a replica that is needed was not flushed"
+    );
+    assert!(
+        disk.daemon
+            .log()
+            .contains("does not answer; it stays locked")
+    );
     // The process is gone, its writes are not.
     let refused = disk.second_daemon();
     assert!(refused.contains("in use by another process"), "{refused}");
@@ -125,15 +137,19 @@ fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
     assert!(daemon.terminate().success());
 }
 
-/// A flush that hangs keeps a thread of the kernel, and with it what is left of the process. All that the daemon
-/// can do is done all the same.
+/// A flush that hangs keeps a thread of the kernel, and with it what is left of the process. All
+/// that the daemon can do is done all the same.
 #[test]
 fn a_flush_that_hangs_delays_no_more_than_the_last_of_the_process() {
     let mut disk = Hanging::new();
     let mut client = disk.hang(Operation::Sync, Request::Flush);
     disk.send_sigterm();
     assert_eq!(client.poll(0, 1), [(0, Err(Failed(libc::EIO)))]);
-    let says_so = || disk.daemon.log().contains("does not answer; it stays locked");
+    let says_so = || {
+        disk.daemon
+            .log()
+            .contains("does not answer; it stays locked")
+    };
     assert!(wait_until(LIMIT, says_so));
     let are_gone = || !disk.daemon.socket().exists() && !disk.daemon.events_socket().exists();
     assert!(wait_until(LIMIT, are_gone));
@@ -152,7 +168,8 @@ fn a_connection_that_ends_with_requests_that_hang_makes_room_for_the_next() {
     };
     let client = disk.hang(Operation::Read, read);
     drop(client);
-    // Connecting takes an answer of the daemon, which comes when the rings of the one before are drained.
+    // Connecting takes an answer of the daemon, which comes when the rings of the one before are
+    // drained.
     let began = Instant::now();
     let mut next = Client::connect(disk.daemon.socket(), 1);
     assert!(began.elapsed() < DRAIN_LIMIT + LIMIT / 2);

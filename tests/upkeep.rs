@@ -1,5 +1,5 @@
-//! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real io_uring, the
-//! workers of the daemon within this process.
+//! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real
+//! io_uring, the workers of the daemon within this process.
 
 mod common;
 
@@ -179,15 +179,29 @@ fn a_replica_is_replaced_under_a_client() {
     std::thread::scope(|scope| {
         let verifier = scope.spawn(|| verify_until(&stop, &served.socket, 7));
         let fourth = served.another("fourth.raw");
-        let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+        let id = served
+            .upkeep
+            .add_replica(&source(&fourth))
+            .unwrap()
+            .unwrap();
         served.wait_for_the_end_of(id);
         // Nothing of it is stale: the one that it replaces can go.
         let first = source(&served.images[0]).node_name;
-        assert_eq!(served.upkeep.remove_replica(&first).unwrap(), Removed::Closed);
+        assert_eq!(
+            served.upkeep.remove_replica(&first).unwrap(),
+            Removed::Closed
+        );
         let second = source(&served.images[1]).node_name;
-        assert_eq!(served.upkeep.remove_replica(&second).unwrap(), Removed::Closed);
+        assert_eq!(
+            served.upkeep.remove_replica(&second).unwrap(),
+            Removed::Closed
+        );
         let third = source(&served.images[2]).node_name;
-        let refused = served.upkeep.remove_replica(&third).unwrap_err().to_string();
+        let refused = served
+            .upkeep
+            .remove_replica(&third)
+            .unwrap_err()
+            .to_string();
         assert!(
             refused.contains("fewer replicas than the vote threshold"),
             "{refused}"
@@ -214,7 +228,11 @@ fn what_is_sparse_stays_sparse() {
     client.write(0, 40 << 20, &[7; 8192]).unwrap();
     client.flush(0).unwrap();
     let fourth = served.another("fourth.raw");
-    let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+    let id = served
+        .upkeep
+        .add_replica(&source(&fourth))
+        .unwrap()
+        .unwrap();
     served.wait_for_the_end_of(id);
     drop(client);
     let (_directory, images) = served.end();
@@ -225,7 +243,8 @@ fn what_is_sparse_stays_sparse() {
 #[test]
 fn what_cannot_be_a_replica_is_refused() {
     let served = serve();
-    let refused = |source: &ReplicaSource| served.upkeep.add_replica(source).unwrap_err().to_string();
+    let refused =
+        |source: &ReplicaSource| served.upkeep.add_replica(source).unwrap_err().to_string();
     let missing = refused(&source(&served.path("missing.raw")));
     assert!(missing.contains("cannot open"), "{missing}");
     let short = served.another("short.raw");
@@ -252,7 +271,11 @@ fn what_cannot_be_a_replica_is_refused() {
     };
     let twice = refused(&named);
     assert!(twice.contains("same node-name"), "{twice}");
-    let unknown = served.upkeep.remove_replica("nobody").unwrap_err().to_string();
+    let unknown = served
+        .upkeep
+        .remove_replica("nobody")
+        .unwrap_err()
+        .to_string();
     assert_eq!(unknown, "there is no replica 'nobody'");
     assert!(served.upkeep.jobs().is_empty());
     assert_eq!(served.end().1.len(), 3);
@@ -263,7 +286,11 @@ fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
     let served = serve();
     let fourth = served.another("fourth.raw");
     let name = source(&fourth).node_name;
-    let id = served.upkeep.add_replica(&source(&fourth)).unwrap().unwrap();
+    let id = served
+        .upkeep
+        .add_replica(&source(&fourth))
+        .unwrap()
+        .unwrap();
     served.upkeep.job_pause(id).unwrap();
     let paused = || {
         served
@@ -276,7 +303,13 @@ fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
         served.upkeep.job_cancel(id).unwrap();
         served.wait_for_the_end_of(id);
         let mut client = Client::connect(&served.socket, 1);
-        assert!(client.read(0, 8192, 16384).unwrap().iter().all(|byte| *byte == 0));
+        assert!(
+            client
+                .read(0, 8192, 16384)
+                .unwrap()
+                .iter()
+                .all(|byte| *byte == 0)
+        );
         assert!(served.upkeep.jobs().is_empty(), "nothing begins by itself");
         let id = served.upkeep.resync(&name, 0).unwrap();
         served.wait_for_the_end_of(id);
@@ -292,7 +325,11 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
     let mut client = Client::connect(&served.socket, 1);
     for megabyte in 0..64 {
         client
-            .write(0, megabyte << 20, &[u8::try_from(megabyte).unwrap() + 1; 65536])
+            .write(
+                0,
+                megabyte << 20,
+                &[u8::try_from(megabyte).unwrap() + 1; 65536],
+            )
             .unwrap();
     }
     client.flush(0).unwrap();
@@ -337,7 +374,9 @@ fn a_mismatch_has_its_neighbourhood_scrubbed() {
     corrupt_sectors(&served.images[2], 6000..6010, 0xff);
     client.read(0, 4096 * 512, 4096).unwrap();
     let found = &served.shared.counters.of(ReplicaIndex(2)).sectors_wrong;
-    served.wait_until("the neighbours are found", || found.load(Ordering::Relaxed) >= 11);
+    served.wait_until("the neighbours are found", || {
+        found.load(Ordering::Relaxed) >= 11
+    });
     drop(client);
     let _ = served.end();
 }

@@ -1,4 +1,5 @@
-//! Discard and write-zeroes leave the same bytes on every replica, whatever each can do natively (W4).
+//! Discard and write-zeroes leave the same bytes on every replica, whatever each can do natively
+//! (W4).
 
 mod common;
 
@@ -113,12 +114,14 @@ fn every_kind_of_replica_reads_as_zeroes_afterwards_and_nothing_else_changes() {
             unmap: false,
         },
     ];
-    let allocated = |kinds: &Kinds| [0, 1, 2].map(|index: usize| allocated_bytes(&kinds.backing[index]));
+    let allocated =
+        |kinds: &Kinds| [0, 1, 2].map(|index: usize| allocated_bytes(&kinds.backing[index]));
     let before = allocated(&kinds);
     for (request, keeps_space) in requests.into_iter().zip([false, false, true]) {
         let then = allocated_bytes(&kinds.backing[0]);
         assert_eq!(client.run(0, &[request]), [Ok(())]);
-        let (Request::Discard { offset, len } | Request::WriteZeroes { offset, len, .. }) = request else {
+        let (Request::Discard { offset, len } | Request::WriteZeroes { offset, len, .. }) = request
+        else {
             unreachable!()
         };
         kinds.zero(offset, len);
@@ -164,7 +167,10 @@ fn zeroes_and_writes_that_race_leave_the_replicas_equal() {
         for queue in 0..2 {
             let mut batch = Vec::new();
             for index in 0..16 {
-                let (offset, len) = (random.within(0..16) * 4096, (1 + random.within(0..4)) * 4096);
+                let (offset, len) = (
+                    random.within(0..16) * 4096,
+                    (1 + random.within(0..4)) * 4096,
+                );
                 let memory = index * 16384;
                 batch.push(match random.within(0..5) {
                     0 => Request::Discard { offset, len },
@@ -211,7 +217,8 @@ fn zeroes_and_writes_that_race_leave_the_replicas_equal() {
     assert_eq!(events.all(), Vec::<serde_json::Value>::new());
 }
 
-/// A range far larger than a piece, and of a disk that is one hole: as quick as the file systems are.
+/// A range far larger than a piece, and of a disk that is one hole: as quick as the file systems
+/// are.
 #[test]
 fn a_whole_disk_is_discarded() {
     const BYTES: u64 = 5 << 30;

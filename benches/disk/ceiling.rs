@@ -1,5 +1,5 @@
-//! The ceiling: what the files themselves give one thread and its io_uring, without vote or guest. A request
-//! counts when its operations on all replicas have ended.
+//! The ceiling: what the files themselves give one thread and its io_uring, without vote or guest.
+//! A request counts when its operations on all replicas have ended.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -19,8 +19,8 @@ use super::requests::{Kind, Request, WriteData};
 /// Room for all operations at the greatest depth.
 const RING_ENTRIES: u32 = 1024;
 
-/// Reads from the page cache are cut into pieces that fit the L2 cache, which is the fastest way. Others are
-/// not: each is a turn of a kernel thread, or a command to a device.
+/// Reads from the page cache are cut into pieces that fit the L2 cache, which is the fastest way.
+/// Others are not: each is a turn of a kernel thread, or a command to a device.
 const PIECE_BYTES: usize = 64 << 10;
 
 /// One thread with an io_uring over the replicas.
@@ -87,8 +87,8 @@ impl Ceiling {
         let operation = operation.user_data(slot as u64);
         self.waits_for[slot].0 += 1;
         self.in_flight += 1;
-        // SAFETY: the memory that the operation points to is not touched until it has ended, but by other
-        // operations, and is not freed before, which `drop` sees to.
+        // SAFETY: the memory that the operation points to is not touched until it has ended, but by
+        // other operations, and is not freed before, which `drop` sees to.
         let pushed = unsafe { self.uring.submission().push(&operation) };
         pushed.expect("room for all operations");
     }
@@ -99,7 +99,10 @@ impl Ceiling {
         let want = (self.in_flight / 4).max(1);
         while let Err(error) = self.uring.submit_and_wait(want) {
             let errno = error.raw_os_error();
-            assert!(errno == Some(libc::EINTR), "waiting for completions: {error}");
+            assert!(
+                errno == Some(libc::EINTR),
+                "waiting for completions: {error}"
+            );
         }
         for entry in self.uring.completion() {
             let slot = usize::try_from(entry.user_data()).expect("a slot");
@@ -142,7 +145,8 @@ impl Queue for Ceiling {
                 Kind::Write => {
                     for replica in 0..self.replicas {
                         let from = source.wrapping_add(at);
-                        let write = opcode::Write::new(file(replica), from, piece_len).offset(offset);
+                        let write =
+                            opcode::Write::new(file(replica), from, piece_len).offset(offset);
                         self.push_operation(slot, write.build());
                     }
                 }

@@ -1,4 +1,5 @@
-//! The loop of every client: keeps the requests of a load in flight on one queue and takes the time of each.
+//! The loop of every client: keeps the requests of a load in flight on one queue and takes the time
+//! of each.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -16,8 +17,8 @@ pub trait Queue {
     /// Takes a request, to be handed over by [`Self::run`].
     fn push(&mut self, slot: usize, request: Request);
 
-    /// Hands over what was pushed, waits for at least one completion, and adds the slots of all that there
-    /// are to `completed`.
+    /// Hands over what was pushed, waits for at least one completion, and adds the slots of all
+    /// that there are to `completed`.
     fn run(&mut self, completed: &mut Vec<usize>) -> Result<(), Interrupted>;
 }
 
@@ -30,8 +31,8 @@ pub fn latencies() -> Latencies {
     Histogram::new_with_bounds(1, max, 3).expect("bounds in order")
 }
 
-/// Drives `queue` from now to the end of `window`, and returns how long each request took that was completed
-/// within it, from the moment it was handed over to the moment its completion was seen.
+/// Drives `queue` from now to the end of `window`, and returns how long each request took that was
+/// completed within it, from the moment it was handed over to the moment its completion was seen.
 pub fn drive(
     queue: &mut impl Queue,
     requests: &mut Requests,

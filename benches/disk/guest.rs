@@ -52,7 +52,8 @@ impl Queue for GuestQueue<'_> {
                 .read(offset, memory.as_mut_ptr(), self.len, slot, flags),
             Kind::Write => {
                 self.data.renew(memory);
-                self.queue.write(offset, memory.as_ptr(), self.len, slot, flags);
+                self.queue
+                    .write(offset, memory.as_ptr(), self.len, slot, flags);
             }
             Kind::Flush => self.queue.flush(slot, flags),
         }
@@ -67,7 +68,9 @@ impl Queue for GuestQueue<'_> {
                 .do_io(&mut self.completions, 1, Some(&mut interval), None);
             match result {
                 Ok(count) => break count,
-                Err(error) if [libc::ETIME, libc::EINTR].contains(&error.errno().raw_os_error()) => {
+                Err(error)
+                    if [libc::ETIME, libc::EINTR].contains(&error.errno().raw_os_error()) =>
+                {
                     interrupt::check()?;
                     assert!(Instant::now() < deadline, "no completion within {LIMIT:?}");
                 }

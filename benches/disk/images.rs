@@ -24,7 +24,8 @@ pub struct Images {
 }
 
 impl Images {
-    /// Creates `count`, of `size_bytes`, with writes of `fill_bytes`; `directory` is where those go that do not lie on tmpfs.
+    /// Creates `count`, of `size_bytes`, with writes of `fill_bytes`; `directory` is where those go
+    /// that do not lie on tmpfs.
     pub fn create(
         storage: Storage,
         count: usize,
@@ -91,8 +92,9 @@ impl Images {
             interrupt::check()?;
             if self.storage == Storage::Disk {
                 // SAFETY: posix_fadvise takes no pointer.
-                let result =
-                    unsafe { libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED) };
+                let result = unsafe {
+                    libc::posix_fadvise(file.as_raw_fd(), 0, 0, libc::POSIX_FADV_DONTNEED)
+                };
                 assert_eq!(result, 0, "dropping an image from the page cache");
             } else {
                 while file.read(&mut piece).expect("reading an image") > 0 {}

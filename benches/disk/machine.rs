@@ -25,11 +25,16 @@ fn cpu() -> String {
         Some(line.split_once(':')?.1.trim())
     };
     let cores = thread::available_parallelism().map_or(0, usize::from);
-    let is_virtual = value("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor"));
+    let is_virtual =
+        value("flags").is_some_and(|flags| flags.split(' ').any(|flag| flag == "hypervisor"));
     format!(
         "{}, {cores} cores{}",
         value("model name").unwrap_or("unknown"),
-        if is_virtual { " of a virtual machine" } else { "" }
+        if is_virtual {
+            " of a virtual machine"
+        } else {
+            ""
+        }
     )
 }
 
@@ -37,7 +42,9 @@ fn memory() -> String {
     let info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let total = info.lines().find_map(|line| line.strip_prefix("MemTotal:"));
     let kib = total.and_then(|text| text.trim().strip_suffix(" kB")?.parse::<u64>().ok());
-    kib.map_or("unknown".into(), |kib| format!("{} GiB", kib.div_ceil(1 << 20)))
+    kib.map_or("unknown".into(), |kib| {
+        format!("{} GiB", kib.div_ceil(1 << 20))
+    })
 }
 
 /// Its version without what those who built it have added.
@@ -55,7 +62,8 @@ fn file_system(path: &Path) -> String {
         let (mount, file_system) = line.split_once(" - ")?;
         let point = mount.split(' ').nth(4)?;
         let kind = file_system.split(' ').next()?;
-        path.starts_with(point).then(|| (point.len(), kind.to_owned()))
+        path.starts_with(point)
+            .then(|| (point.len(), kind.to_owned()))
     };
     // Of mounts at one point the last is on top.
     let holding = mounts
@@ -68,6 +76,8 @@ fn file_system(path: &Path) -> String {
 fn first_line(program: &str, argument: &str) -> String {
     let output = Command::new(program).arg(argument).output();
     let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    let line = text.ok().and_then(|text| text.lines().next().map(str::to_owned));
+    let line = text
+        .ok()
+        .and_then(|text| text.lines().next().map(str::to_owned));
     line.unwrap_or("unknown".into())
 }

@@ -1,8 +1,9 @@
-//! quorum-blkd beside qemu-storage-daemon's quorum, and beside what the files themselves give: `make bench`.
+//! quorum-blkd beside qemu-storage-daemon's quorum, and beside what the files themselves give:
+//! `make bench`.
 //!
-//! `BENCH_SECONDS` is the time of one measurement (default 1), `BENCH_ROUNDS` how often each is repeated
-//! (default 3), `BENCH_ONLY` the name of a row, or parts of names separated by commas; then nothing is written
-//! to docs/. `BENCH_DIR` is where the images go that do not lie on tmpfs.
+//! `BENCH_SECONDS` is the time of one measurement (default 1), `BENCH_ROUNDS` how often each is
+//! repeated (default 3), `BENCH_ONLY` the name of a row, or parts of names separated by commas;
+//! then nothing is written to docs/. `BENCH_DIR` is where the images go that do not lie on tmpfs.
 
 // Of what the tests share, only a part is used; and what is public here is so within this program.
 #![allow(unreachable_pub)]
@@ -39,12 +40,13 @@ use settings::Settings;
 use summary::{Outcome, microseconds, percent, short, times};
 use systems::System;
 
-/// What is written at a time when images are made. As the first access makes a page cache entry, so it stays: what is
-/// written by the megabyte becomes large folios, in which ext4 then takes ten times as long for each write of
-/// 4 KiB, whoever asks for it.
+/// What is written at a time when images are made. As the first access makes a page cache entry, so
+/// it stays: what is written by the megabyte becomes large folios, in which ext4 then takes ten
+/// times as long for each write of 4 KiB, whoever asks for it.
 const FILL_BYTES: usize = 4 << 10;
 
-/// How often a measurement is tried in which nothing happens, as may be when it is short and the machine busy.
+/// How often a measurement is tried in which nothing happens, as may be when it is short and the
+/// machine busy.
 const TRIES_MAX: usize = 3;
 
 fn main() -> ExitCode {
@@ -77,14 +79,20 @@ fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     let of_round: usize = rows.iter().map(|row| System::of(row).len()).sum();
     // With the warm-up, and what it takes to start, to stop and to write back.
     let minutes = rounds as f64 * of_round as f64 * (seconds * 1.2 + 0.12) / 60.0;
-    println!("{count} rows, {rounds} rounds of {seconds} s for each system: about {minutes:.1} minutes");
+    println!(
+        "{count} rows, {rounds} rounds of {seconds} s for each system: about {minutes:.1} minutes"
+    );
     println!(
         "requests a second, median (lowest to highest); latencies p50, p99, p99.9; CPU time of the system for each \
          request; its most memory; how much of a core the client uses"
     );
     let mut outcomes = Vec::new();
     for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
-        let most = rows.iter().map(|row| row.replicas).max().unwrap_or_default();
+        let most = rows
+            .iter()
+            .map(|row| row.replicas)
+            .max()
+            .unwrap_or_default();
         let images = Images::create(
             rows[0].storage,
             most,

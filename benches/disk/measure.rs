@@ -24,15 +24,16 @@ pub struct Measured {
     pub latency_us: [f64; 3],
     /// CPU time of the system for each request, in microseconds.
     pub cpu_us: f64,
-    /// The most memory that the system had at a time, in MiB. `None` for the ceiling, which shares its process with
-    /// the benchmark.
+    /// The most memory that the system had at a time, in MiB. `None` for the ceiling, which shares
+    /// its process with the benchmark.
     pub memory_mib: Option<f64>,
     /// How much of a core the client used. `None` for the ceiling, which is its own client.
     pub client_cores: Option<f64>,
 }
 
-/// Measures `system` for `time`, and leaves nothing to be written back. Another `seed` asks for other bytes.
-/// `None` if no request was completed in that time: the machine is busy with other things.
+/// Measures `system` for `time`, and leaves nothing to be written back. Another `seed` asks for
+/// other bytes. `None` if no request was completed in that time: the machine is busy with other
+/// things.
 pub fn measure(
     system: System,
     row: &Row,
@@ -132,7 +133,10 @@ fn window(time: Duration) -> Range<Instant> {
 }
 
 /// CPU time that processes use within `window`.
-fn cpu_within<const N: usize>(window: &Range<Instant>, ids: [u32; N]) -> Result<[Duration; N], Interrupted> {
+fn cpu_within<const N: usize>(
+    window: &Range<Instant>,
+    ids: [u32; N],
+) -> Result<[Duration; N], Interrupted> {
     interrupt::wait_until(window.start)?;
     let before = ids.map(cpu);
     interrupt::wait_until(window.end)?;

@@ -82,7 +82,10 @@ pub struct Pattern {
 impl Pattern {
     /// Is it measured in bytes rather than requests a second?
     pub fn is_sequential(&self) -> bool {
-        matches!(self.access, Access::SequentialReads | Access::SequentialWrites)
+        matches!(
+            self.access,
+            Access::SequentialReads | Access::SequentialWrites
+        )
     }
 }
 
@@ -206,8 +209,8 @@ pub fn is_varied(pattern: &Pattern) -> bool {
     )
 }
 
-/// Every row, in the order in which they are measured: by storage, then by falling number of replicas,
-/// because images that a smaller disk has written to are no longer equal to the others.
+/// Every row, in the order in which they are measured: by storage, then by falling number of
+/// replicas, because images that a smaller disk has written to are no longer equal to the others.
 pub fn rows() -> Vec<Row> {
     use ReadPattern::{Quorum, Threshold};
     let disks = [

@@ -48,7 +48,11 @@ pub fn ratios(title: &str, series: &[&str], groups: &[(String, Vec<Option<Spread
     const LABELS: f64 = 262.0;
     const BAR: f64 = 11.0;
     let mut svg = Svg::new(title, series, OTHER_COLOURS);
-    let spreads = || groups.iter().flat_map(|(_, values)| values.iter().flatten());
+    let spreads = || {
+        groups
+            .iter()
+            .flat_map(|(_, values)| values.iter().flatten())
+    };
     let min = spreads().map(|spread| spread.min).fold(0.7, f64::min);
     let max = spreads().map(|spread| spread.max).fold(1.5, f64::max);
     let x_of = |ratio: f64| {
@@ -62,9 +66,18 @@ pub fn ratios(title: &str, series: &[&str], groups: &[(String, Vec<Option<Spread
     let (top, bottom) = (svg.y, svg.y + height);
     for tick in [0.1, 0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0] {
         if (min..=max).contains(&tick) {
-            let (colour, width) = if tick == 1.0 { (INK, 1.5) } else { ("#d8dce2", 1.0) };
+            let (colour, width) = if tick == 1.0 {
+                (INK, 1.5)
+            } else {
+                ("#d8dce2", 1.0)
+            };
             svg.line([x_of(tick), top], [x_of(tick), bottom], colour, width);
-            svg.text([x_of(tick), bottom + 16.0], "middle", 12, &format!("{tick}×"));
+            svg.text(
+                [x_of(tick), bottom + 16.0],
+                "middle",
+                12,
+                &format!("{tick}×"),
+            );
         }
     }
     for (label, values) in groups {

@@ -3,7 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
-/// CPU time of all threads of a process so far, those that the kernel runs for its io_urings included.
+/// CPU time of all threads of a process so far, those that the kernel runs for its io_urings
+/// included.
 pub fn cpu(id: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).expect("reading /proc");
     // The name before it may hold anything.
@@ -17,8 +18,8 @@ pub fn cpu(id: u32) -> Duration {
     Duration::from_secs(1) * ticks / u32::try_from(per_second).expect("a small number")
 }
 
-/// The most memory that a process had at a time, in bytes. Memory of the guest counts where the process has
-/// touched it.
+/// The most memory that a process had at a time, in bytes. Memory of the guest counts where the
+/// process has touched it.
 pub fn peak_memory_bytes(id: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{id}/status")).expect("reading /proc");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

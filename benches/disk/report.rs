@@ -33,7 +33,8 @@ pub fn write(outcomes: &[Outcome], settings: &Settings, docs: &Path) {
     let latency = |figures: &Figures| figures.latency_us[1];
     let cpu = |figures: &Figures| figures.cpu_us;
     let served = &ALL[..2];
-    let random = |unit, value: &dyn Fn(&Figures) -> f64| panels(outcomes, false, unit, served, value);
+    let random =
+        |unit, value: &dyn Fn(&Figures) -> f64| panels(outcomes, false, unit, served, value);
     for (name, picture) in [
         ("ratio", ratio_picture(outcomes)),
         (
@@ -75,7 +76,8 @@ pub fn write(outcomes: &[Outcome], settings: &Settings, docs: &Path) {
     ] {
         fs::write(pictures.join(name).with_extension("svg"), picture).expect("writing a picture");
     }
-    fs::write(docs.join("benchmarks.md"), document(outcomes, settings)).expect("writing the report");
+    fs::write(docs.join("benchmarks.md"), document(outcomes, settings))
+        .expect("writing the report");
 }
 
 fn document(outcomes: &[Outcome], settings: &Settings) -> String {
@@ -105,7 +107,11 @@ fn document(outcomes: &[Outcome], settings: &Settings) -> String {
     }
     how(&mut text, settings);
     for storage in Storage::ALL {
-        let _ = writeln!(text, "\n## Three replicas, one queue: {}\n", storage.title());
+        let _ = writeln!(
+            text,
+            "\n## Three replicas, one queue: {}\n",
+            storage.title()
+        );
         let rows: Vec<&Outcome> = main_rows(outcomes, storage).collect();
         let name = |row: &Row| format!("{}, depth {}", row.pattern.title, row.pattern.depth);
         tables(&mut text, "load", &rows, &name);
@@ -115,7 +121,10 @@ fn document(outcomes: &[Outcome], settings: &Settings) -> String {
         for pattern in patterns().iter().filter(|pattern| is_varied(pattern)) {
             let _ = writeln!(text, "\n### {}, depth {}\n", pattern.title, pattern.depth);
             let is_of = |row: &Row| row.storage == storage && row.pattern == *pattern;
-            let mut rows: Vec<&Outcome> = outcomes.iter().filter(|outcome| is_of(&outcome.row)).collect();
+            let mut rows: Vec<&Outcome> = outcomes
+                .iter()
+                .filter(|outcome| is_of(&outcome.row))
+                .collect();
             rows.sort_by_key(|outcome| (outcome.row.replicas, outcome.row.queues));
             tables(&mut text, "disk", &rows, &Row::disk);
         }
@@ -126,16 +135,26 @@ fn document(outcomes: &[Outcome], settings: &Settings) -> String {
 /// The result in a few lines.
 fn summary(text: &mut String, outcomes: &[Outcome]) {
     text.push_str("Three replicas, one queue, requests a second:\n\n");
-    text.push_str("| | × qemu-storage-daemon (geometric mean) | lowest | highest | of the ceiling |\n");
+    text.push_str(
+        "| | × qemu-storage-daemon (geometric mean) | lowest | highest | of the ceiling |\n",
+    );
     text.push_str("| --- | ---: | --- | --- | ---: |\n");
     for storage in Storage::ALL {
-        let ratio = |outcome: &Outcome| Some((outcome.ratio_to(System::Peer)?.median, outcome.row.pattern));
-        let mut ratios: Vec<(f64, Pattern)> = main_rows(outcomes, storage).filter_map(ratio).collect();
+        let ratio =
+            |outcome: &Outcome| Some((outcome.ratio_to(System::Peer)?.median, outcome.row.pattern));
+        let mut ratios: Vec<(f64, Pattern)> =
+            main_rows(outcomes, storage).filter_map(ratio).collect();
         ratios.sort_by(|(left, _), (right, _)| left.total_cmp(right));
-        let of_ceiling = main_rows(outcomes, storage).filter_map(|outcome| outcome.ratio_to(System::Ceiling));
+        let of_ceiling =
+            main_rows(outcomes, storage).filter_map(|outcome| outcome.ratio_to(System::Ceiling));
         let of_ceiling = mean(of_ceiling.map(|ratio| ratio.median));
         let named = |(ratio, pattern): &(f64, Pattern)| {
-            format!("{} ({}, depth {})", times(*ratio), pattern.title, pattern.depth)
+            format!(
+                "{} ({}, depth {})",
+                times(*ratio),
+                pattern.title,
+                pattern.depth
+            )
         };
         if let (Some(lowest), Some(highest)) = (ratios.first(), ratios.last()) {
             let _ = writeln!(
@@ -190,10 +209,13 @@ fn tables(text: &mut String, first: &str, rows: &[&Outcome], name: &dyn Fn(&Row)
     for outcome in rows {
         let [ours, peer, ceiling] = ALL.map(|system| outcome.figures(system));
         let rate = |figures: &Option<Figures>| {
-            cell(figures, |figures| with_range(figures.requests_per_second, short))
+            cell(figures, |figures| {
+                with_range(figures.requests_per_second, short)
+            })
         };
-        let megabytes =
-            |figures: &Option<Figures>| cell(figures, |figures| short(figures.megabytes_per_second));
+        let megabytes = |figures: &Option<Figures>| {
+            cell(figures, |figures| short(figures.megabytes_per_second))
+        };
         let ratio = outcome.ratio_to(System::Peer);
         let of_ceiling = outcome.ratio_to(System::Ceiling);
         let _ = writeln!(
@@ -265,7 +287,8 @@ fn ratio_picture(outcomes: &[Outcome]) -> String {
     )
 }
 
-/// One for each kind of storage: the main rows that are `sequential` or are not, and `value` of each system.
+/// One for each kind of storage: the main rows that are `sequential` or are not, and `value` of
+/// each system.
 fn panels(
     outcomes: &[Outcome],
     sequential: bool,
@@ -282,7 +305,10 @@ fn panels(
         let values = systems
             .iter()
             .map(|system| outcome.figures(*system).as_ref().map(value));
-        ([title, format!("depth {}", pattern.depth)], values.collect())
+        (
+            [title, format!("depth {}", pattern.depth)],
+            values.collect(),
+        )
     };
     let panel = |storage: Storage| Panel {
         title: format!("{}, {unit}", storage.title()),
@@ -296,12 +322,16 @@ fn panels(
 
 fn main_rows(outcomes: &[Outcome], storage: Storage) -> impl Iterator<Item = &Outcome> {
     let is_wanted = move |row: &Row| row.is_main() && row.storage == storage;
-    outcomes.iter().filter(move |outcome| is_wanted(&outcome.row))
+    outcomes
+        .iter()
+        .filter(move |outcome| is_wanted(&outcome.row))
 }
 
 /// The geometric mean.
 fn mean(ratios: impl Iterator<Item = f64>) -> f64 {
-    let (sum, count) = ratios.fold((0.0, 0.0), |(sum, count), ratio| (sum + ratio.ln(), count + 1.0));
+    let (sum, count) = ratios.fold((0.0, 0.0), |(sum, count), ratio| {
+        (sum + ratio.ln(), count + 1.0)
+    });
     (sum / count).exp()
 }
 

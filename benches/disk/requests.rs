@@ -28,8 +28,8 @@ pub struct Request {
 
 /// The requests of one queue.
 ///
-/// No two requests in flight touch the same bytes: this measures speed, and replicas that a system lets
-/// diverge when writes race would make later reads slower.
+/// No two requests in flight touch the same bytes: this measures speed, and replicas that a system
+/// lets diverge when writes race would make later reads slower.
 pub struct Requests {
     random: Random,
     access: Access,
@@ -65,7 +65,9 @@ impl Requests {
         let kind = match self.access {
             Access::SequentialReads => Kind::Read,
             Access::SequentialWrites => Kind::Write,
-            Access::Random { reads_percent } if self.random.within(0..100) < reads_percent => Kind::Read,
+            Access::Random { reads_percent } if self.random.within(0..100) < reads_percent => {
+                Kind::Read
+            }
             Access::Random { .. } => Kind::Write,
             Access::WriteAndFlush => {
                 self.owes_flush[slot] = !self.owes_flush[slot];
@@ -101,7 +103,8 @@ impl Requests {
     }
 }
 
-/// Makes data to be written: random to begin with, and every block unlike all others whenever it is written.
+/// Makes data to be written: random to begin with, and every block unlike all others whenever it is
+/// written.
 pub struct WriteData(Random);
 
 impl WriteData {

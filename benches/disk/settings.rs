@@ -22,7 +22,10 @@ impl Settings {
     /// With `seconds` and `rounds` for who has not chosen.
     pub fn from_environment(seconds: f64, rounds: u64) -> Self {
         let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
-        let parts = only.split(',').map(str::trim).filter(|part| !part.is_empty());
+        let parts = only
+            .split(',')
+            .map(str::trim)
+            .filter(|part| !part.is_empty());
         Self {
             time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(seconds)),
             rounds: variable("BENCH_ROUNDS").unwrap_or(rounds).max(1),
@@ -31,15 +34,16 @@ impl Settings {
         }
     }
 
-    /// Those of `rows` that are to be measured. A whole name means just that row, though others may contain it. If there are
-    /// none, the names that could have been chosen are printed.
+    /// Those of `rows` that are to be measured. A whole name means just that row, though others may
+    /// contain it. If there are none, the names that could have been chosen are printed.
     pub fn wanted<R: Copy + Display>(&self, rows: &[R]) -> Vec<R> {
         let is_row = |name: &str| rows.iter().any(|row| row.to_string() == name);
         let is_meant = |row: &R, part: &String| {
             let name = row.to_string();
             name == *part || !is_row(part) && name.contains(part)
         };
-        let is_wanted = |row: &R| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
+        let is_wanted =
+            |row: &R| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
         let wanted: Vec<R> = rows.iter().copied().filter(is_wanted).collect();
         if wanted.is_empty() {
             println!("BENCH_ONLY fits none of these:");

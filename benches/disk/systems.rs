@@ -120,7 +120,8 @@ impl Server {
         }
     }
 
-    /// Ends it. A replica must not have lost a vote or failed: what was measured would not be worth anything.
+    /// Ends it. A replica must not have lost a vote or failed: what was measured would not be worth
+    /// anything.
     pub fn end(mut self) {
         match &mut self.program {
             Program::Ours(daemon) => assert!(daemon.terminate().success(), "quorum-blkd failed"),

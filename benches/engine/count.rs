@@ -16,14 +16,16 @@ fn count(arguments: &[&str]) -> Result<u64, String> {
     if !output.status.success() {
         return Err(format!("{arguments:?} failed: {said}"));
     }
-    let collected = said.lines().find_map(|line| line.split("Collected :").nth(1));
+    let collected = said
+        .lines()
+        .find_map(|line| line.split("Collected :").nth(1));
     collected
         .and_then(|figure| figure.trim().parse().ok())
         .ok_or_else(|| format!("valgrind did not count: {said}"))
 }
 
-/// Instructions for each of what `long` runs of `name` do more than `short` ones, so that starting up does not
-/// count.
+/// Instructions for each of what `long` runs of `name` do more than `short` ones, so that starting
+/// up does not count.
 pub(crate) fn per_unit(name: &str, short: u64, long: u64) -> Result<f64, String> {
     let run = |units: u64| count(&["--run", name, &units.to_string()]);
     let more = run(long)?

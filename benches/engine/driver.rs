@@ -1,4 +1,5 @@
-//! What drives the engine in place of rings and files: keeps what it asks for, and counts what it has answered.
+//! What drives the engine in place of rings and files: keeps what it asks for, and counts what it
+//! has answered.
 
 use quorum_blk::engine::{Effects, Failed, Tag, WorkerIndex};
 use quorum_blk::jobs::JobEvent;
@@ -45,7 +46,10 @@ impl Effects for Driver {
     fn health_changed(&mut self) {}
 
     fn job_changed(&mut self, event: JobEvent) {
-        assert!(self.expects_reports, "nobody asked for a job, and yet: {event:?}");
+        assert!(
+            self.expects_reports,
+            "nobody asked for a job, and yet: {event:?}"
+        );
     }
 
     fn released(&mut self, replica: ReplicaIndex) {

@@ -1,8 +1,10 @@
-//! Instructions that the engine alone takes for a request: vote, locks and request states, no I/O and no guest.
+//! Instructions that the engine alone takes for a request: vote, locks and request states, no I/O
+//! and no guest.
 //!
-//! `make bench-engine` counts them under callgrind, which gives the same figure each time, whatever else the
-//! machine does. It compares them with those in `benches/engine/record.txt`, which `--record` writes, and checks that
-//! they grow with the disk as they may ([`scale`]); `--scale` does the latter alone.
+//! `make bench-engine` counts them under callgrind, which gives the same figure each time, whatever
+//! else the machine does. It compares them with those in `benches/engine/record.txt`, which
+//! `--record` writes, and checks that they grow with the disk as they may ([`scale`]); `--scale`
+//! does the latter alone.
 
 mod count;
 mod driver;
@@ -63,8 +65,20 @@ const fn case(
 }
 
 const CASES: [Case; 6] = [
-    case("voted-read-4k-3-replicas", Kind::Read, 3, ReadPattern::Quorum, 8),
-    case("voted-read-4k-5-replicas", Kind::Read, 5, ReadPattern::Quorum, 8),
+    case(
+        "voted-read-4k-3-replicas",
+        Kind::Read,
+        3,
+        ReadPattern::Quorum,
+        8,
+    ),
+    case(
+        "voted-read-4k-5-replicas",
+        Kind::Read,
+        5,
+        ReadPattern::Quorum,
+        8,
+    ),
     case(
         "threshold-read-4k-3-replicas",
         Kind::Read,
@@ -80,7 +94,13 @@ const CASES: [Case; 6] = [
         ReadPattern::Quorum,
         2048,
     ),
-    case("write-4k-3-replicas", Kind::Write, 3, ReadPattern::Quorum, 8),
+    case(
+        "write-4k-3-replicas",
+        Kind::Write,
+        3,
+        ReadPattern::Quorum,
+        8,
+    ),
 ];
 
 /// Runs a case; what is counted.
@@ -95,7 +115,12 @@ fn run(case: &Case, requests: u64) {
         block_sectors: 1,
         replica_timeout: Duration::from_secs(1),
     };
-    let shared = Arc::new(Shared::new(case.replicas, policy.threshold, 1, DISK_SECTORS));
+    let shared = Arc::new(Shared::new(
+        case.replicas,
+        policy.threshold,
+        1,
+        DISK_SECTORS,
+    ));
     let pool = BufferPool::default();
     let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone());
     let mut driver = Driver::default();

@@ -1,8 +1,9 @@
-//! How the instructions of a request grow: linearly with the replicas, at most logarithmically with the ranges in
-//! flight, and not with the size of the disk or the number of queues.
+//! How the instructions of a request grow: linearly with the replicas, at most logarithmically with
+//! the ranges in flight, and not with the size of the disk or the number of queues.
 //!
-//! Each law is a table, a row for each load and a column for each size, and is broken when a figure is off by more
-//! than its tolerance. Requests are 4 KiB long and on disjoint ranges; the oldest operation is always answered first.
+//! Each law is a table, a row for each load and a column for each size, and is broken when a figure
+//! is off by more than its tolerance. Requests are 4 KiB long and on disjoint ranges; the oldest
+//! operation is always answered first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -49,7 +50,8 @@ enum Kind {
 enum State {
     /// Nothing.
     New,
-    /// The last replica is stale in many ranges all over the disk, and these were written since the last flush.
+    /// The last replica is stale in many ranges all over the disk, and these were written since the
+    /// last flush.
     Stale,
     /// Nothing, but what counts is a long time of writes all over the disk without a flush.
     Unflushed,
@@ -94,7 +96,8 @@ impl Load {
     fn range(&self, number: u64) -> SectorRange {
         let blocks = self.disk_sectors / BLOCK_SECTORS;
         let block = match self.layout {
-            // By the golden ratio: evenly spread, and no block twice before a third of them was used.
+            // By the golden ratio: evenly spread, and no block twice before a third of them was
+            // used.
             Layout::Spread => number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - blocks.ilog2()),
             Layout::SideBySide => number % blocks,
         };
@@ -125,7 +128,12 @@ struct Row {
     loads: Vec<Load>,
 }
 
-fn row<C: Copy>(name: &'static str, kind: Kind, columns: &[(C, &str)], with: impl Fn(&mut Load, C)) -> Row {
+fn row<C: Copy>(
+    name: &'static str,
+    kind: Kind,
+    columns: &[(C, &str)],
+    with: impl Fn(&mut Load, C),
+) -> Row {
     let load = |(column, label): &(C, &str)| {
         let mut load = Load::new(format!("{name} {label}").replace(' ', "-"), kind);
         with(&mut load, *column);
@@ -266,7 +274,12 @@ impl<'a> Disk<'a> {
             replica_timeout: Duration::from_secs(1),
             job_sizes: Sizes::default(),
         };
-        let shared = Shared::new(load.replicas, policy.threshold, load.queues, load.disk_sectors);
+        let shared = Shared::new(
+            load.replicas,
+            policy.threshold,
+            load.queues,
+            load.disk_sectors,
+        );
         let (shared, pool) = (Arc::new(shared), BufferPool::default());
         let queue = |index| {
             let (policy, shared) = (policy.clone(), Arc::clone(&shared));
@@ -294,7 +307,9 @@ impl<'a> Disk<'a> {
                 Kind::Read => GuestRequest::Read(range),
                 Kind::Write => GuestRequest::Write {
                     range,
-                    data: self.pool.take(usize::try_from(range.bytes()).expect("small")),
+                    data: self
+                        .pool
+                        .take(usize::try_from(range.bytes()).expect("small")),
                     durable: false,
                 },
             };
@@ -326,7 +341,11 @@ impl Queue {
     /// What a worker does between requests.
     fn tick(&mut self, now: Duration) {
         self.engine.set_time(now);
-        if self.engine.deadline().is_some_and(|deadline| deadline <= now) {
+        if self
+            .engine
+            .deadline()
+            .is_some_and(|deadline| deadline <= now)
+        {
             self.engine.tick(now, &mut self.driver);
             self.take_operations();
         }
@@ -335,7 +354,11 @@ impl Queue {
     fn answer_one(&mut self, failing: Option<ReplicaIndex>) {
         let operation = self.in_flight.pop_front().expect("in flight");
         let failed = failing == Some(operation.replica);
-        let result = if failed { Err(Errno(libc::EIO)) } else { Ok(()) };
+        let result = if failed {
+            Err(Errno(libc::EIO))
+        } else {
+            Ok(())
+        };
         self.engine.reply(operation.reply(result), &mut self.driver);
         self.take_operations();
     }
@@ -350,7 +373,9 @@ impl Queue {
 /// Runs a load; what is counted.
 pub(crate) fn run_named(name: &str, requests: u64) {
     let rows = tables().into_iter().flat_map(|table| table.rows);
-    let load = rows.flat_map(|row| row.loads).find(|load| load.name == name);
+    let load = rows
+        .flat_map(|row| row.loads)
+        .find(|load| load.name == name);
     let load = load.unwrap_or_else(|| panic!("no load is called {name}"));
     let mut disk = Disk::new(&load);
     if load.state == State::Stale {
@@ -375,12 +400,20 @@ pub(crate) fn check() -> Result<bool, String> {
         let labels = table.columns.iter().map(|(label, _)| format!("{label:>9}"));
         println!("\n{:30}{}", table.title, labels.collect::<String>());
         for row in &table.rows {
-            let figures = row.loads.iter().map(measure).collect::<Result<Vec<_>, _>>()?;
+            let figures = row
+                .loads
+                .iter()
+                .map(measure)
+                .collect::<Result<Vec<_>, _>>()?;
             let columns = figures.iter().map(|figure| format!("{figure:>9.0}"));
             let sizes: Vec<u32> = table.columns.iter().map(|(_, size)| *size).collect();
             let (said, holds) = table.law.judge(&sizes, &figures);
             let verdict = if holds { "" } else { "  BROKEN" };
-            println!("{:30}{}  {said}{verdict}", row.name, columns.collect::<String>());
+            println!(
+                "{:30}{}  {said}{verdict}",
+                row.name,
+                columns.collect::<String>()
+            );
             good &= holds;
         }
     }
@@ -413,7 +446,9 @@ impl Law {
                         0.0,
                         |worst: f64, off| if off.abs() > worst.abs() { off } else { worst },
                     );
-                let said = format!("each added one {mean:.0}, at worst {off:+.1} % (at most ±{tolerance} %)");
+                let said = format!(
+                    "each added one {mean:.0}, at worst {off:+.1} % (at most ±{tolerance} %)"
+                );
                 (said, off.abs() <= tolerance)
             }
             Self::Flat(tolerance) => {

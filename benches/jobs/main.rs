@@ -1,11 +1,12 @@
 //! What a scrub and a resync at their default speed cost a guest: `make bench-jobs`.
 //!
-//! One daemon, one client; a job is paused and resumed turn by turn, and the guest's requests are counted in both. So each
-//! pair differs in nothing but the job: a replica that is brought up to date is stale in both.
+//! One daemon, one client; a job is paused and resumed turn by turn, and the guest's requests are
+//! counted in both. So each pair differs in nothing but the job: a replica that is brought up to
+//! date is stale in both.
 //!
-//! `BENCH_SECONDS` is the time of one measurement (default 0.5), `BENCH_ROUNDS` how often each pair is measured (default 7),
-//! `BENCH_ONLY` parts of the names of rows, separated by commas, `BENCH_MIB` the size of the disk (default 2048),
-//! `BENCH_DIR` where its images go.
+//! `BENCH_SECONDS` is the time of one measurement (default 0.5), `BENCH_ROUNDS` how often each pair
+//! is measured (default 7), `BENCH_ONLY` parts of the names of rows, separated by commas,
+//! `BENCH_MIB` the size of the disk (default 2048), `BENCH_DIR` where its images go.
 
 // Of what is shared, only a part is used; and what is public here is so within this program.
 #![allow(unreachable_pub, dead_code)]

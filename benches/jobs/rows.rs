@@ -7,7 +7,8 @@ use super::disk_plan::{Pattern, ReadPattern, Row as Load, Storage, patterns};
 use super::settings::variable;
 
 /// Bytes of the disk.
-pub static DISK_BYTES: LazyLock<u64> = LazyLock::new(|| variable("BENCH_MIB").unwrap_or(2048u64) << 20);
+pub static DISK_BYTES: LazyLock<u64> =
+    LazyLock::new(|| variable("BENCH_MIB").unwrap_or(2048u64) << 20);
 
 /// Where the guest's requests go: less than the smallest disk that is worth measuring.
 pub const GUEST_BYTES: u64 = 1 << 30;

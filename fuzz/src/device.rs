@@ -1,9 +1,10 @@
-//! The whole device on a script: a driver that writes what it likes into rings and descriptors, a frontend that starts,
-//! stops, moves and resets rings, plugs memory and hands over regions, an engine that answers in any order, and
-//! processes that are killed.
+//! The whole device on a script: a driver that writes what it likes into rings and descriptors, a
+//! frontend that starts, stops, moves and resets rings, plugs memory and hands over regions, an
+//! engine that answers in any order, and processes that are killed.
 //!
-//! What must hold: whatever is taken off a ring is given back once, unless the ring itself is not there any more;
-//! nothing but used rings and the writable parts of what is out is written to; stops end; nothing panics.
+//! What must hold: whatever is taken off a ring is given back once, unless the ring itself is not
+//! there any more; nothing but used rings and the writable parts of what is out is written to;
+//! stops end; nothing panics.
 
 mod driver;
 mod machine;

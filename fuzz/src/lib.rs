@@ -1,7 +1,8 @@
 //! What the fuzz targets do with their input, and what must hold whatever it is.
 //!
-//! Each module has a function `run` that takes the bytes of one input and panics where something does not hold.
-//! libFuzzer calls it from `targets/`, the ordinary test `tests/fuzz.rs` with each file of `corpus/`.
+//! Each module has a function `run` that takes the bytes of one input and panics where something
+//! does not hold. libFuzzer calls it from `targets/`, the ordinary test `tests/fuzz.rs` with each
+//! file of `corpus/`.
 
 pub mod device;
 pub mod message;

@@ -1,8 +1,9 @@
-//! vhost-user messages and descriptors, as a frontend sends them on a socket, against the whole of what serves them:
-//! the connection, worker threads with their io_uring, the engine, and replicas in memory.
+//! vhost-user messages and descriptors, as a frontend sends them on a socket, against the whole of
+//! what serves them: the connection, worker threads with their io_uring, the engine, and replicas
+//! in memory.
 //!
-//! What must hold: nothing panics; the connection ends when the frontend has closed it, and then nothing of it is
-//! left: no descriptor, no memory, no ring; the disk works as before.
+//! What must hold: nothing panics; the connection ends when the frontend has closed it, and then
+//! nothing of it is left: no descriptor, no memory, no ring; the disk works as before.
 
 use std::fs::File;
 use std::io::Write;
@@ -153,7 +154,10 @@ impl<'a> Message<'a> {
         if self.code == u8::MAX {
             return self.payload.to_vec();
         }
-        let size = self.payload.len().saturating_add_signed(self.surplus.into());
+        let size = self
+            .payload
+            .len()
+            .saturating_add_signed(self.surplus.into());
         let size = u32::try_from(size).expect("a short message");
         let header = [self.code.into(), u32::from(self.flags ^ 1), size];
         let mut bytes = header.map(u32::to_ne_bytes).concat();
@@ -189,7 +193,10 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     let (reader, writer) = pipe_with(PipeFlags::CLOEXEC).expect("a pipe");
     let (socket, peer) = UnixStream::pair().expect("a pair of sockets");
     let memory = memory_file(MEMORY_BYTES);
-    let read_only = opened(&format!("/proc/self/fd/{}", memory.as_raw_fd()), OFlags::RDONLY);
+    let read_only = opened(
+        &format!("/proc/self/fd/{}", memory.as_raw_fd()),
+        OFlags::RDONLY,
+    );
     let sealed = memory_file(MEMORY_BYTES);
     fcntl_add_seals(&sealed, SealFlags::WRITE | SealFlags::SHRINK).expect("seals");
     let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).expect("a timer");
@@ -281,15 +288,23 @@ impl Machine {
         let file = self.descriptors[Kind::Memory as usize]
             .try_clone()
             .expect("a descriptor");
-        File::from(file).write_all_at(&memory, 0).expect("a memory file");
+        File::from(file)
+            .write_all_at(&memory, 0)
+            .expect("a memory file");
     }
 
     /// The connection is gone, and nothing of it is left.
     fn check(&self, descriptors_before: usize) {
-        assert_eq!(self.slot.memory.memory().num_regions(), 0, "no memory is mapped");
+        assert_eq!(
+            self.slot.memory.memory().num_regions(),
+            0,
+            "no memory is mapped"
+        );
         for vring in &self.slot.vrings {
             let state = vring.get_ref();
-            assert!(!state.is_enabled() && state.get_kick().is_none() && state.get_call().is_none());
+            assert!(
+                !state.is_enabled() && state.get_kick().is_none() && state.get_call().is_none()
+            );
         }
         assert_eq!(
             open_descriptors(),

@@ -1,9 +1,10 @@
-//! The monitor, with bytes that arrive in pieces of any size: the session alone, and clients on a socket, who half-close it or go
-//! without a word.
+//! The monitor, with bytes that arrive in pieces of any size: the session alone, and clients on a
+//! socket, who half-close it or go without a word.
 //!
-//! What must hold: each message is answered as the [naive reading](expected) of the same bytes says, once, in order, with
-//! its `id`; the operator is asked for what was meant and nothing else; how the bytes were cut makes no difference; a
-//! reply is one line of JSON in ASCII; what is kept of a client is bounded; the next client is served.
+//! What must hold: each message is answered as the [naive reading](expected) of the same bytes
+//! says, once, in order, with its `id`; the operator is asked for what was meant and nothing else;
+//! how the bytes were cut makes no difference; a reply is one line of JSON in ASCII; what is kept
+//! of a client is bounded; the next client is served.
 
 mod expected;
 
@@ -98,7 +99,11 @@ pub fn run(input: &[u8]) {
     let recorder = Recorder::default();
     let lines = alone(&case, &recorder);
     check(&lines, &wanted);
-    assert_eq!(recorder.asked(), wanted.asked, "what the operator is asked for");
+    assert_eq!(
+        recorder.asked(),
+        wanted.asked,
+        "what the operator is asked for"
+    );
     let recorder = Recorder::default();
     assert!(converse(&case.bytes, &recorder) == lines, "cut otherwise");
     assert_eq!(recorder.asked(), wanted.asked, "cut otherwise");
@@ -130,7 +135,11 @@ fn alone(case: &Case, recorder: &Recorder) -> Vec<Vec<u8>> {
                 }
             }
         }
-        assert!(session.held_bytes() <= HELD_BYTES_MAX, "{}", session.held_bytes());
+        assert!(
+            session.held_bytes() <= HELD_BYTES_MAX,
+            "{}",
+            session.held_bytes()
+        );
     }
     lines
 }
@@ -154,8 +163,13 @@ fn check(lines: &[Vec<u8>], wanted: &Conversation) {
         assert_eq!(reply.remove("id"), wanted_id(outcome), "the id of {text}");
         match outcome {
             Outcome::Returned { value, .. } => {
-                let returned = reply.remove("return").unwrap_or_else(|| panic!("failed: {text}"));
-                assert!(value.as_ref().is_none_or(|value| *value == returned), "{text}");
+                let returned = reply
+                    .remove("return")
+                    .unwrap_or_else(|| panic!("failed: {text}"));
+                assert!(
+                    value.as_ref().is_none_or(|value| *value == returned),
+                    "{text}"
+                );
                 assert!(returned.is_object() || returned.is_array(), "{text}");
             }
             Outcome::Failed { class, .. } => {
@@ -245,7 +259,9 @@ impl Machine {
     /// Sends what the socket takes, and closes it.
     fn leave(&self, case: &Case) {
         let socket = self.connect();
-        let _ = case.pieces().try_for_each(|piece| (&socket).write_all(piece));
+        let _ = case
+            .pieces()
+            .try_for_each(|piece| (&socket).write_all(piece));
     }
 
     /// Another client is served, and the monitor ends in order.

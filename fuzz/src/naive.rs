@@ -1,4 +1,5 @@
-//! A second reading of virtio 1.3, 2.7.5 and 5.2.6, as simple as can be, to compare the device with.
+//! A second reading of virtio 1.3, 2.7.5 and 5.2.6, as simple as can be, to compare the device
+//! with.
 
 use quorum_blk::limits::QUEUE_SIZE_MAX;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -37,7 +38,8 @@ impl Run {
     }
 }
 
-/// The address of byte `offset` of a stretch that these runs make up; the inner `None` is one that does not exist.
+/// The address of byte `offset` of a stretch that these runs make up; the inner `None` is one that
+/// does not exist.
 pub fn address_of(runs: &[Run], mut offset: u64) -> Option<Option<u64>> {
     for run in runs {
         if offset < run.bytes {
@@ -80,12 +82,13 @@ impl Walk {
     }
 }
 
-/// Walks the chain that begins at `head` of a table of `size` descriptors at `table`, up to where it ends or breaks a
-/// rule.
+/// Walks the chain that begins at `head` of a table of `size` descriptors at `table`, up to where
+/// it ends or breaks a rule.
 pub fn walk(memory: &impl Memory, table: u64, size: u16, head: u16) -> Walk {
     let mut walk = Walk::default();
     let (mut table, mut entries, mut index) = (table, u64::from(size), u64::from(head));
-    let (mut in_this_table, mut returned, mut total_bytes, mut writable_bytes) = (0u64, 0u64, 0u64, 0u64);
+    let (mut in_this_table, mut returned, mut total_bytes, mut writable_bytes) =
+        (0u64, 0u64, 0u64, 0u64);
     let mut indirect = false;
     let mut in_order = true;
     loop {
@@ -106,7 +109,8 @@ pub fn walk(memory: &impl Memory, table: u64, size: u16, head: u16) -> Walk {
             let bytes = bytes[range].iter().rev();
             bytes.fold(0u64, |number, byte| number << 8 | u64::from(*byte))
         };
-        let (address, bytes, flags, next) = (field(0..8), field(8..12), field(12..14), field(14..16));
+        let (address, bytes, flags, next) =
+            (field(0..8), field(8..12), field(12..14), field(14..16));
         let has = |flag: u32| flags & u64::from(flag) != 0;
         if has(VRING_DESC_F_INDIRECT) {
             if indirect || has(VRING_DESC_F_NEXT) || !bytes.is_multiple_of(DESCRIPTOR_BYTES) {

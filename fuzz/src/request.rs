@@ -1,15 +1,16 @@
 //! The request parser on raw memory: any bytes as descriptor table, indirect tables and headers.
 //!
-//! What the device understands is compared with a naive reading of the same bytes, then the request is served in
-//! pieces, as it would be, and guest memory is compared byte by byte.
+//! What the device understands is compared with a naive reading of the same bytes, then the request
+//! is served in pieces, as it would be, and guest memory is compared byte by byte.
 
 use quorum_blk::device::chain::Chain;
 use quorum_blk::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use quorum_blk::device::{Capacity, DiskInfo, GuestMemory, View};
 use quorum_blk::limits::{QUEUE_SIZE_MAX, SECTOR_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
@@ -43,19 +44,25 @@ impl Image {
     }
 
     fn byte_mut(&mut self, address: u64) -> Option<&mut u8> {
-        REGIONS.iter().zip(&mut self.0).find_map(|((start, _), content)| {
-            let offset = usize::try_from(address.checked_sub(*start)?).ok()?;
-            content.get_mut(offset)
-        })
+        REGIONS
+            .iter()
+            .zip(&mut self.0)
+            .find_map(|((start, _), content)| {
+                let offset = usize::try_from(address.checked_sub(*start)?).ok()?;
+                content.get_mut(offset)
+            })
     }
 }
 
 impl Memory for Image {
     fn byte(&self, address: u64) -> Option<u8> {
-        REGIONS.iter().zip(&self.0).find_map(|((start, _), content)| {
-            let offset = usize::try_from(address.checked_sub(*start)?).ok()?;
-            content.get(offset).copied()
-        })
+        REGIONS
+            .iter()
+            .zip(&self.0)
+            .find_map(|((start, _), content)| {
+                let offset = usize::try_from(address.checked_sub(*start)?).ok()?;
+                content.get(offset).copied()
+            })
     }
 }
 
@@ -110,14 +117,22 @@ pub fn run(input: &[u8]) {
     let before = Image::of(&memory);
 
     let chain = Chain::new(View(&memory), &case.queue, case.head);
-    let expected = walk(&before, case.queue.desc_table(), case.queue.size(), case.head);
+    let expected = walk(
+        &before,
+        case.queue.desc_table(),
+        case.queue.size(),
+        case.head,
+    );
     let (mut count, mut bytes) = (0, 0u64);
     for descriptor in chain.clone() {
         count += 1;
         bytes += u64::from(descriptor.len());
     }
     assert_eq!(count, expected.readable.len() + expected.writable.len());
-    assert_eq!(bytes, bytes_of(&expected.readable) + bytes_of(&expected.writable));
+    assert_eq!(
+        bytes,
+        bytes_of(&expected.readable) + bytes_of(&expected.writable)
+    );
     assert!(count <= usize::from(QUEUE_SIZE_MAX));
 
     let request = Request::parse(chain, &case.info);
@@ -163,7 +178,11 @@ impl Expected {
             VIRTIO_BLK_T_IN => range(in_bytes).map(Kind::In),
             VIRTIO_BLK_T_FLUSH => Some(Kind::Flush),
             VIRTIO_BLK_T_GET_ID => Some(Kind::GetId),
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if info.read_only => None,
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+                if info.read_only =>
+            {
+                None
+            }
             VIRTIO_BLK_T_OUT => range(out_bytes).map(Kind::Out),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
                 let discard = request_type == VIRTIO_BLK_T_DISCARD;
@@ -188,7 +207,11 @@ impl Expected {
 
     /// Where in the runs of `data` the data begins.
     fn data_offset(&self) -> usize {
-        if matches!(self.kind, Kind::Out(_)) { 16 } else { 0 }
+        if matches!(self.kind, Kind::Out(_)) {
+            16
+        } else {
+            0
+        }
     }
 }
 
@@ -199,7 +222,12 @@ fn stretch(memory: &Image, runs: &[Run], offset: usize, count: usize) -> Option<
     bytes.filter(|bytes| bytes.len() == count)
 }
 
-fn zeroes(memory: &Image, runs: &[Run], info: &DiskInfo, discard: bool) -> Result<Vec<Zeroed>, Status> {
+fn zeroes(
+    memory: &Image,
+    runs: &[Run],
+    info: &DiskInfo,
+    discard: bool,
+) -> Result<Vec<Zeroed>, Status> {
     let bytes = bytes_of(runs) - 16;
     if bytes == 0 || !bytes.is_multiple_of(16) {
         return Err(Status::IoError);
@@ -228,7 +256,11 @@ fn zeroes(memory: &Image, runs: &[Run], info: &DiskInfo, discard: bool) -> Resul
             _ => all_fit = false,
         }
     }
-    if all_fit { Ok(zeroes) } else { Err(Status::IoError) }
+    if all_fit {
+        Ok(zeroes)
+    } else {
+        Err(Status::IoError)
+    }
 }
 
 /// Walking through what is to be zeroed ends at its end, within the disk.
@@ -330,11 +362,16 @@ fn transfer(
                 let mut data = vec![0; end - start];
                 let done = request.data.read(View(memory), start, &mut data);
                 if let (Ok(()), Some(whole)) = (done, &whole) {
-                    assert!(data == *whole, "what is written is what the guest had there");
+                    assert!(
+                        data == *whole,
+                        "what is written is what the guest had there"
+                    );
                 }
                 done
             }
-            _ => request.data.write(View(memory), start, &content[start..end]),
+            _ => request
+                .data
+                .write(View(memory), start, &content[start..end]),
         };
         let should = whole.map(drop).ok_or(OutsideMemory);
         assert_eq!(done, should, "all of it is guest memory, or it fails");

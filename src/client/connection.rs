@@ -1,7 +1,7 @@
 //! The protocol: a blocking connection to a monitor, over which commands are run and events come.
 //!
-//! Invariants: a line has a bound, and so has what is kept of events; every wait has an end; what is no message of the
-//! protocol is an error, whatever it is instead.
+//! Invariants: a line has a bound, and so has what is kept of events; every wait has an end; what
+//! is no message of the protocol is an error, whatever it is instead.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -55,7 +55,9 @@ impl Connection {
             path: path.to_owned(),
             source,
         })?;
-        stream.set_write_timeout(Some(limit)).map_err(Error::Broken)?;
+        stream
+            .set_write_timeout(Some(limit))
+            .map_err(Error::Broken)?;
         let mut connection = Self {
             stream,
             received: Vec::new(),
@@ -88,7 +90,12 @@ impl Connection {
             request["arguments"] = arguments;
         }
         match self.stream.write_all(format!("{request}\n").as_bytes()) {
-            Err(error) if matches!(error.kind(), ErrorKind::BrokenPipe | ErrorKind::ConnectionReset) => {
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
+                ) =>
+            {
                 return Err(Error::Closed);
             }
             Err(error) if is_timeout(error.kind()) => return Err(self.silent(command)),
@@ -148,7 +155,9 @@ impl Connection {
                 Ok(count) => self.received.extend_from_slice(&bytes[..count]),
                 Err(error) if error.kind() == ErrorKind::Interrupted => return Ok(None),
                 Err(error) if is_timeout(error.kind()) => {}
-                Err(error) if error.kind() == ErrorKind::ConnectionReset => return Err(Error::Closed),
+                Err(error) if error.kind() == ErrorKind::ConnectionReset => {
+                    return Err(Error::Closed);
+                }
                 Err(error) => return Err(Error::Broken(error)),
             }
         }
@@ -214,7 +223,8 @@ impl Connection {
 /// # Errors
 /// If it is not of this shape.
 pub fn understand<T: DeserializeOwned>(command: &str, reply: Value) -> Result<T, Error> {
-    serde_json::from_value(reply).map_err(|error| Error::nonsense(format!("the reply to {command}"), error))
+    serde_json::from_value(reply)
+        .map_err(|error| Error::nonsense(format!("the reply to {command}"), error))
 }
 
 fn is_job_end(message: &Message) -> bool {

@@ -1,6 +1,7 @@
 //! `map`: where on the disk which replica was bad.
 //!
-//! A line for each replica, a character for each part of the disk. Below it, the worst places by their bytes.
+//! A line for each replica, a character for each part of the disk. Below it, the worst places by
+//! their bytes.
 
 use std::io::Write;
 
@@ -63,7 +64,10 @@ impl Mark {
 
 pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
     // The name, a gap and the two ends of the line.
-    let columns = context.terminal.columns.saturating_sub(NAME_COLUMNS_MAX + 4);
+    let columns = context
+        .terminal
+        .columns
+        .saturating_sub(NAME_COLUMNS_MAX + 4);
     let buckets = if json {
         BUCKETS_IN_JSON
     } else {
@@ -157,7 +161,12 @@ fn draw(out: &mut dyn Write, map: &DiskMap, cells: usize, terminal: Terminal) ->
     Ok(())
 }
 
-fn draw_line(out: &mut dyn Write, name: &str, marks: &[Mark], terminal: Terminal) -> Result<(), Error> {
+fn draw_line(
+    out: &mut dyn Write,
+    name: &str,
+    marks: &[Mark],
+    terminal: Terminal,
+) -> Result<(), Error> {
     let name: String = clean(name).chars().take(NAME_COLUMNS_MAX).collect();
     write!(out, "{name:NAME_COLUMNS_MAX$} |")?;
     // One colour for a run of the same.
@@ -183,7 +192,13 @@ fn list(out: &mut dyn Write, map: &DiskMap) -> Result<(), Error> {
     for replica in &map.replicas {
         let name = clean(&replica.node_name);
         let what = "wrong when last read";
-        list_ranges(out, &name, what, &replica.damaged, replica.damaged_truncated)?;
+        list_ranges(
+            out,
+            &name,
+            what,
+            &replica.damaged,
+            replica.damaged_truncated,
+        )?;
         list_ranges(out, &name, "stale", &replica.stale, replica.stale_truncated)?;
         list_counts(out, &name, &replica.buckets, map.bucket_bytes)?;
     }
@@ -222,7 +237,12 @@ fn list_ranges(
 }
 
 /// The parts of the disk in which most was found, in order.
-fn list_counts(out: &mut dyn Write, name: &str, buckets: &[Bucket], bucket_bytes: u64) -> Result<(), Error> {
+fn list_counts(
+    out: &mut dyn Write,
+    name: &str,
+    buckets: &[Bucket],
+    bucket_bytes: u64,
+) -> Result<(), Error> {
     let weight = |bucket: &Bucket| bucket.errors.saturating_add(bucket.wrong_sectors);
     let mut worst: Vec<&Bucket> = buckets.iter().filter(|bucket| weight(bucket) > 0).collect();
     let found = worst.len();
@@ -236,7 +256,10 @@ fn list_counts(out: &mut dyn Write, name: &str, buckets: &[Bucket], bucket_bytes
         }
         if bucket.wrong_sectors > 0 {
             let wrong = counted(bucket.wrong_sectors, "wrong sector");
-            parts.push(format!("{wrong} found and {} mended", bucket.mended_sectors));
+            parts.push(format!(
+                "{wrong} found and {} mended",
+                bucket.mended_sectors
+            ));
         }
         writeln!(
             out,
@@ -248,7 +271,10 @@ fn list_counts(out: &mut dyn Write, name: &str, buckets: &[Bucket], bucket_bytes
     }
     if worst.len() < found {
         let more = counted((found - worst.len()) as u64, "other part");
-        writeln!(out, "{name}: since it was added, less in {more} of the disk")?;
+        writeln!(
+            out,
+            "{name}: since it was added, less in {more} of the disk"
+        )?;
     }
     Ok(())
 }
@@ -300,7 +326,13 @@ mod tests {
     #[test]
     fn each_place_has_its_mark() {
         let mut out = Vec::new();
-        draw(&mut out, &map(), cells_of(&map(), 10).unwrap(), terminal(false)).unwrap();
+        draw(
+            &mut out,
+            &map(),
+            cells_of(&map(), 10).unwrap(),
+            terminal(false),
+        )
+        .unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
             "quorum0: 10 MiB, 1 MiB a character\n\

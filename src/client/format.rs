@@ -2,7 +2,14 @@
 
 use jiff::Timestamp;
 
-const UNITS: [(u32, char); 6] = [(60, 'E'), (50, 'P'), (40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')];
+const UNITS: [(u32, char); 6] = [
+    (60, 'E'),
+    (50, 'P'),
+    (40, 'T'),
+    (30, 'G'),
+    (20, 'M'),
+    (10, 'K'),
+];
 
 /// A size that is asked for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -13,8 +20,8 @@ pub(super) enum NewSize {
     More(u64),
 }
 
-/// Bytes in the largest unit of which there is at least one: `10 GiB`, `1.5 MiB`, `512 B`. What is something does not
-/// become nothing.
+/// Bytes in the largest unit of which there is at least one: `10 GiB`, `1.5 MiB`, `512 B`. What is
+/// something does not become nothing.
 pub(super) fn size(bytes: u64) -> String {
     let Some((shift, letter)) = UNITS.into_iter().find(|(shift, _)| bytes >> shift > 0) else {
         return format!("{bytes} B");
@@ -134,7 +141,8 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     if scaled % scale != 0 {
         return Err(format!("'{}' is not a whole number of bytes", clean(text)));
     }
-    u64::try_from(scaled / scale).map_err(|_| format!("'{}' is more than a disk can have", clean(text)))
+    u64::try_from(scaled / scale)
+        .map_err(|_| format!("'{}' is more than a disk can have", clean(text)))
 }
 
 /// A size, or with a `+` before it what is to be added.
@@ -234,7 +242,10 @@ mod tests {
 
     #[test]
     fn parts_are_written() {
-        assert_eq!((percent(1, 3), percent(0, 0), percent(5, 4)), (33, 100, 100));
+        assert_eq!(
+            (percent(1, 3), percent(0, 0), percent(5, 4)),
+            (33, 100, 100)
+        );
         assert_eq!(sectors(7, 1), "sector 7");
         assert_eq!(sectors(7, 3), "sectors 7-9");
         assert_eq!(clean("a\x1b[31m\nb\u{9b}ä"), "a\\u{1b}[31m\\nb\\u{9b}ä");

@@ -14,7 +14,11 @@ use super::terminal::{Style, Terminal};
 use super::wait::is_there;
 use super::{Context, Error, Outcome};
 
-pub(super) fn run(context: &mut Context<'_>, json: bool, order: Option<JobOrder>) -> Result<Outcome, Error> {
+pub(super) fn run(
+    context: &mut Context<'_>,
+    json: bool,
+    order: Option<JobOrder>,
+) -> Result<Outcome, Error> {
     let connection = &mut context.connection;
     match order {
         None => return list(context, json),
@@ -51,7 +55,11 @@ fn list(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
 }
 
 /// A line for each job.
-pub(super) fn write_table(out: &mut dyn Write, jobs: &[Job], terminal: Terminal) -> Result<(), Error> {
+pub(super) fn write_table(
+    out: &mut dyn Write,
+    jobs: &[Job],
+    terminal: Terminal,
+) -> Result<(), Error> {
     let mut table = Table::new(&[
         "job", "type", "replica", "status", ">done", ">of", ">limit", ">found", ">written", "error",
     ]);
@@ -65,13 +73,22 @@ pub(super) fn write_table(out: &mut dyn Write, jobs: &[Job], terminal: Terminal)
         let is_running = job.status == "running";
         table.row(vec![
             plain(clean(&job.id)),
-            plain(clean(job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type))),
+            plain(clean(
+                job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type),
+            )),
             plain(job.node_name.as_deref().map_or_else(|| "-".into(), clean)),
             (
                 clean(&job.status),
-                if is_running { Style::Good } else { Style::Warning },
+                if is_running {
+                    Style::Good
+                } else {
+                    Style::Warning
+                },
             ),
-            plain(format!("{} %", percent(job.current_progress, job.total_progress))),
+            plain(format!(
+                "{} %",
+                percent(job.current_progress, job.total_progress)
+            )),
             plain(size(job.total_progress)),
             plain(limit),
             plain(job.sectors_found.to_string()),

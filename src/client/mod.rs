@@ -1,11 +1,12 @@
 //! `quorum-blkctl`: a client of the monitor, for people and their scripts.
 //!
-//! It knows the daemon by the JSON it sends (docs/qmp.md) and by nothing else. [`connection`] speaks the protocol, `shapes`
-//! are the replies; each command has a file; `format`, `table`, `terminal` and `progress` make the text.
+//! It knows the daemon by the JSON it sends (docs/qmp.md) and by nothing else. [`connection`]
+//! speaks the protocol, `shapes` are the replies; each command has a file; `format`, `table`,
+//! `terminal` and `progress` make the text.
 //!
-//! Invariants: whatever the other side sends, memory is bounded and what is printed holds no control characters of
-//! its; colours, bars and cursor movements go to a terminal only; a reader that goes away (`| head`) ends the program
-//! quietly.
+//! Invariants: whatever the other side sends, memory is bounded and what is printed holds no
+//! control characters of its; colours, bars and cursor movements go to a terminal only; a reader
+//! that goes away (`| head`) ends the program quietly.
 
 mod arguments;
 pub mod connection;
@@ -137,7 +138,8 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     let mut out = BufWriter::new(io::stdout().lock());
-    let result = execute(options, &mut out).and_then(|outcome| Ok(out.flush().map(|()| outcome)?));
+    let result =
+        execute(options, &mut out).and_then(|outcome| Ok(out.flush().map(|()| outcome)?));
     match result {
         Ok(Outcome::Well) => ExitCode::SUCCESS,
         Ok(Outcome::NotWell) => ExitCode::from(1),
@@ -164,7 +166,9 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
     };
     let context = &mut context;
     match options.action {
-        Action::Status { watch, json } => status::run(context, watch.map(Duration::from_secs), json),
+        Action::Status { watch, json } => {
+            status::run(context, watch.map(Duration::from_secs), json)
+        }
         Action::Events { json } => events::run(context, json),
         Action::Map { json } => disk_map::run(context, json),
         Action::Scrub { repair, job } => scrub::scrub(context, repair, &job),

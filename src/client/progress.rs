@@ -1,4 +1,5 @@
-//! How far a job is: a bar that is drawn over on a terminal, a line for each tenth where there is none.
+//! How far a job is: a bar that is drawn over on a terminal, a line for each tenth where there is
+//! none.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -55,7 +56,11 @@ impl Progress {
             let room = self.terminal.columns.saturating_sub(BAR + 3);
             let texts: String = format!("{what} {text}").chars().take(room).collect();
             let bar = format!("{}{}", full.repeat(filled), empty.repeat(BAR - filled));
-            write!(out, "\r\x1b[2K{} {texts}", self.terminal.paint(Style::Good, bar))?;
+            write!(
+                out,
+                "\r\x1b[2K{} {texts}",
+                self.terminal.paint(Style::Good, bar)
+            )?;
             self.is_drawn = true;
         } else if self.told.is_none_or(|told| done / 10 > told) {
             self.told = Some(done / 10);
@@ -144,7 +149,9 @@ mod tests {
         let (mut out, began) = (Vec::new(), Instant::now());
         for step in 0..=40 {
             let now = began + Duration::from_millis(100 * step);
-            progress.show(&mut out, &job(step * 5 * MIB / 2), now).unwrap();
+            progress
+                .show(&mut out, &job(step * 5 * MIB / 2), now)
+                .unwrap();
         }
         progress.clear(&mut out).unwrap();
         let text = String::from_utf8(out).unwrap();
@@ -169,7 +176,10 @@ mod tests {
         let text = String::from_utf8(out).unwrap();
         let drawn: Vec<_> = text.split("\r\x1b[2K").collect();
         assert_eq!(drawn.len(), 4, "{text:?}");
-        assert!(drawn[1].starts_with("████████████░░░░░░░░░░░░ job1"), "{text}");
+        assert!(
+            drawn[1].starts_with("████████████░░░░░░░░░░░░ job1"),
+            "{text}"
+        );
         assert!(drawn[2].ends_with(", paused") && drawn[3].is_empty());
         assert!(!text.contains('\n') && drawn.iter().all(|line| line.chars().count() < 100));
     }

@@ -1,7 +1,7 @@
 //! `add`, `remove` and `replace`: replicas that come and go.
 //!
-//! Invariant: whatever fails, the last line says what the disk is made of now and how to go on; a file that was made
-//! for nothing is removed again.
+//! Invariant: whatever fails, the last line says what the disk is made of now and how to go on; a
+//! file that was made for nothing is removed again.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -21,7 +21,11 @@ struct Newcomer {
     node_name: String,
 }
 
-pub(super) fn add(context: &mut Context<'_>, image: &NewImage, detach: bool) -> Result<Outcome, Error> {
+pub(super) fn add(
+    context: &mut Context<'_>,
+    image: &NewImage,
+    detach: bool,
+) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
     let new = bring_in(context, &disk, image)?;
     let name = clean(&new.node_name);
@@ -33,7 +37,8 @@ pub(super) fn add(context: &mut Context<'_>, image: &NewImage, detach: bool) -> 
         )?;
         return Ok(Outcome::Well);
     }
-    let goes_on = |job: &str| format!("{name} is a replica; {job}, which brings it up to date, goes on");
+    let goes_on =
+        |job: &str| format!("{name} is a replica; {job}, which brings it up to date, goes on");
     let ended = wait(context, Awaited::ResyncOf(&new.node_name), goes_on)?;
     writeln!(context.out, "{}", ended.to_line())?;
     if !ended.is_success() {
@@ -60,7 +65,11 @@ pub(super) fn remove(context: &mut Context<'_>, node: &str) -> Result<Outcome, E
     Ok(Outcome::Well)
 }
 
-pub(super) fn replace(context: &mut Context<'_>, old: &str, image: &NewImage) -> Result<Outcome, Error> {
+pub(super) fn replace(
+    context: &mut Context<'_>,
+    old: &str,
+    image: &NewImage,
+) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
     let replaced = find(&disk, old)?;
     let new = bring_in(context, &disk, image)?;
@@ -71,7 +80,8 @@ pub(super) fn replace(context: &mut Context<'_>, old: &str, image: &NewImage) ->
     )?;
     context.out.flush()?;
     let to_go_on = format!("to go on when it is up to date: quorum-blkctl remove {old_name}");
-    let goes_on = |job: &str| format!("{name} and {old_name} are both replicas; {job} goes on; {to_go_on}");
+    let goes_on =
+        |job: &str| format!("{name} and {old_name} are both replicas; {job} goes on; {to_go_on}");
     let ended = wait(context, Awaited::ResyncOf(&new.node_name), goes_on);
     let ended = ended.map_err(|error| match error {
         interrupted @ Error::Interrupted(_) => interrupted,
@@ -150,7 +160,8 @@ fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &Newcomer) -> Result
 fn check(disk: &Disk, image: &NewImage) -> Result<Newcomer, Error> {
     // The daemon has another working directory.
     let path = std::path::absolute(&image.file);
-    let path = path.map_err(|error| Error::Not(format!("{}: {}", Quoted(&image.file), Reason(&error))))?;
+    let path =
+        path.map_err(|error| Error::Not(format!("{}: {}", Quoted(&image.file), Reason(&error))))?;
     let not_text = || {
         Error::Not(format!(
             "{}: the monitor takes paths in UTF-8 only",
@@ -159,8 +170,12 @@ fn check(disk: &Disk, image: &NewImage) -> Result<Newcomer, Error> {
     };
     path.to_str().ok_or_else(not_text)?;
     let file_name = path.file_name().and_then(|name| name.to_str());
-    let node_name = image.node_name.clone().or_else(|| file_name.map(str::to_owned));
-    let node_name = node_name.ok_or_else(|| Error::Not(format!("{} is no file", Quoted(&image.file))))?;
+    let node_name = image
+        .node_name
+        .clone()
+        .or_else(|| file_name.map(str::to_owned));
+    let node_name =
+        node_name.ok_or_else(|| Error::Not(format!("{} is no file", Quoted(&image.file))))?;
     let is_taken = |name: &String| *name == node_name;
     let mut names = disk.replicas.iter().map(|replica| &replica.node_name);
     if names.any(is_taken) || is_taken(&disk.node_name) {
@@ -189,9 +204,15 @@ fn create(path: &Path, bytes: u64) -> Result<(), Error> {
 }
 
 fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error> {
-    let found = disk.replicas.iter().find(|replica| replica.node_name == node);
+    let found = disk
+        .replicas
+        .iter()
+        .find(|replica| replica.node_name == node);
     found.ok_or_else(|| {
-        let names = disk.replicas.iter().map(|replica| clean(&replica.node_name));
+        let names = disk
+            .replicas
+            .iter()
+            .map(|replica| clean(&replica.node_name));
         Error::Not(format!(
             "there is no replica {}; there are {}",
             clean(node),

@@ -9,17 +9,30 @@ use super::shapes::Begun;
 use super::wait::{Awaited, wait};
 use super::{Context, Error, Outcome};
 
-pub(super) fn scrub(context: &mut Context<'_>, repair: bool, job: &JobOptions) -> Result<Outcome, Error> {
+pub(super) fn scrub(
+    context: &mut Context<'_>,
+    repair: bool,
+    job: &JobOptions,
+) -> Result<Outcome, Error> {
     let arguments = json!({ "repair": repair, "speed": job.speed.0 });
     run(context, "quorum-scrub", arguments, job.detach)
 }
 
-pub(super) fn resync(context: &mut Context<'_>, node: &str, job: &JobOptions) -> Result<Outcome, Error> {
+pub(super) fn resync(
+    context: &mut Context<'_>,
+    node: &str,
+    job: &JobOptions,
+) -> Result<Outcome, Error> {
     let arguments = json!({ "node-name": node, "speed": job.speed.0 });
     run(context, "quorum-resync", arguments, job.detach)
 }
 
-fn run(context: &mut Context<'_>, command: &str, arguments: Value, detach: bool) -> Result<Outcome, Error> {
+fn run(
+    context: &mut Context<'_>,
+    command: &str,
+    arguments: Value,
+    detach: bool,
+) -> Result<Outcome, Error> {
     let begun: Begun = understand(command, context.connection.execute(command, arguments)?)?;
     if detach {
         writeln!(context.out, "{} has begun", clean(&begun.id))?;
@@ -30,8 +43,9 @@ fn run(context: &mut Context<'_>, command: &str, arguments: Value, detach: bool)
 
 /// Waits for the end of a job and tells it.
 pub(super) fn wait_for(context: &mut Context<'_>, id: &str) -> Result<Outcome, Error> {
-    let goes_on =
-        |name: &str| format!("{name} goes on; to wait for it again: quorum-blkctl jobs wait {name}");
+    let goes_on = |name: &str| {
+        format!("{name} goes on; to wait for it again: quorum-blkctl jobs wait {name}")
+    };
     let ended = wait(context, Awaited::Job(id), goes_on)?;
     writeln!(context.out, "{}", ended.to_line())?;
     Ok(ended.outcome())

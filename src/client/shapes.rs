@@ -1,4 +1,5 @@
-//! The replies of the monitor, as far as they are of interest here. Members that are not known are ignored.
+//! The replies of the monitor, as far as they are of interest here. Members that are not known are
+//! ignored.
 
 use serde::Deserialize;
 

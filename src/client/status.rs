@@ -49,7 +49,11 @@ fn is_good(replica: &Replica) -> bool {
     replica.state == "in-service" && replica.stale_bytes == 0 && replica.damaged_sectors == 0
 }
 
-pub(super) fn run(context: &mut Context<'_>, watch: Option<Duration>, json: bool) -> Result<Outcome, Error> {
+pub(super) fn run(
+    context: &mut Context<'_>,
+    watch: Option<Duration>,
+    json: bool,
+) -> Result<Outcome, Error> {
     let mut is_first = true;
     loop {
         let mut frame = Vec::new();
@@ -72,9 +76,14 @@ pub(super) fn run(context: &mut Context<'_>, watch: Option<Duration>, json: bool
     }
 }
 
-/// Writes a frame over the one before: what is left of that is cleared line by line, so that nothing flickers.
+/// Writes a frame over the one before: what is left of that is cleared line by line, so that
+/// nothing flickers.
 fn draw_over(out: &mut dyn Write, frame: &[u8], is_first: bool) -> Result<(), Error> {
-    out.write_all(if is_first { b"\x1b[2J\x1b[H" } else { b"\x1b[H" })?;
+    out.write_all(if is_first {
+        b"\x1b[2J\x1b[H"
+    } else {
+        b"\x1b[H"
+    })?;
     for line in frame.split_inclusive(|byte| *byte == b'\n') {
         let text = line.strip_suffix(b"\n").unwrap_or(line);
         out.write_all(text)?;
@@ -96,7 +105,12 @@ fn tell(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Ou
     Ok(Outcome::of(Health::of(&disk) == Health::Healthy))
 }
 
-fn write_status(out: &mut dyn Write, disk: &Disk, jobs: &[Job], terminal: Terminal) -> Result<(), Error> {
+fn write_status(
+    out: &mut dyn Write,
+    disk: &Disk,
+    jobs: &[Job],
+    terminal: Terminal,
+) -> Result<(), Error> {
     let (word, style) = Health::of(disk).word();
     write!(
         out,
@@ -138,7 +152,10 @@ fn reasons(disk: &Disk) -> Vec<(Style, String)> {
     for replica in disk.replicas.iter().filter(|replica| !is_good(replica)) {
         let name = clean(&replica.node_name);
         if replica.state == "out" {
-            reasons.push((Style::Bad, format!("{name} does not answer, and is done without")));
+            reasons.push((
+                Style::Bad,
+                format!("{name} does not answer, and is done without"),
+            ));
         }
         if replica.stale_bytes > 0 {
             let what = size(replica.stale_bytes);
@@ -162,7 +179,11 @@ fn reasons(disk: &Disk) -> Vec<(Style, String)> {
         .iter()
         .fold(0, |sum, kind| sum.saturating_add(kind.failed));
     if failed > 0 {
-        let by_kind = by_kind(&disk.failures.read, &disk.failures.write, &disk.failures.flush);
+        let by_kind = by_kind(
+            &disk.failures.read,
+            &disk.failures.write,
+            &disk.failures.flush,
+        );
         let what = counted(failed, "I/O error");
         reasons.push((
             Style::Bad,
@@ -237,7 +258,9 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
 fn by_kind(read: &u64, write: &u64, flush: &u64) -> String {
     let kinds = [(read, "read"), (write, "write"), (flush, "flush")];
     let some = kinds.into_iter().filter(|(count, _)| **count > 0);
-    let texts: Vec<_> = some.map(|(count, name)| format!("{count} {name}")).collect();
+    let texts: Vec<_> = some
+        .map(|(count, name)| format!("{count} {name}"))
+        .collect();
     if texts.is_empty() {
         "-".into()
     } else {

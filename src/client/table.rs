@@ -41,7 +41,9 @@ impl Table {
 
     /// Writes it. On a terminal the last column is cut to its width, from the left.
     pub(super) fn write(&self, out: &mut dyn Write, terminal: Terminal) -> io::Result<()> {
-        let widths: Vec<usize> = (0..self.columns.len()).map(|index| self.width(index)).collect();
+        let widths: Vec<usize> = (0..self.columns.len())
+            .map(|index| self.width(index))
+            .collect();
         let before: usize = widths.iter().rev().skip(1).map(|width| width + GAP).sum();
         let room = terminal.columns.saturating_sub(before);
         let headings = self.columns.iter();
@@ -59,7 +61,12 @@ impl Table {
                     pad += missing;
                 }
                 write!(out, "{:pad$}{}", "", terminal.paint(*style, text))?;
-                pad = GAP + if self.columns[index].is_number { 0 } else { missing };
+                pad = GAP
+                    + if self.columns[index].is_number {
+                        0
+                    } else {
+                        missing
+                    };
             }
             writeln!(out)?;
         }
@@ -86,7 +93,9 @@ fn end_of(text: &str, columns: usize, terminal: Terminal) -> String {
     }
     let mark = if terminal.unicode { "…" } else { "..." };
     let kept = columns - mark.chars().count();
-    mark.chars().chain(text.chars().skip(length - kept)).collect()
+    mark.chars()
+        .chain(text.chars().skip(length - kept))
+        .collect()
 }
 
 #[cfg(test)]

@@ -54,7 +54,9 @@ impl Terminal {
 
 /// Whether the locale's characters are Unicode's, as the C library finds out what the locale is.
 fn is_unicode(variable: &dyn Fn(&str) -> Option<String>) -> bool {
-    let mut values = ["LC_ALL", "LC_CTYPE", "LANG"].into_iter().filter_map(variable);
+    let mut values = ["LC_ALL", "LC_CTYPE", "LANG"]
+        .into_iter()
+        .filter_map(variable);
     let locale = values.find(|value| !value.is_empty()).unwrap_or_default();
     let locale = locale.to_ascii_lowercase();
     locale.contains("utf-8") || locale.contains("utf8")

@@ -69,7 +69,11 @@ impl Ended {
         let what = describe(&end.device, &end.r#type, end.node_name.as_deref());
         let is_scrub = end.r#type != "quorum-resync";
         let how = match (&end.error, cancelled) {
-            (_, true) => format!("was cancelled after {} of {}", size(end.offset), size(end.len)),
+            (_, true) => format!(
+                "was cancelled after {} of {}",
+                size(end.offset),
+                size(end.len)
+            ),
             (Some(error), false) => format!("has failed: {}", clean(error)),
             (None, false) => format!("is done, {}", size(end.len)),
         };
@@ -87,7 +91,8 @@ impl Ended {
     }
 }
 
-/// Waits until the job has ended, and tells how far it is meanwhile. `interrupted` is what there is to be said on Ctrl-C.
+/// Waits until the job has ended, and tells how far it is meanwhile. `interrupted` is what there is
+/// to be said on Ctrl-C.
 pub(super) fn wait(
     context: &mut Context<'_>,
     awaited: Awaited<'_>,
@@ -156,7 +161,8 @@ fn take_end(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Option<
     Ok(Some(Ended::Told { end, cancelled }))
 }
 
-/// What is to be thought of a job that is gone, and whose end was not told. Nothing if it may come yet.
+/// What is to be thought of a job that is gone, and whose end was not told. Nothing if it may come
+/// yet.
 fn ended_untold(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Option<Ended>, Error> {
     let node = match awaited {
         Awaited::Job(id) => {
@@ -169,11 +175,18 @@ fn ended_untold(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Opt
         Awaited::ResyncOf(node) => node,
     };
     let disk: Disk = connection.query("query-quorum")?;
-    match disk.replicas.iter().find(|replica| replica.node_name == node) {
+    match disk
+        .replicas
+        .iter()
+        .find(|replica| replica.node_name == node)
+    {
         Some(replica) if replica.stale_bytes == 0 => Ok(Some(Ended::UpToDate)),
         // There are as many jobs as there can be; it comes when one has ended.
         Some(_) => Ok(None),
-        None => Err(Error::Not(format!("{} is no replica any more", clean(node)))),
+        None => Err(Error::Not(format!(
+            "{} is no replica any more",
+            clean(node)
+        ))),
     }
 }
 

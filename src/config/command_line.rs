@@ -1,4 +1,5 @@
-//! The command line as it is written: which options there are, what `--help` says of them, what values they can have.
+//! The command line as it is written: which options there are, what `--help` says of them, what
+//! values they can have.
 
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -33,15 +34,20 @@ pub(super) struct Options {
     #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(RawFd).range(0..), help_heading = "Connection")]
     pub(super) fd: Option<RawFd>,
 
-    /// Replica: a raw image file or a block device. Give one for each replica, in order; all must have the
-    /// same size. NAME is the replica's name in events [default: the file name]. Write a comma in PATH or
-    /// NAME as two
+    /// Replica: a raw image file or a block device. Give one for each replica, in order; all must
+    /// have the same size. NAME is the replica's name in events [default: the file name].
+    /// Write a comma in PATH or NAME as two
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
     pub(super) blk_file: Vec<OsString>,
 
-    /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed, 1 to the
-    /// number N of replicas [default: N/2 rounded down, plus 1]
-    #[arg(long, value_name = "T", allow_negative_numbers = true, help_heading = "Vote")]
+    /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed,
+    /// 1 to the number N of replicas [default: N/2 rounded down, plus 1]
+    #[arg(
+        long,
+        value_name = "T",
+        allow_negative_numbers = true,
+        help_heading = "Vote"
+    )]
     pub(super) vote_threshold: Option<usize>,
 
     /// How reads are served
@@ -56,8 +62,8 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Vote")]
     pub(super) blkverify: bool,
 
-    /// Time in milliseconds after which a replica that does not answer is done without, 10 to 3600000. It comes
-    /// back by itself, and what it missed is copied to it
+    /// Time in milliseconds after which a replica that does not answer is done without, 10 to
+    /// 3600000. It comes back by itself, and what it missed is copied to it
     #[arg(long, value_name = "MS", allow_negative_numbers = true, default_value_t = 1000,
         value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
     pub(super) replica_timeout: u64,
@@ -72,7 +78,12 @@ pub(super) struct Options {
     pub(super) cache: Cache,
 
     /// Name of the voted disk in events
-    #[arg(long, value_name = "NAME", default_value = "quorum0", help_heading = "Disk")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "quorum0",
+        help_heading = "Disk"
+    )]
     pub(super) node_name: String,
 
     /// Serve a disk the guest cannot write to
@@ -88,8 +99,8 @@ pub(super) struct Options {
         value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)), help_heading = "Disk")]
     pub(super) num_queues: u16,
 
-    /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at most 126 data
-    /// segments, and at most two less than the queue has descriptors
+    /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at
+    /// most 126 data segments, and at most two less than the queue has descriptors
     #[arg(
         long,
         value_name = "N",
@@ -103,7 +114,8 @@ pub(super) struct Options {
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) events: Option<PathBuf>,
 
-    /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine Protocol
+    /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine
+    /// Protocol
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) qmp: Option<PathBuf>,
 
@@ -120,7 +132,8 @@ pub(super) struct Options {
     pub(super) verbose: u8,
 }
 
-/// What the argument parser tells in a paragraph, with advice and usage in further ones, as one line.
+/// What the argument parser tells in a paragraph, with advice and usage in further ones, as one
+/// line.
 pub(super) fn usage_line(error: &clap::Error) -> String {
     let text = error.to_string();
     let mut paragraphs = text.split("\n\n");
@@ -141,8 +154,8 @@ pub(super) fn usage_line(error: &clap::Error) -> String {
 fn parse_metrics_address(value: &str) -> Result<SocketAddr, &'static str> {
     match value.parse::<u16>() {
         Ok(port) => Ok((Ipv4Addr::LOCALHOST, port).into()),
-        Err(_) => value
-            .parse()
-            .map_err(|_| "neither a port nor an address with one, such as 127.0.0.1:9000 or [::1]:9000"),
+        Err(_) => value.parse().map_err(
+            |_| "neither a port nor an address with one, such as 127.0.0.1:9000 or [::1]:9000",
+        ),
     }
 }

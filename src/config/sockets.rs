@@ -1,7 +1,8 @@
 //! Which sockets there are, out of options and of what a service manager has passed.
 //!
-//! Invariant: nothing that was passed is left unused. Who connects to a socket that nobody accepts on waits for ever, so
-//! a name that is not known and a socket for which there is an option too are refused.
+//! Invariant: nothing that was passed is left unused. Who connects to a socket that nobody accepts
+//! on waits for ever, so a name that is not known and a socket for which there is an option too are
+//! refused.
 
 use std::path::{Path, PathBuf};
 
@@ -23,7 +24,10 @@ pub(super) struct Sockets {
 
 impl Sockets {
     /// Whether the options and what was passed make sense together.
-    pub(super) fn check(options: &Options, mut passed: Vec<PassedSocket>) -> Result<Self, ConfigError> {
+    pub(super) fn check(
+        options: &Options,
+        mut passed: Vec<PassedSocket>,
+    ) -> Result<Self, ConfigError> {
         check_paths([
             ("--socket-path", &options.socket_path),
             ("--events", &options.events),
@@ -35,7 +39,8 @@ impl Sockets {
         if let ([only], false) = (&mut passed[..], is_given)
             && ![EVENTS, QMP].contains(&only.name.as_str())
         {
-            // Without FileDescriptorName= it has the name of its unit, and there is only one thing it can be for.
+            // Without FileDescriptorName= it has the name of its unit, and there is only one thing
+            // it can be for.
             only.name = VHOST_USER.to_owned();
         }
         let listen = options.socket_path.clone().map(Listen::Path);

@@ -10,13 +10,18 @@ fn parse<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Parsed, ConfigError> {
 }
 
 /// With sockets that the service manager passed.
-fn parse_with<S: AsRef<OsStr>>(arguments: &[S], passed: &[(&str, RawFd)]) -> Result<Parsed, ConfigError> {
+fn parse_with<S: AsRef<OsStr>>(
+    arguments: &[S],
+    passed: &[(&str, RawFd)],
+) -> Result<Parsed, ConfigError> {
     let program = OsString::from("quorum-blkd");
     let passed = passed.iter().map(|&(name, fd)| PassedSocket {
         name: name.to_owned(),
         fd,
     });
-    let arguments = arguments.iter().map(|argument| argument.as_ref().to_owned());
+    let arguments = arguments
+        .iter()
+        .map(|argument| argument.as_ref().to_owned());
     Config::from_args(std::iter::once(program).chain(arguments), passed.collect())
 }
 
@@ -47,14 +52,20 @@ fn printed(arguments: &[&str]) -> String {
 /// The line of a refusal.
 fn refusal<S: AsRef<OsStr>>(arguments: &[S]) -> String {
     let line = parse(arguments).expect_err("must be refused").to_string();
-    assert!(!line.contains(char::is_control) && !line.is_empty(), "{line:?}");
+    assert!(
+        !line.contains(char::is_control) && !line.is_empty(),
+        "{line:?}"
+    );
     assert!(!line.starts_with("error"), "{line:?}");
     line
 }
 
 fn assert_refused<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
     let line = refusal(arguments);
-    assert!(line.contains(expected), "{line:?} does not say {expected:?}");
+    assert!(
+        line.contains(expected),
+        "{line:?} does not say {expected:?}"
+    );
 }
 
 #[test]
@@ -66,7 +77,11 @@ fn the_definition_is_sound() {
 fn defaults() {
     let config = config(&disk(3, &[]));
     assert_eq!(config.listen, Listen::Path("/run/disk.sock".into()));
-    let names: Vec<&str> = config.replicas.iter().map(|r| r.node_name.as_str()).collect();
+    let names: Vec<&str> = config
+        .replicas
+        .iter()
+        .map(|r| r.node_name.as_str())
+        .collect();
     assert_eq!(names, ["0.raw", "1.raw", "2.raw"]);
     assert_eq!(config.vote_threshold, 2);
     assert_eq!(
@@ -162,7 +177,12 @@ fn capabilities_need_nothing_and_ignore_all_else() {
 #[test]
 fn help_and_version_are_printed() {
     let help = printed(&["--help"]);
-    for option in ["--blk-file", "--vote-threshold", "--cache", "QUORUM_BLKD_LOG"] {
+    for option in [
+        "--blk-file",
+        "--vote-threshold",
+        "--cache",
+        "QUORUM_BLKD_LOG",
+    ] {
         assert!(help.contains(option), "{help}");
     }
     assert_eq!(
@@ -211,7 +231,10 @@ fn refuses_bad_images() {
     let cases = [
         ("", "the path is empty"),
         (",node-name=x", "the path is empty"),
-        ("a,", "the only option after the path is node-name=NAME, not ''"),
+        (
+            "a,",
+            "the only option after the path is node-name=NAME, not ''",
+        ),
         ("a,b", "not 'b'; a comma in a path is written as two"),
         ("a,node-name=", "at least one character"),
         ("a,node-name=x,node-name=y", "node-name is given twice"),
@@ -308,13 +331,15 @@ fn sockets_that_were_passed_are_told_apart_by_name() {
     let sockets = |options: &[&str], passed: &[(&str, RawFd)]| {
         let arguments = [&["--blk-file=a"], options].concat();
         match parse_with(&arguments, passed) {
-            Ok(Parsed::Run(config)) => [Some(config.listen), config.events, config.qmp].map(|listen| {
-                listen.map(|listen| match listen {
-                    Listen::Path(path) => path.display().to_string(),
-                    Listen::Fd(fd) => format!("--fd {fd}"),
-                    Listen::Passed(socket) => format!("{} {}", socket.name, socket.fd),
+            Ok(Parsed::Run(config)) => {
+                [Some(config.listen), config.events, config.qmp].map(|listen| {
+                    listen.map(|listen| match listen {
+                        Listen::Path(path) => path.display().to_string(),
+                        Listen::Fd(fd) => format!("--fd {fd}"),
+                        Listen::Passed(socket) => format!("{} {}", socket.name, socket.fd),
+                    })
                 })
-            }),
+            }
             other => panic!("{other:?}"),
         }
     };
@@ -350,9 +375,17 @@ fn refuses_sockets_passed_for_nothing() {
         &[("vhost-user", 3), ("other", 4)],
         "named 'other' (descriptor 4)",
     );
-    refused(&[], &[("a\nb", 3), ("other", 4)], "named 'a\\nb' (descriptor 3)");
+    refused(
+        &[],
+        &[("a\nb", 3), ("other", 4)],
+        "named 'a\\nb' (descriptor 3)",
+    );
     refused(&["--socket-path=/d"], &[("unknown", 3)], "named 'unknown'");
-    refused(&[], &[("vhost-user", 3), ("vhost-user", 4)], "more than one");
+    refused(
+        &[],
+        &[("vhost-user", 3), ("vhost-user", 4)],
+        "more than one",
+    );
     for (options, name) in [
         (&["--socket-path=/d"][..], "vhost-user"),
         (&["--fd=9"], "vhost-user"),
@@ -382,10 +415,15 @@ fn metrics_are_local_unless_an_address_is_given() {
 #[test]
 fn refuses_serial_numbers_virtio_can_not_carry() {
     assert_eq!(
-        config(&disk(1, &["--serial=12345678901234567890"])).serial.len(),
+        config(&disk(1, &["--serial=12345678901234567890"]))
+            .serial
+            .len(),
         20
     );
-    assert_refused(&disk(1, &["--serial=123456789012345678901"]), "at most 20 bytes");
+    assert_refused(
+        &disk(1, &["--serial=123456789012345678901"]),
+        "at most 20 bytes",
+    );
     assert_refused(&disk(1, &["--serial=é"]), "printable ASCII");
     assert_refused(&disk(1, &["--serial=a\nb"]), "printable ASCII");
 }
@@ -406,7 +444,10 @@ fn refuses_what_is_not_there() {
     for option in ["--nonsense", "-x"] {
         assert_refused(&disk(3, &[option]), "unexpected argument");
     }
-    assert_refused(&disk(3, &["--read-pattern=single"]), "invalid value 'single'");
+    assert_refused(
+        &disk(3, &["--read-pattern=single"]),
+        "invalid value 'single'",
+    );
     for value in ["0", "9", "3600001", "-1", "1s"] {
         let option = format!("--replica-timeout={value}");
         assert_refused(&disk(3, &[&option]), "--replica-timeout");

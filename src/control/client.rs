@@ -1,8 +1,9 @@
-//! Somebody who is connected: a reader of events, or a client of the monitor, which reads events too once it has
-//! negotiated.
+//! Somebody who is connected: a reader of events, or a client of the monitor, which reads events
+//! too once it has negotiated.
 //!
-//! Invariants: a client is heard only while it has read all that was for it and no command of it runs, so it
-//! decides about nobody's memory and time but its own; one that closed its writing side still gets its replies.
+//! Invariants: a client is heard only while it has read all that was for it and no command of it
+//! runs, so it decides about nobody's memory and time but its own; one that closed its writing side
+//! still gets its replies.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
@@ -76,7 +77,12 @@ impl Client {
     }
 
     /// Does what it is ready for. An error is its end.
-    pub(super) fn serve(&mut self, name: u64, ready: EventSet, monitor: Option<&Executor>) -> io::Result<()> {
+    pub(super) fn serve(
+        &mut self,
+        name: u64,
+        ready: EventSet,
+        monitor: Option<&Executor>,
+    ) -> io::Result<()> {
         if ready.intersects(EventSet::HANG_UP | EventSet::ERROR) {
             return Err(ErrorKind::ConnectionReset.into());
         }
@@ -92,7 +98,12 @@ impl Client {
     }
 
     /// Takes the reply to the command that runs.
-    pub(super) fn answer(&mut self, name: u64, line: &[u8], monitor: Option<&Executor>) -> io::Result<()> {
+    pub(super) fn answer(
+        &mut self,
+        name: u64,
+        line: &[u8],
+        monitor: Option<&Executor>,
+    ) -> io::Result<()> {
         self.reader.reply(line);
         if let Some(conversation) = &mut self.conversation {
             conversation.busy = false;
@@ -143,8 +154,8 @@ impl Client {
         busy || self.reader.is_behind()
     }
 
-    /// To be called before it is closed: to close a socket with unread input would give the other side an error in
-    /// place of an end.
+    /// To be called before it is closed: to close a socket with unread input would give the other
+    /// side an error in place of an end.
     pub(super) fn discard_input(&mut self) {
         // More than a socket holds, of a client that goes on sending too.
         for _ in 0..DISCARDED_BYTES_MAX / READ_BYTES {

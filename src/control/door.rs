@@ -1,7 +1,7 @@
 //! A socket at which clients arrive.
 //!
-//! Invariant: a system that has no means for another client is asked again after a pause, and is not spun upon
-//! meanwhile: level-triggered, the listener would keep the thread awake.
+//! Invariant: a system that has no means for another client is asked again after a pause, and is
+//! not spun upon meanwhile: level-triggered, the listener would keep the thread awake.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -63,7 +63,9 @@ impl Door {
 
     /// Listens again if it is time to, or says how long that is.
     pub(super) fn resume(&mut self, epoll: &Epoll) -> Option<Duration> {
-        let left = self.accept_again_at?.saturating_duration_since(Instant::now());
+        let left = self
+            .accept_again_at?
+            .saturating_duration_since(Instant::now());
         if !left.is_zero() {
             return Some(left);
         }

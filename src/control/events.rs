@@ -1,8 +1,8 @@
 //! What an operator reads: the JSON form of a report, one object a line.
 //!
 //! Invariants:
-//! - The members the two events have always had come first, in their documented order; what was added since
-//!   follows them, so a consumer that knows only the old ones reads every line.
+//! - The members the two events have always had come first, in their documented order; what was
+//!   added since follows them, so a consumer that knows only the old ones reads every line.
 //! - A line holds exactly one `\n`, its last byte: JSON escapes those within names.
 //! - The timestamp is that of the report, however late the line is sent.
 
@@ -27,8 +27,8 @@ pub struct Names {
     pub nodes: NodeNames,
 }
 
-/// The `node-name` of each replica by its index; it may change while the disk is served. Clones are handles to the
-/// same list.
+/// The `node-name` of each replica by its index; it may change while the disk is served. Clones are
+/// handles to the same list.
 #[derive(Clone, Debug, Default)]
 pub struct NodeNames(Arc<RwLock<Vec<Arc<str>>>>);
 
@@ -66,10 +66,13 @@ pub enum News {
 }
 
 impl News {
-    /// How urgent they are for who reads the log: the steps of a job that does what it is to do are not.
+    /// How urgent they are for who reads the log: the steps of a job that does what it is to do are
+    /// not.
     pub fn level(&self) -> Level {
         match self {
-            Self::Job(event) if event.what == JobChange::Status || event.job.error.is_none() => Level::Info,
+            Self::Job(event) if event.what == JobChange::Status || event.job.error.is_none() => {
+                Level::Info
+            }
             Self::Job(_) | Self::Report(_) => Level::Warn,
         }
     }
@@ -156,7 +159,11 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
     let name = match event.what {
         JobChange::Status => {
             let status = job.status.name();
-            return line("JOB_STATUS_CHANGE", JobStatusChange { id: &id, status }, made_at);
+            return line(
+                "JOB_STATUS_CHANGE",
+                JobStatusChange { id: &id, status },
+                made_at,
+            );
         }
         JobChange::Completed => "BLOCK_JOB_COMPLETED",
         JobChange::Cancelled => "BLOCK_JOB_CANCELLED",

@@ -1,12 +1,15 @@
-//! Folding: how a flood of alike reports becomes a few events with exact counts. Pure; time is passed in.
+//! Folding: how a flood of alike reports becomes a few events with exact counts. Pure; time is
+//! passed in.
 //!
-//! The first report of a kind opens a window. Up to `burst` reports of a window are ready to be sent one by
-//! one; of those above, the last is held and counts the others as `suppressed` until the window ends.
+//! The first report of a kind opens a window. Up to `burst` reports of a window are ready to be
+//! sent one by one; of those above, the last is held and counts the others as `suppressed` until
+//! the window ends.
 //!
 //! Invariants:
-//! - Exact: whatever was pushed is either taken or still here, and the events' `1 + suppressed` add up to it.
-//! - Bounded, whether or not anybody takes: at most `ready_max` events are ready, at most `kinds_max` windows
-//!   are open for errors, and a few per replica and operation for all else.
+//! - Exact: whatever was pushed is either taken or still here, and the events' `1 + suppressed` add
+//!   up to it.
+//! - Bounded, whether or not anybody takes: at most `ready_max` events are ready, at most
+//!   `kinds_max` windows are open for errors, and a few per replica and operation for all else.
 //! - Events of one kind are taken in the order in which they were pushed.
 
 use std::collections::HashMap;
@@ -58,8 +61,8 @@ pub(super) struct FoldLimits {
     pub(super) burst: u32,
     /// Length of a window.
     pub(super) window: Duration,
-    /// Events ready to be taken. One half is for the first ones of their windows only, so that a flood of
-    /// one kind does not delay the first of another.
+    /// Events ready to be taken. One half is for the first ones of their windows only, so that a
+    /// flood of one kind does not delay the first of another.
     pub(super) ready_max: usize,
     /// Windows open, above which errors of a replica are not told apart.
     pub(super) kinds_max: usize,
@@ -90,8 +93,8 @@ impl Fold {
         }
     }
 
-    /// Takes in one report. Says whether whoever takes has to be woken: with this the first event became
-    /// ready since the last [`take`](Self::take).
+    /// Takes in one report. Says whether whoever takes has to be woken: with this the first event
+    /// became ready since the last [`take`](Self::take).
     pub(super) fn push(&mut self, now: Duration, mut event: Event) -> bool {
         let limits = self.limits;
         let was_empty = self.ready.is_empty();
@@ -101,13 +104,18 @@ impl Fold {
             sent: 0,
             held: None,
         };
-        self.next_end = Some(self.next_end.map_or(fresh.ends_at, |end| end.min(fresh.ends_at)));
+        self.next_end = Some(
+            self.next_end
+                .map_or(fresh.ends_at, |end| end.min(fresh.ends_at)),
+        );
         let window = match self.windows.entry(kind) {
             Entry::Vacant(vacant) => vacant.insert(fresh),
             Entry::Occupied(occupied) => {
                 let window = occupied.into_mut();
                 // A window whose held event finds no room goes on beyond its end.
-                if now >= window.ends_at && (window.held.is_none() || self.ready.len() < limits.ready_max) {
+                if now >= window.ends_at
+                    && (window.held.is_none() || self.ready.len() < limits.ready_max)
+                {
                     self.ready.extend(window.held.take());
                     *window = fresh;
                 }
@@ -132,8 +140,8 @@ impl Fold {
         was_empty && !self.ready.is_empty()
     }
 
-    /// Hands out what is ready and what the windows ended by `now` held, and says when to come back for the
-    /// windows still open.
+    /// Hands out what is ready and what the windows ended by `now` held, and says when to come back
+    /// for the windows still open.
     pub(super) fn take(&mut self, now: Duration) -> (Vec<Event>, Option<Duration>) {
         let mut events = std::mem::take(&mut self.ready);
         if self.next_end.is_some_and(|end| now >= end) {
@@ -160,7 +168,8 @@ impl Fold {
         let kind = Kind::of(news);
         match kind {
             Kind::Error(replica, operation, _)
-                if self.windows.len() >= self.limits.kinds_max && !self.windows.contains_key(&kind) =>
+                if self.windows.len() >= self.limits.kinds_max
+                    && !self.windows.contains_key(&kind) =>
             {
                 Kind::AnyError(replica, operation)
             }
@@ -301,7 +310,8 @@ mod tests {
         assert_eq!(events.last().map(parts), Some((28, 1000)));
     }
 
-    /// What one kind, taken without delay, comes to: for each window the one-by-one events and the folded one.
+    /// What one kind, taken without delay, comes to: for each window the one-by-one events and the
+    /// folded one.
     fn naive(pushed_at: &[u64]) -> Vec<u64> {
         let mut counts = Vec::new();
         let mut rest = pushed_at;

@@ -1,8 +1,9 @@
 //! Serves the metrics: HTTP, one request a connection, to whoever scrapes them.
 //!
 //! Invariants: at most [`METRICS_CONNECTIONS_MAX`] connections are served at a time, each for
-//! [`METRICS_LIMIT`] at most and after at most [`METRICS_REQUEST_BYTES_MAX`] of a request, so one who sends slowly,
-//! endlessly or nothing keeps others waiting for that long at worst; the disk notices nothing of it.
+//! [`METRICS_LIMIT`] at most and after at most [`METRICS_REQUEST_BYTES_MAX`] of a request, so one
+//! who sends slowly, endlessly or nothing keeps others waiting for that long at worst; the disk
+//! notices nothing of it.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
@@ -129,7 +130,8 @@ fn is_passing(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
-/// What to answer to the bytes of a request; `None` while there are too few of them to tell. Pure, but for `metrics`.
+/// What to answer to the bytes of a request; `None` while there are too few of them to tell. Pure,
+/// but for `metrics`.
 pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8>> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut parsed = httparse::Request::new(&mut headers);
@@ -146,7 +148,9 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
             let path = parsed.path.unwrap_or_default();
             match (parsed.method, path.split('?').next()) {
                 (Some("GET" | "HEAD"), Some("/metrics")) => ("200 OK", CONTENT_TYPE, metrics()),
-                (Some("GET" | "HEAD"), _) => ("404 Not Found", plain, String::from("see /metrics\n")),
+                (Some("GET" | "HEAD"), _) => {
+                    ("404 Not Found", plain, String::from("see /metrics\n"))
+                }
                 _ => ("405 Method Not Allowed", plain, String::from("GET only\n")),
             }
         }
@@ -160,12 +164,21 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
         "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
         body.len()
     );
-    let sent = if parsed.method == Some("HEAD") { "" } else { &body };
+    let sent = if parsed.method == Some("HEAD") {
+        ""
+    } else {
+        &body
+    };
     Some([head.as_bytes(), sent.as_bytes()].concat())
 }
 
 /// Waits until `fd` is ready. An error when that takes too long, or `stop` is written to.
-fn wait(fd: RawFd, events: libc::c_short, stop: &EventFd, deadline: Option<Instant>) -> io::Result<()> {
+fn wait(
+    fd: RawFd,
+    events: libc::c_short,
+    stop: &EventFd,
+    deadline: Option<Instant>,
+) -> io::Result<()> {
     let wanted = |fd, events| libc::pollfd {
         fd,
         events,

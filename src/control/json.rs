@@ -28,7 +28,12 @@ impl Formatter for Ascii {
             let (plain, special) = rest.split_at(at);
             writer.write_all(plain.as_bytes())?;
             let mut characters = special.chars();
-            for unit in characters.next().into_iter().collect::<String>().encode_utf16() {
+            for unit in characters
+                .next()
+                .into_iter()
+                .collect::<String>()
+                .encode_utf16()
+            {
                 write!(writer, "\\u{unit:04x}")?;
             }
             rest = characters.as_str();

@@ -1,17 +1,20 @@
-//! Where on the disk which replica was bad: a map of bounded size, made from all that is reported, before floods are
-//! folded. Pure.
+//! Where on the disk which replica was bad: a map of bounded size, made from all that is reported,
+//! before floods are folded. Pure.
 //!
-//! The disk is cut into at most [`MAP_BUCKETS`] buckets, and what was found in each is counted. Beside that it is
-//! remembered to the sector, as far as there is room, what was *damaged* when it was last looked at: it lost a vote, or
-//! had no winner, and has not been mended since. A guest may have written over it, or a disk may have misread it once:
-//! whether it is still damaged is found out by the next scrub, which sees everything. What a scrub has not found again
-//! is forgotten when it ends.
+//! The disk is cut into at most [`MAP_BUCKETS`] buckets, and what was found in each is counted.
+//! Beside that it is remembered to the sector, as far as there is room, what was *damaged* when it
+//! was last looked at: it lost a vote, or had no winner, and has not been mended since. A guest may
+//! have written over it, or a disk may have misread it once: whether it is still damaged is found
+//! out by the next scrub, which sees everything. What a scrub has not found again is forgotten when
+//! it ends.
 //!
 //! Invariants:
-//! - A row takes memory from its first report on, and never more than its buckets and [`MAP_RANGES_MAX`] ranges, twice.
-//! - Buckets are all of one size, which doubles when something lies beyond the last one: the disk may grow.
-//! - The counts of all buckets add up to what was reported, but for what has no place (flushes) and for errors, which
-//!   count in each bucket that their operation touched.
+//! - A row takes memory from its first report on, and never more than its buckets and
+//!   [`MAP_RANGES_MAX`] ranges, twice.
+//! - Buckets are all of one size, which doubles when something lies beyond the last one: the disk
+//!   may grow.
+//! - The counts of all buckets add up to what was reported, but for what has no place (flushes) and
+//!   for errors, which count in each bucket that their operation touched.
 
 use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
 use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
@@ -119,7 +122,9 @@ impl DiskMap {
                 cause,
                 ..
             }) => match cause {
-                Cause::Error(_) => self.count(replica.as_usize(), *range, |bucket, _| bucket.errors += 1),
+                Cause::Error(_) => {
+                    self.count(replica.as_usize(), *range, |bucket, _| bucket.errors += 1)
+                }
                 Cause::WrongVersion(evidence) => {
                     let mut unlisted = evidence.sectors;
                     for run in &evidence.bad_sectors {
@@ -289,7 +294,8 @@ mod tests {
     fn buckets(map: &DiskMap, replica: Option<ReplicaIndex>) -> Vec<(usize, Bucket)> {
         let row = map.view(replica).unwrap_or_default();
         let all = row.buckets.iter().copied().enumerate();
-        all.filter(|(_, bucket)| *bucket != Bucket::default()).collect()
+        all.filter(|(_, bucket)| *bucket != Bucket::default())
+            .collect()
     }
 
     #[test]
@@ -308,7 +314,11 @@ mod tests {
         };
         assert_eq!(
             buckets(&map, Some(REPLICA)),
-            [(0, bucket(1, 0, 1)), (1, bucket(1, 8, 1)), (4, bucket(11, 0, 0))]
+            [
+                (0, bucket(1, 0, 1)),
+                (1, bucket(1, 8, 1)),
+                (4, bucket(11, 0, 0))
+            ]
         );
         assert_eq!(map.damaged_sectors(REPLICA), 2, "one is mended");
         assert!(map.view(None).is_none() && map.view(Some(ReplicaIndex(0))).is_none());
@@ -338,22 +348,44 @@ mod tests {
         map.record(&damage(9));
         // Another one has not seen everything since it began.
         map.record(&scrub("job2", JobChange::Status, JobStatus::Created, None));
-        map.record(&scrub("job2", JobChange::Completed, JobStatus::Concluded, None));
+        map.record(&scrub(
+            "job2",
+            JobChange::Completed,
+            JobStatus::Concluded,
+            None,
+        ));
         assert_eq!(map.damaged_sectors(REPLICA), 3);
         map.record(&scrub("job1", JobChange::Status, JobStatus::Running, None));
         map.mended(REPLICA, range(9, 1));
-        map.record(&scrub("job1", JobChange::Completed, JobStatus::Concluded, None));
+        map.record(&scrub(
+            "job1",
+            JobChange::Completed,
+            JobStatus::Concluded,
+            None,
+        ));
         assert_eq!(map.damaged_sectors(REPLICA), 1, "sector 5");
         for (what, error) in [
             (JobChange::Cancelled, None),
-            (JobChange::Completed, Some(JobFailure::NotRead { replicas: 1 })),
+            (
+                JobChange::Completed,
+                Some(JobFailure::NotRead { replicas: 1 }),
+            ),
         ] {
             map.record(&scrub("job3", JobChange::Status, JobStatus::Created, None));
             map.record(&scrub("job3", what, JobStatus::Concluded, error));
-            assert_eq!(map.damaged_sectors(REPLICA), 1, "it has not seen everything");
+            assert_eq!(
+                map.damaged_sectors(REPLICA),
+                1,
+                "it has not seen everything"
+            );
         }
         map.record(&scrub("job5", JobChange::Status, JobStatus::Created, None));
-        map.record(&scrub("job5", JobChange::Completed, JobStatus::Concluded, None));
+        map.record(&scrub(
+            "job5",
+            JobChange::Completed,
+            JobStatus::Concluded,
+            None,
+        ));
         assert_eq!(map.damaged_sectors(REPLICA), 0);
     }
 

@@ -1,7 +1,8 @@
-//! Where on the disk which replica was bad, as `query-quorum-map` shows it: plain values, made from the map and from
-//! what is stale.
+//! Where on the disk which replica was bad, as `query-quorum-map` shows it: plain values, made from
+//! the map and from what is stale.
 //!
-//! Invariants: a bucket is listed only if there is something in it; lists of ranges are bounded, the longest are kept.
+//! Invariants: a bucket is listed only if there is something in it; lists of ranges are bounded,
+//! the longest are kept.
 
 use serde::Serialize;
 
@@ -136,7 +137,8 @@ pub(crate) struct ReplicaPlaces {
 }
 
 impl MapState {
-    /// The map of the disk `node_name` of `size` bytes with these replicas, in at most so many buckets.
+    /// The map of the disk `node_name` of `size` bytes with these replicas, in at most so many
+    /// buckets.
     pub(crate) fn new(
         reports: &EventQueue,
         node_name: String,
@@ -157,8 +159,9 @@ impl MapState {
         };
         // One row at a time: who reports something waits for no longer.
         let view = |replica| reports.map().view(replica);
-        let replica_map =
-            |places: ReplicaPlaces| cut.replica(places.node_name, view(Some(places.index)), &places.stale);
+        let replica_map = |places: ReplicaPlaces| {
+            cut.replica(places.node_name, view(Some(places.index)), &places.stale)
+        };
         Self {
             node_name,
             size,
@@ -241,7 +244,12 @@ impl Cut {
         }
     }
 
-    fn replica(&self, node_name: String, row: Option<Row>, stale: &[SectorRange]) -> ReplicaMapState {
+    fn replica(
+        &self,
+        node_name: String,
+        row: Option<Row>,
+        stale: &[SectorRange],
+    ) -> ReplicaMapState {
         let counts = self.counts(row.as_ref());
         let damaged = self.within(row.iter().flat_map(|row| row.damaged.iter()));
         let stale = self.within(stale.iter().copied());
@@ -316,7 +324,14 @@ mod tests {
                 node_name: "a".into(),
                 stale: vec![SectorRange::new((1 << 21) - 4, 4)],
             };
-            serde_json::to_value(MapState::new(&queue, "disk".into(), 1 << 30, buckets, [places])).unwrap()
+            serde_json::to_value(MapState::new(
+                &queue,
+                "disk".into(),
+                1 << 30,
+                buckets,
+                [places],
+            ))
+            .unwrap()
         };
         let bucket = |offset: u64, errors: u64, stale: u64| {
             json!({ "offset": offset, "wrong-sectors": 0, "mended-sectors": 0, "errors": errors,
@@ -338,14 +353,20 @@ mod tests {
         assert_eq!(coarse["bucket-bytes"], 11 << 20);
         assert_eq!(
             coarse["replicas"][0]["buckets"],
-            json!([bucket(0, 2, 0), bucket(506 << 20, 1, 0), bucket(1023 << 20, 0, 4)])
+            json!([
+                bucket(0, 2, 0),
+                bucket(506 << 20, 1, 0),
+                bucket(1023 << 20, 0, 4)
+            ])
         );
         assert_eq!(map(1)["replicas"][0]["buckets"], json!([bucket(0, 3, 4)]));
     }
 
     #[test]
     fn the_longest_ranges_are_listed() {
-        let ranges: Vec<_> = (0..100).map(|n| SectorRange::new(n * 1000, n + 1)).collect();
+        let ranges: Vec<_> = (0..100)
+            .map(|n| SectorRange::new(n * 1000, n + 1))
+            .collect();
         let listed = StaleRanges::of(&ranges);
         assert!(listed.truncated && listed.ranges.len() == MAP_RANGES_LISTED_MAX);
         assert_eq!(listed.ranges[0].sector_count, 37);

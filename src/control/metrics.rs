@@ -1,8 +1,10 @@
-//! What can be seen of a disk as metrics for Prometheus, in its text format: names of base units, `_total` for what
-//! only grows. A pure function of the [state](super::state).
+//! What can be seen of a disk as metrics for Prometheus, in its text format: names of base units,
+//! `_total` for what only grows. A pure function of the [state](super::state).
 
 use prometheus::TextEncoder;
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use prometheus::proto::{
+    Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
+};
 
 use super::state::{DiskState, Operations, ReplicaState, ServiceState};
 use crate::statistics::Distribution;
@@ -10,8 +12,8 @@ use crate::statistics::Distribution;
 /// The type of what [`render`] returns.
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
-/// Upper bounds of the buckets of latencies are these powers of two of microseconds: 16 µs to 17 s. The figures
-/// behind them are finer, but each series costs whoever scrapes it.
+/// Upper bounds of the buckets of latencies are these powers of two of microseconds: 16 µs to 17 s.
+/// The figures behind them are finer, but each series costs whoever scrapes it.
 const BUCKET_POWERS: std::ops::RangeInclusive<u32> = 4..=24;
 
 /// All metrics of a disk, a line for each.
@@ -41,13 +43,21 @@ impl Page {
 
     fn disk(&mut self, disk: &DiskState) {
         let version = [("version", env!("CARGO_PKG_VERSION"))];
-        self.gauge("build_info", "The version of quorum-blkd, as a label.", |add| {
-            add(&version, 1)
+        self.gauge(
+            "build_info",
+            "The version of quorum-blkd, as a label.",
+            |add| add(&version, 1),
+        );
+        self.gauge("disk_size_bytes", "Size of the disk.", |add| {
+            add(&[], disk.size)
         });
-        self.gauge("disk_size_bytes", "Size of the disk.", |add| add(&[], disk.size));
-        self.gauge("vote_threshold", "Equal versions that make a quorum.", |add| {
-            add(&[], disk.policy.vote_threshold as u64);
-        });
+        self.gauge(
+            "vote_threshold",
+            "Equal versions that make a quorum.",
+            |add| {
+                add(&[], disk.policy.vote_threshold as u64);
+            },
+        );
         self.counter(
             "suspicions_total",
             "Reads that were repeated because the replicas' replies differed.",
@@ -102,7 +112,10 @@ impl Page {
             |add| {
                 for replica in &disk.replicas {
                     for state in ServiceState::ALL {
-                        let labels = [("replica", replica.node_name.as_str()), ("state", state.name())];
+                        let labels = [
+                            ("replica", replica.node_name.as_str()),
+                            ("state", state.name()),
+                        ];
                         add(&labels, u64::from(replica.state == state));
                     }
                 }
@@ -170,7 +183,12 @@ impl Page {
     }
 
     /// The families of one kind of thing that begins, takes its time and ends.
-    fn operations(&mut self, noun: &str, what: &str, all: &[(Vec<(&'static str, &str)>, &Operations)]) {
+    fn operations(
+        &mut self,
+        noun: &str,
+        what: &str,
+        all: &[(Vec<(&'static str, &str)>, &Operations)],
+    ) {
         type Figure = fn(&Operations) -> u64;
         let counters: [(String, String, Figure); 3] = [
             (
@@ -223,7 +241,12 @@ impl Page {
         );
     }
 
-    fn counter(&mut self, name: &str, help: &str, fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64))) {
+    fn counter(
+        &mut self,
+        name: &str,
+        help: &str,
+        fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64)),
+    ) {
         let mut metrics = Vec::new();
         fill(&mut |labels, value| {
             let mut counter = Counter::default();
@@ -235,7 +258,12 @@ impl Page {
         self.family(name, help, MetricType::COUNTER, metrics);
     }
 
-    fn gauge(&mut self, name: &str, help: &str, fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64))) {
+    fn gauge(
+        &mut self,
+        name: &str,
+        help: &str,
+        fill: impl FnOnce(&mut dyn FnMut(Labels<'_>, u64)),
+    ) {
         let mut metrics = Vec::new();
         fill(&mut |labels, value| {
             let mut gauge = Gauge::default();

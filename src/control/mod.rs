@@ -1,9 +1,11 @@
 //! The operator's side: commands in, events and state out.
 //!
-//! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives them
-//! their JSON form, [`state`] is what can be seen of the disk, [`map_state`] where on it what was found (`map`), [`publisher`] hands them to the readers of the event socket and to the clients of the monitor
-//! ([`qmp`]), whose commands call the [`Operator`]. [`metrics`] are the state in the words of Prometheus, which [`http`]
-//! serves. [`socket`] makes the Unix sockets that the daemon listens on.
+//! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives
+//! them their JSON form, [`state`] is what can be seen of the disk, [`map_state`] where on it what
+//! was found (`map`), [`publisher`] hands them to the readers of the event socket and to the
+//! clients of the monitor ([`qmp`]), whose commands call the [`Operator`]. [`metrics`] are the
+//! state in the words of Prometheus, which [`http`] serves. [`socket`] makes the Unix sockets that
+//! the daemon listens on.
 //!
 //! Nothing here is known to the voter, and nothing here can make it wait.
 

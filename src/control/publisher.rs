@@ -1,12 +1,12 @@
-//! The thread that talks to operators: it sends events to whoever listens at `--events`, to the clients of the monitor
-//! at `--qmp`, whose commands it passes on, and to the log.
+//! The thread that talks to operators: it sends events to whoever listens at `--events`, to the
+//! clients of the monitor at `--qmp`, whose commands it passes on, and to the log.
 //!
 //! Invariants:
 //! - It waits in one place, for everything at once; no client makes it wait for itself.
-//! - Every event goes to the log once and to each reader that is connected when it is sent. None is kept for
-//!   a reader that comes later.
-//! - Readers and clients are at most [`EVENT_READERS_MAX`] and [`QMP_CLIENTS_MAX`], each with a bounded backlog
-//!   (`reader`).
+//! - Every event goes to the log once and to each reader that is connected when it is sent. None is
+//!   kept for a reader that comes later.
+//! - Readers and clients are at most [`EVENT_READERS_MAX`] and [`QMP_CLIENTS_MAX`], each with a
+//!   bounded backlog (`reader`).
 
 use std::collections::BTreeMap;
 use std::io;
@@ -31,7 +31,8 @@ use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 /// How long [`Publisher::stop`] waits for clients that are behind.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Events that are made into lines between two rounds of writing, so that the first of many is out early.
+/// Events that are made into lines between two rounds of writing, so that the first of many is out
+/// early.
 const EVENTS_PER_ROUND: usize = 64;
 
 const CLIENTS_MAX: usize = EVENT_READERS_MAX + QMP_CLIENTS_MAX;
@@ -57,8 +58,8 @@ pub struct Monitor {
 }
 
 impl Publisher {
-    /// Starts to serve `queue` at the sockets there are. Without any the events go to the log alone, so that
-    /// nothing is left in the queue. A queue has one publisher in its life.
+    /// Starts to serve `queue` at the sockets there are. Without any the events go to the log
+    /// alone, so that nothing is left in the queue. A queue has one publisher in its life.
     pub fn spawn(
         events: Option<Listener>,
         monitor: Option<Monitor>,
@@ -75,9 +76,9 @@ impl Publisher {
         })
     }
 
-    /// Sends what is in the queue, folded or not, lets the commands that run end, closes the connections (those
-    /// that are behind after half a second at most) and removes the sockets. What is pushed later is not sent: stop
-    /// what pushes first.
+    /// Sends what is in the queue, folded or not, lets the commands that run end, closes the
+    /// connections (those that are behind after half a second at most) and removes the sockets.
+    /// What is pushed later is not sent: stop what pushes first.
     pub fn stop(self) {
         drop(self);
     }
@@ -86,7 +87,11 @@ impl Publisher {
 impl Drop for Publisher {
     fn drop(&mut self) {
         self.queue.close();
-        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+        if self
+            .thread
+            .take()
+            .is_some_and(|thread| thread.join().is_err())
+        {
             warn!("the event publisher had panicked; events were lost");
         }
     }
@@ -136,7 +141,13 @@ impl Server {
         names: Names,
     ) -> io::Result<Self> {
         let epoll = Epoll::new()?;
-        let wait_for = |fd, token| epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(EventSet::IN, token));
+        let wait_for = |fd, token| {
+            epoll.ctl(
+                ControlOperation::Add,
+                fd,
+                EpollEvent::new(EventSet::IN, token),
+            )
+        };
         wait_for(queue.as_raw_fd(), QUEUE_TOKEN)?;
         let events = events.map(|listener| Door::open(listener, EVENTS_TOKEN, &epoll));
         let (mut door, mut executor) = (None, None);
@@ -174,7 +185,11 @@ impl Server {
                     .collect();
                 self.send(&lines);
                 for (event, (line, _)) in round.iter().zip(&lines) {
-                    log!(event.news.level(), "{}", String::from_utf8_lossy(line).trim_end());
+                    log!(
+                        event.news.level(),
+                        "{}",
+                        String::from_utf8_lossy(line).trim_end()
+                    );
                 }
             }
             if batch.last {
@@ -192,7 +207,12 @@ impl Server {
         (self.events, self.monitor) = (None, None);
         // What is pushed from now on is not sent and must not wake.
         let queue_fd = self.queue.as_raw_fd();
-        let _ = self.control(ControlOperation::Delete, queue_fd, EventSet::empty(), QUEUE_TOKEN);
+        let _ = self.control(
+            ControlOperation::Delete,
+            queue_fd,
+            EventSet::empty(),
+            QUEUE_TOKEN,
+        );
         let deadline = Instant::now() + STOP_PATIENCE;
         while self.clients.values().any(|(_, client)| client.is_behind()) {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -252,7 +272,9 @@ impl Server {
         let replies = self.executor.as_ref().map(Executor::take);
         for (token, line) in replies.unwrap_or_default() {
             // Who asked may have left.
-            self.one_client(token, |client, monitor| client.answer(token, &line, monitor));
+            self.one_client(token, |client, monitor| {
+                client.answer(token, &line, monitor)
+            });
         }
     }
 
@@ -266,9 +288,16 @@ impl Server {
             let Some(stream) = door.as_mut().and_then(|door| door.accept(&self.epoll)) else {
                 return;
             };
-            let present = self.clients.values().filter(|(other, _)| *other == kind).count();
+            let present = self
+                .clients
+                .values()
+                .filter(|(other, _)| *other == kind)
+                .count();
             if present >= kind.most() {
-                info!("{} was turned away: there are {present} already", kind.name());
+                info!(
+                    "{} was turned away: there are {present} already",
+                    kind.name()
+                );
             } else if let Err(error) = self.admit(kind, stream) {
                 warn!("{} was turned away: {error}", kind.name());
             }
@@ -288,7 +317,8 @@ impl Server {
         Ok(())
     }
 
-    /// Does `action`, then tells epoll what the client waits for now. A client for which either fails is gone.
+    /// Does `action`, then tells epoll what the client waits for now. A client for which either
+    /// fails is gone.
     fn one_client(
         &mut self,
         token: u64,
@@ -320,6 +350,7 @@ impl Server {
         interest: EventSet,
         token: u64,
     ) -> io::Result<()> {
-        self.epoll.ctl(operation, fd, EpollEvent::new(interest, token))
+        self.epoll
+            .ctl(operation, fd, EpollEvent::new(interest, token))
     }
 }

@@ -1,8 +1,8 @@
 //! The way of a report from the threads that serve the guest to the one that tells the operator.
 //!
 //! Invariants:
-//! - [`push`](EventQueue::push) waits for no reader: it holds one lock that is never held over a system call,
-//!   and writes at most one eventfd, which is non-blocking.
+//! - [`push`](EventQueue::push) waits for no reader: it holds one lock that is never held over a
+//!   system call, and writes at most one eventfd, which is non-blocking.
 //! - The map of what was found where is kept behind a lock of its own, which is held as shortly.
 //! - What nobody takes stays bounded: it is folded (`fold`) and remains counted.
 
@@ -86,7 +86,8 @@ impl EventQueue {
         }
     }
 
-    /// Sectors of a replica that were wrong have been written with the winner. Nobody is told; the map remembers it.
+    /// Sectors of a replica that were wrong have been written with the winner. Nobody is told; the
+    /// map remembers it.
     pub fn mended(&self, replica: ReplicaIndex, range: SectorRange) {
         self.map().mended(replica, range);
     }
@@ -197,6 +198,9 @@ mod tests {
         let batch = queue.take();
         assert!(batch.last);
         assert!(batch.events.len() <= READY_MAX);
-        assert_eq!(batch.events.iter().map(Event::stands_for).sum::<u64>(), 100_000);
+        assert_eq!(
+            batch.events.iter().map(Event::stands_for).sum::<u64>(),
+            100_000
+        );
     }
 }

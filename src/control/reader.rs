@@ -2,9 +2,9 @@
 //!
 //! Invariants:
 //! - No call here blocks: the stream is non-blocking.
-//! - The backlog holds whole lines only, but for the part of the first one that was written already. Events fill it
-//!   up to [`EVENT_READER_BACKLOG_BYTES`]; one that does not fit is counted, not cut. A reply always fits: who gets
-//!   one is not heard until it has read it.
+//! - The backlog holds whole lines only, but for the part of the first one that was written
+//!   already. Events fill it up to [`EVENT_READER_BACKLOG_BYTES`]; one that does not fit is
+//!   counted, not cut. A reply always fits: who gets one is not heard until it has read it.
 //! - While something is missed no line enters the backlog, so the notice stands where the gap is.
 
 use std::io::{self, ErrorKind, Read, Write};
@@ -17,8 +17,8 @@ use vmm_sys_util::epoll::EventSet;
 use super::events::missed_line;
 use crate::limits::EVENT_READER_BACKLOG_BYTES;
 
-/// One write. Small enough for Linux to take it whole or not at all, so that even a reader that is cut off at
-/// shutdown gets no half line.
+/// One write. Small enough for Linux to take it whole or not at all, so that even a reader that is
+/// cut off at shutdown gets no half line.
 const WRITE_BYTES_MAX: usize = 16 << 10;
 
 /// What ends a line.
@@ -99,8 +99,8 @@ impl Reader {
         }
     }
 
-    /// Reads some of what the other side sent. Its end is no reason to leave: a reader that closed only its writing
-    /// side, as `nc -N` does, still wants what there is for it.
+    /// Reads some of what the other side sent. Its end is no reason to leave: a reader that closed
+    /// only its writing side, as `nc -N` does, still wants what there is for it.
     pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self.stream.read(into) {
             Ok(0) => {
@@ -108,7 +108,11 @@ impl Reader {
                 Ok(0)
             }
             Ok(count) => Ok(count),
-            Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => Ok(0),
+            Err(error)
+                if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) =>
+            {
+                Ok(0)
+            }
             Err(error) => Err(error),
         }
     }
@@ -193,7 +197,10 @@ mod tests {
             reader.offer(b"last\n", 1).unwrap();
             reader.flush().unwrap();
         });
-        let lines: Vec<String> = io::BufReader::new(theirs).lines().map(Result::unwrap).collect();
+        let lines: Vec<String> = io::BufReader::new(theirs)
+            .lines()
+            .map(Result::unwrap)
+            .collect();
         pump.join().unwrap();
 
         let (last, rest) = lines.split_last().unwrap();

@@ -1,10 +1,10 @@
 //! The Unix sockets the daemon listens on: those it makes, and those it was passed.
 //!
 //! Invariants:
-//! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode before it
-//!   listens and its name after.
-//! - The name never points to nothing: the new socket is renamed over what a dead process left. A socket at
-//!   which somebody listens, and anything that is no socket, is left alone.
+//! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode
+//!   before it listens and its name after.
+//! - The name never points to nothing: the new socket is renamed over what a dead process left. A
+//!   socket at which somebody listens, and anything that is no socket, is left alone.
 //! - A [`BoundListener`] takes its name away with it, unless the name has become another's.
 
 use std::ffi::{OsStr, c_char};
@@ -88,7 +88,8 @@ impl Drop for BoundListener {
 pub enum Listener {
     /// Made here.
     Bound(BoundListener),
-    /// Made by who started the process. It may have other users, now or later, and its name is theirs.
+    /// Made by who started the process. It may have other users, now or later, and its name is
+    /// theirs.
     Passed(UnixListener),
 }
 
@@ -114,14 +115,22 @@ pub unsafe fn adopt_unix_listener(fd: RawFd) -> Option<UnixListener> {
         let mut value: libc::c_int = 0;
         let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
         // SAFETY: `value` and `len` are valid for the write of an int option.
-        let result =
-            unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+        let result = unsafe {
+            libc::getsockopt(
+                fd,
+                libc::SOL_SOCKET,
+                name,
+                (&raw mut value).cast(),
+                &raw mut len,
+            )
+        };
         (result == 0).then_some(value)
     };
     let is_as_needed = option(libc::SO_DOMAIN) == Some(libc::AF_UNIX)
         && option(libc::SO_TYPE) == Some(libc::SOCK_STREAM)
         && option(libc::SO_ACCEPTCONN) == Some(1);
-    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing else owns it.
+    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing
+    // else owns it.
     is_as_needed.then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
 }
 
@@ -192,8 +201,8 @@ fn refuse_what_is_not_stale(path: &Path) -> Result<(), BindError> {
     }
 }
 
-/// A name beside `path` that no other process takes, and that tells `ss -x` whose it is: the kernel goes on
-/// showing a socket under the name it was bound to.
+/// A name beside `path` that no other process takes, and that tells `ss -x` whose it is: the kernel
+/// goes on showing a socket under the name it was bound to.
 fn temporary_name(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.as_bytes();
     let suffix = format!(".{}", std::process::id());
@@ -277,7 +286,11 @@ mod tests {
         let path = directory.path().join("s");
         let listener = bind_unix_listener(&path).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
-        assert_eq!(names_in(directory.path()), ["s"], "nothing temporary is left");
+        assert_eq!(
+            names_in(directory.path()),
+            ["s"],
+            "nothing temporary is left"
+        );
         let client = UnixStream::connect(&path).unwrap();
         listener.socket().accept().unwrap();
         drop((client, listener));
@@ -318,7 +331,10 @@ mod tests {
                 }
             }
         }
-        assert!(matches!(bind_unix_listener(&path), Err(BindError::InUse(_))));
+        assert!(matches!(
+            bind_unix_listener(&path),
+            Err(BindError::InUse(_))
+        ));
     }
 
     #[test]
@@ -326,10 +342,16 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.raw");
         fs::write(&path, "precious").unwrap();
-        assert!(matches!(bind_unix_listener(&path), Err(BindError::NotASocket(_))));
+        assert!(matches!(
+            bind_unix_listener(&path),
+            Err(BindError::NotASocket(_))
+        ));
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
-        assert!(matches!(bind_unix_listener(&link), Err(BindError::NotASocket(_))));
+        assert!(matches!(
+            bind_unix_listener(&link),
+            Err(BindError::NotASocket(_))
+        ));
         assert!(matches!(
             bind_unix_listener(directory.path()),
             Err(BindError::NotASocket(_))

@@ -1,5 +1,5 @@
-//! What an operator sees of a disk: plain values, as `query-quorum` shows them. The other interfaces, QEMU's queries
-//! and the metrics, are made from the same values.
+//! What an operator sees of a disk: plain values, as `query-quorum` shows them. The other
+//! interfaces, QEMU's queries and the metrics, are made from the same values.
 
 use serde::{Serialize, Serializer};
 

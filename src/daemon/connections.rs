@@ -24,15 +24,19 @@ impl FrontendListener {
         Ok(Self(listener))
     }
 
-    /// Waits for a connection, until `stop` is written to. A socket that was passed may have other users, now or
-    /// later, so nothing is done to the socket itself; and one of them may take the connection before us.
+    /// Waits for a connection, until `stop` is written to. A socket that was passed may have other
+    /// users, now or later, so nothing is done to the socket itself; and one of them may take
+    /// the connection before us.
     fn accept(&self, stop: &EventFd) -> io::Result<Accepted> {
         let wanted = |fd: RawFd| libc::pollfd {
             fd,
             events: libc::POLLIN,
             revents: 0,
         };
-        let mut polls = [wanted(self.0.socket().as_raw_fd()), wanted(stop.as_raw_fd())];
+        let mut polls = [
+            wanted(self.0.socket().as_raw_fd()),
+            wanted(stop.as_raw_fd()),
+        ];
         // SAFETY: two initialised pollfds, valid for the call.
         if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 {
             return Err(io::Error::last_os_error());
@@ -80,10 +84,12 @@ impl Slots {
         self.current.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Returns when all connections that were closed by their frontends have been drained. Who connects
-    /// after that, a guest that was started again for one, must not see writes of before take effect.
+    /// Returns when all connections that were closed by their frontends have been drained. Who
+    /// connects after that, a guest that was started again for one, must not see writes of
+    /// before take effect.
     fn wait_for_the_closed(&self) {
-        let any_closed = |current: &mut Current| current.connections.iter().flatten().any(is_closed);
+        let any_closed =
+            |current: &mut Current| current.connections.iter().flatten().any(is_closed);
         let waited = self.freed.wait_while(self.current(), any_closed);
         drop(waited.unwrap_or_else(PoisonError::into_inner));
     }
@@ -92,8 +98,9 @@ impl Slots {
     fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
         let mut current = self.current();
         // A frontend whose thread has panicked is of no use any more.
-        let is_free =
-            |slot: &usize| current.connections[*slot].is_none() && !self.frontends[*slot].is_poisoned();
+        let is_free = |slot: &usize| {
+            current.connections[*slot].is_none() && !self.frontends[*slot].is_poisoned()
+        };
         let free = (0..self.frontends.len()).find(is_free);
         if let Some(slot) = free {
             current.connections[slot] = Some(connection.try_clone()?);
@@ -114,7 +121,9 @@ impl Slots {
         let is_connected = |slot: &usize| self.current().connections[*slot].is_some();
         for slot in (0..self.frontends.len()).filter(is_connected) {
             let frontend = self.frontends[slot].lock();
-            frontend.unwrap_or_else(PoisonError::into_inner).stop_rings();
+            frontend
+                .unwrap_or_else(PoisonError::into_inner)
+                .stop_rings();
         }
         self.current().connections.iter().flatten().for_each(end);
     }
@@ -169,7 +178,11 @@ impl Connections {
                 .name("frontend".into())
                 .spawn(move || accept_all(&listener, &slots, &stop))?
         };
-        Ok(Self { stop, slots, thread })
+        Ok(Self {
+            stop,
+            slots,
+            thread,
+        })
     }
 
     /// Ends all connections and returns when their rings are drained.
@@ -199,7 +212,8 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
                     continue;
                 }
                 Err(error) => {
-                    // For want of descriptors or memory; that may pass, and the disk must not go for it.
+                    // For want of descriptors or memory; that may pass, and the disk must not go
+                    // for it.
                     warn!("cannot accept a connection: {error}");
                     std::thread::sleep(std::time::Duration::from_millis(100));
                     continue;

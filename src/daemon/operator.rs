@@ -51,7 +51,12 @@ struct Fixed {
 }
 
 impl DiskOperator {
-    pub(super) fn new(config: &Config, disk: &Disk, upkeep: Arc<Upkeep>, stop: Sender<Stop>) -> Self {
+    pub(super) fn new(
+        config: &Config,
+        disk: &Disk,
+        upkeep: Arc<Upkeep>,
+        stop: Sender<Stop>,
+    ) -> Self {
         let pattern = config.read_pattern.to_possible_value();
         let is = Fixed {
             node_name: config.node_name.clone(),
@@ -151,7 +156,11 @@ impl DiskOperator {
                 operations: by_operation(operations),
             }
         };
-        self.upkeep.replicas().into_iter().map(replica_state).collect()
+        self.upkeep
+            .replicas()
+            .into_iter()
+            .map(replica_state)
+            .collect()
     }
 }
 
@@ -190,7 +199,9 @@ impl Operator for DiskOperator {
             node_name: file.node_name.clone(),
             stale: self.shared.stale_ranges(index),
         });
-        let DiskState { node_name, size, .. } = self.state();
+        let DiskState {
+            node_name, size, ..
+        } = self.state();
         MapState::new(&self.reports, node_name, size, buckets, places)
     }
 
@@ -220,11 +231,17 @@ impl Operator for DiskOperator {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
             Change::RemoveNode(node_name) => self.take_node(&node_name).map(|_| None)?,
             Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
-            Change::RemoveReplica(node_name) => {
-                upkeep.remove_replica(&node_name).map(|_| None).map_err(line)?
+            Change::RemoveReplica(node_name) => upkeep
+                .remove_replica(&node_name)
+                .map(|_| None)
+                .map_err(line)?,
+            Change::Resize { size_bytes } => {
+                upkeep.resize(size_bytes).map(|()| None).map_err(line)?
             }
-            Change::Resize { size_bytes } => upkeep.resize(size_bytes).map(|()| None).map_err(line)?,
-            Change::Scrub { repair, speed_bytes } => Some(upkeep.scrub(repair, speed_bytes).map_err(line)?),
+            Change::Scrub {
+                repair,
+                speed_bytes,
+            } => Some(upkeep.scrub(repair, speed_bytes).map_err(line)?),
             Change::Resync {
                 node_name,
                 speed_bytes,

@@ -1,7 +1,8 @@
-//! What the daemon and its service manager tell each other: which sockets were passed, and when the disk is served.
+//! What the daemon and its service manager tell each other: which sockets were passed, and when the
+//! disk is served.
 //!
-//! systemd's protocols (sd_listen_fds(3), sd_notify(3)), which other service managers and supervisors speak too. Without
-//! one nothing is passed, and nobody is told.
+//! systemd's protocols (sd_listen_fds(3), sd_notify(3)), which other service managers and
+//! supervisors speak too. Without one nothing is passed, and nobody is told.
 
 use std::io;
 
@@ -16,8 +17,8 @@ use crate::message::Reason;
 #[error("the sockets that the service manager passed cannot be taken: {}", Reason(.0))]
 pub struct PassedError(#[from] io::Error);
 
-/// The sockets that were passed to this process, which its children do not inherit. The environment does not tell of them
-/// any more after that.
+/// The sockets that were passed to this process, which its children do not inherit. The environment
+/// does not tell of them any more after that.
 ///
 /// # Safety
 /// Changes the environment: no other thread may exist.
@@ -25,7 +26,8 @@ pub struct PassedError(#[from] io::Error);
 /// # Errors
 /// If there are fewer descriptors than there should be, or not as many as names for them.
 pub unsafe fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
-    // Variables that are for another process, whose child this one is, are of no interest, not even for being wrong.
+    // Variables that are for another process, whose child this one is, are of no interest, not even
+    // for being wrong.
     if sd_notify::listen_fds()?.len() == 0 {
         return Ok(Vec::new());
     }

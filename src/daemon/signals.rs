@@ -11,18 +11,21 @@ use crate::worker::Stop;
 pub(super) struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks them in this thread and those it will start. Where a file may not become as long as it should
-    /// (RLIMIT_FSIZE), that is an error of this file, and no reason to end: that signal is ignored.
+    /// Blocks them in this thread and those it will start. Where a file may not become as long as
+    /// it should (RLIMIT_FSIZE), that is an error of this file, and no reason to end: that
+    /// signal is ignored.
     pub(super) fn block() -> io::Result<Self> {
         // SAFETY: to ignore a signal takes no code of ours.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to locals.
+        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to
+        // locals.
         let (set, result) = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut set);
             libc::sigaddset(&raw mut set, libc::SIGTERM);
             libc::sigaddset(&raw mut set, libc::SIGINT);
-            let result = libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
+            let result =
+                libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut());
             (set, result)
         };
         if result == 0 {
@@ -32,8 +35,8 @@ impl Signals {
         }
     }
 
-    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the process at
-    /// once: who sends it does not want to wait.
+    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the
+    /// process at once: who sends it does not want to wait.
     pub(super) fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
         std::thread::Builder::new()
             .name("signals".into())

@@ -1,9 +1,9 @@
-//! The back channel of vhost-user: a socket that the frontend passes, on which the device tells it that the
-//! configuration space has changed.
+//! The back channel of vhost-user: a socket that the frontend passes, on which the device tells it
+//! that the configuration space has changed.
 //!
-//! The `vhost` crate has no call for that message, and does not hand out the socket that it wraps. So a connection is
-//! looked at before the crate reads a message from it: of the one that passes a back channel the descriptor is kept
-//! (`passed`). Whether it is one the crate checks as before.
+//! The `vhost` crate has no call for that message, and does not hand out the socket that it wraps.
+//! So a connection is looked at before the crate reads a message from it: of the one that passes a
+//! back channel the descriptor is kept (`passed`). Whether it is one the crate checks as before.
 //!
 //! Invariant: nobody waits for a frontend that does not read what it is told.
 
@@ -17,10 +17,12 @@ use log::{debug, warn};
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
 
-/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no body. No reply is asked for: nothing would depend on it.
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no body. No reply is asked for: nothing would
+/// depend on it.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
-/// The back channel of one connection, for the thread that serves it and those that have something to tell.
+/// The back channel of one connection, for the thread that serves it and those that have something
+/// to tell.
 #[derive(Clone, Debug, Default)]
 pub struct BackChannel(Arc<Mutex<State>>);
 
@@ -56,8 +58,12 @@ impl BackChannel {
         let mut state = self.state();
         let socket = state.socket.as_ref().filter(|_| state.has_config);
         match socket.map(|socket| send(socket, &CONFIG_CHANGE)) {
-            None => debug!("the frontend has no back channel; it finds the new size when it reads it"),
-            Some(Ok(())) => debug!("the frontend was told that the configuration space has changed"),
+            None => {
+                debug!("the frontend has no back channel; it finds the new size when it reads it")
+            }
+            Some(Ok(())) => {
+                debug!("the frontend was told that the configuration space has changed")
+            }
             Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
                 // There are such messages before it that it has not read.
                 warn!("the frontend does not read its back channel");
@@ -90,11 +96,13 @@ fn send(socket: &OwnedFd, message: &[u32; 3]) -> io::Result<()> {
     }
 }
 
-/// Waits for the next message on a connection, which stays there to be read. The descriptor that comes with it, if it
-/// passes a back channel. Whatever is wrong is found by whoever reads the message.
+/// Waits for the next message on a connection, which stays there to be read. The descriptor that
+/// comes with it, if it passes a back channel. Whatever is wrong is found by whoever reads the
+/// message.
 pub(super) fn passed(connection: RawFd) -> Option<OwnedFd> {
     let mut request = 0_u32;
-    // SAFETY: `request` is valid for a write of its size; a descriptor that is none makes the call fail.
+    // SAFETY: `request` is valid for a write of its size; a descriptor that is none makes the call
+    // fail.
     let count = unsafe {
         libc::recv(
             connection,
@@ -132,7 +140,8 @@ fn peek_descriptor(connection: RawFd) -> Option<OwnedFd> {
     message.msg_control = control.as_mut_ptr().cast();
     message.msg_controllen = CONTROL_BYTES;
     let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: `message` refers to one byte and to `control`, both valid for writes of the lengths given.
+    // SAFETY: `message` refers to one byte and to `control`, both valid for writes of the lengths
+    // given.
     let count = unsafe { libc::recvmsg(connection, &raw mut message, flags) };
     // SAFETY: integers only, zeroed in the beginning.
     let Control { header, descriptor } = unsafe { control.assume_init() };

@@ -1,8 +1,8 @@
 //! One descriptor chain (virtio 1.3, 2.7.5), walked from its head on.
 //!
-//! `virtio-queue` has such a walk too, but begins one only where the available ring stands. A request that was
-//! in flight when another daemon died has left that ring and is known by its head alone, so all chains are
-//! walked here.
+//! `virtio-queue` has such a walk too, but begins one only where the available ring stands. A
+//! request that was in flight when another daemon died has left that ring and is known by its head
+//! alone, so all chains are walked here.
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -13,12 +13,14 @@ use crate::limits::QUEUE_SIZE_MAX;
 
 const DESCRIPTOR_BYTES: u32 = 16;
 
-/// The descriptors of a chain in order, those of an indirect table in place of the one that refers to it.
+/// The descriptors of a chain in order, those of an indirect table in place of the one that refers
+/// to it.
 ///
-/// It stops where the chain ends, and also where it is malformed: at a descriptor out of its table or out of
-/// guest memory; at an indirect table of a broken length, within another one, or with a descriptor behind it;
-/// after as many descriptors as the table has (a loop) or the longest queue; above 4 GiB. In all of these the
-/// last descriptor that was returned, if any, says that another one follows.
+/// It stops where the chain ends, and also where it is malformed: at a descriptor out of its table
+/// or out of guest memory; at an indirect table of a broken length, within another one, or with a
+/// descriptor behind it; after as many descriptors as the table has (a loop) or the longest queue;
+/// above 4 GiB. In all of these the last descriptor that was returned, if any, says that another
+/// one follows.
 #[derive(Clone, Debug)]
 pub struct Chain<'a> {
     memory: View<'a>,

@@ -3,8 +3,8 @@
 use vhost::vhost_user::VhostUserVirtioFeatures;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
-    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX, VIRTIO_BLK_F_TOPOLOGY,
-    VIRTIO_BLK_F_WRITE_ZEROES, virtio_blk_config,
+    VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_SIZE_MAX,
+    VIRTIO_BLK_F_TOPOLOGY, VIRTIO_BLK_F_WRITE_ZEROES, virtio_blk_config,
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -36,8 +36,9 @@ pub fn features(info: &DiskInfo) -> u64 {
     features
 }
 
-/// Whether a driver that accepted `features` expects each write to be durable when it is answered: one that
-/// cannot flush, or that has set `writeback` of the configuration space to 0 (virtio 1.3, 5.2.5.2 and 5.2.6.2).
+/// Whether a driver that accepted `features` expects each write to be durable when it is answered:
+/// one that cannot flush, or that has set `writeback` of the configuration space to 0 (virtio 1.3,
+/// 5.2.5.2 and 5.2.6.2).
 pub fn expects_durable_writes(features: u64, writeback: bool) -> bool {
     let has = |bit: u32| features & 1 << bit != 0;
     if has(VIRTIO_BLK_F_CONFIG_WCE) {
@@ -55,12 +56,12 @@ pub const WRITEBACK_OFFSET: u32 = 32;
 #[repr(transparent)]
 struct ConfigSpace(virtio_blk_config);
 
-// SAFETY: a C structure of integers without padding (60 bytes and the zoned part, checked by the bindings'
-// own layout tests), valid for any bit pattern.
+// SAFETY: a C structure of integers without padding (60 bytes and the zoned part, checked by the
+// bindings' own layout tests), valid for any bit pattern.
 unsafe impl ByteValued for ConfigSpace {}
 
-/// `size` bytes of the configuration space from `offset` on. What lies behind the fields we know reads as
-/// zero: frontends ask for the structure of their own version.
+/// `size` bytes of the configuration space from `offset` on. What lies behind the fields we know
+/// reads as zero: frontends ask for the structure of their own version.
 pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8> {
     let physical_blocks = info.physical_block_bytes / info.block_bytes;
     let (zero_sectors, zero_segments) = match info.read_only {
@@ -79,16 +80,22 @@ pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8>
         num_queues: info.num_queues.to_le(),
         max_discard_sectors: zero_sectors.to_le(),
         max_discard_seg: zero_segments.to_le(),
-        discard_sector_alignment: u32::try_from(u64::from(info.physical_block_bytes) / SECTOR_BYTES)
-            .expect("fewer than bytes")
-            .to_le(),
+        discard_sector_alignment: u32::try_from(
+            u64::from(info.physical_block_bytes) / SECTOR_BYTES,
+        )
+        .expect("fewer than bytes")
+        .to_le(),
         max_write_zeroes_sectors: zero_sectors.to_le(),
         max_write_zeroes_seg: zero_segments.to_le(),
         write_zeroes_may_unmap: u8::from(!info.read_only),
         ..Default::default()
     });
     let bytes = config.as_slice();
-    let wanted = bytes.iter().skip(offset as usize).take(size as usize).copied();
+    let wanted = bytes
+        .iter()
+        .skip(offset as usize)
+        .take(size as usize)
+        .copied();
     let mut wanted: Vec<u8> = wanted.collect();
     wanted.resize(size as usize, 0);
     wanted
@@ -119,13 +126,21 @@ mod tests {
         assert_eq!(bytes[8..12], (1u32 << 20).to_le_bytes());
         assert_eq!(bytes[12..16], 62u32.to_le_bytes());
         assert_eq!(bytes[20..24], 512u32.to_le_bytes());
-        assert_eq!(bytes[24..26], [3, 0], "physical block exponent, alignment offset");
+        assert_eq!(
+            bytes[24..26],
+            [3, 0],
+            "physical block exponent, alignment offset"
+        );
         assert_eq!(bytes[26..28], 8u16.to_le_bytes());
         assert_eq!(bytes[28..32], [0; 4], "no optimal size");
         assert_eq!(bytes[32], 1, "writeback");
         assert_eq!(bytes[34..36], 5u16.to_le_bytes());
         for (offset, value) in [(36, 1 << 22), (40, 32), (44, 8), (48, 1 << 22), (52, 32)] {
-            assert_eq!(bytes[offset..offset + 4], u32::to_le_bytes(value), "at {offset}");
+            assert_eq!(
+                bytes[offset..offset + 4],
+                u32::to_le_bytes(value),
+                "at {offset}"
+            );
         }
         assert_eq!(bytes[56], 1, "write-zeroes may unmap");
     }
@@ -144,7 +159,8 @@ mod tests {
             read_only: true,
             ..info()
         };
-        let differ = 1 << VIRTIO_BLK_F_RO | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
+        let differ =
+            1 << VIRTIO_BLK_F_RO | 1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES;
         assert_eq!(features(&read_only) ^ features(&info()), differ);
     }
 

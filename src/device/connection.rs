@@ -9,9 +9,9 @@ use vm_memory::GuestMemoryAtomic;
 use super::back_channel::BackChannel;
 use super::{GuestMemory, Vring, config_space};
 
-/// Whether written data may stay in a cache until it is flushed. Of the disk, not of a connection: it stays until a
-/// driver chooses anew. No frontend tells it to the next process, or to the one that a guest is migrated to, and the
-/// guest relies on it.
+/// Whether written data may stay in a cache until it is flushed. Of the disk, not of a connection:
+/// it stays until a driver chooses anew. No frontend tells it to the next process, or to the one
+/// that a guest is migrated to, and the guest relies on it.
 #[derive(Clone, Debug)]
 pub struct CacheMode(Arc<AtomicBool>);
 
@@ -55,8 +55,8 @@ impl DriverChoices {
     }
 }
 
-/// What a connection shares with the threads that serve its rings. There are as many as there may be
-/// connections; one that is not in use costs next to nothing.
+/// What a connection shares with the threads that serve its rings. There are as many as there may
+/// be connections; one that is not in use costs next to nothing.
 #[derive(Clone)]
 pub struct ConnectionSlot {
     /// Guest memory.

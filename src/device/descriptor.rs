@@ -1,4 +1,5 @@
-//! Checks of the descriptors that a frontend passes: a worker must never wait for one, or be woken by one for nothing.
+//! Checks of the descriptors that a frontend passes: a worker must never wait for one, or be woken
+//! by one for nothing.
 
 use std::fs::File;
 use std::io;
@@ -19,9 +20,9 @@ pub(super) fn set_nonblocking(file: &File) -> io::Result<()> {
     }
 }
 
-/// Refuses what no event can come through. A file is always readable, so a worker that waits for kicks from one would
-/// never sleep; and writing to one can take for ever whatever its flags say, if it is on a network or another process
-/// serves it.
+/// Refuses what no event can come through. A file is always readable, so a worker that waits for
+/// kicks from one would never sleep; and writing to one can take for ever whatever its flags say,
+/// if it is on a network or another process serves it.
 pub(super) fn check_is_no_file(descriptor: &File) -> io::Result<()> {
     let kind = descriptor.metadata()?.file_type();
     if kind.is_file() || kind.is_dir() || kind.is_block_device() {

@@ -1,11 +1,11 @@
 //! The vhost-user protocol: what the VMM tells us about memory and rings.
 //!
-//! One [`Frontend`] serves one connection at a time. The `vhost` crate reads messages and checks their form; this file gives them
-//! their meaning. The daemon of `vhost-user-backend` is not used, since its worker loop cannot wait for
-//! io_uring completions (ARCHITECTURE.md); its vrings are.
+//! One [`Frontend`] serves one connection at a time. The `vhost` crate reads messages and checks
+//! their form; this file gives them their meaning. The daemon of `vhost-user-backend` is not used,
+//! since its worker loop cannot wait for io_uring completions (ARCHITECTURE.md); its vrings are.
 //!
-//! Invariants: a ring that is stopped, disabled or lost with its connection is drained before the frontend
-//! is answered, so guest memory is not touched afterwards. That takes no longer than
+//! Invariants: a ring that is stopped, disabled or lost with its connection is drained before the
+//! frontend is answered, so guest memory is not touched afterwards. That takes no longer than
 //! [`drain_limit`](crate::limits::drain_limit): then what is in flight is abandoned.
 
 use std::fs::File;
@@ -19,8 +19,9 @@ use log::{debug, info, warn};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
-    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig, VhostUserSharedMsg,
-    VhostUserSingleMemoryRegion, VhostUserVirtioFeatures, VhostUserVringAddrFlags, VhostUserVringState,
+    VhostUserLog, VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserShMemConfig,
+    VhostUserSharedMsg, VhostUserSingleMemoryRegion, VhostUserVirtioFeatures,
+    VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::vhost_user::{
     Backend, BackendReqHandler, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut,
@@ -40,12 +41,14 @@ use crate::limits::MEMORY_SLOTS_MAX;
 
 /// Who serves the rings.
 pub trait RingServer: Send {
-    /// The state of these rings has changed, or where their requests are tracked from their next start on.
-    /// Returns when each is served according to it: one that is not running any more is drained, or what is
-    /// still in flight is abandoned (see [`Guest::abandon`](super::guest::Guest::abandon)).
+    /// The state of these rings has changed, or where their requests are tracked from their next
+    /// start on. Returns when each is served according to it: one that is not running any more
+    /// is drained, or what is still in flight is abandoned (see
+    /// [`Guest::abandon`](super::guest::Guest::abandon)).
     fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>);
 
-    /// Makes everything written so far durable. Returns when that has been done, has failed or takes too long.
+    /// Makes everything written so far durable. Returns when that has been done, has failed or
+    /// takes too long.
     fn flush(&self) -> bool;
 }
 
@@ -120,8 +123,9 @@ impl Frontend {
         this.lock().unwrap_or_else(PoisonError::into_inner).reset();
     }
 
-    /// Takes no more requests, and answers those in flight. To be called before the connection is closed: a frontend
-    /// that finds it closed looks how far the used ring has got, and must find it at its end.
+    /// Takes no more requests, and answers those in flight. To be called before the connection is
+    /// closed: a frontend that finds it closed looks how far the used ring has got, and must
+    /// find it at its end.
     pub fn stop_rings(&self) {
         for vring in &self.vrings {
             vring.set_enabled(false);
@@ -140,8 +144,8 @@ impl Frontend {
         self.owned = false;
     }
 
-    /// Stops all rings, and leaves them and what the driver accepted as they were in the beginning. Returns the
-    /// inflight region there was.
+    /// Stops all rings, and leaves them and what the driver accepted as they were in the beginning.
+    /// Returns the inflight region there was.
     fn reset_rings(&mut self) -> Option<inflight::Region> {
         for vring in &self.vrings {
             vring.set_enabled(false);
@@ -173,7 +177,9 @@ impl Frontend {
     }
 
     fn region(&self, queue: u16) -> Option<QueueRegion> {
-        self.inflight.as_ref().and_then(|region| region.queue(queue))
+        self.inflight
+            .as_ref()
+            .and_then(|region| region.queue(queue))
     }
 
     fn replace_memory(&self, memory: GuestMemory) {
@@ -183,8 +189,8 @@ impl Frontend {
         }
     }
 
-    /// Switches between writes that are durable when they are answered and those that a flush makes so. No request
-    /// is in flight meanwhile, so that each is of the one kind or of the other.
+    /// Switches between writes that are durable when they are answered and those that a flush makes
+    /// so. No request is in flight meanwhile, so that each is of the one kind or of the other.
     fn set_writeback(&self, writeback: bool) -> Result<()> {
         let was_enabled: Vec<bool> = self
             .vrings
@@ -204,7 +210,11 @@ impl Frontend {
         self.refresh_all();
         info!(
             "the driver has switched to {}",
-            if writeback { "writeback" } else { "writethrough" }
+            if writeback {
+                "writeback"
+            } else {
+                "writethrough"
+            }
         );
         if durable {
             Ok(())
@@ -215,7 +225,10 @@ impl Frontend {
 
     fn vring(&self, index: u32) -> Result<(u16, &Vring)> {
         let queue = u16::try_from(index).map_err(|_| Error::InvalidParam)?;
-        let vring = self.vrings.get(usize::from(queue)).ok_or(Error::InvalidParam)?;
+        let vring = self
+            .vrings
+            .get(usize::from(queue))
+            .ok_or(Error::InvalidParam)?;
         Ok((queue, vring))
     }
 
@@ -238,7 +251,11 @@ impl Frontend {
 }
 
 /// Maps a region of guest memory.
-fn map(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Result<(Region, Mapping)> {
+fn map(
+    region: &VhostUserMemoryRegion,
+    file: File,
+    log: &Arc<DirtyLog>,
+) -> Result<(Region, Mapping)> {
     let memory = map_region(region, file, log).map_err(failed)?;
     let mapping = Mapping {
         frontend_address: region.user_addr,
@@ -272,7 +289,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn reset_device(&mut self) -> Result<()> {
-        // The driver waits for no answer any more. What was abandoned must not be done again in its name.
+        // The driver waits for no answer any more. What was abandoned must not be done again in its
+        // name.
         if let Some(region) = self.reset_rings() {
             region.clear();
         }
@@ -289,14 +307,15 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         }
         debug!("the driver accepted features {features:#x}");
         self.choices.set_features(features);
-        // Before the refreshes below: after them no worker is in a write that it has begun unlogged.
+        // Before the refreshes below: after them no worker is in a write that it has begun
+        // unlogged.
         self.log
             .set_wanted(features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0);
         for vring in &self.vrings {
             vring.set_queue_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
         }
-        // Without protocol features there is no message to enable a ring, so they all are (vhost-user, "Ring
-        // states").
+        // Without protocol features there is no message to enable a ring, so they all are
+        // (vhost-user, "Ring states").
         let enable_all = features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         if enable_all {
             for vring in &self.vrings {
@@ -328,7 +347,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
         let (_, vring) = self.vring(index)?;
         let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
-        // `Queue` checks the size (a power of two up to its maximum) but keeps the old one silently.
+        // `Queue` checks the size (a power of two up to its maximum) but keeps the old one
+        // silently.
         vring
             .get_mut()
             .get_queue_mut()
@@ -336,8 +356,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             .map_err(|_| Error::InvalidParam)
     }
 
-    /// The log address is for used rings that are not in guest memory as the log knows it, behind an IOMMU. We
-    /// offer none: the used ring is guest memory as everything else, and logged with it.
+    /// The log address is for used rings that are not in guest memory as the log knows it, behind
+    /// an IOMMU. We offer none: the used ring is guest memory as everything else, and logged
+    /// with it.
     fn set_vring_addr(
         &mut self,
         index: u32,
@@ -355,13 +376,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         state
             .set_queue_info(descriptor, available, used)
             .map_err(|_| Error::InvalidParam)?;
-        // Frontends say it again, with another flag, when logging begins and ends. A ring that runs knows where
-        // it stands.
+        // Frontends say it again, with another flag, when logging begins and ends. A ring that runs
+        // knows where it stands.
         if state.get_queue().ready() {
             return Ok(());
         }
-        // The message that sets the base has the available index only; where the used ring stands is in the
-        // ring itself.
+        // The message that sets the base has the available index only; where the used ring stands
+        // is in the ring itself.
         let used_index = state
             .get_queue()
             .used_idx(&*self.memory.memory(), Ordering::Acquire)
@@ -394,8 +415,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         if let Some(file) = &file {
             check_can_be_waited_for(file).map_err(Error::ReqHandlerError)?;
         }
-        // A ring starts when it has a kick (vhost-user, "Ring states"). We do not wait for the first one:
-        // what is on the ring already is served at once.
+        // A ring starts when it has a kick (vhost-user, "Ring states"). We do not wait for the
+        // first one: what is on the ring already is served at once.
         vring.set_queue_ready(file.is_some());
         vring.set_kick(file);
         self.refresh(queue);
@@ -438,7 +459,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         Ok(())
     }
 
-    /// The crate has found it to be a stream socket, but its own end of it cannot send what we have to tell.
+    /// The crate has found it to be a stream socket, but its own end of it cannot send what we have
+    /// to tell.
     fn set_backend_req_fd(&mut self, _backend: Backend) {
         self.back_channel.set(self.passed.take());
     }
@@ -454,7 +476,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         Ok(())
     }
 
-    fn get_config(&mut self, offset: u32, size: u32, _flags: VhostUserConfigFlags) -> Result<Vec<u8>> {
+    fn get_config(
+        &mut self,
+        offset: u32,
+        size: u32,
+        _flags: VhostUserConfigFlags,
+    ) -> Result<Vec<u8>> {
         let writeback = self.choices.cache_mode.is_writeback();
         Ok(config_space::read(&self.info, writeback, offset, size))
     }
@@ -476,7 +503,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         not_offered("GET_SHARED_OBJECT")
     }
 
-    fn get_inflight_fd(&mut self, inflight: &VhostUserInflight) -> Result<(VhostUserInflight, File)> {
+    fn get_inflight_fd(
+        &mut self,
+        inflight: &VhostUserInflight,
+    ) -> Result<(VhostUserInflight, File)> {
         let layout = self.layout(inflight)?;
         let file = layout.create_file().map_err(Error::ReqHandlerError)?;
         let reply = VhostUserInflight {
@@ -527,7 +557,10 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
         let address = GuestAddress(region.guest_phys_addr);
-        let removed = self.memory.memory().remove_region(address, region.memory_size);
+        let removed = self
+            .memory
+            .memory()
+            .remove_region(address, region.memory_size);
         let (without_it, _) = removed.map_err(failed)?;
         self.replace_memory(without_it);
         self.mappings
@@ -552,8 +585,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         not_offered("GET_SHMEM_CONFIG")
     }
 
-    /// The `vhost` crate answers this message whether or not an acknowledgement was asked for, as it must be
-    /// where LOG_SHMFD was negotiated.
+    /// The `vhost` crate answers this message whether or not an acknowledgement was asked for, as
+    /// it must be where LOG_SHMFD was negotiated.
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         self.log
             .set_area(log, file, &self.memory.memory())

@@ -1,11 +1,11 @@
 //! The rings of one worker: takes requests off them, cuts them into pieces, and answers.
 //!
-//! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one chain
-//! never decides how much memory we need. Once a piece has failed no further one is begun.
+//! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one
+//! chain never decides how much memory we need. Once a piece has failed no further one is begun.
 //!
-//! What a process that was killed has begun may be done on some replicas and not on others. Writes are begun again
-//! first, on all rings, then what else was in flight, then what is new: a read that finds the replicas different
-//! waits for the write, and accuses nobody.
+//! What a process that was killed has begun may be done on some replicas and not on others. Writes
+//! are begun again first, on all rings, then what else was in flight, then what is new: a read that
+//! finds the replicas different waits for the write, and accuses nobody.
 
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -65,8 +65,9 @@ struct Ring {
     tracker: Option<Tracker>,
     /// Chains that another process has taken and not given back. They come before any new one.
     resubmitted: VecDeque<u16>,
-    /// Those of them that change nothing. They wait until those that do are begun again on all rings. By their heads:
-    /// there may be many, and what a guest makes long must not take memory meanwhile.
+    /// Those of them that change nothing. They wait until those that do are begun again on all
+    /// rings. By their heads: there may be many, and what a guest makes long must not take
+    /// memory meanwhile.
     deferred: VecDeque<u16>,
     /// No new ones are taken yet: what another process began on some ring is not with an engine.
     held: Option<Held>,
@@ -146,7 +147,8 @@ impl Guest {
         self.rings[ring].region = region;
     }
 
-    /// Looks at the state that the frontend gave to a ring; returns whether it is to be served from now on.
+    /// Looks at the state that the frontend gave to a ring; returns whether it is to be served from
+    /// now on.
     pub fn refresh(&mut self, ring: usize, durable_writes: bool) -> bool {
         self.durable_writes = durable_writes;
         let memory = self.memory.memory();
@@ -156,7 +158,9 @@ impl Guest {
         let valid = wanted && state.get_queue().is_valid(&memory);
         drop(state);
         if wanted && !valid {
-            error!("the frontend started a ring that does not lie within guest memory; it is not served");
+            error!(
+                "the frontend started a ring that does not lie within guest memory; it is not served"
+            );
         }
         if valid && !self.rings[ring].active {
             self.start(ring, memory);
@@ -169,20 +173,22 @@ impl Guest {
             ring.forget_tracker();
             return false;
         }
-        // Kicks are asked for in any case: the driver of a ring that runs already may have been told not to.
+        // Kicks are asked for in any case: the driver of a ring that runs already may have been
+        // told not to.
         ring.notify = false;
         true
     }
 
-    /// Begins to serve a ring: at the place that the frontend says, or at the one that its region says.
+    /// Begins to serve a ring: at the place that the frontend says, or at the one that its region
+    /// says.
     fn start(&mut self, index: usize, memory: View<'_>) {
         let Some(region) = self.rings[index].region.clone() else {
             self.rings[index].tracker = None;
             self.rings[index].active = true;
             return;
         };
-        // Of a ring that its driver broke chains may be out still. They are in the region, like any others; if it is
-        // another one than before, nobody would come back to them.
+        // Of a ring that its driver broke chains may be out still. They are in the region, like any
+        // others; if it is another one than before, nobody would come back to them.
         let tracker = self.rings[index].tracker.as_ref();
         if tracker.is_some_and(|tracker| !tracker.is_of(&region)) {
             for key in self.take_out_of(index) {
@@ -197,9 +203,9 @@ impl Guest {
         }
     }
 
-    /// Gives up what is still out of a ring: its later answers are dropped, and guest memory is not touched for
-    /// it any more. In a region it stays in flight, and the next start does it again; where there is none, it
-    /// fails.
+    /// Gives up what is still out of a ring: its later answers are dropped, and guest memory is not
+    /// touched for it any more. In a region it stays in flight, and the next start does it
+    /// again; where there is none, it fails.
     pub fn abandon(&mut self, ring: usize) {
         let keys = self.take_out_of(ring);
         if keys.is_empty() {
@@ -229,7 +235,8 @@ impl Guest {
         keys
     }
 
-    /// Whether requests are taken off a ring: it was started, and neither stopped nor broken by its driver since.
+    /// Whether requests are taken off a ring: it was started, and neither stopped nor broken by its
+    /// driver since.
     pub fn is_served(&self, ring: usize) -> bool {
         self.rings[ring].active
     }
@@ -247,7 +254,8 @@ impl Guest {
 
     /// The next piece of work, if any: of a request that was begun, or of a new one.
     pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
-        // Bounded: a driver that goes on adding requests which are refused at once must not keep us here.
+        // Bounded: a driver that goes on adding requests which are refused at once must not keep us
+        // here.
         for _ in 0..QUEUE_SIZE_MAX {
             if let Some(&key) = self.unfinished.front() {
                 match self.next_piece(key) {
@@ -307,12 +315,17 @@ impl Guest {
             self.unfinished.push_back(key);
         }
         if chain.outstanding == 0 && all_begun {
-            let status = if chain.failed { Status::IoError } else { Status::Ok };
+            let status = if chain.failed {
+                Status::IoError
+            } else {
+                Status::Ok
+            };
             self.give_back(key, status);
         }
     }
 
-    /// Tells the driver of what was put on the used rings since the last call, where it wants to be told.
+    /// Tells the driver of what was put on the used rings since the last call, where it wants to be
+    /// told.
     pub fn signal(&mut self) {
         let memory = self.memory.memory();
         let memory = View(&memory);
@@ -321,15 +334,17 @@ impl Guest {
             let mut state = ring.vring.get_mut();
             let queue = state.get_queue_mut();
             // When in doubt, tell.
-            if queue.needs_notification(&memory).unwrap_or(true) && !forbids_interrupts(queue, memory) {
+            if queue.needs_notification(&memory).unwrap_or(true)
+                && !forbids_interrupts(queue, memory)
+            {
                 // The frontend may have closed its end; then nobody waits for it.
                 let _ = state.signal_used_queue();
             }
         }
     }
 
-    /// Asks to be kicked from now on. Returns whether requests have come in meanwhile, for which no kick
-    /// will come.
+    /// Asks to be kicked from now on. Returns whether requests have come in meanwhile, for which no
+    /// kick will come.
     pub fn ask_for_kicks(&mut self) -> bool {
         let memory = self.memory.memory();
         let memory = View(&memory);
@@ -337,7 +352,11 @@ impl Guest {
         let wanted = |ring: &&mut Ring| ring.active && !ring.notify && ring.held.is_none();
         for ring in self.rings.iter_mut().filter(wanted) {
             ring.notify = true;
-            let enabled = ring.vring.get_mut().get_queue_mut().enable_notification(&memory);
+            let enabled = ring
+                .vring
+                .get_mut()
+                .get_queue_mut()
+                .enable_notification(&memory);
             match enabled {
                 Ok(pending) => more |= pending,
                 Err(error) => ring.give_up(&error),
@@ -346,14 +365,14 @@ impl Guest {
         more
     }
 
-    /// Whether a ring waits for what other rings have to do first. Nobody tells when that is done; whoever serves
-    /// the rings has to look every now and then.
+    /// Whether a ring waits for what other rings have to do first. Nobody tells when that is done;
+    /// whoever serves the rings has to look every now and then.
     pub fn is_held(&self) -> bool {
         self.rings.iter().any(|ring| ring.held.is_some())
     }
 
-    /// Lets rings go on when all that changes the disk is begun again. What was to be is with the engine by now, as
-    /// nothing is unfinished; of a large discard a part may be left.
+    /// Lets rings go on when all that changes the disk is begun again. What was to be is with the
+    /// engine by now, as nothing is unfinished; of a large discard a part may be left.
     fn release(&mut self) {
         if !self.is_held() || self.chains.iter().any(|(_, chain)| chain.is_parked()) {
             return;
@@ -419,7 +438,11 @@ impl Guest {
             ring.taken += 1;
             return Some(again(head));
         }
-        let head = match state.get_queue_mut().iter(&memory).map(|mut iter| iter.next()) {
+        let head = match state
+            .get_queue_mut()
+            .iter(&memory)
+            .map(|mut iter| iter.next())
+        {
             Ok(chain) => {
                 let head = chain?.head_index();
                 if let Some(tracker) = &mut ring.tracker {
@@ -476,7 +499,8 @@ impl Guest {
         let chain = &mut self.chains[key];
         let begun = chain.begun_sectors;
         let left = chain.request.sectors() - begun;
-        let piece = |range: SectorRange| SectorRange::new(range.start + begun, left.min(PIECE_SECTORS));
+        let piece =
+            |range: SectorRange| SectorRange::new(range.start + begun, left.min(PIECE_SECTORS));
         let (request, sectors) = match chain.request.kind {
             Kind::In(range) => (GuestRequest::Read(piece(range)), piece(range).count),
             Kind::Out(range) => {
@@ -484,7 +508,12 @@ impl Guest {
                 let mut data = self.pool.take(bytes(range.count));
                 let memory = self.memory.memory();
                 let memory = View(&memory);
-                if chain.request.data.read(memory, bytes(begun), &mut data).is_err() {
+                if chain
+                    .request
+                    .data
+                    .read(memory, bytes(begun), &mut data)
+                    .is_err()
+                {
                     chain.failed = true;
                     self.unfinished.pop_front();
                     if chain.outstanding == 0 {
@@ -493,10 +522,18 @@ impl Guest {
                     return None;
                 }
                 let durable = self.durable_writes;
-                (GuestRequest::Write { range, data, durable }, range.count)
+                (
+                    GuestRequest::Write {
+                        range,
+                        data,
+                        durable,
+                    },
+                    range.count,
+                )
             }
             Kind::Zero => {
-                let Zeroed { range, unmap } = chain.request.zeroed_from(begun).expect("some is left");
+                let Zeroed { range, unmap } =
+                    chain.request.zeroed_from(begun).expect("some is left");
                 let range = SectorRange::new(range.start, range.count.min(ZERO_PIECE_SECTORS));
                 let durable = self.durable_writes;
                 let zero = GuestRequest::Zero {
@@ -593,14 +630,16 @@ impl Ring {
         Ok(())
     }
 
-    /// What was to be done again is not done now. Tracked as it is, it comes back with the next start.
+    /// What was to be done again is not done now. Tracked as it is, it comes back with the next
+    /// start.
     fn forget_resubmitted(&mut self) {
         self.resubmitted.clear();
         self.deferred.clear();
         self.held = None;
     }
 
-    /// A ring that is stopped and drained does not keep the frontend's file mapped: it may never start again.
+    /// A ring that is stopped and drained does not keep the frontend's file mapped: it may never
+    /// start again.
     fn forget_tracker(&mut self) {
         if !self.active && self.taken == 0 {
             self.tracker = None;
@@ -623,14 +662,16 @@ impl Taken {
     }
 }
 
-/// Whether the driver, without EVENT_IDX, wants no interrupts now (virtio 1.3, 2.7.7); `virtio-queue` does not look.
+/// Whether the driver, without EVENT_IDX, wants no interrupts now (virtio 1.3, 2.7.7);
+/// `virtio-queue` does not look.
 fn forbids_interrupts(queue: &Queue, memory: View<'_>) -> bool {
     let flags = GuestAddress(queue.avail_ring());
     let forbidden = |flags: u16| u32::from(u16::from_le(flags)) & VRING_AVAIL_F_NO_INTERRUPT != 0;
     !queue.event_idx_enabled() && memory.load(flags, Ordering::Acquire).is_ok_and(forbidden)
 }
 
-/// The tag of the piece that begins `offset_sectors` into a chain. The worker has the upper 8 bits for itself.
+/// The tag of the piece that begins `offset_sectors` into a chain. The worker has the upper 8 bits
+/// for itself.
 fn tag(key: usize, offset_sectors: u64) -> Tag {
     // A chain is below 4 GiB, and there are at most as many as the rings have entries.
     Tag((key as u64) << 32 | offset_sectors)

@@ -1,7 +1,9 @@
-//! Which requests are in flight, in memory that outlives this process (vhost-user, "Inflight I/O tracking").
+//! Which requests are in flight, in memory that outlives this process (vhost-user, "Inflight I/O
+//! tracking").
 //!
-//! The frontend holds the region. When this daemon is killed, the next one gets it and finds there which
-//! requests were taken off a ring and not given back: those it does again, in the order in which they were taken.
+//! The frontend holds the region. When this daemon is killed, the next one gets it and finds there
+//! which requests were taken off a ring and not given back: those it does again, in the order in
+//! which they were taken.
 //!
 //! For each queue, in the byte order of the host:
 //!
@@ -10,9 +12,10 @@
 //!  16  for each descriptor:    0  inflight u8  +5   6  next u16         8  counter u64
 //! ```
 //!
-//! and zeroes up to a multiple of 64 bytes. In those of the first queue we keep the cache mode that the driver has
-//! chosen ([`Region::writeback`]): frontends do not tell it again. What is stored when, so that a kill between any two stores loses no
-//! request and repeats none that is on the used ring:
+//! and zeroes up to a multiple of 64 bytes. In those of the first queue we keep the cache mode that
+//! the driver has chosen ([`Region::writeback`]): frontends do not tell it again. What is stored
+//! when, so that a kill between any two stores loses no request and repeats none that is on the
+//! used ring:
 //!
 //! | a chain is taken | a chain is given back |
 //! | --- | --- |
@@ -21,15 +24,17 @@
 //! | | its flag is cleared |
 //! | | used_idx: it is given back |
 //!
-//! A batch of ours is one chain; recovery understands longer ones. Only the order of this thread's own stores
-//! matters, as nobody but the next process reads them: a kill leaves what was stored up to some instruction.
+//! A batch of ours is one chain; recovery understands longer ones. Only the order of this thread's
+//! own stores matters, as nobody but the next process reads them: a kill leaves what was stored up
+//! to some instruction.
 //!
-//! Invariants: the frontend can write all of this at any time, so whatever is read is checked where it is used,
-//! and read once; nothing in here is trusted to find out what the process itself knows.
+//! Invariants: the frontend can write all of this at any time, so whatever is read is checked where
+//! it is used, and read once; nothing in here is trusted to find out what the process itself knows.
 //!
-//! A file that is cut while it is mapped kills whoever touches the mapping. Regions are sealed against that,
-//! those of others too if they can be. A region that is not a memory file cannot be sealed: whoever has that file
-//! can end this daemon by cutting it, as can who cuts the file behind guest memory.
+//! A file that is cut while it is mapped kills whoever touches the mapping. Regions are sealed
+//! against that, those of others too if they can be. A region that is not a memory file cannot be
+//! sealed: whoever has that file can end this daemon by cutting it, as can who cuts the file behind
+//! guest memory.
 
 use std::fs::File;
 use std::io;
@@ -124,7 +129,8 @@ pub struct Layout {
 }
 
 impl Layout {
-    /// The layout for `num_queues` queues of `queue_size` entries on a device with `queues_max` queues.
+    /// The layout for `num_queues` queues of `queue_size` entries on a device with `queues_max`
+    /// queues.
     ///
     /// # Errors
     /// If that is not a region for this device.
@@ -168,7 +174,10 @@ impl Layout {
         // SAFETY: the descriptor was made just now and belongs to nobody else.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         file.set_len(self.bytes() as u64)?;
-        add_seals(&file, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL)?;
+        add_seals(
+            &file,
+            libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL,
+        )?;
         Ok(file)
     }
 }
@@ -201,10 +210,17 @@ impl Region {
     ///
     /// # Errors
     /// If the layout does not fit in there, or the file cannot be mapped.
-    pub fn map(layout: Layout, file: File, offset_bytes: u64, region_bytes: u64) -> Result<Self, Error> {
+    pub fn map(
+        layout: Layout,
+        file: File,
+        offset_bytes: u64,
+        region_bytes: u64,
+    ) -> Result<Self, Error> {
         // First the seal, then the size: it cannot become less in between.
         if !is_safe_from_cuts(&file) {
-            warn!("the inflight region is in a file that cannot be sealed: who cuts it ends this daemon");
+            warn!(
+                "the inflight region is in a file that cannot be sealed: who cuts it ends this daemon"
+            );
         }
         let file_bytes = file.metadata()?.len();
         let needed_bytes = layout.bytes();
@@ -244,7 +260,8 @@ impl Region {
         })
     }
 
-    /// Whether the driver's writes may stay in the cache, if the last process has left a word on that.
+    /// Whether the driver's writes may stay in the cache, if the last process has left a word on
+    /// that.
     pub fn writeback(&self) -> Option<bool> {
         match self.first_queue().load::<u8>(self.cache_mode_offset()?) {
             WRITEBACK => Some(true),
@@ -287,7 +304,8 @@ pub struct QueueRegion {
     entries: u16,
     /// Names the queue in `to_resubmit`.
     bit: u64,
-    /// The queues of which another process has left something in flight that nobody has begun again yet.
+    /// The queues of which another process has left something in flight that nobody has begun
+    /// again yet.
     to_resubmit: Arc<AtomicU64>,
 }
 
@@ -309,8 +327,8 @@ pub struct RingState {
 pub enum Begun {
     /// The region is new: the ring begins where the frontend says.
     New,
-    /// The heads that were in flight, in the order in which they were taken. The ring goes on at its used index
-    /// and as many entries: these were taken.
+    /// The heads that were in flight, in the order in which they were taken. The ring goes on at
+    /// its used index and as many entries: these were taken.
     Resumed(Vec<u16>),
 }
 
@@ -334,7 +352,11 @@ impl QueueRegion {
             VERSION => Some(self.recover(ring)),
             version => return Err(BeginError::Version(version)),
         };
-        let counter = in_flight.iter().flatten().map(|(counter, _)| *counter).max();
+        let counter = in_flight
+            .iter()
+            .flatten()
+            .map(|(counter, _)| *counter)
+            .max();
         let tracker = Tracker {
             region: self,
             counter: counter.map_or(0, |counter| counter.wrapping_add(1)),
@@ -360,15 +382,16 @@ impl QueueRegion {
     }
 
     fn has_any_in_flight(&self) -> bool {
-        self.load::<u16>(VERSION_OFFSET) != 0 && (0..self.entries).any(|head| self.is_in_flight(head))
+        self.load::<u16>(VERSION_OFFSET) != 0
+            && (0..self.entries).any(|head| self.is_in_flight(head))
     }
 
     fn is_in_flight(&self, head: u16) -> bool {
         self.load::<u8>(self.descriptor(head) + INFLIGHT_OFFSET) != 0
     }
 
-    /// Makes a new region that of a ring of which nothing is in flight. The version comes last: before that it is
-    /// still a new one.
+    /// Makes a new region that of a ring of which nothing is in flight. The version comes last:
+    /// before that it is still a new one.
     fn initialise(&self, used_idx: u16) {
         self.store(DESC_NUM_OFFSET, self.entries);
         self.clear_flags();
@@ -376,8 +399,8 @@ impl QueueRegion {
         self.store(VERSION_OFFSET, VERSION);
     }
 
-    /// Lets go of what is not of this ring. Killed meanwhile, the next one finds a batch that cannot be, and
-    /// comes here again.
+    /// Lets go of what is not of this ring. Killed meanwhile, the next one finds a batch that
+    /// cannot be, and comes here again.
     fn forget(&self, used_idx: u16) {
         self.store(USED_IDX_OFFSET, used_idx.wrapping_sub(self.entries + 1));
         self.clear_flags();
@@ -395,13 +418,15 @@ impl QueueRegion {
         let tracked_idx: u16 = self.load(USED_IDX_OFFSET);
         let batch = ring.used_idx.wrapping_sub(tracked_idx);
         if batch > self.entries {
-            // No batch is that long: the driver has set the ring up anew since. What was in flight before is
-            // not its business any more, and its descriptors may be those of other requests by now.
+            // No batch is that long: the driver has set the ring up anew since. What was in flight
+            // before is not its business any more, and its descriptors may be those of
+            // other requests by now.
             self.forget(ring.used_idx);
             return Vec::new();
         }
         if batch > 0 {
-            // Killed after the used index was stored: the last batch is given back, whatever its flags say.
+            // Killed after the used index was stored: the last batch is given back, whatever its
+            // flags say.
             let mut head = self.load(LAST_BATCH_HEAD_OFFSET);
             for _ in 0..batch {
                 if head >= self.entries {

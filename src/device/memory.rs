@@ -1,14 +1,15 @@
 //! Guest memory, and the log of what is written to it while the guest is migrated.
 //!
-//! A VMM that migrates a guest copies its memory while it runs, and copies again what has changed meanwhile. It
-//! knows its own writes and the guest's; it learns of ours from a bitmap in memory that it shares with us, with
-//! a bit for each page of guest-physical memory (vhost-user, "Migration"). A write that is missing there is
-//! data that the guest loses.
+//! A VMM that migrates a guest copies its memory while it runs, and copies again what has changed
+//! meanwhile. It knows its own writes and the guest's; it learns of ours from a bitmap in memory
+//! that it shares with us, with a bit for each page of guest-physical memory (vhost-user,
+//! "Migration"). A write that is missing there is data that the guest loses.
 //!
-//! The bitmap of `vhost-user-backend` can only be made by its own daemon, and cannot be switched off when a
-//! migration has failed.
+//! The bitmap of `vhost-user-backend` can only be made by its own daemon, and cannot be switched
+//! off when a migration has failed.
 //!
-//! Invariants: a page is marked after it was written to, never before; the log covers all of guest memory.
+//! Invariants: a page is marked after it was written to, never before; the log covers all of guest
+//! memory.
 
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -30,7 +31,8 @@ pub type GuestMemory = GuestMemoryMmap<LoggedWrites>;
 /// A region of guest memory.
 pub type Region = GuestRegionMmap<LoggedWrites>;
 
-/// Bytes of guest memory for each bit of the log (`VHOST_LOG_PAGE`), whatever the page size of the host.
+/// Bytes of guest memory for each bit of the log (`VHOST_LOG_PAGE`), whatever the page size of the
+/// host.
 const LOG_PAGE_BYTES: u64 = 0x1000;
 
 /// What the VMM shares cannot be used.
@@ -59,7 +61,11 @@ pub enum Error {
 ///
 /// # Errors
 /// If it is not part of the file, or cannot be mapped.
-pub fn map_region(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog>) -> Result<Region, Error> {
+pub fn map_region(
+    region: &VhostUserMemoryRegion,
+    file: File,
+    log: &Arc<DirtyLog>,
+) -> Result<Region, Error> {
     let writes = LoggedWrites {
         log: Arc::clone(log),
         region_address: region.guest_phys_addr,
@@ -68,9 +74,14 @@ pub fn map_region(region: &VhostUserMemoryRegion, file: File, log: &Arc<DirtyLog
     Region::new(mapping, GuestAddress(region.guest_phys_addr)).ok_or(Error::Address)
 }
 
-/// Maps part of a file that the VMM shares. It can still truncate the file afterwards, at its own loss: the
-/// disk goes with us.
-fn map<B: Bitmap>(file: File, offset_bytes: u64, bytes: u64, bitmap: B) -> Result<MmapRegion<B>, Error> {
+/// Maps part of a file that the VMM shares. It can still truncate the file afterwards, at its own
+/// loss: the disk goes with us.
+fn map<B: Bitmap>(
+    file: File,
+    offset_bytes: u64,
+    bytes: u64,
+    bitmap: B,
+) -> Result<MmapRegion<B>, Error> {
     let end = offset_bytes.checked_add(bytes).ok_or(Error::BeyondFile)?;
     if file_bytes(&file).is_none_or(|bytes| bytes < end) {
         return Err(Error::BeyondFile);
@@ -83,8 +94,8 @@ fn map<B: Bitmap>(file: File, offset_bytes: u64, bytes: u64, bitmap: B) -> Resul
     Ok(mapping.build()?)
 }
 
-/// How much there is of what the VMM shares. Of other things than memory some can be mapped further than they reach,
-/// like /dev/zero.
+/// How much there is of what the VMM shares. Of other things than memory some can be mapped further
+/// than they reach, like /dev/zero.
 fn file_bytes(file: &File) -> Option<u64> {
     let metadata = file.metadata().ok()?;
     if metadata.is_file() {
@@ -100,8 +111,8 @@ fn file_bytes(file: &File) -> Option<u64> {
     bytes.trim().parse().ok()
 }
 
-/// The log of one connection. Off until the VMM has given it an area and the feature VHOST_F_LOG_ALL was
-/// accepted, in either order.
+/// The log of one connection. Off until the VMM has given it an area and the feature
+/// VHOST_F_LOG_ALL was accepted, in either order.
 #[derive(Debug, Default)]
 pub struct DirtyLog {
     /// A hint, so that writes cost nothing while it is off; the state decides.
@@ -121,15 +132,20 @@ impl DirtyLog {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Sets the area in place of the one before (SET_LOG_BASE). Marks that are under way are in that one when
-    /// this returns.
+    /// Sets the area in place of the one before (SET_LOG_BASE). Marks that are under way are in
+    /// that one when this returns.
     ///
-    /// A write on another thread that began before this may go unmarked if it switches the log on: whoever
-    /// answers the VMM must first have heard from each thread that writes.
+    /// A write on another thread that began before this may go unmarked if it switches the log on:
+    /// whoever answers the VMM must first have heard from each thread that writes.
     ///
     /// # Errors
     /// If the area is not part of the file, cannot be mapped, or does not cover `memory`.
-    pub fn set_area(&self, log: &VhostUserLog, file: File, memory: &GuestMemory) -> Result<(), Error> {
+    pub fn set_area(
+        &self,
+        log: &VhostUserLog,
+        file: File,
+        memory: &GuestMemory,
+    ) -> Result<(), Error> {
         let area = Area(map(file, log.mmap_offset, log.mmap_size, ())?);
         area.check(memory)?;
         self.change(|state| state.area = Some(area));
@@ -142,8 +158,8 @@ impl DirtyLog {
         self.change(|state| state.wanted = wanted);
     }
 
-    /// Guest memory is about to become `memory`. While the log is off, an area that does not cover it is
-    /// forgotten: it is left over from an earlier migration.
+    /// Guest memory is about to become `memory`. While the log is off, an area that does not cover
+    /// it is forgotten: it is left over from an earlier migration.
     ///
     /// # Errors
     /// If the log is on and does not cover `memory`.
@@ -200,7 +216,10 @@ struct Area(MmapRegion<()>);
 
 impl Area {
     fn check(&self, memory: &GuestMemory) -> Result<(), Error> {
-        let last = memory.iter().map(|region| region.last_addr().raw_value()).max();
+        let last = memory
+            .iter()
+            .map(|region| region.last_addr().raw_value())
+            .max();
         let log_bytes = self.0.size();
         match last {
             Some(last) if last / LOG_PAGE_BYTES / 8 >= log_bytes as u64 => {
@@ -218,12 +237,13 @@ impl Area {
             let to = if byte == last / 8 { last % 8 } else { 7 };
             let mask = (0xff << from) & (0xff >> (7 - to));
             let place = usize::try_from(byte).ok();
-            let Some(bits) = place.and_then(|place| self.0.get_atomic_ref::<AtomicU8>(place).ok()) else {
+            let Some(bits) = place.and_then(|place| self.0.get_atomic_ref::<AtomicU8>(place).ok())
+            else {
                 debug_assert!(false, "the log covers all of guest memory");
                 return;
             };
-            // Also when the bits are set already: the VMM may be taking them at this moment, and must then find
-            // in the page what was written before this.
+            // Also when the bits are set already: the VMM may be taking them at this moment, and
+            // must then find in the page what was written before this.
             bits.fetch_or(mask, Ordering::Release);
         }
     }

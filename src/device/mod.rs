@@ -1,13 +1,14 @@
 //! The guest's side: virtio-blk requests and the vhost-user protocol. Knows nothing of replicas.
 //!
-//! [`frontend`] speaks vhost-user with the VMM and sets rings up; what it shares with the threads that serve them is in
-//! [`connection`]. [`guest`] takes requests off the rings and answers them, [`chain`] walks the descriptors of one and
-//! [`request`] understands it, [`config_space`] is what the driver sees of the device, [`back_channel`] tells the VMM that
-//! it has changed, [`inflight`] remembers for the next process what was taken and not answered.
+//! [`frontend`] speaks vhost-user with the VMM and sets rings up; what it shares with the threads
+//! that serve them is in [`connection`]. [`guest`] takes requests off the rings and answers them,
+//! [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
+//! the driver sees of the device, [`back_channel`] tells the VMM that it has changed, [`inflight`]
+//! remembers for the next process what was taken and not answered.
 //!
-//! Invariants: every chain taken off a ring is put back on it once, by this process or by the next one; guest
-//! memory is written only between those two moments; whatever bytes the guest or the VMM puts in front of us, at
-//! most its own requests fail.
+//! Invariants: every chain taken off a ring is put back on it once, by this process or by the next
+//! one; guest memory is written only between those two moments; whatever bytes the guest or the VMM
+//! puts in front of us, at most its own requests fail.
 
 pub mod back_channel;
 pub mod chain;
@@ -57,8 +58,8 @@ impl Capacity {
         self.sectors() * SECTOR_BYTES
     }
 
-    /// Requests may go as far as that from now on. To be called when every replica can serve them, and what is known
-    /// of the replicas covers them.
+    /// Requests may go as far as that from now on. To be called when every replica can serve them,
+    /// and what is known of the replicas covers them.
     pub fn grow(&self, sectors: u64) {
         self.0.fetch_max(sectors, Ordering::AcqRel);
     }
@@ -71,7 +72,8 @@ pub struct DiskInfo {
     pub capacity: Capacity,
     /// Logical block size in bytes: requests are multiples of it.
     pub block_bytes: u32,
-    /// What the replicas write at a time at least, in bytes: a power of two, not below `block_bytes`.
+    /// What the replicas write at a time at least, in bytes: a power of two, not below
+    /// `block_bytes`.
     pub physical_block_bytes: u32,
     /// Writes are refused.
     pub read_only: bool,
@@ -84,11 +86,12 @@ pub struct DiskInfo {
 }
 
 impl DiskInfo {
-    /// The range of a request for `bytes` bytes from `sector` on, if it is one that this disk can serve:
-    /// whole blocks within the capacity. May be empty.
+    /// The range of a request for `bytes` bytes from `sector` on, if it is one that this disk can
+    /// serve: whole blocks within the capacity. May be empty.
     pub fn range_of(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
         let block_sectors = u64::from(self.block_bytes) / SECTOR_BYTES;
-        let whole = bytes.is_multiple_of(u64::from(self.block_bytes)) && sector.is_multiple_of(block_sectors);
+        let whole = bytes.is_multiple_of(u64::from(self.block_bytes))
+            && sector.is_multiple_of(block_sectors);
         let range = SectorRange::new(sector, bytes / SECTOR_BYTES);
         let end = sector.checked_add(range.count)?;
         (whole && end <= self.capacity.sectors()).then_some(range)

@@ -1,13 +1,14 @@
 //! One descriptor chain, understood as a virtio-blk request (virtio 1.3, 5.2.6).
 //!
-//! The driver may cut header, data and status into descriptors as it likes (2.7.4.2): the header is the
-//! first 16 device-readable bytes, the status the last device-writable byte, the data what is between. The
-//! descriptors are looked at once; addresses and lengths are checked when memory is accessed.
+//! The driver may cut header, data and status into descriptors as it likes (2.7.4.2): the header is
+//! the first 16 device-readable bytes, the status the last device-writable byte, the data what is
+//! between. The descriptors are looked at once; addresses and lengths are checked when memory is
+//! accessed.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
-    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
-    VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP,
 };
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{Address, Bytes, GuestAddress};
@@ -95,8 +96,8 @@ pub struct Request {
     pub data: Segments,
     /// The ranges to zero.
     pub zeroes: Vec<Zeroed>,
-    /// Where the status goes; `None` if the driver left no room for one, and then there is no way to answer
-    /// but to give the chain back.
+    /// Where the status goes; `None` if the driver left no room for one, and then there is no way
+    /// to answer but to give the chain back.
     status: Option<GuestAddress>,
     /// Device-writable bytes before the status byte, whatever they are there for.
     before_status: u64,
@@ -127,13 +128,26 @@ impl Request {
         let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
         let mut zeroes = Vec::new();
         let (kind, data) = match request_type {
-            VIRTIO_BLK_T_IN => (info.range_of(sector, writable.bytes()).map(Kind::In), writable),
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES if info.read_only => {
+            VIRTIO_BLK_T_IN => (
+                info.range_of(sector, writable.bytes()).map(Kind::In),
+                writable,
+            ),
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+                if info.read_only =>
+            {
                 return refused(Status::IoError);
             }
-            VIRTIO_BLK_T_OUT => (info.range_of(sector, readable.bytes()).map(Kind::Out), readable),
+            VIRTIO_BLK_T_OUT => (
+                info.range_of(sector, readable.bytes()).map(Kind::Out),
+                readable,
+            ),
             VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-                match parse_zeroes(&readable, memory, info, request_type == VIRTIO_BLK_T_DISCARD) {
+                match parse_zeroes(
+                    &readable,
+                    memory,
+                    info,
+                    request_type == VIRTIO_BLK_T_DISCARD,
+                ) {
                     Ok(ranges) => zeroes = ranges,
                     Err(status) => return refused(status),
                 }
@@ -197,13 +211,14 @@ impl Request {
         })
     }
 
-    /// Writes the status byte, if the driver left room for it. Returns how many bytes from the start of the
-    /// device-writable part are written, for the used ring (virtio 1.3, 2.7.8.2).
+    /// Writes the status byte, if the driver left room for it. Returns how many bytes from the
+    /// start of the device-writable part are written, for the used ring (virtio 1.3, 2.7.8.2).
     pub fn answer(&self, memory: View<'_>, status: Status) -> u32 {
         let Some(address) = self.status else {
             return 0;
         };
-        // A status byte outside of guest memory is the driver's loss; the chain is given back all the same.
+        // A status byte outside of guest memory is the driver's loss; the chain is given back all
+        // the same.
         if memory.write_slice(&[status.byte()], address).is_err() {
             return 0;
         }
@@ -234,7 +249,8 @@ impl Request {
     }
 }
 
-/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status it is refused with.
+/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status it is
+/// refused with.
 fn parse_zeroes(
     segments: &Segments,
     memory: View<'_>,
@@ -257,7 +273,8 @@ fn parse_zeroes(
         let sector = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
         let sectors = u32::from_le_bytes(bytes[8..12].try_into().expect("4 bytes"));
         let flags = u32::from_le_bytes(bytes[12..].try_into().expect("4 bytes"));
-        // Flags first, and those of all segments: what is not known must not be done in part (5.2.6.2).
+        // Flags first, and those of all segments: what is not known must not be done in part
+        // (5.2.6.2).
         let known = if discard {
             0
         } else {
@@ -278,8 +295,8 @@ fn parse_zeroes(
     refused.map_or(Ok(ranges), Err)
 }
 
-/// The device-readable and the device-writable bytes of a chain, and whether it is formed as it must be:
-/// the former come first (virtio 1.3, 2.7.4.2), and it has an end.
+/// The device-readable and the device-writable bytes of a chain, and whether it is formed as it
+/// must be: the former come first (virtio 1.3, 2.7.4.2), and it has an end.
 /// What of a malformed chain was not looked at is left out.
 fn split(chain: Chain<'_>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
@@ -316,7 +333,12 @@ impl Segments {
     ///
     /// # Errors
     /// If some of it is not guest memory, or the stretch is too short.
-    pub fn read(&self, memory: View<'_>, offset: usize, to: &mut [u8]) -> Result<(), OutsideMemory> {
+    pub fn read(
+        &self,
+        memory: View<'_>,
+        offset: usize,
+        to: &mut [u8],
+    ) -> Result<(), OutsideMemory> {
         let mut done = 0;
         for segment in self.window(offset, to.len()) {
             let part = &mut to[done..done + segment.len];
@@ -352,8 +374,8 @@ impl Segments {
         }
     }
 
-    /// The runs of memory behind the bytes `[offset, offset + len)`; fewer bytes at the end. A run that
-    /// wraps around the address space is left out.
+    /// The runs of memory behind the bytes `[offset, offset + len)`; fewer bytes at the end. A run
+    /// that wraps around the address space is left out.
     fn window(&self, offset: usize, len: usize) -> impl Iterator<Item = Segment> {
         let (mut skip, mut left) = (offset, len);
         self.0.iter().filter_map(move |segment| {

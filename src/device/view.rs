@@ -1,16 +1,16 @@
 //! Guest memory, as requests are served from it: a way of access that the compiler can see through.
 //!
-//! The iterators of `vm-memory` over the parts of an access are calls; a request makes a dozen accesses of a few
-//! bytes each, and in these the calls took longer than all else that the device does for it. Nothing else is
-//! different: each access is checked, and each write is logged.
+//! The iterators of `vm-memory` over the parts of an access are calls; a request makes a dozen
+//! accesses of a few bytes each, and in these the calls took longer than all else that the device
+//! does for it. Nothing else is different: each access is checked, and each write is logged.
 
 use std::iter::FusedIterator;
 
 use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
 use vm_memory::{
-    GuestAddress, GuestMemory as Access, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
-    Permissions, VolatileSlice,
+    GuestAddress, GuestMemory as Access, GuestMemoryBackend, GuestMemoryRegion,
+    MemoryRegionAddress, Permissions, VolatileSlice,
 };
 
 use super::GuestMemory;
@@ -92,7 +92,9 @@ impl FusedIterator for Slices<'_> {}
 
 impl<'a> GuestMemorySliceIterator<'a, BS<'a, LoggedWrites>> for Slices<'a> {
     #[inline]
-    fn stop_on_error(mut self) -> Result<impl Iterator<Item = VolatileSlice<'a, BS<'a, LoggedWrites>>>> {
+    fn stop_on_error(
+        mut self,
+    ) -> Result<impl Iterator<Item = VolatileSlice<'a, BS<'a, LoggedWrites>>>> {
         let first = self.next().transpose()?;
         Ok(first.into_iter().chain(self.map_while(Result::ok)))
     }
@@ -130,9 +132,13 @@ mod tests {
         ] {
             for len in [0, 1, 2, 3, 0x1000, 0x2000] {
                 let address = GuestAddress(start);
-                let new: Vec<u8> = (0..len).map(|index| u8::try_from(index % 251).unwrap()).collect();
-                let (written, expected) =
-                    (view.write_slice(&new, address), memory.write_slice(&new, address));
+                let new: Vec<u8> = (0..len)
+                    .map(|index| u8::try_from(index % 251).unwrap())
+                    .collect();
+                let (written, expected) = (
+                    view.write_slice(&new, address),
+                    memory.write_slice(&new, address),
+                );
                 assert_eq!(written.is_ok(), expected.is_ok(), "{start:#x} {len}");
                 let (mut read, mut expected) = (vec![0; len], vec![0; len]);
                 let ok = view.read_slice(&mut read, address).is_ok();

@@ -1,5 +1,6 @@
-//! The engine's part of [`jobs`](crate::jobs): the engine of the first worker asks for the next piece of work when
-//! one has ended, when time has passed, or when something has changed, and does it like a request of the guest.
+//! The engine's part of [`jobs`](crate::jobs): the engine of the first worker asks for the next
+//! piece of work when one has ended, when time has passed, or when something has changed, and does
+//! it like a request of the guest.
 
 use std::time::Duration;
 
@@ -47,13 +48,15 @@ impl Core {
     /// The guest has made a request.
     pub(super) fn count_request(&mut self) {
         self.background.requests += 1;
-        self.shared.count_requests(self.worker, self.background.requests);
+        self.shared
+            .count_requests(self.worker, self.background.requests);
     }
 
     /// Time has passed, or something has changed.
     pub(super) fn look_for_work(&mut self) {
         let anything = self.shared.has_jobs() || self.shared.anything_stale();
-        self.background.look = self.worker == WORKER && (anything || !self.background.ended.is_empty());
+        self.background.look =
+            self.worker == WORKER && (anything || !self.background.ended.is_empty());
         self.background.at = None;
     }
 

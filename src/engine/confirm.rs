@@ -1,8 +1,9 @@
-//! The second asking of a read, under the lock of its range: what differs now is wrong (R2, R3, R5, R6).
+//! The second asking of a read, under the lock of its range: what differs now is wrong (R2, R3, R5,
+//! R6).
 //!
-//! While the lock is held no write can change the range, so the replies are compared sector by sector, the
-//! losers are reported, and mended before the lock is given back. The same path brings a stale replica up to
-//! date: it is mended whatever it holds.
+//! While the lock is held no write can change the range, so the replies are compared sector by
+//! sector, the losers are reported, and mended before the lock is given back. The same path brings
+//! a stale replica up to date: it is mended whatever it holds.
 
 use std::rc::Rc;
 
@@ -77,13 +78,24 @@ impl Read {
         Progress::Waiting
     }
 
-    /// Takes the first asking for the confirmation: what [`Mutant::RewriteUnconfirmed`] does. Its lock is one
-    /// that nobody else asks for.
-    pub(super) fn believe(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    /// Takes the first asking for the confirmation: what [`Mutant::RewriteUnconfirmed`] does. Its
+    /// lock is one that nobody else asks for.
+    pub(super) fn believe(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         core.confirmations += 1;
         let nobodys = SectorRange::new(u64::MAX - 1 - u64::from(id.0), 1);
         let worker = core.worker;
-        let (lock, _) = core.shared.lock(nobodys, Waiter { worker, request: id });
+        let (lock, _) = core.shared.lock(
+            nobodys,
+            Waiter {
+                worker,
+                request: id,
+            },
+        );
         self.stage = Stage::Confirming(Confirmation {
             lock,
             mend: ReplicaSet::EMPTY,
@@ -135,7 +147,9 @@ impl Read {
             Step::Mending { pending, .. } => {
                 let mut not_written = 0;
                 // Its write may still happen, perhaps after newer ones.
-                for (replica, range) in pending.extract_if(.., |(replica, _)| gone.contains(*replica)) {
+                for (replica, range) in
+                    pending.extract_if(.., |(replica, _)| gone.contains(*replica))
+                {
                     core.shared.health(|health| health.doubted(replica, range));
                     not_written += range.count;
                 }
@@ -149,19 +163,26 @@ impl Read {
     fn answer_early(&mut self, core: &mut Core, effects: &mut impl Effects) {
         let (succeeded, waiting) = (self.tally.succeeded().len(), self.tally.waiting().len());
         let enough = core.policy.threshold.max((succeeded + waiting) / 2 + 1);
-        if self.tag.is_none() || core.policy.read_pattern == ReadPattern::Fifo || succeeded < enough {
+        if self.tag.is_none() || core.policy.read_pattern == ReadPattern::Fifo || succeeded < enough
+        {
             return;
         }
         let verdict = self.vote(Rule::Threshold(enough), core);
         if verdict.undecided.is_empty()
-            && let (Some(tag), Some(winner)) = (self.tag.take(), self.assemble(&verdict, &core.pool))
+            && let (Some(tag), Some(winner)) =
+                (self.tag.take(), self.assemble(&verdict, &core.pool))
         {
             effects.complete(tag, Ok(&winner));
         }
     }
 
     /// All replies are in, and no write can have run meanwhile.
-    fn confirmed(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    fn confirmed(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         let rule = match core.policy.read_pattern {
             ReadPattern::Fifo if !self.is_scrub() => Rule::FirstListed,
             _ => Rule::Threshold(core.policy.threshold),
@@ -207,9 +228,15 @@ impl Read {
         for dissent in &verdict.dissents {
             let found = sectors(&dissent.bad_sectors);
             end.found += found;
-            Counters::add(&core.shared.counters.of(dissent.replica).sectors_wrong, found);
+            Counters::add(
+                &core.shared.counters.of(dissent.replica).sectors_wrong,
+                found,
+            );
         }
-        let bad = verdict.dissents.iter().flat_map(|dissent| &dissent.bad_sectors);
+        let bad = verdict
+            .dissents
+            .iter()
+            .flat_map(|dissent| &dissent.bad_sectors);
         let (first, last) = bad.fold((u64::MAX, 0), |(first, last), run| {
             (first.min(run.start), last.max(run.end()))
         });
@@ -248,8 +275,12 @@ impl Read {
         if is_broken(Mutant::VotePerRequest)
             && let Rule::Threshold(threshold) = rule
         {
-            let votes =
-                |ballot: &Ballot<'_>| ballots.iter().filter(|other| other.bytes == ballot.bytes).count();
+            let votes = |ballot: &Ballot<'_>| {
+                ballots
+                    .iter()
+                    .filter(|other| other.bytes == ballot.bytes)
+                    .count()
+            };
             if !ballots.iter().any(|ballot| votes(ballot) >= threshold) {
                 return Verdict {
                     undecided: vec![self.range],
@@ -260,11 +291,12 @@ impl Read {
         verdict
     }
 
-    /// Puts the winning versions together. `None` if no sector has a winner. Sectors without one hold
-    /// whatever the buffer held: nobody may look at them.
+    /// Puts the winning versions together. `None` if no sector has a winner. Sectors without one
+    /// hold whatever the buffer held: nobody may look at them.
     fn assemble(&self, verdict: &Verdict, pool: &BufferPool) -> Option<Buffer> {
         verdict.winners.first()?;
-        let mut winner = pool.take(usize::try_from(self.range.bytes()).expect("a piece fits memory"));
+        let mut winner =
+            pool.take(usize::try_from(self.range.bytes()).expect("a piece fits memory"));
         for run in &verdict.winners {
             let bytes = bytes_of(run.range, self.range);
             winner[bytes.clone()].copy_from_slice(&buffer(&self.replies, run.held_by)[bytes]);
@@ -272,7 +304,8 @@ impl Read {
         Some(winner)
     }
 
-    /// Writes the winner where it did not win (R6), and all over the replicas that are to be mended.
+    /// Writes the winner where it did not win (R6), and all over the replicas that are to be
+    /// mended.
     fn mend(
         &mut self,
         id: RequestId,
@@ -286,7 +319,11 @@ impl Read {
         let repairs = matches!(self.purpose, Purpose::Scrub { repair: true, .. });
         if core.policy.rewrite_corrupted || (repairs && !is_broken(Mutant::RepairForgotten)) {
             for dissent in &verdict.dissents {
-                let runs = decided(&widen(&dissent.bad_sectors, block), &verdict.undecided, block);
+                let runs = decided(
+                    &widen(&dissent.bad_sectors, block),
+                    &verdict.undecided,
+                    block,
+                );
                 pending.extend(runs.into_iter().map(|run| (dissent.replica, run)));
             }
         }
@@ -336,7 +373,12 @@ impl Read {
     }
 
     /// The end of a mending write.
-    pub(super) fn mended(&mut self, reply: &Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn mended(
+        &mut self,
+        reply: &Reply,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         let is_resync = matches!(self.purpose, Purpose::Resync { .. });
         let Step::Mending { began, pending } = &mut self.confirmation().step else {
             unreachable!("a mending write ends while mending");
@@ -390,7 +432,9 @@ impl Read {
         core.confirmations -= 1;
         match self.purpose {
             Purpose::Guest | Purpose::Suspicion => {}
-            Purpose::Resync { piece, .. } | Purpose::Scrub { piece, .. } => core.piece_ended(piece, end),
+            Purpose::Resync { piece, .. } | Purpose::Scrub { piece, .. } => {
+                core.piece_ended(piece, end)
+            }
         }
         self.retire(core)
     }
@@ -409,8 +453,9 @@ impl Read {
 
 /// The bytes of `part` in a buffer that holds `whole`.
 fn bytes_of(part: SectorRange, whole: SectorRange) -> std::ops::Range<usize> {
-    let byte =
-        |sector: u64| usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a piece fits memory");
+    let byte = |sector: u64| {
+        usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a piece fits memory")
+    };
     byte(part.start)..byte(part.end())
 }
 
@@ -420,9 +465,14 @@ const HOLE_SECTORS_MIN: u64 = (32 << 10) / SECTOR_BYTES;
 /// A page of a file, which is where its holes can begin and end.
 const PAGE_SECTORS: u64 = 4096 / SECTOR_BYTES;
 
-/// Cuts `run`, whose bytes are part of those of `whole`, into runs that are zero and runs that are not. Short runs of
-/// zeroes are left with their neighbours.
-fn sparse(run: SectorRange, bytes: &[u8], whole: SectorRange, block_sectors: u64) -> Vec<SectorRange> {
+/// Cuts `run`, whose bytes are part of those of `whole`, into runs that are zero and runs that are
+/// not. Short runs of zeroes are left with their neighbours.
+fn sparse(
+    run: SectorRange,
+    bytes: &[u8],
+    whole: SectorRange,
+    block_sectors: u64,
+) -> Vec<SectorRange> {
     let granule = PAGE_SECTORS.next_multiple_of(block_sectors);
     let mut runs: Vec<(SectorRange, bool)> = Vec::new();
     let mut start = run.start;
@@ -466,8 +516,13 @@ fn widen(runs: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
     widened
 }
 
-/// What is left of `runs`, which are whole blocks, without the blocks that have an undecided sector.
-fn decided(runs: &[SectorRange], undecided: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
+/// What is left of `runs`, which are whole blocks, without the blocks that have an undecided
+/// sector.
+fn decided(
+    runs: &[SectorRange],
+    undecided: &[SectorRange],
+    block_sectors: u64,
+) -> Vec<SectorRange> {
     let undecided = widen(undecided, block_sectors);
     let mut left = Vec::with_capacity(runs.len());
     for run in runs {
@@ -490,7 +545,8 @@ mod tests {
     use super::*;
 
     fn runs<const N: usize>(runs: [(u64, u64); N]) -> Vec<SectorRange> {
-        runs.map(|(start, count)| SectorRange::new(start, count)).to_vec()
+        runs.map(|(start, count)| SectorRange::new(start, count))
+            .to_vec()
     }
 
     #[test]

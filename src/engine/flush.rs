@@ -75,14 +75,16 @@ impl Flush {
     /// The replicas whose replies are out, if they were asked at `limit` or before.
     pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match &self.stage {
-            Stage::Flushing { tally, asked_at, .. } if *asked_at <= limit => tally.waiting(),
+            Stage::Flushing {
+                tally, asked_at, ..
+            } if *asked_at <= limit => tally.waiting(),
             _ => ReplicaSet::EMPTY,
         }
     }
 
     pub(super) fn begin(&mut self, id: RequestId, core: &mut Core) -> Progress {
-        // One flush at a time: the kernel tells of a page that it lost once, to whichever fsync of the file is
-        // first, and the other one would seem to have gone well.
+        // One flush at a time: the kernel tells of a page that it lost once, to whichever fsync of
+        // the file is first, and the other one would seem to have gone well.
         self.stage = Stage::WaitingForLock {
             lock: core.lock(FLUSH_LOCK, id),
         };
@@ -118,7 +120,12 @@ impl Flush {
         Progress::Waiting
     }
 
-    pub(super) fn reply(&mut self, reply: &Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn reply(
+        &mut self,
+        reply: &Reply,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         let Stage::Flushing { tally, epoch, .. } = &mut self.stage else {
             unreachable!("a reply comes to an operation in flight");
         };
@@ -126,7 +133,13 @@ impl Flush {
             return Progress::Waiting;
         }
         if let Err(errno) = reply.result {
-            report_error(effects, reply.replica, OperationType::Flush, NO_RANGE, errno);
+            report_error(
+                effects,
+                reply.replica,
+                OperationType::Flush,
+                NO_RANGE,
+                errno,
+            );
             effects.health_changed();
         }
         let success = reply.result.is_ok();
@@ -142,7 +155,8 @@ impl Flush {
         self.finish_if_complete(core, effects)
     }
 
-    /// Goes on without the replicas that have left the set. What they have not confirmed is stale already.
+    /// Goes on without the replicas that have left the set. What they have not confirmed is stale
+    /// already.
     pub(super) fn abandon(
         &mut self,
         gone: ReplicaSet,

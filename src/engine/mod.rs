@@ -1,9 +1,9 @@
-//! The life of a request: a state machine that is fed with guest requests, replica replies and the time, and
-//! asks for replica operations, completions and reports.
+//! The life of a request: a state machine that is fed with guest requests, replica replies and the
+//! time, and asks for replica operations, completions and reports.
 //!
-//! Sans-IO: no file descriptor, no clock, no thread in here. Whoever drives an [`Engine`] carries out what it
-//! asks for through [`Effects`] and feeds the replies back. One engine serves one worker thread; what the
-//! engines of a disk share is [`Shared`].
+//! Sans-IO: no file descriptor, no clock, no thread in here. Whoever drives an [`Engine`] carries
+//! out what it asks for through [`Effects`] and feeds the replies back. One engine serves one
+//! worker thread; what the engines of a disk share is [`Shared`].
 //!
 //! ```text
 //! read   asking ─────► answered ─► retired            t' replies agree: the others are only compared
@@ -15,13 +15,13 @@
 //! flush  flushing ─► answered, retired
 //! ```
 //!
-//! A replica that does not answer in time leaves the set, and the requests that wait for it go on without it.
-//! Its operations are *lent*: their slot stays until the last of them is back. See `time.rs`. One that is removed
-//! from the disk leaves in the same way, for good.
+//! A replica that does not answer in time leaves the set, and the requests that wait for it go on
+//! without it. Its operations are *lent*: their slot stays until the last of them is back. See
+//! `time.rs`. One that is removed from the disk leaves in the same way, for good.
 //!
-//! Invariants: a request is answered exactly once, and before it is retired; a slot is free when its last
-//! operation is back; operations that change overlapping sectors run one after another (W2); a replica is
-//! accused of wrong bytes only after a read that held the lock (R5).
+//! Invariants: a request is answered exactly once, and before it is retired; a slot is free when
+//! its last operation is back; operations that change overlapping sectors run one after another
+//! (W2); a replica is accused of wrong bytes only after a read that held the lock (R5).
 
 mod background;
 mod confirm;
@@ -53,8 +53,8 @@ use self::time::Clock;
 use self::write::{Content, Write};
 use crate::jobs::{JobEvent, Sizes};
 use crate::limits::{
-    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX, REPLICAS_MAX,
-    REQUESTS_MAX,
+    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX,
+    REPLICAS_MAX, REQUESTS_MAX,
 };
 use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
@@ -85,7 +85,8 @@ pub struct Policy {
     pub blkverify: bool,
     /// How much jobs do at a time.
     pub job_sizes: Sizes,
-    /// The unit in which replicas can be read and written, in sectors. All guest requests are multiples.
+    /// The unit in which replicas can be read and written, in sectors. All guest requests are
+    /// multiples.
     pub block_sectors: u64,
     /// A replica that leaves an operation unanswered for so long leaves the set.
     pub replica_timeout: Duration,
@@ -95,8 +96,9 @@ pub struct Policy {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tag(pub u64);
 
-/// What a guest can ask for. Ranges are within the disk, not empty, multiples of [`Policy::block_sectors`] and,
-/// where nothing else is said, at most a piece long; the device has checked that.
+/// What a guest can ask for. Ranges are within the disk, not empty, multiples of
+/// [`Policy::block_sectors`] and, where nothing else is said, at most a piece long; the device has
+/// checked that.
 #[derive(Debug)]
 pub enum GuestRequest {
     /// Read the range.
@@ -150,8 +152,8 @@ pub trait Effects {
     fn rewritten(&mut self, replica: ReplicaIndex, range: SectorRange);
     /// Call [`Engine::granted`] with `request` on the engine of another worker.
     fn wake(&mut self, worker: WorkerIndex, request: RequestId);
-    /// A replica has left the set or came back, or something has become stale: call [`Engine::tick`] on every
-    /// engine soon, also on one that has nothing to do.
+    /// A replica has left the set or came back, or something has become stale: call
+    /// [`Engine::tick`] on every engine soon, also on one that has nothing to do.
     fn health_changed(&mut self);
     /// Tell the operator of a job.
     fn job_changed(&mut self, event: JobEvent);
@@ -255,8 +257,8 @@ impl Engine {
         }
     }
 
-    /// Whether another request may be submitted. At the bound the device takes nothing from the guest until
-    /// some are retired.
+    /// Whether another request may be submitted. At the bound the device takes nothing from the
+    /// guest until some are retired.
     pub fn has_room(&self) -> bool {
         let core = &self.core;
         let most = PIECE_BYTES_MAX * (core.shared.in_service().len() as u64 + 1);
@@ -281,9 +283,16 @@ impl Engine {
         self.core.count_request();
         let request = match request {
             GuestRequest::Read(range) => Request::Read(Read::new(tag, range)),
-            GuestRequest::Write { range, data, durable } => {
-                Request::Write(Write::new(tag, range, Content::Data(Rc::new(data)), durable))
-            }
+            GuestRequest::Write {
+                range,
+                data,
+                durable,
+            } => Request::Write(Write::new(
+                tag,
+                range,
+                Content::Data(Rc::new(data)),
+                durable,
+            )),
             GuestRequest::Zero {
                 range,
                 unmap,
@@ -414,9 +423,13 @@ impl Core {
         outstanding.bytes -= reply.action.bytes();
     }
 
-    /// The replicas that may vote on all of `range` and are not so far behind that reads do without them.
+    /// The replicas that may vote on all of `range` and are not so far behind that reads do without
+    /// them.
     fn voters(&self, range: SectorRange) -> ReplicaSet {
-        let fresh = self.shared.in_service().without(self.shared.stale_in(range));
+        let fresh = self
+            .shared
+            .in_service()
+            .without(self.shared.stale_in(range));
         let lags = |replica: &ReplicaIndex| {
             let outstanding = self.outstanding[replica.as_usize()];
             outstanding.operations >= LAG_OPERATIONS_MAX || outstanding.bytes >= LAG_BYTES_MAX
@@ -429,8 +442,8 @@ impl Core {
         }
     }
 
-    /// Asks for the lock on `range` for `request`, which goes on in its `lock_granted`: when this input has been
-    /// dealt with, if nobody has the range.
+    /// Asks for the lock on `range` for `request`, which goes on in its `lock_granted`: when this
+    /// input has been dealt with, if nobody has the range.
     fn lock(&mut self, range: SectorRange, request: RequestId) -> LockKey {
         let worker = self.worker;
         let (lock, granted) = self.shared.lock(range, Waiter { worker, request });

@@ -1,7 +1,7 @@
 //! Rules of the engine that a test can break, to show that the simulator notices.
 //!
-//! Each thread has its own switch; no rule is broken unless a test says so, and without the feature `sim`
-//! none can be: the questions are constants then.
+//! Each thread has its own switch; no rule is broken unless a test says so, and without the feature
+//! `sim` none can be: the questions are constants then.
 
 /// A rule, and how it is broken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -12,11 +12,11 @@ pub enum Mutant {
     NoRangeLock,
     /// R5, R6: replies that differ are voted on and rewritten without asking again.
     RewriteUnconfirmed,
-    /// W1: replicas are written from memory that the guest can change. Broken by the simulator, as the engine
-    /// never sees guest memory.
+    /// W1: replicas are written from memory that the guest can change. Broken by the simulator, as
+    /// the engine never sees guest memory.
     FanOutFromGuestMemory,
-    /// W4: a replica discards in its own way, and leaves what it likes. Broken by the simulator, as the engine
-    /// asks for zeroes only.
+    /// W4: a replica discards in its own way, and leaves what it likes. Broken by the simulator, as
+    /// the engine asks for zeroes only.
     DiscardAsYouLike,
     /// R7: the guest is answered by one vote less than t'.
     EarlyDecision,
@@ -34,8 +34,8 @@ pub enum Mutant {
     AddedNotStale,
     /// The disk grows, and what is known of the replicas does not cover what is new.
     GrowthUntold,
-    /// Replicas that the disk grows by hold there what they like. Broken by the simulator, as the engine asks for
-    /// nothing.
+    /// Replicas that the disk grows by hold there what they like. Broken by the simulator, as the
+    /// engine asks for nothing.
     GrownNotZeroed,
     /// A replica is removed although it is needed.
     RemovedNeeded,

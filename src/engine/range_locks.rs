@@ -1,6 +1,8 @@
-//! Exclusive locks on ranges of sectors, granted in the order in which they were asked for (contract W2).
+//! Exclusive locks on ranges of sectors, granted in the order in which they were asked for
+//! (contract W2).
 //!
-//! Whoever wants a range waits for everyone who asked for an overlapping one before, and for nobody else:
+//! Whoever wants a range waits for everyone who asked for an overlapping one before, and for nobody
+//! else:
 //!
 //! ```text
 //!   asked 1st  |----A----|                    granted
@@ -9,9 +11,10 @@
 //!   asked 4th  |-D-|                          waits for A            overtaking would reorder B and C
 //! ```
 //!
-//! Each entry counts those it waits for. Entries are kept by the power of two up to which they are long. All of one
-//! such class that can overlap a range start within that length before it, where few are that do not overlap it: as
-//! many ranges as there are may be locked side by side, and a new one is compared with its neighbours only.
+//! Each entry counts those it waits for. Entries are kept by the power of two up to which they are
+//! long. All of one such class that can overlap a range start within that length before it, where
+//! few are that do not overlap it: as many ranges as there are may be locked side by side, and a
+//! new one is compared with its neighbours only.
 
 use std::collections::BTreeMap;
 
@@ -67,8 +70,8 @@ impl<O> Default for RangeLocks<O> {
 }
 
 impl<O: Copy> RangeLocks<O> {
-    /// Asks for `range`. The flag says whether it was granted at once; otherwise `owner` is named by a later
-    /// [`Self::release`].
+    /// Asks for `range`. The flag says whether it was granted at once; otherwise `owner` is named
+    /// by a later [`Self::release`].
     pub(super) fn acquire(&mut self, range: SectorRange, owner: O) -> (LockKey, bool) {
         assert!(range.count > 0 && range.count <= LOCK_SECTORS_MAX);
         let key = LockKey {
@@ -81,7 +84,8 @@ impl<O: Copy> RangeLocks<O> {
         self.next_ticket += 1;
         let overlapping = |class: usize| {
             let near = self.by_class[class].range(window(class, range));
-            near.filter(|(_, entry)| entry.range.overlaps(range)).count()
+            near.filter(|(_, entry)| entry.range.overlaps(range))
+                .count()
         };
         let waits_for = classes(self.used).map(overlapping).sum();
         let entry = Entry {
@@ -94,8 +98,8 @@ impl<O: Copy> RangeLocks<O> {
         (key, waits_for == 0)
     }
 
-    /// Gives a granted lock back. Adds the owners of the locks that this grants to `granted`, in the order in
-    /// which they asked.
+    /// Gives a granted lock back. Adds the owners of the locks that this grants to `granted`, in
+    /// the order in which they asked.
     pub(super) fn release(&mut self, key: LockKey, granted: &mut Vec<O>) {
         let entries = &mut self.by_class[key.class];
         let entry = entries.remove(&key.place).expect("a lock is released once");

@@ -1,8 +1,9 @@
-//! A guest read: ask, compare, and where replies differ repeat the read while no write can run (R1 to R9).
+//! A guest read: ask, compare, and where replies differ repeat the read while no write can run (R1
+//! to R9).
 //!
-//! The first asking, which this file is about, takes no lock. Writes in flight may then make replicas differ
-//! for a moment, so a difference is only a suspicion: the read is repeated under the range lock, see
-//! [`confirm`](super::confirm).
+//! The first asking, which this file is about, takes no lock. Writes in flight may then make
+//! replicas differ for a moment, so a difference is only a suspicion: the read is repeated under
+//! the range lock, see [`confirm`](super::confirm).
 
 use std::time::Duration;
 
@@ -45,7 +46,10 @@ pub(super) enum Purpose {
     /// The guest asks, and what the replicas said differs while one of them is slow.
     Suspicion,
     /// This replica is stale in the range.
-    Resync { replica: ReplicaIndex, piece: PieceId },
+    Resync {
+        replica: ReplicaIndex,
+        piece: PieceId,
+    },
     /// To see whether the replicas are equal.
     Scrub {
         piece: PieceId,
@@ -65,7 +69,8 @@ pub(super) struct Asking {
     asked_more_at: Duration,
     /// How many may vote: n of R7.
     voters: usize,
-    /// Who has replied has become stale since it was asked: only the lock can tell what its reply is worth.
+    /// Who has replied has become stale since it was asked: only the lock can tell what its reply
+    /// is worth.
     doubtful: bool,
     /// Orders the asking against failed flushes.
     began: Failures,
@@ -155,7 +160,12 @@ impl Read {
         }
     }
 
-    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn begin(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         self.replies = core.spare_replies.pop().unwrap_or_default();
         match self.purpose {
             Purpose::Guest => {}
@@ -229,7 +239,13 @@ impl Read {
         core.clock.observe(reply.replica, asked_at);
         self.tally.record(reply.replica, reply.result.is_ok());
         match reply.result {
-            Err(errno) => report_error(effects, reply.replica, OperationType::Read, self.range, errno),
+            Err(errno) => report_error(
+                effects,
+                reply.replica,
+                OperationType::Read,
+                self.range,
+                errno,
+            ),
             Ok(()) => {
                 if let Action::Read { into, .. } = reply.action {
                     self.replies[reply.replica.as_usize()] = Some(into);
@@ -270,7 +286,12 @@ impl Read {
     }
 
     /// The guest has waited longer than replicas usually take.
-    pub(super) fn hurry(&mut self, id: RequestId, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn hurry(
+        &mut self,
+        id: RequestId,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         let Stage::Asking(asking) = &mut self.stage else {
             return Progress::Waiting;
         };
@@ -284,7 +305,8 @@ impl Read {
             let rest = asking.unasked;
             self.ask_more(id, rest, core, effects);
         } else if !asking.agreement.others.is_empty() {
-            // The slow one might decide, but nobody need wait for it: under the lock the others can.
+            // The slow one might decide, but nobody need wait for it: under the lock the others
+            // can.
             Counters::add(&core.shared.counters.suspicions, 1);
             let again = Self::with(self.tag.take(), self.range, Purpose::Suspicion);
             core.begun.push_back(again);
@@ -318,7 +340,13 @@ impl Read {
         }
     }
 
-    fn ask_more(&mut self, id: RequestId, more: ReplicaSet, core: &mut Core, effects: &mut impl Effects) {
+    fn ask_more(
+        &mut self,
+        id: RequestId,
+        more: ReplicaSet,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) {
         if let Stage::Asking(asking) = &mut self.stage {
             asking.unasked = asking.unasked.without(more);
             asking.more = asking.more.or(more);
@@ -339,7 +367,9 @@ impl Read {
         // R7: with this many equal replies the others cannot change the outcome.
         let enough = match core.policy.read_pattern {
             ReadPattern::Fifo => 1,
-            ReadPattern::Quorum | ReadPattern::Threshold => core.policy.threshold.max(asking.voters / 2 + 1),
+            ReadPattern::Quorum | ReadPattern::Threshold => {
+                core.policy.threshold.max(asking.voters / 2 + 1)
+            }
         };
         let stale = core.shared.stale_in(self.range);
         let stale = stale.or(core.shared.failed_since(asking.began));
@@ -350,7 +380,9 @@ impl Read {
         } else {
             enough
         };
-        if let (Some(tag), Some(winner), false) = (self.tag, asking.agreement.with_votes(enough), doubtful) {
+        if let (Some(tag), Some(winner), false) =
+            (self.tag, asking.agreement.with_votes(enough), doubtful)
+        {
             self.tag = None;
             effects.complete(tag, Ok(buffer(&self.replies, winner)));
         }
@@ -384,7 +416,10 @@ impl Read {
         self.fail(effects);
         let mend = self.tally.failed();
         let is_fifo = core.policy.read_pattern == ReadPattern::Fifo;
-        if is_fifo && core.policy.rewrite_corrupted && !mend.is_empty() && !self.tally.succeeded().is_empty()
+        if is_fifo
+            && core.policy.rewrite_corrupted
+            && !mend.is_empty()
+            && !self.tally.succeeded().is_empty()
         {
             return self.confirm(id, mend, core);
         }

@@ -1,7 +1,8 @@
-//! A read that no guest asked for: every replica is asked, whatever the read pattern, and nobody waits.
+//! A read that no guest asked for: every replica is asked, whatever the read pattern, and nobody
+//! waits.
 //!
-//! As in a guest's read, a difference is only a suspicion until the read was repeated under the lock of its range. If
-//! all agree, no lock is taken at all.
+//! As in a guest's read, a difference is only a suspicion until the read was repeated under the
+//! lock of its range. If all agree, no lock is taken at all.
 
 use super::mutant::{Mutant, is_broken};
 use super::read::{Purpose, Read};
@@ -40,7 +41,8 @@ impl Read {
         Progress::Waiting
     }
 
-    /// All replies to the first asking are in. `agree`: they are equal, and of replicas that are not behind.
+    /// All replies to the first asking are in. `agree`: they are equal, and of replicas that are
+    /// not behind.
     pub(super) fn scrubbed(
         &mut self,
         id: RequestId,

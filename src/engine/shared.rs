@@ -1,10 +1,10 @@
 //! What the worker threads of one disk share: range locks and the health of the replicas.
 //!
 //! The jobs are here too, behind a mutex of their own that no guest request takes. Else there is
-//! one mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose replies
-//! agree takes it only while some replica is stale somewhere. What such a read must know is kept beside the
-//! mutex in atomics, which are changed only under it: a read that looks a moment too early is one that ran
-//! concurrently with the change.
+//! one mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose
+//! replies agree takes it only while some replica is stale somewhere. What such a read must know is
+//! kept beside the mutex in atomics, which are changed only under it: a read that looks a moment
+//! too early is one that ran concurrently with the change.
 
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -139,11 +139,21 @@ impl Shared {
     /// The shared state of a disk of `replicas` replicas with vote threshold `threshold` and
     /// `capacity_sectors`, served by `workers` threads.
     pub fn new(replicas: usize, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
-        Self::with_members(ReplicaSet::first(replicas), threshold, workers, capacity_sectors)
+        Self::with_members(
+            ReplicaSet::first(replicas),
+            threshold,
+            workers,
+            capacity_sectors,
+        )
     }
 
     /// The same with these replicas.
-    pub fn with_members(members: ReplicaSet, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
+    pub fn with_members(
+        members: ReplicaSet,
+        threshold: usize,
+        workers: u16,
+        capacity_sectors: u64,
+    ) -> Self {
         Self {
             state: Mutex::new(State {
                 locks: RangeLocks::default(),
@@ -176,8 +186,8 @@ impl Shared {
         ReplicaSet::from_bits(self.out_of_service.load(Ordering::Acquire))
     }
 
-    /// Makes `replica`, whose place is free, a member: it is written to from now on, and votes on what was
-    /// written to it. To be followed by a tick of every engine.
+    /// Makes `replica`, whose place is free, a member: it is written to from now on, and votes on
+    /// what was written to it. To be followed by a tick of every engine.
     pub fn add(&self, replica: ReplicaIndex) {
         self.health(|health| {
             health.add(replica);
@@ -189,12 +199,16 @@ impl Shared {
         self.counters.of(replica).reset();
     }
 
-    /// Takes `replica` out of the disk. To be followed by a tick of every engine; its place is free when one of
-    /// them tells so ([`Effects::released`](super::Effects::released)).
+    /// Takes `replica` out of the disk. To be followed by a tick of every engine; its place is free
+    /// when one of them tells so ([`Effects::released`](super::Effects::released)).
     ///
     /// # Errors
     /// If it is needed; then nothing has changed.
-    pub fn remove(&self, replica: ReplicaIndex, tell: impl FnMut(JobEvent)) -> Result<(), NotRemoved> {
+    pub fn remove(
+        &self,
+        replica: ReplicaIndex,
+        tell: impl FnMut(JobEvent),
+    ) -> Result<(), NotRemoved> {
         self.health(|health| {
             match health.check_removal(replica) {
                 Err(NotRemoved::NoMember) => return Err(NotRemoved::NoMember),
@@ -209,8 +223,8 @@ impl Shared {
         Ok(())
     }
 
-    /// The disk has so many sectors now, and every replica holds zeroes in those that are new. To be called before any
-    /// request may reach them.
+    /// The disk has so many sectors now, and every replica holds zeroes in those that are new. To
+    /// be called before any request may reach them.
     pub fn grow(&self, capacity_sectors: u64) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.grow(capacity_sectors);
@@ -219,9 +233,13 @@ impl Shared {
         }
     }
 
-    /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of the first
-    /// engine.
-    pub fn jobs<R>(&self, mut tell: impl FnMut(JobEvent), with: impl FnOnce(&mut Jobs, &Health) -> R) -> R {
+    /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of
+    /// the first engine.
+    pub fn jobs<R>(
+        &self,
+        mut tell: impl FnMut(JobEvent),
+        with: impl FnOnce(&mut Jobs, &Health) -> R,
+    ) -> R {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let result = with(&mut jobs, &self.state().health);
         // Still locked, so that events come in the order of what they tell.
@@ -255,7 +273,11 @@ impl Shared {
     /// Requests of the guest so far.
     pub(super) fn guest_requests(&self) -> GuestRequests {
         let requests = self.requests.iter();
-        GuestRequests(requests.map(|requests| requests.0.load(Ordering::Relaxed)).sum())
+        GuestRequests(
+            requests
+                .map(|requests| requests.0.load(Ordering::Relaxed))
+                .sum(),
+        )
     }
 
     /// Whether a replica is stale anywhere.
@@ -280,8 +302,8 @@ impl Shared {
         }
     }
 
-    /// The ranges in which `replica` is stale, in order. Others have their turn in between, so not all of it may be of
-    /// one moment.
+    /// The ranges in which `replica` is stale, in order. Others have their turn in between, so not
+    /// all of it may be of one moment.
     pub fn stale_ranges(&self, replica: ReplicaIndex) -> Vec<SectorRange> {
         const AT_A_TIME: usize = 256;
         let mut ranges: Vec<SectorRange> = Vec::new();
@@ -382,8 +404,8 @@ mod model {
         }
     }
 
-    /// Three ranges, the middle one overlaps both others: whoever waits is granted the lock once, and nobody
-    /// else is in meanwhile.
+    /// Three ranges, the middle one overlaps both others: whoever waits is granted the lock once,
+    /// and nobody else is in meanwhile.
     #[test]
     fn locks_exclude_and_are_handed_on() {
         const RANGES: [(u64, u64); 3] = [(0, 8), (4, 8), (8, 8)];
@@ -395,11 +417,13 @@ mod model {
             let halves = Arc::new([UnsafeCell::new(0), UnsafeCell::new(0)]);
             let (mailboxes, mail): (Vec<_>, Vec<_>) = (0..3).map(|_| channel()).unzip();
             let worker = |index: usize, mail: Receiver<()>| {
-                let (shared, halves, mailboxes) = (shared.clone(), halves.clone(), mailboxes.clone());
+                let (shared, halves, mailboxes) =
+                    (shared.clone(), halves.clone(), mailboxes.clone());
                 move || {
                     let (start, count) = RANGES[index];
                     let number = u16::try_from(index).unwrap();
-                    let (key, granted) = shared.lock(SectorRange::new(start, count), waiter(number));
+                    let (key, granted) =
+                        shared.lock(SectorRange::new(start, count), waiter(number));
                     if !granted {
                         mail.recv().unwrap();
                     }
@@ -471,7 +495,8 @@ mod model {
             let other = {
                 let (shared, outstanding) = (shared.clone(), outstanding.clone());
                 thread::spawn(move || {
-                    // As in a read: look who is in service, ask, and some time later have the reply.
+                    // As in a read: look who is in service, ask, and some time later have the
+                    // reply.
                     let asks = shared.in_service().contains(LAST);
                     if asks {
                         outstanding.store(1, Ordering::SeqCst);

@@ -1,5 +1,5 @@
-//! What an engine does because time passes: replicas that do not answer leave the set (W6), reads do not wait
-//! for slow ones (R7, R9), jobs go on.
+//! What an engine does because time passes: replicas that do not answer leave the set (W6), reads
+//! do not wait for slow ones (R7, R9), jobs go on.
 
 use std::time::Duration;
 
@@ -12,11 +12,12 @@ use crate::replica::operation::RequestId;
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
-/// How many times what replies usually take a read waits before it asks others or goes for the lock.
+/// How many times what replies usually take a read waits before it asks others or goes for the
+/// lock.
 const SLOW_FACTOR: u32 = 4;
 
-/// Every so many reads of `read-pattern=threshold` the turn decides who is asked, so that each replica is
-/// checked, also the slowest.
+/// Every so many reads of `read-pattern=threshold` the turn decides who is asked, so that each
+/// replica is checked, also the slowest.
 const TURN_EVERY: usize = 8;
 
 /// The time as the engine knows it, and what it does by it.
@@ -62,8 +63,8 @@ impl Clock {
 }
 
 impl Engine {
-    /// Tells the engine the time, counted from any fixed moment. To be called before inputs; it never goes
-    /// back.
+    /// Tells the engine the time, counted from any fixed moment. To be called before inputs; it
+    /// never goes back.
     pub fn set_time(&mut self, now: Duration) {
         self.core.clock.now = now;
     }
@@ -108,10 +109,14 @@ impl Engine {
             Request::Read(read) => read.tag.is_some() && !read.waiting_since(slow).is_empty(),
             _ => false,
         };
-        self.for_each(is_slow, effects, |id, request, core, effects| match request {
-            Request::Read(read) => read.hurry(id, core, effects),
-            _ => Progress::Waiting,
-        });
+        self.for_each(
+            is_slow,
+            effects,
+            |id, request, core, effects| match request {
+                Request::Read(read) => read.hurry(id, core, effects),
+                _ => Progress::Waiting,
+            },
+        );
         self.core.look_for_work();
         self.settle(effects);
     }
@@ -122,11 +127,16 @@ impl Engine {
     }
 
     fn take_out_who_is_overdue(&mut self, effects: &mut impl Effects) {
-        let Some(limit) = self.core.clock.now.checked_sub(self.core.policy.replica_timeout) else {
+        let Some(limit) = self
+            .core
+            .clock
+            .now
+            .checked_sub(self.core.policy.replica_timeout)
+        else {
             return;
         };
-        // Each replica once, however many requests wait for it: whether it is needed takes a look at all that
-        // is stale.
+        // Each replica once, however many requests wait for it: whether it is needed takes a look
+        // at all that is stale.
         let mut seen = ReplicaSet::EMPTY;
         for (_, slot) in &self.slots {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
@@ -141,13 +151,15 @@ impl Engine {
         }
     }
 
-    /// Tells which of the replicas that left, or were removed, have none of this worker's operations any more.
+    /// Tells which of the replicas that left, or were removed, have none of this worker's
+    /// operations any more.
     fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
         let core = &mut self.core;
         let worker = core.worker.0;
         let removed = gone.without(core.shared.members());
         let remembered = removed.iter().filter(|replica| {
-            let remembers = |(_, slot): (usize, &super::Slot)| slot.request.remembers().contains(*replica);
+            let remembers =
+                |(_, slot): (usize, &super::Slot)| slot.request.remembers().contains(*replica);
             self.slots.iter().any(remembers)
         });
         let remembered: ReplicaSet = remembered.collect();
@@ -162,7 +174,9 @@ impl Engine {
                     effects.released(replica);
                 }
             } else if (!has_operations || is_broken(Mutant::ReturnEarly))
-                && core.shared.health(|health| health.returned(replica, worker))
+                && core
+                    .shared
+                    .health(|health| health.returned(replica, worker))
             {
                 Counters::add(&core.shared.counters.of(replica).returns, 1);
                 effects.health_changed();
@@ -232,8 +246,8 @@ impl Request {
 }
 
 impl Core {
-    /// Of `voters` the `count` that are to be asked first (R9): mostly those from which a reply is expected
-    /// soonest, now and then those whose turn it is.
+    /// Of `voters` the `count` that are to be asked first (R9): mostly those from which a reply is
+    /// expected soonest, now and then those whose turn it is.
     pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
         self.clock.turn += 1;
         let turn = self.clock.turn;
@@ -241,7 +255,8 @@ impl Core {
         let start = if by_turn { turn / TURN_EVERY } else { turn };
         let cost = |replica: ReplicaIndex| {
             let place = (replica.as_usize() + start) % voters.places();
-            let ahead = u32::try_from(self.outstanding[replica.as_usize()].operations).unwrap_or(u32::MAX);
+            let ahead =
+                u32::try_from(self.outstanding[replica.as_usize()].operations).unwrap_or(u32::MAX);
             let usual = self.clock.usual[replica.as_usize()];
             let expected = if by_turn {
                 Duration::ZERO

@@ -141,7 +141,12 @@ impl Write {
         Progress::Waiting
     }
 
-    pub(super) fn reply(&mut self, reply: Reply, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    pub(super) fn reply(
+        &mut self,
+        reply: Reply,
+        core: &mut Core,
+        effects: &mut impl Effects,
+    ) -> Progress {
         let Stage::Writing(writing) = &mut self.stage else {
             unreachable!("a reply comes to an operation in flight");
         };
@@ -149,11 +154,20 @@ impl Write {
             return Progress::Waiting;
         }
         if let Err(errno) = reply.result {
-            report_error(effects, reply.replica, OperationType::Write, self.range, errno);
+            report_error(
+                effects,
+                reply.replica,
+                OperationType::Write,
+                self.range,
+                errno,
+            );
             if self.durable {
                 // It may be what the kernel had to tell of pages written before.
                 let replica = reply.replica;
-                if core.shared.health(|health| health.failed_to_persist(replica)) {
+                if core
+                    .shared
+                    .health(|health| health.failed_to_persist(replica))
+                {
                     effects.health_changed();
                 }
             }

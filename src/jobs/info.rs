@@ -20,7 +20,9 @@ impl FromStr for JobId {
     type Err = UnknownJob;
 
     fn from_str(text: &str) -> Result<Self, UnknownJob> {
-        let number = text.strip_prefix("job").and_then(|number| number.parse().ok());
+        let number = text
+            .strip_prefix("job")
+            .and_then(|number| number.parse().ok());
         let id = number.map(Self).filter(|id| id.to_string() == text);
         id.ok_or(UnknownJob)
     }

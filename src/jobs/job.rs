@@ -3,14 +3,16 @@
 use std::time::Duration;
 
 use super::pace::Pace;
-use super::{JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, PieceEnd, PieceId, Work};
+use super::{
+    JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, PieceEnd, PieceId, Work,
+};
 use crate::limits::{FAILED_FLUSHES_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 use crate::quorum::ranges::RangeSet;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 
-/// A piece of a job with a speed limit takes this much of a second at most, so that the job is as smooth as its limit
-/// is low.
+/// A piece of a job with a speed limit takes this much of a second at most, so that the job is as
+/// smooth as its limit is low.
 const PIECES_PER_SECOND: u64 = 8;
 
 #[derive(Debug)]
@@ -23,8 +25,9 @@ pub(super) struct Job {
     not_before: Duration,
     in_flight: Vec<InFlight>,
     done_sectors: u64,
-    /// What it writes is durable when it ends: somebody has asked for it. Of what began by itself nobody is told that
-    /// it is safe; it becomes so with the guest's next flush, like the guest's writes.
+    /// What it writes is durable when it ends: somebody has asked for it. Of what began by itself
+    /// nobody is told that it is safe; it becomes so with the guest's next flush, like the
+    /// guest's writes.
     persists: bool,
     /// Something was written since the last flush that is to be durable.
     needs_flush: bool,
@@ -205,14 +208,17 @@ impl Job {
             Self { undecided: 1.., .. } => Some(JobFailure::NoQuorum {
                 sectors: self.undecided,
             }),
-            Self { not_written: 1.., .. } => Some(JobFailure::NotMended {
+            Self {
+                not_written: 1.., ..
+            } => Some(JobFailure::NotMended {
                 sectors: self.not_written,
             }),
             _ if !unread.is_empty() => Some(JobFailure::NotRead {
                 replicas: unread.len(),
             }),
             Self {
-                failed_flushes: 1.., ..
+                failed_flushes: 1..,
+                ..
             } => Some(JobFailure::NotFlushed),
             _ => None,
         })
@@ -223,7 +229,12 @@ impl Job {
         events.push(JobEvent { job, what });
     }
 
-    pub(super) fn set_status(&mut self, status: JobStatus, health: &Health, events: &mut Vec<JobEvent>) {
+    pub(super) fn set_status(
+        &mut self,
+        status: JobStatus,
+        health: &Health,
+        events: &mut Vec<JobEvent>,
+    ) {
         self.status = status;
         self.tell(JobChange::Status, health, events);
     }
@@ -277,7 +288,8 @@ impl Job {
         Some(by_pace?.max(pass).max(now))
     }
 
-    /// Takes the next piece: at most `most` sectors, in whole blocks. `None` if a pass has come to its end.
+    /// Takes the next piece: at most `most` sectors, in whole blocks. `None` if a pass has come to
+    /// its end.
     pub(super) fn take(
         &mut self,
         id: PieceId,
@@ -393,7 +405,9 @@ impl Job {
                 *failed |= piece.range.is_some() && end.written == 0;
                 end.written
             }
-            Task::Scrub { .. } | Task::Neighbourhood { .. } => piece.range.map_or(0, |range| range.count),
+            Task::Scrub { .. } | Task::Neighbourhood { .. } => {
+                piece.range.map_or(0, |range| range.count)
+            }
         };
         Some(piece)
     }
@@ -427,6 +441,9 @@ impl Job {
 /// The first piece of `range`, in whole blocks and at most `most` sectors long.
 fn piece_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
     let start = range.start - range.start % block_sectors;
-    let end = range.end().next_multiple_of(block_sectors).min(start + most);
+    let end = range
+        .end()
+        .next_multiple_of(block_sectors)
+        .min(start + most);
     SectorRange::new(start, end - start)
 }

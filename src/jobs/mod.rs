@@ -1,8 +1,10 @@
-//! Work that no guest asked for: bringing a replica up to date (*resync*) and looking for damage (*scrub*).
+//! Work that no guest asked for: bringing a replica up to date (*resync*) and looking for damage
+//! (*scrub*).
 //!
-//! Sans-IO like the engine. [`Jobs`] is asked for the next piece of work, which the engine of one worker does like a
-//! guest's request, and told how it ended. It decides what is due (`job`) and how fast that goes (`pace`); it
-//! knows of replicas only what [`Health`] says, and of the guest only how many requests it makes.
+//! Sans-IO like the engine. [`Jobs`] is asked for the next piece of work, which the engine of one
+//! worker does like a guest's request, and told how it ended. It decides what is due (`job`) and
+//! how fast that goes (`pace`); it knows of replicas only what [`Health`] says, and of the guest
+//! only how many requests it makes.
 //!
 //! ```text
 //! created ─► running ◄─► paused                     each change of the status is told as an event
@@ -13,11 +15,12 @@
 //!             null                                  it is forgotten
 //! ```
 //!
-//! A replica that has become stale gets a resync by itself, unless its last one was cancelled: then somebody has to
-//! ask for one.
+//! A replica that has become stale gets a resync by itself, unless its last one was cancelled: then
+//! somebody has to ask for one.
 //!
-//! Invariants: a replica has at most one resync; a job without pieces in flight that is not paused is either waiting
-//! for a moment that [`Jobs::next`] has named, or for a replica that is out of service, which tells when it is back.
+//! Invariants: a replica has at most one resync; a job without pieces in flight that is not paused
+//! is either waiting for a moment that [`Jobs::next`] has named, or for a replica that is out of
+//! service, which tells when it is back.
 
 mod info;
 mod job;
@@ -33,7 +36,9 @@ pub use self::info::{
 use self::job::{Job, Task};
 use self::pace::{GuestRequests, Pace};
 pub use self::piece::{Next, Piece, PieceEnd, PieceId, Work};
-use crate::limits::{JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, PIECE_BYTES_MAX, SECTOR_BYTES};
+use crate::limits::{
+    JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, PIECE_BYTES_MAX, SECTOR_BYTES,
+};
 use crate::quorum::health::Health;
 use crate::quorum::ranges::RangeSet;
 use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -110,16 +115,16 @@ impl Jobs {
         }
     }
 
-    /// Tells how the disk decides: the unit in which it can be written, the sizes of pieces, and after how long
-    /// something may be tried again.
+    /// Tells how the disk decides: the unit in which it can be written, the sizes of pieces, and
+    /// after how long something may be tried again.
     pub fn configure(&mut self, block_sectors: u64, sizes: Sizes, retry_after: Duration) {
         self.block_sectors = block_sectors;
         self.sizes = sizes;
         self.retry_after = retry_after;
     }
 
-    /// The disk has so many sectors now. A scrub of the whole disk that has begun still ends where the disk ended then:
-    /// what is new is zeroes on every replica, or was written since.
+    /// The disk has so many sectors now. A scrub of the whole disk that has begun still ends where
+    /// the disk ended then: what is new is zeroes on every replica, or was written since.
     pub fn grow(&mut self, capacity_sectors: u64) {
         self.capacity_sectors = capacity_sectors;
         self.near.grow(capacity_sectors);
@@ -168,7 +173,12 @@ impl Jobs {
     ///
     /// # Errors
     /// If there are too many jobs.
-    pub fn scrub(&mut self, repair: bool, speed_bytes: u64, health: &Health) -> Result<JobId, NotBegun> {
+    pub fn scrub(
+        &mut self,
+        repair: bool,
+        speed_bytes: u64,
+        health: &Health,
+    ) -> Result<JobId, NotBegun> {
         self.begin(
             Task::scrub(repair, self.capacity_sectors),
             speed_bytes,
@@ -201,8 +211,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// The job ends when what is in flight of it is back. The replica of a cancelled resync stays as it is, stale
-    /// where it has not been written to, until another resync is asked for.
+    /// The job ends when what is in flight of it is back. The replica of a cancelled resync stays
+    /// as it is, stale where it has not been written to, until another resync is asked for.
     ///
     /// # Errors
     /// If there is none of that name.
@@ -240,8 +250,8 @@ impl Jobs {
         self.conclude(health, Duration::ZERO);
     }
 
-    /// A read under the lock found these sectors to be bad somewhere. Whether their neighbourhood is to be looked
-    /// at; then the worker that does the jobs has to be woken.
+    /// A read under the lock found these sectors to be bad somewhere. Whether their neighbourhood
+    /// is to be looked at; then the worker that does the jobs has to be woken.
     pub fn damaged(&mut self, range: SectorRange) -> bool {
         // As many as a few reads can find; what is near to one of these is looked at in any case.
         let wanted = self.sizes.neighbourhood_sectors > 0 && self.damage.len() < JOBS_MAX;
@@ -380,7 +390,10 @@ impl Jobs {
             around.remove(known);
         }
         // Itself was read and voted on just now.
-        let (inner_start, inner_end) = (bad.start.next_multiple_of(block), bad.end() - bad.end() % block);
+        let (inner_start, inner_end) = (
+            bad.start.next_multiple_of(block),
+            bad.end() - bad.end() % block,
+        );
         around.remove(SectorRange::new(
             inner_start,
             inner_end.saturating_sub(inner_start),

@@ -1,8 +1,9 @@
-//! How fast jobs go that have no limit of their own: as fast as leaves a busy guest nine tenths of its requests.
+//! How fast jobs go that have no limit of their own: as fast as leaves a busy guest nine tenths of
+//! its requests.
 //!
-//! How much a piece of work hinders the guest cannot be known beforehand. It may cost nothing, on a disk that has
-//! time left, or everything, where both wait for the same processor. So it is measured, by how many requests the guest
-//! makes while a piece is in flight and while none is:
+//! How much a piece of work hinders the guest cannot be known beforehand. It may cost nothing, on a
+//! disk that has time left, or everything, where both wait for the same processor. So it is
+//! measured, by how many requests the guest makes while a piece is in flight and while none is:
 //!
 //! ```text
 //! piece in flight    ███          ███          ███
@@ -10,8 +11,8 @@
 //!                                                     a pause of seven times a piece leaves the guest 96 %
 //! ```
 //!
-//! A piece delays a request by its own time at most. A guest that makes so few that this comes to little is not
-//! waited for at all. Pure; the time is passed in.
+//! A piece delays a request by its own time at most. A guest that makes so few that this comes to
+//! little is not waited for at all. Pure; the time is passed in.
 
 use std::time::Duration;
 
@@ -21,15 +22,15 @@ use crate::limits::{JOB_PAUSE_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct GuestRequests(pub u64);
 
-/// The part of its requests that jobs may cost the guest: less than half of a tenth, as what a piece costs is not over
-/// when it is: caches are cold, and requests that it has delayed end later.
+/// The part of its requests that jobs may cost the guest: less than half of a tenth, as what a
+/// piece costs is not over when it is: caches are cold, and requests that it has delayed end later.
 const COST_MAX: f64 = 0.04;
 
 /// Below this part of a piece's time jobs are not noticed.
 const COST_NOT_NOTICED: f64 = 0.02;
 
-/// Even if it seems to cost nothing, a piece is followed by a pause of so many times its time: a request that takes
-/// longer than a piece is counted in the pause, whatever has delayed it.
+/// Even if it seems to cost nothing, a piece is followed by a pause of so many times its time: a
+/// request that takes longer than a piece is counted in the pause, whatever has delayed it.
 const PAUSE_MIN: f64 = 3.0;
 
 /// Requests of the guest without which a measurement says nothing.
@@ -156,8 +157,8 @@ impl Pace {
         (sectors - sectors % block_sectors).max(block_sectors)
     }
 
-    /// No more than this part of its requests can a piece cost the guest while it is in flight: each waits for it
-    /// at most as long as it takes.
+    /// No more than this part of its requests can a piece cost the guest while it is in flight:
+    /// each waits for it at most as long as it takes.
     fn cost_at_most(&self) -> f64 {
         self.rate * self.took.as_secs_f64().max(1e-6)
     }
@@ -184,9 +185,9 @@ impl Pace {
 mod tests {
     use super::*;
 
-    /// A guest that keeps `depth` requests in flight on a machine that does one request in `request_micros`, and
-    /// while a piece is in flight only `left` of that. Returns how many requests it made in ten seconds, and how
-    /// much time pieces were in flight.
+    /// A guest that keeps `depth` requests in flight on a machine that does one request in
+    /// `request_micros`, and while a piece is in flight only `left` of that. Returns how many
+    /// requests it made in ten seconds, and how much time pieces were in flight.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
     fn run(rate: f64, left: f64, piece: Duration, jobs: bool) -> (f64, f64) {
         let mut pace = Pace::default();
@@ -234,7 +235,10 @@ mod tests {
                 beside / alone
             );
             // And jobs are not starved.
-            assert!(busy >= 0.035, "{rate} a second, {left} left: busy {busy:.3}");
+            assert!(
+                busy >= 0.035,
+                "{rate} a second, {left} left: busy {busy:.3}"
+            );
         }
     }
 

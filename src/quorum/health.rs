@@ -1,22 +1,24 @@
-//! Which replicas are in service, what each is known not to hold, and what is not durable yet (contract W3,
-//! W5, W6).
+//! Which replicas are in service, what each is known not to hold, and what is not durable yet
+//! (contract W3, W5, W6).
 //!
-//! A sector is *stale* on a replica that missed or failed a write of it, or that failed to flush what it
-//! wrote there: after a failed fsync the kernel may have dropped the dirty pages, so a later success proves
-//! nothing. A stale replica does not vote on the sector until the sector is written to it again.
+//! A sector is *stale* on a replica that missed or failed a write of it, or that failed to flush
+//! what it wrote there: after a failed fsync the kernel may have dropped the dirty pages, so a
+//! later success proves nothing. A stale replica does not vote on the sector until the sector is
+//! written to it again.
 //!
-//! A replica that does not answer *leaves the set*. Whatever it was asked may still happen at any time, so
-//! everything it has not made durable is stale, and it joins again only when every worker has all of its
-//! operations back.
+//! A replica that does not answer *leaves the set*. Whatever it was asked may still happen at any
+//! time, so everything it has not made durable is stale, and it joins again only when every worker
+//! has all of its operations back.
 //!
-//! Replicas are *members* until they are removed. One that was added is stale everywhere: it takes part in every
-//! write and votes where it has been written to. One that was removed is stale everywhere too, until no request
-//! remembers it; its place is taken by another one only when every worker has all of its operations back.
+//! Replicas are *members* until they are removed. One that was added is stale everywhere: it takes
+//! part in every write and votes where it has been written to. One that was removed is stale
+//! everywhere too, until no request remembers it; its place is taken by another one only when every
+//! worker has all of its operations back.
 //!
-//! Invariants: a sector that the guest was told is written is fresh on at least t members, unless a flush
-//! has failed since; at least t replicas are in service, and no replica leaves a sector behind that only t
-//! replicas in service have fresh; there are at least t members, and none is removed that holds one of the last t
-//! fresh copies of a sector, or of the last t durable ones.
+//! Invariants: a sector that the guest was told is written is fresh on at least t members, unless a
+//! flush has failed since; at least t replicas are in service, and no replica leaves a sector
+//! behind that only t replicas in service have fresh; there are at least t members, and none is
+//! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -66,21 +68,23 @@ pub struct Health {
 #[derive(Debug)]
 struct ReplicaHealth {
     stale: RangeSet,
-    /// Of what the last flush covers, what this replica is known not to have made durable: what was stale when
-    /// it began, and what has become so since. Newer writes may heal that, but not for this flush.
+    /// Of what the last flush covers, what this replica is known not to have made durable: what
+    /// was stale when it began, and what has become so since. Newer writes may heal that, but
+    /// not for this flush.
     uncovered: RangeSet,
     /// Has not been written to since this replica was added.
     blank: RangeSet,
-    /// Was stale, or mended, and has been written since the last flush began. Other members may have made durable
-    /// long ago what this one had not.
+    /// Was stale, or mended, and has been written since the last flush began. Other members may
+    /// have made durable long ago what this one had not.
     healed: RangeSet,
     /// The same of a flush that this replica has not confirmed yet.
     healed_before_flush: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
     last_failure: Failures,
-    /// When it was last found that the failure before it had undone something that ended well here: a read that was in
-    /// flight may have seen that undone, even if it has been written again by the time the reply comes.
+    /// When it was last found that the failure before it had undone something that ended well
+    /// here: a read that was in flight may have seen that undone, even if it has been written
+    /// again by the time the reply comes.
     last_doubt: Failures,
     /// The workers that have every operation of this replica back since it left the set.
     returned_to: u64,
@@ -158,8 +162,8 @@ pub enum NotRemoved {
 }
 
 impl Health {
-    /// A disk of `capacity_sectors` with these members, all of them in service and fresh everywhere, used by
-    /// `workers` threads.
+    /// A disk of `capacity_sectors` with these members, all of them in service and fresh
+    /// everywhere, used by `workers` threads.
     pub fn new(members: ReplicaSet, threshold: usize, workers: u16, capacity_sectors: u64) -> Self {
         assert!((1..=64).contains(&workers));
         assert!((1..=members.len()).contains(&threshold));
@@ -201,8 +205,8 @@ impl Health {
         self.capacity_sectors
     }
 
-    /// The disk has so many sectors now. All members, whatever state they are in, hold zeroes in those that are new, and
-    /// so none is stale there.
+    /// The disk has so many sectors now. All members, whatever state they are in, hold zeroes in
+    /// those that are new, and so none is stale there.
     pub fn grow(&mut self, capacity_sectors: u64) {
         debug_assert!(capacity_sectors >= self.capacity_sectors);
         self.capacity_sectors = capacity_sectors;
@@ -232,8 +236,8 @@ impl Health {
         self.in_service.insert(replica);
     }
 
-    /// Takes `replica`, a member that nobody needs, out of the disk. Its place is free when every worker has let
-    /// go of it.
+    /// Takes `replica`, a member that nobody needs, out of the disk. Its place is free when every
+    /// worker has let go of it.
     pub fn remove(&mut self, replica: ReplicaIndex) {
         debug_assert!(self.members.contains(replica));
         self.members.remove(replica);
@@ -242,7 +246,9 @@ impl Health {
         self.failures.0 += 1;
         let mut state = ReplicaHealth::new(self.capacity_sectors);
         // What it has answered before does not count any more.
-        state.stale.insert(SectorRange::new(0, self.capacity_sectors));
+        state
+            .stale
+            .insert(SectorRange::new(0, self.capacity_sectors));
         state.last_failure = self.failures;
         self.replicas[replica.as_usize()] = state;
     }
@@ -263,8 +269,9 @@ impl Health {
         if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
             return Err(NotRemoved::TooFewInService);
         }
-        // It may be good where it is stale: who failed a flush has perhaps lost nothing. Where too few others are
-        // known to be good it has to stay, unless it is known to hold nothing.
+        // It may be good where it is stale: who failed a flush has perhaps lost nothing. Where too
+        // few others are known to be good it has to stay, unless it is known to hold
+        // nothing.
         let lost = |without: ReplicaSet| {
             !without.contains(replica) && others.without(without).len() < self.threshold
         };
@@ -288,8 +295,8 @@ impl Health {
         Ok(())
     }
 
-    /// A worker has no request that remembers the removed `replica`, and no operation of it either if
-    /// `has_operations` says so. `true` if with this its place is free.
+    /// A worker has no request that remembers the removed `replica`, and no operation of it either
+    /// if `has_operations` says so. `true` if with this its place is free.
     pub fn let_go(&mut self, replica: ReplicaIndex, worker: u16, has_operations: bool) -> bool {
         if !self.leaving.contains(replica) {
             return false;
@@ -311,8 +318,9 @@ impl Health {
         free
     }
 
-    /// Takes a replica that does not answer out of the set. `false` if it is out already, or if that would
-    /// leave fewer than t, in all or in some sector: then there is nobody to do without it.
+    /// Takes a replica that does not answer out of the set. `false` if it is out already, or if
+    /// that would leave fewer than t, in all or in some sector: then there is nobody to do
+    /// without it.
     pub fn leave(&mut self, replica: ReplicaIndex) -> bool {
         if !self.in_service.contains(replica) || self.is_needed(replica) {
             return false;
@@ -323,8 +331,8 @@ impl Health {
         true
     }
 
-    /// A worker has every operation of a replica that left the set back. `true` if that was the last one and
-    /// the replica is in service again; what it missed is stale.
+    /// A worker has every operation of a replica that left the set back. `true` if that was the
+    /// last one and the replica is in service again; what it missed is stale.
     pub fn returned(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
         if self.in_service.contains(replica) || !self.members.contains(replica) {
             return false;
@@ -343,7 +351,8 @@ impl Health {
         self.replicas.iter().any(|r| !r.stale.is_empty())
     }
 
-    /// The replicas that are stale anywhere, those included that were removed and are not forgotten.
+    /// The replicas that are stale anywhere, those included that were removed and are not
+    /// forgotten.
     pub fn stale(&self) -> ReplicaSet {
         self.known()
             .iter()
@@ -377,8 +386,8 @@ impl Health {
         stale.map(|range| range.count).sum()
     }
 
-    /// The replicas that have failed a flush or left the set since `began`, or of which it was found since what that
-    /// has undone.
+    /// The replicas that have failed a flush or left the set since `began`, or of which it was
+    /// found since what that has undone.
     pub fn failed_since(&self, began: Failures) -> ReplicaSet {
         self.known()
             .iter()
@@ -389,8 +398,8 @@ impl Health {
             .collect()
     }
 
-    /// To be kept from the moment an operation that changes sectors is handed to the replicas until it has
-    /// ended.
+    /// To be kept from the moment an operation that changes sectors is handed to the replicas until
+    /// it has ended.
     pub fn change_begins(&self) -> Failures {
         self.failures
     }
@@ -403,12 +412,12 @@ impl Health {
         }
     }
 
-    /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the guest will be
-    /// told so. `durable`: it went to stable storage by itself.
+    /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the
+    /// guest will be told so. `durable`: it went to stable storage by itself.
     ///
-    /// A write that failed leaves old or new bytes on those that failed it, and the vote decides which:
-    /// nobody is known to be behind. Who was not asked, or has left the set or failed a flush while the write
-    /// ran, is behind in any case.
+    /// A write that failed leaves old or new bytes on those that failed it, and the vote decides
+    /// which: nobody is known to be behind. Who was not asked, or has left the set or failed a
+    /// flush while the write ran, is behind in any case.
     ///
     /// `true` if with this a replica is stale that was stale nowhere.
     pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
@@ -441,7 +450,8 @@ impl Health {
         became_stale
     }
 
-    /// Sectors of one replica were written with the winner of a vote, under the lock of their range.
+    /// Sectors of one replica were written with the winner of a vote, under the lock of their
+    /// range.
     pub fn mended(&mut self, replica: ReplicaIndex, range: SectorRange, began: Failures) {
         if !self.members.contains(replica) {
             return;
@@ -483,7 +493,9 @@ impl Health {
             for replica in self.members.iter() {
                 let state = &mut self.replicas[replica.as_usize()];
                 if self.in_service.contains(replica) {
-                    state.unconfirmed.push_back((self.epoch, Arc::clone(&written)));
+                    state
+                        .unconfirmed
+                        .push_back((self.epoch, Arc::clone(&written)));
                 } else {
                     state.stale.insert_all(&written);
                 }
@@ -500,14 +512,17 @@ impl Health {
         let state = &mut self.replicas[replica.as_usize()];
         state.healed_before_flush = RangeSet::below(self.capacity_sectors);
         let unconfirmed = &mut state.unconfirmed;
-        while unconfirmed.front().is_some_and(|(covered, _)| *covered <= epoch) {
+        while unconfirmed
+            .front()
+            .is_some_and(|(covered, _)| *covered <= epoch)
+        {
             unconfirmed.pop_front();
         }
     }
 
-    /// `replica` has failed to make a write durable by itself. The kernel tells of a page that it could not write
-    /// back once, to a flush or to such a write: this may have been about what was written before. `true` if
-    /// there was anything.
+    /// `replica` has failed to make a write durable by itself. The kernel tells of a page that it
+    /// could not write back once, to a flush or to such a write: this may have been about what
+    /// was written before. `true` if there was anything.
     pub fn failed_to_persist(&mut self, replica: ReplicaIndex) -> bool {
         let unconfirmed = &self.replicas[replica.as_usize()].unconfirmed;
         let anything = !self.written.is_empty() || !unconfirmed.is_empty();
@@ -517,8 +532,8 @@ impl Health {
         anything
     }
 
-    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing now: others may have
-    /// read that from it already, and must not read what was there before.
+    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing
+    /// now: others may have read that from it already, and must not read what was there before.
     fn not_durable(&mut self, replica: ReplicaIndex) {
         self.failures.0 += 1;
         let state = &mut self.replicas[replica.as_usize()];
@@ -533,8 +548,9 @@ impl Health {
         }
     }
 
-    /// Whether every sector is fresh on at least t members, and was when the last flush began. Asked after all
-    /// replies to it are in, when that is what is durable. One flush runs at a time.
+    /// Whether every sector is fresh on at least t members, and was when the last flush began.
+    /// Asked after all replies to it are in, when that is what is durable. One flush runs at a
+    /// time.
     pub fn fresh_on_threshold(&self) -> bool {
         let sets = self.members.iter().flat_map(|member| {
             let state = &self.replicas[member.as_usize()];
@@ -545,13 +561,14 @@ impl Health {
         })
     }
 
-    /// Whether without `replica` fewer than t would be left that are in service, or that are in service and
-    /// fresh in some sector where now there are enough.
+    /// Whether without `replica` fewer than t would be left that are in service, or that are in
+    /// service and fresh in some sector where now there are enough.
     fn is_needed(&self, replica: ReplicaIndex) -> bool {
         let mut others = self.in_service;
         others.remove(replica);
         let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
-        let enough_with = |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
+        let enough_with =
+            |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
         let stale = self
             .members
             .iter()
@@ -568,7 +585,8 @@ impl Health {
     }
 }
 
-/// Whether `holds` for the replicas that have a sector in one of their sets, for every sector of a disk.
+/// Whether `holds` for the replicas that have a sector in one of their sets, for every sector of a
+/// disk.
 fn every_sector<'a>(
     sets: impl Iterator<Item = (ReplicaIndex, &'a RangeSet)>,
     capacity_sectors: u64,
@@ -577,9 +595,9 @@ fn every_sector<'a>(
     // Sweep over the ends of all ranges; between two of them the sets do not change.
     let mut ends: Vec<(u64, ReplicaIndex, bool)> = sets
         .flat_map(|(replica, ranges)| {
-            ranges
-                .iter()
-                .flat_map(move |range| [(range.start, replica, true), (range.end(), replica, false)])
+            ranges.iter().flat_map(move |range| {
+                [(range.start, replica, true), (range.end(), replica, false)]
+            })
         })
         .collect();
     ends.sort_unstable();

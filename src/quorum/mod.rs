@@ -1,7 +1,8 @@
 //! The vote: pure functions and plain values, no file, clock, thread or guest in sight.
 //!
-//! [`vote`] decides what a sector holds, [`tally`] whether a write or a flush succeeded, [`ranges`] and
-//! [`health`] keep what each replica is known not to hold. [`report`] is what there is to tell of it.
+//! [`vote`] decides what a sector holds, [`tally`] whether a write or a flush succeeded, [`ranges`]
+//! and [`health`] keep what each replica is known not to hold. [`report`] is what there is to tell
+//! of it.
 
 pub mod health;
 pub mod ranges;
@@ -127,7 +128,8 @@ impl fmt::Debug for ReplicaSet {
     }
 }
 
-/// A run of sectors of the voted disk. Never wraps: whoever makes one has checked it against the capacity.
+/// A run of sectors of the voted disk. Never wraps: whoever makes one has checked it against the
+/// capacity.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SectorRange {
     /// The first sector.

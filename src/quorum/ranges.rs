@@ -1,9 +1,9 @@
 //! A bounded set of sectors, kept as ranges.
 //!
-//! Invariants: the ranges are disjoint, none touches its neighbour, none is empty, and there are at most
-//! [`RANGES_MAX`] of them. Above that the set gets coarser: it may then say of a sector that it is in the set
-//! although nobody put it there, never the other way round. All users of the set take "in the set" for the
-//! careful answer.
+//! Invariants: the ranges are disjoint, none touches its neighbour, none is empty, and there are at
+//! most [`RANGES_MAX`] of them. Above that the set gets coarser: it may then say of a sector that
+//! it is in the set although nobody put it there, never the other way round. All users of the set
+//! take "in the set" for the careful answer.
 
 use std::collections::BTreeMap;
 
@@ -157,13 +157,16 @@ impl RangeSet {
         let granules_end = end.checked_next_multiple_of(self.granule_sectors);
         (
             start - start % self.granule_sectors,
-            granules_end.unwrap_or(u64::MAX).min(self.end_sector).max(end),
+            granules_end
+                .unwrap_or(u64::MAX)
+                .min(self.end_sector)
+                .max(end),
         )
     }
 
-    /// Where there are too many ranges, makes the granule as coarse as it takes to be rid of a quarter of them. To
-    /// put everything in anew is dear, so that is done once, however far apart the ranges are, and not again before
-    /// as many have come.
+    /// Where there are too many ranges, makes the granule as coarse as it takes to be rid of a
+    /// quarter of them. To put everything in anew is dear, so that is done once, however far
+    /// apart the ranges are, and not again before as many have come.
     fn coarsen_above_bound(&mut self) {
         let count = self.ranges.len();
         if count <= self.ranges_max {
@@ -193,9 +196,9 @@ impl RangeSet {
     }
 }
 
-/// How often one sector must be doubled to be the granule by which a range that ends before `end` and the next one,
-/// which begins at `start`, are joined: the least k for which ⌊start / 2ᵏ⌋ is at most one more than
-/// ⌊(end - 1) / 2ᵏ⌋.
+/// How often one sector must be doubled to be the granule by which a range that ends before `end`
+/// and the next one, which begins at `start`, are joined: the least k for which ⌊start / 2ᵏ⌋ is at
+/// most one more than ⌊(end - 1) / 2ᵏ⌋.
 fn doublings_to_join(end: u64, start: u64) -> usize {
     let last = end - 1;
     let least = (start - last).ilog2();
@@ -221,7 +224,10 @@ mod tests {
     }
 
     fn changes() -> impl Strategy<Value = Vec<Change>> {
-        let change = prop_oneof![range().prop_map(Change::Insert), range().prop_map(Change::Remove)];
+        let change = prop_oneof![
+            range().prop_map(Change::Insert),
+            range().prop_map(Change::Remove)
+        ];
         proptest::collection::vec(change, 0..60)
     }
 
@@ -282,7 +288,8 @@ mod tests {
         }
     }
 
-    /// However far apart the ranges are, they are put in anew only a few times, and precision is not thrown away.
+    /// However far apart the ranges are, they are put in anew only a few times, and precision is
+    /// not thrown away.
     #[test]
     fn is_coarsened_in_one_go() {
         for apart in [4, 1000, 1 << 40] {
@@ -317,7 +324,10 @@ mod tests {
     fn is_not_widened_beyond_the_end() {
         let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
-        assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
+        assert_eq!(
+            set.iter().collect::<Vec<_>>(),
+            [SectorRange::new(4096, 904)]
+        );
     }
 
     #[test]
@@ -325,10 +335,16 @@ mod tests {
         let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
         set.grow(10_000);
-        assert_eq!(set.iter().collect::<Vec<_>>(), [SectorRange::new(4096, 904)]);
+        assert_eq!(
+            set.iter().collect::<Vec<_>>(),
+            [SectorRange::new(4096, 904)]
+        );
         set.insert(SectorRange::new(9000, 1));
         let parts: Vec<_> = set.iter().collect();
-        assert_eq!(parts, [SectorRange::new(4096, 904), SectorRange::new(8192, 1808)]);
+        assert_eq!(
+            parts,
+            [SectorRange::new(4096, 904), SectorRange::new(8192, 1808)]
+        );
     }
 
     #[test]

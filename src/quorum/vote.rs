@@ -1,8 +1,8 @@
 //! The vote per sector (contract R2, R3).
 //!
-//! Called only where replies differ or where some replicas may not vote: equal buffers never come here. What
-//! a sector holds is decided for that sector alone, so that two replicas that are bad in different places do
-//! not make a request fail that each of its sectors could answer.
+//! Called only where replies differ or where some replicas may not vote: equal buffers never come
+//! here. What a sector holds is decided for that sector alone, so that two replicas that are bad in
+//! different places do not make a request fail that each of its sectors could answer.
 
 use sha2::{Digest as _, Sha256};
 
@@ -27,8 +27,8 @@ pub struct Ballot<'a> {
 /// How a sector's winner is found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rule {
-    /// The version with at least this many votes; of two such the one with more, then the one that the
-    /// replica listed first holds.
+    /// The version with at least this many votes; of two such the one with more, then the one that
+    /// the replica listed first holds.
     Threshold(usize),
     /// The version of the replica listed first (`read-pattern=fifo`): nobody is outvoted.
     FirstListed,
@@ -79,7 +79,8 @@ pub struct Verdict {
     pub dissents: Vec<Dissent>,
 }
 
-/// Votes on every sector of `range`. The ballots come in the order in which the replicas were listed.
+/// Votes on every sector of `range`. The ballots come in the order in which the replicas were
+/// listed.
 pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
     let mut verdict = Verdict::default();
     let mut voters: Vec<Voter<'_>> = ballots.iter().map(Voter::new).collect();
@@ -105,13 +106,15 @@ impl<'a> Voter<'a> {
         }
     }
 
-    /// The bytes of `sector`, or `None` if this replica may not vote on it. Sectors are asked for in order.
+    /// The bytes of `sector`, or `None` if this replica may not vote on it. Sectors are asked for
+    /// in order.
     fn version(&mut self, range_start: u64, sector: u64) -> Option<Version<'a>> {
         while self.stale.next_if(|run| run.end() <= sector).is_some() {}
         if self.stale.peek().is_some_and(|run| run.start <= sector) {
             return None;
         }
-        let offset = usize::try_from(sector - range_start).expect("a piece fits memory") * SECTOR_LEN;
+        let offset =
+            usize::try_from(sector - range_start).expect("a piece fits memory") * SECTOR_LEN;
         Some(Version {
             replica: self.replica,
             bytes: &self.bytes[offset..offset + SECTOR_LEN],
@@ -135,7 +138,10 @@ fn vote_on_sector(
     let mut first: Option<Version<'_>> = None;
     let mut votes = 0;
     let mut differ = false;
-    for version in voters.iter_mut().filter_map(|v| v.version(range_start, sector)) {
+    for version in voters
+        .iter_mut()
+        .filter_map(|v| v.version(range_start, sector))
+    {
         let first = *first.get_or_insert(version);
         votes += 1;
         differ |= first.bytes != version.bytes;
@@ -198,7 +204,13 @@ fn won(verdict: &mut Verdict, sector: u64, held_by: ReplicaIndex) {
     }
 }
 
-fn lost(verdict: &mut Verdict, sector: u64, replica: ReplicaIndex, digest: Digest, winner_digest: Digest) {
+fn lost(
+    verdict: &mut Verdict,
+    sector: u64,
+    replica: ReplicaIndex,
+    digest: Digest,
+    winner_digest: Digest,
+) {
     match verdict.dissents.iter_mut().find(|d| d.replica == replica) {
         Some(dissent) => extend(&mut dissent.bad_sectors, sector),
         None => {
@@ -255,10 +267,15 @@ mod tests {
                 stale: stale_of(pattern),
             })
             .collect();
-        vote(SectorRange::new(0, patterns[0].len() as u64), &ballots, rule)
+        vote(
+            SectorRange::new(0, patterns[0].len() as u64),
+            &ballots,
+            rule,
+        )
     }
 
-    /// The verdict in the same letters: the winner of each sector, `?` where there is none; and who lost.
+    /// The verdict in the same letters: the winner of each sector, `?` where there is none; and who
+    /// lost.
     fn letters(patterns: &[&str], rule: Rule) -> (String, Vec<(u8, String)>) {
         let verdict = run(patterns, rule);
         let mut winners = vec![b'.'; patterns[0].len()];
@@ -296,9 +313,19 @@ mod tests {
         type Case<'a> = (&'a [&'a str], Rule, &'a str, &'a [(u8, &'a str)]);
         let cases: &[Case<'_>] = &[
             // Two replicas bad in different sectors: QEMU fails this read.
-            (&["aab", "aba", "aaa"], two, "aaa", &[(0, "..!"), (1, ".!.")]),
+            (
+                &["aab", "aba", "aaa"],
+                two,
+                "aaa",
+                &[(0, "..!"), (1, ".!.")],
+            ),
             (&["aaa", "aaa", "bbb"], two, "aaa", &[(2, "!!!")]),
-            (&["aaa", "abb", "bbb"], two, "abb", &[(0, ".!!"), (2, "!..")]),
+            (
+                &["aaa", "abb", "bbb"],
+                two,
+                "abb",
+                &[(0, ".!!"), (2, "!..")],
+            ),
             // Three versions of one sector.
             (&["aa", "ab", "ac"], two, "a?", &[]),
             // A stale replica neither wins nor loses.
@@ -308,7 +335,12 @@ mod tests {
             (&["---", "---", "aaa"], two, "???", &[]),
             // t <= N/2: more votes win, then the replica listed first.
             (&["a", "b", "b"], Rule::Threshold(1), "b", &[(0, "!")]),
-            (&["a", "b", "c"], Rule::Threshold(1), "a", &[(1, "!"), (2, "!")]),
+            (
+                &["a", "b", "c"],
+                Rule::Threshold(1),
+                "a",
+                &[(1, "!"), (2, "!")],
+            ),
             (&["a", "b", "b", "a"], two, "a", &[(1, "!"), (2, "!")]),
             (
                 &["c", "b", "b", "a", "a"],
@@ -340,7 +372,10 @@ mod tests {
         let evidence = verdict.dissents[0].evidence();
         assert_eq!(evidence.bad_sectors.len(), BAD_SECTOR_RUNS_MAX);
         assert!(evidence.bad_sectors_cut);
-        assert_eq!(evidence.digest, Digest::from(Sha256::digest([b'b'; SECTOR_LEN])));
+        assert_eq!(
+            evidence.digest,
+            Digest::from(Sha256::digest([b'b'; SECTOR_LEN]))
+        );
         assert_eq!(
             evidence.winner_digest,
             Digest::from(Sha256::digest([b'a'; SECTOR_LEN]))

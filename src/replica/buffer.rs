@@ -1,11 +1,12 @@
 //! Private, aligned, pooled buffers for replica I/O.
 //!
-//! A pool may have an *arena*: one run of memory that io_uring is told of once, so that it need not look the pages of
-//! the buffers in it up for each operation. Only short buffers come from there, as long as it lasts.
+//! A pool may have an *arena*: one run of memory that io_uring is told of once, so that it need not
+//! look the pages of the buffers in it up for each operation. Only short buffers come from there,
+//! as long as it lasts.
 //!
-//! Invariants: a buffer is initialised memory (zeroed when it is made, whatever was read into it later),
-//! aligned for O_DIRECT on any file, and returns to the pool of the thread that made it when it is dropped. The arena
-//! is as long in place as any buffer of the pool.
+//! Invariants: a buffer is initialised memory (zeroed when it is made, whatever was read into it
+//! later), aligned for O_DIRECT on any file, and returns to the pool of the thread that made it
+//! when it is dropped. The arena is as long in place as any buffer of the pool.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -57,7 +58,8 @@ impl Arena {
         // SAFETY: the layout's size is not zero.
         let memory = unsafe { alloc_zeroed(Self::layout()) };
         let start = NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(Self::layout()));
-        // SAFETY: the range was just allocated. It is advice only: whatever comes of it, the memory stays as it is.
+        // SAFETY: the range was just allocated. It is advice only: whatever comes of it, the memory
+        // stays as it is.
         unsafe { libc::madvise(start.as_ptr().cast(), ARENA_BYTES, libc::MADV_HUGEPAGE) };
         Self { start }
     }
@@ -67,8 +69,8 @@ impl Arena {
         memory.addr().get().wrapping_sub(self.start.addr().get()) < ARENA_BYTES
     }
 
-    /// Cuts it into buffers: the same number of bytes for each of the shortest classes, but for the very shortest as
-    /// many again.
+    /// Cuts it into buffers: the same number of bytes for each of the shortest classes, but for the
+    /// very shortest as many again.
     fn cut(&self, by_class: &mut [Vec<NonNull<u8>>; CLASSES]) {
         let mut offset = 0;
         for (class, list) in by_class.iter_mut().enumerate().take(ARENA_CLASSES) {
@@ -134,7 +136,9 @@ impl BufferPool {
 
 impl Free {
     fn is_in_arena(&self, memory: NonNull<u8>) -> bool {
-        self.arena.as_ref().is_some_and(|arena| arena.contains(memory))
+        self.arena
+            .as_ref()
+            .is_some_and(|arena| arena.contains(memory))
     }
 }
 
@@ -160,7 +164,8 @@ fn capacity_of(class: usize) -> usize {
 }
 
 fn layout_of(class: usize) -> Layout {
-    Layout::from_size_align(capacity_of(class), BUFFER_ALIGNMENT_BYTES).expect("a small power of two")
+    Layout::from_size_align(capacity_of(class), BUFFER_ALIGNMENT_BYTES)
+        .expect("a small power of two")
 }
 
 fn allocate(class: usize) -> NonNull<u8> {
@@ -195,7 +200,8 @@ impl Deref for Buffer {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
-        // SAFETY: `memory` is an initialised allocation of at least `len` bytes that this value owns.
+        // SAFETY: `memory` is an initialised allocation of at least `len` bytes that this value
+        // owns.
         unsafe { std::slice::from_raw_parts(self.memory.as_ptr(), self.len) }
     }
 }
@@ -278,20 +284,27 @@ mod tests {
                     0
                 };
                 let count = if class == 0 { 2 * count } else { count };
-                let buffers: Vec<_> = (0..count + 3).map(|_| pool.take(capacity_of(class))).collect();
+                let buffers: Vec<_> = (0..count + 3)
+                    .map(|_| pool.take(capacity_of(class)))
+                    .collect();
                 assert_eq!(
                     buffers.iter().filter(|buffer| buffer.is_in_arena()).count(),
                     count
                 );
                 taken.extend(buffers);
             }
-            assert!(taken.iter().all(|buffer| inside(buffer) == buffer.is_in_arena()));
+            assert!(
+                taken
+                    .iter()
+                    .all(|buffer| inside(buffer) == buffer.is_in_arena())
+            );
             taken
                 .iter_mut()
                 .enumerate()
                 .for_each(|(index, buffer)| buffer.fill(index.to_le_bytes()[0]));
-            let is_own =
-                |(index, buffer): (usize, &Buffer)| buffer.iter().all(|byte| *byte == index.to_le_bytes()[0]);
+            let is_own = |(index, buffer): (usize, &Buffer)| {
+                buffer.iter().all(|byte| *byte == index.to_le_bytes()[0])
+            };
             assert!(taken.iter().enumerate().all(is_own), "no two share memory");
         }
     }

@@ -1,12 +1,13 @@
 //! Opening replicas: one file or block device each, checked before anything is served from it.
 //!
-//! Everything that can be wrong with an image is found here, with one line that names the image and what to
-//! do about it: not an image at all, in use elsewhere, no direct I/O, a size that does not fit.
+//! Everything that can be wrong with an image is found here, with one line that names the image and
+//! what to do about it: not an image at all, in use elsewhere, no direct I/O, a size that does not
+//! fit.
 //!
 //! Invariants:
 //! - A [`ReplicaFile`] is locked against other users of the image for as long as it is open.
-//! - Its size is not zero and a multiple of its alignment, which is a power of two of at least 512: whole
-//!   sectors, and no last piece that direct I/O could not reach.
+//! - Its size is not zero and a multiple of its alignment, which is a power of two of at least 512:
+//!   whole sectors, and no last piece that direct I/O could not reach.
 //! - What [`open_all`] returns are different images of the same size under different node-names.
 
 mod error;
@@ -28,14 +29,15 @@ use crate::message::Quoted;
 /// The least alignment: a sector.
 const ALIGNMENT_BYTES_MIN: u32 = 512;
 const _: () = assert!(ALIGNMENT_BYTES_MIN as u64 == SECTOR_BYTES);
-/// The alignment that direct I/O accepts on every disk in use today, and the size of a page of memory.
+/// The alignment that direct I/O accepts on every disk in use today, and the size of a page of
+/// memory.
 const ALIGNMENT_BYTES_SAFE: u32 = 4096;
 /// No file system or disk asks for more; a greater figure is not believed.
 const ALIGNMENT_BYTES_MAX: u32 = 1 << 20;
 
-/// How long an image in use is waited for. The kernel closes the files of an io_uring some 50 ms after the
-/// process that had it is gone, on a busy machine much later: a daemon that was killed can be started again at
-/// once all the same.
+/// How long an image in use is waited for. The kernel closes the files of an io_uring some 50 ms
+/// after the process that had it is gone, on a busy machine much later: a daemon that was killed
+/// can be started again at once all the same.
 const BUSY_LIMIT: Duration = Duration::from_secs(5);
 const BUSY_TOLD_AFTER: Duration = Duration::from_millis(500);
 const BUSY_INTERVAL: Duration = Duration::from_millis(10);
@@ -86,11 +88,13 @@ pub struct ReplicaFile {
     pub file: File,
     /// Size of the image when it was opened.
     pub size_bytes: u64,
-    /// Offset and length of each operation must be a multiple of this: at least 512, a power of two.
+    /// Offset and length of each operation must be a multiple of this: at least 512, a power of
+    /// two.
     pub alignment_bytes: u32,
     /// What it is written in at least: a power of two. Smaller writes cost a read.
     pub physical_block_bytes: u32,
-    /// The address of each buffer must be a multiple of this: a power of two, 1 without direct I/O.
+    /// The address of each buffer must be a multiple of this: a power of two, 1 without direct
+    /// I/O.
     pub memory_alignment_bytes: u32,
     /// A block device, not a regular file.
     pub is_block_device: bool,
@@ -113,22 +117,26 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
 }
 
 /// Opens and locks all replicas of a disk, in the order given.
-pub fn open_all(sources: &[ReplicaSource], options: OpenOptions) -> Result<Vec<ReplicaFile>, OpenError> {
+pub fn open_all(
+    sources: &[ReplicaSource],
+    options: OpenOptions,
+) -> Result<Vec<ReplicaFile>, OpenError> {
     let mut replicas: Vec<ReplicaFile> = Vec::with_capacity(sources.len());
     for source in sources {
         let replica = open_unlocked(&replicas, &source.path, &source.node_name, options)?;
         check_sizes(&replicas, &replica)?;
         replicas.push(replica);
     }
-    // Locked only when all is known to be in order: an image given twice would otherwise be found in use by
-    // "another process", which is ourselves.
+    // Locked only when all is known to be in order: an image given twice would otherwise be found
+    // in use by "another process", which is ourselves.
     for replica in &replicas {
         lock(replica, options)?;
     }
     Ok(replicas)
 }
 
-/// Opens and locks a replica beside those that a disk of `size_bytes`, in blocks of `block_bytes`, has open.
+/// Opens and locks a replica beside those that a disk of `size_bytes`, in blocks of `block_bytes`,
+/// has open.
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
@@ -234,7 +242,9 @@ fn open_unlocked<'a>(
         }
     }
     // For a block device stat says 0; its end says the size of either kind.
-    let size_bytes = (&file).seek(SeekFrom::End(0)).map_err(examine_error("lseek"))?;
+    let size_bytes = (&file)
+        .seek(SeekFrom::End(0))
+        .map_err(examine_error("lseek"))?;
     check_size(path, size_bytes, ALIGNMENT_BYTES_MIN)?;
     let mut replica = ReplicaFile {
         path: path.to_owned(),
@@ -258,8 +268,8 @@ fn open_unlocked<'a>(
     };
     check_against(earlier, &replica)?;
     if options.direct {
-        // May read, which does not return from an image that hangs: one of the disk's own, perhaps, that was removed
-        // for that.
+        // May read, which does not return from an image that hangs: one of the disk's own, perhaps,
+        // that was removed for that.
         let alignment = direct_alignment(&replica.file, is_block_device, size_bytes);
         replica.alignment_bytes = alignment.offset_bytes;
         replica.memory_alignment_bytes = alignment.memory_bytes;
@@ -278,7 +288,8 @@ fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
             .custom_flags(direct | flags)
             .open(path)
     };
-    // When an image was last read is of no use to anybody, and to note it costs each read. Only its owner may say so.
+    // When an image was last read is of no use to anybody, and to note it costs each read. Only its
+    // owner may say so.
     match open(libc::O_NOATIME) {
         Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(0),
         opened => opened,
@@ -389,7 +400,8 @@ struct Alignment {
     memory_bytes: u32,
 }
 
-/// The alignment for direct I/O: what the file says; else what the block device says; else what is tried out.
+/// The alignment for direct I/O: what the file says; else what the block device says; else what is
+/// tried out.
 fn direct_alignment(file: &File, is_block_device: bool, size_bytes: u64) -> Alignment {
     if let Some(alignment) = stated_alignment(file) {
         return alignment;
@@ -408,12 +420,12 @@ fn direct_alignment(file: &File, is_block_device: bool, size_bytes: u64) -> Alig
     }
 }
 
-/// What the file system states (Linux 6.1 and later, not every file system). Zero means that it does direct
-/// I/O in its own way, buffered for instance: then only trying tells.
+/// What the file system states (Linux 6.1 and later, not every file system). Zero means that it
+/// does direct I/O in its own way, buffered for instance: then only trying tells.
 fn stated_alignment(file: &File) -> Option<Alignment> {
     let mut status = MaybeUninit::<libc::statx>::zeroed();
-    // SAFETY: the path is a NUL-terminated empty string, for which AT_EMPTY_PATH takes the open descriptor
-    // itself, and `status` has room for the structure the kernel fills in.
+    // SAFETY: the path is a NUL-terminated empty string, for which AT_EMPTY_PATH takes the open
+    // descriptor itself, and `status` has room for the structure the kernel fills in.
     let result = unsafe {
         libc::statx(
             file.as_raw_fd(),
@@ -442,14 +454,16 @@ fn stated_alignment(file: &File) -> Option<Alignment> {
 }
 
 fn believable_alignment(bytes: u32) -> Option<u32> {
-    (bytes.is_power_of_two() && bytes <= ALIGNMENT_BYTES_MAX).then(|| bytes.max(ALIGNMENT_BYTES_MIN))
+    (bytes.is_power_of_two() && bytes <= ALIGNMENT_BYTES_MAX)
+        .then(|| bytes.max(ALIGNMENT_BYTES_MIN))
 }
 
-/// Finds the alignment by reading: the smallest length that is not refused with EINVAL. A read that fails
-/// in another way, on a bad sector say, was not refused for its alignment.
+/// Finds the alignment by reading: the smallest length that is not refused with EINVAL. A read that
+/// fails in another way, on a bad sector say, was not refused for its alignment.
 fn probed_alignment(file: &File, size_bytes: u64) -> u32 {
-    // A hole is read without the disk, by some file systems without a look at the alignment, so only a read
-    // of data tells. An image without any data is taken for one with the strictest disk underneath.
+    // A hole is read without the disk, by some file systems without a look at the alignment, so
+    // only a read of data tells. An image without any data is taken for one with the strictest
+    // disk underneath.
     let data_offset = first_data_offset(file);
     let offset = data_offset.unwrap_or(0);
     let accepts = |length: u32| reads_with_alignment(file, offset, length);
@@ -480,11 +494,12 @@ fn reads_with_alignment(file: &File, offset: u64, length_bytes: u32) -> bool {
     }
 }
 
-/// Where the first data of the file is; `None` if it is one hole. A file system that keeps no account of
-/// holes says 0.
+/// Where the first data of the file is; `None` if it is one hole. A file system that keeps no
+/// account of holes says 0.
 fn first_data_offset(file: &File) -> Option<u64> {
-    // SAFETY: lseek takes no pointer, and the descriptor is open as long as `file` is borrowed. Nothing
-    // depends on the file position it moves: every operation on a replica carries its own offset.
+    // SAFETY: lseek takes no pointer, and the descriptor is open as long as `file` is borrowed.
+    // Nothing depends on the file position it moves: every operation on a replica carries its
+    // own offset.
     let offset = unsafe { libc::lseek(file.as_raw_fd(), 0, libc::SEEK_DATA) };
     u64::try_from(offset).ok()
 }

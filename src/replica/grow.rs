@@ -1,11 +1,12 @@
 //! Making an image longer while it is served.
 //!
-//! What is between its old end and the new one reads as zeroes then, on any image: replicas agree there without
-//! having been compared. A file gets a hole. A block device has its size from elsewhere, and must have the new one
-//! already; what it holds behind the old end is anybody's guess, so it is written over.
+//! What is between its old end and the new one reads as zeroes then, on any image: replicas agree
+//! there without having been compared. A file gets a hole. A block device has its size from
+//! elsewhere, and must have the new one already; what it holds behind the old end is anybody's
+//! guess, so it is written over.
 //!
-//! The image is opened anew for that. The kernel tells of data that it could not write back once for each open file,
-//! and what it has to tell is for the guest's next flush, not for ours.
+//! The image is opened anew for that. The kernel tells of data that it could not write back once
+//! for each open file, and what it has to tell is for the guest's next flush, not for ours.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
@@ -42,7 +43,9 @@ pub enum GrowError {
         disk_bytes: u64,
     },
     /// The size of a block device is not the new one.
-    #[error("it is a block device of {bytes} bytes; give it the new size, {wanted_bytes} bytes, first")]
+    #[error(
+        "it is a block device of {bytes} bytes; give it the new size, {wanted_bytes} bytes, first"
+    )]
     DeviceSize {
         /// Its size.
         bytes: u64,
@@ -104,7 +107,10 @@ impl Growth {
         if self.is_block_device {
             if bytes != self.to_bytes {
                 let wanted_bytes = self.to_bytes;
-                return Err(GrowError::DeviceSize { bytes, wanted_bytes });
+                return Err(GrowError::DeviceSize {
+                    bytes,
+                    wanted_bytes,
+                });
             }
             self.zero(&mut next).map_err(system("writing zeroes"))?;
         } else {
@@ -128,7 +134,9 @@ impl Growth {
         if !self.is_changed {
             return Ok(());
         }
-        self.file.set_len(self.from_bytes).map_err(system("truncate"))?;
+        self.file
+            .set_len(self.from_bytes)
+            .map_err(system("truncate"))?;
         self.is_changed = false;
         self.file.sync_all().map_err(system("fsync"))
     }
@@ -184,7 +192,8 @@ fn zero_by(file: &File, from: u64, bytes: u64, way: Way) -> io::Result<()> {
 fn write_zeroes(file: &File, from: u64, bytes: u64) -> io::Result<()> {
     let mut done = 0;
     while done < bytes {
-        let count = usize::try_from(bytes - done).map_or(ZEROES_BYTES, |left| left.min(ZEROES_BYTES));
+        let count =
+            usize::try_from(bytes - done).map_or(ZEROES_BYTES, |left| left.min(ZEROES_BYTES));
         file.write_all_at(&ZEROES.0[..count], from + done)?;
         done += count as u64;
     }

@@ -1,17 +1,19 @@
-//! Image locking in the way of QEMU's file driver, so that QEMU's tools and this program respect each other.
+//! Image locking in the way of QEMU's file driver, so that QEMU's tools and this program respect
+//! each other.
 //!
-//! QEMU tells other processes what it does with a raw image by shared locks on single bytes of the file:
-//! byte 100 + n says "I use permission n", byte 200 + n says "I do not let others use permission n". Nobody
-//! ever takes an exclusive lock; a conflict is found by asking whether an exclusive lock on the opposite
-//! byte would be refused. The bytes are only names: the data under them is neither read nor written, and
-//! they need not exist.
+//! QEMU tells other processes what it does with a raw image by shared locks on single bytes of the
+//! file: byte 100 + n says "I use permission n", byte 200 + n says "I do not let others use
+//! permission n". Nobody ever takes an exclusive lock; a conflict is found by asking whether an
+//! exclusive lock on the opposite byte would be refused. The bytes are only names: the data under
+//! them is neither read nor written, and they need not exist.
 //!
 //! Invariants:
-//! - The locks are open file description locks: they belong to the open file, not to the process, so two
-//!   opens within one process conflict as two processes do, and closing another descriptor of the same
-//!   image does not drop them. They end when the last descriptor of the open file is closed.
-//! - Own bytes are locked before those of others are looked at. Of two that start at once at least one sees
-//!   the other; both may refuse, never do both go on.
+//! - The locks are open file description locks: they belong to the open file, not to the process,
+//!   so two opens within one process conflict as two processes do, and closing another descriptor
+//!   of the same image does not drop them. They end when the last descriptor of the open file is
+//!   closed.
+//! - Own bytes are locked before those of others are looked at. Of two that start at once at least
+//!   one sees the other; both may refuse, never do both go on.
 //! - A refused lock leaves no byte locked.
 
 use std::fs::File;
@@ -23,7 +25,8 @@ const USED_BASE: libc::off_t = 100;
 /// First of the bytes that say which permissions are denied to others.
 const UNSHARED_BASE: libc::off_t = 200;
 
-/// What a user of an image may do with it. The discriminant is the offset of its byte from either base.
+/// What a user of an image may do with it. The discriminant is the offset of its byte from either
+/// base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Permission {
@@ -38,8 +41,8 @@ pub enum Permission {
 }
 
 impl Permission {
-    /// How many bytes there are from each base. QEMU 6.1 and older had a fifth, which no writer of raw
-    /// images depends on.
+    /// How many bytes there are from each base. QEMU 6.1 and older had a fifth, which no writer of
+    /// raw images depends on.
     const COUNT: libc::off_t = 4;
 
     fn used_byte(self) -> libc::off_t {
@@ -78,9 +81,9 @@ impl Access {
         }
     }
 
-    /// What others must not do meanwhile. These are the bytes QEMU's quorum driver locks on its children: a
-    /// foreign write or resize of one replica would make it differ from the others, even of a disk that is
-    /// only read.
+    /// What others must not do meanwhile. These are the bytes QEMU's quorum driver locks on its
+    /// children: a foreign write or resize of one replica would make it differ from the others,
+    /// even of a disk that is only read.
     fn unshared(self) -> &'static [Permission] {
         &[Permission::Write, Permission::Resize]
     }
@@ -92,7 +95,8 @@ impl Access {
 pub enum Locking {
     /// The image is locked until its file is closed.
     Held,
-    /// The file system has no such locks: the image is used without, as QEMU does with `locking=auto`.
+    /// The file system has no such locks: the image is used without, as QEMU does with
+    /// `locking=auto`.
     Unsupported,
 }
 
@@ -135,13 +139,21 @@ pub fn lock(file: &File, access: Access) -> Result<Locking, LockError> {
 
 /// Says what we do: shared locks on our bytes.
 fn apply(file: &File, access: Access) -> Result<(), LockError> {
-    // Only a program that does not follow QEMU's rules takes one of the bytes exclusively; whatever it
-    // means by that, the image is not free.
+    // Only a program that does not follow QEMU's rules takes one of the bytes exclusively; whatever
+    // it means by that, the image is not free.
     for &permission in access.used() {
-        lock_byte(file, permission.used_byte(), LockError::NotShared(permission))?;
+        lock_byte(
+            file,
+            permission.used_byte(),
+            LockError::NotShared(permission),
+        )?;
     }
     for &permission in access.unshared() {
-        lock_byte(file, permission.unshared_byte(), LockError::Used(permission))?;
+        lock_byte(
+            file,
+            permission.unshared_byte(),
+            LockError::Used(permission),
+        )?;
     }
     Ok(())
 }
@@ -165,7 +177,9 @@ fn lock_byte(file: &File, byte: libc::off_t, refused: LockError) -> Result<(), L
     let mut region = region(libc::F_RDLCK, byte, 1);
     match lock_call(file, libc::F_OFD_SETLK, &mut region) {
         Ok(()) => Ok(()),
-        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Err(refused),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
+            Err(refused)
+        }
         Err(error) => Err(LockError::Io(error)),
     }
 }
@@ -183,8 +197,8 @@ pub fn unlock(file: &File) {
     let _ = lock_call(file, libc::F_OFD_SETLK, &mut region);
 }
 
-/// Whether the error says that there are no such locks on this file, not that this one failed. ENOLCK is
-/// what a network file system answers that is mounted without its lock service.
+/// Whether the error says that there are no such locks on this file, not that this one failed.
+/// ENOLCK is what a network file system answers that is mounted without its lock service.
 fn means_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
@@ -205,8 +219,8 @@ fn region(lock_type: libc::c_int, start: libc::off_t, length: libc::off_t) -> li
 
 fn lock_call(file: &File, command: libc::c_int, region: &mut libc::flock) -> io::Result<()> {
     loop {
-        // SAFETY: the descriptor is open as long as `file` is borrowed, and `region` is a valid flock that
-        // the kernel reads and, for F_OFD_GETLK, writes before the call returns.
+        // SAFETY: the descriptor is open as long as `file` is borrowed, and `region` is a valid
+        // flock that the kernel reads and, for F_OFD_GETLK, writes before the call returns.
         let status = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *region) };
         if status == 0 {
             return Ok(());
@@ -225,7 +239,11 @@ mod tests {
     use std::path::Path;
 
     fn open(path: &Path) -> File {
-        OpenOptions::new().read(true).write(true).open(path).unwrap()
+        OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open(path)
+            .unwrap()
     }
 
     fn image() -> tempfile::NamedTempFile {

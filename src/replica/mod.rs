@@ -1,6 +1,8 @@
-//! Replica files: opening and locking them, making them longer, aligned buffers, and the io_uring that reads and writes them.
+//! Replica files: opening and locking them, making them longer, aligned buffers, and the io_uring
+//! that reads and writes them.
 //!
-//! This room knows files, alignment and the kernel; it knows nothing of virtio, of guests or of votes.
+//! This room knows files, alignment and the kernel; it knows nothing of virtio, of guests or of
+//! votes.
 
 pub mod buffer;
 pub mod file;

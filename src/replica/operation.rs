@@ -1,7 +1,7 @@
 //! Plain values: what is asked of a replica, and what comes back.
 //!
-//! An operation owns its buffer until the reply brings it back, so memory that the kernel may still touch is
-//! never reused, however long a replica takes.
+//! An operation owns its buffer until the reply brings it back, so memory that the kernel may still
+//! touch is never reused, however long a replica takes.
 
 use std::rc::Rc;
 
@@ -38,7 +38,8 @@ pub enum Action {
     Write {
         /// The sectors.
         range: SectorRange,
-        /// A private copy of the data, shared by the operations that write it to the other replicas.
+        /// A private copy of the data, shared by the operations that write it to the other
+        /// replicas.
         data: Rc<Buffer>,
         /// Where in `data` the bytes of the range begin.
         offset_bytes: usize,

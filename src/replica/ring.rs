@@ -1,8 +1,9 @@
-//! One io_uring for one worker thread: replica operations, and the file descriptors the worker waits on.
+//! One io_uring for one worker thread: replica operations, and the file descriptors the worker
+//! waits on.
 //!
-//! Invariants: everything queued goes to the kernel with the next [`Ring::enter`], in one system call; every
-//! operation has exactly one reply; an operation keeps its buffer until the kernel is done with it, and if
-//! the ring must go before that, the buffers are leaked rather than reused.
+//! Invariants: everything queued goes to the kernel with the next [`Ring::enter`], in one system
+//! call; every operation has exactly one reply; an operation keeps its buffer until the kernel is
+//! done with it, and if the ring must go before that, the buffers are leaked rather than reused.
 
 mod in_flight;
 
@@ -24,7 +25,8 @@ use crate::limits::{REPLICAS_MAX, RING_ENTRIES};
 use crate::quorum::{Errno, ReplicaIndex, ReplicaSet};
 use crate::statistics::Since;
 
-/// How often an operation that the kernel interrupted is tried again before that counts as an error.
+/// How often an operation that the kernel interrupted is tried again before that counts as an
+/// error.
 const RETRIES_MAX: u32 = 16;
 
 /// Kernel threads that may wait for replicas at a time.
@@ -97,9 +99,9 @@ impl Ring {
         let mut table = [-1; REPLICAS_MAX];
         table[..files.len()].copy_from_slice(files);
         uring.submitter().register_files(&table)?;
-        // What the kernel can not do without waiting (fsync, for one) takes one of its workers for as long as
-        // it waits. By default there are four for each processor, and a replica that hangs would soon have
-        // them all, with the other replicas waiting behind it.
+        // What the kernel can not do without waiting (fsync, for one) takes one of its workers for
+        // as long as it waits. By default there are four for each processor, and a replica
+        // that hangs would soon have them all, with the other replicas waiting behind it.
         uring
             .submitter()
             .register_iowq_max_workers(&mut [KERNEL_WORKERS_MAX, 0])?;
@@ -118,8 +120,9 @@ impl Ring {
         })
     }
 
-    /// Registers the arena of `pool`, from which all buffers of operations must come that lie in any arena. Where the
-    /// kernel does not let us pin as much memory, operations are a little slower.
+    /// Registers the arena of `pool`, from which all buffers of operations must come that lie in
+    /// any arena. Where the kernel does not let us pin as much memory, operations are a little
+    /// slower.
     pub fn register_arena(&mut self, pool: &BufferPool) {
         let Some((start, len)) = pool.arena() else {
             return;
@@ -128,33 +131,37 @@ impl Ring {
             iov_base: start.as_ptr().cast(),
             iov_len: len,
         };
-        // SAFETY: the kernel holds the pages by itself from now on, so the arena may go before the ring; what it uses
-        // them for are operations, whose buffers keep the arena in place.
+        // SAFETY: the kernel holds the pages by itself from now on, so the arena may go before the
+        // ring; what it uses them for are operations, whose buffers keep the arena in
+        // place.
         match unsafe { self.uring.submitter().register_buffers(&[arena]) } {
             Ok(()) => self.arena_registered = true,
             Err(error) => {
-                debug!("{len} bytes of buffers cannot be registered ({error}); they are used as they are")
+                debug!(
+                    "{len} bytes of buffers cannot be registered ({error}); they are used as they are"
+                )
             }
         }
     }
 
-    /// Whether kernel threads are busy with long writes. They need the processor, and take longer than is worth
-    /// looking for their end.
+    /// Whether kernel threads are busy with long writes. They need the processor, and take longer
+    /// than is worth looking for their end.
     pub fn is_writing_long(&self) -> bool {
         self.long_writes > 0
     }
 
-    /// Whether `operation` is better given to a kernel thread than tried at once. Buffered writes end up with these threads
-    /// in any case, which do those of one file one after the other. While one of them is busy the kernel makes no other one
-    /// for the next file, unless it is told like this.
+    /// Whether `operation` is better given to a kernel thread than tried at once. Buffered writes
+    /// end up with these threads in any case, which do those of one file one after the other.
+    /// While one of them is busy the kernel makes no other one for the next file, unless it is
+    /// told like this.
     fn is_for_thread(&self, operation: &Operation) -> bool {
         matches!(&operation.action, Action::Write { range, .. } if range.bytes() >= LONG_WRITE_BYTES)
             && self.cached.contains(operation.replica)
             && self.long_writes < LONG_WRITES_MAX
     }
 
-    /// From now on `file` is what operations on `replica`, of which none is in flight, are done on. It must stay
-    /// open until it is replaced.
+    /// From now on `file` is what operations on `replica`, of which none is in flight, are done on.
+    /// It must stay open until it is replaced.
     pub fn set_file(&mut self, replica: ReplicaIndex, file: Option<RawFd>) -> io::Result<()> {
         let place = u32::from(replica.0);
         let submitter = self.uring.submitter();
@@ -188,8 +195,8 @@ impl Ring {
         self.queue_slot(slot)
     }
 
-    /// From now on tells whenever `fd`, an eventfd, is written to; also if it is readable already. The
-    /// eventfd need not be read: each write is told once, whatever its count.
+    /// From now on tells whenever `fd`, an eventfd, is written to; also if it is readable already.
+    /// The eventfd need not be read: each write is told once, whatever its count.
     pub fn watch(&mut self, fd: &impl AsRawFd, token: WatchToken) -> io::Result<Watch> {
         let fd = fd.as_raw_fd();
         let slot = self.in_flight.insert(InFlight::Watch {
@@ -215,8 +222,8 @@ impl Ring {
         self.queue_entry(&cancel.user_data(MEANINGLESS))
     }
 
-    /// Hands everything queued to the kernel, waits for a completion as `wait` says, and returns what has
-    /// completed; to be drained by the caller.
+    /// Hands everything queued to the kernel, waits for a completion as `wait` says, and returns
+    /// what has completed; to be drained by the caller.
     ///
     /// # Errors
     /// Only what leaves the ring unusable.
@@ -247,7 +254,8 @@ impl Ring {
         Ok(&mut self.completions)
     }
 
-    /// Whether a system call would bring nothing: nothing is queued, and the kernel has set nothing aside for it.
+    /// Whether a system call would bring nothing: nothing is queued, and the kernel has set nothing
+    /// aside for it.
     fn has_nothing_to_do(&mut self) -> bool {
         let queue = self.uring.submission();
         queue.is_empty() && !queue.taskrun() && !queue.cq_overflow()
@@ -291,7 +299,8 @@ impl Ring {
                     // The kernel gave the multishot up, for instance for want of room; ask again.
                     return self.queue_slot(slot);
                 } else {
-                    // The slot stays taken, so that giving it back later does not hit another watch.
+                    // The slot stays taken, so that giving it back later does not hit another
+                    // watch.
                     *state = WatchState::Failed;
                 }
             }
@@ -302,17 +311,19 @@ impl Ring {
                 retries,
                 ..
             } => {
-                let result = match Outcome::of(&operation.action, *step, *done_bytes, entry.result()) {
-                    Outcome::Again { done } if *retries < RETRIES_MAX || done > 0 => {
-                        *done_bytes += done;
-                        *retries = if done > 0 { 0 } else { *retries + 1 };
-                        return self.queue_slot(slot);
-                    }
-                    Outcome::Again { .. } => Err(Errno(libc::EINTR)),
-                    Outcome::Done => Ok(()),
-                    Outcome::Failed(errno) => Err(errno),
-                };
-                if let (Step::Zeroing(way), Action::Zero { unmap, durable, .. }) = (*step, &operation.action)
+                let result =
+                    match Outcome::of(&operation.action, *step, *done_bytes, entry.result()) {
+                        Outcome::Again { done } if *retries < RETRIES_MAX || done > 0 => {
+                            *done_bytes += done;
+                            *retries = if done > 0 { 0 } else { *retries + 1 };
+                            return self.queue_slot(slot);
+                        }
+                        Outcome::Again { .. } => Err(Errno(libc::EINTR)),
+                        Outcome::Done => Ok(()),
+                        Outcome::Failed(errno) => Err(errno),
+                    };
+                if let (Step::Zeroing(way), Action::Zero { unmap, durable, .. }) =
+                    (*step, &operation.action)
                 {
                     let next = match result {
                         Ok(()) => durable.then_some(Step::Persisting),
@@ -353,12 +364,14 @@ impl Ring {
 
     fn queue_entry(&mut self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: the buffer that the entry points to belongs to an operation in `in_flight`, which
-            // keeps it in place until the completion arrives, and `Drop` leaks it if that never happens.
+            // SAFETY: the buffer that the entry points to belongs to an operation in `in_flight`,
+            // which keeps it in place until the completion arrives, and `Drop` leaks it
+            // if that never happens.
             if unsafe { self.uring.submission().push(entry) }.is_ok() {
                 return Ok(());
             }
-            // Full: more than one submission for this batch. What completes meanwhile stays in the ring.
+            // Full: more than one submission for this batch. What completes meanwhile stays in the
+            // ring.
             match self.uring.submit() {
                 Ok(_) => {}
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN)) => {}
@@ -409,7 +422,9 @@ fn build() -> io::Result<IoUring> {
     let mut result = deferring().setup_no_sqarray().build(RING_ENTRIES);
     for builder in [deferring(), basic()] {
         match result {
-            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => result = builder.build(RING_ENTRIES),
+            Err(error) if error.raw_os_error() == Some(libc::EINVAL) => {
+                result = builder.build(RING_ENTRIES)
+            }
             other => return other,
         }
     }

@@ -1,7 +1,8 @@
 //! The replicas that a disk has open, each in its place: its [`ReplicaIndex`].
 //!
-//! Invariants: a place is given to another replica only when nobody uses the one before any more, and some time later
-//! ([`PLACE_RESTS`]), so that what is still to be told of the one does not go by the name of the other.
+//! Invariants: a place is given to another replica only when nobody uses the one before any more,
+//! and some time later ([`PLACE_RESTS`]), so that what is still to be told of the one does not go
+//! by the name of the other.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -93,15 +94,16 @@ impl ReplicaTable {
 
     /// Waits until the replica is closed, for so long at most. Whether it is.
     pub fn wait_until_closed(&self, index: ReplicaIndex, limit: Duration) -> bool {
-        let is_open = |places: &mut Vec<Place>| matches!(places[index.as_usize()], Place::Leaving(_));
+        let is_open =
+            |places: &mut Vec<Place>| matches!(places[index.as_usize()], Place::Leaving(_));
         let waited = self.freed.wait_timeout_while(self.places(), limit, is_open);
         let (places, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
         drop(places);
         !timeout.timed_out()
     }
 
-    /// Takes everything out. Those in `kept` are left open and locked until the process ends, and with it whatever
-    /// the kernel still does with them.
+    /// Takes everything out. Those in `kept` are left open and locked until the process ends, and
+    /// with it whatever the kernel still does with them.
     pub fn close_all(&self, kept: ReplicaSet) -> Vec<Arc<ReplicaFile>> {
         let open = self.open();
         let mut still_open = Vec::new();

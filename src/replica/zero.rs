@@ -1,8 +1,8 @@
 //! How a replica is made to hold zeroes: in the best way that it has (contract W4).
 //!
-//! Punching a hole gives the space back, zeroing the range keeps it; both are quick, and not every file system
-//! or block device has them. All of them can be written to. On a block device the kernel does either only where
-//! the device promises zeroes afterwards.
+//! Punching a hole gives the space back, zeroing the range keeps it; both are quick, and not every
+//! file system or block device has them. All of them can be written to. On a block device the
+//! kernel does either only where the device promises zeroes afterwards.
 
 use crate::quorum::{Errno, ReplicaIndex};
 
@@ -54,11 +54,12 @@ impl Ways {
     /// The way to begin with.
     pub(super) fn best(&self, replica: ReplicaIndex, unmap: bool) -> Way {
         let mut ways = order(unmap).iter().copied();
-        ways.find(|way| self.has(replica, *way)).unwrap_or(Way::Write)
+        ways.find(|way| self.has(replica, *way))
+            .unwrap_or(Way::Write)
     }
 
-    /// The way to go on with after `way` has failed with `errno`. `None` if zeroes cannot be written either, which
-    /// is then what counts.
+    /// The way to go on with after `way` has failed with `errno`. `None` if zeroes cannot be
+    /// written either, which is then what counts.
     pub(super) fn after(
         &mut self,
         replica: ReplicaIndex,

@@ -1,8 +1,8 @@
 //! The invariants of the contract, checked against the model and the ledger of faults.
 //!
-//! A check demands only what the contract promises under the faults of the run: as long as fewer than t
-//! replicas may be wrong about a sector its data must be right, as long as t are right a read must succeed,
-//! and whatever is reported must have a cause.
+//! A check demands only what the contract promises under the faults of the run: as long as fewer
+//! than t replicas may be wrong about a sector its data must be right, as long as t are right a
+//! read must succeed, and whatever is reported must have a cause.
 
 use super::Violation;
 use super::model::Value;
@@ -54,7 +54,10 @@ impl World {
     fn check_read(&mut self, read: &Pending, values: &[Option<Value>]) -> Checked {
         let sectors = self.plan.mask(read.range);
         if values.len() as u64 != read.range.count {
-            return Err(Violation::new("I1", "not as many sectors as were asked for"));
+            return Err(Violation::new(
+                "I1",
+                "not as many sectors as were asked for",
+            ));
         }
         for (sector, value) in bits(sectors).zip(values) {
             let Some(value) = *value else {
@@ -81,13 +84,18 @@ impl World {
                 wrong < t || (value.is_rotten() && t > 1)
             };
             if outvoted {
-                let permitted: Vec<_> = self.model.permitted(sector).map(|v| v.to_string()).collect();
+                let permitted: Vec<_> = self
+                    .model
+                    .permitted(sector)
+                    .map(|v| v.to_string())
+                    .collect();
                 let text = format!("{sector} was read as {value}; permitted are {permitted:?}");
                 return Err(Violation::new("I1", text));
             }
             return Ok(());
         }
-        // Two quorums have an honest replica in common, which does not go back; or nothing ever went wrong.
+        // Two quorums have an honest replica in common, which does not go back; or nothing ever
+        // went wrong.
         let judge = if fifo || 2 * t <= n {
             !self.ledger.any && self.ledger.mixed == 0 && !self.crashed
         } else {
@@ -115,10 +123,12 @@ impl World {
             if fifo || read.seen.mixed >> sector & 1 == 0 {
                 return true;
             }
-            // A failed write or a crash left versions: t must hold the same one, and nothing has moved.
+            // A failed write or a crash left versions: t must hold the same one, and nothing has
+            // moved.
             let votes = |r: usize| {
                 let value = self.replicas[r].value(sector);
-                let same = |o: &usize| right >> o & 1 == 1 && self.replicas[*o].value(sector) == value;
+                let same =
+                    |o: &usize| right >> o & 1 == 1 && self.replicas[*o].value(sector) == value;
                 self.members().filter(same).count()
             };
             self.stirred[sector] < read.began
@@ -137,10 +147,9 @@ impl World {
 
     /// No guest write of the sector is in flight.
     fn is_still(&self, sector: usize) -> bool {
-        !self
-            .pending
-            .iter()
-            .any(|p| matches!(p.kind, PendingKind::Write(_)) && self.plan.mask(p.range) >> sector & 1 == 1)
+        !self.pending.iter().any(|p| {
+            matches!(p.kind, PendingKind::Write(_)) && self.plan.mask(p.range) >> sector & 1 == 1
+        })
     }
 
     /// W3, and what the write leaves behind.
@@ -189,9 +198,11 @@ impl World {
             let safe = |r: &usize| {
                 let lied = self.ledger.lied[*r] | self.ledger.lied_durable[*r];
                 lied >> sector & 1 == 1
-                    || self
-                        .model
-                        .is_permitted(sector, self.replicas[*r].durable(sector), flush.began)
+                    || self.model.is_permitted(
+                        sector,
+                        self.replicas[*r].durable(sector),
+                        flush.began,
+                    )
             };
             let safe = self.members().filter(safe).count();
             if safe < self.plan.threshold {
@@ -245,10 +256,14 @@ impl World {
                 if *errno == TIMED_OUT {
                     return self.check_departure(replica.as_usize());
                 }
-                let is_this =
-                    |t: &ToldError| (t.replica, t.operation, t.errno) == (replica, operation, *errno);
+                let is_this = |t: &ToldError| {
+                    (t.replica, t.operation, t.errno) == (replica, operation, *errno)
+                };
                 if !told.take().is_some_and(|told| is_this(&told)) {
-                    return Err(Violation::new("I3", "an error is reported that did not come in"));
+                    return Err(Violation::new(
+                        "I3",
+                        "an error is reported that did not come in",
+                    ));
                 }
             }
             Cause::WrongVersion(evidence) => {
@@ -275,7 +290,10 @@ impl World {
         let limit = self.clock.saturating_sub(self.plan.replica_timeout);
         let owes = |f: &Flight| f.replica() == replica && f.submitted_at() <= limit;
         if !self.is_out(replica) || !self.flights.iter().any(owes) {
-            return Err(Violation::new("W6", format!("replica {replica} is not overdue")));
+            return Err(Violation::new(
+                "W6",
+                format!("replica {replica} is not overdue"),
+            ));
         }
         let out = (self.ledger.out & self.members).count_ones();
         if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
@@ -294,8 +312,9 @@ impl World {
             self.mark_mixed(1 << sector);
             return Ok(());
         }
-        let text =
-            format!("replica {replica} is accused of a wrong sector {sector}, and nothing explains it");
+        let text = format!(
+            "replica {replica} is accused of a wrong sector {sector}, and nothing explains it"
+        );
         Err(Violation::new("I3", text))
     }
 
@@ -304,7 +323,8 @@ impl World {
         for sector in 0..self.stirred.len() {
             let mut first: Option<(usize, Value)> = None;
             for replica in self.members() {
-                let excused = self.ledger.excused[replica] | self.ledger.wrong(replica) | self.ledger.mixed;
+                let excused =
+                    self.ledger.excused[replica] | self.ledger.wrong(replica) | self.ledger.mixed;
                 if excused >> sector & 1 == 1 {
                     continue;
                 }
@@ -321,7 +341,8 @@ impl World {
         Ok(())
     }
 
-    /// R6: everything was read without faults, so that whoever is in service holds what the vote found.
+    /// R6: everything was read without faults, so that whoever is in service holds what the vote
+    /// found.
     pub(super) fn check_rewritten(&self) -> Checked {
         if !self.plan.rewrite_corrupted || self.plan.read_pattern != ReadPattern::Quorum {
             return Ok(());
@@ -333,7 +354,8 @@ impl World {
             let mut voters: Vec<usize> = self.members().collect();
             voters.retain(|r| self.ledger.excused[*r] & sectors == 0);
             let value = |r: &usize, s: usize| self.replicas[*r].value(s);
-            let votes = |r: &usize, s: usize| voters.iter().filter(|o| value(o, s) == value(r, s)).count();
+            let votes =
+                |r: &usize, s: usize| voters.iter().filter(|o| value(o, s) == value(r, s)).count();
             for sector in bits(sectors) {
                 let start = sector - sector % block;
                 let has_winner = |s| voters.iter().any(|r| votes(r, s) >= self.plan.threshold);
@@ -348,7 +370,8 @@ impl World {
         Ok(())
     }
 
-    /// W6: after a rest without faults all replicas are in service, and none is behind where t know better.
+    /// W6: after a rest without faults all replicas are in service, and none is behind where t know
+    /// better.
     pub(super) fn check_resynced(&self) -> Checked {
         let out = self.ledger.out & self.members;
         if out != 0 || self.leaving != 0 {
@@ -360,7 +383,8 @@ impl World {
         let clean = |sector: usize| {
             seen.mixed >> sector & 1 == 0
                 && seen.wrong_at(sector) == 0
-                && usize::try_from(seen.right_at(sector, self.members).count_ones()).expect("few") >= t
+                && usize::try_from(seen.right_at(sector, self.members).count_ones()).expect("few")
+                    >= t
         };
         let block = usize::try_from(self.plan.block_sectors).expect("few");
         for sector in 0..self.stirred.len() {
@@ -368,7 +392,10 @@ impl World {
             if !(start..start + block).all(clean) {
                 continue;
             }
-            let values = || self.members().map(|replica| self.replicas[replica].value(sector));
+            let values = || {
+                self.members()
+                    .map(|replica| self.replicas[replica].value(sector))
+            };
             let first = values().next();
             if let Some(other) = values().find(|value| Some(*value) != first) {
                 let text = format!("{sector} is {first:?} on one replica, {other} on another");
@@ -417,7 +444,10 @@ fn show_report(report: &Report) -> String {
             cause,
             ..
         } => match cause {
-            Cause::Error(errno) => format!("QUORUM_REPORT_BAD {operation:?}: replica {}: {errno}", replica.0),
+            Cause::Error(errno) => format!(
+                "QUORUM_REPORT_BAD {operation:?}: replica {}: {errno}",
+                replica.0
+            ),
             Cause::WrongVersion(evidence) => {
                 format!(
                     "QUORUM_REPORT_BAD: replica {} at {:?}",

@@ -1,12 +1,14 @@
 //! Every crash state of every small history: what can be on the replicas when the power fails.
 //!
-//! A history is a few writes and flushes of two sectors. All ways in which the guest can overlap them and the
-//! replicas can answer are explored with the real engine, one input at a time. At each moment a sector of a
-//! replica may hold, after a crash, any of the values written to it since it was last made durable, those in
-//! flight included, whatever the other sectors and replicas hold. All these combinations are voted on.
+//! A history is a few writes and flushes of two sectors. All ways in which the guest can overlap
+//! them and the replicas can answer are explored with the real engine, one input at a time. At each
+//! moment a sector of a replica may hold, after a crash, any of the values written to it since it
+//! was last made durable, those in flight included, whatever the other sectors and replicas hold.
+//! All these combinations are voted on.
 //!
-//! Two paths that lead to the same state are followed once. What makes a state is what every replica may hold
-//! and has answered, and the order in which requests began and ended; replicas are alike.
+//! Two paths that lead to the same state are followed once. What makes a state is what every
+//! replica may hold and has answered, and the order in which requests began and ended; replicas are
+//! alike.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -57,8 +59,8 @@ pub struct Found {
     pub states: u64,
     /// Crash states of a sector, over all replicas.
     pub crash_states: u64,
-    /// Those that no version wins although N is odd and none failed: the sector had two or more writes that
-    /// were not flushed, and so three versions.
+    /// Those that no version wins although N is odd and none failed: the sector had two or more
+    /// writes that were not flushed, and so three versions.
     pub three_versions: u64,
     /// Those that no version wins, or a stale one, because N is even or a replica had failed.
     pub undecided: u64,
@@ -125,7 +127,12 @@ pub fn explore_all(case: Case, length: u32) -> Result<Found, Violation> {
     Ok(found)
 }
 
-fn explore(case: Case, history: &[Act], votes: &mut Votes, found: &mut Found) -> Result<(), Violation> {
+fn explore(
+    case: Case,
+    history: &[Act],
+    votes: &mut Votes,
+    found: &mut Found,
+) -> Result<(), Violation> {
     let pool = BufferPool::default();
     let mut seen = BTreeSet::new();
     let mut paths: Vec<Vec<Step>> = vec![Vec::new()];
@@ -138,9 +145,12 @@ fn explore(case: Case, history: &[Act], votes: &mut Votes, found: &mut Found) ->
             continue;
         }
         found.states += 1;
-        state
-            .check(votes, found)
-            .map_err(|v| Violation::new(v.promise, format!("{} {case:?} {history:?} {path:?}", v.text)))?;
+        state.check(votes, found).map_err(|v| {
+            Violation::new(
+                v.promise,
+                format!("{} {case:?} {history:?} {path:?}", v.text),
+            )
+        })?;
         for step in state.next() {
             let mut longer = path.clone();
             longer.push(step);
@@ -161,7 +171,12 @@ impl<'a> State<'a> {
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),
         };
-        let shared = Arc::new(Shared::new(case.replicas, case.threshold, 1, SECTORS as u64));
+        let shared = Arc::new(Shared::new(
+            case.replicas,
+            case.threshold,
+            1,
+            SECTORS as u64,
+        ));
         let held = Held {
             possible: std::array::from_fn(|sector| vec![Value::written(0, sector)]),
             dirty: [None; SECTORS],
@@ -208,7 +223,9 @@ impl<'a> State<'a> {
                 Effect::Submit(operation) => self.take_off(operation),
                 Effect::Complete(tag, result) => self.completed(tag, result.is_ok()),
                 Effect::Report(_) | Effect::HealthChanged => {}
-                Effect::Wake(..) | Effect::ContentsDiffer(_) => unreachable!("one worker, no blkverify"),
+                Effect::Wake(..) | Effect::ContentsDiffer(_) => {
+                    unreachable!("one worker, no blkverify")
+                }
                 Effect::JobChanged(_) | Effect::Released(_) => unreachable!("no operator"),
             }
         }
@@ -232,10 +249,15 @@ impl<'a> State<'a> {
                     self.model.write_began(start + index, value, self.now);
                 }
                 let durable = false;
-                GuestRequest::Write { range, data, durable }
+                GuestRequest::Write {
+                    range,
+                    data,
+                    durable,
+                }
             }
         };
-        self.engine.submit(Tag(act as u64), request, &mut self.effects);
+        self.engine
+            .submit(Tag(act as u64), request, &mut self.effects);
     }
 
     /// From now on the operation may have had its effect.
@@ -263,7 +285,11 @@ impl<'a> State<'a> {
                     covers = held.dirty;
                 }
                 let is_this = |act: &usize| {
-                    let asked = held.in_flight.iter().map(|(act, _)| act).chain(&held.answered);
+                    let asked = held
+                        .in_flight
+                        .iter()
+                        .map(|(act, _)| act)
+                        .chain(&held.answered);
                     self.history[*act] == Act::Flush && !asked.into_iter().any(|other| other == act)
                 };
                 (0..self.submitted).find(is_this).expect("a guest's flush")
@@ -278,8 +304,13 @@ impl<'a> State<'a> {
     }
 
     fn deliver(&mut self, step: Step) {
-        let index = self.flights.iter().position(|flight| step_of(flight) == step);
-        let flight = self.flights.swap_remove(index.expect("a step that is possible"));
+        let index = self
+            .flights
+            .iter()
+            .position(|flight| step_of(flight) == step);
+        let flight = self
+            .flights
+            .swap_remove(index.expect("a step that is possible"));
         let replica = flight.operation.replica.as_usize();
         let fails = replica == 0 && self.case.fails == Some(flight.act);
         let held = &mut self.held[replica];
@@ -322,7 +353,8 @@ impl<'a> State<'a> {
                 for sector in range.start..range.end() {
                     let sector = usize::try_from(sector).expect("few");
                     let value = value_of(act, sector);
-                    self.model.write_ended(sector, value, self.now, success, false);
+                    self.model
+                        .write_ended(sector, value, self.now, success, false);
                 }
             }
         }
@@ -351,7 +383,8 @@ impl<'a> State<'a> {
                 found.crash_states += 1;
                 self.check_crash_state(&permitted, &values, votes, found)?;
                 // The next combination.
-                let next = (0..choice.len()).find(|r| choice[*r] + 1 < self.held[*r].possible[sector].len());
+                let next = (0..choice.len())
+                    .find(|r| choice[*r] + 1 < self.held[*r].possible[sector].len());
                 let Some(next) = next else { break };
                 choice[..next].fill(0);
                 choice[next] += 1;
@@ -372,7 +405,10 @@ impl<'a> State<'a> {
             threshold,
             fails,
         } = self.case;
-        let good = values.iter().filter(|value| permitted.contains(value)).count();
+        let good = values
+            .iter()
+            .filter(|value| permitted.contains(value))
+            .count();
         let text = || format!("crash state {values:?}, permitted {permitted:?}:");
         if good < threshold {
             return Err(Violation::new("I2", text() + " a flushed write is lost,"));
@@ -381,12 +417,19 @@ impl<'a> State<'a> {
             Some(winner) if permitted.contains(&winner) => {}
             // What is stale is not known after a crash, and t replicas are no majority.
             Some(_) if fails.is_some() && 2 * threshold <= replicas => found.undecided += 1,
-            Some(_) => return Err(Violation::new("I2", text() + " a flushed write is outvoted,")),
+            Some(_) => {
+                return Err(Violation::new(
+                    "I2",
+                    text() + " a flushed write is outvoted,",
+                ));
+            }
             None if replicas % 2 == 0 || threshold != replicas / 2 + 1 || fails.is_some() => {
                 found.undecided += 1
             }
             // What was flushed, and one write since.
-            None if permitted.len() <= 2 => return Err(Violation::new("I5", text() + " no version wins,")),
+            None if permitted.len() <= 2 => {
+                return Err(Violation::new("I5", text() + " no version wins,"));
+            }
             None => found.three_versions += 1,
         }
         Ok(())
@@ -424,7 +467,8 @@ impl Votes {
     fn winner(&mut self, values: &[Value], threshold: usize) -> Option<Value> {
         let key = (values.to_vec(), threshold);
         *self.0.entry(key).or_insert_with(|| {
-            let sectors: Vec<[u8; SECTOR_LEN]> = values.iter().map(|value| sector_of(*value)).collect();
+            let sectors: Vec<[u8; SECTOR_LEN]> =
+                values.iter().map(|value| sector_of(*value)).collect();
             let ballot = |replica: usize| Ballot {
                 replica: ReplicaIndex(u8::try_from(replica).expect("few")),
                 bytes: &sectors[replica],
@@ -432,7 +476,10 @@ impl Votes {
             };
             let ballots: Vec<Ballot<'_>> = bits((1 << values.len()) - 1).map(ballot).collect();
             let verdict = vote(SectorRange::new(0, 1), &ballots, Rule::Threshold(threshold));
-            verdict.winners.first().map(|run| values[run.held_by.as_usize()])
+            verdict
+                .winners
+                .first()
+                .map(|run| values[run.held_by.as_usize()])
         })
     }
 }

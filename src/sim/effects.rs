@@ -1,4 +1,5 @@
-//! What the engines ask for, kept in order until the world looks at it: an effect must not call back.
+//! What the engines ask for, kept in order until the world looks at it: an effect must not call
+//! back.
 
 use super::model::Value;
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
@@ -36,7 +37,8 @@ pub enum Effect {
 pub struct Collected {
     /// In order.
     pub effects: Vec<Effect>,
-    /// The sectors that answers brought, in order; `None` for one whose bytes are of no single version.
+    /// The sectors that answers brought, in order; `None` for one whose bytes are of no single
+    /// version.
     pub values: Vec<Option<Value>>,
 }
 

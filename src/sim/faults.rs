@@ -1,4 +1,5 @@
-//! What happens to the replicas by itself: writeback, rot, failing writeback, eviction, and the crash.
+//! What happens to the replicas by itself: writeback, rot, failing writeback, eviction, and the
+//! crash.
 
 use super::Violation;
 use super::ledger::{Ledger, count};
@@ -43,9 +44,13 @@ impl World {
     pub(super) fn evict(&mut self, replica: usize) {
         let sector = self.random.bit(self.replicas[replica].lost());
         let untold = self.replicas[replica].evict(sector as usize);
-        trace!(self, "replica {replica} evicts {sector}, which is not durable");
+        trace!(
+            self,
+            "replica {replica} evicts {sector}, which is not durable"
+        );
         if self.ledger.lied_durable[replica] >> sector & 1 == 1 {
-            // It was said to be durable: whatever is told now, the engine has no reason to doubt it.
+            // It was said to be durable: whatever is told now, the engine has no reason to doubt
+            // it.
             self.mark_lied(replica, 1 << sector);
         } else if untold {
             self.ledger.dropped[replica] |= 1 << sector;
@@ -77,8 +82,8 @@ impl World {
         }
     }
 
-    /// The host crashes: whatever is in flight or not durable is there afterwards or not, sector by sector and
-    /// replica by replica. Then the daemon starts again, knowing nothing.
+    /// The host crashes: whatever is in flight or not durable is there afterwards or not, sector by
+    /// sector and replica by replica. Then the daemon starts again, knowing nothing.
     pub(super) fn crash(&mut self) -> Checked {
         trace!(self, "-- crash");
         self.statistics.crashes += 1;
@@ -88,7 +93,9 @@ impl World {
         }
         let behind = |replica: &usize| {
             let index = crate::quorum::ReplicaIndex(u8::try_from(*replica).expect("few"));
-            self.shared.jobs(|_| (), |_, health| health.stale_sectors(index)) > 0
+            self.shared
+                .jobs(|_| (), |_, health| health.stale_sectors(index))
+                > 0
         };
         let new = bits(u64::from(self.unsynced)).filter(behind);
         let mut unsynced = new.fold(0, |mask, replica| mask | 1 << replica);
@@ -115,8 +122,8 @@ impl World {
                 unsynced = 0;
             }
         }
-        // Who was added and is not up to date is not given to the next daemon, which would take it for a good one;
-        // unless nothing works without it.
+        // Who was added and is not up to date is not given to the next daemon, which would take it
+        // for a good one; unless nothing works without it.
         self.members &= !unsynced;
         self.ever = self.count();
         self.start_engines();
@@ -145,11 +152,15 @@ impl World {
             let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
             return Err(Violation::new("I2", text));
         }
-        let explained =
-            count(&before.lied, sector) + count(&before.excused, sector) + count(&self.ledger.lied, sector);
+        let explained = count(&before.lied, sector)
+            + count(&before.excused, sector)
+            + count(&self.ledger.lied, sector);
         if versions.len() > 2 && explained == 0 {
             self.statistics.three_versions += 1;
-            trace!(self, "after the crash {sector} has the versions {versions:?}");
+            trace!(
+                self,
+                "after the crash {sector} has the versions {versions:?}"
+            );
         }
         Ok(good)
     }

@@ -1,8 +1,9 @@
-//! What excuses a replica, sector by sector: the injected faults, and what the engine was told of them.
+//! What excuses a replica, sector by sector: the injected faults, and what the engine was told of
+//! them.
 //!
-//! The checks ask it two things: might this replica give wrong bytes here, and need the engine have counted on
-//! it? Each request in flight keeps what was true at any time since it began, so that a replica that was
-//! wrong when it was read and was mended since is not forgotten.
+//! The checks ask it two things: might this replica give wrong bytes here, and need the engine have
+//! counted on it? Each request in flight keeps what was true at any time since it began, so that a
+//! replica that was wrong when it was read and was mended since is not forgotten.
 
 use super::plan::PLACES;
 
@@ -16,7 +17,8 @@ pub struct Ledger {
     pub lied: Masks,
     /// Has dropped a page there and has not told yet.
     pub dropped: Masks,
-    /// Said of these that they are durable, and they are not; or lied, and was mended in its cache only.
+    /// Said of these that they are durable, and they are not; or lied, and was mended in its cache
+    /// only.
     pub lied_durable: Masks,
     /// The engine was told of an error by which the replica may be behind there.
     pub excused: Masks,
@@ -74,7 +76,8 @@ impl Ledger {
         self.lied[replica] | self.dropped[replica]
     }
 
-    /// The replica holds what it should hold there, in its cache; what is beneath is another matter.
+    /// The replica holds what it should hold there, in its cache; what is beneath is another
+    /// matter.
     pub fn mended(&mut self, replica: usize, sectors: u64) {
         self.lied_durable[replica] |= self.lied[replica] & sectors;
         self.lied[replica] &= !sectors;

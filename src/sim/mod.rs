@@ -1,15 +1,17 @@
-//! A simulator: the engine of production under a seeded scheduler, with simulated replicas, guest and crashes.
+//! A simulator: the engine of production under a seeded scheduler, with simulated replicas, guest
+//! and crashes.
 //!
 //! One `u64` decides a whole run: the disk and the guest ([`plan`]), which faults strike (`faults`,
-//! `operations`), and in which order everything happens (`schedule`). What the engine does is checked after
-//! every step (`checks`) against a naive model of the disk ([`model`]) and the books kept of the faults
-//! ([`ledger`]). [`runner`] does this for many seeds; a seed that fails is replayed with a trace.
+//! `operations`), and in which order everything happens (`schedule`). What the engine does is
+//! checked after every step (`checks`) against a naive model of the disk ([`model`]) and the books
+//! kept of the faults ([`ledger`]). [`runner`] does this for many seeds; a seed that fails is
+//! replayed with a trace.
 //!
 //! The engine is not changed for this, except that a test can break one of its rules
 //! ([`mutant`](crate::engine::mutant)) to show that the checks notice.
 //!
-//! Not simulated: guest memory and rings (the device is tested by itself), and what two workers do at the same
-//! instant: here one input is dealt with after the other.
+//! Not simulated: guest memory and rings (the device is tested by itself), and what two workers do
+//! at the same instant: here one input is dealt with after the other.
 
 mod checks;
 pub mod crash_states;
@@ -74,7 +76,8 @@ pub fn run(seed: u64, pools: &[BufferPool], traced: bool) -> Outcome {
     let mut random = Random::new(seed);
     let plan = Plan::new(&mut random);
     let mut world = World::new(plan, random, pools, traced);
-    // A panic of the engine is a violation like any other; the world is not used after it but for its trace.
+    // A panic of the engine is a violation like any other; the world is not used after it but for
+    // its trace.
     let result = catch_unwind(AssertUnwindSafe(|| world.run()));
     let result = result.unwrap_or_else(|panic| {
         let text = panic

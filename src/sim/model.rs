@@ -1,9 +1,10 @@
-//! The naive model of a disk: for every sector, each value that was ever written to it and may still be read.
+//! The naive model of a disk: for every sector, each value that was ever written to it and may
+//! still be read.
 //!
-//! It knows of requests only when they were made and when they were answered. That says which values a read
-//! may return: those that no later write has surely replaced. A value carries the number of its write and is
-//! unique, so what a read returned tells which write it saw, and reads that follow one another tell in which
-//! order the writes took effect.
+//! It knows of requests only when they were made and when they were answered. That says which
+//! values a read may return: those that no later write has surely replaced. A value carries the
+//! number of its write and is unique, so what a read returned tells which write it saw, and reads
+//! that follow one another tell in which order the writes took effect.
 
 /// What a sector holds: unique for each write of each sector, and for each fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -12,7 +13,8 @@ pub struct Value(pub u64);
 const ROT: u64 = 1 << 63;
 
 impl Value {
-    /// What write number `write` puts into `sector`. Write 0 is what the disk held in the beginning: zeroes.
+    /// What write number `write` puts into `sector`. Write 0 is what the disk held in the
+    /// beginning: zeroes.
     pub fn written(write: u64, sector: usize) -> Self {
         if write == 0 {
             return Self(0);
@@ -46,8 +48,8 @@ impl std::fmt::Display for Value {
     }
 }
 
-/// A moment: the number of guest-visible events before it. What the disk held in the beginning was written
-/// from moment 0 to moment 1.
+/// A moment: the number of guest-visible events before it. What the disk held in the beginning was
+/// written from moment 0 to moment 1.
 pub type Moment = u64;
 
 /// Not yet.
@@ -64,8 +66,8 @@ struct Written {
     acknowledged: bool,
     /// A flush that began after its answer has succeeded: a crash does not undo it.
     durable: bool,
-    /// The first end and the last begin of all that dealt with this value: it was current from the one to the
-    /// other if they come in this order.
+    /// The first end and the last begin of all that dealt with this value: it was current from the
+    /// one to the other if they come in this order.
     first_end: Moment,
     last_begin: Moment,
 }
@@ -79,7 +81,9 @@ pub struct Model {
 impl Model {
     /// A disk of `sectors` sectors that hold the values of write 0.
     pub fn new(sectors: usize) -> Self {
-        let mut model = Self { sectors: Vec::new() };
+        let mut model = Self {
+            sectors: Vec::new(),
+        };
         model.grow(sectors);
         model
     }
@@ -97,7 +101,8 @@ impl Model {
                 last_begin: 0,
             }]
         };
-        self.sectors.extend((self.sectors.len()..sectors).map(initial));
+        self.sectors
+            .extend((self.sectors.len()..sectors).map(initial));
     }
 
     /// A write was submitted.
@@ -114,7 +119,14 @@ impl Model {
     }
 
     /// The write was answered.
-    pub fn write_ended(&mut self, sector: usize, value: Value, now: Moment, success: bool, durable: bool) {
+    pub fn write_ended(
+        &mut self,
+        sector: usize,
+        value: Value,
+        now: Moment,
+        success: bool,
+        durable: bool,
+    ) {
         let written = self.sectors[sector].iter_mut().find(|w| w.value == value);
         let written = written.expect("nothing is forgotten before it has ended");
         written.ended = now;
@@ -125,8 +137,8 @@ impl Model {
         }
     }
 
-    /// Whether a read that began at `since` may return the value: no write that began after this one ended was
-    /// acknowledged before.
+    /// Whether a read that began at `since` may return the value: no write that began after this
+    /// one ended was acknowledged before.
     pub fn is_permitted(&self, sector: usize, value: Value, since: Moment) -> bool {
         let all = &self.sectors[sector];
         let Some(written) = all.iter().find(|w| w.value == value) else {
@@ -136,9 +148,9 @@ impl Model {
             .any(|w| w.acknowledged && w.began >= written.ended && w.ended <= since)
     }
 
-    /// A read from `began` to `ended` returned the value. Whether that goes with what other reads have
-    /// returned: there must be an order in which each value is current once, in one piece. For two values
-    /// that is impossible if each was dealt with after the other had been.
+    /// A read from `began` to `ended` returned the value. Whether that goes with what other reads
+    /// have returned: there must be an order in which each value is current once, in one piece.
+    /// For two values that is impossible if each was dealt with after the other had been.
     ///
     /// # Errors
     /// The value that contradicts this one.
@@ -157,12 +169,16 @@ impl Model {
         seen.first_end = seen.first_end.min(ended);
         seen.last_begin = seen.last_begin.max(began);
         let seen = *seen;
-        let contradicts =
-            |w: &&Written| w.value != value && seen.first_end < w.last_begin && w.first_end < seen.last_begin;
-        all.iter().find(contradicts).map_or(Ok(()), |w| Err(w.value))
+        let contradicts = |w: &&Written| {
+            w.value != value && seen.first_end < w.last_begin && w.first_end < seen.last_begin
+        };
+        all.iter()
+            .find(contradicts)
+            .map_or(Ok(()), |w| Err(w.value))
     }
 
-    /// A flush that began at `began` has succeeded. `oldest` is when the oldest request in flight began.
+    /// A flush that began at `began` has succeeded. `oldest` is when the oldest request in flight
+    /// began.
     pub fn flushed(&mut self, began: Moment, oldest: Moment) {
         for all in &mut self.sectors {
             for written in &mut *all {
@@ -187,7 +203,11 @@ impl Model {
             for written in &mut *all {
                 written.ended = written.ended.min(now);
                 written.acknowledged = written.durable;
-                written.first_end = if written.durable { written.ended } else { NEVER };
+                written.first_end = if written.durable {
+                    written.ended
+                } else {
+                    NEVER
+                };
                 written.last_begin = written.began;
             }
             forget(all, now);
@@ -245,7 +265,11 @@ mod tests {
         let mut model = Model::new(1);
         model.write_began(0, value(1), 10);
         assert_eq!(model.observe(0, value(1), 11, 12), Ok(()));
-        assert_eq!(model.observe(0, value(0), 11, 13), Ok(()), "concurrent reads may");
+        assert_eq!(
+            model.observe(0, value(0), 11, 13),
+            Ok(()),
+            "concurrent reads may"
+        );
         assert_eq!(model.observe(0, value(0), 13, 14), Err(value(1)));
     }
 

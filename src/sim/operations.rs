@@ -1,7 +1,7 @@
 //! What becomes of an operation on a simulated replica.
 //!
-//! Its fate is drawn when it is submitted. Then, in steps between which anything else may happen: it takes
-//! effect, sector by sector or all at once; it is done; its reply arrives.
+//! Its fate is drawn when it is submitted. Then, in steps between which anything else may happen:
+//! it takes effect, sector by sector or all at once; it is done; its reply arrives.
 
 use std::time::Duration;
 
@@ -71,9 +71,9 @@ impl Flight {
 
     fn range(&self) -> Option<SectorRange> {
         match &self.operation.action {
-            Action::Read { range, .. } | Action::Write { range, .. } | Action::Zero { range, .. } => {
-                Some(*range)
-            }
+            Action::Read { range, .. }
+            | Action::Write { range, .. }
+            | Action::Zero { range, .. } => Some(*range),
             Action::Flush => None,
         }
     }
@@ -90,7 +90,9 @@ impl World {
         let disk = self.plan.disk();
         let (sectors, write) = match &operation.action {
             Action::Flush => (self.replicas[replica].dirty(), None),
-            Action::Read { range, .. } | Action::Write { range, .. } | Action::Zero { range, .. } => {
+            Action::Read { range, .. }
+            | Action::Write { range, .. }
+            | Action::Zero { range, .. } => {
                 if range.count == 0 || range.start < disk.start || range.end() > disk.end() {
                     return Err(Violation::new(
                         "range",
@@ -104,14 +106,17 @@ impl World {
                     Action::Zero { .. } => {
                         let asker = operation.request;
                         let of_guest = self.engines[self.input_from].is_guest_write(asker);
-                        of_guest.then(|| self.guest_zero(replica, *range)).transpose()?
+                        of_guest
+                            .then(|| self.guest_zero(replica, *range))
+                            .transpose()?
                     }
                     Action::Read { .. } | Action::Flush => None,
                 };
                 (self.plan.mask(*range), write)
             }
         };
-        if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. }) {
+        if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
+        {
             self.rewrites += 1;
             self.doubt_mend(sectors);
         }
@@ -131,8 +136,8 @@ impl World {
         Ok(())
     }
 
-    /// The guest's write that data belongs to, which is one in flight that this replica was not handed yet;
-    /// otherwise the data is that of a rewrite.
+    /// The guest's write that data belongs to, which is one in flight that this replica was not
+    /// handed yet; otherwise the data is that of a rewrite.
     fn guest_write(
         &mut self,
         replica: usize,
@@ -142,15 +147,19 @@ impl World {
         let Some(number) = parse(&data[..SECTOR_LEN]).and_then(Value::write) else {
             return Ok(None);
         };
-        let is_this =
-            |pending: &Pending, write: &PendingWrite| write.number == number && pending.range == range;
+        let is_this = |pending: &Pending, write: &PendingWrite| {
+            write.number == number && pending.range == range
+        };
         let failures = self.ledger.failures;
         let write = self.pending_write(is_this);
-        write.map(|write| write.hand_to(replica, failures)).transpose()
+        write
+            .map(|write| write.hand_to(replica, failures))
+            .transpose()
     }
 
-    /// The guest's zeroing that an operation belongs to. Zeroes do not tell who wrote them, but of those of one
-    /// range and one worker the first one that this replica was not handed is meant: they run in order.
+    /// The guest's zeroing that an operation belongs to. Zeroes do not tell who wrote them, but of
+    /// those of one range and one worker the first one that this replica was not handed is
+    /// meant: they run in order.
     fn guest_zero(&mut self, replica: usize, range: SectorRange) -> Result<u64, Violation> {
         let worker = self.input_from;
         let is_this = |pending: &Pending, write: &PendingWrite| {
@@ -169,10 +178,13 @@ impl World {
         &mut self,
         is_meant: impl Fn(&Pending, &PendingWrite) -> bool,
     ) -> Option<&mut PendingWrite> {
-        let meant = self.pending.iter_mut().filter(|pending| match &pending.kind {
-            PendingKind::Write(write) => is_meant(pending, write),
-            PendingKind::Read | PendingKind::Flush => false,
-        });
+        let meant = self
+            .pending
+            .iter_mut()
+            .filter(|pending| match &pending.kind {
+                PendingKind::Write(write) => is_meant(pending, write),
+                PendingKind::Read | PendingKind::Flush => false,
+            });
         let first = meant.min_by_key(|pending| pending.tag.0)?;
         match &mut first.kind {
             PendingKind::Write(write) => Some(write),
@@ -180,7 +192,8 @@ impl World {
         }
     }
 
-    /// A replica is about to be mended: if enough replicas lie to win a vote, right bytes may be replaced.
+    /// A replica is about to be mended: if enough replicas lie to win a vote, right bytes may be
+    /// replaced.
     fn doubt_mend(&mut self, sectors: u64) {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let enough = if fifo { 1 } else { self.plan.threshold };
@@ -316,8 +329,8 @@ impl World {
         }
     }
 
-    /// The engine's copy of the data is out of the guest's reach, whatever it does to its buffer. (Unless a
-    /// mutant hands the guest's own memory to the replicas.)
+    /// The engine's copy of the data is out of the guest's reach, whatever it does to its buffer.
+    /// (Unless a mutant hands the guest's own memory to the replicas.)
     fn changed_by_guest(&mut self, value: Value, guest_write: bool) -> Value {
         let shared = mutant::is_broken(Mutant::FanOutFromGuestMemory);
         if shared && guest_write && self.plan.fickle_guest && self.random.below(4) == 0 {
@@ -336,7 +349,14 @@ impl World {
         zero
     }
 
-    fn write_sector(&mut self, replica: usize, sector: usize, value: Value, fate: Fate, guest: bool) {
+    fn write_sector(
+        &mut self,
+        replica: usize,
+        sector: usize,
+        value: Value,
+        fate: Fate,
+        guest: bool,
+    ) {
         let mut sector = sector;
         if let Fate::Misdirected(shift) = fate {
             self.mark_lied(replica, 1 << sector);
@@ -370,7 +390,8 @@ impl World {
                 let durable = *durable;
                 let mask = range.map_or(0, |range| self.plan.mask(range));
                 if fate == Fate::Lies {
-                    // What it did write was marked as mended on the way: no harm in thinking worse of it.
+                    // What it did write was marked as mended on the way: no harm in thinking worse
+                    // of it.
                     self.mark_lied(replica, mask);
                 } else if durable && !failed {
                     self.write_back(replica, mask);
@@ -386,7 +407,8 @@ impl World {
                         self.replicas[replica].lose(lost, false);
                     }
                     Fate::Lies => {
-                        self.ledger.lied_durable[replica] |= sectors & self.replicas[replica].dirty();
+                        self.ledger.lied_durable[replica] |=
+                            sectors & self.replicas[replica].dirty();
                     }
                     Fate::Done | Fate::Misdirected(_) => {}
                 }
@@ -454,7 +476,9 @@ impl World {
             }
         }
         match (&flight.operation.action, success) {
-            (Action::Write { range, .. } | Action::Zero { range, .. }, true) if flight.write.is_none() => {
+            (Action::Write { range, .. } | Action::Zero { range, .. }, true)
+                if flight.write.is_none() =>
+            {
                 // Mended, unless something has come between.
                 if flight.failures == self.ledger.failures[replica] {
                     self.ledger.excused[replica] &= !self.plan.mask(*range);

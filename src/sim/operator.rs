@@ -1,11 +1,12 @@
-//! What the operator does while the guest runs: replicas are added and removed, the disk grows, jobs are begun, paused,
-//! cancelled.
+//! What the operator does while the guest runs: replicas are added and removed, the disk grows,
+//! jobs are begun, paused, cancelled.
 //!
-//! What must hold of it: a replica that was added never counts where it has not been written to (it begins with bytes
-//! that nobody wrote, so a read that returns them is noticed); none is removed that is needed; its place is free only
-//! when nothing is in flight there; jobs go through their states in order; a scrub finds whatever is damaged, mends it
-//! if it is to, and accuses nobody otherwise; what a disk has grown by is zeroes until it is written, whoever is in
-//! service, on its way in or out.
+//! What must hold of it: a replica that was added never counts where it has not been written to (it
+//! begins with bytes that nobody wrote, so a read that returns them is noticed); none is removed
+//! that is needed; its place is free only when nothing is in flight there; jobs go through their
+//! states in order; a scrub finds whatever is damaged, mends it if it is to, and accuses nobody
+//! otherwise; what a disk has grown by is zeroes until it is written, whoever is in service, on its
+//! way in or out.
 
 use super::Violation;
 use super::model::Value;
@@ -71,7 +72,8 @@ impl World {
         .map(|_| ())
     }
 
-    /// The disk grows. Every replica has been made longer by zeroes, durably, before anybody hears of it.
+    /// The disk grows. Every replica has been made longer by zeroes, durably, before anybody hears
+    /// of it.
     fn grow(&mut self) {
         let blocks = (SECTORS_MAX - self.plan.sectors) / self.plan.block_sectors;
         if blocks == 0 {
@@ -109,7 +111,9 @@ impl World {
 
     fn add_replica(&mut self) -> Checked {
         let taken = self.members | self.leaving;
-        let free: Vec<usize> = (0..PLACES).filter(|place| taken >> place & 1 == 0).collect();
+        let free: Vec<usize> = (0..PLACES)
+            .filter(|place| taken >> place & 1 == 0)
+            .collect();
         if free.is_empty() || self.count() > 5 {
             return Ok(());
         }
@@ -163,7 +167,10 @@ impl World {
         }
         let mut events = Vec::new();
         let removed = self.shared.remove(index(place), |event| events.push(event));
-        trace!(self, "operator: replica {place} is to be removed: {removed:?}");
+        trace!(
+            self,
+            "operator: replica {place} is to be removed: {removed:?}"
+        );
         if let Err(reason) = removed {
             let too_few = self.count() <= self.plan.threshold;
             if (reason == NotRemoved::TooFew) != too_few {
@@ -214,12 +221,16 @@ impl World {
                 lies(replica) || self.model.is_permitted(sector, value, self.now)
             };
             let count = |members: u32, holds: &dyn Fn(usize) -> bool| {
-                bits(u64::from(members)).filter(|replica| holds(*replica)).count()
+                bits(u64::from(members))
+                    .filter(|replica| holds(*replica))
+                    .count()
             };
-            let holders: [(&str, &dyn Fn(usize) -> bool); 2] = [("newest", &fresh), ("durable", &durable)];
+            let holders: [(&str, &dyn Fn(usize) -> bool); 2] =
+                [("newest", &fresh), ("durable", &durable)];
             for (what, holds) in holders {
                 if count(before, holds) >= threshold && count(self.members, holds) < threshold {
-                    let text = format!("replica {place} had one of the last {what} copies of {sector}");
+                    let text =
+                        format!("replica {place} had one of the last {what} copies of {sector}");
                     return Err(Violation::new("remove", text));
                 }
             }
@@ -253,7 +264,9 @@ impl World {
     }
 
     fn jobs_told(&mut self, events: Vec<JobEvent>) -> Checked {
-        events.into_iter().try_for_each(|event| self.job_told(event))
+        events
+            .into_iter()
+            .try_for_each(|event| self.job_told(event))
     }
 
     /// An event of a job has come out.
@@ -299,7 +312,8 @@ impl World {
         Err(Violation::new("jobs", text))
     }
 
-    /// A replica that was added, and has not failed or left since, holds everything when its resync is over.
+    /// A replica that was added, and has not failed or left since, holds everything when its resync
+    /// is over.
     fn check_synced(&self, replica: usize) -> Checked {
         if self.ledger.failures[replica] == 0 && self.ledger.excused[replica] != 0 {
             let text = format!(
@@ -347,11 +361,17 @@ impl World {
                 let text = format!("all were equal, and {:b} is accused", self.accused);
                 return Err(Violation::new("scrub", text));
             }
-            if let Some(sector) = differ.iter().find(|sector| self.accused >> **sector & 1 == 0) {
+            if let Some(sector) = differ
+                .iter()
+                .find(|sector| self.accused >> **sector & 1 == 0)
+            {
                 return Err(Violation::new("scrub", format!("{sector} was not found")));
             }
             let after = self.sectors_that_differ();
-            if let Some(sector) = differ.iter().find(|sector| repair && after.contains(sector)) {
+            if let Some(sector) = differ
+                .iter()
+                .find(|sector| repair && after.contains(sector))
+            {
                 return Err(Violation::new("scrub", format!("{sector} was not mended")));
             }
         }
@@ -361,7 +381,10 @@ impl World {
     fn are_equal(&self) -> bool {
         let first = self.members().next().unwrap_or(0);
         let value = |replica: usize, sector| self.replicas[replica].value(sector);
-        let is_first = |sector: usize| self.members().all(|r| value(r, sector) == value(first, sector));
+        let is_first = |sector: usize| {
+            self.members()
+                .all(|r| value(r, sector) == value(first, sector))
+        };
         (0..self.stirred.len()).all(is_first)
     }
 
@@ -373,12 +396,16 @@ impl World {
         Ok(())
     }
 
-    /// The sectors that have a winner, and so has their block, and somebody who holds something else.
+    /// The sectors that have a winner, and so has their block, and somebody who holds something
+    /// else.
     fn sectors_that_differ(&self) -> Vec<usize> {
         let block = usize::try_from(self.plan.block_sectors).expect("few");
         let value = |replica: usize, sector| self.replicas[replica].value(sector);
         // Who is behind has no vote, and nobody knows here who is.
-        let voters: Vec<usize> = self.members().filter(|r| self.ledger.excused[*r] == 0).collect();
+        let voters: Vec<usize> = self
+            .members()
+            .filter(|r| self.ledger.excused[*r] == 0)
+            .collect();
         let most = |sector: usize| {
             let votes = |r: &usize| {
                 voters

@@ -1,7 +1,8 @@
-//! What a seed chooses before its run: the disk, the guest, and which faults there are and how often.
+//! What a seed chooses before its run: the disk, the guest, and which faults there are and how
+//! often.
 //!
-//! Each seed enables a random subset of the faults ("swarm testing"): a run in which everything happens all
-//! the time hides what needs a long quiet stretch, or two rare things and nothing else.
+//! Each seed enables a random subset of the faults ("swarm testing"): a run in which everything
+//! happens all the time hides what needs a long quiet stretch, or two rare things and nothing else.
 
 use std::time::Duration;
 
@@ -67,7 +68,8 @@ pub struct Plan {
     pub blocks_max: u64,
     /// How many requests the guest makes.
     pub requests: u64,
-    /// Of 100 requests, how many are reads, flushes, discards and write-zeroes; the rest are writes.
+    /// Of 100 requests, how many are reads, flushes, discards and write-zeroes; the rest are
+    /// writes.
     pub reads: u64,
     /// See `reads`.
     pub flushes: u64,
@@ -143,7 +145,11 @@ impl Plan {
             blocks_max: random.pick(&[1, 2, 2, 4, 8]).min(sectors / block_sectors),
             requests: random.pick(&[8, 15, 15, 25, 50]),
             reads: random.pick(&[20, 40, 40, 60, 80]),
-            flushes: if durable { 0 } else { random.pick(&[0, 5, 5, 15]) },
+            flushes: if durable {
+                0
+            } else {
+                random.pick(&[0, 5, 5, 15])
+            },
             zeroes: random.pick(&[0, 0, 5, 20]),
             durable,
             eagerness: random.pick(&[1, 3, 10]),
@@ -252,7 +258,11 @@ impl Plan {
 
 /// The lowest `count` bits.
 pub fn mask_below(count: u64) -> u64 {
-    if count >= 64 { u64::MAX } else { (1 << count) - 1 }
+    if count >= 64 {
+        u64::MAX
+    } else {
+        (1 << count) - 1
+    }
 }
 
 /// The numbers of the bits that are set, lowest first.

@@ -1,4 +1,5 @@
-//! Random numbers from one seed: SplitMix64, so that a seed means the same run everywhere and for ever.
+//! Random numbers from one seed: SplitMix64, so that a seed means the same run everywhere and for
+//! ever.
 //!
 //! Invariant: what it yields depends on the seed and on the order of the calls alone.
 

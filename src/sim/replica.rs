@@ -1,12 +1,13 @@
 //! A simulated replica: a disk behind a page cache that a crash empties.
 //!
-//! A sector has a value in the cache, which reads see, and a durable one. A write makes it dirty. Writeback, at
-//! any time or because of a flush, makes a dirty sector durable, or fails to: then the kernel marks the page
-//! clean all the same, reads see the new value until the page is evicted, and from then on the old one. The
-//! failure is told once, to whichever flush asks first (as Linux's `errseq_t` does for one open file).
+//! A sector has a value in the cache, which reads see, and a durable one. A write makes it dirty.
+//! Writeback, at any time or because of a flush, makes a dirty sector durable, or fails to: then
+//! the kernel marks the page clean all the same, reads see the new value until the page is evicted,
+//! and from then on the old one. The failure is told once, to whichever flush asks first (as
+//! Linux's `errseq_t` does for one open file).
 //!
-//! Invariant: a sector that is neither dirty nor lost has the same value in the cache and on disk. Sets of
-//! sectors are masks.
+//! Invariant: a sector that is neither dirty nor lost has the same value in the cache and on disk.
+//! Sets of sectors are masks.
 
 use super::model::Value;
 use super::plan::{bits, mask_below};
@@ -42,7 +43,8 @@ impl SimReplica {
     /// It has so many sectors now; the new ones hold the values of write 0, durably.
     pub fn grow(&mut self, sectors: usize) {
         let new = self.cached.len()..sectors;
-        self.cached.extend(new.clone().map(|s| Value::written(0, s)));
+        self.cached
+            .extend(new.clone().map(|s| Value::written(0, s)));
         self.durable.extend(new.map(|s| Value::written(0, s)));
     }
 

@@ -51,7 +51,9 @@ pub struct Summary {
 
 /// A seed that no run had before.
 pub fn fresh_seed() -> u64 {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let since = SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .unwrap_or_default();
     Random::new(since.as_secs() ^ u64::from(since.subsec_nanos()) << 32).bits() >> 16
 }
 

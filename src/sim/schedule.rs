@@ -1,8 +1,8 @@
 //! What happens next: one thing out of all that could.
 //!
-//! An operation takes effect on a sector, a reply arrives, the guest asks for something, a grant reaches another
-//! worker, a worker looks at the clock, a fault strikes. When nothing can happen by itself the clock jumps to
-//! the next moment at which something is due.
+//! An operation takes effect on a sector, a reply arrives, the guest asks for something, a grant
+//! reaches another worker, a worker looks at the clock, a fault strikes. When nothing can happen by
+//! itself the clock jumps to the next moment at which something is due.
 
 use std::time::Duration;
 
@@ -29,12 +29,20 @@ impl World {
         let ticks = usize::try_from(due.count_ones()).expect("few");
         let (wakes, flights) = (2 * self.wakes.len(), self.flights.len());
         let guest = if may_submit { self.plan.eagerness } else { 0 };
-        let waits = self.flights.iter().any(|flight| self.hangs(flight.replica()));
+        let waits = self
+            .flights
+            .iter()
+            .any(|flight| self.hangs(flight.replica()));
         if waits && ticks + wakes == 0 && self.random.below(16) == 0 {
             // While one hangs nothing much happens for long.
             return self.jump();
         }
-        if ticks + wakes + guest == 0 && self.flights.iter().all(|flight| self.hangs(flight.replica())) {
+        if ticks + wakes + guest == 0
+            && self
+                .flights
+                .iter()
+                .all(|flight| self.hangs(flight.replica()))
+        {
             return self.jump();
         }
         let choice = self.random.index(ticks + wakes + flights + guest);
@@ -42,7 +50,10 @@ impl World {
             self.tick(due)?;
         } else if choice < ticks + wakes {
             let (worker, request) = self.wakes.swap_remove((choice - ticks) / 2);
-            trace!(self, "worker {}: request {} has its lock", worker.0, request.0);
+            trace!(
+                self,
+                "worker {}: request {} has its lock", worker.0, request.0
+            );
             let (engine, effects) = self.engine(usize::from(worker.0));
             engine.granted(request, effects);
             self.look_at_effects(None)?;
@@ -66,7 +77,8 @@ impl World {
     fn due(&self) -> u32 {
         let due = |worker: &usize| {
             let deadline = self.engines[*worker].deadline();
-            self.tick_wanted >> worker & 1 == 1 || deadline.is_some_and(|deadline| deadline <= self.clock)
+            self.tick_wanted >> worker & 1 == 1
+                || deadline.is_some_and(|deadline| deadline <= self.clock)
         };
         (0..self.plan.workers)
             .filter(due)
@@ -88,7 +100,10 @@ impl World {
             self.paused = false;
             return Ok(());
         }
-        let deadlines = self.engines.iter().filter_map(crate::engine::Engine::deadline);
+        let deadlines = self
+            .engines
+            .iter()
+            .filter_map(crate::engine::Engine::deadline);
         let hung = self
             .flights
             .iter()
@@ -102,7 +117,8 @@ impl World {
             _ if self.is_quiet() => Ok(()),
             _ => {
                 let waiting: Vec<_> = self.pending.iter().map(|p| p.tag.0).collect();
-                let text = format!("nothing will ever happen; requests without an answer: {waiting:?}");
+                let text =
+                    format!("nothing will ever happen; requests without an answer: {waiting:?}");
                 Err(Violation::new("I6", text))
             }
         }
@@ -145,7 +161,8 @@ impl World {
             trace!(self, "replica {replica} hangs for {time:?}");
             self.hung_until[replica] = self.clock + time;
         }
-        if self.plan.dead >> replica & 1 == 1 && self.random.chance(1 << 9) && !self.hangs(replica) {
+        if self.plan.dead >> replica & 1 == 1 && self.random.chance(1 << 9) && !self.hangs(replica)
+        {
             trace!(self, "replica {replica} is as good as dead");
             let long = self.clock + self.plan.replica_timeout * 20;
             self.hung_until[replica] = if self.plan.only_death() {

@@ -1,7 +1,8 @@
 //! The world of one run: engines, replicas, a guest and a clock.
 //!
-//! What it does in which order is in `schedule`, what becomes of an operation in `operations`, what goes wrong
-//! in `faults`. What the engine says is checked at once (`checks`), and again whenever all is quiet.
+//! What it does in which order is in `schedule`, what becomes of an operation in `operations`, what
+//! goes wrong in `faults`. What the engine says is checked at once (`checks`), and again whenever
+//! all is quiet.
 //!
 //! Invariant: nothing but the seed decides what happens.
 
@@ -46,7 +47,8 @@ pub(super) enum PendingKind {
 #[derive(Debug)]
 pub(super) struct PendingWrite {
     pub(super) number: u64,
-    /// It writes zeroes, which in here have the colour of its number: so a zero tells who wrote it.
+    /// It writes zeroes, which in here have the colour of its number: so a zero tells who wrote
+    /// it.
     pub(super) zeroes: bool,
     /// The replicas it was handed to, masks of replicas.
     pub(super) handed_to: u32,
@@ -58,7 +60,11 @@ pub(super) struct PendingWrite {
 
 impl PendingWrite {
     /// It goes to a replica. Returns its number.
-    pub(super) fn hand_to(&mut self, replica: usize, failures: [u32; PLACES]) -> Result<u64, Violation> {
+    pub(super) fn hand_to(
+        &mut self,
+        replica: usize,
+        failures: [u32; PLACES],
+    ) -> Result<u64, Violation> {
         let number = self.number;
         if self.handed_to & (1 << replica) != 0 {
             let text = format!("w{number} twice on replica {replica}");
@@ -143,7 +149,8 @@ pub struct Statistics {
     pub accusations: u64,
     /// Replicas that left the set.
     pub departures: u64,
-    /// Sectors of which the replicas had three versions or more after a crash, although all were in service.
+    /// Sectors of which the replicas had three versions or more after a crash, although all were
+    /// in service.
     pub three_versions: u64,
     /// Replicas added.
     pub added: u64,
@@ -284,8 +291,9 @@ impl World {
         self.engines = (0..workers).map(engine).collect();
     }
 
-    /// After the last request: replicas that hung come back and are brought up to date, and whatever else is
-    /// wrong with them, reading everything finds it, and writing everything heals it.
+    /// After the last request: replicas that hung come back and are brought up to date, and
+    /// whatever else is wrong with them, reading everything finds it, and writing everything
+    /// heals it.
     fn finale(&mut self) -> Checked {
         trace!(
             self,
@@ -343,7 +351,10 @@ impl World {
     fn rest(&mut self) -> Checked {
         let until = self.clock + Duration::from_secs(10);
         let due = |world: &Self| {
-            let deadline = world.engines.iter().any(|engine| engine.deadline().is_some());
+            let deadline = world
+                .engines
+                .iter()
+                .any(|engine| engine.deadline().is_some());
             deadline || world.tick_wanted != 0
         };
         while self.clock < until && due(self) {
@@ -357,7 +368,10 @@ impl World {
         self.wakes.is_empty()
             && self.pending.is_empty()
             && self.engines.iter().all(Engine::is_idle)
-            && self.flights.iter().all(|flight| self.is_out(flight.replica()))
+            && self
+                .flights
+                .iter()
+                .all(|flight| self.is_out(flight.replica()))
     }
 
     /// Whether a replica has left the set.
@@ -367,7 +381,12 @@ impl World {
 
     pub(super) fn submit_read(&mut self, worker: usize, range: SectorRange) -> Checked {
         let tag = self.pend(worker, range, PendingKind::Read);
-        trace!(self, "guest: {} reads {} on worker {worker}", tag.0, show(range));
+        trace!(
+            self,
+            "guest: {} reads {} on worker {worker}",
+            tag.0,
+            show(range)
+        );
         self.submit(worker, tag, GuestRequest::Read(range))
     }
 
@@ -385,10 +404,23 @@ impl World {
             fill(bytes, Value::written(number, sector));
         }
         let durable = self.plan.durable;
-        self.submit(worker, tag, GuestRequest::Write { range, data, durable })
+        self.submit(
+            worker,
+            tag,
+            GuestRequest::Write {
+                range,
+                data,
+                durable,
+            },
+        )
     }
 
-    pub(super) fn submit_zero(&mut self, worker: usize, range: SectorRange, unmap: bool) -> Checked {
+    pub(super) fn submit_zero(
+        &mut self,
+        worker: usize,
+        range: SectorRange,
+        unmap: bool,
+    ) -> Checked {
         let (tag, _) = self.pend_write(worker, range, true);
         let durable = self.plan.durable;
         let zero = GuestRequest::Zero {
@@ -455,7 +487,8 @@ impl World {
         (engine, &mut self.collected)
     }
 
-    /// Carries out and checks what an engine asked for. `told`: the input was the error of an operation.
+    /// Carries out and checks what an engine asked for. `told`: the input was the error of an
+    /// operation.
     pub(super) fn look_at_effects(&mut self, told: Option<super::checks::ToldError>) -> Checked {
         self.look_at_service();
         let mut effects = std::mem::take(&mut self.collected.effects);
@@ -529,7 +562,11 @@ impl World {
 
     /// When the oldest request in flight began.
     pub(super) fn oldest(&self) -> Moment {
-        self.pending.iter().map(|p| p.began).min().unwrap_or(NEVER - 1)
+        self.pending
+            .iter()
+            .map(|p| p.began)
+            .min()
+            .unwrap_or(NEVER - 1)
     }
 }
 

@@ -1,9 +1,11 @@
 //! All replicas are made longer, or none.
 //!
-//! Each is dealt with by a thread of its own, which waits for the verdict when it has done its part: one that hangs
-//! holds up nobody for longer than it is waited for, and puts its image back by itself when it goes on.
+//! Each is dealt with by a thread of its own, which waits for the verdict when it has done its
+//! part: one that hangs holds up nobody for longer than it is waited for, and puts its image back
+//! by itself when it goes on.
 //!
-//! Invariant: until all have been made longer nobody else knows of it, so that what is put back is of no use to anybody.
+//! Invariant: until all have been made longer nobody else knows of it, so that what is put back is
+//! of no use to anybody.
 
 use std::fmt;
 use std::io;
@@ -33,7 +35,12 @@ impl std::error::Error for NotGrown {}
 
 impl fmt::Display for NotGrown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} cannot be grown: {}", Quoted(&self.node_name), self.reason)?;
+        write!(
+            f,
+            "{} cannot be grown: {}",
+            Quoted(&self.node_name),
+            self.reason
+        )?;
         for (node_name, reason) in &self.left {
             let (name, bytes) = (Quoted(node_name), self.disk_bytes);
             match reason {
@@ -82,8 +89,8 @@ impl Told {
     }
 }
 
-/// The failures of `count` threads, as they come, until each has told the `end` that is waited for or has been silent
-/// for too long.
+/// The failures of `count` threads, as they come, until each has told the `end` that is waited for
+/// or has been silent for too long.
 fn wait(
     told: &Receiver<(usize, Told)>,
     count: usize,
@@ -130,13 +137,17 @@ pub(super) struct Growers {
 impl Growers {
     /// Whether one of these images has not been put back yet, because it did not answer in time.
     fn is_any_unsettled(&self, replicas: &[Arc<ReplicaFile>]) -> bool {
-        let unsettled = self.unsettled.lock().unwrap_or_else(PoisonError::into_inner);
+        let unsettled = self
+            .unsettled
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         replicas
             .iter()
             .any(|replica| unsettled.contains(&replica.identity))
     }
 
-    /// Makes all images longer, or puts them back. One that is silent for longer than `limit` fails.
+    /// Makes all images longer, or puts them back. One that is silent for longer than `limit`
+    /// fails.
     pub(super) fn grow(
         &self,
         replicas: &[Arc<ReplicaFile>],
@@ -230,7 +241,10 @@ struct Unsettled(Arc<Mutex<Vec<ImageIdentity>>>, ImageIdentity);
 
 impl Unsettled {
     fn new(images: &Arc<Mutex<Vec<ImageIdentity>>>, image: ImageIdentity) -> Self {
-        images.lock().unwrap_or_else(PoisonError::into_inner).push(image);
+        images
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .push(image);
         Self(Arc::clone(images), image)
     }
 }

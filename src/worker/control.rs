@@ -1,4 +1,5 @@
-//! What other threads can have all workers do: use a replica's file or let it go, look at what has changed, flush.
+//! What other threads can have all workers do: use a replica's file or let it go, look at what has
+//! changed, flush.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -25,7 +26,11 @@ impl WorkerControl {
         let (done, is_done) = sync_channel(self.mailboxes.len());
         for mailbox in &self.mailboxes {
             let done = done.clone();
-            mailbox.send(Message::SetFile { replica, file, done });
+            mailbox.send(Message::SetFile {
+                replica,
+                file,
+                done,
+            });
         }
         drop(done);
         for _ in &self.mailboxes {

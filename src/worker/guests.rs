@@ -1,5 +1,5 @@
-//! The guests of all connections, as one worker sees them: one after the other, and those that nobody uses not at
-//! all.
+//! The guests of all connections, as one worker sees them: one after the other, and those that
+//! nobody uses not at all.
 
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;

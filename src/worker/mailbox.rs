@@ -14,8 +14,8 @@ use crate::replica::operation::RequestId;
 
 /// Something to tell a worker.
 pub(super) enum Message {
-    /// Look at the state of this ring, which is tracked there from its next start on; drop the sender when it is
-    /// served accordingly.
+    /// Look at the state of this ring, which is tracked there from its next start on; drop the
+    /// sender when it is served accordingly.
     Refresh {
         slot: usize,
         ring: usize,

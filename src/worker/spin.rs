@@ -1,9 +1,10 @@
 //! How long a worker looks for work itself before it sleeps.
 //!
-//! To be woken takes longer than most requests, so a worker that expects one at once goes on looking for a while;
-//! where it proves wrong it soon sleeps without looking. Sleeping makes the next request come later, so that sleeps are
-//! longer than the looks were that would have found it: after some short ones a look is tried anew, and the less
-//! often, the more such tries were in vain. An idle worker never looks.
+//! To be woken takes longer than most requests, so a worker that expects one at once goes on
+//! looking for a while; where it proves wrong it soon sleeps without looking. Sleeping makes the
+//! next request come later, so that sleeps are longer than the looks were that would have found it:
+//! after some short ones a look is tried anew, and the less often, the more such tries were in
+//! vain. An idle worker never looks.
 
 use std::time::{Duration, Instant};
 
@@ -132,6 +133,9 @@ mod tests {
         let mut spin = Spin::new();
         let sleeps = 100_000;
         let looked: Duration = (0..sleeps).map(|_| in_vain(&mut spin, SHORT / 2)).sum();
-        assert!(looked * 500 < SHORT / 2 * sleeps, "{looked:?} in {sleeps} sleeps");
+        assert!(
+            looked * 500 < SHORT / 2 * sleeps,
+            "{looked:?} in {sleeps} sleeps"
+        );
     }
 }

@@ -108,9 +108,9 @@ impl Workers {
         })
     }
 
-    /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends them. Returns the
-    /// replicas that may still have operations: the kernel does them when the replica answers again, so nobody
-    /// else may use these images before it has let go of them.
+    /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends
+    /// them. Returns the replicas that may still have operations: the kernel does them when the
+    /// replica answers again, so nobody else may use these images before it has let go of them.
     #[must_use]
     pub fn exit(self) -> ReplicaSet {
         for mailbox in &self.mailboxes {
@@ -122,7 +122,8 @@ impl Workers {
                 error!("a worker panicked");
                 self.shared.members()
             });
-            // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of it.
+            // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of
+            // it.
             if asked.is_empty() {
                 let _ = thread.handle.join();
             }

@@ -28,9 +28,17 @@ pub struct Failed(pub i32);
 #[derive(Clone, Copy, Debug)]
 pub enum Request {
     /// Read `len` bytes at byte `offset` of the disk into byte `memory` of the queue's memory.
-    Read { offset: u64, memory: usize, len: usize },
+    Read {
+        offset: u64,
+        memory: usize,
+        len: usize,
+    },
     /// Write them from there.
-    Write { offset: u64, memory: usize, len: usize },
+    Write {
+        offset: u64,
+        memory: usize,
+        len: usize,
+    },
     /// Discard `len` bytes at byte `offset` of the disk.
     Discard { offset: u64, len: u64 },
     /// Write zeroes there; `unmap`: the space may be given back.
@@ -40,7 +48,8 @@ pub enum Request {
 }
 
 impl Request {
-    /// `count` writes of `len` bytes each, side by side on the disk and in memory from the beginning of both.
+    /// `count` writes of `len` bytes each, side by side on the disk and in memory from the
+    /// beginning of both.
     pub fn writes(count: usize, len: usize) -> Vec<Self> {
         let offsets = (0..count).map(|index| index * len);
         let write = |memory| Self::Write {
@@ -90,22 +99,24 @@ impl Client {
 
     /// How many queues the device has.
     pub fn max_queues(&self) -> i32 {
-        self.blkio.get_i32("max-queues").expect("the number of queues")
+        self.blkio
+            .get_i32("max-queues")
+            .expect("the number of queues")
     }
 
     /// The memory of a queue. The daemon may write to it while a read is in flight.
     pub fn memory(&mut self, queue: usize) -> &mut [u8] {
         let address = self.region.addr + queue * QUEUE_MEMORY_BYTES;
-        // SAFETY: the region is mapped, as long as `self`, and each queue has its own part of it; what the
-        // daemon writes meanwhile changes plain bytes.
+        // SAFETY: the region is mapped, as long as `self`, and each queue has its own part of it;
+        // what the daemon writes meanwhile changes plain bytes.
         unsafe { std::slice::from_raw_parts_mut(address as *mut u8, QUEUE_MEMORY_BYTES) }
     }
 
     /// Each queue with its memory, so that each can be driven by a thread of its own.
     pub fn queues(&mut self) -> impl Iterator<Item = (&mut Blkioq, &mut [u8])> {
         let len = QUEUE_MEMORY_BYTES * self.queues.len();
-        // SAFETY: the region is mapped, as long as `self`, which is borrowed, and of this length; what the
-        // daemon writes meanwhile changes plain bytes.
+        // SAFETY: the region is mapped, as long as `self`, which is borrowed, and of this length;
+        // what the daemon writes meanwhile changes plain bytes.
         let memory = unsafe { std::slice::from_raw_parts_mut(self.region.addr as *mut u8, len) };
         self.queues
             .iter_mut()
@@ -118,15 +129,37 @@ impl Client {
         for (index, request) in requests.iter().enumerate() {
             let q = &mut self.queues[queue];
             match *request {
-                Request::Read { offset, memory, len } => {
+                Request::Read {
+                    offset,
+                    memory,
+                    len,
+                } => {
                     assert!(memory + len <= QUEUE_MEMORY_BYTES);
-                    q.read(offset, base.wrapping_add(memory), len, index, ReqFlags::empty());
+                    q.read(
+                        offset,
+                        base.wrapping_add(memory),
+                        len,
+                        index,
+                        ReqFlags::empty(),
+                    );
                 }
-                Request::Write { offset, memory, len } => {
+                Request::Write {
+                    offset,
+                    memory,
+                    len,
+                } => {
                     assert!(memory + len <= QUEUE_MEMORY_BYTES);
-                    q.write(offset, base.wrapping_add(memory), len, index, ReqFlags::empty());
+                    q.write(
+                        offset,
+                        base.wrapping_add(memory),
+                        len,
+                        index,
+                        ReqFlags::empty(),
+                    );
                 }
-                Request::Discard { offset, len } => q.discard(offset, len, index, ReqFlags::empty()),
+                Request::Discard { offset, len } => {
+                    q.discard(offset, len, index, ReqFlags::empty())
+                }
                 Request::WriteZeroes { offset, len, unmap } => {
                     let flags = if unmap {
                         ReqFlags::empty()
@@ -142,9 +175,11 @@ impl Client {
         sent.expect("sending requests");
     }
 
-    /// Waits for at least `min` completions: the place of each request in its batch, and its result.
+    /// Waits for at least `min` completions: the place of each request in its batch, and its
+    /// result.
     pub fn poll(&mut self, queue: usize, min: usize) -> Vec<(usize, Result<(), Failed>)> {
-        let mut completions: [MaybeUninit<Completion>; 256] = [const { MaybeUninit::uninit() }; 256];
+        let mut completions: [MaybeUninit<Completion>; 256] =
+            [const { MaybeUninit::uninit() }; 256];
         let count = self.queues[queue]
             .do_io(&mut completions, min, Some(&mut LIMIT.clone()), None)
             .unwrap_or_else(|error| panic!("no completion within {LIMIT:?}: {error}"));
@@ -156,13 +191,18 @@ impl Client {
                 let failed = Failed(-completion.ret);
                 (
                     completion.user_data,
-                    if completion.ret == 0 { Ok(()) } else { Err(failed) },
+                    if completion.ret == 0 {
+                        Ok(())
+                    } else {
+                        Err(failed)
+                    },
                 )
             })
             .collect()
     }
 
-    /// Sends the requests, waits for all of them, and returns their results in the order of the requests.
+    /// Sends the requests, waits for all of them, and returns their results in the order of the
+    /// requests.
     pub fn run(&mut self, queue: usize, requests: &[Request]) -> Vec<Result<(), Failed>> {
         self.send(queue, requests);
         let mut results = vec![None; requests.len()];

@@ -10,6 +10,10 @@ pub fn client_program(name: &str) -> PathBuf {
     let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
     let target = temporary.parent().expect("a directory inside of target/");
     let program = target.join("clients").join(name);
-    assert!(program.exists(), "no {}: {HOW_TO_PREPARE}", program.display());
+    assert!(
+        program.exists(),
+        "no {}: {HOW_TO_PREPARE}",
+        program.display()
+    );
     program
 }

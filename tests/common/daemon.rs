@@ -18,7 +18,8 @@ use super::process::{Process, wait_until};
 /// Time in which a daemon must be ready, or gone after a signal.
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// A running daemon. What it wrote to stderr is shown when the test fails; it is killed when dropped.
+/// A running daemon. What it wrote to stderr is shown when the test fails; it is killed when
+/// dropped.
 pub struct Daemon {
     process: Process,
     arguments: Vec<OsString>,
@@ -28,15 +29,20 @@ pub struct Daemon {
 }
 
 impl Daemon {
-    /// Starts the daemon with `arguments` and its sockets in `directory` (`disk.sock`, `events.sock`), and
-    /// waits until both are there. Its stderr goes to `daemon.log` in the same place.
+    /// Starts the daemon with `arguments` and its sockets in `directory` (`disk.sock`,
+    /// `events.sock`), and waits until both are there. Its stderr goes to `daemon.log` in the
+    /// same place.
     pub fn start(directory: &Path, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
         let socket = directory.join("disk.sock");
         let events_socket = directory.join("events.sock");
         let log = directory.join("daemon.log");
         let mut all: Vec<OsString> = vec!["--socket-path".into(), socket.clone().into()];
         all.extend(["--events".into(), events_socket.clone().into()]);
-        all.extend(arguments.into_iter().map(|argument| argument.as_ref().to_owned()));
+        all.extend(
+            arguments
+                .into_iter()
+                .map(|argument| argument.as_ref().to_owned()),
+        );
         let mut daemon = Self {
             process: Self::spawn(&all, &log),
             arguments: all,
@@ -66,8 +72,9 @@ impl Daemon {
         Process::spawn(&mut command).expect("starting the daemon")
     }
 
-    /// Starts it once more, with the same arguments, when it has ended. Does not wait for anything: one that
-    /// was killed has left its sockets behind, and they are not those of the next until it has made them.
+    /// Starts it once more, with the same arguments, when it has ended. Does not wait for anything:
+    /// one that was killed has left its sockets behind, and they are not those of the next
+    /// until it has made them.
     pub fn start_again(&mut self) {
         assert!(!self.process.is_alive(), "the daemon is still there");
         self.process = Self::spawn(&self.arguments, &self.log);
@@ -208,7 +215,11 @@ impl EventReader {
     }
 
     /// The first event, of those that came and those that come within `limit`, that `is_wanted`.
-    pub fn wait_for(&self, mut is_wanted: impl FnMut(&Value) -> bool, limit: Duration) -> Option<Value> {
+    pub fn wait_for(
+        &self,
+        mut is_wanted: impl FnMut(&Value) -> bool,
+        limit: Duration,
+    ) -> Option<Value> {
         let deadline = Instant::now() + limit;
         let mut events = self.collected.lock();
         let mut seen = 0;

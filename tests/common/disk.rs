@@ -52,8 +52,8 @@ pub struct Plan {
     pub direct: bool,
     /// The peer serves the disk on a thread of its own, not on its main thread.
     pub iothread: bool,
-    /// `--replica-timeout` of ours. More than the default, so that a disk that is busy with other things is
-    /// not taken for one that hangs.
+    /// `--replica-timeout` of ours. More than the default, so that a disk that is busy with other
+    /// things is not taken for one that hangs.
     pub replica_timeout: Duration,
 }
 
@@ -76,7 +76,8 @@ impl Default for Plan {
 
 /// A disk that is being served.
 pub struct Disk {
-    // The order of these is the order in which they are dropped: a process can not end while its file hangs.
+    // The order of these is the order in which they are dropped: a process can not end while its
+    // file hangs.
     _healers: Vec<Healer>,
     program: RefCell<Program>,
     socket: PathBuf,
@@ -256,7 +257,8 @@ impl Plan {
         arguments.extend(["--node-name".into(), "quorum0".into()]);
         let timeout = self.replica_timeout.as_millis().to_string();
         arguments.extend(["--replica-timeout".into(), timeout.into()]);
-        // What a request does is compared with what it must do, and with the peer, which does nothing besides.
+        // What a request does is compared with what it must do, and with the peer, which does
+        // nothing besides.
         arguments.extend(["--scrub-around".into(), "0".into()]);
         if self.rewrite_corrupted {
             arguments.push("--rewrite-corrupted".into());

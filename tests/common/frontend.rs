@@ -1,9 +1,10 @@
-//! A VMM as small as possible: a vhost-user frontend over the `vhost` crate's, guest memory in a memfd, and
-//! the driver's side of split virtqueues.
+//! A VMM as small as possible: a vhost-user frontend over the `vhost` crate's, guest memory in a
+//! memfd, and the driver's side of split virtqueues.
 //!
-//! [`Vmm`] speaks to the daemon in the way of QEMU or of cloud-hypervisor. Its memory and its queues outlive
-//! a connection, as a guest outlives the daemon that serves its disk: what was added to a ring is there for
-//! the next daemon to find. Every chain that comes back is checked: it was outstanding, and comes once.
+//! [`Vmm`] speaks to the daemon in the way of QEMU or of cloud-hypervisor. Its memory and its
+//! queues outlive a connection, as a guest outlives the daemon that serves its disk: what was added
+//! to a ring is there for the next daemon to find. Every chain that comes back is checked: it was
+//! outstanding, and comes once.
 
 use std::fs::File;
 use std::io;
@@ -21,17 +22,17 @@ use vhost::vhost_user::{
 };
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
-    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_OK, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
+    VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ring::{
-    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT,
-    VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
+    VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC, VRING_AVAIL_F_NO_INTERRUPT,
+    VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE, VRING_USED_F_NO_NOTIFY,
 };
 use virtio_queue::desc::split::Descriptor;
 use vm_memory::{
-    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    MmapRegion,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, MmapRegion,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
@@ -53,11 +54,12 @@ const DESCRIPTOR_BYTES: u64 = 16;
 /// Whom the VMM takes after, in what it sends and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// QEMU: asks for the inflight region before memory and rings are set; the vring base is the used index
-    /// when the backend was lost; kicks after it has connected again.
+    /// QEMU: asks for the inflight region before memory and rings are set; the vring base is the
+    /// used index when the backend was lost; kicks after it has connected again.
     Qemu,
-    /// cloud-hypervisor: NEED_REPLY on everything after the protocol features, sizes of all queues first,
-    /// the vring base is the guest's available index, no kick after it has connected again.
+    /// cloud-hypervisor: NEED_REPLY on everything after the protocol features, sizes of all queues
+    /// first, the vring base is the guest's available index, no kick after it has connected
+    /// again.
     CloudHypervisor,
 }
 
@@ -254,7 +256,8 @@ pub struct Queue {
     free_slots: Vec<usize>,
     free_descriptors: Vec<u16>,
     outstanding: Vec<Option<Outstanding>>,
-    /// Where the next chain goes on the available ring; what is before it may not be published yet.
+    /// Where the next chain goes on the available ring; what is before it may not be published
+    /// yet.
     next_available: u16,
     published: u16,
     /// What was published when the device was kicked or did not want to be.
@@ -334,22 +337,33 @@ impl Queue {
         self.free_slots = (0..self.slot_count).collect();
         self.free_descriptors = (0..self.size).collect();
         self.outstanding = (0..self.size).map(|_| None).collect();
-        (self.next_available, self.published, self.kicked, self.next_used) = (0, 0, 0, 0);
+        (
+            self.next_available,
+            self.published,
+            self.kicked,
+            self.next_used,
+        ) = (0, 0, 0, 0);
         // What was said of the rings as they were before.
         self.take_calls();
         let _ = self.kick.read();
     }
 
-    /// Empties the rings and lets their indices begin at `index`, as if so many chains had come and gone.
+    /// Empties the rings and lets their indices begin at `index`, as if so many chains had come and
+    /// gone.
     pub fn reset_to(&mut self, index: u16) {
         self.reset();
-        (self.next_available, self.published, self.kicked, self.next_used) = (index, index, index, index);
+        (
+            self.next_available,
+            self.published,
+            self.kicked,
+            self.next_used,
+        ) = (index, index, index, index);
         self.store(self.available + 2, index);
         self.store(self.used + 2, index);
     }
 
-    /// Guest address of the page that a request in slot `index` would have for its header and table, followed
-    /// by its data; for chains made by hand.
+    /// Guest address of the page that a request in slot `index` would have for its header and
+    /// table, followed by its data; for chains made by hand.
     pub fn slot_page(&self, index: usize) -> u64 {
         self.slots + index as u64 * self.slot_bytes
     }
@@ -381,7 +395,10 @@ impl Queue {
         let data = start + PAGE;
         let written = data + request.out.len() as u64;
         let status = written + request.in_bytes as u64;
-        assert!(status < start + self.slot_bytes, "a request that is too long");
+        assert!(
+            status < start + self.slot_bytes,
+            "a request that is too long"
+        );
         self.write(data - HEADER_BYTES, &request.header());
         self.write(data, &request.out);
         // None of them is what a device answers.
@@ -564,14 +581,15 @@ impl Queue {
         })
     }
 
-    /// Asks for an interrupt when the next chain comes back. Returns whether one has come back already, for
-    /// which no interrupt will come.
+    /// Asks for an interrupt when the next chain comes back. Returns whether one has come back
+    /// already, for which no interrupt will come.
     pub fn ask_for_calls(&self) -> bool {
         self.ask_for_call_after(0)
     }
 
     /// Asks for an interrupt only when this many further chains have come back, and then one more
-    /// (EVENT_IDX), or for one for each (without). Returns whether that many have come back already.
+    /// (EVENT_IDX), or for one for each (without). Returns whether that many have come back
+    /// already.
     pub fn ask_for_call_after(&self, further: u16) -> bool {
         let event = self.next_used.wrapping_add(further);
         if self.event_idx {
@@ -604,8 +622,8 @@ impl Queue {
         self.call.read().unwrap_or(0)
     }
 
-    /// Forgets interrupts of before: a request is served without asking for one, so that whatever was to be
-    /// said of earlier ones has been said.
+    /// Forgets interrupts of before: a request is served without asking for one, so that whatever
+    /// was to be said of earlier ones has been said.
     pub fn run_dry(&mut self) {
         self.submit(&Request::get_id(), Layout::DIRECT);
         assert!(wait_until(LIMIT, || self.has_used()), "no answer");
@@ -785,7 +803,8 @@ impl Vmm {
         vmm
     }
 
-    /// Connects and negotiates, as when a device is made. A VMM that was connected forgets that connection.
+    /// Connects and negotiates, as when a device is made. A VMM that was connected forgets that
+    /// connection.
     ///
     /// # Errors
     /// If there is nobody, or the connection is lost meanwhile.
@@ -801,7 +820,9 @@ impl Vmm {
     /// If the connection is lost meanwhile.
     pub fn connect_over(&mut self, stream: UnixStream) -> vhost::Result<()> {
         // No answer is an error, too.
-        stream.set_read_timeout(Some(LIMIT)).map_err(Error::SocketError)?;
+        stream
+            .set_read_timeout(Some(LIMIT))
+            .map_err(Error::SocketError)?;
         let mut frontend = Frontend::from_stream(stream, 1);
         let is_qemu = self.plan.style == Style::Qemu;
         if !is_qemu {
@@ -842,8 +863,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// Activates the device: tells the backend of memory and rings. Rings that are in use go on where they
-    /// are.
+    /// Activates the device: tells the backend of memory and rings. Rings that are in use go on
+    /// where they are.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -953,8 +974,9 @@ impl Vmm {
         Ok(())
     }
 
-    /// What a reset of the driver does: stops every ring, after which the device may be activated again on
-    /// the same connection. Returns the available index at which each ring has stopped.
+    /// What a reset of the driver does: stops every ring, after which the device may be activated
+    /// again on the same connection. Returns the available index at which each ring has
+    /// stopped.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -964,10 +986,13 @@ impl Vmm {
         for index in 0..count {
             frontend.set_vring_enable(index, false)?;
         }
-        (0..count).map(|index| frontend.get_vring_base(index)).collect()
+        (0..count)
+            .map(|index| frontend.get_vring_base(index))
+            .collect()
     }
 
-    /// The driver sets its queues up from the beginning; the device does not use them at the moment.
+    /// The driver sets its queues up from the beginning; the device does not use them at the
+    /// moment.
     pub fn reset_driver(&mut self) {
         self.inflight = None;
         self.was_active = false;
@@ -1027,8 +1052,9 @@ impl Vmm {
         self.inflight.as_ref()
     }
 
-    /// Chains that the inflight region says are with the device, of all queues; `None` without a region.
-    /// Panics if the region does not agree with the used rings, which it does when nothing is in flight.
+    /// Chains that the inflight region says are with the device, of all queues; `None` without a
+    /// region. Panics if the region does not agree with the used rings, which it does when
+    /// nothing is in flight.
     pub fn inflight_chains(&self) -> Option<usize> {
         let (layout, file) = self.inflight.as_ref()?;
         let stride = layout.mmap_size / u64::from(layout.num_queues);
@@ -1040,8 +1066,9 @@ impl Vmm {
         };
         let mut chains = 0;
         for (index, queue) in self.queues.iter().enumerate() {
-            // vhost-user, "Inflight I/O tracking": a header of 16 bytes, the used index at its end, and 16
-            // bytes for each descriptor, of which the first says whether it is in flight.
+            // vhost-user, "Inflight I/O tracking": a header of 16 bytes, the used index at its end,
+            // and 16 bytes for each descriptor, of which the first says whether it is
+            // in flight.
             let start = index as u64 * stride;
             assert_eq!(
                 read(start + 14),
@@ -1080,14 +1107,20 @@ pub fn region(address: u64, bytes: u64) -> GuestRegionMmap<()> {
         FileOffset::new(memfd(bytes), 0),
         usize::try_from(bytes).expect("small"),
     );
-    GuestRegionMmap::new(mapping.expect("mapping a memfd"), GuestAddress(address)).expect("no overflow")
+    GuestRegionMmap::new(mapping.expect("mapping a memfd"), GuestAddress(address))
+        .expect("no overflow")
 }
 
 /// A file in memory.
 pub fn memfd(bytes: u64) -> File {
     // SAFETY: the name is a C string that outlives the call.
     let descriptor = unsafe { libc::memfd_create(c"guest-memory".as_ptr(), libc::MFD_CLOEXEC) };
-    assert_ne!(descriptor, -1, "memfd_create: {}", io::Error::last_os_error());
+    assert_ne!(
+        descriptor,
+        -1,
+        "memfd_create: {}",
+        io::Error::last_os_error()
+    );
     // SAFETY: the descriptor is new and nobody else's.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes).expect("sizing a memfd");
@@ -1096,8 +1129,12 @@ pub fn memfd(bytes: u64) -> File {
 
 /// What the backend is told of memory.
 pub fn regions(memory: &GuestMemoryMmap<()>) -> Vec<VhostUserMemoryRegionInfo> {
-    let regions = memory.iter().map(VhostUserMemoryRegionInfo::from_guest_region);
-    regions.collect::<vhost::Result<_>>().expect("regions of files")
+    let regions = memory
+        .iter()
+        .map(VhostUserMemoryRegionInfo::from_guest_region);
+    regions
+        .collect::<vhost::Result<_>>()
+        .expect("regions of files")
 }
 
 /// What the backend is told of a ring: addresses of this process.

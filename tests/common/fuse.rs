@@ -1,9 +1,10 @@
 //! A file system of one file: an image that hangs, is slow, fails or lies when a test says so.
 //!
-//! The file is served over FUSE from a real image, past every cache of the kernel, so that what a daemon asks
-//! of it arrives here one to one. It is detached from the directory tree as soon as it is mounted and reached
-//! through a descriptor of this process: a test that is killed leaves neither a mount nor a hanging process
-//! behind, because its end closes the FUSE connection and with it the file.
+//! The file is served over FUSE from a real image, past every cache of the kernel, so that what a
+//! daemon asks of it arrives here one to one. It is detached from the directory tree as soon as it
+//! is mounted and reached through a descriptor of this process: a test that is killed leaves
+//! neither a mount nor a hanging process behind, because its end closes the FUSE connection and
+//! with it the file.
 //!
 //! Needs `/dev/fuse` and the right to mount (root), no FUSE library.
 
@@ -21,9 +22,10 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData,
-    ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BackgroundSession, BsdFileFlags, Config, Errno, FileAttr, FileHandle, FileType, Filesystem,
+    FopenFlags, Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags,
+    ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+    WriteFlags,
 };
 
 use super::process::wait_until;
@@ -32,7 +34,8 @@ const FILE_NAME: &str = "image";
 const FILE_INODE: INodeNo = INodeNo(2);
 /// How long the kernel may believe what it was told of the file: nobody else changes it.
 const ATTRIBUTES_VALID: Duration = Duration::from_secs(3600);
-/// Requests that the kernel hands over without waiting for answers; a test hangs more than the default, 16.
+/// Requests that the kernel hands over without waiting for answers; a test hangs more than the
+/// default, 16.
 const REQUESTS_MAX: u16 = 4096;
 /// Time in which the last user of the file must have closed it.
 const END_LIMIT: Duration = Duration::from_secs(5);
@@ -59,7 +62,8 @@ pub enum Fault {
     Hang,
     /// It fails with this errno.
     Fail(i32),
-    /// It fails with this errno if it touches a byte from the first of these on and before the second.
+    /// It fails with this errno if it touches a byte from the first of these on and before the
+    /// second.
     FailIn(i32, u64, u64),
     /// The bytes that come or go are changed by xor with this.
     Corrupt(u8),
@@ -67,9 +71,9 @@ pub enum Fault {
     PerSecond(u32),
 }
 
-/// An image served over FUSE. Dropping it heals it and waits until those who have it open are gone, so it
-/// should be dropped after them; and as a process can not be killed while the file hangs, whoever holds a
-/// process that uses it should heal it first ([`Self::healer`]).
+/// An image served over FUSE. Dropping it heals it and waits until those who have it open are gone,
+/// so it should be dropped after them; and as a process can not be killed while the file hangs,
+/// whoever holds a process that uses it should heal it first ([`Self::healer`]).
 pub struct FuseImage {
     server: Arc<Server>,
     session: Option<BackgroundSession>,
@@ -113,7 +117,9 @@ impl FuseImage {
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("quorum-blk-test".into())];
         let session = fuser::spawn_mount(Disk(Arc::clone(&server)), directory.path(), &config)
-            .expect("mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)");
+            .expect(
+                "mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)",
+            );
         let file = OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_PATH)
@@ -135,7 +141,11 @@ impl FuseImage {
     /// Where others find the file.
     pub fn path(&self) -> PathBuf {
         let file = self.file.as_ref().expect("there until dropped");
-        PathBuf::from(format!("/proc/{}/fd/{}", std::process::id(), file.as_raw_fd()))
+        PathBuf::from(format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            file.as_raw_fd()
+        ))
     }
 
     /// From now on `operation` has this fault instead of another.
@@ -187,7 +197,9 @@ impl Drop for FuseImage {
                 result.expect("serving the file");
             }
         } else {
-            println!("a FUSE image is still open after {END_LIMIT:?}; it stays until this process ends");
+            println!(
+                "a FUSE image is still open after {END_LIMIT:?}; it stays until this process ends"
+            );
         }
     }
 }
@@ -364,7 +376,8 @@ impl Disk {
 
 impl Filesystem for Disk {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        // An operation that hangs must hold up nothing but itself. Every kernel that has io_uring has this.
+        // An operation that hangs must hold up nothing but itself. Every kernel that has io_uring
+        // has this.
         let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
         added.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
         let set = config.set_max_background(REQUESTS_MAX);
@@ -374,7 +387,9 @@ impl Filesystem for Disk {
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.0.attributes(FILE_INODE) {
-            Ok(attributes) if name == FILE_NAME => reply.entry(&ATTRIBUTES_VALID, &attributes, Generation(0)),
+            Ok(attributes) if name == FILE_NAME => {
+                reply.entry(&ATTRIBUTES_VALID, &attributes, Generation(0))
+            }
             Ok(_) => reply.error(Errno::ENOENT),
             Err(error) => reply.error(error.into()),
         }
@@ -482,10 +497,11 @@ impl Filesystem for Disk {
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         // Nothing is synced: no test takes the power away.
-        self.0.serve(Operation::Sync, 0..0, move |_, fault| match fault {
-            Ok(_) => reply.ok(),
-            Err(errno) => reply.error(errno),
-        });
+        self.0
+            .serve(Operation::Sync, 0..0, move |_, fault| match fault {
+                Ok(_) => reply.ok(),
+                Err(errno) => reply.error(errno),
+            });
     }
 }
 

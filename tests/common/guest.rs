@@ -1,8 +1,8 @@
 //! A Linux guest with a vhost-user disk: QEMU under TCG, a stock Debian kernel, busybox.
 //!
-//! `tests/guest/prepare.sh` (`make guest`) fetches the parts; `tests/guest/init` is the guest's only program
-//! and says how commands reach it. The guest has two serial ports: the kernel writes to the first, which
-//! goes to `console.log`, and commands travel on the second, a unix socket.
+//! `tests/guest/prepare.sh` (`make guest`) fetches the parts; `tests/guest/init` is the guest's
+//! only program and says how commands reach it. The guest has two serial ports: the kernel writes
+//! to the first, which goes to `console.log`, and commands travel on the second, a unix socket.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -60,7 +60,8 @@ pub struct CommandOutput {
     pub output: String,
 }
 
-/// What a guest is booted with. Each has one processor, one queue and 256 MiB unless told otherwise.
+/// What a guest is booted with. Each has one processor, one queue and 256 MiB unless told
+/// otherwise.
 #[must_use]
 pub struct GuestBuilder {
     directory: PathBuf,
@@ -81,8 +82,9 @@ struct HotPlug {
 }
 
 impl GuestBuilder {
-    /// A guest with the disk behind the vhost-user `socket`. In `directory` it leaves `console.log` (the
-    /// kernel's words), `commands.log` (commands and their output), `qemu.log` and its sockets.
+    /// A guest with the disk behind the vhost-user `socket`. In `directory` it leaves `console.log`
+    /// (the kernel's words), `commands.log` (commands and their output), `qemu.log` and its
+    /// sockets.
     pub fn new(directory: &Path, socket: &Path) -> Self {
         Self {
             directory: directory.to_owned(),
@@ -115,7 +117,8 @@ impl GuestBuilder {
         self
     }
 
-    /// Lets up to `slots` modules of memory be plugged in later, `memory_mib_max` in all with that of boot.
+    /// Lets up to `slots` modules of memory be plugged in later, `memory_mib_max` in all with that
+    /// of boot.
     pub fn hot_plug(mut self, slots: u8, memory_mib_max: u64) -> Self {
         self.hot_plug = Some(HotPlug {
             slots,
@@ -130,8 +133,9 @@ impl GuestBuilder {
         self
     }
 
-    /// Does not boot: waits for a migration from `uri`, or with `defer` for the monitor to be told of one.
-    /// [`start`](Self::start) then returns as soon as QEMU runs, and commands work when the migration is done.
+    /// Does not boot: waits for a migration from `uri`, or with `defer` for the monitor to be told
+    /// of one. [`start`](Self::start) then returns as soon as QEMU runs, and commands work when
+    /// the migration is done.
     pub fn incoming(mut self, uri: &str) -> Self {
         self.incoming = Some(uri.to_owned());
         self
@@ -146,8 +150,8 @@ impl GuestBuilder {
     /// Starts QEMU and waits until the guest takes commands.
     pub fn start(self) -> Guest {
         let directory = &self.directory;
-        let listener =
-            UnixListener::bind(directory.join(COMMANDS_SOCKET)).expect("binding a socket for commands");
+        let listener = UnixListener::bind(directory.join(COMMANDS_SOCKET))
+            .expect("binding a socket for commands");
         let started = Instant::now();
         let mut qemu = match Process::spawn(&mut self.command()) {
             Ok(qemu) => qemu,
@@ -168,7 +172,8 @@ impl GuestBuilder {
             received: Vec::new(),
             directory: directory.clone(),
             prefix: format!("[{}]", thread::current().name().unwrap_or("guest")),
-            transcript: File::create(directory.join("commands.log")).expect("creating the log of commands"),
+            transcript: File::create(directory.join("commands.log"))
+                .expect("creating the log of commands"),
         };
         if self.incoming.is_none() {
             let (_, word) = guest.receive_reply(BOOT_LIMIT);
@@ -224,7 +229,10 @@ impl GuestBuilder {
             .args(["-serial", &format!("file:{console}")])
             .args(["-chardev", &format!("socket,id=commands,path={commands}")])
             .args(["-serial", "chardev:commands"])
-            .args(["-chardev", &format!("socket,id=disk,path={socket}{reconnect}")])
+            .args([
+                "-chardev",
+                &format!("socket,id=disk,path={socket}{reconnect}"),
+            ])
             .args([
                 "-device",
                 &format!("vhost-user-blk-pci,id=disk,chardev=disk,num-queues={queues}"),
@@ -244,8 +252,8 @@ impl Guest {
         Monitor::connect(&self.directory.join(MONITOR_SOCKET))
     }
 
-    /// Runs a shell command, one line, in the guest and waits for its end. The command and its output are
-    /// printed too.
+    /// Runs a shell command, one line, in the guest and waits for its end. The command and its
+    /// output are printed too.
     pub fn run(&mut self, command: &str) -> CommandOutput {
         self.begin(command);
         self.finish()
@@ -256,21 +264,23 @@ impl Guest {
         self.run_successfully(command).trim_end().to_owned()
     }
 
-    /// The SHA-512 of a file in the guest. Of the checksums that busybox has this is the fastest under TCG.
+    /// The SHA-512 of a file in the guest. Of the checksums that busybox has this is the fastest
+    /// under TCG.
     pub fn checksum(&mut self, path: &str) -> String {
         let mut line = self.answer(&format!("sha512sum <{path}"));
         line.truncate(128);
         line
     }
 
-    /// Begins a command and does not wait for it; [`finish`](Self::finish) does. The guest runs one at a
-    /// time.
+    /// Begins a command and does not wait for it; [`finish`](Self::finish) does. The guest runs one
+    /// at a time.
     pub fn begin(&mut self, command: &str) {
         assert!(!command.contains('\n'), "a command is one line: {command}");
         self.send(command);
     }
 
-    /// Waits until the command that was begun has printed `text`; it has to go on running after that.
+    /// Waits until the command that was begun has printed `text`; it has to go on running after
+    /// that.
     pub fn wait_for_output(&mut self, text: &str) {
         self.receive(COMMAND_LIMIT, |guest| {
             let received = String::from_utf8_lossy(&guest.received);
@@ -339,7 +349,11 @@ impl Guest {
     }
 
     /// Reads until `is_complete` finds what it looks for in the bytes received.
-    fn receive<T>(&mut self, limit: Duration, mut is_complete: impl FnMut(&mut Self) -> Option<T>) -> T {
+    fn receive<T>(
+        &mut self,
+        limit: Duration,
+        mut is_complete: impl FnMut(&mut Self) -> Option<T>,
+    ) -> T {
         let deadline = Instant::now() + limit;
         loop {
             if let Some(found) = is_complete(self) {
@@ -379,8 +393,8 @@ impl Guest {
         Some((output, word))
     }
 
-    /// Straight to stdout, which the test harness does not hold back as it does `println!`: the log of a
-    /// test run has the guest's own words in it.
+    /// Straight to stdout, which the test harness does not hold back as it does `println!`: the log
+    /// of a test run has the guest's own words in it.
     fn say(&mut self, line: &str) {
         let mut text = String::new();
         writeln!(text, "{} {line}", self.prefix).expect("writing to a string");
@@ -417,7 +431,9 @@ fn accept(listener: &UnixListener, qemu: &mut Process) -> Option<UnixStream> {
         accepted.is_some() || !qemu.is_alive()
     });
     let (stream, _) = accepted?;
-    stream.set_nonblocking(false).expect("making a socket blocking");
+    stream
+        .set_nonblocking(false)
+        .expect("making a socket blocking");
     Some(stream)
 }
 

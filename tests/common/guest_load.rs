@@ -1,6 +1,6 @@
-//! A writer and a reader in a guest, shell loops that check all they read. Each leaves how often it has done so in a file,
-//! `/tmp/writes` and `/tmp/reads`, what it found wrong in `/tmp/writer` and `/tmp/reader`, and `-ended` after that
-//! name when it was told to stop by `/tmp/stop`.
+//! A writer and a reader in a guest, shell loops that check all they read. Each leaves how often it
+//! has done so in a file, `/tmp/writes` and `/tmp/reads`, what it found wrong in `/tmp/writer` and
+//! `/tmp/reader`, and `-ended` after that name when it was told to stop by `/tmp/stop`.
 
 use super::guest::Guest;
 

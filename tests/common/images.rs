@@ -32,9 +32,10 @@ pub fn create_images(directory: &Path, count: usize, size_bytes: u64) -> Vec<Pat
         .collect()
 }
 
-/// Changes every byte of these sectors of an image by xor with `mask`, past the page cache, so that it can
-/// be done under a daemon that is using the image. A block (4 KiB) with a sector in the range is read and
-/// written as a whole; what is written to its other sectors in that moment may be lost.
+/// Changes every byte of these sectors of an image by xor with `mask`, past the page cache, so that
+/// it can be done under a daemon that is using the image. A block (4 KiB) with a sector in the
+/// range is read and written as a whole; what is written to its other sectors in that moment may be
+/// lost.
 pub fn corrupt_sectors(image: &Path, sectors: Range<u64>, mask: u8) {
     #[repr(align(4096))]
     struct Block([u8; BLOCK_LENGTH]);
@@ -49,7 +50,8 @@ pub fn corrupt_sectors(image: &Path, sectors: Range<u64>, mask: u8) {
     };
     let file = open(libc::O_DIRECT)
         .or_else(|error| match error.raw_os_error() {
-            Some(libc::EINVAL) => open(0), // a file system without direct I/O has no other copy either
+            Some(libc::EINVAL) => open(0), /* a file system without direct I/O has no other copy */
+            // either
             _ => Err(error),
         })
         .expect("opening an image");
@@ -138,8 +140,8 @@ impl Random {
         Self(seed)
     }
 
-    /// One with the seed of the environment variable `QUORUM_BLK_TEST_SEED`, or else a new one. The seed is
-    /// printed, so that a failed run can be repeated.
+    /// One with the seed of the environment variable `QUORUM_BLK_TEST_SEED`, or else a new one. The
+    /// seed is printed, so that a failed run can be repeated.
     pub fn from_environment() -> Self {
         let seed = match env::var("QUORUM_BLK_TEST_SEED") {
             Ok(text) => text.parse().expect("QUORUM_BLK_TEST_SEED is a number"),

@@ -1,5 +1,6 @@
-//! Loads for a voted disk, and what they find. Every sector that is written says which write it was, so that
-//! it can be told afterwards whether a read gave old data, torn data, or data of elsewhere.
+//! Loads for a voted disk, and what they find. Every sector that is written says which write it
+//! was, so that it can be told afterwards whether a read gave old data, torn data, or data of
+//! elsewhere.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -17,7 +18,8 @@ const BLOCKS_MAX: u64 = 4;
 /// Memory for one request.
 const SLOT: usize = 4 * BLOCK;
 
-/// What each sector may hold: the writes that were not replaced by one that began after they had ended.
+/// What each sector may hold: the writes that were not replaced by one that began after they had
+/// ended.
 pub struct Model {
     sectors: Vec<Vec<Version>>,
     /// The newest write of zeroes to each sector.
@@ -108,7 +110,10 @@ impl Model {
         for (sector, replaced) in write.sectors.zip(write.replaces) {
             let versions = &mut self.sectors[sector];
             versions.retain(|version| !replaced.contains(&version.tag));
-            for version in versions.iter_mut().filter(|version| version.tag == write.tag) {
+            for version in versions
+                .iter_mut()
+                .filter(|version| version.tag == write.tag)
+            {
                 version.acknowledged = true;
             }
         }
@@ -176,8 +181,8 @@ enum Pending {
     Write(Write),
 }
 
-/// Random reads and writes of whole blocks within the model's sectors, many at a time on each of `queues`
-/// queues, for `time`.
+/// Random reads and writes of whole blocks within the model's sectors, many at a time on each of
+/// `queues` queues, for `time`.
 pub fn race(
     client: &mut Client,
     queues: usize,
@@ -228,22 +233,37 @@ fn send_batch(
         if random.within(0..2) == 0 {
             let data = &mut client.memory(queue)[memory..memory + len];
             batch.push(Some(Pending::Write(model.begin_write(sectors, data))));
-            requests.push(Request::Write { offset, memory, len });
+            requests.push(Request::Write {
+                offset,
+                memory,
+                len,
+            });
         } else {
             batch.push(Some(Pending::Read(model.begin_read(sectors))));
-            requests.push(Request::Read { offset, memory, len });
+            requests.push(Request::Read {
+                offset,
+                memory,
+                len,
+            });
         }
     }
     client.send(queue, &requests);
 }
 
 impl Outcome {
-    fn add(&mut self, request: Pending, result: Result<(), Failed>, data: &[u8], model: &mut Model) {
+    fn add(
+        &mut self,
+        request: Pending,
+        result: Result<(), Failed>,
+        data: &[u8],
+        model: &mut Model,
+    ) {
         self.requests += 1;
         match (request, result) {
             (Pending::Write(write), Ok(())) => model.end_write(write),
             (Pending::Read(read), Ok(())) => self.wrong_sectors += model.wrong(&read, data).len(),
-            // A write that failed leaves old or new bytes: its version stays permitted beside the others.
+            // A write that failed leaves old or new bytes: its version stays permitted beside the
+            // others.
             (_, Err(_)) => self.failed += 1,
         }
     }
@@ -295,8 +315,8 @@ pub enum Kind {
     Writes,
 }
 
-/// Random requests of one block within `blocks`, at least one and one at a time, until `is_enough`, which is
-/// told how many there were. None may fail.
+/// Random requests of one block within `blocks`, at least one and one at a time, until `is_enough`,
+/// which is told how many there were. None may fail.
 pub fn one_by_one(
     client: &mut Client,
     kind: Kind,

@@ -29,7 +29,10 @@ impl LoopDevice {
 impl Drop for LoopDevice {
     fn drop(&mut self) {
         // Whoever still has it open keeps it until then.
-        let detached = Command::new("losetup").arg("--detach").arg(&self.0).status();
+        let detached = Command::new("losetup")
+            .arg("--detach")
+            .arg(&self.0)
+            .status();
         if !detached.is_ok_and(|status| status.success()) {
             eprintln!("cannot detach {}", self.0.display());
         }

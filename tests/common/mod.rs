@@ -1,5 +1,6 @@
-//! What the integration tests share: the daemon as a process, its events, image files to serve and to
-//! corrupt, files that hang and fail, the system to compare with, a Linux guest under QEMU and its monitor.
+//! What the integration tests share: the daemon as a process, its events, image files to serve and
+//! to corrupt, files that hang and fail, the system to compare with, a Linux guest under QEMU and
+//! its monitor.
 
 // Each test is a crate of its own and uses its part of this.
 #![allow(dead_code, unreachable_pub)]

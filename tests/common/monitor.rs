@@ -1,4 +1,5 @@
-//! A small client of the QEMU Machine Protocol (QEMU's docs/interop/qmp-spec): JSON objects, one a line.
+//! A small client of the QEMU Machine Protocol (QEMU's docs/interop/qmp-spec): JSON objects, one a
+//! line.
 
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
@@ -10,7 +11,8 @@ use serde_json::{Value, json};
 
 use super::process::wait_until;
 
-/// Time in which a monitor must answer. QEMU answers nobody while it waits for a vhost-user backend.
+/// Time in which a monitor must answer. QEMU answers nobody while it waits for a vhost-user
+/// backend.
 const LIMIT: Duration = Duration::from_secs(30);
 
 /// Time between two looks at the clock while the monitor is silent.
@@ -64,7 +66,8 @@ impl Monitor {
         let deadline = Instant::now() + LIMIT;
         loop {
             let message = self.receive(deadline);
-            let mut message = message.unwrap_or_else(|| panic!("{command}: no answer within {LIMIT:?}"));
+            let mut message =
+                message.unwrap_or_else(|| panic!("{command}: no answer within {LIMIT:?}"));
             if message["event"].is_string() {
                 self.events.push_back(message);
             } else if message["error"].is_object() {
@@ -75,8 +78,8 @@ impl Monitor {
         }
     }
 
-    /// The first event, of those nobody was given yet and those that come within `limit`, that `is_wanted`.
-    /// The others are kept.
+    /// The first event, of those nobody was given yet and those that come within `limit`, that
+    /// `is_wanted`. The others are kept.
     pub fn wait_for_event(
         &mut self,
         mut is_wanted: impl FnMut(&Value) -> bool,
@@ -102,7 +105,10 @@ impl Monitor {
                 let line: Vec<u8> = self.received.drain(..=end).collect();
                 let message = serde_json::from_slice(&line);
                 return Some(message.unwrap_or_else(|error| {
-                    panic!("not a message ({error}): {}", String::from_utf8_lossy(&line))
+                    panic!(
+                        "not a message ({error}): {}",
+                        String::from_utf8_lossy(&line)
+                    )
                 }));
             }
             let mut bytes = [0; 4096];
@@ -110,7 +116,8 @@ impl Monitor {
                 Ok(0) => panic!("the monitor closed the connection"),
                 Ok(count) => self.received.extend_from_slice(&bytes[..count]),
                 Err(error) => match error.kind() {
-                    ErrorKind::WouldBlock | ErrorKind::Interrupted if Instant::now() < deadline => {}
+                    ErrorKind::WouldBlock | ErrorKind::Interrupted if Instant::now() < deadline => {
+                    }
                     ErrorKind::WouldBlock | ErrorKind::Interrupted => return None,
                     _ => panic!("reading from the monitor: {error}"),
                 },

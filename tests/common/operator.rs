@@ -1,5 +1,5 @@
-//! An operator for tests of the monitor: it has a disk to show, changes nothing, and remembers what it was asked for. The
-//! unit tests, the integration tests and the fuzz target all use it.
+//! An operator for tests of the monitor: it has a disk to show, changes nothing, and remembers what
+//! it was asked for. The unit tests, the integration tests and the fuzz target all use it.
 //!
 //! Invariant: what it answers depends on nothing but the question.
 

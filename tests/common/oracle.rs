@@ -1,5 +1,5 @@
-//! What a request to a voted disk must give, worked out the slow and obvious way; and where the peer gives
-//! something else, why.
+//! What a request to a voted disk must give, worked out the slow and obvious way; and where the
+//! peer gives something else, why.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -45,15 +45,15 @@ pub struct Seen {
 /// Why the peer gives something else. There is no other reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Improvement {
-    /// No t replicas agree on the whole request, and there the peer stops: an error for the client, no
-    /// replica named, none mended. Here every sector has its own vote.
+    /// No t replicas agree on the whole request, and there the peer stops: an error for the client,
+    /// no replica named, none mended. Here every sector has its own vote.
     SectorsDecideOneByOne,
-    /// t ≤ N/2, so that more than one version of a sector can have t votes. The peer takes one version for
-    /// the whole request, of several with the most votes the one it saw last. Here each sector takes the one
-    /// with the most votes, then the one of the replica listed first.
+    /// t ≤ N/2, so that more than one version of a sector can have t votes. The peer takes one
+    /// version for the whole request, of several with the most votes the one it saw last. Here
+    /// each sector takes the one with the most votes, then the one of the replica listed first.
     MostVotesThenFirstListed,
-    /// The peer has no event for a flush, or a read with `read-pattern=fifo`, that failed on too many
-    /// replicas. Here every request that fails for the client is a QUORUM_FAILURE.
+    /// The peer has no event for a flush, or a read with `read-pattern=fifo`, that failed on too
+    /// many replicas. Here every request that fails for the client is a QUORUM_FAILURE.
     EveryFailureIsReported,
 }
 
@@ -138,7 +138,8 @@ fn voters(plan: &Plan, step: &Step) -> Vec<usize> {
         .collect()
 }
 
-/// The version with the most votes, at least t; of several the one that is held by the replica listed first.
+/// The version with the most votes, at least t; of several the one that is held by the replica
+/// listed first.
 fn winner(plan: &Plan, voters: &[usize], version: impl Fn(usize) -> Vec<u8>) -> Option<Vec<u8>> {
     let mut best: Option<(usize, Vec<u8>)> = None;
     for &replica in voters {
@@ -171,7 +172,9 @@ pub fn improvement(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> Option<Imp
                 None
             }
         }
-        Action::Read(_) if plan.fifo && voters.is_empty() => Some(Improvement::EveryFailureIsReported),
+        Action::Read(_) if plan.fifo && voters.is_empty() => {
+            Some(Improvement::EveryFailureIsReported)
+        }
         Action::Flush if voters.len() < plan.threshold => Some(Improvement::EveryFailureIsReported),
         _ => None,
     }

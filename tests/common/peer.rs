@@ -18,7 +18,8 @@ use super::process::{Process, wait_until};
 const PROGRAM: &str = "qemu-storage-daemon";
 const LIMIT: Duration = Duration::from_secs(10);
 
-/// A running qemu-storage-daemon; killed when dropped. What it wrote to stderr is shown when the test fails.
+/// A running qemu-storage-daemon; killed when dropped. What it wrote to stderr is shown when the
+/// test fails.
 pub struct Peer {
     process: Process,
     socket: PathBuf,
@@ -32,7 +33,8 @@ impl Peer {
     pub fn start(directory: &Path, images: &[PathBuf], plan: &Plan) -> (Self, EventReader) {
         let names = ["peer.sock", "peer.pid", "peer.log"];
         let [socket, ready, log] = names.map(|name| directory.join(name));
-        // As standard input and output, because connections to a socket of its own are lost at times.
+        // As standard input and output, because connections to a socket of its own are lost at
+        // times.
         let (monitor, its_end) = UnixStream::pair().expect("a pair of sockets");
         let its_output = its_end.try_clone().expect("duplicating a socket");
         // One that has ended leaves them behind.
@@ -43,8 +45,9 @@ impl Peer {
         let direct = if plan.direct { "on" } else { "off" };
         for (index, image) in images.iter().enumerate() {
             let (name, image) = (node_name(index), image.display());
-            let node =
-                format!("driver=file,node-name={name},filename={image},aio=io_uring,cache.direct={direct}");
+            let node = format!(
+                "driver=file,node-name={name},filename={image},aio=io_uring,cache.direct={direct}"
+            );
             command.args(["--blockdev", &node]);
         }
         let children: Vec<String> = (0..images.len()).map(node_name).collect();
@@ -72,7 +75,9 @@ impl Peer {
             .stdout(OwnedFd::from(its_output))
             .stderr(File::create(&log).expect("creating the peer's log"));
         let process = Process::spawn(&mut command).unwrap_or_else(|error| {
-            panic!("cannot start {PROGRAM} ({error}): install Debian's qemu-utils, or run `make guest`")
+            panic!(
+                "cannot start {PROGRAM} ({error}): install Debian's qemu-utils, or run `make guest`"
+            )
         });
         let mut peer = Self {
             process,

@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 /// Time between two looks at something that is being waited for.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
-/// A child process; killed and reaped when dropped, and killed by the kernel when the thread that started
-/// it ends without having dropped it (a test run that was killed).
+/// A child process; killed and reaped when dropped, and killed by the kernel when the thread that
+/// started it ends without having dropped it (a test run that was killed).
 pub struct Process {
     child: Child,
     exit_status: Option<ExitStatus>,

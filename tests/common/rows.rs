@@ -1,5 +1,5 @@
-//! One function for each thing that was found wrong in another voted disk: it does to either system what
-//! brings it out, and returns what happened.
+//! One function for each thing that was found wrong in another voted disk: it does to either system
+//! what brings it out, and returns what happened.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,7 +11,8 @@ use super::disk::{Disk, Plan, System};
 use super::fuse::{Fault, Operation};
 use super::images::{BLOCK_BYTES, Random, corrupt_sectors};
 use super::load::{
-    Kind, Latencies, Model, Outcome, bytes_that_differ, one_by_one, race, write_from_changing_memory,
+    Kind, Latencies, Model, Outcome, bytes_that_differ, one_by_one, race,
+    write_from_changing_memory,
 };
 
 const BLOCK: usize = 4096;
@@ -34,7 +35,8 @@ pub fn count(events: &[Value], name: &str) -> u64 {
         .sum()
 }
 
-/// Reads of 8 KiB of which two replicas have lost one sector each, not the same: how many of them fail.
+/// Reads of 8 KiB of which two replicas have lost one sector each, not the same: how many of them
+/// fail.
 pub fn bad_in_different_sectors(system: System, reads: u64) -> (u64, Vec<Value>) {
     let mut random = Random::from_environment();
     let disk = Disk::start(system, &Plan::default());
@@ -45,7 +47,11 @@ pub fn bad_in_different_sectors(system: System, reads: u64) -> (u64, Vec<Value>)
         let (left, right) = (first + random.within(0..8), first + random.within(8..16));
         let replica = usize::try_from(random.within(0..3)).expect("small");
         corrupt_sectors(&disk.images[replica], left..left + 1, random.mask());
-        corrupt_sectors(&disk.images[(replica + 1) % 3], right..right + 1, random.mask());
+        corrupt_sectors(
+            &disk.images[(replica + 1) % 3],
+            right..right + 1,
+            random.mask(),
+        );
         match client.read(0, first * 512, 8192) {
             Ok(data) => assert!(data.iter().all(|byte| *byte == 0), "wrong data"),
             Err(Failed(_)) => failed += 1,
@@ -132,7 +138,8 @@ fn raced(disk: &Disk, plan: &Plan) -> Raced {
     }
 }
 
-/// Writes from memory that changes while they are in flight: in how many bytes replicas differ then.
+/// Writes from memory that changes while they are in flight: in how many bytes replicas differ
+/// then.
 pub fn changing_memory(system: System) -> usize {
     let plan = Plan {
         faulty: vec![1, 2],
@@ -178,12 +185,18 @@ pub fn hang(system: System) -> Hung {
     let mut client = disk.connect();
     let blocks = plan.size_bytes / BLOCK_BYTES / 2;
     let mut until = |client: &mut Client, end: Instant, kind| {
-        one_by_one(client, kind, 0..blocks, &mut random, |_| Instant::now() >= end)
+        one_by_one(client, kind, 0..blocks, &mut random, |_| {
+            Instant::now() >= end
+        })
     };
     // What is read was written before, in both states: holes are read without the disk.
     for block in 0..blocks {
         let offset = block * BLOCK_BYTES;
-        assert_eq!(client.write(0, offset, &[0; BLOCK]), Ok(()), "filling the disk");
+        assert_eq!(
+            client.write(0, offset, &[0; BLOCK]),
+            Ok(()),
+            "filling the disk"
+        );
     }
     let began = Instant::now();
     let healthy = [
@@ -259,8 +272,8 @@ pub fn flush_of_300_ms(system: System) -> Duration {
     began.elapsed()
 }
 
-/// A write that replicas 0 and 1 hold and a flush that 1 and 2 do, so that only 1 is safe: what the flush
-/// says, and the disk and its client to go on with.
+/// A write that replicas 0 and 1 hold and a flush that 1 and 2 do, so that only 1 is safe: what the
+/// flush says, and the disk and its client to go on with.
 pub fn flush_without_quorum(system: System) -> (Result<(), Failed>, Disk, Client) {
     let plan = Plan {
         faulty: vec![0, 1, 2],
@@ -271,8 +284,10 @@ pub fn flush_without_quorum(system: System) -> (Result<(), Failed>, Disk, Client
     client.write(0, 0, &[2; BLOCK]).expect("writing");
     client.flush(0).expect("flushing");
     // It goes on failing to write, so that nobody can bring the replica up to date meanwhile.
-    disk.faulty(2).inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    disk.faulty(2)
+        .inject(Operation::Write, Fault::Fail(libc::ENOSPC));
     assert_eq!(client.write(0, 0, &[3; BLOCK]), Ok(()));
-    disk.faulty(0).inject(Operation::Sync, Fault::Fail(libc::EIO));
+    disk.faulty(0)
+        .inject(Operation::Sync, Fault::Fail(libc::EIO));
     (client.flush(0), disk, client)
 }

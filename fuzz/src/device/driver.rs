@@ -2,8 +2,8 @@
 
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::QueueT;
@@ -57,19 +57,30 @@ pub(super) fn drive(step: Step, script: &mut Script<'_>) {
     match step {
         Step::Offer => {
             let (ring, head) = (ring(script), script.u8());
-            let head = if head == u8::MAX { u16::MAX } else { head.into() };
+            let head = if head == u8::MAX {
+                u16::MAX
+            } else {
+                head.into()
+            };
             offer(ring, head);
         }
         Step::Descriptor => {
             let (table, index) = (script.u8(), script.u8());
-            let (place, len) = (address(script), LENGTHS[usize::from(script.u8()) % LENGTHS.len()]);
+            let (place, len) = (
+                address(script),
+                LENGTHS[usize::from(script.u8()) % LENGTHS.len()],
+            );
             let (flags, next) = (script.u8().into(), script.u8().into());
             let table = if table & 2 == 0 {
                 ring_addresses(u16::from(table) % RINGS).0
             } else {
                 TABLES
             };
-            put_descriptor(table, index.into(), Descriptor::new(place, len, flags, next));
+            put_descriptor(
+                table,
+                index.into(),
+                Descriptor::new(place, len, flags, next),
+            );
         }
         Step::Header => {
             let (index, request_type, sector) = (script.u8() & 0x1f, script.u8(), script.u16());
@@ -87,10 +98,14 @@ pub(super) fn drive(step: Step, script: &mut Script<'_>) {
     }
 }
 
-/// A request as drivers make them: header, data and status, one after the other in the table or in an indirect one.
+/// A request as drivers make them: header, data and status, one after the other in the table or in
+/// an indirect one.
 fn request(script: &mut Script<'_>) {
     let (choice, first, sector) = (script.u8(), script.u8(), script.u16());
-    let (place, len) = (address(script), LENGTHS[usize::from(script.u8()) % LENGTHS.len()]);
+    let (place, len) = (
+        address(script),
+        LENGTHS[usize::from(script.u8()) % LENGTHS.len()],
+    );
     let (ring, indirect) = (u16::from(choice & 1), choice & 2 != 0);
     let kinds = [
         VIRTIO_BLK_T_IN,

@@ -70,11 +70,16 @@ fn disk_info() -> DiskInfo {
 }
 
 fn new_slot() -> ConnectionSlot {
-    ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default()).expect("a size that a ring can have")
+    ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default())
+        .expect("a size that a ring can have")
 }
 
 fn new_frontend(slot: ConnectionSlot) -> Arc<Mutex<Frontend>> {
-    Arc::new(Mutex::new(Frontend::new(disk_info(), slot, Box::new(Server))))
+    Arc::new(Mutex::new(Frontend::new(
+        disk_info(),
+        slot,
+        Box::new(Server),
+    )))
 }
 
 fn event() -> File {
@@ -107,7 +112,8 @@ impl Machine {
     }
 
     fn note_log(&self) {
-        let log = (self.logs && self.log_is_set).then(|| self.log.try_clone().expect("a descriptor"));
+        let log =
+            (self.logs && self.log_is_set).then(|| self.log.try_clone().expect("a descriptor"));
         with_world(|world| world.files.log = log);
     }
 
@@ -180,7 +186,9 @@ impl Machine {
             Step::Stop | Step::Start | Step::Enable | Step::Size | Step::Addresses | Step::Base => {
                 self.set_ring(step, script);
             }
-            Step::MemoryTable | Step::AddMemory | Step::RemoveMemory => self.set_memory(step, script),
+            Step::MemoryTable | Step::AddMemory | Step::RemoveMemory => {
+                self.set_memory(step, script)
+            }
             Step::Region | Step::RegionBytes | Step::OtherRegion => self.set_region(step, script),
             Step::Features => self.features(script.u8()),
             Step::CacheMode => {
@@ -237,14 +245,17 @@ impl Machine {
     /// Where the rings are; addresses are aligned as the `vhost` crate asks for.
     fn addresses(&mut self, ring: u16, [descriptor, available, used]: [u64; 3]) {
         let user = |address: u64, alignment: u64| {
-            with_world(|world| world.files.user_address(address)).map(|address| address & !(alignment - 1))
+            with_world(|world| world.files.user_address(address))
+                .map(|address| address & !(alignment - 1))
         };
         let places = (user(descriptor, 16), user(available, 2), user(used, 4));
         let (Some(descriptor), Some(available), Some(used)) = places else {
             return;
         };
         let flags = VhostUserVringAddrFlags::empty();
-        self.send(|frontend| frontend.set_vring_addr(ring.into(), flags, descriptor, used, available, 0));
+        self.send(|frontend| {
+            frontend.set_vring_addr(ring.into(), flags, descriptor, used, available, 0)
+        });
     }
 
     fn features(&mut self, choice: u8) {
@@ -260,7 +271,10 @@ impl Machine {
         ];
         let chosen = (0..).zip(offered).filter(|(bit, _)| choice & 1 << bit != 0);
         let features = chosen.fold(0, |features, (_, feature)| features | feature);
-        if self.send(|frontend| frontend.set_features(features)).is_some() {
+        if self
+            .send(|frontend| frontend.set_features(features))
+            .is_some()
+        {
             self.logs = features & VhostUserVirtioFeatures::LOG_ALL.bits() != 0;
             self.note_log();
         }
@@ -269,7 +283,10 @@ impl Machine {
     fn set_memory(&mut self, step: Step, script: &mut Script<'_>) {
         let choice = |script: &mut Script<'_>| {
             let choice = usize::from(script.u8());
-            (choice % FILE_BYTES.len(), choice / FILE_BYTES.len() % SLOTS.len())
+            (
+                choice % FILE_BYTES.len(),
+                choice / FILE_BYTES.len() % SLOTS.len(),
+            )
         };
         match step {
             Step::MemoryTable => {
@@ -295,7 +312,8 @@ impl Machine {
             }
             _ => {
                 let mapping = mapping(choice(script));
-                let region = VhostUserSingleMemoryRegion::new(mapping.guest_address, mapping.bytes, 0, 0);
+                let region =
+                    VhostUserSingleMemoryRegion::new(mapping.guest_address, mapping.bytes, 0, 0);
                 if self
                     .send(|frontend| frontend.remove_mem_region(&region))
                     .is_some()
@@ -318,7 +336,10 @@ impl Machine {
             )
         };
         let regions: Vec<_> = mappings.iter().map(region).collect();
-        let files = mappings.iter().map(|mapping| shared_file(mapping.file)).collect();
+        let files = mappings
+            .iter()
+            .map(|mapping| shared_file(mapping.file))
+            .collect();
         if self
             .send(|frontend| frontend.set_mem_table(&regions, files, None))
             .is_some()
@@ -387,10 +408,14 @@ impl Machine {
     }
 
     fn set_log(&mut self, script: &mut Script<'_>) {
-        let bytes = [LOG_BYTES, 1, 2, 3, 4, 16, LOG_BYTES + 1, u64::MAX][usize::from(script.u8() & 7)];
+        let bytes =
+            [LOG_BYTES, 1, 2, 3, 4, 16, LOG_BYTES + 1, u64::MAX][usize::from(script.u8() & 7)];
         let log = VhostUserLog::new(bytes, 0);
         let file = self.log.try_clone().expect("a descriptor");
-        if self.send(|frontend| frontend.set_log_base(&log, file)).is_some() {
+        if self
+            .send(|frontend| frontend.set_log_base(&log, file))
+            .is_some()
+        {
             self.log_is_set = true;
             self.note_log();
         }

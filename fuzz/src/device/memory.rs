@@ -1,5 +1,5 @@
-//! Guest memory as the frontend has it: files, of which parts are shared with the device, and what is known to be in
-//! them. Any byte that the device changes is found.
+//! Guest memory as the frontend has it: files, of which parts are shared with the device, and what
+//! is known to be in them. Any byte that the device changes is found.
 
 use std::fs::File;
 use std::ops::Range;
@@ -46,7 +46,8 @@ pub struct Files {
     pub files: Vec<File>,
     /// And what this end has mapped of them.
     mappings: Vec<MmapRegion<()>>,
-    /// As they were when [`Self::changes`] was called last, and as the driver has written them since.
+    /// As they were when [`Self::changes`] was called last, and as the driver has written them
+    /// since.
     known: Vec<Vec<u8>>,
     /// Room for as much as the largest has.
     scratch: Vec<u8>,
@@ -100,8 +101,18 @@ impl Files {
         Self {
             mappings: files.iter().zip(&FILE_BYTES).map(map).collect(),
             files,
-            known: FILE_BYTES.iter().map(|&bytes| vec![0; to_usize(bytes)]).collect(),
-            scratch: vec![0; FILE_BYTES.iter().map(|&bytes| to_usize(bytes)).max().unwrap_or(0)],
+            known: FILE_BYTES
+                .iter()
+                .map(|&bytes| vec![0; to_usize(bytes)])
+                .collect(),
+            scratch: vec![
+                0;
+                FILE_BYTES
+                    .iter()
+                    .map(|&bytes| to_usize(bytes))
+                    .max()
+                    .unwrap_or(0)
+            ],
             table: Vec::new(),
             log: None,
         }

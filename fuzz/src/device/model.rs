@@ -29,13 +29,16 @@ pub(super) struct Position {
 impl Position {
     fn avail_entry(self, index: u16) -> Run {
         Run {
-            address: self.avail.saturating_add(4 + 2 * u64::from(index % self.size)),
+            address: self
+                .avail
+                .saturating_add(4 + 2 * u64::from(index % self.size)),
             bytes: 2,
         }
     }
 
     pub(super) fn used_entry(self, index: u16) -> u64 {
-        self.used.saturating_add(4 + 8 * u64::from(index % self.size))
+        self.used
+            .saturating_add(4 + 8 * u64::from(index % self.size))
     }
 
     /// Where the used ring is, its avail_event included.
@@ -152,7 +155,8 @@ impl World {
             // More only if the device was made to write over the index.
             self.strict &= count <= before.size;
             ring.out_count += usize::from(count);
-            let taken = (0..count).map(|step| before.avail_entry(before.next_avail.wrapping_add(step)));
+            let taken =
+                (0..count).map(|step| before.avail_entry(before.next_avail.wrapping_add(step)));
             let resubmitted = ring.out.iter().filter(|(_, out)| out.resubmitted);
             let mut heads: Vec<(u16, bool)> = resubmitted.map(|(head, _)| (*head, false)).collect();
             for entry in taken {
@@ -182,7 +186,8 @@ impl World {
         }
     }
 
-    /// Of several elements that were put on used rings the first may be written over by what came with the others.
+    /// Of several elements that were put on used rings the first may be written over by what came
+    /// with the others.
     fn note_overwritten(&mut self, before: &[Position], after: &[Position]) {
         let mut total = 0;
         for (before, after) in before.iter().zip(after) {
@@ -236,14 +241,23 @@ impl World {
                 "memory was written to at {change:x?}"
             );
             if let Some(log) = &self.files.log {
-                assert!(self.files.is_logged(log, change), "not in the log: {change:x?}");
+                assert!(
+                    self.files.is_logged(log, change),
+                    "not in the log: {change:x?}"
+                );
             }
         }
     }
 
-    /// A ring that its driver broke, and that does not start again with the region that it has: what is out stays in
-    /// flight there.
-    fn note_failed_start(&mut self, index: usize, tracked: bool, before: Position, after: Position) {
+    /// A ring that its driver broke, and that does not start again with the region that it has:
+    /// what is out stays in flight there.
+    fn note_failed_start(
+        &mut self,
+        index: usize,
+        tracked: bool,
+        before: Position,
+        after: Position,
+    ) {
         let ring = &mut self.rings[index];
         let same_region = tracked && ring.tracked && ring.region == self.regions;
         if same_region && !before.served && !after.served && self.guest.is_drained(index) {
@@ -252,8 +266,15 @@ impl World {
         }
     }
 
-    /// Returns whether the ring was started from a region: then what is out is what the region says.
-    fn note_start(&mut self, index: usize, tracked: bool, before: Position, after: Position) -> bool {
+    /// Returns whether the ring was started from a region: then what is out is what the region
+    /// says.
+    fn note_start(
+        &mut self,
+        index: usize,
+        tracked: bool,
+        before: Position,
+        after: Position,
+    ) -> bool {
         if before.served || !after.served {
             return false;
         }
@@ -302,7 +323,8 @@ impl World {
             };
             let head = u16::try_from(id).expect("a head");
             let out = ring.out.get_mut(&head);
-            let out = out.unwrap_or_else(|| panic!("chain {head} was given back twice, or was not taken"));
+            let out = out
+                .unwrap_or_else(|| panic!("chain {head} was given back twice, or was not taken"));
             out.count -= 1;
             if out.count == 0 {
                 ring.out.remove(&head);

@@ -42,8 +42,8 @@ pub struct World {
     pub(super) rings: Vec<Ring>,
     /// Chains of which pieces have failed, as tags name them.
     failed: BTreeSet<u64>,
-    /// Which chains are out is known. It is not any more when the device was made to write over rings and descriptors
-    /// while it takes chains.
+    /// Which chains are out is known. It is not any more when the device was made to write over
+    /// rings and descriptors while it takes chains.
     pub(super) strict: bool,
 }
 
@@ -72,7 +72,9 @@ impl World {
         self.slot = slot;
         self.pending.clear();
         self.failed.clear();
-        self.rings.iter_mut().for_each(|ring| *ring = Ring::default());
+        self.rings
+            .iter_mut()
+            .for_each(|ring| *ring = Ring::default());
         self.files.table.clear();
         self.files.log = None;
     }
@@ -111,7 +113,10 @@ impl World {
         let statuses = self.statuses();
         let before = self.positions();
         self.call(Call::Answer, |guest| guest.answered(tag, result));
-        let is_out = self.pending.iter().any(|(other, _)| chain(*other) == chain(tag));
+        let is_out = self
+            .pending
+            .iter()
+            .any(|(other, _)| chain(*other) == chain(tag));
         let failed = self.failed.contains(&chain(tag));
         if !is_out {
             self.failed.remove(&chain(tag));
@@ -134,7 +139,8 @@ impl World {
         self.call(Call::Answer, Guest::ask_for_kicks);
     }
 
-    /// Serves rings according to their state, as a worker does: what is stopped drains, or is abandoned.
+    /// Serves rings according to their state, as a worker does: what is stopped drains, or is
+    /// abandoned.
     pub(super) fn refresh(&mut self, rings: Vec<(u16, Option<QueueRegion>)>) {
         let durable = self.slot.choices.durable_writes();
         let mut draining = Vec::new();
@@ -158,7 +164,10 @@ impl World {
                 draining.iter().for_each(|ring| self.abandon(*ring));
                 continue;
             }
-            assert!(!self.pending.is_empty(), "nothing is left that could end this");
+            assert!(
+                !self.pending.is_empty(),
+                "nothing is left that could end this"
+            );
             patience -= 1;
             self.answer(0, false);
         }
@@ -199,7 +208,9 @@ fn check_piece(request: &GuestRequest, info: &DiskInfo) {
         let block_sectors = u64::from(info.block_bytes) / SECTOR_BYTES;
         let end = range.start.checked_add(range.count).expect("an end");
         assert!(range.count > 0 && end <= info.capacity.sectors() && range.bytes() <= bytes_max);
-        assert!(range.start.is_multiple_of(block_sectors) && range.count.is_multiple_of(block_sectors));
+        assert!(
+            range.start.is_multiple_of(block_sectors) && range.count.is_multiple_of(block_sectors)
+        );
     };
     match request {
         GuestRequest::Read(range) => check(*range, PIECE_BYTES_MAX),

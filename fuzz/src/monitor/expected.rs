@@ -1,5 +1,5 @@
-//! What bytes for the monitor mean, read the simple way: all of them are there, each message is cut out as a whole, and
-//! each command takes its arguments apart by hand.
+//! What bytes for the monitor mean, read the simple way: all of them are there, each message is cut
+//! out as a whole, and each command takes its arguments apart by hand.
 
 use quorum_blk::control::{Change, JobOrder};
 use quorum_blk::limits::{MAP_BUCKETS, QMP_MESSAGE_BYTES_MAX};
@@ -87,7 +87,10 @@ fn cut(bytes: &[u8]) -> Cut {
     while let Some(&byte) = bytes.get(at) {
         match byte {
             0xff => return Cut::Garbage(at + 1),
-            b'"' | b'\'' => match string(&bytes[at..], QMP_MESSAGE_BYTES_MAX.saturating_sub(text.len())) {
+            b'"' | b'\'' => match string(
+                &bytes[at..],
+                QMP_MESSAGE_BYTES_MAX.saturating_sub(text.len()),
+            ) {
                 Ok((string, length)) => {
                     text.extend(string);
                     at += length - 1;
@@ -96,7 +99,8 @@ fn cut(bytes: &[u8]) -> Cut {
                 Err(other) => return other,
             },
             _ => {
-                depth += i32::from(matches!(byte, b'{' | b'[')) - i32::from(matches!(byte, b'}' | b']'));
+                depth +=
+                    i32::from(matches!(byte, b'{' | b'[')) - i32::from(matches!(byte, b'}' | b']'));
                 text.push(byte);
             }
         }
@@ -185,7 +189,10 @@ impl Conversation {
         self.outcomes.push(outcome);
     }
 
-    fn understand(&mut self, mut message: Map<String, Value>) -> Result<Option<Value>, &'static str> {
+    fn understand(
+        &mut self,
+        mut message: Map<String, Value>,
+    ) -> Result<Option<Value>, &'static str> {
         let execute = message.remove("execute");
         let arguments = message.remove("arguments").unwrap_or(json!({}));
         let (Some(Value::String(name)), Value::Object(arguments), true) =
@@ -319,8 +326,13 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
                 (None, Some(node)) => Change::AddReplica(node),
                 (Some(child), None) => {
                     let places = REPLICAS.iter().enumerate();
-                    let mut named = places.filter(|(place, _)| child == format!("children.{place}"));
-                    Change::RemoveReplica(named.next().map_or(child.clone(), |(_, name)| (*name).into()))
+                    let mut named =
+                        places.filter(|(place, _)| child == format!("children.{place}"));
+                    Change::RemoveReplica(
+                        named
+                            .next()
+                            .map_or(child.clone(), |(_, name)| (*name).into()),
+                    )
                 }
                 _ => return Err(GENERIC),
             }

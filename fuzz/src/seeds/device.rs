@@ -3,8 +3,8 @@
 use super::super::device::Step;
 use super::Seed;
 
-/// A whole request for `device`: ring, kind (an index of its table), first descriptor, sector, data and its length
-/// (an index of the table).
+/// A whole request for `device`: ring, kind (an index of its table), first descriptor, sector, data
+/// and its length (an index of the table).
 fn whole(ring: u8, kind: u8, indirect: bool, first: u8, place: u16, len: u8) -> Vec<u8> {
     let choice = ring | u8::from(indirect) << 1 | kind << 2;
     let [low, high] = place.to_le_bytes();

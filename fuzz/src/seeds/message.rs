@@ -54,7 +54,10 @@ fn message(code: u8, flags: u8, payload: &[u8], kinds: &[Kind]) -> Vec<u8> {
 }
 
 fn numbers(numbers: &[u64]) -> Vec<u8> {
-    numbers.iter().flat_map(|number| number.to_ne_bytes()).collect()
+    numbers
+        .iter()
+        .flat_map(|number| number.to_ne_bytes())
+        .collect()
 }
 
 fn state(index: u32, number: u32) -> Vec<u8> {
@@ -110,7 +113,12 @@ pub fn start() -> Vec<u8> {
         let index = u32::from(ring);
         messages.extend(message(code::SET_VRING_NUM, 0, &state(index, 16), &[]));
         messages.extend(message(code::SET_VRING_BASE, 0, &state(index, 0), &[]));
-        messages.extend(message(code::SET_VRING_ADDR, 0, &vring_address(ring.into()), &[]));
+        messages.extend(message(
+            code::SET_VRING_ADDR,
+            0,
+            &vring_address(ring.into()),
+            &[],
+        ));
         let payload = numbers(&[ring.into()]);
         messages.extend(message(code::SET_VRING_CALL, 0, &payload, &[Kind::Event]));
         messages.extend(message(code::SET_VRING_KICK, 0, &payload, &[Kind::Event]));
@@ -213,7 +221,12 @@ pub fn all() -> Vec<Seed> {
             input(
                 started,
                 &[
-                    message(code::SET_LOG_BASE, 0, &numbers(&[0x1000, 0]), &[OtherMemory]),
+                    message(
+                        code::SET_LOG_BASE,
+                        0,
+                        &numbers(&[0x1000, 0]),
+                        &[OtherMemory],
+                    ),
                     message(
                         code::SET_FEATURES,
                         ACK,
@@ -230,11 +243,17 @@ pub fn all() -> Vec<Seed> {
         ),
         (
             "raw",
-            input(0, &[vec![0xff, 0, 0, 12, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]]),
+            input(
+                0,
+                &[vec![0xff, 0, 0, 12, 1, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]],
+            ),
         ),
         (
             "no-descriptor",
-            input(started, &[message(code::SET_VRING_KICK, ACK, &vring(0x101), &[])]),
+            input(
+                started,
+                &[message(code::SET_VRING_KICK, ACK, &vring(0x101), &[])],
+            ),
         ),
         (
             "too-many-descriptors",
@@ -284,7 +303,12 @@ pub fn all() -> Vec<Seed> {
             [0, MEMORY_BYTES, USER_ADDRESS, 0],
             [0x10_0000, 0x1000, USER_ADDRESS + 0x10_0000, 0],
         ];
-        let table = message(code::SET_MEM_TABLE, ACK, &memory_table(&regions), &[Memory, kind]);
+        let table = message(
+            code::SET_MEM_TABLE,
+            ACK,
+            &memory_table(&regions),
+            &[Memory, kind],
+        );
         seeds.push((name, input(NEGOTIATE, &[table, start()])));
     }
     for (name, kind, bytes) in [

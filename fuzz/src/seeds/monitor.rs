@@ -24,11 +24,18 @@ pub fn all() -> Vec<Seed> {
         (name, input(NEGOTIATE, [0; 4], [0; 2], message.as_bytes()))
     });
     let raw = br#"{"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"a","file":{"driver":"file","filename":"/a"}}}"#;
-    let child = br#"{"execute":"x-blockdev-change","arguments":{"parent":"quorum0","child":"children.1"}}"#;
+    let child =
+        br#"{"execute":"x-blockdev-change","arguments":{"parent":"quorum0","child":"children.1"}}"#;
     type Seed<'a> = (&'static str, u8, [u8; 4], [u8; 2], &'a [u8]);
     let others: [Seed<'_>; 13] = [
         ("the manual", SOCKET, [0; 4], [0; 2], whole.as_bytes()),
-        ("the manual in bytes", SOCKET, [1; 4], [0; 2], whole.as_bytes()),
+        (
+            "the manual in bytes",
+            SOCKET,
+            [1; 4],
+            [0; 2],
+            whole.as_bytes(),
+        ),
         (
             "the manual in single quotes",
             0,
@@ -59,8 +66,20 @@ pub fn all() -> Vec<Seed> {
             [0; 2],
             br#"{'execute':'a\'b"\\\u00e9'}{"id":"\\"}{"id":"'\""}"#,
         ),
-        ("a message without end", SOCKET, [0; 4], [128, 255], b"{\"x\":1}"),
-        ("many brackets", SOCKET | REPEAT, [0; 4], [0, 255], b"[]\n{}"),
+        (
+            "a message without end",
+            SOCKET,
+            [0; 4],
+            [128, 255],
+            b"{\"x\":1}",
+        ),
+        (
+            "many brackets",
+            SOCKET | REPEAT,
+            [0; 4],
+            [0, 255],
+            b"[]\n{}",
+        ),
         ("many lines", REPEAT, [0; 4], [0, 255], b"\n{}"),
         (
             "a long message",

@@ -1,8 +1,8 @@
 //! Inputs of `request`: tables of 16 entries, the chain begins at the first.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
-    VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN,
+    VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
 use super::{INDIRECT, NEXT, Seed, WRITE, header, put, put_table, segment};
@@ -35,7 +35,11 @@ pub fn all() -> Vec<Seed> {
         ),
         (
             "write",
-            input(&[head, (0x1000, 1024, NEXT, 2), status], VIRTIO_BLK_T_OUT, 3),
+            input(
+                &[head, (0x1000, 1024, NEXT, 2), status],
+                VIRTIO_BLK_T_OUT,
+                3,
+            ),
         ),
         ("flush", input(&[head, status], VIRTIO_BLK_T_FLUSH, 0)),
         (
@@ -48,7 +52,11 @@ pub fn all() -> Vec<Seed> {
         ),
         (
             "discard",
-            input(&[head, (SEGMENTS, 16, NEXT, 2), status], VIRTIO_BLK_T_DISCARD, 0),
+            input(
+                &[head, (SEGMENTS, 16, NEXT, 2), status],
+                VIRTIO_BLK_T_DISCARD,
+                0,
+            ),
         ),
         (
             "write-zeroes",
@@ -108,7 +116,11 @@ pub fn all() -> Vec<Seed> {
         ),
         (
             "empty",
-            input(&[head, (0x1000, 0, NEXT | WRITE, 2), status], VIRTIO_BLK_T_IN, 3),
+            input(
+                &[head, (0x1000, 0, NEXT | WRITE, 2), status],
+                VIRTIO_BLK_T_IN,
+                3,
+            ),
         ),
         (
             "read-only-status",
@@ -118,7 +130,10 @@ pub fn all() -> Vec<Seed> {
                 3,
             ),
         ),
-        ("no-status", input(&[(HEADER, 16, 0, 0)], VIRTIO_BLK_T_FLUSH, 3)),
+        (
+            "no-status",
+            input(&[(HEADER, 16, 0, 0)], VIRTIO_BLK_T_FLUSH, 3),
+        ),
         (
             "unknown",
             input(&[head, (0x1000, 512, NEXT | WRITE, 2), status], 77, 3),
@@ -126,12 +141,20 @@ pub fn all() -> Vec<Seed> {
     ];
     for (name, bytes, last) in [
         ("indirect", 48, status),
-        ("indirect-nested", 48, (INDIRECT_TABLE as u64, 48, INDIRECT, 0)),
+        (
+            "indirect-nested",
+            48,
+            (INDIRECT_TABLE as u64, 48, INDIRECT, 0),
+        ),
         ("indirect-loop", 16 * 0xffff, (0x1ff, 1, WRITE | NEXT, 2)),
         ("indirect-broken", 47, status),
         ("indirect-too-long", 16 * 0x1_0000, status),
     ] {
-        let mut seed = input(&[(INDIRECT_TABLE as u64, bytes, INDIRECT, 0)], VIRTIO_BLK_T_IN, 3);
+        let mut seed = input(
+            &[(INDIRECT_TABLE as u64, bytes, INDIRECT, 0)],
+            VIRTIO_BLK_T_IN,
+            3,
+        );
         let mut memory = seed.split_off(4);
         let table = [head, (0x1000, 512, NEXT | WRITE, 2), last];
         put_table(&mut memory, INDIRECT_TABLE, &table);

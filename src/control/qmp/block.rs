@@ -1,5 +1,6 @@
-//! A disk in the words of QEMU's queries: the structures of its qapi/block-core.json, with a voted disk as the quorum
-//! node that QEMU would have, and each replica as a file node below it. What QEMU counts and we do not have is 0.
+//! A disk in the words of QEMU's queries: the structures of its qapi/block-core.json, with a voted
+//! disk as the quorum node that QEMU would have, and each replica as a file node below it. What
+//! QEMU counts and we do not have is 0.
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
@@ -165,7 +166,12 @@ fn voted_node(disk: &DiskState) -> BlockDeviceInfo {
         "driver": "quorum",
         "vote-threshold": disk.policy.vote_threshold,
     });
-    node(disk, disk.node_name.clone(), "quorum", format!("json:{options}"))
+    node(
+        disk,
+        disk.node_name.clone(),
+        "quorum",
+        format!("json:{options}"),
+    )
 }
 
 fn file_node(disk: &DiskState, replica: &ReplicaState) -> BlockDeviceInfo {
@@ -185,7 +191,12 @@ fn driver_of(replica: &ReplicaState) -> &'static str {
     }
 }
 
-fn node(disk: &DiskState, node_name: String, driver: &'static str, file: String) -> BlockDeviceInfo {
+fn node(
+    disk: &DiskState,
+    node_name: String,
+    driver: &'static str,
+    file: String,
+) -> BlockDeviceInfo {
     BlockDeviceInfo {
         node_name,
         ro: disk.read_only,

@@ -1,5 +1,5 @@
-//! The commands: one entry of `COMMANDS` for each, and the types of what it takes and returns. What it does is a
-//! method of [`Operator`].
+//! The commands: one entry of `COMMANDS` for each, and the types of what it takes and returns. What
+//! it does is a method of [`Operator`].
 
 use std::fmt;
 
@@ -36,15 +36,27 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "block_resize",
-        run: |arguments, operator| run(arguments, |resize| nothing(upkeep::resize(&resize, operator))),
+        run: |arguments, operator| {
+            run(arguments, |resize| {
+                nothing(upkeep::resize(&resize, operator))
+            })
+        },
     },
     Command {
         name: "blockdev-add",
-        run: |arguments, operator| run(arguments, |node| nothing(upkeep::blockdev_add(node, operator))),
+        run: |arguments, operator| {
+            run(arguments, |node| {
+                nothing(upkeep::blockdev_add(node, operator))
+            })
+        },
     },
     Command {
         name: "blockdev-del",
-        run: |arguments, operator| run(arguments, |node| nothing(upkeep::blockdev_del(node, operator))),
+        run: |arguments, operator| {
+            run(arguments, |node| {
+                nothing(upkeep::blockdev_del(node, operator))
+            })
+        },
     },
     Command {
         name: "job-cancel",
@@ -72,7 +84,11 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "query-block",
-        run: |arguments, operator| run(arguments, |NoArguments {}| Ok(block::devices(&operator.state()))),
+        run: |arguments, operator| {
+            run(arguments, |NoArguments {}| {
+                Ok(block::devices(&operator.state()))
+            })
+        },
     },
     Command {
         name: "query-blockstats",
@@ -143,7 +159,11 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "x-blockdev-change",
-        run: |arguments, operator| run(arguments, |change| nothing(upkeep::change(change, operator))),
+        run: |arguments, operator| {
+            run(arguments, |change| {
+                nothing(upkeep::change(change, operator))
+            })
+        },
     },
 ];
 
@@ -272,7 +292,11 @@ impl Version {
         let mut next = || parts.next().expect("three of them");
         let (major, minor, micro) = (next(), next(), next());
         Self {
-            qemu: VersionTriple { micro, minor, major },
+            qemu: VersionTriple {
+                micro,
+                minor,
+                major,
+            },
             package: concat!("quorum-blk ", env!("CARGO_PKG_VERSION")),
         }
     }

@@ -1,5 +1,5 @@
-//! The thread on which commands run, one after another, so that a command which takes its time delays no event and
-//! no other conversation but those that want a command run too.
+//! The thread on which commands run, one after another, so that a command which takes its time
+//! delays no event and no other conversation but those that want a command run too.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};

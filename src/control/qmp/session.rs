@@ -4,8 +4,8 @@
 //! greeting ─► negotiating ── qmp_capabilities ─► commanding: commands, and events from now on
 //! ```
 //!
-//! Invariants: each message has one reply, in the order of the messages; a reply is one line and ASCII; the `id`
-//! of a message, whatever it is, comes back with its reply.
+//! Invariants: each message has one reply, in the order of the messages; a reply is one line and
+//! ASCII; the `id` of a message, whatever it is, comes back with its reply.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -195,8 +195,8 @@ enum Understood {
     Call(&'static Command, Map<String, Value>),
 }
 
-/// A whole conversation: what a client is sent that sends `bytes` and does not wait for replies. For whoever wants to
-/// try what a client can send.
+/// A whole conversation: what a client is sent that sends `bytes` and does not wait for replies.
+/// For whoever wants to try what a client can send.
 pub fn converse(bytes: &[u8], operator: &dyn Operator) -> Vec<Vec<u8>> {
     let mut session = Session::default();
     let mut lines = vec![Session::greeting()];

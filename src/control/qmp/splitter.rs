@@ -1,8 +1,10 @@
-//! Finds where a message begins and ends in a stream of bytes. What is in it is for the JSON parser to say.
+//! Finds where a message begins and ends in a stream of bytes. What is in it is for the JSON parser
+//! to say.
 //!
-//! Messages need nothing between them, newlines mean nothing. After bytes that cannot be part of a message the
-//! rest of their line is skipped: a client that lost its place finds it again with the next line, or with a
-//! byte 0xFF, which is in no JSON text. Single quotes are taken for double ones, as QEMU does.
+//! Messages need nothing between them, newlines mean nothing. After bytes that cannot be part of a
+//! message the rest of their line is skipped: a client that lost its place finds it again with the
+//! next line, or with a byte 0xFF, which is in no JSON text. Single quotes are taken for double
+//! ones, as QEMU does.
 //!
 //! Invariant: holds at most [`QMP_MESSAGE_BYTES_MAX`] bytes.
 
@@ -137,7 +139,10 @@ mod tests {
 
     fn found(bytes: &[u8]) -> Vec<Found> {
         let mut splitter = Splitter::default();
-        bytes.iter().filter_map(|byte| splitter.push(*byte)).collect()
+        bytes
+            .iter()
+            .filter_map(|byte| splitter.push(*byte))
+            .collect()
     }
 
     fn message(text: &str) -> Found {
@@ -152,7 +157,11 @@ mod tests {
     fn messages_need_nothing_between_them_and_may_have_lines() {
         assert_eq!(
             found(b"{}{\"a\":[1,\"]}\"]}\r\n\t[\n1]\n{"),
-            [message("{}"), message("{\"a\":[1,\"]}\"]}"), message("[\n1]")]
+            [
+                message("{}"),
+                message("{\"a\":[1,\"]}\"]}"),
+                message("[\n1]")
+            ]
         );
     }
 
@@ -168,7 +177,10 @@ mod tests {
     fn garbage_is_told_once_and_ends_with_its_line() {
         let all = found(b"} hello {}\n{}\n{\"a\n{}");
         assert!(garbage(&all[0]) && garbage(&all[2]), "{all:?}");
-        assert_eq!((&all[1], &all[3], all.len()), (&message("{}"), &message("{}"), 4));
+        assert_eq!(
+            (&all[1], &all[3], all.len()),
+            (&message("{}"), &message("{}"), 4)
+        );
     }
 
     #[test]

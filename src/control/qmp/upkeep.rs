@@ -1,4 +1,5 @@
-//! The arguments of commands that change the disk: those of QEMU where it has the command, read as QEMU means them.
+//! The arguments of commands that change the disk: those of QEMU where it has the command, read as
+//! QEMU means them.
 
 use std::path::PathBuf;
 
@@ -142,7 +143,10 @@ pub(super) fn blockdev_del(node: BlockdevDel, operator: &dyn Operator) -> Result
 pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<(), CommandError> {
     let disk = operator.state();
     if change.parent != disk.node_name {
-        let what = format!("Cannot find device='{0}' nor node-name='{0}'", change.parent);
+        let what = format!(
+            "Cannot find device='{0}' nor node-name='{0}'",
+            change.parent
+        );
         return Err(CommandError::generic(what));
     }
     match (change.child, change.node) {
@@ -157,7 +161,9 @@ pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<
         (Some(_), Some(_)) => Err(CommandError::generic(
             "child and node are not for the same command",
         )),
-        (None, None) => Err(CommandError::generic("Either child or node must be specified")),
+        (None, None) => Err(CommandError::generic(
+            "Either child or node must be specified",
+        )),
     }
 }
 
@@ -176,7 +182,13 @@ pub(super) fn resize(resize: &Resize, operator: &dyn Operator) -> Result<(), Com
 
 pub(super) fn scrub(scrub: &Scrub, operator: &dyn Operator) -> Result<Begun, CommandError> {
     let (repair, speed_bytes) = (scrub.repair, scrub.speed);
-    begun(operator, Change::Scrub { repair, speed_bytes })
+    begun(
+        operator,
+        Change::Scrub {
+            repair,
+            speed_bytes,
+        },
+    )
 }
 
 pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, CommandError> {
@@ -190,7 +202,11 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
     )
 }
 
-pub(super) fn order(job: NamedJob, order: JobOrder, operator: &dyn Operator) -> Result<(), CommandError> {
+pub(super) fn order(
+    job: NamedJob,
+    order: JobOrder,
+    operator: &dyn Operator,
+) -> Result<(), CommandError> {
     done(operator, Change::Job { id: job.id, order })
 }
 
@@ -200,7 +216,10 @@ pub(super) fn set_speed(job: JobSpeed, operator: &dyn Operator) -> Result<(), Co
 }
 
 fn done(operator: &dyn Operator, change: Change) -> Result<(), CommandError> {
-    operator.change(change).map(|_| ()).map_err(CommandError::generic)
+    operator
+        .change(change)
+        .map(|_| ())
+        .map_err(CommandError::generic)
 }
 
 fn begun(operator: &dyn Operator, change: Change) -> Result<Begun, CommandError> {

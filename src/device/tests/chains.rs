@@ -34,9 +34,21 @@ fn readable_after_writable_is_an_error() {
     let mut machine = Machine::new();
     for request_type in [IN, OUT] {
         for parts in [
-            [readable(HEADER, 16), writable(STATUS, 1), readable(DATA, 512)],
-            [writable(STATUS, 1), readable(HEADER, 16), readable(DATA, 512)],
-            [readable(HEADER, 8), writable(STATUS, 1), readable(HEADER + 8, 8)],
+            [
+                readable(HEADER, 16),
+                writable(STATUS, 1),
+                readable(DATA, 512),
+            ],
+            [
+                writable(STATUS, 1),
+                readable(HEADER, 16),
+                readable(DATA, 512),
+            ],
+            [
+                readable(HEADER, 8),
+                writable(STATUS, 1),
+                readable(HEADER + 8, 8),
+            ],
         ] {
             machine.put_header(request_type, 0);
             assert_eq!(machine.serve_chain(&parts), 1);
@@ -81,10 +93,18 @@ fn runs_that_cross_the_end_of_memory() {
     let mut machine = Machine::new();
     let last = MEMORY_BYTES - 256;
     machine.put_header(IN, 0);
-    machine.serve_chain(&[readable(HEADER, 16), writable(last, 512), writable(STATUS, 1)]);
+    machine.serve_chain(&[
+        readable(HEADER, 16),
+        writable(last, 512),
+        writable(STATUS, 1),
+    ]);
     assert_eq!(machine.status(), IOERR);
     machine.put_header(OUT, 0);
-    machine.serve_chain(&[readable(HEADER, 16), readable(last, 512), writable(STATUS, 1)]);
+    machine.serve_chain(&[
+        readable(HEADER, 16),
+        readable(last, 512),
+        writable(STATUS, 1),
+    ]);
     assert_eq!(machine.status(), IOERR);
     assert_eq!(
         machine.asked,
@@ -191,7 +211,10 @@ fn indirect_tables_that_are_none() {
     machine.put_header(FLUSH, 0);
     machine.put(TABLE, &descriptor(readable(HEADER, 16), NEXT, 1));
     machine.put(TABLE + 16, &descriptor(writable(STATUS, 1), 0, 0));
-    assert_eq!(machine.serve_chain(&[indirect(TABLE, 32), writable(DATA, 1)]), 0);
+    assert_eq!(
+        machine.serve_chain(&[indirect(TABLE, 32), writable(DATA, 1)]),
+        0
+    );
     assert!(machine.asked.is_empty());
     assert_eq!(machine.serve_chain(&[indirect(TABLE, 32)]), 1);
     assert_eq!((machine.status(), machine.asked.len()), (OK, 1));

@@ -116,8 +116,16 @@ fn regions_of_memory_come_in_any_order() {
 #[test]
 fn dev_zero_is_no_memory() {
     for offset in [0, 0x1000] {
-        let file = File::options().read(true).write(true).open("/dev/zero").unwrap();
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open("/dev/zero")
+            .unwrap();
         let region = VhostUserMemoryRegion::new(0, 0x1000, 0, offset);
-        assert!(frontend().set_mem_table(&[region], vec![file], None).is_err());
+        assert!(
+            frontend()
+                .set_mem_table(&[region], vec![file], None)
+                .is_err()
+        );
     }
 }

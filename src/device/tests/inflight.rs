@@ -19,7 +19,8 @@ thread_local! {
     static PLACES_LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Called before and after each store to the region. What is stored to the rings lies between two of those.
+/// Called before and after each store to the region. What is stored to the rings lies between two
+/// of those.
 pub(in crate::device) fn may_be_killed_here() {
     match PLACES_LEFT.get() {
         None => {}
@@ -59,7 +60,13 @@ fn region() -> (Region, File) {
 }
 
 fn map(file: &File) -> Region {
-    Region::map(layout(), file.try_clone().unwrap(), 0, layout().bytes() as u64).unwrap()
+    Region::map(
+        layout(),
+        file.try_clone().unwrap(),
+        0,
+        layout().bytes() as u64,
+    )
+    .unwrap()
 }
 
 fn ring(used_idx: u16, available_idx: u16) -> RingState {
@@ -70,8 +77,8 @@ fn ring(used_idx: u16, available_idx: u16) -> RingState {
     }
 }
 
-/// A driver that frees a head only when it has seen it on the used ring, and a machine that is killed and
-/// started again over the same memory.
+/// A driver that frees a head only when it has seen it on the used ring, and a machine that is
+/// killed and started again over the same memory.
 struct Life {
     machine: Machine,
     file: File,
@@ -89,7 +96,12 @@ struct Life {
 
 impl Life {
     fn new(start: u16) -> Self {
-        let mut machine = Machine::with(small_disk(), 1, QUEUE_SIZE, DATA + 512 * u64::from(QUEUE_SIZE));
+        let mut machine = Machine::with(
+            small_disk(),
+            1,
+            QUEUE_SIZE,
+            DATA + 512 * u64::from(QUEUE_SIZE),
+        );
         machine.put(USED + 2, &start.to_le_bytes());
         machine.put(AVAILABLE + 2, &start.to_le_bytes());
         machine.drivers[0] = Driver {
@@ -131,7 +143,10 @@ impl Life {
         let table = TABLE + 64 * place;
         for (index, part) in (0u16..).zip(parts) {
             let flags = if index < 2 { NEXT } else { 0 };
-            machine.put(table + 16 * u64::from(index), &descriptor(part, flags, index + 1));
+            machine.put(
+                table + 16 * u64::from(index),
+                &descriptor(part, flags, index + 1),
+            );
         }
         let reference = Part {
             flags: INDIRECT,
@@ -145,8 +160,12 @@ impl Life {
     /// The driver looks at the used ring.
     fn collect(&mut self) {
         for (head, len) in self.machine.used(0) {
-            let found = self.outstanding.iter().position(|(offered, _)| *offered == head);
-            let found = found.unwrap_or_else(|| panic!("head {head} is given back, but is not out"));
+            let found = self
+                .outstanding
+                .iter()
+                .position(|(offered, _)| *offered == head);
+            let found =
+                found.unwrap_or_else(|| panic!("head {head} is given back, but is not out"));
             let (_, number) = self.outstanding.remove(found);
             assert_eq!(len, 1);
             assert_eq!(self.machine.get(STATUS + u64::from(head), 1), [OK]);
@@ -212,7 +231,8 @@ impl Life {
         self.check_place();
     }
 
-    /// Every request that was begun counts as taken, and at most the one that was being taken besides.
+    /// Every request that was begun counts as taken, and at most the one that was being taken
+    /// besides.
     fn check_place(&self) {
         let next_avail = self.machine.vrings[0].queue_next_avail();
         let taken = u64::from(next_avail.wrapping_sub(self.start));
@@ -394,7 +414,8 @@ fn mark(file: &File, head: u16, counter: u64, next: u16) {
     let place = 16 + 16 * u64::from(head);
     file.write_all_at(&[1], place).unwrap();
     put(file, place + 6, next);
-    file.write_all_at(&counter.to_ne_bytes(), place + 8).unwrap();
+    file.write_all_at(&counter.to_ne_bytes(), place + 8)
+        .unwrap();
 }
 
 #[test]
@@ -460,7 +481,10 @@ fn what_is_not_a_region_for_this_device_is_refused() {
         (0, u64::MAX),
     ] {
         let refused = Region::map(layout(), file.try_clone().unwrap(), offset, len);
-        assert!(matches!(refused, Err(Error::TooShort { .. })), "{offset} {len}");
+        assert!(
+            matches!(refused, Err(Error::TooShort { .. })),
+            "{offset} {len}"
+        );
     }
     // Not on a page.
     let file = Layout::new(1, 1024, 1).unwrap().create_file().unwrap();
@@ -470,7 +494,15 @@ fn what_is_not_a_region_for_this_device_is_refused() {
     ));
     // No file at all.
     let pipe = std::io::pipe().unwrap().0;
-    assert!(Region::map(layout(), File::from(std::os::fd::OwnedFd::from(pipe)), 0, bytes).is_err());
+    assert!(
+        Region::map(
+            layout(),
+            File::from(std::os::fd::OwnedFd::from(pipe)),
+            0,
+            bytes
+        )
+        .is_err()
+    );
 }
 
 /// A file that is no memory file cannot be sealed, but used.
@@ -492,7 +524,8 @@ fn a_region_may_be_an_ordinary_file_and_begin_anywhere_in_it() {
     let (_, begun) = map().queue(0).unwrap().begin(ring(0, 1)).unwrap();
     assert_eq!(begun, Begun::Resumed(vec![9]));
     let mut flag = [0];
-    file.read_exact_at(&mut flag, (1 << 12) + 16 + 16 * 9).unwrap();
+    file.read_exact_at(&mut flag, (1 << 12) + 16 + 16 * 9)
+        .unwrap();
     assert_eq!(flag, [1]);
     assert!(map().queue(1).is_none());
 }
@@ -503,7 +536,10 @@ fn the_regions_of_others_are_sealed() {
     // SAFETY: the name is a NUL-terminated string; the descriptor is new and owned by the file.
     let file = unsafe {
         use std::os::fd::FromRawFd;
-        File::from_raw_fd(libc::memfd_create(c"test".as_ptr(), libc::MFD_ALLOW_SEALING))
+        File::from_raw_fd(libc::memfd_create(
+            c"test".as_ptr(),
+            libc::MFD_ALLOW_SEALING,
+        ))
     };
     file.set_len(1 << 12).unwrap();
     map(&file);
@@ -559,13 +595,19 @@ fn a_ring_that_was_set_up_anew_begins_anew() {
         }
         let (_, begun) = queue(&file).begin(ring(0, 4)).unwrap();
         assert_eq!(begun, Begun::Resumed(vec![]));
-        assert_eq!(queue(&file).begin(ring(0, 4)).unwrap().1, Begun::Resumed(vec![]));
+        assert_eq!(
+            queue(&file).begin(ring(0, 4)).unwrap().1,
+            Begun::Resumed(vec![])
+        );
     }
     // More than the driver has asked for.
     let (_, file) = region();
     queue(&file).begin(ring(0, 0)).unwrap();
     (0..3).for_each(|head| mark(&file, head, 0, 0));
-    assert_eq!(queue(&file).begin(ring(0, 2)).unwrap().1, Begun::Resumed(vec![]));
+    assert_eq!(
+        queue(&file).begin(ring(0, 2)).unwrap().1,
+        Begun::Resumed(vec![])
+    );
 }
 
 #[test]
@@ -596,7 +638,10 @@ fn regions_that_do_not_fit_the_ring_are_refused() {
         size: 8,
         ..ring(0, 8)
     };
-    assert_eq!(queue(&file).begin(smaller).unwrap().1, Begun::Resumed(vec![7]));
+    assert_eq!(
+        queue(&file).begin(smaller).unwrap().1,
+        Begun::Resumed(vec![7])
+    );
 }
 
 #[test]
@@ -606,10 +651,14 @@ fn a_cleared_region_is_new() {
     mark(&file, 3, 0, 0);
     region.clear();
     assert_eq!(queue(&file).begin(ring(0, 1)).unwrap().1, Begun::New);
-    assert_eq!(queue(&file).begin(ring(0, 1)).unwrap().1, Begun::Resumed(vec![]));
+    assert_eq!(
+        queue(&file).begin(ring(0, 1)).unwrap().1,
+        Begun::Resumed(vec![])
+    );
 }
 
-/// The driver changes its descriptors while nobody serves it: what was in flight comes back all the same.
+/// The driver changes its descriptors while nobody serves it: what was in flight comes back all the
+/// same.
 #[test]
 fn a_chain_that_became_unusable_is_given_back() {
     let mut life = Life::new(9);
@@ -644,7 +693,12 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
     let begin = |machine: &mut Machine| {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
         machine.vrings = rings_over(&memory, 2, 64);
-        machine.guest = Guest::new(disk_info(), memory, machine.vrings.clone(), BufferPool::default());
+        machine.guest = Guest::new(
+            disk_info(),
+            memory,
+            machine.vrings.clone(),
+            BufferPool::default(),
+        );
         let region = map();
         for ring in 0..2 {
             let part = region.queue(u16::try_from(ring).unwrap());
@@ -686,12 +740,17 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
     assert_eq!(order.len(), 5);
 }
 
-/// Without a region what cannot be answered fails, and the answer that comes in the end is nobody's.
+/// Without a region what cannot be answered fails, and the answer that comes in the end is
+/// nobody's.
 #[test]
 fn an_abandoned_chain_without_a_region_fails_at_once() {
     let mut machine = Machine::new();
     machine.put_header(IN, 0);
-    let parts = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
+    let parts = [
+        readable(HEADER, 16),
+        writable(DATA, 512),
+        writable(STATUS, 1),
+    ];
     let first = machine.offer(0, &parts);
     let (old_tag, old_request) = machine.guest.next_request().unwrap();
     // One that the engine has not even seen.
@@ -728,9 +787,15 @@ fn a_request_in_pieces_is_abandoned_as_a_whole() {
     let len = usize::try_from(3 * PIECE_BYTES_MAX).unwrap();
     machine.offer(
         0,
-        &[readable(HEADER, 16), writable(DATA, len), writable(STATUS, 1)],
+        &[
+            readable(HEADER, 16),
+            writable(DATA, len),
+            writable(STATUS, 1),
+        ],
     );
-    let pieces: Vec<_> = (0..2).map(|_| machine.guest.next_request().unwrap()).collect();
+    let pieces: Vec<_> = (0..2)
+        .map(|_| machine.guest.next_request().unwrap())
+        .collect();
     machine.vrings[0].set_enabled(false);
     assert!(!machine.guest.refresh(0, false));
     machine.guest.abandon(0);
@@ -750,7 +815,9 @@ fn is_mapped(file: &File) -> bool {
 
     let inode = file.metadata().unwrap().ino().to_string();
     let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
-    let mut names = maps.lines().filter(|line| line.contains("quorum-blk-inflight"));
+    let mut names = maps
+        .lines()
+        .filter(|line| line.contains("quorum-blk-inflight"));
     names.any(|line| line.split_whitespace().nth(4) == Some(&inode))
 }
 
@@ -787,8 +854,8 @@ fn a_drained_ring_does_not_keep_a_region() {
     }
 }
 
-/// The rings of two workers after a restart: something was in flight on the first one, and there is something new
-/// on the second, which is started first and has to wait.
+/// The rings of two workers after a restart: something was in flight on the first one, and there is
+/// something new on the second, which is started first and has to wait.
 fn held_up() -> [Guest; 2] {
     let layout = Layout::new(2, 64, 2).unwrap();
     let file = layout.create_file().unwrap();
@@ -800,12 +867,21 @@ fn held_up() -> [Guest; 2] {
         let rings = rings_over(&memory, 2, 64);
         [0, 1].map(|index| {
             let ring = rings[usize::from(index)].clone();
-            let mut guest = Guest::new(disk_info(), memory.clone(), vec![ring], BufferPool::default());
+            let mut guest = Guest::new(
+                disk_info(),
+                memory.clone(),
+                vec![ring],
+                BufferPool::default(),
+            );
             guest.set_region(0, region.queue(index));
             guest
         })
     };
-    let parts = [readable(HEADER, 16), readable(DATA, 512), writable(STATUS, 1)];
+    let parts = [
+        readable(HEADER, 16),
+        readable(DATA, 512),
+        writable(STATUS, 1),
+    ];
     machine.put_header(OUT, 0);
     machine.offer(0, &parts);
     let mut before = workers(&machine);
@@ -842,7 +918,12 @@ fn reads_that_were_in_flight_come_after_the_writes() {
     let begin = |machine: &mut Machine| {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
         machine.vrings = rings_over(&memory, 1, 64);
-        machine.guest = Guest::new(disk_info(), memory, machine.vrings.clone(), BufferPool::default());
+        machine.guest = Guest::new(
+            disk_info(),
+            memory,
+            machine.vrings.clone(),
+            BufferPool::default(),
+        );
         let file = file.try_clone().unwrap();
         let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
         machine.guest.set_region(0, region.queue(0));
@@ -904,12 +985,15 @@ fn a_ring_that_is_broken_while_it_waits_is_not_looked_at_again() {
     assert!(life.machine.guest.next_request().is_none());
 }
 
-/// What was taken under one region is not in the next one. The frontend may not change it while chains are out, but the
-/// driver must not wait for these for ever.
+/// What was taken under one region is not in the next one. The frontend may not change it while
+/// chains are out, but the driver must not wait for these for ever.
 #[test]
 fn what_is_out_of_a_broken_ring_fails_when_the_region_is_another_one() {
     let mut machine = Machine::new();
-    let (first, second) = (Layout::new(1, 64, 1).unwrap(), Layout::new(1, 64, 1).unwrap());
+    let (first, second) = (
+        Layout::new(1, 64, 1).unwrap(),
+        Layout::new(1, 64, 1).unwrap(),
+    );
     let regions = [first, second].map(|layout| {
         let file = layout.create_file().unwrap();
         Region::map(layout, file, 0, layout.bytes() as u64).unwrap()
@@ -920,7 +1004,11 @@ fn what_is_out_of_a_broken_ring_fails_when_the_region_is_another_one() {
     machine.vrings[0].set_enabled(true);
     assert!(machine.guest.refresh(0, false));
     machine.put_header(IN, 0);
-    let parts = [readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)];
+    let parts = [
+        readable(HEADER, 16),
+        writable(DATA, 512),
+        writable(STATUS, 1),
+    ];
     let head = machine.offer(0, &parts);
     let (tag, request) = machine.guest.next_request().unwrap();
     // No ring has so much to offer.

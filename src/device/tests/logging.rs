@@ -1,4 +1,5 @@
-//! The log of writes to guest memory: complete while it is on, silent while it is off, and no way to harm us.
+//! The log of writes to guest memory: complete while it is on, silent while it is off, and no way
+//! to harm us.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -104,7 +105,8 @@ impl Vmm {
 
     fn set_log(&mut self, bytes: u64, offset: u64) -> Result<()> {
         let log = self.log.try_clone().unwrap();
-        self.frontend.set_log_base(&VhostUserLog::new(bytes, offset), log)
+        self.frontend
+            .set_log_base(&VhostUserLog::new(bytes, offset), log)
     }
 
     fn set_log_all(&mut self, on: bool) {
@@ -165,11 +167,15 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let request_type =
-        prop_oneof![4 => Just(IN), 2 => Just(OUT), 1 => Just(FLUSH), 1 => Just(GET_ID), 1 => Just(77)];
+    let request_type = prop_oneof![4 => Just(IN), 2 => Just(OUT), 1 => Just(FLUSH), 1 => Just(GET_ID), 1 => Just(77)];
     let data = 0x2_4000..BYTES - 0x1_0000;
-    let data =
-        (data, any::<bool>()).prop_map(|(data, whole)| if whole { data & !(PAGE_BYTES - 1) } else { data });
+    let data = (data, any::<bool>()).prop_map(|(data, whole)| {
+        if whole {
+            data & !(PAGE_BYTES - 1)
+        } else {
+            data
+        }
+    });
     prop_oneof![
         8 => (request_type, data, 0..100usize, BYTES - 0x2000..BYTES)
             .prop_map(|(request_type, data, sectors, status)| Step::Request(request_type, data, sectors, status)),
@@ -312,7 +318,9 @@ fn memory_that_the_log_does_not_cover_is_refused_while_it_is_on() {
     let mut vmm = Vmm::new();
     let shrink = |vmm: &mut Vmm| {
         let (region, file) = vmm.region(0, FEW);
-        vmm.frontend.set_mem_table(&[*region], vec![file], None).unwrap();
+        vmm.frontend
+            .set_mem_table(&[*region], vec![file], None)
+            .unwrap();
     };
     shrink(&mut vmm);
     vmm.set_log(FEW / 8, 0).unwrap();
@@ -338,7 +346,11 @@ fn memory_beyond_the_end_of_its_file_is_refused() {
     for (bytes, offset) in [(BYTES, PAGE_BYTES), (BYTES + PAGE_BYTES, 0)] {
         let region = VhostUserMemoryRegion::new(0, bytes, VMM, offset);
         let file = vmm.file.try_clone().unwrap();
-        assert!(vmm.frontend.set_mem_table(&[region], vec![file], None).is_err());
+        assert!(
+            vmm.frontend
+                .set_mem_table(&[region], vec![file], None)
+                .is_err()
+        );
     }
 }
 

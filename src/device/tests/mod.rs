@@ -1,5 +1,5 @@
-//! The device on raw ring memory: descriptors written byte by byte, as a driver or an attacker would, and an
-//! engine that only does what it is told.
+//! The device on raw ring memory: descriptors written byte by byte, as a driver or an attacker
+//! would, and an engine that only does what it is told.
 
 mod chains;
 mod frontend;
@@ -150,11 +150,17 @@ fn disk_info() -> DiskInfo {
 }
 
 /// Rings as the frontend sets them up: at their places in memory, and started.
-fn rings_over(memory: &GuestMemoryAtomic<GuestMemory>, count: usize, queue_size: u16) -> Vec<Vring> {
+fn rings_over(
+    memory: &GuestMemoryAtomic<GuestMemory>,
+    count: usize,
+    queue_size: u16,
+) -> Vec<Vring> {
     let set_up = |ring| {
         let vring = Vring::new(memory.clone(), queue_size).unwrap();
         let base = ring as u64 * RING_BYTES;
-        vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
+        vring
+            .set_queue_info(base, base + AVAILABLE, base + USED)
+            .unwrap();
         vring.set_queue_next_used(vring.queue_used_idx().unwrap());
         vring.set_queue_ready(true);
         vring.set_enabled(true);
@@ -187,14 +193,19 @@ impl Machine {
         queue_size: u16,
     ) -> Self {
         let rings = vrings.len();
-        for (base, vring) in (0..).step_by(usize::try_from(RING_BYTES).unwrap()).zip(&vrings) {
-            vring.set_queue_info(base, base + AVAILABLE, base + USED).unwrap();
+        for (base, vring) in (0..)
+            .step_by(usize::try_from(RING_BYTES).unwrap())
+            .zip(&vrings)
+        {
+            vring
+                .set_queue_info(base, base + AVAILABLE, base + USED)
+                .unwrap();
             vring.set_queue_ready(true);
             vring.set_enabled(true);
             vring.set_kick(Some(File::open("/dev/null").unwrap()));
         }
-        // Each byte depends on its place, and none of them is a small number. Of a disk that is larger than
-        // that, nothing behind it is read or written.
+        // Each byte depends on its place, and none of them is a small number. Of a disk that is
+        // larger than that, nothing behind it is read or written.
         let disk = (0..info.capacity.sectors().min(1 << 16) * 512)
             .map(|place| (place / 512 * 31 + place).to_le_bytes()[0] | 0x80)
             .collect();
@@ -218,14 +229,18 @@ impl Machine {
     }
 
     fn put(&mut self, address: u64, bytes: &[u8]) {
-        self.memory.write_slice(bytes, GuestAddress(address)).unwrap();
+        self.memory
+            .write_slice(bytes, GuestAddress(address))
+            .unwrap();
         let start = usize::try_from(address).unwrap();
         self.written[start..start + bytes.len()].copy_from_slice(bytes);
     }
 
     fn get(&self, address: u64, len: usize) -> Vec<u8> {
         let mut bytes = vec![0; len];
-        self.memory.read_slice(&mut bytes, GuestAddress(address)).unwrap();
+        self.memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
         bytes
     }
 
@@ -303,7 +318,10 @@ impl Machine {
         while self.drivers[ring].used != index {
             let slot = u64::from(self.drivers[ring].used % self.queue_size);
             let id = self.get_u32(base + 4 + 8 * slot);
-            entries.push((u16::try_from(id).unwrap(), self.get_u32(base + 8 + 8 * slot)));
+            entries.push((
+                u16::try_from(id).unwrap(),
+                self.get_u32(base + 8 + 8 * slot),
+            ));
             self.drivers[ring].used = self.drivers[ring].used.wrapping_add(1);
         }
         entries
@@ -314,11 +332,14 @@ impl Machine {
         let (name, range) = match &request {
             GuestRequest::Read(range) => ("read", *range),
             GuestRequest::Write { range, .. } => ("write", *range),
-            GuestRequest::Zero { range, unmap, .. } => (if *unmap { "unmap" } else { "zero" }, *range),
+            GuestRequest::Zero { range, unmap, .. } => {
+                (if *unmap { "unmap" } else { "zero" }, *range)
+            }
             GuestRequest::Flush => ("flush", SectorRange::new(0, 0)),
         };
         self.asked.push((name, range.start, range.count));
-        let place = usize::try_from(range.start * 512).unwrap()..usize::try_from(range.end() * 512).unwrap();
+        let place = usize::try_from(range.start * 512).unwrap()
+            ..usize::try_from(range.end() * 512).unwrap();
         let is_bad = |sector| (range.start..range.end()).contains(&sector);
         let result: Result<&[u8], Failed> = match request {
             _ if self.bad_sector.is_some_and(is_bad) => Err(Failed),
@@ -360,8 +381,8 @@ impl Machine {
         used[0].1
     }
 
-    /// Asserts that guest memory is as the driver has written it, but for the writable ones of these
-    /// parts and the used rings.
+    /// Asserts that guest memory is as the driver has written it, but for the writable ones of
+    /// these parts and the used rings.
     fn assert_untouched(&self, except: &[Part]) {
         const CHUNK: usize = 256;
         let rings = (0..self.drivers.len() as u64).map(|ring| ring * RING_BYTES);
@@ -369,14 +390,21 @@ impl Machine {
         let except = except.iter().filter(|part| part.flags & WRITE != 0);
         let allowed: Vec<Range<u64>> = rings.chain(except.map(Part::range)).collect();
         let memory = self.all_memory();
-        for (chunk, (now, then)) in memory.chunks(CHUNK).zip(self.written.chunks(CHUNK)).enumerate() {
+        for (chunk, (now, then)) in memory
+            .chunks(CHUNK)
+            .zip(self.written.chunks(CHUNK))
+            .enumerate()
+        {
             if now == then {
                 continue;
             }
             for (index, (now, then)) in now.iter().zip(then).enumerate() {
                 let place = (chunk * CHUNK + index) as u64;
                 let is_allowed = allowed.iter().any(|range| range.contains(&place));
-                assert!(now == then || is_allowed, "memory at {place:#x} was written to");
+                assert!(
+                    now == then || is_allowed,
+                    "memory at {place:#x} was written to"
+                );
             }
         }
     }

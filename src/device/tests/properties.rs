@@ -7,8 +7,8 @@ use super::super::View;
 use super::super::chain::Chain;
 use super::*;
 
-/// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the pieces over memory from
-/// `base` on, in either direction. Places may be equal: then a descriptor is empty.
+/// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the pieces over memory
+/// from `base` on, in either direction. Places may be equal: then a descriptor is empty.
 fn spread(len: usize, places: &[u16], base: u64, backwards: bool, flags: u16) -> Vec<Part> {
     let mut cuts: Vec<usize> = places
         .iter()

@@ -75,8 +75,11 @@ impl Connection {
         let (sender, refreshed) = mpsc::channel();
         let frontend = Frontend::new(info, slot, Box::new(Recorder(sender)));
         let (socket, theirs) = UnixStream::pair().unwrap();
-        socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
-        let device = std::thread::spawn(move || Frontend::serve(&Arc::new(Mutex::new(frontend)), theirs));
+        socket
+            .set_read_timeout(Some(Duration::from_secs(10)))
+            .unwrap();
+        let device =
+            std::thread::spawn(move || Frontend::serve(&Arc::new(Mutex::new(frontend)), theirs));
         let mut connection = Self {
             socket,
             vrings,
@@ -107,7 +110,10 @@ impl Connection {
         match file {
             None => self.socket.write_all(&message).unwrap(),
             Some(file) => {
-                let sent = self.socket.send_with_fd(&message[..], file.as_raw_fd()).unwrap();
+                let sent = self
+                    .socket
+                    .send_with_fd(&message[..], file.as_raw_fd())
+                    .unwrap();
                 assert_eq!(sent, message.len());
             }
         }
@@ -216,7 +222,10 @@ fn a_region_is_made_as_the_frontend_asks_and_handed_to_the_rings() {
 fn regions_that_lie_about_their_size_are_refused() {
     for mmap_size in [4223, 4225, u64::MAX] {
         let mut connection = Connection::new();
-        let file = Layout::new(QUEUES, 128, QUEUES).unwrap().create_file().unwrap();
+        let file = Layout::new(QUEUES, 128, QUEUES)
+            .unwrap()
+            .create_file()
+            .unwrap();
         let payload = connection.inflight(mmap_size, QUEUES, 128);
         connection.send(SET_INFLIGHT_FD, NEED_REPLY, &payload, Some(&file));
         assert_eq!(connection.reply(SET_INFLIGHT_FD).0, 1u64.to_ne_bytes());

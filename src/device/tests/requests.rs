@@ -98,7 +98,11 @@ fn data_in_many_odd_pieces_lands_where_it_belongs() {
 fn an_indirect_table() {
     let mut machine = Machine::new();
     for parts in [
-        vec![readable(HEADER, 16), writable(DATA, 512), writable(STATUS, 1)],
+        vec![
+            readable(HEADER, 16),
+            writable(DATA, 512),
+            writable(STATUS, 1),
+        ],
         [
             cut(readable(HEADER, 16), &[1]),
             cut(writable(DATA, 512), &[5, 3]),
@@ -146,16 +150,24 @@ fn flush_and_serial_number() {
 
     let mut id = [0; 20];
     id[..SERIAL.len()].copy_from_slice(SERIAL.as_bytes());
-    // Exactly the room, too little, none, and too much; the used length counts what is written without a gap.
+    // Exactly the room, too little, none, and too much; the used length counts what is written
+    // without a gap.
     for (room, used) in [(20, 21), (5, 6), (1, 2), (0, 1), (64, 20)] {
         machine.put_header(GET_ID, 0);
         machine.put(DATA, &[0xcc; 64]);
-        let parts = [readable(HEADER, 16), writable(DATA, room), writable(STATUS, 1)];
+        let parts = [
+            readable(HEADER, 16),
+            writable(DATA, room),
+            writable(STATUS, 1),
+        ];
         assert_eq!(machine.serve_chain(&parts), used, "room for {room}");
         assert_eq!(machine.status(), OK);
         let told = room.min(20);
         assert_eq!(machine.get(DATA, told), id[..told]);
-        assert_eq!(machine.get(DATA + told as u64, 64 - told), vec![0xcc; 64 - told]);
+        assert_eq!(
+            machine.get(DATA + told as u64, 64 - told),
+            vec![0xcc; 64 - told]
+        );
     }
     assert_eq!(machine.asked.len(), 1, "the engine knows no serial number");
 }
@@ -168,7 +180,11 @@ fn a_serial_number_of_full_length() {
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
     machine.put_header(GET_ID, 0);
-    machine.serve_chain(&[readable(HEADER, 16), writable(DATA, 20), writable(STATUS, 1)]);
+    machine.serve_chain(&[
+        readable(HEADER, 16),
+        writable(DATA, 20),
+        writable(STATUS, 1),
+    ]);
     assert_eq!(machine.get(DATA, 20), b"12345678901234567890");
 }
 
@@ -179,7 +195,11 @@ fn unknown_types_are_not_supported() {
     for request_type in [2, 3, 5, 7, 9, 12, 14, 24, 0x100, 0x8000_0000, u32::MAX] {
         machine.put_header(request_type, 0);
         let used = machine.serve_chain(&[readable(HEADER, 528), writable(STATUS, 1)]);
-        assert_eq!((machine.status(), used), (UNSUPP, 1), "type {request_type:#x}");
+        assert_eq!(
+            (machine.status(), used),
+            (UNSUPP, 1),
+            "type {request_type:#x}"
+        );
     }
     assert!(machine.asked.is_empty());
 }
@@ -220,7 +240,10 @@ fn what_lies_beyond_the_disk_is_an_error() {
             (1 << 55, 512, IOERR),
         ] {
             let got = status_of(&mut machine, request_type, sector, bytes);
-            assert_eq!(got, status, "type {request_type}, {bytes} bytes at {sector}");
+            assert_eq!(
+                got, status,
+                "type {request_type}, {bytes} bytes at {sector}"
+            );
         }
     }
     assert_eq!(machine.asked, [("read", end - 1, 1), ("write", end - 1, 1)]);
@@ -297,7 +320,11 @@ fn the_used_length_claims_nothing_that_is_not_written() {
     // Room that these requests have no use for: only the status byte behind it is written.
     for request_type in [OUT, FLUSH, 99] {
         machine.put_header(request_type, 0);
-        let parts = [readable(HEADER, 16), writable(DATA, 100), writable(STATUS, 1)];
+        let parts = [
+            readable(HEADER, 16),
+            writable(DATA, 100),
+            writable(STATUS, 1),
+        ];
         assert_eq!(machine.serve_chain(&parts), 0);
         assert_ne!(machine.status(), NO_STATUS);
         machine.assert_untouched(&[writable(STATUS, 1)]);
@@ -345,7 +372,10 @@ fn a_long_request_is_served_in_pieces() {
             ("read", 10 + 2 * PIECE_SECTORS, 2),
         ]
     );
-    assert_eq!(machine.used(0), [(0, u32::try_from(TWO_AND_A_BIT + 1).unwrap())]);
+    assert_eq!(
+        machine.used(0),
+        [(0, u32::try_from(TWO_AND_A_BIT + 1).unwrap())]
+    );
     assert_eq!(machine.status(), OK);
     assert!(machine.get(DATA, TWO_AND_A_BIT) == bytes_of(&machine.disk, 10, TWO_AND_A_BIT));
     machine.assert_untouched(&[writable(DATA, TWO_AND_A_BIT), writable(STATUS, 1)]);
@@ -370,7 +400,10 @@ fn the_first_failed_piece_fails_the_request_and_begins_no_further_one() {
         for (bad_sector, pieces) in [(0, 1), (PIECE_SECTORS, 2), (2 * PIECE_SECTORS, 3)] {
             let mut machine = Machine::new();
             machine.bad_sector = Some(bad_sector);
-            assert_eq!(status_of(&mut machine, request_type, 0, TWO_AND_A_BIT), IOERR);
+            assert_eq!(
+                status_of(&mut machine, request_type, 0, TWO_AND_A_BIT),
+                IOERR
+            );
             assert_eq!(machine.asked.len(), pieces);
         }
     }
@@ -391,8 +424,14 @@ fn a_failed_request_is_given_back_when_all_its_pieces_are_answered() {
     let first = machine.guest.next_request().unwrap();
     let second = machine.guest.next_request().unwrap();
     machine.guest.answered(second.0, Err(Failed));
-    assert!(machine.guest.next_request().is_none(), "the third is not begun");
-    assert!(machine.used(0).is_empty(), "the first may still be written to");
+    assert!(
+        machine.guest.next_request().is_none(),
+        "the third is not begun"
+    );
+    assert!(
+        machine.used(0).is_empty(),
+        "the first may still be written to"
+    );
     machine.answer(first.0, first.1);
     assert_eq!(machine.used(0), [(0, 0)]);
     assert_eq!(machine.status(), IOERR);

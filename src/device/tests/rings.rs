@@ -88,7 +88,11 @@ fn rings_are_served_in_turn() {
         for ring in 0..3u64 {
             let place = HEADER + (ring * 4 + index) * 16;
             machine.put(place, &header(IN, ring * 100 + index));
-            let parts = [readable(place, 16), writable(DATA, 512), writable(STATUS, 1)];
+            let parts = [
+                readable(place, 16),
+                writable(DATA, 512),
+                writable(STATUS, 1),
+            ];
             machine.offer(usize::try_from(ring).unwrap(), &parts);
         }
     }
@@ -170,17 +174,22 @@ fn a_ring_outside_of_memory_is_not_served() {
         (0, AVAILABLE, OUTSIDE),
         (0, AVAILABLE, MEMORY_BYTES - 16),
     ] {
-        machine.vrings[0].set_queue_info(table, available, used).unwrap();
+        machine.vrings[0]
+            .set_queue_info(table, available, used)
+            .unwrap();
         assert!(!machine.guest.refresh(0, false));
         assert!(machine.guest.next_request().is_none());
     }
-    machine.vrings[0].set_queue_info(0, AVAILABLE, USED).unwrap();
+    machine.vrings[0]
+        .set_queue_info(0, AVAILABLE, USED)
+        .unwrap();
     assert!(machine.guest.refresh(0, false));
     machine.serve();
     assert_eq!(machine.used(0).len(), 1);
 }
 
-/// With event indices the driver says after which entry it wants to be told, without them it is always told.
+/// With event indices the driver says after which entry it wants to be told, without them it is
+/// always told.
 #[test]
 fn the_driver_is_told_when_it_wants_to_be() {
     let mut machine = Machine::new();

@@ -1,7 +1,9 @@
 //! Discard and write-zeroes: segments, flags and limits (virtio 1.3, 5.2.6).
 
 use super::*;
-use crate::limits::{ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::limits::{
+    ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX,
+};
 
 const UNMAP: u32 = 1;
 
@@ -76,11 +78,19 @@ fn limits_are_those_of_the_config_space() {
             OK
         );
         assert_eq!(
-            status_of(&mut machine, request_type, &segment(0, 0, 0).repeat(most + 1)),
+            status_of(
+                &mut machine,
+                request_type,
+                &segment(0, 0, 0).repeat(most + 1)
+            ),
             UNSUPP
         );
         assert_eq!(
-            status_of(&mut machine, request_type, &segment(0, ZERO_SECTORS_MAX + 1, 0)),
+            status_of(
+                &mut machine,
+                request_type,
+                &segment(0, ZERO_SECTORS_MAX + 1, 0)
+            ),
             IOERR
         );
         assert_eq!(
@@ -108,7 +118,10 @@ fn a_read_only_disk_is_not_zeroed() {
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
     for request_type in [DISCARD, WRITE_ZEROES] {
-        assert_eq!(status_of(&mut machine, request_type, &segment(0, 1, 0)), IOERR);
+        assert_eq!(
+            status_of(&mut machine, request_type, &segment(0, 1, 0)),
+            IOERR
+        );
     }
     assert!(machine.asked.is_empty());
 }
@@ -125,7 +138,11 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
     machine.put_header(DISCARD, 0);
     let sectors = u32::try_from(pieces * piece_sectors - 1).unwrap();
     machine.put(DATA, &segment(1, sectors, 0));
-    let large = [readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)];
+    let large = [
+        readable(HEADER, 16),
+        readable(DATA, 16),
+        writable(STATUS, 1),
+    ];
     let large = machine.offer(0, &large);
     machine.put(HEADER + 64, &header(IN, 0));
     let small = [
@@ -184,7 +201,11 @@ fn a_piece_that_fails_ends_the_request_once() {
     machine.put(DATA, &segment(0, ZERO_SECTORS_MAX, 0));
     machine.offer(
         0,
-        &[readable(HEADER, 16), readable(DATA, 16), writable(STATUS, 1)],
+        &[
+            readable(HEADER, 16),
+            readable(DATA, 16),
+            writable(STATUS, 1),
+        ],
     );
     let in_flight: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
     for (index, (tag, _)) in in_flight.into_iter().enumerate() {

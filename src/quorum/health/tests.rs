@@ -88,7 +88,8 @@ fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
 }
 
 #[test]
-fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again() {
+fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again()
+{
     let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
     let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
@@ -98,7 +99,10 @@ fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it
     write_one(&mut health, range(0, 8));
     assert!(!health.anything_stale());
     assert_eq!(health.failed_since(read_began), set(&[A]));
-    assert_eq!(health.failed_since(health.change_begins()), ReplicaSet::EMPTY);
+    assert_eq!(
+        health.failed_since(health.change_begins()),
+        ReplicaSet::EMPTY
+    );
 }
 
 #[test]
@@ -156,7 +160,10 @@ fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
     assert!(!health.returned(C, 1));
     assert!(health.returned(C, 0));
     assert_eq!(health.in_service(), ReplicaSet::first(3));
-    assert_eq!(health.next_stale(C, 0).map(|range| range.start), Some(1 << 20));
+    assert_eq!(
+        health.next_stale(C, 0).map(|range| range.start),
+        Some(1 << 20)
+    );
     health.mended(C, range(0, 1 << 22), health.change_begins());
     assert!(!health.anything_stale());
 }

@@ -76,7 +76,10 @@ fn opens_a_file_and_tells_what_it_is() {
     let directory = Directory::new();
     let source = directory.image("1.raw", SIZE);
     let replica = open(&source.path, "one", BUFFERED).unwrap();
-    assert_eq!((replica.node_name.as_str(), replica.size_bytes), ("one", SIZE));
+    assert_eq!(
+        (replica.node_name.as_str(), replica.size_bytes),
+        ("one", SIZE)
+    );
     assert_eq!(
         (replica.alignment_bytes, replica.memory_alignment_bytes),
         (512, 1)
@@ -105,7 +108,11 @@ fn direct_io_works_with_the_alignment_that_was_found() {
         };
         assert!(replica.alignment_bytes >= 512 && replica.alignment_bytes.is_power_of_two());
         assert!(replica.memory_alignment_bytes.is_power_of_two());
-        assert!(reads_with_alignment(&replica.file, 0, replica.alignment_bytes));
+        assert!(reads_with_alignment(
+            &replica.file,
+            0,
+            replica.alignment_bytes
+        ));
         let probed = probed_alignment(&replica.file, SIZE);
         assert!(
             (512..=4096).contains(&probed) && probed.is_power_of_two(),
@@ -117,7 +124,8 @@ fn direct_io_works_with_the_alignment_that_was_found() {
 
 #[test]
 fn probing_trusts_a_read_of_data_and_no_read_of_a_hole() {
-    // Without O_DIRECT every read is accepted, as on a file system that does not look at alignments.
+    // Without O_DIRECT every read is accepted, as on a file system that does not look at
+    // alignments.
     let directory = Directory::new();
     let hole = directory.image("hole", SIZE);
     let file = File::open(&hole.path).unwrap();
@@ -147,8 +155,8 @@ fn refuses_what_is_not_an_image() {
     let _listener = std::os::unix::net::UnixListener::bind(directory.path("socket")).unwrap();
     assert!(refusal(&directory.source("socket"), BUFFERED).contains("is a socket;"));
     let fifo = CString::new(directory.path("fifo").into_os_string().into_vec()).unwrap();
-    // No child process for this: between fork and exec it would keep the locks of tests beside this one.
-    // SAFETY: the path is a NUL-terminated string that outlives the call.
+    // No child process for this: between fork and exec it would keep the locks of tests beside this
+    // one. SAFETY: the path is a NUL-terminated string that outlives the call.
     assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
     assert!(refusal(&directory.source("fifo"), READ_ONLY).contains("is a FIFO;"));
 }
@@ -162,8 +170,13 @@ fn refuses_sizes_that_are_no_disk() {
         line.contains("1000 bytes, is not a multiple of 512 (the size of a sector)"),
         "{line}"
     );
-    assert!(line.ends_with("make it 1024 with truncate --size=1024"), "{line}");
-    let line = check_size(Path::new("/x"), 512, 4096).unwrap_err().to_string();
+    assert!(
+        line.ends_with("make it 1024 with truncate --size=1024"),
+        "{line}"
+    );
+    let line = check_size(Path::new("/x"), 512, 4096)
+        .unwrap_err()
+        .to_string();
     assert!(
         line.ends_with("truncate --size=4096, or use --cache writeback"),
         "{line}"
@@ -185,7 +198,8 @@ fn refuses_an_image_in_use_and_leaves_readers_together() {
     assert!(refusal(&source, BUFFERED).contains("in use by another process"));
     assert!(refusal(&source, READ_ONLY).contains("in use by another process"));
     drop(first);
-    let _readers = [READ_ONLY, READ_ONLY].map(|options| open(&source.path, "1.raw", options).unwrap());
+    let _readers =
+        [READ_ONLY, READ_ONLY].map(|options| open(&source.path, "1.raw", options).unwrap());
     assert!(refusal(&source, BUFFERED).ends_with("; stop that process first"));
 }
 
@@ -231,7 +245,10 @@ fn refuses_replicas_of_different_sizes() {
 #[test]
 fn refuses_one_name_for_two_images() {
     let directory = Directory::new();
-    let mut sources = [directory.image("1.raw", SIZE), directory.image("2.raw", SIZE)];
+    let mut sources = [
+        directory.image("1.raw", SIZE),
+        directory.image("2.raw", SIZE),
+    ];
     sources[1].node_name = "1.raw".to_owned();
     assert!(refusal_of_all(&sources).contains("the same node-name '1.raw'"));
 }
@@ -249,7 +266,10 @@ fn hints_fit_the_error() {
     };
     assert!(error(libc::EROFS, false).ends_with("or use --read-only"));
     assert!(error(libc::EACCES, true).ends_with("make it readable for this user"));
-    assert_eq!(error(libc::EIO, true), "cannot open '/x': Input/output error");
+    assert_eq!(
+        error(libc::EIO, true),
+        "cannot open '/x': Input/output error"
+    );
     let line = OpenError::NoDirectIo { path: "/x".into() }.to_string();
     assert!(
         line.contains("does not support O_DIRECT; use --cache writeback"),

@@ -36,7 +36,8 @@ pub(super) enum InFlight {
 pub(super) enum WatchState {
     /// The kernel tells when the descriptor is written to.
     Armed,
-    /// The kernel does not watch it, and will not: it is none that can be. Whoever has the watch does not know.
+    /// The kernel does not watch it, and will not: it is none that can be. Whoever has the watch
+    /// does not know.
     Failed,
     /// It was given back: what still arrives is ignored.
     GivenBack,

@@ -94,7 +94,12 @@ fn zeroes_in_every_way_and_nothing_else() {
     let len = 3 * ZEROES_BYTES;
     let lacks_nothing = |_: &mut Ways| {};
     let lacks_holes = |ways: &mut Ways| {
-        ways.after(ReplicaIndex(0), true, Way::PunchHole, Errno(libc::EOPNOTSUPP));
+        ways.after(
+            ReplicaIndex(0),
+            true,
+            Way::PunchHole,
+            Errno(libc::EOPNOTSUPP),
+        );
     };
     let lacks_both = |ways: &mut Ways| {
         for way in [Way::PunchHole, Way::ZeroRange] {
@@ -171,7 +176,11 @@ fn long_writes_through_the_page_cache_are_given_to_threads() {
     let directory = tempfile::tempdir().unwrap();
     let open = |flags| {
         let mut options = File::options();
-        options.read(true).write(true).create(true).custom_flags(flags);
+        options
+            .read(true)
+            .write(true)
+            .create(true)
+            .custom_flags(flags);
         options.open(directory.path().join("image")).unwrap()
     };
     let (cached, direct) = (open(0), open(libc::O_DIRECT));
@@ -205,9 +214,11 @@ fn long_writes_through_the_page_cache_are_given_to_threads() {
         writing_long(&mut ring, 0, LONG_WRITE_BYTES, 3 * LONG_WRITES_MAX),
         LONG_WRITES_MAX
     );
-    ring.set_file(ReplicaIndex(1), Some(cached.as_raw_fd())).unwrap();
+    ring.set_file(ReplicaIndex(1), Some(cached.as_raw_fd()))
+        .unwrap();
     assert_eq!(writing_long(&mut ring, 1, LONG_WRITE_BYTES, 1), 1);
-    ring.set_file(ReplicaIndex(0), Some(direct.as_raw_fd())).unwrap();
+    ring.set_file(ReplicaIndex(0), Some(direct.as_raw_fd()))
+        .unwrap();
     assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 1), 0);
 }
 
@@ -227,10 +238,13 @@ fn a_file_is_taken_and_let_go_while_others_are_in_use() {
         reply_of(ring)
     };
     assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
-    ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd())).unwrap();
+    ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd()))
+        .unwrap();
     let reply = read(&mut ring);
     assert_eq!(reply.result, Ok(()));
-    assert!(matches!(reply.action, Action::Read { into, .. } if into.iter().all(|byte| *byte == 9)));
+    assert!(
+        matches!(reply.action, Action::Read { into, .. } if into.iter().all(|byte| *byte == 9))
+    );
     ring.set_file(ReplicaIndex(7), None).unwrap();
     assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
 }
@@ -243,7 +257,10 @@ fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
     for _ in 0..3 {
         event.write(1).unwrap();
         let completion = ring.enter(Wait::Forever).unwrap().pop_front();
-        assert!(matches!(completion, Some(Completion::Readable(WatchToken(3)))));
+        assert!(matches!(
+            completion,
+            Some(Completion::Readable(WatchToken(3)))
+        ));
     }
     ring.unwatch(&watch).unwrap();
     event.write(1).unwrap();

@@ -13,7 +13,9 @@ mod operator;
 /// The replies after the greeting, parsed.
 fn replies(bytes: &[u8]) -> Vec<Value> {
     let lines = converse(bytes, &Recorder::default());
-    let mut parsed = lines.iter().map(|line| serde_json::from_slice(line).unwrap());
+    let mut parsed = lines
+        .iter()
+        .map(|line| serde_json::from_slice(line).unwrap());
     let greeting: Value = parsed.next().unwrap();
     assert_eq!(greeting["QMP"]["capabilities"], json!([]));
     assert!(greeting["QMP"]["version"]["qemu"]["major"].is_u64());
@@ -55,7 +57,10 @@ fn nothing_runs_before_the_negotiation_and_that_is_done_once() {
     );
     complete["id"] = json!(null);
     assert_eq!(all[0], expecting);
-    assert_eq!(all[1], error("GenericError", "Capability 'oob' is not available"));
+    assert_eq!(
+        all[1],
+        error("GenericError", "Capability 'oob' is not available")
+    );
     assert_eq!(all[2], json!({ "return": {}, "id": "a" }));
     assert_eq!(all[3], complete);
 }
@@ -186,7 +191,11 @@ fn what_is_no_json_is_told_and_the_next_line_is_heard() {
         let bytes = format!("{text}\n{{'execute':'qmp_capabilities'}}\n");
         let all = replies(bytes.as_bytes());
         assert_eq!(all[0]["error"]["class"], "GenericError", "{text}: {all:?}");
-        assert_eq!(all.last(), Some(&json!({ "return": {} })), "{text}: {all:?}");
+        assert_eq!(
+            all.last(),
+            Some(&json!({ "return": {} })),
+            "{text}: {all:?}"
+        );
     }
 }
 
@@ -212,7 +221,12 @@ fn all_commands_are_named() {
         .map(|command| command["name"].as_str().unwrap())
         .collect();
     assert!(names.is_sorted());
-    for name in ["qmp_capabilities", "query-commands", "query-version", "quit"] {
+    for name in [
+        "qmp_capabilities",
+        "query-commands",
+        "query-version",
+        "quit",
+    ] {
         assert!(names.contains(&name), "{name}");
     }
 }
