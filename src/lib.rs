@@ -15,7 +15,7 @@
 //! 6. [`control`] tells the operator who was wrong.
 //!
 //! [`jobs`] has the work that no guest asked for: bringing a replica up to date, looking for
-//! damage. [`upkeep`] is what an operator can do to a disk while it is served.
+//! damage. [`admin`] is what an operator can do to a disk while it is served.
 //!
 //! [`client`] is another program, `quorum-blkctl`, which talks to the monitor.
 //!
@@ -26,7 +26,9 @@
 #[cfg(test)]
 extern crate self as quorum_blk;
 
+pub mod admin;
 pub mod client;
+pub mod common;
 pub mod config;
 pub mod control;
 pub mod daemon;
@@ -34,11 +36,9 @@ pub mod device;
 pub mod engine;
 pub mod jobs;
 pub mod limits;
-mod message;
 pub mod quorum;
 pub mod replica;
 #[cfg(feature = "sim")]
 pub mod sim;
 pub mod statistics;
-pub mod upkeep;
 pub mod worker;

@@ -98,7 +98,7 @@ pub const MAP_RANGES_MAX: usize = 1024;
 /// Ranges of a kind that `query-quorum-map` lists for a replica, the longest.
 pub const MAP_RANGES_LISTED_MAX: usize = 64;
 
-/// Ranges kept apart in one [`RangeSet`](crate::quorum::ranges::RangeSet); above it neighbours are
+/// Ranges kept apart in one [`RangeSet`](crate::common::ranges::RangeSet); above it neighbours are
 /// joined.
 pub const RANGES_MAX: usize = 16 << 10;
 

@@ -10,13 +10,14 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use quorum_blk::common::operation::OperationType;
+use quorum_blk::common::report::{Cause, Report};
+use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::control::events::{Names, NodeNames};
 use quorum_blk::control::publisher::Publisher;
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{BindError, Listener, bind_unix_listener};
 use quorum_blk::limits::{EVENT_BURST, EVENT_READERS_MAX, REPLICAS_MAX};
-use quorum_blk::quorum::report::{Cause, OperationType, Report};
-use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
 use serde_json::Value;
 
 /// Generous: nothing here is a measurement.

@@ -22,13 +22,14 @@ use common::images::{corrupt_sectors, create_images};
 use common::monitor::Monitor;
 use common::operator::Recorder;
 use common::process::{Process, wait_until};
+use quorum_blk::common::operation::OperationType;
+use quorum_blk::common::report::{Cause, Report};
+use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{Listener, bind_unix_listener};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
-use quorum_blk::quorum::report::{Cause, OperationType, Report};
-use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
 use serde_json::{Value, json};
 
 /// Generous: nothing here is a measurement.

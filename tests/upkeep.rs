@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 
 use common::client::Client;
 use common::images::{are_identical, corrupt_sectors, create_images, data_ranges};
+use quorum_blk::admin::{Admin, Removed};
+use quorum_blk::common::{ReplicaIndex, SECTOR_BYTES};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
 use quorum_blk::device::frontend::Frontend;
@@ -20,11 +22,9 @@ use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
-use quorum_blk::quorum::{ReplicaIndex, SECTOR_BYTES};
 use quorum_blk::replica::file::{OpenOptions, ReplicaSource, open_all};
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
-use quorum_blk::upkeep::{Removed, Upkeep};
 use quorum_blk::worker::{Disk, Workers};
 
 const SIZE_BYTES: u64 = 64 << 20;
@@ -35,7 +35,7 @@ struct Served {
     images: Vec<PathBuf>,
     shared: Arc<Shared>,
     workers: Workers,
-    upkeep: Upkeep,
+    upkeep: Admin,
     table: Arc<ReplicaTable>,
     socket: PathBuf,
 }
@@ -92,7 +92,7 @@ fn serve() -> Served {
     };
     let table = Arc::new(ReplicaTable::new(files));
     let workers = Workers::start(&disk, workers).unwrap();
-    let upkeep = Upkeep::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
+    let upkeep = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
     let frontend = Frontend::new(disk.info.clone(), slot, workers.ring_server(0));
     let frontend = Arc::new(Mutex::new(frontend));
     let socket = directory.path().join("disk.sock");

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use io_uring::types::{Fixed, FsyncFlags};
 use io_uring::{IoUring, opcode, squeue};
 
-use quorum_blk::replica::buffer::{Buffer, BufferPool};
+use quorum_blk::common::buffer::{Buffer, BufferPool};
 
 use super::drive::Queue;
 use super::interrupt::Interrupted;

@@ -1,11 +1,11 @@
 //! What drives the engine in place of rings and files: keeps what it asks for, and counts what it
 //! has answered.
 
+use quorum_blk::common::operation::{Operation, RequestId};
+use quorum_blk::common::report::Report;
+use quorum_blk::common::{ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Effects, Failed, Tag, WorkerIndex};
 use quorum_blk::jobs::JobEvent;
-use quorum_blk::quorum::report::Report;
-use quorum_blk::quorum::{ReplicaIndex, SectorRange};
-use quorum_blk::replica::operation::{Operation, RequestId};
 
 /// Keeps operations, and counts answers.
 #[derive(Default)]

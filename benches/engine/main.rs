@@ -16,10 +16,10 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quorum_blk::common::SectorRange;
+use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
 use quorum_blk::jobs::Sizes;
-use quorum_blk::quorum::SectorRange;
-use quorum_blk::replica::buffer::BufferPool;
 
 use self::driver::Driver;
 

@@ -9,11 +9,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Duration;
 
+use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::operation::Operation;
+use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
 use quorum_blk::jobs::Sizes;
-use quorum_blk::quorum::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::replica::buffer::BufferPool;
-use quorum_blk::replica::operation::Operation;
 
 use super::count;
 use super::driver::Driver;

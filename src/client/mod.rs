@@ -35,7 +35,7 @@ use clap::{CommandFactory as _, FromArgMatches as _};
 use self::arguments::{Action, Options};
 use self::connection::Connection;
 use self::terminal::Terminal;
-use crate::message::{Quoted, Reason};
+use crate::common::message::{Quoted, Reason};
 
 /// Why a command was not done, or not to its end. Each displays as one line, or a few.
 #[derive(Debug, thiserror::Error)]

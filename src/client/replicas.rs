@@ -13,7 +13,7 @@ use super::format::{clean, size};
 use super::shapes::{Disk, Replica};
 use super::wait::{Awaited, wait};
 use super::{Context, Error, Outcome};
-use crate::message::{Quoted, Reason};
+use crate::common::message::{Quoted, Reason};
 
 /// An image, checked, that is to be a replica.
 struct Newcomer {

@@ -4,8 +4,8 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use super::{PassedSocket, QUEUE_SIZE_MIN};
+use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SOCKET_PATH_BYTES_MAX};
-use crate::message::Quoted;
 
 /// Why a command line is refused. Each displays as one line.
 #[derive(Debug, thiserror::Error)]

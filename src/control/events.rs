@@ -14,9 +14,10 @@ use log::Level;
 use serde::Serialize;
 
 use super::json::to_ascii;
+use crate::common::operation::OperationType;
+use crate::common::report::{Cause, Digest, Evidence, Report};
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::{JobChange, JobEvent, JobKind};
-use crate::quorum::report::{Cause, Digest, Evidence, OperationType, Report};
-use crate::quorum::{ReplicaIndex, SectorRange};
 
 /// What the voted disk and its replicas are called in events.
 #[derive(Clone, Debug)]
@@ -340,7 +341,7 @@ fn is_false(flag: &bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::Errno;
+    use crate::common::Errno;
     use std::time::Duration;
 
     fn names() -> Names {

@@ -17,9 +17,10 @@ use std::collections::hash_map::Entry;
 use std::time::Duration;
 
 use super::events::{Event, News};
+use crate::common::operation::OperationType;
+use crate::common::report::{Cause, Report};
+use crate::common::{Errno, ReplicaIndex};
 use crate::jobs::{JobId, JobStatus};
-use crate::quorum::report::{Cause, OperationType, Report};
-use crate::quorum::{Errno, ReplicaIndex};
 
 /// What makes reports alike.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -181,7 +182,7 @@ impl Fold {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::SectorRange;
+    use crate::common::SectorRange;
     use proptest::prelude::*;
     use std::time::UNIX_EPOCH;
 

@@ -16,11 +16,12 @@
 //! - The counts of all buckets add up to what was reported, but for what has no place (flushes) and
 //!   for errors, which count in each bucket that their operation touched.
 
+use crate::common::operation::OperationType;
+use crate::common::ranges::RangeSet;
+use crate::common::report::{Cause, Report};
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
 use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
-use crate::quorum::ranges::RangeSet;
-use crate::quorum::report::{Cause, OperationType, Report};
-use crate::quorum::{ReplicaIndex, SectorRange};
 
 use super::events::News;
 
@@ -243,9 +244,9 @@ fn sectors(row: Option<&Row>) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::Errno;
+    use crate::common::report::Evidence;
     use crate::jobs::JobInfo;
-    use crate::quorum::Errno;
-    use crate::quorum::report::Evidence;
     use proptest::prelude::*;
 
     const REPLICA: ReplicaIndex = ReplicaIndex(1);

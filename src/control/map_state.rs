@@ -8,8 +8,8 @@ use serde::Serialize;
 
 use super::map::{Bucket, Row};
 use super::queue::EventQueue;
+use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::limits::MAP_RANGES_LISTED_MAX;
-use crate::quorum::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 
 /// The map of a disk at one moment.
 #[derive(Clone, Debug, Serialize)]
@@ -301,8 +301,9 @@ fn longest(ranges: &[SectorRange]) -> Vec<RangeState> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::Errno;
-    use crate::quorum::report::{Cause, OperationType, Report};
+    use crate::common::Errno;
+    use crate::common::operation::OperationType;
+    use crate::common::report::{Cause, Report};
     use serde_json::json;
 
     #[test]

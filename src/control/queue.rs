@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use super::events::{Event, News};
 use super::fold::{Fold, FoldLimits};
 use super::map::DiskMap;
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
-use crate::quorum::{ReplicaIndex, SectorRange};
 
 /// Twice (see [`FoldLimits::ready_max`]) what a burst of every replica comes to.
 const READY_MAX: usize = 2 * REPLICAS_MAX * EVENT_BURST as usize;
@@ -161,7 +161,8 @@ impl AsRawFd for EventQueue {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::quorum::report::{OperationType, Report};
+    use crate::common::operation::OperationType;
+    use crate::common::report::Report;
 
     fn failure(sector: u64) -> Report {
         Report::Failure {

@@ -16,8 +16,8 @@ use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use crate::common::message::{Quoted, Reason};
 use crate::limits::SOCKET_PATH_BYTES_MAX;
-use crate::message::{Quoted, Reason};
 
 /// Connections that wait to be accepted.
 const BACKLOG: libc::c_int = 128;

@@ -8,6 +8,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use clap::ValueEnum as _;
 
+use crate::admin::{Admin, AdminError};
+use crate::common::message::Quoted;
+use crate::common::operation::OperationType;
+use crate::common::{ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Cache, Config, check_node_name};
 use crate::control::map_state::{MapState, ReplicaPlaces};
 use crate::control::queue::EventQueue;
@@ -19,12 +23,8 @@ use crate::device::Capacity;
 use crate::engine::Shared;
 use crate::jobs::{JobInfo, JobKind, UnknownJob};
 use crate::limits::REPLICAS_MAX;
-use crate::message::Quoted;
-use crate::quorum::report::OperationType;
-use crate::quorum::{ReplicaIndex, SECTOR_BYTES};
 use crate::replica::file::{ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
-use crate::upkeep::{Upkeep, UpkeepError};
 use crate::worker::{Disk, Stop};
 
 /// The disk as the operator has it before him.
@@ -34,7 +34,7 @@ pub(super) struct DiskOperator {
     shared: Arc<Shared>,
     reports: Arc<EventQueue>,
     statistics: Statistics,
-    upkeep: Arc<Upkeep>,
+    admin: Arc<Admin>,
     /// Images that were named, and are no replicas yet.
     nodes: Mutex<BTreeMap<String, PathBuf>>,
     stop: Sender<Stop>,
@@ -51,12 +51,7 @@ struct Fixed {
 }
 
 impl DiskOperator {
-    pub(super) fn new(
-        config: &Config,
-        disk: &Disk,
-        upkeep: Arc<Upkeep>,
-        stop: Sender<Stop>,
-    ) -> Self {
+    pub(super) fn new(config: &Config, disk: &Disk, admin: Arc<Admin>, stop: Sender<Stop>) -> Self {
         let pattern = config.read_pattern.to_possible_value();
         let is = Fixed {
             node_name: config.node_name.clone(),
@@ -77,7 +72,7 @@ impl DiskOperator {
             shared: Arc::clone(&disk.shared),
             reports: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
-            upkeep,
+            admin,
             nodes: Mutex::default(),
             stop,
         }
@@ -86,7 +81,7 @@ impl DiskOperator {
     fn add_node(&self, node_name: String, path: PathBuf) -> Result<(), String> {
         check_node_name(&node_name)?;
         let mut nodes = self.nodes();
-        let mut replicas = self.upkeep.replicas().into_iter();
+        let mut replicas = self.admin.replicas().into_iter();
         let is_taken = node_name == self.is.node_name || nodes.contains_key(&node_name);
         if is_taken || replicas.any(|(_, file)| file.node_name == node_name) {
             return Err(format!("there is a node {} already", Quoted(&node_name)));
@@ -107,7 +102,7 @@ impl DiskOperator {
     fn add_replica(&self, node_name: String) -> Result<(), String> {
         let path = self.take_node(&node_name)?;
         let source = ReplicaSource { path, node_name };
-        let added = self.upkeep.add_replica(&source);
+        let added = self.admin.add_replica(&source);
         added.map(|_| ()).map_err(|error| {
             self.nodes().insert(source.node_name, source.path);
             line(error)
@@ -117,10 +112,10 @@ impl DiskOperator {
     fn order_job(&self, id: &str, order: JobOrder) -> Result<(), String> {
         let id = id.parse().map_err(|error: UnknownJob| error.to_string())?;
         let done = match order {
-            JobOrder::Pause => self.upkeep.job_pause(id),
-            JobOrder::Resume => self.upkeep.job_resume(id),
-            JobOrder::Cancel => self.upkeep.job_cancel(id),
-            JobOrder::Speed(bytes) => self.upkeep.job_set_speed(id, bytes),
+            JobOrder::Pause => self.admin.job_pause(id),
+            JobOrder::Resume => self.admin.job_resume(id),
+            JobOrder::Cancel => self.admin.job_cancel(id),
+            JobOrder::Speed(bytes) => self.admin.job_set_speed(id, bytes),
         };
         done.map_err(line)
     }
@@ -156,7 +151,7 @@ impl DiskOperator {
                 operations: by_operation(operations),
             }
         };
-        self.upkeep
+        self.admin
             .replicas()
             .into_iter()
             .map(replica_state)
@@ -193,7 +188,7 @@ impl Operator for DiskOperator {
     }
 
     fn map(&self, buckets: usize) -> MapState {
-        let replicas = self.upkeep.replicas().into_iter();
+        let replicas = self.admin.replicas().into_iter();
         let places = replicas.map(|(index, file)| ReplicaPlaces {
             index,
             node_name: file.node_name.clone(),
@@ -206,7 +201,7 @@ impl Operator for DiskOperator {
     }
 
     fn jobs(&self) -> Vec<JobState> {
-        let names = self.upkeep.names();
+        let names = self.admin.names();
         let state = |job: JobInfo| JobState {
             id: job.id.to_string(),
             r#type: job.kind.name(),
@@ -222,30 +217,30 @@ impl Operator for DiskOperator {
             sectors_found: job.sectors_found,
             sectors_written: job.sectors_written,
         };
-        self.upkeep.jobs().into_iter().map(state).collect()
+        self.admin.jobs().into_iter().map(state).collect()
     }
 
     fn change(&self, change: Change) -> Result<Option<String>, String> {
-        let upkeep = &self.upkeep;
+        let admin = &self.admin;
         let begun = match change {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
             Change::RemoveNode(node_name) => self.take_node(&node_name).map(|_| None)?,
             Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
-            Change::RemoveReplica(node_name) => upkeep
+            Change::RemoveReplica(node_name) => admin
                 .remove_replica(&node_name)
                 .map(|_| None)
                 .map_err(line)?,
             Change::Resize { size_bytes } => {
-                upkeep.resize(size_bytes).map(|()| None).map_err(line)?
+                admin.resize(size_bytes).map(|()| None).map_err(line)?
             }
             Change::Scrub {
                 repair,
                 speed_bytes,
-            } => Some(upkeep.scrub(repair, speed_bytes).map_err(line)?),
+            } => Some(admin.scrub(repair, speed_bytes).map_err(line)?),
             Change::Resync {
                 node_name,
                 speed_bytes,
-            } => Some(upkeep.resync(&node_name, speed_bytes).map_err(line)?),
+            } => Some(admin.resync(&node_name, speed_bytes).map_err(line)?),
             Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
         };
         Ok(begun.map(|id| id.to_string()))
@@ -257,7 +252,7 @@ impl Operator for DiskOperator {
     }
 }
 
-fn line(error: UpkeepError) -> String {
+fn line(error: AdminError) -> String {
     error.to_string()
 }
 

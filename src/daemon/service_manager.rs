@@ -9,8 +9,8 @@ use std::io;
 use log::warn;
 use sd_notify::NotifyState;
 
+use crate::common::message::Reason;
 use crate::config::PassedSocket;
-use crate::message::Reason;
 
 /// Why what was passed cannot be taken: the environment contradicts itself.
 #[derive(Debug, thiserror::Error)]

@@ -11,8 +11,8 @@ use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRE
 use vm_memory::ByteValued;
 
 use super::DiskInfo;
+use crate::common::SECTOR_BYTES;
 use crate::limits::{PIECE_BYTES_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
-use crate::quorum::SECTOR_BYTES;
 
 /// The feature bits that the device offers.
 pub fn features(info: &DiskInfo) -> u64 {

@@ -22,12 +22,12 @@ use super::chain::Chain;
 use super::inflight::{Begun, QueueRegion, RingState, Tracker};
 use super::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use super::{DiskInfo, GuestMemory, View, Vring, inflight};
+use crate::common::buffer::BufferPool;
+use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{
     PIECE_BYTES_MAX, QUEUE_SIZE_MAX, RESUBMIT_LIMIT, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX,
 };
-use crate::quorum::{SECTOR_BYTES, SectorRange};
-use crate::replica::buffer::BufferPool;
 use crate::statistics::{Recorder, RequestKind, Since};
 
 const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;

@@ -33,7 +33,7 @@ use vm_memory::GuestMemoryAtomic;
 pub use self::memory::GuestMemory;
 pub use self::view::View;
 
-use crate::quorum::{SECTOR_BYTES, SectorRange};
+use crate::common::{SECTOR_BYTES, SectorRange};
 
 /// A virtqueue with the descriptors it is kicked and signalled by.
 pub type Vring = VringMutex<GuestMemoryAtomic<GuestMemory>>;

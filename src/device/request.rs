@@ -15,8 +15,8 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::chain::Chain;
 use super::{DiskInfo, View};
+use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::limits::{ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
-use crate::quorum::{SECTOR_BYTES, SectorRange};
 use crate::statistics::RequestKind;
 
 /// Bytes of the request header: type, reserved, sector.

@@ -12,14 +12,15 @@ use super::range_locks::LockKey;
 use super::read::{Purpose, Read, Stage, buffer};
 use super::shared::Waiter;
 use super::{Core, Counters, Effects, Progress, ReadPattern, report_error};
+use crate::common::buffer::{Buffer, BufferPool};
+use crate::common::operation::OperationType;
+use crate::common::operation::{Action, Operation, Reply, RequestId};
+use crate::common::report::{Cause, Report};
+use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
 use crate::jobs::PieceEnd;
 use crate::quorum::health::Failures;
-use crate::quorum::report::{Cause, OperationType, Report};
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
-use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
-use crate::replica::buffer::{Buffer, BufferPool};
-use crate::replica::operation::{Action, Operation, Reply, RequestId};
 
 /// A read that holds, or waits for, the lock of its range.
 #[derive(Debug)]

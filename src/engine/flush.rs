@@ -5,12 +5,13 @@ use std::time::Duration;
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
+use crate::common::operation::OperationType;
+use crate::common::operation::{Action, Operation, Reply, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::{PieceEnd, PieceId};
 use crate::quorum::health::FlushEpoch;
-use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
-use crate::quorum::{ReplicaSet, SectorRange};
-use crate::replica::operation::{Action, Operation, Reply, RequestId};
 
 /// A flush has no range of its own.
 pub(super) const NO_RANGE: SectorRange = SectorRange { start: 0, count: 0 };

@@ -51,15 +51,16 @@ use self::read::Read;
 use self::shared::Waiter;
 use self::time::Clock;
 use self::write::{Content, Write};
+use crate::common::buffer::{Buffer, BufferPool};
+use crate::common::operation::OperationType;
+use crate::common::operation::{Operation, Reply, RequestId};
+use crate::common::report::{Cause, Report};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{JobEvent, Sizes};
 use crate::limits::{
     BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX,
     REPLICAS_MAX, REQUESTS_MAX,
 };
-use crate::quorum::report::{Cause, OperationType, Report};
-use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
-use crate::replica::buffer::{Buffer, BufferPool};
-use crate::replica::operation::{Operation, Reply, RequestId};
 
 /// Which replicas a read asks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -18,8 +18,8 @@
 
 use std::collections::BTreeMap;
 
+use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::limits::ZERO_BYTES_MAX;
-use crate::quorum::{SECTOR_BYTES, SectorRange};
 
 /// The longest range that can be locked, in sectors.
 pub(super) const LOCK_SECTORS_MAX: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;

@@ -10,13 +10,14 @@ use std::time::Duration;
 use super::confirm::Confirmation;
 use super::mutant::{Mutant, is_broken};
 use super::{Core, Counters, Effects, Failed, Progress, ReadPattern, Tag, report_error};
+use crate::common::buffer::Buffer;
+use crate::common::operation::OperationType;
+use crate::common::operation::{Action, Operation, Reply, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::PieceId;
 use crate::quorum::health::Failures;
-use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::replica::buffer::Buffer;
-use crate::replica::operation::{Action, Operation, Reply, RequestId};
 
 #[derive(Debug)]
 pub(super) struct Read {

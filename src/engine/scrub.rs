@@ -7,9 +7,9 @@
 use super::mutant::{Mutant, is_broken};
 use super::read::{Purpose, Read};
 use super::{Core, Counters, Effects, Progress};
+use crate::common::ReplicaSet;
+use crate::common::operation::RequestId;
 use crate::jobs::PieceEnd;
-use crate::quorum::ReplicaSet;
-use crate::replica::operation::RequestId;
 
 impl Read {
     pub(super) fn begin_scrub(

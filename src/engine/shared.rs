@@ -24,12 +24,12 @@ use std::sync::{
 
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
+use crate::common::operation::RequestId;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::{Failures, Health, NotRemoved};
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::replica::operation::RequestId;
 
 /// Names a worker thread, and with it an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

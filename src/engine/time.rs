@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use super::mutant::{Mutant, is_broken};
 use super::{Core, Counters, Effects, Engine, Progress, Request, report_error};
+use crate::common::operation::OperationType;
+use crate::common::operation::RequestId;
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{REPLICAS_MAX, TICK_MICROSECONDS};
-use crate::quorum::report::OperationType;
-use crate::quorum::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
-use crate::replica::operation::RequestId;
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 

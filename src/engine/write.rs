@@ -8,12 +8,13 @@ use std::time::Duration;
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::{Core, Effects, Failed, Progress, Tag, report_error};
+use crate::common::buffer::Buffer;
+use crate::common::operation::OperationType;
+use crate::common::operation::{Action, Operation, Reply, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaSet, SectorRange};
 use crate::quorum::health::{WriteBegun, WriteEnd};
-use crate::quorum::report::{OperationType, Report};
 use crate::quorum::tally::Tally;
-use crate::quorum::{ReplicaSet, SectorRange};
-use crate::replica::buffer::Buffer;
-use crate::replica::operation::{Action, Operation, Reply, RequestId};
 
 #[derive(Debug)]
 pub(super) struct Write {

@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
+use crate::common::ReplicaIndex;
 use crate::limits::JOBS_MAX;
-use crate::quorum::ReplicaIndex;
 
 /// Names a job, for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

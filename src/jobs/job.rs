@@ -6,10 +6,10 @@ use super::pace::Pace;
 use super::{
     JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, PieceEnd, PieceId, Work,
 };
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{FAILED_FLUSHES_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
-use crate::quorum::ranges::RangeSet;
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// A piece of a job with a speed limit takes this much of a second at most, so that the job is as
 /// smooth as its limit is low.

@@ -36,12 +36,12 @@ pub use self::info::{
 use self::job::{Job, Task};
 use self::pace::{GuestRequests, Pace};
 pub use self::piece::{Next, Piece, PieceEnd, PieceId, Work};
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
     JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, PIECE_BYTES_MAX, SECTOR_BYTES,
 };
 use crate::quorum::health::Health;
-use crate::quorum::ranges::RangeSet;
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// The sizes by which jobs go.
 #[derive(Clone, Copy, Debug)]

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Names a piece of work on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

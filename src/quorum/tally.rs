@@ -1,6 +1,6 @@
 //! Counting the replies to one operation that went to several replicas.
 
-use super::{ReplicaIndex, ReplicaSet};
+use crate::common::{ReplicaIndex, ReplicaSet};
 
 /// Who was asked, who has answered, and how. The three sets are disjoint.
 #[derive(Clone, Copy, Debug, Default)]

@@ -6,8 +6,8 @@
 
 use sha2::{Digest as _, Sha256};
 
-use super::report::{Digest, Evidence};
-use super::{ReplicaIndex, SECTOR_BYTES, SectorRange};
+use crate::common::report::{Digest, Evidence};
+use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::limits::BAD_SECTOR_RUNS_MAX;
 
 const SECTOR_LEN: usize = 512;

@@ -15,8 +15,8 @@ use std::os::unix::fs::FileExt as _;
 
 use super::file::ReplicaFile;
 use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
-use crate::message::Reason;
-use crate::quorum::{Errno, ReplicaIndex};
+use crate::common::message::Reason;
+use crate::common::{Errno, ReplicaIndex};
 
 /// So much of a block device is zeroed at a time: seconds, on a slow disk.
 const ZEROED_BYTES: u64 = 64 << 20;

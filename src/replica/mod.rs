@@ -4,11 +4,10 @@
 //! This room knows files, alignment and the kernel; it knows nothing of virtio, of guests or of
 //! votes.
 
-pub mod buffer;
 pub mod file;
 pub mod grow;
 pub mod image_lock;
-pub mod operation;
+
 pub mod ring;
 pub mod table;
 mod zero;

@@ -8,8 +8,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::file::ReplicaFile;
+use crate::common::{ReplicaIndex, ReplicaSet};
 use crate::limits::{PLACE_RESTS, REPLICAS_MAX};
-use crate::quorum::{ReplicaIndex, ReplicaSet};
 
 /// The open replicas of a disk.
 #[derive(Debug)]

@@ -4,7 +4,7 @@
 //! file system or block device has them. All of them can be written to. On a block device the
 //! kernel does either only where the device promises zeroes afterwards.
 
-use crate::quorum::{Errno, ReplicaIndex};
+use crate::common::{Errno, ReplicaIndex};
 
 /// One way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

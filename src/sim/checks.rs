@@ -9,9 +9,10 @@ use super::model::Value;
 use super::operations::Flight;
 use super::plan::{bits, mask_below};
 use super::world::{Checked, Pending, PendingKind, PendingWrite, World, trace};
+use crate::common::operation::OperationType;
+use crate::common::report::{Cause, Report};
+use crate::common::{Errno, ReplicaIndex};
 use crate::engine::{ReadPattern, Tag};
-use crate::quorum::report::{Cause, OperationType, Report};
-use crate::quorum::{Errno, ReplicaIndex};
 
 /// An error that was fed to an engine, and must be reported once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

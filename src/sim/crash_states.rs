@@ -18,12 +18,12 @@ use super::Violation;
 use super::effects::{Collected, Effect, SECTOR_LEN, fill, parse};
 use super::model::{Model, Value};
 use super::plan::bits;
+use crate::common::buffer::BufferPool;
+use crate::common::operation::{Action, Operation};
+use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
 use crate::jobs::Sizes;
 use crate::quorum::vote::{Ballot, Rule, vote};
-use crate::quorum::{Errno, ReplicaIndex, SectorRange};
-use crate::replica::buffer::BufferPool;
-use crate::replica::operation::{Action, Operation};
 
 const SECTORS: usize = 2;
 

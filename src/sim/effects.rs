@@ -2,11 +2,11 @@
 //! back.
 
 use super::model::Value;
+use crate::common::operation::{Operation, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
-use crate::quorum::report::Report;
-use crate::quorum::{ReplicaIndex, SectorRange};
-use crate::replica::operation::{Operation, RequestId};
 
 /// Bytes of a sector.
 pub const SECTOR_LEN: usize = 512;

@@ -92,7 +92,7 @@ impl World {
             self.crash_in_flight(index, sectors);
         }
         let behind = |replica: &usize| {
-            let index = crate::quorum::ReplicaIndex(u8::try_from(*replica).expect("few"));
+            let index = crate::common::ReplicaIndex(u8::try_from(*replica).expect("few"));
             self.shared
                 .jobs(|_| (), |_, health| health.stale_sectors(index))
                 > 0

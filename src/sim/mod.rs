@@ -34,7 +34,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use self::plan::Plan;
 use self::random::Random;
 use self::world::{Statistics, World};
-use crate::replica::buffer::BufferPool;
+use crate::common::buffer::BufferPool;
 
 /// A promise that was broken.
 #[derive(Clone, Debug, PartialEq, Eq)]

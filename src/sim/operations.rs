@@ -11,10 +11,10 @@ use super::effects::{SECTOR_LEN, fill, parse};
 use super::model::Value;
 use super::plan::bits;
 use super::world::{Checked, Pending, PendingKind, PendingWrite, World, show, trace};
+use crate::common::operation::{Action, Operation};
+use crate::common::{Errno, SectorRange};
 use crate::engine::ReadPattern;
 use crate::engine::mutant::{self, Mutant};
-use crate::quorum::{Errno, SectorRange};
-use crate::replica::operation::{Action, Operation};
 
 /// What every injected error is.
 const EIO: Errno = Errno(5);

@@ -13,10 +13,10 @@ use super::model::Value;
 use super::plan::{PLACES, SECTORS_MAX, bits};
 use super::replica::SimReplica;
 use super::world::{Checked, PendingKind, World, trace};
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::engine::mutant::{Mutant, is_broken};
 use crate::jobs::{JobChange, JobEvent, JobId, JobInfo, JobKind, JobStatus, Jobs};
 use crate::quorum::health::{Health, NotRemoved};
-use crate::quorum::{ReplicaIndex, SectorRange};
 
 impl World {
     /// How many replicas the disk has.

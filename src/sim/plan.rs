@@ -7,9 +7,9 @@
 use std::time::Duration;
 
 use super::random::Random;
+use crate::common::SectorRange;
 use crate::engine::ReadPattern;
 use crate::jobs::Sizes;
-use crate::quorum::SectorRange;
 
 /// Sectors of a simulated disk, at most: a set of sectors is a mask of 64 bits.
 pub const SECTORS_MAX: u64 = 64;

@@ -17,11 +17,11 @@ use super::operations::Flight;
 use super::plan::{PLACES, Plan, bits};
 use super::random::Random;
 use super::replica::SimReplica;
+use crate::common::buffer::BufferPool;
+use crate::common::operation::RequestId;
+use crate::common::{ReplicaSet, SectorRange};
 use crate::engine::{Engine, GuestRequest, Policy, Shared, Tag, WorkerIndex};
 use crate::jobs::JobInfo;
-use crate::quorum::{ReplicaSet, SectorRange};
-use crate::replica::buffer::BufferPool;
-use crate::replica::operation::RequestId;
 
 /// A check's outcome.
 pub(super) type Checked = Result<(), Violation>;
@@ -541,7 +541,7 @@ impl World {
     fn look_at_service(&mut self) {
         let in_service = self.shared.in_service();
         for replica in self.members() {
-            let index = crate::quorum::ReplicaIndex(u8::try_from(replica).expect("few"));
+            let index = crate::common::ReplicaIndex(u8::try_from(replica).expect("few"));
             let out = !in_service.contains(index);
             if out == self.is_out(replica) {
                 continue;

@@ -8,7 +8,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
-use crate::quorum::ReplicaIndex;
+use crate::common::ReplicaIndex;
 
 /// A handle to the workers of a disk.
 #[derive(Clone, Debug)]

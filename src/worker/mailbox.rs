@@ -8,9 +8,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::common::ReplicaIndex;
+use crate::common::operation::RequestId;
 use crate::device::inflight::QueueRegion;
-use crate::quorum::ReplicaIndex;
-use crate::replica::operation::RequestId;
 
 /// Something to tell a worker.
 pub(super) enum Message {

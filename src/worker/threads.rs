@@ -11,11 +11,11 @@ use log::error;
 use super::control::WorkerControl;
 use super::mailbox::{Mailbox, Message};
 use super::{Disk, Stop, Worker};
+use crate::common::ReplicaSet;
 use crate::device::frontend::RingServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Shared, WorkerIndex};
 use crate::limits::drain_limit;
-use crate::quorum::ReplicaSet;
 
 /// The running worker threads of a disk. Queue `i` is served by worker `i mod count`.
 #[derive(Debug)]

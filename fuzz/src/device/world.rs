@@ -3,14 +3,14 @@
 use std::collections::BTreeSet;
 use std::fs::File;
 
+use quorum_blk::common::SectorRange;
+use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::device::DiskInfo;
 use quorum_blk::device::connection::ConnectionSlot;
 use quorum_blk::device::guest::Guest;
 use quorum_blk::device::inflight::QueueRegion;
 use quorum_blk::engine::{Failed, GuestRequest, Tag};
 use quorum_blk::limits::{PIECE_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
-use quorum_blk::quorum::SectorRange;
-use quorum_blk::replica::buffer::BufferPool;
 
 use super::super::naive::Memory;
 use super::memory::Files;

@@ -7,8 +7,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use super::admin;
 use super::block::{self, QueryNamedBlockNodes};
-use super::upkeep;
 use crate::control::json::to_ascii;
 use crate::control::{JobOrder, Operator};
 use crate::limits::MAP_BUCKETS;
@@ -32,13 +32,13 @@ type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandErro
 static COMMANDS: &[Command] = &[
     Command {
         name: "block-job-set-speed",
-        run: |arguments, operator| run(arguments, |job| nothing(upkeep::set_speed(job, operator))),
+        run: |arguments, operator| run(arguments, |job| nothing(admin::set_speed(job, operator))),
     },
     Command {
         name: "block_resize",
         run: |arguments, operator| {
             run(arguments, |resize| {
-                nothing(upkeep::resize(&resize, operator))
+                nothing(admin::resize(&resize, operator))
             })
         },
     },
@@ -46,7 +46,7 @@ static COMMANDS: &[Command] = &[
         name: "blockdev-add",
         run: |arguments, operator| {
             run(arguments, |node| {
-                nothing(upkeep::blockdev_add(node, operator))
+                nothing(admin::blockdev_add(node, operator))
             })
         },
     },
@@ -54,7 +54,7 @@ static COMMANDS: &[Command] = &[
         name: "blockdev-del",
         run: |arguments, operator| {
             run(arguments, |node| {
-                nothing(upkeep::blockdev_del(node, operator))
+                nothing(admin::blockdev_del(node, operator))
             })
         },
     },
@@ -62,7 +62,7 @@ static COMMANDS: &[Command] = &[
         name: "job-cancel",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(upkeep::order(job, JobOrder::Cancel, operator))
+                nothing(admin::order(job, JobOrder::Cancel, operator))
             })
         },
     },
@@ -70,7 +70,7 @@ static COMMANDS: &[Command] = &[
         name: "job-pause",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(upkeep::order(job, JobOrder::Pause, operator))
+                nothing(admin::order(job, JobOrder::Pause, operator))
             })
         },
     },
@@ -78,7 +78,7 @@ static COMMANDS: &[Command] = &[
         name: "job-resume",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(upkeep::order(job, JobOrder::Resume, operator))
+                nothing(admin::order(job, JobOrder::Resume, operator))
             })
         },
     },
@@ -151,18 +151,16 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "quorum-resync",
-        run: |arguments, operator| run(arguments, |replica| upkeep::resync(replica, operator)),
+        run: |arguments, operator| run(arguments, |replica| admin::resync(replica, operator)),
     },
     Command {
         name: "quorum-scrub",
-        run: |arguments, operator| run(arguments, |scrub| upkeep::scrub(&scrub, operator)),
+        run: |arguments, operator| run(arguments, |scrub| admin::scrub(&scrub, operator)),
     },
     Command {
         name: "x-blockdev-change",
         run: |arguments, operator| {
-            run(arguments, |change| {
-                nothing(upkeep::change(change, operator))
-            })
+            run(arguments, |change| nothing(admin::change(change, operator)))
         },
     },
 ];

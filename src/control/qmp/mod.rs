@@ -9,9 +9,9 @@
 //! from, or ends the connection; each message has one reply, in order; what a client can make us
 //! keep is bounded.
 
+mod admin;
 mod block;
 pub mod commands;
 pub(super) mod executor;
 pub mod session;
 mod splitter;
-mod upkeep;

@@ -26,10 +26,10 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryAtomic, GuestMemoryBackend};
 
 use super::guest::Guest;
 use super::{Capacity, DiskInfo, GuestMemory, Vring};
+use crate::common::SectorRange;
+use crate::common::buffer::BufferPool;
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
-use crate::quorum::SectorRange;
-use crate::replica::buffer::BufferPool;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

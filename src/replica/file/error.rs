@@ -5,7 +5,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::ALIGNMENT_BYTES_MIN;
-use crate::message::{Quoted, Reason};
+use crate::common::message::{Quoted, Reason};
 use crate::replica::image_lock::LockError;
 
 /// Why a replica can not be served. Each displays as one line.

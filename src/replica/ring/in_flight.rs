@@ -6,8 +6,8 @@ use io_uring::types::{Fd, Fixed, FsyncFlags};
 use io_uring::{opcode, squeue};
 
 use super::WatchToken;
-use crate::quorum::{Errno, SECTOR_BYTES, SectorRange};
-use crate::replica::operation::{Action, Operation};
+use crate::common::operation::{Action, Operation};
+use crate::common::{Errno, SECTOR_BYTES, SectorRange};
 use crate::replica::zero::{Way, ZEROES, ZEROES_BYTES};
 use crate::statistics::Since;
 

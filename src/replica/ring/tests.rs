@@ -8,8 +8,8 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::in_flight::len_of;
 use super::*;
-use crate::quorum::{SECTOR_BYTES, SectorRange};
-use crate::replica::operation::RequestId;
+use crate::common::operation::RequestId;
+use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::replica::zero::{Way, ZEROES_BYTES};
 use crate::statistics::Recorder;
 

@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 
 use log::warn;
 
-use super::UpkeepError;
+use super::AdminError;
+use crate::common::message::Quoted;
 use crate::limits::LAST_FLUSH_LIMIT;
-use crate::message::Quoted;
 use crate::replica::file::{ImageIdentity, ReplicaFile};
 use crate::replica::grow::{GrowError, Growth, Step};
 
@@ -153,9 +153,9 @@ impl Growers {
         replicas: &[Arc<ReplicaFile>],
         sizes: (u64, u64),
         limit: Duration,
-    ) -> Result<(), UpkeepError> {
+    ) -> Result<(), AdminError> {
         if self.is_any_unsettled(replicas) {
-            return Err(UpkeepError::Unsettled);
+            return Err(AdminError::Unsettled);
         }
         let (tell, told) = channel();
         let mut verdicts = Vec::new();
@@ -188,7 +188,7 @@ impl Growers {
         let name = |place: usize| replicas[place].node_name.clone();
         grown.map_err(|(place, reason)| {
             let left = not_put_back.into_iter();
-            UpkeepError::NotGrown(NotGrown {
+            AdminError::NotGrown(NotGrown {
                 node_name: name(place),
                 reason,
                 left: left.map(|(place, reason)| (name(place), reason)).collect(),

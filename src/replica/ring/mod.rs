@@ -18,11 +18,11 @@ use log::debug;
 use slab::Slab;
 
 use self::in_flight::{InFlight, Outcome, Step, WatchState};
-use super::buffer::BufferPool;
-use super::operation::{Action, Operation, Reply};
 use super::zero::Ways;
+use crate::common::buffer::BufferPool;
+use crate::common::operation::{Action, Operation, Reply};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet};
 use crate::limits::{REPLICAS_MAX, RING_ENTRIES};
-use crate::quorum::{Errno, ReplicaIndex, ReplicaSet};
 use crate::statistics::Since;
 
 /// How often an operation that the kernel interrupted is tried again before that counts as an

@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 pub use self::error::OpenError;
 use super::image_lock::{self, Access, Locking};
+use crate::common::message::Quoted;
 use crate::limits::SECTOR_BYTES;
-use crate::message::Quoted;
 
 /// The least alignment: a sector.
 const ALIGNMENT_BYTES_MIN: u32 = 512;

@@ -25,8 +25,8 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-use super::ranges::RangeSet;
-use super::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::REPLICAS_MAX;
 
 /// Orders the start of an operation against failed flushes and replicas that left the set.

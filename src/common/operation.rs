@@ -6,8 +6,18 @@
 use std::rc::Rc;
 
 use super::buffer::Buffer;
-use crate::quorum::report::OperationType;
-use crate::quorum::{Errno, ReplicaIndex, SectorRange};
+use super::{Errno, ReplicaIndex, SectorRange};
+
+/// The kind of guest operation a report is about; QEMU's `QuorumOpType`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum OperationType {
+    /// A read, or the repeated read that confirms a suspicion.
+    Read,
+    /// A write, or the rewrite of a corrupted sector.
+    Write,
+    /// A flush; its range is empty.
+    Flush,
+}
 
 /// Names the request that an operation serves; comes back in the reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -10,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use crate::quorum::report::{OperationType, Report};
-use crate::quorum::{SECTOR_BYTES, SectorRange};
-use crate::replica::operation::{Operation, Reply};
+use crate::common::operation::OperationType;
+use crate::common::operation::{Operation, Reply};
+use crate::common::report::Report;
+use crate::common::{SECTOR_BYTES, SectorRange};
 
 /// A number that one thread writes and any thread reads.
 #[derive(Debug, Default)]

@@ -24,8 +24,8 @@ use clap::{CommandFactory as _, FromArgMatches as _, ValueEnum};
 use self::command_line::{Options, usage_line};
 pub use self::error::ConfigError;
 use self::sockets::Sockets;
+use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX};
-use crate::message::Quoted;
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
 /// What QEMU's docs/interop/vhost-user.rst asks a backend program to tell of itself.

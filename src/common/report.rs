@@ -1,17 +1,7 @@
 //! What the voter has to tell an operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD.
 
+use super::operation::OperationType;
 use super::{Errno, ReplicaIndex, SectorRange};
-
-/// The kind of guest operation a report is about; QEMU's `QuorumOpType`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum OperationType {
-    /// A read, or the repeated read that confirms a suspicion.
-    Read,
-    /// A write, or the rewrite of a corrupted sector.
-    Write,
-    /// A flush; its range is empty.
-    Flush,
-}
 
 /// A SHA-256 digest.
 pub type Digest = [u8; 32];

@@ -24,6 +24,10 @@ use sd_notify::NotifyState;
 use self::connections::{Connections, FrontendListener};
 use self::operator::DiskOperator;
 use self::signals::Signals;
+use crate::admin::Admin;
+use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
+use crate::common::message::{Quoted, Reason};
+use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES};
 use crate::config::{Config, Listen, PassedSocket};
 use crate::control::Operator;
 use crate::control::events::Names;
@@ -37,13 +41,9 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT, REPLICAS_MAX};
-use crate::message::{Quoted, Reason};
-use crate::quorum::{ReplicaIndex, ReplicaSet, SECTOR_BYTES};
-use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
-use crate::upkeep::Upkeep;
 use crate::worker::{Disk, Stop, Workers};
 
 /// Why the daemon could not start, or ended otherwise than asked. Each is one line for the
@@ -151,7 +151,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let workers =
         Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
     let table = Arc::new(ReplicaTable::new(replicas));
-    let upkeep = Upkeep::start(
+    let admin = Admin::start(
         &disk,
         &workers,
         Arc::clone(&table),
@@ -159,14 +159,14 @@ pub fn run(config: &Config) -> Result<(), Error> {
         is_released,
     );
 
-    let served = upkeep
+    let served = admin
         .map_err(system("cannot start a thread"))
-        .and_then(|upkeep| {
+        .and_then(|admin| {
             serve(
                 config,
                 &disk,
                 &workers,
-                &Arc::new(upkeep),
+                &Arc::new(admin),
                 signals,
                 (stop, &stopped),
             )
@@ -202,7 +202,7 @@ fn serve(
     config: &Config,
     disk: &Disk,
     workers: &Workers,
-    upkeep: &Arc<Upkeep>,
+    admin: &Arc<Admin>,
     signals: Signals,
     (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
@@ -212,12 +212,12 @@ fn serve(
     let listener = FrontendListener::new(open_listener(&config.listen)?)?;
     let names = Names {
         reference: config.node_name.clone(),
-        nodes: upkeep.names(),
+        nodes: admin.names(),
     };
     let operator: Arc<dyn Operator> = Arc::new(DiskOperator::new(
         config,
         disk,
-        Arc::clone(upkeep),
+        Arc::clone(admin),
         stop.clone(),
     ));
     let _metrics = metrics

@@ -28,6 +28,10 @@ use self::guests::Guests;
 use self::mailbox::{Mailbox, Message};
 use self::spin::Spin;
 pub use self::threads::Workers;
+use crate::common::buffer::BufferPool;
+use crate::common::operation::{Operation, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
@@ -37,10 +41,6 @@ use crate::jobs::JobEvent;
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_MAX, REPLICAS_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
 };
-use crate::quorum::report::Report;
-use crate::quorum::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::replica::buffer::BufferPool;
-use crate::replica::operation::{Operation, RequestId};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 use crate::statistics::{Recorder, Statistics, TurnTime};
 

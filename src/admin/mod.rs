@@ -18,16 +18,16 @@ use log::{info, warn};
 
 use self::resize::Growers;
 pub use self::resize::NotGrown;
+use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
+use crate::common::message::{Quoted, Reason};
+use crate::common::{ReplicaIndex, SECTOR_BYTES};
 use crate::control::events::NodeNames;
 use crate::control::queue::EventQueue;
 use crate::device::Capacity;
 use crate::device::back_channel::BackChannel;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotBegun, UnknownJob};
-use crate::message::{Quoted, Reason};
 use crate::quorum::health::NotRemoved;
-use crate::quorum::{ReplicaIndex, SECTOR_BYTES};
-use crate::replica::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::replica::file::{OpenError, OpenOptions, ReplicaFile, ReplicaSource, open_beside};
 use crate::replica::table::ReplicaTable;
 use crate::worker::control::WorkerControl;
@@ -35,7 +35,7 @@ use crate::worker::{Disk, Workers};
 
 /// Why something was not done. Each displays as one line.
 #[derive(Debug, thiserror::Error)]
-pub enum UpkeepError {
+pub enum AdminError {
     /// The image cannot be used.
     #[error(transparent)]
     Open(#[from] OpenError),
@@ -122,7 +122,7 @@ pub enum Removed {
 }
 
 /// See the [module](self).
-pub struct Upkeep {
+pub struct Admin {
     shared: Arc<Shared>,
     workers: WorkerControl,
     table: Arc<ReplicaTable>,
@@ -139,7 +139,7 @@ pub struct Upkeep {
     changing: Mutex<()>,
 }
 
-impl Upkeep {
+impl Admin {
     /// For a disk that `workers` serve from what is in `table`. `released` is the other end of
     /// [`Disk::released`].
     ///
@@ -152,7 +152,7 @@ impl Upkeep {
         options: OpenOptions,
         released: Receiver<ReplicaIndex>,
     ) -> io::Result<Self> {
-        let upkeep = Self {
+        let admin = Self {
             shared: Arc::clone(&disk.shared),
             workers: workers.control(),
             names: table
@@ -174,12 +174,12 @@ impl Upkeep {
             growers: Growers::default(),
             changing: Mutex::new(()),
         };
-        let (workers, table) = (upkeep.workers.clone(), Arc::clone(&upkeep.table));
+        let (workers, table) = (admin.workers.clone(), Arc::clone(&admin.table));
         // Ends when the workers have ended, which have the other end of the channel.
         std::thread::Builder::new()
             .name("closing".into())
             .spawn(move || close_released(&released, &workers, &table))?;
-        Ok(upkeep)
+        Ok(admin)
     }
 
     /// The names of the replicas, also of those that are added later.
@@ -199,13 +199,13 @@ impl Upkeep {
     ///
     /// # Errors
     /// If the image cannot be used; then nothing has changed.
-    pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, UpkeepError> {
+    pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, AdminError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_changeable()?;
         if self.options.read_only {
-            return Err(UpkeepError::ReadOnly);
+            return Err(AdminError::ReadOnly);
         }
-        let index = self.table.free_place().ok_or(UpkeepError::Full)?;
+        let index = self.table.free_place().ok_or(AdminError::Full)?;
         let open = self.table.open();
         let others: Vec<_> = open.into_iter().map(|(_, file)| file).collect();
         let file = open_beside(
@@ -218,14 +218,14 @@ impl Upkeep {
         let node_name = source.node_name.clone();
         let alignment_bytes = file.memory_alignment_bytes;
         if alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES {
-            return Err(UpkeepError::Alignment {
+            return Err(AdminError::Alignment {
                 node_name,
                 alignment_bytes,
             });
         }
         if let Err(source) = self.workers.set_file(index, Some(file.file.as_raw_fd())) {
             let _ = self.workers.set_file(index, None);
-            return Err(UpkeepError::Register { node_name, source });
+            return Err(AdminError::Register { node_name, source });
         }
         info!("replica {} is added", Quoted(&node_name));
         self.names.set(index, &node_name);
@@ -245,7 +245,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If the disk cannot do without it; then nothing has changed.
-    pub fn remove_replica(&self, node_name: &str) -> Result<Removed, UpkeepError> {
+    pub fn remove_replica(&self, node_name: &str) -> Result<Removed, AdminError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         self.check_changeable()?;
         let index = self.index_of(node_name)?;
@@ -257,7 +257,7 @@ impl Upkeep {
             }
             other => other,
         };
-        removed.map_err(|reason| UpkeepError::Needed {
+        removed.map_err(|reason| AdminError::Needed {
             node_name: node_name.to_owned(),
             reason,
         })?;
@@ -283,19 +283,19 @@ impl Upkeep {
     /// # Errors
     /// If the size is none for this disk, or a replica cannot have it; then the guest has seen
     /// nothing, and those that were made longer already are put back.
-    pub fn resize(&self, size_bytes: u64) -> Result<(), UpkeepError> {
+    pub fn resize(&self, size_bytes: u64) -> Result<(), AdminError> {
         let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
         if self.options.read_only {
-            return Err(UpkeepError::ReadOnly);
+            return Err(AdminError::ReadOnly);
         }
         let from = self.capacity.bytes();
         if size_bytes < from {
-            return Err(UpkeepError::Smaller(from));
+            return Err(AdminError::Smaller(from));
         }
         if !size_bytes.is_multiple_of(u64::from(self.block_bytes))
             || i64::try_from(size_bytes).is_err()
         {
-            return Err(UpkeepError::Size(self.block_bytes));
+            return Err(AdminError::Size(self.block_bytes));
         }
         if size_bytes > from {
             let replicas: Vec<_> = self.replicas().into_iter().map(|(_, file)| file).collect();
@@ -316,10 +316,10 @@ impl Upkeep {
     ///
     /// # Errors
     /// If there is no such replica, or it is being brought up to date already.
-    pub fn resync(&self, node_name: &str, speed_bytes: u64) -> Result<JobId, UpkeepError> {
+    pub fn resync(&self, node_name: &str, speed_bytes: u64) -> Result<JobId, AdminError> {
         let index = self.index_of(node_name)?;
         let begun = self.jobs_do(|jobs, health| jobs.resync(index, speed_bytes, health));
-        begun.map_err(|reason| UpkeepError::NotResynced {
+        begun.map_err(|reason| AdminError::NotResynced {
             node_name: node_name.to_owned(),
             reason,
         })
@@ -330,12 +330,12 @@ impl Upkeep {
     ///
     /// # Errors
     /// If nothing can be repaired, or there are too many jobs.
-    pub fn scrub(&self, repair: bool, speed_bytes: u64) -> Result<JobId, UpkeepError> {
+    pub fn scrub(&self, repair: bool, speed_bytes: u64) -> Result<JobId, AdminError> {
         if repair && self.options.read_only {
-            return Err(UpkeepError::ReadOnly);
+            return Err(AdminError::ReadOnly);
         }
         let begun = self.jobs_do(|jobs, health| jobs.scrub(repair, speed_bytes, health));
-        begun.map_err(UpkeepError::NotScrubbed)
+        begun.map_err(AdminError::NotScrubbed)
     }
 
     /// All jobs, oldest first.
@@ -349,7 +349,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If there is no such job.
-    pub fn job_pause(&self, id: JobId) -> Result<(), UpkeepError> {
+    pub fn job_pause(&self, id: JobId) -> Result<(), AdminError> {
         Ok(self.jobs_do(|jobs, health| jobs.pause(id, health))?)
     }
 
@@ -357,7 +357,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If there is no such job.
-    pub fn job_resume(&self, id: JobId) -> Result<(), UpkeepError> {
+    pub fn job_resume(&self, id: JobId) -> Result<(), AdminError> {
         Ok(self.jobs_do(|jobs, health| jobs.resume(id, health))?)
     }
 
@@ -366,7 +366,7 @@ impl Upkeep {
     ///
     /// # Errors
     /// If there is no such job.
-    pub fn job_cancel(&self, id: JobId) -> Result<(), UpkeepError> {
+    pub fn job_cancel(&self, id: JobId) -> Result<(), AdminError> {
         Ok(self.jobs_do(|jobs, health| jobs.cancel(id, health))?)
     }
 
@@ -374,22 +374,22 @@ impl Upkeep {
     ///
     /// # Errors
     /// If there is no such job.
-    pub fn job_set_speed(&self, id: JobId, speed_bytes: u64) -> Result<(), UpkeepError> {
+    pub fn job_set_speed(&self, id: JobId, speed_bytes: u64) -> Result<(), AdminError> {
         Ok(self.jobs_do(|jobs, _| jobs.set_speed(id, speed_bytes))?)
     }
 
-    fn check_changeable(&self) -> Result<(), UpkeepError> {
+    fn check_changeable(&self) -> Result<(), AdminError> {
         if self.blkverify {
-            return Err(UpkeepError::Blkverify);
+            return Err(AdminError::Blkverify);
         }
         Ok(())
     }
 
-    fn index_of(&self, node_name: &str) -> Result<ReplicaIndex, UpkeepError> {
+    fn index_of(&self, node_name: &str) -> Result<ReplicaIndex, AdminError> {
         let in_use = self.table.in_use();
         let found = in_use.iter().find(|(_, file)| file.node_name == node_name);
         let found = found.map(|(index, _)| *index);
-        found.ok_or_else(|| UpkeepError::UnknownReplica(node_name.to_owned()))
+        found.ok_or_else(|| AdminError::UnknownReplica(node_name.to_owned()))
     }
 
     fn jobs_do<R>(

@@ -1,0 +1,15 @@
+//! The errors of the kernel.
+
+use std::fmt;
+
+use super::message::Reason;
+
+/// An errno value, positive, as the kernel gave it for an operation on a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Errno(pub i32);
+
+impl fmt::Display for Errno {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        Reason(&std::io::Error::from_raw_os_error(self.0)).fmt(f)
+    }
+}
