@@ -29,18 +29,18 @@ pub const QUEUE_SIZE_MAX: u16 = 1024;
 /// status descriptor a request fills the 128 entries of QEMU's default queue.
 pub const SEGMENTS_MAX: u32 = 126;
 
-/// Bytes of one piece of a guest request. A longer request is served in pieces, each voted on its
-/// own, so that a guest can not make the backend hold more than pieces of this size.
-pub const PIECE_BYTES_MAX: u64 = 1 << 20;
+/// Bytes of one fragment of a guest request. A longer request is served in fragments, each voted on
+/// its own, so that a guest can not make the backend hold more than fragments of this size.
+pub const FRAGMENT_BYTES_MAX: u64 = 1 << 20;
 
-/// Bytes of one piece of a discard or write-zeroes request. It needs no buffer, but a replica that
-/// can only write zeroes must get them written well within `--replica-timeout`, and its range is
-/// locked meanwhile.
+/// Bytes of one fragment of a discard or write-zeroes request. It needs no buffer, but a replica
+/// that can only write zeroes must get them written well within `--replica-timeout`, and its range
+/// is locked meanwhile.
 pub const ZERO_BYTES_MAX: u64 = 8 << 20;
 
-/// Pieces of one discard or write-zeroes request in flight at a time, so that a large one does not
-/// keep everything else waiting, and no replica late.
-pub const ZERO_PIECES_IN_FLIGHT_MAX: usize = 4;
+/// Fragments of one discard or write-zeroes request in flight at a time, so that a large one does
+/// not keep everything else waiting, and no replica late.
+pub const ZERO_FRAGMENTS_IN_FLIGHT_MAX: usize = 4;
 
 /// Sectors of one segment of a discard or write-zeroes request: `max_discard_sectors` and
 /// `max_write_zeroes_sectors` of the config space. 2 GiB, as QEMU allows.
@@ -136,12 +136,12 @@ pub const LAG_BYTES_MAX: u64 = 64 << 20;
 /// guest.
 pub const CONFIRMATIONS_MAX: usize = 256;
 
-/// Pieces of requests that one turn of a worker takes. What is read from the page cache is there
+/// Fragments of requests that one turn of a worker takes. What is read from the page cache is there
 /// when the turn's system call returns: a small batch is still in the cache of the processor then,
 /// and its guest makes new requests while the next one is served.
 pub const BATCH_MAX: usize = 16;
 
-/// Bytes that one turn of a worker takes, but for the last of its pieces.
+/// Bytes that one turn of a worker takes, but for the last of its fragments.
 pub const BATCH_BYTES_MAX: u64 = 256 << 10;
 
 /// Turns of a worker after which it tells drivers of what is done, even if they have enough in
@@ -155,8 +155,8 @@ pub const SPIN_MICROSECONDS_MAX: u64 = 50;
 /// are remembered until their neighbourhood is looked at.
 pub const JOBS_MAX: usize = 64;
 
-/// Pieces of a job in flight at a time while the guest has no use for the disk.
-pub const JOB_PIECES_IN_FLIGHT_MAX: usize = 4;
+/// Chunks of a job in flight at a time while the guest has no use for the disk.
+pub const JOB_CHUNKS_IN_FLIGHT_MAX: usize = 4;
 
 /// The longest pause of a job for the guest's sake: it is never starved.
 pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);

@@ -17,7 +17,7 @@ use common::daemon::{Daemon, replica_arguments};
 use common::fuse::{Fault, FuseImage, Healer, Operation};
 use common::process::wait_until;
 use quorum_blk::limits::{
-    BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, PIECE_BYTES_MAX, RANGES_MAX, REQUESTS_MAX,
+    BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, FRAGMENT_BYTES_MAX, RANGES_MAX, REQUESTS_MAX,
 };
 use tempfile::TempDir;
 
@@ -98,7 +98,7 @@ impl Shape {
     /// reached.
     fn in_flight(&self) -> Vec<u64> {
         let buffers = self.replicas + 1;
-        let room = BUFFER_BYTES_MAX - buffers * PIECE_BYTES_MAX;
+        let room = BUFFER_BYTES_MAX - buffers * FRAGMENT_BYTES_MAX;
         let fit = room / (buffers * self.request_bytes) + 1;
         let queues_of = |worker: u64| (self.queues - worker).div_ceil(self.workers());
         (0..self.workers())
@@ -334,7 +334,7 @@ fn of_all_that_is_stale_or_not_flushed() {
     let own = status_bytes(id, "VmHWM") - status_bytes(id, "RssShmem");
     let sets = 2 * shape.replicas + 2;
     // What is stale is being brought up to date meanwhile, a piece at a time.
-    let piece = formula::in_flight_bytes(shape.replicas, PIECE_BYTES_MAX);
+    let piece = formula::in_flight_bytes(shape.replicas, FRAGMENT_BYTES_MAX);
     let expected = shape.full_bytes()
         + sets * formula::RANGE_SET_BYTES
         + piece

@@ -15,13 +15,13 @@ use std::ops::{Deref, DerefMut};
 use std::ptr::NonNull;
 use std::rc::Rc;
 
-use crate::limits::{ARENA_SHARE_BYTES, BUFFER_BYTES_KEPT, PIECE_BYTES_MAX};
+use crate::limits::{ARENA_SHARE_BYTES, BUFFER_BYTES_KEPT, FRAGMENT_BYTES_MAX};
 
 /// Alignment of every buffer: a page, which satisfies O_DIRECT on every block size that Linux has.
 pub const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 
-/// Capacities are the powers of two from a page to the longest piece.
-const CLASSES: usize = (PIECE_BYTES_MAX / BUFFER_ALIGNMENT_BYTES as u64).ilog2() as usize + 1;
+/// Capacities are the powers of two from a page to the longest fragment.
+const CLASSES: usize = (FRAGMENT_BYTES_MAX / BUFFER_ALIGNMENT_BYTES as u64).ilog2() as usize + 1;
 
 /// How many of the shortest classes an arena has: up to 64 KiB.
 const ARENA_CLASSES: usize = 5;
@@ -115,7 +115,7 @@ impl BufferPool {
             .map(|arena| (arena.start, ARENA_BYTES))
     }
 
-    /// A buffer of `len` bytes, at most [`PIECE_BYTES_MAX`]. Its content is unspecified.
+    /// A buffer of `len` bytes, at most [`FRAGMENT_BYTES_MAX`]. Its content is unspecified.
     pub fn take(&self, len: usize) -> Buffer {
         let class = class_of(len);
         let mut free = self.0.borrow_mut();
@@ -155,7 +155,7 @@ impl Drop for Free {
 fn class_of(len: usize) -> usize {
     let pages = len.div_ceil(BUFFER_ALIGNMENT_BYTES).max(1);
     let class = pages.next_power_of_two().ilog2() as usize;
-    assert!(class < CLASSES, "a buffer is at most a piece long");
+    assert!(class < CLASSES, "a buffer is at most a fragment long");
     class
 }
 

@@ -1,5 +1,5 @@
-//! The words that all rooms share: sectors and ranges of them, replicas and sets of replicas, errors of
-//! the kernel, operations on a replica and their buffers, parts of messages.
+//! The words that all rooms share: sectors and ranges of them, replicas and sets of replicas,
+//! errors of the kernel, operations on a replica and their buffers, parts of messages.
 //!
 //! Plain values below every other room: nothing here knows what they are used for.
 

@@ -12,7 +12,7 @@ use vm_memory::ByteValued;
 
 use super::DiskInfo;
 use crate::common::SECTOR_BYTES;
-use crate::limits::{PIECE_BYTES_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::limits::{FRAGMENT_BYTES_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 
 /// The feature bits that the device offers.
 pub fn features(info: &DiskInfo) -> u64 {
@@ -71,7 +71,7 @@ pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8>
     let config = ConfigSpace(virtio_blk_config {
         capacity: info.capacity.sectors().to_le(),
         // Nothing depends on it: a request is cut where we like. Drivers make segments no longer.
-        size_max: u32::try_from(PIECE_BYTES_MAX).expect("1 MiB").to_le(),
+        size_max: u32::try_from(FRAGMENT_BYTES_MAX).expect("1 MiB").to_le(),
         seg_max: info.segments_max.to_le(),
         blk_size: info.block_bytes.to_le(),
         physical_block_exp: u8::try_from(physical_blocks.ilog2()).expect("at most 31"),

@@ -1,6 +1,6 @@
 //! The rings of one worker: takes requests off them, cuts them into pieces, and answers.
 //!
-//! A request longer than [`PIECE_BYTES_MAX`] is served in pieces, so what the guest asks for in one
+//! A request longer than [`FRAGMENT_BYTES_MAX`] is served in pieces, so what the guest asks for in one
 //! chain never decides how much memory we need. Once a piece has failed no further one is begun.
 //!
 //! What a process that was killed has begun may be done on some replicas and not on others. Writes
@@ -26,11 +26,12 @@ use crate::common::buffer::BufferPool;
 use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::{
-    PIECE_BYTES_MAX, QUEUE_SIZE_MAX, RESUBMIT_LIMIT, ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX,
+    FRAGMENT_BYTES_MAX, QUEUE_SIZE_MAX, RESUBMIT_LIMIT, ZERO_BYTES_MAX,
+    ZERO_FRAGMENTS_IN_FLIGHT_MAX,
 };
 use crate::statistics::{Recorder, RequestKind, Since};
 
-const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / SECTOR_BYTES;
+const PIECE_SECTORS: u64 = FRAGMENT_BYTES_MAX / SECTOR_BYTES;
 const ZERO_PIECE_SECTORS: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
 
 /// The guest as one worker sees it.
@@ -658,7 +659,7 @@ impl Ring {
 impl Taken {
     /// Whether it has as many pieces in flight as it may; it goes on when one of them is answered.
     fn is_parked(&self) -> bool {
-        self.request.kind == Kind::Zero && self.outstanding == ZERO_PIECES_IN_FLIGHT_MAX
+        self.request.kind == Kind::Zero && self.outstanding == ZERO_FRAGMENTS_IN_FLIGHT_MAX
     }
 }
 

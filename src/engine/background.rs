@@ -1,5 +1,5 @@
 //! The engine's part of [`jobs`](crate::jobs): the engine of the first worker asks for the next
-//! piece of work when one has ended, when time has passed, or when something has changed, and does
+//! chunk of work when one has ended, when time has passed, or when something has changed, and does
 //! it like a request of the guest.
 
 use std::time::Duration;
@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::flush::Flush;
 use super::read::{Purpose, Read};
 use super::{Core, Effects, Engine, Request, WorkerIndex};
-use crate::jobs::{Next, Piece, PieceEnd, PieceId, Work};
+use crate::jobs::{Chunk, ChunkEnd, ChunkId, Next, Work};
 
 /// Which worker does the jobs.
 const WORKER: WorkerIndex = WorkerIndex(0);
@@ -20,8 +20,8 @@ pub(super) struct Background {
     /// When there is something to do at the latest.
     at: Option<Duration>,
     stopped: bool,
-    /// Pieces of work that have ended since the last look.
-    ended: Vec<(PieceId, PieceEnd)>,
+    /// Chunks of work that have ended since the last look.
+    ended: Vec<(ChunkId, ChunkEnd)>,
     /// Requests of the guest so far.
     requests: u64,
 }
@@ -60,8 +60,8 @@ impl Core {
         self.background.at = None;
     }
 
-    /// A piece of work has ended.
-    pub(super) fn piece_ended(&mut self, id: PieceId, end: PieceEnd) {
+    /// A chunk of work has ended.
+    pub(super) fn chunk_ended(&mut self, id: ChunkId, end: ChunkEnd) {
         self.background.ended.push((id, end));
         self.background.look = true;
     }
@@ -86,7 +86,7 @@ impl Engine {
         });
         background.at = None;
         match next {
-            Next::Piece(piece) => return Some(request(piece)),
+            Next::Chunk(chunk) => return Some(request(chunk)),
             Next::At(at) => background.at = Some(at),
             Next::Nothing => {}
         }
@@ -95,10 +95,10 @@ impl Engine {
     }
 }
 
-fn request(Piece { id, work }: Piece) -> Request {
+fn request(Chunk { id, work }: Chunk) -> Request {
     match work {
         Work::Resync { replica, range } => {
-            let purpose = Purpose::Resync { replica, piece: id };
+            let purpose = Purpose::Resync { replica, chunk: id };
             Request::Read(Read::of_job(range, purpose))
         }
         Work::Scrub {
@@ -107,7 +107,7 @@ fn request(Piece { id, work }: Piece) -> Request {
             spreads,
         } => {
             let purpose = Purpose::Scrub {
-                piece: id,
+                chunk: id,
                 repair,
                 spreads,
             };

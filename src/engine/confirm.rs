@@ -17,7 +17,7 @@ use crate::common::operation::OperationType;
 use crate::common::operation::{Action, Operation, Reply, RequestId};
 use crate::common::report::{Cause, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
-use crate::jobs::PieceEnd;
+use crate::jobs::ChunkEnd;
 use crate::quorum::health::Failures;
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
@@ -30,7 +30,7 @@ pub(super) struct Confirmation {
     mend: ReplicaSet,
     step: Step,
     /// What there is to tell a job.
-    end: PieceEnd,
+    end: ChunkEnd,
 }
 
 #[derive(Debug)]
@@ -74,7 +74,7 @@ impl Read {
             lock: core.lock(self.range, id),
             mend,
             step: Step::WaitingForLock,
-            end: PieceEnd::default(),
+            end: ChunkEnd::default(),
         });
         Progress::Waiting
     }
@@ -101,7 +101,7 @@ impl Read {
             lock,
             mend: ReplicaSet::EMPTY,
             step: Step::Asking,
-            end: PieceEnd::default(),
+            end: ChunkEnd::default(),
         });
         self.confirmed(id, core, effects)
     }
@@ -297,7 +297,7 @@ impl Read {
     fn assemble(&self, verdict: &Verdict, pool: &BufferPool) -> Option<Buffer> {
         verdict.winners.first()?;
         let mut winner =
-            pool.take(usize::try_from(self.range.bytes()).expect("a piece fits memory"));
+            pool.take(usize::try_from(self.range.bytes()).expect("a fragment fits memory"));
         for run in &verdict.winners {
             let bytes = bytes_of(run.range, self.range);
             winner[bytes.clone()].copy_from_slice(&buffer(&self.replies, run.held_by)[bytes]);
@@ -433,8 +433,8 @@ impl Read {
         core.confirmations -= 1;
         match self.purpose {
             Purpose::Guest | Purpose::Suspicion => {}
-            Purpose::Resync { piece, .. } | Purpose::Scrub { piece, .. } => {
-                core.piece_ended(piece, end)
+            Purpose::Resync { chunk, .. } | Purpose::Scrub { chunk, .. } => {
+                core.chunk_ended(chunk, end)
             }
         }
         self.retire(core)
@@ -455,7 +455,7 @@ impl Read {
 /// The bytes of `part` in a buffer that holds `whole`.
 fn bytes_of(part: SectorRange, whole: SectorRange) -> std::ops::Range<usize> {
     let byte = |sector: u64| {
-        usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a piece fits memory")
+        usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a fragment fits memory")
     };
     byte(part.start)..byte(part.end())
 }

@@ -9,7 +9,7 @@ use crate::common::operation::OperationType;
 use crate::common::operation::{Action, Operation, Reply, RequestId};
 use crate::common::report::Report;
 use crate::common::{ReplicaSet, SectorRange};
-use crate::jobs::{PieceEnd, PieceId};
+use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::tally::Tally;
 
@@ -32,7 +32,7 @@ pub(super) struct Flush {
 #[derive(Clone, Copy, Debug)]
 enum Asker {
     Guest(Tag),
-    Job(PieceId),
+    Job(ChunkId),
 }
 
 #[derive(Debug)]
@@ -58,9 +58,9 @@ impl Flush {
     }
 
     /// A flush that is part of a job.
-    pub(super) fn of_job(piece: PieceId) -> Self {
+    pub(super) fn of_job(chunk: ChunkId) -> Self {
         Self {
-            asker: Asker::Job(piece),
+            asker: Asker::Job(chunk),
             stage: Stage::New,
         }
     }
@@ -195,13 +195,13 @@ impl Flush {
                 });
                 effects.complete(tag, Err(Failed));
             }
-            Asker::Job(piece) => {
+            Asker::Job(chunk) => {
                 let failed = !success;
-                core.piece_ended(
-                    piece,
-                    PieceEnd {
+                core.chunk_ended(
+                    chunk,
+                    ChunkEnd {
                         failed,
-                        ..PieceEnd::default()
+                        ..ChunkEnd::default()
                     },
                 );
             }

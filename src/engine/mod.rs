@@ -58,7 +58,7 @@ use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{JobEvent, Sizes};
 use crate::limits::{
-    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX, PIECE_BYTES_MAX,
+    BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, LAG_BYTES_MAX, LAG_OPERATIONS_MAX,
     REPLICAS_MAX, REQUESTS_MAX,
 };
 
@@ -98,8 +98,8 @@ pub struct Policy {
 pub struct Tag(pub u64);
 
 /// What a guest can ask for. Ranges are within the disk, not empty, multiples of
-/// [`Policy::block_sectors`] and, where nothing else is said, at most a piece long; the device has
-/// checked that.
+/// [`Policy::block_sectors`] and, where nothing else is said, at most a fragment long; the device
+/// has checked that.
 #[derive(Debug)]
 pub enum GuestRequest {
     /// Read the range.
@@ -262,7 +262,7 @@ impl Engine {
     /// guest until some are retired.
     pub fn has_room(&self) -> bool {
         let core = &self.core;
-        let most = PIECE_BYTES_MAX * (core.shared.in_service().len() as u64 + 1);
+        let most = FRAGMENT_BYTES_MAX * (core.shared.in_service().len() as u64 + 1);
         core.active < REQUESTS_MAX
             && core.confirmations < CONFIRMATIONS_MAX
             && core.bytes + most <= BUFFER_BYTES_MAX.max(most)

@@ -15,7 +15,7 @@ use crate::common::operation::OperationType;
 use crate::common::operation::{Action, Operation, Reply, RequestId};
 use crate::common::report::Report;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::jobs::PieceId;
+use crate::jobs::ChunkId;
 use crate::quorum::health::Failures;
 use crate::quorum::tally::Tally;
 
@@ -49,11 +49,11 @@ pub(super) enum Purpose {
     /// This replica is stale in the range.
     Resync {
         replica: ReplicaIndex,
-        piece: PieceId,
+        chunk: ChunkId,
     },
     /// To see whether the replicas are equal.
     Scrub {
-        piece: PieceId,
+        chunk: ChunkId,
         repair: bool,
         spreads: bool,
     },
@@ -327,7 +327,7 @@ impl Read {
         if self.replies.len() < asked.places() {
             self.replies.resize_with(asked.places(), || None);
         }
-        let len = usize::try_from(self.range.bytes()).expect("a piece fits memory");
+        let len = usize::try_from(self.range.bytes()).expect("a fragment fits memory");
         for replica in asked.iter() {
             let operation = Operation {
                 request: id,

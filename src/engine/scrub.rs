@@ -9,7 +9,7 @@ use super::read::{Purpose, Read};
 use super::{Core, Counters, Effects, Progress};
 use crate::common::ReplicaSet;
 use crate::common::operation::RequestId;
-use crate::jobs::PieceEnd;
+use crate::jobs::ChunkEnd;
 
 impl Read {
     pub(super) fn begin_scrub(
@@ -50,7 +50,7 @@ impl Read {
         core: &mut Core,
         effects: &mut impl Effects,
     ) -> Progress {
-        let Purpose::Scrub { piece, repair, .. } = self.purpose else {
+        let Purpose::Scrub { chunk, repair, .. } = self.purpose else {
             unreachable!("only of a scrub");
         };
         let failed = self.tally.failed();
@@ -64,11 +64,11 @@ impl Read {
         if self.tally.succeeded().len() < core.policy.threshold || (repair && !failed.is_empty()) {
             return self.confirm(id, if repair { failed } else { ReplicaSet::EMPTY }, core);
         }
-        let end = PieceEnd {
+        let end = ChunkEnd {
             unread: self.unread(core),
-            ..PieceEnd::default()
+            ..ChunkEnd::default()
         };
-        core.piece_ended(piece, end);
+        core.chunk_ended(chunk, end);
         self.retire(core)
     }
 

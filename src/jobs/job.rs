@@ -4,16 +4,16 @@ use std::time::Duration;
 
 use super::pace::Pace;
 use super::{
-    JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, PieceEnd, PieceId, Work,
+    ChunkEnd, ChunkId, JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, Work,
 };
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::limits::{FAILED_FLUSHES_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
+use crate::limits::{FAILED_FLUSHES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 
-/// A piece of a job with a speed limit takes this much of a second at most, so that the job is as
+/// A chunk of a job with a speed limit takes this much of a second at most, so that the job is as
 /// smooth as its limit is low.
-const PIECES_PER_SECOND: u64 = 8;
+const CHUNKS_PER_SECOND: u64 = 8;
 
 #[derive(Debug)]
 pub(super) struct Job {
@@ -49,7 +49,7 @@ pub(super) enum Task {
         cursor_sector: u64,
         /// Sectors written in this pass.
         gained: u64,
-        /// Some piece of this pass could not be written.
+        /// Some chunk of this pass could not be written.
         failed: bool,
         /// When the next pass begins.
         not_before: Duration,
@@ -64,10 +64,10 @@ pub(super) enum Task {
     },
 }
 
-/// A piece on its way.
+/// A chunk on its way.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
-    id: PieceId,
+    id: ChunkId,
     pub(super) began: Duration,
     /// `None`: a flush.
     pub(super) range: Option<SectorRange>,
@@ -179,7 +179,7 @@ impl Job {
     }
 
     pub(super) fn info(&self, health: &Health) -> JobInfo {
-        let in_flight = self.in_flight.iter().filter_map(|piece| piece.range);
+        let in_flight = self.in_flight.iter().filter_map(|chunk| chunk.range);
         let left = match &self.task {
             // What is in flight is stale until it is back.
             Task::Resync { .. } => self.task.left_sectors(health),
@@ -266,7 +266,7 @@ impl Job {
         }
     }
 
-    /// When the next piece may begin. `None`: not before something changes.
+    /// When the next chunk may begin. `None`: not before something changes.
     pub(super) fn ready_at(&self, now: Duration, pace: &Pace, health: &Health) -> Option<Duration> {
         if self.status != JobStatus::Running || self.failure.is_some() {
             return None;
@@ -281,25 +281,25 @@ impl Job {
             Task::Scrub { .. } | Task::Neighbourhood { .. } => Duration::ZERO,
         };
         let by_pace = if self.speed_bytes > 0 {
-            (self.in_flight.len() < JOB_PIECES_IN_FLIGHT_MAX).then_some(self.not_before)
+            (self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX).then_some(self.not_before)
         } else {
             pace.ready_at()
         };
         Some(by_pace?.max(pass).max(now))
     }
 
-    /// Takes the next piece: at most `most` sectors, in whole blocks. `None` if a pass has come to
+    /// Takes the next chunk: at most `most` sectors, in whole blocks. `None` if a pass has come to
     /// its end.
     pub(super) fn take(
         &mut self,
-        id: PieceId,
+        id: ChunkId,
         now: Duration,
         most: u64,
         block_sectors: u64,
         retry_after: Duration,
         health: &Health,
     ) -> Option<Work> {
-        let most = match self.speed_bytes / PIECES_PER_SECOND / SECTOR_BYTES {
+        let most = match self.speed_bytes / CHUNKS_PER_SECOND / SECTOR_BYTES {
             0 if self.speed_bytes == 0 => most,
             sectors => (sectors - sectors % block_sectors).clamp(block_sectors, most),
         };
@@ -353,7 +353,7 @@ impl Job {
                     (*cursor_sector, *gained, *failed) = (0, 0, false);
                     return None;
                 };
-                let range = piece_of(stale, most, block_sectors);
+                let range = chunk_of(stale, most, block_sectors);
                 *cursor_sector = range.end();
                 Some(Work::Resync {
                     replica: *replica,
@@ -377,7 +377,7 @@ impl Job {
             }
             Task::Neighbourhood { left } => {
                 let first = left.iter().next()?;
-                let range = piece_of(first, most, block_sectors);
+                let range = chunk_of(first, most, block_sectors);
                 left.remove(range);
                 Some(Work::Scrub {
                     range,
@@ -388,10 +388,10 @@ impl Job {
         }
     }
 
-    /// Takes the end of a piece in, if it is one of this job.
-    pub(super) fn ended(&mut self, id: PieceId, end: &PieceEnd) -> Option<InFlight> {
-        let index = self.in_flight.iter().position(|piece| piece.id == id)?;
-        let piece = self.in_flight.swap_remove(index);
+    /// Takes the end of a chunk in, if it is one of this job.
+    pub(super) fn ended(&mut self, id: ChunkId, end: &ChunkEnd) -> Option<InFlight> {
+        let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
+        let chunk = self.in_flight.swap_remove(index);
         self.failed_flushes += u32::from(end.failed);
         self.needs_flush |= self.persists && end.written > 0;
         self.found += end.found;
@@ -402,14 +402,14 @@ impl Job {
         self.done_sectors += match &mut self.task {
             Task::Resync { gained, failed, .. } => {
                 *gained += end.written;
-                *failed |= piece.range.is_some() && end.written == 0;
+                *failed |= chunk.range.is_some() && end.written == 0;
                 end.written
             }
             Task::Scrub { .. } | Task::Neighbourhood { .. } => {
-                piece.range.map_or(0, |range| range.count)
+                chunk.range.map_or(0, |range| range.count)
             }
         };
-        Some(piece)
+        Some(chunk)
     }
 
     pub(super) fn has_ended(&self, health: &Health) -> bool {
@@ -438,8 +438,8 @@ impl Job {
     }
 }
 
-/// The first piece of `range`, in whole blocks and at most `most` sectors long.
-fn piece_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
+/// The first chunk of `range`, in whole blocks and at most `most` sectors long.
+fn chunk_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
     let start = range.start - range.start % block_sectors;
     let end = range
         .end()

@@ -1,7 +1,7 @@
 //! Work that no guest asked for: bringing a replica up to date (*resync*) and looking for damage
 //! (*scrub*).
 //!
-//! Sans-IO like the engine. [`Jobs`] is asked for the next piece of work, which the engine of one
+//! Sans-IO like the engine. [`Jobs`] is asked for the next chunk of work, which the engine of one
 //! worker does like a guest's request, and told how it ended. It decides what is due (`job`) and
 //! how fast that goes (`pace`); it knows of replicas only what [`Health`] says, and of the guest
 //! only how many requests it makes.
@@ -10,7 +10,7 @@
 //! created ─► running ◄─► paused                     each change of the status is told as an event
 //!               │ done, or not to be helped   │
 //!               ▼                             ▼ cancelled
-//!           concluded ◄──────────────── aborting    when the last piece is back
+//!           concluded ◄──────────────── aborting    when the last chunk is back
 //!               ▼
 //!             null                                  it is forgotten
 //! ```
@@ -18,36 +18,36 @@
 //! A replica that has become stale gets a resync by itself, unless its last one was cancelled: then
 //! somebody has to ask for one.
 //!
-//! Invariants: a replica has at most one resync; a job without pieces in flight that is not paused
+//! Invariants: a replica has at most one resync; a job without chunks in flight that is not paused
 //! is either waiting for a moment that [`Jobs::next`] has named, or for a replica that is out of
 //! service, which tells when it is back.
 
+mod chunk;
 mod info;
 mod job;
 pub mod pace;
-mod piece;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
+pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
 pub use self::info::{
     JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotBegun, UnknownJob,
 };
 use self::job::{Job, Task};
 use self::pace::{GuestRequests, Pace};
-pub use self::piece::{Next, Piece, PieceEnd, PieceId, Work};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
-    JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, PIECE_BYTES_MAX, SECTOR_BYTES,
+    FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, SECTOR_BYTES,
 };
 use crate::quorum::health::Health;
 
 /// The sizes by which jobs go.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
-    /// The longest piece, in sectors.
-    pub piece_sectors: u64,
+    /// The longest chunk, in sectors.
+    pub chunk_sectors: u64,
     /// How far around damage is scrubbed, in sectors; 0: not at all.
     pub neighbourhood_sectors: u64,
 }
@@ -55,7 +55,7 @@ pub struct Sizes {
 impl Default for Sizes {
     fn default() -> Self {
         Self {
-            piece_sectors: PIECE_BYTES_MAX / SECTOR_BYTES,
+            chunk_sectors: FRAGMENT_BYTES_MAX / SECTOR_BYTES,
             neighbourhood_sectors: NEIGHBOURHOOD_BYTES / SECTOR_BYTES,
         }
     }
@@ -66,7 +66,7 @@ impl Default for Sizes {
 pub struct Jobs {
     jobs: VecDeque<Job>,
     next_id: u32,
-    next_piece: u64,
+    next_chunk: u64,
     pace: Pace,
     sizes: Sizes,
     block_sectors: u64,
@@ -100,7 +100,7 @@ impl Jobs {
         Self {
             jobs: VecDeque::new(),
             next_id: 0,
-            next_piece: 0,
+            next_chunk: 0,
             pace: Pace::default(),
             sizes: Sizes::default(),
             block_sectors: 1,
@@ -115,7 +115,7 @@ impl Jobs {
         }
     }
 
-    /// Tells how the disk decides: the unit in which it can be written, the sizes of pieces, and
+    /// Tells how the disk decides: the unit in which it can be written, the sizes of chunks, and
     /// after how long something may be tried again.
     pub fn configure(&mut self, block_sectors: u64, sizes: Sizes, retry_after: Duration) {
         self.block_sectors = block_sectors;
@@ -290,43 +290,43 @@ impl Jobs {
             return at.map_or(Next::Nothing, Next::At);
         };
         let mut job = self.jobs.remove(index).expect("it was just found");
-        let id = PieceId(self.next_piece);
-        self.next_piece += 1;
+        let id = ChunkId(self.next_chunk);
+        self.next_chunk += 1;
         let most = self
             .pace
-            .piece_sectors(self.sizes.piece_sectors, self.block_sectors);
+            .chunk_sectors(self.sizes.chunk_sectors, self.block_sectors);
         let work = job.take(id, now, most, self.block_sectors, self.retry_after, health);
         self.jobs.push_back(job);
         match work {
             Some(work) => {
                 self.pace.began(now, guest);
-                Next::Piece(Piece { id, work })
+                Next::Chunk(Chunk { id, work })
             }
             // It has come to an end of its list: look again.
             None => self.next(now, guest, health),
         }
     }
 
-    /// A piece of work has ended.
+    /// A chunk of work has ended.
     pub fn ended(
         &mut self,
         now: Duration,
         guest: GuestRequests,
-        id: PieceId,
-        end: &PieceEnd,
+        id: ChunkId,
+        end: &ChunkEnd,
         health: &Health,
     ) {
         let holder = self
             .jobs
             .iter_mut()
             .find_map(|job| Some((job.ended(id, end)?, job)));
-        let Some((piece, job)) = holder else {
-            debug_assert!(false, "a piece ends once");
+        let Some((chunk, job)) = holder else {
+            debug_assert!(false, "a chunk ends once");
             return;
         };
-        self.pace.ended(now, guest, piece.began);
+        self.pace.ended(now, guest, chunk.began);
         if job.kind() == JobKind::NeighbourhoodScrub
-            && let Some(range) = piece.range
+            && let Some(range) = chunk.range
         {
             self.near.insert(range);
             self.near_until = now + NEIGHBOURHOOD_REST;

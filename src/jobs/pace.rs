@@ -1,36 +1,36 @@
 //! How fast jobs go that have no limit of their own: as fast as leaves a busy guest nine tenths of
 //! its requests.
 //!
-//! How much a piece of work hinders the guest cannot be known beforehand. It may cost nothing, on a
+//! How much a chunk of work hinders the guest cannot be known beforehand. It may cost nothing, on a
 //! disk that has time left, or everything, where both wait for the same processor. So it is
-//! measured, by how many requests the guest makes while a piece is in flight and while none is:
+//! measured, by how many requests the guest makes while a chunk is in flight and while none is:
 //!
 //! ```text
-//! piece in flight    ███          ███          ███
-//! guest's requests   | ||  |||||||| ||  ||||||| |||   a third of them is missing while a piece is in flight:
-//!                                                     a pause of seven times a piece leaves the guest 96 %
+//! chunk in flight    ███          ███          ███
+//! guest's requests   | ||  |||||||| ||  ||||||| |||   a third of them is missing while a chunk is in flight:
+//!                                                     a pause of seven times a chunk leaves the guest 96 %
 //! ```
 //!
-//! A piece delays a request by its own time at most. A guest that makes so few that this comes to
+//! A chunk delays a request by its own time at most. A guest that makes so few that this comes to
 //! little is not waited for at all. Pure; the time is passed in.
 
 use std::time::Duration;
 
-use crate::limits::{JOB_PAUSE_MAX, JOB_PIECES_IN_FLIGHT_MAX, SECTOR_BYTES};
+use crate::limits::{JOB_CHUNKS_IN_FLIGHT_MAX, JOB_PAUSE_MAX, SECTOR_BYTES};
 
 /// How many requests the guest has made so far.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct GuestRequests(pub u64);
 
 /// The part of its requests that jobs may cost the guest: less than half of a tenth, as what a
-/// piece costs is not over when it is: caches are cold, and requests that it has delayed end later.
+/// chunk costs is not over when it is: caches are cold, and requests that it has delayed end later.
 const COST_MAX: f64 = 0.04;
 
-/// Below this part of a piece's time jobs are not noticed.
+/// Below this part of a chunk's time jobs are not noticed.
 const COST_NOT_NOTICED: f64 = 0.02;
 
-/// Even if it seems to cost nothing, a piece is followed by a pause of so many times its time: a
-/// request that takes longer than a piece is counted in the pause, whatever has delayed it.
+/// Even if it seems to cost nothing, a chunk is followed by a pause of so many times its time: a
+/// request that takes longer than a chunk is counted in the pause, whatever has delayed it.
 const PAUSE_MIN: f64 = 3.0;
 
 /// Requests of the guest without which a measurement says nothing.
@@ -42,8 +42,8 @@ const REQUESTS_KEPT: f64 = 4096.0;
 /// How long the guest's rate is taken from.
 const RATE_OVER: Duration = Duration::from_millis(200);
 
-/// The longest piece while the guest is busy.
-const BUSY_PIECE_SECTORS: u64 = (256 << 10) / SECTOR_BYTES;
+/// The longest chunk while the guest is busy.
+const BUSY_CHUNK_SECTORS: u64 = (256 << 10) / SECTOR_BYTES;
 
 /// See the [module](self).
 #[derive(Debug)]
@@ -55,7 +55,7 @@ pub struct Pace {
     without: Measured,
     /// Requests a second, over the last [`RATE_OVER`].
     rate: f64,
-    /// What a piece took last.
+    /// What a chunk took last.
     took: Duration,
     not_before: Duration,
 }
@@ -127,7 +127,7 @@ impl Pace {
         self.in_flight += 1;
     }
 
-    /// A piece that began at `began` is back.
+    /// A chunk that began at `began` is back.
     pub(super) fn ended(&mut self, now: Duration, guest: GuestRequests, began: Duration) {
         self.observe(now, guest);
         self.in_flight = self.in_flight.saturating_sub(1);
@@ -137,33 +137,33 @@ impl Pace {
         self.not_before = self.not_before.max(now + pause);
     }
 
-    /// When a piece may begin, if another one may be in flight.
+    /// When a chunk may begin, if another one may be in flight.
     pub(super) fn ready_at(&self) -> Option<Duration> {
         let most = if self.cost_at_most() <= COST_NOT_NOTICED {
-            JOB_PIECES_IN_FLIGHT_MAX
+            JOB_CHUNKS_IN_FLIGHT_MAX
         } else {
             1
         };
         (self.in_flight < most).then_some(self.not_before)
     }
 
-    /// The longest piece now.
-    pub(super) fn piece_sectors(&self, most: u64, block_sectors: u64) -> u64 {
+    /// The longest chunk now.
+    pub(super) fn chunk_sectors(&self, most: u64, block_sectors: u64) -> u64 {
         let sectors = if self.cost_at_most() <= COST_MAX {
             most
         } else {
-            most.min(BUSY_PIECE_SECTORS)
+            most.min(BUSY_CHUNK_SECTORS)
         };
         (sectors - sectors % block_sectors).max(block_sectors)
     }
 
-    /// No more than this part of its requests can a piece cost the guest while it is in flight:
+    /// No more than this part of its requests can a chunk cost the guest while it is in flight:
     /// each waits for it at most as long as it takes.
     fn cost_at_most(&self) -> f64 {
         self.rate * self.took.as_secs_f64().max(1e-6)
     }
 
-    /// How long the pause after a piece is, in times of what the piece took.
+    /// How long the pause after a chunk is, in times of what the chunk took.
     fn pause_factor(&self) -> f64 {
         let at_most = self.cost_at_most().min(1.0);
         if at_most <= COST_MAX {
@@ -186,10 +186,10 @@ mod tests {
     use super::*;
 
     /// A guest that keeps `depth` requests in flight on a machine that does one request in
-    /// `request_micros`, and while a piece is in flight only `left` of that. Returns how many
-    /// requests it made in ten seconds, and how much time pieces were in flight.
+    /// `request_micros`, and while a chunk is in flight only `left` of that. Returns how many
+    /// requests it made in ten seconds, and how much time chunks were in flight.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
-    fn run(rate: f64, left: f64, piece: Duration, jobs: bool) -> (f64, f64) {
+    fn run(rate: f64, left: f64, chunk: Duration, jobs: bool) -> (f64, f64) {
         let mut pace = Pace::default();
         let step = Duration::from_micros(50);
         let (mut now, mut requests) = (Duration::ZERO, 0.0);
@@ -198,7 +198,7 @@ mod tests {
         while now < Duration::from_secs(10) {
             let guest = GuestRequests(requests as u64);
             match in_flight {
-                Some(began) if now >= began + piece => {
+                Some(began) if now >= began + chunk => {
                     pace.ended(now, guest, began);
                     in_flight = None;
                 }
@@ -217,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_busy_guest_keeps_nine_tenths_whatever_a_piece_costs_it() {
+    fn a_busy_guest_keeps_nine_tenths_whatever_a_chunk_costs_it() {
         for (rate, left, millis) in [
             (50_000.0, 0.0, 1),
             (50_000.0, 0.5, 1),
@@ -226,9 +226,9 @@ mod tests {
             (200.0, 0.6, 20),
             (200.0, 0.0, 100),
         ] {
-            let piece = Duration::from_millis(millis);
-            let (alone, _) = run(rate, left, piece, false);
-            let (beside, busy) = run(rate, left, piece, true);
+            let chunk = Duration::from_millis(millis);
+            let (alone, _) = run(rate, left, chunk, false);
+            let (beside, busy) = run(rate, left, chunk, true);
             assert!(
                 beside >= 0.9 * alone,
                 "{rate} a second, {left} left: {:.3}",
@@ -244,13 +244,13 @@ mod tests {
 
     #[test]
     fn time_that_the_guest_has_no_use_for_is_used() {
-        let piece = Duration::from_millis(1);
-        let (_, alone) = run(0.0, 0.0, piece, true);
-        // A step of this test is a twentieth of a piece.
+        let chunk = Duration::from_millis(1);
+        let (_, alone) = run(0.0, 0.0, chunk, true);
+        // A step of this test is a twentieth of a chunk.
         assert!(alone > 0.92, "{alone}");
-        let (_, beside_little) = run(20.0, 0.0, piece, true);
+        let (_, beside_little) = run(20.0, 0.0, chunk, true);
         assert!(beside_little > 0.9, "{beside_little}");
-        let (_, for_nothing) = run(50_000.0, 1.0, piece, true);
+        let (_, for_nothing) = run(50_000.0, 1.0, chunk, true);
         assert!(for_nothing > 0.24, "{for_nothing}");
     }
 }

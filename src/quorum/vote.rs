@@ -114,7 +114,7 @@ impl<'a> Voter<'a> {
             return None;
         }
         let offset =
-            usize::try_from(sector - range_start).expect("a piece fits memory") * SECTOR_LEN;
+            usize::try_from(sector - range_start).expect("a fragment fits memory") * SECTOR_LEN;
         Some(Version {
             replica: self.replica,
             bytes: &self.bytes[offset..offset + SECTOR_LEN],

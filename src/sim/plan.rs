@@ -166,7 +166,7 @@ impl Plan {
             operator: random.pick(&[0, 0, RARE, OFTEN]),
             acts: 30,
             job_sizes: Sizes {
-                piece_sectors: block_sectors * random.pick(&[1, 3, 64]),
+                chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
             },
         };

@@ -10,7 +10,7 @@ use quorum_blk::device::connection::ConnectionSlot;
 use quorum_blk::device::guest::Guest;
 use quorum_blk::device::inflight::QueueRegion;
 use quorum_blk::engine::{Failed, GuestRequest, Tag};
-use quorum_blk::limits::{PIECE_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
+use quorum_blk::limits::{FRAGMENT_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
 
 use super::super::naive::Memory;
 use super::memory::Files;
@@ -22,7 +22,7 @@ const PIECES_MAX: usize = 24;
 /// What every read returns. Whether data is the right data is not asked here.
 static DISK: [u8; 1 << 20] = [0xd5; 1 << 20];
 
-const _: () = assert!(DISK.len() as u64 == PIECE_BYTES_MAX);
+const _: () = assert!(DISK.len() as u64 == FRAGMENT_BYTES_MAX);
 
 /// See the module.
 pub struct World {
@@ -213,9 +213,9 @@ fn check_piece(request: &GuestRequest, info: &DiskInfo) {
         );
     };
     match request {
-        GuestRequest::Read(range) => check(*range, PIECE_BYTES_MAX),
+        GuestRequest::Read(range) => check(*range, FRAGMENT_BYTES_MAX),
         GuestRequest::Write { range, data, .. } => {
-            check(*range, PIECE_BYTES_MAX);
+            check(*range, FRAGMENT_BYTES_MAX);
             assert_eq!(data.len() as u64, range.bytes());
         }
         GuestRequest::Zero { range, .. } => check(*range, ZERO_BYTES_MAX),

@@ -722,7 +722,7 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
         );
     };
     // The first is longer than a piece; all of its pieces come first, too.
-    let piece_sectors = usize::try_from(PIECE_BYTES_MAX / 512).unwrap();
+    let piece_sectors = usize::try_from(FRAGMENT_BYTES_MAX / 512).unwrap();
     offer(&mut machine, 1, piece_sectors + 1);
     offer(&mut machine, 1, 1);
     while machine.guest.next_request().is_some() {}
@@ -784,7 +784,7 @@ fn an_abandoned_chain_without_a_region_fails_at_once() {
 fn a_request_in_pieces_is_abandoned_as_a_whole() {
     let mut machine = Machine::new();
     machine.put_header(IN, 0);
-    let len = usize::try_from(3 * PIECE_BYTES_MAX).unwrap();
+    let len = usize::try_from(3 * FRAGMENT_BYTES_MAX).unwrap();
     machine.offer(
         0,
         &[

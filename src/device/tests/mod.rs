@@ -29,7 +29,7 @@ use super::{Capacity, DiskInfo, GuestMemory, Vring};
 use crate::common::SectorRange;
 use crate::common::buffer::BufferPool;
 use crate::engine::{Failed, GuestRequest, Tag};
-use crate::limits::{PIECE_BYTES_MAX, QUEUE_SIZE_MAX};
+use crate::limits::{FRAGMENT_BYTES_MAX, QUEUE_SIZE_MAX};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;

@@ -336,9 +336,9 @@ fn the_used_length_claims_nothing_that_is_not_written() {
 
 // ---- Pieces
 
-const PIECE_SECTORS: u64 = PIECE_BYTES_MAX / 512;
+const PIECE_SECTORS: u64 = FRAGMENT_BYTES_MAX / 512;
 const TWO_AND_A_BIT: usize = (2 << 20) + 1024;
-const _: () = assert!(PIECE_BYTES_MAX == 1 << 20);
+const _: () = assert!(FRAGMENT_BYTES_MAX == 1 << 20);
 
 #[test]
 fn a_long_request_is_served_in_pieces() {

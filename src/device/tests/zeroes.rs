@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::limits::{
-    ZERO_BYTES_MAX, ZERO_PIECES_IN_FLIGHT_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX,
+    ZERO_BYTES_MAX, ZERO_FRAGMENTS_IN_FLIGHT_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX,
 };
 
 const UNMAP: u32 = 1;
@@ -128,7 +128,7 @@ fn a_read_only_disk_is_not_zeroed() {
 
 #[test]
 fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
-    let pieces = 3 * ZERO_PIECES_IN_FLIGHT_MAX as u64;
+    let pieces = 3 * ZERO_FRAGMENTS_IN_FLIGHT_MAX as u64;
     let piece_sectors = ZERO_BYTES_MAX / 512;
     let info = DiskInfo {
         capacity: Capacity::new(pieces * piece_sectors),
@@ -154,7 +154,7 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
 
     let mut zeroed = Vec::new();
     let mut in_flight: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
-    assert_eq!(in_flight.len(), ZERO_PIECES_IN_FLIGHT_MAX + 1);
+    assert_eq!(in_flight.len(), ZERO_FRAGMENTS_IN_FLIGHT_MAX + 1);
     assert!(matches!(in_flight.last(), Some((_, GuestRequest::Read(_)))));
     while let Some((tag, request)) = in_flight.pop() {
         match request {
@@ -174,7 +174,7 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
             }),
         );
         in_flight.extend(std::iter::from_fn(|| machine.guest.next_request()));
-        assert!(in_flight.len() <= ZERO_PIECES_IN_FLIGHT_MAX);
+        assert!(in_flight.len() <= ZERO_FRAGMENTS_IN_FLIGHT_MAX);
     }
     zeroed.sort_unstable_by_key(|range| range.start);
     assert_eq!(zeroed.first().map(|range| range.start), Some(1));

@@ -1,23 +1,23 @@
-//! What a job has done for it, piece by piece, and how a piece ends.
+//! What a job has done for it, chunk by chunk, and how a chunk ends.
 
 use std::time::Duration;
 
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
-/// Names a piece of work on its way.
+/// Names a chunk of work on its way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PieceId(pub u64);
+pub struct ChunkId(pub u64);
 
 /// Something for the engine to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Piece {
+pub struct Chunk {
     /// Its name, for [`super::Jobs::ended`].
-    pub id: PieceId,
+    pub id: ChunkId,
     /// What to do.
     pub work: Work,
 }
 
-/// What a piece of work is.
+/// What a chunk of work is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Write the winner to this replica.
@@ -40,9 +40,9 @@ pub enum Work {
     Flush,
 }
 
-/// How a piece of work ended.
+/// How a chunk of work ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct PieceEnd {
+pub struct ChunkEnd {
     /// Sectors that lost the vote, counted once for each replica.
     pub found: u64,
     /// Sectors written.
@@ -61,7 +61,7 @@ pub struct PieceEnd {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// This, now.
-    Piece(Piece),
+    Chunk(Chunk),
     /// Nothing before this moment.
     At(Duration),
     /// Nothing until something changes.
