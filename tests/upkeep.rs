@@ -338,7 +338,7 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
             .shared
             .counters
             .of(ReplicaIndex(1))
-            .sectors_wrong
+            .sectors_corrupt
             .load(Ordering::Relaxed)
     };
     let id = served.upkeep.scrub(false, 0).unwrap();
@@ -359,7 +359,7 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
     assert!(!are_identical(&served.images));
     let id = served.upkeep.scrub(true, 0).unwrap();
     served.wait_for_the_end_of(id);
-    let mended = &served.shared.counters.of(ReplicaIndex(1)).sectors_rewritten;
+    let mended = &served.shared.counters.of(ReplicaIndex(1)).sectors_repaired;
     assert_eq!(mended.load(Ordering::Relaxed), 3);
     drop(client);
     let (_directory, images) = served.end();
@@ -373,7 +373,7 @@ fn a_mismatch_has_its_neighbourhood_scrubbed() {
     corrupt_sectors(&served.images[2], 4096..4097, 0xff);
     corrupt_sectors(&served.images[2], 6000..6010, 0xff);
     client.read(0, 4096 * 512, 4096).unwrap();
-    let found = &served.shared.counters.of(ReplicaIndex(2)).sectors_wrong;
+    let found = &served.shared.counters.of(ReplicaIndex(2)).sectors_corrupt;
     served.wait_until("the neighbours are found", || {
         found.load(Ordering::Relaxed) >= 11
     });

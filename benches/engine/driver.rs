@@ -35,7 +35,7 @@ impl Effects for Driver {
         );
     }
 
-    fn rewritten(&mut self, replica: ReplicaIndex, _range: SectorRange) {
+    fn repaired(&mut self, replica: ReplicaIndex, _range: SectorRange) {
         panic!("nothing is wrong on replica {}", replica.0);
     }
 

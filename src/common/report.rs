@@ -35,7 +35,7 @@ pub enum Cause {
     /// The operation failed on this replica.
     Error(Errno),
     /// Its bytes are not those that won the vote.
-    WrongVersion(Evidence),
+    Corrupt(Evidence),
 }
 
 /// The proof that a replica held a wrong version.

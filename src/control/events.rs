@@ -135,7 +135,7 @@ impl Event {
             } => {
                 let (errno, evidence) = match cause {
                     Cause::Error(errno) => (Some(*errno), None),
-                    Cause::WrongVersion(evidence) => (None, Some(evidence)),
+                    Cause::Corrupt(evidence) => (None, Some(evidence)),
                 };
                 let data = ReportBad {
                     ret: errno.map_or(0, |errno| errno.0.saturating_neg()),
@@ -365,7 +365,7 @@ mod tests {
             replica: ReplicaIndex(1),
             operation: OperationType::Read,
             range: SectorRange::new(345_435, 5),
-            cause: Cause::WrongVersion(evidence),
+            cause: Cause::Corrupt(evidence),
         }
     }
 

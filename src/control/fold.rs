@@ -26,7 +26,7 @@ use crate::jobs::{JobId, JobStatus};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
     Failure(OperationType),
-    WrongVersion(ReplicaIndex, OperationType),
+    Corrupt(ReplicaIndex, OperationType),
     Error(ReplicaIndex, OperationType, Errno),
     /// Whatever the error: where kinds go when a replica's errors are too various to be kept apart.
     AnyError(ReplicaIndex, OperationType),
@@ -48,7 +48,7 @@ impl Kind {
                 cause,
                 ..
             } => match cause {
-                Cause::WrongVersion(_) => Self::WrongVersion(*replica, *operation),
+                Cause::Corrupt(_) => Self::Corrupt(*replica, *operation),
                 Cause::Error(errno) => Self::Error(*replica, *operation, *errno),
             },
         }

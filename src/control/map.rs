@@ -126,7 +126,7 @@ impl DiskMap {
                 Cause::Error(_) => {
                     self.count(replica.as_usize(), *range, |bucket, _| bucket.errors += 1)
                 }
-                Cause::WrongVersion(evidence) => {
+                Cause::Corrupt(evidence) => {
                     let mut unlisted = evidence.sectors;
                     for run in &evidence.bad_sectors {
                         unlisted = unlisted.saturating_sub(run.count);
@@ -272,7 +272,7 @@ mod tests {
             digest: [0; 32],
             winner_digest: [1; 32],
         };
-        bad(range(0, 1 << 20), Cause::WrongVersion(evidence))
+        bad(range(0, 1 << 20), Cause::Corrupt(evidence))
     }
 
     fn scrub(id: &str, what: JobChange, status: JobStatus, error: Option<JobFailure>) -> News {

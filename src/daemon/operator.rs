@@ -141,13 +141,13 @@ impl DiskOperator {
                     (false, _) => ServiceState::Out,
                 },
                 stale_bytes: stale * SECTOR_BYTES,
-                wrong_sectors: count(&counters.sectors_wrong),
-                mended_sectors: count(&counters.sectors_rewritten),
-                unmended_sectors: count(&counters.sectors_not_rewritten),
+                wrong_sectors: count(&counters.sectors_corrupt),
+                mended_sectors: count(&counters.sectors_repaired),
+                unmended_sectors: count(&counters.sectors_not_repaired),
                 damaged_sectors: self.reports.damaged_sectors(index),
                 resynced_sectors: count(&counters.sectors_resynced),
-                departures: count(&counters.departures),
-                returns: count(&counters.returns),
+                departures: count(&counters.evictions),
+                returns: count(&counters.rejoins),
                 operations: by_operation(operations),
             }
         };

@@ -33,7 +33,7 @@ impl Background {
     }
 
     /// Whether [`Engine::next_work`] is to be called.
-    pub(super) fn wants_a_look(&self) -> bool {
+    pub(super) fn is_due(&self) -> bool {
         self.look
     }
 
@@ -53,7 +53,7 @@ impl Core {
     }
 
     /// Time has passed, or something has changed.
-    pub(super) fn look_for_work(&mut self) {
+    pub(super) fn check_for_work(&mut self) {
         let anything = self.shared.has_jobs() || self.shared.anything_stale();
         self.background.look =
             self.worker == WORKER && (anything || !self.background.ended.is_empty());

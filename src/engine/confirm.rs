@@ -2,8 +2,8 @@
 //! R6).
 //!
 //! While the lock is held no write can change the range, so the replies are compared sector by
-//! sector, the losers are reported, and mended before the lock is given back. The same path brings
-//! a stale replica up to date: it is mended whatever it holds.
+//! sector, the losers are reported, and repaired before the lock is given back. The same path
+//! brings a stale replica up to date: it is repaired whatever it holds.
 
 use std::rc::Rc;
 
@@ -18,7 +18,7 @@ use crate::common::operation::{Action, Operation, Reply, RequestId};
 use crate::common::report::{Cause, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
 use crate::jobs::ChunkEnd;
-use crate::quorum::health::Failures;
+use crate::quorum::health::FailureEpoch;
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
 
@@ -26,8 +26,8 @@ use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
 #[derive(Debug)]
 pub(super) struct Confirmation {
     lock: LockKey,
-    /// Replicas to be mended throughout: stale ones, and those that failed a `fifo` read.
-    mend: ReplicaSet,
+    /// Replicas to be repaired throughout: stale ones, and those that failed a `fifo` read.
+    repair: ReplicaSet,
     step: Step,
     /// What there is to tell a job.
     end: ChunkEnd,
@@ -38,26 +38,28 @@ enum Step {
     WaitingForLock,
     Asking,
     /// The writes of the winner that are out.
-    Mending {
-        began: Failures,
+    Repairing {
+        began: FailureEpoch,
         pending: Vec<(ReplicaIndex, SectorRange)>,
     },
 }
 
 impl Confirmation {
-    pub(super) fn is_mending(&self) -> bool {
-        matches!(self.step, Step::Mending { .. })
+    pub(super) fn is_repairing(&self) -> bool {
+        matches!(self.step, Step::Repairing { .. })
     }
 
     /// The replicas that this confirmation knows of.
-    pub(super) fn remembers(&self) -> ReplicaSet {
-        self.mend.or(self.mending())
+    pub(super) fn refers_to(&self) -> ReplicaSet {
+        self.repair.or(self.repairing())
     }
 
-    /// The replicas that are being mended.
-    pub(super) fn mending(&self) -> ReplicaSet {
+    /// The replicas that are being repaired.
+    pub(super) fn repairing(&self) -> ReplicaSet {
         match &self.step {
-            Step::Mending { pending, .. } => pending.iter().map(|(replica, _)| *replica).collect(),
+            Step::Repairing { pending, .. } => {
+                pending.iter().map(|(replica, _)| *replica).collect()
+            }
             Step::WaitingForLock | Step::Asking => ReplicaSet::EMPTY,
         }
     }
@@ -65,14 +67,19 @@ impl Confirmation {
 
 impl Read {
     /// Goes for the lock.
-    pub(super) fn confirm(&mut self, id: RequestId, mend: ReplicaSet, core: &mut Core) -> Progress {
+    pub(super) fn confirm(
+        &mut self,
+        id: RequestId,
+        repair: ReplicaSet,
+        core: &mut Core,
+    ) -> Progress {
         core.confirmations += 1;
         // The buffers of the first asking are free again before new ones are taken.
         self.replies.fill_with(|| None);
         self.tally = Tally::default();
         self.stage = Stage::Confirming(Confirmation {
             lock: core.lock(self.range, id),
-            mend,
+            repair,
             step: Step::WaitingForLock,
             end: ChunkEnd::default(),
         });
@@ -81,17 +88,17 @@ impl Read {
 
     /// Takes the first asking for the confirmation: what [`Mutant::RewriteUnconfirmed`] does. Its
     /// lock is one that nobody else asks for.
-    pub(super) fn believe(
+    pub(super) fn confirm_unlocked(
         &mut self,
         id: RequestId,
         core: &mut Core,
         effects: &mut impl Effects,
     ) -> Progress {
         core.confirmations += 1;
-        let nobodys = SectorRange::new(u64::MAX - 1 - u64::from(id.0), 1);
+        let unused = SectorRange::new(u64::MAX - 1 - u64::from(id.0), 1);
         let worker = core.worker;
         let (lock, _) = core.shared.lock(
-            nobodys,
+            unused,
             Waiter {
                 worker,
                 request: id,
@@ -99,7 +106,7 @@ impl Read {
         );
         self.stage = Stage::Confirming(Confirmation {
             lock,
-            mend: ReplicaSet::EMPTY,
+            repair: ReplicaSet::EMPTY,
             step: Step::Asking,
             end: ChunkEnd::default(),
         });
@@ -114,8 +121,8 @@ impl Read {
     ) -> Progress {
         let confirmation = self.confirmation();
         confirmation.step = Step::Asking;
-        let mend = confirmation.mend;
-        let asked = core.shared.in_service().without(mend);
+        let repair = confirmation.repair;
+        let asked = core.shared.in_service().without(repair);
         self.asked_at = core.clock.now();
         self.ask(id, asked, core, effects);
         self.confirm_reply(id, core, effects)
@@ -145,17 +152,18 @@ impl Read {
         match &mut self.confirmation().step {
             Step::WaitingForLock => Progress::Waiting,
             Step::Asking => self.confirm_reply(id, core, effects),
-            Step::Mending { pending, .. } => {
+            Step::Repairing { pending, .. } => {
                 let mut not_written = 0;
                 // Its write may still happen, perhaps after newer ones.
                 for (replica, range) in
                     pending.extract_if(.., |(replica, _)| gone.contains(*replica))
                 {
-                    core.shared.health(|health| health.doubted(replica, range));
+                    core.shared
+                        .health(|health| health.mark_stale(replica, range));
                     not_written += range.count;
                 }
                 self.confirmation().end.not_written += not_written;
-                self.finish_if_mended(core, effects)
+                self.finish_if_repaired(core, effects)
             }
         }
     }
@@ -189,8 +197,8 @@ impl Read {
             _ => Rule::Threshold(core.policy.threshold),
         };
         let verdict = self.vote(rule, core);
-        let mend = self.confirmation().mend;
-        if mend.is_empty() && verdict.dissents.is_empty() && verdict.undecided.is_empty() {
+        let repair = self.confirmation().repair;
+        if repair.is_empty() && verdict.dissents.is_empty() && verdict.undecided.is_empty() {
             Counters::add(&core.shared.counters.suspicions_dropped, 1);
         }
         for dissent in &verdict.dissents {
@@ -198,7 +206,7 @@ impl Read {
                 replica: dissent.replica,
                 operation: OperationType::Read,
                 range: self.range,
-                cause: Cause::WrongVersion(dissent.evidence()),
+                cause: Cause::Corrupt(dissent.evidence()),
             });
         }
         self.note_damage(&verdict, core, effects);
@@ -213,9 +221,9 @@ impl Read {
             effects.contents_differ(*undecided);
         }
         if let Some(winner) = winner {
-            self.mend(id, &verdict, Rc::new(winner), core, effects);
+            self.repair(id, &verdict, Rc::new(winner), core, effects);
         }
-        self.finish_if_mended(core, effects)
+        self.finish_if_repaired(core, effects)
     }
 
     /// Counts what is bad, and has its neighbourhood scrubbed.
@@ -224,13 +232,13 @@ impl Read {
         let sectors = |runs: &[SectorRange]| runs.iter().map(|run| run.count).sum::<u64>();
         let confirmation = self.confirmation();
         let end = &mut confirmation.end;
-        end.unread = unread.without(confirmation.mend);
+        end.unread = unread.without(confirmation.repair);
         end.undecided = sectors(&verdict.undecided);
         for dissent in &verdict.dissents {
             let found = sectors(&dissent.bad_sectors);
             end.found += found;
             Counters::add(
-                &core.shared.counters.of(dissent.replica).sectors_wrong,
+                &core.shared.counters.of(dissent.replica).sectors_corrupt,
                 found,
             );
         }
@@ -306,8 +314,8 @@ impl Read {
     }
 
     /// Writes the winner where it did not win (R6), and all over the replicas that are to be
-    /// mended.
-    fn mend(
+    /// repaired.
+    fn repair(
         &mut self,
         id: RequestId,
         verdict: &Verdict,
@@ -330,9 +338,9 @@ impl Read {
         }
         let (in_service, began) = core
             .shared
-            .health(|health| (health.in_service(), health.change_begins()));
+            .health(|health| (health.in_service(), health.failure_epoch()));
         let rewritten = pending.len();
-        for replica in self.confirmation().mend.iter() {
+        for replica in self.confirmation().repair.iter() {
             let runs = decided(&[self.range], &verdict.undecided, block);
             let runs = runs
                 .into_iter()
@@ -370,19 +378,19 @@ impl Read {
             }
             asked
         });
-        self.confirmation().step = Step::Mending { began, pending };
+        self.confirmation().step = Step::Repairing { began, pending };
     }
 
-    /// The end of a mending write.
-    pub(super) fn mended(
+    /// The end of a repairing write.
+    pub(super) fn repaired(
         &mut self,
         reply: &Reply,
         core: &mut Core,
         effects: &mut impl Effects,
     ) -> Progress {
         let is_resync = matches!(self.purpose, Purpose::Resync { .. });
-        let Step::Mending { began, pending } = &mut self.confirmation().step else {
-            unreachable!("a mending write ends while mending");
+        let Step::Repairing { began, pending } = &mut self.confirmation().step else {
+            unreachable!("a repairing write ends while repairing");
         };
         let (Action::Write { range, .. } | Action::Zero { range, .. }) = &reply.action else {
             return Progress::Waiting;
@@ -397,35 +405,35 @@ impl Read {
         let trusted = is_broken(Mutant::FailedCopyTrusted);
         if trusted && reply.result.is_err() {
             core.shared
-                .health(|health| health.mended(reply.replica, *range, began));
+                .health(|health| health.repaired(reply.replica, *range, began));
         }
         match reply.result {
             Ok(()) => {
                 let counter = if is_resync {
                     &counters.sectors_resynced
                 } else {
-                    &counters.sectors_rewritten
+                    &counters.sectors_repaired
                 };
                 Counters::add(counter, range.count);
                 core.shared
-                    .health(|health| health.mended(reply.replica, *range, began));
+                    .health(|health| health.repaired(reply.replica, *range, began));
                 if !is_resync {
-                    effects.rewritten(reply.replica, *range);
+                    effects.repaired(reply.replica, *range);
                 }
                 self.confirmation().end.written += range.count;
             }
             Err(errno) => {
                 self.confirmation().end.not_written += range.count;
-                Counters::add(&counters.sectors_not_rewritten, range.count);
+                Counters::add(&counters.sectors_not_repaired, range.count);
                 report_error(effects, reply.replica, OperationType::Write, *range, errno);
             }
         }
-        self.finish_if_mended(core, effects)
+        self.finish_if_repaired(core, effects)
     }
 
-    fn finish_if_mended(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
+    fn finish_if_repaired(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
         let confirmation = self.confirmation();
-        if matches!(&confirmation.step, Step::Mending { pending, .. } if !pending.is_empty()) {
+        if matches!(&confirmation.step, Step::Repairing { pending, .. } if !pending.is_empty()) {
             return Progress::Waiting;
         }
         let (lock, end) = (confirmation.lock, confirmation.end);

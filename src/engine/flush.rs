@@ -66,7 +66,7 @@ impl Flush {
     }
 
     /// The replicas that this flush knows of.
-    pub(super) fn remembers(&self) -> ReplicaSet {
+    pub(super) fn refers_to(&self) -> ReplicaSet {
         match &self.stage {
             Stage::Flushing { tally, .. } => tally.asked(),
             Stage::New | Stage::WaitingForLock { .. } => ReplicaSet::EMPTY,

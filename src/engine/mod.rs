@@ -9,7 +9,7 @@
 //! read   asking ─────► answered ─► retired            t' replies agree: the others are only compared
 //!           │ replies differ                          (and when all have agreed, that is all)
 //!           ▼
-//!        waiting for the range lock ─► confirming ─► answered, reported ─► mending ─► retired
+//!        waiting for the range lock ─► confirming ─► answered, reported ─► repairing ─► retired
 //!
 //! write  waiting for the range lock ─► writing ─► answered, retired        discard and write-zeroes too
 //! flush  flushing ─► answered, retired
@@ -150,7 +150,7 @@ pub trait Effects {
     /// Tell the operator.
     fn report(&mut self, report: Report);
     /// Sectors of a replica that were wrong have been written with the winner.
-    fn rewritten(&mut self, replica: ReplicaIndex, range: SectorRange);
+    fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange);
     /// Call [`Engine::granted`] with `request` on the engine of another worker.
     fn wake(&mut self, worker: WorkerIndex, request: RequestId);
     /// A replica has left the set or came back, or something has become stale: call
@@ -186,7 +186,7 @@ enum Request {
     Write(Write),
     Flush(Flush),
     /// Retired, but a replica that does not answer still has operations of it.
-    Lent,
+    Orphaned,
 }
 
 /// Whether a request goes on after an input.
@@ -302,7 +302,7 @@ impl Engine {
             GuestRequest::Flush => Request::Flush(Flush::new(tag)),
         };
         self.begin(request, effects);
-        self.settle(effects);
+        self.run_ready(effects);
     }
 
     /// Takes the end of an operation in.
@@ -314,7 +314,7 @@ impl Engine {
             Request::Read(read) => read.reply(id, reply, core, effects),
             Request::Write(write) => write.reply(reply, core, effects),
             Request::Flush(flush) => flush.reply(&reply, core, effects),
-            Request::Lent => {
+            Request::Orphaned => {
                 // Nobody waits for it any more, but an error is an error (R4).
                 if let Err(errno) = reply.result {
                     let (operation, range) = reply.action.describe();
@@ -323,13 +323,13 @@ impl Engine {
                 Progress::Retired
             }
         });
-        self.settle(effects);
+        self.run_ready(effects);
     }
 
     /// The range lock that `request` waited for was released by another worker.
     pub fn granted(&mut self, request: RequestId, effects: &mut impl Effects) {
         self.core.granted.push_back(request);
-        self.settle(effects);
+        self.run_ready(effects);
     }
 
     fn begin(&mut self, request: Request, effects: &mut impl Effects) {
@@ -346,7 +346,7 @@ impl Engine {
             Request::Read(read) => read.begin(id, core, effects),
             Request::Write(write) => write.begin(id, core),
             Request::Flush(flush) => flush.begin(id, core),
-            Request::Lent => unreachable!("nothing begins as retired"),
+            Request::Orphaned => unreachable!("nothing begins as retired"),
         });
     }
 
@@ -363,8 +363,8 @@ impl Engine {
         if progress == Progress::Waiting {
             return;
         }
-        let request = std::mem::replace(&mut slot.request, Request::Lent);
-        if !matches!(request, Request::Lent) {
+        let request = std::mem::replace(&mut slot.request, Request::Orphaned);
+        if !matches!(request, Request::Orphaned) {
             core.active -= 1;
             core.bytes -= slot.bytes;
         }
@@ -374,18 +374,18 @@ impl Engine {
     }
 
     /// Lets go on who can, until nobody can.
-    fn settle(&mut self, effects: &mut impl Effects) {
+    fn run_ready(&mut self, effects: &mut impl Effects) {
         loop {
             if let Some(id) = self.core.granted.pop_front() {
                 self.advance(id, effects, |request, core, effects| match request {
                     Request::Read(read) => read.lock_granted(id, core, effects),
                     Request::Write(write) => write.lock_granted(id, core, effects),
                     Request::Flush(flush) => flush.lock_granted(id, core, effects),
-                    Request::Lent => unreachable!("waits for no lock"),
+                    Request::Orphaned => unreachable!("waits for no lock"),
                 });
             } else if let Some(read) = self.core.begun.pop_front() {
                 self.begin(Request::Read(read), effects);
-            } else if self.core.background.wants_a_look()
+            } else if self.core.background.is_due()
                 && let Some(request) = self.next_work(effects)
             {
                 self.begin(request, effects);
@@ -403,7 +403,7 @@ impl Request {
             // One buffer for each replica, and one in which the winner may have to be put together.
             Self::Read(read) => read.range().bytes() * (in_service.len() as u64 + 1),
             Self::Write(write) => write.buffer_bytes(),
-            Self::Flush(_) | Self::Lent => 0,
+            Self::Flush(_) | Self::Orphaned => 0,
         }
     }
 }

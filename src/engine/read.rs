@@ -16,7 +16,7 @@ use crate::common::operation::{Action, Operation, Reply, RequestId};
 use crate::common::report::Report;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::ChunkId;
-use crate::quorum::health::Failures;
+use crate::quorum::health::FailureEpoch;
 use crate::quorum::tally::Tally;
 
 #[derive(Debug)]
@@ -74,7 +74,7 @@ pub(super) struct Asking {
     /// is worth.
     doubtful: bool,
     /// Orders the asking against failed flushes.
-    began: Failures,
+    began: FailureEpoch,
 }
 
 /// Which of the replies so far are equal: the first of each version, and how many there are of it.
@@ -120,8 +120,8 @@ impl Read {
                 waiting.and(asking.more),
                 asking.asked_more_at,
             ),
-            Stage::Confirming(confirmation) if confirmation.is_mending() => {
-                (confirmation.mending(), ReplicaSet::EMPTY, self.asked_at)
+            Stage::Confirming(confirmation) if confirmation.is_repairing() => {
+                (confirmation.repairing(), ReplicaSet::EMPTY, self.asked_at)
             }
             Stage::New | Stage::Confirming(_) => (waiting, ReplicaSet::EMPTY, self.asked_at),
         };
@@ -136,11 +136,11 @@ impl Read {
     }
 
     /// The replicas that this read knows of.
-    pub(super) fn remembers(&self) -> ReplicaSet {
+    pub(super) fn refers_to(&self) -> ReplicaSet {
         let others = match &self.stage {
             Stage::New => ReplicaSet::EMPTY,
             Stage::Asking(asking) => asking.unasked,
-            Stage::Confirming(confirmation) => confirmation.remembers(),
+            Stage::Confirming(confirmation) => confirmation.refers_to(),
         };
         self.tally.asked().or(others)
     }
@@ -156,7 +156,7 @@ impl Read {
     /// What the replicas are doing for this read.
     pub(super) fn operation(&self) -> OperationType {
         match &self.stage {
-            Stage::Confirming(confirmation) if confirmation.is_mending() => OperationType::Write,
+            Stage::Confirming(confirmation) if confirmation.is_repairing() => OperationType::Write,
             _ => OperationType::Read,
         }
     }
@@ -173,8 +173,8 @@ impl Read {
             Purpose::Suspicion => return self.confirm(id, ReplicaSet::EMPTY, core),
             Purpose::Scrub { .. } => return self.begin_scrub(id, core, effects),
             Purpose::Resync { replica, .. } => {
-                let mend = std::iter::once(replica).collect();
-                return self.confirm(id, mend, core);
+                let repair = std::iter::once(replica).collect();
+                return self.confirm(id, repair, core);
             }
         }
         let voters = core.voters(self.range);
@@ -212,7 +212,7 @@ impl Read {
             asked_more_at: core.clock.now(),
             voters: voters.len(),
             doubtful: false,
-            began: core.shared.failures(),
+            began: core.shared.failure_epoch(),
         });
         self.asked_at = core.clock.now();
         self.ask(id, asked, core, effects);
@@ -226,9 +226,9 @@ impl Read {
         effects: &mut impl Effects,
     ) -> Progress {
         if let Stage::Confirming(confirmation) = &self.stage
-            && confirmation.is_mending()
+            && confirmation.is_repairing()
         {
-            return self.mended(&reply, core, effects);
+            return self.repaired(&reply, core, effects);
         }
         if !self.tally.waiting().contains(reply.replica) {
             return Progress::Waiting;
@@ -287,7 +287,7 @@ impl Read {
     }
 
     /// The guest has waited longer than replicas usually take.
-    pub(super) fn hurry(
+    pub(super) fn reply_late(
         &mut self,
         id: RequestId,
         core: &mut Core,
@@ -405,7 +405,7 @@ impl Read {
         if !asking.agreement.others.is_empty() {
             Counters::add(&core.shared.counters.suspicions, 1);
             if is_broken(Mutant::RewriteUnconfirmed) {
-                return self.believe(id, core, effects);
+                return self.confirm_unlocked(id, core, effects);
             }
             return self.confirm(id, ReplicaSet::EMPTY, core);
         }
@@ -415,14 +415,14 @@ impl Read {
             return self.confirm(id, ReplicaSet::EMPTY, core);
         }
         self.fail(effects);
-        let mend = self.tally.failed();
+        let repair = self.tally.failed();
         let is_fifo = core.policy.read_pattern == ReadPattern::Fifo;
         if is_fifo
             && core.policy.rewrite_corrupted
-            && !mend.is_empty()
+            && !repair.is_empty()
             && !self.tally.succeeded().is_empty()
         {
-            return self.confirm(id, mend, core);
+            return self.confirm(id, repair, core);
         }
         self.retire(core)
     }

@@ -57,7 +57,7 @@ impl Read {
         if !agree {
             Counters::add(&core.shared.counters.suspicions, 1);
             if is_broken(Mutant::ScrubUnconfirmed) {
-                return self.believe(id, core, effects);
+                return self.confirm_unlocked(id, core, effects);
             }
             return self.confirm(id, if repair { failed } else { ReplicaSet::EMPTY }, core);
         }

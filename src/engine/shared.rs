@@ -29,7 +29,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
 use crate::limits::REPLICAS_MAX;
-use crate::quorum::health::{Failures, Health, NotRemoved};
+use crate::quorum::health::{FailureEpoch, Health, NotRemoved};
 
 /// Names a worker thread, and with it an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +50,7 @@ pub struct Shared {
     members: AtomicU32,
     in_service: AtomicU32,
     out_of_service: AtomicU32,
-    failures: AtomicU64,
+    failure_epoch: AtomicU64,
     /// Locked before `state`.
     jobs: Mutex<Jobs>,
     has_jobs: AtomicBool,
@@ -79,29 +79,29 @@ pub struct Counters {
 #[derive(Debug, Default)]
 pub struct ReplicaCounters {
     /// Sectors that lost a vote; one that is found again counts again.
-    pub sectors_wrong: AtomicU64,
+    pub sectors_corrupt: AtomicU64,
     /// Of those, rewritten with the winner.
-    pub sectors_rewritten: AtomicU64,
+    pub sectors_repaired: AtomicU64,
     /// Sectors that could not be written with the winner.
-    pub sectors_not_rewritten: AtomicU64,
+    pub sectors_not_repaired: AtomicU64,
     /// Sectors brought up to date that were stale.
     pub sectors_resynced: AtomicU64,
     /// How often it left the set because it did not answer.
-    pub departures: AtomicU64,
+    pub evictions: AtomicU64,
     /// How often it came back.
-    pub returns: AtomicU64,
+    pub rejoins: AtomicU64,
 }
 
 impl ReplicaCounters {
     /// The place is that of another replica now.
     fn reset(&self) {
         let all = [
-            &self.sectors_wrong,
-            &self.sectors_rewritten,
-            &self.sectors_not_rewritten,
+            &self.sectors_corrupt,
+            &self.sectors_repaired,
+            &self.sectors_not_repaired,
             &self.sectors_resynced,
-            &self.departures,
-            &self.returns,
+            &self.evictions,
+            &self.rejoins,
         ];
         for counter in all {
             counter.store(0, Ordering::Relaxed);
@@ -163,7 +163,7 @@ impl Shared {
             members: AtomicU32::new(members.bits()),
             in_service: AtomicU32::new(members.bits()),
             out_of_service: AtomicU32::new(0),
-            failures: AtomicU64::new(0),
+            failure_epoch: AtomicU64::new(0),
             jobs: Mutex::new(Jobs::new(capacity_sectors)),
             has_jobs: AtomicBool::new(false),
             requests: (0..workers).map(|_| OwnLine::default()).collect(),
@@ -193,7 +193,7 @@ impl Shared {
             health.add(replica);
             if is_broken(Mutant::AddedNotStale) {
                 let everything = SectorRange::new(0, health.capacity_sectors());
-                health.mended(replica, everything, health.change_begins());
+                health.repaired(replica, everything, health.failure_epoch());
             }
         });
         self.counters.of(replica).reset();
@@ -329,13 +329,13 @@ impl Shared {
     }
 
     /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
-    pub(super) fn failures(&self) -> Failures {
-        Failures(self.failures.load(Ordering::Acquire))
+    pub(super) fn failure_epoch(&self) -> FailureEpoch {
+        FailureEpoch(self.failure_epoch.load(Ordering::Acquire))
     }
 
     /// The replicas that have failed a flush or left the set since `began`.
-    pub(super) fn failed_since(&self, began: Failures) -> ReplicaSet {
-        if self.failures() == began {
+    pub(super) fn failed_since(&self, began: FailureEpoch) -> ReplicaSet {
+        if self.failure_epoch() == began {
             ReplicaSet::EMPTY
         } else {
             self.state().health.failed_since(began)
@@ -361,8 +361,8 @@ impl Shared {
         let result = with(&mut state.health);
         self.anything_stale
             .store(state.health.anything_stale(), Ordering::Release);
-        self.failures
-            .store(state.health.change_begins().0, Ordering::Release);
+        self.failure_epoch
+            .store(state.health.failure_epoch().0, Ordering::Release);
         self.members
             .store(state.health.members().bits(), Ordering::Release);
         self.in_service
@@ -504,11 +504,11 @@ mod model {
                         outstanding.store(0, Ordering::SeqCst);
                     }
                     // The tick, with nothing outstanding.
-                    shared.health(|health| health.returned(LAST, 1))
+                    shared.health(|health| health.rejoin(LAST, 1))
                 })
             };
-            assert!(shared.health(|health| health.leave(LAST)));
-            let mut joined = shared.health(|health| health.returned(LAST, 0));
+            assert!(shared.health(|health| health.evict(LAST)));
+            let mut joined = shared.health(|health| health.rejoin(LAST, 0));
             if joined {
                 assert_eq!(
                     outstanding.load(Ordering::SeqCst),
@@ -518,7 +518,7 @@ mod model {
             }
             joined |= other.join().unwrap();
             // The other worker may have ticked before the replica left; then its next tick decides.
-            joined |= shared.health(|health| health.returned(LAST, 1));
+            joined |= shared.health(|health| health.rejoin(LAST, 1));
             assert!(joined && shared.in_service().contains(LAST));
         });
     }

@@ -89,20 +89,20 @@ impl Engine {
     pub fn tick(&mut self, now: Duration, effects: &mut impl Effects) {
         self.set_time(now);
         self.core.clock.ticked_at = now;
-        self.take_out_who_is_overdue(effects);
+        self.evict_overdue(effects);
         let gone = self.core.shared.out_of_service();
         if !gone.is_empty() {
             self.for_each(
-                |request| !request.counts_on().and(gone).is_empty(),
+                |request| !request.depends_on().and(gone).is_empty(),
                 effects,
                 |id, request, core, effects| match request {
                     Request::Read(read) => read.abandon(id, gone, core, effects),
                     Request::Write(write) => write.abandon(gone, core, effects),
                     Request::Flush(flush) => flush.abandon(gone, core, effects),
-                    Request::Lent => Progress::Retired,
+                    Request::Orphaned => Progress::Retired,
                 },
             );
-            self.take_back(gone, effects);
+            self.rejoin_drained(gone, effects);
         }
         let slow = now.saturating_sub(self.core.clock.patience(self.core.shared.in_service()));
         let is_slow = |request: &Request| match request {
@@ -113,12 +113,12 @@ impl Engine {
             is_slow,
             effects,
             |id, request, core, effects| match request {
-                Request::Read(read) => read.hurry(id, core, effects),
+                Request::Read(read) => read.reply_late(id, core, effects),
                 _ => Progress::Waiting,
             },
         );
-        self.core.look_for_work();
-        self.settle(effects);
+        self.core.check_for_work();
+        self.run_ready(effects);
     }
 
     /// From now on nothing is begun that nobody asked for.
@@ -126,7 +126,7 @@ impl Engine {
         self.core.background.stop();
     }
 
-    fn take_out_who_is_overdue(&mut self, effects: &mut impl Effects) {
+    fn evict_overdue(&mut self, effects: &mut impl Effects) {
         let Some(limit) = self
             .core
             .clock
@@ -141,8 +141,8 @@ impl Engine {
         for (_, slot) in &self.slots {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
-                if self.core.shared.health(|health| health.leave(replica)) {
-                    Counters::add(&self.core.shared.counters.of(replica).departures, 1);
+                if self.core.shared.health(|health| health.evict(replica)) {
+                    Counters::add(&self.core.shared.counters.of(replica).evictions, 1);
                     let (operation, range) = slot.request.describe();
                     report_error(effects, replica, operation, range, Errno(libc::ETIMEDOUT));
                     effects.health_changed();
@@ -153,14 +153,14 @@ impl Engine {
 
     /// Tells which of the replicas that left, or were removed, have none of this worker's
     /// operations any more.
-    fn take_back(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
+    fn rejoin_drained(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
         let core = &mut self.core;
         let worker = core.worker.0;
         let removed = gone.without(core.shared.members());
         let remembered = removed.iter().filter(|replica| {
-            let remembers =
-                |(_, slot): (usize, &super::Slot)| slot.request.remembers().contains(*replica);
-            self.slots.iter().any(remembers)
+            let refers_to =
+                |(_, slot): (usize, &super::Slot)| slot.request.refers_to().contains(*replica);
+            self.slots.iter().any(refers_to)
         });
         let remembered: ReplicaSet = remembered.collect();
         for replica in gone.without(remembered).iter() {
@@ -169,16 +169,14 @@ impl Engine {
                 let has_operations = has_operations && !is_broken(Mutant::ReleasedEarly);
                 if core
                     .shared
-                    .health(|health| health.let_go(replica, worker, has_operations))
+                    .health(|health| health.release(replica, worker, has_operations))
                 {
                     effects.released(replica);
                 }
             } else if (!has_operations || is_broken(Mutant::ReturnEarly))
-                && core
-                    .shared
-                    .health(|health| health.returned(replica, worker))
+                && core.shared.health(|health| health.rejoin(replica, worker))
             {
-                Counters::add(&core.shared.counters.of(replica).returns, 1);
+                Counters::add(&core.shared.counters.of(replica).rejoins, 1);
                 effects.health_changed();
             }
         }
@@ -213,25 +211,25 @@ impl Request {
             Self::Read(read) => read.waiting_since(limit),
             Self::Write(write) => write.waiting_since(limit),
             Self::Flush(flush) => flush.waiting_since(limit),
-            Self::Lent => ReplicaSet::EMPTY,
+            Self::Orphaned => ReplicaSet::EMPTY,
         }
     }
 
     /// The replicas that it has anything to do with: as long as it has, nobody takes their places.
-    fn remembers(&self) -> ReplicaSet {
+    fn refers_to(&self) -> ReplicaSet {
         match self {
-            Self::Read(read) => read.remembers(),
-            Self::Write(write) => write.remembers(),
-            Self::Flush(flush) => flush.remembers(),
-            Self::Lent => ReplicaSet::EMPTY,
+            Self::Read(read) => read.refers_to(),
+            Self::Write(write) => write.refers_to(),
+            Self::Flush(flush) => flush.refers_to(),
+            Self::Orphaned => ReplicaSet::EMPTY,
         }
     }
 
     /// The replicas whose replies are out, or that may yet be asked.
-    fn counts_on(&self) -> ReplicaSet {
+    fn depends_on(&self) -> ReplicaSet {
         let unasked = match self {
             Self::Read(read) => read.unasked(),
-            Self::Write(_) | Self::Flush(_) | Self::Lent => ReplicaSet::EMPTY,
+            Self::Write(_) | Self::Flush(_) | Self::Orphaned => ReplicaSet::EMPTY,
         };
         self.waiting_since(Duration::MAX).or(unasked)
     }
@@ -240,7 +238,7 @@ impl Request {
         match self {
             Self::Read(read) => (read.operation(), read.range()),
             Self::Write(write) => (OperationType::Write, write.range()),
-            Self::Flush(_) | Self::Lent => (OperationType::Flush, super::flush::NO_RANGE),
+            Self::Flush(_) | Self::Orphaned => (OperationType::Flush, super::flush::NO_RANGE),
         }
     }
 }

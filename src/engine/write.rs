@@ -90,7 +90,7 @@ impl Write {
     }
 
     /// The replicas that this write knows of.
-    pub(super) fn remembers(&self) -> ReplicaSet {
+    pub(super) fn refers_to(&self) -> ReplicaSet {
         match &self.stage {
             Stage::Writing(writing) => writing.tally.asked(),
             Stage::New | Stage::WaitingForLock { .. } => ReplicaSet::EMPTY,

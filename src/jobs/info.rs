@@ -141,7 +141,7 @@ pub enum JobFailure {
     NotFlushed,
     /// What was bad could not be written everywhere.
     #[error("{sectors} bad sectors could not be written")]
-    NotMended {
+    NotRepaired {
         /// How many sectors.
         sectors: u64,
     },

@@ -210,7 +210,7 @@ impl Job {
             }),
             Self {
                 not_written: 1.., ..
-            } => Some(JobFailure::NotMended {
+            } => Some(JobFailure::NotRepaired {
                 sectors: self.not_written,
             }),
             _ if !unread.is_empty() => Some(JobFailure::NotRead {

@@ -267,7 +267,7 @@ impl World {
                     ));
                 }
             }
-            Cause::WrongVersion(evidence) => {
+            Cause::Corrupt(evidence) => {
                 self.statistics.accusations += 1;
                 if self.plan.read_pattern == ReadPattern::Fifo && !self.is_scrubbing() {
                     return Err(Violation::new("R8", "read-pattern=fifo outvotes nobody"));
@@ -449,7 +449,7 @@ fn show_report(report: &Report) -> String {
                 "QUORUM_REPORT_BAD {operation:?}: replica {}: {errno}",
                 replica.0
             ),
-            Cause::WrongVersion(evidence) => {
+            Cause::Corrupt(evidence) => {
                 format!(
                     "QUORUM_REPORT_BAD: replica {} at {:?}",
                     replica.0, evidence.bad_sectors

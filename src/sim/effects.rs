@@ -59,7 +59,7 @@ impl Effects for Collected {
         self.effects.push(Effect::Report(report));
     }
 
-    fn rewritten(&mut self, _replica: ReplicaIndex, _range: SectorRange) {}
+    fn repaired(&mut self, _replica: ReplicaIndex, _range: SectorRange) {}
 
     fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
         self.effects.push(Effect::Wake(worker, request));

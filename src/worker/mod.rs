@@ -208,7 +208,7 @@ impl Effects for Io {
         self.events.push(report);
     }
 
-    fn rewritten(&mut self, replica: ReplicaIndex, range: SectorRange) {
+    fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
         self.events.mended(replica, range);
     }
 

@@ -12,7 +12,7 @@
 //!
 //! Replicas are *members* until they are removed. One that was added is stale everywhere: it takes
 //! part in every write and votes where it has been written to. One that was removed is stale
-//! everywhere too, until no request remembers it; its place is taken by another one only when every
+//! everywhere too, until no request refers to it; its place is taken by another one only when every
 //! worker has all of its operations back.
 //!
 //! Invariants: a sector that the guest was told is written is fresh on at least t members, unless a
@@ -31,12 +31,12 @@ use crate::limits::REPLICAS_MAX;
 
 /// Orders the start of an operation against failed flushes and replicas that left the set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
-pub struct Failures(pub u64);
+pub struct FailureEpoch(pub u64);
 
 /// A write that has been handed to replicas and has not ended.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteBegun {
-    failures: Failures,
+    failure_epoch: FailureEpoch,
     place: usize,
 }
 
@@ -52,8 +52,8 @@ pub struct Health {
     workers: u64,
     members: ReplicaSet,
     in_service: ReplicaSet,
-    /// Removed, but some worker still has a request that remembers it, or an operation.
-    leaving: ReplicaSet,
+    /// Removed, but some worker still has a request that refers to it, or an operation.
+    releasing: ReplicaSet,
     /// By index; some may be of nobody.
     replicas: Vec<ReplicaHealth>,
     /// What completed writes changed since the last flush began.
@@ -62,7 +62,7 @@ pub struct Health {
     writing: Slab<SectorRange>,
     capacity_sectors: u64,
     epoch: FlushEpoch,
-    failures: Failures,
+    failure_epoch: FailureEpoch,
 }
 
 #[derive(Debug)]
@@ -74,21 +74,21 @@ struct ReplicaHealth {
     uncovered: RangeSet,
     /// Has not been written to since this replica was added.
     blank: RangeSet,
-    /// Was stale, or mended, and has been written since the last flush began. Other members may
+    /// Was stale, or repaired, and has been written since the last flush began. Other members may
     /// have made durable long ago what this one had not.
-    healed: RangeSet,
+    refreshed: RangeSet,
     /// The same of a flush that this replica has not confirmed yet.
-    healed_before_flush: RangeSet,
+    refreshed_before_flush: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
-    last_failure: Failures,
+    last_failure: FailureEpoch,
     /// When it was last found that the failure before it had undone something that ended well
     /// here: a read that was in flight may have seen that undone, even if it has been written
     /// again by the time the reply comes.
-    last_doubt: Failures,
+    last_doubt: FailureEpoch,
     /// The workers that have every operation of this replica back since it left the set.
-    returned_to: u64,
-    /// The workers that have no request any more that remembers this replica since it was removed.
+    drained_by: u64,
+    /// The workers that have no request any more that refers to this replica since it was removed.
     forgotten_by: u64,
 }
 
@@ -98,12 +98,12 @@ impl ReplicaHealth {
             stale: RangeSet::below(capacity_sectors),
             uncovered: RangeSet::below(capacity_sectors),
             blank: RangeSet::below(capacity_sectors),
-            healed: RangeSet::below(capacity_sectors),
-            healed_before_flush: RangeSet::below(capacity_sectors),
+            refreshed: RangeSet::below(capacity_sectors),
+            refreshed_before_flush: RangeSet::below(capacity_sectors),
             unconfirmed: VecDeque::new(),
-            last_failure: Failures::default(),
-            last_doubt: Failures::default(),
-            returned_to: 0,
+            last_failure: FailureEpoch::default(),
+            last_doubt: FailureEpoch::default(),
+            drained_by: 0,
             forgotten_by: 0,
         }
     }
@@ -113,8 +113,8 @@ impl ReplicaHealth {
             &mut self.stale,
             &mut self.uncovered,
             &mut self.blank,
-            &mut self.healed,
-            &mut self.healed_before_flush,
+            &mut self.refreshed,
+            &mut self.refreshed_before_flush,
         ];
         for set in sets {
             set.grow(capacity_sectors);
@@ -122,13 +122,13 @@ impl ReplicaHealth {
     }
 
     /// `range` was written. `volatile`: not to stable storage.
-    fn heal(&mut self, range: SectorRange, volatile: bool) {
+    fn mark_fresh(&mut self, range: SectorRange, volatile: bool) {
         if self.stale.is_empty() {
             return;
         }
         if volatile {
             for part in self.stale.within(range) {
-                self.healed.insert(part);
+                self.refreshed.insert(part);
             }
         }
         self.stale.remove(range);
@@ -137,7 +137,7 @@ impl ReplicaHealth {
 
     /// What is not on stable storage here, although it may be there elsewhere.
     fn not_durable_here(&self) -> impl Iterator<Item = &RangeSet> {
-        [&self.stale, &self.healed, &self.healed_before_flush].into_iter()
+        [&self.stale, &self.refreshed, &self.refreshed_before_flush].into_iter()
     }
 }
 
@@ -173,7 +173,7 @@ impl Health {
             workers: u64::MAX >> (64 - workers),
             members,
             in_service: members,
-            leaving: ReplicaSet::EMPTY,
+            releasing: ReplicaSet::EMPTY,
             replicas: (0..places)
                 .map(|_| ReplicaHealth::new(capacity_sectors))
                 .collect(),
@@ -181,7 +181,7 @@ impl Health {
             writing: Slab::new(),
             capacity_sectors,
             epoch: FlushEpoch(0),
-            failures: Failures(0),
+            failure_epoch: FailureEpoch(0),
         }
     }
 
@@ -197,7 +197,7 @@ impl Health {
 
     /// The replicas that are not asked, and those removed whose operations are not all back.
     pub fn out_of_service(&self) -> ReplicaSet {
-        self.members.or(self.leaving).without(self.in_service)
+        self.members.or(self.releasing).without(self.in_service)
     }
 
     /// Sectors of the disk.
@@ -219,7 +219,7 @@ impl Health {
     /// Makes `replica` a member, in service and stale everywhere. Its place must be free.
     pub fn add(&mut self, replica: ReplicaIndex) {
         assert!(
-            !self.members.or(self.leaving).contains(replica),
+            !self.members.or(self.releasing).contains(replica),
             "its place is taken"
         );
         let capacity_sectors = self.capacity_sectors;
@@ -242,14 +242,14 @@ impl Health {
         debug_assert!(self.members.contains(replica));
         self.members.remove(replica);
         self.in_service.remove(replica);
-        self.leaving.insert(replica);
-        self.failures.0 += 1;
+        self.releasing.insert(replica);
+        self.failure_epoch.0 += 1;
         let mut state = ReplicaHealth::new(self.capacity_sectors);
         // What it has answered before does not count any more.
         state
             .stale
             .insert(SectorRange::new(0, self.capacity_sectors));
-        state.last_failure = self.failures;
+        state.last_failure = self.failure_epoch;
         self.replicas[replica.as_usize()] = state;
     }
 
@@ -295,25 +295,25 @@ impl Health {
         Ok(())
     }
 
-    /// A worker has no request that remembers the removed `replica`, and no operation of it either
+    /// A worker has no request that refers to the removed `replica`, and no operation of it either
     /// if `has_operations` says so. `true` if with this its place is free.
-    pub fn let_go(&mut self, replica: ReplicaIndex, worker: u16, has_operations: bool) -> bool {
-        if !self.leaving.contains(replica) {
+    pub fn release(&mut self, replica: ReplicaIndex, worker: u16, has_operations: bool) -> bool {
+        if !self.releasing.contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];
         state.forgotten_by |= 1 << worker;
         if !has_operations {
-            state.returned_to |= 1 << worker;
+            state.drained_by |= 1 << worker;
         }
         let forgotten = state.forgotten_by == self.workers;
         if forgotten {
             // Nobody can take it for a voter any more.
             state.stale = RangeSet::below(self.capacity_sectors);
         }
-        let free = forgotten && state.returned_to == self.workers;
+        let free = forgotten && state.drained_by == self.workers;
         if free {
-            self.leaving.remove(replica);
+            self.releasing.remove(replica);
         }
         free
     }
@@ -321,25 +321,25 @@ impl Health {
     /// Takes a replica that does not answer out of the set. `false` if it is out already, or if
     /// that would leave fewer than t, in all or in some sector: then there is nobody to do
     /// without it.
-    pub fn leave(&mut self, replica: ReplicaIndex) -> bool {
+    pub fn evict(&mut self, replica: ReplicaIndex) -> bool {
         if !self.in_service.contains(replica) || self.is_needed(replica) {
             return false;
         }
         self.in_service.remove(replica);
-        self.replicas[replica.as_usize()].returned_to = 0;
+        self.replicas[replica.as_usize()].drained_by = 0;
         self.not_durable(replica);
         true
     }
 
     /// A worker has every operation of a replica that left the set back. `true` if that was the
     /// last one and the replica is in service again; what it missed is stale.
-    pub fn returned(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
+    pub fn rejoin(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
         if self.in_service.contains(replica) || !self.members.contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];
-        state.returned_to |= 1 << worker;
-        let all = state.returned_to == self.workers;
+        state.drained_by |= 1 << worker;
+        let all = state.drained_by == self.workers;
         if all {
             self.in_service.insert(replica);
         }
@@ -388,7 +388,7 @@ impl Health {
 
     /// The replicas that have failed a flush or left the set since `began`, or of which it was
     /// found since what that has undone.
-    pub fn failed_since(&self, began: Failures) -> ReplicaSet {
+    pub fn failed_since(&self, began: FailureEpoch) -> ReplicaSet {
         self.known()
             .iter()
             .filter(|r| {
@@ -400,14 +400,14 @@ impl Health {
 
     /// To be kept from the moment an operation that changes sectors is handed to the replicas until
     /// it has ended.
-    pub fn change_begins(&self) -> Failures {
-        self.failures
+    pub fn failure_epoch(&self) -> FailureEpoch {
+        self.failure_epoch
     }
 
     /// A write of `range` is handed to the replicas; to be followed by [`Self::write_ended`].
     pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
         WriteBegun {
-            failures: self.failures,
+            failure_epoch: self.failure_epoch,
             place: self.writing.insert(range),
         }
     }
@@ -422,7 +422,7 @@ impl Health {
     /// `true` if with this a replica is stale that was stale nowhere.
     pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
         let WriteBegun {
-            failures: began,
+            failure_epoch: began,
             place,
         } = write.begun;
         let range = self.writing.remove(place);
@@ -437,11 +437,11 @@ impl Health {
                 if done {
                     // It counted, and is perhaps still there.
                     state.blank.remove(range);
-                    self.failures.0 += 1;
-                    state.last_doubt = self.failures;
+                    self.failure_epoch.0 += 1;
+                    state.last_doubt = self.failure_epoch;
                 }
             } else if done {
-                state.heal(range, !write.durable);
+                state.mark_fresh(range, !write.durable);
             }
         }
         if !write.durable {
@@ -452,7 +452,7 @@ impl Health {
 
     /// Sectors of one replica were written with the winner of a vote, under the lock of their
     /// range.
-    pub fn mended(&mut self, replica: ReplicaIndex, range: SectorRange, began: Failures) {
+    pub fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange, began: FailureEpoch) {
         if !self.members.contains(replica) {
             return;
         }
@@ -460,18 +460,18 @@ impl Health {
         if state.last_failure > began {
             state.stale.insert(range);
             state.blank.remove(range);
-            self.failures.0 += 1;
-            state.last_doubt = self.failures;
+            self.failure_epoch.0 += 1;
+            state.last_doubt = self.failure_epoch;
         } else {
-            state.heal(range, true);
+            state.mark_fresh(range, true);
             // It was perhaps not stale, but wrong.
-            state.healed.insert(range);
+            state.refreshed.insert(range);
         }
         self.written.insert(range);
     }
 
     /// Sectors of one replica may be changed by an operation that nobody waits for any more.
-    pub fn doubted(&mut self, replica: ReplicaIndex, range: SectorRange) {
+    pub fn mark_stale(&mut self, replica: ReplicaIndex, range: SectorRange) {
         if self.members.contains(replica) {
             self.replicas[replica.as_usize()].stale.insert(range);
         }
@@ -484,8 +484,8 @@ impl Health {
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             state.uncovered.clone_from(&state.stale);
-            let healed = std::mem::replace(&mut state.healed, nothing.clone());
-            state.healed_before_flush.insert_all(&healed);
+            let refreshed = std::mem::replace(&mut state.refreshed, nothing.clone());
+            state.refreshed_before_flush.insert_all(&refreshed);
         }
         let written = std::mem::replace(&mut self.written, nothing);
         if !written.is_empty() {
@@ -510,7 +510,7 @@ impl Health {
             return self.not_durable(replica);
         }
         let state = &mut self.replicas[replica.as_usize()];
-        state.healed_before_flush = RangeSet::below(self.capacity_sectors);
+        state.refreshed_before_flush = RangeSet::below(self.capacity_sectors);
         let unconfirmed = &mut state.unconfirmed;
         while unconfirmed
             .front()
@@ -535,9 +535,9 @@ impl Health {
     /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing
     /// now: others may have read that from it already, and must not read what was there before.
     fn not_durable(&mut self, replica: ReplicaIndex) {
-        self.failures.0 += 1;
+        self.failure_epoch.0 += 1;
         let state = &mut self.replicas[replica.as_usize()];
-        state.last_failure = self.failures;
+        state.last_failure = self.failure_epoch;
         state.stale.insert_all(&self.written);
         for (_, range) in &self.writing {
             state.stale.insert(*range);
@@ -581,7 +581,7 @@ impl Health {
 
     /// The members, and those that were removed and are not forgotten.
     fn known(&self) -> ReplicaSet {
-        self.members.or(self.leaving)
+        self.members.or(self.releasing)
     }
 }
 

@@ -94,13 +94,13 @@ fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it
     let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
     health.flush_ended(epoch, A, false);
-    let read_began = health.change_begins();
+    let read_began = health.failure_epoch();
     write_one_begun(&mut health, begun);
     write_one(&mut health, range(0, 8));
     assert!(!health.anything_stale());
     assert_eq!(health.failed_since(read_began), set(&[A]));
     assert_eq!(
-        health.failed_since(health.change_begins()),
+        health.failed_since(health.failure_epoch()),
         ReplicaSet::EMPTY
     );
 }
@@ -142,8 +142,8 @@ fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
     write(&mut health, range(0, 8), &[]);
     assert!(flush(&mut health, &[]));
     write(&mut health, range(1 << 20, 8), &[]);
-    assert!(health.leave(C));
-    assert!(!health.leave(B), "two are needed");
+    assert!(health.evict(C));
+    assert!(!health.evict(B), "two are needed");
     assert_eq!(health.in_service(), set(&[A, B]));
     assert_eq!(
         health.stale_in(range(0, 8)),
@@ -157,14 +157,14 @@ fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
         ..end(begun, set(&[A, B]))
     };
     health.write_ended(&without);
-    assert!(!health.returned(C, 1));
-    assert!(health.returned(C, 0));
+    assert!(!health.rejoin(C, 1));
+    assert!(health.rejoin(C, 0));
     assert_eq!(health.in_service(), ReplicaSet::first(3));
     assert_eq!(
         health.next_stale(C, 0).map(|range| range.start),
         Some(1 << 20)
     );
-    health.mended(C, range(0, 1 << 22), health.change_begins());
+    health.repaired(C, range(0, 1 << 22), health.failure_epoch());
     assert!(!health.anything_stale());
 }
 
@@ -173,7 +173,7 @@ fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(0, 8), &[C]);
     let epoch = health.flush_begins();
-    health.mended(C, range(0, 8), health.change_begins());
+    health.repaired(C, range(0, 8), health.failure_epoch());
     health.flush_ended(epoch, A, false);
     health.flush_ended(epoch, B, true);
     health.flush_ended(epoch, C, true);
@@ -184,11 +184,11 @@ fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
 fn who_is_needed_in_one_sector_stays() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(8, 8), &[C]);
-    assert!(!health.leave(A) && !health.leave(B), "only they hold it");
-    assert!(health.leave(C));
+    assert!(!health.evict(A) && !health.evict(B), "only they hold it");
+    assert!(health.evict(C));
     let mut last = Health::new(ReplicaSet::first(3), 2, 1, 16);
     write(&mut last, range(8, 8), &[C]);
-    assert!(!last.leave(A), "also at the end of the disk");
+    assert!(!last.evict(A), "also at the end of the disk");
 }
 
 #[test]
@@ -199,7 +199,7 @@ fn a_disk_that_grows_is_fresh_where_it_is_new_on_all_that_are_its_replicas_then(
     assert_eq!(health.stale_in(range(16, 16)), ReplicaSet::EMPTY);
     assert_eq!(health.stale_in(range(0, 16)), set(&[C]));
     write(&mut health, range(24, 8), &[B]);
-    assert!(!health.leave(A), "in the new part two are needed too");
+    assert!(!health.evict(A), "in the new part two are needed too");
     let added = ReplicaIndex(3);
     health.add(added);
     assert_eq!(health.stale_parts(added, range(0, 64)), [range(0, 32)]);
@@ -213,7 +213,7 @@ fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() 
     // Of this write C knows nothing, and the new replica leaves when it has done it.
     let begun = health.write_begins(range(0, 8));
     let done = set(&[A, B, added]);
-    assert!(health.leave(added));
+    assert!(health.evict(added));
     let end = WriteEnd {
         asked: ReplicaSet::first(4),
         ..end(begun, done)
@@ -226,7 +226,7 @@ fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() 
 fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let begun = health.write_begins(range(0, 8));
-    assert!(health.leave(C) && health.returned(C, 0));
+    assert!(health.evict(C) && health.rejoin(C, 0));
     health.write_ended(&end(begun, ReplicaSet::first(3)));
     assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
 }
@@ -234,13 +234,13 @@ fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
 #[test]
 fn what_is_flushed_without_a_replica_is_stale_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
-    assert!(health.leave(C));
+    assert!(health.evict(C));
     let begun = health.write_begins(range(0, 8));
     health.write_ended(&WriteEnd {
         asked: set(&[A, B]),
         ..end(begun, set(&[A, B]))
     });
     health.flush_begins();
-    assert!(health.returned(C, 0));
+    assert!(health.rejoin(C, 0));
     assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
 }
