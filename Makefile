@@ -25,7 +25,7 @@ uninstall: ## Remove what `make install` has installed, given the same variables
 include packaging/install.mk
 
 test: guest clients lint ## Everything that checks the project
-	$(CARGO) test --locked --no-fail-fast -- --nocapture
+	$(CARGO) test --locked --workspace --no-fail-fast -- --nocapture
 	$(MAKE) model
 	$(MAKE) sim SECONDS=60
 
@@ -56,11 +56,11 @@ bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS=1, BEN
 	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench disk
 
 lint: ## Formatting, clippy and documentation, warnings denied
-	$(CARGO) fmt --check
+	$(CARGO) fmt --all --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
 	$(CARGO) metadata --locked --manifest-path fuzz/Cargo.toml --format-version 1 >/dev/null
-	$(CARGO) clippy --locked --all-targets --features sim -- -D warnings
-	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --features sim --no-deps --document-private-items --quiet
+	$(CARGO) clippy --locked --workspace --all-targets --features sim -- -D warnings
+	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --workspace --features sim --no-deps --document-private-items --quiet
 
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh

@@ -3,8 +3,6 @@
 //!
 //! Needs `systemd-socket-activate` (Debian: systemd), which `make clients` installs.
 
-mod common;
-
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -15,15 +13,15 @@ use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::client::Client;
-use common::daemon::{EventReader, replica_arguments};
-use common::images::{corrupt_sectors, create_images};
-use common::monitor::Monitor;
-use common::process::{Process, wait_until};
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
 use serde_json::json;
 use tempfile::TempDir;
+use testkit::client::Client;
+use testkit::daemon::{EventReader, replica_arguments};
+use testkit::images::{corrupt_sectors, create_images};
+use testkit::monitor::Monitor;
+use testkit::process::{Process, wait_until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_quorum-blkd");
 const DISK_BYTES: u64 = 1 << 20;

@@ -2,8 +2,6 @@
 //! requests, corruptions and I/O errors, and the same answers and events; or better ones, for a
 //! reason that [`Improvement`] names. And what was found wrong there, measured again.
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::ops::Range;
@@ -11,16 +9,16 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::sync::{PoisonError, RwLock};
 
-use common::client::{Client, Failed};
-use common::disk::{Disk, LIMIT, Plan, System};
-use common::fuse::{Fault, Operation};
-use common::images::Random;
-use common::load::figure;
-use common::oracle::{
+use testkit::client::{Client, Failed};
+use testkit::disk::{Disk, LIMIT, Plan, System};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::Random;
+use testkit::load::figure;
+use testkit::oracle::{
     Action, Improvement, SECTOR, Seen, Step, bad_events, bytes, expected, improvement, text_of,
 };
-use common::process::wait_until;
-use common::rows;
+use testkit::process::wait_until;
+use testkit::rows;
 
 const DISK_SECTORS: usize = 128;
 /// Where most happens, so that it happens together.

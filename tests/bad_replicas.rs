@@ -1,23 +1,21 @@
 //! Replicas that fail while they are added, removed or brought up to date: what the operator is
 //! told, and that the guest does not notice.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use common::client::Client;
-use common::disk::{Disk, Plan, System, node_name};
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::{are_identical, create_images};
-use common::monitor::Monitor;
-use common::peer::Peer;
-use common::process::wait_until;
 use quorum_blk::limits::drain_limit;
 use quorum_blk::replica::file::{self, OpenOptions};
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::disk::{Disk, Plan, System, node_name};
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::{are_identical, create_images};
+use testkit::monitor::Monitor;
+use testkit::peer::Peer;
+use testkit::process::wait_until;
 
 const MEBIBYTE: u64 = 1 << 20;
 const SIZE_BYTES: u64 = 32 * MEBIBYTE;

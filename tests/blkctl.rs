@@ -1,8 +1,6 @@
 //! `quorum-blkctl` as a process, with a real daemon and real images, in a pipe and on a terminal;
 //! and with servers that are none.
 
-mod common;
-
 use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -13,13 +11,13 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
-use common::client::Client;
-use common::daemon::{Daemon, replica_arguments};
-use common::images::{are_identical, corrupt_sectors, create_images};
-use common::process::{Process, wait_until};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::images::{are_identical, corrupt_sectors, create_images};
+use testkit::process::{Process, wait_until};
 
 const SIZE_BYTES: u64 = 64 << 20;
 const LIMIT: Duration = Duration::from_secs(30);

@@ -1,18 +1,16 @@
 //! The daemon as a process, real image files, and `blkio` as the client.
 
-mod common;
-
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::client::{Client, Failed, Request};
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::images::{Random, are_identical, corrupt_sectors, create_images, first_difference};
-use common::process::wait_until;
 use serde_json::Value;
 use tempfile::TempDir;
+use testkit::client::{Client, Failed, Request};
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::images::{Random, are_identical, corrupt_sectors, create_images, first_difference};
+use testkit::process::wait_until;
 
 const DISK_BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(10);
@@ -82,7 +80,7 @@ impl Setup {
 
 fn pattern(random: &mut Random, len: usize) -> Vec<u8> {
     (0..len / 8)
-        .flat_map(|_| random.next().to_le_bytes())
+        .flat_map(|_| random.number().to_le_bytes())
         .collect()
 }
 
@@ -400,7 +398,7 @@ fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
         let mut done = 0;
         while done < writes.len() {
             for byte in client.memory(0)[..32 * 65536].iter_mut().step_by(4096) {
-                *byte = random.next().to_le_bytes()[0];
+                *byte = random.number().to_le_bytes()[0];
             }
             done += client.poll(0, 0).len();
         }

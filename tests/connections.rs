@@ -1,8 +1,6 @@
 //! Several frontends at a time on one disk, as during a migration on one host, and in what order
 //! they come.
 
-mod common;
-
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,13 +8,13 @@ use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
 
-use common::client::{Client, Request};
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::{Random, are_identical, create_images};
-use common::process::wait_until;
 use quorum_blk::limits::CONNECTIONS_MAX;
 use serde_json::Value;
+use testkit::client::{Client, Request};
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::{Random, are_identical, create_images};
+use testkit::process::wait_until;
 
 const DISK_BYTES: u64 = 4 << 20;
 const LIMIT: Duration = Duration::from_secs(10);

@@ -1,20 +1,18 @@
 //! What the vote promises, shown with the daemon as a process, real files that hang, fail and lie,
 //! and `blkio` as the client: one test for each thing that was found wrong in another voted disk.
 
-mod common;
-
 use std::sync::{PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 use std::time::{Duration, Instant};
 
-use common::client::{Failed, Request};
-use common::disk::{Disk, LIMIT, Plan, System};
-use common::fuse::{Fault, Operation};
-use common::images::{BLOCK_BYTES, Random, are_identical};
-use common::load::{Kind, figure, one_by_one};
-use common::oracle::text_of_errno;
-use common::process::wait_until;
-use common::rows::{self, Raced, count};
 use serde_json::{Value, json};
+use testkit::client::{Failed, Request};
+use testkit::disk::{Disk, LIMIT, Plan, System};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::{BLOCK_BYTES, Random, are_identical};
+use testkit::load::{Kind, figure, one_by_one};
+use testkit::oracle::text_of_errno;
+use testkit::process::wait_until;
+use testkit::rows::{self, Raced, count};
 
 const EIO: i32 = libc::EIO;
 const ENOSPC: i32 = libc::ENOSPC;

@@ -1,8 +1,6 @@
 //! The daemon under a vhost-user frontend and a driver of our own: what QEMU's qtests ask of a
 //! vhost-user-blk device, what cloud-hypervisor does that QEMU does not, and what neither does.
 
-mod common;
-
 use std::fs;
 use std::io::Read;
 use std::net::Shutdown;
@@ -12,15 +10,15 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, replica_arguments};
-use common::frontend::{
+use tempfile::TempDir;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::frontend::{
     Completion, Cut, EVENT_IDX, INDIRECT_DESCRIPTORS, Layout, Plan, Queue, Range, Request, Segment,
     Style, Vmm, memfd, region,
 };
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::{Random, are_identical, create_images};
-use common::process::{Process, wait_until};
-use tempfile::TempDir;
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::{Random, are_identical, create_images};
+use testkit::process::{Process, wait_until};
 use vhost::vhost_user::message::{VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserInflight};
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -1079,7 +1077,7 @@ fn ignore<E>(_: Result<(), E>) {}
 
 /// Sends ring addresses of this process, changed.
 fn set_addresses(vmm: &mut Vmm, change: impl FnOnce(&mut [u64; 3])) {
-    let data = common::frontend::ring_data(vmm.memory(), &vmm.queues[0]);
+    let data = testkit::frontend::ring_data(vmm.memory(), &vmm.queues[0]);
     let mut addresses = [
         data.desc_table_addr,
         data.avail_ring_addr,
@@ -1097,7 +1095,7 @@ fn set_addresses(vmm: &mut Vmm, change: impl FnOnce(&mut [u64; 3])) {
 
 /// Where memory is in this process.
 fn host_memory(vmm: &Vmm) -> (u64, u64) {
-    let info = common::frontend::regions(vmm.memory())[0];
+    let info = testkit::frontend::regions(vmm.memory())[0];
     (info.userspace_addr, info.memory_size)
 }
 
@@ -1117,7 +1115,7 @@ fn table(vmm: &mut Vmm, regions: &[(u64, u64, u64, u64)]) {
 }
 
 fn remove_all_memory(vmm: &mut Vmm) {
-    for info in common::frontend::regions(vmm.memory()) {
+    for info in testkit::frontend::regions(vmm.memory()) {
         ignore(vmm.frontend().remove_mem_region(&info));
     }
     vmm.queues[0].submit(&Request::read(0, 4096), Layout::DIRECT);
@@ -1132,7 +1130,7 @@ fn memory_shorter_than_it_is_said_to_be() {
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
         vmm.queues[0].write_disk(0, &[1; 4096]);
-        let info = common::frontend::regions(vmm.memory())[0];
+        let info = testkit::frontend::regions(vmm.memory())[0];
         let short = memfd(4096);
         let info = VhostUserMemoryRegionInfo {
             mmap_handle: short.as_raw_fd(),

@@ -2,21 +2,19 @@
 //! and the events name what was corrupted and nothing else. Where three replicas differ, it gets an
 //! I/O error.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::{Guest, GuestBuilder};
-use common::images::{
+use serde_json::Value;
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::guest::{Guest, GuestBuilder};
+use testkit::images::{
     BLOCK_SECTORS, Random, SECTOR_BYTES, are_identical, corrupt_sectors, create_images,
 };
-use common::process::wait_until;
-use serde_json::Value;
+use testkit::process::wait_until;
 
 const IMAGE_BYTES: u64 = 64 << 20;
 const IMAGE_BLOCKS: u64 = IMAGE_BYTES / SECTOR_BYTES / BLOCK_SECTORS;

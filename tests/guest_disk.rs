@@ -2,8 +2,6 @@
 //! the same time, changes the cache mode, gives space back, and works with memory that it was given
 //! while it runs.
 
-mod common;
-
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileExt, MetadataExt};
@@ -12,13 +10,13 @@ use std::process::Command;
 use std::time::Duration;
 
 use blkio::Blkio;
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::{Guest, GuestBuilder};
-use common::images::{allocated_bytes, are_identical, create_images};
-use common::loop_device::LoopDevice;
-use common::monitor::Monitor;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::guest::{Guest, GuestBuilder};
+use testkit::images::{allocated_bytes, are_identical, create_images};
+use testkit::loop_device::LoopDevice;
+use testkit::monitor::Monitor;
 
 const IMAGE_BYTES: u64 = 64 << 20;
 

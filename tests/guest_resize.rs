@@ -1,14 +1,12 @@
 //! A Linux guest sees its disk grow while it runs, and uses the new part.
 
-mod common;
-
-use common::daemon::{Daemon, replica_arguments};
-use common::guest::GuestBuilder;
-use common::images::{are_identical, create_images};
-use common::monitor::Monitor;
-use common::process::wait_until;
 use serde_json::json;
 use std::time::Duration;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::guest::GuestBuilder;
+use testkit::images::{are_identical, create_images};
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
 
 const SIZE_BYTES: u64 = 64 << 20;
 const NEW_BYTES: u64 = 160 << 20;

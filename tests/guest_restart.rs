@@ -1,16 +1,14 @@
 //! A Linux guest does not notice that its daemon is killed, or replaced by another, while it works.
 //! QEMU connects again (`reconnect=1`) and hands over what was in flight.
 
-mod common;
-
 use std::fs;
 use std::time::Duration;
 
-use common::daemon::{Daemon, replica_arguments};
-use common::fuse::{FuseImage, Operation};
-use common::guest::{Guest, GuestBuilder};
-use common::images::{allocated_bytes, are_identical, create_images};
-use common::process::wait_until;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::fuse::{FuseImage, Operation};
+use testkit::guest::{Guest, GuestBuilder};
+use testkit::images::{allocated_bytes, are_identical, create_images};
+use testkit::process::wait_until;
 
 /// Time in which a guest that copies must have written something.
 const PROGRESS_LIMIT: Duration = Duration::from_secs(20);

@@ -3,18 +3,16 @@
 //! the disk is made larger. The guest checks everything that it reads, and sees nothing but right
 //! data; in the end all files are equal.
 
-mod common;
-
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::GuestBuilder;
-use common::guest_load::{expect_end, expect_progress};
-use common::images::{Random, are_identical, corrupt_sectors, create_images};
 use serde_json::Value;
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::guest::GuestBuilder;
+use testkit::guest_load::{expect_end, expect_progress};
+use testkit::images::{Random, are_identical, corrupt_sectors, create_images};
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 256 * MIB;
@@ -193,7 +191,7 @@ impl Operator {
 /// Writes random data to all images.
 fn fill(images: &[PathBuf], from: u64, bytes: u64, random: &mut Random) {
     let data: Vec<u8> = (0..bytes / 8)
-        .flat_map(|_| random.next().to_le_bytes())
+        .flat_map(|_| random.number().to_le_bytes())
         .collect();
     for image in images {
         let image = fs::OpenOptions::new().write(true).open(image);

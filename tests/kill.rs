@@ -4,8 +4,6 @@
 //!
 //! `QUORUM_BLK_SOAK_SECONDS` makes it longer (`make soak`).
 
-mod common;
-
 use std::collections::BTreeMap;
 use std::env;
 use std::fs;
@@ -17,14 +15,14 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::frontend::{Completion, Cut, LIMIT, Layout, Plan, Range, Request, Style, Vmm};
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::{BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, create_images};
-use common::load::{Model, Read, Write};
-use common::process::wait_until;
 use serde_json::Value;
 use tempfile::TempDir;
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::frontend::{Completion, Cut, LIMIT, Layout, Plan, Range, Request, Style, Vmm};
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::{BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, create_images};
+use testkit::load::{Model, Read, Write};
+use testkit::process::wait_until;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 /// How long each test goes on, in seconds, unless the environment says otherwise.

@@ -1,8 +1,6 @@
 //! docs/qmp.md shows what is really printed: its examples are one conversation, held here with a
 //! real daemon.
 
-mod common;
-
 use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt::Write as _;
@@ -11,12 +9,12 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
-use common::client::Client;
-use common::daemon::{Daemon, replica_arguments};
-use common::images::{corrupt_sectors, create_images};
-use common::monitor::Monitor;
-use common::process::wait_until;
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::images::{corrupt_sectors, create_images};
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
 
 const MANUAL: &str = include_str!("../docs/qmp.md");
 

@@ -4,22 +4,20 @@
 //! The replicas hang until as much is in flight as the guest or the daemon allows. That moment is
 //! the peak, and it can be computed.
 
-mod common;
-
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use common::client::{Client, Request};
-use common::daemon::{Daemon, replica_arguments};
-use common::fuse::{Fault, FuseImage, Healer, Operation};
-use common::process::wait_until;
 use quorum_blk::limits::{
     BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, FRAGMENT_BYTES_MAX, RANGES_MAX, REQUESTS_MAX,
 };
 use tempfile::TempDir;
+use testkit::client::{Client, Request};
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::fuse::{Fault, FuseImage, Healer, Operation};
+use testkit::process::wait_until;
 
 const KIB: u64 = 1 << 10;
 const MIB: u64 = 1 << 20;

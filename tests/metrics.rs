@@ -1,7 +1,5 @@
 //! The metrics as Prometheus gets them.
 
-mod common;
-
 use std::collections::HashMap;
 use std::ffi::OsString;
 use std::fs;
@@ -10,12 +8,12 @@ use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use common::client::Client;
-use common::clients::client_program;
-use common::daemon::{Daemon, replica_arguments};
-use common::images::{corrupt_sectors, create_images};
-use common::process::{Process, wait_until};
 use quorum_blk::limits::{METRICS_CONNECTIONS_MAX, METRICS_LIMIT};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::images::{corrupt_sectors, create_images};
+use testkit::process::{Process, wait_until};
+use testkit::programs::client_program;
 
 /// Generous: nothing here is a measurement.
 const LIMIT: Duration = Duration::from_secs(30);

@@ -2,22 +2,20 @@
 //! served by one daemon. Nothing that the guest or the daemon wrote is lost, and a migration that
 //! is cancelled or fails leaves no trace.
 
-mod common;
-
 use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::guest::{Guest, GuestBuilder};
-use common::guest_load::{expect_end, expect_progress};
-use common::images::{Random, are_identical, create_images};
-use common::monitor::Monitor;
-use common::process::wait_until;
 use serde_json::{Value, json};
 use sha2::{Digest as _, Sha256};
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::guest::{Guest, GuestBuilder};
+use testkit::guest_load::{expect_end, expect_progress};
+use testkit::images::{Random, are_identical, create_images};
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 64 * MIB;
@@ -171,7 +169,7 @@ fn fill(images: &[PathBuf]) -> [String; 2] {
     let mut random = Random::from_environment();
     [(READ_FROM, READ_BYTES), (CACHED_FROM, CACHED_BYTES)].map(|(from, bytes)| {
         let data: Vec<u8> = (0..bytes / 8)
-            .flat_map(|_| random.next().to_le_bytes())
+            .flat_map(|_| random.number().to_le_bytes())
             .collect();
         for image in images {
             let image = fs::OpenOptions::new().write(true).open(image);

@@ -1,8 +1,6 @@
 //! A disk is mended over the monitor while its guest works: a replica is added and another removed,
 //! damage is scrubbed.
 
-mod common;
-
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -10,12 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use common::client::Client;
-use common::disk::{Disk, Plan, System, node_name};
-use common::images::{Random, are_identical, corrupt_sectors, data_ranges};
-use common::monitor::Monitor;
-use common::process::wait_until;
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::disk::{Disk, Plan, System, node_name};
+use testkit::images::{Random, are_identical, corrupt_sectors, data_ranges};
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
 
 const BLOCK_BYTES: usize = 4096;
 const SIZE_BYTES: u64 = 64 << 20;

@@ -4,20 +4,18 @@
 //! Between them things happen, where the page has a comment `replay`. Times are not compared, nor
 //! how far a job was when it was looked at.
 
-mod common;
-
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::client::Client;
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::corrupt_sectors;
-use common::monitor::Monitor;
-use common::process::{Process, wait_until};
 use serde_json::json;
+use testkit::client::Client;
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::corrupt_sectors;
+use testkit::monitor::Monitor;
+use testkit::process::{Process, wait_until};
 
 const PAGE: &str = include_str!("../docs/operating.md");
 const SIZE_BYTES: u64 = 64 << 20;

@@ -1,7 +1,9 @@
 //! The monitor as its clients see it: the QEMU project's own, several at once, and those that
 //! behave badly.
 
-mod common;
+#[path = "operator/recorder.rs"]
+#[allow(dead_code, unreachable_pub)]
+mod operator;
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -15,13 +17,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::client::Client;
-use common::clients::client_program;
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::images::{corrupt_sectors, create_images};
-use common::monitor::Monitor;
-use common::operator::Recorder;
-use common::process::{Process, wait_until};
+use operator::Recorder;
 use quorum_blk::common::operation::OperationType;
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
@@ -31,6 +27,12 @@ use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{Listener, bind_unix_listener};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::images::{corrupt_sectors, create_images};
+use testkit::monitor::Monitor;
+use testkit::process::{Process, wait_until};
+use testkit::programs::client_program;
 
 /// Generous: nothing here is a measurement.
 const LIMIT: Duration = Duration::from_secs(30);

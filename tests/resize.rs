@@ -1,7 +1,5 @@
 //! A disk grows under its guest: all replicas or none, and the guest hears of it.
 
-mod common;
-
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
 use std::os::fd::OwnedFd;
@@ -10,15 +8,15 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use common::daemon::{Daemon, replica_arguments};
-use common::frontend::{Cut, Layout, Plan, Request, Vmm};
-use common::fuse::{Fault, FuseImage, Operation};
-use common::images::{are_identical, create_images};
-use common::loop_device::LoopDevice;
-use common::monitor::Monitor;
-use common::process::wait_until;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::frontend::{Cut, Layout, Plan, Request, Vmm};
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::{are_identical, create_images};
+use testkit::loop_device::LoopDevice;
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
 use vhost::vhost_user::{VhostUserFrontend, VhostUserProtocolFeatures};
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 

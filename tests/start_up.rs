@@ -3,8 +3,6 @@
 //!
 //! Needs `qemu-storage-daemon` (Debian: qemu-system-common) and, for a replica that is slow, FUSE.
 
-mod common;
-
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io;
@@ -18,12 +16,12 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use common::client::{Client, Request};
-use common::daemon::{Daemon, replica_arguments};
-use common::images::{are_identical, create_images};
-use common::process::{Process, wait_until};
 use quorum_blk::replica::image_lock::{self, Access, Locking};
 use tempfile::TempDir;
+use testkit::client::{Client, Request};
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::images::{are_identical, create_images};
+use testkit::process::{Process, wait_until};
 
 const DISK_BYTES: u64 = 1 << 20;
 const LIMIT: Duration = Duration::from_secs(10);

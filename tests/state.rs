@@ -1,15 +1,13 @@
 //! What an operator sees of a disk is what happened to it.
 
-mod common;
-
 use std::time::Duration;
 
-use common::client::Client;
-use common::disk::{Disk, LIMIT, Plan, System, node_name};
-use common::fuse::{Fault, Operation};
-use common::images::corrupt_sectors;
-use common::process::wait_until;
 use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::disk::{Disk, LIMIT, Plan, System, node_name};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::corrupt_sectors;
+use testkit::process::wait_until;
 
 const BLOCK_BYTES: usize = 4096;
 const BLOCK: u64 = BLOCK_BYTES as u64;

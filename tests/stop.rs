@@ -1,17 +1,15 @@
 //! A stop waits for replicas that hang, but not for ever, and an image that an old write may still
 //! land on is not given to anybody else.
 
-mod common;
-
 use std::ffi::OsString;
 use std::time::{Duration, Instant};
 
-use common::client::{Client, Failed, Request};
-use common::daemon::{Daemon, replica_arguments};
-use common::fuse::{Fault, FuseImage, Healer, Operation};
-use common::images::create_images;
-use common::process::wait_until;
 use tempfile::TempDir;
+use testkit::client::{Client, Failed, Request};
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::fuse::{Fault, FuseImage, Healer, Operation};
+use testkit::images::create_images;
+use testkit::process::wait_until;
 
 /// Replicas that nobody needs are left behind after so long.
 const REPLICA_TIMEOUT: Duration = Duration::from_millis(200);

@@ -1,8 +1,6 @@
 //! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real
 //! io_uring, the workers of the daemon within this process.
 
-mod common;
-
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
@@ -11,8 +9,6 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-use common::client::Client;
-use common::images::{are_identical, corrupt_sectors, create_images, data_ranges};
 use quorum_blk::admin::{Admin, Removed};
 use quorum_blk::common::{ReplicaIndex, SECTOR_BYTES};
 use quorum_blk::control::queue::EventQueue;
@@ -26,6 +22,8 @@ use quorum_blk::replica::file::{OpenOptions, ReplicaSource, open_all};
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Workers};
+use testkit::client::Client;
+use testkit::images::{are_identical, corrupt_sectors, create_images, data_ranges};
 
 const SIZE_BYTES: u64 = 64 << 20;
 const LIMIT: Duration = Duration::from_secs(60);

@@ -1,19 +1,17 @@
 //! Discard and write-zeroes leave the same bytes on every replica, whatever each can do natively
 //! (W4).
 
-mod common;
-
 use std::ffi::OsString;
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
 
-use common::client::{Client, Request};
-use common::daemon::{Daemon, EventReader, replica_arguments};
-use common::fuse::FuseImage;
-use common::images::{Random, allocated_bytes, are_identical, create_images};
-use common::loop_device::LoopDevice;
 use tempfile::TempDir;
+use testkit::client::{Client, Request};
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::fuse::FuseImage;
+use testkit::images::{Random, allocated_bytes, are_identical, create_images};
+use testkit::loop_device::LoopDevice;
 
 const DISK_BYTES: u64 = 24 << 20;
 
@@ -86,7 +84,7 @@ impl Kinds {
 
 fn fill(bytes: &mut [u8], random: &mut Random) {
     for word in bytes.chunks_exact_mut(8) {
-        word.copy_from_slice(&random.next().to_le_bytes());
+        word.copy_from_slice(&random.number().to_le_bytes());
     }
 }
 

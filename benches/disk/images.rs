@@ -8,10 +8,10 @@ use std::path::{Path, PathBuf};
 
 use tempfile::TempDir;
 
-use super::common::images::{are_identical, create_images};
 use super::interrupt::{self, Interrupted};
 use super::plan::Storage;
 use super::requests::WriteData;
+use testkit::images::{are_identical, create_images};
 
 /// Read at a time.
 const READ_BYTES: usize = 1 << 20;

@@ -9,8 +9,6 @@
 #![allow(unreachable_pub)]
 
 mod ceiling;
-#[path = "../../tests/common/mod.rs"]
-mod common;
 mod drive;
 mod guest;
 mod images;

@@ -5,7 +5,6 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use super::ceiling::Ceiling;
-use super::common::client::Client;
 use super::drive::{Latencies, drive, latencies};
 use super::guest::{GuestQueue, QUEUE_SIZE};
 use super::images::Images;
@@ -14,6 +13,7 @@ use super::plan::Row;
 use super::process_usage::{cpu, peak_memory_bytes};
 use super::requests::Requests;
 use super::systems::{Server, System};
+use testkit::client::Client;
 
 /// What came out.
 #[derive(Clone, Copy, Debug)]

@@ -1,7 +1,7 @@
 //! The requests of a load, from a seeded generator: the same for every system.
 
-use super::common::images::Random;
 use super::plan::{Access, IMAGE_BYTES, Row};
+use testkit::images::Random;
 
 /// Bytes of write data that are made unique.
 const BLOCK_BYTES: usize = 4096;
@@ -116,14 +116,14 @@ impl WriteData {
     /// Fills `memory`.
     pub fn fill(&mut self, memory: &mut [u8]) {
         for word in memory.chunks_exact_mut(8) {
-            word.copy_from_slice(&self.0.next().to_le_bytes());
+            word.copy_from_slice(&self.0.number().to_le_bytes());
         }
     }
 
     /// Makes `memory`, which was filled, new before it is written once more.
     pub fn renew(&mut self, memory: &mut [u8]) {
         for block in memory.chunks_mut(BLOCK_BYTES) {
-            block[..8].copy_from_slice(&self.0.next().to_le_bytes());
+            block[..8].copy_from_slice(&self.0.number().to_le_bytes());
         }
     }
 }

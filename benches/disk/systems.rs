@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::common::daemon::{Daemon, EventReader, replica_arguments};
-use super::common::disk::Plan;
-use super::common::peer::Peer;
 use super::guest::QUEUE_SIZE;
 use super::plan::{ReadPattern, Row, Storage};
+use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::disk::Plan;
+use testkit::peer::Peer;
 
 /// Who does the requests.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

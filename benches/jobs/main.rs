@@ -11,8 +11,6 @@
 // Of what is shared, only a part is used; and what is public here is so within this program.
 #![allow(unreachable_pub, dead_code)]
 
-#[path = "../../tests/common/mod.rs"]
-mod common;
 #[path = "../disk/plan.rs"]
 mod disk_plan;
 #[path = "../disk/drive.rs"]

@@ -6,9 +6,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use super::common::client::Client;
-use super::common::daemon::{Daemon, replica_arguments};
-use super::common::monitor::Monitor;
 use super::disk_plan::Storage;
 use super::drive::drive;
 use super::guest::{GuestQueue, QUEUE_SIZE};
@@ -16,6 +13,9 @@ use super::images::Images;
 use super::interrupt::{self, Interrupted};
 use super::requests::Requests;
 use super::rows::{DISK_BYTES, JobKind, Row};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::monitor::Monitor;
 
 /// Of the disk.
 pub const REPLICAS: usize = 3;

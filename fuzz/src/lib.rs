@@ -8,7 +8,7 @@ pub mod device;
 pub mod message;
 pub mod monitor;
 pub mod naive;
-#[path = "../../tests/common/operator.rs"]
+#[path = "../../tests/operator/recorder.rs"]
 pub mod operator;
 pub mod request;
 pub mod script;

@@ -6,7 +6,7 @@ use serde_json::json;
 use self::operator::{Asked, Recorder};
 use super::*;
 
-#[path = "../../../../tests/common/operator.rs"]
+#[path = "../../../../tests/operator/recorder.rs"]
 #[allow(dead_code, unreachable_pub)]
 mod operator;
 

@@ -15,8 +15,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
-use super::monitor::Monitor;
-use super::process::{Process, wait_until};
+use crate::monitor::Monitor;
+use crate::process::{Process, wait_until};
+use crate::programs;
 
 /// Time in which the guest must have booted. It takes 6 s on an idle machine.
 const BOOT_LIMIT: Duration = Duration::from_secs(90);
@@ -415,9 +416,7 @@ impl Drop for Guest {
 
 /// Where `tests/guest/prepare.sh` puts the parts of the guest.
 fn parts_directory() -> PathBuf {
-    let temporary = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let target = temporary.parent().expect("a directory inside of target/");
-    target.join("guest")
+    programs::target_directory().join("guest")
 }
 
 /// Waits for QEMU to connect.

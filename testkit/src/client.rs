@@ -24,25 +24,43 @@ pub struct Client {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Failed(pub i32);
 
-/// A request to be sent together with others.
+/// A request of a batch ([`Client::send`]). Its number in the batch is its index.
 #[derive(Clone, Copy, Debug)]
 pub enum Request {
-    /// Read `len` bytes at byte `offset` of the disk into byte `memory` of the queue's memory.
+    /// Read from the disk into the memory of the queue.
     Read {
+        /// First byte on the disk.
         offset: u64,
+        /// First byte in the memory of the queue.
         memory: usize,
+        /// Length in bytes.
         len: usize,
     },
-    /// Write them from there.
+    /// Write from the memory of the queue to the disk.
     Write {
+        /// First byte on the disk.
         offset: u64,
+        /// First byte in the memory of the queue.
         memory: usize,
+        /// Length in bytes.
         len: usize,
     },
-    /// Discard `len` bytes at byte `offset` of the disk.
-    Discard { offset: u64, len: u64 },
-    /// Write zeroes there; `unmap`: the space may be given back.
-    WriteZeroes { offset: u64, len: u64, unmap: bool },
+    /// Discard a range of the disk.
+    Discard {
+        /// First byte on the disk.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Write zeroes to a range of the disk.
+    WriteZeroes {
+        /// First byte on the disk.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The device may deallocate the range.
+        unmap: bool,
+    },
     /// Flush.
     Flush,
 }

@@ -13,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::process::{Process, wait_until};
+use crate::process::{Process, wait_until};
+use crate::programs;
 
 /// Time in which a daemon must be ready, or gone after a signal.
 const LIMIT: Duration = Duration::from_secs(10);
@@ -99,7 +100,7 @@ impl Daemon {
     }
 
     fn command() -> Command {
-        Command::new(env!("CARGO_BIN_EXE_quorum-blkd"))
+        programs::command(programs::DAEMON)
     }
 
     /// The socket for the frontend.

@@ -28,7 +28,7 @@ use fuser::{
     WriteFlags,
 };
 
-use super::process::wait_until;
+use crate::process::wait_until;
 
 const FILE_NAME: &str = "image";
 const FILE_INODE: INodeNo = INodeNo(2);

@@ -37,7 +37,7 @@ use vm_memory::{
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::process::wait_until;
+use crate::process::wait_until;
 
 /// Time in which a daemon must have answered something.
 pub const LIMIT: Duration = Duration::from_secs(20);

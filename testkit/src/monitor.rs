@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
-use super::process::wait_until;
+use crate::process::wait_until;
 
 /// Time in which a monitor must answer. QEMU answers nobody while it waits for a vhost-user
 /// backend.

@@ -2,7 +2,7 @@
 //! has done so in a file, `/tmp/writes` and `/tmp/reads`, what it found wrong in `/tmp/writer` and
 //! `/tmp/reader`, and `-ended` after that name when it was told to stop by `/tmp/stop`.
 
-use super::guest::Guest;
+use crate::guest::Guest;
 
 /// Waits until both have begun and ended a round.
 const WAIT_FOR_PROGRESS: &str = "for what in writes reads; do \

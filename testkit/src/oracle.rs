@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 
-use super::disk::{Plan, node_name};
+use crate::disk::{Plan, node_name};
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;

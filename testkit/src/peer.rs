@@ -11,9 +11,9 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use super::daemon::EventReader;
-use super::disk::{Plan, node_name};
-use super::process::{Process, wait_until};
+use crate::daemon::EventReader;
+use crate::disk::{Plan, node_name};
+use crate::process::{Process, wait_until};
 
 const PROGRAM: &str = "qemu-storage-daemon";
 const LIMIT: Duration = Duration::from_secs(10);

@@ -6,8 +6,8 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::client::{Client, Failed, Request};
-use super::images::{BLOCK_BYTES, BLOCK_SECTORS, Random};
+use crate::client::{Client, Failed, Request};
+use crate::images::{BLOCK_BYTES, BLOCK_SECTORS, Random};
 
 const SECTOR: usize = 512;
 const BLOCK: usize = 4096;

@@ -8,13 +8,13 @@ use std::time::Duration;
 use serde_json::Value;
 use tempfile::TempDir;
 
-use super::client::Client;
-use super::daemon::{Daemon, EventReader};
-use super::fuse::{FuseImage, Healer};
-use super::images::create_images;
-use super::monitor::Monitor;
-use super::peer::Peer;
-use super::process::wait_until;
+use crate::client::Client;
+use crate::daemon::{Daemon, EventReader};
+use crate::fuse::{FuseImage, Healer};
+use crate::images::create_images;
+use crate::monitor::Monitor;
+use crate::peer::Peer;
+use crate::process::wait_until;
 
 /// Time in which something that should happen must have happened.
 pub const LIMIT: Duration = Duration::from_secs(10);

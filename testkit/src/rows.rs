@@ -6,11 +6,11 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::client::{Client, Failed};
-use super::disk::{Disk, Plan, System};
-use super::fuse::{Fault, Operation};
-use super::images::{BLOCK_BYTES, Random, corrupt_sectors};
-use super::load::{
+use crate::client::{Client, Failed};
+use crate::disk::{Disk, Plan, System};
+use crate::fuse::{Fault, Operation};
+use crate::images::{BLOCK_BYTES, Random, corrupt_sectors};
+use crate::load::{
     Kind, Latencies, Model, Outcome, bytes_that_differ, one_by_one, race,
     write_from_changing_memory,
 };
