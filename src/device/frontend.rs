@@ -7,6 +7,7 @@
 //! Invariants: a ring that is stopped, disabled or lost with its connection is drained before the
 //! frontend is answered, so guest memory is not touched afterwards. That takes no longer than
 //! [`drain_limit`](crate::limits::drain_limit): then what is in flight is abandoned.
+//! A message that changes guest memory is answered when no worker uses the old map any more.
 
 use std::fs::File;
 use std::io;
@@ -189,6 +190,16 @@ impl Frontend {
         }
     }
 
+    /// Replaces guest memory and waits until every worker serves its virtqueues from the new map.
+    ///
+    /// A worker looks up the map before it looks for a new chain. Without the wait, a chain that
+    /// the driver makes available after the reply could meet the old map: it would fail in a region
+    /// that was just added, or reach one that the frontend has unmapped.
+    fn change_memory(&self, memory: GuestMemory) {
+        self.replace_memory(memory);
+        self.refresh_all();
+    }
+
     /// Switches between writes that are durable when they are answered and those that a flush makes
     /// so. No request is in flight meanwhile, so that each is of the one kind or of the other.
     fn set_writeback(&self, writeback: bool) -> Result<()> {
@@ -339,8 +350,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         mapped.sort_by_key(GuestMemoryRegion::start_addr);
         let memory = GuestMemory::from_regions(mapped).map_err(failed)?;
         self.log.admit(&memory).map_err(failed)?;
-        self.replace_memory(memory);
         self.mappings = mappings;
+        self.change_memory(memory);
         Ok(None)
     }
 
@@ -550,8 +561,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             .insert_region(Arc::new(memory))
             .map_err(failed)?;
         self.log.admit(&with_it).map_err(failed)?;
-        self.replace_memory(with_it);
         self.mappings.push(mapping);
+        self.change_memory(with_it);
         Ok(None)
     }
 
@@ -562,9 +573,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
             .memory()
             .remove_region(address, region.memory_size);
         let (without_it, _) = removed.map_err(failed)?;
-        self.replace_memory(without_it);
         self.mappings
             .retain(|mapping| mapping.guest_address != region.guest_phys_addr);
+        self.change_memory(without_it);
         Ok(())
     }
 

@@ -303,24 +303,19 @@ impl Machine {
                     mapping.offset,
                 );
                 let file = shared_file(mapping.file);
-                if self
-                    .send(|frontend| frontend.add_mem_region(&region, file, None))
-                    .is_some()
-                {
-                    with_world(|world| world.files.table.push(mapping));
-                }
+                let mut table = with_world(|world| world.files.table.clone());
+                table.push(mapping);
+                self.change_memory(table, |frontend| {
+                    frontend.add_mem_region(&region, file, None).map(drop)
+                });
             }
             _ => {
                 let mapping = mapping(choice(script));
                 let region =
                     VhostUserSingleMemoryRegion::new(mapping.guest_address, mapping.bytes, 0, 0);
-                if self
-                    .send(|frontend| frontend.remove_mem_region(&region))
-                    .is_some()
-                {
-                    let stays = |other: &Mapping| other.guest_address != mapping.guest_address;
-                    with_world(|world| world.files.table.retain(stays));
-                }
+                let mut table = with_world(|world| world.files.table.clone());
+                table.retain(|other| other.guest_address != mapping.guest_address);
+                self.change_memory(table, |frontend| frontend.remove_mem_region(&region));
             }
         }
     }
@@ -340,12 +335,25 @@ impl Machine {
             .iter()
             .map(|mapping| shared_file(mapping.file))
             .collect();
-        if self
-            .send(|frontend| frontend.set_mem_table(&regions, files, None))
-            .is_some()
-        {
-            with_world(|world| world.files.table = mappings);
-        }
+        self.change_memory(mappings, |frontend| {
+            frontend.set_mem_table(&regions, files, None).map(drop)
+        });
+    }
+
+    /// Sends a message after which guest memory is `table`, unless it fails. The device replaces
+    /// the memory before it refreshes the rings.
+    fn change_memory(
+        &mut self,
+        table: Vec<Mapping>,
+        message: impl FnOnce(&mut Frontend) -> Result<()>,
+    ) {
+        with_world(|world| world.next_table = Some(table));
+        self.send(|frontend| {
+            let result = message(frontend);
+            let refreshed = with_world(|world| world.next_table.take().is_none());
+            assert_eq!(refreshed, result.is_ok(), "the rings know the new memory");
+            result
+        });
     }
 
     fn set_region(&mut self, step: Step, script: &mut Script<'_>) {

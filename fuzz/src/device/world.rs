@@ -13,7 +13,7 @@ use quorum_blk::engine::{Failed, GuestRequest, Tag};
 use quorum_blk::limits::{FRAGMENT_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
 
 use super::super::naive::Memory;
-use super::memory::Files;
+use super::memory::{Files, Mapping};
 use super::model::{Call, Ring};
 
 /// Pieces that the engine works on at a time.
@@ -27,6 +27,8 @@ const _: () = assert!(DISK.len() as u64 == FRAGMENT_BYTES_MAX);
 /// See the module.
 pub struct World {
     pub(super) files: Files,
+    /// The memory table that the message in progress sets; it applies from the next refresh on.
+    pub(super) next_table: Option<Vec<Mapping>>,
     pub(super) slot: ConnectionSlot,
     pub(super) pending: Vec<(Tag, GuestRequest)>,
     /// How many pieces are answered while a ring drains, before what is left is abandoned.
@@ -52,6 +54,7 @@ impl World {
         let guest = guest(&info, &slot);
         Self {
             files: Files::new(),
+            next_table: None,
             pending: Vec::new(),
             patience: usize::MAX,
             flushes: true,
@@ -142,6 +145,9 @@ impl World {
     /// Serves rings according to their state, as a worker does: what is stopped drains, or is
     /// abandoned.
     pub(super) fn refresh(&mut self, rings: Vec<(u16, Option<QueueRegion>)>) {
+        if let Some(table) = self.next_table.take() {
+            self.files.table = table;
+        }
         let durable = self.slot.choices.durable_writes();
         let mut draining = Vec::new();
         for (queue, region) in rings {

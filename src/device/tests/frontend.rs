@@ -4,13 +4,15 @@ use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::sync::mpsc::sync_channel;
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
+use rustix::fs::{MemfdFlags, memfd_create};
 use vhost::vhost_user::VhostUserBackendReqHandlerMut;
-use vhost::vhost_user::message::VhostUserMemoryRegion;
-use vm_memory::GuestAddressSpace;
+use vhost::vhost_user::message::{VhostUserMemoryRegion, VhostUserSingleMemoryRegion};
+use vm_memory::{GuestAddressSpace, GuestMemoryRegion};
 
 use super::*;
 use crate::device::connection::{CacheMode, ConnectionSlot};
@@ -128,4 +130,81 @@ fn dev_zero_is_no_memory() {
                 .is_err()
         );
     }
+}
+
+/// Looks at guest memory the way a worker does: it keeps one map for a whole turn, and looks up the
+/// next one when the frontend asks for a refresh.
+struct Worker {
+    memory: GuestMemoryAtomic<GuestMemory>,
+    map: Arc<Mutex<GuestMemory>>,
+}
+
+impl Worker {
+    fn new(slot: &ConnectionSlot) -> Self {
+        Self {
+            memory: slot.memory.clone(),
+            map: Arc::new(Mutex::new(GuestMemory::clone(&slot.memory.memory()))),
+        }
+    }
+}
+
+impl RingServer for Worker {
+    fn flush(&self) -> bool {
+        true
+    }
+
+    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
+        if !rings.is_empty() {
+            *self.map.lock().unwrap() = GuestMemory::clone(&self.memory.memory());
+        }
+    }
+}
+
+/// A chain that the driver makes available after the reply never meets the old map: the file of a
+/// removed region has no user left, and an added region is there.
+#[test]
+fn workers_use_the_new_memory_map_before_the_frontend_is_answered() {
+    const BYTES: u64 = 0x1000;
+    let slot = ConnectionSlot::new(1, 64, CacheMode::default()).unwrap();
+    let worker = Worker::new(&slot);
+    let map = Arc::clone(&worker.map);
+    let mut frontend = Frontend::new(disk_info(), slot, Box::new(worker));
+    let file = || {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(BYTES).unwrap();
+        file
+    };
+    // Its name shows in /proc/self/maps as long as any map has the region.
+    let added = "quorum-blk-added-region";
+    let is_added_mapped = || {
+        std::fs::read_to_string("/proc/self/maps")
+            .unwrap()
+            .contains(added)
+    };
+    let memfd = File::from(memfd_create(added, MemfdFlags::CLOEXEC).unwrap());
+    memfd.set_len(BYTES).unwrap();
+    let addresses = || {
+        let map = map.lock().unwrap();
+        let regions = map.iter().map(|region| region.start_addr().0);
+        regions.collect::<Vec<_>>()
+    };
+    let region = |address| VhostUserMemoryRegion::new(address, BYTES, address, 0);
+    let single = |address| VhostUserSingleMemoryRegion::new(address, BYTES, address, 0);
+
+    frontend
+        .set_mem_table(&[region(0)], vec![file()], None)
+        .unwrap();
+    assert_eq!(addresses(), [0]);
+    frontend
+        .add_mem_region(&single(0x10_0000), memfd, None)
+        .unwrap();
+    assert_eq!(addresses(), [0, 0x10_0000]);
+    assert!(is_added_mapped());
+    frontend.remove_mem_region(&single(0x10_0000)).unwrap();
+    assert_eq!(addresses(), [0]);
+    assert!(!is_added_mapped(), "a removed region is unmapped");
+    frontend
+        .set_mem_table(&[region(0x20_0000)], vec![file()], None)
+        .unwrap();
+    assert_eq!(addresses(), [0x20_0000]);
 }
