@@ -178,7 +178,7 @@ fn damage_is_found_shown_and_mended() {
     assert_eq!(reply["bucket-bytes"], 65536);
     assert_eq!(reply["replicas"][1]["buckets"][0]["offset"], 48 << 20);
     assert_eq!(
-        reply["replicas"][1]["damaged"],
+        reply["replicas"][1]["corrupt"],
         json!([{ "sector-num": 98304, "sector-count": 2 }])
     );
     assert_eq!(line.find('#'), Some(clean.len() * 3 / 4), "{map}");

@@ -108,7 +108,7 @@ fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
     let mut monitor = Monitor::connect(&directory.join("qmp.sock"));
     let is_quiet = wait_until(LIMIT, || {
         let state = monitor.execute("query-quorum", json!({}));
-        let mended = state["replicas"][1]["mended-sectors"] == 1;
+        let mended = state["replicas"][1]["repaired-sectors"] == 1;
         let operations = state["replicas"]
             .as_array()
             .unwrap()

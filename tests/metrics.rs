@@ -96,8 +96,8 @@ fn metrics_are_what_happened_and_well_formed() {
     let came = wait_until(LIMIT, || {
         text = served.scrape();
         let values = values(&text);
-        values[r#"quorum_blk_replica_mended_sectors_total{replica="1.raw"}"#] >= 2.0
-            && values[r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#] == 0.0
+        values[r#"quorum_blk_replica_repaired_sectors_total{replica="1.raw"}"#] >= 2.0
+            && values[r#"quorum_blk_replica_corrupt_sectors{replica="1.raw"}"#] == 0.0
             && values[r#"quorum_blk_replica_operations_in_flight{replica="2.raw",type="read"}"#]
                 == 0.0
     });
@@ -119,18 +119,18 @@ fn metrics_are_what_happened_and_well_formed() {
             1.0,
         ),
         (r#"quorum_blk_requests_in_flight{type="write"}"#, 0.0),
-        ("quorum_blk_suspicions_total", 1.0),
+        ("quorum_blk_rereads_total", 1.0),
         (
-            r#"quorum_blk_replica_wrong_sectors_total{replica="1.raw"}"#,
+            r#"quorum_blk_replica_corrupt_sectors_found_total{replica="1.raw"}"#,
             2.0,
         ),
         (
-            r#"quorum_blk_replica_wrong_sectors_total{replica="0.raw"}"#,
+            r#"quorum_blk_replica_corrupt_sectors_found_total{replica="0.raw"}"#,
             0.0,
         ),
         (r#"quorum_blk_replica_stale_bytes{replica="0.raw"}"#, 0.0),
         (
-            r#"quorum_blk_replica_damaged_sectors{replica="1.raw"}"#,
+            r#"quorum_blk_replica_corrupt_sectors{replica="1.raw"}"#,
             0.0,
         ),
         ("quorum_blk_undecided_sectors", 0.0),
@@ -139,7 +139,7 @@ fn metrics_are_what_happened_and_well_formed() {
             1.0,
         ),
         (
-            r#"quorum_blk_replica_state{replica="0.raw",state="out"}"#,
+            r#"quorum_blk_replica_state{replica="0.raw",state="evicted"}"#,
             0.0,
         ),
         (

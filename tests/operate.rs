@@ -195,7 +195,7 @@ fn a_scrub_finds_and_mends_what_the_guest_never_reads() {
         wait_for_end(monitor, "quorum-scrub");
         replica(monitor, &node_name(1))
     });
-    assert_eq!(found["mended-sectors"], DAMAGED, "{found:#}");
+    assert_eq!(found["repaired-sectors"], DAMAGED, "{found:#}");
     disk.end();
     assert!(are_identical(&disk.images));
 }

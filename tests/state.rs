@@ -82,7 +82,10 @@ fn requests_and_operations_are_counted_and_timed() {
             (&json!("in-service"), &json!(0))
         );
         assert_eq!(
-            (&replica["wrong-sectors"], &replica["mended-sectors"]),
+            (
+                &replica["corrupt-sectors-found"],
+                &replica["repaired-sectors"]
+            ),
             (&json!(0), &json!(0))
         );
         let operations = &replica["operations"];
@@ -123,7 +126,7 @@ fn a_slow_replica_is_seen_to_be_slow() {
 }
 
 #[test]
-fn wrong_sectors_and_errors_are_counted_where_they_are() {
+fn corrupt_sectors_and_errors_are_counted_where_they_are() {
     let plan = Plan {
         faulty: vec![0],
         rewrite_corrupted: true,
@@ -134,13 +137,13 @@ fn wrong_sectors_and_errors_are_counted_where_they_are() {
     let mut client = disk.connect();
     client.read(0, 0, 4096).unwrap();
     let state = seen_when(&disk, |state| {
-        number(&state["replicas"][1]["mended-sectors"]) >= 2
+        number(&state["replicas"][1]["repaired-sectors"]) >= 2
     });
-    assert_eq!(state["suspicions"], 1);
-    assert_eq!(state["suspicions-dropped"], 0);
-    assert_eq!(state["replicas"][1]["wrong-sectors"], 2);
+    assert_eq!(state["confirmations"], 1);
+    assert_eq!(state["confirmations-without-fault"], 0);
+    assert_eq!(state["replicas"][1]["corrupt-sectors-found"], 2);
     // Mended by whole blocks of the image, which may be longer than a sector.
-    assert_eq!(state["replicas"][1]["unmended-sectors"], 0);
+    assert_eq!(state["replicas"][1]["repair-failed-sectors"], 0);
 
     disk.faulty(0)
         .inject(Operation::Read, Fault::Fail(libc::EIO));
@@ -201,10 +204,10 @@ fn a_replica_that_leaves_and_comes_back() {
     assert_eq!(
         (
             &replica["state"],
-            &replica["departures"],
-            &replica["returns"]
+            &replica["evictions"],
+            &replica["rejoins"]
         ),
-        (&json!("out"), &json!(1), &json!(0))
+        (&json!("evicted"), &json!(1), &json!(0))
     );
     assert_eq!(replica["operations"]["write"]["in-flight"], 1);
     assert_eq!(number(&replica["stale-bytes"]), BLOCK);
@@ -214,7 +217,7 @@ fn a_replica_that_leaves_and_comes_back() {
     });
     let replica = &state["replicas"][1];
     assert_eq!(
-        (&replica["departures"], &replica["returns"]),
+        (&replica["evictions"], &replica["rejoins"]),
         (&json!(1), &json!(1))
     );
     assert_eq!(number(&replica["resynced-sectors"]), BLOCK / 512);

@@ -37,13 +37,13 @@ enum Mark {
 
 impl Mark {
     fn of(bucket: &Bucket) -> Self {
-        if bucket.damaged_sectors > 0 {
+        if bucket.corrupt_sectors > 0 {
             Self::Damaged
         } else if bucket.stale_sectors > 0 {
             Self::Stale
         } else if bucket.errors > 0 {
             Self::Errors
-        } else if bucket.wrong_sectors > 0 {
+        } else if bucket.corrupt_sectors_found > 0 {
             Self::WasWrong
         } else {
             Self::Nothing
@@ -85,7 +85,7 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
         draw(context.out, &map, cells, context.terminal)?;
         list(context.out, &map)?;
     }
-    let is_good = |replica: &ReplicaMap| replica.damaged.is_empty() && replica.stale.is_empty();
+    let is_good = |replica: &ReplicaMap| replica.corrupt.is_empty() && replica.stale.is_empty();
     Ok(Outcome::of(
         map.failures.undecided.is_empty() && map.replicas.iter().all(is_good),
     ))
@@ -196,8 +196,8 @@ fn list(out: &mut dyn Write, map: &DiskMap) -> Result<(), Error> {
             out,
             &name,
             what,
-            &replica.damaged,
-            replica.damaged_truncated,
+            &replica.corrupt,
+            replica.corrupt_truncated,
         )?;
         list_ranges(out, &name, "stale", &replica.stale, replica.stale_truncated)?;
         list_counts(out, &name, &replica.buckets, map.bucket_bytes)?;
@@ -243,7 +243,7 @@ fn list_counts(
     buckets: &[Bucket],
     bucket_bytes: u64,
 ) -> Result<(), Error> {
-    let weight = |bucket: &Bucket| bucket.errors.saturating_add(bucket.wrong_sectors);
+    let weight = |bucket: &Bucket| bucket.errors.saturating_add(bucket.corrupt_sectors_found);
     let mut worst: Vec<&Bucket> = buckets.iter().filter(|bucket| weight(bucket) > 0).collect();
     let found = worst.len();
     worst.sort_by_key(|bucket| std::cmp::Reverse(weight(bucket)));
@@ -254,11 +254,11 @@ fn list_counts(
         if bucket.errors > 0 {
             parts.push(counted(bucket.errors, "error"));
         }
-        if bucket.wrong_sectors > 0 {
-            let wrong = counted(bucket.wrong_sectors, "wrong sector");
+        if bucket.corrupt_sectors_found > 0 {
+            let wrong = counted(bucket.corrupt_sectors_found, "wrong sector");
             parts.push(format!(
                 "{wrong} found and {} mended",
-                bucket.mended_sectors
+                bucket.repaired_sectors
             ));
         }
         writeln!(
@@ -287,8 +287,8 @@ mod tests {
 
     fn bucket(offset: u64, figures: [u64; 5]) -> serde_json::Value {
         let [wrong, mended, errors, damaged, stale] = figures;
-        json!({ "offset": offset, "wrong-sectors": wrong, "mended-sectors": mended, "errors": errors,
-                "damaged-sectors": damaged, "stale-sectors": stale })
+        json!({ "offset": offset, "corrupt-sectors-found": wrong, "repaired-sectors": mended, "errors": errors,
+                "corrupt-sectors": damaged, "stale-sectors": stale })
     }
 
     fn map() -> DiskMap {
@@ -299,14 +299,14 @@ mod tests {
                 "undecided": [{ "sector-num": 8 * 2048, "sector-count": 2 }],
             },
             "replicas": [
-                { "node-name": "a", "buckets": [], "damaged": [], "stale": [] },
+                { "node-name": "a", "buckets": [], "corrupt": [], "stale": [] },
                 {
                     "node-name": "b\x1b",
                     "buckets": [
                         bucket(0, [3, 1, 0, 2, 0]), bucket(MIB, [2, 2, 0, 0, 0]), bucket(4 * MIB, [0, 0, 7, 0, 0]),
                         bucket(9 * MIB, [0, 0, 0, 0, 2048]), bucket(99 * MIB, [1, 0, 0, 1, 0]),
                     ],
-                    "damaged": [{ "sector-num": 7, "sector-count": 2 }], "damaged-truncated": true,
+                    "corrupt": [{ "sector-num": 7, "sector-count": 2 }], "corrupt-truncated": true,
                     "stale": [{ "sector-num": 9 * 2048, "sector-count": 2048 }],
                 },
             ],

@@ -142,7 +142,7 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
     let mut text = format!("{what} {how}, {} of {}", size(end.offset), size(end.len));
     if end.r#type != "quorum-resync" {
         let (found, written) = (
-            counted(end.sectors_found, "bad sector"),
+            counted(end.corrupt_sectors_found, "bad sector"),
             end.sectors_written,
         );
         text += &format!("; {found} found, {written} written");

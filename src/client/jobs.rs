@@ -91,7 +91,7 @@ pub(super) fn write_table(
             )),
             plain(size(job.total_progress)),
             plain(limit),
-            plain(job.sectors_found.to_string()),
+            plain(job.corrupt_sectors_found.to_string()),
             plain(job.sectors_written.to_string()),
             (
                 error,

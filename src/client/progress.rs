@@ -129,7 +129,7 @@ mod tests {
             error: None,
             node_name: Some("b\x1b".into()),
             speed: 0,
-            sectors_found: 0,
+            corrupt_sectors_found: 0,
             sectors_written: 0,
         }
     }

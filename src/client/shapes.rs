@@ -26,9 +26,9 @@ pub(super) struct Replica {
     pub(super) file: String,
     pub(super) state: String,
     pub(super) stale_bytes: u64,
-    pub(super) wrong_sectors: u64,
-    pub(super) mended_sectors: u64,
-    pub(super) damaged_sectors: u64,
+    pub(super) corrupt_sectors_found: u64,
+    pub(super) repaired_sectors: u64,
+    pub(super) corrupt_sectors: u64,
     pub(super) operations: ByOperation<Operations>,
 }
 
@@ -76,7 +76,7 @@ pub(super) struct Job {
     #[serde(default)]
     pub(super) speed: u64,
     #[serde(default)]
-    pub(super) sectors_found: u64,
+    pub(super) corrupt_sectors_found: u64,
     #[serde(default)]
     pub(super) sectors_written: u64,
 }
@@ -94,7 +94,7 @@ pub(super) struct JobEnd {
     pub(super) error: Option<String>,
     pub(super) node_name: Option<String>,
     #[serde(default)]
-    pub(super) sectors_found: u64,
+    pub(super) corrupt_sectors_found: u64,
     #[serde(default)]
     pub(super) sectors_written: u64,
 }
@@ -136,9 +136,9 @@ pub(super) struct FailureBucket {
 pub(super) struct ReplicaMap {
     pub(super) node_name: String,
     pub(super) buckets: Vec<Bucket>,
-    pub(super) damaged: Vec<Range>,
+    pub(super) corrupt: Vec<Range>,
     #[serde(default)]
-    pub(super) damaged_truncated: bool,
+    pub(super) corrupt_truncated: bool,
     pub(super) stale: Vec<Range>,
     #[serde(default)]
     pub(super) stale_truncated: bool,
@@ -148,10 +148,10 @@ pub(super) struct ReplicaMap {
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Bucket {
     pub(super) offset: u64,
-    pub(super) wrong_sectors: u64,
-    pub(super) mended_sectors: u64,
+    pub(super) corrupt_sectors_found: u64,
+    pub(super) repaired_sectors: u64,
     pub(super) errors: u64,
-    pub(super) damaged_sectors: u64,
+    pub(super) corrupt_sectors: u64,
     pub(super) stale_sectors: u64,
 }
 

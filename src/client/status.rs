@@ -46,7 +46,7 @@ impl Health {
 }
 
 fn is_good(replica: &Replica) -> bool {
-    replica.state == "in-service" && replica.stale_bytes == 0 && replica.damaged_sectors == 0
+    replica.state == "in-service" && replica.stale_bytes == 0 && replica.corrupt_sectors == 0
 }
 
 pub(super) fn run(
@@ -151,7 +151,7 @@ fn reasons(disk: &Disk) -> Vec<(Style, String)> {
     }
     for replica in disk.replicas.iter().filter(|replica| !is_good(replica)) {
         let name = clean(&replica.node_name);
-        if replica.state == "out" {
+        if replica.state == "evicted" {
             reasons.push((
                 Style::Bad,
                 format!("{name} does not answer, and is done without"),
@@ -161,8 +161,8 @@ fn reasons(disk: &Disk) -> Vec<(Style, String)> {
             let what = size(replica.stale_bytes);
             reasons.push((Style::Warning, format!("{name} is behind by {what}")));
         }
-        if replica.damaged_sectors > 0 {
-            let what = counted(replica.damaged_sectors, "sector");
+        if replica.corrupt_sectors > 0 {
+            let what = counted(replica.corrupt_sectors, "sector");
             reasons.push((
                 Style::Bad,
                 format!("{name} is wrong in {what} that nobody has mended"),
@@ -241,9 +241,9 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
             plain(clean(&replica.node_name)),
             (clean(&replica.state), state),
             stale,
-            count(replica.wrong_sectors, Style::Warning),
-            count(replica.mended_sectors, Style::Good),
-            count(replica.damaged_sectors, Style::Bad),
+            count(replica.corrupt_sectors_found, Style::Warning),
+            count(replica.repaired_sectors, Style::Good),
+            count(replica.corrupt_sectors, Style::Bad),
             (errors, if has_errors { Style::Bad } else { Style::Plain }),
             p99(&operations.read),
             p99(&operations.write),
@@ -281,7 +281,7 @@ mod tests {
         let replica = |name: &str, state: &str, stale: u64, damaged: u64| {
             json!({
                 "node-name": name, "file": format!("/images/{name}"), "state": state, "stale-bytes": stale,
-                "wrong-sectors": damaged, "mended-sectors": 0, "damaged-sectors": damaged, "new-member": [],
+                "corrupt-sectors-found": damaged, "repaired-sectors": 0, "corrupt-sectors": damaged, "new-member": [],
                 "operations": { "read": operations(damaged), "write": operations(0), "flush": operations(0) },
             })
         };
@@ -320,7 +320,7 @@ mod tests {
     fn health_is_one_word() {
         for (disk, health) in [
             (disk("in-service", 0, 0, 0), Health::Healthy),
-            (disk("out", 0, 0, 0), Health::Degraded),
+            (disk("evicted", 0, 0, 0), Health::Degraded),
             (disk("syncing", 512, 0, 0), Health::Degraded),
             (disk("in-service", 0, 1, 0), Health::Degraded),
             (disk("in-service", 0, 0, 8), Health::Failing),
@@ -333,7 +333,7 @@ mod tests {
     #[test]
     fn what_is_not_good_has_its_reason() {
         assert_eq!(
-            text(&disk("out", 4096, 3, 8)),
+            text(&disk("evicted", 4096, 3, 8)),
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, rewrite-corrupted\n  \
                no quorum: 8 sectors could not be read\n  \
                b does not answer, and is done without\n  \
@@ -343,7 +343,7 @@ mod tests {
              \n\
              replica  state       stale  wrong  mended  damaged  errors  p99 read  p99 write  in flight  file\n\
              a        in-service      -      -       -        -  -              -          -          6  /images/a\n\
-             b        out         4 KiB      3       -        3  3 read         -          -          6  /images/b\n\
+             b        evicted     4 KiB      3       -        3  3 read         -          -          6  /images/b\n\
              c        in-service      -      -       -        -  -              -          -          6  /images/c\n"
         );
     }

@@ -55,7 +55,7 @@ impl Ended {
     /// All is well: it did that, and what it found is mended.
     pub(super) fn outcome(&self) -> Outcome {
         let is_mended = match self {
-            Self::Told { end, .. } => end.sectors_found == 0 || end.sectors_written > 0,
+            Self::Told { end, .. } => end.corrupt_sectors_found == 0 || end.sectors_written > 0,
             Self::UpToDate => true,
         };
         Outcome::of(self.is_success() && is_mended)
@@ -77,7 +77,7 @@ impl Ended {
             (Some(error), false) => format!("has failed: {}", clean(error)),
             (None, false) => format!("is done, {}", size(end.len)),
         };
-        let found = match (end.sectors_found, end.sectors_written) {
+        let found = match (end.corrupt_sectors_found, end.sectors_written) {
             _ if !is_scrub => String::new(),
             (0, _) => "; nothing bad was found".into(),
             (found, 0) => format!("; {} found and not mended", counted(found, "bad sector")),
@@ -217,7 +217,7 @@ mod tests {
                 offset: 1 << 20,
                 error: error.map(str::to_owned),
                 node_name: None,
-                sectors_found: found,
+                corrupt_sectors_found: found,
                 sectors_written: written,
             },
             cancelled,

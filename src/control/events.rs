@@ -181,7 +181,7 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
         speed: job.speed_bytes,
         error: job.error.map(|error| error.to_string()),
         node_name: replica.as_deref(),
-        sectors_found: job.sectors_found,
+        corrupt_sectors_found: job.corrupt_sectors_found,
         sectors_written: job.sectors_written,
     };
     line(name, data, made_at)
@@ -289,7 +289,7 @@ struct JobEnd<'a> {
     error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Option<&'a str>,
-    sectors_found: u64,
+    corrupt_sectors_found: u64,
     sectors_written: u64,
 }
 

@@ -44,9 +44,9 @@ pub(super) struct DiskMap {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bucket {
     /// Sectors that lost a vote.
-    pub(super) wrong_sectors: u64,
+    pub(super) corrupt_sectors_found: u64,
     /// Sectors that were written with the winner.
-    pub(super) mended_sectors: u64,
+    pub(super) repaired_sectors: u64,
     /// Operations that failed; for the disk: requests.
     pub(super) errors: u64,
 }
@@ -56,7 +56,7 @@ pub(super) struct Bucket {
 pub(super) struct Row {
     pub(super) buckets: Box<[Bucket]>,
     /// Was damaged when it was last looked at.
-    pub(super) damaged: RangeSet,
+    pub(super) unresolved: RangeSet,
     /// Of that, what was found or found again since the scrub began that is under way.
     found_again: RangeSet,
 }
@@ -66,15 +66,15 @@ impl Default for Row {
         let nothing = RangeSet::bounded(MAP_RANGES_MAX);
         Self {
             buckets: vec![Bucket::default(); MAP_BUCKETS].into(),
-            damaged: nothing.clone(),
+            unresolved: nothing.clone(),
             found_again: nothing,
         }
     }
 }
 
 impl Row {
-    fn is_damaged(&mut self, range: SectorRange) {
-        self.damaged.insert(range);
+    fn mark_unresolved(&mut self, range: SectorRange) {
+        self.unresolved.insert(range);
         self.found_again.insert(range);
     }
 
@@ -91,8 +91,8 @@ impl Bucket {
     /// Both as one.
     pub(super) fn plus(self, other: Self) -> Self {
         Self {
-            wrong_sectors: self.wrong_sectors + other.wrong_sectors,
-            mended_sectors: self.mended_sectors + other.mended_sectors,
+            corrupt_sectors_found: self.corrupt_sectors_found + other.corrupt_sectors_found,
+            repaired_sectors: self.repaired_sectors + other.repaired_sectors,
             errors: self.errors + other.errors,
         }
     }
@@ -114,7 +114,7 @@ impl DiskMap {
             News::Report(Report::Failure { operation, range }) => {
                 self.count(DISK, *range, |bucket, _| bucket.errors += 1);
                 if *operation == OperationType::Read {
-                    self.row(DISK).is_damaged(*range);
+                    self.row(DISK).mark_unresolved(*range);
                 }
             }
             News::Report(Report::Bad {
@@ -131,15 +131,15 @@ impl DiskMap {
                     for run in &evidence.bad_sectors {
                         unlisted = unlisted.saturating_sub(run.count);
                         self.count(replica.as_usize(), *run, |bucket, count| {
-                            bucket.wrong_sectors += count;
+                            bucket.corrupt_sectors_found += count;
                         });
-                        self.row(replica.as_usize()).is_damaged(*run);
+                        self.row(replica.as_usize()).mark_unresolved(*run);
                     }
                     // They are of the same operation, and so near to the last that is listed.
                     if let Some(last) = evidence.bad_sectors.last() {
                         let near = SectorRange::new(last.start, 1);
                         self.count(replica.as_usize(), near, |bucket, _| {
-                            bucket.wrong_sectors += unlisted;
+                            bucket.corrupt_sectors_found += unlisted;
                         });
                     }
                 }
@@ -150,10 +150,10 @@ impl DiskMap {
     /// Sectors of a replica were written with the winner.
     pub(super) fn mended(&mut self, replica: ReplicaIndex, range: SectorRange) {
         self.count(replica.as_usize(), range, |bucket, count| {
-            bucket.mended_sectors += count;
+            bucket.repaired_sectors += count;
         });
         let row = self.row(replica.as_usize());
-        row.damaged.remove(range);
+        row.unresolved.remove(range);
         row.found_again.remove(range);
     }
 
@@ -163,7 +163,7 @@ impl DiskMap {
     }
 
     /// In how many sectors a replica was wrong when they were last looked at.
-    pub(super) fn damaged_sectors(&self, replica: ReplicaIndex) -> u64 {
+    pub(super) fn corrupt_sectors(&self, replica: ReplicaIndex) -> u64 {
         sectors(self.rows[replica.as_usize()].as_deref())
     }
 
@@ -200,7 +200,7 @@ impl DiskMap {
                 self.scrub = None;
                 if !matches!(event.job.error, Some(JobFailure::NotRead { .. })) {
                     for row in self.rows.iter_mut().flatten() {
-                        row.damaged.clone_from(&row.found_again);
+                        row.unresolved.clone_from(&row.found_again);
                     }
                 }
             }
@@ -237,7 +237,7 @@ impl DiskMap {
 }
 
 fn sectors(row: Option<&Row>) -> u64 {
-    let ranges = row.into_iter().flat_map(|row| row.damaged.iter());
+    let ranges = row.into_iter().flat_map(|row| row.unresolved.iter());
     ranges.map(|range| range.count).sum()
 }
 
@@ -284,7 +284,7 @@ mod tests {
                 current_bytes: 0,
                 total_bytes: 1 << 30,
                 speed_bytes: 0,
-                sectors_found: 0,
+                corrupt_sectors_found: 0,
                 sectors_written: 0,
                 error,
             },
@@ -308,9 +308,9 @@ mod tests {
         // A flush has no place.
         map.record(&bad(range(0, 0), Cause::Error(Errno(5))));
         map.mended(REPLICA, range(2048, 8));
-        let bucket = |wrong_sectors, mended_sectors, errors| Bucket {
-            wrong_sectors,
-            mended_sectors,
+        let bucket = |corrupt_sectors_found, repaired_sectors, errors| Bucket {
+            corrupt_sectors_found,
+            repaired_sectors,
             errors,
         };
         assert_eq!(
@@ -321,10 +321,10 @@ mod tests {
                 (4, bucket(11, 0, 0))
             ]
         );
-        assert_eq!(map.damaged_sectors(REPLICA), 2, "one is mended");
+        assert_eq!(map.corrupt_sectors(REPLICA), 2, "one is mended");
         assert!(map.view(None).is_none() && map.view(Some(ReplicaIndex(0))).is_none());
         map.forget(REPLICA);
-        assert_eq!(map.damaged_sectors(REPLICA), 0);
+        assert_eq!(map.corrupt_sectors(REPLICA), 0);
     }
 
     #[test]
@@ -339,7 +339,7 @@ mod tests {
     }
 
     #[test]
-    fn a_scrub_settles_what_is_damaged() {
+    fn a_scrub_settles_what_mark_unresolved() {
         let mut map = DiskMap::new();
         let damage = |sector| wrong(&[range(sector, 1)], 1);
         map.record(&damage(1));
@@ -355,7 +355,7 @@ mod tests {
             JobStatus::Concluded,
             None,
         ));
-        assert_eq!(map.damaged_sectors(REPLICA), 3);
+        assert_eq!(map.corrupt_sectors(REPLICA), 3);
         map.record(&scrub("job1", JobChange::Status, JobStatus::Running, None));
         map.mended(REPLICA, range(9, 1));
         map.record(&scrub(
@@ -364,7 +364,7 @@ mod tests {
             JobStatus::Concluded,
             None,
         ));
-        assert_eq!(map.damaged_sectors(REPLICA), 1, "sector 5");
+        assert_eq!(map.corrupt_sectors(REPLICA), 1, "sector 5");
         for (what, error) in [
             (JobChange::Cancelled, None),
             (
@@ -375,7 +375,7 @@ mod tests {
             map.record(&scrub("job3", JobChange::Status, JobStatus::Created, None));
             map.record(&scrub("job3", what, JobStatus::Concluded, error));
             assert_eq!(
-                map.damaged_sectors(REPLICA),
+                map.corrupt_sectors(REPLICA),
                 1,
                 "it has not seen everything"
             );
@@ -387,7 +387,7 @@ mod tests {
             JobStatus::Concluded,
             None,
         ));
-        assert_eq!(map.damaged_sectors(REPLICA), 0);
+        assert_eq!(map.corrupt_sectors(REPLICA), 0);
     }
 
     proptest! {
@@ -406,7 +406,7 @@ mod tests {
                 expected[usize::try_from(sector / size).unwrap()] += 1;
             }
             let row = map.view(Some(REPLICA)).unwrap();
-            let counted: Vec<u64> = row.buckets.iter().map(|bucket| bucket.wrong_sectors).collect();
+            let counted: Vec<u64> = row.buckets.iter().map(|bucket| bucket.corrupt_sectors_found).collect();
             prop_assert_eq!(counted, expected);
         }
     }

@@ -58,7 +58,7 @@ pub struct ReplicaMapState {
     pub buckets: Vec<BucketState>,
     /// What was wrong when it was last looked at.
     #[serde(flatten)]
-    pub damaged: DamagedRanges,
+    pub corrupt: CorruptRanges,
     /// What it does not hold the newest data of.
     #[serde(flatten)]
     pub stale: StaleRanges,
@@ -71,13 +71,13 @@ pub struct BucketState {
     /// Its first byte.
     pub offset: u64,
     /// Sectors that lost a vote, all in all.
-    pub wrong_sectors: u64,
+    pub corrupt_sectors_found: u64,
     /// Sectors that were written with the winner.
-    pub mended_sectors: u64,
+    pub repaired_sectors: u64,
     /// Operations that failed.
     pub errors: u64,
     /// Sectors that had lost the vote when they were last looked at.
-    pub damaged_sectors: u64,
+    pub corrupt_sectors: u64,
     /// Sectors that are stale.
     pub stale_sectors: u64,
 }
@@ -112,7 +112,7 @@ ranges!(
 );
 ranges!(
     /// Ranges that were wrong when they were last looked at.
-    DamagedRanges, "damaged", "damaged-truncated"
+    CorruptRanges, "corrupt", "corrupt-truncated"
 );
 ranges!(
     /// Ranges that are stale.
@@ -230,7 +230,7 @@ impl Cut {
     }
 
     fn failures(&self, row: Option<Row>) -> FailuresState {
-        let undecided = self.within(row.iter().flat_map(|row| row.damaged.iter()));
+        let undecided = self.within(row.iter().flat_map(|row| row.unresolved.iter()));
         let counts = self.counts(row.as_ref()).into_iter().enumerate();
         let buckets = counts.filter(|(_, bucket)| bucket.errors > 0);
         FailuresState {
@@ -251,35 +251,35 @@ impl Cut {
         stale: &[SectorRange],
     ) -> ReplicaMapState {
         let counts = self.counts(row.as_ref());
-        let damaged = self.within(row.iter().flat_map(|row| row.damaged.iter()));
+        let corrupt = self.within(row.iter().flat_map(|row| row.unresolved.iter()));
         let stale = self.within(stale.iter().copied());
-        let (damaged_sectors, stale_sectors) = (self.sectors(&damaged), self.sectors(&stale));
+        let (corrupt_sectors, stale_sectors) = (self.sectors(&corrupt), self.sectors(&stale));
         let bucket = |index: usize| {
             let count = counts.get(index).copied().unwrap_or_default();
             BucketState {
                 offset: self.offset(index),
-                wrong_sectors: count.wrong_sectors,
-                mended_sectors: count.mended_sectors,
+                corrupt_sectors_found: count.corrupt_sectors_found,
+                repaired_sectors: count.repaired_sectors,
                 errors: count.errors,
-                damaged_sectors: damaged_sectors[index],
+                corrupt_sectors: corrupt_sectors[index],
                 stale_sectors: stale_sectors[index],
             }
         };
         let is_something = |bucket: &BucketState| {
             let BucketState {
                 offset: _,
-                wrong_sectors,
-                mended_sectors,
+                corrupt_sectors_found,
+                repaired_sectors,
                 errors,
-                damaged_sectors,
+                corrupt_sectors,
                 stale_sectors,
             } = *bucket;
-            wrong_sectors + mended_sectors + errors + damaged_sectors + stale_sectors > 0
+            corrupt_sectors_found + repaired_sectors + errors + corrupt_sectors + stale_sectors > 0
         };
         ReplicaMapState {
             node_name,
             buckets: (0..self.count()).map(bucket).filter(is_something).collect(),
-            damaged: DamagedRanges::of(&damaged),
+            corrupt: CorruptRanges::of(&corrupt),
             stale: StaleRanges::of(&stale),
         }
     }
@@ -335,8 +335,8 @@ mod tests {
             .unwrap()
         };
         let bucket = |offset: u64, errors: u64, stale: u64| {
-            json!({ "offset": offset, "wrong-sectors": 0, "mended-sectors": 0, "errors": errors,
-                    "damaged-sectors": 0, "stale-sectors": stale })
+            json!({ "offset": offset, "corrupt-sectors-found": 0, "repaired-sectors": 0, "errors": errors,
+                    "corrupt-sectors": 0, "stale-sectors": stale })
         };
         let fine = map(1024);
         assert_eq!(fine["bucket-bytes"], 1 << 20);

@@ -59,14 +59,14 @@ impl Page {
             },
         );
         self.counter(
-            "suspicions_total",
+            "confirmations_total",
             "Reads that were repeated because the replicas' replies differed.",
-            |add| add(&[], disk.suspicions),
+            |add| add(&[], disk.confirmations),
         );
         self.counter(
-            "suspicions_dropped_total",
+            "confirmations_without_fault_total",
             "Those of them that found writes in flight to be the reason.",
-            |add| add(&[], disk.suspicions_dropped),
+            |add| add(&[], disk.confirmations_without_fault),
         );
         self.counter(
             "quorum_failures_total",
@@ -92,9 +92,9 @@ impl Page {
             .collect();
         self.operations("request", "Requests of the guest", &kinds);
         self.counter(
-            "requests_refused_total",
+            "requests_rejected_total",
             "Requests of the guest that made no sense, or that the disk does not know.",
-            |add| add(&[], disk.requests.refused),
+            |add| add(&[], disk.requests.rejected),
         );
     }
 
@@ -129,9 +129,9 @@ impl Page {
                 |replica| replica.stale_bytes,
             ),
             (
-                "replica_damaged_sectors",
+                "replica_corrupt_sectors",
                 "Sectors that had lost a vote when they were last looked at.",
-                |replica| replica.damaged_sectors,
+                |replica| replica.corrupt_sectors,
             ),
         ];
         for (name, help, figure) in states {
@@ -143,19 +143,19 @@ impl Page {
         }
         let totals: [(&str, &str, Figure); 6] = [
             (
-                "replica_wrong_sectors_total",
+                "replica_corrupt_sectors_found_total",
                 "Sectors that lost a vote; one that is found again counts again.",
-                |replica| replica.wrong_sectors,
+                |replica| replica.corrupt_sectors_found,
             ),
             (
-                "replica_mended_sectors_total",
+                "replica_repaired_sectors_total",
                 "Sectors that were written with the winner of a vote they had lost.",
-                |replica| replica.mended_sectors,
+                |replica| replica.repaired_sectors,
             ),
             (
-                "replica_unmended_sectors_total",
+                "replica_repair_failed_sectors_total",
                 "Sectors that could not be written with the winner of a vote.",
-                |replica| replica.unmended_sectors,
+                |replica| replica.repair_failed_sectors,
             ),
             (
                 "replica_resynced_sectors_total",
@@ -163,14 +163,14 @@ impl Page {
                 |replica| replica.resynced_sectors,
             ),
             (
-                "replica_departures_total",
+                "replica_evictions_total",
                 "How often a replica left the set because it did not answer.",
-                |replica| replica.departures,
+                |replica| replica.evictions,
             ),
             (
-                "replica_returns_total",
+                "replica_rejoins_total",
                 "How often a replica came back.",
-                |replica| replica.returns,
+                |replica| replica.rejoins,
             ),
         ];
         for (name, help, figure) in totals {

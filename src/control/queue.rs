@@ -104,8 +104,8 @@ impl EventQueue {
     }
 
     /// In how many sectors a replica was wrong when they were last looked at.
-    pub fn damaged_sectors(&self, replica: ReplicaIndex) -> u64 {
-        self.map().damaged_sectors(replica)
+    pub fn corrupt_sectors(&self, replica: ReplicaIndex) -> u64 {
+        self.map().corrupt_sectors(replica)
     }
 
     /// In how many sectors reads failed for want of a winner, since the last scrub.

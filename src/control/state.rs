@@ -32,9 +32,9 @@ pub struct DiskState {
     /// Sectors of reads that found no winner, and that no scrub has found to have one since.
     pub undecided_sectors: u64,
     /// Reads repeated because the replies differed.
-    pub suspicions: u64,
+    pub confirmations: u64,
     /// Those of them that found writes in flight to be the reason.
-    pub suspicions_dropped: u64,
+    pub confirmations_without_fault: u64,
     /// The replicas, in order.
     pub replicas: Vec<ReplicaState>,
 }
@@ -66,7 +66,7 @@ pub struct Requests {
     /// Flushes.
     pub flush: Operations,
     /// Those that made no sense.
-    pub refused: u64,
+    pub rejected: u64,
     /// The byte after the last that was written.
     #[serde(skip)]
     pub written_to_byte: u64,
@@ -88,19 +88,19 @@ pub struct ReplicaState {
     /// Bytes it is known not to hold the newest data of.
     pub stale_bytes: u64,
     /// Sectors that lost a vote; one that is found again counts again.
-    pub wrong_sectors: u64,
+    pub corrupt_sectors_found: u64,
     /// Of those, written with the winner.
-    pub mended_sectors: u64,
+    pub repaired_sectors: u64,
     /// Sectors that could not be written with the winner.
-    pub unmended_sectors: u64,
+    pub repair_failed_sectors: u64,
     /// Sectors that had lost the vote when they were last looked at.
-    pub damaged_sectors: u64,
+    pub corrupt_sectors: u64,
     /// Sectors brought up to date that were stale.
     pub resynced_sectors: u64,
     /// How often it left the set because it did not answer.
-    pub departures: u64,
+    pub evictions: u64,
     /// How often it came back.
-    pub returns: u64,
+    pub rejoins: u64,
     /// What it was asked to do.
     pub operations: ByOperation<Operations>,
 }
@@ -128,7 +128,7 @@ pub struct JobState {
     /// Bytes a second at most; 0: as fast as leaves the guest its share.
     pub speed: u64,
     /// Sectors that it found to be bad, counted once for each replica.
-    pub sectors_found: u64,
+    pub corrupt_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
 }
@@ -143,19 +143,19 @@ pub enum ServiceState {
     /// It is asked, and votes where it is not stale.
     Syncing,
     /// It did not answer, and is done without until it does.
-    Out,
+    Evicted,
 }
 
 impl ServiceState {
     /// All there are.
-    pub const ALL: [Self; 3] = [Self::InService, Self::Syncing, Self::Out];
+    pub const ALL: [Self; 3] = [Self::InService, Self::Syncing, Self::Evicted];
 
     /// As it is shown.
     pub fn name(self) -> &'static str {
         match self {
             Self::InService => "in-service",
             Self::Syncing => "syncing",
-            Self::Out => "out",
+            Self::Evicted => "evicted",
         }
     }
 }

@@ -138,16 +138,16 @@ impl DiskOperator {
                 state: match (in_service.contains(index), stale) {
                     (true, 0) => ServiceState::InService,
                     (true, _) => ServiceState::Syncing,
-                    (false, _) => ServiceState::Out,
+                    (false, _) => ServiceState::Evicted,
                 },
                 stale_bytes: stale * SECTOR_BYTES,
-                wrong_sectors: count(&counters.sectors_corrupt),
-                mended_sectors: count(&counters.sectors_repaired),
-                unmended_sectors: count(&counters.sectors_not_repaired),
-                damaged_sectors: self.reports.damaged_sectors(index),
+                corrupt_sectors_found: count(&counters.sectors_corrupt),
+                repaired_sectors: count(&counters.sectors_repaired),
+                repair_failed_sectors: count(&counters.sectors_not_repaired),
+                corrupt_sectors: self.reports.corrupt_sectors(index),
                 resynced_sectors: count(&counters.sectors_resynced),
-                departures: count(&counters.evictions),
-                returns: count(&counters.rejoins),
+                evictions: count(&counters.evictions),
+                rejoins: count(&counters.rejoins),
                 operations: by_operation(operations),
             }
         };
@@ -176,13 +176,13 @@ impl Operator for DiskOperator {
                 write: requests(RequestKind::Write),
                 zero: requests(RequestKind::Zero),
                 flush: requests(RequestKind::Flush),
-                refused: self.statistics.refused(),
+                rejected: self.statistics.rejected(),
                 written_to_byte: self.statistics.written_to_byte(),
             },
             failures: by_operation(|kind| self.statistics.failures(kind)),
             undecided_sectors: self.reports.undecided_sectors(),
-            suspicions: counters.suspicions.load(Ordering::Relaxed),
-            suspicions_dropped: counters.suspicions_dropped.load(Ordering::Relaxed),
+            confirmations: counters.suspicions.load(Ordering::Relaxed),
+            confirmations_without_fault: counters.suspicions_dropped.load(Ordering::Relaxed),
             replicas: self.replicas(),
         }
     }
@@ -214,7 +214,7 @@ impl Operator for DiskOperator {
                 JobKind::Scrub { .. } | JobKind::NeighbourhoodScrub => None,
             },
             speed: job.speed_bytes,
-            sectors_found: job.sectors_found,
+            corrupt_sectors_found: job.corrupt_sectors_found,
             sectors_written: job.sectors_written,
         };
         self.admin.jobs().into_iter().map(state).collect()

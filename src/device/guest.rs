@@ -478,7 +478,7 @@ impl Guest {
         let counted = request.counts_as();
         let counted = counted.map(|kind| (kind, self.recorder.request_begun(kind)));
         if matches!(request.kind, Kind::Refused(_)) {
-            self.recorder.request_refused();
+            self.recorder.request_rejected();
         }
         let key = self.chains.insert(Taken {
             ring,

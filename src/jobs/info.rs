@@ -105,7 +105,7 @@ pub struct JobInfo {
     /// Bytes a second, at most; 0: as fast as leaves the guest its share.
     pub speed_bytes: u64,
     /// Sectors that it found to be bad, counted once for each replica.
-    pub sectors_found: u64,
+    pub corrupt_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
     /// What keeps it from having done what it was to do.

@@ -194,7 +194,7 @@ impl Job {
             current_bytes: self.done_sectors * SECTOR_BYTES,
             total_bytes: (self.done_sectors + left) * SECTOR_BYTES,
             speed_bytes: self.speed_bytes,
-            sectors_found: self.found,
+            corrupt_sectors_found: self.found,
             sectors_written: self.written,
             error: self.failure(health),
         }

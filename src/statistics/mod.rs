@@ -101,7 +101,7 @@ pub struct WorkerStatistics {
     /// By [`RequestKind`].
     requests: [Operations; 4],
     /// Requests that made no sense.
-    refused: Counter,
+    rejected: Counter,
     /// By [`OperationType`], requests that found no quorum.
     failures: [Counter; 3],
     /// The greatest end of a write.
@@ -124,7 +124,7 @@ impl WorkerStatistics {
     fn new(replicas: usize) -> Self {
         Self {
             requests: Default::default(),
-            refused: Counter::default(),
+            rejected: Counter::default(),
             failures: Default::default(),
             written_to_sector: Counter::default(),
             replicas: (0..replicas).map(|_| Default::default()).collect(),
@@ -211,8 +211,8 @@ impl Recorder {
     }
 
     /// A guest request was none.
-    pub fn request_refused(&self) {
-        self.statistics.refused.add(1);
+    pub fn request_rejected(&self) {
+        self.statistics.rejected.add(1);
     }
 
     /// A replica is asked.
@@ -281,8 +281,8 @@ impl Statistics {
     }
 
     /// Guest requests that made no sense.
-    pub fn refused(&self) -> u64 {
-        self.0.iter().map(|worker| worker.refused.get()).sum()
+    pub fn rejected(&self) -> u64 {
+        self.0.iter().map(|worker| worker.rejected.get()).sum()
     }
 
     /// Requests that found no quorum.
