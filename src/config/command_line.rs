@@ -1,17 +1,19 @@
-//! The command line as it is written: which options there are, what `--help` says of them, what
-//! values they can have.
+//! The command line as written: its options, their `--help` texts and the values they accept.
 
+use std::error::Error as _;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
 
 use super::{Cache, ReadPattern};
+use crate::common::message::Quoted;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
 
-/// The options as they are written. What they mean together is not known here.
+/// The options as written, each valid by itself. `super::check` decides whether they fit together.
 #[derive(Debug, Parser)]
 #[command(
     name = "quorum-blkd",
@@ -20,28 +22,34 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
     override_usage = "quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
                       quorum-blkd --print-capabilities",
     after_help = "Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
-                  Sockets passed by a service manager (systemd's socket activation) take the place of --socket-path, --events \
-                  and --qmp; they are told apart by their names vhost-user, events and qmp.\n\n\
-                  Everything that keeps the disk from being served is told in one line on standard error, \
-                  with exit status 1."
+                  A service manager (systemd socket activation) can pass listening sockets instead of \
+                  --socket-path, --events and --qmp. Name them vhost-user, events and qmp \
+                  (FileDescriptorName=).\n\n\
+                  If the disk cannot be served, quorum-blkd prints one line on stderr and exits with \
+                  status 1."
 )]
 pub(super) struct Options {
-    /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket made at PATH
-    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", conflicts_with = "fd", help_heading = "Connection")]
+    /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket created at PATH
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", conflicts_with = "fd",
+        help_heading = "Connection")]
     pub(super) socket_path: Option<PathBuf>,
 
-    /// Listen on the inherited file descriptor N, a UNIX socket that listens already
-    #[arg(long, value_name = "N", allow_negative_numbers = true, value_parser = clap::value_parser!(RawFd).range(0..), help_heading = "Connection")]
+    /// Listen for the frontend on inherited file descriptor N, a UNIX socket that already listens
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+        value_parser = clap::value_parser!(RawFd).range(0..), help_heading = "Connection")]
     pub(super) fd: Option<RawFd>,
 
-    /// Replica: a raw image file or a block device. Give one for each replica, in order; all must
-    /// have the same size. NAME is the replica's name in events [default: the file name].
-    /// Write a comma in PATH or NAME as two
-    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]", help_heading = "Replicas")]
+    /// Use the raw image file or block device at PATH as a replica. Repeat the option for each
+    /// replica, 1 to 32; all must have the same size. NAME identifies the replica in events and
+    /// commands [default: the file name]. Write a comma in PATH or NAME as two commas
+    #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]",
+        help_heading = "Replicas")]
     pub(super) blk_file: Vec<OsString>,
 
-    /// Replicas that must hold the same data of a sector for a read, or take a write, to succeed,
-    /// 1 to the number N of replicas [default: N/2 rounded down, plus 1]
+    /// Number of replicas that must agree for a read, or store the data for a write, to succeed:
+    /// 1 to the number N of replicas [default: the majority, N/2 rounded down plus 1]. Lower it to
+    /// keep the disk running with fewer good replicas; raise it to trust only data that more
+    /// replicas agree on
     #[arg(
         long,
         value_name = "T",
@@ -50,34 +58,40 @@ pub(super) struct Options {
     )]
     pub(super) vote_threshold: Option<usize>,
 
-    /// How reads are served
-    #[arg(long, value_name = "PATTERN", value_enum, default_value_t = ReadPattern::Quorum, help_heading = "Vote")]
+    /// How to serve reads
+    #[arg(long, value_name = "PATTERN", value_enum, default_value_t = ReadPattern::Quorum,
+        help_heading = "Vote")]
     pub(super) read_pattern: ReadPattern,
 
-    /// Write the data that won the vote over the sectors of replicas that lost it
+    /// Repair what a read finds corrupt or unreadable: write the data that won the vote to the
+    /// replicas that lost it. Without this option, the daemon only reports the damage
     #[arg(long, help_heading = "Vote")]
     pub(super) rewrite_corrupted: bool,
 
-    /// Compare two replicas and stop with exit status 1 at the first difference
+    /// Compare exactly two replicas and exit with status 1 at the first difference (for debugging)
     #[arg(long, help_heading = "Vote")]
     pub(super) blkverify: bool,
 
-    /// Time in milliseconds after which a replica that does not answer is done without, 10 to
-    /// 3600000. It comes back by itself, and what it missed is copied to it
+    /// Evict a replica that has not answered for this long, in milliseconds, 10 to 3600000; it
+    /// rejoins by itself and is resynced. Raise it for slow disks; lower it to shorten the pauses
+    /// of the guest when a replica hangs
     #[arg(long, value_name = "MS", allow_negative_numbers = true, default_value_t = 1000,
         value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
     pub(super) replica_timeout: u64,
 
-    /// How far around damage, on either side, the disk is scrubbed at once, in MiB; 0: not at all
-    #[arg(long, value_name = "MIB", allow_negative_numbers = true, default_value_t = NEIGHBOURHOOD_BYTES >> 20,
+    /// When a read of the guest finds damage, scrub this much of the disk before and after it at
+    /// once, in MiB, 0 to 1048576; 0 turns this off. Raise it if damage comes in large clusters
+    #[arg(long, value_name = "MIB", allow_negative_numbers = true,
+        default_value_t = NEIGHBOURHOOD_BYTES >> 20,
         value_parser = clap::value_parser!(u64).range(0..=1 << 20), help_heading = "Replicas")]
     pub(super) scrub_around: u64,
 
-    /// Direct I/O (none) or the host's page cache (writeback) for the images
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None, help_heading = "Replicas")]
+    /// How to access the images
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None,
+        help_heading = "Replicas")]
     pub(super) cache: Cache,
 
-    /// Name of the voted disk in events
+    /// Name of the voted disk in events, commands and metrics
     #[arg(
         long,
         value_name = "NAME",
@@ -86,21 +100,23 @@ pub(super) struct Options {
     )]
     pub(super) node_name: String,
 
-    /// Serve a disk the guest cannot write to
+    /// Make the disk read-only for the guest, and open the images read-only
     #[arg(long, help_heading = "Disk")]
     pub(super) read_only: bool,
 
-    /// Serial number the guest sees, at most 20 ASCII characters [default: none]
+    /// Serial number that the guest sees, at most 20 printable ASCII characters [default: none]
     #[arg(long, value_name = "S", help_heading = "Disk")]
     pub(super) serial: Option<String>,
 
-    /// Request queues, 1 to 64
+    /// Request queues, 1 to 64. With several, the CPUs of the guest send requests in parallel, and
+    /// several threads serve them
     #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 1,
-        value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)), help_heading = "Disk")]
+        value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)),
+        help_heading = "Disk")]
     pub(super) num_queues: u16,
 
     /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at
-    /// most 126 data segments, and at most two less than the queue has descriptors
+    /// most 126 data segments, and at most two fewer than the queue has descriptors
     #[arg(
         long,
         value_name = "N",
@@ -110,52 +126,75 @@ pub(super) struct Options {
     )]
     pub(super) queue_size: u16,
 
-    /// Tell events, one JSON object a line, to everyone who connects to a UNIX socket made at PATH
+    /// Send events, one JSON object per line, to every client of a UNIX socket created at PATH
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) events: Option<PathBuf>,
 
-    /// Serve a monitor on a UNIX socket made at PATH: commands and events in the QEMU Machine
-    /// Protocol
+    /// Serve a monitor on a UNIX socket created at PATH: commands and events in the QEMU Machine
+    /// Protocol. quorum-blkctl needs it
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", help_heading = "Operator")]
     pub(super) qmp: Option<PathBuf>,
 
-    /// Serve metrics for Prometheus over HTTP at ADDR: a port, on 127.0.0.1 then, or address:port
-    #[arg(long, value_name = "ADDR", value_parser = parse_metrics_address, help_heading = "Operator")]
+    /// Serve metrics for Prometheus over HTTP at ADDR: a port of 127.0.0.1, or address:port
+    #[arg(long, value_name = "ADDR", value_parser = parse_metrics_address,
+        help_heading = "Operator")]
     pub(super) metrics: Option<SocketAddr>,
 
-    /// Print what this backend can do as JSON, for management software, and exit
+    /// Print the capabilities of this backend as JSON, for management software, and exit
     #[arg(long)]
     print_capabilities: bool,
 
-    /// Log more; twice for still more
+    /// Log more; give it twice for still more
     #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Operator")]
     pub(super) verbose: u8,
 }
 
-/// What the argument parser tells in a paragraph, with advice and usage in further ones, as one
-/// line.
+/// The parser's error in one line: what is wrong, then what to do about it.
 pub(super) fn usage_line(error: &clap::Error) -> String {
-    let text = error.to_string();
-    let mut paragraphs = text.split("\n\n");
-    let joined = |paragraph: &str| {
-        let words: Vec<&str> = paragraph.split(char::is_control).map(str::trim).collect();
-        words.join(" ").trim().to_owned()
+    let context = |kind| match error.get(kind) {
+        Some(ContextValue::String(text)) => Some(text.as_str()),
+        _ => None,
     };
-    let reason = joined(paragraphs.next().unwrap_or_default());
-    let reason = reason.strip_prefix("error: ").unwrap_or(&reason);
-    let advice = paragraphs
-        .map(joined)
-        .find_map(|paragraph| paragraph.strip_prefix("tip: ").map(str::to_owned))
-        .unwrap_or_else(|| "see quorum-blkd --help".to_owned());
-    format!("{reason}; {advice}")
+    let option = context(ContextKind::InvalidArg).unwrap_or("an option");
+    let value = context(ContextKind::InvalidValue).unwrap_or_default();
+    let wrong = match error.kind() {
+        ErrorKind::UnknownArgument => format!("unexpected argument {}", Quoted(option)),
+        ErrorKind::InvalidValue if value.is_empty() => format!("a value is required for {option}"),
+        ErrorKind::InvalidValue => format!("invalid value {} for {option}", Quoted(value)),
+        ErrorKind::ValueValidation => {
+            let reason = error.source().map(|source| format!(": {source}"));
+            let reason = reason.unwrap_or_default();
+            format!("invalid value {} for {option}{reason}", Quoted(value))
+        }
+        ErrorKind::ArgumentConflict => match context(ContextKind::PriorArg) {
+            Some(other) if other != option => format!("{option} cannot be used with {other}"),
+            _ => format!("{option} cannot be used multiple times"),
+        },
+        other => other.to_string(),
+    };
+    format!("{wrong}; {}", advice(error))
 }
 
-/// Without an address other hosts can not connect.
+/// The next step after an error of the parser.
+fn advice(error: &clap::Error) -> String {
+    match (
+        error.get(ContextKind::ValidValue),
+        error.get(ContextKind::SuggestedArg),
+    ) {
+        (Some(ContextValue::Strings(values)), _) if !values.is_empty() => {
+            format!("use one of {}", values.join(", "))
+        }
+        (_, Some(ContextValue::String(option))) => format!("did you mean {option}?"),
+        _ => "see quorum-blkd --help".to_owned(),
+    }
+}
+
+/// A port alone listens on loopback only: metrics have no access control.
 fn parse_metrics_address(value: &str) -> Result<SocketAddr, &'static str> {
     match value.parse::<u16>() {
         Ok(port) => Ok((Ipv4Addr::LOCALHOST, port).into()),
-        Err(_) => value.parse().map_err(
-            |_| "neither a port nor an address with one, such as 127.0.0.1:9000 or [::1]:9000",
-        ),
+        Err(_) => value
+            .parse()
+            .map_err(|_| "expected a port, or address:port such as 127.0.0.1:9000 or [::1]:9000"),
     }
 }

@@ -1,4 +1,4 @@
-//! Why a command line is refused: one line for each reason.
+//! Why a command line is rejected: one line for each reason.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -7,44 +7,44 @@ use super::{PassedSocket, QUEUE_SIZE_MIN};
 use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SOCKET_PATH_BYTES_MAX};
 
-/// Why a command line is refused. Each displays as one line.
+/// Why a command line is rejected. Each displays as one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ConfigError {
-    /// Not a command line of this program: an unknown option, a value that is none.
+    /// The parser rejected it: an unknown option, an invalid value.
     #[error("{0}")]
     Usage(String),
-    /// Neither `--socket-path` nor `--fd`, and none was passed.
+    /// Neither `--socket-path` nor `--fd` nor a passed socket.
     #[error("no socket to serve the disk on; give --socket-path PATH or --fd N")]
     NoSocket,
-    /// The service manager passed something under a name that says nothing.
+    /// The service manager passed a socket with an unknown name.
     #[error(
-        "the service manager passed a socket named {} (descriptor {}); the names known are vhost-user, events and qmp",
+        "the service manager passed a socket named {} (descriptor {}); name it vhost-user, events or qmp",
         Quoted(&.0.name),
         .0.fd
     )]
     PassedUnknown(PassedSocket),
-    /// Two under one name.
+    /// The service manager passed two sockets with one name.
     #[error(
         "the service manager passed more than one socket named {}; the second is descriptor {}",
         Quoted(&.0.name),
         .0.fd
     )]
     PassedTwice(PassedSocket),
-    /// A socket was passed that there is an option for too.
+    /// The service manager passed a socket, and an option asks for another one.
     #[error(
-        "the service manager passed a socket named {}; {option} cannot be used with it",
+        "the service manager passed a socket named {}; {option} cannot be used with it, remove one of the two",
         Quoted(&.socket.name)
     )]
     PassedAndGiven {
-        /// What was passed.
+        /// The passed socket.
         socket: PassedSocket,
         /// The option for the same purpose.
         option: &'static str,
     },
-    /// The path of a socket is empty or longer than the kernel takes.
+    /// The path of a socket is empty or longer than the kernel accepts.
     #[error(
-        "{option} {}: the path of a socket has 1 to {SOCKET_PATH_BYTES_MAX} bytes",
+        "{option} {}: a socket path must have 1 to {SOCKET_PATH_BYTES_MAX} bytes",
         Quoted(.path)
     )]
     SocketPathLength {
@@ -53,7 +53,7 @@ pub enum ConfigError {
         /// Its value.
         path: PathBuf,
     },
-    /// Two sockets at one path.
+    /// Two sockets have the same path.
     #[error("{first} and {second} are both {}; each socket needs its own path", Quoted(.path))]
     OneSocketPath {
         /// One of the options.
@@ -69,7 +69,7 @@ pub enum ConfigError {
     /// More replicas than a disk can have.
     #[error("{0} replicas; a disk can have at most {REPLICAS_MAX}")]
     TooManyReplicas(usize),
-    /// A `--blk-file` that can not be read.
+    /// A `--blk-file` that cannot be parsed.
     #[error("--blk-file {}: {reason}", Quoted(.value))]
     BlkFile {
         /// The value of the option.
@@ -77,12 +77,12 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: String,
     },
-    /// One path twice.
+    /// Two replicas have the same path.
     #[error("--blk-file {} is given twice; each replica needs its own image", Quoted(.0))]
     SamePath(PathBuf),
-    /// Two replicas of one name.
+    /// Two replicas have the same name.
     #[error(
-        "replicas {} and {} would both have the node-name {}; tell them apart with node-name=NAME",
+        "replicas {} and {} would both have the node-name {}; give one of them another with node-name=NAME",
         Quoted(.first),
         Quoted(.second),
         Quoted(.node_name)
@@ -95,7 +95,7 @@ pub enum ConfigError {
         /// The name of both.
         node_name: String,
     },
-    /// A replica named like the disk.
+    /// A replica has the name of the disk.
     #[error(
         "replica {} has the node-name of the voted disk, {}; choose another with node-name=NAME or --node-name",
         Quoted(.path),
@@ -107,7 +107,7 @@ pub enum ConfigError {
         /// The name of both.
         node_name: String,
     },
-    /// A `--node-name` that is no name.
+    /// An invalid `--node-name`.
     #[error("--node-name {}: {reason}", Quoted(.value))]
     NodeName {
         /// The value of the option.
@@ -115,16 +115,16 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// t out of range.
+    /// `--vote-threshold` is out of range.
     #[error("--vote-threshold {threshold} is out of range; with {replicas} {} it can be 1 to {replicas}",
         if *.replicas == 1 { "replica" } else { "replicas" })]
     Threshold {
-        /// The threshold asked for.
+        /// Its value.
         threshold: usize,
         /// Number of replicas.
         replicas: usize,
     },
-    /// `--blkverify` without N = t = 2.
+    /// `--blkverify` with N or t other than 2.
     #[error(
         "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} with a threshold of {threshold}"
     )]
@@ -134,7 +134,7 @@ pub enum ConfigError {
         /// The threshold, given or default.
         threshold: usize,
     },
-    /// Two options that exclude each other.
+    /// Two options exclude each other.
     #[error("{first} cannot be used with {second}: {reason}")]
     Excluded {
         /// One of the options.
@@ -144,7 +144,7 @@ pub enum ConfigError {
         /// Why.
         reason: &'static str,
     },
-    /// A serial number that virtio can not carry.
+    /// A serial number that virtio cannot carry.
     #[error("--serial {}: {reason}", Quoted(.value))]
     Serial {
         /// The value of the option.
@@ -152,7 +152,7 @@ pub enum ConfigError {
         /// What is wrong with it.
         reason: &'static str,
     },
-    /// A queue size that is no power of two in range.
+    /// A queue size that is out of range or not a power of two.
     #[error("--queue-size {0} is not a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")]
     QueueSize(u16),
 }

@@ -1,12 +1,14 @@
-//! The command line, read and checked: what comes out is a [`Config`] the daemon can run with.
+//! Parses and checks the command line; the result is a [`Config`] that the daemon can run with.
 //!
-//! Whether options fit together is decided here, before any file or socket is touched; whether the
-//! images fit together is [`replica::file`](crate::replica::file)'s to say.
+//! This room decides whether the options fit together, before any file or socket is opened.
+//! [`replica::file`](crate::replica::file) decides whether the images fit together.
 //!
 //! Invariants:
-//! - A [`Config`] holds 1 to [`REPLICAS_MAX`] replicas of different node-names, and 1 ≤ t ≤ N.
-//! - A refusal displays as one line, whatever the arguments are made of.
+//! - A [`Config`] holds 1 to [`REPLICAS_MAX`] replicas with different node-names, and 1 ≤ t ≤ N.
+//! - An error displays as one line, whatever bytes the arguments contain.
 //! - `--print-capabilities` and `--help` need no other option.
+
+#![forbid(unsafe_code)]
 
 mod command_line;
 mod error;
@@ -28,70 +30,69 @@ use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX};
 use crate::replica::file::{OpenOptions, ReplicaSource};
 
-/// What QEMU's docs/interop/vhost-user.rst asks a backend program to tell of itself.
+/// The output of `--print-capabilities` that QEMU's docs/interop/vhost-user.rst specifies.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 const CAPABILITIES_OPTION: &str = "--print-capabilities";
 
-/// Length of the string a guest gets for VIRTIO_BLK_T_GET_ID (virtio 1.3, 5.2.6).
+/// Length of the reply to VIRTIO_BLK_T_GET_ID (virtio 1.3, 5.2.6).
 const SERIAL_BYTES_MAX: usize = 20;
-/// As long as a file name can be, which is the default node-name.
+/// The longest file name: the default node-name is the file name.
 const NODE_NAME_BYTES_MAX: usize = 255;
-/// The smallest power of two with room for a request in three descriptors: header, data, status.
+/// The smallest power of two that holds the three descriptors of a request: header, data, status.
 const QUEUE_SIZE_MIN: u16 = 4;
 
-/// What the command line asks for.
+/// The action that the command line asks for.
 #[derive(Debug)]
 pub enum Parsed {
     /// Serve a disk.
     Run(Box<Config>),
-    /// Print this to standard output and end with status 0.
+    /// Print this to standard output and exit with status 0.
     Print(String),
 }
 
-/// A disk to serve, and how. Checked as a whole.
+/// A disk to serve and how to serve it. The options fit together.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where the frontend connects.
+    /// The socket of the frontend.
     pub listen: Listen,
-    /// The replicas, in the order in which they are asked and voted.
+    /// The replicas, in the order of the command line.
     pub replicas: Vec<ReplicaSource>,
-    /// Equal versions that make a quorum, and replicas that a write must reach.
+    /// Equal versions that win a vote, and replicas that a write must reach.
     pub vote_threshold: usize,
-    /// How reads are served.
+    /// How to serve reads.
     pub read_pattern: ReadPattern,
-    /// Write the winner of a vote over what differs.
+    /// Repair the replicas that lost a vote.
     pub rewrite_corrupted: bool,
-    /// Stop at the first difference between the two replicas.
+    /// Exit at the first difference between the two replicas.
     pub blkverify: bool,
-    /// Name of the voted disk in events.
+    /// Name of the voted disk in events, commands and metrics.
     pub node_name: String,
-    /// The guest may not write.
+    /// The guest cannot write.
     pub read_only: bool,
-    /// What the guest is told as the serial number; ASCII, at most 20 bytes.
+    /// Serial number that the guest sees: ASCII, at most 20 bytes.
     pub serial: String,
-    /// Request queues.
+    /// Number of request queues.
     pub queue_count: u16,
-    /// Entries of each queue, a power of two.
+    /// Descriptors of each queue, a power of two.
     pub queue_size: u16,
-    /// Whether the host's page cache is used.
+    /// Whether to use the host's page cache.
     pub cache: Cache,
-    /// Where readers of events connect.
+    /// The socket of the events.
     pub events: Option<Listen>,
-    /// Where clients of the monitor connect.
+    /// The socket of the monitor.
     pub qmp: Option<Listen>,
-    /// Where metrics are served.
+    /// The address of the metrics.
     pub metrics: Option<SocketAddr>,
     /// How many times `-v` was given.
     pub verbosity: u8,
-    /// A replica that leaves an operation unanswered for so long is done without until it answers
-    /// again.
+    /// A replica that has not answered for this long is evicted.
     pub replica_timeout: Duration,
-    /// How far around damage the disk is scrubbed at once.
+    /// Bytes to scrub before and after damage that a read finds.
     pub scrub_around_bytes: u64,
 }
 
 impl Config {
-    /// How the images are to be opened.
+    /// How to open the images.
     pub fn open_options(&self) -> OpenOptions {
         OpenOptions {
             read_only: self.read_only,
@@ -99,69 +100,71 @@ impl Config {
         }
     }
 
-    /// Data segments a guest request may have, `seg_max` of the config space: with header and
-    /// status it must fit into a queue.
+    /// Data segments that a guest request may have, `seg_max` of the config space: with header and
+    /// status, a request must fit into a queue.
     pub fn segments_max(&self) -> u32 {
         SEGMENTS_MAX.min(u32::from(self.queue_size).saturating_sub(2))
     }
 }
 
-/// Where somebody connects: the frontend, an operator.
+/// A socket on which a frontend or an operator connects.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
-    /// A UNIX socket to be made at this path.
+    /// Create a UNIX socket at this path.
     Path(PathBuf),
-    /// A UNIX socket that listens already, inherited under this number.
+    /// An inherited UNIX socket that already listens, by its descriptor.
     Fd(RawFd),
-    /// A UNIX socket that listens already, passed by the service manager.
+    /// A UNIX socket from the service manager that already listens.
     Passed(PassedSocket),
 }
 
-/// What the service manager passes: a descriptor with a name. Whether it is a listening socket
-/// shows when it is used.
+/// A descriptor with a name that the service manager passed. The daemon checks on use that it is a
+/// listening socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PassedSocket {
-    /// What it is for: FileDescriptorName= of systemd's socket units.
+    /// Its purpose: FileDescriptorName= of systemd's socket units.
     pub name: String,
     /// The number of the descriptor.
     pub fd: RawFd,
 }
 
-/// How reads are served.
+/// How to serve reads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum ReadPattern {
     /// Read all replicas and vote on each sector
     Quorum,
-    /// Read as many replicas as make a quorum when they agree, the others only when they do not or
-    /// are slow
+    /// Read only as many replicas as can win the vote, in turn; read the others too if these
+    /// disagree, fail or are slow. Costs less than quorum
     Threshold,
-    /// Read the first replica in order that answers, without a vote
+    /// Read the first replica in the list that answers, without a vote. Does not detect corrupt
+    /// data
     Fifo,
 }
 
-/// The host's page cache.
+/// How to access the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
-    /// Direct I/O (O_DIRECT), past the host's page cache
+    /// Direct I/O (O_DIRECT), without the host's page cache
     None,
-    /// Through the host's page cache; a guest flush writes it back
+    /// Through the host's page cache, for file systems without direct I/O; a flush of the guest
+    /// writes it back
     Writeback,
 }
 
-/// The definition of the command line, for its man page and the completions of shells.
+/// The definition of the command line, for the man page and the shell completions.
 pub fn command_line() -> clap::Command {
     Options::command()
 }
 
 impl Config {
-    /// Reads a command line, the program's name included. `passed` are the sockets that came with
-    /// it.
+    /// Parses a command line, which starts with the program's name. `passed` are the sockets from
+    /// the service manager.
     pub fn from_args(
         arguments: impl IntoIterator<Item = OsString>,
         passed: Vec<PassedSocket>,
     ) -> Result<Parsed, ConfigError> {
         let arguments: Vec<OsString> = arguments.into_iter().collect();
-        // The convention asks to ignore all else, even what would be refused.
+        // The specification says to ignore every other option, even an invalid one.
         if arguments
             .iter()
             .skip(1)
@@ -180,7 +183,7 @@ impl Config {
     }
 }
 
-/// Whether the options make sense together.
+/// Checks that the options fit together.
 fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigError> {
     let sockets = Sockets::check(&options, passed)?;
     if let Err(reason) = check_node_name(&options.node_name) {
@@ -190,28 +193,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         });
     }
     let replicas = check_replicas(&options.blk_file, &options.node_name)?;
-    let vote_threshold = options.vote_threshold.unwrap_or(replicas.len() / 2 + 1);
-    if !(1..=replicas.len()).contains(&vote_threshold) {
-        return Err(ConfigError::Threshold {
-            threshold: vote_threshold,
-            replicas: replicas.len(),
-        });
-    }
-    if options.blkverify {
-        check_blkverify(
-            replicas.len(),
-            vote_threshold,
-            options.read_pattern,
-            options.rewrite_corrupted,
-        )?;
-    }
-    if options.rewrite_corrupted && options.read_only {
-        return Err(ConfigError::Excluded {
-            first: "--rewrite-corrupted",
-            second: "--read-only",
-            reason: "read-only images are never written to",
-        });
-    }
+    let vote_threshold = check_vote(&options, replicas.len())?;
     let queue_size = options.queue_size;
     if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
         return Err(ConfigError::QueueSize(queue_size));
@@ -263,7 +245,7 @@ fn check_replicas(values: &[OsString], disk_name: &str) -> Result<Vec<ReplicaSou
                 });
             }
         }
-        // One namespace, as in QEMU, so that a name alone tells what is meant.
+        // One namespace, as in QEMU: a name alone identifies a replica or the disk.
         if replica.node_name == disk_name {
             return Err(ConfigError::NodeNameOfDisk {
                 path: replica.path,
@@ -275,7 +257,7 @@ fn check_replicas(values: &[OsString], disk_name: &str) -> Result<Vec<ReplicaSou
     Ok(replicas)
 }
 
-/// Takes `PATH[,node-name=NAME]` apart.
+/// Parses `PATH[,node-name=NAME]`.
 fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
     let mut fields = split_at_commas(value.as_bytes()).into_iter();
     let path = PathBuf::from(OsString::from_vec(fields.next().unwrap_or_default()));
@@ -286,7 +268,7 @@ fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
     for field in fields {
         let Some(name) = field.strip_prefix(b"node-name=") else {
             return Err(format!(
-                "the only option after the path is node-name=NAME, not {}; a comma in a path is written as two",
+                "the only option after the path is node-name=NAME, not {}; write a comma in the path as two commas",
                 Quoted(OsStr::from_bytes(&field))
             ));
         };
@@ -305,7 +287,7 @@ fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
     Ok(ReplicaSource { path, node_name })
 }
 
-/// Splits in the way of QEMU's options: at single commas, two commas being a literal one.
+/// Splits as QEMU does its options: at single commas; two commas are a literal one.
 fn split_at_commas(value: &[u8]) -> Vec<Vec<u8>> {
     let mut fields = Vec::new();
     let mut field = Vec::new();
@@ -326,68 +308,77 @@ fn default_node_name(path: &Path) -> Result<String, String> {
         .file_name()
         .ok_or("the path has no file name to name the replica after; give node-name=NAME")?;
     let name = name.to_str().ok_or(
-        "the file name is not valid UTF-8 and can not name the replica; give node-name=NAME",
+        "the file name is not valid UTF-8 and cannot name the replica; give node-name=NAME",
     )?;
     Ok(name.to_owned())
 }
 
 pub(crate) fn check_node_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() {
-        return Err("a name has at least one character");
+        return Err("a name must have at least one character");
     }
     if name.len() > NODE_NAME_BYTES_MAX {
-        return Err("a name has at most 255 bytes");
+        return Err("a name must have at most 255 bytes");
     }
     if name.contains(char::is_control) {
-        return Err("a name has no control characters");
+        return Err("a name must have no control characters");
     }
     Ok(())
 }
 
-fn check_blkverify(
-    replicas: usize,
-    threshold: usize,
-    read_pattern: ReadPattern,
-    rewrite_corrupted: bool,
-) -> Result<(), ConfigError> {
-    if (replicas, threshold) != (2, 2) {
+/// The vote threshold, if it and the options of the vote fit the number of replicas.
+fn check_vote(options: &Options, replicas: usize) -> Result<usize, ConfigError> {
+    let threshold = options.vote_threshold.unwrap_or(replicas / 2 + 1);
+    if !(1..=replicas).contains(&threshold) {
+        return Err(ConfigError::Threshold {
+            threshold,
+            replicas,
+        });
+    }
+    if options.blkverify && (replicas, threshold) != (2, 2) {
         return Err(ConfigError::Blkverify {
             replicas,
             threshold,
         });
     }
-    if rewrite_corrupted {
-        return Err(ConfigError::Excluded {
-            first: "--blkverify",
-            second: "--rewrite-corrupted",
-            reason: "it stops at a difference instead of mending it",
-        });
+    let is_fifo = options.read_pattern == ReadPattern::Fifo;
+    let excluded = |first, second, reason| {
+        Err(ConfigError::Excluded {
+            first,
+            second,
+            reason,
+        })
+    };
+    if options.blkverify && options.rewrite_corrupted {
+        let reason = "it exits at a difference instead of repairing it";
+        return excluded("--blkverify", "--rewrite-corrupted", reason);
     }
-    if read_pattern == ReadPattern::Fifo {
-        return Err(ConfigError::Excluded {
-            first: "--blkverify",
-            second: "--read-pattern fifo",
-            reason: "a single replica is read, there is nothing to compare",
-        });
+    if options.blkverify && is_fifo {
+        let reason = "fifo reads a single replica, so there is nothing to compare";
+        return excluded("--blkverify", "--read-pattern fifo", reason);
     }
-    Ok(())
+    if options.rewrite_corrupted && options.read_only {
+        let reason = "read-only images are never written to";
+        return excluded("--rewrite-corrupted", "--read-only", reason);
+    }
+    Ok(threshold)
 }
 
 fn check_serial(value: String) -> Result<String, ConfigError> {
     let reason = if value.len() > SERIAL_BYTES_MAX {
-        "a serial number has at most 20 bytes"
+        "a serial number must have at most 20 bytes"
     } else if !value
         .chars()
         .all(|character| character == ' ' || character.is_ascii_graphic())
     {
-        "a serial number has printable ASCII characters only"
+        "a serial number must have printable ASCII characters only"
     } else {
         return Ok(value);
     };
     Err(ConfigError::Serial { value, reason })
 }
 
-// Texts above name these figures.
+// The texts above contain these figures.
 const _: () = assert!(SERIAL_BYTES_MAX == 20 && NODE_NAME_BYTES_MAX == 255);
 
 #[cfg(test)]

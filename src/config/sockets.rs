@@ -1,8 +1,7 @@
-//! Which sockets there are, out of options and of what a service manager has passed.
+//! Combines the sockets of the options with those that a service manager passed.
 //!
-//! Invariant: nothing that was passed is left unused. Who connects to a socket that nobody accepts
-//! on waits for ever, so a name that is not known and a socket for which there is an option too are
-//! refused.
+//! Invariant: every passed socket is used. A client of an unused one would wait for ever, so an
+//! unknown name is an error, and so is a passed socket that an option asks for too.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +9,7 @@ use super::command_line::Options;
 use super::{ConfigError, Listen, PassedSocket};
 use crate::limits::SOCKET_PATH_BYTES_MAX;
 
-/// The names of sockets that can be passed.
+/// The names of the sockets that a service manager can pass.
 const VHOST_USER: &str = "vhost-user";
 const EVENTS: &str = "events";
 const QMP: &str = "qmp";
@@ -23,7 +22,7 @@ pub(super) struct Sockets {
 }
 
 impl Sockets {
-    /// Whether the options and what was passed make sense together.
+    /// Checks that the options and the passed sockets fit together.
     pub(super) fn check(
         options: &Options,
         mut passed: Vec<PassedSocket>,
@@ -33,14 +32,14 @@ impl Sockets {
             ("--events", &options.events),
             ("--qmp", &options.qmp),
         ])?;
-        // Named by its number it needs no other name.
+        // `--fd` identifies this one by its number; its name does not matter.
         passed.retain(|socket| Some(socket.fd) != options.fd);
         let is_given = options.socket_path.is_some() || options.fd.is_some();
         if let ([only], false) = (&mut passed[..], is_given)
             && ![EVENTS, QMP].contains(&only.name.as_str())
         {
-            // Without FileDescriptorName= it has the name of its unit, and there is only one thing
-            // it can be for.
+            // Without FileDescriptorName= a socket has the name of its unit. A single one can only
+            // be that of the disk.
             only.name = VHOST_USER.to_owned();
         }
         let listen = options.socket_path.clone().map(Listen::Path);

@@ -1,4 +1,4 @@
-//! Unit tests: what the command line accepts and refuses.
+//! Unit tests: what the command line accepts and rejects.
 
 use super::*;
 use crate::limits::QUEUES_MAX;
@@ -9,7 +9,7 @@ fn parse<S: AsRef<OsStr>>(arguments: &[S]) -> Result<Parsed, ConfigError> {
     parse_with(arguments, &[])
 }
 
-/// With sockets that the service manager passed.
+/// As `parse`, with sockets that the service manager passed.
 fn parse_with<S: AsRef<OsStr>>(
     arguments: &[S],
     passed: &[(&str, RawFd)],
@@ -49,9 +49,9 @@ fn printed(arguments: &[&str]) -> String {
     }
 }
 
-/// The line of a refusal.
-fn refusal<S: AsRef<OsStr>>(arguments: &[S]) -> String {
-    let line = parse(arguments).expect_err("must be refused").to_string();
+/// The error's line.
+fn rejection<S: AsRef<OsStr>>(arguments: &[S]) -> String {
+    let line = parse(arguments).expect_err("must be rejected").to_string();
     assert!(
         !line.contains(char::is_control) && !line.is_empty(),
         "{line:?}"
@@ -60,8 +60,8 @@ fn refusal<S: AsRef<OsStr>>(arguments: &[S]) -> String {
     line
 }
 
-fn assert_refused<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
-    let line = refusal(arguments);
+fn assert_rejected<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
+    let line = rejection(arguments);
     assert!(
         line.contains(expected),
         "{line:?} does not say {expected:?}"
@@ -69,7 +69,7 @@ fn assert_refused<S: AsRef<OsStr>>(arguments: &[S], expected: &str) {
 }
 
 #[test]
-fn the_definition_is_sound() {
+fn the_definition_of_the_options_is_valid() {
     Options::command().debug_assert();
 }
 
@@ -160,7 +160,7 @@ fn the_default_threshold_is_a_majority() {
 }
 
 #[test]
-fn capabilities_need_nothing_and_ignore_all_else() {
+fn print_capabilities_ignores_every_other_option() {
     for arguments in [
         &["--print-capabilities"][..],
         &["--nonsense", "--print-capabilities"],
@@ -203,7 +203,7 @@ fn the_help_names_the_limits() {
 }
 
 #[test]
-fn a_comma_in_a_path_is_written_twice() {
+fn two_commas_are_a_literal_one() {
     let cases: [(&str, &str, &str); 6] = [
         ("/i/1.raw", "/i/1.raw", "1.raw"),
         ("/i/a,,b", "/i/a,b", "a,b"),
@@ -225,9 +225,9 @@ fn a_comma_in_a_path_is_written_twice() {
 }
 
 #[test]
-fn refuses_bad_images() {
-    assert_refused(&SOCKET, "give --blk-file PATH");
-    assert_refused(&disk(33, &[]), "33 replicas; a disk can have at most 32");
+fn rejects_bad_images() {
+    assert_rejected(&SOCKET, "give --blk-file PATH");
+    assert_rejected(&disk(33, &[]), "33 replicas; a disk can have at most 32");
     let cases = [
         ("", "the path is empty"),
         (",node-name=x", "the path is empty"),
@@ -235,7 +235,7 @@ fn refuses_bad_images() {
             "a,",
             "the only option after the path is node-name=NAME, not ''",
         ),
-        ("a,b", "not 'b'; a comma in a path is written as two"),
+        ("a,b", "not 'b'; write a comma in the path as two commas"),
         ("a,node-name=", "at least one character"),
         ("a,node-name=x,node-name=y", "node-name is given twice"),
         ("a,node-name=x\ny", "no control characters"),
@@ -243,91 +243,91 @@ fn refuses_bad_images() {
     ];
     for (value, expected) in cases {
         let value = format!("--blk-file={value}");
-        assert_refused(&disk(1, &[&value]), expected);
+        assert_rejected(&disk(1, &[&value]), expected);
     }
     let long = format!("--blk-file=a,node-name={}", "x".repeat(256));
-    assert_refused(&disk(1, &[&long]), "at most 255 bytes");
+    assert_rejected(&disk(1, &[&long]), "at most 255 bytes");
     let mut arguments: Vec<OsString> = disk(0, &[]).into_iter().map(OsString::from).collect();
     arguments.push(OsString::from_vec(b"--blk-file=/i/\xff".to_vec()));
-    assert_refused(&arguments, "is not valid UTF-8");
+    assert_rejected(&arguments, "is not valid UTF-8");
 }
 
 #[test]
-fn refuses_names_that_are_not_unique() {
-    assert_refused(
+fn rejects_names_that_are_not_unique() {
+    assert_rejected(
         &disk(1, &["--blk-file=/other/0.raw"]),
-        "both have the node-name '0.raw'; tell",
+        "both have the node-name '0.raw'; give",
     );
-    assert_refused(
+    assert_rejected(
         &disk(1, &["--blk-file=/images/0.raw,node-name=x"]),
         "is given twice",
     );
-    assert_refused(
+    assert_rejected(
         &disk(1, &["--node-name=0.raw"]),
         "the node-name of the voted disk",
     );
-    assert_refused(&disk(1, &["--node-name="]), "at least one character");
+    assert_rejected(&disk(1, &["--node-name="]), "at least one character");
 }
 
 #[test]
-fn refuses_thresholds_out_of_range() {
-    assert_refused(
+fn rejects_thresholds_out_of_range() {
+    assert_rejected(
         &disk(3, &["--vote-threshold=0"]),
         "with 3 replicas it can be 1 to 3",
     );
-    assert_refused(
+    assert_rejected(
         &disk(1, &["--vote-threshold=2"]),
         "with 1 replica it can be 1 to 1",
     );
-    assert_refused(&disk(3, &["--vote-threshold", "-1"]), "invalid value '-1'");
-    assert_refused(&disk(3, &["--vote-threshold=two"]), "invalid value 'two'");
+    assert_rejected(&disk(3, &["--vote-threshold", "-1"]), "invalid value '-1'");
+    assert_rejected(&disk(3, &["--vote-threshold=two"]), "invalid value 'two'");
 }
 
 #[test]
-fn refuses_blkverify_beside_what_it_is_not() {
-    assert_refused(&disk(3, &["--blkverify"]), "not 3 with a threshold of 2");
-    assert_refused(
+fn rejects_options_that_blkverify_excludes() {
+    assert_rejected(&disk(3, &["--blkverify"]), "not 3 with a threshold of 2");
+    assert_rejected(
         &disk(2, &["--blkverify", "--vote-threshold=1"]),
         "not 2 with a threshold of 1",
     );
-    assert_refused(
+    assert_rejected(
         &disk(2, &["--blkverify", "--rewrite-corrupted"]),
         "--blkverify cannot be used with --rewrite-corrupted",
     );
-    assert_refused(
+    assert_rejected(
         &disk(2, &["--blkverify", "--read-pattern=fifo"]),
         "--blkverify cannot be used with --read-pattern fifo",
     );
 }
 
 #[test]
-fn refuses_to_rewrite_what_is_read_only() {
-    assert_refused(
+fn rejects_rewrite_corrupted_with_read_only() {
+    assert_rejected(
         &disk(3, &["--rewrite-corrupted", "--read-only"]),
         "--rewrite-corrupted cannot be used with --read-only",
     );
 }
 
 #[test]
-fn refuses_sockets_that_can_not_be() {
-    assert_refused(&["--blk-file=a"], "give --socket-path PATH or --fd N");
-    assert_refused(&disk(1, &["--fd=3"]), "cannot be used with");
-    assert_refused(&["--fd=-1", "--blk-file=a"], "--fd");
-    assert_refused(&["--fd=x", "--blk-file=a"], "invalid value 'x'");
-    assert_refused(&["--socket-path=", "--blk-file=a"], "--socket-path");
+fn rejects_invalid_sockets() {
+    assert_rejected(&["--blk-file=a"], "give --socket-path PATH or --fd N");
+    assert_rejected(&disk(1, &["--fd=3"]), "cannot be used with");
+    assert_rejected(&["--fd=-1", "--blk-file=a"], "--fd");
+    assert_rejected(&["--fd=x", "--blk-file=a"], "invalid value 'x'");
+    assert_rejected(&["--socket-path=", "--blk-file=a"], "--socket-path");
     let long = format!("--events=/{}", "x".repeat(107));
-    assert_refused(&disk(1, &[&long]), "1 to 107 bytes");
+    assert_rejected(&disk(1, &[&long]), "1 to 107 bytes");
     for sockets in [
         &["--events=/run/disk.sock"] as &[_],
         &["--qmp=/run/disk.sock"],
         &["--events=/e", "--qmp=/e"],
     ] {
-        assert_refused(&disk(1, sockets), "each socket needs its own path");
+        assert_rejected(&disk(1, sockets), "each socket needs its own path");
     }
 }
 
 #[test]
-fn sockets_that_were_passed_are_told_apart_by_name() {
+fn passed_sockets_are_identified_by_name() {
     let sockets = |options: &[&str], passed: &[(&str, RawFd)]| {
         let arguments = [&["--blk-file=a"], options].concat();
         match parse_with(&arguments, passed) {
@@ -352,7 +352,7 @@ fn sockets_that_were_passed_are_told_apart_by_name() {
         sockets(&["--socket-path=/d", "--qmp=/q"], &[("events", 3)]),
         [some("/d"), some("events 3"), some("/q")]
     );
-    // A single one can be for one thing only; one that is named by its number needs no name.
+    // A single socket can have any name, and so can the one that --fd identifies.
     for name in ["unknown", "disk.socket", "", "vhost-user"] {
         assert_eq!(sockets(&[], &[(name, 3)])[0], some("vhost-user 3"));
         assert_eq!(
@@ -363,25 +363,25 @@ fn sockets_that_were_passed_are_told_apart_by_name() {
 }
 
 #[test]
-fn refuses_sockets_passed_for_nothing() {
-    let refused = |options: &[&str], passed: &[(&str, RawFd)], expected: &str| {
+fn rejects_passed_sockets_without_a_use() {
+    let rejected = |options: &[&str], passed: &[(&str, RawFd)], expected: &str| {
         let arguments = [&["--blk-file=a"], options].concat();
         let line = parse_with(&arguments, passed).unwrap_err().to_string();
         assert!(line.contains(expected) && !line.contains('\n'), "{line}");
     };
-    refused(&[], &[("qmp", 3)], "no socket to serve the disk on");
-    refused(
+    rejected(&[], &[("qmp", 3)], "no socket to serve the disk on");
+    rejected(
         &[],
         &[("vhost-user", 3), ("other", 4)],
         "named 'other' (descriptor 4)",
     );
-    refused(
+    rejected(
         &[],
         &[("a\nb", 3), ("other", 4)],
         "named 'a\\nb' (descriptor 3)",
     );
-    refused(&["--socket-path=/d"], &[("unknown", 3)], "named 'unknown'");
-    refused(
+    rejected(&["--socket-path=/d"], &[("unknown", 3)], "named 'unknown'");
+    rejected(
         &[],
         &[("vhost-user", 3), ("vhost-user", 4)],
         "more than one",
@@ -392,7 +392,7 @@ fn refuses_sockets_passed_for_nothing() {
         (&["--fd=9", "--events=/e"], "events"),
         (&["--fd=9", "--qmp=/q"], "qmp"),
     ] {
-        refused(options, &[(name, 3)], "cannot be used with it");
+        rejected(options, &[(name, 3)], "cannot be used with it");
     }
 }
 
@@ -408,61 +408,103 @@ fn metrics_are_local_unless_an_address_is_given() {
     assert_eq!(address("0.0.0.0:9000"), "0.0.0.0:9000");
     assert_eq!(address("[::1]:0"), "[::1]:0");
     for value in ["", "/m", "65536", "localhost:9000", "127.0.0.1", ":9000"] {
-        assert_refused(&disk(1, &["--metrics", value]), "--metrics");
+        assert_rejected(&disk(1, &["--metrics", value]), "--metrics");
     }
 }
 
 #[test]
-fn refuses_serial_numbers_virtio_can_not_carry() {
+fn rejects_serial_numbers_that_virtio_cannot_carry() {
     assert_eq!(
         config(&disk(1, &["--serial=12345678901234567890"]))
             .serial
             .len(),
         20
     );
-    assert_refused(
+    assert_rejected(
         &disk(1, &["--serial=123456789012345678901"]),
         "at most 20 bytes",
     );
-    assert_refused(&disk(1, &["--serial=é"]), "printable ASCII");
-    assert_refused(&disk(1, &["--serial=a\nb"]), "printable ASCII");
+    assert_rejected(&disk(1, &["--serial=é"]), "printable ASCII");
+    assert_rejected(&disk(1, &["--serial=a\nb"]), "printable ASCII");
 }
 
 #[test]
-fn refuses_queues_out_of_range() {
+fn rejects_queues_out_of_range() {
     for value in ["0", "2", "3", "255", "2048"] {
         let option = format!("--queue-size={value}");
-        assert_refused(&disk(1, &[&option]), "is not a power of two from 4 to 1024");
+        assert_rejected(&disk(1, &[&option]), "is not a power of two from 4 to 1024");
     }
-    assert_refused(&disk(1, &["--queue-size=65536"]), "--queue-size");
-    assert_refused(&disk(1, &["--num-queues=0"]), "--num-queues");
-    assert_refused(&disk(1, &["--num-queues=65"]), "--num-queues");
+    assert_rejected(&disk(1, &["--queue-size=65536"]), "--queue-size");
+    assert_rejected(&disk(1, &["--num-queues=0"]), "--num-queues");
+    assert_rejected(&disk(1, &["--num-queues=65"]), "--num-queues");
 }
 
 #[test]
-fn refuses_what_is_not_there() {
+fn rejects_unknown_options_and_invalid_values() {
     for option in ["--nonsense", "-x"] {
-        assert_refused(&disk(3, &[option]), "unexpected argument");
+        assert_rejected(&disk(3, &[option]), "unexpected argument");
     }
-    assert_refused(
+    assert_rejected(
         &disk(3, &["--read-pattern=single"]),
         "invalid value 'single'",
     );
     for value in ["0", "9", "3600001", "-1", "1s"] {
         let option = format!("--replica-timeout={value}");
-        assert_refused(&disk(3, &[&option]), "--replica-timeout");
+        assert_rejected(&disk(3, &[&option]), "--replica-timeout");
     }
     for value in ["-1", "1048577", "4M"] {
         let option = format!("--scrub-around={value}");
-        assert_refused(&disk(3, &[&option]), "--scrub-around");
+        assert_rejected(&disk(3, &[&option]), "--scrub-around");
     }
-    assert_refused(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
-    assert_refused(&disk(3, &["stray"]), "unexpected argument 'stray'");
-    assert_refused(&disk(3, &["--serial"]), "a value is required");
-    assert_refused(
+    assert_rejected(&disk(3, &["--cache=unsafe"]), "invalid value 'unsafe'");
+    assert_rejected(&disk(3, &["stray"]), "unexpected argument 'stray'");
+    assert_rejected(&disk(3, &["--serial"]), "a value is required");
+    assert_rejected(
         &disk(3, &["--serial=a", "--serial=b"]),
         "cannot be used multiple times",
     );
-    assert_refused(&disk(3, &["--two\n\nlines"]), "unexpected argument");
-    assert_refused::<&str>(&[], "no socket");
+    assert_rejected(&disk(3, &["--two\n\nlines"]), "unexpected argument");
+    assert_rejected::<&str>(&[], "no socket");
+}
+
+#[test]
+fn errors_of_the_parser_say_what_to_do() {
+    for (arguments, line) in [
+        (
+            "--read-pattern=first",
+            "invalid value 'first' for --read-pattern <PATTERN>; use one of quorum, threshold, fifo",
+        ),
+        (
+            "--replica-timeout=9",
+            "invalid value '9' for --replica-timeout <MS>: 9 is not in 10..=3600000; see quorum-blkd --help",
+        ),
+        (
+            "--metrics=x",
+            "invalid value 'x' for --metrics <ADDR>: expected a port, or address:port such as 127.0.0.1:9000 or \
+             [::1]:9000; see quorum-blkd --help",
+        ),
+        (
+            "--blk-fil",
+            "unexpected argument '--blk-fil'; did you mean --blk-file?",
+        ),
+        (
+            "--fd=3",
+            "--socket-path <PATH> cannot be used with --fd <N>; see quorum-blkd --help",
+        ),
+        (
+            "--serial",
+            "a value is required for --serial <S>; see quorum-blkd --help",
+        ),
+        (
+            "--qmp=a\n --qmp=b",
+            "--qmp <PATH> cannot be used multiple times; see quorum-blkd --help",
+        ),
+        (
+            "a\u{1b}",
+            "unexpected argument 'a\\u{1b}'; see quorum-blkd --help",
+        ),
+    ] {
+        let arguments: Vec<&str> = arguments.split(' ').collect();
+        assert_eq!(rejection(&disk(1, &arguments)), line);
+    }
 }
