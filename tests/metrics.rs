@@ -119,7 +119,7 @@ fn metrics_are_what_happened_and_well_formed() {
             1.0,
         ),
         (r#"quorum_blk_requests_in_flight{type="write"}"#, 0.0),
-        ("quorum_blk_rereads_total", 1.0),
+        ("quorum_blk_confirmations_total", 1.0),
         (
             r#"quorum_blk_replica_corrupt_sectors_found_total{replica="1.raw"}"#,
             2.0,
