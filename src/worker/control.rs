@@ -1,5 +1,5 @@
-//! What other threads can have all workers do: use a replica's file or let it go, look at what has
-//! changed, flush.
+//! Commands to all workers of a disk: change the file of a replica, follow a change of health or
+//! jobs, flush.
 
 use std::io;
 use std::os::fd::RawFd;
@@ -18,10 +18,10 @@ pub struct WorkerControl {
 }
 
 impl WorkerControl {
-    /// Has every worker use `file` for `replica`, or none. Returns when all do.
+    /// Makes every worker use `file` for `replica`, or none. Returns when all of them do.
     ///
     /// # Errors
-    /// If one cannot; then some may and others not.
+    /// If one worker cannot; the others may use the file by then.
     pub fn set_file(&self, replica: ReplicaIndex, file: Option<RawFd>) -> io::Result<()> {
         let (done, is_done) = sync_channel(self.mailboxes.len());
         for mailbox in &self.mailboxes {
@@ -34,34 +34,34 @@ impl WorkerControl {
         }
         drop(done);
         for _ in &self.mailboxes {
-            // A worker that has ended has dropped the message.
+            // A worker that has ended drops the message and with it the sender.
             let ended = |_| io::Error::other("the disk is being closed");
             is_done.recv().map_err(ended)??;
         }
         Ok(())
     }
 
-    /// Has every worker look at the health of the replicas.
+    /// Makes every worker follow a change of the replicas' health.
     pub fn tick_all(&self) {
         for mailbox in &self.mailboxes {
             mailbox.send(Message::Tick);
         }
     }
 
-    /// Has the worker that does the jobs look at them.
+    /// Makes worker 0, which runs the jobs, follow a change of them.
     pub fn tick_first(&self) {
         self.mailboxes[0].send(Message::Tick);
     }
 
-    /// Flushes the replicas. Whether that went well; it may also take too long.
+    /// Flushes the replicas. Returns whether that succeeded within the drain limit.
     pub fn flush(&self) -> bool {
         let (done, is_done) = sync_channel(1);
         self.mailboxes[0].send(Message::Flush { done });
-        // Nobody must wait for ever for a replica that hangs.
+        // A replica may hang for ever.
         is_done.recv_timeout(self.drain_limit).unwrap_or(false)
     }
 
-    /// How long a replica that hangs is waited for.
+    /// How long to wait for a replica that hangs.
     pub fn drain_limit(&self) -> Duration {
         self.drain_limit
     }

@@ -1,21 +1,21 @@
-//! The guests of all connections, as one worker sees them: one after the other, and those that
-//! nobody uses not at all.
+//! The guests of all connections, as one worker sees them: served in turn, and skipped while their
+//! connection is not in use.
 
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Failed, GuestRequest, Tag};
 
-/// The guests of all connections, as one worker sees them.
+/// The guests of all connections, with the virtqueues of one worker.
 pub(super) struct Guests {
     /// By connection slot.
     guests: Vec<Guest>,
-    /// The slots in which there may be something to do.
+    /// The slots whose guest may have work.
     in_use: Vec<usize>,
-    /// Where in `in_use` to look for the next request, so that no guest starves another.
+    /// Where in `in_use` the search for the next request starts, so that no guest starves another.
     next: usize,
 }
 
-/// Where the slot is in a [`Tag`], above what [`Guest`] has in it.
+/// The lowest bit of the slot in a [`Tag`], above the bits that [`Guest`] uses.
 const SLOT_SHIFT: u32 = 56;
 
 impl Guests {
@@ -48,16 +48,17 @@ impl Guests {
         self.guests[slot].abandon(ring);
     }
 
-    /// Does not look any more at guests with which there is nothing to do.
+    /// Skips guests without work from now on, until their next [`Self::refresh`].
     pub(super) fn forget_idle(&mut self) {
         self.in_use.retain(|slot| !self.guests[*slot].is_idle());
     }
 
+    /// See [`Guest::is_drained`].
     pub(super) fn is_drained(&self, slot: usize, ring: usize) -> bool {
         self.guests[slot].is_drained(ring)
     }
 
-    /// The next piece of work, of one guest after the other.
+    /// The next request, taken from each guest in turn.
     pub(super) fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
         for step in 0..self.in_use.len() {
             let index = (self.next + step) % self.in_use.len();
@@ -71,8 +72,9 @@ impl Guests {
         None
     }
 
+    /// See [`Guest::answered`].
     pub(super) fn answered(&mut self, Tag(tag): Tag, result: Result<&[u8], Failed>) {
-        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("it was one");
+        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("a slot in a tag fits usize");
         self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
     }
 
@@ -86,12 +88,14 @@ impl Guests {
         self.in_use.iter().any(|slot| self.guests[*slot].has_more())
     }
 
+    /// See [`Guest::signal`].
     pub(super) fn signal(&mut self) {
         for &slot in &self.in_use {
             self.guests[slot].signal();
         }
     }
 
+    /// Asks all drivers for kicks. Returns whether a request arrived before that took effect.
     pub(super) fn ask_for_kicks(&mut self) -> bool {
         let mut more = false;
         for &slot in &self.in_use {

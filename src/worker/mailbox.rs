@@ -1,4 +1,7 @@
-//! How others tell a worker something.
+//! Messages from other threads to a worker.
+//!
+//! Invariant: a message is in the queue before the event is signalled. The worker takes the whole
+//! queue after each signal, so no message waits for a later one.
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,38 +15,39 @@ use crate::common::ReplicaIndex;
 use crate::common::operation::RequestId;
 use crate::device::inflight::QueueRegion;
 
-/// Something to tell a worker.
+/// A message to a worker.
 pub(super) enum Message {
-    /// Look at the state of this ring, which is tracked there from its next start on; drop the
-    /// sender when it is served accordingly.
+    /// The state of a virtqueue has changed. Follow it, track its chains in `region` from its next
+    /// start on, and drop `done` when the virtqueue is active, or drained.
     Refresh {
         slot: usize,
         ring: usize,
         region: Option<QueueRegion>,
         done: SyncSender<()>,
     },
-    /// A range lock was granted.
+    /// The range lock that this request waited for is granted.
     Granted(RequestId),
-    /// Flush the replicas, and tell whether that went well.
+    /// Flush the replicas and report whether that succeeded.
     Flush { done: SyncSender<bool> },
-    /// Look at the replicas' health, and at the jobs.
+    /// The health of a replica or a job has changed.
     Tick,
-    /// This is the file of a replica now.
+    /// Use this file for a replica, or none.
     SetFile {
         replica: ReplicaIndex,
         file: Option<RawFd>,
         done: SyncSender<io::Result<()>>,
     },
-    /// End when everything in flight is done, or it is time.
+    /// Exit when no request is in flight, or when the drain limit has passed.
     Exit,
 }
 
-/// Where others leave messages for a worker.
+/// The queue of messages to one worker.
 #[derive(Debug)]
 pub(super) struct Mailbox {
-    /// `None` when the worker has ended: nobody must wait for it then.
+    /// `None` when the worker has ended. Messages are then dropped, and with them the senders that
+    /// other threads wait for.
     messages: Mutex<Option<VecDeque<Message>>>,
-    /// Written to with each message.
+    /// Signalled after each message.
     pub(super) event: EventFd,
 }
 

@@ -1,10 +1,10 @@
-//! How long a worker looks for work itself before it sleeps.
+//! How long a worker polls for work before it sleeps.
 //!
-//! To be woken takes longer than most requests, so a worker that expects one at once goes on
-//! looking for a while; where it proves wrong it soon sleeps without looking. Sleeping makes the
-//! next request come later, so that sleeps are longer than the looks were that would have found it:
-//! after some short ones a look is tried anew, and the less often, the more such tries were in
-//! vain. An idle worker never looks.
+//! A wake-up takes longer than most requests, so a worker that expects a request soon polls for a
+//! while first. Each time it polls in vain it halves the time, down to none. Sleeping also delays
+//! the guest and thus its next request, so a sleep is longer than the polling that would have
+//! found the request: after several short sleeps the worker tries polling again, less often each
+//! time that was in vain. An idle worker does not poll.
 
 use std::time::{Duration, Instant};
 
@@ -12,24 +12,24 @@ use crate::limits::SPIN_MICROSECONDS_MAX;
 
 const LIMIT: Duration = Duration::from_micros(SPIN_MICROSECONDS_MAX);
 
-/// A limit below this is none.
+/// Polling for less than this pays for nothing: the limit becomes zero.
 const LEAST: Duration = Duration::from_micros(2);
 
-/// A sleep that was perhaps as long because it was one.
+/// A sleep this short may owe its length to the wake-up.
 const SHORT: Duration = Duration::from_micros(4 * SPIN_MICROSECONDS_MAX);
 
-/// Short sleeps before looking is tried anew: after it was of use, and at most.
+/// Short sleeps before polling is tried again: after polling paid off, and at most.
 const PATIENCE: u32 = 8;
 const PATIENCE_MAX: u32 = 1024;
 
-/// Whether to look once more.
+/// Decides whether to poll once more.
 #[derive(Debug)]
 pub(super) struct Spin {
-    /// How long it is worth to look.
+    /// How long polling pays off.
     limit: Duration,
-    /// Since when there has been nothing to do.
+    /// Since when the worker has had no work.
     since: Option<Instant>,
-    /// Short sleeps since it was last worth nothing to look, and how many it takes.
+    /// Short sleeps since polling last stopped, and how many start it again.
     short_sleeps: u32,
     patience: u32,
 }
@@ -44,7 +44,7 @@ impl Spin {
         }
     }
 
-    /// There was something to do.
+    /// There was work.
     pub(super) fn found(&mut self) {
         if self.since.take().is_some() {
             self.limit = LIMIT;
@@ -52,8 +52,8 @@ impl Spin {
         }
     }
 
-    /// There is nothing to do `now`. `true`: look again; `false`: sleep.
-    pub(super) fn look_again(&mut self, now: Instant) -> bool {
+    /// There is no work `now`. Returns whether to poll again; if not, sleep.
+    pub(super) fn poll_again(&mut self, now: Instant) -> bool {
         if self.limit.is_zero() {
             return false;
         }
@@ -61,10 +61,10 @@ impl Spin {
         now.saturating_duration_since(since) < self.limit
     }
 
-    /// The worker has slept, for so long, until there was something to do.
+    /// The worker slept this long until there was work.
     pub(super) fn slept(&mut self, time: Duration) {
         if self.since.take().is_some() {
-            // It had looked, in vain.
+            // It had polled in vain.
             self.limit /= 2;
             if self.limit < LEAST {
                 self.limit = Duration::ZERO;
@@ -86,56 +86,56 @@ mod tests {
 
     const LONG: Duration = Duration::from_millis(1);
 
-    /// Looks until the limit, finds nothing and sleeps. How long it looked.
+    /// Polls until the limit in vain, then sleeps. Returns how long it polled.
     fn in_vain(spin: &mut Spin, sleep: Duration) -> Duration {
         let start = Instant::now();
-        let mut looked = Duration::ZERO;
-        while spin.look_again(start + looked) {
-            looked += Duration::from_micros(1);
+        let mut polled = Duration::ZERO;
+        while spin.poll_again(start + polled) {
+            polled += Duration::from_micros(1);
         }
         spin.slept(sleep);
-        looked
+        polled
     }
 
     #[test]
-    fn looks_for_a_while_then_sleeps() {
+    fn polls_for_a_while_then_sleeps() {
         let (mut spin, start) = (Spin::new(), Instant::now());
-        assert!(spin.look_again(start));
-        assert!(spin.look_again(start + LIMIT / 2));
-        assert!(!spin.look_again(start + LIMIT));
+        assert!(spin.poll_again(start));
+        assert!(spin.poll_again(start + LIMIT / 2));
+        assert!(!spin.poll_again(start + LIMIT));
         spin.found();
-        assert!(spin.look_again(start + LIMIT), "the while begins anew");
+        assert!(spin.poll_again(start + LIMIT), "work restarts the limit");
     }
 
     #[test]
-    fn an_idle_worker_does_not_look() {
+    fn an_idle_worker_does_not_poll() {
         let mut spin = Spin::new();
-        let looked: Duration = (0..10).map(|_| in_vain(&mut spin, LONG)).sum();
-        assert!(looked < 2 * LIMIT, "{looked:?}");
+        let polled: Duration = (0..10).map(|_| in_vain(&mut spin, LONG)).sum();
+        assert!(polled < 2 * LIMIT, "{polled:?}");
         assert!((0..10_000).all(|_| in_vain(&mut spin, LONG).is_zero()));
     }
 
     #[test]
-    fn looks_anew_after_some_short_sleeps() {
+    fn polls_again_after_some_short_sleeps() {
         let mut spin = Spin::new();
         while !in_vain(&mut spin, LONG).is_zero() {}
         let sleeps = (0..)
             .take_while(|_| in_vain(&mut spin, SHORT / 2).is_zero())
             .count();
         assert_eq!(sleeps, PATIENCE as usize);
-        spin.look_again(Instant::now());
+        spin.poll_again(Instant::now());
         spin.found();
-        assert_eq!(in_vain(&mut spin, LONG), LIMIT, "it was of use");
+        assert_eq!(in_vain(&mut spin, LONG), LIMIT, "polling paid off");
     }
 
     #[test]
-    fn tries_that_are_in_vain_become_rare() {
+    fn attempts_in_vain_become_rare() {
         let mut spin = Spin::new();
         let sleeps = 100_000;
-        let looked: Duration = (0..sleeps).map(|_| in_vain(&mut spin, SHORT / 2)).sum();
+        let polled: Duration = (0..sleeps).map(|_| in_vain(&mut spin, SHORT / 2)).sum();
         assert!(
-            looked * 500 < SHORT / 2 * sleeps,
-            "{looked:?} in {sleeps} sleeps"
+            polled * 500 < SHORT / 2 * sleeps,
+            "{polled:?} in {sleeps} sleeps"
         );
     }
 }

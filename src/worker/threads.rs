@@ -1,23 +1,24 @@
-//! The worker threads of a disk: how they begin, are reached by the frontends, and end.
+//! The worker threads of a disk: how they start, how frontends reach them, and how they exit.
 
 use std::io;
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 use log::error;
 
 use super::control::WorkerControl;
+use super::event_loop::Worker;
 use super::mailbox::{Mailbox, Message};
-use super::{Disk, Stop, Worker};
+use super::{Disk, Stop};
 use crate::common::ReplicaSet;
 use crate::device::frontend::RingServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Shared, WorkerIndex};
 use crate::limits::drain_limit;
 
-/// The running worker threads of a disk. Queue `i` is served by worker `i mod count`.
+/// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
 #[derive(Debug)]
 pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
@@ -29,15 +30,15 @@ pub struct Workers {
 #[derive(Debug)]
 struct Thread {
     handle: JoinHandle<()>,
-    /// Comes when the worker has ended: the replicas that still have operations of it.
-    asked: Receiver<ReplicaSet>,
+    /// Receives, when the worker has ended, the replicas with operations of it in flight.
+    busy: Receiver<ReplicaSet>,
 }
 
 impl Workers {
     /// Starts `count` workers.
     ///
     /// # Errors
-    /// If a thread or its io_uring cannot be made; then none is left running.
+    /// If a thread or its io_uring cannot be created; no thread is left running then.
     pub fn start(disk: &Disk, count: u16) -> io::Result<Self> {
         let count = count.max(1);
         let mailboxes = (0..count)
@@ -51,40 +52,13 @@ impl Workers {
         };
         for index in 0..count {
             let mut disk = disk.clone();
-            let mailboxes = workers.mailboxes.clone();
             for slot in &mut disk.slots {
                 let own = slot.vrings.drain(..).skip(usize::from(index));
                 slot.vrings = own.step_by(usize::from(count)).collect();
             }
-            // The ring is made in the thread that uses it: the kernel can then do without locks.
-            let (ready, is_ready) = sync_channel(1);
-            let (ended, asked) = sync_channel(1);
-            let handle = std::thread::Builder::new()
-                .name(format!("worker-{index}"))
-                .spawn(move || {
-                    let stop = disk.stop.clone();
-                    let made = Worker::new(WorkerIndex(index), disk, mailboxes);
-                    let (outcome, worker) = match made {
-                        Ok(worker) => (Ok(()), Some(worker)),
-                        Err(error) => (Err(error), None),
-                    };
-                    let _ = ready.send(outcome);
-                    let Some(mut worker) = worker else {
-                        let _ = ended.send(ReplicaSet::EMPTY);
-                        return;
-                    };
-                    if let Err(error) = worker.run() {
-                        error!("the io_uring of worker {index} failed: {error}");
-                        let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
-                    }
-                    let _ = ended.send(worker.io.replicas_asked());
-                })?;
-            workers.threads.push(Thread { handle, asked });
-            let outcome = is_ready
-                .recv()
-                .unwrap_or_else(|_| Err(io::Error::other("the worker ended")));
+            let outcome = workers.start_one(WorkerIndex(index), disk);
             if let Err(error) = outcome {
-                // They were given nothing to do yet.
+                // No worker has received a request yet.
                 let _ = workers.exit();
                 return Err(error);
             }
@@ -92,7 +66,22 @@ impl Workers {
         Ok(workers)
     }
 
-    /// A handle for those who change the replicas, or the jobs.
+    fn start_one(&mut self, index: WorkerIndex, disk: Disk) -> io::Result<()> {
+        let mailboxes = self.mailboxes.clone();
+        let (ready, is_ready) = sync_channel(1);
+        let (ended, busy) = sync_channel(1);
+        let handle = std::thread::Builder::new()
+            .name(format!("worker-{}", index.0))
+            .spawn(move || {
+                run_worker(index, disk, mailboxes, &ready, &ended);
+            })?;
+        self.threads.push(Thread { handle, busy });
+        is_ready
+            .recv()
+            .unwrap_or_else(|_| Err(io::Error::other("the worker ended")))
+    }
+
+    /// A handle to change replicas and jobs.
     pub fn control(&self) -> WorkerControl {
         WorkerControl {
             mailboxes: self.mailboxes.clone(),
@@ -100,7 +89,7 @@ impl Workers {
         }
     }
 
-    /// A handle for the frontend on a connection slot to have its rings served.
+    /// A handle for the frontend of a connection slot, to start and stop its virtqueues.
     pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
         Box::new(Handle {
             workers: self.control(),
@@ -108,29 +97,59 @@ impl Workers {
         })
     }
 
-    /// Lets the workers finish what is in flight, for so long as [`drain_limit`] says, and ends
-    /// them. Returns the replicas that may still have operations: the kernel does them when the
-    /// replica answers again, so nobody else may use these images before it has let go of them.
+    /// Lets the workers finish the requests in flight, for at most [`drain_limit`], and stops them.
+    /// Returns the replicas that may still have operations in flight: the kernel carries them out
+    /// when the replica answers again, so their images must stay locked until it has.
     #[must_use]
     pub fn exit(self) -> ReplicaSet {
         for mailbox in &self.mailboxes {
             mailbox.send(Message::Exit);
         }
-        let mut unanswered = ReplicaSet::EMPTY;
+        let mut all_busy = ReplicaSet::EMPTY;
         for thread in self.threads {
-            let asked = thread.asked.recv().unwrap_or_else(|_| {
+            let busy = thread.busy.recv().unwrap_or_else(|_| {
                 error!("a worker panicked");
                 self.shared.members()
             });
-            // The kernel keeps a thread in its exit as long as it waits for a replica on behalf of
-            // it.
-            if asked.is_empty() {
+            // A thread does not exit while the kernel waits for a replica on its behalf.
+            if busy.is_empty() {
                 let _ = thread.handle.join();
             }
-            unanswered = unanswered.or(asked);
+            all_busy = all_busy.or(busy);
         }
-        unanswered
+        all_busy
     }
+}
+
+/// The body of a worker thread. Sends to `ready` whether the worker could be created, and to
+/// `ended` the replicas with operations in flight at the end.
+fn run_worker(
+    index: WorkerIndex,
+    disk: Disk,
+    mailboxes: Vec<Arc<Mailbox>>,
+    ready: &SyncSender<io::Result<()>>,
+    ended: &SyncSender<ReplicaSet>,
+) {
+    let stop = disk.stop.clone();
+    // Created in the thread that uses it, so that the kernel needs no locks for the io_uring.
+    let mut worker = match Worker::new(index, disk, mailboxes) {
+        Ok(worker) => worker,
+        Err(error) => {
+            let _ = ready.send(Err(error));
+            let _ = ended.send(ReplicaSet::EMPTY);
+            return;
+        }
+    };
+    let _ = ready.send(Ok(()));
+    if let Err(error) = worker.run() {
+        error!(
+            "worker {} stops because its io_uring failed: {error}",
+            index.0
+        );
+        let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
+    }
+    // Before the worker is dropped: with operations in flight that may take for ever.
+    let _ = ended.send(worker.io.busy_replicas());
 }
 
 struct Handle {
@@ -153,7 +172,7 @@ impl RingServer for Handle {
             });
         }
         drop(done);
-        // The workers drop their ends; nothing is ever sent.
+        // Ends when all workers have dropped their senders; they never send.
         let _ = is_done.recv();
     }
 

@@ -1,0 +1,103 @@
+//! What the engine of a worker asks for, carried out: on the io_uring, in guest memory, in the
+//! mailboxes of other workers and in the event queue.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::sync::mpsc::{Sender, SyncSender};
+
+use super::guests::Guests;
+use super::mailbox::{Mailbox, Message};
+use super::{OWN_FLUSH, Stop};
+use crate::common::operation::{Operation, RequestId};
+use crate::common::report::Report;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::control::queue::EventQueue;
+use crate::engine::{Effects, Failed, Tag, WorkerIndex};
+use crate::jobs::JobEvent;
+use crate::limits::REPLICAS_MAX;
+use crate::replica::ring::Ring;
+use crate::statistics::Recorder;
+
+/// Everything that the engine of a worker has an effect on.
+pub(super) struct Io {
+    pub(super) ring: Ring,
+    /// Operations in flight on each replica.
+    pub(super) in_flight: [usize; REPLICAS_MAX],
+    pub(super) recorder: Recorder,
+    pub(super) released: Sender<ReplicaIndex>,
+    pub(super) guests: Guests,
+    /// Of all workers.
+    pub(super) mailboxes: Vec<Arc<Mailbox>>,
+    pub(super) events: Arc<EventQueue>,
+    /// The threads that wait for a flush of this worker; flushes end in the order of submission.
+    pub(super) flushing: VecDeque<SyncSender<bool>>,
+    pub(super) stop: Sender<Stop>,
+    /// The first failure of the io_uring. The loop ends with it.
+    pub(super) failure: Option<io::Error>,
+}
+
+impl Io {
+    /// The replicas that have operations in flight.
+    pub(super) fn busy_replicas(&self) -> ReplicaSet {
+        let is_busy = |replica: &ReplicaIndex| self.in_flight[replica.as_usize()] > 0;
+        ReplicaSet::first(self.in_flight.len())
+            .iter()
+            .filter(is_busy)
+            .collect()
+    }
+}
+
+impl Effects for Io {
+    fn submit(&mut self, operation: Operation) {
+        self.in_flight[operation.replica.as_usize()] += 1;
+        self.recorder.operation_begun(&operation);
+        if let Err(error) = self.ring.push(operation, self.recorder.now()) {
+            self.failure.get_or_insert(error);
+        }
+    }
+
+    fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
+        if tag == OWN_FLUSH {
+            if let Some(done) = self.flushing.pop_front() {
+                // The thread that asked may have stopped waiting.
+                let _ = done.send(result.is_ok());
+            }
+            return;
+        }
+        self.guests.answered(tag, result);
+    }
+
+    fn report(&mut self, report: Report) {
+        self.recorder.reported(&report);
+        self.events.push(report);
+    }
+
+    fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        self.events.mended(replica, range);
+    }
+
+    fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
+        self.mailboxes[usize::from(worker.0)].send(Message::Granted(request));
+    }
+
+    fn health_changed(&mut self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Message::Tick);
+        }
+    }
+
+    fn job_changed(&mut self, event: JobEvent) {
+        self.events.push(event);
+    }
+
+    fn released(&mut self, replica: ReplicaIndex) {
+        // The receiver is gone only while the daemon stops.
+        let _ = self.released.send(replica);
+    }
+
+    fn contents_differ(&mut self, range: SectorRange) {
+        // The receiver is gone only while the daemon stops.
+        let _ = self.stop.send(Stop::ContentsDiffer(range));
+    }
+}

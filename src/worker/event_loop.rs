@@ -1,0 +1,312 @@
+//! The loop of a worker thread.
+//!
+//! One turn takes requests off the virtqueues, hands every operation that results to the kernel
+//! with one system call, feeds the completions to the engine, and signals each virtqueue at most
+//! once. The thread sleeps in that same system call, where kicks and messages wake it too.
+//!
+//! Invariant: asking drivers for kicks is the last step before the thread sleeps, so a request
+//! that arrives later wakes it.
+
+use std::collections::VecDeque;
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use log::{debug, warn};
+use vhost_user_backend::VringT;
+
+use super::clock::Clock;
+use super::draining::Draining;
+use super::effects::Io;
+use super::guests::Guests;
+use super::mailbox::{Mailbox, Message};
+use super::spin::Spin;
+use super::{Disk, OWN_FLUSH};
+use crate::common::buffer::BufferPool;
+use crate::device::connection::ConnectionSlot;
+use crate::device::guest::Guest;
+use crate::device::inflight::QueueRegion;
+use crate::engine::{Engine, GuestRequest, WorkerIndex};
+use crate::limits::{
+    BATCH_BYTES_MAX, BATCH_MAX, REPLICAS_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
+};
+use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
+use crate::statistics::{Recorder, TurnTime};
+
+/// The watch of the mailbox.
+const MAILBOX: WatchToken = WatchToken(0);
+
+/// The watches of all kicks. They share a token because a turn looks at every virtqueue anyway.
+const KICK: WatchToken = WatchToken(1);
+
+/// How often a worker looks at virtqueues that another process's requests hold back.
+const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
+
+/// A worker: its virtqueues, its engine and its io_uring.
+pub(super) struct Worker {
+    engine: Engine,
+    pub(super) io: Io,
+    mailbox: Arc<Mailbox>,
+    /// With the virtqueues of this worker only.
+    slots: Vec<ConnectionSlot>,
+    /// By slot and virtqueue.
+    kicks: Vec<Vec<Option<Watch>>>,
+    draining: Draining,
+    /// When the worker ends even if requests are in flight. `None` until it is asked to end.
+    exit_by: Option<Duration>,
+    drain_limit: Duration,
+    clock: Clock,
+    spin: Spin,
+    /// Turns since drivers were last signalled.
+    turns_unsignalled: usize,
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.mailbox.close();
+    }
+}
+
+impl Worker {
+    pub(super) fn new(
+        index: WorkerIndex,
+        disk: Disk,
+        mailboxes: Vec<Arc<Mailbox>>,
+    ) -> io::Result<Self> {
+        let pool = BufferPool::with_arena();
+        let mut ring = Ring::new(&disk.files)?;
+        ring.register_arena(&pool);
+        let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
+        // Never unwatched: it lasts as long as the ring.
+        ring.watch(&mailbox.event, MAILBOX)?;
+        let statistics = disk.statistics.of_worker(index.0);
+        let recorder = Recorder::new(statistics, TurnTime::default());
+        let guests = disk.slots.iter().map(|slot| {
+            let (info, pool) = (disk.info.clone(), pool.clone());
+            let mut guest = Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool);
+            guest.set_recorder(recorder.clone());
+            guest
+        });
+        let guests = Guests::new(guests.collect());
+        let kicks = disk.slots.iter();
+        let kicks = kicks.map(|slot| slot.vrings.iter().map(|_| None).collect());
+        Ok(Self {
+            kicks: kicks.collect(),
+            io: Io {
+                ring,
+                in_flight: [0; REPLICAS_MAX],
+                recorder,
+                released: disk.released,
+                guests,
+                mailboxes,
+                events: disk.events,
+                flushing: VecDeque::new(),
+                stop: disk.stop,
+                failure: None,
+            },
+            mailbox,
+            slots: disk.slots,
+            draining: Draining::default(),
+            exit_by: None,
+            drain_limit: drain_limit(disk.policy.replica_timeout),
+            clock: Clock::new(),
+            spin: Spin::new(),
+            turns_unsignalled: 0,
+            engine: Engine::new(index, disk.policy, disk.shared, pool),
+        })
+    }
+
+    /// Runs until the worker is asked to exit.
+    ///
+    /// # Errors
+    /// If the io_uring fails.
+    pub(super) fn run(&mut self) -> io::Result<()> {
+        loop {
+            let worked = self.take_requests();
+            let now = self.clock.now();
+            self.draining.abandon_overdue(now, &mut self.io.guests);
+            self.signal();
+            self.draining.finish(&mut self.io.guests);
+            if self.is_finished() {
+                return Ok(());
+            }
+            if worked {
+                self.spin.found();
+            }
+            if worked || self.polls_again() {
+                self.turn(Wait::No)?;
+                continue;
+            }
+            let blocked = !self.engine.has_room();
+            let idle = blocked || !self.io.guests.ask_for_kicks();
+            let slept_from = self.clock.advanced_at();
+            self.turn(if idle { self.wait() } else { Wait::No })?;
+            self.spin.slept(self.clock.advanced_at() - slept_from);
+        }
+    }
+
+    /// Whether the worker was asked to exit and may do so now.
+    fn is_finished(&self) -> bool {
+        let Some(exit_by) = self.exit_by else {
+            return false;
+        };
+        if self.engine.is_idle() {
+            debug!("worker stops; no request is in flight");
+            return true;
+        }
+        let is_overdue = self.clock.now() >= exit_by;
+        if is_overdue {
+            warn!("worker stops although replicas have not answered all operations");
+        }
+        is_overdue
+    }
+
+    /// Whether to poll once more instead of sleeping. Never beside long writes: they need the CPU,
+    /// and take longer than polling pays for.
+    fn polls_again(&mut self) -> bool {
+        !self.io.ring.is_writing_long() && self.spin.poll_again(self.clock.advanced_at())
+    }
+
+    /// How long the worker may sleep.
+    fn wait(&self) -> Wait {
+        let held = self.io.guests.is_held().then(|| self.clock.now() + TICK);
+        let deadlines = [
+            self.draining.deadline(),
+            self.exit_by,
+            held,
+            self.engine.deadline(),
+        ];
+        match deadlines.into_iter().flatten().min() {
+            Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.clock.now())),
+            None => Wait::Forever,
+        }
+    }
+
+    /// Moves requests from the virtqueues to the engine, as many as the engine has room for and
+    /// one turn takes. Returns whether there were any.
+    fn take_requests(&mut self) -> bool {
+        let (mut taken, mut bytes) = (0, 0);
+        while taken < BATCH_MAX && bytes < BATCH_BYTES_MAX && self.engine.has_room() {
+            let Some((tag, request)) = self.io.guests.next_request() else {
+                break;
+            };
+            bytes += request.bytes();
+            self.engine.submit(tag, request, &mut self.io);
+            taken += 1;
+        }
+        taken > 0
+    }
+
+    /// Signals drivers that requests are done. A driver with many requests in flight is signalled
+    /// less often, because an interrupt costs it and this worker more than a request does. The
+    /// requests left in its virtqueue must last until it has made new ones.
+    fn signal(&mut self) {
+        self.turns_unsignalled += 1;
+        if self.turns_unsignalled >= UNSIGNALLED_TURNS_MAX || !self.io.guests.has_more() {
+            self.turns_unsignalled = 0;
+            self.io.guests.signal();
+        }
+    }
+
+    /// Makes one system call, then handles its completions and the messages that arrived.
+    fn turn(&mut self, wait: Wait) -> io::Result<()> {
+        if let Some(error) = self.io.failure.take() {
+            return Err(error);
+        }
+        let mut completions = std::mem::take(self.io.ring.enter(wait)?);
+        let now = self.clock.advance(wait);
+        if !completions.is_empty() {
+            self.spin.found();
+        }
+        self.engine.set_time(now);
+        self.io.recorder.set_time(now);
+        let mut mail = false;
+        for completion in completions.drain(..) {
+            match completion {
+                Completion::Reply(reply, since) => {
+                    self.io.recorder.operation_ended(&reply, since);
+                    self.io.in_flight[reply.replica.as_usize()] -= 1;
+                    self.engine.reply(reply, &mut self.io);
+                }
+                Completion::Readable(MAILBOX) => mail = true,
+                Completion::Readable(_) => {}
+            }
+        }
+        self.io.ring.recycle(completions);
+        if self
+            .engine
+            .deadline()
+            .is_some_and(|deadline| deadline <= now)
+        {
+            self.engine.tick(now, &mut self.io);
+        }
+        if mail {
+            for message in self.mailbox.take() {
+                self.handle(message)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn handle(&mut self, message: Message) -> io::Result<()> {
+        match message {
+            Message::Granted(request) => self.engine.granted(request, &mut self.io),
+            Message::Flush { done } => {
+                self.io.flushing.push_back(done);
+                self.engine
+                    .submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
+            }
+            Message::Tick => self.engine.tick(self.clock.now(), &mut self.io),
+            Message::SetFile {
+                replica,
+                file,
+                done,
+            } => {
+                // The thread that asked may have stopped waiting.
+                let _ = done.send(self.io.ring.set_file(replica, file));
+            }
+            Message::Exit => {
+                self.engine.stop_background();
+                self.exit_by = Some(self.clock.now() + self.drain_limit);
+            }
+            Message::Refresh {
+                slot,
+                ring,
+                region,
+                done,
+            } => {
+                if !self.refresh(slot, ring, region)? {
+                    let abandon_at = self.clock.now() + self.drain_limit;
+                    self.draining.push(slot, ring, abandon_at, done);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Follows a change of a virtqueue's state. Returns whether it is active; if not, it has to
+    /// drain.
+    fn refresh(
+        &mut self,
+        slot: usize,
+        ring: usize,
+        region: Option<QueueRegion>,
+    ) -> io::Result<bool> {
+        let kick_watch = &mut self.kicks[slot][ring];
+        if let Some(watch) = kick_watch.take() {
+            self.io.ring.unwatch(&watch)?;
+        }
+        let ConnectionSlot {
+            choices, vrings, ..
+        } = &self.slots[slot];
+        let durable_writes = choices.durable_writes();
+        if !self.io.guests.refresh(slot, ring, region, durable_writes) {
+            return Ok(false);
+        }
+        let state = vrings[ring].get_ref();
+        if let Some(kick) = state.get_kick() {
+            *kick_watch = Some(self.io.ring.watch(kick, KICK)?);
+        }
+        Ok(true)
+    }
+}
