@@ -1,4 +1,6 @@
-//! `quorum-blkctl`: what an operator does to a voted disk, over the monitor of its `quorum-blkd`.
+//! `quorum-blkctl`: shows and maintains a voted disk over the monitor of its `quorum-blkd`.
+
+#![forbid(unsafe_code)]
 
 use std::process::ExitCode;
 

@@ -1,5 +1,7 @@
 //! `quorum-blkd`: serves several disk images as one voted disk over vhost-user-blk.
 
+#![forbid(unsafe_code)]
+
 use std::process::ExitCode;
 
 use log::LevelFilter;
@@ -10,10 +12,9 @@ use quorum_blk::daemon::{self, service_manager};
 const LOG_VARIABLE: &str = "QUORUM_BLKD_LOG";
 
 fn main() -> ExitCode {
-    // SAFETY: there is no thread but this one so far.
-    let passed = match unsafe { service_manager::take_passed_sockets() } {
+    let passed = match service_manager::take_passed_sockets() {
         Ok(passed) => passed,
-        Err(error) => return refuse(&error),
+        Err(error) => return fail(&error),
     };
     let config = match Config::from_args(std::env::args_os(), passed) {
         Ok(Parsed::Run(config)) => config,
@@ -21,7 +22,7 @@ fn main() -> ExitCode {
             print!("{text}");
             return ExitCode::SUCCESS;
         }
-        Err(error) => return refuse(&error),
+        Err(error) => return fail(&error),
     };
     let level = match config.verbosity {
         0 => LevelFilter::Warn,
@@ -35,11 +36,11 @@ fn main() -> ExitCode {
         .init();
     match daemon::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(error) => refuse(&error),
+        Err(error) => fail(&error),
     }
 }
 
-fn refuse(error: &dyn std::error::Error) -> ExitCode {
+fn fail(error: &dyn std::error::Error) -> ExitCode {
     eprintln!("quorum-blkd: {error}");
     ExitCode::FAILURE
 }

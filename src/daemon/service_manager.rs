@@ -17,22 +17,19 @@ use crate::config::PassedSocket;
 #[error("the sockets that the service manager passed cannot be taken: {}", Reason(.0))]
 pub struct PassedError(#[from] io::Error);
 
-/// The sockets that were passed to this process, which its children do not inherit. The environment
-/// does not tell of them any more after that.
+/// The sockets that the service manager passed to this process; children do not inherit them.
 ///
-/// # Safety
-/// Changes the environment: no other thread may exist.
+/// The variables stay in the environment: changing it is unsafe once there are threads, and
+/// LISTEN_PID names this process only.
 ///
 /// # Errors
-/// If there are fewer descriptors than there should be, or not as many as names for them.
-pub unsafe fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
-    // Variables that are for another process, whose child this one is, are of no interest, not even
-    // for being wrong.
+/// If descriptors are missing, or their number and that of their names differ.
+pub fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
+    // Variables for another process, whose child this one is, may even be invalid.
     if sd_notify::listen_fds()?.len() == 0 {
         return Ok(Vec::new());
     }
-    // SAFETY: the caller's promise is what is asked for.
-    let passed = unsafe { sd_notify::listen_fds_with_names_and_unset_env() }?;
+    let passed = sd_notify::listen_fds_with_names()?;
     Ok(passed.map(|(fd, name)| PassedSocket { name, fd }).collect())
 }
 
