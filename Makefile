@@ -35,7 +35,7 @@ sim: ## Random runs in the simulator: SEEDS=n, or SECONDS=n, or SEED=s to replay
 
 soak: ## Kill the daemon under load, for SECONDS=n in each of three ways; SEED=s for the same requests
 	QUORUM_BLK_SOAK_SECONDS=$(SECONDS) $(if $(SEED),QUORUM_BLK_TEST_SEED=$(SEED)) \
-		$(CARGO) test --locked --release --test kill -- --nocapture
+		$(CARGO) test --locked --release --test device daemon_killed -- --nocapture
 
 model: ## Every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prepares the guest of tests/guest.rs and of the demo: QEMU, a Debian kernel and an initramfs.
+# Prepares the guest of tests/vm/corrupt_replica.rs and of the demo: QEMU, a Debian kernel and an initramfs.
 #
 # Installs QEMU where it is missing (Debian and its like; as root or through sudo). The kernel, busybox and
 # the tools that busybox has no match for are fetched from the same archive and only unpacked, under

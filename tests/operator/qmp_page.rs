@@ -16,7 +16,7 @@ use testkit::images::{corrupt_sectors, create_images};
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
 
-const MANUAL: &str = include_str!("../docs/qmp.md");
+const MANUAL: &str = include_str!("../../docs/qmp.md");
 
 /// What the directory of the images is called in the manual.
 const DIRECTORY: &str = "/images";

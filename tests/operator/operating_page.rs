@@ -17,7 +17,7 @@ use testkit::images::corrupt_sectors;
 use testkit::monitor::Monitor;
 use testkit::process::{Process, wait_until};
 
-const PAGE: &str = include_str!("../docs/operating.md");
+const PAGE: &str = include_str!("../../docs/operating.md");
 const SIZE_BYTES: u64 = 64 << 20;
 const LIMIT: Duration = Duration::from_secs(60);
 

@@ -155,7 +155,7 @@ fn metrics_are_what_happened_and_well_formed() {
     let took = values[r#"quorum_blk_request_duration_seconds_sum{type="write"}"#];
     assert!(took > 0.0 && took < 60.0, "{took} s");
 
-    let manual = include_str!("../docs/metrics.md");
+    let manual = include_str!("../../docs/metrics.md");
     let families = text
         .lines()
         .filter_map(|line| line.strip_prefix("# TYPE quorum_blk_"));

@@ -1,10 +1,6 @@
 //! The monitor as its clients see it: the QEMU project's own, several at once, and those that
 //! behave badly.
 
-#[path = "operator/recorder.rs"]
-#[allow(dead_code, unreachable_pub)]
-mod operator;
-
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
@@ -17,7 +13,7 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use operator::Recorder;
+use crate::recorder::Recorder;
 use quorum_blk::common::operation::OperationType;
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};

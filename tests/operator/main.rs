@@ -1,0 +1,18 @@
+//! What an operator sees and does: the monitor, the events, the metrics, quorum-blkctl, and the pages
+//! that document them.
+
+mod admin;
+mod admin_failures;
+mod blkctl;
+mod disk_state;
+mod event_socket;
+mod metrics;
+mod operating_page;
+mod qmp_clients;
+mod qmp_page;
+#[allow(
+    dead_code,
+    unreachable_pub,
+    reason = "the unit tests and the fuzz targets share it"
+)]
+mod recorder;

@@ -1,0 +1,5 @@
+//! The daemon as a program: how it starts, what it refuses, what `make install` installs.
+
+mod installation;
+mod socket_activation;
+mod start_up;

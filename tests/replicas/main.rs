@@ -1,0 +1,8 @@
+//! What the disk promises while replicas differ, fail, hang, grow and are replaced.
+
+mod faulty_replicas;
+mod growth;
+mod image_locks;
+mod jobs;
+mod same_as_qemu;
+mod voting;

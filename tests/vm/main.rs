@@ -1,0 +1,8 @@
+//! Linux guests under QEMU on a voted disk. `make guest` prepares them.
+
+mod corrupt_replica;
+mod daemon_restart;
+mod device_features;
+mod migration;
+mod new_size;
+mod repair;
