@@ -2,27 +2,30 @@
 //!
 //! The modules in the order in which a request meets them:
 //!
-//! 1. [`device`] takes a descriptor chain off a virtqueue, understands it as a virtio-blk request
-//!    and cuts it into pieces. Data to write is copied out of guest memory once.
-//! 2. [`engine`] decides what to do: a read asks all replicas at once, a write takes the lock of
-//!    its range and goes to all of them, a flush too.
-//! 3. [`replica`] does it: operations are queued to an io_uring and come back as replies, with
-//!    their buffers.
-//! 4. [`quorum`] has the pure decisions: who wins the vote on a sector, whether a write counts,
-//!    what a replica is known not to hold.
-//! 5. The engine answers the guest through [`device`], which copies the winner into guest memory
-//!    and puts the chain on the used ring.
-//! 6. [`control`] tells the operator who was wrong.
+//! 1. [`device`] takes a descriptor chain off a virtqueue, parses it as a virtio-blk request and
+//!    divides it into fragments. Data to write is copied out of guest memory once.
+//! 2. [`engine`] decides what to do: a read asks the replicas at once; a write takes the lock of
+//!    its range and goes to all of them; a flush goes to all of them.
+//! 3. [`replica`] does the operations: it queues them to an io_uring and returns replies with their
+//!    buffers.
+//! 4. [`quorum`] has the pure decisions: which version of a sector wins, which replicas are stale
+//!    where, whether a flush made everything durable.
+//! 5. The engine answers the guest through [`device`], which copies the winner to guest memory and
+//!    puts the chain on the used ring.
+//! 6. [`control`] reports to the operator which replica failed.
 //!
-//! [`jobs`] has the work that no guest asked for: bringing a replica up to date, looking for
-//! damage. [`admin`] is what an operator can do to a disk while it is served.
+//! [`jobs`] schedules the work that no guest asked for: resync and scrub. [`admin`] is what an
+//! operator can do to a disk while it is served.
 //!
-//! [`client`] is another program, `quorum-blkctl`, which talks to the monitor.
+//! [`worker`] is the thread on which all of this runs, [`statistics`] counts what it does.
+//! [`daemon`] builds and stops the parts, [`config`] is the command line, [`common`] the vocabulary
+//! of all rooms, and [`limits`] has every bound.
 //!
-//! [`worker`] is the thread all of this runs on, [`statistics`] what it counts, [`daemon`] builds
-//! and stops the parts, [`config`] is the command line, [`limits`] has every bound.
+//! [`client`] is a second program, `quorum-blkctl`, which talks to the monitor.
+//!
+//! The rules that all of this keeps are in docs/contract.md; comments cite them by their tags.
 
-// For what unit tests share with those outside of the crate.
+// Unit tests use test support that names this crate from outside.
 #[cfg(test)]
 extern crate self as quorum_blk;
 
