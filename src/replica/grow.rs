@@ -1,45 +1,48 @@
-//! Making an image longer while it is served.
+//! Grows an image while the disk serves from it.
 //!
-//! What is between its old end and the new one reads as zeroes then, on any image: replicas agree
-//! there without having been compared. A file gets a hole. A block device has its size from
-//! elsewhere, and must have the new one already; what it holds behind the old end is anybody's
-//! guess, so it is written over.
+//! The new part of every image reads as zeroes, so replicas agree there without a comparison. A
+//! file gets a hole. A block device must already have the new size; the data behind the old end is
+//! unknown, so it is zeroed.
 //!
-//! The image is opened anew for that. The kernel tells of data that it could not write back once
-//! for each open file, and what it has to tell is for the guest's next flush, not for ours.
+//! The image is opened once more for this. Linux reports a writeback error once per open file
+//! description, and an error of the guest's data must reach the guest's next flush, not this sync.
+
+#![forbid(unsafe_code)]
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek as _, SeekFrom};
 use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt as _;
 
+use rustix::fs::fallocate;
+
 use super::file::ReplicaFile;
 use super::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::common::message::Reason;
 use crate::common::{Errno, ReplicaIndex};
 
-/// So much of a block device is zeroed at a time: seconds, on a slow disk.
+/// Bytes of a block device that are zeroed at a time: seconds on a slow disk.
 const ZEROED_BYTES: u64 = 64 << 20;
 
-/// Why an image is not made longer. Each displays as part of a line.
+/// Why an image does not grow. Each displays as part of a line.
 #[derive(Debug, thiserror::Error)]
 pub enum GrowError {
-    /// The system refused something.
+    /// A system call failed.
     #[error("{operation}: {}", Reason(.source))]
     System {
-        /// What was asked of it.
+        /// The system call.
         operation: &'static str,
-        /// What it said.
+        /// Its error.
         source: io::Error,
     },
     /// The size of a file is not that of the disk.
     #[error(
-        "it has {bytes} bytes, the disk {disk_bytes}, so something else has changed it; if it may be cut, use truncate --size={disk_bytes}"
+        "it has {bytes} bytes, the disk {disk_bytes}: another program has changed its size; if it may be cut, use truncate --size={disk_bytes}"
     )]
     NotOfTheDisk {
-        /// Its size.
+        /// The size of the file.
         bytes: u64,
-        /// That of the disk.
+        /// The size of the disk.
         disk_bytes: u64,
     },
     /// The size of a block device is not the new one.
@@ -47,12 +50,12 @@ pub enum GrowError {
         "it is a block device of {bytes} bytes; give it the new size, {wanted_bytes} bytes, first"
     )]
     DeviceSize {
-        /// Its size.
+        /// The size of the device.
         bytes: u64,
-        /// The new size.
+        /// The new size of the disk.
         wanted_bytes: u64,
     },
-    /// Nothing has come of it in time.
+    /// The image did not answer in time.
     #[error("it does not answer")]
     Silent,
 }
@@ -61,16 +64,16 @@ fn system(operation: &'static str) -> impl FnOnce(io::Error) -> GrowError {
     move |source| GrowError::System { operation, source }
 }
 
-/// What is done next, which takes its time.
+/// A step that may take long.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Step {
-    /// Some more zeroes are written.
+    /// Zeroing the next part.
     Zeroing,
-    /// All is being made durable, and with it what the page cache holds of the guest.
+    /// Making everything durable, which includes the guest's data in the page cache.
     Syncing,
 }
 
-/// An image that is being made longer.
+/// An image that grows.
 #[derive(Debug)]
 pub struct Growth {
     file: File,
@@ -81,12 +84,12 @@ pub struct Growth {
 }
 
 impl Growth {
-    /// To make `replica` longer, from the size of the disk.
+    /// Prepares to grow `replica` from the size of the disk, `from_bytes`.
     ///
     /// # Errors
     /// If the image cannot be opened once more.
     pub fn new(replica: &ReplicaFile, from_bytes: u64, to_bytes: u64) -> Result<Self, GrowError> {
-        // The path may lead elsewhere by now.
+        // Not by its path, which may name another file by now.
         let same = format!("/proc/self/fd/{}", replica.file.as_raw_fd());
         let file = OpenOptions::new().read(true).write(true).open(same);
         Ok(Self {
@@ -98,11 +101,11 @@ impl Growth {
         })
     }
 
-    /// Makes it longer, durably. Tells before what takes its time.
+    /// Grows the image durably. Calls `begins` before each step that may take long.
     ///
     /// # Errors
-    /// If it cannot be done; then [`Self::undo`] is due.
-    pub fn extend(&mut self, mut next: impl FnMut(Step)) -> Result<(), GrowError> {
+    /// If that fails; call [`Self::undo`] then.
+    pub fn extend(&mut self, mut begins: impl FnMut(Step)) -> Result<(), GrowError> {
         let bytes = self.end().map_err(system("lseek"))?;
         if self.is_block_device {
             if bytes != self.to_bytes {
@@ -112,7 +115,7 @@ impl Growth {
                     wanted_bytes,
                 });
             }
-            self.zero(&mut next).map_err(system("writing zeroes"))?;
+            self.zero(&mut begins).map_err(system("writing zeroes"))?;
         } else {
             if bytes != self.from_bytes {
                 let disk_bytes = self.from_bytes;
@@ -122,14 +125,14 @@ impl Growth {
             self.is_changed = grown.is_ok() || self.end().is_ok_and(|end| end != self.from_bytes);
             grown.map_err(system("truncate"))?;
         }
-        next(Step::Syncing);
+        begins(Step::Syncing);
         self.file.sync_all().map_err(system("fsync"))
     }
 
-    /// Gives the image its old size back.
+    /// Restores the old size of the image.
     ///
     /// # Errors
-    /// If that cannot be done.
+    /// If that fails.
     pub fn undo(&mut self) -> Result<(), GrowError> {
         if !self.is_changed {
             return Ok(());
@@ -141,26 +144,26 @@ impl Growth {
         self.file.sync_all().map_err(system("fsync"))
     }
 
-    /// For a block device stat says 0; its end says the size of either kind.
+    /// The size. stat reports 0 for a block device; the end of the file is right for both kinds.
     fn end(&self) -> io::Result<u64> {
         (&self.file).seek(SeekFrom::End(0))
     }
 
-    fn zero(&self, next: &mut impl FnMut(Step)) -> io::Result<()> {
+    fn zero(&self, begins: &mut impl FnMut(Step)) -> io::Result<()> {
         let mut ways = Ways::new(1);
         let mut from = self.from_bytes;
         while from < self.to_bytes {
             let bytes = ZEROED_BYTES.min(self.to_bytes - from);
-            next(Step::Zeroing);
-            zero_piece(&self.file, from, bytes, &mut ways)?;
+            begins(Step::Zeroing);
+            zero_range(&self.file, from, bytes, &mut ways)?;
             from += bytes;
         }
         Ok(())
     }
 }
 
-/// Makes a piece of a file zeroes in the best way that it has.
-fn zero_piece(file: &File, from: u64, bytes: u64, ways: &mut Ways) -> io::Result<()> {
+/// Zeroes a range of a file in the best way that it supports.
+fn zero_range(file: &File, from: u64, bytes: u64, ways: &mut Ways) -> io::Result<()> {
     let (this, unmap) = (ReplicaIndex(0), true);
     let mut way = ways.best(this, unmap);
     loop {
@@ -174,18 +177,9 @@ fn zero_piece(file: &File, from: u64, bytes: u64, ways: &mut Ways) -> io::Result
 }
 
 fn zero_by(file: &File, from: u64, bytes: u64, way: Way) -> io::Result<()> {
-    let Some(mode) = way.fallocate_mode() else {
-        return write_zeroes(file, from, bytes);
-    };
-    let too_far = |_| io::Error::from_raw_os_error(libc::EFBIG);
-    let (offset, len) = (
-        libc::off_t::try_from(from).map_err(too_far)?,
-        libc::off_t::try_from(bytes).map_err(too_far)?,
-    );
-    // SAFETY: takes an open descriptor and numbers.
-    match unsafe { libc::fallocate(file.as_raw_fd(), mode, offset, len) } {
-        0 => Ok(()),
-        _ => Err(io::Error::last_os_error()),
+    match way.fallocate_flags() {
+        Some(flags) => Ok(fallocate(file, flags, from, bytes)?),
+        None => write_zeroes(file, from, bytes),
     }
 }
 

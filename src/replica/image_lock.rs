@@ -1,48 +1,47 @@
-//! Image locking in the way of QEMU's file driver, so that QEMU's tools and this program respect
-//! each other.
+//! Image locks as QEMU's file driver takes them, so that QEMU's tools and this program respect each
+//! other.
 //!
-//! QEMU tells other processes what it does with a raw image by shared locks on single bytes of the
-//! file: byte 100 + n says "I use permission n", byte 200 + n says "I do not let others use
-//! permission n". Nobody ever takes an exclusive lock; a conflict is found by asking whether an
-//! exclusive lock on the opposite byte would be refused. The bytes are only names: the data under
-//! them is neither read nor written, and they need not exist.
+//! QEMU announces its use of a raw image by shared locks on single bytes of the file: byte 100 + n
+//! says "I use permission n", byte 200 + n says "I do not let others use permission n". All locks
+//! are shared; a program finds a conflict by asking whether an exclusive lock on the opposite byte
+//! would be refused. The bytes are only names: their data is neither read nor written, and they
+//! need not exist.
 //!
 //! Invariants:
-//! - The locks are open file description locks: they belong to the open file, not to the process,
-//!   so two opens within one process conflict as two processes do, and closing another descriptor
-//!   of the same image does not drop them. They end when the last descriptor of the open file is
-//!   closed.
-//! - Own bytes are locked before those of others are looked at. Of two that start at once at least
-//!   one sees the other; both may refuse, never do both go on.
+//! - The locks are open file description locks (`ofd_lock.rs`), as QEMU's are.
+//! - A program locks its own bytes before it checks those of others. Of two programs that start at
+//!   once at least one sees the other: both may refuse, but never do both continue.
 //! - A refused lock leaves no byte locked.
+
+#![forbid(unsafe_code)]
 
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
 
-/// First of the bytes that say which permissions are used.
+use super::ofd_lock::{self, is_locked_elsewhere};
+
+/// The first of the bytes for permissions in use.
 const USED_BASE: libc::off_t = 100;
-/// First of the bytes that say which permissions are denied to others.
+/// The first of the bytes for permissions denied to others.
 const UNSHARED_BASE: libc::off_t = 200;
 
-/// What a user of an image may do with it. The discriminant is the offset of its byte from either
-/// base.
+/// A use of an image. The discriminant is the offset of its byte from either base.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Permission {
-    /// Reads see what was written last (QEMU's BLK_PERM_CONSISTENT_READ).
+    /// Read the data that was written last (QEMU's BLK_PERM_CONSISTENT_READ).
     ConsistentRead = 0,
     /// Change data (BLK_PERM_WRITE).
     Write = 1,
-    /// Write back the data that is there already (BLK_PERM_WRITE_UNCHANGED).
+    /// Write the data that is already there (BLK_PERM_WRITE_UNCHANGED).
     WriteUnchanged = 2,
     /// Change the size (BLK_PERM_RESIZE).
     Resize = 3,
 }
 
 impl Permission {
-    /// How many bytes there are from each base. QEMU 6.1 and older had a fifth, which no writer of
-    /// raw images depends on.
+    /// The number of bytes from each base. QEMU 6.1 and older had a fifth, which writers of raw
+    /// images do not depend on.
     const COUNT: libc::off_t = 4;
 
     fn used_byte(self) -> libc::off_t {
@@ -53,7 +52,7 @@ impl Permission {
         UNSHARED_BASE + libc::off_t::from(self as u8)
     }
 
-    /// The permission as the end of "in use by another process, which has it open for ...".
+    /// Completes "in use by another process, which has it open for ...".
     fn purpose(self) -> &'static str {
         match self {
             Self::ConsistentRead => "reading",
@@ -64,12 +63,12 @@ impl Permission {
     }
 }
 
-/// How an image is to be used.
+/// How this program uses an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Only read, beside other readers.
+    /// Read only; other readers are allowed.
     ReadOnly,
-    /// Read and written, by us alone.
+    /// Read and write; no other process may use the image.
     ReadWrite,
 }
 
@@ -81,32 +80,31 @@ impl Access {
         }
     }
 
-    /// What others must not do meanwhile. These are the bytes QEMU's quorum driver locks on its
-    /// children: a foreign write or resize of one replica would make it differ from the others,
-    /// even of a disk that is only read.
+    /// Uses denied to others. QEMU's quorum driver denies its children the same: a foreign write or
+    /// resize of one replica would make it differ from the others, even on a read-only disk.
     fn unshared(self) -> &'static [Permission] {
         &[Permission::Write, Permission::Resize]
     }
 }
 
-/// What became of a lock that was not refused.
+/// The result of a lock that was not refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[must_use]
 pub enum Locking {
     /// The image is locked until its file is closed.
     Held,
-    /// The file system has no such locks: the image is used without, as QEMU does with
+    /// The file system has no such locks. The image is used without a lock, as QEMU uses it with
     /// `locking=auto`.
     Unsupported,
 }
 
-/// Why an image can not be locked.
+/// Why an image cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
-    /// Another process uses the image in a way that we exclude.
+    /// Another process has a use of the image that this program denies.
     #[error("in use by another process, which has it open for {}", .0.purpose())]
     Used(Permission),
-    /// Another process excludes what we would do with the image.
+    /// Another process denies a use that this program needs.
     #[error("in use by another process, which does not share it for {}", .0.purpose())]
     NotShared(Permission),
     /// The lock call itself failed.
@@ -115,7 +113,7 @@ pub enum LockError {
 }
 
 impl LockError {
-    /// Whether the image is in use elsewhere, as opposed to a failing lock call.
+    /// Whether another process uses the image. If not, the lock call itself failed.
     pub fn is_busy(&self) -> bool {
         matches!(self, Self::Used(_) | Self::NotShared(_))
     }
@@ -137,10 +135,10 @@ pub fn lock(file: &File, access: Access) -> Result<Locking, LockError> {
     }
 }
 
-/// Says what we do: shared locks on our bytes.
+/// Announces this program's use by shared locks on its bytes.
 fn apply(file: &File, access: Access) -> Result<(), LockError> {
-    // Only a program that does not follow QEMU's rules takes one of the bytes exclusively; whatever
-    // it means by that, the image is not free.
+    // A program that ignores QEMU's rules may hold an exclusive lock on a byte. The image is in use
+    // then, whatever that program means by it.
     for &permission in access.used() {
         lock_byte(
             file,
@@ -158,7 +156,7 @@ fn apply(file: &File, access: Access) -> Result<(), LockError> {
     Ok(())
 }
 
-/// Looks whether what others do goes with what we do.
+/// Checks that no other program's use conflicts.
 fn check(file: &File, access: Access) -> Result<(), LockError> {
     for &permission in access.used() {
         if is_locked_elsewhere(file, permission.unshared_byte()).map_err(LockError::Io)? {
@@ -174,8 +172,7 @@ fn check(file: &File, access: Access) -> Result<(), LockError> {
 }
 
 fn lock_byte(file: &File, byte: libc::off_t, refused: LockError) -> Result<(), LockError> {
-    let mut region = region(libc::F_RDLCK, byte, 1);
-    match lock_call(file, libc::F_OFD_SETLK, &mut region) {
+    match ofd_lock::lock_shared(file, byte) {
         Ok(()) => Ok(()),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => {
             Err(refused)
@@ -184,52 +181,19 @@ fn lock_byte(file: &File, byte: libc::off_t, refused: LockError) -> Result<(), L
     }
 }
 
-fn is_locked_elsewhere(file: &File, byte: libc::off_t) -> io::Result<bool> {
-    let mut region = region(libc::F_WRLCK, byte, 1);
-    lock_call(file, libc::F_OFD_GETLK, &mut region)?;
-    Ok(libc::c_int::from(region.l_type) != libc::F_UNLCK)
-}
-
-/// Gives all bytes back. A failure leaves them to the close of the file, which follows anyway.
+/// Releases all bytes. If that fails, closing the file releases them.
 pub fn unlock(file: &File) {
     let length = UNSHARED_BASE + Permission::COUNT - USED_BASE;
-    let mut region = region(libc::F_UNLCK, USED_BASE, length);
-    let _ = lock_call(file, libc::F_OFD_SETLK, &mut region);
+    let _ = ofd_lock::unlock(file, USED_BASE, length);
 }
 
-/// Whether the error says that there are no such locks on this file, not that this one failed.
-/// ENOLCK is what a network file system answers that is mounted without its lock service.
+/// Whether the error means that this file has no such locks at all. ENOLCK comes from a network
+/// file system that is mounted without its lock service.
 fn means_unsupported(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error(),
         Some(libc::ENOSYS | libc::EINVAL | libc::EOPNOTSUPP | libc::ENOLCK)
     )
-}
-
-fn region(lock_type: libc::c_int, start: libc::off_t, length: libc::off_t) -> libc::flock {
-    libc::flock {
-        l_type: libc::c_short::try_from(lock_type).expect("lock types are 0, 1 and 2"),
-        l_whence: libc::c_short::try_from(libc::SEEK_SET).expect("SEEK_SET is 0"),
-        l_start: start,
-        l_len: length,
-        // The kernel refuses an open file description lock with a process in it.
-        l_pid: 0,
-    }
-}
-
-fn lock_call(file: &File, command: libc::c_int, region: &mut libc::flock) -> io::Result<()> {
-    loop {
-        // SAFETY: the descriptor is open as long as `file` is borrowed, and `region` is a valid
-        // flock that the kernel reads and, for F_OFD_GETLK, writes before the call returns.
-        let status = unsafe { libc::fcntl(file.as_raw_fd(), command, &raw mut *region) };
-        if status == 0 {
-            return Ok(());
-        }
-        let error = io::Error::last_os_error();
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
 }
 
 #[cfg(test)]
@@ -253,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_writer_excludes_writers_and_readers_that_want_no_writer() {
+    fn a_writer_excludes_other_writers_and_readers() {
         let image = image();
         let (first, second) = (open(image.path()), open(image.path()));
         assert_eq!(lock(&first, Access::ReadWrite).unwrap(), Locking::Held);
@@ -301,16 +265,15 @@ mod tests {
     }
 
     #[test]
-    fn an_exclusive_lock_of_a_stranger_means_busy() {
+    fn an_exclusive_lock_of_another_program_means_busy() {
         let image = image();
-        let (ours, stranger) = (open(image.path()), open(image.path()));
-        let mut whole = region(libc::F_WRLCK, 0, 0);
-        lock_call(&stranger, libc::F_OFD_SETLK, &mut whole).unwrap();
+        let (ours, other) = (open(image.path()), open(image.path()));
+        ofd_lock::lock_all(&other).unwrap();
         assert!(lock(&ours, Access::ReadOnly).unwrap_err().is_busy());
     }
 
     #[test]
-    fn a_file_system_without_locks_is_told_from_a_failing_one() {
+    fn a_file_system_without_locks_differs_from_a_failing_one() {
         for errno in [libc::ENOSYS, libc::EINVAL, libc::EOPNOTSUPP, libc::ENOLCK] {
             assert!(means_unsupported(&io::Error::from_raw_os_error(errno)));
         }

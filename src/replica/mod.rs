@@ -1,13 +1,11 @@
-//! Replica files: opening and locking them, making them longer, aligned buffers, and the io_uring
-//! that reads and writes them.
+//! Replica files: opening, locking and growing them, and the io_uring that reads and writes them.
 //!
-//! This room knows files, alignment and the kernel; it knows nothing of virtio, of guests or of
-//! votes.
+//! This room knows files, alignment and the kernel. It does not know virtio, guests or votes.
 
 pub mod file;
 pub mod grow;
 pub mod image_lock;
-
+mod ofd_lock;
 pub mod ring;
 pub mod table;
 mod zero;

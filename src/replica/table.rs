@@ -1,8 +1,10 @@
-//! The replicas that a disk has open, each in its place: its [`ReplicaIndex`].
+//! The open replicas of a disk. The place of a replica in this table is its [`ReplicaIndex`].
 //!
-//! Invariants: a place is given to another replica only when nobody uses the one before any more,
-//! and some time later ([`PLACE_RESTS`]), so that what is still to be told of the one does not go
-//! by the name of the other.
+//! Invariant: another replica takes a place only when no worker uses the previous one any more,
+//! and [`PLACE_RESTS`] later, so that late reports about the previous one do not carry the name of
+//! the new one.
+
+#![forbid(unsafe_code)]
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -20,15 +22,15 @@ pub struct ReplicaTable {
 
 #[derive(Debug)]
 enum Place {
-    /// Since then, if anybody has ever had it.
+    /// Free since then; `None` if no replica has ever had the place.
     Free(Option<Instant>),
     Taken(Arc<ReplicaFile>),
-    /// Removed; workers may still use it.
+    /// Removed from the disk; workers may still use it.
     Leaving(Arc<ReplicaFile>),
 }
 
 impl ReplicaTable {
-    /// These replicas, in order.
+    /// A table of these replicas, in order.
     pub fn new(replicas: Vec<ReplicaFile>) -> Self {
         let taken = replicas
             .into_iter()
@@ -49,7 +51,7 @@ impl ReplicaTable {
         })
     }
 
-    /// All that are open, also those that were removed and are still being used.
+    /// All open replicas, including removed ones that workers still use.
     pub fn open(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
         self.list(|place| match place {
             Place::Taken(file) | Place::Leaving(file) => Some(Arc::clone(file)),
@@ -57,25 +59,34 @@ impl ReplicaTable {
         })
     }
 
-    /// A place for another replica: one that nobody had yet, or that is free for the longest time.
+    /// A place for another replica: one that was never used, else the one that is free for longest.
     pub fn free_place(&self) -> Option<ReplicaIndex> {
         let places = self.places();
         let free = indexes(&places).filter_map(|(index, place)| match place {
             Place::Free(since) => Some((*since, index)),
             Place::Taken(_) | Place::Leaving(_) => None,
         });
-        // `None` comes first.
+        // `None` sorts first.
         let (since, index) = free.min()?;
         let rested = since.is_none_or(|since| since.elapsed() >= PLACE_RESTS);
         rested.then_some(index)
     }
 
-    /// Puts a replica in a place that is free.
+    /// Puts a replica in a free place.
+    ///
+    /// # Panics
+    /// If the place is taken.
     pub fn put(&self, index: ReplicaIndex, file: Arc<ReplicaFile>) {
-        self.places()[index.as_usize()] = Place::Taken(file);
+        let place = &mut self.places()[index.as_usize()];
+        assert!(
+            matches!(place, Place::Free(_)),
+            "place {} of a new replica is taken",
+            index.0
+        );
+        *place = Place::Taken(file);
     }
 
-    /// The replica was removed from the disk.
+    /// Marks a replica as removed from the disk.
     pub fn leaves(&self, index: ReplicaIndex) {
         let place = &mut self.places()[index.as_usize()];
         if let Place::Taken(file) = place {
@@ -83,16 +94,16 @@ impl ReplicaTable {
         }
     }
 
-    /// Nobody uses the replica any more: it is closed.
+    /// Closes a removed replica that no worker uses any more.
     pub fn close(&self, index: ReplicaIndex) {
         let place = &mut self.places()[index.as_usize()];
         let closed = std::mem::replace(place, Place::Free(Some(Instant::now())));
         self.freed.notify_all();
-        // Closing a file can take its time: not while anybody waits for the lock.
+        // Closing a file can take long, so not under the lock.
         drop(closed);
     }
 
-    /// Waits until the replica is closed, for so long at most. Whether it is.
+    /// Waits until the replica is closed, for at most `limit`. Returns whether it is.
     pub fn wait_until_closed(&self, index: ReplicaIndex, limit: Duration) -> bool {
         let is_open =
             |places: &mut Vec<Place>| matches!(places[index.as_usize()], Place::Leaving(_));
@@ -102,8 +113,8 @@ impl ReplicaTable {
         !timeout.timed_out()
     }
 
-    /// Takes everything out. Those in `kept` are left open and locked until the process ends, and
-    /// with it whatever the kernel still does with them.
+    /// Empties the table and closes all replicas but those in `kept`. They stay open and locked
+    /// until the process ends and the kernel has ended their operations. Returns them.
     pub fn close_all(&self, kept: ReplicaSet) -> Vec<Arc<ReplicaFile>> {
         let open = self.open();
         let mut still_open = Vec::new();
@@ -117,6 +128,7 @@ impl ReplicaTable {
         still_open
     }
 
+    /// The replicas for which `wanted` returns a file, with their places.
     fn list(
         &self,
         wanted: impl Fn(&Place) -> Option<Arc<ReplicaFile>>,

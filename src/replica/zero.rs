@@ -1,12 +1,16 @@
-//! How a replica is made to hold zeroes: in the best way that it has (contract W4).
+//! How to zero a range of a replica: in the best way that it supports (contract W4).
 //!
-//! Punching a hole gives the space back, zeroing the range keeps it; both are quick, and not every
-//! file system or block device has them. All of them can be written to. On a block device the
-//! kernel does either only where the device promises zeroes afterwards.
+//! Punching a hole frees the space, zeroing the range keeps it. Both are quick, but not every file
+//! system or block device supports them; writing works everywhere. On a block device the kernel
+//! does the first two only if the device guarantees zeroes afterwards.
+
+#![forbid(unsafe_code)]
+
+use rustix::fs::FallocateFlags;
 
 use crate::common::{Errno, ReplicaIndex};
 
-/// One way.
+/// A way to zero a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Way {
     /// `FALLOC_FL_PUNCH_HOLE`.
@@ -17,21 +21,21 @@ pub(super) enum Way {
     Write,
 }
 
-/// The ways in the order in which they are tried, if the space may be given back and if it may not.
+/// The ways to try, in order, when the space may be freed and when it must be kept.
 const UNMAP: [Way; 3] = [Way::PunchHole, Way::ZeroRange, Way::Write];
 const KEEP: [Way; 2] = [Way::ZeroRange, Way::Write];
 
 /// Bytes of [`ZEROES`].
 pub(super) const ZEROES_BYTES: usize = 1 << 20;
 
-/// What is written, aligned for direct I/O on any file.
+/// Zeroes to write, aligned for direct I/O on any file.
 pub(super) static ZEROES: Zeroes = Zeroes([0; ZEROES_BYTES]);
 
 /// See [`ZEROES`].
 #[repr(align(4096))]
 pub(super) struct Zeroes(pub(super) [u8; ZEROES_BYTES]);
 
-/// The ways that replicas were found not to have, so that they are tried once.
+/// Remembers which ways a replica lacks, so that each is tried in vain only once.
 #[derive(Debug)]
 pub(super) struct Ways(Vec<Lacks>);
 
@@ -46,20 +50,20 @@ impl Ways {
         Self(vec![Lacks::default(); replicas])
     }
 
-    /// The replica is another one.
+    /// Another replica takes this index.
     pub(super) fn forget(&mut self, replica: ReplicaIndex) {
         self.0[replica.as_usize()] = Lacks::default();
     }
 
-    /// The way to begin with.
+    /// The way to try first.
     pub(super) fn best(&self, replica: ReplicaIndex, unmap: bool) -> Way {
         let mut ways = order(unmap).iter().copied();
         ways.find(|way| self.has(replica, *way))
             .unwrap_or(Way::Write)
     }
 
-    /// The way to go on with after `way` has failed with `errno`. `None` if zeroes cannot be
-    /// written either, which is then what counts.
+    /// The way to try after `way` failed with `errno`. `None` after writing failed: that error is
+    /// the result then.
     pub(super) fn after(
         &mut self,
         replica: ReplicaIndex,
@@ -91,11 +95,11 @@ impl Ways {
 }
 
 impl Way {
-    /// The mode for fallocate(2).
-    pub(super) fn fallocate_mode(self) -> Option<libc::c_int> {
+    /// The flags for fallocate(2), or `None` if this way needs writes.
+    pub(super) fn fallocate_flags(self) -> Option<FallocateFlags> {
         match self {
-            Self::PunchHole => Some(libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE),
-            Self::ZeroRange => Some(libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE),
+            Self::PunchHole => Some(FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE),
+            Self::ZeroRange => Some(FallocateFlags::ZERO_RANGE | FallocateFlags::KEEP_SIZE),
             Self::Write => None,
         }
     }
@@ -110,28 +114,28 @@ mod tests {
     use super::*;
 
     const REPLICA: ReplicaIndex = ReplicaIndex(1);
-    const NOT_THERE: Errno = Errno(libc::EOPNOTSUPP);
+    const UNSUPPORTED: Errno = Errno(libc::EOPNOTSUPP);
 
     #[test]
-    fn what_a_replica_lacks_is_tried_once() {
+    fn a_way_that_a_replica_lacks_is_tried_once() {
         let mut ways = Ways::new(2);
         assert_eq!(ways.best(REPLICA, true), Way::PunchHole);
         assert_eq!(
-            ways.after(REPLICA, true, Way::PunchHole, NOT_THERE),
+            ways.after(REPLICA, true, Way::PunchHole, UNSUPPORTED),
             Some(Way::ZeroRange)
         );
         assert_eq!(
-            ways.after(REPLICA, true, Way::ZeroRange, NOT_THERE),
+            ways.after(REPLICA, true, Way::ZeroRange, UNSUPPORTED),
             Some(Way::Write)
         );
-        assert_eq!(ways.after(REPLICA, true, Way::Write, NOT_THERE), None);
+        assert_eq!(ways.after(REPLICA, true, Way::Write, UNSUPPORTED), None);
         assert_eq!(ways.best(REPLICA, true), Way::Write);
         assert_eq!(ways.best(REPLICA, false), Way::Write);
         assert_eq!(ways.best(ReplicaIndex(0), false), Way::ZeroRange);
     }
 
     #[test]
-    fn another_error_is_no_reason_to_give_a_way_up() {
+    fn another_error_does_not_rule_a_way_out() {
         let mut ways = Ways::new(2);
         assert_eq!(
             ways.after(REPLICA, false, Way::ZeroRange, Errno(libc::ENOSPC)),

@@ -376,7 +376,7 @@ fn an_image_in_memory_is_a_replica_or_refused_in_words() {
     if let Err(error) = try_add(&mut monitor, &image, "new") {
         let reasons = [
             "does not support O_DIRECT; use --cache writeback",
-            "in blocks of 4096 bytes only, and the disk has blocks of 512",
+            "needs blocks of 4096 bytes, and the disk has blocks of 512",
         ];
         assert!(
             reasons.iter().any(|reason| error.contains(reason)),

@@ -406,7 +406,7 @@ fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
     let refused = Daemon::run_to_end(&arguments);
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(said.contains("if a block_resize was cut short"), "{said}");
+    assert!(said.contains("if a block_resize was interrupted"), "{said}");
     let (_, size) = said.split_once("truncate --size=").expect("what to do");
     let size: u64 = size.split(' ').next().unwrap().parse().unwrap();
     for image in [&images[0], &images[2]] {

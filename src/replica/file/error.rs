@@ -1,33 +1,35 @@
-//! Why an image is refused, in words for who started the daemon or asked for the replica.
+//! Why an image cannot be used, in one line for the operator.
+
+#![forbid(unsafe_code)]
 
 use std::fmt::Write as _;
 use std::io;
 use std::path::PathBuf;
 
-use super::ALIGNMENT_BYTES_MIN;
+use super::alignment::ALIGNMENT_BYTES_MIN;
 use crate::common::message::{Quoted, Reason};
 use crate::replica::image_lock::LockError;
 
-/// Why a replica can not be served. Each displays as one line.
+/// Why an image cannot be used as a replica. Each displays as one line.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// It does not exist, or may not be opened.
+    /// The image does not exist or cannot be opened.
     #[error("cannot open {}: {}{}", Quoted(.path), Reason(.source), open_hint(.source, *.read_only))]
     Open {
         /// The image.
         path: PathBuf,
-        /// Whether it was to be opened for reading only.
+        /// Whether the disk is read-only.
         read_only: bool,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: io::Error,
     },
     /// Neither a regular file nor a block device.
     #[error("{} is {kind}; a replica must be a regular file or a block device", Quoted(.path))]
     NotAnImage {
-        /// What was given as an image.
+        /// The file.
         path: PathBuf,
-        /// What it is.
+        /// The kind of file.
         kind: &'static str,
     },
     /// The file system has no direct I/O.
@@ -42,14 +44,14 @@ pub enum OpenError {
         /// The block device.
         path: PathBuf,
     },
-    /// It is open but can not be examined.
+    /// A property of the image cannot be read.
     #[error("cannot examine {} ({operation}): {}", Quoted(.path), Reason(.source))]
     Examine {
         /// The image.
         path: PathBuf,
-        /// What was asked of the kernel.
+        /// The system call.
         operation: &'static str,
-        /// The kernel's answer.
+        /// The error of the system call.
         source: io::Error,
     },
     /// The size is zero.
@@ -69,23 +71,23 @@ pub enum OpenError {
         path: PathBuf,
         /// Its size.
         size_bytes: u64,
-        /// What the size must be a multiple of.
+        /// The alignment that the size must have.
         alignment_bytes: u32,
     },
-    /// It cannot be read and written in the blocks of the disk.
+    /// The image needs larger blocks than the disk has.
     #[error(
-        "{} can be read and written in blocks of {alignment_bytes} bytes only, and the disk has blocks of {block_bytes}",
+        "{} needs blocks of {alignment_bytes} bytes, and the disk has blocks of {block_bytes}; put the image on a disk with smaller blocks, or restart the daemon with this image",
         Quoted(.path)
     )]
     Coarser {
         /// The image.
         path: PathBuf,
-        /// Its unit.
+        /// The block size that it needs.
         alignment_bytes: u32,
-        /// That of the disk.
+        /// The block size of the disk.
         block_bytes: u32,
     },
-    /// Another process uses the image, or it can not be locked.
+    /// Another process uses the image, or it cannot be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
     Locked {
         /// The image.
@@ -93,7 +95,7 @@ pub enum OpenError {
         /// Why.
         source: LockError,
     },
-    /// One image under two paths.
+    /// Two paths lead to the same image.
     #[error("{} and {} are the same image; each replica needs its own", Quoted(.first), Quoted(.second))]
     SameImage {
         /// The one listed first.
@@ -101,9 +103,9 @@ pub enum OpenError {
         /// The other.
         second: PathBuf,
     },
-    /// Replicas of different sizes.
+    /// The replicas have different sizes.
     #[error(
-        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a block_resize was cut short, end it with truncate --size={} on the shorter ones",
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a block_resize was interrupted, complete it with truncate --size={} on the shorter ones",
         Quoted(.first),
         Quoted(.second),
         .first_bytes.max(.second_bytes)
@@ -118,17 +120,20 @@ pub enum OpenError {
         /// Its size.
         second_bytes: u64,
     },
-    /// It does not have the size of the disk.
-    #[error("{} has {size_bytes} bytes, and the disk {disk_bytes}", Quoted(.path))]
+    /// The image does not have the size of the disk.
+    #[error(
+        "{} has {size_bytes} bytes, and the disk {disk_bytes}; give the image the size of the disk first",
+        Quoted(.path)
+    )]
     NotTheSize {
         /// The image.
         path: PathBuf,
         /// Its size.
         size_bytes: u64,
-        /// That of the disk.
+        /// The size of the disk.
         disk_bytes: u64,
     },
-    /// Two replicas of one name.
+    /// Two replicas have the same node-name.
     #[error(
         "{} and {} have the same node-name {}; name each with node-name=NAME",
         Quoted(.first),
@@ -170,7 +175,7 @@ fn misaligned_hint(size_bytes: u64, alignment_bytes: u32) -> String {
         hint.push_str(" (the size of a sector)");
         ""
     } else {
-        hint.push_str(" as direct I/O needs there");
+        hint.push_str(", which direct I/O needs there");
         ", or use --cache writeback"
     };
     if let Some(rounded) = size_bytes.checked_next_multiple_of(u64::from(alignment_bytes)) {

@@ -1,9 +1,8 @@
 //! Unit tests: which images are opened and which are refused.
 
+use super::alignment::{probed_alignment, reads_with_alignment};
 use super::*;
-use std::ffi::CString;
-use std::os::unix::ffi::OsStringExt as _;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt as _, symlink};
 
 const SIZE: u64 = 1 << 20;
 const BUFFERED: OpenOptions = OpenOptions {
@@ -46,7 +45,7 @@ impl Directory {
     }
 }
 
-/// The one line of a refusal, which names the image.
+/// The error line for an image, which must name the image.
 fn refusal(source: &ReplicaSource, options: OpenOptions) -> String {
     let line = open(&source.path, &source.node_name, options)
         .unwrap_err()
@@ -72,7 +71,7 @@ fn assert_line(line: &str, source: &ReplicaSource) {
 }
 
 #[test]
-fn opens_a_file_and_tells_what_it_is() {
+fn opens_a_file_and_reports_its_properties() {
     let directory = Directory::new();
     let source = directory.image("1.raw", SIZE);
     let replica = open(&source.path, "one", BUFFERED).unwrap();
@@ -102,7 +101,7 @@ fn direct_io_works_with_the_alignment_that_was_found() {
         }
         let replica = match open(&source.path, name, DIRECT) {
             Ok(replica) => replica,
-            // The directory for temporary files may lie on a file system that has no direct I/O.
+            // The file system of the temporary directory may have no direct I/O.
             Err(OpenError::NoDirectIo { .. }) => continue,
             Err(error) => panic!("{error}"),
         };
@@ -123,9 +122,8 @@ fn direct_io_works_with_the_alignment_that_was_found() {
 }
 
 #[test]
-fn probing_trusts_a_read_of_data_and_no_read_of_a_hole() {
-    // Without O_DIRECT every read is accepted, as on a file system that does not look at
-    // alignments.
+fn probing_relies_on_a_read_of_data_not_of_a_hole() {
+    // Without O_DIRECT every read succeeds, as on a file system that does not check alignments.
     let directory = Directory::new();
     let hole = directory.image("hole", SIZE);
     let file = File::open(&hole.path).unwrap();
@@ -154,15 +152,18 @@ fn refuses_what_is_not_an_image() {
     assert!(refusal(&device, BUFFERED).contains("is a character device;"));
     let _listener = std::os::unix::net::UnixListener::bind(directory.path("socket")).unwrap();
     assert!(refusal(&directory.source("socket"), BUFFERED).contains("is a socket;"));
-    let fifo = CString::new(directory.path("fifo").into_os_string().into_vec()).unwrap();
-    // No child process for this: between fork and exec it would keep the locks of tests beside this
-    // one. SAFETY: the path is a NUL-terminated string that outlives the call.
-    assert_eq!(unsafe { libc::mkfifo(fifo.as_ptr(), 0o600) }, 0);
+    // Not by mkfifo(1): between fork and exec a child process would keep the locks of other tests.
+    rustix::fs::mkfifoat(
+        rustix::fs::CWD,
+        directory.path("fifo"),
+        Mode::RUSR | Mode::WUSR,
+    )
+    .unwrap();
     assert!(refusal(&directory.source("fifo"), READ_ONLY).contains("is a FIFO;"));
 }
 
 #[test]
-fn refuses_sizes_that_are_no_disk() {
+fn refuses_sizes_that_no_disk_has() {
     let directory = Directory::new();
     assert!(refusal(&directory.image("empty", 0), BUFFERED).contains("is empty;"));
     let line = refusal(&directory.image("odd", 1000), BUFFERED);
@@ -184,14 +185,14 @@ fn refuses_sizes_that_are_no_disk() {
 }
 
 #[test]
-fn a_refusal_is_one_line_even_if_the_path_is_not() {
+fn an_error_is_one_line_even_if_the_path_has_two() {
     let directory = Directory::new();
     let line = refusal(&directory.source("two\nlines"), BUFFERED);
     assert!(line.contains("two\\nlines"), "{line}");
 }
 
 #[test]
-fn refuses_an_image_in_use_and_leaves_readers_together() {
+fn refuses_an_image_in_use_but_lets_readers_share_it() {
     let directory = Directory::new();
     let source = directory.image("1.raw", SIZE);
     let first = open(&source.path, "1.raw", BUFFERED).unwrap();

@@ -159,10 +159,10 @@ fn persisting(file: Fixed) -> squeue::Entry {
 
 fn zeroing(file: Fixed, way: Way, range: SectorRange, skip: usize) -> squeue::Entry {
     let start = range.start * SECTOR_BYTES;
-    match way.fallocate_mode() {
-        Some(mode) => opcode::Fallocate::new(file, range.bytes())
+    match way.fallocate_flags() {
+        Some(flags) => opcode::Fallocate::new(file, range.bytes())
             .offset(start)
-            .mode(mode)
+            .mode(flags.bits().cast_signed())
             .build(),
         None => {
             let len = (len_of(range.bytes()) - skip).min(ZEROES_BYTES);
