@@ -160,7 +160,7 @@ impl Expected {
         let status = walk.status();
         let header = stretch(memory, &walk.readable, 0, 16);
         let mut expected = Self {
-            kind: Kind::Refused(Status::IoError),
+            kind: Kind::Rejected(Status::IoError),
             data: Vec::new(),
             zeroes: Vec::new(),
             writable: walk.writable,
@@ -191,12 +191,12 @@ impl Expected {
                         expected.zeroes = zeroes;
                         Some(Kind::Zero)
                     }
-                    Err(status) => Some(Kind::Refused(status)),
+                    Err(status) => Some(Kind::Rejected(status)),
                 }
             }
-            _ => Some(Kind::Refused(Status::Unsupported)),
+            _ => Some(Kind::Rejected(Status::Unsupported)),
         };
-        expected.kind = kind.unwrap_or(Kind::Refused(Status::IoError));
+        expected.kind = kind.unwrap_or(Kind::Rejected(Status::IoError));
         expected.data = match expected.kind {
             Kind::Out(_) => walk.readable,
             Kind::In(_) | Kind::GetId => expected.writable.clone(),
@@ -279,7 +279,7 @@ fn assert_zeroes(request: &Request) {
 /// Serves the request as the device would, and compares guest memory with what it should be.
 fn serve(case: &Case, request: &Request, expected: &Expected, memory: &GuestMemory, before: Image) {
     let status = match request.kind {
-        Kind::Refused(status) => status,
+        Kind::Rejected(status) => status,
         Kind::GetId => request.write_id(View(memory), SERIAL),
         Kind::In(_) | Kind::Out(_) => transfer(case, request, expected, memory, &before),
         Kind::Zero | Kind::Flush => status_of(!case.fails),

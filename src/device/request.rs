@@ -73,7 +73,7 @@ pub enum Kind {
     /// VIRTIO_BLK_T_GET_ID.
     GetId,
     /// Nothing that can be served: to be answered with this at once.
-    Refused(Status),
+    Rejected(Status),
 }
 
 /// What is to read as zeroes.
@@ -113,7 +113,7 @@ impl Request {
         let before_status = writable.bytes();
         let refused = |status_value| Self {
             head,
-            kind: Kind::Refused(status_value),
+            kind: Kind::Rejected(status_value),
             data: Segments::default(),
             zeroes: Vec::new(),
             status,
@@ -177,7 +177,7 @@ impl Request {
             Kind::Out(_) => Some(RequestKind::Write),
             Kind::Zero => Some(RequestKind::Zero),
             Kind::Flush => Some(RequestKind::Flush),
-            Kind::GetId | Kind::Refused(_) => None,
+            Kind::GetId | Kind::Rejected(_) => None,
         }
     }
 
@@ -194,7 +194,7 @@ impl Request {
         match self.kind {
             Kind::In(range) | Kind::Out(range) => range.count,
             Kind::Zero => self.zeroes.iter().map(|zeroed| zeroed.range.count).sum(),
-            Kind::Flush | Kind::GetId | Kind::Refused(_) => 0,
+            Kind::Flush | Kind::GetId | Kind::Rejected(_) => 0,
         }
     }
 

@@ -138,7 +138,7 @@ impl Worker {
                 continue;
             }
             let blocked = !self.engine.has_room();
-            let idle = blocked || !self.io.guests.ask_for_kicks();
+            let idle = blocked || !self.io.guests.enable_kicks();
             let slept_from = self.clock.advanced_at();
             self.turn(if idle { self.wait() } else { Wait::No })?;
             self.spin.slept(self.clock.advanced_at() - slept_from);
@@ -169,11 +169,15 @@ impl Worker {
 
     /// How long the worker may sleep.
     fn wait(&self) -> Wait {
-        let held = self.io.guests.is_held().then(|| self.clock.now() + TICK);
+        let resubmission = self
+            .io
+            .guests
+            .awaits_resubmission()
+            .then(|| self.clock.now() + TICK);
         let deadlines = [
             self.draining.deadline(),
             self.exit_by,
-            held,
+            resubmission,
             self.engine.deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
@@ -220,6 +224,7 @@ impl Worker {
         }
         self.engine.set_time(now);
         self.io.recorder.set_time(now);
+        self.io.guests.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {
             match completion {

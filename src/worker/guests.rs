@@ -1,6 +1,8 @@
 //! The guests of all connections, as one worker sees them: served in turn, and skipped while their
 //! connection is not in use.
 
+use std::time::Duration;
+
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Failed, GuestRequest, Tag};
@@ -13,6 +15,7 @@ pub(super) struct Guests {
     in_use: Vec<usize>,
     /// Where in `in_use` the search for the next request starts, so that no guest starves another.
     next: usize,
+    now: Duration,
 }
 
 /// The lowest bit of the slot in a [`Tag`], above the bits that [`Guest`] uses.
@@ -24,6 +27,15 @@ impl Guests {
             guests,
             in_use: Vec::new(),
             next: 0,
+            now: Duration::ZERO,
+        }
+    }
+
+    /// See [`Guest::set_time`].
+    pub(super) fn set_time(&mut self, now: Duration) {
+        self.now = now;
+        for &slot in &self.in_use {
+            self.guests[slot].set_time(now);
         }
     }
 
@@ -39,6 +51,7 @@ impl Guests {
             self.in_use.push(slot);
         }
         let guest = &mut self.guests[slot];
+        guest.set_time(self.now);
         guest.set_region(ring, region);
         guest.refresh(ring, durable_writes)
     }
@@ -78,9 +91,11 @@ impl Guests {
         self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
     }
 
-    /// See [`Guest::is_held`].
-    pub(super) fn is_held(&self) -> bool {
-        self.in_use.iter().any(|slot| self.guests[*slot].is_held())
+    /// See [`Guest::awaits_resubmission`].
+    pub(super) fn awaits_resubmission(&self) -> bool {
+        self.in_use
+            .iter()
+            .any(|slot| self.guests[*slot].awaits_resubmission())
     }
 
     /// See [`Guest::has_more`].
@@ -96,10 +111,10 @@ impl Guests {
     }
 
     /// Asks all drivers for kicks. Returns whether a request arrived before that took effect.
-    pub(super) fn ask_for_kicks(&mut self) -> bool {
+    pub(super) fn enable_kicks(&mut self) -> bool {
         let mut more = false;
         for &slot in &self.in_use {
-            more |= self.guests[slot].ask_for_kicks();
+            more |= self.guests[slot].enable_kicks();
         }
         more
     }

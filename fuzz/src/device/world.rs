@@ -139,7 +139,7 @@ impl World {
     /// What a worker does before it sleeps.
     pub(super) fn sleep(&mut self) {
         self.call(Call::Answer, Guest::signal);
-        self.call(Call::Answer, Guest::ask_for_kicks);
+        self.call(Call::Answer, Guest::enable_kicks);
     }
 
     /// Serves rings according to their state, as a worker does: what is stopped drains, or is
@@ -192,7 +192,7 @@ impl World {
         }
         self.call(Call::Answer, Guest::signal);
         assert!(self.guest.is_idle());
-        assert!(!self.guest.is_held());
+        assert!(!self.guest.awaits_resubmission());
         for ring in 0..self.rings.len() {
             assert!(self.guest.is_drained(ring));
         }

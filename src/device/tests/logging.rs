@@ -214,7 +214,7 @@ proptest! {
                     vmm.machine.offer(0, &[readable(HEADER, 16), data, writable(status, 1)]);
                     let before = vmm.machine.all_memory();
                     vmm.machine.serve();
-                    vmm.machine.guest.ask_for_kicks();
+                    vmm.machine.guest.enable_kicks();
                     let after = vmm.machine.all_memory();
                     let marked = vmm.marked();
                     let page = usize::try_from(PAGE_BYTES).unwrap();

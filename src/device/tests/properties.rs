@@ -264,7 +264,7 @@ proptest! {
                 SoupStep::Answer { .. } => {}
                 SoupStep::Kick => {
                     machine.guest.signal();
-                    machine.guest.ask_for_kicks();
+                    machine.guest.enable_kicks();
                 }
             }
             for (ring, given_back) in given_back.iter_mut().enumerate() {

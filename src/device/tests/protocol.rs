@@ -11,7 +11,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::super::connection::{CacheMode, ConnectionSlot, DriverChoices};
 use super::super::frontend::{Frontend, RingServer};
-use super::super::inflight::{Begun, Layout, QueueRegion, Region, RingState};
+use super::super::inflight::{Begun, Layout, QueueRegion, Region, VirtqueueState};
 use super::*;
 
 const GET_FEATURES: u32 = 1;
@@ -242,13 +242,13 @@ fn a_reset_leaves_rings_and_features_as_in_the_beginning_and_the_owner_as_it_is(
         let region = Region::map(queue, file.try_clone().unwrap(), 0, queue.bytes() as u64);
         region.unwrap().queue(1).unwrap()
     };
-    let ring = RingState {
+    let ring = VirtqueueState {
         size: 64,
         used_idx: 0,
         available_idx: 1,
     };
     let (mut tracker, _) = region().begin(ring).unwrap();
-    tracker.taken(5);
+    tracker.accepted(5);
     connection.ack(SET_VRING_NUM, &state(1, 16), 0);
     connection.ack(SET_VRING_BASE, &state(1, 77), 0);
     connection.ack(SET_VRING_ENABLE, &state(1, 1), 0);

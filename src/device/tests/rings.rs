@@ -44,7 +44,7 @@ fn an_available_index_that_jumps_gives_up_the_ring_alone() {
     assert!(machine.used(0).is_empty());
     assert!(machine.guest.is_drained(0));
     assert!(
-        !machine.guest.ask_for_kicks(),
+        !machine.guest.enable_kicks(),
         "there is nothing to come back for"
     );
     assert_eq!(machine.used(1), [(other, 1)]);
@@ -129,7 +129,7 @@ fn a_stopped_ring_is_left_alone() {
         change(&machine.vrings[0], false);
         assert!(!machine.guest.refresh(0, false));
         assert!(machine.guest.next_request().is_none());
-        assert!(!machine.guest.ask_for_kicks());
+        assert!(!machine.guest.enable_kicks());
         assert!(!machine.guest.is_drained(0));
         machine.guest.answered(tag, Ok(&[]));
         assert!(machine.guest.is_drained(0));
@@ -227,17 +227,17 @@ fn pending(pipe: &std::io::PipeReader) -> bool {
 fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
     let mut machine = Machine::new();
     const NO_NOTIFY: u16 = 1;
-    assert!(!machine.guest.ask_for_kicks());
+    assert!(!machine.guest.enable_kicks());
     offer_flush(&mut machine, 0, 0);
     let (tag, _) = machine.guest.next_request().unwrap();
     assert_eq!(machine.get_u16(USED), NO_NOTIFY);
     machine.guest.answered(tag, Ok(&[]));
     // What came in between, without a kick, is not lost.
     offer_flush(&mut machine, 0, 1);
-    assert!(machine.guest.ask_for_kicks());
+    assert!(machine.guest.enable_kicks());
     assert_eq!(machine.get_u16(USED), 0);
     machine.serve();
-    assert!(!machine.guest.ask_for_kicks());
+    assert!(!machine.guest.enable_kicks());
     assert_eq!(machine.used(0).len(), 2);
 }
 
@@ -245,11 +245,11 @@ fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
 #[test]
 fn a_ring_that_is_refreshed_while_it_runs_asks_for_kicks_again() {
     let mut machine = Machine::new();
-    assert!(!machine.guest.ask_for_kicks());
+    assert!(!machine.guest.enable_kicks());
     offer_flush(&mut machine, 0, 0);
     machine.serve();
     assert_ne!(machine.get_u16(USED), 0, "no kicks wanted");
     assert!(machine.guest.refresh(0, false));
-    assert!(!machine.guest.ask_for_kicks());
+    assert!(!machine.guest.enable_kicks());
     assert_eq!(machine.get_u16(USED), 0);
 }

@@ -1,0 +1,290 @@
+//! The life of a guest request: [`Request`] → [`InFlight`] → [`Finished`].
+//!
+//! Invariants, asserted in release builds too, since no guest and no frontend can break them:
+//! every [`AcceptedChain`] is completed once, by this process or by the next one; fragments cover
+//! the request once, in order; guest memory is written by an [`InFlight`] only, and finishing
+//! consumes it.
+
+use crate::common::buffer::BufferPool;
+use crate::common::{SECTOR_BYTES, SectorRange};
+use crate::device::View;
+use crate::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
+use crate::engine::{Failed, GuestRequest};
+use crate::limits::{FRAGMENT_BYTES_MAX, ZERO_BYTES_MAX, ZERO_FRAGMENTS_IN_FLIGHT_MAX};
+use crate::statistics::{RequestKind, Since};
+
+const FRAGMENT_SECTORS: u64 = FRAGMENT_BYTES_MAX / SECTOR_BYTES;
+const ZERO_FRAGMENT_SECTORS: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
+
+/// The obligation to complete a chain that was accepted from a virtqueue. A chain that is dropped
+/// while it is owed to the driver is a bug that would leave a guest waiting for ever, so dropping
+/// panics.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct AcceptedChain {
+    queue: usize,
+    head: u16,
+}
+
+impl AcceptedChain {
+    pub(super) fn new(queue: usize, head: u16) -> Self {
+        Self { queue, head }
+    }
+
+    /// The virtqueue it was accepted from, as the worker numbers them.
+    pub(super) fn queue(&self) -> usize {
+        self.queue
+    }
+
+    /// The index of its first descriptor.
+    pub(super) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// The chain is on the used ring, or its virtqueue is broken.
+    pub(super) fn complete(self) {
+        std::mem::forget(self);
+    }
+
+    /// The chain stays in flight: the next start of its virtqueue resubmits it.
+    pub(super) fn leave(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for AcceptedChain {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let Self { queue, head } = self;
+            panic!("chain {head} of virtqueue {queue} is dropped without completion");
+        }
+    }
+}
+
+/// How far the fragments of a request are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Fragments are still to be submitted to the engine.
+    Submitting,
+    /// As many fragments are in flight as may be; the next answer leads back to `Submitting`.
+    Parked,
+    /// The engine has all fragments, or has answered them.
+    Submitted,
+    /// A fragment failed. No further one is submitted.
+    Failed,
+}
+
+/// A request whose chain was accepted and not completed.
+#[derive(Debug)]
+pub(super) struct InFlight {
+    chain: AcceptedChain,
+    request: Request,
+    stage: Stage,
+    submitted_sectors: u64,
+    /// Fragments that the engine has not answered.
+    outstanding: usize,
+    /// The kind that it is counted as, and its begin.
+    counted: Option<(RequestKind, Since)>,
+}
+
+impl InFlight {
+    pub(super) fn new(
+        chain: AcceptedChain,
+        request: Request,
+        counted: Option<(RequestKind, Since)>,
+    ) -> Self {
+        let stage = match request.kind {
+            Kind::Flush => Stage::Submitting,
+            _ if request.sectors() > 0 => Stage::Submitting,
+            _ => Stage::Submitted,
+        };
+        Self {
+            chain,
+            request,
+            stage,
+            submitted_sectors: 0,
+            outstanding: 0,
+            counted,
+        }
+    }
+
+    pub(super) fn queue(&self) -> usize {
+        self.chain.queue()
+    }
+
+    pub(super) fn stage(&self) -> Stage {
+        self.stage
+    }
+
+    pub(super) fn outstanding(&self) -> usize {
+        self.outstanding
+    }
+
+    pub(super) fn counted(&self) -> Option<(RequestKind, Since)> {
+        self.counted
+    }
+
+    /// The sectors that statistics count, see [`Request::extent`].
+    pub(super) fn extent(&self) -> SectorRange {
+        self.request.extent()
+    }
+
+    /// The status of a request that needs no replica.
+    pub(super) fn answer_at_once(&self, memory: View<'_>, serial: &str) -> Option<Status> {
+        match self.request.kind {
+            Kind::Rejected(status) => Some(status),
+            Kind::GetId => Some(self.request.write_id(memory, serial)),
+            _ if self.stage == Stage::Submitted => Some(Status::Ok),
+            _ => None,
+        }
+    }
+
+    /// The status of the request, once no fragment is left to be submitted or answered.
+    pub(super) fn status(&self) -> Option<Status> {
+        match self.stage {
+            _ if self.outstanding > 0 => None,
+            Stage::Submitting => None,
+            Stage::Parked => unreachable!("fragments are in flight"),
+            Stage::Submitted => Some(Status::Ok),
+            Stage::Failed => Some(Status::IoError),
+        }
+    }
+
+    /// The next fragment, and how many sectors into the request it begins. It counts as submitted.
+    ///
+    /// # Errors
+    /// If the data to write does not lie in guest memory. Then the request has failed.
+    pub(super) fn next_fragment(
+        &mut self,
+        memory: View<'_>,
+        pool: &mut BufferPool,
+        durable: bool,
+    ) -> Result<(u64, GuestRequest), OutsideMemory> {
+        assert_eq!(self.stage, Stage::Submitting);
+        let offset = self.submitted_sectors;
+        let (fragment, sectors) = self
+            .fragment(memory, pool, durable)
+            .inspect_err(|OutsideMemory| self.stage = Stage::Failed)?;
+        self.submitted_sectors += sectors;
+        self.outstanding += 1;
+        let sectors = self.request.sectors();
+        assert!(self.submitted_sectors <= sectors);
+        let is_zero = self.request.kind == Kind::Zero;
+        if self.submitted_sectors == sectors {
+            self.stage = Stage::Submitted;
+        } else if is_zero && self.outstanding == ZERO_FRAGMENTS_IN_FLIGHT_MAX {
+            self.stage = Stage::Parked;
+        }
+        Ok((offset, fragment))
+    }
+
+    fn fragment(
+        &self,
+        memory: View<'_>,
+        pool: &mut BufferPool,
+        durable: bool,
+    ) -> Result<(GuestRequest, u64), OutsideMemory> {
+        let offset = self.submitted_sectors;
+        let left = self.request.sectors() - offset;
+        let cut =
+            |range: SectorRange| SectorRange::new(range.start + offset, left.min(FRAGMENT_SECTORS));
+        let fragment = match self.request.kind {
+            Kind::In(range) => (GuestRequest::Read(cut(range)), cut(range).count),
+            Kind::Out(range) => {
+                let range = cut(range);
+                let mut data = pool.take(bytes(range.count));
+                self.request.data.read(memory, bytes(offset), &mut data)?;
+                let write = GuestRequest::Write {
+                    range,
+                    data,
+                    durable,
+                };
+                (write, range.count)
+            }
+            Kind::Zero => {
+                let zeroed = self.request.zeroed_from(offset);
+                let Zeroed { range, unmap } = zeroed.expect("sectors are left");
+                let range = SectorRange::new(range.start, range.count.min(ZERO_FRAGMENT_SECTORS));
+                let zero = GuestRequest::Zero {
+                    range,
+                    unmap,
+                    durable,
+                };
+                (zero, range.count)
+            }
+            Kind::Flush => (GuestRequest::Flush, 0),
+            Kind::GetId | Kind::Rejected(_) => unreachable!("has no fragments"),
+        };
+        Ok(fragment)
+    }
+
+    /// The engine has answered the fragment that begins `offset_sectors` into the request. Data
+    /// that was read goes to guest memory.
+    pub(super) fn fragment_answered(
+        &mut self,
+        memory: View<'_>,
+        offset_sectors: u64,
+        result: Result<&[u8], Failed>,
+    ) {
+        let outstanding = self.outstanding.checked_sub(1);
+        self.outstanding = outstanding.expect("the engine answers each fragment once");
+        let outcome = match (result, self.request.kind) {
+            (Err(Failed), _) => Err(OutsideMemory),
+            (Ok(data), Kind::In(_)) => self.request.data.write(memory, bytes(offset_sectors), data),
+            (Ok(_), _) => Ok(()),
+        };
+        match (outcome, self.stage) {
+            (Err(OutsideMemory), _) => self.stage = Stage::Failed,
+            (Ok(()), Stage::Parked) => self.stage = Stage::Submitting,
+            (Ok(()), _) => {}
+        }
+    }
+
+    /// Writes the status: the last write to guest memory for this request.
+    pub(super) fn finish(self, memory: View<'_>, status: Status) -> Finished {
+        assert!(
+            status != Status::Ok || self.status() == Some(Status::Ok),
+            "success before all fragments are answered"
+        );
+        let written_bytes = self.request.answer(memory, status);
+        Finished {
+            chain: self.chain,
+            written_bytes,
+        }
+    }
+
+    /// Leaves the chain to the next start of its virtqueue, unanswered.
+    pub(super) fn leave(self) -> AcceptedChain {
+        self.chain
+    }
+}
+
+/// A request with its status in guest memory, to be put on the used ring.
+#[derive(Debug)]
+#[must_use]
+pub(super) struct Finished {
+    pub(super) chain: AcceptedChain,
+    /// For the used ring, see [`Request::answer`].
+    pub(super) written_bytes: u32,
+}
+
+fn bytes(sectors: u64) -> usize {
+    usize::try_from(sectors * SECTOR_BYTES).expect("a chain is below 4 GiB")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[should_panic(expected = "chain 7 of virtqueue 1 is dropped without completion")]
+    fn a_chain_that_is_dropped_without_completion_panics() {
+        drop(AcceptedChain::new(1, 7));
+    }
+
+    #[test]
+    fn a_chain_that_is_completed_or_left_is_no_obligation() {
+        AcceptedChain::new(0, 0).complete();
+        AcceptedChain::new(0, 0).leave();
+    }
+}
