@@ -1,4 +1,4 @@
-//! The command line: options and commands, and what is said of them in `--help`.
+//! The command line: its options and commands, and their `--help` texts.
 
 use std::path::PathBuf;
 
@@ -6,10 +6,10 @@ use clap::{Args, Parser, Subcommand};
 
 use super::format::{NewSize, parse_rate, parse_size_change};
 
-/// Where the daemon is, if no option says so.
+/// The environment variable that replaces `--qmp`.
 pub(super) const SOCKET_VARIABLE: &str = "QUORUM_BLK_QMP";
 
-/// Bytes a second.
+/// Bytes per second.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rate(pub(super) u64);
 
@@ -17,27 +17,29 @@ fn rate(text: &str) -> Result<Rate, String> {
     parse_rate(text).map(Rate)
 }
 
-/// The options as they are written.
+/// The options as written.
 #[derive(Debug, Parser)]
 #[command(
     name = "quorum-blkctl",
     version,
-    about = "Look after a voted disk that quorum-blkd serves",
+    about = "Show and maintain a voted disk that quorum-blkd serves",
     after_help = "Exit status:\n  \
-        0    done, and all is well\n  \
-        1    done, but: the disk is degraded or failing (status, map), something bad was found and not mended \
-        (scrub), or the job did not do all it was to do, or was cancelled\n  \
-        2    the command line makes no sense\n  \
-        3    not done: no daemon there, or it refused, broke off or made no sense\n  \
-        130  Ctrl-C while a job was waited for; the job goes on\n\n\
-        Sizes and rates are in bytes, or in K, M, G, T, P of 1024."
+        0    Success; for status and map: the disk is healthy\n  \
+        1    The command ran, but: the disk is degraded or failing (status, map), corrupt sectors were \
+        found and not repaired (scrub), or the job failed or was cancelled\n  \
+        2    Invalid command line\n  \
+        3    The command failed: cannot connect, or the daemon rejected it, disconnected, or sent an \
+        invalid reply\n  \
+        130  Ctrl-C while waiting for a job; the job continues\n\n\
+        Sizes and rates are in bytes, or in K, M, G, T, P with powers of 1024: 512M, 1.5T."
 )]
 pub(super) struct Options {
-    /// The monitor of the daemon: the PATH that its --qmp was given
+    /// Connect to the daemon's monitor at PATH, the path that its --qmp option names
     #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, hide_env_values = true, global = true)]
     pub(super) qmp: Option<PathBuf>,
 
-    /// Time in seconds in which the daemon has to answer, 1 to 3600
+    /// Fail if the daemon does not answer within this time in seconds, 1 to 3600. Raise it if the
+    /// daemon's disks are very slow
     #[arg(long, value_name = "SECONDS", default_value_t = 60, global = true,
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(super) timeout: u64,
@@ -48,136 +50,138 @@ pub(super) struct Options {
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Action {
-    /// Tell how the disk is, each of its replicas, and what jobs do
+    /// Show the health of the disk, its replicas and its jobs
     Status {
-        /// Tell again every so many seconds
+        /// Show it again every SECONDS, 1 to 86400, until Ctrl-C [default without SECONDS: 2]
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
             value_parser = clap::value_parser!(u64).range(1..=86400))]
         watch: Option<u64>,
-        /// Print what the daemon replies to query-quorum and query-jobs, as one JSON object a line
+        /// Print the daemon's replies to query-quorum and query-jobs as one JSON object
         #[arg(long)]
         json: bool,
     },
-    /// Follow the events, one a line, until the daemon ends
+    /// Print events, one per line, until the daemon stops
     Events {
-        /// Print the events as they are sent, JSON objects
+        /// Print the events as the daemon sends them, as JSON objects
         #[arg(long)]
         json: bool,
     },
-    /// Draw where on the disk which replica was bad or is stale, and list the worst places
+    /// Show where on the disk replicas are corrupt, stale or had errors
     Map {
-        /// Print what the daemon replies to query-quorum-map
+        /// Print the daemon's reply to query-quorum-map as JSON
         #[arg(long)]
         json: bool,
     },
-    /// Read everything on every replica and let it vote
+    /// Read the whole disk on every replica and compare them by vote
     Scrub {
-        /// Write the winners over what lost
+        /// Write the data that won the vote to the replicas that lost it. Without this option, a
+        /// scrub only reports
         #[arg(long)]
         repair: bool,
         #[command(flatten)]
         job: JobOptions,
     },
-    /// Bring a replica up to date whose resync was cancelled or has failed
+    /// Copy the newest data to a replica that is stale because its resync failed or was cancelled
     Resync {
-        /// The replica
+        /// Name of the replica
         #[arg(value_name = "NODE")]
         node: String,
         #[command(flatten)]
         job: JobOptions,
     },
-    /// Add a replica, and wait until it is up to date
+    /// Add a replica and wait until it is up to date
     Add {
         #[command(flatten)]
         image: NewImage,
-        /// Do not wait
+        /// Do not wait until it is up to date
         #[arg(long)]
         detach: bool,
     },
-    /// Remove a replica; its image is closed and left as it is
+    /// Remove a replica; its image is closed and keeps its data
     Remove {
-        /// The replica
+        /// Name of the replica
         #[arg(value_name = "NODE")]
         node: String,
     },
-    /// Add a replica, wait until it is up to date, and remove another one
+    /// Add a replica, wait until it is up to date, then remove another one
     Replace {
-        /// The replica that is to go
+        /// Name of the replica to remove
         #[arg(value_name = "OLD")]
         old: String,
         #[command(flatten)]
         image: NewImage,
     },
-    /// Make the disk larger, and its images
+    /// Grow the disk and all of its images
     Resize {
-        /// The new size, or with + how much is to be added: 10G, +1G
+        /// New size of the disk (10G), or with + the size to add (+1G)
         #[arg(value_parser = parse_size_change, allow_hyphen_values = true)]
         size: NewSize,
     },
-    /// List the jobs, or tell one something
+    /// List the jobs, or control one of them
     #[command(args_conflicts_with_subcommands = true)]
     Jobs {
-        /// Print what the daemon replies to query-jobs
+        /// Print the daemon's reply to query-jobs as JSON
         #[arg(long)]
         json: bool,
         #[command(subcommand)]
-        order: Option<JobOrder>,
+        command: Option<JobCommand>,
     },
 }
 
-/// How a job is to be done, and whether it is waited for.
+/// The options of commands that start a job.
 #[derive(Debug, Args)]
 pub(super) struct JobOptions {
-    /// Bytes a second at most; 0: as fast as leaves the guest its share
+    /// Limit the job to RATE bytes per second; 0: no limit, but a busy guest keeps most of the
+    /// bandwidth
     #[arg(long, value_name = "RATE", value_parser = rate, default_value = "0")]
     pub(super) speed: Rate,
-    /// Do not wait for its end
+    /// Do not wait for the end of the job
     #[arg(long)]
     pub(super) detach: bool,
 }
 
-/// An image that is to be a replica.
+/// The image of a new replica.
 #[derive(Debug, Args)]
 pub(super) struct NewImage {
-    /// Its image, a raw file or a block device
+    /// Image of the new replica, a raw file or a block device
     #[arg(value_name = "FILE")]
     pub(super) file: PathBuf,
-    /// What the replica is called [default: the file name]
+    /// Name of the new replica [default: the file name]
     #[arg(long, value_name = "NAME")]
     pub(super) node_name: Option<String>,
-    /// Make the file, sparse and of the size of the disk; it must not exist
+    /// Create FILE, sparse and as large as the disk; it must not exist
     #[arg(long)]
     pub(super) create: bool,
 }
 
 #[derive(Debug, Subcommand)]
-pub(super) enum JobOrder {
-    /// Begin nothing more until it is resumed
+pub(super) enum JobCommand {
+    /// Pause a job until it is resumed
     Pause {
-        /// What the job is called
+        /// Name of the job
         id: String,
     },
-    /// Go on
+    /// Resume a paused job
     Resume {
-        /// What the job is called
+        /// Name of the job
         id: String,
     },
-    /// End, done or not
+    /// Cancel a job
     Cancel {
-        /// What the job is called
+        /// Name of the job
         id: String,
     },
-    /// Limit how fast it is
+    /// Change the speed limit of a job
     Speed {
-        /// What the job is called
+        /// Name of the job
         id: String,
-        /// Bytes a second at most; 0: as fast as leaves the guest its share
+        /// Limit in bytes per second; 0: no limit, but a busy guest keeps most of the bandwidth
         #[arg(value_parser = rate)]
         rate: Rate,
     },
-    /// Wait for its end
+    /// Wait until a job ends
     Wait {
-        /// What the job is called
+        /// Name of the job
         id: String,
     },
 }
@@ -188,12 +192,12 @@ mod tests {
     use clap::CommandFactory as _;
 
     #[test]
-    fn the_definition_is_sound() {
+    fn the_definition_of_the_options_is_valid() {
         Options::command().debug_assert();
     }
 
     #[test]
-    fn the_socket_may_come_before_or_after() {
+    fn the_socket_may_come_before_or_after_the_command() {
         for line in [
             "quorum-blkctl --qmp s status --watch",
             "quorum-blkctl status --qmp s --watch 5",

@@ -1,63 +1,63 @@
-//! The protocol: a blocking connection to a monitor, over which commands are run and events come.
+//! The monitor protocol: a blocking connection that runs commands and receives events.
 //!
-//! Invariants: a line has a bound, and so has what is kept of events; every wait has an end; what
-//! is no message of the protocol is an error, whatever it is instead.
+//! Invariants: the length of a line and the number of stored events are bounded; every wait has a
+//! deadline, connecting included; anything that is not a message of the protocol is an error.
 
 use std::collections::VecDeque;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{self, ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketFlags, SocketType, connect, socket_with};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::Error;
 use crate::limits::{CLIENT_EVENTS_KEPT_MAX, CLIENT_LINE_BYTES_MAX};
 
-/// A connection, capabilities negotiated.
+/// A connection after the negotiation of capabilities.
 #[derive(Debug)]
-pub struct Connection {
+pub(super) struct Connection {
     stream: UnixStream,
-    /// Read and no whole line yet, or lines that nobody has looked at.
+    /// Received bytes that `take_line` has not returned yet.
     received: Vec<u8>,
-    /// So much of it has no line end.
+    /// The first bytes of `received` that contain no line end.
     searched: usize,
-    /// Ends of jobs that came while something else was waited for.
+    /// Events about the end of a job that arrived during another wait.
     job_ends: VecDeque<Value>,
+    /// The time limit of each answer.
     limit: Duration,
 }
 
-/// Something that the daemon sent.
+/// A reply or an event.
 #[derive(Debug)]
-pub struct Message {
-    /// As it was sent, without the end of the line.
-    pub line: String,
-    /// What it says, a JSON object.
-    pub value: Value,
+pub(super) struct Message {
+    /// As received, without the line end.
+    pub(super) line: String,
+    /// The parsed line, a JSON object.
+    pub(super) value: Value,
 }
 
 impl Message {
     /// The name of the event, if it is one.
-    pub fn event(&self) -> Option<&str> {
+    pub(super) fn event(&self) -> Option<&str> {
         self.value.get("event").and_then(Value::as_str)
     }
 }
 
 impl Connection {
-    /// Connects to the monitor at `path`, whose answers are waited for as long as `limit`.
-    ///
-    /// # Errors
-    /// If nobody is there, or it does not behave like a monitor.
-    pub fn open(path: &Path, limit: Duration) -> Result<Self, Error> {
-        let connected = UnixStream::connect(path);
-        let stream = connected.map_err(|source| Error::Connect {
-            path: path.to_owned(),
-            source,
+    /// Connects to the monitor at `path`. Each of its answers must arrive within `limit`.
+    pub(super) fn open(path: &Path, limit: Duration) -> Result<Self, Error> {
+        let stream = connect_within(path, limit).map_err(|source| {
+            if is_timeout(source.kind()) {
+                let request = "a connection attempt".to_owned();
+                return Error::Timeout { request, limit };
+            }
+            let path = path.to_owned();
+            Error::Connect { path, source }
         })?;
-        stream
-            .set_write_timeout(Some(limit))
-            .map_err(Error::Broken)?;
         let mut connection = Self {
             stream,
             received: Vec::new(),
@@ -66,10 +66,10 @@ impl Connection {
             limit,
         };
         let greeting = connection.receive(Instant::now() + limit)?;
-        let greeting = greeting.ok_or_else(|| connection.silent("a new client"))?;
+        let greeting = greeting.ok_or_else(|| connection.timeout("a new client"))?;
         if !greeting.value.get("QMP").is_some_and(Value::is_object) {
-            return Err(Error::nonsense(
-                "the daemon's greeting",
+            return Err(Error::invalid(
+                "the greeting of the server",
                 "this is not a monitor of quorum-blkd or QEMU",
             ));
         }
@@ -77,78 +77,67 @@ impl Connection {
         Ok(connection)
     }
 
-    /// Runs a command and returns what it returned.
-    ///
-    /// # Errors
-    /// If it was refused, or there is no answer.
-    pub fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
-        let mut request = json!({ "execute": command });
-        if arguments
-            .as_object()
-            .is_none_or(|arguments| !arguments.is_empty())
-        {
-            request["arguments"] = arguments;
-        }
-        match self.stream.write_all(format!("{request}\n").as_bytes()) {
-            Err(error)
-                if matches!(
-                    error.kind(),
-                    ErrorKind::BrokenPipe | ErrorKind::ConnectionReset
-                ) =>
-            {
-                return Err(Error::Closed);
-            }
-            Err(error) if is_timeout(error.kind()) => return Err(self.silent(command)),
-            other => other.map_err(Error::Broken)?,
-        }
+    /// Runs a command and returns the value of its reply.
+    pub(super) fn execute(&mut self, command: &str, arguments: Value) -> Result<Value, Error> {
+        self.send(command, arguments)?;
         let deadline = Instant::now() + self.limit;
         loop {
             let mut message = match self.receive(deadline)? {
                 Some(message) => message,
                 None if Instant::now() < deadline => continue,
-                None => return Err(self.silent(command)),
+                None => return Err(self.timeout(command)),
             };
             if message.event().is_some() {
-                self.keep(message.value);
+                self.store_job_end(message.value);
             } else if let Some(error) = message.value.get("error") {
                 let desc = error.get("desc").and_then(Value::as_str);
-                let desc = desc.unwrap_or("the command failed, and the daemon does not say why");
-                return Err(Error::Refused(desc.to_owned()));
+                let desc = desc.unwrap_or("the command failed, and the daemon gives no reason");
+                return Err(Error::Rejected(desc.to_owned()));
             } else if let Some(returned) = message.value.get_mut("return") {
                 return Ok(returned.take());
             } else {
-                let what = format!("the reply to {command}");
-                return Err(Error::nonsense(what, "it has neither return nor error"));
+                let reply = format!("the reply to {command}");
+                return Err(Error::invalid(reply, "it has neither return nor error"));
             }
         }
     }
 
-    /// Runs a command that takes no arguments, and understands what it returned.
-    ///
-    /// # Errors
-    /// As [`Self::execute`], and if the reply is not of this shape.
-    pub fn query<T: DeserializeOwned>(&mut self, command: &str) -> Result<T, Error> {
-        let reply = self.execute(command, json!({}))?;
-        understand(command, reply)
+    fn send(&mut self, command: &str, arguments: Value) -> Result<(), Error> {
+        let mut request = json!({ "execute": command });
+        let arguments_are_empty = arguments
+            .as_object()
+            .is_some_and(|arguments| arguments.is_empty());
+        if !arguments_are_empty {
+            request["arguments"] = arguments;
+        }
+        let sent = self.stream.write_all(format!("{request}\n").as_bytes());
+        sent.map_err(|error| match error.kind() {
+            ErrorKind::BrokenPipe | ErrorKind::ConnectionReset => Error::Closed,
+            kind if is_timeout(kind) => self.timeout(command),
+            _ => Error::Lost(error),
+        })
     }
 
-    /// The next message, if it comes before `deadline` and no signal comes before it.
-    ///
-    /// # Errors
-    /// If the connection has ended, or it is no message.
-    pub fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, Error> {
+    /// Runs a command without arguments and parses its reply.
+    pub(super) fn query<T: DeserializeOwned>(&mut self, command: &str) -> Result<T, Error> {
+        let reply = self.execute(command, json!({}))?;
+        parse_reply(command, reply)
+    }
+
+    /// The next message. None if `deadline` passes or a signal arrives before it.
+    pub(super) fn receive(&mut self, deadline: Instant) -> Result<Option<Message>, Error> {
         loop {
             if let Some(line) = self.take_line()? {
                 return parse(&line).map(Some);
             }
-            // A timeout of zero would be none.
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
+            // A timeout of zero would mean no timeout.
             self.stream
                 .set_read_timeout(Some(left.max(Duration::from_millis(1))))
-                .map_err(Error::Broken)?;
+                .map_err(Error::Lost)?;
             let mut bytes = [0; 16 << 10];
             match self.stream.read(&mut bytes) {
                 Ok(0) => return Err(Error::Closed),
@@ -158,19 +147,15 @@ impl Connection {
                 Err(error) if error.kind() == ErrorKind::ConnectionReset => {
                     return Err(Error::Closed);
                 }
-                Err(error) => return Err(Error::Broken(error)),
+                Err(error) => return Err(Error::Lost(error)),
             }
         }
     }
 
-    /// Waits until `deadline` or for a signal, and keeps the ends of jobs that are told meanwhile.
-    ///
-    /// # Errors
-    /// If the connection has ended.
-    pub fn linger(&mut self, deadline: Instant) -> Result<(), Error> {
+    /// Waits until `deadline`, a signal or the end of a job, and stores the ends of jobs.
+    pub(super) fn wait_for_job_end(&mut self, deadline: Instant) -> Result<(), Error> {
         while let Some(message) = self.receive(deadline)? {
-            let is_end = is_job_end(&message);
-            self.keep(message.value);
+            let is_end = self.store_job_end(message.value);
             if is_end || Instant::now() >= deadline {
                 break;
             }
@@ -178,21 +163,26 @@ impl Connection {
         Ok(())
     }
 
-    /// The first end of a job that `is_wanted`, of those that were told.
-    pub fn take_job_end(&mut self, mut is_wanted: impl FnMut(&Value) -> bool) -> Option<Value> {
+    /// Takes the first stored end of a job that `is_wanted`.
+    pub(super) fn take_job_end(
+        &mut self,
+        mut is_wanted: impl FnMut(&Value) -> bool,
+    ) -> Option<Value> {
         let index = self.job_ends.iter().position(&mut is_wanted)?;
         self.job_ends.remove(index)
     }
 
-    fn keep(&mut self, value: Value) {
+    /// Stores the event if it is the end of a job, and says whether it is.
+    fn store_job_end(&mut self, value: Value) -> bool {
         let name = value.get("event").and_then(Value::as_str);
         if !matches!(name, Some("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED")) {
-            return;
+            return false;
         }
         if self.job_ends.len() == CLIENT_EVENTS_KEPT_MAX {
             self.job_ends.pop_front();
         }
         self.job_ends.push_back(value);
+        true
     }
 
     fn take_line(&mut self) -> Result<Option<Vec<u8>>, Error> {
@@ -200,8 +190,9 @@ impl Connection {
         let Some(end) = unsearched.iter().position(|byte| *byte == b'\n') else {
             self.searched = self.received.len();
             if self.searched > CLIENT_LINE_BYTES_MAX {
-                let why = format!("a line has more than {} MiB", CLIENT_LINE_BYTES_MAX >> 20);
-                return Err(Error::nonsense("what the daemon sends", why));
+                let mib = CLIENT_LINE_BYTES_MAX >> 20;
+                let reason = format!("the line is longer than {mib} MiB");
+                return Err(Error::invalid("a message of the server", reason));
             }
             return Ok(None);
         };
@@ -210,36 +201,40 @@ impl Connection {
         Ok(Some(line))
     }
 
-    fn silent(&self, what: &str) -> Error {
-        Error::Silent {
-            what: what.to_owned(),
+    fn timeout(&self, request: &str) -> Error {
+        Error::Timeout {
+            request: request.to_owned(),
             limit: self.limit,
         }
     }
 }
 
-/// What a command returned, understood.
-///
-/// # Errors
-/// If it is not of this shape.
-pub fn understand<T: DeserializeOwned>(command: &str, reply: Value) -> Result<T, Error> {
-    serde_json::from_value(reply)
-        .map_err(|error| Error::nonsense(format!("the reply to {command}"), error))
+/// Connects; the limit covers the connection attempt and each later write.
+fn connect_within(path: &Path, limit: Duration) -> io::Result<UnixStream> {
+    let socket = socket_with(
+        AddressFamily::UNIX,
+        SocketType::STREAM,
+        SocketFlags::CLOEXEC,
+        None,
+    )?;
+    // Linux applies the send timeout while the server's queue of connections is full.
+    set_socket_timeout(&socket, Timeout::Send, Some(limit))?;
+    connect(&socket, &SocketAddrUnix::new(path)?)?;
+    Ok(UnixStream::from(socket))
 }
 
-fn is_job_end(message: &Message) -> bool {
-    matches!(
-        message.event(),
-        Some("BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED")
-    )
+/// Parses the value that a command returned.
+pub(super) fn parse_reply<T: DeserializeOwned>(command: &str, reply: Value) -> Result<T, Error> {
+    serde_json::from_value(reply)
+        .map_err(|error| Error::invalid(format!("the reply to {command}"), error))
 }
 
 fn parse(line: &[u8]) -> Result<Message, Error> {
-    let nonsense = |why: String| Error::nonsense("what the daemon sends", why);
-    let line = std::str::from_utf8(line).map_err(|error| nonsense(error.to_string()))?;
-    let value: Value = serde_json::from_str(line).map_err(|error| nonsense(error.to_string()))?;
+    let invalid = |reason: String| Error::invalid("a message of the server", reason);
+    let line = std::str::from_utf8(line).map_err(|error| invalid(error.to_string()))?;
+    let value: Value = serde_json::from_str(line).map_err(|error| invalid(error.to_string()))?;
     if !value.is_object() {
-        return Err(nonsense("not a JSON object".into()));
+        return Err(invalid("not a JSON object".into()));
     }
     Ok(Message {
         line: line.trim().to_owned(),
@@ -247,7 +242,7 @@ fn parse(line: &[u8]) -> Result<Message, Error> {
     })
 }
 
-/// How a socket tells that its time is over.
+/// Whether a socket reports with this error that its time limit has passed.
 fn is_timeout(kind: ErrorKind) -> bool {
     matches!(kind, ErrorKind::WouldBlock | ErrorKind::TimedOut)
 }

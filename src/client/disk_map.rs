@@ -1,50 +1,57 @@
-//! `map`: where on the disk which replica was bad.
+//! `map`: where on the disk replicas are corrupt, stale or had errors.
 //!
-//! A line for each replica, a character for each part of the disk. Below it, the worst places by
-//! their bytes.
+//! One line per replica, one character per part of the disk; below, the worst places in bytes.
 
 use std::io::Write;
 
 use serde_json::json;
 
-use super::connection::understand;
-use super::format::{clean, counted, sectors, size};
-use super::shapes::{Bucket, DiskMap, Range, ReplicaMap};
+use super::connection::parse_reply;
+use super::format::{counted, printable, sectors, size};
+use super::replies::{Bucket, DiskMap, Failures, Range, ReplicaMap};
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
 
-/// Places of a kind that are listed for a replica.
+/// Places of one kind that are listed for a replica.
 const LISTED_MAX: usize = 8;
 
-/// What is asked for in JSON, which has no width.
+/// The resolution of `--json`, which has no width.
 const BUCKETS_IN_JSON: usize = 1024;
 
-/// As many as a daemon gives.
+/// The daemon rejects more.
 const BUCKETS_MAX: usize = 1024;
 
-/// What the name of a replica is cut to beside the map.
-const NAME_COLUMNS_MAX: usize = 20;
+/// Width of the names beside the map.
+const NAME_COLUMNS: usize = 20;
 
-/// What a part of the disk is like, the worst last.
+/// The state of a part of the disk, the worst last.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Mark {
     Nothing,
-    WasWrong,
+    WasCorrupt,
     Errors,
     Stale,
-    Damaged,
+    Corrupt,
 }
 
 impl Mark {
+    const LEGEND: [(Self, &str); 5] = [
+        (Self::Corrupt, "corrupt"),
+        (Self::Stale, "stale"),
+        (Self::Errors, "errors"),
+        (Self::WasCorrupt, "was corrupt"),
+        (Self::Nothing, "nothing found"),
+    ];
+
     fn of(bucket: &Bucket) -> Self {
         if bucket.corrupt_sectors > 0 {
-            Self::Damaged
+            Self::Corrupt
         } else if bucket.stale_sectors > 0 {
             Self::Stale
         } else if bucket.errors > 0 {
             Self::Errors
         } else if bucket.corrupt_sectors_found > 0 {
-            Self::WasWrong
+            Self::WasCorrupt
         } else {
             Self::Nothing
         }
@@ -53,21 +60,18 @@ impl Mark {
     fn character(self, terminal: Terminal) -> (char, Style) {
         let (ascii, unicode, style) = match self {
             Self::Nothing => ('.', '·', Style::Plain),
-            Self::WasWrong => ('+', '+', Style::Good),
+            Self::WasCorrupt => ('+', '+', Style::Good),
             Self::Errors => ('!', '!', Style::Warning),
             Self::Stale => ('~', '▒', Style::Warning),
-            Self::Damaged => ('#', '█', Style::Bad),
+            Self::Corrupt => ('#', '█', Style::Bad),
         };
         (if terminal.unicode { unicode } else { ascii }, style)
     }
 }
 
 pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
-    // The name, a gap and the two ends of the line.
-    let columns = context
-        .terminal
-        .columns
-        .saturating_sub(NAME_COLUMNS_MAX + 4);
+    // Beside the map: the name, a space and the two ends of the line.
+    let columns = context.terminal.columns.saturating_sub(NAME_COLUMNS + 4);
     let buckets = if json {
         BUCKETS_IN_JSON
     } else {
@@ -79,7 +83,7 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
     if json {
         writeln!(context.out, "{reply}")?;
     }
-    let map: DiskMap = understand("query-quorum-map", reply)?;
+    let map: DiskMap = parse_reply("query-quorum-map", reply)?;
     if !json {
         let cells = cells_of(&map, buckets)?;
         draw(context.out, &map, cells, context.terminal)?;
@@ -91,15 +95,15 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
     ))
 }
 
-/// How many buckets the disk has, if that is as many as were asked for at most.
-fn cells_of(map: &DiskMap, asked: usize) -> Result<usize, Error> {
+/// The number of buckets that cover the disk; an error if there are more than requested.
+fn cells_of(map: &DiskMap, requested: usize) -> Result<usize, Error> {
     let cells = map.size.checked_div(map.bucket_bytes).unwrap_or(u64::MAX);
     let cells = usize::try_from(cells).unwrap_or(usize::MAX);
     let rest = map.size.checked_rem(map.bucket_bytes).unwrap_or(0);
     let cells = cells.saturating_add(usize::from(rest > 0));
-    if cells > asked {
-        let why = "it has more buckets than were asked for";
-        return Err(Error::nonsense("the reply to query-quorum-map", why));
+    if cells > requested {
+        let reason = "it has more buckets than requested";
+        return Err(Error::invalid("the reply to query-quorum-map", reason));
     }
     Ok(cells)
 }
@@ -107,58 +111,54 @@ fn cells_of(map: &DiskMap, asked: usize) -> Result<usize, Error> {
 fn draw(out: &mut dyn Write, map: &DiskMap, cells: usize, terminal: Terminal) -> Result<(), Error> {
     writeln!(
         out,
-        "{}: {}, {} a character",
-        terminal.paint(Style::Heading, clean(&map.node_name)),
+        "{}: {}, {} per character",
+        terminal.paint(Style::Heading, printable(&map.node_name)),
         size(map.size),
         size(map.bucket_bytes)
     )?;
-    let place = |offset: u64| usize::try_from(offset.checked_div(map.bucket_bytes)?).ok();
+    let cell_of = |offset: u64| usize::try_from(offset.checked_div(map.bucket_bytes)?).ok();
     for replica in &map.replicas {
         let mut marks = vec![Mark::Nothing; cells];
         for bucket in &replica.buckets {
-            if let Some(mark) = place(bucket.offset).and_then(|place| marks.get_mut(place)) {
+            if let Some(mark) = cell_of(bucket.offset).and_then(|cell| marks.get_mut(cell)) {
                 *mark = Mark::of(bucket).max(*mark);
             }
         }
         draw_line(out, &replica.node_name, &marks, terminal)?;
     }
-    let failures = &map.failures;
-    if !failures.buckets.is_empty() {
-        let mut marks = vec![Mark::Nothing; cells];
-        for bucket in failures.buckets.iter().filter(|bucket| bucket.failed > 0) {
-            if let Some(mark) = place(bucket.offset).and_then(|place| marks.get_mut(place)) {
-                *mark = Mark::Errors;
-            }
-        }
-        for range in &failures.undecided {
-            let first = range.sector_num.saturating_mul(512);
-            let last = first
-                .saturating_add(range.sector_count.saturating_mul(512))
-                .saturating_sub(1);
-            let (Some(first), Some(last)) = (place(first), place(last)) else {
-                continue;
-            };
-            marks
-                .iter_mut()
-                .take(last.saturating_add(1))
-                .skip(first)
-                .for_each(|mark| *mark = Mark::Damaged);
-        }
+    if !map.failures.buckets.is_empty() {
+        let marks = failure_marks(&map.failures, cells, cell_of);
         draw_line(out, "no quorum", &marks, terminal)?;
     }
-    let legend = [
-        (Mark::Damaged, "wrong when last read"),
-        (Mark::Stale, "stale"),
-        (Mark::Errors, "errors"),
-        (Mark::WasWrong, "was wrong"),
-        (Mark::Nothing, "nothing"),
-    ];
-    let texts = legend.map(|(mark, text)| {
+    let legend = Mark::LEGEND.map(|(mark, text)| {
         let (character, style) = mark.character(terminal);
         format!("{} {text}", terminal.paint(style, character))
     });
-    writeln!(out, "{:NAME_COLUMNS_MAX$}  {}", "", texts.join("   "))?;
+    writeln!(out, "{:NAME_COLUMNS$}  {}", "", legend.join("   "))?;
     Ok(())
+}
+
+/// The marks of the disk itself: where requests failed, and where sectors are undecided.
+fn failure_marks(
+    failures: &Failures,
+    cells: usize,
+    cell_of: impl Fn(u64) -> Option<usize>,
+) -> Vec<Mark> {
+    let mut marks = vec![Mark::Nothing; cells];
+    for bucket in failures.buckets.iter().filter(|bucket| bucket.failed > 0) {
+        if let Some(mark) = cell_of(bucket.offset).and_then(|cell| marks.get_mut(cell)) {
+            *mark = Mark::Errors;
+        }
+    }
+    for range in &failures.undecided {
+        let (first, last) = byte_range(range);
+        let (Some(first), Some(last)) = (cell_of(first), cell_of(last)) else {
+            continue;
+        };
+        let undecided = marks.iter_mut().take(last.saturating_add(1)).skip(first);
+        undecided.for_each(|mark| *mark = Mark::Corrupt);
+    }
+    marks
 }
 
 fn draw_line(
@@ -167,9 +167,9 @@ fn draw_line(
     marks: &[Mark],
     terminal: Terminal,
 ) -> Result<(), Error> {
-    let name: String = clean(name).chars().take(NAME_COLUMNS_MAX).collect();
-    write!(out, "{name:NAME_COLUMNS_MAX$} |")?;
-    // One colour for a run of the same.
+    let name: String = printable(name).chars().take(NAME_COLUMNS).collect();
+    write!(out, "{name:NAME_COLUMNS$} |")?;
+    // Equal neighbours share one colour sequence.
     for run in marks.chunk_by(|left, right| left == right) {
         let (character, style) = run[0].character(terminal);
         let text: String = std::iter::repeat_n(character, run.len()).collect();
@@ -179,37 +179,35 @@ fn draw_line(
     Ok(())
 }
 
-/// The worst places.
+/// Lists the worst places.
 fn list(out: &mut dyn Write, map: &DiskMap) -> Result<(), Error> {
-    let failures = &map.failures;
+    let Failures {
+        undecided,
+        undecided_truncated,
+        ..
+    } = &map.failures;
     list_ranges(
         out,
         "no quorum",
-        "could not be read",
-        &failures.undecided,
-        failures.undecided_truncated,
+        "undecided",
+        undecided,
+        *undecided_truncated,
     )?;
     for replica in &map.replicas {
-        let name = clean(&replica.node_name);
-        let what = "wrong when last read";
-        list_ranges(
-            out,
-            &name,
-            what,
-            &replica.corrupt,
-            replica.corrupt_truncated,
-        )?;
-        list_ranges(out, &name, "stale", &replica.stale, replica.stale_truncated)?;
+        let name = printable(&replica.node_name);
+        let (corrupt, stale) = (&replica.corrupt, &replica.stale);
+        list_ranges(out, &name, "corrupt", corrupt, replica.corrupt_truncated)?;
+        list_ranges(out, &name, "stale", stale, replica.stale_truncated)?;
         list_counts(out, &name, &replica.buckets, map.bucket_bytes)?;
     }
     Ok(())
 }
 
-/// The longest ranges, in order.
+/// Lists the longest ranges in the order of the disk.
 fn list_ranges(
     out: &mut dyn Write,
     name: &str,
-    what: &str,
+    state: &str,
     ranges: &[Range],
     truncated: bool,
 ) -> Result<(), Error> {
@@ -218,25 +216,28 @@ fn list_ranges(
     worst.truncate(LISTED_MAX);
     worst.sort_by_key(|range| range.sector_num);
     for range in &worst {
-        let (first, bytes) = (
-            range.sector_num.saturating_mul(512),
-            range.sector_count.saturating_mul(512),
-        );
+        let (first, last) = byte_range(range);
         writeln!(
             out,
-            "{name}: {what}: bytes {first}-{} ({}, {})",
-            first.saturating_add(bytes).saturating_sub(1),
-            size(bytes),
+            "{name}: {state}: bytes {first}-{last} ({}, {})",
+            size(range.sector_count.saturating_mul(512)),
             sectors(range.sector_num, range.sector_count)
         )?;
     }
     if worst.len() < ranges.len() || truncated {
-        writeln!(out, "{name}: {what}: and in smaller ranges")?;
+        writeln!(out, "{name}: {state}: and more, smaller ranges")?;
     }
     Ok(())
 }
 
-/// The parts of the disk in which most was found, in order.
+/// The first and the last byte.
+fn byte_range(range: &Range) -> (u64, u64) {
+    let first = range.sector_num.saturating_mul(512);
+    let bytes = range.sector_count.saturating_mul(512);
+    (first, first.saturating_add(bytes).saturating_sub(1))
+}
+
+/// Lists the buckets with the highest counts in the order of the disk.
 fn list_counts(
     out: &mut dyn Write,
     name: &str,
@@ -255,11 +256,9 @@ fn list_counts(
             parts.push(counted(bucket.errors, "error"));
         }
         if bucket.corrupt_sectors_found > 0 {
-            let wrong = counted(bucket.corrupt_sectors_found, "wrong sector");
-            parts.push(format!(
-                "{wrong} found and {} mended",
-                bucket.repaired_sectors
-            ));
+            let corrupt = counted(bucket.corrupt_sectors_found, "corrupt sector");
+            let repaired = bucket.repaired_sectors;
+            parts.push(format!("{corrupt} found, {repaired} repaired"));
         }
         writeln!(
             out,
@@ -270,7 +269,7 @@ fn list_counts(
         )?;
     }
     if worst.len() < found {
-        let more = counted((found - worst.len()) as u64, "other part");
+        let more = counted((found - worst.len()) as u64, "more part");
         writeln!(
             out,
             "{name}: since it was added, less in {more} of the disk"
@@ -286,9 +285,9 @@ mod tests {
     const MIB: u64 = 1 << 20;
 
     fn bucket(offset: u64, figures: [u64; 5]) -> serde_json::Value {
-        let [wrong, mended, errors, damaged, stale] = figures;
-        json!({ "offset": offset, "corrupt-sectors-found": wrong, "repaired-sectors": mended, "errors": errors,
-                "corrupt-sectors": damaged, "stale-sectors": stale })
+        let [found, repaired, errors, corrupt, stale] = figures;
+        json!({ "offset": offset, "corrupt-sectors-found": found, "repaired-sectors": repaired, "errors": errors,
+                "corrupt-sectors": corrupt, "stale-sectors": stale })
     }
 
     fn map() -> DiskMap {
@@ -324,7 +323,7 @@ mod tests {
     }
 
     #[test]
-    fn each_place_has_its_mark() {
+    fn each_part_of_the_disk_has_its_mark() {
         let mut out = Vec::new();
         draw(
             &mut out,
@@ -335,11 +334,11 @@ mod tests {
         .unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "quorum0: 10 MiB, 1 MiB a character\n\
+            "quorum0: 10 MiB, 1 MiB per character\n\
              a                    |..........|\n\
              b\\u{1b}              |#+..!....~|\n\
              no quorum            |........#.|\n\
-             \x20                     # wrong when last read   ~ stale   ! errors   + was wrong   . nothing\n"
+             \x20                     # corrupt   ~ stale   ! errors   + was corrupt   . nothing found\n"
         );
         let mut out = Vec::new();
         draw(&mut out, &map(), 10, terminal(true)).unwrap();
@@ -352,19 +351,19 @@ mod tests {
         list(&mut out, &map()).unwrap();
         assert_eq!(
             String::from_utf8(out).unwrap(),
-            "no quorum: could not be read: bytes 8388608-8389631 (1 KiB, sectors 16384-16385)\n\
-             b\\u{1b}: wrong when last read: bytes 3584-4607 (1 KiB, sectors 7-8)\n\
-             b\\u{1b}: wrong when last read: and in smaller ranges\n\
+            "no quorum: undecided: bytes 8388608-8389631 (1 KiB, sectors 16384-16385)\n\
+             b\\u{1b}: corrupt: bytes 3584-4607 (1 KiB, sectors 7-8)\n\
+             b\\u{1b}: corrupt: and more, smaller ranges\n\
              b\\u{1b}: stale: bytes 9437184-10485759 (1 MiB, sectors 18432-20479)\n\
-             b\\u{1b}: since it was added, in bytes 0-1048575: 3 wrong sectors found and 1 mended\n\
-             b\\u{1b}: since it was added, in bytes 1048576-2097151: 2 wrong sectors found and 2 mended\n\
+             b\\u{1b}: since it was added, in bytes 0-1048575: 3 corrupt sectors found, 1 repaired\n\
+             b\\u{1b}: since it was added, in bytes 1048576-2097151: 2 corrupt sectors found, 2 repaired\n\
              b\\u{1b}: since it was added, in bytes 4194304-5242879: 7 errors\n\
-             b\\u{1b}: since it was added, in bytes 103809024-104857599: 1 wrong sector found and 0 mended\n"
+             b\\u{1b}: since it was added, in bytes 103809024-104857599: 1 corrupt sector found, 0 repaired\n"
         );
     }
 
     #[test]
-    fn a_map_without_end_is_refused() {
+    fn a_map_with_too_many_buckets_is_rejected() {
         let mut map = map();
         map.bucket_bytes = 0;
         assert!(cells_of(&map, 1024).is_err());

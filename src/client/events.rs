@@ -1,13 +1,13 @@
-//! `events`: what the daemon tells, one line each, as it happens.
+//! `events`: prints the daemon's events, one line each, as they arrive.
 
 use std::time::{Duration, Instant};
 
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::format::{clean, counted, sectors, size, timestamp};
+use super::format::{counted, printable, sectors, size, timestamp};
 use super::progress::describe;
-use super::shapes::{JobEnd, Range};
+use super::replies::{JobEnd, Range};
 use super::terminal::Style;
 use super::{Context, Error, Outcome};
 
@@ -47,7 +47,7 @@ struct Timestamp {
     microseconds: u32,
 }
 
-/// Follows the events. Ends only with the connection.
+/// Prints events until the connection ends.
 pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
     loop {
         let far = Instant::now() + Duration::from_secs(3600);
@@ -74,13 +74,13 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
     }
 }
 
-/// An event in words. What is not understood is shown as it is.
+/// The event as a sentence; an event of an unknown kind or shape as it was received.
 fn sentence(name: &str, data: &Value) -> (Style, String) {
     let known = match name {
-        "QUORUM_REPORT_BAD" => read(data).and_then(|report| bad(&report)),
-        "QUORUM_FAILURE" => read(data).map(|report| failure(&report)),
+        "QUORUM_REPORT_BAD" => read(data).and_then(|report| replica_fault(&report)),
+        "QUORUM_FAILURE" => read(data).map(|report| request_failure(&report)),
         "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
-            let text = format!("{}: {}", clean(&id), clean(&status));
+            let text = format!("{}: {}", printable(&id), printable(&status));
             (Style::Plain, text)
         }),
         "BLOCK_JOB_COMPLETED" | "BLOCK_JOB_CANCELLED" => {
@@ -88,22 +88,22 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
         }
         "QUORUM_EVENTS_MISSED" => read(data).map(|Missed { missed }| {
             let text = format!(
-                "{} not told: they came faster than this could read",
+                "{} missed: they arrived faster than this program read them",
                 counted(missed, "event")
             );
             (Style::Warning, text)
         }),
         _ => None,
     };
-    known.unwrap_or_else(|| (Style::Plain, clean(&format!("{name} {data}"))))
+    known.unwrap_or_else(|| (Style::Plain, printable(&format!("{name} {data}"))))
 }
 
-fn bad(report: &Report) -> Option<(Style, String)> {
-    let node = clean(report.node_name.as_deref()?);
-    let operation = clean(report.r#type.as_deref().unwrap_or("operation"));
+fn replica_fault(report: &Report) -> Option<(Style, String)> {
+    let node = printable(report.node_name.as_deref()?);
+    let operation = printable(report.r#type.as_deref().unwrap_or("operation"));
     let place = place(report);
     if report.ret? < 0 {
-        let error = clean(report.error.as_deref().unwrap_or("an error"));
+        let error = printable(report.error.as_deref().unwrap_or("an error"));
         let text = format!("{node}: {operation} failed{place}: {error}");
         return Some((Style::Bad, text + &folded(report)));
     }
@@ -117,7 +117,7 @@ fn bad(report: &Report) -> Option<(Style, String)> {
     }
     let at = report.bad_sectors.first().map_or(0, |run| run.sector_num);
     let text = format!(
-        "{node}: wrong data in {}, from byte {}, found by a {operation} of {}",
+        "{node}: corrupt data in {}, from byte {}, found by a {operation} of {}",
         places.join(", "),
         at.saturating_mul(512),
         sectors(report.sector_num, report.sectors_count)
@@ -125,9 +125,9 @@ fn bad(report: &Report) -> Option<(Style, String)> {
     Some((Style::Warning, text + &folded(report)))
 }
 
-fn failure(report: &Report) -> (Style, String) {
-    let disk = clean(report.reference.as_deref().unwrap_or("the disk"));
-    let operation = clean(report.r#type.as_deref().unwrap_or("request"));
+fn request_failure(report: &Report) -> (Style, String) {
+    let disk = printable(report.reference.as_deref().unwrap_or("the disk"));
+    let operation = printable(report.r#type.as_deref().unwrap_or("request"));
     let text = format!("{disk}: NO QUORUM for a {operation}{}", place(report));
     (Style::Bad, text + &folded(report))
 }
@@ -136,13 +136,13 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
     let what = describe(&end.device, &end.r#type, end.node_name.as_deref());
     let (style, how) = match &end.error {
         _ if is_cancelled => (Style::Warning, "cancelled".into()),
-        Some(error) => (Style::Bad, format!("failed: {}", clean(error))),
+        Some(error) => (Style::Bad, format!("failed: {}", printable(error))),
         None => (Style::Good, "completed".to_owned()),
     };
     let mut text = format!("{what} {how}, {} of {}", size(end.offset), size(end.len));
     if end.r#type != "quorum-resync" {
         let (found, written) = (
-            counted(end.corrupt_sectors_found, "bad sector"),
+            counted(end.corrupt_sectors_found, "corrupt sector"),
             end.sectors_written,
         );
         text += &format!("; {found} found, {written} written");
@@ -150,7 +150,7 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
     (style, text)
 }
 
-/// Where an operation was; a flush is nowhere.
+/// The place of an operation; a flush has none.
 fn place(report: &Report) -> String {
     match report.sectors_count {
         0 => String::new(),
@@ -177,41 +177,41 @@ fn read<'a, T: Deserialize<'a>>(value: &'a Value) -> Option<T> {
 mod tests {
     use super::*;
 
-    /// The examples of docs/events.md, in words.
+    /// The examples of docs/events.md as sentences.
     #[test]
     fn the_documented_events_are_readable() {
         let manual = include_str!("../../docs/events.md");
         let examples = manual.lines().filter(|line| line.starts_with("{\"event\""));
-        let told: Vec<String> = examples
+        let sentences: Vec<String> = examples
             .map(|line| {
                 let event: Value = serde_json::from_str(line).unwrap();
                 sentence(event["event"].as_str().unwrap(), &event["data"]).1
             })
             .collect();
         assert_eq!(
-            told,
+            sentences,
             [
-                "1.raw: wrong data in sector 345436, from byte 176863232, found by a read of sectors 345435-345439",
+                "1.raw: corrupt data in sector 345436, from byte 176863232, found by a read of sectors 345435-345439",
                 "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error (and 41 more like \
                  this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
-                "1742 events not told: they came faster than this could read",
+                "1742 events missed: they arrived faster than this program read them",
             ]
         );
     }
 
     #[test]
-    fn what_is_not_known_is_shown_as_it_is() {
-        let strange = serde_json::json!({ "ret": "\x1b[2J" });
+    fn unknown_events_are_printed_as_received() {
+        let unknown = serde_json::json!({ "ret": "\x1b[2J" });
         for name in [
             "QUORUM_REPORT_BAD",
             "QUORUM_FAILURE",
             "JOB_STATUS_CHANGE",
             "NEW\x1b",
         ] {
-            let text = sentence(name, &strange).1;
+            let text = sentence(name, &unknown).1;
             assert!(
-                text.starts_with(&clean(name)) && !text.contains('\x1b'),
+                text.starts_with(&printable(name)) && !text.contains('\x1b'),
                 "{text:?}"
             );
         }

@@ -1,4 +1,7 @@
 //! Sizes, rates, times and names as people read and write them.
+//!
+//! Own code, because libraries round: a size is never shown larger than it is, a disk that is not
+//! completely done is not at 100 %, and a size that is not a whole number of bytes is an error.
 
 use jiff::Timestamp;
 
@@ -11,17 +14,16 @@ const UNITS: [(u32, char); 6] = [
     (10, 'K'),
 ];
 
-/// A size that is asked for.
+/// The new size of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum NewSize {
-    /// So many bytes.
-    Of(u64),
-    /// So many bytes more.
-    More(u64),
+    /// This size in bytes.
+    Absolute(u64),
+    /// Larger by this many bytes.
+    Grow(u64),
 }
 
-/// Bytes in the largest unit of which there is at least one: `10 GiB`, `1.5 MiB`, `512 B`. What is
-/// something does not become nothing.
+/// Bytes in the largest unit that fits, rounded down: `10 GiB`, `1.5 MiB`, `512 B`.
 pub(super) fn size(bytes: u64) -> String {
     let Some((shift, letter)) = UNITS.into_iter().find(|(shift, _)| bytes >> shift > 0) else {
         return format!("{bytes} B");
@@ -33,7 +35,7 @@ pub(super) fn size(bytes: u64) -> String {
     }
 }
 
-/// A time that was measured.
+/// A latency in the largest unit that fits.
 pub(super) fn latency(ns: u64, unicode: bool) -> String {
     let micro = if unicode { "µs" } else { "us" };
     let units = [(1_000_000_000, "s"), (1_000_000, "ms"), (1000, micro)];
@@ -46,7 +48,7 @@ pub(super) fn latency(ns: u64, unicode: bool) -> String {
     }
 }
 
-/// A time that somebody waits.
+/// A time to wait, in its two largest units.
 pub(super) fn duration(seconds: u64) -> String {
     let (minutes, hours) = (seconds / 60, seconds / 3600);
     if hours > 0 {
@@ -58,21 +60,21 @@ pub(super) fn duration(seconds: u64) -> String {
     }
 }
 
-/// So much of so much, in percent; all of nothing is done.
-pub(super) fn percent(done: u64, of: u64) -> u64 {
-    let percent = (u128::from(done) * 100).checked_div(u128::from(of));
+/// Percentage, rounded down; 100 if there is nothing to do.
+pub(super) fn percent(done: u64, total: u64) -> u64 {
+    let percent = (u128::from(done) * 100).checked_div(u128::from(total));
     percent
         .and_then(|percent| u64::try_from(percent.min(100)).ok())
         .unwrap_or(100)
 }
 
 /// `1 sector`, `2 sectors`.
-pub(super) fn counted(count: u64, what: &str) -> String {
+pub(super) fn counted(count: u64, noun: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };
-    format!("{count} {what}{plural}")
+    format!("{count} {noun}{plural}")
 }
 
-/// Sectors, by the first and how many.
+/// `sector 7`, `sectors 7-9`.
 pub(super) fn sectors(first: u64, count: u64) -> String {
     match count {
         0 => "no sector".to_owned(),
@@ -81,32 +83,32 @@ pub(super) fn sectors(first: u64, count: u64) -> String {
     }
 }
 
-/// A moment in UTC, as RFC 3339 has it.
+/// A point in time in UTC, in the format of RFC 3339.
 pub(super) fn timestamp(seconds: u64, microseconds: u32) -> Option<String> {
     let nanoseconds = i32::try_from(microseconds).ok()?.checked_mul(1000)?;
     let moment = Timestamp::new(i64::try_from(seconds).ok()?, nanoseconds).ok()?;
     Some(format!("{moment:.6}"))
 }
 
-/// A text of somebody else's, on one line and without what a terminal takes for commands.
-pub(super) fn clean(text: &str) -> String {
-    let mut clean = String::with_capacity(text.len());
+/// Text from outside, on one line: control characters, which a terminal would obey, are escaped.
+pub(super) fn printable(text: &str) -> String {
+    let mut printable = String::with_capacity(text.len());
     for character in text.chars() {
         if character.is_control() {
-            clean.extend(character.escape_default());
+            printable.extend(character.escape_default());
         } else {
-            clean.push(character);
+            printable.push(character);
         }
     }
-    clean
+    printable
 }
 
-/// Bytes, or K, M, G, T, P, E of 1024 each (also KiB, ...): `4096`, `10G`, `1.5T`.
+/// Bytes, or K, M, G, T, P, E with powers of 1024 (KiB, ... too): `4096`, `10G`, `1.5T`.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
-    let wrong = || {
+    let invalid = || {
         format!(
-            "'{}' is no size; write it like 4096, 512M, 10G or 1.5T",
-            clean(text)
+            "'{}' is not a size; examples: 4096, 512M, 10G, 1.5T",
+            printable(text)
         )
     };
     let end = text
@@ -124,36 +126,39 @@ pub(super) fn parse_size(text: &str) -> Result<u64, String> {
             .into_iter()
             .find(|(_, name)| letter.chars().eq([*name]))
             .map(|(shift, _)| shift)
-            .ok_or_else(wrong)?,
+            .ok_or_else(invalid)?,
     };
     let (whole, fraction) = number.split_once('.').unwrap_or((number, "0"));
-    let part = |digits: &str| digits.parse::<u128>().map_err(|_| wrong());
+    let part = |digits: &str| digits.parse::<u128>().map_err(|_| invalid());
     if fraction.len() > 18 {
-        return Err(wrong());
+        return Err(invalid());
     }
-    let scale = 10_u128.pow(u32::try_from(fraction.len()).map_err(|_| wrong())?);
+    let scale = 10_u128.pow(u32::try_from(fraction.len()).map_err(|_| invalid())?);
     let scaled = part(whole)?
         .checked_mul(scale)
         .and_then(|whole| whole.checked_add(part(fraction).ok()?))
         .and_then(|number| number.checked_mul(1 << shift))
-        .ok_or_else(wrong)?;
+        .ok_or_else(invalid)?;
     part(fraction)?;
     if scaled % scale != 0 {
-        return Err(format!("'{}' is not a whole number of bytes", clean(text)));
+        return Err(format!(
+            "'{}' is not a whole number of bytes",
+            printable(text)
+        ));
     }
     u64::try_from(scaled / scale)
-        .map_err(|_| format!("'{}' is more than a disk can have", clean(text)))
+        .map_err(|_| format!("'{}' is larger than any disk", printable(text)))
 }
 
-/// A size, or with a `+` before it what is to be added.
+/// A size, or after a `+` the size to add.
 pub(super) fn parse_size_change(text: &str) -> Result<NewSize, String> {
     match text.strip_prefix('+') {
-        Some(more) => parse_size(more).map(NewSize::More),
-        None => parse_size(text).map(NewSize::Of),
+        Some(more) => parse_size(more).map(NewSize::Grow),
+        None => parse_size(text).map(NewSize::Absolute),
     }
 }
 
-/// Bytes a second; `/s` may be written.
+/// Bytes per second, with or without `/s`.
 pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
     parse_size(text.strip_suffix("/s").unwrap_or(text))
 }
@@ -164,7 +169,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn sizes_are_read() {
+    fn sizes_are_parsed() {
         for (text, bytes) in [
             ("0", 0),
             ("4096", 4096),
@@ -198,17 +203,17 @@ mod tests {
             "99999999999999999999999999999999999999999G",
             "\x1b[2J",
         ] {
-            let refused = parse_size(text).unwrap_err();
-            assert!(!refused.contains('\x1b'), "{text}");
+            let error = parse_size(text).unwrap_err();
+            assert!(!error.contains('\x1b'), "{text}");
         }
-        assert_eq!(parse_size_change("+1G"), Ok(NewSize::More(1 << 30)));
-        assert_eq!(parse_size_change("1G"), Ok(NewSize::Of(1 << 30)));
+        assert_eq!(parse_size_change("+1G"), Ok(NewSize::Grow(1 << 30)));
+        assert_eq!(parse_size_change("1G"), Ok(NewSize::Absolute(1 << 30)));
         assert!(parse_size_change("++1G").is_err());
         assert_eq!(parse_rate("100M/s"), Ok(100 << 20));
     }
 
     #[test]
-    fn sizes_are_written() {
+    fn sizes_are_formatted() {
         for (bytes, text) in [
             (0, "0 B"),
             (1023, "1023 B"),
@@ -224,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn times_are_written() {
+    fn times_are_formatted() {
         assert_eq!(latency(999, true), "999 ns");
         assert_eq!(latency(108_000, false), "108 us");
         assert_eq!(latency(1_200_000, true), "1.2 ms");
@@ -241,19 +246,19 @@ mod tests {
     }
 
     #[test]
-    fn parts_are_written() {
+    fn percentages_sectors_and_texts_are_formatted() {
         assert_eq!(
             (percent(1, 3), percent(0, 0), percent(5, 4)),
             (33, 100, 100)
         );
         assert_eq!(sectors(7, 1), "sector 7");
         assert_eq!(sectors(7, 3), "sectors 7-9");
-        assert_eq!(clean("a\x1b[31m\nb\u{9b}ä"), "a\\u{1b}[31m\\nb\\u{9b}ä");
+        assert_eq!(printable("a\x1b[31m\nb\u{9b}ä"), "a\\u{1b}[31m\\nb\\u{9b}ä");
     }
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_again(number in 0_u64..1024, unit in 0_usize..6) {
+        fn formatted_sizes_are_parsed_again(number in 0_u64..1024, unit in 0_usize..6) {
             let (shift, letter) = UNITS[unit];
             prop_assume!(u128::from(number) << shift <= u128::from(u64::MAX));
             prop_assert_eq!(parse_size(&size(number << shift)), Ok(number << shift));
@@ -261,7 +266,7 @@ mod tests {
         }
 
         #[test]
-        fn whatever_is_written_is_a_size_or_refused(text in ".*") {
+        fn any_text_is_a_size_or_an_error(text in ".*") {
             let _ = parse_size_change(&text);
         }
     }

@@ -1,60 +1,60 @@
-//! `jobs`: what they do, and telling them something.
+//! `jobs`: lists the jobs and controls them.
 
 use std::io::Write;
 
 use serde_json::json;
 
-use super::arguments::JobOrder;
-use super::connection::understand;
-use super::format::{clean, percent, size};
+use super::arguments::JobCommand;
+use super::connection::parse_reply;
+use super::format::{percent, printable, size};
+use super::replies::Job;
 use super::scrub::wait_for;
-use super::shapes::Job;
 use super::table::Table;
 use super::terminal::{Style, Terminal};
-use super::wait::is_there;
+use super::wait::job_exists;
 use super::{Context, Error, Outcome};
 
 pub(super) fn run(
     context: &mut Context<'_>,
     json: bool,
-    order: Option<JobOrder>,
+    command: Option<JobCommand>,
 ) -> Result<Outcome, Error> {
     let connection = &mut context.connection;
-    match order {
+    match command {
         None => return list(context, json),
-        Some(JobOrder::Pause { id }) => connection.execute("job-pause", json!({ "id": id }))?,
-        Some(JobOrder::Resume { id }) => connection.execute("job-resume", json!({ "id": id }))?,
-        Some(JobOrder::Cancel { id }) => connection.execute("job-cancel", json!({ "id": id }))?,
-        Some(JobOrder::Speed { id, rate }) => {
+        Some(JobCommand::Pause { id }) => connection.execute("job-pause", json!({ "id": id }))?,
+        Some(JobCommand::Resume { id }) => connection.execute("job-resume", json!({ "id": id }))?,
+        Some(JobCommand::Cancel { id }) => connection.execute("job-cancel", json!({ "id": id }))?,
+        Some(JobCommand::Speed { id, rate }) => {
             let arguments = json!({ "device": id, "speed": rate.0 });
             connection.execute("block-job-set-speed", arguments)?
         }
-        Some(JobOrder::Wait { id }) => {
-            if !is_there(connection, &id)? {
-                return Err(Error::Not(format!("there is no job {}", clean(&id))));
+        Some(JobCommand::Wait { id }) => {
+            if !job_exists(connection, &id)? {
+                return Err(Error::Failed(format!("there is no job {}", printable(&id))));
             }
             return wait_for(context, &id);
         }
     };
-    Ok(Outcome::Well)
+    Ok(Outcome::Good)
 }
 
 fn list(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
     let reply = context.connection.execute("query-jobs", json!({}))?;
     if json {
         writeln!(context.out, "{reply}")?;
-        return Ok(Outcome::Well);
+        return Ok(Outcome::Good);
     }
-    let jobs: Vec<Job> = understand("query-jobs", reply)?;
+    let jobs: Vec<Job> = parse_reply("query-jobs", reply)?;
     if jobs.is_empty() {
         writeln!(context.out, "no jobs")?;
     } else {
         write_table(context.out, &jobs, context.terminal)?;
     }
-    Ok(Outcome::Well)
+    Ok(Outcome::Good)
 }
 
-/// A line for each job.
+/// Writes a line for each job.
 pub(super) fn write_table(
     out: &mut dyn Write,
     jobs: &[Job],
@@ -69,16 +69,20 @@ pub(super) fn write_table(
             0 => "-".into(),
             speed => format!("{}/s", size(speed)),
         };
-        let error = job.error.as_deref().map_or_else(|| "-".into(), clean);
+        let error = job.error.as_deref().map_or_else(|| "-".into(), printable);
         let is_running = job.status == "running";
         table.row(vec![
-            plain(clean(&job.id)),
-            plain(clean(
+            plain(printable(&job.id)),
+            plain(printable(
                 job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type),
             )),
-            plain(job.node_name.as_deref().map_or_else(|| "-".into(), clean)),
+            plain(
+                job.node_name
+                    .as_deref()
+                    .map_or_else(|| "-".into(), printable),
+            ),
             (
-                clean(&job.status),
+                printable(&job.status),
                 if is_running {
                     Style::Good
                 } else {

@@ -1,24 +1,26 @@
-//! `quorum-blkctl`: a client of the monitor, for people and their scripts.
+//! `quorum-blkctl`: a client of the monitor, for people and scripts.
 //!
-//! It knows the daemon by the JSON it sends (docs/qmp.md) and by nothing else. [`connection`]
-//! speaks the protocol, `shapes` are the replies; each command has a file; `format`, `table`,
-//! `terminal` and `progress` make the text.
+//! It knows the daemon only by its JSON messages (docs/qmp.md). `connection` speaks the protocol,
+//! `replies` defines the replies; each command has a file; `format`, `table`, `terminal` and
+//! `progress` produce the text.
 //!
-//! Invariants: whatever the other side sends, memory is bounded and what is printed holds no
-//! control characters of its; colours, bars and cursor movements go to a terminal only; a reader
-//! that goes away (`| head`) ends the program quietly.
+//! Invariants: whatever the server sends, memory use is bounded, every wait ends, and the output
+//! contains none of the server's control characters; only a terminal gets bars and cursor
+//! movements; when the reader of the output goes away (`| head`), the program exits quietly.
+
+#![forbid(unsafe_code)]
 
 mod arguments;
-pub mod connection;
+mod connection;
 mod disk_map;
 mod events;
-pub mod format;
+mod format;
 mod jobs;
 mod progress;
 mod replicas;
+mod replies;
 mod resize;
 mod scrub;
-mod shapes;
 mod status;
 mod table;
 mod terminal;
@@ -37,91 +39,73 @@ use self::connection::Connection;
 use self::terminal::Terminal;
 use crate::common::message::{Quoted, Reason};
 
-/// Why a command was not done, or not to its end. Each displays as one line, or a few.
+/// Why a command failed. Each displays as one line, or a few.
 #[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// Nobody said where the daemon is.
+enum Error {
     #[error(
-        "which daemon? give --qmp PATH, the PATH of its --qmp, or set {}",
+        "no monitor to connect to; give --qmp PATH, the path of the daemon's --qmp, or set {}",
         arguments::SOCKET_VARIABLE
     )]
     NoSocket,
-    /// There is no daemon there.
     #[error("cannot connect to {}: {}", Quoted(.path), Reason(.source))]
-    Connect {
-        /// The socket.
-        path: PathBuf,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// The connection broke.
-    #[error("the connection to the daemon broke: {}", Reason(.0))]
-    Broken(io::Error),
-    /// The daemon has ended, or does not want to talk.
-    #[error("the daemon has closed the connection")]
+    Connect { path: PathBuf, source: io::Error },
+    #[error("lost the connection to the daemon: {}", Reason(.0))]
+    Lost(io::Error),
+    #[error("the daemon closed the connection")]
     Closed,
-    /// It has not answered in time.
-    #[error("no answer to {what} within {} s", .limit.as_secs())]
-    Silent {
-        /// What was asked.
-        what: String,
-        /// How long was waited.
-        limit: Duration,
-    },
-    /// What it says is not what a monitor says.
-    #[error("{what} makes no sense: {why}")]
-    Nonsense {
-        /// What was read.
-        what: String,
-        /// What is wrong with it.
-        why: String,
-    },
-    /// The daemon has refused a command.
-    #[error("{}", format::clean(.0))]
-    Refused(String),
-    /// What was asked for cannot be done.
+    #[error("no answer to {request} within {} s; --timeout SECONDS waits longer", .limit.as_secs())]
+    Timeout { request: String, limit: Duration },
+    /// A message that does not follow the protocol.
+    #[error("{message} is invalid: {reason}")]
+    Invalid { message: String, reason: String },
+    /// The daemon rejected a command.
+    #[error("{}", format::printable(.0))]
+    Rejected(String),
+    /// The command cannot be done, or not completely.
     #[error("{0}")]
-    Not(String),
-    /// Ctrl-C while a job was waited for.
+    Failed(String),
+    /// Ctrl-C while the program waited for a job.
     #[error("{0}")]
     Interrupted(String),
-    /// What is to be printed cannot be.
-    #[error("cannot write: {}", Reason(.0))]
+    #[error("cannot write the output: {}", Reason(.0))]
     Output(#[from] io::Error),
 }
 
 impl Error {
-    fn nonsense(what: impl Into<String>, why: impl std::fmt::Display) -> Self {
-        Self::Nonsense {
-            what: what.into(),
-            why: format::clean(&why.to_string()),
+    fn invalid(message: impl Into<String>, reason: impl std::fmt::Display) -> Self {
+        Self::Invalid {
+            message: message.into(),
+            reason: format::printable(&reason.to_string()),
         }
     }
 }
 
-/// How a command that was done has ended.
+/// The result of a command that was done; it decides the exit status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Outcome {
-    /// All is well.
-    Well,
-    /// The disk needs somebody, or a job has not done all it was to do.
-    NotWell,
+    Good,
+    /// The disk needs attention, or the job did not complete.
+    NeedsAttention,
 }
 
 impl Outcome {
-    fn of(is_well: bool) -> Self {
-        if is_well { Self::Well } else { Self::NotWell }
+    fn of(is_good: bool) -> Self {
+        if is_good {
+            Self::Good
+        } else {
+            Self::NeedsAttention
+        }
     }
 }
 
-/// What a command works with.
+/// What every command needs: the daemon and the output.
 struct Context<'a> {
     connection: Connection,
     terminal: Terminal,
     out: &'a mut dyn Write,
 }
 
-/// The options and commands of the program, for its manual and for shells.
+/// The definition of the command line, for the man page and the shell completions.
 pub fn command_line() -> clap::Command {
     Options::command()
 }
@@ -132,7 +116,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let options = match matches.and_then(|matches| Options::from_arg_matches(&matches)) {
         Ok(options) => options,
         Err(error) => {
-            // Help and version are errors too; those go to standard output and are status 0.
+            // `--help` and `--version` are errors for clap; it prints them on stdout.
             let _ = error.print();
             return ExitCode::from(if error.use_stderr() { 2 } else { 0 });
         }
@@ -141,12 +125,12 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
     let result =
         execute(options, &mut out).and_then(|outcome| Ok(out.flush().map(|()| outcome)?));
     match result {
-        Ok(Outcome::Well) => ExitCode::SUCCESS,
-        Ok(Outcome::NotWell) => ExitCode::from(1),
-        // Whoever read has seen enough.
+        Ok(Outcome::Good) => ExitCode::SUCCESS,
+        Ok(Outcome::NeedsAttention) => ExitCode::from(1),
+        // The reader has seen enough.
         Err(Error::Output(error)) if error.kind() == ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
-            // What was said before comes first.
+            // The output so far comes before the error.
             let _ = out.flush();
             let _ = writeln!(io::stderr(), "quorum-blkctl: {error}");
             ExitCode::from(match error {
@@ -177,6 +161,6 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Remove { node } => replicas::remove(context, &node),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),
         Action::Resize { size } => resize::run(context, size),
-        Action::Jobs { json, order } => jobs::run(context, json, order),
+        Action::Jobs { json, command } => jobs::run(context, json, command),
     }
 }

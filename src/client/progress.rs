@@ -1,27 +1,31 @@
-//! How far a job is: a bar that is drawn over on a terminal, a line for each tenth where there is
-//! none.
+//! The progress of a job: a bar on a terminal, a line for each tenth elsewhere.
+//!
+//! Own code, because indicatif only draws the bar: it prints nothing into pipes, and its rate reads
+//! the clock itself, so that a test cannot set the time.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use super::format::{clean, duration, percent, size};
-use super::shapes::Job;
+use unicode_width::UnicodeWidthChar as _;
+
+use super::format::{duration, percent, printable, size};
+use super::replies::Job;
 use super::terminal::{Style, Terminal};
 
-/// The rate is that of the last so many seconds.
+/// The rate is an average over this time.
 const RATE_OVER: Duration = Duration::from_secs(10);
 
-/// Columns of the bar.
-const BAR: usize = 24;
+/// Width of the bar.
+const BAR_COLUMNS: usize = 24;
 
 /// See the [module](self).
 pub(super) struct Progress {
     terminal: Terminal,
-    /// When how much was done, for the rate.
-    seen: VecDeque<(Instant, u64)>,
-    /// Tenths that were told.
-    told: Option<u64>,
+    /// Recent progress in bytes, for the rate.
+    samples: VecDeque<(Instant, u64)>,
+    /// The last tenth with a line of its own.
+    last_tenth: Option<u64>,
     is_drawn: bool,
 }
 
@@ -29,47 +33,53 @@ impl Progress {
     pub(super) fn new(terminal: Terminal) -> Self {
         Self {
             terminal,
-            seen: VecDeque::new(),
-            told: None,
+            samples: VecDeque::new(),
+            last_tenth: None,
             is_drawn: false,
         }
     }
 
-    /// Tells how far the job is now.
+    /// Shows the progress at the time `now`.
     pub(super) fn show(&mut self, out: &mut dyn Write, job: &Job, now: Instant) -> io::Result<()> {
-        let left = self.see(job, now);
+        let estimate = self.estimate(job, now);
         let done = percent(job.current_progress, job.total_progress);
         let text = format!(
-            "{done:3} %  {} of {}{left}",
+            "{done:3} %  {} of {}{estimate}",
             size(job.current_progress),
             size(job.total_progress)
         );
-        let what = title(job);
+        let text = format!("{} {text}", title(job));
         if self.terminal.is_terminal {
-            let filled = usize::try_from(done).unwrap_or(0) * BAR / 100;
-            let (full, empty) = if self.terminal.unicode {
-                ("█", "░")
-            } else {
-                ("#", ".")
-            };
-            // A line that is longer than the terminal could not be drawn over.
-            let room = self.terminal.columns.saturating_sub(BAR + 3);
-            let texts: String = format!("{what} {text}").chars().take(room).collect();
-            let bar = format!("{}{}", full.repeat(filled), empty.repeat(BAR - filled));
-            write!(
-                out,
-                "\r\x1b[2K{} {texts}",
-                self.terminal.paint(Style::Good, bar)
-            )?;
-            self.is_drawn = true;
-        } else if self.told.is_none_or(|told| done / 10 > told) {
-            self.told = Some(done / 10);
-            writeln!(out, "{what} {text}")?;
+            self.draw(out, done, &text)?;
+        } else if self.last_tenth.is_none_or(|last| done / 10 > last) {
+            self.last_tenth = Some(done / 10);
+            writeln!(out, "{text}")?;
         }
         out.flush()
     }
 
-    /// Takes the bar away.
+    fn draw(&mut self, out: &mut dyn Write, percent: u64, text: &str) -> io::Result<()> {
+        let filled = usize::try_from(percent).unwrap_or(0) * BAR_COLUMNS / 100;
+        let (full, empty) = if self.terminal.unicode {
+            ("█", "░")
+        } else {
+            ("#", ".")
+        };
+        let bar = full.repeat(filled) + &empty.repeat(BAR_COLUMNS - filled);
+        let bar = self.terminal.paint(Style::Good, bar);
+        // A line that wraps could not be overwritten.
+        let room = self.terminal.columns.saturating_sub(BAR_COLUMNS + 3);
+        let mut columns = 0;
+        let fits = |character: &char| {
+            columns += character.width().unwrap_or(0);
+            columns <= room
+        };
+        let text: String = text.chars().take_while(fits).collect();
+        self.is_drawn = true;
+        write!(out, "\r\x1b[2K{bar} {text}")
+    }
+
+    /// Removes the bar.
     pub(super) fn clear(&mut self, out: &mut dyn Write) -> io::Result<()> {
         if std::mem::take(&mut self.is_drawn) {
             write!(out, "\r\x1b[2K")?;
@@ -78,18 +88,18 @@ impl Progress {
         Ok(())
     }
 
-    /// What is known of the time that is left.
-    fn see(&mut self, job: &Job, now: Instant) -> String {
+    /// The rate and the time left, or that the job is paused.
+    fn estimate(&mut self, job: &Job, now: Instant) -> String {
         if job.status == "paused" {
-            self.seen.clear();
+            self.samples.clear();
             return ", paused".into();
         }
-        self.seen.push_back((now, job.current_progress));
+        self.samples.push_back((now, job.current_progress));
         let is_old = |at: Instant| now.saturating_duration_since(at) > RATE_OVER;
-        while self.seen.len() > 2 && self.seen.front().is_some_and(|(at, _)| is_old(*at)) {
-            self.seen.pop_front();
+        while self.samples.len() > 2 && self.samples.front().is_some_and(|(at, _)| is_old(*at)) {
+            self.samples.pop_front();
         }
-        let (since, before) = self.seen[0];
+        let (since, before) = self.samples[0];
         let milliseconds = now.saturating_duration_since(since).as_millis();
         let done = u128::from(job.current_progress.saturating_sub(before));
         let rate = (done * 1000).checked_div(milliseconds).unwrap_or(0);
@@ -101,16 +111,16 @@ impl Progress {
     }
 }
 
-/// What a job is: `job1 (scrub)`, `job2 (resync of b.raw)`.
+/// A job's name and kind: `job1 (scrub)`, `job2 (resync of b.raw)`.
 pub(super) fn title(job: &Job) -> String {
     describe(&job.id, &job.r#type, job.node_name.as_deref())
 }
 
-/// The same by its parts.
+/// As `title`, from its parts.
 pub(super) fn describe(id: &str, kind: &str, node_name: Option<&str>) -> String {
     let kind = kind.strip_prefix("quorum-").unwrap_or(kind);
     let of = node_name.map_or_else(String::new, |name| format!(" of {name}"));
-    clean(&format!("{id} ({kind}{of})"))
+    printable(&format!("{id} ({kind}{of})"))
 }
 
 #[cfg(test)]

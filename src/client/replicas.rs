@@ -1,7 +1,7 @@
-//! `add`, `remove` and `replace`: replicas that come and go.
+//! `add`, `remove` and `replace`: change the set of replicas.
 //!
-//! Invariant: whatever fails, the last line says what the disk is made of now and how to go on; a
-//! file that was made for nothing is removed again.
+//! Invariant: when a step fails, the last line says which replicas the disk has and how to
+//! continue; a file that `--create` created is removed if it does not become a replica.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -9,14 +9,14 @@ use std::path::{Path, PathBuf};
 use serde_json::json;
 
 use super::arguments::NewImage;
-use super::format::{clean, size};
-use super::shapes::{Disk, Replica};
+use super::format::{printable, size};
+use super::replies::{Disk, Replica};
 use super::wait::{Awaited, wait};
 use super::{Context, Error, Outcome};
 use crate::common::message::{Quoted, Reason};
 
-/// An image, checked, that is to be a replica.
-struct Newcomer {
+/// A checked image that is to become a replica.
+struct NewReplica {
     path: PathBuf,
     node_name: String,
 }
@@ -27,24 +27,23 @@ pub(super) fn add(
     detach: bool,
 ) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
-    let new = bring_in(context, &disk, image)?;
-    let name = clean(&new.node_name);
+    let new = add_replica(context, &disk, image)?;
+    let name = printable(&new.node_name);
     if detach {
+        let disk = printable(&disk.node_name);
         writeln!(
             context.out,
-            "{name} is a replica of {} and is being brought up to date",
-            clean(&disk.node_name)
+            "{name} is a replica of {disk}; its resync runs"
         )?;
-        return Ok(Outcome::Well);
+        return Ok(Outcome::Good);
     }
-    let goes_on =
-        |job: &str| format!("{name} is a replica; {job}, which brings it up to date, goes on");
-    let ended = wait(context, Awaited::ResyncOf(&new.node_name), goes_on)?;
+    let interrupted = |job: &str| format!("{name} is a replica; {job}, its resync, continues");
+    let ended = wait(context, Awaited::ResyncOf(&new.node_name), interrupted)?;
     writeln!(context.out, "{}", ended.to_line())?;
     if !ended.is_success() {
         writeln!(
             context.out,
-            "{name} is a replica, and not up to date; to go on: quorum-blkctl resync {name}; to go back: \
+            "{name} is a replica but not up to date; to continue: quorum-blkctl resync {name}; to undo: \
              quorum-blkctl remove {name}"
         )?;
     }
@@ -56,13 +55,12 @@ pub(super) fn remove(context: &mut Context<'_>, node: &str) -> Result<Outcome, E
     let old = find(&disk, node)?;
     let arguments = json!({ "parent": disk.node_name, "child": node });
     context.connection.execute("x-blockdev-change", arguments)?;
+    let (node, file) = (printable(node), printable(&old.file));
     writeln!(
         context.out,
-        "{} is removed; its image {} is left as it is",
-        clean(node),
-        clean(&old.file)
+        "removed {node}; its image {file} keeps its data"
     )?;
-    Ok(Outcome::Well)
+    Ok(Outcome::Good)
 }
 
 pub(super) fn replace(
@@ -72,99 +70,107 @@ pub(super) fn replace(
 ) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
     let replaced = find(&disk, old)?;
-    let new = bring_in(context, &disk, image)?;
-    let (name, old_name) = (clean(&new.node_name), clean(old));
+    let new = add_replica(context, &disk, image)?;
+    let (name, old_name) = (printable(&new.node_name), printable(old));
     writeln!(
         context.out,
-        "{name} is a replica beside {old_name}, and is being brought up to date"
+        "{name} is a replica in addition to {old_name}; its resync runs"
     )?;
     context.out.flush()?;
-    let to_go_on = format!("to go on when it is up to date: quorum-blkctl remove {old_name}");
-    let goes_on =
-        |job: &str| format!("{name} and {old_name} are both replicas; {job} goes on; {to_go_on}");
-    let ended = wait(context, Awaited::ResyncOf(&new.node_name), goes_on);
-    let ended = ended.map_err(|error| match error {
-        interrupted @ Error::Interrupted(_) => interrupted,
-        Error::Closed => Error::Not(format!(
-            "{}\n{name} and {old_name} were both replicas; one that is started again has those of its command line",
-            Error::Closed
-        )),
-        other => Error::Not(format!(
-            "{other}\n{name} and {old_name} are both replicas; {to_go_on}"
-        )),
-    })?;
-    writeln!(context.out, "{}", ended.to_line())?;
-    if !ended.is_success() {
-        return not_up_to_date(context, &name, &old_name);
+    if !wait_for_resync(context, &new, &old_name)? {
+        writeln!(
+            context.out,
+            "{name} and {old_name} are both replicas, and {name} is not up to date; to continue: \
+             quorum-blkctl resync {name}, then quorum-blkctl remove {old_name}; to undo: \
+             quorum-blkctl remove {name}"
+        )?;
+        return Ok(Outcome::NeedsAttention);
     }
     let arguments = json!({ "parent": disk.node_name, "child": old });
-    context
-        .connection
-        .execute("x-blockdev-change", arguments)
-        .map_err(|error| {
-            Error::Not(format!(
-                "{error}\n{name} is up to date, and {old_name} is still a replica; to go on: \
-                 quorum-blkctl remove {old_name}"
-            ))
-        })?;
+    let removed = context.connection.execute("x-blockdev-change", arguments);
+    removed.map_err(|error| {
+        Error::Failed(format!(
+            "{error}\n{name} is up to date, and {old_name} is still a replica; to continue: \
+             quorum-blkctl remove {old_name}"
+        ))
+    })?;
+    let file = printable(&replaced.file);
     writeln!(
         context.out,
-        "{old_name} is replaced by {name}; its image {} is left as it is",
-        clean(&replaced.file)
+        "replaced {old_name} by {name}; its image {file} keeps its data"
     )?;
-    Ok(Outcome::Well)
+    Ok(Outcome::Good)
 }
 
-fn not_up_to_date(context: &mut Context<'_>, name: &str, old_name: &str) -> Result<Outcome, Error> {
-    writeln!(
-        context.out,
-        "{name} and {old_name} are both replicas, and {name} is not up to date; to go on: quorum-blkctl resync {name}, \
-         then quorum-blkctl remove {old_name}; to go back: quorum-blkctl remove {name}"
-    )?;
-    Ok(Outcome::NotWell)
+/// Waits until the replica that is to replace `old_name` is up to date. False if its resync failed.
+fn wait_for_resync(
+    context: &mut Context<'_>,
+    new: &NewReplica,
+    old_name: &str,
+) -> Result<bool, Error> {
+    let name = printable(&new.node_name);
+    let next = format!("to continue when {name} is up to date: quorum-blkctl remove {old_name}");
+    let both = format!("{name} and {old_name} are both replicas");
+    let interrupted = |job: &str| format!("{both}; {job} continues; {next}");
+    let ended = wait(context, Awaited::ResyncOf(&new.node_name), interrupted);
+    let ended = ended.map_err(|error| match error {
+        interrupted @ Error::Interrupted(_) => interrupted,
+        Error::Closed => Error::Failed(format!(
+            "{}\n{name} and {old_name} were both replicas; a daemon that starts again has those of its \
+             command line",
+            Error::Closed
+        )),
+        other => Error::Failed(format!("{other}\n{both}; {next}")),
+    })?;
+    writeln!(context.out, "{}", ended.to_line())?;
+    Ok(ended.is_success())
 }
 
-/// Makes the image a replica. If that fails nothing has changed.
-fn bring_in(context: &mut Context<'_>, disk: &Disk, image: &NewImage) -> Result<Newcomer, Error> {
+/// Adds the image as a replica. If that fails, nothing has changed.
+fn add_replica(
+    context: &mut Context<'_>,
+    disk: &Disk,
+    image: &NewImage,
+) -> Result<NewReplica, Error> {
     let new = check(disk, image)?;
     if image.create {
         create(&new.path, disk.size)?;
     }
     let result = add_to_disk(context, disk, &new);
     if result.is_err() && image.create {
-        // It is ours, and nobody has opened it.
+        // This program created it, and the daemon does not have it open.
         let _ = fs::remove_file(&new.path);
     }
     result.map(|()| new)
 }
 
-fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &Newcomer) -> Result<(), Error> {
+fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &NewReplica) -> Result<(), Error> {
     let connection = &mut context.connection;
     let node = json!({ "driver": "file", "node-name": new.node_name, "filename": new.path });
     connection.execute("blockdev-add", node)?;
     let arguments = json!({ "parent": disk.node_name, "node": new.node_name });
     if let Err(error) = connection.execute("x-blockdev-change", arguments) {
-        let forgotten = connection.execute("blockdev-del", json!({ "node-name": new.node_name }));
-        let state = match forgotten {
+        let deleted = connection.execute("blockdev-del", json!({ "node-name": new.node_name }));
+        let state = match deleted {
             Ok(_) => "nothing has changed".to_owned(),
             Err(_) => format!(
-                "the daemon may still know the node {}, which is no replica",
-                clean(&new.node_name)
+                "the daemon may still have the node {}, which is not a replica",
+                printable(&new.node_name)
             ),
         };
-        return Err(Error::Not(format!("{error}; {state}")));
+        return Err(Error::Failed(format!("{error}; {state}")));
     }
     Ok(())
 }
 
-fn check(disk: &Disk, image: &NewImage) -> Result<Newcomer, Error> {
-    // The daemon has another working directory.
+fn check(disk: &Disk, image: &NewImage) -> Result<NewReplica, Error> {
+    // The working directory of the daemon is a different one.
     let path = std::path::absolute(&image.file);
-    let path =
-        path.map_err(|error| Error::Not(format!("{}: {}", Quoted(&image.file), Reason(&error))))?;
+    let path = path
+        .map_err(|error| Error::Failed(format!("{}: {}", Quoted(&image.file), Reason(&error))))?;
     let not_text = || {
-        Error::Not(format!(
-            "{}: the monitor takes paths in UTF-8 only",
+        Error::Failed(format!(
+            "{}: the path is not valid UTF-8, which the monitor requires",
             Quoted(&image.file)
         ))
     };
@@ -175,31 +181,31 @@ fn check(disk: &Disk, image: &NewImage) -> Result<Newcomer, Error> {
         .clone()
         .or_else(|| file_name.map(str::to_owned));
     let node_name =
-        node_name.ok_or_else(|| Error::Not(format!("{} is no file", Quoted(&image.file))))?;
+        node_name.ok_or_else(|| Error::Failed(format!("{} is not a file", Quoted(&image.file))))?;
     let is_taken = |name: &String| *name == node_name;
     let mut names = disk.replicas.iter().map(|replica| &replica.node_name);
     if names.any(is_taken) || is_taken(&disk.node_name) {
-        return Err(Error::Not(format!(
-            "there is a node {} already; call the new replica something else with --node-name NAME",
-            clean(&node_name)
+        return Err(Error::Failed(format!(
+            "there is a node {} already; give the new replica another name with --node-name NAME",
+            printable(&node_name)
         )));
     }
-    Ok(Newcomer { path, node_name })
+    Ok(NewReplica { path, node_name })
 }
 
-/// Makes a sparse file.
+/// Creates a sparse file.
 fn create(path: &Path, bytes: u64) -> Result<(), Error> {
-    let not = |error: std::io::Error| {
-        let what = format!("{} of {}", Quoted(path), size(bytes));
-        Error::Not(format!(
-            "cannot create {what}: {}; nothing has changed",
+    let failed = |error: std::io::Error| {
+        let file = format!("{} of {}", Quoted(path), size(bytes));
+        Error::Failed(format!(
+            "cannot create {file}: {}; nothing has changed",
             Reason(&error)
         ))
     };
-    let file = File::create_new(path).map_err(not)?;
+    let file = File::create_new(path).map_err(failed)?;
     file.set_len(bytes).map_err(|error| {
         let _ = fs::remove_file(path);
-        not(error)
+        failed(error)
     })
 }
 
@@ -212,10 +218,10 @@ fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error> {
         let names = disk
             .replicas
             .iter()
-            .map(|replica| clean(&replica.node_name));
-        Error::Not(format!(
-            "there is no replica {}; there are {}",
-            clean(node),
+            .map(|replica| printable(&replica.node_name));
+        Error::Failed(format!(
+            "there is no replica {}; the replicas are {}",
+            printable(node),
             names.collect::<Vec<_>>().join(", ")
         ))
     })

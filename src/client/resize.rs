@@ -1,21 +1,21 @@
-//! `resize`: a disk that grows while it is used.
+//! `resize`: grows the disk while a guest uses it.
 
 use serde_json::json;
 
-use super::format::{NewSize, clean, size};
-use super::shapes::Disk;
+use super::format::{NewSize, printable, size};
+use super::replies::Disk;
 use super::{Context, Error, Outcome};
 
 pub(super) fn run(context: &mut Context<'_>, new: NewSize) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
     let bytes = match new {
-        NewSize::Of(bytes) => bytes,
-        NewSize::More(more) => disk.size.saturating_add(more),
+        NewSize::Absolute(bytes) => bytes,
+        NewSize::Grow(more) => disk.size.saturating_add(more),
     };
     if bytes < disk.size {
-        return Err(Error::Not(format!(
-            "{} has {} bytes; a disk can grow, not shrink to {bytes}",
-            clean(&disk.node_name),
+        return Err(Error::Failed(format!(
+            "{} has {} bytes and cannot shrink to {bytes}; a disk can only grow",
+            printable(&disk.node_name),
             disk.size
         )));
     }
@@ -24,10 +24,10 @@ pub(super) fn run(context: &mut Context<'_>, new: NewSize) -> Result<Outcome, Er
     let disk: Disk = context.connection.query("query-quorum")?;
     writeln!(
         context.out,
-        "{} has {} now ({} bytes)",
-        clean(&disk.node_name),
+        "{} now has {} ({} bytes)",
+        printable(&disk.node_name),
         size(disk.size),
         disk.size
     )?;
-    Ok(Outcome::Well)
+    Ok(Outcome::Good)
 }

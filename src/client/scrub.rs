@@ -1,11 +1,11 @@
-//! `scrub` and `resync`: jobs that somebody asks for.
+//! `scrub` and `resync`: start a job and wait for its end.
 
 use serde_json::{Value, json};
 
 use super::arguments::JobOptions;
-use super::connection::understand;
-use super::format::clean;
-use super::shapes::Begun;
+use super::connection::parse_reply;
+use super::format::printable;
+use super::replies::StartedJob;
 use super::wait::{Awaited, wait};
 use super::{Context, Error, Outcome};
 
@@ -33,20 +33,21 @@ fn run(
     arguments: Value,
     detach: bool,
 ) -> Result<Outcome, Error> {
-    let begun: Begun = understand(command, context.connection.execute(command, arguments)?)?;
+    let reply = context.connection.execute(command, arguments)?;
+    let started: StartedJob = parse_reply(command, reply)?;
     if detach {
-        writeln!(context.out, "{} has begun", clean(&begun.id))?;
-        return Ok(Outcome::Well);
+        writeln!(context.out, "{} started", printable(&started.id))?;
+        return Ok(Outcome::Good);
     }
-    wait_for(context, &begun.id)
+    wait_for(context, &started.id)
 }
 
-/// Waits for the end of a job and tells it.
+/// Waits for the end of a job and prints it.
 pub(super) fn wait_for(context: &mut Context<'_>, id: &str) -> Result<Outcome, Error> {
-    let goes_on = |name: &str| {
-        format!("{name} goes on; to wait for it again: quorum-blkctl jobs wait {name}")
+    let interrupted = |name: &str| {
+        format!("{name} continues; to wait for it again: quorum-blkctl jobs wait {name}")
     };
-    let ended = wait(context, Awaited::Job(id), goes_on)?;
+    let ended = wait(context, Awaited::Job(id), interrupted)?;
     writeln!(context.out, "{}", ended.to_line())?;
     Ok(ended.outcome())
 }

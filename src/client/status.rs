@@ -1,4 +1,4 @@
-//! `status`: a table that one understands at a glance, once or over and over.
+//! `status`: the health of the disk, its replicas and its jobs, once or repeatedly.
 
 use std::io::Write;
 use std::thread;
@@ -6,22 +6,22 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::connection::understand;
-use super::format::{clean, counted, latency, size};
+use super::connection::parse_reply;
+use super::format::{counted, latency, printable, size};
 use super::jobs::write_table;
-use super::shapes::{Disk, Job, Operations, Replica};
+use super::replies::{Disk, Job, Operations, Replica};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
 
-/// How a disk is, in one word.
+/// The health of the disk in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Health {
-    /// Every replica is good everywhere, as far as anybody knows.
+    /// No replica is known to be evicted, stale or corrupt.
     Healthy,
-    /// Some replica is not; the guest sees nothing of it.
+    /// Some replica is; the guest does not notice.
     Degraded,
-    /// There is data that no vote can give.
+    /// Some sectors are undecided: the guest cannot read them.
     Failing,
 }
 
@@ -57,10 +57,10 @@ pub(super) fn run(
     let mut is_first = true;
     loop {
         let mut frame = Vec::new();
-        let outcome = tell(context, &mut frame, json)?;
-        let is_drawn_over = watch.is_some() && context.terminal.is_terminal && !json;
-        if is_drawn_over {
-            draw_over(context.out, &frame, is_first)?;
+        let outcome = show(context, &mut frame, json)?;
+        let is_redrawn = watch.is_some() && context.terminal.is_terminal && !json;
+        if is_redrawn {
+            redraw(context.out, &frame, is_first)?;
         } else {
             if !is_first && !json {
                 writeln!(context.out)?;
@@ -76,9 +76,9 @@ pub(super) fn run(
     }
 }
 
-/// Writes a frame over the one before: what is left of that is cleared line by line, so that
-/// nothing flickers.
-fn draw_over(out: &mut dyn Write, frame: &[u8], is_first: bool) -> Result<(), Error> {
+/// Writes a frame over the previous one. It clears the rest of each line instead of the screen, so
+/// that nothing flickers.
+fn redraw(out: &mut dyn Write, frame: &[u8], is_first: bool) -> Result<(), Error> {
     out.write_all(if is_first {
         b"\x1b[2J\x1b[H"
     } else {
@@ -92,12 +92,12 @@ fn draw_over(out: &mut dyn Write, frame: &[u8], is_first: bool) -> Result<(), Er
     Ok(out.write_all(b"\x1b[J")?)
 }
 
-fn tell(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Outcome, Error> {
+fn show(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Outcome, Error> {
     let state = context.connection.execute("query-quorum", json!({}))?;
     let jobs = context.connection.execute("query-jobs", json!({}))?;
     let both = json.then(|| json!({ "query-quorum": state, "query-jobs": jobs }));
-    let disk: Disk = understand("query-quorum", state)?;
-    let jobs: Vec<Job> = understand("query-jobs", jobs)?;
+    let disk: Disk = parse_reply("query-quorum", state)?;
+    let jobs: Vec<Job> = parse_reply("query-jobs", jobs)?;
     match both {
         Some(both) => writeln!(out, "{both}")?,
         None => write_status(out, &disk, &jobs, context.terminal)?,
@@ -115,12 +115,12 @@ fn write_status(
     write!(
         out,
         "{}  {}  {}, {} of {} must agree, read-pattern {}",
-        terminal.paint(Style::Heading, clean(&disk.node_name)),
+        terminal.paint(Style::Heading, printable(&disk.node_name)),
         terminal.paint(style, word),
         size(disk.size),
         disk.vote_threshold,
         disk.replicas.len(),
-        clean(&disk.read_pattern),
+        printable(&disk.read_pattern),
     )?;
     let options = [
         (disk.rewrite_corrupted, "rewrite-corrupted"),
@@ -142,31 +142,29 @@ fn write_status(
     Ok(())
 }
 
-/// What is to be said beyond the word.
+/// Why the disk is not healthy.
 fn reasons(disk: &Disk) -> Vec<(Style, String)> {
     let mut reasons = Vec::new();
     if disk.undecided_sectors > 0 {
-        let what = counted(disk.undecided_sectors, "sector");
-        reasons.push((Style::Bad, format!("no quorum: {what} could not be read")));
+        let undecided = counted(disk.undecided_sectors, "undecided sector");
+        let text = format!("no quorum: {undecided}; reads of them fail");
+        reasons.push((Style::Bad, text));
     }
     for replica in disk.replicas.iter().filter(|replica| !is_good(replica)) {
-        let name = clean(&replica.node_name);
+        let name = printable(&replica.node_name);
         if replica.state == "evicted" {
-            reasons.push((
-                Style::Bad,
-                format!("{name} does not answer, and is done without"),
-            ));
+            let text = format!("{name} is evicted: it does not answer; it rejoins when it does");
+            reasons.push((Style::Bad, text));
         }
         if replica.stale_bytes > 0 {
-            let what = size(replica.stale_bytes);
-            reasons.push((Style::Warning, format!("{name} is behind by {what}")));
+            let stale = size(replica.stale_bytes);
+            reasons.push((Style::Warning, format!("{name} is stale in {stale}")));
         }
         if replica.corrupt_sectors > 0 {
-            let what = counted(replica.corrupt_sectors, "sector");
-            reasons.push((
-                Style::Bad,
-                format!("{name} is wrong in {what} that nobody has mended"),
-            ));
+            let corrupt = counted(replica.corrupt_sectors, "sector");
+            let text =
+                format!("{name} is corrupt in {corrupt}; to repair: quorum-blkctl scrub --repair");
+            reasons.push((Style::Bad, text));
         }
     }
     let requests = [
@@ -184,11 +182,9 @@ fn reasons(disk: &Disk) -> Vec<(Style, String)> {
             &disk.failures.write,
             &disk.failures.flush,
         );
-        let what = counted(failed, "I/O error");
-        reasons.push((
-            Style::Bad,
-            format!("the guest has had {what}; without a quorum: {by_kind}"),
-        ));
+        let errors = counted(failed, "I/O error");
+        let text = format!("the guest got {errors}; requests without a quorum: {by_kind}");
+        reasons.push((Style::Bad, text));
     }
     reasons
 }
@@ -198,60 +194,64 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
         "replica",
         "state",
         ">stale",
-        ">wrong",
-        ">mended",
-        ">damaged",
+        ">corrupt",
+        ">found",
+        ">repaired",
         "errors",
         ">p99 read",
         ">p99 write",
         ">in flight",
         "file",
     ]);
+    for replica in &disk.replicas {
+        table.row(replica_row(replica, terminal));
+    }
+    Ok(table.write(out, terminal)?)
+}
+
+fn replica_row(replica: &Replica, terminal: Terminal) -> Vec<(String, Style)> {
     let plain = |text: String| (text, Style::Plain);
-    // What is not nothing catches the eye.
+    // Only a count above zero gets a colour.
     let count = |count: u64, style| match count {
         0 => plain("-".into()),
         _ => (count.to_string(), style),
     };
-    for replica in &disk.replicas {
-        let operations = &replica.operations;
-        let p99 = |kind: &Operations| match &kind.latency {
-            Some(found) => plain(latency(found.p99_ns, terminal.unicode)),
-            None => plain("-".into()),
-        };
-        let state = match replica.state.as_str() {
-            "in-service" => Style::Good,
-            "syncing" => Style::Warning,
-            _ => Style::Bad,
-        };
-        let errors = by_kind(
-            &operations.read.failed,
-            &operations.write.failed,
-            &operations.flush.failed,
-        );
-        let has_errors = errors != "-";
-        let stale = match replica.stale_bytes {
-            0 => plain("-".into()),
-            bytes => (size(bytes), Style::Warning),
-        };
-        let in_flight = [&operations.read, &operations.write, &operations.flush]
-            .into_iter()
-            .fold(0, |sum: u64, kind| sum.saturating_add(kind.in_flight));
-        table.row(vec![
-            plain(clean(&replica.node_name)),
-            (clean(&replica.state), state),
-            stale,
-            count(replica.corrupt_sectors_found, Style::Warning),
-            count(replica.repaired_sectors, Style::Good),
-            count(replica.corrupt_sectors, Style::Bad),
-            (errors, if has_errors { Style::Bad } else { Style::Plain }),
-            p99(&operations.read),
-            p99(&operations.write),
-            plain(in_flight.to_string()),
-            plain(clean(&replica.file)),
-        ]);
-    }
-    Ok(table.write(out, terminal)?)
+    let operations = &replica.operations;
+    let p99 = |kind: &Operations| match &kind.latency {
+        Some(found) => plain(latency(found.p99_ns, terminal.unicode)),
+        None => plain("-".into()),
+    };
+    let state = match replica.state.as_str() {
+        "in-service" => Style::Good,
+        "syncing" => Style::Warning,
+        _ => Style::Bad,
+    };
+    let errors = by_kind(
+        &operations.read.failed,
+        &operations.write.failed,
+        &operations.flush.failed,
+    );
+    let has_errors = errors != "-";
+    let stale = match replica.stale_bytes {
+        0 => plain("-".into()),
+        bytes => (size(bytes), Style::Warning),
+    };
+    let in_flight = [&operations.read, &operations.write, &operations.flush]
+        .into_iter()
+        .fold(0, |sum: u64, kind| sum.saturating_add(kind.in_flight));
+    vec![
+        plain(printable(&replica.node_name)),
+        (printable(&replica.state), state),
+        stale,
+        count(replica.corrupt_sectors, Style::Bad),
+        count(replica.corrupt_sectors_found, Style::Warning),
+        count(replica.repaired_sectors, Style::Good),
+        (errors, if has_errors { Style::Bad } else { Style::Plain }),
+        p99(&operations.read),
+        p99(&operations.write),
+        plain(in_flight.to_string()),
+        plain(printable(&replica.file)),
+    ]
 }
 
 /// `2 read, 1 write`, or `-`.
@@ -331,20 +331,20 @@ mod tests {
     }
 
     #[test]
-    fn what_is_not_good_has_its_reason() {
+    fn an_unhealthy_disk_has_its_reasons() {
         assert_eq!(
             text(&disk("evicted", 4096, 3, 8)),
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, rewrite-corrupted\n  \
-               no quorum: 8 sectors could not be read\n  \
-               b does not answer, and is done without\n  \
-               b is behind by 4 KiB\n  \
-               b is wrong in 3 sectors that nobody has mended\n  \
-               the guest has had 1 I/O error; without a quorum: 8 read\n\
+               no quorum: 8 undecided sectors; reads of them fail\n  \
+               b is evicted: it does not answer; it rejoins when it does\n  \
+               b is stale in 4 KiB\n  \
+               b is corrupt in 3 sectors; to repair: quorum-blkctl scrub --repair\n  \
+               the guest got 1 I/O error; requests without a quorum: 8 read\n\
              \n\
-             replica  state       stale  wrong  mended  damaged  errors  p99 read  p99 write  in flight  file\n\
-             a        in-service      -      -       -        -  -              -          -          6  /images/a\n\
-             b        evicted     4 KiB      3       -        3  3 read         -          -          6  /images/b\n\
-             c        in-service      -      -       -        -  -              -          -          6  /images/c\n"
+             replica  state       stale  corrupt  found  repaired  errors  p99 read  p99 write  in flight  file\n\
+             a        in-service      -        -      -         -  -              -          -          6  /images/a\n\
+             b        evicted     4 KiB        3      3         -  3 read         -          -          6  /images/b\n\
+             c        in-service      -        -      -         -  -              -          -          6  /images/c\n"
         );
     }
 }

@@ -1,13 +1,22 @@
-//! Text in columns.
+//! Tables: aligned columns without borders.
+//!
+//! Own code, because comfy-table cuts a long cell at its end, where ours keeps the end of a path,
+//! and cannot measure cells in our colours without a parser of escape sequences (eight crates).
+//! `unicode-width` measures the cells.
 
 use std::io::{self, Write};
 
+use unicode_width::UnicodeWidthStr as _;
+
 use super::terminal::{Style, Terminal};
 
-/// What stands between columns.
+/// Spaces between columns.
 const GAP: usize = 2;
 
-/// A table: a line of headings and lines below it.
+/// A cell is never cut to fewer columns.
+const CUT_MIN: usize = 12;
+
+/// A line of headings and the lines below it.
 #[derive(Debug)]
 pub(super) struct Table {
     columns: Vec<Column>,
@@ -21,7 +30,7 @@ struct Column {
 }
 
 impl Table {
-    /// With these headings; a `>` before one has the column written to the right, as numbers are.
+    /// A table with these headings. A `>` before a heading aligns the column to the right.
     pub(super) fn new(headings: &[&'static str]) -> Self {
         let column = |heading: &&'static str| Column {
             heading: heading.trim_start_matches('>'),
@@ -33,40 +42,40 @@ impl Table {
         }
     }
 
-    /// Adds a line of as many cells.
+    /// Adds a line with one cell per column.
     pub(super) fn row(&mut self, cells: Vec<(String, Style)>) {
         debug_assert_eq!(cells.len(), self.columns.len());
         self.rows.push(cells);
     }
 
-    /// Writes it. On a terminal the last column is cut to its width, from the left.
+    /// Writes the table. On a terminal, the last column is cut on its left to fit.
     pub(super) fn write(&self, out: &mut dyn Write, terminal: Terminal) -> io::Result<()> {
         let widths: Vec<usize> = (0..self.columns.len())
             .map(|index| self.width(index))
             .collect();
         let before: usize = widths.iter().rev().skip(1).map(|width| width + GAP).sum();
-        let room = terminal.columns.saturating_sub(before);
+        let room = terminal.columns.saturating_sub(before).max(CUT_MIN);
         let headings = self.columns.iter();
         let headings = headings.map(|column| (column.heading.to_owned(), Style::Heading));
         let headings: Vec<_> = headings.collect();
         for row in std::iter::once(&headings).chain(&self.rows) {
             let mut pad = 0;
             for (index, (text, style)) in row.iter().enumerate() {
-                let mut text = text.clone();
-                if index + 1 == row.len() && terminal.is_terminal {
-                    text = end_of(&text, room.max(MIN_CUT), terminal);
-                }
-                let missing = widths[index].saturating_sub(text.chars().count());
-                if self.columns[index].is_number {
-                    pad += missing;
-                }
+                let is_last = index + 1 == row.len();
+                let text = if is_last && terminal.is_terminal {
+                    end_of(text, room, terminal)
+                } else {
+                    text.clone()
+                };
+                let missing = widths[index].saturating_sub(text.width());
+                let (before, after) = if self.columns[index].is_number {
+                    (missing, 0)
+                } else {
+                    (0, missing)
+                };
+                pad += before;
                 write!(out, "{:pad$}{}", "", terminal.paint(*style, text))?;
-                pad = GAP
-                    + if self.columns[index].is_number {
-                        0
-                    } else {
-                        missing
-                    };
+                pad = GAP + after;
             }
             writeln!(out)?;
         }
@@ -74,7 +83,7 @@ impl Table {
     }
 
     fn width(&self, index: usize) -> usize {
-        let cells = self.rows.iter().map(|row| row[index].0.chars().count());
+        let cells = self.rows.iter().map(|row| row[index].0.width());
         cells
             .chain([self.columns[index].heading.len()])
             .max()
@@ -82,20 +91,16 @@ impl Table {
     }
 }
 
-/// A cell is not cut below this.
-const MIN_CUT: usize = 12;
-
-/// The end of a text that is too long: of a path that tells most.
+/// The end of a text that is too long: the end of a path identifies it best.
 fn end_of(text: &str, columns: usize, terminal: Terminal) -> String {
-    let length = text.chars().count();
-    if length <= columns {
+    if text.width() <= columns {
         return text.to_owned();
     }
     let mark = if terminal.unicode { "…" } else { "..." };
-    let kept = columns - mark.chars().count();
-    mark.chars()
-        .chain(text.chars().skip(length - kept))
-        .collect()
+    let kept = columns - mark.width();
+    let mut starts = text.char_indices().map(|(start, _)| start);
+    let end = starts.find(|start| text[*start..].width() <= kept);
+    format!("{mark}{}", &text[end.unwrap_or(text.len())..])
 }
 
 #[cfg(test)]
@@ -117,7 +122,7 @@ mod tests {
     }
 
     #[test]
-    fn columns_stand_below_one_another() {
+    fn columns_are_aligned() {
         let mut terminal = Terminal {
             is_terminal: false,
             columns: 40,
@@ -137,6 +142,29 @@ mod tests {
             printed(terminal)
         );
         terminal.colour = true;
-        assert!(printed(terminal).contains("\x1b[1;31mlonger\x1b[0m         -"));
+        assert!(printed(terminal).contains("\x1b[1m\x1b[31mlonger\x1b[0m         -"));
+    }
+
+    #[test]
+    fn wide_characters_take_two_columns() {
+        let terminal = Terminal {
+            is_terminal: true,
+            columns: 24,
+            colour: false,
+            unicode: true,
+        };
+        let mut table = Table::new(&["name", "file"]);
+        for (name, file) in [("日本", "/images/a"), ("a", "/日本日本日本/b.raw")] {
+            table.row(vec![
+                (name.into(), Style::Plain),
+                (file.into(), Style::Plain),
+            ]);
+        }
+        let mut out = Vec::new();
+        table.write(&mut out, terminal).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "name  file\n日本  /images/a\na     …本日本日本/b.raw\n"
+        );
     }
 }

@@ -1,26 +1,32 @@
-//! What standard output is: a terminal, how wide, with colours, with what characters.
+//! The properties of standard output: whether it is a terminal, its width, colours and characters.
+//!
+//! `anstream` decides on colours (NO_COLOR, CLICOLOR, TERM) and `anstyle` writes them.
 
 use std::env;
 use std::fmt;
 use std::io::{self, IsTerminal as _};
 
-/// Columns of a terminal that does not say, and of what is no terminal.
-const COLUMNS_USUAL: usize = 80;
+use anstream::{AutoStream, ColorChoice};
+use anstyle::AnsiColor;
+use rustix::termios::tcgetwinsize;
 
-/// Fewer would be of no use.
+/// The width of pipes, and of terminals that do not report theirs.
+const COLUMNS_DEFAULT: usize = 80;
+
+/// Narrower output is unreadable.
 const COLUMNS_MIN: usize = 40;
 
 /// See the [module](self).
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terminal {
-    /// Lines can be drawn over.
+    /// Lines can be overwritten.
     pub(super) is_terminal: bool,
     pub(super) columns: usize,
     pub(super) colour: bool,
     pub(super) unicode: bool,
 }
 
-/// What a text is to look like.
+/// The meaning of a text, which decides its colour.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Style {
     Plain,
@@ -32,16 +38,21 @@ pub(super) enum Style {
 
 impl Terminal {
     pub(super) fn of_stdout() -> Self {
-        let is_terminal = io::stdout().is_terminal();
-        // https://no-color.org
-        let unwanted = env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+        let stdout = io::stdout();
+        let is_terminal = stdout.is_terminal();
         let is_dumb = env::var_os("TERM").is_none_or(|value| value == "dumb");
-        let size = terminal_size::terminal_size().filter(|_| is_terminal);
-        let columns = size.map_or(COLUMNS_USUAL, |(width, _)| usize::from(width.0));
+        let size = tcgetwinsize(&stdout).ok().filter(|_| is_terminal);
+        let columns = size.map_or(0, |size| usize::from(size.ws_col));
+        let columns = if columns == 0 {
+            COLUMNS_DEFAULT
+        } else {
+            columns
+        };
         Self {
             is_terminal: is_terminal && !is_dumb,
             columns: columns.max(COLUMNS_MIN),
-            colour: is_terminal && !is_dumb && !unwanted,
+            // On a dumb terminal, anstream allows colours if CI or CLICOLOR is set.
+            colour: !(is_terminal && is_dumb) && AutoStream::choice(&stdout) != ColorChoice::Never,
             unicode: is_unicode(&|name| env::var(name).ok()),
         }
     }
@@ -52,7 +63,7 @@ impl Terminal {
     }
 }
 
-/// Whether the locale's characters are Unicode's, as the C library finds out what the locale is.
+/// Whether the locale, found as the C library does, uses UTF-8.
 fn is_unicode(variable: &dyn Fn(&str) -> Option<String>) -> bool {
     let mut values = ["LC_ALL", "LC_CTYPE", "LANG"]
         .into_iter()
@@ -62,7 +73,7 @@ fn is_unicode(variable: &dyn Fn(&str) -> Option<String>) -> bool {
     locale.contains("utf-8") || locale.contains("utf8")
 }
 
-/// A text in its colour.
+/// A text that displays in its colour.
 pub(super) struct Painted<T> {
     style: Style,
     text: T,
@@ -70,14 +81,14 @@ pub(super) struct Painted<T> {
 
 impl<T: fmt::Display> fmt::Display for Painted<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let code = match self.style {
+        let style = match self.style {
             Style::Plain => return self.text.fmt(f),
-            Style::Heading => "1",
-            Style::Good => "32",
-            Style::Warning => "33",
-            Style::Bad => "1;31",
+            Style::Heading => anstyle::Style::new().bold(),
+            Style::Good => AnsiColor::Green.on_default(),
+            Style::Warning => AnsiColor::Yellow.on_default(),
+            Style::Bad => AnsiColor::Red.on_default().bold(),
         };
-        write!(f, "\x1b[{code}m{}\x1b[0m", self.text)
+        write!(f, "{style}{}{style:#}", self.text)
     }
 }
 
@@ -86,7 +97,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_first_variable_that_is_set_tells_the_locale() {
+    fn the_first_variable_that_is_set_decides_the_locale() {
         let with = |all: Option<&str>, lang: Option<&str>| {
             is_unicode(&|name| match name {
                 "LC_ALL" => all.map(str::to_owned),

@@ -1,98 +1,97 @@
-//! Waiting for the end of a job. Ctrl-C ends the waiting, not the job.
+//! Waits for the end of a job. Ctrl-C ends the program, not the job.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
 use vmm_sys_util::signal::register_signal_handler;
 
-use super::connection::{Connection, understand};
-use super::format::{clean, counted, size};
+use super::connection::Connection;
+use super::format::{counted, printable, size};
 use super::progress::{Progress, describe};
-use super::shapes::{Disk, Job, JobEnd};
+use super::replies::{Disk, Job, JobEnd};
 use super::{Context, Error, Outcome};
 
-/// Time between two looks at a job.
-const LOOK_EVERY: Duration = Duration::from_millis(200);
+/// Time between two queries of a job's progress.
+const QUERY_EVERY: Duration = Duration::from_millis(200);
 
-/// Time in which the end of a job that is gone must have been told.
-const END_IS_TOLD_WITHIN: Duration = Duration::from_secs(2);
+/// Time within which the end of a job that is no longer listed must have been reported.
+const END_WITHIN: Duration = Duration::from_secs(2);
 
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
-/// What is waited for.
+/// The job to wait for.
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Awaited<'a> {
-    /// The job of this name.
+    /// The job with this name.
     Job(&'a str),
-    /// The resync of this replica, which may not have begun yet.
+    /// The resync of this replica, which may not have started yet.
     ResyncOf(&'a str),
 }
 
-/// How a job has ended.
+/// The end of a job.
 #[derive(Debug)]
 pub(super) enum Ended {
-    /// It was told.
-    Told {
-        /// What was told.
+    /// The daemon reported it.
+    Reported {
+        /// The data of the event.
         end: JobEnd,
-        /// It was cancelled.
+        /// Whether the job was cancelled.
         cancelled: bool,
     },
-    /// The replica is up to date, whatever made it so.
+    /// The replica is up to date; its resync was not seen.
     UpToDate,
 }
 
 impl Ended {
-    /// It did what it was to do.
+    /// Whether the job completed.
     pub(super) fn is_success(&self) -> bool {
         match self {
-            Self::Told { end, cancelled } => end.error.is_none() && !cancelled,
+            Self::Reported { end, cancelled } => end.error.is_none() && !cancelled,
             Self::UpToDate => true,
         }
     }
 
-    /// All is well: it did that, and what it found is mended.
+    /// Good if the job completed and repaired what it found.
     pub(super) fn outcome(&self) -> Outcome {
-        let is_mended = match self {
-            Self::Told { end, .. } => end.corrupt_sectors_found == 0 || end.sectors_written > 0,
+        let is_repaired = match self {
+            Self::Reported { end, .. } => end.corrupt_sectors_found == 0 || end.sectors_written > 0,
             Self::UpToDate => true,
         };
-        Outcome::of(self.is_success() && is_mended)
+        Outcome::of(self.is_success() && is_repaired)
     }
 
-    /// In a line.
+    /// The end in one line.
     pub(super) fn to_line(&self) -> String {
-        let Self::Told { end, cancelled } = self else {
+        let Self::Reported { end, cancelled } = self else {
             return "the replica is up to date".into();
         };
-        let what = describe(&end.device, &end.r#type, end.node_name.as_deref());
+        let job = describe(&end.device, &end.r#type, end.node_name.as_deref());
         let is_scrub = end.r#type != "quorum-resync";
-        let how = match (&end.error, cancelled) {
+        let result = match (&end.error, cancelled) {
             (_, true) => format!(
                 "was cancelled after {} of {}",
                 size(end.offset),
                 size(end.len)
             ),
-            (Some(error), false) => format!("has failed: {}", clean(error)),
-            (None, false) => format!("is done, {}", size(end.len)),
+            (Some(error), false) => format!("failed: {}", printable(error)),
+            (None, false) => format!("completed, {}", size(end.len)),
         };
         let found = match (end.corrupt_sectors_found, end.sectors_written) {
             _ if !is_scrub => String::new(),
-            (0, _) => "; nothing bad was found".into(),
-            (found, 0) => format!("; {} found and not mended", counted(found, "bad sector")),
+            (0, _) => "; no corrupt sectors found".into(),
+            (found, 0) => format!("; {} found, not repaired", counted(found, "corrupt sector")),
             (found, written) => format!(
                 "; {} found, {} written",
-                counted(found, "bad sector"),
+                counted(found, "corrupt sector"),
                 counted(written, "sector")
             ),
         };
-        format!("{what} {how}{found}")
+        format!("{job} {result}{found}")
     }
 }
 
-/// Waits until the job has ended, and tells how far it is meanwhile. `interrupted` is what there is
-/// to be said on Ctrl-C.
+/// Waits until the job has ended and shows its progress. `interrupted` makes the text for Ctrl-C
+/// from the name of the job.
 pub(super) fn wait(
     context: &mut Context<'_>,
     awaited: Awaited<'_>,
@@ -112,8 +111,8 @@ fn follow(
     interrupted: impl FnOnce(&str) -> String,
 ) -> Result<Ended, Error> {
     let mut name = match awaited {
-        Awaited::Job(id) => clean(id),
-        Awaited::ResyncOf(node) => format!("the resync of {}", clean(node)),
+        Awaited::Job(id) => printable(id),
+        Awaited::ResyncOf(node) => format!("the resync of {}", printable(node)),
     };
     let mut gone_since = None;
     loop {
@@ -133,18 +132,18 @@ fn follow(
         let now = Instant::now();
         if let Some(job) = jobs.iter().find(is_it) {
             gone_since = None;
-            name = clean(&job.id);
+            name = printable(&job.id);
             progress.show(context.out, job, now)?;
-        } else if *gone_since.get_or_insert(now) + END_IS_TOLD_WITHIN < now
-            && let Some(ended) = ended_untold(&mut context.connection, awaited)?
+        } else if *gone_since.get_or_insert(now) + END_WITHIN < now
+            && let Some(ended) = ended_unreported(&mut context.connection, awaited)?
         {
             return Ok(ended);
         }
-        context.connection.linger(now + LOOK_EVERY)?;
+        context.connection.wait_for_job_end(now + QUERY_EVERY)?;
     }
 }
 
-/// The end that was told of the job, if it was.
+/// The reported end of the job, if any.
 fn take_end(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Option<Ended>, Error> {
     let is_it = |event: &serde_json::Value| {
         let data = &event["data"];
@@ -156,21 +155,24 @@ fn take_end(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Option<
     let Some(mut event) = connection.take_job_end(is_it) else {
         return Ok(None);
     };
-    let end = understand("the event of a job's end", event["data"].take())?;
+    let end = serde_json::from_value(event["data"].take())
+        .map_err(|error| Error::invalid("the event about the end of a job", error))?;
     let cancelled = event["event"] == "BLOCK_JOB_CANCELLED";
-    Ok(Some(Ended::Told { end, cancelled }))
+    Ok(Some(Ended::Reported { end, cancelled }))
 }
 
-/// What is to be thought of a job that is gone, and whose end was not told. Nothing if it may come
-/// yet.
-fn ended_untold(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Option<Ended>, Error> {
+/// The end of a job that is no longer listed and whose end was not reported. None if the job may
+/// still start.
+fn ended_unreported(
+    connection: &mut Connection,
+    awaited: Awaited<'_>,
+) -> Result<Option<Ended>, Error> {
     let node = match awaited {
         Awaited::Job(id) => {
-            let what = format!(
-                "there is no job {}; if it has ended, how is in the daemon's log",
-                clean(id)
-            );
-            return Err(Error::Not(what));
+            let id = printable(id);
+            return Err(Error::Failed(format!(
+                "there is no job {id}; if it has ended, the daemon's log has its result"
+            )));
         }
         Awaited::ResyncOf(node) => node,
     };
@@ -181,18 +183,18 @@ fn ended_untold(connection: &mut Connection, awaited: Awaited<'_>) -> Result<Opt
         .find(|replica| replica.node_name == node)
     {
         Some(replica) if replica.stale_bytes == 0 => Ok(Some(Ended::UpToDate)),
-        // There are as many jobs as there can be; it comes when one has ended.
+        // The daemon starts it when one of the other jobs has ended.
         Some(_) => Ok(None),
-        None => Err(Error::Not(format!(
-            "{} is no replica any more",
-            clean(node)
+        None => Err(Error::Failed(format!(
+            "{} is not a replica any more",
+            printable(node)
         ))),
     }
 }
 
-/// Whether there is a job of this name.
-pub(super) fn is_there(connection: &mut Connection, id: &str) -> Result<bool, Error> {
-    let jobs: Vec<Job> = understand("query-jobs", connection.execute("query-jobs", json!({}))?)?;
+/// Whether there is a job with this name.
+pub(super) fn job_exists(connection: &mut Connection, id: &str) -> Result<bool, Error> {
+    let jobs: Vec<Job> = connection.query("query-jobs")?;
     Ok(jobs.iter().any(|job| job.id == id))
 }
 
@@ -200,7 +202,7 @@ fn catch_interrupts() {
     extern "C" fn interrupted(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
         INTERRUPTED.store(true, Ordering::Relaxed);
     }
-    // If that fails Ctrl-C ends the program without a word; the job goes on all the same.
+    // If this fails, Ctrl-C ends the program without a text; the job continues all the same.
     let _ = register_signal_handler(libc::SIGINT, interrupted);
 }
 
@@ -208,8 +210,8 @@ fn catch_interrupts() {
 mod tests {
     use super::*;
 
-    fn told(found: u64, written: u64, error: Option<&str>, cancelled: bool) -> Ended {
-        Ended::Told {
+    fn reported(found: u64, written: u64, error: Option<&str>, cancelled: bool) -> Ended {
+        Ended::Reported {
             end: JobEnd {
                 r#type: "quorum-scrub".into(),
                 device: "job1".into(),
@@ -225,32 +227,32 @@ mod tests {
     }
 
     #[test]
-    fn all_is_well_only_if_what_was_found_is_mended() {
+    fn an_end_is_good_if_the_job_completed_and_repaired() {
         let cases = [
             (
-                told(0, 0, None, false),
-                Outcome::Well,
-                "job1 (scrub) is done, 1 GiB; nothing bad was found",
+                reported(0, 0, None, false),
+                Outcome::Good,
+                "job1 (scrub) completed, 1 GiB; no corrupt sectors found",
             ),
             (
-                told(1, 8, None, false),
-                Outcome::Well,
-                "job1 (scrub) is done, 1 GiB; 1 bad sector found, 8 sectors written",
+                reported(1, 8, None, false),
+                Outcome::Good,
+                "job1 (scrub) completed, 1 GiB; 1 corrupt sector found, 8 sectors written",
             ),
             (
-                told(2, 0, None, false),
-                Outcome::NotWell,
-                "job1 (scrub) is done, 1 GiB; 2 bad sectors found and not mended",
+                reported(2, 0, None, false),
+                Outcome::NeedsAttention,
+                "job1 (scrub) completed, 1 GiB; 2 corrupt sectors found, not repaired",
             ),
             (
-                told(2, 2, Some("2 sectors have no\x07 quorum"), false),
-                Outcome::NotWell,
-                "job1 (scrub) has failed: 2 sectors have no\\u{7} quorum; 2 bad sectors found, 2 sectors written",
+                reported(2, 2, Some("2 sectors have no\x07 quorum"), false),
+                Outcome::NeedsAttention,
+                "job1 (scrub) failed: 2 sectors have no\\u{7} quorum; 2 corrupt sectors found, 2 sectors written",
             ),
             (
-                told(0, 0, None, true),
-                Outcome::NotWell,
-                "job1 (scrub) was cancelled after 1 MiB of 1 GiB; nothing bad was found",
+                reported(0, 0, None, true),
+                Outcome::NeedsAttention,
+                "job1 (scrub) was cancelled after 1 MiB of 1 GiB; no corrupt sectors found",
             ),
         ];
         for (ended, outcome, line) in cases {

@@ -1,10 +1,10 @@
-//! Parts of the one-line messages to an operator.
+//! Parts of one-line messages to an operator.
 
 use std::fmt::{self, Write as _};
 use std::io;
 use std::path::Path;
 
-/// A path or a name in a message: in quotes, and on one line whatever characters it is made of.
+/// A path or a name in a message: quoted, with control characters escaped, so on one line.
 pub(crate) struct Quoted<'a, T: AsRef<Path> + ?Sized>(pub(crate) &'a T);
 
 impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
@@ -21,8 +21,7 @@ impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
     }
 }
 
-/// An I/O error in words alone. The library's text ends in " (os error N)", which helps no
-/// operator.
+/// The text of an I/O error without the " (os error N)" that the library appends.
 pub(crate) struct Reason<'a>(pub(crate) &'a io::Error);
 
 impl fmt::Display for Reason<'_> {

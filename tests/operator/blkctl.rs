@@ -1,5 +1,5 @@
 //! `quorum-blkctl` as a process, with a real daemon and real images, in a pipe and on a terminal;
-//! and with servers that are none.
+//! and with servers that do not follow the protocol.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
 
+use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use serde_json::{Value, json};
@@ -157,17 +158,17 @@ fn damage_is_found_shown_and_mended() {
         served
             .run("scrub")
             .with(0)
-            .contains("nothing bad was found")
+            .contains("no corrupt sectors found")
     );
     corrupt_sectors(&served.images[1], 98304..98306, 0xff);
     let found = served.run("scrub").with(1);
     assert!(
-        found.contains("2 bad sectors found and not mended"),
+        found.contains("2 corrupt sectors found, not repaired"),
         "{found}"
     );
     let degraded = served.run("status").with(1);
     assert!(
-        degraded.contains("degraded") && degraded.contains("1.raw is wrong in 2 sectors"),
+        degraded.contains("degraded") && degraded.contains("1.raw is corrupt in 2 sectors"),
         "{degraded}"
     );
 
@@ -184,12 +185,12 @@ fn damage_is_found_shown_and_mended() {
     assert_eq!(line.find('#'), Some(clean.len() * 3 / 4), "{map}");
     assert_eq!(line.matches('#').count(), 1, "{map}");
     assert!(clean.chars().all(|character| character == '.'), "{map}");
-    let place = "1.raw: wrong when last read: bytes 50331648-50332671 (1 KiB, sectors 98304-98305)";
+    let place = "1.raw: corrupt: bytes 50331648-50332671 (1 KiB, sectors 98304-98305)";
     assert!(map.contains(place), "{map}");
 
     let mended = served.run("scrub --repair").with(0);
     assert!(
-        mended.contains("2 bad sectors found, 2 sectors written"),
+        mended.contains("2 corrupt sectors found, 2 sectors written"),
         "{mended}"
     );
     assert!(served.run("status").with(0).contains("healthy"));
@@ -234,11 +235,11 @@ fn a_replica_is_replaced() {
         .run(&format!("replace 1.raw {} --create", new.display()))
         .with(0);
     assert!(replaced.ends_with(&format!(
-        "1.raw is replaced by new.raw; its image {} is left as it is\n",
+        "replaced 1.raw by new.raw; its image {} keeps its data\n",
         served.images[1].display()
     )));
     assert!(
-        replaced.contains("job0 (resync of new.raw) is done, 64 MiB"),
+        replaced.contains("job0 (resync of new.raw) completed, 64 MiB"),
         "{replaced}"
     );
     let status: Value = serde_json::from_str(&served.run("status --json").with(0)).unwrap();
@@ -300,9 +301,9 @@ fn replicas_come_and_go() {
         needed.contains("fewer replicas than the vote threshold"),
         "{needed}"
     );
-    let unknown = served.run("replace nobody x.raw").with(3);
+    let unknown = served.run("replace unknown x.raw").with(3);
     assert!(
-        unknown.contains("there is no replica nobody; there are 2.raw, new.raw"),
+        unknown.contains("there is no replica unknown; the replicas are 2.raw, new.raw"),
         "{unknown}"
     );
 }
@@ -313,7 +314,7 @@ fn jobs_are_listed_told_and_waited_for() {
     assert_eq!(served.run("jobs").with(0), "no jobs\n");
     assert_eq!(
         served.run("scrub --speed 4K --detach").with(0),
-        "job0 has begun\n"
+        "job0 started\n"
     );
     let listed = served.run("jobs").with(0);
     assert!(
@@ -342,14 +343,14 @@ fn jobs_are_listed_told_and_waited_for() {
     assert_eq!(waiting.wait_within(LIMIT).unwrap().code(), Some(130));
     wait_for_text(
         &output,
-        "job1 goes on; to wait for it again: quorum-blkctl jobs wait job1",
+        "job1 continues; to wait for it again: quorum-blkctl jobs wait job1",
     );
     assert_eq!(status(), "running");
     let (mut waiting, output) = served.start("jobs wait job1", "again");
     wait_for_text(&output, "job1 (scrub)   0 %");
     served.run("jobs speed job1 0").with(0);
     assert_eq!(waiting.wait_within(LIMIT).unwrap().code(), Some(0));
-    wait_for_text(&output, "nothing bad was found");
+    wait_for_text(&output, "no corrupt sectors found");
     assert!(
         served
             .run("jobs wait job1")
@@ -400,7 +401,7 @@ fn events_are_followed_until_the_daemon_ends() {
     served.run("scrub").with(1);
     wait_for_text(
         &text_output,
-        "Z  2.raw: wrong data in sector 8, from byte 4096, found by a read of sectors 0-2047",
+        "Z  2.raw: corrupt data in sector 8, from byte 4096, found by a read of sectors 0-2047",
     );
     wait_for_text(
         &raw_output,
@@ -409,7 +410,7 @@ fn events_are_followed_until_the_daemon_ends() {
     assert!(served.daemon.terminate().success());
     for (events, path) in [(&mut text, &text_output), (&mut raw, &raw_output)] {
         assert_eq!(events.wait_within(LIMIT).unwrap().code(), Some(3));
-        wait_for_text(path, "quorum-blkctl: the daemon has closed the connection");
+        wait_for_text(path, "quorum-blkctl: the daemon closed the connection");
         assert!(!fs::read_to_string(path).unwrap().contains('\x1b'));
     }
     let raw = fs::read_to_string(raw_output).unwrap();
@@ -515,7 +516,7 @@ fn a_terminal_gets_bars_and_colours() {
             .all(|bar| bar.contains('░') && bar.contains("\x1b[32m") && !bar.contains('\n'))
     );
     assert!(
-        drawn.contains("MiB/s") && drawn.ends_with("nothing bad was found\r\n"),
+        drawn.contains("MiB/s") && drawn.ends_with("no corrupt sectors found\r\n"),
         "{drawn:?}"
     );
     let ascii = on_terminal(&served, "scrub --speed 48M", &[("NO_COLOR", "1")], None);
@@ -568,14 +569,14 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
         (
             "SSH-2.0-OpenSSH\r\n".to_owned(),
             "status",
-            "what the daemon sends makes no sense: expected value",
+            "a message of the server is invalid: expected value",
         ),
         ("[1]\n".into(), "status", "not a JSON object"),
         ("{}\n".into(), "status", "this is not a monitor"),
         (
             "\u{1b}[2J\n".into(),
             "status",
-            "what the daemon sends makes no sense",
+            "a message of the server is invalid",
         ),
         (
             after_greeting("{\"return\": 5}"),
@@ -585,12 +586,12 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
         (
             after_greeting("{\"return\": {\"size\": \"\\u001b[31m\"}}\r\n{\"return\": []}"),
             "status",
-            "the reply to query-quorum makes no sense",
+            "the reply to query-quorum is invalid",
         ),
         (
             after_greeting("{\"return\": [{\"id\": 5}]}"),
             "jobs",
-            "the reply to query-jobs makes no sense",
+            "the reply to query-jobs is invalid",
         ),
         (
             after_greeting("{\"nothing\": 5}"),
@@ -600,7 +601,7 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
         (
             after_greeting("{\"error\": {}}"),
             "jobs",
-            "the daemon does not say why",
+            "the daemon gives no reason",
         ),
         (
             after_greeting(
@@ -615,7 +616,7 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
                             \"failures\": {\"buckets\": [], \"undecided\": []}, \"replicas\": []}}",
             ),
             "map",
-            "more buckets than were asked for",
+            "more buckets than requested",
         ),
         (
             after_greeting(&"[".repeat(100_000)),
@@ -646,7 +647,7 @@ fn a_server_that_is_silent_or_gone_is_not_waited_for() {
     let (directory, thread) = serve(drop);
     let closed = run(&directory.path().join("qmp.sock"), &["status"]).with(3);
     assert!(
-        closed.contains("the daemon has closed the connection"),
+        closed.contains("the daemon closed the connection"),
         "{closed}"
     );
     thread.join().unwrap();
@@ -669,6 +670,22 @@ fn a_server_that_is_silent_or_gone_is_not_waited_for() {
 }
 
 #[test]
+fn a_server_that_accepts_no_connection_is_not_waited_for() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("qmp.sock");
+    let server = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
+    bind(&server, &SocketAddrUnix::new(&path).unwrap()).unwrap();
+    listen(&server, 0).unwrap();
+    // The queue of the server holds one connection.
+    let _queued = UnixStream::connect(&path).unwrap();
+    let said = run(&path, &["status", "--timeout", "1"]).with(3);
+    assert!(
+        said.contains("no answer to a connection attempt within 1 s"),
+        "{said}"
+    );
+}
+
+#[test]
 fn an_endless_answer_takes_no_memory_without_end() {
     for piece in [
         // One line.
@@ -687,7 +704,7 @@ fn an_endless_answer_takes_no_memory_without_end() {
             .env("QUORUM_BLK_QMP", directory.path().join("qmp.sock"));
         let said = run_command(&mut command).with(3);
         assert!(
-            said.contains("a line has more than 8 MiB") || said.contains("no answer to"),
+            said.contains("the line is longer than 8 MiB") || said.contains("no answer to"),
             "{said}"
         );
         thread.join().unwrap();
@@ -731,7 +748,7 @@ fn a_disk_is_resized_by_its_name_and_never_shrunk() {
         let said = run(&directory.path().join("qmp.sock"), &["resize", argument]).with(0);
         assert_eq!(
             said,
-            format!("disk has {} GiB now ({expected} bytes)\n", expected >> 30)
+            format!("disk now has {} GiB ({expected} bytes)\n", expected >> 30)
         );
         thread.join().unwrap();
     }
@@ -740,6 +757,6 @@ fn a_disk_is_resized_by_its_name_and_never_shrunk() {
         served
             .run("resize 1M")
             .with(3)
-            .contains("a disk can grow, not shrink")
+            .contains("a disk can only grow")
     );
 }

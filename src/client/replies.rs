@@ -1,9 +1,8 @@
-//! The replies of the monitor, as far as they are of interest here. Members that are not known are
-//! ignored.
+//! The members of the monitor's replies that this program uses; it ignores all others.
 
 use serde::Deserialize;
 
-/// query-quorum.
+/// The reply to query-quorum.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Disk {
@@ -62,7 +61,7 @@ pub(super) struct Latency {
     pub(super) p99_ns: u64,
 }
 
-/// One of query-jobs.
+/// An element of the reply to query-jobs.
 #[derive(Clone, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Job {
@@ -99,13 +98,13 @@ pub(super) struct JobEnd {
     pub(super) sectors_written: u64,
 }
 
-/// What commands return that begin a job.
+/// The reply to a command that starts a job.
 #[derive(Debug, Deserialize)]
-pub(super) struct Begun {
+pub(super) struct StartedJob {
     pub(super) id: String,
 }
 
-/// query-quorum-map.
+/// The reply to query-quorum-map.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct DiskMap {
