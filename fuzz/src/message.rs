@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
-use quorum_blk::device::frontend::{Frontend, RingServer};
+use quorum_blk::device::frontend::{Frontend, VirtqueueServer};
 use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::Sizes;
@@ -170,7 +170,7 @@ impl<'a> Message<'a> {
 struct Machine {
     frontend: Arc<Mutex<Frontend>>,
     slot: ConnectionSlot,
-    server: Box<dyn RingServer>,
+    server: Box<dyn VirtqueueServer>,
     _workers: Workers,
     _replicas: Vec<File>,
     _stopped: Receiver<Stop>,
@@ -257,12 +257,12 @@ impl Machine {
             info: info.clone(),
         };
         let workers = Workers::start(&disk, 1).expect("a worker with io_uring");
-        let frontend = Frontend::new(info, slot.clone(), workers.ring_server(0));
+        let frontend = Frontend::new(info, slot.clone(), workers.virtqueue_server(0));
         let (descriptors, others) = descriptors();
         Self {
             frontend: Arc::new(Mutex::new(frontend)),
             slot,
-            server: workers.ring_server(0),
+            server: workers.virtqueue_server(0),
             _workers: workers,
             _replicas: replicas,
             _stopped: stopped,

@@ -307,7 +307,7 @@ impl Admin {
             info!("the disk has grown to {size_bytes} bytes");
         }
         for back_channel in &self.back_channels {
-            back_channel.tell_config_changed();
+            back_channel.send_config_change();
         }
         Ok(())
     }

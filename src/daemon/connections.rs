@@ -123,7 +123,7 @@ impl Slots {
             let frontend = self.frontends[slot].lock();
             frontend
                 .unwrap_or_else(PoisonError::into_inner)
-                .stop_rings();
+                .stop_virtqueues();
         }
         self.current().connections.iter().flatten().for_each(end);
     }

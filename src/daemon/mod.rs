@@ -236,7 +236,11 @@ fn serve(
         .map_err(system("cannot start the signal thread"))?;
     let frontends = disk.slots.iter().enumerate();
     let frontends = frontends.map(|(index, slot)| {
-        Frontend::new(disk.info.clone(), slot.clone(), workers.ring_server(index))
+        Frontend::new(
+            disk.info.clone(),
+            slot.clone(),
+            workers.virtqueue_server(index),
+        )
     });
     let connections = Connections::start(listener, frontends.collect())
         .map_err(system("cannot start the frontend thread"))?;

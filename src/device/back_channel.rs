@@ -54,7 +54,7 @@ impl BackChannel {
     }
 
     /// Tells the frontend, if it has asked for that, that the configuration space has changed.
-    pub fn tell_config_changed(&self) {
+    pub fn send_config_change(&self) {
         let mut state = self.state();
         let socket = state.socket.as_ref().filter(|_| state.has_config);
         match socket.map(|socket| send(socket, &CONFIG_CHANGE)) {

@@ -41,12 +41,12 @@ use super::{DiskInfo, GuestMemory, Vring, config_space};
 use crate::limits::MEMORY_SLOTS_MAX;
 
 /// Who serves the rings.
-pub trait RingServer: Send {
+pub trait VirtqueueServer: Send {
     /// The state of these rings has changed, or where their requests are tracked from their next
     /// start on. Returns when each is served according to it: one that is not running any more
     /// is drained, or what is still in flight is abandoned (see
     /// [`Guest::abandon`](super::guest::Guest::abandon)).
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>);
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>);
 
     /// Makes everything written so far durable. Returns when that has been done, has failed or
     /// takes too long.
@@ -58,7 +58,7 @@ pub struct Frontend {
     info: DiskInfo,
     memory: GuestMemoryAtomic<GuestMemory>,
     vrings: Vec<Vring>,
-    server: Box<dyn RingServer>,
+    server: Box<dyn VirtqueueServer>,
     choices: Arc<DriverChoices>,
     /// What is written to guest memory while the guest is migrated.
     log: Arc<DirtyLog>,
@@ -81,7 +81,7 @@ struct Mapping {
 
 impl Frontend {
     /// The device on the rings of `slot`, which `server` serves.
-    pub fn new(info: DiskInfo, slot: ConnectionSlot, server: Box<dyn RingServer>) -> Self {
+    pub fn new(info: DiskInfo, slot: ConnectionSlot, server: Box<dyn VirtqueueServer>) -> Self {
         let ConnectionSlot {
             memory,
             vrings,
@@ -127,7 +127,7 @@ impl Frontend {
     /// Takes no more requests, and answers those in flight. To be called before the connection is
     /// closed: a frontend that finds it closed looks how far the used ring has got, and must
     /// find it at its end.
-    pub fn stop_rings(&self) {
+    pub fn stop_virtqueues(&self) {
         for vring in &self.vrings {
             vring.set_enabled(false);
         }
@@ -136,7 +136,7 @@ impl Frontend {
 
     /// Stops all rings and forgets what the connection told.
     fn reset(&mut self) {
-        self.reset_rings();
+        self.reset_virtqueues();
         self.replace_memory(GuestMemory::new());
         self.mappings.clear();
         self.log.clear();
@@ -147,7 +147,7 @@ impl Frontend {
 
     /// Stops all rings, and leaves them and what the driver accepted as they were in the beginning.
     /// Returns the inflight region there was.
-    fn reset_rings(&mut self) -> Option<inflight::Region> {
+    fn reset_virtqueues(&mut self) -> Option<inflight::Region> {
         for vring in &self.vrings {
             vring.set_enabled(false);
             vring.set_queue_ready(false);
@@ -208,7 +208,7 @@ impl Frontend {
             .iter()
             .map(|vring| vring.get_ref().is_enabled())
             .collect();
-        self.stop_rings();
+        self.stop_virtqueues();
         self.choices.cache_mode.set_writeback(writeback);
         if let Some(region) = &self.inflight {
             region.set_writeback(writeback);
@@ -302,7 +302,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn reset_device(&mut self) -> Result<()> {
         // The driver waits for no answer any more. What was abandoned must not be done again in its
         // name.
-        if let Some(region) = self.reset_rings() {
+        if let Some(region) = self.reset_virtqueues() {
             region.clear();
         }
         Ok(())

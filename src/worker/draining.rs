@@ -11,7 +11,7 @@ pub(super) struct Draining(Vec<Queue>);
 
 struct Queue {
     slot: usize,
-    ring: usize,
+    index: usize,
     /// When to abandon the requests that are still in flight.
     abandon_at: Duration,
     /// Dropped when the virtqueue is drained; the thread that stopped it waits for that.
@@ -23,13 +23,13 @@ impl Draining {
     pub(super) fn push(
         &mut self,
         slot: usize,
-        ring: usize,
+        index: usize,
         abandon_at: Duration,
         done: SyncSender<()>,
     ) {
         self.0.push(Queue {
             slot,
-            ring,
+            index,
             abandon_at,
             _done: done,
         });
@@ -43,7 +43,7 @@ impl Draining {
     /// Abandons the requests of every virtqueue whose time is up.
     pub(super) fn abandon_overdue(&self, now: Duration, guests: &mut Guests) {
         for queue in self.0.iter().filter(|queue| queue.abandon_at <= now) {
-            guests.abandon(queue.slot, queue.ring);
+            guests.abandon(queue.slot, queue.index);
         }
     }
 
@@ -54,7 +54,7 @@ impl Draining {
             return;
         }
         self.0
-            .retain(|queue| !guests.is_drained(queue.slot, queue.ring));
+            .retain(|queue| !guests.is_drained(queue.slot, queue.index));
         guests.forget_idle();
     }
 }

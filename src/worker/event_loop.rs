@@ -276,13 +276,13 @@ impl Worker {
             }
             Message::Refresh {
                 slot,
-                ring,
+                queue,
                 region,
                 done,
             } => {
-                if !self.refresh(slot, ring, region)? {
+                if !self.refresh(slot, queue, region)? {
                     let abandon_at = self.clock.now() + self.drain_limit;
-                    self.draining.push(slot, ring, abandon_at, done);
+                    self.draining.push(slot, queue, abandon_at, done);
                 }
             }
         }
@@ -294,10 +294,10 @@ impl Worker {
     fn refresh(
         &mut self,
         slot: usize,
-        ring: usize,
+        queue: usize,
         region: Option<QueueRegion>,
     ) -> io::Result<bool> {
-        let kick_watch = &mut self.kicks[slot][ring];
+        let kick_watch = &mut self.kicks[slot][queue];
         if let Some(watch) = kick_watch.take() {
             self.io.ring.unwatch(&watch)?;
         }
@@ -305,10 +305,10 @@ impl Worker {
             choices, vrings, ..
         } = &self.slots[slot];
         let durable_writes = choices.durable_writes();
-        if !self.io.guests.refresh(slot, ring, region, durable_writes) {
+        if !self.io.guests.refresh(slot, queue, region, durable_writes) {
             return Ok(false);
         }
-        let state = vrings[ring].get_ref();
+        let state = vrings[queue].get_ref();
         if let Some(kick) = state.get_kick() {
             *kick_watch = Some(self.io.ring.watch(kick, KICK)?);
         }

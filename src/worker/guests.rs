@@ -43,7 +43,7 @@ impl Guests {
     pub(super) fn refresh(
         &mut self,
         slot: usize,
-        ring: usize,
+        queue: usize,
         region: Option<QueueRegion>,
         durable_writes: bool,
     ) -> bool {
@@ -52,13 +52,13 @@ impl Guests {
         }
         let guest = &mut self.guests[slot];
         guest.set_time(self.now);
-        guest.set_region(ring, region);
-        guest.refresh(ring, durable_writes)
+        guest.set_region(queue, region);
+        guest.refresh(queue, durable_writes)
     }
 
     /// See [`Guest::abandon`].
-    pub(super) fn abandon(&mut self, slot: usize, ring: usize) {
-        self.guests[slot].abandon(ring);
+    pub(super) fn abandon(&mut self, slot: usize, queue: usize) {
+        self.guests[slot].abandon(queue);
     }
 
     /// Skips guests without work from now on, until their next [`Self::refresh`].
@@ -67,8 +67,8 @@ impl Guests {
     }
 
     /// See [`Guest::is_drained`].
-    pub(super) fn is_drained(&self, slot: usize, ring: usize) -> bool {
-        self.guests[slot].is_drained(ring)
+    pub(super) fn is_drained(&self, slot: usize, queue: usize) -> bool {
+        self.guests[slot].is_drained(queue)
     }
 
     /// The next request, taken from each guest in turn.

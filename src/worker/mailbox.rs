@@ -21,7 +21,7 @@ pub(super) enum Message {
     /// start on, and drop `done` when the virtqueue is active, or drained.
     Refresh {
         slot: usize,
-        ring: usize,
+        queue: usize,
         region: Option<QueueRegion>,
         done: SyncSender<()>,
     },

@@ -13,7 +13,7 @@ use super::event_loop::Worker;
 use super::mailbox::{Mailbox, Message};
 use super::{Disk, Stop};
 use crate::common::ReplicaSet;
-use crate::device::frontend::RingServer;
+use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Shared, WorkerIndex};
 use crate::limits::drain_limit;
@@ -90,7 +90,7 @@ impl Workers {
     }
 
     /// A handle for the frontend of a connection slot, to start and stop its virtqueues.
-    pub fn ring_server(&self, slot: usize) -> Box<dyn RingServer> {
+    pub fn virtqueue_server(&self, slot: usize) -> Box<dyn VirtqueueServer> {
         Box::new(Handle {
             workers: self.control(),
             slot,
@@ -157,16 +157,16 @@ struct Handle {
     slot: usize,
 }
 
-impl RingServer for Handle {
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
+impl VirtqueueServer for Handle {
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>) {
         let (done, is_done) = sync_channel(0);
         let mailboxes = &self.workers.mailboxes;
         let count = mailboxes.len();
-        for (queue, region) in rings {
+        for (queue, region) in queues {
             let queue = usize::from(queue);
             mailboxes[queue % count].send(Message::Refresh {
                 slot: self.slot,
-                ring: queue / count,
+                queue: queue / count,
                 region,
                 done: done.clone(),
             });

@@ -91,7 +91,7 @@ fn serve() -> Served {
     let table = Arc::new(ReplicaTable::new(files));
     let workers = Workers::start(&disk, workers).unwrap();
     let upkeep = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
-    let frontend = Frontend::new(disk.info.clone(), slot, workers.ring_server(0));
+    let frontend = Frontend::new(disk.info.clone(), slot, workers.virtqueue_server(0));
     let frontend = Arc::new(Mutex::new(frontend));
     let socket = directory.path().join("disk.sock");
     let listener = UnixListener::bind(&socket).unwrap();

@@ -14,7 +14,7 @@ mod world;
 
 use std::cell::RefCell;
 
-use quorum_blk::device::frontend::RingServer;
+use quorum_blk::device::frontend::VirtqueueServer;
 use quorum_blk::device::inflight::QueueRegion;
 
 use self::machine::Machine;
@@ -36,7 +36,7 @@ fn with_world<R>(action: impl FnOnce(&mut World) -> R) -> R {
 /// Serves the rings of the world of this thread.
 struct Server;
 
-impl RingServer for Server {
+impl VirtqueueServer for Server {
     fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
         with_world(|world| world.refresh(rings));
     }

@@ -16,13 +16,13 @@ use vm_memory::{GuestAddressSpace, GuestMemoryRegion};
 
 use super::*;
 use crate::device::connection::{CacheMode, ConnectionSlot};
-use crate::device::frontend::{Frontend, RingServer};
+use crate::device::frontend::{Frontend, VirtqueueServer};
 use crate::device::inflight::QueueRegion;
 
 /// Has nothing to serve.
 struct Server;
 
-impl RingServer for Server {
+impl VirtqueueServer for Server {
     fn flush(&self) -> bool {
         true
     }
@@ -148,7 +148,7 @@ impl Worker {
     }
 }
 
-impl RingServer for Worker {
+impl VirtqueueServer for Worker {
     fn flush(&self) -> bool {
         true
     }

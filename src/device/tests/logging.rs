@@ -18,7 +18,7 @@ use vm_memory::FileOffset;
 use super::*;
 use crate::device::config_space;
 use crate::device::connection::{CacheMode, ConnectionSlot};
-use crate::device::frontend::{Frontend, RingServer};
+use crate::device::frontend::{Frontend, VirtqueueServer};
 use crate::device::inflight::QueueRegion;
 
 const PAGE_BYTES: u64 = 4096;
@@ -43,7 +43,7 @@ struct Vmm {
 /// Counts.
 struct Server(Arc<AtomicUsize>);
 
-impl RingServer for Server {
+impl VirtqueueServer for Server {
     fn flush(&self) -> bool {
         true
     }

@@ -10,7 +10,7 @@ use virtio_queue::QueueT;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use super::super::connection::{CacheMode, ConnectionSlot, DriverChoices};
-use super::super::frontend::{Frontend, RingServer};
+use super::super::frontend::{Frontend, VirtqueueServer};
 use super::super::inflight::{Begun, Layout, QueueRegion, Region, VirtqueueState};
 use super::*;
 
@@ -43,7 +43,7 @@ const QUEUES: u16 = 2;
 /// Tells which rings were refreshed, and whether with a region.
 struct Recorder(mpsc::Sender<(u16, bool)>);
 
-impl RingServer for Recorder {
+impl VirtqueueServer for Recorder {
     fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
         for (queue, region) in rings {
             let _ = self.0.send((queue, region.is_some()));
