@@ -1,5 +1,5 @@
-//! The ceiling: what the files themselves give one thread and its io_uring, without vote or guest.
-//! A request counts when its operations on all replicas have ended.
+//! The ceiling: how many requests one thread with an io_uring does on the files, without vote or
+//! guest. A request is complete when its operations on all replicas are.
 
 use std::fs::{File, OpenOptions};
 use std::os::fd::AsRawFd;
@@ -19,8 +19,8 @@ use super::requests::{Kind, Request, WriteData};
 /// Room for all operations at the greatest depth.
 const RING_ENTRIES: u32 = 1024;
 
-/// Reads from the page cache are cut into pieces that fit the L2 cache, which is the fastest way.
-/// Others are not: each is a turn of a kernel thread, or a command to a device.
+/// Reads from the page cache are divided into parts that fit the L2 cache, which is fastest. Other
+/// reads are not divided: each part would cost a turn of a kernel thread or a command to a device.
 const PIECE_BYTES: usize = 64 << 10;
 
 /// One thread with an io_uring over the replicas.
@@ -31,20 +31,20 @@ pub struct Ceiling {
     replicas: usize,
     replicas_read: usize,
     len: usize,
-    piece_len: usize,
+    part_len: usize,
     /// What each slot writes.
     memory: Vec<Buffer>,
     data: WriteData,
-    /// Where what is read from a replica goes; nobody looks at it.
+    /// Where data read from a replica goes; it is not looked at.
     sinks: Vec<Buffer>,
-    /// Operations that each slot waits for, and the result that each must have.
+    /// For each slot, the number of operations in flight and the result that each must have.
     waits_for: Vec<(usize, usize)>,
-    /// The sum of these.
+    /// The number of all operations in flight.
     in_flight: usize,
 }
 
 impl Ceiling {
-    /// Over `images`, for requests as `row` has them.
+    /// A ceiling over `images`, for the requests of `row`.
     pub fn new(row: &Row, images: &[PathBuf]) -> Self {
         let direct = row.storage == Storage::Disk;
         let files: Vec<File> = images.iter().map(|image| open(image, direct)).collect();
@@ -53,13 +53,13 @@ impl Ceiling {
             .setup_single_issuer()
             .setup_defer_taskrun()
             .build(RING_ENTRIES)
-            // Linux before 6.1 does not know these.
+            // Linux before 6.1 lacks these.
             .or_else(|_| IoUring::new(RING_ENTRIES))
             .expect("making an io_uring");
         let registered = uring.submitter().register_files(&fds);
         registered.expect("registering the images");
         let len = row.pattern.len;
-        let piece_len = if direct || row.writes() {
+        let part_len = if direct || row.writes() {
             len
         } else {
             len.min(PIECE_BYTES)
@@ -74,10 +74,10 @@ impl Ceiling {
             _files: files,
             replicas_read: row.replicas_read(),
             len,
-            piece_len,
+            part_len,
             data,
             memory,
-            sinks: images.iter().map(|_| pool.take(piece_len)).collect(),
+            sinks: images.iter().map(|_| pool.take(part_len)).collect(),
             waits_for: vec![(0, 0); row.pattern.depth],
             in_flight: 0,
         }
@@ -87,15 +87,15 @@ impl Ceiling {
         let operation = operation.user_data(slot as u64);
         self.waits_for[slot].0 += 1;
         self.in_flight += 1;
-        // SAFETY: the memory that the operation points to is not touched until it has ended, but by
-        // other operations, and is not freed before, which `drop` sees to.
+        // SAFETY: until the operation has ended, the memory that it points to is touched by other
+        // operations only, and is not freed: `drop` waits for all operations.
         let pushed = unsafe { self.uring.submission().push(&operation) };
         pushed.expect("room for all operations");
     }
 
-    /// Waits for operations to end and adds the slots that wait for no more.
+    /// Waits for operations to end and adds the slots that have none left to `completed`.
     fn reap(&mut self, completed: &mut Vec<usize>) {
-        // A quarter: to be woken for each takes more time than it gains.
+        // Wait for a quarter of them: waking for each costs more time than it gains.
         let want = (self.in_flight / 4).max(1);
         while let Err(error) = self.uring.submit_and_wait(want) {
             let errno = error.raw_os_error();
@@ -126,19 +126,19 @@ impl Queue for Ceiling {
     fn push(&mut self, slot: usize, request: Request) {
         let memory = &mut self.memory[slot];
         let is_flush = request.kind == Kind::Flush;
-        self.waits_for[slot].1 = if is_flush { 0 } else { self.piece_len };
+        self.waits_for[slot].1 = if is_flush { 0 } else { self.part_len };
         if request.kind == Kind::Write {
             self.data.renew(memory);
         }
         let source = memory.as_ptr();
-        let piece_len = u32::try_from(self.piece_len).expect("a short piece");
-        for at in (0..self.len).step_by(self.piece_len) {
+        let part_len = u32::try_from(self.part_len).expect("a short part");
+        for at in (0..self.len).step_by(self.part_len) {
             let offset = request.offset + at as u64;
             match request.kind {
                 Kind::Read => {
                     for replica in 0..self.replicas_read {
                         let sink = self.sinks[replica].as_mut_ptr();
-                        let read = opcode::Read::new(file(replica), sink, piece_len).offset(offset);
+                        let read = opcode::Read::new(file(replica), sink, part_len).offset(offset);
                         self.push_operation(slot, read.build());
                     }
                 }
@@ -146,7 +146,7 @@ impl Queue for Ceiling {
                     for replica in 0..self.replicas {
                         let from = source.wrapping_add(at);
                         let write =
-                            opcode::Write::new(file(replica), from, piece_len).offset(offset);
+                            opcode::Write::new(file(replica), from, part_len).offset(offset);
                         self.push_operation(slot, write.build());
                     }
                 }
@@ -171,14 +171,14 @@ impl Queue for Ceiling {
 
 impl Drop for Ceiling {
     fn drop(&mut self) {
-        // A panic may have come before all had ended.
+        // After a panic, operations may still be in flight.
         while self.in_flight > 0 {
             self.reap(&mut Vec::new());
         }
     }
 }
 
-/// Opens an image as the systems do.
+/// Opens an image the way the compared systems do.
 pub fn open(image: &Path, direct: bool) -> File {
     OpenOptions::new()
         .read(true)

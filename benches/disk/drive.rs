@@ -1,5 +1,4 @@
-//! The loop of every client: keeps the requests of a load in flight on one queue and takes the time
-//! of each.
+//! The loop of every client: keeps the requests of a load in flight on one queue and times each.
 
 use std::ops::Range;
 use std::time::{Duration, Instant};
@@ -9,30 +8,30 @@ use hdrhistogram::Histogram;
 use super::interrupt::{self, Interrupted};
 use super::requests::{Kind, Request, Requests};
 
-/// The longest latency that is told apart.
+/// The longest latency that the histogram distinguishes.
 const LATENCY_MAX: Duration = Duration::from_secs(60);
 
-/// Something that serves requests. Each has a slot, and each slot memory.
+/// A server of requests. Each request uses a slot, and each slot has memory.
 pub trait Queue {
-    /// Takes a request, to be handed over by [`Self::run`].
+    /// Queues a request; [`Self::run`] submits it.
     fn push(&mut self, slot: usize, request: Request);
 
-    /// Hands over what was pushed, waits for at least one completion, and adds the slots of all
-    /// that there are to `completed`.
+    /// Submits the queued requests, waits for at least one completion, and adds the slots of all
+    /// completed requests to `completed`.
     fn run(&mut self, completed: &mut Vec<usize>) -> Result<(), Interrupted>;
 }
 
 /// Latencies, in nanoseconds.
 pub type Latencies = Histogram<u64>;
 
-/// None so far.
+/// An empty histogram.
 pub fn latencies() -> Latencies {
     let max = nanoseconds(LATENCY_MAX);
     Histogram::new_with_bounds(1, max, 3).expect("bounds in order")
 }
 
-/// Drives `queue` from now to the end of `window`, and returns how long each request took that was
-/// completed within it, from the moment it was handed over to the moment its completion was seen.
+/// Drives `queue` from now to the end of `window`. Returns the latency of each request that was
+/// completed within the window, from its submission to the moment its completion was seen.
 pub fn drive(
     queue: &mut impl Queue,
     requests: &mut Requests,
@@ -50,7 +49,7 @@ pub fn drive(
             in_flight += free.len();
             for slot in free.drain(..) {
                 let request = requests.next(slot);
-                // That a flush belongs to the write before it.
+                // A flush belongs to the write before it: the two count as one request.
                 if request.kind != Kind::Flush {
                     submitted[slot] = now;
                 }

@@ -1,4 +1,4 @@
-//! The client of a served disk: blkio's vhost-user driver, one queue of it.
+//! The client of a served disk: one queue of blkio's vhost-user driver.
 
 use std::mem::MaybeUninit;
 use std::time::{Duration, Instant};
@@ -12,10 +12,10 @@ use super::requests::{Kind, Request, WriteData};
 /// Entries of a virtqueue: three for each request at the greatest depth.
 pub const QUEUE_SIZE: i32 = 512;
 
-/// Time in which a disk must have answered something.
+/// Time in which a disk must complete some request.
 const LIMIT: Duration = Duration::from_secs(30);
 
-/// How often an interruption is looked for while nothing is answered.
+/// How often to check for an interruption while no request completes.
 const LOOK_INTERVAL: Duration = Duration::from_millis(300);
 
 /// A virtqueue and the memory for its requests.
@@ -78,7 +78,7 @@ impl Queue for GuestQueue<'_> {
             }
         };
         for completion in &self.completions[..count] {
-            // SAFETY: `do_io` has initialised as many as it returned.
+            // SAFETY: `do_io` has initialised as many completions as it returned.
             let completion = unsafe { completion.assume_init_ref() };
             assert_eq!(completion.ret, 0, "a request failed");
             completed.push(completion.user_data);

@@ -1,4 +1,4 @@
-//! The images that all systems serve, turn by turn.
+//! The images that all systems serve in turn.
 
 use std::fs::File;
 use std::io::Read;
@@ -13,7 +13,7 @@ use super::plan::Storage;
 use super::requests::WriteData;
 use testkit::images::{are_identical, create_images};
 
-/// Read at a time.
+/// Bytes of one read.
 const READ_BYTES: usize = 1 << 20;
 
 /// Images with the same random content, removed when dropped.
@@ -24,8 +24,8 @@ pub struct Images {
 }
 
 impl Images {
-    /// Creates `count`, of `size_bytes`, with writes of `fill_bytes`; `directory` is where those go
-    /// that do not lie on tmpfs.
+    /// Creates `count` images of `size_bytes` with writes of `fill_bytes`, on tmpfs or in
+    /// `directory`.
     pub fn create(
         storage: Storage,
         count: usize,
@@ -48,18 +48,19 @@ impl Images {
         };
         let files: Vec<File> = images.files(count).collect();
         let mut data = WriteData::new();
-        let mut piece = vec![0; fill_bytes];
+        let mut buffer = vec![0; fill_bytes];
         for offset in (0..size_bytes).step_by(fill_bytes) {
             interrupt::check()?;
-            data.fill(&mut piece);
+            data.fill(&mut buffer);
             for file in &files {
-                file.write_all_at(&piece, offset).expect("filling an image");
+                file.write_all_at(&buffer, offset)
+                    .expect("filling an image");
             }
         }
         Ok(images)
     }
 
-    /// The first `count`.
+    /// The first `count` images.
     pub fn first(&self, count: usize) -> &[PathBuf] {
         &self.paths[..count]
     }
@@ -75,7 +76,7 @@ impl Images {
         })
     }
 
-    /// Leaves nothing to be written back.
+    /// Writes back all dirty pages.
     pub fn sync(&self, count: usize) -> Result<(), Interrupted> {
         for file in self.files(count) {
             interrupt::check()?;
@@ -84,10 +85,11 @@ impl Images {
         Ok(())
     }
 
-    /// Syncs them and has the page cache hold all of them, or, where it is not used, nothing.
+    /// Syncs the images and makes the page cache hold all of them, or none of them if the storage
+    /// does not use it.
     pub fn prepare(&self, count: usize) -> Result<(), Interrupted> {
         self.sync(count)?;
-        let mut piece = vec![0; READ_BYTES];
+        let mut buffer = vec![0; READ_BYTES];
         for mut file in self.files(count) {
             interrupt::check()?;
             if self.storage == Storage::Disk {
@@ -97,13 +99,13 @@ impl Images {
                 };
                 assert_eq!(result, 0, "dropping an image from the page cache");
             } else {
-                while file.read(&mut piece).expect("reading an image") > 0 {}
+                while file.read(&mut buffer).expect("reading an image") > 0 {}
             }
         }
         Ok(())
     }
 
-    /// Whatever was measured, the replicas must be equal afterwards.
+    /// Panics if the replicas differ: no measurement may leave them different.
     pub fn assert_identical(&self, count: usize) {
         assert!(
             are_identical(self.first(count)),

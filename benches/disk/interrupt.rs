@@ -1,4 +1,4 @@
-//! Ctrl-C and the like end the benchmark with everything removed that it had made.
+//! Ctrl-C and similar signals end the benchmark, which then removes its files and processes.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -7,33 +7,33 @@ use std::time::{Duration, Instant};
 use libc::{c_int, c_void, siginfo_t};
 use vmm_sys_util::signal::register_signal_handler;
 
-static CAME: AtomicBool = AtomicBool::new(false);
+static SIGNALLED: AtomicBool = AtomicBool::new(false);
 
-/// The user wants it to end.
+/// A signal has asked the benchmark to end.
 #[derive(Debug)]
 pub struct Interrupted;
 
 extern "C" fn handle(_: c_int, _: *mut siginfo_t, _: *mut c_void) {
-    CAME.store(true, Ordering::Relaxed);
+    SIGNALLED.store(true, Ordering::Relaxed);
 }
 
-/// From now on signals that would end the process are only noted.
+/// From now on, signals that would end the process set a flag instead.
 pub fn catch() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         register_signal_handler(signal, handle).expect("handling a signal");
     }
 }
 
-/// Has one come?
+/// Whether a signal has arrived.
 pub fn check() -> Result<(), Interrupted> {
-    if CAME.load(Ordering::Relaxed) {
+    if SIGNALLED.load(Ordering::Relaxed) {
         Err(Interrupted)
     } else {
         Ok(())
     }
 }
 
-/// Waits until `moment`, unless one comes.
+/// Waits until `moment`, or until a signal arrives.
 pub fn wait_until(moment: Instant) -> Result<(), Interrupted> {
     loop {
         check()?;

@@ -1,11 +1,11 @@
-//! The machine, as far as the figures depend on it; nothing that names it.
+//! The properties of the machine on which the figures depend, without its name.
 
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 use std::thread;
 
-/// What it is, one line each.
+/// The properties with their values, one line each.
 pub fn describe(directory: &Path) -> Vec<(&'static str, String)> {
     vec![
         ("CPU", cpu()),
@@ -47,7 +47,7 @@ fn memory() -> String {
     })
 }
 
-/// Its version without what those who built it have added.
+/// The kernel's version without the suffix of its distributor.
 fn kernel() -> String {
     let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
     let end = release.find(|c: char| !c.is_ascii_digit() && c != '.');
@@ -65,7 +65,7 @@ fn file_system(path: &Path) -> String {
         path.starts_with(point)
             .then(|| (point.len(), kind.to_owned()))
     };
-    // Of mounts at one point the last is on top.
+    // The last of several mounts at one point is the visible one.
     let holding = mounts
         .lines()
         .filter_map(of_mount)

@@ -1,11 +1,11 @@
-//! quorum-blkd beside qemu-storage-daemon's quorum, and beside what the files themselves give:
-//! `make bench`.
+//! `make bench`: quorum-blkd compared with qemu-storage-daemon's quorum and with the ceiling, one
+//! thread that only reads and writes the files.
 //!
-//! `BENCH_SECONDS` is the time of one measurement (default 1), `BENCH_ROUNDS` how often each is
-//! repeated (default 3), `BENCH_ONLY` the name of a row, or parts of names separated by commas;
-//! then nothing is written to docs/. `BENCH_DIR` is where the images go that do not lie on tmpfs.
+//! `BENCH_SECONDS` is the time of one measurement (default 1), `BENCH_ROUNDS` the number of rounds
+//! (default 3), `BENCH_DIR` the directory of the images that are not on tmpfs. `BENCH_ONLY` is the
+//! name of a row, or parts of names separated by commas; then docs/ is not written.
 
-// Of what the tests share, only a part is used; and what is public here is so within this program.
+// `pub` in these modules means public within this program.
 #![allow(unreachable_pub)]
 
 mod ceiling;
@@ -38,19 +38,19 @@ use settings::Settings;
 use summary::{Outcome, microseconds, percent, short, times};
 use systems::System;
 
-/// What is written at a time when images are made. As the first access makes a page cache entry, so
-/// it stays: what is written by the megabyte becomes large folios, in which ext4 then takes ten
-/// times as long for each write of 4 KiB, whoever asks for it.
+/// Bytes of one write when images are created. A page cache entry keeps the size of its first
+/// access: writes of a megabyte create large folios, in which ext4 then takes ten times as long for
+/// each write of 4 KiB.
 const FILL_BYTES: usize = 4 << 10;
 
-/// How often a measurement is tried in which nothing happens, as may be when it is short and the
-/// machine busy.
+/// How often to try a measurement in which no request completes, which can happen if it is short
+/// and the machine is busy.
 const TRIES_MAX: usize = 3;
 
 fn main() -> ExitCode {
-    // `cargo test --all-targets` starts it, too.
+    // `cargo test --all-targets` runs this program too.
     if !env::args().any(|argument| argument == "--bench") {
-        println!("to be run by `make bench`");
+        println!("run this with `make bench`");
         return ExitCode::SUCCESS;
     }
     interrupt::catch();
@@ -75,14 +75,14 @@ fn main() -> ExitCode {
 fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     let (count, rounds, seconds) = (rows.len(), settings.rounds, settings.time.as_secs_f64());
     let of_round: usize = rows.iter().map(|row| System::of(row).len()).sum();
-    // With the warm-up, and what it takes to start, to stop and to write back.
+    // The warm-up, start, stop and writing back are included.
     let minutes = rounds as f64 * of_round as f64 * (seconds * 1.2 + 0.12) / 60.0;
     println!(
         "{count} rows, {rounds} rounds of {seconds} s for each system: about {minutes:.1} minutes"
     );
     println!(
-        "requests a second, median (lowest to highest); latencies p50, p99, p99.9; CPU time of the system for each \
-         request; its most memory; how much of a core the client uses"
+        "columns: requests/s, median (lowest to highest); latencies p50, p99, p99.9; CPU time of \
+         the system per request; its peak memory; share of a core that the client uses"
     );
     let mut outcomes = Vec::new();
     for rows in rows.chunk_by(|left, right| left.storage == right.storage) {
@@ -117,7 +117,7 @@ fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     Ok(())
 }
 
-/// All rounds of a row, turn by turn.
+/// Measures all rounds of a row; in each round the systems take turns.
 fn run_row(row: &Row, images: &Images, settings: &Settings) -> Result<Outcome, Interrupted> {
     let mut rounds: Vec<_> = System::of(row)
         .into_iter()
@@ -127,8 +127,8 @@ fn run_row(row: &Row, images: &Images, settings: &Settings) -> Result<Outcome, I
         for (system, measured) in &mut rounds {
             let measured_now = (0..TRIES_MAX)
                 .find_map(|_| measure(*system, row, images, settings.time, round + 1).transpose());
-            let measured_now =
-                measured_now.unwrap_or_else(|| panic!("{row}: {} stands still", system.name()));
+            let measured_now = measured_now
+                .unwrap_or_else(|| panic!("{row}: {} completes no request", system.name()));
             measured.push(measured_now?);
         }
     }
@@ -156,7 +156,7 @@ fn print(outcome: &Outcome) {
     }
     if let Some(ratio) = outcome.ratio_to(System::Peer) {
         let [median, min, max] = [ratio.median, ratio.min, ratio.max].map(times);
-        print!("  {median} the peer ({min} to {max}),");
+        print!("  {median} of the peer ({min} to {max}),");
     }
     if let Some(fraction) = outcome.ratio_to(System::Ceiling) {
         println!("  {} of the ceiling", percent(fraction.median));

@@ -1,4 +1,4 @@
-//! One measurement: one system, one row, for some time.
+//! One measurement: one system on one row for a given time.
 
 use std::ops::Range;
 use std::thread;
@@ -15,25 +15,25 @@ use super::requests::Requests;
 use super::systems::{Server, System};
 use testkit::client::Client;
 
-/// What came out.
+/// The result of one measurement.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
     /// Requests a second.
     pub requests_per_second: f64,
-    /// Latencies that 50, 99 and 99.9 of 100 requests did not exceed, in microseconds.
+    /// p50, p99 and p99.9 latencies, in microseconds.
     pub latency_us: [f64; 3],
     /// CPU time of the system for each request, in microseconds.
     pub cpu_us: f64,
-    /// The most memory that the system had at a time, in MiB. `None` for the ceiling, which shares
+    /// Peak memory of the system, in MiB. `None` for the ceiling, which shares
     /// its process with the benchmark.
     pub memory_mib: Option<f64>,
-    /// How much of a core the client used. `None` for the ceiling, which is its own client.
+    /// Share of a core that the client used. `None` for the ceiling, which is its own client.
     pub client_cores: Option<f64>,
 }
 
-/// Measures `system` for `time`, and leaves nothing to be written back. Another `seed` asks for
-/// other bytes. `None` if no request was completed in that time: the machine is busy with other
-/// things.
+/// Measures `system` for `time`, then writes back all dirty pages. The offsets and data depend on
+/// `seed`. `None` if no request completed in that time, because the machine is busy with something
+/// else.
 pub fn measure(
     system: System,
     row: &Row,
@@ -126,13 +126,13 @@ impl Measured {
     }
 }
 
-/// When to measure: after a while in which pools are filled and memory is faulted in.
+/// The window to measure: after a warm-up that fills pools and faults memory in.
 fn window(time: Duration) -> Range<Instant> {
     let start = Instant::now() + (time / 5).max(Duration::from_millis(100));
     start..start + time
 }
 
-/// CPU time that processes use within `window`.
+/// CPU time that the processes use within `window`.
 fn cpu_within<const N: usize>(
     window: &Range<Instant>,
     ids: [u32; N],

@@ -1,26 +1,26 @@
-//! What is measured: every row of the benchmark.
+//! The rows of the benchmark.
 
 use std::fmt;
 
-/// Bytes of an image, so that the largest working set fits memory several times.
+/// Bytes of an image: small enough that the largest working set fits memory several times.
 pub const IMAGE_BYTES: u64 = 256 << 20;
 
-/// Where the images lie, and how they are opened.
+/// Where the images are, and how they are opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Storage {
-    /// A directory's file system, through the page cache, which holds all of it.
+    /// On a directory's file system, through the page cache, which holds all of them.
     Cache,
-    /// /dev/shm.
+    /// On /dev/shm.
     Tmpfs,
-    /// The same directory with O_DIRECT.
+    /// In the same directory, with O_DIRECT.
     Disk,
 }
 
 impl Storage {
-    /// All of them.
+    /// Every kind of storage.
     pub const ALL: [Self; 3] = [Self::Cache, Self::Tmpfs, Self::Disk];
 
-    /// As a row names it.
+    /// The name in the name of a row.
     pub fn name(self) -> &'static str {
         match self {
             Self::Cache => "cache",
@@ -29,7 +29,7 @@ impl Storage {
         }
     }
 
-    /// For a reader.
+    /// The name in the report.
     pub fn title(self) -> &'static str {
         match self {
             Self::Cache => "page cache",
@@ -44,34 +44,34 @@ impl Storage {
 pub enum ReadPattern {
     /// All replicas are read.
     Quorum,
-    /// As many as make a quorum. The peer has nothing like it.
+    /// As many as make a quorum are read. The peer has no such mode.
     Threshold,
 }
 
-/// What requests do.
+/// What the requests do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Access {
-    /// Reads and writes anywhere, so many of 100 being reads.
+    /// Reads and writes at random offsets.
     Random {
-        /// 0 to 100.
+        /// Share of reads, 0 to 100.
         reads_percent: u64,
     },
-    /// Reads, one after the other on the disk.
+    /// Reads at ascending offsets.
     SequentialReads,
-    /// Writes, one after the other on the disk.
+    /// Writes at ascending offsets.
     SequentialWrites,
-    /// Writes anywhere, with a flush after each; the two together count as one request.
+    /// Writes at random offsets, each followed by a flush; the two count as one request.
     WriteAndFlush,
 }
 
 /// A load.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pattern {
-    /// As a row names it, in fio's words.
+    /// The name in the name of a row, in fio's words.
     pub name: &'static str,
-    /// For a reader.
+    /// The name in the report.
     pub title: &'static str,
-    /// What requests do.
+    /// What the requests do.
     pub access: Access,
     /// Bytes of a request.
     pub len: usize,
@@ -80,7 +80,7 @@ pub struct Pattern {
 }
 
 impl Pattern {
-    /// Is it measured in bytes rather than requests a second?
+    /// Whether the result is in bytes, not requests, a second.
     pub fn is_sequential(&self) -> bool {
         matches!(
             self.access,
@@ -89,28 +89,28 @@ impl Pattern {
     }
 }
 
-/// One line of the result: a load on a disk.
+/// One row of the result: a load on a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// What the images lie on.
+    /// Where the images are.
     pub storage: Storage,
-    /// How many replicas, N.
+    /// The number of replicas, N.
     pub replicas: usize,
-    /// How many queues, each with a thread of the client.
+    /// The number of queues, each with a thread of the client.
     pub queues: usize,
-    /// How reads are served by ours.
+    /// How quorum-blkd serves reads.
     pub read_pattern: ReadPattern,
     /// The load.
     pub pattern: Pattern,
 }
 
 impl Row {
-    /// More than half.
+    /// The vote threshold: more than half of the replicas.
     pub fn threshold(&self) -> usize {
         self.replicas / 2 + 1
     }
 
-    /// Replicas that a read needs when they agree.
+    /// The number of replicas that a read asks while they agree.
     pub fn replicas_read(&self) -> usize {
         match self.read_pattern {
             ReadPattern::Quorum => self.replicas,
@@ -118,7 +118,7 @@ impl Row {
         }
     }
 
-    /// Does the load write?
+    /// Whether the load writes.
     pub fn writes(&self) -> bool {
         !matches!(
             self.pattern.access,
@@ -126,12 +126,13 @@ impl Row {
         )
     }
 
-    /// Is it of the disk on which everything is measured: three replicas, one queue?
+    /// Whether it belongs to the main disk, on which every load is measured: three replicas, one
+    /// queue.
     pub fn is_main(&self) -> bool {
         (self.replicas, self.queues, self.read_pattern) == (3, 1, ReadPattern::Quorum)
     }
 
-    /// The disk, for a reader.
+    /// The disk, in words.
     pub fn disk(&self) -> String {
         let mut text = format!("{} replica", self.replicas);
         if self.replicas > 1 {
@@ -147,7 +148,8 @@ impl Row {
     }
 }
 
-/// Its name: `cache/3x/randread/32`, `tmpfs/3x/2q/randwrite/32`, `cache/3x/threshold/randread/1`.
+/// The name of the row: `cache/3x/randread/32`, `tmpfs/3x/2q/randwrite/32`,
+/// `cache/3x/threshold/randread/1`.
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}x/", self.storage.name(), self.replicas)?;
@@ -201,7 +203,7 @@ pub fn patterns() -> Vec<Pattern> {
     random.chain([flush]).chain(sequential).collect()
 }
 
-/// Is the load also measured with other numbers of replicas and queues?
+/// Whether the load is also measured with other numbers of replicas and queues.
 pub fn is_varied(pattern: &Pattern) -> bool {
     matches!(
         (pattern.name, pattern.depth),
@@ -209,8 +211,8 @@ pub fn is_varied(pattern: &Pattern) -> bool {
     )
 }
 
-/// Every row, in the order in which they are measured: by storage, then by falling number of
-/// replicas, because images that a smaller disk has written to are no longer equal to the others.
+/// Every row, in the order of measurement: by storage, then by falling number of replicas, because
+/// images that a smaller disk has written to differ from the others.
 pub fn rows() -> Vec<Row> {
     use ReadPattern::{Quorum, Threshold};
     let disks = [
@@ -230,7 +232,7 @@ pub fn rows() -> Vec<Row> {
                 read_pattern,
                 pattern,
             };
-            // A disk is slower than anything that the others could show.
+            // On a disk, storage limits all systems: other disks would show no difference.
             let is_wanted = |row: &Row| {
                 let differs = row.storage != Storage::Disk && is_varied(&row.pattern);
                 row.is_main() || differs && (row.read_pattern == Quorum || !row.writes())

@@ -1,4 +1,4 @@
-//! Charts, as SVG.
+//! Draws the charts as SVG.
 
 use std::fmt::Write as _;
 
@@ -7,34 +7,34 @@ use super::summary::{short, times};
 
 const WIDTH: f64 = 960.0;
 const MARGIN: f64 = 16.0;
-/// Height of a panel's title, of its bars, and of the labels under them.
+/// Heights of a panel's title, of its bars, and of the labels below.
 const PANEL_TITLE: f64 = 42.0;
 const PANEL_BARS: f64 = 150.0;
 const PANEL_LABELS: f64 = 46.0;
-/// Of systems.
+/// Colours of the systems.
 const COLOURS: [&str; 3] = ["#2563eb", "#f59e0b", "#c3c8d0"];
-/// Of what is compared in ratios.
+/// Colours of the storages in the chart of ratios.
 const OTHER_COLOURS: [&str; 3] = ["#0d9488", "#a855f7", "#94a3b8"];
 const INK: &str = "#1f2328";
 
-/// What the height of a bar means.
+/// How the height of a bar depends on its value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Scale {
-    /// The value.
+    /// Proportional to the value.
     Linear,
-    /// Its logarithm.
+    /// Proportional to the logarithm of the value.
     Logarithmic,
 }
 
-/// One chart of several in a picture: groups of bars side by side.
+/// One of several charts in a picture: groups of bars side by side.
 pub struct Panel {
-    /// What is over it.
+    /// The title above it.
     pub title: String,
-    /// Two lines of label, and a value for each series.
+    /// For each group two lines of label, and a value for each series.
     pub groups: Vec<([String; 2], Vec<Option<f64>>)>,
 }
 
-/// Panels under each other, with a bar for each of `series`.
+/// Draws panels below each other, with a bar for each of `series`.
 pub fn bars(title: &str, series: &[&str], panels: &[Panel], scale: Scale) -> String {
     let mut svg = Svg::new(title, series, COLOURS);
     for panel in panels {
@@ -43,7 +43,7 @@ pub fn bars(title: &str, series: &[&str], panels: &[Panel], scale: Scale) -> Str
     svg.finish()
 }
 
-/// Ratios, grouped, on a logarithmic scale with a line at 1.
+/// Draws grouped ratios on a logarithmic scale with a line at 1.
 pub fn ratios(title: &str, series: &[&str], groups: &[(String, Vec<Option<Spread>>)]) -> String {
     const LABELS: f64 = 262.0;
     const BAR: f64 = 11.0;
@@ -100,14 +100,14 @@ pub fn ratios(title: &str, series: &[&str], groups: &[(String, Vec<Option<Spread
     svg.finish()
 }
 
-/// A picture that grows downwards.
+/// A picture that grows downwards as parts are added.
 struct Svg {
     body: String,
     y: f64,
 }
 
 impl Svg {
-    /// With a title and what the colours stand for.
+    /// A picture with a title and a legend of the series.
     fn new(title: &str, series: &[&str], colours: [&str; 3]) -> Self {
         let mut svg = Self {
             body: String::new(),
@@ -135,7 +135,7 @@ impl Svg {
                 .flat_map(|(_, values)| values.iter().flatten())
         };
         let max = values().copied().fold(f64::MIN_POSITIVE, f64::max);
-        // The lowest bar must still be seen.
+        // The lowest bar must remain visible.
         let floor = values().copied().fold(max, f64::min) / 3.0;
         let height_of = |value: f64| match scale {
             Scale::Linear => value / max * PANEL_BARS,
@@ -166,31 +166,33 @@ impl Svg {
         let text = text.replace('&', "&amp;").replace('<', "&lt;");
         let _ = writeln!(
             self.body,
-            r#"<text x="{x:.1}" y="{y:.1}" text-anchor="{anchor}" font-size="{size}" fill="{INK}">{text}</text>"#
+            "<text x=\"{x:.1}\" y=\"{y:.1}\" text-anchor=\"{anchor}\" font-size=\"{size}\" \
+             fill=\"{INK}\">{text}</text>"
         );
     }
 
     fn rectangle(&mut self, [x, y]: [f64; 2], [width, height]: [f64; 2], colour: &str) {
         let _ = writeln!(
             self.body,
-            r#"<rect x="{x:.1}" y="{y:.1}" width="{width:.1}" height="{height:.1}" fill="{colour}"/>"#
+            "<rect x=\"{x:.1}\" y=\"{y:.1}\" width=\"{width:.1}\" height=\"{height:.1}\" \
+             fill=\"{colour}\"/>"
         );
     }
 
     fn line(&mut self, [x1, y1]: [f64; 2], [x2, y2]: [f64; 2], colour: &str, width: f64) {
         let _ = writeln!(
             self.body,
-            r#"<line x1="{x1:.1}" y1="{y1:.1}" x2="{x2:.1}" y2="{y2:.1}" stroke="{colour}" stroke-width="{width}"/>"#
+            "<line x1=\"{x1:.1}\" y1=\"{y1:.1}\" x2=\"{x2:.1}\" y2=\"{y2:.1}\" \
+             stroke=\"{colour}\" stroke-width=\"{width}\"/>"
         );
     }
 
     fn finish(self) -> String {
         let height = self.y + MARGIN;
         format!(
-            r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:.0}" font-family="sans-serif">
-<rect width="{WIDTH}" height="{height:.0}" fill="white"/>
-{}</svg>
-"#,
+            "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height:.0}\" \
+             font-family=\"sans-serif\">\n\
+             <rect width=\"{WIDTH}\" height=\"{height:.0}\" fill=\"white\"/>\n{}</svg>\n",
             self.body
         )
     }

@@ -1,25 +1,24 @@
-//! What a process has used, from /proc.
+//! CPU time and memory of a process, from /proc.
 
 use std::fs;
 use std::time::Duration;
 
-/// CPU time of all threads of a process so far, those that the kernel runs for its io_urings
-/// included.
+/// CPU time of all threads of a process so far, including the kernel threads of its io_urings.
 pub fn cpu(id: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).expect("reading /proc");
-    // The name before it may hold anything.
+    // The name before the parenthesis may contain any character.
     let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");
     let field = |index| fields.split_ascii_whitespace().nth(index);
     let ticks = |index| -> u32 { field(index).expect("a field").parse().expect("a number") };
-    // utime and stime, the 14th and 15th of all.
+    // utime and stime, the 14th and 15th field.
     let ticks = ticks(11) + ticks(12);
     // SAFETY: sysconf takes no pointer.
     let per_second = unsafe { libc::sysconf(libc::_SC_CLK_TCK) };
     Duration::from_secs(1) * ticks / u32::try_from(per_second).expect("a small number")
 }
 
-/// The most memory that a process had at a time, in bytes. Memory of the guest counts where the
-/// process has touched it.
+/// Peak resident memory of a process, in bytes. It includes guest memory that the process has
+/// touched.
 pub fn peak_memory_bytes(id: u32) -> u64 {
     let status = fs::read_to_string(format!("/proc/{id}/status")).expect("reading /proc");
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));

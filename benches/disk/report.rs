@@ -1,4 +1,4 @@
-//! docs/benchmarks.md and its pictures.
+//! Writes docs/benchmarks.md and its pictures.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -14,7 +14,7 @@ use super::systems::System;
 
 const ALL: [System; 3] = [System::Ours, System::Peer, System::Ceiling];
 
-/// Writes them into `docs`.
+/// Writes the page and the pictures into `docs`.
 pub fn write(outcomes: &[Outcome], settings: &Settings, docs: &Path) {
     let pictures = docs.join("benchmarks");
     fs::create_dir_all(&pictures).expect("creating docs/benchmarks");
@@ -82,21 +82,23 @@ pub fn write(outcomes: &[Outcome], settings: &Settings, docs: &Path) {
 
 fn document(outcomes: &[Outcome], settings: &Settings) -> String {
     let mut text = String::from(
-        "<!-- Written by `make bench`. -->\n\n# Benchmarks\n\n`quorum-blkd` beside `qemu-storage-daemon`'s quorum \
-         export, and beside what the files themselves give. `make bench` does it all again.\n\n",
+        "<!-- Written by `make bench`. -->\n\n# Benchmarks\n\n\
+         `make bench` writes this page. It compares `quorum-blkd` with the quorum export of\n\
+         `qemu-storage-daemon` (the *peer*) and with one thread that only reads and writes the files\n\
+         (the *ceiling*).\n\n",
     );
     summary(&mut text, outcomes);
     for (name, caption) in [
         (
             "ratio",
-            "Times as many requests a second as qemu-storage-daemon; right of the line is faster. The thin line spans the rounds.",
+            "Requests/s of quorum-blkd ÷ qemu-storage-daemon; lines span the rounds.",
         ),
         ("requests", "Requests a second."),
         ("throughput", "Megabytes a second."),
-        ("latency", "99 of 100 requests take no longer than this."),
+        ("latency", "p99 latency."),
         (
             "cpu",
-            "CPU time that the daemon and its kernel threads spend on one request.",
+            "CPU time of the daemon and its kernel threads per request.",
         ),
     ] {
         let _ = writeln!(text, "![{caption}](benchmarks/{name}.svg)\n");
@@ -132,9 +134,9 @@ fn document(outcomes: &[Outcome], settings: &Settings) -> String {
     text
 }
 
-/// The result in a few lines.
+/// The result in a few rows.
 fn summary(text: &mut String, outcomes: &[Outcome]) {
-    text.push_str("Three replicas, one queue, requests a second:\n\n");
+    text.push_str("Requests per second with three replicas and one queue:\n\n");
     text.push_str(
         "| | × qemu-storage-daemon (geometric mean) | lowest | highest | of the ceiling |\n",
     );
@@ -172,32 +174,58 @@ fn summary(text: &mut String, outcomes: &[Outcome]) {
 }
 
 fn how(text: &mut String, settings: &Settings) {
-    let _ = write!(
-        text,
-        "\n## How it is measured\n\n\
-         - All systems serve the same {} MiB images of random data, turn by turn, in {} rounds of {} s after a warm-up \
-           of a fifth. Figures are medians of the rounds; what is in parentheses is the lowest and the highest. \
-           Ratios are taken within a round, then their median.\n\
-         - The client of both daemons is blkio's `virtio-blk-vhost-user` driver, one thread for each queue; latency \
-           is from handing a request over to seeing its completion. With several queues, depth is that of each.\n\
-         - The ceiling is one thread for each queue with an io_uring that does the same requests on all N files; no \
-           vote, no guest, data read is thrown away. It waits for a quarter of its operations at a time. Large reads \
-           from the page cache are cut into pieces of 64 KiB. With `--read-pattern threshold` it reads as many files \
-           as make a quorum. It is no limit in the strict sense: who does the same work in a better way can exceed \
-           it.\n\
-         - *page cache*: files that fit memory and are in it, `--cache writeback` and `cache.direct=off`. *tmpfs*: \
-           the same on `/dev/shm`. *disk*: O_DIRECT for all three.\n\
-         - No two requests in flight overlap, every block written is unlike all others, images are filled by \
-           4 KiB writes (ext4 takes ten times as long for small writes into what was written by the megabyte), dirty \
-           pages are written back between measurements, and the replicas must be byte-identical in the end.\n\
-         - qemu-storage-daemon runs with `aio=io_uring` and an iothread; quorum-blkd with its defaults and \
-           `--replica-timeout 20000`, so that a disk that is busy with writing back is not taken for one that hangs.\n\
-         - CPU time is that of all threads of the daemon, the kernel's for io_uring included. Memory is the highest \
-           resident set, in which memory of the guest counts where the daemon has touched it.\n",
+    let images = format!(
+        "All systems serve the same {} MiB images of random data in turn, in {} rounds of {} s, \
+         each after a warm-up of a fifth. Figures are medians of the rounds, with the lowest and \
+         the highest in parentheses. Ratios are taken within a round; tables show their median.",
         IMAGE_BYTES >> 20,
         settings.rounds,
         settings.time.as_secs_f64(),
     );
+    text.push_str("\n## How it is measured\n\n");
+    for item in [
+        images.as_str(),
+        "The client of both daemons is blkio's `virtio-blk-vhost-user` driver, with one thread for \
+         each queue. Latency is measured from submission to the moment the completion is seen. \
+         With several queues, depth is that of each.",
+        "The ceiling is one thread for each queue with an io_uring that does the same requests on \
+         all N files, without vote or guest, and discards what it reads. It waits for a quarter of \
+         its operations at a time, and divides large reads from the page cache into parts of 64 \
+         KiB. With `--read-pattern threshold` it reads as many files as make a quorum. It is not a \
+         strict limit: a system that does the same work in a better way can exceed it.",
+        "*page cache*: files that fit memory and are cached, with `--cache writeback` and \
+         `cache.direct=off`. *tmpfs*: the same on `/dev/shm`. *disk*: O_DIRECT for all three \
+         systems.",
+        "No two requests in flight overlap, and every block written is unique. Images are filled \
+         by writes of 4 KiB, because ext4 takes ten times as long for small writes into files that \
+         were written by the megabyte. Dirty pages are written back between measurements. The \
+         replicas must be identical at the end.",
+        "qemu-storage-daemon runs with `aio=io_uring` and an iothread, quorum-blkd with its \
+         defaults and `--replica-timeout 20000`, so that a disk that is busy writing back does not \
+         count as one that hangs.",
+        "CPU time is that of all threads of the daemon, including the kernel's io_uring threads. \
+         Memory is the peak resident set, including guest memory that the daemon has touched.",
+    ] {
+        push_item(text, item);
+    }
+}
+
+/// Adds an item of a list, wrapped at 100 columns.
+fn push_item(text: &mut String, item: &str) {
+    const COLUMNS: usize = 100;
+    let mut column = 1;
+    text.push('-');
+    for word in item.split(' ') {
+        let len = word.chars().count();
+        if column + 1 + len > COLUMNS {
+            text.push_str("\n ");
+            column = 1;
+        }
+        text.push(' ');
+        text.push_str(word);
+        column += 1 + len;
+    }
+    text.push('\n');
 }
 
 fn tables(text: &mut String, first: &str, rows: &[&Outcome], name: &dyn Fn(&Row) -> String) {
@@ -238,7 +266,8 @@ fn tables(text: &mut String, first: &str, rows: &[&Outcome], name: &dyn Fn(&Row)
     }
     let _ = writeln!(
         text,
-        "\n| {first} | p50 / p99 / p99.9, µs | peer | ceiling | CPU µs | peer | ceiling | memory MiB | peer |\n\
+        "\n| {first} | p50 / p99 / p99.9, µs | peer | ceiling | CPU µs | peer | ceiling | memory \
+         MiB | peer |\n\
          | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |"
     );
     for outcome in rows {
@@ -287,8 +316,8 @@ fn ratio_picture(outcomes: &[Outcome]) -> String {
     )
 }
 
-/// One for each kind of storage: the main rows that are `sequential` or are not, and `value` of
-/// each system.
+/// One panel for each storage, with the `value` of each system on the main rows that are
+/// `sequential`, or those that are not.
 fn panels(
     outcomes: &[Outcome],
     sequential: bool,

@@ -1,50 +1,51 @@
-//! The requests of a load, from a seeded generator: the same for every system.
+//! The requests of a load, from a seeded generator, so that every system gets the same ones.
 
 use super::plan::{Access, IMAGE_BYTES, Row};
 use testkit::images::Random;
 
-/// Bytes of write data that are made unique.
+/// Unit in which write data is made unique, in bytes.
 const BLOCK_BYTES: usize = 4096;
 
-/// What a request asks for.
+/// The kind of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// To read.
+    /// A read.
     Read,
-    /// To write.
+    /// A write.
     Write,
-    /// To make durable what was written.
+    /// A flush.
     Flush,
 }
 
 /// A request.
 #[derive(Clone, Copy, Debug)]
 pub struct Request {
-    /// What it asks for.
+    /// Its kind.
     pub kind: Kind,
-    /// Where on the disk.
+    /// Its offset on the disk.
     pub offset: u64,
 }
 
 /// The requests of one queue.
 ///
-/// No two requests in flight touch the same bytes: this measures speed, and replicas that a system
-/// lets diverge when writes race would make later reads slower.
+/// No two requests in flight overlap. Some systems let replicas diverge when writes race, which
+/// would make later reads slower; the benchmark measures speed only.
 pub struct Requests {
     random: Random,
     access: Access,
     len: u64,
-    /// The first slot of this queue, and how many all queues have.
+    /// The first slot of this queue, and the number of slots of all queues.
     slots: (u64, u64),
-    /// Sequential requests: the first block of this queue's part, how many it has, and the next.
+    /// For sequential requests: the first block of this queue's part, the number of its blocks, and
+    /// the next block.
     part: (u64, u64),
     next: u64,
-    /// Slots that have written and not flushed.
+    /// Slots that have written and not flushed since.
     owes_flush: Vec<bool>,
 }
 
 impl Requests {
-    /// Those of queue `queue` of `row`; another `seed`, other offsets.
+    /// The requests of queue `queue` of `row`. The offsets depend on `seed`.
     pub fn new(row: &Row, queue: usize, seed: u64) -> Self {
         let [queue, queues, depth, len] =
             [queue, row.queues, row.pattern.depth, row.pattern.len].map(|number| number as u64);
@@ -60,7 +61,7 @@ impl Requests {
         }
     }
 
-    /// The next request of a slot, whose last one has completed.
+    /// The next request of a slot whose last request has completed.
     pub fn next(&mut self, slot: usize) -> Request {
         let kind = match self.access {
             Access::SequentialReads => Kind::Read,
@@ -85,7 +86,7 @@ impl Requests {
                 first + (self.next - 1) % count
             }
             Access::Random { .. } | Access::WriteAndFlush => {
-                // Each slot has blocks of its own, spread over the whole disk.
+                // Each slot has its own blocks, spread over the whole disk.
                 let (first, all) = self.slots;
                 let blocks = IMAGE_BYTES / self.len;
                 self.random.within(0..blocks / all) * all + first + slot as u64
@@ -97,18 +98,17 @@ impl Requests {
         }
     }
 
-    /// Has a slot done what counts as a request, now that its last one has completed?
+    /// Whether the last request of a slot completes what counts as one request.
     pub fn is_whole(&self, slot: usize) -> bool {
         !self.owes_flush[slot]
     }
 }
 
-/// Makes data to be written: random to begin with, and every block unlike all others whenever it is
-/// written.
+/// Generates data to write: random, with a counter that makes every block unique in every write.
 pub struct WriteData(Random);
 
 impl WriteData {
-    /// The same data in every run.
+    /// A generator that gives the same data in every run.
     pub fn new() -> Self {
         Self(Random::from_seed(0x7772_6974_6564))
     }
@@ -120,7 +120,7 @@ impl WriteData {
         }
     }
 
-    /// Makes `memory`, which was filled, new before it is written once more.
+    /// Makes the blocks of `memory`, which was filled before, unique again.
     pub fn renew(&mut self, memory: &mut [u8]) {
         for block in memory.chunks_mut(BLOCK_BYTES) {
             block[..8].copy_from_slice(&self.0.number().to_le_bytes());

@@ -1,4 +1,4 @@
-//! What a user can choose, by variables of the environment.
+//! The settings of a benchmark, from environment variables.
 
 use std::env;
 use std::fmt::Display;
@@ -6,20 +6,20 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
-/// The choices.
+/// The settings.
 pub struct Settings {
-    /// Of one measurement.
+    /// Time of one measurement.
     pub time: Duration,
-    /// How often each is repeated.
+    /// Number of rounds.
     pub rounds: u64,
-    /// Rows whose names are, or contain, one of these. Empty: all.
+    /// Measure the rows whose name is, or contains, one of these. Empty: all rows.
     pub only: Vec<String>,
-    /// Where images go that do not lie on tmpfs.
+    /// Directory of the images that are not on tmpfs.
     pub directory: PathBuf,
 }
 
 impl Settings {
-    /// With `seconds` and `rounds` for who has not chosen.
+    /// Reads the settings; `seconds` and `rounds` are the defaults.
     pub fn from_environment(seconds: f64, rounds: u64) -> Self {
         let only = variable("BENCH_ONLY").unwrap_or_else(String::new);
         let parts = only
@@ -34,8 +34,8 @@ impl Settings {
         }
     }
 
-    /// Those of `rows` that are to be measured. A whole name means just that row, though others may
-    /// contain it. If there are none, the names that could have been chosen are printed.
+    /// The rows to measure. A whole name selects just that row, even if other names contain it. If
+    /// no row is selected, prints the names of all rows.
     pub fn wanted<R: Copy + Display>(&self, rows: &[R]) -> Vec<R> {
         let is_row = |name: &str| rows.iter().any(|row| row.to_string() == name);
         let is_meant = |row: &R, part: &String| {
@@ -46,7 +46,7 @@ impl Settings {
             |row: &R| self.only.is_empty() || self.only.iter().any(|part| is_meant(row, part));
         let wanted: Vec<R> = rows.iter().copied().filter(is_wanted).collect();
         if wanted.is_empty() {
-            println!("BENCH_ONLY fits none of these:");
+            println!("BENCH_ONLY matches none of these rows:");
             rows.iter().for_each(|row| println!("  {row}"));
         }
         wanted
@@ -57,5 +57,5 @@ impl Settings {
 pub fn variable<T: FromStr>(name: &str) -> Option<T> {
     let text = env::var(name).ok().filter(|text| !text.is_empty())?;
     let value = text.parse().ok();
-    Some(value.unwrap_or_else(|| panic!("{name}={text}: not what it should be")))
+    Some(value.unwrap_or_else(|| panic!("{name}={text}: invalid value")))
 }

@@ -1,18 +1,18 @@
-//! A figure over the rounds.
+//! The spread of a figure over the rounds.
 
-/// A figure over the rounds.
+/// The spread of a figure over the rounds.
 #[derive(Clone, Copy, Debug)]
 pub struct Spread {
-    /// The one in the middle.
+    /// The median.
     pub median: f64,
-    /// The lowest.
+    /// The lowest value.
     pub min: f64,
-    /// The highest.
+    /// The highest value.
     pub max: f64,
 }
 
 impl Spread {
-    /// Of `values`, of which there is at least one.
+    /// The spread of `values`, which must not be empty.
     pub fn of(values: impl IntoIterator<Item = f64>) -> Self {
         let mut values: Vec<f64> = values.into_iter().collect();
         values.sort_by(f64::total_cmp);

@@ -1,11 +1,11 @@
-//! Rounds of measurements become figures.
+//! Turns the measurements of several rounds into figures.
 
 use super::measure::Measured;
 use super::plan::Row;
 use super::spread::Spread;
 use super::systems::System;
 
-/// A system on a row: medians, and what needs it with its spread.
+/// The figures of a system on a row: medians, and the spread where the report shows it.
 #[derive(Clone, Copy, Debug)]
 pub struct Figures {
     /// Requests a second.
@@ -16,17 +16,17 @@ pub struct Figures {
     pub latency_us: [f64; 3],
     /// CPU time for each request, in microseconds.
     pub cpu_us: f64,
-    /// The most memory at a time, in MiB.
+    /// Peak memory, in MiB.
     pub memory_mib: Option<f64>,
     /// Cores that the client used.
     pub client_cores: Option<f64>,
 }
 
-/// A row with what was measured of each system, round by round.
+/// The measurements of every system on a row, round by round.
 pub struct Outcome {
     /// The row.
     pub row: Row,
-    /// One list for each system, as long as there were rounds.
+    /// For each system, one measurement per round.
     pub rounds: Vec<(System, Vec<Measured>)>,
 }
 
@@ -50,7 +50,7 @@ impl Outcome {
         })
     }
 
-    /// How many times as many requests ours does as `other`, round by round.
+    /// The ratio of our requests per second to those of `other`, taken round by round.
     pub fn ratio_to(&self, other: System) -> Option<Spread> {
         let pairs = self.of(System::Ours)?.iter().zip(self.of(other)?);
         Some(Spread::of(pairs.map(|(ours, other)| {
@@ -64,7 +64,7 @@ impl Outcome {
     }
 }
 
-/// A number with three digits that count: `94.2`, `8.31k`, `144k`, `1.20M`.
+/// A number with three significant digits: `94.2`, `8.31k`, `144k`, `1.20M`.
 pub fn short(number: f64) -> String {
     let (number, unit) = match number {
         _ if number >= 999_500.0 => (number / 1e6, "M"),

@@ -11,19 +11,19 @@ use testkit::daemon::{Daemon, EventReader, replica_arguments};
 use testkit::disk::Plan;
 use testkit::peer::Peer;
 
-/// Who does the requests.
+/// A system that is compared.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum System {
     /// quorum-blkd.
     Ours,
     /// qemu-storage-daemon's quorum.
     Peer,
-    /// The files themselves.
+    /// One thread on the files, without vote or guest.
     Ceiling,
 }
 
 impl System {
-    /// Those that `row` is measured with, in the order of their turns.
+    /// The systems that are measured on `row`, in the order of their turns.
     pub fn of(row: &Row) -> Vec<Self> {
         match row.read_pattern {
             ReadPattern::Quorum => vec![Self::Ours, Self::Peer, Self::Ceiling],
@@ -31,7 +31,7 @@ impl System {
         }
     }
 
-    /// As it is called in what is printed.
+    /// The name in the output and the report.
     pub fn name(self) -> &'static str {
         match self {
             Self::Ours => "quorum-blkd",
@@ -41,7 +41,7 @@ impl System {
     }
 }
 
-/// A program that serves the disk of a row; it ends when this is dropped.
+/// A program that serves the disk of a row. Dropping this ends it.
 pub struct Server {
     program: Program,
     events: EventReader,
@@ -59,7 +59,7 @@ impl Server {
     pub fn start_ours(row: &Row, images: &[PathBuf]) -> Self {
         let mut arguments = replica_arguments(images);
         let [queues, queue_size] = [row.queues.to_string(), QUEUE_SIZE.to_string()];
-        // A disk that is busy with writing back is not to be taken for one that hangs.
+        // A disk that is busy writing back must not count as one that hangs.
         for argument in [
             "--num-queues",
             &queues,
@@ -104,7 +104,7 @@ impl Server {
         }
     }
 
-    /// The socket for the client.
+    /// The socket to which the client connects.
     pub fn socket(&self) -> &Path {
         match &self.program {
             Program::Ours(daemon) => daemon.socket(),
@@ -112,7 +112,7 @@ impl Server {
         }
     }
 
-    /// Its process id.
+    /// The process id.
     pub fn id(&self) -> u32 {
         match &self.program {
             Program::Ours(daemon) => daemon.id(),
@@ -120,12 +120,12 @@ impl Server {
         }
     }
 
-    /// Ends it. A replica must not have lost a vote or failed: what was measured would not be worth
-    /// anything.
+    /// Ends the program. Panics if a replica lost a vote or failed, because the measurement would
+    /// be worthless.
     pub fn end(mut self) {
         match &mut self.program {
             Program::Ours(daemon) => assert!(daemon.terminate().success(), "quorum-blkd failed"),
-            // Killed when dropped: asked to end, it was once still there after 10 s.
+            // It is killed when dropped: once it had not ended 10 s after SIGTERM.
             Program::Peer(peer) => peer.sync(&self.events),
         }
         let mut events = self.events.all();
