@@ -20,6 +20,7 @@ use quorum_blk::device::frontend::{Frontend, VirtqueueServer};
 use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::Sizes;
+use quorum_blk::replica::ring::RingFile;
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Stop, Workers};
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -247,7 +248,7 @@ impl Machine {
                 job_sizes: Sizes::default(),
             },
             shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity.sectors())),
-            files: replicas.iter().map(AsRawFd::as_raw_fd).collect(),
+            files: replicas.iter().map(RingFile::of).collect(),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),
             statistics: Statistics::new(1, REPLICAS),

@@ -10,7 +10,6 @@
 mod resize;
 
 use std::io;
-use std::os::fd::AsRawFd;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -29,6 +28,7 @@ use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotBegun, UnknownJob};
 use crate::quorum::health::NotRemoved;
 use crate::replica::file::{OpenError, OpenOptions, ReplicaFile, ReplicaSource, open_beside};
+use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::worker::control::WorkerControl;
 use crate::worker::{Disk, Workers};
@@ -223,7 +223,7 @@ impl Admin {
                 alignment_bytes,
             });
         }
-        if let Err(source) = self.workers.set_file(index, Some(file.file.as_raw_fd())) {
+        if let Err(source) = self.workers.set_file(index, Some(RingFile::of(&file.file))) {
             let _ = self.workers.set_file(index, None);
             return Err(AdminError::Register { node_name, source });
         }

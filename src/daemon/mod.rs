@@ -12,7 +12,7 @@ mod signals;
 
 use std::io;
 use std::net::{SocketAddr, TcpListener};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::RawFd;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -42,6 +42,7 @@ use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, LAST_FLUSH_LIMIT, REPLICAS_MAX};
 use crate::replica::file::{OpenError, ReplicaFile, open_all};
+use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
@@ -138,7 +139,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
         )),
         files: replicas
             .iter()
-            .map(|replica| replica.file.as_raw_fd())
+            .map(|replica| RingFile::of(&replica.file))
             .collect(),
         released: released.clone(),
         slots: slots

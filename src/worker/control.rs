@@ -2,13 +2,13 @@
 //! jobs, flush.
 
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
 use crate::common::ReplicaIndex;
+use crate::replica::ring::RingFile;
 
 /// A handle to the workers of a disk.
 #[derive(Clone, Debug)]
@@ -22,7 +22,7 @@ impl WorkerControl {
     ///
     /// # Errors
     /// If one worker cannot; the others may use the file by then.
-    pub fn set_file(&self, replica: ReplicaIndex, file: Option<RawFd>) -> io::Result<()> {
+    pub fn set_file(&self, replica: ReplicaIndex, file: Option<RingFile>) -> io::Result<()> {
         let (done, is_done) = sync_channel(self.mailboxes.len());
         for mailbox in &self.mailboxes {
             let done = done.clone();

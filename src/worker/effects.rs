@@ -11,19 +11,17 @@ use super::mailbox::{Mailbox, Message};
 use super::{OWN_FLUSH, Stop};
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::Report;
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
-use crate::limits::REPLICAS_MAX;
 use crate::replica::ring::Ring;
+use crate::replica::ring::kernel::{Kernel, Uring};
 use crate::statistics::Recorder;
 
 /// Everything that the engine of a worker has an effect on.
-pub(super) struct Io {
-    pub(super) ring: Ring,
-    /// Operations in flight on each replica.
-    pub(super) in_flight: [usize; REPLICAS_MAX],
+pub(super) struct Io<K: Kernel = Uring> {
+    pub(super) ring: Ring<K>,
     pub(super) recorder: Recorder,
     pub(super) released: Sender<ReplicaIndex>,
     pub(super) guests: Guests,
@@ -37,20 +35,8 @@ pub(super) struct Io {
     pub(super) failure: Option<io::Error>,
 }
 
-impl Io {
-    /// The replicas that have operations in flight.
-    pub(super) fn busy_replicas(&self) -> ReplicaSet {
-        let is_busy = |replica: &ReplicaIndex| self.in_flight[replica.as_usize()] > 0;
-        ReplicaSet::first(self.in_flight.len())
-            .iter()
-            .filter(is_busy)
-            .collect()
-    }
-}
-
-impl Effects for Io {
+impl<K: Kernel> Effects for Io<K> {
     fn submit(&mut self, operation: Operation) {
-        self.in_flight[operation.replica.as_usize()] += 1;
         self.recorder.operation_begun(&operation);
         if let Err(error) = self.ring.push(operation, self.recorder.now()) {
             self.failure.get_or_insert(error);

@@ -28,8 +28,9 @@ use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Engine, GuestRequest, WorkerIndex};
 use crate::limits::{
-    BATCH_BYTES_MAX, BATCH_MAX, REPLICAS_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
+    BATCH_BYTES_MAX, BATCH_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
 };
+use crate::replica::ring::kernel::{Kernel, Uring};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 use crate::statistics::{Recorder, TurnTime};
 
@@ -43,9 +44,9 @@ const KICK: WatchToken = WatchToken(1);
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
 /// A worker: its virtqueues, its engine and its io_uring.
-pub(super) struct Worker {
+pub(super) struct Worker<K: Kernel = Uring> {
     engine: Engine,
-    pub(super) io: Io,
+    pub(super) io: Io<K>,
     mailbox: Arc<Mailbox>,
     /// With the virtqueues of this worker only.
     slots: Vec<ConnectionSlot>,
@@ -61,20 +62,20 @@ pub(super) struct Worker {
     turns_unsignalled: usize,
 }
 
-impl Drop for Worker {
+impl<K: Kernel> Drop for Worker<K> {
     fn drop(&mut self) {
         self.mailbox.close();
     }
 }
 
-impl Worker {
+impl<K: Kernel> Worker<K> {
     pub(super) fn new(
+        mut ring: Ring<K>,
         index: WorkerIndex,
         disk: Disk,
         mailboxes: Vec<Arc<Mailbox>>,
     ) -> io::Result<Self> {
         let pool = BufferPool::with_arena();
-        let mut ring = Ring::new(&disk.files)?;
         ring.register_arena(&pool);
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Never unwatched: it lasts as long as the ring.
@@ -94,7 +95,6 @@ impl Worker {
             kicks: kicks.collect(),
             io: Io {
                 ring,
-                in_flight: [0; REPLICAS_MAX],
                 recorder,
                 released: disk.released,
                 guests,
@@ -230,7 +230,6 @@ impl Worker {
             match completion {
                 Completion::Reply(reply, since) => {
                     self.io.recorder.operation_ended(&reply, since);
-                    self.io.in_flight[reply.replica.as_usize()] -= 1;
                     self.engine.reply(reply, &mut self.io);
                 }
                 Completion::Readable(MAILBOX) => mail = true,
@@ -299,7 +298,7 @@ impl Worker {
     ) -> io::Result<bool> {
         let kick_watch = &mut self.kicks[slot][queue];
         if let Some(watch) = kick_watch.take() {
-            self.io.ring.unwatch(&watch)?;
+            self.io.ring.unwatch(watch)?;
         }
         let ConnectionSlot {
             choices, vrings, ..

@@ -5,7 +5,6 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::os::fd::RawFd;
 use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,6 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::common::ReplicaIndex;
 use crate::common::operation::RequestId;
 use crate::device::inflight::QueueRegion;
+use crate::replica::ring::RingFile;
 
 /// A message to a worker.
 pub(super) enum Message {
@@ -34,7 +34,7 @@ pub(super) enum Message {
     /// Use this file for a replica, or none.
     SetFile {
         replica: ReplicaIndex,
-        file: Option<RawFd>,
+        file: Option<RingFile>,
         done: SyncSender<io::Result<()>>,
     },
     /// Exit when no request is in flight, or when the drain limit has passed.

@@ -15,7 +15,6 @@ mod mailbox;
 mod spin;
 mod threads;
 
-use std::os::fd::RawFd;
 use std::sync::Arc;
 use std::sync::mpsc::Sender;
 
@@ -25,6 +24,7 @@ use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
 use crate::engine::{Policy, Shared, Tag};
+use crate::replica::ring::RingFile;
 use crate::statistics::Statistics;
 
 /// The tag of a flush that no guest asked for. It cannot be that of a guest's request, whose tags
@@ -53,7 +53,7 @@ pub struct Disk {
     pub shared: Arc<Shared>,
     /// The open replicas, in order. They stay open as long as any worker runs, or until they are
     /// released.
-    pub files: Vec<RawFd>,
+    pub files: Vec<RingFile>,
     /// Receives each removed replica once no worker uses it any more.
     pub released: Sender<ReplicaIndex>,
     /// A slot for each connection that can be open at a time.

@@ -17,6 +17,7 @@ use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Shared, WorkerIndex};
 use crate::limits::drain_limit;
+use crate::replica::ring::Ring;
 
 /// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
 #[derive(Debug)]
@@ -132,7 +133,8 @@ fn run_worker(
 ) {
     let stop = disk.stop.clone();
     // Created in the thread that uses it, so that the kernel needs no locks for the io_uring.
-    let mut worker = match Worker::new(index, disk, mailboxes) {
+    let ring = Ring::new(&disk.files);
+    let mut worker = match ring.and_then(|ring| Worker::new(ring, index, disk, mailboxes)) {
         Ok(worker) => worker,
         Err(error) => {
             let _ = ready.send(Err(error));
@@ -149,7 +151,7 @@ fn run_worker(
         let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
     }
     // Before the worker is dropped: with operations in flight that may take for ever.
-    let _ = ended.send(worker.io.busy_replicas());
+    let _ = ended.send(worker.io.ring.busy_replicas());
 }
 
 struct Handle {

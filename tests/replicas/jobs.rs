@@ -1,7 +1,6 @@
 //! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real
 //! io_uring, the workers of the daemon within this process.
 
-use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,6 +18,7 @@ use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
 use quorum_blk::replica::file::{OpenOptions, ReplicaSource, open_all};
+use quorum_blk::replica::ring::RingFile;
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Workers};
@@ -81,7 +81,7 @@ fn serve() -> Served {
             replica_timeout: Duration::from_secs(1),
         },
         shared: Arc::clone(&shared),
-        files: files.iter().map(|file| file.file.as_raw_fd()).collect(),
+        files: files.iter().map(|file| RingFile::of(&file.file)).collect(),
         released,
         slots: vec![slot.clone()],
         statistics: Statistics::new(workers, REPLICAS_MAX),

@@ -1,4 +1,4 @@
-//! The ring with real files and a real kernel.
+//! The ring with real files and the real kernel. `fake_tests.rs` checks what it submits.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -6,10 +6,11 @@ use std::rc::Rc;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::in_flight::len_of;
+use super::operation::len_of;
 use super::*;
 use crate::common::operation::RequestId;
 use crate::common::{SECTOR_BYTES, SectorRange};
+use crate::limits::RING_ENTRIES;
 use crate::replica::zero::{Way, ZEROES_BYTES};
 use crate::statistics::Recorder;
 
@@ -37,7 +38,7 @@ fn reply_of(ring: &mut Ring) -> Reply {
 fn writes_reads_and_flushes() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
     let pool = BufferPool::default();
     let mut data = pool.take(4096);
     data.fill(0xa5);
@@ -72,7 +73,7 @@ fn writes_reads_and_flushes() {
 
     push(&mut ring, operation(Action::Flush)).unwrap();
     assert_eq!(reply_of(&mut ring).result, Ok(()));
-    assert_eq!(ring.operations, 0);
+    assert_eq!(ring.operations(), 0);
 }
 
 fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
@@ -92,7 +93,7 @@ fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
 fn zeroes_in_every_way_and_nothing_else() {
     let file = tempfile::tempfile().unwrap();
     let len = 3 * ZEROES_BYTES;
-    let lacks_nothing = |_: &mut Ways| {};
+    let lacks_none = |_: &mut Ways| {};
     let lacks_holes = |ways: &mut Ways| {
         ways.after(
             ReplicaIndex(0),
@@ -106,15 +107,15 @@ fn zeroes_in_every_way_and_nothing_else() {
             ways.after(ReplicaIndex(0), true, way, Errno(libc::EOPNOTSUPP));
         }
     };
-    let kinds: [&dyn Fn(&mut Ways); 3] = [&lacks_nothing, &lacks_holes, &lacks_both];
+    let kinds: [&dyn Fn(&mut Ways); 3] = [&lacks_none, &lacks_holes, &lacks_both];
     for (lacks, unmap) in kinds
         .into_iter()
         .flat_map(|lacks| [(lacks, true), (lacks, false)])
     {
         file.write_all_at(&vec![7; len], 0).unwrap();
-        let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+        let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
         lacks(&mut ring.ways);
-        // Neither end is that of a page.
+        // Neither end is at a page boundary.
         let range = SectorRange::new(3, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 77);
         assert_eq!(zero(&mut ring, range, unmap), Ok(()));
         let mut bytes = vec![0; len];
@@ -127,16 +128,16 @@ fn zeroes_in_every_way_and_nothing_else() {
             "unmap: {unmap}"
         );
         assert!(zeroed.iter().all(|byte| *byte == 0), "unmap: {unmap}");
-        assert_eq!(ring.operations, 0);
+        assert_eq!(ring.operations(), 0);
     }
 }
 
 #[test]
-fn unmapping_gives_the_space_back() {
+fn unmapping_frees_the_space() {
     use std::os::unix::fs::MetadataExt;
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
-    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
     assert_eq!(zero(&mut ring, SectorRange::new(0, 2048), true), Ok(()));
     assert_eq!(file.metadata().unwrap().blocks(), 0);
 }
@@ -145,7 +146,7 @@ fn unmapping_gives_the_space_back() {
 fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(768).unwrap();
-    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
     let into = BufferPool::default().take(1024);
     push(
         &mut ring,
@@ -161,7 +162,7 @@ fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
 #[test]
 fn takes_more_operations_than_the_queue_has_entries() {
     let file = tempfile::tempfile().unwrap();
-    let mut ring = Ring::new(&[file.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
     let count = RING_ENTRIES as usize * 3 + 1;
     for _ in 0..count {
         push(&mut ring, operation(Action::Flush)).unwrap();
@@ -172,7 +173,7 @@ fn takes_more_operations_than_the_queue_has_entries() {
 }
 
 #[test]
-fn long_writes_through_the_page_cache_are_given_to_threads() {
+fn kernel_threads_do_long_writes_through_the_page_cache() {
     let directory = tempfile::tempdir().unwrap();
     let open = |flags| {
         let mut options = File::options();
@@ -184,7 +185,7 @@ fn long_writes_through_the_page_cache_are_given_to_threads() {
         options.open(directory.path().join("image")).unwrap()
     };
     let (cached, direct) = (open(0), open(libc::O_DIRECT));
-    let mut ring = Ring::new(&[cached.as_raw_fd(), direct.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&cached), RingFile::of(&direct)]).unwrap();
     let data = Rc::new(BufferPool::default().take(len_of(LONG_WRITE_BYTES)));
     let writing_long = |ring: &mut Ring, replica, bytes, count: usize| {
         for _ in 0..count {
@@ -200,12 +201,12 @@ fn long_writes_through_the_page_cache_are_given_to_threads() {
             };
             push(ring, write).unwrap();
         }
-        let was = ring.long_writes;
+        let long_writes = ring.table.long_writes();
         for _ in 0..count {
             assert_eq!(reply_of(ring).result, Ok(()));
         }
-        assert!(!ring.is_writing_long(), "they have ended");
-        was
+        assert!(!ring.is_writing_long(), "all writes have ended");
+        long_writes
     };
     assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 3), 3);
     assert_eq!(writing_long(&mut ring, 0, 4096, 3), 0);
@@ -214,19 +215,19 @@ fn long_writes_through_the_page_cache_are_given_to_threads() {
         writing_long(&mut ring, 0, LONG_WRITE_BYTES, 3 * LONG_WRITES_MAX),
         LONG_WRITES_MAX
     );
-    ring.set_file(ReplicaIndex(1), Some(cached.as_raw_fd()))
+    ring.set_file(ReplicaIndex(1), Some(RingFile::of(&cached)))
         .unwrap();
     assert_eq!(writing_long(&mut ring, 1, LONG_WRITE_BYTES, 1), 1);
-    ring.set_file(ReplicaIndex(0), Some(direct.as_raw_fd()))
+    ring.set_file(ReplicaIndex(0), Some(RingFile::of(&direct)))
         .unwrap();
     assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 1), 0);
 }
 
 #[test]
-fn a_file_is_taken_and_let_go_while_others_are_in_use() {
+fn a_file_is_added_and_removed_while_others_are_in_use() {
     let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     second.write_all_at(&[9; 512], 0).unwrap();
-    let mut ring = Ring::new(&[first.as_raw_fd()]).unwrap();
+    let mut ring = Ring::new(&[RingFile::of(&first)]).unwrap();
     let read = |ring: &mut Ring| {
         let into = BufferPool::default().take(512);
         let range = SectorRange::new(0, 1);
@@ -238,7 +239,7 @@ fn a_file_is_taken_and_let_go_while_others_are_in_use() {
         reply_of(ring)
     };
     assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
-    ring.set_file(ReplicaIndex(7), Some(second.as_raw_fd()))
+    ring.set_file(ReplicaIndex(7), Some(RingFile::of(&second)))
         .unwrap();
     let reply = read(&mut ring);
     assert_eq!(reply.result, Ok(()));
@@ -250,8 +251,8 @@ fn a_file_is_taken_and_let_go_while_others_are_in_use() {
 }
 
 #[test]
-fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
-    let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
+fn reports_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
+    let mut ring = Ring::new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
     let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let watch = ring.watch(&event, WatchToken(3)).unwrap();
     for _ in 0..3 {
@@ -262,27 +263,27 @@ fn tells_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
             Some(Completion::Readable(WatchToken(3)))
         ));
     }
-    ring.unwatch(&watch).unwrap();
+    ring.unwatch(watch).unwrap();
     event.write(1).unwrap();
-    while !ring.in_flight.is_empty() {
+    while !ring.table.is_empty() {
         assert!(ring.enter(Wait::Forever).unwrap().is_empty());
     }
 }
 
 #[test]
-fn what_cannot_be_watched_takes_no_other_watch_with_it() {
-    let mut ring = Ring::new(&[tempfile::tempfile().unwrap().as_raw_fd()]).unwrap();
-    // Names a file, and cannot be used.
+fn a_failed_watch_does_not_end_another_one() {
+    let mut ring = Ring::new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
+    // A descriptor of this kind cannot be polled.
     let path = File::options()
         .read(true)
         .custom_flags(libc::O_PATH)
         .open("/")
         .unwrap();
-    let hopeless = ring.watch(&path, WatchToken(1)).unwrap();
+    let failed = ring.watch(&path, WatchToken(1)).unwrap();
     ring.enter(Wait::Forever).unwrap().clear();
     let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let _watch = ring.watch(&event, WatchToken(2)).unwrap();
-    ring.unwatch(&hopeless).unwrap();
+    ring.unwatch(failed).unwrap();
     ring.enter(Wait::AtMost(Duration::from_millis(1)))
         .unwrap()
         .clear();

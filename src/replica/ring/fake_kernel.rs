@@ -1,0 +1,230 @@
+//! A kernel for unit tests: it records every submission and completes it as the test says, with any
+//! result and in any order.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::io;
+use std::os::fd::RawFd;
+use std::ptr::NonNull;
+use std::rc::Rc;
+use std::time::Duration;
+
+use io_uring::squeue;
+
+use super::kernel::{Kernel, KernelCompletion};
+
+/// A handle to a recording kernel. The test keeps a clone.
+#[derive(Clone)]
+pub(crate) struct FakeKernel(Rc<RefCell<State>>);
+
+struct State {
+    files: Vec<RawFd>,
+    /// Whether the kernel accepts memory as a fixed buffer, and the memory.
+    pins_memory: bool,
+    memory: Option<(NonNull<u8>, usize)>,
+    /// The submission queue, and how many entries it holds.
+    queue: Vec<Submission>,
+    queue_len_max: usize,
+    in_flight: Vec<Submission>,
+    completions: VecDeque<KernelCompletion>,
+    /// Errors of the next calls of [`Kernel::enter`].
+    enter_errors: VecDeque<i32>,
+}
+
+/// A submission queue entry, taken apart.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Submission {
+    pub(crate) opcode: u8,
+    pub(crate) flags: u8,
+    pub(crate) fd: i32,
+    pub(crate) offset: u64,
+    /// Where the memory of a read or write is, the length of a fallocate, the user data that a
+    /// cancellation looks for.
+    pub(crate) address: u64,
+    /// The length of a read or write, the mode of a fallocate.
+    pub(crate) len: u32,
+    /// `rw_flags`, `fsync_flags` or the events of a poll.
+    pub(crate) operation_flags: u32,
+    /// The index of the fixed buffer.
+    pub(crate) buffer: u16,
+    pub(crate) user_data: u64,
+}
+
+/// Bits of [`Submission::flags`] (linux/io_uring.h).
+pub(crate) const FIXED_FILE: u8 = 1 << 0;
+pub(crate) const ASYNC: u8 = 1 << 4;
+
+/// The flag for a poll that reports every event, in [`Submission::len`].
+pub(crate) const POLL_ADD_MULTI: u32 = 1;
+
+impl Submission {
+    /// Takes an entry apart by the offsets of `struct io_uring_sqe` (linux/io_uring.h).
+    fn of(entry: &squeue::Entry) -> Self {
+        const { assert!(size_of::<squeue::Entry>() == 64) }
+        // SAFETY: the entry is a `repr(C)` struct of 64 bytes of integers, all initialised.
+        let bytes = unsafe { std::mem::transmute_copy::<squeue::Entry, [u8; 64]>(entry) };
+        let field = |start: usize, len: usize| {
+            let mut value = [0; 8];
+            value[..len].copy_from_slice(&bytes[start..start + len]);
+            u64::from_ne_bytes(value)
+        };
+        let word = |start| u32::try_from(field(start, 4)).unwrap();
+        Self {
+            opcode: bytes[0],
+            flags: bytes[1],
+            fd: word(4).cast_signed(),
+            offset: field(8, 8),
+            address: field(16, 8),
+            len: word(24),
+            operation_flags: word(28),
+            user_data: field(32, 8),
+            buffer: u16::try_from(field(40, 2)).unwrap(),
+        }
+    }
+}
+
+impl FakeKernel {
+    pub(crate) fn new() -> Self {
+        Self(Rc::new(RefCell::new(State {
+            files: Vec::new(),
+            pins_memory: true,
+            memory: None,
+            queue: Vec::new(),
+            queue_len_max: 64,
+            in_flight: Vec::new(),
+            completions: VecDeque::new(),
+            enter_errors: VecDeque::new(),
+        })))
+    }
+
+    /// Refuses to register memory from now on.
+    pub(crate) fn refuse_memory(&self) {
+        self.0.borrow_mut().pins_memory = false;
+    }
+
+    /// Makes the submission queue this short.
+    pub(crate) fn shorten_queue(&self, len: usize) {
+        self.0.borrow_mut().queue_len_max = len;
+    }
+
+    /// Makes the next call of [`Kernel::enter`] fail.
+    pub(crate) fn fail_enter(&self, errno: i32) {
+        self.0.borrow_mut().enter_errors.push_back(errno);
+    }
+
+    /// The submissions that the kernel has and has not completed, in order.
+    pub(crate) fn in_flight(&self) -> Vec<Submission> {
+        self.0.borrow().in_flight.clone()
+    }
+
+    /// The submissions in flight of operations, without polls and cancellations.
+    pub(crate) fn operations(&self) -> Vec<Submission> {
+        let mut submissions = self.in_flight();
+        submissions.retain(|submission| submission.flags & FIXED_FILE != 0);
+        submissions
+    }
+
+    /// The only submission of an operation in flight.
+    pub(crate) fn only(&self) -> Submission {
+        let operations = self.operations();
+        let [submission] = operations.as_slice() else {
+            panic!("not one operation in flight: {operations:?}");
+        };
+        submission.clone()
+    }
+
+    /// Completes a submission for good.
+    pub(crate) fn complete(&self, submission: &Submission, result: i32) {
+        let mut state = self.0.borrow_mut();
+        let place = state.in_flight.iter().position(|other| other == submission);
+        state
+            .in_flight
+            .remove(place.expect("a submission in flight"));
+        state.completions.push_back(KernelCompletion {
+            user_data: submission.user_data,
+            result,
+            more: false,
+        });
+    }
+
+    /// Reports an event of a submission that stays in flight.
+    pub(crate) fn report(&self, submission: &Submission, result: i32) {
+        self.complete_unasked(submission.user_data, result, true);
+    }
+
+    /// Adds a completion, whether or not it belongs to a submission in flight.
+    pub(crate) fn complete_unasked(&self, user_data: u64, result: i32, more: bool) {
+        self.0.borrow_mut().completions.push_back(KernelCompletion {
+            user_data,
+            result,
+            more,
+        });
+    }
+
+    /// The file in a place of the table.
+    pub(crate) fn file(&self, place: usize) -> RawFd {
+        self.0.borrow().files[place]
+    }
+
+    /// Whether all memory of a submission is in the registered buffer.
+    pub(crate) fn is_registered(&self, submission: &Submission) -> bool {
+        let state = self.0.borrow();
+        state.memory.is_some_and(|(start, len)| {
+            let start = start.addr().get() as u64;
+            submission.address >= start
+                && submission.address + u64::from(submission.len) <= start + len as u64
+        })
+    }
+}
+
+impl Kernel for FakeKernel {
+    fn register_files(&mut self, files: &[RawFd]) -> io::Result<()> {
+        self.0.borrow_mut().files = files.to_vec();
+        Ok(())
+    }
+
+    fn replace_file(&mut self, place: u32, file: RawFd) -> io::Result<()> {
+        self.0.borrow_mut().files[place as usize] = file;
+        Ok(())
+    }
+
+    fn register_memory(&mut self, start: NonNull<u8>, len: usize) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        if !state.pins_memory {
+            return Err(io::Error::from_raw_os_error(libc::ENOMEM));
+        }
+        state.memory = Some((start, len));
+        Ok(())
+    }
+
+    fn push(&mut self, entry: &squeue::Entry) -> bool {
+        let mut state = self.0.borrow_mut();
+        let has_room = state.queue.len() < state.queue_len_max;
+        if has_room {
+            state.queue.push(Submission::of(entry));
+        }
+        has_room
+    }
+
+    fn enter(&mut self, want: usize, limit: Option<Duration>) -> io::Result<()> {
+        let mut state = self.0.borrow_mut();
+        if let Some(errno) = state.enter_errors.pop_front() {
+            return Err(io::Error::from_raw_os_error(errno));
+        }
+        let queued = std::mem::take(&mut state.queue);
+        state.in_flight.extend(queued);
+        if state.completions.len() >= want {
+            return Ok(());
+        }
+        assert!(limit.is_some(), "the worker sleeps for ever");
+        Err(io::Error::from_raw_os_error(libc::ETIME))
+    }
+
+    fn is_quiet(&mut self) -> bool {
+        self.0.borrow().queue.is_empty()
+    }
+
+    fn next_completion(&mut self) -> Option<KernelCompletion> {
+        self.0.borrow_mut().completions.pop_front()
+    }
+}
