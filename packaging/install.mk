@@ -1,4 +1,4 @@
-# Where `make install` puts what, and `make uninstall` looks for it. Every directory can be given on the command line.
+# The directories of `make install` and `make uninstall`. Each can be set on the command line.
 
 PREFIX ?= /usr/local
 BINDIR ?= $(PREFIX)/bin
@@ -24,7 +24,7 @@ MANUAL := $(BUILD_DIRECTORY)/manual
 SOURCES := $(shell find src packaging -name '*.rs' -o -name '*.1.in') Cargo.toml Cargo.lock
 MAN_PAGES := $(PROGRAMS:%=$(MANUAL)/man/%.1)
 
-# The programs to install; those in another directory are taken as they are.
+# The directory of the programs to install. Programs in another directory are not built.
 BUILT := $(BUILD_DIRECTORY)/release
 ifeq ($(origin BUILT),file)
 $(PROGRAMS:%=$(BUILT)/%) &: $(SOURCES)

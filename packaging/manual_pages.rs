@@ -1,8 +1,7 @@
 //! Writes the man pages and the shell completions of the programs into a directory: `make man`.
 //!
-//! What a program does, its files and its examples are written by hand, in `NAME.1.in` beside this
-//! file; its name, synopsis and options come from the definition of its command line, in place of
-//! `@NAME@`, `@SYNOPSIS@` and `@OPTIONS@`, as do its commands in place of `@COMMANDS@`.
+//! `NAME.1.in` beside this file is the hand-written part of a page. The definition of the command
+//! line replaces `@NAME@`, `@SYNOPSIS@`, `@OPTIONS@` and `@COMMANDS@` in it.
 
 use std::error::Error;
 use std::fs;
@@ -12,6 +11,9 @@ use std::path::Path;
 use clap::Command;
 use clap_complete::Shell;
 use clap_mangen::Man;
+
+/// The longest line that `mandoc -Tlint` accepts.
+const COLUMNS_MAX: usize = 80;
 
 /// A program with a man page.
 struct Program {
@@ -35,7 +37,7 @@ fn programs() -> [Program; 2] {
 fn main() -> Result<(), Box<dyn Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [directory] = &arguments[..] else {
-        return Err("the one argument is the directory to write to".into());
+        return Err("usage: manual_pages DIRECTORY".into());
     };
     let (pages, completions) = (
         Path::new(directory).join("man"),
@@ -53,7 +55,7 @@ fn main() -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-/// The page with what the definition of the command line has to say.
+/// The page with the sections from the definition of the command line.
 fn page(program: &Program) -> io::Result<String> {
     let version = program.command.get_version().unwrap_or_default().to_owned();
     let commands = commands(&program.command, "")?;
@@ -70,10 +72,43 @@ fn page(program: &Program) -> io::Result<String> {
     ] {
         page = page.replace(place, &section);
     }
-    Ok(page)
+    Ok(wrapped(&page))
 }
 
-/// A subsection for each command below `parent`, which is called `path`.
+/// Wraps the text, but not examples, to the width that `mandoc -Tlint` accepts.
+fn wrapped(page: &str) -> String {
+    let mut wrapped = String::new();
+    let mut is_example = false;
+    for line in page.lines() {
+        is_example = line == ".EX" || is_example && line != ".EE";
+        if is_example || line.starts_with('.') {
+            wrapped.push_str(line);
+        } else {
+            wrap(line, &mut wrapped);
+        }
+        wrapped.push('\n');
+    }
+    wrapped
+}
+
+fn wrap(line: &str, wrapped: &mut String) {
+    let mut columns = 0;
+    for word in line.split_whitespace() {
+        // A line that starts with one of these would be a request.
+        let is_request = word.starts_with(['.', '\'']);
+        if columns > 0 && columns + 1 + word.len() > COLUMNS_MAX && !is_request {
+            wrapped.push('\n');
+            columns = 0;
+        } else if columns > 0 {
+            wrapped.push(' ');
+            columns += 1;
+        }
+        wrapped.push_str(word);
+        columns += word.len();
+    }
+}
+
+/// A subsection for each command below `parent`, whose full name is `path`.
 fn commands(parent: &Command, path: &str) -> io::Result<String> {
     let mut text = String::new();
     for command in parent.get_subcommands() {
@@ -102,21 +137,20 @@ fn commands(parent: &Command, path: &str) -> io::Result<String> {
     Ok(text)
 }
 
-/// What `render` writes, in the form that man pages have.
+/// The output of `render`, with the usual formatting of man pages.
 fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result<String> {
     let mut text = Vec::new();
     render(&mut text)?;
     let text = String::from_utf8_lossy(&text);
-    // A string for the apostrophe, for formatters that do not know the character, is defined anew
-    // in each section.
+    // Each section defines a string for the apostrophe again, for old formatters.
     let lines = text.lines().filter(|line| !line.contains(".ds Aq"));
     let text: String = lines.flat_map(|line| [line, "\n"]).collect();
     let changes = [
         (r"\*(Aq", r"\(aq"),
-        // Italics say that it is to be replaced.
+        // Italics mark a placeholder; brackets are not needed too.
         (r"\fI<", r"\fI"),
         (r">\fR", r"\fR"),
-        // Both at once are more space than is wanted.
+        // Two breaks and an empty line give too much space.
         (".br\n\n.br\n", ".sp\n"),
         (".RS 14\n", ".RS\n"),
     ];
@@ -125,8 +159,8 @@ fn rendered(render: impl Fn(&mut dyn io::Write) -> io::Result<()>) -> io::Result
         .fold(text, |text, (from, to)| text.replace(from, to)))
 }
 
-/// Options are rendered with a section for each heading, those without one first. A man page has
-/// one section with subsections.
+/// Turns the sections of the options, one per heading and first those without a heading, into the
+/// subsections of one section.
 fn one_section(options: &str) -> String {
     if options.matches(".SH ").count() < 2 {
         return options.to_owned();

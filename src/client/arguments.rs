@@ -21,6 +21,7 @@ fn rate(text: &str) -> Result<Rate, String> {
 #[derive(Debug, Parser)]
 #[command(
     name = "quorum-blkctl",
+    subcommand_value_name = "COMMAND",
     version,
     about = "Show and maintain a voted disk that quorum-blkd serves",
     after_help = "Exit status:\n  \
@@ -118,7 +119,10 @@ pub(super) enum Action {
         size: NewSize,
     },
     /// List the jobs, or control one of them
-    #[command(args_conflicts_with_subcommands = true)]
+    #[command(
+        args_conflicts_with_subcommands = true,
+        subcommand_value_name = "COMMAND"
+    )]
     Jobs {
         /// Print the daemon's reply to query-jobs as JSON
         #[arg(long)]
