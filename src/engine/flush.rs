@@ -2,12 +2,12 @@
 
 use std::time::Duration;
 
+use super::context::Context;
+use super::interface::{Effects, Failed, Tag};
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
-use super::{Core, Effects, Failed, Progress, Tag, report_error};
-use crate::common::operation::OperationType;
-use crate::common::operation::{Action, Operation, Reply, RequestId};
-use crate::common::report::Report;
+use super::request::Progress;
+use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::health::FlushEpoch;
@@ -16,7 +16,7 @@ use crate::quorum::tally::Tally;
 /// A flush has no range of its own.
 pub(super) const NO_RANGE: SectorRange = SectorRange { start: 0, count: 0 };
 
-/// A sector beyond every disk: its lock is that of flushing.
+/// A sector beyond every disk: its lock orders the flushes.
 const FLUSH_LOCK: SectorRange = SectorRange {
     start: u64::MAX / 2,
     count: 1,
@@ -24,25 +24,22 @@ const FLUSH_LOCK: SectorRange = SectorRange {
 
 #[derive(Debug)]
 pub(super) struct Flush {
-    asker: Asker,
+    origin: Origin,
+    lock: LockKey,
     stage: Stage,
 }
 
-/// Who is to be told.
+/// What made the flush.
 #[derive(Clone, Copy, Debug)]
-enum Asker {
-    Guest(Tag),
+pub(super) enum Origin {
+    Request(Tag),
     Job(ChunkId),
 }
 
 #[derive(Debug)]
 enum Stage {
-    New,
-    WaitingForLock {
-        lock: LockKey,
-    },
+    WaitingForLock,
     Flushing {
-        lock: LockKey,
         tally: Tally,
         epoch: FlushEpoch,
         asked_at: Duration,
@@ -50,26 +47,113 @@ enum Stage {
 }
 
 impl Flush {
-    pub(super) fn new(tag: Tag) -> Self {
+    pub(super) fn begin(origin: Origin, context: &mut Context<'_, impl Effects>) -> Self {
         Self {
-            asker: Asker::Guest(tag),
-            stage: Stage::New,
+            origin,
+            // One flush at a time: the kernel reports a lost page once, to the first fsync of the
+            // file, so that a concurrent one would seem to succeed.
+            lock: context.lock(FLUSH_LOCK),
+            stage: Stage::WaitingForLock,
         }
     }
 
-    /// A flush that is part of a job.
-    pub(super) fn of_job(chunk: ChunkId) -> Self {
-        Self {
-            asker: Asker::Job(chunk),
-            stage: Stage::New,
+    pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        assert!(
+            matches!(self.stage, Stage::WaitingForLock),
+            "a lock is granted once"
+        );
+        let (asked, epoch) = context
+            .shared()
+            .change_health(|health| (health.in_service(), health.flush_begins()));
+        self.stage = Stage::Flushing {
+            tally: Tally::new(asked),
+            epoch,
+            asked_at: context.now(),
+        };
+        for replica in asked.iter() {
+            context.submit(replica, Action::Flush);
+        }
+        Progress::Waiting
+    }
+
+    pub(super) fn reply(
+        &mut self,
+        reply: &Reply,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        let Stage::Flushing { tally, epoch, .. } = &mut self.stage else {
+            unreachable!("a reply comes to an operation in flight");
+        };
+        let (replica, success) = (reply.replica, reply.result.is_ok());
+        if !tally.waiting().contains(replica) {
+            return Progress::Waiting;
+        }
+        tally.record(replica, success);
+        let durable = success || is_broken(Mutant::FailedFlushNotStale);
+        let shared = context.shared();
+        shared.change_health(|health| health.flush_ended(*epoch, replica, durable));
+        if let Err(errno) = reply.result {
+            context.report_error(replica, OperationType::Flush, NO_RANGE, errno);
+            context.effects.health_changed();
+        }
+        self.finish_if_complete(context)
+    }
+
+    /// Goes on without evicted replicas. What they have not confirmed is stale already.
+    pub(super) fn evicted(
+        &mut self,
+        evicted: ReplicaSet,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        match &mut self.stage {
+            Stage::Flushing { tally, .. } => tally.forget(evicted),
+            Stage::WaitingForLock => return Progress::Waiting,
+        }
+        self.finish_if_complete(context)
+    }
+
+    fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        let Stage::Flushing { tally, .. } = &self.stage else {
+            unreachable!("finished while flushing");
+        };
+        if !tally.is_complete() {
+            return Progress::Waiting;
+        }
+        let succeeded = tally.succeeded();
+        let threshold = context.core.policy.threshold;
+        let (flushed, durable) = context.shared().health(|health| {
+            // A replica that was removed meanwhile does not count.
+            let flushed = succeeded.and(health.members()).len() >= threshold;
+            (flushed, health.fresh_on_threshold())
+        });
+        let success = flushed && (durable || is_broken(Mutant::FlushCountsSuccesses));
+        self.answer(success, context);
+        context.unlock(self.lock);
+        Progress::Retired
+    }
+
+    fn answer(&self, success: bool, context: &mut Context<'_, impl Effects>) {
+        match self.origin {
+            Origin::Request(tag) if success => context.effects.complete(tag, Ok(&[])),
+            Origin::Request(tag) => {
+                context.report_failure(OperationType::Flush, NO_RANGE);
+                context.effects.complete(tag, Err(Failed));
+            }
+            Origin::Job(chunk) => context.chunk_ended(
+                chunk,
+                ChunkEnd {
+                    failed: !success,
+                    ..ChunkEnd::default()
+                },
+            ),
         }
     }
 
-    /// The replicas that this flush knows of.
+    /// The replicas that the flush has been handed to.
     pub(super) fn refers_to(&self) -> ReplicaSet {
         match &self.stage {
             Stage::Flushing { tally, .. } => tally.asked(),
-            Stage::New | Stage::WaitingForLock { .. } => ReplicaSet::EMPTY,
+            Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
     }
 
@@ -79,134 +163,7 @@ impl Flush {
             Stage::Flushing {
                 tally, asked_at, ..
             } if *asked_at <= limit => tally.waiting(),
-            _ => ReplicaSet::EMPTY,
+            Stage::Flushing { .. } | Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
-    }
-
-    pub(super) fn begin(&mut self, id: RequestId, core: &mut Core) -> Progress {
-        // One flush at a time: the kernel tells of a page that it lost once, to whichever fsync of
-        // the file is first, and the other one would seem to have gone well.
-        self.stage = Stage::WaitingForLock {
-            lock: core.lock(FLUSH_LOCK, id),
-        };
-        Progress::Waiting
-    }
-
-    pub(super) fn lock_granted(
-        &mut self,
-        id: RequestId,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
-        let Stage::WaitingForLock { lock } = self.stage else {
-            unreachable!("a lock is granted once");
-        };
-        let (asked, epoch) = core
-            .shared
-            .health(|health| (health.in_service(), health.flush_begins()));
-        self.stage = Stage::Flushing {
-            lock,
-            tally: Tally::new(asked),
-            epoch,
-            asked_at: core.clock.now(),
-        };
-        for replica in asked.iter() {
-            let operation = Operation {
-                request: id,
-                replica,
-                action: Action::Flush,
-            };
-            core.submit(operation, effects);
-        }
-        Progress::Waiting
-    }
-
-    pub(super) fn reply(
-        &mut self,
-        reply: &Reply,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
-        let Stage::Flushing { tally, epoch, .. } = &mut self.stage else {
-            unreachable!("a reply comes to an operation in flight");
-        };
-        if !tally.waiting().contains(reply.replica) {
-            return Progress::Waiting;
-        }
-        if let Err(errno) = reply.result {
-            report_error(
-                effects,
-                reply.replica,
-                OperationType::Flush,
-                NO_RANGE,
-                errno,
-            );
-            effects.health_changed();
-        }
-        let success = reply.result.is_ok();
-        tally.record(reply.replica, success);
-        let epoch = *epoch;
-        core.shared.health(|health| {
-            health.flush_ended(
-                epoch,
-                reply.replica,
-                success || is_broken(Mutant::FailedFlushNotStale),
-            )
-        });
-        self.finish_if_complete(core, effects)
-    }
-
-    /// Goes on without the replicas that have left the set. What they have not confirmed is stale
-    /// already.
-    pub(super) fn abandon(
-        &mut self,
-        gone: ReplicaSet,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
-        match &mut self.stage {
-            Stage::Flushing { tally, .. } => tally.forget(gone),
-            Stage::New | Stage::WaitingForLock { .. } => return Progress::Waiting,
-        }
-        self.finish_if_complete(core, effects)
-    }
-
-    fn finish_if_complete(&mut self, core: &mut Core, effects: &mut impl Effects) -> Progress {
-        let Stage::Flushing { lock, tally, .. } = &self.stage else {
-            unreachable!("finished while flushing");
-        };
-        if !tally.is_complete() {
-            return Progress::Waiting;
-        }
-        let lock = *lock;
-        let succeeded = tally.succeeded();
-        let (flushed, durable) = core.shared.health(|health| {
-            // Who was removed meanwhile does not count.
-            let flushed = succeeded.and(health.members()).len() >= core.policy.threshold;
-            (flushed, health.fresh_on_threshold())
-        });
-        let success = flushed && (durable || is_broken(Mutant::FlushCountsSuccesses));
-        match self.asker {
-            Asker::Guest(tag) if success => effects.complete(tag, Ok(&[])),
-            Asker::Guest(tag) => {
-                effects.report(Report::Failure {
-                    operation: OperationType::Flush,
-                    range: NO_RANGE,
-                });
-                effects.complete(tag, Err(Failed));
-            }
-            Asker::Job(chunk) => {
-                let failed = !success;
-                core.chunk_ended(
-                    chunk,
-                    ChunkEnd {
-                        failed,
-                        ..ChunkEnd::default()
-                    },
-                );
-            }
-        }
-        core.unlock(lock, effects);
-        Progress::Retired
     }
 }

@@ -1,81 +1,209 @@
-//! A read that no guest asked for: every replica is asked, whatever the read pattern, and nobody
-//! waits.
+//! A chunk of a scrub: a read of every replica, whatever the read pattern, with no guest waiting.
 //!
 //! As in a guest's read, a difference is only a suspicion until the read was repeated under the
-//! lock of its range. If all agree, no lock is taken at all.
+//! lock of its range. If all replicas agree, the scrub takes no lock.
 
+use super::confirmation::{Confirmation, Next, Outcome, Terms};
+use super::context::{Context, Core};
+use super::first_pass::FirstPass;
+use super::interface::Effects;
 use super::mutant::{Mutant, is_broken};
-use super::read::{Purpose, Read};
-use super::{Core, Counters, Effects, Progress};
-use crate::common::ReplicaSet;
-use crate::common::operation::RequestId;
-use crate::jobs::ChunkEnd;
+use super::replies::Replies;
+use super::request::Progress;
+use super::shared::Counters;
+use super::stage::Stage;
+use crate::common::operation::{OperationType, Reply};
+use crate::common::{ReplicaSet, SectorRange};
+use crate::jobs::ChunkId;
+use crate::quorum::vote::Rule;
 
-impl Read {
-    pub(super) fn begin_scrub(
-        &mut self,
-        id: RequestId,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
+#[derive(Debug)]
+pub(super) struct Scrub {
+    order: ScrubOrder,
+    stage: Stage,
+}
+
+/// What the job asks for.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct ScrubOrder {
+    pub(super) chunk: ChunkId,
+    pub(super) range: SectorRange,
+    /// Repair replicas that lose the vote or are unreadable.
+    pub(super) repair: bool,
+    /// Scrub the neighbourhood of corrupt sectors.
+    pub(super) spreads: bool,
+}
+
+impl Scrub {
+    pub(super) fn begin(order: ScrubOrder, context: &mut Context<'_, impl Effects>) -> Self {
+        let core = &mut *context.core;
+        let range = order.range;
         let in_service = core.shared.in_service();
-        let stale = in_service.and(core.shared.stale_in(self.range));
-        let partly = stale.iter().any(|replica| {
-            let parts = core
-                .shared
-                .health(|health| health.stale_parts(replica, self.range));
-            parts != [self.range]
-        });
-        if partly {
-            // Only under the lock it is known who may vote where.
-            return self.confirm(id, ReplicaSet::EMPTY, core);
-        }
+        let stale = in_service.and(core.shared.stale_in(range));
+        let is_partly = |replica| core.shared.health(|h| h.stale_parts(replica, range)) != [range];
+        let partly_stale = stale.iter().any(is_partly);
         let mut asked = in_service.without(stale);
         if is_broken(Mutant::ScrubAsksTooFew) {
             asked = core.preferred(asked, core.policy.threshold);
         }
-        if asked.is_empty() {
-            return self.confirm(id, ReplicaSet::EMPTY, core);
+        // Only the lock shows which replicas may vote on which sector.
+        let stage = if partly_stale || asked.is_empty() {
+            let terms = order.terms(ReplicaSet::EMPTY, core);
+            let replies = Replies::new(range, core);
+            Stage::Confirming(Confirmation::begin(replies, terms, context))
+        } else {
+            Stage::FirstPass(FirstPass::begin(range, asked, asked, context))
+        };
+        Self { order, stage }
+    }
+
+    pub(super) fn reply(
+        &mut self,
+        reply: Reply,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        match &mut self.stage {
+            Stage::FirstPass(pass) => {
+                if pass.reply(reply, context) {
+                    self.compare(context)
+                } else {
+                    Progress::Waiting
+                }
+            }
+            Stage::Confirming(confirmation) => {
+                let next = confirmation.reply(reply, context);
+                self.go_on(next, context)
+            }
         }
-        self.begin_asking(id, asked, asked, core, effects);
+    }
+
+    pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        let Stage::Confirming(confirmation) = &mut self.stage else {
+            unreachable!("the first pass takes no lock");
+        };
+        let next = confirmation.lock_granted(context);
+        self.go_on(next, context)
+    }
+
+    /// Goes on without evicted replicas.
+    pub(super) fn evicted(
+        &mut self,
+        evicted: ReplicaSet,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        match &mut self.stage {
+            Stage::FirstPass(pass) => {
+                pass.evicted(evicted);
+                self.compare(context)
+            }
+            Stage::Confirming(confirmation) => {
+                let next = confirmation.evicted(evicted, context);
+                self.go_on(next, context)
+            }
+        }
+    }
+
+    /// Confirms unless all replicas agree, and are enough.
+    fn compare(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        let Stage::FirstPass(pass) = &mut self.stage else {
+            unreachable!("only the first pass compares");
+        };
+        let doubtful = pass.is_doubtful(context.core);
+        if !pass.tally().is_complete() {
+            return Progress::Waiting;
+        }
+        let (succeeded, unreadable) = (pass.tally().succeeded(), pass.tally().failed());
+        let repair = if self.order.repair {
+            unreadable
+        } else {
+            ReplicaSet::EMPTY
+        };
+        if pass.differs() || doubtful {
+            Counters::add(&context.shared().counters.suspicions, 1);
+            if is_broken(Mutant::ScrubUnconfirmed) {
+                return self.confirm_without_lock(context);
+            }
+            return self.confirm(repair, context);
+        }
+        if succeeded.len() < context.core.policy.threshold || !repair.is_empty() {
+            return self.confirm(repair, context);
+        }
+        let outcome = Outcome {
+            unread: context.core.unread(self.order.range, succeeded),
+            ..Outcome::default()
+        };
+        self.finish(outcome, context)
+    }
+
+    fn confirm(
+        &mut self,
+        throughout: ReplicaSet,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        let Stage::FirstPass(pass) = &mut self.stage else {
+            unreachable!("confirmed once");
+        };
+        let replies = pass.replies_mut().restart();
+        let terms = self.order.terms(throughout, context.core);
+        self.stage = Stage::Confirming(Confirmation::begin(replies, terms, context));
         Progress::Waiting
     }
 
-    /// All replies to the first asking are in. `agree`: they are equal, and of replicas that are
-    /// not behind.
-    pub(super) fn scrubbed(
-        &mut self,
-        id: RequestId,
-        agree: bool,
-        core: &mut Core,
-        effects: &mut impl Effects,
-    ) -> Progress {
-        let Purpose::Scrub { chunk, repair, .. } = self.purpose else {
-            unreachable!("only of a scrub");
+    fn confirm_without_lock(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        let Stage::FirstPass(pass) = &mut self.stage else {
+            unreachable!("confirmed once");
         };
-        let failed = self.tally.failed();
-        if !agree {
-            Counters::add(&core.shared.counters.suspicions, 1);
-            if is_broken(Mutant::ScrubUnconfirmed) {
-                return self.confirm_unlocked(id, core, effects);
-            }
-            return self.confirm(id, if repair { failed } else { ReplicaSet::EMPTY }, core);
-        }
-        if self.tally.succeeded().len() < core.policy.threshold || (repair && !failed.is_empty()) {
-            return self.confirm(id, if repair { failed } else { ReplicaSet::EMPTY }, core);
-        }
-        let end = ChunkEnd {
-            unread: self.unread(core),
-            ..ChunkEnd::default()
-        };
-        core.chunk_ended(chunk, end);
-        self.retire(core)
+        let replies = pass.replies_mut().take();
+        let terms = self.order.terms(ReplicaSet::EMPTY, context.core);
+        let (confirmation, next) = Confirmation::without_lock(replies, terms, context);
+        self.stage = Stage::Confirming(confirmation);
+        self.go_on(next, context)
     }
 
-    /// The members that should have been read and were not.
-    pub(super) fn unread(&self, core: &Core) -> ReplicaSet {
-        let stale = core.shared.stale_in(self.range);
-        let members = core.shared.members();
-        members.without(self.tally.succeeded()).without(stale)
+    /// Does what the confirmation says.
+    fn go_on(&mut self, next: Next, context: &mut Context<'_, impl Effects>) -> Progress {
+        match next {
+            Next::Wait => Progress::Waiting,
+            Next::Answer(_) => unreachable!("nothing waits for an early answer"),
+            Next::Decided(decision) => {
+                if !decision.is_complete() {
+                    context.report_failure(OperationType::Read, self.order.range);
+                }
+                let Stage::Confirming(confirmation) = &mut self.stage else {
+                    unreachable!("decided by a confirmation");
+                };
+                let next = confirmation.repair(&decision, context);
+                self.go_on(next, context)
+            }
+            Next::Done(outcome) => self.finish(outcome, context),
+        }
+    }
+
+    fn finish(&mut self, outcome: Outcome, context: &mut Context<'_, impl Effects>) -> Progress {
+        context.chunk_ended(self.order.chunk, outcome.into());
+        self.stage.recycle(context.core);
+        Progress::Retired
+    }
+
+    pub(super) fn range(&self) -> SectorRange {
+        self.order.range
+    }
+
+    pub(super) fn stage(&self) -> &Stage {
+        &self.stage
+    }
+}
+
+impl ScrubOrder {
+    fn terms(&self, throughout: ReplicaSet, core: &Core) -> Terms {
+        let repairs = self.repair && !is_broken(Mutant::RepairForgotten);
+        Terms {
+            rule: Rule::Threshold(core.policy.threshold),
+            throughout,
+            repairs_losers: core.policy.rewrite_corrupted || repairs,
+            spreads: self.spreads,
+            answers_early: false,
+            is_resync: false,
+        }
     }
 }

@@ -189,7 +189,7 @@ impl Shared {
     /// Makes `replica`, whose place is free, a member: it is written to from now on, and votes on
     /// what was written to it. To be followed by a tick of every engine.
     pub fn add(&self, replica: ReplicaIndex) {
-        self.health(|health| {
+        self.change_health(|health| {
             health.add(replica);
             if is_broken(Mutant::AddedNotStale) {
                 let everything = SectorRange::new(0, health.capacity_sectors());
@@ -209,7 +209,7 @@ impl Shared {
         replica: ReplicaIndex,
         tell: impl FnMut(JobEvent),
     ) -> Result<(), NotRemoved> {
-        self.health(|health| {
+        self.change_health(|health| {
             match health.check_removal(replica) {
                 Err(NotRemoved::NoMember) => return Err(NotRemoved::NoMember),
                 Err(NotRemoved::LastDurableCopies) if is_broken(Mutant::RemovedNotDurable) => {}
@@ -229,7 +229,7 @@ impl Shared {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.grow(capacity_sectors);
         if !is_broken(Mutant::GrowthUntold) {
-            self.health(|health| health.grow(capacity_sectors));
+            self.change_health(|health| health.grow(capacity_sectors));
         }
     }
 
@@ -355,22 +355,43 @@ impl Shared {
         self.state().locks.release(key, granted);
     }
 
-    /// Looks at or changes the health of the replicas.
-    pub(super) fn health<R>(&self, with: impl FnOnce(&mut Health) -> R) -> R {
+    /// Reads the health of the replicas.
+    pub(super) fn health<R>(&self, read: impl FnOnce(&Health) -> R) -> R {
+        read(&self.state().health)
+    }
+
+    /// Changes the health of the replicas, and publishes what the atomics hold of it.
+    pub(super) fn change_health<R>(&self, change: impl FnOnce(&mut Health) -> R) -> R {
         let mut state = self.state();
-        let result = with(&mut state.health);
-        self.anything_stale
-            .store(state.health.anything_stale(), Ordering::Release);
-        self.failure_epoch
-            .store(state.health.failure_epoch().0, Ordering::Release);
-        self.members
-            .store(state.health.members().bits(), Ordering::Release);
-        self.in_service
-            .store(state.health.in_service().bits(), Ordering::Release);
-        // Last: who sees that a replica is out of service does not ask it any more.
-        self.out_of_service
-            .store(state.health.out_of_service().bits(), Ordering::Release);
+        let result = change(&mut state.health);
+        self.publish(&state.health);
         result
+    }
+
+    fn publish(&self, health: &Health) {
+        self.anything_stale
+            .store(health.anything_stale(), Ordering::Release);
+        self.failure_epoch
+            .store(health.failure_epoch().0, Ordering::Release);
+        self.members
+            .store(health.members().bits(), Ordering::Release);
+        self.in_service
+            .store(health.in_service().bits(), Ordering::Release);
+        // Last: a worker that sees that a replica is out of service does not ask it any more.
+        self.out_of_service
+            .store(health.out_of_service().bits(), Ordering::Release);
+    }
+
+    /// Asserts the invariants of the health, and that the atomics hold what was last published.
+    pub(super) fn self_check(&self) {
+        let state = self.state();
+        let health = &state.health;
+        health.self_check();
+        assert_eq!(self.members(), health.members());
+        assert_eq!(self.in_service(), health.in_service());
+        assert_eq!(self.out_of_service(), health.out_of_service());
+        assert_eq!(self.failure_epoch(), health.failure_epoch());
+        assert_eq!(self.anything_stale(), health.anything_stale());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -462,7 +483,8 @@ mod model {
             let writer = {
                 let (shared, acknowledged) = (shared.clone(), acknowledged.clone());
                 thread::spawn(move || {
-                    let (asked, begun) = shared.health(|h| (h.in_service(), h.write_begins(range)));
+                    let (asked, begun) =
+                        shared.change_health(|h| (h.in_service(), h.write_begins(range)));
                     let mut succeeded = asked;
                     succeeded.remove(LAST);
                     let (success, durable) = (true, false);
@@ -473,7 +495,7 @@ mod model {
                         success,
                         durable,
                     };
-                    shared.health(|health| health.write_ended(&end));
+                    shared.change_health(|health| health.write_ended(&end));
                     // The completion travels through guest memory, with release and acquire.
                     acknowledged.store(true, Ordering::Release);
                 })
@@ -504,11 +526,11 @@ mod model {
                         outstanding.store(0, Ordering::SeqCst);
                     }
                     // The tick, with nothing outstanding.
-                    shared.health(|health| health.rejoin(LAST, 1))
+                    shared.change_health(|health| health.rejoin(LAST, 1))
                 })
             };
-            assert!(shared.health(|health| health.evict(LAST)));
-            let mut joined = shared.health(|health| health.rejoin(LAST, 0));
+            assert!(shared.change_health(|health| health.evict(LAST)));
+            let mut joined = shared.change_health(|health| health.rejoin(LAST, 0));
             if joined {
                 assert_eq!(
                     outstanding.load(Ordering::SeqCst),
@@ -518,7 +540,7 @@ mod model {
             }
             joined |= other.join().unwrap();
             // The other worker may have ticked before the replica left; then its next tick decides.
-            joined |= shared.health(|health| health.rejoin(LAST, 1));
+            joined |= shared.change_health(|health| health.rejoin(LAST, 1));
             assert!(joined && shared.in_service().contains(LAST));
         });
     }

@@ -3,11 +3,15 @@
 
 use std::time::Duration;
 
+use super::context::{Context, Core};
+use super::interface::Effects;
 use super::mutant::{Mutant, is_broken};
-use super::{Core, Counters, Effects, Engine, Progress, Request, report_error};
-use crate::common::operation::OperationType;
+use super::request::{Progress, Request};
+use super::shared::Counters;
+use super::{Engine, Slot};
 use crate::common::operation::RequestId;
-use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::report::{Cause, Report};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet};
 use crate::limits::{REPLICAS_MAX, TICK_MICROSECONDS};
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
@@ -72,7 +76,7 @@ impl Engine {
     /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
     pub fn deadline(&self) -> Option<Duration> {
         let core = &self.core;
-        let next_tick = if core.active > 0 {
+        let next_tick = if self.active > 0 {
             Some(core.clock.ticked_at + TICK)
         } else if !core.shared.out_of_service().is_empty() {
             Some(core.clock.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
@@ -80,7 +84,7 @@ impl Engine {
             None
         };
         match core.background.deadline() {
-            Some(work) => Some(next_tick.map_or(work, |tick| tick.min(work))),
+            Some(chunk) => Some(next_tick.map_or(chunk, |tick| tick.min(chunk))),
             None => next_tick,
         }
     }
@@ -90,49 +94,37 @@ impl Engine {
         self.set_time(now);
         self.core.clock.ticked_at = now;
         self.evict_overdue(effects);
-        let gone = self.core.shared.out_of_service();
-        if !gone.is_empty() {
-            self.for_each(
-                |request| !request.depends_on().and(gone).is_empty(),
-                effects,
-                |id, request, core, effects| match request {
-                    Request::Read(read) => read.abandon(id, gone, core, effects),
-                    Request::Write(write) => write.abandon(gone, core, effects),
-                    Request::Flush(flush) => flush.abandon(gone, core, effects),
-                    Request::Orphaned => Progress::Retired,
-                },
-            );
-            self.rejoin_drained(gone, effects);
+        let evicted = self.core.shared.out_of_service();
+        if !evicted.is_empty() {
+            let depends = |request: &Request| !request.depends_on().and(evicted).is_empty();
+            self.for_each(depends, effects, |request, context| {
+                request.evicted(evicted, context)
+            });
+            self.rejoin_drained(evicted, effects);
         }
-        let slow = now.saturating_sub(self.core.clock.patience(self.core.shared.in_service()));
-        let is_slow = |request: &Request| match request {
-            Request::Read(read) => read.tag.is_some() && !read.waiting_since(slow).is_empty(),
+        let in_service = self.core.shared.in_service();
+        let late = now.saturating_sub(self.core.clock.patience(in_service));
+        let is_late = |request: &Request| match request {
+            Request::Read(read) => read.is_late(late),
             _ => false,
         };
-        self.for_each(
-            is_slow,
-            effects,
-            |id, request, core, effects| match request {
-                Request::Read(read) => read.reply_late(id, core, effects),
-                _ => Progress::Waiting,
-            },
-        );
+        self.for_each(is_late, effects, |request, context| match request {
+            Request::Read(read) => read.reply_late(context),
+            _ => Progress::Waiting,
+        });
         self.core.check_for_work();
         self.run_ready(effects);
     }
 
-    /// From now on nothing is begun that nobody asked for.
+    /// Begins no chunk of a job from now on.
     pub fn stop_background(&mut self) {
         self.core.background.stop();
     }
 
+    /// Evicts the replicas that have not answered for the replica timeout (W6).
     fn evict_overdue(&mut self, effects: &mut impl Effects) {
-        let Some(limit) = self
-            .core
-            .clock
-            .now
-            .checked_sub(self.core.policy.replica_timeout)
-        else {
+        let core = &self.core;
+        let Some(limit) = core.clock.now.checked_sub(core.policy.replica_timeout) else {
             return;
         };
         // Each replica once, however many requests wait for it: whether it is needed takes a look
@@ -141,40 +133,41 @@ impl Engine {
         for (_, slot) in &self.slots {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
-                if self.core.shared.health(|health| health.evict(replica)) {
-                    Counters::add(&self.core.shared.counters.of(replica).evictions, 1);
+                if core.shared.change_health(|health| health.evict(replica)) {
+                    Counters::add(&core.shared.counters.of(replica).evictions, 1);
                     let (operation, range) = slot.request.describe();
-                    report_error(effects, replica, operation, range, Errno(libc::ETIMEDOUT));
+                    effects.report(Report::Bad {
+                        replica,
+                        operation,
+                        range,
+                        cause: Cause::Error(Errno(libc::ETIMEDOUT)),
+                    });
                     effects.health_changed();
                 }
             }
         }
     }
 
-    /// Tells which of the replicas that left, or were removed, have none of this worker's
-    /// operations any more.
-    fn rejoin_drained(&mut self, gone: ReplicaSet, effects: &mut impl Effects) {
-        let core = &mut self.core;
+    /// Lets evicted replicas rejoin, and frees the places of removed ones, when nothing of this
+    /// worker is in flight on them.
+    fn rejoin_drained(&mut self, evicted: ReplicaSet, effects: &mut impl Effects) {
+        let core = &self.core;
         let worker = core.worker.0;
-        let removed = gone.without(core.shared.members());
-        let remembered = removed.iter().filter(|replica| {
-            let refers_to =
-                |(_, slot): (usize, &super::Slot)| slot.request.refers_to().contains(*replica);
-            self.slots.iter().any(refers_to)
-        });
-        let remembered: ReplicaSet = remembered.collect();
-        for replica in gone.without(remembered).iter() {
-            let has_operations = core.outstanding[replica.as_usize()].operations > 0;
+        let removed = evicted.without(core.shared.members());
+        for replica in evicted.without(self.referred_to(removed)).iter() {
+            let drained = core.in_flight.on_replica(replica) == 0;
             if removed.contains(replica) {
-                let has_operations = has_operations && !is_broken(Mutant::ReleasedEarly);
+                let drained = drained || is_broken(Mutant::ReleasedEarly);
                 if core
                     .shared
-                    .health(|health| health.release(replica, worker, has_operations))
+                    .change_health(|health| health.release(replica, worker, drained))
                 {
                     effects.released(replica);
                 }
-            } else if (!has_operations || is_broken(Mutant::ReturnEarly))
-                && core.shared.health(|health| health.rejoin(replica, worker))
+            } else if (drained || is_broken(Mutant::ReturnEarly))
+                && core
+                    .shared
+                    .change_health(|health| health.rejoin(replica, worker))
             {
                 Counters::add(&core.shared.counters.of(replica).rejoins, 1);
                 effects.health_changed();
@@ -182,63 +175,33 @@ impl Engine {
         }
     }
 
-    /// Lets every request that is `wanted` take the same input in.
+    /// Those of `replicas` that some request refers to.
+    fn referred_to(&self, replicas: ReplicaSet) -> ReplicaSet {
+        if replicas.is_empty() {
+            return ReplicaSet::EMPTY;
+        }
+        let slots = self.slots.iter();
+        let all = slots.fold(ReplicaSet::EMPTY, |all, (_, Slot { request, .. })| {
+            all.or(request.refers_to())
+        });
+        all.and(replicas)
+    }
+
+    /// Gives every request that is `wanted` the same input.
     fn for_each<E: Effects>(
         &mut self,
         wanted: impl Fn(&Request) -> bool,
         effects: &mut E,
-        input: impl Fn(RequestId, &mut Request, &mut Core, &mut E) -> Progress,
+        input: impl Fn(&mut Request, &mut Context<'_, E>) -> Progress,
     ) {
-        let wanted: Vec<usize> = self
-            .slots
-            .iter()
+        let slots = self.slots.iter();
+        let wanted: Vec<usize> = slots
             .filter(|(_, slot)| wanted(&slot.request))
             .map(|(key, _)| key)
             .collect();
         for key in wanted {
             let id = RequestId(u32::try_from(key).expect("slots are bounded"));
-            self.advance(id, effects, |request, core, effects| {
-                input(id, request, core, effects)
-            });
-        }
-    }
-}
-
-impl Request {
-    /// The replicas whose replies are out, if they were asked at `limit` or before.
-    fn waiting_since(&self, limit: Duration) -> ReplicaSet {
-        match self {
-            Self::Read(read) => read.waiting_since(limit),
-            Self::Write(write) => write.waiting_since(limit),
-            Self::Flush(flush) => flush.waiting_since(limit),
-            Self::Orphaned => ReplicaSet::EMPTY,
-        }
-    }
-
-    /// The replicas that it has anything to do with: as long as it has, nobody takes their places.
-    fn refers_to(&self) -> ReplicaSet {
-        match self {
-            Self::Read(read) => read.refers_to(),
-            Self::Write(write) => write.refers_to(),
-            Self::Flush(flush) => flush.refers_to(),
-            Self::Orphaned => ReplicaSet::EMPTY,
-        }
-    }
-
-    /// The replicas whose replies are out, or that may yet be asked.
-    fn depends_on(&self) -> ReplicaSet {
-        let unasked = match self {
-            Self::Read(read) => read.unasked(),
-            Self::Write(_) | Self::Flush(_) | Self::Orphaned => ReplicaSet::EMPTY,
-        };
-        self.waiting_since(Duration::MAX).or(unasked)
-    }
-
-    fn describe(&self) -> (OperationType, SectorRange) {
-        match self {
-            Self::Read(read) => (read.operation(), read.range()),
-            Self::Write(write) => (OperationType::Write, write.range()),
-            Self::Flush(_) | Self::Orphaned => (OperationType::Flush, super::flush::NO_RANGE),
+            self.advance(id, effects, &input);
         }
     }
 }
@@ -253,8 +216,7 @@ impl Core {
         let start = if by_turn { turn / TURN_EVERY } else { turn };
         let cost = |replica: ReplicaIndex| {
             let place = (replica.as_usize() + start) % voters.places();
-            let ahead =
-                u32::try_from(self.outstanding[replica.as_usize()].operations).unwrap_or(u32::MAX);
+            let ahead = u32::try_from(self.in_flight.on_replica(replica)).unwrap_or(u32::MAX);
             let usual = self.clock.usual[replica.as_usize()];
             let expected = if by_turn {
                 Duration::ZERO

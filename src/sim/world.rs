@@ -490,6 +490,7 @@ impl World {
     /// Carries out and checks what an engine asked for. `told`: the input was the error of an
     /// operation.
     pub(super) fn look_at_effects(&mut self, told: Option<super::checks::ToldError>) -> Checked {
+        self.engines[self.input_from].self_check();
         self.look_at_service();
         let mut effects = std::mem::take(&mut self.collected.effects);
         let mut values = std::mem::take(&mut self.collected.values);

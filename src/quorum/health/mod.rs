@@ -295,15 +295,15 @@ impl Health {
         Ok(())
     }
 
-    /// A worker has no request that refers to the removed `replica`, and no operation of it either
-    /// if `has_operations` says so. `true` if with this its place is free.
-    pub fn release(&mut self, replica: ReplicaIndex, worker: u16, has_operations: bool) -> bool {
+    /// A worker has no request that refers to the removed `replica`; `drained`: and no operation on
+    /// it. `true` if with this its place is free.
+    pub fn release(&mut self, replica: ReplicaIndex, worker: u16, drained: bool) -> bool {
         if !self.releasing.contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];
         state.forgotten_by |= 1 << worker;
-        if !has_operations {
+        if drained {
             state.drained_by |= 1 << worker;
         }
         let forgotten = state.forgotten_by == self.workers;
@@ -559,6 +559,55 @@ impl Health {
         every_sector(sets, self.capacity_sectors, |stale| {
             self.members.without(stale).len() >= self.threshold
         })
+    }
+
+    /// Asserts the invariants that hold between any two changes.
+    pub fn self_check(&self) {
+        self.check_sets();
+        for replica in ReplicaSet::first(self.replicas.len()).iter() {
+            let state = &self.replicas[replica.as_usize()];
+            assert!(
+                state.last_failure <= self.failure_epoch,
+                "a failure to come"
+            );
+            assert!(state.last_doubt <= self.failure_epoch, "a doubt to come");
+            assert_eq!((state.drained_by | state.forgotten_by) & !self.workers, 0);
+            let mut confirmed = FlushEpoch(0);
+            for (epoch, written) in &state.unconfirmed {
+                assert!(
+                    *epoch > confirmed && *epoch <= self.epoch,
+                    "flushes in order"
+                );
+                assert!(
+                    !written.is_empty(),
+                    "a flush that covers nothing is not kept"
+                );
+                confirmed = *epoch;
+            }
+            if !self.known().contains(replica) {
+                assert!(state.stale.is_empty(), "a free place is not stale");
+            }
+        }
+    }
+
+    /// Asserts what holds between the sets of replicas.
+    fn check_sets(&self) {
+        let Self {
+            members,
+            in_service,
+            releasing,
+            ..
+        } = self;
+        assert!(
+            in_service.without(*members).is_empty(),
+            "only members serve"
+        );
+        assert!(members.and(*releasing).is_empty(), "removed and a member");
+        assert!(in_service.len() >= self.threshold, "too few in service");
+        assert!(
+            members.places() <= self.replicas.len(),
+            "a member without a state"
+        );
     }
 
     /// Whether without `replica` fewer than t would be left that are in service, or that are in

@@ -1,0 +1,183 @@
+//! What every request needs of its engine ([`Core`]), and with it the request that an input is for
+//! ([`Context`]).
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::background::Background;
+use super::in_flight::InFlight;
+use super::interface::{Effects, Policy, ReadPattern, Tag};
+use super::mutant::{Mutant, is_broken};
+use super::range_locks::LockKey;
+use super::shared::{Shared, Waiter, WorkerIndex};
+use super::time::Clock;
+use crate::common::buffer::{Buffer, BufferPool};
+use crate::common::operation::{Action, Operation, OperationType, RequestId};
+use crate::common::report::{Cause, Report};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
+use crate::jobs::{ChunkEnd, ChunkId};
+use crate::quorum::vote::Rule;
+
+/// What all requests of an engine share.
+#[derive(Debug)]
+pub(super) struct Core {
+    pub(super) worker: WorkerIndex,
+    pub(super) policy: Policy,
+    pub(super) shared: Arc<Shared>,
+    pub(super) pool: BufferPool,
+    pub(super) clock: Clock,
+    pub(super) background: Background,
+    pub(super) in_flight: InFlight,
+    /// Requests of this engine whose lock has been granted.
+    pub(super) granted: VecDeque<RequestId>,
+    /// Reads that go on as a request of their own, under the lock.
+    pub(super) suspicions: VecDeque<Suspicion>,
+    /// Reads that hold or wait for the lock of their range.
+    pub(super) confirmations: usize,
+    /// Emptied lists of replies, for reuse.
+    pub(super) spare_buffers: Vec<Vec<Option<Buffer>>>,
+    /// Scratch for [`Context::unlock`].
+    waiters: Vec<Waiter>,
+}
+
+/// A guest read whose replies differ while a slow replica is still out.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Suspicion {
+    pub(super) tag: Tag,
+    pub(super) range: SectorRange,
+}
+
+impl Core {
+    pub(super) fn new(
+        worker: WorkerIndex,
+        policy: Policy,
+        shared: Arc<Shared>,
+        pool: BufferPool,
+    ) -> Self {
+        Self {
+            worker,
+            policy,
+            shared,
+            pool,
+            clock: Clock::new(),
+            background: Background::default(),
+            in_flight: InFlight::default(),
+            granted: VecDeque::new(),
+            suspicions: VecDeque::new(),
+            confirmations: 0,
+            spare_buffers: Vec::new(),
+            waiters: Vec::new(),
+        }
+    }
+
+    /// The replicas that may vote on all of `range`. Lagging replicas are left out if enough others
+    /// remain.
+    pub(super) fn voters(&self, range: SectorRange) -> ReplicaSet {
+        let in_service = self.shared.in_service();
+        let fresh = in_service.without(self.shared.stale_in(range));
+        let lags = |replica: &ReplicaIndex| self.in_flight.lags(*replica);
+        let lagging: ReplicaSet = fresh.iter().filter(lags).collect();
+        if lagging.is_empty() || fresh.without(lagging).len() < self.policy.threshold {
+            fresh
+        } else {
+            fresh.without(lagging)
+        }
+    }
+
+    /// The rule by which a read of the guest is decided under the lock. A resync uses it too.
+    pub(super) fn read_rule(&self) -> Rule {
+        match self.policy.read_pattern {
+            ReadPattern::Fifo => Rule::FirstListed,
+            ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(self.policy.threshold),
+        }
+    }
+
+    /// The members that should have been read in `range` and were not among `succeeded`.
+    pub(super) fn unread(&self, range: SectorRange, succeeded: ReplicaSet) -> ReplicaSet {
+        let stale = self.shared.stale_in(range);
+        self.shared.members().without(succeeded).without(stale)
+    }
+}
+
+/// A request's way to its engine: which request it is, what the engine knows, and where the effects
+/// of this input go.
+pub(super) struct Context<'a, E> {
+    pub(super) id: RequestId,
+    pub(super) core: &'a mut Core,
+    pub(super) effects: &'a mut E,
+}
+
+impl<E: Effects> Context<'_, E> {
+    pub(super) fn now(&self) -> Duration {
+        self.core.clock.now()
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.core.shared
+    }
+
+    /// Submits an operation of this request.
+    pub(super) fn submit(&mut self, replica: ReplicaIndex, action: Action) {
+        let operation = Operation {
+            request: self.id,
+            replica,
+            action,
+        };
+        self.core.in_flight.submitted(&operation);
+        self.effects.submit(operation);
+    }
+
+    /// Asks for the lock on `range`. The request goes on in its `lock_granted`, which never runs
+    /// before the input at hand is finished.
+    pub(super) fn lock(&mut self, range: SectorRange) -> LockKey {
+        let waiter = Waiter {
+            worker: self.core.worker,
+            request: self.id,
+        };
+        let (lock, granted) = self.core.shared.lock(range, waiter);
+        if granted || is_broken(Mutant::NoRangeLock) {
+            self.core.granted.push_back(self.id);
+        }
+        lock
+    }
+
+    /// Releases a lock and wakes the requests to which this grants theirs.
+    pub(super) fn unlock(&mut self, key: LockKey) {
+        let core = &mut *self.core;
+        core.shared.unlock(key, &mut core.waiters);
+        for waiter in core.waiters.drain(..) {
+            if waiter.worker == core.worker {
+                core.granted.push_back(waiter.request);
+            } else {
+                self.effects.wake(waiter.worker, waiter.request);
+            }
+        }
+    }
+
+    /// Reports the failure of an operation on one replica (R4).
+    pub(super) fn report_error(
+        &mut self,
+        replica: ReplicaIndex,
+        operation: OperationType,
+        range: SectorRange,
+        errno: Errno,
+    ) {
+        self.effects.report(Report::Bad {
+            replica,
+            operation,
+            range,
+            cause: Cause::Error(errno),
+        });
+    }
+
+    /// Reports that there is no quorum (R3).
+    pub(super) fn report_failure(&mut self, operation: OperationType, range: SectorRange) {
+        self.effects.report(Report::Failure { operation, range });
+    }
+
+    /// Hands the end of a chunk to its job.
+    pub(super) fn chunk_ended(&mut self, chunk: ChunkId, end: ChunkEnd) {
+        self.core.chunk_ended(chunk, end);
+    }
+}

@@ -1,0 +1,200 @@
+//! Which writes repair a replica: the winner over what lost the vote, and over replicas that are
+//! repaired throughout.
+//!
+//! Pure. The writes cover whole blocks and never a block with an undecided sector.
+
+use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::quorum::vote::Verdict;
+
+/// What a vote on a range has led to, and whom to repair.
+#[derive(Debug)]
+pub(super) struct Repairs<'a> {
+    pub(super) range: SectorRange,
+    pub(super) verdict: &'a Verdict,
+    /// The winning bytes of the range.
+    pub(super) winner: &'a [u8],
+    /// Whether replicas are repaired where they lost the vote.
+    pub(super) losers: bool,
+    /// Replicas that are repaired wherever there is a winner.
+    pub(super) throughout: ReplicaSet,
+    pub(super) block_sectors: u64,
+}
+
+/// One write of the winner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct RepairWrite {
+    pub(super) replica: ReplicaIndex,
+    pub(super) range: SectorRange,
+    /// The bytes are zero and may become a hole.
+    pub(super) zero: bool,
+}
+
+impl Repairs<'_> {
+    pub(super) fn writes(&self) -> Vec<RepairWrite> {
+        let mut writes = Vec::new();
+        if self.losers {
+            for dissent in &self.verdict.dissents {
+                let runs = widen(&dissent.bad_sectors, self.block_sectors);
+                let runs = self.decided(&runs).into_iter();
+                writes.extend(runs.map(|range| RepairWrite {
+                    replica: dissent.replica,
+                    range,
+                    zero: false,
+                }));
+            }
+        }
+        if !self.throughout.is_empty() {
+            let runs = self.decided(&[self.range]).into_iter();
+            // What is sparse stays sparse.
+            let cut = |run| sparse(run, self.winner, self.range, self.block_sectors);
+            let runs: Vec<SectorRange> = runs.flat_map(cut).collect();
+            for replica in self.throughout.iter() {
+                writes.extend(runs.iter().map(|range| RepairWrite {
+                    replica,
+                    range: *range,
+                    zero: is_zero(&self.winner[bytes_of(*range, self.range)]),
+                }));
+            }
+        }
+        writes
+    }
+
+    fn decided(&self, runs: &[SectorRange]) -> Vec<SectorRange> {
+        decided(runs, &self.verdict.undecided, self.block_sectors)
+    }
+}
+
+/// The bytes of `part` in a buffer that holds `whole`.
+pub(super) fn bytes_of(part: SectorRange, whole: SectorRange) -> std::ops::Range<usize> {
+    let byte = |sector: u64| {
+        usize::try_from((sector - whole.start) * SECTOR_BYTES).expect("a fragment fits memory")
+    };
+    byte(part.start)..byte(part.end())
+}
+
+/// The shortest run of zeroes in a longer run that is made a hole.
+const HOLE_SECTORS_MIN: u64 = (32 << 10) / SECTOR_BYTES;
+
+/// A page of a file, which is where its holes can begin and end.
+const PAGE_SECTORS: u64 = 4096 / SECTOR_BYTES;
+
+/// Cuts `run`, whose bytes are part of those of `whole`, into runs that are zero and runs that are
+/// not. Short runs of zeroes are left with their neighbours.
+fn sparse(
+    run: SectorRange,
+    bytes: &[u8],
+    whole: SectorRange,
+    block_sectors: u64,
+) -> Vec<SectorRange> {
+    let granule = PAGE_SECTORS.next_multiple_of(block_sectors);
+    let mut runs: Vec<(SectorRange, bool)> = Vec::new();
+    let mut start = run.start;
+    while start < run.end() {
+        let end = (start - start % granule + granule).min(run.end());
+        let part = SectorRange::new(start, end - start);
+        let zero = is_zero(&bytes[bytes_of(part, whole)]);
+        match runs.last_mut() {
+            Some((last, last_zero)) if *last_zero == zero => last.count += part.count,
+            _ => runs.push((part, zero)),
+        }
+        start = end;
+    }
+    let mut cut: Vec<(SectorRange, bool)> = Vec::with_capacity(runs.len());
+    for (part, zero) in runs {
+        let zero = zero && (part.count >= HOLE_SECTORS_MIN || part.count == run.count);
+        match cut.last_mut() {
+            Some((last, false)) if !zero => last.count += part.count,
+            _ => cut.push((part, zero)),
+        }
+    }
+    cut.into_iter().map(|(part, _)| part).collect()
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    let (words, rest) = bytes.as_chunks::<64>();
+    words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0)
+}
+
+/// The runs, widened to whole blocks and joined where they meet.
+fn widen(runs: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
+    let mut widened: Vec<SectorRange> = Vec::with_capacity(runs.len());
+    for run in runs {
+        let start = run.start - run.start % block_sectors;
+        let end = run.end().next_multiple_of(block_sectors);
+        match widened.last_mut() {
+            Some(last) if start <= last.end() => last.count = end - last.start,
+            _ => widened.push(SectorRange::new(start, end - start)),
+        }
+    }
+    widened
+}
+
+/// What is left of `runs`, which are whole blocks, without the blocks that have an undecided
+/// sector.
+fn decided(
+    runs: &[SectorRange],
+    undecided: &[SectorRange],
+    block_sectors: u64,
+) -> Vec<SectorRange> {
+    let undecided = widen(undecided, block_sectors);
+    let mut left = Vec::with_capacity(runs.len());
+    for run in runs {
+        let mut start = run.start;
+        for hole in undecided.iter().filter(|hole| hole.overlaps(*run)) {
+            if hole.start > start {
+                left.push(SectorRange::new(start, hole.start - start));
+            }
+            start = hole.end();
+        }
+        if start < run.end() {
+            left.push(SectorRange::new(start, run.end() - start));
+        }
+    }
+    left
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs<const N: usize>(runs: [(u64, u64); N]) -> Vec<SectorRange> {
+        runs.map(|(start, count)| SectorRange::new(start, count))
+            .to_vec()
+    }
+
+    #[test]
+    fn runs_are_widened_to_blocks_and_joined() {
+        let scattered = runs([(1, 1), (3, 2), (9, 1), (30, 4)]);
+        assert_eq!(widen(&scattered, 1), scattered);
+        assert_eq!(widen(&scattered, 8), runs([(0, 16), (24, 16)]));
+    }
+
+    #[test]
+    fn long_runs_of_zeroes_become_holes() {
+        let whole = SectorRange::new(16, 400);
+        let mut bytes = vec![0; 400 * 512];
+        let all = |bytes: &[u8]| sparse(whole, bytes, whole, 1);
+        assert_eq!(all(&bytes), [whole], "all of it is zero");
+        bytes[100 * 512] = 1;
+        // The page of sector 116 is 112 to 119.
+        assert_eq!(all(&bytes), runs([(16, 96), (112, 8), (120, 296)]));
+        bytes[130 * 512] = 1;
+        assert_eq!(all(&bytes), runs([(16, 96), (112, 40), (152, 264)]));
+        let part = SectorRange::new(120, 8);
+        assert_eq!(sparse(part, &bytes, whole, 1), [part]);
+    }
+
+    #[test]
+    fn blocks_with_an_undecided_sector_are_left_out() {
+        let blocks = runs([(0, 16), (24, 16)]);
+        assert_eq!(decided(&blocks, &[], 8), blocks);
+        assert_eq!(
+            decided(&blocks, &runs([(9, 1), (25, 1), (31, 2)]), 8),
+            runs([(0, 8)])
+        );
+        assert_eq!(
+            decided(&runs([(0, 8)]), &runs([(3, 2)]), 1),
+            runs([(0, 3), (5, 3)])
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! The replies to a read of several replicas: which replicas were asked, and what each returned.
+
+use std::time::Duration;
+
+use super::context::{Context, Core};
+use super::interface::Effects;
+use crate::common::buffer::Buffer;
+use crate::common::operation::{Action, OperationType, Reply};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::quorum::tally::Tally;
+
+#[derive(Debug)]
+pub(super) struct Replies {
+    range: SectorRange,
+    tally: Tally,
+    /// The data of the replicas that succeeded, by index.
+    buffers: Vec<Option<Buffer>>,
+}
+
+impl Replies {
+    /// No replica has been asked yet.
+    pub(super) fn new(range: SectorRange, core: &mut Core) -> Self {
+        Self {
+            range,
+            tally: Tally::default(),
+            buffers: core.spare_buffers.pop().unwrap_or_default(),
+        }
+    }
+
+    /// Begins again: the buffers are free before new ones are taken.
+    pub(super) fn restart(&mut self) -> Self {
+        let mut buffers = std::mem::take(&mut self.buffers);
+        buffers.clear();
+        Self {
+            range: self.range,
+            tally: Tally::default(),
+            buffers,
+        }
+    }
+
+    /// Takes the replies out as they are.
+    pub(super) fn take(&mut self) -> Self {
+        Self {
+            range: self.range,
+            tally: std::mem::take(&mut self.tally),
+            buffers: std::mem::take(&mut self.buffers),
+        }
+    }
+
+    /// Frees the buffers and keeps their list for another read.
+    pub(super) fn recycle(&mut self, core: &mut Core) {
+        self.buffers.clear();
+        core.spare_buffers.push(std::mem::take(&mut self.buffers));
+    }
+
+    pub(super) fn range(&self) -> SectorRange {
+        self.range
+    }
+
+    pub(super) fn tally(&self) -> &Tally {
+        &self.tally
+    }
+
+    /// Does not wait for evicted replicas any more.
+    pub(super) fn forget(&mut self, evicted: ReplicaSet) {
+        self.tally.forget(evicted);
+    }
+
+    /// Asks replicas that were not asked before.
+    pub(super) fn ask(&mut self, asked: ReplicaSet, context: &mut Context<'_, impl Effects>) {
+        self.tally.ask(asked);
+        if self.buffers.len() < asked.places() {
+            self.buffers.resize_with(asked.places(), || None);
+        }
+        let len = usize::try_from(self.range.bytes()).expect("a fragment fits memory");
+        for replica in asked.iter() {
+            let action = Action::Read {
+                range: self.range,
+                into: context.core.pool.take(len),
+            };
+            context.submit(replica, action);
+        }
+    }
+
+    /// Records the reply to what was asked at `asked_at`, and reports its error (R4).
+    pub(super) fn record(
+        &mut self,
+        reply: Reply,
+        asked_at: Duration,
+        context: &mut Context<'_, impl Effects>,
+    ) {
+        let replica = reply.replica;
+        context.core.clock.observe(replica, asked_at);
+        self.tally.record(replica, reply.result.is_ok());
+        match (reply.result, reply.action) {
+            (Ok(()), Action::Read { into, .. }) => self.buffers[replica.as_usize()] = Some(into),
+            (Ok(()), action) => panic!("a read is answered by {action:?}"),
+            (Err(errno), _) => {
+                context.report_error(replica, OperationType::Read, self.range, errno);
+            }
+        }
+    }
+
+    /// The data of `replica`, which has succeeded.
+    pub(super) fn data(&self, replica: ReplicaIndex) -> &[u8] {
+        let buffer = self.buffers[replica.as_usize()].as_deref();
+        buffer.expect("a replica that succeeded has returned its buffer")
+    }
+
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    pub(super) fn waiting_since(&self, asked_at: Duration, limit: Duration) -> ReplicaSet {
+        if asked_at <= limit {
+            self.tally.waiting()
+        } else {
+            ReplicaSet::EMPTY
+        }
+    }
+}

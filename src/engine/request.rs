@@ -1,0 +1,251 @@
+//! A request in its slot, whatever its kind.
+
+use std::rc::Rc;
+use std::time::Duration;
+
+use super::confirmation::Confirmation;
+use super::context::{Context, Suspicion};
+use super::flush::{self, Flush, Origin};
+use super::interface::{Effects, GuestRequest, Tag};
+use super::read::Read;
+use super::resync::Resync;
+use super::scrub::{Scrub, ScrubOrder};
+use super::write::{Content, Write, WriteOrder};
+use crate::common::operation::{OperationType, Reply};
+use crate::common::{ReplicaSet, SectorRange};
+use crate::jobs::{Chunk, Work};
+
+/// What begins a request.
+#[derive(Debug)]
+pub(super) enum Start {
+    Request(Tag, GuestRequest),
+    Suspicion(Suspicion),
+    Chunk(Chunk),
+}
+
+#[derive(Debug)]
+pub(super) enum Request {
+    Read(Read),
+    Write(Write),
+    Flush(Flush),
+    Scrub(Scrub),
+    Resync(Resync),
+    /// Retired, but an evicted or slow replica still has operations of it, whose buffers belong to
+    /// the kernel.
+    Orphaned,
+}
+
+/// Whether a request goes on after an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    Waiting,
+    Retired,
+}
+
+impl Start {
+    /// Bytes of buffers that the request may hold at a time.
+    pub(super) fn buffer_bytes(&self, in_service: ReplicaSet) -> u64 {
+        match self {
+            Self::Request(_, GuestRequest::Read(range))
+            | Self::Suspicion(Suspicion { range, .. })
+            | Self::Chunk(Chunk {
+                work: Work::Resync { range, .. } | Work::Scrub { range, .. },
+                ..
+            }) => {
+                // One buffer for each replica, and one to put the winner together in.
+                range.bytes() * (in_service.len() as u64 + 1)
+            }
+            Self::Request(_, GuestRequest::Write { data, .. }) => data.len() as u64,
+            Self::Request(_, GuestRequest::Zero { .. } | GuestRequest::Flush)
+            | Self::Chunk(Chunk {
+                work: Work::Flush, ..
+            }) => 0,
+        }
+    }
+
+    /// Begins the request. It never retires in its first input.
+    pub(super) fn begin(self, context: &mut Context<'_, impl Effects>) -> Request {
+        match self {
+            Self::Request(tag, request) => begin_guest(tag, request, context),
+            Self::Suspicion(suspicion) => Request::Read(Read::suspect(suspicion, context)),
+            Self::Chunk(chunk) => begin_chunk(chunk, context),
+        }
+    }
+}
+
+fn begin_guest(
+    tag: Tag,
+    request: GuestRequest,
+    context: &mut Context<'_, impl Effects>,
+) -> Request {
+    let order = match request {
+        GuestRequest::Read(range) => return Request::Read(Read::begin(tag, range, context)),
+        GuestRequest::Flush => {
+            return Request::Flush(Flush::begin(Origin::Request(tag), context));
+        }
+        GuestRequest::Write {
+            range,
+            data,
+            durable,
+        } => WriteOrder {
+            range,
+            content: Content::Data(Rc::new(data)),
+            durable,
+        },
+        GuestRequest::Zero {
+            range,
+            unmap,
+            durable,
+        } => WriteOrder {
+            range,
+            content: Content::Zeroes { unmap },
+            durable,
+        },
+    };
+    Request::Write(Write::begin(tag, order, context))
+}
+
+fn begin_chunk(chunk: Chunk, context: &mut Context<'_, impl Effects>) -> Request {
+    let Chunk { id, work } = chunk;
+    match work {
+        Work::Resync { replica, range } => {
+            Request::Resync(Resync::begin(id, replica, range, context))
+        }
+        Work::Scrub {
+            range,
+            repair,
+            spreads,
+        } => {
+            let order = ScrubOrder {
+                chunk: id,
+                range,
+                repair,
+                spreads,
+            };
+            Request::Scrub(Scrub::begin(order, context))
+        }
+        Work::Flush => Request::Flush(Flush::begin(Origin::Job(id), context)),
+    }
+}
+
+impl Request {
+    pub(super) fn is_orphaned(&self) -> bool {
+        matches!(self, Self::Orphaned)
+    }
+
+    pub(super) fn reply(
+        &mut self,
+        reply: Reply,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        match self {
+            Self::Read(read) => read.reply(reply, context),
+            Self::Write(write) => write.reply(&reply, context),
+            Self::Flush(flush) => flush.reply(&reply, context),
+            Self::Scrub(scrub) => scrub.reply(reply, context),
+            Self::Resync(resync) => resync.reply(reply, context),
+            Self::Orphaned => {
+                // No request waits for it any more, but an error is an error (R4).
+                if let Err(errno) = reply.result {
+                    let (operation, range) = reply.action.describe();
+                    context.report_error(reply.replica, operation, range, errno);
+                }
+                Progress::Retired
+            }
+        }
+    }
+
+    pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        match self {
+            Self::Read(read) => read.lock_granted(context),
+            Self::Write(write) => write.lock_granted(context),
+            Self::Flush(flush) => flush.lock_granted(context),
+            Self::Scrub(scrub) => scrub.lock_granted(context),
+            Self::Resync(resync) => resync.lock_granted(context),
+            Self::Orphaned => unreachable!("waits for no lock"),
+        }
+    }
+
+    /// Goes on without evicted replicas.
+    pub(super) fn evicted(
+        &mut self,
+        evicted: ReplicaSet,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        match self {
+            Self::Read(read) => read.evicted(evicted, context),
+            Self::Write(write) => write.evicted(evicted, context),
+            Self::Flush(flush) => flush.evicted(evicted, context),
+            Self::Scrub(scrub) => scrub.evicted(evicted, context),
+            Self::Resync(resync) => resync.evicted(evicted, context),
+            Self::Orphaned => Progress::Retired,
+        }
+    }
+
+    /// The replicas whose replies are out, if they were asked at `limit` or before.
+    pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
+        match self {
+            Self::Read(read) => read.stage().waiting_since(limit),
+            Self::Write(write) => write.waiting_since(limit),
+            Self::Flush(flush) => flush.waiting_since(limit),
+            Self::Scrub(scrub) => scrub.stage().waiting_since(limit),
+            Self::Resync(resync) => resync.confirmation().waiting_since(limit),
+            Self::Orphaned => ReplicaSet::EMPTY,
+        }
+    }
+
+    /// How many operations the request waits for.
+    pub(super) fn operations_waited_for(&self) -> usize {
+        match self.confirmation() {
+            Some(confirmation) => confirmation.operations_waited_for(),
+            None => self.waiting_since(Duration::MAX).len(),
+        }
+    }
+
+    /// Whether the request holds or waits for a lock under which it reads.
+    pub(super) fn is_confirming(&self) -> bool {
+        self.confirmation().is_some()
+    }
+
+    fn confirmation(&self) -> Option<&Confirmation> {
+        match self {
+            Self::Read(read) => read.stage().confirmation(),
+            Self::Scrub(scrub) => scrub.stage().confirmation(),
+            Self::Resync(resync) => Some(resync.confirmation()),
+            Self::Write(_) | Self::Flush(_) | Self::Orphaned => None,
+        }
+    }
+
+    /// The replicas that the request has anything to do with: as long as it has, no other replica
+    /// takes their places.
+    pub(super) fn refers_to(&self) -> ReplicaSet {
+        match self {
+            Self::Read(read) => read.stage().refers_to(),
+            Self::Write(write) => write.refers_to(),
+            Self::Flush(flush) => flush.refers_to(),
+            Self::Scrub(scrub) => scrub.stage().refers_to(),
+            Self::Resync(resync) => resync.confirmation().refers_to(),
+            Self::Orphaned => ReplicaSet::EMPTY,
+        }
+    }
+
+    /// The replicas whose replies are out, or that may still be asked.
+    pub(super) fn depends_on(&self) -> ReplicaSet {
+        let unasked = match self {
+            Self::Read(read) => read.stage().unasked(),
+            _ => ReplicaSet::EMPTY,
+        };
+        self.waiting_since(Duration::MAX).or(unasked)
+    }
+
+    /// What the replicas are doing for the request, and where.
+    pub(super) fn describe(&self) -> (OperationType, SectorRange) {
+        match self {
+            Self::Read(read) => (read.stage().operation(), read.range()),
+            Self::Write(write) => (OperationType::Write, write.range()),
+            Self::Flush(_) | Self::Orphaned => (OperationType::Flush, flush::NO_RANGE),
+            Self::Scrub(scrub) => (scrub.stage().operation(), scrub.range()),
+            Self::Resync(resync) => (resync.confirmation().operation(), resync.range()),
+        }
+    }
+}

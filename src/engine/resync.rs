@@ -1,0 +1,89 @@
+//! A chunk of a resync: a read under the lock whose winner is written to a stale replica.
+
+use super::confirmation::{Confirmation, Next, Terms};
+use super::context::Context;
+use super::interface::Effects;
+use super::replies::Replies;
+use super::request::Progress;
+use crate::common::operation::Reply;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::jobs::ChunkId;
+
+#[derive(Debug)]
+pub(super) struct Resync {
+    chunk: ChunkId,
+    range: SectorRange,
+    confirmation: Confirmation,
+}
+
+impl Resync {
+    pub(super) fn begin(
+        chunk: ChunkId,
+        replica: ReplicaIndex,
+        range: SectorRange,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Self {
+        let terms = Terms {
+            rule: context.core.read_rule(),
+            throughout: std::iter::once(replica).collect(),
+            repairs_losers: context.core.policy.rewrite_corrupted,
+            spreads: true,
+            answers_early: false,
+            is_resync: true,
+        };
+        let replies = Replies::new(range, context.core);
+        Self {
+            chunk,
+            range,
+            confirmation: Confirmation::begin(replies, terms, context),
+        }
+    }
+
+    pub(super) fn reply(
+        &mut self,
+        reply: Reply,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        let next = self.confirmation.reply(reply, context);
+        self.go_on(next, context)
+    }
+
+    pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        let next = self.confirmation.lock_granted(context);
+        self.go_on(next, context)
+    }
+
+    /// Goes on without evicted replicas.
+    pub(super) fn evicted(
+        &mut self,
+        evicted: ReplicaSet,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        let next = self.confirmation.evicted(evicted, context);
+        self.go_on(next, context)
+    }
+
+    /// Does what the confirmation says.
+    fn go_on(&mut self, next: Next, context: &mut Context<'_, impl Effects>) -> Progress {
+        match next {
+            Next::Wait => Progress::Waiting,
+            Next::Answer(_) => unreachable!("nothing waits for an early answer"),
+            Next::Decided(decision) => {
+                let next = self.confirmation.repair(&decision, context);
+                self.go_on(next, context)
+            }
+            Next::Done(outcome) => {
+                context.chunk_ended(self.chunk, outcome.into());
+                Progress::Retired
+            }
+        }
+    }
+
+    pub(super) fn range(&self) -> SectorRange {
+        self.range
+    }
+
+    pub(super) fn confirmation(&self) -> &Confirmation {
+        &self.confirmation
+    }
+}
