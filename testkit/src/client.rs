@@ -1,16 +1,13 @@
 //! A vhost-user client that this project did not write: `blkio`'s `virtio-blk-vhost-user` driver.
 
+use crate::HANG_LIMIT;
 use std::mem::MaybeUninit;
 use std::path::Path;
-use std::time::Duration;
 
 use blkio::{Blkio, Blkioq, Completion, MemoryRegion, ReqFlags};
 
 /// Memory shared with the daemon for each queue.
 pub const QUEUE_MEMORY_BYTES: usize = 8 << 20;
-
-/// Time in which a daemon must have answered something.
-const LIMIT: Duration = Duration::from_secs(20);
 
 /// A connected client. One slot of memory for each queue holds the data of its requests.
 pub struct Client {
@@ -199,8 +196,8 @@ impl Client {
         let mut completions: [MaybeUninit<Completion>; 256] =
             [const { MaybeUninit::uninit() }; 256];
         let count = self.queues[queue]
-            .do_io(&mut completions, min, Some(&mut LIMIT.clone()), None)
-            .unwrap_or_else(|error| panic!("no completion within {LIMIT:?}: {error}"));
+            .do_io(&mut completions, min, Some(&mut HANG_LIMIT.clone()), None)
+            .unwrap_or_else(|error| panic!("no completion within {HANG_LIMIT:?}: {error}"));
         completions[..count]
             .iter()
             .map(|completion| {

@@ -1,5 +1,6 @@
 //! `quorum-blkd` as a process, and a reader of its events.
 
+use crate::HANG_LIMIT;
 use std::ffi::{OsStr, OsString};
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader};
@@ -15,9 +16,6 @@ use serde_json::Value;
 
 use crate::process::{Process, wait_until};
 use crate::programs;
-
-/// Time in which a daemon must be ready, or gone after a signal.
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// A running daemon. What it wrote to stderr is shown when the test fails; it is killed when
 /// dropped.
@@ -51,11 +49,11 @@ impl Daemon {
             events_socket,
             log,
         };
-        let is_ready = wait_until(LIMIT, || {
+        let is_ready = wait_until(HANG_LIMIT, || {
             let has_ended = !daemon.process.is_alive();
             has_ended || daemon.socket.exists() && daemon.events_socket.exists()
         });
-        assert!(is_ready, "the daemon made no sockets within {LIMIT:?}");
+        assert!(is_ready, "the daemon made no sockets within {HANG_LIMIT:?}");
         if let Some(status) = daemon.process.exit_status() {
             panic!("the daemon ended at once, {status}");
         }
@@ -91,7 +89,7 @@ impl Daemon {
             .stdout(File::create(&stdout).expect("creating a file for stdout"))
             .stderr(File::create(&stderr).expect("creating a file for stderr"));
         let mut process = Process::spawn(&mut command).expect("starting the daemon");
-        let status = process.wait_within(LIMIT);
+        let status = process.wait_within(HANG_LIMIT);
         Output {
             status: status.expect("the daemon went on running"),
             stdout: fs::read(stdout).expect("reading stdout"),
@@ -142,8 +140,8 @@ impl Daemon {
 
     /// Waits until it ends by itself.
     pub fn wait(&mut self) -> ExitStatus {
-        let status = self.process.wait_within(LIMIT);
-        status.unwrap_or_else(|| panic!("the daemon is still there after {LIMIT:?}"))
+        let status = self.process.wait_within(HANG_LIMIT);
+        status.unwrap_or_else(|| panic!("the daemon is still there after {HANG_LIMIT:?}"))
     }
 }
 
@@ -172,13 +170,20 @@ pub struct EventReader {
 
 #[derive(Default)]
 struct Collected {
-    events: Mutex<Vec<Value>>,
-    came: Condvar,
+    stream: Mutex<Received>,
+    changed: Condvar,
+}
+
+#[derive(Default)]
+struct Received {
+    events: Vec<Value>,
+    /// The daemon has closed the connection.
+    is_closed: bool,
 }
 
 impl Collected {
-    fn lock(&self) -> MutexGuard<'_, Vec<Value>> {
-        self.events.lock().expect("the reader of events panicked")
+    fn lock(&self) -> MutexGuard<'_, Received> {
+        self.stream.lock().expect("the reader of events panicked")
     }
 }
 
@@ -198,9 +203,11 @@ impl EventReader {
                 for line in lines.map_while(Result::ok) {
                     let event = serde_json::from_str(&line)
                         .unwrap_or_else(|error| panic!("not an event ({error}): {line}"));
-                    collected.lock().push(event);
-                    collected.came.notify_all();
+                    collected.lock().events.push(event);
+                    collected.changed.notify_all();
                 }
+                collected.lock().is_closed = true;
+                collected.changed.notify_all();
             }
         });
         Self {
@@ -212,7 +219,20 @@ impl EventReader {
 
     /// All events so far, in the order they came.
     pub fn all(&self) -> Vec<Value> {
-        self.collected.lock().clone()
+        self.collected.lock().events.clone()
+    }
+
+    /// All events, when the daemon has closed the connection. It does so after the last event.
+    pub fn all_until_closed(&self) -> Vec<Value> {
+        let is_open = |received: &mut Received| !received.is_closed;
+        let changed = &self.collected.changed;
+        let waited = changed.wait_timeout_while(self.collected.lock(), HANG_LIMIT, is_open);
+        let (received, waited) = waited.expect("the reader of events panicked");
+        assert!(
+            !waited.timed_out(),
+            "the event socket is still open after {HANG_LIMIT:?}"
+        );
+        received.events.clone()
     }
 
     /// The first event, of those that came and those that come within `limit`, that `is_wanted`.
@@ -222,18 +242,19 @@ impl EventReader {
         limit: Duration,
     ) -> Option<Value> {
         let deadline = Instant::now() + limit;
-        let mut events = self.collected.lock();
+        let mut received = self.collected.lock();
         let mut seen = 0;
         loop {
-            if let Some(event) = events[seen..].iter().find(|event| is_wanted(event)) {
+            let new = &received.events[seen..];
+            if let Some(event) = new.iter().find(|event| is_wanted(event)) {
                 return Some(event.clone());
             }
-            seen = events.len();
+            seen = received.events.len();
             let remaining = deadline.checked_duration_since(Instant::now())?;
-            events = self
+            received = self
                 .collected
-                .came
-                .wait_timeout(events, remaining)
+                .changed
+                .wait_timeout(received, remaining)
                 .expect("the reader of events panicked")
                 .0;
         }

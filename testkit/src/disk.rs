@@ -1,5 +1,6 @@
 //! A voted disk under test, ours or the peer's: the same images, the same client, the same faults.
 
+use crate::HANG_LIMIT;
 use std::cell::RefCell;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -14,10 +15,6 @@ use crate::fuse::{FuseImage, Healer};
 use crate::images::create_images;
 use crate::monitor::Monitor;
 use crate::peer::Peer;
-use crate::process::wait_until;
-
-/// Time in which something that should happen must have happened.
-pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// The monitor of ours, in the directory of the disk.
 const MONITOR_SOCKET: &str = "qmp.sock";
@@ -69,7 +66,7 @@ impl Default for Plan {
             queues: 1,
             direct: true,
             iothread: false,
-            replica_timeout: Duration::from_secs(15),
+            replica_timeout: Duration::from_secs(60),
         }
     }
 }
@@ -206,12 +203,7 @@ impl Disk {
 
     /// All events of the vote so far.
     pub fn events(&self) -> Vec<Value> {
-        let mut events = self.events.all();
-        events.retain(|event| {
-            let name = event["event"].as_str().unwrap_or_default();
-            name.starts_with("QUORUM_")
-        });
-        events
+        of_the_vote(self.events.all())
     }
 
     /// The first event of this name and, for QUORUM_REPORT_BAD, replica.
@@ -223,7 +215,7 @@ impl Disk {
                 .is_none_or(|node| event["data"]["node-name"] == *node);
             event["event"] == name && named
         };
-        let event = self.events.wait_for(wanted, LIMIT);
+        let event = self.events.wait_for(wanted, HANG_LIMIT);
         event.unwrap_or_else(|| panic!("no {name} of {node:?}, but {:?}", self.events()))
     }
 
@@ -233,14 +225,16 @@ impl Disk {
             Program::Ours(daemon) => assert!(daemon.terminate().success()),
             Program::Peer(peer) => peer.terminate(),
         }
-        // The event socket is closed after the last event.
-        let mut events = self.events();
-        wait_until(Duration::from_millis(200), || {
-            let before = std::mem::replace(&mut events, self.events());
-            before.len() != events.len()
-        });
-        events
+        of_the_vote(self.events.all_until_closed())
     }
+}
+
+fn of_the_vote(mut events: Vec<Value>) -> Vec<Value> {
+    events.retain(|event| {
+        let name = event["event"].as_str().unwrap_or_default();
+        name.starts_with("QUORUM_")
+    });
+    events
 }
 
 impl Plan {

@@ -6,6 +6,7 @@
 //! to a ring is there for the next daemon to find. Every chain that comes back is checked: it was
 //! outstanding, and comes once.
 
+use crate::HANG_LIMIT;
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
@@ -39,8 +40,6 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::process::wait_until;
 
-/// Time in which a daemon must have answered something.
-pub const LIMIT: Duration = Duration::from_secs(20);
 /// Bytes of the configuration space that both VMMs ask for.
 const CONFIG_BYTES: u32 = 60;
 /// Where guest memory begins; not at zero, so that an offset is never mistaken for an address.
@@ -626,7 +625,7 @@ impl Queue {
     /// was to be said of earlier ones has been said.
     pub fn run_dry(&mut self) {
         self.submit(&Request::get_id(), Layout::DIRECT);
-        assert!(wait_until(LIMIT, || self.has_used()), "no answer");
+        assert!(wait_until(HANG_LIMIT, || self.has_used()), "no answer");
         self.pop();
         self.take_calls();
     }
@@ -643,9 +642,11 @@ impl Queue {
             if let Some(completion) = self.pop() {
                 return completion;
             }
-            if !self.ask_for_calls() && !self.wait_for_call(LIMIT) {
+            if !self.ask_for_calls() && !self.wait_for_call(HANG_LIMIT) {
                 let came = self.has_used();
-                panic!("no interrupt within {LIMIT:?}; did a chain come back all the same: {came}");
+                panic!(
+                    "no interrupt within {HANG_LIMIT:?}; did a chain come back all the same: {came}"
+                );
             }
         }
     }
@@ -821,7 +822,7 @@ impl Vmm {
     pub fn connect_over(&mut self, stream: UnixStream) -> vhost::Result<()> {
         // No answer is an error, too.
         stream
-            .set_read_timeout(Some(LIMIT))
+            .set_read_timeout(Some(HANG_LIMIT))
             .map_err(Error::SocketError)?;
         let mut frontend = Frontend::from_stream(stream, 1);
         let is_qemu = self.plan.style == Style::Qemu;

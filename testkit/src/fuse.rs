@@ -38,7 +38,7 @@ const ATTRIBUTES_VALID: Duration = Duration::from_secs(3600);
 /// default, 16.
 const REQUESTS_MAX: u16 = 4096;
 /// Time in which the last user of the file must have closed it.
-const END_LIMIT: Duration = Duration::from_secs(5);
+pub const END_LIMIT: Duration = Duration::from_secs(30);
 
 /// What can be asked of the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

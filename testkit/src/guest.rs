@@ -4,6 +4,7 @@
 //! only program and says how commands reach it. The guest has two serial ports: the kernel writes
 //! to the first, which goes to `console.log`, and commands travel on the second, a unix socket.
 
+use crate::HANG_LIMIT;
 use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{self, ErrorKind, Read, Write};
@@ -18,12 +19,6 @@ use serde_json::json;
 use crate::monitor::Monitor;
 use crate::process::{Process, wait_until};
 use crate::programs;
-
-/// Time in which the guest must have booted. It takes 6 s on an idle machine.
-const BOOT_LIMIT: Duration = Duration::from_secs(90);
-
-/// Time that a command may take.
-const COMMAND_LIMIT: Duration = Duration::from_secs(90);
 
 /// Time between two looks at the clock while the guest is silent.
 const READ_INTERVAL: Duration = Duration::from_millis(200);
@@ -177,7 +172,7 @@ impl GuestBuilder {
                 .expect("creating the log of commands"),
         };
         if self.incoming.is_none() {
-            let (_, word) = guest.receive_reply(BOOT_LIMIT);
+            let (_, word) = guest.receive_reply(HANG_LIMIT);
             assert_eq!(word, "ready", "the guest did not get ready");
             let elapsed_s = started.elapsed().as_secs_f64();
             guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
@@ -283,7 +278,7 @@ impl Guest {
     /// Waits until the command that was begun has printed `text`; it has to go on running after
     /// that.
     pub fn wait_for_output(&mut self, text: &str) {
-        self.receive(COMMAND_LIMIT, |guest| {
+        self.receive(HANG_LIMIT, |guest| {
             let received = String::from_utf8_lossy(&guest.received);
             assert!(
                 !received.contains("\n@@ "),
@@ -295,7 +290,7 @@ impl Guest {
 
     /// Waits for the end of the command that was begun.
     pub fn finish(&mut self) -> CommandOutput {
-        let (output, word) = self.receive_reply(COMMAND_LIMIT);
+        let (output, word) = self.receive_reply(HANG_LIMIT);
         let Ok(status) = word.parse() else {
             panic!("the guest sent {word:?} for an exit status");
         };
@@ -326,14 +321,14 @@ impl Guest {
     /// Switches the guest off and waits for QEMU's end. The guest does not sync or unmount.
     pub fn poweroff(mut self) -> ExitStatus {
         self.send("poweroff -f");
-        let status = self.qemu.wait_within(COMMAND_LIMIT);
+        let status = self.qemu.wait_within(HANG_LIMIT);
         status.expect("the guest did not switch itself off")
     }
 
     /// Ends QEMU, whatever the guest is doing (it may have been migrated away).
     pub fn quit(mut self) -> ExitStatus {
         self.monitor().execute("quit", json!({}));
-        let status = self.qemu.wait_within(COMMAND_LIMIT);
+        let status = self.qemu.wait_within(HANG_LIMIT);
         status.expect("QEMU did not end")
     }
 
@@ -425,7 +420,7 @@ fn accept(listener: &UnixListener, qemu: &mut Process) -> Option<UnixStream> {
         .set_nonblocking(true)
         .expect("making a socket non-blocking");
     let mut accepted = None;
-    wait_until(BOOT_LIMIT, || {
+    wait_until(HANG_LIMIT, || {
         accepted = listener.accept().ok();
         accepted.is_some() || !qemu.is_alive()
     });

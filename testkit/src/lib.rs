@@ -1,6 +1,7 @@
-//! What the integration tests share: the daemon as a process, its events, image files to serve and
-//! to corrupt, files that hang and fail, the system to compare with, a Linux guest under QEMU and
-//! its monitor.
+//! What the tests and the benchmarks share: programs as processes, a client and a frontend for the
+//! disk, image files that fail and hang, the system to compare with, and Linux guests.
+
+use std::time::Duration;
 
 pub mod client;
 pub mod daemon;
@@ -12,9 +13,16 @@ pub mod guest_load;
 pub mod images;
 pub mod load;
 pub mod loop_device;
+pub mod machine;
 pub mod monitor;
 pub mod oracle;
 pub mod peer;
 pub mod process;
 pub mod programs;
 pub mod rows;
+
+/// How long a test waits for something that must happen before it counts as hung.
+///
+/// It detects hangs and says nothing about speed: on a loaded machine everything may take many times
+/// as long as on an idle one.
+pub const HANG_LIMIT: Duration = Duration::from_secs(300);

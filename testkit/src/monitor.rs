@@ -1,6 +1,7 @@
 //! A small client of the QEMU Machine Protocol (QEMU's docs/interop/qmp-spec): JSON objects, one a
 //! line.
 
+use crate::HANG_LIMIT;
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::UnixStream;
@@ -10,10 +11,6 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use crate::process::wait_until;
-
-/// Time in which a monitor must answer. QEMU answers nobody while it waits for a vhost-user
-/// backend.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// Time between two looks at the clock while the monitor is silent.
 const READ_INTERVAL: Duration = Duration::from_millis(200);
@@ -31,7 +28,7 @@ impl Monitor {
     /// Connects to the monitor at `socket`, which may not be there yet.
     pub fn connect(socket: &Path) -> Self {
         let mut connected = None;
-        wait_until(LIMIT, || {
+        wait_until(HANG_LIMIT, || {
             connected = UnixStream::connect(socket).ok();
             connected.is_some()
         });
@@ -44,7 +41,7 @@ impl Monitor {
             received: Vec::new(),
             events: VecDeque::new(),
         };
-        let greeting = monitor.receive(Instant::now() + LIMIT);
+        let greeting = monitor.receive(Instant::now() + HANG_LIMIT);
         let greeting = greeting.expect("no greeting from the monitor in time");
         assert!(greeting["QMP"].is_object(), "{greeting}");
         monitor.execute("qmp_capabilities", json!({}));
@@ -63,11 +60,11 @@ impl Monitor {
         self.stream
             .write_all(format!("{request}\n").as_bytes())
             .expect("sending the monitor a command");
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let message = self.receive(deadline);
             let mut message =
-                message.unwrap_or_else(|| panic!("{command}: no answer within {LIMIT:?}"));
+                message.unwrap_or_else(|| panic!("{command}: no answer within {HANG_LIMIT:?}"));
             if message["event"].is_string() {
                 self.events.push_back(message);
             } else if message["error"].is_object() {

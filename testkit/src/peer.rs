@@ -1,5 +1,6 @@
 //! qemu-storage-daemon with a quorum node: the system this one is compared with.
 
+use crate::HANG_LIMIT;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::os::fd::OwnedFd;
@@ -7,7 +8,6 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::thread;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -16,7 +16,6 @@ use crate::disk::{Plan, node_name};
 use crate::process::{Process, wait_until};
 
 const PROGRAM: &str = "qemu-storage-daemon";
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// A running qemu-storage-daemon; killed when dropped. What it wrote to stderr is shown when the
 /// test fails.
@@ -87,7 +86,7 @@ impl Peer {
             barriers: 0,
         };
         // The last thing that it does before it serves.
-        wait_until(LIMIT, || ready.exists() || !peer.process.is_alive());
+        wait_until(HANG_LIMIT, || ready.exists() || !peer.process.is_alive());
         assert!(ready.exists(), "{PROGRAM} does not serve: {}", peer.log());
         negotiate(&monitor).unwrap_or_else(|error| panic!("the monitor of {PROGRAM}: {error}"));
         (peer, EventReader::over(monitor))
@@ -105,7 +104,7 @@ impl Peer {
         let message = json!({ "execute": command, "arguments": arguments, "id": id });
         let sent = self.monitor.write_all(format!("{message}\n").as_bytes());
         sent.expect("writing to the monitor");
-        let answer = events.wait_for(|line| line["id"] == id, LIMIT);
+        let answer = events.wait_for(|line| line["id"] == id, HANG_LIMIT);
         let mut answer = answer.expect("an answer of the monitor");
         assert!(answer["error"].is_null(), "{command}: {answer}");
         answer["return"].take()
@@ -124,8 +123,11 @@ impl Peer {
     /// Asks it to end and waits for that.
     pub fn terminate(&mut self) {
         self.process.signal(libc::SIGTERM);
-        let status = self.process.wait_within(LIMIT);
-        assert!(status.is_some(), "{PROGRAM} is still there after {LIMIT:?}");
+        let status = self.process.wait_within(HANG_LIMIT);
+        assert!(
+            status.is_some(),
+            "{PROGRAM} is still there after {HANG_LIMIT:?}"
+        );
     }
 
     fn log(&self) -> String {
@@ -143,7 +145,7 @@ impl Drop for Peer {
 
 /// Asks the monitor for events.
 fn negotiate(mut stream: &UnixStream) -> io::Result<()> {
-    stream.set_read_timeout(Some(LIMIT))?;
+    stream.set_read_timeout(Some(HANG_LIMIT))?;
     assert!(line(stream)?.contains("QMP"), "no greeting");
     stream.write_all(b"{\"execute\": \"qmp_capabilities\"}\n")?;
     assert!(line(stream)?.contains("return"), "capabilities refused");

@@ -14,11 +14,12 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
+use testkit::HANG_LIMIT;
 
 use serde_json::Value;
 use tempfile::TempDir;
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
-use testkit::frontend::{Completion, Cut, LIMIT, Layout, Plan, Range, Request, Style, Vmm};
+use testkit::frontend::{Completion, Cut, Layout, Plan, Range, Request, Style, Vmm};
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::{BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, create_images};
 use testkit::load::{Model, Read, Write};
@@ -99,11 +100,11 @@ fn half_done(queue_of_write: usize) {
         }
         let reads = hanging[1].asked(Operation::Read);
         vmm.queues[0].submit(&Request::read(0, 4096), Layout::DIRECT);
-        assert!(wait_until(LIMIT, || hanging[1].asked(Operation::Read) > reads));
+        assert!(wait_until(HANG_LIMIT, || hanging[1].asked(Operation::Read) > reads));
         hanging[1].inject(Operation::Write, Fault::Hang);
         vmm.queues[queue_of_write].submit(&Request::write(0, vec![1; 4096]), Layout::DIRECT);
         let is_written = |image: &PathBuf| fs::read(image).unwrap()[..4096] == [1; 4096];
-        assert!(wait_until(LIMIT, || {
+        assert!(wait_until(HANG_LIMIT, || {
             is_written(&images[0])
                 && is_written(&images[1])
                 && hanging[1].asked(Operation::Write) > 0
@@ -117,7 +118,7 @@ fn half_done(queue_of_write: usize) {
 
         daemon.start_again();
         let mut events = None;
-        assert!(wait_until(LIMIT, || {
+        assert!(wait_until(HANG_LIMIT, || {
             events = UnixStream::connect(daemon.events_socket())
                 .ok()
                 .map(EventReader::over);
@@ -279,12 +280,12 @@ impl Soak {
 
     /// Connects a reader of events and the VMM. `None` if the daemon was killed before.
     fn connect(&mut self, is_over: impl Fn() -> bool) -> Option<EventReader> {
-        let deadline = Instant::now() + LIMIT;
+        let deadline = Instant::now() + HANG_LIMIT;
         let before = format!("the last one ended by {:?}", self.last);
         let is_hopeless = || {
             assert!(
                 Instant::now() < deadline,
-                "nobody serves within {LIMIT:?}, {before}"
+                "nobody serves within {HANG_LIMIT:?}, {before}"
             );
             is_over()
         };
@@ -419,7 +420,7 @@ impl Load {
                     self.is_waiting = false;
                     since = Instant::now();
                 }
-                if since.elapsed() > LIMIT {
+                if since.elapsed() > HANG_LIMIT {
                     self.report_silence();
                 }
                 continue;
@@ -446,7 +447,7 @@ impl Load {
                 queue.has_used()
             );
         }
-        panic!("no interrupt for {LIMIT:?}");
+        panic!("no interrupt for {HANG_LIMIT:?}");
     }
 
     fn check(&mut self, queue: usize, completion: &Completion) {

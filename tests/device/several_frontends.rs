@@ -7,6 +7,7 @@ use std::path::Path;
 use std::sync::Barrier;
 use std::thread;
 use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use quorum_blk::limits::CONNECTIONS_MAX;
 use serde_json::Value;
@@ -17,7 +18,6 @@ use testkit::images::{Random, are_identical, create_images};
 use testkit::process::wait_until;
 
 const DISK_BYTES: u64 = 4 << 20;
-const LIMIT: Duration = Duration::from_secs(10);
 /// Long enough for a daemon that would answer.
 const SILENCE: Duration = Duration::from_millis(300);
 
@@ -113,23 +113,23 @@ fn one_too_many_is_turned_away() {
     let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
     let mut connections: Vec<_> = (0..CONNECTIONS_MAX).map(|_| ask(daemon.socket())).collect();
     for connection in &mut connections {
-        assert_eq!(is_served(connection, LIMIT), Some(true));
+        assert_eq!(is_served(connection, HANG_LIMIT), Some(true));
     }
-    assert_eq!(is_served(&mut ask(daemon.socket()), LIMIT), None);
+    assert_eq!(is_served(&mut ask(daemon.socket()), HANG_LIMIT), None);
     assert!(daemon.log().contains("turned away"), "{}", daemon.log());
     for _ in 0..3 {
         connections.remove(1);
         connections.push(ask(daemon.socket()));
         let last = connections.last_mut().unwrap();
         assert_eq!(
-            is_served(last, LIMIT),
+            is_served(last, HANG_LIMIT),
             Some(true),
             "its place is free at once"
         );
     }
     assert!(daemon.terminate().success(), "with all of them connected");
     for connection in &mut connections {
-        assert_eq!(is_served(connection, LIMIT), None);
+        assert_eq!(is_served(connection, HANG_LIMIT), None);
     }
 }
 
@@ -149,12 +149,12 @@ fn who_comes_after_does_not_see_writes_of_before_take_effect() {
     image.inject(Operation::Write, Fault::Hang);
     goes.memory(0)[..4096].fill(7);
     goes.send(0, &Request::writes(1, 4096));
-    assert!(wait_until(LIMIT, || image.asked(Operation::Write) == 1));
+    assert!(wait_until(HANG_LIMIT, || image.asked(Operation::Write) == 1));
     drop(goes);
     let mut next = ask(daemon.socket());
     assert_eq!(is_served(&mut next, SILENCE), Some(false));
     assert!(stays.read(0, 0, 4096).is_ok(), "others are served");
     image.heal();
-    assert_eq!(is_served(&mut next, LIMIT), Some(true));
+    assert_eq!(is_served(&mut next, HANG_LIMIT), Some(true));
     assert!(stays.read(0, 0, 4096).unwrap() == [7; 4096]);
 }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use serde_json::{Value, json};
 use testkit::client::Client;
@@ -17,7 +17,6 @@ use testkit::process::wait_until;
 
 const BLOCK_BYTES: usize = 4096;
 const SIZE_BYTES: u64 = 64 << 20;
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// The guest uses the first half; nobody reads the other one but jobs.
 const GUEST_BLOCKS: u64 = SIZE_BYTES / 2 / BLOCK_BYTES as u64;
@@ -105,7 +104,7 @@ fn wait_for_end(monitor: &mut Monitor, kind: &str) -> Value {
         message["event"] == "BLOCK_JOB_COMPLETED" && message["data"]["type"] == kind
     };
     let end = monitor
-        .wait_for_event(is_end, LIMIT)
+        .wait_for_event(is_end, HANG_LIMIT)
         .unwrap_or_else(|| panic!("no end of {kind}"));
     assert!(end["data"].get("error").is_none(), "{end}");
     end
@@ -215,7 +214,7 @@ fn the_disk_grows_while_the_guest_and_jobs_work() {
         wait_for_end(monitor, "quorum-scrub");
         // What is scrubbed now has the new part in it, and the one that was added has it too.
         let no_job = |monitor: &mut Monitor| monitor.execute("query-jobs", json!({})) == json!([]);
-        assert!(wait_until(LIMIT, || no_job(monitor)));
+        assert!(wait_until(HANG_LIMIT, || no_job(monitor)));
         monitor.execute("quorum-scrub", json!({ "repair": true }));
         let end = wait_for_end(monitor, "quorum-scrub");
         assert_eq!(end["data"]["len"], SIZE_BYTES + (STEPS << 20), "{end}");
@@ -247,7 +246,7 @@ fn a_job_is_paused_slowed_resumed_and_cancelled() {
     );
     monitor.execute("job-cancel", json!({ "id": id }));
     let is_end = |message: &Value| message["event"] == "BLOCK_JOB_CANCELLED";
-    assert!(monitor.wait_for_event(is_end, LIMIT).is_some());
+    assert!(monitor.wait_for_event(is_end, HANG_LIMIT).is_some());
     let unknown = monitor.try_execute("job-pause", json!({ "id": "job999" }));
     assert_eq!(unknown.expect_err("no such job")["class"], "GenericError");
 }

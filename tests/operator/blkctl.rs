@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::thread;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use rustix::net::{AddressFamily, SocketAddrUnix, SocketType, bind, listen, socket};
 use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
@@ -21,7 +21,6 @@ use testkit::images::{are_identical, corrupt_sectors, create_images};
 use testkit::process::{Process, wait_until};
 
 const SIZE_BYTES: u64 = 64 << 20;
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// A daemon with three images.
 struct Served {
@@ -71,7 +70,7 @@ fn run_command(command: &mut Command) -> Ran {
     command
         .stdout(File::create(&stdout).unwrap())
         .stderr(File::create(&stderr).unwrap());
-    let status = Process::spawn(command).unwrap().wait_within(LIMIT);
+    let status = Process::spawn(command).unwrap().wait_within(HANG_LIMIT);
     let text = |path: &Path| String::from_utf8(fs::read(path).unwrap()).unwrap();
     Ran {
         code: status.expect("it goes on running").code(),
@@ -131,7 +130,9 @@ impl Served {
 
 #[track_caller]
 fn wait_for_text(path: &Path, text: &str) {
-    let comes = wait_until(LIMIT, || fs::read_to_string(path).unwrap().contains(text));
+    let comes = wait_until(HANG_LIMIT, || {
+        fs::read_to_string(path).unwrap().contains(text)
+    });
     assert!(
         comes,
         "no {text:?} in {}",
@@ -266,7 +267,7 @@ fn replicas_come_and_go() {
             .with(0)
             .contains("new.raw is a replica of quorum0")
     );
-    assert!(wait_until(LIMIT, || served.run("status").code == Some(0)));
+    assert!(wait_until(HANG_LIMIT, || served.run("status").code == Some(0)));
     let there = add("new.raw", " --create --node-name other").with(3);
     assert!(
         there.contains("File exists") && there.contains("nothing has changed"),
@@ -333,14 +334,14 @@ fn jobs_are_listed_told_and_waited_for() {
     let (mut waiting, output) = served.start("jobs wait job0", "wait");
     wait_for_text(&output, "job0 (scrub)   0 %");
     served.run("jobs cancel job0").with(0);
-    assert_eq!(waiting.wait_within(LIMIT).unwrap().code(), Some(1));
+    assert_eq!(waiting.wait_within(HANG_LIMIT).unwrap().code(), Some(1));
     wait_for_text(&output, "job0 (scrub) was cancelled");
 
     // Who waits can stop waiting; the job goes on.
     let (mut waiting, output) = served.start("scrub --speed 4K", "interrupted");
     wait_for_text(&output, "job1 (scrub)   0 %");
     waiting.signal(libc::SIGINT);
-    assert_eq!(waiting.wait_within(LIMIT).unwrap().code(), Some(130));
+    assert_eq!(waiting.wait_within(HANG_LIMIT).unwrap().code(), Some(130));
     wait_for_text(
         &output,
         "job1 continues; to wait for it again: quorum-blkctl jobs wait job1",
@@ -349,7 +350,7 @@ fn jobs_are_listed_told_and_waited_for() {
     let (mut waiting, output) = served.start("jobs wait job1", "again");
     wait_for_text(&output, "job1 (scrub)   0 %");
     served.run("jobs speed job1 0").with(0);
-    assert_eq!(waiting.wait_within(LIMIT).unwrap().code(), Some(0));
+    assert_eq!(waiting.wait_within(HANG_LIMIT).unwrap().code(), Some(0));
     wait_for_text(&output, "no corrupt sectors found");
     assert!(
         served
@@ -390,7 +391,7 @@ fn events_are_followed_until_the_daemon_ends() {
     let (mut text, text_output) = served.start("events", "text");
     let (mut raw, raw_output) = served.start("events --json", "raw");
     // Who has not connected yet misses them.
-    let hears = wait_until(LIMIT, || {
+    let hears = wait_until(HANG_LIMIT, || {
         served.run("scrub").with(0);
         [&text_output, &raw_output]
             .iter()
@@ -409,7 +410,7 @@ fn events_are_followed_until_the_daemon_ends() {
     );
     assert!(served.daemon.terminate().success());
     for (events, path) in [(&mut text, &text_output), (&mut raw, &raw_output)] {
-        assert_eq!(events.wait_within(LIMIT).unwrap().code(), Some(3));
+        assert_eq!(events.wait_within(HANG_LIMIT).unwrap().code(), Some(3));
         wait_for_text(path, "quorum-blkctl: the daemon closed the connection");
         assert!(!fs::read_to_string(path).unwrap().contains('\x1b'));
     }
@@ -491,7 +492,7 @@ fn on_terminal(
         }
     });
     let text = || String::from_utf8_lossy(&written.lock().unwrap()).into_owned();
-    let ends = wait_until(LIMIT, || match enough {
+    let ends = wait_until(HANG_LIMIT, || match enough {
         Some(enough) => text().contains(enough),
         None => !process.is_alive(),
     });

@@ -6,9 +6,12 @@ use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
+use testkit::HANG_LIMIT;
+use testkit::machine::measure;
 
 use quorum_blk::common::operation::OperationType;
 use quorum_blk::common::report::{Cause, Report};
@@ -19,9 +22,6 @@ use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{BindError, Listener, bind_unix_listener};
 use quorum_blk::limits::{EVENT_BURST, EVENT_READERS_MAX, REPLICAS_MAX};
 use serde_json::Value;
-
-/// Generous: nothing here is a measurement.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 struct Served {
     _directory: tempfile::TempDir,
@@ -86,7 +86,7 @@ struct Lines(BufReader<UnixStream>);
 
 impl Lines {
     fn new(stream: UnixStream) -> Self {
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         Self(BufReader::new(stream))
     }
 
@@ -143,12 +143,14 @@ impl Account {
 #[test]
 fn readers_come_and_go() {
     let served = serve();
-    // Nothing is kept for who comes later.
+    // Nothing is kept for readers that connect later.
+    let mut before = served.connect();
     served.queue.push(failure(0));
-    thread::sleep(Duration::from_millis(100));
+    assert_eq!(before.sector(), 0);
+    drop(before);
     let mut first = served.connect();
     served.queue.push(failure(1));
-    while first.sector() != 1 {}
+    assert_eq!(first.sector(), 1);
     let mut second = served.connect();
     served.queue.push(failure(2));
     assert_eq!((first.sector(), second.sector()), (2, 2));
@@ -165,16 +167,24 @@ fn readers_come_and_go() {
 
 #[test]
 fn the_first_event_is_out_at_once() {
-    let served = serve();
-    let mut reader = served.connect();
-    let pushed = Instant::now();
-    served.queue.push(error(1, 5, 77));
-    let event = reader.next().unwrap();
-    let took = pushed.elapsed();
-    assert_eq!(event["event"], "QUORUM_REPORT_BAD");
-    assert_eq!(event["data"]["node-name"], "1.raw");
-    assert_eq!(event["data"]["ret"], -5);
-    assert!(took < Duration::from_secs(1), "{took:?}");
+    measure(|| {
+        let served = serve();
+        let mut reader = served.connect();
+        let pushed = Instant::now();
+        served.queue.push(error(1, 5, 77));
+        let event = reader.next().unwrap();
+        let took = pushed.elapsed();
+        assert_eq!(event["event"], "QUORUM_REPORT_BAD");
+        assert_eq!(event["data"]["node-name"], "1.raw");
+        assert_eq!(event["data"]["ret"], -5);
+        // Events are folded for a second; the first is not.
+        let is_at_once = took < Duration::from_secs(1);
+        if is_at_once {
+            Ok(())
+        } else {
+            Err(format!("sent after {took:?}"))
+        }
+    });
 }
 
 #[test]
@@ -182,6 +192,7 @@ fn a_flood_is_folded_with_exact_counts() {
     let served = serve();
     let mut reader = served.connect();
     const FLOOD: u64 = 100_000;
+    let began = Instant::now();
     let pushers: Vec<_> = (0..2)
         .map(|_| {
             let queue = served.queue.clone();
@@ -199,9 +210,10 @@ fn a_flood_is_folded_with_exact_counts() {
     served.publisher.stop();
     assert_eq!(reader.rest(), Account::default());
     assert_eq!((account.total(), account.missed), (FLOOD, 0));
-    // Fewer windows than this unless the machine stood still.
+    // In each window of a second a burst is sent as it is, and what is folded.
+    let windows = began.elapsed().as_secs() + 2;
     assert!(
-        account.lines < 60 * (u64::from(EVENT_BURST) + 1),
+        account.lines <= windows * (u64::from(EVENT_BURST) + 1),
         "{account:?}"
     );
     assert!(account.suppressed > 0);
@@ -228,19 +240,22 @@ fn a_reader_that_stalls_delays_nobody_and_is_told_what_it_missed() {
     // Too many kinds for the folding to take the flood off the readers.
     const FLOOD: u64 = 200_000;
     let kinds = (1..=100).flat_map(|errno| (0..32).map(move |replica| (replica, errno)));
-    let mut slowest = Duration::ZERO;
+    // It does not read before all this returns: a push that waited for it would wait for ever.
     for (sector, (replica, errno)) in (0..FLOOD).zip(kinds.cycle()) {
-        let start = Instant::now();
         served.queue.push(error(replica, errno, sector));
-        slowest = slowest.max(start.elapsed());
     }
-    assert!(slowest < Duration::from_secs(1), "a push took {slowest:?}");
 
     // It reads again, and from then on gets all there is, the notice before it.
-    let stalled = thread::spawn(move || stalled.rest());
-    thread::sleep(Duration::from_millis(1200));
+    let stalled = thread::spawn(move || {
+        let (mut stalled, mut account) = (stalled, Account::default());
+        while account.total() < FLOOD {
+            account.add(&stalled.next().unwrap());
+        }
+        account
+    });
+    let stalled = stalled.join().unwrap();
     served.publisher.stop();
-    let (stalled, live) = (stalled.join().unwrap(), live.join().unwrap());
+    let live = live.join().unwrap();
     assert_eq!(live.total(), FLOOD, "{live:?}");
     assert_eq!(stalled.total(), FLOOD, "{stalled:?}");
     assert!(stalled.missed > 0, "{stalled:?}");
@@ -256,13 +271,8 @@ fn a_reader_that_never_reads_does_not_hold_up_stop() {
         let errno = i32::try_from(sector / 32 % 100).unwrap() + 1;
         served.queue.push(error(replica, errno, sector));
     }
-    let start = Instant::now();
+    // The reader does not read before this returns.
     served.publisher.stop();
-    assert!(
-        start.elapsed() < Duration::from_secs(10),
-        "{:?}",
-        start.elapsed()
-    );
     assert!(!served.path.exists());
     // What did reach it is whole.
     assert!(stalled.rest().lines > 0);
@@ -271,40 +281,40 @@ fn a_reader_that_never_reads_does_not_hold_up_stop() {
 #[test]
 fn readers_come_and_go_during_a_flood() {
     let served = serve();
-    let done = Arc::new(Mutex::new(false));
-    let visitors: Vec<_> = (0..4)
-        .map(|_| {
-            let (path, done) = (served.path.clone(), done.clone());
-            thread::spawn(move || {
-                let mut visits = 0;
-                while !*done.lock().unwrap() {
-                    let mut reader = Lines::new(UnixStream::connect(&path).unwrap());
-                    reader.next().unwrap();
-                    visits += 1;
-                }
-                visits
-            })
+    let done = Arc::new(AtomicBool::new(false));
+    let visits: [_; 4] = std::array::from_fn(|_| Arc::new(AtomicU32::new(0)));
+    let visitors = visits.each_ref().map(|visits| {
+        let (path, done, visits) = (served.path.clone(), done.clone(), visits.clone());
+        thread::spawn(move || {
+            while !done.load(Ordering::Relaxed) {
+                let mut reader = Lines::new(UnixStream::connect(&path).unwrap());
+                reader.next().unwrap();
+                visits.fetch_add(1, Ordering::Relaxed);
+            }
         })
-        .collect();
+    });
     let steady = served.connect();
     let steady = thread::spawn(move || steady.rest());
     let mut pushed = 0;
-    let start = Instant::now();
-    while start.elapsed() < Duration::from_millis(500) {
+    let each_came_often = || {
+        let often = |visits: &Arc<AtomicU32>| visits.load(Ordering::Relaxed) >= 10;
+        visits.iter().all(often)
+    };
+    while pushed < 100_000 || !each_came_often() {
         let replica = u8::try_from(pushed % 32).unwrap();
         let errno = i32::try_from(pushed / 32 % 100).unwrap() + 1;
         served.queue.push(error(replica, errno, pushed));
         pushed += 1;
     }
-    *done.lock().unwrap() = true;
-    // One who came after the last event waits for another.
+    done.store(true, Ordering::Relaxed);
+    // A reader that connected after the last event waits for another.
     while !visitors.iter().all(thread::JoinHandle::is_finished) {
         served.queue.push(failure(pushed));
         pushed += 1;
         thread::sleep(Duration::from_millis(5));
     }
     for visitor in visitors {
-        assert!(visitor.join().unwrap() > 0);
+        visitor.join().unwrap();
     }
     served.publisher.stop();
     assert_eq!(steady.join().unwrap().total(), pushed);
@@ -315,11 +325,11 @@ fn a_reader_that_closed_its_writing_side_still_reads() {
     let served = serve();
     let mut half = served.connect();
     half.stream().shutdown(Shutdown::Write).unwrap();
-    served.queue.push(failure(1));
-    assert_eq!(half.sector(), 1);
-    thread::sleep(Duration::from_millis(20));
-    served.queue.push(failure(2));
-    assert_eq!(half.sector(), 2);
+    // When the second comes, the publisher has seen the end of what the reader sends.
+    for sector in 1..10 {
+        served.queue.push(failure(sector));
+        assert_eq!(half.sector(), sector);
+    }
 }
 
 #[test]
@@ -328,7 +338,7 @@ fn what_a_reader_sends_is_thrown_away() {
     let mut talker = served.connect();
     let mut quiet = served.connect();
     let mut talking = talker.stream().try_clone().unwrap();
-    talking.set_write_timeout(Some(PATIENCE)).unwrap();
+    talking.set_write_timeout(Some(HANG_LIMIT)).unwrap();
     talking.write_all(&vec![b'{'; 4 << 20]).unwrap();
     served.queue.push(failure(1));
     assert_eq!((talker.sector(), quiet.sector()), (1, 1));
@@ -356,7 +366,7 @@ fn one_reader_too_many_is_turned_away() {
         if reader.next().is_some() {
             break;
         }
-        assert!(start.elapsed() < PATIENCE);
+        assert!(start.elapsed() < HANG_LIMIT);
     }
 }
 

@@ -8,7 +8,7 @@ use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use serde_json::json;
 use testkit::client::Client;
@@ -19,7 +19,6 @@ use testkit::process::{Process, wait_until};
 
 const PAGE: &str = include_str!("../../docs/operating.md");
 const SIZE_BYTES: u64 = 64 << 20;
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// What the page says, in order.
 #[derive(Debug)]
@@ -134,7 +133,7 @@ impl Session {
         if let Some(line) = line.strip_suffix(" &") {
             self.daemon = Some(self.spawn(line, "daemon.log"));
             assert!(
-                wait_until(LIMIT, || self.path("qmp.sock").exists()),
+                wait_until(HANG_LIMIT, || self.path("qmp.sock").exists()),
                 "no daemon"
             );
             return String::new();
@@ -146,7 +145,7 @@ impl Session {
                 self.events = Some(self.spawn(line, "events"));
                 // It hears what happens from now on when it hears of a job that has nothing to do.
                 let mut monitor = self.monitor();
-                let hears = wait_until(LIMIT, || {
+                let hears = wait_until(HANG_LIMIT, || {
                     monitor.execute("quorum-resync", json!({ "node-name": "a.raw" }));
                     self.jobs_before += 1;
                     fs::metadata(self.path("events")).unwrap().len() > 0
@@ -158,7 +157,7 @@ impl Session {
         }
         let mut process = self.spawn(line, "output");
         let status = process
-            .wait_within(LIMIT)
+            .wait_within(HANG_LIMIT)
             .unwrap_or_else(|| panic!("{line} goes on running"));
         self.last_status = status.code().unwrap();
         fs::read_to_string(self.path("output")).unwrap()
@@ -182,9 +181,9 @@ impl Session {
                         .unwrap()
                         .contains("(neighbourhood-scrub) completed")
                 };
-                assert!(wait_until(LIMIT, is_scrubbed));
+                assert!(wait_until(HANG_LIMIT, is_scrubbed));
                 let mut monitor = self.monitor();
-                assert!(wait_until(LIMIT, || monitor
+                assert!(wait_until(HANG_LIMIT, || monitor
                     .execute("query-jobs", json!({}))
                     == json!([])));
             }
@@ -272,9 +271,7 @@ fn the_examples_are_what_is_printed() {
         }
     }
     let told = || comparable(&session.shown(&fs::read_to_string(session.path("events")).unwrap()));
-    let all_told = wait_until(Duration::from_secs(2), || {
-        contains_in_order(&told(), &events_shown)
-    });
+    let all_told = wait_until(HANG_LIMIT, || contains_in_order(&told(), &events_shown));
     let events = fs::read_to_string(session.path("events")).unwrap();
     session.dying.heal();
     assert!(

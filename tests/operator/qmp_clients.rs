@@ -12,6 +12,7 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use crate::recorder::Recorder;
 use quorum_blk::common::operation::OperationType;
@@ -29,9 +30,6 @@ use testkit::images::{corrupt_sectors, create_images};
 use testkit::monitor::Monitor;
 use testkit::process::{Process, wait_until};
 use testkit::programs::client_program;
-
-/// Generous: nothing here is a measurement.
-const LIMIT: Duration = Duration::from_secs(30);
 
 /// A daemon with a monitor, on three images.
 struct Served {
@@ -95,11 +93,11 @@ fn the_library_of_the_qemu_project() {
     let (mut process, messages) = run_for_json(&mut command);
     let is_last = |message: &Value| message["error"]["class"] == "GenericError";
     messages
-        .wait_for(is_last, LIMIT)
+        .wait_for(is_last, HANG_LIMIT)
         .expect("an answer to the last command");
     served.find_a_wrong_sector();
     let event = messages
-        .wait_for(report_of("1.raw"), LIMIT)
+        .wait_for(report_of("1.raw"), HANG_LIMIT)
         .expect("an event");
     assert_eq!(
         event["data"]["bad-sectors"],
@@ -125,7 +123,7 @@ fn the_library_of_the_qemu_project() {
     process.close_stdin();
     assert!(
         process
-            .wait_within(LIMIT)
+            .wait_within(HANG_LIMIT)
             .expect("the client ends")
             .success()
     );
@@ -144,7 +142,7 @@ fn qmp_shell() {
     let file = fs::File::create(&output).unwrap();
     command.stderr(file.try_clone().unwrap()).stdout(file);
     let mut shell = Process::spawn(&mut command).unwrap();
-    shell.wait_within(LIMIT).expect("the shell ends");
+    shell.wait_within(HANG_LIMIT).expect("the shell ends");
     let output = fs::read_to_string(output).unwrap();
     println!("{output}");
     for wanted in [
@@ -188,12 +186,12 @@ fn several_clients_at_once_and_one_too_many() {
     served.find_a_wrong_sector();
     for client in &mut clients {
         client
-            .wait_for_event(report_of("1.raw"), LIMIT)
+            .wait_for_event(report_of("1.raw"), HANG_LIMIT)
             .expect("each gets the event");
     }
     clients.pop();
     // Room again, as soon as the daemon has seen one leave.
-    let has_room = wait_until(LIMIT, || {
+    let has_room = wait_until(HANG_LIMIT, || {
         let mut line = String::new();
         BufReader::new(UnixStream::connect(&served.socket).unwrap())
             .read_line(&mut line)
@@ -210,8 +208,8 @@ impl Lines {
     /// Connected and greeted.
     fn connect(socket: &Path) -> Self {
         let stream = UnixStream::connect(socket).unwrap();
-        stream.set_read_timeout(Some(LIMIT)).unwrap();
-        stream.set_write_timeout(Some(LIMIT)).unwrap();
+        stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+        stream.set_write_timeout(Some(HANG_LIMIT)).unwrap();
         let mut lines = Self(BufReader::new(stream));
         assert!(lines.next().unwrap()["QMP"].is_object());
         lines
@@ -321,7 +319,7 @@ fn alone() -> (Alone, Receiver<()>, Sender<()>) {
     // It takes its time to quit.
     let operator = Recorder::with_quit(move || {
         asked.send(()).unwrap();
-        let _ = may_go_on.lock().unwrap().recv_timeout(LIMIT);
+        let _ = may_go_on.lock().unwrap().recv_timeout(HANG_LIMIT);
     });
     let queue = EventQueue::new().unwrap();
     let monitor = publisher::Monitor {
@@ -356,7 +354,7 @@ fn a_command_that_takes_its_time_delays_no_event_and_no_negotiation() {
     let (alone, is_asked, go_on) = alone();
     let mut asking = Lines::negotiated(&alone.socket);
     asking.send(b"{'execute':'quit','id':'slow'}{'execute':'query-status'}");
-    is_asked.recv_timeout(LIMIT).unwrap();
+    is_asked.recv_timeout(HANG_LIMIT).unwrap();
     let mut other = Lines::negotiated(&alone.socket);
     alone.queue.push(error(1, 5, 7));
     for client in [&mut asking, &mut other] {

@@ -7,7 +7,7 @@ use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use serde_json::{Value, json};
 use testkit::client::Client;
@@ -20,8 +20,6 @@ const MANUAL: &str = include_str!("../../docs/qmp.md");
 
 /// What the directory of the images is called in the manual.
 const DIRECTORY: &str = "/images";
-
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// A message of the manual.
 #[derive(Debug)]
@@ -106,7 +104,7 @@ fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
     corrupt_sectors(&directory.join("1.raw"), 20..21, 0xff);
     client.read(0, 8192, 4096).unwrap();
     let mut monitor = Monitor::connect(&directory.join("qmp.sock"));
-    let is_quiet = wait_until(LIMIT, || {
+    let is_quiet = wait_until(HANG_LIMIT, || {
         let state = monitor.execute("query-quorum", json!({}));
         let mended = state["replicas"][1]["repaired-sectors"] == 1;
         let operations = state["replicas"]
@@ -134,7 +132,7 @@ fn the_examples_are_what_is_printed() {
     tell_the_story(&daemon, directory.path());
 
     let stream = UnixStream::connect(directory.path().join("qmp.sock")).unwrap();
-    stream.set_read_timeout(Some(LIMIT)).unwrap();
+    stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     let mut stream = BufReader::new(stream);
     let (mut transcript, mut differences) = (String::new(), Vec::new());
     let (mut shown, mut listed) = (BTreeSet::new(), BTreeSet::new());

@@ -11,7 +11,7 @@ use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use rustix::io::fcntl_dupfd_cloexec;
 use rustix::net::{AddressFamily, SocketType, bind, listen, socket};
@@ -26,7 +26,6 @@ use testkit::process::{Process, wait_until};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_quorum-blkd");
 const DISK_BYTES: u64 = 1 << 20;
 const BLOCK: usize = 4096;
-const LIMIT: Duration = Duration::from_secs(10);
 /// SD_LISTEN_FDS_START: the number of the first descriptor that is passed.
 const FIRST: RawFd = 3;
 
@@ -42,7 +41,7 @@ impl Place {
         let directory = tempfile::tempdir().unwrap();
         let images = create_images(directory.path(), replicas, DISK_BYTES);
         let told = UnixDatagram::bind(directory.path().join("notify.sock")).unwrap();
-        told.set_read_timeout(Some(LIMIT)).unwrap();
+        told.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         Self {
             directory,
             images,
@@ -147,7 +146,7 @@ impl Running {
     }
 
     fn wait(&mut self) -> Option<i32> {
-        let status = self.process.wait_within(LIMIT);
+        let status = self.process.wait_within(HANG_LIMIT);
         status
             .unwrap_or_else(|| panic!("still there: {}", self.log()))
             .code()
@@ -170,7 +169,7 @@ fn a_connection_starts_it_and_all_its_sockets_are_served() {
     command.arg(place.notify_variable());
     command.arg(PROGRAM).args(replica_arguments(&place.images));
     let mut running = place.spawn(&mut command);
-    let listens = wait_until(LIMIT, || {
+    let listens = wait_until(HANG_LIMIT, || {
         running.log().matches("Listening on").count() == names.len()
     });
     assert!(listens && running.process.is_alive(), "{}", running.log());
@@ -187,7 +186,7 @@ fn a_connection_starts_it_and_all_its_sockets_are_served() {
         event["event"] == "QUORUM_REPORT_BAD" && event["data"]["node-name"] == "1.raw"
     };
     assert!(
-        reader.wait_for(is_report, LIMIT).is_some(),
+        reader.wait_for(is_report, HANG_LIMIT).is_some(),
         "{:?}",
         reader.all()
     );

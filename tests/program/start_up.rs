@@ -14,7 +14,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use quorum_blk::replica::image_lock::{self, Access, Locking};
 use tempfile::TempDir;
@@ -24,7 +24,6 @@ use testkit::images::{are_identical, create_images};
 use testkit::process::{Process, wait_until};
 
 const DISK_BYTES: u64 = 1 << 20;
-const LIMIT: Duration = Duration::from_secs(10);
 
 /// A directory with images, for a daemon that will not start.
 struct Place {
@@ -354,7 +353,7 @@ fn what_a_dead_daemon_left_is_replaced() {
     }
     let mut daemon = Daemon::start(place.directory.path(), replica_arguments(&place.images));
     for socket in [daemon.socket(), daemon.events_socket()] {
-        assert!(wait_until(LIMIT, || UnixStream::connect(socket).is_ok()));
+        assert!(wait_until(HANG_LIMIT, || UnixStream::connect(socket).is_ok()));
     }
     assert!(daemon.terminate().success());
     assert_eq!(place.sockets(), Vec::<String>::new());
@@ -431,7 +430,9 @@ impl Running {
         let socket = place.path("disk.sock");
         let arguments = [&["--socket-path", socket.to_str().unwrap()], arguments].concat();
         let mut running = Self::start(place, &arguments, environment, None);
-        wait_until(LIMIT, || socket.exists() || !running.process.is_alive());
+        wait_until(HANG_LIMIT, || {
+            socket.exists() || !running.process.is_alive()
+        });
         assert!(socket.exists(), "{}", running.log());
         running
     }
@@ -447,7 +448,7 @@ impl Running {
     }
 
     fn exit_code(&mut self) -> Option<i32> {
-        let status = self.process.wait_within(LIMIT);
+        let status = self.process.wait_within(HANG_LIMIT);
         status.expect("the daemon is still there").code()
     }
 }
@@ -586,9 +587,8 @@ fn sockets_are_the_owners() {
 
 #[test]
 fn as_much_is_logged_as_was_asked_for() {
-    // What is said at the levels info and debug.
-    const INFO: &str = "serving 1 MiB from 2 replicas";
-    const DEBUG: &str = "the worker ends";
+    const INFO: &str = " INFO  quorum_blk";
+    const DEBUG: &str = " DEBUG quorum_blk";
     for (arguments, environment, info, debug) in [
         (&[][..], None, false, false),
         (&["-v"], None, true, false),
@@ -654,7 +654,7 @@ fn what_is_in_flight_is_answered_before_it_ends() {
     client.send(0, &writes);
     let mut answered = Vec::new();
     // They come in one batch: when one is answered, all have been taken.
-    assert!(wait_until(LIMIT, || {
+    assert!(wait_until(HANG_LIMIT, || {
         answered.extend(client.poll(0, 0));
         !answered.is_empty()
     }));
@@ -695,7 +695,7 @@ impl StorageDaemon {
         });
         let mut daemon = Self(process);
         // It writes the file when all exports are up.
-        let is_ready = wait_until(LIMIT, || pid_file.exists() || !daemon.0.is_alive());
+        let is_ready = wait_until(HANG_LIMIT, || pid_file.exists() || !daemon.0.is_alive());
         assert!(
             is_ready && daemon.0.is_alive(),
             "qemu-storage-daemon did not come up: {}",
@@ -708,6 +708,6 @@ impl StorageDaemon {
 impl Drop for StorageDaemon {
     fn drop(&mut self) {
         self.0.signal(libc::SIGTERM);
-        self.0.wait_within(LIMIT);
+        self.0.wait_within(HANG_LIMIT);
     }
 }

@@ -6,7 +6,8 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use testkit::HANG_LIMIT;
+use testkit::machine;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -22,7 +23,6 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 
 const SIZE_BYTES: u64 = 4 << 20;
 const NEW_BYTES: u64 = 10 << 20;
-const LIMIT: Duration = Duration::from_secs(20);
 /// Header of VHOST_USER_BACKEND_CONFIG_CHANGE_MSG: request, version and flags, size.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
@@ -85,7 +85,7 @@ fn with_back_channel() -> Plan {
 fn back_channel(vmm: &mut Vmm) -> UnixStream {
     let (ours, theirs) = UnixStream::pair().unwrap();
     pass(vmm, &theirs);
-    ours.set_read_timeout(Some(LIMIT)).unwrap();
+    ours.set_read_timeout(Some(HANG_LIMIT)).unwrap();
     ours
 }
 
@@ -135,6 +135,7 @@ fn set_length(path: &Path, bytes: u64) {
 
 #[test]
 fn a_disk_grows_and_is_used_up_to_its_new_end() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
@@ -186,7 +187,7 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
     set_length(&fourth, NEW_BYTES);
     setup.monitor.execute("x-blockdev-change", add);
     let no_jobs = || setup.monitor.execute("query-jobs", json!({})) == json!([]);
-    assert!(wait_until(LIMIT, no_jobs));
+    assert!(wait_until(HANG_LIMIT, no_jobs));
 
     assert!(setup.daemon.terminate().success());
     let all: Vec<_> = images.iter().cloned().chain([fourth]).collect();
@@ -198,6 +199,7 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
 
 #[test]
 fn what_is_no_growth_is_refused() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
@@ -254,6 +256,7 @@ fn assert_put_back(setup: &mut Setup, images: &[PathBuf], says: &[&str]) {
 
 #[test]
 fn one_that_cannot_be_grown_leaves_all_as_they_were() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
@@ -289,6 +292,7 @@ fn one_that_cannot_be_grown_leaves_all_as_they_were() {
 
 #[test]
 fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
@@ -310,8 +314,8 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
     // It does what it was asked for, and the opposite then.
     fuse.heal();
     let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
-    assert!(wait_until(LIMIT, settled));
-    assert!(wait_until(LIMIT, || setup.resize(NEW_BYTES).is_ok()));
+    assert!(wait_until(HANG_LIMIT, settled));
+    assert!(wait_until(HANG_LIMIT, || setup.resize(NEW_BYTES).is_ok()));
     assert_eq!(length(&images[2]), NEW_BYTES);
     assert!(setup.daemon.terminate().success());
     assert!(are_identical(&images));
@@ -319,6 +323,7 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
 
 #[test]
 fn one_that_hangs_can_be_removed_and_the_others_grow() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
@@ -337,7 +342,7 @@ fn one_that_hangs_can_be_removed_and_the_others_grow() {
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
     fuse.heal();
     let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
-    assert!(wait_until(LIMIT, settled));
+    assert!(wait_until(HANG_LIMIT, settled));
     assert_eq!([0, 1].map(|index| length(&images[index])), [NEW_BYTES; 2]);
     assert!(setup.daemon.terminate().success());
 }
@@ -345,6 +350,7 @@ fn one_that_hangs_can_be_removed_and_the_others_grow() {
 /// The daemon's limit for files ends the growth, not the daemon.
 #[test]
 fn a_file_size_limit_is_an_error_like_any_other() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
@@ -373,6 +379,7 @@ fn a_file_size_limit_is_an_error_like_any_other() {
 
 #[test]
 fn a_file_that_is_longer_already_is_not_touched() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
@@ -397,6 +404,7 @@ fn a_file_that_is_longer_already_is_not_touched() {
 /// As when the daemon was killed before all were grown.
 #[test]
 fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     set_length(&images[1], NEW_BYTES);
@@ -418,6 +426,7 @@ fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
 /// A block device has to be large enough, and what it holds there is written over.
 #[test]
 fn block_devices_are_zeroed_where_they_are_new() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let devices = [0, 1].map(|index: usize| LoopDevice::attach(&images[index]));
@@ -459,6 +468,7 @@ fn block_devices_are_zeroed_where_they_are_new() {
 /// Whatever a frontend does with its back channel, the disk grows.
 #[test]
 fn a_frontend_that_does_not_listen_harms_itself_only() {
+    let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);

@@ -6,7 +6,8 @@
 
 use std::path::PathBuf;
 use std::process::{Child, Command, Output, Stdio};
-use std::time::{Duration, Instant};
+use testkit::process::wait_until;
+use testkit::{HANG_LIMIT, machine};
 
 use quorum_blk::replica::file::{self, OpenError, OpenOptions, ReplicaFile};
 
@@ -95,18 +96,9 @@ impl StorageDaemon {
             .spawn();
         let mut daemon = Self(started("qemu-storage-daemon", child));
         // It writes its pid when all exports are up.
-        let deadline = Instant::now() + Duration::from_secs(30);
-        while !pid_file.exists() {
-            assert!(
-                daemon.0.try_wait().unwrap().is_none(),
-                "qemu-storage-daemon ended early"
-            );
-            assert!(
-                Instant::now() < deadline,
-                "qemu-storage-daemon did not come up within 30 s"
-            );
-            std::thread::sleep(Duration::from_millis(10));
-        }
+        let has_ended = |daemon: &mut Self| daemon.0.try_wait().unwrap().is_some();
+        wait_until(HANG_LIMIT, || pid_file.exists() || has_ended(&mut daemon));
+        assert!(pid_file.exists(), "qemu-storage-daemon serves nothing");
         daemon
     }
 }
@@ -172,6 +164,7 @@ fn assert_done(output: &Output) {
 
 #[test]
 fn qemu_leaves_alone_what_is_written_here() {
+    let _machine = machine::shared();
     let image = Image::new();
     let replica = image.open(WRITABLE).unwrap();
     assert_refused(&qemu_write(&image));
@@ -191,6 +184,7 @@ fn qemu_leaves_alone_what_is_written_here() {
 
 #[test]
 fn qemu_reads_along_but_does_not_write_what_is_only_read_here() {
+    let _machine = machine::shared();
     let image = Image::new();
     let _replica = image.open(READ_ONLY).unwrap();
     assert_done(&qemu_img(
@@ -202,6 +196,7 @@ fn qemu_reads_along_but_does_not_write_what_is_only_read_here() {
 
 #[test]
 fn an_image_that_qemu_writes_is_refused_until_it_is_done() {
+    let _machine = machine::shared();
     let image = Image::new();
     let daemon = StorageDaemon::serve(&image, true);
     image.assert_busy(WRITABLE);
@@ -212,6 +207,7 @@ fn an_image_that_qemu_writes_is_refused_until_it_is_done() {
 
 #[test]
 fn an_image_that_qemu_only_reads_can_be_used_here() {
+    let _machine = machine::shared();
     let image = Image::new();
     let _daemon = StorageDaemon::serve(&image, false);
     image.open(READ_ONLY).unwrap();

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
+use testkit::HANG_LIMIT;
+use testkit::machine;
 
 use quorum_blk::admin::{Admin, Removed};
 use quorum_blk::common::{ReplicaIndex, SECTOR_BYTES};
@@ -26,7 +28,6 @@ use testkit::client::Client;
 use testkit::images::{are_identical, corrupt_sectors, create_images, data_ranges};
 
 const SIZE_BYTES: u64 = 64 << 20;
-const LIMIT: Duration = Duration::from_secs(60);
 
 struct Served {
     directory: tempfile::TempDir,
@@ -128,7 +129,11 @@ impl Served {
     fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
         let since = Instant::now();
         while !holds() {
-            assert!(since.elapsed() < LIMIT, "{what}; {:?}", self.upkeep.jobs());
+            assert!(
+                since.elapsed() < HANG_LIMIT,
+                "{what}; {:?}",
+                self.upkeep.jobs()
+            );
             std::thread::sleep(Duration::from_millis(1));
         }
     }
@@ -172,6 +177,7 @@ fn verify_until(stop: &AtomicBool, socket: &Path, seed: u64) -> u64 {
 
 #[test]
 fn a_replica_is_replaced_under_a_client() {
+    let _machine = machine::shared();
     let served = serve();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
@@ -221,6 +227,7 @@ fn a_replica_is_replaced_under_a_client() {
 
 #[test]
 fn what_is_sparse_stays_sparse() {
+    let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
     client.write(0, 40 << 20, &[7; 8192]).unwrap();
@@ -240,6 +247,7 @@ fn what_is_sparse_stays_sparse() {
 
 #[test]
 fn what_cannot_be_a_replica_is_refused() {
+    let _machine = machine::shared();
     let served = serve();
     let refused =
         |source: &ReplicaSource| served.upkeep.add_replica(source).unwrap_err().to_string();
@@ -281,6 +289,7 @@ fn what_cannot_be_a_replica_is_refused() {
 
 #[test]
 fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
+    let _machine = machine::shared();
     let served = serve();
     let fourth = served.another("fourth.raw");
     let name = source(&fourth).node_name;
@@ -319,6 +328,7 @@ fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
 
 #[test]
 fn a_scrub_finds_and_mends_what_nobody_reads() {
+    let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
     for megabyte in 0..64 {
@@ -366,6 +376,7 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
 
 #[test]
 fn a_mismatch_has_its_neighbourhood_scrubbed() {
+    let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
     corrupt_sectors(&served.images[2], 4096..4097, 0xff);
@@ -381,6 +392,7 @@ fn a_mismatch_has_its_neighbourhood_scrubbed() {
 
 #[test]
 fn a_speed_limit_is_kept() {
+    let _machine = machine::shared();
     let served = serve();
     let began = Instant::now();
     let id = served.upkeep.scrub(false, 32 << 20).unwrap();

@@ -7,13 +7,14 @@ use std::fs::OpenOptions;
 use std::ops::Range;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
-use std::sync::{PoisonError, RwLock};
+use testkit::HANG_LIMIT;
 
 use testkit::client::{Client, Failed};
-use testkit::disk::{Disk, LIMIT, Plan, System};
+use testkit::disk::{Disk, Plan, System};
 use testkit::fuse::{Fault, Operation};
 use testkit::images::Random;
 use testkit::load::figure;
+use testkit::machine::{alone, shared};
 use testkit::oracle::{
     Action, Improvement, SECTOR, Seen, Step, bad_events, bytes, expected, improvement, text_of,
 };
@@ -23,9 +24,6 @@ use testkit::rows;
 const DISK_SECTORS: usize = 128;
 /// Where most happens, so that it happens together.
 const BUSY_SECTORS: usize = 24;
-
-/// The test that measures has the machine for itself.
-static MACHINE: RwLock<()> = RwLock::new(());
 
 /// Both systems, in step.
 struct Pair {
@@ -103,17 +101,17 @@ impl Pair {
         let result = perform(self.our_client.as_mut().expect("connected"), step);
         // The guest waits neither for late replies nor for rewrites; the next step must.
         let is_vote = matches!(step.action, Action::Read(_)) && !self.plan.fifo;
-        wait_until(LIMIT, || {
+        wait_until(HANG_LIMIT, || {
             let now = reads(&self.ours, &self.plan);
             !is_vote || before.iter().zip(&now).all(|(before, now)| now > before)
         });
-        wait_until(LIMIT, || {
+        wait_until(HANG_LIMIT, || {
             let events = self.new_events();
             due.events.iter().all(|event| events.contains(event))
         });
         let is_at_rest = step.failing.is_empty() || matches!(step.action, Action::Read(_));
         let contents = if is_at_rest {
-            wait_until(LIMIT, || contents(&self.ours) == due.contents);
+            wait_until(HANG_LIMIT, || contents(&self.ours) == due.contents);
             contents(&self.ours)
         } else {
             // The replicas that failed are being brought up to date, while the test goes on to
@@ -356,7 +354,7 @@ fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
 }
 
 fn compare(variant: impl Fn(Plan) -> Plan, steps: usize) {
-    let _machine = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    let _machine = shared();
     let mut random = Random::from_environment();
     let mut differences: BTreeMap<Improvement, usize> = BTreeMap::new();
     let mut cases = 0;
@@ -405,7 +403,7 @@ fn asks_in_order_like_qemu() {
 /// The peer's column of the table of what was measured; nothing is asserted of the peer.
 #[test]
 fn figures_of_the_peer() {
-    let _machine = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+    let _machine = alone();
     let peer = |row: &str, value: &str| figure(&format!("peer: {row}"), value);
     let (failed, _) = rows::bad_in_different_sectors(System::Peer, 100);
     peer(
@@ -429,7 +427,7 @@ fn figures_of_the_peer() {
         &format!("{:.1?}", hung.first_write),
     );
     drop(hung);
-    let [healthy, slow] = rows::limited(System::Peer, 5, LIMIT);
+    let [healthy, slow] = rows::limited(System::Peer, 5, HANG_LIMIT);
     peer(
         "one replica limited to 1 read a second",
         &format!("5 voted reads take {slow:.1?}, all healthy {healthy:.1?}"),

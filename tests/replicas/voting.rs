@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::fs::OpenOptions;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use testkit::HANG_LIMIT;
+use testkit::machine;
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -13,7 +14,6 @@ use testkit::images::{Random, are_identical, corrupt_sectors, create_images, fir
 use testkit::process::wait_until;
 
 const DISK_BYTES: u64 = 4 << 20;
-const LIMIT: Duration = Duration::from_secs(10);
 const EIO: i32 = 5;
 
 /// A daemon over new images, and a reader of its events.
@@ -53,7 +53,7 @@ impl Setup {
         let wanted = |event: &Value| {
             event["event"] == name && node.is_none_or(|node| event["data"]["node-name"] == node)
         };
-        let event = self.events.wait_for(wanted, LIMIT);
+        let event = self.events.wait_for(wanted, HANG_LIMIT);
         event.unwrap_or_else(|| panic!("no {name} of {node:?}, but {:?}", self.events.all()))
     }
 
@@ -61,12 +61,7 @@ impl Setup {
     fn end(&mut self) -> Vec<Value> {
         assert!(self.daemon.terminate().success());
         assert!(!self.daemon.socket().exists(), "the socket is left behind");
-        let mut events = self.events.all();
-        // The daemon closes the event socket after the last event.
-        wait_until(Duration::from_millis(200), || {
-            let before = std::mem::replace(&mut events, self.events.all());
-            before.len() != events.len()
-        });
+        let mut events = self.events.all_until_closed();
         // What jobs do by themselves is of no interest here.
         events.retain(|event| {
             event["event"]
@@ -87,6 +82,7 @@ fn pattern(random: &mut Random, len: usize) -> Vec<u8> {
 /// Random requests against a plain array of bytes, one at a time and on any queue.
 #[test]
 fn is_a_disk() {
+    let _machine = machine::shared();
     let mut random = Random::from_environment();
     for (replicas, queues, options) in [
         (1, 1, &[][..]),
@@ -140,6 +136,7 @@ fn is_a_disk() {
 /// Many requests in flight on several queues, each in its own part of the disk.
 #[test]
 fn serves_many_requests_at_once() {
+    let _machine = machine::shared();
     const QUEUES: usize = 3;
     const REQUESTS: usize = 200;
     const LEN: usize = 4096;
@@ -190,6 +187,7 @@ fn serves_many_requests_at_once() {
 
 #[test]
 fn one_corrupt_replica_is_outvoted_named_and_mended() {
+    let _machine = machine::shared();
     let mut setup = Setup::new(3, &["--rewrite-corrupted"]);
     let mut client = setup.connect(1);
     let data = vec![7; 16 * 512];
@@ -204,7 +202,7 @@ fn one_corrupt_replica_is_outvoted_named_and_mended() {
     });
     assert_eq!(event["data"], expected);
     assert!(
-        wait_until(LIMIT, || are_identical(&setup.images)),
+        wait_until(HANG_LIMIT, || are_identical(&setup.images)),
         "not rewritten"
     );
     drop(client);
@@ -214,6 +212,7 @@ fn one_corrupt_replica_is_outvoted_named_and_mended() {
 /// The read that QEMU's quorum fails: each sector has a majority, the request as a whole has none.
 #[test]
 fn replicas_bad_in_different_sectors_fail_nothing() {
+    let _machine = machine::shared();
     let setup = Setup::new(3, &[]);
     let mut client = setup.connect(1);
     let data = vec![1; 16 * 512];
@@ -235,6 +234,7 @@ fn replicas_bad_in_different_sectors_fail_nothing() {
 
 #[test]
 fn a_sector_with_three_versions_fails_alone() {
+    let _machine = machine::shared();
     let setup = Setup::new(3, &["--node-name", "usr1"]);
     let mut client = setup.connect(1);
     client.write(0, 0, &[1; 64 * 512]).unwrap();
@@ -256,6 +256,7 @@ fn a_sector_with_three_versions_fails_alone() {
 /// A replica whose file was cut: reading beyond the end is an I/O error of that replica alone.
 #[test]
 fn an_io_error_is_the_replicas_own() {
+    let _machine = machine::shared();
     for pattern in ["quorum", "fifo"] {
         let setup = Setup::new(3, &["--read-pattern", pattern]);
         let mut client = setup.connect(1);
@@ -276,6 +277,7 @@ fn an_io_error_is_the_replicas_own() {
 
 #[test]
 fn fifo_asks_in_order_and_mends_from_the_good_reply() {
+    let _machine = machine::shared();
     let setup = Setup::new(3, &["--read-pattern", "fifo", "--rewrite-corrupted"]);
     let mut client = setup.connect(1);
     client.write(0, 2 << 20, &[9; 4096]).unwrap();
@@ -298,7 +300,7 @@ fn fifo_asks_in_order_and_mends_from_the_good_reply() {
             .get(2 << 20..(2 << 20) + 4096)
             == Some(&[9 ^ 0xff; 4096])
     };
-    assert!(wait_until(LIMIT, mended));
+    assert!(wait_until(HANG_LIMIT, mended));
 }
 
 /// A file in memory that can be made to refuse writes while it is open: a replica that fails to
@@ -343,6 +345,7 @@ impl SealableImage {
 
 #[test]
 fn a_replica_that_missed_a_write_does_not_vote_on_it() {
+    let _machine = machine::shared();
     let sealable: Vec<_> = (0..3).map(|_| SealableImage::new()).collect();
     let images: Vec<_> = sealable.iter().map(SealableImage::path).collect();
     let mut setup = Setup::over(
@@ -389,6 +392,7 @@ fn a_replica_that_missed_a_write_does_not_vote_on_it() {
 /// same.
 #[test]
 fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
+    let _machine = machine::shared();
     let mut random = Random::from_environment();
     let mut setup = Setup::new(3, &[]);
     let mut client = setup.connect(1);
@@ -417,6 +421,7 @@ fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
 
 #[test]
 fn blkverify_stops_the_daemon_at_the_first_difference() {
+    let _machine = machine::shared();
     let mut setup = Setup::new(2, &["--blkverify"]);
     let mut client = setup.connect(1);
     client.write(0, 0, &[1; 8192]).unwrap();
@@ -440,6 +445,7 @@ fn blkverify_stops_the_daemon_at_the_first_difference() {
 
 #[test]
 fn frontends_come_and_go() {
+    let _machine = machine::shared();
     let mut setup = Setup::new(3, &["--num-queues", "2"]);
     for round in 0..5u8 {
         let mut client = setup.connect(1 + usize::from(round % 2));
@@ -462,6 +468,7 @@ fn frontends_come_and_go() {
 
 #[test]
 fn a_read_only_disk_is_read_and_not_written() {
+    let _machine = machine::shared();
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 3, DISK_BYTES);
     for image in &images {

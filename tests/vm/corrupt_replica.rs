@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use serde_json::Value;
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
@@ -30,9 +31,6 @@ const RUNS_PER_ROUND: usize = 40;
 /// The guest's files: this many of this size. They lie at the start of the disk.
 const FILES: u64 = 6;
 const FILE_MIB: u64 = 4;
-
-/// Time in which events and rewrites must have followed the read that caused them.
-const SETTLING_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 const READ_WHOLE_DISK: &str =
@@ -117,7 +115,7 @@ fn a_reading_guest(
     guest.run_successfully("umount /mnt");
     guest.run_successfully(READ_WHOLE_DISK);
 
-    let is_complete = wait_until(SETTLING_LIMIT, || {
+    let is_complete = wait_until(HANG_LIMIT, || {
         reported_sectors(&events.all(), &corrupted).is_superset(&corrupted)
     });
     let events = events.all();
@@ -207,7 +205,7 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
         "{failed_read:?}"
     );
     let failure = events
-        .wait_for(|event| event["event"] == "QUORUM_FAILURE", SETTLING_LIMIT)
+        .wait_for(|event| event["event"] == "QUORUM_FAILURE", HANG_LIMIT)
         .expect("an event QUORUM_FAILURE");
     println!("{failure}");
 
@@ -270,10 +268,10 @@ fn corrupt(image: &Path, runs: &[(Range<u64>, u8)], pause: Duration) {
 }
 
 fn expect_identical(images: &[PathBuf]) {
-    let are_identical = wait_until(SETTLING_LIMIT, || are_identical(images));
+    let are_identical = wait_until(HANG_LIMIT, || are_identical(images));
     assert!(
         are_identical,
-        "the replicas still differ after {SETTLING_LIMIT:?}"
+        "the replicas still differ after {HANG_LIMIT:?}"
     );
 }
 

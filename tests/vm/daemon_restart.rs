@@ -2,16 +2,13 @@
 //! QEMU connects again (`reconnect=1`) and hands over what was in flight.
 
 use std::fs;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::fuse::{FuseImage, Operation};
 use testkit::guest::{Guest, GuestBuilder};
 use testkit::images::{allocated_bytes, are_identical, create_images};
 use testkit::process::wait_until;
-
-/// Time in which a guest that copies must have written something.
-const PROGRESS_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
@@ -60,7 +57,7 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
         let allocated_before = allocated_bytes(&images[0]);
         let is_writing = || allocated_bytes(&images[0]) > allocated_before + (1 << 20);
         assert!(
-            wait_until(PROGRESS_LIMIT, is_writing),
+            wait_until(HANG_LIMIT, is_writing),
             "round {round} writes nothing"
         );
         if is_killed {

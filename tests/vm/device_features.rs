@@ -7,7 +7,7 @@ use std::fs::{self, File, Metadata};
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 
 use blkio::Blkio;
 use serde_json::{Value, json};
@@ -19,9 +19,6 @@ use testkit::loop_device::LoopDevice;
 use testkit::monitor::Monitor;
 
 const IMAGE_BYTES: u64 = 64 << 20;
-
-/// Time in which the guest must have let go of memory.
-const UNPLUG_LIMIT: Duration = Duration::from_secs(20);
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
@@ -366,7 +363,7 @@ fn a_guest_gets_more_memory_while_it_works() {
     monitor.execute("device_del", json!({ "id": "memory1" }));
     let is_gone =
         |event: &Value| event["event"] == "DEVICE_DELETED" && event["data"]["device"] == "memory1";
-    let gone = monitor.wait_for_event(is_gone, UNPLUG_LIMIT);
+    let gone = monitor.wait_for_event(is_gone, HANG_LIMIT);
     assert!(gone.is_some(), "the guest keeps the memory");
     monitor.execute("object-del", json!({ "id": "memory1" }));
     assert_eq!(memory_kib(&mut guest), before_kib);

@@ -1,7 +1,7 @@
 //! A Linux guest sees its disk grow while it runs, and uses the new part.
 
 use serde_json::json;
-use std::time::Duration;
+use testkit::HANG_LIMIT;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::guest::GuestBuilder;
 use testkit::images::{are_identical, create_images};
@@ -10,7 +10,6 @@ use testkit::process::wait_until;
 
 const SIZE_BYTES: u64 = 64 << 20;
 const NEW_BYTES: u64 = 160 << 20;
-const LIMIT: Duration = Duration::from_secs(20);
 
 #[test]
 fn a_running_guest_sees_the_new_size_and_uses_it() {
@@ -37,7 +36,7 @@ fn a_running_guest_sees_the_new_size_and_uses_it() {
         json!({ "node-name": "quorum0", "size": NEW_BYTES }),
     );
     assert_eq!(guest.finish().status, 0);
-    let seen = wait_until(LIMIT, || {
+    let seen = wait_until(HANG_LIMIT, || {
         guest.answer("cat /sys/block/vda/size") == sectors(NEW_BYTES)
     });
     assert!(seen, "{}", daemon.log());
