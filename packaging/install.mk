@@ -49,8 +49,10 @@ install: $(PROGRAMS:%=$(BUILT)/%) $(MAN_PAGES)
 	$(INSTALL) -D -m 644 -t $(DESTDIR)$(UNITDIR) $(wildcard packaging/*.socket)
 	$(INSTALL) -D -m 644 packaging/quorum-blk.sysusers $(DESTDIR)$(SYSUSERSDIR)/quorum-blk.conf
 	$(INSTALL) -d $(DESTDIR)$(QEMUDIR)
-	sed 's,@BINDIR@,$(BINDIR),' packaging/quorum-blkd@.service.in >$(DESTDIR)$(UNITDIR)/quorum-blkd@.service
-	sed 's,@BINDIR@,$(BINDIR),' packaging/50-quorum-blkd.json.in >$(DESTDIR)$(QEMUDIR)/50-quorum-blkd.json
+	sed 's,@BINDIR@,$(BINDIR),' packaging/quorum-blkd@.service.in \
+		>$(DESTDIR)$(UNITDIR)/quorum-blkd@.service
+	sed 's,@BINDIR@,$(BINDIR),' packaging/50-quorum-blkd.json.in \
+		>$(DESTDIR)$(QEMUDIR)/50-quorum-blkd.json
 	chmod 644 $(DESTDIR)$(UNITDIR)/quorum-blkd@.service $(DESTDIR)$(QEMUDIR)/50-quorum-blkd.json
 	for page in $(PAGES); do $(INSTALL) -D -m 644 $$page $(DESTDIR)$(DOCDIR)/$$page || exit; done
 

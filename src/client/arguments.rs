@@ -26,11 +26,11 @@ fn rate(text: &str) -> Result<Rate, String> {
     about = "Show and maintain a voted disk that quorum-blkd serves",
     after_help = "Exit status:\n  \
         0    Success; for status and map: the disk is healthy\n  \
-        1    The command ran, but: the disk is degraded or failing (status, map), corrupt sectors were \
-        found and not repaired (scrub), or the job failed or was cancelled\n  \
+        1    The command ran, but: the disk is degraded or failing (status, map), corrupt \
+        sectors were found and not repaired (scrub), or the job failed or was cancelled\n  \
         2    Invalid command line\n  \
-        3    The command failed: cannot connect, or the daemon rejected it, disconnected, or sent an \
-        invalid reply\n  \
+        3    The command failed: cannot connect, or the daemon rejected it, disconnected, or \
+        sent an invalid reply\n  \
         130  Ctrl-C while waiting for a job; the job continues\n\n\
         Sizes and rates are in bytes, or in K, M, G, T, P with powers of 1024: 512M, 1.5T."
 )]

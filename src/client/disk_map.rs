@@ -286,8 +286,10 @@ mod tests {
 
     fn bucket(offset: u64, figures: [u64; 5]) -> serde_json::Value {
         let [found, repaired, errors, corrupt, stale] = figures;
-        json!({ "offset": offset, "corrupt-sectors-found": found, "repaired-sectors": repaired, "errors": errors,
-                "corrupt-sectors": corrupt, "stale-sectors": stale })
+        json!({
+            "offset": offset, "corrupt-sectors-found": found, "repaired-sectors": repaired,
+            "errors": errors, "corrupt-sectors": corrupt, "stale-sectors": stale,
+        })
     }
 
     fn map() -> DiskMap {
@@ -302,8 +304,11 @@ mod tests {
                 {
                     "node-name": "b\x1b",
                     "buckets": [
-                        bucket(0, [3, 1, 0, 2, 0]), bucket(MIB, [2, 2, 0, 0, 0]), bucket(4 * MIB, [0, 0, 7, 0, 0]),
-                        bucket(9 * MIB, [0, 0, 0, 0, 2048]), bucket(99 * MIB, [1, 0, 0, 1, 0]),
+                        bucket(0, [3, 1, 0, 2, 0]),
+                        bucket(MIB, [2, 2, 0, 0, 0]),
+                        bucket(4 * MIB, [0, 0, 7, 0, 0]),
+                        bucket(9 * MIB, [0, 0, 0, 0, 2048]),
+                        bucket(99 * MIB, [1, 0, 0, 1, 0]),
                     ],
                     "corrupt": [{ "sector-num": 7, "sector-count": 2 }], "corrupt-truncated": true,
                     "stale": [{ "sector-num": 9 * 2048, "sector-count": 2048 }],
@@ -338,7 +343,8 @@ mod tests {
              a                    |..........|\n\
              b\\u{1b}              |#+..!....~|\n\
              no quorum            |........#.|\n\
-             \x20                     # corrupt   ~ stale   ! errors   + was corrupt   . nothing found\n"
+             \x20                     # corrupt   ~ stale   ! errors   + was corrupt   \
+             . nothing found\n"
         );
         let mut out = Vec::new();
         draw(&mut out, &map(), 10, terminal(true)).unwrap();
@@ -355,10 +361,13 @@ mod tests {
              b\\u{1b}: corrupt: bytes 3584-4607 (1 KiB, sectors 7-8)\n\
              b\\u{1b}: corrupt: and more, smaller ranges\n\
              b\\u{1b}: stale: bytes 9437184-10485759 (1 MiB, sectors 18432-20479)\n\
-             b\\u{1b}: since it was added, in bytes 0-1048575: 3 corrupt sectors found, 1 repaired\n\
-             b\\u{1b}: since it was added, in bytes 1048576-2097151: 2 corrupt sectors found, 2 repaired\n\
+             b\\u{1b}: since it was added, in bytes 0-1048575: 3 corrupt sectors found, \
+             1 repaired\n\
+             b\\u{1b}: since it was added, in bytes 1048576-2097151: 2 corrupt sectors \
+             found, 2 repaired\n\
              b\\u{1b}: since it was added, in bytes 4194304-5242879: 7 errors\n\
-             b\\u{1b}: since it was added, in bytes 103809024-104857599: 1 corrupt sector found, 0 repaired\n"
+             b\\u{1b}: since it was added, in bytes 103809024-104857599: 1 corrupt sector \
+             found, 0 repaired\n"
         );
     }
 

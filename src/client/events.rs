@@ -133,13 +133,13 @@ fn request_failure(report: &Report) -> (Style, String) {
 }
 
 fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
-    let what = describe(&end.device, &end.r#type, end.node_name.as_deref());
-    let (style, how) = match &end.error {
+    let job = describe(&end.device, &end.r#type, end.node_name.as_deref());
+    let (style, result) = match &end.error {
         _ if is_cancelled => (Style::Warning, "cancelled".into()),
         Some(error) => (Style::Bad, format!("failed: {}", printable(error))),
         None => (Style::Good, "completed".to_owned()),
     };
-    let mut text = format!("{what} {how}, {} of {}", size(end.offset), size(end.len));
+    let mut text = format!("{job} {result}, {} of {}", size(end.offset), size(end.len));
     if end.r#type != "quorum-resync" {
         let (found, written) = (
             counted(end.corrupt_sectors_found, "corrupt sector"),
@@ -191,9 +191,10 @@ mod tests {
         assert_eq!(
             sentences,
             [
-                "1.raw: corrupt data in sector 345436, from byte 176863232, found by a read of sectors 345435-345439",
-                "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error (and 41 more like \
-                 this before it)",
+                "1.raw: corrupt data in sector 345436, from byte 176863232, found by a read of \
+                 sectors 345435-345439",
+                "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error \
+                 (and 41 more like this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
                 "1742 events missed: they arrived faster than this program read them",
             ]

@@ -43,8 +43,8 @@ pub(super) fn add(
     if !ended.is_success() {
         writeln!(
             context.out,
-            "{name} is a replica but not up to date; to continue: quorum-blkctl resync {name}; to undo: \
-             quorum-blkctl remove {name}"
+            "{name} is a replica but not up to date; to continue: quorum-blkctl resync {name}; \
+             to undo: quorum-blkctl remove {name}"
         )?;
     }
     Ok(ended.outcome())
@@ -116,8 +116,8 @@ fn wait_for_resync(
     let ended = ended.map_err(|error| match error {
         interrupted @ Error::Interrupted(_) => interrupted,
         Error::Closed => Error::Failed(format!(
-            "{}\n{name} and {old_name} were both replicas; a daemon that starts again has those of its \
-             command line",
+            "{}\n{name} and {old_name} were both replicas; when the daemon starts again, it \
+             has the replicas of its command line",
             Error::Closed
         )),
         other => Error::Failed(format!("{other}\n{both}; {next}")),

@@ -142,7 +142,7 @@ fn write_status(
     Ok(())
 }
 
-/// Why the disk is not healthy.
+/// What needs the attention of an operator, one line each.
 fn reasons(disk: &Disk) -> Vec<(Style, String)> {
     let mut reasons = Vec::new();
     if disk.undecided_sectors > 0 {
@@ -277,12 +277,14 @@ mod tests {
         json!({ "completed": 1, "failed": failed, "in-flight": 2, "bytes": 0 })
     }
 
-    fn disk(state: &str, stale: u64, damaged: u64, undecided: u64) -> Disk {
-        let replica = |name: &str, state: &str, stale: u64, damaged: u64| {
+    fn disk(state: &str, stale: u64, corrupt: u64, undecided: u64) -> Disk {
+        let replica = |name: &str, state: &str, stale: u64, corrupt: u64| {
+            let (read, write, flush) = (operations(corrupt), operations(0), operations(0));
             json!({
-                "node-name": name, "file": format!("/images/{name}"), "state": state, "stale-bytes": stale,
-                "corrupt-sectors-found": damaged, "repaired-sectors": 0, "corrupt-sectors": damaged, "new-member": [],
-                "operations": { "read": operations(damaged), "write": operations(0), "flush": operations(0) },
+                "node-name": name, "file": format!("/images/{name}"), "state": state,
+                "stale-bytes": stale, "corrupt-sectors": corrupt, "corrupt-sectors-found": corrupt,
+                "repaired-sectors": 0, "new-member": [],
+                "operations": { "read": read, "write": write, "flush": flush },
             })
         };
         let requests = |kind: &str| {
@@ -293,12 +295,15 @@ mod tests {
         };
         let requests = ["read", "write", "zero", "flush"].map(requests);
         serde_json::from_value(json!({
-            "node-name": "disk\x1b[2J", "size": 10_737_418_240_u64, "vote-threshold": 2, "read-pattern": "quorum",
-            "rewrite-corrupted": true, "read-only": false, "undecided-sectors": undecided,
+            "node-name": "disk\x1b[2J", "size": 10_737_418_240_u64, "vote-threshold": 2,
+            "read-pattern": "quorum", "rewrite-corrupted": true, "read-only": false,
+            "undecided-sectors": undecided,
             "requests": Value::Object(requests.into_iter().collect()),
             "failures": { "read": undecided, "write": 0, "flush": 0 },
             "replicas": [
-                replica("a", "in-service", 0, 0), replica("b", state, stale, damaged), replica("c", "in-service", 0, 0)
+                replica("a", "in-service", 0, 0),
+                replica("b", state, stale, corrupt),
+                replica("c", "in-service", 0, 0),
             ],
         }))
         .unwrap()
@@ -334,17 +339,22 @@ mod tests {
     fn an_unhealthy_disk_has_its_reasons() {
         assert_eq!(
             text(&disk("evicted", 4096, 3, 8)),
-            "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, rewrite-corrupted\n  \
+            "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
+             rewrite-corrupted\n  \
                no quorum: 8 undecided sectors; reads of them fail\n  \
                b is evicted: it does not answer; it rejoins when it does\n  \
                b is stale in 4 KiB\n  \
                b is corrupt in 3 sectors; to repair: quorum-blkctl scrub --repair\n  \
                the guest got 1 I/O error; requests without a quorum: 8 read\n\
              \n\
-             replica  state       stale  corrupt  found  repaired  errors  p99 read  p99 write  in flight  file\n\
-             a        in-service      -        -      -         -  -              -          -          6  /images/a\n\
-             b        evicted     4 KiB        3      3         -  3 read         -          -          6  /images/b\n\
-             c        in-service      -        -      -         -  -              -          -          6  /images/c\n"
+             replica  state       stale  corrupt  found  repaired  errors  p99 read  \
+             p99 write  in flight  file\n\
+             a        in-service      -        -      -         -  -              -  \
+             \x20       -          6  /images/a\n\
+             b        evicted     4 KiB        3      3         -  3 read         -  \
+             \x20       -          6  /images/b\n\
+             c        in-service      -        -      -         -  -              -  \
+             \x20       -          6  /images/c\n"
         );
     }
 }

@@ -247,7 +247,8 @@ mod tests {
             (
                 reported(2, 2, Some("2 sectors have no\x07 quorum"), false),
                 Outcome::NeedsAttention,
-                "job1 (scrub) failed: 2 sectors have no\\u{7} quorum; 2 corrupt sectors found, 2 sectors written",
+                "job1 (scrub) failed: 2 sectors have no\\u{7} quorum; 2 corrupt sectors found, \
+                 2 sectors written",
             ),
             (
                 reported(0, 0, None, true),

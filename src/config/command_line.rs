@@ -19,14 +19,16 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
     name = "quorum-blkd",
     version,
     about = "Serve several disk images as one voted disk to a virtual machine over vhost-user-blk",
-    override_usage = "quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
-                      quorum-blkd --print-capabilities",
-    after_help = "Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
-                  A service manager (systemd socket activation) can pass listening sockets instead of \
-                  --socket-path, --events and --qmp. Name them vhost-user, events and qmp \
-                  (FileDescriptorName=).\n\n\
-                  If the disk cannot be served, quorum-blkd prints one line on stderr and exits with \
-                  status 1."
+    override_usage = "\
+        quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
+        quorum-blkd --print-capabilities",
+    after_help = "\
+        Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
+        A service manager (systemd socket activation) can pass listening sockets instead of \
+        --socket-path, --events and --qmp. Name them vhost-user, events and qmp \
+        (FileDescriptorName=).\n\n\
+        If the disk cannot be served, quorum-blkd prints one line on stderr and exits with \
+        status 1."
 )]
 pub(super) struct Options {
     /// Listen for the frontend (QEMU, cloud-hypervisor, ...) on a UNIX socket created at PATH
@@ -63,8 +65,8 @@ pub(super) struct Options {
         help_heading = "Vote")]
     pub(super) read_pattern: ReadPattern,
 
-    /// Repair what a read finds corrupt or unreadable: write the data that won the vote to the
-    /// replicas that lost it. Without this option, the daemon only reports the damage
+    /// Repair sectors that a read finds corrupt or unreadable: write the data that won the vote to
+    /// the replicas that lost it. Without this option, the daemon only reports them
     #[arg(long, help_heading = "Vote")]
     pub(super) rewrite_corrupted: bool,
 
@@ -79,8 +81,9 @@ pub(super) struct Options {
         value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
     pub(super) replica_timeout: u64,
 
-    /// When a read of the guest finds damage, scrub this much of the disk before and after it at
-    /// once, in MiB, 0 to 1048576; 0 turns this off. Raise it if damage comes in large clusters
+    /// When a read of the guest finds corrupt or unreadable sectors, scrub this much of the disk
+    /// before and after them at once, in MiB, 0 to 1048576; 0 turns this off. Raise it if faults
+    /// of your disks affect large areas
     #[arg(long, value_name = "MIB", allow_negative_numbers = true,
         default_value_t = NEIGHBOURHOOD_BYTES >> 20,
         value_parser = clap::value_parser!(u64).range(0..=1 << 20), help_heading = "Replicas")]
@@ -149,7 +152,7 @@ pub(super) struct Options {
     pub(super) verbose: u8,
 }
 
-/// The parser's error in one line: what is wrong, then what to do about it.
+/// The parser's error in one line: the reason, then the next step.
 pub(super) fn usage_line(error: &clap::Error) -> String {
     let context = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -157,14 +160,14 @@ pub(super) fn usage_line(error: &clap::Error) -> String {
     };
     let option = context(ContextKind::InvalidArg).unwrap_or("an option");
     let value = context(ContextKind::InvalidValue).unwrap_or_default();
-    let wrong = match error.kind() {
+    let reason = match error.kind() {
         ErrorKind::UnknownArgument => format!("unexpected argument {}", Quoted(option)),
         ErrorKind::InvalidValue if value.is_empty() => format!("a value is required for {option}"),
         ErrorKind::InvalidValue => format!("invalid value {} for {option}", Quoted(value)),
         ErrorKind::ValueValidation => {
-            let reason = error.source().map(|source| format!(": {source}"));
-            let reason = reason.unwrap_or_default();
-            format!("invalid value {} for {option}{reason}", Quoted(value))
+            let why = error.source().map(|source| format!(": {source}"));
+            let why = why.unwrap_or_default();
+            format!("invalid value {} for {option}{why}", Quoted(value))
         }
         ErrorKind::ArgumentConflict => match context(ContextKind::PriorArg) {
             Some(other) if other != option => format!("{option} cannot be used with {other}"),
@@ -172,7 +175,7 @@ pub(super) fn usage_line(error: &clap::Error) -> String {
         },
         other => other.to_string(),
     };
-    format!("{wrong}; {}", advice(error))
+    format!("{reason}; {}", advice(error))
 }
 
 /// The next step after an error of the parser.

@@ -19,7 +19,8 @@ pub enum ConfigError {
     NoSocket,
     /// The service manager passed a socket with an unknown name.
     #[error(
-        "the service manager passed a socket named {} (descriptor {}); name it vhost-user, events or qmp",
+        "the service manager passed a socket named {} (descriptor {}); name it vhost-user, events \
+         or qmp",
         Quoted(&.0.name),
         .0.fd
     )]
@@ -33,7 +34,8 @@ pub enum ConfigError {
     PassedTwice(PassedSocket),
     /// The service manager passed a socket, and an option asks for another one.
     #[error(
-        "the service manager passed a socket named {}; {option} cannot be used with it, remove one of the two",
+        "the service manager passed a socket named {}; {option} cannot be used with it, remove \
+         one of the two",
         Quoted(&.socket.name)
     )]
     PassedAndGiven {
@@ -74,7 +76,7 @@ pub enum ConfigError {
     BlkFile {
         /// The value of the option.
         value: OsString,
-        /// What is wrong with it.
+        /// Why it is invalid.
         reason: String,
     },
     /// Two replicas have the same path.
@@ -82,7 +84,8 @@ pub enum ConfigError {
     SamePath(PathBuf),
     /// Two replicas have the same name.
     #[error(
-        "replicas {} and {} would both have the node-name {}; give one of them another with node-name=NAME",
+        "replicas {} and {} would both have the node-name {}; give one of them another with \
+         node-name=NAME",
         Quoted(.first),
         Quoted(.second),
         Quoted(.node_name)
@@ -97,7 +100,8 @@ pub enum ConfigError {
     },
     /// A replica has the name of the disk.
     #[error(
-        "replica {} has the node-name of the voted disk, {}; choose another with node-name=NAME or --node-name",
+        "replica {} has the node-name of the voted disk, {}; choose another with node-name=NAME \
+         or --node-name",
         Quoted(.path),
         Quoted(.node_name)
     )]
@@ -112,12 +116,15 @@ pub enum ConfigError {
     NodeName {
         /// The value of the option.
         value: String,
-        /// What is wrong with it.
+        /// Why it is invalid.
         reason: &'static str,
     },
     /// `--vote-threshold` is out of range.
-    #[error("--vote-threshold {threshold} is out of range; with {replicas} {} it can be 1 to {replicas}",
-        if *.replicas == 1 { "replica" } else { "replicas" })]
+    #[error(
+        "--vote-threshold {threshold} is out of range; with {replicas} {} it can be 1 to \
+         {replicas}",
+        if *.replicas == 1 { "replica" } else { "replicas" }
+    )]
     Threshold {
         /// Its value.
         threshold: usize,
@@ -126,7 +133,8 @@ pub enum ConfigError {
     },
     /// `--blkverify` with N or t other than 2.
     #[error(
-        "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} with a threshold of {threshold}"
+        "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} \
+         with a threshold of {threshold}"
     )]
     Blkverify {
         /// Number of replicas.
@@ -149,7 +157,7 @@ pub enum ConfigError {
     Serial {
         /// The value of the option.
         value: String,
-        /// What is wrong with it.
+        /// Why it is invalid.
         reason: &'static str,
     },
     /// A queue size that is out of range or not a power of two.

@@ -87,7 +87,7 @@ pub struct Config {
     pub verbosity: u8,
     /// A replica that has not answered for this long is evicted.
     pub replica_timeout: Duration,
-    /// Bytes to scrub before and after damage that a read finds.
+    /// Bytes to scrub before and after corrupt or unreadable sectors that a read finds.
     pub scrub_around_bytes: u64,
 }
 
@@ -268,7 +268,8 @@ fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
     for field in fields {
         let Some(name) = field.strip_prefix(b"node-name=") else {
             return Err(format!(
-                "the only option after the path is node-name=NAME, not {}; write a comma in the path as two commas",
+                "the only option after the path is node-name=NAME, not {}; write a comma in the \
+                 path as two commas",
                 Quoted(OsStr::from_bytes(&field))
             ));
         };

@@ -472,16 +472,18 @@ fn errors_of_the_parser_say_what_to_do() {
     for (arguments, line) in [
         (
             "--read-pattern=first",
-            "invalid value 'first' for --read-pattern <PATTERN>; use one of quorum, threshold, fifo",
+            "invalid value 'first' for --read-pattern <PATTERN>; use one of quorum, threshold, \
+             fifo",
         ),
         (
             "--replica-timeout=9",
-            "invalid value '9' for --replica-timeout <MS>: 9 is not in 10..=3600000; see quorum-blkd --help",
+            "invalid value '9' for --replica-timeout <MS>: 9 is not in 10..=3600000; see \
+             quorum-blkd --help",
         ),
         (
             "--metrics=x",
-            "invalid value 'x' for --metrics <ADDR>: expected a port, or address:port such as 127.0.0.1:9000 or \
-             [::1]:9000; see quorum-blkd --help",
+            "invalid value 'x' for --metrics <ADDR>: expected a port, or address:port such as \
+             127.0.0.1:9000 or [::1]:9000; see quorum-blkd --help",
         ),
         (
             "--blk-fil",
