@@ -64,48 +64,38 @@ pub(super) fn write_table(
         "job", "type", "replica", "status", ">done", ">of", ">limit", ">found", ">written", "error",
     ]);
     for job in jobs {
-        let plain = |text: String| (text, Style::Plain);
-        let limit = match job.speed {
-            0 => "-".into(),
-            speed => format!("{}/s", size(speed)),
-        };
-        let error = job.error.as_deref().map_or_else(|| "-".into(), printable);
-        let is_running = job.status == "running";
-        table.row(vec![
-            plain(printable(&job.id)),
-            plain(printable(
-                job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type),
-            )),
-            plain(
-                job.node_name
-                    .as_deref()
-                    .map_or_else(|| "-".into(), printable),
-            ),
-            (
-                printable(&job.status),
-                if is_running {
-                    Style::Good
-                } else {
-                    Style::Warning
-                },
-            ),
-            plain(format!(
-                "{} %",
-                percent(job.current_progress, job.total_progress)
-            )),
-            plain(size(job.total_progress)),
-            plain(limit),
-            plain(job.corrupt_sectors_found.to_string()),
-            plain(job.sectors_written.to_string()),
-            (
-                error,
-                if job.error.is_some() {
-                    Style::Bad
-                } else {
-                    Style::Plain
-                },
-            ),
-        ]);
+        table.row(job_row(job));
     }
     Ok(table.write(out, terminal)?)
+}
+
+fn job_row(job: &Job) -> Vec<(String, Style)> {
+    let plain = |text: String| (text, Style::Plain);
+    let text_or_dash = |text: Option<&str>| text.map_or_else(|| "-".to_owned(), printable);
+    let kind = job.r#type.strip_prefix("quorum-").unwrap_or(&job.r#type);
+    let status_style = match job.status.as_str() {
+        "running" => Style::Good,
+        _ => Style::Warning,
+    };
+    let limit = match job.speed {
+        0 => "-".to_owned(),
+        speed => format!("{}/s", size(speed)),
+    };
+    let error_style = match job.error {
+        Some(_) => Style::Bad,
+        None => Style::Plain,
+    };
+    let done = percent(job.current_progress, job.total_progress);
+    vec![
+        plain(printable(&job.id)),
+        plain(printable(kind)),
+        plain(text_or_dash(job.node_name.as_deref())),
+        (printable(&job.status), status_style),
+        plain(format!("{done} %")),
+        plain(size(job.total_progress)),
+        plain(limit),
+        plain(job.corrupt_sectors_found.to_string()),
+        plain(job.sectors_written.to_string()),
+        (text_or_dash(job.error.as_deref()), error_style),
+    ]
 }
