@@ -1,35 +1,40 @@
-//! The back channel of vhost-user: a socket that the frontend passes, on which the device tells it
-//! that the configuration space has changed.
+//! The back channel of vhost-user ("Back-end communication"): a socket that the frontend passes, on
+//! which the device reports that the configuration space has changed.
 //!
-//! The `vhost` crate has no call for that message, and does not hand out the socket that it wraps.
-//! So a connection is looked at before the crate reads a message from it: of the one that passes a
-//! back channel the descriptor is kept (`passed`). Whether it is one the crate checks as before.
+//! The `vhost` crate has no call for that message, and keeps the socket that it wraps to itself. So
+//! [`peek`] looks at a connection before the crate reads a message from it, and keeps a duplicate of
+//! the descriptor that passes a back channel. The crate checks the message and its descriptor as
+//! before.
 //!
-//! Invariant: nobody waits for a frontend that does not read what it is told.
+//! Invariant: no thread waits for a frontend that does not read its back channel.
 
-use std::io;
-use std::mem::{MaybeUninit, size_of};
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::io::{self, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use log::{debug, warn};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+};
 
 /// VHOST_USER_SET_BACKEND_REQ_FD.
 const SET_BACKEND_REQ_FD: u32 = 21;
 
-/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no body. No reply is asked for: nothing would
-/// depend on it.
+/// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no body, no reply requested.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
 
-/// The back channel of one connection, for the thread that serves it and those that have something
-/// to tell.
+/// The back channel of one connection, for the thread that serves the connection and for those that
+/// report changes.
 #[derive(Clone, Debug, Default)]
 pub struct BackChannel(Arc<Mutex<State>>);
 
 #[derive(Debug, Default)]
 struct State {
     socket: Option<OwnedFd>,
-    /// The frontend has negotiated that it reads the configuration space by messages.
+    /// The frontend has negotiated that it reads the configuration space by messages
+    /// (VHOST_USER_PROTOCOL_F_CONFIG).
     has_config: bool,
 }
 
@@ -38,34 +43,32 @@ impl BackChannel {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What the frontend has passed.
+    /// Sets the socket that the frontend has passed.
     pub(super) fn set(&self, socket: Option<OwnedFd>) {
         self.state().socket = socket;
     }
 
-    /// Whether the frontend wants to be told of changes.
+    /// Sets whether the frontend understands messages about the configuration space.
     pub(super) fn set_has_config(&self, has_config: bool) {
         self.state().has_config = has_config;
     }
 
-    /// The connection has ended.
+    /// Forgets the socket: the connection has ended.
     pub(super) fn clear(&self) {
         *self.state() = State::default();
     }
 
-    /// Tells the frontend, if it has asked for that, that the configuration space has changed.
+    /// Reports to the frontend, if it understands that, that the configuration space has changed.
     pub fn send_config_change(&self) {
         let mut state = self.state();
         let socket = state.socket.as_ref().filter(|_| state.has_config);
-        match socket.map(|socket| send(socket, &CONFIG_CHANGE)) {
+        match socket.map(|socket| send_message(socket, &CONFIG_CHANGE)) {
             None => {
-                debug!("the frontend has no back channel; it finds the new size when it reads it")
+                debug!("the frontend has no back channel; it reads the new size by itself");
             }
-            Some(Ok(())) => {
-                debug!("the frontend was told that the configuration space has changed")
-            }
+            Some(Ok(())) => debug!("the change of the configuration space is sent to the frontend"),
             Some(Err(error)) if error.kind() == io::ErrorKind::WouldBlock => {
-                // There are such messages before it that it has not read.
+                // Earlier messages fill the socket. One of them reports the change.
                 warn!("the frontend does not read its back channel");
             }
             Some(Err(error)) => {
@@ -77,78 +80,42 @@ impl BackChannel {
 }
 
 /// Sends a message, whole or not at all, without waiting for room.
-fn send(socket: &OwnedFd, message: &[u32; 3]) -> io::Result<()> {
-    let flags = libc::MSG_DONTWAIT | libc::MSG_NOSIGNAL;
-    // SAFETY: the message is valid for reads of its size; the descriptor is open.
-    let sent = unsafe {
-        libc::send(
-            socket.as_raw_fd(),
-            message.as_ptr().cast(),
-            size_of_val(message),
-            flags,
-        )
-    };
-    match usize::try_from(sent) {
-        Ok(count) if count == size_of_val(message) => Ok(()),
+fn send_message(socket: &OwnedFd, message: &[u32; 3]) -> io::Result<()> {
+    let bytes = message.map(u32::to_ne_bytes).concat();
+    let sent = send(socket, &bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)?;
+    if sent == bytes.len() {
+        Ok(())
+    } else {
         // Linux does not cut so short a message; the next one would not be understood.
-        Ok(_) => Err(io::ErrorKind::WriteZero.into()),
-        Err(_) => Err(io::Error::last_os_error()),
+        Err(io::ErrorKind::WriteZero.into())
     }
 }
 
-/// Waits for the next message on a connection, which stays there to be read. The descriptor that
-/// comes with it, if it passes a back channel. Whatever is wrong is found by whoever reads the
-/// message.
-pub(super) fn passed(connection: RawFd) -> Option<OwnedFd> {
-    let mut request = 0_u32;
-    // SAFETY: `request` is valid for a write of its size; a descriptor that is none makes the call
-    // fail.
-    let count = unsafe {
-        libc::recv(
-            connection,
-            (&raw mut request).cast(),
-            size_of::<u32>(),
-            libc::MSG_PEEK,
-        )
-    };
-    let is_whole = usize::try_from(count) == Ok(size_of::<u32>());
-    (is_whole && request == SET_BACKEND_REQ_FD)
+/// Waits for the next message on a connection and leaves it there to be read. Returns a duplicate
+/// of the descriptor that comes with it, if it passes a back channel. Errors are left to the read
+/// of the message.
+pub(super) fn peek(connection: &UnixStream) -> Option<OwnedFd> {
+    let mut request = [0; size_of::<u32>()];
+    let (count, _) = recv(connection, &mut request, RecvFlags::PEEK).ok()?;
+    let is_whole = count == request.len();
+    (is_whole && u32::from_ne_bytes(request) == SET_BACKEND_REQ_FD)
         .then(|| peek_descriptor(connection))
         .flatten()
 }
 
-/// A duplicate of the descriptor that comes with the next byte, which is there.
-fn peek_descriptor(connection: RawFd) -> Option<OwnedFd> {
-    #[repr(C)]
-    struct Control {
-        header: libc::cmsghdr,
-        descriptor: RawFd,
+/// A duplicate of the first descriptor that comes with the next byte, which is there already.
+fn peek_descriptor(connection: &UnixStream) -> Option<OwnedFd> {
+    let mut byte = [0];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
+    let parts = &mut [IoSliceMut::new(&mut byte)];
+    let received = recvmsg(connection, parts, &mut control, flags).ok()?;
+    if received.bytes != 1 {
+        return None;
     }
-    /// Without the padding at the end, in which the kernel would put a second one.
-    const CONTROL_BYTES: usize = size_of::<libc::cmsghdr>() + size_of::<RawFd>();
-
-    let mut byte = 0_u8;
-    let mut part = libc::iovec {
-        iov_base: (&raw mut byte).cast(),
-        iov_len: 1,
-    };
-    let mut control = MaybeUninit::<Control>::zeroed();
-    // SAFETY: for this structure zeroes are a valid value: no name, no parts, no control data.
-    let mut message: libc::msghdr = unsafe { MaybeUninit::zeroed().assume_init() };
-    message.msg_iov = &raw mut part;
-    message.msg_iovlen = 1;
-    message.msg_control = control.as_mut_ptr().cast();
-    message.msg_controllen = CONTROL_BYTES;
-    let flags = libc::MSG_PEEK | libc::MSG_DONTWAIT | libc::MSG_CMSG_CLOEXEC;
-    // SAFETY: `message` refers to one byte and to `control`, both valid for writes of the lengths
-    // given.
-    let count = unsafe { libc::recvmsg(connection, &raw mut message, flags) };
-    // SAFETY: integers only, zeroed in the beginning.
-    let Control { header, descriptor } = unsafe { control.assume_init() };
-    let is_descriptor = count == 1
-        && header.cmsg_level == libc::SOL_SOCKET
-        && header.cmsg_type == libc::SCM_RIGHTS
-        && header.cmsg_len == CONTROL_BYTES;
-    // SAFETY: the kernel has just made this descriptor for us, and nobody else knows of it.
-    is_descriptor.then(|| unsafe { OwnedFd::from_raw_fd(descriptor) })
+    control.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    })
 }

@@ -1,8 +1,8 @@
 //! One descriptor chain (virtio 1.3, 2.7.5), walked from its head on.
 //!
-//! `virtio-queue` has such a walk too, but begins one only where the available ring stands. A
-//! request that was in flight when another daemon died has left that ring and is known by its head
-//! alone, so all chains are walked here.
+//! `virtio-queue` walks chains too, but only those at the current index of the available ring. A
+//! request that was in flight when another daemon was killed is known by its head alone, so this
+//! module walks all chains.
 
 use virtio_queue::desc::split::Descriptor;
 use virtio_queue::{Queue, QueueT};
@@ -13,14 +13,14 @@ use crate::limits::QUEUE_SIZE_MAX;
 
 const DESCRIPTOR_BYTES: u32 = 16;
 
-/// The descriptors of a chain in order, those of an indirect table in place of the one that refers
-/// to it.
+/// The descriptors of a chain in order. The descriptors of an indirect table stand in place of the
+/// one that refers to it.
 ///
-/// It stops where the chain ends, and also where it is malformed: at a descriptor out of its table
-/// or out of guest memory; at an indirect table of a broken length, within another one, or with a
-/// descriptor behind it; after as many descriptors as the table has (a loop) or the longest queue;
-/// above 4 GiB. In all of these the last descriptor that was returned, if any, says that another
-/// one follows.
+/// The walk stops where the chain ends, and where it is malformed: at a descriptor outside of its
+/// table or of guest memory; at an indirect table of a broken length, within another one, or with a
+/// descriptor behind it; after as many descriptors as the table (a loop) or the longest virtqueue
+/// has; above 4 GiB. If the chain is malformed, the last descriptor that was returned, if any, has
+/// its NEXT flag set.
 #[derive(Clone, Debug)]
 pub struct Chain<'a> {
     memory: View<'a>,
@@ -52,17 +52,17 @@ impl<'a> Chain<'a> {
         }
     }
 
-    /// Index of the first descriptor, the chain's name on the used ring.
+    /// The index of the first descriptor, which identifies the chain on the used ring.
     pub fn head_index(&self) -> u16 {
         self.head
     }
 
-    /// The memory it lies in.
+    /// The memory that the chain lies in.
     pub fn memory(&self) -> View<'a> {
         self.memory
     }
 
-    /// The next descriptor, if it is where it must be.
+    /// The next descriptor, if it lies within its table and guest memory.
     fn read(&self) -> Option<Descriptor> {
         if self.left == 0 || self.returned == QUEUE_SIZE_MAX || self.next >= self.entries {
             return None;
@@ -92,7 +92,7 @@ impl Iterator for Chain<'_> {
     fn next(&mut self) -> Option<Descriptor> {
         let descriptor = self.read()?;
         if descriptor.refers_to_indirect_table() {
-            // Nothing behind the reference is looked at. The second time it is refused.
+            // Descriptors behind the reference are not read. A second reference is rejected.
             self.left = 0;
             self.enter(&descriptor)?;
             return self.next();

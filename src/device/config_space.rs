@@ -1,5 +1,7 @@
 //! The virtio-blk feature bits and configuration space (virtio 1.3, 5.2.3 and 5.2.4).
 
+use std::mem::offset_of;
+
 use vhost::vhost_user::VhostUserVirtioFeatures;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH,
@@ -8,7 +10,6 @@ use virtio_bindings::virtio_blk::{
 };
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
-use vm_memory::ByteValued;
 
 use super::DiskInfo;
 use crate::common::SECTOR_BYTES;
@@ -48,57 +49,58 @@ pub fn expects_durable_writes(features: u64, writeback: bool) -> bool {
     }
 }
 
-/// Where `writeback`, the only field that a driver may write, is in the configuration space.
+/// The offset of `writeback` in the configuration space, the only field that a driver may write.
 pub const WRITEBACK_OFFSET: u32 = 32;
+const _: () = assert!(offset_of!(virtio_blk_config, wce) == WRITEBACK_OFFSET as usize);
 
-/// `virtio_blk_config` as bytes of guest memory.
-#[derive(Clone, Copy, Default)]
-#[repr(transparent)]
-struct ConfigSpace(virtio_blk_config);
+/// Bytes of the fields up to those of zoned devices.
+const CONFIG_BYTES: usize = offset_of!(virtio_blk_config, unused1) + 3;
 
-// SAFETY: a C structure of integers without padding (60 bytes and the zoned part, checked by the
-// bindings' own layout tests), valid for any bit pattern.
-unsafe impl ByteValued for ConfigSpace {}
-
-/// `size` bytes of the configuration space from `offset` on. What lies behind the fields we know
-/// reads as zero: frontends ask for the structure of their own version.
+/// `size` bytes of the configuration space from `offset` on. Bytes behind the known fields read as
+/// zero: frontends ask for the structure of their own version.
 pub fn read(info: &DiskInfo, writeback: bool, offset: u32, size: u32) -> Vec<u8> {
+    let config = config_space(info, writeback);
+    let window = config.iter().skip(offset as usize).take(size as usize);
+    let mut window: Vec<u8> = window.copied().collect();
+    window.resize(size as usize, 0);
+    window
+}
+
+/// `struct virtio_blk_config`, little-endian.
+fn config_space(info: &DiskInfo, writeback: bool) -> [u8; CONFIG_BYTES] {
+    let mut config = [0; CONFIG_BYTES];
+    macro_rules! set {
+        ($field:ident, $value:expr) => {{
+            let bytes = $value.to_le_bytes();
+            let start = offset_of!(virtio_blk_config, $field);
+            config[start..start + bytes.len()].copy_from_slice(&bytes);
+        }};
+    }
     let physical_blocks = info.physical_block_bytes / info.block_bytes;
-    let (zero_sectors, zero_segments) = match info.read_only {
-        true => (0, 0),
-        false => (ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX),
-    };
-    let config = ConfigSpace(virtio_blk_config {
-        capacity: info.capacity.sectors().to_le(),
-        // Nothing depends on it: a request is cut where we like. Drivers make segments no longer.
-        size_max: u32::try_from(FRAGMENT_BYTES_MAX).expect("1 MiB").to_le(),
-        seg_max: info.segments_max.to_le(),
-        blk_size: info.block_bytes.to_le(),
-        physical_block_exp: u8::try_from(physical_blocks.ilog2()).expect("at most 31"),
-        min_io_size: u16::try_from(physical_blocks).unwrap_or(1).to_le(),
-        wce: writeback.into(),
-        num_queues: info.num_queues.to_le(),
-        max_discard_sectors: zero_sectors.to_le(),
-        max_discard_seg: zero_segments.to_le(),
-        discard_sector_alignment: u32::try_from(
-            u64::from(info.physical_block_bytes) / SECTOR_BYTES,
-        )
-        .expect("fewer than bytes")
-        .to_le(),
-        max_write_zeroes_sectors: zero_sectors.to_le(),
-        max_write_zeroes_seg: zero_segments.to_le(),
-        write_zeroes_may_unmap: u8::from(!info.read_only),
-        ..Default::default()
-    });
-    let bytes = config.as_slice();
-    let wanted = bytes
-        .iter()
-        .skip(offset as usize)
-        .take(size as usize)
-        .copied();
-    let mut wanted: Vec<u8> = wanted.collect();
-    wanted.resize(size as usize, 0);
-    wanted
+    set!(capacity, info.capacity.sectors());
+    // Requests are cut into fragments wherever segments end. Drivers make segments no longer.
+    set!(size_max, u32::try_from(FRAGMENT_BYTES_MAX).expect("1 MiB"));
+    set!(seg_max, info.segments_max);
+    set!(blk_size, info.block_bytes);
+    let exponent = physical_blocks.ilog2();
+    set!(
+        physical_block_exp,
+        u8::try_from(exponent).expect("at most 31")
+    );
+    set!(min_io_size, u16::try_from(physical_blocks).unwrap_or(1));
+    set!(wce, u8::from(writeback));
+    set!(num_queues, info.num_queues);
+    let alignment = u64::from(info.physical_block_bytes) / SECTOR_BYTES;
+    let alignment = u32::try_from(alignment).expect("fewer than bytes");
+    set!(discard_sector_alignment, alignment);
+    if !info.read_only {
+        set!(max_discard_sectors, ZERO_SECTORS_MAX);
+        set!(max_discard_seg, ZERO_SEGMENTS_MAX);
+        set!(max_write_zeroes_sectors, ZERO_SECTORS_MAX);
+        set!(max_write_zeroes_seg, ZERO_SEGMENTS_MAX);
+        set!(write_zeroes_may_unmap, 1u8);
+    }
+    config
 }
 
 #[cfg(test)]

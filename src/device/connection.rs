@@ -1,4 +1,5 @@
-//! What a connection shares with the threads that serve its rings, and what outlives it.
+//! The state that a connection shares with the workers that serve its virtqueues, and the cache
+//! mode, which outlives the connection.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -9,9 +10,9 @@ use vm_memory::GuestMemoryAtomic;
 use super::back_channel::BackChannel;
 use super::{GuestMemory, Vring, config_space};
 
-/// Whether written data may stay in a cache until it is flushed. Of the disk, not of a connection:
-/// it stays until a driver chooses anew. No frontend tells it to the next process, or to the one
-/// that a guest is migrated to, and the guest relies on it.
+/// Whether written data may stay in a cache until it is flushed (`writeback`, virtio 1.3, 5.2.5).
+/// It belongs to the disk, not to a connection, and stays until a driver changes it: no frontend
+/// repeats it to the next process, and the guest relies on it.
 #[derive(Clone, Debug)]
 pub struct CacheMode(Arc<AtomicBool>);
 
@@ -31,7 +32,7 @@ impl CacheMode {
     }
 }
 
-/// What the driver has chosen, for the threads that serve the rings.
+/// What the driver has chosen, for the workers that serve the virtqueues.
 #[derive(Debug)]
 pub struct DriverChoices {
     features: AtomicU64,
@@ -44,36 +45,37 @@ impl DriverChoices {
         config_space::expects_durable_writes(self.features(), self.cache_mode.is_writeback())
     }
 
-    /// The feature bits that it accepted.
+    /// The feature bits that the driver accepted.
     pub(super) fn features(&self) -> u64 {
         self.features.load(Ordering::Acquire)
     }
 
-    /// It accepted these.
+    /// Sets the feature bits that the driver accepted.
     pub(super) fn set_features(&self, features: u64) {
         self.features.store(features, Ordering::Release);
     }
 }
 
-/// What a connection shares with the threads that serve its rings. There are as many as there may
-/// be connections; one that is not in use costs next to nothing.
+/// The state that a connection shares with the workers that serve its virtqueues. There is a slot
+/// for each possible connection; an unused one costs next to nothing.
 #[derive(Clone)]
 pub struct ConnectionSlot {
     /// Guest memory.
     pub memory: GuestMemoryAtomic<GuestMemory>,
-    /// The rings.
+    /// The virtqueues.
     pub vrings: Vec<Vring>,
     /// What the driver has chosen.
     pub choices: Arc<DriverChoices>,
-    /// How the frontend hears of changes.
+    /// Reports changes of the configuration space to the frontend.
     pub back_channel: BackChannel,
 }
 
 impl ConnectionSlot {
-    /// One with `queue_count` rings of up to `queue_size` entries, on a disk with this cache mode.
+    /// A slot with `queue_count` virtqueues of up to `queue_size` entries, on a disk with this cache
+    /// mode.
     ///
     /// # Errors
-    /// If the size is not one that a ring can have.
+    /// If no virtqueue can have that size.
     pub fn new(
         queue_count: u16,
         queue_size: u16,

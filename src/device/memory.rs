@@ -1,12 +1,12 @@
-//! Guest memory, and the log of what is written to it while the guest is migrated.
+//! Guest memory, and the dirty log of a migration.
 //!
 //! A VMM that migrates a guest copies its memory while it runs, and copies again what has changed
-//! meanwhile. It knows its own writes and the guest's; it learns of ours from a bitmap in memory
-//! that it shares with us, with a bit for each page of guest-physical memory (vhost-user,
+//! meanwhile. It knows its own writes and the guest's. For the writes of this daemon it reads a
+//! bitmap in shared memory, with a bit for each page of guest-physical memory (vhost-user,
 //! "Migration"). A write that is missing there is data that the guest loses.
 //!
-//! The bitmap of `vhost-user-backend` can only be made by its own daemon, and cannot be switched
-//! off when a migration has failed.
+//! Only the daemon of `vhost-user-backend` can make that crate's bitmap, which cannot be switched
+//! off when a migration has failed. So this is a bitmap of its own.
 //!
 //! Invariants: a page is marked after it was written to, never before; the log covers all of guest
 //! memory.
@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use log::info;
+use rustix::fs::{major, minor};
 use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
 use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
@@ -35,19 +36,19 @@ pub type Region = GuestRegionMmap<LoggedWrites>;
 /// host.
 const LOG_PAGE_BYTES: u64 = 0x1000;
 
-/// What the VMM shares cannot be used.
+/// Why memory that the VMM shares cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Access to it would be a SIGBUS.
-    #[error("the file ends within the part that is shared")]
+    /// Access behind the end of the file would be a SIGBUS.
+    #[error("the file ends within the shared part")]
     BeyondFile,
-    /// It ends beyond the address space.
-    #[error("addresses that do not exist")]
+    /// The region ends beyond the address space.
+    #[error("the region ends beyond the address space")]
     Address,
     /// The system does not map it.
-    #[error("cannot be mapped: {0}")]
+    #[error("the file cannot be mapped: {0}")]
     Map(#[from] MmapRegionError),
-    /// Writes to some of guest memory could not be logged.
+    /// Writes to a part of guest memory could not be logged.
     #[error("the log of {log_bytes} bytes does not cover guest memory up to {last:#x}")]
     NotCovered {
         /// Size of the log.
@@ -57,10 +58,10 @@ pub enum Error {
     },
 }
 
-/// Maps a region of guest memory, writes to which are marked in `log`.
+/// Maps a region of guest memory. Writes to it are marked in `log`.
 ///
 /// # Errors
-/// If it is not part of the file, or cannot be mapped.
+/// If the region is not part of the file, or cannot be mapped.
 pub fn map_region(
     region: &VhostUserMemoryRegion,
     file: File,
@@ -74,8 +75,8 @@ pub fn map_region(
     Region::new(mapping, GuestAddress(region.guest_phys_addr)).ok_or(Error::Address)
 }
 
-/// Maps part of a file that the VMM shares. It can still truncate the file afterwards, at its own
-/// loss: the disk goes with us.
+/// Maps part of a file that the VMM shares. A VMM that truncates the file afterwards ends this
+/// daemon, and with it its own disk.
 fn map<B: Bitmap>(
     file: File,
     offset_bytes: u64,
@@ -94,28 +95,28 @@ fn map<B: Bitmap>(
     Ok(mapping.build()?)
 }
 
-/// How much there is of what the VMM shares. Of other things than memory some can be mapped further
-/// than they reach, like /dev/zero.
+/// The size of a file that the VMM shares. `None` for files that can be mapped behind their end,
+/// like /dev/zero.
 fn file_bytes(file: &File) -> Option<u64> {
     let metadata = file.metadata().ok()?;
     if metadata.is_file() {
-        // Also one of huge pages or of tmpfs.
+        // A file of huge pages or of tmpfs too.
         return Some(metadata.len());
     }
     if !metadata.file_type().is_char_device() {
         return None;
     }
-    // Persistent memory (device DAX) says there how large it is.
-    let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+    // The size of persistent memory (device DAX) is in sysfs.
+    let (major, minor) = (major(metadata.rdev()), minor(metadata.rdev()));
     let bytes = std::fs::read_to_string(format!("/sys/dev/char/{major}:{minor}/size")).ok()?;
     bytes.trim().parse().ok()
 }
 
-/// The log of one connection. Off until the VMM has given it an area and the feature
-/// VHOST_F_LOG_ALL was accepted, in either order.
+/// The dirty log of one connection. Off until the VMM has set its area (VHOST_USER_SET_LOG_BASE) and
+/// has accepted the feature VHOST_F_LOG_ALL, in either order.
 #[derive(Debug, Default)]
 pub struct DirtyLog {
-    /// A hint, so that writes cost nothing while it is off; the state decides.
+    /// A hint, so that writes cost nothing while the log is off; the state decides.
     on: AtomicBool,
     state: RwLock<State>,
 }
@@ -132,11 +133,11 @@ impl DirtyLog {
         self.on.load(Ordering::Relaxed)
     }
 
-    /// Sets the area in place of the one before (SET_LOG_BASE). Marks that are under way are in
-    /// that one when this returns.
+    /// Sets the area in place of the last one (VHOST_USER_SET_LOG_BASE). Marks that are under way
+    /// are in the last one when this returns.
     ///
-    /// A write on another thread that began before this may go unmarked if it switches the log on:
-    /// whoever answers the VMM must first have heard from each thread that writes.
+    /// If this switches the log on, a write that another thread has begun before may go unmarked.
+    /// The message must not be answered until each thread that writes has been refreshed.
     ///
     /// # Errors
     /// If the area is not part of the file, cannot be mapped, or does not cover `memory`.
@@ -152,14 +153,14 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Whether VHOST_F_LOG_ALL was accepted. The area stays, for a VMM that sets it once only. What
-    /// [`Self::set_area`] says of other threads applies here too.
+    /// Sets whether VHOST_F_LOG_ALL was accepted. The area stays, as some VMMs set it only once. For
+    /// other threads see [`Self::set_area`].
     pub fn set_wanted(&self, wanted: bool) {
         self.change(|state| state.wanted = wanted);
     }
 
-    /// Guest memory is about to become `memory`. While the log is off, an area that does not cover
-    /// it is forgotten: it is left over from an earlier migration.
+    /// Checks the area before guest memory becomes `memory`. While the log is off, an area that does
+    /// not cover it is dropped: it is left over from an earlier migration.
     ///
     /// # Errors
     /// If the log is on and does not cover `memory`.
@@ -175,7 +176,7 @@ impl DirtyLog {
         covered
     }
 
-    /// Forgets everything. Nothing is marked any more when this returns.
+    /// Drops the area. Nothing is marked any more when this returns.
     pub fn clear(&self) {
         self.change(|state| *state = State::default());
     }
@@ -185,10 +186,8 @@ impl DirtyLog {
         change(&mut state);
         let on = state.wanted && state.area.is_some();
         if self.on.swap(on, Ordering::Relaxed) != on {
-            info!(
-                "writes to guest memory are {}",
-                if on { "logged" } else { "not logged any more" }
-            );
+            let state = ["off", "on"][usize::from(on)];
+            info!("the dirty log of a migration is switched: log={state}");
         }
     }
 
@@ -242,14 +241,14 @@ impl Area {
                 debug_assert!(false, "the log covers all of guest memory");
                 return;
             };
-            // Also when the bits are set already: the VMM may be taking them at this moment, and
-            // must then find in the page what was written before this.
+            // Also when the bits are set already: the VMM may clear them at this moment, and must
+            // then find this write in the page that it copies.
             bits.fetch_or(mask, Ordering::Release);
         }
     }
 }
 
-/// Hands writes to one region of guest memory to the log; `vm-memory` calls it after each of them.
+/// Marks writes to one region of guest memory in the log; `vm-memory` calls it after each write.
 #[derive(Clone, Debug, Default)]
 pub struct LoggedWrites {
     log: Arc<DirtyLog>,
@@ -267,7 +266,7 @@ impl Bitmap for LoggedWrites {
         }
     }
 
-    /// Never: the bits are the VMM's to read.
+    /// Not supported: only the VMM reads the bits.
     fn dirty_at(&self, _offset: usize) -> bool {
         false
     }
@@ -278,7 +277,7 @@ impl Bitmap for LoggedWrites {
 }
 
 impl NewBitmap for LoggedWrites {
-    /// For a region whose writes are never logged.
+    /// The bitmap of a region whose writes are never logged.
     fn with_len(_len: usize) -> Self {
         Self::default()
     }

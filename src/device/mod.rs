@@ -1,14 +1,19 @@
 //! The guest's side: virtio-blk requests and the vhost-user protocol. Knows nothing of replicas.
 //!
-//! [`frontend`] speaks vhost-user with the VMM and sets rings up; what it shares with the threads
-//! that serve them is in [`connection`]. [`guest`] takes requests off the rings and answers them,
-//! [`chain`] walks the descriptors of one and [`request`] understands it, [`config_space`] is what
-//! the driver sees of the device, [`back_channel`] tells the VMM that it has changed, [`inflight`]
-//! remembers for the next process what was taken and not answered.
+//! - [`frontend`] speaks vhost-user with the VMM and sets virtqueues up.
+//! - [`connection`] is the state that a frontend shares with the workers.
+//! - [`guest`] accepts requests from virtqueues, hands fragments to the engine, and answers.
+//! - [`chain`] walks the descriptors of a request, [`request`] parses them.
+//! - [`config_space`] has the feature bits and the configuration space, [`back_channel`] reports to
+//!   the VMM that it has changed.
+//! - [`inflight`] tracks accepted chains for the next process.
+//! - [`memory`] is guest memory with its dirty log.
 //!
-//! Invariants: every chain taken off a ring is put back on it once, by this process or by the next
-//! one; guest memory is written only between those two moments; whatever bytes the guest or the VMM
-//! puts in front of us, at most its own requests fail.
+//! Invariants: every chain accepted from a virtqueue is completed once, by this process or by the
+//! next one; guest memory is written only between those two moments; whatever bytes the guest or
+//! the VMM sends, at most its own requests fail.
+
+#![forbid(unsafe_code)]
 
 pub mod back_channel;
 pub mod chain;
@@ -35,15 +40,15 @@ pub use self::view::View;
 
 use crate::common::{SECTOR_BYTES, SectorRange};
 
-/// A virtqueue with the descriptors it is kicked and signalled by.
+/// A virtqueue with its kick and call descriptors.
 pub type Vring = VringMutex<GuestMemoryAtomic<GuestMemory>>;
 
-/// How large the disk is: one figure for all who serve it. It only grows.
+/// The size of the disk: one figure for all threads that serve it. It only grows.
 #[derive(Clone, Debug)]
 pub struct Capacity(Arc<AtomicU64>);
 
 impl Capacity {
-    /// Of a disk of so many sectors.
+    /// The capacity of a disk of this many sectors.
     pub fn new(sectors: u64) -> Self {
         Self(Arc::new(AtomicU64::new(sectors)))
     }
@@ -58,36 +63,35 @@ impl Capacity {
         self.sectors() * SECTOR_BYTES
     }
 
-    /// Requests may go as far as that from now on. To be called when every replica can serve them,
-    /// and what is known of the replicas covers them.
+    /// Lets requests go up to this sector from now on. To be called when every replica can serve
+    /// them, and the replicas' health is tracked that far.
     pub fn grow(&self, sectors: u64) {
         self.0.fetch_max(sectors, Ordering::AcqRel);
     }
 }
 
-/// What the disk is to the guest.
+/// The disk as the guest sees it.
 #[derive(Clone, Debug)]
 pub struct DiskInfo {
-    /// How large it is.
+    /// The size of the disk.
     pub capacity: Capacity,
     /// Logical block size in bytes: requests are multiples of it.
     pub block_bytes: u32,
-    /// What the replicas write at a time at least, in bytes: a power of two, not below
-    /// `block_bytes`.
+    /// The smallest unit that the replicas write, in bytes: a power of two, not below `block_bytes`.
     pub physical_block_bytes: u32,
-    /// Writes are refused.
+    /// Whether writes are rejected.
     pub read_only: bool,
     /// The answer to GET_ID, at most 20 bytes.
     pub serial: String,
-    /// How many virtqueues there are.
+    /// The number of virtqueues.
     pub num_queues: u16,
     /// Data segments that a request may have.
     pub segments_max: u32,
 }
 
 impl DiskInfo {
-    /// The range of a request for `bytes` bytes from `sector` on, if it is one that this disk can
-    /// serve: whole blocks within the capacity. May be empty.
+    /// The range of a request for `bytes` bytes from `sector` on, if it has whole blocks within the
+    /// capacity. May be empty.
     pub fn range_of(&self, sector: u64, bytes: u64) -> Option<SectorRange> {
         let block_sectors = u64::from(self.block_bytes) / SECTOR_BYTES;
         let whole = bytes.is_multiple_of(u64::from(self.block_bytes))

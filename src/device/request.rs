@@ -1,8 +1,8 @@
-//! One descriptor chain, understood as a virtio-blk request (virtio 1.3, 5.2.6).
+//! Parses a descriptor chain as a virtio-blk request (virtio 1.3, 5.2.6).
 //!
-//! The driver may cut header, data and status into descriptors as it likes (2.7.4.2): the header is
-//! the first 16 device-readable bytes, the status the last device-writable byte, the data what is
-//! between. The descriptors are looked at once; addresses and lengths are checked when memory is
+//! The driver may split header, data and status into descriptors in any way (2.7.4.2): the header
+//! is the first 16 device-readable bytes, the status the last device-writable byte, the data lies
+//! in between. The descriptors are read once; addresses and lengths are checked when memory is
 //! accessed.
 
 use virtio_bindings::virtio_blk::{
@@ -33,7 +33,7 @@ pub enum Status {
     Ok = VIRTIO_BLK_S_OK,
     /// Failed.
     IoError = VIRTIO_BLK_S_IOERR,
-    /// Not a request this device knows.
+    /// The device does not support the request.
     Unsupported = VIRTIO_BLK_S_UNSUPP,
 }
 
@@ -44,14 +44,14 @@ impl Status {
     }
 }
 
-/// A run of guest memory. Not checked against the memory map yet.
+/// A run of guest memory, not yet checked against the memory map.
 #[derive(Clone, Copy, Debug)]
 struct Segment {
     address: GuestAddress,
     len: usize,
 }
 
-/// Runs of guest memory that make up one stretch of bytes.
+/// Runs of guest memory that make up one sequence of bytes.
 #[derive(Clone, Debug, Default)]
 pub struct Segments(Vec<Segment>);
 
@@ -72,46 +72,46 @@ pub enum Kind {
     Flush,
     /// VIRTIO_BLK_T_GET_ID.
     GetId,
-    /// Nothing that can be served: to be answered with this at once.
+    /// Not a request that can be served: answered with this status at once.
     Rejected(Status),
 }
 
-/// What is to read as zeroes.
+/// A range to be zeroed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Zeroed {
     /// The sectors.
     pub range: SectorRange,
-    /// The space may be given back.
+    /// The replicas may deallocate the space.
     pub unmap: bool,
 }
 
-/// A chain, understood.
+/// A parsed chain.
 #[derive(Debug)]
 pub struct Request {
-    /// Index of the chain's first descriptor, its name on the used ring.
+    /// The index of the chain's first descriptor, which identifies it on the used ring.
     pub head: u16,
-    /// What it asks for.
+    /// What the chain asks for.
     pub kind: Kind,
     /// The data to write, or the place for the data to read.
     pub data: Segments,
     /// The ranges to zero.
     pub zeroes: Vec<Zeroed>,
-    /// Where the status goes; `None` if the driver left no room for one, and then there is no way
-    /// to answer but to give the chain back.
+    /// The address of the status byte; `None` if the driver left no room for one. Then the chain is
+    /// completed without a status.
     status: Option<GuestAddress>,
-    /// Device-writable bytes before the status byte, whatever they are there for.
+    /// Device-writable bytes before the status byte, whatever the driver wants with them.
     before_status: u64,
 }
 
 impl Request {
-    /// Understands `chain` as a request to a disk such as `info`.
+    /// Parses `chain` as a request to a disk such as `info`.
     pub fn parse(chain: Chain<'_>, info: &DiskInfo) -> Self {
         let head = chain.head_index();
         let memory = chain.memory();
         let (mut readable, mut writable, well_formed) = split(chain);
         let status = writable.take_last_byte();
         let before_status = writable.bytes();
-        let refused = |status_value| Self {
+        let rejected = |status_value| Self {
             head,
             kind: Kind::Rejected(status_value),
             data: Segments::default(),
@@ -121,7 +121,7 @@ impl Request {
         };
         let mut header = [0; HEADER_BYTES];
         if !well_formed || status.is_none() || readable.read(memory, 0, &mut header).is_err() {
-            return refused(Status::IoError);
+            return rejected(Status::IoError);
         }
         readable.skip(HEADER_BYTES);
         let request_type = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
@@ -135,7 +135,7 @@ impl Request {
             VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
                 if info.read_only =>
             {
-                return refused(Status::IoError);
+                return rejected(Status::IoError);
             }
             VIRTIO_BLK_T_OUT => (
                 info.range_of(sector, readable.bytes()).map(Kind::Out),
@@ -149,13 +149,13 @@ impl Request {
                     request_type == VIRTIO_BLK_T_DISCARD,
                 ) {
                     Ok(ranges) => zeroes = ranges,
-                    Err(status) => return refused(status),
+                    Err(status) => return rejected(status),
                 }
                 (Some(Kind::Zero), Segments::default())
             }
             VIRTIO_BLK_T_FLUSH => (Some(Kind::Flush), Segments::default()),
             VIRTIO_BLK_T_GET_ID => (Some(Kind::GetId), writable),
-            _ => return refused(Status::Unsupported),
+            _ => return rejected(Status::Unsupported),
         };
         match kind {
             Some(kind) => Self {
@@ -166,11 +166,11 @@ impl Request {
                 status,
                 before_status,
             },
-            None => refused(Status::IoError),
+            None => rejected(Status::IoError),
         }
     }
 
-    /// As what it is counted, if it is one that replicas are asked for.
+    /// The kind that it is counted as, if it needs replicas.
     pub fn counts_as(&self) -> Option<RequestKind> {
         match self.kind {
             Kind::In(_) => Some(RequestKind::Read),
@@ -181,7 +181,7 @@ impl Request {
         }
     }
 
-    /// Its sectors as one range; of one that zeroes as many, wherever they are.
+    /// Its sectors as one range. For a request that zeroes, a range of the same length.
     pub fn extent(&self) -> SectorRange {
         match self.kind {
             Kind::In(range) | Kind::Out(range) => range,
@@ -198,9 +198,9 @@ impl Request {
         }
     }
 
-    /// What is to be zeroed `begun_sectors` into the request, up to the end of that range.
-    pub fn zeroed_from(&self, begun_sectors: u64) -> Option<Zeroed> {
-        let mut skip = begun_sectors;
+    /// The part of the range at `offset_sectors` into the request, from there to its end.
+    pub fn zeroed_from(&self, offset_sectors: u64) -> Option<Zeroed> {
+        let mut skip = offset_sectors;
         self.zeroes.iter().find_map(|&Zeroed { range, unmap }| {
             if skip < range.count {
                 let range = SectorRange::new(range.start + skip, range.count - skip);
@@ -211,13 +211,13 @@ impl Request {
         })
     }
 
-    /// Writes the status byte, if the driver left room for it. Returns how many bytes from the
-    /// start of the device-writable part are written, for the used ring (virtio 1.3, 2.7.8.2).
+    /// Writes the status byte, if the driver left room for it. Returns the length for the used ring:
+    /// how many bytes from the start of the device-writable part are written (virtio 1.3, 2.7.8.2).
     pub fn answer(&self, memory: View<'_>, status: Status) -> u32 {
         let Some(address) = self.status else {
             return 0;
         };
-        // A status byte outside of guest memory is the driver's loss; the chain is given back all
+        // A status byte outside of guest memory is the driver's fault. The chain is completed all
         // the same.
         if memory.write_slice(&[status.byte()], address).is_err() {
             return 0;
@@ -227,7 +227,7 @@ impl Request {
             (Kind::GetId, Status::Ok) => self.before_status.min(u64::from(VIRTIO_BLK_ID_BYTES)),
             _ => 0,
         };
-        // The status byte counts only if nothing before it lies unwritten.
+        // The status byte counts only if all bytes before it are written.
         let written = if filled == self.before_status {
             filled + 1
         } else {
@@ -249,8 +249,8 @@ impl Request {
     }
 }
 
-/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status it is
-/// refused with.
+/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status that rejects
+/// it.
 fn parse_zeroes(
     segments: &Segments,
     memory: View<'_>,
@@ -265,7 +265,7 @@ fn parse_zeroes(
         return Err(Status::Unsupported);
     }
     let mut ranges = Vec::with_capacity(ZERO_SEGMENTS_MAX as usize);
-    let mut refused = None;
+    let mut rejected = None;
     for index in 0..usize::try_from(count).expect("few") {
         let mut bytes = [0; ZERO_SEGMENT_BYTES];
         let read = segments.read(memory, index * ZERO_SEGMENT_BYTES, &mut bytes);
@@ -273,8 +273,8 @@ fn parse_zeroes(
         let sector = u64::from_le_bytes(bytes[..8].try_into().expect("8 bytes"));
         let sectors = u32::from_le_bytes(bytes[8..12].try_into().expect("4 bytes"));
         let flags = u32::from_le_bytes(bytes[12..].try_into().expect("4 bytes"));
-        // Flags first, and those of all segments: what is not known must not be done in part
-        // (5.2.6.2).
+        // Unknown flags of any segment come before other errors: such a request must not be done in
+        // part (5.2.6.2).
         let known = if discard {
             0
         } else {
@@ -289,15 +289,15 @@ fn parse_zeroes(
                 range,
                 unmap: discard || flags & VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP != 0,
             }),
-            None => refused = Some(Status::IoError),
+            None => rejected = Some(Status::IoError),
         }
     }
-    refused.map_or(Ok(ranges), Err)
+    rejected.map_or(Ok(ranges), Err)
 }
 
-/// The device-readable and the device-writable bytes of a chain, and whether it is formed as it
-/// must be: the former come first (virtio 1.3, 2.7.4.2), and it has an end.
-/// What of a malformed chain was not looked at is left out.
+/// The device-readable and the device-writable bytes of a chain, and whether it is well formed: the
+/// readable bytes come first (virtio 1.3, 2.7.4.2), and the chain has an end. Descriptors behind the
+/// point where it is malformed are left out.
 fn split(chain: Chain<'_>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
     let mut in_order = true;
@@ -324,15 +324,15 @@ impl Segments {
         }
     }
 
-    /// Length of all of it; below 4 GiB, as the queue refuses longer chains.
+    /// The length in bytes; below 4 GiB, as [`Chain`] stops there.
     pub fn bytes(&self) -> u64 {
         self.0.iter().map(|segment| segment.len as u64).sum()
     }
 
-    /// Copies from guest memory, from byte `offset` of the stretch on.
+    /// Copies from guest memory, from byte `offset` of the sequence on.
     ///
     /// # Errors
-    /// If some of it is not guest memory, or the stretch is too short.
+    /// If a part is not guest memory, or the sequence is too short.
     pub fn read(
         &self,
         memory: View<'_>,
@@ -354,10 +354,10 @@ impl Segments {
         }
     }
 
-    /// Copies to guest memory, from byte `offset` of the stretch on.
+    /// Copies to guest memory, from byte `offset` of the sequence on.
     ///
     /// # Errors
-    /// If some of it is not guest memory, or the stretch is too short.
+    /// If a part is not guest memory, or the sequence is too short.
     pub fn write(&self, memory: View<'_>, offset: usize, from: &[u8]) -> Result<(), OutsideMemory> {
         let mut done = 0;
         for segment in self.window(offset, from.len()) {
@@ -394,7 +394,7 @@ impl Segments {
         self.0 = rest;
     }
 
-    /// Takes the last byte off and returns its address.
+    /// Removes the last byte and returns its address.
     fn take_last_byte(&mut self) -> Option<GuestAddress> {
         let last = self.0.last_mut()?;
         last.len -= 1;

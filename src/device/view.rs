@@ -1,8 +1,8 @@
-//! Guest memory, as requests are served from it: a way of access that the compiler can see through.
+//! Guest memory as requests access it, in a way that the compiler can inline.
 //!
-//! The iterators of `vm-memory` over the parts of an access are calls; a request makes a dozen
-//! accesses of a few bytes each, and in these the calls took longer than all else that the device
-//! does for it. Nothing else is different: each access is checked, and each write is logged.
+//! `vm-memory` iterates over the parts of an access through calls that are not inlined. A request
+//! makes a dozen accesses of a few bytes each, and the calls took longer than everything else that
+//! the device does for it. Nothing else differs: each access is checked, each write is logged.
 
 use std::iter::FusedIterator;
 

@@ -193,7 +193,7 @@ impl Guest {
 
     /// The next fragment for the engine, if any: of a request in flight, or of a new one.
     pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
-        // Bounded: a driver that goes on adding requests which are refused must not keep the worker
+        // Bounded: a driver that goes on adding requests which are rejected must not keep the worker
         // here.
         for _ in 0..QUEUE_SIZE_MAX {
             if let Some(&key) = self.submitting.front() {

@@ -5,6 +5,8 @@ use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::Duration;
 
+use rustix::fs::{MemfdFlags, memfd_create};
+
 use super::super::inflight::{
     BeginError, Begun, Error, Layout, QueueRegion, Region, VirtqueueState,
 };
@@ -535,14 +537,7 @@ fn a_region_may_be_an_ordinary_file_and_begin_anywhere_in_it() {
 /// A memory file that is not sealed yet is sealed when it is mapped.
 #[test]
 fn the_regions_of_others_are_sealed() {
-    // SAFETY: the name is a NUL-terminated string; the descriptor is new and owned by the file.
-    let file = unsafe {
-        use std::os::fd::FromRawFd;
-        File::from_raw_fd(libc::memfd_create(
-            c"test".as_ptr(),
-            libc::MFD_ALLOW_SEALING,
-        ))
-    };
+    let file = File::from(memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap());
     file.set_len(1 << 12).unwrap();
     map(&file);
     assert!(file.set_len(64).is_err());

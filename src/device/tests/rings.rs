@@ -1,5 +1,7 @@
 //! Rings: broken, full, stopped, served in turn, and when the driver is told.
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
 use super::*;
 
 /// A flush, whose status byte is at `STATUS + tag`.
@@ -213,14 +215,8 @@ fn the_driver_is_told_when_it_wants_to_be() {
 }
 
 fn pending(pipe: &std::io::PipeReader) -> bool {
-    use std::os::fd::AsRawFd;
-    let mut poll = libc::pollfd {
-        fd: pipe.as_raw_fd(),
-        events: libc::POLLIN,
-        revents: 0,
-    };
-    // SAFETY: one initialised pollfd, valid for the call, which does not wait.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+    let mut polled = [PollFd::new(pipe, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
 }
 
 #[test]
