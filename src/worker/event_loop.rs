@@ -121,28 +121,53 @@ impl<K: Kernel> Worker<K> {
     /// # Errors
     /// If the io_uring fails.
     pub(super) fn run(&mut self) -> io::Result<()> {
-        loop {
-            let worked = self.take_requests();
-            let now = self.clock.now();
-            self.draining.abandon_overdue(now, &mut self.io.guests);
-            self.signal();
-            self.draining.finish(&mut self.io.guests);
-            if self.is_finished() {
-                return Ok(());
-            }
-            if worked {
-                self.spin.found();
-            }
-            if worked || self.polls_again() {
-                self.turn(Wait::No)?;
-                continue;
-            }
-            let blocked = !self.engine.has_room();
-            let idle = blocked || !self.io.guests.enable_kicks();
-            let slept_from = self.clock.advanced_at();
-            self.turn(if idle { self.wait() } else { Wait::No })?;
-            self.spin.slept(self.clock.advanced_at() - slept_from);
+        while self.step()? {}
+        Ok(())
+    }
+
+    /// One round of the loop. Returns whether another one follows.
+    pub(super) fn step(&mut self) -> io::Result<bool> {
+        let worked = self.take_requests();
+        let now = self.clock.now();
+        self.draining.abandon_overdue(now, &mut self.io.guests);
+        self.signal();
+        self.draining.finish(&mut self.io.guests);
+        if self.is_finished() {
+            self.assert_accounted();
+            return Ok(false);
         }
+        if worked {
+            self.spin.found();
+        }
+        if worked || self.polls_again() {
+            self.turn(Wait::No)?;
+            return Ok(true);
+        }
+        self.assert_accounted();
+        let blocked = !self.engine.has_room();
+        let idle = blocked || !self.io.guests.enable_kicks();
+        let slept_from = self.clock.advanced_at();
+        self.turn(if idle { self.wait() } else { Wait::No })?;
+        self.spin.slept(self.clock.advanced_at() - slept_from);
+        Ok(true)
+    }
+
+    /// Checks that the engine and the ring agree about what is in flight. It is checked before each
+    /// sleep, and at the end: what a worker leaves in flight decides which images stay locked.
+    fn assert_accounted(&self) {
+        if self.io.failure.is_none() {
+            assert_eq!(
+                self.engine.replicas_in_flight(),
+                self.io.ring.busy_replicas(),
+                "replicas with operations in flight, to the engine and to the ring"
+            );
+        }
+    }
+
+    /// Makes the worker exit at this time at the latest.
+    #[cfg(test)]
+    pub(super) fn exit_at(&mut self, time: Duration) {
+        self.exit_by = Some(time);
     }
 
     /// Whether the worker was asked to exit and may do so now.

@@ -65,3 +65,18 @@ pub struct Disk {
     /// Receives the reason to stop the daemon.
     pub stop: Sender<Stop>,
 }
+
+impl Disk {
+    /// The disk with the virtqueues of one worker of `count`: every `count`-th one from `index` on.
+    fn share_of(&self, index: u16, count: u16) -> Self {
+        let mut share = self.clone();
+        for slot in &mut share.slots {
+            let own = slot.vrings.drain(..).skip(usize::from(index));
+            slot.vrings = own.step_by(usize::from(count)).collect();
+        }
+        share
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -52,12 +52,7 @@ impl Workers {
             drain_limit: drain_limit(disk.policy.replica_timeout),
         };
         for index in 0..count {
-            let mut disk = disk.clone();
-            for slot in &mut disk.slots {
-                let own = slot.vrings.drain(..).skip(usize::from(index));
-                slot.vrings = own.step_by(usize::from(count)).collect();
-            }
-            let outcome = workers.start_one(WorkerIndex(index), disk);
+            let outcome = workers.start_one(WorkerIndex(index), disk.share_of(index, count));
             if let Err(error) = outcome {
                 // No worker has received a request yet.
                 let _ = workers.exit();

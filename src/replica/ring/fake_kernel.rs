@@ -17,6 +17,8 @@ use super::kernel::{Kernel, KernelCompletion};
 #[derive(Clone)]
 pub(crate) struct FakeKernel(Rc<RefCell<State>>);
 
+type Event = Box<dyn FnMut(&FakeKernel)>;
+
 struct State {
     files: Vec<RawFd>,
     /// Whether the kernel accepts memory as a fixed buffer, and the memory.
@@ -29,6 +31,10 @@ struct State {
     completions: VecDeque<KernelCompletion>,
     /// Errors of the next calls of [`Kernel::enter`].
     enter_errors: VecDeque<i32>,
+    /// Happens in each call of [`Kernel::enter`], after it has taken the queue.
+    meanwhile: Option<Event>,
+    /// A call of [`Kernel::enter`] has waited in vain.
+    is_asleep: bool,
 }
 
 /// A submission queue entry, taken apart.
@@ -94,6 +100,8 @@ impl FakeKernel {
             in_flight: Vec::new(),
             completions: VecDeque::new(),
             enter_errors: VecDeque::new(),
+            meanwhile: None,
+            is_asleep: false,
         })))
     }
 
@@ -110,6 +118,16 @@ impl FakeKernel {
     /// Makes the next call of [`Kernel::enter`] fail.
     pub(crate) fn fail_enter(&self, errno: i32) {
         self.0.borrow_mut().enter_errors.push_back(errno);
+    }
+
+    /// Makes `event` happen in each call of [`Kernel::enter`], after it has taken the queue.
+    pub(crate) fn meanwhile(&self, event: impl FnMut(&FakeKernel) + 'static) {
+        self.0.borrow_mut().meanwhile = Some(Box::new(event));
+    }
+
+    /// Whether a call of [`Kernel::enter`] has waited in vain since this was last asked.
+    pub(crate) fn was_asleep(&self) -> bool {
+        std::mem::take(&mut self.0.borrow_mut().is_asleep)
     }
 
     /// The submissions that the kernel has and has not completed, in order.
@@ -213,11 +231,18 @@ impl Kernel for FakeKernel {
         }
         let queued = std::mem::take(&mut state.queue);
         state.in_flight.extend(queued);
+        if let Some(mut event) = state.meanwhile.take() {
+            drop(state);
+            event(self);
+            state = self.0.borrow_mut();
+            state.meanwhile.get_or_insert(event);
+        }
         if state.completions.len() >= want {
             return Ok(());
         }
-        assert!(limit.is_some(), "the worker sleeps for ever");
-        Err(io::Error::from_raw_os_error(libc::ETIME))
+        state.is_asleep = true;
+        let errno = limit.map_or(libc::EINTR, |_| libc::ETIME);
+        Err(io::Error::from_raw_os_error(errno))
     }
 
     fn is_quiet(&mut self) -> bool {

@@ -1,0 +1,396 @@
+//! Workers on recording kernels, in one thread and step by step: what a guest asks for, what each
+//! kernel is asked for, and how workers wake each other.
+
+use std::cell::RefCell;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::rc::Rc;
+use std::sync::mpsc::{channel, sync_channel};
+use std::time::Duration;
+
+use io_uring::opcode;
+use vhost_user_backend::VringT;
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::event_loop::Worker;
+use super::mailbox::{Mailbox, Message};
+use super::*;
+use crate::common::operation::RequestId;
+use crate::common::{ReplicaSet, SECTOR_BYTES};
+use crate::device::connection::CacheMode;
+use crate::device::{Capacity, GuestMemory};
+use crate::engine::{Effects as _, ReadPattern, WorkerIndex};
+use crate::jobs::Sizes;
+use crate::limits::REPLICAS_MAX;
+use crate::replica::ring::Ring;
+use crate::replica::ring::fake_kernel::{FakeKernel, Submission};
+
+const REPLICAS: usize = 3;
+const SECTORS: u64 = 4096;
+const QUEUE_SIZE: u16 = 64;
+
+/// The memory of each virtqueue: its parts, and those of its requests.
+const QUEUE_BYTES: u64 = 0x1_0000;
+const AVAILABLE: u64 = 0x4000;
+const USED: u64 = 0x6000;
+const HEADERS: u64 = 0x8000;
+const STATUSES: u64 = 0xa000;
+const DATA: u64 = 0xc000;
+const NO_STATUS: u8 = 0xff;
+
+/// A guest with one virtqueue for each worker, and the workers on their kernels.
+struct Machine {
+    memory: GuestMemory,
+    workers: Vec<Rc<RefCell<Worker<FakeKernel>>>>,
+    kernels: Vec<FakeKernel>,
+    mailboxes: Vec<Arc<Mailbox>>,
+    /// Requests made on each virtqueue.
+    made: Vec<u16>,
+}
+
+fn disk(memory: &GuestMemory, workers: u16) -> Disk {
+    let slot = ConnectionSlot::new(workers, QUEUE_SIZE, CacheMode::default()).unwrap();
+    slot.memory.lock().unwrap().replace(memory.clone());
+    for (base, vring) in (0..).step_by(0x1_0000).zip(&slot.vrings) {
+        vring
+            .set_queue_info(base, base + AVAILABLE, base + USED)
+            .unwrap();
+        vring.set_queue_ready(true);
+        vring.set_enabled(true);
+        vring.set_kick(Some(File::open("/dev/null").unwrap()));
+    }
+    Disk {
+        info: DiskInfo {
+            capacity: Capacity::new(SECTORS),
+            block_bytes: 512,
+            physical_block_bytes: 512,
+            read_only: false,
+            serial: String::new(),
+            num_queues: workers,
+            segments_max: 126,
+        },
+        policy: Policy {
+            threshold: 2,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted: false,
+            blkverify: false,
+            job_sizes: Sizes::default(),
+            block_sectors: 1,
+            // However slow the machine is, no replica is evicted.
+            replica_timeout: Duration::from_secs(3600),
+        },
+        shared: Arc::new(Shared::new(REPLICAS, 2, workers, SECTORS)),
+        files: vec![RingFile::of(&File::open("/dev/null").unwrap()); REPLICAS],
+        released: channel().0,
+        slots: vec![slot],
+        statistics: Statistics::new(workers, REPLICAS_MAX),
+        events: EventQueue::new().unwrap(),
+        stop: channel().0,
+    }
+}
+
+impl Machine {
+    fn new(count: u16) -> Self {
+        let bytes = usize::from(count) * 0x1_0000;
+        let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        let disk = disk(&memory, count);
+        let mailboxes: Vec<_> = (0..count).map(|_| Mailbox::new().unwrap()).collect();
+        let mut machine = Self {
+            memory,
+            workers: Vec::new(),
+            kernels: Vec::new(),
+            mailboxes,
+            made: vec![0; usize::from(count)],
+        };
+        for index in 0..count {
+            let kernel = FakeKernel::new();
+            let ring = Ring::with_kernel(kernel.clone(), &disk.files).unwrap();
+            let worker = Worker::new(
+                ring,
+                WorkerIndex(index),
+                disk.share_of(index, count),
+                machine.mailboxes.clone(),
+            );
+            machine.workers.push(Rc::new(RefCell::new(worker.unwrap())));
+            machine.kernels.push(kernel);
+            let index = usize::from(index);
+            machine.watch_mailbox(index, || {});
+            machine.mailboxes[index].send(Message::Refresh {
+                slot: 0,
+                queue: 0,
+                region: None,
+                done: sync_channel(0).0,
+            });
+            machine.settle(index);
+        }
+        machine
+    }
+
+    /// Makes the kernel of a worker report each write to the worker's mailbox, as a multishot poll
+    /// does, and lets `event` happen once while the worker is about to sleep.
+    fn watch_mailbox(&self, worker: usize, event: impl FnOnce() + 'static) {
+        let mailbox = Arc::clone(&self.mailboxes[worker]);
+        let mut event = Some(event);
+        self.kernels[worker].meanwhile(move |kernel| {
+            if let Some(event) = event.take() {
+                event();
+            }
+            let is_watch = |submission: &Submission| {
+                submission.opcode == opcode::PollAdd::CODE
+                    && submission.fd == mailbox.event.as_raw_fd()
+            };
+            let poll = kernel.in_flight().into_iter().find(is_watch);
+            let poll = poll.expect("a worker that sleeps watches its mailbox");
+            if mailbox.event.read().is_ok() {
+                kernel.report(&poll, libc::POLLIN.into());
+            }
+        });
+    }
+
+    /// Runs a worker until it sleeps and is not woken.
+    fn settle(&self, worker: usize) {
+        self.kernels[worker].was_asleep();
+        while !self.kernels[worker].was_asleep() {
+            assert!(self.workers[worker].borrow_mut().step().unwrap());
+        }
+    }
+
+    /// Makes a request with `data` of one sector or segment available. Returns its number.
+    fn request(&mut self, worker: usize, request_type: u32, sector: u64, data: &[u8]) -> u16 {
+        let number = self.made[worker];
+        self.made[worker] += 1;
+        let base = worker as u64 * QUEUE_BYTES;
+        let place = base + 16 * u64::from(number);
+        let data_place = base + DATA + 512 * u64::from(number);
+        let mut header = [0; 16];
+        header[..4].copy_from_slice(&request_type.to_le_bytes());
+        header[8..].copy_from_slice(&sector.to_le_bytes());
+        self.put(place + HEADERS, &header);
+        self.put(place + STATUSES, &[NO_STATUS]);
+        self.put(data_place, data);
+        let (next, write) = (1_u16, 2_u16);
+        let parts = [
+            (place + HEADERS, 16, next),
+            (data_place, data.len(), next),
+            (place + STATUSES, 1, write),
+        ];
+        for (index, (address, len, flags)) in (number * 3..).zip(parts) {
+            let mut descriptor = [0; 16];
+            descriptor[..8].copy_from_slice(&address.to_le_bytes());
+            descriptor[8..12].copy_from_slice(&u32::try_from(len).unwrap().to_le_bytes());
+            descriptor[12..14].copy_from_slice(&flags.to_le_bytes());
+            descriptor[14..].copy_from_slice(&(index + 1).to_le_bytes());
+            self.put(base + 16 * u64::from(index), &descriptor);
+        }
+        let available = base + AVAILABLE;
+        let entry = available + 4 + 2 * u64::from(number);
+        self.put(entry, &(number * 3).to_le_bytes());
+        self.put(available + 2, &(number + 1).to_le_bytes());
+        number
+    }
+
+    fn write(&mut self, worker: usize, sector: u64) -> u16 {
+        self.request(worker, VIRTIO_BLK_T_OUT, sector, &[7; 512])
+    }
+
+    fn put(&self, address: u64, bytes: &[u8]) {
+        let address = GuestAddress(address);
+        self.memory.write_slice(bytes, address).unwrap();
+    }
+
+    /// The status of a request, if it is done.
+    fn status(&self, worker: usize, number: u16) -> Option<u8> {
+        let place = worker as u64 * QUEUE_BYTES + STATUSES + 16 * u64::from(number);
+        let status: u8 = self.memory.read_obj(GuestAddress(place)).unwrap();
+        (status != NO_STATUS).then_some(status)
+    }
+
+    /// The operations that the kernel of a worker has, one for each replica.
+    fn of_all_replicas(&self, worker: usize) -> Vec<Submission> {
+        let operations = self.kernels[worker].operations();
+        let files: Vec<_> = operations.iter().map(|operation| operation.fd).collect();
+        assert_eq!(files, [0, 1, 2], "{operations:?}");
+        operations
+    }
+
+    /// Completes an operation as done.
+    fn complete(&self, worker: usize, operation: &Submission) {
+        let counts_bytes = [opcode::Write::CODE, opcode::WriteFixed::CODE];
+        let result = if counts_bytes.contains(&operation.opcode) {
+            operation.len.cast_signed()
+        } else {
+            0
+        };
+        self.kernels[worker].complete(operation, result);
+    }
+}
+
+fn complete_all(kernel: &FakeKernel) {
+    for operation in kernel.operations() {
+        kernel.complete(&operation, operation.len.cast_signed());
+    }
+}
+
+#[test]
+fn a_lock_that_is_released_wakes_the_worker_that_waits_for_it() {
+    let mut machine = Machine::new(2);
+    let first = machine.write(0, 8);
+    machine.settle(0);
+    assert_eq!(machine.of_all_replicas(0).len(), REPLICAS);
+    let second = machine.write(1, 8);
+    machine.settle(1);
+    assert!(machine.kernels[1].operations().is_empty(), "it waits");
+
+    complete_all(&machine.kernels[0]);
+    machine.settle(0);
+    assert_eq!(machine.status(0, first), Some(0));
+    machine.settle(1);
+    assert_eq!(machine.of_all_replicas(1).len(), REPLICAS);
+    complete_all(&machine.kernels[1]);
+    machine.settle(1);
+    assert_eq!(machine.status(1, second), Some(0));
+}
+
+#[test]
+fn a_wake_that_comes_between_the_last_check_and_the_sleep_is_not_lost() {
+    let mut machine = Machine::new(2);
+    machine.write(0, 8);
+    machine.settle(0);
+    let second = machine.write(1, 8);
+    let (releasing, kernel) = (Rc::clone(&machine.workers[0]), machine.kernels[0].clone());
+    machine.watch_mailbox(1, move || {
+        complete_all(&kernel);
+        kernel.was_asleep();
+        while !kernel.was_asleep() {
+            assert!(releasing.borrow_mut().step().unwrap());
+        }
+    });
+    machine.settle(1);
+    assert_eq!(machine.of_all_replicas(1).len(), REPLICAS);
+    complete_all(&machine.kernels[1]);
+    machine.settle(1);
+    assert_eq!(machine.status(1, second), Some(0));
+}
+
+#[test]
+fn a_wake_and_a_change_of_health_reach_the_workers_they_are_for() {
+    let machine = Machine::new(3);
+    let mut worker = machine.workers[0].borrow_mut();
+    worker.io.wake(WorkerIndex(2), RequestId(5));
+    for (mailbox, wakes) in machine.mailboxes.iter().zip([0, 0, 1]) {
+        assert_eq!(mailbox.event.read().unwrap_or(0), wakes);
+        let messages: Vec<_> = mailbox.take().into();
+        let is_grant = |message: &Message| matches!(message, Message::Granted(RequestId(5)));
+        assert_eq!(messages.len() as u64, wakes);
+        assert!(messages.iter().all(is_grant), "{messages:?}");
+    }
+    worker.io.health_changed();
+    for mailbox in &machine.mailboxes {
+        assert_eq!(mailbox.event.read().unwrap(), 1);
+        let messages: Vec<_> = mailbox.take().into();
+        assert!(
+            matches!(messages.as_slice(), [Message::Tick]),
+            "{messages:?}"
+        );
+    }
+}
+
+#[test]
+fn a_write_of_a_guest_that_cannot_flush_is_durable_on_every_replica() {
+    let mut machine = Machine::new(1);
+    let number = machine.write(0, 8);
+    machine.settle(0);
+    for (place, operation) in machine.of_all_replicas(0).iter().enumerate() {
+        // The copy of the guest's data is in the registered arena.
+        assert_eq!(operation.opcode, opcode::WriteFixed::CODE);
+        assert_eq!(operation.operation_flags, libc::RWF_DSYNC.cast_unsigned());
+        assert!(machine.kernels[0].is_registered(operation));
+        assert_eq!((operation.offset, operation.len), (8 * SECTOR_BYTES, 512));
+        assert_eq!(machine.status(0, number), None, "{place} have answered");
+        machine.complete(0, operation);
+        machine.settle(0);
+    }
+    assert_eq!(machine.status(0, number), Some(0));
+}
+
+#[test]
+fn zeroes_of_a_guest_that_cannot_flush_are_synced_before_it_has_its_answer() {
+    // VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP is bit 0.
+    for (request_type, flags) in [
+        (VIRTIO_BLK_T_DISCARD, 0_u32),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 0),
+        (VIRTIO_BLK_T_WRITE_ZEROES, 1),
+    ] {
+        let mut machine = Machine::new(1);
+        let mut segment = 16_u64.to_le_bytes().to_vec();
+        segment.extend(8_u32.to_le_bytes());
+        segment.extend(flags.to_le_bytes());
+        let number = machine.request(0, request_type, 0, &segment);
+        machine.settle(0);
+        for operation in machine.of_all_replicas(0) {
+            assert_eq!(operation.opcode, opcode::Fallocate::CODE);
+            assert_eq!(
+                (operation.offset, operation.address),
+                (16 * SECTOR_BYTES, 8 * SECTOR_BYTES)
+            );
+            machine.complete(0, &operation);
+        }
+        machine.settle(0);
+        for operation in machine.of_all_replicas(0) {
+            assert_eq!(operation.opcode, opcode::Fsync::CODE);
+            assert_eq!(machine.status(0, number), None);
+            machine.complete(0, &operation);
+            machine.settle(0);
+        }
+        assert_eq!(machine.status(0, number), Some(0));
+    }
+}
+
+#[test]
+fn a_flush_that_another_thread_asks_for_is_done_by_all_replicas() {
+    for fails in [false, true] {
+        let machine = Machine::new(1);
+        let (done, is_done) = sync_channel(1);
+        machine.mailboxes[0].send(Message::Flush { done });
+        machine.settle(0);
+        for operation in machine.of_all_replicas(0) {
+            assert_eq!(operation.opcode, opcode::Fsync::CODE);
+            assert!(is_done.try_recv().is_err());
+            let result = if fails { -libc::EIO } else { 0 };
+            machine.kernels[0].complete(&operation, result);
+            machine.settle(0);
+        }
+        assert_eq!(is_done.try_recv(), Ok(!fails));
+    }
+}
+
+#[test]
+fn a_worker_that_must_exit_says_which_replicas_are_still_busy() {
+    let mut machine = Machine::new(1);
+    machine.write(0, 8);
+    machine.settle(0);
+    let slow = machine.of_all_replicas(0)[1].clone();
+    for operation in machine.of_all_replicas(0) {
+        if operation != slow {
+            machine.complete(0, &operation);
+        }
+    }
+    machine.settle(0);
+    let mut worker = machine.workers[0].borrow_mut();
+    worker.exit_at(Duration::ZERO);
+    assert!(!worker.step().unwrap());
+    let busy: ReplicaSet = [ReplicaIndex(1)].into_iter().collect();
+    assert_eq!(worker.io.ring.busy_replicas(), busy);
+}
+
+#[test]
+fn a_worker_without_requests_exits_at_once() {
+    let machine = Machine::new(1);
+    machine.mailboxes[0].send(Message::Exit);
+    let mut worker = machine.workers[0].borrow_mut();
+    while worker.step().unwrap() {}
+    assert_eq!(worker.io.ring.operations(), 0);
+}
