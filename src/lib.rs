@@ -41,7 +41,7 @@ pub mod jobs;
 pub mod limits;
 pub mod quorum;
 pub mod replica;
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod statistics;
 pub mod worker;

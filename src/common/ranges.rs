@@ -231,6 +231,19 @@ mod tests {
         proptest::collection::vec(change, 0..60)
     }
 
+    const MANY_SECTORS: u64 = 512;
+
+    fn many_short_changes() -> impl Strategy<Value = Vec<Change>> {
+        let range = || {
+            (0..MANY_SECTORS - 4, 1..4u64).prop_map(|(start, count)| SectorRange::new(start, count))
+        };
+        let change = prop_oneof![
+            8 => range().prop_map(Change::Insert),
+            1 => range().prop_map(Change::Remove)
+        ];
+        proptest::collection::vec(change, 0..200)
+    }
+
     fn self_check(set: &RangeSet) {
         let ranges: Vec<_> = set.iter().collect();
         assert!(ranges.len() <= set.ranges_max);
@@ -284,6 +297,33 @@ mod tests {
             }
             for (sector, expected) in naive.into_iter().enumerate() {
                 prop_assert!(!expected || set.overlaps(SectorRange::new(sector as u64, 1)));
+            }
+        }
+    }
+
+    proptest! {
+        /// The same with many short ranges and a bound that holds most of them, so that coarsening
+        /// happens to large sets too, on the way in and out.
+        #[test]
+        fn bounded_it_never_loses_one_of_many_ranges(
+            changes in many_short_changes(),
+            ranges_max in 1..64usize,
+        ) {
+            let mut set = RangeSet::with_bound(1, MANY_SECTORS, ranges_max);
+            let mut naive = vec![false; usize::try_from(MANY_SECTORS).unwrap()];
+            for change in changes {
+                let (range, value) = match change {
+                    Change::Insert(range) => { set.insert(range); (range, true) }
+                    Change::Remove(range) => { set.remove(range); (range, false) }
+                };
+                for sector in range.start..range.end() {
+                    naive[usize::try_from(sector).unwrap()] = value;
+                }
+                self_check(&set);
+                for (sector, expected) in naive.iter().enumerate() {
+                    let sector = SectorRange::new(sector as u64, 1);
+                    prop_assert!(!*expected || set.overlaps(sector), "{sector:?} is lost");
+                }
             }
         }
     }

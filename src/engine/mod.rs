@@ -109,7 +109,7 @@ impl Engine {
     }
 
     /// Whether `request`, which has operations in flight, is a write or a zeroing of the guest.
-    #[cfg(feature = "sim")]
+    #[cfg(any(test, feature = "sim"))]
     pub fn is_guest_write(&self, request: RequestId) -> bool {
         // A write that begins is not in its slot yet, but it submits nothing before its lock is
         // granted.

@@ -78,25 +78,25 @@ pub const ALL: [Mutant; 21] = [
     Mutant::RepairForgotten,
 ];
 
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 thread_local! {
     static BROKEN: std::cell::Cell<Option<Mutant>> = const { std::cell::Cell::new(None) };
 }
 
 /// Breaks a rule on this thread, or none.
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 pub fn breaks(mutant: Option<Mutant>) {
     BROKEN.set(mutant);
 }
 
 /// Whether the rule is broken on this thread.
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 pub fn is_broken(mutant: Mutant) -> bool {
     BROKEN.get() == Some(mutant)
 }
 
 /// No rule is ever broken.
-#[cfg(not(feature = "sim"))]
+#[cfg(not(any(test, feature = "sim")))]
 pub const fn is_broken(_mutant: Mutant) -> bool {
     false
 }

@@ -1,44 +1,33 @@
-//! The invariants of the contract, checked against the model and the ledger of faults.
+//! The rules of the contract, checked against the model and the ledger of faults.
 //!
-//! A check demands only what the contract promises under the faults of the run: as long as fewer
-//! than t replicas may be wrong about a sector its data must be right, as long as t are right a
-//! read must succeed, and whatever is reported must have a cause.
+//! A check demands only what the contract promises under the faults of the run: while fewer than t
+//! replicas may be wrong about a sector its data must be right, while t are right a read must
+//! succeed, and every report must have a cause.
 
 use super::Violation;
+use super::ledger::Masks;
 use super::model::Value;
-use super::operations::Flight;
 use super::plan::{bits, mask_below};
-use super::world::{Checked, Pending, PendingKind, PendingWrite, World, trace};
-use crate::common::operation::OperationType;
+use super::state::{
+    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, trace,
+};
+use crate::common::Errno;
 use crate::common::report::{Cause, Report};
-use crate::common::{Errno, ReplicaIndex};
 use crate::engine::{ReadPattern, Tag};
 
-/// An error that was fed to an engine, and must be reported once.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct ToldError {
-    pub(super) replica: ReplicaIndex,
-    pub(super) operation: OperationType,
-    pub(super) errno: Errno,
-    /// Unless the replica has left the set since it was asked.
-    pub(super) must_be_reported: bool,
-}
-
-/// What a replica is reported with that leaves the set.
+/// The error in the report of an eviction.
 const TIMED_OUT: Errno = Errno(110);
 
 impl World {
-    /// A request was answered.
+    /// An engine answers a request.
     pub(super) fn completed(&mut self, tag: Tag, result: Result<&[Option<Value>], ()>) -> Checked {
         self.now += 1;
         let Some(index) = self.pending.iter().position(|p| p.tag == tag) else {
-            return Err(Violation::new(
-                "I6",
-                format!("request {} is answered, but not pending", tag.0),
-            ));
+            let text = format!("request {} is answered, but not in flight", tag.0);
+            return Err(Violation::new("I6", text));
         };
         let pending = self.pending.swap_remove(index);
-        trace!(self, "guest: {} {}", tag.0, show(result));
+        trace!(self, at self.plan.mask(pending.range), "guest: {} {}", tag.0, show(result));
         match (&pending.kind, result) {
             (PendingKind::Read, Ok(values)) => self.check_read(&pending, values)?,
             (PendingKind::Read, Err(())) => self.check_failed_read(&pending)?,
@@ -51,38 +40,40 @@ impl World {
         Ok(())
     }
 
-    /// I1: the data of a read.
+    /// I1: the data that a read returns.
     fn check_read(&mut self, read: &Pending, values: &[Option<Value>]) -> Checked {
         let sectors = self.plan.mask(read.range);
         if values.len() as u64 != read.range.count {
-            return Err(Violation::new(
-                "I1",
-                "not as many sectors as were asked for",
-            ));
+            let text = format!("{} sectors of {}", values.len(), read.range.count);
+            return Err(Violation::new("I1", text).at(sectors));
         }
         for (sector, value) in bits(sectors).zip(values) {
             let Some(value) = *value else {
-                return Err(Violation::new(
-                    "I1",
-                    format!("{sector} is put together of two versions"),
-                ));
+                let text = format!("{sector} is put together of two versions");
+                return Err(Violation::new("I1", text).at(1 << sector));
             };
             self.check_value(read, sector, value)?;
         }
         Ok(())
     }
 
+    /// I1: one sector that a read returns.
     fn check_value(&mut self, read: &Pending, sector: usize, value: Value) -> Checked {
-        // All that were ever asked since the start.
-        let (n, t) = (self.ever, self.plan.threshold);
+        // All replicas that may have been asked since the start of the daemon.
+        let (n, t) = (self.members_ever, self.plan.threshold);
         let wrong = read.seen.wrong_at(sector);
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         if !self.model.is_permitted(sector, value, read.began) {
-            // Each rotten value is unique, so that no two replicas can have it.
+            // R7: most of those that may vote agree on a winner, and most of all are right. A
+            // replica that is stale in some of the range does not vote in all of it.
+            let right = read.seen.right_at(self.plan.mask(read.range), self.members);
+            let right = usize::try_from(right.count_ones()).expect("few");
+            let majority = right > n - right && read.seen.mixed >> sector & 1 == 0;
+            // Each rotten value is unique, so that no two replicas have it.
             let outvoted = if fifo {
                 wrong == 0
             } else {
-                wrong < t || (value.is_rotten() && t > 1)
+                wrong < t || (value.is_rotten() && t > 1) || majority
             };
             if outvoted {
                 let permitted: Vec<_> = self
@@ -91,24 +82,24 @@ impl World {
                     .map(|v| v.to_string())
                     .collect();
                 let text = format!("{sector} was read as {value}; permitted are {permitted:?}");
-                return Err(Violation::new("I1", text));
+                return Err(Violation::new("I1", text).at(1 << sector));
             }
             return Ok(());
         }
-        // Two quorums have an honest replica in common, which does not go back; or nothing ever
-        // went wrong.
-        let judge = if fifo || 2 * t <= n {
+        // Two quorums have a right replica in common, and it does not go back to older data; or no
+        // fault has happened.
+        let ordered = if fifo || 2 * t <= n {
             !self.ledger.any && self.ledger.mixed == 0 && !self.crashed
         } else {
             2 * t - n > wrong
         };
-        if !judge {
+        if !ordered {
             return Ok(());
         }
         let observed = self.model.observe(sector, value, read.began, self.now);
         observed.map_err(|other| {
             let text = format!("{sector} was read as {value}, but {other} has come between");
-            Violation::new("I1", text)
+            Violation::new("I1", text).at(1 << sector)
         })
     }
 
@@ -117,23 +108,23 @@ impl World {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let needed = if fifo { 1 } else { self.plan.threshold };
         let enough = |sector: usize| {
-            let right = read.seen.right_at(sector, self.members);
+            let right = read.seen.right_at(1 << sector, self.members);
             if usize::try_from(right.count_ones()).expect("few") < needed {
                 return false;
             }
             if fifo || read.seen.mixed >> sector & 1 == 0 {
                 return true;
             }
-            // A failed write or a crash left versions: t must hold the same one, and nothing has
-            // moved.
+            // A failed write or a crash has left versions: t replicas must hold the same one, and
+            // it has not changed while the read was in flight.
             let votes = |r: usize| {
                 let value = self.replicas[r].value(sector);
                 let same =
                     |o: &usize| right >> o & 1 == 1 && self.replicas[*o].value(sector) == value;
                 self.members().filter(same).count()
             };
-            self.stirred[sector] < read.began
-                && self.is_still(sector)
+            self.changed_at[sector] < read.began
+                && self.no_write_in_flight(sector)
                 && bits(u64::from(right)).any(|r| votes(r) >= needed)
         };
         if bits(self.plan.mask(read.range)).all(enough) {
@@ -141,47 +132,51 @@ impl World {
                 "read {} failed, but enough replicas give right answers",
                 read.tag.0
             );
-            return Err(Violation::new("I1", text));
+            return Err(Violation::new("I1", text).at(self.plan.mask(read.range)));
         }
         Ok(())
     }
 
-    /// No guest write of the sector is in flight.
-    fn is_still(&self, sector: usize) -> bool {
+    /// Whether no guest write of the sector is in flight.
+    fn no_write_in_flight(&self, sector: usize) -> bool {
         !self.pending.iter().any(|p| {
             matches!(p.kind, PendingKind::Write(_)) && self.plan.mask(p.range) >> sector & 1 == 1
         })
     }
 
-    /// W3, and what the write leaves behind.
+    /// W3: a write succeeds if t replicas have written it. Notes what it leaves behind.
     fn check_write(&mut self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
         let sectors = self.plan.mask(pending.range);
         let now = self.ledger.failures;
-        let steady = self.members().filter(|r| now[*r] == write.failures[*r]);
-        let steady = steady.fold(0, |mask, r| mask | 1 << r);
+        let unfailed = self.members().filter(|r| now[*r] == write.failures[*r]);
+        let unfailed = unfailed.fold(0, |mask, r| mask | 1 << r);
         let count = |mask: u32| usize::try_from(mask.count_ones()).expect("few");
         let needed = self.plan.threshold;
-        // Of one that has left meanwhile it depends on whether its reply was there before.
+        // Whether a replica counts that was evicted in between depends on whether its reply came
+        // before.
         if (success && count(write.succeeded & self.members) < needed)
-            || (!success && count(write.succeeded & steady) >= needed)
+            || (!success && count(write.succeeded & unfailed) >= needed)
         {
             let text = format!(
                 "w{} on {:b} was answered {success}",
                 write.number, write.succeeded
             );
-            return Err(Violation::new("W3", text));
+            return Err(Violation::new("W3", text).at(sectors));
+        }
+        if success && write.durable {
+            self.check_durable_write(pending, write)?;
         }
         for sector in bits(sectors) {
             let value = Value::written(write.number, sector);
             self.model
-                .write_ended(sector, value, self.now, success, self.plan.durable);
-            self.stirred[sector] = self.now;
+                .write_ended(sector, value, self.now, success, write.durable);
+            self.changed_at[sector] = self.now;
         }
         for replica in self.members() {
             let bit = 1 << replica;
-            if write.succeeded & steady & bit != 0 {
+            if write.succeeded & unfailed & bit != 0 {
                 self.ledger.excused[replica] &= !sectors;
-            } else if success || write.failed & steady & bit == 0 {
+            } else if success || write.failed & unfailed & bit == 0 {
                 self.mark_excused(replica, sectors);
             }
         }
@@ -193,11 +188,31 @@ impl World {
         Ok(())
     }
 
-    /// W5: what was acknowledged before the flush began is durable on t replicas.
-    fn check_flush(&mut self, flush: &Pending) -> Checked {
-        for sector in 0..self.stirred.len() {
+    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas.
+    fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
+        for sector in bits(self.plan.mask(pending.range)) {
+            let value = Value::written(write.number, sector);
             let safe = |r: &usize| {
-                let lied = self.ledger.lied[*r] | self.ledger.lied_durable[*r];
+                let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
+                lied >> sector & 1 == 1 || self.replicas[*r].durable(sector) == value
+            };
+            let safe = self.members().filter(safe).count();
+            if safe < self.plan.threshold {
+                let text = format!(
+                    "w{} was answered, but {sector} is durable on {safe} only",
+                    write.number
+                );
+                return Err(Violation::new("W5", text).at(1 << sector));
+            }
+        }
+        Ok(())
+    }
+
+    /// W5: a flush succeeds: what was acknowledged before it began is durable on t replicas.
+    fn check_flush(&mut self, flush: &Pending) -> Checked {
+        for sector in 0..self.changed_at.len() {
+            let safe = |r: &usize| {
+                let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
                 lied >> sector & 1 == 1
                     || self.model.is_permitted(
                         sector,
@@ -211,7 +226,7 @@ impl World {
                     "flush {} succeeded, but {sector} is durable on {safe} only",
                     flush.tag.0
                 );
-                return Err(Violation::new("W5", text));
+                return Err(Violation::new("W5", text).at(1 << sector));
             }
         }
         let oldest = self.oldest();
@@ -219,24 +234,24 @@ impl World {
         Ok(())
     }
 
-    /// A flush fails only if some sector may not be durable on t replicas.
+    /// W5: a flush fails only if some sector may not be durable on t replicas.
     fn check_failed_flush(&self, flush: &Pending) -> Checked {
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
             self.members().filter(good).count() >= self.plan.threshold
         };
-        if (0..self.stirred.len()).all(enough) {
+        if (0..self.changed_at.len()).all(enough) {
             let text = format!("flush {} failed without need", flush.tag.0);
             return Err(Violation::new("W5", text));
         }
         Ok(())
     }
 
-    /// I3, R3, R4: a report has a cause. Counts QUORUM_FAILUREs in `failures`.
+    /// I3, R3, R4: a report has a cause. `failures` counts the QUORUM_FAILUREs.
     pub(super) fn check_report(
         &mut self,
         report: &Report,
-        told: &mut Option<ToldError>,
+        expected: &mut Option<ExpectedReport>,
         failures: &mut i64,
     ) -> Checked {
         trace!(self, "report: {}", show_report(report));
@@ -255,22 +270,20 @@ impl World {
         match cause {
             Cause::Error(errno) => {
                 if *errno == TIMED_OUT {
-                    return self.check_departure(replica.as_usize());
+                    return self.check_eviction(replica.as_usize());
                 }
-                let is_this = |t: &ToldError| {
+                let is_this = |t: &ExpectedReport| {
                     (t.replica, t.operation, t.errno) == (replica, operation, *errno)
                 };
-                if !told.take().is_some_and(|told| is_this(&told)) {
-                    return Err(Violation::new(
-                        "I3",
-                        "an error is reported that did not come in",
-                    ));
+                if !expected.take().is_some_and(|expected| is_this(&expected)) {
+                    let text = format!("replica {} has not had this error: {errno}", replica.0);
+                    return Err(Violation::new("I3", text));
                 }
             }
             Cause::Corrupt(evidence) => {
                 self.statistics.accusations += 1;
                 if self.plan.read_pattern == ReadPattern::Fifo && !self.is_scrubbing() {
-                    return Err(Violation::new("R8", "read-pattern=fifo outvotes nobody"));
+                    return Err(Violation::new("R8", "read-pattern=fifo takes no vote"));
                 }
                 if evidence.bad_sectors_cut {
                     self.accused |= self.plan.mask(*range);
@@ -286,42 +299,67 @@ impl World {
         Ok(())
     }
 
-    /// W6: a replica leaves the set if it owes a reply for too long, and if t remain.
-    fn check_departure(&self, replica: usize) -> Checked {
+    /// W6: a replica is evicted if it has owed a reply for too long, and if t remain.
+    fn check_eviction(&self, replica: usize) -> Checked {
         let limit = self.clock.saturating_sub(self.plan.replica_timeout);
-        let owes = |f: &Flight| f.replica() == replica && f.submitted_at() <= limit;
-        if !self.is_out(replica) || !self.flights.iter().any(owes) {
-            return Err(Violation::new(
-                "W6",
-                format!("replica {replica} is not overdue"),
-            ));
+        let owes = |f: &Flight| f.replica() == replica && f.submitted_at <= limit;
+        if !self.is_evicted(replica) || !self.flights.iter().any(owes) {
+            let text = format!("replica {replica} is not overdue");
+            return Err(Violation::new("W6", text));
         }
-        let out = (self.ledger.out & self.members).count_ones();
+        let out = (self.ledger.evicted & self.members).count_ones();
         if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
             return Err(Violation::new("W6", "fewer than t replicas are left"));
         }
         Ok(())
     }
 
+    /// W6: `worker` has just looked at the clock, so no replica that the disk can do without owes
+    /// it a reply for longer than the limit. `excused`: as it was before.
+    pub(super) fn check_overdue(&self, worker: usize, excused: &Masks) -> Checked {
+        let Some(limit) = self.clock.checked_sub(self.plan.replica_timeout) else {
+            return Ok(());
+        };
+        let overdue = |f: &&Flight| {
+            let owed = f.worker == worker && f.is_waited_for() && f.submitted_at <= limit;
+            owed && !self.is_evicted(f.replica()) && self.members >> f.replica() & 1 == 1
+        };
+        for flight in self.flights.iter().filter(overdue) {
+            let others = self.members & !self.ledger.evicted & !(1 << flight.replica());
+            let enough = |sector: usize| {
+                let fresh = |r: &usize| excused[*r] >> sector & 1 == 0;
+                bits(u64::from(others)).filter(fresh).count() >= self.plan.threshold
+            };
+            if (0..self.changed_at.len()).all(enough) {
+                let text = format!(
+                    "replica {} has not answered since {:?} and is not evicted",
+                    flight.replica(),
+                    flight.submitted_at
+                );
+                return Err(Violation::new("W6", text));
+            }
+        }
+        Ok(())
+    }
+
+    /// I3: a replica is accused of a wrong sector only if a fault may have made it wrong.
     fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
         let now = self.ledger.seen();
-        if (now.wrong[replica] | now.mixed) >> sector & 1 == 1 {
+        if (now.wrong(replica) | now.mixed) >> sector & 1 == 1 {
             return Ok(());
         }
         if now.wrong_at(sector) >= self.plan.threshold {
-            // The liars have won; right bytes may be replaced now.
+            // The corrupt replicas have won; a repair may replace right bytes now.
             self.mark_mixed(1 << sector);
             return Ok(());
         }
-        let text = format!(
-            "replica {replica} is accused of a wrong sector {sector}, and nothing explains it"
-        );
-        Err(Violation::new("I3", text))
+        let text = format!("replica {replica} is accused, and no fault has made {sector} wrong");
+        Err(Violation::new("I3", text).at(1 << sector))
     }
 
-    /// I4: nothing is in flight, and the replicas are equal where no fault explains a difference.
+    /// I4: nothing is in flight, and replicas are equal where no fault explains a difference.
     pub(super) fn check_quiet(&self) -> Checked {
-        for sector in 0..self.stirred.len() {
+        for sector in 0..self.changed_at.len() {
             let mut first: Option<(usize, Value)> = None;
             for replica in self.members() {
                 let excused =
@@ -335,15 +373,14 @@ impl World {
                     let text = format!(
                         "all is quiet, and {sector} is {expected} on replica {other}, {value} on {replica}"
                     );
-                    return Err(Violation::new("I4", text));
+                    return Err(Violation::new("I4", text).at(1 << sector));
                 }
             }
         }
         Ok(())
     }
 
-    /// R6: everything was read without faults, so that whoever is in service holds what the vote
-    /// found.
+    /// R6: everything was read without faults, so each replica holds the winner of the vote.
     pub(super) fn check_rewritten(&self) -> Checked {
         if !self.plan.rewrite_corrupted || self.plan.read_pattern != ReadPattern::Quorum {
             return Ok(());
@@ -351,7 +388,7 @@ impl World {
         let block = usize::try_from(self.plan.block_sectors).expect("few");
         for part in self.parts() {
             let sectors = self.plan.mask(part);
-            // Who is behind in some of it was perhaps not asked.
+            // A replica that is stale in some of it was perhaps not asked.
             let mut voters: Vec<usize> = self.members().collect();
             voters.retain(|r| self.ledger.excused[*r] & sectors == 0);
             let value = |r: &usize, s: usize| self.replicas[*r].value(s);
@@ -360,23 +397,26 @@ impl World {
             for sector in bits(sectors) {
                 let start = sector - sector % block;
                 let has_winner = |s| voters.iter().any(|r| votes(r, s) >= self.plan.threshold);
-                // A block with a sector that nobody knows cannot be written.
+                // A block with an undecided sector cannot be written.
                 let decided = (start..start + block).all(has_winner);
                 if decided && voters.iter().any(|r| votes(r, sector) != voters.len()) {
-                    let text = format!("{sector} was voted on, and a loser not rewritten");
-                    return Err(Violation::new("R6", text));
+                    let text = format!("{sector} was voted on, and a loser not repaired");
+                    return Err(Violation::new("R6", text).at(1 << sector));
                 }
             }
         }
         Ok(())
     }
 
-    /// W6: after a rest without faults all replicas are in service, and none is behind where t know
-    /// better.
+    /// W6: after a rest without faults all replicas are in service, and none is stale where t are
+    /// right.
     pub(super) fn check_resynced(&self) -> Checked {
-        let out = self.ledger.out & self.members;
-        if out != 0 || self.leaving != 0 {
-            let text = format!("{out:b} did not come back, {:b} not go", self.leaving);
+        let out = self.ledger.evicted & self.members;
+        if out != 0 || self.to_be_released != 0 {
+            let text = format!(
+                "{out:b} did not rejoin, {:b} were not released",
+                self.to_be_released
+            );
             return Err(Violation::new("W6", text));
         }
         let t = self.plan.threshold;
@@ -384,11 +424,13 @@ impl World {
         let clean = |sector: usize| {
             seen.mixed >> sector & 1 == 0
                 && seen.wrong_at(sector) == 0
-                && usize::try_from(seen.right_at(sector, self.members).count_ones()).expect("few")
+                && usize::try_from(seen.right_at(1 << sector, self.members).count_ones())
+                    .expect("few")
                     >= t
         };
         let block = usize::try_from(self.plan.block_sectors).expect("few");
-        for sector in 0..self.stirred.len() {
+        self.check_repaired()?;
+        for sector in 0..self.changed_at.len() {
             let start = sector - sector % block;
             if !(start..start + block).all(clean) {
                 continue;
@@ -400,22 +442,46 @@ impl World {
             let first = values().next();
             if let Some(other) = values().find(|value| Some(*value) != first) {
                 let text = format!("{sector} is {first:?} on one replica, {other} on another");
-                return Err(Violation::new("W6", text));
+                return Err(Violation::new("W6", text).at(1 << sector));
             }
         }
         Ok(())
     }
 
-    /// Everything was written and flushed without faults: all replicas hold the same, durably.
+    /// R6: a replica was evicted while it was being repaired, and has rejoined. If the others are
+    /// right it holds what they hold.
+    fn check_repaired(&self) -> Checked {
+        let block = usize::try_from(self.plan.block_sectors).expect("few");
+        for replica in self.members() {
+            let right = |sector: usize| {
+                let good = |r: &usize| {
+                    let doubt = self.ledger.wrong(*r) | self.ledger.excused[*r];
+                    *r != replica && (doubt | self.ledger.mixed) >> sector & 1 == 0
+                };
+                let good = self.members().filter(good).count();
+                good >= self.plan.threshold && good + 1 == self.count()
+            };
+            for sector in bits(self.ledger.unrepaired[replica]) {
+                let start = sector - sector % block;
+                let value = self.replicas[replica].value(sector);
+                let is_right = self.model.is_permitted(sector, value, self.now);
+                if (start..start + block).all(right) && !is_right {
+                    let text = format!("{sector} was not repaired on replica {replica}");
+                    return Err(Violation::new("R6", text).at(1 << sector));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// W5: everything was written and flushed without faults, so all replicas hold it durably.
     pub(super) fn check_healed(&self) -> Checked {
-        for sector in 0..self.stirred.len() {
+        for sector in 0..self.changed_at.len() {
             for replica in self.members() {
                 let value = self.replicas[replica].durable(sector);
                 if !self.model.is_permitted(sector, value, self.now) {
-                    return Err(Violation::new(
-                        "W5",
-                        format!("{sector} was flushed, and is {value}"),
-                    ));
+                    let text = format!("{sector} was flushed, and is {value} on {replica}");
+                    return Err(Violation::new("W5", text).at(1 << sector));
                 }
             }
         }

@@ -41,7 +41,7 @@ pub enum Act {
 /// All of them.
 pub const ACTS: [Act; 4] = [Act::Write(0), Act::Write(1), Act::WriteBoth, Act::Flush];
 
-/// A disk, and at most one thing that goes wrong.
+/// A disk, and at most one fault.
 #[derive(Clone, Copy, Debug)]
 pub struct Case {
     /// N.
@@ -52,7 +52,7 @@ pub struct Case {
     pub fails: Option<usize>,
 }
 
-/// What was found.
+/// What the exploration has found.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Found {
     /// States of engine and replicas.
@@ -146,10 +146,7 @@ fn explore(
         }
         found.states += 1;
         state.check(votes, found).map_err(|v| {
-            Violation::new(
-                v.promise,
-                format!("{} {case:?} {history:?} {path:?}", v.text),
-            )
+            Violation::new(v.rule, format!("{} {case:?} {history:?} {path:?}", v.text))
         })?;
         for step in state.next() {
             let mut longer = path.clone();
@@ -184,7 +181,7 @@ impl<'a> State<'a> {
             answered: Vec::new(),
         };
         let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone());
-        // Nobody is brought up to date behind our back: a history is too short for that.
+        // No resync: a history is too short for one.
         engine.stop_background();
         Self {
             case,

@@ -1,5 +1,4 @@
-//! What the engines ask for, kept in order until the world looks at it: an effect must not call
-//! back.
+//! What the engines ask for, kept in order: an effect must not call back into an engine.
 
 use super::model::Value;
 use crate::common::operation::{Operation, RequestId};

@@ -1,79 +1,88 @@
-//! What happens to the replicas by itself: writeback, rot, failing writeback, eviction, and the
-//! crash.
+//! Faults that strike by themselves: bit rot, failing writeback, replicas that hang, crashes.
+
+use std::time::Duration;
 
 use super::Violation;
 use super::ledger::{Ledger, count};
-use super::plan::bits;
-use super::world::{Checked, World, trace};
+use super::model::Value;
+use super::plan::{WriteCache, bits};
+use super::state::{Checked, World, trace};
+use crate::common::ReplicaIndex;
 
 impl World {
-    /// The replica may give wrong bytes there from now on.
-    pub(super) fn mark_lied(&mut self, replica: usize, sectors: u64) {
-        self.ledger.lied[replica] |= sectors;
-        self.mark_seen_wrong(replica, sectors);
-    }
-
-    fn mark_seen_wrong(&mut self, replica: usize, sectors: u64) {
-        for pending in &mut self.pending {
-            pending.seen.wrong[replica] |= sectors;
+    /// What happens by itself before each step: mostly nothing.
+    pub(super) fn inject_faults(&mut self) -> Checked {
+        let faults = self.plan.faults;
+        let replica = self.random.bit(u64::from(self.members)) as usize;
+        let guest_goes_on = self.requests < self.plan.requests && !self.paused;
+        if guest_goes_on && self.plan.operator_actions > 0 && self.random.chance(self.plan.operator)
+        {
+            self.plan.operator_actions -= 1;
+            self.act_as_operator()?;
         }
-    }
-
-    /// The engine need not count on the replica there from now on.
-    pub(super) fn mark_excused(&mut self, replica: usize, sectors: u64) {
-        self.ledger.excused[replica] |= sectors;
-        for pending in &mut self.pending {
-            pending.seen.excused[replica] |= sectors;
+        if self.random.chance(self.plan.writeback) {
+            let sectors = self.random.bits() & self.random.bits();
+            self.write_back(replica, sectors);
         }
-    }
-
-    /// The replicas may hold different versions there from now on.
-    pub(super) fn mark_mixed(&mut self, sectors: u64) {
-        self.ledger.mixed |= sectors;
-        for pending in &mut self.pending {
-            pending.seen.mixed |= sectors;
+        if self.replicas[replica].lost() != 0 && self.random.chance(1 << 12) {
+            self.drop_page(replica);
         }
-    }
-
-    pub(super) fn write_back(&mut self, replica: usize, sectors: u64) {
-        let written = sectors & self.replicas[replica].dirty();
-        self.replicas[replica].write_back(sectors);
-        self.ledger.lied_durable[replica] &= !written;
-    }
-
-    pub(super) fn evict(&mut self, replica: usize) {
-        let sector = self.random.bit(self.replicas[replica].lost());
-        let untold = self.replicas[replica].evict(sector as usize);
-        trace!(
-            self,
-            "replica {replica} evicts {sector}, which is not durable"
-        );
-        if self.ledger.lied_durable[replica] >> sector & 1 == 1 {
-            // It was said to be durable: whatever is told now, the engine has no reason to doubt
-            // it.
-            self.mark_lied(replica, 1 << sector);
-        } else if untold {
-            self.ledger.dropped[replica] |= 1 << sector;
-            self.mark_seen_wrong(replica, 1 << sector);
+        if self.random.chance(faults.hang) && !self.hangs(replica) {
+            let most = u64::try_from(self.plan.replica_timeout.as_micros()).expect("short") * 4;
+            let time = Duration::from_micros(self.random.below(most));
+            trace!(self, "replica {replica} hangs for {time:?}");
+            self.hung_until[replica] = self.clock + time;
+            if self.plan.is_faulty(replica) && self.random.below(3) == 0 {
+                self.fail_in_flight(replica);
+            }
         }
+        if self.plan.dead >> replica & 1 == 1 && self.random.chance(1 << 9) && !self.hangs(replica)
+        {
+            trace!(self, "replica {replica} stops to answer");
+            let long = self.clock + self.plan.replica_timeout * 20;
+            self.hung_until[replica] = if self.plan.only_dead_replicas() {
+                Duration::MAX
+            } else {
+                long
+            };
+        }
+        if self.random.chance(faults.crash) {
+            return self.crash();
+        }
+        if self.plan.is_faulty(replica) {
+            if self.random.chance(faults.rot) {
+                self.rot(replica);
+            }
+            if self.random.chance(faults.writeback_error) {
+                self.fail_writeback(replica);
+            }
+        }
+        Ok(())
     }
 
-    pub(super) fn rot(&mut self, replica: usize) {
-        let sector = self.random.index(self.stirred.len());
+    /// A sector at rest changes.
+    fn rot(&mut self, replica: usize) {
+        let sector = self.random.index(self.changed_at.len());
         self.rotten += 1;
-        let value = super::model::Value::rotten(self.rotten);
+        let value = Value::rotten(self.rotten);
         if self.replicas[replica].rot(sector, value) {
-            trace!(self, "replica {replica}: {sector} becomes {value}");
+            trace!(self, at 1 << sector, "replica {replica}: {sector} rots to {value}");
             self.ledger.any = true;
-            self.mark_lied(replica, 1 << sector);
+            self.mark_corrupt(replica, 1 << sector);
         }
     }
 
-    pub(super) fn fail_writeback(&mut self, replica: usize) {
-        let sectors = self.random.bits() & self.replicas[replica].dirty();
+    /// Writeback in the background fails.
+    fn fail_writeback(&mut self, replica: usize) {
+        let busy = match self.plan.write_cache {
+            WriteCache::On => 0,
+            WriteCache::Off | WriteCache::Switched => self.being_written(replica),
+        };
+        let sectors = self.random.bits() & self.replicas[replica].dirty() & !busy;
         if sectors != 0 {
             trace!(
                 self,
+                at sectors,
                 "replica {replica} fails to write back {:?}",
                 bits(sectors).collect::<Vec<_>>()
             );
@@ -82,25 +91,43 @@ impl World {
         }
     }
 
-    /// The host crashes: whatever is in flight or not durable is there afterwards or not, sector by
-    /// sector and replica by replica. Then the daemon starts again, knowing nothing.
-    pub(super) fn crash(&mut self) -> Checked {
+    /// The kernel drops a page that it could not write back.
+    fn drop_page(&mut self, replica: usize) {
+        let sector = self.random.bit(self.replicas[replica].lost());
+        let unreported = self.replicas[replica].drop_page(sector as usize);
+        trace!(
+            self,
+            at 1 << sector,
+            "replica {replica} drops the page of {sector}, which is not durable"
+        );
+        if self.ledger.falsely_durable[replica] >> sector & 1 == 1 {
+            // A flush has reported it durable: the engine has no reason to doubt it.
+            self.mark_corrupt(replica, 1 << sector);
+        } else if unreported {
+            self.mark_dropped(replica, 1 << sector);
+        }
+    }
+
+    /// The host crashes: what is in flight or not durable is there afterwards or not, sector by
+    /// sector and replica by replica. Then the daemon starts again, with no record of anything.
+    fn crash(&mut self) -> Checked {
         trace!(self, "-- crash");
         self.statistics.crashes += 1;
         for index in 0..self.flights.len() {
             let sectors = self.random.bits();
             self.crash_in_flight(index, sectors);
         }
-        let behind = |replica: &usize| {
-            let index = crate::common::ReplicaIndex(u8::try_from(*replica).expect("few"));
+        let stale = |replica: &usize| {
+            let index = ReplicaIndex(u8::try_from(*replica).expect("few"));
             self.shared
                 .jobs(|_| (), |_, health| health.stale_sectors(index))
                 > 0
         };
-        let new = bits(u64::from(self.unsynced)).filter(behind);
+        let new = bits(u64::from(self.unsynced)).filter(stale);
         let mut unsynced = new.fold(0, |mask, replica| mask | 1 << replica);
-        (self.leaving, self.unsynced) = (0, 0);
+        (self.to_be_released, self.unsynced) = (0, 0);
         self.jobs.clear();
+        self.asked_resyncs.clear();
         for replica in self.members() {
             let sectors = self.random.bits();
             self.write_back(replica, sectors);
@@ -115,32 +142,33 @@ impl World {
         self.crashed = true;
         self.tick_wanted = 0;
         self.ledger.any = before.any;
-        for sector in 0..self.stirred.len() {
-            let good = self.take_stock(sector, &before)?;
+        for sector in 0..self.changed_at.len() {
+            let good = self.check_after_crash(sector, &before)?;
             let left = usize::try_from((good & !unsynced).count_ones()).expect("few");
             if left < self.plan.threshold {
                 unsynced = 0;
             }
         }
-        // Who was added and is not up to date is not given to the next daemon, which would take it
-        // for a good one; unless nothing works without it.
+        // The operator does not give a replica that was added and is still stale to the next
+        // daemon, which would take it for a good one; unless too few are left without it.
         self.members &= !unsynced;
-        self.ever = self.count();
+        self.members_ever = self.count();
         self.start_engines();
         Ok(())
     }
 
-    /// What a sector holds after a crash (I2, I5).
-    fn take_stock(&mut self, sector: usize, before: &Ledger) -> Result<u32, Violation> {
+    /// What a sector holds after a crash (I2). Returns the replicas that hold what was flushed, or
+    /// later, a mask.
+    fn check_after_crash(&mut self, sector: usize, before: &Ledger) -> Result<u32, Violation> {
         let bit = 1 << sector;
         let (mut good, mut versions) = (0_u32, Vec::new());
         for replica in self.members() {
             let value = self.replicas[replica].value(sector);
             let permitted = self.model.is_permitted(sector, value, self.now);
-            let lied = (before.lied[replica] | before.lied_durable[replica]) & bit != 0;
-            good |= u32::from(permitted || lied) << replica;
+            let excused = (before.corrupt[replica] | before.falsely_durable[replica]) & bit != 0;
+            good |= u32::from(permitted || excused) << replica;
             if !permitted {
-                self.ledger.lied[replica] |= bit;
+                self.ledger.corrupt[replica] |= bit;
             } else if !versions.contains(&value) {
                 versions.push(value);
             }
@@ -150,15 +178,16 @@ impl World {
         }
         if usize::try_from(good.count_ones()).expect("few") < self.plan.threshold {
             let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
-            return Err(Violation::new("I2", text));
+            return Err(Violation::new("I2", text).at(bit));
         }
-        let explained = count(&before.lied, sector)
+        let explained = count(&before.corrupt, sector)
             + count(&before.excused, sector)
-            + count(&self.ledger.lied, sector);
+            + count(&self.ledger.corrupt, sector);
         if versions.len() > 2 && explained == 0 {
             self.statistics.three_versions += 1;
             trace!(
                 self,
+                at bit,
                 "after the crash {sector} has the versions {versions:?}"
             );
         }

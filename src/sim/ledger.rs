@@ -1,47 +1,51 @@
-//! What excuses a replica, sector by sector: the injected faults, and what the engine was told of
-//! them.
+//! What excuses a replica, sector by sector: the injected faults, and which of them the engine knows.
 //!
-//! The checks ask it two things: might this replica give wrong bytes here, and need the engine have
-//! counted on it? Each request in flight keeps what was true at any time since it began, so that a
-//! replica that was wrong when it was read and was mended since is not forgotten.
+//! The checks ask two questions. May this replica give wrong bytes here? May the engine leave it
+//! out? Each request in flight keeps what was true at any time since it began, so that a replica
+//! counts that was wrong when it was read and has been repaired since.
 
 use super::plan::PLACES;
 
 /// One mask of sectors for each replica.
 pub type Masks = [u64; PLACES];
 
-/// Faults and their aftermath.
+/// Faults and what they have left.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    /// Holds bytes there that no error told of: rot, a lost write, a misdirected one.
-    pub lied: Masks,
-    /// Has dropped a page there and has not told yet.
+    /// Where it holds wrong bytes that no error has reported: bit rot, lost and misdirected writes.
+    pub corrupt: Masks,
+    /// Where it has dropped a page and no error has reported it yet.
     pub dropped: Masks,
-    /// Said of these that they are durable, and they are not; or lied, and was mended in its cache
-    /// only.
-    pub lied_durable: Masks,
-    /// The engine was told of an error by which the replica may be behind there.
+    /// What a flush has reported durable and is not, and what was corrupt and is repaired in its
+    /// cache only.
+    pub falsely_durable: Masks,
+    /// Where the engine knows of an error by which the replica may be stale.
     pub excused: Masks,
-    /// Sectors on which a failed write or a crash may have left different versions.
+    /// Where it was being repaired when it was evicted: a resync must write there again.
+    pub unrepaired: Masks,
+    /// Sectors of which a failed write or a crash may have left different versions.
     pub mixed: u64,
-    /// How often each replica has told the engine of a failed flush, or has left the set.
+    /// The number of failed flushes, failed durable writes and evictions of each replica that the
+    /// engine knows.
     pub failures: [u32; PLACES],
-    /// How often each replica has left the set.
-    pub departures: [u32; PLACES],
-    /// The replicas that have left the set, a mask.
-    pub out: u32,
-    /// Any fault was injected, errors included.
+    /// The number of evictions of each replica.
+    pub evictions: [u32; PLACES],
+    /// The replicas that are evicted or were removed, a mask.
+    pub evicted: u32,
+    /// A fault was injected, or the operator has changed the replicas.
     pub any: bool,
 }
 
 /// What was true of the replicas at any time while a request was in flight.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
-    /// Lied or dropped.
-    pub wrong: Masks,
-    /// Excused, or failed a read there.
+    /// Where it held wrong bytes that no error has reported.
+    pub corrupt: Masks,
+    /// Where it had dropped a page, if no error has been reported since.
+    pub dropped: Masks,
+    /// Where it was excused, or has failed a read.
     pub excused: Masks,
-    /// Mixed.
+    /// See [`Ledger::mixed`].
     pub mixed: u64,
 }
 
@@ -49,57 +53,64 @@ impl Ledger {
     /// What is true now.
     pub fn seen(&self) -> Seen {
         Seen {
-            wrong: std::array::from_fn(|r| self.wrong(r)),
+            corrupt: self.corrupt,
+            dropped: self.dropped,
             excused: self.excused,
             mixed: self.mixed,
         }
     }
 
-    /// The place is that of another replica now.
+    /// Another replica has the place now.
     pub fn forget(&mut self, replica: usize) {
         let masks = [
-            &mut self.lied,
+            &mut self.corrupt,
             &mut self.dropped,
-            &mut self.lied_durable,
+            &mut self.falsely_durable,
             &mut self.excused,
+            &mut self.unrepaired,
         ];
         for mask in masks {
             mask[replica] = 0;
         }
         self.failures[replica] = 0;
-        self.departures[replica] = 0;
-        self.out &= !(1 << replica);
+        self.evictions[replica] = 0;
+        self.evicted &= !(1 << replica);
     }
 
     /// The sectors on which the replica may give wrong bytes.
     pub fn wrong(&self, replica: usize) -> u64 {
-        self.lied[replica] | self.dropped[replica]
+        self.corrupt[replica] | self.dropped[replica]
     }
 
-    /// The replica holds what it should hold there, in its cache; what is beneath is another
-    /// matter.
-    pub fn mended(&mut self, replica: usize, sectors: u64) {
-        self.lied_durable[replica] |= self.lied[replica] & sectors;
-        self.lied[replica] &= !sectors;
+    /// The cache of the replica holds the right bytes there; its disk perhaps not.
+    pub fn repaired(&mut self, replica: usize, sectors: u64) {
+        self.falsely_durable[replica] |= self.corrupt[replica] & sectors;
+        self.corrupt[replica] &= !sectors;
         self.dropped[replica] &= !sectors;
+        self.unrepaired[replica] &= !sectors;
     }
 }
 
 impl Seen {
-    /// How many replicas may have given wrong bytes for the sector.
+    /// The number of replicas that may have given wrong bytes for the sector.
     pub fn wrong_at(&self, sector: usize) -> usize {
-        count(&self.wrong, sector)
+        count(&std::array::from_fn(|r| self.wrong(r)), sector)
     }
 
-    /// The replicas of `members`, a mask, that gave right answers for the sector.
-    pub fn right_at(&self, sector: usize, members: u32) -> u32 {
-        let is_right = |r: &usize| (self.wrong[*r] | self.excused[*r]) >> sector & 1 == 0;
+    /// The sectors for which the replica may have given wrong bytes.
+    pub fn wrong(&self, replica: usize) -> u64 {
+        self.corrupt[replica] | self.dropped[replica]
+    }
+
+    /// The replicas of `members`, a mask, that gave right answers for all of the sectors.
+    pub fn right_at(&self, sectors: u64, members: u32) -> u32 {
+        let is_right = |r: &usize| (self.wrong(*r) | self.excused[*r]) & sectors == 0;
         let members = super::plan::bits(u64::from(members));
         members.filter(is_right).fold(0, |mask, r| mask | 1 << r)
     }
 }
 
-/// How many of the masks have the sector.
+/// The number of masks that contain the sector.
 pub fn count(masks: &Masks, sector: usize) -> usize {
     masks.iter().filter(|mask| *mask >> sector & 1 == 1).count()
 }

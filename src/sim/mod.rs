@@ -1,22 +1,40 @@
 //! A simulator: the engine of production under a seeded scheduler, with simulated replicas, guest
 //! and crashes.
 //!
-//! One `u64` decides a whole run: the disk and the guest ([`plan`]), which faults strike (`faults`,
-//! `operations`), and in which order everything happens (`schedule`). What the engine does is
-//! checked after every step (`checks`) against a naive model of the disk ([`model`]) and the books
-//! kept of the faults ([`ledger`]). [`runner`] does this for many seeds; a seed that fails is
-//! replayed with a trace.
+//! One `u64` decides a whole run. [`plan`] draws the disk, the guest and the rates of the faults
+//! from it; `schedule` draws what happens next, step by step. Several engines share the disk, as
+//! worker threads do: each input goes to one of them, and grants of locks and ticks reach the
+//! others late. `checks` compares what an engine does after each input with a naive [`model`] of
+//! the disk and with the [`ledger`] of injected faults. [`runner`] runs many seeds and replays one.
 //!
-//! The engine is not changed for this, except that a test can break one of its rules
-//! ([`mutant`](crate::engine::mutant)) to show that the checks notice.
+//! A file here imports only from files above it:
 //!
-//! Not simulated: guest memory and rings (the device is tested by itself), and what two workers do
-//! at the same instant: here one input is dealt with after the other.
+//! ```text
+//! random, model, contract
+//! plan, replica, ledger, effects
+//! state                       the data of a run
+//! operations, checks, jobs    an operation on a replica; what must hold
+//! inputs                      what engines are fed with, and what they ask for
+//! faults, operator            what strikes by itself; what the operator does
+//! schedule                    one step
+//! finale                      all steps, and the end
+//! runner                      many runs
+//! ```
+//!
+//! Not simulated: guest memory and virtqueues (the device has its own tests), and two workers that
+//! change the shared state at the same instant (`make model` explores that). The kernel reports a
+//! failed writeback once, to a flush or to a durable write; here the two never run at the same time
+//! on a replica that has a failure to report.
+#![forbid(unsafe_code)]
 
 mod checks;
+pub mod contract;
 pub mod crash_states;
 pub mod effects;
 mod faults;
+mod finale;
+mod inputs;
+mod jobs;
 pub mod ledger;
 pub mod model;
 mod operations;
@@ -26,58 +44,70 @@ pub mod random;
 pub mod replica;
 pub mod runner;
 mod schedule;
-pub mod world;
+pub mod state;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use self::plan::Plan;
 use self::random::Random;
-use self::world::{Statistics, World};
+use self::state::{Statistics, World};
 use crate::common::buffer::BufferPool;
 
-/// A promise that was broken.
+/// A broken rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Violation {
-    /// The promise, by its name in the contract.
-    pub promise: &'static str,
+    /// The tag of the rule in docs/contract.md, or a word where the contract has none.
+    pub rule: &'static str,
     /// What happened.
     pub text: String,
+    /// The sectors concerned, a mask; 0: all.
+    pub sectors: u64,
 }
 
 impl Violation {
-    pub(crate) fn new(promise: &'static str, text: impl Into<String>) -> Self {
+    pub(crate) fn new(rule: &'static str, text: impl Into<String>) -> Self {
         Self {
-            promise,
+            rule,
             text: text.into(),
+            sectors: 0,
         }
+    }
+
+    /// It concerns these sectors, a mask.
+    pub(crate) fn at(self, sectors: u64) -> Self {
+        Self { sectors, ..self }
     }
 }
 
 impl fmt::Display for Violation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.promise, self.text)
+        match contract::first_sentence(self.rule) {
+            Some(sentence) => write!(f, "{} ({sentence}): {}", self.rule, self.text),
+            None => write!(f, "{}: {}", self.rule, self.text),
+        }
     }
 }
 
-/// What came of a seed.
+/// The result of a seed.
 #[derive(Debug)]
 pub struct Outcome {
     /// The first violation, if any.
     pub result: Result<(), Violation>,
     /// What the run was made of.
     pub statistics: Statistics,
-    /// What happened, if it was asked for.
+    /// What happened, if the run was traced.
     pub trace: Vec<String>,
+    /// Of a traced run that failed: the last events on the sectors concerned.
+    pub last_events: Vec<String>,
 }
 
-/// Runs the seed. `pools` are used for the buffers of the workers; a pool may serve many runs.
+/// Runs the seed. The workers take their buffers from `pools`, which may serve many runs.
 pub fn run(seed: u64, pools: &[BufferPool], traced: bool) -> Outcome {
     let mut random = Random::new(seed);
     let plan = Plan::new(&mut random);
     let mut world = World::new(plan, random, pools, traced);
-    // A panic of the engine is a violation like any other; the world is not used after it but for
-    // its trace.
+    // A panic of the engine is a violation like any other. After it only the trace is read.
     let result = catch_unwind(AssertUnwindSafe(|| world.run()));
     let result = result.unwrap_or_else(|panic| {
         let text = panic
@@ -86,10 +116,15 @@ pub fn run(seed: u64, pools: &[BufferPool], traced: bool) -> Outcome {
             .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_string()));
         Err(Violation::new("panic", text.unwrap_or_default()))
     });
+    let last_events = match &result {
+        Ok(()) => Vec::new(),
+        Err(violation) => world.last_events(violation.sectors),
+    };
     Outcome {
         result,
         statistics: world.statistics(),
         trace: world.take_trace(),
+        last_events,
     }
 }
 

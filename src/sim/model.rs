@@ -2,7 +2,7 @@
 //! still be read.
 //!
 //! It knows of requests only when they were made and when they were answered. That says which
-//! values a read may return: those that no later write has surely replaced. A value carries the
+//! values a read may return: those that no later write has certainly replaced. A value carries the
 //! number of its write and is unique, so what a read returned tells which write it saw, and reads
 //! that follow one another tell in which order the writes took effect.
 
@@ -22,12 +22,12 @@ impl Value {
         Self(write << 8 | sector as u64)
     }
 
-    /// Bytes that nobody wrote.
+    /// Bytes that no write has written.
     pub fn rotten(number: u64) -> Self {
         Self(ROT | number)
     }
 
-    /// Whether nobody wrote this.
+    /// Whether no write has written it.
     pub fn is_rotten(self) -> bool {
         self.0 & ROT != 0
     }
@@ -62,12 +62,12 @@ struct Written {
     began: Moment,
     /// When the guest was answered, or the host crashed.
     ended: Moment,
-    /// It surely replaced what was written before it began.
+    /// It has certainly replaced what was written before it began.
     acknowledged: bool,
     /// A flush that began after its answer has succeeded: a crash does not undo it.
     durable: bool,
-    /// The first end and the last begin of all that dealt with this value: it was current from the
-    /// one to the other if they come in this order.
+    /// The first end and the last begin of all requests that wrote or read this value: it was
+    /// current from the one to the other if they come in this order.
     first_end: Moment,
     last_begin: Moment,
 }
@@ -88,7 +88,7 @@ impl Model {
         model
     }
 
-    /// The disk has so many sectors now; the new ones hold the values of write 0.
+    /// The disk has this many sectors now; the new ones hold the values of write 0.
     pub fn grow(&mut self, sectors: usize) {
         let initial = |sector| {
             vec![Written {
@@ -150,7 +150,7 @@ impl Model {
 
     /// A read from `began` to `ended` returned the value. Whether that goes with what other reads
     /// have returned: there must be an order in which each value is current once, in one piece.
-    /// For two values that is impossible if each was dealt with after the other had been.
+    /// For two values that is impossible if each was read or written after the other had been.
     ///
     /// # Errors
     /// The value that contradicts this one.
@@ -188,7 +188,7 @@ impl Model {
         }
     }
 
-    /// Forgets what nobody may see any more.
+    /// Forgets what no read may return any more.
     pub fn forget(&mut self, oldest: Moment) {
         for all in &mut self.sectors {
             if all.len() > 8 {

@@ -1,90 +1,28 @@
-//! What becomes of an operation on a simulated replica.
+//! What an operation does to a simulated replica.
 //!
-//! Its fate is drawn when it is submitted. Then, in steps between which anything else may happen:
-//! it takes effect, sector by sector or all at once; it is done; its reply arrives.
-
-use std::time::Duration;
+//! The fault that is injected into it, if any, is drawn when the engine submits it. It takes effect
+//! sector by sector or all at once, then it ends, then its reply is delivered. Anything else may
+//! happen between two of these steps.
 
 use super::Violation;
-use super::checks::ToldError;
 use super::effects::{SECTOR_LEN, fill, parse};
 use super::model::Value;
 use super::plan::bits;
-use super::world::{Checked, Pending, PendingKind, PendingWrite, World, show, trace};
+use super::state::{Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, trace};
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
 use crate::engine::ReadPattern;
 use crate::engine::mutant::{self, Mutant};
 
-/// What every injected error is.
+/// Every injected error.
 const EIO: Errno = Errno(5);
 
-/// An operation on its way.
-#[derive(Debug)]
-pub(super) struct Flight {
-    operation: Operation,
-    worker: usize,
-    fate: Fate,
-    /// The sectors on which it has still to take effect.
-    sectors: u64,
-    /// The guest's write that it is part of.
-    write: Option<u64>,
-    submitted_at: Duration,
-    /// The failures of the replica when it was submitted.
-    failures: u32,
-    /// How often it had left the set by then.
-    departures: u32,
-    /// It is done, and this is the reply; for a failed flush, the losses that it tells of.
-    done: Option<(Result<(), Errno>, u64)>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Fate {
-    Done,
-    /// An error; a write has taken effect on some sectors.
-    Fails,
-    /// Reported done, without effect on some sectors.
-    Lies,
-    /// A write that lands so many sectors further on.
-    Misdirected(usize),
-}
-
-impl Flight {
-    pub(super) fn replica(&self) -> usize {
-        self.operation.replica.as_usize()
-    }
-
-    /// Since when the replica owes the reply.
-    pub(super) fn submitted_at(&self) -> Duration {
-        self.submitted_at
-    }
-
-    fn name(&self) -> &'static str {
-        match (&self.operation.action, self.write) {
-            (Action::Read { .. }, _) => "read",
-            (Action::Write { .. }, Some(_)) => "write",
-            (Action::Write { .. }, None) => "rewrite",
-            (Action::Zero { .. }, _) => "zero",
-            (Action::Flush, _) => "flush",
-        }
-    }
-
-    fn range(&self) -> Option<SectorRange> {
-        match &self.operation.action {
-            Action::Read { range, .. }
-            | Action::Write { range, .. }
-            | Action::Zero { range, .. } => Some(*range),
-            Action::Flush => None,
-        }
-    }
-}
-
 impl World {
-    /// An engine has submitted an operation.
-    pub(super) fn take_off(&mut self, operation: Operation) -> Checked {
+    /// An engine submits an operation.
+    pub(super) fn start_operation(&mut self, operation: Operation) -> Checked {
         let replica = operation.replica.as_usize();
-        if self.is_out(replica) || self.members >> replica & 1 == 0 {
-            let text = format!("replica {replica} is asked although it has left the set");
+        if self.is_evicted(replica) || self.members >> replica & 1 == 0 {
+            let text = format!("replica {replica} is evicted, and an operation is submitted to it");
             return Err(Violation::new("W6", text));
         }
         let disk = self.plan.disk();
@@ -94,19 +32,17 @@ impl World {
             | Action::Write { range, .. }
             | Action::Zero { range, .. } => {
                 if range.count == 0 || range.start < disk.start || range.end() > disk.end() {
-                    return Err(Violation::new(
-                        "range",
-                        format!("{operation:?} is not on the disk"),
-                    ));
+                    let text = format!("{operation:?} is not on the disk");
+                    return Err(Violation::new("range", text));
                 }
                 let write = match &operation.action {
                     Action::Write {
                         data, offset_bytes, ..
                     } => self.guest_write(replica, *range, &data[*offset_bytes..])?,
                     Action::Zero { .. } => {
-                        let asker = operation.request;
-                        let of_guest = self.engines[self.input_from].is_guest_write(asker);
-                        of_guest
+                        let request = operation.request;
+                        let is_guests = self.engines[self.input_from].is_guest_write(request);
+                        is_guests
                             .then(|| self.guest_zero(replica, *range))
                             .transpose()?
                     }
@@ -118,26 +54,25 @@ impl World {
         if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
         {
             self.rewrites += 1;
-            self.doubt_mend(sectors);
+            self.doubt_repair(sectors);
         }
         let mut flight = Flight {
             worker: self.input_from,
             operation,
-            fate: Fate::Done,
+            fault: Fault::None,
             sectors,
             write,
             submitted_at: self.clock,
             failures: self.ledger.failures[replica],
-            departures: self.ledger.departures[replica],
+            evictions: self.ledger.evictions[replica],
             done: None,
         };
-        self.draw_fate(&mut flight);
+        self.draw_fault(&mut flight);
         self.flights.push(flight);
         Ok(())
     }
 
-    /// The guest's write that data belongs to, which is one in flight that this replica was not
-    /// handed yet; otherwise the data is that of a rewrite.
+    /// The number of the guest write that the data belongs to; `None` for a repair.
     fn guest_write(
         &mut self,
         replica: usize,
@@ -153,23 +88,22 @@ impl World {
         let failures = self.ledger.failures;
         let write = self.pending_write(is_this);
         write
-            .map(|write| write.hand_to(replica, failures))
+            .map(|write| write.note_submission(replica, failures))
             .transpose()
     }
 
-    /// The guest's zeroing that an operation belongs to. Zeroes do not tell who wrote them, but of
-    /// those of one range and one worker the first one that this replica was not handed is
-    /// meant: they run in order.
+    /// The number of the guest's zeroing that an operation belongs to: of those of this range and
+    /// worker the first that was not submitted to this replica, as they run in order.
     fn guest_zero(&mut self, replica: usize, range: SectorRange) -> Result<u64, Violation> {
         let worker = self.input_from;
         let is_this = |pending: &Pending, write: &PendingWrite| {
             let here = pending.worker == worker && pending.range == range;
-            here && write.zeroes && write.handed_to & (1 << replica) == 0
+            here && write.zeroes && write.submitted_to & (1 << replica) == 0
         };
         let failures = self.ledger.failures;
         match self.pending_write(is_this) {
-            Some(write) => write.hand_to(replica, failures),
-            None => Err(Violation::new("W4", "zeroes that nobody asked for")),
+            Some(write) => write.note_submission(replica, failures),
+            None => Err(Violation::new("W4", "zeroes that no request has asked for")),
         }
     }
 
@@ -192,9 +126,9 @@ impl World {
         }
     }
 
-    /// A replica is about to be mended: if enough replicas lie to win a vote, right bytes may be
-    /// replaced.
-    fn doubt_mend(&mut self, sectors: u64) {
+    /// A replica is about to be repaired: if enough replicas are corrupt to win a vote, the repair
+    /// may replace right bytes.
+    fn doubt_repair(&mut self, sectors: u64) {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let enough = if fifo { 1 } else { self.plan.threshold };
         let seen = self.ledger.seen();
@@ -203,54 +137,71 @@ impl World {
         }
     }
 
-    fn draw_fate(&mut self, flight: &mut Flight) {
-        if self.calm || !self.plan.is_faulty(flight.replica()) {
+    /// Injects a fault into the operation, or none.
+    fn draw_fault(&mut self, flight: &mut Flight) {
+        if self.faults_ended || !self.plan.is_faulty(flight.replica()) {
             return;
         }
         let (faults, random) = (self.plan.faults, &mut self.random);
         match &flight.operation.action {
             Action::Read { .. } if random.chance(faults.read_error) => {
-                flight.fate = Fate::Fails;
+                flight.fault = Fault::Error;
                 flight.sectors = 0;
             }
             Action::Write { .. } | Action::Zero { .. } if random.chance(faults.write_error) => {
-                flight.fate = Fate::Fails;
+                flight.fault = Fault::Error;
                 flight.sectors &= random.bits();
             }
             Action::Write { .. } | Action::Zero { .. } if random.chance(faults.lost) => {
-                flight.fate = Fate::Lies;
+                flight.fault = Fault::Lost;
                 flight.sectors &= random.bits() & random.bits();
             }
             Action::Write { .. } | Action::Zero { .. }
                 if self.plan.sectors > 1 && random.chance(faults.misdirected) =>
             {
                 let shift = 1 + random.below(self.plan.sectors - 1);
-                flight.fate = Fate::Misdirected(usize::try_from(shift).expect("few"));
+                flight.fault = Fault::Misdirected(usize::try_from(shift).expect("few"));
             }
-            Action::Flush if random.chance(faults.flush_error) => flight.fate = Fate::Fails,
-            Action::Flush if random.chance(faults.lying_flush) => flight.fate = Fate::Lies,
+            Action::Flush if random.chance(faults.flush_error) => flight.fault = Fault::Error,
+            Action::Flush if random.chance(faults.lying_flush) => flight.fault = Fault::Lost,
             _ => return,
         }
         self.ledger.any = true;
         trace!(
             self,
-            "replica {}: the next {} {:?}",
+            at flight.range().map_or(0, |range| self.plan.mask(range)),
+            "replica {}: fault in the next {}: {:?}",
             flight.replica(),
             flight.name(),
-            flight.fate
+            flight.fault
         );
     }
 
-    /// The operation makes its next step.
-    pub(super) fn advance(&mut self, index: usize) -> Checked {
-        let flight = &self.flights[index];
-        if flight.done.is_some() {
-            return self.arrive(index);
+    /// The replica fails what is in flight, like a device that is reset.
+    pub(super) fn fail_in_flight(&mut self, replica: usize) {
+        for flight in &mut self.flights {
+            if flight.replica() != replica || flight.done.is_some() || flight.fault != Fault::None {
+                continue;
+            }
+            flight.fault = Fault::Error;
+            flight.sectors &= match flight.operation.action {
+                Action::Read { .. } => 0,
+                Action::Write { .. } | Action::Zero { .. } | Action::Flush => self.random.bits(),
+            };
         }
-        let flushes_nothing = flight.fate != Fate::Done && flight.range().is_none();
+        self.ledger.any = true;
+    }
+
+    /// The operation, which has not ended, makes its next step.
+    pub(super) fn advance(&mut self, index: usize) {
+        if self.waits_for_report(index) {
+            return;
+        }
+        let flight = &self.flights[index];
+        let flushes_nothing = flight.fault != Fault::None && flight.range().is_none();
         if flight.sectors == 0 || flushes_nothing {
-            self.finish(index);
-            return Ok(());
+            self.end_operation(index);
+            return;
         }
         let mut now = flight.sectors;
         if self.random.chance(self.plan.tear) {
@@ -258,14 +209,60 @@ impl World {
         }
         self.take_effect(index, now);
         if self.flights[index].sectors == 0 && self.random.below(2) == 0 {
-            self.finish(index);
+            self.end_operation(index);
         }
-        Ok(())
+    }
+
+    /// Whether the operation is a flush, and a durable write on the same replica has failed whose
+    /// reply is on its way. (Linux does not hold the flush up.)
+    fn waits_for_report(&self, index: usize) -> bool {
+        let flight = &self.flights[index];
+        let has_failed = |other: &Flight| {
+            let failed = matches!(other.done, Some((Err(_), _)));
+            failed && other.is_durable() && other.replica() == flight.replica()
+        };
+        flight.is_flush() && self.flights.iter().any(has_failed)
+    }
+
+    /// Whether the end of a durable write may report a failure in the background. While a flush is
+    /// in flight that reports it. (Linux tells whichever comes first.)
+    fn may_report(&self, replica: usize) -> bool {
+        let flushes = |other: &Flight| other.is_flush() && other.replica() == replica;
+        !self.flights.iter().any(flushes)
+    }
+
+    /// The sectors that durable writes in flight change on the replica. (In Linux another operation
+    /// may report the failure of such a write, which then succeeds.)
+    pub(super) fn durably_written(&self, replica: usize) -> u64 {
+        let mut sectors = 0;
+        for flight in &self.flights {
+            if flight.is_durable() && flight.replica() == replica {
+                sectors |= flight.range().map_or(0, |range| self.plan.mask(range));
+            }
+        }
+        sectors
+    }
+
+    /// The sectors that guest writes in flight change, and repairs of this replica. (In Linux their
+    /// loss may be reported to a durable write elsewhere, and the engine does not expect that yet.)
+    pub(super) fn being_written(&self, replica: usize) -> u64 {
+        let mut sectors = 0;
+        for pending in &self.pending {
+            if matches!(pending.kind, PendingKind::Write(_)) {
+                sectors |= self.plan.mask(pending.range);
+            }
+        }
+        for flight in &self.flights {
+            if flight.is_repair() && flight.replica() == replica {
+                sectors |= flight.range().map_or(0, |range| self.plan.mask(range));
+            }
+        }
+        sectors
     }
 
     /// The operation takes effect on these sectors.
-    pub(super) fn take_effect(&mut self, index: usize, now: u64) {
-        // Out of its place for a moment, so that the rest of the world can be changed.
+    fn take_effect(&mut self, index: usize, now: u64) {
+        // It leaves its place for a moment, so that the rest of the state can be changed.
         let mut flight = self.flights.swap_remove(index);
         flight.sectors &= !now;
         let replica = flight.replica();
@@ -294,20 +291,21 @@ impl World {
                     let value = parse(&data[start..start + SECTOR_LEN]).unwrap_or(Value::rotten(0));
                     let value = self.changed_by_guest(value, flight.write.is_some());
                     let guest = flight.write.is_some();
-                    self.write_sector(replica, sector, value, flight.fate, guest);
+                    self.write_sector(replica, sector, value, flight.fault, guest);
                 }
             }
             Action::Zero { unmap, .. } => {
-                // Zeroes of a job have no colour: they are what the disk held in the beginning.
+                // Zeroes of a job have the number of what the disk held in the beginning.
                 let (guest, number) = (flight.write.is_some(), flight.write.unwrap_or(0));
                 for sector in bits(now) {
                     let value = self.discarded(Value::written(number, sector), *unmap && guest);
-                    self.write_sector(replica, sector, value, flight.fate, guest);
+                    self.write_sector(replica, sector, value, flight.fault, guest);
                 }
             }
         }
         trace!(
             self,
+            at now,
             "replica {replica}: {} {}",
             flight.name(),
             bits(now)
@@ -329,8 +327,8 @@ impl World {
         }
     }
 
-    /// The engine's copy of the data is out of the guest's reach, whatever it does to its buffer.
-    /// (Unless a mutant hands the guest's own memory to the replicas.)
+    /// What the guest does to its buffer does not reach the engine's copy, unless a mutant submits
+    /// guest memory to the replicas.
     fn changed_by_guest(&mut self, value: Value, guest_write: bool) -> Value {
         let shared = mutant::is_broken(Mutant::FanOutFromGuestMemory);
         if shared && guest_write && self.plan.fickle_guest && self.random.below(4) == 0 {
@@ -340,7 +338,7 @@ impl World {
         value
     }
 
-    /// A replica's discard leaves zeroes. (Unless a mutant lets it do as it likes.)
+    /// A discard leaves zeroes, unless a mutant leaves it to the replica.
     fn discarded(&mut self, zero: Value, unmap: bool) -> Value {
         if unmap && mutant::is_broken(Mutant::DiscardAsYouLike) {
             self.rotten += 1;
@@ -349,163 +347,103 @@ impl World {
         zero
     }
 
+    /// The sector is written. `guest`: by a write of the guest.
     fn write_sector(
         &mut self,
         replica: usize,
         sector: usize,
         value: Value,
-        fate: Fate,
+        fault: Fault,
         guest: bool,
     ) {
         let mut sector = sector;
-        if let Fate::Misdirected(shift) = fate {
-            self.mark_lied(replica, 1 << sector);
-            sector = (sector + shift) % self.stirred.len();
+        if let Fault::Misdirected(shift) = fault {
+            self.mark_corrupt(replica, 1 << sector);
+            sector = (sector + shift) % self.changed_at.len();
         }
         let bit = 1 << sector;
         self.replicas[replica].write(sector, value);
-        self.stirred[sector] = self.now;
-        // A write that nobody waits for any more may bring old bytes: the engine must know.
-        let unexcused = !guest || self.ledger.excused[replica] & bit == 0;
+        self.changed_at[sector] = self.now;
+        // An orphaned write may bring old bytes. The engine must expect them: the sector is stale.
+        let unexpected = !guest || self.ledger.excused[replica] & bit == 0;
         let wrong = !self.model.is_permitted(sector, value, self.now);
-        if matches!(fate, Fate::Misdirected(_)) || (wrong && unexcused) {
-            self.mark_lied(replica, bit);
-        } else if wrong {
-            // Its place is taken by bytes that the engine has to expect.
-            self.ledger.mended(replica, bit);
+        if matches!(fault, Fault::Misdirected(_)) || (wrong && unexpected) {
+            self.mark_corrupt(replica, bit);
         } else {
-            self.ledger.mended(replica, bit);
+            self.ledger.repaired(replica, bit);
         }
     }
 
-    /// The operation is done on the replica; its reply is on its way.
-    fn finish(&mut self, index: usize) {
+    /// Dirty sectors among these become durable.
+    pub(super) fn write_back(&mut self, replica: usize, sectors: u64) {
+        let written = sectors & self.replicas[replica].dirty();
+        self.replicas[replica].write_back(sectors);
+        self.ledger.falsely_durable[replica] &= !written;
+    }
+
+    /// The operation ends on the replica; its reply can be delivered.
+    fn end_operation(&mut self, index: usize) {
         let flight = &self.flights[index];
-        let (replica, fate) = (flight.replica(), flight.fate);
+        let (replica, fault) = (flight.replica(), flight.fault);
         let range = flight.range();
-        let mut failed = fate == Fate::Fails;
+        let mut reports_loss = false;
         match &flight.operation.action {
             Action::Read { .. } => {}
             Action::Write { durable, .. } | Action::Zero { durable, .. } => {
                 let durable = *durable;
                 let mask = range.map_or(0, |range| self.plan.mask(range));
-                if fate == Fate::Lies {
-                    // What it did write was marked as mended on the way: no harm in thinking worse
-                    // of it.
-                    self.mark_lied(replica, mask);
-                } else if durable && !failed {
-                    self.write_back(replica, mask);
+                match fault {
+                    // Also what it did write: the checks may expect less than is there.
+                    Fault::Lost => self.mark_corrupt(replica, mask),
+                    Fault::Error if durable => {
+                        let written = mask & self.random.bits();
+                        self.write_back(replica, written);
+                        let lost = mask & self.random.bits();
+                        self.replicas[replica].lose(lost, false);
+                    }
+                    Fault::None | Fault::Misdirected(_) if durable => {
+                        self.write_back(replica, mask)
+                    }
+                    Fault::None | Fault::Error | Fault::Misdirected(_) => {}
                 }
+                // Linux reports a failed writeback once per open file, to a flush or to a write
+                // with O_DSYNC, whichever comes first.
+                reports_loss = durable && self.may_report(replica);
             }
             Action::Flush => {
                 let sectors = flight.sectors;
-                match fate {
-                    Fate::Fails => {
+                match fault {
+                    Fault::Error => {
                         let written = sectors & self.random.bits();
                         self.write_back(replica, written);
                         let lost = sectors & self.random.bits();
+                        let lost = lost & !self.durably_written(replica);
                         self.replicas[replica].lose(lost, false);
                     }
-                    Fate::Lies => {
-                        self.ledger.lied_durable[replica] |=
+                    Fault::Lost => {
+                        self.ledger.falsely_durable[replica] |=
                             sectors & self.replicas[replica].dirty();
                     }
-                    Fate::Done | Fate::Misdirected(_) => {}
+                    Fault::None | Fault::Misdirected(_) => {}
                 }
-                failed |= self.replicas[replica].take_error();
+                reports_loss = true;
             }
         }
-        let told = if failed && range.is_none() {
-            self.replicas[replica].untold()
+        let has_error = reports_loss && self.replicas[replica].take_error();
+        let failed = fault == Fault::Error || has_error;
+        let lost = if failed && reports_loss {
+            self.replicas[replica].unreported()
         } else {
             0
         };
         let result = if failed { Err(EIO) } else { Ok(()) };
-        self.flights[index].done = Some((result, told));
+        self.flights[index].done = Some((result, lost));
         self.flights[index].sectors = 0;
         trace!(
             self,
-            "replica {replica}: {} done, {result:?}",
+            at range.map_or(0, |range| self.plan.mask(range)),
+            "replica {replica}: {} ends, {result:?}",
             self.flights[index].name()
         );
-    }
-
-    /// The reply reaches the engine.
-    fn arrive(&mut self, index: usize) -> Checked {
-        let flight = self.flights.swap_remove(index);
-        let replica = flight.replica();
-        let Some((result, told)) = flight.done else {
-            unreachable!("only what is done has a reply");
-        };
-        trace!(
-            self,
-            "reply: {} {} of replica {replica} to request {} of worker {}: {result:?}",
-            flight.name(),
-            flight.range().map_or(String::new(), show),
-            flight.operation.request.0,
-            flight.worker
-        );
-        self.note_reply(&flight, result.is_ok(), told);
-        let error = result.err().map(|errno| ToldError {
-            replica: flight.operation.replica,
-            // A reply that nobody waits for any more is of no interest.
-            must_be_reported: flight.departures == self.ledger.departures[replica],
-            operation: flight.operation.action.describe().0,
-            errno,
-        });
-        let (engine, effects) = self.engine(flight.worker);
-        engine.reply(flight.operation.reply(result), effects);
-        self.look_at_effects(error)
-    }
-
-    /// Keeps the books about a reply that the engine is about to get.
-    fn note_reply(&mut self, flight: &Flight, success: bool, told: u64) {
-        let replica = flight.replica();
-        if let Some(number) = flight.write {
-            for pending in &mut self.pending {
-                if let PendingKind::Write(write) = &mut pending.kind
-                    && write.number == number
-                {
-                    let set = if success {
-                        &mut write.succeeded
-                    } else {
-                        &mut write.failed
-                    };
-                    *set |= 1 << replica;
-                }
-            }
-        }
-        match (&flight.operation.action, success) {
-            (Action::Write { range, .. } | Action::Zero { range, .. }, true)
-                if flight.write.is_none() =>
-            {
-                // Mended, unless something has come between.
-                if flight.failures == self.ledger.failures[replica] {
-                    self.ledger.excused[replica] &= !self.plan.mask(*range);
-                }
-            }
-            (_, true) => {}
-            (Action::Write { durable, .. } | Action::Zero { durable, .. }, false) => {
-                if *durable {
-                    // It may have told of what was mended before.
-                    self.ledger.failures[replica] += 1;
-                    let all = self.replicas[replica].all();
-                    self.mark_excused(replica, all);
-                }
-            }
-            (Action::Read { range, .. }, false) => {
-                let mask = self.plan.mask(*range);
-                for pending in &mut self.pending {
-                    pending.seen.excused[replica] |= mask;
-                }
-            }
-            (Action::Flush, false) => {
-                self.replicas[replica].told(told);
-                self.ledger.dropped[replica] &= !told;
-                self.ledger.failures[replica] += 1;
-                let all = self.replicas[replica].all();
-                self.mark_excused(replica, all);
-            }
-        }
     }
 }

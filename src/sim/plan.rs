@@ -2,7 +2,7 @@
 //! often.
 //!
 //! Each seed enables a random subset of the faults ("swarm testing"): a run in which everything
-//! happens all the time hides what needs a long quiet stretch, or two rare things and nothing else.
+//! happens all the time hides what needs a long quiet time, or two rare events and no other.
 
 use std::time::Duration;
 
@@ -29,20 +29,32 @@ pub struct Faults {
     pub write_error: u32,
     /// A flush fails, and the pages it did not write are clean but not durable.
     pub flush_error: u32,
-    /// Writeback in the background fails in the same way; the next flush tells.
+    /// Writeback in the background fails in the same way; the next flush or durable write reports
+    /// it.
     pub writeback_error: u32,
     /// A sector at rest changes.
     pub rot: u32,
-    /// A write is reported done and was not.
+    /// A write succeeds without effect.
     pub lost: u32,
-    /// A write is done elsewhere.
+    /// A write lands on other sectors.
     pub misdirected: u32,
-    /// A flush is reported done and did nothing.
+    /// A flush succeeds without effect.
     pub lying_flush: u32,
     /// The host crashes and starts again.
     pub crash: u32,
-    /// A replica does nothing for a while.
+    /// A replica does nothing for some time, and may then fail what it was asked.
     pub hang: u32,
+}
+
+/// The write cache that the guest sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WriteCache {
+    /// A write is durable after the next flush.
+    On,
+    /// The guest has no flush: a write is durable when it is answered.
+    Off,
+    /// The guest switches it on and off.
+    Switched,
 }
 
 /// Everything a seed fixes before the first step.
@@ -54,7 +66,7 @@ pub struct Plan {
     pub threshold: usize,
     /// Which replicas a read asks.
     pub read_pattern: ReadPattern,
-    /// Whether losers are rewritten.
+    /// Whether the engine repairs the losers of a vote.
     pub rewrite_corrupted: bool,
     /// Engines that share the disk, as worker threads do.
     pub workers: usize,
@@ -66,7 +78,7 @@ pub struct Plan {
     pub block_sectors: u64,
     /// Blocks of one request, at most.
     pub blocks_max: u64,
-    /// How many requests the guest makes.
+    /// Requests that the guest makes.
     pub requests: u64,
     /// Of 100 requests, how many are reads, flushes, discards and write-zeroes; the rest are
     /// writes.
@@ -75,9 +87,9 @@ pub struct Plan {
     pub flushes: u64,
     /// See `reads`.
     pub zeroes: u64,
-    /// The guest has no flush: each write is durable when it is answered.
-    pub durable: bool,
-    /// The guest submits this eagerly, against one chance for each operation in flight.
+    /// When a write must be durable.
+    pub write_cache: WriteCache,
+    /// The chances that the guest makes a request, against one for each operation in flight.
     pub eagerness: usize,
     /// An operation is applied sector by sector, in 65536ths of the occasions.
     pub tear: u32,
@@ -89,20 +101,20 @@ pub struct Plan {
     pub faulty: u32,
     /// The replicas that are slow, a mask.
     pub slow: u32,
-    /// The replicas that stop to answer some time and do not begin again until the end.
+    /// The replicas that stop to answer at some time, until the end.
     pub dead: u32,
     /// Time that passes in a step, on average.
     pub step: Duration,
-    /// A replica that does not answer for so long leaves the set.
+    /// A replica that has not answered for this long is evicted.
     pub replica_timeout: Duration,
-    /// How often what goes wrong.
+    /// How likely each fault is.
     pub faults: Faults,
     /// The guest's buffers change while writes are in flight.
     pub fickle_guest: bool,
-    /// The operator does something, in 65536ths of the steps.
+    /// The operator acts, in 65536ths of the steps.
     pub operator: u32,
-    /// How often, at most.
-    pub acts: u32,
+    /// Actions of the operator, at most.
+    pub operator_actions: u32,
     /// How much jobs do at a time.
     pub job_sizes: Sizes,
 }
@@ -115,6 +127,12 @@ const PATTERNS: [ReadPattern; 6] = [
     ReadPattern::Threshold,
     ReadPattern::Fifo,
 ];
+const WRITE_CACHES: [WriteCache; 10] = {
+    let mut caches = [WriteCache::On; 10];
+    caches[0] = WriteCache::Off;
+    caches[1] = WriteCache::Switched;
+    caches
+};
 const RARE: u32 = 65536 / 300;
 const OFTEN: u32 = 65536 / 30;
 const HALF: u32 = 65536 / 2;
@@ -132,7 +150,7 @@ impl Plan {
         let read_pattern = random.pick(&PATTERNS);
         let block_sectors = random.pick(&[1, 1, 1, 1, 1, 2, 4]);
         let sectors = block_sectors * (1 + random.below(16.min(SECTORS_MAX / block_sectors)));
-        let durable = random.below(10) == 0;
+        let write_cache = random.pick(&WRITE_CACHES);
         let mut plan = Self {
             replicas,
             threshold,
@@ -145,13 +163,13 @@ impl Plan {
             blocks_max: random.pick(&[1, 2, 2, 4, 8]).min(sectors / block_sectors),
             requests: random.pick(&[8, 15, 15, 25, 50]),
             reads: random.pick(&[20, 40, 40, 60, 80]),
-            flushes: if durable {
+            flushes: if write_cache == WriteCache::Off {
                 0
             } else {
                 random.pick(&[0, 5, 5, 15])
             },
             zeroes: random.pick(&[0, 0, 5, 20]),
-            durable,
+            write_cache,
             eagerness: random.pick(&[1, 3, 10]),
             tear: random.pick(&[0, HALF, HALF + HALF / 2]),
             writeback: random.pick(&[0, RARE, OFTEN * 3]),
@@ -164,7 +182,7 @@ impl Plan {
             faults: Faults::default(),
             fickle_guest: random.below(4) == 0,
             operator: random.pick(&[0, 0, RARE, OFTEN]),
-            acts: 30,
+            operator_actions: 30,
             job_sizes: Sizes {
                 chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
@@ -185,9 +203,9 @@ impl Plan {
         }
         let everyone = (1 << self.replicas) - 1;
         self.faulty = match random.below(4) {
-            // Nothing goes wrong but time.
+            // Only time is against the disk.
             0 => 0,
-            // As many as the disk can bear.
+            // As many as the disk tolerates.
             1 | 2 => {
                 let most = (self.replicas - self.threshold).min(self.threshold - 1);
                 let mut mask = 0;
@@ -200,7 +218,7 @@ impl Plan {
         };
         if self.faulty == 0 {
             if self.dead != 0 {
-                // Nobody else may look dead.
+                // No other replica may look dead.
                 self.faults.hang = 0;
                 self.slow = 0;
                 self.step = self.step.min(Duration::from_micros(1));
@@ -224,11 +242,11 @@ impl Plan {
         faults.lost = rate(&per_operation);
         faults.misdirected = rate(&per_operation);
         faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
-        faults.writeback_error = if self.durable { 0 } else { rate(&per_step) };
+        faults.writeback_error = rate(&per_step);
     }
 
-    /// Whether nothing but the dead replicas keeps the disk from working: then they may stay dead.
-    pub fn only_death(&self) -> bool {
+    /// Whether the dead replicas are the only fault: then they may stay dead for good.
+    pub fn only_dead_replicas(&self) -> bool {
         self.faulty == 0 && self.faults.hang == 0 && self.slow == 0
     }
 

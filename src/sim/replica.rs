@@ -2,9 +2,9 @@
 //!
 //! A sector has a value in the cache, which reads see, and a durable one. A write makes it dirty.
 //! Writeback, at any time or because of a flush, makes a dirty sector durable, or fails to: then
-//! the kernel marks the page clean all the same, reads see the new value until the page is evicted,
-//! and from then on the old one. The failure is told once, to whichever flush asks first (as
-//! Linux's `errseq_t` does for one open file).
+//! the kernel marks the page clean all the same, reads see the new value until it drops the page,
+//! and from then on the old one. The failure is reported once, to the first flush or durable write
+//! that ends (as Linux's `errseq_t` does for one open file).
 //!
 //! Invariant: a sector that is neither dirty nor lost has the same value in the cache and on disk.
 //! Sets of sectors are masks.
@@ -12,7 +12,7 @@
 use super::model::Value;
 use super::plan::{bits, mask_below};
 
-/// The replica.
+/// A replica.
 #[derive(Clone, Debug)]
 pub struct SimReplica {
     cached: Vec<Value>,
@@ -20,9 +20,9 @@ pub struct SimReplica {
     dirty: u64,
     /// Clean, and yet not durable: writeback failed.
     lost: u64,
-    /// Of those and of those evicted since: the engine has not been told.
-    untold: u64,
-    /// The next flush fails, for a failure in the background.
+    /// Of those, and of those whose page was dropped since: no error has reported it.
+    unreported: u64,
+    /// A failure in the background is to be reported.
     pending_error: bool,
 }
 
@@ -35,12 +35,12 @@ impl SimReplica {
             durable: initial,
             dirty: 0,
             lost: 0,
-            untold: 0,
+            unreported: 0,
             pending_error: false,
         }
     }
 
-    /// It has so many sectors now; the new ones hold the values of write 0, durably.
+    /// It has this many sectors now; the new ones hold the values of write 0, durably.
     pub fn grow(&mut self, sectors: usize) {
         let new = self.cached.len()..sectors;
         self.cached
@@ -63,18 +63,18 @@ impl SimReplica {
         self.dirty
     }
 
-    /// The sectors whose page is gone at any time, and the data with it.
+    /// The sectors whose page the kernel may drop at any time, and the data with it.
     pub fn lost(&self) -> u64 {
         self.lost
     }
 
-    /// A write has come to this sector.
+    /// The sector is written.
     pub fn write(&mut self, sector: usize, value: Value) {
         let bit = 1 << sector;
         self.cached[sector] = value;
         self.dirty |= bit;
         self.lost &= !bit;
-        self.untold &= !bit;
+        self.unreported &= !bit;
     }
 
     /// Makes the sectors among these that are dirty durable.
@@ -85,36 +85,36 @@ impl SimReplica {
         self.dirty &= !sectors;
     }
 
-    /// Fails to write these sectors back. `background`: nobody asked, and the next flush is told.
+    /// Fails to write these sectors back. `background`: no operation has asked for it.
     pub fn lose(&mut self, sectors: u64, background: bool) {
         let lost = sectors & self.dirty;
         self.dirty &= !lost;
         self.lost |= lost;
-        self.untold |= lost;
+        self.unreported |= lost;
         self.pending_error |= background && lost != 0;
     }
 
-    /// Drops a lost page. Whether the engine has not been told of its loss yet.
-    pub fn evict(&mut self, sector: usize) -> bool {
+    /// Drops a lost page. Returns whether no error has reported the loss yet.
+    pub fn drop_page(&mut self, sector: usize) -> bool {
         let bit = 1 << sector;
         self.lost &= !bit;
         self.cached[sector] = self.durable[sector];
-        self.untold & bit != 0
+        self.unreported & bit != 0
     }
 
-    /// Whether there is a failure to tell a flush; it is told once.
+    /// Whether there is a failure to report; it is reported once.
     pub fn take_error(&mut self) -> bool {
         std::mem::take(&mut self.pending_error)
     }
 
-    /// The sectors that an error reported now tells of.
-    pub fn untold(&self) -> u64 {
-        self.untold
+    /// The sectors whose loss an error reports now.
+    pub fn unreported(&self) -> u64 {
+        self.unreported
     }
 
-    /// The engine was told of the loss of these sectors.
-    pub fn told(&mut self, sectors: u64) {
-        self.untold &= !sectors;
+    /// An error has reported the loss of these sectors.
+    pub fn reported(&mut self, sectors: u64) {
+        self.unreported &= !sectors;
     }
 
     /// A sector at rest changes. Not while it is dirty: it would be written over.
@@ -127,13 +127,13 @@ impl SimReplica {
         at_rest
     }
 
-    /// The host crashed: of the dirty sectors, these were just written back.
+    /// The host crashes; of the dirty sectors, these are written back before.
     pub fn crash(&mut self, written_back: u64) {
         self.write_back(written_back);
         self.cached.clone_from(&self.durable);
         self.dirty = 0;
         self.lost = 0;
-        self.untold = 0;
+        self.unreported = 0;
         self.pending_error = false;
     }
 
@@ -148,7 +148,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_lost_page_is_seen_until_it_is_evicted() {
+    fn a_lost_page_is_seen_until_it_is_dropped() {
         let mut replica = SimReplica::new(2);
         let new = Value::written(1, 0);
         replica.write(0, new);
@@ -158,7 +158,7 @@ mod tests {
             (new, Value::written(0, 0))
         );
         assert!(replica.take_error() && !replica.take_error());
-        assert!(replica.evict(0), "nobody was told");
+        assert!(replica.drop_page(0), "no error has reported it");
         assert_eq!(replica.value(0), Value::written(0, 0));
     }
 

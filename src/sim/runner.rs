@@ -1,25 +1,26 @@
-//! Many seeds on all cores, and what to say when one fails.
+//! Many seeds on all cores, and what is printed when one fails.
 
+use std::fmt;
 use std::num::NonZero;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::random::Random;
-use super::world::Statistics;
+use super::state::Statistics;
 use super::{Violation, pools, run};
 use crate::engine::mutant::{self, Mutant};
 
 /// Which seeds to run, and for how long.
 #[derive(Clone, Copy, Debug)]
 pub struct Batch {
-    /// Seeds are drawn from this one, so that a batch can be repeated too.
+    /// The first seed; the others follow it.
     pub first: u64,
-    /// How many seeds, at most.
+    /// The number of seeds, at most.
     pub seeds: u64,
-    /// For how long, at most.
+    /// The duration, at most.
     pub time: Duration,
-    /// How many failing seeds are enough.
+    /// The batch ends with this many failing seeds.
     pub failures: usize,
     /// The rule that is broken.
     pub mutant: Option<Mutant>,
@@ -30,26 +31,42 @@ pub struct Batch {
 pub struct Failure {
     /// The seed.
     pub seed: u64,
-    /// What it showed.
+    /// The first rule that it broke.
     pub violation: Violation,
-    /// After how many steps: the shortest is the easiest to read.
+    /// The number of steps until then: the shortest run is the easiest to read.
     pub steps: u64,
+    /// The last events on the sectors concerned.
+    pub last_events: Vec<String>,
     /// The number of seeds that had been started by then.
     pub after: u64,
 }
 
-/// What came of a batch.
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(
+            f,
+            "seed {} after {} steps: {}",
+            self.seed, self.steps, self.violation
+        )?;
+        for event in &self.last_events {
+            writeln!(f, "  {event}")?;
+        }
+        write!(f, "  replay: make sim SEED={}", self.seed)
+    }
+}
+
+/// The result of a batch.
 #[derive(Clone, Debug, Default)]
 pub struct Summary {
     /// Seeds run.
     pub seeds: u64,
-    /// Those that failed, in the order in which they were found.
+    /// Those that failed, in the order in which they were started.
     pub failures: Vec<Failure>,
     /// Sums over all runs.
     pub statistics: Statistics,
 }
 
-/// A seed that no run had before.
+/// A seed from the clock.
 pub fn fresh_seed() -> u64 {
     let since = SystemTime::now()
         .duration_since(UNIX_EPOCH)
@@ -59,24 +76,32 @@ pub fn fresh_seed() -> u64 {
 
 /// Runs a batch on all cores.
 pub fn run_batch(batch: Batch) -> Summary {
-    let (next, deadline) = (AtomicU64::new(0), Instant::now() + batch.time);
+    let (next, stop) = (AtomicU64::new(0), AtomicBool::new(false));
+    let deadline = Instant::now() + batch.time;
     let summary = Mutex::new(Summary::default());
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     std::thread::scope(|scope| {
         for _ in 0..threads {
-            scope.spawn(|| run_some(batch, &next, deadline, &summary));
+            scope.spawn(|| run_some(batch, &next, &stop, deadline, &summary));
         }
     });
     summary.into_inner().unwrap_or_default()
 }
 
-fn run_some(batch: Batch, next: &AtomicU64, deadline: Instant, summary: &Mutex<Summary>) {
+fn run_some(
+    batch: Batch,
+    next: &AtomicU64,
+    stop: &AtomicBool,
+    deadline: Instant,
+    summary: &Mutex<Summary>,
+) {
     mutant::breaks(batch.mutant);
     let pools = pools();
     let mut own = Summary::default();
     loop {
         let number = next.fetch_add(1, Ordering::Relaxed);
-        if number >= batch.seeds || Instant::now() >= deadline {
+        let stopped = stop.load(Ordering::Relaxed) || Instant::now() >= deadline;
+        if number >= batch.seeds || stopped {
             break;
         }
         let seed = batch.first.wrapping_add(number);
@@ -84,14 +109,21 @@ fn run_some(batch: Batch, next: &AtomicU64, deadline: Instant, summary: &Mutex<S
         own.seeds += 1;
         own.statistics.add(outcome.statistics);
         if let Err(violation) = outcome.result {
+            let again = run(seed, &pools, true);
+            assert_eq!(
+                again.result.as_ref(),
+                Err(&violation),
+                "seed {seed} does not replay"
+            );
             own.failures.push(Failure {
                 seed,
                 violation,
                 steps: outcome.statistics.steps,
+                last_events: again.last_events,
                 after: number + 1,
             });
             if own.failures.len() >= batch.failures {
-                next.store(batch.seeds, Ordering::Relaxed);
+                stop.store(true, Ordering::Relaxed);
             }
         }
     }
@@ -107,8 +139,8 @@ fn run_some(batch: Batch, next: &AtomicU64, deadline: Instant, summary: &Mutex<S
 /// Replays a seed, with this rule broken, and prints what happens.
 ///
 /// # Errors
-/// The violation that it shows.
-pub fn replay(seed: u64, broken: Option<Mutant>) -> Result<(), Violation> {
+/// The rule that it breaks.
+pub fn replay(seed: u64, broken: Option<Mutant>) -> Result<(), Failure> {
     mutant::breaks(broken);
     let outcome = run(seed, &pools(), true);
     mutant::breaks(None);
@@ -116,5 +148,11 @@ pub fn replay(seed: u64, broken: Option<Mutant>) -> Result<(), Violation> {
         println!("{line}");
     }
     println!("seed {seed}: {:?}", outcome.statistics);
-    outcome.result
+    outcome.result.map_err(|violation| Failure {
+        seed,
+        violation,
+        steps: outcome.statistics.steps,
+        last_events: outcome.last_events,
+        after: 1,
+    })
 }

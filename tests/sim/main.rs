@@ -2,6 +2,8 @@
 //!
 //! `make sim SEEDS=n` runs n seeds, `make sim SEED=s` replays one and prints what happens.
 
+mod slow_replica;
+
 use std::time::{Duration, Instant};
 
 use quorum_blk::engine::mutant;
@@ -31,8 +33,8 @@ fn keeps_the_contract() {
             "{name} is none of {:?}",
             mutant::ALL
         );
-        if let Err(violation) = replay(seed, rule) {
-            panic!("seed {seed}: {violation}");
+        if let Err(failure) = replay(seed, rule) {
+            panic!("{failure}");
         }
         return;
     }
@@ -58,10 +60,7 @@ fn keeps_the_contract() {
         summary.seeds, summary.statistics
     );
     for failure in &summary.failures {
-        println!(
-            "seed {} after {} steps: {}\n  replay: make sim SEED={}",
-            failure.seed, failure.steps, failure.violation, failure.seed
-        );
+        println!("{failure}");
     }
     assert!(summary.failures.is_empty(), "a promise was broken");
 }

@@ -1,0 +1,317 @@
+//! What the engines are fed with, and what they ask for in return.
+//!
+//! Each input is one call of one engine. Its effects are carried out and checked before the next
+//! input.
+
+use super::Violation;
+use super::effects::{Effect, SECTOR_LEN, fill};
+use super::model::Value;
+use super::plan::{PLACES, WriteCache, bits};
+use super::state::{
+    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, show, trace,
+};
+use crate::common::operation::{Action, RequestId};
+use crate::common::{ReplicaIndex, SectorRange};
+use crate::engine::{GuestRequest, Tag, WorkerIndex};
+
+impl World {
+    pub(super) fn submit_read(&mut self, worker: usize, range: SectorRange) -> Checked {
+        let tag = self.pend(worker, range, PendingKind::Read);
+        trace!(
+            self,
+            at self.plan.mask(range),
+            "guest: {} reads {} on worker {worker}",
+            tag.0,
+            show(range)
+        );
+        self.submit(worker, tag, GuestRequest::Read(range))
+    }
+
+    pub(super) fn submit_write(&mut self, worker: usize, range: SectorRange) -> Checked {
+        let (tag, number, durable) = self.pend_write(worker, range, false);
+        let mut data = self.pools[worker].take(usize::try_from(range.bytes()).expect("few"));
+        let sectors = bits(self.plan.mask(range));
+        for (sector, bytes) in sectors.zip(data.chunks_exact_mut(SECTOR_LEN)) {
+            fill(bytes, Value::written(number, sector));
+        }
+        self.submit(
+            worker,
+            tag,
+            GuestRequest::Write {
+                range,
+                data,
+                durable,
+            },
+        )
+    }
+
+    pub(super) fn submit_zero(
+        &mut self,
+        worker: usize,
+        range: SectorRange,
+        unmap: bool,
+    ) -> Checked {
+        let (tag, _, durable) = self.pend_write(worker, range, true);
+        let zero = GuestRequest::Zero {
+            range,
+            unmap,
+            durable,
+        };
+        self.submit(worker, tag, zero)
+    }
+
+    pub(super) fn submit_flush(&mut self, worker: usize) -> Checked {
+        let tag = self.pend(worker, SectorRange::new(0, 0), PendingKind::Flush);
+        trace!(self, "guest: {} flushes on worker {worker}", tag.0);
+        self.submit(worker, tag, GuestRequest::Flush)
+    }
+
+    /// Returns the number of the write, and whether it must be durable when it is answered.
+    fn pend_write(&mut self, worker: usize, range: SectorRange, zeroes: bool) -> (Tag, u64, bool) {
+        if self.plan.write_cache == WriteCache::Switched && self.random.below(6) == 0 {
+            self.write_through = !self.write_through;
+        }
+        let durable = self.write_through;
+        self.writes += 1;
+        let number = self.writes;
+        let write = PendingWrite {
+            number,
+            zeroes,
+            durable,
+            submitted_to: 0,
+            succeeded: 0,
+            failed: 0,
+            failures: [0; PLACES],
+        };
+        let tag = self.pend(worker, range, PendingKind::Write(write));
+        trace!(
+            self,
+            at self.plan.mask(range),
+            "guest: {} {} {} on worker {worker}: w{number}",
+            tag.0,
+            match (zeroes, durable) {
+                (false, false) => "writes",
+                (false, true) => "durably writes",
+                (true, false) => "zeroes",
+                (true, true) => "durably zeroes",
+            },
+            show(range)
+        );
+        for sector in bits(self.plan.mask(range)) {
+            let value = Value::written(number, sector);
+            self.model.write_began(sector, value, self.now);
+            self.changed_at[sector] = self.now;
+        }
+        (tag, number, durable)
+    }
+
+    fn pend(&mut self, worker: usize, range: SectorRange, kind: PendingKind) -> Tag {
+        self.requests += 1;
+        self.now += 1;
+        let tag = Tag(self.requests);
+        self.pending.push(Pending {
+            tag,
+            worker,
+            began: self.now,
+            range,
+            seen: self.ledger.seen(),
+            kind,
+        });
+        tag
+    }
+
+    fn submit(&mut self, worker: usize, tag: Tag, request: GuestRequest) -> Checked {
+        let engine = self.engine(worker);
+        engine.0.submit(tag, request, engine.1);
+        self.carry_out_effects(None)
+    }
+
+    /// The reply reaches the engine.
+    pub(super) fn deliver_reply(&mut self, index: usize) -> Checked {
+        let flight = self.flights.swap_remove(index);
+        let replica = flight.replica();
+        let Some((result, lost)) = flight.done else {
+            unreachable!("an operation that has not ended has no reply");
+        };
+        trace!(
+            self,
+            at flight.range().map_or(0, |range| self.plan.mask(range)),
+            "reply: {} {} of replica {replica} to request {} of worker {}: {result:?}",
+            flight.name(),
+            flight.range().map_or(String::new(), show),
+            flight.operation.request.0,
+            flight.worker
+        );
+        self.note_reply(&flight, result.is_ok(), lost);
+        let error = result.err().map(|errno| ExpectedReport {
+            replica: flight.operation.replica,
+            required: flight.evictions == self.ledger.evictions[replica],
+            operation: flight.operation.action.describe().0,
+            errno,
+        });
+        let (engine, effects) = self.engine(flight.worker);
+        engine.reply(flight.operation.reply(result), effects);
+        self.carry_out_effects(error)
+    }
+
+    /// Notes a reply that the engine is about to receive. `lost`: it reports the loss of these
+    /// sectors.
+    fn note_reply(&mut self, flight: &Flight, success: bool, lost: u64) {
+        let replica = flight.replica();
+        if let Some(number) = flight.write {
+            for pending in &mut self.pending {
+                if let PendingKind::Write(write) = &mut pending.kind
+                    && write.number == number
+                {
+                    let set = if success {
+                        &mut write.succeeded
+                    } else {
+                        &mut write.failed
+                    };
+                    *set |= 1 << replica;
+                }
+            }
+        }
+        match (&flight.operation.action, success) {
+            (Action::Write { range, .. } | Action::Zero { range, .. }, true)
+                if flight.write.is_none() =>
+            {
+                // Repaired, unless the replica has failed since.
+                if flight.failures == self.ledger.failures[replica] {
+                    self.ledger.excused[replica] &= !self.plan.mask(*range);
+                }
+            }
+            (_, true) => {}
+            (Action::Write { durable, .. } | Action::Zero { durable, .. }, false) => {
+                if *durable {
+                    self.loss_reported(replica, lost);
+                }
+            }
+            (Action::Read { range, .. }, false) => {
+                let mask = self.plan.mask(*range);
+                for pending in &mut self.pending {
+                    pending.seen.excused[replica] |= mask;
+                }
+            }
+            (Action::Flush, false) => self.loss_reported(replica, lost),
+        }
+    }
+
+    /// The engine receives an error that reports the loss of these sectors. From now on it must not
+    /// trust what the replica was asked before.
+    fn loss_reported(&mut self, replica: usize, sectors: u64) {
+        self.replicas[replica].reported(sectors);
+        self.ledger.dropped[replica] &= !sectors;
+        self.ledger.failures[replica] += 1;
+        for pending in &mut self.pending {
+            pending.seen.dropped[replica] = self.ledger.dropped[replica];
+        }
+        let all = self.replicas[replica].all();
+        self.mark_excused(replica, all);
+    }
+
+    /// A lock that another worker has released is granted.
+    pub(super) fn grant(&mut self, worker: WorkerIndex, request: RequestId) -> Checked {
+        trace!(
+            self,
+            "worker {}: request {} has its lock", worker.0, request.0
+        );
+        let (engine, effects) = self.engine(usize::from(worker.0));
+        engine.granted(request, effects);
+        self.carry_out_effects(None)
+    }
+
+    /// One of the workers that are due looks at the clock.
+    pub(super) fn tick(&mut self, due: u32) -> Checked {
+        let worker = self.random.bit(u64::from(due));
+        self.tick_wanted &= !(1 << worker);
+        let (clock, excused) = (self.clock, self.ledger.excused);
+        let (engine, effects) = self.engine(worker as usize);
+        engine.tick(clock, effects);
+        self.carry_out_effects(None)?;
+        self.check_overdue(worker as usize, &excused)
+    }
+
+    /// Carries out and checks what an engine asks for. `expected`: the input was an error of an
+    /// operation.
+    fn carry_out_effects(&mut self, expected: Option<ExpectedReport>) -> Checked {
+        self.engines[self.input_from].self_check();
+        self.note_evictions();
+        let mut effects = std::mem::take(&mut self.collected.effects);
+        let mut values = std::mem::take(&mut self.collected.values);
+        let (mut values_used, mut expected, mut failures) = (0, expected, 0_i64);
+        let scrubbing = self.is_scrubbing();
+        for effect in effects.drain(..) {
+            match effect {
+                Effect::Submit(operation) => self.start_operation(operation)?,
+                Effect::Complete(tag, Ok(count)) => {
+                    let of_this = &values[values_used..values_used + count];
+                    values_used += count;
+                    self.completed(tag, Ok(of_this))?;
+                }
+                Effect::Complete(tag, Err(_)) => {
+                    failures -= 1;
+                    self.statistics.failed += 1;
+                    self.completed(tag, Err(()))?;
+                }
+                Effect::Report(report) => {
+                    self.check_report(&report, &mut expected, &mut failures)?;
+                }
+                Effect::Wake(worker, request) => self.wakes.push((worker, request)),
+                Effect::HealthChanged => self.tick_wanted = (1 << self.plan.workers) - 1,
+                Effect::JobChanged(event) => self.job_reported(event)?,
+                Effect::Released(replica) => self.released(replica)?,
+                Effect::ContentsDiffer(_) => {
+                    return Err(Violation::new("blkverify", "the disk has no --blkverify"));
+                }
+            }
+        }
+        values.clear();
+        self.collected.effects = effects;
+        self.collected.values = values;
+        if let Some(expected) = expected.filter(|expected| expected.required) {
+            let text = format!("an error was not reported: {expected:?}");
+            return Err(Violation::new("R4", text));
+        }
+        // A scrub reports undecided sectors too.
+        if failures < 0 || (failures > 0 && !scrubbing) {
+            let text = format!("{failures} QUORUM_FAILUREs more than failed requests");
+            return Err(Violation::new("R3", text));
+        }
+        Ok(())
+    }
+
+    /// Notes which replicas were evicted or have rejoined.
+    fn note_evictions(&mut self) {
+        let in_service = self.shared.in_service();
+        for replica in self.members() {
+            let index = ReplicaIndex(u8::try_from(replica).expect("few"));
+            let evicted = !in_service.contains(index);
+            if evicted == self.is_evicted(replica) {
+                continue;
+            }
+            self.ledger.evicted ^= 1 << replica;
+            if evicted {
+                trace!(self, "replica {replica} is evicted");
+                self.statistics.evictions += 1;
+                self.ledger.failures[replica] += 1;
+                self.ledger.evictions[replica] += 1;
+                self.ledger.any = true;
+                self.mark_excused(replica, self.replicas[replica].all());
+                self.note_unrepaired(replica);
+            } else {
+                trace!(self, "replica {replica} rejoins");
+            }
+        }
+    }
+
+    /// The replica is evicted: what was being repaired on it is still to be repaired.
+    fn note_unrepaired(&mut self, replica: usize) {
+        for flight in &self.flights {
+            if flight.replica() == replica && flight.is_repair() {
+                let sectors = flight.range().map_or(0, |range| self.plan.mask(range));
+                self.ledger.unrepaired[replica] |= sectors;
+            }
+        }
+    }
+}

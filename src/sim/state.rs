@@ -1,0 +1,516 @@
+//! The data of one run: engines, replicas, the guest's requests, a clock, and what is known of the
+//! faults.
+//!
+//! Invariant: nothing but the seed decides what happens.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use super::Violation;
+use super::effects::Collected;
+use super::ledger::{Ledger, Seen};
+use super::model::{Model, Moment, NEVER};
+use super::plan::{PLACES, Plan, WriteCache, bits};
+use super::random::Random;
+use super::replica::SimReplica;
+use crate::common::buffer::BufferPool;
+use crate::common::operation::{Action, Operation, OperationType, RequestId};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
+use crate::engine::{Engine, Policy, Shared, Tag, WorkerIndex};
+use crate::jobs::{JobId, JobInfo, JobKind};
+
+/// The result of a check.
+pub(super) type Checked = Result<(), Violation>;
+
+/// A guest request that is not answered.
+#[derive(Debug)]
+pub(super) struct Pending {
+    pub(super) tag: Tag,
+    pub(super) worker: usize,
+    pub(super) began: Moment,
+    pub(super) range: SectorRange,
+    pub(super) seen: Seen,
+    pub(super) kind: PendingKind,
+}
+
+/// What the guest has asked for.
+#[derive(Debug)]
+pub(super) enum PendingKind {
+    Read,
+    Write(PendingWrite),
+    Flush,
+}
+
+/// A guest write: each has a number, and the bytes that it writes carry it.
+#[derive(Debug)]
+pub(super) struct PendingWrite {
+    pub(super) number: u64,
+    /// It writes zeroes. Simulated zeroes carry the number of the write too, so that a read shows
+    /// which write it saw.
+    pub(super) zeroes: bool,
+    /// It must be durable when it is answered.
+    pub(super) durable: bool,
+    /// The replicas that it was submitted to, a mask.
+    pub(super) submitted_to: u32,
+    /// Those that have written it, a mask.
+    pub(super) succeeded: u32,
+    /// Those that have replied with an error, a mask.
+    pub(super) failed: u32,
+    /// [`Ledger::failures`] when it was submitted.
+    pub(super) failures: [u32; PLACES],
+}
+
+impl PendingWrite {
+    /// An engine submits it to a replica. Returns its number.
+    pub(super) fn note_submission(
+        &mut self,
+        replica: usize,
+        failures: [u32; PLACES],
+    ) -> Result<u64, Violation> {
+        let number = self.number;
+        if self.submitted_to & (1 << replica) != 0 {
+            let text = format!("w{number} is submitted to replica {replica} twice");
+            return Err(Violation::new("W3", text));
+        }
+        if self.submitted_to == 0 {
+            self.failures = failures;
+        }
+        self.submitted_to |= 1 << replica;
+        Ok(number)
+    }
+}
+
+/// The state of a run.
+#[derive(Debug)]
+pub struct World {
+    pub(super) plan: Plan,
+    pub(super) random: Random,
+    pub(super) shared: Arc<Shared>,
+    pub(super) engines: Vec<Engine>,
+    pub(super) pools: Vec<BufferPool>,
+    pub(super) replicas: Vec<SimReplica>,
+    /// The operations that have no reply.
+    pub(super) flights: Vec<Flight>,
+    /// Grants of locks that have not reached their worker.
+    pub(super) wakes: Vec<(WorkerIndex, RequestId)>,
+    /// The workers that are to be ticked, a mask.
+    pub(super) tick_wanted: u32,
+    /// The guest requests that are not answered.
+    pub(super) pending: Vec<Pending>,
+    pub(super) model: Model,
+    pub(super) ledger: Ledger,
+    pub(super) collected: Collected,
+    /// The worker whose engine was given the last input.
+    pub(super) input_from: usize,
+    pub(super) clock: Duration,
+    /// Guest-visible events so far.
+    pub(super) now: Moment,
+    pub(super) steps: u64,
+    /// Guest requests made.
+    pub(super) requests: u64,
+    /// The number of the last write.
+    pub(super) writes: u64,
+    /// The number of the last rotten value.
+    pub(super) rotten: u64,
+    /// When each sector was last written on any replica, or by the guest.
+    pub(super) changed_at: Vec<Moment>,
+    /// Until when each replica does nothing.
+    pub(super) hung_until: [Duration; PLACES],
+    /// The guest has switched the write cache off: writes are durable when they are answered.
+    pub(super) write_through: bool,
+    /// The guest waits until all is quiet.
+    pub(super) paused: bool,
+    /// The replicas of the disk, a mask.
+    pub(super) members: u32,
+    /// The replicas that were removed and whose place is not free, a mask.
+    pub(super) to_be_released: u32,
+    /// The replicas that were added and have not been resynced, a mask.
+    pub(super) unsynced: u32,
+    /// The number of replicas that there have been since the start of the daemon.
+    pub(super) members_ever: usize,
+    /// The jobs, as the engine has reported them.
+    pub(super) jobs: Vec<JobInfo>,
+    /// The resyncs that the operator has asked for, and [`Ledger::failures`] at that time.
+    pub(super) asked_resyncs: Vec<(JobId, u32)>,
+    /// The sectors of which a replica was accused, a mask.
+    pub(super) accused: u64,
+    /// The number of writes that were no guest's: repairs, and copies of a resync.
+    pub(super) rewrites: u64,
+    /// From now on no fault is injected.
+    pub(super) faults_ended: bool,
+    /// A crash has happened.
+    pub(super) crashed: bool,
+    /// What happened, if the run is traced.
+    pub(super) trace: Option<Vec<TraceLine>>,
+    /// What this run is made of.
+    pub(super) statistics: Statistics,
+}
+
+/// A line of the trace.
+#[derive(Debug)]
+pub(super) struct TraceLine {
+    /// The sectors concerned, a mask; 0: all, or none.
+    pub(super) sectors: u64,
+    pub(super) text: String,
+}
+
+/// The number of events that are printed of a run that failed.
+const LAST_EVENTS: usize = 16;
+
+/// What a run was made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Statistics {
+    /// Steps.
+    pub steps: u64,
+    /// Guest requests.
+    pub requests: u64,
+    /// Guest requests that failed.
+    pub failed: u64,
+    /// Crashes.
+    pub crashes: u64,
+    /// Reports that a replica holds a wrong version.
+    pub accusations: u64,
+    /// Evictions.
+    pub evictions: u64,
+    /// Sectors with three versions or more after a crash that no fault explains.
+    pub three_versions: u64,
+    /// Replicas added.
+    pub added: u64,
+    /// Replicas removed.
+    pub removed: u64,
+    /// Times that the disk has grown.
+    pub grown: u64,
+    /// Completed resyncs.
+    pub resynced: u64,
+    /// Scrubs that the operator began.
+    pub scrubs: u64,
+}
+
+impl Statistics {
+    /// Adds those of another run.
+    pub fn add(&mut self, other: Self) {
+        self.steps += other.steps;
+        self.requests += other.requests;
+        self.failed += other.failed;
+        self.crashes += other.crashes;
+        self.accusations += other.accusations;
+        self.evictions += other.evictions;
+        self.three_versions += other.three_versions;
+        self.added += other.added;
+        self.removed += other.removed;
+        self.grown += other.grown;
+        self.resynced += other.resynced;
+        self.scrubs += other.scrubs;
+    }
+}
+
+/// Adds a line to the trace, if there is one. `at MASK`: it concerns these sectors.
+macro_rules! trace {
+    ($world:expr, at $sectors:expr, $($format:tt)*) => {
+        if $world.trace.is_some() {
+            let clock = $world.clock.as_micros();
+            let text = format!("{:6} {clock:9} us  {}", $world.steps, format_args!($($format)*));
+            let sectors = $sectors;
+            let line = $crate::sim::state::TraceLine { sectors, text };
+            $world.trace.get_or_insert_default().push(line);
+        }
+    };
+    ($world:expr, $($format:tt)*) => { trace!($world, at 0, $($format)*) };
+}
+pub(super) use trace;
+
+/// An operation that has no reply.
+#[derive(Debug)]
+pub(super) struct Flight {
+    pub(super) operation: Operation,
+    pub(super) worker: usize,
+    pub(super) fault: Fault,
+    /// The sectors on which it has still to take effect, a mask.
+    pub(super) sectors: u64,
+    /// The number of the guest write that it belongs to.
+    pub(super) write: Option<u64>,
+    pub(super) submitted_at: Duration,
+    /// [`Ledger::failures`] of the replica when it was submitted.
+    pub(super) failures: u32,
+    /// [`Ledger::evictions`] of the replica when it was submitted.
+    pub(super) evictions: u32,
+    /// The operation has ended with this reply, and an error reports the loss of these sectors.
+    pub(super) done: Option<(Result<(), Errno>, u64)>,
+}
+
+/// The fault that is injected into an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    None,
+    /// It fails; a write takes effect on some sectors.
+    Error,
+    /// It succeeds without effect on some sectors.
+    Lost,
+    /// The write lands this many sectors further on.
+    Misdirected(usize),
+}
+
+impl Flight {
+    pub(super) fn replica(&self) -> usize {
+        self.operation.replica.as_usize()
+    }
+
+    pub(super) fn name(&self) -> &'static str {
+        match (&self.operation.action, self.write) {
+            (Action::Read { .. }, _) => "read",
+            (Action::Write { .. }, Some(_)) => "write",
+            (Action::Write { .. }, None) => "rewrite",
+            (Action::Zero { .. }, _) => "zero",
+            (Action::Flush, _) => "flush",
+        }
+    }
+
+    /// It writes the winner of a vote, or copies it in a resync.
+    pub(super) fn is_repair(&self) -> bool {
+        let writes = matches!(
+            self.operation.action,
+            Action::Write { .. } | Action::Zero { .. }
+        );
+        writes && self.write.is_none()
+    }
+
+    pub(super) fn is_flush(&self) -> bool {
+        matches!(self.operation.action, Action::Flush)
+    }
+
+    /// It is a write that is durable when it ends.
+    pub(super) fn is_durable(&self) -> bool {
+        match self.operation.action {
+            Action::Write { durable, .. } | Action::Zero { durable, .. } => durable,
+            Action::Read { .. } | Action::Flush => false,
+        }
+    }
+
+    /// Its request waits for it, unless the replica is evicted. A read that has a quorum does not.
+    pub(super) fn is_waited_for(&self) -> bool {
+        !matches!(self.operation.action, Action::Read { .. })
+    }
+
+    pub(super) fn range(&self) -> Option<SectorRange> {
+        match &self.operation.action {
+            Action::Read { range, .. }
+            | Action::Write { range, .. }
+            | Action::Zero { range, .. } => Some(*range),
+            Action::Flush => None,
+        }
+    }
+}
+
+/// An error that an engine has received, and must report once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ExpectedReport {
+    pub(super) replica: ReplicaIndex,
+    pub(super) operation: OperationType,
+    pub(super) errno: Errno,
+    /// Whether it must: not if the replica was evicted in between.
+    pub(super) required: bool,
+}
+
+impl World {
+    /// The world of a seed, before its first step.
+    pub fn new(plan: Plan, random: Random, pools: &[BufferPool], traced: bool) -> Self {
+        let sectors = usize::try_from(plan.sectors).expect("few");
+        let mut world = Self {
+            replicas: (0..PLACES).map(|_| SimReplica::new(sectors)).collect(),
+            members: (1 << plan.replicas) - 1,
+            to_be_released: 0,
+            unsynced: 0,
+            members_ever: plan.replicas,
+            jobs: Vec::new(),
+            asked_resyncs: Vec::new(),
+            accused: 0,
+            rewrites: 0,
+            shared: Arc::new(Shared::new(1, 1, 1, 1)),
+            engines: Vec::new(),
+            pools: pools[..plan.workers].to_vec(),
+            flights: Vec::new(),
+            wakes: Vec::new(),
+            tick_wanted: 0,
+            pending: Vec::new(),
+            model: Model::new(sectors),
+            ledger: Ledger::default(),
+            collected: Collected::default(),
+            input_from: 0,
+            clock: Duration::ZERO,
+            now: 2,
+            steps: 0,
+            requests: 0,
+            writes: 0,
+            rotten: 0,
+            changed_at: vec![0; sectors],
+            hung_until: [Duration::ZERO; PLACES],
+            write_through: plan.write_cache == WriteCache::Off,
+            paused: false,
+            faults_ended: false,
+            crashed: false,
+            trace: traced.then(Vec::new),
+            statistics: Statistics::default(),
+            plan,
+            random,
+        };
+        trace!(world, "{:?}", world.plan);
+        world.start_engines();
+        world
+    }
+
+    /// What happened, line by line.
+    pub fn take_trace(&mut self) -> Vec<String> {
+        let lines = self.trace.take().unwrap_or_default();
+        lines.into_iter().map(|line| line.text).collect()
+    }
+
+    /// The last events on these sectors, and those that concern the whole disk in between. 0: the
+    /// last events.
+    pub fn last_events(&self, sectors: u64) -> Vec<String> {
+        let lines = self.trace.as_deref().unwrap_or_default();
+        let concerns =
+            |line: &&TraceLine| sectors == 0 || line.sectors == 0 || line.sectors & sectors != 0;
+        let last = lines.iter().rev().filter(concerns).take(LAST_EVENTS);
+        let mut last: Vec<String> = last.map(|line| line.text.clone()).collect();
+        last.reverse();
+        last
+    }
+
+    /// What the run was made of.
+    pub fn statistics(&self) -> Statistics {
+        Statistics {
+            steps: self.steps,
+            requests: self.requests,
+            ..self.statistics
+        }
+    }
+
+    /// Fresh engines, as after a start of the daemon.
+    pub(super) fn start_engines(&mut self) {
+        let policy = Policy {
+            threshold: self.plan.threshold,
+            read_pattern: self.plan.read_pattern,
+            rewrite_corrupted: self.plan.rewrite_corrupted,
+            blkverify: false,
+            job_sizes: self.plan.job_sizes,
+            block_sectors: self.plan.block_sectors,
+            replica_timeout: self.plan.replica_timeout,
+        };
+        let workers = u16::try_from(self.plan.workers).expect("few");
+        let members = ReplicaSet::from_bits(self.members);
+        let (t, sectors) = (self.plan.threshold, self.plan.sectors);
+        self.shared = Arc::new(Shared::with_members(members, t, workers, sectors));
+        let engine = |worker| {
+            let pool = self.pools[usize::from(worker)].clone();
+            Engine::new(
+                WorkerIndex(worker),
+                policy.clone(),
+                Arc::clone(&self.shared),
+                pool,
+            )
+        };
+        self.engines = (0..workers).map(engine).collect();
+    }
+
+    /// The engine of a worker, which is given the time, and what collects its effects.
+    pub(super) fn engine(&mut self, worker: usize) -> (&mut Engine, &mut Collected) {
+        self.input_from = worker;
+        let engine = &mut self.engines[worker];
+        engine.set_time(self.clock);
+        (engine, &mut self.collected)
+    }
+
+    /// The number of replicas.
+    pub(super) fn count(&self) -> usize {
+        usize::try_from(self.members.count_ones()).expect("few")
+    }
+
+    /// The replicas of the disk.
+    pub(super) fn members(&self) -> impl Iterator<Item = usize> + use<> {
+        bits(u64::from(self.members))
+    }
+
+    /// Whether the replica is evicted, or was removed.
+    pub(super) fn is_evicted(&self, replica: usize) -> bool {
+        self.ledger.evicted >> replica & 1 == 1
+    }
+
+    /// Whether a scrub runs, which may accuse replicas.
+    pub(super) fn is_scrubbing(&self) -> bool {
+        let is_scrub = |job: &&JobInfo| !matches!(job.kind, JobKind::Resync(_));
+        self.jobs.iter().any(|job| is_scrub(&job))
+    }
+
+    /// Whether the replica does nothing now.
+    pub(super) fn hangs(&self, replica: usize) -> bool {
+        self.hung_until[replica] > self.clock
+    }
+
+    /// Whether nothing is in flight but operations of replicas that are evicted.
+    pub(super) fn is_quiet(&self) -> bool {
+        self.wakes.is_empty()
+            && self.pending.is_empty()
+            && self.engines.iter().all(Engine::is_idle)
+            && self
+                .flights
+                .iter()
+                .all(|flight| self.is_evicted(flight.replica()))
+    }
+
+    /// When the oldest request in flight began.
+    pub(super) fn oldest(&self) -> Moment {
+        self.pending
+            .iter()
+            .map(|p| p.began)
+            .min()
+            .unwrap_or(NEVER - 1)
+    }
+
+    /// The disk, cut into ranges that one request can read.
+    pub(super) fn parts(&self) -> Vec<SectorRange> {
+        let disk = self.plan.disk();
+        let size = self.plan.block_sectors * self.plan.blocks_max;
+        let starts = (disk.start..disk.end()).step_by(usize::try_from(size).expect("few"));
+        starts
+            .map(|start| SectorRange::new(start, size.min(disk.end() - start)))
+            .collect()
+    }
+
+    /// The replica may give wrong bytes there from now on.
+    pub(super) fn mark_corrupt(&mut self, replica: usize, sectors: u64) {
+        self.ledger.corrupt[replica] |= sectors;
+        self.ledger.unrepaired[replica] &= !sectors;
+        for pending in &mut self.pending {
+            pending.seen.corrupt[replica] |= sectors;
+        }
+    }
+
+    /// The replica has dropped a page there, and no error has reported it yet.
+    pub(super) fn mark_dropped(&mut self, replica: usize, sectors: u64) {
+        self.ledger.dropped[replica] |= sectors;
+        for pending in &mut self.pending {
+            pending.seen.dropped[replica] |= sectors;
+        }
+    }
+
+    /// From now on the engine knows of an error by which the replica may be stale there.
+    pub(super) fn mark_excused(&mut self, replica: usize, sectors: u64) {
+        self.ledger.excused[replica] |= sectors;
+        for pending in &mut self.pending {
+            pending.seen.excused[replica] |= sectors;
+        }
+    }
+
+    /// The replicas may hold different versions there from now on.
+    pub(super) fn mark_mixed(&mut self, sectors: u64) {
+        self.ledger.mixed |= sectors;
+        for pending in &mut self.pending {
+            pending.seen.mixed |= sectors;
+        }
+    }
+}
+
+/// A range, for the trace.
+pub(super) fn show(range: SectorRange) -> String {
+    format!("{}+{}", range.start, range.count)
+}
