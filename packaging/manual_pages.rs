@@ -132,6 +132,10 @@ fn commands(parent: &Command, path: &str) -> io::Result<String> {
             synopsis.replace(".SH SYNOPSIS\n", "")
         );
         text.extend(options);
+        if let Some(notes) = command.get_after_help() {
+            let notes = notes.to_string().replace('-', r"\-");
+            text += &format!(".PP\n.EX\n{notes}\n.EE\n");
+        }
         text += &commands(command, &path)?;
     }
     Ok(text)

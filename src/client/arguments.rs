@@ -9,6 +9,40 @@ use super::format::{NewSize, parse_rate, parse_size_change};
 /// The environment variable that replaces `--qmp`.
 pub(super) const SOCKET_VARIABLE: &str = "QUORUM_BLK_QMP";
 
+// Each line has at most 80 columns, so that clap does not wrap it.
+const EXIT_STATUS: &str = "\
+Exit status:
+  0    Success; for status and map: the disk is healthy
+  1    The command ran, but: the disk is degraded or failing (status, map),
+       corrupt sectors were found and not repaired (scrub), or the job failed
+       or was cancelled
+  2    Invalid command line
+  3    The command failed: cannot connect, or the daemon rejected it,
+       disconnected, or sent an invalid reply
+  130  Ctrl-C while waiting for a job; the job continues
+
+Sizes and rates are in bytes, or in K, M, G, T, P (powers of 1024): 512M, 1.5T";
+
+const STATUS_LEGEND: &str = "\
+Health:
+  healthy    No replica is known to be evicted, stale or corrupt
+  degraded   A replica is evicted, stale or corrupt; the guest still gets
+             correct data
+  failing    Some sectors have no version with enough votes; the guest gets
+             I/O errors when it reads them
+
+Columns:
+  state      in-service: the replica is read and votes
+             syncing: it votes only where it is not stale
+             evicted: it does not answer; it rejoins when it does
+  stale      Data that the replica lacks; a resync copies it
+  corrupt    Sectors known to be corrupt now; scrub --repair repairs them
+  found      Corrupt sectors found since the replica was added
+  repaired   Sectors repaired since the replica was added
+  errors     Operations that failed since the replica was added
+  p99        Latency that 99 % of the operations do not exceed
+  in flight  Operations that the replica has not answered yet";
+
 /// Bytes per second.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Rate(pub(super) u64);
@@ -24,24 +58,18 @@ fn rate(text: &str) -> Result<Rate, String> {
     subcommand_value_name = "COMMAND",
     version,
     about = "Show and maintain a voted disk that quorum-blkd serves",
-    after_help = "Exit status:\n  \
-        0    Success; for status and map: the disk is healthy\n  \
-        1    The command ran, but: the disk is degraded or failing (status, map), corrupt \
-        sectors were found and not repaired (scrub), or the job failed or was cancelled\n  \
-        2    Invalid command line\n  \
-        3    The command failed: cannot connect, or the daemon rejected it, disconnected, or \
-        sent an invalid reply\n  \
-        130  Ctrl-C while waiting for a job; the job continues\n\n\
-        Sizes and rates are in bytes, or in K, M, G, T, P with powers of 1024: 512M, 1.5T."
+    after_help = EXIT_STATUS
 )]
 pub(super) struct Options {
-    /// Connect to the daemon's monitor at PATH, the path that its --qmp option names
-    #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, hide_env_values = true, global = true)]
+    /// Socket of the daemon's monitor: the PATH of its --qmp option
+    #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, hide_env_values = true, global = true,
+        help_heading = "Connection")]
     pub(super) qmp: Option<PathBuf>,
 
     /// Fail if the daemon does not answer within this time in seconds, 1 to 3600. Raise it if the
     /// daemon's disks are very slow
     #[arg(long, value_name = "SECONDS", default_value_t = 60, global = true,
+        help_heading = "Connection",
         value_parser = clap::value_parser!(u64).range(1..=3600))]
     pub(super) timeout: u64,
 
@@ -52,6 +80,7 @@ pub(super) struct Options {
 #[derive(Debug, Subcommand)]
 pub(super) enum Action {
     /// Show the health of the disk, its replicas and its jobs
+    #[command(after_help = STATUS_LEGEND)]
     Status {
         /// Show it again every SECONDS, 1 to 86400, until Ctrl-C [default without SECONDS: 2]
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
@@ -73,7 +102,7 @@ pub(super) enum Action {
         #[arg(long)]
         json: bool,
     },
-    /// Read the whole disk on every replica and compare them by vote
+    /// Read the whole disk on every replica and vote on each sector
     Scrub {
         /// Write the data that won the vote to the replicas that lost it. Without this option, a
         /// scrub only reports

@@ -1,7 +1,7 @@
 //! The progress of a job: a bar on a terminal, a line for each tenth elsewhere.
 //!
-//! Own code, because indicatif only draws the bar: it prints nothing into pipes, and its rate reads
-//! the clock itself, so that a test cannot set the time.
+//! Own code, because indicatif would only replace the 20 lines that draw the bar: it prints nothing
+//! into pipes, and its rate reads the clock itself, so that a test cannot set the time.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
