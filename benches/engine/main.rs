@@ -18,6 +18,7 @@ use std::time::Duration;
 
 use quorum_blk::common::SectorRange;
 use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 
@@ -122,11 +123,12 @@ fn run(case: &Case, requests: u64) {
         DISK_SECTORS,
     ));
     let pool = BufferPool::default();
-    let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone());
+    let clock = TurnClock::default();
+    let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone(), clock.clone());
     let mut driver = Driver::default();
     let (mut number, mut in_flight) = (0, Vec::new());
     for batch in 0..batches {
-        engine.set_time(Duration::from_micros(batch * 100));
+        clock.set(Duration::from_micros(batch * 100));
         for _ in 0..DEPTH {
             number += 1;
             let start = number * 7919 * case.sectors % DISK_SECTORS;
@@ -147,7 +149,8 @@ fn run(case: &Case, requests: u64) {
                 engine.reply(operation.reply(Ok(())), &mut driver);
             }
         }
-        engine.tick(Duration::from_micros(batch * 100 + 50), &mut driver);
+        clock.set(Duration::from_micros(batch * 100 + 50));
+        engine.tick(&mut driver);
     }
     assert_eq!(driver.completed, batches * DEPTH);
     assert!(engine.is_idle());

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::Operation;
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
@@ -251,7 +252,7 @@ struct Disk<'a> {
     load: &'a Load,
     pool: BufferPool,
     queues: Vec<Queue>,
-    now: Duration,
+    clock: TurnClock,
     submitted: u64,
 }
 
@@ -281,10 +282,17 @@ impl<'a> Disk<'a> {
             load.disk_sectors,
         );
         let (shared, pool) = (Arc::new(shared), BufferPool::default());
+        let clock = TurnClock::default();
         let queue = |index| {
             let (policy, shared) = (policy.clone(), Arc::clone(&shared));
             Queue {
-                engine: Engine::new(WorkerIndex(index), policy, shared, pool.clone()),
+                engine: Engine::new(
+                    WorkerIndex(index),
+                    policy,
+                    shared,
+                    pool.clone(),
+                    clock.clone(),
+                ),
                 driver: Driver::default(),
                 in_flight: VecDeque::new(),
             }
@@ -293,7 +301,7 @@ impl<'a> Disk<'a> {
             load,
             queues: (0..load.queues).map(queue).collect(),
             pool,
-            now: Duration::ZERO,
+            clock,
             submitted: 0,
         }
     }
@@ -301,7 +309,6 @@ impl<'a> Disk<'a> {
     /// Has `kind` requests done, `depth` at a time in each queue. `failing` fails what it is asked.
     fn drive(&mut self, kind: Kind, requests: u64, failing: Option<ReplicaIndex>) {
         for _ in 0..requests {
-            self.now += INTERVAL / u32::from(self.load.queues);
             let range = self.load.range(self.submitted);
             let request = match kind {
                 Kind::Read => GuestRequest::Read(range),
@@ -315,7 +322,9 @@ impl<'a> Disk<'a> {
             };
             let index = usize::try_from(self.submitted % u64::from(self.load.queues)).expect("few");
             let queue = &mut self.queues[index];
-            queue.tick(self.now);
+            self.clock
+                .set(self.clock.now() + INTERVAL / u32::from(self.load.queues));
+            queue.tick(self.clock.now());
             let per_request = self.load.replicas;
             while queue.in_flight.len() + per_request > self.load.depth * per_request {
                 queue.answer_one(failing);
@@ -340,13 +349,12 @@ impl<'a> Disk<'a> {
 impl Queue {
     /// What a worker does between requests.
     fn tick(&mut self, now: Duration) {
-        self.engine.set_time(now);
         if self
             .engine
             .deadline()
             .is_some_and(|deadline| deadline <= now)
         {
-            self.engine.tick(now, &mut self.driver);
+            self.engine.tick(&mut self.driver);
             self.take_operations();
         }
     }

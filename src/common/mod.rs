@@ -4,6 +4,7 @@
 //! Plain values below every other room: nothing here knows what they are used for.
 
 pub mod buffer;
+pub mod clock;
 mod errno;
 pub(crate) mod message;
 pub mod operation;

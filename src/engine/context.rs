@@ -11,8 +11,9 @@ use super::interface::{Effects, Policy, ReadPattern, Tag};
 use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::shared::{Shared, Waiter, WorkerIndex};
-use super::time::Clock;
+use super::time::Latencies;
 use crate::common::buffer::{Buffer, BufferPool};
+use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
 use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
@@ -26,7 +27,8 @@ pub(super) struct Core {
     pub(super) policy: Policy,
     pub(super) shared: Arc<Shared>,
     pub(super) pool: BufferPool,
-    pub(super) clock: Clock,
+    pub(super) clock: TurnClock,
+    pub(super) latencies: Latencies,
     pub(super) background: Background,
     pub(super) in_flight: InFlight,
     /// Requests of this engine whose lock has been granted.
@@ -54,13 +56,15 @@ impl Core {
         policy: Policy,
         shared: Arc<Shared>,
         pool: BufferPool,
+        clock: TurnClock,
     ) -> Self {
         Self {
             worker,
             policy,
             shared,
             pool,
-            clock: Clock::new(),
+            clock,
+            latencies: Latencies::new(),
             background: Background::default(),
             in_flight: InFlight::default(),
             granted: VecDeque::new(),

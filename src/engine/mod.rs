@@ -64,6 +64,7 @@ use self::context::{Context, Core};
 use self::request::{Progress, Request, Start};
 use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;
+use crate::common::clock::TurnClock;
 use crate::common::operation::{Reply, RequestId};
 use crate::limits::{BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, REQUESTS_MAX};
 
@@ -86,13 +87,19 @@ struct Slot {
 }
 
 impl Engine {
-    /// The engine of `worker`.
-    pub fn new(worker: WorkerIndex, policy: Policy, shared: Arc<Shared>, pool: BufferPool) -> Self {
+    /// The engine of `worker`, whose turns set `clock`.
+    pub fn new(
+        worker: WorkerIndex,
+        policy: Policy,
+        shared: Arc<Shared>,
+        pool: BufferPool,
+        clock: TurnClock,
+    ) -> Self {
         let (block_sectors, timeout) = (policy.block_sectors, policy.replica_timeout);
         shared.configure_jobs(block_sectors, policy.job_sizes, timeout);
         Self {
             slots: Slab::new(),
-            core: Core::new(worker, policy, shared, pool),
+            core: Core::new(worker, policy, shared, pool, clock),
             active: 0,
             buffer_bytes: 0,
         }

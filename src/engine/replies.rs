@@ -90,7 +90,8 @@ impl Replies {
         context: &mut Context<'_, impl Effects>,
     ) {
         let replica = reply.replica;
-        context.core.clock.observe(replica, asked_at);
+        let taken = context.now().saturating_sub(asked_at);
+        context.core.latencies.observe(replica, taken);
         self.tally.record(replica, reply.result.is_ok());
         match (reply.result, reply.action) {
             (Ok(()), Action::Read { into, .. }) => self.buffers[replica.as_usize()] = Some(into),

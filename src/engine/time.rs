@@ -26,8 +26,7 @@ const TURN_EVERY: usize = 8;
 
 /// The time as the engine knows it, and what it does by it.
 #[derive(Debug)]
-pub(super) struct Clock {
-    now: Duration,
+pub(super) struct Latencies {
     ticked_at: Duration,
     /// What a reply of each replica usually takes: a moving average.
     usual: [Duration; REPLICAS_MAX],
@@ -35,23 +34,17 @@ pub(super) struct Clock {
     turn: usize,
 }
 
-impl Clock {
+impl Latencies {
     pub(super) fn new() -> Self {
         Self {
-            now: Duration::ZERO,
             ticked_at: Duration::ZERO,
             usual: [Duration::ZERO; REPLICAS_MAX],
             turn: 0,
         }
     }
 
-    pub(super) fn now(&self) -> Duration {
-        self.now
-    }
-
-    /// A reply of `replica` to what it was asked at `asked_at` is in.
-    pub(super) fn observe(&mut self, replica: ReplicaIndex, asked_at: Duration) {
-        let taken = self.now.saturating_sub(asked_at);
+    /// A reply of `replica` came after `taken`.
+    pub(super) fn observe(&mut self, replica: ReplicaIndex, taken: Duration) {
         let usual = &mut self.usual[replica.as_usize()];
         *usual = (*usual * 7 + taken) / 8;
     }
@@ -67,19 +60,13 @@ impl Clock {
 }
 
 impl Engine {
-    /// Tells the engine the time, counted from any fixed moment. To be called before inputs; it
-    /// never goes back.
-    pub fn set_time(&mut self, now: Duration) {
-        self.core.clock.now = now;
-    }
-
     /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
     pub fn deadline(&self) -> Option<Duration> {
         let core = &self.core;
         let next_tick = if self.active > 0 {
-            Some(core.clock.ticked_at + TICK)
+            Some(core.latencies.ticked_at + TICK)
         } else if !core.shared.out_of_service().is_empty() {
-            Some(core.clock.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
+            Some(core.latencies.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
         } else {
             None
         };
@@ -89,10 +76,10 @@ impl Engine {
         }
     }
 
-    /// Does what is due at `now`.
-    pub fn tick(&mut self, now: Duration, effects: &mut impl Effects) {
-        self.set_time(now);
-        self.core.clock.ticked_at = now;
+    /// Does what is due.
+    pub fn tick(&mut self, effects: &mut impl Effects) {
+        let now = self.core.clock.now();
+        self.core.latencies.ticked_at = now;
         self.evict_overdue(effects);
         let evicted = self.core.shared.out_of_service();
         if !evicted.is_empty() {
@@ -103,7 +90,7 @@ impl Engine {
             self.rejoin_drained(evicted, effects);
         }
         let in_service = self.core.shared.in_service();
-        let late = now.saturating_sub(self.core.clock.patience(in_service));
+        let late = now.saturating_sub(self.core.latencies.patience(in_service));
         let is_late = |request: &Request| match request {
             Request::Read(read) => read.is_late(late),
             _ => false,
@@ -124,7 +111,7 @@ impl Engine {
     /// Evicts the replicas that have not answered for the replica timeout (W6).
     fn evict_overdue(&mut self, effects: &mut impl Effects) {
         let core = &self.core;
-        let Some(limit) = core.clock.now.checked_sub(core.policy.replica_timeout) else {
+        let Some(limit) = core.clock.now().checked_sub(core.policy.replica_timeout) else {
             return;
         };
         // Each replica once, however many requests wait for it: whether it is needed takes a look
@@ -210,14 +197,14 @@ impl Core {
     /// Of `voters` the `count` that are to be asked first (R9): mostly those from which a reply is
     /// expected soonest, now and then those whose turn it is.
     pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
-        self.clock.turn += 1;
-        let turn = self.clock.turn;
+        self.latencies.turn += 1;
+        let turn = self.latencies.turn;
         let by_turn = turn.is_multiple_of(TURN_EVERY);
         let start = if by_turn { turn / TURN_EVERY } else { turn };
         let cost = |replica: ReplicaIndex| {
             let place = (replica.as_usize() + start) % voters.places();
             let ahead = u32::try_from(self.in_flight.on_replica(replica)).unwrap_or(u32::MAX);
-            let usual = self.clock.usual[replica.as_usize()];
+            let usual = self.latencies.usual[replica.as_usize()];
             let expected = if by_turn {
                 Duration::ZERO
             } else {

@@ -19,6 +19,7 @@ use super::effects::{Collected, Effect, SECTOR_LEN, fill, parse};
 use super::model::{Model, Value};
 use super::plan::bits;
 use crate::common::buffer::BufferPool;
+use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
@@ -180,7 +181,13 @@ impl<'a> State<'a> {
             in_flight: Vec::new(),
             answered: Vec::new(),
         };
-        let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool.clone());
+        let mut engine = Engine::new(
+            WorkerIndex(0),
+            policy,
+            shared,
+            pool.clone(),
+            TurnClock::default(),
+        );
         // No resync: a history is too short for one.
         engine.stop_background();
         Self {

@@ -225,9 +225,9 @@ impl World {
     pub(super) fn tick(&mut self, due: u32) -> Checked {
         let worker = self.random.bit(u64::from(due));
         self.tick_wanted &= !(1 << worker);
-        let (clock, excused) = (self.clock, self.ledger.excused);
+        let excused = self.ledger.excused;
         let (engine, effects) = self.engine(worker as usize);
-        engine.tick(clock, effects);
+        engine.tick(effects);
         self.carry_out_effects(None)?;
         self.check_overdue(worker as usize, &excused)
     }

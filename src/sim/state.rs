@@ -14,6 +14,7 @@ use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
 use super::replica::SimReplica;
 use crate::common::buffer::BufferPool;
+use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::{Engine, Policy, Shared, Tag, WorkerIndex};
@@ -103,6 +104,8 @@ pub struct World {
     /// The worker whose engine was given the last input.
     pub(super) input_from: usize,
     pub(super) clock: Duration,
+    /// The clock as the engines see it.
+    pub(super) turn: TurnClock,
     /// Guest-visible events so far.
     pub(super) now: Moment,
     pub(super) steps: u64,
@@ -337,6 +340,7 @@ impl World {
             collected: Collected::default(),
             input_from: 0,
             clock: Duration::ZERO,
+            turn: TurnClock::default(),
             now: 2,
             steps: 0,
             requests: 0,
@@ -407,6 +411,7 @@ impl World {
                 policy.clone(),
                 Arc::clone(&self.shared),
                 pool,
+                self.turn.clone(),
             )
         };
         self.engines = (0..workers).map(engine).collect();
@@ -415,8 +420,8 @@ impl World {
     /// The engine of a worker, which is given the time, and what collects its effects.
     pub(super) fn engine(&mut self, worker: usize) -> (&mut Engine, &mut Collected) {
         self.input_from = worker;
+        self.turn.set(self.clock);
         let engine = &mut self.engines[worker];
-        engine.set_time(self.clock);
         (engine, &mut self.collected)
     }
 

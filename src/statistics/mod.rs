@@ -4,12 +4,11 @@
 //! and no atomic read-modify-write; who reads sees each counter at some moment, not all of them at
 //! the same one. Nothing is allocated after the start.
 
-use std::cell::Cell;
-use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use crate::common::clock::TurnClock;
 use crate::common::operation::OperationType;
 use crate::common::operation::{Operation, Reply};
 use crate::common::report::Report;
@@ -132,26 +131,11 @@ impl WorkerStatistics {
     }
 }
 
-/// The time of a worker's turn, shared by its parts.
-#[derive(Clone, Debug, Default)]
-pub struct TurnTime(Rc<Cell<Duration>>);
-
-impl TurnTime {
-    /// Sets the time.
-    pub fn set(&self, now: Duration) {
-        self.0.set(now);
-    }
-
-    fn get(&self) -> Duration {
-        self.0.get()
-    }
-}
-
 /// How a worker counts. What took how long is known to a turn.
 #[derive(Clone, Debug)]
 pub struct Recorder {
     statistics: Arc<WorkerStatistics>,
-    time: TurnTime,
+    clock: TurnClock,
 }
 
 /// When something began.
@@ -159,24 +143,19 @@ pub struct Recorder {
 pub struct Since(Duration);
 
 impl Recorder {
-    /// Counts in `statistics`, by the time that is set through `time`.
-    pub fn new(statistics: Arc<WorkerStatistics>, time: TurnTime) -> Self {
-        Self { statistics, time }
+    /// Counts in `statistics`, by the time of `clock`.
+    pub fn new(statistics: Arc<WorkerStatistics>, clock: TurnClock) -> Self {
+        Self { statistics, clock }
     }
 
     /// One whose figures nobody looks at.
     pub fn nobodys() -> Self {
-        Self::new(Arc::new(WorkerStatistics::new(0)), TurnTime::default())
-    }
-
-    /// Sets the time of the turn.
-    pub fn set_time(&self, now: Duration) {
-        self.time.set(now);
+        Self::new(Arc::new(WorkerStatistics::new(0)), TurnClock::default())
     }
 
     /// What begins now.
     pub fn now(&self) -> Since {
-        Since(self.time.get())
+        Since(self.clock.now())
     }
 
     /// A guest request was taken.
@@ -242,7 +221,7 @@ impl Recorder {
             operations.bytes.add(bytes);
             operations
                 .latency
-                .record(self.time.get().saturating_sub(since.0));
+                .record(self.clock.now().saturating_sub(since.0));
         } else {
             operations.failed.add(1);
         }
@@ -437,14 +416,15 @@ mod tests {
     #[test]
     fn what_is_in_flight_is_what_has_not_ended() {
         let statistics = Statistics::new(2, 1);
+        let clock = TurnClock::default();
         let recorders: Vec<_> = (0..2)
-            .map(|index| Recorder::new(statistics.of_worker(index), TurnTime::default()))
+            .map(|index| Recorder::new(statistics.of_worker(index), clock.clone()))
             .collect();
         let range = SectorRange::new(8, 8);
         let [kept, ended, failed, gone] =
             [0, 1, 0, 1].map(|index: usize| recorders[index].request_begun(RequestKind::Write));
         let _ = (kept, gone);
-        recorders[1].set_time(us(300));
+        clock.set(us(300));
         recorders[1].request_ended(RequestKind::Write, range, ended, true);
         recorders[0].request_ended(RequestKind::Write, range, failed, false);
         recorders[1].request_abandoned(RequestKind::Write);

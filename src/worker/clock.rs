@@ -5,6 +5,7 @@
 
 use std::time::{Duration, Instant};
 
+use crate::common::clock::TurnClock;
 use crate::replica::ring::Wait;
 
 /// The longest that one turn of the loop counts for, sleep excluded.
@@ -14,20 +15,25 @@ const TURN_LIMIT: Duration = Duration::from_millis(50);
 pub(super) struct Clock {
     /// When the clock was last advanced.
     advanced_at: Instant,
-    now: Duration,
+    turn: TurnClock,
 }
 
 impl Clock {
     pub(super) fn new() -> Self {
         Self {
             advanced_at: Instant::now(),
-            now: Duration::ZERO,
+            turn: TurnClock::default(),
         }
     }
 
     /// The time at the last advance.
     pub(super) fn now(&self) -> Duration {
-        self.now
+        self.turn.now()
+    }
+
+    /// The clock as the other parts of the worker see it.
+    pub(super) fn turn(&self) -> TurnClock {
+        self.turn.clone()
     }
 
     /// When the clock was last advanced, with pauses of the thread included.
@@ -43,9 +49,10 @@ impl Clock {
             Wait::AtMost(limit) => limit.saturating_add(TURN_LIMIT),
             Wait::Forever => Duration::MAX,
         };
-        self.now += (advanced_at - self.advanced_at).min(limit);
+        let passed = (advanced_at - self.advanced_at).min(limit);
+        self.turn.set(self.turn.now() + passed);
         self.advanced_at = advanced_at;
-        self.now
+        self.turn.now()
     }
 }
 

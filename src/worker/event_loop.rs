@@ -32,7 +32,7 @@ use crate::limits::{
 };
 use crate::replica::ring::kernel::{Kernel, Uring};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
-use crate::statistics::{Recorder, TurnTime};
+use crate::statistics::Recorder;
 
 /// The watch of the mailbox.
 const MAILBOX: WatchToken = WatchToken(0);
@@ -81,11 +81,14 @@ impl<K: Kernel> Worker<K> {
         // Never unwatched: it lasts as long as the ring.
         ring.watch(&mailbox.event, MAILBOX)?;
         let statistics = disk.statistics.of_worker(index.0);
-        let recorder = Recorder::new(statistics, TurnTime::default());
+        let clock = Clock::new();
+        let turn = clock.turn();
+        let recorder = Recorder::new(statistics, turn.clone());
         let guests = disk.slots.iter().map(|slot| {
             let (info, pool) = (disk.info.clone(), pool.clone());
             let mut guest = Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool);
             guest.set_recorder(recorder.clone());
+            guest.set_clock(turn.clone());
             guest
         });
         let guests = Guests::new(guests.collect());
@@ -109,10 +112,10 @@ impl<K: Kernel> Worker<K> {
             draining: Draining::default(),
             exit_by: None,
             drain_limit: drain_limit(disk.policy.replica_timeout),
-            clock: Clock::new(),
+            clock,
             spin: Spin::new(),
             turns_unsignalled: 0,
-            engine: Engine::new(index, disk.policy, disk.shared, pool),
+            engine: Engine::new(index, disk.policy, disk.shared, pool, turn),
         })
     }
 
@@ -247,9 +250,6 @@ impl<K: Kernel> Worker<K> {
         if !completions.is_empty() {
             self.spin.found();
         }
-        self.engine.set_time(now);
-        self.io.recorder.set_time(now);
-        self.io.guests.set_time(now);
         let mut mail = false;
         for completion in completions.drain(..) {
             match completion {
@@ -267,7 +267,7 @@ impl<K: Kernel> Worker<K> {
             .deadline()
             .is_some_and(|deadline| deadline <= now)
         {
-            self.engine.tick(now, &mut self.io);
+            self.engine.tick(&mut self.io);
         }
         if mail {
             for message in self.mailbox.take() {
@@ -285,7 +285,7 @@ impl<K: Kernel> Worker<K> {
                 self.engine
                     .submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
             }
-            Message::Tick => self.engine.tick(self.clock.now(), &mut self.io),
+            Message::Tick => self.engine.tick(&mut self.io),
             Message::SetFile {
                 replica,
                 file,

@@ -1,8 +1,6 @@
 //! The guests of all connections, as one worker sees them: served in turn, and skipped while their
 //! connection is not in use.
 
-use std::time::Duration;
-
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Failed, GuestRequest, Tag};
@@ -15,7 +13,6 @@ pub(super) struct Guests {
     in_use: Vec<usize>,
     /// Where in `in_use` the search for the next request starts, so that no guest starves another.
     next: usize,
-    now: Duration,
 }
 
 /// The lowest bit of the slot in a [`Tag`], above the bits that [`Guest`] uses.
@@ -27,15 +24,6 @@ impl Guests {
             guests,
             in_use: Vec::new(),
             next: 0,
-            now: Duration::ZERO,
-        }
-    }
-
-    /// See [`Guest::set_time`].
-    pub(super) fn set_time(&mut self, now: Duration) {
-        self.now = now;
-        for &slot in &self.in_use {
-            self.guests[slot].set_time(now);
         }
     }
 
@@ -51,7 +39,6 @@ impl Guests {
             self.in_use.push(slot);
         }
         let guest = &mut self.guests[slot];
-        guest.set_time(self.now);
         guest.set_region(queue, region);
         guest.refresh(queue, durable_writes)
     }

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
@@ -37,7 +38,13 @@ impl Disk {
         };
         let shared = Arc::new(Shared::new(3, threshold, 1, SECTORS));
         Self {
-            engine: Engine::new(WorkerIndex(0), policy, shared, BufferPool::default()),
+            engine: Engine::new(
+                WorkerIndex(0),
+                policy,
+                shared,
+                BufferPool::default(),
+                TurnClock::default(),
+            ),
             effects: Collected::default(),
             slow: Vec::new(),
             answered: 0,

@@ -15,7 +15,6 @@ mod in_flight;
 mod virtqueue;
 
 use std::collections::VecDeque;
-use std::time::Duration;
 
 use log::warn;
 use slab::Slab;
@@ -27,6 +26,7 @@ use super::inflight::QueueRegion;
 use super::request::{Kind, OutsideMemory, Request, Status};
 use super::{DiskInfo, GuestMemory, View, Vring};
 use crate::common::buffer::BufferPool;
+use crate::common::clock::TurnClock;
 use crate::engine::{Failed, GuestRequest, Tag};
 use crate::limits::QUEUE_SIZE_MAX;
 use crate::statistics::Recorder;
@@ -45,7 +45,7 @@ pub struct Guest {
     /// The driver cannot flush: every write must be durable when it is answered.
     durable_writes: bool,
     recorder: Recorder,
-    now: Duration,
+    clock: TurnClock,
 }
 
 /// What a tag of the engine names.
@@ -79,7 +79,7 @@ impl Guest {
             submitting: VecDeque::new(),
             durable_writes: false,
             recorder: Recorder::nobodys(),
-            now: Duration::ZERO,
+            clock: TurnClock::default(),
         }
     }
 
@@ -88,9 +88,9 @@ impl Guest {
         self.recorder = recorder;
     }
 
-    /// Sets the time: the device has no clock of its own.
-    pub fn set_time(&mut self, now: Duration) {
-        self.now = now;
+    /// Reads the time from `clock` from now on: the device has no clock of its own.
+    pub fn set_clock(&mut self, clock: TurnClock) {
+        self.clock = clock;
     }
 
     /// Sets where the chains of a virtqueue are tracked, from its next start on.
@@ -132,7 +132,7 @@ impl Guest {
             }
         }
         self.abandon(queue);
-        self.queues[queue].start_tracked(region, memory, self.now);
+        self.queues[queue].start_tracked(region, memory, self.clock.now());
     }
 
     /// Abandons what is in flight on a virtqueue: later answers are dropped, and guest memory is
@@ -267,7 +267,8 @@ impl Guest {
         let is_parked = |entry: &Entry| matches!(entry, Entry::InFlight(in_flight) if in_flight.stage() == Stage::Parked);
         if self.awaits_resubmission() && !self.entries.iter().any(|(_, entry)| is_parked(entry)) {
             let queues = self.queues.iter_mut();
-            queues.for_each(|queue| queue.end_resubmission(self.now));
+            let now = self.clock.now();
+            queues.for_each(|queue| queue.end_resubmission(now));
         }
     }
 

@@ -11,6 +11,7 @@ use super::super::inflight::{
     BeginError, Begun, Error, Layout, QueueRegion, Region, VirtqueueState,
 };
 use super::*;
+use crate::common::clock::TurnClock;
 use crate::limits::RESUBMIT_LIMIT;
 
 const QUEUE_SIZE: u16 = 16;
@@ -955,9 +956,11 @@ fn reads_that_were_in_flight_come_after_the_writes() {
 #[test]
 fn a_ring_that_is_never_started_again_holds_nobody_up_for_ever() {
     let [_, mut second] = held_up();
-    second.set_time(RESUBMIT_LIMIT - Duration::from_nanos(1));
+    let clock = TurnClock::default();
+    second.set_clock(clock.clone());
+    clock.set(RESUBMIT_LIMIT - Duration::from_nanos(1));
     assert!(second.next_request().is_none());
-    second.set_time(RESUBMIT_LIMIT);
+    clock.set(RESUBMIT_LIMIT);
     assert!(second.next_request().is_some());
     assert!(!second.awaits_resubmission());
 }
