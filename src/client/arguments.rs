@@ -37,7 +37,8 @@ Columns:
              evicted: it does not answer; it rejoins when it does
   stale      Data that the replica lacks; a resync copies it
   corrupt    Sectors known to be corrupt now; scrub --repair repairs them
-  found      Corrupt sectors found since the replica was added
+  found      Corrupt sectors found since the replica was added; a sector that
+             is found again counts again
   repaired   Sectors repaired since the replica was added
   errors     Operations that failed since the replica was added
   p99        Latency that 99 % of the operations do not exceed
