@@ -5,6 +5,7 @@
 //! file of `corpus/`.
 
 pub mod device;
+pub mod guest_memory;
 pub mod message;
 pub mod monitor;
 pub mod naive;
@@ -13,3 +14,4 @@ pub mod operator;
 pub mod request;
 pub mod script;
 pub mod seeds;
+pub mod signals;

@@ -12,8 +12,9 @@ use vm_memory::ByteValued;
 
 use super::super::naive::Memory;
 use super::super::script::Script;
-use super::machine::{RINGS, ring};
-use super::{Step, with_world};
+use super::places::{RINGS, address, ring};
+use super::step::Step;
+use super::world::with_world;
 
 /// Where request headers, segments, indirect tables and data are.
 const HEADERS: u64 = 0x2000;
@@ -41,16 +42,6 @@ const LENGTHS: [u32; 16] = [
     u32::MAX - 15,
     0x200,
 ];
-
-/// Most addresses are near the beginning, the others far away.
-pub(super) fn address(script: &mut Script<'_>) -> u64 {
-    match u64::from(script.u16()) {
-        near @ ..0xd000 => near,
-        end @ 0xd000..0xe000 => u64::MAX - (end & 0xfff),
-        high @ 0xe000..0xf000 => (1 << 32) + (high & 0xfff),
-        far => far << 40,
-    }
-}
 
 /// What the driver does: it writes to memory.
 pub(super) fn drive(step: Step, script: &mut Script<'_>) {
@@ -92,7 +83,12 @@ pub(super) fn drive(step: Step, script: &mut Script<'_>) {
             let mut segment = u64::from(sector).to_le_bytes().to_vec();
             segment.extend((u32::from(sectors) << 4).to_le_bytes());
             segment.extend(u32::from(flags).to_le_bytes());
-            with_world(|world| world.files.put(SEGMENTS + 16 * u64::from(index), &segment));
+            with_world(|world| {
+                world
+                    .model
+                    .files
+                    .put(SEGMENTS + 16 * u64::from(index), &segment)
+            });
         }
         _ => request(script),
     }
@@ -164,12 +160,17 @@ fn put_header(index: u8, request_type: u32, sector: u16) {
     let mut header = [0xee; 16];
     header[..4].copy_from_slice(&request_type.to_le_bytes());
     header[8..].copy_from_slice(&u64::from(sector).to_le_bytes());
-    with_world(|world| world.files.put(HEADERS + 16 * u64::from(index), &header));
+    with_world(|world| {
+        world
+            .model
+            .files
+            .put(HEADERS + 16 * u64::from(index), &header)
+    });
 }
 
 fn put_descriptor(table: u64, index: u16, descriptor: Descriptor) {
     let place = table.saturating_add(16 * u64::from(index));
-    with_world(|world| world.files.put(place, descriptor.as_slice()));
+    with_world(|world| world.model.files.put(place, descriptor.as_slice()));
 }
 
 /// Where the descriptors and the available ring are now, and how many entries they have.
@@ -186,6 +187,7 @@ fn offer(ring: u16, head: u16) {
     let (_, available, size) = ring_addresses(ring);
     let index = with_world(|world| {
         world
+            .model
             .files
             .bytes(available.saturating_add(2))
             .map(u16::from_le_bytes)
@@ -194,12 +196,12 @@ fn offer(ring: u16, head: u16) {
         return;
     };
     let entry = available.saturating_add(4 + 2 * u64::from(index % size));
-    with_world(|world| world.files.put(entry, &head.to_le_bytes()));
+    with_world(|world| world.model.files.put(entry, &head.to_le_bytes()));
     set_available_index(ring, index.wrapping_add(1));
 }
 
 pub(super) fn set_available_index(ring: u16, index: u16) {
     let (_, available, _) = ring_addresses(ring);
     let place = available.saturating_add(2);
-    with_world(|world| world.files.put(place, &index.to_le_bytes()));
+    with_world(|world| world.model.files.put(place, &index.to_le_bytes()));
 }

@@ -19,14 +19,13 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::super::script::Script;
-use super::driver::{address, drive, set_available_index};
+use super::driver::{drive, set_available_index};
 use super::memory::{FILE_BYTES, Mapping, memory_file};
-use super::world::World;
-use super::{Server, Step, WORLD, with_world};
+use super::places::{RINGS, address, ring};
+use super::step::Step;
+use super::world::{Server, World, with_world};
 
-/// Rings of the device.
-pub(super) const RINGS: u16 = 2;
-/// Their entries, at most.
+/// Entries of a ring, at most.
 const QUEUE_SIZE_MAX: u16 = 32;
 /// Where a ring is as long as nobody moves it, and how far the next one is from it.
 const RING: u64 = 0x1000;
@@ -89,7 +88,7 @@ fn event() -> File {
 impl Machine {
     pub(super) fn new() -> Self {
         let slot = new_slot();
-        WORLD.set(Some(World::new(disk_info(), slot.clone())));
+        World::begin(disk_info(), slot.clone());
         Self {
             frontend: new_frontend(slot),
             log: memory_file(LOG_BYTES),
@@ -102,7 +101,7 @@ impl Machine {
     /// Sends a message. An error ends the connection, and then there is a new one.
     fn send<R>(&mut self, message: impl FnOnce(&mut Frontend) -> Result<R>) -> Option<R> {
         // The log may be switched off in the middle of it.
-        with_world(|world| world.files.log = None);
+        with_world(|world| world.model.files.log = None);
         let result = message(&mut self.frontend.lock().expect("no panic so far"));
         if result.is_err() {
             self.disconnect();
@@ -114,7 +113,7 @@ impl Machine {
     fn note_log(&self) {
         let log =
             (self.logs && self.log_is_set).then(|| self.log.try_clone().expect("a descriptor"));
-        with_world(|world| world.files.log = log);
+        with_world(|world| world.model.files.log = log);
     }
 
     /// Connects and closes at once; what is left of before is taken down then.
@@ -123,7 +122,7 @@ impl Machine {
         self.note_log();
         let (_, theirs) = UnixStream::pair().expect("a pair of sockets");
         Frontend::serve(&self.frontend, theirs);
-        with_world(|world| world.files.table.clear());
+        with_world(|world| world.model.files.table.clear());
         self.region = None;
     }
 
@@ -138,7 +137,7 @@ impl Machine {
             let base = with_world(|world| {
                 let mut base = [0; 2];
                 let place = RING + RING_STRIDE * u64::from(ring) + USED + 2;
-                world.files.files[0]
+                world.model.files.files[0]
                     .read_exact_at(&mut base, place)
                     .expect("a memory file");
                 u16::from_le_bytes(base)
@@ -158,7 +157,7 @@ impl Machine {
             Step::Put => {
                 let (place, count) = (address(script), usize::from(script.u8() & 0x3f));
                 let bytes = script.take(count);
-                with_world(|world| world.files.put(place, bytes));
+                with_world(|world| world.model.files.put(place, bytes));
             }
             Step::Index => {
                 let ring = ring(script);
@@ -245,7 +244,7 @@ impl Machine {
     /// Where the rings are; addresses are aligned as the `vhost` crate asks for.
     fn addresses(&mut self, ring: u16, [descriptor, available, used]: [u64; 3]) {
         let user = |address: u64, alignment: u64| {
-            with_world(|world| world.files.user_address(address))
+            with_world(|world| world.model.files.user_address(address))
                 .map(|address| address & !(alignment - 1))
         };
         let places = (user(descriptor, 16), user(available, 2), user(used, 4));
@@ -303,7 +302,7 @@ impl Machine {
                     mapping.offset,
                 );
                 let file = shared_file(mapping.file);
-                let mut table = with_world(|world| world.files.table.clone());
+                let mut table = with_world(|world| world.model.files.table.clone());
                 table.push(mapping);
                 self.change_memory(table, |frontend| {
                     frontend.add_mem_region(&region, file, None).map(drop)
@@ -313,7 +312,7 @@ impl Machine {
                 let mapping = mapping(choice(script));
                 let region =
                     VhostUserSingleMemoryRegion::new(mapping.guest_address, mapping.bytes, 0, 0);
-                let mut table = with_world(|world| world.files.table.clone());
+                let mut table = with_world(|world| world.model.files.table.clone());
                 table.retain(|other| other.guest_address != mapping.guest_address);
                 self.change_memory(table, |frontend| frontend.remove_mem_region(&region));
             }
@@ -409,8 +408,7 @@ impl Machine {
             .is_some()
         {
             with_world(|world| {
-                world.region = Some((kept, offset, queue_bytes));
-                world.regions += 1;
+                world.model.set_region(kept, offset, queue_bytes);
             });
         }
     }
@@ -454,16 +452,16 @@ fn mapping((file, slot): (usize, usize)) -> Mapping {
 }
 
 fn shared_file(file: usize) -> File {
-    with_world(|world| world.files.files[file].try_clone().expect("a descriptor"))
+    with_world(|world| {
+        world.model.files.files[file]
+            .try_clone()
+            .expect("a descriptor")
+    })
 }
 
 fn standard_addresses(place: u16) -> [u64; 3] {
     let start = RING + RING_STRIDE * u64::from(place);
     [start, start + AVAILABLE, start + USED]
-}
-
-pub(super) fn ring(script: &mut Script<'_>) -> u16 {
-    u16::from(script.u8()) % RINGS
 }
 
 fn u8_of(ring: u16) -> u8 {

@@ -11,8 +11,7 @@ use virtio_bindings::virtio_blk::{VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK};
 use virtio_queue::QueueT;
 
 use super::super::naive::{Memory, Run, walk};
-use super::memory::Marks;
-use super::world::World;
+use super::memory::{Files, Marks};
 
 /// A ring as the frontend has set it up, and how far it has got.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,9 +23,26 @@ pub(super) struct Position {
     avail: u64,
     used: u64,
     served: bool,
+    drained: bool,
 }
 
 impl Position {
+    /// Where a ring stands now.
+    pub(super) fn new(vring: &Vring, guest: &Guest, ring: usize) -> Self {
+        let state = vring.get_ref();
+        let queue = state.get_queue();
+        Self {
+            next_avail: queue.next_avail(),
+            next_used: queue.next_used(),
+            size: queue.size(),
+            table: queue.desc_table(),
+            avail: queue.avail_ring(),
+            used: queue.used_ring(),
+            served: guest.is_served(ring),
+            drained: guest.is_drained(ring),
+        }
+    }
+
     fn avail_entry(self, index: u16) -> Run {
         Run {
             address: self
@@ -64,7 +80,7 @@ struct Out {
 
 /// What is known of a ring.
 #[derive(Debug, Default)]
-pub(super) struct Ring {
+struct Ring {
     out: BTreeMap<u16, Out>,
     /// An upper bound of how many chains are out. Holds also where it is not known which.
     out_count: usize,
@@ -91,31 +107,50 @@ pub(super) enum Call {
     Refresh { ring: usize, tracked: bool },
 }
 
-impl World {
-    pub(super) fn positions(&self) -> Vec<Position> {
-        let position = |(ring, vring): (usize, &Vring)| {
-            let state = vring.get_ref();
-            let queue = state.get_queue();
-            Position {
-                next_avail: queue.next_avail(),
-                next_used: queue.next_used(),
-                size: queue.size(),
-                table: queue.desc_table(),
-                avail: queue.avail_ring(),
-                used: queue.used_ring(),
-                served: self.guest.is_served(ring),
-            }
-        };
-        self.slot.vrings.iter().enumerate().map(position).collect()
+/// What the driver has written, what the device may write, and which chains are out.
+pub(super) struct Model {
+    pub(super) files: Files,
+    rings: Vec<Ring>,
+    /// The file with the region, where it begins, and the bytes of it for each queue.
+    region: Option<(File, u64, u64)>,
+    /// How many were handed over.
+    regions: usize,
+    /// Which chains are out is known. It is not any more when the device was made to write over
+    /// rings and descriptors while it takes chains.
+    strict: bool,
+}
+
+impl Model {
+    /// Of a device with so many rings.
+    pub(super) fn new(rings: usize) -> Self {
+        Self {
+            files: Files::new(),
+            rings: (0..rings).map(|_| Ring::default()).collect(),
+            region: None,
+            regions: 0,
+            strict: true,
+        }
     }
 
-    /// Calls the guest side, and compares what has become of memory and rings with what may have.
-    pub(super) fn call<R>(&mut self, call: Call, action: impl FnOnce(&mut Guest) -> R) -> R {
-        let before = self.positions();
-        let result = action(&mut self.guest);
-        let after = self.positions();
+    /// The process is killed.
+    pub(super) fn kill(&mut self) {
+        let rings = self.rings.iter_mut();
+        rings.for_each(|ring| *ring = Ring::default());
+        self.files.table.clear();
+        self.files.log = None;
+    }
+
+    /// A region is handed over.
+    pub(super) fn set_region(&mut self, file: File, offset: u64, queue_bytes: u64) {
+        self.region = Some((file, offset, queue_bytes));
+        self.regions += 1;
+    }
+
+    /// A call has led from one position to the other. Compares what has become of memory and rings
+    /// with what may have.
+    pub(super) fn note_call(&mut self, call: Call, before: &[Position], after: &[Position]) {
         match call {
-            Call::Take => self.note_taken(&before, &after),
+            Call::Take => self.note_taken(before, after),
             // They stay in flight in the region, and memory is not touched for them any more.
             Call::Abandon { ring } if self.rings[ring].tracked => {
                 self.rings[ring].out.clear();
@@ -123,9 +158,9 @@ impl World {
             }
             _ => {}
         }
-        self.note_losses(&after);
-        self.note_overwritten(&before, &after);
-        self.check_changes(&before);
+        self.note_losses(after);
+        self.note_overwritten(before, after);
+        self.check_changes(before);
         for ring in 0..self.rings.len() {
             let restarted = match call {
                 Call::Refresh {
@@ -142,7 +177,6 @@ impl World {
             }
             self.note_drained(ring, after[ring]);
         }
-        result
     }
 
     /// What the available rings had between then and now was taken.
@@ -260,7 +294,7 @@ impl World {
     ) {
         let ring = &mut self.rings[index];
         let same_region = tracked && ring.tracked && ring.region == self.regions;
-        if same_region && !before.served && !after.served && self.guest.is_drained(index) {
+        if same_region && !before.served && !after.served && after.drained {
             ring.out.clear();
             ring.out_count = 0;
         }
@@ -335,7 +369,7 @@ impl World {
 
     /// A ring that is drained has nothing out.
     fn note_drained(&mut self, index: usize, now: Position) {
-        if !self.guest.is_drained(index) {
+        if !now.drained {
             return;
         }
         let ring = &mut self.rings[index];
@@ -366,10 +400,13 @@ impl World {
     }
 
     /// A request of which a piece failed has failed.
-    pub(super) fn check_status(&self, address: u64, failed: bool) {
+    pub(super) fn check_status(&self, address: u64, failed: bool, positions: &[Position]) {
+        if !self.strict {
+            return;
+        }
         let run = Run { address, bytes: 1 };
         let mut used = Marks::none();
-        for position in self.positions() {
+        for position in positions {
             used.add(&self.files, position.used_area());
         }
         let status = self

@@ -1,20 +1,21 @@
 //! Who serves the rings: the device's guest side, and an engine that answers as it is told.
 
+use std::cell::RefCell;
 use std::collections::BTreeSet;
-use std::fs::File;
 
 use quorum_blk::common::SectorRange;
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::device::DiskInfo;
 use quorum_blk::device::connection::ConnectionSlot;
+use quorum_blk::device::frontend::VirtqueueServer;
 use quorum_blk::device::guest::Guest;
 use quorum_blk::device::inflight::QueueRegion;
 use quorum_blk::engine::{Failed, GuestRequest, Tag};
 use quorum_blk::limits::{FRAGMENT_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
 
 use super::super::naive::Memory;
-use super::memory::{Files, Mapping};
-use super::model::{Call, Ring};
+use super::memory::Mapping;
+use super::model::{Call, Model, Position};
 
 /// Pieces that the engine works on at a time.
 const PIECES_MAX: usize = 24;
@@ -24,9 +25,32 @@ static DISK: [u8; 1 << 20] = [0xd5; 1 << 20];
 
 const _: () = assert!(DISK.len() as u64 == FRAGMENT_BYTES_MAX);
 
+thread_local! {
+    /// Here, since who serves the rings of a frontend must be one that can go to another thread.
+    static WORLD: RefCell<Option<World>> = const { RefCell::new(None) };
+}
+
+/// Does something with the world of this thread.
+pub(super) fn with_world<R>(action: impl FnOnce(&mut World) -> R) -> R {
+    WORLD.with_borrow_mut(|world| action(world.as_mut().expect("there is one while a script runs")))
+}
+
+/// Serves the rings of the world of this thread.
+pub(super) struct Server;
+
+impl VirtqueueServer for Server {
+    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
+        with_world(|world| world.refresh(rings));
+    }
+
+    fn flush(&self) -> bool {
+        with_world(|world| world.flushes)
+    }
+}
+
 /// See the module.
 pub struct World {
-    pub(super) files: Files,
+    pub(super) model: Model,
     /// The memory table that the message in progress sets; it applies from the next refresh on.
     pub(super) next_table: Option<Vec<Mapping>>,
     pub(super) slot: ConnectionSlot,
@@ -35,38 +59,53 @@ pub struct World {
     pub(super) patience: usize,
     /// Whether a flush that the frontend asks for goes well.
     pub(super) flushes: bool,
-    /// The file with the region, where it begins, and the bytes of it for each queue.
-    pub(super) region: Option<(File, u64, u64)>,
-    /// How many were handed over.
-    pub(super) regions: usize,
     info: DiskInfo,
-    pub(super) guest: Guest,
-    pub(super) rings: Vec<Ring>,
+    guest: Guest,
     /// Chains of which pieces have failed, as tags name them.
     failed: BTreeSet<u64>,
-    /// Which chains are out is known. It is not any more when the device was made to write over
-    /// rings and descriptors while it takes chains.
-    pub(super) strict: bool,
 }
 
 impl World {
-    pub(super) fn new(info: DiskInfo, slot: ConnectionSlot) -> Self {
+    fn new(info: DiskInfo, slot: ConnectionSlot) -> Self {
         let guest = guest(&info, &slot);
         Self {
-            files: Files::new(),
+            model: Model::new(slot.vrings.len()),
             next_table: None,
             pending: Vec::new(),
             patience: usize::MAX,
             flushes: true,
-            region: None,
-            regions: 0,
             guest,
             failed: BTreeSet::new(),
-            rings: slot.vrings.iter().map(|_| Ring::default()).collect(),
             info,
             slot,
-            strict: true,
         }
+    }
+
+    /// Makes a world for this thread.
+    pub(super) fn begin(info: DiskInfo, slot: ConnectionSlot) {
+        WORLD.set(Some(Self::new(info, slot)));
+    }
+
+    /// Drops the world of this thread.
+    pub(super) fn end() {
+        WORLD.set(None);
+    }
+
+    /// Where each ring stands.
+    fn positions(&self) -> Vec<Position> {
+        let vrings = self.slot.vrings.iter().enumerate();
+        vrings
+            .map(|(ring, vring)| Position::new(vring, &self.guest, ring))
+            .collect()
+    }
+
+    /// Calls the guest side, and has the model check what it has done to memory and rings.
+    fn call<R>(&mut self, call: Call, action: impl FnOnce(&mut Guest) -> R) -> R {
+        let before = self.positions();
+        let result = action(&mut self.guest);
+        let after = self.positions();
+        self.model.note_call(call, &before, &after);
+        result
     }
 
     /// The process is killed, and another one begins with what is left: memory, and the region.
@@ -75,11 +114,7 @@ impl World {
         self.slot = slot;
         self.pending.clear();
         self.failed.clear();
-        self.rings
-            .iter_mut()
-            .for_each(|ring| *ring = Ring::default());
-        self.files.table.clear();
-        self.files.log = None;
+        self.model.kill();
     }
 
     /// Asks for up to `count` pieces of work.
@@ -113,7 +148,7 @@ impl World {
         if fails {
             self.failed.insert(chain(tag));
         }
-        let statuses = self.statuses();
+        let statuses = self.model.statuses();
         let before = self.positions();
         self.call(Call::Answer, |guest| guest.answered(tag, result));
         let is_out = self
@@ -128,10 +163,10 @@ impl World {
         let given_back = both.filter(|(_, (before, after))| before.next_used != after.next_used);
         for (ring, (before, _)) in given_back {
             assert!(!is_out, "given back before all of it was done");
-            let head = self.files.bytes(before.used_entry(before.next_used));
+            let head = self.model.files.bytes(before.used_entry(before.next_used));
             let head = head.map_or(0, u32::from_le_bytes);
-            if let (true, Some(address)) = (self.strict, statuses.get(&(ring, head))) {
-                self.check_status(*address, failed);
+            if let Some(address) = statuses.get(&(ring, head)) {
+                self.model.check_status(*address, failed, &self.positions());
             }
         }
     }
@@ -146,7 +181,7 @@ impl World {
     /// abandoned.
     pub(super) fn refresh(&mut self, rings: Vec<(u16, Option<QueueRegion>)>) {
         if let Some(table) = self.next_table.take() {
-            self.files.table = table;
+            self.model.files.table = table;
         }
         let durable = self.slot.choices.durable_writes();
         let mut draining = Vec::new();
@@ -193,7 +228,7 @@ impl World {
         self.call(Call::Answer, Guest::signal);
         assert!(self.guest.is_idle());
         assert!(!self.guest.awaits_resubmission());
-        for ring in 0..self.rings.len() {
+        for ring in 0..self.slot.vrings.len() {
             assert!(self.guest.is_drained(ring));
         }
     }

@@ -29,6 +29,7 @@ use serde_json::Value;
 use self::expected::{Conversation, Outcome};
 use super::operator::{Asked, Recorder};
 use super::script::Script;
+use super::signals::ignore_sigpipe;
 
 /// Capabilities are negotiated before the bytes of the input.
 pub const NEGOTIATE: u8 = 1;
@@ -225,9 +226,7 @@ impl Machine {
     }
 
     fn connect(&self) -> UnixStream {
-        // As Rust's own start does; libFuzzer's does not.
-        // SAFETY: no handler is set, so none can run in a bad moment.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        ignore_sigpipe();
         let socket = UnixStream::connect(&self.path).expect("the monitor listens");
         socket.set_nonblocking(true).expect("a socket");
         socket

@@ -5,7 +5,8 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 
-use super::{INDIRECT, NEXT, Seed, WRITE, header, put, put_table, segment};
+use super::super::guest_memory::{INDIRECT, NEXT, WRITE, header, put, put_table, segment};
+use super::Seed;
 
 /// All of them.
 pub fn all() -> Vec<Seed> {

@@ -5,6 +5,9 @@
 //! What must hold: nothing panics; the connection ends when the frontend has closed it, and then
 //! nothing of it is left: no descriptor, no memory, no ring; the disk works as before.
 
+pub mod format;
+pub mod prepared;
+
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
@@ -31,141 +34,19 @@ use vhost_user_backend::VringT;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use self::format::{Kind, MEMORY_BYTES, Message, NEGOTIATE, START};
 use super::device::memory::memory_file;
 use super::script::Script;
-use super::seeds::message as seeds;
+use super::signals::ignore_sigpipe;
 
 /// Rings of the device.
 const RINGS: u16 = 2;
 const QUEUE_SIZE_MAX: u16 = 64;
-/// Size of the file that guest memory is in, at addresses from 0 on.
-pub const MEMORY_BYTES: u64 = 0x1_0000;
-/// Where the frontend says that it has guest memory.
-pub const USER_ADDRESS: u64 = 0x7f00_0000_0000;
 const REPLICA_BYTES: u64 = 1 << 20;
 const REPLICAS: usize = 3;
 /// What one input sends at most: all of it must fit into the buffers of the socket.
 const MESSAGES_MAX: usize = 64;
 const DESCRIPTORS_MAX: usize = 120;
-
-/// Messages are set up before those of the input.
-pub const NEGOTIATE: u8 = 1;
-/// Memory and rings too.
-pub const START: u8 = 2;
-
-/// Kinds of descriptors, by the byte that stands for them in an input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(u8)]
-#[allow(missing_docs, reason = "the names say it")]
-pub enum Kind {
-    Memory,
-    OtherMemory,
-    Event,
-    FullEvent,
-    PipeWriter,
-    PipeReader,
-    Socket,
-    Path,
-    Zero,
-    Directory,
-    ReadOnlyMemory,
-    SealedMemory,
-    EmptyMemory,
-    Epoll,
-    Timer,
-    Itself,
-}
-
-/// Codes of messages.
-pub mod code {
-    #![allow(missing_docs, reason = "named as in the specification")]
-    pub const GET_FEATURES: u8 = 1;
-    pub const SET_FEATURES: u8 = 2;
-    pub const SET_OWNER: u8 = 3;
-    pub const SET_MEM_TABLE: u8 = 5;
-    pub const SET_LOG_BASE: u8 = 6;
-    pub const SET_VRING_NUM: u8 = 8;
-    pub const SET_VRING_ADDR: u8 = 9;
-    pub const SET_VRING_BASE: u8 = 10;
-    pub const GET_VRING_BASE: u8 = 11;
-    pub const SET_VRING_KICK: u8 = 12;
-    pub const SET_VRING_CALL: u8 = 13;
-    pub const SET_VRING_ERR: u8 = 14;
-    pub const GET_PROTOCOL_FEATURES: u8 = 15;
-    pub const SET_PROTOCOL_FEATURES: u8 = 16;
-    pub const GET_QUEUE_NUM: u8 = 17;
-    pub const SET_VRING_ENABLE: u8 = 18;
-    pub const SET_BACKEND_REQ_FD: u8 = 21;
-    pub const GET_CONFIG: u8 = 24;
-    pub const SET_CONFIG: u8 = 25;
-    pub const GET_INFLIGHT_FD: u8 = 31;
-    pub const SET_INFLIGHT_FD: u8 = 32;
-    pub const RESET_DEVICE: u8 = 34;
-    pub const GET_MAX_MEM_SLOTS: u8 = 36;
-    pub const ADD_MEM_REG: u8 = 37;
-    pub const REM_MEM_REG: u8 = 38;
-}
-
-/// What of a message an input has.
-pub struct Message<'a> {
-    /// Its code, or 0xff: then the payload begins with a header.
-    pub code: u8,
-    /// Flags other than the version. If bit 0 is set, the version is wrong.
-    pub flags: u8,
-    /// How much longer than it is the message claims to be.
-    pub surplus: i8,
-    /// What comes behind the header.
-    pub payload: &'a [u8],
-    /// Descriptors that come with it.
-    pub kinds: &'a [u8],
-}
-
-impl<'a> Message<'a> {
-    fn read(script: &mut Script<'a>) -> Self {
-        let (code, flags, surplus) = (script.u8(), script.u8(), script.u8().cast_signed());
-        let bytes = script.u8().into();
-        let payload = script.take(bytes);
-        let kinds = (script.u8() & 0x3f).into();
-        Self {
-            code,
-            flags,
-            surplus,
-            payload,
-            kinds: script.take(kinds),
-        }
-    }
-
-    /// The bytes of an input that stand for it.
-    pub fn input(&self) -> Vec<u8> {
-        let small = |slice: &[u8]| u8::try_from(slice.len()).expect("a short message");
-        let mut input = vec![
-            self.code,
-            self.flags,
-            self.surplus.cast_unsigned(),
-            small(self.payload),
-        ];
-        input.extend(self.payload);
-        input.push(small(self.kinds));
-        input.extend(self.kinds);
-        input
-    }
-
-    /// As it is on the socket.
-    fn bytes(&self) -> Vec<u8> {
-        if self.code == u8::MAX {
-            return self.payload.to_vec();
-        }
-        let size = self
-            .payload
-            .len()
-            .saturating_add_signed(self.surplus.into());
-        let size = u32::try_from(size).expect("a short message");
-        let header = [self.code.into(), u32::from(self.flags ^ 1), size];
-        let mut bytes = header.map(u32::to_ne_bytes).concat();
-        bytes.extend(self.payload);
-        bytes
-    }
-}
 
 /// What outlives an input: the disk, and descriptors to send.
 struct Machine {
@@ -275,9 +156,7 @@ impl Machine {
     /// One for all inputs, one input at a time.
     fn lock() -> MutexGuard<'static, Self> {
         static MACHINE: OnceLock<Mutex<Machine>> = OnceLock::new();
-        // As Rust's own start does; libFuzzer's does not.
-        // SAFETY: no handler is set, so none can run in a bad moment.
-        unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+        ignore_sigpipe();
         let machine = MACHINE.get_or_init(|| Mutex::new(Self::new()));
         machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -329,16 +208,16 @@ pub fn run(input: &[u8]) {
     let content_bytes = script.u16().into();
     let content = script.take(content_bytes);
     if content.is_empty() {
-        machine.set_memory(&seeds::guest_memory());
+        machine.set_memory(&prepared::guest_memory());
     } else {
         machine.set_memory(content);
     }
     let mut prepared = Vec::new();
     if options & NEGOTIATE != 0 {
-        prepared.extend(seeds::negotiation());
+        prepared.extend(prepared::negotiation());
     }
     if options & START != 0 {
-        prepared.extend(seeds::start());
+        prepared.extend(prepared::start());
     }
     let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
     ours.set_nonblocking(true).expect("a socket");

@@ -1,0 +1,21 @@
+//! What a script means by a number: a ring, or an address of the guest.
+
+use super::super::script::Script;
+
+/// Rings of the device.
+pub(super) const RINGS: u16 = 2;
+
+/// Most addresses are near the beginning, the others far away.
+pub(super) fn address(script: &mut Script<'_>) -> u64 {
+    match u64::from(script.u16()) {
+        near @ ..0xd000 => near,
+        end @ 0xd000..0xe000 => u64::MAX - (end & 0xfff),
+        high @ 0xe000..0xf000 => (1 << 32) + (high & 0xfff),
+        far => far << 40,
+    }
+}
+
+/// One of the rings.
+pub(super) fn ring(script: &mut Script<'_>) -> u16 {
+    u16::from(script.u8()) % RINGS
+}
