@@ -10,8 +10,8 @@
 //! - [`memory`] is guest memory with its dirty log.
 //!
 //! Invariants: every chain accepted from a virtqueue is completed once, by this process or by the
-//! next one; guest memory is written only between those two moments; whatever bytes the guest or
-//! the VMM sends, at most its own requests fail.
+//! next one; guest memory is written only between those two moments (I6); whatever bytes the guest
+//! or the VMM sends, at most its own requests fail (I7).
 
 #![forbid(unsafe_code)]
 

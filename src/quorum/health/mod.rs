@@ -415,9 +415,9 @@ impl Health {
     /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the
     /// guest will be told so. `durable`: it went to stable storage by itself.
     ///
-    /// A write that failed leaves old or new bytes on those that failed it, and the vote decides
-    /// which: nobody is known to be behind. Who was not asked, or has left the set or failed a
-    /// flush while the write ran, is behind in any case.
+    /// A write that failed leaves old or new bytes on the replicas that failed it, and the vote
+    /// decides which (W7): none of them becomes stale. A replica that was not asked, was evicted or
+    /// failed a flush while the write ran is stale in any case.
     ///
     /// `true` if with this a replica is stale that was stale nowhere.
     pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
