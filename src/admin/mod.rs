@@ -11,7 +11,7 @@ mod resize;
 
 use std::io;
 use std::sync::mpsc::Receiver;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use log::{info, warn};
 
@@ -19,7 +19,7 @@ use self::resize::Growers;
 pub use self::resize::NotGrown;
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::common::message::{Quoted, Reason};
-use crate::common::{ReplicaIndex, SECTOR_BYTES};
+use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::control::events::NodeNames;
 use crate::control::queue::EventQueue;
 use crate::device::Capacity;
@@ -200,7 +200,7 @@ impl Admin {
     /// # Errors
     /// If the image cannot be used; then nothing has changed.
     pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, AdminError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         if self.options.read_only {
             return Err(AdminError::ReadOnly);
@@ -227,7 +227,7 @@ impl Admin {
             let _ = self.workers.set_file(index, None);
             return Err(AdminError::Register { node_name, source });
         }
-        info!("replica {} is added", Quoted(&node_name));
+        info!(replica = node_name, file:% = source.path.display(); "replica added");
         self.names.set(index, &node_name);
         self.table.put(index, Arc::new(file));
         self.events.forget(index);
@@ -246,7 +246,7 @@ impl Admin {
     /// # Errors
     /// If the disk cannot do without it; then nothing has changed.
     pub fn remove_replica(&self, node_name: &str) -> Result<Removed, AdminError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         let index = self.index_of(node_name)?;
         let tell = |event| self.tell(event);
@@ -261,7 +261,7 @@ impl Admin {
             node_name: node_name.to_owned(),
             reason,
         })?;
-        info!("replica {} is removed", Quoted(node_name));
+        info!(replica = node_name; "replica removed");
         self.table.leaves(index);
         self.workers.tick_all();
         if self
@@ -271,8 +271,9 @@ impl Admin {
             return Ok(Removed::Closed);
         }
         warn!(
-            "{} does not answer; its image stays locked until the kernel has ended what is in flight there",
-            Quoted(node_name)
+            replica = node_name;
+            "removed replica does not answer: its image stays locked until the kernel has ended \
+             the operations in flight"
         );
         Ok(Removed::StillOpen)
     }
@@ -284,7 +285,7 @@ impl Admin {
     /// If the size is none for this disk, or a replica cannot have it; then the guest has seen
     /// nothing, and those that were made longer already are put back.
     pub fn resize(&self, size_bytes: u64) -> Result<(), AdminError> {
-        let _changing = self.changing.lock().unwrap_or_else(PoisonError::into_inner);
+        let _changing = self.changing.lock().expect(NOT_POISONED);
         if self.options.read_only {
             return Err(AdminError::ReadOnly);
         }
@@ -304,7 +305,7 @@ impl Admin {
             let sectors = size_bytes / SECTOR_BYTES;
             self.shared.grow(sectors);
             self.capacity.grow(sectors);
-            info!("the disk has grown to {size_bytes} bytes");
+            info!(size = size_bytes; "disk has grown");
         }
         for back_channel in &self.back_channels {
             back_channel.send_config_change();
@@ -414,8 +415,8 @@ fn close_released(
 ) {
     while let Ok(index) = released.recv() {
         if let Err(error) = workers.set_file(index, None) {
-            // The kernel goes on holding the file, but nothing is in flight there.
-            warn!("a removed replica is not let go: {error}");
+            // The io_uring keeps the file open, but nothing is in flight there.
+            warn!(error:%; "cannot close the image of a removed replica");
         }
         table.close(index);
     }

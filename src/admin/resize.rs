@@ -10,12 +10,13 @@
 use std::fmt;
 use std::io;
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use log::warn;
 
 use super::AdminError;
+use crate::common::NOT_POISONED;
 use crate::common::message::Quoted;
 use crate::limits::LAST_FLUSH_LIMIT;
 use crate::replica::file::{ImageIdentity, ReplicaFile};
@@ -137,10 +138,7 @@ pub(super) struct Growers {
 impl Growers {
     /// Whether one of these images has not been put back yet, because it did not answer in time.
     fn is_any_unsettled(&self, replicas: &[Arc<ReplicaFile>]) -> bool {
-        let unsettled = self
-            .unsettled
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let unsettled = self.unsettled.lock().expect(NOT_POISONED);
         replicas
             .iter()
             .any(|replica| unsettled.contains(&replica.identity))
@@ -227,7 +225,10 @@ impl Growers {
                 (Ok(Verdict::PutBack) | Err(_), Some(growth)) => growth.undo(),
             };
             if let Err(error) = &settled {
-                warn!("{} is longer than the disk: {error}", Quoted(&replica.path));
+                warn!(
+                    replica = replica.node_name, error:%;
+                    "image is longer than the disk: cannot restore its old size"
+                );
             }
             drop(unsettled);
             tell(Told::Settled(settled));
@@ -241,17 +242,14 @@ struct Unsettled(Arc<Mutex<Vec<ImageIdentity>>>, ImageIdentity);
 
 impl Unsettled {
     fn new(images: &Arc<Mutex<Vec<ImageIdentity>>>, image: ImageIdentity) -> Self {
-        images
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .push(image);
+        images.lock().expect(NOT_POISONED).push(image);
         Self(Arc::clone(images), image)
     }
 }
 
 impl Drop for Unsettled {
     fn drop(&mut self) {
-        let mut images = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut images = self.0.lock().expect(NOT_POISONED);
         images.retain(|image| *image != self.1);
     }
 }

@@ -4,12 +4,8 @@
 
 use std::process::ExitCode;
 
-use log::LevelFilter;
 use quorum_blk::config::{Config, Parsed};
-use quorum_blk::daemon::{self, service_manager};
-
-/// Overrides `-v`: a level, or levels by module, as `env_logger` reads them.
-const LOG_VARIABLE: &str = "QUORUM_BLKD_LOG";
+use quorum_blk::daemon::{self, logging, service_manager};
 
 fn main() -> ExitCode {
     let passed = match service_manager::take_passed_sockets() {
@@ -24,16 +20,9 @@ fn main() -> ExitCode {
         }
         Err(error) => return fail(&error),
     };
-    let level = match config.verbosity {
-        0 => LevelFilter::Warn,
-        1 => LevelFilter::Info,
-        2 => LevelFilter::Debug,
-        _ => LevelFilter::Trace,
-    };
-    env_logger::Builder::new()
-        .filter_level(level)
-        .parse_env(LOG_VARIABLE)
-        .init();
+    if let Err(error) = logging::start(&config.node_name, config.verbosity) {
+        return fail(&error);
+    }
     match daemon::run(&config) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
@@ -41,6 +30,6 @@ fn main() -> ExitCode {
 }
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {
-    eprintln!("quorum-blkd: {error}");
+    logging::print_error(error);
     ExitCode::FAILURE
 }

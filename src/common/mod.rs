@@ -16,3 +16,6 @@ mod sector;
 pub use self::errno::Errno;
 pub use self::replica_set::{ReplicaIndex, ReplicaSet};
 pub use self::sector::{SECTOR_BYTES, SectorRange};
+
+/// Why no lock is poisoned: a thread that panics ends the process.
+pub(crate) const NOT_POISONED: &str = "a panic ends the process";

@@ -1,4 +1,5 @@
-//! What the voter has to tell an operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD.
+//! What the engine reports to the operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD,
+//! and replicas that leave the set and return.
 
 use super::operation::OperationType;
 use super::{Errno, ReplicaIndex, SectorRange};
@@ -6,7 +7,7 @@ use super::{Errno, ReplicaIndex, SectorRange};
 /// A SHA-256 digest.
 pub type Digest = [u8; 32];
 
-/// One thing worth telling.
+/// One fact for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
     /// No quorum: the guest's request failed (QUORUM_FAILURE).
@@ -24,9 +25,13 @@ pub enum Report {
         operation: OperationType,
         /// Its range.
         range: SectorRange,
-        /// What was wrong.
+        /// Why it is reported.
         cause: Cause,
     },
+    /// A replica did not answer in time and was evicted.
+    Evicted(ReplicaIndex),
+    /// An evicted replica answered and is asked again.
+    Rejoined(ReplicaIndex),
 }
 
 /// Why a replica is reported.

@@ -147,7 +147,7 @@ pub(super) struct Options {
     #[arg(long)]
     print_capabilities: bool,
 
-    /// Log more; give it twice for still more
+    /// Log more: once for level debug, twice for trace [default: info]
     #[arg(short, long, action = clap::ArgAction::Count, help_heading = "Operator")]
     pub(super) verbose: u8,
 }

@@ -54,7 +54,7 @@ impl Door {
     }
 
     fn suspend(&mut self, error: &io::Error, epoll: &Epoll) {
-        warn!("nobody can be accepted for now: {error}");
+        warn!(error:%; "cannot accept a client; trying again later");
         let fd = self.listener.socket().as_raw_fd();
         // Should it fail, the thread spins for the length of the pause.
         let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());

@@ -16,7 +16,7 @@ use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::time::Duration;
 
-use super::events::{Event, News};
+use super::events::{Event, Notice};
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex};
@@ -30,15 +30,17 @@ enum Kind {
     Error(ReplicaIndex, OperationType, Errno),
     /// Whatever the error: where kinds go when a replica's errors are too various to be kept apart.
     AnyError(ReplicaIndex, OperationType),
-    /// Only somebody who pauses and resumes a job over and over makes many of these.
+    Evicted(ReplicaIndex),
+    Rejoined(ReplicaIndex),
+    /// There are many of these only if a job is paused and resumed over and over.
     Job(JobId, JobStatus),
 }
 
 impl Kind {
-    fn of(news: &News) -> Self {
-        let report = match news {
-            News::Report(report) => report,
-            News::Job(event) => return Self::Job(event.job.id, event.job.status),
+    fn of(notice: &Notice) -> Self {
+        let report = match notice {
+            Notice::Report(report) => report,
+            Notice::Job(event) => return Self::Job(event.job.id, event.job.status),
         };
         match report {
             Report::Failure { operation, .. } => Self::Failure(*operation),
@@ -51,6 +53,8 @@ impl Kind {
                 Cause::Corrupt(_) => Self::Corrupt(*replica, *operation),
                 Cause::Error(errno) => Self::Error(*replica, *operation, *errno),
             },
+            Report::Evicted(replica) => Self::Evicted(*replica),
+            Report::Rejoined(replica) => Self::Rejoined(*replica),
         }
     }
 }
@@ -99,7 +103,7 @@ impl Fold {
     pub(super) fn push(&mut self, now: Duration, mut event: Event) -> bool {
         let limits = self.limits;
         let was_empty = self.ready.is_empty();
-        let kind = self.kind(&event.news);
+        let kind = self.kind(&event.notice);
         let fresh = Window {
             ends_at: now.saturating_add(limits.window),
             sent: 0,
@@ -165,8 +169,8 @@ impl Fold {
         self.take(Duration::MAX).0
     }
 
-    fn kind(&self, news: &News) -> Kind {
-        let kind = Kind::of(news);
+    fn kind(&self, notice: &Notice) -> Kind {
+        let kind = Kind::of(notice);
         match kind {
             Kind::Error(replica, operation, _)
                 if self.windows.len() >= self.limits.kinds_max
@@ -196,7 +200,7 @@ mod tests {
     /// An event that remembers by its sector when it was pushed.
     fn event(errno: i32, serial: u64) -> Event {
         Event {
-            news: News::Report(Report::Bad {
+            notice: Notice::Report(Report::Bad {
                 replica: ReplicaIndex(0),
                 operation: OperationType::Read,
                 range: SectorRange::new(serial, 1),
@@ -208,8 +212,8 @@ mod tests {
     }
 
     fn parts(event: &Event) -> (i32, u64) {
-        match &event.news {
-            News::Report(Report::Bad {
+        match &event.notice {
+            Notice::Report(Report::Bad {
                 range,
                 cause: Cause::Error(errno),
                 ..
@@ -272,7 +276,7 @@ mod tests {
             "another errno is another kind"
         );
         let mut wrong = event(5, 5);
-        wrong.news = News::Report(Report::Failure {
+        wrong.notice = Notice::Report(Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(5, 1),
         });

@@ -17,6 +17,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::Operator;
 use super::metrics::{CONTENT_TYPE, render};
+use crate::common::NOT_POISONED;
 use crate::limits::{METRICS_CONNECTIONS_MAX, METRICS_LIMIT, METRICS_REQUEST_BYTES_MAX};
 
 /// Headers of a request, more than any client sends.
@@ -55,9 +56,9 @@ impl MetricsServer {
             let thread = thread.spawn(move || accept_all(&listener, &*operator, &stop))?;
             server.threads.push(thread);
         }
-        info!("metrics at http://{address}/metrics");
+        info!(url:% = format_args!("http://{address}/metrics"); "serving metrics");
         if !address.ip().is_loopback() {
-            warn!("metrics at {address} can be read by other hosts, by anybody who reaches them");
+            warn!(address:%; "metrics have no authentication, and other hosts can read them");
         }
         Ok(server)
     }
@@ -68,9 +69,7 @@ impl Drop for MetricsServer {
         // The counter cannot overflow. Nobody reads it, so every thread sees it.
         let _ = self.stop.write(1);
         for thread in self.threads.drain(..) {
-            if thread.join().is_err() {
-                warn!("a thread that served metrics had panicked");
-            }
+            thread.join().expect(NOT_POISONED);
         }
     }
 }
@@ -80,7 +79,7 @@ fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &EventFd) {
         match listener.accept() {
             Ok((stream, peer)) => {
                 if let Err(error) = serve(&stream, operator, stop) {
-                    debug!("{peer} got no metrics: {error}");
+                    debug!(peer:%, error:%; "metrics request failed");
                 }
             }
             // Another thread was first, or the client has left.
@@ -90,7 +89,7 @@ fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &EventFd) {
                     ErrorKind::WouldBlock | ErrorKind::ConnectionAborted | ErrorKind::Interrupted
                 ) => {}
             Err(error) => {
-                warn!("nobody can be accepted for metrics for now: {error}");
+                warn!(error:%; "cannot accept a metrics client; trying again later");
                 std::thread::sleep(ACCEPT_PAUSE);
             }
         }

@@ -23,7 +23,7 @@ use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
 use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
 
-use super::events::News;
+use super::events::Notice;
 
 /// The size that buckets begin with: 4 KiB.
 const BUCKET_SECTORS_MIN: u64 = 8;
@@ -108,16 +108,16 @@ impl DiskMap {
     }
 
     /// Takes in what is told to the operator.
-    pub(super) fn record(&mut self, news: &News) {
-        match news {
-            News::Job(event) => self.job_changed(event),
-            News::Report(Report::Failure { operation, range }) => {
+    pub(super) fn record(&mut self, notice: &Notice) {
+        match notice {
+            Notice::Job(event) => self.job_changed(event),
+            Notice::Report(Report::Failure { operation, range }) => {
                 self.count(DISK, *range, |bucket, _| bucket.errors += 1);
                 if *operation == OperationType::Read {
                     self.row(DISK).mark_unresolved(*range);
                 }
             }
-            News::Report(Report::Bad {
+            Notice::Report(Report::Bad {
                 replica,
                 range,
                 cause,
@@ -144,6 +144,7 @@ impl DiskMap {
                     }
                 }
             },
+            Notice::Report(Report::Evicted(_) | Report::Rejoined(_)) => {}
         }
     }
 
@@ -255,8 +256,8 @@ mod tests {
         SectorRange::new(start, count)
     }
 
-    fn bad(range: SectorRange, cause: Cause) -> News {
-        News::Report(Report::Bad {
+    fn bad(range: SectorRange, cause: Cause) -> Notice {
+        Notice::Report(Report::Bad {
             replica: REPLICA,
             operation: OperationType::Read,
             range,
@@ -264,7 +265,7 @@ mod tests {
         })
     }
 
-    fn wrong(runs: &[SectorRange], sectors: u64) -> News {
+    fn wrong(runs: &[SectorRange], sectors: u64) -> Notice {
         let evidence = Evidence {
             bad_sectors: runs.to_vec(),
             bad_sectors_cut: runs.iter().map(|run| run.count).sum::<u64>() < sectors,
@@ -275,8 +276,8 @@ mod tests {
         bad(range(0, 1 << 20), Cause::Corrupt(evidence))
     }
 
-    fn scrub(id: &str, what: JobChange, status: JobStatus, error: Option<JobFailure>) -> News {
-        News::Job(JobEvent {
+    fn scrub(id: &str, what: JobChange, status: JobStatus, error: Option<JobFailure>) -> Notice {
+        Notice::Job(JobEvent {
             job: JobInfo {
                 id: id.parse().unwrap(),
                 kind: JobKind::Scrub { repair: false },
@@ -332,7 +333,7 @@ mod tests {
         let mut map = DiskMap::new();
         for operation in [OperationType::Read, OperationType::Write] {
             let range = range(8, 8);
-            map.record(&News::Report(Report::Failure { operation, range }));
+            map.record(&Notice::Report(Report::Failure { operation, range }));
         }
         assert_eq!(buckets(&map, None)[0].1.errors, 2);
         assert_eq!(map.undecided_sectors(), 8);

@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use log::{debug, info, log, warn};
+use log::{debug, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Operator;
@@ -26,6 +26,7 @@ use super::events::Names;
 use super::qmp::executor::Executor;
 use super::queue::EventQueue;
 use super::socket::Listener;
+use crate::common::NOT_POISONED;
 use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 
 /// How long [`Publisher::stop`] waits for clients that are behind.
@@ -87,12 +88,8 @@ impl Publisher {
 impl Drop for Publisher {
     fn drop(&mut self) {
         self.queue.close();
-        if self
-            .thread
-            .take()
-            .is_some_and(|thread| thread.join().is_err())
-        {
-            warn!("the event publisher had panicked; events were lost");
+        if let Some(thread) = self.thread.take() {
+            thread.join().expect(NOT_POISONED);
         }
     }
 }
@@ -120,8 +117,8 @@ enum Kind {
 impl Kind {
     fn name(self) -> &'static str {
         match self {
-            Self::Reader => "a reader of events",
-            Self::Monitor => "a client of the monitor",
+            Self::Reader => "event reader",
+            Self::Monitor => "monitor client",
         }
     }
 
@@ -181,16 +178,10 @@ impl Server {
             for round in batch.events.chunks(EVENTS_PER_ROUND) {
                 let lines: Vec<(Vec<u8>, u64)> = round
                     .iter()
-                    .map(|event| (event.to_line(&self.names), event.stands_for()))
+                    .filter_map(|event| Some((event.to_line(&self.names)?, event.stands_for())))
                     .collect();
                 self.send(&lines);
-                for (event, (line, _)) in round.iter().zip(&lines) {
-                    log!(
-                        event.news.level(),
-                        "{}",
-                        String::from_utf8_lossy(line).trim_end()
-                    );
-                }
+                round.iter().for_each(|event| event.log(&self.names));
             }
             if batch.last {
                 return self.finish();
@@ -217,7 +208,7 @@ impl Server {
         while self.clients.values().any(|(_, client)| client.is_behind()) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                info!("who had not read all by the end is cut off");
+                info!("clients have not read everything; disconnecting them");
                 break;
             }
             self.wait(Some(left));
@@ -294,12 +285,9 @@ impl Server {
                 .filter(|(other, _)| *other == kind)
                 .count();
             if present >= kind.most() {
-                info!(
-                    "{} was turned away: there are {present} already",
-                    kind.name()
-                );
+                info!(clients = present; "{} turned away: too many clients", kind.name());
             } else if let Err(error) = self.admit(kind, stream) {
-                warn!("{} was turned away: {error}", kind.name());
+                warn!(error:%; "{} turned away", kind.name());
             }
         }
     }
@@ -337,7 +325,7 @@ impl Server {
                 .ctl(ControlOperation::Modify, client.as_raw_fd(), event);
         }
         if let Err(error) = result {
-            debug!("{} left: {error}", kind.name());
+            debug!(error:%; "{} disconnected", kind.name());
             // Closing the fd takes it out of the epoll set.
             self.clients.remove(&token);
         }

@@ -8,15 +8,15 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use super::events::{Event, News};
+use super::events::{Event, Notice};
 use super::fold::{Fold, FoldLimits};
 use super::map::DiskMap;
-use crate::common::{ReplicaIndex, SectorRange};
+use crate::common::{NOT_POISONED, ReplicaIndex, SectorRange};
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
 
 /// Twice (see [`FoldLimits::ready_max`]) what a burst of every replica comes to.
@@ -70,13 +70,13 @@ impl EventQueue {
     }
 
     /// Hands over news of this moment. Never waits for a reader, never fails.
-    pub fn push(&self, news: impl Into<News>) {
+    pub fn push(&self, notice: impl Into<Notice>) {
         let event = Event {
-            news: news.into(),
+            notice: notice.into(),
             made_at: SystemTime::now(),
             suppressed: 0,
         };
-        self.map().record(&event.news);
+        self.map().record(&event.notice);
         let wake = {
             let mut state = self.state();
             state.fold.push(self.opened_at.elapsed(), event)
@@ -100,7 +100,7 @@ impl EventQueue {
     /// Where on the disk which replica was bad.
     pub(super) fn map(&self) -> MutexGuard<'_, DiskMap> {
         // Counts and ranges are whole between any two statements that could panic.
-        self.map.lock().unwrap_or_else(PoisonError::into_inner)
+        self.map.lock().expect(NOT_POISONED)
     }
 
     /// In how many sectors a replica was wrong when they were last looked at.
@@ -147,7 +147,7 @@ impl EventQueue {
 
     fn state(&self) -> MutexGuard<'_, State> {
         // Counts and lists are whole between any two statements that could panic.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().expect(NOT_POISONED)
     }
 }
 

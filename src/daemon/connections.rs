@@ -3,13 +3,14 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
-use log::{error, warn};
+use log::{info, warn};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{Error, system};
+use crate::common::NOT_POISONED;
 use crate::control::socket::Listener;
 use crate::device::frontend::Frontend;
 use crate::limits::CONNECTIONS_MAX;
@@ -81,7 +82,7 @@ struct Current {
 
 impl Slots {
     fn current(&self) -> MutexGuard<'_, Current> {
-        self.current.lock().unwrap_or_else(PoisonError::into_inner)
+        self.current.lock().expect(NOT_POISONED)
     }
 
     /// Returns when all connections that were closed by their frontends have been drained. Who
@@ -91,16 +92,13 @@ impl Slots {
         let any_closed =
             |current: &mut Current| current.connections.iter().flatten().any(is_closed);
         let waited = self.freed.wait_while(self.current(), any_closed);
-        drop(waited.unwrap_or_else(PoisonError::into_inner));
+        drop(waited.expect(NOT_POISONED));
     }
 
     /// Gives a free slot to a connection, if there is one.
     fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
         let mut current = self.current();
-        // A frontend whose thread has panicked is of no use any more.
-        let is_free = |slot: &usize| {
-            current.connections[*slot].is_none() && !self.frontends[*slot].is_poisoned()
-        };
+        let is_free = |slot: &usize| current.connections[*slot].is_none();
         let free = (0..self.frontends.len()).find(is_free);
         if let Some(slot) = free {
             current.connections[slot] = Some(connection.try_clone()?);
@@ -121,24 +119,21 @@ impl Slots {
         let is_connected = |slot: &usize| self.current().connections[*slot].is_some();
         for slot in (0..self.frontends.len()).filter(is_connected) {
             let frontend = self.frontends[slot].lock();
-            frontend
-                .unwrap_or_else(PoisonError::into_inner)
-                .stop_virtqueues();
+            frontend.expect(NOT_POISONED).stop_virtqueues();
         }
         self.current().connections.iter().flatten().for_each(end);
     }
 
     /// Serves the connection that has the slot until it ends.
     fn serve(&self, slot: usize, connection: UnixStream) {
-        /// Frees the slot whatever happens, since others may be waiting for that.
-        struct Free<'a>(&'a Slots, usize);
-        impl Drop for Free<'_> {
-            fn drop(&mut self) {
-                self.0.free(self.1);
+        info!(connection = slot; "frontend connected");
+        match Frontend::serve(&self.frontends[slot], connection) {
+            None => info!(connection = slot; "frontend disconnected"),
+            Some(error) => {
+                warn!(connection = slot, error:%; "frontend disconnected: its message is invalid");
             }
         }
-        let _free = Free(self, slot);
-        Frontend::serve(&self.frontends[slot], connection);
+        self.free(slot);
     }
 }
 
@@ -190,9 +185,7 @@ impl Connections {
         self.slots.end_all();
         // The counter cannot overflow.
         let _ = self.stop.write(1);
-        if self.thread.join().is_err() {
-            error!("a frontend thread panicked");
-        }
+        self.thread.join().expect(NOT_POISONED);
     }
 }
 
@@ -214,7 +207,7 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
                 Err(error) => {
                     // For want of descriptors or memory; that may pass, and the disk must not go
                     // for it.
-                    warn!("cannot accept a connection: {error}");
+                    warn!(error:%; "cannot accept the connection of a frontend");
                     std::thread::sleep(std::time::Duration::from_millis(100));
                     continue;
                 }
@@ -223,11 +216,11 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
             let slot = match slots.take(&connection) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
-                    warn!("a frontend is turned away: {CONNECTIONS_MAX} are connected");
+                    warn!(connections = CONNECTIONS_MAX; "frontend turned away: too many connections");
                     continue;
                 }
                 Err(error) => {
-                    warn!("cannot serve a connection: {error}");
+                    warn!(error:%; "cannot serve a frontend");
                     continue;
                 }
             };
@@ -235,7 +228,7 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
             let serving = thread.spawn_scoped(scope, move || slots.serve(slot, connection));
             if let Err(error) = serving {
                 slots.free(slot);
-                warn!("cannot serve a connection: {error}");
+                warn!(error:%; "cannot serve a frontend");
             }
         }
     });

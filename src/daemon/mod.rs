@@ -6,7 +6,9 @@
 //! the exit status says so; an image that the kernel may still write to stays locked until it has.
 
 mod connections;
+pub mod logging;
 mod operator;
+mod panic_hook;
 pub mod service_manager;
 mod signals;
 
@@ -18,7 +20,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::Instant;
 
-use log::{debug, error, info, warn};
+use log::{error, info, warn};
 use sd_notify::NotifyState;
 
 use self::connections::{Connections, FrontendListener};
@@ -173,8 +175,6 @@ pub fn run(config: &Config) -> Result<(), Error> {
             )
         });
     let mut unanswered = workers.exit();
-    let counters = &disk.shared.counters;
-    debug!("{counters:?}");
     let ended = served.map(|(publisher, reason)| {
         let in_service = disk.shared.in_service();
         let flushed = flush(&table, in_service, config.read_only, &mut unanswered);
@@ -186,8 +186,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     // back here.
     for replica in table.close_all(unanswered) {
         warn!(
-            "{} does not answer; it stays locked until the kernel has ended what is in flight there",
-            Quoted(&replica.path)
+            replica = replica.node_name;
+            "replica does not answer: its image stays locked until the kernel has ended the \
+             operations in flight"
         );
     }
     match ended? {
@@ -251,11 +252,21 @@ fn serve(
         config.replicas.len(),
         disk.policy.threshold
     );
-    info!("{status}");
+    info!(
+        size = disk.info.capacity.bytes(),
+        replicas = config.replicas.len(),
+        "vote-threshold" = disk.policy.threshold;
+        "serving the disk"
+    );
     service_manager::tell(&[NotifyState::Ready, NotifyState::Status(&status)]);
     // Senders live as long as this function, so there is always a reason.
     let reason = stopped.recv().unwrap_or(Stop::Requested);
-    info!("stopping: {reason:?}");
+    let cause = match &reason {
+        Stop::Requested => "requested",
+        Stop::ContentsDiffer(_) => "replicas differ",
+        Stop::Broken(_) => "worker failed",
+    };
+    info!(reason = cause; "stopping");
     service_manager::tell(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
     connections.stop();
     Ok((publisher, reason))
@@ -340,8 +351,11 @@ fn flush(
     let replicas = replicas.in_use();
     let mut failed = |index: ReplicaIndex, source: io::Error| {
         let named = replicas.iter().find(|(replica, _)| *replica == index);
-        let path = named.map(|(_, file)| file.path.clone()).unwrap_or_default();
-        error!("{}: the last flush failed: {source}", Quoted(&path));
+        let (path, node_name) = match named {
+            Some((_, file)) => (file.path.clone(), file.node_name.as_str()),
+            None => Default::default(),
+        };
+        error!(replica = node_name, error:% = Reason(&source); "the last flush failed");
         result = Err(Error::LastFlush { path, source });
     };
     let (done, is_done) = channel();

@@ -4,14 +4,14 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use clap::ValueEnum as _;
 
 use crate::admin::{Admin, AdminError};
 use crate::common::message::Quoted;
 use crate::common::operation::OperationType;
-use crate::common::{ReplicaIndex, SECTOR_BYTES};
+use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Cache, Config, check_node_name};
 use crate::control::map_state::{MapState, ReplicaPlaces};
 use crate::control::queue::EventQueue;
@@ -21,7 +21,7 @@ use crate::control::state::{
 use crate::control::{Change, JobOrder, Operator};
 use crate::device::Capacity;
 use crate::engine::Shared;
-use crate::jobs::{JobInfo, JobKind, UnknownJob};
+use crate::jobs::{JobInfo, UnknownJob};
 use crate::limits::REPLICAS_MAX;
 use crate::replica::file::{ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
@@ -121,7 +121,7 @@ impl DiskOperator {
     }
 
     fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, PathBuf>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.nodes.lock().expect(NOT_POISONED)
     }
 
     fn replicas(&self) -> Vec<ReplicaState> {
@@ -209,10 +209,10 @@ impl Operator for DiskOperator {
             current_progress: job.current_bytes,
             total_progress: job.total_bytes,
             error: job.error.map(|error| error.to_string()),
-            node_name: match job.kind {
-                JobKind::Resync(replica) => Some(names.get(replica).to_string()),
-                JobKind::Scrub { .. } | JobKind::NeighbourhoodScrub => None,
-            },
+            node_name: job
+                .kind
+                .replica()
+                .map(|replica| names.get(replica).to_string()),
             speed: job.speed_bytes,
             corrupt_sectors_found: job.corrupt_sectors_found,
             sectors_written: job.sectors_written,

@@ -36,6 +36,6 @@ pub fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
 /// Tells the service manager, if there is one that wants to know.
 pub(super) fn tell(news: &[NotifyState<'_>]) {
     if let Err(error) = sd_notify::notify(news) {
-        warn!("the service manager cannot be told of the daemon's state: {error}");
+        warn!(error:%; "cannot notify the service manager");
     }
 }

@@ -46,7 +46,7 @@ impl Signals {
                     // SAFETY: the set is initialised and `signal` is valid for the write.
                     while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
                     if !first {
-                        error!("signal {signal} again: ending at once");
+                        error!(signal; "second signal: exiting without draining requests");
                         std::process::exit(128 + signal);
                     }
                     let _ = stop.send(Stop::Requested);

@@ -72,7 +72,7 @@ impl BackChannel {
                 warn!("the frontend does not read its back channel");
             }
             Some(Err(error)) => {
-                warn!("the back channel to the frontend is closed: {error}");
+                warn!(error:%; "the back channel to the frontend failed and is closed");
                 state.socket = None;
             }
         }

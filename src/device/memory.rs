@@ -187,7 +187,7 @@ impl DirtyLog {
         let on = state.wanted && state.area.is_some();
         if self.on.swap(on, Ordering::Relaxed) != on {
             let state = ["off", "on"][usize::from(on)];
-            info!("the dirty log of a migration is switched: log={state}");
+            info!(log = state; "the dirty log of a migration is switched");
         }
     }
 

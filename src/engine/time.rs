@@ -129,6 +129,7 @@ impl Engine {
                         range,
                         cause: Cause::Error(Errno(libc::ETIMEDOUT)),
                     });
+                    effects.report(Report::Evicted(replica));
                     effects.health_changed();
                 }
             }
@@ -157,6 +158,7 @@ impl Engine {
                     .change_health(|health| health.rejoin(replica, worker))
             {
                 Counters::add(&core.shared.counters.of(replica).rejoins, 1);
+                effects.report(Report::Rejoined(replica));
                 effects.health_changed();
             }
         }

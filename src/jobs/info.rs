@@ -48,6 +48,14 @@ pub enum JobKind {
 }
 
 impl JobKind {
+    /// The replica that a resync copies to.
+    pub fn replica(self) -> Option<ReplicaIndex> {
+        match self {
+            Self::Resync(replica) => Some(replica),
+            Self::Scrub { .. } | Self::NeighbourhoodScrub => None,
+        }
+    }
+
     /// The kind in events and commands.
     pub fn name(self) -> &'static str {
         match self {

@@ -260,6 +260,8 @@ impl World {
                 *failures += 1;
                 return Ok(());
             }
+            Report::Evicted(replica) => return self.check_eviction(replica.as_usize()),
+            Report::Rejoined(_) => return Ok(()),
             Report::Bad {
                 replica,
                 operation,
@@ -505,6 +507,8 @@ fn show(result: Result<&[Option<Value>], ()>) -> String {
 fn show_report(report: &Report) -> String {
     match report {
         Report::Failure { operation, .. } => format!("QUORUM_FAILURE {operation:?}"),
+        Report::Evicted(replica) => format!("replica {} evicted", replica.0),
+        Report::Rejoined(replica) => format!("replica {} rejoined", replica.0),
         Report::Bad {
             replica,
             operation,

@@ -139,10 +139,7 @@ fn run_worker(
     };
     let _ = ready.send(Ok(()));
     if let Err(error) = worker.run() {
-        error!(
-            "worker {} stops because its io_uring failed: {error}",
-            index.0
-        );
+        error!(worker = index.0, error:%; "worker stops: its io_uring failed");
         let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
     }
     // Before the worker is dropped: with operations in flight that may take for ever.

@@ -174,6 +174,14 @@ impl Disk {
         Client::connect(&self.socket, self.plan.queues)
     }
 
+    /// What the daemon wrote to its log so far.
+    pub fn log(&self) -> String {
+        match &*self.program.borrow() {
+            Program::Ours(daemon) => daemon.log(),
+            Program::Peer(_) => panic!("the peer has no log of the daemon"),
+        }
+    }
+
     /// The process that serves it.
     pub fn process_id(&self) -> u32 {
         match &*self.program.borrow() {

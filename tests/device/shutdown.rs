@@ -114,7 +114,7 @@ fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
     assert!(
         disk.daemon
             .log()
-            .contains("does not answer; it stays locked")
+            .contains("does not answer: its image stays locked")
     );
     // The process is gone, its writes are not.
     let refused = disk.second_daemon();
@@ -140,7 +140,7 @@ fn a_flush_that_hangs_delays_no_more_than_the_last_of_the_process() {
     let says_so = || {
         disk.daemon
             .log()
-            .contains("does not answer; it stays locked")
+            .contains("does not answer: its image stays locked")
     };
     assert!(wait_until(HANG_LIMIT, says_so));
     let are_gone = || !disk.daemon.socket().exists() && !disk.daemon.events_socket().exists();

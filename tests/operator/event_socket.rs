@@ -16,7 +16,7 @@ use testkit::machine::measure;
 use quorum_blk::common::operation::OperationType;
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::control::events::{Names, NodeNames};
+use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::Publisher;
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::control::socket::{BindError, Listener, bind_unix_listener};
@@ -419,12 +419,11 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        let line = record.args().to_string();
-        if line.contains("only-logged") {
+        let field = |name: &str| record.key_values().get(name.into());
+        if field("replica").is_some_and(|replica| replica.to_string() == "only-logged") {
             assert_eq!(record.level(), log::Level::Warn);
-            let event: Value = serde_json::from_str(&line).unwrap();
-            let sector = event["data"]["sector-num"].as_u64().unwrap();
-            self.0.lock().unwrap().push(sector);
+            let sector = field("sector-num").unwrap().to_string().parse();
+            self.0.lock().unwrap().push(sector.unwrap());
         }
     }
 
@@ -437,12 +436,12 @@ fn without_a_socket_each_event_sent_is_logged_once() {
     log::set_max_level(log::LevelFilter::Warn);
     let queue = EventQueue::new().unwrap();
     let names = Names {
-        reference: "only-logged".into(),
-        nodes: NodeNames::default(),
+        reference: "quorum0".into(),
+        nodes: ["only-logged"].into_iter().collect(),
     };
     let publisher = Publisher::spawn(None, None, queue.clone(), names).unwrap();
     for sector in 0..1000 {
-        queue.push(failure(sector));
+        queue.push(error(0, libc::EIO, sector));
     }
     publisher.stop();
     let logged = LOG.0.lock().unwrap();

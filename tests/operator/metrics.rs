@@ -27,12 +27,12 @@ struct Served {
 fn serve(address: &str) -> Served {
     let directory = tempfile::tempdir().unwrap();
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 20));
-    arguments.extend(["-v", "--rewrite-corrupted", "--metrics", address].map(OsString::from));
+    arguments.extend(["--rewrite-corrupted", "--metrics", address].map(OsString::from));
     let daemon = Daemon::start(directory.path(), arguments);
     let mut port = None;
     wait_until(HANG_LIMIT, || {
         let log = daemon.log();
-        let told = log.split("metrics at http://").nth(1);
+        let told = log.split("serving metrics url=http://").nth(1);
         let told: Option<SocketAddr> = told.and_then(|rest| rest.split('/').next()?.parse().ok());
         port = told.map(|address| address.port());
         port.is_some()
@@ -229,7 +229,7 @@ fn an_address_that_others_reach_is_told() {
     let served = serve("0.0.0.0:0");
     served.scrape();
     let log = served.daemon.log();
-    assert!(log.contains("can be read by other hosts"), "{log}");
+    assert!(log.contains("other hosts can read them"), "{log}");
     let local = serve("0");
     assert!(!local.daemon.log().contains("other hosts"));
 }

@@ -1,5 +1,7 @@
 //! The daemon as a program: how it starts, what it refuses, what `make install` installs.
 
 mod installation;
+mod logging;
+mod panics;
 mod socket_activation;
 mod start_up;

@@ -539,7 +539,11 @@ fn a_signal_ends_it_and_nothing_is_left() {
             }
             assert_eq!(running.end(signal), Some(0), "{}", running.log());
             assert_eq!(place.sockets(), Vec::<String>::new());
-            assert_eq!(running.log(), "", "by default only what is wrong is told");
+            let log = running.log();
+            assert!(
+                log.lines().all(|line| line.contains(" INFO disk=")),
+                "{log}"
+            );
             drop((silent, working));
         }
     }
@@ -587,17 +591,19 @@ fn sockets_are_the_owners() {
 
 #[test]
 fn as_much_is_logged_as_was_asked_for() {
-    const INFO: &str = " INFO  quorum_blk";
-    const DEBUG: &str = " DEBUG quorum_blk";
+    const INFO: &str = " INFO disk=";
+    const DEBUG: &str = " DEBUG disk=";
     for (arguments, environment, info, debug) in [
-        (&[][..], None, false, false),
-        (&["-v"], None, true, false),
+        (&[][..], None, true, false),
+        (&["-v"], None, true, true),
         (&["-v", "-v"], None, true, true),
         (&["-vv"], None, true, true),
-        (&["--verbose"], None, true, false),
+        (&["--verbose"], None, true, true),
+        (&[], Some(""), true, false),
         (&[], Some("info"), true, false),
         (&[], Some("debug"), true, true),
         (&[], Some("error"), false, false),
+        (&[], Some("off,quorum_blk::worker=debug"), false, true),
         // The variable has the last word.
         (&["-vv"], Some("warn"), false, false),
         (&["-v"], Some("debug"), true, true),

@@ -53,8 +53,8 @@ const CACHED_FROM: u64 = 48 * MIB;
 const CACHED_BYTES: u64 = 8 * MIB;
 
 /// What the daemon logs.
-const LOGGED: &str = "writes to guest memory are logged";
-const NOT_LOGGED: &str = "writes to guest memory are not logged any more";
+const LOGGED: &str = "the dirty log of a migration is switched log=on";
+const NOT_LOGGED: &str = "the dirty log of a migration is switched log=off";
 
 /// Writes past the guest's page cache, reads back, compares.
 const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n % 256)); \
@@ -80,7 +80,7 @@ fn a_guest_under_load_moves_to_another_qemu() {
     let [read, cached] = fill(&images);
     let mut arguments = replica_arguments(&images);
     // No replica is slow here, but the machine may be.
-    arguments.extend(["-v", "--num-queues", "2", "--replica-timeout", "60000"].map(Into::into));
+    arguments.extend(["--num-queues", "2", "--replica-timeout", "60000"].map(Into::into));
     let mut daemon = Daemon::start(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let start = |name: &str, incoming: Option<&str>| {

@@ -19,7 +19,7 @@ fn a_running_guest_sees_the_new_size_and_uses_it() {
     let mut arguments = replica_arguments(&images);
     arguments.extend(["--qmp".into(), monitor.clone().into()]);
     // Nothing hangs here; the machine may be slow.
-    arguments.extend(["--replica-timeout", "30000", "-vv"].map(Into::into));
+    arguments.extend(["--replica-timeout", "30000", "-v"].map(Into::into));
     let mut daemon = Daemon::start(directory.path(), arguments);
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();
     let mut monitor = Monitor::connect(&monitor);

@@ -4,12 +4,13 @@
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::debug;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::session::Call;
+use crate::common::NOT_POISONED;
 use crate::control::Operator;
 
 /// Dropping it ends the thread after the calls that were sent; nobody waits for that.
@@ -27,7 +28,7 @@ struct Done {
 
 impl Done {
     fn replies(&self) -> MutexGuard<'_, Vec<(u64, Vec<u8>)>> {
-        self.replies.lock().unwrap_or_else(PoisonError::into_inner)
+        self.replies.lock().expect(NOT_POISONED)
     }
 }
 
@@ -43,7 +44,7 @@ impl Executor {
             .name("monitor".into())
             .spawn(move || {
                 for (client, call) in waiting {
-                    debug!("the monitor runs {}", call.name());
+                    debug!(command = call.name(); "monitor command");
                     let reply = call.run(&*operator);
                     thread_done.replies().push((client, reply));
                     // The counter cannot overflow: each write adds one.

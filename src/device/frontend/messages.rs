@@ -37,7 +37,7 @@ impl Frontend {
     fn layout(&self, inflight: &VhostUserInflight) -> Result<inflight::Layout> {
         let (num_queues, queue_size) = (inflight.num_queues, inflight.queue_size);
         inflight::Layout::new(num_queues, queue_size, self.info.num_queues)
-            .inspect_err(|error| warn!("the inflight region is rejected: {error}"))
+            .inspect_err(|error| warn!(error:%; "the inflight region is rejected"))
             .map_err(failed)
     }
 
@@ -86,7 +86,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         if features & !config_space::features(&self.info) != 0 {
             return Err(Error::InvalidParam);
         }
-        debug!("the driver accepted features {features:#x}");
+        debug!(features:% = format_args!("{features:#x}"); "the driver accepted features");
         self.choices.set_features(features);
         // Before the refresh below: after it no worker is in a write that it has begun unlogged.
         self.log
@@ -298,7 +298,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let layout = self.layout(inflight)?;
         let region = inflight::Region::map(layout, file, inflight.mmap_offset, inflight.mmap_size);
-        let region = region.inspect_err(|error| warn!("the inflight region is rejected: {error}"));
+        let region = region.inspect_err(|error| warn!(error:%; "the inflight region is rejected"));
         let region = region.map_err(failed)?;
         match region.writeback() {
             Some(writeback) => self.choices.cache_mode.set_writeback(writeback),

@@ -19,7 +19,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use log::{info, warn};
+use log::info;
 use vhost::vhost_user::{BackendReqHandler, Error, Result};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
@@ -87,14 +87,12 @@ impl Frontend {
         }
     }
 
-    /// Serves one connection until it ends, and leaves the device ready for the next one.
-    pub fn serve(this: &Arc<Mutex<Self>>, connection: UnixStream) {
-        info!("a frontend has connected");
+    /// Serves one connection until it ends, and leaves the device ready for the next one. Returns
+    /// the error that ended it, `None` if the frontend disconnected.
+    pub fn serve(this: &Arc<Mutex<Self>>, connection: UnixStream) -> Option<Error> {
         match Self::handle_messages(this, connection) {
-            Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => {
-                info!("the frontend has disconnected");
-            }
-            error => warn!("the connection to the frontend is closed: {error}"),
+            Error::Disconnected | Error::SocketBroken(_) | Error::PartialMessage => None,
+            error => Some(error),
         }
     }
 
@@ -211,7 +209,7 @@ impl Frontend {
         }
         self.refresh_all();
         let mode = ["writethrough", "writeback"][usize::from(writeback)];
-        info!("the driver has switched the cache mode: mode={mode}");
+        info!(mode; "the driver has switched the cache mode");
         if durable {
             Ok(())
         } else {

@@ -145,7 +145,7 @@ impl Guest {
         }
         let tracked = self.queues[queue].is_tracked();
         let (count, fate) = (keys.len(), if tracked { "resubmit" } else { "fail" });
-        warn!("replicas have not answered requests in time: count={count} fate={fate}");
+        warn!(count, fate; "replicas have not answered requests in time");
         for key in keys {
             if tracked {
                 self.leave(key);

@@ -155,7 +155,7 @@ impl Virtqueue {
     pub(super) fn start_tracked(&mut self, region: QueueRegion, memory: View<'_>, now: Duration) {
         assert_eq!(self.in_flight, 0, "the region tracks all chains in flight");
         if let Err(error) = self.resume(region, memory, now) {
-            error!("a virtqueue is not served: {error}");
+            error!(error:%; "a virtqueue is not served");
         }
     }
 
@@ -182,7 +182,7 @@ impl Virtqueue {
             let count = u16::try_from(in_flight.len()).expect("at most one for each entry");
             queue.set_next_avail(used_idx.wrapping_add(count));
             if count > 0 {
-                info!("requests in flight are submitted again: count={count}");
+                info!(count; "requests in flight are submitted again");
             }
             heads = in_flight.into();
         }
@@ -221,8 +221,7 @@ impl Virtqueue {
         if self.is_active() {
             self.state = State::Stopped;
             error!(
-                "the driver broke a virtqueue, which is not served until it is started again: \
-                 {error}"
+                error:%; "the driver broke a virtqueue, which is not served until it is started again"
             );
         }
     }

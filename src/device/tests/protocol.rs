@@ -78,8 +78,9 @@ impl Connection {
         socket
             .set_read_timeout(Some(Duration::from_secs(10)))
             .unwrap();
-        let device =
-            std::thread::spawn(move || Frontend::serve(&Arc::new(Mutex::new(frontend)), theirs));
+        let device = std::thread::spawn(move || {
+            _ = Frontend::serve(&Arc::new(Mutex::new(frontend)), theirs)
+        });
         let mut connection = Self {
             socket,
             vrings,

@@ -25,7 +25,6 @@ use rustix::fs::{Mode, OFlags};
 use self::alignment::{ALIGNMENT_BYTES_MIN, direct_alignment, physical_block_bytes};
 pub use self::error::OpenError;
 use super::image_lock::{self, Access, Locking};
-use crate::common::message::Quoted;
 
 /// How long to wait for an image in use. The kernel closes the files of an io_uring some 50 ms
 /// after its process is gone, on a busy machine much later. The wait lets a daemon start
@@ -357,9 +356,9 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
                 std::thread::sleep(BUSY_INTERVAL);
                 if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
                     logged = true;
-                    log::info!(
-                        "waiting for another process to release the lock of {}",
-                        Quoted(&replica.path)
+                    log::debug!(
+                        replica = replica.node_name, file:% = replica.path.display();
+                        "waiting for another process to release the lock of an image"
                     );
                 }
             }
@@ -370,9 +369,9 @@ fn lock(replica: &ReplicaFile, options: OpenOptions) -> Result<(), OpenError> {
         Ok(Locking::Held) => Ok(()),
         Ok(Locking::Unsupported) => {
             log::warn!(
-                "cannot lock {}: its file system has no open file description locks; make sure that \
-                 no other process uses the image",
-                Quoted(&replica.path)
+                replica = replica.node_name, file:% = replica.path.display();
+                "cannot lock an image: its file system has no open file description locks; make \
+                 sure that no other process uses it"
             );
             Ok(())
         }

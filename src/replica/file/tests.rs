@@ -2,6 +2,7 @@
 
 use super::alignment::{probed_alignment, reads_with_alignment};
 use super::*;
+use crate::common::message::Quoted;
 use std::os::unix::fs::{FileExt as _, symlink};
 
 const SIZE: u64 = 1 << 20;

@@ -145,7 +145,7 @@ impl<K: Kernel> Ring<K> {
         match self.kernel.register_memory(start, len) {
             Ok(()) => self.arena_registered = true,
             Err(error) => {
-                debug!("cannot register {len} bytes of buffers: {error}; continue without")
+                debug!(bytes = len, error:%; "cannot register buffers; continue without");
             }
         }
     }
@@ -352,7 +352,8 @@ impl<K: Kernel> Drop for Ring<K> {
         let operations = self.table.operations();
         if operations > 0 {
             debug!(
-                "the io_uring closes with {operations} operations in flight; leak their buffers"
+                operations;
+                "the io_uring closes with operations in flight; leak their buffers"
             );
             std::mem::forget(std::mem::replace(&mut self.table, Table::new()));
         }

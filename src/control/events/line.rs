@@ -1,119 +1,30 @@
-//! What an operator reads: the JSON form of a report, one object a line.
+//! The JSON line of an event, as readers of `--events` and clients of the monitor get it.
 //!
 //! Invariants:
-//! - The members the two events have always had come first, in their documented order; what was
-//!   added since follows them, so a consumer that knows only the old ones reads every line.
+//! - The members of the two original events come first, in their documented order; later additions
+//!   follow them, so a consumer that knows only the original members reads every line.
 //! - A line holds exactly one `\n`, its last byte: JSON escapes those within names.
 //! - The timestamp is that of the report, however late the line is sent.
 
 use std::fmt::Write as _;
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use log::Level;
 use serde::Serialize;
 
-use super::json::to_ascii;
-use crate::common::operation::OperationType;
+use super::{Event, Names, Notice, type_name};
+use crate::common::SectorRange;
 use crate::common::report::{Cause, Digest, Evidence, Report};
-use crate::common::{ReplicaIndex, SectorRange};
-use crate::jobs::{JobChange, JobEvent, JobKind};
-
-/// What the voted disk and its replicas are called in events.
-#[derive(Clone, Debug)]
-pub struct Names {
-    /// `reference` of QUORUM_FAILURE.
-    pub reference: String,
-    /// `node-name` of each replica.
-    pub nodes: NodeNames,
-}
-
-/// The `node-name` of each replica by its index; it may change while the disk is served. Clones are
-/// handles to the same list.
-#[derive(Clone, Debug, Default)]
-pub struct NodeNames(Arc<RwLock<Vec<Arc<str>>>>);
-
-impl NodeNames {
-    /// The name, empty if there is no such replica.
-    pub fn get(&self, replica: ReplicaIndex) -> Arc<str> {
-        let names = self.0.read().unwrap_or_else(PoisonError::into_inner);
-        names.get(replica.as_usize()).cloned().unwrap_or_default()
-    }
-
-    /// Gives the replica this name.
-    pub fn set(&self, replica: ReplicaIndex, name: &str) {
-        let mut names = self.0.write().unwrap_or_else(PoisonError::into_inner);
-        if names.len() <= replica.as_usize() {
-            names.resize(replica.as_usize() + 1, Arc::default());
-        }
-        names[replica.as_usize()] = name.into();
-    }
-}
-
-impl<S: AsRef<str>> FromIterator<S> for NodeNames {
-    fn from_iter<I: IntoIterator<Item = S>>(names: I) -> Self {
-        let names = names.into_iter().map(|name| Arc::from(name.as_ref()));
-        Self(Arc::new(RwLock::new(names.collect())))
-    }
-}
-
-/// What there is to tell.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum News {
-    /// Of a replica or a request.
-    Report(Report),
-    /// Of a job.
-    Job(JobEvent),
-}
-
-impl News {
-    /// How urgent they are for who reads the log: the steps of a job that does what it is to do are
-    /// not.
-    pub fn level(&self) -> Level {
-        match self {
-            Self::Job(event) if event.what == JobChange::Status || event.job.error.is_none() => {
-                Level::Info
-            }
-            Self::Job(_) | Self::Report(_) => Level::Warn,
-        }
-    }
-}
-
-impl From<Report> for News {
-    fn from(report: Report) -> Self {
-        Self::Report(report)
-    }
-}
-
-impl From<JobEvent> for News {
-    fn from(event: JobEvent) -> Self {
-        Self::Job(event)
-    }
-}
-
-/// News on their way to the readers.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Event {
-    /// What is told.
-    pub news: News,
-    /// When it was reported.
-    pub made_at: SystemTime,
-    /// How many earlier reports of the same kind were folded into this one.
-    pub suppressed: u64,
-}
+use crate::control::json::to_ascii;
+use crate::jobs::{JobChange, JobEvent};
 
 impl Event {
-    /// How many reports this event stands for.
-    pub fn stands_for(&self) -> u64 {
-        self.suppressed + 1
-    }
-
-    /// The event as it is sent: a JSON object and the newline that ends it.
-    pub fn to_line(&self, names: &Names) -> Vec<u8> {
+    /// The event as it is sent: a JSON object and the newline that ends it. `None` for an event that
+    /// only the log gets.
+    pub fn to_line(&self, names: &Names) -> Option<Vec<u8>> {
         let suppressed = self.suppressed;
-        let report = match &self.news {
-            News::Report(report) => report,
-            News::Job(event) => return job_line(event, names, self.made_at),
+        let report = match &self.notice {
+            Notice::Report(report) => report,
+            Notice::Job(event) => return Some(job_line(event, names, self.made_at)),
         };
         match report {
             Report::Failure { operation, range } => {
@@ -125,7 +36,7 @@ impl Event {
                     r#type: type_name(*operation),
                     suppressed,
                 };
-                line("QUORUM_FAILURE", data, self.made_at)
+                Some(line("QUORUM_FAILURE", data, self.made_at))
             }
             Report::Bad {
                 replica,
@@ -148,8 +59,9 @@ impl Event {
                     evidence: evidence.map(Proof::from),
                     suppressed,
                 };
-                line("QUORUM_REPORT_BAD", data, self.made_at)
+                Some(line("QUORUM_REPORT_BAD", data, self.made_at))
             }
+            Report::Evicted(_) | Report::Rejoined(_) => None,
         }
     }
 }
@@ -169,10 +81,7 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
         JobChange::Completed => "BLOCK_JOB_COMPLETED",
         JobChange::Cancelled => "BLOCK_JOB_CANCELLED",
     };
-    let replica = match job.kind {
-        JobKind::Resync(replica) => Some(names.nodes.get(replica)),
-        JobKind::Scrub { .. } | JobKind::NeighbourhoodScrub => None,
-    };
+    let replica = job.kind.replica().map(|replica| names.nodes.get(replica));
     let data = JobEnd {
         r#type: job.kind.name(),
         device: &id,
@@ -187,8 +96,8 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
     line(name, data, made_at)
 }
 
-/// The line that tells a reader how many events it did not get, those folded into them included.
-pub(super) fn missed_line(missed: u64, at: SystemTime) -> Vec<u8> {
+/// The line for a reader that missed events: how many, with those that were folded into them.
+pub(in crate::control) fn missed_line(missed: u64, at: SystemTime) -> Vec<u8> {
     line("QUORUM_EVENTS_MISSED", Missed { missed }, at)
 }
 
@@ -299,7 +208,7 @@ struct Missed {
 }
 
 fn line<D: Serialize>(event: &'static str, data: D, at: SystemTime) -> Vec<u8> {
-    // A real time clock set before 1970 is no reason to hold back an event.
+    // A host whose clock is before 1970 still gets its events.
     let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let object = Line {
         event,
@@ -314,22 +223,14 @@ fn line<D: Serialize>(event: &'static str, data: D, at: SystemTime) -> Vec<u8> {
     bytes
 }
 
-fn type_name(operation: OperationType) -> &'static str {
-    match operation {
-        OperationType::Read => "read",
-        OperationType::Write => "write",
-        OperationType::Flush => "flush",
-    }
-}
-
-fn hex(digest: &Digest) -> String {
+pub(super) fn hex(digest: &Digest) -> String {
     digest.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "{byte:02x}");
         text
     })
 }
 
-// Both by reference: serde calls them so.
+// Both by reference, as serde calls them.
 fn is_zero(number: &u64) -> bool {
     *number == 0
 }
@@ -341,7 +242,9 @@ fn is_false(flag: &bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::Errno;
+    use crate::common::operation::OperationType;
+    use crate::common::{Errno, ReplicaIndex};
+    use crate::control::events::NodeNames;
     use std::time::Duration;
 
     fn names() -> Names {
@@ -353,14 +256,14 @@ mod tests {
 
     fn text(report: Report, suppressed: u64) -> String {
         let event = Event {
-            news: report.into(),
+            notice: report.into(),
             made_at: UNIX_EPOCH + Duration::from_micros(1_344_522_075_745_528),
             suppressed,
         };
-        String::from_utf8(event.to_line(&names())).unwrap()
+        String::from_utf8(event.to_line(&names()).expect("it is sent")).unwrap()
     }
 
-    fn wrong_version(evidence: Evidence) -> Report {
+    fn corrupt(evidence: Evidence) -> Report {
         Report::Bad {
             replica: ReplicaIndex(1),
             operation: OperationType::Read,
@@ -396,9 +299,9 @@ mod tests {
     }
 
     #[test]
-    fn wrong_version_is_the_documented_event_and_additions() {
+    fn corrupt_bytes_are_the_documented_event_and_additions() {
         assert_eq!(
-            text(wrong_version(evidence()), 0),
+            text(corrupt(evidence()), 0),
             concat!(
                 r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":0,"node-name":"1.raw","sector-num":345435,"sector-count":5,"#,
                 r#""sectors-count":5,"type":"read","#,
@@ -414,7 +317,7 @@ mod tests {
     #[test]
     fn cut_evidence_and_folding_are_told() {
         let line = text(
-            wrong_version(Evidence {
+            corrupt(Evidence {
                 bad_sectors_cut: true,
                 ..evidence()
             }),
@@ -450,7 +353,7 @@ mod tests {
             range: SectorRange::new(1, 1),
         };
         let event = Event {
-            news: report.into(),
+            notice: report.into(),
             made_at: UNIX_EPOCH,
             suppressed: 0,
         };
@@ -458,7 +361,7 @@ mod tests {
             reference: "a\n\"b".into(),
             nodes: NodeNames::default(),
         };
-        let line = event.to_line(&names);
+        let line = event.to_line(&names).unwrap();
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         let value: serde_json::Value = serde_json::from_slice(&line).unwrap();
         assert_eq!(value["data"]["reference"], "a\n\"b");
@@ -476,7 +379,7 @@ mod tests {
     #[test]
     fn the_documented_examples_are_what_is_sent() {
         use sha2::{Digest as _, Sha256};
-        let manual = include_str!("../../docs/events.md");
+        let manual = include_str!("../../../docs/events.md");
         let evidence = Evidence {
             bad_sectors: vec![SectorRange::new(345_436, 1)],
             bad_sectors_cut: false,
@@ -496,7 +399,7 @@ mod tests {
             range,
         };
         for line in [
-            text(wrong_version(evidence), 0),
+            text(corrupt(evidence), 0),
             text(error, 41),
             text(failure, 0),
         ] {

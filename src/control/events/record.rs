@@ -1,0 +1,137 @@
+//! The log record of an event: a message, and the values of the event as fields.
+
+use log::{Level, Record};
+
+use super::line::hex;
+use super::{Event, Names, Notice, type_name};
+use crate::common::SectorRange;
+use crate::common::report::{Cause, Report};
+use crate::jobs::{JobChange, JobEvent, JobStatus};
+
+/// A field of a record.
+type Field = (&'static str, String);
+
+impl Event {
+    /// Writes the event to the log.
+    pub(in crate::control) fn log(&self, names: &Names) {
+        let (level, message) = self.summary();
+        if log::log_enabled!(level) {
+            let fields = self.fields(names);
+            log::logger().log(
+                &Record::builder()
+                    .level(level)
+                    .target(module_path!())
+                    .args(format_args!("{message}"))
+                    .key_values(&fields)
+                    .build(),
+            );
+        }
+    }
+
+    fn summary(&self) -> (Level, &'static str) {
+        match &self.notice {
+            Notice::Report(Report::Failure { .. }) => {
+                (Level::Error, "no quorum: the guest got an I/O error")
+            }
+            Notice::Report(Report::Bad { cause, .. }) => match cause {
+                Cause::Error(_) => (Level::Warn, "replica returned an error"),
+                Cause::Corrupt(_) => (Level::Warn, "replica is corrupt"),
+            },
+            Notice::Report(Report::Evicted(_)) => {
+                (Level::Warn, "replica evicted: it did not answer in time")
+            }
+            Notice::Report(Report::Rejoined(_)) => (Level::Info, "replica rejoined"),
+            Notice::Job(JobEvent { job, what }) => match what {
+                JobChange::Status if job.status == JobStatus::Created => {
+                    (Level::Info, "job started")
+                }
+                JobChange::Status => (Level::Debug, "job changed its status"),
+                JobChange::Completed if job.error.is_some() => (Level::Warn, "job failed"),
+                JobChange::Completed => (Level::Info, "job completed"),
+                JobChange::Cancelled => (Level::Info, "job cancelled"),
+            },
+        }
+    }
+
+    fn fields(&self, names: &Names) -> Vec<Field> {
+        let mut fields = match &self.notice {
+            Notice::Report(report) => report_fields(report, names),
+            Notice::Job(event) => job_fields(event, names),
+        };
+        if self.suppressed > 0 {
+            fields.push(("suppressed", self.suppressed.to_string()));
+        }
+        fields
+    }
+}
+
+fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
+    let (replica, operation) = match report {
+        Report::Failure { operation, range } => (None, Some((*operation, range))),
+        Report::Bad {
+            replica,
+            operation,
+            range,
+            ..
+        } => (Some(*replica), Some((*operation, range))),
+        Report::Evicted(replica) | Report::Rejoined(replica) => (Some(*replica), None),
+    };
+    let mut fields = Vec::new();
+    if let Some(replica) = replica {
+        fields.push(("replica", names.nodes.get(replica).to_string()));
+    }
+    if let Some((operation, range)) = operation {
+        fields.push(("type", type_name(operation).to_owned()));
+        fields.push(("sector-num", range.start.to_string()));
+        fields.push(("sector-count", range.count.to_string()));
+    }
+    match report {
+        Report::Bad {
+            cause: Cause::Error(errno),
+            ..
+        } => fields.push(("error", errno.to_string())),
+        Report::Bad {
+            cause: Cause::Corrupt(evidence),
+            ..
+        } => {
+            fields.push(("corrupt-sectors", evidence.sectors.to_string()));
+            fields.push(("bad-sectors", runs(&evidence.bad_sectors)));
+            fields.push(("digest", hex(&evidence.digest)));
+            fields.push(("winner-digest", hex(&evidence.winner_digest)));
+        }
+        Report::Failure { .. } | Report::Evicted(_) | Report::Rejoined(_) => {}
+    }
+    fields
+}
+
+fn job_fields(event: &JobEvent, names: &Names) -> Vec<Field> {
+    let job = &event.job;
+    let mut fields = vec![
+        ("job", job.id.to_string()),
+        ("type", job.kind.name().to_owned()),
+    ];
+    if let Some(replica) = job.kind.replica() {
+        fields.push(("replica", names.nodes.get(replica).to_string()));
+    }
+    match event.what {
+        JobChange::Status if job.status == JobStatus::Created => {}
+        JobChange::Status => fields.push(("status", job.status.name().to_owned())),
+        JobChange::Completed | JobChange::Cancelled => {
+            fields.push(("offset", job.current_bytes.to_string()));
+            fields.push(("len", job.total_bytes.to_string()));
+            let found = job.corrupt_sectors_found.to_string();
+            fields.push(("corrupt-sectors-found", found));
+            fields.push(("sectors-written", job.sectors_written.to_string()));
+            if let Some(error) = job.error {
+                fields.push(("error", error.to_string()));
+            }
+        }
+    }
+    fields
+}
+
+/// `FIRST+COUNT` of each run, with commas between.
+fn runs(runs: &[SectorRange]) -> String {
+    let run = |run: &SectorRange| format!("{}+{}", run.start, run.count);
+    runs.iter().map(run).collect::<Vec<_>>().join(",")
+}
