@@ -48,7 +48,7 @@ pub const ZERO_SECTORS_MAX: u32 = 1 << 22;
 /// Segments of one discard or write-zeroes request: `max_discard_seg` and `max_write_zeroes_seg`.
 pub const ZERO_SEGMENTS_MAX: u32 = 32;
 
-/// Runs of bad sectors named in one event; more are counted, not listed.
+/// Runs of corrupt sectors listed in one event; further runs are counted only.
 pub const BAD_SECTOR_RUNS_MAX: usize = 16;
 
 /// Events of one kind (event, replica, operation, errno) sent one by one within

@@ -21,7 +21,7 @@ const RING_ENTRIES: u32 = 1024;
 
 /// Reads from the page cache are divided into parts that fit the L2 cache, which is fastest. Other
 /// reads are not divided: each part would cost a turn of a kernel thread or a command to a device.
-const PIECE_BYTES: usize = 64 << 10;
+const PART_BYTES: usize = 64 << 10;
 
 /// One thread with an io_uring over the replicas.
 pub struct Ceiling {
@@ -62,7 +62,7 @@ impl Ceiling {
         let part_len = if direct || row.writes() {
             len
         } else {
-            len.min(PIECE_BYTES)
+            len.min(PART_BYTES)
         };
         let pool = BufferPool::default();
         let mut data = WriteData::new();

@@ -1,8 +1,8 @@
 //! Draws the charts as SVG.
 //!
 //! The `plotters` crate was tried and not taken. It has no grouped bars, so each bar, its value and
-//! its whisker would still be placed by hand; its axis labels have one line and overlap, where these
-//! have two; and its legend lies over the bars instead of above them.
+//! its whisker would still be placed by hand. Its axis labels have one line and overlap, where
+//! these have two, and its legend covers bars.
 
 use std::fmt::Write as _;
 

@@ -84,8 +84,8 @@ fn document(outcomes: &[Outcome], settings: &Settings) -> String {
     let mut text = String::from(
         "<!-- Written by `make bench`. -->\n\n# Benchmarks\n\n\
          `make bench` writes this page. It compares `quorum-blkd` with the quorum export of\n\
-         `qemu-storage-daemon` (the *peer*) and with one thread that only reads and writes the files\n\
-         (the *ceiling*).\n\n",
+         `qemu-storage-daemon` (the *peer*) and with one thread that only reads and writes the\n\
+         files (the *ceiling*).\n\n",
     );
     summary(&mut text, outcomes);
     for (name, caption) in [

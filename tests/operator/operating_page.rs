@@ -170,7 +170,7 @@ impl Session {
     fn happens(&mut self, what: &str) {
         let mut guest = Client::connect(&self.path("disk.sock"), 1);
         match what {
-            "damage" => {
+            "corruption" => {
                 corrupt_sectors(&self.path("b.raw"), 40000..40008, 0xff);
                 corrupt_sectors(&self.path("b.raw"), 100_000..100_024, 0xff);
                 guest.read(0, 40000 * 512, 4096).unwrap();
