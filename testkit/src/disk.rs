@@ -11,7 +11,7 @@ use tempfile::TempDir;
 
 use crate::client::Client;
 use crate::daemon::{Daemon, EventReader};
-use crate::fuse::{FuseImage, Healer};
+use crate::fuse::{FaultGuard, FuseImage};
 use crate::images::create_images;
 use crate::monitor::Monitor;
 use crate::peer::Peer;
@@ -75,7 +75,7 @@ impl Default for Plan {
 pub struct Disk {
     // The order of these is the order in which they are dropped: a process can not end while its
     // file hangs.
-    _healers: Vec<Healer>,
+    _fault_guards: Vec<FaultGuard>,
     program: RefCell<Program>,
     socket: PathBuf,
     events: EventReader,
@@ -139,7 +139,10 @@ impl Disk {
         }
         let (program, socket, events) = Program::start(system, directory.path(), &served, plan);
         Self {
-            _healers: faulty.iter().map(|(_, image)| image.healer()).collect(),
+            _fault_guards: faulty
+                .iter()
+                .map(|(_, image)| image.fault_guard())
+                .collect(),
             program: RefCell::new(program),
             socket,
             events,

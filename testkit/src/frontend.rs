@@ -200,7 +200,7 @@ pub enum Cut {
     /// All that is read is one, all that is written another.
     Joined,
     /// So many for each of both, of odd lengths.
-    Pieces(usize),
+    Parts(usize),
 }
 
 impl Layout {
@@ -285,10 +285,10 @@ struct Slot {
 impl Queue {
     /// Memory that one takes.
     fn bytes(plan: &Plan) -> u64 {
-        Self::ring_bytes(plan.queue_size) + plan.slots as u64 * Self::slot_bytes(plan)
+        Self::virtqueue_bytes(plan.queue_size) + plan.slots as u64 * Self::slot_bytes(plan)
     }
 
-    fn ring_bytes(size: u16) -> u64 {
+    fn virtqueue_bytes(size: u16) -> u64 {
         (u64::from(size) * (DESCRIPTOR_BYTES + 2 + 8) + 12 + 8).next_multiple_of(PAGE)
     }
 
@@ -309,7 +309,7 @@ impl Queue {
             descriptors: start,
             available,
             used,
-            slots: start + Self::ring_bytes(plan.queue_size),
+            slots: start + Self::virtqueue_bytes(plan.queue_size),
             slot_bytes: Self::slot_bytes(plan),
             slot_count: plan.slots,
             free_slots: Vec::new(),
@@ -368,7 +368,7 @@ impl Queue {
     }
 
     /// Guest addresses of descriptor table, available ring and used ring.
-    pub fn ring_addresses(&self) -> [u64; 3] {
+    pub fn virtqueue_addresses(&self) -> [u64; 3] {
         [self.descriptors, self.available, self.used]
     }
 
@@ -381,7 +381,7 @@ impl Queue {
     pub fn has_room(&self, layout: Layout) -> bool {
         let wanted = match (layout.indirect, layout.cut) {
             (true, _) => 1,
-            (false, Cut::Pieces(count)) => 2 * count,
+            (false, Cut::Parts(count)) => 2 * count,
             (false, _) => 3,
         };
         !self.free_slots.is_empty() && self.free_descriptors.len() >= wanted
@@ -410,7 +410,7 @@ impl Queue {
             Cut::Joined => pieces(&[borders[0], borders[2]], false)
                 .chain(pieces(&[borders[2], borders[4]], true))
                 .collect(),
-            Cut::Pieces(count) => pieces(&cut(borders[0], borders[2], count), false)
+            Cut::Parts(count) => pieces(&cut(borders[0], borders[2], count), false)
                 .chain(pieces(&cut(borders[2], borders[4], count), true))
                 .collect::<Vec<_>>(),
         };
@@ -918,7 +918,7 @@ impl Vmm {
         frontend.set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         frontend.set_mem_table(&regions(&self.memory))?;
         frontend.set_hdr_flags(VhostUserHeaderFlag::empty());
-        self.activate_rings()?;
+        self.activate_virtqueues()?;
         if self.was_active {
             for queue in &self.queues {
                 queue.kick();
@@ -945,7 +945,7 @@ impl Vmm {
             frontend.set_inflight_fd(inflight, file.as_raw_fd())?;
         }
         for (index, queue) in self.queues.iter().enumerate() {
-            frontend.set_vring_addr(index, &ring_data(&self.memory, queue))?;
+            frontend.set_vring_addr(index, &virtqueue_data(&self.memory, queue))?;
             frontend.set_vring_base(index, queue.published)?;
             frontend.set_vring_call(index, &queue.call)?;
             frontend.set_vring_kick(index, &queue.kick)?;
@@ -960,12 +960,12 @@ impl Vmm {
     ///
     /// # Errors
     /// If the connection is lost.
-    pub fn activate_rings(&mut self) -> vhost::Result<()> {
+    pub fn activate_virtqueues(&mut self) -> vhost::Result<()> {
         let frontend = self.frontend.as_mut().expect("connected");
         for (index, queue) in self.queues.iter().enumerate() {
             frontend.set_vring_num(index, queue.size)?;
             frontend.set_vring_base(index, queue.used_index())?;
-            frontend.set_vring_addr(index, &ring_data(&self.memory, queue))?;
+            frontend.set_vring_addr(index, &virtqueue_data(&self.memory, queue))?;
             frontend.set_vring_kick(index, &queue.kick)?;
             frontend.set_vring_call(index, &queue.call)?;
         }
@@ -981,7 +981,7 @@ impl Vmm {
     ///
     /// # Errors
     /// If the connection is lost.
-    pub fn stop_rings(&mut self) -> vhost::Result<Vec<u32>> {
+    pub fn stop_virtqueues(&mut self) -> vhost::Result<Vec<u32>> {
         let count = self.queues.len();
         let frontend = self.frontend();
         for index in 0..count {
@@ -1139,8 +1139,8 @@ pub fn regions(memory: &GuestMemoryMmap<()>) -> Vec<VhostUserMemoryRegionInfo> {
 }
 
 /// What the backend is told of a ring: addresses of this process.
-pub fn ring_data(memory: &GuestMemoryMmap<()>, queue: &Queue) -> VringConfigData {
-    let [descriptors, available, used] = queue.ring_addresses().map(|address| {
+pub fn virtqueue_data(memory: &GuestMemoryMmap<()>, queue: &Queue) -> VringConfigData {
+    let [descriptors, available, used] = queue.virtqueue_addresses().map(|address| {
         let pointer = memory.get_host_address(GuestAddress(address));
         pointer.expect("within guest memory") as u64
     });

@@ -73,7 +73,7 @@ pub enum Fault {
 
 /// An image served over FUSE. Dropping it heals it and waits until those who have it open are gone,
 /// so it should be dropped after them; and as a process can not be killed while the file hangs,
-/// whoever holds a process that uses it should heal it first ([`Self::healer`]).
+/// whoever holds a process that uses it should heal it first ([`Self::fault_guard`]).
 pub struct FuseImage {
     server: Arc<Server>,
     session: Option<BackgroundSession>,
@@ -83,7 +83,7 @@ pub struct FuseImage {
 }
 
 /// Heals an image when dropped.
-pub struct Healer(Arc<Server>);
+pub struct FaultGuard(Arc<Server>);
 
 /// The image behind the file, and what is wrong with it.
 struct Server {
@@ -154,8 +154,8 @@ impl FuseImage {
     }
 
     /// From now on nothing is wrong, and what hangs or waits is done at once, in the order it came.
-    pub fn heal(&self) {
-        self.server.heal();
+    pub fn clear_faults(&self) {
+        self.server.clear_faults();
     }
 
     /// How many `operation`s were asked of the file since it is served.
@@ -174,14 +174,14 @@ impl FuseImage {
     }
 
     /// Heals the image when dropped.
-    pub fn healer(&self) -> Healer {
-        Healer(Arc::clone(&self.server))
+    pub fn fault_guard(&self) -> FaultGuard {
+        FaultGuard(Arc::clone(&self.server))
     }
 }
 
 impl Drop for FuseImage {
     fn drop(&mut self) {
-        self.server.heal();
+        self.server.clear_faults();
         // With the last descriptor goes the mount, and with the mount the connection.
         drop(self.file.take());
         let session = self.session.take().expect("dropped once");
@@ -204,9 +204,9 @@ impl Drop for FuseImage {
     }
 }
 
-impl Drop for Healer {
+impl Drop for FaultGuard {
     fn drop(&mut self) {
-        self.0.heal();
+        self.0.clear_faults();
     }
 }
 
@@ -243,7 +243,7 @@ impl Server {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn heal(&self) {
+    fn clear_faults(&self) {
         let mut state = self.lock();
         state.faults = [None; 4];
         let now = Instant::now();

@@ -76,7 +76,7 @@ pub fn corrupt_sectors(image: &Path, sectors: Range<u64>, mask: u8) {
 
 /// The first sector in which two images differ, also by one being shorter.
 pub fn first_difference(left: &Path, right: &Path) -> io::Result<Option<u64>> {
-    const PIECE_BYTES: usize = 1 << 20;
+    const READ_BYTES: usize = 1 << 20;
     let mut left = File::open(left)?;
     let mut right = File::open(right)?;
     let (mut left_bytes, mut right_bytes) = (Vec::new(), Vec::new());
@@ -84,7 +84,7 @@ pub fn first_difference(left: &Path, right: &Path) -> io::Result<Option<u64>> {
     loop {
         for (file, bytes) in [(&mut left, &mut left_bytes), (&mut right, &mut right_bytes)] {
             bytes.clear();
-            file.take(PIECE_BYTES as u64).read_to_end(bytes)?;
+            file.take(READ_BYTES as u64).read_to_end(bytes)?;
         }
         if left_bytes != right_bytes {
             let same = left_bytes

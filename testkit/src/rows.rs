@@ -207,10 +207,10 @@ pub fn hang(system: System) -> Hung {
         disk.faulty(2).inject(operation, Fault::Hang);
     }
     let began = Instant::now();
-    let healer = disk.faulty(2).healer();
+    let fault_guard = disk.faulty(2).fault_guard();
     let healing = thread::spawn(move || {
         thread::sleep(HANG);
-        drop(healer);
+        drop(fault_guard);
     });
     let write = client.write(0, 0, &[1; BLOCK]);
     assert_eq!(write, Ok(()), "the first write");

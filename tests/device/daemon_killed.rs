@@ -41,26 +41,26 @@ const DELAY_MAX: Duration = Duration::from_millis(5);
 const LOOK: Duration = Duration::from_millis(2);
 
 #[test]
-fn qemu_does_not_notice() {
+fn qemu_does_not_notice_that_the_daemon_is_killed() {
     torment(Style::Qemu, &[], &[]);
 }
 
 /// Writes to the page cache wait for a thread of the kernel, and are dropped there when the daemon
 /// is killed.
 #[test]
-fn writes_that_are_dropped() {
+fn writes_that_the_kernel_drops_are_submitted_again() {
     torment(Style::Qemu, &["--cache", "writeback"], &[]);
 }
 
 #[test]
-fn cloud_hypervisor_does_not_notice() {
+fn cloud_hypervisor_does_not_notice_that_the_daemon_is_killed() {
     torment(Style::CloudHypervisor, &[], &[]);
 }
 
 /// Replicas take their time, so that many a write is done on some when the daemon is killed, and
 /// not on others; and those that are in doubt are rewritten.
 #[test]
-fn slow_replicas_and_rewrites() {
+fn repairs_by_slow_replicas_survive_the_daemon() {
     let options = ["--rewrite-corrupted", "--read-pattern", "threshold"];
     torment(Style::CloudHypervisor, &options, &[1, 2]);
 }
@@ -68,13 +68,13 @@ fn slow_replicas_and_rewrites() {
 /// A write was done on two of three replicas when the daemon was killed. A read that is done again
 /// before it finds that they differ, and must not accuse the third.
 #[test]
-fn a_read_and_a_write_that_was_half_done() {
+fn a_half_done_write_does_not_accuse_a_replica() {
     half_done(0);
 }
 
 /// The same when the write is on a ring that is started later.
 #[test]
-fn a_read_and_a_write_that_was_half_done_on_another_ring() {
+fn a_half_done_write_on_another_virtqueue_does_not_accuse_a_replica() {
     half_done(1);
 }
 
@@ -88,7 +88,7 @@ fn half_done(queue_of_write: usize) {
         arguments.extend(["--num-queues".into(), "2".into()]);
         arguments.extend(["--replica-timeout".into(), "60000".into()]);
         let mut daemon = Daemon::start(directory.path(), arguments);
-        let _healers = hanging.each_ref().map(FuseImage::healer);
+        let _fault_guards = hanging.each_ref().map(FuseImage::fault_guard);
         let plan = Plan {
             style,
             queues: 2,
@@ -110,7 +110,7 @@ fn half_done(queue_of_write: usize) {
                 && hanging[1].asked(Operation::Write) > 0
         }));
         daemon.signal(libc::SIGKILL);
-        hanging.iter().for_each(FuseImage::heal);
+        hanging.iter().for_each(FuseImage::clear_faults);
         assert_eq!(daemon.wait().signal(), Some(libc::SIGKILL));
         // The kernel may as well have dropped the third write.
         let third = fs::OpenOptions::new().write(true).open(&images[2]).unwrap();
@@ -309,7 +309,7 @@ impl Soak {
         for queue in &self.load.vmm.queues {
             assert_eq!(queue.outstanding(), 0);
         }
-        self.load.vmm.stop_rings().expect("stopping the rings");
+        self.load.vmm.stop_virtqueues().expect("stopping the rings");
         assert_eq!(self.load.vmm.inflight_chains(), Some(0));
         self.load.vmm.disconnect();
         assert!(self.daemon.terminate().success());
@@ -486,7 +486,7 @@ impl Load {
         while self.vmm.queues[index].outstanding() < wanted {
             let cut = match self.random.within(0..4) {
                 0 => Cut::Joined,
-                1 => Cut::Pieces(5),
+                1 => Cut::Parts(5),
                 _ => Cut::Fields,
             };
             let indirect = self.random.within(0..2) == 0;

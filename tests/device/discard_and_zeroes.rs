@@ -89,7 +89,7 @@ fn fill(bytes: &mut [u8], random: &mut Random) {
 }
 
 #[test]
-fn every_kind_of_replica_reads_as_zeroes_afterwards_and_nothing_else_changes() {
+fn every_kind_of_replica_reads_as_zeroes_and_nothing_else_changes() {
     let mut kinds = Kinds::new(&mut Random::from_environment());
     let mut daemon = kinds.start(&[]);
     let events = EventReader::connect(daemon.events_socket());
@@ -155,7 +155,7 @@ fn every_kind_of_replica_reads_as_zeroes_afterwards_and_nothing_else_changes() {
 }
 
 #[test]
-fn zeroes_and_writes_that_race_leave_the_replicas_equal() {
+fn racing_zeroes_and_writes_leave_the_replicas_equal() {
     let mut random = Random::from_environment();
     let kinds = Kinds::new(&mut random);
     let mut daemon = kinds.start(&["--num-queues", "2"]);

@@ -18,7 +18,7 @@ use quorum_blk::limits::{
 use tempfile::TempDir;
 use testkit::client::{Client, Request};
 use testkit::daemon::{Daemon, replica_arguments};
-use testkit::fuse::{Fault, FuseImage, Healer, Operation};
+use testkit::fuse::{Fault, FaultGuard, FuseImage, Operation};
 use testkit::process::wait_until;
 
 const KIB: u64 = 1 << 10;
@@ -70,7 +70,7 @@ mod formula {
 /// A daemon over sparse images that hang when they are told to.
 struct Setup {
     // A process cannot end while its files hang, so they are healed first.
-    _healers: Vec<Healer>,
+    _fault_guards: Vec<FaultGuard>,
     client: Client,
     daemon: Daemon,
     images: Vec<FuseImage>,
@@ -165,7 +165,7 @@ impl Setup {
         let daemon = Daemon::start(directory.path(), &arguments);
         let queues = usize::try_from(shape.queues).expect("few");
         Self {
-            _healers: images.iter().map(FuseImage::healer).collect(),
+            _fault_guards: images.iter().map(FuseImage::fault_guard).collect(),
             client: Client::connect(daemon.socket(), queues),
             daemon,
             images,
@@ -212,7 +212,7 @@ impl Setup {
     /// Lets the replicas answer, and takes all answers.
     fn drain(&mut self, shape: Shape) {
         for image in &self.images {
-            image.heal();
+            image.clear_faults();
         }
         for queue in 0..usize::try_from(shape.queues).expect("few") {
             let mut left = REQUESTS_PER_QUEUE;
@@ -286,28 +286,28 @@ fn check_all(replicas: u64, queues: u64) {
 }
 
 #[test]
-fn of_one_replica_and_one_queue() {
+fn peak_memory_of_one_replica_and_one_queue() {
     check_all(1, 1);
 }
 
 #[test]
-fn of_one_replica_and_sixteen_queues() {
+fn peak_memory_of_one_replica_and_sixteen_queues() {
     check_all(1, 16);
 }
 
 #[test]
-fn of_sixteen_replicas_and_one_queue() {
+fn peak_memory_of_sixteen_replicas_and_one_queue() {
     check_all(16, 1);
 }
 
 #[test]
-fn of_sixteen_replicas_and_sixteen_queues() {
+fn peak_memory_of_sixteen_replicas_and_sixteen_queues() {
     check_all(16, 16);
 }
 
 /// A replica misses more writes than ranges are kept apart, all over the disk.
 #[test]
-fn of_all_that_is_stale_or_not_flushed() {
+fn peak_memory_of_stale_and_unflushed_ranges() {
     const WRITES: u64 = RANGES_MAX as u64 * 5 / 4;
     let shape = Shape {
         replicas: 3,
@@ -346,7 +346,7 @@ fn of_all_that_is_stale_or_not_flushed() {
 
 /// Nothing is read or laid out in proportion to the disk.
 #[test]
-fn start_up_is_as_short_on_a_large_disk() {
+fn start_up_takes_no_longer_on_a_large_disk() {
     let start = |disk_bytes| {
         let directory = tempfile::tempdir().expect("creating a directory");
         let images = create_sparse(directory.path(), 3, disk_bytes);

@@ -107,7 +107,7 @@ fn is_served(connection: &mut UnixStream, limit: Duration) -> Option<bool> {
 }
 
 #[test]
-fn one_too_many_is_turned_away() {
+fn a_connection_above_the_limit_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 1, DISK_BYTES);
     let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
@@ -136,7 +136,7 @@ fn one_too_many_is_turned_away() {
 /// What a frontend that is gone has asked for is done before the next one is served: the same
 /// guest, say, which was started again and looks at its disk.
 #[test]
-fn who_comes_after_does_not_see_writes_of_before_take_effect() {
+fn the_next_frontend_waits_for_the_writes_of_the_last() {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 1, DISK_BYTES);
     let image = FuseImage::serve(&images[0]);
@@ -154,7 +154,7 @@ fn who_comes_after_does_not_see_writes_of_before_take_effect() {
     let mut next = ask(daemon.socket());
     assert_eq!(is_served(&mut next, SILENCE), Some(false));
     assert!(stays.read(0, 0, 4096).is_ok(), "others are served");
-    image.heal();
+    image.clear_faults();
     assert_eq!(is_served(&mut next, HANG_LIMIT), Some(true));
     assert!(stays.read(0, 0, 4096).unwrap() == [7; 4096]);
 }

@@ -8,7 +8,7 @@ use testkit::HANG_LIMIT;
 use tempfile::TempDir;
 use testkit::client::{Client, Failed, Request};
 use testkit::daemon::{Daemon, replica_arguments};
-use testkit::fuse::{Fault, FuseImage, Healer, Operation};
+use testkit::fuse::{Fault, FaultGuard, FuseImage, Operation};
 use testkit::images::create_images;
 use testkit::process::wait_until;
 
@@ -21,7 +21,7 @@ const BLOCK: usize = 4096;
 /// A disk of three replicas, two of which can hang. Both are needed then.
 struct Hanging {
     // A process cannot end while its files hang, so they are healed first.
-    _healers: Vec<Healer>,
+    _fault_guards: Vec<FaultGuard>,
     daemon: Daemon,
     faulty: Vec<FuseImage>,
     arguments: Vec<OsString>,
@@ -46,7 +46,7 @@ impl Hanging {
         let timeout_ms = REPLICA_TIMEOUT.as_millis().to_string();
         arguments.extend(["--replica-timeout".into(), timeout_ms.into()]);
         Self {
-            _healers: faulty.iter().map(FuseImage::healer).collect(),
+            _fault_guards: faulty.iter().map(FuseImage::fault_guard).collect(),
             daemon: Daemon::start(directory.path(), &arguments),
             faulty,
             arguments,
@@ -75,8 +75,8 @@ impl Hanging {
         Instant::now()
     }
 
-    fn heal(&self) {
-        self.faulty.iter().for_each(FuseImage::heal);
+    fn clear_faults(&self) {
+        self.faulty.iter().for_each(FuseImage::clear_faults);
     }
 
     /// What another daemon says of the images.
@@ -90,7 +90,7 @@ impl Hanging {
 }
 
 #[test]
-fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
+fn a_hung_write_delays_the_end_until_the_drain_limit() {
     let mut disk = Hanging::new();
     let write = Request::Write {
         offset: 0,
@@ -119,7 +119,7 @@ fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
     // The process is gone, its writes are not.
     let refused = disk.second_daemon();
     assert!(refused.contains("in use by another process"), "{refused}");
-    disk.heal();
+    disk.clear_faults();
     let socket = disk.directory.path().to_owned();
     let mut daemon = Daemon::start(&socket, &disk.arguments);
     let mut client = Client::connect(daemon.socket(), 1);
@@ -132,7 +132,7 @@ fn a_write_that_hangs_delays_the_end_no_longer_than_the_limit() {
 /// A flush that hangs keeps a thread of the kernel, and with it what is left of the process. All
 /// that the daemon can do is done all the same.
 #[test]
-fn a_flush_that_hangs_delays_no_more_than_the_last_of_the_process() {
+fn a_hung_flush_delays_only_the_exit_of_the_process() {
     let mut disk = Hanging::new();
     let mut client = disk.hang(Operation::Sync, Request::Flush);
     disk.send_sigterm();
@@ -145,13 +145,13 @@ fn a_flush_that_hangs_delays_no_more_than_the_last_of_the_process() {
     assert!(wait_until(HANG_LIMIT, says_so));
     let are_gone = || !disk.daemon.socket().exists() && !disk.daemon.events_socket().exists();
     assert!(wait_until(HANG_LIMIT, are_gone));
-    disk.heal();
+    disk.clear_faults();
     assert_eq!(disk.daemon.wait().code(), Some(1));
 }
 
 /// A frontend that goes away does not wait for ever either, and the next one is served.
 #[test]
-fn a_connection_that_ends_with_requests_that_hang_makes_room_for_the_next() {
+fn a_frontend_that_leaves_hung_requests_makes_room_for_the_next() {
     let mut disk = Hanging::new();
     let read = Request::Read {
         offset: 0,
@@ -163,7 +163,7 @@ fn a_connection_that_ends_with_requests_that_hang_makes_room_for_the_next() {
     // To connect takes a reply of the daemon. It replies when the virtqueues of the connection before
     // are drained, or the limit for that is over: the replicas still hang.
     let mut next = Client::connect(disk.daemon.socket(), 1);
-    disk.heal();
+    disk.clear_faults();
     assert_eq!(next.read(0, 0, BLOCK).expect("reading"), [0; BLOCK]);
     drop(next);
     assert!(disk.daemon.terminate().success());

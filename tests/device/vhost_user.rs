@@ -97,7 +97,7 @@ fn status(completion: &Completion) -> u32 {
 // ---- Requests and rings
 
 #[test]
-fn requests_in_every_layout() {
+fn requests_work_in_every_descriptor_layout() {
     let serial = "a serial number";
     let setup = Setup::new(&["--serial", serial]);
     let mut random = Random::from_environment();
@@ -118,7 +118,7 @@ fn requests_in_every_layout() {
             vmm.connect(setup.daemon.socket()).unwrap();
             vmm.activate().unwrap();
             let queue = &mut vmm.queues[0];
-            let cuts = [Cut::Fields, Cut::Joined, Cut::Pieces(2), Cut::Pieces(7)];
+            let cuts = [Cut::Fields, Cut::Joined, Cut::Parts(2), Cut::Parts(7)];
             for layout in cuts.into_iter().flat_map(|cut| {
                 let may_be_indirect = [false, refused & INDIRECT_DESCRIPTORS == 0];
                 may_be_indirect.map(|indirect| Layout { cut, indirect })
@@ -178,7 +178,7 @@ fn poll(queue: &mut Queue, count: usize) {
 
 /// QEMU's `idx` case: with EVENT_IDX the driver names the chain that it wants to be told of.
 #[test]
-fn an_interrupt_when_one_was_asked_for_and_only_then() {
+fn a_call_comes_when_the_driver_asked_for_one_and_only_then() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -192,13 +192,13 @@ fn an_interrupt_when_one_was_asked_for_and_only_then() {
         poll(queue, 4);
         assert!(queue.wait_for_call(HANG_LIMIT), "the fourth was asked for");
         poll(queue, 20);
-        vmm.stop_rings().unwrap();
+        vmm.stop_virtqueues().unwrap();
         assert_eq!(vmm.queues[0].take_calls(), 0, "that was past");
     }
 }
 
 #[test]
-fn no_interrupt_before_the_chain_that_was_named() {
+fn no_call_comes_before_the_chain_that_the_driver_named() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -207,14 +207,14 @@ fn no_interrupt_before_the_chain_that_was_named() {
         queue.run_dry();
         queue.ask_for_call_after(20);
         poll(queue, 20);
-        vmm.stop_rings().unwrap();
+        vmm.stop_virtqueues().unwrap();
         assert_eq!(vmm.queues[0].take_calls(), 0);
     }
 }
 
 /// Without EVENT_IDX the driver only says whether it wants any.
 #[test]
-fn interrupts_without_event_idx() {
+fn calls_come_without_event_idx() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let features = plan.features & !EVENT_IDX;
@@ -233,7 +233,7 @@ fn interrupts_without_event_idx() {
 
 /// virtio 1.3, 2.7.7.2: with VRING_AVAIL_F_NO_INTERRUPT a device should send none.
 #[test]
-fn no_interrupts_without_event_idx() {
+fn suppressed_calls_do_not_come_without_event_idx() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let features = plan.features & !EVENT_IDX;
@@ -242,13 +242,13 @@ fn no_interrupts_without_event_idx() {
         queue.refuse_calls();
         queue.run_dry();
         poll(queue, 20);
-        vmm.stop_rings().unwrap();
+        vmm.stop_virtqueues().unwrap();
         assert_eq!(vmm.queues[0].take_calls(), 0);
     }
 }
 
 #[test]
-fn several_queues_at_once() {
+fn several_virtqueues_work_at_once() {
     const QUEUES: usize = 5;
     const REQUESTS: usize = 30;
     let setup = Setup::new(&["--num-queues", "5"]);
@@ -292,7 +292,7 @@ fn several_queues_at_once() {
 
 /// A guest may use fewer queues than the device has.
 #[test]
-fn one_queue_of_several() {
+fn a_driver_may_use_one_virtqueue_of_several() {
     let setup = Setup::new(&["--num-queues", "4"]);
     for plan in both_styles() {
         let mut vmm = setup.start(&Plan { queues: 2, ..plan });
@@ -313,7 +313,7 @@ fn range(sector: u64, sectors: u32) -> Range {
 }
 
 #[test]
-fn discards_and_zeroes() {
+fn discard_and_write_zeroes_follow_the_specification() {
     const BYTES: usize = 32 << 10;
     let setup = Setup::new(&[]);
     for plan in both_styles() {
@@ -517,7 +517,7 @@ fn memory_comes_and_goes_while_requests_run() {
 // ---- Configuration space
 
 #[test]
-fn the_configuration_space() {
+fn the_config_space_describes_the_disk() {
     let setup = Setup::new(&["--num-queues", "3", "--queue-size", "64"]);
     for plan in both_styles() {
         let mut vmm = Vmm::new(&plan);
@@ -574,7 +574,7 @@ fn the_configuration_space() {
 /// The driver switches the write cache off and on (virtio 1.3, 5.2.5.2), and only that may be
 /// written.
 #[test]
-fn the_write_cache_is_switched() {
+fn the_driver_switches_the_write_cache() {
     let mut setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -604,7 +604,7 @@ fn the_write_cache_is_switched() {
 // ---- The life of a connection
 
 #[test]
-fn one_connection_after_the_other() {
+fn frontends_connect_one_after_the_other() {
     let setup = Setup::new(&[]);
     for round in 0..20 {
         for plan in both_styles() {
@@ -628,7 +628,7 @@ fn one_connection_after_the_other() {
 /// What cloud-hypervisor does when the guest's driver is reset: the same connection, no new owner,
 /// and other features if the next driver is another one.
 #[test]
-fn a_driver_is_reset_and_another_one_comes() {
+fn a_driver_that_is_reset_is_followed_by_another() {
     let setup = Setup::new(&["--num-queues", "2"]);
     for style in [Style::CloudHypervisor, Style::Qemu] {
         let mut vmm = setup.start(&Plan {
@@ -643,7 +643,7 @@ fn a_driver_is_reset_and_another_one_comes() {
                     queue.submit(&Request::write(sector, vec![round; 4096]), Layout::DIRECT);
                 }
             }
-            let bases = vmm.stop_rings().unwrap();
+            let bases = vmm.stop_virtqueues().unwrap();
             for (queue, base) in vmm.queues.iter_mut().zip(bases) {
                 // What was taken came back before the ring stopped, the rest was not touched.
                 let mut came = 0;
@@ -663,7 +663,7 @@ fn a_driver_is_reset_and_another_one_comes() {
                 queue.write_disk(0, &[round; 4096]);
                 assert_eq!(queue.read_disk(0, 4096), [round; 4096]);
             }
-            vmm.stop_rings().unwrap();
+            vmm.stop_virtqueues().unwrap();
             vmm.reset_driver();
             vmm.activate().unwrap();
         }
@@ -673,7 +673,7 @@ fn a_driver_is_reset_and_another_one_comes() {
 
 /// Rings go on where they were stopped, as after a pause of the VM.
 #[test]
-fn rings_are_stopped_and_go_on() {
+fn stopped_virtqueues_resume_where_they_stopped() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -682,7 +682,7 @@ fn rings_are_stopped_and_go_on() {
             for place in 0..12 {
                 vmm.queues[0].submit(&Request::write(place * 8, data.clone()), Layout::DIRECT);
             }
-            vmm.stop_rings().unwrap();
+            vmm.stop_virtqueues().unwrap();
             vmm.activate().unwrap();
             while vmm.queues[0].outstanding() > 0 {
                 assert_eq!(status(&vmm.queues[0].wait()), OK);
@@ -694,7 +694,7 @@ fn rings_are_stopped_and_go_on() {
 }
 
 #[test]
-fn the_device_is_reset() {
+fn reset_device_returns_the_device_to_its_initial_state() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -776,14 +776,14 @@ fn a_passed_socket_outlives_a_daemon() {
 /// Two of three replicas hang, so that nothing can be answered; and the VMM stops the ring. It must
 /// not wait for the replicas, and its memory is its own from then on.
 #[test]
-fn a_ring_is_stopped_while_replicas_hang() {
+fn a_virtqueue_stops_while_replicas_hang() {
     for plan in both_styles() {
         let directory = tempfile::tempdir().unwrap();
         let images = create_images(directory.path(), 3, DISK_BYTES);
         let hanging = [1, 2].map(|index: usize| FuseImage::serve(&images[index]));
         let served = [images[0].clone(), hanging[0].path(), hanging[1].path()];
         let mut daemon = Daemon::start(directory.path(), replica_arguments(&served));
-        let _healers = hanging.each_ref().map(FuseImage::healer);
+        let _fault_guards = hanging.each_ref().map(FuseImage::fault_guard);
         let mut vmm = Vmm::start(daemon.socket(), &plan);
         vmm.queues[0].write_disk(0, &[1; 64 << 10]);
         for image in &hanging {
@@ -814,7 +814,7 @@ fn a_ring_is_stopped_while_replicas_hang() {
         vmm.frontend().get_vring_base(0).unwrap();
         let stopped = vmm.memory_content();
         for image in &hanging {
-            image.heal();
+            image.clear_faults();
         }
         let all_done = wait_until(HANG_LIMIT, || {
             hanging.iter().all(|image| {
@@ -878,7 +878,7 @@ impl Raw {
 }
 
 #[test]
-fn messages_of_wrong_size_or_form() {
+fn malformed_messages_harm_only_their_sender() {
     let mut setup = Setup::new(&[]);
     for request in 0..48 {
         for size in [0, 1, 7, 8, 12, 16, 20, 40, 4096] {
@@ -929,7 +929,7 @@ type Case = (&'static str, fn(&mut Vmm));
 
 /// Messages of the right form that say what can not be.
 #[test]
-fn messages_that_make_no_sense() {
+fn invalid_messages_harm_only_their_sender() {
     let mut setup = Setup::new(&["--num-queues", "2"]);
     let cases: Vec<Case> = vec![
         ("a ring too large", |vmm| {
@@ -1036,7 +1036,7 @@ fn messages_that_make_no_sense() {
                     vmm.queues[0].submit(&Request::read(0, 4096), Layout::DIRECT);
                 }
                 if stage > 1 {
-                    vmm.stop_rings().unwrap();
+                    vmm.stop_virtqueues().unwrap();
                 }
                 case(&mut vmm);
                 drop(vmm);
@@ -1074,7 +1074,7 @@ fn ignore<E>(_: Result<(), E>) {}
 
 /// Sends ring addresses of this process, changed.
 fn set_addresses(vmm: &mut Vmm, change: impl FnOnce(&mut [u64; 3])) {
-    let data = testkit::frontend::ring_data(vmm.memory(), &vmm.queues[0]);
+    let data = testkit::frontend::virtqueue_data(vmm.memory(), &vmm.queues[0]);
     let mut addresses = [
         data.desc_table_addr,
         data.avail_ring_addr,
@@ -1122,7 +1122,7 @@ fn remove_all_memory(vmm: &mut Vmm) {
 
 /// Memory that is shorter than the frontend says: whoever touches it behind its end gets SIGBUS.
 #[test]
-fn memory_shorter_than_it_is_said_to_be() {
+fn truncated_memory_harms_only_its_sender() {
     let mut setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -1134,9 +1134,9 @@ fn memory_shorter_than_it_is_said_to_be() {
             ..info
         };
         // Refused, or served as far as it goes.
-        let _ = vmm.stop_rings();
+        let _ = vmm.stop_virtqueues();
         ignore(vmm.frontend().set_mem_table(&[info]).map(drop));
-        let _ = vmm.activate_rings();
+        let _ = vmm.activate_virtqueues();
         let queue = &mut vmm.queues[0];
         queue.submit(&Request::read(0, 4096), Layout::DIRECT);
         queue.kick();
@@ -1149,7 +1149,7 @@ fn memory_shorter_than_it_is_said_to_be() {
 
 /// Whoever gives an eventfd that can not be written to harms at most himself.
 #[test]
-fn descriptors_that_block_or_are_something_else() {
+fn a_call_eventfd_that_blocks_harms_only_its_sender() {
     let mut setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
@@ -1169,14 +1169,14 @@ fn descriptors_that_block_or_are_something_else() {
 
 /// A guest that breaks its rings: at most its own requests fail, and the next guest is served.
 #[test]
-fn rings_that_are_broken() {
+fn broken_virtqueues_harm_only_their_guest() {
     let mut setup = Setup::new(&[]);
     for plan in both_styles() {
         for case in 0..6 {
             let mut vmm = setup.start(&plan);
             let queue = &mut vmm.queues[0];
             queue.submit(&Request::read(0, 4096), Layout::DIRECT);
-            let [table, ..] = queue.ring_addresses();
+            let [table, ..] = queue.virtqueue_addresses();
             let page = queue.slot_page(3);
             match case {
                 0 => (0..1000).for_each(|_| queue.add_head(0)),
@@ -1207,7 +1207,7 @@ fn rings_that_are_broken() {
             }
             queue.publish();
             queue.kick();
-            let bases = vmm.stop_rings().unwrap();
+            let bases = vmm.stop_virtqueues().unwrap();
             assert_eq!(bases.len(), 1);
             drop(vmm);
             setup.assert_serves(&format!("a broken ring, {case}"));

@@ -145,7 +145,7 @@ boot_start_ms=$(date +%s%3N)
 qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
     -accel tcg,thread=multi -smp 2 \
     -object memory-backend-memfd,id=memory,size=256M,share=on -machine q35,memory-backend=memory \
-    -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" -append 'console=ttyS0 panic=-1' \
+    -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" -append 'console=ttyS0 panic=-1 no_timer_check' \
     -serial file:console.log -chardev pipe,id=commands,path=commands -serial chardev:commands \
     -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk,num-queues=1 \
     </dev/null >qemu.log 2>&1 &

@@ -172,7 +172,7 @@ fn a_replica_is_replaced_while_the_guest_works() {
 }
 
 #[test]
-fn a_scrub_finds_and_mends_what_the_guest_never_reads() {
+fn a_scrub_finds_and_repairs_what_the_guest_never_reads() {
     const DAMAGED: u64 = 1000;
     let disk = serve();
     let found = beside_a_guest(&disk, |monitor| {
@@ -252,7 +252,7 @@ fn a_job_is_paused_slowed_resumed_and_cancelled() {
 }
 
 #[test]
-fn what_cannot_be_done_changes_nothing() {
+fn a_refused_command_changes_nothing() {
     let disk = serve();
     let monitor = &mut disk.monitor();
     let before = monitor.execute("query-quorum", json!({}))["replicas"].clone();

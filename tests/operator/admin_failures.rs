@@ -173,7 +173,7 @@ fn a_hung_replica_can_be_removed() {
     let refused = try_add(&mut monitor, &hung.path(), &name).expect_err("it is still open");
     assert!(refused.contains("are the same image"), "{refused}");
 
-    hung.heal();
+    hung.clear_faults();
     assert!(wait_until(HANG_LIMIT, || !has_open(
         disk.process_id(),
         &hung.path()
@@ -220,10 +220,10 @@ fn fail_midway(disk: &Disk, monitor: &mut Monitor, target: &FuseImage, errno: i3
 }
 
 #[test]
-fn a_resync_that_fails_midway_is_told_and_its_replica_replaced() {
+fn a_resync_that_fails_midway_is_reported_and_its_replica_replaced() {
     let (target, other) = (new_image(), new_image());
     let disk = serve(Plan::default());
-    let _healer = target.image.healer();
+    let _fault_guard = target.image.fault_guard();
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     fail_midway(&disk, &mut monitor, &target.image, libc::EIO);
@@ -242,14 +242,14 @@ fn a_resync_that_fails_midway_is_told_and_its_replica_replaced() {
 }
 
 #[test]
-fn a_resync_onto_a_full_disk_goes_on_when_there_is_room() {
+fn a_resync_onto_a_full_file_system_continues_when_there_is_room() {
     let target = new_image();
     let disk = serve(Plan::default());
-    let _healer = target.image.healer();
+    let _fault_guard = target.image.fault_guard();
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     fail_midway(&disk, &mut monitor, &target.image, libc::ENOSPC);
-    target.image.heal();
+    target.image.clear_faults();
     wait_until_in_service(&mut monitor, "new");
     works(&mut client);
     disk.end();
@@ -264,7 +264,7 @@ fn a_resync_copies_what_has_a_quorum() {
         faulty: vec![0, 1],
         ..Plan::default()
     });
-    let _healer = target.image.healer();
+    let _fault_guard = target.image.fault_guard();
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     // From 9 to 10 MiB neither can be read.
@@ -292,9 +292,9 @@ fn a_resync_copies_what_has_a_quorum() {
     }
     client.read(0, 9 * MEBIBYTE, 4096).expect_err("no quorum");
 
-    disk.faulty(0).heal();
+    disk.faulty(0).clear_faults();
     wait_until_in_service(&mut monitor, "new");
-    disk.faulty(1).heal();
+    disk.faulty(1).clear_faults();
     works(&mut client);
     disk.end();
     let images = [&disk.images[..], std::slice::from_ref(&target.backing)].concat();
@@ -302,7 +302,7 @@ fn a_resync_copies_what_has_a_quorum() {
 }
 
 #[test]
-fn what_is_no_replica_is_refused_and_nothing_changes() {
+fn an_image_that_is_refused_changes_nothing() {
     let directory = tempfile::tempdir().expect("a directory");
     let image = create_images(directory.path(), 1, SIZE_BYTES).remove(0);
     let path = |name| directory.path().join(name);
@@ -360,7 +360,7 @@ fn what_is_no_replica_is_refused_and_nothing_changes() {
 /// tmpfs has had direct I/O since Linux 6.6, in blocks of a page, which is more than those of this
 /// disk may be.
 #[test]
-fn an_image_in_memory_is_a_replica_or_refused_in_words() {
+fn an_image_on_tmpfs_is_accepted_or_refused_with_the_reason() {
     let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
     let image = create_images(directory.path(), 1, SIZE_BYTES).remove(0);
     let disk = serve(Plan::default());

@@ -147,7 +147,7 @@ fn map_line(map: &str, name: &str) -> String {
 }
 
 #[test]
-fn damage_is_found_shown_and_mended() {
+fn corruption_is_found_shown_and_repaired() {
     let served = Served::new(&[]);
     served.write_something();
     let healthy = served.run("status").with(0);
@@ -205,7 +205,7 @@ fn damage_is_found_shown_and_mended() {
 }
 
 #[test]
-fn what_no_vote_can_give_is_failing() {
+fn undecided_sectors_make_the_disk_fail() {
     let served = Served::new(&[]);
     for (image, mask) in served.images.iter().zip([1, 2, 4]) {
         corrupt_sectors(image, 65536..65537, mask);
@@ -255,7 +255,7 @@ fn a_replica_is_replaced() {
 }
 
 #[test]
-fn replicas_come_and_go() {
+fn replicas_are_added_and_removed() {
     let served = Served::new(&[]);
     let path = |name: &str| served.directory.path().join(name);
     let add = |name: &str, options: &str| {
@@ -310,7 +310,7 @@ fn replicas_come_and_go() {
 }
 
 #[test]
-fn jobs_are_listed_told_and_waited_for() {
+fn jobs_are_listed_changed_and_waited_for() {
     let served = Served::new(&[]);
     assert_eq!(served.run("jobs").with(0), "no jobs\n");
     assert_eq!(
@@ -427,7 +427,7 @@ fn events_are_followed_until_the_daemon_ends() {
 }
 
 #[test]
-fn a_reader_that_has_seen_enough_ends_it_quietly() {
+fn a_closed_pipe_ends_it_without_an_error() {
     let served = Served::new(&[]);
     let mut command = program(&served.socket());
     let mut child = command
@@ -564,7 +564,7 @@ fn with_server(sent: impl Into<Vec<u8>>, line: &str) -> Ran {
 const GREETING: &str = "{\"QMP\": {\"version\": {}, \"capabilities\": []}}\r\n{\"return\": {}}\r\n";
 
 #[test]
-fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
+fn a_server_that_is_no_monitor_is_an_error() {
     let after_greeting = |text: &str| format!("{GREETING}{text}\r\n");
     for (sent, line, expected) in [
         (
@@ -634,7 +634,7 @@ fn a_server_that_makes_no_sense_is_told_from_a_monitor() {
 }
 
 #[test]
-fn a_server_that_is_silent_or_gone_is_not_waited_for() {
+fn a_silent_or_absent_server_is_an_error() {
     assert!(
         with_server("", "status --timeout 1")
             .with(3)
@@ -671,7 +671,7 @@ fn a_server_that_is_silent_or_gone_is_not_waited_for() {
 }
 
 #[test]
-fn a_server_that_accepts_no_connection_is_not_waited_for() {
+fn a_server_that_accepts_no_connection_is_an_error() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("qmp.sock");
     let server = socket(AddressFamily::UNIX, SocketType::STREAM, None).unwrap();
@@ -687,7 +687,7 @@ fn a_server_that_accepts_no_connection_is_not_waited_for() {
 }
 
 #[test]
-fn an_endless_answer_takes_no_memory_without_end() {
+fn an_endless_reply_is_refused_in_bounded_memory() {
     for piece in [
         // One line.
         "x".repeat(1 << 16),

@@ -104,7 +104,7 @@ fn requests_and_operations_are_counted_and_timed() {
 }
 
 #[test]
-fn a_slow_replica_is_seen_to_be_slow() {
+fn latencies_show_a_slow_replica() {
     let plan = Plan {
         faulty: vec![2],
         ..Plan::default()
@@ -122,7 +122,7 @@ fn a_slow_replica_is_seen_to_be_slow() {
     let slow = 2 * began.elapsed() + Duration::from_millis(100);
     wait_until(HANG_LIMIT, || began.elapsed() >= slow);
     let hung = began.elapsed();
-    disk.faulty(2).heal();
+    disk.faulty(2).clear_faults();
     let state = seen_when(&disk, |state| completed(state, 2));
     let median = |replica: usize| {
         let latency = &state["replicas"][replica]["operations"]["read"]["latency"];
@@ -196,7 +196,7 @@ fn corrupt_sectors_and_errors_are_counted_where_they_are() {
 }
 
 #[test]
-fn a_replica_that_leaves_and_comes_back() {
+fn evictions_and_rejoins_are_counted() {
     let plan = Plan {
         faulty: vec![1],
         replica_timeout: Duration::from_secs(1),
@@ -218,7 +218,7 @@ fn a_replica_that_leaves_and_comes_back() {
     );
     assert_eq!(replica["operations"]["write"]["in-flight"], 1);
     assert_eq!(number(&replica["stale-bytes"]), BLOCK);
-    disk.faulty(1).heal();
+    disk.faulty(1).clear_faults();
     let state = seen_when(&disk, |state| {
         state["replicas"][1]["state"] == "in-service" && state["replicas"][1]["stale-bytes"] == 0
     });
@@ -259,7 +259,7 @@ fn has_the_shape_of(ours: &Value, qemus: &Value, place: &str) {
 }
 
 #[test]
-fn queries_answer_as_qemus_do() {
+fn queries_reply_like_qemu() {
     let [ours, peer] =
         [System::Ours, System::Peer].map(|system| Disk::start(system, &Plan::default()));
     let mut monitor = ours.monitor();

@@ -141,7 +141,7 @@ impl Account {
 }
 
 #[test]
-fn readers_come_and_go() {
+fn readers_connect_and_disconnect() {
     let served = serve();
     // Nothing is kept for readers that connect later.
     let mut before = served.connect();
@@ -166,7 +166,7 @@ fn readers_come_and_go() {
 }
 
 #[test]
-fn the_first_event_is_out_at_once() {
+fn the_first_event_is_sent_at_once() {
     measure(|| {
         let served = serve();
         let mut reader = served.connect();
@@ -220,7 +220,7 @@ fn a_flood_is_folded_with_exact_counts() {
 }
 
 #[test]
-fn what_is_folded_is_sent_at_stop() {
+fn folded_events_are_sent_at_stop() {
     let served = serve();
     let reader = served.connect();
     for sector in 0..5_000 {
@@ -231,7 +231,7 @@ fn what_is_folded_is_sent_at_stop() {
 }
 
 #[test]
-fn a_reader_that_stalls_delays_nobody_and_is_told_what_it_missed() {
+fn a_stalled_reader_delays_no_event_and_gets_the_number_it_missed() {
     let served = serve();
     let stalled = served.connect();
     let live = served.connect();
@@ -263,7 +263,7 @@ fn a_reader_that_stalls_delays_nobody_and_is_told_what_it_missed() {
 }
 
 #[test]
-fn a_reader_that_never_reads_does_not_hold_up_stop() {
+fn a_reader_that_never_reads_does_not_delay_stop() {
     let served = serve();
     let stalled = served.connect();
     for sector in 0..20_000_u64 {
@@ -279,7 +279,7 @@ fn a_reader_that_never_reads_does_not_hold_up_stop() {
 }
 
 #[test]
-fn readers_come_and_go_during_a_flood() {
+fn readers_connect_and_disconnect_during_a_flood() {
     let served = serve();
     let done = Arc::new(AtomicBool::new(false));
     let visits: [_; 4] = std::array::from_fn(|_| Arc::new(AtomicU32::new(0)));
@@ -333,7 +333,7 @@ fn a_reader_that_closed_its_writing_side_still_reads() {
 }
 
 #[test]
-fn what_a_reader_sends_is_thrown_away() {
+fn what_a_reader_sends_is_discarded() {
     let served = serve();
     let mut talker = served.connect();
     let mut quiet = served.connect();
@@ -348,7 +348,7 @@ fn what_a_reader_sends_is_thrown_away() {
 }
 
 #[test]
-fn one_reader_too_many_is_turned_away() {
+fn a_reader_above_the_limit_is_refused() {
     let served = serve();
     let mut readers: Vec<Lines> = (0..EVENT_READERS_MAX).map(|_| served.connect()).collect();
     let mut turned_away = served.connect();
@@ -371,7 +371,7 @@ fn one_reader_too_many_is_turned_away() {
 }
 
 #[test]
-fn the_socket_is_private_and_gone_after_stop() {
+fn the_socket_is_private_and_removed_at_stop() {
     let served = serve();
     let mode = std::fs::metadata(&served.path)
         .unwrap()

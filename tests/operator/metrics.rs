@@ -84,7 +84,7 @@ fn values(text: &str) -> HashMap<String, f64> {
 }
 
 #[test]
-fn metrics_are_what_happened_and_well_formed() {
+fn metrics_count_what_happened_and_are_well_formed() {
     let served = serve("0");
     corrupt_sectors(&served.directory.path().join("1.raw"), 0..2, 0xff);
     let mut client = Client::connect(served.daemon.socket(), 1);
@@ -181,7 +181,7 @@ fn metrics_are_what_happened_and_well_formed() {
 }
 
 #[test]
-fn who_misbehaves_keeps_nobody_waiting_for_long() {
+fn a_misbehaving_client_delays_no_scrape_for_long() {
     let mut served = serve("127.0.0.1:0");
     let silent: Vec<TcpStream> = (0..METRICS_CONNECTIONS_MAX)
         .map(|_| served.connect())
@@ -225,7 +225,7 @@ fn who_misbehaves_keeps_nobody_waiting_for_long() {
 }
 
 #[test]
-fn an_address_that_others_reach_is_told() {
+fn an_address_that_other_hosts_reach_is_logged() {
     let served = serve("0.0.0.0:0");
     served.scrape();
     let log = served.daemon.log();

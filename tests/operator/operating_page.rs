@@ -251,7 +251,7 @@ fn contains_in_order(printed: &[String], shown: &[String]) -> bool {
 }
 
 #[test]
-fn the_examples_are_what_is_printed() {
+fn the_examples_match_the_output() {
     let mut session = Session::new();
     let (mut transcript, mut differences) = (String::new(), Vec::new());
     let mut events_shown = Vec::new();
@@ -273,7 +273,7 @@ fn the_examples_are_what_is_printed() {
     let told = || comparable(&session.shown(&fs::read_to_string(session.path("events")).unwrap()));
     let all_told = wait_until(HANG_LIMIT, || contains_in_order(&told(), &events_shown));
     let events = fs::read_to_string(session.path("events")).unwrap();
-    session.dying.heal();
+    session.dying.clear_faults();
     assert!(
         differences.is_empty() && all_told && !events_shown.is_empty(),
         "not in docs/operating.md: {differences:#?}, the events: {}\nAll of it:\n{transcript}\nEvents:\n{events}",

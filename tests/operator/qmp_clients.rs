@@ -243,7 +243,7 @@ impl Lines {
 }
 
 #[test]
-fn who_closed_the_writing_side_gets_the_replies_first() {
+fn a_client_that_closed_its_writing_side_gets_its_replies() {
     let served = serve();
     let mut lines = Lines::connect(&served.socket);
     lines.send(b"{'execute':'qmp_capabilities'}\n");
@@ -260,7 +260,7 @@ fn who_closed_the_writing_side_gets_the_replies_first() {
 }
 
 #[test]
-fn who_misbehaves_is_told_or_dropped_and_disturbs_nobody() {
+fn a_misbehaving_client_disturbs_no_other() {
     let mut served = serve();
     let mut witness = Monitor::connect(&served.socket);
 
@@ -350,7 +350,7 @@ fn error(replica: u8, errno: i32, sector: u64) -> Report {
 }
 
 #[test]
-fn a_command_that_takes_its_time_delays_no_event_and_no_negotiation() {
+fn a_slow_command_delays_no_event_and_no_negotiation() {
     let (alone, is_asked, go_on) = alone();
     let mut asking = Lines::negotiated(&alone.socket);
     asking.send(b"{'execute':'quit','id':'slow'}{'execute':'query-status'}");
@@ -389,7 +389,7 @@ fn no_event_before_the_negotiation() {
 }
 
 #[test]
-fn a_client_that_stalls_is_told_what_it_missed() {
+fn a_client_that_stalls_gets_the_number_of_missed_events() {
     let (alone, ..) = alone();
     let mut stalled = Lines::negotiated(&alone.socket);
     let mut live = Lines::negotiated(&alone.socket);

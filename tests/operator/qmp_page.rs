@@ -121,7 +121,7 @@ fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
 }
 
 #[test]
-fn the_examples_are_what_is_printed() {
+fn the_examples_match_the_output() {
     let directory = tempfile::tempdir().unwrap();
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 30));
     arguments.extend(["--rewrite-corrupted", "--cache", "writeback", "--qmp"].map(OsString::from));

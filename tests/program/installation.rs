@@ -151,7 +151,7 @@ impl Installed {
 }
 
 #[test]
-fn all_is_installed_and_goes_again() {
+fn everything_is_installed_and_uninstalled() {
     let directory = tempfile::tempdir().unwrap();
     let variables = [("DESTDIR", directory.path()), ("PREFIX", Path::new("/usr"))];
     make("install", &variables);
@@ -212,7 +212,7 @@ fn all_is_installed_and_goes_again() {
 /// QEMU's docs/interop/vhost-user.json: the struct VhostUserBackend, and what it says of
 /// `--print-capabilities`.
 #[test]
-fn the_descriptor_is_true() {
+fn the_vhost_user_descriptor_matches_the_daemon() {
     let installed = Installed::new();
     let descriptor: Value =
         serde_json::from_str(&installed.text("share/qemu/vhost-user/50-quorum-blkd.json")).unwrap();
@@ -236,7 +236,7 @@ fn the_descriptor_is_true() {
 }
 
 #[test]
-fn systemd_takes_the_units() {
+fn systemd_accepts_the_units() {
     let installed = Installed::new();
     let units = SOCKET_UNITS.map(|unit| format!("{unit}.socket"));
     let units = units
@@ -291,7 +291,7 @@ fn systemd_takes_the_units() {
 /// The program understands what the units say: the command line, the variable of the file of
 /// options, and the names of the sockets.
 #[test]
-fn the_daemon_takes_what_the_units_give_it() {
+fn the_daemon_accepts_the_arguments_of_the_units() {
     let installed = Installed::new();
     let unit = "quorum-blkd@.service";
     let command = installed.setting(unit, "ExecStart").replace("%i", "db");
@@ -334,7 +334,7 @@ fn the_daemon_takes_what_the_units_give_it() {
 }
 
 #[test]
-fn the_man_pages_are_some() {
+fn the_man_pages_are_valid() {
     let installed = Installed::new();
     let beginning = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS"];
     let of_daemon = [

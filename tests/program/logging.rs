@@ -145,7 +145,7 @@ fn evicting_and_rejoining_a_replica_are_a_line_each() {
     let disk = Disk::start(System::Ours, &plan);
     disk.faulty(1).inject(Operation::Write, Fault::Hang);
     disk.connect().write(0, 0, &[1; 4096]).unwrap();
-    disk.faulty(1).heal();
+    disk.faulty(1).clear_faults();
     let lines = |message: &str| {
         let log = disk.log();
         let lines = log.lines().filter(|line| line.contains(message));

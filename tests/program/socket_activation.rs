@@ -208,7 +208,7 @@ fn a_connection_starts_it_and_all_its_sockets_are_served() {
 /// that connects in between is not turned away. The name does not matter where there is only one
 /// socket.
 #[test]
-fn who_connects_while_it_is_started_again_is_served() {
+fn connections_during_a_restart_are_served() {
     let place = Place::new(3);
     let path = place.path("disk.sock");
     let listener = UnixListener::bind(&path).unwrap();
@@ -237,7 +237,7 @@ fn who_connects_while_it_is_started_again_is_served() {
 }
 
 #[test]
-fn what_is_no_listening_stream_socket_is_refused() {
+fn a_descriptor_that_is_no_listening_stream_socket_is_refused() {
     let place = Place::new(1);
     let file = File::open(&place.images[0]).unwrap();
     let (connected, _other_end) = UnixStream::pair().unwrap();
@@ -313,7 +313,7 @@ fn sockets_that_do_not_fit_are_refused() {
 /// The environment of a service is inherited by whatever it starts, for which it has no meaning
 /// then.
 #[test]
-fn what_was_passed_to_another_process_is_not_taken() {
+fn descriptors_for_another_process_are_ignored() {
     let place = Place::new(1);
     let socket = UnixListener::bind(place.path("a")).unwrap();
     for variables in [

@@ -101,7 +101,7 @@ fn assert_says(line: &str, parts: &[&str]) {
 // ---- Refusals
 
 #[test]
-fn sizes_that_differ() {
+fn images_of_different_sizes_are_refused() {
     let place = Place::new(3);
     let second = OpenOptions::new()
         .write(true)
@@ -116,7 +116,7 @@ fn sizes_that_differ() {
 }
 
 #[test]
-fn sizes_that_are_none() {
+fn images_of_invalid_size_are_refused() {
     for (bytes, text) in [(0, "is empty"), (1000, "not a multiple of")] {
         let place = Place::new(1);
         let image = OpenOptions::new()
@@ -129,7 +129,7 @@ fn sizes_that_are_none() {
 }
 
 #[test]
-fn one_image_twice() {
+fn the_same_image_twice_is_refused() {
     let place = Place::new(2);
     let first = place.images[0].clone();
     let line = place.refusal_of(&[first.clone(), first.clone()], &[]);
@@ -154,7 +154,7 @@ fn one_image_twice() {
 }
 
 #[test]
-fn one_name_twice() {
+fn the_same_node_name_twice_is_refused() {
     let place = Place::new(2);
     let named = |image: &Path, name| PathBuf::from(format!("{},node-name={name}", image.display()));
     let images = [
@@ -170,7 +170,7 @@ fn one_name_twice() {
 }
 
 #[test]
-fn thresholds_out_of_range() {
+fn a_threshold_out_of_range_is_refused() {
     let place = Place::new(3);
     for threshold in ["0", "4", "1000"] {
         let line = place.refusal(&["--vote-threshold", threshold]);
@@ -183,7 +183,7 @@ fn thresholds_out_of_range() {
 }
 
 #[test]
-fn blkverify_where_it_has_no_meaning() {
+fn blkverify_is_refused_without_two_replicas_and_threshold_two() {
     for (replicas, options) in [
         (1, &["--blkverify"][..]),
         (3, &["--blkverify"]),
@@ -197,7 +197,7 @@ fn blkverify_where_it_has_no_meaning() {
 }
 
 #[test]
-fn images_that_are_none() {
+fn files_that_are_no_images_are_refused() {
     let place = Place::new(1);
     let first = place.images[0].clone();
     let fifo = place.path("fifo");
@@ -225,7 +225,7 @@ fn images_that_are_none() {
 }
 
 #[test]
-fn an_image_that_another_daemon_serves() {
+fn an_image_that_another_daemon_serves_is_refused() {
     let served = Place::new(3);
     let _daemon = Daemon::start(served.directory.path(), replica_arguments(&served.images));
     let place = Place::new(2);
@@ -243,7 +243,7 @@ fn an_image_that_another_daemon_serves() {
 }
 
 #[test]
-fn an_image_that_qemu_has_open() {
+fn an_image_that_qemu_has_open_is_refused() {
     let place = Place::new(2);
     let image = place.images[1].display().to_string();
     let qemu = StorageDaemon::start(
@@ -267,7 +267,7 @@ fn an_image_that_qemu_has_open() {
 }
 
 #[test]
-fn options_that_do_not_exist() {
+fn unknown_options_are_refused() {
     let place = Place::new(3);
     for options in [&["--no-such-option", "1"][..], &["surplus"]] {
         assert_says(
@@ -295,7 +295,7 @@ fn options_that_do_not_exist() {
 }
 
 #[test]
-fn options_that_are_missing_or_exclude_each_other() {
+fn missing_and_conflicting_options_are_refused() {
     let place = Place::new(1);
     assert_says(&place.refusal_of(&[], &[]), &["--blk-file"]);
     assert_says(
@@ -310,7 +310,7 @@ fn options_that_are_missing_or_exclude_each_other() {
 
 /// Each of the sockets at a path that is taken; the other one is not left behind.
 #[test]
-fn socket_paths_that_are_taken() {
+fn a_socket_path_in_use_is_refused() {
     let options = ["--socket-path", "--events", "--qmp"];
     for (taken, other) in [(0, 1), (1, 0), (2, 0)] {
         let place = Place::new(2);
@@ -346,7 +346,7 @@ fn socket_paths_that_are_taken() {
 }
 
 #[test]
-fn what_a_dead_daemon_left_is_replaced() {
+fn sockets_of_a_dead_daemon_are_replaced() {
     let place = Place::new(1);
     for name in ["disk.sock", "events.sock"] {
         drop(UnixListener::bind(place.path(name)).unwrap());
@@ -552,7 +552,7 @@ fn a_signal_ends_it_and_nothing_is_left() {
 /// The kernel closes the files of an io_uring some time after its process has ended. Neither QEMU
 /// nor the next daemon must find them locked for that.
 #[test]
-fn images_are_free_when_it_has_ended() {
+fn images_are_unlocked_when_it_has_ended() {
     let place = Place::new(2);
     let socket = place.path("disk.sock");
     for signal in [libc::SIGTERM, libc::SIGKILL] {
@@ -579,7 +579,7 @@ fn images_are_free_when_it_has_ended() {
 }
 
 #[test]
-fn sockets_are_the_owners() {
+fn sockets_are_private_to_the_owner() {
     let place = Place::new(1);
     let daemon = Daemon::start(place.directory.path(), replica_arguments(&place.images));
     for socket in [daemon.socket(), daemon.events_socket()] {
@@ -590,7 +590,7 @@ fn sockets_are_the_owners() {
 }
 
 #[test]
-fn as_much_is_logged_as_was_asked_for() {
+fn options_and_environment_select_the_log_level() {
     const INFO: &str = " INFO disk=";
     const DEBUG: &str = " DEBUG disk=";
     for (arguments, environment, info, debug) in [
@@ -619,7 +619,7 @@ fn as_much_is_logged_as_was_asked_for() {
 
 /// A replica that takes its time makes sure that there is something in flight.
 #[test]
-fn what_is_in_flight_is_answered_before_it_ends() {
+fn requests_in_flight_are_answered_before_it_ends() {
     // What one turn of the worker takes.
     const REQUESTS: usize = 16;
     const LEN: usize = 16 << 10;

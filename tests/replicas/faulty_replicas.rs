@@ -33,7 +33,7 @@ fn with_faulty(faulty: Vec<usize>) -> Disk {
 }
 
 #[test]
-fn two_replicas_bad_in_different_sectors_fail_no_read() {
+fn two_replicas_corrupt_in_different_sectors_fail_no_read() {
     let _machine = shared();
     let reads = 100;
     let (failed, events) = rows::bad_in_different_sectors(System::Ours, reads);
@@ -55,13 +55,13 @@ fn check_raced(row: &str, raced: &Raced) {
 }
 
 #[test]
-fn racing_requests_accuse_nobody() {
+fn racing_requests_report_no_replica() {
     let _machine = shared();
     check_raced("racing on 64 KiB", &rows::race_on(System::Ours));
 }
 
 #[test]
-fn racing_requests_are_not_undone_by_rewrites() {
+fn repairs_do_not_undo_racing_writes() {
     let _machine = shared();
     let raced = rows::race_with_rewrites(System::Ours);
     check_raced("racing with rewrites, two replicas delayed", &raced);
@@ -201,7 +201,7 @@ fn flushes_that_hang_on_one_replica_delay_nothing_else() {
 }
 
 #[test]
-fn a_slow_replica_slows_no_read_down() {
+fn a_slow_replica_delays_no_read() {
     let _machine = alone();
     let reads = 5000;
     measure(|| {
@@ -248,7 +248,7 @@ fn a_flush_fails_unless_enough_replicas_hold_what_was_written() {
     );
     // Writing it again is what mends it.
     for replica in [0, 2] {
-        disk.faulty(replica).heal();
+        disk.faulty(replica).clear_faults();
     }
     client.write(0, 0, &[4; BLOCK]).unwrap();
     assert_eq!(client.flush(0), Ok(()));
@@ -272,7 +272,7 @@ fn a_flush_that_fails_on_one_replica_succeeds() {
 }
 
 #[test]
-fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
+fn an_io_error_is_reported_with_its_errno() {
     let _machine = shared();
     let disk = with_faulty(vec![1]);
     let mut client = disk.connect();
@@ -283,7 +283,7 @@ fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
     client.write(0, 8192, &[2; BLOCK]).unwrap();
     assert_eq!(client.read(0, 8192, BLOCK).unwrap(), [2; BLOCK]);
     client.flush(0).unwrap();
-    disk.faulty(1).heal();
+    disk.faulty(1).clear_faults();
     drop(client);
     let events = disk.end();
     for (index, (operation, errno, sector)) in [("read", EIO, 0), ("write", ENOSPC, 16)]
@@ -316,7 +316,7 @@ fn an_io_error_is_reported_with_its_errno_and_nothing_else_happens() {
 
 /// A replica whose reads lie, while its file is right.
 #[test]
-fn a_replica_that_lies_is_outvoted_and_named() {
+fn a_replica_that_reads_corrupt_data_is_outvoted_and_reported() {
     let _machine = shared();
     let disk = with_faulty(vec![0]);
     let mut client = disk.connect();
@@ -343,7 +343,7 @@ fn a_replica_that_lies_is_outvoted_and_named() {
 
 /// Images are healed, and their users gone, before they are: also when nobody healed them.
 #[test]
-fn a_hanging_image_can_be_given_up() {
+fn a_hung_image_can_be_dropped() {
     let _machine = shared();
     let disk = with_faulty(vec![0, 1, 2]);
     let mut client = disk.connect();
@@ -375,7 +375,7 @@ fn a_hanging_image_can_be_given_up() {
 
 /// What was never written is not lost by a flush that fails.
 #[test]
-fn a_flush_that_fails_costs_only_what_was_written() {
+fn a_failed_flush_costs_only_what_was_written() {
     let _machine = shared();
     let disk = with_faulty(vec![0, 1]);
     let mut client = disk.connect();

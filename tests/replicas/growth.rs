@@ -198,7 +198,7 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
 }
 
 #[test]
-fn what_is_no_growth_is_refused() {
+fn a_size_that_is_not_larger_is_refused() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
@@ -255,13 +255,13 @@ fn assert_put_back(setup: &mut Setup, images: &[PathBuf], says: &[&str]) {
 }
 
 #[test]
-fn one_that_cannot_be_grown_leaves_all_as_they_were() {
+fn a_replica_that_cannot_grow_leaves_all_at_their_size() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
     let served = [images[0].clone(), images[1].clone(), fuse.path()];
-    let _healer = fuse.healer();
+    let _fault_guard = fuse.fault_guard();
     let name = |setup: &mut Setup| {
         let state = setup.monitor.execute("query-quorum", json!({}));
         state["replicas"][2]["node-name"]
@@ -283,7 +283,7 @@ fn one_that_cannot_be_grown_leaves_all_as_they_were() {
         fuse.inject(operation, Fault::Fail(errno));
         // What cannot be synced cannot be put back durably either, which is said.
         assert_put_back(&mut setup, &images, &[&third, "cannot be grown", says]);
-        fuse.heal();
+        fuse.clear_faults();
     }
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
     assert!(images.iter().all(|image| length(image) == NEW_BYTES));
@@ -291,13 +291,13 @@ fn one_that_cannot_be_grown_leaves_all_as_they_were() {
 }
 
 #[test]
-fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
+fn a_replica_that_hangs_while_growing_delays_no_request_and_is_shrunk_again() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
     let served = [images[0].clone(), images[1].clone(), fuse.path()];
-    let _healer = fuse.healer();
+    let _fault_guard = fuse.fault_guard();
     let mut setup = Setup::new(&served, &["--replica-timeout", "200"]);
     fuse.inject(Operation::Resize, Fault::Hang);
     assert_put_back(
@@ -312,7 +312,7 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
     assert!(unsettled.contains("has not been put back"), "{unsettled}");
     assert_eq!(length(&images[0]), SIZE_BYTES);
     // It does what it was asked for, and the opposite then.
-    fuse.heal();
+    fuse.clear_faults();
     let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
     assert!(wait_until(HANG_LIMIT, settled));
     assert!(wait_until(HANG_LIMIT, || setup.resize(NEW_BYTES).is_ok()));
@@ -322,13 +322,13 @@ fn one_that_hangs_holds_up_nobody_and_is_put_back_when_it_goes_on() {
 }
 
 #[test]
-fn one_that_hangs_can_be_removed_and_the_others_grow() {
+fn a_replica_that_hangs_while_growing_can_be_removed() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let fuse = FuseImage::serve(&images[2]);
     let served = [images[0].clone(), images[1].clone(), fuse.path()];
-    let _healer = fuse.healer();
+    let _fault_guard = fuse.fault_guard();
     let mut setup = Setup::new(&served, &["--replica-timeout", "200"]);
     fuse.inject(Operation::Resize, Fault::Hang);
     assert!(
@@ -340,7 +340,7 @@ fn one_that_hangs_can_be_removed_and_the_others_grow() {
     let remove = json!({ "parent": "quorum0", "child": "children.2" });
     setup.monitor.execute("x-blockdev-change", remove);
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
-    fuse.heal();
+    fuse.clear_faults();
     let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
     assert!(wait_until(HANG_LIMIT, settled));
     assert_eq!([0, 1].map(|index| length(&images[index])), [NEW_BYTES; 2]);
@@ -403,7 +403,7 @@ fn a_file_that_is_longer_already_is_not_touched() {
 
 /// As when the daemon was killed before all were grown.
 #[test]
-fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
+fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
@@ -425,7 +425,7 @@ fn a_growth_that_was_cut_short_is_ended_as_the_next_start_says() {
 
 /// A block device has to be large enough, and what it holds there is written over.
 #[test]
-fn block_devices_are_zeroed_where_they_are_new() {
+fn new_space_of_block_devices_is_zeroed() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
@@ -467,7 +467,7 @@ fn block_devices_are_zeroed_where_they_are_new() {
 
 /// Whatever a frontend does with its back channel, the disk grows.
 #[test]
-fn a_frontend_that_does_not_listen_harms_itself_only() {
+fn a_frontend_that_ignores_its_back_channel_harms_itself_only() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);

@@ -163,7 +163,7 @@ fn assert_done(output: &Output) {
 }
 
 #[test]
-fn qemu_leaves_alone_what_is_written_here() {
+fn qemu_refuses_an_image_that_is_written_here() {
     let _machine = machine::shared();
     let image = Image::new();
     let replica = image.open(WRITABLE).unwrap();
@@ -183,7 +183,7 @@ fn qemu_leaves_alone_what_is_written_here() {
 }
 
 #[test]
-fn qemu_reads_along_but_does_not_write_what_is_only_read_here() {
+fn qemu_reads_but_does_not_write_an_image_that_is_read_here() {
     let _machine = machine::shared();
     let image = Image::new();
     let _replica = image.open(READ_ONLY).unwrap();
@@ -195,7 +195,7 @@ fn qemu_reads_along_but_does_not_write_what_is_only_read_here() {
 }
 
 #[test]
-fn an_image_that_qemu_writes_is_refused_until_it_is_done() {
+fn an_image_that_qemu_writes_is_refused_until_qemu_closes_it() {
     let _machine = machine::shared();
     let image = Image::new();
     let daemon = StorageDaemon::serve(&image, true);
@@ -206,7 +206,7 @@ fn an_image_that_qemu_writes_is_refused_until_it_is_done() {
 }
 
 #[test]
-fn an_image_that_qemu_only_reads_can_be_used_here() {
+fn an_image_that_qemu_reads_is_accepted() {
     let _machine = machine::shared();
     let image = Image::new();
     let _daemon = StorageDaemon::serve(&image, false);

@@ -176,7 +176,7 @@ fn verify_until(stop: &AtomicBool, socket: &Path, seed: u64) -> u64 {
 }
 
 #[test]
-fn a_replica_is_replaced_under_a_client() {
+fn a_replica_is_replaced_while_a_client_works() {
     let _machine = machine::shared();
     let served = serve();
     let stop = AtomicBool::new(false);
@@ -226,7 +226,7 @@ fn a_replica_is_replaced_under_a_client() {
 }
 
 #[test]
-fn what_is_sparse_stays_sparse() {
+fn a_resync_keeps_holes() {
     let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
@@ -246,7 +246,7 @@ fn what_is_sparse_stays_sparse() {
 }
 
 #[test]
-fn what_cannot_be_a_replica_is_refused() {
+fn an_image_that_cannot_be_a_replica_is_refused() {
     let _machine = machine::shared();
     let served = serve();
     let refused =
@@ -288,7 +288,7 @@ fn what_cannot_be_a_replica_is_refused() {
 }
 
 #[test]
-fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
+fn a_cancelled_resync_leaves_a_replica_that_does_not_vote() {
     let _machine = machine::shared();
     let served = serve();
     let fourth = served.another("fourth.raw");
@@ -327,7 +327,7 @@ fn a_cancelled_resync_leaves_a_member_that_does_not_vote() {
 }
 
 #[test]
-fn a_scrub_finds_and_mends_what_nobody_reads() {
+fn a_scrub_finds_and_repairs_what_no_client_reads() {
     let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
@@ -375,7 +375,7 @@ fn a_scrub_finds_and_mends_what_nobody_reads() {
 }
 
 #[test]
-fn a_mismatch_has_its_neighbourhood_scrubbed() {
+fn a_corrupt_sector_starts_a_scrub_around_it() {
     let _machine = machine::shared();
     let served = serve();
     let mut client = Client::connect(&served.socket, 1);
@@ -391,7 +391,7 @@ fn a_mismatch_has_its_neighbourhood_scrubbed() {
 }
 
 #[test]
-fn a_speed_limit_is_kept() {
+fn a_job_keeps_its_speed_limit() {
     let _machine = machine::shared();
     let served = serve();
     let began = Instant::now();

@@ -119,7 +119,7 @@ impl Pair {
             self.left_behind = Some(step.clone());
             due.contents.clone()
         };
-        heal(&self.ours, step);
+        clear_faults(&self.ours, step);
         let texts = self.new_events();
         self.our_events += texts.len();
         let mut events: Vec<String> = Vec::new();
@@ -173,7 +173,7 @@ impl Pair {
         inject(&self.peer, step);
         let result = perform(self.peer_client.as_mut().expect("connected"), step);
         self.peer.sync_peer();
-        heal(&self.peer, step);
+        clear_faults(&self.peer, step);
         let mut events: Vec<_> = self.peer.events().iter().map(text_of).collect();
         events.sort();
         self.peer_is_throttled = !events.is_empty();
@@ -269,9 +269,9 @@ fn inject(disk: &Disk, step: &Step) {
     }
 }
 
-fn heal(disk: &Disk, step: &Step) {
+fn clear_faults(disk: &Disk, step: &Step) {
     for replica in step.failing.keys() {
-        disk.faulty(*replica).heal();
+        disk.faulty(*replica).clear_faults();
     }
 }
 
@@ -386,7 +386,7 @@ fn votes_like_qemu_or_better() {
 }
 
 #[test]
-fn mends_like_qemu_or_better() {
+fn repairs_like_qemu_or_better() {
     let rewriting = |plan| Plan {
         rewrite_corrupted: true,
         ..plan
@@ -395,7 +395,7 @@ fn mends_like_qemu_or_better() {
 }
 
 #[test]
-fn asks_in_order_like_qemu() {
+fn reads_in_order_like_qemu() {
     let fifo = |plan| Plan { fifo: true, ..plan };
     compare(fifo, 30);
 }

@@ -81,7 +81,7 @@ fn pattern(random: &mut Random, len: usize) -> Vec<u8> {
 
 /// Random requests against a plain array of bytes, one at a time and on any queue.
 #[test]
-fn is_a_disk() {
+fn a_disk_returns_what_was_written() {
     let _machine = machine::shared();
     let mut random = Random::from_environment();
     for (replicas, queues, options) in [
@@ -135,7 +135,7 @@ fn is_a_disk() {
 
 /// Many requests in flight on several queues, each in its own part of the disk.
 #[test]
-fn serves_many_requests_at_once() {
+fn many_requests_at_once_are_served() {
     let _machine = machine::shared();
     const QUEUES: usize = 3;
     const REQUESTS: usize = 200;
@@ -186,7 +186,7 @@ fn serves_many_requests_at_once() {
 }
 
 #[test]
-fn one_corrupt_replica_is_outvoted_named_and_mended() {
+fn a_corrupt_replica_is_outvoted_reported_and_repaired() {
     let _machine = machine::shared();
     let mut setup = Setup::new(3, &["--rewrite-corrupted"]);
     let mut client = setup.connect(1);
@@ -211,7 +211,7 @@ fn one_corrupt_replica_is_outvoted_named_and_mended() {
 
 /// The read that QEMU's quorum fails: each sector has a majority, the request as a whole has none.
 #[test]
-fn replicas_bad_in_different_sectors_fail_nothing() {
+fn replicas_corrupt_in_different_sectors_fail_nothing() {
     let _machine = machine::shared();
     let setup = Setup::new(3, &[]);
     let mut client = setup.connect(1);
@@ -255,7 +255,7 @@ fn a_sector_with_three_versions_fails_alone() {
 
 /// A replica whose file was cut: reading beyond the end is an I/O error of that replica alone.
 #[test]
-fn an_io_error_is_the_replicas_own() {
+fn an_io_error_fails_its_replica_only() {
     let _machine = machine::shared();
     for pattern in ["quorum", "fifo"] {
         let setup = Setup::new(3, &["--read-pattern", pattern]);
@@ -276,7 +276,7 @@ fn an_io_error_is_the_replicas_own() {
 }
 
 #[test]
-fn fifo_asks_in_order_and_mends_from_the_good_reply() {
+fn fifo_reads_in_order_and_repairs_from_the_good_reply() {
     let _machine = machine::shared();
     let setup = Setup::new(3, &["--read-pattern", "fifo", "--rewrite-corrupted"]);
     let mut client = setup.connect(1);
@@ -344,7 +344,7 @@ impl SealableImage {
 }
 
 #[test]
-fn a_replica_that_missed_a_write_does_not_vote_on_it() {
+fn a_stale_replica_does_not_vote() {
     let _machine = machine::shared();
     let sealable: Vec<_> = (0..3).map(|_| SealableImage::new()).collect();
     let images: Vec<_> = sealable.iter().map(SealableImage::path).collect();
@@ -444,7 +444,7 @@ fn blkverify_stops_the_daemon_at_the_first_difference() {
 }
 
 #[test]
-fn frontends_come_and_go() {
+fn frontends_connect_and_disconnect() {
     let _machine = machine::shared();
     let mut setup = Setup::new(3, &["--num-queues", "2"]);
     for round in 0..5u8 {

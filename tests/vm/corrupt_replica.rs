@@ -37,7 +37,7 @@ const READ_WHOLE_DISK: &str =
     "sync; echo 3 >/proc/sys/vm/drop_caches; dd if=/dev/vda of=/dev/null bs=1M";
 
 #[test]
-fn a_guest_does_not_notice_a_corrupted_replica() {
+fn a_guest_does_not_notice_a_corrupt_replica() {
     let directory = tempfile::tempdir().expect("creating a directory");
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut arguments = replica_arguments(&images);

@@ -91,7 +91,7 @@ fn a_guest_under_load_moves_to_another_qemu() {
             .cpus(2);
         // The guest clears a page before it has us write to it, and QEMU knows that: it would send
         // what we have written even if we did not tell.
-        let guest = guest.arguments(["-append", "console=ttyS0 panic=-1 init_on_alloc=0"]);
+        let guest = guest.kernel_arguments("init_on_alloc=0");
         match incoming {
             Some(uri) => guest.incoming(uri).start(),
             None => guest.start(),

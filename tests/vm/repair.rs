@@ -48,7 +48,7 @@ const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
 
 #[test]
-fn a_disk_is_mended_and_grown_under_a_guest() {
+fn a_disk_is_repaired_and_grown_under_a_guest() {
     let directory = tempfile::tempdir().expect("creating a directory");
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut random = Random::from_environment();
