@@ -71,8 +71,8 @@ pub struct ConnectionSlot {
 }
 
 impl ConnectionSlot {
-    /// A slot with `queue_count` virtqueues of up to `queue_size` entries, on a disk with this cache
-    /// mode.
+    /// A slot with `queue_count` virtqueues of up to `queue_size` entries, on a disk with this
+    /// cache mode.
     ///
     /// # Errors
     /// If no virtqueue can have that size.

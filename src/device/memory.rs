@@ -112,8 +112,8 @@ fn file_bytes(file: &File) -> Option<u64> {
     bytes.trim().parse().ok()
 }
 
-/// The dirty log of one connection. Off until the VMM has set its area (VHOST_USER_SET_LOG_BASE) and
-/// has accepted the feature VHOST_F_LOG_ALL, in either order.
+/// The dirty log of one connection. Off until the VMM has set its area (VHOST_USER_SET_LOG_BASE)
+/// and has accepted the feature VHOST_F_LOG_ALL, in either order.
 #[derive(Debug, Default)]
 pub struct DirtyLog {
     /// A hint, so that writes cost nothing while the log is off; the state decides.
@@ -153,14 +153,14 @@ impl DirtyLog {
         Ok(())
     }
 
-    /// Sets whether VHOST_F_LOG_ALL was accepted. The area stays, as some VMMs set it only once. For
-    /// other threads see [`Self::set_area`].
+    /// Sets whether VHOST_F_LOG_ALL was accepted. The area stays, as some VMMs set it only once.
+    /// For other threads see [`Self::set_area`].
     pub fn set_wanted(&self, wanted: bool) {
         self.change(|state| state.wanted = wanted);
     }
 
-    /// Checks the area before guest memory becomes `memory`. While the log is off, an area that does
-    /// not cover it is dropped: it is left over from an earlier migration.
+    /// Checks the area before guest memory becomes `memory`. While the log is off, an area that
+    /// does not cover it is dropped: it is left over from an earlier migration.
     ///
     /// # Errors
     /// If the log is on and does not cover `memory`.

@@ -77,7 +77,8 @@ pub struct DiskInfo {
     pub capacity: Capacity,
     /// Logical block size in bytes: requests are multiples of it.
     pub block_bytes: u32,
-    /// The smallest unit that the replicas write, in bytes: a power of two, not below `block_bytes`.
+    /// The smallest unit that the replicas write, in bytes: a power of two, not below
+    /// `block_bytes`.
     pub physical_block_bytes: u32,
     /// Whether writes are rejected.
     pub read_only: bool,

@@ -211,8 +211,9 @@ impl Request {
         })
     }
 
-    /// Writes the status byte, if the driver left room for it. Returns the length for the used ring:
-    /// how many bytes from the start of the device-writable part are written (virtio 1.3, 2.7.8.2).
+    /// Writes the status byte, if the driver left room for it. Returns the length for the used
+    /// ring: how many bytes from the start of the device-writable part are written (virtio 1.3,
+    /// 2.7.8.2).
     pub fn answer(&self, memory: View<'_>, status: Status) -> u32 {
         let Some(address) = self.status else {
             return 0;
@@ -249,8 +250,8 @@ impl Request {
     }
 }
 
-/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status that rejects
-/// it.
+/// The segments of a discard or write-zeroes request (virtio 1.3, 5.2.6), or the status that
+/// rejects it.
 fn parse_zeroes(
     segments: &Segments,
     memory: View<'_>,
@@ -296,8 +297,8 @@ fn parse_zeroes(
 }
 
 /// The device-readable and the device-writable bytes of a chain, and whether it is well formed: the
-/// readable bytes come first (virtio 1.3, 2.7.4.2), and the chain has an end. Descriptors behind the
-/// point where it is malformed are left out.
+/// readable bytes come first (virtio 1.3, 2.7.4.2), and the chain has an end. Descriptors behind
+/// the point where it is malformed are left out.
 fn split(chain: Chain<'_>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
     let mut in_order = true;

@@ -193,8 +193,8 @@ impl Guest {
 
     /// The next fragment for the engine, if any: of a request in flight, or of a new one.
     pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
-        // Bounded: a driver that goes on adding requests which are rejected must not keep the worker
-        // here.
+        // Bounded: a driver that goes on adding requests which are rejected must not keep the
+        // worker here.
         for _ in 0..QUEUE_SIZE_MAX {
             if let Some(&key) = self.submitting.front() {
                 match self.next_fragment(key) {
@@ -264,7 +264,10 @@ impl Guest {
     /// Lets virtqueues accept new chains when the engine has all writes of the last process. What
     /// is not parked is with the engine by now, as no request is in [`Stage::Submitting`].
     fn end_resubmission(&mut self) {
-        let is_parked = |entry: &Entry| matches!(entry, Entry::InFlight(in_flight) if in_flight.stage() == Stage::Parked);
+        let is_parked = |entry: &Entry| match entry {
+            Entry::InFlight(in_flight) => in_flight.stage() == Stage::Parked,
+            Entry::Abandoned { .. } => false,
+        };
         if self.awaits_resubmission() && !self.entries.iter().any(|(_, entry)| is_parked(entry)) {
             let queues = self.queues.iter_mut();
             let now = self.clock.now();

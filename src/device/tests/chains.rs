@@ -1,4 +1,4 @@
-//! Malformed chains: each is given back, and at most that request fails.
+//! Malformed chains: each is completed, and at most that request fails.
 
 use super::*;
 
@@ -79,7 +79,7 @@ fn addresses_outside_of_memory() {
             machine.serve_chain(&[readable(HEADER, 16), data(outside), writable(STATUS, 1)]);
             assert_eq!(machine.status(), IOERR);
             machine.assert_untouched(own);
-            // The status: there is no way to tell, but the chain is given back.
+            // The status: no way to report the failure, but the chain is completed.
             machine.put_header(request_type, 0);
             let parts = [readable(HEADER, 16), data(DATA), writable(outside, 1)];
             assert_eq!(machine.serve_chain(&parts), 0);

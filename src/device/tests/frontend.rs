@@ -1,4 +1,4 @@
-//! What a frontend sends that is none of its rights.
+//! Messages of a frontend that are wrong, and what a right one must find when it is answered.
 
 use std::io::Write;
 use std::os::fd::OwnedFd;
@@ -19,7 +19,7 @@ use crate::device::connection::{CacheMode, ConnectionSlot};
 use crate::device::frontend::{Frontend, VirtqueueServer};
 use crate::device::inflight::QueueRegion;
 
-/// Has nothing to serve.
+/// A server without virtqueues.
 struct Server;
 
 impl VirtqueueServer for Server {
@@ -27,7 +27,7 @@ impl VirtqueueServer for Server {
         true
     }
 
-    fn refresh(&self, _rings: Vec<(u16, Option<QueueRegion>)>) {}
+    fn refresh(&self, _queues: Vec<(u16, Option<QueueRegion>)>) {}
 }
 
 fn frontend() -> Frontend {
@@ -39,23 +39,23 @@ fn frontend() -> Frontend {
 }
 
 #[test]
-fn a_call_descriptor_without_room_keeps_nobody_waiting() {
+fn a_call_descriptor_without_room_blocks_no_thread() {
     let (_reader, writer) = std::io::pipe().unwrap();
     let writer = File::from(OwnedFd::from(writer));
     // A pipe has room for 64 KiB, an eventfd for the greatest count but one.
     (&writer).write_all(&[0; 1 << 16]).unwrap();
     let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
     (&event).write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
-    let (told, is_told) = sync_channel(1);
+    let (done, is_done) = sync_channel(1);
     let thread = thread::spawn(move || {
         let mut frontend = frontend();
         frontend.set_vring_call(0, Some(writer)).unwrap();
         frontend.set_vring_call(0, Some(event)).unwrap();
-        told.send(()).unwrap();
+        done.send(()).unwrap();
     });
-    is_told
+    is_done
         .recv_timeout(Duration::from_secs(30))
-        .expect("nobody waits for room");
+        .expect("the frontend does not wait for room");
     thread.join().unwrap();
 }
 
@@ -109,14 +109,14 @@ fn regions_of_memory_come_in_any_order() {
     file.read_exact_at(&mut bytes[..1], 0).unwrap();
     file.read_exact_at(&mut bytes[1..], BYTES).unwrap();
     assert_eq!(bytes, [1, 2]);
-    // Not one over the other.
+    // Overlapping regions are rejected.
     let regions = [region(0x800, 0), region(0, BYTES)];
     assert!(frontend.set_mem_table(&regions, files(), None).is_err());
 }
 
-/// It can be mapped from any place on, and then there is nothing behind the mapping.
+/// It can be mapped at any offset, but has no memory behind the mapping.
 #[test]
-fn dev_zero_is_no_memory() {
+fn dev_zero_is_rejected_as_memory() {
     for offset in [0, 0x1000] {
         let file = File::options()
             .read(true)
@@ -153,8 +153,8 @@ impl VirtqueueServer for Worker {
         true
     }
 
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
-        if !rings.is_empty() {
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>) {
+        if !queues.is_empty() {
             *self.map.lock().unwrap() = GuestMemory::clone(&self.memory.memory());
         }
     }

@@ -1,4 +1,4 @@
-//! Requests in flight when the process is killed, at any store it makes.
+//! Requests in flight when the process is killed, at any store that it makes.
 
 use std::cell::Cell;
 use std::os::unix::fs::FileExt;
@@ -24,8 +24,8 @@ thread_local! {
     static PLACES_LEFT: Cell<Option<u32>> = const { Cell::new(None) };
 }
 
-/// Called before and after each store to the region. What is stored to the rings lies between two
-/// of those.
+/// Called before and after each store to the region. Stores to the virtqueues lie between two of
+/// these.
 pub(in crate::device) fn may_be_killed_here() {
     match PLACES_LEFT.get() {
         None => {}
@@ -37,7 +37,7 @@ pub(in crate::device) fn may_be_killed_here() {
     }
 }
 
-/// Runs a part of a process's life; `false` if it was killed in it.
+/// Runs a part of a process's life. `false` if the process was killed in it.
 fn survives(life: impl FnOnce()) -> bool {
     match catch_unwind(AssertUnwindSafe(life)) {
         Ok(()) => true,
@@ -74,7 +74,7 @@ fn map(file: &File) -> Region {
     .unwrap()
 }
 
-fn ring(used_idx: u16, available_idx: u16) -> VirtqueueState {
+fn state_at(used_idx: u16, available_idx: u16) -> VirtqueueState {
     VirtqueueState {
         size: QUEUE_SIZE,
         used_idx,
@@ -89,7 +89,7 @@ struct Life {
     file: File,
     start: u16,
     free: Vec<u16>,
-    /// Heads and numbers of what was offered and is not on the used ring.
+    /// Heads and numbers of chains that were offered and are not on the used ring.
     outstanding: Vec<(u16, u64)>,
     offered: u64,
     /// Requests that any process has begun, by number.
@@ -170,7 +170,7 @@ impl Life {
                 .iter()
                 .position(|(offered, _)| *offered == head);
             let found =
-                found.unwrap_or_else(|| panic!("head {head} is given back, but is not out"));
+                found.unwrap_or_else(|| panic!("head {head} is completed, but was not in flight"));
             let (_, number) = self.outstanding.remove(found);
             assert_eq!(len, 1);
             assert_eq!(self.machine.get(STATUS + u64::from(head), 1), [OK]);
@@ -183,7 +183,7 @@ impl Life {
         }
     }
 
-    fn take(&mut self) {
+    fn submit(&mut self) {
         let Some((tag, request)) = self.machine.guest.next_request() else {
             return;
         };
@@ -213,12 +213,12 @@ impl Life {
         }
     }
 
-    /// Another process takes over. `base` is what the frontend says of where the ring stands.
+    /// Another process takes over. `base` is the vring base that the frontend sends.
     fn begin(&mut self, base: u16) {
         self.with_engine.clear();
         let machine = &mut self.machine;
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
-        machine.vrings = rings_over(&memory, 1, QUEUE_SIZE);
+        machine.vrings = queues_over(&memory, 1, QUEUE_SIZE);
         machine.vrings[0].set_queue_next_avail(base);
         machine.guest = Guest::new(
             small_disk(),
@@ -236,19 +236,19 @@ impl Life {
         self.check_place();
     }
 
-    /// Every request that was begun counts as taken, and at most the one that was being taken
+    /// Every request that was begun counts as accepted, and at most the one that was being accepted
     /// besides.
     fn check_place(&self) {
         let next_avail = self.machine.vrings[0].queue_next_avail();
-        let taken = u64::from(next_avail.wrapping_sub(self.start));
+        let accepted = u64::from(next_avail.wrapping_sub(self.start));
         let begun = self.begun.len() as u64;
         assert!(
-            (begun..=begun + 1).contains(&taken),
-            "{taken} taken, {begun} begun"
+            (begun..=begun + 1).contains(&accepted),
+            "{accepted} accepted, {begun} begun"
         );
     }
 
-    /// Stops the ring while the replicas do not answer, and starts it again.
+    /// Stops the virtqueue while the replicas do not answer, and starts it again.
     fn stop_and_start(&mut self, base: u16) {
         let vring = self.machine.vrings[0].clone();
         vring.set_enabled(false);
@@ -266,7 +266,7 @@ impl Life {
 enum Step {
     Offer(usize),
     Collect,
-    Take,
+    Submit,
     Answer(usize),
     Kick,
     StopAndStart { base: u16 },
@@ -276,7 +276,7 @@ fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
         8 => any::<usize>().prop_map(Step::Offer),
         2 => Just(Step::Collect),
-        8 => Just(Step::Take),
+        8 => Just(Step::Submit),
         7 => any::<usize>().prop_map(Step::Answer),
         1 => Just(Step::Kick),
         1 => any::<u16>().prop_map(|base| Step::StopAndStart { base }),
@@ -284,8 +284,8 @@ fn step() -> impl Strategy<Value = Step> {
 }
 
 proptest! {
-    /// Whatever the process is doing when it is killed, the next one does every request that is out, in order,
-    /// and none that is on the used ring.
+    /// Whenever the process is killed, the next one submits every request in flight, in order, and
+    /// none that is on the used ring.
     #[test]
     fn a_kill_at_any_store_loses_nothing_and_repeats_nothing(
         start: u16,
@@ -305,9 +305,9 @@ proptest! {
                     match step {
                         Step::Offer(which) => life.offer(which),
                         Step::Collect => life.collect(),
-                        Step::Take => {
+                        Step::Submit => {
                             life.collect();
-                            life.take();
+                            life.submit();
                         }
                         Step::Answer(which) => life.answer(which),
                         Step::Kick => {
@@ -330,7 +330,7 @@ proptest! {
         }
         loop {
             let before = life.with_engine.len();
-            life.take();
+            life.submit();
             if life.with_engine.len() == before {
                 break;
             }
@@ -346,7 +346,8 @@ proptest! {
         prop_assert_eq!(life.machine.vrings[0].queue_next_avail(), used_idx);
     }
 
-    /// Whatever a frontend writes into the region: as many chains come back as the driver has offered.
+    /// Whatever a frontend writes into the region: as many chains come back as the driver has
+    /// offered.
     #[test]
     fn a_region_of_any_bytes_answers_no_more_than_was_asked(
         start: u16,
@@ -357,16 +358,17 @@ proptest! {
         let mut life = Life::new(start);
         life.begin(start);
         (0..offered).for_each(|which| life.offer(which * 7));
-        (0..taken).for_each(|_| life.take());
+        (0..taken).for_each(|_| life.submit());
         (0..taken / 2).for_each(|which| life.answer(which));
         for (place, bytes) in scribbles {
             life.file.write_all_at(&bytes, place).unwrap();
         }
         let Life { mut machine, file, .. } = life;
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
-        machine.vrings = rings_over(&memory, 1, QUEUE_SIZE);
+        machine.vrings = queues_over(&memory, 1, QUEUE_SIZE);
         machine.vrings[0].set_queue_next_avail(machine.get_u16(USED + 2));
-        machine.guest = Guest::new(small_disk(), memory, machine.vrings.clone(), BufferPool::default());
+        let (vrings, pool) = (machine.vrings.clone(), BufferPool::default());
+        machine.guest = Guest::new(small_disk(), memory, vrings, pool);
         machine.guest.set_region(0, map(&file).queue(0));
         let is_served = machine.guest.refresh(0, false);
         prop_assert_eq!(is_served, matches!(version(&file), 0 | 1));
@@ -438,7 +440,7 @@ fn the_region_has_the_size_and_the_fields_of_the_specification() {
         assert_eq!(Layout::new(3, entries, 4).unwrap().bytes(), 3 * bytes);
     }
     let (_, file) = region();
-    let (mut tracker, begun) = queue(&file).begin(ring(7, 7)).unwrap();
+    let (mut tracker, begun) = queue(&file).begin(state_at(7, 7)).unwrap();
     assert_eq!(begun, Begun::New);
     tracker.accepted(3);
     tracker.accepted(5);
@@ -524,9 +526,9 @@ fn a_region_may_be_an_ordinary_file_and_begin_anywhere_in_it() {
         )
         .unwrap()
     };
-    let (mut tracker, _) = map().queue(0).unwrap().begin(ring(0, 0)).unwrap();
+    let (mut tracker, _) = map().queue(0).unwrap().begin(state_at(0, 0)).unwrap();
     tracker.accepted(9);
-    let (_, begun) = map().queue(0).unwrap().begin(ring(0, 1)).unwrap();
+    let (_, begun) = map().queue(0).unwrap().begin(state_at(0, 1)).unwrap();
     assert_eq!(begun, Begun::Resumed(vec![9]));
     let mut flag = [0];
     file.read_exact_at(&mut flag, (1 << 12) + 16 + 16 * 9)
@@ -537,7 +539,7 @@ fn a_region_may_be_an_ordinary_file_and_begin_anywhere_in_it() {
 
 /// A memory file that is not sealed yet is sealed when it is mapped.
 #[test]
-fn the_regions_of_others_are_sealed() {
+fn regions_of_other_processes_are_sealed() {
     let file = File::from(memfd_create("test", MemfdFlags::ALLOW_SEALING).unwrap());
     file.set_len(1 << 12).unwrap();
     map(&file);
@@ -546,21 +548,21 @@ fn the_regions_of_others_are_sealed() {
 
 #[test]
 fn batches_of_any_length_are_understood() {
-    // Five were taken, and the last batch was 4, 2 and 9.
+    // Five were accepted, and the last batch was 4, 2 and 9.
     for batch in 0..=3u16 {
         let (_, file) = region();
-        queue(&file).begin(ring(100, 100)).unwrap();
+        queue(&file).begin(state_at(100, 100)).unwrap();
         for (head, counter, next) in [(1, 14, 0), (9, 13, 0), (2, 12, 9), (4, 11, 2), (7, 10, 0)] {
             mark(&file, head, counter, next);
         }
         put(&file, 12, 4);
-        let (_, begun) = queue(&file).begin(ring(100 + batch, 105)).unwrap();
+        let (_, begun) = queue(&file).begin(state_at(100 + batch, 105)).unwrap();
         let all = [7, 4, 2, 9, 1].into_iter();
         let given_back = &[4, 2, 9][..usize::from(batch)];
         let left: Vec<u16> = all.filter(|head| !given_back.contains(head)).collect();
         assert_eq!(begun, Begun::Resumed(left.clone()));
         // That is settled now.
-        let (_, begun) = queue(&file).begin(ring(100 + batch, 105)).unwrap();
+        let (_, begun) = queue(&file).begin(state_at(100 + batch, 105)).unwrap();
         assert_eq!(begun, Begun::Resumed(left));
     }
 }
@@ -569,11 +571,11 @@ fn batches_of_any_length_are_understood() {
 fn a_list_that_leads_nowhere_is_followed_no_further() {
     for (last, next) in [(QUEUE_SIZE, 0), (u16::MAX, 0), (3, u16::MAX), (3, 3)] {
         let (_, file) = region();
-        queue(&file).begin(ring(0, 0)).unwrap();
+        queue(&file).begin(state_at(0, 0)).unwrap();
         mark(&file, 3, 0, next);
         mark(&file, 5, u64::MAX, 0);
         put(&file, 12, last);
-        let (mut tracker, begun) = queue(&file).begin(ring(10, 14)).unwrap();
+        let (mut tracker, begun) = queue(&file).begin(state_at(10, 14)).unwrap();
         let expected = if last == 3 { vec![5] } else { vec![3, 5] };
         assert_eq!(begun, Begun::Resumed(expected));
         // After the greatest counter comes the least; nothing breaks.
@@ -583,42 +585,42 @@ fn a_list_that_leads_nowhere_is_followed_no_further() {
 
 /// The driver was reset, and the frontend has given the same region.
 #[test]
-fn a_ring_that_was_set_up_anew_begins_anew() {
+fn a_virtqueue_that_was_set_up_again_begins_empty() {
     // With nothing in flight, and with something that an earlier life has left.
     for left_over in [0, 3] {
         let (_, file) = region();
-        queue(&file).begin(ring(5000, 5000)).unwrap();
+        queue(&file).begin(state_at(5000, 5000)).unwrap();
         for head in 0..left_over {
             mark(&file, head, 0, 0);
         }
-        let (_, begun) = queue(&file).begin(ring(0, 4)).unwrap();
+        let (_, begun) = queue(&file).begin(state_at(0, 4)).unwrap();
         assert_eq!(begun, Begun::Resumed(vec![]));
         assert_eq!(
-            queue(&file).begin(ring(0, 4)).unwrap().1,
+            queue(&file).begin(state_at(0, 4)).unwrap().1,
             Begun::Resumed(vec![])
         );
     }
     // More than the driver has asked for.
     let (_, file) = region();
-    queue(&file).begin(ring(0, 0)).unwrap();
+    queue(&file).begin(state_at(0, 0)).unwrap();
     (0..3).for_each(|head| mark(&file, head, 0, 0));
     assert_eq!(
-        queue(&file).begin(ring(0, 2)).unwrap().1,
+        queue(&file).begin(state_at(0, 2)).unwrap().1,
         Begun::Resumed(vec![])
     );
 }
 
 #[test]
-fn regions_that_do_not_fit_the_ring_are_refused() {
+fn regions_that_do_not_fit_the_virtqueue_are_rejected() {
     let (_, file) = region();
     put(&file, 8, 2);
     assert_eq!(
-        queue(&file).begin(ring(0, 0)).unwrap_err(),
+        queue(&file).begin(state_at(0, 0)).unwrap_err(),
         BeginError::Version(2)
     );
     let larger = VirtqueueState {
         size: 32,
-        ..ring(0, 0)
+        ..state_at(0, 0)
     };
     let refused = queue(&file).begin(larger).unwrap_err();
     assert_eq!(
@@ -628,13 +630,13 @@ fn regions_that_do_not_fit_the_ring_are_refused() {
             size: 32
         }
     );
-    // A smaller ring has no use for all of it.
+    // A smaller virtqueue uses a part of it.
     put(&file, 8, 1);
     mark(&file, 9, 0, 0);
     mark(&file, 7, 0, 0);
     let smaller = VirtqueueState {
         size: 8,
-        ..ring(0, 8)
+        ..state_at(0, 8)
     };
     assert_eq!(
         queue(&file).begin(smaller).unwrap().1,
@@ -645,24 +647,24 @@ fn regions_that_do_not_fit_the_ring_are_refused() {
 #[test]
 fn a_cleared_region_is_new() {
     let (region, file) = region();
-    queue(&file).begin(ring(0, 0)).unwrap();
+    queue(&file).begin(state_at(0, 0)).unwrap();
     mark(&file, 3, 0, 0);
     region.clear();
-    assert_eq!(queue(&file).begin(ring(0, 1)).unwrap().1, Begun::New);
+    assert_eq!(queue(&file).begin(state_at(0, 1)).unwrap().1, Begun::New);
     assert_eq!(
-        queue(&file).begin(ring(0, 1)).unwrap().1,
+        queue(&file).begin(state_at(0, 1)).unwrap().1,
         Begun::Resumed(vec![])
     );
 }
 
-/// The driver changes its descriptors while nobody serves it: what was in flight comes back all the
-/// same.
+/// The driver changes its descriptors while no process serves it: chains in flight are completed
+/// all the same.
 #[test]
-fn a_chain_that_became_unusable_is_given_back() {
+fn a_chain_that_became_malformed_is_completed() {
     let mut life = Life::new(9);
     life.begin(9);
     (0..4).for_each(|which| life.offer(which));
-    (0..4).for_each(|_| life.take());
+    (0..4).for_each(|_| life.submit());
     let mut out: Vec<u16> = life.outstanding.iter().map(|(head, _)| *head).collect();
     for head in &out[..2] {
         life.machine.put_descriptor(0, *head, &[0xff; 16]);
@@ -681,7 +683,7 @@ fn a_chain_that_became_unusable_is_given_back() {
 }
 
 #[test]
-fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
+fn resubmitted_writes_come_before_new_chains_of_any_virtqueue() {
     let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
     let file = Layout::new(2, 64, 2).unwrap().create_file().unwrap();
     let map = || {
@@ -690,7 +692,7 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
     };
     let begin = |machine: &mut Machine| {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
-        machine.vrings = rings_over(&memory, 2, 64);
+        machine.vrings = queues_over(&memory, 2, 64);
         machine.guest = Guest::new(
             disk_info(),
             memory,
@@ -698,20 +700,20 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
             BufferPool::default(),
         );
         let region = map();
-        for ring in 0..2 {
-            let part = region.queue(u16::try_from(ring).unwrap());
-            machine.guest.set_region(ring, part);
-            assert!(machine.guest.refresh(ring, false));
+        for queue in 0..2 {
+            let part = region.queue(u16::try_from(queue).unwrap());
+            machine.guest.set_region(queue, part);
+            assert!(machine.guest.refresh(queue, false));
         }
     };
     begin(&mut machine);
     let mut number = 0;
-    let mut offer = |machine: &mut Machine, ring, sectors: usize| {
+    let mut offer = |machine: &mut Machine, queue, sectors: usize| {
         let place = HEADER + 16 * number;
         machine.put(place, &header(OUT, number));
         number += 1;
         machine.offer(
-            ring,
+            queue,
             &[
                 readable(place, 16),
                 readable(DATA, sectors * 512),
@@ -719,7 +721,7 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
             ],
         );
     };
-    // The first is longer than a piece; all of its pieces come first, too.
+    // The first is longer than a fragment; all of its fragments come first, too.
     let piece_sectors = usize::try_from(FRAGMENT_BYTES_MAX / 512).unwrap();
     offer(&mut machine, 1, piece_sectors + 1);
     offer(&mut machine, 1, 1);
@@ -733,13 +735,12 @@ fn what_is_resubmitted_comes_before_anything_new_on_any_ring() {
             other => panic!("{other:?}"),
         })
         .collect();
-    let second_piece = piece_sectors as u64;
-    assert_eq!(order[..3], [0, second_piece, 1]);
+    let second_fragment = piece_sectors as u64;
+    assert_eq!(order[..3], [0, second_fragment, 1]);
     assert_eq!(order.len(), 5);
 }
 
-/// Without a region what cannot be answered fails, and the answer that comes in the end is
-/// nobody's.
+/// Without a region a request that cannot be answered fails, and the late answer is dropped.
 #[test]
 fn an_abandoned_chain_without_a_region_fails_at_once() {
     let mut machine = Machine::new();
@@ -777,9 +778,9 @@ fn an_abandoned_chain_without_a_region_fails_at_once() {
     assert!(machine.guest.is_drained(0));
 }
 
-/// Of a long request some pieces may not be begun, others not answered.
+/// Some fragments of a long request may not be submitted, others not answered.
 #[test]
-fn a_request_in_pieces_is_abandoned_as_a_whole() {
+fn a_request_in_fragments_is_abandoned_as_a_whole() {
     let mut machine = Machine::new();
     machine.put_header(IN, 0);
     let len = usize::try_from(3 * FRAGMENT_BYTES_MAX).unwrap();
@@ -791,7 +792,7 @@ fn a_request_in_pieces_is_abandoned_as_a_whole() {
             writable(STATUS, 1),
         ],
     );
-    let pieces: Vec<_> = (0..2)
+    let fragments: Vec<_> = (0..2)
         .map(|_| machine.guest.next_request().unwrap())
         .collect();
     machine.vrings[0].set_enabled(false);
@@ -800,14 +801,14 @@ fn a_request_in_pieces_is_abandoned_as_a_whole() {
     assert!(machine.guest.next_request().is_none());
     assert_eq!(machine.used(0).len(), 1);
     let before = machine.all_memory();
-    for (tag, request) in pieces {
+    for (tag, request) in fragments {
         machine.answer(tag, request);
     }
     assert!(before == machine.all_memory());
     assert!(machine.guest.is_drained(0));
 }
 
-/// Whether this process has the file mapped.
+/// Whether this process maps the file.
 fn is_mapped(file: &File) -> bool {
     use std::os::unix::fs::MetadataExt;
 
@@ -820,7 +821,7 @@ fn is_mapped(file: &File) -> bool {
 }
 
 #[test]
-fn a_drained_ring_does_not_keep_a_region() {
+fn a_drained_virtqueue_unmaps_its_region() {
     for in_flight in [false, true] {
         let layout = Layout::new(1, 64, 1).unwrap();
         let file = layout.create_file().unwrap();
@@ -852,9 +853,9 @@ fn a_drained_ring_does_not_keep_a_region() {
     }
 }
 
-/// The rings of two workers after a restart: something was in flight on the first one, and there is
-/// something new on the second, which is started first and has to wait.
-fn held_up() -> [Guest; 2] {
+/// The virtqueues of two workers after a restart. The first one had chains in flight; the second
+/// one has a new chain, starts first, and has to wait.
+fn waiting() -> [Guest; 2] {
     let layout = Layout::new(2, 64, 2).unwrap();
     let file = layout.create_file().unwrap();
     let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
@@ -862,13 +863,13 @@ fn held_up() -> [Guest; 2] {
         let file = file.try_clone().unwrap();
         let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
-        let rings = rings_over(&memory, 2, 64);
+        let queues = queues_over(&memory, 2, 64);
         [0, 1].map(|index| {
-            let ring = rings[usize::from(index)].clone();
+            let queue = queues[usize::from(index)].clone();
             let mut guest = Guest::new(
                 disk_info(),
                 memory.clone(),
-                vec![ring],
+                vec![queue],
                 BufferPool::default(),
             );
             guest.set_region(0, region.queue(index));
@@ -895,19 +896,19 @@ fn held_up() -> [Guest; 2] {
 }
 
 #[test]
-fn a_ring_waits_for_what_was_in_flight_on_the_rings_of_others() {
-    let [mut first, mut second] = held_up();
+fn a_virtqueue_waits_for_resubmissions_on_other_workers() {
+    let [mut first, mut second] = waiting();
     assert!(first.refresh(0, false));
     assert!(second.next_request().is_none());
     assert!(first.next_request().is_some());
-    // Only now it is known to be with the engine.
+    // Only now the engine is known to have it.
     assert!(second.next_request().is_none());
     assert!(first.next_request().is_none());
     assert!(second.next_request().is_some());
     assert!(!first.awaits_resubmission() && !second.awaits_resubmission());
 }
 
-/// A read that was in flight could find what a write has half done, on this ring or on another.
+/// A read that was in flight could meet a half done write, of this virtqueue or of another.
 #[test]
 fn reads_that_were_in_flight_come_after_the_writes() {
     let mut machine = Machine::with(disk_info(), 1, 64, MEMORY_BYTES);
@@ -915,7 +916,7 @@ fn reads_that_were_in_flight_come_after_the_writes() {
     let file = layout.create_file().unwrap();
     let begin = |machine: &mut Machine| {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
-        machine.vrings = rings_over(&memory, 1, 64);
+        machine.vrings = queues_over(&memory, 1, 64);
         machine.guest = Guest::new(
             disk_info(),
             memory,
@@ -939,7 +940,7 @@ fn reads_that_were_in_flight_come_after_the_writes() {
     }
     while machine.guest.next_request().is_some() {}
     begin(&mut machine);
-    // It is looked at once more when the writes are known to be with the engine.
+    // It is parsed once more when the engine is known to have the writes.
     let mut next = || machine.guest.next_request();
     let again = std::iter::from_fn(|| next().or_else(&mut next));
     let kinds: Vec<&str> = again
@@ -954,8 +955,8 @@ fn reads_that_were_in_flight_come_after_the_writes() {
 }
 
 #[test]
-fn a_ring_that_is_never_started_again_holds_nobody_up_for_ever() {
-    let [_, mut second] = held_up();
+fn a_virtqueue_that_is_never_started_again_delays_others_up_to_the_limit() {
+    let [_, mut second] = waiting();
     let clock = TurnClock::default();
     second.set_clock(clock.clone());
     clock.set(RESUBMIT_LIMIT - Duration::from_nanos(1));
@@ -965,13 +966,13 @@ fn a_ring_that_is_never_started_again_holds_nobody_up_for_ever() {
     assert!(!second.awaits_resubmission());
 }
 
-/// A ring that its driver broke waits for nothing, and nothing waits for it for ever.
+/// A virtqueue that its driver broke does not wait, and others wait for it up to the limit.
 #[test]
-fn a_ring_that_is_broken_while_it_waits_is_not_looked_at_again() {
+fn a_virtqueue_that_breaks_while_it_resubmits_stays_broken() {
     let mut life = Life::new(0);
     life.begin(0);
     (0..2).for_each(|which| life.offer(which));
-    (0..2).for_each(|_| life.take());
+    (0..2).for_each(|_| life.submit());
     life.begin(0);
     assert!(life.machine.guest.awaits_resubmission());
     // The first answer finds no room on the used ring: it is not in memory any more.
@@ -984,10 +985,10 @@ fn a_ring_that_is_broken_while_it_waits_is_not_looked_at_again() {
     assert!(life.machine.guest.next_request().is_none());
 }
 
-/// What was taken under one region is not in the next one. The frontend may not change it while
-/// chains are out, but the driver must not wait for these for ever.
+/// Chains that one region tracks are not in the next one. The frontend may not change it while
+/// chains are in flight, but the driver must not wait for these for ever.
 #[test]
-fn what_is_out_of_a_broken_ring_fails_when_the_region_is_another_one() {
+fn chains_of_a_broken_virtqueue_fail_when_the_region_changes() {
     let mut machine = Machine::new();
     let (first, second) = (
         Layout::new(1, 64, 1).unwrap(),
@@ -1010,7 +1011,7 @@ fn what_is_out_of_a_broken_ring_fails_when_the_region_is_another_one() {
     ];
     let head = machine.offer(0, &parts);
     let (tag, request) = machine.guest.next_request().unwrap();
-    // No ring has so much to offer.
+    // No virtqueue has that many chains available.
     machine.put(AVAILABLE + 2, &1000u16.to_le_bytes());
     assert!(machine.guest.next_request().is_none());
     assert!(!machine.guest.is_served(0));

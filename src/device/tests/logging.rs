@@ -48,8 +48,8 @@ impl VirtqueueServer for Server {
         true
     }
 
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
-        self.0.fetch_add(rings.len(), Ordering::Relaxed);
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>) {
+        self.0.fetch_add(queues.len(), Ordering::Relaxed);
     }
 }
 
@@ -94,7 +94,8 @@ impl Vmm {
         (region, self.file.try_clone().unwrap())
     }
 
-    /// Tells of memory anew: all pages up to `split` at once, the others in a message of their own.
+    /// Sends the memory again: all pages up to `split` at once, the others in a message of their
+    /// own.
     fn tell_memory(&mut self, split: u64) -> Result<()> {
         let (region, file) = self.region(0, split);
         self.frontend.set_mem_table(&[*region], vec![file], None)?;
@@ -114,7 +115,7 @@ impl Vmm {
         self.frontend.set_features(features).unwrap();
     }
 
-    /// Takes the marks out of the log.
+    /// Reads and clears the log.
     fn marked(&self) -> BTreeSet<u64> {
         let bytes = usize::try_from(self.log.metadata().unwrap().len()).unwrap();
         let mut bits = vec![0; bytes];
@@ -167,7 +168,13 @@ enum Step {
 }
 
 fn step() -> impl Strategy<Value = Step> {
-    let request_type = prop_oneof![4 => Just(IN), 2 => Just(OUT), 1 => Just(FLUSH), 1 => Just(GET_ID), 1 => Just(77)];
+    let request_type = prop_oneof![
+        4 => Just(IN),
+        2 => Just(OUT),
+        1 => Just(FLUSH),
+        1 => Just(GET_ID),
+        1 => Just(77),
+    ];
     let data = 0x2_4000..BYTES - 0x1_0000;
     let data = (data, any::<bool>()).prop_map(|(data, whole)| {
         if whole {
@@ -178,7 +185,9 @@ fn step() -> impl Strategy<Value = Step> {
     });
     prop_oneof![
         8 => (request_type, data, 0..100usize, BYTES - 0x2000..BYTES)
-            .prop_map(|(request_type, data, sectors, status)| Step::Request(request_type, data, sectors, status)),
+            .prop_map(|(request_type, data, sectors, status)| {
+                Step::Request(request_type, data, sectors, status)
+            }),
         1 => any::<bool>().prop_map(Step::LogAll),
         1 => Just(Step::SetLog),
         1 => (0x2_4000 / PAGE_BYTES..PAGES).prop_map(Step::TellMemory),
@@ -306,7 +315,7 @@ fn a_log_that_would_harm_us_is_refused() {
     assert!(vmm.set_log(LOG_BYTES, 0).is_err());
     vmm.log = new_log(LOG_BYTES);
     assert!(!vmm.logs());
-    // One that is refused leaves the one before in use.
+    // A rejected area leaves the last one in use.
     vmm.set_log(LOG_BYTES, 0).unwrap();
     assert!(vmm.set_log(LOG_BYTES, 1).is_err());
     assert!(vmm.logs());
@@ -331,7 +340,7 @@ fn memory_that_the_log_does_not_cover_is_refused_while_it_is_on() {
         vmm.read_to(60),
         BTreeSet::from([USED_PAGE, STATUS / PAGE_BYTES, 60])
     );
-    // While it is off the log is what is in the way.
+    // While the log is off, its area is dropped instead.
     vmm.set_log_all(false);
     vmm.tell_memory(FEW).unwrap();
     vmm.set_log_all(true);
@@ -380,12 +389,12 @@ fn a_disconnected_frontend_takes_its_log_with_it() {
     assert!(!vmm.logs());
 }
 
-/// Frontends tell the addresses of running rings again when logging begins and ends.
+/// Frontends send the addresses of running virtqueues again when logging begins and ends.
 #[test]
-fn a_running_ring_is_not_disturbed_when_it_is_told_to_log() {
+fn a_running_virtqueue_keeps_its_indices_when_logging_begins() {
     let mut vmm = Vmm::new();
     vmm.read_to(70);
-    // What is on the ring says nothing any more while requests come back.
+    // What is on the virtqueue says nothing any more while requests come back.
     vmm.machine.put(USED + 2, &[9, 9]);
     let flags = VhostUserVringAddrFlags::VHOST_VRING_F_LOG;
     vmm.frontend

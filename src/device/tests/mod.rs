@@ -1,5 +1,5 @@
-//! The device on raw ring memory: descriptors written byte by byte, as a driver or an attacker
-//! would, and an engine that only does what it is told.
+//! The device on raw virtqueue memory: descriptors written byte by byte, as a driver or an attacker
+//! would, and an engine that each test answers for.
 
 mod chains;
 mod frontend;
@@ -8,7 +8,7 @@ mod logging;
 mod properties;
 mod protocol;
 mod requests;
-mod rings;
+mod virtqueues;
 mod zeroes;
 
 use std::fs::File;
@@ -38,11 +38,11 @@ const INDIRECT: u16 = 4;
 const OK: u8 = 0;
 const IOERR: u8 = 1;
 const UNSUPP: u8 = 2;
-/// What the driver puts into status bytes beforehand.
+/// The status byte before the device answers.
 const NO_STATUS: u8 = 0xff;
 
-/// Bytes of ring memory for each ring: descriptor table, available ring, used ring.
-const RING_BYTES: u64 = 0x8000;
+/// Bytes of memory for each virtqueue: descriptor table, available ring, used ring.
+const QUEUE_BYTES: u64 = 0x8000;
 const AVAILABLE: u64 = 0x4000;
 const USED: u64 = 0x6000;
 
@@ -96,7 +96,7 @@ fn descriptor(part: Part, flags: u16, next: u16) -> [u8; 16] {
 }
 
 fn header(request_type: u32, sector: u64) -> [u8; 16] {
-    // The reserved field was once a priority; it means nothing.
+    // The device ignores the reserved field, which was once a priority.
     let mut bytes = [0xee; 16];
     bytes[..4].copy_from_slice(&request_type.to_le_bytes());
     bytes[8..].copy_from_slice(&sector.to_le_bytes());
@@ -111,7 +111,7 @@ fn segment(sector: u64, sectors: u32, flags: u32) -> Vec<u8> {
     bytes
 }
 
-/// The driver's view of a ring.
+/// The driver's view of a virtqueue.
 #[derive(Clone, Copy, Default)]
 struct Driver {
     next_descriptor: u16,
@@ -129,11 +129,11 @@ struct Machine {
     queue_size: u16,
     drivers: Vec<Driver>,
     disk: Vec<u8>,
-    /// The engine fails pieces with this sector in them.
+    /// The engine fails fragments with this sector.
     bad_sector: Option<u64>,
-    /// What the engine was asked for: the kind, its first sector and its length in sectors.
+    /// The fragments that the engine got: kind, first sector and length in sectors.
     asked: Vec<(&'static str, u64, u64)>,
-    /// Whether the last write had to be durable.
+    /// The last write had to be durable.
     durable: bool,
 }
 
@@ -149,15 +149,15 @@ fn disk_info() -> DiskInfo {
     }
 }
 
-/// Rings as the frontend sets them up: at their places in memory, and started.
-fn rings_over(
+/// Virtqueues as the frontend sets them up: at their places in memory, and started.
+fn queues_over(
     memory: &GuestMemoryAtomic<GuestMemory>,
     count: usize,
     queue_size: u16,
 ) -> Vec<Vring> {
-    let set_up = |ring| {
+    let set_up = |queue| {
         let vring = Vring::new(memory.clone(), queue_size).unwrap();
-        let base = ring as u64 * RING_BYTES;
+        let base = queue as u64 * QUEUE_BYTES;
         vring
             .set_queue_info(base, base + AVAILABLE, base + USED)
             .unwrap();
@@ -171,16 +171,16 @@ fn rings_over(
 }
 
 impl Machine {
-    /// One with one ring of 64 entries.
+    /// One with one virtqueue of 64 entries.
     fn new() -> Self {
         Self::with(disk_info(), 1, 64, MEMORY_BYTES)
     }
 
-    fn with(info: DiskInfo, rings: usize, queue_size: u16, memory_bytes: u64) -> Self {
+    fn with(info: DiskInfo, queues: usize, queue_size: u16, memory_bytes: u64) -> Self {
         let bytes = usize::try_from(memory_bytes).unwrap();
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
         let shared = GuestMemoryAtomic::new(memory.clone());
-        let vrings = (0..rings).map(|_| Vring::new(shared.clone(), queue_size).unwrap());
+        let vrings = (0..queues).map(|_| Vring::new(shared.clone(), queue_size).unwrap());
         Self::on(info, memory, shared.clone(), vrings.collect(), queue_size)
     }
 
@@ -192,9 +192,9 @@ impl Machine {
         vrings: Vec<Vring>,
         queue_size: u16,
     ) -> Self {
-        let rings = vrings.len();
+        let queues = vrings.len();
         for (base, vring) in (0..)
-            .step_by(usize::try_from(RING_BYTES).unwrap())
+            .step_by(usize::try_from(QUEUE_BYTES).unwrap())
             .zip(&vrings)
         {
             vring
@@ -204,14 +204,14 @@ impl Machine {
             vring.set_enabled(true);
             vring.set_kick(Some(File::open("/dev/null").unwrap()));
         }
-        // Each byte depends on its place, and none of them is a small number. Of a disk that is
-        // larger than that, nothing behind it is read or written.
+        // Each byte depends on its place, and none of them is a small number. Tests of larger disks
+        // use their first part only.
         let disk = (0..info.capacity.sectors().min(1 << 16) * 512)
             .map(|place| (place / 512 * 31 + place).to_le_bytes()[0] | 0x80)
             .collect();
         let mut guest = Guest::new(info, shared, vrings.clone(), BufferPool::default());
-        for ring in 0..rings {
-            assert!(guest.refresh(ring, false));
+        for queue in 0..queues {
+            assert!(guest.refresh(queue, false));
         }
         let bytes = usize::try_from(memory.last_addr().0 + 1).unwrap();
         Self {
@@ -220,7 +220,7 @@ impl Machine {
             vrings,
             guest,
             queue_size,
-            drivers: vec![Driver::default(); rings],
+            drivers: vec![Driver::default(); queues],
             disk,
             bad_sector: None,
             asked: Vec::new(),
@@ -265,15 +265,15 @@ impl Machine {
         self.put(STATUS, &[NO_STATUS]);
     }
 
-    /// Writes a descriptor into a ring's table.
-    fn put_descriptor(&mut self, ring: usize, index: u16, bytes: &[u8; 16]) {
-        self.put(ring as u64 * RING_BYTES + u64::from(index) * 16, bytes);
+    /// Writes a descriptor into a virtqueue's table.
+    fn put_descriptor(&mut self, queue: usize, index: u16, bytes: &[u8; 16]) {
+        self.put(queue as u64 * QUEUE_BYTES + u64::from(index) * 16, bytes);
     }
 
     /// Makes a chain head available.
-    fn offer_head(&mut self, ring: usize, head: u16) {
-        let base = ring as u64 * RING_BYTES + AVAILABLE;
-        let driver = &mut self.drivers[ring];
+    fn offer_head(&mut self, queue: usize, head: u16) {
+        let base = queue as u64 * QUEUE_BYTES + AVAILABLE;
+        let driver = &mut self.drivers[queue];
         let slot = driver.available % self.queue_size;
         driver.available = driver.available.wrapping_add(1);
         let index = driver.available;
@@ -282,21 +282,21 @@ impl Machine {
     }
 
     /// Makes a chain of these parts available; returns its head.
-    fn offer(&mut self, ring: usize, parts: &[Part]) -> u16 {
-        let head = self.drivers[ring].next_descriptor;
+    fn offer(&mut self, queue: usize, parts: &[Part]) -> u16 {
+        let head = self.drivers[queue].next_descriptor;
         for (index, &part) in parts.iter().enumerate() {
-            let next = (self.drivers[ring].next_descriptor + 1) % self.queue_size;
+            let next = (self.drivers[queue].next_descriptor + 1) % self.queue_size;
             let flags = if index + 1 < parts.len() { NEXT } else { 0 };
             let descriptor = descriptor(part, flags, next);
-            self.put_descriptor(ring, self.drivers[ring].next_descriptor, &descriptor);
-            self.drivers[ring].next_descriptor = next;
+            self.put_descriptor(queue, self.drivers[queue].next_descriptor, &descriptor);
+            self.drivers[queue].next_descriptor = next;
         }
-        self.offer_head(ring, head);
+        self.offer_head(queue, head);
         head
     }
 
     /// Makes a chain of these parts available in an indirect table at `table`; returns its head.
-    fn offer_indirect(&mut self, ring: usize, table: u64, parts: &[Part]) -> u16 {
+    fn offer_indirect(&mut self, queue: usize, table: u64, parts: &[Part]) -> u16 {
         for (index, &part) in parts.iter().enumerate() {
             let next = u16::try_from(index + 1).unwrap();
             let flags = if index + 1 < parts.len() { NEXT } else { 0 };
@@ -307,27 +307,27 @@ impl Machine {
             len: u32::try_from(16 * parts.len()).unwrap(),
             flags: INDIRECT,
         };
-        self.offer(ring, &[reference])
+        self.offer(queue, &[reference])
     }
 
     /// Heads and lengths that were put on a used ring since the last call.
-    fn used(&mut self, ring: usize) -> Vec<(u16, u32)> {
-        let base = ring as u64 * RING_BYTES + USED;
+    fn used(&mut self, queue: usize) -> Vec<(u16, u32)> {
+        let base = queue as u64 * QUEUE_BYTES + USED;
         let index = self.get_u16(base + 2);
         let mut entries = Vec::new();
-        while self.drivers[ring].used != index {
-            let slot = u64::from(self.drivers[ring].used % self.queue_size);
+        while self.drivers[queue].used != index {
+            let slot = u64::from(self.drivers[queue].used % self.queue_size);
             let id = self.get_u32(base + 4 + 8 * slot);
             entries.push((
                 u16::try_from(id).unwrap(),
                 self.get_u32(base + 8 + 8 * slot),
             ));
-            self.drivers[ring].used = self.drivers[ring].used.wrapping_add(1);
+            self.drivers[queue].used = self.drivers[queue].used.wrapping_add(1);
         }
         entries
     }
 
-    /// Answers a piece as the engine would.
+    /// Answers a fragment as the engine would.
     fn answer(&mut self, tag: Tag, request: GuestRequest) {
         let (name, range) = match &request {
             GuestRequest::Read(range) => ("read", *range),
@@ -359,14 +359,14 @@ impl Machine {
         self.guest.answered(tag, result);
     }
 
-    /// Serves until the rings are empty.
+    /// Serves until the virtqueues are empty.
     fn serve(&mut self) {
         while let Some((tag, request)) = self.guest.next_request() {
             self.answer(tag, request);
         }
     }
 
-    /// Serves one chain of the first ring; returns the length on the used ring.
+    /// Serves one chain of the first virtqueue; returns the length on the used ring.
     fn serve_chain(&mut self, parts: &[Part]) -> u32 {
         let head = self.offer(0, parts);
         self.serve_head(head)
@@ -375,7 +375,7 @@ impl Machine {
     fn serve_head(&mut self, head: u16) -> u32 {
         self.serve();
         let used = self.used(0);
-        assert_eq!(used.len(), 1, "given back once");
+        assert_eq!(used.len(), 1, "completed once");
         assert_eq!(used[0].0, head);
         assert!(self.guest.is_drained(0));
         used[0].1
@@ -385,10 +385,10 @@ impl Machine {
     /// these parts and the used rings.
     fn assert_untouched(&self, except: &[Part]) {
         const CHUNK: usize = 256;
-        let rings = (0..self.drivers.len() as u64).map(|ring| ring * RING_BYTES);
-        let rings = rings.map(|base| base + USED..base + RING_BYTES);
+        let queues = (0..self.drivers.len() as u64).map(|queue| queue * QUEUE_BYTES);
+        let queues = queues.map(|base| base + USED..base + QUEUE_BYTES);
         let except = except.iter().filter(|part| part.flags & WRITE != 0);
-        let allowed: Vec<Range<u64>> = rings.chain(except.map(Part::range)).collect();
+        let allowed: Vec<Range<u64>> = queues.chain(except.map(Part::range)).collect();
         let memory = self.all_memory();
         for (chunk, (now, then)) in memory
             .chunks(CHUNK)
@@ -414,7 +414,7 @@ fn bytes_of(disk: &[u8], sector: usize, len: usize) -> Vec<u8> {
     disk[sector * 512..sector * 512 + len].to_vec()
 }
 
-/// `len` bytes at `address`, in pieces of these lengths over and over.
+/// `len` bytes at `address`, in parts of these lengths over and over.
 fn cut(whole: Part, lengths: &[usize]) -> Vec<Part> {
     let mut parts = Vec::new();
     let mut done = 0;
@@ -435,8 +435,8 @@ fn cut(whole: Part, lengths: &[usize]) -> Vec<Part> {
 }
 
 fn gather(machine: &Machine, parts: &[Part]) -> Vec<u8> {
-    let pieces = parts
+    let contents = parts
         .iter()
         .map(|part| machine.get(part.address, part.len as usize));
-    pieces.collect::<Vec<_>>().concat()
+    contents.collect::<Vec<_>>().concat()
 }

@@ -7,8 +7,8 @@ use super::super::View;
 use super::super::chain::Chain;
 use super::*;
 
-/// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the pieces over memory
-/// from `base` on, in either direction. Places may be equal: then a descriptor is empty.
+/// Cuts a stretch of bytes at these places (parts of a thousand) and spreads the fragments over
+/// memory from `base` on, in either direction. Places may be equal: then a descriptor is empty.
 fn spread(len: usize, places: &[u16], base: u64, backwards: bool, flags: u16) -> Vec<Part> {
     let mut cuts: Vec<usize> = places
         .iter()
@@ -41,8 +41,8 @@ fn spread(len: usize, places: &[u16], base: u64, backwards: bool, flags: u16) ->
 
 fn scatter(machine: &mut Machine, parts: &[Part], mut bytes: &[u8]) {
     for part in parts {
-        let (piece, rest) = bytes.split_at(part.len as usize);
-        machine.put(part.address, piece);
+        let (fragment, rest) = bytes.split_at(part.len as usize);
+        machine.put(part.address, fragment);
         bytes = rest;
     }
 }
@@ -75,7 +75,8 @@ proptest! {
             GET_ID => 20,
             _ => 0,
         };
-        let input: Vec<u8> = (0..out_bytes).map(|place| (place * 7).to_le_bytes()[0] & 0x7f).collect();
+        let byte = |place: usize| (place * 7).to_le_bytes()[0] & 0x7f;
+        let input: Vec<u8> = (0..out_bytes).map(byte).collect();
         let read = spread(16 + out_bytes, &readable_cuts, 0x1_0000, backwards, 0);
         let written = spread(in_bytes + 1, &writable_cuts, 0x2_0000, backwards, WRITE);
         scatter(&mut machine, &read, &[&header(request_type, sector)[..], &input].concat());
@@ -113,12 +114,12 @@ proptest! {
     }
 }
 
-/// Zones of the soup's memory: rings, indirect tables, and everything else.
-const SOUP_TABLES: u64 = 2 * RING_BYTES;
+/// Zones of the soup's memory: virtqueues, indirect tables, and everything else.
+const SOUP_TABLES: u64 = 2 * QUEUE_BYTES;
 const SOUP_TABLE_ENTRIES: u16 = 64;
 const SOUP_DATA: u64 = SOUP_TABLES + 16 * SOUP_TABLE_ENTRIES as u64;
 const SOUP_END: u64 = SOUP_DATA + 0x4000;
-/// Headers that make sense, at the start of the data.
+/// Well-formed headers, at the start of the data.
 const SOUP_HEADERS: [(u32, u64); 10] = [
     (IN, 0),
     (IN, 31),
@@ -144,7 +145,8 @@ struct SoupDescriptor {
 
 fn soup_descriptor() -> impl Strategy<Value = SoupDescriptor> {
     let address = prop_oneof![
-        4 => (0..(SOUP_HEADERS.len() + SOUP_SEGMENTS.len()) as u64).prop_map(|index| SOUP_DATA + 16 * index),
+        4 => (0..(SOUP_HEADERS.len() + SOUP_SEGMENTS.len()) as u64)
+            .prop_map(|index| SOUP_DATA + 16 * index),
         8 => SOUP_DATA..SOUP_END,
         1 => SOUP_END - 20..SOUP_END + 20,
         1 => (0..20u64).prop_map(|back| u64::MAX - back),
@@ -189,7 +191,7 @@ fn soup_descriptor() -> impl Strategy<Value = SoupDescriptor> {
 
 #[derive(Clone, Copy, Debug)]
 enum SoupStep {
-    Offer { ring: usize, head: u16 },
+    Offer { queue: usize, head: u16 },
     Serve,
     Answer { which: usize, fail: bool },
     Kick,
@@ -198,7 +200,7 @@ enum SoupStep {
 fn soup_step() -> impl Strategy<Value = SoupStep> {
     let head = prop_oneof![60 => 0..16u16, 1 => any::<u16>()];
     prop_oneof![
-        8 => (0..2usize, head).prop_map(|(ring, head)| SoupStep::Offer { ring, head }),
+        8 => (0..2usize, head).prop_map(|(queue, head)| SoupStep::Offer { queue, head }),
         4 => Just(SoupStep::Serve),
         4 => (any::<usize>(), prop::bool::weighted(0.2))
             .prop_map(|(which, fail)| SoupStep::Answer { which, fail }),
@@ -207,10 +209,10 @@ fn soup_step() -> impl Strategy<Value = SoupStep> {
 }
 
 proptest! {
-    /// Whatever a guest puts into its tables and in whatever order answers come: every chain that is taken is
-    /// given back once, and nothing is written but what it may be.
+    /// Whatever a guest puts into its tables and in whatever order answers come: every accepted
+    /// chain is completed once, and only memory that the chains allow is written.
     #[test]
-    fn any_descriptor_soup_comes_back_once_and_touches_nothing_else(
+    fn any_descriptor_soup_is_completed_once_and_touches_nothing_else(
         tables in vec(vec(soup_descriptor(), 16), 2),
         indirect in vec(soup_descriptor(), usize::from(SOUP_TABLE_ENTRIES)),
         steps in vec(soup_step(), 1..80),
@@ -226,8 +228,10 @@ proptest! {
             machine.put(place, &segment(sector, sectors, flags));
         }
         let mut writable: Vec<Part> = Vec::new();
-        let places = (0..2u64).flat_map(|ring| (0..16).map(move |index| ring * RING_BYTES + 16 * index));
-        let places = places.chain((0..u64::from(SOUP_TABLE_ENTRIES)).map(|index| SOUP_TABLES + 16 * index));
+        let of_queue = |queue| (0..16).map(move |index| queue * QUEUE_BYTES + 16 * index);
+        let places = (0..2u64).flat_map(of_queue);
+        let of_table = |index| SOUP_TABLES + 16 * index;
+        let places = places.chain((0..u64::from(SOUP_TABLE_ENTRIES)).map(of_table));
         let soup = tables.iter().flatten().chain(&indirect);
         for (place, SoupDescriptor { part, flags, next }) in places.zip(soup) {
             machine.put(place, &descriptor(*part, *flags, *next));
@@ -239,18 +243,20 @@ proptest! {
             vring.set_queue_event_idx(event_idx);
         }
         let mut offered = [Vec::new(), Vec::new()];
-        let mut given_back = [Vec::new(), Vec::new()];
+        let mut completed = [Vec::new(), Vec::new()];
         let mut in_flight = Vec::new();
         for step in steps.into_iter().chain([SoupStep::Serve]) {
             match step {
-                // No more than the ring has room for.
-                SoupStep::Offer { ring, head } => {
-                    if offered[ring].len() - given_back[ring].len() < 16 {
-                        machine.offer_head(ring, head);
-                        offered[ring].push(head);
+                // At most as many as the virtqueue has room for.
+                SoupStep::Offer { queue, head } => {
+                    if offered[queue].len() - completed[queue].len() < 16 {
+                        machine.offer_head(queue, head);
+                        offered[queue].push(head);
                     }
                 }
-                SoupStep::Serve => in_flight.extend(std::iter::from_fn(|| machine.guest.next_request())),
+                SoupStep::Serve => {
+                    in_flight.extend(std::iter::from_fn(|| machine.guest.next_request()));
+                }
                 SoupStep::Answer { which, fail } if !in_flight.is_empty() => {
                     let (tag, request) = in_flight.swap_remove(which % in_flight.len());
                     machine.bad_sector = match &request {
@@ -267,8 +273,8 @@ proptest! {
                     machine.guest.enable_kicks();
                 }
             }
-            for (ring, given_back) in given_back.iter_mut().enumerate() {
-                given_back.extend(machine.used(ring).into_iter().map(|(head, _)| head));
+            for (queue, completed) in completed.iter_mut().enumerate() {
+                completed.extend(machine.used(queue).into_iter().map(|(head, _)| head));
             }
         }
         for (tag, request) in in_flight {
@@ -280,23 +286,24 @@ proptest! {
                 _ => Ok(&[]),
             });
         }
-        for ring in 0..2 {
-            prop_assert!(machine.guest.is_drained(ring));
-            given_back[ring].extend(machine.used(ring).into_iter().map(|(head, _)| head));
-            // A head that is none ends the ring.
-            let taken = offered[ring].iter().copied().take_while(|head| *head < 16);
+        for queue in 0..2 {
+            prop_assert!(machine.guest.is_drained(queue));
+            completed[queue].extend(machine.used(queue).into_iter().map(|(head, _)| head));
+            // A head outside of the table breaks the virtqueue.
+            let taken = offered[queue].iter().copied().take_while(|head| *head < 16);
             let mut taken: Vec<u16> = taken.collect();
             taken.sort_unstable();
-            given_back[ring].sort_unstable();
-            prop_assert_eq!(&given_back[ring], &taken);
+            completed[queue].sort_unstable();
+            prop_assert_eq!(&completed[queue], &taken);
         }
         machine.assert_untouched(&writable);
     }
 }
 
 proptest! {
-    /// Another walk of the same chains, `virtio-queue`'s, finds the same descriptors. It differs where it is
-    /// laxer: behind a reference to an indirect table, and in longer chains than any queue has.
+    /// Another walk of the same chains, `virtio-queue`'s, finds the same descriptors. It differs
+    /// where it is laxer: behind a reference to an indirect table, and in longer chains than any
+    /// queue has.
     #[test]
     fn chains_are_walked_as_virtio_queue_walks_them(
         table in vec(soup_descriptor(), 16),
@@ -304,8 +311,10 @@ proptest! {
     ) {
         let mut machine = Machine::with(small_disk(), 1, 16, SOUP_END);
         let places = (0..16u64).map(|index| 16 * index);
-        let places = places.chain((0..u64::from(SOUP_TABLE_ENTRIES)).map(|index| SOUP_TABLES + 16 * index));
-        for (place, SoupDescriptor { part, flags, next }) in places.zip(table.iter().chain(&indirect)) {
+        let of_table = |index| SOUP_TABLES + 16 * index;
+        let places = places.chain((0..u64::from(SOUP_TABLE_ENTRIES)).map(of_table));
+        let descriptors = table.iter().chain(&indirect);
+        for (place, SoupDescriptor { part, flags, next }) in places.zip(descriptors) {
             // Two flags that must not come together.
             let flags = if flags & INDIRECT != 0 { flags & !NEXT } else { *flags };
             machine.put(place, &descriptor(*part, flags, *next));
@@ -314,7 +323,8 @@ proptest! {
             machine.offer_head(0, head);
             let mut state = machine.vrings[0].get_mut();
             let fields = |of: Descriptor| (of.addr(), of.len(), of.flags(), of.next());
-            let ours: Vec<_> = Chain::new(View(&machine.memory), state.get_queue(), head).map(fields).collect();
+            let chain = Chain::new(View(&machine.memory), state.get_queue(), head);
+            let ours: Vec<_> = chain.map(fields).collect();
             state.get_queue_mut().set_next_avail(head);
             let next = state.get_queue_mut().iter(&machine.memory).unwrap().next();
             let theirs: Vec<_> = next.unwrap().map(fields).collect();

@@ -40,12 +40,12 @@ const RESET_DEVICE_FEATURE: u64 = 1 << 13;
 
 const QUEUES: u16 = 2;
 
-/// Tells which rings were refreshed, and whether with a region.
+/// Records which virtqueues were refreshed, and whether with a region.
 struct Recorder(mpsc::Sender<(u16, bool)>);
 
 impl VirtqueueServer for Recorder {
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
-        for (queue, region) in rings {
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>) {
+        for (queue, region) in queues {
             let _ = self.0.send((queue, region.is_some()));
         }
     }
@@ -153,7 +153,7 @@ impl Connection {
         payload
     }
 
-    /// Asks for a region and gives it back, as frontends do.
+    /// Requests a region and passes it back, as frontends do.
     fn agree_on_a_region(&mut self) -> File {
         let asked = self.inflight(0, QUEUES, 64);
         self.send(GET_INFLIGHT_FD, 0, &asked, None);
@@ -202,7 +202,7 @@ fn a_message_with_a_reply_of_its_own_is_answered_once() {
 }
 
 #[test]
-fn a_region_is_made_as_the_frontend_asks_and_handed_to_the_rings() {
+fn a_region_has_the_layout_of_the_request_and_reaches_the_virtqueues() {
     let mut connection = Connection::new();
     let asked = connection.inflight(0, QUEUES, 128);
     connection.send(GET_INFLIGHT_FD, 0, &asked, None);
@@ -235,7 +235,7 @@ fn regions_that_lie_about_their_size_are_refused() {
 }
 
 #[test]
-fn a_reset_leaves_rings_and_features_as_in_the_beginning_and_the_owner_as_it_is() {
+fn a_reset_clears_virtqueues_and_features_but_not_the_owner() {
     let mut connection = Connection::new();
     let file = connection.agree_on_a_region();
     let queue = Layout::new(QUEUES, 64, QUEUES).unwrap();
@@ -243,12 +243,12 @@ fn a_reset_leaves_rings_and_features_as_in_the_beginning_and_the_owner_as_it_is(
         let region = Region::map(queue, file.try_clone().unwrap(), 0, queue.bytes() as u64);
         region.unwrap().queue(1).unwrap()
     };
-    let ring = VirtqueueState {
+    let queue = VirtqueueState {
         size: 64,
         used_idx: 0,
         available_idx: 1,
     };
-    let (mut tracker, _) = region().begin(ring).unwrap();
+    let (mut tracker, _) = region().begin(queue).unwrap();
     tracker.accepted(5);
     connection.ack(SET_VRING_NUM, &state(1, 16), 0);
     connection.ack(SET_VRING_BASE, &state(1, 77), 0);
@@ -256,7 +256,7 @@ fn a_reset_leaves_rings_and_features_as_in_the_beginning_and_the_owner_as_it_is(
     let _ = connection.refreshed.try_recv();
     assert_ne!(connection.choices.features(), 0);
     connection.ack(RESET_DEVICE, &[], 0);
-    // All rings at once.
+    // All virtqueues at once.
     let refreshed: Vec<_> = connection.refreshed.try_iter().collect();
     assert_eq!(refreshed, [(0, false), (1, false)]);
     assert_eq!(connection.choices.features(), 0);
@@ -268,8 +268,8 @@ fn a_reset_leaves_rings_and_features_as_in_the_beginning_and_the_owner_as_it_is(
             (64, 0)
         );
     }
-    // What was in flight is nobody's.
-    assert_eq!(region().begin(ring).unwrap().1, Begun::New);
+    // Requests in flight are forgotten.
+    assert_eq!(region().begin(queue).unwrap().1, Begun::New);
     // It is still claimed, so it is set up again on this connection, without another claim.
     let features = connection.ask_u64(GET_FEATURES);
     connection.ack(SET_FEATURES, &features.to_ne_bytes(), 0);

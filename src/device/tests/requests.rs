@@ -1,9 +1,10 @@
-//! Well-formed requests: every legal split of a chain, what each type does, used lengths, pieces.
+//! Well-formed requests: every legal split of a chain, what each type does, used lengths,
+//! fragments.
 
 use super::*;
 
 #[test]
-fn a_header_in_any_number_of_pieces() {
+fn a_header_in_any_number_of_fragments() {
     for lengths in [&[16][..], &[8, 8], &[1], &[3, 1, 5]] {
         let mut machine = Machine::new();
         machine.put_header(IN, 3);
@@ -57,23 +58,23 @@ fn data_and_status_in_one_descriptor() {
 }
 
 #[test]
-fn data_in_many_odd_pieces_lands_where_it_belongs() {
+fn data_in_many_odd_fragments_lands_where_it_belongs() {
     const LEN: usize = 7 * 512;
     let mut machine = Machine::with(disk_info(), 1, 256, MEMORY_BYTES);
     for (request_type, flags) in [(IN, WRITE), (OUT, 0)] {
         machine.put_header(request_type, 2);
-        // Backwards through memory, with a gap after each piece.
+        // Backwards through memory, with a gap after each part.
         let mut parts = vec![readable(HEADER, 16)];
         let mut len = 0;
         while len < LEN {
-            let piece = (parts.len() * 7 % 31 + 1).min(LEN - len);
+            let fragment = (parts.len() * 7 % 31 + 1).min(LEN - len);
             let address = DATA + 0x1_0000 - parts.len() as u64 * 64;
-            machine.put(address, &vec![parts.len().to_le_bytes()[0]; piece]);
+            machine.put(address, &vec![parts.len().to_le_bytes()[0]; fragment]);
             parts.push(Part {
                 flags,
-                ..readable(address, piece)
+                ..readable(address, fragment)
             });
-            len += piece;
+            len += fragment;
         }
         assert!(parts.len() > 200);
         parts.push(writable(STATUS, 1));
@@ -329,7 +330,7 @@ fn the_used_length_claims_nothing_that_is_not_written() {
         assert_ne!(machine.status(), NO_STATUS);
         machine.assert_untouched(&[writable(STATUS, 1)]);
     }
-    // A failed read: how much of its data was written is nobody's business.
+    // A failed read may have written any part of its data.
     machine.bad_sector = Some(1);
     assert_eq!(status_of(&mut machine, IN, 0, 1024), IOERR);
 }
@@ -341,7 +342,7 @@ const TWO_AND_A_BIT: usize = (2 << 20) + 1024;
 const _: () = assert!(FRAGMENT_BYTES_MAX == 1 << 20);
 
 #[test]
-fn a_long_request_is_served_in_pieces() {
+fn a_long_request_is_served_in_fragments() {
     let mut machine = Machine::new();
     machine.put_header(IN, 10);
     let lengths = [12345, 700_000, 1];
@@ -354,13 +355,13 @@ fn a_long_request_is_served_in_pieces() {
     .concat();
     machine.offer(0, &parts);
     // The answers come in another order.
-    let mut pieces: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
-    pieces.reverse();
-    for (tag, piece) in pieces {
+    let mut fragments: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
+    fragments.reverse();
+    for (tag, fragment) in fragments {
         assert_eq!(machine.status(), NO_STATUS);
         assert!(machine.used(0).is_empty());
         assert!(!machine.guest.is_drained(0));
-        machine.answer(tag, piece);
+        machine.answer(tag, fragment);
     }
     let mut asked = machine.asked.clone();
     asked.reverse();
@@ -395,22 +396,22 @@ fn a_long_request_is_served_in_pieces() {
 }
 
 #[test]
-fn the_first_failed_piece_fails_the_request_and_begins_no_further_one() {
+fn the_first_failed_fragment_fails_the_request_and_begins_no_further_one() {
     for request_type in [IN, OUT] {
-        for (bad_sector, pieces) in [(0, 1), (PIECE_SECTORS, 2), (2 * PIECE_SECTORS, 3)] {
+        for (bad_sector, fragments) in [(0, 1), (PIECE_SECTORS, 2), (2 * PIECE_SECTORS, 3)] {
             let mut machine = Machine::new();
             machine.bad_sector = Some(bad_sector);
             assert_eq!(
                 status_of(&mut machine, request_type, 0, TWO_AND_A_BIT),
                 IOERR
             );
-            assert_eq!(machine.asked.len(), pieces);
+            assert_eq!(machine.asked.len(), fragments);
         }
     }
 }
 
 #[test]
-fn a_failed_request_is_given_back_when_all_its_pieces_are_answered() {
+fn a_failed_request_is_given_back_when_all_its_fragments_are_answered() {
     let mut machine = Machine::new();
     machine.put_header(IN, 0);
     machine.offer(
@@ -439,7 +440,7 @@ fn a_failed_request_is_given_back_when_all_its_pieces_are_answered() {
 }
 
 #[test]
-fn a_piece_whose_data_is_not_in_memory_fails_the_request() {
+fn a_fragment_whose_data_is_not_in_memory_fails_the_request() {
     for request_type in [IN, OUT] {
         let mut machine = Machine::new();
         let flags = if request_type == IN { WRITE } else { 0 };
@@ -453,12 +454,12 @@ fn a_piece_whose_data_is_not_in_memory_fails_the_request() {
         parts.extend(data.map(|part| Part { flags, ..part }));
         parts.push(writable(STATUS, 1));
         machine.offer(0, &parts);
-        // All pieces that can be are in flight at the same time.
-        let pieces: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
-        assert_eq!(pieces.len(), if request_type == IN { 3 } else { 1 });
-        for (tag, piece) in pieces {
+        // All fragments that may be in flight are so at the same time.
+        let fragments: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
+        assert_eq!(fragments.len(), if request_type == IN { 3 } else { 1 });
+        for (tag, fragment) in fragments {
             assert!(machine.used(0).is_empty());
-            machine.answer(tag, piece);
+            machine.answer(tag, fragment);
         }
         assert_eq!(machine.used(0), [(0, u32::from(request_type == OUT))]);
         assert_eq!(machine.status(), IOERR);

@@ -127,16 +127,16 @@ fn a_read_only_disk_is_not_zeroed() {
 }
 
 #[test]
-fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
-    let pieces = 3 * ZERO_FRAGMENTS_IN_FLIGHT_MAX as u64;
+fn a_large_range_has_few_fragments_in_flight_and_does_not_hold_up_others() {
+    let fragments = 3 * ZERO_FRAGMENTS_IN_FLIGHT_MAX as u64;
     let piece_sectors = ZERO_BYTES_MAX / 512;
     let info = DiskInfo {
-        capacity: Capacity::new(pieces * piece_sectors),
+        capacity: Capacity::new(fragments * piece_sectors),
         ..disk_info()
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
     machine.put_header(DISCARD, 0);
-    let sectors = u32::try_from(pieces * piece_sectors - 1).unwrap();
+    let sectors = u32::try_from(fragments * piece_sectors - 1).unwrap();
     machine.put(DATA, &segment(1, sectors, 0));
     let large = [
         readable(HEADER, 16),
@@ -191,7 +191,7 @@ fn a_large_range_has_few_pieces_in_flight_and_does_not_hold_up_others() {
 }
 
 #[test]
-fn a_piece_that_fails_ends_the_request_once() {
+fn a_fragment_that_fails_ends_the_request_once() {
     let info = DiskInfo {
         capacity: Capacity::new(1 << 30),
         ..disk_info()
@@ -217,9 +217,9 @@ fn a_piece_that_fails_ends_the_request_once() {
             assert!(machine.guest.next_request().is_none());
         } else {
             // A place was free before the failure.
-            let (tag, _) = machine.guest.next_request().expect("the next piece");
+            let (tag, _) = machine.guest.next_request().expect("the next fragment");
             machine.guest.answered(tag, Ok(&[]));
-            let (tag, _) = machine.guest.next_request().expect("the next piece");
+            let (tag, _) = machine.guest.next_request().expect("the next fragment");
             machine.guest.answered(tag, Ok(&[]));
         }
     }

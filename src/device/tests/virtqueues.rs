@@ -1,18 +1,18 @@
-//! Rings: broken, full, stopped, served in turn, and when the driver is told.
+//! Virtqueues: broken, full, stopped, served in turn, and when the driver is notified.
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::*;
 
 /// A flush, whose status byte is at `STATUS + tag`.
-fn offer_flush(machine: &mut Machine, ring: usize, tag: u64) -> u16 {
+fn offer_flush(machine: &mut Machine, queue: usize, tag: u64) -> u16 {
     machine.put(HEADER, &header(FLUSH, 0));
     machine.put(STATUS + tag, &[NO_STATUS]);
-    machine.offer(ring, &[readable(HEADER, 16), writable(STATUS + tag, 1)])
+    machine.offer(queue, &[readable(HEADER, 16), writable(STATUS + tag, 1)])
 }
 
 #[test]
-fn a_head_out_of_the_table_gives_up_the_ring_alone() {
+fn a_head_outside_of_the_table_breaks_only_its_virtqueue() {
     for head in [64, 65, u16::MAX] {
         let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
         // One in flight, one behind the broken one.
@@ -29,7 +29,7 @@ fn a_head_out_of_the_table_gives_up_the_ring_alone() {
         assert_eq!(
             machine.used(0),
             [(in_flight, 1)],
-            "what was in flight is given back"
+            "what was in flight is completed"
         );
         assert!(machine.guest.is_drained(0));
         machine.serve();
@@ -38,19 +38,16 @@ fn a_head_out_of_the_table_gives_up_the_ring_alone() {
 }
 
 #[test]
-fn an_available_index_that_jumps_gives_up_the_ring_alone() {
+fn an_available_index_that_jumps_breaks_only_its_virtqueue() {
     let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
     machine.put(AVAILABLE + 2, &65u16.to_le_bytes());
     let other = offer_flush(&mut machine, 1, 0);
     machine.serve();
     assert!(machine.used(0).is_empty());
     assert!(machine.guest.is_drained(0));
-    assert!(
-        !machine.guest.enable_kicks(),
-        "there is nothing to come back for"
-    );
+    assert!(!machine.guest.enable_kicks(), "no chain is available");
     assert_eq!(machine.used(1), [(other, 1)]);
-    // It stays so until it is set up anew.
+    // It stays so until the frontend starts it again.
     machine.put(AVAILABLE + 2, &0u16.to_le_bytes());
     let head = offer_flush(&mut machine, 0, 1);
     machine.serve();
@@ -61,7 +58,7 @@ fn an_available_index_that_jumps_gives_up_the_ring_alone() {
 }
 
 #[test]
-fn a_full_ring_and_indices_that_wrap() {
+fn a_full_virtqueue_and_indices_that_wrap() {
     let mut machine = Machine::with(disk_info(), 1, 16, MEMORY_BYTES);
     machine.vrings[0].set_queue_next_avail(u16::MAX - 3);
     machine.vrings[0].set_queue_next_used(u16::MAX - 3);
@@ -84,22 +81,22 @@ fn a_full_ring_and_indices_that_wrap() {
 }
 
 #[test]
-fn rings_are_served_in_turn() {
+fn virtqueues_are_served_in_turn() {
     let mut machine = Machine::with(disk_info(), 3, 64, MEMORY_BYTES);
     for index in 0..4u64 {
-        for ring in 0..3u64 {
-            let place = HEADER + (ring * 4 + index) * 16;
-            machine.put(place, &header(IN, ring * 100 + index));
+        for queue in 0..3u64 {
+            let place = HEADER + (queue * 4 + index) * 16;
+            machine.put(place, &header(IN, queue * 100 + index));
             let parts = [
                 readable(place, 16),
                 writable(DATA, 512),
                 writable(STATUS, 1),
             ];
-            machine.offer(usize::try_from(ring).unwrap(), &parts);
+            machine.offer(usize::try_from(queue).unwrap(), &parts);
         }
     }
-    let pieces: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
-    let order: Vec<u64> = pieces
+    let fragments: Vec<_> = std::iter::from_fn(|| machine.guest.next_request()).collect();
+    let order: Vec<u64> = fragments
         .iter()
         .map(|(_, request)| match request {
             GuestRequest::Read(range) => range.start,
@@ -107,16 +104,16 @@ fn rings_are_served_in_turn() {
         })
         .collect();
     assert_eq!(order, [0, 100, 200, 1, 101, 201, 2, 102, 202, 3, 103, 203]);
-    for (tag, piece) in pieces {
-        machine.answer(tag, piece);
+    for (tag, fragment) in fragments {
+        machine.answer(tag, fragment);
     }
-    for ring in 0..3 {
-        assert_eq!(machine.used(ring).len(), 4);
+    for queue in 0..3 {
+        assert_eq!(machine.used(queue).len(), 4);
     }
 }
 
 #[test]
-fn a_stopped_ring_is_left_alone() {
+fn a_stopped_virtqueue_is_left_alone() {
     type Change = fn(&Vring, bool);
     let changes: [Change; 3] = [
         |vring, on| vring.set_queue_ready(on),
@@ -141,7 +138,7 @@ fn a_stopped_ring_is_left_alone() {
         machine.guest.signal();
         assert!(
             before == machine.all_memory(),
-            "memory of a stopped ring is touched"
+            "memory of a stopped queue is touched"
         );
         // Started again, it goes on where it was.
         change(&machine.vrings[0], true);
@@ -152,7 +149,7 @@ fn a_stopped_ring_is_left_alone() {
 }
 
 #[test]
-fn a_ring_that_lost_its_readiness_is_not_popped_even_before_the_device_is_told() {
+fn a_virtqueue_that_is_not_ready_accepts_nothing_even_before_the_refresh() {
     let mut machine = Machine::new();
     let head = offer_flush(&mut machine, 0, 0);
     for change in [VringT::set_queue_ready, VringT::set_enabled] {
@@ -167,7 +164,7 @@ fn a_ring_that_lost_its_readiness_is_not_popped_even_before_the_device_is_told()
 }
 
 #[test]
-fn a_ring_outside_of_memory_is_not_served() {
+fn a_virtqueue_outside_of_memory_is_not_served() {
     let mut machine = Machine::new();
     offer_flush(&mut machine, 0, 0);
     for (table, available, used) in [
@@ -190,12 +187,12 @@ fn a_ring_outside_of_memory_is_not_served() {
     assert_eq!(machine.used(0).len(), 1);
 }
 
-/// With event indices the driver says after which entry it wants to be told, without them it is
-/// always told.
+/// With event indices the driver chooses the entry after which it is notified, without them it is
+/// always notified.
 #[test]
 fn the_driver_is_told_when_it_wants_to_be() {
     let mut machine = Machine::new();
-    let (mut told, call) = std::io::pipe().unwrap();
+    let (mut reader, call) = std::io::pipe().unwrap();
     machine.vrings[0].set_call(Some(File::from(std::os::fd::OwnedFd::from(call))));
     machine.vrings[0].set_queue_event_idx(true);
     let used_event = AVAILABLE + 4 + 2 * 64;
@@ -204,12 +201,12 @@ fn the_driver_is_told_when_it_wants_to_be() {
         offer_flush(&mut machine, 0, 0);
         machine.serve();
         machine.guest.signal();
-        // A second call has nothing to tell.
+        // A second call has nothing to signal.
         machine.guest.signal();
-        assert_eq!(pending(&told), expected);
+        assert_eq!(pending(&reader), expected);
         if expected {
-            told.read_exact(&mut [0; 8]).unwrap();
-            assert!(!pending(&told), "told once");
+            reader.read_exact(&mut [0; 8]).unwrap();
+            assert!(!pending(&reader), "notified once");
         }
     }
 }
@@ -220,7 +217,7 @@ fn pending(pipe: &std::io::PipeReader) -> bool {
 }
 
 #[test]
-fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
+fn kicks_are_enabled_only_when_no_chain_is_available() {
     let mut machine = Machine::new();
     const NO_NOTIFY: u16 = 1;
     assert!(!machine.guest.enable_kicks());
@@ -228,7 +225,7 @@ fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
     let (tag, _) = machine.guest.next_request().unwrap();
     assert_eq!(machine.get_u16(USED), NO_NOTIFY);
     machine.guest.answered(tag, Ok(&[]));
-    // What came in between, without a kick, is not lost.
+    // A chain that came in between, without a kick, is not lost.
     offer_flush(&mut machine, 0, 1);
     assert!(machine.guest.enable_kicks());
     assert_eq!(machine.get_u16(USED), 0);
@@ -237,9 +234,9 @@ fn kicks_are_asked_for_only_when_there_is_nothing_to_do() {
     assert_eq!(machine.used(0).len(), 2);
 }
 
-/// The frontend looks at rings again while they run, when the driver has been told not to kick.
+/// The frontend refreshes a virtqueue that runs, whose driver was asked not to kick.
 #[test]
-fn a_ring_that_is_refreshed_while_it_runs_asks_for_kicks_again() {
+fn a_virtqueue_that_is_refreshed_while_it_runs_enables_kicks_again() {
     let mut machine = Machine::new();
     assert!(!machine.guest.enable_kicks());
     offer_flush(&mut machine, 0, 0);
