@@ -15,6 +15,10 @@ pub struct SectorRange {
 impl SectorRange {
     /// The range `[start, start + count)`.
     pub fn new(start: u64, count: u64) -> Self {
+        assert!(
+            start.checked_add(count).is_some(),
+            "a range ends within the number space"
+        );
         Self { start, count }
     }
 

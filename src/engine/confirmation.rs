@@ -175,10 +175,7 @@ impl Confirmation {
     }
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
-        assert!(
-            matches!(self.step, Step::WaitingForLock),
-            "a lock is granted once"
-        );
+        assert!(self.waits_for_lock(), "a lock is granted once");
         self.step = Step::Asking;
         self.asked_at = context.now();
         let in_service = context.shared().in_service();
@@ -444,10 +441,18 @@ impl Confirmation {
         if matches!(&self.step, Step::Repairing { pending, .. } if !pending.is_empty()) {
             return Next::Wait;
         }
+        assert!(
+            !self.waits_for_lock() && self.replies.tally().is_complete(),
+            "finished under the lock, with all replies"
+        );
         context.unlock(self.lock);
         context.core.confirmations -= 1;
         self.replies.recycle(context.core);
         Next::Done(self.outcome)
+    }
+
+    pub(super) fn waits_for_lock(&self) -> bool {
+        matches!(self.step, Step::WaitingForLock)
     }
 
     /// What the replicas are doing for this confirmation.

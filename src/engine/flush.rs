@@ -58,10 +58,7 @@ impl Flush {
     }
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        assert!(
-            matches!(self.stage, Stage::WaitingForLock),
-            "a lock is granted once"
-        );
+        assert!(self.waits_for_lock(), "a lock is granted once");
         let (asked, epoch) = context
             .shared()
             .change_health(|health| (health.in_service(), health.flush_begins()));
@@ -155,6 +152,10 @@ impl Flush {
             Stage::Flushing { tally, .. } => tally.asked(),
             Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
+    }
+
+    pub(super) fn waits_for_lock(&self) -> bool {
+        matches!(self.stage, Stage::WaitingForLock)
     }
 
     /// The replicas whose replies are out, if they were asked at `limit` or before.

@@ -181,6 +181,10 @@ impl Engine {
             } else {
                 active += 1;
                 buffer_bytes += bytes;
+                assert!(
+                    in_flight > 0 || request.waits_for_lock(),
+                    "a request waits for something"
+                );
                 confirmations += usize::from(request.is_confirming());
             }
         }
@@ -225,8 +229,8 @@ impl Engine {
         if input(&mut slot.request, &mut context) == Progress::Waiting {
             return;
         }
-        let request = std::mem::replace(&mut slot.request, Request::Orphaned);
-        if !request.is_orphaned() {
+        if !slot.request.is_orphaned() {
+            slot.request = Request::Orphaned;
             self.active -= 1;
             self.buffer_bytes -= slot.buffer_bytes;
         }

@@ -104,7 +104,7 @@ impl<O: Copy> RangeLocks<O> {
         let entries = &mut self.by_class[key.class];
         let entry = entries.remove(&key.place).expect("a lock is released once");
         self.used &= !(u16::from(entries.is_empty()) << key.class);
-        debug_assert_eq!(entry.waits_for, 0, "only a granted lock is released");
+        assert_eq!(entry.waits_for, 0, "only a granted lock is released");
         let mut ready: Vec<(u64, O)> = Vec::new();
         for class in classes(self.used) {
             let near = self.by_class[class].range_mut(window(class, entry.range));

@@ -65,7 +65,7 @@ impl Read {
         Self {
             tag: Some(tag),
             range,
-            stage: Stage::Confirming(Confirmation::begin(replies, terms, context)),
+            stage: Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context))),
         }
     }
 
@@ -219,7 +219,7 @@ impl Read {
         };
         let replies = pass.replies_mut().restart();
         let terms = terms(self.tag.is_some(), throughout, context.core);
-        self.stage = Stage::Confirming(Confirmation::begin(replies, terms, context));
+        self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
     }
 
@@ -230,7 +230,7 @@ impl Read {
         let replies = pass.replies_mut().take();
         let terms = terms(self.tag.is_some(), ReplicaSet::EMPTY, context.core);
         let (confirmation, next) = Confirmation::without_lock(replies, terms, context);
-        self.stage = Stage::Confirming(confirmation);
+        self.stage = Stage::Confirming(Box::new(confirmation));
         self.go_on(next, context)
     }
 

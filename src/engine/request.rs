@@ -202,6 +202,18 @@ impl Request {
         }
     }
 
+    /// Whether the request has asked for its lock and does not hold it.
+    pub(super) fn waits_for_lock(&self) -> bool {
+        match self {
+            Self::Write(write) => write.waits_for_lock(),
+            Self::Flush(flush) => flush.waits_for_lock(),
+            Self::Read(_) | Self::Scrub(_) | Self::Resync(_) => self
+                .confirmation()
+                .is_some_and(Confirmation::waits_for_lock),
+            Self::Orphaned => false,
+        }
+    }
+
     /// Whether the request holds or waits for a lock under which it reads.
     pub(super) fn is_confirming(&self) -> bool {
         self.confirmation().is_some()

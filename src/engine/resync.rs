@@ -13,7 +13,7 @@ use crate::jobs::ChunkId;
 pub(super) struct Resync {
     chunk: ChunkId,
     range: SectorRange,
-    confirmation: Confirmation,
+    confirmation: Box<Confirmation>,
 }
 
 impl Resync {
@@ -35,7 +35,7 @@ impl Resync {
         Self {
             chunk,
             range,
-            confirmation: Confirmation::begin(replies, terms, context),
+            confirmation: Box::new(Confirmation::begin(replies, terms, context)),
         }
     }
 

@@ -50,7 +50,7 @@ impl Scrub {
         let stage = if partly_stale || asked.is_empty() {
             let terms = order.terms(ReplicaSet::EMPTY, core);
             let replies = Replies::new(range, core);
-            Stage::Confirming(Confirmation::begin(replies, terms, context))
+            Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)))
         } else {
             Stage::FirstPass(FirstPass::begin(range, asked, asked, context))
         };
@@ -145,7 +145,7 @@ impl Scrub {
         };
         let replies = pass.replies_mut().restart();
         let terms = self.order.terms(throughout, context.core);
-        self.stage = Stage::Confirming(Confirmation::begin(replies, terms, context));
+        self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
     }
 
@@ -156,7 +156,7 @@ impl Scrub {
         let replies = pass.replies_mut().take();
         let terms = self.order.terms(ReplicaSet::EMPTY, context.core);
         let (confirmation, next) = Confirmation::without_lock(replies, terms, context);
-        self.stage = Stage::Confirming(confirmation);
+        self.stage = Stage::Confirming(Box::new(confirmation));
         self.go_on(next, context)
     }
 

@@ -11,7 +11,8 @@ use crate::common::operation::OperationType;
 #[derive(Debug)]
 pub(super) enum Stage {
     FirstPass(FirstPass),
-    Confirming(Confirmation),
+    /// Boxed: rare, and much larger than a first pass.
+    Confirming(Box<Confirmation>),
 }
 
 impl Stage {

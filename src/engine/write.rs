@@ -69,10 +69,7 @@ impl Write {
     }
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        assert!(
-            matches!(self.stage, Stage::WaitingForLock),
-            "a lock is granted once"
-        );
+        assert!(self.waits_for_lock(), "a lock is granted once");
         let range = self.order.range;
         let (asked, begun) = context
             .shared()
@@ -134,6 +131,14 @@ impl Write {
         if !writing.tally.is_complete() {
             return Progress::Waiting;
         }
+        assert!(
+            writing
+                .tally
+                .succeeded()
+                .and(writing.tally.failed())
+                .is_empty(),
+            "a replica either failed or succeeded"
+        );
         // What is stale is known before the guest hears of success (W3).
         if self.end(writing, context) {
             context.effects.complete(self.tag, Ok(&[]));
@@ -186,6 +191,10 @@ impl Write {
             Stage::Writing(writing) => writing.tally.asked(),
             Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
+    }
+
+    pub(super) fn waits_for_lock(&self) -> bool {
+        matches!(self.stage, Stage::WaitingForLock)
     }
 
     /// The replicas whose replies are out, if they were asked at `limit` or before.

@@ -3,7 +3,8 @@
 //! [`vote`] decides what a sector holds, [`tally`] whether a write or a flush succeeded, and
 //! [`health`] which sectors of each replica are stale.
 
-pub mod health;
+#![forbid(unsafe_code)]
 
+pub mod health;
 pub mod tally;
 pub mod vote;

@@ -21,7 +21,10 @@ impl Tally {
 
     /// Waits for each replica in `asked` as well. None of them was asked before.
     pub fn ask(&mut self, asked: ReplicaSet) {
-        debug_assert!(self.asked().and(asked).is_empty());
+        assert!(
+            self.asked().and(asked).is_empty(),
+            "a replica is asked once"
+        );
         self.waiting = self.waiting.or(asked);
     }
 
@@ -32,7 +35,7 @@ impl Tally {
 
     /// Takes a reply in. Each replica that was asked replies once.
     pub fn record(&mut self, replica: ReplicaIndex, success: bool) {
-        debug_assert!(self.waiting.contains(replica));
+        assert!(self.waiting.contains(replica), "a replica replies once");
         self.waiting.remove(replica);
         if success {
             self.succeeded.insert(replica);
@@ -44,6 +47,12 @@ impl Tally {
     /// Waits no longer for the replicas in `gone`.
     pub fn forget(&mut self, gone: ReplicaSet) {
         self.waiting = self.waiting.without(gone);
+    }
+
+    /// Asserts that the three sets are disjoint.
+    pub fn self_check(&self) {
+        let of_sets = self.waiting.len() + self.succeeded.len() + self.failed.len();
+        assert_eq!(of_sets, self.asked().len(), "a reply counts once");
     }
 
     /// Whether every reply is in.

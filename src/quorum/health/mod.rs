@@ -208,7 +208,10 @@ impl Health {
     /// The disk has so many sectors now. All members, whatever state they are in, hold zeroes in
     /// those that are new, and so none is stale there.
     pub fn grow(&mut self, capacity_sectors: u64) {
-        debug_assert!(capacity_sectors >= self.capacity_sectors);
+        assert!(
+            capacity_sectors >= self.capacity_sectors,
+            "a disk never shrinks"
+        );
         self.capacity_sectors = capacity_sectors;
         self.written.grow(capacity_sectors);
         for state in &mut self.replicas {
@@ -234,12 +237,13 @@ impl Health {
         self.replicas[replica.as_usize()] = state;
         self.members.insert(replica);
         self.in_service.insert(replica);
+        self.check_sets();
     }
 
     /// Takes `replica`, a member that nobody needs, out of the disk. Its place is free when every
     /// worker has let go of it.
     pub fn remove(&mut self, replica: ReplicaIndex) {
-        debug_assert!(self.members.contains(replica));
+        assert!(self.members.contains(replica), "not a member");
         self.members.remove(replica);
         self.in_service.remove(replica);
         self.releasing.insert(replica);
@@ -251,6 +255,7 @@ impl Health {
             .insert(SectorRange::new(0, self.capacity_sectors));
         state.last_failure = self.failure_epoch;
         self.replicas[replica.as_usize()] = state;
+        self.check_sets();
     }
 
     /// Whether the disk can do without `replica`.
@@ -314,6 +319,7 @@ impl Health {
         let free = forgotten && state.drained_by == self.workers;
         if free {
             self.releasing.remove(replica);
+            self.check_sets();
         }
         free
     }
@@ -328,6 +334,7 @@ impl Health {
         self.in_service.remove(replica);
         self.replicas[replica.as_usize()].drained_by = 0;
         self.not_durable(replica);
+        self.check_sets();
         true
     }
 
@@ -342,6 +349,7 @@ impl Health {
         let all = state.drained_by == self.workers;
         if all {
             self.in_service.insert(replica);
+            self.check_sets();
         }
         all
     }
@@ -425,6 +433,7 @@ impl Health {
             failure_epoch: began,
             place,
         } = write.begun;
+        assert!(began <= self.failure_epoch, "a write ends after it began");
         let range = self.writing.remove(place);
         let mut became_stale = false;
         for replica in self.members.iter() {
@@ -506,6 +515,7 @@ impl Health {
 
     /// The flush `epoch` has come back from `replica`.
     pub fn flush_ended(&mut self, epoch: FlushEpoch, replica: ReplicaIndex, success: bool) {
+        assert!(epoch <= self.epoch, "a flush ends after it began");
         if !success {
             return self.not_durable(replica);
         }
