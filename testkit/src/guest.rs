@@ -184,7 +184,7 @@ impl GuestBuilder {
                 .expect("creating the log of commands"),
         };
         if self.incoming.is_none() {
-            let (_, word) = guest.receive_reply(HANG_LIMIT);
+            let (_, word) = guest.receive_reply();
             assert_eq!(word, "ready", "the guest did not get ready");
             let elapsed_s = started.elapsed().as_secs_f64();
             guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
@@ -293,7 +293,7 @@ impl Guest {
     /// Waits until the command that was begun has printed `text`; it has to go on running after
     /// that.
     pub fn wait_for_output(&mut self, text: &str) {
-        self.receive(HANG_LIMIT, |guest| {
+        self.receive(|guest| {
             let received = String::from_utf8_lossy(&guest.received);
             assert!(
                 !received.contains("\n@@ "),
@@ -305,7 +305,7 @@ impl Guest {
 
     /// Waits for the end of the command that was begun.
     pub fn finish(&mut self) -> CommandOutput {
-        let (output, word) = self.receive_reply(HANG_LIMIT);
+        let (output, word) = self.receive_reply();
         let Ok(status) = word.parse() else {
             panic!("the guest sent {word:?} for an exit status");
         };
@@ -355,17 +355,14 @@ impl Guest {
     }
 
     /// The bytes up to the next reply, and what the reply says (after `@@`).
-    fn receive_reply(&mut self, limit: Duration) -> (String, String) {
-        self.receive(limit, Self::take_reply)
+    fn receive_reply(&mut self) -> (String, String) {
+        self.receive(Self::take_reply)
     }
 
-    /// Reads until `is_complete` finds what it looks for in the bytes received.
-    fn receive<T>(
-        &mut self,
-        limit: Duration,
-        mut is_complete: impl FnMut(&mut Self) -> Option<T>,
-    ) -> T {
-        let deadline = Instant::now() + limit;
+    /// Reads until `is_complete` finds what it looks for in the bytes received. A guest that sends
+    /// nothing for [`HANG_LIMIT`] hangs; one that sends something only takes long.
+    fn receive<T>(&mut self, mut is_complete: impl FnMut(&mut Self) -> Option<T>) -> T {
+        let mut deadline = Instant::now() + HANG_LIMIT;
         loop {
             if let Some(found) = is_complete(self) {
                 return found;
@@ -377,6 +374,7 @@ impl Guest {
                 _ if is_late => "the guest did not answer in time",
                 Ok(count) => {
                     self.received.extend_from_slice(&bytes[..count]);
+                    deadline = Instant::now() + HANG_LIMIT;
                     continue;
                 }
                 Err(error) => match error.kind() {
@@ -385,7 +383,7 @@ impl Guest {
                 },
             };
             let output = String::from_utf8_lossy(&self.received);
-            panic!("{trouble} ({limit:?}); it had said:\n{output}");
+            panic!("{trouble} ({HANG_LIMIT:?}); it had sent:\n{output}");
         }
     }
 

@@ -126,7 +126,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     guest.run_successfully(&format!("echo {base} >/tmp/base_; mv /tmp/base_ /tmp/base"));
     expect_progress(&mut guest);
     guest.run_successfully(
-        "n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do sleep 0.2; done",
+        "n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do sleep 2; cat /tmp/writes; done",
     );
     assert_eq!(operator.run(&["scrub"]), 0);
 
