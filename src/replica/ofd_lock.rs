@@ -5,6 +5,8 @@
 //! when the last descriptor of the open file is closed. `rustix` has process locks only, so this
 //! file makes the system call itself.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;

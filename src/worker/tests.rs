@@ -390,7 +390,11 @@ fn a_worker_that_must_exit_says_which_replicas_are_still_busy() {
 fn a_worker_without_requests_exits_at_once() {
     let machine = Machine::new(1);
     machine.mailboxes[0].send(Message::Exit);
+    machine.kernels[0].was_asleep();
     let mut worker = machine.workers[0].borrow_mut();
-    while worker.step().unwrap() {}
+    while worker.step().unwrap() {
+        let is_asleep = machine.kernels[0].was_asleep();
+        assert!(!is_asleep, "the message does not wake it");
+    }
     assert_eq!(worker.io.ring.operations(), 0);
 }

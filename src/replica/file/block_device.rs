@@ -1,5 +1,7 @@
 //! Settings of a block device that `rustix` has no call for.
 
+#![allow(unsafe_code)]
+
 use std::fs::File;
 use std::io;
 

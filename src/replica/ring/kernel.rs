@@ -3,6 +3,8 @@
 //! [`Uring`] is io_uring. Unit tests use a recording kernel instead (`fake_kernel.rs`), which
 //! checks the flags, offsets and buffers of each submission and completes it with any result.
 
+#![allow(unsafe_code)]
+
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
