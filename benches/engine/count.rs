@@ -24,8 +24,8 @@ fn count(arguments: &[&str]) -> Result<u64, String> {
         .ok_or_else(|| format!("valgrind did not count: {said}"))
 }
 
-/// Instructions for each of what `long` runs of `name` do more than `short` ones, so that starting
-/// up does not count.
+/// Instructions for each repetition that a run of `name` with `long` repetitions has more than one
+/// with `short`, so that start-up does not count.
 pub(crate) fn per_unit(name: &str, short: u64, long: u64) -> Result<f64, String> {
     let run = |units: u64| count(&["--run", name, &units.to_string()]);
     let more = run(long)?

@@ -1,5 +1,5 @@
-//! What drives the engine in place of rings and files: keeps what it asks for, and counts what it
-//! has answered.
+//! Drives the engine in place of virtqueues and files: keeps the operations that it submits, and
+//! counts the requests that it answers.
 
 use quorum_blk::common::operation::{Operation, RequestId};
 use quorum_blk::common::report::Report;
@@ -10,11 +10,11 @@ use quorum_blk::jobs::JobEvent;
 /// Keeps operations, and counts answers.
 #[derive(Default)]
 pub(crate) struct Driver {
-    /// What was asked for since this was last emptied.
+    /// Operations submitted since this was last emptied.
     pub operations: Vec<Operation>,
     /// Requests answered.
     pub completed: u64,
-    /// A replica is made to fail.
+    /// A replica that fails every operation.
     pub expects_reports: bool,
 }
 
@@ -48,12 +48,12 @@ impl Effects for Driver {
     fn job_changed(&mut self, event: JobEvent) {
         assert!(
             self.expects_reports,
-            "nobody asked for a job, and yet: {event:?}"
+            "a job that was not asked for: {event:?}"
         );
     }
 
     fn released(&mut self, replica: ReplicaIndex) {
-        panic!("nobody removed replica {}", replica.0);
+        panic!("replica {} is released, but was not removed", replica.0);
     }
 
     fn contents_differ(&mut self, _range: SectorRange) {}

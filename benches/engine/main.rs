@@ -1,10 +1,9 @@
-//! Instructions that the engine alone takes for a request: vote, locks and request states, no I/O
-//! and no guest.
+//! `make bench-engine`: instructions that the engine alone takes for a request, for vote, locks and
+//! request states, without I/O and guest.
 //!
-//! `make bench-engine` counts them under callgrind, which gives the same figure each time, whatever
-//! else the machine does. It compares them with those in `benches/engine/record.txt`, which
-//! `--record` writes, and checks that they grow with the disk as they may ([`scale`]); `--scale`
-//! does the latter alone.
+//! It counts under callgrind, whose figures do not depend on the load of the machine. It compares
+//! them with `benches/engine/record.txt`, which `--record` writes, and checks that they grow with
+//! the disk no faster than allowed ([`scale`]). `--scale` does only that check.
 
 mod count;
 mod driver;
@@ -24,12 +23,12 @@ use quorum_blk::jobs::Sizes;
 
 use self::driver::Driver;
 
-/// Requests in flight together, as a guest of queue depth 32 has them.
+/// Requests in flight at a time, as with a guest of queue depth 32.
 const DEPTH: u64 = 32;
 const SHORT_BATCHES: u64 = 20;
 const LONG_BATCHES: u64 = 120;
 
-/// What is recorded, and how much more than that counts as a change for the worse, in percent.
+/// The record, and the growth in percent above which a figure counts as a regression.
 const RECORD: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/benches/engine/record.txt");
 const TOLERANCE_PERCENT: f64 = 1.0;
 
@@ -104,7 +103,7 @@ const CASES: [Case; 6] = [
     ),
 ];
 
-/// Runs a case; what is counted.
+/// Runs a case; this is what is counted.
 fn run(case: &Case, requests: u64) {
     let batches = requests / DEPTH;
     let policy = Policy {
@@ -193,7 +192,7 @@ fn run_named(name: &str, requests: u64) {
     }
 }
 
-/// What was asked for; the complaint, if there is any.
+/// The arguments, or the complaint about them.
 fn bench(arguments: &[String]) -> Result<Option<&'static str>, String> {
     let asks_for = |option: &str| arguments.iter().any(|argument| argument == option);
     let more = "more instructions than recorded; `make bench-engine RECORD=1` if that is meant";

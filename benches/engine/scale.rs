@@ -1,9 +1,9 @@
 //! How the instructions of a request grow: linearly with the replicas, at most logarithmically with
 //! the ranges in flight, and not with the size of the disk or the number of queues.
 //!
-//! Each law is a table, a row for each load and a column for each size, and is broken when a figure
-//! is off by more than its tolerance. Requests are 4 KiB long and on disjoint ranges; the oldest
-//! operation is always answered first.
+//! Each law is a table with a row for each load and a column for each size. It is broken when a
+//! figure is off by more than its tolerance. Requests are 4 KiB long and on disjoint ranges; the
+//! oldest operation is always answered first.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,15 +23,15 @@ const BLOCK_SECTORS: u64 = 8;
 const SHORT_REQUESTS: u64 = 5000;
 const LONG_REQUESTS: u64 = 12_000;
 
-/// Where nothing else is said.
+// The disk and the load unless a row says otherwise.
 const REPLICAS: usize = 3;
 const DISK_SECTORS: u64 = 1 << 31;
 const DEPTH: usize = 32;
 
-/// Requests in flight in all queues together, where their number varies.
+/// Requests in flight in all queues together, if the number of queues varies.
 const QUEUES_DEPTH: usize = 512;
 
-/// Time between requests, all queues together: 250,000 in a second for each queue.
+/// Time between requests of all queues together: 250,000 a second for each queue.
 const INTERVAL: Duration = Duration::from_micros(4);
 
 /// Ranges in which one replica is stale in [`State::Stale`]: nearly as many as are kept apart.
@@ -46,24 +46,24 @@ enum Kind {
     Write,
 }
 
-/// What the disk has been through.
+/// The history of the disk.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
-    /// Nothing.
+    /// No writes and no faults.
     New,
     /// The last replica is stale in many ranges all over the disk, and these were written since the
     /// last flush.
     Stale,
-    /// Nothing, but what counts is a long time of writes all over the disk without a flush.
+    /// None; what is counted is a long run of writes all over the disk without a flush.
     Unflushed,
 }
 
-/// Where requests go.
+/// The offsets of requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// All over the disk.
+    /// Anywhere on the disk.
     Spread,
-    /// Each next to the one before.
+    /// Each behind the one before.
     SideBySide,
 }
 
@@ -97,8 +97,8 @@ impl Load {
     fn range(&self, number: u64) -> SectorRange {
         let blocks = self.disk_sectors / BLOCK_SECTORS;
         let block = match self.layout {
-            // By the golden ratio: evenly spread, and no block twice before a third of them was
-            // used.
+            // Steps of the golden ratio: evenly spread, and no block twice before a third of all
+            // blocks was used.
             Layout::Spread => number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - blocks.ilog2()),
             Layout::SideBySide => number % blocks,
         };
@@ -106,14 +106,14 @@ impl Load {
     }
 }
 
-/// What the figures of a row may do from one column to the next.
+/// How the figures of a row may change from one column to the next.
 #[derive(Clone, Copy)]
 enum Law {
-    /// Each added unit costs as much as every other one, within so many percent.
+    /// Each added unit costs the same, within this many percent.
     Linear(f64),
-    /// No more than in the first column, within so many percent.
+    /// No more than in the first column, within this many percent.
     Flat(f64),
-    /// Each doubling adds at most so many percent of the figure in the first column.
+    /// Each doubling adds at most this many percent of the figure in the first column.
     Logarithmic(f64),
 }
 
@@ -247,7 +247,7 @@ fn queues() -> Table {
     }
 }
 
-/// The engines of a disk and what they have in flight.
+/// The engines of a disk and the operations that they have in flight.
 struct Disk<'a> {
     load: &'a Load,
     pool: BufferPool,
@@ -256,11 +256,11 @@ struct Disk<'a> {
     submitted: u64,
 }
 
-/// A queue, and the worker that it has to itself.
+/// A queue with a worker of its own.
 struct Queue {
     engine: Engine,
     driver: Driver,
-    /// Operations in flight, first asked first.
+    /// Operations in flight, oldest first.
     in_flight: VecDeque<Operation>,
 }
 
@@ -306,7 +306,7 @@ impl<'a> Disk<'a> {
         }
     }
 
-    /// Has `kind` requests done, `depth` at a time in each queue. `failing` fails what it is asked.
+    /// Runs requests of `kind`, `depth` at a time in each queue. `failing` fails its operations.
     fn drive(&mut self, kind: Kind, requests: u64, failing: Option<ReplicaIndex>) {
         for _ in 0..requests {
             let range = self.load.range(self.submitted);
@@ -347,7 +347,7 @@ impl<'a> Disk<'a> {
 }
 
 impl Queue {
-    /// What a worker does between requests.
+    /// Does what a worker does between requests.
     fn tick(&mut self, now: Duration) {
         if self
             .engine
@@ -378,7 +378,7 @@ impl Queue {
     }
 }
 
-/// Runs a load; what is counted.
+/// Runs a load; this is what is counted.
 pub(crate) fn run_named(name: &str, requests: u64) {
     let rows = tables().into_iter().flat_map(|table| table.rows);
     let load = rows
@@ -388,7 +388,7 @@ pub(crate) fn run_named(name: &str, requests: u64) {
     let mut disk = Disk::new(&load);
     if load.state == State::Stale {
         for queue in &mut disk.queues {
-            // It stays stale: nothing is mended in the background.
+            // The replica stays stale: no resync runs in the background.
             queue.engine.stop_background();
             queue.driver.expects_reports = true;
         }
@@ -437,7 +437,7 @@ fn measure(load: &Load) -> Result<f64, String> {
 }
 
 impl Law {
-    /// What there is to say of the figures of a row, and whether they keep the law.
+    /// The comment on the figures of a row, and whether they keep the law.
     fn judge(self, sizes: &[u32], figures: &[f64]) -> (String, bool) {
         let last = figures.len() - 1;
         let pairs = sizes.windows(2).zip(figures.windows(2));

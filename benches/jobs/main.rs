@@ -1,14 +1,14 @@
-//! What a scrub and a resync at their default speed cost a guest: `make bench-jobs`.
+//! `make bench-jobs`: what a scrub and a resync at their default speed cost a guest.
 //!
-//! One daemon, one client; a job is paused and resumed turn by turn, and the guest's requests are
-//! counted in both. So each pair differs in nothing but the job: a replica that is brought up to
-//! date is stale in both.
+//! One daemon and one client. The job is paused and resumed in turn, and the guest's requests are
+//! counted in both states, so each pair differs only by the job. The replica of a resync is stale
+//! in both.
 //!
-//! `BENCH_SECONDS` is the time of one measurement (default 0.5), `BENCH_ROUNDS` how often each pair
-//! is measured (default 7), `BENCH_ONLY` parts of the names of rows, separated by commas,
-//! `BENCH_MIB` the size of the disk (default 2048), `BENCH_DIR` where its images go.
+//! `BENCH_SECONDS` is the time of one measurement (default 0.5), `BENCH_ROUNDS` the number of pairs
+//! (default 7), `BENCH_MIB` the size of the disk (default 2048), `BENCH_DIR` the directory of its
+//! images. `BENCH_ONLY` is parts of the names of rows, separated by commas.
 
-// Of what is shared, only a part is used; and what is public here is so within this program.
+// Part of the shared modules is unused here. `pub` in them means public within this program.
 #![allow(unreachable_pub, dead_code)]
 
 #[path = "../disk/plan.rs"]
@@ -30,7 +30,7 @@ mod settings;
 mod spread;
 mod under;
 
-/// A load in the words of the other benchmark.
+/// The load, as the disk benchmark describes it.
 mod plan {
     pub use super::disk_plan::{Access, Row, Storage};
     pub use super::rows::GUEST_BYTES as IMAGE_BYTES;
@@ -48,9 +48,9 @@ use spread::Spread;
 use under::{FILL_BYTES, Measured, REPLICAS, Served};
 
 fn main() -> ExitCode {
-    // `cargo test --all-targets` starts it, too.
+    // `cargo test --all-targets` runs this program too.
     if !env::args().any(|argument| argument == "--bench") {
-        println!("to be run by `make bench-jobs`");
+        println!("run this with `make bench-jobs`");
         return ExitCode::SUCCESS;
     }
     interrupt::catch();

@@ -1,4 +1,4 @@
-//! What is measured: every row, and the load of each in the words of the other benchmark.
+//! The rows of the benchmark, each with its load as the disk benchmark describes it.
 
 use std::fmt;
 use std::sync::LazyLock;
@@ -10,30 +10,30 @@ use super::settings::variable;
 pub static DISK_BYTES: LazyLock<u64> =
     LazyLock::new(|| variable("BENCH_MIB").unwrap_or(2048u64) << 20);
 
-/// Where the guest's requests go: less than the smallest disk that is worth measuring.
+/// The part of the disk that the guest uses: smaller than the smallest disk worth measuring.
 pub const GUEST_BYTES: u64 = 1 << 30;
 
-/// What goes on besides.
+/// The job beside the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobKind {
-    /// All replicas are compared.
+    /// A scrub of all replicas.
     Scrub,
-    /// One is brought up to date.
+    /// A resync of one replica.
     Resync,
 }
 
-/// One line of the result.
+/// One row of the result.
 #[derive(Clone, Copy, Debug)]
 pub struct Row {
-    /// What the images lie on.
+    /// Where the images are.
     pub storage: Storage,
-    /// What goes on besides.
+    /// The job beside the guest.
     pub job: JobKind,
-    /// What the guest does, if anything.
+    /// The load of the guest, if any.
     pub load: Option<Load>,
 }
 
-/// Its name: `cache/scrub/randread/32`.
+/// The name of the row: `cache/scrub/randread/32`.
 impl fmt::Display for Row {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}/", self.storage.name(), self.job.name())?;

@@ -1,4 +1,4 @@
-//! The disk that is measured: the daemon that serves it, its guest and its operator.
+//! The measured disk: the daemon that serves it, its guest and its operator.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,23 +17,23 @@ use testkit::client::Client;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::monitor::Monitor;
 
-/// Of the disk.
+/// Replicas of the disk.
 pub const REPLICAS: usize = 3;
-/// The one that is brought up to date.
+/// The replica of a resync.
 const STALE: &str = "2.raw";
-/// What is written at a time when images are made.
+/// Bytes of one write when images are created.
 pub const FILL_BYTES: usize = 1 << 20;
-/// Before anything is counted: the daemon finds its pace.
+/// Time before anything is counted, in which the job finds its pace.
 const LEAD_IN: Duration = Duration::from_millis(200);
 
-/// A pair of measurements: a second of each.
+/// A pair of measurements, each per second.
 #[derive(Clone, Copy, Debug)]
 pub struct Measured {
     /// Requests of the guest while the job is paused.
     pub alone: f64,
     /// Requests of the guest while it runs.
     pub beside: f64,
-    /// Bytes of the disk that it does.
+    /// Bytes of the disk that the job does.
     pub job_bytes: f64,
 }
 
@@ -55,7 +55,7 @@ impl<'a> Served<'a> {
         let mut arguments = replica_arguments(images.first(REPLICAS));
         let queue_size = QUEUE_SIZE.to_string();
         arguments.extend(["--queue-size".into(), queue_size.into()]);
-        // A disk that is busy with writing back is not to be taken for one that hangs.
+        // A disk that is busy writing back must not count as one that hangs.
         arguments.extend(["--replica-timeout".into(), "20000".into()]);
         arguments.extend(["--qmp".into(), monitor.clone().into()]);
         if row.storage != Storage::Disk {
@@ -87,7 +87,7 @@ impl<'a> Served<'a> {
             let since = Instant::now();
             let beside = self.guest(time, seed + (1 << 20))?;
             let elapsed = since.elapsed().as_secs_f64();
-            // One that has come to its end has not been there all the time.
+            // A job that has ended did not run for all of the time.
             if let Some(after) = self.progress(&job) {
                 let job_bytes = (after - before) / elapsed;
                 return Ok(Measured {
@@ -99,7 +99,7 @@ impl<'a> Served<'a> {
         }
     }
 
-    /// Measures a whole job, which nobody is beside.
+    /// Measures a whole job on an idle disk.
     fn measure_idle(&mut self) -> Result<Measured, Interrupted> {
         let (since, job) = (Instant::now(), self.job());
         while self.progress(&job).is_some() {
@@ -116,7 +116,7 @@ impl<'a> Served<'a> {
 
     /// Requests a second.
     fn guest(&mut self, time: Duration, seed: u64) -> Result<f64, Interrupted> {
-        let load = self.row.load.expect("somebody to be beside");
+        let load = self.row.load.expect("a guest beside the job");
         if load.writes() && self.row.storage != Storage::Disk {
             self.images.sync(REPLICAS)?;
         }
@@ -143,7 +143,7 @@ impl<'a> Served<'a> {
         job["current-progress"].as_f64()
     }
 
-    /// What the job is called; begins one where none is.
+    /// The id of the job; starts one if there is none.
     fn job(&mut self) -> Value {
         if let Some(job) = self.jobs().into_iter().next() {
             return job["id"].clone();
@@ -154,7 +154,8 @@ impl<'a> Served<'a> {
             JobKind::Resync => {
                 self.monitor
                     .execute(what, json!({ "parent": disk, "child": STALE }));
-                let node = json!({ "driver": "file", "node-name": STALE, "filename": self.images.first(REPLICAS)[2] });
+                let file = &self.images.first(REPLICAS)[2];
+                let node = json!({ "driver": "file", "node-name": STALE, "filename": file });
                 self.monitor.execute("blockdev-add", node);
                 self.monitor
                     .execute(what, json!({ "parent": disk, "node": STALE }));
@@ -163,7 +164,7 @@ impl<'a> Served<'a> {
         }
     }
 
-    /// Ends it with nothing stale, as the next one takes the images for equal.
+    /// Ends the daemon when no replica is stale, since the next one starts with equal images.
     pub fn end(mut self) -> Result<(), Interrupted> {
         for job in self.jobs() {
             let id = json!({ "id": job["id"] });
