@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use quorum_blk::config::{Config, Parsed};
@@ -15,7 +16,8 @@ fn main() -> ExitCode {
     let config = match Config::from_args(std::env::args_os(), passed) {
         Ok(Parsed::Run(config)) => config,
         Ok(Parsed::Print(text)) => {
-            print!("{text}");
+            // print! would panic when the reader has seen enough: `quorum-blkd --help | head`.
+            let _ = std::io::stdout().write_all(text.as_bytes());
             return ExitCode::SUCCESS;
         }
         Err(error) => return fail(&error),

@@ -23,7 +23,8 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
         quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
         quorum-blkd --print-capabilities",
     after_help = "\
-        Environment:\n  QUORUM_BLKD_LOG  log level: error, warn, info, debug or trace\n\n\
+        Environment:\n  QUORUM_BLKD_LOG  log level, instead of --verbose: off, error, warn, info, \
+        debug or trace\n\n\
         A service manager (systemd socket activation) can pass listening sockets instead of \
         --socket-path, --events and --qmp. Name them vhost-user, events and qmp \
         (FileDescriptorName=).\n\n\

@@ -362,6 +362,16 @@ fn sockets_of_a_dead_daemon_are_replaced() {
 // ---- What is printed
 
 #[test]
+fn a_closed_pipe_ends_the_help_quietly() {
+    let (reader, writer) = io::pipe().unwrap();
+    drop(reader);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkd"));
+    let output = command.arg("--help").stdout(writer).output().unwrap();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!((output.status.code(), &*stderr), (Some(0), ""));
+}
+
+#[test]
 fn capabilities_help_and_version() {
     let printed = |arguments: &[&str]| {
         let output = Daemon::run_to_end(arguments);
