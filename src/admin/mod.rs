@@ -7,6 +7,8 @@
 //! Invariants: a file is closed when no worker uses it any more, and its lock is given back then,
 //! not sooner; one replica is added or removed at a time.
 
+#![forbid(unsafe_code)]
+
 mod resize;
 
 use std::io;

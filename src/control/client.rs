@@ -1,9 +1,9 @@
-//! Somebody who is connected: a reader of events, or a client of the monitor, which reads events
-//! too once it has negotiated.
+//! A connected client: a reader of events, or a client of the monitor, which gets events too once
+//! it has negotiated.
 //!
-//! Invariants: a client is heard only while it has read all that was for it and no command of it
-//! runs, so it decides about nobody's memory and time but its own; one that closed its writing side
-//! still gets its replies.
+//! Invariants: the server reads from a client only while the client has read everything and none of
+//! its commands runs, so the memory that it can use is bounded; a client that has closed its writing
+//! side still gets its replies.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};
@@ -15,13 +15,13 @@ use super::qmp::executor::Executor;
 use super::qmp::session::{READ_BYTES, Session, Step};
 use super::reader::{LineEnd, Reader};
 
-/// What is read of a client that is about to be disconnected.
+/// Bytes that are read and discarded of a client that is about to be disconnected.
 const DISCARDED_BYTES_MAX: usize = 1 << 20;
 
 pub(super) struct Client {
     reader: Reader,
     conversation: Option<Conversation>,
-    /// What the epoll instance knows of [`Self::interest`].
+    /// The interest that is registered with epoll.
     pub(super) registered: EventSet,
 }
 
@@ -30,12 +30,12 @@ struct Conversation {
     session: Session,
     /// A command runs.
     busy: bool,
-    /// Hears no more, and goes when it has read all.
+    /// Nothing more is read of it, and it is disconnected when it has read everything.
     closing: bool,
 }
 
 impl Client {
-    /// A reader of events alone.
+    /// A reader of events.
     pub(super) fn reader(stream: UnixStream) -> io::Result<Self> {
         Self::new(Reader::new(stream, LineEnd::Newline)?, None)
     }
@@ -58,10 +58,10 @@ impl Client {
         Ok(client)
     }
 
-    /// Sends lines that each stand for so many events, or counts them as missed.
-    pub(super) fn tell(
+    /// Sends lines, each with the number of events that it stands for, or counts them as missed.
+    pub(super) fn send_events(
         &mut self,
-        name: u64,
+        token: u64,
         lines: &[(Vec<u8>, u64)],
         monitor: Option<&Executor>,
     ) -> io::Result<()> {
@@ -73,13 +73,13 @@ impl Client {
             self.reader.offer(line, *stands_for)?;
         }
         self.reader.flush()?;
-        self.go_on(name, monitor)
+        self.proceed(token, monitor)
     }
 
-    /// Does what it is ready for. An error is its end.
+    /// Reads and writes as far as epoll says it is ready. An error ends the connection.
     pub(super) fn serve(
         &mut self,
-        name: u64,
+        token: u64,
         ready: EventSet,
         monitor: Option<&Executor>,
     ) -> io::Result<()> {
@@ -94,13 +94,13 @@ impl Client {
                 conversation.session.receive(&bytes[..count]);
             }
         }
-        self.go_on(name, monitor)
+        self.proceed(token, monitor)
     }
 
-    /// Takes the reply to the command that runs.
+    /// Sends the reply to the running command.
     pub(super) fn answer(
         &mut self,
-        name: u64,
+        token: u64,
         line: &[u8],
         monitor: Option<&Executor>,
     ) -> io::Result<()> {
@@ -109,11 +109,11 @@ impl Client {
             conversation.busy = false;
         }
         self.reader.flush()?;
-        self.go_on(name, monitor)
+        self.proceed(token, monitor)
     }
 
-    /// Takes the next steps of the conversation, until it has to wait.
-    fn go_on(&mut self, name: u64, monitor: Option<&Executor>) -> io::Result<()> {
+    /// Continues the conversation until it has to wait.
+    fn proceed(&mut self, token: u64, monitor: Option<&Executor>) -> io::Result<()> {
         let Some(Conversation {
             session,
             busy,
@@ -130,10 +130,8 @@ impl Client {
                     *closing = true;
                 }
                 Some(Step::Execute(call)) => {
-                    *busy = monitor.is_some_and(|monitor| monitor.send(name, call));
-                    if !*busy {
-                        return Err(ErrorKind::BrokenPipe.into());
-                    }
+                    monitor.expect("a client of the monitor").send(token, call);
+                    *busy = true;
                 }
                 None if *closing || !self.reader.is_input_open() => {
                     return Err(ErrorKind::UnexpectedEof.into());
@@ -145,7 +143,7 @@ impl Client {
         Ok(())
     }
 
-    /// Whether it waits for something that is to come.
+    /// Whether it still waits for a reply or has not read everything.
     pub(super) fn is_behind(&self) -> bool {
         let busy = self
             .conversation
@@ -154,10 +152,10 @@ impl Client {
         busy || self.reader.is_behind()
     }
 
-    /// To be called before it is closed: to close a socket with unread input would give the other
-    /// side an error in place of an end.
+    /// To be called before the connection is closed: if input is unread then, the client gets an
+    /// error instead of an end.
     pub(super) fn discard_input(&mut self) {
-        // More than a socket holds, of a client that goes on sending too.
+        // Bounded, because a client may go on sending. More than a socket buffers.
         for _ in 0..DISCARDED_BYTES_MAX / READ_BYTES {
             if !matches!(self.reader.read(&mut [0; READ_BYTES]), Ok(1..)) {
                 return;
@@ -165,7 +163,7 @@ impl Client {
         }
     }
 
-    /// What to be woken for.
+    /// What epoll is to wait for.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = self.reader.interest();
         if self.conversation.is_some() && self.is_behind() {

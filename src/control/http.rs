@@ -1,47 +1,50 @@
-//! Serves the metrics: HTTP, one request a connection, to whoever scrapes them.
+//! Serves the metrics over HTTP, one request for each connection.
 //!
-//! Invariants: at most [`METRICS_CONNECTIONS_MAX`] connections are served at a time, each for
-//! [`METRICS_LIMIT`] at most and after at most [`METRICS_REQUEST_BYTES_MAX`] of a request, so one
-//! who sends slowly, endlessly or nothing keeps others waiting for that long at worst; the disk
-//! notices nothing of it.
+//! The code is our own because its bounds are a requirement: no HTTP server at hand bounds the
+//! memory, the time and the number of its connections without threads or a runtime of its own.
+//!
+//! Invariants: at most [`METRICS_CONNECTIONS_MAX`] connections are served at a time, each for at
+//! most [`METRICS_LIMIT`] and for at most [`METRICS_REQUEST_BYTES_MAX`] of a request. A client that
+//! sends slowly, endlessly or nothing delays other clients for that long, and never the disk.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
-use std::os::fd::{AsRawFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use log::{debug, info, warn};
-use vmm_sys_util::eventfd::EventFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::Operator;
 use super::metrics::{CONTENT_TYPE, render};
+use super::wake::Wake;
 use crate::common::NOT_POISONED;
 use crate::limits::{METRICS_CONNECTIONS_MAX, METRICS_LIMIT, METRICS_REQUEST_BYTES_MAX};
 
-/// Headers of a request, more than any client sends.
+/// Headers in a request: more than any client sends.
 const HEADERS_MAX: usize = 64;
 
-/// How long nobody is accepted after the system had no means for that.
+/// How long accepting pauses after the system was out of resources for a client.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The threads that serve metrics. Dropping it ends them.
+/// The threads that serve metrics. Dropping it stops them.
 pub struct MetricsServer {
-    stop: Arc<EventFd>,
+    stop: Arc<Wake>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl MetricsServer {
-    /// Serves what `operator` sees at `listener`.
+    /// Serves the state of `operator` at `listener`.
     ///
     /// # Errors
-    /// If a thread cannot be made; then none is left running.
+    /// If a thread cannot be created; none is left running.
     pub fn spawn(listener: TcpListener, operator: &Arc<dyn Operator>) -> io::Result<Self> {
         let address = listener.local_addr()?;
         listener.set_nonblocking(true)?;
         let listener = Arc::new(listener);
-        let stop = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+        let stop = Arc::new(Wake::new()?);
         let mut server = Self {
             stop,
             threads: Vec::new(),
@@ -66,23 +69,23 @@ impl MetricsServer {
 
 impl Drop for MetricsServer {
     fn drop(&mut self) {
-        // The counter cannot overflow. Nobody reads it, so every thread sees it.
-        let _ = self.stop.write(1);
+        // It is never cleared, so every thread sees it.
+        self.stop.signal();
         for thread in self.threads.drain(..) {
             thread.join().expect(NOT_POISONED);
         }
     }
 }
 
-fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &EventFd) {
-    while let Ok(()) = wait(listener.as_raw_fd(), libc::POLLIN, stop, None) {
+fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &Wake) {
+    while let Ok(()) = wait(listener.as_fd(), PollFlags::IN, stop, None) {
         match listener.accept() {
             Ok((stream, peer)) => {
                 if let Err(error) = serve(&stream, operator, stop) {
                     debug!(peer:%, error:%; "metrics request failed");
                 }
             }
-            // Another thread was first, or the client has left.
+            // Another thread has accepted the client, or the client has disconnected.
             Err(error)
                 if matches!(
                     error.kind(),
@@ -96,17 +99,17 @@ fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &EventFd) {
     }
 }
 
-fn serve(mut stream: &TcpStream, operator: &dyn Operator, stop: &EventFd) -> io::Result<()> {
+fn serve(mut stream: &TcpStream, operator: &dyn Operator, stop: &Wake) -> io::Result<()> {
     stream.set_nonblocking(true)?;
     let deadline = Some(Instant::now() + METRICS_LIMIT);
     let mut request = Vec::new();
     let answer = loop {
-        wait(stream.as_raw_fd(), libc::POLLIN, stop, deadline)?;
+        wait(stream.as_fd(), PollFlags::IN, stop, deadline)?;
         let mut bytes = [0; 1024];
         match stream.read(&mut bytes) {
             Ok(0) => return Err(ErrorKind::UnexpectedEof.into()),
             Ok(count) => request.extend_from_slice(&bytes[..count]),
-            Err(error) if is_passing(&error) => continue,
+            Err(error) if is_temporary(&error) => continue,
             Err(error) => return Err(error),
         }
         if let Some(answer) = answer(&request, || render(&operator.state())) {
@@ -115,22 +118,22 @@ fn serve(mut stream: &TcpStream, operator: &dyn Operator, stop: &EventFd) -> io:
     };
     let mut rest = answer.as_slice();
     while !rest.is_empty() {
-        wait(stream.as_raw_fd(), libc::POLLOUT, stop, deadline)?;
+        wait(stream.as_fd(), PollFlags::OUT, stop, deadline)?;
         match stream.write(rest) {
             Ok(count) => rest = &rest[count..],
-            Err(error) if is_passing(&error) => {}
+            Err(error) if is_temporary(&error) => {}
             Err(error) => return Err(error),
         }
     }
     stream.shutdown(Shutdown::Write)
 }
 
-fn is_passing(error: &io::Error) -> bool {
+fn is_temporary(error: &io::Error) -> bool {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted)
 }
 
-/// What to answer to the bytes of a request; `None` while there are too few of them to tell. Pure,
-/// but for `metrics`.
+/// The answer to the bytes of a request; `None` while the request is incomplete. Pure, but for
+/// `metrics`.
 pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8>> {
     let mut headers = [httparse::EMPTY_HEADER; HEADERS_MAX];
     let mut parsed = httparse::Request::new(&mut headers);
@@ -171,36 +174,31 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
     Some([head.as_bytes(), sent.as_bytes()].concat())
 }
 
-/// Waits until `fd` is ready. An error when that takes too long, or `stop` is written to.
+/// Waits until `fd` is ready.
+///
+/// # Errors
+/// If that is not before `deadline`, or `stop` is signalled.
 fn wait(
-    fd: RawFd,
-    events: libc::c_short,
-    stop: &EventFd,
+    fd: BorrowedFd<'_>,
+    events: PollFlags,
+    stop: &Wake,
     deadline: Option<Instant>,
 ) -> io::Result<()> {
-    let wanted = |fd, events| libc::pollfd {
-        fd,
-        events,
-        revents: 0,
-    };
     loop {
-        let timeout_ms = deadline.map_or(-1, |deadline| {
-            let left = deadline.saturating_duration_since(Instant::now());
-            i32::try_from(left.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
-        });
-        let mut polls = [wanted(fd, events), wanted(stop.as_raw_fd(), libc::POLLIN)];
-        // SAFETY: two initialised pollfds, valid for the call.
-        let count = unsafe { libc::poll(polls.as_mut_ptr(), 2, timeout_ms) };
-        match count {
-            ..0 => {
-                let error = io::Error::last_os_error();
-                if error.kind() != ErrorKind::Interrupted {
-                    return Err(error);
-                }
+        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
+        let timeout = left.map(|left| Timespec::try_from(left).expect("a short time"));
+        let mut polls = [
+            PollFd::from_borrowed_fd(fd, events),
+            PollFd::new(stop, PollFlags::IN),
+        ];
+        match poll(&mut polls, timeout.as_ref()) {
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+            Ok(0) => return Err(ErrorKind::TimedOut.into()),
+            Ok(_) if !polls[1].revents().is_empty() => {
+                return Err(ErrorKind::ConnectionAborted.into());
             }
-            0 => return Err(ErrorKind::TimedOut.into()),
-            _ if polls[1].revents != 0 => return Err(ErrorKind::ConnectionAborted.into()),
-            _ => return Ok(()),
+            Ok(_) => return Ok(()),
         }
     }
 }

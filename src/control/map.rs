@@ -149,7 +149,7 @@ impl DiskMap {
     }
 
     /// Sectors of a replica were written with the winner.
-    pub(super) fn mended(&mut self, replica: ReplicaIndex, range: SectorRange) {
+    pub(super) fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
         self.count(replica.as_usize(), range, |bucket, count| {
             bucket.repaired_sectors += count;
         });
@@ -308,7 +308,7 @@ mod tests {
         map.record(&bad(range(2040, 16), Cause::Error(Errno(5))));
         // A flush has no place.
         map.record(&bad(range(0, 0), Cause::Error(Errno(5))));
-        map.mended(REPLICA, range(2048, 8));
+        map.repaired(REPLICA, range(2048, 8));
         let bucket = |corrupt_sectors_found, repaired_sectors, errors| Bucket {
             corrupt_sectors_found,
             repaired_sectors,
@@ -358,7 +358,7 @@ mod tests {
         ));
         assert_eq!(map.corrupt_sectors(REPLICA), 3);
         map.record(&scrub("job1", JobChange::Status, JobStatus::Running, None));
-        map.mended(REPLICA, range(9, 1));
+        map.repaired(REPLICA, range(9, 1));
         map.record(&scrub(
             "job1",
             JobChange::Completed,

@@ -9,8 +9,10 @@
 //!
 //! Nothing here is known to the voter, and nothing here can make it wait.
 
+#![forbid(unsafe_code)]
+
+mod acceptor;
 mod client;
-mod door;
 pub mod events;
 mod fold;
 pub mod http;
@@ -24,6 +26,7 @@ pub mod queue;
 mod reader;
 pub mod socket;
 pub mod state;
+pub(crate) mod wake;
 
 use std::path::PathBuf;
 

@@ -1,11 +1,11 @@
-//! The thread that talks to operators: it sends events to whoever listens at `--events`, to the
-//! clients of the monitor at `--qmp`, whose commands it passes on, and to the log.
+//! The thread that serves operators: it sends events to the readers of `--events`, to the clients of
+//! the monitor (`--qmp`) and to the log, and passes on the commands of those clients.
 //!
 //! Invariants:
-//! - It waits in one place, for everything at once; no client makes it wait for itself.
-//! - Every event goes to the log once and to each reader that is connected when it is sent. None is
-//!   kept for a reader that comes later.
-//! - Readers and clients are at most [`EVENT_READERS_MAX`] and [`QMP_CLIENTS_MAX`], each with a
+//! - It waits in one place, for everything at once, and never for a single client.
+//! - Every event goes to the log once, and to each reader that is connected when it is sent. Events
+//!   are not kept for later readers.
+//! - There are at most [`EVENT_READERS_MAX`] readers and [`QMP_CLIENTS_MAX`] clients, each with a
 //!   bounded backlog (`reader`).
 
 use std::collections::BTreeMap;
@@ -20,8 +20,8 @@ use log::{debug, info, warn};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::Operator;
+use super::acceptor::Acceptor;
 use super::client::Client;
-use super::door::Door;
 use super::events::Names;
 use super::qmp::executor::Executor;
 use super::queue::EventQueue;
@@ -29,11 +29,10 @@ use super::socket::Listener;
 use crate::common::NOT_POISONED;
 use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 
-/// How long [`Publisher::stop`] waits for clients that are behind.
+/// How long [`Publisher::stop`] waits for clients that have not read everything.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
 
-/// Events that are made into lines between two rounds of writing, so that the first of many is out
-/// early.
+/// Events that are formatted before the next write, so that the first of many is sent early.
 const EVENTS_PER_ROUND: usize = 64;
 
 const CLIENTS_MAX: usize = EVENT_READERS_MAX + QMP_CLIENTS_MAX;
@@ -44,23 +43,23 @@ const EVENTS_TOKEN: u64 = 2;
 const MONITOR_TOKEN: u64 = 3;
 const FIRST_CLIENT_TOKEN: u64 = 4;
 
-/// A running publisher. Dropping it stops it.
+/// The running thread. Dropping it stops it.
 pub struct Publisher {
     queue: Arc<EventQueue>,
     thread: Option<JoinHandle<()>>,
 }
 
-/// Where clients of the monitor connect, and who does what they ask for.
+/// The socket of the monitor, and what runs its commands.
 pub struct Monitor {
     /// The socket.
     pub listener: Listener,
-    /// Does what commands say.
+    /// Runs the commands.
     pub operator: Arc<dyn Operator>,
 }
 
 impl Publisher {
-    /// Starts to serve `queue` at the sockets there are. Without any the events go to the log
-    /// alone, so that nothing is left in the queue. A queue has one publisher in its life.
+    /// Starts to publish `queue` at the given sockets. Without sockets the events go only to the
+    /// log, so that the queue is emptied in any case. A queue has one publisher in its life.
     pub fn spawn(
         events: Option<Listener>,
         monitor: Option<Monitor>,
@@ -77,9 +76,9 @@ impl Publisher {
         })
     }
 
-    /// Sends what is in the queue, folded or not, lets the commands that run end, closes the
-    /// connections (those that are behind after half a second at most) and removes the sockets.
-    /// What is pushed later is not sent: stop what pushes first.
+    /// Sends all events of the queue, waits for running commands, closes the connections (after
+    /// half a second even if clients have not read everything) and removes the sockets. Events that
+    /// are pushed later are not sent: stop the threads that push first.
     pub fn stop(self) {
         drop(self);
     }
@@ -95,10 +94,10 @@ impl Drop for Publisher {
 }
 
 struct Server {
-    /// Of readers of events.
-    events: Option<Door>,
-    /// Of clients of the monitor.
-    monitor: Option<Door>,
+    /// For readers of events.
+    events: Option<Acceptor>,
+    /// For clients of the monitor.
+    monitor: Option<Acceptor>,
     executor: Option<Executor>,
     queue: Arc<EventQueue>,
     names: Names,
@@ -107,7 +106,7 @@ struct Server {
     next_token: u64,
 }
 
-/// By what door a client came.
+/// The socket that a client connected to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Reader,
@@ -122,7 +121,7 @@ impl Kind {
         }
     }
 
-    fn most(self) -> usize {
+    fn count_max(self) -> usize {
         match self {
             Self::Reader => EVENT_READERS_MAX,
             Self::Monitor => QMP_CLIENTS_MAX,
@@ -146,16 +145,16 @@ impl Server {
             )
         };
         wait_for(queue.as_raw_fd(), QUEUE_TOKEN)?;
-        let events = events.map(|listener| Door::open(listener, EVENTS_TOKEN, &epoll));
-        let (mut door, mut executor) = (None, None);
+        let events = events.map(|listener| Acceptor::new(listener, EVENTS_TOKEN, &epoll));
+        let (mut acceptor, mut executor) = (None, None);
         if let Some(Monitor { listener, operator }) = monitor {
-            let runs = executor.insert(Executor::spawn(operator)?);
-            wait_for(runs.as_raw_fd(), REPLIES_TOKEN)?;
-            door = Some(Door::open(listener, MONITOR_TOKEN, &epoll)?);
+            let executor = executor.insert(Executor::spawn(operator)?);
+            wait_for(executor.as_raw_fd(), REPLIES_TOKEN)?;
+            acceptor = Some(Acceptor::new(listener, MONITOR_TOKEN, &epoll)?);
         }
         Ok(Self {
             events: events.transpose()?,
-            monitor: door,
+            monitor: acceptor,
             executor,
             queue,
             names,
@@ -171,7 +170,7 @@ impl Server {
             self.wait(timeout);
             let batch = self.queue.take();
             if !batch.events.is_empty() {
-                // Whoever had connected when they were pushed gets them.
+                // A client that connected before they were pushed gets them.
                 self.accept_waiting(Kind::Reader);
                 self.accept_waiting(Kind::Monitor);
             }
@@ -186,17 +185,18 @@ impl Server {
             if batch.last {
                 return self.finish();
             }
-            let doors = [&mut self.events, &mut self.monitor].into_iter().flatten();
-            let resume_in = doors.filter_map(|door| door.resume(&self.epoll)).min();
+            let acceptors = [&mut self.events, &mut self.monitor].into_iter().flatten();
+            let resume_in = acceptors.filter_map(|acceptor| acceptor.resume(&self.epoll));
+            let resume_in = resume_in.min();
             timeout = [batch.again_in, resume_in].into_iter().flatten().min();
         }
     }
 
-    /// Gives the clients that are behind a last chance.
+    /// Lets the clients read what is queued for them, for a limited time.
     fn finish(mut self) {
-        // First, so that nobody connects in vain.
+        // First, so that no client connects in vain.
         (self.events, self.monitor) = (None, None);
-        // What is pushed from now on is not sent and must not wake.
+        // Events that are pushed from now on are not sent and must not wake the thread.
         let queue_fd = self.queue.as_raw_fd();
         let _ = self.control(
             ControlOperation::Delete,
@@ -221,13 +221,15 @@ impl Server {
     fn send(&mut self, lines: &[(Vec<u8>, u64)]) {
         let tokens: Vec<u64> = self.clients.keys().copied().collect();
         for token in tokens {
-            self.one_client(token, |client, monitor| client.tell(token, lines, monitor));
+            self.one_client(token, |client, monitor| {
+                client.send_events(token, lines, monitor)
+            });
         }
     }
 
-    /// Waits for the queue, a door, a client or a reply for one, and serves all but the first.
+    /// Waits for the queue, a new client, a client or a reply, and serves all but the queue.
     fn wait(&mut self, timeout: Option<Duration>) {
-        // Rounded up: to come back early would be to come back twice.
+        // Rounded up: to wake too early is to wake twice.
         let timeout_ms = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
@@ -235,14 +237,14 @@ impl Server {
         let count = match self.epoll.wait(timeout_ms, &mut fired) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            // It is our own fd and our own memory.
+            // The descriptor and the memory are ours.
             Err(error) => panic!("epoll_wait: {error}"),
         };
         let (mut readers, mut clients) = (false, false);
         for event in &fired[..count] {
             match event.data() {
                 QUEUE_TOKEN => {}
-                REPLIES_TOKEN => self.pass_replies_on(),
+                REPLIES_TOKEN => self.forward_replies(),
                 EVENTS_TOKEN => readers = true,
                 MONITOR_TOKEN => clients = true,
                 token => self.one_client(token, |client, monitor| {
@@ -250,7 +252,7 @@ impl Server {
                 }),
             }
         }
-        // Last, so that those who left have made room.
+        // Last, so that clients that have just disconnected make room.
         if readers {
             self.accept_waiting(Kind::Reader);
         }
@@ -259,24 +261,27 @@ impl Server {
         }
     }
 
-    fn pass_replies_on(&mut self) {
+    fn forward_replies(&mut self) {
         let replies = self.executor.as_ref().map(Executor::take);
         for (token, line) in replies.unwrap_or_default() {
-            // Who asked may have left.
+            // The client may have disconnected.
             self.one_client(token, |client, monitor| {
                 client.answer(token, &line, monitor)
             });
         }
     }
 
-    /// Accepts who waits at a door, in a number that lets nobody keep the thread here.
+    /// Accepts waiting clients, a bounded number of them.
     fn accept_waiting(&mut self, kind: Kind) {
-        for _ in 0..kind.most() {
-            let door = match kind {
+        for _ in 0..kind.count_max() {
+            let acceptor = match kind {
                 Kind::Reader => &mut self.events,
                 Kind::Monitor => &mut self.monitor,
             };
-            let Some(stream) = door.as_mut().and_then(|door| door.accept(&self.epoll)) else {
+            let Some(stream) = acceptor
+                .as_mut()
+                .and_then(|acceptor| acceptor.accept(&self.epoll))
+            else {
                 return;
             };
             let present = self
@@ -284,7 +289,7 @@ impl Server {
                 .values()
                 .filter(|(other, _)| *other == kind)
                 .count();
-            if present >= kind.most() {
+            if present >= kind.count_max() {
                 info!(clients = present; "{} turned away: too many clients", kind.name());
             } else if let Err(error) = self.admit(kind, stream) {
                 warn!(error:%; "{} turned away", kind.name());
@@ -305,8 +310,8 @@ impl Server {
         Ok(())
     }
 
-    /// Does `action`, then tells epoll what the client waits for now. A client for which either
-    /// fails is gone.
+    /// Runs `action`, then updates the interest of the client in epoll. If either fails the client
+    /// is disconnected.
     fn one_client(
         &mut self,
         token: u64,
@@ -326,7 +331,7 @@ impl Server {
         }
         if let Err(error) = result {
             debug!(error:%; "{} disconnected", kind.name());
-            // Closing the fd takes it out of the epoll set.
+            // Closing the descriptor removes it from the epoll set.
             self.clients.remove(&token);
         }
     }

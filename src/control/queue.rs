@@ -1,38 +1,37 @@
-//! The way of a report from the threads that serve the guest to the one that tells the operator.
+//! The queue of events, from the threads that serve the guest to the publisher.
 //!
 //! Invariants:
-//! - [`push`](EventQueue::push) waits for no reader: it holds one lock that is never held over a
-//!   system call, and writes at most one eventfd, which is non-blocking.
-//! - The map of what was found where is kept behind a lock of its own, which is held as shortly.
-//! - What nobody takes stays bounded: it is folded (`fold`) and remains counted.
+//! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during a
+//!   system call, and writes at most one eventfd, which does not block.
+//! - The map of findings has a lock of its own, which is held as shortly.
+//! - Events that are not taken stay bounded: they are folded (`fold`) and remain counted.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
-use vmm_sys_util::eventfd::EventFd;
-
 use super::events::{Event, Notice};
 use super::fold::{Fold, FoldLimits};
 use super::map::DiskMap;
+use super::wake::Wake;
 use crate::common::{NOT_POISONED, ReplicaIndex, SectorRange};
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
 
-/// Twice (see [`FoldLimits::ready_max`]) what a burst of every replica comes to.
+/// Twice (see [`FoldLimits::ready_max`]) a burst of every replica.
 const READY_MAX: usize = 2 * REPLICAS_MAX * EVENT_BURST as usize;
 
-/// Far above the kinds that occur: three operations on each replica, and about forty errors each.
+/// Far above the kinds that occur: three operations on each replica, and some forty errors of each.
 const KINDS_MAX: usize = REPLICAS_MAX * EVENT_BURST as usize;
 
-/// Reports on their way to the [`Publisher`](super::publisher::Publisher).
+/// Events for the [`Publisher`](super::publisher::Publisher).
 pub struct EventQueue {
     state: Mutex<State>,
-    /// Sees everything, before it is folded.
+    /// Gets every notice, before it is folded.
     map: Mutex<DiskMap>,
     /// Readable when there is something new for the publisher.
-    wake: EventFd,
-    /// The zero of the folding's time.
+    wake: Wake,
+    /// The start of the time of the folding.
     opened_at: Instant,
 }
 
@@ -41,12 +40,12 @@ struct State {
     closed: bool,
 }
 
-/// What the publisher finds when it looks.
+/// What the publisher takes at a time.
 pub(super) struct Batch {
     pub(super) events: Vec<Event>,
-    /// Look again after this long even if nothing wakes you.
+    /// Take again after this time at the latest.
     pub(super) again_in: Option<Duration>,
-    /// Nothing will come after this batch.
+    /// The queue is closed: no batch follows.
     pub(super) last: bool,
 }
 
@@ -64,12 +63,12 @@ impl EventQueue {
                 closed: false,
             }),
             map: Mutex::new(DiskMap::new()),
-            wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            wake: Wake::new()?,
             opened_at: Instant::now(),
         }))
     }
 
-    /// Hands over news of this moment. Never waits for a reader, never fails.
+    /// Queues a notice with the current time. Does not wait for a reader, and does not fail.
     pub fn push(&self, notice: impl Into<Notice>) {
         let event = Event {
             notice: notice.into(),
@@ -82,41 +81,39 @@ impl EventQueue {
             state.fold.push(self.opened_at.elapsed(), event)
         };
         if wake {
-            self.wake();
+            self.wake.signal();
         }
     }
 
-    /// Sectors of a replica that were wrong have been written with the winner. Nobody is told; the
-    /// map remembers it.
-    pub fn mended(&self, replica: ReplicaIndex, range: SectorRange) {
-        self.map().mended(replica, range);
+    /// Records in the map that corrupt sectors of a replica were repaired. There is no event for it.
+    pub fn repaired(&self, replica: ReplicaIndex, range: SectorRange) {
+        self.map().repaired(replica, range);
     }
 
-    /// The place of this replica is that of another one now: the map forgets what was found there.
+    /// Clears the row of the map: a new replica has this index.
     pub fn forget(&self, replica: ReplicaIndex) {
         self.map().forget(replica);
     }
 
-    /// Where on the disk which replica was bad.
+    /// The map of findings.
     pub(super) fn map(&self) -> MutexGuard<'_, DiskMap> {
-        // Counts and ranges are whole between any two statements that could panic.
         self.map.lock().expect(NOT_POISONED)
     }
 
-    /// In how many sectors a replica was wrong when they were last looked at.
+    /// Sectors of a replica that were corrupt when they were last read.
     pub fn corrupt_sectors(&self, replica: ReplicaIndex) -> u64 {
         self.map().corrupt_sectors(replica)
     }
 
-    /// In how many sectors reads failed for want of a winner, since the last scrub.
+    /// Sectors that had no winner when they were last read.
     pub fn undecided_sectors(&self) -> u64 {
         self.map().undecided_sectors()
     }
 
-    /// Takes what is to be sent now; everything, once the queue was closed.
+    /// Takes the events that are due; all of them once the queue is closed.
     pub(super) fn take(&self) -> Batch {
-        // Before looking: a push after the look makes it readable again.
-        let _ = self.wake.read();
+        // First, so that a push after the look makes it readable again.
+        self.wake.clear();
         let mut state = self.state();
         if state.closed {
             return Batch {
@@ -137,22 +134,16 @@ impl EventQueue {
     /// Makes the next batch the last one.
     pub(super) fn close(&self) {
         self.state().closed = true;
-        self.wake();
-    }
-
-    fn wake(&self) {
-        // It can fail only when the counter is full, and then the publisher is being woken anyway.
-        let _ = self.wake.write(1);
+        self.wake.signal();
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Counts and lists are whole between any two statements that could panic.
         self.state.lock().expect(NOT_POISONED)
     }
 }
 
 impl AsRawFd for EventQueue {
-    /// Readable when there is something to take.
+    /// Readable when there are events to take.
     fn as_raw_fd(&self) -> RawFd {
         self.wake.as_raw_fd()
     }
@@ -175,12 +166,12 @@ mod tests {
     fn the_first_event_wakes_and_is_there_at_once() {
         let queue = EventQueue::new().unwrap();
         queue.push(failure(1));
-        assert_eq!(queue.wake.read().unwrap(), 1);
+        assert_eq!(queue.wake.clear(), 1);
         let batch = queue.take();
         assert_eq!(batch.events.len(), 1);
         assert!(batch.again_in.is_some());
         queue.push(failure(2));
-        assert_eq!(queue.wake.read().unwrap(), 1, "woken again after a take");
+        assert_eq!(queue.wake.clear(), 1, "woken again after a take");
     }
 
     #[test]

@@ -1,11 +1,11 @@
-//! A connection that lines are sent on, to a reader who may be as slow as he likes.
+//! A connection on which lines are sent, to a reader that may be slow.
 //!
 //! Invariants:
-//! - No call here blocks: the stream is non-blocking.
-//! - The backlog holds whole lines only, but for the part of the first one that was written
-//!   already. Events fill it up to [`EVENT_READER_BACKLOG_BYTES`]; one that does not fit is
-//!   counted, not cut. A reply always fits: who gets one is not heard until it has read it.
-//! - While something is missed no line enters the backlog, so the notice stands where the gap is.
+//! - No call blocks: the stream is non-blocking.
+//! - The backlog holds whole lines, except for the part of the first one that is written. Events fill
+//!   it up to [`EVENT_READER_BACKLOG_BYTES`]; an event that does not fit is counted as missed, not
+//!   cut. A reply always fits: a client gets the next one only after it has read the last.
+//! - While events are missed no line enters the backlog, so QUORUM_EVENTS_MISSED is where the gap is.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -17,16 +17,16 @@ use vmm_sys_util::epoll::EventSet;
 use super::events::missed_line;
 use crate::limits::EVENT_READER_BACKLOG_BYTES;
 
-/// One write. Small enough for Linux to take it whole or not at all, so that even a reader that is
-/// cut off at shutdown gets no half line.
+/// Bytes of one write. So few that Linux writes all or none, so that even a reader that is
+/// disconnected at shutdown gets whole lines.
 const WRITE_BYTES_MAX: usize = 16 << 10;
 
-/// What ends a line.
+/// The end of a line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum LineEnd {
-    /// As text files have it.
+    /// LF, as in text files.
     Newline,
-    /// As QMP has it.
+    /// CR LF, as in QMP.
     ReturnNewline,
 }
 
@@ -34,9 +34,9 @@ pub(super) struct Reader {
     stream: UnixStream,
     line_end: LineEnd,
     backlog: Vec<u8>,
-    /// How much of the backlog was written.
+    /// Bytes of the backlog that are written.
     written: usize,
-    /// Events this reader did not get since its last notice.
+    /// Events that this reader missed since its last QUORUM_EVENTS_MISSED.
     missed: u64,
     /// Whether the other side may still send.
     input_open: bool,
@@ -55,7 +55,7 @@ impl Reader {
         })
     }
 
-    /// Queues an event, a line with its end, that stands for so many, or counts them as missed.
+    /// Queues an event, a line with its end, or counts the events that it stands for as missed.
     pub(super) fn offer(&mut self, line: &[u8], stands_for: u64) -> io::Result<()> {
         if self.missed == 0 && !self.has_room(line.len()) {
             self.flush()?;
@@ -68,7 +68,7 @@ impl Reader {
         Ok(())
     }
 
-    /// Queues a reply, a line without its end.
+    /// Queues a line, given without its end.
     pub(super) fn reply(&mut self, line: &[u8]) {
         self.append(line);
         self.append(match self.line_end {
@@ -77,7 +77,7 @@ impl Reader {
         });
     }
 
-    /// Writes as much as the socket takes; when the backlog is gone, the notice of what was missed.
+    /// Writes as much as the socket accepts, then QUORUM_EVENTS_MISSED if events were missed.
     pub(super) fn flush(&mut self) -> io::Result<()> {
         loop {
             if self.written == self.backlog.len() {
@@ -89,7 +89,7 @@ impl Reader {
                 self.event(&missed_line(self.missed, SystemTime::now()));
                 self.missed = 0;
             }
-            match (&self.stream).write(self.next_piece()) {
+            match (&self.stream).write(self.next_write()) {
                 Ok(0) => return Err(ErrorKind::WriteZero.into()),
                 Ok(written) => self.written += written,
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(()),
@@ -99,8 +99,8 @@ impl Reader {
         }
     }
 
-    /// Reads some of what the other side sent. Its end is no reason to leave: a reader that closed
-    /// only its writing side, as `nc -N` does, still wants what there is for it.
+    /// Reads what the client sent. The end of the input does not end the connection: a client that
+    /// closes only its writing side, as `nc -N` does, still gets what is sent to it.
     pub(super) fn read(&mut self, into: &mut [u8]) -> io::Result<usize> {
         match self.stream.read(into) {
             Ok(0) => {
@@ -122,12 +122,12 @@ impl Reader {
         self.input_open
     }
 
-    /// Whether something waits to be written.
+    /// Whether lines wait to be written.
     pub(super) fn is_behind(&self) -> bool {
         self.written < self.backlog.len() || self.missed > 0
     }
 
-    /// What to be woken for.
+    /// What epoll is to wait for.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = EventSet::empty();
         interest.set(EventSet::IN, self.input_open);
@@ -136,15 +136,12 @@ impl Reader {
     }
 
     fn has_room(&self, bytes: usize) -> bool {
-        // With room for an end that is longer.
+        // `<`, not `<=`: the end of a line may be one byte longer in the backlog.
         self.backlog.len() - self.written + bytes < EVENT_READER_BACKLOG_BYTES
     }
 
     fn event(&mut self, line: &[u8]) {
-        match line.strip_suffix(b"\n") {
-            Some(line) => self.reply(line),
-            None => debug_assert!(false, "a line has an end"),
-        }
+        self.reply(line.strip_suffix(b"\n").expect("a line has an end"));
     }
 
     fn append(&mut self, line: &[u8]) {
@@ -155,13 +152,13 @@ impl Reader {
         self.backlog.extend_from_slice(line);
     }
 
-    /// As many whole lines as one write may hold; of a longer line a part.
-    fn next_piece(&self) -> &[u8] {
+    /// As many whole lines as fit into one write, or the part of a longer line.
+    fn next_write(&self) -> &[u8] {
         let rest = &self.backlog[self.written..];
-        let piece = &rest[..rest.len().min(WRITE_BYTES_MAX)];
-        match piece.iter().rposition(|byte| *byte == b'\n') {
-            Some(end) => &piece[..=end],
-            None => piece,
+        let bytes = &rest[..rest.len().min(WRITE_BYTES_MAX)];
+        match bytes.iter().rposition(|byte| *byte == b'\n') {
+            Some(end) => &bytes[..=end],
+            None => bytes,
         }
     }
 }

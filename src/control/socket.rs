@@ -1,68 +1,72 @@
-//! The Unix sockets the daemon listens on: those it makes, and those it was passed.
+//! The UNIX sockets that the daemon listens on: those it creates, and those it inherits.
 //!
 //! Invariants:
 //! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode
-//!   before it listens and its name after.
-//! - The name never points to nothing: the new socket is renamed over what a dead process left. A
-//!   socket at which somebody listens, and anything that is no socket, is left alone.
-//! - A [`BoundListener`] takes its name away with it, unless the name has become another's.
+//!   before it listens, and its name after that.
+//! - The name always refers to a socket: the new one is renamed over what a dead process left. A
+//!   socket that another process listens on, and a file that is not a socket, are left alone.
+//! - A [`BoundListener`] removes its name, unless another process has taken the name.
 
-use std::ffi::{OsStr, c_char};
+use std::ffi::OsStr;
 use std::fs::{self, Permissions};
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use rustix::net::{
+    AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
+};
+
 use crate::common::message::{Quoted, Reason};
 use crate::limits::SOCKET_PATH_BYTES_MAX;
 
 /// Connections that wait to be accepted.
-const BACKLOG: libc::c_int = 128;
+const BACKLOG: i32 = 128;
 
-/// Why there is no socket. Each is one line for the operator.
+/// Why a socket cannot be created. Each is one line for the operator.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// Somebody listens there.
-    #[error("{}: another process listens on this socket", Quoted(.0))]
+    /// Another process listens on it.
+    #[error("{}: another process listens on this socket; stop it or choose another path", Quoted(.0))]
     InUse(PathBuf),
-    /// Something else has this name.
-    #[error("{}: exists and is not a socket", Quoted(.0))]
+    /// The name is that of another kind of file.
+    #[error("{}: exists and is not a socket; remove it or choose another path", Quoted(.0))]
     NotASocket(PathBuf),
-    /// The kernel could not take the name.
+    /// The kernel does not accept the name.
     #[error("{}: too long for the path of a socket (at most {SOCKET_PATH_BYTES_MAX} bytes)", Quoted(.0))]
     TooLong(PathBuf),
-    /// The system refused.
+    /// The system returned an error.
     #[error("{}: cannot {action}: {}", Quoted(.path), Reason(.source))]
     Io {
         /// The socket.
         path: PathBuf,
-        /// What was tried.
+        /// What was being done.
         action: &'static str,
-        /// What the system said.
+        /// The error.
         source: io::Error,
     },
 }
 
-/// A listening socket with a name in the file system, which goes when this is dropped.
+/// A listening socket with a name in the file system. Dropping it removes the name.
 #[derive(Debug)]
 pub struct BoundListener {
     socket: UnixListener,
-    /// Absolute, as the process may change its directory.
+    /// Absolute, because the process may change its directory.
     path: PathBuf,
-    /// Device and inode of the name: how it is known to be still ours.
+    /// Device and inode of the name, to see whether it is still that of this socket.
     identity: (u64, u64),
 }
 
 impl BoundListener {
-    /// The socket; blocking, as long as its user does not decide otherwise.
+    /// The socket, in blocking mode.
     pub fn socket(&self) -> &UnixListener {
         &self.socket
     }
 
-    /// Where it listens.
+    /// Its path.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -83,13 +87,12 @@ impl Drop for BoundListener {
     }
 }
 
-/// A socket on which somebody is awaited.
+/// A socket that clients connect to.
 #[derive(Debug)]
 pub enum Listener {
-    /// Made here.
+    /// Created by this process.
     Bound(BoundListener),
-    /// Made by who started the process. It may have other users, now or later, and its name is
-    /// theirs.
+    /// Inherited. Other processes may use it, now or later, and its name is theirs.
     Passed(UnixListener),
 }
 
@@ -103,38 +106,7 @@ impl Listener {
     }
 }
 
-/// The listening UNIX stream socket that was passed as descriptor `fd`, if it is one.
-///
-/// # Safety
-/// Nothing else in this process may own the descriptor.
-pub unsafe fn adopt_unix_listener(fd: RawFd) -> Option<UnixListener> {
-    if fd <= libc::STDERR_FILENO {
-        return None;
-    }
-    let option = |name| {
-        let mut value: libc::c_int = 0;
-        let mut len = libc::socklen_t::try_from(size_of_val(&value)).expect("4 bytes");
-        // SAFETY: `value` and `len` are valid for the write of an int option.
-        let result = unsafe {
-            libc::getsockopt(
-                fd,
-                libc::SOL_SOCKET,
-                name,
-                (&raw mut value).cast(),
-                &raw mut len,
-            )
-        };
-        (result == 0).then_some(value)
-    };
-    let is_as_needed = option(libc::SO_DOMAIN) == Some(libc::AF_UNIX)
-        && option(libc::SO_TYPE) == Some(libc::SOCK_STREAM)
-        && option(libc::SO_ACCEPTCONN) == Some(1);
-    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing
-    // else owns it.
-    is_as_needed.then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
-}
-
-/// Listens at `path`, in place of a socket that a dead process left there, if there is one.
+/// Listens at `path`. Replaces a socket that a dead process left there.
 pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
     let failed = |action| {
         move |source| BindError::Io {
@@ -146,24 +118,26 @@ pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
     if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
         return Err(BindError::TooLong(path.into()));
     }
-    refuse_what_is_not_stale(path)?;
+    check_free_or_stale(path)?;
 
     let absolute = std::path::absolute(path).map_err(failed("find the current directory"))?;
     let temporary = temporary_name(path).ok_or_else(|| BindError::TooLong(path.into()))?;
     if fs::symlink_metadata(&temporary).is_ok_and(|found| found.file_type().is_socket()) {
-        // Left by a process with our id that died in the middle of this.
+        // Left by a process with the same id that died between the two steps below.
         let _ = fs::remove_file(&temporary);
     }
     let socket = new_socket().map_err(failed("create a socket"))?;
-    bind(&socket, &temporary).map_err(failed("create the socket file"))?;
-    let bound = || {
+    let bound = SocketAddrUnix::new(&temporary).and_then(|address| bind(&socket, &address));
+    bound.map_err(|error| failed("create the socket file")(error.into()))?;
+    let named = || {
         fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
-        listen(&socket)?;
+        listen(&socket, BACKLOG)?;
+        rustix::io::ioctl_fionbio(&socket, false)?;
         let found = fs::symlink_metadata(&temporary)?;
         fs::rename(&temporary, path)?;
         Ok((found.dev(), found.ino()))
     };
-    let identity = bound().map_err(|error| {
+    let identity = named().map_err(|error| {
         let _ = fs::remove_file(&temporary);
         failed("listen")(error)
     })?;
@@ -174,7 +148,8 @@ pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
     })
 }
 
-fn refuse_what_is_not_stale(path: &Path) -> Result<(), BindError> {
+/// Checks that the path is free, or that of a socket that no process listens on.
+fn check_free_or_stale(path: &Path) -> Result<(), BindError> {
     let failed = |action, source| BindError::Io {
         path: path.into(),
         action,
@@ -189,20 +164,21 @@ fn refuse_what_is_not_stale(path: &Path) -> Result<(), BindError> {
         Ok(_) => {}
     }
     let probe = new_socket().map_err(|error| failed("create a socket", error))?;
-    match connect(&probe, path) {
+    let connected = SocketAddrUnix::new(path).and_then(|address| connect(&probe, &address));
+    match connected.map_err(io::Error::from) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
-        // Gone in the meantime.
+        // It was removed in between.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Err(failed("tell whether another process listens", error))
+            Err(failed("find out whether another process listens", error))
         }
-        // Connected, or would be if its queue were not full or it were a stream socket.
+        // Connected. Or a process listens whose queue is full, or on another type of socket.
         Ok(()) | Err(_) => Err(BindError::InUse(path.into())),
     }
 }
 
-/// A name beside `path` that no other process takes, and that tells `ss -x` whose it is: the kernel
-/// goes on showing a socket under the name it was bound to.
+/// A name beside `path` that no other process uses. It contains that of `path` for `ss -x`, which
+/// shows a socket under the name that it was bound to.
 fn temporary_name(path: &Path) -> Option<PathBuf> {
     let name = path.file_name()?.as_bytes();
     let suffix = format!(".{}", std::process::id());
@@ -212,60 +188,11 @@ fn temporary_name(path: &Path) -> Option<PathBuf> {
     Some(path.with_file_name(OsStr::from_bytes(&name)))
 }
 
-/// A stream socket that does not block: to connect to one whose queue is full would.
+/// A stream socket that does not block: connecting to a socket with a full queue would.
 fn new_socket() -> io::Result<OwnedFd> {
-    // SAFETY: no pointer is passed.
-    let fd = unsafe {
-        libc::socket(
-            libc::AF_UNIX,
-            libc::SOCK_STREAM | libc::SOCK_CLOEXEC | libc::SOCK_NONBLOCK,
-            0,
-        )
-    };
-    check(fd)?;
-    // SAFETY: the call made it just now, so nobody else owns it.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
-}
-
-fn bind(socket: &OwnedFd, path: &Path) -> io::Result<()> {
-    let (address, length) = address(path)?;
-    // SAFETY: `address` is a sockaddr_un of that length and outlives the call.
-    check(unsafe { libc::bind(socket.as_raw_fd(), (&raw const address).cast(), length) })
-}
-
-fn connect(socket: &OwnedFd, path: &Path) -> io::Result<()> {
-    let (address, length) = address(path)?;
-    // SAFETY: `address` is a sockaddr_un of that length and outlives the call.
-    check(unsafe { libc::connect(socket.as_raw_fd(), (&raw const address).cast(), length) })
-}
-
-fn listen(socket: &OwnedFd) -> io::Result<()> {
-    // SAFETY: no pointer is passed.
-    check(unsafe { libc::listen(socket.as_raw_fd(), BACKLOG) })?;
-    UnixListener::from(socket.try_clone()?).set_nonblocking(false)
-}
-
-fn address(path: &Path) -> io::Result<(libc::sockaddr_un, libc::socklen_t)> {
-    let bytes = path.as_os_str().as_bytes();
-    if bytes.is_empty() || bytes.len() > SOCKET_PATH_BYTES_MAX || bytes.contains(&0) {
-        return Err(io::ErrorKind::InvalidInput.into());
-    }
-    let mut address = libc::sockaddr_un {
-        sun_family: libc::sa_family_t::try_from(libc::AF_UNIX).expect("a small constant"),
-        sun_path: [0; SOCKET_PATH_BYTES_MAX + 1],
-    };
-    for (to, from) in address.sun_path.iter_mut().zip(bytes) {
-        *to = c_char::from_ne_bytes([*from]);
-    }
-    let length = libc::socklen_t::try_from(size_of_val(&address)).expect("a small constant");
-    Ok((address, length))
-}
-
-fn check(result: libc::c_int) -> io::Result<()> {
-    match result {
-        ..0 => Err(io::Error::last_os_error()),
-        _ => Ok(()),
-    }
+    let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
+    let socket = socket_with(AddressFamily::UNIX, SocketType::STREAM, flags, None)?;
+    Ok(socket)
 }
 
 #[cfg(test)]
@@ -307,11 +234,8 @@ mod tests {
 
         let error = bind_unix_listener(&path).unwrap_err();
         assert!(matches!(error, BindError::InUse(_)), "{error}");
-        assert!(
-            error
-                .to_string()
-                .ends_with("another process listens on this socket")
-        );
+        let text = "another process listens on this socket; stop it or choose another path";
+        assert!(error.to_string().ends_with(text), "{error}");
         UnixStream::connect(first.path()).unwrap();
     }
 
@@ -323,7 +247,7 @@ mod tests {
         let mut waiting = Vec::new();
         loop {
             let socket = new_socket().unwrap();
-            match connect(&socket, &path) {
+            match connect(&socket, &SocketAddrUnix::new(&path).unwrap()) {
                 Ok(()) => waiting.push(socket),
                 Err(error) => {
                     assert_eq!(error.kind(), io::ErrorKind::WouldBlock);

@@ -1,21 +1,26 @@
-//! Frontends that connect, and their connections: each gets a slot with rings of its own.
+//! The frontends' connections: each gets a slot with virtqueues of its own.
+
+#![forbid(unsafe_code)]
 
 use std::io;
-use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 
 use log::{info, warn};
-use vmm_sys_util::eventfd::EventFd;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Error, system};
 use crate::common::NOT_POISONED;
 use crate::control::socket::Listener;
+use crate::control::wake::Wake;
 use crate::device::frontend::Frontend;
 use crate::limits::CONNECTIONS_MAX;
 
-/// Where frontends connect.
+/// How long accepting pauses after the system was out of resources for a connection.
+const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
+
+/// The socket that frontends connect to.
 pub(super) struct FrontendListener(Listener);
 
 impl FrontendListener {
@@ -25,58 +30,41 @@ impl FrontendListener {
         Ok(Self(listener))
     }
 
-    /// Waits for a connection, until `stop` is written to. A socket that was passed may have other
-    /// users, now or later, so nothing is done to the socket itself; and one of them may take
-    /// the connection before us.
-    fn accept(&self, stop: &EventFd) -> io::Result<Accepted> {
-        let wanted = |fd: RawFd| libc::pollfd {
-            fd,
-            events: libc::POLLIN,
-            revents: 0,
-        };
+    /// Waits for a connection; `None` when `stop` is signalled. Other processes may use an inherited
+    /// socket too, so its state is left alone, and one of them may accept the connection first.
+    fn accept(&self, stop: &Wake) -> io::Result<Option<UnixStream>> {
         let mut polls = [
-            wanted(self.0.socket().as_raw_fd()),
-            wanted(stop.as_raw_fd()),
+            PollFd::new(self.0.socket(), PollFlags::IN),
+            PollFd::new(stop, PollFlags::IN),
         ];
-        // SAFETY: two initialised pollfds, valid for the call.
-        if unsafe { libc::poll(polls.as_mut_ptr(), 2, -1) } < 0 {
-            return Err(io::Error::last_os_error());
+        poll(&mut polls, None)?;
+        if !polls[1].revents().is_empty() {
+            return Ok(None);
         }
-        if polls[1].revents != 0 {
-            return Ok(Accepted::Stop);
-        }
-        self.0
-            .socket()
-            .accept()
-            .map(|(connection, _)| Accepted::Connection(connection))
+        let (connection, _) = self.0.socket().accept()?;
+        Ok(Some(connection))
     }
 }
 
-/// What came of waiting for a connection.
-enum Accepted {
-    Connection(UnixStream),
-    Stop,
-}
-
-/// The thread that accepts connections, and those that serve one each.
+/// The thread that accepts connections, and the threads that serve one each.
 pub(super) struct Connections {
-    stop: Arc<EventFd>,
+    stop: Arc<Wake>,
     slots: Arc<Slots>,
     thread: JoinHandle<()>,
 }
 
-/// Who is connected.
+/// The slots, free or not.
 struct Slots {
     frontends: Vec<Arc<Mutex<Frontend>>>,
     current: Mutex<Current>,
-    /// A slot has become free.
+    /// Notified when a slot becomes free.
     freed: Condvar,
 }
 
 struct Current {
-    /// The connections, by slot, to be able to end them.
+    /// The connections, by slot.
     connections: Vec<Option<UnixStream>>,
-    /// Nothing is to be served any more.
+    /// No connection is to be served any more.
     stopping: bool,
 }
 
@@ -85,9 +73,8 @@ impl Slots {
         self.current.lock().expect(NOT_POISONED)
     }
 
-    /// Returns when all connections that were closed by their frontends have been drained. Who
-    /// connects after that, a guest that was started again for one, must not see writes of
-    /// before take effect.
+    /// Waits until all connections that frontends have closed are drained. A later frontend, for
+    /// example that of a restarted guest, must not see earlier writes take effect.
     fn wait_for_the_closed(&self) {
         let any_closed =
             |current: &mut Current| current.connections.iter().flatten().any(is_closed);
@@ -95,7 +82,7 @@ impl Slots {
         drop(waited.expect(NOT_POISONED));
     }
 
-    /// Gives a free slot to a connection, if there is one.
+    /// Gives the connection a free slot, if there is one.
     fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
         let mut current = self.current();
         let is_free = |slot: &usize| current.connections[*slot].is_none();
@@ -124,7 +111,7 @@ impl Slots {
         self.current().connections.iter().flatten().for_each(end);
     }
 
-    /// Serves the connection that has the slot until it ends.
+    /// Serves the connection of the slot until it ends.
     fn serve(&self, slot: usize, connection: UnixStream) {
         info!(connection = slot; "frontend connected");
         match Frontend::serve(&self.frontends[slot], connection) {
@@ -138,24 +125,19 @@ impl Slots {
 }
 
 fn end(connection: &UnixStream) {
-    // Fails only for one that has ended.
+    // Fails only if the connection has ended.
     let _ = connection.shutdown(std::net::Shutdown::Both);
 }
 
-/// Whether the frontend has closed its end, whatever it has sent before.
+/// Whether the frontend has closed its end, even if messages of it are unread.
 fn is_closed(connection: &UnixStream) -> bool {
-    let mut poll = libc::pollfd {
-        fd: connection.as_raw_fd(),
-        events: libc::POLLRDHUP,
-        revents: 0,
-    };
-    // SAFETY: one initialised pollfd, valid for the call, which does not wait.
-    unsafe { libc::poll(&raw mut poll, 1, 0) == 1 }
+    let mut polls = [PollFd::new(connection, PollFlags::RDHUP)];
+    poll(&mut polls, Some(&Timespec::default())) == Ok(1)
 }
 
 impl Connections {
     pub(super) fn start(listener: FrontendListener, frontends: Vec<Frontend>) -> io::Result<Self> {
-        let stop = Arc::new(EventFd::new(libc::EFD_CLOEXEC)?);
+        let stop = Arc::new(Wake::new()?);
         let slots = Arc::new(Slots {
             current: Mutex::new(Current {
                 connections: frontends.iter().map(|_| None).collect(),
@@ -180,22 +162,21 @@ impl Connections {
         })
     }
 
-    /// Ends all connections and returns when their rings are drained.
+    /// Ends all connections and returns when their virtqueues are drained.
     pub(super) fn stop(self) {
         self.slots.end_all();
-        // The counter cannot overflow.
-        let _ = self.stop.write(1);
+        self.stop.signal();
         self.thread.join().expect(NOT_POISONED);
     }
 }
 
-/// Accepts connections until `stop` is written to, and returns when those accepted have ended.
-fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
+/// Accepts connections until `stop` is signalled. Returns when all of them have ended.
+fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
     std::thread::scope(|scope| {
         loop {
             let connection = match listener.accept(stop) {
-                Ok(Accepted::Connection(connection)) => connection,
-                Ok(Accepted::Stop) => return,
+                Ok(Some(connection)) => connection,
+                Ok(None) => return,
                 Err(error)
                     if matches!(
                         error.kind(),
@@ -205,10 +186,10 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &EventFd) {
                     continue;
                 }
                 Err(error) => {
-                    // For want of descriptors or memory; that may pass, and the disk must not go
-                    // for it.
+                    // The system is out of descriptors or memory, perhaps for a moment only. That
+                    // must not end the disk.
                     warn!(error:%; "cannot accept the connection of a frontend");
-                    std::thread::sleep(std::time::Duration::from_millis(100));
+                    std::thread::sleep(ACCEPT_PAUSE);
                     continue;
                 }
             };

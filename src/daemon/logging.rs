@@ -10,6 +10,8 @@
 //! Invariants: a record is one line, whatever its text contains; a line has one timestamp, that of
 //! the journal where stderr is connected to it.
 
+#![forbid(unsafe_code)]
+
 use std::fmt;
 use std::io::Write as _;
 use std::sync::Arc;

@@ -1,4 +1,6 @@
-//! What commands of the monitor do, and what there is to be seen of the disk.
+//! The disk as the monitor and the metrics see it, and what their commands do.
+
+#![forbid(unsafe_code)]
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -27,19 +29,19 @@ use crate::replica::file::{ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
 use crate::worker::{Disk, Stop};
 
-/// The disk as the operator has it before him.
+/// Implements [`Operator`] for the served disk.
 pub(super) struct DiskOperator {
-    /// All that does not change.
-    is: Fixed,
+    fixed: Fixed,
     shared: Arc<Shared>,
     reports: Arc<EventQueue>,
     statistics: Statistics,
     admin: Arc<Admin>,
-    /// Images that were named, and are no replicas yet.
+    /// Images of blockdev-add that are not replicas yet.
     nodes: Mutex<BTreeMap<String, PathBuf>>,
     stop: Sender<Stop>,
 }
 
+/// The properties that do not change while the disk is served.
 struct Fixed {
     node_name: String,
     capacity: Capacity,
@@ -53,7 +55,7 @@ struct Fixed {
 impl DiskOperator {
     pub(super) fn new(config: &Config, disk: &Disk, admin: Arc<Admin>, stop: Sender<Stop>) -> Self {
         let pattern = config.read_pattern.to_possible_value();
-        let is = Fixed {
+        let fixed = Fixed {
             node_name: config.node_name.clone(),
             capacity: disk.info.capacity.clone(),
             policy: PolicyState {
@@ -68,7 +70,7 @@ impl DiskOperator {
             queues: config.queue_count,
         };
         Self {
-            is,
+            fixed,
             shared: Arc::clone(&disk.shared),
             reports: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
@@ -82,9 +84,9 @@ impl DiskOperator {
         check_node_name(&node_name)?;
         let mut nodes = self.nodes();
         let mut replicas = self.admin.replicas().into_iter();
-        let is_taken = node_name == self.is.node_name || nodes.contains_key(&node_name);
+        let is_taken = node_name == self.fixed.node_name || nodes.contains_key(&node_name);
         if is_taken || replicas.any(|(_, file)| file.node_name == node_name) {
-            return Err(format!("there is a node {} already", Quoted(&node_name)));
+            return Err(format!("a node {} exists already", Quoted(&node_name)));
         }
         if nodes.len() >= REPLICAS_MAX {
             return Err(format!("there are {REPLICAS_MAX} unused nodes already"));
@@ -93,14 +95,14 @@ impl DiskOperator {
         Ok(())
     }
 
-    fn take_node(&self, node_name: &str) -> Result<PathBuf, String> {
+    fn remove_node(&self, node_name: &str) -> Result<PathBuf, String> {
         let node = self.nodes().remove(node_name);
         node.ok_or_else(|| format!("there is no unused node {}", Quoted(node_name)))
     }
 
-    /// A node that cannot be added stays what it was.
+    /// A node that cannot be added stays an unused node.
     fn add_replica(&self, node_name: String) -> Result<(), String> {
-        let path = self.take_node(&node_name)?;
+        let path = self.remove_node(&node_name)?;
         let source = ReplicaSource { path, node_name };
         let added = self.admin.add_replica(&source);
         added.map(|_| ()).map_err(|error| {
@@ -126,15 +128,15 @@ impl DiskOperator {
 
     fn replicas(&self) -> Vec<ReplicaState> {
         let in_service = self.shared.in_service();
-        let replica_state = |(index, is): (ReplicaIndex, Arc<ReplicaFile>)| {
+        let replica_state = |(index, file): (ReplicaIndex, Arc<ReplicaFile>)| {
             let stale = self.shared.stale_sectors(index);
             let counters = self.shared.counters.of(index);
             let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
             let operations = |kind| self.statistics.operations(index.as_usize(), kind).into();
             ReplicaState {
-                node_name: is.node_name.clone(),
-                file: is.path.to_string_lossy().into_owned(),
-                is_block_device: is.is_block_device,
+                node_name: file.node_name.clone(),
+                file: file.path.to_string_lossy().into_owned(),
+                is_block_device: file.is_block_device,
                 state: match (in_service.contains(index), stale) {
                     (true, 0) => ServiceState::InService,
                     (true, _) => ServiceState::Syncing,
@@ -164,13 +166,13 @@ impl Operator for DiskOperator {
         let requests = |kind| self.statistics.requests(kind).into();
         let counters = &self.shared.counters;
         DiskState {
-            node_name: self.is.node_name.clone(),
-            size: self.is.capacity.bytes(),
-            policy: self.is.policy.clone(),
-            read_only: self.is.read_only,
-            direct: self.is.direct,
-            workers: self.is.workers,
-            queues: self.is.queues,
+            node_name: self.fixed.node_name.clone(),
+            size: self.fixed.capacity.bytes(),
+            policy: self.fixed.policy.clone(),
+            read_only: self.fixed.read_only,
+            direct: self.fixed.direct,
+            workers: self.fixed.workers,
+            queues: self.fixed.queues,
             requests: Requests {
                 read: requests(RequestKind::Read),
                 write: requests(RequestKind::Write),
@@ -222,9 +224,9 @@ impl Operator for DiskOperator {
 
     fn change(&self, change: Change) -> Result<Option<String>, String> {
         let admin = &self.admin;
-        let begun = match change {
+        let started = match change {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
-            Change::RemoveNode(node_name) => self.take_node(&node_name).map(|_| None)?,
+            Change::RemoveNode(node_name) => self.remove_node(&node_name).map(|_| None)?,
             Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
             Change::RemoveReplica(node_name) => admin
                 .remove_replica(&node_name)
@@ -243,11 +245,11 @@ impl Operator for DiskOperator {
             } => Some(admin.resync(&node_name, speed_bytes).map_err(line)?),
             Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
         };
-        Ok(begun.map(|id| id.to_string()))
+        Ok(started.map(|id| id.to_string()))
     }
 
     fn quit(&self) {
-        // Nobody listens only when the daemon stops already.
+        // Fails only if the daemon is stopping already.
         let _ = self.stop.send(Stop::Requested);
     }
 }

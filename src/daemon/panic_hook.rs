@@ -4,6 +4,8 @@
 //! half a disk, so it aborts: the frontend keeps the requests in flight in its inflight region, and
 //! the next daemon repeats them.
 
+#![forbid(unsafe_code)]
+
 use std::panic::PanicHookInfo;
 use std::sync::Arc;
 

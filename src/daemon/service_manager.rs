@@ -1,8 +1,8 @@
-//! What the daemon and its service manager tell each other: which sockets were passed, and when the
-//! disk is served.
-//!
-//! systemd's protocols (sd_listen_fds(3), sd_notify(3)), which other service managers and
-//! supervisors speak too. Without one nothing is passed, and nobody is told.
+//! The protocols of systemd and other service managers: sockets that the service manager passes
+//! (sd_listen_fds(3)), and notifications of the state of the daemon (sd_notify(3)). Without a service
+//! manager there are neither.
+
+#![forbid(unsafe_code)]
 
 use std::io;
 
@@ -12,9 +12,9 @@ use sd_notify::NotifyState;
 use crate::common::message::Reason;
 use crate::config::PassedSocket;
 
-/// Why what was passed cannot be taken: the environment contradicts itself.
+/// The variables of the service manager contradict each other.
 #[derive(Debug, thiserror::Error)]
-#[error("the sockets that the service manager passed cannot be taken: {}", Reason(.0))]
+#[error("cannot use the sockets of the service manager (LISTEN_FDS, LISTEN_FDNAMES): {}", Reason(.0))]
 pub struct PassedError(#[from] io::Error);
 
 /// The sockets that the service manager passed to this process; children do not inherit them.
@@ -33,9 +33,9 @@ pub fn take_passed_sockets() -> Result<Vec<PassedSocket>, PassedError> {
     Ok(passed.map(|(fd, name)| PassedSocket { name, fd }).collect())
 }
 
-/// Tells the service manager, if there is one that wants to know.
-pub(super) fn tell(news: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(news) {
+/// Sends a state to the service manager, if there is one.
+pub(super) fn notify(state: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(state) {
         warn!(error:%; "cannot notify the service manager");
     }
 }

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT end the daemon in an orderly way; SIGXFSZ does not end it.
+//! SIGTERM and SIGINT end the daemon in an orderly way; SIGXFSZ is ignored.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -7,18 +7,17 @@ use log::error;
 
 use crate::worker::Stop;
 
-/// SIGTERM and SIGINT, taken from the threads and given to one that waits for them.
+/// SIGTERM and SIGINT, blocked in all threads; one thread waits for them.
 pub(super) struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks them in this thread and those it will start. Where a file may not become as long as
-    /// it should (RLIMIT_FSIZE), that is an error of this file, and no reason to end: that
-    /// signal is ignored.
+    /// Blocks them in this thread and those it starts later. Ignores SIGXFSZ: a write beyond
+    /// RLIMIT_FSIZE is an error of one replica and must not end the process.
     pub(super) fn block() -> io::Result<Self> {
-        // SAFETY: to ignore a signal takes no code of ours.
+        // SAFETY: no handler of ours runs.
         unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
-        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers are to
-        // locals.
+        // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers refer to
+        // local variables.
         let (set, result) = unsafe {
             let mut set: libc::sigset_t = std::mem::zeroed();
             libc::sigemptyset(&raw mut set);
@@ -35,8 +34,8 @@ impl Signals {
         }
     }
 
-    /// Starts the thread that turns a signal into [`Stop::Requested`]. The second one ends the
-    /// process at once: who sends it does not want to wait.
+    /// Starts the thread that turns a signal into [`Stop::Requested`]. A second signal ends the
+    /// process at once.
     pub(super) fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
         std::thread::Builder::new()
             .name("signals".into())

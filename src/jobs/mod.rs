@@ -22,6 +22,8 @@
 //! is either waiting for a moment that [`Jobs::next`] has named, or for a replica that is out of
 //! service, which tells when it is back.
 
+#![forbid(unsafe_code)]
+
 mod chunk;
 mod info;
 mod job;

@@ -4,6 +4,8 @@
 //! and no atomic read-modify-write; who reads sees each counter at some moment, not all of them at
 //! the same one. Nothing is allocated after the start.
 
+#![forbid(unsafe_code)]
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -149,7 +151,7 @@ impl Recorder {
     }
 
     /// One whose figures nobody looks at.
-    pub fn nobodys() -> Self {
+    pub fn detached() -> Self {
         Self::new(Arc::new(WorkerStatistics::new(0)), TurnClock::default())
     }
 

@@ -60,7 +60,7 @@ impl<K: Kernel> Effects for Io<K> {
     }
 
     fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
-        self.events.mended(replica, range);
+        self.events.repaired(replica, range);
     }
 
     fn wake(&mut self, worker: WorkerIndex, request: RequestId) {

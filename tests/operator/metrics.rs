@@ -251,7 +251,7 @@ fn an_address_in_use_is_refused_in_one_line() {
     let line = String::from_utf8(output.stderr).unwrap();
     assert_eq!(
         line,
-        format!("quorum-blkd: --metrics {address}: Address already in use\n")
+        format!("quorum-blkd: --metrics {address}: cannot listen: Address already in use\n")
     );
     assert!(!output.status.success() && !socket.exists());
 }

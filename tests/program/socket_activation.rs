@@ -259,7 +259,7 @@ fn a_descriptor_that_is_no_listening_stream_socket_is_refused() {
                 "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=vhost-user",
                 &[]
             ),
-            "what the service manager passed as 'vhost-user' (descriptor 3) is not a listening UNIX stream socket"
+            "descriptor 3 of the service manager ('vhost-user') is not a listening UNIX stream socket"
         );
     }
 }

@@ -1,6 +1,5 @@
-//! A disk in the words of QEMU's queries: the structures of its qapi/block-core.json, with a voted
-//! disk as the quorum node that QEMU would have, and each replica as a file node below it. What
-//! QEMU counts and we do not have is 0.
+//! QEMU's queries: the structures of its qapi/block-core.json, with the voted disk as QEMU's quorum
+//! node and each replica as a file node below it. A count that this daemon does not have is 0.
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;

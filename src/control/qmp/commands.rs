@@ -1,5 +1,5 @@
-//! The commands: one entry of `COMMANDS` for each, and the types of what it takes and returns. What
-//! it does is a method of [`Operator`].
+//! The commands: an entry of `COMMANDS` for each, with its arguments and its return value. The
+//! commands call the methods of [`Operator`].
 
 use std::fmt;
 
@@ -7,23 +7,25 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::admin;
 use super::block::{self, QueryNamedBlockNodes};
+use super::change;
+use super::error::CommandError;
+use super::version::Version;
 use crate::control::json::to_ascii;
 use crate::control::{JobOrder, Operator};
 use crate::limits::MAP_BUCKETS;
 
-/// The command that ends the negotiation of capabilities. It belongs to the session.
+/// The command that ends the negotiation of capabilities. The session runs it.
 pub(super) const NEGOTIATION: &str = "qmp_capabilities";
 
-/// A command that a client can have run.
+/// A command of the monitor.
 pub struct Command {
-    /// What it is called.
+    /// Its name.
     pub name: &'static str,
     run: Run,
 }
 
-/// What a command returns, as it is sent: JSON.
+/// The return value of a command, as JSON.
 pub(super) type Returned = Vec<u8>;
 
 type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandError>;
@@ -32,13 +34,13 @@ type Run = fn(Map<String, Value>, &dyn Operator) -> Result<Returned, CommandErro
 static COMMANDS: &[Command] = &[
     Command {
         name: "block-job-set-speed",
-        run: |arguments, operator| run(arguments, |job| nothing(admin::set_speed(job, operator))),
+        run: |arguments, operator| run(arguments, |job| nothing(change::set_speed(job, operator))),
     },
     Command {
         name: "block_resize",
         run: |arguments, operator| {
             run(arguments, |resize| {
-                nothing(admin::resize(&resize, operator))
+                nothing(change::resize(&resize, operator))
             })
         },
     },
@@ -46,7 +48,7 @@ static COMMANDS: &[Command] = &[
         name: "blockdev-add",
         run: |arguments, operator| {
             run(arguments, |node| {
-                nothing(admin::blockdev_add(node, operator))
+                nothing(change::blockdev_add(node, operator))
             })
         },
     },
@@ -54,7 +56,7 @@ static COMMANDS: &[Command] = &[
         name: "blockdev-del",
         run: |arguments, operator| {
             run(arguments, |node| {
-                nothing(admin::blockdev_del(node, operator))
+                nothing(change::blockdev_del(node, operator))
             })
         },
     },
@@ -62,7 +64,7 @@ static COMMANDS: &[Command] = &[
         name: "job-cancel",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(admin::order(job, JobOrder::Cancel, operator))
+                nothing(change::order(job, JobOrder::Cancel, operator))
             })
         },
     },
@@ -70,7 +72,7 @@ static COMMANDS: &[Command] = &[
         name: "job-pause",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(admin::order(job, JobOrder::Pause, operator))
+                nothing(change::order(job, JobOrder::Pause, operator))
             })
         },
     },
@@ -78,7 +80,7 @@ static COMMANDS: &[Command] = &[
         name: "job-resume",
         run: |arguments, operator| {
             run(arguments, |job| {
-                nothing(admin::order(job, JobOrder::Resume, operator))
+                nothing(change::order(job, JobOrder::Resume, operator))
             })
         },
     },
@@ -126,7 +128,7 @@ static COMMANDS: &[Command] = &[
                 if (1..=MAP_BUCKETS).contains(&buckets) {
                     Ok(operator.map(buckets))
                 } else {
-                    let text = format!("buckets is from 1 to {MAP_BUCKETS}");
+                    let text = format!("'buckets' must be from 1 to {MAP_BUCKETS}");
                     Err(CommandError::generic(text))
                 }
             })
@@ -151,16 +153,18 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "quorum-resync",
-        run: |arguments, operator| run(arguments, |replica| admin::resync(replica, operator)),
+        run: |arguments, operator| run(arguments, |replica| change::resync(replica, operator)),
     },
     Command {
         name: "quorum-scrub",
-        run: |arguments, operator| run(arguments, |scrub| admin::scrub(&scrub, operator)),
+        run: |arguments, operator| run(arguments, |scrub| change::scrub(&scrub, operator)),
     },
     Command {
         name: "x-blockdev-change",
         run: |arguments, operator| {
-            run(arguments, |change| nothing(admin::change(change, operator)))
+            run(arguments, |change| {
+                nothing(change::blockdev_change(change, operator))
+            })
         },
     },
 ];
@@ -186,7 +190,7 @@ pub(super) fn find(name: &str) -> Option<&'static Command> {
     COMMANDS.iter().find(|command| command.name == name)
 }
 
-/// Runs one with its arguments understood.
+/// Parses the arguments and runs the command.
 fn run<A: DeserializeOwned, R: Serialize>(
     arguments: Map<String, Value>,
     command: impl FnOnce(A) -> Result<R, CommandError>,
@@ -197,7 +201,7 @@ fn run<A: DeserializeOwned, R: Serialize>(
     command(arguments).map(|returned| to_ascii(&returned))
 }
 
-/// Takes the arguments of [`NEGOTIATION`].
+/// Checks the arguments of [`NEGOTIATION`].
 pub(super) fn negotiate(arguments: Map<String, Value>) -> Result<Returned, CommandError> {
     #[derive(Deserialize)]
     #[serde(deny_unknown_fields)]
@@ -213,38 +217,6 @@ pub(super) fn negotiate(arguments: Map<String, Value>) -> Result<Returned, Comma
     })
 }
 
-/// Why a command failed, in QEMU's classes.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct CommandError {
-    class: ErrorClass,
-    desc: String,
-}
-
-/// QEMU's classes of errors, those that are in use.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-enum ErrorClass {
-    GenericError,
-    CommandNotFound,
-}
-
-impl CommandError {
-    /// The command failed, or made no sense.
-    pub fn generic(text: impl Into<String>) -> Self {
-        Self {
-            class: ErrorClass::GenericError,
-            desc: text.into(),
-        }
-    }
-
-    /// There is no such command, or not now.
-    pub(super) fn not_found(text: impl Into<String>) -> Self {
-        Self {
-            class: ErrorClass::CommandNotFound,
-            desc: text.into(),
-        }
-    }
-}
-
 /// The arguments of query-quorum-map.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -256,48 +228,12 @@ struct QueryMap {
 #[serde(deny_unknown_fields)]
 struct NoArguments {}
 
-/// What a command returns that returns nothing.
+/// The return value of a command that returns nothing.
 #[derive(Serialize)]
 struct Nothing {}
 
 fn nothing(done: Result<(), CommandError>) -> Result<Nothing, CommandError> {
     done.map(|()| Nothing {})
-}
-
-/// QAPI's VersionInfo.
-#[derive(Serialize)]
-pub(super) struct Version {
-    qemu: VersionTriple,
-    package: &'static str,
-}
-
-#[derive(Serialize)]
-struct VersionTriple {
-    micro: u32,
-    minor: u32,
-    major: u32,
-}
-
-impl Version {
-    pub(super) fn of_this_program() -> Self {
-        let mut parts = [
-            env!("CARGO_PKG_VERSION_MAJOR"),
-            env!("CARGO_PKG_VERSION_MINOR"),
-            env!("CARGO_PKG_VERSION_PATCH"),
-        ]
-        .map(|part| part.parse().expect("cargo has checked it"))
-        .into_iter();
-        let mut next = || parts.next().expect("three of them");
-        let (major, minor, micro) = (next(), next(), next());
-        Self {
-            qemu: VersionTriple {
-                micro,
-                minor,
-                major,
-            },
-            package: concat!("quorum-blk ", env!("CARGO_PKG_VERSION")),
-        }
-    }
 }
 
 /// QAPI's CommandInfo.
@@ -321,7 +257,7 @@ struct Status {
 }
 
 impl Status {
-    /// Whoever answers serves the disk.
+    /// The monitor answers only while the disk is served.
     const RUNNING: Self = Self {
         running: true,
         status: "running",

@@ -1,21 +1,21 @@
-//! The thread on which commands run, one after another, so that a command which takes its time
-//! delays no event and no other conversation but those that want a command run too.
+//! The thread that runs commands, one after another. A command that takes long delays no event, and
+//! no client but those that wait for a command too.
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::mpsc::{Sender, channel};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 
 use log::debug;
-use vmm_sys_util::eventfd::EventFd;
 
 use super::session::Call;
 use crate::common::NOT_POISONED;
 use crate::control::Operator;
+use crate::control::wake::Wake;
 
-/// Dropping it ends the thread after the calls that were sent; nobody waits for that.
+/// Dropping it ends the thread after the calls that were sent, without waiting for that.
 pub(in crate::control) struct Executor {
-    /// With the name of whom to answer. Bounded: each client has one call at a time.
+    /// Each with the token of its client. Bounded, because a client has one call at a time.
     calls: Sender<(u64, Call)>,
     done: Arc<Done>,
 }
@@ -23,13 +23,7 @@ pub(in crate::control) struct Executor {
 struct Done {
     replies: Mutex<Vec<(u64, Vec<u8>)>>,
     /// Readable when there are replies.
-    wake: EventFd,
-}
-
-impl Done {
-    fn replies(&self) -> MutexGuard<'_, Vec<(u64, Vec<u8>)>> {
-        self.replies.lock().expect(NOT_POISONED)
-    }
+    wake: Wake,
 }
 
 impl Executor {
@@ -37,7 +31,7 @@ impl Executor {
         let (calls, waiting) = channel::<(u64, Call)>();
         let done = Arc::new(Done {
             replies: Mutex::default(),
-            wake: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            wake: Wake::new()?,
         });
         let thread_done = Arc::clone(&done);
         std::thread::Builder::new()
@@ -45,30 +39,30 @@ impl Executor {
             .spawn(move || {
                 for (client, call) in waiting {
                     debug!(command = call.name(); "monitor command");
-                    let reply = call.run(&*operator);
-                    thread_done.replies().push((client, reply));
-                    // The counter cannot overflow: each write adds one.
-                    let _ = thread_done.wake.write(1);
+                    let reply = (client, call.run(&*operator));
+                    thread_done.replies.lock().expect(NOT_POISONED).push(reply);
+                    thread_done.wake.signal();
                 }
             })?;
         Ok(Self { calls, done })
     }
 
-    /// Has a call run; its reply comes out of [`Self::take`]. `false` if nothing runs any more.
-    pub(in crate::control) fn send(&self, client: u64, call: Call) -> bool {
-        self.calls.send((client, call)).is_ok()
+    /// Queues a call; [`Self::take`] returns its reply.
+    pub(in crate::control) fn send(&self, client: u64, call: Call) {
+        let sent = self.calls.send((client, call));
+        sent.expect("the thread runs until the sender is dropped");
     }
 
-    /// The replies since the last time, and whom each is for.
+    /// The replies since the last time, each with the token of its client.
     pub(in crate::control) fn take(&self) -> Vec<(u64, Vec<u8>)> {
-        // Before looking: what comes after the look makes it readable again.
-        let _ = self.done.wake.read();
-        std::mem::take(&mut *self.done.replies())
+        // First, so that a reply which comes after the look makes it readable again.
+        self.done.wake.clear();
+        std::mem::take(&mut *self.done.replies.lock().expect(NOT_POISONED))
     }
 }
 
 impl AsRawFd for Executor {
-    /// Readable when there is something to take.
+    /// Readable when there are replies to take.
     fn as_raw_fd(&self) -> RawFd {
         self.done.wake.as_raw_fd()
     }

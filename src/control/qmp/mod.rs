@@ -1,17 +1,19 @@
-//! The monitor: the QEMU Machine Protocol, as QEMU's docs/interop/qmp-spec describes it, so that
-//! its clients work unchanged.
+//! The monitor: the QEMU Machine Protocol, as in QEMU's docs/interop/qmp-spec, so that its clients
+//! work unchanged.
 //!
-//! [`splitter`](self) finds the messages in what a client sends, [`session`] answers them or has a
-//! [command](commands) run, `executor` is the thread on which commands run. Bytes are moved by the
-//! [publisher](super::publisher), which tells the same clients of events.
+//! `splitter` finds the messages in the bytes of a client, [`session`] answers them or has a
+//! [command](commands) run, `executor` is the thread that runs commands. The
+//! [publisher](super::publisher) moves the bytes, and sends events to the same clients.
 //!
-//! Invariants: nothing a client sends leaves its session in another state than a client can go on
-//! from, or ends the connection; each message has one reply, in order; what a client can make us
-//! keep is bounded.
+//! Invariants: after any input a session is in a state from which the client can continue, or the
+//! connection ends; each message has one reply, in order; the memory that a client can use is
+//! bounded.
 
-mod admin;
 mod block;
+mod change;
 pub mod commands;
+mod error;
 pub(super) mod executor;
 pub mod session;
 mod splitter;
+mod version;

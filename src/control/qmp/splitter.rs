@@ -1,23 +1,22 @@
-//! Finds where a message begins and ends in a stream of bytes. What is in it is for the JSON parser
-//! to say.
+//! Finds the messages in a stream of bytes; the JSON parser reads them.
 //!
-//! Messages need nothing between them, newlines mean nothing. After bytes that cannot be part of a
-//! message the rest of their line is skipped: a client that lost its place finds it again with the
-//! next line, or with a byte 0xFF, which is in no JSON text. Single quotes are taken for double
-//! ones, as QEMU does.
+//! The code is our own because QMP requires it: messages need no separator, so no reader of lines
+//! finds them, and after an error a client resynchronises within the stream, which no streaming JSON
+//! parser supports. Bytes that cannot be part of a message are skipped up to the end of their line,
+//! or to a byte 0xFF, which is in no JSON text. Strings may be in single quotes, as in QEMU.
 //!
 //! Invariant: holds at most [`QMP_MESSAGE_BYTES_MAX`] bytes.
 
 use crate::limits::QMP_MESSAGE_BYTES_MAX;
 
-/// What was found.
+/// What was found in the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Found {
     /// A message, an object or array with matching ends.
     Message(Vec<u8>),
-    /// What can be none, and why.
+    /// Bytes that are not a message, and why.
     Garbage(&'static str),
-    /// A message longer than any is.
+    /// A message that is longer than any may be.
     TooLong,
 }
 
@@ -25,7 +24,7 @@ pub(super) enum Found {
 pub(super) struct Splitter {
     text: Vec<u8>,
     place: Place,
-    /// Brackets and braces that are open.
+    /// Open brackets and braces.
     depth: usize,
 }
 
@@ -46,11 +45,11 @@ enum Place {
 const RESYNCHRONISE: u8 = 0xff;
 
 impl Splitter {
-    /// Takes a byte in.
+    /// Processes a byte.
     pub(super) fn push(&mut self, byte: u8) -> Option<Found> {
         if byte == RESYNCHRONISE {
             let is_torn = matches!(self.place, Place::Inside | Place::String { .. });
-            self.start_again(Place::Between);
+            self.reset(Place::Between);
             return is_torn.then_some(Found::Garbage("the message is cut off"));
         }
         let found = match (self.place, byte) {
@@ -67,7 +66,7 @@ impl Splitter {
             (Place::String { quote, escaped }, _) => self.in_string(byte, quote, escaped),
         };
         if self.text.len() > QMP_MESSAGE_BYTES_MAX {
-            self.start_again(Place::Skipping);
+            self.reset(Place::Skipping);
             return Some(Found::TooLong);
         }
         found
@@ -81,7 +80,7 @@ impl Splitter {
         self.place = Place::Inside;
         match byte {
             b'{' | b'[' => self.depth += 1,
-            // There is one: what is inside began with it.
+            // Cannot underflow: a message starts with an open bracket.
             b'}' | b']' => self.depth -= 1,
             b'"' | b'\'' => {
                 let (quote, escaped) = (byte, false);
@@ -94,13 +93,13 @@ impl Splitter {
             return None;
         }
         let text = std::mem::take(&mut self.text);
-        self.start_again(Place::Between);
+        self.reset(Place::Between);
         Some(Found::Message(text))
     }
 
     fn in_string(&mut self, byte: u8, quote: u8, escaped: bool) -> Option<Found> {
         if byte < b' ' {
-            self.start_again(if byte == b'\n' {
+            self.reset(if byte == b'\n' {
                 Place::Between
             } else {
                 Place::Skipping
@@ -126,7 +125,7 @@ impl Splitter {
         None
     }
 
-    fn start_again(&mut self, place: Place) {
+    fn reset(&mut self, place: Place) {
         self.text.clear();
         self.depth = 0;
         self.place = place;
@@ -174,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn garbage_is_told_once_and_ends_with_its_line() {
+    fn garbage_is_reported_once_and_ends_with_its_line() {
         let all = found(b"} hello {}\n{}\n{\"a\n{}");
         assert!(garbage(&all[0]) && garbage(&all[2]), "{all:?}");
         assert_eq!(
@@ -184,21 +183,21 @@ mod tests {
     }
 
     #[test]
-    fn the_byte_that_is_in_no_text_begins_anew() {
+    fn the_byte_that_is_in_no_text_resynchronises() {
         let all = found(b"\xff\xff{\"a\": \"\xff{}");
         assert!(garbage(&all[0]));
         assert_eq!(all[1..], [message("{}")]);
     }
 
     #[test]
-    fn a_message_that_does_not_end_is_given_up() {
+    fn a_message_that_does_not_end_is_too_long() {
         let mut endless = b"{\"a\":\"".to_vec();
         endless.resize(3 * QMP_MESSAGE_BYTES_MAX, b'x');
         assert_eq!(found(&endless), [Found::TooLong]);
     }
 
     #[test]
-    fn a_message_may_have_so_many_bytes_and_no_more() {
+    fn the_longest_message_is_found_and_no_longer_one() {
         let of = |bytes: usize| [b"{".as_slice(), &vec![b' '; bytes - 2], b"}"].concat();
         let longest = of(QMP_MESSAGE_BYTES_MAX);
         assert!(found(&longest) == [Found::Message(longest)]);

@@ -78,7 +78,7 @@ impl Guest {
             entries: Slab::new(),
             submitting: VecDeque::new(),
             durable_writes: false,
-            recorder: Recorder::nobodys(),
+            recorder: Recorder::detached(),
             clock: TurnClock::default(),
         }
     }

@@ -60,7 +60,7 @@ impl Setup {
             replica: REPLICA,
             action,
         };
-        let since = Recorder::nobodys().now();
+        let since = Recorder::detached().now();
         self.ring.push(operation, since).unwrap();
     }
 

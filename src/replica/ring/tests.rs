@@ -23,7 +23,7 @@ fn operation(action: Action) -> Operation {
 }
 
 fn push(ring: &mut Ring, operation: Operation) -> io::Result<()> {
-    ring.push(operation, Recorder::nobodys().now())
+    ring.push(operation, Recorder::detached().now())
 }
 
 fn reply_of(ring: &mut Ring) -> Reply {

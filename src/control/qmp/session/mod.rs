@@ -1,17 +1,19 @@
-//! A client's side of the conversation as a pure state machine: bytes in, replies and calls out.
+//! The conversation with one client as a pure state machine: bytes in, replies and calls out.
 //!
 //! ```text
-//! greeting ─► negotiating ── qmp_capabilities ─► commanding: commands, and events from now on
+//! greeting ─► negotiating ── qmp_capabilities ─► negotiated: commands, and events from now on
 //! ```
 //!
 //! Invariants: each message has one reply, in the order of the messages; a reply is one line and
-//! ASCII; the `id` of a message, whatever it is, comes back with its reply.
+//! ASCII; a reply has the `id` of its message, which may be any JSON value.
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use super::commands::{self, Command, CommandError, Returned, Version};
+use super::commands::{self, Command, Returned};
+use super::error::CommandError;
 use super::splitter::{Found, Splitter};
+use super::version::Version;
 use crate::control::Operator;
 use crate::control::json::to_ascii;
 
@@ -19,20 +21,20 @@ use crate::control::json::to_ascii;
 #[derive(Debug, Default)]
 pub struct Session {
     splitter: Splitter,
-    /// Received and not looked at yet, from `looked_at` on.
+    /// Received bytes; those from `looked_at` on are not processed.
     received: Vec<u8>,
     looked_at: usize,
     negotiated: bool,
 }
 
-/// What comes of a message.
+/// What to do next.
 #[derive(Debug)]
 pub enum Step {
     /// Send this line.
     Reply(Vec<u8>),
-    /// Run this and send what comes of it, before the next step.
+    /// Run this and send its reply, before the next step.
     Execute(Call),
-    /// Send this line and hear no more of the client.
+    /// Send this line and read no more from the client.
     Close(Vec<u8>),
 }
 
@@ -45,19 +47,19 @@ pub struct Call {
 }
 
 impl Call {
-    /// Runs the command; the reply, one line without its end.
+    /// Runs the command. Returns the reply, one line without its end.
     pub fn run(self, operator: &dyn Operator) -> Vec<u8> {
         reply(self.command.run(self.arguments, operator), self.id)
     }
 
-    /// What is to be run.
+    /// The name of the command.
     pub fn name(&self) -> &'static str {
         self.command.name
     }
 }
 
 impl Session {
-    /// The line that a client is greeted with.
+    /// The first line that a client gets.
     pub fn greeting() -> Vec<u8> {
         #[derive(Serialize)]
         struct Greeting {
@@ -77,14 +79,14 @@ impl Session {
         })
     }
 
-    /// Takes in what the client has sent. [`Self::step`] says what comes of it.
+    /// Appends bytes of the client. [`Self::step`] processes them.
     pub fn receive(&mut self, bytes: &[u8]) {
         self.received.drain(..self.looked_at);
         self.looked_at = 0;
         self.received.extend_from_slice(bytes);
     }
 
-    /// What to do now; `None` until more is received.
+    /// What to do next; `None` until more is received.
     pub fn step(&mut self) -> Option<Step> {
         while let Some(&byte) = self.received.get(self.looked_at) {
             self.looked_at += 1;
@@ -95,12 +97,12 @@ impl Session {
         None
     }
 
-    /// Memory that is kept for the client while it sends.
+    /// Bytes that are buffered for the client.
     pub fn held_bytes(&self) -> usize {
         self.received.capacity() + self.splitter.held_bytes()
     }
 
-    /// Whether the client wants events.
+    /// Whether the client has negotiated, and so gets events.
     pub fn is_negotiated(&self) -> bool {
         self.negotiated
     }
@@ -129,9 +131,9 @@ impl Session {
             }
         };
         let id = message.remove("id");
-        match self.understand(message) {
-            Ok(Understood::Negotiated(returned)) => Step::Reply(reply(Ok(returned), id)),
-            Ok(Understood::Call(command, arguments)) => Step::Execute(Call {
+        match self.parse(message) {
+            Ok(Parsed::Negotiated(returned)) => Step::Reply(reply(Ok(returned), id)),
+            Ok(Parsed::Call(command, arguments)) => Step::Execute(Call {
                 command,
                 arguments,
                 id,
@@ -140,7 +142,7 @@ impl Session {
         }
     }
 
-    fn understand(&mut self, mut message: Map<String, Value>) -> Result<Understood, CommandError> {
+    fn parse(&mut self, mut message: Map<String, Value>) -> Result<Parsed, CommandError> {
         let execute = message.remove("execute");
         let arguments = message.remove("arguments");
         if let Some(member) = message.keys().next() {
@@ -173,7 +175,7 @@ impl Session {
             }
             let returned = commands::negotiate(arguments)?;
             self.negotiated = true;
-            return Ok(Understood::Negotiated(returned));
+            return Ok(Parsed::Negotiated(returned));
         }
         if !self.negotiated {
             return Err(CommandError::not_found(format!(
@@ -182,7 +184,7 @@ impl Session {
             )));
         }
         match commands::find(&name) {
-            Some(command) => Ok(Understood::Call(command, arguments)),
+            Some(command) => Ok(Parsed::Call(command, arguments)),
             None => Err(CommandError::not_found(format!(
                 "The command {name} has not been found"
             ))),
@@ -190,17 +192,17 @@ impl Session {
     }
 }
 
-enum Understood {
+enum Parsed {
     Negotiated(Returned),
     Call(&'static Command, Map<String, Value>),
 }
 
-/// A whole conversation: what a client is sent that sends `bytes` and does not wait for replies.
-/// For whoever wants to try what a client can send.
+/// A whole conversation with a client that sends `bytes` without waiting for replies: the lines that
+/// it gets. For tests and fuzzing.
 pub fn converse(bytes: &[u8], operator: &dyn Operator) -> Vec<Vec<u8>> {
     let mut session = Session::default();
     let mut lines = vec![Session::greeting()];
-    // As a socket would bring them.
+    // In parts, as from a socket.
     for part in bytes.chunks(READ_BYTES) {
         session.receive(part);
         while let Some(step) = session.step() {

@@ -1,5 +1,5 @@
-//! The arguments of commands that change the disk: those of QEMU where it has the command, read as
-//! QEMU means them.
+//! The commands that change the disk, and their arguments: with QEMU's names and meaning where QEMU
+//! has the command.
 
 use std::path::PathBuf;
 
@@ -7,10 +7,10 @@ use serde::de::{DeserializeOwned, Error};
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
-use super::commands::CommandError;
+use super::error::CommandError;
 use crate::control::{Change, JobOrder, Operator};
 
-/// BlockdevOptions, of the drivers that open an image: a file, or a raw node over one.
+/// QAPI's BlockdevOptions, for the drivers that open an image: a file, or a raw node over one.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct BlockdevAdd {
@@ -29,7 +29,7 @@ enum Driver {
     Raw,
 }
 
-// Derived, it would take an object for a name too.
+// A derived implementation would also accept an object as a name.
 impl TryFrom<String> for Driver {
     type Error = &'static str;
 
@@ -43,7 +43,7 @@ impl TryFrom<String> for Driver {
     }
 }
 
-/// Reads members by their names only; what is derived takes them in order too, from an array.
+/// Reads members by name. A derived implementation would also accept an array, in order.
 fn object<'de, D: Deserializer<'de>, T: DeserializeOwned>(value: D) -> Result<Option<T>, D::Error> {
     let members = Option::<Map<String, Value>>::deserialize(value)?;
     let object = members.map(|members| serde_json::from_value(Value::Object(members)));
@@ -101,20 +101,20 @@ pub(super) struct Resync {
     speed: u64,
 }
 
-/// A job that has begun.
+/// The return value of a command that starts a job.
 #[derive(Serialize)]
 pub(super) struct Begun {
     id: String,
 }
 
-/// The arguments of commands that name a job.
+/// The arguments of job-pause, job-resume and job-cancel.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct NamedJob {
     id: String,
 }
 
-/// The arguments of block-job-set-speed, which calls a job a device.
+/// The arguments of block-job-set-speed, which calls the id of the job `device`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct JobSpeed {
@@ -128,7 +128,7 @@ pub(super) fn blockdev_add(node: BlockdevAdd, operator: &dyn Operator) -> Result
         (Driver::Raw, None, Some(file)) if file.driver != Driver::Raw => file.filename,
         _ => {
             return Err(CommandError::generic(
-                "a driver file or host_device with a filename is wanted, or raw over one of these",
+                "expected driver file or host_device with a filename, or raw over one of these",
             ));
         }
     };
@@ -140,7 +140,10 @@ pub(super) fn blockdev_del(node: BlockdevDel, operator: &dyn Operator) -> Result
     done(operator, Change::RemoveNode(node.node_name))
 }
 
-pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<(), CommandError> {
+pub(super) fn blockdev_change(
+    change: BlockdevChange,
+    operator: &dyn Operator,
+) -> Result<(), CommandError> {
     let disk = operator.state();
     if change.parent != disk.node_name {
         let what = format!(
@@ -152,14 +155,14 @@ pub(super) fn change(change: BlockdevChange, operator: &dyn Operator) -> Result<
     match (change.child, change.node) {
         (None, Some(node)) => done(operator, Change::AddReplica(node)),
         (Some(child), None) => {
-            // QEMU names children by their place.
+            // QEMU names children by their index.
             let mut replicas = disk.replicas.iter().enumerate();
             let at_place = replicas.find(|(place, _)| child == format!("children.{place}"));
             let node_name = at_place.map(|(_, replica)| replica.node_name.clone());
             done(operator, Change::RemoveReplica(node_name.unwrap_or(child)))
         }
         (Some(_), Some(_)) => Err(CommandError::generic(
-            "child and node are not for the same command",
+            "Parameters child and node are in conflict",
         )),
         (None, None) => Err(CommandError::generic(
             "Either child or node must be specified",

@@ -1,7 +1,7 @@
-//! A socket at which clients arrive.
+//! A listening socket in an epoll set.
 //!
-//! Invariant: a system that has no means for another client is asked again after a pause, and is
-//! not spun upon meanwhile: level-triggered, the listener would keep the thread awake.
+//! Invariant: when the system is out of resources for another client, accepting is suspended and
+//! resumed later. The listener is level-triggered: without the pause it would keep the thread busy.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::AsRawFd;
@@ -13,30 +13,30 @@ use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 use super::socket::Listener;
 
-/// How long nobody is accepted after the system had no means for that.
+/// How long accepting is suspended.
 const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
-pub(super) struct Door {
+pub(super) struct Acceptor {
     listener: Listener,
     token: u64,
-    /// When to listen again, if accepting was suspended.
+    /// When to resume, if accepting is suspended.
     accept_again_at: Option<Instant>,
 }
 
-impl Door {
-    /// Has `epoll` wait for clients under the name `token`.
-    pub(super) fn open(listener: Listener, token: u64, epoll: &Epoll) -> io::Result<Self> {
+impl Acceptor {
+    /// Adds the listener to `epoll`, as `token`.
+    pub(super) fn new(listener: Listener, token: u64, epoll: &Epoll) -> io::Result<Self> {
         listener.socket().set_nonblocking(true)?;
-        let door = Self {
+        let acceptor = Self {
             listener,
             token,
             accept_again_at: None,
         };
-        door.listen(epoll)?;
-        Ok(door)
+        acceptor.add_to(epoll)?;
+        Ok(acceptor)
     }
 
-    /// Who waits, if anybody does.
+    /// The next client that waits, if there is one.
     pub(super) fn accept(&mut self, epoll: &Epoll) -> Option<UnixStream> {
         while self.accept_again_at.is_none() {
             match self.listener.socket().accept() {
@@ -56,12 +56,12 @@ impl Door {
     fn suspend(&mut self, error: &io::Error, epoll: &Epoll) {
         warn!(error:%; "cannot accept a client; trying again later");
         let fd = self.listener.socket().as_raw_fd();
-        // Should it fail, the thread spins for the length of the pause.
+        // If this fails, the thread polls for the length of the pause.
         let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
-    /// Listens again if it is time to, or says how long that is.
+    /// Resumes accepting when the pause is over. Returns what is left of the pause.
     pub(super) fn resume(&mut self, epoll: &Epoll) -> Option<Duration> {
         let left = self
             .accept_again_at?
@@ -69,7 +69,7 @@ impl Door {
         if !left.is_zero() {
             return Some(left);
         }
-        match self.listen(epoll) {
+        match self.add_to(epoll) {
             Err(error) if error.kind() != ErrorKind::AlreadyExists => {
                 self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
                 Some(ACCEPT_PAUSE)
@@ -81,12 +81,9 @@ impl Door {
         }
     }
 
-    fn listen(&self, epoll: &Epoll) -> io::Result<()> {
+    fn add_to(&self, epoll: &Epoll) -> io::Result<()> {
         let fd = self.listener.socket().as_raw_fd();
-        epoll.ctl(
-            ControlOperation::Add,
-            fd,
-            EpollEvent::new(EventSet::IN, self.token),
-        )
+        let event = EpollEvent::new(EventSet::IN, self.token);
+        epoll.ctl(ControlOperation::Add, fd, event)
     }
 }

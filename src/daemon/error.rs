@@ -1,0 +1,74 @@
+//! Why the daemon cannot start, or why it ended.
+
+#![forbid(unsafe_code)]
+
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::RawFd;
+use std::path::PathBuf;
+
+use crate::common::message::{Quoted, Reason};
+use crate::config::PassedSocket;
+use crate::control::socket::BindError;
+use crate::replica::file::OpenError;
+
+/// Why the daemon cannot start, or why it ended. Each is one line for the operator.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A replica cannot be used.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A socket cannot be created.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// Metrics cannot be served at the address.
+    #[error("--metrics {address}: cannot listen: {}", Reason(.source))]
+    Metrics {
+        /// The address.
+        address: SocketAddr,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// The descriptor of `--fd` is not a listening socket.
+    #[error("--fd {0}: not a listening UNIX stream socket")]
+    NotAListener(RawFd),
+    /// A descriptor of the service manager is not a listening socket.
+    #[error("descriptor {} of the service manager ({}) is not a listening UNIX stream socket",
+        .0.fd, Quoted(&.0.name))]
+    PassedNoListener(PassedSocket),
+    /// Direct I/O on a replica needs a larger alignment of memory than that of the buffers.
+    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported; use --cache writeback", Quoted(.path))]
+    Alignment {
+        /// The replica.
+        path: PathBuf,
+        /// The alignment.
+        alignment_bytes: u32,
+    },
+    /// The system returned an error for something that the daemon needs.
+    #[error("{what}: {}", Reason(.source))]
+    System {
+        /// What was being done.
+        what: &'static str,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// `--blkverify` found a difference.
+    #[error("the replicas differ at sector {0}")]
+    ContentsDiffer(u64),
+    /// A worker stopped.
+    #[error("{0}")]
+    Broken(String),
+    /// The last flush failed.
+    #[error("{}: the last flush failed, and its last writes may be lost: {}", Quoted(.path), Reason(.source))]
+    LastFlush {
+        /// The replica.
+        path: PathBuf,
+        /// The error of the system.
+        source: io::Error,
+    },
+}
+
+/// The error of [`Error::System`], for `map_err`.
+pub(super) fn system(what: &'static str) -> impl FnOnce(io::Error) -> Error {
+    move |source| Error::System { what, source }
+}

@@ -1,0 +1,52 @@
+//! The sockets that the daemon listens on: created here, or inherited from the process that started
+//! the daemon.
+
+use std::io;
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixListener;
+
+use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
+use rustix::net::{AddressFamily, SocketType};
+
+use super::Error;
+use crate::config::Listen;
+use crate::control::socket::{Listener, bind_unix_listener};
+
+/// Opens the socket that an option or a service manager names.
+pub(super) fn open(listen: &Listen) -> Result<Listener, Error> {
+    // SAFETY: a descriptor is inherited for the one purpose that its option or name gives. The
+    // configuration accepts each descriptor once, and this opens each socket once.
+    let adopted = |fd| unsafe { adopt(fd) }.map(Listener::Passed);
+    match listen {
+        Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path)?)),
+        Listen::Fd(fd) => adopted(*fd).ok_or(Error::NotAListener(*fd)),
+        Listen::Passed(socket) => {
+            adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone()))
+        }
+    }
+}
+
+/// Listens for clients that read the metrics.
+pub(super) fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
+    TcpListener::bind(address).map_err(|source| Error::Metrics { address, source })
+}
+
+/// The inherited descriptor `fd`, if it is a listening UNIX stream socket.
+///
+/// # Safety
+/// Nothing else in this process may own the descriptor.
+unsafe fn adopt(fd: RawFd) -> Option<UnixListener> {
+    if fd <= io::stderr().as_raw_fd() {
+        return None;
+    }
+    // SAFETY: the system calls below reject a descriptor that is not open, and nothing closes one
+    // that is: the caller says that nothing else owns it.
+    let passed = unsafe { BorrowedFd::borrow_raw(fd) };
+    let is_listener = socket_domain(passed) == Ok(AddressFamily::UNIX)
+        && socket_type(passed) == Ok(SocketType::STREAM)
+        && socket_acceptconn(passed) == Ok(true);
+    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing
+    // else owns it.
+    is_listener.then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
