@@ -1,5 +1,5 @@
-//! The inputs of the fuzz targets (fuzz/README.md), replayed: the seeds, what the fuzzer has made
-//! of them, and what was mended.
+//! Replays the inputs of the fuzz targets (fuzz/README.md): the seeds, the inputs that the fuzzer
+//! made of them, and those of faults that are fixed.
 
 #[path = "../fuzz/src/lib.rs"]
 #[allow(dead_code, unreachable_pub)]

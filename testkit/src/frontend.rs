@@ -1,10 +1,10 @@
 //! A VMM as small as possible: a vhost-user frontend over the `vhost` crate's, guest memory in a
 //! memfd, and the driver's side of split virtqueues.
 //!
-//! [`Vmm`] speaks to the daemon in the way of QEMU or of cloud-hypervisor. Its memory and its
-//! queues outlive a connection, as a guest outlives the daemon that serves its disk: what was added
-//! to a ring is there for the next daemon to find. Every chain that comes back is checked: it was
-//! outstanding, and comes once.
+//! [`Vmm`] sends messages like QEMU or like cloud-hypervisor. Its memory and its virtqueues outlive
+//! a connection, as a guest outlives the daemon that serves its disk: the next daemon finds the
+//! chains that were added before. Every chain that is returned is checked: it was outstanding, and
+//! returns once.
 
 use crate::HANG_LIMIT;
 use std::fs::File;
@@ -50,10 +50,10 @@ const INDIRECT_MAX: usize = 128;
 const HEADER_BYTES: u64 = 16;
 const DESCRIPTOR_BYTES: u64 = 16;
 
-/// Whom the VMM takes after, in what it sends and in which order.
+/// The VMM to imitate: which messages are sent, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Style {
-    /// QEMU: asks for the inflight region before memory and rings are set; the vring base is the
+    /// QEMU: gets the inflight region before it sets memory and virtqueues; the vring base is the
     /// used index when the backend was lost; kicks after it has connected again.
     Qemu,
     /// cloud-hypervisor: NEED_REPLY on everything after the protocol features, sizes of all queues
@@ -62,10 +62,10 @@ pub enum Style {
     CloudHypervisor,
 }
 
-/// What a VMM is made of.
+/// The configuration of a VMM.
 #[derive(Clone, Debug)]
 pub struct Plan {
-    /// Whom it takes after.
+    /// The VMM to imitate.
     pub style: Style,
     /// How many queues the guest uses.
     pub queues: usize,
@@ -183,7 +183,7 @@ fn bytes_of(ranges: &[Range]) -> Vec<u8> {
     bytes.collect()
 }
 
-/// How a request is cut into descriptors.
+/// How a request is divided into descriptors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     /// Where the borders are.
@@ -199,17 +199,17 @@ pub enum Cut {
     Fields,
     /// All that is read is one, all that is written another.
     Joined,
-    /// So many for each of both, of odd lengths.
+    /// This many for each of both, of odd lengths.
     Parts(usize),
 }
 
 impl Layout {
-    /// What Linux does when the device has indirect descriptors.
+    /// Like Linux, when the device has indirect descriptors.
     pub const INDIRECT: Self = Self {
         cut: Cut::Fields,
         indirect: true,
     };
-    /// What Linux does when it has not.
+    /// Like Linux, when it has none.
     pub const DIRECT: Self = Self {
         cut: Cut::Fields,
         indirect: false,
@@ -227,10 +227,10 @@ pub struct Segment {
     pub writable: bool,
 }
 
-/// What came back of a request.
+/// A completed request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Completion {
-    /// The chain's name on both rings.
+    /// The index of the first descriptor.
     pub head: u16,
     /// `VIRTIO_BLK_S_*`.
     pub status: u8,
@@ -242,7 +242,7 @@ pub struct Completion {
 
 // ---- The driver's side of a queue
 
-/// A split virtqueue as its driver has it, and the memory of its requests.
+/// The driver's side of a split virtqueue, and the memory of its requests.
 pub struct Queue {
     memory: GuestMemoryMmap<()>,
     size: u16,
@@ -255,24 +255,23 @@ pub struct Queue {
     free_slots: Vec<usize>,
     free_descriptors: Vec<u16>,
     outstanding: Vec<Option<Outstanding>>,
-    /// Where the next chain goes on the available ring; what is before it may not be published
-    /// yet.
+    /// Where the next chain goes on the available ring. Chains before it may not be published yet.
     next_available: u16,
     published: u16,
-    /// What was published when the device was kicked or did not want to be.
+    /// The published index at the last kick, or when the device last suppressed one.
     kicked: u16,
     next_used: u16,
     event_idx: bool,
     kick: EventFd,
     call: EventFd,
     epoll: Epoll,
-    /// Chains that came back so far.
+    /// Chains returned so far.
     pub completed: u64,
 }
 
 struct Outstanding {
     descriptors: Vec<u16>,
-    /// The memory of a request; a chain made by hand has none.
+    /// The memory of a request; a chain built by hand has none.
     slot: Option<Slot>,
 }
 
@@ -283,7 +282,7 @@ struct Slot {
 }
 
 impl Queue {
-    /// Memory that one takes.
+    /// Bytes of guest memory for one virtqueue.
     fn bytes(plan: &Plan) -> u64 {
         Self::virtqueue_bytes(plan.queue_size) + plan.slots as u64 * Self::slot_bytes(plan)
     }
@@ -329,7 +328,8 @@ impl Queue {
         queue
     }
 
-    /// Empties the rings, as a driver does that sets the device up. The device does not use them.
+    /// Empties the virtqueue, like a driver that sets up the device. The device does not use it
+    /// then.
     pub fn reset(&mut self) {
         let zeroes = vec![0; usize::try_from(self.slots - self.descriptors).expect("small")];
         self.write(self.descriptors, &zeroes);
@@ -342,13 +342,12 @@ impl Queue {
             self.kicked,
             self.next_used,
         ) = (0, 0, 0, 0);
-        // What was said of the rings as they were before.
+        // Calls and kicks from before the reset.
         self.take_calls();
         let _ = self.kick.read();
     }
 
-    /// Empties the rings and lets their indices begin at `index`, as if so many chains had come and
-    /// gone.
+    /// Empties the virtqueue, and begins its indices at `index`, as after that many chains.
     pub fn reset_to(&mut self, index: u16) {
         self.reset();
         (
@@ -361,8 +360,8 @@ impl Queue {
         self.store(self.used + 2, index);
     }
 
-    /// Guest address of the page that a request in slot `index` would have for its header and
-    /// table, followed by its data; for chains made by hand.
+    /// Guest address of the page for the header and the table of a request in slot `index`,
+    /// followed by its data; for chains built by hand.
     pub fn slot_page(&self, index: usize) -> u64 {
         self.slots + index as u64 * self.slot_bytes
     }
@@ -372,12 +371,12 @@ impl Queue {
         [self.descriptors, self.available, self.used]
     }
 
-    /// How many chains are with the device.
+    /// How many chains the device has.
     pub fn outstanding(&self) -> usize {
         self.outstanding.iter().flatten().count()
     }
 
-    /// Whether another request finds room.
+    /// Whether there is room for another request.
     pub fn has_room(&self, layout: Layout) -> bool {
         let wanted = match (layout.indirect, layout.cut) {
             (true, _) => 1,
@@ -400,18 +399,18 @@ impl Queue {
         );
         self.write(data - HEADER_BYTES, &request.header());
         self.write(data, &request.out);
-        // None of them is what a device answers.
+        // No device writes this status.
         self.write(written, &vec![0xee; request.in_bytes + 1]);
         let borders = [data - HEADER_BYTES, data, written, status, status + 1];
         let segments = match layout.cut {
-            Cut::Fields => pieces(&borders[..3], false)
-                .chain(pieces(&borders[2..], true))
+            Cut::Fields => segments(&borders[..3], false)
+                .chain(segments(&borders[2..], true))
                 .collect(),
-            Cut::Joined => pieces(&[borders[0], borders[2]], false)
-                .chain(pieces(&[borders[2], borders[4]], true))
+            Cut::Joined => segments(&[borders[0], borders[2]], false)
+                .chain(segments(&[borders[2], borders[4]], true))
                 .collect(),
-            Cut::Parts(count) => pieces(&cut(borders[0], borders[2], count), false)
-                .chain(pieces(&cut(borders[2], borders[4], count), true))
+            Cut::Parts(count) => segments(&cut(borders[0], borders[2], count), false)
+                .chain(segments(&cut(borders[2], borders[4], count), true))
                 .collect::<Vec<_>>(),
         };
         let head = self.add_segments(&segments, layout.indirect.then_some(start));
@@ -427,7 +426,7 @@ impl Queue {
         head
     }
 
-    /// Adds a chain made by hand, in a table at guest address `indirect` if there is one.
+    /// Adds a chain built by hand, in an indirect table at guest address `indirect` if given.
     pub fn add_segments(&mut self, segments: &[Segment], indirect: Option<u64>) -> u16 {
         let descriptors = if let Some(table) = indirect {
             assert!(segments.len() <= INDIRECT_MAX);
@@ -460,7 +459,7 @@ impl Queue {
         head
     }
 
-    /// Puts a head on the available ring, whatever it stands for.
+    /// Puts a head on the available ring, valid or not.
     pub fn add_head(&mut self, head: u16) {
         let place = self.available + 4 + 2 * u64::from(self.next_available % self.size);
         self.store(place, head);
@@ -487,7 +486,7 @@ impl Queue {
             .expect("within guest memory");
     }
 
-    /// Lets the device see what was added. Returns whether it wants to be kicked.
+    /// Publishes the added chains. Returns whether the device wants a kick.
     pub fn publish(&mut self) -> bool {
         self.published = self.next_available;
         self.memory
@@ -509,7 +508,7 @@ impl Queue {
         }
     }
 
-    /// Kicks the device, whether it wants that or not.
+    /// Kicks the device, even if it wants no kick.
     pub fn kick(&self) {
         self.kick.write(1).expect("kicking");
     }
@@ -523,19 +522,19 @@ impl Queue {
         head
     }
 
-    /// The used index: chains that the device has given back, modulo 2^16.
+    /// The used index: chains that the device has returned, modulo 2^16.
     pub fn used_index(&self) -> u16 {
         self.memory
             .load(GuestAddress(self.used + 2), Ordering::Acquire)
             .expect("within guest memory")
     }
 
-    /// Whether the device has given back something that was not looked at.
+    /// Whether the device has returned chains that were not popped.
     pub fn has_used(&self) -> bool {
         self.used_index() != self.next_used
     }
 
-    /// The next chain that the device has given back. Panics if the device was not given it.
+    /// The next chain that the device has returned. Panics if the device did not have it.
     pub fn pop(&mut self) -> Option<Completion> {
         let given_back = self.used_index().wrapping_sub(self.next_used);
         if given_back == 0 {
@@ -580,15 +579,14 @@ impl Queue {
         })
     }
 
-    /// Asks for an interrupt when the next chain comes back. Returns whether one has come back
-    /// already, for which no interrupt will come.
+    /// Asks for a call when the next chain returns. Returns whether one has returned already: for
+    /// it no call comes.
     pub fn ask_for_calls(&self) -> bool {
         self.ask_for_call_after(0)
     }
 
-    /// Asks for an interrupt only when this many further chains have come back, and then one more
-    /// (EVENT_IDX), or for one for each (without). Returns whether that many have come back
-    /// already.
+    /// With EVENT_IDX, asks for a call when one more than `further` chains have returned; without,
+    /// for a call for each. Returns whether more than `further` have returned already.
     pub fn ask_for_call_after(&self, further: u16) -> bool {
         let event = self.next_used.wrapping_add(further);
         if self.event_idx {
@@ -601,7 +599,7 @@ impl Queue {
         come > further
     }
 
-    /// Asks for no interrupts.
+    /// Suppresses calls.
     pub fn refuse_calls(&self) {
         if self.event_idx {
             // As far away as possible.
@@ -616,13 +614,12 @@ impl Queue {
         self.available + 4 + 2 * u64::from(self.size)
     }
 
-    /// How many interrupts there were since it was asked.
+    /// How many calls came since this was last called.
     pub fn take_calls(&self) -> u64 {
         self.call.read().unwrap_or(0)
     }
 
-    /// Forgets interrupts of before: a request is served without asking for one, so that whatever
-    /// was to be said of earlier ones has been said.
+    /// Discards the calls of earlier requests: when another request is served, they have come.
     pub fn run_dry(&mut self) {
         self.submit(&Request::get_id(), Layout::DIRECT);
         assert!(wait_until(HANG_LIMIT, || self.has_used()), "no answer");
@@ -630,13 +627,13 @@ impl Queue {
         self.take_calls();
     }
 
-    /// Waits for an interrupt. Returns whether there was one.
+    /// Waits for a call. Returns whether there was one.
     pub fn wait_for_call(&self, limit: Duration) -> bool {
         wait_for(&self.epoll, limit) && self.take_calls() > 0
     }
 
-    /// The next chain that comes back, by interrupt. Panics if none does, or if one does without an
-    /// interrupt.
+    /// Waits for the next chain to return, with a call. Panics if none returns, or one without a
+    /// call.
     pub fn wait(&mut self) -> Completion {
         loop {
             if let Some(completion) = self.pop() {
@@ -644,9 +641,7 @@ impl Queue {
             }
             if !self.ask_for_calls() && !self.wait_for_call(HANG_LIMIT) {
                 let came = self.has_used();
-                panic!(
-                    "no interrupt within {HANG_LIMIT:?}; did a chain come back all the same: {came}"
-                );
+                panic!("no call within {HANG_LIMIT:?}; has a chain returned: {came}");
             }
         }
     }
@@ -718,7 +713,7 @@ fn wait_for(epoll: &Epoll, limit: Duration) -> bool {
     epoll.wait(timeout, &mut events).expect("waiting") > 0
 }
 
-fn pieces(borders: &[u64], writable: bool) -> impl Iterator<Item = Segment> {
+fn segments(borders: &[u64], writable: bool) -> impl Iterator<Item = Segment> {
     let segments = borders.windows(2).map(move |pair| Segment {
         address: pair[0],
         len: u32::try_from(pair[1] - pair[0]).expect("short"),
@@ -727,7 +722,7 @@ fn pieces(borders: &[u64], writable: bool) -> impl Iterator<Item = Segment> {
     segments.filter(|segment| segment.len > 0)
 }
 
-/// Borders of `count` pieces at most, none of them at a round place if there is another.
+/// Borders of at most `count` segments, at odd offsets where possible.
 fn cut(start: u64, end: u64, count: usize) -> Vec<u64> {
     let count = count as u64;
     let mut borders: Vec<u64> = (1..count)
@@ -767,7 +762,7 @@ pub struct Vmm {
     /// The configuration space.
     pub config: Vec<u8>,
     inflight: Option<(VhostUserInflight, File)>,
-    /// The device was active once: rings may hold what is to be finished.
+    /// The device was active before: virtqueues may hold chains that are to be completed.
     was_active: bool,
     calls: Epoll,
 }
@@ -808,7 +803,7 @@ impl Vmm {
     /// connection.
     ///
     /// # Errors
-    /// If there is nobody, or the connection is lost meanwhile.
+    /// If no daemon listens, or the connection is lost meanwhile.
     pub fn connect(&mut self, socket: &Path) -> vhost::Result<()> {
         self.frontend = None;
         let stream = UnixStream::connect(socket).map_err(Error::SocketConnect)?;
@@ -864,8 +859,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// Activates the device: tells the backend of memory and rings. Rings that are in use go on
-    /// where they are.
+    /// Activates the device: sends memory and virtqueues. Virtqueues in use continue where they
+    /// are.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -882,8 +877,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// Connects to a daemon that has been started again, and goes on; tries until that succeeds or
-    /// `is_hopeless`. Returns whether it has.
+    /// Connects to a daemon that was restarted, and continues. Retries until that succeeds or
+    /// `is_hopeless`; returns whether it has succeeded.
     pub fn reconnect(&mut self, socket: &Path, mut is_hopeless: impl FnMut() -> bool) -> bool {
         loop {
             if self.connect(socket).and_then(|()| self.activate()).is_ok() {
@@ -893,7 +888,7 @@ impl Vmm {
             if is_hopeless() {
                 return false;
             }
-            // Like the VMMs, but they take more time over it.
+            // The VMMs do the same, at longer intervals.
             thread::sleep(Duration::from_millis(5));
         }
     }
@@ -956,7 +951,7 @@ impl Vmm {
         Ok(())
     }
 
-    /// Tells the backend of the rings and starts them; of memory it was told.
+    /// Sends the virtqueues and starts them; the backend has the memory already.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -975,9 +970,8 @@ impl Vmm {
         Ok(())
     }
 
-    /// What a reset of the driver does: stops every ring, after which the device may be activated
-    /// again on the same connection. Returns the available index at which each ring has
-    /// stopped.
+    /// Stops every virtqueue, like a reset of the driver. The device can be activated again on the
+    /// same connection. Returns the available index at which each virtqueue stopped.
     ///
     /// # Errors
     /// If the connection is lost.
@@ -992,8 +986,7 @@ impl Vmm {
             .collect()
     }
 
-    /// The driver sets its queues up from the beginning; the device does not use them at the
-    /// moment.
+    /// The driver sets up its virtqueues from the beginning; the device does not use them then.
     pub fn reset_driver(&mut self) {
         self.inflight = None;
         self.was_active = false;
@@ -1023,7 +1016,7 @@ impl Vmm {
         self.frontend.as_mut().expect("connected")
     }
 
-    /// Closes the connection; the guest does not notice.
+    /// Closes the connection.
     pub fn disconnect(&mut self) {
         self.frontend = None;
     }
@@ -1053,9 +1046,9 @@ impl Vmm {
         self.inflight.as_ref()
     }
 
-    /// Chains that the inflight region says are with the device, of all queues; `None` without a
-    /// region. Panics if the region does not agree with the used rings, which it does when
-    /// nothing is in flight.
+    /// In-flight chains of all virtqueues according to the inflight region; `None` without a
+    /// region. Panics if its used indices differ from the used rings, which agree when nothing is
+    /// in flight.
     pub fn inflight_chains(&self) -> Option<usize> {
         let (layout, file) = self.inflight.as_ref()?;
         let stride = layout.mmap_size / u64::from(layout.num_queues);
@@ -1083,7 +1076,7 @@ impl Vmm {
         Some(chains)
     }
 
-    /// Waits for an interrupt of any queue, of which each must ask for one first.
+    /// Waits for a call of any virtqueue. Each must ask for one first.
     pub fn wait_for_any(&self, limit: Duration) -> bool {
         wait_for(&self.calls, limit) && self.queues.iter().map(Queue::take_calls).sum::<u64>() > 0
     }
@@ -1122,13 +1115,13 @@ pub fn memfd(bytes: u64) -> File {
         "memfd_create: {}",
         io::Error::last_os_error()
     );
-    // SAFETY: the descriptor is new and nobody else's.
+    // SAFETY: the descriptor is new, and nothing else owns it.
     let file = unsafe { File::from_raw_fd(descriptor) };
     file.set_len(bytes).expect("sizing a memfd");
     file
 }
 
-/// What the backend is told of memory.
+/// The memory as the frontend sends it.
 pub fn regions(memory: &GuestMemoryMmap<()>) -> Vec<VhostUserMemoryRegionInfo> {
     let regions = memory
         .iter()
@@ -1138,7 +1131,7 @@ pub fn regions(memory: &GuestMemoryMmap<()>) -> Vec<VhostUserMemoryRegionInfo> {
         .expect("regions of files")
 }
 
-/// What the backend is told of a ring: addresses of this process.
+/// A virtqueue as the frontend sends it: addresses of this process.
 pub fn virtqueue_data(memory: &GuestMemoryMmap<()>, queue: &Queue) -> VringConfigData {
     let [descriptors, available, used] = queue.virtqueue_addresses().map(|address| {
         let pointer = memory.get_host_address(GuestAddress(address));

@@ -1,4 +1,5 @@
-//! A file system of one file: an image that hangs, is slow, fails or lies when a test says so.
+//! A file system of one file: an image on which a test injects faults. It hangs, is slow, fails or
+//! returns corrupt data.
 //!
 //! The file is served over FUSE from a real image, past every cache of the kernel, so that what a
 //! daemon asks of it arrives here one to one. It is detached from the directory tree as soon as it
@@ -32,7 +33,7 @@ use crate::process::wait_until;
 
 const FILE_NAME: &str = "image";
 const FILE_INODE: INodeNo = INodeNo(2);
-/// How long the kernel may believe what it was told of the file: nobody else changes it.
+/// How long the kernel may cache the attributes of the file: only it changes them.
 const ATTRIBUTES_VALID: Duration = Duration::from_secs(3600);
 /// Requests that the kernel hands over without waiting for answers; a test hangs more than the
 /// default, 16.
@@ -40,7 +41,7 @@ const REQUESTS_MAX: u16 = 4096;
 /// Time in which the last user of the file must have closed it.
 pub const END_LIMIT: Duration = Duration::from_secs(30);
 
-/// What can be asked of the file.
+/// An operation on the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
     /// Read.
@@ -53,27 +54,27 @@ pub enum Operation {
     Resize,
 }
 
-/// What is wrong with an operation.
+/// A fault of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// It is done after a time between these two, and others overtake it.
+    /// It takes a time between these two, and others overtake it.
     Delay(Duration, Duration),
-    /// It is not done until the file is healed.
+    /// It hangs until the faults are cleared.
     Hang,
     /// It fails with this errno.
     Fail(i32),
     /// It fails with this errno if it touches a byte from the first of these on and before the
     /// second.
     FailIn(i32, u64, u64),
-    /// The bytes that come or go are changed by xor with this.
+    /// Its bytes are changed by xor with this.
     Corrupt(u8),
-    /// Only so many are done in a second.
+    /// At most this many complete in a second.
     PerSecond(u32),
 }
 
-/// An image served over FUSE. Dropping it heals it and waits until those who have it open are gone,
-/// so it should be dropped after them; and as a process can not be killed while the file hangs,
-/// whoever holds a process that uses it should heal it first ([`Self::fault_guard`]).
+/// An image served over FUSE. Drop it after the processes that have it open: dropping it clears its
+/// faults and waits until the file is closed. A process cannot be killed while the file hangs, so a
+/// test that holds such a process clears the faults first, by a [`FaultGuard`].
 pub struct FuseImage {
     server: Arc<Server>,
     session: Option<BackgroundSession>,
@@ -82,10 +83,10 @@ pub struct FuseImage {
     file: Option<File>,
 }
 
-/// Heals an image when dropped.
+/// Clears the faults of an image when dropped.
 pub struct FaultGuard(Arc<Server>);
 
-/// The image behind the file, and what is wrong with it.
+/// The image behind the file, and its faults.
 struct Server {
     backing: File,
     state: Mutex<State>,
@@ -99,9 +100,9 @@ struct State {
     asked: [u64; 4],
     done: [u64; 4],
     durable_writes: u64,
-    /// What is done later, in that order.
+    /// Operations that complete later, in this order.
     waiting: BTreeMap<(Instant, u64), Job>,
-    /// What is not done until the file is healed.
+    /// Operations that hang until the faults are cleared.
     hung: Vec<Job>,
     number: u64,
     ended: bool,
@@ -138,7 +139,7 @@ impl FuseImage {
         }
     }
 
-    /// Where others find the file.
+    /// A path to the file, for all processes.
     pub fn path(&self) -> PathBuf {
         let file = self.file.as_ref().expect("there until dropped");
         PathBuf::from(format!(
@@ -148,32 +149,32 @@ impl FuseImage {
         ))
     }
 
-    /// From now on `operation` has this fault instead of another.
+    /// From now on `operation` has this fault, and no other.
     pub fn inject(&self, operation: Operation, fault: Fault) {
         self.server.lock().faults[operation as usize] = Some(fault);
     }
 
-    /// From now on nothing is wrong, and what hangs or waits is done at once, in the order it came.
+    /// Clears all faults. Operations that hang or wait complete at once, in the order they came.
     pub fn clear_faults(&self) {
         self.server.clear_faults();
     }
 
-    /// How many `operation`s were asked of the file since it is served.
+    /// How many `operation`s were received since the file is served.
     pub fn asked(&self, operation: Operation) -> u64 {
         self.server.lock().asked[operation as usize]
     }
 
-    /// How many of them have been answered.
+    /// How many of them have completed.
     pub fn done(&self, operation: Operation) -> u64 {
         self.server.lock().done[operation as usize]
     }
 
-    /// How many of the writes were to be durable when they are answered.
+    /// How many of the writes had to be durable when they completed.
     pub fn durable_writes(&self) -> u64 {
         self.server.lock().durable_writes
     }
 
-    /// Heals the image when dropped.
+    /// Clears the faults when dropped.
     pub fn fault_guard(&self) -> FaultGuard {
         FaultGuard(Arc::clone(&self.server))
     }
@@ -210,7 +211,7 @@ impl Drop for FaultGuard {
     }
 }
 
-/// Takes a mount out of the directory tree; it lives on for those who have its file open.
+/// Removes a mount from the directory tree. It lives on while its file is open.
 fn detach(mount_point: &Path) {
     let path = CString::new(mount_point.as_os_str().as_bytes()).expect("no NUL in a path");
     // SAFETY: the path is a C string that outlives the call.
@@ -256,7 +257,7 @@ impl Server {
         self.changed.notify_all();
     }
 
-    /// Does `job`, which is told what is wrong with it, now or later.
+    /// Runs `job` with its fault, now or later.
     fn serve(
         &self,
         operation: Operation,
@@ -300,7 +301,7 @@ impl Server {
         self.changed.notify_all();
     }
 
-    /// Does what waits, each when it is due, until the end.
+    /// Runs what waits, each when it is due, until the end.
     fn run_deferred(&self) {
         let mut state = self.lock();
         loop {
@@ -362,7 +363,7 @@ impl State {
     }
 }
 
-/// What the kernel talks to.
+/// The file system as the kernel sees it.
 struct Disk(Arc<Server>);
 
 impl Disk {

@@ -26,15 +26,15 @@ const READ_INTERVAL: Duration = Duration::from_millis(200);
 /// Lines of the console shown with a failure.
 const CONSOLE_TAIL_LINES: usize = 40;
 
-/// Arguments of each kernel. It does not test its timer: on a loaded machine TCG delivers the timer's
-/// interrupts too late for that test, and the kernel panics.
+/// Arguments of each kernel. It does not test its timer: on a loaded machine TCG delivers the
+/// timer's interrupts too late for that test, and the kernel panics.
 const KERNEL_ARGUMENTS: &str = "console=ttyS0 panic=-1 no_timer_check";
 
 /// Sockets in the guest's directory: its second serial port, and QEMU's monitor.
 const COMMANDS_SOCKET: &str = "commands.sock";
 const MONITOR_SOCKET: &str = "monitor.sock";
 
-/// What a test without the parts of the guest says.
+/// Shown when the parts of the guest are missing.
 const HOW_TO_PREPARE: &str = "run `make guest` (tests/guest/prepare.sh) first";
 
 /// A running guest. QEMU is killed when it is dropped.
@@ -51,7 +51,7 @@ pub struct Guest {
     transcript: File,
 }
 
-/// What became of a command in the guest.
+/// The result of a command in the guest.
 #[derive(Debug)]
 pub struct CommandOutput {
     /// Its exit status, as a shell sees it.
@@ -60,8 +60,7 @@ pub struct CommandOutput {
     pub output: String,
 }
 
-/// What a guest is booted with. Each has one processor, one queue and 256 MiB unless told
-/// otherwise.
+/// The configuration of a guest. The default is one processor, one queue and 256 MiB.
 #[must_use]
 pub struct GuestBuilder {
     directory: PathBuf,
@@ -84,8 +83,7 @@ struct HotPlug {
 
 impl GuestBuilder {
     /// A guest with the disk behind the vhost-user `socket`. In `directory` it leaves `console.log`
-    /// (the kernel's words), `commands.log` (commands and their output), `qemu.log` and its
-    /// sockets.
+    /// (of the kernel), `commands.log` (commands and their output), `qemu.log` and its sockets.
     pub fn new(directory: &Path, socket: &Path) -> Self {
         Self {
             directory: directory.to_owned(),
@@ -129,15 +127,15 @@ impl GuestBuilder {
         self
     }
 
-    /// Has QEMU connect again, every second, when the backend is gone.
+    /// QEMU connects again, every second, when the backend is gone.
     pub fn reconnect(mut self) -> Self {
         self.reconnect = true;
         self
     }
 
-    /// Does not boot: waits for a migration from `uri`, or with `defer` for the monitor to be told
-    /// of one. [`start`](Self::start) then returns as soon as QEMU runs, and commands work when
-    /// the migration is done.
+    /// Does not boot: waits for a migration from `uri`, or with `defer` until the monitor gets one.
+    /// [`start`](Self::start) then returns as soon as QEMU runs, and commands work when the
+    /// migration is complete.
     pub fn incoming(mut self, uri: &str) -> Self {
         self.incoming = Some(uri.to_owned());
         self
@@ -328,7 +326,7 @@ impl Guest {
         output
     }
 
-    /// What the kernel has said so far.
+    /// The output of the kernel so far.
     pub fn console_log(&self) -> String {
         read_lossily(&self.directory.join("console.log"))
     }
@@ -402,8 +400,8 @@ impl Guest {
         Some((output, word))
     }
 
-    /// Straight to stdout, which the test harness does not hold back as it does `println!`: the log
-    /// of a test run has the guest's own words in it.
+    /// Writes straight to stdout, which the test harness does not capture, as it does `println!`:
+    /// the log of a test run shows the guest's output.
     fn say(&mut self, line: &str) {
         let mut text = String::new();
         writeln!(text, "{} {line}", self.prefix).expect("writing to a string");
@@ -444,7 +442,7 @@ fn accept(listener: &UnixListener, qemu: &mut Process) -> Option<UnixStream> {
     Some(stream)
 }
 
-/// The end of the console and what QEMU complained of, to show with a failure.
+/// The end of the console and the errors of QEMU, to show with a failure.
 fn evidence(directory: &Path) -> String {
     let console = read_lossily(&directory.join("console.log"));
     let lines: Vec<&str> = console.lines().collect();

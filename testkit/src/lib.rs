@@ -23,6 +23,6 @@ pub mod rows;
 
 /// How long a test waits for something that must happen before it counts as hung.
 ///
-/// It detects hangs and says nothing about speed: on a loaded machine everything may take many times
-/// as long as on an idle one.
+/// It detects hangs and says nothing about speed: on a loaded machine everything may take many
+/// times as long as on an idle one.
 pub const HANG_LIMIT: Duration = Duration::from_secs(300);

@@ -1,6 +1,6 @@
-//! Loads for a voted disk, and what they find. Every sector that is written says which write it
-//! was, so that it can be told afterwards whether a read gave old data, torn data, or data of
-//! elsewhere.
+//! Loads for a voted disk, and a model that checks the results. Every sector holds the number of
+//! the write that wrote it, so that a read shows whether it returned old data, torn data, or data
+//! of another place.
 
 use std::ops::Range;
 use std::path::PathBuf;
@@ -105,7 +105,7 @@ impl Model {
         }
     }
 
-    /// It was acknowledged.
+    /// The write was acknowledged.
     pub fn end_write(&mut self, write: Write) {
         for (sector, replaced) in write.sectors.zip(write.replaces) {
             let versions = &mut self.sectors[sector];
@@ -130,7 +130,7 @@ impl Model {
         }
     }
 
-    /// The sectors that `read` should not have found like this.
+    /// The sectors for which `read` must not return this data.
     pub fn wrong(&self, read: &Read, data: &[u8]) -> Vec<usize> {
         let sectors = read.sectors.clone().zip(data.chunks_exact(SECTOR));
         let wrong = sectors
@@ -147,14 +147,14 @@ impl Model {
         wrong.map(|((sector, _), _)| sector).collect()
     }
 
-    /// The sectors in which what is on a disk at rest is not the newest.
+    /// The sectors of a disk at rest that do not hold the newest data.
     pub fn wrong_at_rest(&self, data: &[u8]) -> Vec<usize> {
         let len = (data.len() / SECTOR).min(self.sectors.len());
         self.wrong(&self.begin_read(0..len), data)
     }
 }
 
-/// Which write left this; `None` if several did, or one of elsewhere.
+/// The write that wrote this; `None` if there are several, or if it was to another place.
 fn tag_of(bytes: &[u8], sector: usize) -> Option<u64> {
     let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
     let tag = word(0);
@@ -172,8 +172,8 @@ pub struct Outcome {
     pub requests: usize,
     /// Requests that failed.
     pub failed: usize,
-    /// Sectors read that hold neither the newest data nor what was being written.
-    pub wrong_sectors: usize,
+    /// Sectors that held neither the newest data nor that of a write in flight when they were read.
+    pub mismatches: usize,
 }
 
 enum Pending {
@@ -261,7 +261,7 @@ impl Outcome {
         self.requests += 1;
         match (request, result) {
             (Pending::Write(write), Ok(())) => model.end_write(write),
-            (Pending::Read(read), Ok(())) => self.wrong_sectors += model.wrong(&read, data).len(),
+            (Pending::Read(read), Ok(())) => self.mismatches += model.wrong(&read, data).len(),
             // A write that failed leaves old or new bytes: its version stays permitted beside the
             // others.
             (_, Err(_)) => self.failed += 1,
@@ -316,7 +316,7 @@ pub enum Kind {
 }
 
 /// Random requests of one block within `blocks`, at least one and one at a time, until `is_enough`,
-/// which is told how many there were. None may fail.
+/// which gets their number. None may fail.
 pub fn one_by_one(
     client: &mut Client,
     kind: Kind,

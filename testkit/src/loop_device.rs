@@ -28,7 +28,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // Whoever still has it open keeps it until then.
+        // A process that still has it open keeps it.
         let detached = Command::new("losetup")
             .arg("--detach")
             .arg(&self.0)

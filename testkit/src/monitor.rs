@@ -20,7 +20,7 @@ pub struct Monitor {
     stream: UnixStream,
     /// Read from it and no whole line yet.
     received: Vec<u8>,
-    /// Events that came and that nobody has asked for.
+    /// Events that were received and not returned yet.
     events: VecDeque<Value>,
 }
 
@@ -75,7 +75,7 @@ impl Monitor {
         }
     }
 
-    /// The first event, of those nobody was given yet and those that come within `limit`, that
+    /// The first event, of those not returned yet and those that come within `limit`, that
     /// `is_wanted`. The others are kept.
     pub fn wait_for_event(
         &mut self,

@@ -1,5 +1,5 @@
-//! What a request to a voted disk must give, worked out the slow and obvious way; and where the
-//! peer gives something else, why.
+//! The expected result of a request to a voted disk, computed in the slow and obvious way; and the
+//! reasons for which the peer may return another.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -11,16 +11,16 @@ use crate::disk::{Plan, node_name};
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 
-/// A request, and what is wrong with the replicas while it is served.
+/// A request, and the faults of the replicas while it is served.
 #[derive(Clone, Debug)]
 pub struct Step {
-    /// What is asked.
+    /// The request.
     pub action: Action,
     /// The replicas that fail it, each with its errno.
     pub failing: BTreeMap<usize, i32>,
 }
 
-/// What is asked, sectors given by number.
+/// A request; sectors are given by number.
 #[derive(Clone, Debug)]
 pub enum Action {
     /// Read.
@@ -46,7 +46,7 @@ pub struct Seen {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Improvement {
     /// No t replicas agree on the whole request, and there the peer stops: an error for the client,
-    /// no replica named, none mended. Here every sector has its own vote.
+    /// no replica reported, none repaired. Here every sector has its own vote.
     SectorsDecideOneByOne,
     /// t ≤ N/2, so that more than one version of a sector can have t votes. The peer takes one
     /// version for the whole request, of several with the most votes the one it saw last. Here
@@ -69,7 +69,7 @@ pub fn expected(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> Seen {
     match &step.action {
         Action::Read(sectors) if plan.fifo => {
             let first = (0..plan.replicas).find(|replica| !step.failing.contains_key(replica));
-            // Who comes after the one that answers is not asked.
+            // The replicas after the first that works are not asked.
             seen.events.truncate(first.unwrap_or(plan.replicas));
             seen.result = first
                 .map(|replica| contents[replica][bytes(sectors)].to_vec())
@@ -97,7 +97,7 @@ pub fn expected(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> Seen {
     seen
 }
 
-/// What is said of the replicas that fail `step`, as [`text_of`] has it.
+/// The events for the replicas that fail `step`, as [`text_of`] writes them.
 pub fn bad_events(step: &Step) -> impl Iterator<Item = String> {
     let failing = step.failing.iter();
     failing.map(|(replica, errno)| bad(step, *replica, Some(*errno)))
@@ -220,7 +220,7 @@ pub fn text_of(event: &Value) -> String {
     let name = event["event"].as_str().unwrap_or_default();
     let is_flush = data["type"] == "flush" || data["sectors-count"].as_u64().unwrap_or(0) == 0;
     let mut text = name.to_owned();
-    // The peer has no type in QUORUM_FAILURE, and of an errno only the text; no text: wrong data.
+    // The peer has no type in QUORUM_FAILURE, and only the text of an errno; none: corrupt data.
     let members: &[&str] = match name {
         "QUORUM_FAILURE" => &["reference"],
         _ => &["node-name", "error", "type"],

@@ -1,5 +1,5 @@
-//! One function for each thing that was found wrong in another voted disk: it does to either system
-//! what brings it out, and returns what happened.
+//! One function for each fault that was found in another voted disk: it provokes the fault in
+//! either system, and returns what happened.
 
 use std::thread;
 use std::time::{Duration, Instant};
@@ -53,7 +53,10 @@ pub fn bad_in_different_sectors(system: System, reads: u64) -> (u64, Vec<Value>)
             random.mask(),
         );
         match client.read(0, first * 512, 8192) {
-            Ok(data) => assert!(data.iter().all(|byte| *byte == 0), "wrong data"),
+            Ok(data) => assert!(
+                data.iter().all(|byte| *byte == 0),
+                "a read returns other data"
+            ),
             Err(Failed(_)) => failed += 1,
         }
     }
@@ -61,7 +64,7 @@ pub fn bad_in_different_sectors(system: System, reads: u64) -> (u64, Vec<Value>)
     (failed, disk.end())
 }
 
-/// What was left when requests had raced.
+/// The state of the disk after requests have raced.
 pub struct Raced {
     /// What happened to the requests.
     pub outcome: Outcome,
@@ -79,10 +82,11 @@ impl Raced {
     /// In words.
     pub fn figure(&self) -> String {
         format!(
-            "{} requests, {} failed, {} sectors read wrong; {} events; after that {} bytes differ, {} sectors are old",
+            "{} requests, {} failed, {} mismatches; {} events; after that {} bytes differ, \
+             {} sectors are old",
             self.outcome.requests,
             self.outcome.failed,
-            self.outcome.wrong_sectors,
+            self.outcome.mismatches,
             self.events.len(),
             self.differing,
             self.old
@@ -159,7 +163,7 @@ pub fn changing_memory(system: System) -> usize {
 
 /// How requests fared, with all replicas healthy and while one of three hung for [`HANG`].
 pub struct Hung {
-    /// The disk, whose replica 2 has been healed.
+    /// The disk. The faults of replica 2 are cleared.
     pub disk: Disk,
     /// Its client.
     pub client: Client,
@@ -208,7 +212,7 @@ pub fn hang(system: System) -> Hung {
     }
     let began = Instant::now();
     let fault_guard = disk.faulty(2).fault_guard();
-    let healing = thread::spawn(move || {
+    let clearing = thread::spawn(move || {
         thread::sleep(HANG);
         drop(fault_guard);
     });
@@ -219,7 +223,7 @@ pub fn hang(system: System) -> Hung {
         until(&mut client, began + HANG * 5 / 8, Kind::Reads),
         until(&mut client, began + HANG, Kind::Writes),
     ];
-    healing.join().expect("healing");
+    clearing.join().expect("clearing the faults");
     Hung {
         disk,
         client,
@@ -283,7 +287,7 @@ pub fn flush_without_quorum(system: System) -> (Result<(), Failed>, Disk, Client
     let mut client = disk.connect();
     client.write(0, 0, &[2; BLOCK]).expect("writing");
     client.flush(0).expect("flushing");
-    // It goes on failing to write, so that nobody can bring the replica up to date meanwhile.
+    // Writes to it fail on, so that no resync reaches it meanwhile.
     disk.faulty(2)
         .inject(Operation::Write, Fault::Fail(libc::ENOSPC));
     assert_eq!(client.write(0, 0, &[3; BLOCK]), Ok(()));

@@ -32,7 +32,7 @@ const QUEUES: usize = 4;
 const DISK_BLOCKS: u64 = 1024;
 /// Half of the requests go here, so that they meet.
 const BUSY_BLOCKS: u64 = 16;
-/// Blocks of most requests, at most, and of the few that are served in pieces.
+/// Most blocks of an ordinary request, and of the few that are served as several fragments.
 const BLOCKS_MAX: u64 = 8;
 const MANY_BLOCKS_MAX: u64 = 400;
 /// How long a replica that is slow takes for a read or a write, at most.
@@ -285,7 +285,7 @@ impl Soak {
         let is_hopeless = || {
             assert!(
                 Instant::now() < deadline,
-                "nobody serves within {HANG_LIMIT:?}, {before}"
+                "no daemon serves within {HANG_LIMIT:?}, {before}"
             );
             is_over()
         };
@@ -341,11 +341,7 @@ impl Soak {
             let name = event["event"].as_str().unwrap_or_default();
             name.starts_with("QUORUM_")
         });
-        assert_eq!(
-            self.events,
-            [Value::Null; 0],
-            "nothing was wrong with any replica"
-        );
+        assert_eq!(self.events, [Value::Null; 0], "no replica has a fault");
     }
 }
 
@@ -452,7 +448,7 @@ impl Load {
 
     fn check(&mut self, queue: usize, completion: &Completion) {
         let request = self.pending[queue].remove(&completion.head);
-        let request = request.expect("the ring says it was outstanding");
+        let request = request.expect("it was outstanding");
         assert_eq!(
             u32::from(completion.status),
             VIRTIO_BLK_S_OK,
@@ -461,7 +457,7 @@ impl Load {
         match request {
             Pending::Read(read) => {
                 let wrong = self.model.wrong(&read, &completion.data);
-                assert_eq!(wrong, [0; 0], "sectors that a read gave wrong");
+                assert_eq!(wrong, [0; 0], "mismatches of a read");
                 assert_eq!(completion.written as usize, completion.data.len() + 1);
             }
             Pending::Write(writes) => {

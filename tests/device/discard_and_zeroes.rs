@@ -96,7 +96,7 @@ fn every_kind_of_replica_reads_as_zeroes_and_nothing_else_changes() {
     let mut client = Client::connect(daemon.socket(), 1);
     let block = 4096;
     let requests = [
-        // More than one piece, and neither end where a file system has one.
+        // More than one fragment, and neither end on a block of the file system.
         Request::Discard {
             offset: block,
             len: (9 << 20) + 3 * block,
@@ -215,7 +215,7 @@ fn racing_zeroes_and_writes_leave_the_replicas_equal() {
     assert_eq!(events.all(), Vec::<serde_json::Value>::new());
 }
 
-/// A range far larger than a piece, and of a disk that is one hole: as quick as the file systems
+/// A range far larger than a fragment, of a disk that is one hole: as quick as the file systems
 /// are.
 #[test]
 fn a_whole_disk_is_discarded() {

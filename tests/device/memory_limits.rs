@@ -67,9 +67,9 @@ mod formula {
     }
 }
 
-/// A daemon over sparse images that hang when they are told to.
+/// A daemon over sparse images that hang when a test injects that.
 struct Setup {
-    // A process cannot end while its files hang, so they are healed first.
+    // A process cannot end while its files hang, so their faults are cleared first.
     _fault_guards: Vec<FaultGuard>,
     client: Client,
     daemon: Daemon,
@@ -158,7 +158,7 @@ impl Setup {
         for (index, image) in arguments.iter_mut().skip(1).step_by(2).enumerate() {
             image.push(format!(",node-name=r{index}"));
         }
-        // Nobody leaves the set meanwhile.
+        // No replica is evicted meanwhile.
         let queues = shape.queues.to_string();
         arguments
             .extend(["--replica-timeout", "60000", "--num-queues", &queues].map(OsString::from));
@@ -330,11 +330,11 @@ fn peak_memory_of_stale_and_unflushed_ranges() {
     let id = setup.daemon.id();
     let own = status_bytes(id, "VmHWM") - status_bytes(id, "RssShmem");
     let sets = 2 * shape.replicas + 2;
-    // What is stale is being brought up to date meanwhile, a piece at a time.
-    let piece = formula::in_flight_bytes(shape.replicas, FRAGMENT_BYTES_MAX);
+    // A resync runs meanwhile, a chunk at a time.
+    let chunk = formula::in_flight_bytes(shape.replicas, FRAGMENT_BYTES_MAX);
     let expected = shape.full_bytes()
         + sets * formula::RANGE_SET_BYTES
-        + piece
+        + chunk
         + (shape.replicas + 1) * formula::MAP_ROW_BYTES;
     println!(
         "{WRITES} ranges: {:.1} MiB, formula {:.1}",

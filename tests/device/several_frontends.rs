@@ -43,7 +43,7 @@ fn work(socket: &Path, worker: u64, mut random: Random, all: &Barrier) {
             model[part].fill(byte);
         } else {
             let read = client.read(queue, base + place as u64, len).unwrap();
-            assert!(read == model[part], "wrong data");
+            assert!(read == model[part], "a read returns other data");
         }
     }
     all.wait();
@@ -82,13 +82,13 @@ fn frontends_work_at_the_same_time() {
     assert!(are_identical(&images));
 }
 
-/// Asks for the features; the answer comes once somebody serves the connection.
+/// Sends GET_FEATURES. The reply comes when the daemon serves the connection.
 fn ask(socket: &Path) -> UnixStream {
     const GET_FEATURES: u32 = 1;
     const VERSION: u32 = 1;
     let mut connection = UnixStream::connect(socket).unwrap();
     let message = [GET_FEATURES, VERSION, 0].map(u32::to_le_bytes).concat();
-    // Somebody who turns us away may do so before this.
+    // A daemon that refuses the connection may close it before this.
     let _ = connection.write_all(&message);
     connection
 }
@@ -116,7 +116,11 @@ fn a_connection_above_the_limit_is_refused() {
         assert_eq!(is_served(connection, HANG_LIMIT), Some(true));
     }
     assert_eq!(is_served(&mut ask(daemon.socket()), HANG_LIMIT), None);
-    assert!(daemon.log().contains("turned away"), "{}", daemon.log());
+    assert!(
+        daemon.log().contains("too many connections"),
+        "{}",
+        daemon.log()
+    );
     for _ in 0..3 {
         connections.remove(1);
         connections.push(ask(daemon.socket()));
@@ -133,8 +137,8 @@ fn a_connection_above_the_limit_is_refused() {
     }
 }
 
-/// What a frontend that is gone has asked for is done before the next one is served: the same
-/// guest, say, which was started again and looks at its disk.
+/// The requests of a frontend that is gone end before the next one is served, which may be the same
+/// guest after a restart.
 #[test]
 fn the_next_frontend_waits_for_the_writes_of_the_last() {
     let directory = tempfile::tempdir().unwrap();

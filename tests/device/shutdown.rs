@@ -1,5 +1,5 @@
-//! A stop waits for replicas that hang, but not for ever, and an image that an old write may still
-//! land on is not given to anybody else.
+//! A stop waits for replicas that hang, but not for ever. An image that an old write may still
+//! reach stays locked.
 
 use std::ffi::OsString;
 use std::time::{Duration, Instant};
@@ -12,7 +12,7 @@ use testkit::fuse::{Fault, FaultGuard, FuseImage, Operation};
 use testkit::images::create_images;
 use testkit::process::wait_until;
 
-/// Replicas that nobody needs are left behind after so long.
+/// Replicas that are not needed are evicted after this long.
 const REPLICA_TIMEOUT: Duration = Duration::from_millis(200);
 /// `quorum_blk::limits::drain_limit` of that.
 const DRAIN_LIMIT: Duration = Duration::from_millis(1400);
@@ -20,7 +20,7 @@ const BLOCK: usize = 4096;
 
 /// A disk of three replicas, two of which can hang. Both are needed then.
 struct Hanging {
-    // A process cannot end while its files hang, so they are healed first.
+    // A process cannot end while its files hang, so their faults are cleared first.
     _fault_guards: Vec<FaultGuard>,
     daemon: Daemon,
     faulty: Vec<FuseImage>,
@@ -116,7 +116,7 @@ fn a_hung_write_delays_the_end_until_the_drain_limit() {
             .log()
             .contains("does not answer: its image stays locked")
     );
-    // The process is gone, its writes are not.
+    // The process has ended, its writes have not.
     let refused = disk.second_daemon();
     assert!(refused.contains("in use by another process"), "{refused}");
     disk.clear_faults();
@@ -160,8 +160,8 @@ fn a_frontend_that_leaves_hung_requests_makes_room_for_the_next() {
     };
     let client = disk.hang(Operation::Read, read);
     drop(client);
-    // To connect takes a reply of the daemon. It replies when the virtqueues of the connection before
-    // are drained, or the limit for that is over: the replicas still hang.
+    // To connect takes a reply of the daemon. It replies when the virtqueues of the connection
+    // before are drained, or the limit for that is over: the replicas still hang.
     let mut next = Client::connect(disk.daemon.socket(), 1);
     disk.clear_faults();
     assert_eq!(next.read(0, 0, BLOCK).expect("reading"), [0; BLOCK]);

@@ -1,5 +1,5 @@
-//! The daemon under a vhost-user frontend and a driver of our own: what QEMU's qtests ask of a
-//! vhost-user-blk device, what cloud-hypervisor does that QEMU does not, and what neither does.
+//! The daemon with the frontend and the driver of testkit: what QEMU's qtests expect of a
+//! vhost-user-blk device, what only cloud-hypervisor does, and what neither does.
 
 use std::fs;
 use std::io::Read;
@@ -94,7 +94,7 @@ fn status(completion: &Completion) -> u32 {
     u32::from(completion.status)
 }
 
-// ---- Requests and rings
+// ---- Requests and virtqueues
 
 #[test]
 fn requests_work_in_every_descriptor_layout() {
@@ -176,7 +176,7 @@ fn poll(queue: &mut Queue, count: usize) {
     }
 }
 
-/// QEMU's `idx` case: with EVENT_IDX the driver names the chain that it wants to be told of.
+/// QEMU's `idx` case: with EVENT_IDX the driver names the chain for which it wants a call.
 #[test]
 fn a_call_comes_when_the_driver_asked_for_one_and_only_then() {
     let setup = Setup::new(&[]);
@@ -645,7 +645,7 @@ fn a_driver_that_is_reset_is_followed_by_another() {
             }
             let bases = vmm.stop_virtqueues().unwrap();
             for (queue, base) in vmm.queues.iter_mut().zip(bases) {
-                // What was taken came back before the ring stopped, the rest was not touched.
+                // Accepted chains return before the virtqueue stops, the others are not touched.
                 let mut came = 0;
                 while let Some(done) = queue.pop() {
                     assert_eq!(status(&done), OK);
@@ -671,7 +671,7 @@ fn a_driver_that_is_reset_is_followed_by_another() {
     setup.end();
 }
 
-/// Rings go on where they were stopped, as after a pause of the VM.
+/// Virtqueues resume where they were stopped, as after a pause of the VM.
 #[test]
 fn stopped_virtqueues_resume_where_they_stopped() {
     let setup = Setup::new(&[]);
@@ -710,7 +710,7 @@ fn reset_device_returns_the_device_to_its_initial_state() {
             vmm.frontend().reset_device().unwrap();
             // Messages are handled one after the other.
             vmm.frontend().get_features().unwrap();
-            // Nobody looks at the ring any more.
+            // The device does not look at the virtqueue any more.
             vmm.queues[0].submit(&Request::read(0, 4096), Layout::DIRECT);
             vmm.queues[0].kick();
             let before = vmm.memory_content();
@@ -728,7 +728,7 @@ fn reset_device_returns_the_device_to_its_initial_state() {
     setup.end();
 }
 
-/// The socket is somebody else's, who holds it while daemons come and go: a connection waits for
+/// Another process holds the socket while daemons start and end: a connection waits for
 /// the next.
 #[test]
 fn a_passed_socket_outlives_a_daemon() {
@@ -773,8 +773,8 @@ fn a_passed_socket_outlives_a_daemon() {
 
 // ---- Replicas that hang
 
-/// Two of three replicas hang, so that nothing can be answered; and the VMM stops the ring. It must
-/// not wait for the replicas, and its memory is its own from then on.
+/// Two of three replicas hang, so that no request can complete, and the VMM stops the virtqueue. It
+/// must not wait for the replicas, and the daemon does not write to its memory after that.
 #[test]
 fn a_virtqueue_stops_while_replicas_hang() {
     for plan in both_styles() {
@@ -851,7 +851,7 @@ fn a_virtqueue_stops_while_replicas_hang() {
 
 // ---- Frontends that mean no good
 
-/// A connection for bytes that make no sense.
+/// A connection for invalid bytes.
 struct Raw(UnixStream);
 
 impl Raw {
@@ -907,7 +907,7 @@ fn malformed_messages_harm_only_their_sender() {
                 "message {request} with flags {flags} and size {size}"
             ));
         }
-        // Descriptors that nobody asked for.
+        // Descriptors with a message that takes none.
         let descriptor = setup.directory.path().join("0.raw");
         let descriptor = fs::File::open(descriptor).unwrap();
         let raw = Raw::connect(&setup);
@@ -924,7 +924,7 @@ fn malformed_messages_harm_only_their_sender() {
     setup.end();
 }
 
-/// What is sent, in words and in deed.
+/// A message, in words and as a function.
 type Case = (&'static str, fn(&mut Vmm));
 
 /// Messages of the right form that say what can not be.
@@ -1072,7 +1072,7 @@ fn invalid_messages_harm_only_their_sender() {
 
 fn ignore<E>(_: Result<(), E>) {}
 
-/// Sends ring addresses of this process, changed.
+/// Sends changed virtqueue addresses of this process.
 fn set_addresses(vmm: &mut Vmm, change: impl FnOnce(&mut [u64; 3])) {
     let data = testkit::frontend::virtqueue_data(vmm.memory(), &vmm.queues[0]);
     let mut addresses = [
@@ -1120,7 +1120,7 @@ fn remove_all_memory(vmm: &mut Vmm) {
     ignore(vmm.frontend().get_features().map(drop));
 }
 
-/// Memory that is shorter than the frontend says: whoever touches it behind its end gets SIGBUS.
+/// Memory that is shorter than the frontend says: an access behind its end raises SIGBUS.
 #[test]
 fn truncated_memory_harms_only_its_sender() {
     let mut setup = Setup::new(&[]);
@@ -1147,7 +1147,7 @@ fn truncated_memory_harms_only_its_sender() {
     setup.end();
 }
 
-/// Whoever gives an eventfd that can not be written to harms at most himself.
+/// A frontend that sends an eventfd that blocks harms at most itself.
 #[test]
 fn a_call_eventfd_that_blocks_harms_only_its_sender() {
     let mut setup = Setup::new(&[]);
@@ -1167,7 +1167,7 @@ fn a_call_eventfd_that_blocks_harms_only_its_sender() {
     setup.end();
 }
 
-/// A guest that breaks its rings: at most its own requests fail, and the next guest is served.
+/// A guest that breaks its virtqueues: at most its own requests fail, and the next guest is served.
 #[test]
 fn broken_virtqueues_harm_only_their_guest() {
     let mut setup = Setup::new(&[]);

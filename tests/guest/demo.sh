@@ -119,7 +119,7 @@ truncate --size 64M 0.raw 1.raw 2.raw
 
 step 'quorum-blkd serves them as one disk'
 tell 'It asks all three for every read and lets them vote. Two of three win, and' \
-    'the loser is rewritten. Whoever listens on the event socket hears of it.'
+    'the loser is repaired, and the readers of the event socket get a report.'
 # shellcheck disable=SC1003
 command_line 'host$ quorum-blkd --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \'
 command_line '          --socket-path disk.sock --rewrite-corrupted --events events.sock'
@@ -189,17 +189,17 @@ show "$good$output$plain"
 [ "$output" = "$right" ] || fail "the guest read something else than it had written"
 tell 'Two replicas outvoted the third. The guest noticed nothing.'
 
-step 'The operator was told; this came from the event socket'
+step 'The event socket has reported it'
 within 10 test -s events.log || fail 'there was no event'
 event=$(head -n 1 events.log)
 show "$event"
 name=$(first_match '"node-name":"([^"]*)"' "$event")
 bad_runs=$(first_match '"bad-sectors":\[([^]]*)\]' "$event")
-bad_sector=$(first_match '"sector-num":([0-9]+)' "$bad_runs")
-if [ "$name" != 1.raw ] || [ "$bad_sector" != "$sector" ]; then
+sector_reported=$(first_match '"sector-num":([0-9]+)' "$bad_runs")
+if [ "$name" != 1.raw ] || [ "$sector_reported" != "$sector" ]; then
     fail "the event should name 1.raw and sector $sector"
 fi
-tell "In words: in this read, replica $name gave wrong data for sector $bad_sector."
+tell "In words: in this read, replica $name returned corrupt data for sector $sector_reported."
 
 step 'And 1.raw is repaired'
 within 10 are_identical || fail 'the files still differ'

@@ -1,5 +1,5 @@
-//! A disk is mended over the monitor while its guest works: a replica is added and another removed,
-//! damage is scrubbed.
+//! An operator repairs a disk over the monitor while its guest works: adds and removes a replica,
+//! and scrubs.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -18,7 +18,7 @@ use testkit::process::wait_until;
 const BLOCK_BYTES: usize = 4096;
 const SIZE_BYTES: u64 = 64 << 20;
 
-/// The guest uses the first half; nobody reads the other one but jobs.
+/// The guest uses the first half; only jobs read the other one.
 const GUEST_BLOCKS: u64 = SIZE_BYTES / 2 / BLOCK_BYTES as u64;
 
 fn serve() -> Disk {
@@ -51,7 +51,7 @@ fn work(client: &mut Client, random: &mut Random, stop: &AtomicBool) -> usize {
             let read = client.read(0, offset, BLOCK_BYTES).expect("a read");
             assert!(
                 read.iter().all(|byte| byte == content),
-                "block {block} is wrong"
+                "block {block} holds other data"
             );
         }
     }
@@ -173,12 +173,12 @@ fn a_replica_is_replaced_while_the_guest_works() {
 
 #[test]
 fn a_scrub_finds_and_repairs_what_the_guest_never_reads() {
-    const DAMAGED: u64 = 1000;
+    const CORRUPT: u64 = 1000;
     let disk = serve();
     let found = beside_a_guest(&disk, |monitor| {
         let mut random = Random::from_environment();
         let first = GUEST_BLOCKS * BLOCK_BYTES as u64 / 512;
-        for place in 0..DAMAGED {
+        for place in 0..CORRUPT {
             // One in each eight: none twice.
             let sector = first + place * 8 + random.within(0..8);
             corrupt_sectors(&disk.images[1], sector..sector + 1, 0x55);
@@ -194,7 +194,7 @@ fn a_scrub_finds_and_repairs_what_the_guest_never_reads() {
         wait_for_end(monitor, "quorum-scrub");
         replica(monitor, &node_name(1))
     });
-    assert_eq!(found["repaired-sectors"], DAMAGED, "{found:#}");
+    assert_eq!(found["repaired-sectors"], CORRUPT, "{found:#}");
     disk.end();
     assert!(are_identical(&disk.images));
 }

@@ -1,5 +1,5 @@
-//! Replicas that fail while they are added, removed or brought up to date: what the operator is
-//! told, and that the guest does not notice.
+//! Replicas that fail while they are added, removed or resynced: the operator gets the reason, and
+//! the guest does not notice.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt;
@@ -273,7 +273,7 @@ fn a_resync_copies_what_has_a_quorum() {
     disk.faulty(1).inject(Operation::Read, failing(9, 14));
     add(&mut monitor, &target.image.path(), "new");
     let end = end_of_resync(&mut monitor, "new");
-    // The pieces that touch what two cannot read: one of 1 MiB, or two that meet in there.
+    // The chunks that touch the range that two cannot read: one of 1 MiB, or two that meet there.
     let error = end["error"].as_str().expect("it failed");
     let sectors = error.strip_suffix(" sectors could not be copied");
     let sectors: u64 = sectors.and_then(|text| text.parse().ok()).expect(error);

@@ -107,7 +107,7 @@ impl Served {
         run(&self.socket(), &arguments)
     }
 
-    /// Something on the disk, so that images can be told from empty ones.
+    /// Some data on the disk, so that its images differ from empty ones.
     fn write_something(&self) {
         let mut client = Client::connect(self.daemon.socket(), 1);
         for megabyte in 0..64 {
@@ -189,10 +189,10 @@ fn corruption_is_found_shown_and_repaired() {
     let place = "1.raw: corrupt: bytes 50331648-50332671 (1 KiB, sectors 98304-98305)";
     assert!(map.contains(place), "{map}");
 
-    let mended = served.run("scrub --repair").with(0);
+    let repaired = served.run("scrub --repair").with(0);
     assert!(
-        mended.contains("2 corrupt sectors found, 2 sectors written"),
-        "{mended}"
+        repaired.contains("2 corrupt sectors found, 2 sectors written"),
+        "{repaired}"
     );
     assert!(served.run("status").with(0).contains("healthy"));
     let map = served.run("map").with(0);
@@ -546,7 +546,7 @@ fn serve(
     (directory, thread)
 }
 
-/// What the program says to a server that sends this and then nothing more, whatever it is asked.
+/// The output of the program when a server sends this and nothing more.
 fn with_server(sent: impl Into<Vec<u8>>, line: &str) -> Ran {
     let sent = sent.into();
     let (directory, thread) = serve(move |mut stream| {
@@ -688,7 +688,7 @@ fn a_server_that_accepts_no_connection_is_an_error() {
 
 #[test]
 fn an_endless_reply_is_refused_in_bounded_memory() {
-    for piece in [
+    for part in [
         // One line.
         "x".repeat(1 << 16),
         // Events, and no answer.
@@ -696,7 +696,7 @@ fn an_endless_reply_is_refused_in_bounded_memory() {
     ] {
         let (directory, thread) = serve(move |mut stream| {
             let _ = stream.write_all(GREETING.as_bytes());
-            while stream.write_all(piece.as_bytes()).is_ok() {}
+            while stream.write_all(part.as_bytes()).is_ok() {}
         });
         let mut command = Command::new("sh");
         command

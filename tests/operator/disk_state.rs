@@ -1,4 +1,4 @@
-//! What an operator sees of a disk is what happened to it.
+//! The state that an operator queries agrees with what happened to the disk.
 
 use std::time::{Duration, Instant};
 use testkit::HANG_LIMIT;
@@ -17,7 +17,7 @@ fn seen(disk: &Disk) -> Value {
     disk.monitor().execute("query-quorum", json!({}))
 }
 
-/// What is seen when `is_wanted`, which must be soon.
+/// The state as soon as it `is_wanted`.
 fn seen_when(disk: &Disk, is_wanted: impl Fn(&Value) -> bool) -> Value {
     let mut state = Value::Null;
     let mut monitor = disk.monitor();
@@ -149,7 +149,7 @@ fn corrupt_sectors_and_errors_are_counted_where_they_are() {
     assert_eq!(state["confirmations"], 1);
     assert_eq!(state["confirmations-without-fault"], 0);
     assert_eq!(state["replicas"][1]["corrupt-sectors-found"], 2);
-    // Mended by whole blocks of the image, which may be longer than a sector.
+    // The repair writes whole blocks of the image, which may be longer than a sector.
     assert_eq!(state["replicas"][1]["repair-failed-sectors"], 0);
 
     disk.faulty(0)

@@ -1,4 +1,4 @@
-//! The event socket as its readers see it: real sockets, real floods, readers that behave badly.
+//! The event socket as its readers see it: real sockets, real floods, readers that misbehave.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -116,7 +116,7 @@ impl Lines {
     }
 }
 
-/// What a reader got, and what it was told it did not get.
+/// The events that a reader got, and how many it missed according to notices.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Account {
     lines: u64,
@@ -351,8 +351,8 @@ fn what_a_reader_sends_is_discarded() {
 fn a_reader_above_the_limit_is_refused() {
     let served = serve();
     let mut readers: Vec<Lines> = (0..EVENT_READERS_MAX).map(|_| served.connect()).collect();
-    let mut turned_away = served.connect();
-    assert!(turned_away.next().is_none());
+    let mut refused = served.connect();
+    assert!(refused.next().is_none());
     served.queue.push(failure(1));
     for reader in &mut readers {
         assert_eq!(reader.sector(), 1);

@@ -1,5 +1,5 @@
-//! What an operator sees and does: the monitor, the events, the metrics, quorum-blkctl, and the pages
-//! that document them.
+//! What an operator sees and does: the monitor, the events, the metrics, quorum-blkctl, and the
+//! pages that document them.
 
 mod admin;
 mod admin_failures;

@@ -161,7 +161,7 @@ fn metrics_count_what_happened_and_are_well_formed() {
     for family in families.map(|rest| rest.split(' ').next().unwrap()) {
         assert!(
             manual.contains(&format!("`{family}`")),
-            "docs/metrics.md does not tell of {family}"
+            "docs/metrics.md does not document {family}"
         );
     }
 

@@ -1,5 +1,5 @@
-//! docs/operating.md shows what is really printed: its commands are one session, held here with a
-//! real daemon.
+//! docs/operating.md shows real output: its commands are one session, repeated here with a real
+//! daemon.
 //!
 //! Between them things happen, where the page has a comment `replay`. Times are not compared, nor
 //! how far a job was when it was looked at.

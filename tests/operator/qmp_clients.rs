@@ -1,5 +1,5 @@
-//! The monitor as its clients see it: the QEMU project's own, several at once, and those that
-//! behave badly.
+//! The monitor as its clients see it: those of the QEMU project, several at once, and some that
+//! misbehave.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
@@ -54,8 +54,8 @@ fn serve() -> Served {
 }
 
 impl Served {
-    /// A guest's read that finds the first sector of the second image wrong.
-    fn find_a_wrong_sector(&self) {
+    /// A guest's read that finds the first sector of the second image corrupt.
+    fn find_a_corrupt_sector(&self) {
         corrupt_sectors(&self.images[1], 0..1, 0xff);
         let mut client = Client::connect(self.daemon.socket(), 1);
         client.read(0, 0, 4096).unwrap();
@@ -95,7 +95,7 @@ fn the_library_of_the_qemu_project() {
     messages
         .wait_for(is_last, HANG_LIMIT)
         .expect("an answer to the last command");
-    served.find_a_wrong_sector();
+    served.find_a_corrupt_sector();
     let event = messages
         .wait_for(report_of("1.raw"), HANG_LIMIT)
         .expect("an event");
@@ -178,12 +178,12 @@ fn several_clients_at_once_and_one_too_many() {
     let mut clients: Vec<Monitor> = (0..QMP_CLIENTS_MAX)
         .map(|_| Monitor::connect(&served.socket))
         .collect();
-    let mut turned_away = BufReader::new(UnixStream::connect(&served.socket).unwrap());
-    assert_eq!(turned_away.read_line(&mut String::new()).unwrap(), 0);
+    let mut refused = BufReader::new(UnixStream::connect(&served.socket).unwrap());
+    assert_eq!(refused.read_line(&mut String::new()).unwrap(), 0);
     for client in &mut clients {
         client.execute("query-commands", json!({}));
     }
-    served.find_a_wrong_sector();
+    served.find_a_corrupt_sector();
     for client in &mut clients {
         client
             .wait_for_event(report_of("1.raw"), HANG_LIMIT)

@@ -1,5 +1,5 @@
-//! docs/qmp.md shows what is really printed: its examples are one conversation, held here with a
-//! real daemon.
+//! docs/qmp.md shows real output: its examples are one conversation, repeated here with a real
+//! daemon.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;
@@ -56,7 +56,7 @@ fn messages() -> Vec<Message> {
     all
 }
 
-/// Times, how far a job is, and in how many pieces it was done.
+/// Times, the progress of a job, and the number of its chunks.
 fn is_of_the_moment(name: &str) -> bool {
     ["-ns", "_ns", "-progress", "completed"]
         .iter()
@@ -95,9 +95,8 @@ fn is_as_shown(real: &Value, shown: &Value, name: &str) -> bool {
     }
 }
 
-/// What the manual tells of: a write, a flush, and a read that finds one sector wrong and has it
-/// mended.
-fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
+/// The events of the manual: a write, a flush, and a read that finds and repairs a corrupt sector.
+fn play_the_manual(daemon: &Daemon, directory: &std::path::Path) {
     let mut client = Client::connect(daemon.socket(), 1);
     client.write(0, 0, &[7; 65536]).unwrap();
     client.flush(0).unwrap();
@@ -106,16 +105,16 @@ fn tell_the_story(daemon: &Daemon, directory: &std::path::Path) {
     let mut monitor = Monitor::connect(&directory.join("qmp.sock"));
     let is_quiet = wait_until(HANG_LIMIT, || {
         let state = monitor.execute("query-quorum", json!({}));
-        let mended = state["replicas"][1]["repaired-sectors"] == 1;
+        let is_repaired = state["replicas"][1]["repaired-sectors"] == 1;
         let operations = state["replicas"]
             .as_array()
             .unwrap()
             .iter()
             .map(|replica| &replica["operations"]);
         let mut kinds = operations.flat_map(|operations| operations.as_object().unwrap().values());
-        // What is near to the damage is scrubbed at once.
+        // The sectors around it are scrubbed at once.
         let no_job = monitor.execute("query-jobs", json!({})) == json!([]);
-        mended && no_job && kinds.all(|kind| kind["in-flight"] == 0)
+        is_repaired && no_job && kinds.all(|kind| kind["in-flight"] == 0)
     });
     assert!(is_quiet);
 }
@@ -129,7 +128,7 @@ fn the_examples_match_the_output() {
     let mut daemon = Daemon::start(directory.path(), arguments);
     let new = File::create_new(directory.path().join("new.raw")).unwrap();
     new.set_len(1 << 30).unwrap();
-    tell_the_story(&daemon, directory.path());
+    play_the_manual(&daemon, directory.path());
 
     let stream = UnixStream::connect(directory.path().join("qmp.sock")).unwrap();
     stream.set_read_timeout(Some(HANG_LIMIT)).unwrap();
@@ -173,7 +172,7 @@ fn the_examples_match_the_output() {
         );
         assert!(
             MANUAL.contains(&format!("`{command}`")),
-            "docs/qmp.md does not tell of {command}"
+            "docs/qmp.md does not document {command}"
         );
     }
     // Its last word is `quit`.

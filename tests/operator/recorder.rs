@@ -1,7 +1,7 @@
-//! An operator for tests of the monitor: it has a disk to show, changes nothing, and remembers what
-//! it was asked for. The unit tests, the integration tests and the fuzz target all use it.
+//! A stand-in operator for tests of the monitor: it shows a disk, changes nothing, and records its
+//! commands. The unit tests, the integration tests and the fuzz target use it.
 //!
-//! Invariant: what it answers depends on nothing but the question.
+//! Invariant: a reply depends on the command only.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -82,7 +82,7 @@ impl Operator for Recorder {
     }
 }
 
-/// What it answers to a change: a scrub is a job, and nobody is without a name.
+/// The reply to a change: a scrub is a job, and every replica has a name.
 pub fn answer(change: &Change) -> Result<Option<String>, String> {
     match change {
         Change::Scrub { .. } => Ok(Some("job7".into())),
@@ -123,7 +123,7 @@ fn by_operation<T>(make: impl Fn() -> T) -> ByOperation<T> {
     }
 }
 
-/// A disk that nobody has used.
+/// A disk that was never used.
 pub fn disk() -> DiskState {
     let replicas = REPLICAS.map(|name| ReplicaState {
         node_name: name.into(),

@@ -13,7 +13,7 @@ const VARIABLE: &str = "QUORUM_BLK_TEST_PANIC";
 
 /// Does nothing in the ordinary run of the tests.
 #[test]
-fn panics_in_a_thread_if_it_is_told_to() {
+fn panics_in_a_thread_if_the_environment_says_so() {
     if env::var_os(VARIABLE).is_none() {
         return;
     }
@@ -33,7 +33,7 @@ fn a_panic_in_a_thread_aborts_the_process_with_one_line() {
         .args([
             "--exact",
             "--nocapture",
-            "panics::panics_in_a_thread_if_it_is_told_to",
+            "panics::panics_in_a_thread_if_the_environment_says_so",
         ])
         .env(VARIABLE, "1")
         .env_remove("QUORUM_BLKD_LOG")

@@ -29,23 +29,23 @@ const BLOCK: usize = 4096;
 /// SD_LISTEN_FDS_START: the number of the first descriptor that is passed.
 const FIRST: RawFd = 3;
 
-/// Images, and who is told of the daemon's state.
+/// Images, and the socket that gets the daemon's state.
 struct Place {
     directory: TempDir,
     images: Vec<PathBuf>,
-    told: UnixDatagram,
+    notices: UnixDatagram,
 }
 
 impl Place {
     fn new(replicas: usize) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let images = create_images(directory.path(), replicas, DISK_BYTES);
-        let told = UnixDatagram::bind(directory.path().join("notify.sock")).unwrap();
-        told.set_read_timeout(Some(HANG_LIMIT)).unwrap();
+        let notices = UnixDatagram::bind(directory.path().join("notify.sock")).unwrap();
+        notices.set_read_timeout(Some(HANG_LIMIT)).unwrap();
         Self {
             directory,
             images,
-            told,
+            notices,
         }
     }
 
@@ -62,7 +62,7 @@ impl Place {
     /// The next that the daemon tells its service manager.
     fn news(&self) -> String {
         let mut bytes = [0; 512];
-        let len = self.told.recv(&mut bytes).expect("nothing is told");
+        let len = self.notices.recv(&mut bytes).expect("a notice");
         String::from_utf8(bytes[..len].to_vec()).unwrap()
     }
 
@@ -106,7 +106,8 @@ impl Place {
             .args(["-c", &format!("{variables} exec \"$0\" \"$@\""), PROGRAM])
             .args(arguments)
             .env("NOTIFY_SOCKET", self.path("notify.sock"));
-        // SAFETY: dup2 is async-signal-safe, and the closure reads memory that nobody changes.
+        // SAFETY: dup2 is async-signal-safe, and no thread changes the memory that the closure
+        // reads.
         unsafe {
             command.pre_exec(move || {
                 for (number, passed) in numbers.iter().zip(FIRST..) {
@@ -205,7 +206,7 @@ fn a_connection_starts_it_and_all_its_sockets_are_served() {
 }
 
 /// The sockets stay while the daemon is killed and started again, as systemd does it, so a frontend
-/// that connects in between is not turned away. The name does not matter where there is only one
+/// that connects in between is not refused. The name does not matter where there is only one
 /// socket.
 #[test]
 fn connections_during_a_restart_are_served() {
@@ -251,7 +252,7 @@ fn a_descriptor_that_is_no_listening_stream_socket_is_refused() {
         connected.as_fd(),
         internet.as_fd(),
         packets.as_fd(),
-        place.told.as_fd(),
+        place.notices.as_fd(),
     ] {
         assert_eq!(
             place.refusal(
@@ -310,7 +311,7 @@ fn sockets_that_do_not_fit_are_refused() {
     }
 }
 
-/// The environment of a service is inherited by whatever it starts, for which it has no meaning
+/// The environment of a service is inherited by all that it starts, for which it has no meaning
 /// then.
 #[test]
 fn descriptors_for_another_process_are_ignored() {

@@ -528,7 +528,7 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
 #[test]
 fn a_signal_ends_it_and_nothing_is_left() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
-        // With nobody connected, with a frontend that says nothing, and with one that is at work.
+        // Without a frontend, with one that is silent, and with one that works.
         for frontend in 0..3 {
             let place = Place::new(2);
             let events = place.path("events.sock");

@@ -1,5 +1,5 @@
-//! What the vote promises, shown with the daemon as a process, real files that hang, fail and lie,
-//! and `blkio` as the client: one test for each thing that was found wrong in another voted disk.
+//! The promises of the vote, with the daemon as a process, real files that hang, fail and return
+//! corrupt data, and `blkio` as the client: one test for each fault found in another voted disk.
 
 use std::time::{Duration, Instant};
 use testkit::HANG_LIMIT;
@@ -49,7 +49,7 @@ fn two_replicas_corrupt_in_different_sectors_fail_no_read() {
 fn check_raced(row: &str, raced: &Raced) {
     figure(row, &raced.figure());
     assert_eq!(raced.events, Vec::<Value>::new());
-    assert_eq!((raced.outcome.failed, raced.outcome.wrong_sectors), (0, 0));
+    assert_eq!((raced.outcome.failed, raced.outcome.mismatches), (0, 0));
     assert_eq!(raced.old_through, Vec::<usize>::new());
     assert_eq!((raced.differing, raced.old), (0, 0));
 }
@@ -246,7 +246,7 @@ fn a_flush_fails_unless_enough_replicas_hold_what_was_written() {
         disk.wait_for("QUORUM_FAILURE", None)["data"]["type"],
         "flush"
     );
-    // Writing it again is what mends it.
+    // Writing it again repairs it.
     for replica in [0, 2] {
         disk.faulty(replica).clear_faults();
     }
@@ -341,7 +341,7 @@ fn a_replica_that_reads_corrupt_data_is_outvoted_and_reported() {
     );
 }
 
-/// Images are healed, and their users gone, before they are: also when nobody healed them.
+/// Dropping a disk ends its users and its mounts, also if its images still hang.
 #[test]
 fn a_hung_image_can_be_dropped() {
     let _machine = shared();

@@ -1,4 +1,4 @@
-//! A disk grows under its guest: all replicas or none, and the guest hears of it.
+//! A disk grows under its guest: all replicas or none, and the guest gets the new size.
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
@@ -234,7 +234,7 @@ fn a_size_that_is_not_larger_is_refused() {
     assert_eq!(error, "the disk is read-only");
 }
 
-/// Resizes it, which must fail, and nobody must have noticed.
+/// Resizes it, which must fail and change nothing.
 fn assert_put_back(setup: &mut Setup, images: &[PathBuf], says: &[&str]) {
     let mut vmm = setup.vmm();
     let mut channel = back_channel(&mut vmm);

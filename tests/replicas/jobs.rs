@@ -34,7 +34,7 @@ struct Served {
     images: Vec<PathBuf>,
     shared: Arc<Shared>,
     workers: Workers,
-    upkeep: Admin,
+    admin: Admin,
     table: Arc<ReplicaTable>,
     socket: PathBuf,
 }
@@ -91,7 +91,7 @@ fn serve() -> Served {
     };
     let table = Arc::new(ReplicaTable::new(files));
     let workers = Workers::start(&disk, workers).unwrap();
-    let upkeep = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
+    let admin = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
     let frontend = Frontend::new(disk.info.clone(), slot, workers.virtqueue_server(0));
     let frontend = Arc::new(Mutex::new(frontend));
     let socket = directory.path().join("disk.sock");
@@ -106,7 +106,7 @@ fn serve() -> Served {
         images,
         shared,
         workers,
-        upkeep,
+        admin,
         table,
         socket,
     }
@@ -132,7 +132,7 @@ impl Served {
             assert!(
                 since.elapsed() < HANG_LIMIT,
                 "{what}; {:?}",
-                self.upkeep.jobs()
+                self.admin.jobs()
             );
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -140,11 +140,11 @@ impl Served {
 
     fn wait_for_the_end_of(&self, id: JobId) {
         self.wait_until("the end of a job", || {
-            self.upkeep.jobs().iter().all(|job| job.id != id)
+            self.admin.jobs().iter().all(|job| job.id != id)
         });
     }
 
-    /// Lets go of everything; the images that are the disk's.
+    /// Ends everything; returns the images of the disk.
     fn end(self) -> (tempfile::TempDir, Vec<PathBuf>) {
         let open = self.table.in_use();
         assert!(self.workers.exit().is_empty());
@@ -183,36 +183,28 @@ fn a_replica_is_replaced_while_a_client_works() {
     std::thread::scope(|scope| {
         let verifier = scope.spawn(|| verify_until(&stop, &served.socket, 7));
         let fourth = served.another("fourth.raw");
-        let id = served
-            .upkeep
-            .add_replica(&source(&fourth))
-            .unwrap()
-            .unwrap();
+        let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
         served.wait_for_the_end_of(id);
         // Nothing of it is stale: the one that it replaces can go.
         let first = source(&served.images[0]).node_name;
         assert_eq!(
-            served.upkeep.remove_replica(&first).unwrap(),
+            served.admin.remove_replica(&first).unwrap(),
             Removed::Closed
         );
         let second = source(&served.images[1]).node_name;
         assert_eq!(
-            served.upkeep.remove_replica(&second).unwrap(),
+            served.admin.remove_replica(&second).unwrap(),
             Removed::Closed
         );
         let third = source(&served.images[2]).node_name;
-        let refused = served
-            .upkeep
-            .remove_replica(&third)
-            .unwrap_err()
-            .to_string();
+        let refused = served.admin.remove_replica(&third).unwrap_err().to_string();
         assert!(
             refused.contains("fewer replicas than the vote threshold"),
             "{refused}"
         );
-        // What was let go is not locked any more, and can come back.
+        // A removed image is unlocked, and can be added again.
         let id = served
-            .upkeep
+            .admin
             .add_replica(&source(&served.images[0]))
             .unwrap()
             .unwrap();
@@ -233,11 +225,7 @@ fn a_resync_keeps_holes() {
     client.write(0, 40 << 20, &[7; 8192]).unwrap();
     client.flush(0).unwrap();
     let fourth = served.another("fourth.raw");
-    let id = served
-        .upkeep
-        .add_replica(&source(&fourth))
-        .unwrap()
-        .unwrap();
+    let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
     served.wait_for_the_end_of(id);
     drop(client);
     let (_directory, images) = served.end();
@@ -250,7 +238,7 @@ fn an_image_that_cannot_be_a_replica_is_refused() {
     let _machine = machine::shared();
     let served = serve();
     let refused =
-        |source: &ReplicaSource| served.upkeep.add_replica(source).unwrap_err().to_string();
+        |source: &ReplicaSource| served.admin.add_replica(source).unwrap_err().to_string();
     let missing = refused(&source(&served.path("missing.raw")));
     assert!(missing.contains("cannot open"), "{missing}");
     let short = served.another("short.raw");
@@ -278,12 +266,12 @@ fn an_image_that_cannot_be_a_replica_is_refused() {
     let twice = refused(&named);
     assert!(twice.contains("same node-name"), "{twice}");
     let unknown = served
-        .upkeep
-        .remove_replica("nobody")
+        .admin
+        .remove_replica("absent")
         .unwrap_err()
         .to_string();
-    assert_eq!(unknown, "there is no replica 'nobody'");
-    assert!(served.upkeep.jobs().is_empty());
+    assert_eq!(unknown, "there is no replica 'absent'");
+    assert!(served.admin.jobs().is_empty());
     assert_eq!(served.end().1.len(), 3);
 }
 
@@ -293,21 +281,17 @@ fn a_cancelled_resync_leaves_a_replica_that_does_not_vote() {
     let served = serve();
     let fourth = served.another("fourth.raw");
     let name = source(&fourth).node_name;
-    let id = served
-        .upkeep
-        .add_replica(&source(&fourth))
-        .unwrap()
-        .unwrap();
-    served.upkeep.job_pause(id).unwrap();
+    let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
+    served.admin.job_pause(id).unwrap();
     let paused = || {
         served
-            .upkeep
+            .admin
             .jobs()
             .iter()
             .any(|job| job.id == id && job.status == JobStatus::Paused)
     };
     if paused() {
-        served.upkeep.job_cancel(id).unwrap();
+        served.admin.job_cancel(id).unwrap();
         served.wait_for_the_end_of(id);
         let mut client = Client::connect(&served.socket, 1);
         assert!(
@@ -317,8 +301,8 @@ fn a_cancelled_resync_leaves_a_replica_that_does_not_vote() {
                 .iter()
                 .all(|byte| *byte == 0)
         );
-        assert!(served.upkeep.jobs().is_empty(), "nothing begins by itself");
-        let id = served.upkeep.resync(&name, 0).unwrap();
+        assert!(served.admin.jobs().is_empty(), "nothing begins by itself");
+        let id = served.admin.resync(&name, 0).unwrap();
         served.wait_for_the_end_of(id);
     }
     let (_directory, images) = served.end();
@@ -349,15 +333,15 @@ fn a_scrub_finds_and_repairs_what_no_client_reads() {
             .sectors_corrupt
             .load(Ordering::Relaxed)
     };
-    let id = served.upkeep.scrub(false, 0).unwrap();
+    let id = served.admin.scrub(false, 0).unwrap();
     served.wait_for_the_end_of(id);
     assert_eq!(found(), 0);
     corrupt_sectors(&served.images[1], 98304..98306, 0xff);
     corrupt_sectors(&served.images[1], 20480..20481, 0xff);
-    let id = served.upkeep.scrub(false, 0).unwrap();
+    let id = served.admin.scrub(false, 0).unwrap();
     assert!(
         served
-            .upkeep
+            .admin
             .jobs()
             .iter()
             .all(|job| job.kind == JobKind::Scrub { repair: false })
@@ -365,10 +349,10 @@ fn a_scrub_finds_and_repairs_what_no_client_reads() {
     served.wait_for_the_end_of(id);
     assert_eq!(found(), 3);
     assert!(!are_identical(&served.images));
-    let id = served.upkeep.scrub(true, 0).unwrap();
+    let id = served.admin.scrub(true, 0).unwrap();
     served.wait_for_the_end_of(id);
-    let mended = &served.shared.counters.of(ReplicaIndex(1)).sectors_repaired;
-    assert_eq!(mended.load(Ordering::Relaxed), 3);
+    let repaired = &served.shared.counters.of(ReplicaIndex(1)).sectors_repaired;
+    assert_eq!(repaired.load(Ordering::Relaxed), 3);
     drop(client);
     let (_directory, images) = served.end();
     assert!(are_identical(&images));
@@ -395,9 +379,9 @@ fn a_job_keeps_its_speed_limit() {
     let _machine = machine::shared();
     let served = serve();
     let began = Instant::now();
-    let id = served.upkeep.scrub(false, 32 << 20).unwrap();
+    let id = served.admin.scrub(false, 32 << 20).unwrap();
     served.wait_for_the_end_of(id);
-    // 64 MiB, but the last pieces are not waited for.
+    // 64 MiB, less the last chunks, which are not waited for.
     assert!(
         began.elapsed() >= Duration::from_millis(1300),
         "{:?}",

@@ -1,6 +1,6 @@
 //! This daemon beside qemu-storage-daemon's quorum: the same images, the same client, the same
 //! requests, corruptions and I/O errors, and the same answers and events; or better ones, for a
-//! reason that [`Improvement`] names. And what was found wrong there, measured again.
+//! reason that [`Improvement`] names. And the faults that were found there, measured again.
 
 use std::collections::BTreeMap;
 use std::fs::OpenOptions;
@@ -328,7 +328,7 @@ fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
                 pair.write(sectors, BTreeMap::new());
             }
             14 => {
-                // The peer asks nobody to flush who has written nothing. And bringing a replica up
+                // The peer flushes no replica that has written nothing. And bringing a replica up
                 // to date afterwards must find nothing else to report.
                 pair.renew();
                 pair.step(Action::Flush, some_failing(random, replicas));

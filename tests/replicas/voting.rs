@@ -107,7 +107,7 @@ fn a_disk_returns_what_was_written() {
         let mut model = vec![0; usize::try_from(DISK_BYTES).unwrap()];
         for _ in 0..300 {
             let queue = usize::try_from(random.within(0..queues as u64)).unwrap();
-            // Mostly small, at times longer than a piece.
+            // Mostly small, at times longer than a fragment.
             let sectors_max = if random.within(0..20) == 0 { 6000 } else { 40 };
             let sectors = random.within(1..sectors_max);
             let start = random.within(0..DISK_BYTES / 512 - sectors);
@@ -122,7 +122,7 @@ fn a_disk_returns_what_was_written() {
                 }
                 _ => assert!(
                     client.read(queue, offset, len).unwrap() == model[place],
-                    "wrong data"
+                    "a read returns other data"
                 ),
             }
         }
@@ -248,7 +248,7 @@ fn a_sector_with_three_versions_fails_alone() {
         (&16.into(), &8.into())
     );
     assert_eq!(client.read(0, 24 * 512, 8 * 512).unwrap(), [1; 8 * 512]);
-    // The guest can mend it by writing.
+    // A write of the guest repairs it.
     client.write(0, 20 * 512, &[2; 512]).unwrap();
     assert_eq!(client.read(0, 20 * 512, 512).unwrap(), [2; 512]);
 }
@@ -294,13 +294,13 @@ fn fifo_reads_in_order_and_repairs_from_the_good_reply() {
         [9 ^ 0xff; 4096],
         "the second is the next"
     );
-    let mended = || {
+    let is_repaired = || {
         std::fs::read(&setup.images[0])
             .unwrap()
             .get(2 << 20..(2 << 20) + 4096)
             == Some(&[9 ^ 0xff; 4096])
     };
-    assert!(wait_until(HANG_LIMIT, mended));
+    assert!(wait_until(HANG_LIMIT, is_repaired));
 }
 
 /// A file in memory that can be made to refuse writes while it is open: a replica that fails to
@@ -310,7 +310,7 @@ struct SealableImage(std::os::fd::OwnedFd);
 impl SealableImage {
     fn new() -> Self {
         use std::os::fd::FromRawFd;
-        // SAFETY: the name is a C string; the result is checked and owned by nobody else.
+        // SAFETY: the name is a C string; the result is checked, and nothing else owns it.
         let fd = unsafe { libc::memfd_create(c"replica".as_ptr(), libc::MFD_ALLOW_SEALING) };
         assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
         // SAFETY: `fd` is open and ours.
@@ -475,7 +475,7 @@ fn a_read_only_disk_is_read_and_not_written() {
         corrupt_sectors(image, 0..8, 0x11);
     }
     let setup = Setup::over(directory, images, &["--read-only"]);
-    // The driver refuses writes by itself when it is told that the device is read-only, and must be
+    // The driver refuses writes by itself when the device is read-only, and must be
     // told.
     let mut blkio = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
     blkio

@@ -99,7 +99,7 @@ fn a_reading_guest(
     let mut corrupted = BTreeSet::new();
     for _ in 0..ROUNDS {
         // One half before the guest reads, one while it does. A block is corrupted once, so that no
-        // rewrite undoes what nobody has read yet.
+        // repair undoes a corruption before it was read.
         let runs: Vec<_> = (0..RUNS_PER_ROUND)
             .map(|_| fresh_run(random, &mut used_blocks))
             .collect();
@@ -133,7 +133,7 @@ fn a_reading_guest(
     expect_identical(images);
 }
 
-/// The guest writes as well. It may write over what was corrupted before anybody has read it, so
+/// The guest writes as well. It may overwrite a corruption before it was read, so
 /// not all has to be reported; still nothing else may be, and nothing may stay different.
 fn a_writing_guest(
     guest: &mut Guest,
@@ -221,8 +221,8 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
     guest.run_successfully(READ_WHOLE_DISK);
     expect_identical(&images);
 
-    // The guest tried more than once, also by reading ahead. No version won: there is nobody to
-    // accuse.
+    // The guest tried more than once, also by reading ahead. No version won: no replica is
+    // reported.
     for event in events.all() {
         let data = &event["data"];
         assert_eq!(event["event"], "QUORUM_FAILURE", "{event}");
@@ -276,7 +276,7 @@ fn expect_identical(images: &[PathBuf]) {
 }
 
 /// The sectors that these events name, each of which has to be a QUORUM_REPORT_BAD against the
-/// victim for wrong data in some of the `corrupted` sectors and no others. Where an event had to
+/// victim for corrupt data in some of the `corrupted` sectors and no others. Where an event had to
 /// cut its list short, all corrupted sectors of its range count as named.
 fn reported_sectors(events: &[Value], corrupted: &BTreeSet<u64>) -> BTreeSet<u64> {
     let mut reported = BTreeSet::new();

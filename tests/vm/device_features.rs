@@ -88,7 +88,7 @@ fn a_read_only_disk(guest: &mut Guest) {
     assert_eq!(guest.answer("blockdev --getro /dev/vda"), "0");
     assert_eq!(guest.answer("blockdev --getro /dev/vdb"), "1");
     guest.run_successfully("dd if=/dev/vdb of=/dev/null bs=64k iflag=direct");
-    // The kernel may be told to try all the same.
+    // This makes the kernel send writes all the same.
     guest.run_successfully("blockdev --setrw /dev/vdb || true");
     for command in [
         "dd if=/dev/zero of=/dev/vdb bs=4k count=1 conv=fsync",

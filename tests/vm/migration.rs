@@ -101,8 +101,8 @@ fn a_guest_under_load_moves_to_another_qemu() {
     let mut source = start("source", None);
     source.run_successfully(&format!("echo '{read}  -' >/tmp/sum"));
     source.run_successfully(&format!("({WRITER}) >/tmp/writer 2>&1 &"));
-    // When the last user of a disk closes it, the kernel empties its page cache. Here is one who
-    // stays.
+    // The kernel empties the page cache of a disk when its last user closes it. The reader keeps it
+    // open.
     source.run_successfully(&format!("({READER}) >/tmp/reader 2>&1 3</dev/vda &"));
     expect_progress(&mut source);
     assert!(!daemon.log().contains(LOGGED));

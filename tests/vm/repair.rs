@@ -1,7 +1,7 @@
 //! What an operator does to a disk while a guest works on it, with `quorum-blkctl` only: one
-//! replica is replaced by an empty file, another one is damaged in a thousand places and mended,
-//! the disk is made larger. The guest checks everything that it reads, and sees nothing but right
-//! data; in the end all files are equal.
+//! replica is replaced by an empty file, another one is corrupted in a thousand places and
+//! repaired, the disk is made larger. The guest checks everything that it reads, and sees nothing
+//! but right data; in the end all files are equal.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -31,9 +31,9 @@ const READ_BYTES: u64 = 16 * MIB;
 const UNREAD_FROM: u64 = 128 * MIB;
 const UNREAD_BYTES: u64 = 16 * MIB;
 
-/// Places that are damaged in each of: what is written, what is read, what is there and is not
+/// Places that are corrupted in each of: what is written, what is read, what is there and is not
 /// read, what has never been written.
-const DAMAGED_IN_EACH: u64 = 250;
+const CORRUPT_IN_EACH: u64 = 250;
 
 /// Writes past the guest's page cache, reads back all that it wrote in the last turn, compares.
 const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n % 256 + $(cat /tmp/base))); \
@@ -76,7 +76,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     expect_progress(&mut guest);
     assert_eq!(operator.run(&["status"]), 0);
 
-    // One replica is replaced by an empty one, another is damaged meanwhile.
+    // One replica is replaced by an empty one, another is corrupted meanwhile.
     let fresh = directory.path().join("fresh.raw");
     std::thread::scope(|scope| {
         let replace = scope.spawn(|| {
@@ -87,7 +87,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
                 "--create",
             ])
         });
-        damage(&images[2], &mut random);
+        corrupt(&images[2], &mut random);
         assert_eq!(replace.join().expect("no panic"), 0);
     });
     let images = [fresh, images[1].clone(), images[2].clone()];
@@ -95,10 +95,10 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     assert_eq!(
         operator.run(&["status"]),
         1,
-        "what the guest has read was found to be damaged"
+        "the guest has read corrupt data"
     );
 
-    // What was found so far has not been mended, nor what the guest does not read.
+    // What was found so far is not repaired, nor is what the guest does not read.
     assert_eq!(operator.run(&["scrub"]), 1);
     operator.run(&["map"]);
     assert_eq!(operator.run(&["scrub", "--repair"]), 0);
@@ -166,7 +166,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     assert!(are_identical(&images));
 }
 
-/// Who has nothing but `quorum-blkctl`.
+/// An operator with `quorum-blkctl` only.
 struct Operator {
     monitor: PathBuf,
 }
@@ -202,15 +202,15 @@ fn fill(images: &[PathBuf], from: u64, bytes: u64, random: &mut Random) {
     }
 }
 
-/// Damages an image behind the daemon's back.
-fn damage(image: &Path, random: &mut Random) {
+/// Corrupts an image behind the daemon's back.
+fn corrupt(image: &Path, random: &mut Random) {
     let areas = [
         (0, PLACES * PLACE_BYTES),
         (READ_FROM, READ_BYTES),
         (UNREAD_FROM, UNREAD_BYTES),
         (UNREAD_FROM + UNREAD_BYTES, MIB),
     ];
-    for _ in 0..DAMAGED_IN_EACH {
+    for _ in 0..CORRUPT_IN_EACH {
         for (from, bytes) in areas {
             let sector = from / 512 + random.within(0..bytes / 512);
             corrupt_sectors(image, sector..sector + 1, random.mask());
