@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# run.sh [target...]: runs the fuzz targets for $SECONDS_EACH each, and fails if one finds something.
-# run.sh --corpus [target...]: makes the corpora of the fewest inputs that reach as much as all there are.
+# run.sh [target...]: runs each fuzz target for $SECONDS_EACH, and fails if one finds a broken rule.
+# run.sh --corpus [target...]: replaces each corpus by the fewest inputs that reach as much code as
+# all inputs do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seconds=${SECONDS_EACH:-60}
@@ -19,7 +20,8 @@ fi
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then
     "$cargo" install --locked cargo-fuzz
 fi
-# Stable toolchains have no sanitizers unless they are told that they have. FUZZ_STABLE=1: not a nightly one.
+# A stable toolchain offers sanitizers only with RUSTC_BOOTSTRAP. FUZZ_STABLE=1 uses it even if there is
+# a nightly one.
 toolchain=()
 if [ -z "${FUZZ_STABLE:-}" ] && rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
     toolchain=(+nightly)

@@ -1,8 +1,8 @@
-//! What the fuzz targets do with their input, and what must hold whatever it is.
+//! What the fuzz targets do with an input, and what must hold for every input.
 //!
-//! Each module has a function `run` that takes the bytes of one input and panics where something
-//! does not hold. libFuzzer calls it from `targets/`, the ordinary test `tests/fuzz.rs` with each
-//! file of `corpus/`.
+//! Each target is a module with a function `run` that takes the bytes of one input and panics where
+//! a rule is broken. libFuzzer calls it from `targets/`, and the test `tests/fuzz.rs` calls it with
+//! each file of `corpus/`.
 
 pub mod device;
 pub mod guest_memory;

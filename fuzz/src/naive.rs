@@ -1,5 +1,5 @@
-//! A second reading of virtio 1.3, 2.7.5 and 5.2.6, as simple as can be, to compare the device
-//! with.
+//! A second implementation of virtio 1.3, 2.7.5 and 5.2.6, as simple as possible, to compare the
+//! device with.
 
 use quorum_blk::limits::QUEUE_SIZE_MAX;
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
@@ -12,7 +12,7 @@ pub trait Memory {
     /// The byte at an address, if there is one.
     fn byte(&self, address: u64) -> Option<u8>;
 
-    /// As many bytes from `address` on, if all of them are there.
+    /// `COUNT` bytes from `address` on, if all of them exist.
     fn bytes<const COUNT: usize>(&self, address: u64) -> Option<[u8; COUNT]> {
         let mut bytes = [0; COUNT];
         for (offset, byte) in (0..).zip(&mut bytes) {
@@ -22,23 +22,23 @@ pub trait Memory {
     }
 }
 
-/// A run of guest memory. May be anywhere.
+/// A run of guest memory, which may lie anywhere.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Run {
-    /// Where it begins.
+    /// The address of its first byte.
     pub address: u64,
     /// Its length.
     pub bytes: u64,
 }
 
 impl Run {
-    /// The address of a byte of it, if there is such an address.
+    /// The address of a byte of the run, if that is an address.
     pub fn at(self, offset: u64) -> Option<u64> {
         self.address.checked_add(offset)
     }
 }
 
-/// The address of byte `offset` of a stretch that these runs make up; the inner `None` is one that
+/// The address of byte `offset` of the sequence of these runs. The inner `None` is an address that
 /// does not exist.
 pub fn address_of(runs: &[Run], mut offset: u64) -> Option<Option<u64>> {
     for run in runs {
@@ -50,13 +50,13 @@ pub fn address_of(runs: &[Run], mut offset: u64) -> Option<Option<u64>> {
     None
 }
 
-/// The addresses of all bytes of that stretch.
+/// The addresses of all bytes of that sequence.
 pub fn addresses_of(runs: &[Run]) -> impl Iterator<Item = Option<u64>> {
     runs.iter()
         .flat_map(|run| (0..run.bytes).map(|offset| run.at(offset)))
 }
 
-/// Length of all runs.
+/// The length of all runs.
 pub fn bytes_of(runs: &[Run]) -> u64 {
     runs.iter().map(|run| run.bytes).sum()
 }
@@ -64,26 +64,26 @@ pub fn bytes_of(runs: &[Run]) -> u64 {
 /// The descriptors of a chain.
 #[derive(Clone, Debug, Default)]
 pub struct Walk {
-    /// What the device may read.
+    /// The device-readable runs.
     pub readable: Vec<Run>,
-    /// What it may write.
+    /// The device-writable runs.
     pub writable: Vec<Run>,
-    /// It ends where it says so, and what is readable comes first.
+    /// The chain has an end, and its readable runs come first.
     pub well_formed: bool,
-    /// The descriptors themselves.
+    /// Where the descriptors lie.
     pub descriptors: Vec<Run>,
 }
 
 impl Walk {
-    /// Where the status byte is to be written.
+    /// The address of the status byte.
     pub fn status(&self) -> Option<u64> {
         let last = bytes_of(&self.writable).checked_sub(1)?;
         address_of(&self.writable, last)?
     }
 }
 
-/// Walks the chain that begins at `head` of a table of `size` descriptors at `table`, up to where
-/// it ends or breaks a rule.
+/// Walks the chain that begins at `head` of a table of `size` descriptors at `table`, to its end or
+/// to where it breaks a rule.
 pub fn walk(memory: &impl Memory, table: u64, size: u16, head: u16) -> Walk {
     let mut walk = Walk::default();
     let (mut table, mut entries, mut index) = (table, u64::from(size), u64::from(head));

@@ -1,7 +1,7 @@
 //! The request parser on raw memory: any bytes as descriptor table, indirect tables and headers.
 //!
-//! What the device understands is compared with a naive reading of the same bytes, then the request
-//! is served in pieces, as it would be, and guest memory is compared byte by byte.
+//! The parsed request is compared with a naive reading of the same bytes. Then it is served in
+//! fragments, as the device does, and guest memory is compared byte by byte.
 
 use quorum_blk::device::chain::Chain;
 use quorum_blk::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
@@ -18,10 +18,10 @@ use vm_memory::{Bytes, GuestAddress};
 use super::naive::{Memory, Run, Walk, addresses_of, bytes_of, walk};
 use super::script::Script;
 
-/// Guest memory: where its regions begin and their bytes. The last one ends where addresses end.
+/// The regions of guest memory: address and bytes. The last one ends at the last address.
 pub const REGIONS: [(u64, usize); 3] = [(0, 0x4000), (0x6000, 0x1000), (u64::MAX - 0xfff, 0xfff)];
 
-/// Where the descriptor table may be: at the beginning, or where it runs out of memory.
+/// The addresses of the descriptor table: at the beginning, or at the end of a region.
 const TABLES: [u64; 2] = [0, 0x3fc0];
 
 const SERIAL: &str = "quorum 0123";
@@ -66,12 +66,12 @@ impl Memory for Image {
     }
 }
 
-/// One chain, and how its disk answers.
+/// One chain, and how the disk answers.
 struct Case {
     info: DiskInfo,
     queue: Queue,
     head: u16,
-    /// Bytes of the pieces that it is served in.
+    /// The bytes of a fragment.
     piece_bytes: usize,
     /// The disk fails.
     fails: bool,
@@ -103,7 +103,7 @@ impl Case {
     }
 }
 
-/// What of the chain the device makes, against what it should.
+/// Compares the parsed chain with the expected request.
 pub fn run(input: &[u8]) {
     let mut script = Script::new(input);
     let case = Case::read(&mut script);
@@ -145,7 +145,7 @@ pub fn run(input: &[u8]) {
     serve(&case, &request, &expected, &memory, before);
 }
 
-/// A chain as it is to be understood.
+/// The expected request.
 struct Expected {
     kind: Kind,
     /// The data of a read or a write.
@@ -205,7 +205,7 @@ impl Expected {
         expected
     }
 
-    /// Where in the runs of `data` the data begins.
+    /// The offset of the data in the runs of `data`.
     fn data_offset(&self) -> usize {
         if matches!(self.kind, Kind::Out(_)) {
             16
@@ -215,7 +215,7 @@ impl Expected {
     }
 }
 
-/// Bytes of a stretch, if it is as long and all of it is guest memory.
+/// Bytes of a sequence of runs, if it is long enough and lies in guest memory.
 fn stretch(memory: &Image, runs: &[Run], offset: usize, count: usize) -> Option<Vec<u8>> {
     let addresses = addresses_of(runs).skip(offset).take(count);
     let bytes: Option<Vec<u8>> = addresses.map(|address| memory.byte(address?)).collect();
@@ -263,7 +263,7 @@ fn zeroes(
     }
 }
 
-/// Walking through what is to be zeroed ends at its end, within the disk.
+/// Asserts that the walk through the ranges to zero ends, within the disk.
 fn assert_zeroes(request: &Request) {
     if request.kind != Kind::Zero {
         return;
@@ -276,7 +276,7 @@ fn assert_zeroes(request: &Request) {
     assert_eq!(begun, request.sectors());
 }
 
-/// Serves the request as the device would, and compares guest memory with what it should be.
+/// Serves the request as the device does, and compares guest memory with the expected one.
 fn serve(case: &Case, request: &Request, expected: &Expected, memory: &GuestMemory, before: Image) {
     let status = match request.kind {
         Kind::Rejected(status) => status,
@@ -299,7 +299,7 @@ fn serve(case: &Case, request: &Request, expected: &Expected, memory: &GuestMemo
             fill(&mut wanted, expected, &id);
         }
         (Kind::In(_) | Kind::GetId, _) => {
-            // Some of it may have been written, and nothing else.
+            // A part of the data may have been written, and nothing else.
             assert_within(&wanted, &after_data, expected);
             wanted = after_data.clone();
         }
@@ -334,7 +334,7 @@ fn status_of(done: bool) -> Status {
     if done { Status::Ok } else { Status::IoError }
 }
 
-/// Moves the data in pieces until one of them fails.
+/// Moves the data in fragments until one of them fails.
 fn transfer(
     case: &Case,
     request: &Request,
@@ -382,7 +382,7 @@ fn transfer(
     Status::Ok
 }
 
-/// Bytes that depend on their place.
+/// Bytes that depend on their address.
 fn disk_content(bytes: u64) -> Vec<u8> {
     (0..bytes)
         .map(|place| (place / 512 * 31 + place).to_le_bytes()[0] | 0x80)

@@ -1,16 +1,16 @@
-//! An input, read from its beginning on. Where it ends, it goes on with zeroes.
+//! An input as a sequence of numbers. Behind its end it goes on with zeroes.
 
-/// What is left of an input.
+/// The rest of an input.
 #[derive(Clone, Copy, Debug)]
 pub struct Script<'a>(&'a [u8]);
 
 impl<'a> Script<'a> {
-    /// All of `input`.
+    /// The whole of `input`.
     pub fn new(input: &'a [u8]) -> Self {
         Self(input)
     }
 
-    /// Whether nothing is left.
+    /// Whether the end is reached.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -22,7 +22,7 @@ impl<'a> Script<'a> {
         taken
     }
 
-    /// All that is left.
+    /// All bytes that are left.
     pub fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }

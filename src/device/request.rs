@@ -108,65 +108,23 @@ impl Request {
     pub fn parse(chain: Chain<'_>, info: &DiskInfo) -> Self {
         let head = chain.head_index();
         let memory = chain.memory();
-        let (mut readable, mut writable, well_formed) = split(chain);
+        let (readable, mut writable, well_formed) = split(chain);
         let status = writable.take_last_byte();
         let before_status = writable.bytes();
-        let rejected = |status_value| Self {
+        let body = if well_formed && status.is_some() {
+            Body::parse(readable, writable, memory, info)
+        } else {
+            Err(Status::IoError)
+        };
+        let rejected = |status| Body::new(Kind::Rejected(status));
+        let Body { kind, data, zeroes } = body.unwrap_or_else(rejected);
+        Self {
             head,
-            kind: Kind::Rejected(status_value),
-            data: Segments::default(),
-            zeroes: Vec::new(),
+            kind,
+            data,
+            zeroes,
             status,
             before_status,
-        };
-        let mut header = [0; HEADER_BYTES];
-        if !well_formed || status.is_none() || readable.read(memory, 0, &mut header).is_err() {
-            return rejected(Status::IoError);
-        }
-        readable.skip(HEADER_BYTES);
-        let request_type = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
-        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
-        let mut zeroes = Vec::new();
-        let (kind, data) = match request_type {
-            VIRTIO_BLK_T_IN => (
-                info.range_of(sector, writable.bytes()).map(Kind::In),
-                writable,
-            ),
-            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
-                if info.read_only =>
-            {
-                return rejected(Status::IoError);
-            }
-            VIRTIO_BLK_T_OUT => (
-                info.range_of(sector, readable.bytes()).map(Kind::Out),
-                readable,
-            ),
-            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
-                match parse_zeroes(
-                    &readable,
-                    memory,
-                    info,
-                    request_type == VIRTIO_BLK_T_DISCARD,
-                ) {
-                    Ok(ranges) => zeroes = ranges,
-                    Err(status) => return rejected(status),
-                }
-                (Some(Kind::Zero), Segments::default())
-            }
-            VIRTIO_BLK_T_FLUSH => (Some(Kind::Flush), Segments::default()),
-            VIRTIO_BLK_T_GET_ID => (Some(Kind::GetId), writable),
-            _ => return rejected(Status::Unsupported),
-        };
-        match kind {
-            Some(kind) => Self {
-                head,
-                kind,
-                data,
-                zeroes,
-                status,
-                before_status,
-            },
-            None => rejected(Status::IoError),
         }
     }
 
@@ -247,6 +205,68 @@ impl Request {
             Ok(()) => Status::Ok,
             Err(OutsideMemory) => Status::IoError,
         }
+    }
+}
+
+/// What a chain asks for, with its data.
+struct Body {
+    kind: Kind,
+    data: Segments,
+    zeroes: Vec<Zeroed>,
+}
+
+impl Body {
+    fn new(kind: Kind) -> Self {
+        Self::with_data(kind, Segments::default())
+    }
+
+    fn with_data(kind: Kind, data: Segments) -> Self {
+        Self {
+            kind,
+            data,
+            zeroes: Vec::new(),
+        }
+    }
+
+    /// Parses the device-readable bytes and the device-writable bytes before the status, or returns
+    /// the status that rejects them.
+    fn parse(
+        mut readable: Segments,
+        writable: Segments,
+        memory: View<'_>,
+        info: &DiskInfo,
+    ) -> Result<Self, Status> {
+        let mut header = [0; HEADER_BYTES];
+        let read = readable.read(memory, 0, &mut header);
+        read.map_err(|OutsideMemory| Status::IoError)?;
+        readable.skip(HEADER_BYTES);
+        let request_type = u32::from_le_bytes([header[0], header[1], header[2], header[3]]);
+        let sector = u64::from_le_bytes(header[8..].try_into().expect("8 bytes"));
+        let range_of = |data: &Segments| {
+            let range = info.range_of(sector, data.bytes());
+            range.ok_or(Status::IoError)
+        };
+        let is_write = matches!(
+            request_type,
+            VIRTIO_BLK_T_OUT | VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES
+        );
+        if is_write && info.read_only {
+            return Err(Status::IoError);
+        }
+        Ok(match request_type {
+            VIRTIO_BLK_T_IN => Self::with_data(Kind::In(range_of(&writable)?), writable),
+            VIRTIO_BLK_T_OUT => Self::with_data(Kind::Out(range_of(&readable)?), readable),
+            VIRTIO_BLK_T_DISCARD | VIRTIO_BLK_T_WRITE_ZEROES => {
+                let discard = request_type == VIRTIO_BLK_T_DISCARD;
+                Self {
+                    zeroes: parse_zeroes(&readable, memory, info, discard)?,
+                    ..Self::new(Kind::Zero)
+                }
+            }
+            VIRTIO_BLK_T_FLUSH => Self::new(Kind::Flush),
+            VIRTIO_BLK_T_GET_ID => Self::with_data(Kind::GetId, writable),
+            _ => return Err(Status::Unsupported),
+        })
     }
 }
 

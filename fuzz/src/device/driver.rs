@@ -1,4 +1,4 @@
-//! The driver, which may write anything anywhere.
+//! The driver, which may write any bytes to any address.
 
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::{
@@ -12,15 +12,15 @@ use vm_memory::ByteValued;
 
 use super::super::naive::Memory;
 use super::super::script::Script;
-use super::places::{RINGS, address, ring};
+use super::places::{QUEUES, address, queue};
 use super::step::Step;
 use super::world::with_world;
 
-/// Where request headers, segments, indirect tables and data are.
+/// The addresses of request headers, segments and indirect tables.
 const HEADERS: u64 = 0x2000;
 const SEGMENTS: u64 = 0x2200;
 const TABLES: u64 = 0x2400;
-/// Where the status byte of a whole request is.
+/// The address of the status bytes of whole requests.
 const STATUSES: u64 = 0x2300;
 
 /// Lengths of descriptors.
@@ -43,17 +43,17 @@ const LENGTHS: [u32; 16] = [
     0x200,
 ];
 
-/// What the driver does: it writes to memory.
+/// Does a step of the driver: it writes to memory.
 pub(super) fn drive(step: Step, script: &mut Script<'_>) {
     match step {
         Step::Offer => {
-            let (ring, head) = (ring(script), script.u8());
+            let (queue, head) = (queue(script), script.u8());
             let head = if head == u8::MAX {
                 u16::MAX
             } else {
                 head.into()
             };
-            offer(ring, head);
+            offer(queue, head);
         }
         Step::Descriptor => {
             let (table, index) = (script.u8(), script.u8());
@@ -63,7 +63,7 @@ pub(super) fn drive(step: Step, script: &mut Script<'_>) {
             );
             let (flags, next) = (script.u8().into(), script.u8().into());
             let table = if table & 2 == 0 {
-                ring_addresses(u16::from(table) % RINGS).0
+                queue_addresses(u16::from(table) % QUEUES).0
             } else {
                 TABLES
             };
@@ -102,7 +102,7 @@ fn request(script: &mut Script<'_>) {
         address(script),
         LENGTHS[usize::from(script.u8()) % LENGTHS.len()],
     );
-    let (ring, indirect) = (u16::from(choice & 1), choice & 2 != 0);
+    let (queue, indirect) = (u16::from(choice & 1), choice & 2 != 0);
     let kinds = [
         VIRTIO_BLK_T_IN,
         VIRTIO_BLK_T_OUT,
@@ -114,7 +114,7 @@ fn request(script: &mut Script<'_>) {
         77,
     ];
     let kind = kinds[usize::from(choice >> 2 & 7)];
-    let (table, _, size) = ring_addresses(ring);
+    let (table, _, size) = queue_addresses(queue);
     let first = u16::from(first) % size;
     let header = u8::try_from(first % 32).expect("a small number");
     put_header(header, kind, sector);
@@ -149,7 +149,7 @@ fn request(script: &mut Script<'_>) {
         let reference = Descriptor::new(indirect_table, bytes, flag(VRING_DESC_F_INDIRECT), 0);
         put_descriptor(table, first, reference);
     }
-    offer(ring, first);
+    offer(queue, first);
 }
 
 fn flag(flag: u32) -> u16 {
@@ -173,18 +173,18 @@ fn put_descriptor(table: u64, index: u16, descriptor: Descriptor) {
     with_world(|world| world.model.files.put(place, descriptor.as_slice()));
 }
 
-/// Where the descriptors and the available ring are now, and how many entries they have.
-fn ring_addresses(ring: u16) -> (u64, u64, u16) {
+/// The addresses of the descriptor table and the available ring, and how many entries they have.
+fn queue_addresses(queue: u16) -> (u64, u64, u16) {
     with_world(|world| {
-        let state = world.slot.vrings[usize::from(ring)].get_ref();
+        let state = world.slot.vrings[usize::from(queue)].get_ref();
         let queue = state.get_queue();
         (queue.desc_table(), queue.avail_ring(), queue.size())
     })
 }
 
 /// Makes a head available.
-fn offer(ring: u16, head: u16) {
-    let (_, available, size) = ring_addresses(ring);
+fn offer(queue: u16, head: u16) {
+    let (_, available, size) = queue_addresses(queue);
     let index = with_world(|world| {
         world
             .model
@@ -197,11 +197,11 @@ fn offer(ring: u16, head: u16) {
     };
     let entry = available.saturating_add(4 + 2 * u64::from(index % size));
     with_world(|world| world.model.files.put(entry, &head.to_le_bytes()));
-    set_available_index(ring, index.wrapping_add(1));
+    set_available_index(queue, index.wrapping_add(1));
 }
 
-pub(super) fn set_available_index(ring: u16, index: u16) {
-    let (_, available, _) = ring_addresses(ring);
+pub(super) fn set_available_index(queue: u16, index: u16) {
+    let (_, available, _) = queue_addresses(queue);
     let place = available.saturating_add(2);
     with_world(|world| world.model.files.put(place, &index.to_le_bytes()));
 }

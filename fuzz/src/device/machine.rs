@@ -1,4 +1,4 @@
-//! The VMM: the frontend's messages, as calls of the device, and what it has agreed on with it.
+//! The VMM: sends the frontend's messages as calls of the device, and keeps what it has negotiated.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -21,18 +21,19 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use super::super::script::Script;
 use super::driver::{drive, set_available_index};
 use super::memory::{FILE_BYTES, Mapping, memory_file};
-use super::places::{RINGS, address, ring};
+use super::places::{QUEUES, address, queue};
 use super::step::Step;
 use super::world::{Server, World, with_world};
 
-/// Entries of a ring, at most.
+/// Entries of a virtqueue, at most.
 const QUEUE_SIZE_MAX: u16 = 32;
-/// Where a ring is as long as nobody moves it, and how far the next one is from it.
-const RING: u64 = 0x1000;
-const RING_STRIDE: u64 = 0x400;
+/// The first address of the virtqueues, and the distance from one to the next, unless a script
+/// moves them.
+const QUEUE_ADDRESS: u64 = 0x1000;
+const QUEUE_STRIDE: u64 = 0x400;
 const AVAILABLE: u64 = 0x200;
 const USED: u64 = 0x280;
-/// Where guest memory may be.
+/// The addresses at which guest memory may be.
 const SLOTS: [u64; 8] = [
     0,
     0x8000,
@@ -57,20 +58,20 @@ pub(super) struct Machine {
 
 fn disk_info() -> DiskInfo {
     DiskInfo {
-        // Large enough for a discard of many pieces.
+        // Large enough for a discard of many fragments.
         capacity: Capacity::new(1 << 17),
         block_bytes: 512,
         physical_block_bytes: 4096,
         read_only: false,
         serial: "quorum 0123".to_owned(),
-        num_queues: RINGS,
+        num_queues: QUEUES,
         segments_max: 126,
     }
 }
 
 fn new_slot() -> ConnectionSlot {
-    ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default())
-        .expect("a size that a ring can have")
+    ConnectionSlot::new(QUEUES, QUEUE_SIZE_MAX, CacheMode::default())
+        .expect("a size that a queue can have")
 }
 
 fn new_frontend(slot: ConnectionSlot) -> Arc<Mutex<Frontend>> {
@@ -98,9 +99,9 @@ impl Machine {
         }
     }
 
-    /// Sends a message. An error ends the connection, and then there is a new one.
+    /// Sends a message. An error ends the connection; the next message uses a new one.
     fn send<R>(&mut self, message: impl FnOnce(&mut Frontend) -> Result<R>) -> Option<R> {
-        // The log may be switched off in the middle of it.
+        // The message may switch the log off.
         with_world(|world| world.model.files.log = None);
         let result = message(&mut self.frontend.lock().expect("no panic so far"));
         if result.is_err() {
@@ -116,7 +117,7 @@ impl Machine {
         with_world(|world| world.model.files.log = log);
     }
 
-    /// Connects and closes at once; what is left of before is taken down then.
+    /// Connects and closes at once, which resets the device.
     pub(super) fn disconnect(&mut self) {
         (self.logs, self.log_is_set) = (false, false);
         self.note_log();
@@ -126,26 +127,26 @@ impl Machine {
         self.region = None;
     }
 
-    /// Sets memory and rings up as a VMM does, as far as they are not.
+    /// Sets memory and virtqueues up as a VMM does.
     pub(super) fn set_up(&mut self) {
         self.send(Frontend::get_features);
         self.features(0b1_1111);
         self.memory_table(&[(0, 0), (1, 1)]);
-        for ring in 0..RINGS {
-            self.send(|frontend| frontend.set_vring_num(ring.into(), 16));
-            self.addresses(ring, standard_addresses(ring));
+        for queue in 0..QUEUES {
+            self.send(|frontend| frontend.set_vring_num(queue.into(), 16));
+            self.addresses(queue, standard_addresses(queue));
             let base = with_world(|world| {
                 let mut base = [0; 2];
-                let place = RING + RING_STRIDE * u64::from(ring) + USED + 2;
+                let place = QUEUE_ADDRESS + QUEUE_STRIDE * u64::from(queue) + USED + 2;
                 world.model.files.files[0]
                     .read_exact_at(&mut base, place)
                     .expect("a memory file");
                 u16::from_le_bytes(base)
             });
-            self.send(|frontend| frontend.set_vring_base(ring.into(), base.into()));
-            self.send(|frontend| frontend.set_vring_call(u8_of(ring), Some(event())));
-            self.send(|frontend| frontend.set_vring_kick(u8_of(ring), Some(event())));
-            self.send(|frontend| frontend.set_vring_enable(ring.into(), true));
+            self.send(|frontend| frontend.set_vring_base(queue.into(), base.into()));
+            self.send(|frontend| frontend.set_vring_call(u8_of(queue), Some(event())));
+            self.send(|frontend| frontend.set_vring_kick(u8_of(queue), Some(event())));
+            self.send(|frontend| frontend.set_vring_enable(queue.into(), true));
         }
     }
 
@@ -160,8 +161,8 @@ impl Machine {
                 with_world(|world| world.model.files.put(place, bytes));
             }
             Step::Index => {
-                let ring = ring(script);
-                set_available_index(ring, script.u16());
+                let queue = queue(script);
+                set_available_index(queue, script.u16());
             }
             Step::Serve => {
                 let count = script.u8().into();
@@ -183,7 +184,7 @@ impl Machine {
                 });
             }
             Step::Stop | Step::Start | Step::Enable | Step::Size | Step::Addresses | Step::Base => {
-                self.set_ring(step, script);
+                self.set_queue(step, script);
             }
             Step::MemoryTable | Step::AddMemory | Step::RemoveMemory => {
                 self.set_memory(step, script)
@@ -206,16 +207,16 @@ impl Machine {
         }
     }
 
-    fn set_ring(&mut self, step: Step, script: &mut Script<'_>) {
-        let ring = ring(script);
-        let index = u32::from(ring);
+    fn set_queue(&mut self, step: Step, script: &mut Script<'_>) {
+        let queue = queue(script);
+        let index = u32::from(queue);
         match step {
             Step::Stop => {
                 self.send(|frontend| frontend.get_vring_base(index));
             }
             Step::Start => {
                 let kick = script.flag().then(event);
-                self.send(|frontend| frontend.set_vring_kick(u8_of(ring), kick));
+                self.send(|frontend| frontend.set_vring_kick(u8_of(queue), kick));
             }
             Step::Enable => {
                 let enable = script.flag();
@@ -223,7 +224,7 @@ impl Machine {
             }
             Step::Size => {
                 let size = script.u8();
-                // Powers of two, and what is none.
+                // Powers of two, and other numbers.
                 let size = if size < 8 { 1 << size } else { u32::from(size) };
                 self.send(|frontend| frontend.set_vring_num(index, size));
             }
@@ -236,13 +237,13 @@ impl Machine {
                     standard @ 0..=3 => standard_addresses(standard.into()),
                     _ => [(); 3].map(|()| address(script)),
                 };
-                self.addresses(ring, places);
+                self.addresses(queue, places);
             }
         }
     }
 
-    /// Where the rings are; addresses are aligned as the `vhost` crate asks for.
-    fn addresses(&mut self, ring: u16, [descriptor, available, used]: [u64; 3]) {
+    /// Sets the addresses of a virtqueue, aligned as the `vhost` crate demands.
+    fn addresses(&mut self, queue: u16, [descriptor, available, used]: [u64; 3]) {
         let user = |address: u64, alignment: u64| {
             with_world(|world| world.model.files.user_address(address))
                 .map(|address| address & !(alignment - 1))
@@ -253,7 +254,7 @@ impl Machine {
         };
         let flags = VhostUserVringAddrFlags::empty();
         self.send(|frontend| {
-            frontend.set_vring_addr(ring.into(), flags, descriptor, used, available, 0)
+            frontend.set_vring_addr(queue.into(), flags, descriptor, used, available, 0)
         });
     }
 
@@ -340,7 +341,7 @@ impl Machine {
     }
 
     /// Sends a message after which guest memory is `table`, unless it fails. The device replaces
-    /// the memory before it refreshes the rings.
+    /// the memory before it refreshes the virtqueues.
     fn change_memory(
         &mut self,
         table: Vec<Mapping>,
@@ -350,7 +351,7 @@ impl Machine {
         self.send(|frontend| {
             let result = message(frontend);
             let refreshed = with_world(|world| world.next_table.take().is_none());
-            assert_eq!(refreshed, result.is_ok(), "the rings know the new memory");
+            assert_eq!(refreshed, result.is_ok(), "the queues know the new memory");
             result
         });
     }
@@ -372,12 +373,12 @@ impl Machine {
                 let bytes = script.take(count);
                 if let Some((region, file)) = &self.region {
                     let offset = u64::from(offset) % region.mmap_size;
-                    // What does not fit in is the file's to refuse.
+                    // The file is sealed, so it does not grow.
                     let _ = file.write_all_at(bytes, offset);
                 }
                 return;
             }
-            // The same file, said to be something else.
+            // The same file, with another layout.
             _ => {
                 let change = script.u8();
                 if let Some((region, _)) = &mut self.region {
@@ -427,7 +428,7 @@ impl Machine {
         }
     }
 
-    /// The daemon is killed. Memory, the rings in it and the region are there for the next one.
+    /// Kills the daemon and starts the next one with the same memory, virtqueues and region.
     fn kill(&mut self) {
         let region = self.region.take();
         (self.logs, self.log_is_set) = (false, false);
@@ -460,10 +461,10 @@ fn shared_file(file: usize) -> File {
 }
 
 fn standard_addresses(place: u16) -> [u64; 3] {
-    let start = RING + RING_STRIDE * u64::from(place);
+    let start = QUEUE_ADDRESS + QUEUE_STRIDE * u64::from(place);
     [start, start + AVAILABLE, start + USED]
 }
 
-fn u8_of(ring: u16) -> u8 {
-    u8::try_from(ring).expect("few rings")
+fn u8_of(queue: u16) -> u8 {
+    u8::try_from(queue).expect("few queues")
 }

@@ -1,5 +1,5 @@
-//! Guest memory as the frontend has it: files, of which parts are shared with the device, and what
-//! is known to be in them. Any byte that the device changes is found.
+//! Guest memory as the frontend has it: files, parts of which are shared with the device, and their
+//! known content. Any byte that the device changes is found.
 
 use std::fs::File;
 use std::ops::Range;
@@ -28,49 +28,48 @@ pub fn memory_file(bytes: u64) -> File {
 /// A part of a file that is guest memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// Where it is in the guest's address space.
+    /// Its address for the guest.
     pub guest_address: u64,
-    /// Where it is in the frontend's.
+    /// Its address for the frontend.
     pub user_address: u64,
     /// Its length.
     pub bytes: u64,
-    /// Which file.
+    /// The index of the file.
     pub file: usize,
-    /// Where in the file.
+    /// Its offset in the file.
     pub offset: u64,
 }
 
-/// The files, what is in them, and which parts are shared.
+/// The files, their known content, and the shared parts.
 pub struct Files {
     /// The files themselves.
     pub files: Vec<File>,
-    /// And what this end has mapped of them.
+    /// The mappings of the files on this side.
     mappings: Vec<MmapRegion<()>>,
-    /// As they were when [`Self::changes`] was called last, and as the driver has written them
-    /// since.
+    /// The content at the last call of [`Self::changes`], with the writes of the driver since.
     known: Vec<Vec<u8>>,
-    /// Room for as much as the largest has.
+    /// A buffer as large as the largest file.
     scratch: Vec<u8>,
-    /// What is shared with the device.
+    /// The parts that are shared with the device.
     pub table: Vec<Mapping>,
-    /// Where writes are marked, if they are to be.
+    /// The dirty log, while writes are logged.
     pub log: Option<File>,
 }
 
-/// A place in a file.
+/// A byte: the index of its file, and its offset.
 pub type Place = (usize, usize);
 
-/// Bytes of the files that are marked.
+/// A set of bytes of the files.
 pub struct Marks(Vec<Vec<bool>>);
 
 impl Marks {
-    /// None.
+    /// The empty set.
     pub fn none() -> Self {
         let files = FILE_BYTES.iter();
         Self(files.map(|&bytes| vec![false; to_usize(bytes)]).collect())
     }
 
-    /// Marks what of a run of guest memory is in the files.
+    /// Marks the bytes of a run of guest memory, as far as it is shared.
     pub fn add(&mut self, files: &Files, run: Run) {
         for (file, range) in files.ranges(run) {
             self.0[file][range].fill(true);
@@ -91,7 +90,7 @@ impl Marks {
 }
 
 impl Files {
-    /// Zeroes, not shared.
+    /// Files of zeroes, not shared.
     pub fn new() -> Self {
         let files: Vec<File> = FILE_BYTES.map(memory_file).into();
         let map = |(file, &bytes): (&File, &u64)| {
@@ -118,7 +117,7 @@ impl Files {
         }
     }
 
-    /// Where the frontend has an address of the guest.
+    /// The frontend's address for an address of the guest.
     pub fn user_address(&self, guest_address: u64) -> Option<u64> {
         let found = |mapping: &Mapping| {
             let offset = guest_address.checked_sub(mapping.guest_address)?;
@@ -148,13 +147,13 @@ impl Files {
         })
     }
 
-    /// Whether all of a run is guest memory.
+    /// Whether a run lies in guest memory as a whole.
     pub fn is_memory(&self, run: Run) -> bool {
         let found: usize = self.ranges(run).map(|(_, range)| range.len()).sum();
         found as u64 == run.bytes
     }
 
-    /// The driver writes. What is not guest memory is not written.
+    /// Writes as the driver. Bytes outside of guest memory are dropped.
     pub fn put(&mut self, guest_address: u64, bytes: &[u8]) {
         for (offset, byte) in (0..).zip(bytes) {
             let place = guest_address
@@ -171,7 +170,7 @@ impl Files {
         }
     }
 
-    /// What has changed since the last call other than by [`Self::put`].
+    /// The bytes that have changed since the last call, other than by [`Self::put`].
     pub fn changes(&mut self) -> Vec<Place> {
         let mut changes = Vec::new();
         for (index, (mapping, known)) in self.mappings.iter().zip(&mut self.known).enumerate() {
@@ -189,7 +188,7 @@ impl Files {
         changes
     }
 
-    /// Whether a write there is marked in the log, under any of the addresses that the place has.
+    /// Whether a write to the byte is marked in the log, under any of its addresses.
     pub fn is_logged(&self, log: &File, (file, at): Place) -> bool {
         let aliases = self
             .table

@@ -1,10 +1,10 @@
-//! The whole device on a script: a driver that writes what it likes into rings and descriptors, a
-//! frontend that starts, stops, moves and resets rings, plugs memory and hands over regions, an
-//! engine that answers in any order, and processes that are killed.
+//! The whole device, driven by a script: a driver that writes any bytes into virtqueues and
+//! descriptors, a frontend that starts, stops, moves and resets virtqueues, plugs memory and passes
+//! regions, an engine that answers in any order, and processes that are killed.
 //!
-//! What must hold: whatever is taken off a ring is given back once, unless the ring itself is not
-//! there any more; nothing but used rings and the writable parts of what is out is written to;
-//! stops end; nothing panics.
+//! What must hold: each accepted chain is completed once, unless its virtqueue is no longer in
+//! memory; only used rings and the writable parts of chains in flight are written; stops end;
+//! nothing panics.
 
 mod driver;
 mod machine;
@@ -21,10 +21,10 @@ use self::step::STEPS;
 use self::world::{World, with_world};
 use super::script::Script;
 
-/// What a script does at most: no input takes long.
+/// The most steps of a script, so that no input takes long.
 const STEPS_MAX: usize = 150;
 
-/// Does what the script says, and takes everything down.
+/// Does the steps of the script, and takes everything down.
 pub fn run(input: &[u8]) {
     let mut script = Script::new(input);
     let mut machine = Machine::new();

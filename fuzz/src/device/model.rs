@@ -1,4 +1,4 @@
-//! A model of what was taken off the rings and not given back, and of which memory may change.
+//! A model of the chains in flight, and of the memory that may change.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -13,7 +13,7 @@ use virtio_queue::QueueT;
 use super::super::naive::{Memory, Run, walk};
 use super::memory::{Files, Marks};
 
-/// A ring as the frontend has set it up, and how far it has got.
+/// A virtqueue as the frontend has set it up, with its indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Position {
     next_avail: u16,
@@ -27,8 +27,8 @@ pub(super) struct Position {
 }
 
 impl Position {
-    /// Where a ring stands now.
-    pub(super) fn new(vring: &Vring, guest: &Guest, ring: usize) -> Self {
+    /// The position of a virtqueue now.
+    pub(super) fn new(vring: &Vring, guest: &Guest, index: usize) -> Self {
         let state = vring.get_ref();
         let queue = state.get_queue();
         Self {
@@ -38,8 +38,8 @@ impl Position {
             table: queue.desc_table(),
             avail: queue.avail_ring(),
             used: queue.used_ring(),
-            served: guest.is_served(ring),
-            drained: guest.is_drained(ring),
+            served: guest.is_served(index),
+            drained: guest.is_drained(index),
         }
     }
 
@@ -57,7 +57,7 @@ impl Position {
             .saturating_add(4 + 8 * u64::from(index % self.size))
     }
 
-    /// Where the used ring is, its avail_event included.
+    /// The used ring, its avail_event included.
     fn used_area(self) -> Run {
         Run {
             address: self.used,
@@ -66,66 +66,66 @@ impl Position {
     }
 }
 
-/// Chains of one head that are out.
+/// Chains in flight with the same head.
 #[derive(Debug, Default)]
-struct Out {
+struct InFlight {
     count: usize,
-    /// What the device may write for them.
+    /// The memory that the device may write for them.
     writable: Vec<Run>,
-    /// Where the status goes, if there has been one of them only.
+    /// The address of the status, if there has been only one of them.
     status: Option<u64>,
-    /// Taken by another process; it is not known when it is looked at again.
+    /// Accepted by another process. When this one parses it is not known.
     resubmitted: bool,
 }
 
-/// What is known of a ring.
+/// The chains in flight of a virtqueue.
 #[derive(Debug, Default)]
-struct Ring {
-    out: BTreeMap<u16, Out>,
-    /// An upper bound of how many chains are out. Holds also where it is not known which.
-    out_count: usize,
+struct Queue {
+    in_flight: BTreeMap<u16, InFlight>,
+    /// An upper bound of the number of chains in flight. Holds even if it is not known which.
+    in_flight_count: usize,
     /// Chains are tracked in a region.
     tracked: bool,
-    /// In which one: they are counted as they are handed over.
+    /// The number of that region.
     region: usize,
-    /// Some of what is out was taken by another process.
+    /// Another process accepted some of the chains in flight.
     resubmitted: bool,
-    /// Some of what is out cannot be given back, through no fault of the device.
+    /// Some of the chains in flight cannot be completed, through no fault of the device.
     lossy: bool,
 }
 
-/// How the call of the guest side may change a ring's position.
+/// A call of the guest side, by how it may change the position of a virtqueue.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Call {
-    /// Takes chains.
-    Take,
-    /// Gives chains back, at most.
+    /// Accepts chains.
+    Accept,
+    /// Completes chains, or does nothing.
     Answer,
-    /// Gives up what is out of this ring.
-    Abandon { ring: usize },
-    /// Starts or stops this ring, which is tracked from its next start on or not.
-    Refresh { ring: usize, tracked: bool },
+    /// Abandons the chains in flight of this virtqueue.
+    Abandon { queue: usize },
+    /// Starts or stops this virtqueue, which is tracked from its next start on or not.
+    Refresh { queue: usize, tracked: bool },
 }
 
-/// What the driver has written, what the device may write, and which chains are out.
+/// The memory that the driver has written and the device may write, and the chains in flight.
 pub(super) struct Model {
     pub(super) files: Files,
-    rings: Vec<Ring>,
-    /// The file with the region, where it begins, and the bytes of it for each queue.
+    queues: Vec<Queue>,
+    /// The file of the region, the offset of the region, and its bytes for each queue.
     region: Option<(File, u64, u64)>,
-    /// How many were handed over.
+    /// How many regions the frontend has passed.
     regions: usize,
-    /// Which chains are out is known. It is not any more when the device was made to write over
-    /// rings and descriptors while it takes chains.
+    /// The model knows which chains are in flight. It no longer does when the driver has made the
+    /// device write over virtqueues and descriptors while it accepts chains.
     strict: bool,
 }
 
 impl Model {
-    /// Of a device with so many rings.
-    pub(super) fn new(rings: usize) -> Self {
+    /// The model of a device with this many virtqueues.
+    pub(super) fn new(queues: usize) -> Self {
         Self {
             files: Files::new(),
-            rings: (0..rings).map(|_| Ring::default()).collect(),
+            queues: (0..queues).map(|_| Queue::default()).collect(),
             region: None,
             regions: 0,
             strict: true,
@@ -134,66 +134,68 @@ impl Model {
 
     /// The process is killed.
     pub(super) fn kill(&mut self) {
-        let rings = self.rings.iter_mut();
-        rings.for_each(|ring| *ring = Ring::default());
+        let queues = self.queues.iter_mut();
+        queues.for_each(|queue| *queue = Queue::default());
         self.files.table.clear();
         self.files.log = None;
     }
 
-    /// A region is handed over.
+    /// The frontend passes a region.
     pub(super) fn set_region(&mut self, file: File, offset: u64, queue_bytes: u64) {
         self.region = Some((file, offset, queue_bytes));
         self.regions += 1;
     }
 
-    /// A call has led from one position to the other. Compares what has become of memory and rings
-    /// with what may have.
+    /// Checks the changes of memory and virtqueues that a call has made.
     pub(super) fn note_call(&mut self, call: Call, before: &[Position], after: &[Position]) {
         match call {
-            Call::Take => self.note_taken(before, after),
+            Call::Accept => self.note_accepted(before, after),
             // They stay in flight in the region, and memory is not touched for them any more.
-            Call::Abandon { ring } if self.rings[ring].tracked => {
-                self.rings[ring].out.clear();
-                self.rings[ring].out_count = 0;
+            Call::Abandon { queue } if self.queues[queue].tracked => {
+                self.queues[queue].in_flight.clear();
+                self.queues[queue].in_flight_count = 0;
             }
             _ => {}
         }
         self.note_losses(after);
         self.note_overwritten(before, after);
         self.check_changes(before);
-        for ring in 0..self.rings.len() {
+        for queue in 0..self.queues.len() {
             let restarted = match call {
                 Call::Refresh {
-                    ring: refreshed,
+                    queue: refreshed,
                     tracked,
-                } if refreshed == ring => {
-                    self.note_failed_start(ring, tracked, before[ring], after[ring]);
-                    self.note_start(ring, tracked, before[ring], after[ring])
+                } if refreshed == queue => {
+                    self.note_failed_start(queue, tracked, before[queue], after[queue]);
+                    self.note_start(queue, tracked, before[queue], after[queue])
                 }
                 _ => false,
             };
             if !restarted {
-                self.note_given_back(ring, before[ring], after[ring]);
+                self.note_completed(queue, before[queue], after[queue]);
             }
-            self.note_drained(ring, after[ring]);
+            self.note_drained(queue, after[queue]);
         }
     }
 
-    /// What the available rings had between then and now was taken.
-    fn note_taken(&mut self, before: &[Position], after: &[Position]) {
+    /// Notes the chains that were accepted between the two positions.
+    fn note_accepted(&mut self, before: &[Position], after: &[Position]) {
         let mut read = Marks::none();
         let mut written = Vec::new();
         let mut any = false;
-        for ((ring, before), after) in self.rings.iter_mut().zip(before).zip(after) {
+        for ((queue, before), after) in self.queues.iter_mut().zip(before).zip(after) {
             let count = after.next_avail.wrapping_sub(before.next_avail);
-            // More only if the device was made to write over the index.
+            // More only if the driver made the device write over the index.
             self.strict &= count <= before.size;
-            ring.out_count += usize::from(count);
-            let taken =
+            queue.in_flight_count += usize::from(count);
+            let accepted =
                 (0..count).map(|step| before.avail_entry(before.next_avail.wrapping_add(step)));
-            let resubmitted = ring.out.iter().filter(|(_, out)| out.resubmitted);
+            let resubmitted = queue
+                .in_flight
+                .iter()
+                .filter(|(_, in_flight)| in_flight.resubmitted);
             let mut heads: Vec<(u16, bool)> = resubmitted.map(|(head, _)| (*head, false)).collect();
-            for entry in taken {
+            for entry in accepted {
                 read.add(&self.files, entry);
                 let head = self.files.bytes(entry.address).map(u16::from_le_bytes);
                 heads.push((head.expect("the entry was read"), true));
@@ -204,11 +206,11 @@ impl Model {
                 walk.descriptors
                     .iter()
                     .for_each(|run| read.add(&self.files, *run));
-                let out = ring.out.entry(head).or_default();
-                out.count += usize::from(is_new);
-                // Of two with the same head it is not known which one is given back.
-                out.status = walk.status().filter(|_| out.count == 1);
-                out.writable.extend(&walk.writable);
+                let in_flight = queue.in_flight.entry(head).or_default();
+                in_flight.count += usize::from(is_new);
+                // It is not known which of two chains with the same head is completed.
+                in_flight.status = walk.status().filter(|_| in_flight.count == 1);
+                in_flight.writable.extend(&walk.writable);
                 written.extend(walk.writable);
             }
             if before.served {
@@ -220,14 +222,14 @@ impl Model {
         }
     }
 
-    /// Of several elements that were put on used rings the first may be written over by what came
-    /// with the others.
+    /// When several elements were put on used rings, the data of a later chain may have been
+    /// written over the first ones.
     fn note_overwritten(&mut self, before: &[Position], after: &[Position]) {
         let mut total = 0;
         for (before, after) in before.iter().zip(after) {
             let count = after.next_used.wrapping_sub(before.next_used);
             total += u32::from(count);
-            // More may be out than the ring has entries, if the driver does not wait.
+            // A driver that does not wait may have more in flight than the virtqueue has entries.
             self.strict &= count <= before.size;
         }
         if total < 2 {
@@ -239,33 +241,42 @@ impl Model {
             self.strict &= !used.overlaps(&self.files, area);
             used.add(&self.files, area);
         }
-        let outs = self.rings.iter().flat_map(|ring| ring.out.values());
-        let mut runs = outs.flat_map(|out| &out.writable);
+        let all_in_flight = self
+            .queues
+            .iter()
+            .flat_map(|queue| queue.in_flight.values());
+        let mut runs = all_in_flight.flat_map(|in_flight| &in_flight.writable);
         self.strict &= !runs.any(|run| used.overlaps(&self.files, *run));
     }
 
-    /// A chain cannot be given back if its head is none, or the used ring is not there.
+    /// A chain cannot be completed if its head is out of the table, or the used ring is not in
+    /// memory.
     fn note_losses(&mut self, now: &[Position]) {
-        for (ring, now) in self.rings.iter_mut().zip(now) {
-            let none = ring.out.keys().any(|head| *head >= now.size);
+        for (queue, now) in self.queues.iter_mut().zip(now) {
+            let none = queue.in_flight.keys().any(|head| *head >= now.size);
             let nowhere = !self.files.is_memory(now.used_area());
-            let forgotten = ring.resubmitted && !now.served;
-            ring.lossy |= (none || nowhere || forgotten) && !ring.out.is_empty();
+            let forgotten = queue.resubmitted && !now.served;
+            queue.lossy |= (none || nowhere || forgotten) && !queue.in_flight.is_empty();
         }
     }
 
-    /// Memory has changed only where a ring is used, or a chain is out that may be written to.
+    /// Asserts that memory has changed only in used rings and in the writable parts of chains in
+    /// flight.
     fn check_changes(&mut self, before: &[Position]) {
         let changes = self.files.changes();
         if changes.is_empty() {
             return;
         }
         let mut allowed = Marks::none();
-        for (ring, before) in self.rings.iter().zip(before) {
-            if before.served || ring.out_count > 0 {
+        for (queue, before) in self.queues.iter().zip(before) {
+            if before.served || queue.in_flight_count > 0 {
                 allowed.add(&self.files, before.used_area());
             }
-            for run in ring.out.values().flat_map(|out| &out.writable) {
+            for run in queue
+                .in_flight
+                .values()
+                .flat_map(|in_flight| &in_flight.writable)
+            {
                 allowed.add(&self.files, *run);
             }
         }
@@ -283,8 +294,8 @@ impl Model {
         }
     }
 
-    /// A ring that its driver broke, and that does not start again with the region that it has:
-    /// what is out stays in flight there.
+    /// If a virtqueue that its driver broke fails to start again with the same region, its chains
+    /// stay in flight there.
     fn note_failed_start(
         &mut self,
         index: usize,
@@ -292,16 +303,15 @@ impl Model {
         before: Position,
         after: Position,
     ) {
-        let ring = &mut self.rings[index];
-        let same_region = tracked && ring.tracked && ring.region == self.regions;
+        let queue = &mut self.queues[index];
+        let same_region = tracked && queue.tracked && queue.region == self.regions;
         if same_region && !before.served && !after.served && after.drained {
-            ring.out.clear();
-            ring.out_count = 0;
+            queue.in_flight.clear();
+            queue.in_flight_count = 0;
         }
     }
 
-    /// Returns whether the ring was started from a region: then what is out is what the region
-    /// says.
+    /// Returns whether the virtqueue was started from a region, which then says what is in flight.
     fn note_start(
         &mut self,
         index: usize,
@@ -312,94 +322,102 @@ impl Model {
         if before.served || !after.served {
             return false;
         }
-        let ring = &mut self.rings[index];
-        ring.tracked = tracked;
-        ring.region = self.regions;
+        let queue = &mut self.queues[index];
+        queue.tracked = tracked;
+        queue.region = self.regions;
         if !tracked {
             return false;
         }
         let heads = match &self.region {
             Some((file, offset, queue_bytes)) => {
-                in_flight(file, offset + queue_bytes * index as u64, after.size)
+                heads_in_flight(file, offset + queue_bytes * index as u64, after.size)
             }
             None => Vec::new(),
         };
-        ring.out_count = heads.len();
-        ring.resubmitted = !heads.is_empty();
-        ring.lossy = false;
-        let out = |head| {
-            let out = Out {
+        queue.in_flight_count = heads.len();
+        queue.resubmitted = !heads.is_empty();
+        queue.lossy = false;
+        let in_flight = |head| {
+            let in_flight = InFlight {
                 count: 1,
                 writable: Vec::new(),
                 status: None,
                 resubmitted: true,
             };
-            (head, out)
+            (head, in_flight)
         };
-        ring.out = heads.into_iter().map(out).collect();
+        queue.in_flight = heads.into_iter().map(in_flight).collect();
         true
     }
 
-    /// What the used ring has now and had not then was given back: it was out, and is not any more.
-    fn note_given_back(&mut self, index: usize, before: Position, after: Position) {
+    /// Notes the chains that were put on the used ring between the two positions. They were in
+    /// flight.
+    fn note_completed(&mut self, index: usize, before: Position, after: Position) {
         let count = after.next_used.wrapping_sub(before.next_used);
-        let ring = &mut self.rings[index];
-        let left = ring.out_count.checked_sub(usize::from(count));
-        ring.out_count = left.expect("no more is given back than was taken");
+        let queue = &mut self.queues[index];
+        let left = queue.in_flight_count.checked_sub(usize::from(count));
+        queue.in_flight_count = left.expect("no more is given back than was accepted");
         if !self.strict {
             return;
         }
         for step in 0..count {
             let entry = before.used_entry(before.next_used.wrapping_add(step));
             let Some(id) = self.files.bytes(entry).map(u32::from_le_bytes) else {
-                ring.lossy = true;
+                queue.lossy = true;
                 continue;
             };
             let head = u16::try_from(id).expect("a head");
-            let out = ring.out.get_mut(&head);
-            let out = out
-                .unwrap_or_else(|| panic!("chain {head} was given back twice, or was not taken"));
-            out.count -= 1;
-            if out.count == 0 {
-                ring.out.remove(&head);
+            let in_flight = queue.in_flight.get_mut(&head);
+            let in_flight = in_flight.unwrap_or_else(|| {
+                panic!("chain {head} was given back twice, or was not accepted")
+            });
+            in_flight.count -= 1;
+            if in_flight.count == 0 {
+                queue.in_flight.remove(&head);
             }
         }
-        ring.resubmitted &= !ring.out.is_empty();
+        queue.resubmitted &= !queue.in_flight.is_empty();
     }
 
-    /// A ring that is drained has nothing out.
+    /// Asserts that a drained virtqueue has nothing in flight.
     fn note_drained(&mut self, index: usize, now: Position) {
         if !now.drained {
             return;
         }
-        let ring = &mut self.rings[index];
-        if self.strict && !ring.lossy && !ring.resubmitted {
-            assert!(ring.out.is_empty(), "not given back: {:?}", ring.out);
-            assert_eq!(ring.out_count, 0);
+        let queue = &mut self.queues[index];
+        if self.strict && !queue.lossy && !queue.resubmitted {
+            assert!(
+                queue.in_flight.is_empty(),
+                "not given back: {:?}",
+                queue.in_flight
+            );
+            assert_eq!(queue.in_flight_count, 0);
         }
-        if !now.served || !ring.resubmitted {
-            *ring = Ring {
-                tracked: ring.tracked,
-                region: ring.region,
-                ..Ring::default()
+        if !now.served || !queue.resubmitted {
+            *queue = Queue {
+                tracked: queue.tracked,
+                region: queue.region,
+                ..Queue::default()
             };
         }
     }
 
-    /// Where the status of each chain that is out goes, by ring and head.
+    /// The address of the status of each chain in flight, by virtqueue and head.
     pub(super) fn statuses(&self) -> BTreeMap<(usize, u32), u64> {
-        let rings = self.rings.iter().enumerate();
-        let known = rings.flat_map(|(index, ring)| {
-            let single = ring
-                .out
+        let queues = self.queues.iter().enumerate();
+        let known = queues.flat_map(|(index, queue)| {
+            let single = queue
+                .in_flight
                 .iter()
-                .filter(|(_, out)| out.count == 1 && !out.resubmitted);
-            single.filter_map(move |(head, out)| Some(((index, u32::from(*head)), out.status?)))
+                .filter(|(_, in_flight)| in_flight.count == 1 && !in_flight.resubmitted);
+            single.filter_map(move |(head, in_flight)| {
+                Some(((index, u32::from(*head)), in_flight.status?))
+            })
         });
         known.collect()
     }
 
-    /// A request of which a piece failed has failed.
+    /// Asserts that a request with a failed fragment has failed.
     pub(super) fn check_status(&self, address: u64, failed: bool, positions: &[Position]) {
         if !self.strict {
             return;
@@ -423,8 +441,8 @@ impl Model {
     }
 }
 
-/// The heads of a ring of `size` entries that the region has in flight.
-fn in_flight(file: &File, queue_offset: u64, size: u16) -> Vec<u16> {
+/// The heads of a virtqueue of `size` entries that the region has in flight.
+fn heads_in_flight(file: &File, queue_offset: u64, size: u16) -> Vec<u16> {
     let is_in_flight = |head: &u16| {
         let mut flag = [0];
         let offset = queue_offset + 16 + 16 * u64::from(*head);

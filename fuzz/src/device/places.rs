@@ -1,11 +1,11 @@
-//! What a script means by a number: a ring, or an address of the guest.
+//! Maps the numbers of a script to virtqueues and guest addresses.
 
 use super::super::script::Script;
 
-/// Rings of the device.
-pub(super) const RINGS: u16 = 2;
+/// Virtqueues of the device.
+pub(super) const QUEUES: u16 = 2;
 
-/// Most addresses are near the beginning, the others far away.
+/// An address of the guest. Most are near the beginning, the others far away.
 pub(super) fn address(script: &mut Script<'_>) -> u64 {
     match u64::from(script.u16()) {
         near @ ..0xd000 => near,
@@ -15,7 +15,7 @@ pub(super) fn address(script: &mut Script<'_>) -> u64 {
     }
 }
 
-/// One of the rings.
-pub(super) fn ring(script: &mut Script<'_>) -> u16 {
-    u16::from(script.u8()) % RINGS
+/// One of the virtqueues.
+pub(super) fn queue(script: &mut Script<'_>) -> u16 {
+    u16::from(script.u8()) % QUEUES
 }

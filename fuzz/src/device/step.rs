@@ -1,6 +1,6 @@
 //! The steps of a script.
 
-/// What a step of a script does.
+/// A step of a script.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 #[allow(missing_docs, reason = "each is a line of `Machine::step`")]
@@ -37,7 +37,7 @@ pub enum Step {
     SetUp,
 }
 
-/// By the byte that stands for them in a script.
+/// The steps, by the byte that stands for them in a script.
 pub(super) const STEPS: [Step; 30] = [
     Step::Request,
     Step::Serve,

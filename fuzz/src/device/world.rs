@@ -1,4 +1,4 @@
-//! Who serves the rings: the device's guest side, and an engine that answers as it is told.
+//! The worker: the device's guest side, and an engine that answers as the script says.
 
 use std::cell::RefCell;
 use std::collections::BTreeSet;
@@ -17,30 +17,30 @@ use super::super::naive::Memory;
 use super::memory::Mapping;
 use super::model::{Call, Model, Position};
 
-/// Pieces that the engine works on at a time.
-const PIECES_MAX: usize = 24;
+/// Fragments that the engine works on at a time.
+const FRAGMENTS_MAX: usize = 24;
 
-/// What every read returns. Whether data is the right data is not asked here.
+/// The data of every read. This target does not check data.
 static DISK: [u8; 1 << 20] = [0xd5; 1 << 20];
 
 const _: () = assert!(DISK.len() as u64 == FRAGMENT_BYTES_MAX);
 
 thread_local! {
-    /// Here, since who serves the rings of a frontend must be one that can go to another thread.
+    /// Thread-local, as the [`VirtqueueServer`] of a frontend must be `Send`, which a world is not.
     static WORLD: RefCell<Option<World>> = const { RefCell::new(None) };
 }
 
-/// Does something with the world of this thread.
+/// Runs `action` on the world of this thread.
 pub(super) fn with_world<R>(action: impl FnOnce(&mut World) -> R) -> R {
     WORLD.with_borrow_mut(|world| action(world.as_mut().expect("there is one while a script runs")))
 }
 
-/// Serves the rings of the world of this thread.
+/// Serves the virtqueues of the world of this thread.
 pub(super) struct Server;
 
 impl VirtqueueServer for Server {
-    fn refresh(&self, rings: Vec<(u16, Option<QueueRegion>)>) {
-        with_world(|world| world.refresh(rings));
+    fn refresh(&self, queues: Vec<(u16, Option<QueueRegion>)>) {
+        with_world(|world| world.refresh(queues));
     }
 
     fn flush(&self) -> bool {
@@ -48,20 +48,20 @@ impl VirtqueueServer for Server {
     }
 }
 
-/// See the module.
+/// The worker and the model of what it may do.
 pub struct World {
     pub(super) model: Model,
     /// The memory table that the message in progress sets; it applies from the next refresh on.
     pub(super) next_table: Option<Vec<Mapping>>,
     pub(super) slot: ConnectionSlot,
     pub(super) pending: Vec<(Tag, GuestRequest)>,
-    /// How many pieces are answered while a ring drains, before what is left is abandoned.
+    /// How many fragments are answered while a virtqueue drains, before the rest is abandoned.
     pub(super) patience: usize,
-    /// Whether a flush that the frontend asks for goes well.
+    /// Whether a flush of the frontend succeeds.
     pub(super) flushes: bool,
     info: DiskInfo,
     guest: Guest,
-    /// Chains of which pieces have failed, as tags name them.
+    /// Chains with failed fragments, as tags name them.
     failed: BTreeSet<u64>,
 }
 
@@ -91,15 +91,15 @@ impl World {
         WORLD.set(None);
     }
 
-    /// Where each ring stands.
+    /// The position of each virtqueue.
     fn positions(&self) -> Vec<Position> {
         let vrings = self.slot.vrings.iter().enumerate();
         vrings
-            .map(|(ring, vring)| Position::new(vring, &self.guest, ring))
+            .map(|(queue, vring)| Position::new(vring, &self.guest, queue))
             .collect()
     }
 
-    /// Calls the guest side, and has the model check what it has done to memory and rings.
+    /// Calls the guest side, and has the model check the changes of memory and virtqueues.
     fn call<R>(&mut self, call: Call, action: impl FnOnce(&mut Guest) -> R) -> R {
         let before = self.positions();
         let result = action(&mut self.guest);
@@ -108,7 +108,7 @@ impl World {
         result
     }
 
-    /// The process is killed, and another one begins with what is left: memory, and the region.
+    /// Kills the process and starts another one with the same memory and region.
     pub(super) fn kill(&mut self, slot: ConnectionSlot) {
         self.guest = guest(&self.info, &slot);
         self.slot = slot;
@@ -117,22 +117,22 @@ impl World {
         self.model.kill();
     }
 
-    /// Asks for up to `count` pieces of work.
+    /// Submits up to `count` fragments to the engine.
     pub(super) fn serve(&mut self, count: usize) -> bool {
         for _ in 0..count {
-            if self.pending.len() >= PIECES_MAX {
+            if self.pending.len() >= FRAGMENTS_MAX {
                 return true;
             }
-            let Some((tag, request)) = self.call(Call::Take, Guest::next_request) else {
+            let Some((tag, request)) = self.call(Call::Accept, Guest::next_request) else {
                 return false;
             };
-            check_piece(&request, &self.info);
+            check_fragment(&request, &self.info);
             self.pending.push((tag, request));
         }
         true
     }
 
-    /// The engine answers one of its pieces.
+    /// Answers one of the engine's fragments.
     pub(super) fn answer(&mut self, which: usize, fails: bool) {
         if self.pending.is_empty() {
             return;
@@ -143,7 +143,7 @@ impl World {
             _ => &[],
         };
         let result = if fails { Err(Failed) } else { Ok(data) };
-        // The name of a chain in the tags of its pieces.
+        // The part of a tag that is the same for all fragments of a chain.
         let chain = |tag: Tag| tag.0 >> 32;
         if fails {
             self.failed.insert(chain(tag));
@@ -151,58 +151,58 @@ impl World {
         let statuses = self.model.statuses();
         let before = self.positions();
         self.call(Call::Answer, |guest| guest.answered(tag, result));
-        let is_out = self
+        let is_in_flight = self
             .pending
             .iter()
             .any(|(other, _)| chain(*other) == chain(tag));
         let failed = self.failed.contains(&chain(tag));
-        if !is_out {
+        if !is_in_flight {
             self.failed.remove(&chain(tag));
         }
         let both = before.iter().zip(self.positions()).enumerate();
-        let given_back = both.filter(|(_, (before, after))| before.next_used != after.next_used);
-        for (ring, (before, _)) in given_back {
-            assert!(!is_out, "given back before all of it was done");
+        let completed = both.filter(|(_, (before, after))| before.next_used != after.next_used);
+        for (queue, (before, _)) in completed {
+            assert!(!is_in_flight, "given back before all of it was done");
             let head = self.model.files.bytes(before.used_entry(before.next_used));
             let head = head.map_or(0, u32::from_le_bytes);
-            if let Some(address) = statuses.get(&(ring, head)) {
+            if let Some(address) = statuses.get(&(queue, head)) {
                 self.model.check_status(*address, failed, &self.positions());
             }
         }
     }
 
-    /// What a worker does before it sleeps.
+    /// Does what a worker does before it sleeps.
     pub(super) fn sleep(&mut self) {
         self.call(Call::Answer, Guest::signal);
         self.call(Call::Answer, Guest::enable_kicks);
     }
 
-    /// Serves rings according to their state, as a worker does: what is stopped drains, or is
-    /// abandoned.
-    pub(super) fn refresh(&mut self, rings: Vec<(u16, Option<QueueRegion>)>) {
+    /// Serves virtqueues according to their state, as a worker does: those that are stopped drain,
+    /// or are abandoned.
+    pub(super) fn refresh(&mut self, queues: Vec<(u16, Option<QueueRegion>)>) {
         if let Some(table) = self.next_table.take() {
             self.model.files.table = table;
         }
         let durable = self.slot.choices.durable_writes();
         let mut draining = Vec::new();
-        for (queue, region) in rings {
-            let ring = usize::from(queue);
+        for (queue, region) in queues {
+            let queue = usize::from(queue);
             let tracked = region.is_some();
-            self.guest.set_region(ring, region);
-            let refresh = |guest: &mut Guest| guest.refresh(ring, durable);
-            if !self.call(Call::Refresh { ring, tracked }, refresh) {
-                draining.push(ring);
+            self.guest.set_region(queue, region);
+            let refresh = |guest: &mut Guest| guest.refresh(queue, durable);
+            if !self.call(Call::Refresh { queue, tracked }, refresh) {
+                draining.push(queue);
             }
         }
         let mut patience = self.patience;
         loop {
-            draining.retain(|ring| !self.guest.is_drained(*ring));
+            draining.retain(|queue| !self.guest.is_drained(*queue));
             if draining.is_empty() {
                 break;
             }
             self.serve(usize::MAX);
             if patience == 0 {
-                draining.iter().for_each(|ring| self.abandon(*ring));
+                draining.iter().for_each(|queue| self.abandon(*queue));
                 continue;
             }
             assert!(
@@ -215,12 +215,13 @@ impl World {
         self.call(Call::Answer, Guest::signal);
     }
 
-    fn abandon(&mut self, ring: usize) {
-        self.call(Call::Abandon { ring }, |guest| guest.abandon(ring));
-        assert!(self.guest.is_drained(ring));
+    fn abandon(&mut self, queue: usize) {
+        self.call(Call::Abandon { queue }, |guest| guest.abandon(queue));
+        assert!(self.guest.is_drained(queue));
     }
 
-    /// All rings are stopped, and nothing is left to answer: nothing may be out.
+    /// Asserts that no chain is in flight once all virtqueues are stopped and all fragments
+    /// answered.
     pub(super) fn finish(&mut self) {
         while !self.pending.is_empty() {
             self.answer(0, false);
@@ -228,8 +229,8 @@ impl World {
         self.call(Call::Answer, Guest::signal);
         assert!(self.guest.is_idle());
         assert!(!self.guest.awaits_resubmission());
-        for ring in 0..self.slot.vrings.len() {
-            assert!(self.guest.is_drained(ring));
+        for queue in 0..self.slot.vrings.len() {
+            assert!(self.guest.is_drained(queue));
         }
     }
 }
@@ -243,8 +244,8 @@ fn guest(info: &DiskInfo, slot: &ConnectionSlot) -> Guest {
     )
 }
 
-/// What the engine may rely on.
-fn check_piece(request: &GuestRequest, info: &DiskInfo) {
+/// Asserts what the engine relies on.
+fn check_fragment(request: &GuestRequest, info: &DiskInfo) {
     let check = |range: SectorRange, bytes_max: u64| {
         let block_sectors = u64::from(info.block_bytes) / SECTOR_BYTES;
         let end = range.start.checked_add(range.count).expect("an end");
@@ -265,5 +266,5 @@ fn check_piece(request: &GuestRequest, info: &DiskInfo) {
 }
 
 fn to_usize(number: u64) -> usize {
-    usize::try_from(number).expect("a piece is small")
+    usize::try_from(number).expect("a fragment is small")
 }

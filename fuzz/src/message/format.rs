@@ -2,14 +2,14 @@
 
 use super::super::script::Script;
 
-/// Size of the file that guest memory is in, at addresses from 0 on.
+/// The size of the file of guest memory, which begins at address 0.
 pub const MEMORY_BYTES: u64 = 0x1_0000;
-/// Where the frontend says that it has guest memory.
+/// The address of guest memory in the frontend.
 pub const USER_ADDRESS: u64 = 0x7f00_0000_0000;
 
-/// Messages are set up before those of the input.
+/// Option: the messages of a negotiation come before those of the input.
 pub const NEGOTIATE: u8 = 1;
-/// Memory and rings too.
+/// Option: messages that set up memory and virtqueues come before those of the input.
 pub const START: u8 = 2;
 
 /// Kinds of descriptors, by the byte that stands for them in an input.
@@ -35,7 +35,7 @@ pub enum Kind {
     Itself,
 }
 
-/// Codes of messages.
+/// The codes of messages.
 pub mod code {
     #![allow(missing_docs, reason = "named as in the specification")]
     pub const GET_FEATURES: u8 = 1;
@@ -65,17 +65,17 @@ pub mod code {
     pub const REM_MEM_REG: u8 = 38;
 }
 
-/// What of a message an input has.
+/// A message as an input spells it.
 pub struct Message<'a> {
-    /// Its code, or 0xff: then the payload begins with a header.
+    /// The code, or 0xff if the payload begins with a header.
     pub code: u8,
     /// Flags other than the version. If bit 0 is set, the version is wrong.
     pub flags: u8,
-    /// How much longer than it is the message claims to be.
+    /// The difference between the size in the header and the size of the payload.
     pub surplus: i8,
-    /// What comes behind the header.
+    /// The bytes behind the header.
     pub payload: &'a [u8],
-    /// Descriptors that come with it.
+    /// The descriptors that come with the message.
     pub kinds: &'a [u8],
 }
 
@@ -94,7 +94,7 @@ impl<'a> Message<'a> {
         }
     }
 
-    /// The bytes of an input that stand for it.
+    /// The bytes of an input that spell the message.
     pub fn input(&self) -> Vec<u8> {
         let small = |slice: &[u8]| u8::try_from(slice.len()).expect("a short message");
         let mut input = vec![
@@ -109,7 +109,7 @@ impl<'a> Message<'a> {
         input
     }
 
-    /// As it is on the socket.
+    /// The bytes on the socket.
     pub(super) fn bytes(&self) -> Vec<u8> {
         if self.code == u8::MAX {
             return self.payload.to_vec();

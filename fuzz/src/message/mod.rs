@@ -1,9 +1,9 @@
-//! vhost-user messages and descriptors, as a frontend sends them on a socket, against the whole of
-//! what serves them: the connection, worker threads with their io_uring, the engine, and replicas
+//! vhost-user messages and descriptors, as a frontend sends them on a socket, against everything
+//! that serves them: the connection, worker threads with their io_uring, the engine, and replicas
 //! in memory.
 //!
-//! What must hold: nothing panics; the connection ends when the frontend has closed it, and then
-//! nothing of it is left: no descriptor, no memory, no ring; the disk works as before.
+//! What must hold: nothing panics; the connection ends when the frontend has closed it, and leaves
+//! no descriptor, no memory and no virtqueue behind; the disk works as before.
 
 pub mod format;
 pub mod prepared;
@@ -39,16 +39,16 @@ use super::device::memory::memory_file;
 use super::script::Script;
 use super::signals::ignore_sigpipe;
 
-/// Rings of the device.
-const RINGS: u16 = 2;
+/// Virtqueues of the device.
+const QUEUES: u16 = 2;
 const QUEUE_SIZE_MAX: u16 = 64;
 const REPLICA_BYTES: u64 = 1 << 20;
 const REPLICAS: usize = 3;
-/// What one input sends at most: all of it must fit into the buffers of the socket.
+/// The most that one input sends: all of it must fit into the buffers of the socket.
 const MESSAGES_MAX: usize = 64;
 const DESCRIPTORS_MAX: usize = 120;
 
-/// What outlives an input: the disk, and descriptors to send.
+/// The parts that outlive an input: the disk, and descriptors to send.
 struct Machine {
     frontend: Arc<Mutex<Frontend>>,
     slot: ConnectionSlot,
@@ -65,7 +65,7 @@ fn opened(path: &str, flags: OFlags) -> OwnedFd {
     open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("something that every system has")
 }
 
-/// One descriptor of each kind but the last, and what must stay open for them.
+/// One descriptor of each kind but the last, and the other ends, which must stay open.
 fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     let event = |count| eventfd(count, EventfdFlags::CLOEXEC).expect("an eventfd");
     let full = File::from(event(0));
@@ -110,12 +110,12 @@ impl Machine {
             physical_block_bytes: 4096,
             read_only: false,
             serial: "quorum 0123".to_owned(),
-            num_queues: RINGS,
+            num_queues: QUEUES,
             segments_max: 62,
         };
         let replicas: Vec<File> = (0..REPLICAS).map(|_| memory_file(REPLICA_BYTES)).collect();
-        let slot = ConnectionSlot::new(RINGS, QUEUE_SIZE_MAX, CacheMode::default());
-        let slot = slot.expect("a size that a ring can have");
+        let slot = ConnectionSlot::new(QUEUES, QUEUE_SIZE_MAX, CacheMode::default());
+        let slot = slot.expect("a size that a queue can have");
         let (stop, stopped) = channel();
         let disk = Disk {
             policy: Policy {
@@ -124,7 +124,7 @@ impl Machine {
                 rewrite_corrupted: true,
                 blkverify: false,
                 block_sectors: 1,
-                // Nobody is late, however slow the machine is.
+                // No replica is evicted, however slow the machine is.
                 replica_timeout: Duration::from_secs(3600),
                 job_sizes: Sizes::default(),
             },
@@ -153,7 +153,7 @@ impl Machine {
         }
     }
 
-    /// One for all inputs, one input at a time.
+    /// Locks the machine, which serves all inputs, one at a time.
     fn lock() -> MutexGuard<'static, Self> {
         static MACHINE: OnceLock<Mutex<Machine>> = OnceLock::new();
         ignore_sigpipe();
@@ -161,7 +161,7 @@ impl Machine {
         machine.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Puts guest memory into its file; what is missing is zeroes.
+    /// Puts guest memory into its file, followed by zeroes.
     fn set_memory(&self, content: &[u8]) {
         let mut memory = content.to_vec();
         memory.resize(usize::try_from(MEMORY_BYTES).expect("64 KiB"), 0);
@@ -173,7 +173,7 @@ impl Machine {
             .expect("a memory file");
     }
 
-    /// The connection is gone, and nothing of it is left.
+    /// Asserts that nothing of the connection is left.
     fn check(&self, descriptors_before: usize) {
         assert_eq!(
             self.slot.memory.memory().num_regions(),
@@ -199,7 +199,7 @@ fn open_descriptors() -> usize {
     std::fs::read_dir("/proc/self/fd").expect("/proc").count()
 }
 
-/// Sends what the input says, and looks at what is left when the connection has ended.
+/// Sends the messages of the input, and checks the device when the connection has ended.
 pub fn run(input: &[u8]) {
     let machine = Machine::lock();
     let before = open_descriptors();
@@ -248,7 +248,7 @@ struct Sender<'a> {
 }
 
 impl Sender<'_> {
-    /// Returns whether there was room for it.
+    /// Returns whether the socket had room for the message.
     fn send(&mut self, message: &Message<'_>) -> bool {
         let descriptors: Vec<RawFd> = message
             .kinds

@@ -7,14 +7,14 @@ use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use super::super::guest_memory::{NEXT, WRITE, header, put, put_table};
 use super::format::{Kind, MEMORY_BYTES, Message, USER_ADDRESS, code};
 
-/// Guest memory of `message`: two rings, each with a write, a read and a flush that are available.
+/// Guest memory with two virtqueues, each with a write, a read and a flush that are available.
 pub fn guest_memory() -> Vec<u8> {
     let mut memory = Vec::new();
-    for ring in 0..2usize {
-        let start = 0x1000 * ring;
-        let data = 0x8000 + 0x2000 * ring as u64;
-        let header_place = 0x4000 + 0x100 * ring;
-        let status = |index: u64| (0x4800 + 16 * ring as u64 + index, 1, WRITE, 0);
+    for queue in 0..2usize {
+        let start = 0x1000 * queue;
+        let data = 0x8000 + 0x2000 * queue as u64;
+        let header_place = 0x4000 + 0x100 * queue;
+        let status = |index: u64| (0x4800 + 16 * queue as u64 + index, 1, WRITE, 0);
         let place = |index: usize| (header_place + 16 * index) as u64;
         let table = [
             (place(0), 16, NEXT, 1),
@@ -32,7 +32,7 @@ pub fn guest_memory() -> Vec<u8> {
             put(
                 &mut memory,
                 header_place + 16 * index,
-                &header(kind, 8 * ring as u64),
+                &header(kind, 8 * queue as u64),
             );
         }
         let available = [0u16, 3, 0, 3, 6].map(u16::to_le_bytes).concat();
@@ -79,7 +79,7 @@ pub fn memory_table(regions: &[[u64; 4]]) -> Vec<u8> {
     numbers(&[count].into_iter().chain(fields).collect::<Vec<_>>())
 }
 
-/// What every frontend begins with.
+/// The messages that every frontend sends first.
 pub fn negotiation() -> Vec<u8> {
     let features = 1 << VIRTIO_F_VERSION_1 | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
     let protocol_features = VhostUserProtocolFeatures::MQ
@@ -105,7 +105,7 @@ pub fn negotiation() -> Vec<u8> {
     .concat()
 }
 
-/// The messages that set memory and both rings up.
+/// The messages that set memory and both virtqueues up.
 pub fn start() -> Vec<u8> {
     let mut messages = message(
         code::SET_MEM_TABLE,
@@ -113,17 +113,17 @@ pub fn start() -> Vec<u8> {
         &memory_table(&[[0, MEMORY_BYTES, USER_ADDRESS, 0]]),
         &[Kind::Memory],
     );
-    for ring in 0..2u8 {
-        let index = u32::from(ring);
+    for queue in 0..2u8 {
+        let index = u32::from(queue);
         messages.extend(message(code::SET_VRING_NUM, 0, &state(index, 16), &[]));
         messages.extend(message(code::SET_VRING_BASE, 0, &state(index, 0), &[]));
         messages.extend(message(
             code::SET_VRING_ADDR,
             0,
-            &vring_address(ring.into()),
+            &vring_address(queue.into()),
             &[],
         ));
-        let payload = numbers(&[ring.into()]);
+        let payload = numbers(&[queue.into()]);
         messages.extend(message(code::SET_VRING_CALL, 0, &payload, &[Kind::Event]));
         messages.extend(message(code::SET_VRING_KICK, 0, &payload, &[Kind::Event]));
         messages.extend(message(code::SET_VRING_ENABLE, 0, &state(index, 1), &[]));

@@ -1,5 +1,5 @@
-//! What bytes for the monitor mean, read the simple way: all of them are there, each message is cut
-//! out as a whole, and each command takes its arguments apart by hand.
+//! The meaning of bytes for the monitor, read the simple way: all of them are there, each message
+//! is cut out as a whole, and each command parses its arguments by hand.
 
 use quorum_blk::control::{Change, JobOrder};
 use quorum_blk::limits::{MAP_BUCKETS, QMP_MESSAGE_BYTES_MAX};
@@ -7,30 +7,30 @@ use serde_json::{Map, Value, json};
 
 use super::super::operator::{Asked, DISK, REPLICAS, answer};
 
-/// What becomes of a message.
+/// The reply to a message.
 pub enum Outcome {
-    /// It is answered, with this value where there is one.
+    /// A success.
     Returned {
-        /// Comes back.
+        /// The `id` of the message.
         id: Option<Value>,
-        /// What is returned, where it is known.
+        /// The value, where it is known.
         value: Option<Value>,
     },
-    /// It is refused.
+    /// An error.
     Failed {
-        /// Comes back.
+        /// The `id` of the message.
         id: Option<Value>,
         /// The class of the error.
         class: &'static str,
     },
 }
 
-/// What becomes of all the bytes.
+/// The replies to all the bytes.
 #[derive(Default)]
 pub struct Conversation {
-    /// Of each message.
+    /// The reply to each message.
     pub outcomes: Vec<Outcome>,
-    /// What the operator is asked for.
+    /// The calls of the operator.
     pub asked: Vec<Asked>,
     negotiated: bool,
 }
@@ -38,7 +38,7 @@ pub struct Conversation {
 const GENERIC: &str = "GenericError";
 const NOT_FOUND: &str = "CommandNotFound";
 
-/// What the bytes mean to a client that has just connected.
+/// The meaning of the bytes after a client has just connected.
 pub fn read(bytes: &[u8]) -> Conversation {
     let mut conversation = Conversation::default();
     let mut rest = bytes;
@@ -70,15 +70,15 @@ pub fn read(bytes: &[u8]) -> Conversation {
 }
 
 enum Cut {
-    /// With double quotes; and the bytes it takes.
+    /// A message with double quotes, and its length in bytes.
     Message(String, usize),
-    /// So many bytes are skipped.
+    /// The number of bytes to skip.
     Garbage(usize),
     TooLong,
     Incomplete,
 }
 
-/// What the bytes begin with.
+/// The beginning of the bytes.
 fn cut(bytes: &[u8]) -> Cut {
     if !matches!(bytes[0], b'{' | b'[') {
         return Cut::Garbage(line_bytes(bytes, 0));
@@ -109,14 +109,14 @@ fn cut(bytes: &[u8]) -> Cut {
             return Cut::TooLong;
         }
         if depth == 0 {
-            // What is no UTF-8 is no JSON either.
+            // Invalid UTF-8 is invalid JSON too.
             return Cut::Message(String::from_utf8(text).unwrap_or_default(), at);
         }
     }
     Cut::Incomplete
 }
 
-/// A string with its quotes, as JSON has it, and the bytes that it takes.
+/// A string with the quotes of JSON, and its length in bytes.
 fn string(bytes: &[u8], room: usize) -> Result<(Vec<u8>, usize), Cut> {
     let quote = bytes[0];
     let (mut text, mut at) = (vec![b'"'], 1);
@@ -128,7 +128,7 @@ fn string(bytes: &[u8], room: usize) -> Result<(Vec<u8>, usize), Cut> {
             [] | [b'\\'] => break,
             [0xff, ..] => return Err(Cut::Garbage(at + 1)),
             [byte, ..] if byte < b' ' => return Err(Cut::Garbage(line_bytes(bytes, at))),
-            // One of the two does not count, so it may not be too long yet.
+            // One of the two does not count, so the message may still be short enough.
             [b'\\', b'\'', ..] => {
                 if text.len() >= room {
                     return Err(Cut::TooLong);
@@ -167,7 +167,7 @@ fn string(bytes: &[u8], room: usize) -> Result<(Vec<u8>, usize), Cut> {
     Err(Cut::Incomplete)
 }
 
-/// Bytes to the end of the line that `from` is in, or to where a client begins anew.
+/// The bytes to the end of the line that `from` is in, or to where a client starts over.
 fn line_bytes(bytes: &[u8], from: usize) -> usize {
     let ends = |byte: &u8| matches!(byte, b'\n' | 0xff);
     let end = bytes[from..].iter().position(ends);
@@ -262,7 +262,7 @@ impl Conversation {
     }
 }
 
-/// What a command asks of the operator.
+/// Parses a command into a call of the operator.
 fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str> {
     Ok(match name {
         "block-job-set-speed" => Change::Job {
@@ -341,7 +341,7 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
     })
 }
 
-/// What is left of a command's arguments.
+/// The arguments of a command that were not read yet.
 struct Arguments(Map<String, Value>);
 
 impl Arguments {
@@ -378,7 +378,7 @@ impl Arguments {
         }
     }
 
-    /// There are no others.
+    /// Rejects arguments that are left.
     fn end(&self) -> Result<(), &'static str> {
         self.0.is_empty().then_some(()).ok_or(GENERIC)
     }

@@ -1,10 +1,10 @@
-//! The monitor, with bytes that arrive in pieces of any size: the session alone, and clients on a
-//! socket, who half-close it or go without a word.
+//! The monitor, with bytes that arrive in parts of any size: the session alone, and clients on a
+//! socket that half-close it or disconnect without reading.
 //!
-//! What must hold: each message is answered as the [naive reading](expected) of the same bytes
-//! says, once, in order, with its `id`; the operator is asked for what was meant and nothing else;
-//! how the bytes were cut makes no difference; a reply is one line of JSON in ASCII; what is kept
-//! of a client is bounded; the next client is served.
+//! What must hold: each message gets the reply of the [naive reading](expected) of the same bytes,
+//! once, in order, with its `id`; the operator gets the calls that the messages name and no others;
+//! the sizes of the parts make no difference; a reply is one line of JSON in ASCII; the memory for
+//! a client is bounded; the next client is served.
 
 mod expected;
 
@@ -31,27 +31,27 @@ use super::operator::{Asked, Recorder};
 use super::script::Script;
 use super::signals::ignore_sigpipe;
 
-/// Capabilities are negotiated before the bytes of the input.
+/// Option: capabilities are negotiated before the bytes of the input.
 pub const NEGOTIATE: u8 = 1;
-/// A client sends it over a socket too, and closes its writing side.
+/// Option: a client sends the input over a socket too, and closes its writing side.
 pub const SOCKET: u8 = 2;
-/// A client sends it, and goes without having read anything.
+/// Option: a client sends the input, and disconnects without reading.
 pub const LEAVE: u8 = 4;
-/// One of the bytes comes many times.
+/// Option: one of the bytes is repeated many times.
 pub const REPEAT: u8 = 8;
 
 const NEGOTIATION: &[u8] = b"{\"execute\":\"qmp_capabilities\"}";
 
-/// What is kept of a client: a message, the next read, and that a `Vec` doubles.
+/// The memory for a client: a message and the next read, doubled by the growth of a `Vec`.
 const HELD_BYTES_MAX: usize = 2 * (QMP_MESSAGE_BYTES_MAX + 2 * 4096);
 
-/// Nothing takes long.
+/// No step takes longer.
 const LIMIT: Duration = Duration::from_secs(8);
 
-/// What an input says.
+/// A parsed input.
 struct Case {
     options: u8,
-    /// Sizes of the pieces, one after another and again; 0: all there is.
+    /// The sizes of the parts, used over and over. 0 means all bytes that are left.
     sizes: [u8; 4],
     bytes: Vec<u8>,
 }
@@ -78,7 +78,7 @@ impl Case {
         }
     }
 
-    fn pieces(&self) -> impl Iterator<Item = &[u8]> {
+    fn parts(&self) -> impl Iterator<Item = &[u8]> {
         let mut sizes = self.sizes.iter().cycle();
         let mut rest = self.bytes.as_slice();
         std::iter::from_fn(move || {
@@ -86,14 +86,14 @@ impl Case {
                 Some(0) | None => rest.len(),
                 Some(size) => rest.len().min(usize::from(*size)),
             };
-            let (piece, after) = rest.split_at(size);
+            let (part, after) = rest.split_at(size);
             rest = after;
-            (!piece.is_empty()).then_some(piece)
+            (!part.is_empty()).then_some(part)
         })
     }
 }
 
-/// Holds the conversation in each way there is.
+/// Sends the bytes of an input in each way that its options name.
 pub fn run(input: &[u8]) {
     let case = Case::read(input);
     let wanted = expected::read(&case.bytes);
@@ -120,12 +120,12 @@ pub fn run(input: &[u8]) {
     }
 }
 
-/// What the session says to the pieces.
+/// The replies of the session to the parts.
 fn alone(case: &Case, recorder: &Recorder) -> Vec<Vec<u8>> {
     let mut session = Session::default();
     let mut lines = vec![Session::greeting()];
-    for piece in case.pieces().flat_map(|piece| piece.chunks(4096)) {
-        session.receive(piece);
+    for part in case.parts().flat_map(|part| part.chunks(4096)) {
+        session.receive(part);
         while let Some(step) = session.step() {
             match step {
                 Step::Reply(line) => lines.push(line),
@@ -145,7 +145,7 @@ fn alone(case: &Case, recorder: &Recorder) -> Vec<Vec<u8>> {
     lines
 }
 
-/// Compares the replies with what the same bytes mean.
+/// Compares the replies with the naive reading of the same bytes.
 fn check(lines: &[Vec<u8>], wanted: &Conversation) {
     assert_eq!(
         lines.len() - 1,
@@ -232,14 +232,14 @@ impl Machine {
         socket
     }
 
-    /// Sends all and reads what comes, to the end.
+    /// Sends all bytes and reads all replies.
     fn converse(&self, case: &Case, lines: &[Vec<u8>]) {
         let socket = self.connect();
         let mut received = Vec::new();
-        // Who sent too long a message is heard no more.
+        // The monitor closes the connection after a message that is too long.
         let _ = case
-            .pieces()
-            .try_for_each(|piece| send(&socket, piece, &mut received));
+            .parts()
+            .try_for_each(|part| send(&socket, part, &mut received));
         let _ = socket.shutdown(Shutdown::Write);
         while read(&socket, &mut received) {
             wait(&socket, PollFlags::IN);
@@ -255,15 +255,13 @@ impl Machine {
         );
     }
 
-    /// Sends what the socket takes, and closes it.
+    /// Sends as much as the socket has room for, and closes it.
     fn leave(&self, case: &Case) {
         let socket = self.connect();
-        let _ = case
-            .pieces()
-            .try_for_each(|piece| (&socket).write_all(piece));
+        let _ = case.parts().try_for_each(|part| (&socket).write_all(part));
     }
 
-    /// Another client is served, and the monitor ends in order.
+    /// Asserts that another client is served.
     fn expect_well(self) {
         let case = Case {
             options: SOCKET,
@@ -277,9 +275,10 @@ impl Machine {
     }
 }
 
-/// Sends a piece, and reads meanwhile: who does not read is not heard.
-fn send(socket: &UnixStream, piece: &[u8], received: &mut Vec<u8>) -> Result<(), ErrorKind> {
-    let mut rest = piece;
+/// Sends a part, and reads replies meanwhile: the monitor does not read from a client whose replies
+/// pile up.
+fn send(socket: &UnixStream, part: &[u8], received: &mut Vec<u8>) -> Result<(), ErrorKind> {
+    let mut rest = part;
     while !rest.is_empty() {
         match { socket }.write(rest) {
             Ok(count) => rest = &rest[count..],
@@ -295,7 +294,7 @@ fn send(socket: &UnixStream, piece: &[u8], received: &mut Vec<u8>) -> Result<(),
     Ok(())
 }
 
-/// Reads what is there. Returns whether more may come.
+/// Reads the replies that have arrived. Returns whether more may come.
 fn read(mut socket: &UnixStream, received: &mut Vec<u8>) -> bool {
     let mut bytes = [0; 16 << 10];
     loop {
@@ -303,7 +302,7 @@ fn read(mut socket: &UnixStream, received: &mut Vec<u8>) -> bool {
             Ok(0) => return false,
             Ok(count) => received.extend(&bytes[..count]),
             Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
-            // It was dropped with something unread.
+            // The monitor closed the socket with unread bytes.
             Err(error) if error.kind() == ErrorKind::ConnectionReset => return false,
             Err(error) => panic!("read: {error}"),
         }
@@ -316,7 +315,7 @@ fn wait(socket: &UnixStream, flags: PollFlags) {
     loop {
         match poll(&mut waited, Some(&limit)) {
             Ok(ready) => return assert!(ready > 0, "the monitor has forgotten a client"),
-            // libFuzzer has an alarm set.
+            // libFuzzer's alarm interrupts system calls.
             Err(Errno::INTR) => {}
             Err(error) => panic!("poll: {error}"),
         }

@@ -1,12 +1,13 @@
-//! Inputs of `device`. A script begins with memory and two rings of 16 entries that are started.
+//! Inputs of `device`. A script begins with memory and two virtqueues of 16 entries that are
+//! started.
 
 use super::super::device::Step;
 use super::Seed;
 
-/// A whole request for `device`: ring, kind (an index of its table), first descriptor, sector, data
-/// and its length (an index of the table).
-fn whole(ring: u8, kind: u8, indirect: bool, first: u8, place: u16, len: u8) -> Vec<u8> {
-    let choice = ring | u8::from(indirect) << 1 | kind << 2;
+/// A whole request for `device`: virtqueue, kind (an index of its table), first descriptor, sector,
+/// data and its length (an index of the table).
+fn whole(queue: u8, kind: u8, indirect: bool, first: u8, place: u16, len: u8) -> Vec<u8> {
+    let choice = queue | u8::from(indirect) << 1 | kind << 2;
     let [low, high] = place.to_le_bytes();
     vec![Step::Request as u8, choice, first, first, 0, low, high, len]
 }
@@ -15,8 +16,8 @@ fn whole(ring: u8, kind: u8, indirect: bool, first: u8, place: u16, len: u8) -> 
 pub fn all() -> Vec<Seed> {
     const DATA: u16 = 0x3000;
     const SEGMENT: u16 = 0x2200;
-    let read = |ring, first| whole(ring, 0, false, first, DATA, 2);
-    let write = |ring, first| whole(ring, 1, false, first, DATA + 0x200, 2);
+    let read = |queue, first| whole(queue, 0, false, first, DATA, 2);
+    let write = |queue, first| whole(queue, 1, false, first, DATA + 0x200, 2);
     let step = |step: Step, operands: &[u8]| [&[step as u8], operands].concat();
     let serve = || step(Step::Serve, &[30]);
     let answer = |which: u8| step(Step::Answer, &[which << 1]);
@@ -31,7 +32,7 @@ pub fn all() -> Vec<Seed> {
     vec![
         ("read", all(&[read(0, 0), serve(), answer(0), sleep()])),
         (
-            "both-rings-out-of-order",
+            "both-queues-out-of-order",
             all(&[
                 read(0, 0),
                 write(1, 0),
@@ -62,7 +63,7 @@ pub fn all() -> Vec<Seed> {
             ]),
         ),
         (
-            "discard-in-pieces",
+            "discard-in-fragments",
             all(&[
                 segment(0, 0, 0x2000),
                 whole(0, 4, false, 0, SEGMENT, 0),
@@ -172,7 +173,7 @@ pub fn all() -> Vec<Seed> {
             ]),
         ),
         (
-            "rings-move",
+            "queues-move",
             all(&[
                 read(0, 0),
                 serve(),

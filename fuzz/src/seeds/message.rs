@@ -19,7 +19,7 @@ pub fn all() -> Vec<Seed> {
         [fields, vec![0; bytes.into()]].concat()
     };
     let single = |bytes| numbers(&[0, 0x1_0000, bytes, USER_ADDRESS + 0x10_0000, 0]);
-    let vring = |ring| numbers(&[ring]);
+    let vring = |queue| numbers(&[queue]);
     let mut seeds = vec![
         ("nothing", input(0, &[])),
         ("negotiation", input(NEGOTIATE, &[])),

@@ -1,4 +1,5 @@
-//! Inputs that make sense, for the fuzzer to begin with. What it has made of them is in `corpus/`.
+//! Seeds: well-formed inputs that the fuzzer starts from. The inputs that it derived are in
+//! `corpus/`.
 
 pub mod device;
 pub mod message;

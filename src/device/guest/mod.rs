@@ -372,6 +372,36 @@ impl Guest {
     }
 }
 
+#[cfg(test)]
+impl Guest {
+    /// Asserts what the counts and queues say of each other, the slow way.
+    pub(super) fn self_check(&self) {
+        let in_flight = |entry: &'_ Entry| match entry {
+            Entry::InFlight(in_flight) => Some((in_flight.queue(), in_flight.stage())),
+            Entry::Abandoned { outstanding } => {
+                assert!(*outstanding > 0, "an entry without fragments is forgotten");
+                None
+            }
+        };
+        let stages = self.entries.iter();
+        let stages: Vec<_> = stages
+            .filter_map(|(key, entry)| Some((key, in_flight(entry)?)))
+            .collect();
+        for (index, queue) in self.queues.iter().enumerate() {
+            let of_queue = stages.iter().filter(|(_, (queue, _))| *queue == index);
+            assert_eq!(of_queue.count(), queue.in_flight());
+        }
+        let submitting = stages
+            .iter()
+            .filter(|(_, (_, stage))| *stage == Stage::Submitting);
+        let mut expected: Vec<usize> = submitting.map(|(key, _)| *key).collect();
+        let mut queued: Vec<usize> = self.submitting.iter().copied().collect();
+        expected.sort_unstable();
+        queued.sort_unstable();
+        assert_eq!(queued, expected);
+    }
+}
+
 impl Drop for Guest {
     /// The process ends. What is in flight stays so in the region, if there is one.
     fn drop(&mut self) {

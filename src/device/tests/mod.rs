@@ -357,6 +357,7 @@ impl Machine {
             GuestRequest::Flush => Ok(&[]),
         };
         self.guest.answered(tag, result);
+        self.guest.self_check();
     }
 
     /// Serves until the virtqueues are empty.
