@@ -2,7 +2,7 @@
 //! which the device reports that the configuration space has changed.
 //!
 //! The `vhost` crate has no call for that message, and keeps the socket that it wraps to itself. So
-//! [`peek`] looks at a connection before the crate reads a message from it, and keeps a duplicate
+//! `peek` looks at a connection before the crate reads a message from it, and keeps a duplicate
 //! of the descriptor that passes a back channel. The crate checks the message and its descriptor as
 //! before.
 //!

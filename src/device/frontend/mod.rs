@@ -1,7 +1,7 @@
 //! The back-end of the vhost-user protocol: what the VMM sends about memory and virtqueues.
 //!
 //! One [`Frontend`] serves one connection at a time. The `vhost` crate reads messages and checks
-//! their form; [`messages`] gives them their meaning. The daemon of `vhost-user-backend` is not
+//! their form; `messages` gives them their meaning. The daemon of `vhost-user-backend` is not
 //! used, since its worker loop cannot wait for io_uring completions (ARCHITECTURE.md); its vrings
 //! are.
 //!

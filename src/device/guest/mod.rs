@@ -9,7 +9,7 @@
 //! read that finds the replicas different waits for the write, and accuses no replica.
 //!
 //! Invariant: every accepted chain is completed once, or left in the inflight region for the next
-//! start ([`in_flight`]).
+//! start (`in_flight`).
 
 mod in_flight;
 mod virtqueue;
