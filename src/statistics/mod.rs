@@ -150,7 +150,7 @@ impl Recorder {
         Self { statistics, clock }
     }
 
-    /// One whose figures nobody looks at.
+    /// A recorder whose counters nothing reads.
     pub fn detached() -> Self {
         Self::new(Arc::new(WorkerStatistics::new(0)), TurnClock::default())
     }

@@ -142,7 +142,7 @@ fn run_worker(
         error!(worker = index.0, error:%; "worker stops: its io_uring failed");
         let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
     }
-    // Before the worker is dropped: with operations in flight that may take for ever.
+    // Sent before the worker is dropped, which may never end with operations in flight.
     let _ = ended.send(worker.io.ring.busy_replicas());
 }
 

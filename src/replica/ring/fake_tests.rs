@@ -78,7 +78,7 @@ impl Setup {
     /// Completes a submission and returns the next one of the same operation.
     fn continue_after(&mut self, submission: &Submission, result: i32) -> Submission {
         self.kernel.complete(submission, result);
-        assert!(self.enter().is_empty(), "the operation goes on");
+        assert!(self.enter().is_empty(), "the operation continues");
         // What the completion led to is submitted by the next call.
         self.enter();
         self.kernel.only()

@@ -168,7 +168,7 @@ impl<K: Kernel> Ring<K> {
 
     /// Whether a kernel thread should carry out `operation` from the start. Buffered writes end up
     /// in these threads anyway, and the threads serialize those of one file. While one of them is
-    /// busy the kernel does not start another thread for the next file, unless told to like this.
+    /// busy the kernel does not start another thread for the next file, unless a write asks for it.
     fn is_for_thread(&self, operation: &Operation) -> bool {
         matches!(&operation.action, Action::Write { range, .. } if range.bytes() >= LONG_WRITE_BYTES)
             && self.cached.contains(operation.replica)
@@ -309,7 +309,7 @@ impl<K: Kernel> Ring<K> {
                         Ok(())
                     }
                     // The kernel has ended the multishot poll, for example for want of memory. A
-                    // poll that is armed anew reports a write that came in between.
+                    // new poll reports a write that came in between.
                     (true, false) if completion.result >= 0 => self.submit_slot(slot),
                     (true, false) => {
                         watch.state = WatchState::Failed;
