@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build man install uninstall test sim soak model bench bench-engine bench-jobs
+.PHONY: help demo build man install uninstall test sim mutants soak model bench bench-engine bench-jobs
 .PHONY: lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
@@ -34,6 +34,9 @@ sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n; SEED=s replays 
 	QUORUM_BLK_SIM_SEEDS=$(SEEDS) QUORUM_BLK_SIM_SEED=$(SEED) QUORUM_BLK_SIM_SECONDS=$(SECONDS) \
 		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture \
 		$(if $(SEED)$(SEEDS),keeps_the_contract)
+
+mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 for each
+	ONLY='$(ONLY)' SECONDS_EACH='$(SECONDS)' tests/mutants/run.sh
 
 soak: ## Kill the daemon under load in three ways, SECONDS=n each; SEED=s: the same requests
 	QUORUM_BLK_SOAK_SECONDS=$(SECONDS) $(if $(SEED),QUORUM_BLK_TEST_SEED=$(SEED)) \

@@ -16,7 +16,6 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
-use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::repair::{RepairWrite, Repairs, bytes_of};
 use super::replies::Replies;
@@ -146,32 +145,6 @@ impl Confirmation {
             step: Step::WaitingForLock,
             outcome: Outcome::default(),
         }
-    }
-
-    /// Takes the replies of a first pass for those under the lock: what
-    /// [`Mutant::RewriteUnconfirmed`] does. Holds a lock that no other request asks for.
-    pub(super) fn without_lock(
-        replies: Replies,
-        terms: Terms,
-        context: &mut Context<'_, impl Effects>,
-    ) -> (Self, Next) {
-        context.core.confirmations += 1;
-        let unused = SectorRange::new(u64::MAX - 1 - u64::from(context.id.0), 1);
-        let waiter = super::shared::Waiter {
-            worker: context.core.worker,
-            request: context.id,
-        };
-        let (lock, _) = context.shared().lock(unused, waiter);
-        let mut confirmation = Self {
-            lock,
-            terms,
-            replies,
-            asked_at: context.now(),
-            step: Step::Asking,
-            outcome: Outcome::default(),
-        };
-        let next = confirmation.decide(context);
-        (confirmation, next)
     }
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
@@ -325,12 +298,6 @@ impl Confirmation {
                 stale,
             })
             .collect();
-        if is_broken(Mutant::VotePerRequest) && !agree_as_a_whole(&ballots, rule) {
-            return Verdict {
-                undecided: vec![range],
-                ..Verdict::default()
-            };
-        }
         vote(range, &ballots, rule)
     }
 
@@ -414,7 +381,7 @@ impl Confirmation {
         pending.remove(index);
         let began = *began;
         let shared = context.shared();
-        if reply.result.is_ok() || is_broken(Mutant::FailedCopyTrusted) {
+        if reply.result.is_ok() {
             shared.change_health(|health| health.repaired(reply.replica, range, began));
         }
         let counters = shared.counters.of(reply.replica);
@@ -495,16 +462,4 @@ impl Confirmation {
 
 fn sectors(runs: &[SectorRange]) -> u64 {
     runs.iter().map(|run| run.count).sum()
-}
-
-/// Whether enough replicas agree on every sector at once: what [`Mutant::VotePerRequest`] asks for.
-fn agree_as_a_whole(ballots: &[Ballot<'_>], rule: Rule) -> bool {
-    let Rule::Threshold(threshold) = rule else {
-        return true;
-    };
-    let votes = |ballot: &Ballot<'_>| {
-        let equal = |other: &&Ballot<'_>| other.bytes == ballot.bytes;
-        ballots.iter().filter(equal).count()
-    };
-    ballots.iter().any(|ballot| votes(ballot) >= threshold)
 }

@@ -8,7 +8,6 @@ use std::time::Duration;
 use super::background::Background;
 use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
-use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::shared::{Shared, Waiter, WorkerIndex};
 use super::time::Latencies;
@@ -140,7 +139,7 @@ impl<E: Effects> Context<'_, E> {
             request: self.id,
         };
         let (lock, granted) = self.core.shared.lock(range, waiter);
-        if granted || is_broken(Mutant::NoRangeLock) {
+        if granted {
             self.core.granted.push_back(self.id);
         }
         lock

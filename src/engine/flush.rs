@@ -4,7 +4,6 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::interface::{Effects, Failed, Tag};
-use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::request::Progress;
 use crate::common::operation::{Action, OperationType, Reply};
@@ -86,9 +85,8 @@ impl Flush {
             return Progress::Waiting;
         }
         tally.record(replica, success);
-        let durable = success || is_broken(Mutant::FailedFlushNotStale);
         let shared = context.shared();
-        shared.change_health(|health| health.flush_ended(*epoch, replica, durable));
+        shared.change_health(|health| health.flush_ended(*epoch, replica, success));
         if let Err(errno) = reply.result {
             context.report_error(replica, OperationType::Flush, NO_RANGE, errno);
             context.effects.health_changed();
@@ -123,7 +121,7 @@ impl Flush {
             let flushed = succeeded.and(health.members()).len() >= threshold;
             (flushed, health.fresh_on_threshold())
         });
-        let success = flushed && (durable || is_broken(Mutant::FlushCountsSuccesses));
+        let success = flushed && durable;
         self.answer(success, context);
         context.unlock(self.lock);
         Progress::Retired

@@ -40,7 +40,6 @@ mod first_pass;
 mod flush;
 mod in_flight;
 mod interface;
-pub mod mutant;
 mod range_locks;
 mod read;
 mod repair;

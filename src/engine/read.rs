@@ -6,7 +6,6 @@ use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, Suspicion};
 use super::first_pass::FirstPass;
 use super::interface::{Effects, Failed, ReadPattern, Tag};
-use super::mutant::{Mutant, is_broken};
 use super::replies::Replies;
 use super::request::Progress;
 use super::shared::Counters;
@@ -156,11 +155,6 @@ impl Read {
                 core.policy.threshold.max(pass.voters() / 2 + 1)
             }
         };
-        let enough = if is_broken(Mutant::EarlyDecision) {
-            (enough - 1).max(1)
-        } else {
-            enough
-        };
         if !doubtful
             && let Some(winner) = pass.version_with(enough)
             && let Some(tag) = self.tag.take()
@@ -189,9 +183,6 @@ impl Read {
         }
         if pass.differs() {
             Counters::add(&context.shared().counters.suspicions, 1);
-            if is_broken(Mutant::RewriteUnconfirmed) {
-                return self.confirm_without_lock(context);
-            }
             return self.confirm(ReplicaSet::EMPTY, context);
         }
         // The lock shows which replicas may vote on which sector.
@@ -221,17 +212,6 @@ impl Read {
         let terms = terms(self.tag.is_some(), throughout, context.core);
         self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
-    }
-
-    fn confirm_without_lock(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        let Stage::FirstPass(pass) = &mut self.stage else {
-            unreachable!("confirmed once");
-        };
-        let replies = pass.replies_mut().take();
-        let terms = terms(self.tag.is_some(), ReplicaSet::EMPTY, context.core);
-        let (confirmation, next) = Confirmation::without_lock(replies, terms, context);
-        self.stage = Stage::Confirming(Box::new(confirmation));
-        self.go_on(next, context)
     }
 
     /// Does what the confirmation says.

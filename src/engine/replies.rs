@@ -38,15 +38,6 @@ impl Replies {
         }
     }
 
-    /// Takes the replies out as they are.
-    pub(super) fn take(&mut self) -> Self {
-        Self {
-            range: self.range,
-            tally: std::mem::take(&mut self.tally),
-            buffers: std::mem::take(&mut self.buffers),
-        }
-    }
-
     /// Frees the buffers and keeps their list for another read.
     pub(super) fn recycle(&mut self, core: &mut Core) {
         self.buffers.clear();

@@ -7,7 +7,6 @@ use super::confirmation::{Confirmation, Next, Outcome, Terms};
 use super::context::{Context, Core};
 use super::first_pass::FirstPass;
 use super::interface::Effects;
-use super::mutant::{Mutant, is_broken};
 use super::replies::Replies;
 use super::request::Progress;
 use super::shared::Counters;
@@ -42,10 +41,7 @@ impl Scrub {
         let stale = in_service.and(core.shared.stale_in(range));
         let is_partly = |replica| core.shared.health(|h| h.stale_parts(replica, range)) != [range];
         let partly_stale = stale.iter().any(is_partly);
-        let mut asked = in_service.without(stale);
-        if is_broken(Mutant::ScrubAsksTooFew) {
-            asked = core.preferred(asked, core.policy.threshold);
-        }
+        let asked = in_service.without(stale);
         // Only the lock shows which replicas may vote on which sector.
         let stage = if partly_stale || asked.is_empty() {
             let terms = order.terms(ReplicaSet::EMPTY, core);
@@ -120,9 +116,6 @@ impl Scrub {
         };
         if pass.differs() || doubtful {
             Counters::add(&context.shared().counters.suspicions, 1);
-            if is_broken(Mutant::ScrubUnconfirmed) {
-                return self.confirm_without_lock(context);
-            }
             return self.confirm(repair, context);
         }
         if succeeded.len() < context.core.policy.threshold || !repair.is_empty() {
@@ -147,17 +140,6 @@ impl Scrub {
         let terms = self.order.terms(throughout, context.core);
         self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
-    }
-
-    fn confirm_without_lock(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        let Stage::FirstPass(pass) = &mut self.stage else {
-            unreachable!("confirmed once");
-        };
-        let replies = pass.replies_mut().take();
-        let terms = self.order.terms(ReplicaSet::EMPTY, context.core);
-        let (confirmation, next) = Confirmation::without_lock(replies, terms, context);
-        self.stage = Stage::Confirming(Box::new(confirmation));
-        self.go_on(next, context)
     }
 
     /// Does what the confirmation says.
@@ -196,11 +178,10 @@ impl Scrub {
 
 impl ScrubOrder {
     fn terms(&self, throughout: ReplicaSet, core: &Core) -> Terms {
-        let repairs = self.repair && !is_broken(Mutant::RepairForgotten);
         Terms {
             rule: Rule::Threshold(core.policy.threshold),
             throughout,
-            repairs_losers: core.policy.rewrite_corrupted || repairs,
+            repairs_losers: core.policy.rewrite_corrupted || self.repair,
             spreads: self.spreads,
             answers_early: false,
             is_resync: false,

@@ -22,7 +22,6 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
-use super::mutant::{Mutant, is_broken};
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -191,10 +190,6 @@ impl Shared {
     pub fn add(&self, replica: ReplicaIndex) {
         self.change_health(|health| {
             health.add(replica);
-            if is_broken(Mutant::AddedNotStale) {
-                let everything = SectorRange::new(0, health.capacity_sectors());
-                health.repaired(replica, everything, health.failure_epoch());
-            }
         });
         self.counters.of(replica).reset();
     }
@@ -210,12 +205,7 @@ impl Shared {
         tell: impl FnMut(JobEvent),
     ) -> Result<(), NotRemoved> {
         self.change_health(|health| {
-            match health.check_removal(replica) {
-                Err(NotRemoved::NoMember) => return Err(NotRemoved::NoMember),
-                Err(NotRemoved::LastDurableCopies) if is_broken(Mutant::RemovedNotDurable) => {}
-                Err(why) if !is_broken(Mutant::RemovedNeeded) => return Err(why),
-                Err(_) | Ok(()) => {}
-            }
+            health.check_removal(replica)?;
             health.remove(replica);
             Ok(())
         })?;
@@ -228,9 +218,7 @@ impl Shared {
     pub fn grow(&self, capacity_sectors: u64) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         jobs.grow(capacity_sectors);
-        if !is_broken(Mutant::GrowthUntold) {
-            self.change_health(|health| health.grow(capacity_sectors));
-        }
+        self.change_health(|health| health.grow(capacity_sectors));
     }
 
     /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of
@@ -349,9 +337,6 @@ impl Shared {
 
     /// Gives a lock back; adds whoever holds one now to `granted`.
     pub(super) fn unlock(&self, key: LockKey, granted: &mut Vec<Waiter>) {
-        if is_broken(Mutant::NoRangeLock) {
-            return;
-        }
         self.state().locks.release(key, granted);
     }
 

@@ -5,7 +5,6 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
-use super::mutant::{Mutant, is_broken};
 use super::request::{Progress, Request};
 use super::shared::Counters;
 use super::{Engine, Slot};
@@ -145,14 +144,13 @@ impl Engine {
         for replica in evicted.without(self.referred_to(removed)).iter() {
             let drained = core.in_flight.on_replica(replica) == 0;
             if removed.contains(replica) {
-                let drained = drained || is_broken(Mutant::ReleasedEarly);
                 if core
                     .shared
                     .change_health(|health| health.release(replica, worker, drained))
                 {
                     effects.released(replica);
                 }
-            } else if (drained || is_broken(Mutant::ReturnEarly))
+            } else if drained
                 && core
                     .shared
                     .change_health(|health| health.rejoin(replica, worker))

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use super::context::Context;
 use super::interface::{Effects, Failed, Tag};
-use super::mutant::{Mutant, is_broken};
 use super::range_locks::LockKey;
 use super::request::Progress;
 use crate::common::buffer::Buffer;
@@ -156,19 +155,12 @@ impl Write {
         // An evicted replica is as good as not asked: its write may still happen, or not.
         let asked = succeeded.or(writing.tally.failed());
         let threshold = context.core.policy.threshold;
-        let everyone = context.shared().members();
-        let trusted = is_broken(Mutant::FailedWriteNotStale)
-            || is_broken(Mutant::ReturnNotStale) && writing.tally.failed().is_empty();
         let (success, became_stale) = context.shared().change_health(|health| {
             // A replica that was removed meanwhile does not count.
             let success = succeeded.and(health.members()).len() >= threshold;
             let end = WriteEnd {
-                asked: if is_broken(Mutant::ReturnNotStale) {
-                    everyone
-                } else {
-                    asked
-                },
-                succeeded: if trusted { everyone } else { succeeded },
+                asked,
+                succeeded,
                 begun: writing.begun,
                 success,
                 durable: self.order.durable,

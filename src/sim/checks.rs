@@ -372,9 +372,8 @@ impl World {
                 let value = self.replicas[replica].value(sector);
                 let (other, expected) = *first.get_or_insert((replica, value));
                 if value != expected {
-                    let text = format!(
-                        "all is quiet, and {sector} is {expected} on replica {other}, {value} on {replica}"
-                    );
+                    let text =
+                        format!("{sector} is {expected} on replica {other}, {value} on {replica}");
                     return Err(Violation::new("I4", text).at(1 << sector));
                 }
             }

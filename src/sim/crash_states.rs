@@ -270,7 +270,9 @@ impl<'a> State<'a> {
         let (held, case) = (&mut self.held[replica], self.case);
         let mut covers = [None; SECTORS];
         let act = match &operation.action {
-            Action::Read { .. } | Action::Zero { .. } => unreachable!("nobody reads or discards"),
+            Action::Read { .. } | Action::Zero { .. } => {
+                unreachable!("no history reads or discards")
+            }
             Action::Write { range, data, .. } => {
                 let value = parse(&data[..SECTOR_LEN]).and_then(Value::write);
                 let act = usize::try_from(value.expect("a guest's write")).expect("few") - 1;

@@ -1,4 +1,4 @@
-//! What excuses a replica, sector by sector: the injected faults, and which of them the engine knows.
+//! What excuses a replica, sector by sector: the injected faults, and those that the engine knows.
 //!
 //! The checks ask two questions. May this replica give wrong bytes here? May the engine leave it
 //! out? Each request in flight keeps what was true at any time since it began, so that a replica

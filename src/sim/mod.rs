@@ -22,9 +22,9 @@
 //! ```
 //!
 //! Not simulated: guest memory and virtqueues (the device has its own tests), and two workers that
-//! change the shared state at the same instant (`make model` explores that). The kernel reports a
-//! failed writeback once, to a flush or to a durable write; here the two never run at the same time
-//! on a replica that has a failure to report.
+//! change the shared state at the same instant (`make model` explores that). Linux may report a
+//! failed writeback to another operation in flight than the one that it concerns: where the write
+//! cache is off or switched, `operations` avoids that.
 #![forbid(unsafe_code)]
 
 mod checks;

@@ -12,7 +12,6 @@ use super::state::{Checked, Fault, Flight, Pending, PendingKind, PendingWrite, W
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
 use crate::engine::ReadPattern;
-use crate::engine::mutant::{self, Mutant};
 
 /// Every injected error.
 const EIO: Errno = Errno(5);
@@ -65,6 +64,7 @@ impl World {
             submitted_at: self.clock,
             failures: self.ledger.failures[replica],
             evictions: self.ledger.evictions[replica],
+            late: false,
             done: None,
         };
         self.draw_fault(&mut flight);
@@ -225,7 +225,7 @@ impl World {
     }
 
     /// Whether the end of a durable write may report a failure in the background. While a flush is
-    /// in flight that reports it. (Linux tells whichever comes first.)
+    /// in flight that reports it. (Linux reports it to the first that ends.)
     fn may_report(&self, replica: usize) -> bool {
         let flushes = |other: &Flight| other.is_flush() && other.replica() == replica;
         !self.flights.iter().any(flushes)
@@ -289,16 +289,15 @@ impl World {
                 for sector in bits(now) {
                     let start = *offset_bytes + bytes_of(sector, range);
                     let value = parse(&data[start..start + SECTOR_LEN]).unwrap_or(Value::rotten(0));
-                    let value = self.changed_by_guest(value, flight.write.is_some());
                     let guest = flight.write.is_some();
                     self.write_sector(replica, sector, value, flight.fault, guest);
                 }
             }
-            Action::Zero { unmap, .. } => {
+            Action::Zero { .. } => {
                 // Zeroes of a job have the number of what the disk held in the beginning.
                 let (guest, number) = (flight.write.is_some(), flight.write.unwrap_or(0));
                 for sector in bits(now) {
-                    let value = self.discarded(Value::written(number, sector), *unmap && guest);
+                    let value = Value::written(number, sector);
                     self.write_sector(replica, sector, value, flight.fault, guest);
                 }
             }
@@ -325,26 +324,6 @@ impl World {
         if now != 0 && matches!(action, Action::Write { .. } | Action::Zero { .. }) {
             self.take_effect(index, now);
         }
-    }
-
-    /// What the guest does to its buffer does not reach the engine's copy, unless a mutant submits
-    /// guest memory to the replicas.
-    fn changed_by_guest(&mut self, value: Value, guest_write: bool) -> Value {
-        let shared = mutant::is_broken(Mutant::FanOutFromGuestMemory);
-        if shared && guest_write && self.plan.fickle_guest && self.random.below(4) == 0 {
-            self.rotten += 1;
-            return Value::rotten(self.rotten);
-        }
-        value
-    }
-
-    /// A discard leaves zeroes, unless a mutant leaves it to the replica.
-    fn discarded(&mut self, zero: Value, unmap: bool) -> Value {
-        if unmap && mutant::is_broken(Mutant::DiscardAsYouLike) {
-            self.rotten += 1;
-            return Value::rotten(self.rotten);
-        }
-        zero
     }
 
     /// The sector is written. `guest`: by a write of the guest.
@@ -438,6 +417,7 @@ impl World {
         };
         let result = if failed { Err(EIO) } else { Ok(()) };
         self.flights[index].done = Some((result, lost));
+        self.flights[index].late = self.random.chance(self.plan.late);
         self.flights[index].sectors = 0;
         trace!(
             self,

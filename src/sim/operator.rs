@@ -12,7 +12,6 @@ use super::plan::{PLACES, SECTORS_MAX, bits};
 use super::replica::SimReplica;
 use super::state::{Checked, PendingKind, World, trace};
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::engine::mutant::{Mutant, is_broken};
 use crate::jobs::{JobId, NotBegun};
 use crate::quorum::health::NotRemoved;
 
@@ -77,14 +76,6 @@ impl World {
         self.model.grow(sectors);
         for replica in &mut self.replicas {
             replica.grow(sectors);
-        }
-        if is_broken(Mutant::GrownNotZeroed) {
-            for place in self.members() {
-                for sector in from..sectors {
-                    self.rotten += 1;
-                    self.replicas[place].rot(sector, Value::rotten(self.rotten));
-                }
-            }
         }
         // A replica that is evicted does not take part there either until it rejoins.
         let new = self

@@ -93,6 +93,8 @@ pub struct Plan {
     pub eagerness: usize,
     /// An operation is applied sector by sector, in 65536ths of the occasions.
     pub tear: u32,
+    /// A reply is delivered late, in 65536ths of the replies.
+    pub late: u32,
     /// A dirty sector is written back in the background, in 65536ths of the steps.
     pub writeback: u32,
     /// The guest waits until all is quiet, in 65536ths of the requests.
@@ -109,8 +111,6 @@ pub struct Plan {
     pub replica_timeout: Duration,
     /// How likely each fault is.
     pub faults: Faults,
-    /// The guest's buffers change while writes are in flight.
-    pub fickle_guest: bool,
     /// The operator acts, in 65536ths of the steps.
     pub operator: u32,
     /// Actions of the operator, at most.
@@ -172,6 +172,7 @@ impl Plan {
             write_cache,
             eagerness: random.pick(&[1, 3, 10]),
             tear: random.pick(&[0, HALF, HALF + HALF / 2]),
+            late: random.pick(&[0, RARE * 8, HALF / 2]),
             writeback: random.pick(&[0, RARE, OFTEN * 3]),
             pause: random.pick(&[0, OFTEN, OFTEN * 4]),
             faulty: 0,
@@ -180,7 +181,6 @@ impl Plan {
             step: Duration::from_micros(random.pick(&[1, 30, 300])),
             replica_timeout: Duration::from_millis(random.pick(&[5, 20, 100])),
             faults: Faults::default(),
-            fickle_guest: random.below(4) == 0,
             operator: random.pick(&[0, 0, RARE, OFTEN]),
             operator_actions: 30,
             job_sizes: Sizes {
@@ -242,7 +242,7 @@ impl Plan {
         faults.lost = rate(&per_operation);
         faults.misdirected = rate(&per_operation);
         faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
-        faults.writeback_error = rate(&per_step);
+        faults.writeback_error = rate(&[RARE / 4, RARE, RARE * 4]);
     }
 
     /// Whether the dead replicas are the only fault: then they may stay dead for good.

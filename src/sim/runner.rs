@@ -9,7 +9,6 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use super::random::Random;
 use super::state::Statistics;
 use super::{Violation, pools, run};
-use crate::engine::mutant::{self, Mutant};
 
 /// Which seeds to run, and for how long.
 #[derive(Clone, Copy, Debug)]
@@ -22,8 +21,6 @@ pub struct Batch {
     pub time: Duration,
     /// The batch ends with this many failing seeds.
     pub failures: usize,
-    /// The rule that is broken.
-    pub mutant: Option<Mutant>,
 }
 
 /// A seed that failed.
@@ -95,7 +92,6 @@ fn run_some(
     deadline: Instant,
     summary: &Mutex<Summary>,
 ) {
-    mutant::breaks(batch.mutant);
     let pools = pools();
     let mut own = Summary::default();
     loop {
@@ -127,7 +123,6 @@ fn run_some(
             }
         }
     }
-    mutant::breaks(None);
     if let Ok(mut summary) = summary.lock() {
         summary.seeds += own.seeds;
         summary.statistics.add(own.statistics);
@@ -136,14 +131,12 @@ fn run_some(
     }
 }
 
-/// Replays a seed, with this rule broken, and prints what happens.
+/// Replays a seed and prints what happens.
 ///
 /// # Errors
 /// The rule that it breaks.
-pub fn replay(seed: u64, broken: Option<Mutant>) -> Result<(), Failure> {
-    mutant::breaks(broken);
+pub fn replay(seed: u64) -> Result<(), Failure> {
     let outcome = run(seed, &pools(), true);
-    mutant::breaks(None);
     for line in &outcome.trace {
         println!("{line}");
     }

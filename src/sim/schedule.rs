@@ -117,6 +117,10 @@ impl World {
             return Ok(());
         }
         if self.flights[index].done.is_some() {
+            let late = self.flights[index].late && !self.faults_ended;
+            if late && self.random.below(32) != 0 {
+                return Ok(());
+            }
             return self.deliver_reply(index);
         }
         self.advance(index);

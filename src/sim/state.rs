@@ -237,6 +237,8 @@ pub(super) struct Flight {
     pub(super) failures: u32,
     /// [`Ledger::evictions`] of the replica when it was submitted.
     pub(super) evictions: u32,
+    /// Its reply is delivered late.
+    pub(super) late: bool,
     /// The operation has ended with this reply, and an error reports the loss of these sectors.
     pub(super) done: Option<(Result<(), Errno>, u64)>,
 }
