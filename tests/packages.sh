@@ -1,5 +1,5 @@
-# What the scripts that prepare something for the tests share. They say in $what who speaks, and call make_scratch
-# first.
+# Shared by the scripts that prepare programs for the tests. A script sets $what, the prefix of its
+# messages, and calls make_scratch first.
 
 say() {
     printf '%s: %s\n' "$what" "$*"
@@ -10,7 +10,7 @@ fail() {
     exit 1
 }
 
-# quietly COMMAND...: its output is shown only if it fails.
+# quietly COMMAND...: prints the output of the command only if it fails.
 quietly() {
     if ! "$@" >"$scratch/output" 2>&1; then
         cat "$scratch/output" >&2
@@ -28,10 +28,11 @@ as_root() {
 }
 
 may_be_root() {
-    [ "$(id -u)" -eq 0 ] || { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
+    [ "$(id -u)" -eq 0 ] ||
+        { command -v sudo >/dev/null && { [ -t 0 ] || sudo -n true 2>/dev/null; }; }
 }
 
-# Package lists may be absent (a fresh container) or too old to fetch from. Once is enough.
+# Package lists may be missing (in a fresh container) or too old to fetch from. Updates them once.
 refresh_package_lists() {
     if [ "$lists_are_fresh" = no ] && may_be_root; then
         say "updating the package lists"
@@ -40,14 +41,15 @@ refresh_package_lists() {
     lists_are_fresh=yes
 }
 
-# fetch PACKAGE DIRECTORY: unpacks a package there without installing it.
+# fetch PACKAGE DIRECTORY: unpacks the package there without installing it.
 fetch() {
     mkdir -p "$scratch/packages"
     (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
     quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
 }
 
-# make_scratch DIRECTORY: makes it, and in it a place for what is being made, $scratch, which goes when the script ends.
+# make_scratch DIRECTORY: creates it, and in it the directory $scratch for unfinished files, which
+# is removed when the script ends.
 make_scratch() {
     mkdir -p "$1"
     scratch=$(mktemp -d "$1/scratch.XXXXXX")

@@ -1,8 +1,8 @@
 """Talks to a monitor through the library of the QEMU project.
 
-Arguments: the socket, then commands as JSON objects with "execute" and perhaps "arguments". Prints a line of JSON for
-each: {"return": ...} or {"error": {"class", "desc"}}; before them one with the greeting, after them one for each event
-as it comes, until standard input ends.
+Arguments: the socket, then commands as JSON objects with "execute" and optional "arguments". Prints
+the greeting, then a line of JSON for each command, {"return": ...} or {"error": {"class", "desc"}},
+then a line for each event as it arrives, until standard input ends.
 """
 
 import asyncio

@@ -1,11 +1,12 @@
 #!/bin/sh
-# Prepares the programs of others that the tests talk to the operator's interfaces with.
+# Prepares the programs with which the tests use the operator's interfaces.
 #
 # Under target/clients/ or $CARGO_TARGET_DIR/clients/:
-#   venv/        the QEMU project's client of its monitor, qemu.qmp, with qmp-shell
-#   promtool     Prometheus' own check of what is scraped
-# Installs python3-venv, systemd's tools, shells and readers of man pages where they are missing (Debian and its like; as
-# root or through sudo). Does nothing, and says nothing, when all is there. Remove that directory to have it made anew.
+#   venv/        the QEMU project's monitor client, qemu.qmp, with qmp-shell
+#   promtool     Prometheus' checker of metrics
+# Installs python3-venv, systemd's tools, shells and man page readers if they are missing (on Debian
+# and its derivatives; as root or through sudo). Does and prints nothing if everything is there.
+# Remove that directory to build everything again.
 
 set -eu
 
@@ -16,18 +17,20 @@ what=clients
 
 . "$project/tests/packages.sh"
 
-# What is there and made with the versions of today is left alone.
+# A virtual environment built with these versions is kept.
 wanted=$(cksum <"$sources/requirements.txt")
 
 # install_packages PACKAGE...
 install_packages() {
-    command -v apt-get >/dev/null && may_be_root || fail "install what Debian has in these packages first: $*"
+    command -v apt-get >/dev/null && may_be_root ||
+        fail "install the contents of these Debian packages first: $*"
     refresh_package_lists
     say "installing $*"
-    quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends "$@"
+    quietly as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends "$@"
 }
 
-# What of the installation is tried with, program by program.
+# Installs the programs with which the tests try the installed files.
 install_tools() {
     missing=
     for tool in systemd:systemd-analyze systemd:systemd-socket-activate systemd:systemd-sysusers \
@@ -43,12 +46,14 @@ make_venv() {
     say "making a Python environment with $(grep -v '^#' "$sources/requirements.txt")"
     rm -rf "$clients/venv"
     quietly python3 -m venv "$clients/venv"
-    quietly "$clients/venv/bin/pip" install --disable-pip-version-check --requirement "$sources/requirements.txt"
+    quietly "$clients/venv/bin/pip" install --disable-pip-version-check \
+        --requirement "$sources/requirements.txt"
     printf '%s\n' "$wanted" >"$clients/venv/made-of"
 }
 
 fetch_promtool() {
-    command -v apt-get >/dev/null || fail "no apt-get here to fetch Debian's package prometheus with"
+    command -v apt-get >/dev/null ||
+        fail "apt-get is needed to fetch Debian's package prometheus"
     refresh_package_lists
     say "fetching promtool"
     fetch prometheus "$scratch/prometheus"

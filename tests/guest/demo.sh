@@ -1,9 +1,9 @@
 #!/bin/bash
-# The demo: a Linux guest on a voted disk of three files, one of which goes bad under it.
+# The demo: a Linux guest on a voted disk of three files, one of which becomes corrupt under it.
 #
-# Run by `make demo`, which sees to what it needs: tests/guest/prepare.sh and `cargo build --release`.
-# Everything happens in a temporary directory. The script checks what it tells: should something not be as
-# it says, it stops with the logs and status 1.
+# `make demo` runs it, after tests/guest/prepare.sh and `cargo build --release`. Everything happens
+# in a temporary directory. The script checks everything that it prints: if something differs, it
+# prints the logs and exits with status 1.
 
 set -euo pipefail
 
@@ -38,7 +38,7 @@ fail() {
     exit 1
 }
 
-# within SECONDS COMMAND...: repeats a test until it succeeds; fails when the time is over.
+# within SECONDS COMMAND...: repeats a test until it succeeds; fails after SECONDS.
 within() {
     local attempts=$(($1 * 20))
     shift
@@ -72,7 +72,7 @@ read_reply() {
     done
 }
 
-# in_guest COMMAND: shows it, runs it, leaves its output in $output.
+# in_guest COMMAND: prints the command, runs it, and sets $output to its output.
 in_guest() {
     command_line "guest# $1"
     printf '%s\n' "$1" >&"$to_guest"
@@ -80,7 +80,7 @@ in_guest() {
     [ "$word" = 0 ] || fail "in the guest: $1: $output"
 }
 
-# first_match PATTERN TEXT: what the pattern's parentheses caught; nothing if it does not fit.
+# first_match PATTERN TEXT: prints the first group that the pattern matches in TEXT, if any.
 first_match() {
     if [[ $2 =~ $1 ]]; then
         printf '%s' "${BASH_REMATCH[1]}"
@@ -129,7 +129,7 @@ daemon_pid=$!
 pids+=("$daemon_pid")
 are_sockets_there() { [ -S disk.sock ] && [ -S events.sock ]; }
 within 10 are_sockets_there || fail 'the daemon made no sockets'
-# Events are lines of text; this writes down each as it comes. Perl is part of every Debian.
+# Writes each event, a line of text, to a file as it arrives. Every Debian has Perl.
 # shellcheck disable=SC2016
 perl -MIO::Socket::UNIX -e '
     $| = 1;
@@ -145,7 +145,8 @@ boot_start_ms=$(date +%s%3N)
 qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
     -accel tcg,thread=multi -smp 2 \
     -object memory-backend-memfd,id=memory,size=256M,share=on -machine q35,memory-backend=memory \
-    -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" -append 'console=ttyS0 panic=-1 no_timer_check' \
+    -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" \
+    -append 'console=ttyS0 panic=-1 no_timer_check' \
     -serial file:console.log -chardev pipe,id=commands,path=commands -serial chardev:commands \
     -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk,num-queues=1 \
     </dev/null >qemu.log 2>&1 &
@@ -169,7 +170,8 @@ within 10 are_identical || fail 'the files differ'
 checksums | while IFS= read -r line; do show "$line"; done
 
 step 'Behind its back, 1.raw goes bad where the letter is'
-offset=$(LC_ALL=C grep --only-matching --byte-offset --text --fixed-strings "$right" 1.raw | head -n 1)
+offset=$(LC_ALL=C grep --only-matching --byte-offset --text --fixed-strings "$right" 1.raw |
+    head -n 1)
 offset=${offset%%:*}
 [ -n "$offset" ] || fail 'the letter is not in 1.raw'
 sector=$((offset / 512))

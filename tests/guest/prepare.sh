@@ -1,12 +1,13 @@
 #!/bin/sh
-# Prepares the guest of tests/vm/corrupt_replica.rs and of the demo: QEMU, a Debian kernel and an initramfs.
+# Prepares the guest of the tests in tests/vm/ and of the demo: QEMU, a Debian kernel and an
+# initramfs.
 #
-# Installs QEMU where it is missing (Debian and its like; as root or through sudo). The kernel, busybox and
-# the tools that busybox has no match for are fetched from the same archive and only unpacked, under
-# target/guest/ or $CARGO_TARGET_DIR/guest/:
+# Installs QEMU if it is missing (on Debian and its derivatives; as root or through sudo). Fetches
+# the kernel, busybox and tools that busybox lacks from the same archive and unpacks them, without
+# installing them, below target/guest/ or $CARGO_TARGET_DIR/guest/:
 #   vmlinuz              a stock Debian kernel
 #   initramfs.cpio.gz    busybox, the tools, the virtio drivers and tests/guest/init
-# Does nothing, and says nothing, when all is there. Remove that directory to have it made anew.
+# Does and prints nothing if everything is there. Remove that directory to build everything again.
 
 set -eu
 
@@ -26,21 +27,24 @@ install_qemu() {
     version=$(apt-cache show qemu-system-x86 | awk '/^Version:/ { print $2; exit }')
     [ -n "$version" ] || fail "the package archive has no qemu-system-x86"
     say "installing qemu-system-x86 and qemu-utils $version"
-    # Both come from one source and must have one version: qemu-utils may be there in another.
+    # Both come from one source and must have one version; qemu-utils may be installed in another.
     quietly as_root env DEBIAN_FRONTEND=noninteractive apt-get install --yes --allow-downgrades \
         --no-install-recommends qemu-system-x86 "qemu-utils=$version"
 }
 
-# The package of the kernel that the meta package stands for.
+# Prints the name of the kernel package that the meta package depends on.
 kernel_package() {
-    apt-cache depends linux-image-cloud-amd64 2>/dev/null | awk '/Depends: linux-image-/ { print $2; exit }'
+    apt-cache depends linux-image-cloud-amd64 2>/dev/null |
+        awk '/Depends: linux-image-/ { print $2; exit }'
 }
 
 fetch_kernel_and_busybox() {
-    command -v apt-get >/dev/null || fail "no apt-get here to fetch a Debian kernel and busybox-static with"
+    command -v apt-get >/dev/null ||
+        fail "apt-get is needed to fetch a Debian kernel and busybox-static"
     refresh_package_lists
     kernel=$(kernel_package)
-    [ -n "$kernel" ] || fail "the package archive has no linux-image-cloud-amd64 (is the list there? apt-get update)"
+    [ -n "$kernel" ] ||
+        fail "the package archive has no linux-image-cloud-amd64; try apt-get update"
     say "fetching $kernel and busybox-static"
     fetch "$kernel" "$scratch/system"
     fetch busybox-static "$scratch/system"
@@ -49,15 +53,17 @@ fetch_kernel_and_busybox() {
     ln -f "$guest/system/boot/vmlinuz-"* "$guest/vmlinuz"
 }
 
-# What busybox has not, or has without what the tests need: write zeroes, punch holes, ext4 with a journal.
+# Tools that busybox lacks, or has without what the tests need: write zeroes, punch holes, ext4 with
+# a journal.
 tools='blkdiscard fallocate mke2fs e2fsck'
 
-# fetch_tools: into a directory of their own, with the libraries they need.
+# Fetches the tools, with the libraries they need, into a directory of their own.
 fetch_tools() {
     refresh_package_lists
-    # The libraries of the one serve the other too. Their names differ from release to release.
-    libraries=$(apt-cache depends e2fsprogs 2>/dev/null | awk '/Depends: lib/ { print $2 }' | sort -u)
-    [ -n "$libraries" ] || fail "the package archive has no e2fsprogs (is the list there? apt-get update)"
+    # The libraries of e2fsprogs suffice for util-linux. Their names differ between releases.
+    libraries=$(apt-cache depends e2fsprogs 2>/dev/null |
+        awk '/Depends: lib/ { print $2 }' | sort -u)
+    [ -n "$libraries" ] || fail "the package archive has no e2fsprogs; try apt-get update"
     say "fetching util-linux and e2fsprogs with" $libraries
     for package in util-linux e2fsprogs $libraries; do
         fetch "$package" "$scratch/tools"
@@ -66,25 +72,28 @@ fetch_tools() {
     mv "$scratch/tools" "$guest/tools"
 }
 
-# install_tools ROOT: copies them there, the loader and the libraries where the loader looks for them.
+# install_tools ROOT: copies the tools there, and the loader and the libraries to where the loader
+# searches for them.
 install_tools() {
     mkdir -p "$1/sbin" "$1/lib" "$1/lib64"
     loader=$(find "$guest/tools" -name 'ld-linux-x86-64.so.*' -type f | head -n 1)
     cp "$loader" "$1/lib64/"
-    directories=$(find "$guest/tools" -name 'lib*.so.*' -exec dirname '{}' ';' | sort -u | tr '\n' ':')
+    directories=$(find "$guest/tools" -name 'lib*.so.*' -exec dirname '{}' ';' |
+        sort -u | tr '\n' ':')
     for tool in $tools; do
         file=$(find "$guest/tools" -path "*bin/$tool" -type f | head -n 1)
         [ -n "$file" ] || fail "there is no $tool in util-linux or e2fsprogs"
         cp "$file" "$1/sbin/"
         "$loader" --library-path "$directories" --list "$file"
     done >"$scratch/libraries"
-    awk '$2 == "=>" && $1 !~ "/" { print $3 }' "$scratch/libraries" | sort -u | while IFS= read -r library; do
-        cp -L "$library" "$1/lib/"
-    done
+    awk '$2 == "=>" && $1 !~ "/" { print $3 }' "$scratch/libraries" | sort -u |
+        while IFS= read -r library; do
+            cp -L "$library" "$1/lib/"
+        done
 }
 
-# The drivers that the guest needs, each after those it needs itself. Kernels differ in which of them are
-# modules; what is neither a module nor built in is not part of that kernel any more.
+# The drivers that the guest needs, each after its dependencies. Kernels differ in which of them are
+# modules, built in, or no longer there.
 modules='virtio_ring virtio virtio_pci_modern_dev virtio_pci_legacy_dev virtio_pci virtio_blk
     crc16 crc32c_generic mbcache jbd2 ext4'
 
@@ -116,7 +125,7 @@ build_initramfs() {
     mv "$scratch/initramfs" "$guest/initramfs.cpio.gz"
 }
 
-# Is FILE there and newer than what it is made of?
+# is_fresh FILE SOURCE...: whether FILE exists and is newer than its sources.
 is_fresh() {
     file=$1
     shift
@@ -134,6 +143,7 @@ fi
 if ! [ -d "$guest/tools" ]; then
     fetch_tools
 fi
-if ! is_fresh "$guest/initramfs.cpio.gz" "$sources/init" "$sources/prepare.sh" "$guest/vmlinuz"; then
+if ! is_fresh "$guest/initramfs.cpio.gz" \
+    "$sources/init" "$sources/prepare.sh" "$guest/vmlinuz"; then
     build_initramfs
 fi
