@@ -97,8 +97,9 @@ impl DiskInfo {
         let block_sectors = u64::from(self.block_bytes) / SECTOR_BYTES;
         let whole = bytes.is_multiple_of(u64::from(self.block_bytes))
             && sector.is_multiple_of(block_sectors);
-        let range = SectorRange::new(sector, bytes / SECTOR_BYTES);
-        let end = sector.checked_add(range.count)?;
-        (whole && end <= self.capacity.sectors()).then_some(range)
+        // First the check: the guest chooses the sector, and a range asserts that it does not wrap.
+        let count = bytes / SECTOR_BYTES;
+        let end = sector.checked_add(count)?;
+        (whole && end <= self.capacity.sectors()).then(|| SectorRange::new(sector, count))
     }
 }

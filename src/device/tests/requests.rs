@@ -223,7 +223,7 @@ fn status_of(machine: &mut Machine, request_type: u32, sector: u64, bytes: usize
 }
 
 #[test]
-fn what_lies_beyond_the_disk_is_an_error() {
+fn sectors_beyond_the_disk_are_an_error() {
     let mut machine = Machine::new();
     let end = disk_info().capacity.sectors();
     for request_type in [IN, OUT] {
@@ -318,7 +318,7 @@ fn a_driver_without_flush_gets_durable_writes() {
 #[test]
 fn the_used_length_claims_nothing_that_is_not_written() {
     let mut machine = Machine::new();
-    // Room that these requests have no use for: only the status byte behind it is written.
+    // Room that these requests do not use: only the status byte behind it is written.
     for request_type in [OUT, FLUSH, 99] {
         machine.put_header(request_type, 0);
         let parts = [
