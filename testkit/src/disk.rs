@@ -71,7 +71,7 @@ impl Default for Plan {
     }
 }
 
-/// A disk that is being served.
+/// A disk that is served.
 pub struct Disk {
     // The order of these is the order in which they are dropped: a process can not end while its
     // file hangs.
@@ -165,7 +165,7 @@ impl Disk {
         }
     }
 
-    /// Waits until the peer has sent all events of what has happened so far.
+    /// Waits until the peer has sent the events of all that has happened so far.
     pub fn sync_peer(&self) {
         if let Program::Peer(peer) = &mut *self.program.borrow_mut() {
             peer.sync(&self.events);

@@ -79,7 +79,7 @@ pub struct FuseImage {
     server: Arc<Server>,
     session: Option<BackgroundSession>,
     deferred: Option<JoinHandle<()>>,
-    /// Keeps the detached file system alive; a path for others leads through it.
+    /// Keeps the detached file system alive. The path for other processes leads through it.
     file: Option<File>,
 }
 

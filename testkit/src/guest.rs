@@ -2,7 +2,7 @@
 //!
 //! `tests/guest/prepare.sh` (`make guest`) fetches the parts; `tests/guest/init` is the guest's
 //! only program and says how commands reach it. The guest has two serial ports: the kernel writes
-//! to the first, which goes to `console.log`, and commands travel on the second, a unix socket.
+//! to the first, which goes to `console.log`; commands and replies use the second, a unix socket.
 
 use crate::HANG_LIMIT;
 use std::fmt::Write as _;

@@ -34,8 +34,7 @@ pub fn create_images(directory: &Path, count: usize, size_bytes: u64) -> Vec<Pat
 
 /// Changes every byte of these sectors of an image by xor with `mask`, past the page cache, so that
 /// it can be done under a daemon that is using the image. A block (4 KiB) with a sector in the
-/// range is read and written as a whole; what is written to its other sectors in that moment may be
-/// lost.
+/// range is read and written as a whole. A write to its other sectors at that moment may be lost.
 pub fn corrupt_sectors(image: &Path, sectors: Range<u64>, mask: u8) {
     #[repr(align(4096))]
     struct Block([u8; BLOCK_LENGTH]);
@@ -110,7 +109,7 @@ pub fn are_identical(images: &[PathBuf]) -> bool {
     })
 }
 
-/// What of a sparse file is not in holes, in bytes, in the order of the file.
+/// The ranges of a sparse file that are not holes, in bytes, in order.
 pub fn data_ranges(image: &Path) -> Vec<Range<u64>> {
     let file = File::open(image).expect("opening an image");
     let seek = |to| match rustix::fs::seek(&file, to) {
@@ -126,7 +125,7 @@ pub fn data_ranges(image: &Path) -> Vec<Range<u64>> {
     ranges
 }
 
-/// What a sparse file takes of its file system, with what that needs to keep account of it.
+/// The space that a sparse file takes in its file system, with the metadata for it.
 pub fn allocated_bytes(image: impl AsRef<Path>) -> u64 {
     fs::metadata(image).expect("looking at an image").blocks() * 512
 }

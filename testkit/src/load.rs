@@ -358,7 +358,7 @@ pub fn bytes_that_differ(images: &[PathBuf]) -> usize {
         .sum()
 }
 
-/// Reports a figure for the table of what was measured.
+/// Prints a measured figure.
 pub fn figure(row: &str, value: &str) {
     println!("figure: {row}: {value}");
 }

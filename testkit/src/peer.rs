@@ -92,7 +92,7 @@ impl Peer {
         (peer, EventReader::over(monitor))
     }
 
-    /// Waits until all events of what has happened so far have come.
+    /// Waits for the events of all that has happened so far.
     pub fn sync(&mut self, events: &EventReader) {
         self.execute("query-version", json!({}), events);
     }

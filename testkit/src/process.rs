@@ -1,4 +1,4 @@
-//! Child processes that a test can not leave behind.
+//! Child processes that end with their test.
 
 use std::io;
 use std::os::unix::process::CommandExt;
@@ -6,7 +6,7 @@ use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Time between two looks at something that is being waited for.
+/// Time between two checks of a condition.
 const POLL_INTERVAL: Duration = Duration::from_millis(10);
 
 /// A child process; killed and reaped when dropped, and killed by the kernel when the thread that
@@ -85,7 +85,7 @@ impl Drop for Process {
     }
 }
 
-/// Waits for `condition`, for `limit` at most; says whether it came.
+/// Waits for `condition`, for `limit` at most; returns whether it holds.
 pub fn wait_until(limit: Duration, mut condition: impl FnMut() -> bool) -> bool {
     let deadline = Instant::now() + limit;
     loop {

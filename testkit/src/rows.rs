@@ -193,7 +193,7 @@ pub fn hang(system: System) -> Hung {
             Instant::now() >= end
         })
     };
-    // What is read was written before, in both states: holes are read without the disk.
+    // The reads in both states find written blocks: holes are read without the disk.
     for block in 0..blocks {
         let offset = block * BLOCK_BYTES;
         assert_eq!(

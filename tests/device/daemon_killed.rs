@@ -1,6 +1,6 @@
-//! The daemon is killed at random moments under load and started again, and the guest must not
-//! notice: every request that was with it completes, once, and well; nothing is lost, nothing comes
-//! twice, no replica is accused, and in the end all of them hold the same.
+//! The daemon is killed at random moments under load and restarted, and the guest must not notice:
+//! every request in flight completes, once and with the right result, no replica is reported, and
+//! in the end all replicas are equal.
 //!
 //! `QUORUM_BLK_SOAK_SECONDS` makes it longer (`make soak`).
 
@@ -26,18 +26,18 @@ use testkit::load::{Model, Read, Write};
 use testkit::process::wait_until;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
-/// How long each test goes on, in seconds, unless the environment says otherwise.
+/// How long each test runs, in seconds, unless the environment sets it.
 const SECONDS: u64 = 10;
 const QUEUES: usize = 4;
 const DISK_BLOCKS: u64 = 1024;
-/// Half of the requests go here, so that they meet.
+/// Half of the requests go here, so that they overlap.
 const BUSY_BLOCKS: u64 = 16;
 /// Most blocks of an ordinary request, and of the few that are served as several fragments.
 const BLOCKS_MAX: u64 = 8;
 const MANY_BLOCKS_MAX: u64 = 400;
-/// How long a replica that is slow takes for a read or a write, at most.
+/// How long a slow replica takes at most for a read or a write.
 const DELAY_MAX: Duration = Duration::from_millis(5);
-/// How often a wait for interrupts looks whether the daemon was killed.
+/// How often a wait for calls checks whether the daemon was killed.
 const LOOK: Duration = Duration::from_millis(2);
 
 #[test]
@@ -57,22 +57,22 @@ fn cloud_hypervisor_does_not_notice_that_the_daemon_is_killed() {
     torment(Style::CloudHypervisor, &[], &[]);
 }
 
-/// Replicas take their time, so that many a write is done on some when the daemon is killed, and
-/// not on others; and those that are in doubt are rewritten.
+/// Replicas are slow, so that writes have reached some of them and not others when the daemon is
+/// killed; and losers are repaired.
 #[test]
 fn repairs_by_slow_replicas_survive_the_daemon() {
     let options = ["--rewrite-corrupted", "--read-pattern", "threshold"];
     torment(Style::CloudHypervisor, &options, &[1, 2]);
 }
 
-/// A write was done on two of three replicas when the daemon was killed. A read that is done again
-/// before it finds that they differ, and must not accuse the third.
+/// A write has reached two of three replicas when the daemon is killed. A read that is submitted
+/// again before the write finds that they differ, and must not report the third.
 #[test]
 fn a_half_done_write_does_not_accuse_a_replica() {
     half_done(0);
 }
 
-/// The same when the write is on a ring that is started later.
+/// The same with the write on a virtqueue that starts later.
 #[test]
 fn a_half_done_write_on_another_virtqueue_does_not_accuse_a_replica() {
     half_done(1);
@@ -112,7 +112,7 @@ fn half_done(queue_of_write: usize) {
         daemon.signal(libc::SIGKILL);
         hanging.iter().for_each(FuseImage::clear_faults);
         assert_eq!(daemon.wait().signal(), Some(libc::SIGKILL));
-        // The kernel may as well have dropped the third write.
+        // The kernel may have dropped the third write.
         let third = fs::OpenOptions::new().write(true).open(&images[2]).unwrap();
         third.write_all_at(&[0; 4096], 0).unwrap();
 
@@ -137,7 +137,7 @@ fn half_done(queue_of_write: usize) {
     }
 }
 
-/// Over the replicas `slow` is a file system that delays reads and writes.
+/// A file system delays reads and writes of the replicas `slow`.
 fn torment(style: Style, options: &[&str], slow: &[usize]) {
     let seconds = match env::var("QUORUM_BLK_SOAK_SECONDS") {
         Ok(text) if !text.is_empty() => text.parse().expect("QUORUM_BLK_SOAK_SECONDS is a number"),
@@ -151,7 +151,7 @@ fn torment(style: Style, options: &[&str], slow: &[usize]) {
     soak.end();
 }
 
-/// A guest under load, and the daemon that it must not miss.
+/// A guest under load, and its daemon.
 struct Soak {
     load: Load,
     daemon: Daemon,
@@ -160,7 +160,7 @@ struct Soak {
     options: String,
     kills: u64,
     ends: u64,
-    /// How the last one ended.
+    /// How the last daemon ended.
     last: (Moment, libc::c_int),
     began: Instant,
     _slow: Vec<(usize, FuseImage)>,
@@ -170,11 +170,11 @@ struct Soak {
 /// When a daemon is killed.
 #[derive(Clone, Copy, Debug)]
 enum Moment {
-    /// So long after it was started: before it serves, while a VMM connects, while it catches up.
+    /// This long after its start: before it serves, while a VMM connects, or while it resubmits.
     Started(Duration),
-    /// So long after a VMM has connected.
+    /// This long after a VMM has connected.
     Connected(Duration),
-    /// So long after everything was answered that the one before has left.
+    /// This long after the requests of the last daemon have completed.
     CaughtUp(Duration),
 }
 
@@ -196,7 +196,7 @@ impl Soak {
         let mut arguments = replica_arguments(&served);
         arguments.extend(options.iter().map(Into::into));
         arguments.extend(["--num-queues".into(), QUEUES.to_string().into()]);
-        // A machine that is busy with other things is not a replica that hangs.
+        // On a busy machine a replica may be slow, and must not be evicted for it.
         arguments.extend(["--replica-timeout".into(), "60000".into()]);
         if let Ok(text) = env::var("XOPT") {
             arguments.extend(text.split_whitespace().map(Into::into));
@@ -219,7 +219,7 @@ impl Soak {
         }
     }
 
-    /// Starts the daemon, lets it work, and ends it by force or by request.
+    /// Starts the daemon, lets it work, and kills or stops it.
     fn round(&mut self) {
         let random = &mut self.load.random;
         let mut time = |max: u64| Duration::from_micros(random.within(0..max * 1000));
@@ -272,7 +272,7 @@ impl Soak {
             self.kills += 1;
         }
         self.load.vmm.disconnect();
-        // The guest does not wait for its disk, once it has begun to use it.
+        // The guest does not wait for its disk after its first requests.
         if self.load.vmm.was_active() && self.load.random.within(0..2) == 0 {
             self.load.fill_all();
         }
@@ -301,7 +301,7 @@ impl Soak {
         connected.then_some(events)
     }
 
-    /// Starts the daemon for the last time, and looks at what is left.
+    /// Starts the daemon for the last time, and checks the disk.
     fn end(mut self) {
         self.daemon.start_again();
         let events = self.connect(|| false).expect("connected");
@@ -309,7 +309,10 @@ impl Soak {
         for queue in &self.load.vmm.queues {
             assert_eq!(queue.outstanding(), 0);
         }
-        self.load.vmm.stop_virtqueues().expect("stopping the rings");
+        self.load
+            .vmm
+            .stop_virtqueues()
+            .expect("stopping the virtqueues");
         assert_eq!(self.load.vmm.inflight_chains(), Some(0));
         self.load.vmm.disconnect();
         assert!(self.daemon.terminate().success());
@@ -352,13 +355,13 @@ struct Load {
     model: Model,
     random: Random,
     pending: Vec<BTreeMap<u16, Pending>>,
-    /// Everything that came back was looked at, and an interrupt was asked for.
+    /// All returned chains were popped, and the driver has asked for a call.
     is_waiting: bool,
     requests: u64,
     left_max: usize,
 }
 
-/// A request that is with the device.
+/// A request in flight.
 enum Pending {
     Read(Read),
     Write(Vec<Write>),
@@ -387,8 +390,7 @@ impl Load {
         }
     }
 
-    /// Every request that was with an earlier daemon completes, and those that are added meanwhile
-    /// do too.
+    /// The requests of an earlier daemon complete, and those that are added meanwhile, too.
     fn catch_up(&mut self) {
         self.left_max = self.left_max.max(self.outstanding());
         self.pump_without_adding(|load| load.outstanding() == 0);
@@ -406,8 +408,8 @@ impl Load {
         self.serve(false, is_over);
     }
 
-    /// Does what a driver does: takes what has come back, adds to what is with the device, and
-    /// waits for an interrupt, without which it does not look again.
+    /// Acts like a driver: pops returned chains, submits others, and
+    /// waits for a call before it pops again.
     fn serve(&mut self, adds: bool, is_over: impl Fn(&Self) -> bool) {
         let mut since = Instant::now();
         while !is_over(self) {
@@ -429,7 +431,7 @@ impl Load {
                     self.fill(index);
                 }
             }
-            // All of them have to be asked.
+            // All of them must ask for a call.
             let came = self.vmm.queues.iter().filter(|queue| queue.ask_for_calls());
             self.is_waiting = came.count() == 0;
         }
@@ -476,7 +478,7 @@ impl Load {
         }
     }
 
-    /// Adds requests to a queue, as many as the driver feels like.
+    /// Adds a random number of requests to a virtqueue.
     fn fill(&mut self, index: usize) {
         let wanted = size(self.random.within(1..24));
         while self.vmm.queues[index].outstanding() < wanted {
@@ -493,7 +495,7 @@ impl Load {
             let (request, pending) = self.random_request();
             let queue = &mut self.vmm.queues[index];
             let head = queue.add(&request, layout);
-            // Published one by one or together.
+            // They are published one by one or together.
             if self.random.within(0..2) == 0 && queue.publish() {
                 queue.kick();
             }

@@ -20,7 +20,7 @@ const TMPFS: &str = "/dev/shm";
 
 /// Four replicas of four kinds, with the same random bytes on all.
 struct Kinds {
-    /// A file, one on tmpfs, one behind a loop device, one that knows nothing of holes.
+    /// A file, one on tmpfs, one behind a loop device, and one on a file system without holes.
     backing: Vec<PathBuf>,
     device: LoopDevice,
     fuse: FuseImage,
@@ -131,7 +131,7 @@ fn every_kind_of_replica_reads_as_zeroes_and_nothing_else_changes() {
         );
     }
     client.flush(0).unwrap();
-    // Read through the vote too, around each edge.
+    // Voted reads around each edge give the same.
     for (offset, len) in [
         (0, 4 * 4096),
         (9 << 20, 16 * 4096),
@@ -145,7 +145,7 @@ fn every_kind_of_replica_reads_as_zeroes_and_nothing_else_changes() {
     let now = allocated(&kinds);
     println!("bytes of the file, on tmpfs, under the loop device: {before:?}, then {now:?}");
     for (before, now) in before.into_iter().zip(now) {
-        // 11 MiB were given back; the edges may stay.
+        // 11 MiB are deallocated; the edges need not be.
         assert!(before - now > 21_000 * 512, "{before} - {now}");
     }
     drop(client);

@@ -1,8 +1,8 @@
-//! Memory and start-up of the daemon: what docs/performance.md says it takes, and no more on a
+//! The memory and the start-up time of the daemon are as docs/performance.md says, and no more on a
 //! larger disk.
 //!
-//! The replicas hang until as much is in flight as the guest or the daemon allows. That moment is
-//! the peak, and it can be computed.
+//! The replicas hang until as much is in flight as the guest or the daemon allows. The memory of
+//! that moment can be computed.
 
 use std::ffi::OsString;
 use std::fs::{self, File};
@@ -35,7 +35,7 @@ mod formula {
 
     use super::{KIB, MIB};
 
-    /// The program, its libraries, threads and tables. Without optimisation there is more of it.
+    /// The program, its libraries, threads and tables. It is larger without optimisation.
     pub(super) const PROGRAM_BYTES: u64 = if cfg!(debug_assertions) {
         10 * MIB
     } else {
@@ -49,11 +49,11 @@ mod formula {
     /// A set of ranges at its bound.
     pub(super) const RANGE_SET_BYTES: u64 = 40 * RANGES_MAX as u64;
 
-    /// What is remembered of where a replica, or the disk, was bad: three counts in each bucket,
+    /// The map of the faults of a replica, or of the disk: three counts in each bucket,
     /// and two sets.
     pub(super) const MAP_ROW_BYTES: u64 = 24 * MAP_BUCKETS as u64 + 2 * 40 * MAP_RANGES_MAX as u64;
 
-    /// What `operations` of `len` bytes take that one worker has in flight, beyond its arena.
+    /// The memory of `operations` in flight of `len` bytes, of one worker, beyond its arena.
     pub(super) fn in_flight_bytes(operations: u64, len: u64) -> u64 {
         let capacity = len.next_power_of_two().max(4 * KIB);
         let share = match capacity / KIB {
@@ -104,7 +104,7 @@ impl Shape {
             .collect()
     }
 
-    /// When all of that is in flight, without the memory of the guest.
+    /// The memory when all of that is in flight, without that of the guest.
     fn full_bytes(&self) -> u64 {
         let workers = self.in_flight().into_iter();
         let in_flight = workers
@@ -180,8 +180,8 @@ impl Setup {
             .sum()
     }
 
-    /// Fills all queues with reads all over the disk and waits until the replicas were asked for
-    /// all that the daemon takes. They go to the same place in the memory of their queue.
+    /// Fills all virtqueues with reads all over the disk, and waits until the replicas have
+    /// received as many as the daemon accepts. They share the memory of their virtqueue.
     fn fill(&mut self, shape: Shape) {
         let len = usize::try_from(shape.request_bytes).expect("small");
         let read = |index| Request::Read {
@@ -209,7 +209,7 @@ impl Setup {
         );
     }
 
-    /// Lets the replicas answer, and takes all answers.
+    /// Clears the faults, and waits for all requests.
     fn drain(&mut self, shape: Shape) {
         for image in &self.images {
             image.clear_faults();
@@ -228,7 +228,7 @@ impl Setup {
 fn check(shape: Shape) {
     let mut setup = Setup::new(shape);
     let id = setup.daemon.id();
-    // What the daemon has touched of the guest's memory counts with Linux, but is the guest's.
+    // Linux also counts the guest memory that the daemon has touched.
     let own = |field| status_bytes(id, field) - status_bytes(id, "RssShmem");
     let idle = own("VmHWM");
     setup.fill(shape);
@@ -239,7 +239,7 @@ fn check(shape: Shape) {
     let (idle_expected, full_expected) = (shape.idle_bytes(), shape.full_bytes());
     let after_max =
         full_expected.min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
-    // The last replies to what is decided already may still be on their way.
+    // The last replies to decided requests may still be in flight.
     wait_until(HANG_LIMIT, || own("VmRSS") <= after_max);
     let after = own("VmRSS");
     assert!(setup.daemon.terminate().success());
@@ -305,7 +305,7 @@ fn peak_memory_of_sixteen_replicas_and_sixteen_queues() {
     check_all(16, 16);
 }
 
-/// A replica misses more writes than ranges are kept apart, all over the disk.
+/// A replica misses more writes, all over the disk, than there are ranges for.
 #[test]
 fn peak_memory_of_stale_and_unflushed_ranges() {
     const WRITES: u64 = RANGES_MAX as u64 * 5 / 4;
@@ -344,7 +344,7 @@ fn peak_memory_of_stale_and_unflushed_ranges() {
     assert!((expected / 2..=expected).contains(&own), "{own} bytes");
 }
 
-/// Nothing is read or laid out in proportion to the disk.
+/// The daemon reads and allocates nothing in proportion to the disk.
 #[test]
 fn start_up_takes_no_longer_on_a_large_disk() {
     let start = |disk_bytes| {

@@ -129,7 +129,7 @@ fn a_hung_write_delays_the_end_until_the_drain_limit() {
     assert!(daemon.terminate().success());
 }
 
-/// A flush that hangs keeps a thread of the kernel, and with it what is left of the process. All
+/// A flush that hangs keeps a thread of the kernel, and with it the rest of the process. All
 /// that the daemon can do is done all the same.
 #[test]
 fn a_hung_flush_delays_only_the_exit_of_the_process() {

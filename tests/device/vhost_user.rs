@@ -63,7 +63,7 @@ impl Setup {
         Vmm::start(self.daemon.socket(), plan)
     }
 
-    /// A frontend that has nothing to do with earlier ones is served.
+    /// A new frontend is served.
     fn assert_serves(&mut self, after: &str) {
         assert!(self.daemon.is_alive(), "the daemon has ended after {after}");
         let mut vmm = Vmm::new(&Plan::default());
@@ -167,7 +167,7 @@ fn requests_work_in_every_descriptor_layout() {
     setup.end();
 }
 
-/// Reads so often, one at a time, looking at the used ring instead of waiting for interrupts.
+/// Reads this often, one at a time, and polls the used ring instead of waiting for calls.
 fn poll(queue: &mut Queue, count: usize) {
     for _ in 0..count {
         queue.submit(&Request::read(0, 4096), Layout::DIRECT);
@@ -188,7 +188,7 @@ fn a_call_comes_when_the_driver_asked_for_one_and_only_then() {
         queue.run_dry();
         poll(queue, 20);
         queue.ask_for_call_after(3);
-        // A ring is signalled before the next chain is taken, so three of these were decided on.
+        // The device calls before it accepts the next chain, so it has decided on three of these.
         poll(queue, 4);
         assert!(queue.wait_for_call(HANG_LIMIT), "the fourth was asked for");
         poll(queue, 20);
@@ -350,7 +350,7 @@ fn discard_and_write_zeroes_follow_the_specification() {
             let several = [range(0, 8), range(16, 8), range(32, 24)];
             let several = &several[..several.len().min(most as usize)];
             assert_eq!(run(queue, &new(several)), (OK, zeroed(several)));
-            // As many as the device says it takes, on top of each other.
+            // As many segments as the device accepts; they overlap.
             let many = vec![range(8, 8); most.min(2048) as usize];
             assert_eq!(run(queue, &new(&many)), (OK, zeroed(&[range(8, 8)])));
             // One more than that.
@@ -358,7 +358,7 @@ fn discard_and_write_zeroes_follow_the_specification() {
                 let more = vec![range(8, 8); most as usize + 1];
                 assert_ne!(run(queue, &new(&more)).0, OK);
             }
-            // What lies behind the end, or is no whole segment, changes nothing.
+            // A range behind the end, or a part of a segment, changes nothing.
             let untouched = vec![5; BYTES];
             for bad in [
                 range(DISK_SECTORS, 8),
@@ -403,7 +403,7 @@ fn discard_and_write_zeroes_follow_the_specification() {
 
 // ---- Memory
 
-/// Memory is plugged in and out again while requests are in flight, and they go to it as well.
+/// Memory is plugged and unplugged while requests are in flight, also requests that use it.
 #[test]
 fn memory_comes_and_goes_while_requests_run() {
     const ADDRESS: u64 = 1 << 32;
@@ -411,8 +411,8 @@ fn memory_comes_and_goes_while_requests_run() {
     let setup = Setup::new(&[]);
     for plan in both_styles() {
         let mut vmm = setup.start(&plan);
-        // Requests go on while such a message is handled; those that use what it brings come after
-        // it.
+        // Requests continue while the device handles such a message. Those that use the new memory
+        // come after it.
         vmm.frontend()
             .set_hdr_flags(VhostUserHeaderFlag::NEED_REPLY);
         vmm.queues[0].write_disk(0, &[1; 4096]);
@@ -540,7 +540,7 @@ fn the_config_space_describes_the_disk() {
         assert!(block_bytes == 512 || block_bytes == 4096);
         assert_eq!(vmm.config[32], 1, "writeback");
         assert_eq!(vmm.config[34..36], [3, 0], "num_queues");
-        // Any window, and what lies behind what is known.
+        // Any window, also behind the end of the known fields.
         let config = vmm.config.clone();
         for (offset, size) in [
             (0, 8),
@@ -587,7 +587,7 @@ fn the_driver_switches_the_write_cache() {
             let done = vmm.queues[0].run(&Request::flush(), Layout::DIRECT);
             assert_eq!(status(&done), OK);
         }
-        // The capacity is not the driver's.
+        // The driver may not write the capacity.
         let _ = vmm
             .frontend()
             .set_config(0, VhostUserConfigFlags::empty(), &[0; 8]);
@@ -625,8 +625,8 @@ fn frontends_connect_one_after_the_other() {
     setup.end();
 }
 
-/// What cloud-hypervisor does when the guest's driver is reset: the same connection, no new owner,
-/// and other features if the next driver is another one.
+/// A reset of the guest's driver as cloud-hypervisor does it: the same connection, no new owner,
+/// and other features if another driver follows.
 #[test]
 fn a_driver_that_is_reset_is_followed_by_another() {
     let setup = Setup::new(&["--num-queues", "2"]);
@@ -805,7 +805,7 @@ fn a_virtqueue_stops_while_replicas_hang() {
                 Layout::DIRECT,
             );
         }
-        // They are with the replicas.
+        // The replicas have received them.
         let are_there = wait_until(HANG_LIMIT, || {
             asked(Operation::Read) >= before[0] + 8 && asked(Operation::Write) >= before[1] + 8
         });
@@ -824,7 +824,7 @@ fn a_virtqueue_stops_while_replicas_hang() {
             })
         });
         assert!(all_done);
-        // Other requests after them, so that nothing is left to be done for the old ones.
+        // When later requests have completed, nothing is left of the old ones.
         let mut other = Vmm::new(&plan);
         vmm.disconnect();
         other.connect(daemon.socket()).unwrap();
@@ -833,11 +833,11 @@ fn a_virtqueue_stops_while_replicas_hang() {
         assert_eq!(other.queues[0].read_disk(0, 4096), [3; 4096]);
         assert!(
             vmm.memory_content() == stopped,
-            "memory was written after the ring had stopped"
+            "memory was written after the virtqueue had stopped"
         );
         drop(other);
 
-        // The guest goes on; nothing of it is lost.
+        // The guest continues, and none of its requests is lost.
         vmm.connect(daemon.socket()).unwrap();
         vmm.activate().unwrap();
         while vmm.queues[0].outstanding() > 0 {
@@ -849,7 +849,7 @@ fn a_virtqueue_stops_while_replicas_hang() {
     }
 }
 
-// ---- Frontends that mean no good
+// ---- Hostile frontends
 
 /// A connection for invalid bytes.
 struct Raw(UnixStream);
@@ -927,18 +927,18 @@ fn malformed_messages_harm_only_their_sender() {
 /// A message, in words and as a function.
 type Case = (&'static str, fn(&mut Vmm));
 
-/// Messages of the right form that say what can not be.
+/// Well-formed messages with invalid content.
 #[test]
 fn invalid_messages_harm_only_their_sender() {
     let mut setup = Setup::new(&["--num-queues", "2"]);
     let cases: Vec<Case> = vec![
-        ("a ring too large", |vmm| {
+        ("a virtqueue that is too large", |vmm| {
             ignore(vmm.frontend().set_vring_num(0, 32768))
         }),
-        ("a ring of none", |vmm| {
+        ("a virtqueue of size 0", |vmm| {
             ignore(vmm.frontend().set_vring_num(0, 0))
         }),
-        ("a ring of three", |vmm| {
+        ("a virtqueue of size 3", |vmm| {
             ignore(vmm.frontend().set_vring_num(0, 3))
         }),
         ("addresses outside of memory", |vmm| {
@@ -948,7 +948,7 @@ fn invalid_messages_harm_only_their_sender() {
                 }
             }
         }),
-        ("a ring over the end of memory", |vmm| {
+        ("a virtqueue across the end of memory", |vmm| {
             let (start, bytes) = host_memory(vmm);
             for place in 0..3 {
                 set_addresses(vmm, |addresses| addresses[place] = start + bytes - 16);
@@ -959,7 +959,7 @@ fn invalid_messages_harm_only_their_sender() {
                 set_addresses(vmm, |addresses| addresses[place] += 1);
             }
         }),
-        ("rings on top of each other", |vmm| {
+        ("virtqueues that overlap", |vmm| {
             set_addresses(vmm, |addresses| *addresses = [addresses[0]; 3]);
             vmm.queues[0].kick();
         }),
@@ -982,12 +982,15 @@ fn invalid_messages_harm_only_their_sender() {
                 VhostUserMemoryRegionInfo::from_guest_region(&region(1 << 40, 8192)).unwrap();
             ignore(vmm.frontend().remove_mem_region(&info));
         }),
-        ("memory that goes away under the rings", remove_all_memory),
+        (
+            "memory that is removed below the virtqueues",
+            remove_all_memory,
+        ),
         ("features that were not offered", |vmm| {
             ignore(vmm.frontend().set_features(u64::MAX))
         }),
         ("a second owner", |vmm| ignore(vmm.frontend().set_owner())),
-        ("an inflight region that is none", |vmm| {
+        ("an invalid inflight region", |vmm| {
             for (bytes, offset, queues, size) in [
                 (1, 0, 2, 128),
                 (1 << 62, 0, 2, 128),
@@ -1024,7 +1027,7 @@ fn invalid_messages_harm_only_their_sender() {
     ];
     for (what, case) in cases {
         for plan in both_styles() {
-            // Before the device is active, while it is, and when its rings are stopped.
+            // Before the device is active, while it is, and when its virtqueues are stopped.
             for stage in 0..3 {
                 let mut vmm = Vmm::new(&Plan {
                     queues: 2,
@@ -1044,7 +1047,7 @@ fn invalid_messages_harm_only_their_sender() {
             }
         }
     }
-    // What the crate's frontend refuses to send: indices out of range.
+    // Indices out of range, which the crate's frontend refuses to send.
     for request in [8, 9, 10, 11, 12, 13, 14, 18] {
         for index in [2u32, 63, 64, 255, 256, 65535, u32::MAX] {
             let raw = Raw::connect(&setup);
@@ -1063,10 +1066,10 @@ fn invalid_messages_harm_only_their_sender() {
                 &body[..size],
                 descriptors,
             );
-            raw.end(&format!("message {request} of ring {index}"));
+            raw.end(&format!("message {request} of virtqueue {index}"));
         }
     }
-    setup.assert_serves("rings out of range");
+    setup.assert_serves("virtqueues out of range");
     setup.end();
 }
 
@@ -1210,7 +1213,7 @@ fn broken_virtqueues_harm_only_their_guest() {
             let bases = vmm.stop_virtqueues().unwrap();
             assert_eq!(bases.len(), 1);
             drop(vmm);
-            setup.assert_serves(&format!("a broken ring, {case}"));
+            setup.assert_serves(&format!("a broken virtqueue, {case}"));
         }
     }
     setup.end();

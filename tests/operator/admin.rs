@@ -128,7 +128,7 @@ fn new_image(disk: &Disk, name: &str) -> PathBuf {
     image
 }
 
-/// Whether QEMU would take the image for writing: it is not locked.
+/// Whether QEMU can open the image for writing: it is not locked.
 fn is_free(image: &Path) -> bool {
     let mut io = Command::new("qemu-io");
     let output = io
@@ -168,7 +168,7 @@ fn a_replica_is_replaced_while_the_guest_works() {
         data.retain(|range| range.end > SIZE_BYTES / 2);
         data
     });
-    assert_eq!(unused[2], unused[0], "what is sparse stays sparse");
+    assert_eq!(unused[2], unused[0], "holes stay holes");
 }
 
 #[test]
@@ -179,7 +179,7 @@ fn a_scrub_finds_and_repairs_what_the_guest_never_reads() {
         let mut random = Random::from_environment();
         let first = GUEST_BLOCKS * BLOCK_BYTES as u64 / 512;
         for place in 0..CORRUPT {
-            // One in each eight: none twice.
+            // One sector in each eight, so that none is chosen twice.
             let sector = first + place * 8 + random.within(0..8);
             corrupt_sectors(&disk.images[1], sector..sector + 1, 0x55);
         }
@@ -212,7 +212,7 @@ fn the_disk_grows_while_the_guest_and_jobs_work() {
             monitor.execute("block_resize", json!({ "device": "quorum0", "size": size }));
         }
         wait_for_end(monitor, "quorum-scrub");
-        // What is scrubbed now has the new part in it, and the one that was added has it too.
+        // The scrub covers the new part, also on the replica that was added.
         let no_job = |monitor: &mut Monitor| monitor.execute("query-jobs", json!({})) == json!([]);
         assert!(wait_until(HANG_LIMIT, || no_job(monitor)));
         monitor.execute("quorum-scrub", json!({ "repair": true }));

@@ -101,7 +101,7 @@ fn replica(monitor: &mut Monitor, name: &str) -> Option<Value> {
         .cloned()
 }
 
-/// Waits until it votes everywhere and nothing is done for it any more.
+/// Waits until the replica is in service and no job runs.
 fn wait_until_in_service(monitor: &mut Monitor, name: &str) {
     let is_there = wait_until(HANG_LIMIT, || {
         let in_service =
@@ -186,7 +186,7 @@ fn a_hung_replica_can_be_removed() {
     assert!(are_identical(&disk.images));
 }
 
-/// Adds a replica, and has it fail with this errno when some of it is written.
+/// Adds a replica, and makes it fail with this errno when a part of it is written.
 fn fail_midway(disk: &Disk, monitor: &mut Monitor, target: &FuseImage, errno: i32) {
     target.inject(Operation::Write, Fault::PerSecond(50));
     add(monitor, &target.path(), "new");
@@ -227,7 +227,7 @@ fn a_resync_that_fails_midway_is_reported_and_its_replica_replaced() {
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     fail_midway(&disk, &mut monitor, &target.image, libc::EIO);
-    // It does not count for the threshold: of the others only one may go.
+    // It does not count for the threshold: only one of the others can be removed.
     try_remove(&mut monitor, &node_name(0)).expect("two are left");
     let refused = try_remove(&mut monitor, &node_name(1)).expect_err("one would be left");
     assert_eq!(refused["class"], "GenericError");
@@ -283,7 +283,7 @@ fn a_resync_copies_what_has_a_quorum() {
         (&state["state"], &state["stale-bytes"]),
         (&json!("syncing"), &json!(sectors * 512))
     );
-    // What two can read is read, whatever the others say.
+    // Ranges that two replicas can read are read.
     for place in [4, 8, 10, 13] {
         let read = client
             .read(0, place * MEBIBYTE, 64 << 10)
@@ -317,7 +317,7 @@ fn an_image_that_is_refused_changes_nothing() {
         );
         println!("{error}");
     };
-    // The second name of a replica, of both kinds. Direct I/O, as everywhere here.
+    // A hard link and a symbolic link to a replica.
     fs::hard_link(&disk.images[0], path("hard.raw")).expect("a link");
     refused(&path("hard.raw"), "are the same image");
     std::os::unix::fs::symlink(&disk.images[1], path("soft.raw")).expect("a link");
@@ -357,8 +357,8 @@ fn an_image_that_is_refused_changes_nothing() {
     ));
 }
 
-/// tmpfs has had direct I/O since Linux 6.6, in blocks of a page, which is more than those of this
-/// disk may be.
+/// tmpfs supports direct I/O since Linux 6.6, in blocks of a page, which is more than the block
+/// size of this disk.
 #[test]
 fn an_image_on_tmpfs_is_accepted_or_refused_with_the_reason() {
     let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");

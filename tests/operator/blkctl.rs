@@ -29,7 +29,7 @@ struct Served {
     directory: tempfile::TempDir,
 }
 
-/// What a run of the program came to.
+/// The result of a run of the program.
 #[derive(Debug)]
 struct Ran {
     code: Option<i32>,
@@ -38,7 +38,7 @@ struct Ran {
 }
 
 impl Ran {
-    /// That it ended so; what it printed.
+    /// Asserts its exit status; returns its output.
     #[track_caller]
     fn with(self, code: i32) -> String {
         assert_eq!(self.code, Some(code), "{self:#?}");
@@ -53,7 +53,7 @@ impl Ran {
     }
 }
 
-/// The program, told where its daemon is.
+/// The program, with the socket of its daemon.
 fn program(socket: &Path) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkctl"));
     command
@@ -116,7 +116,7 @@ impl Served {
         client.flush(0).unwrap();
     }
 
-    /// Starts it with its output going to a file; the file is read while it is written.
+    /// Starts it with its output in a file, which is read while it is written.
     fn start(&self, line: &str, output: &str) -> (Process, PathBuf) {
         let output = self.directory.path().join(output);
         let mut command = program(&self.socket());
@@ -199,7 +199,7 @@ fn corruption_is_found_shown_and_repaired() {
     assert_eq!(map_line(&map, "1.raw"), line.replace('#', "+"));
     assert!(are_identical(&served.images));
 
-    // A replica that was removed is not in it any more.
+    // A removed replica is not in it any more.
     served.run("remove 1.raw").with(0);
     assert!(!served.run("map").with(0).contains("1.raw"));
 }
@@ -278,7 +278,7 @@ fn replicas_are_added_and_removed() {
         clash.contains("there is a node 1.raw already") && clash.contains("--node-name NAME"),
         "{clash}"
     );
-    // Of another size; what was made for nothing is gone again, and so is its name.
+    // An image of another size; the created file and its node name are removed again.
     File::create_new(path("short.raw"))
         .unwrap()
         .set_len(4096)
@@ -337,7 +337,7 @@ fn jobs_are_listed_changed_and_waited_for() {
     assert_eq!(waiting.wait_within(HANG_LIMIT).unwrap().code(), Some(1));
     wait_for_text(&output, "job0 (scrub) was cancelled");
 
-    // Who waits can stop waiting; the job goes on.
+    // A client may stop waiting; the job continues.
     let (mut waiting, output) = served.start("scrub --speed 4K", "interrupted");
     wait_for_text(&output, "job1 (scrub)   0 %");
     waiting.signal(libc::SIGINT);
@@ -390,7 +390,7 @@ fn events_are_followed_until_the_daemon_ends() {
     let mut served = Served::new(&[]);
     let (mut text, text_output) = served.start("events", "text");
     let (mut raw, raw_output) = served.start("events --json", "raw");
-    // Who has not connected yet misses them.
+    // A client that has not connected yet misses them.
     let hears = wait_until(HANG_LIMIT, || {
         served.run("scrub").with(0);
         [&text_output, &raw_output]
@@ -448,7 +448,7 @@ fn a_closed_pipe_ends_it_without_an_error() {
     );
 }
 
-/// Runs it on a terminal of 100 columns; what it wrote there until it ended or `enough` was there.
+/// Runs it on a terminal of 100 columns; returns its output until it ends or `enough` has come.
 fn on_terminal(
     served: &Served,
     line: &str,
@@ -536,7 +536,7 @@ fn a_terminal_gets_bars_and_colours() {
     assert!(watched.starts_with("\x1b[2J\x1b[H"), "{watched:?}");
 }
 
-/// A server at a socket of its own, which does with the first connection what it likes.
+/// A server on a socket of its own, with a function for its first connection.
 fn serve(
     with: impl FnOnce(UnixStream) + Send + 'static,
 ) -> (tempfile::TempDir, thread::JoinHandle<()>) {
@@ -550,9 +550,9 @@ fn serve(
 fn with_server(sent: impl Into<Vec<u8>>, line: &str) -> Ran {
     let sent = sent.into();
     let (directory, thread) = serve(move |mut stream| {
-        // It may have heard enough.
+        // The program may have disconnected.
         let _ = stream.write_all(&sent);
-        // Until it goes.
+        // Until it disconnects.
         let _ = std::io::copy(&mut stream, &mut std::io::sink());
     });
     let arguments: Vec<_> = line.split(' ').collect();

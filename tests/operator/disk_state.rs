@@ -230,8 +230,8 @@ fn evictions_and_rejoins_are_counted() {
     assert_eq!(number(&replica["resynced-sectors"]), BLOCK / 512);
 }
 
-/// Whether `ours` has all that `qemus` has, of the same types. What is optional in QEMU's schema
-/// and of no meaning to us may be missing.
+/// Whether `ours` has all members of `qemus`, with the same types. Members that are optional in
+/// QEMU's schema and mean nothing here may be missing.
 fn has_the_shape_of(ours: &Value, qemus: &Value, place: &str) {
     const OPTIONAL: [&str; 3] = ["actual-size", "dirty-flag", "driver-specific"];
     match (ours, qemus) {

@@ -81,7 +81,7 @@ fn error(replica: u8, errno: i32, sector: u64) -> Report {
     }
 }
 
-/// A reader that insists on complete lines, each a JSON object.
+/// A reader that accepts only complete lines, each a JSON object.
 struct Lines(BufReader<UnixStream>);
 
 impl Lines {
@@ -199,7 +199,7 @@ fn a_flood_is_folded_with_exact_counts() {
             thread::spawn(move || (0..FLOOD / 2).for_each(|n| queue.push(error(2, 5, n))))
         })
         .collect();
-    // The folded one comes by itself when the window ends; nothing has to follow it.
+    // The folded event is sent when the window ends, without another event after it.
     let mut account = Account::default();
     while account.total() < FLOOD {
         account.add(&reader.next().unwrap());
@@ -210,7 +210,7 @@ fn a_flood_is_folded_with_exact_counts() {
     served.publisher.stop();
     assert_eq!(reader.rest(), Account::default());
     assert_eq!((account.total(), account.missed), (FLOOD, 0));
-    // In each window of a second a burst is sent as it is, and what is folded.
+    // In each window of a second a burst is sent unfolded, and then one folded event.
     let windows = began.elapsed().as_secs() + 2;
     assert!(
         account.lines <= windows * (u64::from(EVENT_BURST) + 1),
@@ -237,15 +237,15 @@ fn a_stalled_reader_delays_no_event_and_gets_the_number_it_missed() {
     let live = served.connect();
     let live = thread::spawn(move || live.rest());
 
-    // Too many kinds for the folding to take the flood off the readers.
+    // There are too many kinds of events for folding to thin out the flood.
     const FLOOD: u64 = 200_000;
     let kinds = (1..=100).flat_map(|errno| (0..32).map(move |replica| (replica, errno)));
-    // It does not read before all this returns: a push that waited for it would wait for ever.
+    // The reader does not read before the loop ends: a push that waited for it would hang.
     for (sector, (replica, errno)) in (0..FLOOD).zip(kinds.cycle()) {
         served.queue.push(error(replica, errno, sector));
     }
 
-    // It reads again, and from then on gets all there is, the notice before it.
+    // It reads again, and gets the notice first and then all later events.
     let stalled = thread::spawn(move || {
         let (mut stalled, mut account) = (stalled, Account::default());
         while account.total() < FLOOD {
@@ -274,7 +274,7 @@ fn a_reader_that_never_reads_does_not_delay_stop() {
     // The reader does not read before this returns.
     served.publisher.stop();
     assert!(!served.path.exists());
-    // What did reach it is whole.
+    // The lines that reached it are complete.
     assert!(stalled.rest().lines > 0);
 }
 
@@ -325,7 +325,7 @@ fn a_reader_that_closed_its_writing_side_still_reads() {
     let served = serve();
     let mut half = served.connect();
     half.stream().shutdown(Shutdown::Write).unwrap();
-    // When the second comes, the publisher has seen the end of what the reader sends.
+    // When the second event comes, the publisher has seen the end of the stream from the reader.
     for sector in 1..10 {
         served.queue.push(failure(sector));
         assert_eq!(half.sector(), sector);
@@ -357,7 +357,7 @@ fn a_reader_above_the_limit_is_refused() {
     for reader in &mut readers {
         assert_eq!(reader.sector(), 1);
     }
-    // Room again, as soon as the publisher has seen one leave.
+    // There is room when the publisher has seen the end of a connection.
     readers.pop();
     let start = Instant::now();
     loop {
@@ -408,7 +408,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     assert!(!path.exists());
 }
 
-/// Keeps the sectors of what is logged under the name of one test.
+/// Keeps the sectors of the lines that one test logs.
 struct Log(Mutex<Vec<u64>>);
 
 static LOG: Log = Log(Mutex::new(Vec::new()));

@@ -69,7 +69,7 @@ impl Served {
     }
 }
 
-/// Values by what is before them on their line, `disk` left out.
+/// Values by the name and labels before them, without `disk`.
 fn values(text: &str) -> HashMap<String, f64> {
     let samples = text.lines().filter(|line| !line.starts_with('#'));
     let value = |line: &str| {

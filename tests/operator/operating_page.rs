@@ -1,8 +1,8 @@
 //! docs/operating.md shows real output: its commands are one session, repeated here with a real
 //! daemon.
 //!
-//! Between them things happen, where the page has a comment `replay`. Times are not compared, nor
-//! how far a job was when it was looked at.
+//! A comment `replay` in the page names something that happens between two commands. Times and the
+//! progress of jobs are not compared.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -20,12 +20,12 @@ use testkit::process::{Process, wait_until};
 const PAGE: &str = include_str!("../../docs/operating.md");
 const SIZE_BYTES: u64 = 64 << 20;
 
-/// What the page says, in order.
+/// The steps of the page, in order.
 #[derive(Debug)]
 enum Step {
     /// A command, and what it prints.
     Command(String, String),
-    /// Something that the operator does not do.
+    /// An event that the operator does not cause.
     Happens(String),
 }
 
@@ -48,13 +48,13 @@ fn steps() -> Vec<Step> {
     steps
 }
 
-/// The session: what runs, and where the names of the page really are.
+/// The session: its processes, and the real paths of the names in the page.
 struct Session {
     directory: tempfile::TempDir,
     dying: FuseImage,
     daemon: Option<Process>,
     events: Option<Process>,
-    /// Jobs that the page does not know of.
+    /// Jobs that the page does not show.
     jobs_before: i64,
     last_status: i32,
 }
@@ -86,7 +86,7 @@ impl Session {
         self.directory.path().join(name)
     }
 
-    /// What the page calls something, as it is here.
+    /// Replaces names of the page by real ones.
     fn real(&self, text: &str) -> String {
         let dying = format!("{},node-name=c.raw", self.dying.path().display());
         let directory = self.directory.path().to_str().unwrap();
@@ -97,7 +97,7 @@ impl Session {
         with_jobs_numbered(&text, self.jobs_before)
     }
 
-    /// The other way.
+    /// Replaces real names by those of the page.
     fn shown(&self, text: &str) -> String {
         let text = text.replace(self.dying.path().to_str().unwrap(), "/images/c.raw");
         let text = text.replace(self.directory.path().to_str().unwrap(), "/images");
@@ -128,7 +128,7 @@ impl Session {
         Process::spawn(&mut command).unwrap()
     }
 
-    /// Does a command and returns what it printed.
+    /// Runs a command and returns its output.
     fn execute(&mut self, line: &str) -> String {
         if let Some(line) = line.strip_suffix(" &") {
             self.daemon = Some(self.spawn(line, "daemon.log"));
@@ -143,7 +143,7 @@ impl Session {
             line if line.starts_with("export ") => return String::new(),
             "quorum-blkctl events" => {
                 self.events = Some(self.spawn(line, "events"));
-                // It hears what happens from now on when it hears of a job that has nothing to do.
+                // It follows events from here on: it has seen those of a job without work.
                 let mut monitor = self.monitor();
                 let hears = wait_until(HANG_LIMIT, || {
                     monitor.execute("quorum-resync", json!({ "node-name": "a.raw" }));
@@ -174,7 +174,7 @@ impl Session {
                 corrupt_sectors(&self.path("b.raw"), 40000..40008, 0xff);
                 corrupt_sectors(&self.path("b.raw"), 100_000..100_024, 0xff);
                 guest.read(0, 40000 * 512, 4096).unwrap();
-                // What is near to it is scrubbed at once.
+                // The sectors around it are scrubbed at once.
                 let events = self.path("events");
                 let is_scrubbed = || {
                     fs::read_to_string(&events)
@@ -194,7 +194,7 @@ impl Session {
                 guest.write(0, 1 << 20, &[1; 65536]).unwrap();
                 guest.flush(0).unwrap();
             }
-            other => panic!("what is {other}?"),
+            other => panic!("unknown step {other}"),
         }
     }
 }
@@ -214,7 +214,7 @@ fn with_jobs_numbered(text: &str, by: i64) -> String {
     renamed
 }
 
-/// Without what is of the moment, and without how wide columns are for that.
+/// Without times and progress, and without the column widths that depend on them.
 fn comparable(text: &str) -> Vec<String> {
     const UNITS: [&str; 5] = ["ns", "us", "µs", "ms", "s"];
     let is_progress =

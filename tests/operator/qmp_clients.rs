@@ -153,7 +153,7 @@ fn qmp_shell() {
     ] {
         assert!(output.contains(wanted), "no {wanted} in: {output}");
     }
-    // The shell's `quit`, like all it knows, is the monitor's.
+    // The shell has no commands of its own: `quit` is that of the monitor.
     assert!(served.daemon.wait().success());
     assert!(!served.socket.exists());
 }
@@ -190,7 +190,7 @@ fn several_clients_at_once_and_one_too_many() {
             .expect("each gets the event");
     }
     clients.pop();
-    // Room again, as soon as the daemon has seen one leave.
+    // There is room when the daemon has seen the end of a connection.
     let has_room = wait_until(HANG_LIMIT, || {
         let mut line = String::new();
         BufReader::new(UnixStream::connect(&served.socket).unwrap())
@@ -201,7 +201,7 @@ fn several_clients_at_once_and_one_too_many() {
     assert!(has_room);
 }
 
-/// A client that reads and writes as it likes. Insists on whole lines.
+/// A client that sends any bytes, and accepts only whole lines.
 struct Lines(BufReader<UnixStream>);
 
 impl Lines {
@@ -272,7 +272,7 @@ fn a_misbehaving_client_disturbs_no_other() {
 
     let mut endless = Lines::connect(&served.socket);
     endless.send(b"{\"");
-    // It is dropped while it writes, or has written all before it is.
+    // It is dropped while it writes or afterwards.
     let _ = endless
         .0
         .get_mut()
@@ -280,7 +280,8 @@ fn a_misbehaving_client_disturbs_no_other() {
     assert_eq!(endless.next().unwrap()["error"]["class"], "GenericError");
     assert!(matches!(endless.0.read(&mut [0]), Ok(0) | Err(_)));
 
-    // Asks and does not read: heard no more when its socket is full of replies.
+    // It sends commands and does not read: the server stops reading when the socket is full of
+    // replies.
     let mut deaf = UnixStream::connect(&served.socket).unwrap();
     deaf.set_write_timeout(Some(Duration::from_millis(200)))
         .unwrap();
@@ -290,7 +291,7 @@ fn a_misbehaving_client_disturbs_no_other() {
     assert!(blocked, "its commands are queued without bound");
 
     for _ in 0..50 {
-        // Goes without a word, in the middle of one, or of a command.
+        // Disconnects at once, in the middle of a word, or of a command.
         drop(UnixStream::connect(&served.socket).unwrap());
         let mut hasty = UnixStream::connect(&served.socket).unwrap();
         hasty
@@ -299,7 +300,7 @@ fn a_misbehaving_client_disturbs_no_other() {
     }
     witness.execute("query-status", json!({}));
     assert!(served.daemon.is_alive());
-    // With one that does not read the end is still in order.
+    // The daemon ends in order with a client that does not read.
     assert!(served.daemon.terminate().success());
 }
 
@@ -316,7 +317,7 @@ fn alone() -> (Alone, Receiver<()>, Sender<()>) {
     let socket = directory.path().join("qmp.sock");
     let ((asked, is_asked), (go_on, may_go_on)) = (channel(), channel());
     let may_go_on = Mutex::new(may_go_on);
-    // It takes its time to quit.
+    // It is slow to quit.
     let operator = Recorder::with_quit(move || {
         asked.send(()).unwrap();
         let _ = may_go_on.lock().unwrap().recv_timeout(HANG_LIMIT);
@@ -398,10 +399,10 @@ fn a_client_that_stalls_gets_the_number_of_missed_events() {
     let kinds = (1..=100).flat_map(|errno| (0..32).map(move |replica| (replica, errno)));
     for (sector, (replica, errno)) in (0..FLOOD).zip(kinds.cycle()) {
         alone.queue.push(error(replica, errno, sector));
-        // One that reads gets all, so none waits in the queue.
+        // A client that reads gets all of them, so none is left in the queue.
         assert_eq!(live.next().unwrap()["data"]["sector-num"], sector);
     }
-    // What it asks meanwhile is answered.
+    // Its commands are answered meanwhile.
     stalled.send(b"{'execute':'query-status','id':0}");
     let reading = std::thread::spawn(move || {
         let (mut told, mut missed, mut answered) = (0, 0, false);

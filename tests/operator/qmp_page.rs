@@ -18,7 +18,7 @@ use testkit::process::wait_until;
 
 const MANUAL: &str = include_str!("../../docs/qmp.md");
 
-/// What the directory of the images is called in the manual.
+/// The directory of the images in the manual.
 const DIRECTORY: &str = "/images";
 
 /// A message of the manual.
@@ -63,7 +63,7 @@ fn is_of_the_moment(name: &str) -> bool {
         .any(|end| name.ends_with(end))
 }
 
-/// The next reply. Events come between, whenever they do.
+/// The next reply, and the events before it.
 fn reply(stream: &mut impl BufRead) -> String {
     loop {
         let mut line = String::new();
@@ -75,7 +75,7 @@ fn reply(stream: &mut impl BufRead) -> String {
     }
 }
 
-/// Whether it is what the manual shows, times aside, which only have to be some.
+/// Whether it equals the message of the manual, except for times, which only have to be numbers.
 fn is_as_shown(real: &Value, shown: &Value, name: &str) -> bool {
     match (real, shown) {
         (Value::Object(real), Value::Object(shown)) => {
@@ -175,6 +175,6 @@ fn the_examples_match_the_output() {
             "docs/qmp.md does not document {command}"
         );
     }
-    // Its last word is `quit`.
+    // The last command is `quit`.
     assert!(daemon.wait().success());
 }

@@ -12,13 +12,13 @@ use quorum_blk::control::state::{
 use quorum_blk::control::{Change, Operator};
 use quorum_blk::statistics::Figures;
 
-/// What its disk is called.
+/// The name of its disk.
 pub const DISK: &str = "quorum0";
 
-/// What its replicas are called, with all that a name can have in it.
+/// The names of its replicas, with every kind of character.
 pub const REPLICAS: [&str; 3] = ["0.raw", "é \"\\\n\u{1f600}", "children.0"];
 
-/// What a client has asked for.
+/// A command of a client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// A change of the disk.
@@ -40,13 +40,13 @@ impl Default for Recorder {
 }
 
 impl Recorder {
-    /// One that does this when it is asked to quit.
+    /// An operator that calls `on_quit` for the command `quit`.
     pub fn with_quit(on_quit: impl Fn() + Send + Sync + 'static) -> Self {
         let (asked, on_quit) = (Mutex::default(), Box::new(on_quit));
         Self { asked, on_quit }
     }
 
-    /// All it was asked for, in order.
+    /// All commands, in order.
     pub fn asked(&self) -> Vec<Asked> {
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         asked.clone()
@@ -93,7 +93,7 @@ pub fn answer(change: &Change) -> Result<Option<String>, String> {
     }
 }
 
-/// The map of that disk: nothing was ever bad.
+/// The map of that disk: without faults.
 fn map(buckets: usize) -> MapState {
     let size = disk().size;
     MapState {

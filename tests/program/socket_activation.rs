@@ -1,5 +1,5 @@
-//! The daemon under a service manager: it takes the sockets it is passed, and tells when the disk
-//! is served.
+//! The daemon under a service manager: it uses the sockets that it gets, and reports when it serves
+//! the disk.
 //!
 //! Needs `systemd-socket-activate` (Debian: systemd), which `make clients` installs.
 
@@ -59,7 +59,7 @@ impl Place {
         variable
     }
 
-    /// The next that the daemon tells its service manager.
+    /// The next notice of the daemon to its service manager.
     fn news(&self) -> String {
         let mut bytes = [0; 512];
         let len = self.notices.recv(&mut bytes).expect("a notice");
@@ -97,7 +97,7 @@ impl Place {
     /// Starts the daemon as systemd does: with `sockets` as descriptors 3 and up, and with
     /// `variables`, in which `$$` is the process id of the daemon.
     fn pass(&self, sockets: &[BorrowedFd<'_>], variables: &str, arguments: &[OsString]) -> Running {
-        // Out of the way of the numbers they are to have.
+        // Above the numbers that they get.
         let duplicate = |socket: &BorrowedFd<'_>| fcntl_dupfd_cloexec(socket, 100).unwrap();
         let duplicates: Vec<OwnedFd> = sockets.iter().map(duplicate).collect();
         let numbers: Vec<RawFd> = duplicates.iter().map(AsRawFd::as_raw_fd).collect();
@@ -135,7 +135,7 @@ impl Place {
     }
 }
 
-/// The daemon, or what becomes the daemon.
+/// The daemon, or the program that executes it.
 struct Running {
     process: Process,
     log: PathBuf,
@@ -154,15 +154,14 @@ impl Running {
     }
 }
 
-/// A program that we did not write listens, and starts the daemon for the first that connects
-/// anywhere.
+/// A program of systemd listens, and starts the daemon for the first connection.
 #[test]
 fn a_connection_starts_it_and_all_its_sockets_are_served() {
     let place = Place::new(3);
     let names = ["vhost-user", "events", "qmp"];
     let [disk, events, qmp] = names.map(|name| place.path(&format!("{name}.sock")));
     let mut command = Command::new("systemd-socket-activate");
-    // In another order: it is the names that count.
+    // In another order: only the names matter.
     for socket in [&qmp, &disk, &events] {
         command.arg("--listen").arg(socket);
     }
@@ -311,8 +310,7 @@ fn sockets_that_do_not_fit_are_refused() {
     }
 }
 
-/// The environment of a service is inherited by all that it starts, for which it has no meaning
-/// then.
+/// The environment of a service is inherited by all that it starts, and means nothing there.
 #[test]
 fn descriptors_for_another_process_are_ignored() {
     let place = Place::new(1);

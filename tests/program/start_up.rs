@@ -1,5 +1,5 @@
-//! How the daemon starts and ends, as a process: what it refuses to serve, what it prints, what it
-//! leaves behind.
+//! How the daemon starts and ends, as a process: what it refuses to serve, what it prints, and
+//! which files it leaves.
 //!
 //! Needs `qemu-storage-daemon` (Debian: qemu-system-common) and, for a replica that is slow, FUSE.
 
@@ -145,7 +145,7 @@ fn the_same_image_twice_is_refused() {
     let line = place.refusal_of(&[linked, first.clone()], &[]);
     assert_says(&line, &["0.raw", "hard.raw", "are the same image"]);
 
-    // By another way there.
+    // By another path.
     let detour = place.path("detour");
     symlink(place.directory.path(), &detour).unwrap();
     let renamed = format!("{},node-name=other", detour.join("0.raw").display());
@@ -217,7 +217,7 @@ fn files_that_are_no_images_are_refused() {
     );
     assert_says(&refusal(&fifo), &["fifo", "is a FIFO"]);
     assert_says(&refusal(Path::new("/dev/null")), &["is a character device"]);
-    // Whatever a path is made of, a line stays a line.
+    // The refusal is one line, also if the path contains a line end.
     assert_says(
         &refusal(&place.path("a\nb,node-name=two")),
         &["cannot open", "a\\nb"],
@@ -308,7 +308,7 @@ fn missing_and_conflicting_options_are_refused() {
     assert_says(&refusal(&[] as &[&str]), &["--socket-path"]);
 }
 
-/// Each of the sockets at a path that is taken; the other one is not left behind.
+/// A path in use for each of the sockets; the other socket is removed.
 #[test]
 fn a_socket_path_in_use_is_refused() {
     let options = ["--socket-path", "--events", "--qmp"];
@@ -359,7 +359,7 @@ fn sockets_of_a_dead_daemon_are_replaced() {
     assert_eq!(place.sockets(), Vec::<String>::new());
 }
 
-// ---- What is printed
+// ---- Output
 
 #[test]
 fn a_closed_pipe_ends_the_help_quietly() {
@@ -381,7 +381,7 @@ fn capabilities_help_and_version() {
     };
     let capabilities = "{\"type\": \"block\", \"features\": [\"read-only\", \"blk-file\"]}\n";
     assert_eq!(printed(&["--print-capabilities"]), capabilities);
-    // Whatever else there is.
+    // Also with other options.
     assert_eq!(
         printed(&["--no-such-option", "--print-capabilities", "--fd", "x"]),
         capabilities
@@ -483,7 +483,7 @@ fn an_inherited_socket_is_served() {
         None,
         Some(descriptor),
     );
-    // The daemon has its own now; without ours, a connection fails if the daemon does.
+    // The daemon has a copy now. With this one closed, a connection fails if the daemon ends.
     drop(listener);
     for round in 1..3 {
         let mut client = Client::connect(&socket, 1);
@@ -508,7 +508,7 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
         internet.as_raw_fd(),
     ];
     let inherited = inherited.map(|descriptor| (descriptor, Some(descriptor)));
-    // Neither do the standard streams, nor what is not open.
+    // Neither are the standard streams, nor descriptors that are not open.
     for (descriptor, passed) in inherited
         .into_iter()
         .chain([0, 1, 2, 9999].map(|fd| (fd, None)))
@@ -614,7 +614,7 @@ fn options_and_environment_select_the_log_level() {
         (&[], Some("debug"), true, true),
         (&[], Some("error"), false, false),
         (&[], Some("off,quorum_blk::worker=debug"), false, true),
-        // The variable has the last word.
+        // The variable overrides the options.
         (&["-vv"], Some("warn"), false, false),
         (&["-v"], Some("debug"), true, true),
     ] {
@@ -627,10 +627,10 @@ fn options_and_environment_select_the_log_level() {
     }
 }
 
-/// A replica that takes its time makes sure that there is something in flight.
+/// A slow replica makes sure that a request is in flight.
 #[test]
 fn requests_in_flight_are_answered_before_it_ends() {
-    // What one turn of the worker takes.
+    // As many as a worker accepts in one turn.
     const REQUESTS: usize = 16;
     const LEN: usize = 16 << 10;
     let directory = tempfile::tempdir().unwrap();
@@ -669,7 +669,7 @@ fn requests_in_flight_are_answered_before_it_ends() {
     let writes = Request::writes(REQUESTS, LEN);
     client.send(0, &writes);
     let mut answered = Vec::new();
-    // They come in one batch: when one is answered, all have been taken.
+    // They come in one batch: when one is answered, all were accepted.
     assert!(wait_until(HANG_LIMIT, || {
         answered.extend(client.poll(0, 0));
         !answered.is_empty()

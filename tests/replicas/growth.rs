@@ -60,7 +60,7 @@ impl Setup {
         })
     }
 
-    /// The size that everybody sees.
+    /// The size that all interfaces show.
     fn size(&mut self) -> u64 {
         let mut ask = |command: &str| self.monitor.execute(command, json!({}));
         let size = ask("query-quorum")["size"].as_u64().unwrap();
@@ -91,7 +91,7 @@ fn back_channel(vmm: &mut Vmm) -> UnixStream {
 
 fn pass(vmm: &mut Vmm, channel: &UnixStream) {
     vmm.frontend().set_backend_request_fd(channel).unwrap();
-    // With the answer to this the message before it has been dealt with.
+    // The reply to this shows that the message before was handled.
     capacity_bytes(vmm);
 }
 
@@ -169,10 +169,10 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
     );
     assert_eq!(status(&mut vmm, &Request::flush()), VIRTIO_BLK_S_OK);
 
-    // The size that it has: nothing but the message.
+    // The present size: only the message is sent.
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
     assert_told_once(&mut channel);
-    // What has the old size is no replica of this disk, what has the new one is.
+    // An image of the old size is refused as a replica, one of the new size is accepted.
     let fourth = place.path().join("fourth.raw");
     File::create(&fourth).unwrap().set_len(SIZE_BYTES).unwrap();
     let node = json!({ "driver": "file", "node-name": "fourth", "filename": fourth });
@@ -281,7 +281,7 @@ fn a_replica_that_cannot_grow_leaves_all_at_their_size() {
         (Operation::Sync, libc::EIO, "fsync: Input/output error"),
     ] {
         fuse.inject(operation, Fault::Fail(errno));
-        // What cannot be synced cannot be put back durably either, which is said.
+        // A size that cannot be synced cannot be restored durably either; the error says so.
         assert_put_back(&mut setup, &images, &[&third, "cannot be grown", says]);
         fuse.clear_faults();
     }
@@ -311,7 +311,7 @@ fn a_replica_that_hangs_while_growing_delays_no_request_and_is_shrunk_again() {
     let unsettled = setup.resize(NEW_BYTES).unwrap_err();
     assert!(unsettled.contains("has not been put back"), "{unsettled}");
     assert_eq!(length(&images[0]), SIZE_BYTES);
-    // It does what it was asked for, and the opposite then.
+    // It grows late, and is shrunk then.
     fuse.clear_faults();
     let settled = || fuse.done(Operation::Resize) == 2 && length(&images[2]) == SIZE_BYTES;
     assert!(wait_until(HANG_LIMIT, settled));
@@ -347,7 +347,7 @@ fn a_replica_that_hangs_while_growing_can_be_removed() {
     assert!(setup.daemon.terminate().success());
 }
 
-/// The daemon's limit for files ends the growth, not the daemon.
+/// The file size limit of the daemon ends the growth, not the daemon.
 #[test]
 fn a_file_size_limit_is_an_error_like_any_other() {
     let _machine = machine::shared();
@@ -401,7 +401,7 @@ fn a_file_that_is_longer_already_is_not_touched() {
     assert!(are_identical(&images));
 }
 
-/// As when the daemon was killed before all were grown.
+/// The state after the daemon was killed before all replicas had grown.
 #[test]
 fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     let _machine = machine::shared();
@@ -423,7 +423,7 @@ fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     assert_eq!(Setup::new(&images, &[]).size(), NEW_BYTES);
 }
 
-/// A block device has to be large enough, and what it holds there is written over.
+/// A block device has to be large enough, and the new space is overwritten with zeroes.
 #[test]
 fn new_space_of_block_devices_is_zeroed() {
     let _machine = machine::shared();
@@ -465,7 +465,7 @@ fn new_space_of_block_devices_is_zeroed() {
     assert!(setup.directory.path().exists());
 }
 
-/// Whatever a frontend does with its back channel, the disk grows.
+/// The disk grows, also if a frontend misuses its back channel.
 #[test]
 fn a_frontend_that_ignores_its_back_channel_harms_itself_only() {
     let _machine = machine::shared();
@@ -497,7 +497,7 @@ fn a_frontend_that_ignores_its_back_channel_harms_itself_only() {
     assert!(unread.read(&mut received).unwrap() > 0);
     drop((full, closed, without, twice));
 
-    // What is no stream socket ends the connection of who passes it.
+    // A descriptor that is no stream socket ends the connection.
     let (datagram, _peer) = std::os::unix::net::UnixDatagram::pair().unwrap();
     let file: OwnedFd = tempfile::tempfile().unwrap().into();
     let (reader, _writer) = std::io::pipe().unwrap();

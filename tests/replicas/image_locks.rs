@@ -1,5 +1,5 @@
-//! Image locking together with the real QEMU: its tools leave a disk alone that is in use here, and
-//! an image that QEMU has open is refused here.
+//! Image locks together with the real QEMU: its tools refuse an image that this daemon uses, and
+//! this daemon refuses an image that QEMU has open.
 //!
 //! Needs `qemu-img`, `qemu-io` and `qemu-storage-daemon` (Debian: qemu-utils and
 //! qemu-system-common).
@@ -57,7 +57,7 @@ impl Image {
 struct StorageDaemon(Child);
 
 impl StorageDaemon {
-    /// Exports the image the way a virtual machine would use it, and waits until it has done so.
+    /// Exports the image with the locks of a virtual machine, and waits until it has them.
     fn serve(image: &Image, writable: bool) -> Self {
         let on = |yes| if yes { "on" } else { "off" };
         let path = image.path.display();
@@ -175,7 +175,7 @@ fn qemu_refuses_an_image_that_is_written_here() {
     ] {
         assert_refused(&qemu_img(arguments, &image));
     }
-    // A look at a raw image shares it with writers, be it in use by QEMU or here.
+    // `qemu-img info` of a raw image shares it with writers.
     assert_done(&qemu_img(&["info", "PATH"], &image));
 
     drop(replica);

@@ -1,4 +1,4 @@
-//! Replicas that are added and removed, and jobs, while a client reads and writes: real files, real
+//! Replicas are added and removed, and jobs run, while a client reads and writes: real files, real
 //! io_uring, the workers of the daemon within this process.
 
 use std::os::unix::net::UnixListener;

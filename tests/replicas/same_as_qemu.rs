@@ -22,7 +22,7 @@ use testkit::process::wait_until;
 use testkit::rows;
 
 const DISK_SECTORS: usize = 128;
-/// Where most happens, so that it happens together.
+/// Most requests go here, so that they overlap.
 const BUSY_SECTORS: usize = 24;
 
 /// Both systems, in step.
@@ -33,12 +33,12 @@ struct Pair {
     /// `None` only while the system is started again, or ends.
     our_client: Option<Client>,
     peer_client: Option<Client>,
-    /// What the replicas of either hold.
+    /// The contents of the replicas of both.
     contents: Vec<Vec<u8>>,
     our_events: usize,
-    /// The last step that left replicas behind.
+    /// The last step that made replicas stale.
     left_behind: Option<Step>,
-    /// The peer has sent events, and would hold others back for a second.
+    /// The peer has sent events, and holds others back for a second.
     peer_is_throttled: bool,
     next_byte: u8,
     differences: BTreeMap<Improvement, usize>,
@@ -90,7 +90,7 @@ impl Pair {
     }
 
     /// Each error of a replica is reported, also those it makes again when a read is repeated
-    /// because replies differ, or when it is brought up to date. Once is what is compared.
+    /// because replies differ, or in a resync. Each is compared once.
     fn step_ours(&mut self, step: &Step, due: &Seen) -> Seen {
         let reads = |disk: &Disk, plan: &Plan| -> Vec<u64> {
             let image = |replica| disk.faulty(replica).done(Operation::Read);
@@ -99,7 +99,7 @@ impl Pair {
         let before = reads(&self.ours, &self.plan);
         inject(&self.ours, step);
         let result = perform(self.our_client.as_mut().expect("connected"), step);
-        // The guest waits neither for late replies nor for rewrites; the next step must.
+        // The guest does not wait for late replies and repairs; the next step must.
         let is_vote = matches!(step.action, Action::Read(_)) && !self.plan.fifo;
         wait_until(HANG_LIMIT, || {
             let now = reads(&self.ours, &self.plan);
@@ -114,8 +114,8 @@ impl Pair {
             wait_until(HANG_LIMIT, || contents(&self.ours) == due.contents);
             contents(&self.ours)
         } else {
-            // The replicas that failed are being brought up to date, while the test goes on to
-            // write what they missed once more.
+            // The replicas that failed are resynced while the test writes the sectors again that
+            // they missed.
             self.left_behind = Some(step.clone());
             due.contents.clone()
         };
@@ -136,7 +136,7 @@ impl Pair {
         }
     }
 
-    /// What came since the last step, sorted.
+    /// The events since the last step, sorted.
     fn new_events(&self) -> Vec<String> {
         let events = self.ours.events();
         let mut texts: Vec<_> = events[self.our_events..].iter().map(text_of).collect();
@@ -144,8 +144,8 @@ impl Pair {
         texts
     }
 
-    /// Bringing a replica up to date fails like the write before it, as long as the fault is there,
-    /// and says so, perhaps late: a write of a part of what it missed.
+    /// A resync fails like the write before it while the fault is there, and reports that, perhaps
+    /// late: as a write of a part of the stale sectors.
     fn is_repetition(&self, text: &str) -> bool {
         let Some(Step {
             action: Action::Write(sectors, _),
@@ -184,7 +184,7 @@ impl Pair {
         }
     }
 
-    /// Changes sectors of a replica under both.
+    /// Corrupts sectors of a replica in both systems.
     fn corrupt(&mut self, replica: usize, sectors: &Range<usize>, mask: u8) {
         let content = &mut self.contents[replica][bytes(sectors)];
         for byte in content.iter_mut() {
@@ -200,7 +200,7 @@ impl Pair {
         self.step(Action::Write(sectors, self.next_byte), failing);
     }
 
-    /// A write of everything: afterwards no replica is behind in anything.
+    /// Writes the whole disk: afterwards no replica is stale.
     fn renew(&mut self) {
         self.write(0..DISK_SECTORS, BTreeMap::new());
     }
@@ -217,7 +217,7 @@ impl Pair {
     }
 }
 
-/// [`Seen`], fit to be read.
+/// [`Seen`], in a readable form.
 #[derive(PartialEq)]
 struct Told<'a>(&'a Seen);
 
@@ -289,7 +289,7 @@ fn put(image: &Path, offset: usize, content: &[u8]) {
     put.expect("writing to an image");
 }
 
-/// Some sectors, mostly where most happens.
+/// Some sectors, mostly in the busy range.
 fn some_sectors(random: &mut Random) -> Range<usize> {
     let small = |number| usize::try_from(number).expect("small");
     let len = small(random.within(1..9));
@@ -339,7 +339,7 @@ fn random_steps(pair: &mut Pair, random: &mut Random, steps: usize) {
                 for _ in 0..random.within(1..4) {
                     let replica =
                         usize::try_from(random.within(0..replicas as u64)).expect("small");
-                    // Few masks, so that replicas at times agree on what is wrong.
+                    // Few masks, so that corrupt replicas agree at times.
                     let mask = u8::try_from(random.within(1..3)).expect("small");
                     let sectors = some_sectors(random);
                     let end = sectors.end.min(sectors.start + 3);
@@ -400,7 +400,7 @@ fn reads_in_order_like_qemu() {
     compare(fifo, 30);
 }
 
-/// The peer's column of the table of what was measured; nothing is asserted of the peer.
+/// The peer's column of the table of figures. Nothing is asserted of the peer.
 #[test]
 fn figures_of_the_peer() {
     let _machine = alone();

@@ -1,4 +1,5 @@
-//! The daemon as a process, real image files, and `blkio` as the client.
+//! What a client reads and writes is voted on: the daemon as a process, real image files, and
+//! `blkio` as the client.
 
 use std::ffi::OsString;
 use std::fs::OpenOptions;
@@ -62,7 +63,7 @@ impl Setup {
         assert!(self.daemon.terminate().success());
         assert!(!self.daemon.socket().exists(), "the socket is left behind");
         let mut events = self.events.all_until_closed();
-        // What jobs do by themselves is of no interest here.
+        // Events of jobs that start by themselves do not matter here.
         events.retain(|event| {
             event["event"]
                 .as_str()
@@ -253,7 +254,7 @@ fn a_sector_with_three_versions_fails_alone() {
     assert_eq!(client.read(0, 20 * 512, 512).unwrap(), [2; 512]);
 }
 
-/// A replica whose file was cut: reading beyond the end is an I/O error of that replica alone.
+/// A replica whose file was truncated: a read beyond its end is an I/O error of that replica alone.
 #[test]
 fn an_io_error_fails_its_replica_only() {
     let _machine = machine::shared();
@@ -281,7 +282,7 @@ fn fifo_reads_in_order_and_repairs_from_the_good_reply() {
     let setup = Setup::new(3, &["--read-pattern", "fifo", "--rewrite-corrupted"]);
     let mut client = setup.connect(1);
     client.write(0, 2 << 20, &[9; 4096]).unwrap();
-    // The first replica is believed, whatever the others hold.
+    // The first replica is read, and not compared with the others.
     corrupt_sectors(&setup.images[1], 4096..4104, 0xff);
     assert_eq!(client.read(0, 2 << 20, 4096).unwrap(), [9; 4096]);
     let first = OpenOptions::new()
@@ -369,10 +370,9 @@ fn a_stale_replica_does_not_vote() {
         (&(-libc::EPERM).into(), &"write".into())
     );
     client.flush(0).unwrap();
-    // Its old data neither wins nor is taken for corruption: of what it missed, nothing is asked of
-    // it.
+    // Its old data neither wins nor counts as corrupt: it is not read where it is stale.
     assert_eq!(client.read(0, 0, 8192).unwrap()[..4096], [2; 4096]);
-    // With one more gone there are fewer than t.
+    // With one more unreadable there are fewer than t.
     sealable[1].refuse_writes();
     assert_eq!(client.write(0, 8192, &[3; 512]), Err(Failed(EIO)));
     let failure = setup.wait_for("QUORUM_FAILURE", None);
@@ -388,8 +388,7 @@ fn a_stale_replica_does_not_vote() {
     );
 }
 
-/// The client changes its buffers while they are being written: replicas get one version all the
-/// same.
+/// The client changes its buffers while they are written: all replicas get the same version.
 #[test]
 fn buffers_that_change_in_flight_do_not_make_replicas_diverge() {
     let _machine = machine::shared();
@@ -475,8 +474,7 @@ fn a_read_only_disk_is_read_and_not_written() {
         corrupt_sectors(image, 0..8, 0x11);
     }
     let setup = Setup::over(directory, images, &["--read-only"]);
-    // The driver refuses writes by itself when the device is read-only, and must be
-    // told.
+    // The driver itself refuses writes to a read-only device, unless this is set.
     let mut blkio = blkio::Blkio::new("virtio-blk-vhost-user").unwrap();
     blkio
         .set_str("path", setup.daemon.socket().to_str().unwrap())

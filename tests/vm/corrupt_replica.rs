@@ -1,6 +1,6 @@
-//! A Linux guest works on a voted disk while a replica is corrupted underneath: it never notices,
-//! and the events name what was corrupted and nothing else. Where three replicas differ, it gets an
-//! I/O error.
+//! A Linux guest works on a voted disk while a replica is corrupted: the guest does not notice, and
+//! the events report the corrupt sectors and no others. Where three replicas differ, it gets an I/O
+//! error.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -209,7 +209,7 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
         .expect("an event QUORUM_FAILURE");
     println!("{failure}");
 
-    // It was one request that failed, not the disk.
+    // One request has failed, not the disk.
     assert!(daemon.is_alive());
     for neighbour in [BLOCK - 1, BLOCK + 1] {
         guest.run_successfully(&read(neighbour));
@@ -235,7 +235,7 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
         assert!(number(&event["timestamp"], "seconds") > 0, "{event}");
     }
 
-    // Stopped under the running guest.
+    // The daemon stops under the running guest.
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
     guest.run_successfully("echo the guest lives on");
 }

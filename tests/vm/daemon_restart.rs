@@ -1,5 +1,5 @@
 //! A Linux guest does not notice that its daemon is killed, or replaced by another, while it works.
-//! QEMU connects again (`reconnect=1`) and hands over what was in flight.
+//! QEMU connects again (`reconnect=1`) and hands over the requests in flight.
 
 use testkit::HANG_LIMIT;
 
@@ -11,8 +11,8 @@ use testkit::process::wait_until;
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
-/// The daemon is killed, and replaced in good order, while a guest copies files. The guest notices
-/// a pause.
+/// The daemon is killed, or stopped and replaced, while a guest copies files. The guest only
+/// notices a pause.
 #[test]
 fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
     const ROUNDS: usize = 6;
@@ -104,7 +104,7 @@ fn write_through_makes_every_write_durable() {
     write_through(|daemon, _| daemon);
 }
 
-/// QEMU tells a daemon that takes over nothing of what the guest has chosen.
+/// QEMU does not send a new daemon the cache mode that the guest has chosen.
 #[test]
 fn write_through_holds_when_the_daemon_is_replaced() {
     write_through(|mut daemon, start| {
@@ -113,7 +113,7 @@ fn write_through_holds_when_the_daemon_is_replaced() {
     });
 }
 
-/// Has the guest switch to write-through, then `replaced` give another daemon or the same.
+/// Makes the guest switch to write-through; then `replaced` returns another daemon or the same.
 fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
     let directory = tempfile::tempdir().expect("creating a directory");
     let mut images = create_images(directory.path(), 3, 8 << 20);
@@ -124,7 +124,7 @@ fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .reconnect()
         .start();
-    // Made durable in one step or two.
+    // A write is made durable by O_DSYNC or by a flush.
     let durable = || watched.done(Operation::Sync) + watched.durable_writes();
     let made_durable = |guest: &mut Guest| {
         let before = durable();

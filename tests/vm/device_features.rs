@@ -1,6 +1,5 @@
-//! What a Linux guest does with a disk beside reading and writing works too: it uses all queues at
-//! the same time, changes the cache mode, gives space back, and works with memory that it was given
-//! while it runs.
+//! A Linux guest uses the other features of the disk: all virtqueues at the same time, the cache
+//! mode, discard and write-zeroes, and memory that is plugged while it runs.
 
 use std::ffi::OsString;
 use std::fs::{self, File, Metadata};
@@ -22,8 +21,7 @@ const IMAGE_BYTES: u64 = 64 << 20;
 
 const COLD_CACHE: &str = "sync; echo 3 >/proc/sys/vm/drop_caches";
 
-/// What the disk looks like, every queue used, cache mode, space given back: all in one guest. Its
-/// second disk is read-only.
+/// Limits, virtqueues, cache mode and deallocation in one guest. Its second disk is read-only.
 #[test]
 fn a_guest_uses_what_the_disk_offers() {
     let directory = tempfile::tempdir().expect("creating a directory");
@@ -82,8 +80,8 @@ fn a_guest_uses_what_the_disk_offers() {
     }
 }
 
-/// Nothing that the guest tries on `/dev/vdb` gets through; that nothing arrived is seen at the
-/// end.
+/// Every write of the guest to `/dev/vdb` fails. The end of the test checks that none has reached
+/// it.
 fn a_read_only_disk(guest: &mut Guest) {
     assert_eq!(guest.answer("blockdev --getro /dev/vda"), "0");
     assert_eq!(guest.answer("blockdev --getro /dev/vdb"), "1");
@@ -99,7 +97,7 @@ fn a_read_only_disk(guest: &mut Guest) {
     }
 }
 
-/// What the configuration space says, in bytes.
+/// The limits in the config space, in bytes.
 #[derive(Debug, PartialEq, Eq)]
 struct DiskLimits {
     logical_block: u64,
@@ -160,7 +158,7 @@ fn both_queues_at_the_same_time(guest: &mut Guest, files: &[PathBuf]) {
         "for cpu in 0 1; do dd if=/dev/urandom of=/tmp/part-$cpu bs=1M count={PART_MIB}; done"
     ));
     let sums = [0, 1].map(|part| guest.checksum(&format!("/tmp/part-{part}")));
-    // What runs on a processor goes through its queue, and has an interrupt of its own.
+    // Requests of a processor use its virtqueue, which has an interrupt of its own.
     let interrupts = |guest: &mut Guest| {
         let text = guest.answer("awk '/virtio[0-9]+-req/ { print $2 + $3 }' /proc/interrupts");
         text.lines()
@@ -190,7 +188,7 @@ fn both_queues_at_the_same_time(guest: &mut Guest, files: &[PathBuf]) {
     }
 }
 
-/// The guest sees a cache that it has to flush, and may ask for one that it has not.
+/// The guest sees a write-back cache, and may switch to write-through.
 fn cache_mode(guest: &mut Guest) {
     let modes = |guest: &mut Guest| {
         guest.answer("cat /sys/block/vda/cache_type /sys/block/vda/queue/write_cache")
@@ -205,7 +203,7 @@ fn cache_mode(guest: &mut Guest) {
     }
 }
 
-/// What the guest discards is given back to the file systems below, on all replicas.
+/// Discarded space is deallocated on all replicas.
 fn freed_space(guest: &mut Guest, files: &[PathBuf]) {
     const FILE_MIB: u64 = 24;
     let allocated = || files.iter().map(allocated_bytes).collect::<Vec<_>>();
@@ -241,8 +239,8 @@ fn freed_space(guest: &mut Guest, files: &[PathBuf]) {
     assert!(are_identical(files), "the replicas differ");
 }
 
-/// Discarded, zeroed and punched ranges are zero on every replica, and their neighbours are as they
-/// were.
+/// Discarded, zeroed and punched ranges are zero on every replica, and the bytes around them are
+/// unchanged.
 fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
     const MIB: usize = 1 << 20;
     let block: usize = guest
@@ -285,7 +283,7 @@ fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
             .zip(&expected)
             .position(|(is, should)| is != should);
         assert_eq!(wrong, None, "byte that differs in {}", file.display());
-        // At least what was discarded and punched in whole.
+        // At least the discarded and punched blocks are deallocated.
         assert!(
             allocated_bytes(file) + (6 << 20) <= allocated_before,
             "{}",
@@ -352,12 +350,12 @@ fn a_guest_gets_more_memory_while_it_works() {
         "{used_pages} pages of the new memory are used"
     );
 
-    // A daemon that is started anew is given all of the memory at once.
+    // A new daemon gets all of the memory at once.
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
     daemon = Daemon::start(directory.path(), replica_arguments(&images));
     copy_to_disk(&mut guest, DATA_MIB, DATA_MIB, &sum, &images);
 
-    // And away with it.
+    // The memory is unplugged.
     guest.run_successfully("truncate -s 8M /tmp/data; echo 3 >/proc/sys/vm/drop_caches");
     let sum = guest.checksum("/tmp/data");
     monitor.execute("device_del", json!({ "id": "memory1" }));
@@ -399,9 +397,9 @@ fn copy_to_disk(guest: &mut Guest, offset_mib: u64, data_mib: u64, sum: &str, im
 
 /// Replicas of three kinds: on the file system of temporary files, behind a loop device, in memory.
 struct MixedReplicas {
-    /// What the daemon is given.
+    /// The paths for the daemon.
     arguments: Vec<OsString>,
-    /// Where the bytes are.
+    /// The files that hold the bytes.
     files: Vec<PathBuf>,
     _loop_device: LoopDevice,
     _memory: TempDir,

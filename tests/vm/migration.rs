@@ -1,6 +1,6 @@
-//! A Linux guest moves to another QEMU on the same host while it works on a voted disk. Both are
-//! served by one daemon. Nothing that the guest or the daemon wrote is lost, and a migration that
-//! is cancelled or fails leaves no trace.
+//! A Linux guest moves to another QEMU on the same host while it works on a voted disk. One daemon
+//! serves both. No write of the guest or of the daemon is lost, and a migration that is cancelled
+//! or fails changes nothing.
 
 use std::fmt::Write as _;
 use std::fs;
@@ -39,20 +39,20 @@ struct Pace {
     downtime_ms: u64,
 }
 
-/// The writer has this many places of this size, from the start of the disk on, and writes a text
-/// to them in turn: the numbers from that of the write on, one a line.
+/// The writer writes a text to this many places of this size in turn, from the start of the disk
+/// on: numbers from that of the write on, one a line.
 const PLACES: u64 = 256;
 const TEXT_BYTES: u64 = 16 << 10;
 
-/// What the reader reads over and over. The data is there before the guest boots.
+/// The range that the reader reads again and again. It is filled before the guest boots.
 const READ_FROM: u64 = 16 * MIB;
 const READ_BYTES: u64 = 16 * MIB;
 
-/// What the guest reads once, while it is migrated.
+/// The range that the guest reads once, during the migration.
 const CACHED_FROM: u64 = 48 * MIB;
 const CACHED_BYTES: u64 = 8 * MIB;
 
-/// What the daemon logs.
+/// Log lines of the daemon.
 const LOGGED: &str = "the dirty log of a migration is switched log=on";
 const NOT_LOGGED: &str = "the dirty log of a migration is switched log=off";
 
@@ -63,8 +63,8 @@ const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n %
     dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
     echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
 
-/// Reads through the page cache, which it empties before unless told not to, and then sums up what
-/// is there.
+/// Reads through the page cache, which it empties before unless `/tmp/keep` exists, and checks the
+/// sum.
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     [ -e /tmp/keep ] || echo 1 >/proc/sys/vm/drop_caches; \
     dd if=/dev/vda of=/dev/null bs=1M skip=16 count=16 status=none; \
@@ -89,8 +89,8 @@ fn a_guest_under_load_moves_to_another_qemu() {
         let guest = GuestBuilder::new(&directory, daemon.socket())
             .queues(2)
             .cpus(2);
-        // The guest clears a page before it has us write to it, and QEMU knows that: it would send
-        // what we have written even if we did not tell.
+        // The guest would clear a page before the daemon writes to it, and QEMU would send the page
+        // for that, even if the daemon did not log its write.
         let guest = guest.kernel_arguments("init_on_alloc=0");
         match incoming {
             Some(uri) => guest.incoming(uri).start(),
@@ -134,11 +134,12 @@ fn a_guest_under_load_moves_to_another_qemu() {
     }
 
     let mut destination = start("destination", Some(&uri("destination.sock")));
-    // From here on the reader leaves the page cache as it is.
+    // From here on the reader does not empty the page cache.
     source.run_successfully("touch /tmp/keep");
     expect_progress(&mut source);
     migrate_slowly(&mut monitor, &destination, &uri("destination.sock"));
-    // All memory was sent once. What we write to it now is sent only because it is in the log.
+    // All memory was sent once. A page that the daemon writes now is sent again only because it is
+    // in the log.
     source.run_successfully(&format!("{READ_ONCE} of=/dev/null"));
     set_pace(&mut monitor, &FAST);
     let migration =
@@ -199,7 +200,7 @@ fn fill(images: &[PathBuf]) -> [String; 2] {
     })
 }
 
-/// How often something was logged.
+/// How often the log contains the words.
 fn occurrences(daemon: &Daemon, words: &str) -> usize {
     daemon.log().matches(words).count()
 }
@@ -228,7 +229,7 @@ fn migrate_slowly(monitor: &mut Monitor, destination: &Guest, uri: &str) {
     });
 }
 
-/// Waits until the migration `is_wanted`, and returns what the monitor says of it.
+/// Waits until the migration `is_wanted`, and returns its state.
 fn wait_for_migration(monitor: &mut Monitor, is_wanted: impl Fn(&Value) -> bool) -> Value {
     let mut migration = Value::Null;
     let came = wait_until(HANG_LIMIT, || {

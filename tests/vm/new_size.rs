@@ -29,7 +29,7 @@ fn a_running_guest_sees_the_new_size_and_uses_it() {
     guest.run_successfully("dd if=/dev/urandom of=/mnt/file bs=1M count=16 conv=fsync");
     let sum = guest.checksum("/mnt/file");
 
-    // A write is under way meanwhile.
+    // A write is in flight meanwhile.
     guest.begin("dd if=/dev/urandom of=/mnt/other bs=1M count=24 conv=fsync");
     monitor.execute(
         "block_resize",

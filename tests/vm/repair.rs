@@ -1,7 +1,6 @@
-//! What an operator does to a disk while a guest works on it, with `quorum-blkctl` only: one
-//! replica is replaced by an empty file, another one is corrupted in a thousand places and
-//! repaired, the disk is made larger. The guest checks everything that it reads, and sees nothing
-//! but right data; in the end all files are equal.
+//! An operator uses `quorum-blkctl` on a disk while a guest works on it: one replica is replaced by
+//! an empty file, another one is corrupted in a thousand places and repaired, and the disk grows.
+//! All data that the guest reads is right, and in the end all files are equal.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -23,7 +22,7 @@ const GROWN_BYTES: u64 = 320 * MIB;
 const PLACES: u64 = 256;
 const PLACE_BYTES: u64 = 16 << 10;
 
-/// What the reader reads over and over. The data is there before the guest boots.
+/// The range that the reader reads again and again. It is filled before the guest boots.
 const READ_FROM: u64 = 64 * MIB;
 const READ_BYTES: u64 = 16 * MIB;
 
@@ -31,8 +30,8 @@ const READ_BYTES: u64 = 16 * MIB;
 const UNREAD_FROM: u64 = 128 * MIB;
 const UNREAD_BYTES: u64 = 16 * MIB;
 
-/// Places that are corrupted in each of: what is written, what is read, what is there and is not
-/// read, what has never been written.
+/// Places that are corrupted in each of: data that is written, data that is read, data that is not
+/// read, and space that was never written.
 const CORRUPT_IN_EACH: u64 = 250;
 
 /// Writes past the guest's page cache, reads back all that it wrote in the last turn, compares.
@@ -42,7 +41,7 @@ const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n %
     dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
     echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
 
-/// Reads from the disk, not from the guest's page cache, and sums up what is there.
+/// Reads from the disk, not from the guest's page cache, and checks the sum.
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum | cmp - /tmp/sum || echo read $n; \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
@@ -98,7 +97,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
         "the guest has read corrupt data"
     );
 
-    // What was found so far is not repaired, nor is what the guest does not read.
+    // So far nothing is repaired, and the corruption that the guest does not read is not found.
     assert_eq!(operator.run(&["scrub"]), 1);
     operator.run(&["map"]);
     assert_eq!(operator.run(&["scrub", "--repair"]), 0);
@@ -106,7 +105,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     operator.run(&["map"]);
     expect_progress(&mut guest);
 
-    // The writer's places lie on both sides of what was the end.
+    // The writer's places lie on both sides of the old end.
     assert_eq!(
         guest.answer("cat /sys/block/vda/size"),
         (IMAGE_BYTES / 512).to_string()
@@ -172,7 +171,7 @@ struct Operator {
 }
 
 impl Operator {
-    /// Runs it to its end, shows what it says, and returns its exit status.
+    /// Runs it to its end, prints its output, and returns its exit status.
     fn run(&self, arguments: &[&str]) -> i32 {
         let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkctl"));
         command.arg("--qmp").arg(&self.monitor).args(arguments);
