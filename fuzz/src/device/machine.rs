@@ -20,7 +20,7 @@ use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 
 use super::super::script::Script;
 use super::driver::{drive, set_available_index};
-use super::memory::{FILE_BYTES, Mapping, memory_file};
+use super::memory::{FILE_BYTES, LOG_PAGE_BYTES, Mapping, memory_file};
 use super::places::{QUEUES, address, queue};
 use super::step::Step;
 use super::world::{Server, World, with_world};
@@ -52,7 +52,8 @@ pub(super) struct Machine {
     frontend: Arc<Mutex<Frontend>>,
     log: File,
     logs: bool,
-    log_is_set: bool,
+    /// The size of the log's area, if the frontend has set one.
+    log_bytes: Option<u64>,
     region: Option<(VhostUserInflight, File)>,
 }
 
@@ -94,7 +95,7 @@ impl Machine {
             frontend: new_frontend(slot),
             log: memory_file(LOG_BYTES),
             logs: false,
-            log_is_set: false,
+            log_bytes: None,
             region: None,
         }
     }
@@ -112,14 +113,14 @@ impl Machine {
     }
 
     fn note_log(&self) {
-        let log =
-            (self.logs && self.log_is_set).then(|| self.log.try_clone().expect("a descriptor"));
+        let log = (self.logs && self.log_bytes.is_some())
+            .then(|| self.log.try_clone().expect("a descriptor"));
         with_world(|world| world.model.files.log = log);
     }
 
     /// Connects and closes at once, which resets the device.
     pub(super) fn disconnect(&mut self) {
-        (self.logs, self.log_is_set) = (false, false);
+        (self.logs, self.log_bytes) = (false, None);
         self.note_log();
         let (_, theirs) = UnixStream::pair().expect("a pair of sockets");
         Frontend::serve(&self.frontend, theirs);
@@ -347,13 +348,24 @@ impl Machine {
         table: Vec<Mapping>,
         message: impl FnOnce(&mut Frontend) -> Result<()>,
     ) {
+        // While it is off, a log that does not cover the new memory is dropped.
+        let last = table
+            .iter()
+            .map(|mapping| mapping.guest_address + (mapping.bytes - 1));
+        let last = last.max().unwrap_or(0);
+        let covers = |bytes: &u64| last / LOG_PAGE_BYTES / 8 < *bytes;
+        let log_bytes = self.log_bytes.filter(|bytes| self.logs || covers(bytes));
         with_world(|world| world.next_table = Some(table));
-        self.send(|frontend| {
+        let sent = self.send(|frontend| {
             let result = message(frontend);
             let refreshed = with_world(|world| world.next_table.take().is_none());
             assert_eq!(refreshed, result.is_ok(), "the queues know the new memory");
             result
         });
+        if sent.is_some() {
+            self.log_bytes = log_bytes;
+            self.note_log();
+        }
     }
 
     fn set_region(&mut self, step: Step, script: &mut Script<'_>) {
@@ -423,7 +435,7 @@ impl Machine {
             .send(|frontend| frontend.set_log_base(&log, file))
             .is_some()
         {
-            self.log_is_set = true;
+            self.log_bytes = Some(bytes);
             self.note_log();
         }
     }
@@ -431,7 +443,7 @@ impl Machine {
     /// Kills the daemon and starts the next one with the same memory, virtqueues and region.
     fn kill(&mut self) {
         let region = self.region.take();
-        (self.logs, self.log_is_set) = (false, false);
+        (self.logs, self.log_bytes) = (false, None);
         let slot = new_slot();
         self.frontend = new_frontend(slot.clone());
         with_world(|world| world.kill(slot));

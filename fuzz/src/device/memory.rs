@@ -15,7 +15,7 @@ use super::super::naive::{Memory, Run};
 pub const FILE_BYTES: [u64; 3] = [0x4000, 0x2000, 0x2000];
 
 /// Bytes of guest memory for each bit of the log.
-const LOG_PAGE_BYTES: u64 = 0x1000;
+pub const LOG_PAGE_BYTES: u64 = 0x1000;
 
 /// An anonymous file that can be shared.
 pub fn memory_file(bytes: u64) -> File {
