@@ -16,14 +16,14 @@ const REPLICA: ReplicaIndex = ReplicaIndex(2);
 const SECTOR: i32 = 512;
 
 /// A ring over four replicas, the kernel behind it and a pool with a registered arena.
-struct Setup {
-    ring: Ring<FakeKernel>,
-    kernel: FakeKernel,
+pub(super) struct Setup {
+    pub(super) ring: Ring<FakeKernel>,
+    pub(super) kernel: FakeKernel,
     pool: BufferPool,
 }
 
 impl Setup {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let setup = Self::without_arena();
         let (kernel, pool) = (setup.kernel.clone(), setup.pool.clone());
         let mut ring = setup.ring;
@@ -43,7 +43,7 @@ impl Setup {
     }
 
     /// A buffer in the arena, or one that is not.
-    fn buffer(&self, in_arena: bool, len: usize) -> Buffer {
+    pub(super) fn buffer(&self, in_arena: bool, len: usize) -> Buffer {
         let pool = if in_arena {
             self.pool.clone()
         } else {
@@ -54,7 +54,7 @@ impl Setup {
         buffer
     }
 
-    fn push(&mut self, action: Action) {
+    pub(super) fn push(&mut self, action: Action) {
         let operation = Operation {
             request: RequestId(7),
             replica: REPLICA,
@@ -71,7 +71,7 @@ impl Setup {
         self.kernel.only()
     }
 
-    fn enter(&mut self) -> Vec<Completion> {
+    pub(super) fn enter(&mut self) -> Vec<Completion> {
         self.ring.enter(Wait::No).unwrap().drain(..).collect()
     }
 
@@ -99,7 +99,12 @@ impl Setup {
     }
 }
 
-fn write(data: Buffer, offset_bytes: usize, range: SectorRange, durable: bool) -> Action {
+pub(super) fn write(
+    data: Buffer,
+    offset_bytes: usize,
+    range: SectorRange,
+    durable: bool,
+) -> Action {
     Action::Write {
         range,
         data: Rc::new(data),

@@ -363,4 +363,6 @@ impl<K: Kernel> Drop for Ring<K> {
 #[cfg(test)]
 mod fake_tests;
 #[cfg(test)]
+mod property_tests;
+#[cfg(test)]
 mod tests;
