@@ -4,8 +4,19 @@
 use quorum_blk::common::operation::{Operation, RequestId};
 use quorum_blk::common::report::Report;
 use quorum_blk::common::{ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Effects, Failed, Tag, WorkerIndex};
+use quorum_blk::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
 use quorum_blk::jobs::JobEvent;
+
+/// The tag of the request with this number.
+pub(crate) fn tag(number: u64) -> Tag {
+    Tag::Guest {
+        connection: 0,
+        fragment: FragmentId {
+            chain: u32::try_from(number).expect("few requests"),
+            offset_sectors: 0,
+        },
+    }
+}
 
 /// Keeps operations, and counts answers.
 #[derive(Default)]

@@ -18,7 +18,7 @@ use std::time::Duration;
 use quorum_blk::common::SectorRange;
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 
 use self::driver::Driver;
@@ -140,7 +140,7 @@ fn run(case: &Case, requests: u64) {
                     durable: false,
                 },
             };
-            engine.submit(Tag(number), request, &mut driver);
+            engine.submit(driver::tag(number), request, &mut driver);
         }
         while !driver.operations.is_empty() {
             in_flight.append(&mut driver.operations);

@@ -13,11 +13,11 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::Operation;
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 
 use super::count;
-use super::driver::Driver;
+use super::driver::{self, Driver};
 
 const BLOCK_SECTORS: u64 = 8;
 const SHORT_REQUESTS: u64 = 5000;
@@ -331,7 +331,7 @@ impl<'a> Disk<'a> {
             }
             queue
                 .engine
-                .submit(Tag(self.submitted), request, &mut queue.driver);
+                .submit(driver::tag(self.submitted), request, &mut queue.driver);
             queue.in_flight.extend(queue.driver.operations.drain(..));
             self.submitted += 1;
         }

@@ -40,9 +40,28 @@ pub struct Policy {
     pub replica_timeout: Duration,
 }
 
-/// The name that the device gave to a request; comes back with the answer.
+/// What made a request; comes back with the answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Tag(pub u64);
+pub enum Tag {
+    /// A guest.
+    Guest {
+        /// The connection slot of the guest.
+        connection: u8,
+        /// The part of the guest's request.
+        fragment: FragmentId,
+    },
+    /// The worker: a flush that no guest asked for.
+    OwnFlush,
+}
+
+/// Names a fragment of a request of one guest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct FragmentId {
+    /// The key of the request's chain on the device.
+    pub chain: u32,
+    /// Where in the request the fragment begins.
+    pub offset_sectors: u32,
+}
 
 /// What a guest can ask for. The device has checked that ranges lie within the disk, are not empty,
 /// are multiples of [`Policy::block_sectors`] and, except for [`GuestRequest::Zero`], are at most

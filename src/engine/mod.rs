@@ -56,7 +56,7 @@ use std::sync::Arc;
 
 use slab::Slab;
 
-pub use self::interface::{Effects, Failed, GuestRequest, Policy, ReadPattern, Tag};
+pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, ReadPattern, Tag};
 pub use self::shared::{Counters, ReplicaCounters, Shared, WorkerIndex};
 
 use self::context::{Context, Core};

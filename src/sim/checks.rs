@@ -5,6 +5,7 @@
 //! succeed, and every report must have a cause.
 
 use super::Violation;
+use super::effects::number_of;
 use super::ledger::Masks;
 use super::model::Value;
 use super::plan::{bits, mask_below};
@@ -23,11 +24,12 @@ impl World {
     pub(super) fn completed(&mut self, tag: Tag, result: Result<&[Option<Value>], ()>) -> Checked {
         self.now += 1;
         let Some(index) = self.pending.iter().position(|p| p.tag == tag) else {
-            let text = format!("request {} is answered, but not in flight", tag.0);
+            let text = format!("request {} is answered, but not in flight", number_of(tag));
             return Err(Violation::new("I6", text));
         };
         let pending = self.pending.swap_remove(index);
-        trace!(self, at self.plan.mask(pending.range), "guest: {} {}", tag.0, show(result));
+        let number = number_of(tag);
+        trace!(self, at self.plan.mask(pending.range), "guest: {number} {}", show(result));
         match (&pending.kind, result) {
             (PendingKind::Read, Ok(values)) => self.check_read(&pending, values)?,
             (PendingKind::Read, Err(())) => self.check_failed_read(&pending)?,
@@ -130,7 +132,7 @@ impl World {
         if bits(self.plan.mask(read.range)).all(enough) {
             let text = format!(
                 "read {} failed, but enough replicas give right answers",
-                read.tag.0
+                number_of(read.tag)
             );
             return Err(Violation::new("I1", text).at(self.plan.mask(read.range)));
         }
@@ -224,7 +226,7 @@ impl World {
             if safe < self.plan.threshold {
                 let text = format!(
                     "flush {} succeeded, but {sector} is durable on {safe} only",
-                    flush.tag.0
+                    number_of(flush.tag)
                 );
                 return Err(Violation::new("W5", text).at(1 << sector));
             }
@@ -241,7 +243,7 @@ impl World {
             self.members().filter(good).count() >= self.plan.threshold
         };
         if (0..self.changed_at.len()).all(enough) {
-            let text = format!("flush {} failed without need", flush.tag.0);
+            let text = format!("flush {} failed without need", number_of(flush.tag));
             return Err(Violation::new("W5", text));
         }
         Ok(())

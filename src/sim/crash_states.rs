@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::Violation;
-use super::effects::{Collected, Effect, SECTOR_LEN, fill, parse};
+use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, parse, tag};
 use super::model::{Model, Value};
 use super::plan::bits;
 use crate::common::buffer::BufferPool;
@@ -261,7 +261,7 @@ impl<'a> State<'a> {
             }
         };
         self.engine
-            .submit(Tag(act as u64), request, &mut self.effects);
+            .submit(tag(act as u64), request, &mut self.effects);
     }
 
     /// From now on the operation may have had its effect.
@@ -350,7 +350,7 @@ impl<'a> State<'a> {
 
     fn completed(&mut self, tag: Tag, success: bool) {
         self.now += 1;
-        let act = usize::try_from(tag.0).expect("few");
+        let act = usize::try_from(number_of(tag)).expect("few");
         self.events.push((act, false));
         match self.history[act].sectors() {
             None if success => self.model.flushed(self.flush_began[act], 0),

@@ -4,11 +4,30 @@ use super::model::Value;
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::Report;
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::engine::{Effects, Failed, Tag, WorkerIndex};
+use crate::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 
 /// Bytes of a sector.
 pub const SECTOR_LEN: usize = 512;
+
+/// The tag of the request with this number: the simulator's guest has no chains.
+pub fn tag(number: u64) -> Tag {
+    Tag::Guest {
+        connection: 0,
+        fragment: FragmentId {
+            chain: u32::try_from(number).expect("few requests"),
+            offset_sectors: 0,
+        },
+    }
+}
+
+/// The number of the request with this tag.
+pub fn number_of(tag: Tag) -> u64 {
+    match tag {
+        Tag::Guest { fragment, .. } => u64::from(fragment.chain),
+        Tag::OwnFlush => unreachable!("the simulator has no worker"),
+    }
+}
 
 /// One effect.
 #[derive(Debug)]

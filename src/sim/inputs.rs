@@ -4,7 +4,7 @@
 //! input.
 
 use super::Violation;
-use super::effects::{Effect, SECTOR_LEN, fill};
+use super::effects::{Effect, SECTOR_LEN, fill, number_of, tag};
 use super::model::Value;
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{
@@ -21,7 +21,7 @@ impl World {
             self,
             at self.plan.mask(range),
             "guest: {} reads {} on worker {worker}",
-            tag.0,
+            number_of(tag),
             show(range)
         );
         self.submit(worker, tag, GuestRequest::Read(range))
@@ -62,7 +62,7 @@ impl World {
 
     pub(super) fn submit_flush(&mut self, worker: usize) -> Checked {
         let tag = self.pend(worker, SectorRange::new(0, 0), PendingKind::Flush);
-        trace!(self, "guest: {} flushes on worker {worker}", tag.0);
+        trace!(self, "guest: {} flushes on worker {worker}", number_of(tag));
         self.submit(worker, tag, GuestRequest::Flush)
     }
 
@@ -88,7 +88,7 @@ impl World {
             self,
             at self.plan.mask(range),
             "guest: {} {} {} on worker {worker}: w{number}",
-            tag.0,
+            number_of(tag),
             match (zeroes, durable) {
                 (false, false) => "writes",
                 (false, true) => "durably writes",
@@ -108,7 +108,7 @@ impl World {
     fn pend(&mut self, worker: usize, range: SectorRange, kind: PendingKind) -> Tag {
         self.requests += 1;
         self.now += 1;
-        let tag = Tag(self.requests);
+        let tag = tag(self.requests);
         self.pending.push(Pending {
             tag,
             worker,

@@ -5,7 +5,7 @@
 //! happen between two of these steps.
 
 use super::Violation;
-use super::effects::{SECTOR_LEN, fill, parse};
+use super::effects::{SECTOR_LEN, fill, number_of, parse};
 use super::model::Value;
 use super::plan::bits;
 use super::state::{Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, trace};
@@ -119,7 +119,7 @@ impl World {
                 PendingKind::Write(write) => is_meant(pending, write),
                 PendingKind::Read | PendingKind::Flush => false,
             });
-        let first = meant.min_by_key(|pending| pending.tag.0)?;
+        let first = meant.min_by_key(|pending| number_of(pending.tag))?;
         match &mut first.kind {
             PendingKind::Write(write) => Some(write),
             PendingKind::Read | PendingKind::Flush => None,

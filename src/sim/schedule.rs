@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use super::Violation;
+use super::effects::number_of;
 use super::state::{Checked, World};
 use crate::engine::Engine;
 
@@ -100,7 +101,7 @@ impl World {
             }
             _ if self.is_quiet() => Ok(()),
             _ => {
-                let waiting: Vec<_> = self.pending.iter().map(|p| p.tag.0).collect();
+                let waiting: Vec<_> = self.pending.iter().map(|p| number_of(p.tag)).collect();
                 let text =
                     format!("nothing will ever happen; requests without an answer: {waiting:?}");
                 Err(Violation::new("I6", text))

@@ -6,9 +6,9 @@ use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Sender, SyncSender};
 
+use super::Stop;
 use super::guests::Guests;
 use super::mailbox::{Mailbox, Message};
-use super::{OWN_FLUSH, Stop};
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::Report;
 use crate::common::{ReplicaIndex, SectorRange};
@@ -44,14 +44,18 @@ impl<K: Kernel> Effects for Io<K> {
     }
 
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
-        if tag == OWN_FLUSH {
-            if let Some(done) = self.flushing.pop_front() {
-                // The thread that asked may have stopped waiting.
-                let _ = done.send(result.is_ok());
+        match tag {
+            Tag::Guest {
+                connection,
+                fragment,
+            } => self.guests.answered(connection, fragment, result),
+            Tag::OwnFlush => {
+                if let Some(done) = self.flushing.pop_front() {
+                    // The thread that asked may have stopped waiting.
+                    let _ = done.send(result.is_ok());
+                }
             }
-            return;
         }
-        self.guests.answered(tag, result);
     }
 
     fn report(&mut self, report: Report) {

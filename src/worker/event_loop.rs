@@ -15,18 +15,18 @@ use std::time::Duration;
 use log::{debug, warn};
 use vhost_user_backend::VringT;
 
+use super::Disk;
 use super::clock::Clock;
 use super::draining::Draining;
 use super::effects::Io;
 use super::guests::Guests;
 use super::mailbox::{Mailbox, Message};
 use super::spin::Spin;
-use super::{Disk, OWN_FLUSH};
 use crate::common::buffer::BufferPool;
 use crate::device::connection::ConnectionSlot;
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
-use crate::engine::{Engine, GuestRequest, WorkerIndex};
+use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
 };
@@ -283,7 +283,7 @@ impl<K: Kernel> Worker<K> {
             Message::Flush { done } => {
                 self.io.flushing.push_back(done);
                 self.engine
-                    .submit(OWN_FLUSH, GuestRequest::Flush, &mut self.io);
+                    .submit(Tag::OwnFlush, GuestRequest::Flush, &mut self.io);
             }
             Message::Tick => self.engine.tick(&mut self.io),
             Message::SetFile {

@@ -3,7 +3,7 @@
 
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
-use crate::engine::{Failed, GuestRequest, Tag};
+use crate::engine::{Failed, FragmentId, GuestRequest, Tag};
 
 /// The guests of all connections, with the virtqueues of one worker.
 pub(super) struct Guests {
@@ -14,9 +14,6 @@ pub(super) struct Guests {
     /// Where in `in_use` the search for the next request starts, so that no guest starves another.
     next: usize,
 }
-
-/// The lowest bit of the slot in a [`Tag`], above the bits that [`Guest`] uses.
-const SLOT_SHIFT: u32 = 56;
 
 impl Guests {
     pub(super) fn new(guests: Vec<Guest>) -> Self {
@@ -63,19 +60,29 @@ impl Guests {
         for step in 0..self.in_use.len() {
             let index = (self.next + step) % self.in_use.len();
             let slot = self.in_use[index];
-            if let Some((Tag(tag), request)) = self.guests[slot].next_request() {
-                debug_assert_eq!(tag >> SLOT_SHIFT, 0);
+            if let Some((fragment, request)) = self.guests[slot].next_request() {
                 self.next = index + 1;
-                return Some((Tag(tag | (slot as u64) << SLOT_SHIFT), request));
+                let connection = u8::try_from(slot).expect("connections are few");
+                return Some((
+                    Tag::Guest {
+                        connection,
+                        fragment,
+                    },
+                    request,
+                ));
             }
         }
         None
     }
 
     /// See [`Guest::answered`].
-    pub(super) fn answered(&mut self, Tag(tag): Tag, result: Result<&[u8], Failed>) {
-        let slot = usize::try_from(tag >> SLOT_SHIFT).expect("a slot in a tag fits usize");
-        self.guests[slot].answered(Tag(tag & ((1 << SLOT_SHIFT) - 1)), result);
+    pub(super) fn answered(
+        &mut self,
+        connection: u8,
+        fragment: FragmentId,
+        result: Result<&[u8], Failed>,
+    ) {
+        self.guests[usize::from(connection)].answered(fragment, result);
     }
 
     /// See [`Guest::awaits_resubmission`].

@@ -23,13 +23,9 @@ use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
-use crate::engine::{Policy, Shared, Tag};
+use crate::engine::{Policy, Shared};
 use crate::replica::ring::RingFile;
 use crate::statistics::Statistics;
-
-/// The tag of a flush that no guest asked for. It cannot be that of a guest's request, whose tags
-/// hold a small number of a chain.
-const OWN_FLUSH: Tag = Tag(u64::MAX);
 
 /// Why the daemon stops.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -7,10 +7,10 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 use quorum_blk::limits::{LAG_BYTES_MAX, LAG_OPERATIONS_MAX};
-use quorum_blk::sim::effects::{Collected, Effect};
+use quorum_blk::sim::effects::{Collected, Effect, tag};
 
 const SLOW: ReplicaIndex = ReplicaIndex(2);
 const SECTORS: u64 = 1 << 20;
@@ -57,7 +57,7 @@ impl Disk {
         self.requests += 1;
         let read = GuestRequest::Read(range);
         self.engine
-            .submit(Tag(self.requests), read, &mut self.effects);
+            .submit(tag(self.requests), read, &mut self.effects);
         let mut asked = 0;
         let mut effects: Vec<Effect> = self.effects.effects.drain(..).collect();
         while let Some(effect) = effects.pop() {

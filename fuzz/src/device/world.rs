@@ -10,7 +10,7 @@ use quorum_blk::device::connection::ConnectionSlot;
 use quorum_blk::device::frontend::VirtqueueServer;
 use quorum_blk::device::guest::Guest;
 use quorum_blk::device::inflight::QueueRegion;
-use quorum_blk::engine::{Failed, GuestRequest, Tag};
+use quorum_blk::engine::{Failed, FragmentId, GuestRequest};
 use quorum_blk::limits::{FRAGMENT_BYTES_MAX, SECTOR_BYTES, ZERO_BYTES_MAX};
 
 use super::super::naive::Memory;
@@ -54,7 +54,7 @@ pub struct World {
     /// The memory table that the message in progress sets; it applies from the next refresh on.
     pub(super) next_table: Option<Vec<Mapping>>,
     pub(super) slot: ConnectionSlot,
-    pub(super) pending: Vec<(Tag, GuestRequest)>,
+    pub(super) pending: Vec<(FragmentId, GuestRequest)>,
     /// How many fragments are answered while a virtqueue drains, before the rest is abandoned.
     pub(super) patience: usize,
     /// Whether a flush of the frontend succeeds.
@@ -62,7 +62,7 @@ pub struct World {
     info: DiskInfo,
     guest: Guest,
     /// Chains with failed fragments, as tags name them.
-    failed: BTreeSet<u64>,
+    failed: BTreeSet<u32>,
 }
 
 impl World {
@@ -143,8 +143,7 @@ impl World {
             _ => &[],
         };
         let result = if fails { Err(Failed) } else { Ok(data) };
-        // The part of a tag that is the same for all fragments of a chain.
-        let chain = |tag: Tag| tag.0 >> 32;
+        let chain = |fragment: FragmentId| fragment.chain;
         if fails {
             self.failed.insert(chain(tag));
         }

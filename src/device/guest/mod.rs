@@ -27,7 +27,7 @@ use super::request::{Kind, OutsideMemory, Request, Status};
 use super::{DiskInfo, GuestMemory, View, Vring};
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
-use crate::engine::{Failed, GuestRequest, Tag};
+use crate::engine::{Failed, FragmentId, GuestRequest};
 use crate::limits::QUEUE_SIZE_MAX;
 use crate::statistics::Recorder;
 
@@ -192,7 +192,7 @@ impl Guest {
     }
 
     /// The next fragment for the engine, if any: of a request in flight, or of a new one.
-    pub fn next_request(&mut self) -> Option<(Tag, GuestRequest)> {
+    pub fn next_request(&mut self) -> Option<(FragmentId, GuestRequest)> {
         // Bounded: a driver that goes on adding requests which are rejected must not keep the
         // worker here.
         for _ in 0..QUEUE_SIZE_MAX {
@@ -217,8 +217,8 @@ impl Guest {
     }
 
     /// Takes the engine's answer to a fragment.
-    pub fn answered(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
-        let (key, offset_sectors) = untag(tag);
+    pub fn answered(&mut self, fragment: FragmentId, result: Result<&[u8], Failed>) {
+        let (key, offset_sectors) = place(fragment);
         let in_flight = match &mut self.entries[key] {
             Entry::InFlight(in_flight) => in_flight,
             Entry::Abandoned { outstanding } => {
@@ -311,7 +311,7 @@ impl Guest {
 
     /// The next fragment of the request at the front of `submitting`. `None` if the request has
     /// failed.
-    fn next_fragment(&mut self, key: usize) -> Option<(Tag, GuestRequest)> {
+    fn next_fragment(&mut self, key: usize) -> Option<(FragmentId, GuestRequest)> {
         let Entry::InFlight(in_flight) = &mut self.entries[key] else {
             unreachable!("an abandoned request submits nothing");
         };
@@ -321,7 +321,7 @@ impl Guest {
             self.submitting.pop_front();
         }
         match fragment {
-            Ok((offset_sectors, request)) => Some((tag(key, offset_sectors), request)),
+            Ok((offset_sectors, request)) => Some((fragment_id(key, offset_sectors), request)),
             Err(OutsideMemory) => {
                 if let Some(status) = in_flight.status() {
                     self.complete(key, status);
@@ -413,14 +413,14 @@ impl Drop for Guest {
     }
 }
 
-/// The tag of the fragment that begins `offset_sectors` into a request. The worker has the upper 8
-/// bits for itself.
-fn tag(key: usize, offset_sectors: u64) -> Tag {
-    // A chain is below 4 GiB, and there are at most as many as the virtqueues have entries.
-    Tag((key as u64) << 32 | offset_sectors)
+/// The name of the fragment that begins `offset_sectors` into the request of entry `key`.
+fn fragment_id(key: usize, offset_sectors: u64) -> FragmentId {
+    FragmentId {
+        chain: u32::try_from(key).expect("at most as many chains as entries of virtqueues"),
+        offset_sectors: u32::try_from(offset_sectors).expect("a chain is below 4 GiB"),
+    }
 }
 
-fn untag(tag: Tag) -> (usize, u64) {
-    let key = usize::try_from(tag.0 >> 32).expect("a key of this process");
-    (key, tag.0 & u64::from(u32::MAX))
+fn place(fragment: FragmentId) -> (usize, u64) {
+    (fragment.chain as usize, u64::from(fragment.offset_sectors))
 }

@@ -96,7 +96,7 @@ struct Life {
     begun: Vec<u64>,
     /// Those of the process that lives, in their order.
     begun_now: Vec<u64>,
-    with_engine: Vec<(Tag, GuestRequest)>,
+    with_engine: Vec<(FragmentId, GuestRequest)>,
 }
 
 impl Life {

@@ -28,7 +28,7 @@ use super::guest::Guest;
 use super::{Capacity, DiskInfo, GuestMemory, Vring};
 use crate::common::SectorRange;
 use crate::common::buffer::BufferPool;
-use crate::engine::{Failed, GuestRequest, Tag};
+use crate::engine::{Failed, FragmentId, GuestRequest};
 use crate::limits::{FRAGMENT_BYTES_MAX, QUEUE_SIZE_MAX};
 
 const NEXT: u16 = 1;
@@ -328,7 +328,7 @@ impl Machine {
     }
 
     /// Answers a fragment as the engine would.
-    fn answer(&mut self, tag: Tag, request: GuestRequest) {
+    fn answer(&mut self, tag: FragmentId, request: GuestRequest) {
         let (name, range) = match &request {
             GuestRequest::Read(range) => ("read", *range),
             GuestRequest::Write { range, .. } => ("write", *range),
