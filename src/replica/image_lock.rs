@@ -19,6 +19,7 @@ use std::fs::File;
 use std::io;
 
 use super::ofd_lock::{self, is_locked_elsewhere};
+use crate::common::message::Reason;
 
 /// The first of the bytes for permissions in use.
 const USED_BASE: libc::off_t = 100;
@@ -108,7 +109,7 @@ pub enum LockError {
     #[error("in use by another process, which does not share it for {}", .0.purpose())]
     NotShared(Permission),
     /// The lock call itself failed.
-    #[error("not lockable: {0}")]
+    #[error("not lockable: {}", Reason(.0))]
     Io(#[source] io::Error),
 }
 

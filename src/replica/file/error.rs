@@ -15,7 +15,12 @@ use crate::replica::image_lock::LockError;
 #[non_exhaustive]
 pub enum OpenError {
     /// The image does not exist or cannot be opened.
-    #[error("cannot open {}: {}{}", Quoted(.path), Reason(.source), open_hint(.source, *.read_only))]
+    #[error(
+        "cannot open {}: {}{}",
+        Quoted(.path),
+        Reason(.source),
+        open_hint(.source, *.read_only)
+    )]
     Open {
         /// The image.
         path: PathBuf,
@@ -33,13 +38,19 @@ pub enum OpenError {
         kind: &'static str,
     },
     /// The file system has no direct I/O.
-    #[error("the file system of {} does not support O_DIRECT; use --cache writeback", Quoted(.path))]
+    #[error(
+        "the file system of {} does not support O_DIRECT; use --cache writeback",
+        Quoted(.path)
+    )]
     NoDirectIo {
         /// The image.
         path: PathBuf,
     },
     /// The block device is set read-only.
-    #[error("block device {} is read-only; use --read-only, or allow writing with blockdev --setrw", Quoted(.path))]
+    #[error(
+        "block device {} is read-only; use --read-only, or allow writing with blockdev --setrw",
+        Quoted(.path)
+    )]
     ReadOnlyDevice {
         /// The block device.
         path: PathBuf,
@@ -55,7 +66,10 @@ pub enum OpenError {
         source: io::Error,
     },
     /// The size is zero.
-    #[error("{} is empty; give it the size of the disk, for example with truncate --size=10G", Quoted(.path))]
+    #[error(
+        "{} is empty; give it the size of the disk, for example with truncate --size=10G",
+        Quoted(.path)
+    )]
     Empty {
         /// The image.
         path: PathBuf,
@@ -76,7 +90,8 @@ pub enum OpenError {
     },
     /// The image needs larger blocks than the disk has.
     #[error(
-        "{} needs blocks of {alignment_bytes} bytes, and the disk has blocks of {block_bytes}; put the image on a disk with smaller blocks, or restart the daemon with this image",
+        "{} needs blocks of {alignment_bytes} bytes, and the disk has blocks of {block_bytes}; \
+         put the image on a disk with smaller blocks, or restart the daemon with this image",
         Quoted(.path)
     )]
     Coarser {
@@ -96,7 +111,11 @@ pub enum OpenError {
         source: LockError,
     },
     /// Two paths lead to the same image.
-    #[error("{} and {} are the same image; each replica needs its own", Quoted(.first), Quoted(.second))]
+    #[error(
+        "{} and {} are the same image; each replica needs its own",
+        Quoted(.first),
+        Quoted(.second)
+    )]
     SameImage {
         /// The one listed first.
         first: PathBuf,
@@ -105,7 +124,8 @@ pub enum OpenError {
     },
     /// The replicas have different sizes.
     #[error(
-        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a block_resize was interrupted, complete it with truncate --size={} on the shorter ones",
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a \
+         block_resize was interrupted, complete it with truncate --size={} on the shorter ones",
         Quoted(.first),
         Quoted(.second),
         .first_bytes.max(.second_bytes)
@@ -122,7 +142,8 @@ pub enum OpenError {
     },
     /// The image does not have the size of the disk.
     #[error(
-        "{} has {size_bytes} bytes, and the disk {disk_bytes}; give the image the size of the disk first",
+        "{} has {size_bytes} bytes, and the disk {disk_bytes}; \
+         give the image the size of the disk first",
         Quoted(.path)
     )]
     NotTheSize {
@@ -165,7 +186,7 @@ fn lock_hint(error: &LockError) -> &'static str {
     if error.is_busy() {
         "; stop that process first"
     } else {
-        ""
+        "; check the file system that the image is on"
     }
 }
 

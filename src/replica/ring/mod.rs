@@ -1,4 +1,4 @@
-//! One io_uring for one worker thread: operations on replicas, and descriptors that wake the worker.
+//! One io_uring for one worker thread: operations on replicas, and descriptors that wake it.
 //!
 //! Invariants:
 //! - The next [`Ring::enter`] submits everything that is queued, in one system call.
@@ -136,8 +136,9 @@ impl<K: Kernel> Ring<K> {
         })
     }
 
-    /// Registers the arena of `pool`. All buffers of operations that are in an arena must be in this
-    /// one. If the kernel does not allow that much pinned memory, operations are slightly slower.
+    /// Registers the arena of `pool`. All buffers of operations that are in an arena must be in
+    /// this one. If the kernel does not allow that much pinned memory, operations are slightly
+    /// slower.
     pub fn register_arena(&mut self, pool: &BufferPool) {
         let Some((start, len)) = pool.arena() else {
             return;
@@ -170,7 +171,10 @@ impl<K: Kernel> Ring<K> {
     /// in these threads anyway, and the threads serialize those of one file. While one of them is
     /// busy the kernel does not start another thread for the next file, unless a write asks for it.
     fn is_for_thread(&self, operation: &Operation) -> bool {
-        matches!(&operation.action, Action::Write { range, .. } if range.bytes() >= LONG_WRITE_BYTES)
+        let Action::Write { range, .. } = &operation.action else {
+            return false;
+        };
+        range.bytes() >= LONG_WRITE_BYTES
             && self.cached.contains(operation.replica)
             && self.table.long_writes() < LONG_WRITES_MAX
     }
