@@ -27,7 +27,7 @@ use crate::control::queue::EventQueue;
 use crate::device::Capacity;
 use crate::device::back_channel::BackChannel;
 use crate::engine::Shared;
-use crate::jobs::{JobEvent, JobId, JobInfo, NotBegun, UnknownJob};
+use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted, UnknownJob};
 use crate::quorum::health::NotRemoved;
 use crate::replica::file::{OpenError, OpenOptions, ReplicaFile, ReplicaSource, open_beside};
 use crate::replica::ring::RingFile;
@@ -87,11 +87,11 @@ pub enum AdminError {
         /// The replica.
         node_name: String,
         /// Why.
-        reason: NotBegun,
+        reason: NotStarted,
     },
     /// A scrub cannot begin.
     #[error(transparent)]
-    NotScrubbed(NotBegun),
+    NotScrubbed(NotStarted),
     /// There is no job of that name.
     #[error(transparent)]
     UnknownJob(#[from] UnknownJob),
@@ -237,8 +237,8 @@ impl Admin {
         let begun = self.jobs_do(|jobs, health| jobs.resync(index, 0, health));
         self.workers.tick_all();
         Ok(match begun {
-            Ok(id) | Err(NotBegun::InResync(id)) => Some(id),
-            Err(NotBegun::TooMany | NotBegun::NoMember) => None,
+            Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
+            Err(NotStarted::TooMany | NotStarted::NotAReplica) => None,
         })
     }
 

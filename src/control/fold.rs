@@ -1,15 +1,13 @@
-//! Folding: how a flood of alike reports becomes a few events with exact counts. Pure; time is
+//! Folding: a flood of similar events becomes a few events with exact counts. Pure; the time is
 //! passed in.
 //!
-//! The first report of a kind opens a window. Up to `burst` reports of a window are ready to be
-//! sent one by one; of those above, the last is held and counts the others as `suppressed` until
-//! the window ends.
+//! The first event of a kind opens a window. Up to `burst` events of a window are sent one by one. Of
+//! the others only the last is sent, when the window ends; its `suppressed` counts the rest.
 //!
 //! Invariants:
-//! - Exact: whatever was pushed is either taken or still here, and the events' `1 + suppressed` add
-//!   up to it.
-//! - Bounded, whether or not anybody takes: at most `ready_max` events are ready, at most
-//!   `kinds_max` windows are open for errors, and a few per replica and operation for all else.
+//! - Exact: every pushed event is either taken or still here, alone or counted in a `suppressed`.
+//! - Bounded, even if nothing is taken: at most `ready_max` events are ready, and at most `kinds_max`
+//!   windows are open for errors, with a few for each replica and operation beside.
 //! - Events of one kind are taken in the order in which they were pushed.
 
 use std::collections::HashMap;
@@ -22,13 +20,13 @@ use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex};
 use crate::jobs::{JobId, JobStatus};
 
-/// What makes reports alike.
+/// Events of one kind are folded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
     Failure(OperationType),
     Corrupt(ReplicaIndex, OperationType),
     Error(ReplicaIndex, OperationType, Errno),
-    /// Whatever the error: where kinds go when a replica's errors are too various to be kept apart.
+    /// Any error: used when there are too many kinds of errors to keep apart.
     AnyError(ReplicaIndex, OperationType),
     Evicted(ReplicaIndex),
     Rejoined(ReplicaIndex),
@@ -62,14 +60,14 @@ impl Kind {
 /// The bounds of a [`Fold`].
 #[derive(Clone, Copy, Debug)]
 pub(super) struct FoldLimits {
-    /// Reports of a kind sent one by one in a window.
+    /// Events of a kind that are sent one by one in a window.
     pub(super) burst: u32,
     /// Length of a window.
     pub(super) window: Duration,
-    /// Events ready to be taken. One half is for the first ones of their windows only, so that a
-    /// flood of one kind does not delay the first of another.
+    /// Events that are ready to be taken. One half is reserved for the first events of windows, so
+    /// that a flood of one kind does not delay the first of another.
     pub(super) ready_max: usize,
-    /// Windows open, above which errors of a replica are not told apart.
+    /// Open windows above which the errors of a replica are not kept apart.
     pub(super) kinds_max: usize,
 }
 
@@ -86,6 +84,9 @@ pub(super) struct Fold {
     windows: HashMap<Kind, Window>,
     /// No window ends before this; `None` when no window is open.
     next_end: Option<Duration>,
+    /// Events pushed, and events taken with those that were folded into them.
+    pushed: u64,
+    taken: u64,
 }
 
 impl Fold {
@@ -95,12 +96,16 @@ impl Fold {
             ready: Vec::new(),
             windows: HashMap::new(),
             next_end: None,
+            pushed: 0,
+            taken: 0,
         }
     }
 
-    /// Takes in one report. Says whether whoever takes has to be woken: with this the first event
-    /// became ready since the last [`take`](Self::take).
+    /// Adds an event. Returns whether it is the first that became ready since the last
+    /// [`take`](Self::take), so that the taker has to be woken.
     pub(super) fn push(&mut self, now: Duration, mut event: Event) -> bool {
+        assert_eq!(event.suppressed, 0, "a new event stands for itself");
+        self.pushed += 1;
         let limits = self.limits;
         let was_empty = self.ready.is_empty();
         let kind = self.kind(&event.notice);
@@ -117,7 +122,7 @@ impl Fold {
             Entry::Vacant(vacant) => vacant.insert(fresh),
             Entry::Occupied(occupied) => {
                 let window = occupied.into_mut();
-                // A window whose held event finds no room goes on beyond its end.
+                // A window stays open beyond its end while there is no room for its held event.
                 if now >= window.ends_at
                     && (window.held.is_none() || self.ready.len() < limits.ready_max)
                 {
@@ -132,7 +137,7 @@ impl Fold {
             0 => limits.ready_max,
             _ => limits.ready_max / 2,
         };
-        // Once one is held the others of the window must not overtake it.
+        // Later events of the window must not overtake the held one.
         if window.held.is_none() && window.sent < limits.burst && self.ready.len() < ready_max {
             window.sent += 1;
             self.ready.push(event);
@@ -142,11 +147,15 @@ impl Fold {
             }
             window.held = Some(event);
         }
+        assert!(
+            self.ready.len() <= limits.ready_max,
+            "ready events are bounded"
+        );
         was_empty && !self.ready.is_empty()
     }
 
-    /// Hands out what is ready and what the windows ended by `now` held, and says when to come back
-    /// for the windows still open.
+    /// Takes the ready events and those held by windows that ended by `now`. Also returns when the
+    /// next window ends.
     pub(super) fn take(&mut self, now: Duration) -> (Vec<Event>, Option<Duration>) {
         let mut events = std::mem::take(&mut self.ready);
         if self.next_end.is_some_and(|end| now >= end) {
@@ -161,10 +170,18 @@ impl Fold {
             events[first_held..].sort_by_key(|event| event.made_at);
             self.next_end = self.windows.values().map(|window| window.ends_at).min();
         }
+        self.taken += events.iter().map(Event::stands_for).sum::<u64>();
+        let all_taken = self.windows.is_empty();
+        assert!(
+            self.taken <= self.pushed && (!all_taken || self.taken == self.pushed),
+            "{} events were pushed and {} taken",
+            self.pushed,
+            self.taken
+        );
         (events, self.next_end)
     }
 
-    /// Hands out everything, open windows or not.
+    /// Takes everything, also what open windows hold.
     pub(super) fn take_all(&mut self) -> Vec<Event> {
         self.take(Duration::MAX).0
     }

@@ -1,5 +1,5 @@
-//! What can be seen of a disk as metrics for Prometheus, in its text format: names of base units,
-//! `_total` for what only grows. A pure function of the [state](super::state).
+//! The metrics of a disk in the text format of Prometheus: base units in the names, `_total` for
+//! counters. A pure function of the [state](super::state).
 
 use prometheus::TextEncoder;
 use prometheus::proto::{
@@ -9,14 +9,14 @@ use prometheus::proto::{
 use super::state::{DiskState, Operations, ReplicaState, ServiceState};
 use crate::statistics::Distribution;
 
-/// The type of what [`render`] returns.
+/// The content type of [`render`].
 pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 
 /// Upper bounds of the buckets of latencies are these powers of two of microseconds: 16 µs to 17 s.
-/// The figures behind them are finer, but each series costs whoever scrapes it.
+/// The state has finer figures, but each series costs Prometheus memory.
 const BUCKET_POWERS: std::ops::RangeInclusive<u32> = 4..=24;
 
-/// All metrics of a disk, a line for each.
+/// All metrics of a disk.
 pub fn render(disk: &DiskState) -> String {
     let mut page = Page::of(disk);
     page.disk(disk);
@@ -51,26 +51,22 @@ impl Page {
         self.gauge("disk_size_bytes", "Size of the disk.", |add| {
             add(&[], disk.size)
         });
-        self.gauge(
-            "vote_threshold",
-            "Equal versions that make a quorum.",
-            |add| {
-                add(&[], disk.policy.vote_threshold as u64);
-            },
-        );
+        self.gauge("vote_threshold", "Equal versions that win a vote.", |add| {
+            add(&[], disk.policy.vote_threshold as u64);
+        });
         self.counter(
             "confirmations_total",
-            "Reads that were repeated because the replicas' replies differed.",
+            "Reads that were repeated because the replies of the replicas differed.",
             |add| add(&[], disk.confirmations),
         );
         self.counter(
             "confirmations_without_fault_total",
-            "Those of them that found writes in flight to be the reason.",
+            "Repeated reads that found no replica at fault: writes were in flight.",
             |add| add(&[], disk.confirmations_without_fault),
         );
         self.counter(
             "quorum_failures_total",
-            "Requests that failed for want of a quorum, as pieces of at most 1 MiB.",
+            "Requests that failed without a quorum, in fragments of at most 1 MiB.",
             |add| {
                 for (kind, failures) in disk.failures.iter() {
                     add(&[("type", kind)], *failures);
@@ -82,7 +78,7 @@ impl Page {
     fn requests(&mut self, disk: &DiskState) {
         self.gauge(
             "undecided_sectors",
-            "Sectors that could not be read for want of a quorum, and that no scrub has read well since.",
+            "Sectors that had no winner when they were last read.",
             |add| add(&[], disk.undecided_sectors),
         );
         let kinds: Vec<_> = disk
@@ -93,7 +89,7 @@ impl Page {
         self.operations("request", "Requests of the guest", &kinds);
         self.counter(
             "requests_rejected_total",
-            "Requests of the guest that made no sense, or that the disk does not know.",
+            "Requests of the guest that were invalid or unsupported.",
             |add| add(&[], disk.requests.rejected),
         );
     }
@@ -108,7 +104,7 @@ impl Page {
         self.operations("replica_operation", "Operations on a replica", &kinds);
         self.gauge(
             "replica_state",
-            "Whether a replica is in this state: 1, or 0.",
+            "1 for the state of the replica, 0 for the other states.",
             |add| {
                 for replica in &disk.replicas {
                     for state in ServiceState::ALL {
@@ -125,12 +121,12 @@ impl Page {
         let states: [(&str, &str, Figure); 2] = [
             (
                 "replica_stale_bytes",
-                "Bytes that a replica is known not to hold the newest data of.",
+                "Bytes of which the replica does not hold the newest data.",
                 |replica| replica.stale_bytes,
             ),
             (
                 "replica_corrupt_sectors",
-                "Sectors that had lost a vote when they were last looked at.",
+                "Sectors that were corrupt when they were last read.",
                 |replica| replica.corrupt_sectors,
             ),
         ];
@@ -144,32 +140,32 @@ impl Page {
         let totals: [(&str, &str, Figure); 6] = [
             (
                 "replica_corrupt_sectors_found_total",
-                "Sectors that lost a vote; one that is found again counts again.",
+                "Corrupt sectors that were found; a sector that is found again counts again.",
                 |replica| replica.corrupt_sectors_found,
             ),
             (
                 "replica_repaired_sectors_total",
-                "Sectors that were written with the winner of a vote they had lost.",
+                "Sectors that were repaired.",
                 |replica| replica.repaired_sectors,
             ),
             (
                 "replica_repair_failed_sectors_total",
-                "Sectors that could not be written with the winner of a vote.",
+                "Sectors whose repair failed.",
                 |replica| replica.repair_failed_sectors,
             ),
             (
                 "replica_resynced_sectors_total",
-                "Sectors that were stale and were brought up to date.",
+                "Stale sectors that were copied to the replica.",
                 |replica| replica.resynced_sectors,
             ),
             (
                 "replica_evictions_total",
-                "How often a replica left the set because it did not answer.",
+                "How often the replica was evicted.",
                 |replica| replica.evictions,
             ),
             (
                 "replica_rejoins_total",
-                "How often a replica came back.",
+                "How often the replica rejoined.",
                 |replica| replica.rejoins,
             ),
         ];
@@ -182,7 +178,7 @@ impl Page {
         }
     }
 
-    /// The families of one kind of thing that begins, takes its time and ends.
+    /// The families of requests or operations: counts, bytes, in flight and durations.
     fn operations(
         &mut self,
         noun: &str,
@@ -198,12 +194,12 @@ impl Page {
             ),
             (
                 format!("{noun}_errors_total"),
-                format!("{what} that ended in an error."),
+                format!("{what} that failed."),
                 |all| all.failed,
             ),
             (
                 format!("{noun}_bytes_total"),
-                format!("Bytes of those that went well: {}.", what.to_lowercase()),
+                format!("Bytes of those that succeeded: {}.", what.to_lowercase()),
                 |all| all.bytes,
             ),
         ];
@@ -216,7 +212,7 @@ impl Page {
         }
         let in_flight = (
             format!("{noun}s_in_flight"),
-            format!("{what} that have begun and not ended."),
+            format!("{what} that are in flight."),
         );
         self.gauge(&in_flight.0, &in_flight.1, |add| {
             for (labels, operations) in all {
@@ -229,10 +225,7 @@ impl Page {
             metric
         });
         let metrics = metrics.collect();
-        let help = format!(
-            "How long it took of those that went well: {}.",
-            what.to_lowercase()
-        );
+        let help = format!("Duration of those that succeeded: {}.", what.to_lowercase());
         self.family(
             &format!("{noun}_duration_seconds"),
             &help,
@@ -310,7 +303,7 @@ fn histogram(latency: &Distribution) -> Histogram {
     histogram
 }
 
-/// The nearest number that Prometheus can have, which is exact up to 2^53.
+/// Prometheus has only floating point numbers, which are exact up to 2^53.
 #[expect(clippy::cast_precision_loss)]
 fn float(value: u64) -> f64 {
     value as f64

@@ -1,13 +1,13 @@
 //! The operator's side: commands in, events and state out.
 //!
-//! [`queue`] takes the engine's reports from any thread and folds floods (`fold`), [`events`] gives
-//! them their JSON form, [`state`] is what can be seen of the disk, [`map_state`] where on it what
-//! was found (`map`), [`publisher`] hands them to the readers of the event socket and to the
-//! clients of the monitor ([`qmp`]), whose commands call the [`Operator`]. [`metrics`] are the
-//! state in the words of Prometheus, which [`http`] serves. [`socket`] makes the Unix sockets that
-//! the daemon listens on.
+//! - [`queue`] takes events from any thread and folds floods (`fold`); [`events`] formats them.
+//! - [`publisher`] sends them to the readers of the event socket, the clients of the monitor and the
+//!   log. The commands of those clients ([`qmp`]) call the [`Operator`].
+//! - [`state`] is the disk as operators see it, and [`map_state`] the map of findings (`map`).
+//!   [`metrics`] formats the state for Prometheus, and [`http`] serves it.
+//! - [`socket`] creates the UNIX sockets that the daemon listens on.
 //!
-//! Nothing here is known to the voter, and nothing here can make it wait.
+//! The engine does not know this room, and never waits for it.
 
 #![forbid(unsafe_code)]
 
@@ -33,82 +33,82 @@ use std::path::PathBuf;
 use self::map_state::MapState;
 use self::state::{DiskState, JobState};
 
-/// What can be done to a disk that is served.
+/// A change of a disk that is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// Remember an image under a name, for [`Self::AddReplica`].
+    /// Give an image a name, for [`Self::AddReplica`].
     AddNode {
         /// The name.
         node_name: String,
         /// The image.
         path: PathBuf,
     },
-    /// Forget such an image.
+    /// Remove such a name.
     RemoveNode(String),
-    /// Add an image that was remembered to the replicas.
+    /// Make a named image a replica.
     AddReplica(String),
     /// Remove a replica, and close its image.
     RemoveReplica(String),
     /// Make the disk larger.
     Resize {
-        /// Its bytes from then on.
+        /// Its new size in bytes.
         size_bytes: u64,
     },
-    /// Begin to read everything on every replica.
+    /// Start a scrub.
     Scrub {
-        /// Write the winners over what lost.
+        /// Repair what is found corrupt or unreadable.
         repair: bool,
-        /// Bytes a second at most; 0: as fast as leaves the guest its share.
+        /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
         speed_bytes: u64,
     },
-    /// Begin to bring a replica up to date.
+    /// Start a resync of a stale replica.
     Resync {
         /// The replica.
         node_name: String,
-        /// Bytes a second at most; 0: as fast as leaves the guest its share.
+        /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
         speed_bytes: u64,
     },
-    /// Tell a job something.
+    /// Change a job.
     Job {
-        /// What it is called.
+        /// Its id.
         id: String,
         /// What to do.
         order: JobOrder,
     },
 }
 
-/// What a job can be told.
+/// A change of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobOrder {
-    /// Begin nothing until it is resumed.
+    /// Start no chunk until it is resumed.
     Pause,
-    /// Go on.
+    /// Continue.
     Resume,
     /// End.
     Cancel,
-    /// Do so many bytes a second at most; 0: as fast as leaves the guest its share.
+    /// Set the speed limit in bytes a second; 0: as fast as the guest's load allows.
     Speed(u64),
 }
 
-/// What an operator can see and ask for; the daemon does it.
+/// The disk as the monitor and the metrics see it. The daemon implements it.
 pub trait Operator: Send + Sync {
-    /// What there is to be seen of the disk. Waits for no replica.
+    /// The state of the disk. Does not wait for a replica.
     fn state(&self) -> DiskState;
 
-    /// Where on the disk which replica was bad, in so many buckets at most. Waits for no replica.
+    /// The map of findings, in at most so many buckets. Does not wait for a replica.
     fn map(&self, buckets: usize) -> MapState;
 
     /// The jobs, oldest first.
     fn jobs(&self) -> Vec<JobState>;
 
-    // Commands call these from one thread, one at a time, and may wait there.
+    // One thread calls the following, one at a time; they may wait.
 
-    /// Changes the disk. Returns what the job is called that was begun for it, if there is one.
+    /// Changes the disk. Returns the id of the job that was started for it, if there is one.
     ///
     /// # Errors
-    /// One line; then nothing has changed.
+    /// One line; nothing has changed.
     fn change(&self, change: Change) -> Result<Option<String>, String>;
 
-    /// Has the daemon end as on SIGTERM; does not wait for that.
+    /// Ends the daemon as SIGTERM does. Does not wait for the end.
     fn quit(&self);
 }

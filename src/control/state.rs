@@ -1,5 +1,5 @@
-//! What an operator sees of a disk: plain values, as `query-quorum` shows them. The other
-//! interfaces, QEMU's queries and the metrics, are made from the same values.
+//! The state of a disk for operators: plain values, as `query-quorum` returns them. QEMU's queries and
+//! the metrics are computed from the same values.
 
 use serde::{Serialize, Serializer};
 
@@ -9,47 +9,47 @@ use crate::statistics::{Distribution, Figures};
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct DiskState {
-    /// What the disk is called.
+    /// The name of the disk.
     pub node_name: String,
     /// Bytes.
     pub size: u64,
-    /// How it decides.
+    /// How it votes.
     #[serde(flatten)]
     pub policy: PolicyState,
-    /// The guest may not write.
+    /// The guest cannot write.
     pub read_only: bool,
-    /// Replicas are used past the host's page cache.
+    /// Replicas are accessed with direct I/O.
     #[serde(skip)]
     pub direct: bool,
-    /// Threads that serve it.
+    /// Worker threads.
     pub workers: usize,
     /// Virtqueues.
     pub queues: u16,
     /// The guest's requests.
     pub requests: Requests,
-    /// Requests that found no quorum.
+    /// Requests that failed because there was no quorum.
     pub failures: ByOperation<u64>,
-    /// Sectors of reads that found no winner, and that no scrub has found to have one since.
+    /// Sectors that had no winner when they were last read.
     pub undecided_sectors: u64,
-    /// Reads repeated because the replies differed.
+    /// Reads that were repeated under the range lock because the replies differed.
     pub confirmations: u64,
-    /// Those of them that found writes in flight to be the reason.
+    /// Confirmations that found no replica at fault: writes were in flight.
     pub confirmations_without_fault: u64,
     /// The replicas, in order.
     pub replicas: Vec<ReplicaState>,
 }
 
-/// How a disk decides.
+/// How a disk votes.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct PolicyState {
-    /// t.
+    /// The vote threshold.
     pub vote_threshold: usize,
-    /// As on the command line.
+    /// The value of `--read-pattern`.
     pub read_pattern: String,
-    /// Winners are written over what lost.
+    /// Reads repair what they find corrupt.
     pub rewrite_corrupted: bool,
-    /// The first difference ends the daemon.
+    /// The daemon ends at the first difference.
     pub blkverify: bool,
 }
 
@@ -65,9 +65,9 @@ pub struct Requests {
     pub zero: Operations,
     /// Flushes.
     pub flush: Operations,
-    /// Those that made no sense.
+    /// Requests that are invalid or unsupported.
     pub rejected: u64,
-    /// The byte after the last that was written.
+    /// The end of the highest write, in bytes.
     #[serde(skip)]
     pub written_to_byte: u64,
 }
@@ -76,32 +76,32 @@ pub struct Requests {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReplicaState {
-    /// What it is called.
+    /// Its name.
     pub node_name: String,
-    /// Its path, as it was given.
+    /// Its path, as given.
     pub file: String,
     /// It is a block device.
     #[serde(skip)]
     pub is_block_device: bool,
-    /// Whether it is asked.
+    /// Whether it is in service.
     pub state: ServiceState,
-    /// Bytes it is known not to hold the newest data of.
+    /// Bytes of which it does not hold the newest data.
     pub stale_bytes: u64,
-    /// Sectors that lost a vote; one that is found again counts again.
+    /// Corrupt sectors that were found; a sector that is found again counts again.
     pub corrupt_sectors_found: u64,
-    /// Of those, written with the winner.
+    /// Sectors that were repaired.
     pub repaired_sectors: u64,
-    /// Sectors that could not be written with the winner.
+    /// Sectors whose repair failed.
     pub repair_failed_sectors: u64,
-    /// Sectors that had lost the vote when they were last looked at.
+    /// Sectors that were corrupt when they were last read.
     pub corrupt_sectors: u64,
-    /// Sectors brought up to date that were stale.
+    /// Stale sectors that were copied to it.
     pub resynced_sectors: u64,
-    /// How often it left the set because it did not answer.
+    /// How often it was evicted.
     pub evictions: u64,
-    /// How often it came back.
+    /// How often it rejoined.
     pub rejoins: u64,
-    /// What it was asked to do.
+    /// Its operations.
     pub operations: ByOperation<Operations>,
 }
 
@@ -109,48 +109,48 @@ pub struct ReplicaState {
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct JobState {
-    /// What it is called.
+    /// Its name.
     pub id: String,
-    /// What it does.
+    /// Its type.
     pub r#type: &'static str,
-    /// As QEMU has it.
+    /// Its status, with QEMU's name.
     pub status: &'static str,
     /// Bytes done.
     pub current_progress: u64,
-    /// Bytes to be done. May grow.
+    /// Bytes in all. May grow.
     pub total_progress: u64,
-    /// What keeps it from having done what it was to do.
+    /// Why it has failed, or will.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// The replica that it brings up to date.
+    /// The replica of a resync.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub node_name: Option<String>,
-    /// Bytes a second at most; 0: as fast as leaves the guest its share.
+    /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
     pub speed: u64,
-    /// Sectors that it found to be bad, counted once for each replica.
+    /// Corrupt sectors that it found, counted for each replica.
     pub corrupt_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
 }
 
-/// Whether a replica is asked.
+/// Whether a replica is in service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum ServiceState {
-    /// It is asked, and votes.
+    /// It is asked and votes.
     InService,
-    /// It is asked, and votes where it is not stale.
+    /// It is asked, and votes where it is not stale: a resync copies the rest.
     Syncing,
-    /// It did not answer, and is done without until it does.
+    /// It did not answer in time and is not asked until it does.
     Evicted,
 }
 
 impl ServiceState {
-    /// All there are.
+    /// All states.
     pub const ALL: [Self; 3] = [Self::InService, Self::Syncing, Self::Evicted];
 
-    /// As it is shown.
+    /// The name of the state.
     pub fn name(self) -> &'static str {
         match self {
             Self::InService => "in-service",
@@ -160,7 +160,7 @@ impl ServiceState {
     }
 }
 
-/// Something for each kind of operation on replicas.
+/// A value for each type of operation.
 #[derive(Clone, Debug, Serialize)]
 pub struct ByOperation<T> {
     /// For reads.
@@ -172,7 +172,7 @@ pub struct ByOperation<T> {
 }
 
 impl<T> ByOperation<T> {
-    /// Each with its name.
+    /// The values with the names of their types.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &T)> {
         [
             ("read", &self.read),
@@ -184,7 +184,7 @@ impl<T> ByOperation<T> {
 }
 
 impl Requests {
-    /// Each kind with its name.
+    /// The types with their names.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &Operations)> {
         let kinds = [
             ("read", &self.read),
@@ -196,19 +196,19 @@ impl Requests {
     }
 }
 
-/// What there was of one kind of requests or operations.
+/// The requests or operations of one type.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Operations {
-    /// Ended well.
+    /// Succeeded.
     pub completed: u64,
-    /// Ended in an error.
+    /// Failed.
     pub failed: u64,
-    /// Begun and not ended.
+    /// In flight.
     pub in_flight: u64,
-    /// Bytes of those that ended well.
+    /// Bytes of those that succeeded.
     pub bytes: u64,
-    /// How long those took. Nothing where there are none.
+    /// Latency of those that succeeded. Left out if there are none.
     #[serde(serialize_with = "latency", skip_serializing_if = "is_empty")]
     pub latency: Distribution,
 }
@@ -257,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn states_are_named_as_they_are_shown() {
+    fn states_are_serialized_by_name() {
         for state in ServiceState::ALL {
             assert_eq!(serde_json::to_value(state).unwrap(), state.name());
         }

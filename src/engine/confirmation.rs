@@ -277,7 +277,7 @@ impl Confirmation {
         let corrupt = SectorRange::new(first, last - first);
         let report = |event| context.effects.job_changed(event);
         let shared = &context.core.shared;
-        if shared.jobs(report, |jobs, _| jobs.damaged(corrupt)) {
+        if shared.jobs(report, |jobs, _| jobs.corruption_found(corrupt)) {
             context.effects.health_changed();
         }
     }

@@ -1,23 +1,23 @@
-//! What a job has done for it, chunk by chunk, and how a chunk ends.
+//! Chunks: the units in which a job has its work done, and their results.
 
 use std::time::Duration;
 
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
-/// Names a chunk of work on its way.
+/// Identifies a chunk in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ChunkId(pub u64);
 
-/// Something for the engine to do.
+/// A chunk for the engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Chunk {
-    /// Its name, for [`super::Jobs::ended`].
+    /// For [`super::Jobs::ended`].
     pub id: ChunkId,
     /// What to do.
     pub work: Work,
 }
 
-/// What a chunk of work is.
+/// The work of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Work {
     /// Write the winner to this replica.
@@ -27,23 +27,23 @@ pub enum Work {
         /// The sectors.
         range: SectorRange,
     },
-    /// Ask every replica, and vote.
+    /// Read all replicas and vote.
     Scrub {
         /// The sectors.
         range: SectorRange,
-        /// Write the winner to those that lost or failed.
+        /// Write the winner to the replicas that lost or returned an error.
         repair: bool,
-        /// Damage that is found is to be told to [`super::Jobs::damaged`].
+        /// Report corruption to [`super::Jobs::corruption_found`].
         spreads: bool,
     },
-    /// Make durable what was written.
+    /// Flush what the job has written.
     Flush,
 }
 
-/// How a chunk of work ended.
+/// The result of a chunk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct ChunkEnd {
-    /// Sectors that lost the vote, counted once for each replica.
+    /// Corrupt sectors, counted for each replica.
     pub found: u64,
     /// Sectors written.
     pub written: u64,
@@ -51,19 +51,19 @@ pub struct ChunkEnd {
     pub not_written: u64,
     /// Sectors without a winner.
     pub undecided: u64,
-    /// Members that gave nothing for it.
+    /// Replicas that could not be read.
     pub unread: ReplicaSet,
-    /// A flush, or all of it, failed.
+    /// A flush failed, or the whole chunk.
     pub failed: bool,
 }
 
-/// What there is to do.
+/// What the engine is to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
-    /// This, now.
+    /// This chunk, now.
     Chunk(Chunk),
-    /// Nothing before this moment.
+    /// Ask again at this time.
     At(Duration),
-    /// Nothing until something changes.
+    /// Ask again when something changes.
     Nothing,
 }

@@ -1,4 +1,4 @@
-//! What can be seen of jobs, and the reasons why one fails or is not begun.
+//! The state of jobs as operators see it, and why a job fails or does not start.
 
 use std::fmt;
 use std::str::FromStr;
@@ -6,7 +6,7 @@ use std::str::FromStr;
 use crate::common::ReplicaIndex;
 use crate::limits::JOBS_MAX;
 
-/// Names a job, for as long as the daemon runs.
+/// Identifies a job, for as long as the daemon runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobId(pub u32);
 
@@ -28,22 +28,22 @@ impl FromStr for JobId {
     }
 }
 
-/// No job has this name.
+/// No job has this id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("there is no such job")]
+#[error("no job has this id; query-jobs lists the jobs")]
 pub struct UnknownJob;
 
 /// What a job does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum JobKind {
-    /// Brings this replica up to date.
+    /// Copies to a stale replica.
     Resync(ReplicaIndex),
-    /// Reads everything on every replica, and votes.
+    /// Reads all replicas and votes.
     Scrub {
-        /// Write the winner over what lost.
+        /// Repair what is found corrupt or unreadable.
         repair: bool,
     },
-    /// Scrubs what is near to damage that was found.
+    /// Scrubs the surroundings of corruption that a read found.
     NeighbourhoodScrub,
 }
 
@@ -66,25 +66,25 @@ impl JobKind {
     }
 }
 
-/// The state of a job: those of QEMU's `JobStatus` that occur here.
+/// The status of a job: the values of QEMU's `JobStatus` that occur here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum JobStatus {
-    /// It has been made.
+    /// It was created.
     Created,
-    /// It is at work, or waits for a replica.
+    /// It runs, or waits for an evicted replica.
     Running,
-    /// It begins nothing until it is resumed.
+    /// It starts no chunk until it is resumed.
     Paused,
-    /// It was cancelled, and the last of it is not back.
+    /// It was cancelled or failed, and is ending.
     Aborting,
     /// It has ended.
     Concluded,
-    /// It is forgotten.
+    /// It is deleted.
     Null,
 }
 
 impl JobStatus {
-    /// The name that QEMU has for it.
+    /// QEMU's name.
     pub fn name(self) -> &'static str {
         match self {
             Self::Created => "created",
@@ -97,94 +97,94 @@ impl JobStatus {
     }
 }
 
-/// All that there is to know of a job.
+/// A job at one moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobInfo {
-    /// Its name.
+    /// Its id.
     pub id: JobId,
     /// What it does.
     pub kind: JobKind,
-    /// Its state.
+    /// Its status.
     pub status: JobStatus,
-    /// How much of it is done.
+    /// Bytes that are done.
     pub current_bytes: u64,
-    /// How much there is to do. That of a resync may grow while it runs.
+    /// Bytes in all. May grow while a resync runs.
     pub total_bytes: u64,
-    /// Bytes a second, at most; 0: as fast as leaves the guest its share.
+    /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
     pub speed_bytes: u64,
-    /// Sectors that it found to be bad, counted once for each replica.
+    /// Sectors that it found corrupt, counted for each replica.
     pub corrupt_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
-    /// What keeps it from having done what it was to do.
+    /// Why it has failed, or will.
     pub error: Option<JobFailure>,
 }
 
-/// What a job could not do.
+/// Why a job failed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JobFailure {
-    /// The replica could not be brought up to date.
+    /// The replica is still stale.
     #[error("{sectors} sectors could not be copied")]
     NotCopied {
-        /// How many sectors are still stale.
+        /// Stale sectors.
         sectors: u64,
     },
-    /// The replica was removed meanwhile.
+    /// The replica was removed while its resync ran.
     #[error("the replica was removed")]
     Removed,
-    /// No version of some sectors has a quorum.
+    /// Some sectors are undecided.
     #[error("{sectors} sectors have no quorum")]
     NoQuorum {
-        /// How many sectors.
+        /// Their number.
         sectors: u64,
     },
     /// Some replicas could not be read everywhere.
     #[error("{replicas} replicas could not be read everywhere")]
     NotRead {
-        /// How many replicas.
+        /// Their number.
         replicas: usize,
     },
-    /// What was written could not be made durable.
-    #[error("what was written could not be flushed")]
+    /// The data it wrote is not durable.
+    #[error("the data it wrote could not be flushed")]
     NotFlushed,
     /// What was bad could not be written everywhere.
     #[error("{sectors} bad sectors could not be written")]
     NotRepaired {
-        /// How many sectors.
+        /// Their number.
         sectors: u64,
     },
 }
 
-/// Something to tell of a job.
+/// A change of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct JobEvent {
-    /// The job, as it was then.
+    /// The job after the change.
     pub job: JobInfo,
-    /// What has happened.
+    /// What has changed.
     pub what: JobChange,
 }
 
-/// What has happened to a job.
+/// What has changed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum JobChange {
-    /// Its status is another one (JOB_STATUS_CHANGE).
+    /// Its status (JOB_STATUS_CHANGE).
     Status,
-    /// It has come to its end, with or without an error (BLOCK_JOB_COMPLETED).
+    /// It ended, with or without an error (BLOCK_JOB_COMPLETED).
     Completed,
     /// It was cancelled (BLOCK_JOB_CANCELLED).
     Cancelled,
 }
 
-/// Why a job is not begun.
+/// Why a job does not start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum NotBegun {
+pub enum NotStarted {
     /// The replica has one already.
-    #[error("it is being brought up to date already, by {0}")]
+    #[error("{0} resyncs this replica already")]
     InResync(JobId),
-    /// The replica is not the disk's.
-    #[error("it is no replica of this disk")]
-    NoMember,
+    /// The disk has no such replica.
+    #[error("it is not a replica of this disk")]
+    NotAReplica,
     /// There are too many.
-    #[error("there are {JOBS_MAX} jobs already")]
+    #[error("{JOBS_MAX} jobs run already; cancel one or wait for its end")]
     TooMany,
 }

@@ -1,4 +1,7 @@
-//! One job: what it has still to do, what is in flight of it, and what came of it.
+//! One job: what is left to do, its chunks in flight, and its results.
+//!
+//! Invariants: the status changes only along the arrows of the [room](super); a chunk in flight ends
+//! once; a scrub has processed no more than its range.
 
 use std::time::Duration;
 
@@ -11,8 +14,8 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{FAILED_FLUSHES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 
-/// A chunk of a job with a speed limit takes this much of a second at most, so that the job is as
-/// smooth as its limit is low.
+/// A job with a speed limit is cut into at least this many chunks a second, so that a low limit
+/// does not mean long pauses between large chunks.
 const CHUNKS_PER_SECOND: u64 = 8;
 
 #[derive(Debug)]
@@ -21,15 +24,14 @@ pub(super) struct Job {
     task: Task,
     status: JobStatus,
     speed_bytes: u64,
-    /// By its speed.
+    /// When the next chunk may start by the speed limit.
     not_before: Duration,
     in_flight: Vec<InFlight>,
     done_sectors: u64,
-    /// What it writes is durable when it ends: somebody has asked for it. Of what began by itself
-    /// nobody is told that it is safe; it becomes so with the guest's next flush, like the
-    /// guest's writes.
+    /// It flushes before it ends, because an operator requested it. A job that started by itself does
+    /// not: its writes become durable with the next flush of the guest, like the guest's writes.
     persists: bool,
-    /// Something was written since the last flush that is to be durable.
+    /// It has written since its last flush, and flushes before it ends.
     needs_flush: bool,
     failed_flushes: u32,
     found: u64,
@@ -40,18 +42,18 @@ pub(super) struct Job {
     failure: Option<JobFailure>,
 }
 
-/// What a job has still to do.
+/// What is left to do.
 #[derive(Debug)]
 pub(super) enum Task {
     Resync {
         replica: ReplicaIndex,
-        /// What is before it had its turn in this pass.
+        /// The sectors before it are done in this pass.
         cursor_sector: u64,
         /// Sectors written in this pass.
         gained: u64,
-        /// Some chunk of this pass could not be written.
+        /// A chunk of this pass failed.
         failed: bool,
-        /// When the next pass begins.
+        /// When the next pass may start.
         not_before: Duration,
     },
     Scrub {
@@ -64,7 +66,7 @@ pub(super) enum Task {
     },
 }
 
-/// A chunk on its way.
+/// A chunk in flight.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
     id: ChunkId,
@@ -96,7 +98,7 @@ impl Task {
         Self::Neighbourhood { left }
     }
 
-    /// Whether there is anything that can be begun, or a pass to be ended.
+    /// Whether a chunk can start, or a pass can end.
     fn has_work(&self, in_flight: bool, health: &Health) -> bool {
         match self {
             Self::Resync {
@@ -181,7 +183,7 @@ impl Job {
     pub(super) fn info(&self, health: &Health) -> JobInfo {
         let in_flight = self.in_flight.iter().filter_map(|chunk| chunk.range);
         let left = match &self.task {
-            // What is in flight is stale until it is back.
+            // The sectors of a chunk in flight are still stale.
             Task::Resync { .. } => self.task.left_sectors(health),
             Task::Scrub { .. } | Task::Neighbourhood { .. } => {
                 self.task.left_sectors(health) + in_flight.map(|range| range.count).sum::<u64>()
@@ -224,7 +226,7 @@ impl Job {
         })
     }
 
-    pub(super) fn tell(&self, what: JobChange, health: &Health, events: &mut Vec<JobEvent>) {
+    pub(super) fn push_event(&self, what: JobChange, health: &Health, events: &mut Vec<JobEvent>) {
         let job = self.info(health);
         events.push(JobEvent { job, what });
     }
@@ -235,11 +237,26 @@ impl Job {
         health: &Health,
         events: &mut Vec<JobEvent>,
     ) {
+        use JobStatus::{Aborting, Concluded, Created, Null, Paused, Running};
+        assert!(
+            matches!(
+                (self.status, status),
+                (Created | Paused, Running)
+                    | (Running, Paused)
+                    | (Running | Paused, Aborting)
+                    | (Running | Aborting, Concluded)
+                    | (Concluded, Null)
+            ),
+            "the status of {} cannot change from {} to {}",
+            self.id,
+            self.status.name(),
+            status.name()
+        );
         self.status = status;
-        self.tell(JobChange::Status, health, events);
+        self.push_event(JobChange::Status, health, events);
     }
 
-    /// What it writes, and has written, is to be durable when it ends.
+    /// Flushes before it ends, also what it has written so far.
     pub(super) fn persist(&mut self) {
         self.needs_flush |= !self.persists && self.written > 0;
         self.persists = true;
@@ -250,13 +267,13 @@ impl Job {
         self.not_before = Duration::ZERO;
     }
 
-    /// It ends when what is in flight is back.
-    pub(super) fn give_up(&mut self, failure: JobFailure) {
+    /// Ends the job when its chunks in flight have ended.
+    pub(super) fn fail(&mut self, failure: JobFailure) {
         self.failure.get_or_insert(failure);
     }
 
-    /// A scrub of a neighbourhood that is not over.
-    pub(super) fn takes_neighbours(&self) -> bool {
+    /// Whether it scrubs surroundings and is not cancelled: more ranges can be added.
+    pub(super) fn accepts_ranges(&self) -> bool {
         matches!(self.task, Task::Neighbourhood { .. }) && self.status != JobStatus::Aborting
     }
 
@@ -266,7 +283,7 @@ impl Job {
         }
     }
 
-    /// When the next chunk may begin. `None`: not before something changes.
+    /// When the next chunk may start. `None`: not before something changes.
     pub(super) fn ready_at(&self, now: Duration, pace: &Pace, health: &Health) -> Option<Duration> {
         if self.status != JobStatus::Running || self.failure.is_some() {
             return None;
@@ -288,9 +305,9 @@ impl Job {
         Some(by_pace?.max(pass).max(now))
     }
 
-    /// Takes the next chunk: at most `most` sectors, in whole blocks. `None` if a pass has come to
-    /// its end.
-    pub(super) fn take(
+    /// Starts the next chunk: at most `most` sectors, in whole blocks. `None` if a pass of a resync
+    /// ended.
+    pub(super) fn next_chunk(
         &mut self,
         id: ChunkId,
         now: Duration,
@@ -308,6 +325,16 @@ impl Job {
             Work::Resync { range, .. } | Work::Scrub { range, .. } => Some(range),
             Work::Flush => None,
         };
+        assert!(
+            range.is_none_or(|range| (1..=most).contains(&range.count)),
+            "a chunk of {} has {range:?} of at most {most} sectors",
+            self.id
+        );
+        assert!(
+            self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX,
+            "{} has too many chunks in flight",
+            self.id
+        );
         if let Some(range) = range.filter(|_| self.speed_bytes > 0) {
             let time = Duration::from_secs_f64(range.bytes() as f64 / self.speed_bytes as f64);
             self.not_before = self.not_before.max(now) + time;
@@ -341,9 +368,9 @@ impl Job {
                 not_before,
             } => {
                 let Some(stale) = health.next_stale(*replica, *cursor_sector) else {
-                    // Once through; what is still stale could not be helped now.
-                    let in_vain = *failed && *gained == 0;
-                    if in_vain || self.failed_flushes >= FAILED_FLUSHES_MAX {
+                    // The pass ended. What is still stale was not copied, or became stale since.
+                    let has_failed = *failed && *gained == 0;
+                    if has_failed || self.failed_flushes >= FAILED_FLUSHES_MAX {
                         let sectors = health.stale_sectors(*replica);
                         self.failure = Some(JobFailure::NotCopied { sectors });
                     }
@@ -368,7 +395,7 @@ impl Job {
                 let count = most.min(*end_sector - *cursor_sector);
                 let range = SectorRange::new(*cursor_sector, count);
                 *cursor_sector = range.end();
-                // What is around damage has its turn anyway.
+                // It reaches the surroundings of corruption by itself.
                 Some(Work::Scrub {
                     range,
                     repair: *repair,
@@ -388,7 +415,7 @@ impl Job {
         }
     }
 
-    /// Takes the end of a chunk in, if it is one of this job.
+    /// Takes the result of a chunk, if it is one of this job.
     pub(super) fn ended(&mut self, id: ChunkId, end: &ChunkEnd) -> Option<InFlight> {
         let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
         let chunk = self.in_flight.swap_remove(index);
@@ -409,6 +436,13 @@ impl Job {
                 chunk.range.map_or(0, |range| range.count)
             }
         };
+        if let Task::Scrub { end_sector, .. } = self.task {
+            assert!(
+                self.done_sectors <= end_sector,
+                "{} has read more than its range",
+                self.id
+            );
+        }
         Some(chunk)
     }
 
@@ -419,19 +453,19 @@ impl Job {
         self.in_flight.is_empty() && (given_up || done())
     }
 
-    /// Whether it is to be expected that another try would be in vain as well.
-    pub(super) fn was_in_vain(&self) -> bool {
+    /// Whether it failed in a way that would probably repeat at once.
+    pub(super) fn has_failed(&self) -> bool {
         self.failure.is_some()
     }
 
     pub(super) fn conclude(&mut self, health: &Health, events: &mut Vec<JobEvent>) {
         if self.status == JobStatus::Aborting {
-            self.tell(JobChange::Cancelled, health, events);
+            self.push_event(JobChange::Cancelled, health, events);
         } else {
             if self.failure(health).is_some() {
                 self.set_status(JobStatus::Aborting, health, events);
             }
-            self.tell(JobChange::Completed, health, events);
+            self.push_event(JobChange::Completed, health, events);
         }
         self.set_status(JobStatus::Concluded, health, events);
         self.set_status(JobStatus::Null, health, events);

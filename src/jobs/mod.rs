@@ -1,32 +1,32 @@
-//! Work that no guest asked for: bringing a replica up to date (*resync*) and looking for damage
+//! Background work: copying to stale replicas (*resync*), and reading and comparing all replicas
 //! (*scrub*).
 //!
-//! Sans-IO like the engine. [`Jobs`] is asked for the next chunk of work, which the engine of one
-//! worker does like a guest's request, and told how it ended. It decides what is due (`job`) and
-//! how fast that goes (`pace`); it knows of replicas only what [`Health`] says, and of the guest
-//! only how many requests it makes.
+//! Sans-IO like the engine. [`Jobs::next`] returns the next chunk of work, which the engine of one
+//! worker runs like a guest request; [`Jobs::ended`] takes its result. This room decides what is due
+//! (`job`) and how fast that goes (`pace`). It knows replicas only through [`Health`], and the guest
+//! only as a number of requests.
 //!
 //! ```text
-//! created ─► running ◄─► paused                     each change of the status is told as an event
-//!               │ done, or not to be helped   │
+//! created ─► running ◄─► paused                     each change of the status is an event
+//!               │ done or failed              │
 //!               ▼                             ▼ cancelled
-//!           concluded ◄──────────────── aborting    when the last chunk is back
+//!           concluded ◄──────────────── aborting    when the last chunk has ended
 //!               ▼
-//!             null                                  it is forgotten
+//!             null                                  and the job is deleted
 //! ```
 //!
-//! A replica that has become stale gets a resync by itself, unless its last one was cancelled: then
-//! somebody has to ask for one.
+//! A resync of a stale replica starts by itself, unless the last one was cancelled.
 //!
-//! Invariants: a replica has at most one resync; a job without chunks in flight that is not paused
-//! is either waiting for a moment that [`Jobs::next`] has named, or for a replica that is out of
-//! service, which tells when it is back.
+//! Invariants: a replica has at most one resync; a running job without chunks in flight waits for a
+//! time that [`Jobs::next`] has returned, or for an evicted replica, which rejoins; the status changes
+//! only along the arrows.
 
 #![forbid(unsafe_code)]
 
 mod chunk;
 mod info;
 mod job;
+mod neighbourhood;
 pub mod pace;
 
 use std::collections::VecDeque;
@@ -34,23 +34,23 @@ use std::time::Duration;
 
 pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
 pub use self::info::{
-    JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotBegun, UnknownJob,
+    JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotStarted, UnknownJob,
 };
 use self::job::{Job, Task};
+use self::neighbourhood::Neighbourhood;
 use self::pace::{GuestRequests, Pace};
-use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
-    FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, NEIGHBOURHOOD_REST, SECTOR_BYTES,
+    FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,
 };
 use crate::quorum::health::Health;
 
-/// The sizes by which jobs go.
+/// The sizes of the work of jobs.
 #[derive(Clone, Copy, Debug)]
 pub struct Sizes {
     /// The longest chunk, in sectors.
     pub chunk_sectors: u64,
-    /// How far around damage is scrubbed, in sectors; 0: not at all.
+    /// Sectors that are scrubbed on either side of corruption that a read finds; 0 turns it off.
     pub neighbourhood_sectors: u64,
 }
 
@@ -72,18 +72,14 @@ pub struct Jobs {
     pace: Pace,
     sizes: Sizes,
     block_sectors: u64,
-    /// After so long what did not work is tried again.
+    /// The first delay before a failed resync starts again.
     retry_after: Duration,
     capacity_sectors: u64,
-    /// Their resync was cancelled: no other one begins by itself.
+    /// Replicas whose resync was cancelled: none starts by itself.
     held: ReplicaSet,
-    /// When a resync of each replica may begin by itself, if the last one was in vain.
-    retries: [Retry; crate::limits::REPLICAS_MAX],
-    /// What was scrubbed near to damage lately, and until when that counts.
-    near: RangeSet,
-    near_until: Duration,
-    /// Damage that was found, to be scrubbed around.
-    damage: Vec<SectorRange>,
+    /// When a resync of each replica may start by itself.
+    retries: [Retry; REPLICAS_MAX],
+    neighbourhood: Neighbourhood,
     events: Vec<JobEvent>,
 }
 
@@ -93,11 +89,11 @@ struct Retry {
     delay: Duration,
 }
 
-/// A resync that was in vain is repeated after twice the time, up to this often doubled.
+/// Each failed resync doubles the delay before the next one, up to this many times the first delay.
 const RETRY_FACTOR_MAX: u32 = 32;
 
 impl Jobs {
-    /// None yet, on a disk of `capacity_sectors`.
+    /// No jobs, on a disk of `capacity_sectors`.
     pub fn new(capacity_sectors: u64) -> Self {
         Self {
             jobs: VecDeque::new(),
@@ -110,31 +106,34 @@ impl Jobs {
             capacity_sectors,
             held: ReplicaSet::EMPTY,
             retries: Default::default(),
-            near: RangeSet::below(capacity_sectors),
-            near_until: Duration::ZERO,
-            damage: Vec::new(),
+            neighbourhood: Neighbourhood::new(capacity_sectors),
             events: Vec::new(),
         }
     }
 
-    /// Tells how the disk decides: the unit in which it can be written, the sizes of chunks, and
-    /// after how long something may be tried again.
+    /// Sets the unit in which the replicas can be written, the sizes of the work, and the first delay
+    /// before a failed resync starts again.
     pub fn configure(&mut self, block_sectors: u64, sizes: Sizes, retry_after: Duration) {
+        assert!(block_sectors > 0 && sizes.chunk_sectors >= block_sectors);
         self.block_sectors = block_sectors;
         self.sizes = sizes;
         self.retry_after = retry_after;
     }
 
-    /// The disk has so many sectors now. A scrub of the whole disk that has begun still ends where
-    /// the disk ended then: what is new is zeroes on every replica, or was written since.
+    /// Sets the new size of the disk. A running scrub still ends at the old end: the new part is
+    /// zeroes on every replica, or was written since.
     pub fn grow(&mut self, capacity_sectors: u64) {
+        assert!(
+            capacity_sectors >= self.capacity_sectors,
+            "a disk only grows"
+        );
         self.capacity_sectors = capacity_sectors;
-        self.near.grow(capacity_sectors);
+        self.neighbourhood.grow(capacity_sectors);
     }
 
-    /// Whether there is any.
+    /// Whether there is no job, and none to be started for corruption.
     pub fn is_empty(&self) -> bool {
-        self.jobs.is_empty() && self.damage.is_empty()
+        self.jobs.is_empty() && self.neighbourhood.is_empty()
     }
 
     /// All jobs, oldest first.
@@ -142,36 +141,36 @@ impl Jobs {
         self.jobs.iter().map(|job| job.info(health)).collect()
     }
 
-    /// Takes what there is to tell since the last time, in order.
+    /// Takes the events since the last time, in order.
     pub fn take_events(&mut self) -> std::vec::Drain<'_, JobEvent> {
         self.events.drain(..)
     }
 
-    /// Begins to bring `replica` up to date.
+    /// Starts a resync of `replica`.
     ///
     /// # Errors
-    /// If that is being done, or cannot be.
+    /// If it has one already, is not a replica of the disk, or there are too many jobs.
     pub fn resync(
         &mut self,
         replica: ReplicaIndex,
         speed_bytes: u64,
         health: &Health,
-    ) -> Result<JobId, NotBegun> {
+    ) -> Result<JobId, NotStarted> {
         if !health.members().contains(replica) {
-            return Err(NotBegun::NoMember);
+            return Err(NotStarted::NotAReplica);
         }
         if let Some(id) = self.resync_of(replica) {
-            // It may have begun by itself.
+            // It may have started by itself, and then would not be durable at its end.
             if let Ok(job) = find(&mut self.jobs, id) {
                 job.persist();
             }
-            return Err(NotBegun::InResync(id));
+            return Err(NotStarted::InResync(id));
         }
         self.held.remove(replica);
-        self.begin(Task::resync(replica), speed_bytes, true, health)
+        self.start(Task::resync(replica), speed_bytes, true, health)
     }
 
-    /// Begins to scrub the whole disk.
+    /// Starts a scrub of the whole disk.
     ///
     /// # Errors
     /// If there are too many jobs.
@@ -180,8 +179,8 @@ impl Jobs {
         repair: bool,
         speed_bytes: u64,
         health: &Health,
-    ) -> Result<JobId, NotBegun> {
-        self.begin(
+    ) -> Result<JobId, NotStarted> {
+        self.start(
             Task::scrub(repair, self.capacity_sectors),
             speed_bytes,
             true,
@@ -189,10 +188,10 @@ impl Jobs {
         )
     }
 
-    /// The job begins nothing until it is resumed.
+    /// Pauses a job: it starts no chunk until it is resumed.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If there is no such job.
     pub fn pause(&mut self, id: JobId, health: &Health) -> Result<(), UnknownJob> {
         let job = find(&mut self.jobs, id)?;
         if job.status() == JobStatus::Running {
@@ -201,10 +200,10 @@ impl Jobs {
         Ok(())
     }
 
-    /// The job goes on.
+    /// Resumes a job.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If there is no such job.
     pub fn resume(&mut self, id: JobId, health: &Health) -> Result<(), UnknownJob> {
         let job = find(&mut self.jobs, id)?;
         if job.status() == JobStatus::Paused {
@@ -213,11 +212,11 @@ impl Jobs {
         Ok(())
     }
 
-    /// The job ends when what is in flight of it is back. The replica of a cancelled resync stays
-    /// as it is, stale where it has not been written to, until another resync is asked for.
+    /// Cancels a job: it ends when its chunks in flight have ended. The replica of a cancelled resync
+    /// stays stale where it was not written to, until another resync is requested.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If there is no such job.
     pub fn cancel(&mut self, id: JobId, health: &Health) -> Result<(), UnknownJob> {
         let job = find(&mut self.jobs, id)?;
         if job.status() == JobStatus::Aborting {
@@ -231,45 +230,40 @@ impl Jobs {
         Ok(())
     }
 
-    /// Bytes a second at most, from now on; 0: as fast as leaves the guest its share.
+    /// Sets the speed limit in bytes a second; 0: as fast as the guest's load allows.
     ///
     /// # Errors
-    /// If there is none of that name.
+    /// If there is no such job.
     pub fn set_speed(&mut self, id: JobId, speed_bytes: u64) -> Result<(), UnknownJob> {
         find(&mut self.jobs, id)?.set_speed(speed_bytes);
         Ok(())
     }
 
-    /// The replica was removed from the disk.
+    /// Ends the resync of a replica that was removed from the disk.
     pub fn removed(&mut self, replica: ReplicaIndex, health: &Health) {
         self.held.remove(replica);
         self.retries[replica.as_usize()] = Retry::default();
         for job in &mut self.jobs {
             if job.kind() == JobKind::Resync(replica) && job.status() != JobStatus::Aborting {
-                job.give_up(JobFailure::Removed);
+                job.fail(JobFailure::Removed);
             }
         }
         self.conclude(health, Duration::ZERO);
     }
 
-    /// A read under the lock found these sectors to be bad somewhere. Whether their neighbourhood
-    /// is to be looked at; then the worker that does the jobs has to be woken.
-    pub fn damaged(&mut self, range: SectorRange) -> bool {
-        // As many as a few reads can find; what is near to one of these is looked at in any case.
-        let wanted = self.sizes.neighbourhood_sectors > 0 && self.damage.len() < JOBS_MAX;
-        if wanted {
-            self.damage.push(range);
-        }
-        wanted
+    /// A confirmed read found a replica corrupt in `range`. Returns whether its surroundings are to
+    /// be scrubbed: then the caller wakes the worker that runs the jobs.
+    pub fn corruption_found(&mut self, range: SectorRange) -> bool {
+        self.sizes.neighbourhood_sectors > 0 && self.neighbourhood.add(range)
     }
 
-    /// What to do now. `guest` counts the guest's requests so far.
+    /// The next chunk of work, or when there may be one. `guest` counts the guest's requests so far.
     pub fn next(&mut self, now: Duration, guest: GuestRequests, health: &Health) -> Next {
         self.pace.observe(now, guest);
-        self.begin_what_is_due(now, health);
+        self.start_due(now, health);
         self.conclude(health, now);
         let retry = self.next_retry(now, health);
-        // One after the other, but those near to damage first.
+        // In turn, but the surroundings of corruption first.
         let turn = self
             .jobs
             .iter()
@@ -291,25 +285,25 @@ impl Jobs {
         let Some(index) = first else {
             return at.map_or(Next::Nothing, Next::At);
         };
-        let mut job = self.jobs.remove(index).expect("it was just found");
+        let mut job = self.jobs.remove(index).expect("its index was just found");
         let id = ChunkId(self.next_chunk);
         self.next_chunk += 1;
         let most = self
             .pace
             .chunk_sectors(self.sizes.chunk_sectors, self.block_sectors);
-        let work = job.take(id, now, most, self.block_sectors, self.retry_after, health);
+        let work = job.next_chunk(id, now, most, self.block_sectors, self.retry_after, health);
         self.jobs.push_back(job);
         match work {
             Some(work) => {
                 self.pace.began(now, guest);
                 Next::Chunk(Chunk { id, work })
             }
-            // It has come to an end of its list: look again.
+            // A pass of a resync ended: ask again.
             None => self.next(now, guest, health),
         }
     }
 
-    /// A chunk of work has ended.
+    /// Takes the result of a chunk.
     pub fn ended(
         &mut self,
         now: Duration,
@@ -322,16 +316,12 @@ impl Jobs {
             .jobs
             .iter_mut()
             .find_map(|job| Some((job.ended(id, end)?, job)));
-        let Some((chunk, job)) = holder else {
-            debug_assert!(false, "a chunk ends once");
-            return;
-        };
+        let (chunk, job) = holder.expect("a chunk in flight ends once");
         self.pace.ended(now, guest, chunk.began);
         if job.kind() == JobKind::NeighbourhoodScrub
             && let Some(range) = chunk.range
         {
-            self.near.insert(range);
-            self.near_until = now + NEIGHBOURHOOD_REST;
+            self.neighbourhood.scrubbed(range, now);
         }
         self.conclude(health, now);
     }
@@ -344,72 +334,54 @@ impl Jobs {
         resync.map(Job::id)
     }
 
-    fn begin(
+    fn start(
         &mut self,
         task: Task,
         speed_bytes: u64,
         persists: bool,
         health: &Health,
-    ) -> Result<JobId, NotBegun> {
+    ) -> Result<JobId, NotStarted> {
         if self.jobs.len() >= JOBS_MAX {
-            return Err(NotBegun::TooMany);
+            return Err(NotStarted::TooMany);
         }
         let id = JobId(self.next_id);
         self.next_id += 1;
         let mut job = Job::new(id, task, speed_bytes, persists);
-        job.tell(JobChange::Status, health, &mut self.events);
+        job.push_event(JobChange::Status, health, &mut self.events);
         job.set_status(JobStatus::Running, health, &mut self.events);
         self.jobs.push_back(job);
         Ok(id)
     }
 
-    /// Begins the resyncs that nobody has to ask for, and the scrub around damage.
-    fn begin_what_is_due(&mut self, now: Duration, health: &Health) {
+    /// Starts the resyncs of stale replicas and the scrub around corruption.
+    fn start_due(&mut self, now: Duration, health: &Health) {
         for replica in self.unattended(health).iter() {
             if self.retries[replica.as_usize()].not_before <= now {
-                // At the bound it begins when another one has ended.
-                let _ = self.begin(Task::resync(replica), 0, false, health);
+                // If there are too many jobs it starts when another one has ended.
+                let _ = self.start(Task::resync(replica), 0, false, health);
             }
         }
-        if now >= self.near_until && !self.near.is_empty() {
-            self.near = RangeSet::below(self.capacity_sectors);
-        }
-        for bad in std::mem::take(&mut self.damage) {
-            self.look_around(bad, health);
+        for corrupt in self.neighbourhood.take(now) {
+            self.scrub_around(corrupt, health);
         }
     }
 
-    fn look_around(&mut self, bad: SectorRange, health: &Health) {
-        let (reach, block) = (self.sizes.neighbourhood_sectors, self.block_sectors);
-        let start = bad.start.saturating_sub(reach);
-        let start = start - start % block;
-        let end = (bad.end() + reach)
-            .next_multiple_of(block)
-            .min(self.capacity_sectors);
-        let mut around = RangeSet::below(self.capacity_sectors);
-        around.insert(SectorRange::new(start, end - start));
-        for known in self.near.within(SectorRange::new(start, end - start)) {
-            around.remove(known);
-        }
-        // Itself was read and voted on just now.
-        let (inner_start, inner_end) = (
-            bad.start.next_multiple_of(block),
-            bad.end() - bad.end() % block,
-        );
-        around.remove(SectorRange::new(
-            inner_start,
-            inner_end.saturating_sub(inner_start),
-        ));
-        let running = self.jobs.iter_mut().find(|job| job.takes_neighbours());
+    /// Scrubs the surroundings of `corrupt`, in the job that scrubs others already, if there is one.
+    fn scrub_around(&mut self, corrupt: SectorRange, health: &Health) {
+        let reach_sectors = self.sizes.neighbourhood_sectors;
+        let around = self
+            .neighbourhood
+            .around(corrupt, reach_sectors, self.block_sectors);
+        let running = self.jobs.iter_mut().find(|job| job.accepts_ranges());
         if let Some(job) = running {
             return job.add(&around);
         }
         if !around.is_empty() {
-            let _ = self.begin(Task::neighbourhood(around), 0, false, health);
+            let _ = self.start(Task::neighbourhood(around), 0, false, health);
         }
     }
 
-    /// The stale replicas in service that nothing is done about.
+    /// The stale replicas in service that have no resync and may get one.
     fn unattended(&self, health: &Health) -> ReplicaSet {
         let stale = health.stale().and(health.in_service()).without(self.held);
         stale
@@ -426,7 +398,7 @@ impl Jobs {
         retries.min().map(|at| at.max(now))
     }
 
-    /// Ends the jobs that have nothing to do any more.
+    /// Ends the jobs that are done or have failed.
     fn conclude(&mut self, health: &Health, now: Duration) {
         let events = &mut self.events;
         let (retries, retry_after) = (&mut self.retries, self.retry_after);
@@ -436,7 +408,7 @@ impl Jobs {
             }
             if let JobKind::Resync(replica) = job.kind() {
                 let retry = &mut retries[replica.as_usize()];
-                if job.was_in_vain() {
+                if job.has_failed() {
                     let longest = retry_after.saturating_mul(RETRY_FACTOR_MAX);
                     retry.delay = (retry.delay * 2).clamp(retry_after, longest);
                     retry.not_before = now + retry.delay;

@@ -1,9 +1,8 @@
-//! How fast jobs go that have no limit of their own: as fast as leaves a busy guest nine tenths of
-//! its requests.
+//! The pace of jobs without a speed limit: a busy guest keeps nine tenths of its requests.
 //!
-//! How much a chunk of work hinders the guest cannot be known beforehand. It may cost nothing, on a
-//! disk that has time left, or everything, where both wait for the same processor. So it is
-//! measured, by how many requests the guest makes while a chunk is in flight and while none is:
+//! The cost of a chunk to the guest is not known in advance. It is nothing on an idle disk, and
+//! everything where both wait for the same CPU. So it is measured: the requests that the guest makes
+//! while a chunk is in flight, and while none is.
 //!
 //! ```text
 //! chunk in flight    ███          ███          ███
@@ -11,8 +10,8 @@
 //!                                                     a pause of seven times a chunk leaves the guest 96 %
 //! ```
 //!
-//! A chunk delays a request by its own time at most. A guest that makes so few that this comes to
-//! little is not waited for at all. Pure; the time is passed in.
+//! A chunk delays a request by at most its own duration. For a guest with so few requests that this
+//! delay is negligible there are no pauses. Pure; the time is passed in.
 
 use std::time::Duration;
 
@@ -26,20 +25,20 @@ pub struct GuestRequests(pub u64);
 /// chunk costs is not over when it is: caches are cold, and requests that it has delayed end later.
 const COST_MAX: f64 = 0.04;
 
-/// Below this part of a chunk's time jobs are not noticed.
+/// Below this part of its requests the guest does not notice jobs.
 const COST_NOT_NOTICED: f64 = 0.02;
 
-/// Even if it seems to cost nothing, a chunk is followed by a pause of so many times its time: a
-/// request that takes longer than a chunk is counted in the pause, whatever has delayed it.
+/// The shortest pause after a chunk, in durations of the chunk, even if the chunk seems to cost
+/// nothing: a request that takes longer than a chunk counts in the pause, whatever delayed it.
 const PAUSE_MIN: f64 = 3.0;
 
-/// Requests of the guest without which a measurement says nothing.
+/// Requests of the guest that a measurement needs.
 const REQUESTS_MIN: f64 = 32.0;
 
-/// Requests after which what was measured counts half.
+/// Requests after which earlier measurements count half.
 const REQUESTS_KEPT: f64 = 4096.0;
 
-/// How long the guest's rate is taken from.
+/// The time over which the guest's rate is averaged.
 const RATE_OVER: Duration = Duration::from_millis(200);
 
 /// The longest chunk while the guest is busy.
@@ -55,7 +54,7 @@ pub struct Pace {
     without: Measured,
     /// Requests a second, over the last [`RATE_OVER`].
     rate: f64,
-    /// What a chunk took last.
+    /// The duration of the last chunk.
     took: Duration,
     not_before: Duration,
 }
@@ -81,7 +80,7 @@ impl Default for Pace {
             in_flight: 0,
             with: Measured::default(),
             without: Measured::default(),
-            // Until it is known better the guest is busy.
+            // Assume a busy guest until there is a measurement.
             rate: f64::INFINITY,
             took: Duration::ZERO,
             not_before: Duration::ZERO,
@@ -90,7 +89,7 @@ impl Default for Pace {
 }
 
 impl Pace {
-    /// Takes note of what the guest has done since the last look.
+    /// Counts the guest's requests since the last call.
     pub(super) fn observe(&mut self, now: Duration, guest: GuestRequests) {
         let seconds = now.saturating_sub(self.looked_at).as_secs_f64();
         if seconds <= 0.0 {
@@ -127,17 +126,18 @@ impl Pace {
         self.in_flight += 1;
     }
 
-    /// A chunk that began at `began` is back.
+    /// A chunk that started at `began` has ended.
     pub(super) fn ended(&mut self, now: Duration, guest: GuestRequests, began: Duration) {
         self.observe(now, guest);
-        self.in_flight = self.in_flight.saturating_sub(1);
+        assert!(self.in_flight > 0, "a chunk in flight ends once");
+        self.in_flight -= 1;
         self.took = now.saturating_sub(began);
         let pause = self.took.as_secs_f64() * self.pause_factor();
         let pause = Duration::from_secs_f64(pause.min(JOB_PAUSE_MAX.as_secs_f64()));
         self.not_before = self.not_before.max(now + pause);
     }
 
-    /// When a chunk may begin, if another one may be in flight.
+    /// When a chunk may start; `None` while enough are in flight.
     pub(super) fn ready_at(&self) -> Option<Duration> {
         let most = if self.cost_at_most() <= COST_NOT_NOTICED {
             JOB_CHUNKS_IN_FLIGHT_MAX
@@ -157,13 +157,13 @@ impl Pace {
         (sectors - sectors % block_sectors).max(block_sectors)
     }
 
-    /// No more than this part of its requests can a chunk cost the guest while it is in flight:
-    /// each waits for it at most as long as it takes.
+    /// The most that a chunk can cost, as a part of the guest's requests: each waits for it at most
+    /// for its duration.
     fn cost_at_most(&self) -> f64 {
         self.rate * self.took.as_secs_f64().max(1e-6)
     }
 
-    /// How long the pause after a chunk is, in times of what the chunk took.
+    /// The pause after a chunk, in durations of the chunk.
     fn pause_factor(&self) -> f64 {
         let at_most = self.cost_at_most().min(1.0);
         if at_most <= COST_MAX {
@@ -243,7 +243,7 @@ mod tests {
     }
 
     #[test]
-    fn time_that_the_guest_has_no_use_for_is_used() {
+    fn idle_time_of_the_guest_is_used() {
         let chunk = Duration::from_millis(1);
         let (_, alone) = run(0.0, 0.0, chunk, true);
         // A step of this test is a twentieth of a chunk.

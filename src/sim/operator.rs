@@ -12,7 +12,7 @@ use super::plan::{PLACES, SECTORS_MAX, bits};
 use super::replica::SimReplica;
 use super::state::{Checked, PendingKind, World, trace};
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::jobs::{JobId, NotBegun};
+use crate::jobs::{JobId, NotStarted};
 use crate::quorum::health::NotRemoved;
 
 impl World {
@@ -222,7 +222,7 @@ impl World {
     /// The operator asks for a resync.
     fn resync(&mut self, replica: usize) -> Checked {
         let asked = self.with_jobs(|jobs, health| jobs.resync(index(replica), 0, health))?;
-        if let Ok(id) | Err(NotBegun::InResync(id)) = asked {
+        if let Ok(id) | Err(NotStarted::InResync(id)) = asked {
             let failures = self.ledger.failures[replica];
             self.asked_resyncs.push((id, failures));
         }

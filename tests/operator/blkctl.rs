@@ -362,7 +362,7 @@ fn jobs_are_listed_changed_and_waited_for() {
         served
             .run("jobs pause job1")
             .with(3)
-            .contains("there is no such job")
+            .contains("no job has this id")
     );
     assert!(
         served.run("resync 0.raw").code == Some(0),
