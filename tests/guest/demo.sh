@@ -76,7 +76,7 @@ read_reply() {
 in_guest() {
     command_line "guest# $1"
     printf '%s\n' "$1" >&"$to_guest"
-    read_reply 60
+    read_reply 300
     [ "$word" = 0 ] || fail "in the guest: $1: $output"
 }
 
@@ -128,7 +128,7 @@ command_line '          --socket-path disk.sock --rewrite-corrupted --events eve
 daemon_pid=$!
 pids+=("$daemon_pid")
 are_sockets_there() { [ -S disk.sock ] && [ -S events.sock ]; }
-within 10 are_sockets_there || fail 'the daemon made no sockets'
+within 300 are_sockets_there || fail 'the daemon made no sockets'
 # Writes each event, a line of text, to a file as it arrives. Every Debian has Perl.
 # shellcheck disable=SC2016
 perl -MIO::Socket::UNIX -e '
@@ -153,7 +153,7 @@ qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
 qemu_pid=$!
 pids+=("$qemu_pid")
 exec {to_guest}<>commands.in {from_guest}<>commands.out
-read_reply 90
+read_reply 300
 [ "$word" = ready ] || fail "the guest did not get ready: $word"
 boot_ms=$(($(date +%s%3N) - boot_start_ms))
 show "up after $((boot_ms / 1000)).$((boot_ms % 1000 / 100)) s"
@@ -166,7 +166,7 @@ wrong='Pay 999 crowns to Bob.'
 in_guest 'mke2fs -b 4096 /dev/vda >/dev/null && mount -o noatime /dev/vda /mnt'
 in_guest "echo '$right' >/mnt/letter && sync"
 tell 'On the host the three files hold the same:'
-within 10 are_identical || fail 'the files differ'
+within 300 are_identical || fail 'the files differ'
 checksums | while IFS= read -r line; do show "$line"; done
 
 step 'Behind its back, 1.raw goes bad where the letter is'
@@ -192,7 +192,7 @@ show "$good$output$plain"
 tell 'Two replicas outvoted the third. The guest noticed nothing.'
 
 step 'The event socket has reported it'
-within 10 test -s events.log || fail 'there was no event'
+within 300 test -s events.log || fail 'there was no event'
 event=$(head -n 1 events.log)
 show "$event"
 name=$(first_match '"node-name":"([^"]*)"' "$event")
@@ -204,7 +204,7 @@ fi
 tell "In words: in this read, replica $name returned corrupt data for sector $sector_reported."
 
 step 'And 1.raw is repaired'
-within 10 are_identical || fail 'the files still differ'
+within 300 are_identical || fail 'the files still differ'
 checksums | while IFS= read -r line; do show "$line"; done
 tell "${good}The three files are identical again.$plain"
 
