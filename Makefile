@@ -3,8 +3,8 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build man install uninstall test sim mutants soak model bench bench-engine bench-jobs
-.PHONY: lint guest clients fuzz fuzz-corpus clean
+.PHONY: help demo build man install uninstall test sim mutants soak model
+.PHONY: bench bench-engine bench-jobs lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \

@@ -7,7 +7,8 @@ use crate::guest::Guest;
 /// Waits until both have begun and ended a round.
 const WAIT_FOR_PROGRESS: &str = "for what in writes reads; do \
     until [ -e /tmp/$what ]; do sleep 0.1; done; n=$(cat /tmp/$what); \
-    until [ $(cat /tmp/$what) -ge $((n + 2)) ]; do sleep 1; echo $what: $(cat /tmp/$what); done; done";
+    until [ $(cat /tmp/$what) -ge $((n + 2)) ]; do \
+    sleep 1; echo $what: $(cat /tmp/$what); done; done";
 
 /// Waits until both have ended.
 const WAIT_FOR_END: &str = "touch /tmp/stop; for loop in writer reader; do \

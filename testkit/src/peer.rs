@@ -57,7 +57,8 @@ impl Peer {
             "cache": {"direct": plan.direct},
         });
         let mut export = format!(
-            "type=vhost-user-blk,id=e,node-name=quorum0,addr.type=unix,addr.path={},writable=on,num-queues={}",
+            "type=vhost-user-blk,id=e,node-name=quorum0,addr.type=unix,addr.path={},\
+             writable=on,num-queues={}",
             socket.display(),
             plan.queues
         );

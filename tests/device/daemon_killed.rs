@@ -318,8 +318,8 @@ impl Soak {
         assert!(self.daemon.terminate().success());
         self.events.extend(events.all());
         println!(
-            "{:?}, {}: {} kills, {} ends by SIGTERM, {} restarts, {} requests in {:.0?}; at most {} were with a \
-             daemon that was killed",
+            "{:?}, {}: {} kills, {} ends by SIGTERM, {} restarts, {} requests in {:.0?}; at most \
+             {} were with a daemon that was killed",
             self.load.style,
             self.options,
             self.kills,

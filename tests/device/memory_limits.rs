@@ -245,8 +245,8 @@ fn check(shape: Shape) {
     assert!(setup.daemon.terminate().success());
 
     println!(
-        "{:2} replicas, {:2} queues, {:5} GiB, {:4} KiB requests: {:6.1} MiB idle (formula {:6.1}), {:6.1} full \
-         (formula {:6.1}), {:6.1} after",
+        "{:2} replicas, {:2} queues, {:5} GiB, {:4} KiB requests: {:6.1} MiB idle (formula \
+         {:6.1}), {:6.1} full (formula {:6.1}), {:6.1} after",
         shape.replicas,
         shape.queues,
         shape.disk_bytes / GIB,

@@ -613,7 +613,8 @@ fn a_server_that_is_no_monitor_is_an_error() {
         ),
         (
             after_greeting(
-                "{\"return\": {\"node-name\": \"d\", \"size\": 9223372036854775807, \"bucket-bytes\": 1, \
+                "{\"return\": {\"node-name\": \"d\", \"size\": 9223372036854775807, \
+                 \"bucket-bytes\": 1, \
                             \"failures\": {\"buckets\": [], \"undecided\": []}, \"replicas\": []}}",
             ),
             "map",
@@ -743,7 +744,10 @@ fn a_disk_is_resized_by_its_name_and_never_shrunk() {
             }
             assert_eq!(
                 asked[1],
-                json!({ "execute": "block_resize", "arguments": { "node-name": "disk", "size": expected } })
+                json!({
+                    "execute": "block_resize",
+                    "arguments": { "node-name": "disk", "size": expected },
+                })
             );
         });
         let said = run(&directory.path().join("qmp.sock"), &["resize", argument]).with(0);

@@ -276,7 +276,8 @@ fn the_examples_match_the_output() {
     session.dying.clear_faults();
     assert!(
         differences.is_empty() && all_told && !events_shown.is_empty(),
-        "not in docs/operating.md: {differences:#?}, the events: {}\nAll of it:\n{transcript}\nEvents:\n{events}",
+        "not in docs/operating.md: {differences:#?}, the events: {}\nAll of \
+         it:\n{transcript}\nEvents:\n{events}",
         !all_told
     );
 }

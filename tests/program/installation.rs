@@ -417,7 +417,8 @@ fn shells_complete_options() {
     let bash = installed.path("share/bash-completion/completions/quorum-blkd");
     let words = "quorum-blkd --vote-t";
     let script = format!(
-        "source {}; COMP_WORDS=({words}); COMP_CWORD=1; _quorum__blkd {words} quorum-blkd; echo \"${{COMPREPLY[@]}}\"",
+        "source {}; COMP_WORDS=({words}); COMP_CWORD=1; \
+         _quorum__blkd {words} quorum-blkd; echo \"${{COMPREPLY[@]}}\"",
         bash.display()
     );
     assert_eq!(run("bash", ["-c", &script]), "--vote-threshold\n");

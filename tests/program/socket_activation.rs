@@ -259,7 +259,8 @@ fn a_descriptor_that_is_no_listening_stream_socket_is_refused() {
                 "LISTEN_PID=$$ LISTEN_FDS=1 LISTEN_FDNAMES=vhost-user",
                 &[]
             ),
-            "descriptor 3 of the service manager ('vhost-user') is not a listening UNIX stream socket"
+            "descriptor 3 of the service manager ('vhost-user') is not a listening UNIX stream \
+             socket"
         );
     }
 }

@@ -706,7 +706,8 @@ impl StorageDaemon {
             .stderr(File::create(&log).unwrap());
         let process = Process::spawn(&mut command).unwrap_or_else(|error| {
             panic!(
-                "qemu-storage-daemon is needed for this test and can not be run ({error}); on Debian: apt-get install qemu-system-common"
+                "qemu-storage-daemon is needed for this test and can not be run ({error}); on \
+                 Debian: apt-get install qemu-system-common"
             )
         });
         let mut daemon = Self(process);

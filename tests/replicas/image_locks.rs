@@ -119,7 +119,10 @@ fn program(name: &str) -> Command {
 
 fn started<T>(name: &str, result: std::io::Result<T>) -> T {
     result.unwrap_or_else(|error| {
-        panic!("{name} is needed for this test and can not be run ({error}); on Debian: apt-get install qemu-utils qemu-system-common")
+        panic!(
+            "{name} is needed for this test and can not be run ({error}); on Debian: apt-get \
+                install qemu-utils qemu-system-common"
+        )
     })
 }
 

@@ -66,7 +66,8 @@ fn a_guest_does_not_notice_a_corrupt_replica() {
     // 4096 fits any logical block size that the disk may have.
     guest.run_successfully("mke2fs -b 4096 /dev/vda && mount -o noatime /dev/vda /mnt");
     guest.run_successfully(&format!(
-        "cd /mnt && rmdir lost+found && for file in $(seq {FILES}); do dd if=/dev/urandom of=$file bs=1M count={FILE_MIB}; done"
+        "cd /mnt && rmdir lost+found && for file in $(seq {FILES}); do \
+         dd if=/dev/urandom of=$file bs=1M count={FILE_MIB}; done"
     ));
     guest.run_successfully("cd /mnt && sha256sum * >/tmp/checksums && cat /tmp/checksums");
     guest.run_successfully("umount /mnt && mount -o ro /dev/vda /mnt");
@@ -157,7 +158,8 @@ fn a_writing_guest(
     thread::scope(|scope| {
         scope.spawn(|| corrupt(&images[VICTIM], &runs, Duration::from_millis(50)));
         guest.run_successfully(
-            "cd /mnt && for file in 1 3 5 new; do dd if=/dev/urandom of=$file bs=64k count=64 conv=fsync; done",
+            "cd /mnt && for file in 1 3 5 new; do \
+             dd if=/dev/urandom of=$file bs=64k count=64 conv=fsync; done",
         );
         guest.run_successfully("cd /mnt && sha256sum * >/tmp/checksums");
         for _ in 0..2 {

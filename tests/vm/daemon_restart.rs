@@ -41,8 +41,10 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
 
     // Reads and writes are in flight at the same time.
     guest.begin(&format!(
-        "cd /mnt; for round in $(seq {ROUNDS}); do echo round $round; echo 3 >/proc/sys/vm/drop_caches; \
-         sha512sum <source >/tmp/sum & reader=$!; cp source copy-$round && sync && wait $reader || exit 1; \
+        "cd /mnt; for round in $(seq {ROUNDS}); do echo round $round; \
+         echo 3 >/proc/sys/vm/drop_caches; \
+         sha512sum <source >/tmp/sum & reader=$!; \
+         cp source copy-$round && sync && wait $reader || exit 1; \
          echo \"{sum}  -\" | cmp - /tmp/sum || exit 1; done"
     ));
     for round in 1..=ROUNDS {

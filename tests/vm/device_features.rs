@@ -168,12 +168,15 @@ fn both_queues_at_the_same_time(guest: &mut Guest, files: &[PathBuf]) {
     let interrupts_before = interrupts(guest);
     let work = format!(
         "set -e; sum=$(sha512sum </tmp/part-$1); for round in 1 2 3; do \
-         dd if=/tmp/part-$1 of=/dev/vda bs=64k seek=$(($1 * {PART_MIB} * 16)) oflag=direct conv=notrunc; \
-         dd if=/dev/vda of=/tmp/back-$1 bs=64k skip=$(($1 * {PART_MIB} * 16)) count=$(({PART_MIB} * 16)) iflag=direct; \
+         dd if=/tmp/part-$1 of=/dev/vda \
+         bs=64k seek=$(($1 * {PART_MIB} * 16)) oflag=direct conv=notrunc; \
+         dd if=/dev/vda of=/tmp/back-$1 \
+         bs=64k skip=$(($1 * {PART_MIB} * 16)) count=$(({PART_MIB} * 16)) iflag=direct; \
          test \"$(sha512sum </tmp/back-$1)\" = \"$sum\"; done"
     );
     guest.run_successfully(&format!(
-        "for cpu in 0 1; do taskset -c $cpu sh -c '{work}' work $cpu & workers=\"$workers $!\"; done; \
+        "for cpu in 0 1; do taskset -c $cpu sh -c '{work}' work $cpu & \
+         workers=\"$workers $!\"; done; \
          for worker in $workers; do wait $worker || exit 1; done"
     ));
     let interrupts_after = interrupts(guest);
@@ -220,7 +223,8 @@ fn freed_space(guest: &mut Guest, files: &[PathBuf]) {
     let allocated_trimmed = allocated();
     guest.run_successfully("e2fsck -fn /dev/vda");
     println!(
-        "allocated: {allocated_before:?}, {allocated_empty:?}, {allocated_full:?}, {allocated_trimmed:?} bytes"
+        "allocated: {allocated_before:?}, {allocated_empty:?}, {allocated_full:?}, \
+         {allocated_trimmed:?} bytes"
     );
     for index in 0..files.len() {
         assert!(
@@ -264,7 +268,8 @@ fn ranges_of_zeroes(guest: &mut Guest, files: &[PathBuf]) {
         ),
     ];
     guest.run_successfully(
-        "tr '\\0' '\\377' </dev/zero | dd of=/dev/vda bs=1M count=16 iflag=fullblock conv=notrunc,fsync",
+        "tr '\\0' '\\377' </dev/zero | \
+         dd of=/dev/vda bs=1M count=16 iflag=fullblock conv=notrunc,fsync",
     );
     let allocated_before: Vec<u64> = files.iter().map(allocated_bytes).collect();
     let mut expected = vec![0xff; 16 * MIB];
@@ -328,7 +333,8 @@ fn a_guest_gets_more_memory_while_it_works() {
          dd if=/tmp/data of=/dev/vda bs=64k seek=$place oflag=direct conv=notrunc; \
          dd if=/dev/vda of=/tmp/back bs=64k skip=$place count=128 iflag=direct; \
          test \"$(sha512sum </tmp/back)\" = \"$sum\"; \
-         [ $(awk '/MemTotal/ {{ print $2 }}' /proc/meminfo) = {before_kib} ] || left=$((left - 1)); done"
+         [ $(awk '/MemTotal/ {{ print $2 }}' /proc/meminfo) = {before_kib} ] || \
+         left=$((left - 1)); done"
     ));
     guest.wait_for_output("round 2\n");
     plug_memory(&mut monitor);
@@ -342,8 +348,10 @@ fn a_guest_gets_more_memory_while_it_works() {
     ));
     let sum = guest.checksum("/tmp/data");
     copy_to_disk(&mut guest, 0, DATA_MIB, &sum, &images);
-    let zones = "awk '$3 == \"zone\" { movable = $4 == \"Movable\" } movable && $1 == \"managed\" { managed = $2 } \
-                 movable && $1 $2 == \"pagesfree\" { free = $3 } END { print managed - free }' /proc/zoneinfo";
+    let zones = "awk '$3 == \"zone\" { movable = $4 == \"Movable\" } \
+                 movable && $1 == \"managed\" { managed = $2 } \
+                 movable && $1 $2 == \"pagesfree\" { free = $3 } \
+                 END { print managed - free }' /proc/zoneinfo";
     let used_pages: u64 = guest.answer(zones).parse().expect("a number");
     assert!(
         used_pages * 4 > before_kib,
@@ -375,7 +383,12 @@ fn a_guest_gets_more_memory_while_it_works() {
 fn plug_memory(monitor: &mut Monitor) {
     monitor.execute(
         "object-add",
-        json!({ "qom-type": "memory-backend-memfd", "id": "memory1", "size": 256 << 20, "share": true }),
+        json!({
+            "qom-type": "memory-backend-memfd",
+            "id": "memory1",
+            "size": 256 << 20,
+            "share": true,
+        }),
     );
     monitor.execute(
         "device_add",

@@ -60,7 +60,8 @@ const NOT_LOGGED: &str = "the dirty log of a migration is switched log=off";
 const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n % 256)); \
     seq $n $((n + 16384)) | head -c 16384 >/tmp/text; \
     dd if=/tmp/text of=/dev/vda bs=16k seek=$place oflag=direct conv=notrunc,fsync status=none && \
-    dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
+    dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | \
+    cmp - /tmp/text || echo write $n; \
     echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
 
 /// Reads through the page cache, which it empties before unless `/tmp/keep` exists, and checks the
@@ -68,7 +69,8 @@ const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n %
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
     [ -e /tmp/keep ] || echo 1 >/proc/sys/vm/drop_caches; \
     dd if=/dev/vda of=/dev/null bs=1M skip=16 count=16 status=none; \
-    dd if=/dev/vda bs=1M skip=16 count=16 status=none | sha256sum | cmp - /tmp/sum || echo read $n; \
+    dd if=/dev/vda bs=1M skip=16 count=16 status=none | sha256sum | \
+    cmp - /tmp/sum || echo read $n; \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
 
 const READ_ONCE: &str = "dd if=/dev/vda bs=1M skip=48 count=8 status=none";

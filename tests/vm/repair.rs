@@ -35,15 +35,18 @@ const UNREAD_BYTES: u64 = 16 * MIB;
 const CORRUPT_IN_EACH: u64 = 250;
 
 /// Writes past the guest's page cache, reads back all that it wrote in the last turn, compares.
-const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); place=$((n % 256 + $(cat /tmp/base))); \
+const WRITER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
+    place=$((n % 256 + $(cat /tmp/base))); \
     seq $n $((n + 16384)) | head -c 16384 >/tmp/text; \
     dd if=/tmp/text of=/dev/vda bs=16k seek=$place oflag=direct conv=notrunc,fsync status=none && \
-    dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | cmp - /tmp/text || echo write $n; \
+    dd if=/dev/vda bs=16k skip=$place count=1 iflag=direct status=none | \
+    cmp - /tmp/text || echo write $n; \
     echo $n >/tmp/written; mv /tmp/written /tmp/writes; done; touch /tmp/writer-ended";
 
 /// Reads from the disk, not from the guest's page cache, and checks the sum.
 const READER: &str = "n=0; while [ ! -e /tmp/stop ]; do n=$((n+1)); \
-    dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum | cmp - /tmp/sum || echo read $n; \
+    dd if=/dev/vda bs=1M skip=64 count=16 iflag=direct status=none | sha512sum | \
+    cmp - /tmp/sum || echo read $n; \
     echo $n >/tmp/read; mv /tmp/read /tmp/reads; done; touch /tmp/reader-ended";
 
 #[test]
@@ -125,7 +128,8 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     guest.run_successfully(&format!("echo {base} >/tmp/base_; mv /tmp/base_ /tmp/base"));
     expect_progress(&mut guest);
     guest.run_successfully(
-        "n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do sleep 2; cat /tmp/writes; done",
+        "n=$(cat /tmp/writes); until [ $(cat /tmp/writes) -ge $((n + 256)) ]; do \
+         sleep 2; cat /tmp/writes; done",
     );
     assert_eq!(operator.run(&["scrub"]), 0);
 
