@@ -297,48 +297,50 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
             speed_bytes: arguments.number("speed")?.unwrap_or(0),
         },
         "blockdev-del" => Change::RemoveNode(arguments.text("node-name")?),
-        "blockdev-add" => {
-            let driver = arguments.text("driver")?;
-            let node_name = arguments.text("node-name")?;
-            let filename = arguments.optional_text("filename")?;
-            let file = arguments.take("file").filter(|file| !file.is_null());
-            let path = match (driver.as_str(), filename, file) {
-                ("file" | "host_device", Some(filename), None) => filename,
-                ("raw", None, Some(Value::Object(file))) => {
-                    let mut file = Arguments(file);
-                    let driver = file.text("driver")?;
-                    let filename = file.text("filename")?;
-                    file.end()?;
-                    let opens = ["file", "host_device"].contains(&driver.as_str());
-                    opens.then_some(filename).ok_or(GENERIC)?
-                }
-                _ => return Err(GENERIC),
-            };
-            let path = path.into();
-            Change::AddNode { node_name, path }
-        }
-        "x-blockdev-change" => {
-            let parent = arguments.text("parent")?;
-            let child = arguments.optional_text("child")?;
-            let node = arguments.optional_text("node")?;
-            match (child, node) {
-                _ if parent != DISK => return Err(GENERIC),
-                (None, Some(node)) => Change::AddReplica(node),
-                (Some(child), None) => {
-                    let places = REPLICAS.iter().enumerate();
-                    let mut named =
-                        places.filter(|(place, _)| child == format!("children.{place}"));
-                    Change::RemoveReplica(
-                        named
-                            .next()
-                            .map_or(child.clone(), |(_, name)| (*name).into()),
-                    )
-                }
-                _ => return Err(GENERIC),
-            }
-        }
+        "blockdev-add" => add_node(arguments)?,
+        "x-blockdev-change" => change_replicas(arguments)?,
         _ => return Err(NOT_FOUND),
     })
+}
+
+/// `blockdev-add`, of one driver or of two on top of each other.
+fn add_node(arguments: &mut Arguments) -> Result<Change, &'static str> {
+    let driver = arguments.text("driver")?;
+    let node_name = arguments.text("node-name")?;
+    let filename = arguments.optional_text("filename")?;
+    let file = arguments.take("file").filter(|file| !file.is_null());
+    let path = match (driver.as_str(), filename, file) {
+        ("file" | "host_device", Some(filename), None) => filename,
+        ("raw", None, Some(Value::Object(file))) => {
+            let mut file = Arguments(file);
+            let driver = file.text("driver")?;
+            let filename = file.text("filename")?;
+            file.end()?;
+            let opens = ["file", "host_device"].contains(&driver.as_str());
+            opens.then_some(filename).ok_or(GENERIC)?
+        }
+        _ => return Err(GENERIC),
+    };
+    let path = path.into();
+    Ok(Change::AddNode { node_name, path })
+}
+
+/// `x-blockdev-change`, which adds or removes one replica.
+fn change_replicas(arguments: &mut Arguments) -> Result<Change, &'static str> {
+    let parent = arguments.text("parent")?;
+    let child = arguments.optional_text("child")?;
+    let node = arguments.optional_text("node")?;
+    match (child, node) {
+        _ if parent != DISK => Err(GENERIC),
+        (None, Some(node)) => Ok(Change::AddReplica(node)),
+        (Some(child), None) => {
+            let mut places = REPLICAS.iter().enumerate();
+            let named = places.find(|(place, _)| child == format!("children.{place}"));
+            let name = named.map(|(_, name)| (*name).into());
+            Ok(Change::RemoveReplica(name.unwrap_or(child)))
+        }
+        _ => Err(GENERIC),
+    }
 }
 
 /// The arguments of a command that were not read yet.

@@ -221,7 +221,8 @@ impl Virtqueue {
         if self.is_active() {
             self.state = State::Stopped;
             error!(
-                error:%; "the driver broke a virtqueue, which is not served until it is started again"
+                error:%;
+                "the driver broke a virtqueue, which is not served until it is started again"
             );
         }
     }

@@ -8,8 +8,8 @@
 //! For each queue, in the byte order of the host (`struct QueueRegionSplit` of the specification):
 //!
 //! ```text
-//!   0  features u64   8  version u16   10  desc_num u16   12  last_batch_head u16   14  used_idx u16
-//!  16  for each descriptor:  0  inflight u8, 5 bytes unused   6  next u16   8  counter u64
+//!  0  features u64  8  version u16  10  desc_num u16  12  last_batch_head u16  14  used_idx u16
+//! 16  for each descriptor:  0  inflight u8, 5 bytes unused   6  next u16   8  counter u64
 //! ```
 //!
 //! and zeroes up to a multiple of 64 bytes. In those of the first queue the daemon keeps the cache
