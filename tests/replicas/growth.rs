@@ -47,8 +47,13 @@ impl Setup {
         }
     }
 
+    /// A new frontend. The daemon refuses it while earlier ones, up to the limit, still disconnect.
     fn vmm(&self) -> Vmm {
-        Vmm::start(self.daemon.socket(), &with_back_channel())
+        let mut vmm = Vmm::new(&with_back_channel());
+        let connected = wait_until(HANG_LIMIT, || vmm.connect(self.daemon.socket()).is_ok());
+        assert!(connected, "no connection");
+        vmm.activate().expect("activating the device");
+        vmm
     }
 
     fn resize(&mut self, size: u64) -> Result<Value, String> {
