@@ -48,19 +48,19 @@ mod request;
 mod resync;
 mod scrub;
 mod shared;
+mod slots;
 mod stage;
 mod time;
 mod write;
 
 use std::sync::Arc;
 
-use slab::Slab;
-
 pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, ReadPattern, Tag};
 pub use self::shared::{Counters, ReplicaCounters, Shared, WorkerIndex};
 
 use self::context::{Context, Core};
 use self::request::{Progress, Request, Start};
+use self::slots::{Slot, Slots};
 use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
@@ -70,18 +70,11 @@ use crate::limits::{BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, REQ
 /// The state machine of one worker.
 #[derive(Debug)]
 pub struct Engine {
-    slots: Slab<Slot>,
+    slots: Slots,
     core: Core,
     /// Requests that are not retired.
     active: usize,
     /// Bytes of buffers that these may hold.
-    buffer_bytes: u64,
-}
-
-#[derive(Debug)]
-struct Slot {
-    request: Request,
-    /// Bytes of buffers that the request may hold at a time.
     buffer_bytes: u64,
 }
 
@@ -97,7 +90,7 @@ impl Engine {
         let (block_sectors, timeout) = (policy.block_sectors, policy.replica_timeout);
         shared.configure_jobs(block_sectors, policy.job_sizes, timeout);
         Self {
-            slots: Slab::new(),
+            slots: Slots::default(),
             core: Core::new(worker, policy, shared, pool, clock),
             active: 0,
             buffer_bytes: 0,
@@ -117,10 +110,8 @@ impl Engine {
     /// Whether `request`, which has operations in flight, is a write or a zeroing of the guest.
     #[cfg(any(test, feature = "sim"))]
     pub fn is_guest_write(&self, request: RequestId) -> bool {
-        // A write that begins is not in its slot yet, but it submits nothing before its lock is
-        // granted.
-        let slot = self.slots.get(request.0 as usize);
-        slot.is_some_and(|slot| matches!(slot.request, Request::Write(_)))
+        let mut slots = self.slots.iter();
+        slots.any(|(id, slot)| id == request && matches!(slot.request, Request::Write(_)))
     }
 
     /// Whether every request is retired. Evicted replicas may still have operations.
@@ -160,15 +151,11 @@ impl Engine {
     pub fn self_check(&self) {
         self.core.in_flight.self_check();
         let (mut active, mut buffer_bytes, mut confirmations) = (0, 0, 0);
-        for (
-            key,
-            Slot {
+        for (id, slot) in self.slots.iter() {
+            let Slot {
                 request,
                 buffer_bytes: bytes,
-            },
-        ) in &self.slots
-        {
-            let id = RequestId(u32::try_from(key).expect("slots are bounded"));
+            } = slot;
             let in_flight = self.core.in_flight.of_request(id);
             let waiting = request.operations_waited_for();
             assert!(
@@ -195,8 +182,7 @@ impl Engine {
 
     fn begin(&mut self, start: Start, effects: &mut impl Effects) {
         let buffer_bytes = start.buffer_bytes(self.core.shared.in_service());
-        let entry = self.slots.vacant_entry();
-        let id = RequestId(u32::try_from(entry.key()).expect("slots are bounded"));
+        let id = self.slots.take();
         self.core.in_flight.open(id);
         let mut context = Context {
             id,
@@ -204,10 +190,11 @@ impl Engine {
             effects,
         };
         let request = start.begin(&mut context);
-        entry.insert(Slot {
+        let slot = Slot {
             request,
             buffer_bytes,
-        });
+        };
+        self.slots.fill(id, slot);
         self.active += 1;
         self.buffer_bytes += buffer_bytes;
     }
@@ -219,7 +206,7 @@ impl Engine {
         effects: &mut E,
         input: impl FnOnce(&mut Request, &mut Context<'_, E>) -> Progress,
     ) {
-        let slot = &mut self.slots[id.0 as usize];
+        let slot = self.slots.get_mut(id);
         let mut context = Context {
             id,
             core: &mut self.core,
@@ -234,7 +221,7 @@ impl Engine {
             self.buffer_bytes -= slot.buffer_bytes;
         }
         if self.core.in_flight.of_request(id) == 0 {
-            self.slots.remove(id.0 as usize);
+            self.slots.empty(id);
         }
     }
 

@@ -3,11 +3,12 @@
 
 use std::time::Duration;
 
+use super::Engine;
 use super::context::{Context, Core};
 use super::interface::Effects;
 use super::request::{Progress, Request};
 use super::shared::Counters;
-use super::{Engine, Slot};
+use super::slots::Slot;
 use crate::common::operation::RequestId;
 use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet};
@@ -116,7 +117,7 @@ impl Engine {
         // Each replica once, however many requests wait for it: whether it is needed takes a look
         // at all that is stale.
         let mut seen = ReplicaSet::EMPTY;
-        for (_, slot) in &self.slots {
+        for (_, slot) in self.slots.iter() {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
                 if core.shared.change_health(|health| health.evict(replica)) {
@@ -182,12 +183,11 @@ impl Engine {
         input: impl Fn(&mut Request, &mut Context<'_, E>) -> Progress,
     ) {
         let slots = self.slots.iter();
-        let wanted: Vec<usize> = slots
+        let wanted: Vec<RequestId> = slots
             .filter(|(_, slot)| wanted(&slot.request))
-            .map(|(key, _)| key)
+            .map(|(id, _)| id)
             .collect();
-        for key in wanted {
-            let id = RequestId(u32::try_from(key).expect("slots are bounded"));
+        for id in wanted {
             self.advance(id, effects, &input);
         }
     }
