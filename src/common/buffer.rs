@@ -1,12 +1,12 @@
 //! Private, aligned, pooled buffers for replica I/O.
 //!
-//! A pool may have an *arena*: one run of memory that io_uring is told of once, so that it need not
-//! look the pages of the buffers in it up for each operation. Only short buffers come from there,
-//! as long as it lasts.
+//! A pool may have an *arena*: one run of memory that is registered with io_uring once, so that the
+//! kernel need not look up the pages of its buffers for each operation. Only short buffers come
+//! from there, as long as there are any.
 //!
 //! Invariants: a buffer is initialised memory (zeroed when it is made, whatever was read into it
 //! later), aligned for O_DIRECT on any file, and returns to the pool of the thread that made it
-//! when it is dropped. The arena is as long in place as any buffer of the pool.
+//! when it is dropped. The arena lives as long as any buffer of the pool.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -106,7 +106,7 @@ impl BufferPool {
         Self(Rc::new(RefCell::new(free)))
     }
 
-    /// Where the arena is, if there is one, and how many bytes it has.
+    /// The start of the arena, if there is one, and its length in bytes.
     pub fn arena(&self) -> Option<(NonNull<u8>, usize)> {
         self.0
             .borrow()

@@ -1,4 +1,4 @@
-//! Plain values: what is asked of a replica, and what comes back.
+//! Operations on a replica, and their replies.
 //!
 //! An operation owns its buffer until the reply brings it back, so memory that the kernel may still
 //! touch is never reused, however long a replica takes.
@@ -56,7 +56,7 @@ pub enum Action {
         /// The data must be on stable storage when the reply comes.
         durable: bool,
     },
-    /// Make the range read as zeroes, whatever that takes (W4).
+    /// Make the range read as zeroes, in any way that ensures it (W4).
     Zero {
         /// The sectors.
         range: SectorRange,
@@ -87,7 +87,7 @@ impl Operation {
 }
 
 impl Action {
-    /// What it is to the operator: its kind, and its range, which for a flush is empty.
+    /// The kind and the range that reports name. The range of a flush is empty.
     pub fn describe(&self) -> (OperationType, SectorRange) {
         match self {
             Self::Read { range, .. } => (OperationType::Read, *range),

@@ -1,9 +1,9 @@
 //! A bounded set of sectors, kept as ranges.
 //!
 //! Invariants: the ranges are disjoint, none touches its neighbour, none is empty, and there are at
-//! most [`RANGES_MAX`] of them. Above that the set gets coarser: it may then say of a sector that
-//! it is in the set although nobody put it there, never the other way round. All users of the set
-//! take "in the set" for the careful answer.
+//! most [`RANGES_MAX`] of them. Above that the set gets coarser: it then includes sectors that were
+//! never inserted, and never loses one that was. All users of the set treat "in the set" as the
+//! careful answer.
 
 use std::collections::BTreeMap;
 
@@ -34,7 +34,7 @@ impl RangeSet {
         Self::with_bound(1, end_sector, RANGES_MAX)
     }
 
-    /// An empty set of which so many ranges are kept apart.
+    /// An empty set that keeps at most `ranges_max` ranges apart.
     pub fn bounded(ranges_max: usize) -> Self {
         Self::with_bound(1, u64::MAX, ranges_max)
     }
@@ -49,7 +49,7 @@ impl RangeSet {
         }
     }
 
-    /// The disk ends there now.
+    /// The disk ends at `end_sector` now.
     pub fn grow(&mut self, end_sector: u64) {
         self.end_sector = self.end_sector.max(end_sector);
     }
@@ -164,9 +164,9 @@ impl RangeSet {
         )
     }
 
-    /// Where there are too many ranges, makes the granule as coarse as it takes to be rid of a
-    /// quarter of them. To put everything in anew is dear, so that is done once, however far
-    /// apart the ranges are, and not again before as many have come.
+    /// If there are too many ranges, makes the granule coarse enough to join a quarter of them.
+    /// Rebuilding the set is expensive, so that it happens once, however far apart the ranges are,
+    /// and not again before as many new ones have come.
     fn coarsen_above_bound(&mut self) {
         let count = self.ranges.len();
         if count <= self.ranges_max {

@@ -1,5 +1,5 @@
 //! What the engine reports to the operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD,
-//! and replicas that leave the set and return.
+//! and evictions and rejoins.
 
 use super::operation::OperationType;
 use super::{Errno, ReplicaIndex, SectorRange};
@@ -39,11 +39,11 @@ pub enum Report {
 pub enum Cause {
     /// The operation failed on this replica.
     Error(Errno),
-    /// Its bytes are not those that won the vote.
+    /// Its bytes lost a confirmed vote.
     Corrupt(Evidence),
 }
 
-/// The proof that a replica held a wrong version.
+/// The proof that a replica is corrupt.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Evidence {
     /// The runs of sectors that differ from the winner, at most

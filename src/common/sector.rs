@@ -2,8 +2,8 @@
 
 pub use crate::limits::SECTOR_BYTES;
 
-/// A run of sectors of the voted disk. Never wraps: whoever makes one has checked it against the
-/// capacity.
+/// A run of sectors of the voted disk. It never wraps: what comes from outside is checked
+/// before it becomes a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SectorRange {
     /// The first sector.

@@ -1,20 +1,19 @@
 //! Exclusive locks on ranges of sectors, granted in the order in which they were asked for
 //! (contract W2).
 //!
-//! Whoever wants a range waits for everyone who asked for an overlapping one before, and for nobody
-//! else:
+//! A request waits for every earlier one that asked for an overlapping range, and for no other:
 //!
 //! ```text
 //!   asked 1st  |----A----|                    granted
 //!   asked 2nd        |----B----|              waits for A
-//!   asked 3rd                |----C----|      waits for B, although nobody holds C's sectors yet:
+//!   asked 3rd                |----C----|      waits for B, although C's sectors are free:
 //!   asked 4th  |-D-|                          waits for A            overtaking would reorder B and C
 //! ```
 //!
-//! Each entry counts those it waits for. Entries are kept by the power of two up to which they are
-//! long. All of one such class that can overlap a range start within that length before it, where
-//! few are that do not overlap it: as many ranges as there are may be locked side by side, and a
-//! new one is compared with its neighbours only.
+//! Each entry counts the entries it waits for. Entries are kept in classes, by their length rounded
+//! up to a power of two. All entries of a class that can overlap a range start within that length
+//! before it, and few others do: however many ranges are locked side by side, a new one is compared
+//! with its neighbours only.
 
 use std::collections::BTreeMap;
 
@@ -42,7 +41,7 @@ struct Place {
     ticket: u64,
 }
 
-/// The locks of a disk. `O` is whom to tell when a lock is granted.
+/// The locks of a disk. `O` names the owner of a lock.
 #[derive(Debug)]
 pub(super) struct RangeLocks<O> {
     by_class: [BTreeMap<Place, Entry<O>>; CLASSES],
@@ -98,7 +97,7 @@ impl<O: Copy> RangeLocks<O> {
         (key, waits_for == 0)
     }
 
-    /// Gives a granted lock back. Adds the owners of the locks that this grants to `granted`, in
+    /// Releases a granted lock. Adds the owners of the locks that this grants to `granted`, in
     /// the order in which they asked.
     pub(super) fn release(&mut self, key: LockKey, granted: &mut Vec<O>) {
         let entries = &mut self.by_class[key.class];

@@ -1,10 +1,10 @@
 //! What the worker threads of one disk share: range locks and the health of the replicas.
 //!
-//! The jobs are here too, behind a mutex of their own that no guest request takes. Else there is
-//! one mutex, held for a few map operations by writes, flushes and suspicious reads. A read whose
+//! The jobs have a mutex of their own, which no guest request takes. Locks and health share
+//! another, which writes, flushes and confirmations hold for a few map operations. A read whose
 //! replies agree takes it only while some replica is stale somewhere. What such a read must know is
-//! kept beside the mutex in atomics, which are changed only under it: a read that looks a moment
-//! too early is one that ran concurrently with the change.
+//! in atomics beside the mutex, which change only under it: a read that loads them a moment too
+//! early ran concurrently with the change.
 
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -34,7 +34,7 @@ use crate::quorum::health::{FailureEpoch, Health, NotRemoved};
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerIndex(pub u16);
 
-/// Whom to tell that a lock is granted.
+/// The request that a lock is granted to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Waiter {
     pub(super) worker: WorkerIndex,
@@ -64,12 +64,12 @@ pub struct Shared {
 #[repr(align(64))]
 struct OwnLine(AtomicU64);
 
-/// Totals since the start.
+/// Totals since the start that the engines count.
 #[derive(Debug)]
 pub struct Counters {
     /// Reads repeated under a lock because the replies differed.
     pub suspicions: AtomicU64,
-    /// Suspicions that the repeated read did not bear out: writes were in flight.
+    /// Suspicions that the repeated read did not confirm: writes were in flight.
     pub suspicions_dropped: AtomicU64,
     replicas: Box<[ReplicaCounters]>,
 }
@@ -77,22 +77,22 @@ pub struct Counters {
 /// Totals of one replica.
 #[derive(Debug, Default)]
 pub struct ReplicaCounters {
-    /// Sectors that lost a vote; one that is found again counts again.
+    /// Sectors that lost a confirmed vote; one that is found again counts again.
     pub sectors_corrupt: AtomicU64,
-    /// Of those, rewritten with the winner.
+    /// Sectors repaired.
     pub sectors_repaired: AtomicU64,
-    /// Sectors that could not be written with the winner.
+    /// Sectors whose repair failed.
     pub sectors_not_repaired: AtomicU64,
-    /// Sectors brought up to date that were stale.
+    /// Stale sectors that a resync has written.
     pub sectors_resynced: AtomicU64,
-    /// How often it left the set because it did not answer.
+    /// Evictions.
     pub evictions: AtomicU64,
-    /// How often it came back.
+    /// Rejoins.
     pub rejoins: AtomicU64,
 }
 
 impl ReplicaCounters {
-    /// The place is that of another replica now.
+    /// Another replica has the place now.
     fn reset(&self) {
         let all = [
             &self.sectors_corrupt,
@@ -117,7 +117,7 @@ impl Counters {
         }
     }
 
-    /// Those of one replica.
+    /// The totals of one replica.
     pub fn of(&self, replica: ReplicaIndex) -> &ReplicaCounters {
         &self.replicas[replica.as_usize()]
     }
@@ -175,18 +175,18 @@ impl Shared {
         ReplicaSet::from_bits(self.members.load(Ordering::Acquire))
     }
 
-    /// The replicas that are asked.
+    /// The replicas that operations go to.
     pub fn in_service(&self) -> ReplicaSet {
         ReplicaSet::from_bits(self.in_service.load(Ordering::Acquire))
     }
 
-    /// The replicas that are not asked, and those removed that still have operations.
+    /// The evicted members, and removed replicas whose place is not free.
     pub(super) fn out_of_service(&self) -> ReplicaSet {
         ReplicaSet::from_bits(self.out_of_service.load(Ordering::Acquire))
     }
 
-    /// Makes `replica`, whose place is free, a member: it is written to from now on, and votes on
-    /// what was written to it. To be followed by a tick of every engine.
+    /// Makes `replica`, whose place is free, a member: writes go to it from now on, and it votes on
+    /// what they have written. A tick of every engine must follow.
     pub fn add(&self, replica: ReplicaIndex) {
         self.change_health(|health| {
             health.add(replica);
@@ -194,8 +194,8 @@ impl Shared {
         self.counters.of(replica).reset();
     }
 
-    /// Takes `replica` out of the disk. To be followed by a tick of every engine; its place is free
-    /// when one of them tells so ([`Effects::released`](super::Effects::released)).
+    /// Removes `replica` from the disk. A tick of every engine must follow; its place is free when
+    /// one of them reports so ([`Effects::released`](super::Effects::released)).
     ///
     /// # Errors
     /// If it is needed; then nothing has changed.
@@ -213,7 +213,7 @@ impl Shared {
         Ok(())
     }
 
-    /// The disk has so many sectors now, and every replica holds zeroes in those that are new. To
+    /// The disk grows to `capacity_sectors`, and every replica holds zeroes in the new sectors. To
     /// be called before any request may reach them.
     pub fn grow(&self, capacity_sectors: u64) {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
@@ -221,8 +221,8 @@ impl Shared {
         self.change_health(|health| health.grow(capacity_sectors));
     }
 
-    /// Looks at or changes the jobs, and tells what that has changed. To be followed by a tick of
-    /// the first engine.
+    /// Reads or changes the jobs, and reports what that has changed. A tick of the first engine
+    /// must follow.
     pub fn jobs<R>(
         &self,
         mut tell: impl FnMut(JobEvent),
@@ -230,7 +230,7 @@ impl Shared {
     ) -> R {
         let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
         let result = with(&mut jobs, &self.state().health);
-        // Still locked, so that events come in the order of what they tell.
+        // Still locked, so that events come in the order of the changes.
         for event in jobs.take_events() {
             tell(event);
         }
@@ -251,7 +251,8 @@ impl Shared {
         self.has_jobs.load(Ordering::Acquire)
     }
 
-    /// So many requests has the guest made of `worker`, which alone calls this.
+    /// Publishes the number of requests that the guest has made of `worker`, which alone calls
+    /// this.
     pub(super) fn count_requests(&self, worker: WorkerIndex, requests: u64) {
         self.requests[usize::from(worker.0)]
             .0
@@ -290,15 +291,15 @@ impl Shared {
         }
     }
 
-    /// The ranges in which `replica` is stale, in order. Others have their turn in between, so not
-    /// all of it may be of one moment.
+    /// The ranges in which `replica` is stale, in order. The lock is released now and then, so they
+    /// may not all be of one moment.
     pub fn stale_ranges(&self, replica: ReplicaIndex) -> Vec<SectorRange> {
         const AT_A_TIME: usize = 256;
         let mut ranges: Vec<SectorRange> = Vec::new();
         let mut sector = 0;
         while self.anything_stale() {
             let state = self.state();
-            // It may be gone, or not be there yet.
+            // It may be removed meanwhile.
             if !state.health.members().contains(replica) {
                 break;
             }
@@ -316,12 +317,12 @@ impl Shared {
         ranges
     }
 
-    /// To be kept from the moment a read is handed to replicas, for [`Self::failed_since`].
+    /// The present epoch, which a read keeps from its start for [`Self::failed_since`].
     pub(super) fn failure_epoch(&self) -> FailureEpoch {
         FailureEpoch(self.failure_epoch.load(Ordering::Acquire))
     }
 
-    /// The replicas that have failed a flush or left the set since `began`.
+    /// The replicas that have failed a flush or were evicted since `began`.
     pub(super) fn failed_since(&self, began: FailureEpoch) -> ReplicaSet {
         if self.failure_epoch() == began {
             ReplicaSet::EMPTY
@@ -335,7 +336,7 @@ impl Shared {
         self.state().locks.acquire(range, waiter)
     }
 
-    /// Gives a lock back; adds whoever holds one now to `granted`.
+    /// Releases a lock; adds the requests whose lock this grants to `granted`.
     pub(super) fn unlock(&self, key: LockKey, granted: &mut Vec<Waiter>) {
         self.state().locks.release(key, granted);
     }
@@ -380,7 +381,7 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic in another worker ends the process anyway; do not hide it behind a second one.
+        // A panic in another thread is the first failure: a second one must not hide it.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

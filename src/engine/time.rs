@@ -1,5 +1,5 @@
-//! What an engine does because time passes: replicas that do not answer leave the set (W6), reads
-//! do not wait for slow ones (R7, R9), jobs go on.
+//! What an engine does because time passes: it evicts replicas that do not answer (W6), reads stop
+//! waiting for slow ones (R7, R9), jobs go on.
 
 use std::time::Duration;
 
@@ -16,19 +16,19 @@ use crate::limits::{REPLICAS_MAX, TICK_MICROSECONDS};
 
 const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
-/// How many times what replies usually take a read waits before it asks others or goes for the
+/// A read that has waited for so many times the usual latency asks other replicas, or goes for the
 /// lock.
 const SLOW_FACTOR: u32 = 4;
 
-/// Every so many reads of `read-pattern=threshold` the turn decides who is asked, so that each
-/// replica is checked, also the slowest.
+/// Every so many reads of `read-pattern=threshold` ask the replicas whose turn it is, so that each
+/// replica is checked, even the slowest.
 const TURN_EVERY: usize = 8;
 
-/// The time as the engine knows it, and what it does by it.
+/// How long replicas usually take.
 #[derive(Debug)]
 pub(super) struct Latencies {
     ticked_at: Duration,
-    /// What a reply of each replica usually takes: a moving average.
+    /// The latency of each replica: a moving average.
     usual: [Duration; REPLICAS_MAX],
     /// Counts the reads of `read-pattern=threshold`.
     turn: usize,
@@ -49,7 +49,7 @@ impl Latencies {
         *usual = (*usual * 7 + taken) / 8;
     }
 
-    /// After how long a read looks for a way around whoever has not answered.
+    /// After how long a read stops waiting for a slow replica.
     fn patience(&self, in_service: ReplicaSet) -> Duration {
         let usual = in_service
             .iter()
@@ -194,8 +194,8 @@ impl Engine {
 }
 
 impl Core {
-    /// Of `voters` the `count` that are to be asked first (R9): mostly those from which a reply is
-    /// expected soonest, now and then those whose turn it is.
+    /// The `count` of `voters` to ask first (R9): mostly those whose replies are expected soonest,
+    /// now and then those whose turn it is.
     pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
         self.latencies.turn += 1;
         let turn = self.latencies.turn;

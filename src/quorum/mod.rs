@@ -1,7 +1,7 @@
-//! The vote: pure functions and plain values, no file, clock, thread or guest in sight.
+//! The vote: pure functions and plain values. No file, clock, thread or guest.
 //!
-//! [`vote`] decides what a sector holds, [`tally`] whether a write or a flush succeeded, and
-//! [`health`] which sectors of each replica are stale.
+//! [`vote`](mod@vote) finds the winner of each sector, [`tally`] whether a write or a flush
+//! succeeded, and [`health`] which sectors of each replica are stale.
 
 #![forbid(unsafe_code)]
 

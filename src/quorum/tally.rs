@@ -2,7 +2,7 @@
 
 use crate::common::{ReplicaIndex, ReplicaSet};
 
-/// Who was asked, who has answered, and how. The three sets are disjoint.
+/// The replicas that were asked, by what they have replied. The three sets are disjoint.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Tally {
     waiting: ReplicaSet,
@@ -28,7 +28,7 @@ impl Tally {
         self.waiting = self.waiting.or(asked);
     }
 
-    /// Everyone who was asked.
+    /// All replicas that were asked.
     pub fn asked(&self) -> ReplicaSet {
         self.waiting.or(self.succeeded).or(self.failed)
     }

@@ -1,8 +1,8 @@
 //! The vote per sector (contract R2, R3).
 //!
 //! Called only where replies differ or where some replicas may not vote: equal buffers never come
-//! here. What a sector holds is decided for that sector alone, so that two replicas that are bad in
-//! different places do not make a request fail that each of its sectors could answer.
+//! here. Each sector is decided alone, so that two replicas that are corrupt in different places do
+//! not make a request fail whose sectors all have a winner.
 
 use sha2::{Digest as _, Sha256};
 
@@ -13,7 +13,7 @@ use crate::limits::BAD_SECTOR_RUNS_MAX;
 const SECTOR_LEN: usize = 512;
 const _: () = assert!(SECTOR_LEN as u64 == SECTOR_BYTES);
 
-/// What one replica gave for the range that is voted on.
+/// The reply of one replica for the range that is voted on.
 #[derive(Debug)]
 pub struct Ballot<'a> {
     /// The replica.
@@ -30,7 +30,7 @@ pub enum Rule {
     /// The version with at least this many votes; of two such the one with more, then the one that
     /// the replica listed first holds.
     Threshold(usize),
-    /// The version of the replica listed first (`read-pattern=fifo`): nobody is outvoted.
+    /// The version of the replica listed first (`read-pattern=fifo`): no replica is outvoted.
     FirstListed,
 }
 
@@ -55,7 +55,7 @@ pub struct Dissent {
 }
 
 impl Dissent {
-    /// The proof for the event: bounded, however much is bad.
+    /// The proof for the event: bounded, however much is corrupt.
     pub fn evidence(&self) -> Evidence {
         let listed = self.bad_sectors.len().min(BAD_SECTOR_RUNS_MAX);
         Evidence {
@@ -71,7 +71,8 @@ impl Dissent {
 /// The outcome of a vote.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Verdict {
-    /// Who holds the winner, run by run; together with `undecided` these cover the range.
+    /// A replica that holds the winner, run by run; together with `undecided` these cover the
+    /// range.
     pub winners: Vec<WinningRun>,
     /// The runs of sectors without a winner.
     pub undecided: Vec<SectorRange>,
@@ -90,7 +91,7 @@ pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
     verdict
 }
 
-/// A ballot and the place in its list of stale runs that the vote has come to.
+/// A ballot, and how far the vote has come in its list of stale runs.
 struct Voter<'a> {
     replica: ReplicaIndex,
     bytes: &'a [u8],

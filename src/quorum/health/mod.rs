@@ -6,18 +6,18 @@
 //! later success proves nothing. A stale replica does not vote on the sector until the sector is
 //! written to it again.
 //!
-//! A replica that does not answer *leaves the set*. Whatever it was asked may still happen at any
-//! time, so everything it has not made durable is stale, and it joins again only when every worker
-//! has all of its operations back.
+//! A replica that does not answer is *evicted*. Its operations may still happen at any time, so
+//! everything it has not made durable is stale, and it rejoins only when every worker has seen the
+//! end of all of them.
 //!
 //! Replicas are *members* until they are removed. One that was added is stale everywhere: it takes
 //! part in every write and votes where it has been written to. One that was removed is stale
-//! everywhere too, until no request refers to it; its place is taken by another one only when every
-//! worker has all of its operations back.
+//! everywhere too, until no request refers to it; another replica takes its place only when every
+//! worker has seen the end of all of its operations.
 //!
-//! Invariants: a sector that the guest was told is written is fresh on at least t members, unless a
-//! flush has failed since; at least t replicas are in service, and no replica leaves a sector
-//! behind that only t replicas in service have fresh; there are at least t members, and none is
+//! Invariants: a sector whose write was reported as done is fresh on at least t members, unless a
+//! flush has failed since; at least t replicas are in service, and no replica is evicted that holds
+//! one of the last t fresh copies of a sector in service; there are at least t members, and none is
 //! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
 use std::collections::VecDeque;
@@ -29,7 +29,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::REPLICAS_MAX;
 
-/// Orders the start of an operation against failed flushes and replicas that left the set.
+/// Orders the start of an operation against failed flushes and evictions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct FailureEpoch(pub u64);
 
@@ -54,11 +54,11 @@ pub struct Health {
     in_service: ReplicaSet,
     /// Removed, but some worker still has a request that refers to it, or an operation.
     releasing: ReplicaSet,
-    /// By index; some may be of nobody.
+    /// By index. Some places may be free.
     replicas: Vec<ReplicaHealth>,
-    /// What completed writes changed since the last flush began.
+    /// Changed by writes that have completed since the last flush began.
     written: RangeSet,
-    /// What the writes that have not ended change.
+    /// Changed by writes that have not ended.
     writing: Slab<SectorRange>,
     capacity_sectors: u64,
     epoch: FlushEpoch,
@@ -69,7 +69,7 @@ pub struct Health {
 struct ReplicaHealth {
     stale: RangeSet,
     /// Of what the last flush covers, what this replica is known not to have made durable: what
-    /// was stale when it began, and what has become so since. Newer writes may heal that, but
+    /// was stale when it began, and what has become so since. Newer writes may refresh that, but
     /// not for this flush.
     uncovered: RangeSet,
     /// Has not been written to since this replica was added.
@@ -82,13 +82,13 @@ struct ReplicaHealth {
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
     last_failure: FailureEpoch,
-    /// When it was last found that the failure before it had undone something that ended well
-    /// here: a read that was in flight may have seen that undone, even if it has been written
-    /// again by the time the reply comes.
+    /// When a failure last turned out to have undone a write that had succeeded here: a read in
+    /// flight may have seen the old data, even if it has been written again by the time the reply
+    /// comes.
     last_doubt: FailureEpoch,
-    /// The workers that have every operation of this replica back since it left the set.
+    /// The workers that have had no operation in flight here since the eviction or removal.
     drained_by: u64,
-    /// The workers that have no request any more that refers to this replica since it was removed.
+    /// The workers that have had no request that refers to this replica since its removal.
     forgotten_by: u64,
 }
 
@@ -135,7 +135,7 @@ impl ReplicaHealth {
         self.blank.remove(range);
     }
 
-    /// What is not on stable storage here, although it may be there elsewhere.
+    /// Sectors that are not on stable storage here, although they may be elsewhere.
     fn not_durable_here(&self) -> impl Iterator<Item = &RangeSet> {
         [&self.stale, &self.refreshed, &self.refreshed_before_flush].into_iter()
     }
@@ -144,19 +144,19 @@ impl ReplicaHealth {
 /// Why a replica cannot be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotRemoved {
-    /// It is none of the disk's.
+    /// It is not a replica of the disk.
     #[error("it is no replica of this disk")]
     NoMember,
-    /// Fewer than t would be left.
+    /// Fewer than t replicas would remain.
     #[error("fewer replicas than the vote threshold would be left")]
     TooFew,
-    /// Others do not answer, and so fewer than t would be left in service.
+    /// Other replicas are evicted, so that fewer than t would remain in service.
     #[error("fewer replicas than the vote threshold would be left in service")]
     TooFewInService,
-    /// Some sector is up to date on so few others that it would be lost.
+    /// Too few other replicas hold some sector up to date.
     #[error("there are sectors that too few other replicas hold up to date")]
     LastCopies,
-    /// Some sector is on stable storage on so few others that it would be lost if they crashed now.
+    /// Too few other replicas have some sector on stable storage: a crash would lose it.
     #[error("there are sectors that too few other replicas have on stable storage")]
     LastDurableCopies,
 }
@@ -190,12 +190,12 @@ impl Health {
         self.members
     }
 
-    /// The replicas that are asked.
+    /// The members that operations go to.
     pub fn in_service(&self) -> ReplicaSet {
         self.in_service
     }
 
-    /// The replicas that are not asked, and those removed whose operations are not all back.
+    /// The evicted members, and the removed replicas that still have operations or requests.
     pub fn out_of_service(&self) -> ReplicaSet {
         self.members.or(self.releasing).without(self.in_service)
     }
@@ -205,8 +205,8 @@ impl Health {
         self.capacity_sectors
     }
 
-    /// The disk has so many sectors now. All members, whatever state they are in, hold zeroes in
-    /// those that are new, and so none is stale there.
+    /// The disk grows to `capacity_sectors`. All members, whatever their state, hold zeroes in the
+    /// new sectors, so that none is stale there.
     pub fn grow(&mut self, capacity_sectors: u64) {
         assert!(
             capacity_sectors >= self.capacity_sectors,
@@ -231,7 +231,7 @@ impl Health {
         }
         let mut state = ReplicaHealth::new(capacity_sectors);
         state.stale.insert(SectorRange::new(0, capacity_sectors));
-        // A flush that is under way was not asked of it.
+        // A flush in flight does not cover it.
         state.uncovered.clone_from(&state.stale);
         state.blank.clone_from(&state.stale);
         self.replicas[replica.as_usize()] = state;
@@ -240,8 +240,8 @@ impl Health {
         self.check_sets();
     }
 
-    /// Takes `replica`, a member that nobody needs, out of the disk. Its place is free when every
-    /// worker has let go of it.
+    /// Removes `replica`, a member that is not needed, from the disk. Its place is free when every
+    /// worker has released it.
     pub fn remove(&mut self, replica: ReplicaIndex) {
         assert!(self.members.contains(replica), "not a member");
         self.members.remove(replica);
@@ -249,7 +249,7 @@ impl Health {
         self.releasing.insert(replica);
         self.failure_epoch.0 += 1;
         let mut state = ReplicaHealth::new(self.capacity_sectors);
-        // What it has answered before does not count any more.
+        // Its earlier replies do not count any more.
         state
             .stale
             .insert(SectorRange::new(0, self.capacity_sectors));
@@ -258,7 +258,7 @@ impl Health {
         self.check_sets();
     }
 
-    /// Whether the disk can do without `replica`.
+    /// Checks that `replica` can be removed.
     ///
     /// # Errors
     /// Why it cannot.
@@ -274,9 +274,8 @@ impl Health {
         if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
             return Err(NotRemoved::TooFewInService);
         }
-        // It may be good where it is stale: who failed a flush has perhaps lost nothing. Where too
-        // few others are known to be good it has to stay, unless it is known to hold
-        // nothing.
+        // It may be good where it is stale: a failed flush has perhaps lost nothing. Where too few
+        // others are known to be good it has to stay, unless it is known to hold nothing.
         let lost = |without: ReplicaSet| {
             !without.contains(replica) && others.without(without).len() < self.threshold
         };
@@ -313,7 +312,7 @@ impl Health {
         }
         let forgotten = state.forgotten_by == self.workers;
         if forgotten {
-            // Nobody can take it for a voter any more.
+            // No request can count it as a voter any more.
             state.stale = RangeSet::below(self.capacity_sectors);
         }
         let free = forgotten && state.drained_by == self.workers;
@@ -324,9 +323,8 @@ impl Health {
         free
     }
 
-    /// Takes a replica that does not answer out of the set. `false` if it is out already, or if
-    /// that would leave fewer than t, in all or in some sector: then there is nobody to do
-    /// without it.
+    /// Evicts a replica that does not answer. `false` if it is evicted already, or if fewer than t
+    /// replicas would remain, in all or in some sector: then the disk has to wait for it.
     pub fn evict(&mut self, replica: ReplicaIndex) -> bool {
         if !self.in_service.contains(replica) || self.is_needed(replica) {
             return false;
@@ -338,8 +336,8 @@ impl Health {
         true
     }
 
-    /// A worker has every operation of a replica that left the set back. `true` if that was the
-    /// last one and the replica is in service again; what it missed is stale.
+    /// A worker has no operation in flight on an evicted replica. `true` if it was the last such
+    /// worker and the replica is in service again; what it missed is stale.
     pub fn rejoin(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
         if self.in_service.contains(replica) || !self.members.contains(replica) {
             return false;
@@ -359,8 +357,7 @@ impl Health {
         self.replicas.iter().any(|r| !r.stale.is_empty())
     }
 
-    /// The replicas that are stale anywhere, those included that were removed and are not
-    /// forgotten.
+    /// The replicas that are stale anywhere, removed ones included that requests still refer to.
     pub fn stale(&self) -> ReplicaSet {
         self.known()
             .iter()
@@ -394,8 +391,8 @@ impl Health {
         stale.map(|range| range.count).sum()
     }
 
-    /// The replicas that have failed a flush or left the set since `began`, or of which it was
-    /// found since what that has undone.
+    /// The replicas that have failed a flush or were evicted since `began`, or a failure of which
+    /// turned out since then to have undone a write.
     pub fn failed_since(&self, began: FailureEpoch) -> ReplicaSet {
         self.known()
             .iter()
@@ -406,13 +403,13 @@ impl Health {
             .collect()
     }
 
-    /// To be kept from the moment an operation that changes sectors is handed to the replicas until
-    /// it has ended.
+    /// The present epoch. An operation that changes sectors keeps it from the moment it goes to the
+    /// replicas until it ends.
     pub fn failure_epoch(&self) -> FailureEpoch {
         self.failure_epoch
     }
 
-    /// A write of `range` is handed to the replicas; to be followed by [`Self::write_ended`].
+    /// A write of `range` goes to the replicas. [`Self::write_ended`] must follow.
     pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
         WriteBegun {
             failure_epoch: self.failure_epoch,
@@ -420,14 +417,13 @@ impl Health {
         }
     }
 
-    /// A write has ended: it was done by `succeeded`, of those who were `asked`. `success`: the
-    /// guest will be told so. `durable`: it went to stable storage by itself.
+    /// A write has ended.
     ///
     /// A write that failed leaves old or new bytes on the replicas that failed it, and the vote
     /// decides which (W7): none of them becomes stale. A replica that was not asked, was evicted or
     /// failed a flush while the write ran is stale in any case.
     ///
-    /// `true` if with this a replica is stale that was stale nowhere.
+    /// `true` if a replica is stale now that was stale nowhere before.
     pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
         let WriteBegun {
             failure_epoch: began,
@@ -473,13 +469,13 @@ impl Health {
             state.last_doubt = self.failure_epoch;
         } else {
             state.mark_fresh(range, true);
-            // It was perhaps not stale, but wrong.
+            // It was perhaps not stale, but corrupt.
             state.refreshed.insert(range);
         }
         self.written.insert(range);
     }
 
-    /// Sectors of one replica may be changed by an operation that nobody waits for any more.
+    /// An orphaned operation may still change sectors of one replica.
     pub fn mark_stale(&mut self, replica: ReplicaIndex, range: SectorRange) {
         if self.members.contains(replica) {
             self.replicas[replica.as_usize()].stale.insert(range);
@@ -530,9 +526,9 @@ impl Health {
         }
     }
 
-    /// `replica` has failed to make a write durable by itself. The kernel tells of a page that it
-    /// could not write back once, to a flush or to such a write: this may have been about what
-    /// was written before. `true` if there was anything.
+    /// `replica` has failed a durable write. The kernel reports a page that it could not write back
+    /// once, to a flush or to such a write: this may have been about earlier writes. `true` if
+    /// there are any that are not durable.
     pub fn failed_to_persist(&mut self, replica: ReplicaIndex) -> bool {
         let unconfirmed = &self.replicas[replica.as_usize()].unconfirmed;
         let anything = !self.written.is_empty() || !unconfirmed.is_empty();
@@ -542,8 +538,8 @@ impl Health {
         anything
     }
 
-    /// What `replica` wrote since its last good flush may be lost, and so may be what it is writing
-    /// now: others may have read that from it already, and must not read what was there before.
+    /// What `replica` wrote since its last successful flush may be lost, and so may be what it is
+    /// writing now: a guest may have read that from it already and must not read the old data.
     fn not_durable(&mut self, replica: ReplicaIndex) {
         self.failure_epoch.0 += 1;
         let state = &mut self.replicas[replica.as_usize()];
@@ -558,9 +554,9 @@ impl Health {
         }
     }
 
-    /// Whether every sector is fresh on at least t members, and was when the last flush began.
-    /// Asked after all replies to it are in, when that is what is durable. One flush runs at a
-    /// time.
+    /// Whether every sector is fresh on at least t members, and was when the last flush began. Once
+    /// all replies to that flush are in, the fresh sectors are the durable ones. One flush runs at
+    /// a time.
     pub fn fresh_on_threshold(&self) -> bool {
         let sets = self.members.iter().flat_map(|member| {
             let state = &self.replicas[member.as_usize()];
@@ -638,7 +634,7 @@ impl Health {
             })
     }
 
-    /// The members, and those that were removed and are not forgotten.
+    /// The members, and the removed replicas whose place is not free.
     fn known(&self) -> ReplicaSet {
         self.members.or(self.releasing)
     }
@@ -686,13 +682,13 @@ fn every_sector<'a>(
 /// How a write ended.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteEnd {
-    /// The replicas it was handed to.
+    /// The replicas it went to.
     pub asked: ReplicaSet,
-    /// Those of them that did it.
+    /// Those of them that succeeded.
     pub succeeded: ReplicaSet,
-    /// What [`Health::write_begins`] has returned.
+    /// As returned by [`Health::write_begins`].
     pub begun: WriteBegun,
-    /// The guest is told that it is written.
+    /// There is a quorum: the guest gets success.
     pub success: bool,
     /// It went to stable storage by itself.
     pub durable: bool,
