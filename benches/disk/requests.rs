@@ -36,8 +36,8 @@ pub struct Requests {
     len: u64,
     /// The first slot of this queue, and the number of slots of all queues.
     slots: (u64, u64),
-    /// For sequential requests: the first block of this queue's part, the number of its blocks, and
-    /// the next block.
+    /// For sequential requests: the first block of this queue's part, the number of its blocks,
+    /// and the next block.
     part: (u64, u64),
     next: u64,
     /// Slots that have written and not flushed since.

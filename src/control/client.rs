@@ -2,8 +2,8 @@
 //! it has negotiated.
 //!
 //! Invariants: the server reads from a client only while the client has read everything and none of
-//! its commands runs, so the memory that it can use is bounded; a client that has closed its writing
-//! side still gets its replies.
+//! its commands runs, so the memory that it can use is bounded; a client that has closed its
+//! writing side still gets its replies.
 
 use std::io::{self, ErrorKind};
 use std::os::fd::{AsRawFd, RawFd};

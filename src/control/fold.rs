@@ -1,13 +1,13 @@
 //! Folding: a flood of similar events becomes a few events with exact counts. Pure; the time is
 //! passed in.
 //!
-//! The first event of a kind opens a window. Up to `burst` events of a window are sent one by one. Of
-//! the others only the last is sent, when the window ends; its `suppressed` counts the rest.
+//! The first event of a kind opens a window. Up to `burst` events of a window are sent one by one.
+//! Of the others only the last is sent, when the window ends; its `suppressed` counts the rest.
 //!
 //! Invariants:
 //! - Exact: every pushed event is either taken or still here, alone or counted in a `suppressed`.
-//! - Bounded, even if nothing is taken: at most `ready_max` events are ready, and at most `kinds_max`
-//!   windows are open for errors, with a few for each replica and operation beside.
+//! - Bounded, even if nothing is taken: at most `ready_max` events are ready, and at most
+//!   `kinds_max` windows are open for errors, with a few for each replica and operation beside.
 //! - Events of one kind are taken in the order in which they were pushed.
 
 use std::collections::HashMap;
@@ -369,7 +369,8 @@ mod tests {
                 now += if step < 40 { 0 } else { step };
                 pushed.entry(errno).or_default().push(now);
                 fold.push(ms(now), event(errno, serial));
-                // The taker is woken for the first event and when a window ends; more often does no harm.
+                // The taker is woken for the first event and when a window ends; more often does
+                // no harm.
                 if take || fold.ready.len() >= LIMITS.ready_max / 2 {
                     sort(fold.take(ms(now)).0);
                 }

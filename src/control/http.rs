@@ -163,7 +163,8 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
         ""
     };
     let head = format!(
-        "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n{allow}Connection: close\r\n\r\n",
+        "HTTP/1.1 {status}\r\nContent-Type: {content_type}\r\nContent-Length: {}\r\n\
+         {allow}Connection: close\r\n\r\n",
         body.len()
     );
     let sent = if parsed.method == Some("HEAD") {
@@ -260,7 +261,9 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_bytes_have_an_answer_or_need_more(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
+        fn any_bytes_have_an_answer_or_need_more(
+            bytes in prop::collection::vec(any::<u8>(), 0..200),
+        ) {
             if let Some(status) = status_of(&bytes) {
                 prop_assert!(status.starts_with("HTTP/1.1 4"), "{}", status);
             }

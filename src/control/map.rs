@@ -1,12 +1,11 @@
-//! Where on the disk which replica was bad: a map of bounded size, made from all that is reported,
-//! before floods are folded. Pure.
+//! Where on the disk each replica had errors or corrupt sectors: a map of bounded size, made from
+//! all reports before floods are folded. Pure.
 //!
-//! The disk is cut into at most [`MAP_BUCKETS`] buckets, and what was found in each is counted.
-//! Beside that it is remembered to the sector, as far as there is room, what was *damaged* when it
-//! was last looked at: it lost a vote, or had no winner, and has not been mended since. A guest may
-//! have written over it, or a disk may have misread it once: whether it is still damaged is found
-//! out by the next scrub, which sees everything. What a scrub has not found again is forgotten when
-//! it ends.
+//! The disk is divided into at most [`MAP_BUCKETS`] buckets, with counts for each. The map also
+//! records, to the sector as far as there is room, which sectors are *unresolved*: they lost their
+//! last vote, or were undecided, and have not been repaired since. A guest may have overwritten
+//! them, or a disk may have misread them once, so the next scrub, which reads everything, decides:
+//! when it ends, unresolved sectors that it did not find again are forgotten.
 //!
 //! Invariants:
 //! - A row takes memory from its first report on, and never more than its buckets and
@@ -55,7 +54,7 @@ pub(super) struct Bucket {
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     pub(super) buckets: Box<[Bucket]>,
-    /// Was damaged when it was last looked at.
+    /// Lost the last vote, or was undecided.
     pub(super) unresolved: RangeSet,
     /// Of that, what was found or found again since the scrub began that is under way.
     found_again: RangeSet,
@@ -107,7 +106,7 @@ impl DiskMap {
         }
     }
 
-    /// Takes in what is told to the operator.
+    /// Takes in a notice for the operator.
     pub(super) fn record(&mut self, notice: &Notice) {
         match notice {
             Notice::Job(event) => self.job_changed(event),
@@ -168,7 +167,7 @@ impl DiskMap {
         sectors(self.rows[replica.as_usize()].as_deref())
     }
 
-    /// In how many sectors reads failed that nobody has scrubbed since.
+    /// The number of sectors that reads found undecided and no scrub has read since.
     pub(super) fn undecided_sectors(&self) -> u64 {
         sectors(self.rows[DISK].as_deref())
     }
@@ -322,7 +321,7 @@ mod tests {
                 (4, bucket(11, 0, 0))
             ]
         );
-        assert_eq!(map.corrupt_sectors(REPLICA), 2, "one is mended");
+        assert_eq!(map.corrupt_sectors(REPLICA), 2, "one is repaired");
         assert!(map.view(None).is_none() && map.view(Some(ReplicaIndex(0))).is_none());
         map.forget(REPLICA);
         assert_eq!(map.corrupt_sectors(REPLICA), 0);
@@ -340,14 +339,14 @@ mod tests {
     }
 
     #[test]
-    fn a_scrub_settles_what_mark_unresolved() {
+    fn a_scrub_settles_what_is_unresolved() {
         let mut map = DiskMap::new();
-        let damage = |sector| wrong(&[range(sector, 1)], 1);
-        map.record(&damage(1));
-        map.record(&damage(5));
+        let corruption = |sector| wrong(&[range(sector, 1)], 1);
+        map.record(&corruption(1));
+        map.record(&corruption(5));
         map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
-        map.record(&damage(5));
-        map.record(&damage(9));
+        map.record(&corruption(5));
+        map.record(&corruption(9));
         // Another one has not seen everything since it began.
         map.record(&scrub("job2", JobChange::Status, JobStatus::Created, None));
         map.record(&scrub(
@@ -394,7 +393,8 @@ mod tests {
     proptest! {
         #[test]
         fn buckets_grow_with_the_disk_and_lose_nothing(
-            found in prop::collection::vec((0_u64..1 << 40, 1_u64..4096), 1..50), capacity in 1_u64..1 << 42
+            found in prop::collection::vec((0_u64..1 << 40, 1_u64..4096), 1..50),
+            capacity in 1_u64..1 << 42,
         ) {
             let mut map = DiskMap::new();
             for (start, count) in &found {
@@ -407,7 +407,8 @@ mod tests {
                 expected[usize::try_from(sector / size).unwrap()] += 1;
             }
             let row = map.view(Some(REPLICA)).unwrap();
-            let counted: Vec<u64> = row.buckets.iter().map(|bucket| bucket.corrupt_sectors_found).collect();
+            let buckets = row.buckets.iter();
+            let counted: Vec<u64> = buckets.map(|bucket| bucket.corrupt_sectors_found).collect();
             prop_assert_eq!(counted, expected);
         }
     }

@@ -335,8 +335,14 @@ mod tests {
             .unwrap()
         };
         let bucket = |offset: u64, errors: u64, stale: u64| {
-            json!({ "offset": offset, "corrupt-sectors-found": 0, "repaired-sectors": 0, "errors": errors,
-                    "corrupt-sectors": 0, "stale-sectors": stale })
+            json!({
+                "offset": offset,
+                "corrupt-sectors-found": 0,
+                "repaired-sectors": 0,
+                "errors": errors,
+                "corrupt-sectors": 0,
+                "stale-sectors": stale,
+            })
         };
         let fine = map(1024);
         assert_eq!(fine["bucket-bytes"], 1 << 20);

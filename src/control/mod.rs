@@ -1,8 +1,8 @@
 //! The operator's side: commands in, events and state out.
 //!
 //! - [`queue`] takes events from any thread and folds floods (`fold`); [`events`] formats them.
-//! - [`publisher`] sends them to the readers of the event socket, the clients of the monitor and the
-//!   log. The commands of those clients ([`qmp`]) call the [`Operator`].
+//! - [`publisher`] sends them to the readers of the event socket, the clients of the monitor and
+//!   the log. The commands of those clients ([`qmp`]) call the [`Operator`].
 //! - [`state`] is the disk as operators see it, and [`map_state`] the map of findings (`map`).
 //!   [`metrics`] formats the state for Prometheus, and [`http`] serves it.
 //! - [`socket`] creates the UNIX sockets that the daemon listens on.

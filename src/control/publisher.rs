@@ -1,5 +1,5 @@
-//! The thread that serves operators: it sends events to the readers of `--events`, to the clients of
-//! the monitor (`--qmp`) and to the log, and passes on the commands of those clients.
+//! The thread that serves operators: it sends events to the readers of `--events`, to the clients
+//! of the monitor (`--qmp`) and to the log, and passes on the commands of those clients.
 //!
 //! Invariants:
 //! - It waits in one place, for everything at once, and never for a single client.

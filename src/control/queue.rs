@@ -1,8 +1,8 @@
 //! The queue of events, from the threads that serve the guest to the publisher.
 //!
 //! Invariants:
-//! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during a
-//!   system call, and writes at most one eventfd, which does not block.
+//! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during
+//!   a system call, and writes at most one eventfd, which does not block.
 //! - The map of findings has a lock of its own, which is held as shortly.
 //! - Events that are not taken stay bounded: they are folded (`fold`) and remain counted.
 
@@ -85,7 +85,8 @@ impl EventQueue {
         }
     }
 
-    /// Records in the map that corrupt sectors of a replica were repaired. There is no event for it.
+    /// Records in the map that corrupt sectors of a replica were repaired. There is no event for
+    /// it.
     pub fn repaired(&self, replica: ReplicaIndex, range: SectorRange) {
         self.map().repaired(replica, range);
     }

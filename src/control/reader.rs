@@ -2,10 +2,11 @@
 //!
 //! Invariants:
 //! - No call blocks: the stream is non-blocking.
-//! - The backlog holds whole lines, except for the part of the first one that is written. Events fill
-//!   it up to [`EVENT_READER_BACKLOG_BYTES`]; an event that does not fit is counted as missed, not
-//!   cut. A reply always fits: a client gets the next one only after it has read the last.
-//! - While events are missed no line enters the backlog, so QUORUM_EVENTS_MISSED is where the gap is.
+//! - The backlog holds whole lines, except for the part of the first one that is written. Events
+//!   fill it up to [`EVENT_READER_BACKLOG_BYTES`]; an event that does not fit is counted as missed,
+//!   not cut. A reply always fits: a client gets the next one only after it has read the last.
+//! - While events are missed no line enters the backlog, so QUORUM_EVENTS_MISSED is where the gap
+//!   is.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};

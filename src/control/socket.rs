@@ -30,13 +30,19 @@ const BACKLOG: i32 = 128;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     /// Another process listens on it.
-    #[error("{}: another process listens on this socket; stop it or choose another path", Quoted(.0))]
+    #[error(
+        "{}: another process listens on this socket; stop it or choose another path",
+        Quoted(.0)
+    )]
     InUse(PathBuf),
     /// The name is that of another kind of file.
     #[error("{}: exists and is not a socket; remove it or choose another path", Quoted(.0))]
     NotASocket(PathBuf),
     /// The kernel does not accept the name.
-    #[error("{}: too long for the path of a socket (at most {SOCKET_PATH_BYTES_MAX} bytes)", Quoted(.0))]
+    #[error(
+        "{}: too long for the path of a socket (at most {SOCKET_PATH_BYTES_MAX} bytes)",
+        Quoted(.0)
+    )]
     TooLong(PathBuf),
     /// The system returned an error.
     #[error("{}: cannot {action}: {}", Quoted(.path), Reason(.source))]
@@ -240,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_whose_queue_is_full_is_alive_and_nobody_waits_for_it() {
+    fn a_listener_whose_queue_is_full_is_alive_and_not_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _live = bind_unix_listener(&path).unwrap();

@@ -1,5 +1,5 @@
-//! The state of a disk for operators: plain values, as `query-quorum` returns them. QEMU's queries and
-//! the metrics are computed from the same values.
+//! The state of a disk for operators: plain values, as `query-quorum` returns them. QEMU's queries
+//! and the metrics are computed from the same values.
 
 use serde::{Serialize, Serializer};
 

@@ -1,4 +1,5 @@
-//! An eventfd: other threads signal it, and a thread that waits for several things waits for it too.
+//! An eventfd: other threads signal it, and a thread that waits for several things waits for it
+//! too.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};

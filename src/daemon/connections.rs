@@ -30,8 +30,9 @@ impl FrontendListener {
         Ok(Self(listener))
     }
 
-    /// Waits for a connection; `None` when `stop` is signalled. Other processes may use an inherited
-    /// socket too, so its state is left alone, and one of them may accept the connection first.
+    /// Waits for a connection; `None` when `stop` is signalled. Other processes may use an
+    /// inherited socket too, so its state is left alone, and one of them may accept the
+    /// connection first.
     fn accept(&self, stop: &Wake) -> io::Result<Option<UnixStream>> {
         let mut polls = [
             PollFd::new(self.0.socket(), PollFlags::IN),
@@ -197,7 +198,8 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
             let slot = match slots.take(&connection) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
-                    warn!(connections = CONNECTIONS_MAX; "frontend turned away: too many connections");
+                    let connections = CONNECTIONS_MAX;
+                    warn!(connections; "frontend turned away: too many connections");
                     continue;
                 }
                 Err(error) => {

@@ -37,7 +37,11 @@ pub enum Error {
         .0.fd, Quoted(&.0.name))]
     PassedNoListener(PassedSocket),
     /// Direct I/O on a replica needs a larger alignment of memory than that of the buffers.
-    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported; use --cache writeback", Quoted(.path))]
+    #[error(
+        "{} needs buffers aligned to {alignment_bytes} bytes, more than is supported; \
+         use --cache writeback",
+        Quoted(.path)
+    )]
     Alignment {
         /// The replica.
         path: PathBuf,
@@ -59,7 +63,11 @@ pub enum Error {
     #[error("{0}")]
     Broken(String),
     /// The last flush failed.
-    #[error("{}: the last flush failed, and its last writes may be lost: {}", Quoted(.path), Reason(.source))]
+    #[error(
+        "{}: the last flush failed, and its last writes may be lost: {}",
+        Quoted(.path),
+        Reason(.source)
+    )]
     LastFlush {
         /// The replica.
         path: PathBuf,

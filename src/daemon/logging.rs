@@ -39,8 +39,8 @@ const JOURNAL_VARIABLE: &str = "JOURNAL_STREAM";
 )]
 pub struct UnknownLevel(String);
 
-/// Starts to log what happens to the disk `disk`, and has a panic end the process. Without [`LEVEL_VARIABLE`] `verbosity`, how often
-/// `-v` was given, decides what is logged.
+/// Starts to log what happens to the disk `disk`, and has a panic end the process. Without
+/// [`LEVEL_VARIABLE`] `verbosity`, how often `-v` was given, decides what is logged.
 ///
 /// # Errors
 /// If [`LEVEL_VARIABLE`] is set and does not hold levels.

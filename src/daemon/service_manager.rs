@@ -1,6 +1,6 @@
 //! The protocols of systemd and other service managers: sockets that the service manager passes
-//! (sd_listen_fds(3)), and notifications of the state of the daemon (sd_notify(3)). Without a service
-//! manager there are neither.
+//! (sd_listen_fds(3)), and notifications of the state of the daemon (sd_notify(3)). Without a
+//! service manager there are neither.
 
 #![forbid(unsafe_code)]
 
@@ -14,7 +14,10 @@ use crate::config::PassedSocket;
 
 /// The variables of the service manager contradict each other.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot use the sockets of the service manager (LISTEN_FDS, LISTEN_FDNAMES): {}", Reason(.0))]
+#[error(
+    "cannot use the sockets of the service manager (LISTEN_FDS, LISTEN_FDNAMES): {}",
+    Reason(.0)
+)]
 pub struct PassedError(#[from] io::Error);
 
 /// The sockets that the service manager passed to this process; children do not inherit them.

@@ -96,8 +96,8 @@ pub struct Request {
     pub data: Segments,
     /// The ranges to zero.
     pub zeroes: Vec<Zeroed>,
-    /// The address of the status byte; `None` if the driver left no room for one. Then the chain is
-    /// completed without a status.
+    /// The address of the status byte; `None` if the driver left no room for one. Then the chain
+    /// is completed without a status.
     status: Option<GuestAddress>,
     /// Device-writable bytes before the status byte, whatever the driver wants with them.
     before_status: u64,

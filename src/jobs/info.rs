@@ -147,8 +147,8 @@ pub enum JobFailure {
     /// The data it wrote is not durable.
     #[error("the data it wrote could not be flushed")]
     NotFlushed,
-    /// What was bad could not be written everywhere.
-    #[error("{sectors} bad sectors could not be written")]
+    /// Corrupt sectors could not be written everywhere.
+    #[error("{sectors} corrupt sectors could not be written")]
     NotRepaired {
         /// Their number.
         sectors: u64,

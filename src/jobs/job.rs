@@ -1,7 +1,7 @@
 //! One job: what is left to do, its chunks in flight, and its results.
 //!
-//! Invariants: the status changes only along the arrows of the [room](super); a chunk in flight ends
-//! once; a scrub has processed no more than its range.
+//! Invariants: the status changes only along the arrows of the [room](super); a chunk in flight
+//! ends once; a scrub has processed no more than its range.
 
 use std::time::Duration;
 
@@ -28,8 +28,9 @@ pub(super) struct Job {
     not_before: Duration,
     in_flight: Vec<InFlight>,
     done_sectors: u64,
-    /// It flushes before it ends, because an operator requested it. A job that started by itself does
-    /// not: its writes become durable with the next flush of the guest, like the guest's writes.
+    /// It flushes before it ends, because an operator requested it. A job that started by itself
+    /// does not: its writes become durable with the next flush of the guest, like the guest's
+    /// writes.
     persists: bool,
     /// It has written since its last flush, and flushes before it ends.
     needs_flush: bool,

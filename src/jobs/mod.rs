@@ -2,9 +2,9 @@
 //! (*scrub*).
 //!
 //! Sans-IO like the engine. [`Jobs::next`] returns the next chunk of work, which the engine of one
-//! worker runs like a guest request; [`Jobs::ended`] takes its result. This room decides what is due
-//! (`job`) and how fast that goes (`pace`). It knows replicas only through [`Health`], and the guest
-//! only as a number of requests.
+//! worker runs like a guest request; [`Jobs::ended`] takes its result. This room decides what is
+//! due (`job`) and how fast that goes (`pace`). It knows replicas only through [`Health`], and the
+//! guest only as a number of requests.
 //!
 //! ```text
 //! created ─► running ◄─► paused                     each change of the status is an event
@@ -18,8 +18,8 @@
 //! A resync of a stale replica starts by itself, unless the last one was cancelled.
 //!
 //! Invariants: a replica has at most one resync; a running job without chunks in flight waits for a
-//! time that [`Jobs::next`] has returned, or for an evicted replica, which rejoins; the status changes
-//! only along the arrows.
+//! time that [`Jobs::next`] has returned, or for an evicted replica, which rejoins; the status
+//! changes only along the arrows.
 
 #![forbid(unsafe_code)]
 
@@ -111,8 +111,8 @@ impl Jobs {
         }
     }
 
-    /// Sets the unit in which the replicas can be written, the sizes of the work, and the first delay
-    /// before a failed resync starts again.
+    /// Sets the unit in which the replicas can be written, the sizes of the work, and the first
+    /// delay before a failed resync starts again.
     pub fn configure(&mut self, block_sectors: u64, sizes: Sizes, retry_after: Duration) {
         assert!(block_sectors > 0 && sizes.chunk_sectors >= block_sectors);
         self.block_sectors = block_sectors;
@@ -212,8 +212,8 @@ impl Jobs {
         Ok(())
     }
 
-    /// Cancels a job: it ends when its chunks in flight have ended. The replica of a cancelled resync
-    /// stays stale where it was not written to, until another resync is requested.
+    /// Cancels a job: it ends when its chunks in flight have ended. The replica of a cancelled
+    /// resync stays stale where it was not written to, until another resync is requested.
     ///
     /// # Errors
     /// If there is no such job.
@@ -257,7 +257,8 @@ impl Jobs {
         self.sizes.neighbourhood_sectors > 0 && self.neighbourhood.add(range)
     }
 
-    /// The next chunk of work, or when there may be one. `guest` counts the guest's requests so far.
+    /// The next chunk of work, or when there may be one. `guest` counts the guest's requests so
+    /// far.
     pub fn next(&mut self, now: Duration, guest: GuestRequests, health: &Health) -> Next {
         self.pace.observe(now, guest);
         self.start_due(now, health);
@@ -366,7 +367,8 @@ impl Jobs {
         }
     }
 
-    /// Scrubs the surroundings of `corrupt`, in the job that scrubs others already, if there is one.
+    /// Scrubs the surroundings of `corrupt`, in the job that scrubs others already, if there is
+    /// one.
     fn scrub_around(&mut self, corrupt: SectorRange, health: &Health) {
         let reach_sectors = self.sizes.neighbourhood_sectors;
         let around = self

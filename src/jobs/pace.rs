@@ -1,14 +1,16 @@
 //! The pace of jobs without a speed limit: a busy guest keeps nine tenths of its requests.
 //!
 //! The cost of a chunk to the guest is not known in advance. It is nothing on an idle disk, and
-//! everything where both wait for the same CPU. So it is measured: the requests that the guest makes
-//! while a chunk is in flight, and while none is.
+//! everything where both wait for the same CPU. So it is measured: the requests that the guest
+//! makes while a chunk is in flight, and while none is.
 //!
 //! ```text
 //! chunk in flight    ███          ███          ███
-//! guest's requests   | ||  |||||||| ||  ||||||| |||   a third of them is missing while a chunk is in flight:
-//!                                                     a pause of seven times a chunk leaves the guest 96 %
+//! guest's requests   | ||  |||||||| ||  ||||||| |||
 //! ```
+//!
+//! Here a third of the requests is missing while a chunk is in flight. A pause of seven times the
+//! chunk leaves the guest 96 %.
 //!
 //! A chunk delays a request by at most its own duration. For a guest with so few requests that this
 //! delay is negligible there are no pauses. Pure; the time is passed in.

@@ -172,7 +172,8 @@ pub struct Outcome {
     pub requests: usize,
     /// Requests that failed.
     pub failed: usize,
-    /// Sectors that held neither the newest data nor that of a write in flight when they were read.
+    /// Sectors that held neither the newest data nor that of a write in flight when they were
+    /// read.
     pub mismatches: usize,
 }
 

@@ -18,8 +18,8 @@ use crate::control::json::to_ascii;
 use crate::jobs::{JobChange, JobEvent};
 
 impl Event {
-    /// The event as it is sent: a JSON object and the newline that ends it. `None` for an event that
-    /// only the log gets.
+    /// The event as it is sent: a JSON object and the newline that ends it. `None` for an event
+    /// that only the log gets.
     pub fn to_line(&self, names: &Names) -> Option<Vec<u8>> {
         let suppressed = self.suppressed;
         let report = match &self.notice {
@@ -291,8 +291,9 @@ mod tests {
         assert_eq!(
             text(report, 0),
             concat!(
-                r#"{"event":"QUORUM_FAILURE","data":{"reference":"usr1","sector-num":345435,"sector-count":5,"#,
-                r#""sectors-count":5,"type":"read"},"timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
+                r#"{"event":"QUORUM_FAILURE","data":{"reference":"usr1","sector-num":345435,"#,
+                r#""sector-count":5,"sectors-count":5,"type":"read"},"#,
+                r#""timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
                 "\n"
             )
         );
@@ -303,11 +304,13 @@ mod tests {
         assert_eq!(
             text(corrupt(evidence()), 0),
             concat!(
-                r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":0,"node-name":"1.raw","sector-num":345435,"sector-count":5,"#,
-                r#""sectors-count":5,"type":"read","#,
-                r#""bad-sectors":[{"sector-num":345436,"sector-count":2},{"sector-num":345439,"sector-count":1}],"#,
+                r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":0,"node-name":"1.raw","#,
+                r#""sector-num":345435,"sector-count":5,"sectors-count":5,"type":"read","#,
+                r#""bad-sectors":[{"sector-num":345436,"sector-count":2},"#,
+                r#"{"sector-num":345439,"sector-count":1}],"#,
                 r#""digest":"abababababababababababababababababababababababababababababababab","#,
-                r#""winner-digest":"0101010101010101010101010101010101010101010101010101010101010101"},"#,
+                r#""winner-digest":"#,
+                r#""0101010101010101010101010101010101010101010101010101010101010101"},"#,
                 r#""timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
                 "\n"
             )
@@ -315,7 +318,7 @@ mod tests {
     }
 
     #[test]
-    fn cut_evidence_and_folding_are_told() {
+    fn cut_evidence_and_folding_are_marked() {
         let line = text(
             corrupt(Evidence {
                 bad_sectors_cut: true,
@@ -338,8 +341,8 @@ mod tests {
         assert_eq!(
             text(report, 3),
             concat!(
-                r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":-5,"node-name":"0.raw","sector-num":0,"sector-count":0,"#,
-                r#""sectors-count":0,"type":"flush","error":"Input/output error","suppressed":3},"#,
+                r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":-5,"node-name":"0.raw","#,
+                r#""sector-num":0,"sector-count":0,"sectors-count":0,"type":"flush","error":"Input/output error","suppressed":3},"#,
                 r#""timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
                 "\n"
             )

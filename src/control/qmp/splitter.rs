@@ -1,9 +1,9 @@
 //! Finds the messages in a stream of bytes; the JSON parser reads them.
 //!
 //! The code is our own because QMP requires it: messages need no separator, so no reader of lines
-//! finds them, and after an error a client resynchronises within the stream, which no streaming JSON
-//! parser supports. Bytes that cannot be part of a message are skipped up to the end of their line,
-//! or to a byte 0xFF, which is in no JSON text. Strings may be in single quotes, as in QEMU.
+//! finds them, and after an error a client resynchronises within the stream, which no streaming
+//! JSON parser supports. Bytes that cannot be part of a message are skipped up to the end of their
+//! line, or to a byte 0xFF, which is in no JSON text. Strings may be in single quotes, as in QEMU.
 //!
 //! Invariant: holds at most [`QMP_MESSAGE_BYTES_MAX`] bytes.
 

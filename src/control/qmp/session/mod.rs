@@ -197,8 +197,8 @@ enum Parsed {
     Call(&'static Command, Map<String, Value>),
 }
 
-/// A whole conversation with a client that sends `bytes` without waiting for replies: the lines that
-/// it gets. For tests and fuzzing.
+/// A whole conversation with a client that sends `bytes` without waiting for replies: the lines
+/// that it gets. For tests and fuzzing.
 pub fn converse(bytes: &[u8], operator: &dyn Operator) -> Vec<Vec<u8>> {
     let mut session = Session::default();
     let mut lines = vec![Session::greeting()];

@@ -107,7 +107,11 @@ fn names_are_text_and_nodes_are_objects() {
     for arguments in [
         json!({ "driver": { "file": null }, "node-name": "a", "filename": "/a" }),
         json!({ "driver": "raw", "node-name": "a", "file": ["file", "/a"] }),
-        json!({ "driver": "raw", "node-name": "a", "file": { "driver": { "file": null }, "filename": "/a" } }),
+        json!({
+            "driver": "raw",
+            "node-name": "a",
+            "file": { "driver": { "file": null }, "filename": "/a" },
+        }),
     ] {
         let command = json!({ "execute": "blockdev-add", "arguments": arguments });
         let text = format!("{{'execute':'qmp_capabilities'}}{command}");
@@ -177,7 +181,7 @@ fn errors_are_qemus() {
 }
 
 #[test]
-fn what_is_no_json_is_told_and_the_next_line_is_heard() {
+fn invalid_json_is_an_error_and_the_next_line_is_parsed() {
     for text in [
         "5",
         "}",
@@ -250,9 +254,9 @@ fn nesting_does_not_exhaust_the_stack_nor_an_endless_message_the_memory() {
     assert_eq!(replies(&endless).len(), 1, "and no more is heard");
 }
 
-/// Bytes as a client may send them: pieces of messages, in any order.
+/// Bytes as a client may send them: parts of messages, in any order.
 fn input() -> impl Strategy<Value = Vec<u8>> {
-    let pieces: [&'static [u8]; 16] = [
+    let parts: [&'static [u8]; 16] = [
         b"{\"execute\":\"qmp_capabilities\"}",
         b"{\"execute\":\"query-version\",\"id\":1}",
         b"{\"execute\":",
@@ -270,19 +274,20 @@ fn input() -> impl Strategy<Value = Vec<u8>> {
         b"\xff",
         b"\xc3\xa9",
     ];
-    let piece = prop_oneof![
-        4 => prop::sample::select(pieces.to_vec()).prop_map(<[u8]>::to_vec),
+    let part = prop_oneof![
+        4 => prop::sample::select(parts.to_vec()).prop_map(<[u8]>::to_vec),
         1 => prop::collection::vec(any::<u8>(), 0..8),
     ];
-    prop::collection::vec(piece, 0..40).prop_map(|pieces| pieces.concat())
+    prop::collection::vec(part, 0..40).prop_map(|parts| parts.concat())
 }
 
 proptest! {
-    /// Whatever is sent, each reply is one line of ASCII with a return or an error of a known class, and a client that
-    /// begins a new line, after a byte that is in no message, is heard.
+    /// For any bytes, each reply is one line of ASCII with a return or an error of a known class,
+    /// and the server accepts a command on a new line after a byte that is in no message.
     #[test]
     fn whatever_is_sent(bytes in input()) {
-        let ended = [&bytes, b"\xff\n{\"execute\":\"qmp_capabilities\",\"id\":\"the last\"}".as_slice()].concat();
+        let last = b"\xff\n{\"execute\":\"qmp_capabilities\",\"id\":\"the last\"}";
+        let ended = [&bytes, last.as_slice()].concat();
         let lines = converse(&ended, &Recorder::default());
         for line in &lines[1..] {
             prop_assert!(line.is_ascii() && !line.contains(&b'\n') && !line.contains(&b'\r'));
@@ -297,7 +302,7 @@ proptest! {
 
     /// How the bytes arrive makes no difference.
     #[test]
-    fn whatever_the_pieces(bytes in input(), size in 1_usize..9) {
+    fn however_the_bytes_arrive(bytes in input(), size in 1_usize..9) {
         let mut session = Session::default();
         let mut lines = vec![Session::greeting()];
         for part in bytes.chunks(size) {
