@@ -290,11 +290,11 @@ proptest! {
             prop_assert!(machine.guest.is_drained(queue));
             completed[queue].extend(machine.used(queue).into_iter().map(|(head, _)| head));
             // A head outside of the table breaks the virtqueue.
-            let taken = offered[queue].iter().copied().take_while(|head| *head < 16);
-            let mut taken: Vec<u16> = taken.collect();
-            taken.sort_unstable();
+            let accepted = offered[queue].iter().copied().take_while(|head| *head < 16);
+            let mut accepted: Vec<u16> = accepted.collect();
+            accepted.sort_unstable();
             completed[queue].sort_unstable();
-            prop_assert_eq!(&completed[queue], &taken);
+            prop_assert_eq!(&completed[queue], &accepted);
         }
         machine.assert_untouched(&writable);
     }

@@ -163,11 +163,11 @@ fn flush_and_serial_number() {
         ];
         assert_eq!(machine.serve_chain(&parts), used, "room for {room}");
         assert_eq!(machine.status(), OK);
-        let told = room.min(20);
-        assert_eq!(machine.get(DATA, told), id[..told]);
+        let filled = room.min(20);
+        assert_eq!(machine.get(DATA, filled), id[..filled]);
         assert_eq!(
-            machine.get(DATA + told as u64, 64 - told),
-            vec![0xcc; 64 - told]
+            machine.get(DATA + filled as u64, 64 - filled),
+            vec![0xcc; 64 - filled]
         );
     }
     assert_eq!(machine.asked.len(), 1, "the engine knows no serial number");

@@ -355,14 +355,14 @@ proptest! {
     fn a_region_of_any_bytes_answers_no_more_than_was_asked(
         start: u16,
         offered in 0..=usize::from(QUEUE_SIZE),
-        taken in 0..=usize::from(QUEUE_SIZE),
+        accepted in 0..=usize::from(QUEUE_SIZE),
         scribbles in vec(scribble(), 1..40),
     ) {
         let mut life = Life::new(start);
         life.begin(start);
         (0..offered).for_each(|which| life.offer(which * 7));
-        (0..taken).for_each(|_| life.submit());
-        (0..taken / 2).for_each(|which| life.answer(which));
+        (0..accepted).for_each(|_| life.submit());
+        (0..accepted / 2).for_each(|which| life.answer(which));
         for (place, bytes) in scribbles {
             life.file.write_all_at(&bytes, place).unwrap();
         }
