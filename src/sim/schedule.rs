@@ -119,7 +119,7 @@ impl World {
         }
         if self.flights[index].done.is_some() {
             let late = self.flights[index].late && !self.faults_ended;
-            if late && self.random.below(32) != 0 {
+            if late && self.random.below(12) != 0 {
                 return Ok(());
             }
             return self.deliver_reply(index);

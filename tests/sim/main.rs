@@ -2,7 +2,9 @@
 //!
 //! `make sim SEEDS=n` runs n seeds, `make sim SEED=s` replays one and prints what happens.
 
+mod failed_flush;
 mod mutant_patches;
+mod range_sets;
 mod slow_replica;
 
 use std::time::{Duration, Instant};

@@ -1,0 +1,121 @@
+//! A read that was in flight while its replica failed a flush is not trusted, even if what the
+//! replica may have lost has been written again by the time the reply comes.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quorum_blk::common::SectorRange;
+use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
+use quorum_blk::common::operation::{Action, Operation};
+use quorum_blk::common::{Errno, ReplicaSet};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
+use quorum_blk::jobs::Sizes;
+use quorum_blk::sim::effects::{Collected, Effect, number_of, tag};
+
+const RANGE: SectorRange = SectorRange { start: 0, count: 1 };
+
+/// What an input has brought about.
+#[derive(Debug, Default)]
+struct Result {
+    operations: Vec<Operation>,
+    answered: Vec<u64>,
+}
+
+struct Disk {
+    engine: Engine,
+    pool: BufferPool,
+    effects: Collected,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let policy = Policy {
+            threshold: 1,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted: false,
+            blkverify: false,
+            job_sizes: Sizes::default(),
+            block_sectors: 1,
+            replica_timeout: Duration::from_secs(1),
+        };
+        let pool = BufferPool::default();
+        let shared = Arc::new(Shared::with_members(ReplicaSet::first(1), 1, 1, 8));
+        Self {
+            engine: Engine::new(
+                WorkerIndex(0),
+                policy,
+                shared,
+                pool.clone(),
+                TurnClock::default(),
+            ),
+            pool,
+            effects: Collected::default(),
+        }
+    }
+
+    fn result(&mut self) -> Result {
+        let mut result = Result::default();
+        for effect in self.effects.effects.drain(..) {
+            match effect {
+                Effect::Submit(operation) => result.operations.push(operation),
+                Effect::Complete(tag, _) => result.answered.push(number_of(tag)),
+                _ => {}
+            }
+        }
+        result
+    }
+
+    /// Makes a request, which takes one operation.
+    fn submit(&mut self, number: u64, request: GuestRequest) -> Operation {
+        self.engine.submit(tag(number), request, &mut self.effects);
+        let mut result = self.result();
+        assert_eq!(result.operations.len(), 1);
+        result.operations.remove(0)
+    }
+
+    fn reply(&mut self, operation: Operation, success: bool) -> Result {
+        let errno = if success { Ok(()) } else { Err(Errno(5)) };
+        self.engine.reply(operation.reply(errno), &mut self.effects);
+        self.result()
+    }
+
+    fn write(&mut self, number: u64) {
+        let data = self.pool.take(512);
+        let (range, durable) = (RANGE, false);
+        let write = GuestRequest::Write {
+            range,
+            data,
+            durable,
+        };
+        let operation = self.submit(number, write);
+        assert_eq!(self.reply(operation, true).answered, [number]);
+    }
+}
+
+#[test]
+fn makes_a_read_in_flight_ask_again() {
+    let mut disk = Disk::new();
+    disk.write(1);
+    let read = disk.submit(2, GuestRequest::Read(RANGE));
+    let flush = disk.submit(3, GuestRequest::Flush);
+    assert_eq!(disk.reply(flush, false).answered, [3]);
+    disk.write(4);
+    let result = disk.reply(read, true);
+    assert!(result.answered.is_empty(), "the old reply is trusted");
+    let [again] = &result.operations[..] else {
+        panic!("the replica is not asked again: {result:?}");
+    };
+    assert!(matches!(again.action, Action::Read { .. }));
+}
+
+#[test]
+fn before_a_read_does_not_matter() {
+    let mut disk = Disk::new();
+    disk.write(1);
+    let flush = disk.submit(2, GuestRequest::Flush);
+    disk.reply(flush, false);
+    disk.write(3);
+    let read = disk.submit(4, GuestRequest::Read(RANGE));
+    assert_eq!(disk.reply(read, true).answered, [4]);
+}
