@@ -1,14 +1,14 @@
-//! What an operator does to a disk while it is served: replicas are added and removed, brought up
-//! to date, scrubbed; the disk grows.
+//! Changes of a disk while it is served: add, remove, resync and scrub replicas, and grow the disk.
 //!
-//! Its methods may be called from any thread but those of the workers. They wait for the workers to
-//! take note, and for the kernel to open and close files, never for a guest.
+//! Any thread may call the methods, except the workers. They wait for the workers to accept a change,
+//! and for the kernel to open and close files, never for a guest.
 //!
-//! Invariants: a file is closed when no worker uses it any more, and its lock is given back then,
-//! not sooner; one replica is added or removed at a time.
+//! Invariants: a file is closed, and its lock released, only when no worker uses it any more; one
+//! change at a time adds or removes a replica or grows the disk.
 
 #![forbid(unsafe_code)]
 
+mod error;
 mod resize;
 
 use std::io;
@@ -17,109 +17,31 @@ use std::sync::{Arc, Mutex};
 
 use log::{info, warn};
 
+pub use self::error::AdminError;
 use self::resize::Growers;
 pub use self::resize::NotGrown;
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
-use crate::common::message::{Quoted, Reason};
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::control::events::NodeNames;
 use crate::control::queue::EventQueue;
 use crate::device::Capacity;
 use crate::device::back_channel::BackChannel;
 use crate::engine::Shared;
-use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted, UnknownJob};
+use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::NotRemoved;
-use crate::replica::file::{OpenError, OpenOptions, ReplicaFile, ReplicaSource, open_beside};
+use crate::replica::file::{OpenOptions, ReplicaFile, ReplicaSource, open_beside};
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::worker::control::WorkerControl;
 use crate::worker::{Disk, Workers};
 
-/// Why something was not done. Each displays as one line.
-#[derive(Debug, thiserror::Error)]
-pub enum AdminError {
-    /// The image cannot be used.
-    #[error(transparent)]
-    Open(#[from] OpenError),
-    /// It wants buffers more aligned than any known disk does.
-    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported", Quoted(.node_name))]
-    Alignment {
-        /// The replica.
-        node_name: String,
-        /// What it wants.
-        alignment_bytes: u32,
-    },
-    /// Nothing can be written.
-    #[error("the disk is read-only")]
-    ReadOnly,
-    /// `--blkverify` is about two replicas.
-    #[error(
-        "a disk that is served with --blkverify has two replicas; none can be added or removed"
-    )]
-    Blkverify,
-    /// A disk has so many replicas at most.
-    #[error(
-        "no place for another replica is free; try again when one has been removed for some seconds"
-    )]
-    Full,
-    /// The workers cannot use the file.
-    #[error("{} cannot be used: {}", Quoted(.node_name), Reason(.source))]
-    Register {
-        /// The replica.
-        node_name: String,
-        /// What the system said.
-        source: io::Error,
-    },
-    /// There is no replica of that name.
-    #[error("there is no replica {}", Quoted(.0))]
-    UnknownReplica(String),
-    /// The disk cannot do without it.
-    #[error("{} cannot be removed: {reason}", Quoted(.node_name))]
-    Needed {
-        /// The replica.
-        node_name: String,
-        /// Why.
-        reason: NotRemoved,
-    },
-    /// A resync cannot begin.
-    #[error("{}: {reason}", Quoted(.node_name))]
-    NotResynced {
-        /// The replica.
-        node_name: String,
-        /// Why.
-        reason: NotStarted,
-    },
-    /// A scrub cannot begin.
-    #[error(transparent)]
-    NotScrubbed(NotStarted),
-    /// There is no job of that name.
-    #[error(transparent)]
-    UnknownJob(#[from] UnknownJob),
-    /// A disk only grows.
-    #[error(
-        "the disk has {0} bytes; it can be made larger, not smaller: what is stored at its end would be lost"
-    )]
-    Smaller(u64),
-    /// The size is not one that a disk can have.
-    #[error("the size must be a multiple of {0} bytes, and less than 8 EiB")]
-    Size(u32),
-    /// An image is still waited for.
-    #[error(
-        "a replica that did not answer has not been put back since the last time; try again later, or remove it"
-    )]
-    Unsettled,
-    /// A replica cannot be made longer.
-    #[error(transparent)]
-    NotGrown(NotGrown),
-}
-
-/// What has come of removing a replica.
+/// The state of a removed replica.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Removed {
-    /// Its image is closed and not locked any more.
+    /// Its image is closed and its lock released.
     Closed,
-    /// It does not answer: its image stays locked until the kernel has ended what is in flight
-    /// there.
+    /// It does not answer: its image stays locked until the kernel has ended the operations in
+    /// flight.
     StillOpen,
 }
 
@@ -134,7 +56,7 @@ pub struct Admin {
     capacity: Capacity,
     block_bytes: u32,
     blkverify: bool,
-    /// Of all connections.
+    /// The back channels of all connections.
     back_channels: Vec<BackChannel>,
     growers: Growers,
     /// Held while a replica is added or removed, or the disk grows.
@@ -142,11 +64,11 @@ pub struct Admin {
 }
 
 impl Admin {
-    /// For a disk that `workers` serve from what is in `table`. `released` is the other end of
+    /// For a disk that `workers` serve from the files in `table`. `released` is the other end of
     /// [`Disk::released`].
     ///
     /// # Errors
-    /// If the thread that closes files cannot be made.
+    /// If the thread that closes files cannot be created.
     pub fn start(
         disk: &Disk,
         workers: &Workers,
@@ -177,7 +99,7 @@ impl Admin {
             changing: Mutex::new(()),
         };
         let (workers, table) = (admin.workers.clone(), Arc::clone(&admin.table));
-        // Ends when the workers have ended, which have the other end of the channel.
+        // Ends with the workers, which own the other end of the channel.
         std::thread::Builder::new()
             .name("closing".into())
             .spawn(move || close_released(&released, &workers, &table))?;
@@ -194,13 +116,12 @@ impl Admin {
         self.table.in_use()
     }
 
-    /// Adds a replica: its image is opened, checked and locked as at the start. It is written to
-    /// from now on, votes where it has been written to, and is brought up to date by the job
-    /// that is returned. (`None` if there are too many jobs: it begins by itself when there is
-    /// room.)
+    /// Adds a replica: its image is opened, checked and locked as at the start. It receives writes
+    /// from now on and votes where it was written to. Returns the job that copies the rest, `None`
+    /// if there are too many jobs: it starts by itself later.
     ///
     /// # Errors
-    /// If the image cannot be used; then nothing has changed.
+    /// If the image cannot be used; nothing has changed.
     pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
@@ -234,28 +155,28 @@ impl Admin {
         self.table.put(index, Arc::new(file));
         self.events.forget(index);
         self.shared.add(index);
-        let begun = self.jobs_do(|jobs, health| jobs.resync(index, 0, health));
+        let started = self.with_jobs(|jobs, health| jobs.resync(index, 0, health));
         self.workers.tick_all();
-        Ok(match begun {
+        Ok(match started {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
             Err(NotStarted::TooMany | NotStarted::NotAReplica) => None,
         })
     }
 
-    /// Removes a replica, whether it answers or not. Its image is closed when nothing is in flight
-    /// there any more, which is waited for as long as a replica that hangs is waited for.
+    /// Removes a replica, whether it answers or not. Waits, for a limited time, until no operation is
+    /// in flight on it and its image is closed.
     ///
     /// # Errors
-    /// If the disk cannot do without it; then nothing has changed.
+    /// If the disk needs it; nothing has changed.
     pub fn remove_replica(&self, node_name: &str) -> Result<Removed, AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         let index = self.index_of(node_name)?;
-        let tell = |event| self.tell(event);
-        let removed = match self.shared.remove(index, tell) {
+        let report = |event| self.report(event);
+        let removed = match self.shared.remove(index, report) {
             Err(NotRemoved::LastDurableCopies) => {
                 self.workers.flush();
-                self.shared.remove(index, tell)
+                self.shared.remove(index, report)
             }
             other => other,
         };
@@ -280,12 +201,12 @@ impl Admin {
         Ok(Removed::StillOpen)
     }
 
-    /// Makes the disk larger: all its replicas, and then tells the guest. With the size that it has
-    /// the guest is told once more.
+    /// Grows the disk: first all replicas, then the config space that the guest sees. With the current
+    /// size it only notifies the frontends again.
     ///
     /// # Errors
-    /// If the size is none for this disk, or a replica cannot have it; then the guest has seen
-    /// nothing, and those that were made longer already are put back.
+    /// If the disk cannot have this size, or a replica cannot grow. The guest has seen nothing, and
+    /// the replicas that have grown get their old size back.
     pub fn resize(&self, size_bytes: u64) -> Result<(), AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         if self.options.read_only {
@@ -315,70 +236,70 @@ impl Admin {
         Ok(())
     }
 
-    /// Brings a replica up to date whose resync was cancelled.
+    /// Starts a resync of a replica whose last one was cancelled.
     ///
     /// # Errors
-    /// If there is no such replica, or it is being brought up to date already.
+    /// If there is no such replica, it has a resync already, or there are too many jobs.
     pub fn resync(&self, node_name: &str, speed_bytes: u64) -> Result<JobId, AdminError> {
         let index = self.index_of(node_name)?;
-        let begun = self.jobs_do(|jobs, health| jobs.resync(index, speed_bytes, health));
-        begun.map_err(|reason| AdminError::NotResynced {
+        let started = self.with_jobs(|jobs, health| jobs.resync(index, speed_bytes, health));
+        started.map_err(|reason| AdminError::NotResynced {
             node_name: node_name.to_owned(),
             reason,
         })
     }
 
-    /// Reads every sector of every replica, votes, and with `repair` writes the winner over what
-    /// lost. Not faster than `speed_bytes` a second; 0: as fast as leaves the guest its share.
+    /// Starts a scrub: reads all replicas, votes, and with `repair` repairs what is corrupt or
+    /// unreadable. `speed_bytes` limits it, in bytes a second; 0: as fast as the guest's load allows.
     ///
     /// # Errors
-    /// If nothing can be repaired, or there are too many jobs.
+    /// If the disk is read-only and `repair` is set, or there are too many jobs.
     pub fn scrub(&self, repair: bool, speed_bytes: u64) -> Result<JobId, AdminError> {
         if repair && self.options.read_only {
             return Err(AdminError::ReadOnly);
         }
-        let begun = self.jobs_do(|jobs, health| jobs.scrub(repair, speed_bytes, health));
-        begun.map_err(AdminError::NotScrubbed)
+        let started = self.with_jobs(|jobs, health| jobs.scrub(repair, speed_bytes, health));
+        started.map_err(AdminError::NotScrubbed)
     }
 
     /// All jobs, oldest first.
     pub fn jobs(&self) -> Vec<JobInfo> {
-        let mut jobs = self.jobs_do(|jobs, health| jobs.list(health));
+        let mut jobs = self.with_jobs(|jobs, health| jobs.list(health));
         jobs.sort_by_key(|job| job.id);
         jobs
     }
 
-    /// The job begins nothing until it is resumed.
+    /// Pauses a job.
     ///
     /// # Errors
     /// If there is no such job.
     pub fn job_pause(&self, id: JobId) -> Result<(), AdminError> {
-        Ok(self.jobs_do(|jobs, health| jobs.pause(id, health))?)
+        Ok(self.with_jobs(|jobs, health| jobs.pause(id, health))?)
     }
 
-    /// The job goes on.
+    /// Resumes a job.
     ///
     /// # Errors
     /// If there is no such job.
     pub fn job_resume(&self, id: JobId) -> Result<(), AdminError> {
-        Ok(self.jobs_do(|jobs, health| jobs.resume(id, health))?)
+        Ok(self.with_jobs(|jobs, health| jobs.resume(id, health))?)
     }
 
-    /// The job ends. The replica of a cancelled resync stays stale where it has not been written
-    /// to, and does not vote there, until [`Self::resync`] or until it is removed.
+    /// Cancels a job. The replica of a cancelled resync stays stale where it was not written to, and
+    /// does not vote there, until [`Self::resync`] or until it is removed.
     ///
     /// # Errors
     /// If there is no such job.
     pub fn job_cancel(&self, id: JobId) -> Result<(), AdminError> {
-        Ok(self.jobs_do(|jobs, health| jobs.cancel(id, health))?)
+        Ok(self.with_jobs(|jobs, health| jobs.cancel(id, health))?)
     }
 
-    /// Bytes a second at most from now on; 0: as fast as leaves the guest its share.
+    /// Sets the speed limit in bytes a second; 0: as fast as the guest's load allows.
     ///
     /// # Errors
     /// If there is no such job.
     pub fn job_set_speed(&self, id: JobId, speed_bytes: u64) -> Result<(), AdminError> {
-        Ok(self.jobs_do(|jobs, _| jobs.set_speed(id, speed_bytes))?)
+        Ok(self.with_jobs(|jobs, _| jobs.set_speed(id, speed_bytes))?)
     }
 
     fn check_changeable(&self) -> Result<(), AdminError> {
@@ -395,16 +316,16 @@ impl Admin {
         found.ok_or_else(|| AdminError::UnknownReplica(node_name.to_owned()))
     }
 
-    fn jobs_do<R>(
+    fn with_jobs<R>(
         &self,
         with: impl FnOnce(&mut crate::jobs::Jobs, &crate::quorum::health::Health) -> R,
     ) -> R {
-        let result = self.shared.jobs(|event| self.tell(event), with);
+        let result = self.shared.jobs(|event| self.report(event), with);
         self.workers.tick_first();
         result
     }
 
-    fn tell(&self, event: JobEvent) {
+    fn report(&self, event: JobEvent) {
         self.events.push(event);
     }
 }

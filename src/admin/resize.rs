@@ -1,11 +1,10 @@
-//! All replicas are made longer, or none.
+//! Growing the images: all of them, or none.
 //!
-//! Each is dealt with by a thread of its own, which waits for the verdict when it has done its
-//! part: one that hangs holds up nobody for longer than it is waited for, and puts its image back
-//! by itself when it goes on.
+//! A thread for each image extends it and then waits for the verdict. A replica that hangs delays the
+//! others only for a limited time, and its thread restores the old size when the replica answers.
 //!
-//! Invariant: until all have been made longer nobody else knows of it, so that what is put back is
-//! of no use to anybody.
+//! Invariant: the rest of the daemon learns of the new size only after all images have it, so an
+//! image can get its old size back without loss.
 
 use std::fmt;
 use std::io;
@@ -22,12 +21,12 @@ use crate::limits::LAST_FLUSH_LIMIT;
 use crate::replica::file::{ImageIdentity, ReplicaFile};
 use crate::replica::grow::{GrowError, Growth, Step};
 
-/// Why the disk has not grown. One line.
+/// Why the disk cannot grow. One line.
 #[derive(Debug)]
 pub struct NotGrown {
     node_name: String,
     reason: GrowError,
-    /// Those that do not have the size of before, and why.
+    /// The replicas that do not have their old size, and why.
     left: Vec<(String, GrowError)>,
     disk_bytes: u64,
 }
@@ -45,10 +44,10 @@ impl fmt::Display for NotGrown {
         for (node_name, reason) in &self.left {
             let (name, bytes) = (Quoted(node_name), self.disk_bytes);
             match reason {
-                GrowError::Silent => write!(f, "; {name} gets its size of before when it answers")?,
+                GrowError::Silent => write!(f, "; {name} gets its old size back when it answers")?,
                 reason => write!(
                     f,
-                    "; {name} could not be put back ({reason}): cut it with truncate --size={bytes}"
+                    "; {name} did not get its old size back ({reason}): use truncate --size={bytes}"
                 )?,
             }
         }
@@ -56,17 +55,17 @@ impl fmt::Display for NotGrown {
     }
 }
 
-/// What a thread that makes an image longer tells.
-enum Told {
-    /// It goes on with this.
+/// The progress of a thread that extends an image.
+enum Progress {
+    /// It starts this step.
     Step(Step),
-    /// It has done its part, and waits for the verdict.
+    /// It has extended the image, and waits for the verdict.
     Grown(Result<(), GrowError>),
-    /// It has done according to the verdict.
+    /// It has followed the verdict.
     Settled(Result<(), GrowError>),
 }
 
-impl Told {
+impl Progress {
     fn grown(self) -> Option<Result<(), GrowError>> {
         match self {
             Self::Grown(result) => Some(result),
@@ -81,7 +80,7 @@ impl Told {
         }
     }
 
-    /// For how long nothing more need come after this.
+    /// How long the next progress may take.
     fn may_be_silent_for(&self, limit: Duration) -> Duration {
         match self {
             Self::Step(Step::Syncing) => limit.max(LAST_FLUSH_LIMIT),
@@ -90,13 +89,13 @@ impl Told {
     }
 }
 
-/// The failures of `count` threads, as they come, until each has told the `end` that is waited for
-/// or has been silent for too long.
+/// The failures of `count` threads, as they come, until each has reached `end` or has been silent
+/// for too long.
 fn wait(
-    told: &Receiver<(usize, Told)>,
+    progress: &Receiver<(usize, Progress)>,
     count: usize,
     limit: Duration,
-    end: fn(Told) -> Option<Result<(), GrowError>>,
+    end: fn(Progress) -> Option<Result<(), GrowError>>,
 ) -> impl Iterator<Item = (usize, GrowError)> {
     let mut deadlines: Vec<_> = (0..count).map(|_| Some(Instant::now() + limit)).collect();
     std::iter::from_fn(move || {
@@ -104,7 +103,7 @@ fn wait(
             let waiting = deadlines.iter().enumerate();
             let waiting = waiting.filter_map(|(place, deadline)| Some(((*deadline)?, place)));
             let (deadline, place) = waiting.min()?;
-            match told.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            match progress.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok((place, what)) => {
                     let silent_for = what.may_be_silent_for(limit);
                     let ended = end(what);
@@ -125,18 +124,18 @@ fn wait(
 #[derive(Clone, Copy)]
 enum Verdict {
     Keep,
-    PutBack,
+    Restore,
 }
 
-/// The threads that make images longer.
+/// The threads that extend images.
 #[derive(Debug, Default)]
 pub(super) struct Growers {
-    /// The images of those that have not settled.
+    /// The images of threads that have not followed their verdict.
     unsettled: Arc<Mutex<Vec<ImageIdentity>>>,
 }
 
 impl Growers {
-    /// Whether one of these images has not been put back yet, because it did not answer in time.
+    /// Whether one of these images still has to get its old size back.
     fn is_any_unsettled(&self, replicas: &[Arc<ReplicaFile>]) -> bool {
         let unsettled = self.unsettled.lock().expect(NOT_POISONED);
         replicas
@@ -144,8 +143,8 @@ impl Growers {
             .any(|replica| unsettled.contains(&replica.identity))
     }
 
-    /// Makes all images longer, or puts them back. One that is silent for longer than `limit`
-    /// fails.
+    /// Extends all images, or restores their old size. An image that is silent for longer than
+    /// `limit` fails.
     pub(super) fn grow(
         &self,
         replicas: &[Arc<ReplicaFile>],
@@ -155,37 +154,37 @@ impl Growers {
         if self.is_any_unsettled(replicas) {
             return Err(AdminError::Unsettled);
         }
-        let (tell, told) = channel();
+        let (sender, progress) = channel();
         let mut verdicts = Vec::new();
-        let mut begun = Ok(());
+        let mut started = Ok(());
         for (place, replica) in replicas.iter().enumerate() {
             let (verdict, is_decided) = channel();
-            if let Err(source) = self.begin(place, replica, sizes, tell.clone(), is_decided) {
+            if let Err(source) = self.start(place, replica, sizes, sender.clone(), is_decided) {
                 let operation = "starting a thread";
-                begun = Err((place, GrowError::System { operation, source }));
+                started = Err((place, GrowError::System { operation, source }));
                 break;
             }
             verdicts.push(verdict);
         }
-        drop(tell);
+        drop(sender);
         let count = verdicts.len();
-        let grown = begun.and_then(|()| {
-            let first = wait(&told, count, limit, Told::grown).next();
+        let grown = started.and_then(|()| {
+            let first = wait(&progress, count, limit, Progress::grown).next();
             first.map_or(Ok(()), Err)
         });
         let verdict = if grown.is_ok() {
             Verdict::Keep
         } else {
-            Verdict::PutBack
+            Verdict::Restore
         };
         for waiting in verdicts {
-            // It is there: each waits for this.
+            // The thread waits for it.
             let _ = waiting.send(verdict);
         }
-        let not_put_back: Vec<_> = wait(&told, count, limit, Told::settled).collect();
+        let not_restored: Vec<_> = wait(&progress, count, limit, Progress::settled).collect();
         let name = |place: usize| replicas[place].node_name.clone();
         grown.map_err(|(place, reason)| {
-            let left = not_put_back.into_iter();
+            let left = not_restored.into_iter();
             AdminError::NotGrown(NotGrown {
                 node_name: name(place),
                 reason,
@@ -195,34 +194,34 @@ impl Growers {
         })
     }
 
-    fn begin(
+    fn start(
         &self,
         place: usize,
         replica: &Arc<ReplicaFile>,
         (from, to): (u64, u64),
-        tell: Sender<(usize, Told)>,
+        sender: Sender<(usize, Progress)>,
         verdict: Receiver<Verdict>,
     ) -> io::Result<()> {
-        // With its locks, as long as this may change it.
+        // Keeps the image locked as long as the thread may change it.
         let replica = Arc::clone(replica);
         let unsettled = Unsettled::new(&self.unsettled, replica.identity);
         let thread = std::thread::Builder::new().name("growing".into());
         thread.spawn(move || {
-            // Whoever does not listen any more has left a verdict.
-            let tell = |what| drop(tell.send((place, what)));
+            // Fails if this side has stopped waiting. The verdict is in its channel then.
+            let report = |what| drop(sender.send((place, what)));
             let mut growth = Growth::new(&replica, from, to);
             let extended = match &mut growth {
-                Ok(growth) => growth.extend(|step| tell(Told::Step(step))),
+                Ok(growth) => growth.extend(|step| report(Progress::Step(step))),
                 Err(_) => Ok(()),
             };
             let (mut growth, grown) = match growth {
                 Ok(growth) => (Some(growth), extended),
                 Err(error) => (None, Err(error)),
             };
-            tell(Told::Grown(grown));
+            report(Progress::Grown(grown));
             let settled = match (verdict.recv(), &mut growth) {
                 (Ok(Verdict::Keep), _) | (_, None) => Ok(()),
-                (Ok(Verdict::PutBack) | Err(_), Some(growth)) => growth.undo(),
+                (Ok(Verdict::Restore) | Err(_), Some(growth)) => growth.undo(),
             };
             if let Err(error) = &settled {
                 warn!(
@@ -231,13 +230,13 @@ impl Growers {
                 );
             }
             drop(unsettled);
-            tell(Told::Settled(settled));
+            report(Progress::Settled(settled));
         })?;
         Ok(())
     }
 }
 
-/// Its image is unsettled until this is dropped.
+/// An image is unsettled until this is dropped.
 struct Unsettled(Arc<Mutex<Vec<ImageIdentity>>>, ImageIdentity);
 
 impl Unsettled {

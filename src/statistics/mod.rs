@@ -1,8 +1,8 @@
-//! What worker threads count and measure, for whoever wants to look.
+//! Counts and latencies of the workers.
 //!
-//! Invariants: a [`Counter`] has one writer, the worker it belongs to, so counting takes no lock
-//! and no atomic read-modify-write; who reads sees each counter at some moment, not all of them at
-//! the same one. Nothing is allocated after the start.
+//! Invariants: a [`Counter`] has one writer, its worker, so counting takes no lock and no atomic
+//! read-modify-write. A reader sees each counter at some moment, not all of them at the same one.
+//! Nothing is allocated after the start.
 
 #![forbid(unsafe_code)]
 
@@ -37,14 +37,14 @@ impl Counter {
     }
 }
 
-/// Each power of two of microseconds is cut into so many buckets: a bucket is at most 1/16 wide.
+/// Buckets for each power of two of microseconds: the error of a bucket is at most 1/16.
 const STEPS: u64 = 1 << STEPS_LOG2;
 const STEPS_LOG2: u32 = 4;
 
-/// Above 2^32 microseconds, more than an hour, nothing is told apart.
+/// All times above 2^32 microseconds, more than an hour, share the last bucket.
 const BUCKETS: usize = (1 << STEPS_LOG2) * (32 - STEPS_LOG2 as usize + 1) + 1;
 
-/// How often what took how long, by microseconds in buckets that get wider with the time.
+/// A histogram of times in microseconds, with buckets that get wider as times get longer.
 #[derive(Debug)]
 struct Histogram {
     buckets: Box<[Counter]>,
@@ -95,15 +95,15 @@ pub enum RequestKind {
     Flush,
 }
 
-/// What one worker counts. On cache lines of its own.
+/// The counters of one worker, on cache lines of their own.
 #[derive(Debug)]
 #[repr(align(128))]
 pub struct WorkerStatistics {
     /// By [`RequestKind`].
     requests: [Operations; 4],
-    /// Requests that made no sense.
+    /// Requests that were invalid or unsupported.
     rejected: Counter,
-    /// By [`OperationType`], requests that found no quorum.
+    /// By [`OperationType`], requests that failed without a quorum.
     failures: [Counter; 3],
     /// The greatest end of a write.
     written_to_sector: Counter,
@@ -117,7 +117,7 @@ struct Operations {
     failed: Counter,
     abandoned: Counter,
     bytes: Counter,
-    /// Of those that went well.
+    /// Of those that succeeded.
     latency: Histogram,
 }
 
@@ -133,14 +133,14 @@ impl WorkerStatistics {
     }
 }
 
-/// How a worker counts. What took how long is known to a turn.
+/// The writer of a worker's counters. Times have the resolution of a turn.
 #[derive(Clone, Debug)]
 pub struct Recorder {
     statistics: Arc<WorkerStatistics>,
     clock: TurnClock,
 }
 
-/// When something began.
+/// When a request or operation started.
 #[derive(Clone, Copy, Debug)]
 pub struct Since(Duration);
 
@@ -155,18 +155,18 @@ impl Recorder {
         Self::new(Arc::new(WorkerStatistics::new(0)), TurnClock::default())
     }
 
-    /// What begins now.
+    /// The start of what starts now.
     pub fn now(&self) -> Since {
         Since(self.clock.now())
     }
 
-    /// A guest request was taken.
+    /// A guest request starts.
     pub fn request_begun(&self, kind: RequestKind) -> Since {
         self.statistics.requests[kind as usize].begun.add(1);
         self.now()
     }
 
-    /// It has been answered.
+    /// A guest request is answered.
     pub fn request_ended(
         &self,
         kind: RequestKind,
@@ -186,17 +186,17 @@ impl Recorder {
         }
     }
 
-    /// It will not be answered by this process.
+    /// This process will not answer a guest request.
     pub fn request_abandoned(&self, kind: RequestKind) {
         self.statistics.requests[kind as usize].abandoned.add(1);
     }
 
-    /// A guest request was none.
+    /// A guest request was invalid or unsupported.
     pub fn request_rejected(&self) {
         self.statistics.rejected.add(1);
     }
 
-    /// A replica is asked.
+    /// An operation on a replica starts.
     pub fn operation_begun(&self, operation: &Operation) {
         let (kind, _) = operation.action.describe();
         self.statistics.replicas[operation.replica.as_usize()][kind as usize]
@@ -204,14 +204,14 @@ impl Recorder {
             .add(1);
     }
 
-    /// It has replied.
+    /// An operation on a replica has ended.
     pub fn operation_ended(&self, reply: &Reply, since: Since) {
         let (kind, range) = reply.action.describe();
         let operations = &self.statistics.replicas[reply.replica.as_usize()][kind as usize];
         self.ended(operations, range.bytes(), since, reply.result.is_ok());
     }
 
-    /// The operator is told of something.
+    /// The engine reports to the operator.
     pub fn reported(&self, report: &Report) {
         if let Report::Failure { operation, .. } = report {
             self.statistics.failures[*operation as usize].add(1);
@@ -230,7 +230,7 @@ impl Recorder {
     }
 }
 
-/// What all workers of a disk count.
+/// The counters of all workers of a disk.
 #[derive(Clone, Debug)]
 pub struct Statistics(Arc<[Arc<WorkerStatistics>]>);
 
@@ -241,12 +241,12 @@ impl Statistics {
         Self(workers.collect())
     }
 
-    /// For the worker of this index to count in.
+    /// The counters of the worker with this index.
     pub fn of_worker(&self, index: u16) -> Arc<WorkerStatistics> {
         Arc::clone(&self.0[usize::from(index)])
     }
 
-    /// How many workers there are.
+    /// The number of workers.
     pub fn workers(&self) -> usize {
         self.0.len()
     }
@@ -261,12 +261,12 @@ impl Statistics {
         self.sum(|worker| &worker.replicas[replica][kind as usize])
     }
 
-    /// Guest requests that made no sense.
+    /// Guest requests that were invalid or unsupported.
     pub fn rejected(&self) -> u64 {
         self.0.iter().map(|worker| worker.rejected.get()).sum()
     }
 
-    /// Requests that found no quorum.
+    /// Requests that failed without a quorum.
     pub fn failures(&self, kind: OperationType) -> u64 {
         self.0
             .iter()
@@ -274,7 +274,7 @@ impl Statistics {
             .sum()
     }
 
-    /// The byte after the last that was written.
+    /// The end of the highest write, in bytes.
     pub fn written_to_byte(&self) -> u64 {
         let ends = self.0.iter().map(|worker| worker.written_to_sector.get());
         ends.max().unwrap_or(0) * SECTOR_BYTES
@@ -283,7 +283,7 @@ impl Statistics {
     fn sum<'a>(&'a self, part: impl Fn(&'a WorkerStatistics) -> &'a Operations) -> Figures {
         let mut figures = Figures::default();
         for operations in self.0.iter().map(|worker| part(worker)) {
-            // What has ended before what has begun: it cannot be more then.
+            // Ends before starts, so that there are never more ends than starts.
             figures.failed += operations.failed.get();
             figures.abandoned += operations.abandoned.get();
             figures.bytes += operations.bytes.get();
@@ -294,21 +294,21 @@ impl Statistics {
     }
 }
 
-/// What there was of one kind.
+/// The figures of one kind.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     begun: u64,
-    /// Ended in an error.
+    /// Failed.
     pub failed: u64,
     abandoned: u64,
-    /// Bytes of those that went well.
+    /// Bytes of those that succeeded.
     pub bytes: u64,
     /// How long those took.
     pub latency: Distribution,
 }
 
 impl Figures {
-    /// How many went well.
+    /// How many succeeded.
     pub fn completed(&self) -> u64 {
         self.latency.count()
     }

@@ -209,8 +209,8 @@ fn a_size_that_is_not_larger_is_refused() {
     let images = create_images(place.path(), 3, SIZE_BYTES);
     let mut setup = Setup::new(&images, &[]);
     for (size, says) in [
-        (0, "can be made larger, not smaller"),
-        (SIZE_BYTES - 4096, "can be made larger, not smaller"),
+        (0, "cannot shrink"),
+        (SIZE_BYTES - 4096, "cannot shrink"),
         (SIZE_BYTES + 1, "must be a multiple of"),
         (1 << 63, "less than 8 EiB"),
     ] {
@@ -310,11 +310,11 @@ fn a_replica_that_hangs_while_growing_delays_no_request_and_is_shrunk_again() {
         &images,
         &[
             "it does not answer",
-            "gets its size of before when it answers",
+            "gets its old size back when it answers",
         ],
     );
     let unsettled = setup.resize(NEW_BYTES).unwrap_err();
-    assert!(unsettled.contains("has not been put back"), "{unsettled}");
+    assert!(unsettled.contains("has not got its old size back"), "{unsettled}");
     assert_eq!(length(&images[0]), SIZE_BYTES);
     // It grows late, and is shrunk then.
     fuse.clear_faults();

@@ -270,7 +270,7 @@ fn an_image_that_cannot_be_a_replica_is_refused() {
         .remove_replica("absent")
         .unwrap_err()
         .to_string();
-    assert_eq!(unknown, "there is no replica 'absent'");
+    assert_eq!(unknown, "the disk has no replica 'absent'");
     assert!(served.admin.jobs().is_empty());
     assert_eq!(served.end().1.len(), 3);
 }

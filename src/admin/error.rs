@@ -1,0 +1,84 @@
+//! Why a change of a served disk failed.
+
+use std::io;
+
+use super::resize::NotGrown;
+use crate::common::message::{Quoted, Reason};
+use crate::jobs::{NotStarted, UnknownJob};
+use crate::quorum::health::NotRemoved;
+use crate::replica::file::OpenError;
+
+/// Why a change failed. Each displays as one line.
+#[derive(Debug, thiserror::Error)]
+pub enum AdminError {
+    /// The image cannot be used.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// Direct I/O on it needs a larger alignment of memory than that of the buffers.
+    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported", Quoted(.node_name))]
+    Alignment {
+        /// The replica.
+        node_name: String,
+        /// The alignment.
+        alignment_bytes: u32,
+    },
+    /// The disk was started with `--read-only`.
+    #[error("the disk is read-only")]
+    ReadOnly,
+    /// `--blkverify` compares exactly two replicas.
+    #[error("cannot add or remove replicas: a disk with --blkverify has exactly two")]
+    Blkverify,
+    /// The disk has the maximum of replicas, with those that are being removed.
+    #[error(
+        "the disk has as many replicas as possible; remove one, and try again some seconds later"
+    )]
+    Full,
+    /// The workers cannot add the file to their io_uring.
+    #[error("{} cannot be added to io_uring: {}", Quoted(.node_name), Reason(.source))]
+    Register {
+        /// The replica.
+        node_name: String,
+        /// The error of the system.
+        source: io::Error,
+    },
+    /// No replica has this name.
+    #[error("the disk has no replica {}", Quoted(.0))]
+    UnknownReplica(String),
+    /// The disk needs it.
+    #[error("{} cannot be removed: {reason}", Quoted(.node_name))]
+    Needed {
+        /// The replica.
+        node_name: String,
+        /// The reason.
+        reason: NotRemoved,
+    },
+    /// A resync cannot start.
+    #[error("{}: {reason}", Quoted(.node_name))]
+    NotResynced {
+        /// The replica.
+        node_name: String,
+        /// The reason.
+        reason: NotStarted,
+    },
+    /// A scrub cannot start.
+    #[error(transparent)]
+    NotScrubbed(NotStarted),
+    /// No job has this id.
+    #[error(transparent)]
+    UnknownJob(#[from] UnknownJob),
+    /// A disk only grows.
+    #[error("the disk has {0} bytes and cannot shrink: the data at its end would be lost")]
+    Smaller(u64),
+    /// The disk cannot have this size.
+    #[error("the size must be a multiple of {0} bytes, and less than 8 EiB")]
+    Size(u32),
+    /// An image still has to get its old size back.
+    #[error(
+        "a replica that did not answer has not got its old size back since the last resize; try again \
+         later, or remove it"
+    )]
+    Unsettled,
+    /// A replica cannot grow.
+    #[error(transparent)]
+    NotGrown(NotGrown),
+}
