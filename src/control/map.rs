@@ -8,12 +8,11 @@
 //! when it ends, unresolved sectors that it did not find again are forgotten.
 //!
 //! Invariants:
-//! - A row takes memory from its first report on, and never more than its buckets and
-//!   [`MAP_RANGES_MAX`] ranges, twice.
-//! - Buckets are all of one size, which doubles when something lies beyond the last one: the disk
-//!   may grow.
-//! - The counts of all buckets add up to what was reported, but for what has no place (flushes) and
-//!   for errors, which count in each bucket that their operation touched.
+//! - A row uses memory from its first finding on, and no more than its buckets and twice
+//!   [`MAP_RANGES_MAX`] ranges.
+//! - All buckets have one size. It doubles when a finding is beyond the last bucket: the disk grows.
+//! - The counts of all buckets add up to what was reported, except for flushes, which have no place,
+//!   and for errors, which count in each bucket that their operation touched.
 
 use crate::common::operation::OperationType;
 use crate::common::ranges::RangeSet;
@@ -24,7 +23,7 @@ use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
 
 use super::events::Notice;
 
-/// The size that buckets begin with: 4 KiB.
+/// The first size of a bucket: 4 KiB.
 const BUCKET_SECTORS_MIN: u64 = 8;
 
 /// The row of the disk itself comes after those of the replicas.
@@ -35,28 +34,28 @@ const DISK: usize = REPLICAS_MAX;
 pub(super) struct DiskMap {
     bucket_sectors: u64,
     rows: [Option<Box<Row>>; REPLICAS_MAX + 1],
-    /// The scrub that is under way; of several the first.
+    /// The running scrub; of several the first.
     scrub: Option<JobId>,
 }
 
-/// What was found in a bucket.
+/// The findings in a bucket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bucket {
-    /// Sectors that lost a vote.
+    /// Corrupt sectors.
     pub(super) corrupt_sectors_found: u64,
-    /// Sectors that were written with the winner.
+    /// Repaired sectors.
     pub(super) repaired_sectors: u64,
     /// Operations that failed; for the disk: requests.
     pub(super) errors: u64,
 }
 
-/// What is remembered of a replica, or of the disk.
+/// The findings of a replica, or of the disk.
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     pub(super) buckets: Box<[Bucket]>,
-    /// Lost the last vote, or was undecided.
+    /// Corrupt when it was last read; in the row of the disk: undecided.
     pub(super) unresolved: RangeSet,
-    /// Of that, what was found or found again since the scrub began that is under way.
+    /// The part of that which was found, or found again, since the start of the running scrub.
     found_again: RangeSet,
 }
 
@@ -87,7 +86,7 @@ impl Row {
 }
 
 impl Bucket {
-    /// Both as one.
+    /// The sum.
     pub(super) fn plus(self, other: Self) -> Self {
         Self {
             corrupt_sectors_found: self.corrupt_sectors_found + other.corrupt_sectors_found,
@@ -106,7 +105,7 @@ impl DiskMap {
         }
     }
 
-    /// Takes in a notice for the operator.
+    /// Records an event.
     pub(super) fn record(&mut self, notice: &Notice) {
         match notice {
             Notice::Job(event) => self.job_changed(event),
@@ -134,7 +133,7 @@ impl DiskMap {
                         });
                         self.row(replica.as_usize()).mark_unresolved(*run);
                     }
-                    // They are of the same operation, and so near to the last that is listed.
+                    // Unlisted sectors are of the same operation: count them with the last run.
                     if let Some(last) = evidence.bad_sectors.last() {
                         let near = SectorRange::new(last.start, 1);
                         self.count(replica.as_usize(), near, |bucket, _| {
@@ -147,7 +146,7 @@ impl DiskMap {
         }
     }
 
-    /// Sectors of a replica were written with the winner.
+    /// Records that sectors of a replica were repaired.
     pub(super) fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
         self.count(replica.as_usize(), range, |bucket, count| {
             bucket.repaired_sectors += count;
@@ -157,28 +156,28 @@ impl DiskMap {
         row.found_again.remove(range);
     }
 
-    /// The place is that of another replica now.
+    /// Clears the row of a replica: a new replica has this index.
     pub(super) fn forget(&mut self, replica: ReplicaIndex) {
         self.rows[replica.as_usize()] = None;
     }
 
-    /// In how many sectors a replica was wrong when they were last looked at.
+    /// Sectors of a replica that were corrupt when they were last read.
     pub(super) fn corrupt_sectors(&self, replica: ReplicaIndex) -> u64 {
         sectors(self.rows[replica.as_usize()].as_deref())
     }
 
-    /// The number of sectors that reads found undecided and no scrub has read since.
+    /// Sectors that had no winner when they were last read.
     pub(super) fn undecided_sectors(&self) -> u64 {
         sectors(self.rows[DISK].as_deref())
     }
 
-    /// Sectors in a bucket, if the disk has `capacity_sectors`.
+    /// The sectors of a bucket, for a disk of `capacity_sectors`.
     pub(super) fn bucket_sectors(&mut self, capacity_sectors: u64) -> u64 {
         self.cover(capacity_sectors);
         self.bucket_sectors
     }
 
-    /// The row of a replica; of the disk if it is none. Nothing if there is nothing to tell.
+    /// The row of a replica, or with `None` of the disk. `None` if there are no findings.
     pub(super) fn view(&self, replica: Option<ReplicaIndex>) -> Option<Row> {
         let index = replica.map_or(DISK, ReplicaIndex::as_usize);
         self.rows[index].as_deref().cloned()
@@ -213,7 +212,7 @@ impl DiskMap {
         self.rows[index].get_or_insert_default()
     }
 
-    /// Tells `with` each bucket that has a part of `range`, and how many sectors of it.
+    /// Calls `with` for each bucket that overlaps `range`, with the number of its sectors in it.
     fn count(&mut self, row: usize, range: SectorRange, with: impl Fn(&mut Bucket, u64)) {
         self.cover(range.end());
         let size = self.bucket_sectors;
@@ -227,7 +226,7 @@ impl DiskMap {
         }
     }
 
-    /// Makes the buckets as large as it takes for a disk of so many sectors.
+    /// Doubles the size of the buckets until they cover a disk of `capacity_sectors`.
     fn cover(&mut self, capacity_sectors: u64) {
         while self.bucket_sectors * (MAP_BUCKETS as u64) < capacity_sectors {
             self.bucket_sectors *= 2;
@@ -300,7 +299,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_found_counts_where_it_is() {
+    fn findings_count_in_their_buckets() {
         let mut map = DiskMap::new();
         assert_eq!(map.bucket_sectors(2048 * 1024), 2048);
         map.record(&wrong(&[range(2047, 2), range(8192, 1)], 13));
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn reads_that_fail_are_the_disks() {
+    fn failed_reads_are_in_the_row_of_the_disk() {
         let mut map = DiskMap::new();
         for operation in [OperationType::Read, OperationType::Write] {
             let range = range(8, 8);
@@ -341,13 +340,13 @@ mod tests {
     #[test]
     fn a_scrub_settles_what_is_unresolved() {
         let mut map = DiskMap::new();
-        let corruption = |sector| wrong(&[range(sector, 1)], 1);
-        map.record(&corruption(1));
-        map.record(&corruption(5));
+        let corrupt_at = |sector| wrong(&[range(sector, 1)], 1);
+        map.record(&corrupt_at(1));
+        map.record(&corrupt_at(5));
         map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
-        map.record(&corruption(5));
-        map.record(&corruption(9));
-        // Another one has not seen everything since it began.
+        map.record(&corrupt_at(5));
+        map.record(&corrupt_at(9));
+        // The second scrub has not read everything since the start of the first.
         map.record(&scrub("job2", JobChange::Status, JobStatus::Created, None));
         map.record(&scrub(
             "job2",
@@ -377,7 +376,7 @@ mod tests {
             assert_eq!(
                 map.corrupt_sectors(REPLICA),
                 1,
-                "it has not seen everything"
+                "it has not read everything"
             );
         }
         map.record(&scrub("job5", JobChange::Status, JobStatus::Created, None));

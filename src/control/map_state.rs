@@ -1,8 +1,8 @@
-//! Where on the disk which replica was bad, as `query-quorum-map` shows it: plain values, made from
-//! the map and from what is stale.
+//! The map of findings for operators: plain values, as `query-quorum-map` returns them, computed from
+//! the map and the stale ranges.
 //!
-//! Invariants: a bucket is listed only if there is something in it; lists of ranges are bounded,
-//! the longest are kept.
+//! Invariants: a bucket without findings is not listed; a list of ranges is bounded and holds the
+//! longest.
 
 use serde::Serialize;
 
@@ -15,25 +15,25 @@ use crate::limits::MAP_RANGES_LISTED_MAX;
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MapState {
-    /// What the disk is called.
+    /// The name of the disk.
     pub node_name: String,
-    /// Its bytes.
+    /// Its size in bytes.
     pub size: u64,
-    /// The bytes that a bucket stands for.
+    /// The size of a bucket.
     pub bucket_bytes: u64,
-    /// Where the guest's requests failed.
+    /// Failed requests of the guest.
     pub failures: FailuresState,
     /// The replicas, in order.
     pub replicas: Vec<ReplicaMapState>,
 }
 
-/// Where requests failed for want of a quorum.
+/// Requests of the guest that failed without a quorum.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct FailuresState {
-    /// How many, by the buckets they touched.
+    /// Their number, in each bucket that they touched.
     pub buckets: Vec<FailureBucket>,
-    /// What could not be read, and no scrub has found to have a winner since.
+    /// Sectors that had no winner when they were last read.
     #[serde(flatten)]
     pub undecided: UndecidedRanges,
 }
@@ -48,37 +48,37 @@ pub struct FailureBucket {
     pub failed: u64,
 }
 
-/// What was found on a replica.
+/// The findings of a replica.
 #[derive(Clone, Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReplicaMapState {
-    /// What it is called.
+    /// Its name.
     pub node_name: String,
-    /// By place.
+    /// The counts.
     pub buckets: Vec<BucketState>,
-    /// What was wrong when it was last looked at.
+    /// Sectors that were corrupt when they were last read.
     #[serde(flatten)]
     pub corrupt: CorruptRanges,
-    /// What it does not hold the newest data of.
+    /// Sectors of which it does not hold the newest data.
     #[serde(flatten)]
     pub stale: StaleRanges,
 }
 
-/// What was found in a bucket of a replica.
+/// The findings in a bucket of a replica.
 #[derive(Clone, Copy, Debug, Serialize, PartialEq, Eq)]
 #[serde(rename_all = "kebab-case")]
 pub struct BucketState {
     /// Its first byte.
     pub offset: u64,
-    /// Sectors that lost a vote, all in all.
+    /// Corrupt sectors that were found.
     pub corrupt_sectors_found: u64,
-    /// Sectors that were written with the winner.
+    /// Repaired sectors.
     pub repaired_sectors: u64,
-    /// Operations that failed.
+    /// Failed operations.
     pub errors: u64,
-    /// Sectors that had lost the vote when they were last looked at.
+    /// Sectors that were corrupt when they were last read.
     pub corrupt_sectors: u64,
-    /// Sectors that are stale.
+    /// Stale sectors.
     pub stale_sectors: u64,
 }
 
@@ -90,7 +90,7 @@ macro_rules! ranges {
             /// The longest, in order.
             #[serde(rename = $list)]
             pub ranges: Vec<RangeState>,
-            /// There are more.
+            /// There are more ranges.
             #[serde(rename = $truncated, skip_serializing_if = "std::ops::Not::not")]
             pub truncated: bool,
         }
@@ -107,15 +107,15 @@ macro_rules! ranges {
 }
 
 ranges!(
-    /// Ranges whose reads found no winner.
+    /// Ranges without a winner.
     UndecidedRanges, "undecided", "undecided-truncated"
 );
 ranges!(
-    /// Ranges that were wrong when they were last looked at.
+    /// Ranges that were corrupt when they were last read.
     CorruptRanges, "corrupt", "corrupt-truncated"
 );
 ranges!(
-    /// Ranges that are stale.
+    /// Stale ranges.
     StaleRanges, "stale", "stale-truncated"
 );
 
@@ -125,11 +125,11 @@ ranges!(
 pub struct RangeState {
     /// The first sector.
     pub sector_num: u64,
-    /// How many.
+    /// The number of sectors.
     pub sector_count: u64,
 }
 
-/// What is known of a replica beside what is in the map.
+/// The properties of a replica that the map does not have.
 pub(crate) struct ReplicaPlaces {
     pub(crate) index: ReplicaIndex,
     pub(crate) node_name: String,
@@ -137,8 +137,7 @@ pub(crate) struct ReplicaPlaces {
 }
 
 impl MapState {
-    /// The map of the disk `node_name` of `size` bytes with these replicas, in at most so many
-    /// buckets.
+    /// The map of a disk of `size` bytes with these replicas, in at most `buckets_max` buckets.
     pub(crate) fn new(
         reports: &EventQueue,
         node_name: String,
@@ -157,7 +156,7 @@ impl MapState {
             bucket_sectors: base_sectors * together,
             together: usize::try_from(together).unwrap_or(usize::MAX),
         };
-        // One row at a time: who reports something waits for no longer.
+        // One row at a time, so that threads which push events do not wait for longer.
         let view = |replica| reports.map().view(replica);
         let replica_map = |places: ReplicaPlaces| {
             cut.replica(places.node_name, view(Some(places.index)), &places.stale)
@@ -172,11 +171,11 @@ impl MapState {
     }
 }
 
-/// How the disk is cut into the buckets that are shown.
+/// The buckets as they are shown.
 struct Cut {
     capacity_sectors: u64,
     bucket_sectors: u64,
-    /// So many buckets of the map are one.
+    /// The number of buckets of the map in one of them.
     together: usize,
 }
 
@@ -220,7 +219,7 @@ impl Cut {
         bucket as u64 * self.bucket_sectors * SECTOR_BYTES
     }
 
-    /// Without what lies beyond the end of the disk, to which a set that gets coarser may spread.
+    /// Cuts off what is beyond the end of the disk, where a set spreads when it gets coarser.
     fn within(&self, ranges: impl IntoIterator<Item = SectorRange>) -> Vec<SectorRange> {
         let cut = |range: SectorRange| {
             let end = range.end().min(self.capacity_sectors);

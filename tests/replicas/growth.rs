@@ -314,7 +314,10 @@ fn a_replica_that_hangs_while_growing_delays_no_request_and_is_shrunk_again() {
         ],
     );
     let unsettled = setup.resize(NEW_BYTES).unwrap_err();
-    assert!(unsettled.contains("has not got its old size back"), "{unsettled}");
+    assert!(
+        unsettled.contains("has not got its old size back"),
+        "{unsettled}"
+    );
     assert_eq!(length(&images[0]), SIZE_BYTES);
     // It grows late, and is shrunk then.
     fuse.clear_faults();
