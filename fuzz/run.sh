@@ -20,8 +20,8 @@ fi
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then
     "$cargo" install --locked cargo-fuzz
 fi
-# A stable toolchain offers sanitizers only with RUSTC_BOOTSTRAP. FUZZ_STABLE=1 uses it even if there is
-# a nightly one.
+# A stable toolchain offers sanitizers only with RUSTC_BOOTSTRAP. FUZZ_STABLE=1 uses it even if there
+# is a nightly one.
 toolchain=()
 if [ -z "${FUZZ_STABLE:-}" ] && rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
     toolchain=(+nightly)
@@ -32,7 +32,8 @@ fi
 fuzz() {
     local target=$1
     shift
-    "$cargo" "${toolchain[@]}" fuzz run "$target" "$@" -max_len=4096 -len_control=20 -rss_limit_mb=1024 -timeout=10
+    "$cargo" "${toolchain[@]}" fuzz run "$target" "$@" \
+        -max_len=4096 -len_control=20 -rss_limit_mb=1024 -timeout=10
 }
 
 if [ -n "$make_corpus" ]; then
@@ -52,7 +53,8 @@ for target in "${targets[@]}"; do
         mv "$least" "$corpus"
     else
         echo "== $target, $seconds s"
-        fuzz "$target" "$work" "$corpus" -- -max_total_time="$seconds" -print_final_stats=1 || status=$?
+        fuzz "$target" "$work" "$corpus" -- -max_total_time="$seconds" -print_final_stats=1 ||
+            status=$?
     fi
 done
 exit "$status"

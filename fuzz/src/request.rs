@@ -72,7 +72,7 @@ struct Case {
     queue: Queue,
     head: u16,
     /// The bytes of a fragment.
-    piece_bytes: usize,
+    fragment_bytes: usize,
     /// The disk fails.
     fails: bool,
 }
@@ -97,7 +97,7 @@ impl Case {
             info,
             queue,
             head: script.u16(),
-            piece_bytes: 512 * (1 + usize::from(script.u8())),
+            fragment_bytes: 512 * (1 + usize::from(script.u8())),
             fails: options & 0x80 != 0,
         }
     }
@@ -349,8 +349,8 @@ fn transfer(
     assert_eq!(request.sectors(), range.count);
     let total = usize::try_from(range.bytes()).expect("a small disk");
     let content = disk_content(range.bytes());
-    for start in (0..total).step_by(case.piece_bytes) {
-        let end = total.min(start + case.piece_bytes);
+    for start in (0..total).step_by(case.fragment_bytes) {
+        let end = total.min(start + case.fragment_bytes);
         let whole = stretch(
             before,
             &expected.data,

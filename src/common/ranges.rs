@@ -272,7 +272,8 @@ mod tests {
                 prop_assert_eq!(set.overlaps(SectorRange::new(sector, 1)), at(sector));
             }
             prop_assert_eq!(set.overlaps(probe), (probe.start..probe.end()).any(at));
-            let within: Vec<u64> = set.within(probe).into_iter().flat_map(|r| r.start..r.end()).collect();
+            let within = set.within(probe).into_iter();
+            let within: Vec<u64> = within.flat_map(|r| r.start..r.end()).collect();
             let expected: Vec<u64> = (probe.start..probe.end()).filter(|s| at(*s)).collect();
             prop_assert_eq!(within, expected);
             prop_assert_eq!(set.first_within(probe), set.within(probe).first().copied());

@@ -53,7 +53,7 @@ pub struct Evidence {
     pub bad_sectors_cut: bool,
     /// How many sectors differ, listed or not.
     pub sectors: u64,
-    /// SHA-256 of the first bad sector as this replica gave it.
+    /// SHA-256 of the first corrupt sector as this replica returned it.
     pub digest: Digest,
     /// SHA-256 of the same sector as the winner holds it.
     pub winner_digest: Digest,

@@ -51,7 +51,7 @@ pub(super) struct Terms {
     pub(super) spreads: bool,
     /// Return the winner as soon as the replies that are out cannot change it (R7).
     pub(super) answers_early: bool,
-    /// Sectors that are repaired throughout were stale, not damaged.
+    /// Sectors that are repaired throughout were stale, not corrupt.
     pub(super) is_resync: bool,
 }
 

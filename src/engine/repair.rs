@@ -6,7 +6,7 @@
 use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
 use crate::quorum::vote::Verdict;
 
-/// What a vote on a range has led to, and whom to repair.
+/// The verdict on a range, and the replicas to repair.
 #[derive(Debug)]
 pub(super) struct Repairs<'a> {
     pub(super) range: SectorRange,

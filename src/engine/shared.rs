@@ -411,8 +411,8 @@ mod model {
         }
     }
 
-    /// Three ranges, the middle one overlaps both others: whoever waits is granted the lock once,
-    /// and nobody else is in meanwhile.
+    /// Three ranges, of which the middle one overlaps both others: each waiter is granted the lock
+    /// once, and no other one holds it meanwhile.
     #[test]
     fn locks_exclude_and_are_handed_on() {
         const RANGES: [(u64, u64); 3] = [(0, 8), (4, 8), (8, 8)];
@@ -459,7 +459,7 @@ mod model {
         });
     }
 
-    /// Whoever begins a read after a write was acknowledged knows which replica missed it.
+    /// A read that begins after a write was acknowledged sees which replica missed it.
     #[test]
     fn a_read_after_an_acknowledged_write_knows_who_is_stale() {
         loom::model(|| {

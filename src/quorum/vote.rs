@@ -366,7 +366,7 @@ mod tests {
     }
 
     #[test]
-    fn evidence_is_of_the_first_bad_sector_and_bounded() {
+    fn evidence_is_of_the_first_corrupt_sector_and_bounded() {
         let bad: String = "ba".repeat(BAD_SECTOR_RUNS_MAX + 1);
         let good = "a".repeat(bad.len());
         let verdict = run(&[&good, &bad, &good], Rule::Threshold(2));
@@ -383,13 +383,17 @@ mod tests {
         );
     }
 
+    fn letter() -> impl Strategy<Value = char> {
+        proptest::sample::select(vec!['a', 'b', 'c', '-'])
+    }
+
     proptest! {
         /// Against counting by hand.
         #[test]
         fn is_the_naive_vote(
             patterns in (1..6usize, 1..8usize).prop_flat_map(|(n, sectors)| {
                 proptest::collection::vec(
-                    proptest::collection::vec(proptest::sample::select(vec!['a', 'b', 'c', '-']), sectors)
+                    proptest::collection::vec(letter(), sectors)
                         .prop_map(|letters| letters.into_iter().collect::<String>()),
                     n,
                 )
@@ -412,7 +416,8 @@ mod tests {
                     let accused = lost.iter().any(|(r, bad)| {
                         usize::from(*r) == replica && bad.as_bytes()[sector] == b'!'
                     });
-                    prop_assert_eq!(accused, expected != b'?' && *letter != b'-' && *letter != expected);
+                    let lost = expected != b'?' && *letter != b'-' && *letter != expected;
+                    prop_assert_eq!(accused, lost);
                 }
             }
         }

@@ -1,7 +1,7 @@
 //! The patches under tests/mutants have their headers and apply to this tree.
 //!
 //! `make mutants` builds and runs each of them, which takes too long for `make test`. A change of
-//! the code that a patch breaks fails here, so that its author mends the patch at once.
+//! the code that a patch breaks fails here, so that its author fixes the patch at once.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -23,7 +23,11 @@ pub fn all() -> Vec<Seed> {
         let (name, _) = name.split_once('"').expect("the end of its name");
         (name, input(NEGOTIATE, [0; 4], [0; 2], message.as_bytes()))
     });
-    let raw = br#"{"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"a","file":{"driver":"file","filename":"/a"}}}"#;
+    let raw = concat!(
+        r#"{"execute":"blockdev-add","arguments":{"driver":"raw","node-name":"a","#,
+        r#""file":{"driver":"file","filename":"/a"}}}"#
+    )
+    .as_bytes();
     let child =
         br#"{"execute":"x-blockdev-change","arguments":{"parent":"quorum0","child":"children.1"}}"#;
     type Seed<'a> = (&'static str, u8, [u8; 4], [u8; 2], &'a [u8]);
@@ -44,7 +48,7 @@ pub fn all() -> Vec<Seed> {
             quoted.as_bytes(),
         ),
         (
-            "somebody leaves",
+            "a client leaves",
             NEGOTIATE | LEAVE,
             [9, 0, 0, 0],
             [0; 2],

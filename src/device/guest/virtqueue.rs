@@ -195,7 +195,7 @@ impl Virtqueue {
         Ok(())
     }
 
-    /// Asks the driver to kick, whatever it was asked before.
+    /// Asks the driver to kick, even if it was asked before.
     pub(super) fn renew_kicks(&mut self) {
         self.kicks_enabled = false;
     }

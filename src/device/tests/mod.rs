@@ -130,7 +130,7 @@ struct Machine {
     drivers: Vec<Driver>,
     disk: Vec<u8>,
     /// The engine fails fragments with this sector.
-    bad_sector: Option<u64>,
+    failing_sector: Option<u64>,
     /// The fragments that the engine got: kind, first sector and length in sectors.
     asked: Vec<(&'static str, u64, u64)>,
     /// The last write had to be durable.
@@ -222,7 +222,7 @@ impl Machine {
             queue_size,
             drivers: vec![Driver::default(); queues],
             disk,
-            bad_sector: None,
+            failing_sector: None,
             asked: Vec::new(),
             durable: false,
         }
@@ -342,7 +342,7 @@ impl Machine {
             ..usize::try_from(range.end() * 512).unwrap();
         let is_bad = |sector| (range.start..range.end()).contains(&sector);
         let result: Result<&[u8], Failed> = match request {
-            _ if self.bad_sector.is_some_and(is_bad) => Err(Failed),
+            _ if self.failing_sector.is_some_and(is_bad) => Err(Failed),
             GuestRequest::Read(_) => Ok(&self.disk[place]),
             GuestRequest::Write { data, durable, .. } => {
                 self.disk[place].copy_from_slice(&data);

@@ -259,7 +259,7 @@ proptest! {
                 }
                 SoupStep::Answer { which, fail } if !in_flight.is_empty() => {
                     let (tag, request) = in_flight.swap_remove(which % in_flight.len());
-                    machine.bad_sector = match &request {
+                    machine.failing_sector = match &request {
                         GuestRequest::Read(range) | GuestRequest::Write { range, .. } if fail => {
                             Some(range.start)
                         }

@@ -331,13 +331,13 @@ fn the_used_length_claims_nothing_that_is_not_written() {
         machine.assert_untouched(&[writable(STATUS, 1)]);
     }
     // A failed read may have written any part of its data.
-    machine.bad_sector = Some(1);
+    machine.failing_sector = Some(1);
     assert_eq!(status_of(&mut machine, IN, 0, 1024), IOERR);
 }
 
-// ---- Pieces
+// ---- Fragments
 
-const PIECE_SECTORS: u64 = FRAGMENT_BYTES_MAX / 512;
+const FRAGMENT_SECTORS: u64 = FRAGMENT_BYTES_MAX / 512;
 const TWO_AND_A_BIT: usize = (2 << 20) + 1024;
 const _: () = assert!(FRAGMENT_BYTES_MAX == 1 << 20);
 
@@ -368,9 +368,9 @@ fn a_long_request_is_served_in_fragments() {
     assert_eq!(
         asked,
         [
-            ("read", 10, PIECE_SECTORS),
-            ("read", 10 + PIECE_SECTORS, PIECE_SECTORS),
-            ("read", 10 + 2 * PIECE_SECTORS, 2),
+            ("read", 10, FRAGMENT_SECTORS),
+            ("read", 10 + FRAGMENT_SECTORS, FRAGMENT_SECTORS),
+            ("read", 10 + 2 * FRAGMENT_SECTORS, 2),
         ]
     );
     assert_eq!(
@@ -398,9 +398,11 @@ fn a_long_request_is_served_in_fragments() {
 #[test]
 fn the_first_failed_fragment_fails_the_request_and_begins_no_further_one() {
     for request_type in [IN, OUT] {
-        for (bad_sector, fragments) in [(0, 1), (PIECE_SECTORS, 2), (2 * PIECE_SECTORS, 3)] {
+        for (failing_sector, fragments) in
+            [(0, 1), (FRAGMENT_SECTORS, 2), (2 * FRAGMENT_SECTORS, 3)]
+        {
             let mut machine = Machine::new();
-            machine.bad_sector = Some(bad_sector);
+            machine.failing_sector = Some(failing_sector);
             assert_eq!(
                 status_of(&mut machine, request_type, 0, TWO_AND_A_BIT),
                 IOERR

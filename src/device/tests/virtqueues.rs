@@ -190,7 +190,7 @@ fn a_virtqueue_outside_of_memory_is_not_served() {
 /// With event indices the driver chooses the entry after which it is notified, without them it is
 /// always notified.
 #[test]
-fn the_driver_is_told_when_it_wants_to_be() {
+fn the_driver_is_signalled_when_it_asks_for_it() {
     let mut machine = Machine::new();
     let (mut reader, call) = std::io::pipe().unwrap();
     machine.vrings[0].set_call(Some(File::from(std::os::fd::OwnedFd::from(call))));

@@ -129,14 +129,14 @@ fn a_read_only_disk_is_not_zeroed() {
 #[test]
 fn a_large_range_has_few_fragments_in_flight_and_does_not_hold_up_others() {
     let fragments = 3 * ZERO_FRAGMENTS_IN_FLIGHT_MAX as u64;
-    let piece_sectors = ZERO_BYTES_MAX / 512;
+    let fragment_sectors = ZERO_BYTES_MAX / 512;
     let info = DiskInfo {
-        capacity: Capacity::new(fragments * piece_sectors),
+        capacity: Capacity::new(fragments * fragment_sectors),
         ..disk_info()
     };
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
     machine.put_header(DISCARD, 0);
-    let sectors = u32::try_from(fragments * piece_sectors - 1).unwrap();
+    let sectors = u32::try_from(fragments * fragment_sectors - 1).unwrap();
     machine.put(DATA, &segment(1, sectors, 0));
     let large = [
         readable(HEADER, 16),
@@ -183,7 +183,7 @@ fn a_large_range_has_few_fragments_in_flight_and_does_not_hold_up_others() {
         zeroed.iter().map(|range| range.count).sum::<u64>(),
         u64::from(sectors)
     );
-    assert!(zeroed.iter().all(|range| range.count <= piece_sectors));
+    assert!(zeroed.iter().all(|range| range.count <= fragment_sectors));
     let given_back: Vec<u16> = machine.used(0).into_iter().map(|(head, _)| head).collect();
     assert_eq!(given_back.len(), 2);
     assert_eq!(given_back[1], large);

@@ -1,4 +1,4 @@
-//! What counts as held, and by whom.
+//! Which sectors count as fresh and durable, and on which replicas.
 
 use super::*;
 
@@ -169,7 +169,7 @@ fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
 }
 
 #[test]
-fn what_is_mended_while_a_flush_runs_is_not_covered_by_it() {
+fn a_repair_while_a_flush_runs_is_not_covered_by_it() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(0, 8), &[C]);
     let epoch = health.flush_begins();

@@ -84,7 +84,7 @@ fn plausible_alignment(bytes: u32) -> Option<u32> {
 }
 
 /// Finds the alignment by reading: the smallest length that the kernel does not reject with
-/// EINVAL. A read that fails otherwise, for example on a bad sector, has a valid alignment.
+/// EINVAL. A read that fails otherwise, for example on an unreadable sector, has a valid alignment.
 pub(super) fn probed_alignment(file: &File, size_bytes: u64) -> u32 {
     // A read of a hole does not reach the disk, and some file systems do not check its alignment,
     // so only a read of data is conclusive. An image without any data is assumed to be on a disk

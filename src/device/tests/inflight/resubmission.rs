@@ -67,8 +67,8 @@ fn resubmitted_writes_come_before_new_chains_of_any_virtqueue() {
         );
     };
     // The first is longer than a fragment; all of its fragments come first, too.
-    let piece_sectors = usize::try_from(FRAGMENT_BYTES_MAX / 512).unwrap();
-    offer(&mut machine, 1, piece_sectors + 1);
+    let fragment_sectors = usize::try_from(FRAGMENT_BYTES_MAX / 512).unwrap();
+    offer(&mut machine, 1, fragment_sectors + 1);
     offer(&mut machine, 1, 1);
     while machine.guest.next_request().is_some() {}
     offer(&mut machine, 0, 1);
@@ -80,7 +80,7 @@ fn resubmitted_writes_come_before_new_chains_of_any_virtqueue() {
             other => panic!("{other:?}"),
         })
         .collect();
-    let second_fragment = piece_sectors as u64;
+    let second_fragment = fragment_sectors as u64;
     assert_eq!(order[..3], [0, second_fragment, 1]);
     assert_eq!(order.len(), 5);
 }
