@@ -20,8 +20,8 @@ fi
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then
     "$cargo" install --locked cargo-fuzz
 fi
-# A stable toolchain offers sanitizers only with RUSTC_BOOTSTRAP. FUZZ_STABLE=1 uses it even if there
-# is a nightly one.
+# A stable toolchain offers sanitizers only with RUSTC_BOOTSTRAP. FUZZ_STABLE=1 uses it even if
+# there is a nightly one.
 toolchain=()
 if [ -z "${FUZZ_STABLE:-}" ] && rustup toolchain list 2>/dev/null | grep -q '^nightly'; then
     toolchain=(+nightly)

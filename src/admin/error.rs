@@ -15,7 +15,10 @@ pub enum AdminError {
     #[error(transparent)]
     Open(#[from] OpenError),
     /// Direct I/O on it needs a larger alignment of memory than that of the buffers.
-    #[error("{} needs buffers aligned to {alignment_bytes} bytes, more than is supported", Quoted(.node_name))]
+    #[error(
+        "{} needs buffers aligned to {alignment_bytes} bytes, more than is supported",
+        Quoted(.node_name)
+    )]
     Alignment {
         /// The replica.
         node_name: String,
@@ -74,8 +77,8 @@ pub enum AdminError {
     Size(u32),
     /// An image still has to get its old size back.
     #[error(
-        "a replica that did not answer has not got its old size back since the last resize; try again \
-         later, or remove it"
+        "a replica that did not answer has not got its old size back since the last resize; \
+         try again later, or remove it"
     )]
     Unsettled,
     /// A replica cannot grow.

@@ -1,7 +1,7 @@
 //! Changes of a disk while it is served: add, remove, resync and scrub replicas, and grow the disk.
 //!
-//! Any thread may call the methods, except the workers. They wait for the workers to accept a change,
-//! and for the kernel to open and close files, never for a guest.
+//! Any thread may call the methods, except the workers. They wait for the workers to accept a
+//! change, and for the kernel to open and close files, never for a guest.
 //!
 //! Invariants: a file is closed, and its lock released, only when no worker uses it any more; one
 //! change at a time adds or removes a replica or grows the disk.
@@ -163,8 +163,8 @@ impl Admin {
         })
     }
 
-    /// Removes a replica, whether it answers or not. Waits, for a limited time, until no operation is
-    /// in flight on it and its image is closed.
+    /// Removes a replica, whether it answers or not. Waits, for a limited time, until no operation
+    /// is in flight on it and its image is closed.
     ///
     /// # Errors
     /// If the disk needs it; nothing has changed.
@@ -201,8 +201,8 @@ impl Admin {
         Ok(Removed::StillOpen)
     }
 
-    /// Grows the disk: first all replicas, then the config space that the guest sees. With the current
-    /// size it only notifies the frontends again.
+    /// Grows the disk: first all replicas, then the config space that the guest sees. With the
+    /// current size it only notifies the frontends again.
     ///
     /// # Errors
     /// If the disk cannot have this size, or a replica cannot grow. The guest has seen nothing, and
@@ -250,7 +250,8 @@ impl Admin {
     }
 
     /// Starts a scrub: reads all replicas, votes, and with `repair` repairs what is corrupt or
-    /// unreadable. `speed_bytes` limits it, in bytes a second; 0: as fast as the guest's load allows.
+    /// unreadable. `speed_bytes` limits it, in bytes a second; 0: as fast as the guest's load
+    /// allows.
     ///
     /// # Errors
     /// If the disk is read-only and `repair` is set, or there are too many jobs.
@@ -285,8 +286,8 @@ impl Admin {
         Ok(self.with_jobs(|jobs, health| jobs.resume(id, health))?)
     }
 
-    /// Cancels a job. The replica of a cancelled resync stays stale where it was not written to, and
-    /// does not vote there, until [`Self::resync`] or until it is removed.
+    /// Cancels a job. The replica of a cancelled resync stays stale where it was not written to,
+    /// and does not vote there, until [`Self::resync`] or until it is removed.
     ///
     /// # Errors
     /// If there is no such job.

@@ -1,7 +1,8 @@
 //! Growing the images: all of them, or none.
 //!
-//! A thread for each image extends it and then waits for the verdict. A replica that hangs delays the
-//! others only for a limited time, and its thread restores the old size when the replica answers.
+//! A thread for each image extends it and then waits for the verdict. A replica that hangs delays
+//! the others only for a limited time, and its thread restores the old size when the replica
+//! answers.
 //!
 //! Invariant: the rest of the daemon learns of the new size only after all images have it, so an
 //! image can get its old size back without loss.

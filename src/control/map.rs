@@ -10,9 +10,10 @@
 //! Invariants:
 //! - A row uses memory from its first finding on, and no more than its buckets and twice
 //!   [`MAP_RANGES_MAX`] ranges.
-//! - All buckets have one size. It doubles when a finding is beyond the last bucket: the disk grows.
-//! - The counts of all buckets add up to what was reported, except for flushes, which have no place,
-//!   and for errors, which count in each bucket that their operation touched.
+//! - All buckets have one size. It doubles when a finding is beyond the last bucket: the disk
+//!   grows.
+//! - The counts of all buckets add up to what was reported, except for flushes, which have no
+//!   place, and for errors, which count in each bucket that their operation touched.
 
 use crate::common::operation::OperationType;
 use crate::common::ranges::RangeSet;

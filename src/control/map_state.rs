@@ -1,5 +1,5 @@
-//! The map of findings for operators: plain values, as `query-quorum-map` returns them, computed from
-//! the map and the stale ranges.
+//! The map of findings for operators: plain values, as `query-quorum-map` returns them, computed
+//! from the map and the stale ranges.
 //!
 //! Invariants: a bucket without findings is not listed; a list of ranges is bounded and holds the
 //! longest.

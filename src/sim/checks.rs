@@ -318,8 +318,8 @@ impl World {
         Ok(())
     }
 
-    /// W6: `worker` has just looked at the clock, so no replica that the disk can do without owes
-    /// it a reply for longer than the limit. `excused`: as it was before.
+    /// W6: `worker` has just looked at the clock, so no replica that is not needed owes it a
+    /// reply for longer than the limit. `excused`: as it was before.
     pub(super) fn check_overdue(&self, worker: usize, excused: &Masks) -> Checked {
         let Some(limit) = self.clock.checked_sub(self.plan.replica_timeout) else {
             return Ok(());
@@ -346,7 +346,7 @@ impl World {
         Ok(())
     }
 
-    /// I3: a replica is accused of a wrong sector only if a fault may have made it wrong.
+    /// I3: a replica is reported for a sector only if a fault may have corrupted it.
     fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
         let now = self.ledger.seen();
         if (now.wrong(replica) | now.mixed) >> sector & 1 == 1 {
@@ -478,7 +478,7 @@ impl World {
     }
 
     /// W5: everything was written and flushed without faults, so all replicas hold it durably.
-    pub(super) fn check_healed(&self) -> Checked {
+    pub(super) fn check_durable_everywhere(&self) -> Checked {
         for sector in 0..self.changed_at.len() {
             for replica in self.members() {
                 let value = self.replicas[replica].durable(sector);

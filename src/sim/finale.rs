@@ -46,7 +46,7 @@ impl World {
             self.submit_flush(0)?;
             self.settle()?;
         }
-        self.check_healed()?;
+        self.check_durable_everywhere()?;
         self.read_all()
     }
 

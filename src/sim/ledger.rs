@@ -1,6 +1,6 @@
 //! What excuses a replica, sector by sector: the injected faults, and those that the engine knows.
 //!
-//! The checks ask two questions. May this replica give wrong bytes here? May the engine leave it
+//! The checks ask two questions. May this replica give corrupt bytes here? May the engine leave it
 //! out? Each request in flight keeps what was true at any time since it began, so that a replica
 //! counts that was wrong when it was read and has been repaired since.
 
@@ -12,7 +12,8 @@ pub type Masks = [u64; PLACES];
 /// Faults and what they have left.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    /// Where it holds wrong bytes that no error has reported: bit rot, lost and misdirected writes.
+    /// Where it holds corrupt bytes that no error has reported: bit rot, lost and misdirected
+    /// writes.
     pub corrupt: Masks,
     /// Where it has dropped a page and no error has reported it yet.
     pub dropped: Masks,
@@ -39,7 +40,7 @@ pub struct Ledger {
 /// What was true of the replicas at any time while a request was in flight.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
-    /// Where it held wrong bytes that no error has reported.
+    /// Where it held corrupt bytes that no error has reported.
     pub corrupt: Masks,
     /// Where it had dropped a page, if no error has been reported since.
     pub dropped: Masks,
@@ -77,7 +78,7 @@ impl Ledger {
         self.evicted &= !(1 << replica);
     }
 
-    /// The sectors on which the replica may give wrong bytes.
+    /// The sectors on which the replica may give corrupt bytes.
     pub fn wrong(&self, replica: usize) -> u64 {
         self.corrupt[replica] | self.dropped[replica]
     }
@@ -92,12 +93,12 @@ impl Ledger {
 }
 
 impl Seen {
-    /// The number of replicas that may have given wrong bytes for the sector.
+    /// The number of replicas that may have given corrupt bytes for the sector.
     pub fn wrong_at(&self, sector: usize) -> usize {
         count(&std::array::from_fn(|r| self.wrong(r)), sector)
     }
 
-    /// The sectors for which the replica may have given wrong bytes.
+    /// The sectors for which the replica may have given corrupt bytes.
     pub fn wrong(&self, replica: usize) -> u64 {
         self.corrupt[replica] | self.dropped[replica]
     }

@@ -3,8 +3,8 @@
 //!
 //! It knows of requests only when they were made and when they were answered. That says which
 //! values a read may return: those that no later write has certainly replaced. A value carries the
-//! number of its write and is unique, so what a read returned tells which write it saw, and reads
-//! that follow one another tell in which order the writes took effect.
+//! number of its write and is unique, so what a read returned shows which write it saw, and
+//! reads that follow one another show in which order the writes took effect.
 
 /// What a sector holds: unique for each write of each sector, and for each fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -149,7 +149,7 @@ impl Model {
     }
 
     /// A read from `began` to `ended` returned the value. Whether that goes with what other reads
-    /// have returned: there must be an order in which each value is current once, in one piece.
+    /// have returned: there must be an order in which each value is current once, without a gap.
     /// For two values that is impossible if each was read or written after the other had been.
     ///
     /// # Errors

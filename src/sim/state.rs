@@ -171,7 +171,7 @@ pub struct Statistics {
     pub failed: u64,
     /// Crashes.
     pub crashes: u64,
-    /// Reports that a replica holds a wrong version.
+    /// Reports that a replica holds a corrupt version.
     pub accusations: u64,
     /// Evictions.
     pub evictions: u64,
@@ -483,7 +483,7 @@ impl World {
             .collect()
     }
 
-    /// The replica may give wrong bytes there from now on.
+    /// The replica may give corrupt bytes there from now on.
     pub(super) fn mark_corrupt(&mut self, replica: usize, sectors: u64) {
         self.ledger.corrupt[replica] |= sectors;
         self.ledger.unrepaired[replica] &= !sectors;

@@ -449,17 +449,21 @@ mod tests {
     proptest! {
         #[test]
         fn quantiles_and_counts_are_those_of_the_sorted_times(
-            mut times in prop::collection::vec(0_u64..1 << 20, 1..200), per_mille in 0_u64..=1000, power in 0_u32..21
+            mut times in prop::collection::vec(0_u64..1 << 20, 1..200),
+            per_mille in 0_u64..=1000,
+            power in 0_u32..21,
         ) {
             let all = distribution(&times.iter().map(|time| us(*time)).collect::<Vec<_>>());
             times.sort_unstable();
             let rank = (times.len() as u64 * per_mille).div_ceil(1000).max(1);
             let exact = times[usize::try_from(rank).unwrap() - 1];
-            let told = all.quantile_us(per_mille).unwrap();
-            prop_assert!(told > exact && told <= exact + exact / STEPS + 1, "{} for {}", told, exact);
+            let found = all.quantile_us(per_mille).unwrap();
+            let is_close = found > exact && found <= exact + exact / STEPS + 1;
+            prop_assert!(is_close, "{} for {}", found, exact);
             let below = times.iter().filter(|time| **time < 1 << power).count();
             prop_assert_eq!(all.below_us(1 << power), below as u64);
-            prop_assert_eq!((all.count(), all.sum_ns()), (times.len() as u64, times.iter().sum::<u64>() * 1000));
+            let sum_ns = times.iter().sum::<u64>() * 1000;
+            prop_assert_eq!((all.count(), all.sum_ns()), (times.len() as u64, sum_ns));
         }
     }
 }

@@ -342,7 +342,8 @@ mod tests {
             text(report, 3),
             concat!(
                 r#"{"event":"QUORUM_REPORT_BAD","data":{"ret":-5,"node-name":"0.raw","#,
-                r#""sector-num":0,"sector-count":0,"sectors-count":0,"type":"flush","error":"Input/output error","suppressed":3},"#,
+                r#""sector-num":0,"sector-count":0,"sectors-count":0,"type":"flush","#,
+                r#""error":"Input/output error","suppressed":3},"#,
                 r#""timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
                 "\n"
             )
