@@ -1,7 +1,10 @@
-//! The repository itself: the contract and the pages name what exists, and imports go one way.
+//! The repository itself: the contract names what exists, the words are those of the glossary, and
+//! lines are short enough to read.
 
 mod contract;
 mod files;
+mod lines;
 mod pages;
 mod rooms;
 mod source;
+mod words;
