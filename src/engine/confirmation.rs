@@ -240,11 +240,6 @@ impl Confirmation {
         self.outcome.unread = unread.without(self.terms.throughout);
         self.outcome.undecided = sectors(&verdict.undecided);
         self.spread(&verdict, context);
-        if let Some(undecided) = verdict.undecided.first()
-            && context.core.policy.blkverify
-        {
-            context.effects.contents_differ(*undecided);
-        }
         let winner = self.assemble(&verdict, context.core).map(Rc::new);
         Next::Decided(Decision { verdict, winner })
     }
@@ -323,6 +318,12 @@ impl Confirmation {
         context: &mut Context<'_, impl Effects>,
     ) -> Next {
         assert!(matches!(self.step, Step::Decided), "repaired once");
+        // Only now: the guest has its answer, and the failure is reported.
+        if let Some(undecided) = decision.verdict.undecided.first()
+            && context.core.policy.blkverify
+        {
+            context.effects.contents_differ(*undecided);
+        }
         let shared = context.shared();
         let (in_service, began) =
             shared.health(|health| (health.in_service(), health.failure_epoch()));

@@ -2,6 +2,7 @@
 //!
 //! `make sim SEEDS=n` runs n seeds, `make sim SEED=s` replays one and prints what happens.
 
+mod blkverify;
 mod failed_flush;
 mod mutant_patches;
 mod range_sets;
