@@ -136,7 +136,7 @@ impl Jobs {
         self.jobs.is_empty() && self.neighbourhood.is_empty()
     }
 
-    /// All jobs, oldest first.
+    /// All jobs, in no particular order: they take turns.
     pub fn list(&self, health: &Health) -> Vec<JobInfo> {
         self.jobs.iter().map(|job| job.info(health)).collect()
     }

@@ -42,7 +42,7 @@ impl Neighbourhood {
 
     /// Remembers a corrupt range. Returns whether there was room.
     pub(super) fn add(&mut self, corrupt: SectorRange) -> bool {
-        // More than a few reads find. The surroundings of those are scrubbed in any case.
+        // Beyond the bound it is dropped: a later read or scrub finds what is around it.
         let has_room = self.found.len() < JOBS_MAX;
         if has_room {
             self.found.push(corrupt);
