@@ -25,8 +25,8 @@ use crate::device::{Capacity, GuestMemory};
 use crate::engine::{Effects as _, ReadPattern, WorkerIndex};
 use crate::jobs::Sizes;
 use crate::limits::REPLICAS_MAX;
-use crate::replica::ring::Ring;
 use crate::replica::ring::fake_kernel::{FakeKernel, Submission};
+use crate::replica::ring::{Ring, WatchToken};
 
 const REPLICAS: usize = 3;
 const SECTORS: u64 = 4096;
@@ -384,6 +384,28 @@ fn a_worker_that_must_exit_says_which_replicas_are_still_busy() {
     assert!(!worker.step().unwrap());
     let busy: ReplicaSet = [ReplicaIndex(1)].into_iter().collect();
     assert_eq!(worker.io.ring.busy_replicas(), busy);
+}
+
+/// Older kernels reject submissions while the completion queue has overflowed. The ring then takes
+/// completions to make room, and the engine sees them after the next turn.
+#[test]
+fn a_worker_may_exit_with_completions_that_its_engine_has_not_seen() {
+    let mut machine = Machine::new(1);
+    machine.write(0, 8);
+    machine.settle(0);
+    let kernel = machine.kernels[0].clone();
+    kernel.complete(&machine.of_all_replicas(0)[2], 512);
+    kernel.shorten_queue(1);
+    kernel.fail_enter(libc::EBUSY);
+    let mut worker = machine.workers[0].borrow_mut();
+    let event = tempfile::tempfile().unwrap();
+    for token in [8, 9].map(WatchToken) {
+        worker.io.ring.watch(&event, token).unwrap();
+    }
+    let busy = ReplicaSet::first(2);
+    assert_eq!(worker.io.ring.busy_replicas(), busy);
+    worker.exit_at(Duration::ZERO);
+    assert!(!worker.step().unwrap());
 }
 
 #[test]

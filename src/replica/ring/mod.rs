@@ -156,6 +156,12 @@ impl<K: Kernel> Ring<K> {
         self.table.busy_replicas()
     }
 
+    /// Whether completions wait for the next [`Self::enter`]: a full completion queue was emptied to
+    /// make room for submissions.
+    pub fn has_completions(&self) -> bool {
+        !self.completions.is_empty()
+    }
+
     /// How many operations are in flight.
     pub fn operations(&self) -> usize {
         self.table.operations()
