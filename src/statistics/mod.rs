@@ -286,7 +286,9 @@ impl Statistics {
             // Ends before starts, so that there are never more ends than starts.
             figures.failed += operations.failed.get();
             figures.abandoned += operations.abandoned.get();
-            figures.bytes += operations.bytes.get();
+            // A guest that zeroes the same sectors again and again can make the sum wrap, as a
+            // counter does.
+            figures.bytes = figures.bytes.wrapping_add(operations.bytes.get());
             figures.latency.add(&operations.latency);
             figures.begun += operations.begun.get();
         }
@@ -438,6 +440,19 @@ mod tests {
         assert_eq!((figures.bytes, figures.latency.sum_ns()), (4096, 300_000));
         assert_eq!(statistics.written_to_byte(), 8192);
         assert_eq!(statistics.requests(RequestKind::Read), Figures::default());
+    }
+
+    #[test]
+    fn bytes_wrap_in_a_sum_as_in_a_counter() {
+        let statistics = Statistics::new(2, 1);
+        for worker in 0..2 {
+            let recorder = Recorder::new(statistics.of_worker(worker), TurnClock::default());
+            let since = recorder.request_begun(RequestKind::Zero);
+            let half_of_all = SectorRange::new(0, 1 << 54);
+            recorder.request_ended(RequestKind::Zero, half_of_all, since, true);
+        }
+        let figures = statistics.requests(RequestKind::Zero);
+        assert_eq!((figures.bytes, figures.completed()), (0, 2));
     }
 
     #[test]
