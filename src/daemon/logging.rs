@@ -68,19 +68,12 @@ pub fn start(disk: &str, verbosity: u8) -> Result<(), UnknownLevel> {
 /// Prints why the daemon cannot start, or why it ended.
 pub fn print_error(error: &dyn std::error::Error) {
     let priority = if is_journal() { "<3>" } else { "" };
-    eprintln!("{priority}quorum-blkd: {error}");
+    // eprintln! would panic when the reader of stderr is gone.
+    let _ = writeln!(std::io::stderr(), "{priority}quorum-blkd: {error}");
 }
 
-/// The levels in `text`, each with its module; by `verbosity` if there are none.
+/// The levels in `text`, each with its module. `verbosity` decides for modules that are not in it.
 fn filters(text: &str, verbosity: u8) -> Result<Vec<(Option<String>, LevelFilter)>, UnknownLevel> {
-    if text.is_empty() {
-        let level = match verbosity {
-            0 => LevelFilter::Info,
-            1 => LevelFilter::Debug,
-            _ => LevelFilter::Trace,
-        };
-        return Ok(vec![(None, level)]);
-    }
     let parse = |directive: &str| {
         let (module, level) = match directive.split_once('=') {
             Some((module, level)) => (Some(module.trim().to_owned()), level),
@@ -91,7 +84,19 @@ fn filters(text: &str, verbosity: u8) -> Result<Vec<(Option<String>, LevelFilter
             _ => Err(UnknownLevel(directive.to_owned())),
         }
     };
-    text.split(',').map(parse).collect()
+    let mut filters = match text {
+        "" => Vec::new(),
+        _ => text.split(',').map(parse).collect::<Result<_, _>>()?,
+    };
+    if filters.iter().all(|(module, _)| module.is_some()) {
+        let level = match verbosity {
+            0 => LevelFilter::Info,
+            1 => LevelFilter::Debug,
+            _ => LevelFilter::Trace,
+        };
+        filters.push((None, level));
+    }
+    Ok(filters)
 }
 
 /// What every line has in common.
@@ -234,7 +239,18 @@ mod tests {
         let module = Some("quorum_blk::control".to_owned());
         assert_eq!(
             of("off, quorum_blk::control=debug", 0),
-            Ok(vec![(None, LevelFilter::Off), (module, LevelFilter::Debug)])
+            Ok(vec![
+                (None, LevelFilter::Off),
+                (module.clone(), LevelFilter::Debug)
+            ])
+        );
+        assert_eq!(
+            of("quorum_blk::control=debug", 0),
+            Ok(vec![
+                (module, LevelFilter::Debug),
+                (None, LevelFilter::Info)
+            ]),
+            "the other modules are not silenced"
         );
         for (text, wrong) in [
             ("loud", "loud"),

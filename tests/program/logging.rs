@@ -120,6 +120,17 @@ fn the_journal_gets_priorities_and_no_timestamps() {
     assert_eq!(log.lines().collect::<Vec<_>>(), expected);
 }
 
+/// The error would be a panic if it were printed with `eprintln!`.
+#[test]
+fn an_error_without_a_reader_has_its_exit_status() {
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    let mut command = programs::command(programs::DAEMON);
+    command.arg("--no-such-option").stdin(Stdio::null());
+    let status = command.stdout(Stdio::null()).stderr(writer).status();
+    assert_eq!(status.unwrap().code(), Some(1));
+}
+
 #[test]
 fn a_level_that_does_not_exist_is_refused() {
     for (stderr, prefix) in [(Stderr::File, ""), (Stderr::Journal, "<3>")] {
