@@ -14,7 +14,7 @@
 use std::fs::File;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard};
 
 use log::info;
 use rustix::fs::{major, minor};
@@ -25,6 +25,8 @@ use vm_memory::{
     Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
     GuestRegionMmap, MmapRegion, VolatileMemory,
 };
+
+use crate::common::NOT_POISONED;
 
 /// Guest memory as the VMM shares it.
 pub type GuestMemory = GuestMemoryMmap<LoggedWrites>;
@@ -201,11 +203,11 @@ impl DirtyLog {
     }
 
     fn read(&self) -> RwLockReadGuard<'_, State> {
-        self.state.read().unwrap_or_else(PoisonError::into_inner)
+        self.state.read().expect(NOT_POISONED)
     }
 
     fn write(&self) -> RwLockWriteGuard<'_, State> {
-        self.state.write().unwrap_or_else(PoisonError::into_inner)
+        self.state.write().expect(NOT_POISONED)
     }
 }
 

@@ -6,7 +6,6 @@
 //! in atomics beside the mutex, which change only under it: a read that loads them a moment too
 //! early ran concurrently with the change.
 
-use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -24,7 +23,7 @@ use std::sync::{
 
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
 use crate::limits::REPLICAS_MAX;
@@ -216,7 +215,7 @@ impl Shared {
     /// The disk grows to `capacity_sectors`, and every replica holds zeroes in the new sectors. To
     /// be called before any request may reach them.
     pub fn grow(&self, capacity_sectors: u64) {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.jobs.lock().expect(NOT_POISONED);
         jobs.grow(capacity_sectors);
         self.change_health(|health| health.grow(capacity_sectors));
     }
@@ -228,7 +227,7 @@ impl Shared {
         mut tell: impl FnMut(JobEvent),
         with: impl FnOnce(&mut Jobs, &Health) -> R,
     ) -> R {
-        let mut jobs = self.jobs.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut jobs = self.jobs.lock().expect(NOT_POISONED);
         let result = with(&mut jobs, &self.state().health);
         // Still locked, so that events come in the order of the changes.
         for event in jobs.take_events() {
@@ -381,8 +380,7 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // A panic in another thread is the first failure: a second one must not hide it.
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock().expect(NOT_POISONED)
     }
 }
 

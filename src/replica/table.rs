@@ -6,11 +6,11 @@
 
 #![forbid(unsafe_code)]
 
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::file::ReplicaFile;
-use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet};
 use crate::limits::{PLACE_RESTS, REPLICAS_MAX};
 
 /// The open replicas of a disk.
@@ -108,7 +108,7 @@ impl ReplicaTable {
         let is_open =
             |places: &mut Vec<Place>| matches!(places[index.as_usize()], Place::Leaving(_));
         let waited = self.freed.wait_timeout_while(self.places(), limit, is_open);
-        let (places, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        let (places, timeout) = waited.expect(NOT_POISONED);
         drop(places);
         !timeout.timed_out()
     }
@@ -139,7 +139,7 @@ impl ReplicaTable {
     }
 
     fn places(&self) -> MutexGuard<'_, Vec<Place>> {
-        self.places.lock().unwrap_or_else(PoisonError::into_inner)
+        self.places.lock().expect(NOT_POISONED)
     }
 }
 

@@ -6,12 +6,12 @@
 use std::collections::VecDeque;
 use std::io;
 use std::sync::mpsc::SyncSender;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::common::ReplicaIndex;
 use crate::common::operation::RequestId;
+use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::device::inflight::QueueRegion;
 use crate::replica::ring::RingFile;
 
@@ -80,7 +80,7 @@ impl<S: Signal> Mailbox<S> {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<VecDeque<Message>>> {
-        self.messages.lock().unwrap_or_else(PoisonError::into_inner)
+        self.messages.lock().expect(NOT_POISONED)
     }
 
     /// Sends a message. It is dropped if the worker has ended.

@@ -12,10 +12,10 @@ use super::control::WorkerControl;
 use super::event_loop::Worker;
 use super::mailbox::{Mailbox, Message};
 use super::{Disk, Stop};
-use crate::common::ReplicaSet;
+use crate::common::{NOT_POISONED, ReplicaSet};
 use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
-use crate::engine::{Shared, WorkerIndex};
+use crate::engine::WorkerIndex;
 use crate::limits::drain_limit;
 use crate::replica::ring::Ring;
 
@@ -24,7 +24,6 @@ use crate::replica::ring::Ring;
 pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
     threads: Vec<Thread>,
-    shared: Arc<Shared>,
     drain_limit: Duration,
 }
 
@@ -48,7 +47,6 @@ impl Workers {
         let mut workers = Self {
             mailboxes,
             threads: Vec::new(),
-            shared: Arc::clone(&disk.shared),
             drain_limit: drain_limit(disk.policy.replica_timeout),
         };
         for index in 0..count {
@@ -72,9 +70,7 @@ impl Workers {
                 run_worker(index, disk, mailboxes, &ready, &ended);
             })?;
         self.threads.push(Thread { handle, busy });
-        is_ready
-            .recv()
-            .unwrap_or_else(|_| Err(io::Error::other("the worker ended")))
+        is_ready.recv().expect(NOT_POISONED)
     }
 
     /// A handle to change replicas and jobs.
@@ -103,13 +99,10 @@ impl Workers {
         }
         let mut all_busy = ReplicaSet::EMPTY;
         for thread in self.threads {
-            let busy = thread.busy.recv().unwrap_or_else(|_| {
-                error!("a worker panicked");
-                self.shared.members()
-            });
+            let busy = thread.busy.recv().expect(NOT_POISONED);
             // A thread does not exit while the kernel waits for a replica on its behalf.
             if busy.is_empty() {
-                let _ = thread.handle.join();
+                thread.handle.join().expect(NOT_POISONED);
             }
             all_busy = all_busy.or(busy);
         }

@@ -17,7 +17,7 @@ mod messages;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::info;
 use vhost::vhost_user::{BackendReqHandler, Error, Result};
@@ -31,6 +31,7 @@ use super::connection::{ConnectionSlot, DriverChoices};
 use super::inflight::{self, QueueRegion};
 use super::memory::DirtyLog;
 use super::{DiskInfo, GuestMemory, Vring};
+use crate::common::NOT_POISONED;
 
 /// Serves virtqueues: the worker threads, as a frontend sees them.
 pub trait VirtqueueServer: Send {
@@ -175,10 +176,7 @@ impl Frontend {
     }
 
     fn replace_memory(&self, memory: GuestMemory) {
-        match self.memory.lock() {
-            Ok(guard) => guard.replace(memory),
-            Err(poisoned) => poisoned.into_inner().replace(memory),
-        }
+        self.memory.lock().expect(NOT_POISONED).replace(memory);
     }
 
     /// Replaces guest memory and waits until every worker serves its virtqueues from the new map.
@@ -219,5 +217,5 @@ impl Frontend {
 }
 
 fn lock(frontend: &Mutex<Frontend>) -> MutexGuard<'_, Frontend> {
-    frontend.lock().unwrap_or_else(PoisonError::into_inner)
+    frontend.lock().expect(NOT_POISONED)
 }
