@@ -11,7 +11,7 @@
 # `sim` is the random runs of the simulator, for SECONDS_EACH seconds at most; `sim NAME` is the
 # tests of that name in tests/sim; `unit NAME` is the unit tests of that name.
 #
-# ONLY=name runs one mutant. The exit status is 1 if a mutant survives.
+# ONLY='name name' runs only these. The exit status is 1 if a mutant survives.
 set -euo pipefail
 
 top=$(cd "$(dirname "$0")/../.." && pwd)
@@ -66,9 +66,9 @@ copy_tree
 survivors=0 mutants=0
 trap copy_tree EXIT
 printf '%-32s %-5s %-12s %6s  %s\n' mutant rule result seconds cause
-for patch in "$top"/tests/mutants/*.patch; do
+for patch in "$tree"/tests/mutants/*.patch; do
 	name=$(basename "$patch" .patch)
-	[ -z "$only" ] || [ "$only" = "$name" ] || continue
+	[ -z "$only" ] || [[ " $only " == *" $name "* ]] || continue
 	mutants=$((mutants + 1))
 	read -r kind test < <(header "$patch" Caught-by) || true
 	began=$SECONDS
