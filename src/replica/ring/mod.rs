@@ -156,8 +156,8 @@ impl<K: Kernel> Ring<K> {
         self.table.busy_replicas()
     }
 
-    /// Whether completions wait for the next [`Self::enter`]: a full completion queue was emptied to
-    /// make room for submissions.
+    /// Whether completions wait for the next [`Self::enter`]: a full completion queue was emptied
+    /// to make room for submissions.
     pub fn has_completions(&self) -> bool {
         !self.completions.is_empty()
     }
