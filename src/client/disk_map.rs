@@ -7,10 +7,11 @@ use std::io::Write;
 use serde_json::json;
 
 use super::connection::parse_reply;
-use super::format::{counted, printable, sectors, size};
+use super::format::{printable, sectors, size};
 use super::replies::{Bucket, DiskMap, Failures, Range, ReplicaMap};
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
+use crate::common::message::counted;
 
 /// Places of one kind that are listed for a replica.
 const LISTED_MAX: usize = 8;

@@ -5,11 +5,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::format::{counted, printable, sectors, size, timestamp};
+use super::format::{printable, sectors, size, timestamp};
 use super::progress::describe;
 use super::replies::{JobEnd, Range};
 use super::terminal::Style;
 use super::{Context, Error, Outcome};
+use crate::common::message::counted;
 
 /// The data of QUORUM_REPORT_BAD and QUORUM_FAILURE.
 #[derive(Debug, Deserialize)]

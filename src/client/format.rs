@@ -68,12 +68,6 @@ pub(super) fn percent(done: u64, total: u64) -> u64 {
         .unwrap_or(100)
 }
 
-/// `1 sector`, `2 sectors`.
-pub(super) fn counted(count: u64, noun: &str) -> String {
-    let plural = if count == 1 { "" } else { "s" };
-    format!("{count} {noun}{plural}")
-}
-
 /// `sector 7`, `sectors 7-9`.
 pub(super) fn sectors(first: u64, count: u64) -> String {
     match count {

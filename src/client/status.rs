@@ -7,12 +7,13 @@ use std::time::Duration;
 use serde_json::json;
 
 use super::connection::parse_reply;
-use super::format::{counted, latency, printable, size};
+use super::format::{latency, printable, size};
 use super::jobs::write_table;
 use super::replies::{Disk, Job, Operations, Replica};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
+use crate::common::message::counted;
 
 /// The health of the disk in one word.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 use vmm_sys_util::signal::register_signal_handler;
 
 use super::connection::Connection;
-use super::format::{counted, printable, size};
+use super::format::{printable, size};
 use super::progress::{Progress, describe};
 use super::replies::{Disk, Job, JobEnd};
 use super::{Context, Error, Outcome};
+use crate::common::message::counted;
 
 /// Time between two queries of a job's progress.
 const QUERY_EVERY: Duration = Duration::from_millis(200);

@@ -21,6 +21,12 @@ impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
     }
 }
 
+/// `1 sector`, `2 sectors`.
+pub(crate) fn counted(count: u64, noun: &str) -> String {
+    let plural = if count == 1 { "" } else { "s" };
+    format!("{count} {noun}{plural}")
+}
+
 /// The text of an I/O error without the " (os error N)" that the library appends.
 pub(crate) struct Reason<'a>(pub(crate) &'a io::Error);
 

@@ -19,17 +19,25 @@ const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 pub(super) struct Acceptor {
     listener: Listener,
     token: u64,
+    /// What its clients are called in the log.
+    client: &'static str,
     /// When to resume, if accepting is suspended.
     accept_again_at: Option<Instant>,
 }
 
 impl Acceptor {
-    /// Adds the listener to `epoll`, as `token`.
-    pub(super) fn new(listener: Listener, token: u64, epoll: &Epoll) -> io::Result<Self> {
+    /// Adds the listener to `epoll`, as `token`. The log calls its clients `client`.
+    pub(super) fn new(
+        listener: Listener,
+        token: u64,
+        client: &'static str,
+        epoll: &Epoll,
+    ) -> io::Result<Self> {
         listener.socket().set_nonblocking(true)?;
         let acceptor = Self {
             listener,
             token,
+            client,
             accept_again_at: None,
         };
         acceptor.add_to(epoll)?;
@@ -54,14 +62,14 @@ impl Acceptor {
     }
 
     fn suspend(&mut self, error: &io::Error, epoll: &Epoll) {
-        warn!(error:%; "cannot accept a client; trying again later");
+        warn!(client = self.client, error:%; "cannot accept a client; trying again later");
         let fd = self.listener.socket().as_raw_fd();
         // If this fails, the thread polls for the length of the pause.
         let _ = epoll.ctl(ControlOperation::Delete, fd, EpollEvent::default());
         self.accept_again_at = Some(Instant::now() + ACCEPT_PAUSE);
     }
 
-    /// Resumes accepting when the pause is over. Returns what is left of the pause.
+    /// Resumes accepting when the pause is over. Returns the rest of the pause.
     pub(super) fn resume(&mut self, epoll: &Epoll) -> Option<Duration> {
         let left = self
             .accept_again_at?

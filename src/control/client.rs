@@ -15,7 +15,7 @@ use super::qmp::executor::Executor;
 use super::qmp::session::{READ_BYTES, Session, Step};
 use super::reader::{LineEnd, Reader};
 
-/// Bytes that are read and discarded of a client that is about to be disconnected.
+/// At most this many bytes are read from a client and discarded before it is disconnected.
 const DISCARDED_BYTES_MAX: usize = 1 << 20;
 
 pub(super) struct Client {
@@ -28,9 +28,9 @@ pub(super) struct Client {
 #[derive(Default)]
 struct Conversation {
     session: Session,
-    /// A command runs.
+    /// A command of the client runs.
     busy: bool,
-    /// Nothing more is read of it, and it is disconnected when it has read everything.
+    /// The server reads no more from the client, and disconnects it when it has read everything.
     closing: bool,
 }
 
@@ -76,7 +76,7 @@ impl Client {
         self.proceed(token, monitor)
     }
 
-    /// Reads and writes as far as epoll says it is ready. An error ends the connection.
+    /// Reads and writes what epoll reports as ready. An error ends the connection.
     pub(super) fn serve(
         &mut self,
         token: u64,
@@ -143,7 +143,7 @@ impl Client {
         Ok(())
     }
 
-    /// Whether it still waits for a reply or has not read everything.
+    /// Whether the client still waits for a reply or has not read everything.
     pub(super) fn is_behind(&self) -> bool {
         let busy = self
             .conversation
@@ -163,7 +163,7 @@ impl Client {
         }
     }
 
-    /// What epoll is to wait for.
+    /// The events that epoll waits for.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = self.reader.interest();
         if self.conversation.is_some() && self.is_behind() {

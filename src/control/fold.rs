@@ -7,7 +7,7 @@
 //! Invariants:
 //! - Exact: every pushed event is either taken or still here, alone or counted in a `suppressed`.
 //! - Bounded, even if nothing is taken: at most `ready_max` events are ready, and at most
-//!   `kinds_max` windows are open for errors, with a few for each replica and operation beside.
+//!   `kinds_max` windows are open for errors, plus a few for each replica and operation.
 //! - Events of one kind are taken in the order in which they were pushed.
 
 use std::collections::HashMap;
@@ -181,7 +181,7 @@ impl Fold {
         (events, self.next_end)
     }
 
-    /// Takes everything, also what open windows hold.
+    /// Takes all events, including those that open windows hold.
     pub(super) fn take_all(&mut self) -> Vec<Event> {
         self.take(Duration::MAX).0
     }
@@ -214,7 +214,7 @@ mod tests {
         kinds_max: 8,
     };
 
-    /// An event that remembers by its sector when it was pushed.
+    /// An event whose sector and second are its serial number.
     fn event(errno: i32, serial: u64) -> Event {
         Event {
             notice: Notice::Report(Report::Bad {
@@ -269,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn a_new_window_sends_one_by_one_again_and_after_what_was_held() {
+    fn a_new_window_sends_the_held_event_and_then_single_ones_again() {
         let mut fold = Fold::new(LIMITS);
         for serial in 0..5 {
             fold.push(ms(0), event(5, serial));
@@ -292,12 +292,12 @@ mod tests {
             [(0, 0), (1, 0), (2, 0), (4, 0)],
             "another errno is another kind"
         );
-        let mut wrong = event(5, 5);
-        wrong.notice = Notice::Report(Report::Failure {
+        let mut failure = event(5, 5);
+        failure.notice = Notice::Report(Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(5, 1),
         });
-        assert!(fold.push(ms(0), wrong));
+        assert!(fold.push(ms(0), failure));
     }
 
     #[test]
@@ -332,8 +332,8 @@ mod tests {
         assert_eq!(events.last().map(parts), Some((28, 1000)));
     }
 
-    /// What one kind, taken without delay, comes to: for each window the one-by-one events and the
-    /// folded one.
+    /// The counts of the events of one kind, taken without delay: for each window those of the
+    /// single events and of the folded one.
     fn naive(pushed_at: &[u64]) -> Vec<u64> {
         let mut counts = Vec::new();
         let mut rest = pushed_at;

@@ -1,6 +1,6 @@
 //! Serves the metrics over HTTP, one request for each connection.
 //!
-//! The code is our own because its bounds are a requirement: no HTTP server at hand bounds the
+//! The code is our own because its bounds are a requirement: no available HTTP server bounds the
 //! memory, the time and the number of its connections without threads or a runtime of its own.
 //!
 //! Invariants: at most [`METRICS_CONNECTIONS_MAX`] connections are served at a time, each for at
@@ -178,7 +178,7 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
 /// Waits until `fd` is ready.
 ///
 /// # Errors
-/// If that is not before `deadline`, or `stop` is signalled.
+/// If `fd` is not ready by `deadline`, or `stop` is signalled.
 fn wait(
     fd: BorrowedFd<'_>,
     events: PollFlags,
@@ -216,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn who_asks_for_metrics_gets_them() {
+    fn a_request_for_metrics_is_answered() {
         let request = b"GET /metrics HTTP/1.1\r\nHost: a\r\nAccept: */*\r\n\r\n";
         assert_eq!(status_of(&request[..request.len() - 1]), None, "not yet");
         let text = String::from_utf8(answer(request, || "m 1\n".into()).unwrap()).unwrap();
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_none_of_that_is_refused() {
+    fn other_requests_get_an_error_status() {
         for (request, status) in [
             (&b"GET / HTTP/1.1\r\n\r\n"[..], "HTTP/1.1 404 Not Found"),
             (

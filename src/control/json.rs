@@ -1,4 +1,4 @@
-//! JSON in ASCII, whatever the names in it are made of: what QMP promises to its clients.
+//! JSON in pure ASCII, whatever characters names contain, as QMP promises its clients.
 
 use std::io;
 
@@ -56,7 +56,7 @@ mod tests {
     use proptest::prelude::*;
 
     #[test]
-    fn what_is_not_ascii_is_escaped() {
+    fn characters_outside_ascii_are_escaped() {
         assert_eq!(
             to_ascii(&serde_json::json!({ "ä": "x\n\"€😀" })),
             br#"{"\u00e4":"x\n\"\u20ac\ud83d\ude00"}"#
@@ -65,7 +65,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn says_the_same(text in any::<String>()) {
+        fn parses_to_the_same_text(text in any::<String>()) {
             let bytes = to_ascii(&text);
             prop_assert!(bytes.is_ascii() && !bytes.contains(&b'\n'));
             prop_assert_eq!(serde_json::from_slice::<String>(&bytes).unwrap(), text);

@@ -35,7 +35,7 @@ const DISK: usize = REPLICAS_MAX;
 pub(super) struct DiskMap {
     bucket_sectors: u64,
     rows: [Option<Box<Row>>; REPLICAS_MAX + 1],
-    /// The running scrub; of several the first.
+    /// The running scrub; the first if there are several.
     scrub: Option<JobId>,
 }
 
@@ -56,7 +56,7 @@ pub(super) struct Row {
     pub(super) buckets: Box<[Bucket]>,
     /// Corrupt when it was last read; in the row of the disk: undecided.
     pub(super) unresolved: RangeSet,
-    /// The part of that which was found, or found again, since the start of the running scrub.
+    /// The part of `unresolved` that was found, or found again, since the running scrub started.
     found_again: RangeSet,
 }
 
@@ -264,7 +264,7 @@ mod tests {
         })
     }
 
-    fn wrong(runs: &[SectorRange], sectors: u64) -> Notice {
+    fn corrupt(runs: &[SectorRange], sectors: u64) -> Notice {
         let evidence = Evidence {
             bad_sectors: runs.to_vec(),
             bad_sectors_cut: runs.iter().map(|run| run.count).sum::<u64>() < sectors,
@@ -303,7 +303,7 @@ mod tests {
     fn findings_count_in_their_buckets() {
         let mut map = DiskMap::new();
         assert_eq!(map.bucket_sectors(2048 * 1024), 2048);
-        map.record(&wrong(&[range(2047, 2), range(8192, 1)], 13));
+        map.record(&corrupt(&[range(2047, 2), range(8192, 1)], 13));
         map.record(&bad(range(2040, 16), Cause::Error(Errno(5))));
         // A flush has no place.
         map.record(&bad(range(0, 0), Cause::Error(Errno(5))));
@@ -341,7 +341,7 @@ mod tests {
     #[test]
     fn a_scrub_settles_what_is_unresolved() {
         let mut map = DiskMap::new();
-        let corrupt_at = |sector| wrong(&[range(sector, 1)], 1);
+        let corrupt_at = |sector| corrupt(&[range(sector, 1)], 1);
         map.record(&corrupt_at(1));
         map.record(&corrupt_at(5));
         map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
@@ -398,7 +398,7 @@ mod tests {
         ) {
             let mut map = DiskMap::new();
             for (start, count) in &found {
-                map.record(&wrong(&[range(*start, *count)], *count));
+                map.record(&corrupt(&[range(*start, *count)], *count));
             }
             let size = map.bucket_sectors(capacity);
             prop_assert!(size * MAP_BUCKETS as u64 >= capacity);

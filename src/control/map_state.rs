@@ -171,7 +171,7 @@ impl MapState {
     }
 }
 
-/// The buckets as they are shown.
+/// How the buckets of the map are combined into those that are shown.
 struct Cut {
     capacity_sectors: u64,
     bucket_sectors: u64,
@@ -219,7 +219,7 @@ impl Cut {
         bucket as u64 * self.bucket_sectors * SECTOR_BYTES
     }
 
-    /// Cuts off what is beyond the end of the disk, where a set spreads when it gets coarser.
+    /// Cuts ranges at the end of the disk: a set that got coarser may extend beyond it.
     fn within(&self, ranges: impl IntoIterator<Item = SectorRange>) -> Vec<SectorRange> {
         let cut = |range: SectorRange| {
             let end = range.end().min(self.capacity_sectors);
@@ -264,7 +264,7 @@ impl Cut {
                 stale_sectors: stale_sectors[index],
             }
         };
-        let is_something = |bucket: &BucketState| {
+        let has_findings = |bucket: &BucketState| {
             let BucketState {
                 offset: _,
                 corrupt_sectors_found,
@@ -277,7 +277,7 @@ impl Cut {
         };
         ReplicaMapState {
             node_name,
-            buckets: (0..self.count()).map(bucket).filter(is_something).collect(),
+            buckets: (0..self.count()).map(bucket).filter(has_findings).collect(),
             corrupt: CorruptRanges::of(&corrupt),
             stale: StaleRanges::of(&stale),
         }
@@ -306,7 +306,7 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_map_is_as_coarse_as_it_is_asked_for() {
+    fn a_map_has_at_most_the_requested_buckets() {
         let queue = EventQueue::new().unwrap();
         let error = |sector| Report::Bad {
             replica: ReplicaIndex(0),

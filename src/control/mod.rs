@@ -43,7 +43,7 @@ pub enum Change {
         /// The image.
         path: PathBuf,
     },
-    /// Remove such a name.
+    /// Remove a name that [`Self::AddNode`] gave to an image.
     RemoveNode(String),
     /// Make a named image a replica.
     AddReplica(String),
@@ -95,7 +95,7 @@ pub trait Operator: Send + Sync {
     /// The state of the disk. Does not wait for a replica.
     fn state(&self) -> DiskState;
 
-    /// The map of findings, in at most so many buckets. Does not wait for a replica.
+    /// The map of findings, in at most `buckets` buckets. Does not wait for a replica.
     fn map(&self, buckets: usize) -> MapState;
 
     /// The jobs, oldest first.
@@ -106,7 +106,7 @@ pub trait Operator: Send + Sync {
     /// Changes the disk. Returns the id of the job that was started for it, if there is one.
     ///
     /// # Errors
-    /// One line; nothing has changed.
+    /// If the change fails; nothing has changed. The text is one line.
     fn change(&self, change: Change) -> Result<Option<String>, String>;
 
     /// Ends the daemon as SIGTERM does. Does not wait for the end.

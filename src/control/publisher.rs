@@ -145,12 +145,18 @@ impl Server {
             )
         };
         wait_for(queue.as_raw_fd(), QUEUE_TOKEN)?;
-        let events = events.map(|listener| Acceptor::new(listener, EVENTS_TOKEN, &epoll));
+        let events = events
+            .map(|listener| Acceptor::new(listener, EVENTS_TOKEN, Kind::Reader.name(), &epoll));
         let (mut acceptor, mut executor) = (None, None);
         if let Some(Monitor { listener, operator }) = monitor {
             let executor = executor.insert(Executor::spawn(operator)?);
             wait_for(executor.as_raw_fd(), REPLIES_TOKEN)?;
-            acceptor = Some(Acceptor::new(listener, MONITOR_TOKEN, &epoll)?);
+            acceptor = Some(Acceptor::new(
+                listener,
+                MONITOR_TOKEN,
+                Kind::Monitor.name(),
+                &epoll,
+            )?);
         }
         Ok(Self {
             events: events.transpose()?,
@@ -208,7 +214,9 @@ impl Server {
         while self.clients.values().any(|(_, client)| client.is_behind()) {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                info!("clients have not read everything; disconnecting them");
+                let behind = self.clients.values();
+                let behind = behind.filter(|(_, client)| client.is_behind()).count();
+                info!(clients = behind; "clients have not read everything; disconnecting them");
                 break;
             }
             self.wait(Some(left));
@@ -221,7 +229,7 @@ impl Server {
     fn send(&mut self, lines: &[(Vec<u8>, u64)]) {
         let tokens: Vec<u64> = self.clients.keys().copied().collect();
         for token in tokens {
-            self.one_client(token, |client, monitor| {
+            self.with_client(token, |client, monitor| {
                 client.send_events(token, lines, monitor)
             });
         }
@@ -229,7 +237,7 @@ impl Server {
 
     /// Waits for the queue, a new client, a client or a reply, and serves all but the queue.
     fn wait(&mut self, timeout: Option<Duration>) {
-        // Rounded up: to wake too early is to wake twice.
+        // Rounded up: a wake that is too early causes a second one.
         let timeout_ms = timeout.map_or(-1, |timeout| {
             i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
@@ -237,7 +245,7 @@ impl Server {
         let count = match self.epoll.wait(timeout_ms, &mut fired) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-            // The descriptor and the memory are ours.
+            // Other errors mean an invalid descriptor or buffer.
             Err(error) => panic!("epoll_wait: {error}"),
         };
         let (mut readers, mut clients) = (false, false);
@@ -247,7 +255,7 @@ impl Server {
                 REPLIES_TOKEN => self.forward_replies(),
                 EVENTS_TOKEN => readers = true,
                 MONITOR_TOKEN => clients = true,
-                token => self.one_client(token, |client, monitor| {
+                token => self.with_client(token, |client, monitor| {
                     client.serve(token, event.event_set(), monitor)
                 }),
             }
@@ -265,7 +273,7 @@ impl Server {
         let replies = self.executor.as_ref().map(Executor::take);
         for (token, line) in replies.unwrap_or_default() {
             // The client may have disconnected.
-            self.one_client(token, |client, monitor| {
+            self.with_client(token, |client, monitor| {
                 client.answer(token, &line, monitor)
             });
         }
@@ -290,9 +298,10 @@ impl Server {
                 .filter(|(other, _)| *other == kind)
                 .count();
             if present >= kind.count_max() {
-                info!(clients = present; "{} turned away: too many clients", kind.name());
+                let client = kind.name();
+                info!(client; "client rejected: {present} clients are served already");
             } else if let Err(error) = self.admit(kind, stream) {
-                warn!(error:%; "{} turned away", kind.name());
+                warn!(client = kind.name(), error:%; "cannot serve a client");
             }
         }
     }
@@ -312,7 +321,7 @@ impl Server {
 
     /// Runs `action`, then updates the interest of the client in epoll. If either fails the client
     /// is disconnected.
-    fn one_client(
+    fn with_client(
         &mut self,
         token: u64,
         action: impl FnOnce(&mut Client, Option<&Executor>) -> io::Result<()>,
@@ -330,7 +339,7 @@ impl Server {
                 .ctl(ControlOperation::Modify, client.as_raw_fd(), event);
         }
         if let Err(error) = result {
-            debug!(error:%; "{} disconnected", kind.name());
+            debug!(client = kind.name(), error:%; "client disconnected");
             // Closing the descriptor removes it from the epoll set.
             self.clients.remove(&token);
         }

@@ -3,7 +3,7 @@
 //! Invariants:
 //! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during
 //!   a system call, and writes at most one eventfd, which does not block.
-//! - The map of findings has a lock of its own, which is held as shortly.
+//! - The map of findings has a lock of its own, which is held as briefly.
 //! - Events that are not taken stay bounded: they are folded (`fold`) and remain counted.
 
 use std::io;
@@ -113,7 +113,7 @@ impl EventQueue {
 
     /// Takes the events that are due; all of them once the queue is closed.
     pub(super) fn take(&self) -> Batch {
-        // First, so that a push after the look makes it readable again.
+        // First, so that a later push makes the queue readable again.
         self.wake.clear();
         let mut state = self.state();
         if state.closed {
@@ -164,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn the_first_event_wakes_and_is_there_at_once() {
+    fn the_first_event_wakes_the_publisher_at_once() {
         let queue = EventQueue::new().unwrap();
         queue.push(failure(1));
         assert_eq!(queue.wake.clear(), 1);
@@ -176,7 +176,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_accumulates_without_a_consumer_and_nothing_is_lost() {
+    fn untaken_events_are_bounded_and_stay_counted() {
         let queue = EventQueue::new().unwrap();
         let pushers: Vec<_> = (0..4)
             .map(|_| {

@@ -1,12 +1,12 @@
-//! A connection on which lines are sent, to a reader that may be slow.
+//! A connection that sends lines to a client that may read slowly.
 //!
 //! Invariants:
 //! - No call blocks: the stream is non-blocking.
 //! - The backlog holds whole lines, except for the part of the first one that is written. Events
 //!   fill it up to [`EVENT_READER_BACKLOG_BYTES`]; an event that does not fit is counted as missed,
 //!   not cut. A reply always fits: a client gets the next one only after it has read the last.
-//! - While events are missed no line enters the backlog, so QUORUM_EVENTS_MISSED is where the gap
-//!   is.
+//! - After a missed event no line enters the backlog until it is empty, so QUORUM_EVENTS_MISSED
+//!   stands where events are missing.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::os::fd::{AsRawFd, RawFd};
@@ -18,7 +18,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::events::missed_line;
 use crate::limits::EVENT_READER_BACKLOG_BYTES;
 
-/// Bytes of one write. So few that Linux writes all or none, so that even a reader that is
+/// Bytes of one write. Few enough for Linux to write all or none of them, so even a reader that is
 /// disconnected at shutdown gets whole lines.
 const WRITE_BYTES_MAX: usize = 16 << 10;
 
@@ -128,7 +128,7 @@ impl Reader {
         self.written < self.backlog.len() || self.missed > 0
     }
 
-    /// What epoll is to wait for.
+    /// The events that epoll waits for.
     pub(super) fn interest(&self) -> EventSet {
         let mut interest = EventSet::empty();
         interest.set(EventSet::IN, self.input_open);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_end_of_input_is_not_the_end_of_the_reader() {
+    fn a_reader_that_closes_its_sending_side_still_gets_lines() {
         let (ours, theirs) = UnixStream::pair().unwrap();
         let mut reader = Reader::new(ours, LineEnd::Newline).unwrap();
         (&theirs).write_all(b"hello?").unwrap();

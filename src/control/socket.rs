@@ -3,7 +3,7 @@
 //! Invariants:
 //! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode
 //!   before it listens, and its name after that.
-//! - The name always refers to a socket: the new one is renamed over what a dead process left. A
+//! - The name always refers to a socket: the new one is renamed over one that a dead process left. A
 //!   socket that another process listens on, and a file that is not a socket, are left alone.
 //! - A [`BoundListener`] removes its name, unless another process has taken the name.
 
@@ -62,7 +62,7 @@ pub struct BoundListener {
     socket: UnixListener,
     /// Absolute, because the process may change its directory.
     path: PathBuf,
-    /// Device and inode of the name, to see whether it is still that of this socket.
+    /// Device and inode of the name, to check that it still belongs to this socket.
     identity: (u64, u64),
 }
 
@@ -178,7 +178,7 @@ fn check_free_or_stale(path: &Path) -> Result<(), BindError> {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
             Err(failed("find out whether another process listens", error))
         }
-        // Connected. Or a process listens whose queue is full, or on another type of socket.
+        // Connected; or the queue of the listener is full, or the socket is of another type.
         Ok(()) | Err(_) => Err(BindError::InUse(path.into())),
     }
 }
@@ -214,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    fn only_the_owner_may_connect_and_the_name_goes() {
+    fn only_the_owner_may_connect_and_the_name_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let listener = bind_unix_listener(&path).unwrap();
@@ -246,7 +246,7 @@ mod tests {
     }
 
     #[test]
-    fn a_listener_whose_queue_is_full_is_alive_and_not_waited_for() {
+    fn a_listener_with_a_full_queue_is_in_use_and_not_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let _live = bind_unix_listener(&path).unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_no_socket_is_left_alone() {
+    fn a_file_that_is_not_a_socket_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.raw");
         fs::write(&path, "precious").unwrap();
@@ -290,7 +290,7 @@ mod tests {
     }
 
     #[test]
-    fn a_name_that_became_anothers_is_left_to_it() {
+    fn a_name_that_another_file_took_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
         let listener = bind_unix_listener(&path).unwrap();
@@ -301,7 +301,7 @@ mod tests {
     }
 
     #[test]
-    fn paths_that_cannot_be() {
+    fn impossible_paths_are_rejected() {
         let directory = tempfile::tempdir().unwrap();
         let room = SOCKET_PATH_BYTES_MAX - directory.path().as_os_str().len() - 1;
         let fits = directory.path().join("x".repeat(room));

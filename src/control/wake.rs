@@ -1,5 +1,4 @@
-//! An eventfd: other threads signal it, and a thread that waits for several things waits for it
-//! too.
+//! An eventfd, by which other threads wake a thread that waits for several descriptors.
 
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
@@ -16,13 +15,13 @@ impl Wake {
         Ok(Self(fd))
     }
 
-    /// Makes it readable.
+    /// Makes the eventfd readable.
     pub(crate) fn signal(&self) {
         // Fails only if the counter would overflow, and then it is readable already.
         let _ = rustix::io::write(&self.0, &1_u64.to_ne_bytes());
     }
 
-    /// Makes it unreadable until the next signal. Returns the signals since the last time.
+    /// Makes the eventfd unreadable until the next signal. Returns the signals since the last time.
     pub(crate) fn clear(&self) -> u64 {
         let mut count = [0; 8];
         // Fails if there was no signal.

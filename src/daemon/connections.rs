@@ -65,7 +65,7 @@ struct Slots {
 struct Current {
     /// The connections, by slot.
     connections: Vec<Option<UnixStream>>,
-    /// No connection is to be served any more.
+    /// The daemon is stopping: a new connection ends at once.
     stopping: bool,
 }
 
@@ -76,7 +76,7 @@ impl Slots {
 
     /// Waits until all connections that frontends have closed are drained. A later frontend, for
     /// example that of a restarted guest, must not see earlier writes take effect.
-    fn wait_for_the_closed(&self) {
+    fn drain_closed(&self) {
         let any_closed =
             |current: &mut Current| current.connections.iter().flatten().any(is_closed);
         let waited = self.freed.wait_while(self.current(), any_closed);
@@ -194,12 +194,11 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
                     continue;
                 }
             };
-            slots.wait_for_the_closed();
+            slots.drain_closed();
             let slot = match slots.take(&connection) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
-                    let connections = CONNECTIONS_MAX;
-                    warn!(connections; "frontend turned away: too many connections");
+                    warn!("frontend rejected: {CONNECTIONS_MAX} connections are served already");
                     continue;
                 }
                 Err(error) => {
@@ -211,7 +210,7 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
             let serving = thread.spawn_scoped(scope, move || slots.serve(slot, connection));
             if let Err(error) = serving {
                 slots.free(slot);
-                warn!(error:%; "cannot serve a frontend");
+                warn!(connection = slot, error:%; "cannot serve a frontend");
             }
         }
     });

@@ -39,8 +39,8 @@ const JOURNAL_VARIABLE: &str = "JOURNAL_STREAM";
 )]
 pub struct UnknownLevel(String);
 
-/// Starts to log what happens to the disk `disk`, and has a panic end the process. Without
-/// [`LEVEL_VARIABLE`] `verbosity`, how often `-v` was given, decides what is logged.
+/// Starts the log of the disk named `disk`, and makes a panic end the process. Without
+/// [`LEVEL_VARIABLE`], `verbosity` (the number of `-v`) selects the level.
 ///
 /// # Errors
 /// If [`LEVEL_VARIABLE`] is set and does not hold levels.
@@ -99,7 +99,7 @@ fn filters(text: &str, verbosity: u8) -> Result<Vec<(Option<String>, LevelFilter
     Ok(filters)
 }
 
-/// What every line has in common.
+/// The parts that all lines share.
 pub(super) struct Style {
     disk: String,
     /// The journal adds a timestamp, and reads the level off the line.
@@ -211,8 +211,8 @@ mod tests {
         let stamped = line(false, "vm1", "replica evicted", &fields);
         let (timestamp, rest) = stamped.split_once(' ').unwrap();
         assert!(timestamp.parse::<Timestamp>().is_ok(), "{timestamp}");
-        let said = "WARN disk=vm1 replica evicted replica=1.raw timeout-ms=1000\n";
-        assert_eq!(rest, said);
+        let expected = "WARN disk=vm1 replica evicted replica=1.raw timeout-ms=1000\n";
+        assert_eq!(rest, expected);
     }
 
     #[test]
@@ -221,7 +221,7 @@ mod tests {
     }
 
     #[test]
-    fn whatever_a_record_contains_is_one_line() {
+    fn a_record_is_one_line_for_any_contents() {
         let fields = [("replica", "a \"b\"\\"), ("error", "x\ny"), ("empty", "")];
         assert_eq!(
             line(true, "a\nb", "two\nlines", &fields),

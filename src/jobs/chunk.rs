@@ -57,7 +57,7 @@ pub struct ChunkEnd {
     pub failed: bool,
 }
 
-/// What the engine is to do.
+/// What the engine does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Next {
     /// This chunk, now.

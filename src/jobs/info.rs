@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::common::ReplicaIndex;
+use crate::common::message::counted;
 use crate::limits::JOBS_MAX;
 
 /// Identifies a job, for as long as the daemon runs.
@@ -124,7 +125,7 @@ pub struct JobInfo {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum JobFailure {
     /// The replica is still stale.
-    #[error("{sectors} sectors could not be copied")]
+    #[error("{} could not be copied", counted(*.sectors, "sector"))]
     NotCopied {
         /// Stale sectors.
         sectors: u64,
@@ -133,13 +134,13 @@ pub enum JobFailure {
     #[error("the replica was removed")]
     Removed,
     /// Some sectors are undecided.
-    #[error("{sectors} sectors have no quorum")]
+    #[error("no quorum for {}", counted(*.sectors, "sector"))]
     NoQuorum {
         /// Their number.
         sectors: u64,
     },
     /// Some replicas could not be read everywhere.
-    #[error("{replicas} replicas could not be read everywhere")]
+    #[error("{} could not be read everywhere", counted(*.replicas as u64, "replica"))]
     NotRead {
         /// Their number.
         replicas: usize,
@@ -148,7 +149,7 @@ pub enum JobFailure {
     #[error("the data it wrote could not be flushed")]
     NotFlushed,
     /// Corrupt sectors could not be written everywhere.
-    #[error("{sectors} corrupt sectors could not be written")]
+    #[error("{} could not be written", counted(*.sectors, "corrupt sector"))]
     NotRepaired {
         /// Their number.
         sectors: u64,

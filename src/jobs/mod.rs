@@ -131,7 +131,7 @@ impl Jobs {
         self.neighbourhood.grow(capacity_sectors);
     }
 
-    /// Whether there is no job, and none to be started for corruption.
+    /// Whether there is no job, and no scrub to start around corruption.
     pub fn is_empty(&self) -> bool {
         self.jobs.is_empty() && self.neighbourhood.is_empty()
     }

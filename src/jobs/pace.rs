@@ -23,8 +23,8 @@ use crate::limits::{JOB_CHUNKS_IN_FLIGHT_MAX, JOB_PAUSE_MAX, SECTOR_BYTES};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub struct GuestRequests(pub u64);
 
-/// The part of its requests that jobs may cost the guest: less than half of a tenth, as what a
-/// chunk costs is not over when it is: caches are cold, and requests that it has delayed end later.
+/// The part of its requests that jobs may cost the guest: less than half of a tenth, because the
+/// cost of a chunk outlasts it: caches are cold, and requests that it has delayed end later.
 const COST_MAX: f64 = 0.04;
 
 /// Below this part of its requests the guest does not notice jobs.

@@ -11,8 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use crate::common::clock::TurnClock;
-use crate::common::operation::OperationType;
-use crate::common::operation::{Operation, Reply};
+use crate::common::operation::{Operation, OperationType, Reply};
 use crate::common::report::Report;
 use crate::common::{SECTOR_BYTES, SectorRange};
 
@@ -322,7 +321,7 @@ impl Figures {
     }
 }
 
-/// How often what took how long.
+/// How many requests or operations took how long.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Distribution {
     /// By bucket; shorter where nothing took as long.
@@ -356,7 +355,7 @@ impl Distribution {
         self.sum_ns
     }
 
-    /// How many took less than so many microseconds: exact for powers of two, and below 16.
+    /// How many took less than `us` microseconds: exact for powers of two, and below 16.
     pub fn below_us(&self, us: u64) -> u64 {
         let buckets = self.counts.iter().enumerate();
         buckets
@@ -418,7 +417,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_in_flight_is_what_has_not_ended() {
+    fn a_request_is_in_flight_until_it_ends_or_is_abandoned() {
         let statistics = Statistics::new(2, 1);
         let clock = TurnClock::default();
         let recorders: Vec<_> = (0..2)
@@ -456,7 +455,7 @@ mod tests {
     }
 
     #[test]
-    fn nothing_has_no_quantiles() {
+    fn an_empty_distribution_has_no_quantiles() {
         assert_eq!(Distribution::default().quantile_us(500), None);
         assert_eq!(distribution(&[Duration::ZERO]).quantile_us(1), Some(1));
     }

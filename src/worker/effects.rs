@@ -1,5 +1,5 @@
-//! What the engine of a worker asks for, carried out: on the io_uring, in guest memory, in the
-//! mailboxes of other workers and in the event queue.
+//! Carries out the effects of a worker's engine: on the io_uring, in guest memory, in the mailboxes
+//! of other workers and in the event queue.
 
 use std::collections::VecDeque;
 use std::io;

@@ -45,6 +45,7 @@ const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
 
 /// A worker: its virtqueues, its engine and its io_uring.
 pub(super) struct Worker<K: Kernel = Uring> {
+    index: WorkerIndex,
     engine: Engine,
     pub(super) io: Io<K>,
     mailbox: Arc<Mailbox>,
@@ -95,6 +96,7 @@ impl<K: Kernel> Worker<K> {
         let kicks = disk.slots.iter();
         let kicks = kicks.map(|slot| slot.vrings.iter().map(|_| None).collect());
         Ok(Self {
+            index,
             kicks: kicks.collect(),
             io: Io {
                 ring,
@@ -180,12 +182,16 @@ impl<K: Kernel> Worker<K> {
             return false;
         };
         if self.engine.is_idle() {
-            debug!("worker stops; no request is in flight");
+            debug!(worker = self.index.0; "worker stops; no request is in flight");
             return true;
         }
         let is_overdue = self.clock.now() >= exit_by;
         if is_overdue {
-            warn!("worker stops although replicas have not answered all operations");
+            let operations = self.io.ring.operations();
+            warn!(
+                worker = self.index.0, operations;
+                "worker stops although replicas have not answered all operations"
+            );
         }
         is_overdue
     }

@@ -1,5 +1,5 @@
-//! Workers on recording kernels, in one thread and step by step: what a guest asks for, what each
-//! kernel is asked for, and how workers wake each other.
+//! Workers on fake kernels, step by step in one thread: the operations that each kernel gets for a
+//! guest's requests, and how workers wake each other.
 
 use std::cell::RefCell;
 use std::fs::File;
@@ -317,7 +317,7 @@ fn a_write_of_a_guest_that_cannot_flush_is_durable_on_every_replica() {
 }
 
 #[test]
-fn zeroes_of_a_guest_that_cannot_flush_are_synced_before_it_has_its_answer() {
+fn zeroes_of_a_guest_that_cannot_flush_are_synced_before_the_answer() {
     // VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP is bit 0.
     for (request_type, flags) in [
         (VIRTIO_BLK_T_DISCARD, 0_u32),
@@ -368,7 +368,7 @@ fn a_flush_that_another_thread_asks_for_is_done_by_all_replicas() {
 }
 
 #[test]
-fn a_worker_that_must_exit_says_which_replicas_are_still_busy() {
+fn a_worker_that_must_exit_reports_which_replicas_are_busy() {
     let mut machine = Machine::new(1);
     machine.write(0, 8);
     machine.settle(0);

@@ -211,7 +211,7 @@ fn undecided_sectors_make_the_disk_fail() {
         corrupt_sectors(image, 65536..65537, mask);
     }
     let scrubbed = served.run("scrub --repair").with(1);
-    assert!(scrubbed.contains("1 sectors have no quorum"), "{scrubbed}");
+    assert!(scrubbed.contains("no quorum for 1 sector"), "{scrubbed}");
     let status = served.run("status").with(1);
     assert!(
         status.contains("failing") && status.contains("no quorum"),

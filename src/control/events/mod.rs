@@ -1,5 +1,5 @@
-//! What an operator learns of: reports of the engine and changes of jobs, with the names that the
-//! operator knows. `line` gives an event its JSON form, `record` its form in the log.
+//! Events for operators: reports of the engine and changes of jobs, with the names that operators
+//! know. `line` gives an event its JSON form, `record` its form in the log.
 
 mod line;
 mod record;

@@ -55,7 +55,7 @@ impl Executor {
 
     /// The replies since the last time, each with the token of its client.
     pub(in crate::control) fn take(&self) -> Vec<(u64, Vec<u8>)> {
-        // First, so that a reply which comes after the look makes it readable again.
+        // First, so that a later reply makes the eventfd readable again.
         self.done.wake.clear();
         std::mem::take(&mut *self.done.replies.lock().expect(NOT_POISONED))
     }

@@ -16,7 +16,7 @@ pub(super) enum Found {
     Message(Vec<u8>),
     /// Bytes that are not a message, and why.
     Garbage(&'static str),
-    /// A message that is longer than any may be.
+    /// A message longer than [`QMP_MESSAGE_BYTES_MAX`].
     TooLong,
 }
 
@@ -153,7 +153,7 @@ mod tests {
     }
 
     #[test]
-    fn messages_need_nothing_between_them_and_may_have_lines() {
+    fn messages_need_no_separator_and_may_span_lines() {
         assert_eq!(
             found(b"{}{\"a\":[1,\"]}\"]}\r\n\t[\n1]\n{"),
             [
@@ -165,7 +165,7 @@ mod tests {
     }
 
     #[test]
-    fn single_quotes_are_double_ones() {
+    fn single_quotes_become_double_quotes() {
         assert_eq!(
             found(br#"{'a\'b"':"c'\"\\"}"#),
             [message(r#"{"a'b\"":"c'\"\\"}"#)]
@@ -183,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_byte_that_is_in_no_text_resynchronises() {
+    fn byte_0xff_resynchronises() {
         let all = found(b"\xff\xff{\"a\": \"\xff{}");
         assert!(garbage(&all[0]));
         assert_eq!(all[1..], [message("{}")]);
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn the_longest_message_is_found_and_no_longer_one() {
+    fn the_longest_message_is_found_and_a_longer_one_rejected() {
         let of = |bytes: usize| [b"{".as_slice(), &vec![b' '; bytes - 2], b"}"].concat();
         let longest = of(QMP_MESSAGE_BYTES_MAX);
         assert!(found(&longest) == [Found::Message(longest)]);

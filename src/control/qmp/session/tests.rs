@@ -1,4 +1,4 @@
-//! What a client is answered, beside what QEMU answers.
+//! The replies that a client gets, where they are not compared with those of QEMU.
 
 use proptest::prelude::*;
 use serde_json::json;
@@ -39,7 +39,7 @@ fn error(class: &str, desc: &str) -> Value {
 }
 
 #[test]
-fn nothing_runs_before_the_negotiation_and_that_is_done_once() {
+fn commands_run_only_after_the_negotiation_which_happens_once() {
     let all = replies(
         br#"{"execute":"quit","id":1}
             {"execute":"qmp_capabilities","arguments":{"enable":["oob"]}}
@@ -66,7 +66,7 @@ fn nothing_runs_before_the_negotiation_and_that_is_done_once() {
 }
 
 #[test]
-fn any_id_comes_back() {
+fn a_reply_has_the_id_of_its_message() {
     for id in [
         json!(null),
         json!(-1.5),
@@ -86,9 +86,9 @@ fn any_id_comes_back() {
     }
 }
 
-/// Whatever the JSON parser makes of some values.
+/// Even an id that the JSON parser would change.
 #[test]
-fn an_id_is_not_understood() {
+fn an_id_is_returned_unchanged() {
     for id in [
         r#"{"$serde_json::private::RawValue":"5"}"#,
         "5.1e-308",
@@ -123,7 +123,7 @@ fn names_are_text_and_nodes_are_objects() {
 
 /// `children.N` is a place as it is written there; anything else is a name.
 #[test]
-fn a_child_has_one_place() {
+fn the_index_of_a_child_has_one_spelling() {
     for (child, wanted) in [
         ("children.1", operator::REPLICAS[1]),
         ("children.01", "children.01"),
@@ -143,9 +143,9 @@ fn a_child_has_one_place() {
     }
 }
 
-/// Word for word what qemu-storage-daemon answers, where it does not speak of its own JSON parser.
+/// Word for word as qemu-storage-daemon answers, except for the errors of its JSON parser.
 #[test]
-fn errors_are_qemus() {
+fn errors_are_those_of_qemu() {
     let cases = [
         (
             r#"{"execute":"system_reset"}"#,
@@ -216,7 +216,7 @@ fn arguments_are_checked() {
 }
 
 #[test]
-fn all_commands_are_named() {
+fn query_commands_lists_the_commands() {
     let reply = answer(r#"{"execute":"query-commands"}"#);
     let names: Vec<&str> = reply["return"]
         .as_array()
@@ -236,7 +236,7 @@ fn all_commands_are_named() {
 }
 
 #[test]
-fn who_says_quit_is_answered() {
+fn quit_is_answered() {
     let operator = Recorder::default();
     let lines = converse(
         br#"{"execute":"qmp_capabilities"}{"execute":"quit","id":7}"#,
@@ -251,7 +251,7 @@ fn nesting_does_not_exhaust_the_stack_nor_an_endless_message_the_memory() {
     let deep = [b"[".repeat(30_000), b"]".repeat(30_000)].concat();
     assert_eq!(replies(&deep)[0]["error"]["class"], "GenericError");
     let endless = b"[".repeat(1 << 20);
-    assert_eq!(replies(&endless).len(), 1, "and no more is heard");
+    assert_eq!(replies(&endless).len(), 1, "the connection ends");
 }
 
 /// Bytes as a client may send them: parts of messages, in any order.
@@ -285,7 +285,7 @@ proptest! {
     /// For any bytes, each reply is one line of ASCII with a return or an error of a known class,
     /// and the server accepts a command on a new line after a byte that is in no message.
     #[test]
-    fn whatever_is_sent(bytes in input()) {
+    fn any_bytes_get_valid_replies(bytes in input()) {
         let last = b"\xff\n{\"execute\":\"qmp_capabilities\",\"id\":\"the last\"}";
         let ended = [&bytes, last.as_slice()].concat();
         let lines = converse(&ended, &Recorder::default());
@@ -302,7 +302,7 @@ proptest! {
 
     /// How the bytes arrive makes no difference.
     #[test]
-    fn however_the_bytes_arrive(bytes in input(), size in 1_usize..9) {
+    fn replies_do_not_depend_on_how_the_bytes_arrive(bytes in input(), size in 1_usize..9) {
         let mut session = Session::default();
         let mut lines = vec![Session::greeting()];
         for part in bytes.chunks(size) {
