@@ -377,8 +377,6 @@ impl World {
                     Fault::Error if durable => {
                         let written = mask & self.random.bits();
                         self.write_back(replica, written);
-                        let lost = mask & self.random.bits();
-                        self.replicas[replica].lose(lost, false);
                     }
                     Fault::None | Fault::Misdirected(_) if durable => {
                         self.write_back(replica, mask)
