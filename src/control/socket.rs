@@ -3,8 +3,8 @@
 //! Invariants:
 //! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode
 //!   before it listens, and its name after that.
-//! - The name always refers to a socket: the new one is renamed over one that a dead process left. A
-//!   socket that another process listens on, and a file that is not a socket, are left alone.
+//! - The name always refers to a socket: the new one is renamed over one that a dead process left.
+//!   A socket that another process listens on, and a file that is not a socket, are left alone.
 //! - A [`BoundListener`] removes its name, unless another process has taken the name.
 
 use std::ffi::OsStr;

@@ -1,8 +1,8 @@
 //! A panic of any thread ends the process at once.
 //!
 //! A panic means that an invariant is violated. A daemon that lost one of its threads would serve
-//! only some requests, so it aborts: the frontend keeps the requests in flight in its inflight region, and
-//! the next daemon repeats them.
+//! only some requests, so it aborts: the frontend keeps the requests in flight in its inflight
+//! region, and the next daemon repeats them.
 
 #![forbid(unsafe_code)]
 
