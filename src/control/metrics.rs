@@ -16,6 +16,57 @@ pub const CONTENT_TYPE: &str = "text/plain; version=0.0.4";
 /// The state has finer figures, but each series costs Prometheus memory.
 const BUCKET_POWERS: std::ops::RangeInclusive<u32> = 4..=24;
 
+/// The value of a metric of a replica.
+type ReplicaFigure = fn(&ReplicaState) -> u64;
+
+/// Name, help and value of each gauge of a replica.
+const REPLICA_GAUGES: [(&str, &str, ReplicaFigure); 2] = [
+    (
+        "replica_stale_bytes",
+        "Bytes of which the replica does not hold the newest data.",
+        |replica| replica.stale_bytes,
+    ),
+    (
+        "replica_corrupt_sectors",
+        "Sectors that were corrupt when they were last read.",
+        |replica| replica.corrupt_sectors,
+    ),
+];
+
+/// Name, help and value of each counter of a replica.
+const REPLICA_COUNTERS: [(&str, &str, ReplicaFigure); 6] = [
+    (
+        "replica_corrupt_sectors_found_total",
+        "Corrupt sectors that were found; a sector that is found again counts again.",
+        |replica| replica.corrupt_sectors_found,
+    ),
+    (
+        "replica_repaired_sectors_total",
+        "Sectors that were repaired.",
+        |replica| replica.repaired_sectors,
+    ),
+    (
+        "replica_repair_failed_sectors_total",
+        "Sectors whose repair failed.",
+        |replica| replica.repair_failed_sectors,
+    ),
+    (
+        "replica_resynced_sectors_total",
+        "Stale sectors that were copied to the replica.",
+        |replica| replica.resynced_sectors,
+    ),
+    (
+        "replica_evictions_total",
+        "How often the replica was evicted.",
+        |replica| replica.evictions,
+    ),
+    (
+        "replica_rejoins_total",
+        "How often the replica rejoined.",
+        |replica| replica.rejoins,
+    ),
+];
+
 /// All metrics of a disk.
 pub fn render(disk: &DiskState) -> String {
     let mut page = Page::of(disk);
@@ -117,59 +168,14 @@ impl Page {
                 }
             },
         );
-        type Figure = fn(&ReplicaState) -> u64;
-        let states: [(&str, &str, Figure); 2] = [
-            (
-                "replica_stale_bytes",
-                "Bytes of which the replica does not hold the newest data.",
-                |replica| replica.stale_bytes,
-            ),
-            (
-                "replica_corrupt_sectors",
-                "Sectors that were corrupt when they were last read.",
-                |replica| replica.corrupt_sectors,
-            ),
-        ];
-        for (name, help, figure) in states {
+        for (name, help, figure) in REPLICA_GAUGES {
             self.gauge(name, help, |add| {
                 for replica in &disk.replicas {
                     add(&[("replica", &replica.node_name)], figure(replica));
                 }
             });
         }
-        let totals: [(&str, &str, Figure); 6] = [
-            (
-                "replica_corrupt_sectors_found_total",
-                "Corrupt sectors that were found; a sector that is found again counts again.",
-                |replica| replica.corrupt_sectors_found,
-            ),
-            (
-                "replica_repaired_sectors_total",
-                "Sectors that were repaired.",
-                |replica| replica.repaired_sectors,
-            ),
-            (
-                "replica_repair_failed_sectors_total",
-                "Sectors whose repair failed.",
-                |replica| replica.repair_failed_sectors,
-            ),
-            (
-                "replica_resynced_sectors_total",
-                "Stale sectors that were copied to the replica.",
-                |replica| replica.resynced_sectors,
-            ),
-            (
-                "replica_evictions_total",
-                "How often the replica was evicted.",
-                |replica| replica.evictions,
-            ),
-            (
-                "replica_rejoins_total",
-                "How often the replica rejoined.",
-                |replica| replica.rejoins,
-            ),
-        ];
-        for (name, help, figure) in totals {
+        for (name, help, figure) in REPLICA_COUNTERS {
             self.counter(name, help, |add| {
                 for replica in &disk.replicas {
                     add(&[("replica", &replica.node_name)], figure(replica));

@@ -28,8 +28,8 @@ use self::error::system;
 use self::operator::DiskOperator;
 use self::signals::Signals;
 use crate::admin::Admin;
-use crate::common::SECTOR_BYTES;
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
+use crate::common::{ReplicaIndex, SECTOR_BYTES};
 use crate::config::Config;
 use crate::control::Operator;
 use crate::control::events::Names;
@@ -58,36 +58,11 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let replicas = open_all(&config.replicas, config.open_options())?;
     check_alignment(&replicas)?;
-    let info = disk_info(config, &replicas);
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
-    let queue = EventQueue::new().map_err(system("cannot create an eventfd"))?;
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
-    let cache_mode = CacheMode::default();
-    let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
-    let slots = (0..CONNECTIONS_MAX).map(slot);
-    let disk = Disk {
-        policy: policy(config, &info),
-        info: info.clone(),
-        shared: Arc::new(Shared::new(
-            replicas.len(),
-            config.vote_threshold,
-            count,
-            info.capacity.sectors(),
-        )),
-        files: replicas
-            .iter()
-            .map(|replica| RingFile::of(&replica.file))
-            .collect(),
-        released: released.clone(),
-        slots: slots
-            .collect::<Result<_, _>>()
-            .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
-        statistics: Statistics::new(count, REPLICAS_MAX),
-        events: queue,
-        stop: stop.clone(),
-    };
+    let disk = disk(config, &replicas, count, (stop.clone(), released))?;
     let workers =
         Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
     let table = Arc::new(ReplicaTable::new(replicas));
@@ -185,19 +160,7 @@ fn serve(
     });
     let connections = Connections::start(listener, frontends.collect())
         .map_err(system("cannot start the frontend thread"))?;
-    let status = format!(
-        "serving {} MiB from {} replicas, vote threshold {}",
-        disk.info.capacity.bytes() >> 20,
-        config.replicas.len(),
-        disk.policy.threshold
-    );
-    info!(
-        size = disk.info.capacity.bytes(),
-        replicas = config.replicas.len(),
-        "vote-threshold" = disk.policy.threshold;
-        "serving the disk"
-    );
-    service_manager::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+    announce(disk, config.replicas.len());
     let reason = stopped.recv().expect("this function owns a sender");
     let cause = match &reason {
         Stop::Requested => "requested",
@@ -210,6 +173,17 @@ fn serve(
     Ok((publisher, reason))
 }
 
+/// Reports to the log and the service manager that the disk is served.
+fn announce(disk: &Disk, replicas: usize) {
+    let (size, threshold) = (disk.info.capacity.bytes(), disk.policy.threshold);
+    let status = format!(
+        "serving {} MiB from {replicas} replicas, vote threshold {threshold}",
+        size >> 20
+    );
+    info!(size, replicas, "vote-threshold" = threshold; "serving the disk");
+    service_manager::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+}
+
 fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
     let is_too_large =
         |replica: &&ReplicaFile| replica.memory_alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES;
@@ -220,6 +194,41 @@ fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
         }),
         None => Ok(()),
     }
+}
+
+/// The parts of the disk that `workers` workers serve.
+fn disk(
+    config: &Config,
+    replicas: &[ReplicaFile],
+    workers: u16,
+    (stop, released): (Sender<Stop>, Sender<ReplicaIndex>),
+) -> Result<Disk, Error> {
+    let info = disk_info(config, replicas);
+    let cache_mode = CacheMode::default();
+    let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
+    let slots = (0..CONNECTIONS_MAX).map(slot);
+    let shared = Shared::new(
+        replicas.len(),
+        config.vote_threshold,
+        workers,
+        info.capacity.sectors(),
+    );
+    Ok(Disk {
+        policy: policy(config, &info),
+        info,
+        shared: Arc::new(shared),
+        files: replicas
+            .iter()
+            .map(|replica| RingFile::of(&replica.file))
+            .collect(),
+        released,
+        slots: slots
+            .collect::<Result<_, _>>()
+            .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
+        statistics: Statistics::new(workers, REPLICAS_MAX),
+        events: EventQueue::new().map_err(system("cannot create an eventfd"))?,
+        stop,
+    })
 }
 
 fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
