@@ -7,6 +7,7 @@ mod failed_flush;
 mod mutant_patches;
 mod range_sets;
 mod slow_replica;
+mod unfinished_repair;
 
 use std::time::{Duration, Instant};
 
