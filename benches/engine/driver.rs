@@ -2,7 +2,7 @@
 //! counts the requests that it answers.
 
 use quorum_blk::common::operation::{Operation, RequestId};
-use quorum_blk::common::report::Report;
+use quorum_blk::common::report::{Fact, Report};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
 use quorum_blk::jobs::JobEvent;
@@ -44,6 +44,10 @@ impl Effects for Driver {
             self.expects_reports,
             "nothing is wrong with the replicas, and yet: {report:?}"
         );
+    }
+
+    fn count(&mut self, fact: Fact) {
+        panic!("nothing is wrong with the replicas, and yet: {fact:?}");
     }
 
     fn repaired(&mut self, replica: ReplicaIndex, _range: SectorRange) {

@@ -32,6 +32,7 @@ use crate::quorum::health::NotRemoved;
 use crate::replica::file::{OpenOptions, ReplicaFile, ReplicaSource, open_beside};
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
+use crate::statistics::Statistics;
 use crate::worker::control::WorkerControl;
 use crate::worker::{Disk, Workers};
 
@@ -52,6 +53,7 @@ pub struct Admin {
     table: Arc<ReplicaTable>,
     names: NodeNames,
     events: Arc<EventQueue>,
+    statistics: Statistics,
     options: OpenOptions,
     capacity: Capacity,
     block_bytes: u32,
@@ -86,6 +88,7 @@ impl Admin {
                 .collect(),
             table,
             events: Arc::clone(&disk.events),
+            statistics: disk.statistics.clone(),
             options,
             capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
@@ -154,6 +157,7 @@ impl Admin {
         self.names.set(index, &node_name);
         self.table.put(index, Arc::new(file));
         self.events.forget(index);
+        self.statistics.replica_added(index);
         self.shared.add(index);
         let started = self.with_jobs(|jobs, health| jobs.resync(index, 0, health));
         self.workers.tick_all();

@@ -1,5 +1,5 @@
 //! What the engine reports to the operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD,
-//! and evictions and rejoins.
+//! evictions and rejoins, and facts that are only counted.
 
 use super::operation::OperationType;
 use super::{Errno, ReplicaIndex, SectorRange};
@@ -32,6 +32,19 @@ pub enum Report {
     Evicted(ReplicaIndex),
     /// An evicted replica answered and is asked again.
     Rejoined(ReplicaIndex),
+}
+
+/// A fact that the operator sees only as a total: no event reports it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fact {
+    /// A read is repeated under a lock because the replies differ.
+    Confirmation,
+    /// The repeated read found no fault: a write was in flight.
+    ConfirmationWithoutFault,
+    /// A resync has written this many stale sectors.
+    SectorsResynced(ReplicaIndex, u64),
+    /// The repair of this many sectors has failed.
+    SectorsNotRepaired(ReplicaIndex, u64),
 }
 
 /// Why a replica is reported.

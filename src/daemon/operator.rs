@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -130,8 +129,7 @@ impl DiskOperator {
         let in_service = self.shared.in_service();
         let replica_state = |(index, file): (ReplicaIndex, Arc<ReplicaFile>)| {
             let stale = self.shared.stale_sectors(index);
-            let counters = self.shared.counters.of(index);
-            let count = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+            let totals = self.statistics.replica(index);
             let operations = |kind| self.statistics.operations(index.as_usize(), kind).into();
             ReplicaState {
                 node_name: file.node_name.clone(),
@@ -143,13 +141,13 @@ impl DiskOperator {
                     (false, _) => ServiceState::Evicted,
                 },
                 stale_bytes: stale * SECTOR_BYTES,
-                corrupt_sectors_found: count(&counters.sectors_corrupt),
-                repaired_sectors: count(&counters.sectors_repaired),
-                repair_failed_sectors: count(&counters.sectors_not_repaired),
+                corrupt_sectors_found: totals.sectors_corrupt,
+                repaired_sectors: totals.sectors_repaired,
+                repair_failed_sectors: totals.sectors_not_repaired,
                 corrupt_sectors: self.reports.corrupt_sectors(index),
-                resynced_sectors: count(&counters.sectors_resynced),
-                evictions: count(&counters.evictions),
-                rejoins: count(&counters.rejoins),
+                resynced_sectors: totals.sectors_resynced,
+                evictions: totals.evictions,
+                rejoins: totals.rejoins,
                 operations: by_operation(operations),
             }
         };
@@ -164,7 +162,6 @@ impl DiskOperator {
 impl Operator for DiskOperator {
     fn state(&self) -> DiskState {
         let requests = |kind| self.statistics.requests(kind).into();
-        let counters = &self.shared.counters;
         DiskState {
             node_name: self.fixed.node_name.clone(),
             size: self.fixed.capacity.bytes(),
@@ -183,8 +180,8 @@ impl Operator for DiskOperator {
             },
             failures: by_operation(|kind| self.statistics.failures(kind)),
             undecided_sectors: self.reports.undecided_sectors(),
-            confirmations: counters.suspicions.load(Ordering::Relaxed),
-            confirmations_without_fault: counters.suspicions_dropped.load(Ordering::Relaxed),
+            confirmations: self.statistics.confirmations(),
+            confirmations_without_fault: self.statistics.confirmations_without_fault(),
             replicas: self.replicas(),
         }
     }

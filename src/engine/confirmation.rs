@@ -19,10 +19,9 @@ use super::interface::Effects;
 use super::range_locks::LockKey;
 use super::repair::{RepairWrite, Repairs, bytes_of};
 use super::replies::Replies;
-use super::shared::Counters;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
-use crate::common::report::{Cause, Report};
+use crate::common::report::{Cause, Fact, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
 use crate::quorum::health::FailureEpoch;
@@ -232,7 +231,7 @@ impl Confirmation {
         let verdict = self.vote(self.terms.rule, context.core);
         let unanimous = verdict.dissents.is_empty() && verdict.undecided.is_empty();
         if unanimous && self.terms.throughout.is_empty() {
-            Counters::add(&context.shared().counters.suspicions_dropped, 1);
+            context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
         let succeeded = self.replies.tally().succeeded();
@@ -252,10 +251,7 @@ impl Confirmation {
                 range: self.replies.range(),
                 cause: Cause::Corrupt(dissent.evidence()),
             });
-            let found = sectors(&dissent.bad_sectors);
-            self.outcome.found += found;
-            let counters = context.shared().counters.of(dissent.replica);
-            Counters::add(&counters.sectors_corrupt, found);
+            self.outcome.found += sectors(&dissent.bad_sectors);
         }
     }
 
@@ -385,20 +381,20 @@ impl Confirmation {
         if reply.result.is_ok() {
             shared.change_health(|health| health.repaired(reply.replica, range, began));
         }
-        let counters = shared.counters.of(reply.replica);
         match reply.result {
             Ok(()) => {
                 self.outcome.written += range.count;
                 if self.terms.is_resync {
-                    Counters::add(&counters.sectors_resynced, range.count);
+                    let fact = Fact::SectorsResynced(reply.replica, range.count);
+                    context.effects.count(fact);
                 } else {
-                    Counters::add(&counters.sectors_repaired, range.count);
                     context.effects.repaired(reply.replica, range);
                 }
             }
             Err(errno) => {
                 self.outcome.not_written += range.count;
-                Counters::add(&counters.sectors_not_repaired, range.count);
+                let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
+                context.effects.count(fact);
                 context.report_error(reply.replica, OperationType::Write, range, errno);
             }
         }

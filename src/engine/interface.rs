@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::WorkerIndex;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Operation, RequestId};
-use crate::common::report::Report;
+use crate::common::report::{Fact, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::{JobEvent, Sizes};
 
@@ -116,6 +116,8 @@ pub trait Effects {
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>);
     /// Report an event to the operator.
     fn report(&mut self, report: Report);
+    /// Add a fact to the totals that the operator sees. Reports and repairs count by themselves.
+    fn count(&mut self, fact: Fact);
     /// Corrupt or unreadable sectors of a replica have been repaired.
     fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange);
     /// Call [`Engine::granted`](super::Engine::granted) with `request` on the engine of another

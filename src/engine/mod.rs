@@ -57,7 +57,7 @@ mod write;
 use std::sync::Arc;
 
 pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, ReadPattern, Tag};
-pub use self::shared::{Counters, ReplicaCounters, Shared, WorkerIndex};
+pub use self::shared::{Shared, WorkerIndex};
 
 use self::context::{Context, Core};
 use self::request::{Progress, Request, Start};

@@ -8,9 +8,9 @@ use super::first_pass::FirstPass;
 use super::interface::{Effects, Failed, ReadPattern, Tag};
 use super::replies::Replies;
 use super::request::Progress;
-use super::shared::Counters;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
+use crate::common::report::Fact;
 use crate::common::{ReplicaSet, SectorRange};
 
 #[derive(Debug)]
@@ -131,7 +131,7 @@ impl Read {
         {
             // The slow replica might decide, but the guest need not wait for it: under the lock the
             // others can.
-            Counters::add(&context.shared().counters.suspicions, 1);
+            context.effects.count(Fact::Confirmation);
             let range = self.range;
             context.core.suspicions.push_back(Suspicion { tag, range });
             return self.retire(context.core);
@@ -182,7 +182,7 @@ impl Read {
             return Progress::Waiting;
         }
         if pass.differs() {
-            Counters::add(&context.shared().counters.suspicions, 1);
+            context.effects.count(Fact::Confirmation);
             return self.confirm(ReplicaSet::EMPTY, context);
         }
         // The lock shows which replicas may vote on which sector.

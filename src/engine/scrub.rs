@@ -9,9 +9,9 @@ use super::first_pass::FirstPass;
 use super::interface::Effects;
 use super::replies::Replies;
 use super::request::Progress;
-use super::shared::Counters;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
+use crate::common::report::Fact;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkId;
 use crate::quorum::vote::Rule;
@@ -115,7 +115,7 @@ impl Scrub {
             ReplicaSet::EMPTY
         };
         if pass.differs() || doubtful {
-            Counters::add(&context.shared().counters.suspicions, 1);
+            context.effects.count(Fact::Confirmation);
             return self.confirm(repair, context);
         }
         if succeeded.len() < context.core.policy.threshold || !repair.is_empty() {

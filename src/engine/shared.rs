@@ -26,7 +26,6 @@ use crate::common::operation::RequestId;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
-use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::{FailureEpoch, Health, NotRemoved};
 
 /// Names a worker thread, and with it an engine.
@@ -54,78 +53,12 @@ pub struct Shared {
     has_jobs: AtomicBool,
     /// Requests of the guest, by worker.
     requests: Vec<OwnLine>,
-    /// Totals for the operator.
-    pub counters: Counters,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
 #[derive(Debug, Default)]
 #[repr(align(64))]
 struct OwnLine(AtomicU64);
-
-/// Totals since the start that the engines count.
-#[derive(Debug)]
-pub struct Counters {
-    /// Reads repeated under a lock because the replies differed.
-    pub suspicions: AtomicU64,
-    /// Suspicions that the repeated read did not confirm: writes were in flight.
-    pub suspicions_dropped: AtomicU64,
-    replicas: Box<[ReplicaCounters]>,
-}
-
-/// Totals of one replica.
-#[derive(Debug, Default)]
-pub struct ReplicaCounters {
-    /// Sectors that lost a confirmed vote; one that is found again counts again.
-    pub sectors_corrupt: AtomicU64,
-    /// Sectors repaired.
-    pub sectors_repaired: AtomicU64,
-    /// Sectors whose repair failed.
-    pub sectors_not_repaired: AtomicU64,
-    /// Stale sectors that a resync has written.
-    pub sectors_resynced: AtomicU64,
-    /// Evictions.
-    pub evictions: AtomicU64,
-    /// Rejoins.
-    pub rejoins: AtomicU64,
-}
-
-impl ReplicaCounters {
-    /// Another replica has the place now.
-    fn reset(&self) {
-        let all = [
-            &self.sectors_corrupt,
-            &self.sectors_repaired,
-            &self.sectors_not_repaired,
-            &self.sectors_resynced,
-            &self.evictions,
-            &self.rejoins,
-        ];
-        for counter in all {
-            counter.store(0, Ordering::Relaxed);
-        }
-    }
-}
-
-impl Counters {
-    fn new(replicas: usize) -> Self {
-        Self {
-            suspicions: AtomicU64::new(0),
-            suspicions_dropped: AtomicU64::new(0),
-            replicas: (0..replicas).map(|_| ReplicaCounters::default()).collect(),
-        }
-    }
-
-    /// The totals of one replica.
-    pub fn of(&self, replica: ReplicaIndex) -> &ReplicaCounters {
-        &self.replicas[replica.as_usize()]
-    }
-
-    /// Adds to a total.
-    pub(super) fn add(counter: &AtomicU64, amount: u64) {
-        counter.fetch_add(amount, Ordering::Relaxed);
-    }
-}
 
 #[derive(Debug)]
 struct State {
@@ -165,7 +98,6 @@ impl Shared {
             jobs: Mutex::new(Jobs::new(capacity_sectors)),
             has_jobs: AtomicBool::new(false),
             requests: (0..workers).map(|_| OwnLine::default()).collect(),
-            counters: Counters::new(REPLICAS_MAX),
         }
     }
 
@@ -190,7 +122,6 @@ impl Shared {
         self.change_health(|health| {
             health.add(replica);
         });
-        self.counters.of(replica).reset();
     }
 
     /// Removes `replica` from the disk. A tick of every engine must follow; its place is free when

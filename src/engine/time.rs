@@ -7,7 +7,6 @@ use super::Engine;
 use super::context::{Context, Core};
 use super::interface::Effects;
 use super::request::{Progress, Request};
-use super::shared::Counters;
 use super::slots::Slot;
 use crate::common::operation::RequestId;
 use crate::common::report::{Cause, Report};
@@ -121,7 +120,6 @@ impl Engine {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
                 if core.shared.change_health(|health| health.evict(replica)) {
-                    Counters::add(&core.shared.counters.of(replica).evictions, 1);
                     let (operation, range) = slot.request.describe();
                     effects.report(Report::Bad {
                         replica,
@@ -156,7 +154,6 @@ impl Engine {
                     .shared
                     .change_health(|health| health.rejoin(replica, worker))
             {
-                Counters::add(&core.shared.counters.of(replica).rejoins, 1);
                 effects.report(Report::Rejoined(replica));
                 effects.health_changed();
             }

@@ -2,7 +2,7 @@
 
 use super::model::Value;
 use crate::common::operation::{Operation, RequestId};
-use crate::common::report::Report;
+use crate::common::report::{Fact, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
@@ -76,6 +76,8 @@ impl Effects for Collected {
     fn report(&mut self, report: Report) {
         self.effects.push(Effect::Report(report));
     }
+
+    fn count(&mut self, _fact: Fact) {}
 
     fn repaired(&mut self, _replica: ReplicaIndex, _range: SectorRange) {}
 

@@ -10,7 +10,7 @@ use super::Stop;
 use super::guests::Guests;
 use super::mailbox::{Mailbox, Message};
 use crate::common::operation::{Operation, RequestId};
-use crate::common::report::Report;
+use crate::common::report::{Fact, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
@@ -63,7 +63,12 @@ impl<K: Kernel> Effects for Io<K> {
         self.events.push(report);
     }
 
+    fn count(&mut self, fact: Fact) {
+        self.recorder.count(fact);
+    }
+
     fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        self.recorder.repaired(replica, range);
         self.events.repaired(replica, range);
     }
 

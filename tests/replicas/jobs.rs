@@ -32,7 +32,7 @@ const SIZE_BYTES: u64 = 64 << 20;
 struct Served {
     directory: tempfile::TempDir,
     images: Vec<PathBuf>,
-    shared: Arc<Shared>,
+    statistics: Statistics,
     workers: Workers,
     admin: Admin,
     table: Arc<ReplicaTable>,
@@ -58,7 +58,6 @@ fn serve() -> Served {
     let files = open_all(&sources, options).unwrap();
     let workers = 2;
     let capacity_sectors = SIZE_BYTES / SECTOR_BYTES;
-    let shared = Arc::new(Shared::new(3, 2, workers, capacity_sectors));
     let slot = ConnectionSlot::new(workers, 256, CacheMode::default()).unwrap();
     let (released, is_released) = channel();
     let (stop, _) = channel();
@@ -81,7 +80,7 @@ fn serve() -> Served {
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),
         },
-        shared: Arc::clone(&shared),
+        shared: Arc::new(Shared::new(3, 2, workers, capacity_sectors)),
         files: files.iter().map(|file| RingFile::of(&file.file)).collect(),
         released,
         slots: vec![slot.clone()],
@@ -89,6 +88,7 @@ fn serve() -> Served {
         events: EventQueue::new().unwrap(),
         stop,
     };
+    let statistics = disk.statistics.clone();
     let table = Arc::new(ReplicaTable::new(files));
     let workers = Workers::start(&disk, workers).unwrap();
     let admin = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
@@ -104,7 +104,7 @@ fn serve() -> Served {
     Served {
         directory,
         images,
-        shared,
+        statistics,
         workers,
         admin,
         table,
@@ -325,17 +325,10 @@ fn a_scrub_finds_and_repairs_what_no_client_reads() {
             .unwrap();
     }
     client.flush(0).unwrap();
-    let found = || {
-        served
-            .shared
-            .counters
-            .of(ReplicaIndex(1))
-            .sectors_corrupt
-            .load(Ordering::Relaxed)
-    };
+    let totals = || served.statistics.replica(ReplicaIndex(1));
     let id = served.admin.scrub(false, 0).unwrap();
     served.wait_for_the_end_of(id);
-    assert_eq!(found(), 0);
+    assert_eq!(totals().sectors_corrupt, 0);
     corrupt_sectors(&served.images[1], 98304..98306, 0xff);
     corrupt_sectors(&served.images[1], 20480..20481, 0xff);
     let id = served.admin.scrub(false, 0).unwrap();
@@ -347,12 +340,11 @@ fn a_scrub_finds_and_repairs_what_no_client_reads() {
             .all(|job| job.kind == JobKind::Scrub { repair: false })
     );
     served.wait_for_the_end_of(id);
-    assert_eq!(found(), 3);
+    assert_eq!(totals().sectors_corrupt, 3);
     assert!(!are_identical(&served.images));
     let id = served.admin.scrub(true, 0).unwrap();
     served.wait_for_the_end_of(id);
-    let repaired = &served.shared.counters.of(ReplicaIndex(1)).sectors_repaired;
-    assert_eq!(repaired.load(Ordering::Relaxed), 3);
+    assert_eq!(totals().sectors_repaired, 3);
     drop(client);
     let (_directory, images) = served.end();
     assert!(are_identical(&images));
@@ -366,10 +358,8 @@ fn a_corrupt_sector_starts_a_scrub_around_it() {
     corrupt_sectors(&served.images[2], 4096..4097, 0xff);
     corrupt_sectors(&served.images[2], 6000..6010, 0xff);
     client.read(0, 4096 * 512, 4096).unwrap();
-    let found = &served.shared.counters.of(ReplicaIndex(2)).sectors_corrupt;
-    served.wait_until("the neighbours are found", || {
-        found.load(Ordering::Relaxed) >= 11
-    });
+    let found = || served.statistics.replica(ReplicaIndex(2)).sectors_corrupt;
+    served.wait_until("the neighbours are found", || found() >= 11);
     drop(client);
     let _ = served.end();
 }
