@@ -12,20 +12,20 @@ fn count(arguments: &[&str]) -> Result<u64, String> {
         .stdin(Stdio::null())
         .output()
         .map_err(|error| format!("cannot run valgrind ({error}); install it first"))?;
-    let said = String::from_utf8_lossy(&output.stderr);
+    let stderr = String::from_utf8_lossy(&output.stderr);
     if !output.status.success() {
-        return Err(format!("{arguments:?} failed: {said}"));
+        return Err(format!("{arguments:?} failed: {stderr}"));
     }
-    let collected = said
+    let collected = stderr
         .lines()
         .find_map(|line| line.split("Collected :").nth(1));
     collected
         .and_then(|figure| figure.trim().parse().ok())
-        .ok_or_else(|| format!("valgrind did not count: {said}"))
+        .ok_or_else(|| format!("valgrind printed no count: {stderr}"))
 }
 
-/// Instructions for each repetition that a run of `name` with `long` repetitions has more than one
-/// with `short`, so that start-up does not count.
+/// Instructions of one repetition of `name`: the difference between runs with `long` and with
+/// `short` repetitions, so that start-up does not count.
 pub(crate) fn per_unit(name: &str, short: u64, long: u64) -> Result<f64, String> {
     let run = |units: u64| count(&["--run", name, &units.to_string()]);
     let more = run(long)?

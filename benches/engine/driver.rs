@@ -21,11 +21,11 @@ pub(crate) fn tag(number: u64) -> Tag {
 /// Keeps operations, and counts answers.
 #[derive(Default)]
 pub(crate) struct Driver {
-    /// Operations submitted since this was last emptied.
+    /// Operations submitted and not taken out yet.
     pub operations: Vec<Operation>,
     /// Requests answered.
     pub completed: u64,
-    /// A replica that fails every operation.
+    /// Whether the engine may report: some replica fails its operations.
     pub expects_reports: bool,
 }
 
@@ -40,35 +40,29 @@ impl Effects for Driver {
     }
 
     fn report(&mut self, report: Report) {
-        assert!(
-            self.expects_reports,
-            "nothing is wrong with the replicas, and yet: {report:?}"
-        );
+        assert!(self.expects_reports, "a report without a fault: {report:?}");
     }
 
     fn count(&mut self, fact: Fact) {
-        panic!("nothing is wrong with the replicas, and yet: {fact:?}");
+        panic!("a fact without a fault: {fact:?}");
     }
 
     fn repaired(&mut self, replica: ReplicaIndex, _range: SectorRange) {
-        panic!("nothing is wrong on replica {}", replica.0);
+        panic!("a repair of replica {} without a fault", replica.0);
     }
 
     fn wake(&mut self, _worker: WorkerIndex, _request: RequestId) {
-        panic!("no request waits for the range of another worker's");
+        panic!("ranges are disjoint: no request waits for another worker");
     }
 
     fn health_changed(&mut self) {}
 
     fn job_changed(&mut self, event: JobEvent) {
-        assert!(
-            self.expects_reports,
-            "a job that was not asked for: {event:?}"
-        );
+        assert!(self.expects_reports, "a job without an order: {event:?}");
     }
 
     fn released(&mut self, replica: ReplicaIndex) {
-        panic!("replica {} is released, but was not removed", replica.0);
+        panic!("replica {} was released without a removal", replica.0);
     }
 
     fn contents_differ(&mut self, _range: SectorRange) {}

@@ -1,7 +1,7 @@
-//! `make bench-engine`: instructions that the engine alone takes for a request, for vote, locks and
-//! request states, without I/O and guest.
+//! `make bench-engine`: counts the instructions that the engine alone needs for a request: vote,
+//! locks and request states, without I/O and guest.
 //!
-//! It counts under callgrind, whose figures do not depend on the load of the machine. It compares
+//! Callgrind counts, so the figures do not depend on the load of the machine. The bench compares
 //! them with `benches/engine/record.txt`, which `--record` writes, and checks that they grow with
 //! the disk no faster than allowed ([`scale`]). `--scale` does only that check.
 
@@ -103,7 +103,7 @@ const CASES: [Case; 6] = [
     ),
 ];
 
-/// Runs a case; this is what is counted.
+/// Runs a case. Callgrind counts this run.
 fn run(case: &Case, requests: u64) {
     let batches = requests / DEPTH;
     let policy = Policy {
@@ -160,31 +160,34 @@ fn recorded(record: &str, name: &str) -> Option<f64> {
     lines.find_map(|mut words| (words.next() == Some(name)).then(|| words.next()?.parse().ok())?)
 }
 
-fn compare(record_anew: bool) -> Result<bool, String> {
+/// Compares with the record. Returns whether no case has regressed.
+fn compare(writes_record: bool) -> Result<bool, String> {
     let record = std::fs::read_to_string(Path::new(RECORD)).unwrap_or_default();
-    let mut anew = String::from("# Instructions for each request, by `make bench-engine`.\n");
-    let mut good = true;
+    let mut new_record = String::from("# Instructions for each request, by `make bench-engine`.\n");
+    let mut passes = true;
     for case in &CASES {
         let (short, long) = (SHORT_BATCHES * DEPTH, LONG_BATCHES * DEPTH);
         let now = count::per_unit(case.name, short, long)?;
-        let _ = writeln!(anew, "{} {now:.1}", case.name);
-        let before = recorded(&record, case.name);
-        let change = before.map(|before| (now / before - 1.0) * 100.0);
-        let text = match (before, change) {
-            (Some(before), Some(change)) => format!("recorded {before:9.1}, {change:+.1} %"),
+        let _ = writeln!(new_record, "{} {now:.1}", case.name);
+        let old = recorded(&record, case.name);
+        let change = old.map(|old| (now / old - 1.0) * 100.0);
+        let text = match (old, change) {
+            (Some(old), Some(change)) => {
+                format!("recorded {old:9.1}, {change:+.1} %")
+            }
             _ => String::from("not recorded yet"),
         };
         println!("{:30} {now:9.1} instructions a request; {text}", case.name);
-        good &= change.is_none_or(|change| change <= TOLERANCE_PERCENT);
+        passes &= change.is_none_or(|change| change <= TOLERANCE_PERCENT);
     }
-    if record_anew {
-        std::fs::write(RECORD, anew).map_err(|error| format!("{RECORD}: {error}"))?;
+    if writes_record {
+        std::fs::write(RECORD, new_record).map_err(|error| format!("{RECORD}: {error}"))?;
         return Ok(true);
     }
-    Ok(good)
+    Ok(passes)
 }
 
-/// A run whose instructions are counted.
+/// The run that callgrind counts.
 fn run_named(name: &str, requests: u64) {
     match CASES.iter().find(|case| case.name == name) {
         Some(case) => run(case, requests),
@@ -192,14 +195,14 @@ fn run_named(name: &str, requests: u64) {
     }
 }
 
-/// The arguments, or the complaint about them.
+/// Runs the bench. Returns why it fails, if it does.
 fn bench(arguments: &[String]) -> Result<Option<&'static str>, String> {
     let asks_for = |option: &str| arguments.iter().any(|argument| argument == option);
-    let more = "more instructions than recorded; `make bench-engine RECORD=1` if that is meant";
+    let more = "more instructions than recorded; `make bench-engine RECORD=1` accepts them";
     if !asks_for("--scale") && !compare(asks_for("--record"))? {
         return Ok(Some(more));
     }
-    Ok((!scale::check()?).then_some("the cost of a request does not scale as it must"))
+    Ok((!scale::check()?).then_some("the cost of a request grows faster than allowed"))
 }
 
 fn main() -> ExitCode {
@@ -213,8 +216,8 @@ fn main() -> ExitCode {
     }
     match bench(&arguments) {
         Ok(None) => ExitCode::SUCCESS,
-        Ok(Some(complaint)) => {
-            eprintln!("{complaint}");
+        Ok(Some(failure)) => {
+            eprintln!("{failure}");
             ExitCode::FAILURE
         }
         Err(error) => {

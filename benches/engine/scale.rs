@@ -1,9 +1,9 @@
 //! How the instructions of a request grow: linearly with the replicas, at most logarithmically with
 //! the ranges in flight, and not with the size of the disk or the number of queues.
 //!
-//! Each law is a table with a row for each load and a column for each size. It is broken when a
-//! figure is off by more than its tolerance. Requests are 4 KiB long and on disjoint ranges; the
-//! oldest operation is always answered first.
+//! Each table has a law, a row for each load and a column for each size. A row breaks the law if a
+//! figure is off by more than the tolerance. Requests are 4 KiB long and on disjoint ranges;
+//! operations are answered in the order of submission.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -23,21 +23,21 @@ const BLOCK_SECTORS: u64 = 8;
 const SHORT_REQUESTS: u64 = 5000;
 const LONG_REQUESTS: u64 = 12_000;
 
-// The disk and the load unless a row says otherwise.
+// Defaults of a row.
 const REPLICAS: usize = 3;
 const DISK_SECTORS: u64 = 1 << 31;
 const DEPTH: usize = 32;
 
-/// Requests in flight in all queues together, if the number of queues varies.
+/// Requests in flight in all queues together, in the table of queues.
 const QUEUES_DEPTH: usize = 512;
 
-/// Time between requests of all queues together: 250,000 a second for each queue.
+/// Time between two requests of a queue: 250,000 requests a second.
 const INTERVAL: Duration = Duration::from_micros(4);
 
-/// Ranges in which one replica is stale in [`State::Stale`]: nearly as many as are kept apart.
+/// Stale ranges of the replica in [`State::Stale`]: nearly as many as a range set can hold.
 const STALE_RANGES: u64 = 16_000;
 
-/// Writes of [`State::Unflushed`]: more than twice as many ranges as are kept apart.
+/// Writes of [`State::Unflushed`]: more than twice as many ranges as a range set can hold.
 const UNFLUSHED_REQUESTS: u64 = 40_000;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -51,19 +51,19 @@ enum Kind {
 enum State {
     /// No writes and no faults.
     New,
-    /// The last replica is stale in many ranges all over the disk, and these were written since the
-    /// last flush.
+    /// The last replica is stale in many ranges all over the disk, all written since the last
+    /// flush.
     Stale,
-    /// None; what is counted is a long run of writes all over the disk without a flush.
+    /// No history; the counted run is a long one of writes all over the disk, without a flush.
     Unflushed,
 }
 
 /// The offsets of requests.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Layout {
-    /// Anywhere on the disk.
+    /// All over the disk.
     Spread,
-    /// Each behind the one before.
+    /// Each follows the one before.
     SideBySide,
 }
 
@@ -97,8 +97,8 @@ impl Load {
     fn range(&self, number: u64) -> SectorRange {
         let blocks = self.disk_sectors / BLOCK_SECTORS;
         let block = match self.layout {
-            // Steps of the golden ratio: evenly spread, and no block twice before a third of all
-            // blocks was used.
+            // Steps of the golden ratio: evenly spread, and no block repeats before a third of all
+            // blocks has been used.
             Layout::Spread => number.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> (64 - blocks.ilog2()),
             Layout::SideBySide => number % blocks,
         };
@@ -111,7 +111,7 @@ impl Load {
 enum Law {
     /// Each added unit costs the same, within this many percent.
     Linear(f64),
-    /// No more than in the first column, within this many percent.
+    /// At most this many percent above the first column.
     Flat(f64),
     /// Each doubling adds at most this many percent of the figure in the first column.
     Logarithmic(f64),
@@ -247,7 +247,7 @@ fn queues() -> Table {
     }
 }
 
-/// The engines of a disk and the operations that they have in flight.
+/// The engines of a disk and their operations in flight.
 struct Disk<'a> {
     load: &'a Load,
     pool: BufferPool,
@@ -347,7 +347,7 @@ impl<'a> Disk<'a> {
 }
 
 impl Queue {
-    /// Does what a worker does between requests.
+    /// Ticks the engine if it is due, as a worker does between requests.
     fn tick(&mut self, now: Duration) {
         if self
             .engine
@@ -378,7 +378,7 @@ impl Queue {
     }
 }
 
-/// Runs a load; this is what is counted.
+/// Runs a load. Callgrind counts this run.
 pub(crate) fn run_named(name: &str, requests: u64) {
     let rows = tables().into_iter().flat_map(|table| table.rows);
     let load = rows
@@ -401,9 +401,9 @@ pub(crate) fn run_named(name: &str, requests: u64) {
     disk.drive(load.kind, requests, None);
 }
 
-/// Counts, prints the tables, and says whether all laws hold.
+/// Counts and prints the tables. Returns whether all laws hold.
 pub(crate) fn check() -> Result<bool, String> {
-    let mut good = true;
+    let mut all_hold = true;
     for table in tables() {
         let labels = table.columns.iter().map(|(label, _)| format!("{label:>9}"));
         println!("\n{:30}{}", table.title, labels.collect::<String>());
@@ -415,17 +415,17 @@ pub(crate) fn check() -> Result<bool, String> {
                 .collect::<Result<Vec<_>, _>>()?;
             let columns = figures.iter().map(|figure| format!("{figure:>9.0}"));
             let sizes: Vec<u32> = table.columns.iter().map(|(_, size)| *size).collect();
-            let (said, holds) = table.law.judge(&sizes, &figures);
+            let (comment, holds) = table.law.judge(&sizes, &figures);
             let verdict = if holds { "" } else { "  BROKEN" };
             println!(
-                "{:30}{}  {said}{verdict}",
+                "{:30}{}  {comment}{verdict}",
                 row.name,
                 columns.collect::<String>()
             );
-            good &= holds;
+            all_hold &= holds;
         }
     }
-    Ok(good)
+    Ok(all_hold)
 }
 
 fn measure(load: &Load) -> Result<f64, String> {
@@ -454,10 +454,10 @@ impl Law {
                         0.0,
                         |worst: f64, off| if off.abs() > worst.abs() { off } else { worst },
                     );
-                let said = format!(
+                let comment = format!(
                     "each added one {mean:.0}, at worst {off:+.1} % (at most ±{tolerance} %)"
                 );
-                (said, off.abs() <= tolerance)
+                (comment, off.abs() <= tolerance)
             }
             Self::Flat(tolerance) => {
                 let most = figures.iter().copied().fold(figures[0], f64::max);
@@ -473,8 +473,8 @@ impl Law {
                     (figures[1] - figures[0]) / doublings
                 };
                 let most = pairs.map(per_doubling).fold(0.0, f64::max) / figures[0] * 100.0;
-                let said = format!("{most:.1} % for each doubling (at most {tolerance} %)");
-                (said, most <= tolerance)
+                let comment = format!("{most:.1} % for each doubling (at most {tolerance} %)");
+                (comment, most <= tolerance)
             }
         }
     }
