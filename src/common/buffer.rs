@@ -1,12 +1,12 @@
 //! Private, aligned, pooled buffers for replica I/O.
 //!
 //! A pool may have an *arena*: one run of memory that is registered with io_uring once, so that the
-//! kernel need not look up the pages of its buffers for each operation. Only short buffers come
-//! from there, as long as there are any.
+//! kernel need not look up the pages of its buffers for each operation. Short buffers come from the
+//! arena until it is empty; all others are allocated one by one.
 //!
-//! Invariants: a buffer is initialised memory (zeroed when it is made, whatever was read into it
-//! later), aligned for O_DIRECT on any file, and returns to the pool of the thread that made it
-//! when it is dropped. The arena lives as long as any buffer of the pool.
+//! Invariants: a buffer is initialised memory (zeroed at its allocation; later it holds what was
+//! last written or read into it), aligned for O_DIRECT on any file. A dropped buffer returns to the
+//! pool of the thread that made it. The arena lives as long as any buffer of the pool.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -17,7 +17,7 @@ use std::rc::Rc;
 
 use crate::limits::{ARENA_SHARE_BYTES, BUFFER_BYTES_KEPT, FRAGMENT_BYTES_MAX};
 
-/// Alignment of every buffer: a page, which satisfies O_DIRECT on every block size that Linux has.
+/// Alignment of every buffer: a page, enough for O_DIRECT with any block size that Linux supports.
 pub const BUFFER_ALIGNMENT_BYTES: usize = 4096;
 
 /// Capacities are the powers of two from a page to the longest fragment.
@@ -36,12 +36,12 @@ pub struct BufferPool(Rc<RefCell<Free>>);
 #[derive(Debug, Default)]
 struct Free {
     by_class: [Vec<NonNull<u8>>; CLASSES],
-    /// Bytes of free buffers that are not of the arena.
+    /// Bytes of the free buffers outside the arena.
     bytes: usize,
     arena: Option<Arena>,
 }
 
-/// Alignment of an arena, so that the kernel can map it by huge pages.
+/// Alignment of an arena, so that the kernel can map it with huge pages.
 const ARENA_ALIGNMENT_BYTES: usize = 2 << 20;
 
 #[derive(Debug)]
@@ -58,19 +58,18 @@ impl Arena {
         // SAFETY: the layout's size is not zero.
         let memory = unsafe { alloc_zeroed(Self::layout()) };
         let start = NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(Self::layout()));
-        // SAFETY: the range was just allocated. It is advice only: whatever comes of it, the memory
-        // stays as it is.
+        // SAFETY: the range was just allocated. MADV_HUGEPAGE is only a hint: it changes no bytes,
+        // and its failure is harmless.
         unsafe { libc::madvise(start.as_ptr().cast(), ARENA_BYTES, libc::MADV_HUGEPAGE) };
         Self { start }
     }
 
-    /// Whether `memory`, the start of a buffer, is in here.
+    /// Whether `memory`, the start of a buffer, lies in the arena.
     fn contains(&self, memory: NonNull<u8>) -> bool {
         memory.addr().get().wrapping_sub(self.start.addr().get()) < ARENA_BYTES
     }
 
-    /// Cuts it into buffers: the same number of bytes for each of the shortest classes, but for the
-    /// very shortest as many again.
+    /// Cuts the arena into buffers: a share of the same size for each class, two for the shortest.
     fn cut(&self, by_class: &mut [Vec<NonNull<u8>>; CLASSES]) {
         let mut offset = 0;
         for (class, list) in by_class.iter_mut().enumerate().take(ARENA_CLASSES) {
@@ -81,7 +80,7 @@ impl Arena {
             };
             let end = offset + share;
             while offset < end {
-                // SAFETY: the shares of all classes make up the arena.
+                // SAFETY: the shares of all classes together are as long as the arena.
                 list.push(unsafe { self.start.add(offset) });
                 offset += capacity_of(class);
             }
@@ -91,7 +90,8 @@ impl Arena {
 
 impl Drop for Arena {
     fn drop(&mut self) {
-        // SAFETY: it came from `new` with the same layout, and the buffers in it have all returned.
+        // SAFETY: `start` came from `new` with the same layout. Every buffer holds the pool, so the
+        // arena is dropped after all of them.
         unsafe { dealloc(self.start.as_ptr(), Self::layout()) }
     }
 }
@@ -176,11 +176,12 @@ fn allocate(class: usize) -> NonNull<u8> {
 }
 
 fn release(memory: NonNull<u8>, class: usize) {
-    // SAFETY: `memory` came from `allocate(class)` with the same layout, and its owner gives it up.
+    // SAFETY: `memory` came from `allocate(class)` with the same layout, and the caller, its owner,
+    // does not use it again.
     unsafe { dealloc(memory.as_ptr(), layout_of(class)) }
 }
 
-/// An aligned buffer that goes back to its pool when it is dropped.
+/// An aligned buffer that returns to its pool when it is dropped.
 pub struct Buffer {
     memory: NonNull<u8>,
     class: usize,
@@ -190,7 +191,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Whether it lies in the arena of its pool.
+    /// Whether the buffer lies in the arena of its pool.
     pub fn is_in_arena(&self) -> bool {
         self.in_arena
     }
@@ -239,7 +240,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn is_aligned_and_as_long_as_asked() {
+    fn buffers_are_aligned_and_as_long_as_requested() {
         let pool = BufferPool::default();
         for len in [0, 1, 512, 4096, 4097, 1 << 20] {
             let buffer = pool.take(len);
@@ -249,7 +250,7 @@ mod tests {
     }
 
     #[test]
-    fn is_reused_last_first() {
+    fn reuses_the_last_dropped_buffer_first() {
         let pool = BufferPool::default();
         let first = pool.take(4096);
         let address = first.as_ptr();
@@ -268,7 +269,7 @@ mod tests {
     }
 
     #[test]
-    fn takes_from_the_arena_as_long_as_it_lasts() {
+    fn takes_from_the_arena_until_it_is_empty() {
         let pool = BufferPool::with_arena();
         let (start, len) = pool.arena().unwrap();
         let inside = |buffer: &Buffer| {
@@ -305,12 +306,15 @@ mod tests {
             let is_own = |(index, buffer): (usize, &Buffer)| {
                 buffer.iter().all(|byte| *byte == index.to_le_bytes()[0])
             };
-            assert!(taken.iter().enumerate().all(is_own), "no two share memory");
+            assert!(
+                taken.iter().enumerate().all(is_own),
+                "two buffers share memory"
+            );
         }
     }
 
     #[test]
-    fn outlives_the_pool_handle() {
+    fn a_buffer_outlives_the_pool_handle() {
         let pool = BufferPool::default();
         let mut buffer = pool.take(512);
         drop(pool);

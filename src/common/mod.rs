@@ -1,16 +1,24 @@
-//! The words that all rooms share: sectors and ranges of them, replicas and sets of replicas,
-//! errors of the kernel, operations on a replica and their buffers, parts of messages.
+//! The vocabulary of all rooms: sectors and ranges of them, replicas and sets of replicas, errors
+//! of the kernel, operations on a replica and their buffers, parts of messages.
 //!
-//! Plain values below every other room: nothing here knows what they are used for.
+//! Plain values: this room depends on no other one. Only the buffers need unsafe code.
 
 pub mod buffer;
+#[forbid(unsafe_code)]
 pub mod clock;
+#[forbid(unsafe_code)]
 mod errno;
+#[forbid(unsafe_code)]
 pub(crate) mod message;
+#[forbid(unsafe_code)]
 pub mod operation;
+#[forbid(unsafe_code)]
 pub mod ranges;
+#[forbid(unsafe_code)]
 mod replica_set;
+#[forbid(unsafe_code)]
 pub mod report;
+#[forbid(unsafe_code)]
 mod sector;
 
 pub use self::errno::Errno;

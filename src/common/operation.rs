@@ -23,18 +23,18 @@ pub enum OperationType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u32);
 
-/// Something to do on one replica.
+/// A read, write, zeroing or flush of one replica.
 #[derive(Debug)]
 pub struct Operation {
     /// The request it serves.
     pub request: RequestId,
     /// The replica.
     pub replica: ReplicaIndex,
-    /// What to do.
+    /// What it does.
     pub action: Action,
 }
 
-/// What to do on a replica.
+/// What an operation does.
 #[derive(Debug)]
 pub enum Action {
     /// Fill the buffer, all of it, from the range.
@@ -65,7 +65,7 @@ pub enum Action {
         /// The zeroes must be on stable storage when the reply comes.
         durable: bool,
     },
-    /// Put everything that was written on stable storage.
+    /// Bring every write that has ended to stable storage.
     Flush,
 }
 
@@ -114,6 +114,6 @@ pub struct Reply {
     pub replica: ReplicaIndex,
     /// The operation, with its buffer.
     pub action: Action,
-    /// Whether it was done, completely.
+    /// Whether the replica did all of it.
     pub result: Result<(), Errno>,
 }

@@ -1,9 +1,10 @@
 //! A bounded set of sectors, kept as ranges.
 //!
-//! Invariants: the ranges are disjoint, none touches its neighbour, none is empty, and there are at
-//! most [`RANGES_MAX`] of them. Above that the set gets coarser: it then includes sectors that were
-//! never inserted, and never loses one that was. All users of the set treat "in the set" as the
-//! careful answer.
+//! Invariants ([`RangeSet::self_check`]): no range is empty, the ranges are in order and do not
+//! touch each other, and there are at most as many as the set's bound, which is [`RANGES_MAX`] by
+//! default. Above the bound the set gets coarser: it then includes sectors that were never
+//! inserted, and never loses one that was. Every user of a set is safe if a sector is in it
+//! needlessly.
 
 use std::collections::BTreeMap;
 
@@ -15,9 +16,9 @@ use crate::limits::RANGES_MAX;
 pub struct RangeSet {
     /// First sector of each range to the first sector after it.
     ranges: BTreeMap<u64, u64>,
-    /// What is put in is widened to multiples of this many sectors, a power of two.
+    /// An insertion is widened to multiples of this many sectors, a power of two.
     granule_sectors: u64,
-    /// Nothing is widened beyond this sector: the end of the disk.
+    /// The end of the disk: widening stops here.
     end_sector: u64,
     ranges_max: usize,
 }
@@ -34,7 +35,7 @@ impl RangeSet {
         Self::with_bound(1, end_sector, RANGES_MAX)
     }
 
-    /// An empty set that keeps at most `ranges_max` ranges apart.
+    /// An empty set of at most `ranges_max` ranges.
     pub fn bounded(ranges_max: usize) -> Self {
         Self::with_bound(1, u64::MAX, ranges_max)
     }
@@ -49,7 +50,7 @@ impl RangeSet {
         }
     }
 
-    /// The disk ends at `end_sector` now.
+    /// Accepts that the disk has grown to `end_sector`.
     pub fn grow(&mut self, end_sector: u64) {
         self.end_sector = self.end_sector.max(end_sector);
     }
@@ -66,7 +67,7 @@ impl RangeSet {
             .map(|(&start, &end)| SectorRange::new(start, end - start))
     }
 
-    /// Puts `range` into the set.
+    /// Inserts `range`.
     pub fn insert(&mut self, range: SectorRange) {
         if range.count == 0 {
             return;
@@ -75,14 +76,14 @@ impl RangeSet {
         self.coarsen_above_bound();
     }
 
-    /// Puts all of `other` into the set.
+    /// Inserts all of `other`.
     pub fn insert_all(&mut self, other: &Self) {
         for range in other.iter() {
             self.insert(range);
         }
     }
 
-    /// Takes `range` out of the set, to the sector.
+    /// Removes exactly the sectors of `range`.
     pub fn remove(&mut self, range: SectorRange) {
         if range.count == 0 {
             return;
@@ -139,7 +140,19 @@ impl RangeSet {
         Some(SectorRange::new(start, end.min(range.end()) - start))
     }
 
-    /// Inserts `[start, end)` widened to the granule and joined with what it touches.
+    /// Asserts the invariants of the [module](self).
+    pub fn self_check(&self) {
+        assert!(self.ranges.len() <= self.ranges_max, "too many ranges");
+        assert!(self.granule_sectors.is_power_of_two());
+        let mut last_end = None;
+        for (&start, &end) in &self.ranges {
+            assert!(start < end, "an empty range");
+            assert!(last_end < Some(start), "two ranges touch or overlap");
+            last_end = Some(end);
+        }
+    }
+
+    /// Inserts `[start, end)`, widened to the granule and joined with the ranges that it touches.
     fn join(&mut self, start: u64, end: u64) {
         let (mut start, mut end) = self.widened(start, end);
         while let Some((&found_start, &found_end)) = self.ranges.range(..=end).next_back() {
@@ -165,8 +178,8 @@ impl RangeSet {
     }
 
     /// If there are too many ranges, makes the granule coarse enough to join a quarter of them.
-    /// Rebuilding the set is expensive, so that it happens once, however far apart the ranges are,
-    /// and not again before as many new ones have come.
+    /// Rebuilding the set is expensive: one rebuild suffices, however far apart the ranges are, and
+    /// the next one comes only after a quarter of the bound has been inserted again.
     fn coarsen_above_bound(&mut self) {
         let count = self.ranges.len();
         if count <= self.ranges_max {
@@ -196,9 +209,8 @@ impl RangeSet {
     }
 }
 
-/// How often one sector must be doubled to be the granule by which a range that ends before `end`
-/// and the next one, which begins at `start`, are joined: the least k for which ⌊start / 2ᵏ⌋ is at
-/// most one more than ⌊(end - 1) / 2ᵏ⌋.
+/// The least k for which a granule of 2ᵏ sectors joins a range that ends before `end` with the next
+/// one, which begins at `start`: ⌊start / 2ᵏ⌋ is at most one more than ⌊(end - 1) / 2ᵏ⌋.
 fn doublings_to_join(end: u64, start: u64) -> usize {
     let last = end - 1;
     let least = (start - last).ilog2();
@@ -244,17 +256,10 @@ mod tests {
         proptest::collection::vec(change, 0..200)
     }
 
-    fn self_check(set: &RangeSet) {
-        let ranges: Vec<_> = set.iter().collect();
-        assert!(ranges.len() <= set.ranges_max);
-        assert!(ranges.iter().all(|r| r.count > 0));
-        assert!(ranges.windows(2).all(|w| w[0].end() < w[1].start));
-    }
-
     proptest! {
-        /// Unbounded, the set is exactly the naive one: a flag per sector.
+        /// A set below its bound is exact.
         #[test]
-        fn is_the_naive_set(changes in changes(), probe in range()) {
+        fn agrees_with_a_flag_for_each_sector(changes in changes(), probe in range()) {
             let mut set = RangeSet::default();
             let mut naive = [false; 128];
             for change in changes {
@@ -265,7 +270,7 @@ mod tests {
                 for sector in range.start..range.end() {
                     naive[usize::try_from(sector).unwrap()] = value;
                 }
-                self_check(&set);
+                set.self_check();
             }
             let at = |sector: u64| naive[usize::try_from(sector).unwrap()];
             for sector in 0..128 {
@@ -281,9 +286,9 @@ mod tests {
             prop_assert_eq!(sectors, naive.iter().filter(|f| **f).count() as u64);
         }
 
-        /// Bounded, the set never loses a sector.
+        /// A set above its bound holds at least what was inserted.
         #[test]
-        fn bounded_it_errs_on_the_careful_side(changes in changes()) {
+        fn a_bounded_set_never_loses_a_sector(changes in changes()) {
             let mut set = RangeSet::with_bound(1, 128, 3);
             let mut naive = [false; 128];
             for change in changes {
@@ -294,7 +299,7 @@ mod tests {
                 for sector in range.start..range.end() {
                     naive[usize::try_from(sector).unwrap()] = value;
                 }
-                self_check(&set);
+                set.self_check();
             }
             for (sector, expected) in naive.into_iter().enumerate() {
                 prop_assert!(!expected || set.overlaps(SectorRange::new(sector as u64, 1)));
@@ -303,10 +308,10 @@ mod tests {
     }
 
     proptest! {
-        /// The same with many short ranges and a bound that holds most of them, so that coarsening
-        /// happens to large sets too, on the way in and out.
+        /// The same with many short ranges and a bound that holds most of them, so that insertions
+        /// and removals coarsen large sets too.
         #[test]
-        fn bounded_it_never_loses_one_of_many_ranges(
+        fn a_bounded_set_never_loses_one_of_many_ranges(
             changes in many_short_changes(),
             ranges_max in 1..64usize,
         ) {
@@ -320,7 +325,7 @@ mod tests {
                 for sector in range.start..range.end() {
                     naive[usize::try_from(sector).unwrap()] = value;
                 }
-                self_check(&set);
+                set.self_check();
                 for (sector, expected) in naive.iter().enumerate() {
                     let sector = SectorRange::new(sector as u64, 1);
                     prop_assert!(!*expected || set.overlaps(sector), "{sector:?} is lost");
@@ -329,16 +334,15 @@ mod tests {
         }
     }
 
-    /// However far apart the ranges are, they are put in anew only a few times, and precision is
-    /// not thrown away.
+    /// One coarsening is enough, however far apart the ranges are, and no coarser than necessary.
     #[test]
-    fn is_coarsened_in_one_go() {
+    fn one_coarsening_is_enough() {
         for apart in [4, 1000, 1 << 40] {
             let mut set = RangeSet::with_bound(1, u64::MAX, 64);
             for index in 0..65 {
                 set.insert(SectorRange::new(index * apart, 1));
             }
-            self_check(&set);
+            set.self_check();
             let count = set.iter().count();
             assert!(count <= 49, "{count} ranges are left");
             // The least power of two that is not below the distance joins all of them.
@@ -350,19 +354,19 @@ mod tests {
         }
     }
 
-    /// Holes in the middle of a long range: each makes one range more.
+    /// Each hole in a long range makes one more range.
     #[test]
-    fn is_coarsened_when_sectors_are_taken_out() {
+    fn coarsens_when_removals_make_too_many_ranges() {
         let mut set = RangeSet::with_bound(1, u64::MAX, 64);
         set.insert(SectorRange::new(0, 1 << 30));
         for index in 0..1000 {
             set.remove(SectorRange::new((index + 1) << 14, 8 + index));
-            self_check(&set);
+            set.self_check();
         }
     }
 
     #[test]
-    fn is_not_widened_beyond_the_end() {
+    fn does_not_widen_beyond_the_end_of_the_disk() {
         let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
         assert_eq!(
@@ -372,7 +376,7 @@ mod tests {
     }
 
     #[test]
-    fn is_widened_up_to_the_new_end_of_a_disk_that_has_grown() {
+    fn widens_up_to_the_new_end_of_a_grown_disk() {
         let mut set = RangeSet::with_bound(2048, 5000, 3);
         set.insert(SectorRange::new(4500, 1));
         set.grow(10_000);
@@ -389,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn reaches_the_end_of_the_number_space() {
+    fn holds_the_last_sector_number() {
         let mut set = RangeSet::with_bound(2048, u64::MAX, 3);
         set.insert(SectorRange::new(u64::MAX - 1, 1));
         assert!(set.overlaps(SectorRange::new(u64::MAX - 1, 1)));

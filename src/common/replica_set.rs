@@ -1,13 +1,13 @@
-//! Which replica, and sets of replicas.
+//! Names of replicas, and sets of them.
 
 use std::fmt;
 
-/// Which replica, by its place on the command line.
+/// Names a replica by its place: those of the command line come first, in order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ReplicaIndex(pub u8);
 
 impl ReplicaIndex {
-    /// The index as one into a slice.
+    /// As the index of a slice.
     pub fn as_usize(self) -> usize {
         usize::from(self.0)
     }
@@ -32,12 +32,12 @@ impl ReplicaSet {
         self.0 & (1 << replica.0) != 0
     }
 
-    /// Puts `replica` into the set.
+    /// Inserts `replica`.
     pub fn insert(&mut self, replica: ReplicaIndex) {
         self.0 |= 1 << replica.0;
     }
 
-    /// Takes `replica` out of the set.
+    /// Removes `replica` from the set.
     pub fn remove(&mut self, replica: ReplicaIndex) {
         self.0 &= !(1 << replica.0);
     }
@@ -67,19 +67,19 @@ impl ReplicaSet {
         self.0 == 0
     }
 
-    /// Those of this set that are not in `other`.
+    /// The replicas of this set that are not in `other`.
     #[must_use]
     pub fn without(self, other: Self) -> Self {
         Self(self.0 & !other.0)
     }
 
-    /// Those in either set.
+    /// The replicas in either set.
     #[must_use]
     pub fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }
 
-    /// Those in both sets.
+    /// The replicas in both sets.
     #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)

@@ -2,8 +2,8 @@
 
 pub use crate::limits::SECTOR_BYTES;
 
-/// A run of sectors of the voted disk. It never wraps: what comes from outside is checked
-/// before it becomes a range.
+/// A run of sectors of the voted disk. Its end fits a `u64`: input is checked before it becomes a
+/// range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SectorRange {
     /// The first sector.
@@ -27,7 +27,7 @@ impl SectorRange {
         self.start + self.count
     }
 
-    /// Whether the two have a sector in common.
+    /// Whether the two ranges have a sector in common.
     pub fn overlaps(self, other: Self) -> bool {
         self.start < other.end() && other.start < self.end()
     }

@@ -25,6 +25,7 @@ use crate::common::report::{Cause, Fact, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
 use crate::quorum::health::FailureEpoch;
+use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
 
 #[derive(Debug)]
@@ -413,6 +414,10 @@ impl Confirmation {
         context.core.confirmations -= 1;
         self.replies.recycle(context.core);
         Next::Done(self.outcome)
+    }
+
+    pub(super) fn tally(&self) -> &Tally {
+        self.replies.tally()
     }
 
     pub(super) fn waits_for_lock(&self) -> bool {

@@ -152,6 +152,13 @@ impl Flush {
         }
     }
 
+    pub(super) fn tally(&self) -> Option<&Tally> {
+        match &self.stage {
+            Stage::Flushing { tally, .. } => Some(tally),
+            Stage::WaitingForLock => None,
+        }
+    }
+
     pub(super) fn waits_for_lock(&self) -> bool {
         matches!(self.stage, Stage::WaitingForLock)
     }

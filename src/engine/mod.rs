@@ -157,6 +157,9 @@ impl Engine {
                 request,
                 buffer_bytes: bytes,
             } = slot;
+            if let Some(tally) = request.tally() {
+                tally.self_check();
+            }
             let in_flight = self.core.in_flight.of_request(id);
             let waiting = request.operations_waited_for();
             assert!(

@@ -122,6 +122,28 @@ impl<O: Copy> RangeLocks<O> {
     }
 }
 
+impl<O> RangeLocks<O> {
+    /// Asserts that `used` and every count of earlier overlapping entries are right. Compares every
+    /// two entries: for tests.
+    pub(super) fn self_check(&self) {
+        for (class, entries) in self.by_class.iter().enumerate() {
+            let is_used = self.used & (1 << class) != 0;
+            assert_eq!(is_used, !entries.is_empty(), "class {class}");
+        }
+        let of_class = |(class, entries)| std::iter::repeat(class).zip(entries);
+        let all = || self.by_class.iter().enumerate().flat_map(of_class);
+        for (class, (place, entry)) in all() {
+            assert_eq!(place.start, entry.range.start, "an entry by its start");
+            assert!(place.ticket < self.next_ticket, "a ticket to come");
+            let rounded = entry.range.count.next_power_of_two();
+            assert_eq!(rounded, 1 << class, "an entry by its length");
+            let earlier = all().filter(|(_, (other, _))| other.ticket < place.ticket);
+            let overlapping = earlier.filter(|(_, (_, other))| other.range.overlaps(entry.range));
+            assert_eq!(entry.waits_for, overlapping.count(), "locks waited for");
+        }
+    }
+}
+
 /// The classes whose bits are set.
 fn classes(mut bits: u16) -> impl Iterator<Item = usize> {
     std::iter::from_fn(move || {
@@ -143,7 +165,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// The same, naively: a list in the order of asking.
+    /// A naive implementation: a list of all locks in the order in which they were asked for.
     #[derive(Default)]
     struct Oracle {
         asked: Vec<(usize, SectorRange)>,
@@ -164,7 +186,7 @@ mod tests {
         }
     }
 
-    /// Ask for a range, or release one of those granted.
+    /// Asks for a range, or releases a granted one.
     fn step() -> impl Strategy<Value = (bool, u64, u64, prop::sample::Index)> {
         let (start, count) = (0..3000_u64, 1..LOCK_SECTORS_MAX);
         (any::<bool>(), start, count, any::<prop::sample::Index>())
@@ -172,7 +194,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn grants_what_the_naive_list_grants(
+        fn grants_the_same_locks_as_a_naive_list(
             steps in proptest::collection::vec(step(), 1..80),
         ) {
             let mut locks = RangeLocks::default();
@@ -192,6 +214,7 @@ mod tests {
                     locks.release(keys[owner], &mut held);
                     oracle.asked.retain(|(o, _)| *o != owner);
                 }
+                locks.self_check();
                 let mut sorted = held.clone();
                 sorted.sort_unstable();
                 let mut expected = oracle.granted();
@@ -202,7 +225,7 @@ mod tests {
     }
 
     #[test]
-    fn grants_in_the_order_of_asking() {
+    fn grants_in_the_order_of_requests() {
         let mut locks = RangeLocks::default();
         let (first, _) = locks.acquire(SectorRange::new(0, 100), 'a');
         locks.acquire(SectorRange::new(50, 1), 'b');

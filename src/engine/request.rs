@@ -14,6 +14,7 @@ use super::write::{Content, Write, WriteOrder};
 use crate::common::operation::{OperationType, Reply};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::{Chunk, Work};
+use crate::quorum::tally::Tally;
 
 /// What begins a request.
 #[derive(Debug)]
@@ -199,6 +200,18 @@ impl Request {
         match self.confirmation() {
             Some(confirmation) => confirmation.operations_waited_for(),
             None => self.waiting_since(Duration::MAX).len(),
+        }
+    }
+
+    /// The replies to the operations that the request waits for.
+    pub(super) fn tally(&self) -> Option<&Tally> {
+        match self {
+            Self::Read(read) => Some(read.stage().tally()),
+            Self::Write(write) => write.tally(),
+            Self::Flush(flush) => flush.tally(),
+            Self::Scrub(scrub) => Some(scrub.stage().tally()),
+            Self::Resync(resync) => Some(resync.confirmation().tally()),
+            Self::Orphaned => None,
         }
     }
 

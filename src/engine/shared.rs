@@ -298,10 +298,12 @@ impl Shared {
             .store(health.out_of_service().bits(), Ordering::Release);
     }
 
-    /// Asserts the invariants of the health, and that the atomics hold what was last published.
+    /// Asserts the invariants of locks and health, and that the atomics hold what was last
+    /// published.
     pub(super) fn self_check(&self) {
         let state = self.state();
         let health = &state.health;
+        state.locks.self_check();
         health.self_check();
         assert_eq!(self.members(), health.members());
         assert_eq!(self.in_service(), health.in_service());
@@ -340,16 +342,16 @@ mod model {
         }
     }
 
-    /// Three ranges, of which the middle one overlaps both others: each waiter is granted the lock
-    /// once, and no other one holds it meanwhile.
+    /// Three ranges, of which the middle one overlaps both others: each waiter is granted its lock
+    /// once, and no waiter with an overlapping range holds one meanwhile.
     #[test]
-    fn locks_exclude_and_are_handed_on() {
+    fn locks_exclude_each_other_and_are_granted_in_turn() {
         const RANGES: [(u64, u64); 3] = [(0, 8), (4, 8), (8, 8)];
         let mut model = loom::model::Builder::new();
         model.preemption_bound = Some(3);
         model.check(|| {
             let shared = shared(3);
-            // What the locks protect: two accesses at a time fail the model.
+            // The locks protect these: two accesses at a time fail the model.
             let halves = Arc::new([UnsafeCell::new(0), UnsafeCell::new(0)]);
             let (mailboxes, mail): (Vec<_>, Vec<_>) = (0..3).map(|_| channel()).unzip();
             let worker = |index: usize, mail: Receiver<()>| {
@@ -390,7 +392,7 @@ mod model {
 
     /// A read that begins after a write was acknowledged sees which replica missed it.
     #[test]
-    fn a_read_after_an_acknowledged_write_knows_who_is_stale() {
+    fn a_read_after_an_acknowledged_write_sees_the_stale_replica() {
         loom::model(|| {
             let shared = shared(2);
             let acknowledged = Arc::new(AtomicBool::new(false));
@@ -422,18 +424,18 @@ mod model {
         });
     }
 
-    /// A replica that left comes back only when no worker has an operation of it from before.
+    /// An evicted replica rejoins only when no worker has an operation in flight on it.
     #[test]
-    fn a_replica_comes_back_after_its_last_operation() {
+    fn an_evicted_replica_rejoins_after_its_last_operation() {
         loom::model(|| {
             let shared = shared(2);
-            // What the other worker has of the replica.
+            // Operations of the other worker on the replica.
             let outstanding = Arc::new(AtomicUsize::new(0));
             let other = {
                 let (shared, outstanding) = (shared.clone(), outstanding.clone());
                 thread::spawn(move || {
-                    // As in a read: look who is in service, ask, and some time later have the
-                    // reply.
+                    // As in a read: see which replicas are in service, ask one, and get the reply
+                    // some time later.
                     let asks = shared.in_service().contains(LAST);
                     if asks {
                         outstanding.store(1, Ordering::SeqCst);
@@ -445,18 +447,18 @@ mod model {
                 })
             };
             assert!(shared.change_health(|health| health.evict(LAST)));
-            let mut joined = shared.change_health(|health| health.rejoin(LAST, 0));
-            if joined {
+            let mut rejoined = shared.change_health(|health| health.rejoin(LAST, 0));
+            if rejoined {
                 assert_eq!(
                     outstanding.load(Ordering::SeqCst),
                     0,
-                    "joined with an operation outstanding"
+                    "rejoined with an operation outstanding"
                 );
             }
-            joined |= other.join().unwrap();
-            // The other worker may have ticked before the replica left; then its next tick decides.
-            joined |= shared.change_health(|health| health.rejoin(LAST, 1));
-            assert!(joined && shared.in_service().contains(LAST));
+            rejoined |= other.join().unwrap();
+            // The other worker may have ticked before the eviction; then its next tick decides.
+            rejoined |= shared.change_health(|health| health.rejoin(LAST, 1));
+            assert!(rejoined && shared.in_service().contains(LAST));
         });
     }
 }

@@ -7,6 +7,7 @@ use super::context::Core;
 use super::first_pass::FirstPass;
 use crate::common::ReplicaSet;
 use crate::common::operation::OperationType;
+use crate::quorum::tally::Tally;
 
 #[derive(Debug)]
 pub(super) enum Stage {
@@ -45,6 +46,13 @@ impl Stage {
         match self {
             Self::FirstPass(pass) => pass.refers_to(),
             Self::Confirming(confirmation) => confirmation.refers_to(),
+        }
+    }
+
+    pub(super) fn tally(&self) -> &Tally {
+        match self {
+            Self::FirstPass(pass) => pass.tally(),
+            Self::Confirming(confirmation) => confirmation.tally(),
         }
     }
 

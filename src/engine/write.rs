@@ -185,6 +185,13 @@ impl Write {
         }
     }
 
+    pub(super) fn tally(&self) -> Option<&Tally> {
+        match &self.stage {
+            Stage::Writing(writing) => Some(&writing.tally),
+            Stage::WaitingForLock => None,
+        }
+    }
+
     pub(super) fn waits_for_lock(&self) -> bool {
         matches!(self.stage, Stage::WaitingForLock)
     }

@@ -390,7 +390,7 @@ mod tests {
     proptest! {
         /// Against counting by hand.
         #[test]
-        fn is_the_naive_vote(
+        fn agrees_with_a_vote_counted_by_hand(
             patterns in (1..6usize, 1..8usize).prop_flat_map(|(n, sectors)| {
                 proptest::collection::vec(
                     proptest::collection::vec(letter(), sectors)

@@ -53,7 +53,7 @@ fn a_flush_needs_the_replicas_that_hold_the_writes() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
     write(&mut health, range(0, 8), &[C]);
     assert!(!flush(&mut health, &[A]));
-    // What is known to be lost is not forgotten by a flush that finds nothing more to do.
+    // A later flush with nothing more to do does not make up for the lost copy.
     assert!(!flush(&mut health, &[]));
     write(&mut health, range(0, 8), &[]);
     assert_eq!(health.stale_in(range(0, 8)), ReplicaSet::EMPTY);
@@ -81,15 +81,14 @@ fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
     assert_eq!(
         health.stale_in(range(0, 8)),
         set(&[A]),
-        "at once: it may have been read"
+        "at once: a read may have seen it"
     );
     health.write_ended(&end(begun, ReplicaSet::first(3)));
     assert_eq!(health.stale_in(range(0, 8)), set(&[A]));
 }
 
 #[test]
-fn a_read_beside_a_write_that_a_failed_flush_has_undone_is_doubtful_also_when_it_was_written_again()
-{
+fn a_read_beside_an_undone_write_is_doubtful_even_after_a_rewrite() {
     let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
     let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
@@ -137,7 +136,7 @@ fn write_one_begun(health: &mut Health, begun: WriteBegun) {
 }
 
 #[test]
-fn a_replica_that_left_joins_when_every_worker_has_its_operations_back() {
+fn an_evicted_replica_rejoins_when_all_its_operations_have_ended() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
     write(&mut health, range(0, 8), &[]);
     assert!(flush(&mut health, &[]));
@@ -181,10 +180,13 @@ fn a_repair_while_a_flush_runs_is_not_covered_by_it() {
 }
 
 #[test]
-fn who_is_needed_in_one_sector_stays() {
+fn a_replica_with_one_of_the_last_fresh_copies_is_not_evicted() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(8, 8), &[C]);
-    assert!(!health.evict(A) && !health.evict(B), "only they hold it");
+    assert!(
+        !health.evict(A) && !health.evict(B),
+        "only A and B hold the sector"
+    );
     assert!(health.evict(C));
     let mut last = Health::new(ReplicaSet::first(3), 2, 1, 16);
     write(&mut last, range(8, 8), &[C]);
@@ -192,7 +194,7 @@ fn who_is_needed_in_one_sector_stays() {
 }
 
 #[test]
-fn a_disk_that_grows_is_fresh_where_it_is_new_on_all_that_are_its_replicas_then() {
+fn the_new_sectors_of_a_grown_disk_are_fresh_on_every_member() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 16);
     write(&mut health, range(8, 8), &[C]);
     health.grow(32);
@@ -206,11 +208,11 @@ fn a_disk_that_grows_is_fresh_where_it_is_new_on_all_that_are_its_replicas_then(
 }
 
 #[test]
-fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() {
+fn a_replica_evicted_after_its_part_of_a_write_may_hold_a_last_copy() {
     let mut health = Health::new(ReplicaSet::first(3), 3, 1, 16);
     let added = ReplicaIndex(3);
     health.add(added);
-    // Of this write C knows nothing, and the new replica leaves when it has done it.
+    // C does not get this write, and the new replica is evicted after it has done it.
     let begun = health.write_begins(range(0, 8));
     let done = set(&[A, B, added]);
     assert!(health.evict(added));
@@ -223,7 +225,7 @@ fn who_did_a_write_and_left_before_its_end_has_perhaps_one_of_the_last_copies() 
 }
 
 #[test]
-fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
+fn a_write_during_an_eviction_and_rejoin_leaves_the_replica_stale() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let begun = health.write_begins(range(0, 8));
     assert!(health.evict(C) && health.rejoin(C, 0));
@@ -232,7 +234,7 @@ fn a_write_during_which_a_replica_left_and_came_back_does_not_count_there() {
 }
 
 #[test]
-fn what_is_flushed_without_a_replica_is_stale_there() {
+fn sectors_flushed_without_an_evicted_replica_are_stale_there() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     assert!(health.evict(C));
     let begun = health.write_begins(range(0, 8));
