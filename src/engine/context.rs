@@ -131,8 +131,8 @@ impl<E: Effects> Context<'_, E> {
         self.effects.submit(operation);
     }
 
-    /// Asks for the lock on `range`. The request goes on in its `lock_granted`, which never runs
-    /// before the input at hand is finished.
+    /// Asks for the lock on `range`. The request continues in its `lock_granted`, which runs
+    /// only after the current input is finished.
     pub(super) fn lock(&mut self, range: SectorRange) -> LockKey {
         let waiter = Waiter {
             worker: self.core.worker,

@@ -1,4 +1,5 @@
-//! A flush: to all replicas at once, and honest about what is durable where (W5).
+//! A flush: goes to all replicas at once, and succeeds only if every write before it is durable on
+//! enough replicas (W5).
 
 use std::time::Duration;
 

@@ -15,9 +15,9 @@
 //! flush  waiting for its turn ─► flushing ─► answered, retired
 //! ```
 //!
-//! The engine evicts a replica that does not answer in time, and the requests that wait for it go
-//! on without it. Its operations are *orphaned*: their slot stays until the last of them ends. See
-//! `time.rs`. A replica that is removed from the disk leaves in the same way, for good.
+//! The engine evicts a replica that does not answer in time; the requests that wait for it stop
+//! waiting. Its operations are *orphaned*: their slot stays until the last of them ends (see
+//! `time.rs`). Requests drop a replica that is removed from the disk in the same way.
 //!
 //! The arrows inside the room point one way:
 //!

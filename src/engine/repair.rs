@@ -45,7 +45,7 @@ impl Repairs<'_> {
         }
         if !self.throughout.is_empty() {
             let runs = self.decided(&[self.range]).into_iter();
-            // What is sparse stays sparse.
+            // Holes stay holes.
             let cut = |run| sparse(run, self.winner, self.range, self.block_sectors);
             let runs: Vec<SectorRange> = runs.flat_map(cut).collect();
             for replica in self.throughout.iter() {
@@ -129,8 +129,7 @@ fn widen(runs: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
     widened
 }
 
-/// What is left of `runs`, which are whole blocks, without the blocks that have an undecided
-/// sector.
+/// `runs`, which are whole blocks, without the blocks that have an undecided sector.
 fn decided(
     runs: &[SectorRange],
     undecided: &[SectorRange],

@@ -1,4 +1,4 @@
-//! A request in its slot, whatever its kind.
+//! A request in its slot: hands each input to the code for its kind.
 
 use std::rc::Rc;
 use std::time::Duration;

@@ -9,7 +9,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-// The model checker brings its own.
+// The model checker has its own versions of these.
 #[cfg(feature = "loom")]
 use loom::sync::{
     Mutex, MutexGuard,
@@ -78,7 +78,7 @@ impl Shared {
         )
     }
 
-    /// The same with these replicas.
+    /// The same with `members` as replicas.
     pub fn with_members(
         members: ReplicaSet,
         threshold: usize,

@@ -75,7 +75,7 @@ impl Engine {
         }
     }
 
-    /// Does what is due.
+    /// Evicts and rejoins replicas, helps late reads, and begins chunks of jobs, where that is due.
     pub fn tick(&mut self, effects: &mut impl Effects) {
         let now = self.core.clock.now();
         self.core.latencies.ticked_at = now;

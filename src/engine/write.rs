@@ -138,7 +138,7 @@ impl Write {
                 .is_empty(),
             "a replica either failed or succeeded"
         );
-        // What is stale is known before the guest hears of success (W3).
+        // The health knows the stale replicas before the guest gets the answer (W3).
         if self.end(writing, context) {
             context.effects.complete(self.tag, Ok(&[]));
         } else {
@@ -149,10 +149,10 @@ impl Write {
         Progress::Retired
     }
 
-    /// Records what the write has left on each replica; whether it has a quorum.
+    /// Records on which replicas the write succeeded. Returns whether it has a quorum.
     fn end(&self, writing: Writing, context: &mut Context<'_, impl Effects>) -> bool {
         let succeeded = writing.tally.succeeded();
-        // An evicted replica is as good as not asked: its write may still happen, or not.
+        // An evicted replica counts as not asked: its write may still happen, or not.
         let asked = succeeded.or(writing.tally.failed());
         let threshold = context.core.policy.threshold;
         let (success, became_stale) = context.shared().change_health(|health| {

@@ -275,8 +275,8 @@ mod tests {
         )
     }
 
-    /// The verdict in the same letters: the winner of each sector, `?` where there is none; and who
-    /// lost.
+    /// The verdict in the same letters: the winner of each sector, `?` if it is undecided, and the
+    /// replicas that lost with their corrupt sectors.
     fn letters(patterns: &[&str], rule: Rule) -> (String, Vec<(u8, String)>) {
         let verdict = run(patterns, rule);
         let mut winners = vec![b'.'; patterns[0].len()];

@@ -274,8 +274,8 @@ impl Health {
         if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
             return Err(NotRemoved::TooFewInService);
         }
-        // It may be good where it is stale: a failed flush has perhaps lost nothing. Where too few
-        // others are known to be good it has to stay, unless it is known to hold nothing.
+        // The replica may hold the newest data where it is stale: a failed flush may have lost
+        // nothing. Where too few other replicas are fresh it must stay, unless it is blank there.
         let lost = |without: ReplicaSet| {
             !without.contains(replica) && others.without(without).len() < self.threshold
         };

@@ -88,7 +88,7 @@ fn a_write_that_ran_while_a_flush_failed_does_not_count_on_that_replica() {
 }
 
 #[test]
-fn a_read_beside_an_undone_write_is_doubtful_even_after_a_rewrite() {
+fn a_read_beside_an_undone_write_is_doubtful_even_after_another_write() {
     let mut health = Health::new(ReplicaSet::first(1), 1, 1, 1 << 22);
     let begun = health.write_begins(range(0, 8));
     let epoch = health.flush_begins();
