@@ -6,11 +6,12 @@
 use std::time::Duration;
 
 use super::pace::Pace;
+use super::task::Task;
 use super::{
     ChunkEnd, ChunkId, JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, Work,
 };
 use crate::common::ranges::RangeSet;
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::{FAILED_FLUSHES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 
@@ -43,30 +44,6 @@ pub(super) struct Job {
     failure: Option<JobFailure>,
 }
 
-/// What is left to do.
-#[derive(Debug)]
-pub(super) enum Task {
-    Resync {
-        replica: ReplicaIndex,
-        /// The sectors before it are done in this pass.
-        cursor_sector: u64,
-        /// Sectors written in this pass.
-        gained: u64,
-        /// A chunk of this pass failed.
-        failed: bool,
-        /// When the next pass may start.
-        not_before: Duration,
-    },
-    Scrub {
-        repair: bool,
-        cursor_sector: u64,
-        end_sector: u64,
-    },
-    Neighbourhood {
-        left: RangeSet,
-    },
-}
-
 /// A chunk in flight.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct InFlight {
@@ -74,73 +51,6 @@ pub(super) struct InFlight {
     pub(super) began: Duration,
     /// `None`: a flush.
     pub(super) range: Option<SectorRange>,
-}
-
-impl Task {
-    pub(super) fn resync(replica: ReplicaIndex) -> Self {
-        Self::Resync {
-            replica,
-            cursor_sector: 0,
-            gained: 0,
-            failed: false,
-            not_before: Duration::ZERO,
-        }
-    }
-
-    pub(super) fn scrub(repair: bool, end_sector: u64) -> Self {
-        Self::Scrub {
-            repair,
-            cursor_sector: 0,
-            end_sector,
-        }
-    }
-
-    pub(super) fn neighbourhood(left: RangeSet) -> Self {
-        Self::Neighbourhood { left }
-    }
-
-    /// Whether a chunk can start, or a pass can end.
-    fn has_work(&self, in_flight: bool, health: &Health) -> bool {
-        match self {
-            Self::Resync {
-                replica,
-                cursor_sector,
-                ..
-            } => {
-                let in_service = health.in_service().contains(*replica);
-                let here = || health.next_stale(*replica, *cursor_sector).is_some();
-                let anywhere = || health.next_stale(*replica, 0).is_some();
-                in_service && (here() || (!in_flight && anywhere()))
-            }
-            Self::Scrub {
-                cursor_sector,
-                end_sector,
-                ..
-            } => cursor_sector < end_sector,
-            Self::Neighbourhood { left } => !left.is_empty(),
-        }
-    }
-
-    fn is_done(&self, health: &Health) -> bool {
-        match self {
-            Self::Resync { replica, .. } => {
-                health.in_service().contains(*replica) && health.next_stale(*replica, 0).is_none()
-            }
-            Self::Scrub { .. } | Self::Neighbourhood { .. } => !self.has_work(false, health),
-        }
-    }
-
-    fn left_sectors(&self, health: &Health) -> u64 {
-        match self {
-            Self::Resync { replica, .. } => health.stale_sectors(*replica),
-            Self::Scrub {
-                cursor_sector,
-                end_sector,
-                ..
-            } => end_sector - cursor_sector,
-            Self::Neighbourhood { left } => left.iter().map(|range| range.count).sum(),
-        }
-    }
 }
 
 impl Job {
@@ -360,60 +270,34 @@ impl Job {
             self.needs_flush = false;
             return Some(Work::Flush);
         }
-        match &mut self.task {
-            Task::Resync {
-                replica,
-                cursor_sector,
-                gained,
-                failed,
-                not_before,
-            } => {
-                let Some(stale) = health.next_stale(*replica, *cursor_sector) else {
-                    // The pass ended. What is still stale was not copied, or became stale since.
-                    let has_failed = *failed && *gained == 0;
-                    if has_failed || self.failed_flushes >= FAILED_FLUSHES_MAX {
-                        let sectors = health.stale_sectors(*replica);
-                        self.failure = Some(JobFailure::NotCopied { sectors });
-                    }
-                    if *cursor_sector > 0 {
-                        *not_before = now + retry_after;
-                    }
-                    (*cursor_sector, *gained, *failed) = (0, 0, false);
-                    return None;
-                };
-                let range = chunk_of(stale, most, block_sectors);
-                *cursor_sector = range.end();
-                Some(Work::Resync {
-                    replica: *replica,
-                    range,
-                })
-            }
-            Task::Scrub {
-                repair,
-                cursor_sector,
-                end_sector,
-            } => {
-                let count = most.min(*end_sector - *cursor_sector);
-                let range = SectorRange::new(*cursor_sector, count);
-                *cursor_sector = range.end();
-                // It reaches the surroundings of corruption by itself.
-                Some(Work::Scrub {
-                    range,
-                    repair: *repair,
-                    spreads: false,
-                })
-            }
-            Task::Neighbourhood { left } => {
-                let first = left.iter().next()?;
-                let range = chunk_of(first, most, block_sectors);
-                left.remove(range);
-                Some(Work::Scrub {
-                    range,
-                    repair: false,
-                    spreads: true,
-                })
-            }
+        let work = self.task.next_work(most, block_sectors, health);
+        if work.is_none() {
+            self.end_pass(now, retry_after, health);
         }
+        work
+    }
+
+    /// Ends a pass of a resync. What is still stale was not copied, or became stale since.
+    fn end_pass(&mut self, now: Duration, retry_after: Duration, health: &Health) {
+        let Task::Resync {
+            replica,
+            cursor_sector,
+            gained,
+            failed,
+            not_before,
+        } = &mut self.task
+        else {
+            return;
+        };
+        let has_failed = *failed && *gained == 0;
+        if has_failed || self.failed_flushes >= FAILED_FLUSHES_MAX {
+            let sectors = health.stale_sectors(*replica);
+            self.failure = Some(JobFailure::NotCopied { sectors });
+        }
+        if *cursor_sector > 0 {
+            *not_before = now + retry_after;
+        }
+        (*cursor_sector, *gained, *failed) = (0, 0, false);
     }
 
     /// Takes the result of a chunk, if it is one of this job.
@@ -471,14 +355,4 @@ impl Job {
         self.set_status(JobStatus::Concluded, health, events);
         self.set_status(JobStatus::Null, health, events);
     }
-}
-
-/// The first chunk of `range`, in whole blocks and at most `most` sectors long.
-fn chunk_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
-    let start = range.start - range.start % block_sectors;
-    let end = range
-        .end()
-        .next_multiple_of(block_sectors)
-        .min(start + most);
-    SectorRange::new(start, end - start)
 }

@@ -28,6 +28,7 @@ mod info;
 mod job;
 mod neighbourhood;
 pub mod pace;
+mod task;
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -36,9 +37,10 @@ pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
 pub use self::info::{
     JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotStarted, UnknownJob,
 };
-use self::job::{Job, Task};
+use self::job::Job;
 use self::neighbourhood::Neighbourhood;
 use self::pace::{GuestRequests, Pace};
+use self::task::Task;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
     FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,

@@ -1,0 +1,159 @@
+//! What a job has left to do, and how it is cut into chunks.
+
+use std::time::Duration;
+
+use super::Work;
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, SectorRange};
+use crate::quorum::health::Health;
+
+/// What is left to do.
+#[derive(Debug)]
+pub(super) enum Task {
+    Resync {
+        replica: ReplicaIndex,
+        /// The sectors before it are done in this pass.
+        cursor_sector: u64,
+        /// Sectors written in this pass.
+        gained: u64,
+        /// A chunk of this pass failed.
+        failed: bool,
+        /// When the next pass may start.
+        not_before: Duration,
+    },
+    Scrub {
+        repair: bool,
+        cursor_sector: u64,
+        end_sector: u64,
+    },
+    Neighbourhood {
+        left: RangeSet,
+    },
+}
+
+impl Task {
+    pub(super) fn resync(replica: ReplicaIndex) -> Self {
+        Self::Resync {
+            replica,
+            cursor_sector: 0,
+            gained: 0,
+            failed: false,
+            not_before: Duration::ZERO,
+        }
+    }
+
+    pub(super) fn scrub(repair: bool, end_sector: u64) -> Self {
+        Self::Scrub {
+            repair,
+            cursor_sector: 0,
+            end_sector,
+        }
+    }
+
+    pub(super) fn neighbourhood(left: RangeSet) -> Self {
+        Self::Neighbourhood { left }
+    }
+
+    /// Whether a chunk can start, or a pass can end.
+    pub(super) fn has_work(&self, in_flight: bool, health: &Health) -> bool {
+        match self {
+            Self::Resync {
+                replica,
+                cursor_sector,
+                ..
+            } => {
+                let in_service = health.in_service().contains(*replica);
+                let here = || health.next_stale(*replica, *cursor_sector).is_some();
+                let anywhere = || health.next_stale(*replica, 0).is_some();
+                in_service && (here() || (!in_flight && anywhere()))
+            }
+            Self::Scrub {
+                cursor_sector,
+                end_sector,
+                ..
+            } => cursor_sector < end_sector,
+            Self::Neighbourhood { left } => !left.is_empty(),
+        }
+    }
+
+    pub(super) fn is_done(&self, health: &Health) -> bool {
+        match self {
+            Self::Resync { replica, .. } => {
+                health.in_service().contains(*replica) && health.next_stale(*replica, 0).is_none()
+            }
+            Self::Scrub { .. } | Self::Neighbourhood { .. } => !self.has_work(false, health),
+        }
+    }
+
+    pub(super) fn left_sectors(&self, health: &Health) -> u64 {
+        match self {
+            Self::Resync { replica, .. } => health.stale_sectors(*replica),
+            Self::Scrub {
+                cursor_sector,
+                end_sector,
+                ..
+            } => end_sector - cursor_sector,
+            Self::Neighbourhood { left } => left.iter().map(|range| range.count).sum(),
+        }
+    }
+
+    /// Takes the next chunk: at most `most` sectors, in whole blocks. `None` if a pass of a resync
+    /// ended.
+    pub(super) fn next_work(
+        &mut self,
+        most: u64,
+        block_sectors: u64,
+        health: &Health,
+    ) -> Option<Work> {
+        match self {
+            Self::Resync {
+                replica,
+                cursor_sector,
+                ..
+            } => {
+                let stale = health.next_stale(*replica, *cursor_sector)?;
+                let range = chunk_of(stale, most, block_sectors);
+                *cursor_sector = range.end();
+                Some(Work::Resync {
+                    replica: *replica,
+                    range,
+                })
+            }
+            Self::Scrub {
+                repair,
+                cursor_sector,
+                end_sector,
+            } => {
+                let count = most.min(*end_sector - *cursor_sector);
+                let range = SectorRange::new(*cursor_sector, count);
+                *cursor_sector = range.end();
+                // It reaches the surroundings of corruption by itself.
+                Some(Work::Scrub {
+                    range,
+                    repair: *repair,
+                    spreads: false,
+                })
+            }
+            Self::Neighbourhood { left } => {
+                let first = left.iter().next()?;
+                let range = chunk_of(first, most, block_sectors);
+                left.remove(range);
+                Some(Work::Scrub {
+                    range,
+                    repair: false,
+                    spreads: true,
+                })
+            }
+        }
+    }
+}
+
+/// The first chunk of `range`, in whole blocks and at most `most` sectors long.
+fn chunk_of(range: SectorRange, most: u64, block_sectors: u64) -> SectorRange {
+    let start = range.start - range.start % block_sectors;
+    let end = range
+        .end()
+        .next_multiple_of(block_sectors)
+        .min(start + most);
+    SectorRange::new(start, end - start)
+}
