@@ -229,8 +229,19 @@ impl Engine {
         }
     }
 
-    /// Runs the requests whose lock is granted, and begins what is due, until nothing is left.
+    /// Runs the requests whose lock is granted, and begins what is due, until nothing is left. After
+    /// most inputs nothing is there to begin with, and only this check is made.
+    #[inline]
     fn run_ready(&mut self, effects: &mut impl Effects) {
+        let core = &self.core;
+        if !core.granted.is_empty() || !core.suspicions.is_empty() || core.background.is_due() {
+            self.run_until_idle(effects);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn run_until_idle(&mut self, effects: &mut impl Effects) {
         loop {
             if let Some(id) = self.core.granted.pop_front() {
                 self.advance(id, effects, Request::lock_granted);
