@@ -216,6 +216,14 @@ impl Machine {
         operations
     }
 
+    /// Completes a write that was submitted to all replicas, and checks its answer.
+    fn finish_write(&self, worker: usize, number: u16) {
+        assert_eq!(self.of_all_replicas(worker).len(), REPLICAS);
+        complete_all(&self.kernels[worker]);
+        self.settle(worker);
+        assert_eq!(self.status(worker, number), Some(0));
+    }
+
     /// Completes an operation as done.
     fn complete(&self, worker: usize, operation: &Submission) {
         let counts_bytes = [opcode::Write::CODE, opcode::WriteFixed::CODE];
@@ -248,10 +256,7 @@ fn a_lock_that_is_released_wakes_the_worker_that_waits_for_it() {
     machine.settle(0);
     assert_eq!(machine.status(0, first), Some(0));
     machine.settle(1);
-    assert_eq!(machine.of_all_replicas(1).len(), REPLICAS);
-    complete_all(&machine.kernels[1]);
-    machine.settle(1);
-    assert_eq!(machine.status(1, second), Some(0));
+    machine.finish_write(1, second);
 }
 
 #[test]
@@ -269,10 +274,7 @@ fn a_wake_that_comes_between_the_last_check_and_the_sleep_is_not_lost() {
         }
     });
     machine.settle(1);
-    assert_eq!(machine.of_all_replicas(1).len(), REPLICAS);
-    complete_all(&machine.kernels[1]);
-    machine.settle(1);
-    assert_eq!(machine.status(1, second), Some(0));
+    machine.finish_write(1, second);
 }
 
 #[test]

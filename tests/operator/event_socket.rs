@@ -5,7 +5,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
@@ -39,18 +39,22 @@ fn names() -> Names {
     }
 }
 
-fn serve() -> Served {
-    let directory = tempfile::tempdir().unwrap();
-    let path = directory.path().join("events.sock");
+fn publish_at(path: &Path) -> (Arc<EventQueue>, Publisher) {
     let queue = EventQueue::new().unwrap();
-    let listener = bind_unix_listener(&path).unwrap();
+    let listener = bind_unix_listener(path).unwrap();
     let publisher = Publisher::spawn(
         Some(Listener::Bound(listener)),
         None,
         queue.clone(),
         names(),
-    )
-    .unwrap();
+    );
+    (queue, publisher.unwrap())
+}
+
+fn serve() -> Served {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("events.sock");
+    let (queue, publisher) = publish_at(&path);
     Served {
         _directory: directory,
         path,
@@ -389,15 +393,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("events.sock");
     drop(UnixListener::bind(&path).unwrap());
-    let queue = EventQueue::new().unwrap();
-    let listener = bind_unix_listener(&path).unwrap();
-    let publisher = Publisher::spawn(
-        Some(Listener::Bound(listener)),
-        None,
-        queue.clone(),
-        names(),
-    )
-    .unwrap();
+    let (queue, publisher) = publish_at(&path);
     let refused = bind_unix_listener(&path).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)));
     assert!(!refused.to_string().contains('\n'));
