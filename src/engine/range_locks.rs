@@ -130,8 +130,8 @@ impl<O> RangeLocks<O> {
             let is_used = self.used & (1 << class) != 0;
             assert_eq!(is_used, !entries.is_empty(), "class {class}");
         }
-        let of_class = |(class, entries)| std::iter::repeat(class).zip(entries);
-        let all = || self.by_class.iter().enumerate().flat_map(of_class);
+        let of_class = |class| std::iter::repeat(class).zip(&self.by_class[class]);
+        let all = || classes(self.used).flat_map(of_class);
         for (class, (place, entry)) in all() {
             assert_eq!(place.start, entry.range.start, "an entry by its start");
             assert!(place.ticket < self.next_ticket, "a ticket to come");
