@@ -5,6 +5,7 @@ use std::io;
 use super::resize::NotGrown;
 use crate::common::message::{Quoted, Reason};
 use crate::jobs::{NotStarted, UnknownJob};
+use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::NotRemoved;
 use crate::replica::file::OpenError;
 
@@ -33,7 +34,8 @@ pub enum AdminError {
     Blkverify,
     /// The disk has the maximum of replicas, with those that are being removed.
     #[error(
-        "the disk has as many replicas as possible; remove one, and try again some seconds later"
+        "the disk has the maximum of {REPLICAS_MAX} replicas, counting those that are being \
+         removed; remove one, and try again some seconds later"
     )]
     Full,
     /// The workers cannot add the file to their io_uring.
@@ -77,8 +79,8 @@ pub enum AdminError {
     Size(u32),
     /// An image still has to get its old size back.
     #[error(
-        "a replica that did not answer has not got its old size back since the last resize; \
-         try again later, or remove it"
+        "a replica has not got its old size back after the last resize, because it does not \
+         answer; try again later, or remove the replica"
     )]
     Unsettled,
     /// A replica cannot grow.
