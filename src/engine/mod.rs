@@ -229,8 +229,8 @@ impl Engine {
         }
     }
 
-    /// Runs the requests whose lock is granted, and begins what is due, until nothing is left. After
-    /// most inputs nothing is there to begin with, and only this check is made.
+    /// Runs the requests whose lock is granted, and begins what is due, until nothing is left.
+    /// After most inputs nothing is there to begin with, and only this check is made.
     #[inline]
     fn run_ready(&mut self, effects: &mut impl Effects) {
         let core = &self.core;
