@@ -1,22 +1,13 @@
-//! The engine's part of [`jobs`](crate::jobs): the engine of the first worker asks for the next
-//! chunk when one has ended, when it is time, or when something has changed, and runs it like a
-//! request of the guest.
+//! What an engine knows of jobs: whether a chunk is due, and which have ended.
 
 use std::time::Duration;
 
-use super::Engine;
-use super::context::Core;
-use super::interface::Effects;
-use super::shared::WorkerIndex;
-use crate::jobs::{Chunk, ChunkEnd, ChunkId, Next};
-
-/// The worker that runs the jobs.
-const WORKER: WorkerIndex = WorkerIndex(0);
+use crate::jobs::{ChunkEnd, ChunkId};
 
 /// What an engine knows of jobs.
 #[derive(Debug, Default)]
 pub(super) struct Background {
-    /// [`Engine::next_chunk`] is to be called.
+    /// `Engine::next_chunk` is to be called.
     due: bool,
     /// When the next chunk is due at the latest.
     at: Option<Duration>,
@@ -33,7 +24,7 @@ impl Background {
         self.at
     }
 
-    /// Whether [`Engine::next_chunk`] is to be called.
+    /// Whether `Engine::next_chunk` is to be called.
     pub(super) fn is_due(&self) -> bool {
         self.due
     }
@@ -43,55 +34,42 @@ impl Background {
         self.stopped = true;
         self.at = None;
     }
-}
 
-impl Core {
-    /// The guest has made a request.
-    pub(super) fn count_request(&mut self) {
-        self.background.requests += 1;
-        self.shared
-            .count_requests(self.worker, self.background.requests);
+    pub(super) fn is_stopped(&self) -> bool {
+        self.stopped
     }
 
-    /// Looks for a chunk: time has passed, or something has changed.
-    pub(super) fn check_for_work(&mut self) {
-        let anything = self.shared.has_jobs() || self.shared.anything_stale();
-        self.background.due =
-            self.worker == WORKER && (anything || !self.background.ended.is_empty());
-        self.background.at = None;
+    /// Counts a request of the guest; returns how many it has made.
+    pub(super) fn count_request(&mut self) -> u64 {
+        self.requests += 1;
+        self.requests
     }
 
     /// A chunk has ended.
-    pub(super) fn chunk_ended(&mut self, id: ChunkId, end: ChunkEnd) {
-        self.background.ended.push((id, end));
-        self.background.due = true;
+    pub(super) fn ended(&mut self, id: ChunkId, end: ChunkEnd) {
+        self.ended.push((id, end));
+        self.due = true;
     }
-}
 
-impl Engine {
-    /// The next chunk of a job, if any is due.
-    pub(super) fn next_chunk(&mut self, effects: &mut impl Effects) -> Option<Chunk> {
-        let core = &mut self.core;
-        let (now, guest) = (core.clock.now(), core.shared.guest_requests());
-        let background = &mut core.background;
-        let report = |event| effects.job_changed(event);
-        let next = core.shared.jobs(report, |jobs, health| {
-            for (id, end) in background.ended.drain(..) {
-                jobs.ended(now, guest, id, &end, health);
-            }
-            if background.stopped {
-                Next::Nothing
-            } else {
-                jobs.next(now, guest, health)
-            }
-        });
-        background.at = None;
-        match next {
-            Next::Chunk(chunk) => return Some(chunk),
-            Next::At(at) => background.at = Some(at),
-            Next::Nothing => {}
-        }
-        background.due = false;
-        None
+    /// The chunks that have ended since the last call.
+    pub(super) fn take_ended(&mut self) -> impl Iterator<Item = (ChunkId, ChunkEnd)> + '_ {
+        self.ended.drain(..)
+    }
+
+    /// Time has passed, or something has changed. `anything`: there may be work.
+    pub(super) fn check(&mut self, runs_jobs: bool, anything: bool) {
+        self.due = runs_jobs && (anything || !self.ended.is_empty());
+        self.at = None;
+    }
+
+    /// A chunk has begun: there may be another one at once.
+    pub(super) fn look_again(&mut self) {
+        self.at = None;
+    }
+
+    /// No chunk is due before `at`, or before something changes.
+    pub(super) fn wait_until(&mut self, at: Option<Duration>) {
+        self.due = false;
+        self.at = at;
     }
 }

@@ -8,9 +8,9 @@ use std::time::Duration;
 use super::background::Background;
 use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
+use super::latencies::Latencies;
 use super::range_locks::LockKey;
 use super::shared::{Shared, Waiter, WorkerIndex};
-use super::time::Latencies;
 use crate::common::buffer::{Buffer, BufferPool};
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
@@ -88,6 +88,11 @@ impl Core {
         }
     }
 
+    /// The `count` of `voters` to ask first (R9).
+    pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
+        self.latencies.preferred(voters, count, &self.in_flight)
+    }
+
     /// The rule by which a read of the guest is decided under the lock. A resync uses it too.
     pub(super) fn read_rule(&self) -> Rule {
         match self.policy.read_pattern {
@@ -101,6 +106,13 @@ impl Core {
         let stale = self.shared.stale_in(range);
         self.shared.members().without(succeeded).without(stale)
     }
+}
+
+/// Whether a request goes on after an input.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Progress {
+    Waiting,
+    Retired,
 }
 
 /// A request's way to its engine: which request it is, what the engine knows, and where the effects
@@ -181,6 +193,6 @@ impl<E: Effects> Context<'_, E> {
 
     /// Hands the end of a chunk to its job.
     pub(super) fn chunk_ended(&mut self, chunk: ChunkId, end: ChunkEnd) {
-        self.core.chunk_ended(chunk, end);
+        self.core.background.ended(chunk, end);
     }
 }

@@ -3,10 +3,9 @@
 
 use std::time::Duration;
 
-use super::context::Context;
+use super::context::{Context, Progress};
 use super::interface::{Effects, Failed, Tag};
 use super::range_locks::LockKey;
-use super::request::Progress;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};

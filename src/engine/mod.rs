@@ -35,12 +35,14 @@
 #![cfg_attr(not(feature = "loom"), forbid(unsafe_code))]
 
 mod background;
+mod chunks;
 mod confirmation;
 mod context;
 mod first_pass;
 mod flush;
 mod in_flight;
 mod interface;
+mod latencies;
 mod range_locks;
 mod read;
 mod repair;
@@ -59,8 +61,8 @@ use std::sync::Arc;
 pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, ReadPattern, Tag};
 pub use self::shared::{Shared, WorkerIndex};
 
-use self::context::{Context, Core};
-use self::request::{Progress, Request, Start};
+use self::context::{Context, Core, Progress};
+use self::request::{Request, Start};
 use self::slots::{Slot, Slots};
 use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;

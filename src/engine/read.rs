@@ -3,11 +3,10 @@
 use std::time::Duration;
 
 use super::confirmation::{Confirmation, Next, Terms};
-use super::context::{Context, Core, Suspicion};
+use super::context::{Context, Core, Progress, Suspicion};
 use super::first_pass::FirstPass;
 use super::interface::{Effects, Failed, ReadPattern, Tag};
 use super::replies::Replies;
-use super::request::Progress;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
 use crate::common::report::Fact;

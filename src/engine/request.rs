@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::confirmation::Confirmation;
-use super::context::{Context, Suspicion};
+use super::context::{Context, Progress, Suspicion};
 use super::flush::{self, Flush, Origin};
 use super::interface::{Effects, GuestRequest, Tag};
 use super::read::Read;
@@ -34,13 +34,6 @@ pub(super) enum Request {
     /// Retired, but an evicted or slow replica still has operations of it, whose buffers belong to
     /// the kernel.
     Orphaned,
-}
-
-/// Whether a request goes on after an input.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Progress {
-    Waiting,
-    Retired,
 }
 
 impl Start {

@@ -1,10 +1,9 @@
 //! A chunk of a resync: a read under the lock whose winner is written to a stale replica.
 
 use super::confirmation::{Confirmation, Next, Terms};
-use super::context::Context;
+use super::context::{Context, Progress};
 use super::interface::Effects;
 use super::replies::Replies;
-use super::request::Progress;
 use crate::common::operation::Reply;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::ChunkId;

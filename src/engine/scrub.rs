@@ -4,11 +4,10 @@
 //! lock of its range. If all replicas agree, the scrub takes no lock.
 
 use super::confirmation::{Confirmation, Next, Outcome, Terms};
-use super::context::{Context, Core};
+use super::context::{Context, Core, Progress};
 use super::first_pass::FirstPass;
 use super::interface::Effects;
 use super::replies::Replies;
-use super::request::Progress;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
 use crate::common::report::Fact;

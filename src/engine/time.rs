@@ -4,59 +4,14 @@
 use std::time::Duration;
 
 use super::Engine;
-use super::context::{Context, Core};
+use super::context::{Context, Progress};
 use super::interface::Effects;
-use super::request::{Progress, Request};
+use super::latencies::TICK;
+use super::request::Request;
 use super::slots::Slot;
 use crate::common::operation::RequestId;
 use crate::common::report::{Cause, Report};
-use crate::common::{Errno, ReplicaIndex, ReplicaSet};
-use crate::limits::{REPLICAS_MAX, TICK_MICROSECONDS};
-
-const TICK: Duration = Duration::from_micros(TICK_MICROSECONDS);
-
-/// A read that has waited for so many times the usual latency asks other replicas, or goes for the
-/// lock.
-const SLOW_FACTOR: u32 = 4;
-
-/// Every so many reads of `read-pattern=threshold` ask the replicas whose turn it is, so that each
-/// replica is checked, even the slowest.
-const TURN_EVERY: usize = 8;
-
-/// How long replicas usually take.
-#[derive(Debug)]
-pub(super) struct Latencies {
-    ticked_at: Duration,
-    /// The latency of each replica: a moving average.
-    usual: [Duration; REPLICAS_MAX],
-    /// Counts the reads of `read-pattern=threshold`.
-    turn: usize,
-}
-
-impl Latencies {
-    pub(super) fn new() -> Self {
-        Self {
-            ticked_at: Duration::ZERO,
-            usual: [Duration::ZERO; REPLICAS_MAX],
-            turn: 0,
-        }
-    }
-
-    /// A reply of `replica` came after `taken`.
-    pub(super) fn observe(&mut self, replica: ReplicaIndex, taken: Duration) {
-        let usual = &mut self.usual[replica.as_usize()];
-        *usual = (*usual * 7 + taken) / 8;
-    }
-
-    /// After how long a read stops waiting for a slow replica.
-    fn patience(&self, in_service: ReplicaSet) -> Duration {
-        let usual = in_service
-            .iter()
-            .map(|replica| self.usual[replica.as_usize()])
-            .min();
-        (usual.unwrap_or_default() * SLOW_FACTOR).max(TICK)
-    }
-}
+use crate::common::{Errno, ReplicaSet};
 
 impl Engine {
     /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
@@ -187,38 +142,5 @@ impl Engine {
         for id in wanted {
             self.advance(id, effects, &input);
         }
-    }
-}
-
-impl Core {
-    /// The `count` of `voters` to ask first (R9): mostly those whose replies are expected soonest,
-    /// now and then those whose turn it is.
-    pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
-        self.latencies.turn += 1;
-        let turn = self.latencies.turn;
-        let by_turn = turn.is_multiple_of(TURN_EVERY);
-        let start = if by_turn { turn / TURN_EVERY } else { turn };
-        let cost = |replica: ReplicaIndex| {
-            let place = (replica.as_usize() + start) % voters.places();
-            let ahead = u32::try_from(self.in_flight.on_replica(replica)).unwrap_or(u32::MAX);
-            let usual = self.latencies.usual[replica.as_usize()];
-            let expected = if by_turn {
-                Duration::ZERO
-            } else {
-                usual.saturating_mul(ahead.saturating_add(1))
-            };
-            // Differences below an eighth are noise; the turn decides then.
-            (expected.as_micros().checked_ilog2(), place)
-        };
-        let mut left = voters;
-        let mut chosen = ReplicaSet::EMPTY;
-        while chosen.len() < count {
-            let Some(next) = left.iter().min_by_key(|replica| cost(*replica)) else {
-                break;
-            };
-            left.remove(next);
-            chosen.insert(next);
-        }
-        chosen
     }
 }

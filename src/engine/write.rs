@@ -5,10 +5,9 @@
 use std::rc::Rc;
 use std::time::Duration;
 
-use super::context::Context;
+use super::context::{Context, Progress};
 use super::interface::{Effects, Failed, Tag};
 use super::range_locks::LockKey;
-use super::request::Progress;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaSet, SectorRange};
