@@ -22,7 +22,7 @@ fn main() -> ExitCode {
         }
         Err(error) => return fail(&error),
     };
-    if let Err(error) = logging::start(&config.node_name, config.verbosity) {
+    if let Err(error) = daemon::start_log(&config.node_name, config.verbosity) {
         return fail(&error);
     }
     match daemon::run(&config) {

@@ -21,7 +21,6 @@ use jiff::Timestamp;
 use log::kv::{self, VisitSource};
 use log::{Level, LevelFilter};
 
-use super::panic_hook;
 use crate::common::message::Quoted;
 
 /// Overrides `-v`: a level, or `MODULE=LEVEL`, or several of them with commas between.
@@ -39,12 +38,12 @@ const JOURNAL_VARIABLE: &str = "JOURNAL_STREAM";
 )]
 pub struct UnknownLevel(String);
 
-/// Starts the log of the disk named `disk`, and makes a panic end the process. Without
-/// [`LEVEL_VARIABLE`], `verbosity` (the number of `-v`) selects the level.
+/// Starts the log of the disk named `disk`. Without [`LEVEL_VARIABLE`], `verbosity` (the number of
+/// `-v`) selects the level. Returns the form of the lines, for those that are not log records.
 ///
 /// # Errors
 /// If [`LEVEL_VARIABLE`] is set and does not hold levels.
-pub fn start(disk: &str, verbosity: u8) -> Result<(), UnknownLevel> {
+pub(super) fn start(disk: &str, verbosity: u8) -> Result<Arc<Style>, UnknownLevel> {
     let levels = std::env::var_os(LEVEL_VARIABLE).unwrap_or_default();
     let filters = filters(&levels.to_string_lossy(), verbosity)?;
     let style = Arc::new(Style::of_stderr(disk));
@@ -61,8 +60,7 @@ pub fn start(disk: &str, verbosity: u8) -> Result<(), UnknownLevel> {
         out.write_all(line.as_bytes())
     });
     builder.init();
-    panic_hook::install(style);
-    Ok(())
+    Ok(style)
 }
 
 /// Prints why the daemon cannot start, or why it ended.

@@ -48,6 +48,16 @@ use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
 
+/// Starts the log of the disk named `disk`, and has a panic of any thread end the process from now
+/// on. `verbosity` is the number of `-v`.
+///
+/// # Errors
+/// If [`logging::LEVEL_VARIABLE`] is set and does not hold levels.
+pub fn start_log(disk: &str, verbosity: u8) -> Result<(), logging::UnknownLevel> {
+    panic_hook::install(logging::start(disk, verbosity)?);
+    Ok(())
+}
+
 /// Serves the disk that `config` describes until SIGTERM or SIGINT.
 ///
 /// The calling thread must be the only one: signals are blocked in it and in the threads it starts.

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod monitor;
 pub mod oracle;
 pub mod peer;
+pub mod plan;
 pub mod process;
 pub mod programs;
 pub mod rows;

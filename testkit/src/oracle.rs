@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use serde_json::{Value, json};
 
-use crate::disk::{Plan, node_name};
+use crate::plan::{Plan, node_name};
 
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;

@@ -12,7 +12,7 @@ use std::thread;
 use serde_json::{Value, json};
 
 use crate::daemon::EventReader;
-use crate::disk::{Plan, node_name};
+use crate::plan::{Plan, node_name};
 use crate::process::{Process, wait_until};
 
 const PROGRAM: &str = "qemu-storage-daemon";

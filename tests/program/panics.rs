@@ -6,7 +6,7 @@ use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::thread;
 
-use quorum_blk::daemon::logging;
+use quorum_blk::daemon;
 
 /// Set for the process that is to panic.
 const VARIABLE: &str = "QUORUM_BLK_TEST_PANIC";
@@ -17,7 +17,7 @@ fn panics_in_a_thread_if_the_environment_says_so() {
     if env::var_os(VARIABLE).is_none() {
         return;
     }
-    logging::start("vm1", 0).unwrap();
+    daemon::start_log("vm1", 0).unwrap();
     let worker = thread::Builder::new().name("worker-3".into());
     let worker = worker
         .spawn(|| panic!("the sums of request {} differ", 7))
