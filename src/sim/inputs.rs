@@ -202,7 +202,7 @@ impl World {
     fn loss_reported(&mut self, replica: usize, sectors: u64) {
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
-        self.ledger.failures[replica] += 1;
+        self.note_failure(replica);
         for pending in &mut self.pending {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
         }
@@ -294,7 +294,7 @@ impl World {
             if evicted {
                 trace!(self, "replica {replica} is evicted");
                 self.statistics.evictions += 1;
-                self.ledger.failures[replica] += 1;
+                self.note_failure(replica);
                 self.ledger.evictions[replica] += 1;
                 self.ledger.any = true;
                 self.mark_excused(replica, self.replicas[replica].all());

@@ -54,17 +54,32 @@ impl World {
                 self.unsynced &= !(1 << replica.0);
                 self.check_progress(&event.job)?;
                 self.check_synced(replica.as_usize())?;
-                // A resync that has copied nothing does not flush: what the guest has written is
-                // durable after the guest's next flush.
+                // A resync that has copied nothing since the replica last failed does not flush:
+                // what the guest has written is durable after the guest's next flush.
                 let failures = self.ledger.failures[replica.as_usize()];
-                if event.job.sectors_written > 0 && self.asked_resyncs.contains(&(id, failures)) {
+                let copied = event.job.sectors_written > self.ledger.copied[replica.as_usize()];
+                if copied && self.asked_resyncs.contains(&(id, failures)) {
                     self.check_synced_durably(replica.as_usize())?;
                 }
                 Ok(())
             }
             (JobChange::Completed, _, None) => self.check_progress(&event.job),
+            (JobChange::Status, JobKind::Resync(replica), _) if before.is_none() => {
+                self.ledger.copied[replica.as_usize()] = 0;
+                Ok(())
+            }
             _ => Ok(()),
         }
+    }
+
+    /// The engine knows that a replica has failed a flush or a durable write, or has evicted it.
+    pub(super) fn note_failure(&mut self, replica: usize) {
+        self.ledger.failures[replica] += 1;
+        let jobs = self.shared.jobs(|_| (), |jobs, health| jobs.list(health));
+        let resync =
+            |job: &&JobInfo| matches!(job.kind, JobKind::Resync(of) if of.as_usize() == replica);
+        let copied = jobs.iter().find(resync).map(|job| job.sectors_written);
+        self.ledger.copied[replica] = copied.unwrap_or(0);
     }
 
     /// A job that is complete has done all of its work.

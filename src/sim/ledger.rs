@@ -29,6 +29,8 @@ pub struct Ledger {
     /// The number of failed flushes, failed durable writes and evictions of each replica that the
     /// engine knows.
     pub failures: [u32; PLACES],
+    /// The sectors that the resync of each replica had copied when the replica last failed.
+    pub copied: [u64; PLACES],
     /// The number of evictions of each replica.
     pub evictions: [u32; PLACES],
     /// The replicas that are evicted or were removed, a mask.
@@ -74,6 +76,7 @@ impl Ledger {
             mask[replica] = 0;
         }
         self.failures[replica] = 0;
+        self.copied[replica] = 0;
         self.evictions[replica] = 0;
         self.evicted &= !(1 << replica);
     }
