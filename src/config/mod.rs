@@ -133,8 +133,8 @@ pub struct PassedSocket {
 pub enum ReadPattern {
     /// Read all replicas and vote on each sector
     Quorum,
-    /// Read only as many replicas as can win the vote, in turn; read the others too if these
-    /// disagree, fail or are slow. Costs less than quorum
+    /// Read only as many replicas as can win the vote, usually the fastest; read the others too if
+    /// these disagree, fail or are slow. Costs less than quorum
     Threshold,
     /// Read the first replica in the list that answers, without a vote. Does not detect corrupt
     /// data
