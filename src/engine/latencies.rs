@@ -1,5 +1,5 @@
-//! How long replicas usually take, and what reads conclude from it: after how long they stop waiting
-//! for a slow replica, and which replicas they ask first (R7, R9).
+//! How long replicas usually take, and what reads conclude from it: after how long they stop
+//! waiting for a slow replica, and which replicas they ask first (R7, R9).
 
 use std::time::Duration;
 
