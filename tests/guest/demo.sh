@@ -118,8 +118,8 @@ command_line 'host$ truncate --size 64M 0.raw 1.raw 2.raw'
 truncate --size 64M 0.raw 1.raw 2.raw
 
 step 'quorum-blkd serves them as one disk'
-tell 'It asks all three for every read and lets them vote. Two of three win, and' \
-    'the loser is repaired, and the readers of the event socket get a report.'
+tell 'It asks all three for every read and lets them vote. Two of three win. The loser' \
+    'is repaired, and an event on the events socket reports it.'
 # shellcheck disable=SC1003
 command_line 'host$ quorum-blkd --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \'
 command_line '          --socket-path disk.sock --rewrite-corrupted --events events.sock'
@@ -191,7 +191,7 @@ show "$good$output$plain"
 [ "$output" = "$right" ] || fail "the guest read something else than it had written"
 tell 'Two replicas outvoted the third. The guest noticed nothing.'
 
-step 'The event socket has reported it'
+step 'An event on the events socket has reported it'
 within 300 test -s events.log || fail 'there was no event'
 event=$(head -n 1 events.log)
 show "$event"
