@@ -147,8 +147,8 @@ fn write_status(
 fn reasons(disk: &Disk) -> Vec<(Style, String)> {
     let mut reasons = Vec::new();
     if disk.undecided_sectors > 0 {
-        let undecided = counted(disk.undecided_sectors, "undecided sector");
-        let text = format!("no quorum: {undecided}; reads of them fail");
+        let read = counted(disk.undecided_sectors, "sector");
+        let text = format!("no quorum in reads of {read}: some or all of them are undecided");
         reasons.push((Style::Bad, text));
     }
     for replica in disk.replicas.iter().filter(|replica| !is_good(replica)) {
@@ -342,7 +342,7 @@ mod tests {
             text(&disk("evicted", 4096, 3, 8)),
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
              rewrite-corrupted\n  \
-               no quorum: 8 undecided sectors; reads of them fail\n  \
+               no quorum in reads of 8 sectors: some or all of them are undecided\n  \
                b is evicted: it does not answer; it rejoins when it does\n  \
                b is stale in 4 KiB\n  \
                b is corrupt in 3 sectors; to repair: quorum-blkctl scrub --repair\n  \

@@ -30,9 +30,10 @@ impl Event {
 
     fn summary(&self) -> (Level, &'static str) {
         match &self.notice {
-            Notice::Report(Report::Failure { .. }) => {
-                (Level::Error, "no quorum: the guest got an I/O error")
-            }
+            Notice::Report(Report::Failure { .. }) => (
+                Level::Error,
+                "no quorum: a read of a scrub or a request of the guest failed",
+            ),
             Notice::Report(Report::Bad { cause, .. }) => match cause {
                 Cause::Error(_) => (Level::Warn, "replica returned an error"),
                 Cause::Corrupt(_) => (Level::Warn, "replica is corrupt"),
