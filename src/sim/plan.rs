@@ -127,6 +127,9 @@ const PATTERNS: [ReadPattern; 6] = [
     ReadPattern::Threshold,
     ReadPattern::Fifo,
 ];
+/// The replica timeout is at least this many steps where replies are late.
+const LATE_STEPS_MIN: u32 = 256;
+
 const WRITE_CACHES: [WriteCache; 10] = {
     let mut caches = [WriteCache::On; 10];
     caches[0] = WriteCache::Off;
@@ -189,6 +192,11 @@ impl Plan {
             },
         };
         plan.choose_faults(random);
+        // Replies that take as long as the timeout evict healthy replicas, whose resyncs then evict
+        // others, without end.
+        if plan.step * LATE_STEPS_MIN > plan.replica_timeout {
+            plan.late = 0;
+        }
         plan
     }
 
@@ -242,7 +250,14 @@ impl Plan {
         faults.lost = rate(&per_operation);
         faults.misdirected = rate(&per_operation);
         faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
-        faults.writeback_error = rate(&[RARE / 4, RARE, RARE * 4]);
+        let writeback_error = rate(&[RARE / 4, RARE, RARE * 4]);
+        // Without this limit a durable write fails for the guest, and its pages may be lost later:
+        // the engine does not know of them (W7).
+        let tolerated = (self.replicas - self.threshold).min(self.threshold - 1);
+        let guest_writes_fail = usize::try_from(self.faulty.count_ones()).expect("few") > tolerated;
+        if self.write_cache == WriteCache::On || !guest_writes_fail {
+            faults.writeback_error = writeback_error;
+        }
     }
 
     /// Whether the dead replicas are the only fault: then they may stay dead for good.
