@@ -127,6 +127,7 @@ const PATTERNS: [ReadPattern; 6] = [
     ReadPattern::Threshold,
     ReadPattern::Fifo,
 ];
+
 /// The replica timeout is at least this many steps where replies are late.
 const LATE_STEPS_MIN: u32 = 256;
 

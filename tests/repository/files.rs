@@ -81,3 +81,13 @@ fn collect(path: &Path, found: &mut Vec<PathBuf>) {
         found.push(path.to_owned());
     }
 }
+
+/// The names of the files and directories in src.
+pub(crate) fn entries_of_src() -> Vec<String> {
+    let entries = std::fs::read_dir(root().join("src")).expect("reading src");
+    let name = |entry: std::io::Result<std::fs::DirEntry>| {
+        let name = entry.expect("reading src").file_name();
+        name.into_string().expect("a UTF-8 name")
+    };
+    entries.map(name).collect()
+}

@@ -1,6 +1,6 @@
 //! The pages lead to what exists: links, paths, and the functions that ARCHITECTURE.md names.
 
-use crate::files::{Text, all_texts, root, texts_below};
+use crate::files::{Text, all_texts, entries_of_src, root, texts_below};
 use crate::source::Item;
 
 /// The directories with which a path in a page begins. Some pages leave out `src/`.
@@ -17,16 +17,7 @@ const TOPS: [&str; 7] = [
 #[test]
 fn links_and_paths_in_the_pages_exist() {
     let mut missing = Vec::new();
-    let rooms: Vec<String> = std::fs::read_dir(root().join("src"))
-        .expect("reading src")
-        .map(|entry| {
-            entry
-                .expect("reading src")
-                .file_name()
-                .into_string()
-                .expect("a UTF-8 name")
-        })
-        .collect();
+    let rooms = entries_of_src();
     for page in pages() {
         let directory = root().join(&page.path);
         let directory = directory.parent().expect("a file is in a directory");

@@ -3,7 +3,7 @@
 
 use std::fs;
 
-use crate::files::{root, texts_below};
+use crate::files::{entries_of_src, root, texts_below};
 
 const PAGE: &str = "ARCHITECTURE.md";
 
@@ -42,15 +42,8 @@ fn a_room_imports_only_rooms_listed_above_it() {
 #[test]
 fn every_room_has_a_row() {
     let listed = rooms();
-    let missing: Vec<String> = fs::read_dir(root().join("src"))
-        .expect("reading src")
-        .map(|entry| {
-            entry
-                .expect("reading src")
-                .file_name()
-                .into_string()
-                .expect("a UTF-8 name")
-        })
+    let missing: Vec<String> = entries_of_src()
+        .into_iter()
         .map(|name| name.trim_end_matches(".rs").to_owned())
         .filter(|name| name != "lib" && !listed.contains(name))
         .collect();
