@@ -1,0 +1,194 @@
+//! What writes and flushes leave behind: where each replica is stale, and what is not durable.
+
+use std::sync::Arc;
+
+use super::sweep::every_sector;
+use super::{FailureEpoch, Health};
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+
+/// A write that has been handed to replicas and has not ended.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteBegun {
+    failure_epoch: FailureEpoch,
+    place: usize,
+}
+
+/// How a write ended.
+#[derive(Clone, Copy, Debug)]
+pub struct WriteEnd {
+    /// The replicas it went to.
+    pub asked: ReplicaSet,
+    /// Those of them that succeeded.
+    pub succeeded: ReplicaSet,
+    /// As returned by [`Health::write_begins`].
+    pub begun: WriteBegun,
+    /// There is a quorum: the guest gets success.
+    pub success: bool,
+    /// It went to stable storage by itself.
+    pub durable: bool,
+}
+
+/// Names one flush.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct FlushEpoch(pub(super) u64);
+
+impl Health {
+    /// A write of `range` goes to the replicas. [`Self::write_ended`] must follow.
+    pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
+        WriteBegun {
+            failure_epoch: self.failure_epoch,
+            place: self.writing.insert(range),
+        }
+    }
+
+    /// A write has ended.
+    ///
+    /// A write that failed leaves old or new bytes on the replicas that failed it, and the vote
+    /// decides which (W7): none of them becomes stale. A replica that was not asked, was evicted or
+    /// failed a flush while the write ran is stale in any case.
+    ///
+    /// `true` if a replica is stale now that was stale nowhere before.
+    pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
+        let WriteBegun {
+            failure_epoch: began,
+            place,
+        } = write.begun;
+        assert!(began <= self.failure_epoch, "a write ends after it began");
+        let range = self.writing.remove(place);
+        let mut became_stale = false;
+        for replica in self.members.iter() {
+            let state = &mut self.replicas[replica.as_usize()];
+            let doubtful = state.last_failure > began || !write.asked.contains(replica);
+            let done = write.succeeded.contains(replica);
+            if doubtful || (write.success && !done) {
+                became_stale |= state.stale.is_empty();
+                state.stale.insert(range);
+                if done {
+                    // The write counted here, and may not be lost: the replica is not blank.
+                    state.blank.remove(range);
+                    self.failure_epoch.0 += 1;
+                    state.last_doubt = self.failure_epoch;
+                }
+            } else if done {
+                state.mark_fresh(range, !write.durable);
+            }
+        }
+        if !write.durable {
+            self.written.insert(range);
+        }
+        became_stale
+    }
+
+    /// Sectors of one replica were written with the winner of a vote, under the lock of their
+    /// range.
+    pub fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange, began: FailureEpoch) {
+        if !self.members.contains(replica) {
+            return;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        if state.last_failure > began {
+            state.stale.insert(range);
+            state.blank.remove(range);
+            self.failure_epoch.0 += 1;
+            state.last_doubt = self.failure_epoch;
+        } else {
+            state.mark_fresh(range, true);
+            // It was perhaps not stale, but corrupt.
+            state.refreshed.insert(range);
+        }
+        self.written.insert(range);
+    }
+
+    /// An orphaned operation may still change sectors of one replica.
+    pub fn mark_stale(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        if self.members.contains(replica) {
+            self.replicas[replica.as_usize()].stale.insert(range);
+        }
+    }
+
+    /// A flush is about to go to all replicas in service; it covers every write that has ended.
+    pub fn flush_begins(&mut self) -> FlushEpoch {
+        self.epoch.0 += 1;
+        let nothing = RangeSet::below(self.capacity_sectors);
+        for replica in self.members.iter() {
+            let state = &mut self.replicas[replica.as_usize()];
+            state.uncovered.clone_from(&state.stale);
+            let refreshed = std::mem::replace(&mut state.refreshed, nothing.clone());
+            state.refreshed_before_flush.insert_all(&refreshed);
+        }
+        let written = std::mem::replace(&mut self.written, nothing);
+        if !written.is_empty() {
+            let written = Arc::new(written);
+            for replica in self.members.iter() {
+                let state = &mut self.replicas[replica.as_usize()];
+                if self.in_service.contains(replica) {
+                    state
+                        .unconfirmed
+                        .push_back((self.epoch, Arc::clone(&written)));
+                } else {
+                    state.stale.insert_all(&written);
+                }
+            }
+        }
+        self.epoch
+    }
+
+    /// The flush `epoch` has come back from `replica`.
+    pub fn flush_ended(&mut self, epoch: FlushEpoch, replica: ReplicaIndex, success: bool) {
+        assert!(epoch <= self.epoch, "a flush ends after it began");
+        if !success {
+            return self.not_durable(replica);
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.refreshed_before_flush = RangeSet::below(self.capacity_sectors);
+        let unconfirmed = &mut state.unconfirmed;
+        while unconfirmed
+            .front()
+            .is_some_and(|(covered, _)| *covered <= epoch)
+        {
+            unconfirmed.pop_front();
+        }
+    }
+
+    /// `replica` has failed a durable write. The kernel reports a page that it could not write back
+    /// once, to a flush or to such a write: this may have been about earlier writes. `true` if
+    /// there are any that are not durable.
+    pub fn failed_to_persist(&mut self, replica: ReplicaIndex) -> bool {
+        let unconfirmed = &self.replicas[replica.as_usize()].unconfirmed;
+        let anything = !self.written.is_empty() || !unconfirmed.is_empty();
+        if anything {
+            self.not_durable(replica);
+        }
+        anything
+    }
+
+    /// What `replica` wrote since its last successful flush may be lost, and so may be what it is
+    /// writing now: a guest may have read that from it already and must not read the old data.
+    pub(super) fn not_durable(&mut self, replica: ReplicaIndex) {
+        self.failure_epoch.0 += 1;
+        let state = &mut self.replicas[replica.as_usize()];
+        state.last_failure = self.failure_epoch;
+        state.stale.insert_all(&self.written);
+        for (_, range) in &self.writing {
+            state.stale.insert(*range);
+        }
+        for (_, written) in state.unconfirmed.drain(..) {
+            state.stale.insert_all(&written);
+            state.uncovered.insert_all(&written);
+        }
+    }
+
+    /// Whether every sector is fresh on at least t members, and was when the last flush began. Once
+    /// all replies to that flush are in, the fresh sectors are the durable ones. One flush runs at
+    /// a time.
+    pub fn fresh_on_threshold(&self) -> bool {
+        let sets = self.members.iter().flat_map(|member| {
+            let state = &self.replicas[member.as_usize()];
+            [(member, &state.stale), (member, &state.uncovered)]
+        });
+        every_sector(sets, self.capacity_sectors, |stale| {
+            self.members.without(stale).len() >= self.threshold
+        })
+    }
+}

@@ -1,0 +1,180 @@
+//! Which replicas are members and in service: added and removed, evicted and rejoined.
+
+use super::Health;
+use super::replica::ReplicaHealth;
+use super::sweep::every_sector;
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+
+/// Why a replica cannot be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum NotRemoved {
+    /// It is not a replica of the disk.
+    #[error("it is no replica of this disk")]
+    NoMember,
+    /// Fewer than t replicas would remain.
+    #[error("fewer replicas than the vote threshold would be left")]
+    TooFew,
+    /// Other replicas are evicted, so that fewer than t would remain in service.
+    #[error("fewer replicas than the vote threshold would be left in service")]
+    TooFewInService,
+    /// Too few other replicas hold some sector up to date.
+    #[error("there are sectors that too few other replicas hold up to date")]
+    LastCopies,
+    /// Too few other replicas have some sector on stable storage: a crash would lose it.
+    #[error("there are sectors that too few other replicas have on stable storage")]
+    LastDurableCopies,
+}
+
+impl Health {
+    /// Makes `replica` a member, in service and stale everywhere. Its place must be free.
+    pub fn add(&mut self, replica: ReplicaIndex) {
+        assert!(
+            !self.members.or(self.releasing).contains(replica),
+            "its place is taken"
+        );
+        let capacity_sectors = self.capacity_sectors;
+        while self.replicas.len() <= replica.as_usize() {
+            self.replicas.push(ReplicaHealth::new(capacity_sectors));
+        }
+        let mut state = ReplicaHealth::new(capacity_sectors);
+        state.stale.insert(SectorRange::new(0, capacity_sectors));
+        // A flush in flight does not cover it.
+        state.uncovered.clone_from(&state.stale);
+        state.blank.clone_from(&state.stale);
+        self.replicas[replica.as_usize()] = state;
+        self.members.insert(replica);
+        self.in_service.insert(replica);
+        self.check_sets();
+    }
+
+    /// Removes `replica`, a member that is not needed, from the disk. Its place is free when every
+    /// worker has released it.
+    pub fn remove(&mut self, replica: ReplicaIndex) {
+        assert!(self.members.contains(replica), "not a member");
+        self.members.remove(replica);
+        self.in_service.remove(replica);
+        self.releasing.insert(replica);
+        self.failure_epoch.0 += 1;
+        let mut state = ReplicaHealth::new(self.capacity_sectors);
+        // Its earlier replies do not count any more.
+        state
+            .stale
+            .insert(SectorRange::new(0, self.capacity_sectors));
+        state.last_failure = self.failure_epoch;
+        self.replicas[replica.as_usize()] = state;
+        self.check_sets();
+    }
+
+    /// Checks that `replica` can be removed.
+    ///
+    /// # Errors
+    /// Why it cannot.
+    pub fn check_removal(&self, replica: ReplicaIndex) -> Result<(), NotRemoved> {
+        if !self.members.contains(replica) {
+            return Err(NotRemoved::NoMember);
+        }
+        let mut others = self.members;
+        others.remove(replica);
+        if others.len() < self.threshold {
+            return Err(NotRemoved::TooFew);
+        }
+        if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
+            return Err(NotRemoved::TooFewInService);
+        }
+        // The replica may hold the newest data where it is stale: a failed flush may have lost
+        // nothing. Where too few other replicas are fresh it must stay, unless it is blank there.
+        let lost = |without: ReplicaSet| {
+            !without.contains(replica) && others.without(without).len() < self.threshold
+        };
+        let blank = || std::iter::once((replica, &self.replicas[replica.as_usize()].blank));
+        let stale = others
+            .iter()
+            .map(|other| (other, &self.replicas[other.as_usize()].stale));
+        if !every_sector(blank().chain(stale), self.capacity_sectors, |without| {
+            !lost(without)
+        }) {
+            return Err(NotRemoved::LastCopies);
+        }
+        let not_durable = others.iter().flat_map(|other| {
+            let sets = self.replicas[other.as_usize()].not_durable_here();
+            sets.map(move |set| (other, set))
+        });
+        let sets = blank().chain(not_durable);
+        if !every_sector(sets, self.capacity_sectors, |without| !lost(without)) {
+            return Err(NotRemoved::LastDurableCopies);
+        }
+        Ok(())
+    }
+
+    /// A worker has no request that refers to the removed `replica`; `drained`: and no operation on
+    /// it. `true` if with this its place is free.
+    pub fn release(&mut self, replica: ReplicaIndex, worker: u16, drained: bool) -> bool {
+        if !self.releasing.contains(replica) {
+            return false;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.forgotten_by |= 1 << worker;
+        if drained {
+            state.drained_by |= 1 << worker;
+        }
+        let forgotten = state.forgotten_by == self.workers;
+        if forgotten {
+            // No request can count it as a voter any more.
+            state.stale = RangeSet::below(self.capacity_sectors);
+        }
+        let free = forgotten && state.drained_by == self.workers;
+        if free {
+            self.releasing.remove(replica);
+            self.check_sets();
+        }
+        free
+    }
+
+    /// Evicts a replica that does not answer. `false` if it is evicted already, or if fewer than t
+    /// replicas would remain, in all or in some sector: then the disk has to wait for it.
+    pub fn evict(&mut self, replica: ReplicaIndex) -> bool {
+        if !self.in_service.contains(replica) || self.is_needed(replica) {
+            return false;
+        }
+        self.in_service.remove(replica);
+        self.replicas[replica.as_usize()].drained_by = 0;
+        self.not_durable(replica);
+        self.check_sets();
+        true
+    }
+
+    /// A worker has no operation in flight on an evicted replica. `true` if it was the last such
+    /// worker and the replica is in service again; what it missed is stale.
+    pub fn rejoin(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
+        if self.in_service.contains(replica) || !self.members.contains(replica) {
+            return false;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.drained_by |= 1 << worker;
+        let all = state.drained_by == self.workers;
+        if all {
+            self.in_service.insert(replica);
+            self.check_sets();
+        }
+        all
+    }
+
+    /// Whether without `replica` fewer than t would be left that are in service, or that are in
+    /// service and fresh in some sector where now there are enough.
+    fn is_needed(&self, replica: ReplicaIndex) -> bool {
+        let mut others = self.in_service;
+        others.remove(replica);
+        let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
+        let enough_with =
+            |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
+        let stale = self
+            .members
+            .iter()
+            .map(|member| (member, &self.replicas[member.as_usize()].stale));
+        others.len() < self.threshold
+            || !every_sector(stale, self.capacity_sectors, |stale| {
+                enough_without(stale) || !enough_with(stale)
+            })
+    }
+}

@@ -1,0 +1,85 @@
+//! The state of one replica.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::FailureEpoch;
+use super::durability::FlushEpoch;
+use crate::common::SectorRange;
+use crate::common::ranges::RangeSet;
+
+#[derive(Debug)]
+pub(super) struct ReplicaHealth {
+    pub(super) stale: RangeSet,
+    /// Of what the last flush covers, what this replica is known not to have made durable: what
+    /// was stale when it began, and what has become so since. Newer writes may refresh that, but
+    /// not for this flush.
+    pub(super) uncovered: RangeSet,
+    /// Has not been written to since this replica was added.
+    pub(super) blank: RangeSet,
+    /// Was stale, or repaired, and has been written since the last flush began. Other members may
+    /// have made durable long ago what this one had not.
+    pub(super) refreshed: RangeSet,
+    /// The same of a flush that this replica has not confirmed yet.
+    pub(super) refreshed_before_flush: RangeSet,
+    /// What was written before a flush that this replica has not confirmed yet, by that flush.
+    pub(super) unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
+    pub(super) last_failure: FailureEpoch,
+    /// When a failure last turned out to have undone a write that had succeeded here: a read in
+    /// flight may have seen the old data, even if it has been written again by the time the reply
+    /// comes.
+    pub(super) last_doubt: FailureEpoch,
+    /// The workers that have had no operation in flight here since the eviction or removal.
+    pub(super) drained_by: u64,
+    /// The workers that have had no request that refers to this replica since its removal.
+    pub(super) forgotten_by: u64,
+}
+
+impl ReplicaHealth {
+    pub(super) fn new(capacity_sectors: u64) -> Self {
+        Self {
+            stale: RangeSet::below(capacity_sectors),
+            uncovered: RangeSet::below(capacity_sectors),
+            blank: RangeSet::below(capacity_sectors),
+            refreshed: RangeSet::below(capacity_sectors),
+            refreshed_before_flush: RangeSet::below(capacity_sectors),
+            unconfirmed: VecDeque::new(),
+            last_failure: FailureEpoch::default(),
+            last_doubt: FailureEpoch::default(),
+            drained_by: 0,
+            forgotten_by: 0,
+        }
+    }
+
+    pub(super) fn grow(&mut self, capacity_sectors: u64) {
+        let sets = [
+            &mut self.stale,
+            &mut self.uncovered,
+            &mut self.blank,
+            &mut self.refreshed,
+            &mut self.refreshed_before_flush,
+        ];
+        for set in sets {
+            set.grow(capacity_sectors);
+        }
+    }
+
+    /// `range` was written. `volatile`: not to stable storage.
+    pub(super) fn mark_fresh(&mut self, range: SectorRange, volatile: bool) {
+        if self.stale.is_empty() {
+            return;
+        }
+        if volatile {
+            for part in self.stale.within(range) {
+                self.refreshed.insert(part);
+            }
+        }
+        self.stale.remove(range);
+        self.blank.remove(range);
+    }
+
+    /// Sectors that are not on stable storage here, although they may be elsewhere.
+    pub(super) fn not_durable_here(&self) -> impl Iterator<Item = &RangeSet> {
+        [&self.stale, &self.refreshed, &self.refreshed_before_flush].into_iter()
+    }
+}
