@@ -4,7 +4,7 @@ use crate::HANG_LIMIT;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::client::Client;
@@ -13,6 +13,8 @@ use crate::fuse::{FaultGuard, FuseImage};
 use crate::images::create_images;
 use crate::monitor::Monitor;
 use crate::peer::Peer;
+use crate::process::wait_until;
+use crate::programs;
 
 pub use crate::plan::{Plan, node_name};
 
@@ -80,6 +82,16 @@ impl Disk {
     pub fn start(system: System, plan: &Plan) -> Self {
         let directory = tempfile::tempdir().expect("creating a directory");
         let images = create_images(directory.path(), plan.replicas, plan.size_bytes);
+        Self::serve(system, plan, images, directory)
+    }
+
+    /// Serves these images with ours.
+    pub fn over(plan: &Plan, images: Vec<PathBuf>) -> Self {
+        let directory = tempfile::tempdir().expect("creating a directory");
+        Self::serve(System::Ours, plan, images, directory)
+    }
+
+    fn serve(system: System, plan: &Plan, images: Vec<PathBuf>, directory: TempDir) -> Self {
         let faulty: Vec<_> = plan
             .faulty
             .iter()
@@ -148,6 +160,35 @@ impl Disk {
     /// The monitor of ours.
     pub fn monitor(&self) -> Monitor {
         Monitor::connect(&self.directory.path().join(MONITOR_SOCKET))
+    }
+
+    /// The state of ours (`query-quorum`).
+    pub fn state(&self) -> Value {
+        self.monitor().execute("query-quorum", json!({}))
+    }
+
+    /// The state as soon as it `is_wanted`.
+    pub fn state_when(&self, mut is_wanted: impl FnMut(&Value) -> bool) -> Value {
+        let mut monitor = self.monitor();
+        let mut state = Value::Null;
+        let came = wait_until(HANG_LIMIT, || {
+            state = monitor.execute("query-quorum", json!({}));
+            is_wanted(&state)
+        });
+        assert!(came, "{state:#}");
+        state
+    }
+
+    /// Runs a command of `quorum-blkctl` on ours: its exit code, and all that it printed.
+    pub fn blkctl(&self, arguments: &[&str]) -> (i32, String) {
+        let output = programs::command(programs::BLKCTL)
+            .env("QUORUM_BLK_QMP", self.directory.path().join(MONITOR_SOCKET))
+            .args(arguments)
+            .output()
+            .expect("running quorum-blkctl");
+        let mut text = String::from_utf8_lossy(&output.stdout).into_owned();
+        text.push_str(&String::from_utf8_lossy(&output.stderr));
+        (output.status.code().expect("it ended by itself"), text)
     }
 
     /// Has the peer execute a query.

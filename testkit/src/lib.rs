@@ -21,6 +21,7 @@ pub mod plan;
 pub mod process;
 pub mod programs;
 pub mod rows;
+pub mod small_disk;
 
 /// How long a test waits for something that must happen before it counts as hung.
 ///

@@ -28,6 +28,8 @@ pub struct Plan {
     /// `--replica-timeout` of ours. More than the default, so that a disk that is busy with other
     /// things is not taken for one that hangs.
     pub replica_timeout: Duration,
+    /// More arguments for ours.
+    pub more: Vec<&'static str>,
 }
 
 impl Default for Plan {
@@ -43,6 +45,7 @@ impl Default for Plan {
             direct: true,
             iothread: false,
             replica_timeout: Duration::from_secs(60),
+            more: Vec::new(),
         }
     }
 }
@@ -73,6 +76,7 @@ impl Plan {
         if !self.direct {
             arguments.extend(["--cache".into(), "writeback".into()]);
         }
+        arguments.extend(self.more.iter().map(Into::into));
         arguments
     }
 }

@@ -1,0 +1,183 @@
+//! A file system of one file: an image on which a test injects faults. It hangs, is slow, fails,
+//! returns corrupt data or too little of it, or has blocks that cannot be read until they are
+//! written.
+//!
+//! The file is served over FUSE from a real image, past every cache of the kernel, so that what a
+//! daemon asks of it arrives here one to one. It is detached from the directory tree as soon as it
+//! is mounted and reached through a descriptor of this process: a test that is killed leaves
+//! neither a mount nor a hanging process behind, because its end closes the FUSE connection and
+//! with it the file.
+//!
+//! Needs `/dev/fuse` and the right to mount (root), no FUSE library.
+
+mod faults;
+mod filesystem;
+mod server;
+
+use std::ffi::CString;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use fuser::{BackgroundSession, Config, MountOption};
+
+pub use faults::{Fault, Operation};
+use filesystem::{Disk, FILE_NAME};
+use server::Server;
+
+use crate::process::wait_until;
+
+/// Time in which the last user of the file must have closed it.
+pub const END_LIMIT: Duration = Duration::from_secs(30);
+
+/// An image served over FUSE. Drop it after the processes that have it open: dropping it clears its
+/// faults and waits until the file is closed. A process cannot be killed while the file hangs, so a
+/// test that holds such a process clears the faults first, by a [`FaultGuard`].
+pub struct FuseImage {
+    server: Arc<Server>,
+    session: Option<BackgroundSession>,
+    deferred: Option<JoinHandle<()>>,
+    /// Keeps the detached file system alive. The path for other processes leads through it.
+    file: Option<File>,
+}
+
+/// Clears the faults of an image when dropped.
+pub struct FaultGuard(Arc<Server>);
+
+impl FuseImage {
+    /// Serves the image at `backing`.
+    pub fn serve(backing: &Path) -> Self {
+        let server = Arc::new(Server::over(backing));
+        let directory = tempfile::tempdir().expect("creating a directory");
+        let mut config = Config::default();
+        config.mount_options = vec![MountOption::FSName("quorum-blk-test".into())];
+        let session = fuser::spawn_mount(Disk(Arc::clone(&server)), directory.path(), &config)
+            .expect(
+                "mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)",
+            );
+        let file = OpenOptions::new()
+            .read(true)
+            .custom_flags(libc::O_PATH)
+            .open(directory.path().join(FILE_NAME))
+            .expect("looking the file up");
+        detach(directory.path());
+        let deferred = thread::spawn({
+            let server = Arc::clone(&server);
+            move || server.run_deferred()
+        });
+        Self {
+            server,
+            session: Some(session),
+            deferred: Some(deferred),
+            file: Some(file),
+        }
+    }
+
+    /// A path to the file, for all processes.
+    pub fn path(&self) -> PathBuf {
+        let file = self.file.as_ref().expect("there until dropped");
+        PathBuf::from(format!(
+            "/proc/{}/fd/{}",
+            std::process::id(),
+            file.as_raw_fd()
+        ))
+    }
+
+    /// From now on `operation` has this fault, and no other.
+    pub fn inject(&self, operation: Operation, fault: Fault) {
+        self.inject_all(operation, &[fault]);
+    }
+
+    /// From now on `operation` has these faults, and no others. It is as late as the slowest of
+    /// them demands, and fails with the first errno that applies.
+    pub fn inject_all(&self, operation: Operation, faults: &[Fault]) {
+        self.server.lock().faults.inject(operation, faults);
+    }
+
+    /// From now on a read that touches one of these bytes fails with EIO, until the byte is
+    /// written: a block of a disk that has gone bad. [`Self::clear_faults`] does not change that.
+    pub fn make_unreadable(&self, bytes: Range<u64>) {
+        self.server.lock().faults.make_unreadable(bytes);
+    }
+
+    /// How many bytes are unreadable still.
+    pub fn unreadable_bytes(&self) -> u64 {
+        self.server.lock().faults.unreadable_bytes()
+    }
+
+    /// Clears all faults. Operations that hang or wait complete at once, in the order they came.
+    pub fn clear_faults(&self) {
+        self.server.clear_faults();
+    }
+
+    /// How many `operation`s were received since the file is served.
+    pub fn asked(&self, operation: Operation) -> u64 {
+        self.server.lock().asked[operation as usize]
+    }
+
+    /// How many of them have completed.
+    pub fn done(&self, operation: Operation) -> u64 {
+        self.server.lock().done[operation as usize]
+    }
+
+    /// How many bytes were written in all.
+    pub fn written_bytes(&self) -> u64 {
+        self.server.lock().written_bytes
+    }
+
+    /// How many of the writes had to be durable when they completed.
+    pub fn durable_writes(&self) -> u64 {
+        self.server.lock().durable_writes
+    }
+
+    /// Clears the faults when dropped.
+    pub fn fault_guard(&self) -> FaultGuard {
+        FaultGuard(Arc::clone(&self.server))
+    }
+}
+
+impl Drop for FuseImage {
+    fn drop(&mut self) {
+        self.server.clear_faults();
+        // With the last descriptor goes the mount, and with the mount the connection.
+        drop(self.file.take());
+        let session = self.session.take().expect("dropped once");
+        let ended = wait_until(END_LIMIT, || session.guard.is_finished());
+        self.server.lock().ended = true;
+        self.server.changed.notify_all();
+        if let Some(deferred) = self.deferred.take() {
+            let _ = deferred.join();
+        }
+        if ended {
+            let result = session.join();
+            if !thread::panicking() {
+                result.expect("serving the file");
+            }
+        } else {
+            println!(
+                "a FUSE image is still open after {END_LIMIT:?}; it stays until this process ends"
+            );
+        }
+    }
+}
+
+impl Drop for FaultGuard {
+    fn drop(&mut self) {
+        self.0.clear_faults();
+    }
+}
+
+/// Removes a mount from the directory tree. It lives on while its file is open.
+fn detach(mount_point: &Path) {
+    let path = CString::new(mount_point.as_os_str().as_bytes()).expect("no NUL in a path");
+    // SAFETY: the path is a C string that outlives the call.
+    let result = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
+    assert_eq!(result, 0, "umount2: {}", io::Error::last_os_error());
+}
