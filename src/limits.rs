@@ -192,5 +192,9 @@ pub const RESUBMIT_LIMIT: Duration = Duration::from_secs(1);
 /// back much of the page cache. Less than the 90 s after which systemd kills a service.
 pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long the file system of an image may take for each step of opening it: longer than a disk
+/// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
+pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
+
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;

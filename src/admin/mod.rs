@@ -4,7 +4,8 @@
 //! change, and for the kernel to open and close files, never for a guest.
 //!
 //! Invariants: a file is closed, and its lock released, only when no worker uses it any more; one
-//! change at a time adds or removes a replica or grows the disk.
+//! change at a time adds or removes a replica or grows the disk. An image is opened before its
+//! change begins, so one that does not answer keeps no other change waiting.
 
 #![forbid(unsafe_code)]
 
@@ -29,7 +30,9 @@ use crate::device::back_channel::BackChannel;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::NotRemoved;
-use crate::replica::file::{OpenOptions, ReplicaFile, ReplicaSource, open_beside};
+use crate::replica::file::{
+    OpenOptions, Opening, ReplicaFile, ReplicaSource, check_beside, open_beside,
+};
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
@@ -55,6 +58,7 @@ pub struct Admin {
     events: Arc<EventQueue>,
     statistics: Statistics,
     options: OpenOptions,
+    opening: Opening,
     capacity: Capacity,
     block_bytes: u32,
     blkverify: bool,
@@ -75,7 +79,7 @@ impl Admin {
         disk: &Disk,
         workers: &Workers,
         table: Arc<ReplicaTable>,
-        options: OpenOptions,
+        (options, opening): (OpenOptions, Opening),
         released: Receiver<ReplicaIndex>,
     ) -> io::Result<Self> {
         let admin = Self {
@@ -90,6 +94,7 @@ impl Admin {
             events: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
             options,
+            opening,
             capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
             blkverify: disk.policy.blkverify,
@@ -126,21 +131,21 @@ impl Admin {
     /// # Errors
     /// If the image cannot be used; nothing has changed.
     pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, AdminError> {
-        let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         if self.options.read_only {
             return Err(AdminError::ReadOnly);
         }
-        let index = self.table.free_place().ok_or(AdminError::Full)?;
-        let open = self.table.open();
-        let others: Vec<_> = open.into_iter().map(|(_, file)| file).collect();
+        self.table.free_place().ok_or(AdminError::Full)?;
+        // Before this change excludes others, because it may take long.
         let file = open_beside(
-            &others,
+            &self.open_files(),
             source,
-            self.options,
-            self.capacity.bytes(),
-            self.block_bytes,
+            (self.options, self.opening),
+            (self.capacity.bytes(), self.block_bytes),
         )?;
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        let index = self.table.free_place().ok_or(AdminError::Full)?;
+        check_beside(&self.open_files(), &file, self.capacity.bytes())?;
         let node_name = source.node_name.clone();
         let alignment_bytes = file.memory_alignment_bytes;
         if alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES {
@@ -305,6 +310,12 @@ impl Admin {
     /// If there is no such job.
     pub fn job_set_speed(&self, id: JobId, speed_bytes: u64) -> Result<(), AdminError> {
         Ok(self.with_jobs(|jobs, _| jobs.set_speed(id, speed_bytes))?)
+    }
+
+    /// The open images, those of removed replicas included.
+    fn open_files(&self) -> Vec<Arc<ReplicaFile>> {
+        let open = self.table.open().into_iter();
+        open.map(|(_, file)| file).collect()
     }
 
     fn check_changeable(&self) -> Result<(), AdminError> {

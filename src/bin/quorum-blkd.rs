@@ -7,8 +7,15 @@ use std::process::ExitCode;
 
 use quorum_blk::config::{Config, Parsed};
 use quorum_blk::daemon::{self, logging, service_manager};
+use quorum_blk::replica::file::serve_opener;
 
 fn main() -> ExitCode {
+    // The daemon starts this program once more for each image.
+    match serve_opener(std::env::args_os()) {
+        None => {}
+        Some(Ok(())) => return ExitCode::SUCCESS,
+        Some(Err(error)) => return fail(&error),
+    }
     let passed = match service_manager::take_passed_sockets() {
         Ok(passed) => passed,
         Err(error) => return fail(&error),

@@ -42,7 +42,7 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
-use crate::replica::file::{ReplicaFile, open_all};
+use crate::replica::file::{Opening, ReplicaFile, open_all};
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
@@ -65,8 +65,11 @@ pub fn start_log(disk: &str, verbosity: u8) -> Result<(), logging::UnknownLevel>
 /// # Errors
 /// If it cannot start, if `--blkverify` finds a difference, or if the last flush fails.
 pub fn run(config: &Config) -> Result<(), Error> {
+    signals::ignore();
+    // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
+    // the process at once.
+    let replicas = open_all(&config.replicas, config.open_options(), Opening::Apart)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
-    let replicas = open_all(&config.replicas, config.open_options())?;
     check_alignment(&replicas)?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
@@ -80,7 +83,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
         &disk,
         &workers,
         Arc::clone(&table),
-        config.open_options(),
+        (config.open_options(), Opening::Apart),
         is_released,
     );
 

@@ -1,4 +1,4 @@
-//! SIGTERM and SIGINT end the daemon in an orderly way; SIGXFSZ is ignored.
+//! SIGTERM and SIGINT end the daemon in an orderly way; SIGXFSZ and SIGCHLD are ignored.
 
 use std::io;
 use std::sync::mpsc::Sender;
@@ -7,15 +7,21 @@ use log::error;
 
 use crate::worker::Stop;
 
+/// Ignores SIGXFSZ: a write beyond RLIMIT_FSIZE is an error of one replica and must not end the
+/// process. Ignores SIGCHLD: nothing waits for the end of a process that opens an image.
+pub(super) fn ignore() {
+    for signal in [libc::SIGXFSZ, libc::SIGCHLD] {
+        // SAFETY: no handler of ours runs.
+        unsafe { libc::signal(signal, libc::SIG_IGN) };
+    }
+}
+
 /// SIGTERM and SIGINT, blocked in all threads; one thread waits for them.
 pub(super) struct Signals(libc::sigset_t);
 
 impl Signals {
-    /// Blocks them in this thread and those it starts later. Ignores SIGXFSZ: a write beyond
-    /// RLIMIT_FSIZE is an error of one replica and must not end the process.
+    /// Blocks them in this thread and those it starts later.
     pub(super) fn block() -> io::Result<Self> {
-        // SAFETY: no handler of ours runs.
-        unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
         // SAFETY: `sigset_t` is plain data that `sigemptyset` initialises; the pointers refer to
         // local variables.
         let (set, result) = unsafe {

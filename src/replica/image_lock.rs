@@ -18,6 +18,8 @@
 use std::fs::File;
 use std::io;
 
+use serde::{Deserialize, Serialize};
+
 use super::ofd_lock::{self, is_locked_elsewhere};
 use crate::common::message::Reason;
 
@@ -27,7 +29,7 @@ const USED_BASE: libc::off_t = 100;
 const UNSHARED_BASE: libc::off_t = 200;
 
 /// A use of an image. The discriminant is the offset of its byte from either base.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[repr(u8)]
 pub enum Permission {
     /// Read the data that was written last (QEMU's BLK_PERM_CONSISTENT_READ).
@@ -89,7 +91,7 @@ impl Access {
 }
 
 /// The result of a lock that was not refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[must_use]
 pub enum Locking {
     /// The image is locked until its file is closed.

@@ -19,7 +19,7 @@ use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
-use quorum_blk::replica::file::{OpenOptions, ReplicaSource, open_all};
+use quorum_blk::replica::file::{OpenOptions, Opening, ReplicaSource, open_all};
 use quorum_blk::replica::ring::RingFile;
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
@@ -55,7 +55,7 @@ fn serve() -> Served {
         read_only: false,
         direct: false,
     };
-    let files = open_all(&sources, options).unwrap();
+    let files = open_all(&sources, options, Opening::Here).unwrap();
     let workers = 2;
     let capacity_sectors = SIZE_BYTES / SECTOR_BYTES;
     let slot = ConnectionSlot::new(workers, 256, CacheMode::default()).unwrap();
@@ -91,7 +91,14 @@ fn serve() -> Served {
     let statistics = disk.statistics.clone();
     let table = Arc::new(ReplicaTable::new(files));
     let workers = Workers::start(&disk, workers).unwrap();
-    let admin = Admin::start(&disk, &workers, Arc::clone(&table), options, is_released).unwrap();
+    let admin = Admin::start(
+        &disk,
+        &workers,
+        Arc::clone(&table),
+        (options, Opening::Here),
+        is_released,
+    )
+    .unwrap();
     let frontend = Frontend::new(disk.info.clone(), slot, workers.virtqueue_server(0));
     let frontend = Arc::new(Mutex::new(frontend));
     let socket = directory.path().join("disk.sock");

@@ -6,6 +6,7 @@ use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
 use rustix::fs::{AtFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use serde::{Deserialize, Serialize};
 
 use crate::limits::SECTOR_BYTES;
 
@@ -20,7 +21,7 @@ const ALIGNMENT_BYTES_SAFE: u32 = 4096;
 const ALIGNMENT_BYTES_MAX: u32 = 1 << 20;
 
 /// The alignment that direct I/O needs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Alignment {
     /// Of the offset in the file and of the length.
     pub(super) offset_bytes: u32,

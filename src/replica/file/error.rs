@@ -4,10 +4,13 @@
 
 use std::fmt::Write as _;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::alignment::ALIGNMENT_BYTES_MIN;
+use super::examine::Fault;
+use super::opener::NoAnswer;
 use crate::common::message::{Quoted, Reason};
+use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::LockError;
 
 /// Why an image cannot be used as a replica. Each displays as one line.
@@ -27,6 +30,24 @@ pub enum OpenError {
         /// Whether the disk is read-only.
         read_only: bool,
         /// The error of the system call.
+        source: io::Error,
+    },
+    /// The file system has not answered within [`OPEN_LIMIT`].
+    #[error(
+        "{} does not answer: its file system has not opened it within {} s",
+        Quoted(.path),
+        OPEN_LIMIT.as_secs()
+    )]
+    Silent {
+        /// The image.
+        path: PathBuf,
+    },
+    /// The process that opens the image has failed.
+    #[error("cannot open {}: {}", Quoted(.path), Reason(.source))]
+    Opener {
+        /// The image.
+        path: PathBuf,
+        /// Why.
         source: io::Error,
     },
     /// Neither a regular file nor a block device.
@@ -169,6 +190,52 @@ pub enum OpenError {
         /// The name of both.
         node_name: String,
     },
+}
+
+/// The answer about the image at `path`, with the path in each error.
+pub(super) fn with_path<T>(
+    answer: Result<Result<T, Fault>, NoAnswer>,
+    path: &Path,
+    read_only: bool,
+) -> Result<T, OpenError> {
+    let owned = || path.to_owned();
+    match answer {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(fault)) => Err(fault.at(owned(), read_only)),
+        Err(NoAnswer::Silent) => Err(OpenError::Silent { path: owned() }),
+        Err(NoAnswer::Ended(source)) => Err(OpenError::Opener {
+            path: owned(),
+            source,
+        }),
+    }
+}
+
+impl Fault {
+    fn at(self, path: PathBuf, read_only: bool) -> OpenError {
+        let error = io::Error::from_raw_os_error;
+        let locked = |path, source| OpenError::Locked { path, source };
+        match self {
+            Self::Open(errno) => OpenError::Open {
+                path,
+                read_only,
+                source: error(errno),
+            },
+            Self::NoDirectIo => OpenError::NoDirectIo { path },
+            Self::NotAnImage(kind) => OpenError::NotAnImage {
+                path,
+                kind: kind.name(),
+            },
+            Self::ReadOnlyDevice => OpenError::ReadOnlyDevice { path },
+            Self::Examine(call, errno) => OpenError::Examine {
+                path,
+                operation: call.name(),
+                source: error(errno),
+            },
+            Self::Used(permission) => locked(path, LockError::Used(permission)),
+            Self::NotShared(permission) => locked(path, LockError::NotShared(permission)),
+            Self::Lock(errno) => locked(path, LockError::Io(error(errno))),
+        }
+    }
 }
 
 fn open_hint(error: &io::Error, read_only: bool) -> &'static str {

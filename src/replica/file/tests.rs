@@ -3,7 +3,10 @@
 use super::alignment::{probed_alignment, reads_with_alignment};
 use super::*;
 use crate::common::message::Quoted;
+use std::io;
 use std::os::unix::fs::{FileExt as _, symlink};
+
+use rustix::fs::Mode;
 
 const SIZE: u64 = 1 << 20;
 const BUFFERED: OpenOptions = OpenOptions {
@@ -56,7 +59,9 @@ fn refusal(source: &ReplicaSource, options: OpenOptions) -> String {
 }
 
 fn refusal_of_all(sources: &[ReplicaSource]) -> String {
-    let line = open_all(sources, BUFFERED).unwrap_err().to_string();
+    let line = open_all(sources, BUFFERED, Opening::Here)
+        .unwrap_err()
+        .to_string();
     for source in sources {
         assert_line(&line, source);
     }
@@ -209,7 +214,7 @@ fn refuses_an_image_in_use_but_lets_readers_share_it() {
 fn opens_all_in_order() {
     let directory = Directory::new();
     let sources = ["b", "a", "c"].map(|name| directory.image(name, SIZE));
-    let replicas = open_all(&sources, BUFFERED).unwrap();
+    let replicas = open_all(&sources, BUFFERED, Opening::Here).unwrap();
     let names: Vec<&str> = replicas
         .iter()
         .map(|replica| replica.node_name.as_str())

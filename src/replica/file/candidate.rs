@@ -1,0 +1,162 @@
+//! An image on its way to become a replica: opened, aligned, locked.
+
+#![forbid(unsafe_code)]
+
+use std::time::{Duration, Instant};
+
+use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
+use super::error::with_path;
+use super::examine::{self, Facts, Fault, Image};
+use super::opener::{NoAnswer, Opener};
+use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource, check_size};
+use crate::limits::OPEN_LIMIT;
+use crate::replica::image_lock::Locking;
+
+/// How long to wait for an image in use. The kernel closes the files of an io_uring some 50 ms
+/// after its process is gone, on a busy machine much later. The wait lets a daemon start
+/// immediately after the previous one was killed.
+const BUSY_LIMIT: Duration = Duration::from_secs(5);
+const BUSY_LOGGED_AFTER: Duration = Duration::from_millis(500);
+const BUSY_INTERVAL: Duration = Duration::from_millis(10);
+
+/// An image that is being opened.
+pub(super) struct Started<'a> {
+    source: &'a ReplicaSource,
+    options: OpenOptions,
+    /// `None`: the calling thread opens it.
+    opener: Option<Opener>,
+    by: Instant,
+}
+
+/// An image that is open.
+pub(super) struct Candidate {
+    replica: ReplicaFile,
+    facts: Facts,
+    options: OpenOptions,
+    opener: Option<Opener>,
+}
+
+impl Candidate {
+    /// Begins to open an image.
+    pub(super) fn start(
+        source: &ReplicaSource,
+        options: OpenOptions,
+        opening: Opening,
+    ) -> Started<'_> {
+        let opener = match opening {
+            Opening::Here => None,
+            Opening::Apart => match Opener::start(&source.path, options) {
+                Ok(opener) => Some(opener),
+                Err(error) => {
+                    log::warn!(
+                        file:% = source.path.display(), error:%;
+                        "cannot start a process that opens an image: the daemon opens it itself, \
+                         and waits as long as the file system does not answer"
+                    );
+                    None
+                }
+            },
+        };
+        Started {
+            source,
+            options,
+            opener,
+            by: Instant::now() + OPEN_LIMIT,
+        }
+    }
+
+    /// The replica, which is not locked yet.
+    pub(super) fn replica(&self) -> &ReplicaFile {
+        &self.replica
+    }
+
+    /// Finds the alignment that direct I/O needs.
+    ///
+    /// After the checks, because it may read, and a read of an image that hangs does not return:
+    /// perhaps an image that was removed from this disk for that reason.
+    pub(super) fn align(&mut self) -> Result<(), OpenError> {
+        if !self.options.direct {
+            return Ok(());
+        }
+        let Alignment {
+            offset_bytes,
+            memory_bytes,
+        } = match &mut self.opener {
+            None => examine::alignment(&self.replica.file, &self.facts),
+            Some(opener) => {
+                let found = opener.alignment(Instant::now() + OPEN_LIMIT);
+                self.answered(found)?
+            }
+        };
+        self.replica.alignment_bytes = offset_bytes;
+        self.replica.memory_alignment_bytes = memory_bytes;
+        check_size(&self.replica.path, self.replica.size_bytes, offset_bytes)
+    }
+
+    /// Locks the image. It is a replica then.
+    pub(super) fn lock(mut self) -> Result<ReplicaFile, OpenError> {
+        let since = Instant::now();
+        let mut logged = false;
+        let locking = loop {
+            let locked = match &mut self.opener {
+                None => Ok(examine::lock(&self.replica.file, self.options)),
+                Some(opener) => opener.lock(Instant::now() + OPEN_LIMIT),
+            };
+            match locked {
+                Ok(Err(fault)) if fault.is_busy() && since.elapsed() < BUSY_LIMIT => {
+                    std::thread::sleep(BUSY_INTERVAL);
+                    if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
+                        logged = true;
+                        log::debug!(
+                            replica = self.replica.node_name,
+                            file:% = self.replica.path.display();
+                            "waiting for another process to release the lock of an image"
+                        );
+                    }
+                }
+                locked => break self.answered(locked)?,
+            }
+        };
+        if locking == Locking::Unsupported {
+            log::warn!(
+                replica = self.replica.node_name, file:% = self.replica.path.display();
+                "cannot lock an image: its file system has no open file description locks; make \
+                 sure that no other process uses it"
+            );
+        }
+        Ok(self.replica)
+    }
+
+    fn answered<T>(&self, answer: Result<Result<T, Fault>, NoAnswer>) -> Result<T, OpenError> {
+        with_path(answer, &self.replica.path, self.options.read_only)
+    }
+}
+
+impl Started<'_> {
+    /// Waits until the image is open.
+    pub(super) fn open(mut self) -> Result<Candidate, OpenError> {
+        let path = &self.source.path;
+        let opened = match &mut self.opener {
+            None => Ok(Image::open(path, self.options)),
+            Some(opener) => opener.image(self.by),
+        };
+        let Image { file, facts } = with_path(opened, path, self.options.read_only)?;
+        check_size(path, facts.size_bytes, ALIGNMENT_BYTES_MIN)?;
+        Ok(Candidate {
+            replica: ReplicaFile {
+                path: path.clone(),
+                node_name: self.source.node_name.clone(),
+                file,
+                size_bytes: facts.size_bytes,
+                alignment_bytes: ALIGNMENT_BYTES_MIN,
+                physical_block_bytes: facts.physical_block_bytes,
+                memory_alignment_bytes: 1,
+                is_block_device: facts.is_block_device,
+                identity: facts.identity,
+            },
+            facts,
+            options: self.options,
+            opener: self.opener,
+        })
+    }
+}

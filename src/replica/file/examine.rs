@@ -1,0 +1,210 @@
+//! The system calls that open and examine an image. Each of them may wait for the file system for
+//! ever, so the daemon has a process of its own make them (`opener.rs`).
+
+#![forbid(unsafe_code)]
+
+use std::fs::{File, FileType, Metadata};
+use std::io::{self, Seek as _, SeekFrom};
+use std::os::unix::fs::FileTypeExt as _;
+use std::path::Path;
+
+use rustix::fs::{Mode, OFlags};
+use serde::{Deserialize, Serialize};
+
+use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
+use super::{ImageIdentity, OpenOptions, block_device};
+use crate::replica::image_lock::{self, Access, LockError, Locking, Permission};
+
+/// An image that is open.
+#[derive(Debug)]
+pub(super) struct Image {
+    pub(super) file: File,
+    pub(super) facts: Facts,
+}
+
+/// What the first look at an image finds. It reads no data.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Facts {
+    pub(super) identity: ImageIdentity,
+    pub(super) is_block_device: bool,
+    pub(super) size_bytes: u64,
+    pub(super) physical_block_bytes: u32,
+}
+
+/// What the opener found wrong, in a form that a socket can carry. `error.rs` has the texts.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) enum Fault {
+    /// The image cannot be opened: the errno.
+    Open(i32),
+    /// The file system has no direct I/O.
+    NoDirectIo,
+    /// Neither a regular file nor a block device.
+    NotAnImage(Kind),
+    /// The block device is set read-only.
+    ReadOnlyDevice,
+    /// This system call failed with this errno.
+    Examine(Call, i32),
+    /// Another process uses the image for this, which the daemon denies.
+    Used(Permission),
+    /// Another process denies this use.
+    NotShared(Permission),
+    /// The lock call failed with this errno.
+    Lock(i32),
+}
+
+/// A system call that examines an image.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) enum Call {
+    Fstat,
+    BlkRoGet,
+    Lseek,
+}
+
+/// A kind of file that is not an image.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) enum Kind {
+    Directory,
+    CharacterDevice,
+    Fifo,
+    Socket,
+    Other,
+}
+
+impl Image {
+    /// Opens `path`, checks that it is an image, and examines it.
+    pub(super) fn open(path: &Path, options: OpenOptions) -> Result<Self, Fault> {
+        let (file, metadata) = open_image(path, options)?;
+        let is_block_device = metadata.file_type().is_block_device();
+        if is_block_device && !options.read_only {
+            let is_read_only = block_device::is_read_only(&file);
+            if is_read_only.map_err(failed(Call::BlkRoGet))? {
+                return Err(Fault::ReadOnlyDevice);
+            }
+        }
+        // stat reports size 0 for a block device; the end of the file is right for both kinds.
+        let end = (&file).seek(SeekFrom::End(0));
+        let facts = Facts {
+            identity: ImageIdentity::of(&metadata),
+            is_block_device,
+            size_bytes: end.map_err(failed(Call::Lseek))?,
+            physical_block_bytes: physical_block_bytes(&file, &metadata, is_block_device),
+        };
+        Ok(Self { file, facts })
+    }
+}
+
+/// The alignment that direct I/O on an open image needs. May read.
+pub(super) fn alignment(file: &File, facts: &Facts) -> Alignment {
+    direct_alignment(file, facts.is_block_device, facts.size_bytes)
+}
+
+/// Locks an open image, without waiting for another process.
+pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locking, Fault> {
+    let access = if options.read_only {
+        Access::ReadOnly
+    } else {
+        Access::ReadWrite
+    };
+    image_lock::lock(file, access).map_err(|error| match error {
+        LockError::Used(permission) => Fault::Used(permission),
+        LockError::NotShared(permission) => Fault::NotShared(permission),
+        LockError::Io(error) => Fault::Lock(errno(&error)),
+    })
+}
+
+impl Fault {
+    /// Whether another process uses the image.
+    pub(super) fn is_busy(&self) -> bool {
+        matches!(self, Self::Used(_) | Self::NotShared(_))
+    }
+}
+
+/// Opens `path` and checks that it is an image.
+fn open_image(path: &Path, options: OpenOptions) -> Result<(File, Metadata), Fault> {
+    let not_open = |error: io::Error| Fault::Open(errno(&error));
+    // Checked before opening, because opening alone can block (a FIFO) or have effects (a tape).
+    check_kind(&std::fs::metadata(path).map_err(not_open)?)?;
+    let file = open_file(path, options).map_err(|error| {
+        if options.direct && error.raw_os_error() == Some(libc::EINVAL) {
+            Fault::NoDirectIo
+        } else {
+            not_open(error)
+        }
+    })?;
+    // Checked again, because the path may name another file by now.
+    let metadata = file.metadata().map_err(failed(Call::Fstat))?;
+    check_kind(&metadata)?;
+    Ok((file, metadata))
+}
+
+fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
+    let mut flags = OFlags::CLOEXEC;
+    flags |= if options.read_only {
+        OFlags::RDONLY
+    } else {
+        OFlags::RDWR
+    };
+    if options.direct {
+        flags |= OFlags::DIRECT;
+    }
+    let open = |flags| rustix::io::retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()));
+    // Keeping the access time of an image up to date costs every read. Only its owner may turn
+    // that off.
+    let opened = match open(flags | OFlags::NOATIME) {
+        Err(rustix::io::Errno::PERM) => open(flags),
+        opened => opened,
+    };
+    Ok(File::from(opened?))
+}
+
+fn check_kind(metadata: &Metadata) -> Result<(), Fault> {
+    let file_type = metadata.file_type();
+    if file_type.is_file() || file_type.is_block_device() {
+        return Ok(());
+    }
+    Err(Fault::NotAnImage(Kind::of(file_type)))
+}
+
+impl Kind {
+    fn of(file_type: FileType) -> Self {
+        if file_type.is_dir() {
+            Self::Directory
+        } else if file_type.is_char_device() {
+            Self::CharacterDevice
+        } else if file_type.is_fifo() {
+            Self::Fifo
+        } else if file_type.is_socket() {
+            Self::Socket
+        } else {
+            Self::Other
+        }
+    }
+
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Directory => "a directory",
+            Self::CharacterDevice => "a character device",
+            Self::Fifo => "a FIFO",
+            Self::Socket => "a socket",
+            Self::Other => "a special file",
+        }
+    }
+}
+
+impl Call {
+    pub(super) fn name(self) -> &'static str {
+        match self {
+            Self::Fstat => "fstat",
+            Self::BlkRoGet => "BLKROGET",
+            Self::Lseek => "lseek",
+        }
+    }
+}
+
+fn failed(call: Call) -> impl FnOnce(io::Error) -> Fault {
+    move |error| Fault::Examine(call, errno(&error))
+}
+
+fn errno(error: &io::Error) -> i32 {
+    error.raw_os_error().unwrap_or(libc::EIO)
+}

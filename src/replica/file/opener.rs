@@ -1,0 +1,271 @@
+//! A process for each image that is being opened.
+//!
+//! A file system may never answer: a network that is down, a FUSE server that hangs. A thread that
+//! waits for it cannot be ended, and keeps its whole process from ending. So the daemon starts a
+//! process of its own program for each image, which makes the system calls (`examine.rs`) and sends
+//! the open file through a socket. If its answer does not come in time, the daemon goes on without
+//! it; the process ends when the file system answers.
+//!
+//! Not fork(2) alone: the pages of a process that forks must not be the target of direct I/O.
+//!
+//! Invariants: the process has no other file of the daemon open, so it keeps no other image locked;
+//! it holds the image only as long as the daemon's end of the socket is open.
+
+#![allow(unsafe_code)]
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use rustix::process::{Signal, set_parent_process_death_signal};
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::OpenOptions;
+use super::alignment::Alignment;
+use super::descriptors::close_inherited;
+use super::examine::{Facts, Fault, Image, alignment, lock};
+use crate::replica::image_lock::Locking;
+
+/// The first argument of a process that opens an image.
+const ARGUMENT: &str = "--open-image";
+const READ_ONLY: &str = "read-only";
+const READ_WRITE: &str = "read-write";
+const DIRECT: &str = "direct";
+const CACHED: &str = "cached";
+
+/// How long an image may be silent before that is logged.
+const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
+
+/// Bytes of a message: more than the longest one has.
+const MESSAGE_BYTES_MAX: usize = 1024;
+
+/// What the daemon asks of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Order {
+    FindAlignment,
+    Lock,
+}
+
+/// An answer of the process. The first one, to its start, carries the open file.
+type Answer<T> = Result<T, Fault>;
+
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// The system calls have not returned in time.
+    Silent,
+    /// The process ended or sent something invalid.
+    Ended(io::Error),
+}
+
+impl From<io::Error> for NoAnswer {
+    fn from(error: io::Error) -> Self {
+        Self::Ended(error)
+    }
+}
+
+/// A process that opens an image. It is killed when this is dropped before the image is open.
+#[derive(Debug)]
+pub(super) struct Opener {
+    path: PathBuf,
+    socket: OwnedFd,
+    child: Child,
+    /// Its end of the socket is closed: its process id may belong to another process.
+    has_ended: bool,
+}
+
+impl Opener {
+    /// Starts the process for an image.
+    pub(super) fn start(path: &Path, options: OpenOptions) -> io::Result<Self> {
+        let (socket, its_end) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )?;
+        let access = if options.read_only {
+            READ_ONLY
+        } else {
+            READ_WRITE
+        };
+        let cache = if options.direct { DIRECT } else { CACHED };
+        let child = Command::new("/proc/self/exe")
+            .arg0("quorum-blkd")
+            .args([ARGUMENT, access, cache])
+            .arg(path)
+            .stdin(its_end)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()?;
+        Ok(Self {
+            path: path.to_owned(),
+            socket,
+            child,
+            has_ended: false,
+        })
+    }
+
+    /// The image, as the first look finds it.
+    pub(super) fn image(&mut self, by: Instant) -> Result<Answer<Image>, NoAnswer> {
+        let (answer, file) = self.answer::<Facts>(by)?;
+        match (answer, file) {
+            (Ok(facts), Some(file)) => Ok(Ok(Image { file, facts })),
+            (Ok(_), None) => Err(self.invalid().into()),
+            (Err(fault), _) => Ok(Err(fault)),
+        }
+    }
+
+    /// The alignment for direct I/O.
+    pub(super) fn alignment(&mut self, by: Instant) -> Result<Answer<Alignment>, NoAnswer> {
+        self.order(Order::FindAlignment)?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// Locks the image, without waiting for another process.
+    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locking>, NoAnswer> {
+        self.order(Order::Lock)?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    fn order(&self, order: Order) -> io::Result<()> {
+        send(&self.socket, &order, None)
+    }
+
+    fn answer<T: DeserializeOwned>(
+        &mut self,
+        by: Instant,
+    ) -> Result<(Answer<T>, Option<File>), NoAnswer> {
+        let soon = Instant::now() + SILENCE_LOGGED_AFTER;
+        if !is_readable(&self.socket, soon.min(by))? {
+            log::warn!(
+                file:% = self.path.display();
+                "waiting for the file system of an image, which does not answer"
+            );
+            if !is_readable(&self.socket, by)? {
+                return Err(NoAnswer::Silent);
+            }
+        }
+        match receive(&self.socket)? {
+            Some(answer) => Ok(answer),
+            None => {
+                self.has_ended = true;
+                Err(self.invalid().into())
+            }
+        }
+    }
+
+    fn invalid(&self) -> io::Error {
+        io::Error::other("the process that opens it ended too early")
+    }
+}
+
+impl Drop for Opener {
+    fn drop(&mut self) {
+        if !self.has_ended {
+            // Ends what waits in the kernel and can be ended. Nothing waits for the process: the
+            // daemon ignores SIGCHLD.
+            let _ = self.child.kill();
+        }
+    }
+}
+
+/// Serves as the process of an [`Opener`], if that is what this process was started for. Otherwise
+/// returns `None`. To be called before anything else.
+pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result<()>> {
+    let mut arguments = arguments.into_iter().skip(1);
+    if arguments.next()? != ARGUMENT {
+        return None;
+    }
+    let mut next = || arguments.next().unwrap_or_default();
+    let (access, cache, path) = (next(), next(), next());
+    let options = OpenOptions {
+        read_only: access == OsStr::new(READ_ONLY),
+        direct: cache == OsStr::new(DIRECT),
+    };
+    Some(answer_all(Path::new(&path), options))
+}
+
+/// Opens the image, and follows the daemon's orders until it closes the socket.
+fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
+    // The daemon may end while this process waits for the file system.
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // A listening socket of --fd, for example.
+    // SAFETY: `serve` is called before this process opens anything.
+    unsafe { close_inherited() }?;
+    let socket = io::stdin();
+    let image = match Image::open(path, options) {
+        Ok(image) => image,
+        Err(fault) => return send(&socket, &Answer::<Facts>::Err(fault), None),
+    };
+    send(&socket, &Answer::Ok(image.facts), Some(&image.file))?;
+    while let Some((order, _)) = receive(&socket)? {
+        match order {
+            Order::FindAlignment => send(
+                &socket,
+                &Answer::Ok(alignment(&image.file, &image.facts)),
+                None,
+            )?,
+            Order::Lock => send(&socket, &lock(&image.file, options), None)?,
+        }
+    }
+    Ok(())
+}
+
+fn send(socket: &impl AsFd, message: &impl Serialize, file: Option<&File>) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<_> = file.into_iter().map(|file| file.as_fd()).collect();
+    if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(io::Error::other("no room for a descriptor"));
+    }
+    let flags = SendFlags::NOSIGNAL;
+    sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
+    Ok(())
+}
+
+/// The next message and the file it carries; `None` if the other end is closed.
+fn receive<T: DeserializeOwned>(socket: &impl AsFd) -> io::Result<Option<(T, Option<File>)>> {
+    let mut bytes = [0; MESSAGE_BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        recvmsg(socket, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let file = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
+        _ => None,
+    });
+    let message = serde_json::from_slice(&bytes[..received.bytes]);
+    Ok(Some((message.map_err(io::Error::other)?, file)))
+}
+
+/// Waits until the socket can be read, until `by`. Returns whether it can.
+fn is_readable(socket: &OwnedFd, by: Instant) -> io::Result<bool> {
+    loop {
+        let left = by.saturating_duration_since(Instant::now());
+        let limit = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut polls = [PollFd::new(socket, PollFlags::IN)];
+        match poll(&mut polls, Some(&limit)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
