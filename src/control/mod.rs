@@ -101,9 +101,10 @@ pub trait Operator: Send + Sync {
     /// The jobs, oldest first.
     fn jobs(&self) -> Vec<JobState>;
 
-    // One thread calls the following, one at a time; they may wait.
+    // Threads that serve no events call the following.
 
-    /// Changes the disk. Returns the id of the job that was started for it, if there is one.
+    /// Changes the disk. Waits for the file system of an image if that is to be opened, closed or
+    /// grown. Returns the id of the job that was started for it, if there is one.
     ///
     /// # Errors
     /// If the change fails; nothing has changed. The text is one line.

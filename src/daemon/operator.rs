@@ -36,8 +36,15 @@ pub(super) struct DiskOperator {
     statistics: Statistics,
     admin: Arc<Admin>,
     /// Images of blockdev-add that are not replicas yet.
-    nodes: Mutex<BTreeMap<String, PathBuf>>,
+    nodes: Mutex<BTreeMap<String, Node>>,
     stop: Sender<Stop>,
+}
+
+/// An image of blockdev-add.
+struct Node {
+    path: PathBuf,
+    /// It is being opened to become a replica.
+    is_being_added: bool,
 }
 
 /// The properties that do not change while the disk is served.
@@ -90,24 +97,44 @@ impl DiskOperator {
         if nodes.len() >= REPLICAS_MAX {
             return Err(format!("there are {REPLICAS_MAX} unused nodes already"));
         }
-        nodes.insert(node_name, path);
+        let node = Node {
+            path,
+            is_being_added: false,
+        };
+        nodes.insert(node_name, node);
         Ok(())
     }
 
-    fn remove_node(&self, node_name: &str) -> Result<PathBuf, String> {
-        let node = self.nodes().remove(node_name);
-        node.ok_or_else(|| format!("there is no unused node {}", Quoted(node_name)))
+    fn remove_node(&self, node_name: &str) -> Result<(), String> {
+        let mut nodes = self.nodes();
+        unused(&mut nodes, node_name)?;
+        nodes.remove(node_name);
+        Ok(())
     }
 
     /// A node that cannot be added stays an unused node.
     fn add_replica(&self, node_name: String) -> Result<(), String> {
-        let path = self.remove_node(&node_name)?;
+        let path = {
+            let mut nodes = self.nodes();
+            let node = unused(&mut nodes, &node_name)?;
+            node.is_being_added = true;
+            node.path.clone()
+        };
         let source = ReplicaSource { path, node_name };
         let added = self.admin.add_replica(&source);
-        added.map(|_| ()).map_err(|error| {
-            self.nodes().insert(source.node_name, source.path);
-            line(error)
-        })
+        let mut nodes = self.nodes();
+        match added {
+            Ok(_) => {
+                nodes.remove(&source.node_name);
+                Ok(())
+            }
+            Err(error) => {
+                if let Some(node) = nodes.get_mut(&source.node_name) {
+                    node.is_being_added = false;
+                }
+                Err(line(error))
+            }
+        }
     }
 
     fn order_job(&self, id: &str, order: JobOrder) -> Result<(), String> {
@@ -121,7 +148,7 @@ impl DiskOperator {
         done.map_err(line)
     }
 
-    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, PathBuf>> {
+    fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Node>> {
         self.nodes.lock().expect(NOT_POISONED)
     }
 
@@ -223,7 +250,7 @@ impl Operator for DiskOperator {
         let admin = &self.admin;
         let started = match change {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
-            Change::RemoveNode(node_name) => self.remove_node(&node_name).map(|_| None)?,
+            Change::RemoveNode(node_name) => self.remove_node(&node_name).map(|()| None)?,
             Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
             Change::RemoveReplica(node_name) => admin
                 .remove_replica(&node_name)
@@ -248,6 +275,21 @@ impl Operator for DiskOperator {
     fn quit(&self) {
         // Fails only if the daemon is stopping already.
         let _ = self.stop.send(Stop::Requested);
+    }
+}
+
+/// A node that is not a replica, nor on its way to become one.
+fn unused<'a>(
+    nodes: &'a mut BTreeMap<String, Node>,
+    node_name: &str,
+) -> Result<&'a mut Node, String> {
+    match nodes.get_mut(node_name) {
+        Some(node) if node.is_being_added => Err(format!(
+            "the node {} is being added to the disk",
+            Quoted(node_name)
+        )),
+        Some(node) => Ok(node),
+        None => Err(format!("there is no unused node {}", Quoted(node_name))),
     }
 }
 

@@ -56,10 +56,7 @@ impl Monitor {
 
     /// Runs a command. The error is the monitor's, an object with `class` and `desc`.
     pub fn try_execute(&mut self, command: &str, arguments: Value) -> Result<Value, Value> {
-        let request = json!({ "execute": command, "arguments": arguments });
-        self.stream
-            .write_all(format!("{request}\n").as_bytes())
-            .expect("sending the monitor a command");
+        self.send(command, arguments);
         let deadline = Instant::now() + HANG_LIMIT;
         loop {
             let message = self.receive(deadline);
@@ -73,6 +70,14 @@ impl Monitor {
                 return Ok(message["return"].take());
             }
         }
+    }
+
+    /// Sends a command, and does not wait for its reply.
+    pub fn send(&mut self, command: &str, arguments: Value) {
+        let request = json!({ "execute": command, "arguments": arguments });
+        self.stream
+            .write_all(format!("{request}\n").as_bytes())
+            .expect("sending the monitor a command");
     }
 
     /// The first event, of those not returned yet and those that come within `limit`, that

@@ -5,4 +5,5 @@ mod growth;
 mod image_locks;
 mod jobs;
 mod same_as_qemu;
+mod silent_images;
 mod voting;

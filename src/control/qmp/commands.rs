@@ -18,6 +18,9 @@ use crate::limits::MAP_BUCKETS;
 /// The command that ends the negotiation of capabilities. The session runs it.
 pub(super) const NEGOTIATION: &str = "qmp_capabilities";
 
+/// The commands that may wait for the file system of an image: they open, close or grow it.
+pub(super) const WAITING: [&str; 2] = ["block_resize", "x-blockdev-change"];
+
 /// A command of the monitor.
 pub struct Command {
     /// Its name.

@@ -52,6 +52,16 @@ impl Call {
         reply(self.command.run(self.arguments, operator), self.id)
     }
 
+    /// Whether it may wait for the file system of an image.
+    pub fn may_wait(&self) -> bool {
+        commands::WAITING.contains(&self.command.name)
+    }
+
+    /// The reply if the command cannot be run, for this reason.
+    pub fn fail(self, reason: String) -> Vec<u8> {
+        reply(Err(CommandError::generic(reason)), self.id)
+    }
+
     /// The name of the command.
     pub fn name(&self) -> &'static str {
         self.command.name
