@@ -42,6 +42,8 @@ mod first_pass;
 mod flush;
 mod in_flight;
 mod interface;
+#[cfg(feature = "sim")]
+pub mod interleaving;
 mod latencies;
 mod range_locks;
 mod read;

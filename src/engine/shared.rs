@@ -21,6 +21,8 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
+#[cfg(feature = "sim")]
+use super::interleaving;
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
@@ -103,16 +105,19 @@ impl Shared {
 
     /// The replicas of the disk.
     pub fn members(&self) -> ReplicaSet {
+        self.accessed();
         ReplicaSet::from_bits(self.members.load(Ordering::Acquire))
     }
 
     /// The replicas that operations go to.
     pub fn in_service(&self) -> ReplicaSet {
+        self.accessed();
         ReplicaSet::from_bits(self.in_service.load(Ordering::Acquire))
     }
 
     /// The evicted members, and removed replicas whose place is not free.
     pub(super) fn out_of_service(&self) -> ReplicaSet {
+        self.accessed();
         ReplicaSet::from_bits(self.out_of_service.load(Ordering::Acquire))
     }
 
@@ -158,6 +163,7 @@ impl Shared {
         mut tell: impl FnMut(JobEvent),
         with: impl FnOnce(&mut Jobs, &Health) -> R,
     ) -> R {
+        self.accessed();
         let mut jobs = self.jobs.lock().expect(NOT_POISONED);
         let result = with(&mut jobs, &self.state().health);
         // Still locked, so that events come in the order of the changes.
@@ -201,6 +207,7 @@ impl Shared {
 
     /// Whether a replica is stale anywhere.
     pub(super) fn anything_stale(&self) -> bool {
+        self.accessed();
         self.anything_stale.load(Ordering::Acquire)
     }
 
@@ -249,6 +256,7 @@ impl Shared {
 
     /// The present epoch, which a read keeps from its start for [`Self::failed_since`].
     pub(super) fn failure_epoch(&self) -> FailureEpoch {
+        self.accessed();
         FailureEpoch(self.failure_epoch.load(Ordering::Acquire))
     }
 
@@ -313,7 +321,15 @@ impl Shared {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
+        self.accessed();
         self.state.lock().expect(NOT_POISONED)
+    }
+
+    /// An access follows: in the simulator another worker may come first.
+    #[inline]
+    fn accessed(&self) {
+        #[cfg(feature = "sim")]
+        interleaving::access(|| self.state.try_lock().is_ok() && self.jobs.try_lock().is_ok());
     }
 }
 

@@ -1,5 +1,8 @@
 //! What the engines ask for, kept in order: an effect must not call back into an engine.
 
+use std::cell::Cell;
+use std::rc::Rc;
+
 use super::model::Value;
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::{Fact, Report};
@@ -58,11 +61,20 @@ pub struct Collected {
     /// The sectors that answers brought, in order; `None` for one whose bytes are of no single
     /// version.
     pub values: Vec<Option<Value>>,
+    /// The number of effects so far, for an input that runs in the middle of this one.
+    pub count: Rc<Cell<usize>>,
+}
+
+impl Collected {
+    fn push(&mut self, effect: Effect) {
+        self.effects.push(effect);
+        self.count.set(self.effects.len());
+    }
 }
 
 impl Effects for Collected {
     fn submit(&mut self, operation: Operation) {
-        self.effects.push(Effect::Submit(operation));
+        self.push(Effect::Submit(operation));
     }
 
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
@@ -70,11 +82,11 @@ impl Effects for Collected {
             self.values.extend(data.chunks_exact(SECTOR_LEN).map(parse));
             data.len() / SECTOR_LEN
         });
-        self.effects.push(Effect::Complete(tag, result));
+        self.push(Effect::Complete(tag, result));
     }
 
     fn report(&mut self, report: Report) {
-        self.effects.push(Effect::Report(report));
+        self.push(Effect::Report(report));
     }
 
     fn count(&mut self, _fact: Fact) {}
@@ -82,23 +94,23 @@ impl Effects for Collected {
     fn repaired(&mut self, _replica: ReplicaIndex, _range: SectorRange) {}
 
     fn wake(&mut self, worker: WorkerIndex, request: RequestId) {
-        self.effects.push(Effect::Wake(worker, request));
+        self.push(Effect::Wake(worker, request));
     }
 
     fn health_changed(&mut self) {
-        self.effects.push(Effect::HealthChanged);
+        self.push(Effect::HealthChanged);
     }
 
     fn job_changed(&mut self, event: JobEvent) {
-        self.effects.push(Effect::JobChanged(event));
+        self.push(Effect::JobChanged(event));
     }
 
     fn released(&mut self, replica: ReplicaIndex) {
-        self.effects.push(Effect::Released(replica));
+        self.push(Effect::Released(replica));
     }
 
     fn contents_differ(&mut self, range: SectorRange) {
-        self.effects.push(Effect::ContentsDiffer(range));
+        self.push(Effect::ContentsDiffer(range));
     }
 }
 

@@ -1,18 +1,51 @@
 //! What the engines are fed with, and what they ask for in return.
 //!
-//! Each input is one call of one engine. Its effects are carried out and checked before the next
-//! input.
+//! Each input is one call of one engine, or of two that overlap (`overlap`). Its effects are
+//! carried out and checked before the next input.
 
 use super::Violation;
-use super::effects::{Effect, SECTOR_LEN, fill, number_of, tag};
+use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, tag};
 use super::model::Value;
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{
-    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, show, trace,
+    Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, show, trace,
 };
-use crate::common::operation::{Action, RequestId};
-use crate::common::{ReplicaIndex, SectorRange};
-use crate::engine::{GuestRequest, Tag, WorkerIndex};
+use crate::common::operation::{OperationType, Reply, RequestId};
+use crate::common::{Errno, ReplicaIndex, SectorRange};
+use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
+
+/// What is checked of one input when its effects are carried out.
+#[derive(Debug)]
+pub(super) struct InputChecks {
+    pub(super) worker: usize,
+    /// The input is an error of an operation, and this report of it has not come.
+    pub(super) expected: Option<ExpectedReport>,
+    /// QUORUM_FAILUREs more than failed requests.
+    pub(super) failures: i64,
+    pub(super) values_used: usize,
+    /// A scrub runs.
+    pub(super) scrubbing: bool,
+}
+
+/// A reply that reaches an engine.
+#[derive(Debug)]
+pub(super) struct Delivered {
+    pub(super) worker: usize,
+    replica: usize,
+    operation: OperationType,
+    /// The sectors of the operation, a mask.
+    sectors: u64,
+    /// The number of the guest write that it belongs to.
+    write: Option<u64>,
+    durable: bool,
+    /// See [`Flight::failures`](super::state::Flight::failures).
+    failures: u32,
+    /// See [`Flight::evictions`](super::state::Flight::evictions).
+    evictions: u32,
+    result: Result<(), Errno>,
+    /// It reports the loss of these sectors, a mask.
+    lost: u64,
+}
 
 impl World {
     pub(super) fn submit_read(&mut self, worker: usize, range: SectorRange) -> Checked {
@@ -121,13 +154,23 @@ impl World {
     }
 
     fn submit(&mut self, worker: usize, tag: Tag, request: GuestRequest) -> Checked {
-        let engine = self.engine(worker);
-        engine.0.submit(tag, request, engine.1);
-        self.carry_out_effects(None)
+        let submit = |engine: &mut Engine, effects: &mut Collected| {
+            engine.submit(tag, request, effects);
+        };
+        self.input(worker, None, submit)
     }
 
     /// The reply reaches the engine.
     pub(super) fn deliver_reply(&mut self, index: usize) -> Checked {
+        let (reply, delivered) = self.take_reply(index);
+        let expected = self.note_reply(&delivered);
+        self.input(delivered.worker, expected, |engine, effects| {
+            engine.reply(reply, effects);
+        })
+    }
+
+    /// The reply is about to reach the engine.
+    pub(super) fn take_reply(&mut self, index: usize) -> (Reply, Delivered) {
         let flight = self.flights.swap_remove(index);
         let replica = flight.replica();
         let Some((result, lost)) = flight.done else {
@@ -142,23 +185,26 @@ impl World {
             flight.operation.request.0,
             flight.worker
         );
-        self.note_reply(&flight, result.is_ok(), lost);
-        let error = result.err().map(|errno| ExpectedReport {
-            replica: flight.operation.replica,
-            required: flight.evictions == self.ledger.evictions[replica],
+        let delivered = Delivered {
+            worker: flight.worker,
+            replica,
             operation: flight.operation.action.describe().0,
-            errno,
-        });
-        let (engine, effects) = self.engine(flight.worker);
-        engine.reply(flight.operation.reply(result), effects);
-        self.carry_out_effects(error)
+            sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
+            write: flight.write,
+            durable: flight.is_durable(),
+            failures: flight.failures,
+            evictions: flight.evictions,
+            result,
+            lost,
+        };
+        (flight.operation.reply(result), delivered)
     }
 
-    /// Notes a reply that the engine is about to receive. `lost`: it reports the loss of these
-    /// sectors.
-    fn note_reply(&mut self, flight: &Flight, success: bool, lost: u64) {
-        let replica = flight.replica();
-        if let Some(number) = flight.write {
+    /// Notes a reply that the engine receives. If it is an error, the engine must report it.
+    pub(super) fn note_reply(&mut self, reply: &Delivered) -> Option<ExpectedReport> {
+        let replica = reply.replica;
+        let success = reply.result.is_ok();
+        if let Some(number) = reply.write {
             for pending in &mut self.pending {
                 if let PendingKind::Write(write) = &mut pending.kind
                     && write.number == number
@@ -172,29 +218,32 @@ impl World {
                 }
             }
         }
-        match (&flight.operation.action, success) {
-            (Action::Write { range, .. } | Action::Zero { range, .. }, true)
-                if flight.write.is_none() =>
-            {
+        match (reply.operation, success) {
+            (OperationType::Write, true) if reply.write.is_none() => {
                 // Repaired, unless the replica has failed since.
-                if flight.failures == self.ledger.failures[replica] {
-                    self.ledger.excused[replica] &= !self.plan.mask(*range);
+                if reply.failures == self.ledger.failures[replica] {
+                    self.ledger.excused[replica] &= !reply.sectors;
                 }
             }
             (_, true) => {}
-            (Action::Write { durable, .. } | Action::Zero { durable, .. }, false) => {
-                if *durable {
-                    self.loss_reported(replica, lost);
+            (OperationType::Write, false) => {
+                if reply.durable {
+                    self.loss_reported(replica, reply.lost);
                 }
             }
-            (Action::Read { range, .. }, false) => {
-                let mask = self.plan.mask(*range);
+            (OperationType::Read, false) => {
                 for pending in &mut self.pending {
-                    pending.seen.excused[replica] |= mask;
+                    pending.seen.excused[replica] |= reply.sectors;
                 }
             }
-            (Action::Flush, false) => self.loss_reported(replica, lost),
+            (OperationType::Flush, false) => self.loss_reported(replica, reply.lost),
         }
+        reply.result.err().map(|errno| ExpectedReport {
+            replica: ReplicaIndex(u8::try_from(replica).expect("few")),
+            required: reply.evictions == self.ledger.evictions[replica],
+            operation: reply.operation,
+            errno,
+        })
     }
 
     /// The engine receives an error that reports the loss of these sectors. From now on it must not
@@ -216,9 +265,9 @@ impl World {
             self,
             "worker {}: request {} has its lock", worker.0, request.0
         );
-        let (engine, effects) = self.engine(usize::from(worker.0));
-        engine.granted(request, effects);
-        self.carry_out_effects(None)
+        self.input(usize::from(worker.0), None, |engine, effects| {
+            engine.granted(request, effects);
+        })
     }
 
     /// One of the workers that are due looks at the clock.
@@ -226,36 +275,35 @@ impl World {
         let worker = self.random.bit(u64::from(due));
         self.tick_wanted &= !(1 << worker);
         let excused = self.ledger.excused;
-        let (engine, effects) = self.engine(worker as usize);
-        engine.tick(effects);
-        self.carry_out_effects(None)?;
+        self.input(worker as usize, None, |engine, effects| {
+            engine.tick(effects);
+        })?;
         self.check_overdue(worker as usize, &excused)
     }
 
-    /// Carries out and checks what an engine asks for. `expected`: the input was an error of an
-    /// operation.
-    fn carry_out_effects(&mut self, expected: Option<ExpectedReport>) -> Checked {
-        self.engines[self.input_from].self_check();
-        self.note_evictions();
-        let mut effects = std::mem::take(&mut self.collected.effects);
-        let mut values = std::mem::take(&mut self.collected.values);
-        let (mut values_used, mut expected, mut failures) = (0, expected, 0_i64);
-        let scrubbing = self.is_scrubbing();
-        for effect in effects.drain(..) {
+    /// Carries out and checks the first `count` effects of those that an engine asks for.
+    pub(super) fn carry_out(
+        &mut self,
+        collected: &mut Collected,
+        count: usize,
+        input: &mut InputChecks,
+    ) -> Checked {
+        self.input_from = input.worker;
+        for effect in collected.effects.drain(..count) {
             match effect {
                 Effect::Submit(operation) => self.start_operation(operation)?,
                 Effect::Complete(tag, Ok(count)) => {
-                    let of_this = &values[values_used..values_used + count];
-                    values_used += count;
+                    let of_this = &collected.values[input.values_used..input.values_used + count];
+                    input.values_used += count;
                     self.completed(tag, Ok(of_this))?;
                 }
                 Effect::Complete(tag, Err(_)) => {
-                    failures -= 1;
+                    input.failures -= 1;
                     self.statistics.failed += 1;
                     self.completed(tag, Err(()))?;
                 }
                 Effect::Report(report) => {
-                    self.check_report(&report, &mut expected, &mut failures)?;
+                    self.check_report(&report, &mut input.expected, &mut input.failures)?;
                 }
                 Effect::Wake(worker, request) => self.wakes.push((worker, request)),
                 Effect::HealthChanged => self.tick_wanted = (1 << self.plan.workers) - 1,
@@ -266,15 +314,18 @@ impl World {
                 }
             }
         }
-        values.clear();
-        self.collected.effects = effects;
-        self.collected.values = values;
-        if let Some(expected) = expected.filter(|expected| expected.required) {
+        Ok(())
+    }
+
+    /// All effects of an input are carried out.
+    pub(super) fn check_input(input: &InputChecks) -> Checked {
+        if let Some(expected) = input.expected.filter(|expected| expected.required) {
             let text = format!("an error was not reported: {expected:?}");
             return Err(Violation::new("R4", text));
         }
         // A scrub reports undecided sectors too.
-        if failures < 0 || (failures > 0 && !scrubbing) {
+        let failures = input.failures;
+        if failures < 0 || (failures > 0 && !input.scrubbing) {
             let text = format!("{failures} QUORUM_FAILUREs more than failed requests");
             return Err(Violation::new("R3", text));
         }
@@ -282,7 +333,7 @@ impl World {
     }
 
     /// Notes which replicas were evicted or have rejoined.
-    fn note_evictions(&mut self) {
+    pub(super) fn note_evictions(&mut self) {
         let in_service = self.shared.in_service();
         for replica in self.members() {
             let index = ReplicaIndex(u8::try_from(replica).expect("few"));

@@ -39,6 +39,17 @@ pub struct Ledger {
     pub any: bool,
 }
 
+/// What the engines know of failures of the replicas.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Failures {
+    /// See [`Ledger::failures`].
+    pub failures: [u32; PLACES],
+    /// See [`Ledger::evictions`].
+    pub evictions: [u32; PLACES],
+    /// See [`Ledger::evicted`].
+    pub evicted: u32,
+}
+
 /// What was true of the replicas at any time while a request was in flight.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Seen {
@@ -60,6 +71,15 @@ impl Ledger {
             dropped: self.dropped,
             excused: self.excused,
             mixed: self.mixed,
+        }
+    }
+
+    /// The failures that the engines know of now.
+    pub fn known_failures(&self) -> Failures {
+        Failures {
+            failures: self.failures,
+            evictions: self.evictions,
+            evicted: self.evicted,
         }
     }
 

@@ -14,15 +14,14 @@
 //! plan, replica, ledger, effects
 //! state                       the data of a run
 //! operations, checks, jobs    an operation on a replica; what must hold
-//! inputs                      what engines are fed with, and what they ask for
+//! inputs, overlap             what engines are fed with, and what they ask for
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
 //! runner                      many runs
 //! ```
 //!
-//! Not simulated: guest memory and virtqueues (the device has its own tests), and two workers that
-//! change the shared state at the same instant (`make model` explores that). Linux may report a
+//! Not simulated: guest memory and virtqueues (the device has its own tests). Linux may report a
 //! failed writeback to another operation in flight than the one that it concerns: where the write
 //! cache is off or switched, `operations` avoids that.
 #![forbid(unsafe_code)]
@@ -39,6 +38,7 @@ pub mod ledger;
 pub mod model;
 mod operations;
 mod operator;
+mod overlap;
 pub mod plan;
 pub mod random;
 pub mod replica;
@@ -53,6 +53,7 @@ use self::plan::Plan;
 use self::random::Random;
 use self::state::{Statistics, World};
 use crate::common::buffer::BufferPool;
+use crate::engine::interleaving;
 
 /// A broken rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -104,6 +105,7 @@ pub struct Outcome {
 
 /// Runs the seed. The workers take their buffers from `pools`, which may serve many runs.
 pub fn run(seed: u64, pools: &[BufferPool], traced: bool) -> Outcome {
+    interleaving::forget();
     let mut random = Random::new(seed);
     let plan = Plan::new(&mut random);
     let mut world = World::new(plan, random, pools, traced);

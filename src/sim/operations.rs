@@ -20,7 +20,9 @@ impl World {
     /// An engine submits an operation.
     pub(super) fn start_operation(&mut self, operation: Operation) -> Checked {
         let replica = operation.replica.as_usize();
-        if self.is_evicted(replica) || self.members >> replica & 1 == 0 {
+        // The replica may have been evicted during this input, by another worker.
+        let was_evicted = self.before_input.evicted >> replica & 1 == 1;
+        if (self.is_evicted(replica) && was_evicted) || self.members >> replica & 1 == 0 {
             let text = format!("replica {replica} is evicted, and an operation is submitted to it");
             return Err(Violation::new("W6", text));
         }
@@ -62,8 +64,8 @@ impl World {
             sectors,
             write,
             submitted_at: self.clock,
-            failures: self.ledger.failures[replica],
-            evictions: self.ledger.evictions[replica],
+            failures: self.before_input.failures[replica],
+            evictions: self.before_input.evictions[replica],
             late: false,
             done: None,
         };
@@ -85,7 +87,7 @@ impl World {
         let is_this = |pending: &Pending, write: &PendingWrite| {
             write.number == number && pending.range == range
         };
-        let failures = self.ledger.failures;
+        let failures = self.before_input.failures;
         let write = self.pending_write(is_this);
         write
             .map(|write| write.note_submission(replica, failures))
@@ -100,7 +102,7 @@ impl World {
             let here = pending.worker == worker && pending.range == range;
             here && write.zeroes && write.submitted_to & (1 << replica) == 0
         };
-        let failures = self.ledger.failures;
+        let failures = self.before_input.failures;
         match self.pending_write(is_this) {
             Some(write) => write.note_submission(replica, failures),
             None => Err(Violation::new("W4", "zeroes that no request has asked for")),

@@ -117,6 +117,8 @@ pub struct Plan {
     pub operator_actions: u32,
     /// How much jobs do at a time.
     pub job_sizes: Sizes,
+    /// An input overlaps with one of another worker, in 65536ths of the inputs.
+    pub overlap: u32,
 }
 
 const PATTERNS: [ReadPattern; 6] = [
@@ -191,8 +193,12 @@ impl Plan {
                 chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
             },
+            overlap: 0,
         };
         plan.choose_faults(random);
+        if plan.workers > 1 {
+            plan.overlap = random.pick(&[0, OFTEN * 4, HALF]);
+        }
         // Replies that take as long as the timeout evict healthy replicas, whose resyncs then evict
         // others, without end.
         if plan.step * LATE_STEPS_MIN > plan.replica_timeout {

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::Collected;
-use super::ledger::{Ledger, Seen};
+use super::ledger::{Failures, Ledger, Seen};
 use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
@@ -101,6 +101,8 @@ pub struct World {
     pub(super) model: Model,
     pub(super) ledger: Ledger,
     pub(super) collected: Collected,
+    /// What was known of failures before the last input.
+    pub(super) before_input: Failures,
     /// The worker whose engine was given the last input.
     pub(super) input_from: usize,
     pub(super) clock: Duration,
@@ -340,6 +342,7 @@ impl World {
             model: Model::new(sectors),
             ledger: Ledger::default(),
             collected: Collected::default(),
+            before_input: Failures::default(),
             input_from: 0,
             clock: Duration::ZERO,
             turn: TurnClock::default(),
@@ -417,14 +420,6 @@ impl World {
             )
         };
         self.engines = (0..workers).map(engine).collect();
-    }
-
-    /// The engine of a worker, which is given the time, and what collects its effects.
-    pub(super) fn engine(&mut self, worker: usize) -> (&mut Engine, &mut Collected) {
-        self.input_from = worker;
-        self.turn.set(self.clock);
-        let engine = &mut self.engines[worker];
-        (engine, &mut self.collected)
     }
 
     /// The number of replicas.
