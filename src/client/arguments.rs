@@ -25,11 +25,13 @@ Sizes and rates are in bytes, or in K, M, G, T, P (powers of 1024): 512M, 1.5T";
 
 const STATUS_LEGEND: &str = "\
 Health:
-  healthy    No replica is known to be evicted, stale or corrupt
-  degraded   A replica is evicted, stale or corrupt; the guest still gets
-             correct data
-  failing    Some sectors have no version with enough votes; the guest gets
-             I/O errors when it reads them
+  healthy    No replica is known to be evicted, stale or corrupt, and none has
+             returned an error
+  degraded   A replica is evicted, stale or corrupt, or returned an error; the
+             guest has not noticed
+  failing    The guest got an I/O error, or no vote can decide some sectors
+  For each reason, a line below says what to do. Errors stay until the
+  command clear; failed reads of a replica until a scrub in which none fails.
 
 Columns:
   state      in-service: the replica is read and votes
@@ -40,9 +42,10 @@ Columns:
   found      Corrupt sectors found since the replica was added; a sector that
              is found again counts again
   repaired   Sectors repaired since the replica was added
-  errors     Operations that failed since the replica was added
+  errors     Operations that failed and that are not cleared
   p99        Latency that 99 % of the operations do not exceed
-  in flight  Operations that the replica has not answered yet";
+  in flight  Operations that the replica has not answered yet
+  A narrow terminal has no room for some of them; map has found and repaired.";
 
 /// Bytes per second.
 #[derive(Clone, Copy, Debug)]
@@ -119,6 +122,13 @@ pub(super) enum Action {
         node: String,
         #[command(flatten)]
         job: JobOptions,
+    },
+    /// Clear the errors of a replica, once their cause is gone; without NODE, clear the I/O errors
+    /// of the guest and the errors of all replicas
+    Clear {
+        /// Name of the replica
+        #[arg(value_name = "NODE")]
+        node: Option<String>,
     },
     /// Add a replica and wait until it is up to date
     Add {

@@ -8,7 +8,8 @@ use serde_json::json;
 
 use super::connection::parse_reply;
 use super::format::{printable, sectors, size};
-use super::replies::{Bucket, DiskMap, Failures, Range, ReplicaMap};
+use super::replies::{Bucket, DiskMap, Failures, Range};
+use super::status::HEALTHY;
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
 use crate::common::message::counted;
@@ -90,10 +91,7 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
         draw(context.out, &map, cells, context.terminal)?;
         list(context.out, &map)?;
     }
-    let is_good = |replica: &ReplicaMap| replica.corrupt.is_empty() && replica.stale.is_empty();
-    Ok(Outcome::of(
-        map.failures.undecided.is_empty() && map.replicas.iter().all(is_good),
-    ))
+    Ok(Outcome::of(map.health == HEALTHY))
 }
 
 /// The number of buckets that cover the disk; an error if there are more than requested.
@@ -295,7 +293,7 @@ mod tests {
 
     fn map() -> DiskMap {
         serde_json::from_value(json!({
-            "node-name": "quorum0", "size": 10 * MIB, "bucket-bytes": MIB,
+            "node-name": "quorum0", "size": 10 * MIB, "health": "failing", "bucket-bytes": MIB,
             "failures": {
                 "buckets": [{ "offset": 8 * MIB, "failed": 1 }],
                 "undecided": [{ "sector-num": 8 * 2048, "sector-count": 2 }],

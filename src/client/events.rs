@@ -19,10 +19,13 @@ struct Report {
     ret: Option<i64>,
     node_name: Option<String>,
     reference: Option<String>,
+    #[serde(default)]
     sector_num: u64,
+    #[serde(default)]
     sectors_count: u64,
     r#type: Option<String>,
     error: Option<String>,
+    requester: Option<String>,
     #[serde(default)]
     bad_sectors: Vec<Range>,
     #[serde(default)]
@@ -80,6 +83,14 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
     let known = match name {
         "QUORUM_REPORT_BAD" => read(data).and_then(|report| replica_fault(&report)),
         "QUORUM_FAILURE" => read(data).map(|report| request_failure(&report)),
+        "QUORUM_REPLICA_EVICTED" => read(data).and_then(|report| {
+            let text = "evicted: it does not answer";
+            membership(&report, Style::Bad, text)
+        }),
+        "QUORUM_REPLICA_REJOINED" => read(data).and_then(|report| {
+            let text = "rejoined: it answers again";
+            membership(&report, Style::Good, text)
+        }),
         "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
             let text = format!("{}: {}", printable(&id), printable(&status));
             (Style::Plain, text)
@@ -129,8 +140,20 @@ fn replica_fault(report: &Report) -> Option<(Style, String)> {
 fn request_failure(report: &Report) -> (Style, String) {
     let disk = printable(report.reference.as_deref().unwrap_or("the disk"));
     let operation = printable(report.r#type.as_deref().unwrap_or("request"));
-    let text = format!("{disk}: NO QUORUM for a {operation}{}", place(report));
+    let mut text = format!("{disk}: NO QUORUM for a {operation}{}", place(report));
+    if let Some(error) = &report.error {
+        text += &format!(": {}", printable(error));
+    }
+    if report.requester.as_deref() == Some("job") {
+        text += " (found by a scrub)";
+    }
     (Style::Bad, text + &folded(report))
+}
+
+/// A replica was evicted or rejoined.
+fn membership(report: &Report, style: Style, text: &str) -> Option<(Style, String)> {
+    let node = printable(report.node_name.as_deref()?);
+    Some((style, format!("{node}: {text}{}", folded(report))))
 }
 
 fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
@@ -197,6 +220,7 @@ mod tests {
                 "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error \
                  (and 41 more like this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
+                "1.raw: evicted: it does not answer",
                 "1742 events missed: they arrived faster than this program read them",
             ]
         );

@@ -11,6 +11,8 @@
 #![forbid(unsafe_code)]
 
 mod arguments;
+mod clear;
+mod conditions;
 mod connection;
 mod disk_map;
 mod events;
@@ -157,6 +159,7 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Map { json } => disk_map::run(context, json),
         Action::Scrub { repair, job } => scrub::scrub(context, repair, &job),
         Action::Resync { node, job } => scrub::resync(context, &node, &job),
+        Action::Clear { node } => clear::run(context, node.as_deref()),
         Action::Add { image, detach } => replicas::add(context, &image, detach),
         Action::Remove { node } => replicas::remove(context, &node),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),

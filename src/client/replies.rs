@@ -8,12 +8,13 @@ use serde::Deserialize;
 pub(super) struct Disk {
     pub(super) node_name: String,
     pub(super) size: u64,
+    pub(super) health: String,
+    pub(super) conditions: Vec<String>,
+    pub(super) errors: Errors,
     pub(super) vote_threshold: u64,
     pub(super) read_pattern: String,
     pub(super) rewrite_corrupted: bool,
     pub(super) read_only: bool,
-    pub(super) requests: Requests,
-    pub(super) failures: ByOperation<u64>,
     pub(super) undecided_sectors: u64,
     pub(super) replicas: Vec<Replica>,
 }
@@ -24,6 +25,8 @@ pub(super) struct Replica {
     pub(super) node_name: String,
     pub(super) file: String,
     pub(super) state: String,
+    pub(super) conditions: Vec<String>,
+    pub(super) errors: Errors,
     pub(super) stale_bytes: u64,
     pub(super) corrupt_sectors_found: u64,
     pub(super) repaired_sectors: u64,
@@ -31,13 +34,33 @@ pub(super) struct Replica {
     pub(super) operations: ByOperation<Operations>,
 }
 
-/// The guest's requests.
+/// Errors that are not cleared.
 #[derive(Debug, Deserialize)]
-pub(super) struct Requests {
-    pub(super) read: Operations,
-    pub(super) write: Operations,
-    pub(super) zero: Operations,
-    pub(super) flush: Operations,
+pub(super) struct Errors {
+    read: u64,
+    write: u64,
+    flush: u64,
+    pub(super) last: Option<LastError>,
+}
+
+#[derive(Debug, Deserialize)]
+pub(super) struct LastError {
+    pub(super) r#type: String,
+    ret: Option<i64>,
+    pub(super) error: Option<String>,
+}
+
+impl Errors {
+    pub(super) fn sum(&self) -> u64 {
+        let writes = self.write.saturating_add(self.flush);
+        self.read.saturating_add(writes)
+    }
+
+    /// Whether the last error is ENOSPC, or the quota's EDQUOT.
+    pub(super) fn is_out_of_space(&self) -> bool {
+        let errno = self.last.as_ref().and_then(|last| last.ret);
+        matches!(errno, Some(-28 | -122))
+    }
 }
 
 #[derive(Debug, Deserialize)]
@@ -50,7 +73,6 @@ pub(super) struct ByOperation<T> {
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Operations {
-    pub(super) failed: u64,
     pub(super) in_flight: u64,
     pub(super) latency: Option<Latency>,
 }
@@ -110,6 +132,7 @@ pub(super) struct StartedJob {
 pub(super) struct DiskMap {
     pub(super) node_name: String,
     pub(super) size: u64,
+    pub(super) health: String,
     pub(super) bucket_bytes: u64,
     pub(super) failures: Failures,
     pub(super) replicas: Vec<ReplicaMap>,

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
+use super::conditions::{Advice, advice};
 use super::connection::parse_reply;
 use super::format::{latency, printable, size};
 use super::jobs::write_table;
@@ -13,42 +14,9 @@ use super::replies::{Disk, Job, Operations, Replica};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
-use crate::common::message::counted;
 
-/// The health of the disk in one word.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Health {
-    /// No replica is known to be evicted, stale or corrupt.
-    Healthy,
-    /// Some replica is; the guest does not notice.
-    Degraded,
-    /// Some sectors are undecided: the guest cannot read them.
-    Failing,
-}
-
-impl Health {
-    fn of(disk: &Disk) -> Self {
-        if disk.undecided_sectors > 0 {
-            Self::Failing
-        } else if disk.replicas.iter().all(is_good) {
-            Self::Healthy
-        } else {
-            Self::Degraded
-        }
-    }
-
-    fn word(self) -> (&'static str, Style) {
-        match self {
-            Self::Healthy => ("healthy", Style::Good),
-            Self::Degraded => ("degraded", Style::Warning),
-            Self::Failing => ("failing", Style::Bad),
-        }
-    }
-}
-
-fn is_good(replica: &Replica) -> bool {
-    replica.state == "in-service" && replica.stale_bytes == 0 && replica.corrupt_sectors == 0
-}
+/// The health of a disk without conditions.
+pub(super) const HEALTHY: &str = "healthy";
 
 pub(super) fn run(
     context: &mut Context<'_>,
@@ -103,7 +71,7 @@ fn show(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Ou
         Some(both) => writeln!(out, "{both}")?,
         None => write_status(out, &disk, &jobs, context.terminal)?,
     }
-    Ok(Outcome::of(Health::of(&disk) == Health::Healthy))
+    Ok(Outcome::of(disk.health == HEALTHY))
 }
 
 fn write_status(
@@ -112,12 +80,16 @@ fn write_status(
     jobs: &[Job],
     terminal: Terminal,
 ) -> Result<(), Error> {
-    let (word, style) = Health::of(disk).word();
+    let style = match disk.health.as_str() {
+        HEALTHY => Style::Good,
+        "degraded" => Style::Warning,
+        _ => Style::Bad,
+    };
     write!(
         out,
         "{}  {}  {}, {} of {} must agree, read-pattern {}",
         terminal.paint(Style::Heading, printable(&disk.node_name)),
-        terminal.paint(style, word),
+        terminal.paint(style, printable(&disk.health)),
         size(disk.size),
         disk.vote_threshold,
         disk.replicas.len(),
@@ -131,8 +103,11 @@ fn write_status(
         write!(out, ", {name}")?;
     }
     writeln!(out)?;
-    for (style, reason) in reasons(disk) {
-        writeln!(out, "  {}", terminal.paint(style, reason))?;
+    for Advice { style, what, to_do } in advice(disk, jobs) {
+        writeln!(out, "  {}", terminal.paint(style, what))?;
+        if let Some(to_do) = to_do {
+            writeln!(out, "    {to_do}")?;
+        }
     }
     writeln!(out)?;
     write_replicas(out, disk, terminal)?;
@@ -143,53 +118,6 @@ fn write_status(
     Ok(())
 }
 
-/// What needs the attention of an operator, one line each.
-fn reasons(disk: &Disk) -> Vec<(Style, String)> {
-    let mut reasons = Vec::new();
-    if disk.undecided_sectors > 0 {
-        let read = counted(disk.undecided_sectors, "sector");
-        let text = format!("no quorum in reads of {read}: some or all of them are undecided");
-        reasons.push((Style::Bad, text));
-    }
-    for replica in disk.replicas.iter().filter(|replica| !is_good(replica)) {
-        let name = printable(&replica.node_name);
-        if replica.state == "evicted" {
-            let text = format!("{name} is evicted: it does not answer; it rejoins when it does");
-            reasons.push((Style::Bad, text));
-        }
-        if replica.stale_bytes > 0 {
-            let stale = size(replica.stale_bytes);
-            reasons.push((Style::Warning, format!("{name} is stale in {stale}")));
-        }
-        if replica.corrupt_sectors > 0 {
-            let corrupt = counted(replica.corrupt_sectors, "sector");
-            let text =
-                format!("{name} is corrupt in {corrupt}; to repair: quorum-blkctl scrub --repair");
-            reasons.push((Style::Bad, text));
-        }
-    }
-    let requests = [
-        &disk.requests.read,
-        &disk.requests.write,
-        &disk.requests.zero,
-        &disk.requests.flush,
-    ];
-    let failed: u64 = requests
-        .iter()
-        .fold(0, |sum, kind| sum.saturating_add(kind.failed));
-    if failed > 0 {
-        let by_kind = by_kind(
-            &disk.failures.read,
-            &disk.failures.write,
-            &disk.failures.flush,
-        );
-        let errors = counted(failed, "I/O error");
-        let text = format!("the guest got {errors}; requests without a quorum: {by_kind}");
-        reasons.push((Style::Bad, text));
-    }
-    reasons
-}
-
 fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Result<(), Error> {
     let mut table = Table::new(&[
         "replica",
@@ -198,12 +126,13 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
         ">corrupt",
         ">found",
         ">repaired",
-        "errors",
+        ">errors",
         ">p99 read",
         ">p99 write",
         ">in flight",
         "file",
     ]);
+    table.may_leave_out(&["in flight", "found", "repaired", "p99 write", "p99 read"]);
     for replica in &disk.replicas {
         table.row(replica_row(replica, terminal));
     }
@@ -227,12 +156,6 @@ fn replica_row(replica: &Replica, terminal: Terminal) -> Vec<(String, Style)> {
         "syncing" => Style::Warning,
         _ => Style::Bad,
     };
-    let errors = by_kind(
-        &operations.read.failed,
-        &operations.write.failed,
-        &operations.flush.failed,
-    );
-    let has_errors = errors != "-";
     let stale = match replica.stale_bytes {
         0 => plain("-".into()),
         bytes => (size(bytes), Style::Warning),
@@ -247,7 +170,7 @@ fn replica_row(replica: &Replica, terminal: Terminal) -> Vec<(String, Style)> {
         count(replica.corrupt_sectors, Style::Bad),
         count(replica.corrupt_sectors_found, Style::Warning),
         count(replica.repaired_sectors, Style::Good),
-        (errors, if has_errors { Style::Bad } else { Style::Plain }),
+        count(replica.errors.sum(), Style::Bad),
         p99(&operations.read),
         p99(&operations.write),
         plain(in_flight.to_string()),
@@ -255,52 +178,61 @@ fn replica_row(replica: &Replica, terminal: Terminal) -> Vec<(String, Style)> {
     ]
 }
 
-/// `2 read, 1 write`, or `-`.
-fn by_kind(read: &u64, write: &u64, flush: &u64) -> String {
-    let kinds = [(read, "read"), (write, "write"), (flush, "flush")];
-    let some = kinds.into_iter().filter(|(count, _)| **count > 0);
-    let texts: Vec<_> = some
-        .map(|(count, name)| format!("{count} {name}"))
-        .collect();
-    if texts.is_empty() {
-        "-".into()
-    } else {
-        texts.join(", ")
-    }
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use serde_json::Value;
 
-    fn operations(failed: u64) -> Value {
-        json!({ "completed": 1, "failed": failed, "in-flight": 2, "bytes": 0 })
+    fn operations() -> Value {
+        json!({ "completed": 1, "failed": 0, "in-flight": 2, "bytes": 0 })
     }
 
-    fn disk(state: &str, stale: u64, corrupt: u64, undecided: u64) -> Disk {
+    /// A disk whose replica `b` is in this state. If sectors are undecided, the guest has read
+    /// them.
+    pub(in crate::client) fn disk(state: &str, stale: u64, corrupt: u64, undecided: u64) -> Disk {
+        let conditions = |all: &[(bool, &str)]| {
+            let words = all.iter().filter(|(holds, _)| *holds);
+            words.map(|(_, word)| json!(word)).collect::<Vec<_>>()
+        };
+        let errors = |count: u64, error: Option<&str>| {
+            let last = json!({
+                "type": "read", "ret": error.map(|_| -5), "error": error,
+                "sector-num": 0, "sector-count": 8,
+            });
+            let last = (count > 0).then_some(last);
+            json!({ "read": count, "write": 0, "flush": 0, "last": last })
+        };
         let replica = |name: &str, state: &str, stale: u64, corrupt: u64| {
-            let (read, write, flush) = (operations(corrupt), operations(0), operations(0));
+            let (read, write, flush) = (operations(), operations(), operations());
             json!({
                 "node-name": name, "file": format!("/images/{name}"), "state": state,
+                "conditions": conditions(&[
+                    (state == "evicted", "evicted"),
+                    (stale > 0, "stale"),
+                    (corrupt > 0, "corrupt"),
+                    (corrupt > 0, "errors"),
+                ]),
+                "errors": errors(corrupt, Some("Input/output error")),
                 "stale-bytes": stale, "corrupt-sectors": corrupt, "corrupt-sectors-found": corrupt,
                 "repaired-sectors": 0, "new-member": [],
                 "operations": { "read": read, "write": write, "flush": flush },
             })
         };
-        let requests = |kind: &str| {
-            (
-                kind.to_owned(),
-                operations(u64::from(kind == "read" && undecided > 0)),
-            )
+        let health = match (undecided, state, stale + corrupt) {
+            (1.., ..) => "failing",
+            (0, "in-service", 0) => "healthy",
+            _ => "degraded",
         };
-        let requests = ["read", "write", "zero", "flush"].map(requests);
         serde_json::from_value(json!({
             "node-name": "disk\x1b[2J", "size": 10_737_418_240_u64, "vote-threshold": 2,
             "read-pattern": "quorum", "rewrite-corrupted": true, "read-only": false,
+            "health": health,
+            "conditions": conditions(&[
+                (undecided > 0, "undecided"),
+                (undecided > 0, "guest-errors"),
+            ]),
+            "errors": errors(u64::from(undecided > 0), None),
             "undecided-sectors": undecided,
-            "requests": Value::Object(requests.into_iter().collect()),
-            "failures": { "read": undecided, "write": 0, "flush": 0 },
             "replicas": [
                 replica("a", "in-service", 0, 0),
                 replica("b", state, stale, corrupt),
@@ -310,10 +242,10 @@ mod tests {
         .unwrap()
     }
 
-    fn text(disk: &Disk) -> String {
+    fn text(disk: &Disk, columns: usize) -> String {
         let terminal = Terminal {
             is_terminal: false,
-            columns: 80,
+            columns,
             colour: false,
             unicode: false,
         };
@@ -323,39 +255,42 @@ mod tests {
     }
 
     #[test]
-    fn health_is_one_word() {
-        for (disk, health) in [
-            (disk("in-service", 0, 0, 0), Health::Healthy),
-            (disk("evicted", 0, 0, 0), Health::Degraded),
-            (disk("syncing", 512, 0, 0), Health::Degraded),
-            (disk("in-service", 0, 1, 0), Health::Degraded),
-            (disk("in-service", 0, 0, 8), Health::Failing),
-        ] {
-            assert_eq!(Health::of(&disk), health, "{disk:?}");
-            assert!(text(&disk).contains(health.word().0));
-        }
+    fn an_unhealthy_disk_has_its_reasons() {
+        assert_eq!(
+            text(&disk("evicted", 4096, 3, 8), 80),
+            "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
+             rewrite-corrupted\n  \
+               no quorum in reads of 8 sectors: some or all of them are undecided\n    \
+                 restore them from a backup, then quorum-blkctl scrub\n  \
+               the guest got 1 I/O error; the last: read: no quorum\n    \
+                 remove the cause, check the guest's files, then quorum-blkctl clear\n  \
+               b is evicted: it does not answer; it rejoins when it does\n    \
+                 if it never does: quorum-blkctl replace b FILE\n  \
+               b is stale in 4 KiB\n  \
+               b is corrupt in 3 sectors\n    \
+                 to repair: quorum-blkctl scrub --repair\n  \
+               b returned 3 errors; the last: read: Input/output error\n    \
+                 check its disk; then quorum-blkctl clear b, or replace b FILE\n\
+             \n\
+             replica  state       stale  corrupt  errors  p99 read  p99 write  file\n\
+             a        in-service      -        -       -         -          -  /images/a\n\
+             b        evicted     4 KiB        3       3         -          -  /images/b\n\
+             c        in-service      -        -       -         -          -  /images/c\n"
+        );
     }
 
     #[test]
-    fn an_unhealthy_disk_has_its_reasons() {
-        assert_eq!(
-            text(&disk("evicted", 4096, 3, 8)),
-            "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
-             rewrite-corrupted\n  \
-               no quorum in reads of 8 sectors: some or all of them are undecided\n  \
-               b is evicted: it does not answer; it rejoins when it does\n  \
-               b is stale in 4 KiB\n  \
-               b is corrupt in 3 sectors; to repair: quorum-blkctl scrub --repair\n  \
-               the guest got 1 I/O error; requests without a quorum: 8 read\n\
-             \n\
-             replica  state       stale  corrupt  found  repaired  errors  p99 read  \
-             p99 write  in flight  file\n\
-             a        in-service      -        -      -         -  -              -  \
-             \x20       -          6  /images/a\n\
-             b        evicted     4 KiB        3      3         -  3 read         -  \
-             \x20       -          6  /images/b\n\
-             c        in-service      -        -      -         -  -              -  \
-             \x20       -          6  /images/c\n"
-        );
+    fn a_wide_terminal_shows_more_columns_than_a_narrow_one() {
+        let headings = |columns| {
+            let text = text(&disk("in-service", 0, 0, 0), columns);
+            let line = text.lines().find(|line| line.starts_with("replica"));
+            let line = line.unwrap().to_owned();
+            assert!(columns < 60 || line.len() <= columns, "{line}");
+            line
+        };
+        assert!(headings(200).contains("found  repaired  errors"));
+        assert!(headings(200).contains("in flight"));
+        assert!(!headings(80).contains("found") && headings(80).contains("p99 write"));
+        assert!(!headings(40).contains("p99") && headings(40).contains("errors"));
     }
 }

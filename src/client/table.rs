@@ -20,6 +20,8 @@ const CUT_MIN: usize = 12;
 #[derive(Debug)]
 pub(super) struct Table {
     columns: Vec<Column>,
+    /// The headings of columns that are left out, the first one first, until the rest fits.
+    optional: &'static [&'static str],
     rows: Vec<Vec<(String, Style)>>,
 }
 
@@ -38,8 +40,14 @@ impl Table {
         };
         Self {
             columns: headings.iter().map(column).collect(),
+            optional: &[],
             rows: Vec::new(),
         }
+    }
+
+    /// Leaves out columns that do not fit, in this order.
+    pub(super) fn may_leave_out(&mut self, headings: &'static [&'static str]) {
+        self.optional = headings;
     }
 
     /// Adds a line with one cell per column.
@@ -49,11 +57,22 @@ impl Table {
     }
 
     /// Writes the table. On a terminal, the last column is cut on its left to fit.
-    pub(super) fn write(&self, out: &mut dyn Write, terminal: Terminal) -> io::Result<()> {
-        let widths: Vec<usize> = (0..self.columns.len())
-            .map(|index| self.width(index))
-            .collect();
-        let before: usize = widths.iter().rev().skip(1).map(|width| width + GAP).sum();
+    pub(super) fn write(mut self, out: &mut dyn Write, terminal: Terminal) -> io::Result<()> {
+        let mut optional = self.optional.iter();
+        let (widths, before) = loop {
+            let widths: Vec<usize> = (0..self.columns.len())
+                .map(|index| self.width(index))
+                .collect();
+            let before: usize = widths.iter().rev().skip(1).map(|width| width + GAP).sum();
+            let last = widths.last().map_or(0, |width| *width.min(&CUT_MIN));
+            if before + last <= terminal.columns {
+                break (widths, before);
+            }
+            match optional.next() {
+                Some(heading) => self.leave_out(heading),
+                None => break (widths, before),
+            }
+        };
         let room = terminal.columns.saturating_sub(before).max(CUT_MIN);
         let headings = self.columns.iter();
         let headings = headings.map(|column| (column.heading.to_owned(), Style::Heading));
@@ -80,6 +99,16 @@ impl Table {
             writeln!(out)?;
         }
         Ok(())
+    }
+
+    fn leave_out(&mut self, heading: &str) {
+        let mut columns = self.columns.iter();
+        if let Some(index) = columns.position(|column| column.heading == heading) {
+            self.columns.remove(index);
+            for row in &mut self.rows {
+                row.remove(index);
+            }
+        }
     }
 
     fn width(&self, index: usize) -> usize {

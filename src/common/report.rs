@@ -10,12 +10,16 @@ pub type Digest = [u8; 32];
 /// One fact for the operator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Report {
-    /// No quorum: the guest's request failed (QUORUM_FAILURE).
+    /// No quorum: a request failed (QUORUM_FAILURE).
     Failure {
-        /// The guest operation.
+        /// The operation.
         operation: OperationType,
         /// Its range.
         range: SectorRange,
+        /// Whose request it was.
+        requester: Requester,
+        /// The first error that a replica returned for the request.
+        error: Option<Errno>,
     },
     /// A replica returned an error or lost the vote (QUORUM_REPORT_BAD).
     Bad {
@@ -32,6 +36,15 @@ pub enum Report {
     Evicted(ReplicaIndex),
     /// An evicted replica answered and is asked again.
     Rejoined(ReplicaIndex),
+}
+
+/// Whose request failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Requester {
+    /// The guest's: it got an I/O error.
+    Guest,
+    /// A job's: the guest has not noticed.
+    Job,
 }
 
 /// A fact that the operator sees only as a total: no event reports it.

@@ -16,14 +16,14 @@ use std::time::Duration;
 
 use super::events::{Event, Notice};
 use crate::common::operation::OperationType;
-use crate::common::report::{Cause, Report};
+use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex};
 use crate::jobs::{JobId, JobStatus};
 
 /// Events of one kind are folded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Kind {
-    Failure(OperationType),
+    Failure(OperationType, Requester, Option<Errno>),
     Corrupt(ReplicaIndex, OperationType),
     Error(ReplicaIndex, OperationType, Errno),
     /// Any error: used when there are too many kinds of errors to keep apart.
@@ -41,7 +41,12 @@ impl Kind {
             Notice::Job(event) => return Self::Job(event.job.id, event.job.status),
         };
         match report {
-            Report::Failure { operation, .. } => Self::Failure(*operation),
+            Report::Failure {
+                operation,
+                requester,
+                error,
+                ..
+            } => Self::Failure(*operation, *requester, *error),
             Report::Bad {
                 replica,
                 operation,
@@ -188,13 +193,12 @@ impl Fold {
 
     fn kind(&self, notice: &Notice) -> Kind {
         let kind = Kind::of(notice);
+        if self.windows.len() < self.limits.kinds_max || self.windows.contains_key(&kind) {
+            return kind;
+        }
         match kind {
-            Kind::Error(replica, operation, _)
-                if self.windows.len() >= self.limits.kinds_max
-                    && !self.windows.contains_key(&kind) =>
-            {
-                Kind::AnyError(replica, operation)
-            }
+            Kind::Error(replica, operation, _) => Kind::AnyError(replica, operation),
+            Kind::Failure(operation, requester, _) => Kind::Failure(operation, requester, None),
             _ => kind,
         }
     }
@@ -296,6 +300,8 @@ mod tests {
         failure.notice = Notice::Report(Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(5, 1),
+            requester: Requester::Guest,
+            error: None,
         });
         assert!(fold.push(ms(0), failure));
     }

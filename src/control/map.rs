@@ -19,10 +19,11 @@ use crate::common::operation::OperationType;
 use crate::common::ranges::RangeSet;
 use crate::common::report::{Cause, Report};
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
+use crate::jobs::JobEvent;
 use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
 
 use super::events::Notice;
+use super::scrub_watch::{ScrubStep, ScrubWatch};
 
 /// The first size of a bucket: 4 KiB.
 const BUCKET_SECTORS_MIN: u64 = 8;
@@ -35,8 +36,7 @@ const DISK: usize = REPLICAS_MAX;
 pub(super) struct DiskMap {
     bucket_sectors: u64,
     rows: [Option<Box<Row>>; REPLICAS_MAX + 1],
-    /// The running scrub; the first if there are several.
-    scrub: Option<JobId>,
+    scrub: ScrubWatch,
 }
 
 /// The findings in a bucket.
@@ -102,7 +102,7 @@ impl DiskMap {
         Self {
             bucket_sectors: BUCKET_SECTORS_MIN,
             rows: [const { None }; REPLICAS_MAX + 1],
-            scrub: None,
+            scrub: ScrubWatch::default(),
         }
     }
 
@@ -110,7 +110,9 @@ impl DiskMap {
     pub(super) fn record(&mut self, notice: &Notice) {
         match notice {
             Notice::Job(event) => self.job_changed(event),
-            Notice::Report(Report::Failure { operation, range }) => {
+            Notice::Report(Report::Failure {
+                operation, range, ..
+            }) => {
                 self.count(DISK, *range, |bucket, _| bucket.errors += 1);
                 if *operation == OperationType::Read {
                     self.row(DISK).mark_unresolved(*range);
@@ -185,27 +187,13 @@ impl DiskMap {
     }
 
     fn job_changed(&mut self, event: &JobEvent) {
-        if !matches!(event.job.kind, JobKind::Scrub { .. }) {
-            return;
-        }
-        let id = event.job.id;
-        match event.what {
-            JobChange::Status if self.scrub.is_none() && event.job.status == JobStatus::Created => {
-                self.scrub = Some(id);
-                for row in self.rows.iter_mut().flatten() {
-                    row.found_again = RangeSet::bounded(MAP_RANGES_MAX);
-                }
+        let step = self.scrub.see(event);
+        for row in self.rows.iter_mut().flatten() {
+            match step {
+                Some(ScrubStep::Started) => row.found_again = RangeSet::bounded(MAP_RANGES_MAX),
+                Some(ScrubStep::ReadAll) => row.unresolved.clone_from(&row.found_again),
+                None => {}
             }
-            JobChange::Completed if self.scrub == Some(id) => {
-                self.scrub = None;
-                if !matches!(event.job.error, Some(JobFailure::NotRead { .. })) {
-                    for row in self.rows.iter_mut().flatten() {
-                        row.unresolved.clone_from(&row.found_again);
-                    }
-                }
-            }
-            JobChange::Cancelled if self.scrub == Some(id) => self.scrub = None,
-            JobChange::Status | JobChange::Completed | JobChange::Cancelled => {}
         }
     }
 
@@ -245,8 +233,8 @@ fn sectors(row: Option<&Row>) -> u64 {
 mod tests {
     use super::*;
     use crate::common::Errno;
-    use crate::common::report::Evidence;
-    use crate::jobs::JobInfo;
+    use crate::common::report::{Evidence, Requester};
+    use crate::jobs::{JobChange, JobFailure, JobInfo, JobKind, JobStatus};
     use proptest::prelude::*;
 
     const REPLICA: ReplicaIndex = ReplicaIndex(1);
@@ -332,7 +320,12 @@ mod tests {
         let mut map = DiskMap::new();
         for operation in [OperationType::Read, OperationType::Write] {
             let range = range(8, 8);
-            map.record(&Notice::Report(Report::Failure { operation, range }));
+            map.record(&Notice::Report(Report::Failure {
+                operation,
+                range,
+                requester: Requester::Guest,
+                error: None,
+            }));
         }
         assert_eq!(buckets(&map, None)[0].1.errors, 2);
         assert_eq!(map.undecided_sectors(), 8);

@@ -6,6 +6,7 @@
 
 use serde::Serialize;
 
+use super::condition::Health;
 use super::map::{Bucket, Row};
 use super::queue::EventQueue;
 use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
@@ -19,6 +20,8 @@ pub struct MapState {
     pub node_name: String,
     /// Its size in bytes.
     pub size: u64,
+    /// Its health.
+    pub health: Health,
     /// The size of a bucket.
     pub bucket_bytes: u64,
     /// Failed requests of the guest.
@@ -129,6 +132,13 @@ pub struct RangeState {
     pub sector_count: u64,
 }
 
+/// The properties of the disk that the map does not have.
+pub(crate) struct MappedDisk {
+    pub(crate) node_name: String,
+    pub(crate) size: u64,
+    pub(crate) health: Health,
+}
+
 /// The properties of a replica that the map does not have.
 pub(crate) struct ReplicaPlaces {
     pub(crate) index: ReplicaIndex,
@@ -137,14 +147,18 @@ pub(crate) struct ReplicaPlaces {
 }
 
 impl MapState {
-    /// The map of a disk of `size` bytes with these replicas, in at most `buckets_max` buckets.
+    /// The map of this disk with these replicas, in at most `buckets_max` buckets.
     pub(crate) fn new(
         reports: &EventQueue,
-        node_name: String,
-        size: u64,
+        disk: MappedDisk,
         buckets_max: usize,
         replicas: impl IntoIterator<Item = ReplicaPlaces>,
     ) -> Self {
+        let MappedDisk {
+            node_name,
+            size,
+            health,
+        } = disk;
         let capacity_sectors = size / SECTOR_BYTES;
         let base_sectors = reports.map().bucket_sectors(capacity_sectors);
         let together = capacity_sectors
@@ -164,6 +178,7 @@ impl MapState {
         Self {
             node_name,
             size,
+            health,
             bucket_bytes: cut.bucket_sectors * SECTOR_BYTES,
             failures: cut.failures(view(None)),
             replicas: replicas.into_iter().map(replica_map).collect(),
@@ -324,14 +339,12 @@ mod tests {
                 node_name: "a".into(),
                 stale: vec![SectorRange::new((1 << 21) - 4, 4)],
             };
-            serde_json::to_value(MapState::new(
-                &queue,
-                "disk".into(),
-                1 << 30,
-                buckets,
-                [places],
-            ))
-            .unwrap()
+            let disk = MappedDisk {
+                node_name: "disk".into(),
+                size: 1 << 30,
+                health: Health::Degraded,
+            };
+            serde_json::to_value(MapState::new(&queue, disk, buckets, [places])).unwrap()
         };
         let bucket = |offset: u64, errors: u64, stale: u64| {
             json!({

@@ -6,6 +6,7 @@ use prometheus::proto::{
     Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType,
 };
 
+use super::condition::{DiskCondition, Health, ReplicaCondition};
 use super::state::{DiskState, Operations, ReplicaState, ServiceState};
 use crate::statistics::Distribution;
 
@@ -128,6 +129,26 @@ impl Page {
 
     fn requests(&mut self, disk: &DiskState) {
         self.gauge(
+            "disk_health",
+            "1 for the health of the disk, 0 for the other words.",
+            |add| {
+                for health in Health::ALL {
+                    let holds = disk.health == *health;
+                    add(&[("health", health.name())], u64::from(holds));
+                }
+            },
+        );
+        self.gauge(
+            "disk_condition",
+            "1 for the conditions that the disk has, 0 for the others.",
+            |add| {
+                for condition in DiskCondition::ALL {
+                    let holds = disk.conditions.contains(condition);
+                    add(&[("condition", condition.name())], u64::from(holds));
+                }
+            },
+        );
+        self.gauge(
             "undecided_sectors",
             "Sectors that had no winner when they were last read.",
             |add| add(&[], disk.undecided_sectors),
@@ -164,6 +185,22 @@ impl Page {
                             ("state", state.name()),
                         ];
                         add(&labels, u64::from(replica.state == state));
+                    }
+                }
+            },
+        );
+        self.gauge(
+            "replica_condition",
+            "1 for the conditions that the replica has, 0 for the others.",
+            |add| {
+                for replica in &disk.replicas {
+                    for condition in ReplicaCondition::ALL {
+                        let labels = [
+                            ("replica", replica.node_name.as_str()),
+                            ("condition", condition.name()),
+                        ];
+                        let holds = replica.conditions.contains(condition);
+                        add(&labels, u64::from(holds));
                     }
                 }
             },

@@ -3,8 +3,9 @@
 //! - [`queue`] takes events from any thread and folds floods (`fold`); [`events`] formats them.
 //! - [`publisher`] sends them to the readers of the event socket, the clients of the monitor and
 //!   the log. The commands of those clients ([`qmp`]) call the [`Operator`].
-//! - [`state`] is the disk as operators see it, and [`map_state`] the map of findings (`map`).
-//!   [`metrics`] formats the state for Prometheus, and [`http`] serves it.
+//! - [`state`] is the disk as operators see it, with the errors that they have not cleared
+//!   ([`errors`]) and what needs their attention ([`condition`]). [`map_state`] is the map of
+//!   findings (`map`). [`metrics`] formats the state for Prometheus, and [`http`] serves it.
 //! - [`socket`] creates the UNIX sockets that the daemon listens on.
 //!
 //! The engine does not know this room, and never waits for it.
@@ -13,6 +14,8 @@
 
 mod acceptor;
 mod client;
+pub mod condition;
+pub mod errors;
 pub mod events;
 mod fold;
 pub mod http;
@@ -24,6 +27,7 @@ pub mod publisher;
 pub mod qmp;
 pub mod queue;
 mod reader;
+mod scrub_watch;
 pub mod socket;
 pub mod state;
 pub(crate) mod wake;
@@ -68,6 +72,8 @@ pub enum Change {
         /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
         speed_bytes: u64,
     },
+    /// Clear the errors of a replica; without a name, those of the guest and of all replicas.
+    ClearErrors(Option<String>),
     /// Change a job.
     Job {
         /// Its id.

@@ -183,7 +183,7 @@ impl Server {
             for round in batch.events.chunks(EVENTS_PER_ROUND) {
                 let lines: Vec<(Vec<u8>, u64)> = round
                     .iter()
-                    .filter_map(|event| Some((event.to_line(&self.names)?, event.stands_for())))
+                    .map(|event| (event.to_line(&self.names), event.stands_for()))
                     .collect();
                 self.send(&lines);
                 round.iter().for_each(|event| event.log(&self.names));

@@ -3,7 +3,7 @@
 //! Invariants:
 //! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during
 //!   a system call, and writes at most one eventfd, which does not block.
-//! - The map of findings has a lock of its own, which is held as briefly.
+//! - The map of findings and the log of errors have locks of their own, which are held as briefly.
 //! - Events that are not taken stay bounded: they are folded (`fold`) and remain counted.
 
 use std::io;
@@ -11,6 +11,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
+use super::errors::{ErrorLog, Errors};
 use super::events::{Event, Notice};
 use super::fold::{Fold, FoldLimits};
 use super::map::DiskMap;
@@ -29,6 +30,8 @@ pub struct EventQueue {
     state: Mutex<State>,
     /// Gets every notice, before it is folded.
     map: Mutex<DiskMap>,
+    /// Likewise.
+    errors: Mutex<ErrorLog>,
     /// Readable when there is something new for the publisher.
     wake: Wake,
     /// The start of the time of the folding.
@@ -63,6 +66,7 @@ impl EventQueue {
                 closed: false,
             }),
             map: Mutex::new(DiskMap::new()),
+            errors: Mutex::default(),
             wake: Wake::new()?,
             opened_at: Instant::now(),
         }))
@@ -76,6 +80,7 @@ impl EventQueue {
             suppressed: 0,
         };
         self.map().record(&event.notice);
+        self.errors().record(&event.notice, event.made_at);
         let wake = {
             let mut state = self.state();
             state.fold.push(self.opened_at.elapsed(), event)
@@ -91,9 +96,30 @@ impl EventQueue {
         self.map().repaired(replica, range);
     }
 
-    /// Clears the row of the map: a new replica has this index.
+    /// Clears the row of the map, and the errors: a new replica has this index.
     pub fn forget(&self, replica: ReplicaIndex) {
         self.map().forget(replica);
+        self.clear_errors(replica);
+    }
+
+    /// The errors of a replica that are not cleared.
+    pub fn errors_of(&self, replica: ReplicaIndex) -> Errors {
+        self.errors().of(replica)
+    }
+
+    /// The I/O errors of the guest that are not cleared.
+    pub fn guest_errors(&self) -> Errors {
+        self.errors().of_guest()
+    }
+
+    /// Clears the errors of a replica.
+    pub fn clear_errors(&self, replica: ReplicaIndex) {
+        self.errors().clear(replica);
+    }
+
+    /// Clears the I/O errors of the guest.
+    pub fn clear_guest_errors(&self) {
+        self.errors().clear_guest();
     }
 
     /// The map of findings.
@@ -138,6 +164,10 @@ impl EventQueue {
         self.wake.signal();
     }
 
+    fn errors(&self) -> MutexGuard<'_, ErrorLog> {
+        self.errors.lock().expect(NOT_POISONED)
+    }
+
     fn state(&self) -> MutexGuard<'_, State> {
         self.state.lock().expect(NOT_POISONED)
     }
@@ -154,12 +184,14 @@ impl AsRawFd for EventQueue {
 mod tests {
     use super::*;
     use crate::common::operation::OperationType;
-    use crate::common::report::Report;
+    use crate::common::report::{Report, Requester};
 
     fn failure(sector: u64) -> Report {
         Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(sector, 1),
+            requester: Requester::Guest,
+            error: None,
         }
     }
 

@@ -3,6 +3,9 @@
 
 use serde::{Serialize, Serializer};
 
+use super::condition::{DiskCondition, Health, ReplicaCondition};
+use super::errors::Errors;
+use crate::common::operation::OperationType;
 use crate::statistics::{Distribution, Figures};
 
 /// A disk at one moment.
@@ -13,6 +16,12 @@ pub struct DiskState {
     pub node_name: String,
     /// Bytes.
     pub size: u64,
+    /// Its health.
+    pub health: Health,
+    /// Why it is failing.
+    pub conditions: Vec<DiskCondition>,
+    /// I/O errors that the guest got and that are not cleared.
+    pub errors: Errors,
     /// How it votes.
     #[serde(flatten)]
     pub policy: PolicyState,
@@ -85,6 +94,10 @@ pub struct ReplicaState {
     pub is_block_device: bool,
     /// Whether it is in service.
     pub state: ServiceState,
+    /// Why it is not good.
+    pub conditions: Vec<ReplicaCondition>,
+    /// Errors that it returned and that are not cleared.
+    pub errors: Errors,
     /// Bytes of which it does not hold the newest data.
     pub stale_bytes: u64,
     /// Corrupt sectors that were found; a sector that is found again counts again.
@@ -161,7 +174,7 @@ impl ServiceState {
 }
 
 /// A value for each type of operation.
-#[derive(Clone, Debug, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ByOperation<T> {
     /// For reads.
     pub read: T,
@@ -172,6 +185,15 @@ pub struct ByOperation<T> {
 }
 
 impl<T> ByOperation<T> {
+    /// The value for an operation.
+    pub(super) fn of(&mut self, operation: OperationType) -> &mut T {
+        match operation {
+            OperationType::Read => &mut self.read,
+            OperationType::Write => &mut self.write,
+            OperationType::Flush => &mut self.flush,
+        }
+    }
+
     /// The values with the names of their types.
     pub fn iter(&self) -> impl Iterator<Item = (&'static str, &T)> {
         [

@@ -14,7 +14,8 @@ use crate::common::message::Quoted;
 use crate::common::operation::OperationType;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Cache, Config, check_node_name};
-use crate::control::map_state::{MapState, ReplicaPlaces};
+use crate::control::condition;
+use crate::control::map_state::{MapState, MappedDisk, ReplicaPlaces};
 use crate::control::queue::EventQueue;
 use crate::control::state::{
     ByOperation, DiskState, JobState, PolicyState, ReplicaState, Requests, ServiceState,
@@ -148,6 +149,23 @@ impl DiskOperator {
         done.map_err(line)
     }
 
+    fn clear_errors(&self, node_name: Option<&str>) -> Result<(), String> {
+        let mut cleared = self.admin.replicas();
+        match node_name {
+            Some(name) => {
+                cleared.retain(|(_, file)| file.node_name == name);
+                if cleared.is_empty() {
+                    return Err(line(AdminError::UnknownReplica(name.to_owned())));
+                }
+            }
+            None => self.reports.clear_guest_errors(),
+        }
+        for (index, _) in cleared {
+            self.reports.clear_errors(index);
+        }
+        Ok(())
+    }
+
     fn nodes(&self) -> MutexGuard<'_, BTreeMap<String, Node>> {
         self.nodes.lock().expect(NOT_POISONED)
     }
@@ -158,20 +176,26 @@ impl DiskOperator {
             let stale = self.shared.stale_sectors(index);
             let totals = self.statistics.replica(index);
             let operations = |kind| self.statistics.operations(index.as_usize(), kind).into();
+            let state = match (in_service.contains(index), stale) {
+                (true, 0) => ServiceState::InService,
+                (true, _) => ServiceState::Syncing,
+                (false, _) => ServiceState::Evicted,
+            };
+            let stale_bytes = stale * SECTOR_BYTES;
+            let corrupt_sectors = self.reports.corrupt_sectors(index);
+            let errors = self.reports.errors_of(index);
             ReplicaState {
                 node_name: file.node_name.clone(),
                 file: file.path.to_string_lossy().into_owned(),
                 is_block_device: file.is_block_device,
-                state: match (in_service.contains(index), stale) {
-                    (true, 0) => ServiceState::InService,
-                    (true, _) => ServiceState::Syncing,
-                    (false, _) => ServiceState::Evicted,
-                },
-                stale_bytes: stale * SECTOR_BYTES,
+                state,
+                conditions: condition::of_replica(state, stale_bytes, corrupt_sectors, &errors),
+                errors,
+                stale_bytes,
                 corrupt_sectors_found: totals.sectors_corrupt,
                 repaired_sectors: totals.sectors_repaired,
                 repair_failed_sectors: totals.sectors_not_repaired,
-                corrupt_sectors: self.reports.corrupt_sectors(index),
+                corrupt_sectors,
                 resynced_sectors: totals.sectors_resynced,
                 evictions: totals.evictions,
                 rejoins: totals.rejoins,
@@ -189,9 +213,16 @@ impl DiskOperator {
 impl Operator for DiskOperator {
     fn state(&self) -> DiskState {
         let requests = |kind| self.statistics.requests(kind).into();
+        let replicas = self.replicas();
+        let undecided_sectors = self.reports.undecided_sectors();
+        let errors = self.reports.guest_errors();
+        let conditions = condition::of_disk(undecided_sectors, &errors);
         DiskState {
             node_name: self.fixed.node_name.clone(),
             size: self.fixed.capacity.bytes(),
+            health: condition::health(&conditions, &replicas),
+            conditions,
+            errors,
             policy: self.fixed.policy.clone(),
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
@@ -206,10 +237,10 @@ impl Operator for DiskOperator {
                 written_to_byte: self.statistics.written_to_byte(),
             },
             failures: by_operation(|kind| self.statistics.failures(kind)),
-            undecided_sectors: self.reports.undecided_sectors(),
+            undecided_sectors,
             confirmations: self.statistics.confirmations(),
             confirmations_without_fault: self.statistics.confirmations_without_fault(),
-            replicas: self.replicas(),
+            replicas,
         }
     }
 
@@ -221,9 +252,17 @@ impl Operator for DiskOperator {
             stale: self.shared.stale_ranges(index),
         });
         let DiskState {
-            node_name, size, ..
+            node_name,
+            size,
+            health,
+            ..
         } = self.state();
-        MapState::new(&self.reports, node_name, size, buckets, places)
+        let disk = MappedDisk {
+            node_name,
+            size,
+            health,
+        };
+        MapState::new(&self.reports, disk, buckets, places)
     }
 
     fn jobs(&self) -> Vec<JobState> {
@@ -267,6 +306,9 @@ impl Operator for DiskOperator {
                 node_name,
                 speed_bytes,
             } => Some(admin.resync(&node_name, speed_bytes).map_err(line)?),
+            Change::ClearErrors(node_name) => {
+                self.clear_errors(node_name.as_deref()).map(|()| None)?
+            }
             Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
         };
         Ok(started.map(|id| id.to_string()))

@@ -14,7 +14,7 @@ use super::shared::{Shared, Waiter, WorkerIndex};
 use crate::common::buffer::{Buffer, BufferPool};
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
-use crate::common::report::{Cause, Report};
+use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::vote::Rule;
@@ -38,6 +38,8 @@ pub(super) struct Core {
     pub(super) confirmations: usize,
     /// Emptied lists of replies, for reuse.
     pub(super) spare_buffers: Vec<Vec<Option<Buffer>>>,
+    /// The first error of each request that has had one.
+    first_errors: Vec<(RequestId, Errno)>,
     /// Scratch for [`Context::unlock`].
     waiters: Vec<Waiter>,
 }
@@ -70,7 +72,16 @@ impl Core {
             suspicions: VecDeque::new(),
             confirmations: 0,
             spare_buffers: Vec::new(),
+            first_errors: Vec::new(),
             waiters: Vec::new(),
+        }
+    }
+
+    /// A request is retired: its errors are history.
+    #[inline]
+    pub(super) fn forget_errors(&mut self, request: RequestId) {
+        if !self.first_errors.is_empty() {
+            self.first_errors.retain(|(id, _)| *id != request);
         }
     }
 
@@ -178,6 +189,11 @@ impl<E: Effects> Context<'_, E> {
         range: SectorRange,
         errno: Errno,
     ) {
+        let id = self.id;
+        let errors = &mut self.core.first_errors;
+        if errors.iter().all(|(request, _)| *request != id) {
+            errors.push((id, errno));
+        }
         self.effects.report(Report::Bad {
             replica,
             operation,
@@ -186,9 +202,21 @@ impl<E: Effects> Context<'_, E> {
         });
     }
 
-    /// Reports that there is no quorum (R3).
-    pub(super) fn report_failure(&mut self, operation: OperationType, range: SectorRange) {
-        self.effects.report(Report::Failure { operation, range });
+    /// Reports that a request of `requester` fails (R3).
+    pub(super) fn report_failure(
+        &mut self,
+        requester: Requester,
+        operation: OperationType,
+        range: SectorRange,
+    ) {
+        let mut errors = self.core.first_errors.iter();
+        let first = errors.find(|(request, _)| *request == self.id);
+        self.effects.report(Report::Failure {
+            operation,
+            range,
+            requester,
+            error: first.map(|(_, errno)| *errno),
+        });
     }
 
     /// Hands the end of a chunk to its job.

@@ -7,6 +7,7 @@ use super::context::{Context, Progress};
 use super::interface::{Effects, Failed, Tag};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, OperationType, Reply};
+use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::health::FlushEpoch;
@@ -131,7 +132,7 @@ impl Flush {
         match self.origin {
             Origin::Request(tag) if success => context.effects.complete(tag, Ok(&[])),
             Origin::Request(tag) => {
-                context.report_failure(OperationType::Flush, NO_RANGE);
+                context.report_failure(Requester::Guest, OperationType::Flush, NO_RANGE);
                 context.effects.complete(tag, Err(Failed));
             }
             Origin::Job(chunk) => context.chunk_ended(

@@ -229,6 +229,7 @@ impl Engine {
             self.buffer_bytes -= slot.buffer_bytes;
         }
         if self.core.in_flight.of_request(id) == 0 {
+            self.core.forget_errors(id);
             self.slots.empty(id);
         }
     }

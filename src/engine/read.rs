@@ -9,7 +9,7 @@ use super::interface::{Effects, Failed, ReadPattern, Tag};
 use super::replies::Replies;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
-use crate::common::report::Fact;
+use crate::common::report::{Fact, Requester};
 use crate::common::{ReplicaSet, SectorRange};
 
 #[derive(Debug)]
@@ -246,7 +246,7 @@ impl Read {
     /// Answers the guest with an error, if it has no answer yet: there is no quorum.
     fn fail(&mut self, context: &mut Context<'_, impl Effects>) {
         if let Some(tag) = self.tag.take() {
-            context.report_failure(OperationType::Read, self.range);
+            context.report_failure(Requester::Guest, OperationType::Read, self.range);
             context.effects.complete(tag, Err(Failed));
         }
     }

@@ -10,7 +10,7 @@ use super::interface::Effects;
 use super::replies::Replies;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
-use crate::common::report::Fact;
+use crate::common::report::{Fact, Requester};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkId;
 use crate::quorum::vote::Rule;
@@ -148,7 +148,7 @@ impl Scrub {
             Next::Answer(_) => unreachable!("nothing waits for an early answer"),
             Next::Decided(decision) => {
                 if !decision.is_complete() {
-                    context.report_failure(OperationType::Read, self.order.range);
+                    context.report_failure(Requester::Job, OperationType::Read, self.order.range);
                 }
                 let Stage::Confirming(confirmation) = &mut self.stage else {
                     unreachable!("decided by a confirmation");

@@ -10,6 +10,7 @@ use super::interface::{Effects, Failed, Tag};
 use super::range_locks::LockKey;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
+use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::quorum::health::{WriteBegun, WriteEnd};
 use crate::quorum::tally::Tally;
@@ -141,7 +142,7 @@ impl Write {
         if self.end(writing, context) {
             context.effects.complete(self.tag, Ok(&[]));
         } else {
-            context.report_failure(OperationType::Write, self.order.range);
+            context.report_failure(Requester::Guest, OperationType::Write, self.order.range);
             context.effects.complete(self.tag, Err(Failed));
         }
         context.unlock(self.lock);

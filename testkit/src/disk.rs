@@ -159,7 +159,12 @@ impl Disk {
 
     /// The monitor of ours.
     pub fn monitor(&self) -> Monitor {
-        Monitor::connect(&self.directory.path().join(MONITOR_SOCKET))
+        Monitor::connect(&self.monitor_socket())
+    }
+
+    /// The socket of the monitor of ours.
+    pub fn monitor_socket(&self) -> PathBuf {
+        self.directory.path().join(MONITOR_SOCKET)
     }
 
     /// The state of ours (`query-quorum`).
@@ -234,9 +239,13 @@ impl Disk {
 }
 
 fn of_the_vote(mut events: Vec<Value>) -> Vec<Value> {
-    events.retain(|event| {
-        let name = event["event"].as_str().unwrap_or_default();
-        name.starts_with("QUORUM_")
-    });
+    events.retain(is_of_the_vote);
     events
+}
+
+/// Whether the event says that a replica or a request failed. That a replica was evicted or
+/// rejoined also depends on the machine.
+pub fn is_of_the_vote(event: &Value) -> bool {
+    let name = event["event"].as_str().unwrap_or_default();
+    name.starts_with("QUORUM_") && !name.starts_with("QUORUM_REPLICA_")
 }

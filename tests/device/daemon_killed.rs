@@ -19,6 +19,7 @@ use testkit::HANG_LIMIT;
 use serde_json::Value;
 use tempfile::TempDir;
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::disk::is_of_the_vote;
 use testkit::frontend::{Completion, Cut, Layout, Plan, Range, Request, Style, Vmm};
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::{BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, create_images};
@@ -340,10 +341,7 @@ impl Soak {
             [0; 0],
             "sectors that are not the newest"
         );
-        self.events.retain(|event| {
-            let name = event["event"].as_str().unwrap_or_default();
-            name.starts_with("QUORUM_")
-        });
+        self.events.retain(is_of_the_vote);
         assert_eq!(self.events, [Value::Null; 0], "no replica has a fault");
     }
 }

@@ -614,7 +614,7 @@ fn a_server_that_is_no_monitor_is_an_error() {
         (
             after_greeting(
                 "{\"return\": {\"node-name\": \"d\", \"size\": 9223372036854775807, \
-                 \"bucket-bytes\": 1, \
+                 \"bucket-bytes\": 1, \"health\": \"healthy\", \
                             \"failures\": {\"buckets\": [], \"undecided\": []}, \"replicas\": []}}",
             ),
             "map",
@@ -716,12 +716,11 @@ fn an_endless_reply_is_refused_in_bounded_memory() {
 #[test]
 fn a_disk_is_resized_by_its_name_and_never_shrunk() {
     let state = |size: u64| {
-        let none = json!({ "failed": 0, "in-flight": 0 });
         json!({ "return": {
             "node-name": "disk", "size": size, "vote-threshold": 1, "read-pattern": "quorum",
             "rewrite-corrupted": false, "read-only": false, "undecided-sectors": 0, "replicas": [],
-            "requests": { "read": none, "write": none, "zero": none, "flush": none },
-            "failures": { "read": 0, "write": 0, "flush": 0 },
+            "health": "healthy", "conditions": [],
+            "errors": { "read": 0, "write": 0, "flush": 0 },
         }})
     };
     for (argument, expected) in [("+1G", 11_u64 << 30), ("12G", 12 << 30)] {

@@ -14,7 +14,7 @@ use testkit::HANG_LIMIT;
 use testkit::machine::measure;
 
 use quorum_blk::common::operation::OperationType;
-use quorum_blk::common::report::{Cause, Report};
+use quorum_blk::common::report::{Cause, Report, Requester};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::Publisher;
@@ -73,6 +73,8 @@ fn failure(sector: u64) -> Report {
     Report::Failure {
         operation: OperationType::Read,
         range: SectorRange::new(sector, 8),
+        requester: Requester::Guest,
+        error: None,
     }
 }
 

@@ -4,6 +4,7 @@
 mod admin;
 mod admin_failures;
 mod blkctl;
+mod conditions;
 mod disk_state;
 mod event_socket;
 mod metrics;

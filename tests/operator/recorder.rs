@@ -5,6 +5,8 @@
 
 use std::sync::{Mutex, PoisonError};
 
+use quorum_blk::control::condition::Health;
+use quorum_blk::control::errors::Errors;
 use quorum_blk::control::map_state::{FailuresState, MapState, UndecidedRanges};
 use quorum_blk::control::state::{
     ByOperation, DiskState, JobState, Operations, PolicyState, ReplicaState, Requests, ServiceState,
@@ -99,6 +101,7 @@ fn map(buckets: usize) -> MapState {
     MapState {
         node_name: DISK.into(),
         size,
+        health: Health::Healthy,
         bucket_bytes: size.div_ceil(buckets.max(1) as u64),
         failures: FailuresState {
             buckets: Vec::new(),
@@ -130,6 +133,8 @@ pub fn disk() -> DiskState {
         file: format!("/images/{name}"),
         is_block_device: false,
         state: ServiceState::InService,
+        conditions: Vec::new(),
+        errors: Errors::default(),
         stale_bytes: 0,
         corrupt_sectors_found: 0,
         corrupt_sectors: 0,
@@ -143,6 +148,9 @@ pub fn disk() -> DiskState {
     DiskState {
         node_name: DISK.into(),
         size: 1 << 30,
+        health: Health::Healthy,
+        conditions: Vec::new(),
+        errors: Errors::default(),
         policy: PolicyState {
             vote_threshold: 2,
             read_pattern: "quorum".into(),

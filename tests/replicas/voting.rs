@@ -11,6 +11,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 use testkit::client::{Client, Failed, Request};
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
+use testkit::disk::is_of_the_vote;
 use testkit::images::{Random, are_identical, corrupt_sectors, create_images, first_difference};
 use testkit::process::wait_until;
 
@@ -64,12 +65,7 @@ impl Setup {
         assert!(!self.daemon.socket().exists(), "the socket is left behind");
         let mut events = self.events.all_until_closed();
         // Events of jobs that start by themselves do not matter here.
-        events.retain(|event| {
-            event["event"]
-                .as_str()
-                .unwrap_or_default()
-                .starts_with("QUORUM_")
-        });
+        events.retain(is_of_the_vote);
         events
     }
 }

@@ -7,36 +7,46 @@
 //! - The timestamp is that of the report, however late the line is sent.
 
 use std::fmt::Write as _;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::SystemTime;
 
 use serde::Serialize;
 
 use super::{Event, Names, Notice, type_name};
 use crate::common::SectorRange;
-use crate::common::report::{Cause, Digest, Evidence, Report};
+use crate::common::report::{Cause, Digest, Evidence, Report, Requester};
+use crate::control::errors::{ErrorReason, Timestamp};
 use crate::control::json::to_ascii;
 use crate::jobs::{JobChange, JobEvent};
 
 impl Event {
-    /// The event as it is sent: a JSON object and the newline that ends it. `None` for an event
-    /// that only the log gets.
-    pub fn to_line(&self, names: &Names) -> Option<Vec<u8>> {
+    /// The event as it is sent: a JSON object and the newline that ends it.
+    pub fn to_line(&self, names: &Names) -> Vec<u8> {
         let suppressed = self.suppressed;
         let report = match &self.notice {
             Notice::Report(report) => report,
-            Notice::Job(event) => return Some(job_line(event, names, self.made_at)),
+            Notice::Job(event) => return job_line(event, names, self.made_at),
         };
         match report {
-            Report::Failure { operation, range } => {
+            Report::Failure {
+                operation,
+                range,
+                requester,
+                error,
+            } => {
                 let data = Failure {
                     reference: &names.reference,
                     sector_num: range.start,
                     sector_count: range.count,
                     sectors_count: range.count,
                     r#type: type_name(*operation),
+                    requester: match requester {
+                        Requester::Guest => "guest",
+                        Requester::Job => "job",
+                    },
+                    reason: error.map(ErrorReason::from),
                     suppressed,
                 };
-                Some(line("QUORUM_FAILURE", data, self.made_at))
+                line("QUORUM_FAILURE", data, self.made_at)
             }
             Report::Bad {
                 replica,
@@ -59,9 +69,24 @@ impl Event {
                     evidence: evidence.map(Proof::from),
                     suppressed,
                 };
-                Some(line("QUORUM_REPORT_BAD", data, self.made_at))
+                line("QUORUM_REPORT_BAD", data, self.made_at)
             }
-            Report::Evicted(_) | Report::Rejoined(_) => None,
+            Report::Evicted(replica) => {
+                let node_name = &names.nodes.get(*replica);
+                let data = OfReplica {
+                    node_name,
+                    suppressed,
+                };
+                line("QUORUM_REPLICA_EVICTED", data, self.made_at)
+            }
+            Report::Rejoined(replica) => {
+                let node_name = &names.nodes.get(*replica);
+                let data = OfReplica {
+                    node_name,
+                    suppressed,
+                };
+                line("QUORUM_REPLICA_REJOINED", data, self.made_at)
+            }
         }
     }
 }
@@ -109,12 +134,6 @@ struct Line<D> {
 }
 
 #[derive(Serialize)]
-struct Timestamp {
-    seconds: u64,
-    microseconds: u32,
-}
-
-#[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Failure<'a> {
     reference: &'a str,
@@ -122,6 +141,9 @@ struct Failure<'a> {
     sector_count: u64,
     sectors_count: u64,
     r#type: &'static str,
+    requester: &'static str,
+    #[serde(flatten)]
+    reason: Option<ErrorReason>,
     #[serde(skip_serializing_if = "is_zero")]
     suppressed: u64,
 }
@@ -139,6 +161,14 @@ struct ReportBad<'a> {
     error: Option<String>,
     #[serde(flatten)]
     evidence: Option<Proof>,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct OfReplica<'a> {
+    node_name: &'a str,
     #[serde(skip_serializing_if = "is_zero")]
     suppressed: u64,
 }
@@ -208,15 +238,10 @@ struct Missed {
 }
 
 fn line<D: Serialize>(event: &'static str, data: D, at: SystemTime) -> Vec<u8> {
-    // A host whose clock is before 1970 still gets its events.
-    let since_epoch = at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let object = Line {
         event,
         data,
-        timestamp: Timestamp {
-            seconds: since_epoch.as_secs(),
-            microseconds: since_epoch.subsec_micros(),
-        },
+        timestamp: at.into(),
     };
     let mut bytes = to_ascii(&object);
     bytes.push(b'\n');
@@ -245,7 +270,7 @@ mod tests {
     use crate::common::operation::OperationType;
     use crate::common::{Errno, ReplicaIndex};
     use crate::control::events::NodeNames;
-    use std::time::Duration;
+    use std::time::{Duration, UNIX_EPOCH};
 
     fn names() -> Names {
         Names {
@@ -260,7 +285,7 @@ mod tests {
             made_at: UNIX_EPOCH + Duration::from_micros(1_344_522_075_745_528),
             suppressed,
         };
-        String::from_utf8(event.to_line(&names()).expect("it is sent")).unwrap()
+        String::from_utf8(event.to_line(&names())).unwrap()
     }
 
     fn corrupt(evidence: Evidence) -> Report {
@@ -287,12 +312,14 @@ mod tests {
         let report = Report::Failure {
             operation: OperationType::Read,
             range: SectorRange::new(345_435, 5),
+            requester: Requester::Guest,
+            error: None,
         };
         assert_eq!(
             text(report, 0),
             concat!(
                 r#"{"event":"QUORUM_FAILURE","data":{"reference":"usr1","sector-num":345435,"#,
-                r#""sector-count":5,"sectors-count":5,"type":"read"},"#,
+                r#""sector-count":5,"sectors-count":5,"type":"read","requester":"guest"},"#,
                 r#""timestamp":{"seconds":1344522075,"microseconds":745528}}"#,
                 "\n"
             )
@@ -355,6 +382,8 @@ mod tests {
         let report = Report::Failure {
             operation: OperationType::Write,
             range: SectorRange::new(1, 1),
+            requester: Requester::Guest,
+            error: None,
         };
         let event = Event {
             notice: report.into(),
@@ -365,7 +394,7 @@ mod tests {
             reference: "a\n\"b".into(),
             nodes: NodeNames::default(),
         };
-        let line = event.to_line(&names).unwrap();
+        let line = event.to_line(&names);
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         let value: serde_json::Value = serde_json::from_slice(&line).unwrap();
         assert_eq!(value["data"]["reference"], "a\n\"b");
@@ -401,11 +430,14 @@ mod tests {
         let failure = Report::Failure {
             operation: OperationType::Read,
             range,
+            requester: Requester::Guest,
+            error: None,
         };
         for line in [
             text(corrupt(evidence), 0),
             text(error, 41),
             text(failure, 0),
+            text(Report::Evicted(ReplicaIndex(1)), 0),
         ] {
             assert!(manual.contains(&line), "not in docs/events.md: {line}");
         }

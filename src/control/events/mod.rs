@@ -90,7 +90,7 @@ impl Event {
     }
 }
 
-fn type_name(operation: OperationType) -> &'static str {
+pub(super) fn type_name(operation: OperationType) -> &'static str {
     match operation {
         OperationType::Read => "read",
         OperationType::Write => "write",

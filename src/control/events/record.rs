@@ -5,7 +5,7 @@ use log::{Level, Record};
 use super::line::hex;
 use super::{Event, Names, Notice, type_name};
 use crate::common::SectorRange;
-use crate::common::report::{Cause, Report};
+use crate::common::report::{Cause, Report, Requester};
 use crate::jobs::{JobChange, JobEvent, JobStatus};
 
 /// A field of a record.
@@ -30,10 +30,10 @@ impl Event {
 
     fn summary(&self) -> (Level, &'static str) {
         match &self.notice {
-            Notice::Report(Report::Failure { .. }) => (
-                Level::Error,
-                "no quorum: a read of a scrub or a request of the guest failed",
-            ),
+            Notice::Report(Report::Failure { requester, .. }) => match requester {
+                Requester::Guest => (Level::Error, "no quorum: the guest got an I/O error"),
+                Requester::Job => (Level::Error, "no quorum: a scrub found undecided sectors"),
+            },
             Notice::Report(Report::Bad { cause, .. }) => match cause {
                 Cause::Error(_) => (Level::Warn, "replica returned an error"),
                 Cause::Corrupt(_) => (Level::Warn, "replica is corrupt"),
@@ -68,7 +68,9 @@ impl Event {
 
 fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
     let (replica, operation) = match report {
-        Report::Failure { operation, range } => (None, Some((*operation, range))),
+        Report::Failure {
+            operation, range, ..
+        } => (None, Some((*operation, range))),
         Report::Bad {
             replica,
             operation,
@@ -90,6 +92,9 @@ fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
         Report::Bad {
             cause: Cause::Error(errno),
             ..
+        }
+        | Report::Failure {
+            error: Some(errno), ..
         } => fields.push(("error", errno.to_string())),
         Report::Bad {
             cause: Cause::Corrupt(evidence),

@@ -101,6 +101,13 @@ pub(super) struct Resync {
     speed: u64,
 }
 
+/// The arguments of quorum-clear-errors.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct ClearErrors {
+    node_name: Option<String>,
+}
+
 /// The return value of a command that starts a job.
 #[derive(Serialize)]
 pub(super) struct Begun {
@@ -203,6 +210,10 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
             speed_bytes,
         },
     )
+}
+
+pub(super) fn clear_errors(of: ClearErrors, operator: &dyn Operator) -> Result<(), CommandError> {
+    done(operator, Change::ClearErrors(of.node_name))
 }
 
 pub(super) fn order(

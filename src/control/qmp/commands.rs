@@ -155,6 +155,10 @@ static COMMANDS: &[Command] = &[
         },
     },
     Command {
+        name: "quorum-clear-errors",
+        run: |arguments, operator| run(arguments, |of| nothing(change::clear_errors(of, operator))),
+    },
+    Command {
         name: "quorum-resync",
         run: |arguments, operator| run(arguments, |replica| change::resync(replica, operator)),
     },

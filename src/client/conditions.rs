@@ -1,0 +1,188 @@
+//! The conditions of a disk and its replicas, as an operator reads them: what is not as it should
+//! be, and what to do about it.
+
+use super::format::{printable, size};
+use super::replies::{Disk, Errors, Job, Replica};
+use super::terminal::Style;
+use crate::common::message::counted;
+
+/// What one condition is, and what to do about it, one line each.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Advice {
+    pub(super) style: Style,
+    pub(super) what: String,
+    pub(super) to_do: Option<String>,
+}
+
+impl Advice {
+    fn new(style: Style, what: String, to_do: impl Into<Option<String>>) -> Self {
+        let to_do = to_do.into();
+        Self { style, what, to_do }
+    }
+}
+
+/// Everything that needs the attention of an operator, the disk's conditions first.
+pub(super) fn advice(disk: &Disk, jobs: &[Job]) -> Vec<Advice> {
+    let conditions = disk.conditions.iter();
+    let mut all: Vec<_> = conditions.map(|word| of_disk(word, disk)).collect();
+    for replica in &disk.replicas {
+        let conditions = replica.conditions.iter();
+        all.extend(conditions.map(|word| of_replica(word, replica, jobs)));
+    }
+    all
+}
+
+fn of_disk(condition: &str, disk: &Disk) -> Advice {
+    match condition {
+        "undecided" => {
+            let read = counted(disk.undecided_sectors, "sector");
+            Advice::new(
+                Style::Bad,
+                format!("no quorum in reads of {read}: some or all of them are undecided"),
+                "restore them from a backup, then quorum-blkctl scrub".to_owned(),
+            )
+        }
+        "guest-errors" => {
+            let errors = counted(disk.errors.sum(), "I/O error");
+            let cause = match disk.errors.is_out_of_space() {
+                true => "make room for the images",
+                false => "remove the cause",
+            };
+            Advice::new(
+                Style::Bad,
+                format!("the guest got {errors}; {}", last(&disk.errors)),
+                format!("{cause}, check the guest's files, then quorum-blkctl clear"),
+            )
+        }
+        unknown => of_unknown(&disk.node_name, unknown),
+    }
+}
+
+fn of_replica(condition: &str, replica: &Replica, jobs: &[Job]) -> Advice {
+    let name = printable(&replica.node_name);
+    match condition {
+        "evicted" => Advice::new(
+            Style::Bad,
+            format!("{name} is evicted: it does not answer; it rejoins when it does"),
+            format!("if it never does: quorum-blkctl replace {name} FILE"),
+        ),
+        "stale" => {
+            let is_its_resync = |job: &&Job| {
+                job.r#type == "quorum-resync"
+                    && job.node_name.as_deref() == Some(replica.node_name.as_str())
+            };
+            let to_do = match jobs.iter().find(is_its_resync) {
+                Some(job) => format!("{} copies what it lacks", printable(&job.id)),
+                None => format!("to copy what it lacks: quorum-blkctl resync {name}"),
+            };
+            let is_away = replica.state == "evicted";
+            let what = format!("{name} is stale in {}", size(replica.stale_bytes));
+            Advice::new(Style::Warning, what, (!is_away).then_some(to_do))
+        }
+        "corrupt" => Advice::new(
+            Style::Bad,
+            format!(
+                "{name} is corrupt in {}",
+                counted(replica.corrupt_sectors, "sector")
+            ),
+            "to repair: quorum-blkctl scrub --repair".to_owned(),
+        ),
+        "errors" => {
+            let errors = counted(replica.errors.sum(), "error");
+            let what = format!("{name} returned {errors}; {}", last(&replica.errors));
+            let to_do = match replica.errors.is_out_of_space() {
+                true => {
+                    let file = printable(&replica.file);
+                    format!("make room for {file}, then quorum-blkctl clear {name}")
+                }
+                false => format!(
+                    "check its disk; then quorum-blkctl clear {name}, or replace {name} FILE"
+                ),
+            };
+            Advice::new(Style::Bad, what, to_do)
+        }
+        unknown => of_unknown(&replica.node_name, unknown),
+    }
+}
+
+/// The daemon is newer than this program.
+fn of_unknown(name: &str, condition: &str) -> Advice {
+    let (name, condition) = (printable(name), printable(condition));
+    Advice::new(Style::Bad, format!("{name}: {condition}"), None)
+}
+
+/// `the last: write: No space left on device`.
+fn last(errors: &Errors) -> String {
+    let Some(last) = &errors.last else {
+        return "the last: unknown".into();
+    };
+    let operation = printable(&last.r#type);
+    match &last.error {
+        Some(error) => format!("the last: {operation}: {}", printable(error)),
+        None => format!("the last: {operation}: no quorum"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::client::status::tests::disk;
+    use serde_json::json;
+
+    fn job(node: &str) -> Job {
+        serde_json::from_value(json!({
+            "id": "job3", "type": "quorum-resync", "status": "running", "current-progress": 0,
+            "total-progress": 4096, "node-name": node,
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_stale_replica_is_copied_by_its_job() {
+        let disk = disk("syncing", 512, 0, 0);
+        let to_do = |jobs: &[Job]| advice(&disk, jobs)[0].to_do.clone();
+        assert_eq!(
+            to_do(&[job("c"), job("b")]).as_deref(),
+            Some("job3 copies what it lacks")
+        );
+        assert_eq!(
+            to_do(&[job("c")]).as_deref(),
+            Some("to copy what it lacks: quorum-blkctl resync b")
+        );
+    }
+
+    #[test]
+    fn errors_say_why_and_what_to_do() {
+        let mut disk = disk("in-service", 0, 0, 0);
+        let errors = |ret: i64, error: &str| {
+            let last = json!({
+                "type": "write", "ret": ret, "error": error, "sector-num": 0, "sector-count": 8,
+            });
+            serde_json::from_value(json!({ "read": 1, "write": 2, "flush": 0, "last": last }))
+                .unwrap()
+        };
+        disk.replicas[1].conditions = vec!["errors".into()];
+        disk.replicas[1].errors = errors(-28, "No space left on device");
+        disk.replicas[2].conditions = vec!["errors".into(), "new\x1b".into()];
+        disk.replicas[2].errors = errors(-5, "Input/output error");
+        disk.conditions = vec!["guest-errors".into()];
+        disk.errors = errors(-28, "No space left on device");
+        let advice = advice(&disk, &[]);
+        let lines = advice
+            .iter()
+            .flat_map(|advice| [Some(&advice.what), advice.to_do.as_ref()]);
+        let lines: Vec<_> = lines.flatten().map(String::as_str).collect();
+        assert_eq!(
+            lines,
+            [
+                "the guest got 3 I/O errors; the last: write: No space left on device",
+                "make room for the images, check the guest's files, then quorum-blkctl clear",
+                "b returned 3 errors; the last: write: No space left on device",
+                "make room for /images/b, then quorum-blkctl clear b",
+                "c returned 3 errors; the last: write: Input/output error",
+                "check its disk; then quorum-blkctl clear c, or replace c FILE",
+                "c: new\\u{1b}",
+            ]
+        );
+    }
+}

@@ -1,0 +1,118 @@
+//! The health of a disk (O1): the conditions that need an operator's attention, and the one word
+//! that they add up to. docs/operating.md explains each of them.
+
+use serde::{Serialize, Serializer};
+
+use super::errors::Errors;
+use super::state::{ReplicaState, ServiceState};
+
+/// The health of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Health {
+    /// Neither the disk nor a replica has a condition.
+    Healthy,
+    /// A replica has one; the guest does not notice.
+    Degraded,
+    /// The disk has one: the guest got an I/O error, or will.
+    Failing,
+}
+
+/// A condition of a replica.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ReplicaCondition {
+    /// It did not answer in time and is not asked until it does.
+    Evicted,
+    /// It does not hold the newest data everywhere.
+    Stale,
+    /// It lost its last vote somewhere.
+    Corrupt,
+    /// It returned an error that is not cleared.
+    Errors,
+}
+
+/// A condition of a disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum DiskCondition {
+    /// Some sectors had no winner when they were last read.
+    Undecided,
+    /// The guest got an I/O error that is not cleared.
+    GuestErrors,
+}
+
+/// Serializes a word by its name.
+macro_rules! words {
+    ($($word:ty { $($variant:ident = $name:literal),+ $(,)? })+) => {$(
+        impl $word {
+            /// All of them.
+            pub const ALL: &[Self] = &[$(Self::$variant),+];
+
+            /// The word.
+            pub fn name(self) -> &'static str {
+                match self {
+                    $(Self::$variant => $name),+
+                }
+            }
+        }
+
+        impl Serialize for $word {
+            fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.serialize_str(self.name())
+            }
+        }
+    )+};
+}
+
+words! {
+    Health { Healthy = "healthy", Degraded = "degraded", Failing = "failing" }
+    ReplicaCondition {
+        Evicted = "evicted",
+        Stale = "stale",
+        Corrupt = "corrupt",
+        Errors = "errors",
+    }
+    DiskCondition { Undecided = "undecided", GuestErrors = "guest-errors" }
+}
+
+/// The conditions of a replica in this state.
+pub fn of_replica(
+    state: ServiceState,
+    stale_bytes: u64,
+    corrupt_sectors: u64,
+    errors: &Errors,
+) -> Vec<ReplicaCondition> {
+    chosen([
+        (state == ServiceState::Evicted, ReplicaCondition::Evicted),
+        (stale_bytes > 0, ReplicaCondition::Stale),
+        (corrupt_sectors > 0, ReplicaCondition::Corrupt),
+        (!errors.is_empty(), ReplicaCondition::Errors),
+    ])
+}
+
+/// The conditions of a disk.
+pub fn of_disk(undecided_sectors: u64, errors: &Errors) -> Vec<DiskCondition> {
+    chosen([
+        (undecided_sectors > 0, DiskCondition::Undecided),
+        (!errors.is_empty(), DiskCondition::GuestErrors),
+    ])
+}
+
+/// The health of a disk with these conditions and replicas.
+pub fn health(conditions: &[DiskCondition], replicas: &[ReplicaState]) -> Health {
+    if !conditions.is_empty() {
+        Health::Failing
+    } else if replicas
+        .iter()
+        .any(|replica| !replica.conditions.is_empty())
+    {
+        Health::Degraded
+    } else {
+        Health::Healthy
+    }
+}
+
+fn chosen<T, const N: usize>(all: [(bool, T); N]) -> Vec<T> {
+    let holding = all.into_iter().filter(|(holds, _)| *holds);
+    holding.map(|(_, condition)| condition).collect()
+}

@@ -1,0 +1,185 @@
+//! A replica that returned an error is not healthy, nor is a disk whose guest got one: the status,
+//! its exit code, the metrics and the events say so, until the cause is gone or the operator has
+//! seen it.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use testkit::HANG_LIMIT;
+use testkit::disk::{Disk, Plan, System, node_name};
+use testkit::fuse::{Fault, Operation};
+use testkit::process::{Process, wait_until};
+
+const BLOCK_BYTES: usize = 4096;
+
+fn serve(faulty: &[usize]) -> Disk {
+    // The machine may be slow; the replicas are not.
+    let plan = Plan {
+        faulty: faulty.to_vec(),
+        replica_timeout: Duration::from_secs(60),
+        ..Plan::default()
+    };
+    Disk::start(System::Ours, &plan)
+}
+
+/// Runs quorum-blkctl; returns its exit status and what it printed.
+fn operate(disk: &Disk, line: &str) -> (i32, String) {
+    let directory = tempfile::tempdir().unwrap();
+    let output = directory.path().join("output");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkctl"));
+    command.env_clear().arg("--qmp").arg(disk.monitor_socket());
+    command
+        .args(line.split(' '))
+        .stdout(fs::File::create(&output).unwrap());
+    let status = Process::spawn(&mut command)
+        .unwrap()
+        .wait_within(HANG_LIMIT);
+    let code = status.and_then(|status| status.code()).unwrap();
+    (code, printed(&output))
+}
+
+fn printed(path: &Path) -> String {
+    String::from_utf8(fs::read(path).unwrap()).unwrap()
+}
+
+/// The status, which is the exit code that the map has too.
+#[track_caller]
+fn status(disk: &Disk, health: &str) -> String {
+    let (code, text) = operate(disk, "status");
+    let expected = i32::from(health != "healthy");
+    assert_eq!(
+        (code, operate(disk, "map").0),
+        (expected, expected),
+        "{text}"
+    );
+    assert!(text.starts_with(&format!("quorum0  {health}  ")), "{text}");
+    // Except for paths, which are not cut in a pipe.
+    let mut lines = text.lines().filter(|line| !line.contains('/'));
+    assert!(lines.all(|line| line.chars().count() <= 80), "{text}");
+    text
+}
+
+fn state(disk: &Disk) -> Value {
+    disk.monitor().execute("query-quorum", json!({}))
+}
+
+#[test]
+fn a_replica_that_fails_its_reads_is_not_healthy() {
+    let disk = serve(&[2]);
+    let mut client = disk.connect();
+    client.write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+    status(&disk, "healthy");
+
+    let image = disk.faulty(2);
+    image.inject(Operation::Read, Fault::Fail(libc::EIO));
+    for _ in 0..5 {
+        client.read(0, 0, BLOCK_BYTES).unwrap();
+    }
+    let all_fail = || state(&disk)["replicas"][2]["errors"]["read"].as_u64() >= Some(5);
+    assert!(wait_until(HANG_LIMIT, all_fail));
+    let text = status(&disk, "degraded");
+    let what = format!("{} returned ", node_name(2));
+    assert!(text.contains(&what) && text.contains("the last: read: Input/output error"));
+    let replica = &state(&disk)["replicas"][2];
+    assert_eq!(replica["conditions"], json!(["errors"]));
+    let last = &replica["errors"]["last"];
+    assert_eq!(
+        (&last["type"], &last["ret"]),
+        (&json!("read"), &json!(-libc::EIO))
+    );
+    assert_eq!(last["sector-count"], BLOCK_BYTES / 512);
+
+    // A scrub that meets failed reads again clears nothing, one that meets none clears them.
+    assert_eq!(operate(&disk, "scrub").0, 1);
+    status(&disk, "degraded");
+    image.clear_faults();
+    status(&disk, "degraded");
+    assert_eq!(operate(&disk, "scrub").0, 0);
+    status(&disk, "healthy");
+}
+
+#[test]
+fn a_disk_whose_guest_got_an_error_is_failing_until_the_operator_has_seen_it() {
+    let disk = serve(&[0, 1, 2]);
+    let mut client = disk.connect();
+    for replica in 0..3 {
+        disk.faulty(replica)
+            .inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    }
+    client.write(0, 0, &[7; BLOCK_BYTES]).unwrap_err();
+    for replica in 0..3 {
+        disk.faulty(replica).clear_faults();
+    }
+    client.write(0, 0, &[8; BLOCK_BYTES]).unwrap();
+
+    let event = disk.wait_for("QUORUM_FAILURE", None);
+    let data = &event["data"];
+    assert_eq!(
+        (&data["requester"], &data["ret"]),
+        (&json!("guest"), &json!(-libc::ENOSPC))
+    );
+    assert_eq!(data["error"], "No space left on device");
+    // A scrub only reads: it does not know what the guest has lost.
+    assert_eq!(operate(&disk, "scrub").0, 0);
+    let text = status(&disk, "failing");
+    let what = "the guest got 1 I/O error; the last: write: No space left on device";
+    assert!(text.contains(what) && text.contains("make room"), "{text}");
+    assert_eq!(state(&disk)["conditions"], json!(["guest-errors"]));
+
+    let (code, text) = operate(&disk, "clear no-such-replica");
+    assert_eq!(code, 3, "{text}");
+    status(&disk, "failing");
+    assert_eq!(operate(&disk, "clear").0, 0);
+    status(&disk, "healthy");
+}
+
+#[test]
+fn the_errors_of_one_replica_are_cleared_by_its_name() {
+    let disk = serve(&[0, 1]);
+    let mut client = disk.connect();
+    for replica in [0, 1] {
+        disk.faulty(replica)
+            .inject(Operation::Sync, Fault::Fail(libc::EIO));
+        client.write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+        client.flush(0).unwrap();
+        disk.faulty(replica).clear_faults();
+        // What it may have lost is copied to it before the other one loses something.
+        let is_copied = || state(&disk)["replicas"][replica]["stale-bytes"] == 0;
+        assert!(wait_until(HANG_LIMIT, is_copied));
+    }
+    assert_eq!(operate(&disk, &format!("clear {}", node_name(0))).0, 0);
+    let text = status(&disk, "degraded");
+    assert!(text.contains(&format!("{} returned 1 error", node_name(1))));
+    assert!(
+        !text.contains(&format!("{} returned", node_name(0))),
+        "{text}"
+    );
+    operate(&disk, &format!("clear {}", node_name(1)));
+    status(&disk, "healthy");
+}
+
+#[test]
+fn an_eviction_and_the_return_are_events() {
+    let plan = Plan {
+        faulty: vec![1],
+        replica_timeout: Duration::from_millis(200),
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    disk.faulty(1).inject(Operation::Write, Fault::Hang);
+    disk.connect().write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+    disk.wait_for("QUORUM_REPLICA_EVICTED", Some(1));
+    let text = status(&disk, "degraded");
+    assert!(text.contains("is evicted: it does not answer"), "{text}");
+    assert_eq!(
+        state(&disk)["replicas"][1]["conditions"],
+        json!(["evicted", "stale"])
+    );
+    disk.faulty(1).clear_faults();
+    disk.wait_for("QUORUM_REPLICA_REJOINED", Some(1));
+    let is_copied = || state(&disk)["health"] == "healthy";
+    assert!(wait_until(HANG_LIMIT, is_copied), "{}", state(&disk));
+}
