@@ -37,6 +37,10 @@ pub const FRAGMENT_BYTES_MAX: u64 = 1 << 20;
 /// range, and a replica that can only write zeroes must write them well within `--replica-timeout`.
 pub const ZERO_BYTES_MAX: u64 = 8 << 20;
 
+/// Bytes that one fallocate zeroes. A device without hardware support writes that many, and what
+/// else waits for it waits as long.
+pub const ZERO_STEP_BYTES: usize = 4 << 20;
+
 /// Fragments of one discard or write-zeroes request in flight at a time, so that a large request
 /// delays no other one and gets no replica evicted.
 pub const ZERO_FRAGMENTS_IN_FLIGHT_MAX: usize = 4;

@@ -1,5 +1,6 @@
 //! What the disk promises while replicas differ, fail, hang, grow and are replaced.
 
+mod busy_file_systems;
 mod faulty_replicas;
 mod growth;
 mod image_locks;

@@ -9,6 +9,7 @@ use super::*;
 use crate::common::buffer::Buffer;
 use crate::common::operation::RequestId;
 use crate::common::{SECTOR_BYTES, SectorRange};
+use crate::limits::ZERO_STEP_BYTES;
 use crate::replica::zero::{ZEROES, ZEROES_BYTES};
 use crate::statistics::Recorder;
 
@@ -82,6 +83,22 @@ impl Setup {
         // What the completion led to is submitted by the next call.
         self.enter();
         self.kernel.only()
+    }
+
+    /// Fails a submission with EAGAIN, lets the pause that follows pass, and returns the next
+    /// submission of the same operation.
+    fn continue_after_pause(&mut self, submission: &Submission) -> Submission {
+        self.kernel.complete(submission, -libc::EAGAIN);
+        assert!(self.enter().is_empty());
+        self.enter();
+        assert!(self.kernel.operations().is_empty(), "not at once");
+        let in_flight = self.kernel.in_flight();
+        let mut timers = in_flight
+            .iter()
+            .filter(|submission| submission.opcode == opcode::Timeout::CODE);
+        let timer = timers.next().expect("a pause").clone();
+        assert!(timers.next().is_none());
+        self.continue_after(&timer, -libc::ETIME)
     }
 
     /// Completes the last submission of an operation and returns the result of the operation.
@@ -241,7 +258,10 @@ fn a_short_read_or_write_continues_behind_what_is_done() {
             (-libc::EAGAIN, 0),
             (924, 924),
         ] {
-            let next = setup.continue_after(&submission, result);
+            let next = match result {
+                result if result == -libc::EAGAIN => setup.continue_after_pause(&submission),
+                _ => setup.continue_after(&submission, result),
+            };
             done += more;
             let expected = Submission {
                 offset: 40 * SECTOR_BYTES + done,
@@ -288,12 +308,25 @@ fn operations_that_complete_out_of_order_get_their_own_results() {
 fn an_operation_that_the_kernel_always_interrupts_fails() {
     for errno in [libc::EINTR, libc::EAGAIN] {
         let mut setup = Setup::new();
-        let mut submission = setup.submit(Action::Flush);
+        let into = setup.buffer(true, 1024);
+        let range = SectorRange::new(0, 2);
+        let mut submission = setup.submit(Action::Read { range, into });
         for _ in 0..RETRIES_MAX {
-            submission = setup.continue_after(&submission, -errno);
-            assert!(is_sync(&submission));
+            submission = match errno {
+                libc::EAGAIN => setup.continue_after_pause(&submission),
+                _ => setup.continue_after(&submission, -errno),
+            };
         }
-        assert_eq!(setup.end(&submission, -errno), Err(Errno(libc::EINTR)));
+        assert_eq!(setup.end(&submission, -errno), Err(Errno(errno)));
+    }
+}
+
+#[test]
+fn a_sync_that_fails_is_not_repeated() {
+    for errno in [libc::EIO, libc::EINTR, libc::EAGAIN] {
+        let mut setup = Setup::new();
+        let submission = setup.submit(Action::Flush);
+        assert_eq!(setup.end(&submission, -errno), Err(Errno(errno)));
     }
 }
 
@@ -371,6 +404,30 @@ fn zero(setup: &mut Setup, unmap: bool, durable: bool, lacks: usize) -> Submissi
 }
 
 #[test]
+fn zeroing_goes_on_by_bounded_steps() {
+    const STEP: u64 = ZERO_STEP_BYTES as u64;
+    let mut setup = Setup::new();
+    let range = SectorRange::new(5, (2 * STEP + 4096) / SECTOR_BYTES);
+    let first = setup.submit(Action::Zero {
+        range,
+        unmap: true,
+        durable: false,
+    });
+    let start = 5 * SECTOR_BYTES;
+    assert_eq!((first.offset, first.address), (start, STEP));
+    let second = setup.continue_after(&first, 0);
+    assert_eq!((second.offset, second.address), (start + STEP, STEP));
+    // Another way goes on where this one has failed.
+    let other = setup.continue_after(&second, -libc::EOPNOTSUPP);
+    assert_eq!(other.opcode, opcode::Fallocate::CODE);
+    assert_ne!(other.len, second.len, "the mode");
+    assert_eq!((other.offset, other.address), (start + STEP, STEP));
+    let last = setup.continue_after(&other, 0);
+    assert_eq!((last.offset, last.address), (start + 2 * STEP, 4096));
+    assert_eq!(setup.end(&last, 0), Ok(()));
+}
+
+#[test]
 fn durable_zeroes_end_with_a_sync_in_every_way() {
     for unmap in [true, false] {
         for lacks in 0..=2 {
@@ -405,9 +462,6 @@ fn a_failed_sync_of_zeroes_is_their_result() {
         let mut setup = Setup::new();
         let zeroing = zero(&mut setup, unmap, true, 0);
         let sync = setup.continue_after(&zeroing, 0);
-        // The interrupted sync is repeated, and the zeroing is not.
-        let sync = setup.continue_after(&sync, -libc::EINTR);
-        assert!(is_sync(&sync));
         assert_eq!(setup.end(&sync, -libc::EIO), Err(Errno(libc::EIO)));
     }
 }

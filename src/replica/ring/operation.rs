@@ -1,22 +1,38 @@
 //! An operation in flight: the submissions it consists of, and the meaning of their completions.
 //!
 //! Most operations are one submission. Short reads and writes continue behind the bytes that are
-//! done, interrupted ones are repeated, zeroing tries one way after another, and durable zeroes end
-//! with a sync.
+//! done. What the kernel interrupts (EINTR) is repeated at once, and what it has no means for at
+//! the moment (EAGAIN) after a pause; a sync is not repeated. Zeroing goes on by bounded steps, so
+//! that what else waits for the file gets its turn, and tries one way after another; durable zeroes
+//! end with a sync.
 
 #![forbid(unsafe_code)]
 
-use io_uring::types::{Fixed, FsyncFlags};
+use io_uring::types::{Fixed, FsyncFlags, Timespec};
 use io_uring::{opcode, squeue};
 
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, Operation, Reply};
 use crate::common::{Errno, ReplicaIndex, SECTOR_BYTES, SectorRange};
+use crate::limits::ZERO_STEP_BYTES;
 use crate::replica::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::statistics::Since;
 
 /// How often to repeat a submission that the kernel interrupted before that counts as an error.
 pub(super) const RETRIES_MAX: u32 = 16;
+
+/// How long to pause before a repetition after EAGAIN: longer and longer, and 700 ms in all, about
+/// as long as a replica may take by default. The kernel reads it from here.
+static PAUSES: [Timespec; 7] = {
+    const MILLISECOND: u32 = 1_000_000;
+    let mut pauses = [Timespec::new(); 7];
+    let mut place = 0;
+    while place < pauses.len() {
+        pauses[place] = Timespec::new().nsec(MILLISECOND << place);
+        place += 1;
+    }
+    pauses
+};
 
 /// The index of the registered arena among the fixed buffers.
 const ARENA: u16 = 0;
@@ -25,10 +41,12 @@ const ARENA: u16 = 0;
 pub(super) struct PendingOperation {
     operation: Operation,
     step: Step,
-    /// Bytes of the step that are done.
+    /// Bytes of the operation that are done.
     done_bytes: usize,
     /// Submissions in a row that the kernel interrupted.
     retries: u32,
+    /// The kernel has a timer instead of the operation.
+    pauses: bool,
     /// A kernel thread carries it out from the start.
     in_thread: bool,
     since: Since,
@@ -48,10 +66,10 @@ enum Step {
 /// The meaning of a completion for its step.
 enum Outcome {
     Done,
-    /// Done up to these bytes, or interrupted.
-    Again {
-        done: usize,
-    },
+    /// So many more bytes are done.
+    Partly(usize),
+    /// Nothing is done. Again, at once or after a pause.
+    Interrupted(Errno),
     Failed(Errno),
 }
 
@@ -75,6 +93,7 @@ impl PendingOperation {
             step,
             done_bytes: 0,
             retries: 0,
+            pauses: false,
             in_thread,
             since,
         }
@@ -95,6 +114,9 @@ impl PendingOperation {
 
     /// The submission for what is left of the step.
     pub(super) fn entry(&mut self, arena_registered: bool) -> squeue::Entry {
+        if self.pauses {
+            return opcode::Timeout::new(self.pause()).build();
+        }
         let file = Fixed(u32::from(self.operation.replica.0));
         let done = self.done_bytes;
         match (&mut self.operation.action, self.step) {
@@ -124,34 +146,56 @@ impl PendingOperation {
 
     /// Takes in the completion of its submission.
     pub(super) fn completed(&mut self, result: i32, ways: &mut Ways) -> Next {
+        if std::mem::take(&mut self.pauses) {
+            return Next::Submit;
+        }
         let result = match self.outcome(result) {
-            Outcome::Again { done } if done > 0 || self.retries < RETRIES_MAX => {
+            Outcome::Partly(done) => {
                 self.done_bytes += done;
-                self.retries = if done > 0 { 0 } else { self.retries + 1 };
+                self.retries = 0;
                 return Next::Submit;
             }
-            Outcome::Again { .. } => Err(Errno(libc::EINTR)),
+            Outcome::Interrupted(errno) if self.retries < RETRIES_MAX => {
+                self.retries += 1;
+                self.pauses = errno == Errno(libc::EAGAIN);
+                return Next::Submit;
+            }
             Outcome::Done => Ok(()),
-            Outcome::Failed(errno) => Err(errno),
+            Outcome::Interrupted(errno) | Outcome::Failed(errno) => Err(errno),
         };
         match self.next_step(result, ways) {
             Some(step) => {
-                (self.step, self.done_bytes, self.retries) = (step, 0, 0);
+                // Another way goes on where this one has failed.
+                (self.step, self.retries) = (step, 0);
                 Next::Submit
             }
             None => Next::End(result),
         }
     }
 
+    /// How long to pause before this repetition.
+    fn pause(&self) -> &'static Timespec {
+        let place = (self.retries as usize).saturating_sub(1);
+        &PAUSES[place.min(PAUSES.len() - 1)]
+    }
+
     fn outcome(&self, result: i32) -> Outcome {
         let Ok(done) = usize::try_from(result) else {
             return match -result {
-                libc::EINTR | libc::EAGAIN => Outcome::Again { done: 0 },
+                // Not a sync: this may be the kernel's one report of pages that it has lost.
+                errno @ (libc::EINTR | libc::EAGAIN) if self.left_bytes().is_some() => {
+                    Outcome::Interrupted(Errno(errno))
+                }
                 errno => Outcome::Failed(Errno(errno)),
             };
         };
         let Some(left) = self.left_bytes() else {
             return Outcome::Done;
+        };
+        // A completion of fallocate counts no bytes.
+        let done = match self.step {
+            Step::Zeroing(Way::PunchHole | Way::ZeroRange) => left.min(ZERO_STEP_BYTES),
+            _ => done,
         };
         assert!(
             done <= left,
@@ -161,15 +205,15 @@ impl PendingOperation {
             done if done == left => Outcome::Done,
             // The end of the file: another program has cut it while it was open.
             0 => Outcome::Failed(Errno(libc::EIO)),
-            done => Outcome::Again { done },
+            done => Outcome::Partly(done),
         }
     }
 
-    /// The bytes that are left of the step, if its completion counts bytes.
+    /// The bytes that are left, if the operation has any.
     fn left_bytes(&self) -> Option<usize> {
         match (&self.operation.action, self.step) {
             (Action::Read { range, .. } | Action::Write { range, .. }, _)
-            | (Action::Zero { range, .. }, Step::Zeroing(Way::Write)) => {
+            | (Action::Zero { range, .. }, Step::Zeroing(_)) => {
                 Some(len_of(range.bytes()) - self.done_bytes)
             }
             (Action::Zero { .. } | Action::Flush, _) => None,
@@ -238,15 +282,17 @@ fn sync(file: Fixed) -> squeue::Entry {
 }
 
 fn zero(file: Fixed, way: Way, range: SectorRange, done: usize) -> squeue::Entry {
+    let left = len_of(range.bytes()) - done;
+    let offset = offset_of(range, done);
     match way.fallocate_flags() {
-        Some(flags) => opcode::Fallocate::new(file, range.bytes())
-            .offset(offset_of(range, 0))
+        Some(flags) => opcode::Fallocate::new(file, left.min(ZERO_STEP_BYTES) as u64)
+            .offset(offset)
             .mode(flags.bits().cast_signed())
             .build(),
         None => {
-            let len = (len_of(range.bytes()) - done).min(ZEROES_BYTES);
-            opcode::Write::new(file, ZEROES.0.as_ptr(), u32_of(len))
-                .offset(offset_of(range, done))
+            let len = u32_of(left.min(ZEROES_BYTES));
+            opcode::Write::new(file, ZEROES.0.as_ptr(), len)
+                .offset(offset)
                 .build()
         }
     }
