@@ -94,15 +94,8 @@ pub const METRICS_LIMIT: Duration = Duration::from_secs(5);
 /// Buckets of the map of corruption and errors: more than a terminal has columns.
 pub const MAP_BUCKETS: usize = 1024;
 
-/// Corrupt ranges of a replica that the map keeps apart; above this, neighbours are joined.
-pub const MAP_RANGES_MAX: usize = 1024;
-
 /// Ranges of one kind that `query-quorum-map` lists for a replica: the longest ones.
 pub const MAP_RANGES_LISTED_MAX: usize = 64;
-
-/// Ranges kept apart in one [`RangeSet`](crate::common::ranges::RangeSet); above this, neighbours
-/// are joined.
-pub const RANGES_MAX: usize = 16 << 10;
 
 /// Requests that one engine works on at a time, those of jobs included. At the bound the worker
 /// takes no more from the guest until some are retired.

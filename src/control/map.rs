@@ -1,15 +1,14 @@
-//! Where on the disk each replica had errors or corrupt sectors: a map of bounded size, made from
-//! all reports before floods are folded. Pure.
+//! Where on the disk each replica had errors or corrupt sectors: a map, made from all reports
+//! before floods are folded. Pure.
 //!
 //! The disk is divided into at most [`MAP_BUCKETS`] buckets, with counts for each. The map also
-//! records, to the sector as far as there is room, which sectors are *unresolved*: they lost their
+//! records, to the sector, which sectors are *unresolved*: they lost their
 //! last vote, or were undecided, and have not been repaired since. A guest may have overwritten
 //! them, or a disk may have misread them once, so the next scrub, which reads everything, decides:
 //! when it ends, unresolved sectors that it did not find again are forgotten.
 //!
 //! Invariants:
-//! - A row uses memory from its first finding on, and no more than its buckets and twice
-//!   [`MAP_RANGES_MAX`] ranges.
+//! - A row uses memory from its first finding on: its buckets, and two sets of sectors.
 //! - All buckets have one size. It doubles when a finding is beyond the last bucket: the disk
 //!   grows.
 //! - The counts of all buckets add up to what was reported, except for flushes, which have no
@@ -20,7 +19,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::report::{Cause, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::JobEvent;
-use crate::limits::{MAP_BUCKETS, MAP_RANGES_MAX, REPLICAS_MAX};
+use crate::limits::{MAP_BUCKETS, REPLICAS_MAX};
 
 use super::events::Notice;
 use super::scrub_watch::{ScrubStep, ScrubWatch};
@@ -62,11 +61,10 @@ pub(super) struct Row {
 
 impl Default for Row {
     fn default() -> Self {
-        let nothing = RangeSet::bounded(MAP_RANGES_MAX);
         Self {
             buckets: vec![Bucket::default(); MAP_BUCKETS].into(),
-            unresolved: nothing.clone(),
-            found_again: nothing,
+            unresolved: RangeSet::default(),
+            found_again: RangeSet::default(),
         }
     }
 }
@@ -190,7 +188,7 @@ impl DiskMap {
         let step = self.scrub.see(event);
         for row in self.rows.iter_mut().flatten() {
             match step {
-                Some(ScrubStep::Started) => row.found_again = RangeSet::bounded(MAP_RANGES_MAX),
+                Some(ScrubStep::Started) => row.found_again = RangeSet::default(),
                 Some(ScrubStep::ReadAll) => row.unresolved.clone_from(&row.found_again),
                 None => {}
             }
@@ -225,8 +223,7 @@ impl DiskMap {
 }
 
 fn sectors(row: Option<&Row>) -> u64 {
-    let ranges = row.into_iter().flat_map(|row| row.unresolved.iter());
-    ranges.map(|range| range.count).sum()
+    row.map_or(0, |row| row.unresolved.sectors())
 }
 
 #[cfg(test)]

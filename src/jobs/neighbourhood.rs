@@ -25,7 +25,7 @@ impl Neighbourhood {
     pub(super) fn new(capacity_sectors: u64) -> Self {
         Self {
             found: Vec::new(),
-            scrubbed: RangeSet::below(capacity_sectors),
+            scrubbed: RangeSet::default(),
             scrubbed_until: Duration::ZERO,
             capacity_sectors,
         }
@@ -33,7 +33,6 @@ impl Neighbourhood {
 
     pub(super) fn grow(&mut self, capacity_sectors: u64) {
         self.capacity_sectors = capacity_sectors;
-        self.scrubbed.grow(capacity_sectors);
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -53,7 +52,7 @@ impl Neighbourhood {
     /// Takes the corrupt ranges. Forgets what was scrubbed if that has expired.
     pub(super) fn take(&mut self, now: Duration) -> Vec<SectorRange> {
         if now >= self.scrubbed_until && !self.scrubbed.is_empty() {
-            self.scrubbed = RangeSet::below(self.capacity_sectors);
+            self.scrubbed = RangeSet::default();
         }
         std::mem::take(&mut self.found)
     }
@@ -72,7 +71,7 @@ impl Neighbourhood {
         let end = end
             .next_multiple_of(block_sectors)
             .min(self.capacity_sectors);
-        let mut around = RangeSet::below(self.capacity_sectors);
+        let mut around = RangeSet::default();
         around.insert(SectorRange::new(start, end - start));
         for scrubbed in self.scrubbed.within(SectorRange::new(start, end - start)) {
             around.remove(scrubbed);

@@ -93,7 +93,7 @@ impl Task {
                 end_sector,
                 ..
             } => end_sector - cursor_sector,
-            Self::Neighbourhood { left } => left.iter().map(|range| range.count).sum(),
+            Self::Neighbourhood { left } => left.sectors(),
         }
     }
 

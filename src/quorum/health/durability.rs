@@ -1,10 +1,7 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
-use std::sync::Arc;
-
-use super::sweep::every_sector;
 use super::{FailureEpoch, Health};
-use crate::common::ranges::RangeSet;
+use crate::common::ranges::{RangeSet, every_sector};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// A write that has been handed to replicas and has not ended.
@@ -110,22 +107,18 @@ impl Health {
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
-        let nothing = RangeSet::below(self.capacity_sectors);
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             state.uncovered.clone_from(&state.stale);
-            let refreshed = std::mem::replace(&mut state.refreshed, nothing.clone());
+            let refreshed = std::mem::take(&mut state.refreshed);
             state.refreshed_before_flush.insert_all(&refreshed);
         }
-        let written = std::mem::replace(&mut self.written, nothing);
+        let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
-            let written = Arc::new(written);
             for replica in self.members.iter() {
                 let state = &mut self.replicas[replica.as_usize()];
                 if self.in_service.contains(replica) {
-                    state
-                        .unconfirmed
-                        .push_back((self.epoch, Arc::clone(&written)));
+                    state.unconfirmed.push_back((self.epoch, written.clone()));
                 } else {
                     state.stale.insert_all(&written);
                 }
@@ -141,7 +134,7 @@ impl Health {
             return self.not_durable(replica);
         }
         let state = &mut self.replicas[replica.as_usize()];
-        state.refreshed_before_flush = RangeSet::below(self.capacity_sectors);
+        state.refreshed_before_flush = RangeSet::default();
         let unconfirmed = &mut state.unconfirmed;
         while unconfirmed
             .front()
@@ -187,8 +180,7 @@ impl Health {
             let state = &self.replicas[member.as_usize()];
             [(member, &state.stale), (member, &state.uncovered)]
         });
-        every_sector(sets, self.capacity_sectors, |stale| {
-            self.members.without(stale).len() >= self.threshold
-        })
+        let enough = |stale| self.members.without(stale).len() >= self.threshold;
+        every_sector(sets, self.capacity_sectors, enough, enough)
     }
 }

@@ -2,8 +2,7 @@
 
 use super::Health;
 use super::replica::ReplicaHealth;
-use super::sweep::every_sector;
-use crate::common::ranges::RangeSet;
+use crate::common::ranges::{RangeSet, every_sector};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Why a replica cannot be removed.
@@ -33,12 +32,13 @@ impl Health {
             !self.members.or(self.releasing).contains(replica),
             "its place is taken"
         );
-        let capacity_sectors = self.capacity_sectors;
         while self.replicas.len() <= replica.as_usize() {
-            self.replicas.push(ReplicaHealth::new(capacity_sectors));
+            self.replicas.push(ReplicaHealth::default());
         }
-        let mut state = ReplicaHealth::new(capacity_sectors);
-        state.stale.insert(SectorRange::new(0, capacity_sectors));
+        let mut state = ReplicaHealth::default();
+        state
+            .stale
+            .insert(SectorRange::new(0, self.capacity_sectors));
         // A flush in flight does not cover it.
         state.uncovered.clone_from(&state.stale);
         state.blank.clone_from(&state.stale);
@@ -56,7 +56,7 @@ impl Health {
         self.in_service.remove(replica);
         self.releasing.insert(replica);
         self.failure_epoch.0 += 1;
-        let mut state = ReplicaHealth::new(self.capacity_sectors);
+        let mut state = ReplicaHealth::default();
         // Its earlier replies do not count any more.
         state
             .stale
@@ -91,17 +91,20 @@ impl Health {
         let stale = others
             .iter()
             .map(|other| (other, &self.replicas[other.as_usize()].stale));
-        if !every_sector(blank().chain(stale), self.capacity_sectors, |without| {
-            !lost(without)
-        }) {
+        let loses_none = |sets: &mut dyn Iterator<Item = _>| {
+            let enough = |without| others.without(without).len() >= self.threshold;
+            every_sector(sets, self.capacity_sectors, enough, |without| {
+                !lost(without)
+            })
+        };
+        if !loses_none(&mut blank().chain(stale)) {
             return Err(NotRemoved::LastCopies);
         }
         let not_durable = others.iter().flat_map(|other| {
             let sets = self.replicas[other.as_usize()].not_durable_here();
             sets.map(move |set| (other, set))
         });
-        let sets = blank().chain(not_durable);
-        if !every_sector(sets, self.capacity_sectors, |without| !lost(without)) {
+        if !loses_none(&mut blank().chain(not_durable)) {
             return Err(NotRemoved::LastDurableCopies);
         }
         Ok(())
@@ -121,7 +124,7 @@ impl Health {
         let forgotten = state.forgotten_by == self.workers;
         if forgotten {
             // No request can count it as a voter any more.
-            state.stale = RangeSet::below(self.capacity_sectors);
+            state.stale = RangeSet::default();
         }
         let free = forgotten && state.drained_by == self.workers;
         if free {
@@ -173,7 +176,7 @@ impl Health {
             .iter()
             .map(|member| (member, &self.replicas[member.as_usize()].stale));
         others.len() < self.threshold
-            || !every_sector(stale, self.capacity_sectors, |stale| {
+            || !every_sector(stale, self.capacity_sectors, enough_without, |stale| {
                 enough_without(stale) || !enough_with(stale)
             })
     }

@@ -23,7 +23,6 @@
 mod durability;
 mod members;
 mod replica;
-mod sweep;
 
 use slab::Slab;
 
@@ -73,10 +72,8 @@ impl Health {
             members,
             in_service: members,
             releasing: ReplicaSet::EMPTY,
-            replicas: (0..places)
-                .map(|_| ReplicaHealth::new(capacity_sectors))
-                .collect(),
-            written: RangeSet::below(capacity_sectors),
+            replicas: (0..places).map(|_| ReplicaHealth::default()).collect(),
+            written: RangeSet::default(),
             writing: Slab::new(),
             capacity_sectors,
             epoch: FlushEpoch(0),
@@ -112,10 +109,6 @@ impl Health {
             "a disk never shrinks"
         );
         self.capacity_sectors = capacity_sectors;
-        self.written.grow(capacity_sectors);
-        for state in &mut self.replicas {
-            state.grow(capacity_sectors);
-        }
     }
 
     /// Whether any replica is stale anywhere.
@@ -153,8 +146,7 @@ impl Health {
     /// In how many sectors `replica` is stale.
     pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
         let state = self.replicas.get(replica.as_usize());
-        let stale = state.into_iter().flat_map(|state| state.stale.iter());
-        stale.map(|range| range.count).sum()
+        state.map_or(0, |state| state.stale.sectors())
     }
 
     /// The replicas that have failed a flush or were evicted since `began`, or a failure of which

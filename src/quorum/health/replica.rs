@@ -1,14 +1,13 @@
 //! The state of one replica.
 
 use std::collections::VecDeque;
-use std::sync::Arc;
 
 use super::FailureEpoch;
 use super::durability::FlushEpoch;
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct ReplicaHealth {
     pub(super) stale: RangeSet,
     /// Of what the last flush covers, what this replica is known not to have made durable: what
@@ -23,7 +22,7 @@ pub(super) struct ReplicaHealth {
     /// The same of a flush that this replica has not confirmed yet.
     pub(super) refreshed_before_flush: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
-    pub(super) unconfirmed: VecDeque<(FlushEpoch, Arc<RangeSet>)>,
+    pub(super) unconfirmed: VecDeque<(FlushEpoch, RangeSet)>,
     pub(super) last_failure: FailureEpoch,
     /// When a failure last turned out to have undone a write that had succeeded here: a read in
     /// flight may have seen the old data, even if it has been written again by the time the reply
@@ -36,34 +35,6 @@ pub(super) struct ReplicaHealth {
 }
 
 impl ReplicaHealth {
-    pub(super) fn new(capacity_sectors: u64) -> Self {
-        Self {
-            stale: RangeSet::below(capacity_sectors),
-            uncovered: RangeSet::below(capacity_sectors),
-            blank: RangeSet::below(capacity_sectors),
-            refreshed: RangeSet::below(capacity_sectors),
-            refreshed_before_flush: RangeSet::below(capacity_sectors),
-            unconfirmed: VecDeque::new(),
-            last_failure: FailureEpoch::default(),
-            last_doubt: FailureEpoch::default(),
-            drained_by: 0,
-            forgotten_by: 0,
-        }
-    }
-
-    pub(super) fn grow(&mut self, capacity_sectors: u64) {
-        let sets = [
-            &mut self.stale,
-            &mut self.uncovered,
-            &mut self.blank,
-            &mut self.refreshed,
-            &mut self.refreshed_before_flush,
-        ];
-        for set in sets {
-            set.grow(capacity_sectors);
-        }
-    }
-
     /// `range` was written. `volatile`: not to stable storage.
     pub(super) fn mark_fresh(&mut self, range: SectorRange, volatile: bool) {
         if self.stale.is_empty() {

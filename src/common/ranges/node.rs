@@ -1,0 +1,356 @@
+//! A node of the tree: which sectors of a region are in the set.
+//!
+//! A bitmap has the size of the longest list of runs. It is used if there are more runs than that
+//! and all consist of whole granules of the region, as they always do on level 0. With 4 KiB blocks
+//! they do on level 1.
+//!
+//! Invariants: the runs of a list are not empty, in order, within the region, and do not touch; a
+//! region with no or with all sectors is `Empty` or `Full`; the counts of bitmaps and branches are
+//! right.
+
+use std::sync::Arc;
+
+use super::bitmap::{BITS, Bitmap};
+use super::region::{BRANCHES, LEVEL_MAX, Region, Run};
+
+/// The runs of a list: as many as take the memory of a bitmap.
+const RUNS_MAX: usize = BITS / 8 / size_of::<Run>();
+
+/// See the [module](self).
+#[derive(Clone, Debug, Default)]
+pub(super) enum Node {
+    #[default]
+    Empty,
+    Full,
+    Runs(Arc<Vec<Run>>),
+    Bitmap(Arc<Bitmap>),
+    Branch(Arc<Branch>),
+}
+
+/// A region in eight parts.
+#[derive(Clone, Debug)]
+pub(super) struct Branch {
+    sectors: u64,
+    pub(super) children: [Node; BRANCHES],
+}
+
+impl Node {
+    /// How many sectors are in the set.
+    pub(super) fn sectors(&self, region: Region) -> u64 {
+        match self {
+            Self::Empty => 0,
+            Self::Full => region.sectors(),
+            Self::Runs(runs) => runs.iter().map(|run| run.sectors()).sum(),
+            Self::Bitmap(bitmap) => bitmap.ones() << region.granule_bits(),
+            Self::Branch(branch) => branch.sectors,
+        }
+    }
+
+    /// Inserts `run`, a part of the region. Returns how many of its sectors are new.
+    pub(super) fn insert(&mut self, region: Region, run: Run) -> u64 {
+        if region.is(run) {
+            let new = region.sectors() - self.sectors(region);
+            *self = Self::Full;
+            return new;
+        }
+        match self {
+            Self::Full => 0,
+            Self::Empty => {
+                *self = Self::Runs(Arc::new(vec![run]));
+                run.sectors()
+            }
+            Self::Runs(shared) => {
+                let runs = Arc::make_mut(shared);
+                let new = insert_into(runs, run);
+                self.settle(region);
+                new
+            }
+            Self::Bitmap(bitmap) => {
+                let Some(bits) = region.bits(run) else {
+                    self.divide(region);
+                    return self.insert(region, run);
+                };
+                let bitmap = Arc::make_mut(bitmap);
+                let new = bitmap.set(bits) << region.granule_bits();
+                if bitmap.is_full() {
+                    *self = Self::Full;
+                }
+                new
+            }
+            Self::Branch(branch) => {
+                let branch = Arc::make_mut(branch);
+                let mut new = 0;
+                for (index, child, run) in region.children(run) {
+                    new += branch.children[index].insert(child, run);
+                }
+                branch.sectors += new;
+                if branch.sectors == region.sectors() {
+                    *self = Self::Full;
+                }
+                new
+            }
+        }
+    }
+
+    /// Removes `run`, a part of the region. Returns how many of its sectors were in the set.
+    pub(super) fn remove(&mut self, region: Region, run: Run) -> u64 {
+        if region.is(run) {
+            let removed = self.sectors(region);
+            *self = Self::Empty;
+            return removed;
+        }
+        match self {
+            Self::Empty => 0,
+            Self::Full => {
+                let (start, end) = (region.start, region.end());
+                let mut rest = vec![Run { start, end }];
+                remove_from(&mut rest, run);
+                *self = Self::Runs(Arc::new(rest));
+                run.sectors()
+            }
+            Self::Runs(shared) => {
+                let runs = Arc::make_mut(shared);
+                let removed = remove_from(runs, run);
+                self.settle(region);
+                removed
+            }
+            Self::Bitmap(bitmap) => {
+                let Some(bits) = region.bits(run) else {
+                    self.divide(region);
+                    return self.remove(region, run);
+                };
+                let bitmap = Arc::make_mut(bitmap);
+                let removed = bitmap.clear(bits) << region.granule_bits();
+                if bitmap.ones() == 0 {
+                    *self = Self::Empty;
+                }
+                removed
+            }
+            Self::Branch(branch) => {
+                let branch = Arc::make_mut(branch);
+                let mut removed = 0;
+                for (index, child, run) in region.children(run) {
+                    removed += branch.children[index].remove(child, run);
+                }
+                branch.sectors -= removed;
+                if branch.sectors == 0 {
+                    *self = Self::Empty;
+                }
+                removed
+            }
+        }
+    }
+
+    /// Inserts all of `other`, of the same region. Returns how many of its sectors are new.
+    pub(super) fn insert_all(&mut self, region: Region, other: &Self) -> u64 {
+        let before = self.sectors(region);
+        match (&mut *self, other) {
+            (_, Self::Empty) | (Self::Full, _) => return 0,
+            (Self::Empty, _) | (_, Self::Full) => *self = other.clone(),
+            (Self::Branch(branch), Self::Branch(others)) => {
+                if Arc::ptr_eq(branch, others) {
+                    return 0;
+                }
+                let branch = Arc::make_mut(branch);
+                for (index, other) in others.children.iter().enumerate() {
+                    branch.sectors += branch.children[index].insert_all(region.child(index), other);
+                }
+                if branch.sectors == region.sectors() {
+                    *self = Self::Full;
+                }
+            }
+            (Self::Bitmap(bitmap), Self::Bitmap(others)) => {
+                let bitmap = Arc::make_mut(bitmap);
+                bitmap.set_all(others);
+                if bitmap.is_full() {
+                    *self = Self::Full;
+                }
+            }
+            (_, Self::Branch(_)) => {
+                let few = std::mem::replace(self, other.clone());
+                few.for_each_run(region, |run| {
+                    self.insert(region, run);
+                });
+            }
+            (_, Self::Runs(_) | Self::Bitmap(_)) => other.for_each_run(region, |run| {
+                self.insert(region, run);
+            }),
+        }
+        self.sectors(region) - before
+    }
+
+    /// The first sector at or after `from`, which is in the region, that is in the set, or with
+    /// `inside` false is not in the set.
+    pub(super) fn next(&self, region: Region, from: u64, inside: bool) -> Option<u64> {
+        match self {
+            Self::Empty => (!inside).then_some(from),
+            Self::Full => inside.then_some(from),
+            Self::Runs(runs) => {
+                let run = runs.get(runs.partition_point(|run| run.end <= from));
+                match run {
+                    Some(run) if inside => Some(run.start.max(from)),
+                    Some(run) if run.start <= from => (run.end < region.end()).then_some(run.end),
+                    _ => (!inside).then_some(from),
+                }
+            }
+            Self::Bitmap(bitmap) => {
+                let bit = bitmap.next(region.bit(from), inside)?;
+                Some(region.first_sector(bit).max(from))
+            }
+            Self::Branch(branch) => {
+                let first = region.child_of(from);
+                let mut rest = branch.children.iter().enumerate().skip(first);
+                rest.find_map(|(index, node)| {
+                    let child = region.child(index);
+                    node.next(child, from.max(child.start), inside)
+                })
+            }
+        }
+    }
+
+    /// Turns the node of `region`, the first of eight parts, into the node of the whole.
+    pub(super) fn raise(&mut self, region: Region) {
+        assert!(region.level < LEVEL_MAX, "there are no such sectors");
+        match self {
+            Self::Empty | Self::Runs(_) => {}
+            Self::Full => {
+                let (start, end) = (region.start, region.end());
+                *self = Self::Runs(Arc::new(vec![Run { start, end }]));
+            }
+            Self::Bitmap(_) | Self::Branch(_) => {
+                let sectors = self.sectors(region);
+                let mut children = [const { Self::Empty }; BRANCHES];
+                children[0] = std::mem::take(self);
+                *self = Self::Branch(Arc::new(Branch { sectors, children }));
+            }
+        }
+    }
+
+    /// Calls `with` for each run, in order. Runs of neighbouring children are not joined.
+    fn for_each_run(&self, region: Region, mut with: impl FnMut(Run)) {
+        let mut from = region.start;
+        while from < region.end()
+            && let Some(start) = self.next(region, from, true)
+        {
+            let end = self.next(region, start, false).unwrap_or(region.end());
+            with(Run { start, end });
+            from = end;
+        }
+    }
+
+    /// Keeps the invariants after the list of runs has changed.
+    fn settle(&mut self, region: Region) {
+        let Self::Runs(runs) = self else { return };
+        match runs.as_slice() {
+            [] => *self = Self::Empty,
+            [run] if region.is(*run) => *self = Self::Full,
+            runs if runs.len() > RUNS_MAX => *self = Self::of_runs(region, runs),
+            _ => {}
+        }
+    }
+
+    /// Divides a bitmap.
+    fn divide(&mut self, region: Region) {
+        let mut runs = Vec::new();
+        self.for_each_run(region, |run| runs.push(run));
+        *self = Self::branch_of_runs(region, &runs);
+    }
+
+    /// The node for `runs`, all of which overlap the region. Those at its ends may reach beyond it.
+    fn of_runs(region: Region, runs: &[Run]) -> Self {
+        let within = runs.iter().map(|run| run.within(region));
+        match runs {
+            [] => Self::Empty,
+            [run] if region.is(run.within(region)) => Self::Full,
+            _ if runs.len() <= RUNS_MAX => Self::Runs(Arc::new(within.collect())),
+            _ => {
+                let mut bitmap = Bitmap::default();
+                for run in within {
+                    let Some(bits) = region.bits(run) else {
+                        return Self::branch_of_runs(region, runs);
+                    };
+                    bitmap.set(bits);
+                }
+                Self::Bitmap(Arc::new(bitmap))
+            }
+        }
+    }
+
+    fn branch_of_runs(region: Region, runs: &[Run]) -> Self {
+        let children = std::array::from_fn(|index| {
+            let child = region.child(index);
+            let first = runs.partition_point(|run| run.end <= child.start);
+            let end = runs.partition_point(|run| run.start < child.end());
+            Self::of_runs(child, &runs[first..end])
+        });
+        let sectors = runs.iter().map(|run| run.within(region).sectors()).sum();
+        Self::Branch(Arc::new(Branch { sectors, children }))
+    }
+
+    /// Asserts the invariants of the [module](self).
+    pub(super) fn self_check(&self, region: Region) {
+        let sectors = self.sectors(region);
+        match self {
+            Self::Empty | Self::Full => return,
+            Self::Runs(runs) => {
+                assert!(runs.len() <= RUNS_MAX, "too many runs");
+                let mut last_end = None;
+                for run in runs.iter() {
+                    assert!(run.start < run.end, "an empty run");
+                    assert!(last_end < Some(run.start), "two runs touch or overlap");
+                    assert_eq!(*run, run.within(region));
+                    last_end = Some(run.end);
+                }
+            }
+            Self::Bitmap(bitmap) => bitmap.self_check(),
+            Self::Branch(branch) => {
+                let mut sum = 0;
+                for (index, node) in branch.children.iter().enumerate() {
+                    node.self_check(region.child(index));
+                    sum += node.sectors(region.child(index));
+                }
+                assert_eq!(branch.sectors, sum);
+            }
+        }
+        assert!(sectors > 0 && sectors < region.sectors());
+    }
+}
+
+/// Inserts `run` into an ordered list. Returns how many of its sectors are new.
+fn insert_into(runs: &mut Vec<Run>, mut run: Run) -> u64 {
+    let first = runs.partition_point(|other| other.end < run.start);
+    let end = first + runs[first..].partition_point(|other| other.start <= run.end);
+    if first == end {
+        runs.insert(first, run);
+        return run.sectors();
+    }
+    let before: u64 = runs[first..end].iter().map(|run| run.sectors()).sum();
+    run.start = run.start.min(runs[first].start);
+    run.end = run.end.max(runs[end - 1].end);
+    runs[first] = run;
+    runs.drain(first + 1..end);
+    run.sectors() - before
+}
+
+/// Removes `run` from an ordered list. Returns how many of its sectors were in it.
+fn remove_from(runs: &mut Vec<Run>, run: Run) -> u64 {
+    let first = runs.partition_point(|other| other.end <= run.start);
+    let end = first + runs[first..].partition_point(|other| other.start < run.end);
+    if first == end {
+        return 0;
+    }
+    let before: u64 = runs[first..end].iter().map(|run| run.sectors()).sum();
+    let left = Run {
+        start: runs[first].start,
+        end: run.start,
+    };
+    let right = Run {
+        start: run.end,
+        end: runs[end - 1].end,
+    };
+    let rest = [left, right];
+    let rest = rest.into_iter().filter(|run| run.start < run.end);
+    let after: u64 = rest.clone().map(Run::sectors).sum();
+    runs.splice(first..end, rest);
+    before - after
+}
