@@ -1,7 +1,9 @@
 //! What the disk promises while replicas differ, fail, hang, grow and are replaced.
 
 mod busy_file_systems;
+mod faults;
 mod faulty_replicas;
+mod full_disks;
 mod growth;
 mod image_locks;
 mod jobs;
