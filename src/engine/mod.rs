@@ -42,7 +42,7 @@ mod first_pass;
 mod flush;
 mod in_flight;
 mod interface;
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 pub mod interleaving;
 mod latencies;
 mod range_locks;

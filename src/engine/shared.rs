@@ -21,7 +21,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
-#[cfg(feature = "sim")]
+#[cfg(any(test, feature = "sim"))]
 use super::interleaving;
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
@@ -328,7 +328,7 @@ impl Shared {
     /// An access follows: in the simulator another worker may come first.
     #[inline]
     fn accessed(&self) {
-        #[cfg(feature = "sim")]
+        #[cfg(any(test, feature = "sim"))]
         interleaving::access(|| self.state.try_lock().is_ok() && self.jobs.try_lock().is_ok());
     }
 }
