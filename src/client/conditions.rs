@@ -1,7 +1,9 @@
 //! The conditions of a disk and its replicas, as an operator reads them: what is not as it should
 //! be, and what to do about it.
 
-use super::format::{printable, size};
+use std::time::SystemTime;
+
+use super::format::{age, printable, size};
 use super::replies::{Disk, Errors, Job, Replica};
 use super::terminal::Style;
 use crate::common::message::counted;
@@ -22,17 +24,17 @@ impl Advice {
 }
 
 /// Everything that needs the attention of an operator, the disk's conditions first.
-pub(super) fn advice(disk: &Disk, jobs: &[Job]) -> Vec<Advice> {
+pub(super) fn advice(disk: &Disk, jobs: &[Job], now: SystemTime) -> Vec<Advice> {
     let conditions = disk.conditions.iter();
-    let mut all: Vec<_> = conditions.map(|word| of_disk(word, disk)).collect();
+    let mut all: Vec<_> = conditions.map(|word| of_disk(word, disk, now)).collect();
     for replica in &disk.replicas {
         let conditions = replica.conditions.iter();
-        all.extend(conditions.map(|word| of_replica(word, replica, jobs)));
+        all.extend(conditions.map(|word| of_replica(word, replica, jobs, now)));
     }
     all
 }
 
-fn of_disk(condition: &str, disk: &Disk) -> Advice {
+fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
     match condition {
         "undecided" => {
             let read = counted(disk.undecided_sectors, "sector");
@@ -50,7 +52,7 @@ fn of_disk(condition: &str, disk: &Disk) -> Advice {
             };
             Advice::new(
                 Style::Bad,
-                format!("the guest got {errors}; {}", last(&disk.errors)),
+                format!("the guest got {errors}; {}", last(&disk.errors, now)),
                 format!("{cause}, check the guest's files, then quorum-blkctl clear"),
             )
         }
@@ -58,7 +60,7 @@ fn of_disk(condition: &str, disk: &Disk) -> Advice {
     }
 }
 
-fn of_replica(condition: &str, replica: &Replica, jobs: &[Job]) -> Advice {
+fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime) -> Advice {
     let name = printable(&replica.node_name);
     match condition {
         "evicted" => Advice::new(
@@ -89,7 +91,7 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job]) -> Advice {
         ),
         "errors" => {
             let errors = counted(replica.errors.sum(), "error");
-            let what = format!("{name} returned {errors}; {}", last(&replica.errors));
+            let what = format!("{name} returned {errors}; {}", last(&replica.errors, now));
             let to_do = match replica.errors.is_out_of_space() {
                 true => {
                     let file = printable(&replica.file);
@@ -111,16 +113,22 @@ fn of_unknown(name: &str, condition: &str) -> Advice {
     Advice::new(Style::Bad, format!("{name}: {condition}"), None)
 }
 
-/// `the last: write: No space left on device`.
-fn last(errors: &Errors) -> String {
+/// `the last 5 s ago: write: No space left on device`.
+fn last(errors: &Errors, now: SystemTime) -> String {
     let Some(last) = &errors.last else {
         return "the last: unknown".into();
     };
+    let ago = match errors.seconds_before(now) {
+        Some(seconds) => format!(" {} ago", age(seconds)),
+        None => String::new(),
+    };
     let operation = printable(&last.r#type);
-    match &last.error {
-        Some(error) => format!("the last: {operation}: {}", printable(error)),
-        None => format!("the last: {operation}: no quorum"),
-    }
+    let error = match (&last.error, operation.as_str()) {
+        (Some(error), _) => printable(error),
+        (None, "read") => "no quorum".into(),
+        (None, _) => "too few replicas".into(),
+    };
+    format!("the last{ago}: {operation}: {error}")
 }
 
 #[cfg(test)]
@@ -128,6 +136,7 @@ mod tests {
     use super::*;
     use crate::client::status::tests::disk;
     use serde_json::json;
+    use std::time::{Duration, UNIX_EPOCH};
 
     fn job(node: &str) -> Job {
         serde_json::from_value(json!({
@@ -140,7 +149,7 @@ mod tests {
     #[test]
     fn a_stale_replica_is_copied_by_its_job() {
         let disk = disk("syncing", 512, 0, 0);
-        let to_do = |jobs: &[Job]| advice(&disk, jobs)[0].to_do.clone();
+        let to_do = |jobs: &[Job]| advice(&disk, jobs, UNIX_EPOCH)[0].to_do.clone();
         assert_eq!(
             to_do(&[job("c"), job("b")]).as_deref(),
             Some("job3 copies what it lacks")
@@ -157,6 +166,7 @@ mod tests {
         let errors = |ret: i64, error: &str| {
             let last = json!({
                 "type": "write", "ret": ret, "error": error, "sector-num": 0, "sector-count": 8,
+                "timestamp": { "seconds": 1000, "microseconds": 0 },
             });
             serde_json::from_value(json!({ "read": 1, "write": 2, "flush": 0, "last": last }))
                 .unwrap()
@@ -167,7 +177,7 @@ mod tests {
         disk.replicas[2].errors = errors(-5, "Input/output error");
         disk.conditions = vec!["guest-errors".into()];
         disk.errors = errors(-28, "No space left on device");
-        let advice = advice(&disk, &[]);
+        let advice = advice(&disk, &[], UNIX_EPOCH + Duration::from_secs(1200));
         let lines = advice
             .iter()
             .flat_map(|advice| [Some(&advice.what), advice.to_do.as_ref()]);
@@ -175,11 +185,11 @@ mod tests {
         assert_eq!(
             lines,
             [
-                "the guest got 3 I/O errors; the last: write: No space left on device",
+                "the guest got 3 I/O errors; the last 3 min ago: write: No space left on device",
                 "make room for the images, check the guest's files, then quorum-blkctl clear",
-                "b returned 3 errors; the last: write: No space left on device",
+                "b returned 3 errors; the last 3 min ago: write: No space left on device",
                 "make room for /images/b, then quorum-blkctl clear b",
-                "c returned 3 errors; the last: write: Input/output error",
+                "c returned 3 errors; the last 3 min ago: write: Input/output error",
                 "check its disk; then quorum-blkctl clear c, or replace c FILE",
                 "c: new\\u{1b}",
             ]

@@ -7,7 +7,7 @@ use serde_json::Value;
 
 use super::format::{printable, sectors, size, timestamp};
 use super::progress::describe;
-use super::replies::{JobEnd, Range};
+use super::replies::{JobEnd, Range, Timestamp};
 use super::terminal::Style;
 use super::{Context, Error, Outcome};
 use crate::common::message::counted;
@@ -43,12 +43,6 @@ struct StatusChange {
 #[derive(Debug, Deserialize)]
 struct Missed {
     missed: u64,
-}
-
-#[derive(Debug, Deserialize)]
-struct Timestamp {
-    seconds: u64,
-    microseconds: u32,
 }
 
 /// Prints events until the connection ends.

@@ -60,6 +60,14 @@ pub(super) fn duration(seconds: u64) -> String {
     }
 }
 
+/// How long ago something was, in its largest unit.
+pub(super) fn age(seconds: u64) -> String {
+    const UNITS: [(u64, &str); 3] = [(86400, "d"), (3600, "h"), (60, "min")];
+    let unit = UNITS.into_iter().find(|(length, _)| seconds >= *length);
+    let (length, name) = unit.unwrap_or((1, "s"));
+    format!("{} {name}", seconds / length)
+}
+
 /// Percentage, rounded down; 100 if there is nothing to do.
 pub(super) fn percent(done: u64, total: u64) -> u64 {
     let percent = (u128::from(done) * 100).checked_div(u128::from(total));

@@ -1,5 +1,7 @@
 //! The members of the monitor's replies that this program uses; it ignores all others.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 use serde::Deserialize;
 
 /// The reply to query-quorum.
@@ -48,12 +50,26 @@ pub(super) struct LastError {
     pub(super) r#type: String,
     ret: Option<i64>,
     pub(super) error: Option<String>,
+    timestamp: Timestamp,
+}
+
+/// A time, since 1970.
+#[derive(Debug, Deserialize)]
+pub(super) struct Timestamp {
+    pub(super) seconds: u64,
+    pub(super) microseconds: u32,
 }
 
 impl Errors {
     pub(super) fn sum(&self) -> u64 {
         let writes = self.write.saturating_add(self.flush);
         self.read.saturating_add(writes)
+    }
+
+    /// How many seconds before `now` the last one was.
+    pub(super) fn seconds_before(&self, now: SystemTime) -> Option<u64> {
+        let now = now.duration_since(UNIX_EPOCH).ok()?.as_secs();
+        now.checked_sub(self.last.as_ref()?.timestamp.seconds)
     }
 
     /// Whether the last error is ENOSPC, or the quota's EDQUOT.

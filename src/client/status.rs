@@ -2,7 +2,7 @@
 
 use std::io::Write;
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 
@@ -103,7 +103,7 @@ fn write_status(
         write!(out, ", {name}")?;
     }
     writeln!(out)?;
-    for Advice { style, what, to_do } in advice(disk, jobs) {
+    for Advice { style, what, to_do } in advice(disk, jobs, SystemTime::now()) {
         writeln!(out, "  {}", terminal.paint(style, what))?;
         if let Some(to_do) = to_do {
             writeln!(out, "    {to_do}")?;
@@ -198,6 +198,8 @@ pub(super) mod tests {
             let last = json!({
                 "type": "read", "ret": error.map(|_| -5), "error": error,
                 "sector-num": 0, "sector-count": 8,
+                // After any test, so that no age is printed.
+                "timestamp": { "seconds": 1_u64 << 40, "microseconds": 0 },
             });
             let last = (count > 0).then_some(last);
             json!({ "read": count, "write": 0, "flush": 0, "last": last })

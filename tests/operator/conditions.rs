@@ -82,7 +82,7 @@ fn a_replica_that_fails_its_reads_is_not_healthy() {
     assert!(wait_until(HANG_LIMIT, all_fail));
     let text = status(&disk, "degraded");
     let what = format!("{} returned ", node_name(2));
-    assert!(text.contains(&what) && text.contains("the last: read: Input/output error"));
+    assert!(text.contains(&what) && text.contains(" s ago: read: Input/output error"));
     let replica = &state(&disk)["replicas"][2];
     assert_eq!(replica["conditions"], json!(["errors"]));
     let last = &replica["errors"]["last"];
@@ -125,8 +125,15 @@ fn a_disk_whose_guest_got_an_error_is_failing_until_the_operator_has_seen_it() {
     // A scrub only reads: it does not know what the guest has lost.
     assert_eq!(operate(&disk, "scrub").0, 0);
     let text = status(&disk, "failing");
-    let what = "the guest got 1 I/O error; the last: write: No space left on device";
-    assert!(text.contains(what) && text.contains("make room"), "{text}");
+    assert!(
+        text.contains("the guest got 1 I/O error; the last "),
+        "{text}"
+    );
+    assert!(
+        text.contains(" ago: write: No space left on device"),
+        "{text}"
+    );
+    assert!(text.contains("make room for the images"), "{text}");
     assert_eq!(state(&disk)["conditions"], json!(["guest-errors"]));
 
     let (code, text) = operate(&disk, "clear no-such-replica");

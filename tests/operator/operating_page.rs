@@ -187,6 +187,17 @@ impl Session {
                     .execute("query-jobs", json!({}))
                     == json!([])));
             }
+            "unreadable" => {
+                self.dying.inject(Operation::Read, Fault::Fail(libc::EIO));
+                guest.read(0, 2 << 20, 4096).unwrap();
+                // The answer does not wait for the error.
+                let mut monitor = self.monitor();
+                assert!(wait_until(HANG_LIMIT, || {
+                    let state = monitor.execute("query-quorum", json!({}));
+                    state["replicas"][2]["errors"]["read"] == 1
+                }));
+            }
+            "readable" => self.dying.clear_faults(),
             "hang" => {
                 for operation in [Operation::Read, Operation::Write, Operation::Sync] {
                     self.dying.inject(operation, Fault::Hang);
