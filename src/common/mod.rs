@@ -19,6 +19,8 @@ mod replica_set;
 #[forbid(unsafe_code)]
 pub mod report;
 #[forbid(unsafe_code)]
+pub mod runs;
+#[forbid(unsafe_code)]
 mod sector;
 
 pub use self::errno::Errno;

@@ -17,14 +17,15 @@ use std::time::Duration;
 use super::context::{Context, Core};
 use super::interface::Effects;
 use super::range_locks::LockKey;
-use super::repair::{RepairWrite, Repairs, bytes_of};
+use super::repair::{RepairKind, RepairWrite, Repairs, bytes_of, decided};
 use super::replies::Replies;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::runs;
+use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
-use crate::quorum::health::FailureEpoch;
+use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
 
@@ -63,7 +64,7 @@ enum Step {
     /// The writes of the winner that are out.
     Repairing {
         began: FailureEpoch,
-        pending: Vec<(ReplicaIndex, SectorRange)>,
+        pending: Vec<RepairWrite>,
     },
 }
 
@@ -183,12 +184,10 @@ impl Confirmation {
             }
             Step::Repairing { pending, .. } => {
                 // Their writes may still happen, perhaps after newer ones.
-                for (replica, range) in
-                    pending.extract_if(.., |(replica, _)| evicted.contains(*replica))
-                {
+                for write in pending.extract_if(.., |write| evicted.contains(write.replica)) {
                     let shared = context.shared();
-                    shared.change_health(|health| health.mark_stale(replica, range));
-                    self.outcome.not_written += range.count;
+                    shared.change_health(|health| health.mark_stale(write.replica, write.range));
+                    self.outcome.not_written += write.range.count;
                 }
                 self.finish_if_repaired(context)
             }
@@ -220,7 +219,13 @@ impl Confirmation {
         if !self.terms.answers_early || succeeded < enough {
             return None;
         }
-        let verdict = self.vote(Rule::Threshold(enough), core);
+        let range = self.replies.range();
+        let disputed = core.shared.health(|health| health.disputed(range));
+        if !disputed.is_empty() {
+            // Each reply decides where another version must be replaced.
+            return None;
+        }
+        let verdict = self.vote(Rule::Threshold(enough), &disputed, core);
         let decided = verdict.undecided.is_empty();
         decided.then(|| self.assemble(&verdict, core)).flatten()
     }
@@ -229,12 +234,15 @@ impl Confirmation {
     fn decide(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         assert!(self.replies.tally().is_complete(), "decided too early");
         self.step = Step::Decided;
-        let verdict = self.vote(self.terms.rule, context.core);
+        let range = self.replies.range();
+        let disputed = context.shared().health(|health| health.disputed(range));
+        let verdict = self.vote(self.terms.rule, &disputed, context.core);
         let unanimous = verdict.dissents.is_empty() && verdict.undecided.is_empty();
         if unanimous && self.terms.throughout.is_empty() {
             context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
+        self.settle(&disputed, &verdict, context);
         let succeeded = self.replies.tally().succeeded();
         let unread = context.core.unread(self.replies.range(), succeeded);
         self.outcome.unread = unread.without(self.terms.throughout);
@@ -256,6 +264,42 @@ impl Confirmation {
         }
     }
 
+    /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
+    /// from now on, before the guest has its answer.
+    fn settle(
+        &self,
+        disputed: &Disputed,
+        verdict: &Verdict,
+        context: &mut Context<'_, impl Effects>,
+    ) {
+        let block_sectors = context.core.policy.block_sectors;
+        let now = decided(&disputed.undecided, &verdict.undecided, block_sectors);
+        if now.is_empty() {
+            return;
+        }
+        let shared = context.shared();
+        let succeeded = self.replies.tally().succeeded();
+        let others: Vec<_> = shared
+            .members()
+            .iter()
+            .map(|member| {
+                let loses = || {
+                    let mut excused = verdict.excused.iter();
+                    let runs = excused.find(|(replica, _)| *replica == member);
+                    runs.map_or(Vec::new(), |(_, runs)| runs::common(&now, runs))
+                };
+                let runs = match succeeded.contains(member) {
+                    true => loses(),
+                    false => now.clone(),
+                };
+                (member, runs)
+            })
+            .collect();
+        if shared.change_health(|health| health.decide(&now, &others)) {
+            context.effects.health_changed();
+        }
+    }
+
     /// Has the neighbourhood of corrupt sectors scrubbed.
     fn spread(&self, verdict: &Verdict, context: &mut Context<'_, impl Effects>) {
         let dissents = verdict.dissents.iter();
@@ -274,7 +318,7 @@ impl Confirmation {
         }
     }
 
-    fn vote(&self, rule: Rule, core: &Core) -> Verdict {
+    fn vote(&self, rule: Rule, disputed: &Disputed, core: &Core) -> Verdict {
         let voters = self.replies.tally().succeeded();
         let range = self.replies.range();
         let stale = core.shared.health(|health| {
@@ -288,6 +332,8 @@ impl Confirmation {
                 replica,
                 bytes: self.replies.data(replica),
                 stale,
+                supporting: Vec::new(),
+                excused: disputed.undecided.clone(),
             })
             .collect();
         vote(range, &ballots, rule)
@@ -331,12 +377,13 @@ impl Confirmation {
                 verdict: &decision.verdict,
                 winner,
                 losers: self.terms.repairs_losers,
+                settled: &decision.verdict.excused,
                 throughout: self.terms.throughout,
                 block_sectors: context.core.policy.block_sectors,
             };
             let writes = repairs.writes().into_iter();
             for write in writes.filter(|write| in_service.contains(write.replica)) {
-                pending.push((write.replica, write.range));
+                pending.push(write);
                 context.submit(write.replica, self.action(&write, winner));
             }
         }
@@ -369,14 +416,13 @@ impl Confirmation {
         };
         let (_, range) = reply.action.describe();
         let is_read = matches!(reply.action, Action::Read { .. });
-        let write = (reply.replica, range);
-        let Some(index) = pending
-            .iter()
-            .position(|pending| *pending == write && !is_read)
-        else {
+        let is_this = |write: &RepairWrite| {
+            (write.replica, write.range) == (reply.replica, range) && !is_read
+        };
+        let Some(index) = pending.iter().position(is_this) else {
             return Next::Wait;
         };
-        pending.remove(index);
+        let kind = pending.remove(index).kind;
         let began = *began;
         let shared = context.shared();
         if reply.result.is_ok() {
@@ -385,7 +431,7 @@ impl Confirmation {
         match reply.result {
             Ok(()) => {
                 self.outcome.written += range.count;
-                if self.terms.is_resync {
+                if self.terms.is_resync || kind == RepairKind::Settled {
                     let fact = Fact::SectorsResynced(reply.replica, range.count);
                     context.effects.count(fact);
                 } else {
@@ -438,9 +484,7 @@ impl Confirmation {
             return ReplicaSet::EMPTY;
         }
         match &self.step {
-            Step::Repairing { pending, .. } => {
-                pending.iter().map(|(replica, _)| *replica).collect()
-            }
+            Step::Repairing { pending, .. } => pending.iter().map(|write| write.replica).collect(),
             Step::WaitingForLock | Step::Asking | Step::Decided => self.replies.tally().waiting(),
         }
     }

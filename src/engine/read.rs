@@ -37,8 +37,9 @@ impl Read {
                 (core.preferred(voters, enough), threshold)
             }
         };
-        if asked.len() < needed {
-            // Too few replicas are fresh throughout, but sector by sector there may be enough.
+        if asked.len() < needed || core.shared.is_undecided(range) {
+            // Too few replicas are fresh throughout, but sector by sector there may be enough; or
+            // the vote decides what the disk holds (W7).
             return Self::confirm_at_once(tag, range, context);
         }
         Self {

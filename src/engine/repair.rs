@@ -1,8 +1,9 @@
-//! Which writes repair a replica: the winner over what lost the vote, and over replicas that are
-//! repaired throughout.
+//! Which writes repair a replica: the winner over what lost the vote, over legal versions that did
+//! not win, and over replicas that are repaired throughout.
 //!
 //! Pure. The writes cover whole blocks and never a block with an undecided sector.
 
+use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
 use crate::quorum::vote::Verdict;
 
@@ -15,6 +16,8 @@ pub(super) struct Repairs<'a> {
     pub(super) winner: &'a [u8],
     /// Whether replicas are repaired where they lost the vote.
     pub(super) losers: bool,
+    /// Where replicas are repaired in any case: they differ without being at fault (W7).
+    pub(super) settled: &'a [(ReplicaIndex, Vec<SectorRange>)],
     /// Replicas that are repaired wherever there is a winner.
     pub(super) throughout: ReplicaSet,
     pub(super) block_sectors: u64,
@@ -27,21 +30,45 @@ pub(super) struct RepairWrite {
     pub(super) range: SectorRange,
     /// The bytes are zero and may become a hole.
     pub(super) zero: bool,
+    pub(super) kind: RepairKind,
+}
+
+/// What a write of the winner replaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RepairKind {
+    /// What lost the vote.
+    Corrupt,
+    /// A version that was as legal as the winner before the vote (W7).
+    Settled,
+    /// What a replica that is repaired throughout holds.
+    Throughout,
 }
 
 impl Repairs<'_> {
     pub(super) fn writes(&self) -> Vec<RepairWrite> {
         let mut writes = Vec::new();
+        let not_throughout = |replica: ReplicaIndex| !self.throughout.contains(replica);
+        let mut losers = Vec::new();
         if self.losers {
             for dissent in &self.verdict.dissents {
-                let runs = widen(&dissent.bad_sectors, self.block_sectors);
-                let runs = self.decided(&runs).into_iter();
-                writes.extend(runs.map(|range| RepairWrite {
-                    replica: dissent.replica,
-                    range,
-                    zero: false,
-                }));
+                let runs = self.decided(&dissent.bad_sectors);
+                losers.push((dissent.replica, runs, RepairKind::Corrupt));
             }
+        }
+        for (replica, runs) in self.settled {
+            let mut runs = self.decided(runs);
+            if let Some((_, corrupt, _)) = losers.iter().find(|(loser, ..)| loser == replica) {
+                runs = runs::without(&runs, corrupt);
+            }
+            losers.push((*replica, runs, RepairKind::Settled));
+        }
+        for (replica, runs, kind) in losers.into_iter().filter(|(r, ..)| not_throughout(*r)) {
+            writes.extend(runs.into_iter().map(|range| RepairWrite {
+                replica,
+                range,
+                zero: false,
+                kind,
+            }));
         }
         if !self.throughout.is_empty() {
             let runs = self.decided(&[self.range]).into_iter();
@@ -53,14 +80,17 @@ impl Repairs<'_> {
                     replica,
                     range: *range,
                     zero: is_zero(&self.winner[bytes_of(*range, self.range)]),
+                    kind: RepairKind::Throughout,
                 }));
             }
         }
         writes
     }
 
+    /// The runs, widened to whole blocks, without the blocks that have an undecided sector.
     fn decided(&self, runs: &[SectorRange]) -> Vec<SectorRange> {
-        decided(runs, &self.verdict.undecided, self.block_sectors)
+        let runs = runs::widened(runs, self.block_sectors);
+        decided(&runs, &self.verdict.undecided, self.block_sectors)
     }
 }
 
@@ -115,41 +145,13 @@ fn is_zero(bytes: &[u8]) -> bool {
     words.iter().all(|word| *word == [0; 64]) && rest.iter().all(|byte| *byte == 0)
 }
 
-/// The runs, widened to whole blocks and joined where they meet.
-fn widen(runs: &[SectorRange], block_sectors: u64) -> Vec<SectorRange> {
-    let mut widened: Vec<SectorRange> = Vec::with_capacity(runs.len());
-    for run in runs {
-        let start = run.start - run.start % block_sectors;
-        let end = run.end().next_multiple_of(block_sectors);
-        match widened.last_mut() {
-            Some(last) if start <= last.end() => last.count = end - last.start,
-            _ => widened.push(SectorRange::new(start, end - start)),
-        }
-    }
-    widened
-}
-
 /// `runs`, which are whole blocks, without the blocks that have an undecided sector.
-fn decided(
+pub(super) fn decided(
     runs: &[SectorRange],
     undecided: &[SectorRange],
     block_sectors: u64,
 ) -> Vec<SectorRange> {
-    let undecided = widen(undecided, block_sectors);
-    let mut left = Vec::with_capacity(runs.len());
-    for run in runs {
-        let mut start = run.start;
-        for hole in undecided.iter().filter(|hole| hole.overlaps(*run)) {
-            if hole.start > start {
-                left.push(SectorRange::new(start, hole.start - start));
-            }
-            start = hole.end();
-        }
-        if start < run.end() {
-            left.push(SectorRange::new(start, run.end() - start));
-        }
-    }
-    left
+    runs::without(runs, &runs::widened(undecided, block_sectors))
 }
 
 #[cfg(test)]
@@ -159,13 +161,6 @@ mod tests {
     fn runs<const N: usize>(runs: [(u64, u64); N]) -> Vec<SectorRange> {
         runs.map(|(start, count)| SectorRange::new(start, count))
             .to_vec()
-    }
-
-    #[test]
-    fn runs_are_widened_to_blocks_and_joined() {
-        let scattered = runs([(1, 1), (3, 2), (9, 1), (30, 4)]);
-        assert_eq!(widen(&scattered, 1), scattered);
-        assert_eq!(widen(&scattered, 8), runs([(0, 16), (24, 16)]));
     }
 
     #[test]

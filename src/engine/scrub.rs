@@ -42,7 +42,8 @@ impl Scrub {
         let partly_stale = stale.iter().any(is_partly);
         let asked = in_service.without(stale);
         // Only the lock shows which replicas may vote on which sector.
-        let stage = if partly_stale || asked.is_empty() {
+        let confirms = partly_stale || core.shared.is_undecided(range);
+        let stage = if confirms || asked.is_empty() {
             let terms = order.terms(ReplicaSet::EMPTY, core);
             let replies = Replies::new(range, core);
             Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)))

@@ -46,6 +46,7 @@ pub(super) struct Waiter {
 pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
+    anything_undecided: AtomicBool,
     members: AtomicU32,
     in_service: AtomicU32,
     out_of_service: AtomicU32,
@@ -93,6 +94,7 @@ impl Shared {
                 health: Health::new(members, threshold, workers, capacity_sectors),
             }),
             anything_stale: AtomicBool::new(false),
+            anything_undecided: AtomicBool::new(false),
             members: AtomicU32::new(members.bits()),
             in_service: AtomicU32::new(members.bits()),
             out_of_service: AtomicU32::new(0),
@@ -220,6 +222,11 @@ impl Shared {
         }
     }
 
+    /// Whether a write has failed in `range` and no vote has decided since what it holds (W7).
+    pub(super) fn is_undecided(&self, range: SectorRange) -> bool {
+        self.anything_undecided.load(Ordering::Acquire) && self.state().health.is_undecided(range)
+    }
+
     /// In how many sectors `replica` is stale.
     pub fn stale_sectors(&self, replica: ReplicaIndex) -> u64 {
         match self.anything_stale() {
@@ -295,6 +302,8 @@ impl Shared {
     fn publish(&self, health: &Health) {
         self.anything_stale
             .store(health.anything_stale(), Ordering::Release);
+        self.anything_undecided
+            .store(health.anything_undecided(), Ordering::Release);
         self.failure_epoch
             .store(health.failure_epoch().0, Ordering::Release);
         self.members
@@ -318,6 +327,8 @@ impl Shared {
         assert_eq!(self.out_of_service(), health.out_of_service());
         assert_eq!(self.failure_epoch(), health.failure_epoch());
         assert_eq!(self.anything_stale(), health.anything_stale());
+        let undecided = self.anything_undecided.load(Ordering::Acquire);
+        assert_eq!(undecided, health.anything_undecided());
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

@@ -7,6 +7,7 @@
 use sha2::{Digest as _, Sha256};
 
 use crate::common::report::{Digest, Evidence};
+use crate::common::runs::Cursor;
 use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::limits::BAD_SECTOR_RUNS_MAX;
 
@@ -22,6 +23,11 @@ pub struct Ballot<'a> {
     pub bytes: &'a [u8],
     /// The parts of the range on which this replica may not vote, in order.
     pub stale: Vec<SectorRange>,
+    /// The parts on which its vote counts only for a version that another replica holds outside of
+    /// such a part (W7).
+    pub supporting: Vec<SectorRange>,
+    /// The parts on which its version may differ without a fault of the replica (W7).
+    pub excused: Vec<SectorRange>,
 }
 
 /// How a sector's winner is found.
@@ -78,6 +84,8 @@ pub struct Verdict {
     pub undecided: Vec<SectorRange>,
     /// The replicas that lost, first listed first.
     pub dissents: Vec<Dissent>,
+    /// Where a version is not the winner's and no replica is at fault, first listed first.
+    pub excused: Vec<(ReplicaIndex, Vec<SectorRange>)>,
 }
 
 /// Votes on every sector of `range`. The ballots come in the order in which the replicas were
@@ -91,11 +99,13 @@ pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
     verdict
 }
 
-/// A ballot, and how far the vote has come in its list of stale runs.
+/// A ballot, and how far the vote has come in its lists of runs.
 struct Voter<'a> {
     replica: ReplicaIndex,
     bytes: &'a [u8],
-    stale: std::iter::Peekable<std::slice::Iter<'a, SectorRange>>,
+    stale: Cursor<'a>,
+    supporting: Cursor<'a>,
+    excused: Cursor<'a>,
 }
 
 impl<'a> Voter<'a> {
@@ -103,15 +113,16 @@ impl<'a> Voter<'a> {
         Self {
             replica: ballot.replica,
             bytes: ballot.bytes,
-            stale: ballot.stale.iter().peekable(),
+            stale: Cursor::new(&ballot.stale),
+            supporting: Cursor::new(&ballot.supporting),
+            excused: Cursor::new(&ballot.excused),
         }
     }
 
     /// The bytes of `sector`, or `None` if this replica may not vote on it. Sectors are asked for
     /// in order.
     fn version(&mut self, range_start: u64, sector: u64) -> Option<Version<'a>> {
-        while self.stale.next_if(|run| run.end() <= sector).is_some() {}
-        if self.stale.peek().is_some_and(|run| run.start <= sector) {
+        if self.stale.has(sector) {
             return None;
         }
         let offset =
@@ -119,6 +130,8 @@ impl<'a> Voter<'a> {
         Some(Version {
             replica: self.replica,
             bytes: &self.bytes[offset..offset + SECTOR_LEN],
+            only_supports: self.supporting.has(sector),
+            excused: self.excused.has(sector),
         })
     }
 }
@@ -127,6 +140,8 @@ impl<'a> Voter<'a> {
 struct Version<'a> {
     replica: ReplicaIndex,
     bytes: &'a [u8],
+    only_supports: bool,
+    excused: bool,
 }
 
 fn vote_on_sector(
@@ -138,7 +153,7 @@ fn vote_on_sector(
 ) {
     let mut first: Option<Version<'_>> = None;
     let mut votes = 0;
-    let mut differ = false;
+    let (mut differ, mut supported) = (false, false);
     for version in voters
         .iter_mut()
         .filter_map(|v| v.version(range_start, sector))
@@ -146,24 +161,40 @@ fn vote_on_sector(
         let first = *first.get_or_insert(version);
         votes += 1;
         differ |= first.bytes != version.bytes;
+        supported |= !version.only_supports;
     }
-    let threshold = match rule {
-        Rule::Threshold(threshold) => threshold,
-        Rule::FirstListed => {
-            differ = false;
-            1
-        }
+    let Some(first) = first else {
+        return extend(&mut verdict.undecided, sector);
     };
-    match first {
-        Some(first) if !differ && votes >= threshold => won(verdict, sector, first.replica),
-        Some(_) if differ => {
-            let versions: Vec<_> = voters
-                .iter_mut()
-                .filter_map(|v| v.version(range_start, sector))
-                .collect();
-            vote_by_digest(sector, &versions, threshold, verdict);
+    if differ {
+        let versions: Vec<_> = voters
+            .iter_mut()
+            .filter_map(|v| v.version(range_start, sector))
+            .collect();
+        return match rule {
+            Rule::Threshold(threshold) => vote_by_digest(sector, &versions, threshold, verdict),
+            Rule::FirstListed => take_first(sector, &versions, verdict),
+        };
+    }
+    let enough = match rule {
+        Rule::Threshold(threshold) => votes >= threshold && supported,
+        Rule::FirstListed => true,
+    };
+    if enough {
+        won(verdict, sector, first.replica);
+    } else {
+        extend(&mut verdict.undecided, sector);
+    }
+}
+
+/// The versions of this sector differ, and the replica listed first is right.
+fn take_first(sector: u64, versions: &[Version<'_>], verdict: &mut Verdict) {
+    won(verdict, sector, versions[0].replica);
+    let differs = |version: &&Version<'_>| version.bytes != versions[0].bytes;
+    for version in versions.iter().filter(differs) {
+        if version.excused {
+            excused(verdict, sector, version.replica);
         }
-        _ => extend(&mut verdict.undecided, sector),
     }
 }
 
@@ -178,9 +209,14 @@ fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdi
         if digests[..index].contains(digest) {
             continue;
         }
-        let votes = digests[index..].iter().filter(|d| *d == digest).count();
+        let holders = || {
+            let held = digests[index..].iter().zip(&versions[index..]);
+            held.filter(|(held, _)| *held == digest)
+        };
+        let votes = holders().count();
+        let supported = holders().any(|(_, version)| !version.only_supports);
         // Strictly more: on a tie the version found first, held by the replica listed first, stays.
-        if votes >= threshold && winner.is_none_or(|(_, most)| votes > most) {
+        if votes >= threshold && supported && winner.is_none_or(|(_, most)| votes > most) {
             winner = Some((index, votes));
         }
     }
@@ -189,7 +225,12 @@ fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdi
     };
     won(verdict, sector, versions[winner].replica);
     for (version, digest) in versions.iter().zip(&digests) {
-        if *digest != digests[winner] {
+        if *digest == digests[winner] {
+            continue;
+        }
+        if version.excused {
+            excused(verdict, sector, version.replica);
+        } else {
             lost(verdict, sector, version.replica, *digest, digests[winner]);
         }
     }
@@ -225,6 +266,17 @@ fn lost(
                     winner_digest,
                 },
             );
+        }
+    }
+}
+
+fn excused(verdict: &mut Verdict, sector: u64, replica: ReplicaIndex) {
+    match verdict.excused.iter_mut().find(|(r, _)| *r == replica) {
+        Some((_, runs)) => extend(runs, sector),
+        None => {
+            let at = verdict.excused.partition_point(|(r, _)| *r < replica);
+            let runs = vec![SectorRange::new(sector, 1)];
+            verdict.excused.insert(at, (replica, runs));
         }
     }
 }
@@ -266,6 +318,8 @@ mod tests {
                 replica: ReplicaIndex(u8::try_from(index).unwrap()),
                 bytes,
                 stale: stale_of(pattern),
+                supporting: Vec::new(),
+                excused: Vec::new(),
             })
             .collect();
         vote(
@@ -363,6 +417,61 @@ mod tests {
                 "{patterns:?} {rule:?}"
             );
         }
+    }
+
+    /// Three ballots of one sector; those with an index in `supporting` only support others, and
+    /// those in `excused` may differ.
+    fn one_sector(letters: &str, supporting: &[usize], excused: &[usize], rule: Rule) -> Verdict {
+        let sector = SectorRange::new(0, 1);
+        let all = letters.bytes().map(|letter| [letter; SECTOR_LEN]);
+        let buffers: Vec<_> = all.collect();
+        let ballots: Vec<_> = buffers
+            .iter()
+            .enumerate()
+            .map(|(index, bytes)| Ballot {
+                replica: ReplicaIndex(u8::try_from(index).unwrap()),
+                bytes,
+                stale: Vec::new(),
+                supporting: supporting
+                    .iter()
+                    .filter(|i| **i == index)
+                    .map(|_| sector)
+                    .collect(),
+                excused: excused
+                    .iter()
+                    .filter(|i| **i == index)
+                    .map(|_| sector)
+                    .collect(),
+            })
+            .collect();
+        vote(sector, &ballots, rule)
+    }
+
+    #[test]
+    fn an_excused_replica_loses_without_an_accusation() {
+        for rule in [Rule::Threshold(2), Rule::FirstListed] {
+            let verdict = one_sector("aba", &[], &[0, 1, 2], rule);
+            assert_eq!(verdict.winners.len(), 1);
+            assert!(verdict.dissents.is_empty());
+            assert_eq!(
+                verdict.excused,
+                [(ReplicaIndex(1), vec![SectorRange::new(0, 1)])]
+            );
+        }
+        let verdict = one_sector("aba", &[], &[0], Rule::Threshold(2));
+        assert_eq!(verdict.dissents.len(), 1);
+    }
+
+    #[test]
+    fn a_vote_that_only_supports_others_does_not_win_alone() {
+        let wins = |letters, supporting: &[usize]| {
+            let verdict = one_sector(letters, supporting, supporting, Rule::Threshold(2));
+            verdict.undecided.is_empty()
+        };
+        assert!(wins("aaa", &[1, 2]), "replica 0 holds it too");
+        assert!(!wins("baa", &[1, 2]), "replica 0 holds another version");
+        assert!(wins("baa", &[1]));
+        assert!(!wins("aaa", &[0, 1, 2]));
     }
 
     #[test]

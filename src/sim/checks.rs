@@ -184,6 +184,7 @@ impl World {
         }
         if success {
             self.ledger.mixed &= !sectors;
+            self.ledger.accusable &= !sectors;
         } else {
             self.mark_mixed(sectors);
         }
@@ -346,15 +347,16 @@ impl World {
         Ok(())
     }
 
-    /// I3: a replica is reported for a sector only if a fault may have corrupted it.
+    /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed
+    /// write has not.
     fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
         let now = self.ledger.seen();
-        if (now.wrong(replica) | now.mixed) >> sector & 1 == 1 {
+        if (now.wrong(replica) | self.ledger.accusable) >> sector & 1 == 1 {
             return Ok(());
         }
         if now.wrong_at(sector) >= self.plan.threshold {
             // The corrupt replicas have won; a repair may replace right bytes now.
-            self.mark_mixed(1 << sector);
+            self.mark_accusable(1 << sector);
             return Ok(());
         }
         let text = format!("replica {replica} is accused, and no fault has made {sector} wrong");

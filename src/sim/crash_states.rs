@@ -476,6 +476,8 @@ impl Votes {
             let sectors: Vec<[u8; SECTOR_LEN]> =
                 values.iter().map(|value| sector_of(*value)).collect();
             let ballot = |replica: usize| Ballot {
+                supporting: Vec::new(),
+                excused: Vec::new(),
                 replica: ReplicaIndex(u8::try_from(replica).expect("few")),
                 bytes: &sectors[replica],
                 stale: Vec::new(),

@@ -141,6 +141,7 @@ impl World {
         self.model.crashed(self.now);
         self.crashed = true;
         self.tick_wanted = 0;
+        self.undecided = 0;
         self.ledger.any = before.any;
         for sector in 0..self.changed_at.len() {
             let good = self.check_after_crash(sector, &before)?;
@@ -174,7 +175,7 @@ impl World {
             }
         }
         if versions.len() > 1 {
-            self.ledger.mixed |= bit;
+            self.mark_accusable(bit);
         }
         if usize::try_from(good.count_ones()).expect("few") < self.plan.threshold {
             let text = format!("only {good:b} hold what was flushed, or later, of {sector}");

@@ -26,6 +26,9 @@ pub struct Ledger {
     pub unrepaired: Masks,
     /// Sectors of which a failed write or a crash may have left different versions.
     pub mixed: u64,
+    /// Those of them in which a vote may accuse replicas: after a crash, or after corrupt replicas
+    /// have won a vote. Not after a failed write (W7).
+    pub accusable: u64,
     /// The number of failed flushes, failed durable writes and evictions of each replica that the
     /// engine knows.
     pub failures: [u32; PLACES],

@@ -14,6 +14,7 @@
 //! plan, replica, ledger, effects
 //! state                       the data of a run
 //! operations, checks, jobs    an operation on a replica; what must hold
+//! decisions                   what a vote makes of a failed write
 //! inputs, overlap             what engines are fed with, and what they ask for
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
@@ -29,6 +30,7 @@
 mod checks;
 pub mod contract;
 pub mod crash_states;
+mod decisions;
 pub mod effects;
 mod faults;
 mod finale;

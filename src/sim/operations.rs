@@ -135,7 +135,7 @@ impl World {
         let enough = if fifo { 1 } else { self.plan.threshold };
         let seen = self.ledger.seen();
         for sector in bits(sectors).filter(|sector| seen.wrong_at(*sector) >= enough) {
-            self.mark_mixed(1 << sector);
+            self.mark_accusable(1 << sector);
         }
     }
 

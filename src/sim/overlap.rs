@@ -50,6 +50,7 @@ impl World {
             let (mut others, before) = overlap;
             self.engines[other].self_check();
             self.note_evictions();
+            self.note_decisions()?;
             self.carry_out(&mut effects, before, &mut checks)?;
             let expected = reply.and_then(|reply| self.note_reply(&reply));
             let mut others_checks = self.input_checks(other, expected);
@@ -60,6 +61,7 @@ impl World {
             give(&mut self.engines[worker], &mut effects);
             self.engines[worker].self_check();
             self.note_evictions();
+            self.note_decisions()?;
         }
         let count = effects.effects.len();
         self.carry_out(&mut effects, count, &mut checks)?;

@@ -139,6 +139,8 @@ pub struct World {
     pub(super) asked_resyncs: Vec<(JobId, u32)>,
     /// The sectors of which a replica was accused, a mask.
     pub(super) accused: u64,
+    /// The sectors of failed writes that no vote has decided, as the engines know them, a mask.
+    pub(super) undecided: u64,
     /// The number of writes that were no guest's: repairs, and copies of a resync.
     pub(super) rewrites: u64,
     /// From now on no fault is injected.
@@ -331,6 +333,7 @@ impl World {
             jobs: Vec::new(),
             asked_resyncs: Vec::new(),
             accused: 0,
+            undecided: 0,
             rewrites: 0,
             shared: Arc::new(Shared::new(1, 1, 1, 1)),
             engines: Vec::new(),
@@ -509,6 +512,12 @@ impl World {
         for pending in &mut self.pending {
             pending.seen.mixed |= sectors;
         }
+    }
+
+    /// The same, and a vote may accuse replicas there.
+    pub(super) fn mark_accusable(&mut self, sectors: u64) {
+        self.mark_mixed(sectors);
+        self.ledger.accusable |= sectors;
     }
 }
 

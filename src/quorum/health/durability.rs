@@ -41,8 +41,8 @@ impl Health {
 
     /// A write has ended.
     ///
-    /// A write that failed leaves old or new bytes on the replicas that failed it, and the vote
-    /// decides which (W7): none of them becomes stale. A replica that was not asked, was evicted or
+    /// A write that failed leaves old or new bytes on the replicas that failed it: none of them
+    /// becomes stale, and the range is undecided (W7). A replica that was not asked, was evicted or
     /// failed a flush while the write ran is stale in any case.
     ///
     /// `true` if a replica is stale now that was stale nowhere before.
@@ -69,6 +69,16 @@ impl Health {
                 }
             } else if done {
                 state.mark_fresh(range, !write.durable);
+            }
+        }
+        if write.success {
+            self.undecided.remove(range);
+        } else {
+            self.undecided.insert(range);
+            // A reply that is on its way counts only under the lock, which decides.
+            self.failure_epoch.0 += 1;
+            for replica in write.asked.and(self.members).iter() {
+                self.replicas[replica.as_usize()].last_doubt = self.failure_epoch;
             }
         }
         if !write.durable {

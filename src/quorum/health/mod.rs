@@ -20,6 +20,7 @@
 //! one of the last t fresh copies of a sector in service; there are at least t members, and none is
 //! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
+mod disputed;
 mod durability;
 mod members;
 mod replica;
@@ -29,6 +30,7 @@ use slab::Slab;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
+pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
 
@@ -54,6 +56,8 @@ pub struct Health {
     written: RangeSet,
     /// Changed by writes that have not ended.
     writing: Slab<SectorRange>,
+    /// Changed by writes that have failed, and not decided since (W7).
+    undecided: RangeSet,
     capacity_sectors: u64,
     epoch: FlushEpoch,
     failure_epoch: FailureEpoch,
@@ -75,6 +79,7 @@ impl Health {
             replicas: (0..places).map(|_| ReplicaHealth::default()).collect(),
             written: RangeSet::default(),
             writing: Slab::new(),
+            undecided: RangeSet::default(),
             capacity_sectors,
             epoch: FlushEpoch(0),
             failure_epoch: FailureEpoch(0),

@@ -1,0 +1,125 @@
+//! A write that failed: which version the disk holds is decided once, and no replica is at fault.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
+use quorum_blk::common::operation::{Action, Operation};
+use quorum_blk::common::{Errno, SectorRange};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
+use quorum_blk::jobs::Sizes;
+use quorum_blk::sim::effects::{Collected, Effect, tag};
+
+const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
+const OLD: u8 = 1;
+const NEW: u8 = 2;
+
+/// Three replicas, each of them one byte for the sector in [`RANGE`].
+struct Disk {
+    engine: Engine,
+    pool: BufferPool,
+    effects: Collected,
+    holds: [u8; 3],
+    /// The replicas that fail writes.
+    fails: [bool; 3],
+    accusations: usize,
+}
+
+impl Disk {
+    fn new() -> Self {
+        let policy = Policy {
+            threshold: 2,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted: false,
+            blkverify: false,
+            job_sizes: Sizes::default(),
+            block_sectors: 1,
+            replica_timeout: Duration::from_secs(1),
+        };
+        let (pool, clock) = (BufferPool::default(), TurnClock::default());
+        let shared = Arc::new(Shared::new(3, 2, 1, 64));
+        Self {
+            engine: Engine::new(WorkerIndex(0), policy, shared, pool.clone(), clock),
+            pool,
+            effects: Collected::default(),
+            holds: [OLD; 3],
+            fails: [false; 3],
+            accusations: 0,
+        }
+    }
+
+    /// Carries the request out. Returns whether it succeeded, and the first byte that it returned.
+    fn run(&mut self, number: u64, request: GuestRequest) -> bool {
+        self.engine.submit(tag(number), request, &mut self.effects);
+        let mut success = None;
+        while let Some(effect) =
+            (!self.effects.effects.is_empty()).then(|| self.effects.effects.remove(0))
+        {
+            match effect {
+                Effect::Submit(operation) => self.carry_out(operation),
+                Effect::Complete(_, result) => success = Some(result.is_ok()),
+                Effect::Report(report) => {
+                    self.accusations += usize::from(format!("{report:?}").contains("Corrupt"));
+                }
+                _ => {}
+            }
+        }
+        success.expect("every request is answered")
+    }
+
+    fn carry_out(&mut self, mut operation: Operation) {
+        let replica = operation.replica.as_usize();
+        let mut result = Ok(());
+        match &mut operation.action {
+            Action::Read { into, .. } => into.fill(self.holds[replica]),
+            Action::Write { .. } if self.fails[replica] => result = Err(Errno(28)),
+            Action::Write { data, .. } => self.holds[replica] = data[0],
+            action => panic!("{action:?}"),
+        }
+        self.engine
+            .reply(operation.reply(result), &mut self.effects);
+    }
+
+    fn write(&mut self, number: u64, byte: u8) -> bool {
+        let mut data = self.pool.take(512);
+        data.fill(byte);
+        let (range, durable) = (RANGE, false);
+        self.run(
+            number,
+            GuestRequest::Write {
+                range,
+                data,
+                durable,
+            },
+        )
+    }
+}
+
+#[test]
+fn is_decided_by_the_next_read_without_an_accusation() {
+    let mut disk = Disk::new();
+    disk.fails = [false, true, true];
+    assert!(!disk.write(1, NEW));
+    assert_eq!(disk.holds, [NEW, OLD, OLD]);
+    disk.fails = [false; 3];
+    assert!(disk.run(2, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [OLD; 3], "the winner is written to all");
+    assert_eq!(disk.accusations, 0);
+    disk.holds = [OLD, NEW, OLD];
+    assert!(disk.run(3, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.accusations, 1, "what differs later is corrupt");
+}
+
+#[test]
+fn is_decided_for_good_even_if_the_other_version_cannot_be_replaced() {
+    let mut disk = Disk::new();
+    disk.fails = [true, true, false];
+    assert!(!disk.write(1, NEW));
+    disk.fails = [false, false, true];
+    assert!(disk.run(2, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [OLD, OLD, NEW]);
+    disk.holds = [OLD, NEW, NEW];
+    let wins = disk.run(3, GuestRequest::Read(RANGE));
+    assert!(!wins, "replica 2 is stale");
+}
