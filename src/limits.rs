@@ -193,5 +193,8 @@ pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
+/// How often the daemon looks whether an image was truncated, deleted or moved.
+pub const IMAGE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;

@@ -31,7 +31,7 @@ use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::NotRemoved;
 use crate::replica::file::{
-    OpenOptions, Opening, ReplicaFile, ReplicaSource, check_beside, open_beside,
+    OpenOptions, Opening, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
@@ -111,6 +111,8 @@ impl Admin {
         std::thread::Builder::new()
             .name("closing".into())
             .spawn(move || close_released(&released, &workers, &table))?;
+        let capacity = admin.capacity.clone();
+        watch(Arc::downgrade(&admin.table), move || capacity.bytes())?;
         Ok(admin)
     }
 

@@ -103,6 +103,24 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
             };
             Advice::new(Style::Bad, what, to_do)
         }
+        "truncated" => Advice::new(
+            Style::Bad,
+            format!("{name} was truncated by another program: its data at the end is lost"),
+            format!("quorum-blkctl replace {name} FILE"),
+        ),
+        "unlinked" => Advice::new(
+            Style::Bad,
+            format!("{name} was deleted by another program, and is lost when the daemon ends"),
+            format!("quorum-blkctl replace {name} FILE"),
+        ),
+        "moved" => Advice::new(
+            Style::Bad,
+            format!("{name} was moved by another program, or its path names another file"),
+            format!(
+                "move it back to {}, or replace {name} FILE",
+                printable(&replica.file)
+            ),
+        ),
         unknown => of_unknown(&replica.node_name, unknown),
     }
 }

@@ -9,6 +9,8 @@ pub mod clock;
 #[forbid(unsafe_code)]
 mod errno;
 #[forbid(unsafe_code)]
+pub mod image;
+#[forbid(unsafe_code)]
 pub(crate) mod message;
 #[forbid(unsafe_code)]
 pub mod operation;

@@ -5,6 +5,7 @@ use serde::{Serialize, Serializer};
 
 use super::errors::Errors;
 use super::state::{ReplicaState, ServiceState};
+use crate::common::image::ImageChanges;
 
 /// The health of a disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -29,6 +30,12 @@ pub enum ReplicaCondition {
     Corrupt,
     /// It returned an error that is not cleared.
     Errors,
+    /// Another program has cut its image: it ends before the end of the disk.
+    Truncated,
+    /// Another program has deleted its image.
+    Unlinked,
+    /// The path of its image names another file or none.
+    Moved,
 }
 
 /// A condition of a disk.
@@ -71,6 +78,9 @@ words! {
         Stale = "stale",
         Corrupt = "corrupt",
         Errors = "errors",
+        Truncated = "truncated",
+        Unlinked = "unlinked",
+        Moved = "moved",
     }
     DiskCondition { Undecided = "undecided", GuestErrors = "guest-errors" }
 }
@@ -81,12 +91,16 @@ pub fn of_replica(
     stale_bytes: u64,
     corrupt_sectors: u64,
     errors: &Errors,
+    image: ImageChanges,
 ) -> Vec<ReplicaCondition> {
     chosen([
         (state == ServiceState::Evicted, ReplicaCondition::Evicted),
         (stale_bytes > 0, ReplicaCondition::Stale),
         (corrupt_sectors > 0, ReplicaCondition::Corrupt),
         (!errors.is_empty(), ReplicaCondition::Errors),
+        (image.truncated, ReplicaCondition::Truncated),
+        (image.unlinked, ReplicaCondition::Unlinked),
+        (image.moved, ReplicaCondition::Moved),
     ])
 }
 

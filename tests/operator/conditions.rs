@@ -190,3 +190,41 @@ fn an_eviction_and_the_return_are_events() {
     let is_copied = || state(&disk)["health"] == "healthy";
     assert!(wait_until(HANG_LIMIT, is_copied), "{}", state(&disk));
 }
+
+#[test]
+fn an_image_that_another_program_changes_is_noticed() {
+    let disk = serve(&[]);
+    let mut client = disk.connect();
+    client.write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+    status(&disk, "healthy");
+    let conditions = |index: usize| {
+        let mut state = state(&disk);
+        state["replicas"][index]["conditions"].take()
+    };
+    let comes = |index: usize, expected: Value| {
+        let came = wait_until(HANG_LIMIT, || conditions(index) == expected);
+        assert!(came, "{index}: {expected}, but {}", state(&disk));
+    };
+    let moved = disk.images[0].with_extension("moved");
+    fs::rename(&disk.images[0], &moved).unwrap();
+    fs::remove_file(&disk.images[1]).unwrap();
+    let third = fs::File::options().write(true).open(&disk.images[2]);
+    third.unwrap().set_len(1 << 20).unwrap();
+    comes(0, json!(["moved"]));
+    comes(1, json!(["unlinked"]));
+    comes(2, json!(["truncated"]));
+    let text = status(&disk, "degraded");
+    for line in [
+        "r0 was moved by another program",
+        "r1 was deleted by another program",
+        "r2 was truncated by another program",
+        "quorum-blkctl replace r1 FILE",
+    ] {
+        assert!(text.contains(line), "{text}");
+    }
+    // Another file with its name is not the image.
+    fs::write(&disk.images[0], [0; 512]).unwrap();
+    fs::remove_file(&disk.images[0]).unwrap();
+    fs::rename(&moved, &disk.images[0]).unwrap();
+    comes(0, json!([]));
+}

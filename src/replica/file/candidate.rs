@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
+use super::changes::Seen;
 use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image};
 use super::opener::{NoAnswer, Opener};
@@ -153,6 +154,7 @@ impl Started<'_> {
                 memory_alignment_bytes: 1,
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
+                seen: Seen::default(),
             },
             facts,
             options: self.options,

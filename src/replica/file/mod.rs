@@ -13,6 +13,7 @@
 mod alignment;
 mod block_device;
 mod candidate;
+mod changes;
 mod descriptors;
 mod error;
 mod examine;
@@ -26,9 +27,12 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use self::candidate::Candidate;
+use self::changes::Seen;
+pub use self::changes::watch;
 pub use self::error::OpenError;
 pub use self::opener::serve as serve_opener;
 use super::image_lock;
+use crate::common::image::ImageChanges;
 
 /// An image to open.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -103,6 +107,14 @@ pub struct ReplicaFile {
     pub is_block_device: bool,
     /// Which image this is.
     pub identity: ImageIdentity,
+    seen: Seen,
+}
+
+impl ReplicaFile {
+    /// What other programs have done to the image, as far as [`watch`] has noticed.
+    pub fn changes(&self) -> ImageChanges {
+        self.seen.changes()
+    }
 }
 
 impl Drop for ReplicaFile {
