@@ -23,12 +23,22 @@ use self::region::{Region, Run};
 use super::SectorRange;
 
 /// An exact set of sectors, all of them below 2⁶³.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct RangeSet {
     root: Node,
-    /// The region of `root` begins at sector 0 and has this level.
-    level: u32,
+    /// The first one, and large enough for all sectors of the set.
+    region: Region,
     sectors: u64,
+}
+
+impl Default for RangeSet {
+    fn default() -> Self {
+        Self {
+            root: Node::Empty,
+            region: Region::SMALLEST,
+            sectors: 0,
+        }
+    }
 }
 
 impl RangeSet {
@@ -54,7 +64,7 @@ impl RangeSet {
         }
         self.reach(range.end());
         let run = Run::from(range);
-        self.sectors += self.root.insert(self.region(), run);
+        self.sectors += self.root.insert(self.region, run);
     }
 
     /// Inserts all of `other`.
@@ -66,29 +76,27 @@ impl RangeSet {
             self.clone_from(other);
             return;
         }
-        self.reach(other.region().end());
+        self.reach(other.region.end());
         let mut other = other.clone();
-        other.reach(self.region().end());
-        self.sectors += self.root.insert_all(self.region(), &other.root);
+        other.reach(self.region.end());
+        self.sectors += self.root.insert_all(self.region, &other.root);
     }
 
     /// Removes exactly the sectors of `range`.
     pub fn remove(&mut self, range: SectorRange) {
-        let run = Run {
-            start: range.start,
-            end: range.end().min(self.region().end()),
-        };
+        let run = self.within_region(range);
         if run.start < run.end {
-            self.sectors -= self.root.remove(self.region(), run);
+            self.sectors -= self.root.remove(self.region, run);
             if self.is_empty() {
-                self.level = 0;
+                self.region = Region::SMALLEST;
             }
         }
     }
 
     /// Whether a sector of `range` is in the set.
     pub fn overlaps(&self, range: SectorRange) -> bool {
-        !self.is_empty() && self.next_in(range.start).is_some_and(|s| s < range.end())
+        let run = self.within_region(range);
+        run.start < run.end && self.root.overlaps(self.region, run)
     }
 
     /// The parts of `range` that are in the set, in order.
@@ -98,30 +106,37 @@ impl RangeSet {
 
     /// The first part of `range` that is in the set.
     pub fn first_within(&self, range: SectorRange) -> Option<SectorRange> {
-        let start = self.next_in(range.start).filter(|s| *s < range.end())?;
-        let end = self.next_out(start).min(range.end());
-        Some(SectorRange::new(start, end - start))
+        let mut run = self.within_region(range);
+        if run.start >= run.end {
+            return None;
+        }
+        run.start = self.root.next(self.region, run, true)?;
+        if run.start >= run.end {
+            return None;
+        }
+        let end = self.root.next(self.region, run, false);
+        let end = end.unwrap_or(run.end).min(run.end);
+        Some(SectorRange::new(run.start, end - run.start))
     }
 
     /// Asserts the invariants of the [module](self).
     pub fn self_check(&self) {
-        self.root.self_check(self.region());
-        assert_eq!(self.sectors, self.root.sectors(self.region()));
+        self.root.self_check(self.region);
+        assert_eq!(self.sectors, self.root.sectors(self.region));
     }
 
-    fn region(&self) -> Region {
-        Region {
-            start: 0,
-            level: self.level,
+    /// The part of `range` that is in the region of the root; empty if it ends before it starts.
+    fn within_region(&self, range: SectorRange) -> Run {
+        Run {
+            start: range.start,
+            end: range.end().min(self.region.end()),
         }
     }
 
     /// Makes the region of the root large enough to hold sectors below `end`.
     fn reach(&mut self, end: u64) {
-        while self.region().end() < end {
-            let region = self.region();
-            self.root.raise(region);
-            self.level += 1;
+        while self.region.end() < end {
+            self.region = self.root.raise(self.region);
         }
     }
 
@@ -133,24 +148,6 @@ impl RangeSet {
             from = part.end();
             Some(part)
         })
-    }
-
-    /// The first sector at or after `from` that is in the set.
-    fn next_in(&self, from: u64) -> Option<u64> {
-        let region = self.region();
-        (from < region.end())
-            .then(|| self.root.next(region, from, true))
-            .flatten()
-    }
-
-    /// The first sector at or after `from` that is not in the set.
-    fn next_out(&self, from: u64) -> u64 {
-        let region = self.region();
-        let end = region.end();
-        match from < end {
-            true => self.root.next(region, from, false).unwrap_or(end),
-            false => from,
-        }
     }
 }
 

@@ -1,8 +1,8 @@
 //! A node of the tree: which sectors of a region are in the set.
 //!
 //! A bitmap has the size of the longest list of runs. It is used if there are more runs than that
-//! and all consist of whole granules of the region, as they always do on level 0. With 4 KiB blocks
-//! they do on level 1.
+//! and all consist of whole granules, as they always do in the smallest regions. With blocks of
+//! 4 KiB they do in the next larger ones.
 //!
 //! Invariants: the runs of a list are not empty, in order, within the region, and do not touch; a
 //! region with no or with all sectors is `Empty` or `Full`; the counts of bitmaps and branches are
@@ -11,7 +11,7 @@
 use std::sync::Arc;
 
 use super::bitmap::{BITS, Bitmap};
-use super::region::{BRANCHES, LEVEL_MAX, Region, Run};
+use super::region::{BRANCHES, Region, Run};
 
 /// The runs of a list: as many as take the memory of a bitmap.
 const RUNS_MAX: usize = BITS / 8 / size_of::<Run>();
@@ -56,7 +56,9 @@ impl Node {
         match self {
             Self::Full => 0,
             Self::Empty => {
-                *self = Self::Runs(Arc::new(vec![run]));
+                let mut runs = Vec::with_capacity(4);
+                runs.push(run);
+                *self = Self::Runs(Arc::new(runs));
                 run.sectors()
             }
             Self::Runs(shared) => {
@@ -66,7 +68,7 @@ impl Node {
                 new
             }
             Self::Bitmap(bitmap) => {
-                let Some(bits) = region.bits(run) else {
+                let Some(bits) = region.bits_of(run) else {
                     self.divide(region);
                     return self.insert(region, run);
                 };
@@ -79,10 +81,13 @@ impl Node {
             }
             Self::Branch(branch) => {
                 let branch = Arc::make_mut(branch);
-                let mut new = 0;
-                for (index, child, run) in region.children(run) {
-                    new += branch.children[index].insert(child, run);
-                }
+                let new = match region.only_child(run) {
+                    Some((index, child)) => branch.children[index].insert(child, run),
+                    None => region
+                        .children(run)
+                        .map(|(index, child, run)| branch.children[index].insert(child, run))
+                        .sum(),
+                };
                 branch.sectors += new;
                 if branch.sectors == region.sectors() {
                     *self = Self::Full;
@@ -115,7 +120,7 @@ impl Node {
                 removed
             }
             Self::Bitmap(bitmap) => {
-                let Some(bits) = region.bits(run) else {
+                let Some(bits) = region.bits_of(run) else {
                     self.divide(region);
                     return self.remove(region, run);
                 };
@@ -128,10 +133,13 @@ impl Node {
             }
             Self::Branch(branch) => {
                 let branch = Arc::make_mut(branch);
-                let mut removed = 0;
-                for (index, child, run) in region.children(run) {
-                    removed += branch.children[index].remove(child, run);
-                }
+                let removed = match region.only_child(run) {
+                    Some((index, child)) => branch.children[index].remove(child, run),
+                    None => region
+                        .children(run)
+                        .map(|(index, child, run)| branch.children[index].remove(child, run))
+                        .sum(),
+                };
                 branch.sectors -= removed;
                 if branch.sectors == 0 {
                     *self = Self::Empty;
@@ -179,9 +187,32 @@ impl Node {
         self.sectors(region) - before
     }
 
-    /// The first sector at or after `from`, which is in the region, that is in the set, or with
-    /// `inside` false is not in the set.
-    pub(super) fn next(&self, region: Region, from: u64, inside: bool) -> Option<u64> {
+    /// Whether a sector of `run`, a part of the region, is in the set.
+    pub(super) fn overlaps(&self, region: Region, run: Run) -> bool {
+        match self {
+            Self::Empty => false,
+            Self::Full => true,
+            Self::Runs(runs) => {
+                let next = runs.get(runs.partition_point(|other| other.end <= run.start));
+                next.is_some_and(|next| next.start < run.end)
+            }
+            Self::Bitmap(bitmap) => {
+                let next = bitmap.next(region.bit(run.start), true);
+                next.is_some_and(|next| next <= region.bit(run.end - 1))
+            }
+            Self::Branch(branch) => match region.only_child(run) {
+                Some((index, child)) => branch.children[index].overlaps(child, run),
+                None => region
+                    .children(run)
+                    .any(|(index, child, run)| branch.children[index].overlaps(child, run)),
+            },
+        }
+    }
+
+    /// The first sector of `part`, a part of the region, that is in the set, or with `inside` false
+    /// is not in the set. Sectors behind the part may be returned instead of nothing.
+    pub(super) fn next(&self, region: Region, part: Run, inside: bool) -> Option<u64> {
+        let from = part.start;
         match self {
             Self::Empty => (!inside).then_some(from),
             Self::Full => inside.then_some(from),
@@ -198,19 +229,16 @@ impl Node {
                 Some(region.first_sector(bit).max(from))
             }
             Self::Branch(branch) => {
-                let first = region.child_of(from);
-                let mut rest = branch.children.iter().enumerate().skip(first);
-                rest.find_map(|(index, node)| {
-                    let child = region.child(index);
-                    node.next(child, from.max(child.start), inside)
+                let mut children = region.children(part);
+                children.find_map(|(index, child, part)| {
+                    branch.children[index].next(child, part, inside)
                 })
             }
         }
     }
 
-    /// Turns the node of `region`, the first of eight parts, into the node of the whole.
-    pub(super) fn raise(&mut self, region: Region) {
-        assert!(region.level < LEVEL_MAX, "there are no such sectors");
+    /// Turns the node of `region` into that of its parent, which is returned.
+    pub(super) fn raise(&mut self, region: Region) -> Region {
         match self {
             Self::Empty | Self::Runs(_) => {}
             Self::Full => {
@@ -224,17 +252,22 @@ impl Node {
                 *self = Self::Branch(Arc::new(Branch { sectors, children }));
             }
         }
+        region.parent()
     }
 
     /// Calls `with` for each run, in order. Runs of neighbouring children are not joined.
     fn for_each_run(&self, region: Region, mut with: impl FnMut(Run)) {
-        let mut from = region.start;
-        while from < region.end()
-            && let Some(start) = self.next(region, from, true)
+        let mut rest = Run {
+            start: region.start,
+            end: region.end(),
+        };
+        while rest.start < rest.end
+            && let Some(start) = self.next(region, rest, true)
         {
-            let end = self.next(region, start, false).unwrap_or(region.end());
+            rest.start = start;
+            let end = self.next(region, rest, false).unwrap_or(rest.end);
             with(Run { start, end });
-            from = end;
+            rest.start = end;
         }
     }
 
@@ -262,11 +295,16 @@ impl Node {
         match runs {
             [] => Self::Empty,
             [run] if region.is(run.within(region)) => Self::Full,
-            _ if runs.len() <= RUNS_MAX => Self::Runs(Arc::new(within.collect())),
+            _ if runs.len() <= RUNS_MAX => {
+                // Room for those that will follow.
+                let mut list = Vec::with_capacity((2 * runs.len()).min(RUNS_MAX + 1));
+                list.extend(within);
+                Self::Runs(Arc::new(list))
+            }
             _ => {
                 let mut bitmap = Bitmap::default();
                 for run in within {
-                    let Some(bits) = region.bits(run) else {
+                    let Some(bits) = region.bits_of(run) else {
                         return Self::branch_of_runs(region, runs);
                     };
                     bitmap.set(bits);
@@ -277,11 +315,16 @@ impl Node {
     }
 
     fn branch_of_runs(region: Region, runs: &[Run]) -> Self {
+        let mut rest = runs;
         let children = std::array::from_fn(|index| {
             let child = region.child(index);
-            let first = runs.partition_point(|run| run.end <= child.start);
-            let end = runs.partition_point(|run| run.start < child.end());
-            Self::of_runs(child, &runs[first..end])
+            let end = child.end();
+            let count = rest.iter().take_while(|run| run.start < end).count();
+            let (ours, others) = rest.split_at(count);
+            // The last one may reach into the next child too.
+            let shared = ours.last().is_some_and(|run| run.end > end);
+            rest = if shared { &rest[count - 1..] } else { others };
+            Self::of_runs(child, ours)
         });
         let sectors = runs.iter().map(|run| run.within(region).sectors()).sum();
         Self::Branch(Arc::new(Branch { sectors, children }))
@@ -319,11 +362,11 @@ impl Node {
 /// Inserts `run` into an ordered list. Returns how many of its sectors are new.
 fn insert_into(runs: &mut Vec<Run>, mut run: Run) -> u64 {
     let first = runs.partition_point(|other| other.end < run.start);
-    let end = first + runs[first..].partition_point(|other| other.start <= run.end);
-    if first == end {
+    if runs.get(first).is_none_or(|next| next.start > run.end) {
         runs.insert(first, run);
         return run.sectors();
     }
+    let end = first + runs[first..].partition_point(|other| other.start <= run.end);
     let before: u64 = runs[first..end].iter().map(|run| run.sectors()).sum();
     run.start = run.start.min(runs[first].start);
     run.end = run.end.max(runs[end - 1].end);

@@ -1,7 +1,7 @@
 //! The regions of the tree, and runs of sectors in them.
 //!
-//! A region of level 0 has 2¹² sectors, one of the next level eight times as many, and so on. The
-//! bits of a bitmap stand for granules of 8ˡ sectors in a region of level l.
+//! The smallest regions have 2¹² sectors, as many as a bitmap has bits. Each other one has eight
+//! children, and a bitmap of it has a bit for each *granule*: of 8 sectors, if the region has 2¹⁵.
 
 use std::ops::Range;
 
@@ -10,10 +10,10 @@ use crate::common::SectorRange;
 
 pub(super) const BRANCHES: usize = 8;
 const BRANCH_BITS: u32 = BRANCHES.ilog2();
+/// Of the smallest regions.
 const LEAF_BITS: u32 = BITS.ilog2();
-
-/// The region of this level has 2⁶³ sectors.
-pub(super) const LEVEL_MAX: u32 = (63 - LEAF_BITS) / BRANCH_BITS;
+/// Of the largest region.
+const ROOT_BITS_MAX: u32 = 63;
 
 /// Sectors `[start, end)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,16 +44,30 @@ impl From<SectorRange> for Run {
     }
 }
 
-/// The sectors that a node stands for.
+/// The sectors that a node stands for: 2ᵇ from `start` on, a multiple of that.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Region {
     pub(super) start: u64,
-    pub(super) level: u32,
+    /// b.
+    pub(super) bits: u32,
 }
 
 impl Region {
+    /// The first of the smallest regions.
+    pub(super) const SMALLEST: Self = Self {
+        start: 0,
+        bits: LEAF_BITS,
+    };
+
+    /// The region of which this one, which begins at 0, is the first child.
+    pub(super) fn parent(self) -> Self {
+        let bits = self.bits + BRANCH_BITS;
+        assert!(self.start == 0 && bits <= ROOT_BITS_MAX, "no such sectors");
+        Self { start: 0, bits }
+    }
+
     pub(super) fn sectors(self) -> u64 {
-        1 << (LEAF_BITS + BRANCH_BITS * self.level)
+        1 << self.bits
     }
 
     pub(super) fn end(self) -> u64 {
@@ -65,11 +79,11 @@ impl Region {
     }
 
     pub(super) fn granule_bits(self) -> u32 {
-        BRANCH_BITS * self.level
+        self.bits - LEAF_BITS
     }
 
     /// The bits of a bitmap for `run`, if it consists of whole granules.
-    pub(super) fn bits(self, run: Run) -> Option<Range<usize>> {
+    pub(super) fn bits_of(self, run: Run) -> Option<Range<usize>> {
         let misaligned = (run.start | run.end) & ((1 << self.granule_bits()) - 1);
         (misaligned == 0).then(|| self.bit(run.start)..self.bit(run.end - 1) + 1)
     }
@@ -85,13 +99,19 @@ impl Region {
 
     /// The child that `sector` is in.
     pub(super) fn child_of(self, sector: u64) -> usize {
-        index((sector - self.start) >> (LEAF_BITS + BRANCH_BITS * (self.level - 1)))
+        index((sector - self.start) >> (self.bits - BRANCH_BITS))
     }
 
     pub(super) fn child(self, index: usize) -> Self {
-        let level = self.level - 1;
-        let start = self.start + ((index as u64) << (LEAF_BITS + BRANCH_BITS * level));
-        Self { start, level }
+        let bits = self.bits - BRANCH_BITS;
+        let start = self.start + ((index as u64) << bits);
+        Self { start, bits }
+    }
+
+    /// The child that all of `run` is in.
+    pub(super) fn only_child(self, run: Run) -> Option<(usize, Self)> {
+        let index = self.child_of(run.start);
+        (index == self.child_of(run.end - 1)).then(|| (index, self.child(index)))
     }
 
     /// The children that overlap `run`, with the part of it that is in each.

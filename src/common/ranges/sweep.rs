@@ -2,7 +2,7 @@
 
 use super::RangeSet;
 use super::node::Node;
-use super::region::Region;
+use super::region::{Region, Run};
 use crate::common::{ReplicaIndex, ReplicaSet};
 
 /// Whether `holds` for the replicas that have a sector in one of their sets, for every sector below
@@ -18,18 +18,18 @@ pub fn every_sector<'a>(
         .filter(|(_, set)| !set.is_empty())
         .map(|(replica, set)| (replica, set.clone()))
         .collect();
-    let end = sets.iter().map(|(_, set)| set.region().end()).max();
+    let end = sets.iter().map(|(_, set)| set.region.end()).max();
     for (_, set) in &mut sets {
         set.reach(end.unwrap_or(0));
     }
-    let level = sets.first().map_or(0, |(_, set)| set.level);
+    let first = sets.first();
+    let region = first.map_or(Region::SMALLEST, |(_, set)| set.region);
     let nodes = sets.iter().map(|(replica, set)| (*replica, &set.root));
     let sweep = Sweep {
         end_sector,
         is_certain,
         holds,
     };
-    let region = Region { start: 0, level };
     sweep.region(region, nodes.collect(), ReplicaSet::EMPTY)
         && (end_sector <= region.end() || (sweep.holds)(ReplicaSet::EMPTY))
 }
@@ -93,8 +93,9 @@ impl<C: Fn(ReplicaSet) -> bool, H: Fn(ReplicaSet) -> bool> Sweep<C, H> {
             let mut next = end;
             for ((replica, node), (inside, until)) in nodes.iter().zip(&mut places) {
                 if *until <= from {
-                    *inside = node.next(region, from, true) == Some(from);
-                    let change = node.next(region, from, !*inside);
+                    let rest = Run { start: from, end };
+                    *inside = node.next(region, rest, true) == Some(from);
+                    let change = node.next(region, rest, !*inside);
                     *until = change.unwrap_or(end);
                 }
                 if *inside {

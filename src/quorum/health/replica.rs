@@ -37,7 +37,7 @@ pub(super) struct ReplicaHealth {
 impl ReplicaHealth {
     /// `range` was written. `volatile`: not to stable storage.
     pub(super) fn mark_fresh(&mut self, range: SectorRange, volatile: bool) {
-        if self.stale.is_empty() {
+        if !self.stale.overlaps(range) {
             return;
         }
         if volatile {
