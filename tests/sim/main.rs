@@ -4,6 +4,7 @@
 
 mod blkverify;
 mod failed_flush;
+mod failed_requests;
 mod failed_write;
 mod mutant_patches;
 mod range_sets;
