@@ -4,6 +4,12 @@ use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::disk::Disk;
 
+/// The bytes in which a replica is stale.
+pub(crate) fn stale_bytes(state: &Value, replica: usize) -> u64 {
+    let bytes = state["replicas"][replica]["stale-bytes"].as_u64();
+    bytes.expect("a number")
+}
+
 /// The events that say of a replica that it returned corrupt data.
 pub(crate) fn accused(events: &[Value]) -> Vec<Value> {
     let of_bytes =

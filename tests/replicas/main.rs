@@ -7,6 +7,7 @@ mod full_disks;
 mod growth;
 mod image_locks;
 mod jobs;
+mod missed_writes;
 mod same_as_qemu;
 mod silent_images;
 mod voting;
