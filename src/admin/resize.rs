@@ -48,7 +48,8 @@ impl fmt::Display for NotGrown {
                 GrowError::Silent => write!(f, "; {name} gets its old size back when it answers")?,
                 reason => write!(
                     f,
-                    "; {name} did not get its old size back ({reason}): use truncate --size={bytes}"
+                    "; {name} has not got its old size, {bytes} bytes, back ({reason}): replace it \
+                     by a new image before the next start"
                 )?,
             }
         }

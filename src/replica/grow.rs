@@ -38,7 +38,7 @@ pub enum GrowError {
     /// The size of a file is not that of the disk.
     #[error(
         "it has {bytes} bytes, the disk {disk_bytes}: another program has changed its size; \
-         if it may be cut, use truncate --size={disk_bytes}"
+         replace it by a new image first"
     )]
     NotOfTheDisk {
         /// The size of the file.

@@ -398,7 +398,10 @@ fn a_file_that_is_longer_already_is_not_touched() {
         error.contains("'1.raw' cannot be grown: it has 4198400 bytes"),
         "{error}"
     );
-    assert!(error.ends_with("truncate --size=4194304"), "{error}");
+    assert!(
+        error.ends_with("replace it by a new image first"),
+        "{error}"
+    );
     assert_eq!(
         [0, 1, 2].map(|index| length(&images[index])),
         [SIZE_BYTES, SIZE_BYTES + 4096, SIZE_BYTES]
@@ -422,13 +425,22 @@ fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     let refused = Daemon::run_to_end(&arguments);
     assert_eq!(refused.status.code(), Some(1));
     let said = String::from_utf8(refused.stderr).unwrap();
-    assert!(said.contains("if a block_resize was interrupted"), "{said}");
-    let (_, size) = said.split_once("truncate --size=").expect("what to do");
-    let size: u64 = size.split(' ').next().unwrap().parse().unwrap();
-    for image in [&images[0], &images[2]] {
-        set_length(image, size);
-    }
-    assert_eq!(Setup::new(&images, &[]).size(), NEW_BYTES);
+    assert!(
+        said.contains("start with those of the right size"),
+        "{said}"
+    );
+    assert!(said.contains("and add a new image"), "{said}");
+    let old = [images[0].clone(), images[2].clone()];
+    let mut setup = Setup::new(&old, &["--vote-threshold", "2"]);
+    let other = tempfile::tempdir().unwrap();
+    let new = create_images(other.path(), 1, SIZE_BYTES).remove(0);
+    let node = json!({ "driver": "file", "node-name": "new", "filename": new });
+    setup.monitor.execute("blockdev-add", node);
+    let change = json!({ "parent": "quorum0", "node": "new" });
+    setup.monitor.execute("x-blockdev-change", change);
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert_eq!(setup.size(), NEW_BYTES);
+    assert!(setup.daemon.terminate().success());
 }
 
 /// A block device has to be large enough, and the new space is overwritten with zeroes.

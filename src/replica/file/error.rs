@@ -1,8 +1,10 @@
 //! Why an image cannot be used, in one line for the operator.
+//!
+//! Invariant: who follows the advice loses nothing. So it never is to create or extend an image
+//! with which a disk is started: if the disk has data, the zeroes in the image would vote.
 
 #![forbid(unsafe_code)]
 
-use std::fmt::Write as _;
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -88,7 +90,7 @@ pub enum OpenError {
     },
     /// The size is zero.
     #[error(
-        "{} is empty; give it the size of the disk, for example with truncate --size=10G",
+        "{} is empty; {ADD_NEW}",
         Quoted(.path)
     )]
     Empty {
@@ -99,7 +101,7 @@ pub enum OpenError {
     #[error(
         "the size of {}, {size_bytes} bytes, is not a multiple of {alignment_bytes}{}",
         Quoted(.path),
-        misaligned_hint(*.size_bytes, *.alignment_bytes)
+        misaligned_hint(*.alignment_bytes)
     )]
     Misaligned {
         /// The image.
@@ -145,11 +147,11 @@ pub enum OpenError {
     },
     /// The replicas have different sizes.
     #[error(
-        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; if a \
-         block_resize was interrupted, complete it with truncate --size={} on the shorter ones",
+        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; start \
+         with those of the right size, and add a new image for each other one \
+         (quorum-blkctl add --create)",
         Quoted(.first),
-        Quoted(.second),
-        .first_bytes.max(.second_bytes)
+        Quoted(.second)
     )]
     SizesDiffer {
         /// The replica listed first.
@@ -164,7 +166,7 @@ pub enum OpenError {
     /// The image does not have the size of the disk.
     #[error(
         "{} has {size_bytes} bytes, and the disk {disk_bytes}; \
-         give the image the size of the disk first",
+         use a new image (quorum-blkctl add --create)",
         Quoted(.path)
     )]
     NotTheSize {
@@ -238,15 +240,20 @@ impl Fault {
     }
 }
 
-fn open_hint(error: &io::Error, read_only: bool) -> &'static str {
-    match error.raw_os_error() {
-        Some(libc::ENOENT) => "; create the image first",
+/// What to do about an image that holds nothing, or not all of the disk.
+const ADD_NEW: &str = "if the disk has data, start without it, and add a new image \
+                       (quorum-blkctl add --create)";
+
+fn open_hint(error: &io::Error, read_only: bool) -> String {
+    let hint = match error.raw_os_error() {
+        Some(libc::ENOENT) => ADD_NEW,
         Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
-            "; make it writable for this user, or use --read-only"
+            "make it writable for this user, or use --read-only"
         }
-        Some(libc::EACCES | libc::EPERM) => "; make it readable for this user",
-        _ => "",
-    }
+        Some(libc::EACCES | libc::EPERM) => "make it readable for this user",
+        _ => return String::new(),
+    };
+    format!("; {hint}")
 }
 
 fn lock_hint(error: &LockError) -> &'static str {
@@ -257,20 +264,10 @@ fn lock_hint(error: &LockError) -> &'static str {
     }
 }
 
-fn misaligned_hint(size_bytes: u64, alignment_bytes: u32) -> String {
-    let mut hint = String::new();
-    let way_out = if alignment_bytes == ALIGNMENT_BYTES_MIN {
-        hint.push_str(" (the size of a sector)");
-        ""
+fn misaligned_hint(alignment_bytes: u32) -> String {
+    if alignment_bytes == ALIGNMENT_BYTES_MIN {
+        format!(" (the size of a sector); {ADD_NEW}")
     } else {
-        hint.push_str(", which direct I/O needs there");
-        ", or use --cache writeback"
-    };
-    if let Some(rounded) = size_bytes.checked_next_multiple_of(u64::from(alignment_bytes)) {
-        let _ = write!(
-            hint,
-            "; make it {rounded} with truncate --size={rounded}{way_out}"
-        );
+        ", which direct I/O needs there; use --cache writeback".to_owned()
     }
-    hint
 }

@@ -145,7 +145,7 @@ fn refuses_what_is_not_an_image() {
     let directory = Directory::new();
     let line = refusal(&directory.source("missing"), BUFFERED);
     assert!(
-        line.ends_with("No such file or directory; create the image first"),
+        line.contains("No such file or directory; if the disk has data, start without it"),
         "{line}"
     );
 
@@ -178,14 +178,14 @@ fn refuses_sizes_that_no_disk_has() {
         "{line}"
     );
     assert!(
-        line.ends_with("make it 1024 with truncate --size=1024"),
+        line.ends_with("add a new image (quorum-blkctl add --create)"),
         "{line}"
     );
     let line = check_size(Path::new("/x"), 512, 4096)
         .unwrap_err()
         .to_string();
     assert!(
-        line.ends_with("truncate --size=4096, or use --cache writeback"),
+        line.ends_with("needs there; use --cache writeback"),
         "{line}"
     );
 }
