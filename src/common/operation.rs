@@ -53,8 +53,6 @@ pub enum Action {
         data: Rc<Buffer>,
         /// Where in `data` the bytes of the range begin.
         offset_bytes: usize,
-        /// The data must be on stable storage when the reply comes.
-        durable: bool,
     },
     /// Make the range read as zeroes, in any way that ensures it (W4).
     Zero {
@@ -62,8 +60,6 @@ pub enum Action {
         range: SectorRange,
         /// Give the space back where the replica can.
         unmap: bool,
-        /// The zeroes must be on stable storage when the reply comes.
-        durable: bool,
     },
     /// Bring every write that has ended to stable storage.
     Flush,

@@ -397,14 +397,12 @@ impl Confirmation {
             Action::Zero {
                 range: write.range,
                 unmap: true,
-                durable: false,
             }
         } else {
             Action::Write {
                 range: write.range,
                 data: Rc::clone(winner),
                 offset_bytes: bytes_of(write.range, self.replies.range()).start,
-                durable: false,
             }
         }
     }

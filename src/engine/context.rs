@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::background::Background;
+use super::flush_queue::{FlushQueue, Origin};
 use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
 use super::latencies::Latencies;
@@ -17,6 +18,7 @@ use crate::common::operation::{Action, Operation, OperationType, RequestId};
 use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
+use crate::quorum::health::Health;
 use crate::quorum::vote::Rule;
 
 /// What all requests of an engine share.
@@ -32,8 +34,9 @@ pub(super) struct Core {
     pub(super) in_flight: InFlight,
     /// Requests of this engine whose lock has been granted.
     pub(super) granted: VecDeque<RequestId>,
-    /// Reads that go on as a request of their own, under the lock.
-    pub(super) suspicions: VecDeque<Suspicion>,
+    /// What is to be begun next.
+    pub(super) follow_ups: VecDeque<FollowUp>,
+    pub(super) flushes: FlushQueue,
     /// Reads that hold or wait for the lock of their range.
     pub(super) confirmations: usize,
     /// Emptied lists of replies, for reuse.
@@ -42,6 +45,15 @@ pub(super) struct Core {
     first_errors: Vec<(RequestId, Errno)>,
     /// Scratch for [`Context::unlock`].
     waiters: Vec<Waiter>,
+}
+
+/// A request that another one has made necessary.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum FollowUp {
+    /// A read that goes on as a request of its own, under the lock.
+    Confirm(Suspicion),
+    /// A flush for all that has joined the queue.
+    Flush,
 }
 
 /// A guest read whose replies differ while a slow replica is still out.
@@ -69,7 +81,8 @@ impl Core {
             background: Background::default(),
             in_flight: InFlight::default(),
             granted: VecDeque::new(),
-            suspicions: VecDeque::new(),
+            follow_ups: VecDeque::new(),
+            flushes: FlushQueue::default(),
             confirmations: 0,
             spare_buffers: Vec::new(),
             first_errors: Vec::new(),
@@ -82,6 +95,14 @@ impl Core {
     pub(super) fn forget_errors(&mut self, request: RequestId) {
         if !self.first_errors.is_empty() {
             self.first_errors.retain(|(id, _)| *id != request);
+        }
+    }
+
+    /// Has the next flush of this engine answer `origin`, which covers all that was written before.
+    pub(super) fn join_flush(&mut self, origin: Origin) {
+        let since = self.shared.health(Health::last_flush);
+        if self.flushes.join(origin, since) {
+            self.follow_ups.push_back(FollowUp::Flush);
         }
     }
 

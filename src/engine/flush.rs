@@ -1,15 +1,19 @@
 //! A flush: goes to all replicas at once, and succeeds only if every write before it is durable on
 //! enough replicas (W5).
+//!
+//! It answers all that has joined the queue of its engine before it begins. What another engine's
+//! flush has covered meanwhile needs no other one.
 
 use std::time::Duration;
 
 use super::context::{Context, Progress};
-use super::interface::{Effects, Failed, Tag};
+use super::flush_queue::{Origin, Waiting};
+use super::interface::{Effects, Failed};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
-use crate::jobs::{ChunkEnd, ChunkId};
+use crate::jobs::ChunkEnd;
 use crate::quorum::health::FlushEpoch;
 use crate::quorum::tally::Tally;
 
@@ -24,22 +28,16 @@ const FLUSH_LOCK: SectorRange = SectorRange {
 
 #[derive(Debug)]
 pub(super) struct Flush {
-    origin: Origin,
     lock: LockKey,
     stage: Stage,
-}
-
-/// What made the flush.
-#[derive(Clone, Copy, Debug)]
-pub(super) enum Origin {
-    Request(Tag),
-    Job(ChunkId),
 }
 
 #[derive(Debug)]
 enum Stage {
     WaitingForLock,
     Flushing {
+        /// What it is for.
+        origins: Vec<Waiting>,
         tally: Tally,
         epoch: FlushEpoch,
         asked_at: Duration,
@@ -47,9 +45,8 @@ enum Stage {
 }
 
 impl Flush {
-    pub(super) fn begin(origin: Origin, context: &mut Context<'_, impl Effects>) -> Self {
+    pub(super) fn begin(context: &mut Context<'_, impl Effects>) -> Self {
         Self {
-            origin,
             // One flush at a time: the kernel reports a lost page once, to the first fsync of the
             // file, so that a concurrent one would seem to succeed.
             lock: context.lock(FLUSH_LOCK),
@@ -59,10 +56,22 @@ impl Flush {
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         assert!(self.waits_for_lock(), "a lock is granted once");
-        let (asked, epoch) = context
-            .shared()
-            .change_health(|health| (health.in_service(), health.flush_begins()));
+        let mut origins = context.core.flushes.take();
+        let begun = context.shared().change_health(|health| {
+            for waiting in &mut origins {
+                waiting.is_durable = health.flushed_since(waiting.since);
+            }
+            let all = origins.iter().all(|waiting| waiting.is_durable);
+            (!all).then(|| (health.in_service(), health.flush_begins()))
+        });
+        for waiting in origins.extract_if(.., |waiting| waiting.is_durable) {
+            answer(&waiting, context);
+        }
+        let Some((asked, epoch)) = begun else {
+            return self.retire(origins, context);
+        };
         self.stage = Stage::Flushing {
+            origins,
             tally: Tally::new(asked),
             epoch,
             asked_at: context.now(),
@@ -109,39 +118,46 @@ impl Flush {
     }
 
     fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        let Stage::Flushing { tally, .. } = &self.stage else {
+        let Stage::Flushing {
+            origins,
+            tally,
+            epoch,
+            ..
+        } = &mut self.stage
+        else {
             unreachable!("finished while flushing");
         };
         if !tally.is_complete() {
             return Progress::Waiting;
         }
         let succeeded = tally.succeeded();
-        let threshold = context.core.policy.threshold;
-        let (flushed, durable) = context.shared().health(|health| {
-            // A replica that was removed meanwhile does not count.
-            let flushed = succeeded.and(health.members()).len() >= threshold;
-            (flushed, health.fresh_on_threshold())
+        context.shared().change_health(|health| {
+            let all = health.flush_decided(*epoch, succeeded);
+            for waiting in &mut *origins {
+                let range = waiting.origin.range();
+                waiting.is_durable =
+                    all || range.is_some_and(|range| health.is_durable(range, succeeded));
+            }
         });
-        let success = flushed && durable;
-        self.answer(success, context);
+        let mut origins = std::mem::take(origins);
+        for waiting in origins.drain(..) {
+            answer(&waiting, context);
+        }
+        self.retire(origins, context)
+    }
+
+    /// Every origin is answered.
+    fn retire(&self, emptied: Vec<Waiting>, context: &mut Context<'_, impl Effects>) -> Progress {
+        context.core.flushes.recycle(emptied);
         context.unlock(self.lock);
         Progress::Retired
     }
 
-    fn answer(&self, success: bool, context: &mut Context<'_, impl Effects>) {
-        match self.origin {
-            Origin::Request(tag) if success => context.effects.complete(tag, Ok(&[])),
-            Origin::Request(tag) => {
-                context.report_failure(Requester::Guest, OperationType::Flush, NO_RANGE);
-                context.effects.complete(tag, Err(Failed));
-            }
-            Origin::Job(chunk) => context.chunk_ended(
-                chunk,
-                ChunkEnd {
-                    failed: !success,
-                    ..ChunkEnd::default()
-                },
-            ),
+    /// What the flush is for, once it has begun.
+    pub(super) fn origins(&self) -> &[Waiting] {
+        match &self.stage {
+            Stage::Flushing { origins, .. } => origins,
+            Stage::WaitingForLock => &[],
         }
     }
 
@@ -172,5 +188,28 @@ impl Flush {
             } if *asked_at <= limit => tally.waiting(),
             Stage::Flushing { .. } | Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
+    }
+}
+
+/// Answers what the flush was for.
+fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
+    let success = waiting.is_durable;
+    context.core.flushes.answered();
+    let (tag, operation, range) = match waiting.origin {
+        Origin::Request(tag) => (tag, OperationType::Flush, NO_RANGE),
+        Origin::Write(tag, range) => (tag, OperationType::Write, range),
+        Origin::Job(chunk) => {
+            let end = ChunkEnd {
+                failed: !success,
+                ..ChunkEnd::default()
+            };
+            return context.chunk_ended(chunk, end);
+        }
+    };
+    if success {
+        context.effects.complete(tag, Ok(&[]));
+    } else {
+        context.report_failure(Requester::Guest, operation, range);
+        context.effects.complete(tag, Err(Failed));
     }
 }

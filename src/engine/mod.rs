@@ -12,7 +12,9 @@
 //!        waiting for the range lock ─► confirming ─► answered, reported ─► repairing ─► retired
 //!
 //! write  waiting for the range lock ─► writing ─► answered, retired  (discard, write-zeroes too)
-//! flush  waiting for its turn ─► flushing ─► answered, retired
+//!                                         │ the guest has no write cache
+//!                                         ▼
+//!        flush queue ─► waiting for its turn ─► flushing ─► answered, retired  (flushes too)
 //! ```
 //!
 //! The engine evicts a replica that does not answer in time; the requests that wait for it stop
@@ -24,7 +26,7 @@
 //! ```text
 //! Engine ─► request ─► read, scrub ─► stage ─► first_pass ────► replies ─► context ─► shared
 //!                    ► resync ──────────────► confirmation ──►
-//!                    ► write, flush ──────────────────────────────────►
+//!                    ► write, flush ──────────────────────────────────►         ─► flush_queue
 //! ```
 //!
 //! Invariants: a request is answered exactly once, and before it is retired; a slot is free when
@@ -40,6 +42,7 @@ mod confirmation;
 mod context;
 mod first_pass;
 mod flush;
+mod flush_queue;
 mod in_flight;
 mod interface;
 #[cfg(any(test, feature = "sim"))]
@@ -64,7 +67,9 @@ pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, Rea
 pub use self::shared::{Shared, WorkerIndex};
 
 use self::context::{Context, Core, Progress};
-use self::request::{Request, Start};
+#[cfg(any(test, feature = "sim"))]
+use self::flush_queue::{Origin, Waiting};
+use self::request::{Request, Start, Wanted};
 use self::slots::{Slot, Slots};
 use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;
@@ -107,7 +112,7 @@ impl Engine {
     pub fn has_room(&self) -> bool {
         let replicas = self.core.shared.in_service().len() as u64;
         let most = FRAGMENT_BYTES_MAX * (replicas + 1);
-        self.active < REQUESTS_MAX
+        self.active + self.core.flushes.unanswered() < REQUESTS_MAX
             && self.core.confirmations < CONFIRMATIONS_MAX
             && self.buffer_bytes + most <= BUFFER_BYTES_MAX.max(most)
     }
@@ -117,6 +122,16 @@ impl Engine {
     pub fn is_guest_write(&self, request: RequestId) -> bool {
         let mut slots = self.slots.iter();
         slots.any(|(id, slot)| id == request && matches!(slot.request, Request::Write(_)))
+    }
+
+    /// Whether a durable write of the guest has ended and waits for a flush.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn waits_for_flush(&self, tag: Tag) -> bool {
+        let is_this =
+            |waiting: &Waiting| matches!(waiting.origin, Origin::Write(of, _) if of == tag);
+        let mut slots = self.slots.iter();
+        self.core.flushes.waiting().iter().any(is_this)
+            || slots.any(|(_, slot)| slot.request.origins().iter().any(is_this))
     }
 
     /// Whether every request is retired. Evicted replicas may still have operations.
@@ -132,7 +147,7 @@ impl Engine {
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
         self.core.count_request();
-        self.begin(Start::Request(tag, request), effects);
+        self.take(Wanted::by_guest(tag, request), effects);
         self.run_ready(effects);
     }
 
@@ -156,6 +171,8 @@ impl Engine {
     pub fn self_check(&self) {
         self.core.in_flight.self_check();
         let (mut active, mut buffer_bytes, mut confirmations) = (0, 0, 0);
+        let flushes = &self.core.flushes;
+        let (mut unanswered, mut next_flushes) = (flushes.waiting().len(), 0);
         for (id, slot) in self.slots.iter() {
             let Slot {
                 request,
@@ -180,12 +197,26 @@ impl Engine {
                     "a request waits for something"
                 );
                 confirmations += usize::from(request.is_confirming());
+                unanswered += request.origins().len();
+                let is_flush = matches!(request, Request::Flush(_));
+                next_flushes += usize::from(is_flush && request.waits_for_lock());
             }
         }
         assert_eq!(active, self.active, "requests that are not retired");
         assert_eq!(buffer_bytes, self.buffer_bytes, "bytes of buffers");
         assert_eq!(confirmations, self.core.confirmations, "confirmations");
+        assert_eq!(unanswered, flushes.unanswered(), "what flushes are for");
+        let is_any_waiting = !flushes.waiting().is_empty();
+        assert_eq!(next_flushes, usize::from(is_any_waiting), "a next flush");
         self.core.shared.self_check();
+    }
+
+    #[inline]
+    fn take(&mut self, wanted: Wanted, effects: &mut impl Effects) {
+        match wanted {
+            Wanted::Request(start) => self.begin(start, effects),
+            Wanted::Flush(origin) => self.core.join_flush(origin),
+        }
     }
 
     fn begin(&mut self, start: Start, effects: &mut impl Effects) {
@@ -239,7 +270,7 @@ impl Engine {
     #[inline]
     fn run_ready(&mut self, effects: &mut impl Effects) {
         let core = &self.core;
-        if !core.granted.is_empty() || !core.suspicions.is_empty() || core.background.is_due() {
+        if !core.granted.is_empty() || !core.follow_ups.is_empty() || core.background.is_due() {
             self.run_until_idle(effects);
         }
     }
@@ -250,12 +281,12 @@ impl Engine {
         loop {
             if let Some(id) = self.core.granted.pop_front() {
                 self.advance(id, effects, Request::lock_granted);
-            } else if let Some(suspicion) = self.core.suspicions.pop_front() {
-                self.begin(Start::Suspicion(suspicion), effects);
+            } else if let Some(follow_up) = self.core.follow_ups.pop_front() {
+                self.begin(follow_up.into(), effects);
             } else if self.core.background.is_due()
                 && let Some(chunk) = self.next_chunk(effects)
             {
-                self.begin(Start::Chunk(chunk), effects);
+                self.take(Wanted::by_job(chunk), effects);
             } else {
                 return;
             }

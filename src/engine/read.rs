@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::confirmation::{Confirmation, Next, Terms};
-use super::context::{Context, Core, Progress, Suspicion};
+use super::context::{Context, Core, FollowUp, Progress, Suspicion};
 use super::first_pass::FirstPass;
 use super::interface::{Effects, Failed, ReadPattern, Tag};
 use super::replies::Replies;
@@ -133,7 +133,11 @@ impl Read {
             // others can.
             context.effects.count(Fact::Confirmation);
             let range = self.range;
-            context.core.suspicions.push_back(Suspicion { tag, range });
+            let suspicion = Suspicion { tag, range };
+            context
+                .core
+                .follow_ups
+                .push_back(FollowUp::Confirm(suspicion));
             return self.retire(context.core);
         }
         Progress::Waiting

@@ -4,24 +4,38 @@ use std::rc::Rc;
 use std::time::Duration;
 
 use super::confirmation::Confirmation;
-use super::context::{Context, Progress, Suspicion};
-use super::flush::{self, Flush, Origin};
+use super::context::{Context, FollowUp, Progress, Suspicion};
+use super::flush::{self, Flush};
+use super::flush_queue::{Origin, Waiting};
 use super::interface::{Effects, GuestRequest, Tag};
 use super::read::Read;
 use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
 use super::write::{Content, Write, WriteOrder};
 use crate::common::operation::{OperationType, Reply};
-use crate::common::{ReplicaSet, SectorRange};
-use crate::jobs::{Chunk, Work};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::jobs::{Chunk, ChunkId, Work};
 use crate::quorum::tally::Tally;
+
+/// What is wanted of an engine.
+#[derive(Debug)]
+pub(super) enum Wanted {
+    /// A request of its own.
+    Request(Start),
+    /// An answer of the next flush.
+    Flush(Origin),
+}
 
 /// What begins a request.
 #[derive(Debug)]
 pub(super) enum Start {
-    Request(Tag, GuestRequest),
-    Suspicion(Suspicion),
-    Chunk(Chunk),
+    Read(Tag, SectorRange),
+    Write(Tag, WriteOrder),
+    /// A flush for all that has joined the queue.
+    Flush,
+    Confirm(Suspicion),
+    Resync(ChunkId, ReplicaIndex, SectorRange),
+    Scrub(ScrubOrder),
 }
 
 #[derive(Debug)]
@@ -36,89 +50,92 @@ pub(super) enum Request {
     Orphaned,
 }
 
+impl Wanted {
+    pub(super) fn by_guest(tag: Tag, request: GuestRequest) -> Self {
+        let order = match request {
+            GuestRequest::Read(range) => return Self::Request(Start::Read(tag, range)),
+            GuestRequest::Flush => return Self::Flush(Origin::Request(tag)),
+            GuestRequest::Write {
+                range,
+                data,
+                durable,
+            } => WriteOrder {
+                range,
+                content: Content::Data(Rc::new(data)),
+                durable,
+            },
+            GuestRequest::Zero {
+                range,
+                unmap,
+                durable,
+            } => WriteOrder {
+                range,
+                content: Content::Zeroes { unmap },
+                durable,
+            },
+        };
+        Self::Request(Start::Write(tag, order))
+    }
+
+    pub(super) fn by_job(chunk: Chunk) -> Self {
+        let Chunk { id, work } = chunk;
+        Self::Request(match work {
+            Work::Resync { replica, range } => Start::Resync(id, replica, range),
+            Work::Scrub {
+                range,
+                repair,
+                spreads,
+            } => Start::Scrub(ScrubOrder {
+                chunk: id,
+                range,
+                repair,
+                spreads,
+            }),
+            Work::Flush => return Self::Flush(Origin::Job(id)),
+        })
+    }
+}
+
 impl Start {
     /// Bytes of buffers that the request may hold at a time.
     pub(super) fn buffer_bytes(&self, in_service: ReplicaSet) -> u64 {
         match self {
-            Self::Request(_, GuestRequest::Read(range))
-            | Self::Suspicion(Suspicion { range, .. })
-            | Self::Chunk(Chunk {
-                work: Work::Resync { range, .. } | Work::Scrub { range, .. },
-                ..
-            }) => {
+            Self::Read(_, range)
+            | Self::Confirm(Suspicion { range, .. })
+            | Self::Resync(_, _, range)
+            | Self::Scrub(ScrubOrder { range, .. }) => {
                 // One buffer for each replica, and one to put the winner together in.
                 range.bytes() * (in_service.len() as u64 + 1)
             }
-            Self::Request(_, GuestRequest::Write { data, .. }) => data.len() as u64,
-            Self::Request(_, GuestRequest::Zero { .. } | GuestRequest::Flush)
-            | Self::Chunk(Chunk {
-                work: Work::Flush, ..
-            }) => 0,
+            Self::Write(_, WriteOrder { content, .. }) => match content {
+                Content::Data(data) => data.len() as u64,
+                Content::Zeroes { .. } => 0,
+            },
+            Self::Flush => 0,
         }
     }
 
     /// Begins the request. It never retires in its first input.
     pub(super) fn begin(self, context: &mut Context<'_, impl Effects>) -> Request {
         match self {
-            Self::Request(tag, request) => begin_guest(tag, request, context),
-            Self::Suspicion(suspicion) => Request::Read(Read::suspect(suspicion, context)),
-            Self::Chunk(chunk) => begin_chunk(chunk, context),
+            Self::Read(tag, range) => Request::Read(Read::begin(tag, range, context)),
+            Self::Write(tag, order) => Request::Write(Write::begin(tag, order, context)),
+            Self::Flush => Request::Flush(Flush::begin(context)),
+            Self::Confirm(suspicion) => Request::Read(Read::suspect(suspicion, context)),
+            Self::Resync(chunk, replica, range) => {
+                Request::Resync(Resync::begin(chunk, replica, range, context))
+            }
+            Self::Scrub(order) => Request::Scrub(Scrub::begin(order, context)),
         }
     }
 }
 
-fn begin_guest(
-    tag: Tag,
-    request: GuestRequest,
-    context: &mut Context<'_, impl Effects>,
-) -> Request {
-    let order = match request {
-        GuestRequest::Read(range) => return Request::Read(Read::begin(tag, range, context)),
-        GuestRequest::Flush => {
-            return Request::Flush(Flush::begin(Origin::Request(tag), context));
+impl From<FollowUp> for Start {
+    fn from(follow_up: FollowUp) -> Self {
+        match follow_up {
+            FollowUp::Confirm(suspicion) => Self::Confirm(suspicion),
+            FollowUp::Flush => Self::Flush,
         }
-        GuestRequest::Write {
-            range,
-            data,
-            durable,
-        } => WriteOrder {
-            range,
-            content: Content::Data(Rc::new(data)),
-            durable,
-        },
-        GuestRequest::Zero {
-            range,
-            unmap,
-            durable,
-        } => WriteOrder {
-            range,
-            content: Content::Zeroes { unmap },
-            durable,
-        },
-    };
-    Request::Write(Write::begin(tag, order, context))
-}
-
-fn begin_chunk(chunk: Chunk, context: &mut Context<'_, impl Effects>) -> Request {
-    let Chunk { id, work } = chunk;
-    match work {
-        Work::Resync { replica, range } => {
-            Request::Resync(Resync::begin(id, replica, range, context))
-        }
-        Work::Scrub {
-            range,
-            repair,
-            spreads,
-        } => {
-            let order = ScrubOrder {
-                chunk: id,
-                range,
-                repair,
-                spreads,
-            };
-            Request::Scrub(Scrub::begin(order, context))
-        }
-        Work::Flush => Request::Flush(Flush::begin(Origin::Job(id), context)),
     }
 }
 
@@ -205,6 +222,14 @@ impl Request {
             Self::Scrub(scrub) => Some(scrub.stage().tally()),
             Self::Resync(resync) => Some(resync.confirmation().tally()),
             Self::Orphaned => None,
+        }
+    }
+
+    /// What a flush is for, once it has begun.
+    pub(super) fn origins(&self) -> &[Waiting] {
+        match self {
+            Self::Flush(flush) => flush.origins(),
+            _ => &[],
         }
     }
 

@@ -431,13 +431,12 @@ mod model {
                         shared.change_health(|h| (h.in_service(), h.write_begins(range)));
                     let mut succeeded = asked;
                     succeeded.remove(LAST);
-                    let (success, durable) = (true, false);
+                    let success = true;
                     let end = WriteEnd {
                         asked,
                         succeeded,
                         begun,
                         success,
-                        durable,
                     };
                     shared.change_health(|health| health.write_ended(&end));
                     // The completion travels through guest memory, with release and acquire.

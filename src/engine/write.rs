@@ -1,11 +1,13 @@
 //! A guest write: the same bytes to every replica, in the same order everywhere (W1 to W4).
 //!
-//! A discard and a write-zeroes are writes of zeroes that need no buffer.
+//! A discard and a write-zeroes are writes of zeroes that need no buffer. A durable write joins the
+//! next flush when it has a quorum, and the flush answers it (W5).
 
 use std::rc::Rc;
 use std::time::Duration;
 
 use super::context::{Context, Progress};
+use super::flush_queue::Origin;
 use super::interface::{Effects, Failed, Tag};
 use super::range_locks::LockKey;
 use crate::common::buffer::Buffer;
@@ -28,6 +30,7 @@ pub(super) struct Write {
 pub(super) struct WriteOrder {
     pub(super) range: SectorRange,
     pub(super) content: Content,
+    /// It is answered when it is durable.
     pub(super) durable: bool,
 }
 
@@ -99,13 +102,6 @@ impl Write {
         writing.tally.record(replica, reply.result.is_ok());
         if let Err(errno) = reply.result {
             context.report_error(replica, OperationType::Write, range, errno);
-            // A failed durable write may be the kernel's one report of pages written before.
-            let shared = context.shared();
-            if self.order.durable
-                && shared.change_health(|health| health.failed_to_persist(replica))
-            {
-                context.effects.health_changed();
-            }
         }
         self.finish_if_complete(context)
     }
@@ -140,7 +136,7 @@ impl Write {
         );
         // The health knows the stale replicas before the guest gets the answer (W3).
         if self.end(writing, context) {
-            context.effects.complete(self.tag, Ok(&[]));
+            self.answer(context);
         } else {
             context.report_failure(Requester::Guest, OperationType::Write, self.order.range);
             context.effects.complete(self.tag, Err(Failed));
@@ -163,7 +159,6 @@ impl Write {
                 succeeded,
                 begun: writing.begun,
                 success,
-                durable: self.order.durable,
             };
             (success, health.write_ended(&end))
         });
@@ -171,6 +166,16 @@ impl Write {
             context.effects.health_changed();
         }
         success
+    }
+
+    /// The write has a quorum.
+    fn answer(&self, context: &mut Context<'_, impl Effects>) {
+        if self.order.durable {
+            let origin = Origin::Write(self.tag, self.order.range);
+            context.core.join_flush(origin);
+        } else {
+            context.effects.complete(self.tag, Ok(&[]));
+        }
     }
 
     pub(super) fn range(&self) -> SectorRange {
@@ -207,18 +212,16 @@ impl Write {
 
 impl WriteOrder {
     fn action(&self) -> Action {
-        let (range, durable) = (self.range, self.durable);
+        let range = self.range;
         match &self.content {
             Content::Data(data) => Action::Write {
                 range,
                 data: Rc::clone(data),
                 offset_bytes: 0,
-                durable,
             },
             Content::Zeroes { unmap } => Action::Zero {
                 range,
                 unmap: *unmap,
-                durable,
             },
         }
     }

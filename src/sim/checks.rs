@@ -12,8 +12,8 @@ use super::plan::{bits, mask_below};
 use super::state::{
     Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, trace,
 };
-use crate::common::Errno;
 use crate::common::report::{Cause, Report};
+use crate::common::{Errno, SectorRange};
 use crate::engine::{ReadPattern, Tag};
 
 /// The error in the report of an eviction.
@@ -146,27 +146,16 @@ impl World {
         })
     }
 
-    /// W3: a write succeeds if t replicas have written it. Notes what it leaves behind.
+    /// W3, W5: the answer to a write. Notes what it leaves behind.
     fn check_write(&mut self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
         let sectors = self.plan.mask(pending.range);
-        let now = self.ledger.failures;
-        let unfailed = self.members().filter(|r| now[*r] == write.failures[*r]);
-        let unfailed = unfailed.fold(0, |mask, r| mask | 1 << r);
-        let count = |mask: u32| usize::try_from(mask.count_ones()).expect("few");
-        let needed = self.plan.threshold;
-        // Whether a replica counts that was evicted in between depends on whether its reply came
-        // before.
-        if (success && count(write.succeeded & self.members) < needed)
-            || (!success && count(write.succeeded & unfailed) >= needed)
-        {
-            let text = format!(
-                "w{} on {:b} was answered {success}",
-                write.number, write.succeeded
-            );
-            return Err(Violation::new("W3", text).at(sectors));
-        }
-        if success && write.durable {
-            self.check_durable_write(pending, write)?;
+        if !write.ended {
+            if success && write.durable {
+                let text = format!("w{} was answered before any flush", write.number);
+                return Err(Violation::new("W5", text).at(sectors));
+            }
+            self.check_quorum(pending, write, success)?;
+            self.note_written(pending.range, write, success);
         }
         for sector in bits(sectors) {
             let value = Value::written(write.number, sector);
@@ -174,6 +163,65 @@ impl World {
                 .write_ended(sector, value, self.now, success, write.durable);
             self.changed_at[sector] = self.now;
         }
+        match (write.ended, success) {
+            (true, true) => self.check_durable_write(pending, write),
+            (true, false) => self.check_failed_durable_write(pending, write),
+            (false, _) => Ok(()),
+        }
+    }
+
+    /// The durable writes that the replicas have written, and that wait for a flush now.
+    pub(super) fn check_ended_writes(&mut self) -> Checked {
+        let engine = &self.engines[self.input_from];
+        let ends = |pending: &Pending| match &pending.kind {
+            PendingKind::Write(write) => {
+                write.durable && !write.ended && engine.waits_for_flush(pending.tag)
+            }
+            PendingKind::Read | PendingKind::Flush => false,
+        };
+        let Some(index) = self.pending.iter().position(ends) else {
+            return Ok(());
+        };
+        let mut pending = self.pending.swap_remove(index);
+        if let PendingKind::Write(write) = &mut pending.kind {
+            write.ended = true;
+        }
+        if let PendingKind::Write(write) = &pending.kind {
+            self.check_quorum(&pending, write, true)?;
+            self.note_written(pending.range, write, true);
+        }
+        self.pending.push(pending);
+        self.check_ended_writes()
+    }
+
+    /// The members that have not failed since the write was submitted.
+    fn unfailed(&self, write: &PendingWrite) -> u32 {
+        let now = self.ledger.failures;
+        let unfailed = self.members().filter(|r| now[*r] == write.failures[*r]);
+        unfailed.fold(0, |mask, r| mask | 1 << r)
+    }
+
+    /// W3: a write succeeds if t replicas have written it.
+    fn check_quorum(&self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
+        let count = |mask: u32| usize::try_from(mask.count_ones()).expect("few");
+        let needed = self.plan.threshold;
+        // Whether a replica counts that was evicted in between depends on whether its reply came
+        // before.
+        if (success && count(write.succeeded & self.members) < needed)
+            || (!success && count(write.succeeded & self.unfailed(write)) >= needed)
+        {
+            let text = format!(
+                "w{} on {:b} was answered {success}",
+                write.number, write.succeeded
+            );
+            return Err(Violation::new("W3", text).at(self.plan.mask(pending.range)));
+        }
+        Ok(())
+    }
+
+    /// What a write leaves behind that the replicas have written, or some of them.
+    fn note_written(&mut self, range: SectorRange, write: &PendingWrite, success: bool) {
+        let (sectors, unfailed) = (self.plan.mask(range), self.unfailed(write));
         for replica in self.members() {
             let bit = 1 << replica;
             if write.succeeded & unfailed & bit != 0 {
@@ -188,16 +236,22 @@ impl World {
         } else {
             self.mark_mixed(sectors);
         }
-        Ok(())
     }
 
     /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas.
     fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
-        for sector in bits(self.plan.mask(pending.range)) {
+        for sector in bits(self.plan.mask(pending.range) & !self.ledger.mixed) {
             let value = Value::written(write.number, sector);
+            let is_durable = |replica: usize| {
+                let durable = self.replicas[replica].durable(sector);
+                // Another write of the guest that ran at the same time may have come later.
+                let is_later = write.overlapped >> sector & 1 == 1
+                    && self.model.may_follow(sector, durable, value);
+                durable == value || is_later
+            };
             let safe = |r: &usize| {
                 let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
-                lied >> sector & 1 == 1 || self.replicas[*r].durable(sector) == value
+                lied >> sector & 1 == 1 || is_durable(*r)
             };
             let safe = self.members().filter(safe).count();
             if safe < self.plan.threshold {
@@ -207,6 +261,19 @@ impl World {
                 );
                 return Err(Violation::new("W5", text).at(1 << sector));
             }
+        }
+        Ok(())
+    }
+
+    /// W5: a write whose flush fails does not fail itself if t replicas have written and flushed
+    /// it.
+    fn check_failed_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
+        let flushed = write.succeeded & self.unfailed(write);
+        let enough = usize::try_from(flushed.count_ones()).expect("few") >= self.plan.threshold;
+        // A replica may have failed another write since.
+        if enough && write.overlapped == 0 {
+            let text = format!("w{} is durable on {flushed:b}, and fails", write.number);
+            return Err(Violation::new("W5", text).at(self.plan.mask(pending.range)));
         }
         Ok(())
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Violation;
 use super::ledger::{Ledger, count};
 use super::model::Value;
-use super::plan::{WriteCache, bits};
+use super::plan::bits;
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
 
@@ -74,11 +74,7 @@ impl World {
 
     /// Writeback in the background fails.
     fn fail_writeback(&mut self, replica: usize) {
-        let busy = match self.plan.write_cache {
-            WriteCache::On => 0,
-            WriteCache::Off | WriteCache::Switched => self.being_written(replica),
-        };
-        let sectors = self.random.bits() & self.replicas[replica].dirty() & !busy;
+        let sectors = self.random.bits() & self.replicas[replica].dirty();
         if sectors != 0 {
             trace!(
                 self,

@@ -37,7 +37,6 @@ pub(super) struct Delivered {
     sectors: u64,
     /// The number of the guest write that it belongs to.
     write: Option<u64>,
-    durable: bool,
     /// See [`Flight::failures`](super::state::Flight::failures).
     failures: u32,
     /// See [`Flight::evictions`](super::state::Flight::evictions).
@@ -107,10 +106,21 @@ impl World {
         let durable = self.write_through;
         self.writes += 1;
         let number = self.writes;
+        let sectors = self.plan.mask(range);
+        let mut overlapped = 0;
+        for pending in &mut self.pending {
+            if let PendingKind::Write(other) = &mut pending.kind {
+                let both = self.plan.mask(pending.range) & sectors;
+                other.overlapped |= both;
+                overlapped |= both;
+            }
+        }
         let write = PendingWrite {
             number,
             zeroes,
             durable,
+            ended: false,
+            overlapped,
             submitted_to: 0,
             succeeded: 0,
             failed: 0,
@@ -191,7 +201,6 @@ impl World {
             operation: flight.operation.action.describe().0,
             sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
             write: flight.write,
-            durable: flight.is_durable(),
             failures: flight.failures,
             evictions: flight.evictions,
             result,
@@ -226,11 +235,7 @@ impl World {
                 }
             }
             (_, true) => {}
-            (OperationType::Write, false) => {
-                if reply.durable {
-                    self.loss_reported(replica, reply.lost);
-                }
-            }
+            (OperationType::Write, false) => {}
             (OperationType::Read, false) => {
                 for pending in &mut self.pending {
                     pending.seen.excused[replica] |= reply.sectors;
@@ -289,6 +294,7 @@ impl World {
         input: &mut InputChecks,
     ) -> Checked {
         self.input_from = input.worker;
+        self.check_ended_writes()?;
         for effect in collected.effects.drain(..count) {
             match effect {
                 Effect::Submit(operation) => self.start_operation(operation)?,

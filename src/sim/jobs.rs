@@ -72,7 +72,7 @@ impl World {
         }
     }
 
-    /// The engine knows that a replica has failed a flush or a durable write, or has evicted it.
+    /// The engine knows that a replica has failed a flush, or has evicted it.
     pub(super) fn note_failure(&mut self, replica: usize) {
         self.ledger.failures[replica] += 1;
         let jobs = self.shared.jobs(|_| (), |jobs, health| jobs.list(health));

@@ -29,8 +29,7 @@ pub struct Ledger {
     /// Those of them in which a vote may accuse replicas: after a crash, or after corrupt replicas
     /// have won a vote. Not after a failed write (W7).
     pub accusable: u64,
-    /// The number of failed flushes, failed durable writes and evictions of each replica that the
-    /// engine knows.
+    /// The number of failed flushes and evictions of each replica that the engine knows.
     pub failures: [u32; PLACES],
     /// The sectors that the resync of each replica had copied when the replica last failed.
     pub copied: [u64; PLACES],

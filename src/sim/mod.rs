@@ -22,9 +22,7 @@
 //! runner                      many runs
 //! ```
 //!
-//! Not simulated: guest memory and virtqueues (the device has its own tests). Linux may report a
-//! failed writeback to another operation in flight than the one that it concerns: where the write
-//! cache is off or switched, `operations` avoids that.
+//! Not simulated: guest memory and virtqueues (the device has its own tests).
 #![forbid(unsafe_code)]
 
 mod checks;

@@ -148,6 +148,14 @@ impl Model {
             .any(|w| w.acknowledged && w.began >= written.ended && w.ended <= since)
     }
 
+    /// Whether the value may have replaced the other one: its write had not ended when that of the
+    /// other began.
+    pub fn may_follow(&self, sector: usize, value: Value, other: Value) -> bool {
+        let written = |value| self.sectors[sector].iter().find(|w| w.value == value);
+        let both = written(value).zip(written(other));
+        both.is_some_and(|(value, other)| value.ended > other.began)
+    }
+
     /// A read from `began` to `ended` returned the value. Whether that goes with what other reads
     /// have returned: there must be an order in which each value is current once, without a gap.
     /// For two values that is impossible if each was read or written after the other had been.

@@ -85,7 +85,8 @@ impl World {
             return Ok(None);
         };
         let is_this = |pending: &Pending, write: &PendingWrite| {
-            write.number == number && pending.range == range
+            // Once it has ended, a repair may write the same bytes.
+            !write.ended && write.number == number && pending.range == range
         };
         let failures = self.before_input.failures;
         let write = self.pending_write(is_this);
@@ -100,7 +101,7 @@ impl World {
         let worker = self.input_from;
         let is_this = |pending: &Pending, write: &PendingWrite| {
             let here = pending.worker == worker && pending.range == range;
-            here && write.zeroes && write.submitted_to & (1 << replica) == 0
+            here && write.zeroes && !write.ended && write.submitted_to & (1 << replica) == 0
         };
         let failures = self.before_input.failures;
         match self.pending_write(is_this) {
@@ -196,9 +197,6 @@ impl World {
 
     /// The operation, which has not ended, makes its next step.
     pub(super) fn advance(&mut self, index: usize) {
-        if self.waits_for_report(index) {
-            return;
-        }
         let flight = &self.flights[index];
         let flushes_nothing = flight.fault != Fault::None && flight.range().is_none();
         if flight.sectors == 0 || flushes_nothing {
@@ -213,53 +211,6 @@ impl World {
         if self.flights[index].sectors == 0 && self.random.below(2) == 0 {
             self.end_operation(index);
         }
-    }
-
-    /// Whether the operation is a flush, and a durable write on the same replica has failed whose
-    /// reply is on its way. (Linux does not hold the flush up.)
-    fn waits_for_report(&self, index: usize) -> bool {
-        let flight = &self.flights[index];
-        let has_failed = |other: &Flight| {
-            let failed = matches!(other.done, Some((Err(_), _)));
-            failed && other.is_durable() && other.replica() == flight.replica()
-        };
-        flight.is_flush() && self.flights.iter().any(has_failed)
-    }
-
-    /// Whether the end of a durable write may report a failure in the background. While a flush is
-    /// in flight that reports it. (Linux reports it to the first that ends.)
-    fn may_report(&self, replica: usize) -> bool {
-        let flushes = |other: &Flight| other.is_flush() && other.replica() == replica;
-        !self.flights.iter().any(flushes)
-    }
-
-    /// The sectors that durable writes in flight change on the replica. (In Linux another operation
-    /// may report the failure of such a write, which then succeeds.)
-    pub(super) fn durably_written(&self, replica: usize) -> u64 {
-        let mut sectors = 0;
-        for flight in &self.flights {
-            if flight.is_durable() && flight.replica() == replica {
-                sectors |= flight.range().map_or(0, |range| self.plan.mask(range));
-            }
-        }
-        sectors
-    }
-
-    /// The sectors that guest writes in flight change, and repairs of this replica. (In Linux their
-    /// loss may be reported to a durable write elsewhere, and the engine does not expect that yet.)
-    pub(super) fn being_written(&self, replica: usize) -> u64 {
-        let mut sectors = 0;
-        for pending in &self.pending {
-            if matches!(pending.kind, PendingKind::Write(_)) {
-                sectors |= self.plan.mask(pending.range);
-            }
-        }
-        for flight in &self.flights {
-            if flight.is_repair() && flight.replica() == replica {
-                sectors |= flight.range().map_or(0, |range| self.plan.mask(range));
-            }
-        }
-        sectors
     }
 
     /// The operation takes effect on these sectors.
@@ -347,12 +298,26 @@ impl World {
         self.changed_at[sector] = self.now;
         // An orphaned write may bring old bytes. The engine must expect them: the sector is stale.
         let unexpected = !guest || self.ledger.excused[replica] & bit == 0;
-        let wrong = !self.model.is_permitted(sector, value, self.now);
+        let wrong = !self.model.is_permitted(sector, value, self.now)
+            || (!guest && self.undoes_write(sector, value));
         if matches!(fault, Fault::Misdirected(_)) || (wrong && unexpected) {
             self.mark_corrupt(replica, bit);
         } else {
             self.ledger.repaired(replica, bit);
         }
+    }
+
+    /// Whether the value is older than that of a durable write which the replicas have written, and
+    /// which is about to be answered.
+    fn undoes_write(&self, sector: usize, value: Value) -> bool {
+        self.pending.iter().any(|pending| match &pending.kind {
+            PendingKind::Write(write) if write.ended => {
+                let written = Value::written(write.number, sector);
+                self.plan.mask(pending.range) >> sector & 1 == 1
+                    && !self.model.may_follow(sector, value, written)
+            }
+            PendingKind::Write(_) | PendingKind::Read | PendingKind::Flush => false,
+        })
     }
 
     /// Dirty sectors among these become durable.
@@ -367,27 +332,14 @@ impl World {
         let flight = &self.flights[index];
         let (replica, fault) = (flight.replica(), flight.fault);
         let range = flight.range();
-        let mut reports_loss = false;
         match &flight.operation.action {
             Action::Read { .. } => {}
-            Action::Write { durable, .. } | Action::Zero { durable, .. } => {
-                let durable = *durable;
-                let mask = range.map_or(0, |range| self.plan.mask(range));
-                match fault {
-                    // Also what it did write: the checks may expect less than is there.
-                    Fault::Lost => self.mark_corrupt(replica, mask),
-                    Fault::Error if durable => {
-                        let written = mask & self.random.bits();
-                        self.write_back(replica, written);
-                    }
-                    Fault::None | Fault::Misdirected(_) if durable => {
-                        self.write_back(replica, mask)
-                    }
-                    Fault::None | Fault::Error | Fault::Misdirected(_) => {}
+            Action::Write { .. } | Action::Zero { .. } => {
+                // Also what it did write: the checks may expect less than is there.
+                if fault == Fault::Lost {
+                    let mask = range.map_or(0, |range| self.plan.mask(range));
+                    self.mark_corrupt(replica, mask);
                 }
-                // Linux reports a failed writeback once per open file, to a flush or to a write
-                // with O_DSYNC, whichever comes first.
-                reports_loss = durable && self.may_report(replica);
             }
             Action::Flush => {
                 let sectors = flight.sectors;
@@ -396,7 +348,6 @@ impl World {
                         let written = sectors & self.random.bits();
                         self.write_back(replica, written);
                         let lost = sectors & self.random.bits();
-                        let lost = lost & !self.durably_written(replica);
                         self.replicas[replica].lose(lost, false);
                     }
                     Fault::Lost => {
@@ -405,12 +356,13 @@ impl World {
                     }
                     Fault::None | Fault::Misdirected(_) => {}
                 }
-                reports_loss = true;
             }
         }
-        let has_error = reports_loss && self.replicas[replica].take_error();
+        // Linux reports a failed writeback once for each open file, to the flush that ends next.
+        let is_flush = self.flights[index].is_flush();
+        let has_error = is_flush && self.replicas[replica].take_error();
         let failed = fault == Fault::Error || has_error;
-        let lost = if failed && reports_loss {
+        let lost = if failed && is_flush {
             self.replicas[replica].unreported()
         } else {
             0

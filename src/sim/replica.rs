@@ -3,8 +3,8 @@
 //! A sector has a value in the cache, which reads see, and a durable one. A write makes it dirty.
 //! Writeback, at any time or because of a flush, makes a dirty sector durable, or fails to: then
 //! the kernel marks the page clean all the same, reads see the new value until it drops the page,
-//! and from then on the old one. The failure is reported once, to the first flush or durable write
-//! that ends (as Linux's `errseq_t` does for one open file).
+//! and from then on the old one. The failure is reported once, to the first flush that ends (as
+//! Linux's `errseq_t` does for one open file).
 //!
 //! Invariant: a sector that is neither dirty nor lost has the same value in the cache and on disk.
 //! Sets of sectors are masks.

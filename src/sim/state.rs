@@ -51,6 +51,10 @@ pub(super) struct PendingWrite {
     pub(super) zeroes: bool,
     /// It must be durable when it is answered.
     pub(super) durable: bool,
+    /// It is durable when the flush ends that it waits for; the replicas have written it.
+    pub(super) ended: bool,
+    /// Where another write was in flight at the same time, a mask.
+    pub(super) overlapped: u64,
     /// The replicas that it was submitted to, a mask.
     pub(super) submitted_to: u32,
     /// Those that have written it, a mask.
@@ -285,14 +289,6 @@ impl Flight {
 
     pub(super) fn is_flush(&self) -> bool {
         matches!(self.operation.action, Action::Flush)
-    }
-
-    /// It is a write that is durable when it ends.
-    pub(super) fn is_durable(&self) -> bool {
-        match self.operation.action {
-            Action::Write { durable, .. } | Action::Zero { durable, .. } => durable,
-            Action::Read { .. } | Action::Flush => false,
-        }
     }
 
     /// Its request waits for it, unless the replica is evicted. A read that has a quorum does not.

@@ -22,12 +22,10 @@ pub struct WriteEnd {
     pub begun: WriteBegun,
     /// There is a quorum: the guest gets success.
     pub success: bool,
-    /// It went to stable storage by itself.
-    pub durable: bool,
 }
 
 /// Names one flush.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct FlushEpoch(pub(super) u64);
 
 impl Health {
@@ -68,7 +66,7 @@ impl Health {
                     state.last_doubt = self.failure_epoch;
                 }
             } else if done {
-                state.mark_fresh(range, !write.durable);
+                state.mark_fresh(range);
             }
         }
         if write.success {
@@ -81,9 +79,7 @@ impl Health {
                 self.replicas[replica.as_usize()].last_doubt = self.failure_epoch;
             }
         }
-        if !write.durable {
-            self.written.insert(range);
-        }
+        self.written.insert(range);
         became_stale
     }
 
@@ -100,7 +96,7 @@ impl Health {
             self.failure_epoch.0 += 1;
             state.last_doubt = self.failure_epoch;
         } else {
-            state.mark_fresh(range, true);
+            state.mark_fresh(range);
             // It was perhaps not stale, but corrupt.
             state.refreshed.insert(range);
         }
@@ -154,16 +150,48 @@ impl Health {
         }
     }
 
-    /// `replica` has failed a durable write. The kernel reports a page that it could not write back
-    /// once, to a flush or to such a write: this may have been about earlier writes. `true` if
-    /// there are any that are not durable.
-    pub fn failed_to_persist(&mut self, replica: ReplicaIndex) -> bool {
-        let unconfirmed = &self.replicas[replica.as_usize()].unconfirmed;
-        let anything = !self.written.is_empty() || !unconfirmed.is_empty();
-        if anything {
-            self.not_durable(replica);
+    /// All replies to the flush `epoch` are in. Whether every acknowledged sector is durable on at
+    /// least t members (W5).
+    pub fn flush_decided(&mut self, epoch: FlushEpoch, succeeded: ReplicaSet) -> bool {
+        // A replica that was removed meanwhile does not count.
+        let flushed = succeeded.and(self.members).len() >= self.threshold;
+        let success = flushed && self.fresh_on_threshold();
+        if success {
+            self.flushed = epoch;
         }
-        anything
+        success
+    }
+
+    /// The last flush that has begun.
+    pub fn last_flush(&self) -> FlushEpoch {
+        self.epoch
+    }
+
+    /// Whether a flush has succeeded that began after `since`. It covers all that was written
+    /// before.
+    pub fn flushed_since(&self, since: FlushEpoch) -> bool {
+        self.flushed > since
+    }
+
+    /// The last flush has come back from all replicas, with success from `succeeded`. Whether
+    /// `range`, which was written before it began, is durable on at least t members, however it
+    /// stands with the rest of the disk.
+    pub fn is_durable(&self, range: SectorRange, succeeded: ReplicaSet) -> bool {
+        let flushed = succeeded.and(self.members);
+        let not_durable = |member: ReplicaIndex| {
+            let state = &self.replicas[member.as_usize()];
+            let mut parts = RangeSet::default();
+            for set in [&state.stale, &state.uncovered] {
+                for part in set.within(range) {
+                    parts.insert(part);
+                }
+            }
+            (member, parts)
+        };
+        let sets: Vec<(ReplicaIndex, RangeSet)> = flushed.iter().map(not_durable).collect();
+        let sets = sets.iter().map(|(member, set)| (*member, set));
+        let enough = |without| flushed.without(without).len() >= self.threshold;
+        every_sector(sets, range.end(), enough, enough)
     }
 
     /// What `replica` wrote since its last successful flush may be lost, and so may be what it is

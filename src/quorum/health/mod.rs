@@ -60,6 +60,8 @@ pub struct Health {
     undecided: RangeSet,
     capacity_sectors: u64,
     epoch: FlushEpoch,
+    /// The last flush that succeeded.
+    flushed: FlushEpoch,
     failure_epoch: FailureEpoch,
 }
 
@@ -81,7 +83,8 @@ impl Health {
             writing: Slab::new(),
             undecided: RangeSet::default(),
             capacity_sectors,
-            epoch: FlushEpoch(0),
+            epoch: FlushEpoch::default(),
+            flushed: FlushEpoch::default(),
             failure_epoch: FailureEpoch(0),
         }
     }

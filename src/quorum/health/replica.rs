@@ -35,15 +35,13 @@ pub(super) struct ReplicaHealth {
 }
 
 impl ReplicaHealth {
-    /// `range` was written. `volatile`: not to stable storage.
-    pub(super) fn mark_fresh(&mut self, range: SectorRange, volatile: bool) {
+    /// `range` was written.
+    pub(super) fn mark_fresh(&mut self, range: SectorRange) {
         if !self.stale.overlaps(range) {
             return;
         }
-        if volatile {
-            for part in self.stale.within(range) {
-                self.refreshed.insert(part);
-            }
+        for part in self.stale.within(range) {
+            self.refreshed.insert(part);
         }
         self.stale.remove(range);
         self.blank.remove(range);

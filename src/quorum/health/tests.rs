@@ -20,7 +20,6 @@ fn end(begun: WriteBegun, succeeded: ReplicaSet) -> WriteEnd {
         succeeded,
         begun,
         success: succeeded.len() >= 2,
-        durable: false,
     }
 }
 
@@ -130,7 +129,6 @@ fn write_one_begun(health: &mut Health, begun: WriteBegun) {
         succeeded: set(&[A]),
         begun,
         success: true,
-        durable: false,
     };
     health.write_ended(&done);
 }

@@ -116,17 +116,11 @@ impl Setup {
     }
 }
 
-pub(super) fn write(
-    data: Buffer,
-    offset_bytes: usize,
-    range: SectorRange,
-    durable: bool,
-) -> Action {
+pub(super) fn write(data: Buffer, offset_bytes: usize, range: SectorRange) -> Action {
     Action::Write {
         range,
         data: Rc::new(data),
         offset_bytes,
-        durable,
     }
 }
 
@@ -172,12 +166,12 @@ fn a_read_fills_its_whole_buffer_from_its_range() {
 }
 
 #[test]
-fn a_durable_write_says_so_to_the_kernel_whatever_its_buffer() {
-    for (in_arena, durable) in [(true, true), (true, false), (false, true), (false, false)] {
+fn a_write_asks_for_no_durability_whatever_its_buffer() {
+    for in_arena in [true, false] {
         let mut setup = Setup::new();
         let data = setup.buffer(in_arena, 4096);
         let address = data.as_ptr() as u64 + 512;
-        let submission = setup.submit(write(data, 512, SectorRange::new(100, 3), durable));
+        let submission = setup.submit(write(data, 512, SectorRange::new(100, 3)));
         let opcode = if in_arena {
             opcode::WriteFixed::CODE
         } else {
@@ -190,27 +184,24 @@ fn a_durable_write_says_so_to_the_kernel_whatever_its_buffer() {
             offset: 100 * SECTOR_BYTES,
             address,
             len: 3 * 512,
-            operation_flags: if durable {
-                libc::RWF_DSYNC.cast_unsigned()
-            } else {
-                0
-            },
+            // Above all not RWF_DSYNC, which may report the loss of another write.
+            operation_flags: 0,
             buffer: 0,
             user_data: submission.user_data,
         };
-        assert_eq!(submission, expected, "arena {in_arena} durable {durable}");
+        assert_eq!(submission, expected, "arena {in_arena}");
         assert_eq!(setup.kernel.is_registered(&submission), in_arena);
         assert_eq!(setup.end(&submission, 3 * SECTOR), Ok(()));
     }
 }
 
 #[test]
-fn a_rest_of_a_durable_write_is_durable_too() {
+fn a_rest_of_a_write_is_written_like_its_beginning() {
     let mut setup = Setup::new();
     let data = setup.buffer(true, 4096);
-    let first = setup.submit(write(data, 0, SectorRange::new(0, 8), true));
+    let first = setup.submit(write(data, 0, SectorRange::new(0, 8)));
     let rest = setup.continue_after(&first, 512);
-    assert_eq!(rest.operation_flags, libc::RWF_DSYNC.cast_unsigned());
+    assert_eq!(rest.operation_flags, 0);
     assert_eq!(rest.opcode, opcode::WriteFixed::CODE);
     assert_eq!(setup.end(&rest, 7 * SECTOR), Ok(()));
 }
@@ -222,9 +213,8 @@ fn memory_that_is_not_registered_is_not_used_as_a_fixed_buffer() {
     let pool = setup.pool.clone();
     setup.ring.register_arena(&pool);
     let data = setup.buffer(true, 512);
-    let submission = setup.submit(write(data, 0, SectorRange::new(0, 1), true));
+    let submission = setup.submit(write(data, 0, SectorRange::new(0, 1)));
     assert_eq!(submission.opcode, opcode::Write::CODE);
-    assert_eq!(submission.operation_flags, libc::RWF_DSYNC.cast_unsigned());
     assert_eq!(setup.end(&submission, SECTOR), Ok(()));
     let into = setup.buffer(true, 512);
     let range = SectorRange::new(0, 1);
@@ -246,7 +236,7 @@ fn a_short_read_or_write_continues_behind_what_is_done() {
             (Action::Read { range, into }, start)
         } else {
             let start = buffer.as_ptr() as u64 + 1024;
-            (write(buffer, 1024, range, false), start)
+            (write(buffer, 1024, range), start)
         };
         let mut submission = setup.submit(action);
         let mut done = 0_u64;
@@ -366,16 +356,12 @@ fn a_flush_is_a_sync_of_the_data_of_the_file() {
 
 /// The submissions that zero a range, in the way that the kernel supports: the others fail with
 /// EOPNOTSUPP. Returns the last submission, not completed.
-fn zero(setup: &mut Setup, unmap: bool, durable: bool, lacks: usize) -> Submission {
+fn zero(setup: &mut Setup, unmap: bool, lacks: usize) -> Submission {
     let punch = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
     let keep = libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE;
     let modes = if unmap { vec![punch, keep] } else { vec![keep] };
     let range = SectorRange::new(5, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 3);
-    let mut submission = setup.submit(Action::Zero {
-        range,
-        unmap,
-        durable,
-    });
+    let mut submission = setup.submit(Action::Zero { range, unmap });
     for (number, mode) in modes.iter().enumerate() {
         assert_eq!(submission.opcode, opcode::Fallocate::CODE);
         assert_eq!(
@@ -408,11 +394,7 @@ fn zeroing_goes_on_by_bounded_steps() {
     const STEP: u64 = ZERO_STEP_BYTES as u64;
     let mut setup = Setup::new();
     let range = SectorRange::new(5, (2 * STEP + 4096) / SECTOR_BYTES);
-    let first = setup.submit(Action::Zero {
-        range,
-        unmap: true,
-        durable: false,
-    });
+    let first = setup.submit(Action::Zero { range, unmap: true });
     let start = 5 * SECTOR_BYTES;
     assert_eq!((first.offset, first.address), (start, STEP));
     let second = setup.continue_after(&first, 0);
@@ -428,48 +410,25 @@ fn zeroing_goes_on_by_bounded_steps() {
 }
 
 #[test]
-fn durable_zeroes_end_with_a_sync_in_every_way() {
+fn zeroes_end_without_a_sync_in_every_way() {
     for unmap in [true, false] {
         for lacks in 0..=2 {
             let mut setup = Setup::new();
-            let zeroing = zero(&mut setup, unmap, true, lacks);
+            let zeroing = zero(&mut setup, unmap, lacks);
             let result = match zeroing.opcode {
                 opcode::Fallocate::CODE => 0,
                 _ => zeroing.len.cast_signed(),
             };
-            let sync = setup.continue_after(&zeroing, result);
-            assert!(is_sync(&sync), "unmap {unmap}, lacks {lacks}: {sync:?}");
-            assert_eq!(setup.end(&sync, 0), Ok(()));
-
-            let zeroing = zero(&mut Setup::new(), unmap, false, lacks);
             assert_eq!(zeroing.operation_flags, 0);
+            assert_eq!(setup.end(&zeroing, result), Ok(()));
         }
     }
 }
 
 #[test]
-fn zeroes_that_need_not_be_durable_end_without_a_sync() {
-    for unmap in [true, false] {
-        let mut setup = Setup::new();
-        let zeroing = zero(&mut setup, unmap, false, 0);
-        assert_eq!(setup.end(&zeroing, 0), Ok(()));
-    }
-}
-
-#[test]
-fn a_failed_sync_of_zeroes_is_their_result() {
-    for unmap in [true, false] {
-        let mut setup = Setup::new();
-        let zeroing = zero(&mut setup, unmap, true, 0);
-        let sync = setup.continue_after(&zeroing, 0);
-        assert_eq!(setup.end(&sync, -libc::EIO), Err(Errno(libc::EIO)));
-    }
-}
-
-#[test]
-fn a_failed_write_of_zeroes_is_not_followed_by_a_sync() {
+fn a_failed_write_of_zeroes_is_their_result() {
     let mut setup = Setup::new();
-    let zeroing = zero(&mut setup, true, true, 2);
+    let zeroing = zero(&mut setup, true, 2);
     assert_eq!(setup.end(&zeroing, -libc::ENOSPC), Err(Errno(libc::ENOSPC)));
 }
 
@@ -478,9 +437,8 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
     let mut setup = Setup::new();
     let range = SectorRange::new(0, LONG_WRITE_BYTES / SECTOR_BYTES);
     let data = setup.buffer(false, 64 << 10);
-    let long = setup.submit(write(data, 0, range, true));
+    let long = setup.submit(write(data, 0, range));
     assert_eq!(long.flags, FIXED_FILE | ASYNC);
-    assert_eq!(long.operation_flags, libc::RWF_DSYNC.cast_unsigned());
     let rest = setup.continue_after(&long, 512);
     assert_eq!(rest.flags, FIXED_FILE | ASYNC);
     assert_eq!(setup.end(&rest, (64 << 10) - SECTOR), Ok(()));
@@ -492,7 +450,7 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
     setup.ring.set_file(REPLICA, Some(direct)).unwrap();
     assert_eq!(setup.kernel.file(2), 20);
     let data = setup.buffer(false, 64 << 10);
-    let long = setup.submit(write(data, 0, range, false));
+    let long = setup.submit(write(data, 0, range));
     assert_eq!(long.flags, FIXED_FILE);
 }
 
@@ -632,7 +590,6 @@ fn a_ring_that_is_dropped_with_operations_in_flight_keeps_their_buffers() {
         range: SectorRange::new(0, 1),
         data,
         offset_bytes: 0,
-        durable: false,
     });
     drop(setup);
     assert!(alive.upgrade().is_some(), "the kernel may still read it");

@@ -3,8 +3,10 @@
 //! Most operations are one submission. Short reads and writes continue behind the bytes that are
 //! done. What the kernel interrupts (EINTR) is repeated at once, and what it has no means for at
 //! the moment (EAGAIN) after a pause; a sync is not repeated. Zeroing goes on by bounded steps, so
-//! that what else waits for the file gets its turn, and tries one way after another; durable zeroes
-//! end with a sync.
+//! that what else waits for the file gets its turn, and tries one way after another.
+//!
+//! Only a flush makes anything durable: the kernel reports the loss of a page once, to whichever
+//! fsync or O_DSYNC write of the open file ends next, and flushes run one at a time (W5).
 
 #![forbid(unsafe_code)]
 
@@ -59,8 +61,6 @@ enum Step {
     Whole,
     /// Zeroing, in this way.
     Zeroing(Way),
-    /// Making zeroes durable that are in place.
-    Persisting,
 }
 
 /// The meaning of a completion for its step.
@@ -126,13 +126,12 @@ impl PendingOperation {
                     range,
                     data,
                     offset_bytes,
-                    durable,
                 },
                 _,
             ) => {
                 let fixed = arena_registered && data.is_in_arena();
                 let bytes = &data[*offset_bytes..][..len_of(range.bytes())];
-                let entry = write(file, *range, bytes, done, *durable, fixed);
+                let entry = write(file, *range, bytes, done, fixed);
                 if self.in_thread {
                     entry.flags(squeue::Flags::ASYNC)
                 } else {
@@ -222,18 +221,13 @@ impl PendingOperation {
 
     /// The step that follows one with this result.
     fn next_step(&self, result: Result<(), Errno>, ways: &mut Ways) -> Option<Step> {
-        let (Step::Zeroing(way), Action::Zero { unmap, durable, .. }) =
-            (self.step, &self.operation.action)
+        let (Step::Zeroing(way), Action::Zero { unmap, .. }, Err(errno)) =
+            (self.step, &self.operation.action, result)
         else {
             return None;
         };
-        match result {
-            Ok(()) => durable.then_some(Step::Persisting),
-            Err(errno) => {
-                let other = ways.after(self.operation.replica, *unmap, way, errno);
-                other.map(Step::Zeroing)
-            }
-        }
+        let other = ways.after(self.operation.replica, *unmap, way, errno);
+        other.map(Step::Zeroing)
     }
 }
 
@@ -256,24 +250,15 @@ fn read(
     }
 }
 
-fn write(
-    file: Fixed,
-    range: SectorRange,
-    bytes: &[u8],
-    done: usize,
-    durable: bool,
-    fixed: bool,
-) -> squeue::Entry {
+fn write(file: Fixed, range: SectorRange, bytes: &[u8], done: usize, fixed: bool) -> squeue::Entry {
     let rest = &bytes[done..];
     let (memory, len) = (rest.as_ptr(), u32_of(rest.len()));
     let offset = offset_of(range, done);
-    let flags = if durable { libc::RWF_DSYNC } else { 0 };
     if fixed {
         let write = opcode::WriteFixed::new(file, memory, len, ARENA);
-        write.offset(offset).rw_flags(flags).build()
+        write.offset(offset).build()
     } else {
-        let write = opcode::Write::new(file, memory, len);
-        write.offset(offset).rw_flags(flags).build()
+        opcode::Write::new(file, memory, len).offset(offset).build()
     }
 }
 

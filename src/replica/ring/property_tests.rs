@@ -94,7 +94,7 @@ proptest! {
             setup.push(if is_read {
                 Action::Read { range, into: buffer }
             } else {
-                write(buffer, 0, range, false)
+                write(buffer, 0, range)
             });
         }
         let mut replies = 0;

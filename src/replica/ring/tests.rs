@@ -48,7 +48,6 @@ fn writes_reads_and_flushes() {
             range: SectorRange::new(9, 2),
             data: Rc::new(data),
             offset_bytes: 512,
-            durable: true,
         }),
     )
     .unwrap();
@@ -77,15 +76,7 @@ fn writes_reads_and_flushes() {
 }
 
 fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
-    push(
-        ring,
-        operation(Action::Zero {
-            range,
-            unmap,
-            durable: true,
-        }),
-    )
-    .unwrap();
+    push(ring, operation(Action::Zero { range, unmap })).unwrap();
     reply_of(ring).result
 }
 
@@ -193,7 +184,6 @@ fn kernel_threads_do_long_writes_through_the_page_cache() {
                 range: SectorRange::new(0, bytes / SECTOR_BYTES),
                 data: Rc::clone(&data),
                 offset_bytes: 0,
-                durable: false,
             };
             let write = Operation {
                 replica: ReplicaIndex(replica),
