@@ -1,6 +1,7 @@
 //! What the disk promises while replicas differ, fail, hang, grow and are replaced.
 
 mod busy_file_systems;
+mod failed_writes;
 mod faults;
 mod faulty_replicas;
 mod full_disks;

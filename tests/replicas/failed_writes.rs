@@ -1,0 +1,115 @@
+//! A write fails on too many replicas: the guest gets an error, old and new data are both right
+//! from then on, and no replica is accused of either.
+
+use std::time::Duration;
+
+use serde_json::Value;
+use testkit::client::Client;
+use testkit::disk::{Disk, Plan, System};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::{BLOCK_BYTES, are_identical};
+use testkit::load::figure;
+use testkit::machine::shared;
+use testkit::process::wait_until;
+
+use crate::faults::{accused, scrub};
+
+const BLOCK: usize = 4096;
+const BLOCKS: u64 = 16;
+/// Long enough for what is under way.
+const LOOK: Duration = Duration::from_secs(20);
+
+/// Old data on all blocks, and a write of new data that failed on all replicas but one.
+fn after_failed_writes(more: &[&'static str]) -> (Disk, Client) {
+    let plan = Plan {
+        faulty: vec![0, 1, 2],
+        more: more.to_vec(),
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    for block in 0..BLOCKS {
+        let offset = block * BLOCK_BYTES;
+        client.write(0, offset, &[1; BLOCK]).unwrap();
+    }
+    client.flush(0).unwrap();
+    for block in 0..BLOCKS {
+        let written = usize::try_from(block % 3).unwrap();
+        for replica in 0..3 {
+            let image = disk.faulty(replica);
+            image.clear_faults();
+            if replica != written {
+                image.inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+            }
+        }
+        let offset = block * BLOCK_BYTES;
+        client.write(0, offset, &[2; BLOCK]).unwrap_err();
+    }
+    for replica in 0..3 {
+        disk.faulty(replica).clear_faults();
+    }
+    (disk, client)
+}
+
+/// Nothing says that a replica was corrupt, and all are equal in the end.
+fn accuse_nothing(what: &str, disk: &Disk) {
+    let equal = wait_until(LOOK, || are_identical(&disk.images));
+    let state = disk.state();
+    let found: u64 = (0..3)
+        .map(|replica| {
+            let found = &state["replicas"][replica]["corrupt-sectors-found"];
+            found.as_u64().unwrap()
+        })
+        .sum();
+    let events = accused(&disk.end());
+    figure(
+        what,
+        &format!(
+            "{} events accuse a replica, {found} sectors found corrupt, images are equal then: \
+             {equal}",
+            events.len()
+        ),
+    );
+    assert_eq!(events, Vec::<Value>::new());
+    assert_eq!(found, 0);
+    assert!(equal);
+}
+
+fn with_reads(pattern: &'static str) {
+    let _machine = shared();
+    let (disk, mut client) = after_failed_writes(&["--read-pattern", pattern]);
+    let mut first = Vec::new();
+    for round in 0..6 {
+        for block in 0..BLOCKS {
+            let offset = block * BLOCK_BYTES;
+            let bytes = client.read(0, offset, BLOCK).expect("a read");
+            assert!(bytes == [1; BLOCK] || bytes == [2; BLOCK], "other data");
+            if round == 0 {
+                first.push(bytes[0]);
+            }
+            let before = first[usize::try_from(block).unwrap()];
+            assert_eq!(bytes[0], before, "what was read once stays");
+        }
+    }
+    let what = format!("writes that failed on two of three, then reads, read-pattern {pattern}");
+    accuse_nothing(&what, &disk);
+}
+
+#[test]
+fn a_failed_write_accuses_no_replica() {
+    with_reads("quorum");
+}
+
+#[test]
+fn a_failed_write_accuses_no_replica_with_the_threshold_pattern() {
+    with_reads("threshold");
+}
+
+#[test]
+fn a_scrub_after_failed_writes_accuses_no_replica() {
+    let _machine = shared();
+    let (disk, _client) = after_failed_writes(&[]);
+    let ran = scrub(&disk, false);
+    let what = format!("writes that failed on two of three, then a scrub: {ran}");
+    accuse_nothing(&what, &disk);
+}
