@@ -23,7 +23,7 @@ use self::resize::Growers;
 pub use self::resize::NotGrown;
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
-use crate::control::events::NodeNames;
+use crate::control::events::{NodeNames, Notice};
 use crate::control::queue::EventQueue;
 use crate::device::Capacity;
 use crate::device::back_channel::BackChannel;
@@ -112,7 +112,12 @@ impl Admin {
             .name("closing".into())
             .spawn(move || close_released(&released, &workers, &table))?;
         let capacity = admin.capacity.clone();
-        watch(Arc::downgrade(&admin.table), move || capacity.bytes())?;
+        let events = Arc::clone(&admin.events);
+        watch(
+            Arc::downgrade(&admin.table),
+            move || capacity.bytes(),
+            move |replica, changes| events.push(Notice::Image(replica, changes)),
+        )?;
         Ok(admin)
     }
 

@@ -35,6 +35,13 @@ struct Report {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct ImageChange {
+    node_name: String,
+    conditions: Vec<String>,
+}
+
+#[derive(Debug, Deserialize)]
 struct StatusChange {
     id: String,
     status: String,
@@ -85,6 +92,7 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
             let text = "rejoined: it answers again";
             membership(&report, Style::Good, text)
         }),
+        "QUORUM_REPLICA_IMAGE_CHANGED" => read(data).map(|image| image_change(&image)),
         "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
             let text = format!("{}: {}", printable(&id), printable(&status));
             (Style::Plain, text)
@@ -148,6 +156,17 @@ fn request_failure(report: &Report) -> (Style, String) {
 fn membership(report: &Report, style: Style, text: &str) -> Option<(Style, String)> {
     let node = printable(report.node_name.as_deref()?);
     Some((style, format!("{node}: {text}{}", folded(report))))
+}
+
+fn image_change(image: &ImageChange) -> (Style, String) {
+    let node = printable(&image.node_name);
+    if image.conditions.is_empty() {
+        let text = format!("{node}: its image has its name and size again");
+        return (Style::Good, text);
+    }
+    let conditions = printable(&image.conditions.join(" and "));
+    let text = format!("{node}: its image was changed by another program: {conditions}");
+    (Style::Bad, text)
 }
 
 fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
@@ -215,6 +234,7 @@ mod tests {
                  (and 41 more like this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
                 "1.raw: evicted: it does not answer",
+                "1.raw: its image was changed by another program: unlinked",
                 "1742 events missed: they arrived faster than this program read them",
             ]
         );

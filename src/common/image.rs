@@ -10,3 +10,16 @@ pub struct ImageChanges {
     /// Its path names another file, or none.
     pub moved: bool,
 }
+
+impl ImageChanges {
+    /// The words for what was done, as operators see them.
+    pub fn words(self) -> impl Iterator<Item = &'static str> {
+        let words = [
+            (self.truncated, "truncated"),
+            (self.unlinked, "unlinked"),
+            (self.moved, "moved"),
+        ];
+        let holding = words.into_iter().filter(|(holds, _)| *holds);
+        holding.map(|(_, word)| word)
+    }
+}

@@ -218,7 +218,7 @@ impl ErrorLog {
                 let kept = self.guest.of(*operation);
                 kept.add(last(*operation, range, *error));
             }
-            Notice::Report(_) => {}
+            Notice::Report(_) | Notice::Image(..) => {}
         }
     }
 

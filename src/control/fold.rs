@@ -30,6 +30,7 @@ enum Kind {
     AnyError(ReplicaIndex, OperationType),
     Evicted(ReplicaIndex),
     Rejoined(ReplicaIndex),
+    Image(ReplicaIndex),
     /// There are many of these only if a job is paused and resumed over and over.
     Job(JobId, JobStatus),
 }
@@ -39,6 +40,7 @@ impl Kind {
         let report = match notice {
             Notice::Report(report) => report,
             Notice::Job(event) => return Self::Job(event.job.id, event.job.status),
+            Notice::Image(replica, _) => return Self::Image(*replica),
         };
         match report {
             Report::Failure {

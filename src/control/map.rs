@@ -143,7 +143,7 @@ impl DiskMap {
                     }
                 }
             },
-            Notice::Report(Report::Evicted(_) | Report::Rejoined(_)) => {}
+            Notice::Report(Report::Evicted(_) | Report::Rejoined(_)) | Notice::Image(..) => {}
         }
     }
 

@@ -212,6 +212,8 @@ fn an_image_that_another_program_changes_is_noticed() {
     third.unwrap().set_len(1 << 20).unwrap();
     comes(0, json!(["moved"]));
     comes(1, json!(["unlinked"]));
+    let event = disk.wait_for("QUORUM_REPLICA_IMAGE_CHANGED", Some(1));
+    assert_eq!(event["data"]["conditions"], json!(["unlinked"]));
     comes(2, json!(["truncated"]));
     let text = status(&disk, "degraded");
     for line in [

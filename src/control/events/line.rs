@@ -25,6 +25,14 @@ impl Event {
         let report = match &self.notice {
             Notice::Report(report) => report,
             Notice::Job(event) => return job_line(event, names, self.made_at),
+            Notice::Image(replica, changes) => {
+                let data = Image {
+                    node_name: &names.nodes.get(*replica),
+                    conditions: changes.words().collect(),
+                    suppressed,
+                };
+                return line("QUORUM_REPLICA_IMAGE_CHANGED", data, self.made_at);
+            }
         };
         match report {
             Report::Failure {
@@ -175,6 +183,15 @@ struct OfReplica<'a> {
 
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
+struct Image<'a> {
+    node_name: &'a str,
+    conditions: Vec<&'static str>,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
 struct Proof {
     bad_sectors: Vec<Run>,
     #[serde(skip_serializing_if = "is_false")]
@@ -267,6 +284,7 @@ fn is_false(flag: &bool) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::common::image::ImageChanges;
     use crate::common::operation::OperationType;
     use crate::common::{Errno, ReplicaIndex};
     use crate::control::events::NodeNames;
@@ -279,9 +297,9 @@ mod tests {
         }
     }
 
-    fn text(report: Report, suppressed: u64) -> String {
+    fn text(notice: impl Into<Notice>, suppressed: u64) -> String {
         let event = Event {
-            notice: report.into(),
+            notice: notice.into(),
             made_at: UNIX_EPOCH + Duration::from_micros(1_344_522_075_745_528),
             suppressed,
         };
@@ -420,6 +438,10 @@ mod tests {
             digest: Sha256::digest([0; 512]).into(),
             winner_digest: Sha256::digest([0xff; 512]).into(),
         };
+        let unlinked = ImageChanges {
+            unlinked: true,
+            ..ImageChanges::default()
+        };
         let range = SectorRange::new(345_435, 5);
         let error = Report::Bad {
             replica: ReplicaIndex(1),
@@ -438,6 +460,7 @@ mod tests {
             text(error, 41),
             text(failure, 0),
             text(Report::Evicted(ReplicaIndex(1)), 0),
+            text(Notice::Image(ReplicaIndex(1), unlinked), 0),
         ] {
             assert!(manual.contains(&line), "not in docs/events.md: {line}");
         }

@@ -8,6 +8,7 @@ use std::sync::{Arc, RwLock};
 use std::time::SystemTime;
 
 pub(super) use self::line::missed_line;
+use crate::common::image::ImageChanges;
 use crate::common::operation::OperationType;
 use crate::common::report::Report;
 use crate::common::{NOT_POISONED, ReplicaIndex};
@@ -58,6 +59,8 @@ pub enum Notice {
     Report(Report),
     /// A job.
     Job(JobEvent),
+    /// Another program has changed the image of a replica, or has undone it.
+    Image(ReplicaIndex, ImageChanges),
 }
 
 impl From<Report> for Notice {

@@ -5,6 +5,7 @@ use log::{Level, Record};
 use super::line::hex;
 use super::{Event, Names, Notice, type_name};
 use crate::common::SectorRange;
+use crate::common::image::ImageChanges;
 use crate::common::report::{Cause, Report, Requester};
 use crate::jobs::{JobChange, JobEvent, JobStatus};
 
@@ -42,6 +43,10 @@ impl Event {
                 (Level::Warn, "replica evicted: it did not answer in time")
             }
             Notice::Report(Report::Rejoined(_)) => (Level::Info, "replica rejoined"),
+            Notice::Image(_, changes) if *changes == ImageChanges::default() => {
+                (Level::Info, "image has its name and size again")
+            }
+            Notice::Image(..) => (Level::Warn, "image was changed by another program"),
             Notice::Job(JobEvent { job, what }) => match what {
                 JobChange::Status if job.status == JobStatus::Created => {
                     (Level::Info, "job started")
@@ -58,6 +63,13 @@ impl Event {
         let mut fields = match &self.notice {
             Notice::Report(report) => report_fields(report, names),
             Notice::Job(event) => job_fields(event, names),
+            Notice::Image(replica, changes) => {
+                let words: Vec<_> = changes.words().collect();
+                vec![
+                    ("replica", names.nodes.get(*replica).to_string()),
+                    ("conditions", words.join(",")),
+                ]
+            }
         };
         if self.suppressed > 0 {
             fields.push(("suppressed", self.suppressed.to_string()));

@@ -13,9 +13,10 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
-use log::{debug, info, warn};
+use log::debug;
 
 use super::{ImageIdentity, ReplicaFile};
+use crate::common::ReplicaIndex;
 use crate::common::image::ImageChanges;
 use crate::limits::IMAGE_LOOK_INTERVAL;
 use crate::replica::table::ReplicaTable;
@@ -69,15 +70,17 @@ struct Look {
     seen: Seen,
 }
 
-/// Looks at the images of `table` again and again, on threads of its own, until the table is gone.
-/// `disk_bytes` returns the size of the disk.
+/// Looks at the images of `table` again and again, on threads of its own, until the table is gone,
+/// and calls `tell` with what is new. `disk_bytes` returns the size of the disk.
 ///
 /// # Errors
 /// If there is no thread for it.
 pub fn watch(
     table: Weak<ReplicaTable>,
     disk_bytes: impl Fn() -> u64 + Send + 'static,
+    tell: impl Fn(ReplicaIndex, ImageChanges) + Send + Sync + 'static,
 ) -> io::Result<()> {
+    let tell = Arc::new(tell);
     let thread = std::thread::Builder::new().name("images".into());
     thread.spawn(move || {
         loop {
@@ -87,15 +90,16 @@ pub fn watch(
             };
             // Before the sizes of the images, which grow first.
             let disk_bytes = disk_bytes();
-            for (_, replica) in table.in_use() {
-                look(&replica, disk_bytes);
+            for (index, replica) in table.in_use() {
+                let tell = Arc::clone(&tell);
+                look(&replica, disk_bytes, move |changes| tell(index, changes));
             }
         }
     })?;
     Ok(())
 }
 
-fn look(replica: &ReplicaFile, disk_bytes: u64) {
+fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) + Send + 'static) {
     let seen = replica.seen.clone();
     if !seen.begin() {
         return;
@@ -110,7 +114,11 @@ fn look(replica: &ReplicaFile, disk_bytes: u64) {
             seen: seen.clone(),
         };
         let thread = std::thread::Builder::new().name("image".into());
-        thread.spawn(move || look.run())
+        thread.spawn(move || {
+            if let Some(changes) = look.run() {
+                tell(changes);
+            }
+        })
     });
     if let Err(error) = started {
         debug!(replica = replica.node_name, error:%; "cannot look at an image");
@@ -119,29 +127,14 @@ fn look(replica: &ReplicaFile, disk_bytes: u64) {
 }
 
 impl Look {
-    fn run(self) {
+    /// What is new since the last look.
+    fn run(self) -> Option<ImageChanges> {
         let found = self.changes();
         if let Err(error) = &found {
             debug!(replica = self.node_name, error:%; "cannot look at an image");
         }
         let found = found.ok();
-        if !self.seen.end(found) {
-            return;
-        }
-        let found = found.unwrap_or_default();
-        let (replica, file) = (&self.node_name, self.path.display());
-        if found.truncated {
-            warn!(replica, file:%; "image is truncated: it ends before the end of the disk");
-        }
-        if found.unlinked {
-            warn!(replica, file:%; "image is deleted: its data is lost when the daemon closes it");
-        }
-        if found.moved {
-            warn!(replica, file:%; "image is moved: its path names another file or none");
-        }
-        if found == ImageChanges::default() {
-            info!(replica, file:%; "image has its name and size again");
-        }
+        self.seen.end(found).then_some(found).flatten()
     }
 
     fn changes(&self) -> io::Result<ImageChanges> {
@@ -186,8 +179,10 @@ mod tests {
         };
         assert!(replica.seen.begin());
         assert!(!replica.seen.begin(), "one look at a time");
-        look.run();
-        replica.seen.changes()
+        let new = look.run();
+        let seen = replica.seen.changes();
+        assert!(new.is_none_or(|new| new == seen));
+        seen
     }
 
     #[test]
