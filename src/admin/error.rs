@@ -49,6 +49,9 @@ pub enum AdminError {
     /// No replica has this name.
     #[error("the disk has no replica {}", Quoted(.0))]
     UnknownReplica(String),
+    /// Another replica has this name.
+    #[error("the disk has a replica {} already", Quoted(.0))]
+    NameTaken(String),
     /// The disk needs it.
     #[error("{} cannot be removed: {reason}", Quoted(.node_name))]
     Needed {

@@ -88,7 +88,7 @@ impl Admin {
             names: table
                 .in_use()
                 .iter()
-                .map(|(_, file)| &file.node_name)
+                .map(|(_, file)| file.node_name())
                 .collect(),
             table,
             events: Arc::clone(&disk.events),
@@ -177,6 +177,25 @@ impl Admin {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
             Err(NotStarted::TooMany | NotStarted::NotAReplica) => None,
         })
+    }
+
+    /// Gives a replica another name, in events and everywhere else.
+    ///
+    /// # Errors
+    /// If there is no such replica, or another one has the name.
+    pub fn rename_replica(&self, node_name: &str, new_name: &str) -> Result<(), AdminError> {
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        let index = self.index_of(node_name)?;
+        if node_name != new_name && self.index_of(new_name).is_ok() {
+            return Err(AdminError::NameTaken(new_name.to_owned()));
+        }
+        let named = self.table.in_use().into_iter().find(|(at, _)| *at == index);
+        if let Some((_, file)) = named {
+            file.rename(new_name);
+            self.names.set(index, new_name);
+            info!(replica = new_name, before = node_name; "replica renamed");
+        }
+        Ok(())
     }
 
     /// Removes a replica, whether it answers or not. Waits, for a limited time, until no operation
@@ -334,7 +353,9 @@ impl Admin {
 
     fn index_of(&self, node_name: &str) -> Result<ReplicaIndex, AdminError> {
         let in_use = self.table.in_use();
-        let found = in_use.iter().find(|(_, file)| file.node_name == node_name);
+        let found = in_use
+            .iter()
+            .find(|(_, file)| *file.node_name() == *node_name);
         let found = found.map(|(index, _)| *index);
         found.ok_or_else(|| AdminError::UnknownReplica(node_name.to_owned()))
     }

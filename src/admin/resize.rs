@@ -184,7 +184,7 @@ impl Growers {
             let _ = waiting.send(verdict);
         }
         let not_restored: Vec<_> = wait(&progress, count, limit, Progress::settled).collect();
-        let name = |place: usize| replicas[place].node_name.clone();
+        let name = |place: usize| replicas[place].node_name().to_string();
         grown.map_err(|(place, reason)| {
             let left = not_restored.into_iter();
             AdminError::NotGrown(NotGrown {
@@ -227,7 +227,7 @@ impl Growers {
             };
             if let Err(error) = &settled {
                 warn!(
-                    replica = replica.node_name, error:%;
+                    replica:% = replica.node_name(), error:%;
                     "image is longer than the disk: cannot restore its old size"
                 );
             }

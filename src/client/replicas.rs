@@ -1,5 +1,8 @@
 //! `add`, `remove` and `replace`: change the set of replicas.
 //!
+//! A replica may take the name of the one it replaces. It has another name as long as both are
+//! replicas, and is renamed at the end.
+//!
 //! Invariant: when a step fails, the last line says which replicas the disk has and how to
 //! continue; a file that `--create` created is removed if it does not become a replica.
 
@@ -27,7 +30,9 @@ pub(super) fn add(
     detach: bool,
 ) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
-    let new = add_replica(context, &disk, image)?;
+    let new = check(image)?;
+    check_name(&disk, &new.node_name)?;
+    add_replica(context, &disk, image, &new)?;
     let name = printable(&new.node_name);
     if detach {
         let disk = printable(&disk.node_name);
@@ -70,7 +75,14 @@ pub(super) fn replace(
 ) -> Result<Outcome, Error> {
     let disk: Disk = context.connection.query("query-quorum")?;
     let replaced = find(&disk, old)?;
-    let new = add_replica(context, &disk, image)?;
+    let mut new = check(image)?;
+    let takes_name = new.node_name == old;
+    if takes_name {
+        new.node_name = free_name(&disk, old);
+    } else {
+        check_name(&disk, &new.node_name)?;
+    }
+    add_replica(context, &disk, image, &new)?;
     let (name, old_name) = (printable(&new.node_name), printable(old));
     writeln!(
         context.out,
@@ -94,12 +106,37 @@ pub(super) fn replace(
              quorum-blkctl remove {old_name}"
         ))
     })?;
-    let file = printable(&replaced.file);
-    writeln!(
-        context.out,
-        "replaced {old_name} by {name}; its image {file} keeps its data"
-    )?;
+    let (by, file) = (
+        printable(&new.path.to_string_lossy()),
+        printable(&replaced.file),
+    );
+    if takes_name {
+        let arguments = json!({ "node-name": new.node_name, "new-name": old });
+        let renamed = context.connection.execute("quorum-rename", arguments);
+        renamed.map_err(|error| {
+            Error::Failed(format!(
+                "{error}\n{name} has replaced {old_name}, and keeps its name"
+            ))
+        })?;
+        writeln!(
+            context.out,
+            "replaced {old_name} by {by}, which has its name now; its image {file} keeps its data"
+        )?;
+    } else {
+        writeln!(
+            context.out,
+            "replaced {old_name} by {name}; its image {file} keeps its data"
+        )?;
+    }
     Ok(Outcome::Good)
+}
+
+/// A name for a replica that is to take the name of `old`.
+fn free_name(disk: &Disk, old: &str) -> String {
+    let mut names = (1..).map(|number| format!("new{number}.{old}"));
+    let is_free = |name: &String| check_name(disk, name).is_ok();
+    let first = names.find(is_free);
+    first.expect("a disk has few replicas")
 }
 
 /// Waits until the replica that is to replace `old_name` is up to date. False if its resync failed.
@@ -131,17 +168,17 @@ fn add_replica(
     context: &mut Context<'_>,
     disk: &Disk,
     image: &NewImage,
-) -> Result<NewReplica, Error> {
-    let new = check(disk, image)?;
+    new: &NewReplica,
+) -> Result<(), Error> {
     if image.create {
         create(&new.path, disk.size)?;
     }
-    let result = add_to_disk(context, disk, &new);
+    let result = add_to_disk(context, disk, new);
     if result.is_err() && image.create {
         // This program created it, and the daemon does not have it open.
         let _ = fs::remove_file(&new.path);
     }
-    result.map(|()| new)
+    result
 }
 
 fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &NewReplica) -> Result<(), Error> {
@@ -163,7 +200,7 @@ fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &NewReplica) -> Resu
     Ok(())
 }
 
-fn check(disk: &Disk, image: &NewImage) -> Result<NewReplica, Error> {
+fn check(image: &NewImage) -> Result<NewReplica, Error> {
     // The working directory of the daemon is a different one.
     let path = std::path::absolute(&image.file);
     let path = path
@@ -182,15 +219,19 @@ fn check(disk: &Disk, image: &NewImage) -> Result<NewReplica, Error> {
         .or_else(|| file_name.map(str::to_owned));
     let node_name =
         node_name.ok_or_else(|| Error::Failed(format!("{} is not a file", Quoted(&image.file))))?;
-    let is_taken = |name: &String| *name == node_name;
+    Ok(NewReplica { path, node_name })
+}
+
+/// Checks that no node of the disk has this name.
+fn check_name(disk: &Disk, node_name: &str) -> Result<(), Error> {
     let mut names = disk.replicas.iter().map(|replica| &replica.node_name);
-    if names.any(is_taken) || is_taken(&disk.node_name) {
+    if names.any(|name| name == node_name) || disk.node_name == node_name {
         return Err(Error::Failed(format!(
             "there is a node {} already; give the new replica another name with --node-name NAME",
-            printable(&node_name)
+            printable(node_name)
         )));
     }
-    Ok(NewReplica { path, node_name })
+    Ok(())
 }
 
 /// Creates a sparse file.

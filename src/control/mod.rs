@@ -51,6 +51,13 @@ pub enum Change {
     RemoveNode(String),
     /// Make a named image a replica.
     AddReplica(String),
+    /// Give a replica another name.
+    RenameReplica {
+        /// Its name.
+        node_name: String,
+        /// The new one.
+        new_name: String,
+    },
     /// Remove a replica, and close its image.
     RemoveReplica(String),
     /// Make the disk larger.

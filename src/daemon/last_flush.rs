@@ -31,10 +31,10 @@ pub(super) fn flush(
     let mut failed = |index: ReplicaIndex, source: io::Error| {
         let named = replicas.iter().find(|(replica, _)| *replica == index);
         let (path, node_name) = match named {
-            Some((_, file)) => (file.path.clone(), file.node_name.as_str()),
+            Some((_, file)) => (file.path.clone(), file.node_name()),
             None => Default::default(),
         };
-        error!(replica = node_name, error:% = Reason(&source); "the last flush failed");
+        error!(replica:% = node_name, error:% = Reason(&source); "the last flush failed");
         result = Err(Error::LastFlush { path, source });
     };
     let (done, is_done) = channel();

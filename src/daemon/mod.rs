@@ -110,7 +110,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     // overwrite what another process writes to the image meanwhile, so its lock is not released.
     for replica in table.close_all(unanswered) {
         warn!(
-            replica = replica.node_name;
+            replica:% = replica.node_name();
             "replica does not answer: its image stays locked until the kernel has ended the \
              operations in flight"
         );

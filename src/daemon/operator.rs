@@ -92,7 +92,7 @@ impl DiskOperator {
         let mut nodes = self.nodes();
         let mut replicas = self.admin.replicas().into_iter();
         let is_taken = node_name == self.fixed.node_name || nodes.contains_key(&node_name);
-        if is_taken || replicas.any(|(_, file)| file.node_name == node_name) {
+        if is_taken || replicas.any(|(_, file)| *file.node_name() == *node_name) {
             return Err(format!("a node {} exists already", Quoted(&node_name)));
         }
         if nodes.len() >= REPLICAS_MAX {
@@ -104,6 +104,17 @@ impl DiskOperator {
         };
         nodes.insert(node_name, node);
         Ok(())
+    }
+
+    /// Gives a replica a name that no other node has.
+    fn rename(&self, node_name: &str, new_name: &str) -> Result<(), String> {
+        check_node_name(new_name)?;
+        // Not held meanwhile: the change may have to wait for another one.
+        let is_taken = self.nodes().contains_key(new_name);
+        if new_name == self.fixed.node_name || is_taken {
+            return Err(format!("a node {} exists already", Quoted(new_name)));
+        }
+        self.admin.rename_replica(node_name, new_name).map_err(line)
     }
 
     fn remove_node(&self, node_name: &str) -> Result<(), String> {
@@ -153,7 +164,7 @@ impl DiskOperator {
         let mut cleared = self.admin.replicas();
         match node_name {
             Some(name) => {
-                cleared.retain(|(_, file)| file.node_name == name);
+                cleared.retain(|(_, file)| *file.node_name() == *name);
                 if cleared.is_empty() {
                     return Err(line(AdminError::UnknownReplica(name.to_owned())));
                 }
@@ -185,7 +196,7 @@ impl DiskOperator {
             let corrupt_sectors = self.reports.corrupt_sectors(index);
             let errors = self.reports.errors_of(index);
             ReplicaState {
-                node_name: file.node_name.clone(),
+                node_name: file.node_name().to_string(),
                 file: file.path.to_string_lossy().into_owned(),
                 is_block_device: file.is_block_device,
                 state,
@@ -254,7 +265,7 @@ impl Operator for DiskOperator {
         let replicas = self.admin.replicas().into_iter();
         let places = replicas.map(|(index, file)| ReplicaPlaces {
             index,
-            node_name: file.node_name.clone(),
+            node_name: file.node_name().to_string(),
             stale: self.shared.stale_ranges(index),
         });
         let DiskState {
@@ -297,6 +308,10 @@ impl Operator for DiskOperator {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
             Change::RemoveNode(node_name) => self.remove_node(&node_name).map(|()| None)?,
             Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
+            Change::RenameReplica {
+                node_name,
+                new_name,
+            } => self.rename(&node_name, &new_name).map(|()| None)?,
             Change::RemoveReplica(node_name) => admin
                 .remove_replica(&node_name)
                 .map(|_| None)

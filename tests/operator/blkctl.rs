@@ -255,6 +255,43 @@ fn a_replica_is_replaced() {
 }
 
 #[test]
+fn a_replacement_takes_the_name_of_its_predecessor() {
+    let served = Served::new(&[]);
+    served.write_something();
+    let directory = served.directory.path().join("other");
+    std::fs::create_dir(&directory).unwrap();
+    let new = directory.join("1.raw");
+    // Twice: the second time the path is that of the replica, which is another file now.
+    for number in 1..=2 {
+        let replaced = served
+            .run(&format!("replace 1.raw {} --create", new.display()))
+            .with(0);
+        assert!(
+            replaced.contains(&format!("replaced 1.raw by {}", new.display())),
+            "{replaced}"
+        );
+        let status: Value = serde_json::from_str(&served.run("status --json").with(0)).unwrap();
+        let replicas = status["query-quorum"]["replicas"].as_array().unwrap();
+        let names: Vec<_> = replicas
+            .iter()
+            .map(|replica| (&replica["node-name"], &replica["file"]))
+            .collect();
+        let place = |image: &std::path::Path| json!(image);
+        assert_eq!(names[0].1, &place(&served.images[0]), "{number}");
+        assert!(
+            names.contains(&(&json!("1.raw"), &place(&new))),
+            "{names:?}"
+        );
+        assert_eq!(names.len(), 3);
+        std::fs::remove_file(&new).unwrap();
+    }
+    let taken = served
+        .run(&format!("replace 0.raw {} --create", new.display()))
+        .with(3);
+    assert!(taken.contains("there is a node 1.raw already"), "{taken}");
+}
+
+#[test]
 fn replicas_are_added_and_removed() {
     let served = Served::new(&[]);
     let path = |name: &str| served.directory.path().join(name);

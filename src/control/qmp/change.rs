@@ -108,6 +108,14 @@ pub(super) struct ClearErrors {
     node_name: Option<String>,
 }
 
+/// The arguments of quorum-rename.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Rename {
+    node_name: String,
+    new_name: String,
+}
+
 /// The return value of a command that starts a job.
 #[derive(Serialize)]
 pub(super) struct Begun {
@@ -197,6 +205,17 @@ pub(super) fn scrub(scrub: &Scrub, operator: &dyn Operator) -> Result<Begun, Com
         Change::Scrub {
             repair,
             speed_bytes,
+        },
+    )
+}
+
+pub(super) fn rename(rename: Rename, operator: &dyn Operator) -> Result<(), CommandError> {
+    let (node_name, new_name) = (rename.node_name, rename.new_name);
+    done(
+        operator,
+        Change::RenameReplica {
+            node_name,
+            new_name,
         },
     )
 }

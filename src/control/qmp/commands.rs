@@ -18,8 +18,9 @@ use crate::limits::MAP_BUCKETS;
 /// The command that ends the negotiation of capabilities. The session runs it.
 pub(super) const NEGOTIATION: &str = "qmp_capabilities";
 
-/// The commands that may wait for the file system of an image: they open, close or grow it.
-pub(super) const WAITING: [&str; 2] = ["block_resize", "x-blockdev-change"];
+/// The commands that may wait for the file system of an image: they open, close or grow it, or wait
+/// for a command that does.
+pub(super) const WAITING: [&str; 3] = ["block_resize", "quorum-rename", "x-blockdev-change"];
 
 /// A command of the monitor.
 pub struct Command {
@@ -157,6 +158,10 @@ static COMMANDS: &[Command] = &[
     Command {
         name: "quorum-clear-errors",
         run: |arguments, operator| run(arguments, |of| nothing(change::clear_errors(of, operator))),
+    },
+    Command {
+        name: "quorum-rename",
+        run: |arguments, operator| run(arguments, |names| nothing(change::rename(names, operator))),
     },
     Command {
         name: "quorum-resync",

@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
@@ -109,7 +110,7 @@ impl Candidate {
                     if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
                         logged = true;
                         log::debug!(
-                            replica = self.replica.node_name,
+                            replica:% = self.replica.node_name(),
                             file:% = self.replica.path.display();
                             "waiting for another process to release the lock of an image"
                         );
@@ -120,7 +121,7 @@ impl Candidate {
         };
         if locking == Locking::Unsupported {
             log::warn!(
-                replica = self.replica.node_name, file:% = self.replica.path.display();
+                replica:% = self.replica.node_name(), file:% = self.replica.path.display();
                 "cannot lock an image: its file system has no open file description locks; make \
                  sure that no other process uses it"
             );
@@ -146,7 +147,7 @@ impl Started<'_> {
         Ok(Candidate {
             replica: ReplicaFile {
                 path: path.clone(),
-                node_name: self.source.node_name.clone(),
+                node_name: RwLock::new(self.source.node_name.as_str().into()),
                 file,
                 size_bytes: facts.size_bytes,
                 alignment_bytes: ALIGNMENT_BYTES_MIN,

@@ -64,7 +64,7 @@ impl Seen {
 struct Look {
     file: File,
     path: PathBuf,
-    node_name: String,
+    node_name: Arc<str>,
     identity: ImageIdentity,
     disk_bytes: u64,
     seen: Seen,
@@ -108,7 +108,7 @@ fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) 
         let look = Look {
             file,
             path: replica.path.clone(),
-            node_name: replica.node_name.clone(),
+            node_name: replica.node_name(),
             identity: replica.identity,
             disk_bytes,
             seen: seen.clone(),
@@ -121,7 +121,7 @@ fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) 
         })
     });
     if let Err(error) = started {
-        debug!(replica = replica.node_name, error:%; "cannot look at an image");
+        debug!(replica:% = replica.node_name(), error:%; "cannot look at an image");
         seen.end(None);
     }
 }
@@ -131,7 +131,7 @@ impl Look {
     fn run(self) -> Option<ImageChanges> {
         let found = self.changes();
         if let Err(error) = &found {
-            debug!(replica = self.node_name, error:%; "cannot look at an image");
+            debug!(replica:% = self.node_name, error:%; "cannot look at an image");
         }
         let found = found.ok();
         self.seen.end(found).then_some(found).flatten()
@@ -172,7 +172,7 @@ mod tests {
         let look = Look {
             file: replica.file.try_clone().unwrap(),
             path: replica.path.clone(),
-            node_name: replica.node_name.clone(),
+            node_name: replica.node_name(),
             identity: replica.identity,
             disk_bytes: SIZE,
             seen: replica.seen.clone(),

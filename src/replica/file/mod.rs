@@ -22,7 +22,7 @@ mod opener;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, RwLock};
 
 use serde::{Deserialize, Serialize};
 
@@ -32,6 +32,7 @@ pub use self::changes::watch;
 pub use self::error::OpenError;
 pub use self::opener::serve as serve_opener;
 use super::image_lock;
+use crate::common::NOT_POISONED;
 use crate::common::image::ImageChanges;
 
 /// An image to open.
@@ -89,8 +90,8 @@ impl ImageIdentity {
 pub struct ReplicaFile {
     /// The path as the operator gave it.
     pub path: PathBuf,
-    /// Its name in events.
-    pub node_name: String,
+    /// Its name in events, which may change.
+    node_name: RwLock<Arc<str>>,
     /// The open file. It holds the image's lock.
     pub file: File,
     /// Size of the image when it was opened.
@@ -111,6 +112,16 @@ pub struct ReplicaFile {
 }
 
 impl ReplicaFile {
+    /// Its name in events.
+    pub fn node_name(&self) -> Arc<str> {
+        Arc::clone(&self.node_name.read().expect(NOT_POISONED))
+    }
+
+    /// Gives it another name.
+    pub fn rename(&self, node_name: &str) {
+        *self.node_name.write().expect(NOT_POISONED) = node_name.into();
+    }
+
     /// What other programs have done to the image, as far as [`watch`] has noticed.
     pub fn changes(&self) -> ImageChanges {
         self.seen.changes()
@@ -226,11 +237,11 @@ fn check_against<'a>(
                 second: replica.path.clone(),
             });
         }
-        if other.node_name == replica.node_name {
+        if other.node_name() == replica.node_name() {
             return Err(OpenError::NodeNameTwice {
                 first: other.path.clone(),
                 second: replica.path.clone(),
-                node_name: replica.node_name.clone(),
+                node_name: replica.node_name().to_string(),
             });
         }
     }

@@ -81,10 +81,7 @@ fn opens_a_file_and_reports_its_properties() {
     let directory = Directory::new();
     let source = directory.image("1.raw", SIZE);
     let replica = open(&source.path, "one", BUFFERED).unwrap();
-    assert_eq!(
-        (replica.node_name.as_str(), replica.size_bytes),
-        ("one", SIZE)
-    );
+    assert_eq!((&*replica.node_name(), replica.size_bytes), ("one", SIZE));
     assert_eq!(
         (replica.alignment_bytes, replica.memory_alignment_bytes),
         (512, 1)
@@ -215,11 +212,8 @@ fn opens_all_in_order() {
     let directory = Directory::new();
     let sources = ["b", "a", "c"].map(|name| directory.image(name, SIZE));
     let replicas = open_all(&sources, BUFFERED, Opening::Here).unwrap();
-    let names: Vec<&str> = replicas
-        .iter()
-        .map(|replica| replica.node_name.as_str())
-        .collect();
-    assert_eq!(names, ["b", "a", "c"]);
+    let names: Vec<_> = replicas.iter().map(ReplicaFile::node_name).collect();
+    assert_eq!(names, ["b", "a", "c"].map(Into::into));
 }
 
 #[test]
