@@ -97,6 +97,10 @@ pub const MAP_BUCKETS: usize = 1024;
 /// Ranges of one kind that `query-quorum-map` lists for a replica: the longest ones.
 pub const MAP_RANGES_LISTED_MAX: usize = 64;
 
+/// Changes of what is fresh where, beyond which a decision on an earlier state is made again: as
+/// many as take less than 100 µs to look at.
+pub const CHANGES_SINCE_SNAPSHOT_MAX: usize = 512;
+
 /// Requests that one engine works on at a time, those of jobs included. At the bound the worker
 /// takes no more from the guest until some are retired.
 pub const REQUESTS_MAX: usize = 2048;

@@ -7,6 +7,7 @@
 
 mod count;
 mod driver;
+mod hold;
 mod scale;
 
 use std::fmt::Write as _;
@@ -191,6 +192,7 @@ fn compare(writes_record: bool) -> Result<bool, String> {
 fn run_named(name: &str, requests: u64) {
     match CASES.iter().find(|case| case.name == name) {
         Some(case) => run(case, requests),
+        None if name.starts_with("held:") => hold::run_named(name, requests),
         None => scale::run_named(name, requests),
     }
 }
@@ -202,7 +204,10 @@ fn bench(arguments: &[String]) -> Result<Option<&'static str>, String> {
     if !asks_for("--scale") && !compare(asks_for("--record"))? {
         return Ok(Some(more));
     }
-    Ok((!scale::check()?).then_some("the cost of a request grows faster than allowed"))
+    if !scale::check()? {
+        return Ok(Some("the cost of a request grows faster than allowed"));
+    }
+    Ok((!hold::check()?).then_some("the mutex of all workers is held for too long"))
 }
 
 fn main() -> ExitCode {

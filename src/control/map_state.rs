@@ -9,6 +9,7 @@ use serde::Serialize;
 use super::condition::Health;
 use super::map::{Bucket, Row};
 use super::queue::EventQueue;
+use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::limits::MAP_RANGES_LISTED_MAX;
 
@@ -143,7 +144,7 @@ pub(crate) struct MappedDisk {
 pub(crate) struct ReplicaPlaces {
     pub(crate) index: ReplicaIndex,
     pub(crate) node_name: String,
-    pub(crate) stale: Vec<SectorRange>,
+    pub(crate) stale: RangeSet,
 }
 
 impl MapState {
@@ -234,7 +235,7 @@ impl Cut {
         bucket as u64 * self.bucket_sectors * SECTOR_BYTES
     }
 
-    /// Cuts ranges at the end of the disk: a set that got coarser may extend beyond it.
+    /// Cuts ranges at the end of the disk, which may have grown since that was read.
     fn within(&self, ranges: impl IntoIterator<Item = SectorRange>) -> Vec<SectorRange> {
         let cut = |range: SectorRange| {
             let end = range.end().min(self.capacity_sectors);
@@ -258,15 +259,10 @@ impl Cut {
         }
     }
 
-    fn replica(
-        &self,
-        node_name: String,
-        row: Option<Row>,
-        stale: &[SectorRange],
-    ) -> ReplicaMapState {
+    fn replica(&self, node_name: String, row: Option<Row>, stale: &RangeSet) -> ReplicaMapState {
         let counts = self.counts(row.as_ref());
         let corrupt = self.within(row.iter().flat_map(|row| row.unresolved.iter()));
-        let stale = self.within(stale.iter().copied());
+        let stale = self.within(stale.iter());
         let (corrupt_sectors, stale_sectors) = (self.sectors(&corrupt), self.sectors(&stale));
         let bucket = |index: usize| {
             let count = counts.get(index).copied().unwrap_or_default();
@@ -337,7 +333,11 @@ mod tests {
             let places = ReplicaPlaces {
                 index: ReplicaIndex(0),
                 node_name: "a".into(),
-                stale: vec![SectorRange::new((1 << 21) - 4, 4)],
+                stale: {
+                    let mut stale = RangeSet::default();
+                    stale.insert(SectorRange::new((1 << 21) - 4, 4));
+                    stale
+                },
             };
             let disk = MappedDisk {
                 node_name: "disk".into(),

@@ -14,7 +14,7 @@ use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
-use crate::quorum::health::FlushEpoch;
+use crate::quorum::health::{FlushEpoch, Health};
 use crate::quorum::tally::Tally;
 
 /// A flush has no range of its own.
@@ -131,8 +131,10 @@ impl Flush {
             return Progress::Waiting;
         }
         let succeeded = tally.succeeded();
+        // A look at every sector, without the mutex.
+        let is_enough = context.shared().health(Health::durability).is_enough();
         context.shared().change_health(|health| {
-            let all = health.flush_decided(*epoch, succeeded);
+            let all = health.flush_decided(*epoch, succeeded, is_enough);
             for waiting in &mut *origins {
                 let range = waiting.origin.range();
                 waiting.is_durable =

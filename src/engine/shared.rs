@@ -25,6 +25,7 @@ use std::sync::{
 use super::interleaving;
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
+use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
@@ -141,11 +142,13 @@ impl Shared {
         replica: ReplicaIndex,
         tell: impl FnMut(JobEvent),
     ) -> Result<(), NotRemoved> {
-        self.change_health(|health| {
-            health.check_removal(replica)?;
-            health.remove(replica);
-            Ok(())
-        })?;
+        loop {
+            let snapshot = self.health(Health::snapshot);
+            snapshot.check_removal(replica)?;
+            if self.change_health(|health| health.remove_as_on(&snapshot, replica))? {
+                break;
+            }
+        }
         self.jobs(tell, |jobs, health| jobs.removed(replica, health));
         Ok(())
     }
@@ -235,30 +238,12 @@ impl Shared {
         }
     }
 
-    /// The ranges in which `replica` is stale, in order. The lock is released now and then, so they
-    /// may not all be of one moment.
-    pub fn stale_ranges(&self, replica: ReplicaIndex) -> Vec<SectorRange> {
-        const AT_A_TIME: usize = 256;
-        let mut ranges: Vec<SectorRange> = Vec::new();
-        let mut sector = 0;
-        while self.anything_stale() {
-            let state = self.state();
-            // It may be removed meanwhile.
-            if !state.health.members().contains(replica) {
-                break;
-            }
-            let before = ranges.len();
-            while ranges.len() < before + AT_A_TIME
-                && let Some(range) = state.health.next_stale(replica, sector)
-            {
-                sector = range.end();
-                ranges.push(range);
-            }
-            if ranges.len() < before + AT_A_TIME {
-                break;
-            }
+    /// Where `replica` is stale.
+    pub fn stale_ranges(&self, replica: ReplicaIndex) -> RangeSet {
+        match self.anything_stale() {
+            true => self.state().health.stale_ranges(replica),
+            false => RangeSet::default(),
         }
-        ranges
     }
 
     /// The present epoch, which a read keeps from its start for [`Self::failed_since`].
@@ -296,7 +281,18 @@ impl Shared {
         let mut state = self.state();
         let result = change(&mut state.health);
         self.publish(&state.health);
+        let garbage = state.health.take_garbage();
+        drop(state);
+        drop(garbage);
         result
+    }
+
+    /// Evicts `replica` unless it is needed, which takes a look at every sector. Returns whether it
+    /// did.
+    pub(super) fn evict(&self, replica: ReplicaIndex) -> bool {
+        let snapshot = self.health(Health::snapshot);
+        snapshot.can_evict(replica)
+            && self.change_health(|health| health.evict_as_on(&snapshot, replica))
     }
 
     fn publish(&self, health: &Health) {

@@ -74,7 +74,7 @@ impl Engine {
         for (_, slot) in self.slots.iter() {
             for replica in slot.request.waiting_since(limit).without(seen).iter() {
                 seen.insert(replica);
-                if core.shared.change_health(|health| health.evict(replica)) {
+                if core.shared.evict(replica) {
                     let (operation, range) = slot.request.describe();
                     effects.report(Report::Bad {
                         replica,

@@ -119,6 +119,28 @@ impl RangeSet {
         Some(SectorRange::new(run.start, end - run.start))
     }
 
+    /// Inserts into `changed` where this set differs from `earlier`, an earlier copy of it. This
+    /// takes time in proportion to what has changed. `false` if it takes more than `steps`, from
+    /// which those taken are subtracted.
+    pub fn changes_since(&self, earlier: &Self, steps: &mut usize, changed: &mut Self) -> bool {
+        let (mut now, mut earlier) = (self.clone(), earlier.clone());
+        now.reach(earlier.region.end());
+        earlier.reach(now.region.end());
+        now.root
+            .changes_since(now.region, &earlier.root, steps, changed)
+    }
+
+    /// The part of the set that is in `ranges`, another set.
+    pub fn part_in(&self, ranges: &Self) -> Self {
+        let mut part = Self::default();
+        for range in ranges.iter() {
+            for own in self.iter_within(range.start, range.end()) {
+                part.insert(own);
+            }
+        }
+        part
+    }
+
     /// Asserts the invariants of the [module](self).
     pub fn self_check(&self) {
         self.root.self_check(self.region);

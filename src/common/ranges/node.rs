@@ -10,8 +10,10 @@
 
 use std::sync::Arc;
 
+use super::RangeSet;
 use super::bitmap::{BITS, Bitmap};
 use super::region::{BRANCHES, Region, Run};
+use crate::common::SectorRange;
 
 /// The runs of a list: as many as take the memory of a bitmap.
 const RUNS_MAX: usize = BITS / 8 / size_of::<Run>();
@@ -167,6 +169,10 @@ impl Node {
                     *self = Self::Full;
                 }
             }
+            (Self::Runs(runs), Self::Runs(others)) => {
+                *self = Self::Runs(Arc::new(merged(runs, others)));
+                self.settle(region);
+            }
             (Self::Bitmap(bitmap), Self::Bitmap(others)) => {
                 let bitmap = Arc::make_mut(bitmap);
                 bitmap.set_all(others);
@@ -235,6 +241,48 @@ impl Node {
                 })
             }
         }
+    }
+
+    /// Inserts into `changed` where the set differs from `earlier`, the node of the same region of
+    /// an earlier copy. What the copies share is not looked at. `false` if that takes more than
+    /// `steps`, from which those taken are subtracted.
+    pub(super) fn changes_since(
+        &self,
+        region: Region,
+        earlier: &Self,
+        steps: &mut usize,
+        changed: &mut RangeSet,
+    ) -> bool {
+        match (self, earlier) {
+            (Self::Empty, Self::Empty) | (Self::Full, Self::Full) => return true,
+            (Self::Runs(now), Self::Runs(earlier)) if Arc::ptr_eq(now, earlier) => return true,
+            (Self::Bitmap(now), Self::Bitmap(earlier)) if Arc::ptr_eq(now, earlier) => return true,
+            (Self::Branch(now), Self::Branch(earlier)) => {
+                return Arc::ptr_eq(now, earlier)
+                    || (0..BRANCHES).all(|index| {
+                        let (now, earlier) = (&now.children[index], &earlier.children[index]);
+                        now.changes_since(region.child(index), earlier, steps, changed)
+                    });
+            }
+            _ => {}
+        }
+        let (mut from, end) = (region.start, region.end());
+        while from < end {
+            if *steps == 0 {
+                return false;
+            }
+            *steps -= 1;
+            let rest = Run { start: from, end };
+            let nodes = [self, earlier];
+            let has = nodes.map(|node| node.next(region, rest, true) == Some(from));
+            let until = [0, 1].map(|n| nodes[n].next(region, rest, !has[n]).unwrap_or(end));
+            let until = until[0].min(until[1]).min(end);
+            if has[0] != has[1] {
+                changed.insert(SectorRange::new(from, until - from));
+            }
+            from = until;
+        }
+        true
     }
 
     /// Turns the node of `region` into that of its parent, which is returned.
@@ -373,6 +421,23 @@ fn insert_into(runs: &mut Vec<Run>, mut run: Run) -> u64 {
     runs[first] = run;
     runs.drain(first + 1..end);
     run.sectors() - before
+}
+
+/// The runs of two ordered lists, in order.
+fn merged(ours: &[Run], others: &[Run]) -> Vec<Run> {
+    let mut all: Vec<Run> = Vec::with_capacity(ours.len() + others.len());
+    let (mut ours, mut others) = (ours.iter().peekable(), others.iter().peekable());
+    while let Some(run) = match (ours.peek(), others.peek()) {
+        (Some(our), Some(other)) if our.start <= other.start => ours.next(),
+        (Some(_), None) => ours.next(),
+        _ => others.next(),
+    } {
+        match all.last_mut() {
+            Some(last) if run.start <= last.end => last.end = last.end.max(run.end),
+            _ => all.push(*run),
+        }
+    }
+    all
 }
 
 /// Removes `run` from an ordered list. Returns how many of its sectors were in it.

@@ -134,6 +134,15 @@ proptest! {
         after.iter().for_each(|change| pair.change(change));
         pair.check();
         clone.check();
+        let mut changed = RangeSet::default();
+        assert!(pair.set.changes_since(&clone.set, &mut usize::MAX.clone(), &mut changed));
+        let differ = pair.naive.iter().zip(&clone.naive).map(|(now, earlier)| now != earlier);
+        let expected = naive_ranges(&differ.collect::<Vec<_>>());
+        prop_assert_eq!(changed.iter().collect::<Vec<_>>(), expected);
+        let both = pair.naive.iter().zip(&clone.naive).map(|(now, earlier)| *now && *earlier);
+        let expected = naive_ranges(&both.collect::<Vec<_>>());
+        let part = pair.set.part_in(&clone.set);
+        prop_assert_eq!(part.iter().collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -115,9 +115,14 @@ impl Health {
         self.epoch.0 += 1;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
-            state.uncovered.clone_from(&state.stale);
+            let uncovered = std::mem::replace(&mut state.uncovered, state.stale.clone());
             let refreshed = std::mem::take(&mut state.refreshed);
             state.refreshed_before_flush.insert_all(&refreshed);
+            self.garbage.extend(
+                [uncovered, refreshed]
+                    .into_iter()
+                    .filter(|set| !set.is_empty()),
+            );
         }
         let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
@@ -140,22 +145,29 @@ impl Health {
             return self.not_durable(replica);
         }
         let state = &mut self.replicas[replica.as_usize()];
-        state.refreshed_before_flush = RangeSet::default();
-        let unconfirmed = &mut state.unconfirmed;
-        while unconfirmed
-            .front()
-            .is_some_and(|(covered, _)| *covered <= epoch)
-        {
-            unconfirmed.pop_front();
+        let refreshed = std::mem::take(&mut state.refreshed_before_flush);
+        if !refreshed.is_empty() {
+            self.garbage.push(refreshed);
         }
+        let unconfirmed = &mut state.unconfirmed;
+        let confirmed = unconfirmed.partition_point(|(covered, _)| *covered <= epoch);
+        let written = unconfirmed.drain(..confirmed).map(|(_, written)| written);
+        self.garbage.extend(written);
     }
 
-    /// All replies to the flush `epoch` are in. Whether every acknowledged sector is durable on at
-    /// least t members (W5).
-    pub fn flush_decided(&mut self, epoch: FlushEpoch, succeeded: ReplicaSet) -> bool {
+    /// All replies to the flush `epoch` are in. `is_enough`: by [`Durability::is_enough`]. Whether
+    /// every acknowledged sector is durable on at least t members (W5).
+    ///
+    /// [`Durability::is_enough`]: super::Durability::is_enough
+    pub fn flush_decided(
+        &mut self,
+        epoch: FlushEpoch,
+        succeeded: ReplicaSet,
+        is_enough: bool,
+    ) -> bool {
         // A replica that was removed meanwhile does not count.
         let flushed = succeeded.and(self.members).len() >= self.threshold;
-        let success = flushed && self.fresh_on_threshold();
+        let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
         }
@@ -207,18 +219,7 @@ impl Health {
         for (_, written) in state.unconfirmed.drain(..) {
             state.stale.insert_all(&written);
             state.uncovered.insert_all(&written);
+            self.garbage.push(written);
         }
-    }
-
-    /// Whether every sector is fresh on at least t members, and was when the last flush began. Once
-    /// all replies to that flush are in, the fresh sectors are the durable ones. One flush runs at
-    /// a time.
-    pub fn fresh_on_threshold(&self) -> bool {
-        let sets = self.members.iter().flat_map(|member| {
-            let state = &self.replicas[member.as_usize()];
-            [(member, &state.stale), (member, &state.uncovered)]
-        });
-        let enough = |stale| self.members.without(stale).len() >= self.threshold;
-        every_sector(sets, self.capacity_sectors, enough, enough)
     }
 }

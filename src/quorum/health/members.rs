@@ -2,7 +2,7 @@
 
 use super::Health;
 use super::replica::ReplicaHealth;
-use crate::common::ranges::{RangeSet, every_sector};
+use crate::common::ranges::every_sector;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Why a replica cannot be removed.
@@ -62,7 +62,8 @@ impl Health {
             .stale
             .insert(SectorRange::new(0, self.capacity_sectors));
         state.last_failure = self.failure_epoch;
-        self.replicas[replica.as_usize()] = state;
+        let removed = std::mem::replace(&mut self.replicas[replica.as_usize()], state);
+        self.garbage.extend(removed.sets().cloned());
         self.check_sets();
     }
 
@@ -124,7 +125,7 @@ impl Health {
         let forgotten = state.forgotten_by == self.workers;
         if forgotten {
             // No request can count it as a voter any more.
-            state.stale = RangeSet::default();
+            self.garbage.push(std::mem::take(&mut state.stale));
         }
         let free = forgotten && state.drained_by == self.workers;
         if free {
@@ -137,14 +138,23 @@ impl Health {
     /// Evicts a replica that does not answer. `false` if it is evicted already, or if fewer than t
     /// replicas would remain, in all or in some sector: then the disk has to wait for it.
     pub fn evict(&mut self, replica: ReplicaIndex) -> bool {
-        if !self.in_service.contains(replica) || self.is_needed(replica) {
-            return false;
+        let can_evict = self.can_evict(replica);
+        if can_evict {
+            self.evict_not_needed(replica);
         }
+        can_evict
+    }
+
+    /// Whether `replica` is in service and not needed.
+    pub fn can_evict(&self, replica: ReplicaIndex) -> bool {
+        self.in_service.contains(replica) && !self.is_needed(replica)
+    }
+
+    pub(super) fn evict_not_needed(&mut self, replica: ReplicaIndex) {
         self.in_service.remove(replica);
         self.replicas[replica.as_usize()].drained_by = 0;
         self.not_durable(replica);
         self.check_sets();
-        true
     }
 
     /// A worker has no operation in flight on an evicted replica. `true` if it was the last such

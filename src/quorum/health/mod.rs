@@ -24,6 +24,7 @@ mod disputed;
 mod durability;
 mod members;
 mod replica;
+mod snapshot;
 
 use slab::Slab;
 
@@ -33,6 +34,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
+pub use self::snapshot::Durability;
 
 use self::replica::ReplicaHealth;
 
@@ -63,6 +65,8 @@ pub struct Health {
     /// The last flush that succeeded.
     flushed: FlushEpoch,
     failure_epoch: FailureEpoch,
+    /// Sets that are not needed any more.
+    garbage: Vec<RangeSet>,
 }
 
 impl Health {
@@ -86,6 +90,7 @@ impl Health {
             epoch: FlushEpoch::default(),
             flushed: FlushEpoch::default(),
             failure_epoch: FailureEpoch(0),
+            garbage: Vec::new(),
         }
     }
 
@@ -149,6 +154,12 @@ impl Health {
     pub fn next_stale(&self, replica: ReplicaIndex, sector: u64) -> Option<SectorRange> {
         let rest = SectorRange::new(sector, u64::MAX - sector);
         self.replicas[replica.as_usize()].stale.first_within(rest)
+    }
+
+    /// Where `replica` is stale.
+    pub fn stale_ranges(&self, replica: ReplicaIndex) -> RangeSet {
+        let state = self.replicas.get(replica.as_usize());
+        state.map_or_else(RangeSet::default, |state| state.stale.clone())
     }
 
     /// In how many sectors `replica` is stale.

@@ -7,7 +7,7 @@ use super::durability::FlushEpoch;
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct ReplicaHealth {
     pub(super) stale: RangeSet,
     /// Of what the last flush covers, what this replica is known not to have made durable: what
@@ -45,6 +45,35 @@ impl ReplicaHealth {
         }
         self.stale.remove(range);
         self.blank.remove(range);
+    }
+
+    /// All sets of sectors that are not fresh, or not durable, or not known to be.
+    pub(super) fn sets(&self) -> impl Iterator<Item = &RangeSet> {
+        let unconfirmed = self.unconfirmed.iter().map(|(_, written)| written);
+        [
+            &self.stale,
+            &self.uncovered,
+            &self.blank,
+            &self.refreshed,
+            &self.refreshed_before_flush,
+        ]
+        .into_iter()
+        .chain(unconfirmed)
+    }
+
+    /// Forgets all sectors but those in `ranges`.
+    pub(super) fn keep_only(&mut self, ranges: &RangeSet) {
+        let unconfirmed = self.unconfirmed.iter_mut().map(|(_, written)| written);
+        let sets = [
+            &mut self.stale,
+            &mut self.uncovered,
+            &mut self.blank,
+            &mut self.refreshed,
+            &mut self.refreshed_before_flush,
+        ];
+        for set in sets.into_iter().chain(unconfirmed) {
+            *set = set.part_in(ranges);
+        }
     }
 
     /// Sectors that are not on stable storage here, although they may be elsewhere.

@@ -33,7 +33,7 @@ fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
     for replica in ReplicaSet::first(3).iter() {
         health.flush_ended(epoch, replica, !failed.contains(&replica));
     }
-    health.fresh_on_threshold()
+    health.durability().is_enough()
 }
 
 #[test]
@@ -174,7 +174,7 @@ fn a_repair_while_a_flush_runs_is_not_covered_by_it() {
     health.flush_ended(epoch, A, false);
     health.flush_ended(epoch, B, true);
     health.flush_ended(epoch, C, true);
-    assert!(!health.fresh_on_threshold(), "only B has it safely");
+    assert!(!health.durability().is_enough(), "only B has it safely");
 }
 
 #[test]
@@ -243,4 +243,47 @@ fn sectors_flushed_without_an_evicted_replica_are_stale_there() {
     health.flush_begins();
     assert!(health.rejoin(C, 0));
     assert_eq!(health.stale_in(range(0, 8)), set(&[C]));
+}
+
+/// A copy on which C can be evicted; then B, too, misses a write.
+#[test]
+fn an_eviction_is_decided_again_where_something_has_changed() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(0, 8), &[C]);
+    let snapshot = health.snapshot();
+    assert!(snapshot.can_evict(C) && !snapshot.can_evict(B));
+    write(&mut health, range(1 << 20, 8), &[B]);
+    assert!(
+        !health.evict_as_on(&snapshot, C),
+        "A and C have the second write"
+    );
+    write(&mut health, range(1 << 20, 8), &[]);
+    assert!(health.evict_as_on(&snapshot, C));
+    assert!(!health.evict_as_on(&snapshot, C), "it is evicted");
+}
+
+#[test]
+fn a_removal_is_decided_again_where_something_has_changed() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let snapshot = health.snapshot();
+    assert_eq!(snapshot.check_removal(C), Ok(()));
+    write(&mut health, range(8, 8), &[B]);
+    let removed = health.remove_as_on(&snapshot, C);
+    assert_eq!(removed, Err(NotRemoved::LastCopies));
+    write(&mut health, range(8, 8), &[]);
+    let removed = health.remove_as_on(&snapshot, C);
+    assert_eq!(removed, Err(NotRemoved::LastDurableCopies));
+    assert!(flush(&mut health, &[]));
+    assert_eq!(health.remove_as_on(&health.snapshot(), C), Ok(true));
+}
+
+#[test]
+fn nothing_is_decided_on_a_copy_that_differs_too_much() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let snapshot = health.snapshot();
+    for index in 0..1000 {
+        write(&mut health, range(index * 2000, 8), &[C]);
+    }
+    assert!(!health.evict_as_on(&snapshot, C));
+    assert!(health.evict_as_on(&health.snapshot(), C));
 }
