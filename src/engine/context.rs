@@ -94,8 +94,13 @@ impl Core {
     #[inline]
     pub(super) fn forget_errors(&mut self, request: RequestId) {
         if !self.first_errors.is_empty() {
-            self.first_errors.retain(|(id, _)| *id != request);
+            self.forget_first_error(request);
         }
+    }
+
+    #[cold]
+    fn forget_first_error(&mut self, request: RequestId) {
+        self.first_errors.retain(|(id, _)| *id != request);
     }
 
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.
@@ -203,6 +208,7 @@ impl<E: Effects> Context<'_, E> {
     }
 
     /// Reports the failure of an operation on one replica (R4).
+    #[cold]
     pub(super) fn report_error(
         &mut self,
         replica: ReplicaIndex,
@@ -224,6 +230,7 @@ impl<E: Effects> Context<'_, E> {
     }
 
     /// Reports that a request of `requester` fails (R3).
+    #[cold]
     pub(super) fn report_failure(
         &mut self,
         requester: Requester,
