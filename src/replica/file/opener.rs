@@ -1,4 +1,4 @@
-//! A process for each image that is being opened.
+//! A process for each image that is being opened (O3).
 //!
 //! A file system may never answer: a network that is down, a FUSE server that hangs. A thread that
 //! waits for it cannot be ended, and keeps its whole process from ending. So the daemon starts a
