@@ -135,6 +135,21 @@ pub const LAG_BYTES_MAX: u64 = 64 << 20;
 /// no more from the guest.
 pub const CONFIRMATIONS_MAX: usize = 256;
 
+/// Parts of a range that a replica may fail to read, beyond eight for each part that it can read,
+/// before a job or a repair gives up on the rest: a range, its quarters and their quarters.
+pub const FAILED_PARTS_MAX: u64 = 20;
+
+/// Reads of the guest on which a replica may fail and which one worker follows up: with
+/// `rewrite-corrupted` a repair, in any case a scrub of the surroundings. A replica that fails
+/// every read must not cost the others many times its reads.
+pub const FOLLOWED_ERRORS_BURST: u32 = 128;
+
+/// After that, one more for each such time.
+pub const FOLLOWED_ERRORS_EVERY: Duration = Duration::from_millis(250);
+
+/// For how long none is followed up after a repair of the replica has failed.
+pub const FOLLOWED_ERRORS_REST: Duration = Duration::from_secs(60);
+
 /// Fragments of requests that one turn of a worker takes. Reads from the page cache are done when
 /// the turn's system call returns. A small batch is then still in the processor's cache, and the
 /// guest makes new requests while the next batch is served.

@@ -178,11 +178,11 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
     };
     let mut text = format!("{job} {result}, {} of {}", size(end.offset), size(end.len));
     if end.r#type != "quorum-resync" {
-        let (found, written) = (
-            counted(end.corrupt_sectors_found, "corrupt sector"),
-            end.sectors_written,
+        text += &format!(
+            "; {} found, {} written",
+            end.findings(),
+            end.sectors_written
         );
-        text += &format!("; {found} found, {written} written");
     }
     (style, text)
 }

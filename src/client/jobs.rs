@@ -94,7 +94,7 @@ fn job_row(job: &Job) -> Vec<(String, Style)> {
         plain(format!("{done} %")),
         plain(size(job.total_progress)),
         plain(limit),
-        plain(job.corrupt_sectors_found.to_string()),
+        plain((job.corrupt_sectors_found + job.unreadable_sectors_found).to_string()),
         plain(job.sectors_written.to_string()),
         (text_or_dash(job.error.as_deref()), error_style),
     ]

@@ -140,6 +140,7 @@ mod tests {
             node_name: Some("b\x1b".into()),
             speed: 0,
             corrupt_sectors_found: 0,
+            unreadable_sectors_found: 0,
             sectors_written: 0,
         }
     }

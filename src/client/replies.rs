@@ -4,6 +4,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
 
+use crate::common::message::counted;
+
 /// The reply to query-quorum.
 #[derive(Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
@@ -115,6 +117,8 @@ pub(super) struct Job {
     #[serde(default)]
     pub(super) corrupt_sectors_found: u64,
     #[serde(default)]
+    pub(super) unreadable_sectors_found: u64,
+    #[serde(default)]
     pub(super) sectors_written: u64,
 }
 
@@ -133,7 +137,26 @@ pub(super) struct JobEnd {
     #[serde(default)]
     pub(super) corrupt_sectors_found: u64,
     #[serde(default)]
+    pub(super) unreadable_sectors_found: u64,
+    #[serde(default)]
     pub(super) sectors_written: u64,
+}
+
+impl JobEnd {
+    /// Sectors that a scrub found corrupt or unreadable.
+    pub(super) fn found(&self) -> u64 {
+        self.corrupt_sectors_found
+            .saturating_add(self.unreadable_sectors_found)
+    }
+
+    /// What a scrub found, in words.
+    pub(super) fn findings(&self) -> String {
+        let corrupt = counted(self.corrupt_sectors_found, "corrupt sector");
+        match self.unreadable_sectors_found {
+            0 => corrupt,
+            unreadable => format!("{corrupt} and {unreadable} unreadable"),
+        }
+    }
 }
 
 /// The reply to a command that starts a job.

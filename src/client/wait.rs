@@ -55,7 +55,7 @@ impl Ended {
     /// Good if the job completed and repaired what it found.
     pub(super) fn outcome(&self) -> Outcome {
         let is_repaired = match self {
-            Self::Reported { end, .. } => end.corrupt_sectors_found == 0 || end.sectors_written > 0,
+            Self::Reported { end, .. } => end.found() == 0 || end.sectors_written > 0,
             Self::UpToDate => true,
         };
         Outcome::of(self.is_success() && is_repaired)
@@ -77,15 +77,14 @@ impl Ended {
             (Some(error), false) => format!("failed: {}", printable(error)),
             (None, false) => format!("completed, {}", size(end.len)),
         };
-        let found = match (end.corrupt_sectors_found, end.sectors_written) {
+        let found = match (end.found(), end.sectors_written) {
             _ if !is_scrub => String::new(),
             (0, _) => "; no corrupt sectors found".into(),
-            (found, 0) => format!("; {} found, not repaired", counted(found, "corrupt sector")),
-            (found, written) => format!(
-                "; {} found, {} written",
-                counted(found, "corrupt sector"),
-                counted(written, "sector")
-            ),
+            (_, 0) => format!("; {} found, not repaired", end.findings()),
+            (_, written) => {
+                let written = counted(written, "sector");
+                format!("; {} found, {written} written", end.findings())
+            }
         };
         format!("{job} {result}{found}")
     }
@@ -221,6 +220,7 @@ mod tests {
                 error: error.map(str::to_owned),
                 node_name: None,
                 corrupt_sectors_found: found,
+                unreadable_sectors_found: 0,
                 sectors_written: written,
             },
             cancelled,

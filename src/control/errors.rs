@@ -288,6 +288,7 @@ mod tests {
                 total_bytes: 1 << 30,
                 speed_bytes: 0,
                 corrupt_sectors_found: 0,
+                unreadable_sectors_found: 0,
                 sectors_written: 0,
                 error,
             },

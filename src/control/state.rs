@@ -142,6 +142,8 @@ pub struct JobState {
     pub speed: u64,
     /// Corrupt sectors that it found, counted for each replica.
     pub corrupt_sectors_found: u64,
+    /// Unreadable sectors that it found, counted for each replica.
+    pub unreadable_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
 }

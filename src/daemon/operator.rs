@@ -297,6 +297,7 @@ impl Operator for DiskOperator {
                 .map(|replica| names.get(replica).to_string()),
             speed: job.speed_bytes,
             corrupt_sectors_found: job.corrupt_sectors_found,
+            unreadable_sectors_found: job.unreadable_sectors_found,
             sectors_written: job.sectors_written,
         };
         self.admin.jobs().into_iter().map(state).collect()

@@ -1,33 +1,38 @@
 //! A read under the lock of its range: replicas that differ now are corrupt (R2, R3, R5, R6).
 //!
 //! While the lock is held no write can change the range, so the replies are compared sector by
-//! sector; the losers are reported, and repaired before the lock is released. The same path
-//! resyncs a stale replica, which is repaired throughout.
+//! sector; the losers are reported, and repaired before the lock is released. A replica that could
+//! not read the range is read again in smaller parts (R4, [`probing`](super::probing)), and
+//! repaired where it is unreadable. The same path resyncs a stale replica, which is repaired
+//! throughout.
 //!
 //! A confirmation knows neither guest nor job. Each input returns what its owner must do [`Next`]:
 //! answer, call [`Confirmation::repair`], or finish with the [`Outcome`].
 //!
 //! ```text
-//! waiting for the lock ─► asking ─► decided ─► repairing ─► done
+//! waiting for the lock ─► asking ───────────► decided ─► repairing ─► done
+//!                            └──► probing ──────┘
 //! ```
 
 use std::rc::Rc;
 use std::time::Duration;
 
 use super::context::{Context, Core};
+use super::decision::{Decision, Outcome, assemble, ballots};
 use super::interface::Effects;
+use super::probing::Probing;
 use super::range_locks::LockKey;
 use super::repair::{RepairKind, RepairWrite, Repairs, bytes_of, decided};
 use super::replies::Replies;
+use super::survey::{Survey, Unreadable};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
 use crate::common::runs;
 use crate::common::{ReplicaSet, SectorRange};
-use crate::jobs::ChunkEnd;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
-use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
+use crate::quorum::vote::{Rule, Verdict, vote};
 
 #[derive(Debug)]
 pub(super) struct Confirmation {
@@ -37,6 +42,8 @@ pub(super) struct Confirmation {
     /// When the operations of this step were submitted.
     asked_at: Duration,
     step: Step,
+    /// Of replicas that failed.
+    surveys: Vec<Survey>,
     outcome: Outcome,
 }
 
@@ -46,9 +53,12 @@ pub(super) struct Terms {
     pub(super) rule: Rule,
     /// Replicas to be repaired wherever there is a winner. They are not asked.
     pub(super) throughout: ReplicaSet,
-    /// Repair replicas where they lose the vote.
+    /// Repair replicas where they lose the vote or are unreadable.
     pub(super) repairs_losers: bool,
-    /// Scrub the neighbourhood of corrupt sectors.
+    /// If they cannot read the range, find all blocks of these that are unreadable; of the others
+    /// only where there is no winner without them.
+    pub(super) locates: ReplicaSet,
+    /// Scrub the neighbourhood of corrupt and unreadable sectors.
     pub(super) spreads: bool,
     /// Return the winner as soon as the replies that are out cannot change it (R7).
     pub(super) answers_early: bool,
@@ -60,6 +70,8 @@ pub(super) struct Terms {
 enum Step {
     WaitingForLock,
     Asking,
+    /// Replicas that failed are read in smaller parts.
+    Probing(Box<Probing>),
     Decided,
     /// The writes of the winner that are out.
     Repairing {
@@ -75,59 +87,12 @@ pub(super) enum Next {
     Wait,
     /// Answer with these bytes; the rest only matters to the operator.
     Answer(Buffer),
+    /// Answer that some sector has no winner; the rest only matters to the operator.
+    Fail,
     /// Answer according to the decision, then call [`Confirmation::repair`] with it.
     Decided(Decision),
     /// Finish: the lock is released.
     Done(Outcome),
-}
-
-/// The votes are counted.
-#[derive(Debug)]
-pub(super) struct Decision {
-    verdict: Verdict,
-    /// The winning bytes, unspecified in undecided sectors. `None` if every sector is undecided.
-    winner: Option<Rc<Buffer>>,
-}
-
-impl Decision {
-    /// The bytes of the range, if every sector has a winner.
-    pub(super) fn winner(&self) -> Option<&[u8]> {
-        let winner = self.winner.as_ref().filter(|_| self.is_complete());
-        winner.map(|buffer| &buffer[..])
-    }
-
-    /// Whether every sector has a winner.
-    pub(super) fn is_complete(&self) -> bool {
-        self.verdict.undecided.is_empty()
-    }
-}
-
-/// What a confirmation found and did, in sectors counted once for each replica.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Outcome {
-    /// Sectors that lost the vote.
-    pub(super) found: u64,
-    /// Sectors repaired.
-    pub(super) written: u64,
-    /// Sectors whose repair failed.
-    pub(super) not_written: u64,
-    /// Sectors without a winner.
-    pub(super) undecided: u64,
-    /// Members that should have been read and were not.
-    pub(super) unread: ReplicaSet,
-}
-
-impl From<Outcome> for ChunkEnd {
-    fn from(outcome: Outcome) -> Self {
-        Self {
-            found: outcome.found,
-            written: outcome.written,
-            not_written: outcome.not_written,
-            undecided: outcome.undecided,
-            unread: outcome.unread,
-            failed: false,
-        }
-    }
 }
 
 impl Confirmation {
@@ -144,6 +109,7 @@ impl Confirmation {
             replies,
             asked_at: context.now(),
             step: Step::WaitingForLock,
+            surveys: Vec::new(),
             outcome: Outcome::default(),
         }
     }
@@ -164,6 +130,7 @@ impl Confirmation {
                 self.replies.record(reply, self.asked_at, context);
                 self.count(context)
             }
+            Step::Probing(_) => self.part_read(reply, context),
             Step::Repairing { .. } => self.repaired(&reply, context),
             // The reply to a first pass that ended without it.
             Step::WaitingForLock | Step::Asking | Step::Decided => Next::Wait,
@@ -182,6 +149,10 @@ impl Confirmation {
                 self.replies.forget(evicted);
                 self.count(context)
             }
+            Step::Probing(probing) => {
+                probing.forget(evicted);
+                self.probe(context)
+            }
             Step::Repairing { pending, .. } => {
                 // Their writes may still happen, perhaps after newer ones.
                 for write in pending.extract_if(.., |write| evicted.contains(write.replica)) {
@@ -197,7 +168,7 @@ impl Confirmation {
     /// Decides if all replies are in, or if those that are out cannot change the winner.
     fn count(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         if self.replies.tally().is_complete() {
-            return self.decide(context);
+            return self.replied(context);
         }
         match self.early_winner(context.core) {
             Some(winner) => {
@@ -219,37 +190,173 @@ impl Confirmation {
         if !self.terms.answers_early || succeeded < enough {
             return None;
         }
-        let range = self.replies.range();
-        let disputed = core.shared.health(|health| health.disputed(range));
+        let disputed = self.disputed(core);
         if !disputed.is_empty() {
             // Each reply decides where another version must be replaced.
             return None;
         }
         let verdict = self.vote(Rule::Threshold(enough), &disputed, core);
         let decided = verdict.undecided.is_empty();
-        decided.then(|| self.assemble(&verdict, core)).flatten()
+        decided
+            .then(|| assemble(&self.replies, &verdict, core))
+            .flatten()
+    }
+
+    /// The vote of the replicas that could read all of the range.
+    fn vote(&self, rule: Rule, disputed: &Disputed, core: &Core) -> Verdict {
+        let ballots = ballots(&self.replies, &[], disputed, core);
+        vote(self.replies.range(), &ballots, rule)
+    }
+
+    /// Where a difference is no fault (W7).
+    fn disputed(&self, core: &Core) -> Disputed {
+        let range = self.replies.range();
+        core.shared.health(|health| health.disputed(range))
     }
 
     /// All replies are in, and no write can have run meanwhile.
-    fn decide(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+    fn replied(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        // Before the vote, so that a failure during it counts as later.
+        let epoch = context.shared().failure_epoch();
+        let disputed = self.disputed(context.core);
+        let verdict = self.vote(self.terms.rule, &disputed, context.core);
+        let failed = self.replies.tally().failed();
+        if failed.is_empty() {
+            return self.decide(verdict, &disputed, context);
+        }
+        let (core, range) = (&*context.core, self.replies.range());
+        let surveys = core.shared.health(|health| {
+            let survey = |replica| {
+                let stale = health.stale_parts(replica, range);
+                Survey::new(replica, range, core.policy.block_sectors, &stale)
+            };
+            failed.iter().map(survey).collect()
+        });
+        let (locates, guest_waits) = (self.terms.locates, self.terms.answers_early);
+        let probing = Probing::new(range, surveys, (verdict, epoch), locates, guest_waits);
+        self.step = Step::Probing(Box::new(probing));
+        self.probe(context)
+    }
+
+    /// Reads the next parts of a replica that failed, or decides.
+    fn probe(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        let Step::Probing(probing) = &mut self.step else {
+            unreachable!("probed while probing");
+        };
+        if !probing.pending().is_empty() {
+            return Next::Wait;
+        }
+        let core = &*context.core;
+        probing.forget(core.shared.out_of_service());
+        let range = self.replies.range();
+        let disputed = core.shared.health(|health| health.disputed(range));
+        let ballots = ballots(&self.replies, probing.surveys(), &disputed, core);
+        let epoch = core.shared.failure_epoch();
+        probing.count(&ballots, self.terms.rule, epoch);
+        let votes = match self.terms.rule {
+            Rule::Threshold(threshold) => threshold,
+            Rule::FirstListed => 1,
+        };
+        let succeeded = self.replies.tally().succeeded();
+        let voters = ballots
+            .into_iter()
+            .filter(|ballot| succeeded.contains(ballot.replica));
+        let excluded: Vec<_> = voters.map(|ballot| ballot.stale).collect();
+        let (parts, answers) = probing.next(votes, &excluded);
+        let Some((replica, parts)) = parts else {
+            return self.probed(context);
+        };
+        let is_won = probing.verdict.undecided.is_empty();
+        // Where a failed write is decided, the guest waits until other versions are stale.
+        let answers = answers && (!is_won || disputed.is_empty());
+        let winner = (answers && is_won).then(|| assemble(&self.replies, &probing.verdict, core));
+        self.asked_at = context.now();
+        self.replies.ask_for_parts(replica, &parts, context);
+        self.terms.answers_early &= !answers;
+        match winner.flatten() {
+            Some(winner) => Next::Answer(winner),
+            None if answers => Next::Fail,
+            None => Next::Wait,
+        }
+    }
+
+    /// The end of a read of a part.
+    fn part_read(&mut self, reply: Reply, context: &mut Context<'_, impl Effects>) -> Next {
+        let Step::Probing(probing) = &mut self.step else {
+            unreachable!("a part is read while probing");
+        };
+        let Some(part) = probing.reply(&reply) else {
+            return Next::Wait;
+        };
+        if let (Ok(()), Action::Read { into, .. }) = (reply.result, reply.action) {
+            self.replies.record_part(reply.replica, part, &into);
+        }
+        self.probe(context)
+    }
+
+    /// The search is over.
+    fn probed(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        let Step::Probing(probing) = std::mem::replace(&mut self.step, Step::Decided) else {
+            unreachable!("probed while probing");
+        };
+        let (mut verdict, surveys) = probing.into_parts();
+        let disputed = self.disputed(context.core);
+        if let Some(winner) = assemble(&self.replies, &verdict, context.core) {
+            // Also those that have voted: one may have become stale since.
+            for ballot in ballots(&self.replies, &surveys, &disputed, context.core) {
+                verdict.compare(self.replies.range(), &ballot, self.terms.rule, &winner);
+            }
+        }
+        for survey in &surveys {
+            for Unreadable { range, errno } in survey.unreadable() {
+                self.outcome.unreadable += range.count;
+                if let Some(errno) = errno {
+                    context.report_error(survey.replica, OperationType::Read, range, errno);
+                }
+            }
+            if survey.has_given_up() && !self.terms.repairs_losers {
+                let now = context.now();
+                context.core.read_errors.rest(survey.replica, now);
+            }
+        }
+        self.surveys = surveys;
+        self.decide(verdict, &disputed, context)
+    }
+
+    /// The votes are counted.
+    fn decide(
+        &mut self,
+        verdict: Verdict,
+        disputed: &Disputed,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Next {
         assert!(self.replies.tally().is_complete(), "decided too early");
         self.step = Step::Decided;
-        let range = self.replies.range();
-        let disputed = context.shared().health(|health| health.disputed(range));
-        let verdict = self.vote(self.terms.rule, &disputed, context.core);
         let unanimous = verdict.dissents.is_empty() && verdict.undecided.is_empty();
-        if unanimous && self.terms.throughout.is_empty() {
+        if unanimous && self.terms.throughout.is_empty() && self.surveys.is_empty() {
             context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
-        self.settle(&disputed, &verdict, context);
+        self.settle(disputed, &verdict, context);
         let succeeded = self.replies.tally().succeeded();
         let unread = context.core.unread(self.replies.range(), succeeded);
-        self.outcome.unread = unread.without(self.terms.throughout);
+        self.outcome.unread = unread
+            .without(self.terms.throughout)
+            .without(self.dealt_with());
         self.outcome.undecided = sectors(&verdict.undecided);
         self.spread(&verdict, context);
-        let winner = self.assemble(&verdict, context.core).map(Rc::new);
+        let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         Next::Decided(Decision { verdict, winner })
+    }
+
+    /// The replicas that failed, and that are read in smaller parts by now or about to be repaired
+    /// where that is impossible.
+    fn dealt_with(&self) -> ReplicaSet {
+        let repairs = self.terms.repairs_losers;
+        let is_dealt_with =
+            |survey: &&Survey| survey.is_complete() && (repairs || survey.unreadable().is_empty());
+        let dealt_with = self.surveys.iter().filter(is_dealt_with);
+        dealt_with.map(|survey| survey.replica).collect()
     }
 
     fn report_losers(&mut self, verdict: &Verdict, context: &mut Context<'_, impl Effects>) {
@@ -288,9 +395,13 @@ impl Confirmation {
                     let runs = excused.find(|(replica, _)| *replica == member);
                     runs.map_or(Vec::new(), |(_, runs)| runs::common(&now, runs))
                 };
-                let runs = match succeeded.contains(member) {
-                    true => loses(),
-                    false => now.clone(),
+                let mut surveys = self.surveys.iter();
+                let survey = surveys.find(|survey| survey.replica == member);
+                let not_read = survey.map(|survey| survey.not_read(self.replies.range()));
+                let runs = match not_read {
+                    _ if succeeded.contains(member) => loses(),
+                    Some(not_read) => runs::union(&loses(), &runs::common(&now, &not_read)),
+                    None => now.clone(),
                 };
                 (member, runs)
             })
@@ -300,57 +411,21 @@ impl Confirmation {
         }
     }
 
-    /// Has the neighbourhood of corrupt sectors scrubbed.
+    /// Has the neighbourhood of corrupt and unreadable sectors scrubbed.
     fn spread(&self, verdict: &Verdict, context: &mut Context<'_, impl Effects>) {
         let dissents = verdict.dissents.iter();
-        let corrupt = dissents.flat_map(|dissent| &dissent.bad_sectors);
-        let (first, last) = corrupt.fold((u64::MAX, 0), |(first, last), run| {
-            (first.min(run.start), last.max(run.end()))
-        });
-        if first >= last || !self.terms.spreads {
-            return;
+        let corrupt = dissents.flat_map(|dissent| dissent.bad_sectors.iter().copied());
+        // What is unreadable nearly everywhere has no neighbourhood.
+        let surveys = self.surveys.iter().filter(|survey| !survey.has_given_up());
+        let unreadable = surveys.flat_map(Survey::unreadable).map(|run| run.range);
+        let (first, last) = corrupt
+            .chain(unreadable)
+            .fold((u64::MAX, 0), |(first, last), run| {
+                (first.min(run.start), last.max(run.end()))
+            });
+        if first < last && self.terms.spreads {
+            context.scrub_around(SectorRange::new(first, last - first));
         }
-        let corrupt = SectorRange::new(first, last - first);
-        let report = |event| context.effects.job_changed(event);
-        let shared = &context.core.shared;
-        if shared.jobs(report, |jobs, _| jobs.corruption_found(corrupt)) {
-            context.effects.health_changed();
-        }
-    }
-
-    fn vote(&self, rule: Rule, disputed: &Disputed, core: &Core) -> Verdict {
-        let voters = self.replies.tally().succeeded();
-        let range = self.replies.range();
-        let stale = core.shared.health(|health| {
-            let stale_parts = |replica| health.stale_parts(replica, range);
-            voters.iter().map(stale_parts).collect::<Vec<_>>()
-        });
-        let ballots: Vec<Ballot<'_>> = voters
-            .iter()
-            .zip(stale)
-            .map(|(replica, stale)| Ballot {
-                replica,
-                bytes: self.replies.data(replica),
-                stale,
-                supporting: Vec::new(),
-                excused: disputed.undecided.clone(),
-            })
-            .collect();
-        vote(range, &ballots, rule)
-    }
-
-    /// Copies the winning versions into one buffer. `None` if every sector is undecided. The bytes
-    /// of undecided sectors are unspecified and must not be used.
-    fn assemble(&self, verdict: &Verdict, core: &Core) -> Option<Buffer> {
-        verdict.winners.first()?;
-        let range = self.replies.range();
-        let len = usize::try_from(range.bytes()).expect("a fragment fits memory");
-        let mut winner = core.pool.take(len);
-        for run in &verdict.winners {
-            let bytes = bytes_of(run.range, range);
-            winner[bytes.clone()].copy_from_slice(&self.replies.data(run.held_by)[bytes]);
-        }
-        Some(winner)
     }
 
     /// Writes the winner where it did not win (R6), and over the replicas that are repaired
@@ -362,8 +437,10 @@ impl Confirmation {
     ) -> Next {
         assert!(matches!(self.step, Step::Decided), "repaired once");
         // Only now: the guest has its answer, and the failure is reported.
+        // What a replica cannot read is no difference.
         if let Some(undecided) = decision.verdict.undecided.first()
             && context.core.policy.blkverify
+            && self.surveys.is_empty()
         {
             context.effects.contents_differ(*undecided);
         }
@@ -371,12 +448,18 @@ impl Confirmation {
         let (in_service, began) =
             shared.health(|health| (health.in_service(), health.failure_epoch()));
         let mut pending = Vec::new();
+        let unreadable = |survey: &Survey| {
+            let runs = survey.unreadable().into_iter().map(|run| run.range);
+            (survey.replica, runs.collect())
+        };
+        let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
         if let Some(winner) = &decision.winner {
             let repairs = Repairs {
                 range: self.replies.range(),
                 verdict: &decision.verdict,
                 winner,
                 losers: self.terms.repairs_losers,
+                unreadable: &unreadable,
                 settled: &decision.verdict.excused,
                 throughout: self.terms.throughout,
                 block_sectors: context.core.policy.block_sectors,
@@ -440,6 +523,8 @@ impl Confirmation {
                 self.outcome.not_written += range.count;
                 let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
                 context.effects.count(fact);
+                let now = context.now();
+                context.core.read_errors.rest(reply.replica, now);
                 context.report_error(reply.replica, OperationType::Write, range, errno);
             }
         }
@@ -472,7 +557,9 @@ impl Confirmation {
     pub(super) fn operation(&self) -> OperationType {
         match &self.step {
             Step::Repairing { .. } => OperationType::Write,
-            Step::WaitingForLock | Step::Asking | Step::Decided => OperationType::Read,
+            Step::WaitingForLock | Step::Asking | Step::Probing(_) | Step::Decided => {
+                OperationType::Read
+            }
         }
     }
 
@@ -483,6 +570,11 @@ impl Confirmation {
         }
         match &self.step {
             Step::Repairing { pending, .. } => pending.iter().map(|write| write.replica).collect(),
+            Step::Probing(probing) => probing
+                .pending()
+                .iter()
+                .map(|(replica, _)| *replica)
+                .collect(),
             Step::WaitingForLock | Step::Asking | Step::Decided => self.replies.tally().waiting(),
         }
     }
@@ -491,6 +583,7 @@ impl Confirmation {
     pub(super) fn operations_waited_for(&self) -> usize {
         match &self.step {
             Step::Repairing { pending, .. } => pending.len(),
+            Step::Probing(probing) => probing.pending().len(),
             Step::WaitingForLock | Step::Asking | Step::Decided => {
                 self.replies.tally().waiting().len()
             }

@@ -11,6 +11,7 @@ use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
 use super::latencies::Latencies;
 use super::range_locks::LockKey;
+use super::read_errors::ReadErrors;
 use super::shared::{Shared, Waiter, WorkerIndex};
 use crate::common::buffer::{Buffer, BufferPool};
 use crate::common::clock::TurnClock;
@@ -18,6 +19,7 @@ use crate::common::operation::{Action, Operation, OperationType, RequestId};
 use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
+use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::Health;
 use crate::quorum::vote::Rule;
 
@@ -32,6 +34,7 @@ pub(super) struct Core {
     pub(super) latencies: Latencies,
     pub(super) background: Background,
     pub(super) in_flight: InFlight,
+    pub(super) read_errors: ReadErrors,
     /// Requests of this engine whose lock has been granted.
     pub(super) granted: VecDeque<RequestId>,
     /// What is to be begun next.
@@ -80,6 +83,7 @@ impl Core {
             latencies: Latencies::new(),
             background: Background::default(),
             in_flight: InFlight::default(),
+            read_errors: ReadErrors::default(),
             granted: VecDeque::new(),
             follow_ups: VecDeque::new(),
             flushes: FlushQueue::default(),
@@ -135,6 +139,15 @@ impl Core {
         match self.policy.read_pattern {
             ReadPattern::Fifo => Rule::FirstListed,
             ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(self.policy.threshold),
+        }
+    }
+
+    /// All replicas, or none.
+    pub(super) fn all_if(&self, all: bool) -> ReplicaSet {
+        if all {
+            ReplicaSet::first(REPLICAS_MAX)
+        } else {
+            ReplicaSet::EMPTY
         }
     }
 
@@ -245,6 +258,15 @@ impl<E: Effects> Context<'_, E> {
             requester,
             error: first.map(|(_, errno)| *errno),
         });
+    }
+
+    /// Has the surroundings of corrupt or unreadable sectors scrubbed.
+    pub(super) fn scrub_around(&mut self, corrupt: SectorRange) {
+        let report = |event| self.effects.job_changed(event);
+        let shared = &self.core.shared;
+        if shared.jobs(report, |jobs, _| jobs.corruption_found(corrupt)) {
+            self.effects.health_changed();
+        }
     }
 
     /// Hands the end of a chunk to its job.

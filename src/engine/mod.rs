@@ -40,6 +40,7 @@ mod background;
 mod chunks;
 mod confirmation;
 mod context;
+mod decision;
 mod first_pass;
 mod flush;
 mod flush_queue;
@@ -48,8 +49,10 @@ mod interface;
 #[cfg(any(test, feature = "sim"))]
 pub mod interleaving;
 mod latencies;
+mod probing;
 mod range_locks;
 mod read;
+mod read_errors;
 mod repair;
 mod replies;
 mod request;
@@ -58,6 +61,7 @@ mod scrub;
 mod shared;
 mod slots;
 mod stage;
+mod survey;
 mod time;
 mod write;
 
@@ -74,6 +78,8 @@ use self::slots::{Slot, Slots};
 use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
+#[cfg(any(test, feature = "sim"))]
+use crate::common::operation::{Action, Operation};
 use crate::common::operation::{Reply, RequestId};
 use crate::limits::{BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, REQUESTS_MAX};
 
@@ -132,6 +138,18 @@ impl Engine {
         let mut slots = self.slots.iter();
         self.core.flushes.waiting().iter().any(is_this)
             || slots.any(|(_, slot)| slot.request.origins().iter().any(is_this))
+    }
+
+    /// Whether `operation`, which was just submitted, reads a part of a range whose read failed.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn reads_part(&self, operation: &Operation) -> bool {
+        let Action::Read { range, .. } = &operation.action else {
+            return false;
+        };
+        let mut slots = self.slots.iter();
+        slots.any(|(id, slot)| {
+            id == operation.request && slot.request.describe().1.count != range.count
+        })
     }
 
     /// Whether every request is retired. Evicted replicas may still have operations.

@@ -59,7 +59,7 @@ impl Read {
         range: SectorRange,
         context: &mut Context<'_, impl Effects>,
     ) -> Self {
-        let terms = terms(true, ReplicaSet::EMPTY, context.core);
+        let terms = terms(true, context.core.all_if(true), context.core);
         let replies = Replies::new(range, context.core);
         Self {
             tag: Some(tag),
@@ -185,35 +185,44 @@ impl Read {
             pass.ask_more(unasked.iter().take(next).collect(), context);
             return Progress::Waiting;
         }
-        if pass.differs() {
+        let differs = pass.differs();
+        let failed = tally.failed();
+        let followed = if failed.is_empty() {
+            ReplicaSet::EMPTY
+        } else {
+            let now = context.now();
+            context.core.read_errors.take(failed, now)
+        };
+        let locates = context.core.all_if(true).without(failed).or(followed);
+        if differs {
             context.effects.count(Fact::Confirmation);
-            return self.confirm(ReplicaSet::EMPTY, context);
+            return self.confirm(locates, context);
         }
-        // The lock shows which replicas may vote on which sector.
+        // The lock shows which replicas may vote on which sector, and which blocks are unreadable.
         let others = context.shared().in_service().without(tally.asked());
-        if self.tag.is_some() && (doubtful || !others.is_empty()) {
-            return self.confirm(ReplicaSet::EMPTY, context);
+        let may_succeed = doubtful || !others.is_empty() || !failed.is_empty();
+        let repairs = context.core.policy.rewrite_corrupted && !followed.is_empty();
+        if (self.tag.is_some() && may_succeed) || repairs {
+            return self.confirm(locates, context);
         }
         self.fail(context);
-        let unreadable = tally.failed();
-        let may_repair = is_fifo && context.core.policy.rewrite_corrupted;
-        if may_repair && !unreadable.is_empty() && !tally.succeeded().is_empty() {
-            return self.confirm(unreadable, context);
+        if !followed.is_empty() {
+            context.scrub_around(self.range);
         }
         self.retire(context.core)
     }
 
-    /// Repeats the read under the lock, and repairs `throughout`.
+    /// Repeats the read under the lock. `locates`: see [`Terms`].
     fn confirm(
         &mut self,
-        throughout: ReplicaSet,
+        locates: ReplicaSet,
         context: &mut Context<'_, impl Effects>,
     ) -> Progress {
         let Stage::FirstPass(pass) = &mut self.stage else {
             unreachable!("confirmed once");
         };
         let replies = pass.replies_mut().restart();
-        let terms = terms(self.tag.is_some(), throughout, context.core);
+        let terms = terms(self.tag.is_some(), locates, context.core);
         self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
     }
@@ -224,6 +233,10 @@ impl Read {
             Next::Wait => Progress::Waiting,
             Next::Answer(winner) => {
                 self.succeed(&winner, context);
+                Progress::Waiting
+            }
+            Next::Fail => {
+                self.fail(context);
                 Progress::Waiting
             }
             Next::Decided(decision) => {
@@ -276,12 +289,14 @@ impl Read {
     }
 }
 
-/// `answers`: the guest has no answer yet.
-fn terms(answers: bool, throughout: ReplicaSet, core: &Core) -> Terms {
+/// `answers`: the guest has no answer yet. `locates`: where the disk repairs.
+fn terms(answers: bool, locates: ReplicaSet, core: &Core) -> Terms {
+    let repairs = core.policy.rewrite_corrupted;
     Terms {
         rule: core.read_rule(),
-        throughout,
-        repairs_losers: core.policy.rewrite_corrupted,
+        throughout: ReplicaSet::EMPTY,
+        repairs_losers: repairs,
+        locates: core.all_if(repairs).and(locates),
         spreads: true,
         answers_early: answers,
         is_resync: false,

@@ -1,5 +1,5 @@
-//! Which writes repair a replica: the winner over what lost the vote, over legal versions that did
-//! not win, and over replicas that are repaired throughout.
+//! Which writes repair a replica: the winner over what lost the vote or is unreadable, over legal
+//! versions that did not win, and over replicas that are repaired throughout.
 //!
 //! Pure. The writes cover whole blocks and never a block with an undecided sector.
 
@@ -14,8 +14,10 @@ pub(super) struct Repairs<'a> {
     pub(super) verdict: &'a Verdict,
     /// The winning bytes of the range.
     pub(super) winner: &'a [u8],
-    /// Whether replicas are repaired where they lost the vote.
+    /// Whether replicas are repaired where they lost the vote or are unreadable.
     pub(super) losers: bool,
+    /// Where replicas are unreadable: whole blocks.
+    pub(super) unreadable: &'a [(ReplicaIndex, Vec<SectorRange>)],
     /// Where replicas are repaired in any case: they differ without being at fault (W7).
     pub(super) settled: &'a [(ReplicaIndex, Vec<SectorRange>)],
     /// Replicas that are repaired wherever there is a winner.
@@ -36,7 +38,7 @@ pub(super) struct RepairWrite {
 /// What a write of the winner replaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RepairKind {
-    /// What lost the vote.
+    /// What lost the vote, or is unreadable.
     Corrupt,
     /// A version that was as legal as the winner before the vote (W7).
     Settled,
@@ -53,6 +55,9 @@ impl Repairs<'_> {
             for dissent in &self.verdict.dissents {
                 let runs = self.decided(&dissent.bad_sectors);
                 losers.push((dissent.replica, runs, RepairKind::Corrupt));
+            }
+            for (replica, runs) in self.unreadable {
+                losers.push((*replica, self.decided(runs), RepairKind::Corrupt));
             }
         }
         for (replica, runs) in self.settled {

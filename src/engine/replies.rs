@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
+use super::repair::bytes_of;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -13,7 +14,7 @@ use crate::quorum::tally::Tally;
 pub(super) struct Replies {
     range: SectorRange,
     tally: Tally,
-    /// The data of the replicas that succeeded, by index.
+    /// By index: the data of the replicas that succeeded, and buffers of those that failed.
     buffers: Vec<Option<Buffer>>,
 }
 
@@ -87,16 +88,42 @@ impl Replies {
         match (reply.result, reply.action) {
             (Ok(()), Action::Read { into, .. }) => self.buffers[replica.as_usize()] = Some(into),
             (Ok(()), action) => panic!("a read is answered by {action:?}"),
-            (Err(errno), _) => {
+            (Err(errno), action) => {
+                // Parts of it may be read later.
+                if let Action::Read { into, .. } = action {
+                    self.buffers[replica.as_usize()] = Some(into);
+                }
                 context.report_error(replica, OperationType::Read, self.range, errno);
             }
         }
     }
 
-    /// The data of `replica`, which has succeeded.
+    /// The data of `replica`, which has succeeded, or of which parts were read.
     pub(super) fn data(&self, replica: ReplicaIndex) -> &[u8] {
         let buffer = self.buffers[replica.as_usize()].as_deref();
-        buffer.expect("a replica that succeeded has returned its buffer")
+        buffer.expect("a replica that replied has returned its buffer")
+    }
+
+    /// Reads parts of the range on `replica`, which could not read all of it.
+    pub(super) fn ask_for_parts(
+        &self,
+        replica: ReplicaIndex,
+        parts: &[SectorRange],
+        context: &mut Context<'_, impl Effects>,
+    ) {
+        for part in parts {
+            let len = usize::try_from(part.bytes()).expect("a fragment fits memory");
+            let into = context.core.pool.take(len);
+            context.submit(replica, Action::Read { range: *part, into });
+        }
+    }
+
+    /// A part of the range was read on `replica`.
+    pub(super) fn record_part(&mut self, replica: ReplicaIndex, part: SectorRange, bytes: &[u8]) {
+        let place = bytes_of(part, self.range);
+        let buffer = self.buffers[replica.as_usize()].as_deref_mut();
+        buffer.expect("a replica that replied has returned its buffer")[place]
+            .copy_from_slice(bytes);
     }
 
     /// The replicas whose replies are out, if they were asked at `limit` or before.

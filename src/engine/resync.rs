@@ -26,6 +26,7 @@ impl Resync {
             rule: context.core.read_rule(),
             throughout: std::iter::once(replica).collect(),
             repairs_losers: context.core.policy.rewrite_corrupted,
+            locates: context.core.all_if(context.core.policy.rewrite_corrupted),
             spreads: true,
             answers_early: false,
             is_resync: true,
@@ -66,7 +67,7 @@ impl Resync {
     fn go_on(&mut self, next: Next, context: &mut Context<'_, impl Effects>) -> Progress {
         match next {
             Next::Wait => Progress::Waiting,
-            Next::Answer(_) => unreachable!("nothing waits for an early answer"),
+            Next::Answer(_) | Next::Fail => unreachable!("nothing waits for an early answer"),
             Next::Decided(decision) => {
                 let next = self.confirmation.repair(&decision, context);
                 self.go_on(next, context)

@@ -3,8 +3,9 @@
 //! As in a guest's read, a difference is only a suspicion until the read was repeated under the
 //! lock of its range. If all replicas agree, the scrub takes no lock.
 
-use super::confirmation::{Confirmation, Next, Outcome, Terms};
+use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, Progress};
+use super::decision::Outcome;
 use super::first_pass::FirstPass;
 use super::interface::Effects;
 use super::replies::Replies;
@@ -44,7 +45,7 @@ impl Scrub {
         // Only the lock shows which replicas may vote on which sector.
         let confirms = partly_stale || core.shared.is_undecided(range);
         let stage = if confirms || asked.is_empty() {
-            let terms = order.terms(ReplicaSet::EMPTY, core);
+            let terms = order.terms(core);
             let replies = Replies::new(range, core);
             Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)))
         } else {
@@ -108,18 +109,14 @@ impl Scrub {
         if !pass.tally().is_complete() {
             return Progress::Waiting;
         }
-        let (succeeded, unreadable) = (pass.tally().succeeded(), pass.tally().failed());
-        let repair = if self.order.repair {
-            unreadable
-        } else {
-            ReplicaSet::EMPTY
-        };
+        let (succeeded, failed) = (pass.tally().succeeded(), pass.tally().failed());
         if pass.differs() || doubtful {
             context.effects.count(Fact::Confirmation);
-            return self.confirm(repair, context);
+            return self.confirm(context);
         }
-        if succeeded.len() < context.core.policy.threshold || !repair.is_empty() {
-            return self.confirm(repair, context);
+        // What is unreadable is found, and repaired, under the lock.
+        if succeeded.len() < context.core.policy.threshold || !failed.is_empty() {
+            return self.confirm(context);
         }
         let outcome = Outcome {
             unread: context.core.unread(self.order.range, succeeded),
@@ -128,16 +125,12 @@ impl Scrub {
         self.finish(outcome, context)
     }
 
-    fn confirm(
-        &mut self,
-        throughout: ReplicaSet,
-        context: &mut Context<'_, impl Effects>,
-    ) -> Progress {
+    fn confirm(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         let Stage::FirstPass(pass) = &mut self.stage else {
             unreachable!("confirmed once");
         };
         let replies = pass.replies_mut().restart();
-        let terms = self.order.terms(throughout, context.core);
+        let terms = self.order.terms(context.core);
         self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
         Progress::Waiting
     }
@@ -146,10 +139,10 @@ impl Scrub {
     fn go_on(&mut self, next: Next, context: &mut Context<'_, impl Effects>) -> Progress {
         match next {
             Next::Wait => Progress::Waiting,
-            Next::Answer(_) => unreachable!("nothing waits for an early answer"),
+            Next::Answer(_) | Next::Fail => unreachable!("nothing waits for an early answer"),
             Next::Decided(decision) => {
-                if !decision.is_complete() {
-                    context.report_failure(Requester::Job, OperationType::Read, self.order.range);
+                if let Some(undecided) = decision.undecided() {
+                    context.report_failure(Requester::Job, OperationType::Read, undecided);
                 }
                 let Stage::Confirming(confirmation) = &mut self.stage else {
                     unreachable!("decided by a confirmation");
@@ -177,11 +170,12 @@ impl Scrub {
 }
 
 impl ScrubOrder {
-    fn terms(&self, throughout: ReplicaSet, core: &Core) -> Terms {
+    fn terms(&self, core: &Core) -> Terms {
         Terms {
             rule: Rule::Threshold(core.policy.threshold),
-            throughout,
+            throughout: ReplicaSet::EMPTY,
             repairs_losers: core.policy.rewrite_corrupted || self.repair,
+            locates: core.all_if(true),
             spreads: self.spreads,
             answers_early: false,
             is_resync: false,

@@ -45,6 +45,8 @@ pub enum Work {
 pub struct ChunkEnd {
     /// Corrupt sectors, counted for each replica.
     pub found: u64,
+    /// Unreadable sectors, counted for each replica.
+    pub unreadable: u64,
     /// Sectors written.
     pub written: u64,
     /// Sectors that could not be written.

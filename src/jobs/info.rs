@@ -115,6 +115,8 @@ pub struct JobInfo {
     pub speed_bytes: u64,
     /// Sectors that it found corrupt, counted for each replica.
     pub corrupt_sectors_found: u64,
+    /// Sectors that it could not read, counted for each replica.
+    pub unreadable_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
     /// Why it has failed, or will.

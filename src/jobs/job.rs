@@ -37,6 +37,7 @@ pub(super) struct Job {
     needs_flush: bool,
     failed_flushes: u32,
     found: u64,
+    unreadable: u64,
     written: u64,
     not_written: u64,
     undecided: u64,
@@ -67,6 +68,7 @@ impl Job {
             needs_flush: false,
             failed_flushes: 0,
             found: 0,
+            unreadable: 0,
             written: 0,
             not_written: 0,
             undecided: 0,
@@ -108,6 +110,7 @@ impl Job {
             total_bytes: (self.done_sectors + left) * SECTOR_BYTES,
             speed_bytes: self.speed_bytes,
             corrupt_sectors_found: self.found,
+            unreadable_sectors_found: self.unreadable,
             sectors_written: self.written,
             error: self.failure(health),
         }
@@ -307,6 +310,7 @@ impl Job {
         self.failed_flushes += u32::from(end.failed);
         self.needs_flush |= self.persists && end.written > 0;
         self.found += end.found;
+        self.unreadable += end.unreadable;
         self.written += end.written;
         self.not_written += end.not_written;
         self.undecided += end.undecided;

@@ -7,7 +7,7 @@
 use sha2::{Digest as _, Sha256};
 
 use crate::common::report::{Digest, Evidence};
-use crate::common::runs::Cursor;
+use crate::common::runs::{self, Cursor};
 use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::limits::BAD_SECTOR_RUNS_MAX;
 
@@ -88,6 +88,92 @@ pub struct Verdict {
     pub excused: Vec<(ReplicaIndex, Vec<SectorRange>)>,
 }
 
+impl Verdict {
+    /// Votes again on the sectors without a winner: there are more ballots, or they have a vote on
+    /// more. A sector that has a winner keeps it.
+    pub fn vote_again(&mut self, range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) {
+        let undecided = std::mem::take(&mut self.undecided);
+        let mut more = Self::default();
+        let mut voters: Vec<Voter<'_>> = ballots.iter().map(Voter::new).collect();
+        for sector in undecided.iter().flat_map(|run| run.start..run.end()) {
+            vote_on_sector(range.start, sector, &mut voters, rule, &mut more);
+        }
+        self.undecided = more.undecided;
+        self.winners.append(&mut more.winners);
+        self.winners.sort_unstable_by_key(|run| run.range.start);
+        for dissent in more.dissents {
+            self.add_dissent(dissent);
+        }
+        for (replica, runs) in more.excused {
+            self.add_excused(replica, runs);
+        }
+    }
+
+    /// Compares a ballot with the winner wherever there is one, also where the ballot came too late
+    /// to count. `winner` is as long as `range`.
+    pub fn compare(&mut self, range: SectorRange, ballot: &Ballot<'_>, rule: Rule, winner: &[u8]) {
+        self.dissents
+            .retain(|dissent| dissent.replica != ballot.replica);
+        self.excused
+            .retain(|(replica, _)| *replica != ballot.replica);
+        let mut compared = Self::default();
+        let mut voter = Voter::new(ballot);
+        let winners = self.winners.iter().map(|run| run.range);
+        for sector in winners.flat_map(|run| run.start..run.end()) {
+            let Some(version) = voter.version(range.start, sector) else {
+                continue;
+            };
+            let offset = offset_of(range.start, sector);
+            let winner = &winner[offset..offset + SECTOR_LEN];
+            if version.bytes == winner {
+                continue;
+            }
+            if version.excused {
+                excused(&mut compared, sector, ballot.replica);
+            } else if rule != Rule::FirstListed {
+                let digests = [version.bytes, winner].map(|bytes| Sha256::digest(bytes).into());
+                lost(
+                    &mut compared,
+                    sector,
+                    ballot.replica,
+                    digests[0],
+                    digests[1],
+                );
+            }
+        }
+        for dissent in compared.dissents {
+            self.add_dissent(dissent);
+        }
+        for (replica, runs) in compared.excused {
+            self.add_excused(replica, runs);
+        }
+    }
+
+    fn add_dissent(&mut self, more: Dissent) {
+        let at = self.dissents.partition_point(|d| d.replica < more.replica);
+        match self.dissents.get_mut(at) {
+            Some(dissent) if dissent.replica == more.replica => {
+                if more.bad_sectors[0].start < dissent.bad_sectors[0].start {
+                    dissent.digest = more.digest;
+                    dissent.winner_digest = more.winner_digest;
+                }
+                dissent.bad_sectors = runs::union(&dissent.bad_sectors, &more.bad_sectors);
+            }
+            _ => self.dissents.insert(at, more),
+        }
+    }
+
+    fn add_excused(&mut self, replica: ReplicaIndex, more: Vec<SectorRange>) {
+        let at = self.excused.partition_point(|(r, _)| *r < replica);
+        match self.excused.get_mut(at) {
+            Some((present, excused)) if *present == replica => {
+                *excused = runs::union(excused, &more);
+            }
+            _ => self.excused.insert(at, (replica, more)),
+        }
+    }
+}
+
 /// Votes on every sector of `range`. The ballots come in the order in which the replicas were
 /// listed.
 pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
@@ -125,8 +211,7 @@ impl<'a> Voter<'a> {
         if self.stale.has(sector) {
             return None;
         }
-        let offset =
-            usize::try_from(sector - range_start).expect("a fragment fits memory") * SECTOR_LEN;
+        let offset = offset_of(range_start, sector);
         Some(Version {
             replica: self.replica,
             bytes: &self.bytes[offset..offset + SECTOR_LEN],
@@ -134,6 +219,11 @@ impl<'a> Voter<'a> {
             excused: self.excused.has(sector),
         })
     }
+}
+
+/// Where the bytes of `sector` begin in those of a range from `range_start` on.
+fn offset_of(range_start: u64, sector: u64) -> usize {
+    usize::try_from(sector - range_start).expect("a fragment fits memory") * SECTOR_LEN
 }
 
 #[derive(Clone, Copy)]
@@ -472,6 +562,48 @@ mod tests {
         assert!(!wins("baa", &[1, 2]), "replica 0 holds another version");
         assert!(wins("baa", &[1]));
         assert!(!wins("aaa", &[0, 1, 2]));
+    }
+
+    /// A ballot on which `-` has no vote.
+    fn ballot<'a>(replica: u8, pattern: &str, bytes: &'a [u8]) -> Ballot<'a> {
+        Ballot {
+            replica: ReplicaIndex(replica),
+            bytes,
+            stale: stale_of(pattern),
+            supporting: Vec::new(),
+            excused: Vec::new(),
+        }
+    }
+
+    #[test]
+    fn a_ballot_that_comes_later_decides_only_what_is_undecided() {
+        let range = SectorRange::new(0, 5);
+        let (first, second, late) = (bytes_of("aabcc"), bytes_of("aacbc"), bytes_of("bbbbx"));
+        let two = Rule::Threshold(2);
+        let ballots = [ballot(0, "aa---", &first), ballot(2, "aac--", &second)];
+        let mut verdict = vote(range, &ballots, two);
+        assert_eq!(verdict.undecided, [SectorRange::new(2, 3)]);
+        let ballots = [
+            ballot(0, "aabcc", &first),
+            ballot(1, "bbbb-", &late),
+            ballot(2, "aacbc", &second),
+        ];
+        verdict.vote_again(range, &ballots, two);
+        assert_eq!(verdict.undecided, []);
+        let winner = bytes_of("aabbc");
+        let lost = |verdict: &Verdict| -> Vec<_> {
+            let lost = verdict.dissents.iter();
+            lost.map(|dissent| (dissent.replica.0, dissent.bad_sectors.clone()))
+                .collect()
+        };
+        let run = SectorRange::new;
+        let before = [(0, vec![run(3, 1)]), (2, vec![run(2, 1)])];
+        assert_eq!(lost(&verdict), before);
+        // Where it came too late to vote it can still be found corrupt.
+        verdict.compare(range, &ballot(1, "bbbbx", &late), two, &winner);
+        let [first, last] = before;
+        let between = (1, vec![run(0, 2), run(4, 1)]);
+        assert_eq!(lost(&verdict), [first, between, last]);
     }
 
     #[test]

@@ -12,8 +12,9 @@ use super::plan::{bits, mask_below};
 use super::state::{
     Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, trace,
 };
+use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Report};
-use crate::common::{Errno, SectorRange};
+use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::engine::{ReadPattern, Tag};
 
 /// The error in the report of an eviction.
@@ -68,8 +69,11 @@ impl World {
         if !self.model.is_permitted(sector, value, read.began) {
             // R7: most of those that may vote agree on a winner, and most of all are right. A
             // replica that is stale in some of the range does not vote in all of it.
-            let right = read.seen.right_at(self.plan.mask(read.range), self.members);
-            let right = usize::try_from(right.count_ones()).expect("few");
+            let sectors = self.plan.mask(read.range);
+            let right = bits(u64::from(read.seen.right_at(sectors, self.members)));
+            let right = right
+                .filter(|r| read.seen.failed[*r] & sectors == 0)
+                .count();
             let majority = right > n - right && read.seen.mixed >> sector & 1 == 0;
             // Each rotten value is unique, so that no two replicas have it.
             let outvoted = if fifo {
@@ -105,7 +109,7 @@ impl World {
         })
     }
 
-    /// I1: a read does not fail while t replicas (`fifo`: one) give right answers.
+    /// I8: a read does not fail while t replicas (`fifo`: one) have a good copy of each sector.
     fn check_failed_read(&mut self, read: &Pending) -> Checked {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let needed = if fifo { 1 } else { self.plan.threshold };
@@ -131,10 +135,10 @@ impl World {
         };
         if bits(self.plan.mask(read.range)).all(enough) {
             let text = format!(
-                "read {} failed, but enough replicas give right answers",
+                "read {} failed, but enough replicas have good copies",
                 number_of(read.tag)
             );
-            return Err(Violation::new("I1", text).at(self.plan.mask(read.range)));
+            return Err(Violation::new("I8", text).at(self.plan.mask(read.range)));
         }
         Ok(())
     }
@@ -347,7 +351,10 @@ impl World {
                 let is_this = |t: &ExpectedReport| {
                     (t.replica, t.operation, t.errno) == (replica, operation, *errno)
                 };
-                if !expected.take().is_some_and(|expected| is_this(&expected)) {
+                let is_read = operation == OperationType::Read;
+                if expected.as_ref().is_some_and(is_this) {
+                    *expected = None;
+                } else if !is_read || !self.note_unreadable(replica, *range) {
                     let text = format!("replica {} has not had this error: {errno}", replica.0);
                     return Err(Violation::new("I3", text));
                 }
@@ -369,6 +376,17 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// Whether the report is of blocks that could not be read by themselves.
+    fn note_unreadable(&mut self, replica: ReplicaIndex, range: SectorRange) -> bool {
+        let (replica, sectors) = (replica.as_usize(), self.plan.mask(range));
+        let is_reported = sectors & !self.ledger.parts_failed[replica] == 0;
+        if is_reported {
+            self.ledger.parts_failed[replica] &= !sectors;
+            self.ledger.parts_unreported[replica] &= !sectors;
+        }
+        is_reported
     }
 
     /// W6: a replica is evicted if it has owed a reply for too long, and if t remain.
@@ -432,6 +450,13 @@ impl World {
 
     /// I4: nothing is in flight, and replicas are equal where no fault explains a difference.
     pub(super) fn check_quiet(&self) -> Checked {
+        for replica in self.members() {
+            let unreported = self.ledger.parts_unreported[replica];
+            if unreported != 0 {
+                let text = format!("replica {replica}: unreadable blocks were not reported");
+                return Err(Violation::new("R4", text).at(unreported));
+            }
+        }
         for sector in 0..self.changed_at.len() {
             let mut first: Option<(usize, Value)> = None;
             for replica in self.members() {
@@ -464,8 +489,11 @@ impl World {
             let mut voters: Vec<usize> = self.members().collect();
             voters.retain(|r| self.ledger.excused[*r] & sectors == 0);
             let value = |r: &usize, s: usize| self.replicas[*r].value(s);
-            let votes =
-                |r: &usize, s: usize| voters.iter().filter(|o| value(o, s) == value(r, s)).count();
+            let readable = |r: &usize, s: usize| self.ledger.unreadable[*r] >> s & 1 == 0;
+            let votes = |r: &usize, s: usize| {
+                let same = |o: &&usize| readable(o, s) && value(o, s) == value(r, s);
+                voters.iter().filter(same).count()
+            };
             for sector in bits(sectors) {
                 let start = sector - sector % block;
                 let has_winner = |s| voters.iter().any(|r| votes(r, s) >= self.plan.threshold);

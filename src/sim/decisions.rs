@@ -28,8 +28,14 @@ impl World {
             },
         );
         let before = std::mem::replace(&mut self.undecided, undecided);
-        let decided = before & !undecided & self.ledger.mixed & !self.ledger.accusable;
-        for sector in bits(decided) {
+        let decided = before & !undecided;
+        for sector in bits(decided & self.ledger.accusable) {
+            // Whatever has won: those that are stale may be so.
+            for (replica, stale) in members.iter().zip(&stale) {
+                self.mark_excused(*replica, stale & (1 << sector));
+            }
+        }
+        for sector in bits(decided & self.ledger.mixed & !self.ledger.accusable) {
             let bit = 1 << sector;
             let mut winner = None;
             for (replica, stale) in members.iter().zip(&stale) {

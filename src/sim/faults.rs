@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::Violation;
 use super::ledger::{Ledger, count};
 use super::model::Value;
-use super::plan::bits;
+use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
 
@@ -53,6 +53,9 @@ impl World {
             if self.random.chance(faults.rot) {
                 self.rot(replica);
             }
+            if self.random.chance(faults.unreadable) {
+                self.lose_sectors(replica);
+            }
             if self.random.chance(faults.writeback_error) {
                 self.fail_writeback(replica);
             }
@@ -69,6 +72,27 @@ impl World {
             trace!(self, at 1 << sector, "replica {replica}: {sector} rots to {value}");
             self.ledger.any = true;
             self.mark_corrupt(replica, 1 << sector);
+        }
+    }
+
+    /// A block, or a few, cannot be read any more until they are written, or not even written.
+    fn lose_sectors(&mut self, replica: usize) {
+        let first = self.random.index(self.changed_at.len());
+        let count = self.random.pick(&[1, 1, 1, 2, 4]);
+        let sectors = widen(mask_below(count) << first, self.plan.block_sectors);
+        let sectors = sectors & self.replicas[replica].all();
+        let unwritable = self.random.below(4) == 0;
+        trace!(
+            self,
+            at sectors,
+            "replica {replica}: {:?} cannot be read{}",
+            bits(sectors).collect::<Vec<_>>(),
+            if unwritable { " or written" } else { "" }
+        );
+        self.ledger.any = true;
+        self.mark_unreadable(replica, sectors);
+        if unwritable {
+            self.ledger.unwritable[replica] |= sectors;
         }
     }
 
@@ -139,6 +163,8 @@ impl World {
         self.tick_wanted = 0;
         self.undecided = 0;
         self.ledger.any = before.any;
+        self.ledger.unreadable = before.unreadable;
+        self.ledger.unwritable = before.unwritable;
         for sector in 0..self.changed_at.len() {
             let good = self.check_after_crash(sector, &before)?;
             let left = usize::try_from((good & !unsynced).count_ones()).expect("few");

@@ -4,8 +4,11 @@
 use std::time::Duration;
 
 use super::Violation;
-use super::plan::{PLACES, WriteCache};
+use super::ledger::Masks;
+use super::plan::{PLACES, WriteCache, bits, widen};
 use super::state::{Checked, World, trace};
+use crate::jobs::JobId;
+use crate::limits::FOLLOWED_ERRORS_REST;
 
 impl World {
     /// Runs to the end.
@@ -31,10 +34,13 @@ impl World {
         // So that no replica is late only because the others have their turn first.
         self.plan.step = Duration::from_nanos(10);
         self.hung_until = [Duration::ZERO; PLACES];
+        self.ledger.unwritable = Masks::default();
         self.resume_jobs()?;
         self.settle()?;
         self.rest()?;
         self.check_resynced()?;
+        // A replica whose repair failed is not repaired for some time.
+        self.clock += FOLLOWED_ERRORS_REST;
         self.read_all()?;
         self.check_rewritten()?;
         self.check_scrub()?;
@@ -82,14 +88,18 @@ impl World {
         self.settle()
     }
 
-    /// A scrub finds every difference and accuses no replica otherwise; one that is to repair
-    /// repairs it.
+    /// A scrub finds every difference and every block that cannot be read, and accuses no replica
+    /// otherwise; one that is to repair repairs it, and writes nowhere else.
     fn check_scrub(&mut self) -> Checked {
         self.finish_jobs()?;
-        let equal = self.are_equal();
         for repair in [false, true] {
+            let equal = self.are_equal();
             let differ = self.sectors_that_differ();
+            let may_write = self.may_be_repaired();
+            let unreadable = self.unreadable_sectors();
+            let failures = self.ledger.failures;
             self.accused = 0;
+            self.rewritten = Masks::default();
             let writes = self.rewrites;
             trace!(self, "-- scrub, repair {repair}; these differ: {differ:?}");
             let begun = self.with_jobs(|jobs, health| jobs.scrub(repair, 0, health))?;
@@ -111,6 +121,11 @@ impl World {
                 let text = format!("{sector} differs and was not found");
                 return Err(Violation::new("scrub", text).at(1 << sector));
             }
+            // After a failed flush a resync writes too.
+            if let Some(may_write) = may_write.filter(|_| failures == self.ledger.failures) {
+                self.check_unreadable(id, unreadable, repair)?;
+                self.check_nothing_else_written(&may_write)?;
+            }
             let after = self.sectors_that_differ();
             if let Some(sector) = differ
                 .iter()
@@ -123,6 +138,77 @@ impl World {
         Ok(())
     }
 
+    /// R4: the scrub `id` has counted the sectors of the blocks that cannot be read, and has
+    /// repaired what has a winner.
+    fn check_unreadable(&self, id: JobId, sectors: u64, repair: bool) -> Checked {
+        // Otherwise another scrub or a resync may have repaired some before.
+        let alone = !self.plan.rewrite_corrupted && !repair;
+        let counted = self.completed_job.as_ref();
+        let counted = counted.filter(|job| alone && job.id == id);
+        if let Some(job) = counted.filter(|job| job.unreadable_sectors_found != sectors) {
+            let text = format!(
+                "{sectors} sectors cannot be read, and the scrub found {}",
+                job.unreadable_sectors_found
+            );
+            return Err(Violation::new("R4", text));
+        }
+        if !repair {
+            return Ok(());
+        }
+        for replica in self.members() {
+            for sector in bits(self.ledger.unreadable[replica]) {
+                if self.block_of(sector).all(|sector| self.has_winner(sector)) {
+                    let text = format!("{sector} cannot be read on replica {replica}");
+                    return Err(Violation::new("R6", text).at(1 << sector));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// R6: a repair has written no more than these.
+    fn check_nothing_else_written(&self, may_write: &Masks) -> Checked {
+        for replica in self.members() {
+            let more = self.rewritten[replica] & !may_write[replica];
+            if more != 0 {
+                let text = format!("replica {replica} was repaired where nothing is corrupt");
+                return Err(Violation::new("R6", text).at(more));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no replica is stale.
+    fn is_fresh(&self) -> bool {
+        self.members()
+            .all(|replica| self.ledger.excused[replica] == 0)
+    }
+
+    /// The number of sectors that cannot be read, counted for each replica.
+    fn unreadable_sectors(&self) -> u64 {
+        let sectors = |r: usize| u64::from(self.ledger.unreadable[r].count_ones());
+        self.members().map(sectors).sum()
+    }
+
+    /// The blocks of each replica that differ from the others or cannot be read. `None` if some
+    /// replica may be stale.
+    fn may_be_repaired(&self) -> Option<Masks> {
+        let mut blocks = Masks::default();
+        for replica in self.members() {
+            let differs = |sector: &usize| {
+                let value = self.replicas[replica].value(*sector);
+                let mut others = self.members();
+                others.any(|other| self.replicas[other].value(*sector) != value)
+            };
+            let differing = (0..self.changed_at.len()).filter(differs);
+            let sectors = differing.fold(self.ledger.unreadable[replica], |mask, sector| {
+                mask | 1 << sector
+            });
+            blocks[replica] = widen(sectors, self.plan.block_sectors);
+        }
+        self.is_fresh().then_some(blocks)
+    }
+
     /// Until no job is left.
     fn finish_jobs(&mut self) -> Checked {
         while !self.jobs.is_empty() || !self.is_quiet() || !self.flights.is_empty() {
@@ -131,7 +217,7 @@ impl World {
         Ok(())
     }
 
-    /// Whether all replicas hold the same.
+    /// Whether all replicas hold the same, and can be read everywhere.
     fn are_equal(&self) -> bool {
         let first = self.members().next().unwrap_or(0);
         let value = |replica: usize, sector| self.replicas[replica].value(sector);
@@ -139,31 +225,42 @@ impl World {
             self.members()
                 .all(|r| value(r, sector) == value(first, sector))
         };
-        (0..self.changed_at.len()).all(is_first)
+        let is_readable = |r: usize| self.ledger.unreadable[r] == 0;
+        (0..self.changed_at.len()).all(is_first) && self.members().all(is_readable)
+    }
+
+    /// The sectors of the block.
+    fn block_of(&self, sector: usize) -> std::ops::Range<usize> {
+        let block = usize::try_from(self.plan.block_sectors).expect("few");
+        let start = sector - sector % block;
+        start..start + block
+    }
+
+    /// The most votes for a version of the sector, and how many replicas vote. A stale replica has
+    /// no vote; which ones are stale only the engine knows.
+    fn votes(&self, sector: usize) -> (usize, usize) {
+        let votes = |r: &usize| {
+            let readable = self.ledger.unreadable[*r] >> sector & 1 == 0;
+            self.ledger.excused[*r] == 0 && readable
+        };
+        let values: Vec<_> = self
+            .members()
+            .filter(votes)
+            .map(|r| self.replicas[r].value(sector))
+            .collect();
+        let same = |value| values.iter().filter(|other| *other == value).count();
+        (values.iter().map(same).max().unwrap_or(0), values.len())
+    }
+
+    fn has_winner(&self, sector: usize) -> bool {
+        self.votes(sector).0 >= self.plan.threshold
     }
 
     /// The sectors in which replicas differ, if each sector of their block has a winner.
     fn sectors_that_differ(&self) -> Vec<usize> {
-        let block = usize::try_from(self.plan.block_sectors).expect("few");
-        let value = |replica: usize, sector| self.replicas[replica].value(sector);
-        // A stale replica has no vote; which ones are stale only the engine knows.
-        let voters: Vec<usize> = self
-            .members()
-            .filter(|r| self.ledger.excused[*r] == 0)
-            .collect();
-        let most = |sector: usize| {
-            let votes = |r: &usize| {
-                voters
-                    .iter()
-                    .filter(|o| value(**o, sector) == value(*r, sector))
-                    .count()
-            };
-            voters.iter().map(votes).max().unwrap_or(0)
-        };
-        let has_winner = |sector: usize| most(sector) >= self.plan.threshold;
         let differs = |sector: &usize| {
-            let start = sector - sector % block;
-            (start..start + block).all(has_winner) && most(*sector) < voters.len()
+            let (most, voters) = self.votes(*sector);
+            self.block_of(*sector).all(|sector| self.has_winner(sector)) && most < voters
         };
         (0..self.changed_at.len()).filter(differs).collect()
     }

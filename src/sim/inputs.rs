@@ -32,6 +32,8 @@ pub(super) struct InputChecks {
 pub(super) struct Delivered {
     pub(super) worker: usize,
     replica: usize,
+    /// See [`Flight::part`](super::state::Flight::part).
+    part: bool,
     operation: OperationType,
     /// The sectors of the operation, a mask.
     sectors: u64,
@@ -198,6 +200,7 @@ impl World {
         let delivered = Delivered {
             worker: flight.worker,
             replica,
+            part: flight.part,
             operation: flight.operation.action.describe().0,
             sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
             write: flight.write,
@@ -234,16 +237,33 @@ impl World {
                     self.ledger.excused[replica] &= !reply.sectors;
                 }
             }
+            (OperationType::Read, true) if reply.part => {
+                self.ledger.parts_failed[replica] &= !reply.sectors;
+            }
             (_, true) => {}
             (OperationType::Write, false) => {}
             (OperationType::Read, false) => {
+                let sectors = reply.sectors;
+                // A longer range must be read again in smaller parts.
+                let is_block = u64::from(sectors.count_ones()) <= self.plan.block_sectors;
                 for pending in &mut self.pending {
-                    pending.seen.excused[replica] |= reply.sectors;
+                    pending.seen.failed[replica] |= sectors;
+                    if is_block {
+                        pending.seen.excused[replica] |= sectors;
+                    }
+                }
+                if reply.part {
+                    self.ledger.parts_failed[replica] |= sectors;
+                    if is_block && reply.evictions == self.ledger.evictions[replica] {
+                        self.ledger.parts_unreported[replica] |= sectors;
+                    }
                 }
             }
             (OperationType::Flush, false) => self.loss_reported(replica, reply.lost),
         }
-        reply.result.err().map(|errno| ExpectedReport {
+        // What cannot be read is reported when all parts of the range have been read.
+        let errno = reply.result.err().filter(|_| !reply.part);
+        errno.map(|errno| ExpectedReport {
             replica: ReplicaIndex(u8::try_from(replica).expect("few")),
             required: reply.evictions == self.ledger.evictions[replica],
             operation: reply.operation,
@@ -356,6 +376,7 @@ impl World {
                 self.ledger.any = true;
                 self.mark_excused(replica, self.replicas[replica].all());
                 self.note_unrepaired(replica);
+                self.ledger.parts_unreported[replica] = 0;
             } else {
                 trace!(self, "replica {replica} rejoins");
             }

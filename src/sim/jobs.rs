@@ -48,6 +48,9 @@ impl World {
             Some(known) => self.jobs[known] = event.job.clone(),
             None => self.jobs.push(event.job.clone()),
         }
+        if event.what == JobChange::Completed {
+            self.completed_job = Some(event.job.clone());
+        }
         match (event.what, event.job.kind, event.job.error) {
             (JobChange::Completed, JobKind::Resync(replica), None) => {
                 self.statistics.resynced += 1;

@@ -1,8 +1,8 @@
 //! What excuses a replica, sector by sector: the injected faults, and those that the engine knows.
 //!
-//! The checks ask two questions. May this replica give corrupt bytes here? May the engine leave it
-//! out? Each request in flight keeps what was true at any time since it began, so that a replica
-//! counts that was wrong when it was read and has been repaired since.
+//! The checks ask three questions. May this replica give corrupt bytes here? Can it be read here?
+//! May the engine leave it out? Each request in flight keeps what was true at any time since it
+//! began, so that a replica counts that was wrong when it was read and has been repaired since.
 
 use super::plan::PLACES;
 
@@ -20,8 +20,16 @@ pub struct Ledger {
     /// What a flush has reported durable and is not, and what was corrupt and is repaired in its
     /// cache only.
     pub falsely_durable: Masks,
+    /// Where it cannot be read until it is written.
+    pub unreadable: Masks,
+    /// The part of that where it cannot be written either.
+    pub unwritable: Masks,
     /// Where the engine knows of an error by which the replica may be stale.
     pub excused: Masks,
+    /// Where a part of a read that failed could not be read either, when it was last read.
+    pub parts_failed: Masks,
+    /// The blocks among these that the engine has not reported.
+    pub parts_unreported: Masks,
     /// Where it was being repaired when it was evicted: a resync must write there again.
     pub unrepaired: Masks,
     /// Sectors of which a failed write or a crash may have left different versions.
@@ -59,8 +67,12 @@ pub struct Seen {
     pub corrupt: Masks,
     /// Where it had dropped a page, if no error has been reported since.
     pub dropped: Masks,
-    /// Where it was excused, or has failed a read.
+    /// Where it could not be read.
+    pub unreadable: Masks,
+    /// Where it was excused, or has failed a read of a single block.
     pub excused: Masks,
+    /// Where it has failed a read of any length: it may not have voted.
+    pub failed: Masks,
     /// See [`Ledger::mixed`].
     pub mixed: u64,
 }
@@ -71,7 +83,9 @@ impl Ledger {
         Seen {
             corrupt: self.corrupt,
             dropped: self.dropped,
+            unreadable: self.unreadable,
             excused: self.excused,
+            failed: Masks::default(),
             mixed: self.mixed,
         }
     }
@@ -91,6 +105,10 @@ impl Ledger {
             &mut self.corrupt,
             &mut self.dropped,
             &mut self.falsely_durable,
+            &mut self.unreadable,
+            &mut self.unwritable,
+            &mut self.parts_failed,
+            &mut self.parts_unreported,
             &mut self.excused,
             &mut self.unrepaired,
         ];
@@ -130,7 +148,8 @@ impl Seen {
 
     /// The replicas of `members`, a mask, that gave right answers for all of the sectors.
     pub fn right_at(&self, sectors: u64, members: u32) -> u32 {
-        let is_right = |r: &usize| (self.wrong(*r) | self.excused[*r]) & sectors == 0;
+        let left_out = |r: usize| self.wrong(r) | self.excused[r] | self.unreadable[r];
+        let is_right = |r: &usize| left_out(*r) & sectors == 0;
         let members = super::plan::bits(u64::from(members));
         members.filter(is_right).fold(0, |mask, r| mask | 1 << r)
     }

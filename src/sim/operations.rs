@@ -7,7 +7,7 @@
 use super::Violation;
 use super::effects::{SECTOR_LEN, fill, number_of, parse};
 use super::model::Value;
-use super::plan::bits;
+use super::plan::{bits, widen};
 use super::state::{Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, trace};
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
@@ -55,14 +55,17 @@ impl World {
         if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
         {
             self.rewrites += 1;
+            self.rewritten[replica] |= sectors;
             self.doubt_repair(sectors);
         }
+        let part = self.engines[self.input_from].reads_part(&operation);
         let mut flight = Flight {
             worker: self.input_from,
             operation,
             fault: Fault::None,
             sectors,
             write,
+            part,
             submitted_at: self.clock,
             failures: self.before_input.failures[replica],
             evictions: self.before_input.evictions[replica],
@@ -217,8 +220,17 @@ impl World {
     fn take_effect(&mut self, index: usize, now: u64) {
         // It leaves its place for a moment, so that the rest of the state can be changed.
         let mut flight = self.flights.swap_remove(index);
-        flight.sectors &= !now;
         let replica = flight.replica();
+        let defect = match flight.operation.action {
+            Action::Read { .. } => self.ledger.unreadable[replica],
+            Action::Write { .. } | Action::Zero { .. } => self.ledger.unwritable[replica],
+            Action::Flush => 0,
+        };
+        if defect & now != 0 {
+            flight.fault = Fault::Error;
+        }
+        flight.sectors &= !now;
+        let now = now & !defect;
         let bytes_of = |sector: usize, range: &SectorRange| {
             (sector - usize::try_from(range.start).expect("few")) * SECTOR_LEN
         };
@@ -295,6 +307,7 @@ impl World {
         }
         let bit = 1 << sector;
         self.replicas[replica].write(sector, value);
+        self.ledger.unreadable[replica] &= !widen(bit, self.plan.block_sectors);
         self.changed_at[sector] = self.now;
         // An orphaned write may bring old bytes. The engine must expect them: the sector is stale.
         let unexpected = !guest || self.ledger.excused[replica] & bit == 0;

@@ -34,6 +34,8 @@ pub struct Faults {
     pub writeback_error: u32,
     /// A sector at rest changes.
     pub rot: u32,
+    /// Blocks cannot be read any more until they are written; some cannot be written either.
+    pub unreadable: u32,
     /// A write succeeds without effect.
     pub lost: u32,
     /// A write lands on other sectors.
@@ -249,6 +251,7 @@ impl Plan {
         faults.write_error = rate(&per_operation);
         faults.flush_error = rate(&[OFTEN, OFTEN * 4, OFTEN * 10]);
         faults.rot = rate(&per_step);
+        faults.unreadable = rate(&[RARE / 4, RARE, RARE * 4]);
         faults.lost = rate(&per_operation);
         faults.misdirected = rate(&per_operation);
         faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
@@ -282,6 +285,16 @@ impl Plan {
     pub fn is_faulty(&self, replica: usize) -> bool {
         self.faulty & (1 << replica) != 0
     }
+}
+
+/// The blocks that contain one of these sectors, a mask of their sectors.
+pub fn widen(sectors: u64, block_sectors: u64) -> u64 {
+    let mut widened = 0;
+    for sector in bits(sectors) {
+        let start = sector as u64 - sector as u64 % block_sectors;
+        widened |= mask_below(block_sectors) << start;
+    }
+    widened
 }
 
 /// The lowest `count` bits.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::Collected;
-use super::ledger::{Failures, Ledger, Seen};
+use super::ledger::{Failures, Ledger, Masks, Seen};
 use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
@@ -147,6 +147,10 @@ pub struct World {
     pub(super) undecided: u64,
     /// The number of writes that were no guest's: repairs, and copies of a resync.
     pub(super) rewrites: u64,
+    /// Where these have written, since the last look.
+    pub(super) rewritten: Masks,
+    /// The last job that is complete.
+    pub(super) completed_job: Option<JobInfo>,
     /// From now on no fault is injected.
     pub(super) faults_ended: bool,
     /// A crash has happened.
@@ -240,6 +244,8 @@ pub(super) struct Flight {
     pub(super) sectors: u64,
     /// The number of the guest write that it belongs to.
     pub(super) write: Option<u64>,
+    /// It reads a part of a range whose read has failed.
+    pub(super) part: bool,
     pub(super) submitted_at: Duration,
     /// [`Ledger::failures`] of the replica when it was submitted.
     pub(super) failures: u32,
@@ -270,6 +276,7 @@ impl Flight {
 
     pub(super) fn name(&self) -> &'static str {
         match (&self.operation.action, self.write) {
+            (Action::Read { .. }, _) if self.part => "read of a part",
             (Action::Read { .. }, _) => "read",
             (Action::Write { .. }, Some(_)) => "write",
             (Action::Write { .. }, None) => "rewrite",
@@ -331,6 +338,8 @@ impl World {
             accused: 0,
             undecided: 0,
             rewrites: 0,
+            rewritten: Masks::default(),
+            completed_job: None,
             shared: Arc::new(Shared::new(1, 1, 1, 1)),
             engines: Vec::new(),
             pools: pools[..plan.workers].to_vec(),
@@ -483,6 +492,14 @@ impl World {
         self.ledger.unrepaired[replica] &= !sectors;
         for pending in &mut self.pending {
             pending.seen.corrupt[replica] |= sectors;
+        }
+    }
+
+    /// The replica cannot be read there from now on.
+    pub(super) fn mark_unreadable(&mut self, replica: usize, sectors: u64) {
+        self.ledger.unreadable[replica] |= sectors;
+        for pending in &mut self.pending {
+            pending.seen.unreadable[replica] |= sectors;
         }
     }
 

@@ -11,6 +11,7 @@ mod range_sets;
 mod shared_flush;
 mod slow_replica;
 mod unfinished_repair;
+mod unreadable_blocks;
 
 use std::time::{Duration, Instant};
 

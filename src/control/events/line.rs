@@ -124,6 +124,7 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
         error: job.error.map(|error| error.to_string()),
         node_name: replica.as_deref(),
         corrupt_sectors_found: job.corrupt_sectors_found,
+        unreadable_sectors_found: job.unreadable_sectors_found,
         sectors_written: job.sectors_written,
     };
     line(name, data, made_at)
@@ -246,6 +247,7 @@ struct JobEnd<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Option<&'a str>,
     corrupt_sectors_found: u64,
+    unreadable_sectors_found: u64,
     sectors_written: u64,
 }
 

@@ -139,6 +139,8 @@ fn job_fields(event: &JobEvent, names: &Names) -> Vec<Field> {
             fields.push(("len", job.total_bytes.to_string()));
             let found = job.corrupt_sectors_found.to_string();
             fields.push(("corrupt-sectors-found", found));
+            let unreadable = job.unreadable_sectors_found.to_string();
+            fields.push(("unreadable-sectors-found", unreadable));
             fields.push(("sectors-written", job.sectors_written.to_string()));
             if let Some(error) = job.error {
                 fields.push(("error", error.to_string()));

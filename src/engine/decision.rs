@@ -1,0 +1,115 @@
+//! From the replies to a read under the lock to the winner of each sector.
+
+use std::rc::Rc;
+
+use super::context::Core;
+use super::repair::bytes_of;
+use super::replies::Replies;
+use super::survey::Survey;
+use crate::common::buffer::Buffer;
+use crate::common::runs;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::jobs::ChunkEnd;
+use crate::quorum::health::Disputed;
+use crate::quorum::vote::{Ballot, Verdict};
+
+/// The votes are counted.
+#[derive(Debug)]
+pub(super) struct Decision {
+    pub(super) verdict: Verdict,
+    /// The winning bytes, unspecified in undecided sectors. `None` if every sector is undecided.
+    pub(super) winner: Option<Rc<Buffer>>,
+}
+
+impl Decision {
+    /// The bytes of the range, if every sector has a winner.
+    pub(super) fn winner(&self) -> Option<&[u8]> {
+        let winner = self.winner.as_ref().filter(|_| self.is_complete());
+        winner.map(|buffer| &buffer[..])
+    }
+
+    /// Whether every sector has a winner.
+    pub(super) fn is_complete(&self) -> bool {
+        self.verdict.undecided.is_empty()
+    }
+
+    /// From the first sector without a winner to the last.
+    pub(super) fn undecided(&self) -> Option<SectorRange> {
+        let undecided = &self.verdict.undecided;
+        let (first, last) = (undecided.first()?, undecided.last()?);
+        Some(SectorRange::new(first.start, last.end() - first.start))
+    }
+}
+
+/// What a confirmation found and did, in sectors counted once for each replica.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Outcome {
+    /// Sectors that lost the vote.
+    pub(super) found: u64,
+    /// Sectors that could not be read.
+    pub(super) unreadable: u64,
+    /// Sectors repaired.
+    pub(super) written: u64,
+    /// Sectors whose repair failed.
+    pub(super) not_written: u64,
+    /// Sectors without a winner.
+    pub(super) undecided: u64,
+    /// Members that should have been read, and were not everywhere.
+    pub(super) unread: ReplicaSet,
+}
+
+impl From<Outcome> for ChunkEnd {
+    fn from(outcome: Outcome) -> Self {
+        Self {
+            found: outcome.found,
+            unreadable: outcome.unreadable,
+            written: outcome.written,
+            not_written: outcome.not_written,
+            undecided: outcome.undecided,
+            unread: outcome.unread,
+            failed: false,
+        }
+    }
+}
+
+/// The ballots of the replicas that succeeded, and of those of which parts were read.
+pub(super) fn ballots<'a>(
+    replies: &'a Replies,
+    surveys: &[Survey],
+    disputed: &Disputed,
+    core: &Core,
+) -> Vec<Ballot<'a>> {
+    let range = replies.range();
+    let surveyed: ReplicaSet = surveys.iter().map(|survey| survey.replica).collect();
+    let voters = replies.tally().succeeded().or(surveyed);
+    let stale = core.shared.health(|health| {
+        let stale_parts = |replica| health.stale_parts(replica, range);
+        voters.iter().map(stale_parts).collect::<Vec<_>>()
+    });
+    let ballot = |(replica, stale): (ReplicaIndex, Vec<SectorRange>)| {
+        let survey = surveys.iter().find(|survey| survey.replica == replica);
+        let not_read = survey.map_or(Vec::new(), |survey| survey.not_read(range));
+        Ballot {
+            replica,
+            bytes: replies.data(replica),
+            stale: runs::union(&stale, &not_read),
+            supporting: Vec::new(),
+            excused: disputed.undecided.clone(),
+        }
+    };
+    voters.iter().zip(stale).map(ballot).collect()
+}
+
+/// Copies the winning versions into one buffer. `None` if every sector is undecided. The bytes of
+/// undecided sectors are unspecified and must not be used.
+pub(super) fn assemble(replies: &Replies, verdict: &Verdict, core: &Core) -> Option<Buffer> {
+    verdict.winners.first()?;
+    let range = replies.range();
+    let len = usize::try_from(range.bytes()).expect("a fragment fits memory");
+    let mut winner = core.pool.take(len);
+    for run in &verdict.winners {
+        let bytes = bytes_of(run.range, range);
+        winner[bytes.clone()].copy_from_slice(&replies.data(run.held_by)[bytes]);
+    }
+    Some(winner)
+}

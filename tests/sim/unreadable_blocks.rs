@@ -1,0 +1,201 @@
+//! Replicas that cannot read single blocks, or nothing at all: what the guest gets, what is
+//! repaired, and how many operations that costs.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::time::Duration;
+
+use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
+use quorum_blk::common::operation::{Action, Operation};
+use quorum_blk::common::report::{Cause, Report};
+use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
+use quorum_blk::jobs::Sizes;
+use quorum_blk::sim::effects::{Collected, Effect, tag};
+
+const EIO: Errno = Errno(5);
+const BLOCK: u64 = 8;
+/// The longest read: 1 MiB.
+const RANGE: SectorRange = SectorRange {
+    start: 2048,
+    count: 2048,
+};
+
+/// A disk on which every operation ends at once.
+struct Disk {
+    engine: Engine,
+    effects: Collected,
+    /// Sectors that a replica cannot read.
+    unreadable: BTreeSet<(ReplicaIndex, u64)>,
+    operations: usize,
+    /// What was written, and which errors were reported.
+    written: Vec<(ReplicaIndex, SectorRange)>,
+    reported: Vec<(ReplicaIndex, SectorRange)>,
+    answers: Vec<bool>,
+}
+
+impl Disk {
+    fn new(replicas: usize, threshold: usize, rewrite_corrupted: bool) -> Self {
+        let policy = Policy {
+            threshold,
+            read_pattern: ReadPattern::Quorum,
+            rewrite_corrupted,
+            blkverify: false,
+            job_sizes: Sizes {
+                neighbourhood_sectors: 0,
+                ..Sizes::default()
+            },
+            block_sectors: BLOCK,
+            replica_timeout: Duration::from_secs(1),
+        };
+        let shared = Arc::new(Shared::new(replicas, threshold, 1, 1 << 16));
+        let engine = Engine::new(
+            WorkerIndex(0),
+            policy,
+            shared,
+            BufferPool::default(),
+            TurnClock::default(),
+        );
+        Self {
+            engine,
+            effects: Collected::default(),
+            unreadable: BTreeSet::new(),
+            operations: 0,
+            written: Vec::new(),
+            reported: Vec::new(),
+            answers: Vec::new(),
+        }
+    }
+
+    fn lose(&mut self, replica: u8, range: SectorRange) {
+        let sectors = range.start..range.end();
+        self.unreadable
+            .extend(sectors.map(|sector| (ReplicaIndex(replica), sector)));
+    }
+
+    /// Reads all of [`RANGE`]. Returns whether that succeeds, and after how many operations the
+    /// engine is idle.
+    fn read(&mut self) -> (bool, usize) {
+        let before = self.operations;
+        self.engine
+            .submit(tag(1), GuestRequest::Read(RANGE), &mut self.effects);
+        loop {
+            let effects: Vec<Effect> = self.effects.effects.drain(..).collect();
+            if effects.is_empty() {
+                break;
+            }
+            for effect in effects {
+                self.carry_out(effect);
+            }
+        }
+        assert!(self.engine.is_idle(), "operations without an end");
+        (
+            self.answers.pop().expect("an answer"),
+            self.operations - before,
+        )
+    }
+
+    fn carry_out(&mut self, effect: Effect) {
+        match effect {
+            Effect::Submit(operation) => self.run(operation),
+            Effect::Complete(_, result) => self.answers.push(result.is_ok()),
+            Effect::Report(Report::Bad {
+                replica,
+                range,
+                cause: Cause::Error(_),
+                ..
+            }) => self.reported.push((replica, range)),
+            _ => {}
+        }
+    }
+
+    fn run(&mut self, mut operation: Operation) {
+        self.operations += 1;
+        let replica = operation.replica;
+        let result = match &mut operation.action {
+            Action::Read { range, into } => {
+                into.fill(7);
+                let from = (replica, range.start);
+                let to = (replica, range.end());
+                match self.unreadable.range(from..to).next() {
+                    Some(_) => Err(EIO),
+                    None => Ok(()),
+                }
+            }
+            Action::Write { range, .. } => {
+                self.written.push((replica, *range));
+                for sector in range.start..range.end() {
+                    self.unreadable.remove(&(replica, sector));
+                }
+                Ok(())
+            }
+            action => panic!("{action:?}"),
+        };
+        let reply = operation.reply(result);
+        self.engine.reply(reply, &mut self.effects);
+    }
+}
+
+fn block(sector: u64) -> SectorRange {
+    SectorRange::new(sector - sector % BLOCK, BLOCK)
+}
+
+#[test]
+fn in_different_places_fail_nothing() {
+    let mut disk = Disk::new(3, 2, false);
+    disk.lose(0, SectorRange::new(2100, 1));
+    disk.lose(1, block(3500));
+    let (succeeds, operations) = disk.read();
+    assert!(succeeds, "each block has two good copies");
+    // Three reads, three under the lock, and some parts.
+    assert!(operations <= 6 + 24, "{operations}");
+    assert_eq!(disk.written, []);
+    let whole = [0, 1, 0, 1].map(|replica| (ReplicaIndex(replica), RANGE));
+    assert_eq!(disk.reported[..4], whole);
+}
+
+#[test]
+fn in_the_same_place_fail_the_read_that_has_it() {
+    let mut disk = Disk::new(3, 2, false);
+    disk.lose(0, block(3000));
+    disk.lose(1, block(3000));
+    let (succeeds, operations) = disk.read();
+    assert!(!succeeds, "one block has one good copy");
+    assert!(operations <= 6 + 2 * 24, "{operations}");
+}
+
+#[test]
+fn are_repaired_and_nothing_else() {
+    let mut disk = Disk::new(3, 2, true);
+    disk.lose(0, SectorRange::new(2100, 1));
+    disk.lose(1, SectorRange::new(3496, 16));
+    assert!(disk.read().0);
+    let repaired = [
+        (ReplicaIndex(0), block(2100)),
+        (ReplicaIndex(1), SectorRange::new(3496, 16)),
+    ];
+    assert_eq!(disk.written, repaired);
+    assert_eq!(disk.reported[4..], repaired, "as such, once");
+    assert_eq!(disk.read(), (true, 3), "all is well again");
+}
+
+#[test]
+fn everywhere_cost_few_operations() {
+    // It is needed, and the read fails.
+    let mut disk = Disk::new(2, 2, false);
+    disk.lose(1, RANGE);
+    let (succeeds, operations) = disk.read();
+    assert!(!succeeds);
+    assert!(operations <= 4 + 4 * 5, "{operations}");
+    // It is not needed, and nothing repairs it.
+    let mut disk = Disk::new(3, 2, false);
+    disk.lose(1, RANGE);
+    assert_eq!(disk.read(), (true, 3));
+    // It is repaired as a whole.
+    let mut disk = Disk::new(3, 2, true);
+    disk.lose(1, RANGE);
+    let (succeeds, operations) = disk.read();
+    assert!(succeeds && operations <= 6 + 24 + 1, "{operations}");
+    assert_eq!(disk.written, [(ReplicaIndex(1), RANGE)]);
+}
