@@ -4,9 +4,9 @@
 # Under target/clients/ or $CARGO_TARGET_DIR/clients/:
 #   venv/        the QEMU project's monitor client, qemu.qmp, with qmp-shell
 #   promtool     Prometheus' checker of metrics
-# Installs python3-venv, systemd's tools, shells and man page readers if they are missing (on Debian
-# and its derivatives; as root or through sudo). Does and prints nothing if everything is there.
-# Remove that directory to build everything again.
+# Installs python3-venv, systemd's tools, shells, man page readers and btrfs-progs if they are
+# missing (on Debian and its derivatives; as root or through sudo). Does and prints nothing if
+# everything is there. Remove that directory to build everything again.
 
 set -eu
 
@@ -30,11 +30,13 @@ install_packages() {
         apt-get install --yes --no-install-recommends "$@"
 }
 
-# Installs the programs with which the tests try the installed files.
+# Installs the programs with which the tests try the installed files, and make a file system that
+# checks what it reads.
 install_tools() {
     missing=
     for tool in systemd:systemd-analyze systemd:systemd-socket-activate systemd:systemd-sysusers \
-        man-db:man mandoc:mandoc zsh:zsh fish:fish; do
+        man-db:man mandoc:mandoc zsh:zsh fish:fish \
+        btrfs-progs:mkfs.btrfs; do
         command -v "${tool#*:}" >/dev/null || missing="$missing ${tool%:*}"
     done
     # shellcheck disable=SC2086

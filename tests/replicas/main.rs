@@ -1,5 +1,6 @@
 //! What the disk promises while replicas differ, fail, hang, grow and are replaced.
 
+mod bad_blocks;
 mod busy_file_systems;
 mod failed_writes;
 mod faults;
