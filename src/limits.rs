@@ -212,6 +212,12 @@ pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
+/// A replica is flapping when it was evicted this often in [`FLAPPING_WINDOW`].
+pub const FLAPPING_EVICTIONS: usize = 3;
+
+/// See [`FLAPPING_EVICTIONS`].
+pub const FLAPPING_WINDOW: Duration = Duration::from_secs(600);
+
 /// How often the daemon looks whether an image was truncated, deleted or moved.
 pub const IMAGE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 

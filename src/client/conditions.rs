@@ -68,6 +68,11 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
             format!("{name} is evicted: it does not answer; it rejoins when it does"),
             format!("if it never does: quorum-blkctl replace {name} FILE"),
         ),
+        "flapping" => Advice::new(
+            Style::Warning,
+            format!("{name} is flapping: it was evicted again and again of late"),
+            format!("check its disk and the way to it, or replace {name} FILE"),
+        ),
         "stale" => {
             let is_its_resync = |job: &&Job| {
                 job.r#type == "quorum-resync"

@@ -24,6 +24,8 @@ pub enum Health {
 pub enum ReplicaCondition {
     /// It did not answer in time and is not asked until it does.
     Evicted,
+    /// It was evicted often of late.
+    Flapping,
     /// It does not hold the newest data everywhere.
     Stale,
     /// It lost its last vote somewhere.
@@ -75,6 +77,7 @@ words! {
     Health { Healthy = "healthy", Degraded = "degraded", Failing = "failing" }
     ReplicaCondition {
         Evicted = "evicted",
+        Flapping = "flapping",
         Stale = "stale",
         Corrupt = "corrupt",
         Errors = "errors",
@@ -88,6 +91,7 @@ words! {
 /// The conditions of a replica in this state.
 pub fn of_replica(
     state: ServiceState,
+    is_flapping: bool,
     stale_bytes: u64,
     corrupt_sectors: u64,
     errors: &Errors,
@@ -95,6 +99,7 @@ pub fn of_replica(
 ) -> Vec<ReplicaCondition> {
     chosen([
         (state == ServiceState::Evicted, ReplicaCondition::Evicted),
+        (is_flapping, ReplicaCondition::Flapping),
         (stale_bytes > 0, ReplicaCondition::Stale),
         (corrupt_sectors > 0, ReplicaCondition::Corrupt),
         (!errors.is_empty(), ReplicaCondition::Errors),

@@ -17,6 +17,7 @@ mod client;
 pub mod condition;
 pub mod errors;
 pub mod events;
+mod flapping;
 mod fold;
 pub mod http;
 mod json;

@@ -3,7 +3,8 @@
 //! Invariants:
 //! - [`push`](EventQueue::push) waits for no reader: it takes one lock, which is never held during
 //!   a system call, and writes at most one eventfd, which does not block.
-//! - The map of findings and the log of errors have locks of their own, which are held as briefly.
+//! - The map of findings, the log of errors and that of evictions have locks of their own, which
+//!   are held as briefly.
 //! - Events that are not taken stay bounded: they are folded (`fold`) and remain counted.
 
 use std::io;
@@ -13,6 +14,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use super::errors::{ErrorLog, Errors};
 use super::events::{Event, Notice};
+use super::flapping::Evictions;
 use super::fold::{Fold, FoldLimits};
 use super::map::DiskMap;
 use super::wake::Wake;
@@ -32,6 +34,8 @@ pub struct EventQueue {
     map: Mutex<DiskMap>,
     /// Likewise.
     errors: Mutex<ErrorLog>,
+    /// Likewise.
+    evictions: Mutex<Evictions>,
     /// Readable when there is something new for the publisher.
     wake: Wake,
     /// The start of the time of the folding.
@@ -67,6 +71,7 @@ impl EventQueue {
             }),
             map: Mutex::new(DiskMap::new()),
             errors: Mutex::default(),
+            evictions: Mutex::default(),
             wake: Wake::new()?,
             opened_at: Instant::now(),
         }))
@@ -81,6 +86,8 @@ impl EventQueue {
         };
         self.map().record(&event.notice);
         self.errors().record(&event.notice, event.made_at);
+        self.evictions()
+            .record(&event.notice, self.opened_at.elapsed());
         let wake = {
             let mut state = self.state();
             state.fold.push(self.opened_at.elapsed(), event)
@@ -96,10 +103,17 @@ impl EventQueue {
         self.map().repaired(replica, range);
     }
 
-    /// Clears the row of the map, and the errors: a new replica has this index.
+    /// Clears the row of the map, the errors and the evictions: a new replica has this index.
     pub fn forget(&self, replica: ReplicaIndex) {
         self.map().forget(replica);
         self.clear_errors(replica);
+        self.evictions().forget(replica);
+    }
+
+    /// Whether a replica was evicted often of late.
+    pub fn is_flapping(&self, replica: ReplicaIndex) -> bool {
+        self.evictions()
+            .is_flapping(replica, self.opened_at.elapsed())
     }
 
     /// The errors of a replica that are not cleared.
@@ -166,6 +180,10 @@ impl EventQueue {
 
     fn errors(&self) -> MutexGuard<'_, ErrorLog> {
         self.errors.lock().expect(NOT_POISONED)
+    }
+
+    fn evictions(&self) -> MutexGuard<'_, Evictions> {
+        self.evictions.lock().expect(NOT_POISONED)
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

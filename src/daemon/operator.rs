@@ -202,6 +202,7 @@ impl DiskOperator {
                 state,
                 conditions: condition::of_replica(
                     state,
+                    self.reports.is_flapping(index),
                     stale_bytes,
                     corrupt_sectors,
                     &errors,

@@ -177,7 +177,8 @@ fn an_eviction_and_the_return_are_events() {
     };
     let disk = Disk::start(System::Ours, &plan);
     disk.faulty(1).inject(Operation::Write, Fault::Hang);
-    disk.connect().write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+    let mut client = disk.connect();
+    client.write(0, 0, &[7; BLOCK_BYTES]).unwrap();
     disk.wait_for("QUORUM_REPLICA_EVICTED", Some(1));
     let text = status(&disk, "degraded");
     assert!(text.contains("is evicted: it does not answer"), "{text}");
@@ -189,6 +190,19 @@ fn an_eviction_and_the_return_are_events() {
     disk.wait_for("QUORUM_REPLICA_REJOINED", Some(1));
     let is_copied = || state(&disk)["health"] == "healthy";
     assert!(wait_until(HANG_LIMIT, is_copied), "{}", state(&disk));
+
+    // Again and again: it is back each time, but not healthy any more.
+    for round in 2..=3 {
+        disk.faulty(1).inject(Operation::Write, Fault::Hang);
+        client.write(0, 0, &[round; BLOCK_BYTES]).unwrap();
+        disk.faulty(1).clear_faults();
+        let is_back = || {
+            let replica = &state(&disk)["replicas"][1];
+            replica["rejoins"] == round && replica["stale-bytes"] == 0
+        };
+        assert!(wait_until(HANG_LIMIT, is_back), "{}", state(&disk));
+    }
+    assert!(status(&disk, "degraded").contains("r1 is flapping"));
 }
 
 #[test]
