@@ -118,7 +118,6 @@ fn metrics_count_what_happened_and_are_well_formed() {
             1.0,
         ),
         (r#"quorum_blk_requests_in_flight{type="write"}"#, 0.0),
-        ("quorum_blk_confirmations_total", 1.0),
         (
             r#"quorum_blk_replica_corrupt_sectors_found_total{replica="1.raw"}"#,
             2.0,
@@ -148,6 +147,9 @@ fn metrics_count_what_happened_and_are_well_formed() {
     ] {
         assert_eq!(values.get(series), Some(&expected), "{series} in {text}");
     }
+    // The scrub of the neighbourhood may meet the sectors while they are being repaired.
+    let confirmations = values["quorum_blk_confirmations_total"];
+    assert!((1.0..=2.0).contains(&confirmations), "{confirmations}");
     // The read, and the read that confirmed it.
     let reads = values[r#"quorum_blk_replica_operations_total{replica="0.raw",type="read"}"#];
     assert!(reads >= 2.0, "{reads}");
