@@ -189,6 +189,19 @@ pub const NEIGHBOURHOOD_REST: Duration = Duration::from_secs(60);
 /// How often a worker looks for slow replicas while requests are in flight, in microseconds.
 pub const TICK_MICROSECONDS: u64 = 2000;
 
+/// A flush or a zeroing may take so many times the replica timeout before the replica is late, and
+/// background work evicts a replica that has ended nothing at all for as long: a flush may have to
+/// write back much of the page cache.
+pub const LATE_LONG_LIMIT: u32 = 10;
+
+/// A replica may need twice as long as its peers have needed, up to so many times the limit of the
+/// operation.
+pub const LATE_MOST: u32 = 10;
+
+/// The longest that a replica may keep an operation if it is not needed, whatever else it does and
+/// however slow its peers are, in replica timeouts.
+pub const LATE_PATIENCE_MOST: u32 = LATE_LONG_LIMIT * LATE_MOST;
+
 /// How long a virtqueue that is being stopped, or the whole daemon at its end, waits for replicas.
 /// After `replica_timeout` a replica that is not needed is evicted. Requests that waited for it
 /// continue with the others, which get the same time once more. Then the remaining requests are

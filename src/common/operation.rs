@@ -92,6 +92,11 @@ impl Action {
         }
     }
 
+    /// Whether it may take much longer than a read or a write.
+    pub fn is_long(&self) -> bool {
+        matches!(self, Self::Zero { .. } | Self::Flush)
+    }
+
     /// Bytes of buffer that the operation keeps in use.
     pub fn bytes(&self) -> u64 {
         match self {

@@ -20,6 +20,7 @@ use std::time::Duration;
 use super::context::{Context, Core};
 use super::decision::{Decision, Outcome, assemble, ballots};
 use super::interface::Effects;
+use super::lateness::{Kind, Out};
 use super::probing::Probing;
 use super::range_locks::LockKey;
 use super::repair::{RepairKind, RepairWrite, Repairs, bytes_of, decided};
@@ -576,6 +577,30 @@ impl Confirmation {
                 .map(|(replica, _)| *replica)
                 .collect(),
             Step::WaitingForLock | Step::Asking | Step::Decided => self.replies.tally().waiting(),
+        }
+    }
+
+    /// What the confirmation waits for.
+    pub(super) fn out(&self, kind: Kind) -> Out {
+        let tally = self.replies.tally();
+        let repairs = matches!(self.step, Step::Repairing { .. });
+        let (kind, needed) = match self.terms.rule {
+            // Without a repair the sectors are as bad as before.
+            _ if repairs && kind == Kind::Read => (Kind::Write, 0),
+            _ if repairs => (kind, 0),
+            // Nothing waits for an answer from the parts.
+            _ if matches!(self.step, Step::Probing(_)) && !self.terms.answers_early => (kind, 0),
+            Rule::Threshold(threshold) => (kind, threshold),
+            Rule::FirstListed => (kind, 1),
+        };
+        Out {
+            kind,
+            asked_at: self.asked_at,
+            later: (ReplicaSet::EMPTY, Duration::ZERO),
+            waiting: self.waiting_since(Duration::MAX),
+            done: tally.succeeded(),
+            needed,
+            waits_for_all: false,
         }
     }
 

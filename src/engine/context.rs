@@ -10,12 +10,13 @@ use super::flush_queue::{FlushQueue, Origin};
 use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
 use super::latencies::Latencies;
+use super::lateness::Lateness;
 use super::range_locks::LockKey;
 use super::read_errors::ReadErrors;
 use super::shared::{Shared, Waiter, WorkerIndex};
 use crate::common::buffer::{Buffer, BufferPool};
 use crate::common::clock::TurnClock;
-use crate::common::operation::{Action, Operation, OperationType, RequestId};
+use crate::common::operation::{Action, Operation, OperationType, Reply, RequestId};
 use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
@@ -32,6 +33,7 @@ pub(super) struct Core {
     pub(super) pool: BufferPool,
     pub(super) clock: TurnClock,
     pub(super) latencies: Latencies,
+    pub(super) lateness: Lateness,
     pub(super) background: Background,
     pub(super) in_flight: InFlight,
     pub(super) read_errors: ReadErrors,
@@ -74,6 +76,7 @@ impl Core {
         pool: BufferPool,
         clock: TurnClock,
     ) -> Self {
+        let lateness = Lateness::new(policy.replica_timeout);
         Self {
             worker,
             policy,
@@ -81,6 +84,7 @@ impl Core {
             pool,
             clock,
             latencies: Latencies::new(),
+            lateness,
             background: Background::default(),
             in_flight: InFlight::default(),
             read_errors: ReadErrors::default(),
@@ -126,6 +130,14 @@ impl Core {
             fresh
         } else {
             fresh.without(lagging)
+        }
+    }
+
+    /// Strikes out an operation that has ended.
+    pub(super) fn ended(&mut self, reply: &Reply) {
+        self.in_flight.ended(reply);
+        if reply.action.is_long() {
+            self.shared.loads().long_ended(reply.replica);
         }
     }
 
@@ -190,6 +202,9 @@ impl<E: Effects> Context<'_, E> {
             action,
         };
         self.core.in_flight.submitted(&operation);
+        if operation.action.is_long() {
+            self.core.shared.loads().long_begins(replica);
+        }
         self.effects.submit(operation);
     }
 

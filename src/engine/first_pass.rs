@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
+use super::lateness::{Kind, Out};
 use super::replies::Replies;
 use crate::common::operation::Reply;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -144,6 +145,19 @@ impl FirstPass {
         let first = self.replies.waiting_since(self.asked_at, limit);
         let later = self.replies.waiting_since(self.later_at, limit);
         first.without(self.later).or(later.and(self.later))
+    }
+
+    /// What the pass waits for, if it is decided with `needed` replies.
+    pub(super) fn out(&self, kind: Kind, needed: usize) -> Out {
+        Out {
+            kind,
+            asked_at: self.asked_at,
+            later: (self.later, self.later_at),
+            waiting: self.tally().waiting(),
+            done: self.tally().succeeded(),
+            needed,
+            waits_for_all: false,
+        }
     }
 
     /// The replicas that the pass has asked or may still ask.

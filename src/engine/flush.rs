@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::context::{Context, Progress};
 use super::flush_queue::{Origin, Waiting};
 use super::interface::{Effects, Failed};
+use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
@@ -87,7 +88,13 @@ impl Flush {
         reply: &Reply,
         context: &mut Context<'_, impl Effects>,
     ) -> Progress {
-        let Stage::Flushing { tally, epoch, .. } = &mut self.stage else {
+        let Stage::Flushing {
+            tally,
+            epoch,
+            asked_at,
+            ..
+        } = &mut self.stage
+        else {
             unreachable!("a reply comes to an operation in flight");
         };
         let (replica, success) = (reply.replica, reply.result.is_ok());
@@ -95,6 +102,12 @@ impl Flush {
             return Progress::Waiting;
         }
         tally.record(replica, success);
+        let now = context.now();
+        let taken = now.saturating_sub(*asked_at);
+        context
+            .core
+            .lateness
+            .observe(Kind::Flush, replica, taken, now);
         let shared = context.shared();
         shared.change_health(|health| health.flush_ended(*epoch, replica, success));
         if let Err(errno) = reply.result {
@@ -163,6 +176,12 @@ impl Flush {
         }
     }
 
+    /// Whether no guest waits for it.
+    pub(super) fn is_of_a_job(&self) -> bool {
+        let of_a_job = |waiting: &Waiting| matches!(waiting.origin, Origin::Job(_));
+        self.origins().iter().all(of_a_job)
+    }
+
     /// The replicas that the flush has been handed to.
     pub(super) fn refers_to(&self) -> ReplicaSet {
         match &self.stage {
@@ -180,6 +199,30 @@ impl Flush {
 
     pub(super) fn waits_for_lock(&self) -> bool {
         matches!(self.stage, Stage::WaitingForLock)
+    }
+
+    /// What the flush waits for, once it has its lock.
+    pub(super) fn out(&self, threshold: usize) -> Option<Out> {
+        let Stage::Flushing {
+            tally, asked_at, ..
+        } = &self.stage
+        else {
+            return None;
+        };
+        let kind = if self.is_of_a_job() {
+            Kind::Job
+        } else {
+            Kind::Flush
+        };
+        Some(Out {
+            kind,
+            asked_at: *asked_at,
+            later: (ReplicaSet::EMPTY, Duration::ZERO),
+            waiting: tally.waiting(),
+            done: tally.succeeded(),
+            needed: threshold,
+            waits_for_all: true,
+        })
     }
 
     /// The replicas whose replies are out, if they were asked at `limit` or before.

@@ -20,6 +20,8 @@ pub(super) struct InFlight {
 struct Load {
     operations: usize,
     bytes: u64,
+    /// Operations that have ended; wraps.
+    ended: u32,
 }
 
 impl InFlight {
@@ -52,6 +54,12 @@ impl InFlight {
         *operations -= 1;
         load.operations -= 1;
         load.bytes -= bytes;
+        load.ended = load.ended.wrapping_add(1);
+    }
+
+    /// How many operations on a replica have ended; wraps.
+    pub(super) fn ended_on(&self, replica: ReplicaIndex) -> u32 {
+        self.by_replica[replica.as_usize()].ended
     }
 
     /// How many operations of a request are in flight.

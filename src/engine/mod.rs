@@ -49,6 +49,7 @@ mod interface;
 #[cfg(any(test, feature = "sim"))]
 pub mod interleaving;
 mod latencies;
+mod lateness;
 mod probing;
 mod range_locks;
 mod read;
@@ -152,6 +153,18 @@ impl Engine {
         })
     }
 
+    /// Whether `request`, which has operations in flight, belongs to a job.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn is_of_a_job(&self, request: RequestId) -> bool {
+        let mut slots = self.slots.iter();
+        let of_a_job = |slot: &Slot| match &slot.request {
+            Request::Scrub(_) | Request::Resync(_) => true,
+            Request::Flush(flush) => flush.is_of_a_job(),
+            _ => false,
+        };
+        slots.any(|(id, slot)| id == request && of_a_job(slot))
+    }
+
     /// Whether every request is retired. Evicted replicas may still have operations.
     pub fn is_idle(&self) -> bool {
         self.active == 0
@@ -171,7 +184,7 @@ impl Engine {
 
     /// Takes the end of an operation in.
     pub fn reply(&mut self, reply: Reply, effects: &mut impl Effects) {
-        self.core.in_flight.ended(&reply);
+        self.core.ended(&reply);
         self.advance(reply.request, effects, |request, context| {
             request.reply(reply, context)
         });

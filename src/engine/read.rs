@@ -5,7 +5,8 @@ use std::time::Duration;
 use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, FollowUp, Progress, Suspicion};
 use super::first_pass::FirstPass;
-use super::interface::{Effects, Failed, ReadPattern, Tag};
+use super::interface::{Effects, Failed, Policy, ReadPattern, Tag};
+use super::lateness::{Kind, Out};
 use super::replies::Replies;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
@@ -281,6 +282,21 @@ impl Read {
 
     pub(super) fn stage(&self) -> &Stage {
         &self.stage
+    }
+
+    /// What the read waits for.
+    pub(super) fn out(&self, policy: &Policy) -> Out {
+        let needed = match policy.read_pattern {
+            _ if self.tag.is_none() => 0,
+            ReadPattern::Fifo => 1,
+            ReadPattern::Quorum | ReadPattern::Threshold => policy.threshold,
+        };
+        let mut out = self.stage.out(Kind::Read, needed);
+        if policy.read_pattern == ReadPattern::Fifo {
+            // The next is asked only when this one is evicted.
+            out.done = out.done.or(self.stage.unasked());
+        }
+        out
     }
 
     /// Whether the guest waits for a replica that was asked at `limit` or before.

@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
+use super::lateness::Kind;
 use super::repair::bytes_of;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
@@ -82,8 +83,13 @@ impl Replies {
         context: &mut Context<'_, impl Effects>,
     ) {
         let replica = reply.replica;
-        let taken = context.now().saturating_sub(asked_at);
+        let now = context.now();
+        let taken = now.saturating_sub(asked_at);
         context.core.latencies.observe(replica, taken);
+        context
+            .core
+            .lateness
+            .observe(Kind::Read, replica, taken, now);
         self.tally.record(replica, reply.result.is_ok());
         match (reply.result, reply.action) {
             (Ok(()), Action::Read { into, .. }) => self.buffers[replica.as_usize()] = Some(into),

@@ -7,7 +7,8 @@ use super::confirmation::Confirmation;
 use super::context::{Context, FollowUp, Progress, Suspicion};
 use super::flush::{self, Flush};
 use super::flush_queue::{Origin, Waiting};
-use super::interface::{Effects, GuestRequest, Tag};
+use super::interface::{Effects, GuestRequest, Policy, Tag};
+use super::lateness::{Kind, Out};
 use super::read::Read;
 use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
@@ -153,8 +154,14 @@ impl Request {
             Self::Read(read) => read.reply(reply, context),
             Self::Write(write) => write.reply(&reply, context),
             Self::Flush(flush) => flush.reply(&reply, context),
-            Self::Scrub(scrub) => scrub.reply(reply, context),
-            Self::Resync(resync) => resync.reply(reply, context),
+            Self::Scrub(scrub) => {
+                context.shared().loads().yielded(reply.replica);
+                scrub.reply(reply, context)
+            }
+            Self::Resync(resync) => {
+                context.shared().loads().yielded(reply.replica);
+                resync.reply(reply, context)
+            }
             Self::Orphaned => {
                 // No request waits for it any more, but an error is an error (R4).
                 if let Err(errno) = reply.result {
@@ -202,6 +209,18 @@ impl Request {
             Self::Scrub(scrub) => scrub.stage().waiting_since(limit),
             Self::Resync(resync) => resync.confirmation().waiting_since(limit),
             Self::Orphaned => ReplicaSet::EMPTY,
+        }
+    }
+
+    /// What the request waits for.
+    pub(super) fn out(&self, policy: &Policy) -> Option<Out> {
+        match self {
+            Self::Read(read) => Some(read.out(policy)),
+            Self::Write(write) => write.out(policy.threshold),
+            Self::Flush(flush) => flush.out(policy.threshold),
+            Self::Scrub(scrub) => Some(scrub.stage().out(Kind::Job, policy.threshold)),
+            Self::Resync(resync) => Some(resync.confirmation().out(Kind::Job)),
+            Self::Orphaned => None,
         }
     }
 

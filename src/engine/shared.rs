@@ -23,6 +23,7 @@ use std::sync::{
 
 #[cfg(any(test, feature = "sim"))]
 use super::interleaving;
+use super::lateness::Loads;
 use super::range_locks::{LockKey, RangeLocks};
 use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
@@ -57,6 +58,7 @@ pub struct Shared {
     has_jobs: AtomicBool,
     /// Requests of the guest, by worker.
     requests: Vec<OwnLine>,
+    loads: Loads,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
@@ -103,7 +105,13 @@ impl Shared {
             jobs: Mutex::new(Jobs::new(capacity_sectors)),
             has_jobs: AtomicBool::new(false),
             requests: (0..workers).map(|_| OwnLine::default()).collect(),
+            loads: Loads::default(),
         }
+    }
+
+    /// What is in flight on each replica.
+    pub(super) fn loads(&self) -> &Loads {
+        &self.loads
     }
 
     /// The replicas of the disk.

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::confirmation::Confirmation;
 use super::context::Core;
 use super::first_pass::FirstPass;
+use super::lateness::{Kind, Out};
 use crate::common::ReplicaSet;
 use crate::common::operation::OperationType;
 use crate::quorum::tally::Tally;
@@ -30,6 +31,14 @@ impl Stage {
         match self {
             Self::FirstPass(pass) => pass.waiting_since(limit),
             Self::Confirming(confirmation) => confirmation.waiting_since(limit),
+        }
+    }
+
+    /// What the read waits for; `needed` replies decide its first pass.
+    pub(super) fn out(&self, kind: Kind, needed: usize) -> Out {
+        match self {
+            Self::FirstPass(pass) => pass.out(kind, needed),
+            Self::Confirming(confirmation) => confirmation.out(kind),
         }
     }
 

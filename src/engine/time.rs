@@ -34,7 +34,7 @@ impl Engine {
     pub fn tick(&mut self, effects: &mut impl Effects) {
         let now = self.core.clock.now();
         self.core.latencies.ticked_at = now;
-        self.evict_overdue(effects);
+        self.evict_late(effects);
         let evicted = self.core.shared.out_of_service();
         if !evicted.is_empty() {
             let depends = |request: &Request| !request.depends_on().and(evicted).is_empty();
@@ -62,19 +62,42 @@ impl Engine {
         self.core.background.stop();
     }
 
-    /// Evicts the replicas that have not answered for the replica timeout (W6).
-    fn evict_overdue(&mut self, effects: &mut impl Effects) {
-        let core = &self.core;
-        let Some(limit) = core.clock.now().checked_sub(core.policy.replica_timeout) else {
-            return;
-        };
+    /// Evicts the replicas that are late and not needed (W6).
+    fn evict_late(&mut self, effects: &mut impl Effects) {
+        let core = &mut self.core;
+        let in_flight = &core.in_flight;
+        core.lateness.look(
+            core.shared.in_service(),
+            core.shared.loads(),
+            |replica| in_flight.ended_on(replica),
+            core.clock.now(),
+        );
+        // Without one replica a request may be decided without another that is late too.
+        while self.evict_some(effects) {}
+    }
+
+    /// Returns whether a replica was evicted.
+    fn evict_some(&mut self, effects: &mut impl Effects) -> bool {
+        let core = &mut self.core;
+        let (now, loads) = (core.clock.now(), core.shared.loads());
         // Each replica once, however many requests wait for it: whether it is needed takes a look
         // at all that is stale.
         let mut seen = ReplicaSet::EMPTY;
+        let mut evicted = false;
         for (_, slot) in self.slots.iter() {
-            for replica in slot.request.waiting_since(limit).without(seen).iter() {
+            let Some(mut out) = slot.request.out(&core.policy) else {
+                continue;
+            };
+            let in_service = core.shared.in_service();
+            out.waiting = out.waiting.and(in_service);
+            if core.lateness.wants_news(&out, now) {
+                effects.health_changed();
+            }
+            let late = core.lateness.late(&out, in_service, loads, now);
+            for replica in late.without(seen).iter() {
                 seen.insert(replica);
                 if core.shared.evict(replica) {
+                    evicted = true;
                     let (operation, range) = slot.request.describe();
                     effects.report(Report::Bad {
                         replica,
@@ -87,6 +110,7 @@ impl Engine {
                 }
             }
         }
+        evicted
     }
 
     /// Lets evicted replicas rejoin, and frees the places of removed ones, when nothing of this

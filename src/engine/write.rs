@@ -9,6 +9,7 @@ use std::time::Duration;
 use super::context::{Context, Progress};
 use super::flush_queue::Origin;
 use super::interface::{Effects, Failed, Tag};
+use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
@@ -100,8 +101,15 @@ impl Write {
             return Progress::Waiting;
         }
         writing.tally.record(replica, reply.result.is_ok());
+        let (now, kind) = (context.now(), self.order.content.kind());
+        let taken = now.saturating_sub(writing.asked_at);
+        context.core.lateness.observe(kind, replica, taken, now);
         if let Err(errno) = reply.result {
             context.report_error(replica, OperationType::Write, range, errno);
+            let begun = writing.begun;
+            context
+                .shared()
+                .change_health(|health| health.write_failed(begun, replica));
         }
         self.finish_if_complete(context)
     }
@@ -201,11 +209,36 @@ impl Write {
         matches!(self.stage, Stage::WaitingForLock)
     }
 
+    /// What the write waits for, once it has its lock.
+    pub(super) fn out(&self, threshold: usize) -> Option<Out> {
+        let Stage::Writing(writing) = &self.stage else {
+            return None;
+        };
+        Some(Out {
+            kind: self.order.content.kind(),
+            asked_at: writing.asked_at,
+            later: (ReplicaSet::EMPTY, Duration::ZERO),
+            waiting: writing.tally.waiting(),
+            done: writing.tally.succeeded(),
+            needed: threshold,
+            waits_for_all: true,
+        })
+    }
+
     /// The replicas whose replies are out, if they were asked at `limit` or before.
     pub(super) fn waiting_since(&self, limit: Duration) -> ReplicaSet {
         match &self.stage {
             Stage::Writing(writing) if writing.asked_at <= limit => writing.tally.waiting(),
             Stage::Writing(_) | Stage::WaitingForLock => ReplicaSet::EMPTY,
+        }
+    }
+}
+
+impl Content {
+    fn kind(&self) -> Kind {
+        match self {
+            Self::Data(_) => Kind::Write,
+            Self::Zeroes { .. } => Kind::Zero,
         }
     }
 }

@@ -6,12 +6,9 @@
 
 use super::Violation;
 use super::effects::number_of;
-use super::ledger::Masks;
 use super::model::Value;
 use super::plan::{bits, mask_below};
-use super::state::{
-    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, World, trace,
-};
+use super::state::{Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, trace};
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -387,49 +384,6 @@ impl World {
             self.ledger.parts_unreported[replica] &= !sectors;
         }
         is_reported
-    }
-
-    /// W6: a replica is evicted if it has owed a reply for too long, and if t remain.
-    fn check_eviction(&self, replica: usize) -> Checked {
-        let limit = self.clock.saturating_sub(self.plan.replica_timeout);
-        let owes = |f: &Flight| f.replica() == replica && f.submitted_at <= limit;
-        if !self.is_evicted(replica) || !self.flights.iter().any(owes) {
-            let text = format!("replica {replica} is not overdue");
-            return Err(Violation::new("W6", text));
-        }
-        let out = (self.ledger.evicted & self.members).count_ones();
-        if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
-            return Err(Violation::new("W6", "fewer than t replicas are left"));
-        }
-        Ok(())
-    }
-
-    /// W6: `worker` has just looked at the clock, so no replica that is not needed owes it a
-    /// reply for longer than the limit. `excused`: as it was before.
-    pub(super) fn check_overdue(&self, worker: usize, excused: &Masks) -> Checked {
-        let Some(limit) = self.clock.checked_sub(self.plan.replica_timeout) else {
-            return Ok(());
-        };
-        let overdue = |f: &&Flight| {
-            let owed = f.worker == worker && f.is_waited_for() && f.submitted_at <= limit;
-            owed && !self.is_evicted(f.replica()) && self.members >> f.replica() & 1 == 1
-        };
-        for flight in self.flights.iter().filter(overdue) {
-            let others = self.members & !self.ledger.evicted & !(1 << flight.replica());
-            let enough = |sector: usize| {
-                let fresh = |r: &usize| excused[*r] >> sector & 1 == 0;
-                bits(u64::from(others)).filter(fresh).count() >= self.plan.threshold
-            };
-            if (0..self.changed_at.len()).all(enough) {
-                let text = format!(
-                    "replica {} has not answered since {:?} and is not evicted",
-                    flight.replica(),
-                    flight.submitted_at
-                );
-                return Err(Violation::new("W6", text));
-            }
-        }
-        Ok(())
     }
 
     /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed

@@ -8,7 +8,7 @@ use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, tag};
 use super::model::Value;
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{
-    Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, show, trace,
+    Checked, ExpectedReport, Pending, PendingKind, PendingWrite, Took, World, show, trace,
 };
 use crate::common::operation::{OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -197,6 +197,17 @@ impl World {
             flight.operation.request.0,
             flight.worker
         );
+        if flight.evictions == self.ledger.evictions[replica] {
+            self.took.push(Took {
+                worker: flight.worker,
+                request: flight.operation.request,
+                replica,
+                time: self.clock.saturating_sub(flight.submitted_at),
+                success: result.is_ok(),
+                reads: flight.reads(),
+            });
+        }
+        self.note_end(&flight);
         let delivered = Delivered {
             worker: flight.worker,
             replica,
@@ -299,11 +310,12 @@ impl World {
     pub(super) fn tick(&mut self, due: u32) -> Checked {
         let worker = self.random.bit(u64::from(due));
         self.tick_wanted &= !(1 << worker);
-        let excused = self.ledger.excused;
+        let (excused, evicted) = (self.ledger.excused, self.ledger.evicted);
+        self.note_look(worker as usize);
         self.input(worker as usize, None, |engine, effects| {
             engine.tick(effects);
         })?;
-        self.check_overdue(worker as usize, &excused)
+        self.check_overdue(worker as usize, &excused, evicted)
     }
 
     /// Carries out and checks the first `count` effects of those that an engine asks for.

@@ -15,6 +15,7 @@
 //! state                       the data of a run
 //! operations, checks, jobs    an operation on a replica; what must hold
 //! decisions                   what a vote makes of a failed write
+//! lateness                    who may be evicted, and who must be
 //! inputs, overlap             what engines are fed with, and what they ask for
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
@@ -34,6 +35,7 @@ mod faults;
 mod finale;
 mod inputs;
 mod jobs;
+mod lateness;
 pub mod ledger;
 pub mod model;
 mod operations;

@@ -4,6 +4,8 @@
 //! sector by sector or all at once, then it ends, then its reply is delivered. Anything else may
 //! happen between two of these steps.
 
+use std::time::Duration;
+
 use super::Violation;
 use super::effects::{SECTOR_LEN, fill, number_of, parse};
 use super::model::Value;
@@ -59,8 +61,15 @@ impl World {
             self.doubt_repair(sectors);
         }
         let part = self.engines[self.input_from].reads_part(&operation);
+        let background = self.engines[self.input_from].is_of_a_job(operation.request);
+        let (worker, request) = (self.input_from, operation.request);
+        let same = |f: &Flight| f.worker == worker && f.operation.request == request;
+        if !self.flights.iter().any(same) {
+            self.took
+                .retain(|took| (took.worker, took.request) != (worker, request));
+        }
         let mut flight = Flight {
-            worker: self.input_from,
+            worker,
             operation,
             fault: Fault::None,
             sectors,
@@ -69,9 +78,12 @@ impl World {
             submitted_at: self.clock,
             failures: self.before_input.failures[replica],
             evictions: self.before_input.evictions[replica],
+            background,
+            not_before: self.clock,
             late: false,
             done: None,
         };
+        flight.not_before += self.draw_delay(&flight);
         self.draw_fault(&mut flight);
         self.flights.push(flight);
         Ok(())
@@ -141,6 +153,24 @@ impl World {
         for sector in bits(sectors).filter(|sector| seen.wrong_at(*sector) >= enough) {
             self.mark_accusable(1 << sector);
         }
+    }
+
+    /// How long the operation takes at least.
+    fn draw_delay(&mut self, flight: &Flight) -> Duration {
+        let slowness = self.plan.slowness;
+        let percent = if flight.is_flush() {
+            slowness.flush
+        } else {
+            slowness.other
+        };
+        let timeout = self.plan.replica_timeout;
+        let turn = self.clock.as_nanos() / (timeout * 8).as_nanos() % self.count() as u128;
+        let others_turn = slowness.in_turn && turn != flight.replica() as u128;
+        if percent == 0 || self.faults_ended || others_turn {
+            return Duration::ZERO;
+        }
+        let part = 50 + u32::try_from(self.random.below(50)).expect("small");
+        timeout * percent / 100 * part / 100
     }
 
     /// Injects a fault into the operation, or none.

@@ -139,6 +139,7 @@ impl World {
         } else if self.tick_wanted >> other & 1 == 1 || self.engines[other].deadline().is_some() {
             trace!(self, "worker {other}, meanwhile: looks at the clock");
             self.tick_wanted &= !(1 << other);
+            self.note_look(other);
             Some((other, Input::Tick, None))
         } else {
             None

@@ -48,6 +48,19 @@ pub struct Faults {
     pub hang: u32,
 }
 
+/// How slow operations are by themselves, whatever else happens.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Slowness {
+    /// How long a flush takes, in hundredths of the replica timeout: half of it to all of it.
+    pub flush: u32,
+    /// The same of every other operation.
+    pub other: u32,
+    /// One replica after another is slow, not all together.
+    pub in_turn: bool,
+    /// The replicas that hang for a little longer than the timeout again and again, a mask.
+    pub flapping: u32,
+}
+
 /// The write cache that the guest sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum WriteCache {
@@ -107,6 +120,8 @@ pub struct Plan {
     pub slow: u32,
     /// The replicas that stop to answer at some time, until the end.
     pub dead: u32,
+    /// How long operations take.
+    pub slowness: Slowness,
     /// Time that passes in a step, on average.
     pub step: Duration,
     /// A replica that has not answered for this long is evicted.
@@ -131,9 +146,6 @@ const PATTERNS: [ReadPattern; 6] = [
     ReadPattern::Threshold,
     ReadPattern::Fifo,
 ];
-
-/// The replica timeout is at least this many steps where replies are late.
-const LATE_STEPS_MIN: u32 = 256;
 
 const WRITE_CACHES: [WriteCache; 3] = [WriteCache::On, WriteCache::Off, WriteCache::Switched];
 const RARE: u32 = 65536 / 300;
@@ -181,6 +193,7 @@ impl Plan {
             faulty: 0,
             slow: random.pick(&[0, 0, 1, 2, 3]),
             dead: 0,
+            slowness: Slowness::default(),
             step: Duration::from_micros(random.pick(&[1, 30, 300])),
             replica_timeout: Duration::from_millis(random.pick(&[5, 20, 100])),
             faults: Faults::default(),
@@ -193,15 +206,28 @@ impl Plan {
             overlap: 0,
         };
         plan.choose_faults(random);
+        plan.choose_slowness(random);
         if plan.workers > 1 {
             plan.overlap = random.pick(&[0, OFTEN * 4, HALF]);
         }
-        // Replies that take as long as the timeout evict healthy replicas, whose resyncs then evict
-        // others, without end.
-        if plan.step * LATE_STEPS_MIN > plan.replica_timeout {
-            plan.late = 0;
-        }
         plan
+    }
+
+    fn choose_slowness(&mut self, random: &mut Random) {
+        if random.below(3) != 0 || self.dead != 0 {
+            return;
+        }
+        self.slowness = Slowness {
+            flush: random.pick(&[0, 60, 150, 400]),
+            other: random.pick(&[0, 0, 20, 120, 250]),
+            in_turn: random.below(3) == 0,
+            flapping: 0,
+        };
+        if random.below(3) == 0 {
+            for _ in 0..self.replicas - self.threshold {
+                self.slowness.flapping |= 1 << random.index(self.replicas);
+            }
+        }
     }
 
     fn choose_faults(&mut self, random: &mut Random) {

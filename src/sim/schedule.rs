@@ -31,20 +31,12 @@ impl World {
         let ticks = usize::try_from(due.count_ones()).expect("few");
         let (wakes, flights) = (2 * self.wakes.len(), self.flights.len());
         let guest = if may_submit { self.plan.eagerness } else { 0 };
-        let waits = self
-            .flights
-            .iter()
-            .any(|flight| self.hangs(flight.replica()));
+        let waits = self.flights.iter().any(|flight| self.waits(flight));
         if waits && ticks + wakes == 0 && self.random.below(16) == 0 {
             // So that a replica that hangs does not have all the others work for it in vain.
             return self.jump();
         }
-        if ticks + wakes + guest == 0
-            && self
-                .flights
-                .iter()
-                .all(|flight| self.hangs(flight.replica()))
-        {
+        if ticks + wakes + guest == 0 && self.flights.iter().all(|flight| self.waits(flight)) {
             return self.jump();
         }
         let choice = self.random.index(ticks + wakes + flights + guest);
@@ -89,10 +81,7 @@ impl World {
             return Ok(());
         }
         let deadlines = self.engines.iter().filter_map(Engine::deadline);
-        let hung = self
-            .flights
-            .iter()
-            .map(|flight| self.hung_until[flight.replica()]);
+        let hung = self.flights.iter().map(|flight| self.goes_on_at(flight));
         let next = deadlines.chain(hung).min();
         match next {
             Some(next) if next < Duration::MAX => {
@@ -114,7 +103,7 @@ impl World {
         let replica = self.flights[index].replica();
         let slow =
             !self.faults_ended && self.plan.slow & (1 << replica) != 0 && self.random.below(3) != 0;
-        if slow || self.hangs(replica) {
+        if slow || self.waits(&self.flights[index]) {
             return Ok(());
         }
         if self.flights[index].done.is_some() {

@@ -125,6 +125,18 @@ pub struct World {
     pub(super) changed_at: Vec<Moment>,
     /// Until when each replica does nothing.
     pub(super) hung_until: [Duration; PLACES],
+    /// How long the operations of each request took that have ended.
+    pub(super) took: Vec<Took>,
+    /// How many flushes, zeroings and operations of jobs have ended on each replica.
+    pub(super) yielded: [u32; PLACES],
+    /// When the last of them has.
+    pub(super) yielded_at: [LastTime; PLACES],
+    /// When a worker looked at the clock, and something had ended.
+    pub(super) replied_at: [LastTime; PLACES],
+    /// The longest time that any operation has taken.
+    pub(super) longest: Duration,
+    /// By worker.
+    pub(super) looked: [Looked; 3],
     /// The guest has switched the write cache off: writes are durable when they are answered.
     pub(super) write_through: bool,
     /// The guest waits until all is quiet.
@@ -251,10 +263,57 @@ pub(super) struct Flight {
     pub(super) failures: u32,
     /// [`Ledger::evictions`] of the replica when it was submitted.
     pub(super) evictions: u32,
+    /// It belongs to a job.
+    pub(super) background: bool,
+    /// It does nothing before.
+    pub(super) not_before: Duration,
     /// Its reply is delivered late.
     pub(super) late: bool,
     /// The operation has ended with this reply, and an error reports the loss of these sectors.
     pub(super) done: Option<(Result<(), Errno>, u64)>,
+}
+
+/// An operation that has ended while others of its request are in flight.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Took {
+    pub(super) worker: usize,
+    pub(super) request: RequestId,
+    pub(super) replica: usize,
+    pub(super) time: Duration,
+    pub(super) success: bool,
+    pub(super) reads: bool,
+}
+
+/// When something last happened. Of two inputs that overlap the one may not know of the other.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct LastTime {
+    at: Duration,
+    before: Duration,
+}
+
+impl LastTime {
+    pub(super) fn set(&mut self, now: Duration) {
+        if self.at < now {
+            *self = Self {
+                at: now,
+                before: self.at,
+            };
+        }
+    }
+
+    /// The last time before this moment.
+    pub(super) fn before(self, now: Duration) -> Duration {
+        if self.at < now { self.at } else { self.before }
+    }
+}
+
+/// What a worker has seen: when a replica had ended an operation for which others wait.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Looked {
+    pub(super) yielded: [u32; PLACES],
+    pub(super) at: [Duration; PLACES],
+    /// Something has ended since the worker looked.
+    pub(super) replied: [bool; PLACES],
 }
 
 /// The fault that is injected into an operation.
@@ -294,13 +353,22 @@ impl Flight {
         writes && self.write.is_none()
     }
 
+    /// It may take much longer than a read or a write.
+    pub(super) fn is_long(&self) -> bool {
+        self.operation.action.is_long()
+    }
+
     pub(super) fn is_flush(&self) -> bool {
         matches!(self.operation.action, Action::Flush)
     }
 
     /// Its request waits for it, unless the replica is evicted. A read that has a quorum does not.
     pub(super) fn is_waited_for(&self) -> bool {
-        !matches!(self.operation.action, Action::Read { .. })
+        !self.reads()
+    }
+
+    pub(super) fn reads(&self) -> bool {
+        matches!(self.operation.action, Action::Read { .. })
     }
 
     pub(super) fn range(&self) -> Option<SectorRange> {
@@ -361,6 +429,12 @@ impl World {
             rotten: 0,
             changed_at: vec![0; sectors],
             hung_until: [Duration::ZERO; PLACES],
+            took: Vec::new(),
+            yielded: [0; PLACES],
+            yielded_at: [LastTime::default(); PLACES],
+            replied_at: [LastTime::default(); PLACES],
+            longest: Duration::ZERO,
+            looked: [Looked::default(); 3],
             write_through: plan.write_cache == WriteCache::Off,
             paused: false,
             faults_ended: false,
@@ -453,7 +527,36 @@ impl World {
 
     /// Whether the replica does nothing now.
     pub(super) fn hangs(&self, replica: usize) -> bool {
-        self.hung_until[replica] > self.clock
+        self.wakes_at(replica) > self.clock
+    }
+
+    /// When the replica does something again.
+    pub(super) fn wakes_at(&self, replica: usize) -> Duration {
+        let flaps = !self.faults_ended && self.plan.slowness.flapping >> replica & 1 == 1;
+        let timeout = self.plan.replica_timeout;
+        let period = u32::try_from(self.clock.as_nanos() / (timeout * 5).as_nanos());
+        let begins = timeout * 5 * period.unwrap_or(u32::MAX);
+        let wakes = begins + timeout * 11 / 10;
+        if flaps && self.clock < wakes {
+            wakes.max(self.hung_until[replica])
+        } else {
+            self.hung_until[replica]
+        }
+    }
+
+    /// When the operation can go on.
+    pub(super) fn goes_on_at(&self, flight: &Flight) -> Duration {
+        let slow = if self.faults_ended {
+            Duration::ZERO
+        } else {
+            flight.not_before
+        };
+        self.wakes_at(flight.replica()).max(slow)
+    }
+
+    /// Whether the operation cannot go on now.
+    pub(super) fn waits(&self, flight: &Flight) -> bool {
+        self.goes_on_at(flight) > self.clock
     }
 
     /// Whether nothing is in flight but operations of replicas that are evicted.

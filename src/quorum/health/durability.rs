@@ -1,6 +1,6 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
-use super::{FailureEpoch, Health};
+use super::{FailureEpoch, Health, Writing};
 use crate::common::ranges::{RangeSet, every_sector};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
@@ -33,8 +33,16 @@ impl Health {
     pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
         WriteBegun {
             failure_epoch: self.failure_epoch,
-            place: self.writing.insert(range),
+            place: self.writing.insert(Writing {
+                range,
+                may_succeed: self.in_service,
+            }),
         }
+    }
+
+    /// `replica` has failed a write that has not ended.
+    pub fn write_failed(&mut self, begun: WriteBegun, replica: ReplicaIndex) {
+        self.writing[begun.place].may_succeed.remove(replica);
     }
 
     /// A write has ended.
@@ -50,7 +58,7 @@ impl Health {
             place,
         } = write.begun;
         assert!(began <= self.failure_epoch, "a write ends after it began");
-        let range = self.writing.remove(place);
+        let Writing { range, .. } = self.writing.remove(place);
         let mut became_stale = false;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
@@ -113,6 +121,7 @@ impl Health {
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
+        self.flushing = Some(self.in_service);
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             let uncovered = std::mem::replace(&mut state.uncovered, state.stale.clone());
@@ -142,6 +151,9 @@ impl Health {
     pub fn flush_ended(&mut self, epoch: FlushEpoch, replica: ReplicaIndex, success: bool) {
         assert!(epoch <= self.epoch, "a flush ends after it began");
         if !success {
+            if let Some(may_succeed) = &mut self.flushing {
+                may_succeed.remove(replica);
+            }
             return self.not_durable(replica);
         }
         let state = &mut self.replicas[replica.as_usize()];
@@ -167,6 +179,7 @@ impl Health {
     ) -> bool {
         // A replica that was removed meanwhile does not count.
         let flushed = succeeded.and(self.members).len() >= self.threshold;
+        self.flushing = None;
         let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
@@ -213,8 +226,8 @@ impl Health {
         let state = &mut self.replicas[replica.as_usize()];
         state.last_failure = self.failure_epoch;
         state.stale.insert_all(&self.written);
-        for (_, range) in &self.writing {
-            state.stale.insert(*range);
+        for (_, writing) in &self.writing {
+            state.stale.insert(writing.range);
         }
         for (_, written) in state.unconfirmed.drain(..) {
             state.stale.insert_all(&written);

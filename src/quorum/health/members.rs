@@ -153,6 +153,12 @@ impl Health {
     pub(super) fn evict_not_needed(&mut self, replica: ReplicaIndex) {
         self.in_service.remove(replica);
         self.replicas[replica.as_usize()].drained_by = 0;
+        for (_, writing) in &mut self.writing {
+            writing.may_succeed.remove(replica);
+        }
+        if let Some(may_succeed) = &mut self.flushing {
+            may_succeed.remove(replica);
+        }
         self.not_durable(replica);
         self.check_sets();
     }
@@ -171,23 +177,5 @@ impl Health {
             self.check_sets();
         }
         all
-    }
-
-    /// Whether without `replica` fewer than t would be left that are in service, or that are in
-    /// service and fresh in some sector where now there are enough.
-    fn is_needed(&self, replica: ReplicaIndex) -> bool {
-        let mut others = self.in_service;
-        others.remove(replica);
-        let enough_without = |stale: ReplicaSet| others.without(stale).len() >= self.threshold;
-        let enough_with =
-            |stale: ReplicaSet| self.in_service.without(stale).len() >= self.threshold;
-        let stale = self
-            .members
-            .iter()
-            .map(|member| (member, &self.replicas[member.as_usize()].stale));
-        others.len() < self.threshold
-            || !every_sector(stale, self.capacity_sectors, enough_without, |stale| {
-                enough_without(stale) || !enough_with(stale)
-            })
     }
 }

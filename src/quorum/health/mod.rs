@@ -23,6 +23,7 @@
 mod disputed;
 mod durability;
 mod members;
+mod needed;
 mod replica;
 mod snapshot;
 
@@ -42,6 +43,14 @@ use self::replica::ReplicaHealth;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Default)]
 pub struct FailureEpoch(pub u64);
 
+/// A write that has not ended.
+#[derive(Clone, Copy, Debug)]
+struct Writing {
+    range: SectorRange,
+    /// The replicas that may make it succeed: they were asked and have not failed it since.
+    may_succeed: ReplicaSet,
+}
+
 /// The state of all replicas of a disk.
 #[derive(Debug)]
 pub struct Health {
@@ -57,9 +66,11 @@ pub struct Health {
     /// Changed by writes that have completed since the last flush began.
     written: RangeSet,
     /// Changed by writes that have not ended.
-    writing: Slab<SectorRange>,
+    writing: Slab<Writing>,
     /// Changed by writes that have failed, and not decided since (W7).
     undecided: RangeSet,
+    /// The replicas that may make the running flush succeed; `None` if none runs.
+    flushing: Option<ReplicaSet>,
     capacity_sectors: u64,
     epoch: FlushEpoch,
     /// The last flush that succeeded.
@@ -86,6 +97,7 @@ impl Health {
             written: RangeSet::default(),
             writing: Slab::new(),
             undecided: RangeSet::default(),
+            flushing: None,
             capacity_sectors,
             epoch: FlushEpoch::default(),
             flushed: FlushEpoch::default(),

@@ -98,6 +98,7 @@ impl Health {
     fn changed_since(&self, snapshot: &Self) -> Option<Self> {
         let same = self.members == snapshot.members
             && self.in_service == snapshot.in_service
+            && self.flushing == snapshot.flushing
             && self.capacity_sectors == snapshot.capacity_sectors;
         if !same {
             return None;

@@ -1,0 +1,191 @@
+//! W6: which replicas may be evicted, which must be, and how long the guest waits.
+//!
+//! As naive as the model: all that has happened is looked at anew each time.
+
+use std::time::Duration;
+
+use super::Violation;
+use super::ledger::Masks;
+use super::plan::{PLACES, bits};
+use super::state::{Checked, Flight, PendingKind, World};
+use crate::limits::{LATE_LONG_LIMIT, LATE_MOST, LATE_PATIENCE_MOST};
+
+impl World {
+    /// An operation has ended and its reply is about to reach the engine.
+    pub(super) fn note_end(&mut self, flight: &Flight) {
+        let replica = flight.replica();
+        if flight.is_long() || flight.background {
+            self.yielded[replica] += 1;
+            self.yielded_at[replica].set(self.clock);
+        }
+        self.looked[flight.worker].replied[replica] = true;
+        let time = self.clock.saturating_sub(flight.submitted_at);
+        self.longest = self.longest.max(time);
+    }
+
+    /// A worker is about to look at the clock.
+    pub(super) fn note_look(&mut self, worker: usize) {
+        let looked = &mut self.looked[worker];
+        for place in 0..PLACES {
+            if looked.yielded[place] != self.yielded[place] {
+                looked.yielded[place] = self.yielded[place];
+                looked.at[place] = self.clock;
+            }
+            if std::mem::take(&mut looked.replied[place]) {
+                self.replied_at[place].set(self.clock);
+            }
+        }
+    }
+
+    /// How long an operation may take in any case.
+    fn limit_of(&self, flight: &Flight) -> Duration {
+        let on_it = |f: &&Flight| f.replica() == flight.replica() && f.is_long();
+        let others = self.flights.iter().filter(on_it).count();
+        if flight.background || others > 0 {
+            self.plan.replica_timeout * LATE_LONG_LIMIT
+        } else {
+            self.plan.replica_timeout
+        }
+    }
+
+    fn age(&self, flight: &Flight) -> Duration {
+        self.clock.saturating_sub(flight.submitted_at)
+    }
+
+    fn is_much_too_old(&self, flight: &Flight) -> bool {
+        self.age(flight) >= self.plan.replica_timeout * LATE_PATIENCE_MOST
+    }
+
+    /// A replica is evicted: it has kept a request of the guest waiting for too long, and longer
+    /// than its peers have, and t remain.
+    pub(super) fn check_eviction(&self, replica: usize) -> Checked {
+        let here = |f: &&Flight| f.replica() == replica;
+        if !self.is_evicted(replica) || !self.flights.iter().any(|f| here(&f)) {
+            let text = format!("replica {replica} owes no reply");
+            return Err(Violation::new("W6", text));
+        }
+        if !self.flights.iter().filter(here).any(|f| self.is_late(f)) {
+            let text = format!("replica {replica} is evicted and not late");
+            return Err(Violation::new("W6", text));
+        }
+        if !self.flights.iter().filter(here).any(|f| self.is_slower(f)) {
+            let text = format!("replica {replica} is evicted for being as slow as its peers");
+            return Err(Violation::new("W6", text));
+        }
+        let out = (self.ledger.evicted & self.members).count_ones();
+        if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
+            return Err(Violation::new("W6", "fewer than t replicas are left"));
+        }
+        Ok(())
+    }
+
+    /// Whether its replica has had the operation too long, whatever its peers do.
+    fn is_late(&self, flight: &Flight) -> bool {
+        let limit = self.limit_of(flight);
+        let since = if flight.background {
+            self.replied_at[flight.replica()].before(self.clock)
+        } else {
+            self.yielded_at[flight.replica()].before(self.clock)
+        };
+        let counted = self.clock.saturating_sub(since.max(flight.submitted_at));
+        counted >= limit || self.is_much_too_old(flight)
+    }
+
+    /// Whether its replica has had the operation longer than twice what others of the request took.
+    fn is_slower(&self, flight: &Flight) -> bool {
+        let of_peers = self.took.iter().filter(|took| {
+            let request = (flight.worker, flight.operation.request);
+            let is_peer = took.replica != flight.replica() && !self.is_evicted(took.replica);
+            let same = took.request == request.1 && took.worker == request.0;
+            same && is_peer && took.reads == flight.reads()
+        });
+        let twice = of_peers.map(|took| took.time).max().unwrap_or_default() * 2;
+        let slower = self.age(flight) >= twice.min(self.limit_of(flight) * LATE_MOST);
+        self.is_late(flight) && (slower || flight.background || flight.is_repair())
+    }
+
+    /// `worker` has just looked at the clock, so no replica that is not needed owes it a reply for
+    /// longer than the contract says. `excused` and `evicted`: as it was before.
+    pub(super) fn check_overdue(&self, worker: usize, excused: &Masks, evicted: u32) -> Checked {
+        for flight in &self.flights {
+            let is_owed = flight.worker == worker && flight.is_waited_for();
+            let replica = flight.replica();
+            if is_owed
+                && !self.is_evicted(replica)
+                && self.members >> replica & 1 == 1
+                && self.is_overdue(flight)
+                && self.is_decided_without(flight)
+                && !self.may_be_needed(replica, excused, evicted)
+            {
+                let text = format!(
+                    "replica {replica} has not answered since {:?} and is not evicted",
+                    flight.submitted_at
+                );
+                return Err(Violation::new("W6", text));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether its replica has had the operation too long, however slow the others are.
+    fn is_overdue(&self, flight: &Flight) -> bool {
+        let limit = self.limit_of(flight);
+        let since = if flight.background {
+            // Other workers learn of a reply a tick later.
+            return self.is_much_too_old(flight);
+        } else {
+            self.looked[flight.worker].at[flight.replica()]
+        };
+        let counted = self.clock.saturating_sub(since.max(flight.submitted_at));
+        counted >= (self.longest * 2).clamp(limit, limit * LATE_MOST)
+            || self.is_much_too_old(flight)
+    }
+
+    /// Whether the request has an answer without the operation: t others have done it, and no reply
+    /// is out that may still come in time.
+    fn is_decided_without(&self, flight: &Flight) -> bool {
+        let request = (flight.worker, flight.operation.request);
+        let of_it = |f: &&Flight| {
+            (f.worker, f.operation.request) == request && !self.is_evicted(f.replica())
+        };
+        let done = self.took.iter().filter(|took| {
+            let here = (took.worker, took.request) == request;
+            here && took.success && self.members >> took.replica & 1 == 1
+        });
+        let enough = flight.is_repair() || done.count() >= self.plan.threshold;
+        enough
+            && self
+                .flights
+                .iter()
+                .filter(of_it)
+                .all(|f| self.is_overdue(f))
+    }
+
+    /// Whether too few others may be fresh, or a request in flight may fail without the replica.
+    fn may_be_needed(&self, replica: usize, excused: &Masks, evicted: u32) -> bool {
+        let others = self.members & !self.ledger.evicted & !evicted & !(1 << replica);
+        let needed = self.plan.threshold;
+        let few = |excused: &Masks| {
+            let enough = |sector: usize| {
+                let fresh = |r: &usize| excused[*r] >> sector & 1 == 0;
+                bits(u64::from(others)).filter(fresh).count() >= needed
+            };
+            !(0..self.changed_at.len()).all(enough)
+        };
+        let by_request = |kind: &PendingKind, seen: &Masks| match kind {
+            PendingKind::Read => false,
+            PendingKind::Write(write) => {
+                let may = write.submitted_to & !write.failed & others;
+                let counts = |r: &usize| self.ledger.failures[*r] == write.failures[*r];
+                let may = bits(u64::from(may)).filter(counts).count();
+                write.submitted_to != 0 && may < needed
+            }
+            PendingKind::Flush => few(seen),
+        };
+        let flushes = self.flights.iter().filter(|f| f.is_flush());
+        let mut pending = self.pending.iter();
+        few(excused)
+            || flushes.clone().any(|f| f.background)
+            || pending.any(|p| by_request(&p.kind, &p.seen.excused))
+    }
+}
