@@ -157,6 +157,11 @@ impl Disk {
         }
     }
 
+    /// The vhost-user socket.
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
     /// The monitor of ours.
     pub fn monitor(&self) -> Monitor {
         Monitor::connect(&self.monitor_socket())

@@ -710,7 +710,14 @@ fn watch<'a>(events: impl IntoIterator<Item = &'a EventFd>) -> Epoll {
 fn wait_for(epoll: &Epoll, limit: Duration) -> bool {
     let timeout = i32::try_from(limit.as_millis()).expect("short");
     let mut events = [EpollEvent::default()];
-    epoll.wait(timeout, &mut events).expect("waiting") > 0
+    loop {
+        match epoll.wait(timeout, &mut events) {
+            Ok(count) => return count > 0,
+            // A debugger, or a signal for another thread.
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => panic!("waiting: {error}"),
+        }
+    }
 }
 
 fn segments(borders: &[u64], writable: bool) -> impl Iterator<Item = Segment> {

@@ -9,6 +9,7 @@ mod full_disks;
 mod growth;
 mod image_locks;
 mod jobs;
+mod lost_writeback;
 mod missed_writes;
 mod same_as_qemu;
 mod silent_images;

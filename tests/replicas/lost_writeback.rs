@@ -1,0 +1,252 @@
+//! A guest without a write cache, on images that the kernel cannot write back: the file system of
+//! an image lies on a loop device whose file has no space any more. No block is lost whose write
+//! was acknowledged, and nothing that a replica lost is believed.
+
+use std::ffi::CString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use testkit::disk::{Disk, Plan};
+use testkit::frontend::{self, Layout, Request, Vmm};
+use testkit::images::create_images;
+use testkit::load::figure;
+use testkit::loop_device::LoopDevice;
+use testkit::machine::shared;
+use testkit::small_disk::SmallDisk;
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK};
+
+const BLOCK: usize = 4096;
+const MEBIBYTE: u64 = 1 << 20;
+const DISK_BYTES: u64 = 16 * MEBIBYTE;
+/// Blocks that the guest writes, of which the small file system has space for a third.
+const BLOCKS: u64 = 3 * 512;
+const IN_FLIGHT: usize = 24;
+
+/// An ext4 whose device has no space for most of its blocks.
+struct FullExt4 {
+    root: File,
+    _device: LoopDevice,
+    small: SmallDisk,
+}
+
+impl FullExt4 {
+    /// With an image of `DISK_BYTES` zeroes. Takes the right to mount (root).
+    fn with_image() -> Self {
+        let small = SmallDisk::mount(24 * MEBIBYTE);
+        let backing = small.path().join("backing");
+        File::create_new(&backing)
+            .and_then(|file| file.set_len(32 * MEBIBYTE))
+            .expect("creating a file");
+        // Without a journal, which would end the file system at the first error. With small blocks,
+        // ext4 does not report the loss of every one.
+        run(
+            "mkfs.ext4",
+            &["-q", "-b", "4096", "-O", "^has_journal", "-m", "0"],
+            &backing,
+        );
+        let device = LoopDevice::attach(&backing);
+        let ext4 = Self {
+            root: mount(device.path()),
+            _device: device,
+            small,
+        };
+        let image = ext4.image();
+        let mut file = File::create_new(&image).expect("creating the image");
+        file.write_all(&vec![0; usize::try_from(DISK_BYTES).unwrap()])
+            .and_then(|()| file.sync_all())
+            .expect("writing the image");
+        // The blocks of the image are allocated on the device; the file below loses theirs.
+        run("fallocate", &["--dig-holes"], &backing);
+        ext4.leave(BLOCKS / 3 * BLOCK as u64);
+        ext4
+    }
+
+    fn image(&self) -> PathBuf {
+        let descriptor = self.root.as_raw_fd();
+        PathBuf::from(format!(
+            "/proc/{}/fd/{descriptor}/image",
+            std::process::id()
+        ))
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.small.path().join("ballast")
+    }
+
+    /// Fills the file system below up to this many bytes.
+    fn leave(&self, bytes: u64) {
+        let mut file = File::create_new(self.ballast()).expect("creating a file");
+        let mut len = 0;
+        while file.write_all(&[1; BLOCK]).is_ok() {
+            len += BLOCK as u64;
+        }
+        file.set_len(len - bytes).expect("cutting the ballast");
+    }
+
+    fn make_space(&self) {
+        fs::remove_file(self.ballast()).expect("removing the ballast");
+    }
+}
+
+fn run(program: &str, arguments: &[&str], file: &Path) {
+    let output = Command::new(program).args(arguments).arg(file).output();
+    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program}: {message}");
+}
+
+/// Mounts an ext4 and detaches it from the directory tree: it ends with its last user.
+fn mount(device: &Path) -> File {
+    let directory = tempfile::tempdir().expect("creating a directory");
+    let name = |path: &Path| CString::new(path.as_os_str().as_bytes()).expect("no NUL in a path");
+    let (from, at) = (name(device), name(directory.path()));
+    let options = c"errors=continue,nodiscard".as_ptr().cast();
+    // SAFETY: all arguments are C strings that outlive the call.
+    let result = unsafe { libc::mount(from.as_ptr(), at.as_ptr(), c"ext4".as_ptr(), 0, options) };
+    assert_eq!(result, 0, "mount: {}", io::Error::last_os_error());
+    let root = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_PATH)
+        .open(directory.path());
+    // SAFETY: the path is a C string that outlives the call.
+    let result = unsafe { libc::umount2(at.as_ptr(), libc::MNT_DETACH) };
+    assert_eq!(result, 0, "umount2: {}", io::Error::last_os_error());
+    root.expect("opening the root of an ext4")
+}
+
+/// What the guest writes into a block.
+fn content(block: u64) -> Vec<u8> {
+    (block + 1).to_le_bytes().repeat(BLOCK / 8)
+}
+
+/// The blocks in which the disk below the image does not hold what the guest has written. The page
+/// cache may hold it still.
+fn lost(image: &Path, blocks: &[u64]) -> Vec<u64> {
+    #[repr(align(4096))]
+    struct Aligned([u8; BLOCK]);
+    let file = OpenOptions::new()
+        .read(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(image)
+        .expect("opening an image");
+    let mut bytes = Aligned([0; BLOCK]);
+    let mut is_lost = |block: &u64| {
+        file.read_exact_at(&mut bytes.0, block * BLOCK as u64)
+            .expect("reading an image");
+        bytes.0[..] != content(*block)
+    };
+    blocks
+        .iter()
+        .copied()
+        .filter(|block| is_lost(block))
+        .collect()
+}
+
+/// Has a guest without a write cache write all blocks, many at a time. Returns the acknowledged
+/// ones and those that failed.
+fn write_all(disk: &Disk) -> (Vec<u64>, Vec<u64>) {
+    let cache = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+    let plan = frontend::Plan {
+        features: frontend::Plan::default().features & !cache,
+        slots: IN_FLIGHT,
+        ..frontend::Plan::default()
+    };
+    let mut vmm = Vmm::start(disk.socket(), &plan);
+    let queue = &mut vmm.queues[0];
+    let (mut acknowledged, mut failed) = (Vec::new(), Vec::new());
+    let mut in_flight = Vec::new();
+    let mut next = 0..BLOCKS;
+    loop {
+        while queue.has_room(Layout::DIRECT)
+            && let Some(number) = next.next()
+        {
+            // In no order, so that good blocks and bad ones are in flight together.
+            let block = number * 947 % BLOCKS;
+            let request = Request::write(block * BLOCK as u64 / 512, content(block));
+            in_flight.push((queue.submit(&request, Layout::DIRECT), block));
+        }
+        if in_flight.is_empty() {
+            break;
+        }
+        let done = queue.wait();
+        let index = in_flight.iter().position(|(head, _)| *head == done.head);
+        let (_, block) = in_flight.swap_remove(index.expect("a request in flight"));
+        if u32::from(done.status) == VIRTIO_BLK_S_OK {
+            acknowledged.push(block);
+        } else {
+            failed.push(block);
+        }
+    }
+    vmm.stop_virtqueues().expect("stopping the virtqueues");
+    (acknowledged, failed)
+}
+
+fn plan(replicas: usize) -> Plan {
+    Plan {
+        replicas,
+        threshold: replicas / 2 + 1,
+        size_bytes: DISK_BYTES,
+        direct: false,
+        // A resync that has failed waits as long until it is tried again.
+        replica_timeout: Duration::from_secs(5),
+        ..Plan::default()
+    }
+}
+
+#[test]
+fn no_acknowledged_block_is_lost_on_the_only_replica() {
+    let _machine = shared();
+    let ext4 = FullExt4::with_image();
+    let disk = Disk::over(&plan(1), vec![ext4.image()]);
+    let (acknowledged, failed) = write_all(&disk);
+    disk.end();
+    let lost = lost(&ext4.image(), &acknowledged);
+    figure(
+        "one replica, not all of it can be written back",
+        &format!(
+            "{} writes succeed, {} fail; {} of the acknowledged blocks are lost",
+            acknowledged.len(),
+            failed.len(),
+            lost.len()
+        ),
+    );
+    assert!(!failed.is_empty(), "there was space for everything");
+    assert_eq!(lost, Vec::<u64>::new());
+}
+
+#[test]
+fn a_replica_that_lost_blocks_is_stale_there_and_is_resynced() {
+    let _machine = shared();
+    let ext4 = FullExt4::with_image();
+    let directory = tempfile::tempdir().unwrap();
+    let mut images = create_images(directory.path(), 2, DISK_BYTES);
+    images.push(ext4.image());
+    let disk = Disk::over(&plan(3), images);
+    let (acknowledged, failed) = write_all(&disk);
+    figure(
+        "one replica of three, not all of it can be written back",
+        &format!(
+            "{} writes succeed, {} fail",
+            acknowledged.len(),
+            failed.len()
+        ),
+    );
+    assert_eq!(failed, Vec::<u64>::new(), "two replicas are good");
+    let event = disk.wait_for("QUORUM_REPORT_BAD", Some(2));
+    assert_eq!(event["data"]["type"], "flush");
+
+    // What it has lost is copied again when there is space: all of it was known.
+    ext4.make_space();
+    let stale = |state: &serde_json::Value| state["replicas"][2]["stale-bytes"].as_u64();
+    disk.state_when(|state| stale(state) == Some(0));
+    disk.end();
+    for image in &disk.images {
+        assert_eq!(lost(image, &acknowledged), Vec::<u64>::new(), "{image:?}");
+    }
+}
