@@ -3,7 +3,7 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build man install uninstall test sim mutants soak model
+.PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
 .PHONY: bench bench-engine bench-jobs lint guest clients fuzz fuzz-corpus clean
 
 help: ## List the targets
@@ -41,6 +41,10 @@ mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 fo
 soak: ## Kill the daemon under load in three ways, SECONDS=n each; SEED=s: the same requests
 	QUORUM_BLK_SOAK_SECONDS=$(SECONDS) $(if $(SEED),QUORUM_BLK_TEST_SEED=$(SEED)) \
 		$(CARGO) test --locked --release --test device daemon_killed -- --nocapture
+
+slow-guest: guest ## A guest works for SECONDS=600 on replicas whose flushes take 1.5 s
+	QUORUM_BLK_SLOW_SECONDS=$(or $(SECONDS),600) \
+		$(CARGO) test --locked --test vm slow_flushes -- --nocapture
 
 model: ## Check every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared

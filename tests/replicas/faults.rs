@@ -10,6 +10,14 @@ pub(crate) fn stale_bytes(state: &Value, replica: usize) -> u64 {
     bytes.expect("a number")
 }
 
+/// How many replicas were evicted, and how often.
+pub(crate) fn evictions(state: &Value) -> u64 {
+    let replicas = state["replicas"].as_array().expect("replicas").iter();
+    replicas
+        .map(|replica| replica["evictions"].as_u64().expect("a number"))
+        .sum()
+}
+
 /// The events that say of a replica that it returned corrupt data.
 pub(crate) fn accused(events: &[Value]) -> Vec<Value> {
     let of_bytes =

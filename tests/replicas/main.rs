@@ -13,4 +13,5 @@ mod lost_writeback;
 mod missed_writes;
 mod same_as_qemu;
 mod silent_images;
+mod slow_replicas;
 mod voting;

@@ -6,3 +6,4 @@ mod device_features;
 mod migration;
 mod new_size;
 mod repair;
+mod slow_flushes;
