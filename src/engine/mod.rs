@@ -76,12 +76,12 @@ use self::context::{Context, Core, Progress};
 use self::flush_queue::{Origin, Waiting};
 use self::request::{Request, Start, Wanted};
 use self::slots::{Slot, Slots};
-use crate::common::ReplicaSet;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 #[cfg(any(test, feature = "sim"))]
 use crate::common::operation::{Action, Operation};
 use crate::common::operation::{Reply, RequestId};
+use crate::common::{ReplicaIndex, ReplicaSet};
 use crate::limits::{BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, REQUESTS_MAX};
 
 /// The state machine of one worker.
@@ -180,6 +180,11 @@ impl Engine {
         self.core.count_request();
         self.take(Wanted::by_guest(tag, request), effects);
         self.run_ready(effects);
+    }
+
+    /// Takes in that `replica` has done a part of a long operation, so it is not late (W6).
+    pub fn progressed(&mut self, replica: ReplicaIndex) {
+        self.core.shared.loads().yielded(replica);
     }
 
     /// Takes the end of an operation in.

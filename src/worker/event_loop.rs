@@ -264,6 +264,7 @@ impl<K: Kernel> Worker<K> {
                     self.io.recorder.operation_ended(&reply, since);
                     self.engine.reply(reply, &mut self.io);
                 }
+                Completion::Progress(replica) => self.engine.progressed(replica),
                 Completion::Readable(MAILBOX) => mail = true,
                 Completion::Readable(_) => {}
             }

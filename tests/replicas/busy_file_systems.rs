@@ -1,11 +1,13 @@
 //! File systems that cannot do something at the moment (EAGAIN), or have no room (ENOSPC).
 
 use std::thread;
+use std::time::Duration;
 
 use testkit::HANG_LIMIT;
 use testkit::client::Request;
 use testkit::disk::{Disk, Plan, System};
 use testkit::fuse::{Fault, Operation};
+use testkit::images::are_identical;
 use testkit::machine::{measure, shared};
 use testkit::process::wait_until;
 
@@ -92,4 +94,43 @@ fn a_write_without_room_is_reported_as_such() {
         assert_eq!(data["ret"], -libc::ENOSPC, "{event}");
         assert_eq!(data["error"], "No space left on device", "{event}");
     }
+}
+
+/// Discards the whole disk on these replicas, which have no holes and do 8 writes in a second. The
+/// discard takes longer than the replica may take for one (W6), and each of its steps less.
+fn is_discarded_slowly(slow: &[usize]) {
+    let disk = Disk::start(
+        System::Ours,
+        &Plan {
+            faulty: vec![0, 1, 2],
+            size_bytes: 32 << 20,
+            replica_timeout: Duration::from_millis(300),
+            ..Plan::default()
+        },
+    );
+    let mut client = disk.connect();
+    client.write(0, 0, &[7; BLOCK]).expect("a write");
+    for index in slow {
+        disk.faulty(*index)
+            .inject(Operation::Write, Fault::PerSecond(8));
+    }
+    let discard = Request::Discard {
+        offset: 0,
+        len: 32 << 20,
+    };
+    client.run(0, &[discard])[0].expect("a discard");
+    for replica in disk.state()["replicas"].as_array().expect("replicas") {
+        assert_eq!(replica["evictions"], 0, "{slow:?}: {replica}");
+    }
+    assert_eq!(disk.end(), Vec::<serde_json::Value>::new());
+    assert!(are_identical(&disk.images));
+}
+
+#[test]
+fn a_slow_discard_evicts_no_replica() {
+    let _machine = shared();
+    thread::scope(|scope| {
+        scope.spawn(|| is_discarded_slowly(&[2]));
+        scope.spawn(|| is_discarded_slowly(&[0, 1, 2]));
+    });
 }

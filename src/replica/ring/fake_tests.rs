@@ -79,7 +79,8 @@ impl Setup {
     /// Completes a submission and returns the next one of the same operation.
     fn continue_after(&mut self, submission: &Submission, result: i32) -> Submission {
         self.kernel.complete(submission, result);
-        assert!(self.enter().is_empty(), "the operation continues");
+        let ends = |completion: &Completion| matches!(completion, Completion::Reply(..));
+        assert!(!self.enter().iter().any(ends), "the operation continues");
         // What the completion led to is submitted by the next call.
         self.enter();
         self.kernel.only()

@@ -46,6 +46,8 @@ const CANCELLATION: u64 = u64::MAX;
 pub enum Completion {
     /// An operation has ended that began at the given time.
     Reply(Reply, Since),
+    /// A replica has done a part of an operation that takes several submissions.
+    Progress(ReplicaIndex),
     /// A watched descriptor was written to.
     Readable(WatchToken),
 }
@@ -300,6 +302,11 @@ impl<K: Kernel> Ring<K> {
             (slot, Work::Operation(operation)) => {
                 match operation.completed(completion.result, &mut self.ways) {
                     Next::Submit => self.submit_slot(slot),
+                    Next::Progress => {
+                        let replica = operation.replica();
+                        self.completions.push_back(Completion::Progress(replica));
+                        self.submit_slot(slot)
+                    }
                     Next::End(result) => {
                         self.end(slot, result);
                         Ok(())

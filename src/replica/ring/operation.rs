@@ -78,6 +78,8 @@ enum Outcome {
 pub(super) enum Next {
     /// With another submission.
     Submit,
+    /// Likewise: a step of it is done.
+    Progress,
     /// Not at all: this is its result.
     End(Result<(), Errno>),
 }
@@ -152,7 +154,10 @@ impl PendingOperation {
             Outcome::Partly(done) => {
                 self.done_bytes += done;
                 self.retries = 0;
-                return Next::Submit;
+                return match self.step {
+                    Step::Zeroing(_) => Next::Progress,
+                    Step::Whole => Next::Submit,
+                };
             }
             Outcome::Interrupted(errno) if self.retries < RETRIES_MAX => {
                 self.retries += 1;

@@ -126,6 +126,7 @@ proptest! {
                 .map(|completion| match completion {
                     Completion::Reply(reply, _) => (reply.action.describe().1.start, reply.result),
                     Completion::Readable(_) => panic!("nothing is watched"),
+                    Completion::Progress(_) => panic!("nothing is zeroed"),
                 })
                 .collect();
             let expected = account.result.map(|result| (number * STRIDE, result));
