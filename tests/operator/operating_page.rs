@@ -188,16 +188,16 @@ impl Session {
                     == json!([])));
             }
             "unreadable" => {
-                self.dying.inject(Operation::Read, Fault::Fail(libc::EIO));
+                self.dying.make_unreadable(2 << 20..(2 << 20) + 4096);
                 guest.read(0, 2 << 20, 4096).unwrap();
-                // The answer does not wait for the error.
+                // The answer does not wait for the error, nor for the scrub of what is around it.
                 let mut monitor = self.monitor();
                 assert!(wait_until(HANG_LIMIT, || {
                     let state = monitor.execute("query-quorum", json!({}));
-                    state["replicas"][2]["errors"]["read"] == 1
+                    let has_errors = state["replicas"][2]["conditions"] == json!(["errors"]);
+                    has_errors && monitor.execute("query-jobs", json!({})) == json!([])
                 }));
             }
-            "readable" => self.dying.clear_faults(),
             "hang" => {
                 for operation in [Operation::Read, Operation::Write, Operation::Sync] {
                     self.dying.inject(operation, Fault::Hang);
