@@ -509,7 +509,8 @@ impl World {
         for replica in self.members() {
             let right = |sector: usize| {
                 let good = |r: &usize| {
-                    let doubt = self.ledger.wrong(*r) | self.ledger.excused[*r];
+                    let unusable = self.ledger.excused[*r] | self.ledger.unreadable[*r];
+                    let doubt = self.ledger.wrong(*r) | unusable;
                     *r != replica && (doubt | self.ledger.mixed) >> sector & 1 == 0
                 };
                 let good = self.members().filter(good).count();

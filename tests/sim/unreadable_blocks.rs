@@ -37,10 +37,17 @@ struct Disk {
 
 impl Disk {
     fn new(replicas: usize, threshold: usize, rewrite_corrupted: bool) -> Self {
-        let policy = Policy {
-            threshold,
+        Self::with_policy(replicas, |policy| {
+            policy.threshold = threshold;
+            policy.rewrite_corrupted = rewrite_corrupted;
+        })
+    }
+
+    fn with_policy(replicas: usize, change: impl FnOnce(&mut Policy)) -> Self {
+        let mut policy = Policy {
+            threshold: 1,
             read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted,
+            rewrite_corrupted: false,
             blkverify: false,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
@@ -49,7 +56,8 @@ impl Disk {
             block_sectors: BLOCK,
             replica_timeout: Duration::from_secs(1),
         };
-        let shared = Arc::new(Shared::new(replicas, threshold, 1, 1 << 16));
+        change(&mut policy);
+        let shared = Arc::new(Shared::new(replicas, policy.threshold, 1, 1 << 16));
         let engine = Engine::new(
             WorkerIndex(0),
             policy,
@@ -106,6 +114,7 @@ impl Disk {
                 cause: Cause::Error(_),
                 ..
             }) => self.reported.push((replica, range)),
+            Effect::ContentsDiffer(range) => panic!("what cannot be read differs: {range:?}"),
             _ => {}
         }
     }
@@ -178,6 +187,34 @@ fn are_repaired_and_nothing_else() {
     assert_eq!(disk.written, repaired);
     assert_eq!(disk.reported[4..], repaired, "as such, once");
     assert_eq!(disk.read(), (true, 3), "all is well again");
+}
+
+#[test]
+fn are_no_difference() {
+    let mut disk = Disk::with_policy(2, |policy| {
+        policy.threshold = 2;
+        policy.blkverify = true;
+    });
+    disk.lose(1, block(3000));
+    assert!(!disk.read().0);
+}
+
+#[test]
+fn of_all_replicas_fail_no_fifo_read_that_one_of_them_can_do() {
+    let mut disk = Disk::with_policy(2, |policy| {
+        policy.read_pattern = ReadPattern::Fifo;
+        policy.rewrite_corrupted = true;
+    });
+    disk.lose(0, block(2100));
+    disk.lose(1, block(3500));
+    assert!(disk.read().0);
+    let mut repaired = std::mem::take(&mut disk.written);
+    repaired.sort_by_key(|(replica, _)| *replica);
+    let expected = [
+        (ReplicaIndex(0), block(2100)),
+        (ReplicaIndex(1), block(3500)),
+    ];
+    assert_eq!(repaired, expected);
 }
 
 #[test]
