@@ -99,7 +99,7 @@ impl Disk {
     fn evict_and_rejoin(&mut self) {
         let snapshot = self.health.snapshot();
         self.write(false);
-        assert!(self.health.evict_as_on(&snapshot, STALE));
+        assert_eq!(self.health.evict_as_on(&snapshot, STALE), Some(true));
         assert!(self.health.rejoin(STALE, 0));
         std::mem::forget(snapshot);
         std::mem::forget(self.health.take_garbage());

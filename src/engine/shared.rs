@@ -32,6 +32,9 @@ use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
 use crate::quorum::health::{FailureEpoch, Health, NotRemoved};
 
+/// A decision on a copy is made this often if the original has changed too much meanwhile.
+const EVICTION_ATTEMPTS_MAX: usize = 4;
+
 /// Names a worker thread, and with it an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WorkerIndex(pub u16);
@@ -298,9 +301,18 @@ impl Shared {
     /// Evicts `replica` unless it is needed, which takes a look at every sector. Returns whether it
     /// did.
     pub(super) fn evict(&self, replica: ReplicaIndex) -> bool {
-        let snapshot = self.health(Health::snapshot);
-        snapshot.can_evict(replica)
-            && self.change_health(|health| health.evict_as_on(&snapshot, replica))
+        // More than once if other workers change much meanwhile; but then at the next tick.
+        for _ in 0..EVICTION_ATTEMPTS_MAX {
+            let snapshot = self.health(Health::snapshot);
+            if !snapshot.can_evict(replica) {
+                return false;
+            }
+            let evicted = self.change_health(|health| health.evict_as_on(&snapshot, replica));
+            if let Some(evicted) = evicted {
+                return evicted;
+            }
+        }
+        false
     }
 
     fn publish(&self, health: &Health) {

@@ -227,8 +227,10 @@ impl World {
             let bit = 1 << replica;
             if write.succeeded & unfailed & bit != 0 {
                 self.ledger.excused[replica] &= !sectors;
+                self.staleness.possible[replica] &= !sectors;
             } else if success || write.failed & unfailed & bit == 0 {
                 self.mark_excused(replica, sectors);
+                self.staleness.possible[replica] |= sectors;
             }
         }
         if success {

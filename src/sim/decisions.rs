@@ -29,6 +29,9 @@ impl World {
         );
         let before = std::mem::replace(&mut self.undecided, undecided);
         let decided = before & !undecided;
+        for replica in &members {
+            self.staleness.possible[*replica] |= decided;
+        }
         for sector in bits(decided & self.ledger.accusable) {
             // Whatever has won: those that are stale may be so.
             for (replica, stale) in members.iter().zip(&stale) {

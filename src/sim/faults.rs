@@ -6,6 +6,7 @@ use super::Violation;
 use super::ledger::{Ledger, count};
 use super::model::Value;
 use super::plan::{bits, mask_below, widen};
+use super::staleness::Staleness;
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
 
@@ -154,6 +155,7 @@ impl World {
             self.replicas[replica].crash(0);
         }
         let before = std::mem::take(&mut self.ledger);
+        self.staleness = Staleness::default();
         self.flights.clear();
         self.wakes.clear();
         self.pending.clear();

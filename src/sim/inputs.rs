@@ -246,6 +246,12 @@ impl World {
                 // Repaired, unless the replica has failed since.
                 if reply.failures == self.ledger.failures[replica] {
                     self.ledger.excused[replica] &= !reply.sectors;
+                    self.staleness.possible[replica] &= !reply.sectors;
+                }
+            }
+            (OperationType::Flush, true) => {
+                if reply.evictions == self.ledger.evictions[replica] {
+                    self.staleness.flushed(replica);
                 }
             }
             (OperationType::Read, true) if reply.part => {
@@ -285,6 +291,7 @@ impl World {
     /// The engine receives an error that reports the loss of these sectors. From now on it must not
     /// trust what the replica was asked before.
     fn loss_reported(&mut self, replica: usize, sectors: u64) {
+        self.note_not_durable(replica);
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
         self.note_failure(replica);
@@ -387,6 +394,7 @@ impl World {
                 self.ledger.evictions[replica] += 1;
                 self.ledger.any = true;
                 self.mark_excused(replica, self.replicas[replica].all());
+                self.note_not_durable(replica);
                 self.note_unrepaired(replica);
                 self.ledger.parts_unreported[replica] = 0;
             } else {

@@ -14,6 +14,7 @@
 //! plan, replica, ledger, effects
 //! state                       the data of a run
 //! operations, checks, jobs    an operation on a replica; what must hold
+//! staleness                   where a replica may be stale
 //! decisions                   what a vote makes of a failed write
 //! lateness                    who may be evicted, and who must be
 //! inputs, overlap             what engines are fed with, and what they ask for
@@ -46,6 +47,7 @@ pub mod random;
 pub mod replica;
 pub mod runner;
 mod schedule;
+mod staleness;
 pub mod state;
 
 use std::fmt;

@@ -60,6 +60,14 @@ impl World {
             self.rewritten[replica] |= sectors;
             self.doubt_repair(sectors);
         }
+        match &operation.action {
+            Action::Flush => {
+                let in_flight = self.being_written(replica);
+                self.staleness.flush_begins(replica, in_flight);
+            }
+            Action::Write { .. } | Action::Zero { .. } => self.staleness.writes(replica, sectors),
+            Action::Read { .. } => {}
+        }
         let part = self.engines[self.input_from].reads_part(&operation);
         let background = self.engines[self.input_from].is_of_a_job(operation.request);
         let (worker, request) = (self.input_from, operation.request);

@@ -121,6 +121,7 @@ impl World {
             self.plan.faulty &= !bit;
         }
         self.ledger.forget(place);
+        self.staleness.added(place);
         for pending in &mut self.pending {
             if let PendingKind::Write(write) = &mut pending.kind {
                 // What another replica in this place has written does not count.

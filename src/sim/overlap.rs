@@ -67,7 +67,8 @@ impl World {
         self.carry_out(&mut effects, count, &mut checks)?;
         effects.values.clear();
         self.collected = effects;
-        Self::check_input(&checks)
+        Self::check_input(&checks)?;
+        self.check_staleness()
     }
 
     fn input_checks(&self, worker: usize, expected: Option<ExpectedReport>) -> InputChecks {

@@ -13,6 +13,7 @@ use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
 use super::replica::SimReplica;
+use super::staleness::Staleness;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
@@ -104,6 +105,7 @@ pub struct World {
     pub(super) pending: Vec<Pending>,
     pub(super) model: Model,
     pub(super) ledger: Ledger,
+    pub(super) staleness: Staleness,
     pub(super) collected: Collected,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
@@ -417,6 +419,7 @@ impl World {
             pending: Vec::new(),
             model: Model::new(sectors),
             ledger: Ledger::default(),
+            staleness: Staleness::default(),
             collected: Collected::default(),
             before_input: Failures::default(),
             input_from: 0,

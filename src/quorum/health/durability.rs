@@ -108,7 +108,7 @@ impl Health {
             // It was perhaps not stale, but corrupt.
             state.refreshed.insert(range);
         }
-        self.written.insert(range);
+        state.rewritten.insert(range);
     }
 
     /// An orphaned operation may still change sectors of one replica.
@@ -142,6 +142,14 @@ impl Health {
                 } else {
                     state.stale.insert_all(&written);
                 }
+            }
+        }
+        for replica in self.members.iter() {
+            let state = &mut self.replicas[replica.as_usize()];
+            let rewritten = std::mem::take(&mut state.rewritten);
+            // What was not durable on an evicted replica is stale already.
+            if !rewritten.is_empty() && self.in_service.contains(replica) {
+                state.unconfirmed.push_back((self.epoch, rewritten));
             }
         }
         self.epoch
@@ -226,6 +234,7 @@ impl Health {
         let state = &mut self.replicas[replica.as_usize()];
         state.last_failure = self.failure_epoch;
         state.stale.insert_all(&self.written);
+        state.stale.insert_all(&state.rewritten);
         for (_, writing) in &self.writing {
             state.stale.insert(writing.range);
         }

@@ -211,7 +211,7 @@ impl Health {
             let mut confirmed = FlushEpoch(0);
             for (epoch, written) in &state.unconfirmed {
                 assert!(
-                    *epoch > confirmed && *epoch <= self.epoch,
+                    *epoch >= confirmed && *epoch <= self.epoch,
                     "flushes in order"
                 );
                 assert!(

@@ -16,6 +16,8 @@ pub(super) struct ReplicaHealth {
     pub(super) uncovered: RangeSet,
     /// Has not been written to since this replica was added.
     pub(super) blank: RangeSet,
+    /// Was repaired or resynced here since the last flush began: a write of this replica alone.
+    pub(super) rewritten: RangeSet,
     /// Was stale, or repaired, and has been written since the last flush began. Other members may
     /// have made durable long ago what this one had not.
     pub(super) refreshed: RangeSet,

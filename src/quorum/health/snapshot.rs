@@ -61,13 +61,14 @@ impl Health {
     }
 
     /// Evicts `replica` like [`Self::evict`]. On `snapshot`, which was this a moment ago,
-    /// [`Self::can_evict`] was true. `false` also if too much has changed since.
-    pub fn evict_as_on(&mut self, snapshot: &Self, replica: ReplicaIndex) -> bool {
-        let changed = self.changed_since(snapshot);
-        changed.is_some_and(|changed| changed.can_evict(replica)) && {
+    /// [`Self::can_evict`] was true. `None` if too much has changed since.
+    pub fn evict_as_on(&mut self, snapshot: &Self, replica: ReplicaIndex) -> Option<bool> {
+        let changed = self.changed_since(snapshot)?;
+        let can_evict = changed.can_evict(replica);
+        if can_evict {
             self.evict_not_needed(replica);
-            true
         }
+        Some(can_evict)
     }
 
     /// Removes `replica` like [`Self::remove`]. On `snapshot`, which was this a moment ago,

@@ -253,13 +253,12 @@ fn an_eviction_is_decided_again_where_something_has_changed() {
     let snapshot = health.snapshot();
     assert!(snapshot.can_evict(C) && !snapshot.can_evict(B));
     write(&mut health, range(1 << 20, 8), &[B]);
-    assert!(
-        !health.evict_as_on(&snapshot, C),
-        "A and C have the second write"
-    );
+    let evicted = health.evict_as_on(&snapshot, C);
+    assert_eq!(evicted, Some(false), "A and C have the second write");
     write(&mut health, range(1 << 20, 8), &[]);
-    assert!(health.evict_as_on(&snapshot, C));
-    assert!(!health.evict_as_on(&snapshot, C), "it is evicted");
+    assert_eq!(health.evict_as_on(&snapshot, C), Some(true));
+    let again = health.snapshot();
+    assert_eq!(health.evict_as_on(&again, C), Some(false), "it is evicted");
 }
 
 #[test]
@@ -284,6 +283,23 @@ fn nothing_is_decided_on_a_copy_that_differs_too_much() {
     for index in 0..1000 {
         write(&mut health, range(index * 2000, 8), &[C]);
     }
-    assert!(!health.evict_as_on(&snapshot, C));
-    assert!(health.evict_as_on(&health.snapshot(), C));
+    assert_eq!(health.evict_as_on(&snapshot, C), None);
+    assert_eq!(health.evict_as_on(&health.snapshot(), C), Some(true));
+}
+
+/// A resync of C, and then B fails a flush: B wrote nothing of that.
+#[test]
+fn a_failed_flush_costs_a_replica_nothing_of_what_another_one_was_resynced_with() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(0, 1 << 20), &[C]);
+    assert!(flush(&mut health, &[]));
+    health.repaired(C, range(0, 1 << 20), health.failure_epoch());
+    write(&mut health, range(1 << 21, 8), &[]);
+    assert!(flush(&mut health, &[B]));
+    assert_eq!(health.stale_in(range(0, 1 << 20)), ReplicaSet::EMPTY);
+    assert_eq!(health.stale_in(range(1 << 21, 8)), set(&[B]));
+    health.repaired(C, range(8, 8), health.failure_epoch());
+    flush(&mut health, &[C]);
+    assert_eq!(health.stale_in(range(0, 1 << 20)), set(&[C]));
+    assert_eq!(health.stale_parts(C, range(0, 1 << 20)), [range(8, 8)]);
 }

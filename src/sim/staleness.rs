@@ -1,0 +1,108 @@
+//! W3, W5, W6: a copy that is fresh does not count as stale.
+//!
+//! For each replica the sectors are known in which something has happened after which it may be
+//! stale: it failed or missed a write, it was evicted or a flush failed while a write there was not
+//! durable on it, a vote has decided against it, it was added. Everywhere else it must be fresh.
+
+use super::Violation;
+use super::ledger::Masks;
+use super::plan::mask_below;
+use super::state::{Checked, Flight, Pending, PendingKind, World};
+use crate::common::{ReplicaIndex, SectorRange};
+
+/// See the [module](self).
+#[derive(Clone, Debug, Default)]
+pub(super) struct Staleness {
+    /// Where it may be stale.
+    pub(super) possible: Masks,
+    /// What it was asked to write since its last flush began.
+    unflushed: Masks,
+    /// The same of the last flush and the one before; that it succeeded may not be known yet.
+    flushing: Masks,
+    flushing_before: Masks,
+}
+
+impl Staleness {
+    /// It is asked to write these sectors.
+    pub(super) fn writes(&mut self, replica: usize, sectors: u64) {
+        self.unflushed[replica] |= sectors;
+    }
+
+    /// It is asked to flush, and has these writes in flight.
+    pub(super) fn flush_begins(&mut self, replica: usize, in_flight: u64) {
+        self.flushing_before[replica] |= self.flushing[replica];
+        self.flushing[replica] = self.unflushed[replica];
+        self.unflushed[replica] = in_flight;
+    }
+
+    /// It has flushed.
+    pub(super) fn flushed(&mut self, replica: usize) {
+        self.flushing_before[replica] = 0;
+    }
+
+    /// What was not durable there may be lost. It was writing these sectors.
+    pub(super) fn failed(&mut self, replica: usize, in_flight: u64) {
+        self.possible[replica] |= in_flight
+            | self.unflushed[replica]
+            | self.flushing[replica]
+            | self.flushing_before[replica];
+    }
+
+    /// Another replica has the place, and is stale everywhere.
+    pub(super) fn added(&mut self, replica: usize) {
+        self.possible[replica] = u64::MAX;
+        self.unflushed[replica] = 0;
+        self.flushing[replica] = 0;
+        self.flushing_before[replica] = 0;
+    }
+}
+
+impl World {
+    /// The sectors of writes that have not ended: of the guest, or operations on this replica. A
+    /// write that one replica has written and others have not counts as not durable.
+    pub(super) fn being_written(&self, replica: usize) -> u64 {
+        let is_write = |pending: &&Pending| matches!(pending.kind, PendingKind::Write(_));
+        let guests = self
+            .pending
+            .iter()
+            .filter(is_write)
+            .map(|write| write.range);
+        let writes = |flight: &&Flight| {
+            flight.replica() == replica && (flight.write.is_some() || flight.is_repair())
+        };
+        let own = self.flights.iter().filter(writes).filter_map(Flight::range);
+        let all = guests.chain(own);
+        all.fold(0, |mask, range| mask | self.plan.mask(range))
+    }
+
+    /// The replica was evicted, or a flush failed on it.
+    pub(super) fn note_not_durable(&mut self, replica: usize) {
+        let in_flight = self.being_written(replica);
+        self.staleness.failed(replica, in_flight);
+    }
+
+    /// No replica counts as stale where it must be fresh.
+    pub(super) fn check_staleness(&self) -> Checked {
+        let disk = self.plan.disk();
+        let mask = |runs: Vec<SectorRange>| {
+            let run = |run: &SectorRange| mask_below(run.count) << run.start;
+            runs.iter().fold(0_u64, |mask, range| mask | run(range))
+        };
+        let stale: Vec<(usize, u64)> = self.shared.jobs(
+            |_| (),
+            |_, health| {
+                let index = |r: usize| ReplicaIndex(u8::try_from(r).expect("few"));
+                let stale = |r| (r, mask(health.stale_parts(index(r), disk)));
+                self.members().map(stale).collect()
+            },
+        );
+        for (replica, stale) in stale {
+            let excess = stale & !self.staleness.possible[replica];
+            if excess != 0 {
+                let text = format!("replica {replica} is fresh on {excess:b}, and counts as stale");
+                return Err(Violation::new("I1", text).at(excess));
+            }
+        }
+        Ok(())
+    }
+}
