@@ -1,6 +1,8 @@
 //! What the engine reports to the operator: the facts behind QUORUM_FAILURE and QUORUM_REPORT_BAD,
 //! evictions and rejoins, and facts that are only counted.
 
+use std::time::Duration;
+
 use super::operation::OperationType;
 use super::{Errno, ReplicaIndex, SectorRange};
 
@@ -34,6 +36,13 @@ pub enum Report {
     },
     /// A replica did not answer in time and was evicted.
     Evicted(ReplicaIndex),
+    /// An evicted replica was evicted too often: it is not asked for this long, even if it answers.
+    KeptOut {
+        /// The replica.
+        replica: ReplicaIndex,
+        /// For how long.
+        time: Duration,
+    },
     /// An evicted replica answered and is asked again.
     Rejoined(ReplicaIndex),
 }

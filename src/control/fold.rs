@@ -29,6 +29,7 @@ enum Kind {
     /// Any error: used when there are too many kinds of errors to keep apart.
     AnyError(ReplicaIndex, OperationType),
     Evicted(ReplicaIndex),
+    KeptOut(ReplicaIndex),
     Rejoined(ReplicaIndex),
     Image(ReplicaIndex),
     /// There are many of these only if a job is paused and resumed over and over.
@@ -59,6 +60,7 @@ impl Kind {
                 Cause::Error(errno) => Self::Error(*replica, *operation, *errno),
             },
             Report::Evicted(replica) => Self::Evicted(*replica),
+            Report::KeptOut { replica, .. } => Self::KeptOut(*replica),
             Report::Rejoined(replica) => Self::Rejoined(*replica),
         }
     }

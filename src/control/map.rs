@@ -143,7 +143,8 @@ impl DiskMap {
                     }
                 }
             },
-            Notice::Report(Report::Evicted(_) | Report::Rejoined(_)) | Notice::Image(..) => {}
+            Notice::Report(Report::Evicted(_) | Report::KeptOut { .. } | Report::Rejoined(_))
+            | Notice::Image(..) => {}
         }
     }
 

@@ -18,6 +18,11 @@ impl Core {
         self.shared.count_requests(self.worker, requests);
     }
 
+    /// Whether this is the engine of the first worker.
+    pub(super) fn runs_jobs(&self) -> bool {
+        self.worker == WORKER
+    }
+
     /// Looks for a chunk: time has passed, or something has changed.
     pub(super) fn check_for_work(&mut self) {
         let anything = self.shared.has_jobs() || self.shared.anything_stale();

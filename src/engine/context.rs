@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::background::Background;
+use super::flapping::Flapping;
 use super::flush_queue::{FlushQueue, Origin};
 use super::in_flight::InFlight;
 use super::interface::{Effects, Policy, ReadPattern, Tag};
@@ -34,6 +35,8 @@ pub(super) struct Core {
     pub(super) clock: TurnClock,
     pub(super) latencies: Latencies,
     pub(super) lateness: Lateness,
+    /// Of the first worker.
+    pub(super) flapping: Flapping,
     pub(super) background: Background,
     pub(super) in_flight: InFlight,
     pub(super) read_errors: ReadErrors,
@@ -77,6 +80,7 @@ impl Core {
         clock: TurnClock,
     ) -> Self {
         let lateness = Lateness::new(policy.replica_timeout);
+        let flapping = Flapping::new(policy.replica_timeout);
         Self {
             worker,
             policy,
@@ -85,6 +89,7 @@ impl Core {
             clock,
             latencies: Latencies::new(),
             lateness,
+            flapping,
             background: Background::default(),
             in_flight: InFlight::default(),
             read_errors: ReadErrors::default(),

@@ -42,6 +42,7 @@ mod confirmation;
 mod context;
 mod decision;
 mod first_pass;
+mod flapping;
 mod flush;
 mod flush_queue;
 mod in_flight;

@@ -62,6 +62,10 @@ pub struct Shared {
     /// Requests of the guest, by worker.
     requests: Vec<OwnLine>,
     loads: Loads,
+    /// The evicted replicas that are not to rejoin yet.
+    kept_out: AtomicU32,
+    /// They are to rejoin at once.
+    wants_all: AtomicBool,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
@@ -109,7 +113,28 @@ impl Shared {
             has_jobs: AtomicBool::new(false),
             requests: (0..workers).map(|_| OwnLine::default()).collect(),
             loads: Loads::default(),
+            kept_out: AtomicU32::new(0),
+            wants_all: AtomicBool::new(false),
         }
+    }
+
+    /// The evicted replicas that are not to rejoin yet.
+    pub(super) fn kept_out(&self) -> ReplicaSet {
+        ReplicaSet::from_bits(self.kept_out.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_kept_out(&self, replicas: ReplicaSet) {
+        self.kept_out.store(replicas.bits(), Ordering::Relaxed);
+    }
+
+    /// A replica is late and needed: those that are kept out are to rejoin.
+    pub(super) fn want_all(&self) {
+        self.wants_all.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether that was so since the last call.
+    pub(super) fn take_wants_all(&self) -> bool {
+        self.wants_all.swap(false, Ordering::Relaxed)
     }
 
     /// What is in flight on each replica.

@@ -41,6 +41,11 @@ impl Engine {
             self.for_each(depends, effects, |request, context| {
                 request.evicted(evicted, context)
             });
+        }
+        if self.core.runs_jobs() {
+            self.note_flapping(evicted, effects);
+        }
+        if !evicted.is_empty() {
             self.rejoin_drained(evicted, effects);
         }
         let in_service = self.core.shared.in_service();
@@ -107,10 +112,39 @@ impl Engine {
                     });
                     effects.report(Report::Evicted(replica));
                     effects.health_changed();
+                } else if !core.shared.kept_out().is_empty() {
+                    core.shared.want_all();
+                    effects.health_changed();
                 }
             }
         }
         evicted
+    }
+
+    /// Decides which of the replicas that are out of service do not rejoin yet.
+    fn note_flapping(&mut self, out: ReplicaSet, effects: &mut impl Effects) {
+        let core = &mut self.core;
+        let (now, flapping) = (core.clock.now(), &mut core.flapping);
+        let members = core.shared.members();
+        let changes = flapping.look(out.and(members));
+        if !changes.is_empty() {
+            flapping.note(changes, now);
+            for replica in changes.evicted.iter() {
+                let time = flapping.kept_out_for(replica, now);
+                if !time.is_zero() {
+                    effects.report(Report::KeptOut { replica, time });
+                }
+            }
+        }
+        for replica in out.without(members).iter() {
+            flapping.forget(replica);
+        }
+        if !out.is_empty() || !core.shared.kept_out().is_empty() {
+            if core.shared.take_wants_all() {
+                flapping.let_all_in();
+            }
+            core.shared.set_kept_out(flapping.kept_out(now));
+        }
     }
 
     /// Lets evicted replicas rejoin, and frees the places of removed ones, when nothing of this
@@ -129,6 +163,7 @@ impl Engine {
                     effects.released(replica);
                 }
             } else if drained
+                && !(core.runs_jobs() && core.shared.kept_out().contains(replica))
                 && core
                     .shared
                     .change_health(|health| health.rejoin(replica, worker))

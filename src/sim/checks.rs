@@ -334,7 +334,8 @@ impl World {
                 return Ok(());
             }
             Report::Evicted(replica) => return self.check_eviction(replica.as_usize()),
-            Report::Rejoined(_) => return Ok(()),
+            Report::KeptOut { .. } => return Ok(()),
+            Report::Rejoined(replica) => return self.check_rejoin(replica.as_usize()),
             Report::Bad {
                 replica,
                 operation,
@@ -563,6 +564,7 @@ fn show_report(report: &Report) -> String {
     match report {
         Report::Failure { operation, .. } => format!("QUORUM_FAILURE {operation:?}"),
         Report::Evicted(replica) => format!("replica {} evicted", replica.0),
+        Report::KeptOut { replica, time } => format!("replica {} kept out for {time:?}", replica.0),
         Report::Rejoined(replica) => format!("replica {} rejoined", replica.0),
         Report::Bad {
             replica,

@@ -157,6 +157,7 @@ impl World {
         let before = std::mem::take(&mut self.ledger);
         self.staleness = Staleness::default();
         self.flights.clear();
+        self.evicted_at = Default::default();
         self.wakes.clear();
         self.pending.clear();
         self.now += 1;

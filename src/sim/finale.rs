@@ -8,6 +8,7 @@ use super::ledger::Masks;
 use super::plan::{PLACES, WriteCache, bits, widen};
 use super::state::{Checked, World, trace};
 use crate::jobs::JobId;
+use crate::limits::FLAPPING_WINDOW;
 use crate::limits::FOLLOWED_ERRORS_REST;
 
 impl World {
@@ -74,7 +75,8 @@ impl World {
 
     /// Long enough for everything that the engine does by itself.
     fn rest(&mut self) -> Checked {
-        let until = self.clock + Duration::from_secs(10);
+        let kept_out = FLAPPING_WINDOW.min(self.plan.replica_timeout * 600);
+        let until = self.clock + Duration::from_secs(10) + kept_out;
         let due = |world: &Self| {
             let deadline = world
                 .engines

@@ -390,6 +390,7 @@ impl World {
             if evicted {
                 trace!(self, "replica {replica} is evicted");
                 self.statistics.evictions += 1;
+                self.evicted_at[replica].push(self.clock);
                 self.note_failure(replica);
                 self.ledger.evictions[replica] += 1;
                 self.ledger.any = true;

@@ -8,7 +8,9 @@ use super::Violation;
 use super::ledger::Masks;
 use super::plan::{PLACES, bits};
 use super::state::{Checked, Flight, PendingKind, World};
-use crate::limits::{LATE_LONG_LIMIT, LATE_MOST, LATE_PATIENCE_MOST};
+use crate::limits::{
+    FLAPPING_EVICTIONS, FLAPPING_WINDOW, LATE_LONG_LIMIT, LATE_MOST, LATE_PATIENCE_MOST,
+};
 
 impl World {
     /// An operation has ended and its reply is about to reach the engine.
@@ -75,6 +77,26 @@ impl World {
         let out = (self.ledger.evicted & self.members).count_ones();
         if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
             return Err(Violation::new("W6", "fewer than t replicas are left"));
+        }
+        Ok(())
+    }
+
+    /// A replica rejoins: it was not evicted again and again of late, or the disk needs it.
+    pub(super) fn check_rejoin(&self, replica: usize) -> Checked {
+        let timeout = self.plan.replica_timeout;
+        let good = FLAPPING_WINDOW.min(timeout * 600);
+        let of_late = |at: &&Duration| self.clock.saturating_sub(**at) < good;
+        let evicted = &self.evicted_at[replica];
+        let last = evicted.last().copied().unwrap_or_default();
+        // It counts from its last rejoin on, and the first worker may miss one in a quick series.
+        let often = evicted.iter().filter(of_late).count() > FLAPPING_EVICTIONS;
+        let others = self.members & !self.ledger.evicted & !(1 << replica);
+        let fresh = |r: &usize| self.ledger.excused[*r] == 0;
+        let spare = bits(u64::from(others)).filter(fresh).count() > self.plan.threshold;
+        let too_soon = self.clock < last + timeout * 2;
+        if often && spare && too_soon && self.flights.iter().all(|f| !self.is_late(f)) {
+            let text = format!("replica {replica} rejoins at once, evicted at {evicted:?}");
+            return Err(Violation::new("W6", text));
         }
         Ok(())
     }

@@ -122,6 +122,7 @@ impl World {
         }
         self.ledger.forget(place);
         self.staleness.added(place);
+        self.evicted_at[place].clear();
         for pending in &mut self.pending {
             if let PendingKind::Write(write) = &mut pending.kind {
                 // What another replica in this place has written does not count.

@@ -137,6 +137,8 @@ pub struct World {
     pub(super) replied_at: [LastTime; PLACES],
     /// The longest time that any operation has taken.
     pub(super) longest: Duration,
+    /// When each replica was evicted since the start of the daemon.
+    pub(super) evicted_at: [Vec<Duration>; PLACES],
     /// By worker.
     pub(super) looked: [Looked; 3],
     /// The guest has switched the write cache off: writes are durable when they are answered.
@@ -437,6 +439,7 @@ impl World {
             yielded_at: [LastTime::default(); PLACES],
             replied_at: [LastTime::default(); PLACES],
             longest: Duration::ZERO,
+            evicted_at: Default::default(),
             looked: [Looked::default(); 3],
             write_through: plan.write_cache == WriteCache::Off,
             paused: false,

@@ -263,6 +263,7 @@ impl Recorder {
                 Cause::Error(_) => {}
             },
             Report::Evicted(replica) => self.totals(*replica).evictions.add(1),
+            Report::KeptOut { .. } => {}
             Report::Rejoined(replica) => self.totals(*replica).rejoins.add(1),
         }
     }

@@ -87,6 +87,14 @@ impl Event {
                 };
                 line("QUORUM_REPLICA_EVICTED", data, self.made_at)
             }
+            Report::KeptOut { replica, time } => {
+                let data = KeptOut {
+                    node_name: &names.nodes.get(*replica),
+                    milliseconds: u64::try_from(time.as_millis()).unwrap_or(u64::MAX),
+                    suppressed,
+                };
+                line("QUORUM_REPLICA_KEPT_OUT", data, self.made_at)
+            }
             Report::Rejoined(replica) => {
                 let node_name = &names.nodes.get(*replica);
                 let data = OfReplica {
@@ -178,6 +186,15 @@ struct ReportBad<'a> {
 #[serde(rename_all = "kebab-case")]
 struct OfReplica<'a> {
     node_name: &'a str,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct KeptOut<'a> {
+    node_name: &'a str,
+    milliseconds: u64,
     #[serde(skip_serializing_if = "is_zero")]
     suppressed: u64,
 }
@@ -462,6 +479,13 @@ mod tests {
             text(error, 41),
             text(failure, 0),
             text(Report::Evicted(ReplicaIndex(1)), 0),
+            text(
+                Report::KeptOut {
+                    replica: ReplicaIndex(1),
+                    time: Duration::from_secs(16),
+                },
+                0,
+            ),
             text(Notice::Image(ReplicaIndex(1), unlinked), 0),
         ] {
             assert!(manual.contains(&line), "not in docs/events.md: {line}");

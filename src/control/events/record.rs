@@ -42,6 +42,10 @@ impl Event {
             Notice::Report(Report::Evicted(_)) => {
                 (Level::Warn, "replica evicted: it did not answer in time")
             }
+            Notice::Report(Report::KeptOut { .. }) => (
+                Level::Warn,
+                "replica was evicted too often: it is not asked for some time",
+            ),
             Notice::Report(Report::Rejoined(_)) => (Level::Info, "replica rejoined"),
             Notice::Image(_, changes) if *changes == ImageChanges::default() => {
                 (Level::Info, "image has its name and size again")
@@ -89,7 +93,9 @@ fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
             range,
             ..
         } => (Some(*replica), Some((*operation, range))),
-        Report::Evicted(replica) | Report::Rejoined(replica) => (Some(*replica), None),
+        Report::Evicted(replica) | Report::KeptOut { replica, .. } | Report::Rejoined(replica) => {
+            (Some(*replica), None)
+        }
     };
     let mut fields = Vec::new();
     if let Some(replica) = replica {
@@ -117,6 +123,7 @@ fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
             fields.push(("digest", hex(&evidence.digest)));
             fields.push(("winner-digest", hex(&evidence.winner_digest)));
         }
+        Report::KeptOut { time, .. } => fields.push(("milliseconds", time.as_millis().to_string())),
         Report::Failure { .. } | Report::Evicted(_) | Report::Rejoined(_) => {}
     }
     fields
