@@ -3,7 +3,7 @@
 
 use std::time::SystemTime;
 
-use super::format::{age, printable, size};
+use super::format::{age, duration, printable, size};
 use super::replies::{Disk, Errors, Job, Replica};
 use super::terminal::Style;
 use crate::common::message::counted;
@@ -63,11 +63,18 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
 fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime) -> Advice {
     let name = printable(&replica.node_name);
     match condition {
-        "evicted" => Advice::new(
-            Style::Bad,
-            format!("{name} is evicted: it does not answer; it rejoins when it does"),
-            format!("if it never does: quorum-blkctl replace {name} FILE"),
-        ),
+        "evicted" => {
+            let what = match replica.kept_out_ms {
+                Some(ms) => {
+                    let time = duration(ms.div_ceil(1000));
+                    format!("{name} was evicted too often and is kept out for {time} more")
+                }
+                None => format!("{name} is evicted: it does not answer; it rejoins when it does"),
+            };
+            let to_do = format!("if it never does: quorum-blkctl replace {name} FILE");
+            let is_kept_out = replica.kept_out_ms.is_some();
+            Advice::new(Style::Bad, what, (!is_kept_out).then_some(to_do))
+        }
         "flapping" => Advice::new(
             Style::Warning,
             format!("{name} is flapping: it was evicted again and again of late"),
@@ -180,6 +187,17 @@ mod tests {
         assert_eq!(
             to_do(&[job("c")]).as_deref(),
             Some("to copy what it lacks: quorum-blkctl resync b")
+        );
+    }
+
+    #[test]
+    fn a_replica_that_is_kept_out_says_for_how_long() {
+        let mut disk = disk("evicted", 0, 0, 0);
+        disk.replicas[1].kept_out_ms = Some(63_001);
+        let what = &advice(&disk, &[], UNIX_EPOCH)[0].what;
+        assert_eq!(
+            what,
+            "b was evicted too often and is kept out for 1 min 4 s more"
         );
     }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::format::{printable, sectors, size, timestamp};
+use super::format::{duration, printable, sectors, size, timestamp};
 use super::progress::describe;
 use super::replies::{JobEnd, Range, Timestamp};
 use super::terminal::Style;
@@ -26,6 +26,7 @@ struct Report {
     r#type: Option<String>,
     error: Option<String>,
     requester: Option<String>,
+    milliseconds: Option<u64>,
     #[serde(default)]
     bad_sectors: Vec<Range>,
     #[serde(default)]
@@ -91,6 +92,11 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
         "QUORUM_REPLICA_REJOINED" => read(data).and_then(|report| {
             let text = "rejoined: it answers again";
             membership(&report, Style::Good, text)
+        }),
+        "QUORUM_REPLICA_KEPT_OUT" => read(data).and_then(|report: Report| {
+            let time = duration(report.milliseconds.unwrap_or(0).div_ceil(1000));
+            let text = format!("evicted too often: it is kept out for {time}");
+            membership(&report, Style::Bad, &text)
         }),
         "QUORUM_REPLICA_IMAGE_CHANGED" => read(data).map(|image| image_change(&image)),
         "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
@@ -234,6 +240,7 @@ mod tests {
                  (and 41 more like this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
                 "1.raw: evicted: it does not answer",
+                "1.raw: evicted too often: it is kept out for 16 s",
                 "1.raw: its image was changed by another program: unlinked",
                 "1742 events missed: they arrived faster than this program read them",
             ]

@@ -35,6 +35,7 @@ pub(super) struct Replica {
     pub(super) corrupt_sectors_found: u64,
     pub(super) repaired_sectors: u64,
     pub(super) corrupt_sectors: u64,
+    pub(super) kept_out_ms: Option<u64>,
     pub(super) operations: ByOperation<Operations>,
 }
 

@@ -116,6 +116,12 @@ impl EventQueue {
             .is_flapping(replica, self.opened_at.elapsed())
     }
 
+    /// How much longer the replica is kept out, even if it answers.
+    pub fn kept_out_for(&self, replica: ReplicaIndex) -> Duration {
+        self.evictions()
+            .kept_out_for(replica, self.opened_at.elapsed())
+    }
+
     /// The errors of a replica that are not cleared.
     pub fn errors_of(&self, replica: ReplicaIndex) -> Errors {
         self.errors().of(replica)

@@ -114,6 +114,10 @@ pub struct ReplicaState {
     pub evictions: u64,
     /// How often it rejoined.
     pub rejoins: u64,
+    /// For how much longer it does not rejoin even if it answers, in milliseconds. Left out if it
+    /// may.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kept_out_ms: Option<u64>,
     /// Its operations.
     pub operations: ByOperation<Operations>,
 }

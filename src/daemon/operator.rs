@@ -195,6 +195,7 @@ impl DiskOperator {
             let stale_bytes = stale * SECTOR_BYTES;
             let corrupt_sectors = self.reports.corrupt_sectors(index);
             let errors = self.reports.errors_of(index);
+            let kept_out_for = self.reports.kept_out_for(index);
             ReplicaState {
                 node_name: file.node_name().to_string(),
                 file: file.path.to_string_lossy().into_owned(),
@@ -217,6 +218,8 @@ impl DiskOperator {
                 resynced_sectors: totals.sectors_resynced,
                 evictions: totals.evictions,
                 rejoins: totals.rejoins,
+                kept_out_ms: (!kept_out_for.is_zero())
+                    .then(|| u64::try_from(kept_out_for.as_millis()).unwrap_or(u64::MAX)),
                 operations: by_operation(operations),
             }
         };

@@ -202,6 +202,8 @@ fn an_eviction_and_the_return_are_events() {
         };
         assert!(wait_until(HANG_LIMIT, is_back), "{}", state(&disk));
     }
+    let event = disk.wait_for("QUORUM_REPLICA_KEPT_OUT", Some(1));
+    assert!(event["data"]["milliseconds"].is_u64(), "{event}");
     assert!(status(&disk, "degraded").contains("r1 is flapping"));
 }
 

@@ -143,6 +143,7 @@ pub fn disk() -> DiskState {
         resynced_sectors: 0,
         evictions: 0,
         rejoins: 0,
+        kept_out_ms: None,
         operations: by_operation(none),
     });
     DiskState {
