@@ -5,6 +5,7 @@ mod busy_file_systems;
 mod failed_writes;
 mod faults;
 mod faulty_replicas;
+mod flapping;
 mod full_disks;
 mod growth;
 mod image_locks;
