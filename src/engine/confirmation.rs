@@ -30,7 +30,7 @@ use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
 use crate::common::runs;
-use crate::common::{ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Rule, Verdict, vote};
@@ -45,6 +45,8 @@ pub(super) struct Confirmation {
     step: Step,
     /// Of replicas that failed.
     surveys: Vec<Survey>,
+    /// The winner, as long as the guest must not have it: too few replicas hold it (W7).
+    withheld: Option<Rc<Buffer>>,
     outcome: Outcome,
 }
 
@@ -111,6 +113,7 @@ impl Confirmation {
             asked_at: context.now(),
             step: Step::WaitingForLock,
             surveys: Vec::new(),
+            withheld: None,
             outcome: Outcome::default(),
         }
     }
@@ -120,7 +123,13 @@ impl Confirmation {
         self.step = Step::Asking;
         self.asked_at = context.now();
         let in_service = context.shared().in_service();
-        let asked = in_service.without(self.terms.throughout);
+        let mut asked = in_service.without(self.terms.throughout);
+        if self.terms.is_resync {
+            // Its copy may be needed to win the vote (W7).
+            let range = self.replies.range();
+            let doubtful = context.shared().health(|health| health.doubtful_in(range));
+            asked = asked.or(in_service.and(doubtful));
+        }
         self.replies.ask(asked, context);
         self.count(context)
     }
@@ -212,7 +221,16 @@ impl Confirmation {
     /// Where a difference is no fault (W7).
     fn disputed(&self, core: &Core) -> Disputed {
         let range = self.replies.range();
-        core.shared.health(|health| health.disputed(range))
+        let needed = self.needed();
+        core.shared.health(|health| health.disputed(range, needed))
+    }
+
+    /// How many votes win.
+    fn needed(&self) -> usize {
+        match self.terms.rule {
+            Rule::Threshold(threshold) => threshold,
+            Rule::FirstListed => 1,
+        }
     }
 
     /// All replies are in, and no write can have run meanwhile.
@@ -241,6 +259,7 @@ impl Confirmation {
 
     /// Reads the next parts of a replica that failed, or decides.
     fn probe(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        let votes = self.needed();
         let Step::Probing(probing) = &mut self.step else {
             unreachable!("probed while probing");
         };
@@ -250,14 +269,10 @@ impl Confirmation {
         let core = &*context.core;
         probing.forget(core.shared.out_of_service());
         let range = self.replies.range();
-        let disputed = core.shared.health(|health| health.disputed(range));
+        let disputed = core.shared.health(|health| health.disputed(range, votes));
         let ballots = ballots(&self.replies, probing.surveys(), &disputed, core);
         let epoch = core.shared.failure_epoch();
         probing.count(&ballots, self.terms.rule, epoch);
-        let votes = match self.terms.rule {
-            Rule::Threshold(threshold) => threshold,
-            Rule::FirstListed => 1,
-        };
         let succeeded = self.replies.tally().succeeded();
         let voters = ballots
             .into_iter()
@@ -268,7 +283,7 @@ impl Confirmation {
             return self.probed(context);
         };
         let is_won = probing.verdict.undecided.is_empty();
-        // Where a failed write is decided, the guest waits until other versions are stale.
+        // Where a failed write or flush is decided, the guest waits until that is final.
         let answers = answers && (!is_won || disputed.is_empty());
         let winner = (answers && is_won).then(|| assemble(&self.replies, &probing.verdict, core));
         self.asked_at = context.now();
@@ -338,7 +353,7 @@ impl Confirmation {
             context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
-        self.settle(disputed, &verdict, context);
+        let settled = self.settle(disputed, &verdict, context);
         let succeeded = self.replies.tally().succeeded();
         let unread = context.core.unread(self.replies.range(), succeeded);
         self.outcome.unread = unread
@@ -347,7 +362,16 @@ impl Confirmation {
         self.outcome.undecided = sectors(&verdict.undecided);
         self.spread(&verdict, context);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
-        Next::Decided(Decision { verdict, winner })
+        let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
+        self.withheld = winner.clone().filter(|_| waits);
+        let differs = self.first_difference(disputed, &verdict, context.core);
+        Next::Decided(Decision {
+            verdict,
+            winner,
+            settled,
+            waits,
+            differs,
+        })
     }
 
     /// The replicas that failed, and that are read in smaller parts by now or about to be repaired
@@ -373,32 +397,36 @@ impl Confirmation {
     }
 
     /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
-    /// from now on, before the guest has its answer.
+    /// from now on, before the guest has its answer. Returns where the winner is to be written
+    /// although no replica is at fault.
     fn settle(
         &self,
         disputed: &Disputed,
         verdict: &Verdict,
         context: &mut Context<'_, impl Effects>,
-    ) {
-        let block_sectors = context.core.policy.block_sectors;
-        let now = decided(&disputed.undecided, &verdict.undecided, block_sectors);
-        if now.is_empty() {
-            return;
+    ) -> Vec<(ReplicaIndex, Vec<SectorRange>)> {
+        if disputed.is_empty() {
+            return Vec::new();
         }
+        let block_sectors = context.core.policy.block_sectors;
+        let left = &verdict.undecided;
+        let now = decided(&disputed.undecided, left, block_sectors);
+        let range = self.replies.range();
         let shared = context.shared();
         let succeeded = self.replies.tally().succeeded();
+        let loses = |replica: ReplicaIndex| {
+            let mut excused = verdict.excused.iter();
+            let runs = excused.find(|(loser, _)| *loser == replica);
+            runs.map_or(&[][..], |(_, runs)| &runs[..])
+        };
         let others: Vec<_> = shared
             .members()
             .iter()
             .map(|member| {
-                let loses = || {
-                    let mut excused = verdict.excused.iter();
-                    let runs = excused.find(|(replica, _)| *replica == member);
-                    runs.map_or(Vec::new(), |(_, runs)| runs::common(&now, runs))
-                };
+                let loses = || runs::common(&now, loses(member));
                 let mut surveys = self.surveys.iter();
                 let survey = surveys.find(|survey| survey.replica == member);
-                let not_read = survey.map(|survey| survey.not_read(self.replies.range()));
+                let not_read = survey.map(|survey| survey.not_read(range));
                 let runs = match not_read {
                     _ if succeeded.contains(member) => loses(),
                     Some(not_read) => runs::union(&loses(), &runs::common(&now, &not_read)),
@@ -407,9 +435,54 @@ impl Confirmation {
                 (member, runs)
             })
             .collect();
-        if shared.change_health(|health| health.decide(&now, &others)) {
+        let unwitnessed = runs::without(&disputed.lacking, &disputed.witnessed);
+        let undone = runs::without(&unwitnessed, left);
+        let read = shared.members().iter().filter(|member| {
+            let is_surveyed = |survey: &Survey| survey.replica == *member;
+            succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)
+        });
+        let (settled, became_stale) = shared.change_health(|health| {
+            let settled = read.map(|replica| {
+                let doubtful = match succeeded.contains(replica) {
+                    true => health.doubtful_parts(replica, range),
+                    false => Vec::new(),
+                };
+                let voted = runs::common(&doubtful, &disputed.lacking);
+                (replica, runs::union(&voted, loses(replica)))
+            });
+            let settled = settled.collect();
+            health.may_be_undone(&undone);
+            (settled, health.decide(&now, &others))
+        });
+        if became_stale {
             context.effects.health_changed();
         }
+        settled
+    }
+
+    /// The first undecided sectors on which the replicas differ although all of them are up to
+    /// date and have been read.
+    fn first_difference(
+        &self,
+        disputed: &Disputed,
+        verdict: &Verdict,
+        core: &Core,
+    ) -> Option<SectorRange> {
+        let range = self.replies.range();
+        let members = core.shared.members();
+        let all_read = members.without(self.replies.tally().succeeded()).is_empty();
+        if verdict.undecided.is_empty() || !all_read {
+            return None;
+        }
+        let stale = core.shared.health(|health| {
+            let stale = members
+                .iter()
+                .map(|member| health.stale_parts(member, range));
+            stale.fold(disputed.undecided.clone(), |all, parts| {
+                runs::union(&all, &parts)
+            })
+        });
+        runs::without(&verdict.undecided, &stale).first().copied()
     }
 
     /// Has the neighbourhood of corrupt and unreadable sectors scrubbed.
@@ -438,12 +511,10 @@ impl Confirmation {
     ) -> Next {
         assert!(matches!(self.step, Step::Decided), "repaired once");
         // Only now: the guest has its answer, and the failure is reported.
-        // What a replica cannot read is no difference.
-        if let Some(undecided) = decision.verdict.undecided.first()
+        if let Some(differs) = decision.differs
             && context.core.policy.blkverify
-            && self.surveys.is_empty()
         {
-            context.effects.contents_differ(*undecided);
+            context.effects.contents_differ(differs);
         }
         let shared = context.shared();
         let (in_service, began) =
@@ -461,7 +532,7 @@ impl Confirmation {
                 winner,
                 losers: self.terms.repairs_losers,
                 unreadable: &unreadable,
-                settled: &decision.verdict.excused,
+                settled: &decision.settled,
                 throughout: self.terms.throughout,
                 block_sectors: context.core.policy.block_sectors,
             };
@@ -508,7 +579,14 @@ impl Confirmation {
         let began = *began;
         let shared = context.shared();
         if reply.result.is_ok() {
-            shared.change_health(|health| health.repaired(reply.replica, range, began));
+            let was_corrupt = match kind {
+                RepairKind::Settled => false,
+                RepairKind::Throughout => !self.terms.is_resync,
+                _ => true,
+            };
+            shared.change_health(|health| {
+                health.repaired(reply.replica, range, began, was_corrupt);
+            });
         }
         match reply.result {
             Ok(()) => {
@@ -540,10 +618,22 @@ impl Confirmation {
             !self.waits_for_lock() && self.replies.tally().is_complete(),
             "finished under the lock, with all replies"
         );
+        if self.withheld.is_some() {
+            let (range, needed) = (self.replies.range(), self.needed());
+            let shared = context.shared();
+            if !shared.change_health(|health| health.settled(range, needed)) {
+                self.withheld = None;
+            }
+        }
         context.unlock(self.lock);
         context.core.confirmations -= 1;
         self.replies.recycle(context.core);
         Next::Done(self.outcome)
+    }
+
+    /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
+    pub(super) fn take_settled(&mut self) -> Option<Rc<Buffer>> {
+        self.withheld.take()
     }
 
     pub(super) fn tally(&self) -> &Tally {

@@ -22,7 +22,6 @@ use crate::common::report::{Cause, Report, Requester};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
 use crate::limits::REPLICAS_MAX;
-use crate::quorum::health::Health;
 use crate::quorum::vote::Rule;
 
 /// What all requests of an engine share.
@@ -118,8 +117,10 @@ impl Core {
 
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.
     pub(super) fn join_flush(&mut self, origin: Origin) {
-        let since = self.shared.health(Health::last_flush);
-        if self.flushes.join(origin, since) {
+        let (since, writes) = self
+            .shared
+            .health(|health| (health.last_flush(), health.counted_writes()));
+        if self.flushes.join(origin, since, writes) {
             self.follow_ups.push_back(FollowUp::Flush);
         }
     }

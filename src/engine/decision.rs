@@ -19,6 +19,14 @@ pub(super) struct Decision {
     pub(super) verdict: Verdict,
     /// The winning bytes, unspecified in undecided sectors. `None` if every sector is undecided.
     pub(super) winner: Option<Rc<Buffer>>,
+    /// Where replicas are repaired although they are not at fault (W7).
+    pub(super) settled: Vec<(ReplicaIndex, Vec<SectorRange>)>,
+    /// The winner must be written to more replicas before the guest may have it: when the repairs
+    /// are done, [`Confirmation::take_settled`](super::confirmation::Confirmation::take_settled)
+    /// returns it.
+    pub(super) waits: bool,
+    /// Sectors without a winner on which good replicas differ.
+    pub(super) differs: Option<SectorRange>,
 }
 
 impl Decision {
@@ -83,18 +91,22 @@ pub(super) fn ballots<'a>(
     let surveyed: ReplicaSet = surveys.iter().map(|survey| survey.replica).collect();
     let voters = replies.tally().succeeded().or(surveyed);
     let stale = core.shared.health(|health| {
-        let stale_parts = |replica| health.stale_parts(replica, range);
-        voters.iter().map(stale_parts).collect::<Vec<_>>()
+        let parts = |replica| {
+            let stale = health.stale_parts(replica, range);
+            (stale, health.doubtful_parts(replica, range))
+        };
+        voters.iter().map(parts).collect::<Vec<_>>()
     });
-    let ballot = |(replica, stale): (ReplicaIndex, Vec<SectorRange>)| {
+    let ballot = |(replica, (stale, doubtful)): (_, (Vec<SectorRange>, Vec<SectorRange>))| {
         let survey = surveys.iter().find(|survey| survey.replica == replica);
         let not_read = survey.map_or(Vec::new(), |survey| survey.not_read(range));
+        let votes = runs::common(&doubtful, &disputed.lacking);
         Ballot {
             replica,
             bytes: replies.data(replica),
-            stale: runs::union(&stale, &not_read),
-            supporting: Vec::new(),
-            excused: disputed.undecided.clone(),
+            stale: runs::union(&runs::without(&stale, &votes), &not_read),
+            supporting: runs::common(&votes, &disputed.witnessed),
+            excused: runs::union(&disputed.undecided, &votes),
         }
     };
     voters.iter().zip(stale).map(ballot).collect()

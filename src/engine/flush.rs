@@ -60,7 +60,12 @@ impl Flush {
         let mut origins = context.core.flushes.take();
         let begun = context.shared().change_health(|health| {
             for waiting in &mut origins {
-                waiting.is_durable = health.flushed_since(waiting.since);
+                waiting.is_durable = health.flushed_since(waiting.since)
+                    && match waiting.origin {
+                        Origin::Request(_) => !health.owes_failure(),
+                        Origin::Write(_, range) => !health.is_undone(range),
+                        Origin::Job(_) => true,
+                    };
             }
             let all = origins.iter().all(|waiting| waiting.is_durable);
             (!all).then(|| (health.in_service(), health.flush_begins()))
@@ -150,8 +155,12 @@ impl Flush {
             let all = health.flush_decided(*epoch, succeeded, is_enough);
             for waiting in &mut *origins {
                 let range = waiting.origin.range();
-                waiting.is_durable =
-                    all || range.is_some_and(|range| health.is_durable(range, succeeded));
+                let durable = all || range.is_some_and(|range| health.is_durable(range, succeeded));
+                waiting.is_durable = match waiting.origin {
+                    Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
+                    Origin::Write(_, range) => durable && !health.is_undone(range),
+                    Origin::Job(_) => durable,
+                };
             }
         });
         let mut origins = std::mem::take(origins);

@@ -27,6 +27,8 @@ pub(super) struct Waiting {
     pub(super) origin: Origin,
     /// The last flush, by any engine, that had begun when it joined: later ones cover it.
     pub(super) since: FlushEpoch,
+    /// How many writes had a quorum when it joined.
+    pub(super) after_writes: u64,
     /// What it waits for is durable on enough replicas.
     pub(super) is_durable: bool,
 }
@@ -54,11 +56,12 @@ pub(super) struct FlushQueue {
 impl FlushQueue {
     /// Waits for the next flush. `true` if that one must be begun for it.
     #[must_use]
-    pub(super) fn join(&mut self, origin: Origin, since: FlushEpoch) -> bool {
+    pub(super) fn join(&mut self, origin: Origin, since: FlushEpoch, after_writes: u64) -> bool {
         let first = self.waiting.is_empty();
         self.waiting.push(Waiting {
             origin,
             since,
+            after_writes,
             is_durable: false,
         });
         self.unanswered += 1;

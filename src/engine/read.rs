@@ -241,9 +241,11 @@ impl Read {
                 Progress::Waiting
             }
             Next::Decided(decision) => {
-                match decision.winner() {
-                    Some(winner) => self.succeed(winner, context),
-                    None => self.fail(context),
+                if !decision.waits {
+                    match decision.winner() {
+                        Some(winner) => self.succeed(winner, context),
+                        None => self.fail(context),
+                    }
                 }
                 let Stage::Confirming(confirmation) = &mut self.stage else {
                     unreachable!("decided by a confirmation");
@@ -251,7 +253,17 @@ impl Read {
                 let next = confirmation.repair(&decision, context);
                 self.go_on(next, context)
             }
-            Next::Done(_) => self.retire(context.core),
+            Next::Done(_) => {
+                let Stage::Confirming(confirmation) = &mut self.stage else {
+                    unreachable!("done by a confirmation");
+                };
+                // The guest has its answer, unless the decision waited for the repairs.
+                match confirmation.take_settled() {
+                    Some(winner) => self.succeed(&winner, context),
+                    None => self.fail(context),
+                }
+                self.retire(context.core)
+            }
         }
     }
 

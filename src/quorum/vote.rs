@@ -23,8 +23,8 @@ pub struct Ballot<'a> {
     pub bytes: &'a [u8],
     /// The parts of the range on which this replica may not vote, in order.
     pub stale: Vec<SectorRange>,
-    /// The parts on which its vote counts only for a version that another replica holds outside of
-    /// such a part (W7).
+    /// The parts on which its vote counts only for the version that most replicas hold of those
+    /// outside of such a part (W7).
     pub supporting: Vec<SectorRange>,
     /// The parts on which its version may differ without a fault of the replica (W7).
     pub excused: Vec<SectorRange>,
@@ -288,12 +288,27 @@ fn take_first(sector: u64, versions: &[Version<'_>], verdict: &mut Verdict) {
     }
 }
 
+/// Whether more of the replicas that do not only support others hold this version than any other.
+fn is_most_fresh(digest: &Digest, digests: &[Digest], versions: &[Version<'_>]) -> bool {
+    let held = |digest: &Digest| {
+        let all = digests.iter().zip(versions);
+        all.filter(|(held, version)| *held == digest && !version.only_supports)
+            .count()
+    };
+    let most = held(digest);
+    most > 0
+        && digests
+            .iter()
+            .all(|other| other == digest || held(other) < most)
+}
+
 /// The slow path: the versions of this sector differ.
 fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdict: &mut Verdict) {
     let digests: Vec<Digest> = versions
         .iter()
         .map(|version| Sha256::digest(version.bytes).into())
         .collect();
+    let some_support = versions.iter().any(|version| version.only_supports);
     let mut winner: Option<(usize, usize)> = None;
     for (index, digest) in digests.iter().enumerate() {
         if digests[..index].contains(digest) {
@@ -304,7 +319,7 @@ fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdi
             held.filter(|(held, _)| *held == digest)
         };
         let votes = holders().count();
-        let supported = holders().any(|(_, version)| !version.only_supports);
+        let supported = !some_support || is_most_fresh(digest, &digests, versions);
         // Strictly more: on a tie the version found first, held by the replica listed first, stays.
         if votes >= threshold && supported && winner.is_none_or(|(_, most)| votes > most) {
             winner = Some((index, votes));
@@ -560,7 +575,8 @@ mod tests {
         };
         assert!(wins("aaa", &[1, 2]), "replica 0 holds it too");
         assert!(!wins("baa", &[1, 2]), "replica 0 holds another version");
-        assert!(wins("baa", &[1]));
+        assert!(!wins("baa", &[1]), "replicas 0 and 2 are equally good");
+        assert!(wins("aaab", &[2]));
         assert!(!wins("aaa", &[0, 1, 2]));
     }
 

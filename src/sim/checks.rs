@@ -130,6 +130,13 @@ impl World {
                 && self.no_write_in_flight(sector)
                 && bits(u64::from(right)).any(|r| votes(r) >= needed)
         };
+        if self.faults_ended && self.must_be_readable(self.plan.mask(read.range)) {
+            let text = format!(
+                "read {} failed, and all copies are equal",
+                number_of(read.tag)
+            );
+            return Err(Violation::new("W7", text).at(self.plan.mask(read.range)));
+        }
         if bits(self.plan.mask(read.range)).all(enough) {
             let text = format!(
                 "read {} failed, but enough replicas have good copies",
@@ -225,6 +232,9 @@ impl World {
         let (sectors, unfailed) = (self.plan.mask(range), self.unfailed(write));
         for replica in self.members() {
             let bit = 1 << replica;
+            if write.succeeded & bit == 0 {
+                self.ledger.unsound[replica] |= sectors;
+            }
             if write.succeeded & unfailed & bit != 0 {
                 self.ledger.excused[replica] &= !sectors;
                 self.staleness.possible[replica] &= !sectors;
@@ -232,6 +242,7 @@ impl World {
                 self.mark_excused(replica, sectors);
                 self.staleness.possible[replica] |= sectors;
             }
+            self.ledger.written[replica] |= sectors;
         }
         if success {
             self.ledger.mixed &= !sectors;
@@ -286,12 +297,8 @@ impl World {
         for sector in 0..self.changed_at.len() {
             let safe = |r: &usize| {
                 let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
-                lied >> sector & 1 == 1
-                    || self.model.is_permitted(
-                        sector,
-                        self.replicas[*r].durable(sector),
-                        flush.began,
-                    )
+                let durable = self.replicas[*r].durable(sector);
+                lied >> sector & 1 == 1 || self.model.may_be_flushed(sector, durable, flush.began)
             };
             let safe = self.members().filter(safe).count();
             if safe < self.plan.threshold {
@@ -307,16 +314,29 @@ impl World {
         Ok(())
     }
 
-    /// W5: a flush fails only if some sector may not be durable on t replicas.
-    fn check_failed_flush(&self, flush: &Pending) -> Checked {
+    /// W5: a flush fails only if some sector may not be durable on t replicas, or if the guest must
+    /// know of an earlier failure.
+    fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
             self.members().filter(good).count() >= self.plan.threshold
         };
-        if (0..self.changed_at.len()).all(enough) {
+        let owed = self.ledger.lacking_at;
+        if owed.is_none() && self.owed == [false; 2] && (0..self.changed_at.len()).all(enough) {
             let text = format!("flush {} failed without need", number_of(flush.tag));
             return Err(Violation::new("W5", text));
         }
+        if self.must_flush && self.must_be_readable(self.plan.mask(self.plan.disk())) {
+            let text = format!(
+                "flush {} failed, and all copies are equal",
+                number_of(flush.tag)
+            );
+            return Err(Violation::new("W7", text));
+        }
+        if owed.is_some_and(|owed| owed <= flush.began) {
+            self.ledger.lacking_at = None;
+        }
+        self.model.flush_failed(flush.began);
         Ok(())
     }
 

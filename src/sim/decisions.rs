@@ -6,6 +6,12 @@ use super::state::{Checked, World, trace};
 use crate::common::{ReplicaIndex, SectorRange};
 
 impl World {
+    /// Notes whether the engines owe the guest a failed flush, before and after an input.
+    pub(super) fn note_owed(&mut self) {
+        let owes = self.shared.jobs(|_| (), |_, health| health.owes_failure());
+        self.owed = [self.owed[1], owes];
+    }
+
     /// Notes which sectors of failed writes a vote has decided. From then on every replica that is
     /// not stale there holds the winner.
     pub(super) fn note_decisions(&mut self) -> Checked {
@@ -23,7 +29,7 @@ impl World {
             |_, health| {
                 let index = |r: &usize| ReplicaIndex(u8::try_from(*r).expect("few"));
                 let stale = |r| mask(health.stale_parts(index(r), disk));
-                let undecided = mask(health.disputed(disk).undecided);
+                let undecided = mask(health.disputed(disk, 0).undecided);
                 (undecided, members.iter().map(stale).collect())
             },
         );
@@ -44,6 +50,7 @@ impl World {
             for (replica, stale) in members.iter().zip(&stale) {
                 if stale & bit != 0 {
                     self.mark_excused(*replica, bit);
+                    self.ledger.unsound[*replica] |= bit;
                     continue;
                 }
                 if self.ledger.wrong(*replica) & bit != 0 {

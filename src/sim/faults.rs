@@ -50,6 +50,11 @@ impl World {
         if self.random.chance(faults.crash) {
             return self.crash();
         }
+        if self.random.chance(faults.full) {
+            let time = self.plan.step * u32::try_from(1 + self.random.below(60)).expect("few");
+            trace!(self, "the file system is full for {time:?}");
+            self.full_until = self.clock + time;
+        }
         if self.plan.is_faulty(replica) {
             if self.random.chance(faults.rot) {
                 self.rot(replica);

@@ -45,6 +45,7 @@ impl World {
         self.read_all()?;
         self.check_rewritten()?;
         self.check_scrub()?;
+        self.check_flushes()?;
         for part in self.parts() {
             self.submit_write(0, part)?;
         }
@@ -219,16 +220,48 @@ impl World {
         Ok(())
     }
 
-    /// Whether all replicas hold the same, and can be read everywhere.
-    fn are_equal(&self) -> bool {
+    /// W7: if all copies are equal, flushes succeed again: the first may report what went wrong
+    /// before, and the second what a job has flushed in vain.
+    fn check_flushes(&mut self) -> Checked {
+        if self.plan.write_cache == WriteCache::Off {
+            return Ok(());
+        }
+        for last in [false, false, true] {
+            self.must_flush = last;
+            self.submit_flush(0)?;
+            self.settle()?;
+            self.rest()?;
+            self.finish_jobs()?;
+        }
+        self.must_flush = false;
+        Ok(())
+    }
+
+    /// Whether all replicas hold the same.
+    pub(super) fn are_equal(&self) -> bool {
+        let all = self.plan.mask(self.plan.disk());
+        let is_readable = |r: usize| self.ledger.unreadable[r] == 0;
+        self.are_equal_at(all) && self.members().all(is_readable)
+    }
+
+    /// Whether all replicas hold the same in these sectors, can be read there, and have missed
+    /// nothing there since they flushed. Only in runs without evictions and additions, after which
+    /// the engine knows better what was missed.
+    pub(super) fn must_be_readable(&self, sectors: u64) -> bool {
+        let doubt = |r: usize| self.ledger.unsound[r] | self.ledger.unreadable[r];
+        let quiet = self.statistics.evictions == 0 && self.statistics.added == 0;
+        quiet && self.are_equal_at(sectors) && self.members().all(|r| doubt(r) & sectors == 0)
+    }
+
+    /// Whether all replicas hold the same in these sectors.
+    fn are_equal_at(&self, sectors: u64) -> bool {
         let first = self.members().next().unwrap_or(0);
         let value = |replica: usize, sector| self.replicas[replica].value(sector);
         let is_first = |sector: usize| {
             self.members()
                 .all(|r| value(r, sector) == value(first, sector))
         };
-        let is_readable = |r: usize| self.ledger.unreadable[r] == 0;
-        (0..self.changed_at.len()).all(is_first) && self.members().all(is_readable)
+        bits(sectors).all(is_first)
     }
 
     /// The sectors of the block.

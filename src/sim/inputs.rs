@@ -247,12 +247,20 @@ impl World {
                 if reply.failures == self.ledger.failures[replica] {
                     self.ledger.excused[replica] &= !reply.sectors;
                     self.staleness.possible[replica] &= !reply.sectors;
+                } else {
+                    self.mark_excused(replica, reply.sectors);
+                }
+                for written in &mut self.ledger.written {
+                    *written |= reply.sectors;
                 }
             }
             (OperationType::Flush, true) => {
                 if reply.evictions == self.ledger.evictions[replica] {
                     self.staleness.flushed(replica);
                 }
+                self.ledger.in_flush[replica] = 0;
+                self.ledger.unsound[replica] &=
+                    self.ledger.excused[replica] | self.ledger.written[replica];
             }
             (OperationType::Read, true) if reply.part => {
                 self.ledger.parts_failed[replica] &= !reply.sectors;
@@ -298,8 +306,23 @@ impl World {
         for pending in &mut self.pending {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
         }
-        let all = self.replicas[replica].all();
-        self.mark_excused(replica, all);
+        let written = self.ledger.written[replica] | self.ledger.in_flush[replica];
+        self.mark_excused(replica, written | self.writing());
+        // A flush fails if too few replicas have done it.
+        for pending in &mut self.pending {
+            if matches!(pending.kind, PendingKind::Flush) {
+                pending.seen.excused[replica] |= self.replicas[replica].all();
+            }
+        }
+    }
+
+    /// The sectors of the guest's writes in flight.
+    fn writing(&self) -> u64 {
+        let writing = self.pending.iter().map(|pending| match pending.kind {
+            PendingKind::Write(_) => self.plan.mask(pending.range),
+            PendingKind::Read | PendingKind::Flush => 0,
+        });
+        writing.fold(0, |all, sectors| all | sectors)
     }
 
     /// A lock that another worker has released is granted.
@@ -396,6 +419,7 @@ impl World {
                 self.ledger.any = true;
                 self.mark_excused(replica, self.replicas[replica].all());
                 self.note_not_durable(replica);
+                self.ledger.unsound[replica] |= self.writing();
                 self.note_unrepaired(replica);
                 self.ledger.parts_unreported[replica] = 0;
             } else {

@@ -4,6 +4,7 @@
 //! May the engine leave it out? Each request in flight keeps what was true at any time since it
 //! began, so that a replica counts that was wrong when it was read and has been repaired since.
 
+use super::model::Moment;
 use super::plan::PLACES;
 
 /// One mask of sectors for each replica.
@@ -30,6 +31,16 @@ pub struct Ledger {
     pub parts_failed: Masks,
     /// The blocks among these that the engine has not reported.
     pub parts_unreported: Masks,
+    /// Where it has missed a write or was corrupt, and has not flushed what was written there
+    /// since.
+    pub unsound: Masks,
+    /// What was written since the last flush of the replica began.
+    pub written: Masks,
+    /// What was written before a flush that the replica has not confirmed.
+    pub in_flush: Masks,
+    /// When fewer than t members were last good in some sector: a flush that the guest asked for
+    /// before then may fail, and so may the next one.
+    pub lacking_at: Option<Moment>,
     /// Where it was being repaired when it was evicted: a resync must write there again.
     pub unrepaired: Masks,
     /// Sectors of which a failed write or a crash may have left different versions.
@@ -111,6 +122,9 @@ impl Ledger {
             &mut self.parts_unreported,
             &mut self.excused,
             &mut self.unrepaired,
+            &mut self.unsound,
+            &mut self.written,
+            &mut self.in_flush,
         ];
         for mask in masks {
             mask[replica] = 0;

@@ -66,6 +66,9 @@ struct Written {
     acknowledged: bool,
     /// A flush that began after its answer has succeeded: a crash does not undo it.
     durable: bool,
+    /// It was acknowledged, a failed flush may have undone it, and no flush of the guest that
+    /// covers it has failed.
+    undone: bool,
     /// The first end and the last begin of all requests that wrote or read this value: it was
     /// current from the one to the other if they come in this order.
     first_end: Moment,
@@ -97,6 +100,7 @@ impl Model {
                 ended: 1,
                 acknowledged: true,
                 durable: true,
+                undone: false,
                 first_end: 1,
                 last_begin: 0,
             }]
@@ -113,6 +117,7 @@ impl Model {
             ended: NEVER,
             acknowledged: false,
             durable: false,
+            undone: false,
             first_end: NEVER,
             last_begin: now,
         });
@@ -154,6 +159,45 @@ impl Model {
         let written = |value| self.sectors[sector].iter().find(|w| w.value == value);
         let both = written(value).zip(written(other));
         both.is_some_and(|(value, other)| value.ended > other.began)
+    }
+
+    /// Whether a flush that began at `since` may make this value durable: as for a read, and a
+    /// write that was undone counts until the guest has heard of a failed flush.
+    pub fn may_be_flushed(&self, sector: usize, value: Value, since: Moment) -> bool {
+        let all = &self.sectors[sector];
+        let Some(written) = all.iter().find(|w| w.value == value) else {
+            return false;
+        };
+        !all.iter().any(|w| {
+            let replaces = w.began >= written.ended && w.ended <= since;
+            (w.acknowledged || w.undone) && replaces
+        })
+    }
+
+    /// A failed flush may have undone what was acknowledged and is not durable. Returns whether
+    /// there is such a write.
+    pub fn undo(&mut self, sector: usize) -> bool {
+        let mut any = false;
+        for written in &mut self.sectors[sector] {
+            if written.acknowledged && !written.durable {
+                written.acknowledged = false;
+                written.undone = true;
+                any = true;
+            }
+            if !written.durable {
+                written.first_end = NEVER;
+                written.last_begin = written.began;
+            }
+        }
+        any
+    }
+
+    /// A flush of the guest that began at `began` has failed: the guest knows that what it covers
+    /// may be undone.
+    pub fn flush_failed(&mut self, began: Moment) {
+        for written in self.sectors.iter_mut().flatten() {
+            written.undone &= written.ended > began;
+        }
     }
 
     /// A read from `began` to `ended` returned the value. Whether that goes with what other reads
@@ -211,6 +255,7 @@ impl Model {
             for written in &mut *all {
                 written.ended = written.ended.min(now);
                 written.acknowledged = written.durable;
+                written.undone = false;
                 written.first_end = if written.durable {
                     written.ended
                 } else {

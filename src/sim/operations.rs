@@ -30,7 +30,11 @@ impl World {
         }
         let disk = self.plan.disk();
         let (sectors, write) = match &operation.action {
-            Action::Flush => (self.replicas[replica].dirty(), None),
+            Action::Flush => {
+                let written = std::mem::take(&mut self.ledger.written[replica]);
+                self.ledger.in_flush[replica] |= written;
+                (self.replicas[replica].dirty(), None)
+            }
             Action::Read { range, .. }
             | Action::Write { range, .. }
             | Action::Zero { range, .. } => {
@@ -184,6 +188,14 @@ impl World {
     /// Injects a fault into the operation, or none.
     fn draw_fault(&mut self, flight: &mut Flight) {
         if self.faults_ended || !self.plan.is_faulty(flight.replica()) {
+            return;
+        }
+        if self.full_until > self.clock && !matches!(flight.operation.action, Action::Read { .. }) {
+            flight.fault = Fault::Error;
+            if flight.range().is_some() {
+                flight.sectors &= self.random.bits();
+            }
+            self.ledger.any = true;
             return;
         }
         let (faults, random) = (self.plan.faults, &mut self.random);
@@ -398,7 +410,11 @@ impl World {
                     Fault::Error => {
                         let written = sectors & self.random.bits();
                         self.write_back(replica, written);
-                        let lost = sectors & self.random.bits();
+                        // All is still in the page cache, in a third of the cases.
+                        let lost = match self.random.below(3) {
+                            0 => 0,
+                            _ => sectors & self.random.bits(),
+                        };
                         self.replicas[replica].lose(lost, false);
                     }
                     Fault::Lost => {

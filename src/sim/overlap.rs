@@ -51,6 +51,7 @@ impl World {
             self.engines[other].self_check();
             self.note_evictions();
             self.note_decisions()?;
+            self.note_owed();
             self.carry_out(&mut effects, before, &mut checks)?;
             let expected = reply.and_then(|reply| self.note_reply(&reply));
             let mut others_checks = self.input_checks(other, expected);
@@ -62,6 +63,7 @@ impl World {
             self.engines[worker].self_check();
             self.note_evictions();
             self.note_decisions()?;
+            self.note_owed();
         }
         let count = effects.effects.len();
         self.carry_out(&mut effects, count, &mut checks)?;

@@ -32,6 +32,9 @@ pub struct Faults {
     /// Writeback in the background fails in the same way; the next flush that ends reports
     /// it.
     pub writeback_error: u32,
+    /// For some time, writes and flushes fail on all replicas that may fail: their file system is
+    /// full.
+    pub full: u32,
     /// A sector at rest changes.
     pub rot: u32,
     /// Blocks cannot be read any more until they are written; some cannot be written either.
@@ -276,6 +279,7 @@ impl Plan {
         faults.read_error = rate(&per_operation);
         faults.write_error = rate(&per_operation);
         faults.flush_error = rate(&[OFTEN, OFTEN * 4, OFTEN * 10]);
+        faults.full = rate(&[RARE / 4, RARE]);
         faults.rot = rate(&per_step);
         faults.unreadable = rate(&[RARE / 4, RARE, RARE * 4]);
         faults.lost = rate(&per_operation);

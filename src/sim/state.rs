@@ -125,6 +125,8 @@ pub struct World {
     pub(super) rotten: u64,
     /// When each sector was last written on any replica, or by the guest.
     pub(super) changed_at: Vec<Moment>,
+    /// Until when writes and flushes fail on every replica that may fail.
+    pub(super) full_until: Duration,
     /// Until when each replica does nothing.
     pub(super) hung_until: [Duration; PLACES],
     /// How long the operations of each request took that have ended.
@@ -167,6 +169,10 @@ pub struct World {
     pub(super) rewritten: Masks,
     /// The last job that is complete.
     pub(super) completed_job: Option<JobInfo>,
+    /// The engines owed the guest a failed flush before the last input, and after it.
+    pub(super) owed: [bool; 2],
+    /// A flush succeeds now if all copies are equal.
+    pub(super) must_flush: bool,
     /// From now on no fault is injected.
     pub(super) faults_ended: bool,
     /// A crash has happened.
@@ -433,6 +439,7 @@ impl World {
             writes: 0,
             rotten: 0,
             changed_at: vec![0; sectors],
+            full_until: Duration::ZERO,
             hung_until: [Duration::ZERO; PLACES],
             took: Vec::new(),
             yielded: [0; PLACES],
@@ -443,6 +450,8 @@ impl World {
             looked: [Looked::default(); 3],
             write_through: plan.write_cache == WriteCache::Off,
             paused: false,
+            owed: [false; 2],
+            must_flush: false,
             faults_ended: false,
             crashed: false,
             trace: traced.then(Vec::new),
@@ -598,6 +607,7 @@ impl World {
     /// The replica may give corrupt bytes there from now on.
     pub(super) fn mark_corrupt(&mut self, replica: usize, sectors: u64) {
         self.ledger.corrupt[replica] |= sectors;
+        self.ledger.unsound[replica] |= sectors;
         self.ledger.unrepaired[replica] &= !sectors;
         for pending in &mut self.pending {
             pending.seen.corrupt[replica] |= sectors;
@@ -615,6 +625,7 @@ impl World {
     /// The replica has dropped a page there, and no error has reported it yet.
     pub(super) fn mark_dropped(&mut self, replica: usize, sectors: u64) {
         self.ledger.dropped[replica] |= sectors;
+        self.ledger.unsound[replica] |= sectors;
         for pending in &mut self.pending {
             pending.seen.dropped[replica] |= sectors;
         }
@@ -625,6 +636,20 @@ impl World {
         self.ledger.excused[replica] |= sectors;
         for pending in &mut self.pending {
             pending.seen.excused[replica] |= sectors;
+        }
+        // Where no copy is beyond doubt, a failed flush may have undone writes (W7).
+        let excused = |all: u64, member: usize| all & self.ledger.excused[member];
+        let undone = self.members().fold(sectors, excused);
+        for sector in bits(undone) {
+            self.model.undo(sector);
+        }
+        let good = |sector: usize| {
+            let good = |member: &usize| self.ledger.excused[*member] >> sector & 1 == 0;
+            self.members().filter(good).count()
+        };
+        // The engine does not know which of the doubts the guest knows of.
+        if (0..self.changed_at.len()).any(|sector| good(sector) < self.plan.threshold) {
+            self.ledger.lacking_at = Some(self.now);
         }
     }
 

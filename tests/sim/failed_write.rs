@@ -1,4 +1,5 @@
-//! A write that failed: which version the disk holds is decided once, and no replica is at fault.
+//! A write or a flush that failed: which version the disk holds is decided by a vote, and no
+//! replica is at fault.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -15,41 +16,51 @@ const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
 const OLD: u8 = 1;
 const NEW: u8 = 2;
 
-/// Three replicas, each of them one byte for the sector in [`RANGE`].
+/// Replicas, each of them one byte for the sector in [`RANGE`].
 struct Disk {
     engine: Engine,
     pool: BufferPool,
     effects: Collected,
-    holds: [u8; 3],
+    holds: Vec<u8>,
     /// The replicas that fail writes.
     fails: [bool; 3],
+    /// The replicas that fail flushes.
+    flush_fails: [bool; 3],
     accusations: usize,
+    /// Times that `--blkverify` was to end the daemon.
+    differences: usize,
 }
 
 impl Disk {
     fn new() -> Self {
+        Self::of(3, false)
+    }
+
+    fn of(replicas: usize, blkverify: bool) -> Self {
         let policy = Policy {
             threshold: 2,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
-            blkverify: false,
+            blkverify,
             job_sizes: Sizes::default(),
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),
         };
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
-        let shared = Arc::new(Shared::new(3, 2, 1, 64));
+        let shared = Arc::new(Shared::new(replicas, 2, 1, 64));
         Self {
             engine: Engine::new(WorkerIndex(0), policy, shared, pool.clone(), clock),
             pool,
             effects: Collected::default(),
-            holds: [OLD; 3],
+            holds: vec![OLD; replicas],
             fails: [false; 3],
+            flush_fails: [false; 3],
             accusations: 0,
+            differences: 0,
         }
     }
 
-    /// Carries the request out. Returns whether it succeeded, and the first byte that it returned.
+    /// Carries the request out. Returns whether it succeeded.
     fn run(&mut self, number: u64, request: GuestRequest) -> bool {
         self.engine.submit(tag(number), request, &mut self.effects);
         let mut success = None;
@@ -62,6 +73,7 @@ impl Disk {
                 Effect::Report(report) => {
                     self.accusations += usize::from(format!("{report:?}").contains("Corrupt"));
                 }
+                Effect::ContentsDiffer(_) => self.differences += 1,
                 _ => {}
             }
         }
@@ -75,6 +87,8 @@ impl Disk {
             Action::Read { into, .. } => into.fill(self.holds[replica]),
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(28)),
             Action::Write { data, .. } => self.holds[replica] = data[0],
+            Action::Flush if self.flush_fails[replica] => result = Err(Errno(28)),
+            Action::Flush => {}
             action => panic!("{action:?}"),
         }
         self.engine
@@ -106,7 +120,7 @@ fn is_decided_by_the_next_read_without_an_accusation() {
     assert!(disk.run(2, GuestRequest::Read(RANGE)));
     assert_eq!(disk.holds, [OLD; 3], "the winner is written to all");
     assert_eq!(disk.accusations, 0);
-    disk.holds = [OLD, NEW, OLD];
+    disk.holds = vec![OLD, NEW, OLD];
     assert!(disk.run(3, GuestRequest::Read(RANGE)));
     assert_eq!(disk.accusations, 1, "what differs later is corrupt");
 }
@@ -119,7 +133,50 @@ fn is_decided_for_good_even_if_the_other_version_cannot_be_replaced() {
     disk.fails = [false, false, true];
     assert!(disk.run(2, GuestRequest::Read(RANGE)));
     assert_eq!(disk.holds, [OLD, OLD, NEW]);
-    disk.holds = [OLD, NEW, NEW];
+    disk.holds = vec![OLD, NEW, NEW];
     let wins = disk.run(3, GuestRequest::Read(RANGE));
     assert!(!wins, "replica 2 is stale");
+}
+
+#[test]
+fn of_a_flush_on_all_replicas_leaves_everything_readable() {
+    let mut disk = Disk::new();
+    assert!(disk.write(1, NEW));
+    disk.flush_fails = [true; 3];
+    assert!(!disk.run(2, GuestRequest::Flush));
+    disk.flush_fails = [false; 3];
+    disk.holds[0] = OLD;
+    assert!(disk.run(3, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [NEW; 3], "the winner is written to all");
+    assert_eq!(disk.accusations, 0);
+    assert!(disk.run(4, GuestRequest::Flush), "the next flush covers it");
+}
+
+#[test]
+fn of_a_flush_leaves_copies_that_do_not_win_against_a_fresh_one() {
+    let mut disk = Disk::new();
+    assert!(disk.write(1, NEW));
+    disk.flush_fails = [false, true, true];
+    assert!(!disk.run(2, GuestRequest::Flush));
+    disk.holds = vec![NEW, OLD, OLD];
+    assert!(!disk.run(3, GuestRequest::Read(RANGE)));
+    disk.holds = vec![NEW, NEW, OLD];
+    assert!(disk.run(4, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [NEW; 3]);
+}
+
+#[test]
+fn of_a_flush_is_no_difference_to_blkverify() {
+    let mut disk = Disk::of(2, true);
+    assert!(disk.write(1, NEW));
+    disk.flush_fails[0] = true;
+    assert!(!disk.run(2, GuestRequest::Flush));
+    let lost = std::mem::replace(&mut disk.holds[0], OLD);
+    assert!(!disk.run(3, GuestRequest::Read(RANGE)));
+    disk.holds[0] = lost;
+    assert!(disk.run(4, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.differences, 0);
+    disk.holds[0] = OLD;
+    assert!(!disk.run(5, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.differences, 1);
 }

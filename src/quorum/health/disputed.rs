@@ -3,22 +3,51 @@
 //! A write that fails leaves old or new data on each replica, and both are legal: its range is
 //! *undecided* until a vote, or a write that succeeds, decides it. A vote that decides it makes
 //! every member stale that is not known to hold the winner, so that no other version can win later.
+//!
+//! A flush that fails may have lost what a replica wrote since its last good flush, or nothing:
+//! that is stale, and *doubtful*. Doubtful copies have no vote while t members are fresh. Where
+//! fewer are, the disk *lacks* fresh copies, and doubtful ones vote too; what they may hold is not
+//! older than what t members have made durable. The winner is written again to all of them before
+//! it is read. Where no member is fresh, such a vote may undo writes: a flush of the guest must
+//! have failed, or fail, after them.
 
 use super::Health;
-use crate::common::{ReplicaIndex, SectorRange};
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 
 /// The parts of a range in which a difference is no fault.
 #[derive(Clone, Debug, Default)]
 pub struct Disputed {
     /// A write has failed there, and no vote has decided yet which version the disk holds.
     pub undecided: Vec<SectorRange>,
+    /// Too few members are fresh there for a vote.
+    pub lacking: Vec<SectorRange>,
+    /// Those parts of `lacking` in which some member is fresh.
+    pub witnessed: Vec<SectorRange>,
 }
 
 impl Disputed {
     /// Whether any difference is a fault.
     pub fn is_empty(&self) -> bool {
-        self.undecided.is_empty()
+        self.undecided.is_empty() && self.lacking.is_empty()
     }
+}
+
+/// What votes of doubtful copies may have undone, and what the guest knows of it.
+#[derive(Debug, Default)]
+pub(super) struct Undone {
+    /// Guest writes that have had a quorum.
+    pub(super) writes: u64,
+    /// The same when the last flush began.
+    pub(super) writes_before_flush: u64,
+    /// All that is doubtful was written before this moment, as a count of writes.
+    covered_by: u64,
+    /// A flush that the guest asked for at this moment has failed.
+    answered: u64,
+    /// What votes may have undone that has not been written since.
+    ranges: RangeSet,
+    /// Such a vote has taken place, and no flush that covers the writes has failed.
+    owes_failure: bool,
 }
 
 impl Health {
@@ -32,11 +61,53 @@ impl Health {
         self.undecided.overlaps(range)
     }
 
-    /// The parts of `range` in which a difference is no fault.
-    pub fn disputed(&self, range: SectorRange) -> Disputed {
-        Disputed {
+    /// The parts of `range` in which a difference is no fault, where a vote needs the copies of
+    /// `needed` members.
+    pub fn disputed(&self, range: SectorRange, needed: usize) -> Disputed {
+        let mut disputed = Disputed {
             undecided: self.undecided.within(range),
+            ..Disputed::default()
+        };
+        let stale = self.members.iter().map(|member| {
+            let state = &self.replicas[member.as_usize()];
+            (member, state.stale.within(range))
+        });
+        let mut ends: Vec<(u64, ReplicaIndex, bool)> = stale
+            .flat_map(|(member, parts)| {
+                let ends = |part: SectorRange| [(part.start, true), (part.end(), false)];
+                let ends = parts.into_iter().flat_map(ends);
+                ends.map(move |(sector, begins)| (sector, member, begins))
+            })
+            .collect();
+        ends.sort_unstable_by_key(|(sector, ..)| *sector);
+        let (mut fresh, mut from) = (self.members, range.start);
+        let end = (range.end(), ReplicaIndex(0), false);
+        for (sector, member, begins) in ends.into_iter().chain([end]) {
+            if sector > from && fresh.len() < needed {
+                let run = SectorRange::new(from, sector - from);
+                if !fresh.is_empty() {
+                    disputed.witnessed.push(run);
+                }
+                disputed.lacking.push(run);
+            }
+            from = sector;
+            match begins {
+                true => fresh.remove(member),
+                false => fresh.insert(member),
+            }
         }
+        disputed
+    }
+
+    /// The parts of `range` in which `replica` is doubtful, in order.
+    pub fn doubtful_parts(&self, replica: ReplicaIndex, range: SectorRange) -> Vec<SectorRange> {
+        self.replicas[replica.as_usize()].doubtful(range)
+    }
+
+    /// The members that are doubtful somewhere in `range`.
+    pub fn doubtful_in(&self, range: SectorRange) -> ReplicaSet {
+        let is_doubtful = |member: &ReplicaIndex| !self.doubtful_parts(*member, range).is_empty();
+        self.members.iter().filter(is_doubtful).collect()
     }
 
     /// A vote has decided `decided`. The replicas in `others` are not known to hold the winner in
@@ -62,9 +133,101 @@ impl Health {
             // the reply comes.
             state.last_doubt = self.failure_epoch;
             for range in ranges {
-                state.stale.insert(*range);
+                for part in runs::without(&[*range], &state.stale.within(*range)) {
+                    state.mark_missed(part);
+                }
             }
         }
         became_stale
+    }
+
+    /// Doubtful copies have voted in these ranges, where no member is fresh: writes may be undone.
+    pub fn may_be_undone(&mut self, ranges: &[SectorRange]) {
+        for range in ranges {
+            self.undone.ranges.insert(*range);
+            self.undone.owes_failure |= self.undone.answered < self.undone.covered_by;
+        }
+    }
+
+    /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members
+    /// are fresh now in all of it, so that a read may return it. Where they are, copies that are
+    /// doubtful still are not asked any more.
+    pub fn settled(&mut self, range: SectorRange, needed: usize) -> bool {
+        let lacking = self.disputed(range, needed).lacking;
+        let settled = runs::without(&[range], &lacking);
+        for member in self.members.iter() {
+            let state = &mut self.replicas[member.as_usize()];
+            for part in runs::common(&state.doubtful(range), &settled) {
+                state.missed.insert(part);
+            }
+        }
+        lacking.is_empty()
+    }
+
+    /// Every sector is durable on t members: doubtful copies are not needed any more.
+    pub(super) fn doubt_is_over(&mut self) {
+        for member in self.members.iter() {
+            self.replicas[member.as_usize()].fall_behind();
+        }
+    }
+
+    /// What was written before may be lost now on one replica.
+    pub(super) fn doubt_arose(&mut self) {
+        let Undone {
+            writes,
+            writes_before_flush,
+            covered_by,
+            ..
+        } = &mut self.undone;
+        // A flush in flight does not cover what was answered after it began.
+        let last = match self.written.is_empty() {
+            true => writes_before_flush,
+            false => writes,
+        };
+        *covered_by = (*last).max(*covered_by);
+    }
+
+    /// A write has a quorum. `is_doubtful`: a flush that failed while it ran may have undone it.
+    pub(super) fn write_counts(&mut self, range: SectorRange, is_doubtful: bool) {
+        self.undone.writes += 1;
+        if !self.undone.ranges.is_empty() {
+            self.undone.ranges.remove(range);
+        }
+        if is_doubtful {
+            self.undone.covered_by = self.undone.writes;
+        }
+    }
+
+    /// How many writes have had a quorum. A flush that the guest asks for now covers them.
+    pub fn counted_writes(&self) -> u64 {
+        self.undone.writes
+    }
+
+    /// Whether a vote may have undone the last write of some of `range`.
+    pub fn is_undone(&self, range: SectorRange) -> bool {
+        self.undone.ranges.overlaps(range)
+    }
+
+    /// Whether the next flush of the guest fails, because writes may be undone.
+    pub fn owes_failure(&self) -> bool {
+        self.undone.owes_failure
+    }
+
+    /// The answer to a flush that the guest asked for after this many writes. `is_durable`: all
+    /// that it covers is durable on t members. It fails all the same if writes may be undone and
+    /// the guest does not know.
+    pub fn answer_flush(&mut self, is_durable: bool, asked_after: u64) -> bool {
+        if is_durable && !self.undone.owes_failure {
+            return true;
+        }
+        let Undone {
+            covered_by,
+            answered,
+            owes_failure,
+            ..
+        } = &mut self.undone;
+        *answered = asked_after.max(*answered);
+        *owes_failure &= asked_after < *covered_by;
+        false
     }
 }

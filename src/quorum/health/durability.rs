@@ -59,15 +59,19 @@ impl Health {
         } = write.begun;
         assert!(began <= self.failure_epoch, "a write ends after it began");
         let Writing { range, .. } = self.writing.remove(place);
-        let mut became_stale = false;
+        let (mut became_stale, mut doubtful) = (false, false);
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
-            let doubtful = state.last_failure > began || !write.asked.contains(replica);
             let done = write.succeeded.contains(replica);
-            if doubtful || (write.success && !done) {
+            let missed = !write.asked.contains(replica) || (write.success && !done);
+            if missed || state.last_failure > began {
                 became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
+                if missed {
+                    state.missed.insert(range);
+                }
                 if done {
+                    doubtful = true;
                     // The write counted here, and may not be lost: the replica is not blank.
                     state.blank.remove(range);
                     self.failure_epoch.0 += 1;
@@ -78,7 +82,10 @@ impl Health {
             }
         }
         if write.success {
-            self.undecided.remove(range);
+            self.write_counts(range, doubtful);
+            if !self.undecided.is_empty() {
+                self.undecided.remove(range);
+            }
         } else {
             self.undecided.insert(range);
             // A reply that is on its way counts only under the lock, which decides.
@@ -92,14 +99,26 @@ impl Health {
     }
 
     /// Sectors of one replica were written with the winner of a vote, under the lock of their
-    /// range.
-    pub fn repaired(&mut self, replica: ReplicaIndex, range: SectorRange, began: FailureEpoch) {
+    /// range. `was_corrupt`: or unreadable; otherwise it was stale, or had a legal version (W7).
+    pub fn repaired(
+        &mut self,
+        replica: ReplicaIndex,
+        range: SectorRange,
+        began: FailureEpoch,
+        was_corrupt: bool,
+    ) {
         if !self.members.contains(replica) {
             return;
         }
         let state = &mut self.replicas[replica.as_usize()];
+        if was_corrupt {
+            state.weak.insert(range);
+        }
         if state.last_failure > began {
             state.stale.insert(range);
+            if was_corrupt {
+                state.behind.insert(range);
+            }
             state.blank.remove(range);
             self.failure_epoch.0 += 1;
             state.last_doubt = self.failure_epoch;
@@ -114,7 +133,7 @@ impl Health {
     /// An orphaned operation may still change sectors of one replica.
     pub fn mark_stale(&mut self, replica: ReplicaIndex, range: SectorRange) {
         if self.members.contains(replica) {
-            self.replicas[replica.as_usize()].stale.insert(range);
+            self.replicas[replica.as_usize()].mark_missed(range);
         }
     }
 
@@ -122,6 +141,7 @@ impl Health {
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.epoch.0 += 1;
         self.flushing = Some(self.in_service);
+        self.undone.writes_before_flush = self.undone.writes;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             let uncovered = std::mem::replace(&mut state.uncovered, state.stale.clone());
@@ -132,6 +152,8 @@ impl Health {
                     .into_iter()
                     .filter(|set| !set.is_empty()),
             );
+            let weak = std::mem::take(&mut state.weak);
+            state.weak_before_flush.insert_all(&weak);
         }
         let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
@@ -141,6 +163,9 @@ impl Health {
                     state.unconfirmed.push_back((self.epoch, written.clone()));
                 } else {
                     state.stale.insert_all(&written);
+                    state
+                        .behind
+                        .insert_all(&std::mem::take(&mut state.weak_before_flush));
                 }
             }
         }
@@ -169,6 +194,10 @@ impl Health {
         if !refreshed.is_empty() {
             self.garbage.push(refreshed);
         }
+        let weak = std::mem::take(&mut state.weak_before_flush);
+        if !weak.is_empty() {
+            self.garbage.push(weak);
+        }
         let unconfirmed = &mut state.unconfirmed;
         let confirmed = unconfirmed.partition_point(|(covered, _)| *covered <= epoch);
         let written = unconfirmed.drain(..confirmed).map(|(_, written)| written);
@@ -191,6 +220,7 @@ impl Health {
         let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
+            self.doubt_is_over();
         }
         success
     }
@@ -243,5 +273,9 @@ impl Health {
             state.uncovered.insert_all(&written);
             self.garbage.push(written);
         }
+        for weak in [&mut state.weak, &mut state.weak_before_flush] {
+            state.behind.insert_all(&std::mem::take(weak));
+        }
+        self.doubt_arose();
     }
 }

@@ -36,9 +36,8 @@ impl Health {
             self.replicas.push(ReplicaHealth::default());
         }
         let mut state = ReplicaHealth::default();
-        state
-            .stale
-            .insert(SectorRange::new(0, self.capacity_sectors));
+        state.mark_missed(SectorRange::new(0, self.capacity_sectors));
+        state.behind.clone_from(&state.stale);
         // A flush in flight does not cover it.
         state.uncovered.clone_from(&state.stale);
         state.blank.clone_from(&state.stale);
@@ -58,9 +57,8 @@ impl Health {
         self.failure_epoch.0 += 1;
         let mut state = ReplicaHealth::default();
         // Its earlier replies do not count any more.
-        state
-            .stale
-            .insert(SectorRange::new(0, self.capacity_sectors));
+        state.mark_missed(SectorRange::new(0, self.capacity_sectors));
+        state.behind.clone_from(&state.stale);
         state.last_failure = self.failure_epoch;
         let removed = std::mem::replace(&mut self.replicas[replica.as_usize()], state);
         self.garbage.extend(removed.sets().cloned());
@@ -125,7 +123,8 @@ impl Health {
         let forgotten = state.forgotten_by == self.workers;
         if forgotten {
             // No request can count it as a voter any more.
-            self.garbage.push(std::mem::take(&mut state.stale));
+            let sets = [&mut state.stale, &mut state.missed, &mut state.behind];
+            self.garbage.extend(sets.map(std::mem::take));
         }
         let free = forgotten && state.drained_by == self.workers;
         if free {

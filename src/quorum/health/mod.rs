@@ -37,6 +37,7 @@ pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
 pub use self::snapshot::Durability;
 
+use self::disputed::Undone;
 use self::replica::ReplicaHealth;
 
 /// Orders the start of an operation against failed flushes and evictions.
@@ -71,6 +72,7 @@ pub struct Health {
     undecided: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
     flushing: Option<ReplicaSet>,
+    undone: Undone,
     capacity_sectors: u64,
     epoch: FlushEpoch,
     /// The last flush that succeeded.
@@ -98,6 +100,7 @@ impl Health {
             writing: Slab::new(),
             undecided: RangeSet::default(),
             flushing: None,
+            undone: Undone::default(),
             capacity_sectors,
             epoch: FlushEpoch::default(),
             flushed: FlushEpoch::default(),
@@ -219,6 +222,9 @@ impl Health {
                     "a flush that covers nothing is not kept"
                 );
                 confirmed = *epoch;
+            }
+            for range in state.missed.iter() {
+                assert_eq!(state.stale.within(range), [range], "missed and not stale");
             }
             if !self.known().contains(replica) {
                 assert!(state.stale.is_empty(), "a free place is not stale");

@@ -6,10 +6,22 @@ use super::FailureEpoch;
 use super::durability::FlushEpoch;
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
+use crate::common::runs;
 
 #[derive(Clone, Debug, Default)]
 pub(super) struct ReplicaHealth {
     pub(super) stale: RangeSet,
+    /// Of what is stale: this replica has missed or failed the newest write.
+    pub(super) missed: RangeSet,
+    /// Of what is stale: the stable storage of this replica may hold something older than what t
+    /// members have made durable, or corrupt bytes. What is stale and neither missed nor behind is
+    /// *doubtful*: a failed flush may have lost the newest version, or not (W7).
+    pub(super) behind: RangeSet,
+    /// Was behind, and has been written since the last flush began. If the next flush fails here,
+    /// it is behind again.
+    pub(super) weak: RangeSet,
+    /// The same of a flush that this replica has not confirmed yet.
+    pub(super) weak_before_flush: RangeSet,
     /// Of what the last flush covers, what this replica is known not to have made durable: what
     /// was stale when it began, and what has become so since. Newer writes may refresh that, but
     /// not for this flush.
@@ -45,7 +57,12 @@ impl ReplicaHealth {
         for part in self.stale.within(range) {
             self.refreshed.insert(part);
         }
+        for part in self.behind.within(range) {
+            self.weak.insert(part);
+        }
         self.stale.remove(range);
+        self.missed.remove(range);
+        self.behind.remove(range);
         self.blank.remove(range);
     }
 
@@ -75,6 +92,36 @@ impl ReplicaHealth {
         ];
         for set in sets.into_iter().chain(unconfirmed) {
             *set = set.part_in(ranges);
+        }
+    }
+
+    /// `range` was not written here, or in vain.
+    pub(super) fn mark_missed(&mut self, range: SectorRange) {
+        self.stale.insert(range);
+        self.missed.insert(range);
+    }
+
+    /// The parts of `range` that are doubtful, in order.
+    pub(super) fn doubtful(&self, range: SectorRange) -> Vec<SectorRange> {
+        let barred = runs::union(&self.missed.within(range), &self.behind.within(range));
+        runs::without(&self.stale.within(range), &barred)
+    }
+
+    /// A flush has succeeded: every sector that it covers is durable on t members, and here some
+    /// are not.
+    pub(super) fn fall_behind(&mut self) {
+        self.behind.insert_all(&self.uncovered);
+        // Fresh again since the flush began.
+        for range in self.refreshed.iter() {
+            for part in runs::without(&[range], &self.stale.within(range)) {
+                self.behind.remove(part);
+            }
+        }
+        self.weak.insert_all(&self.refreshed);
+        self.weak_before_flush
+            .insert_all(&self.refreshed_before_flush);
+        for (_, written) in &self.unconfirmed {
+            self.weak_before_flush.insert_all(written);
         }
     }
 

@@ -5,6 +5,7 @@
 //! Sets that are not needed any more are kept until the mutex is released: to free one takes time
 //! in proportion to its ranges.
 
+use super::disputed::Undone;
 use super::replica::ReplicaHealth;
 use super::{Health, NotRemoved};
 use crate::common::ranges::{RangeSet, every_sector};
@@ -55,6 +56,7 @@ impl Health {
             written: self.written.clone(),
             writing: self.writing.clone(),
             undecided: self.undecided.clone(),
+            undone: Undone::default(),
             garbage: Vec::new(),
             ..*self
         }

@@ -161,7 +161,7 @@ fn an_evicted_replica_rejoins_when_all_its_operations_have_ended() {
         health.next_stale(C, 0).map(|range| range.start),
         Some(1 << 20)
     );
-    health.repaired(C, range(0, 1 << 22), health.failure_epoch());
+    health.repaired(C, range(0, 1 << 22), health.failure_epoch(), false);
     assert!(!health.anything_stale());
 }
 
@@ -170,7 +170,7 @@ fn a_repair_while_a_flush_runs_is_not_covered_by_it() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(0, 8), &[C]);
     let epoch = health.flush_begins();
-    health.repaired(C, range(0, 8), health.failure_epoch());
+    health.repaired(C, range(0, 8), health.failure_epoch(), false);
     health.flush_ended(epoch, A, false);
     health.flush_ended(epoch, B, true);
     health.flush_ended(epoch, C, true);
@@ -293,13 +293,53 @@ fn a_failed_flush_costs_a_replica_nothing_of_what_another_one_was_resynced_with(
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     write(&mut health, range(0, 1 << 20), &[C]);
     assert!(flush(&mut health, &[]));
-    health.repaired(C, range(0, 1 << 20), health.failure_epoch());
+    health.repaired(C, range(0, 1 << 20), health.failure_epoch(), false);
     write(&mut health, range(1 << 21, 8), &[]);
     assert!(flush(&mut health, &[B]));
     assert_eq!(health.stale_in(range(0, 1 << 20)), ReplicaSet::EMPTY);
     assert_eq!(health.stale_in(range(1 << 21, 8)), set(&[B]));
-    health.repaired(C, range(8, 8), health.failure_epoch());
+    health.repaired(C, range(8, 8), health.failure_epoch(), false);
     flush(&mut health, &[C]);
     assert_eq!(health.stale_in(range(0, 1 << 20)), set(&[C]));
     assert_eq!(health.stale_parts(C, range(0, 1 << 20)), [range(8, 8)]);
+}
+
+#[test]
+fn a_failed_flush_of_a_job_fails_one_of_the_guest() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let written = range(0, 8);
+    write(&mut health, written, &[]);
+    // The flush of a job: the guest does not hear of it.
+    assert!(!flush(&mut health, &[A, B, C]));
+    let disputed = health.disputed(range(0, 16), 2);
+    assert_eq!(disputed.lacking, [written]);
+    assert_eq!(disputed.witnessed, []);
+    assert_eq!(health.doubtful_parts(A, range(0, 16)), [written]);
+    health.may_be_undone(&disputed.lacking);
+    for replica in [A, B, C] {
+        health.repaired(replica, written, health.failure_epoch(), false);
+    }
+    assert!(health.settled(written, 2));
+    let durable = flush(&mut health, &[]);
+    assert!(durable);
+    let asked_after = health.counted_writes();
+    assert!(!health.answer_flush(durable, asked_after));
+    assert!(health.answer_flush(durable, asked_after));
+}
+
+#[test]
+fn a_copy_that_has_missed_a_durable_version_is_not_doubtful() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let written = range(0, 8);
+    write(&mut health, written, &[C]);
+    let epoch = health.flush_begins();
+    for replica in [A, B, C] {
+        health.flush_ended(epoch, replica, true);
+    }
+    let is_enough = health.durability().is_enough();
+    assert!(health.flush_decided(epoch, ReplicaSet::first(3), is_enough));
+    write(&mut health, written, &[]);
+    assert!(!flush(&mut health, &[A, B, C]));
+    assert_eq!(health.doubtful_parts(A, written), [written]);
+    assert_eq!(health.doubtful_parts(C, written), []);
 }
