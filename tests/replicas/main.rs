@@ -2,6 +2,7 @@
 
 mod bad_blocks;
 mod busy_file_systems;
+mod failed_flushes;
 mod failed_writes;
 mod faults;
 mod faulty_replicas;

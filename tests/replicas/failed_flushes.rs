@@ -1,0 +1,212 @@
+//! A flush fails on replicas whose data is right, once: nothing is lost by it, nothing becomes
+//! unreadable, no replica is accused, and the next flush succeeds.
+
+use std::fs::OpenOptions;
+use std::os::unix::fs::FileExt;
+use std::time::Duration;
+
+use serde_json::Value;
+use testkit::client::{Client, Failed};
+use testkit::disk::{Disk, Plan, System};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::{BLOCK_BYTES, are_identical};
+use testkit::load::figure;
+use testkit::machine::shared;
+use testkit::process::wait_until;
+
+use crate::faults::{accused, scrub, stale_bytes};
+
+const BLOCK: usize = 4096;
+/// Every second block of the disk is written.
+const BLOCKS: u64 = 522;
+/// Long enough for a resync of a few MiB.
+const LOOK: Duration = Duration::from_secs(60);
+
+fn offset(index: u64) -> u64 {
+    2 * index * BLOCK_BYTES
+}
+
+fn content(index: u64) -> [u8; BLOCK] {
+    [u8::try_from(index % 255 + 1).unwrap(); BLOCK]
+}
+
+/// Writes the blocks.
+fn written(replicas: usize) -> (Disk, Client) {
+    let plan = Plan {
+        replicas,
+        threshold: replicas / 2 + 1,
+        faulty: (0..replicas).collect(),
+        size_bytes: 8 << 20,
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    for index in 0..BLOCKS {
+        client.write(0, offset(index), &content(index)).unwrap();
+    }
+    (disk, client)
+}
+
+/// One round of flushes fails on all replicas.
+fn fail_flushes(disk: &Disk, client: &mut Client, replicas: usize) {
+    for replica in 0..replicas {
+        disk.faulty(replica)
+            .inject(Operation::Sync, Fault::Fail(libc::ENOSPC));
+    }
+    assert!(client.flush(0).is_err());
+    for replica in 0..replicas {
+        disk.faulty(replica).clear_faults();
+    }
+}
+
+/// How many of the blocks cannot be read. The others are right.
+fn unreadable(client: &mut Client) -> usize {
+    let read = |index| match client.read(0, offset(index), BLOCK) {
+        Ok(bytes) => {
+            assert_eq!(bytes, content(index), "block {index}");
+            false
+        }
+        Err(Failed(_)) => true,
+    };
+    (0..BLOCKS).map(read).filter(|failed| *failed).count()
+}
+
+fn stale(disk: &Disk) -> u64 {
+    let state = disk.state();
+    let replicas = state["replicas"].as_array().unwrap().len();
+    (0..replicas)
+        .map(|replica| stale_bytes(&state, replica))
+        .sum()
+}
+
+fn is_over_with_reads(replicas: usize) {
+    let _machine = shared();
+    let (disk, mut client) = written(replicas);
+    fail_flushes(&disk, &mut client, replicas);
+    let lost = unreadable(&mut client);
+    let flushed = client.flush(0).is_ok();
+    figure(
+        &format!("one round of failed flushes on all of {replicas} replicas, then reads"),
+        &format!("{lost} of {BLOCKS} blocks unreadable, the next flush succeeds: {flushed}"),
+    );
+    assert_eq!(lost, 0);
+    assert!(flushed, "{:#}", disk.state());
+    assert_eq!(unreadable(&mut client), 0);
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+    assert!(are_identical(&disk.images));
+}
+
+fn is_over_by_itself(replicas: usize) {
+    let _machine = shared();
+    let (disk, mut client) = written(replicas);
+    fail_flushes(&disk, &mut client, replicas);
+    let clean = wait_until(LOOK, || stale(&disk) == 0);
+    let flushed = client.flush(0).is_ok();
+    figure(
+        &format!("one round of failed flushes on all of {replicas} replicas, then no request"),
+        &format!(
+            "{} bytes stale, the next flush succeeds: {flushed}",
+            stale(&disk)
+        ),
+    );
+    assert!(clean && flushed, "{:#}", disk.state());
+    let ran = scrub(&disk, false);
+    assert!(ran.get("error").is_none(), "{ran}");
+    assert_eq!(unreadable(&mut client), 0);
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+}
+
+#[test]
+fn failed_flushes_on_all_replicas_lose_nothing() {
+    is_over_with_reads(3);
+}
+
+#[test]
+fn a_failed_flush_of_a_single_replica_loses_nothing() {
+    is_over_with_reads(1);
+}
+
+#[test]
+fn failed_flushes_on_all_replicas_are_over_by_themselves() {
+    is_over_by_itself(3);
+}
+
+#[test]
+fn a_failed_flush_of_a_single_replica_is_over_by_itself() {
+    is_over_by_itself(1);
+}
+
+/// One of three really lost what its flush did not write back.
+#[test]
+fn what_one_of_three_replicas_lost_by_a_failed_flush_is_restored() {
+    let _machine = shared();
+    let (disk, mut client) = written(3);
+    let image = OpenOptions::new().write(true).open(&disk.images[0]);
+    let image = image.unwrap();
+    for index in 0..BLOCKS {
+        image.write_all_at(&[0; BLOCK], offset(index)).unwrap();
+    }
+    fail_flushes(&disk, &mut client, 3);
+    let lost = unreadable(&mut client);
+    let flushed = client.flush(0).is_ok();
+    figure(
+        "flushes fail on three replicas, and one loses what was written",
+        &format!("{lost} of {BLOCKS} blocks unreadable, the next flush succeeds: {flushed}"),
+    );
+    assert_eq!(lost, 0);
+    assert!(flushed);
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+    assert!(are_identical(&disk.images));
+}
+
+/// A replica that failed a flush does not differ from the other.
+#[test]
+fn a_failed_flush_does_not_end_a_verified_disk() {
+    let _machine = shared();
+    let plan = Plan {
+        replicas: 2,
+        faulty: vec![0, 1],
+        more: vec!["--blkverify"],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    disk.faulty(0)
+        .inject(Operation::Sync, Fault::Fail(libc::EIO));
+    let flushed = client.flush(0);
+    disk.faulty(0).clear_faults();
+    client.send(
+        0,
+        &[testkit::client::Request::Read {
+            offset: 0,
+            memory: BLOCK,
+            len: BLOCK,
+        }],
+    );
+    let log = |word| {
+        disk.log()
+            .lines()
+            .filter(|line| line.contains(word))
+            .count()
+    };
+    let mut read = 0;
+    wait_until(LOOK, || {
+        read = disk.faulty(1).done(Operation::Read);
+        log("differ") > 0 || read > 0
+    });
+    figure(
+        "--blkverify, one failed flush, then a read",
+        &format!(
+            "the flush: {flushed:?}; lines about a difference: {}",
+            log("differ")
+        ),
+    );
+    assert_eq!(log("differ"), 0, "{}", disk.log());
+    assert_eq!(client.poll(0, 1), [(0, Ok(()))]);
+    assert_eq!(client.memory(0)[BLOCK..2 * BLOCK], [1; BLOCK]);
+    assert_eq!(client.flush(0), Ok(()));
+}
