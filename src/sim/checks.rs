@@ -237,7 +237,7 @@ impl World {
             }
             if write.succeeded & unfailed & bit != 0 {
                 self.ledger.excused[replica] &= !sectors;
-                self.staleness.possible[replica] &= !sectors;
+                self.staleness.has_written(replica, sectors);
             } else if success || write.failed & unfailed & bit == 0 {
                 self.mark_excused(replica, sectors);
                 self.staleness.possible[replica] |= sectors;

@@ -246,7 +246,7 @@ impl World {
                 // Repaired, unless the replica has failed since.
                 if reply.failures == self.ledger.failures[replica] {
                     self.ledger.excused[replica] &= !reply.sectors;
-                    self.staleness.possible[replica] &= !reply.sectors;
+                    self.staleness.has_written(replica, reply.sectors);
                 } else {
                     self.mark_excused(replica, reply.sectors);
                 }

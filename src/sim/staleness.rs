@@ -20,12 +20,26 @@ pub(super) struct Staleness {
     /// The same of the last flush and the one before; that it succeeded may not be known yet.
     flushing: Masks,
     flushing_before: Masks,
+    /// The replicas that fail during this input, a mask.
+    failing: u32,
+    /// Where a write was submitted during an input in which the replica failed: another worker may
+    /// have begun it before.
+    contested: Masks,
 }
 
 impl Staleness {
     /// It is asked to write these sectors.
     pub(super) fn writes(&mut self, replica: usize, sectors: u64) {
         self.unflushed[replica] |= sectors;
+        if self.failing >> replica & 1 == 1 {
+            self.contested[replica] |= sectors;
+        }
+    }
+
+    /// It has written these sectors, and has not failed since it was asked.
+    pub(super) fn has_written(&mut self, replica: usize, sectors: u64) {
+        self.possible[replica] &= !sectors | self.contested[replica];
+        self.contested[replica] &= !sectors;
     }
 
     /// It is asked to flush, and has these writes in flight.
@@ -42,6 +56,7 @@ impl Staleness {
 
     /// What was not durable there may be lost. It was writing these sectors.
     pub(super) fn failed(&mut self, replica: usize, in_flight: u64) {
+        self.failing |= 1 << replica;
         self.possible[replica] |= in_flight
             | self.unflushed[replica]
             | self.flushing[replica]
@@ -54,6 +69,7 @@ impl Staleness {
         self.unflushed[replica] = 0;
         self.flushing[replica] = 0;
         self.flushing_before[replica] = 0;
+        self.contested[replica] = 0;
     }
 }
 
@@ -82,7 +98,9 @@ impl World {
     }
 
     /// No replica counts as stale where it must be fresh.
-    pub(super) fn check_staleness(&self) -> Checked {
+    pub(super) fn check_staleness(&mut self) -> Checked {
+        // The next input begins.
+        self.staleness.failing = 0;
         let disk = self.plan.disk();
         let mask = |runs: Vec<SectorRange>| {
             let run = |run: &SectorRange| mask_below(run.count) << run.start;
