@@ -343,3 +343,17 @@ fn a_copy_that_has_missed_a_durable_version_is_not_doubtful() {
     assert_eq!(health.doubtful_parts(A, written), [written]);
     assert_eq!(health.doubtful_parts(C, written), []);
 }
+
+#[test]
+fn a_replica_that_the_running_flush_needs_is_not_evicted() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    write(&mut health, range(0, 8), &[B]);
+    let epoch = health.flush_begins();
+    // Fresh again, but this flush does not cover it.
+    write(&mut health, range(0, 8), &[]);
+    health.flush_ended(epoch, A, true);
+    health.flush_ended(epoch, B, true);
+    assert!(!health.evict(C), "without C the flush would fail");
+    health.flush_ended(epoch, C, true);
+    assert!(health.evict(C));
+}
