@@ -129,6 +129,10 @@ impl World {
     /// `worker` has just looked at the clock, so no replica that is not needed owes it a reply for
     /// longer than the contract says. `excused` and `evicted`: as it was before.
     pub(super) fn check_overdue(&self, worker: usize, excused: &Masks, evicted: u32) -> Checked {
+        if self.ledger.evicted != evicted {
+            // What was answered since has perhaps needed the others until then: at the next look.
+            return Ok(());
+        }
         for flight in &self.flights {
             let is_owed = flight.worker == worker && flight.is_waited_for();
             let replica = flight.replica();
