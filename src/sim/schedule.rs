@@ -14,6 +14,9 @@ use crate::engine::Engine;
 /// Steps of a run, at most: a longer run never ends.
 const STEPS_MAX: u64 = 400_000;
 
+/// Steps for which a guest that has its answers waits until all is quiet, on average.
+const PAUSED_STEPS: u64 = 4096;
+
 impl World {
     /// One thing happens.
     pub(super) fn step(&mut self) -> Checked {
@@ -25,6 +28,10 @@ impl World {
             self.inject_faults()?;
         }
         self.pass_time();
+        // Jobs that fail again and again leave no moment in which all is quiet.
+        if self.paused && self.pending.is_empty() && self.random.below(PAUSED_STEPS) == 0 {
+            self.paused = false;
+        }
         let may_submit = !self.paused && !self.faults_ended && self.requests < self.plan.requests;
         let may_submit = may_submit && (0..self.plan.workers).any(|worker| self.has_room(worker));
         let due = self.due();
