@@ -39,9 +39,12 @@ impl World {
         }
     }
 
-    /// How long an operation may take in any case.
+    /// How long an operation may take in any case. What this input has submitted changes no limit:
+    /// the engine looked before, or it was another worker's.
     fn limit_of(&self, flight: &Flight) -> Duration {
-        let on_it = |f: &&Flight| f.replica() == flight.replica() && f.is_long();
+        let earlier = |f: &Flight| f.submitted_at < self.clock;
+        let here = |f: &Flight| f.replica() == flight.replica();
+        let on_it = |f: &&Flight| here(f) && f.is_long() && earlier(f);
         let others = self.flights.iter().filter(on_it).count();
         if flight.background || others > 0 {
             self.plan.replica_timeout * LATE_LONG_LIMIT
@@ -115,9 +118,11 @@ impl World {
 
     /// Whether its replica has had the operation longer than twice what others of the request took.
     fn is_slower(&self, flight: &Flight) -> bool {
+        // One that has rejoined in this input was no peer when it began.
+        let out = self.ledger.evicted | self.before_input.evicted;
         let of_peers = self.took.iter().filter(|took| {
             let request = (flight.worker, flight.operation.request);
-            let is_peer = took.replica != flight.replica() && !self.is_evicted(took.replica);
+            let is_peer = took.replica != flight.replica() && out >> took.replica & 1 == 0;
             let same = took.request == request.1 && took.worker == request.0;
             same && is_peer && took.reads == flight.reads()
         });
@@ -129,7 +134,7 @@ impl World {
     /// `worker` has just looked at the clock, so no replica that is not needed owes it a reply for
     /// longer than the contract says. `excused` and `evicted`: as it was before.
     pub(super) fn check_overdue(&self, worker: usize, excused: &Masks, evicted: u32) -> Checked {
-        if self.ledger.evicted != evicted {
+        if self.ledger.evicted != evicted || self.overlapped {
             // What was answered since has perhaps needed the others until then: at the next look.
             return Ok(());
         }

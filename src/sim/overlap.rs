@@ -45,7 +45,9 @@ impl World {
         self.before_input = self.ledger.known_failures();
         let mut checks = self.input_checks(worker, expected);
         let mut effects = std::mem::take(&mut self.collected);
-        if let Some((other, input, reply)) = self.draw_other_input(worker) {
+        let other_input = self.draw_other_input(worker);
+        self.overlapped = other_input.is_some();
+        if let Some((other, input, reply)) = other_input {
             let overlap = self.give_both(&checks, (other, input), &mut effects, give);
             let (mut others, before) = overlap;
             self.engines[other].self_check();

@@ -109,6 +109,8 @@ pub struct World {
     pub(super) collected: Collected,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
+    /// The last input overlapped with one of another worker.
+    pub(super) overlapped: bool,
     /// The worker whose engine was given the last input.
     pub(super) input_from: usize,
     pub(super) clock: Duration,
@@ -430,6 +432,7 @@ impl World {
             staleness: Staleness::default(),
             collected: Collected::default(),
             before_input: Failures::default(),
+            overlapped: false,
             input_from: 0,
             clock: Duration::ZERO,
             turn: TurnClock::default(),
