@@ -249,6 +249,10 @@ impl World {
             self.ledger.accusable &= !sectors;
         } else {
             self.mark_mixed(sectors);
+            // Another worker may have held a vote during the same input.
+            for replica in self.members() {
+                self.staleness.possible[replica] |= sectors & !self.undecided;
+            }
         }
     }
 

@@ -15,7 +15,11 @@ impl World {
     /// Notes which sectors of failed writes a vote has decided. From then on every replica that is
     /// not stale there holds the winner.
     pub(super) fn note_decisions(&mut self) -> Checked {
-        if self.ledger.mixed == 0 && self.undecided == 0 {
+        let anything = || {
+            self.shared
+                .jobs(|_| (), |_, health| health.anything_undecided())
+        };
+        if self.ledger.mixed == 0 && self.undecided == 0 && !anything() {
             return Ok(());
         }
         let disk = self.plan.disk();
@@ -37,6 +41,10 @@ impl World {
         let decided = before & !undecided;
         for replica in &members {
             self.staleness.possible[*replica] |= decided;
+        }
+        for (replica, stale) in members.iter().zip(&stale) {
+            let against = decided & stale & !self.ledger.excused[*replica];
+            self.staleness.decided_against[*replica] |= against;
         }
         for sector in bits(decided & self.ledger.accusable) {
             // Whatever has won: those that are stale may be so.

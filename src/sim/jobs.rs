@@ -100,12 +100,11 @@ impl World {
     /// A replica that was added, and has not failed or been evicted since, has been written
     /// everywhere when its resync is complete.
     fn check_synced(&self, replica: usize) -> Checked {
-        if self.ledger.failures[replica] == 0 && self.ledger.excused[replica] != 0 {
-            let text = format!(
-                "replica {replica} is resynced, but was not written at {:b}",
-                self.ledger.excused[replica]
-            );
-            return Err(Violation::new("resync", text).at(self.ledger.excused[replica]));
+        // What a vote on another worker has made stale during the same input may be later.
+        let stale = self.ledger.excused[replica] & !self.staleness.decided_against[replica];
+        if self.ledger.failures[replica] == 0 && stale != 0 {
+            let text = format!("replica {replica} is resynced, but was not written at {stale:b}");
+            return Err(Violation::new("resync", text).at(stale));
         }
         Ok(())
     }

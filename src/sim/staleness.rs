@@ -25,6 +25,8 @@ pub(super) struct Staleness {
     /// Where a write was submitted during an input in which the replica failed: another worker may
     /// have begun it before.
     contested: Masks,
+    /// Where a vote during this input has made it stale.
+    pub(super) decided_against: Masks,
 }
 
 impl Staleness {
@@ -101,6 +103,7 @@ impl World {
     pub(super) fn check_staleness(&mut self) -> Checked {
         // The next input begins.
         self.staleness.failing = 0;
+        self.staleness.decided_against = Masks::default();
         let disk = self.plan.disk();
         let mask = |runs: Vec<SectorRange>| {
             let run = |run: &SectorRange| mask_below(run.count) << run.start;
