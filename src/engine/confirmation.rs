@@ -435,8 +435,8 @@ impl Confirmation {
                 (member, runs)
             })
             .collect();
-        let unwitnessed = runs::without(&disputed.lacking, &disputed.witnessed);
-        let undone = runs::without(&unwitnessed, left);
+        let unproven = runs::without(&disputed.lacking, &disputed.proven);
+        let undone = runs::without(&unproven, left);
         let read = shared.members().iter().filter(|member| {
             let is_surveyed = |survey: &Survey| survey.replica == *member;
             succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)

@@ -33,8 +33,8 @@ pub struct Ledger {
     pub failed_parts: [u64; PLACES],
     /// The blocks among these that the engine has not reported.
     pub parts_unreported: Masks,
-    /// Where it has missed a write or was corrupt, and has not flushed what was written there
-    /// since.
+    /// Where it has missed a write, was corrupt or failed a read, and has not flushed what was
+    /// written there since.
     pub unsound: Masks,
     /// What was written since the last flush of the replica began.
     pub written: Masks,
@@ -50,6 +50,9 @@ pub struct Ledger {
     /// Those of them in which a vote may accuse replicas: after a crash, or after corrupt replicas
     /// have won a vote. Not after a failed write (W7).
     pub accusable: u64,
+    /// Where as many replicas as decide a vote were corrupt, and one was repaired: right bytes may
+    /// have been replaced, beyond what the contract promises. Until the guest has written there.
+    pub overruled: u64,
     /// The number of failed flushes and evictions of each replica that the engine knows.
     pub failures: [u32; PLACES],
     /// The sectors that the resync of each replica had copied when the replica last failed.

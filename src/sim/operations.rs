@@ -164,6 +164,7 @@ impl World {
         let seen = self.ledger.seen();
         for sector in bits(sectors).filter(|sector| seen.wrong_at(*sector) >= enough) {
             self.mark_accusable(1 << sector);
+            self.ledger.overruled |= 1 << sector;
         }
     }
 

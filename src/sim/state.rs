@@ -620,6 +620,7 @@ impl World {
     /// The replica cannot be read there from now on.
     pub(super) fn mark_unreadable(&mut self, replica: usize, sectors: u64) {
         self.ledger.unreadable[replica] |= sectors;
+        self.ledger.unsound[replica] |= sectors;
         for pending in &mut self.pending {
             pending.seen.unreadable[replica] |= sectors;
         }
@@ -632,6 +633,7 @@ impl World {
         for pending in &mut self.pending {
             pending.seen.dropped[replica] |= sectors;
         }
+        self.note_undone(sectors);
     }
 
     /// From now on the engine knows of an error by which the replica may be stale there.
@@ -640,12 +642,7 @@ impl World {
         for pending in &mut self.pending {
             pending.seen.excused[replica] |= sectors;
         }
-        // Where no copy is beyond doubt, a failed flush may have undone writes (W7).
-        let excused = |all: u64, member: usize| all & self.ledger.excused[member];
-        let undone = self.members().fold(sectors, excused);
-        for sector in bits(undone) {
-            self.model.undo(sector);
-        }
+        self.note_undone(sectors);
         let good = |sector: usize| {
             let good = |member: &usize| self.ledger.excused[*member] >> sector & 1 == 0;
             self.members().filter(good).count()
@@ -653,6 +650,28 @@ impl World {
         // The engine does not know which of the doubts the guest knows of.
         if (0..self.changed_at.len()).any(|sector| good(sector) < self.plan.threshold) {
             self.ledger.lacking_at = Some(self.now);
+        }
+    }
+
+    /// W7: where every copy is in doubt or has lost a page, a failed flush may have undone writes;
+    /// also where more fresh copies have lost one than not, and no other fresh one is durable.
+    fn note_undone(&mut self, sectors: u64) {
+        for sector in bits(sectors) {
+            let is = |masks: &Masks, member: usize| masks[member] >> sector & 1 == 1;
+            let fresh = self
+                .members()
+                .filter(|member| !is(&self.ledger.excused, *member));
+            let (dropped, sound): (Vec<usize>, Vec<usize>) =
+                fresh.partition(|member| is(&self.ledger.dropped, *member));
+            let in_doubt = dropped.len() + sound.len() < self.count();
+            let is_durable = |member: &usize| {
+                let replica = &self.replicas[*member];
+                replica.durable(sector) == replica.value(sector)
+            };
+            let outvoted = sound.len() < dropped.len() && !sound.iter().any(is_durable);
+            if in_doubt && (sound.is_empty() || outvoted) {
+                self.model.undo(sector);
+            }
         }
     }
 

@@ -8,8 +8,9 @@
 //! that is stale, and *doubtful*. Doubtful copies have no vote while t members are fresh. Where
 //! fewer are, the disk *lacks* fresh copies, and doubtful ones vote too; what they may hold is not
 //! older than what t members have made durable. The winner is written again to all of them before
-//! it is read. Where no member is fresh, such a vote may undo writes: a flush of the guest must
-//! have failed, or fail, after them.
+//! it is read. Where no member is proven, such a vote may undo writes: a flush of the guest must
+//! have failed, or fail, after them. A fresh member proves nothing before it has flushed: it may
+//! have lost the same write, and report that with its next flush.
 
 use super::Health;
 use crate::common::ranges::RangeSet;
@@ -24,6 +25,8 @@ pub struct Disputed {
     pub lacking: Vec<SectorRange>,
     /// Those parts of `lacking` in which some member is fresh.
     pub witnessed: Vec<SectorRange>,
+    /// Those parts of `witnessed` in which some member is proven.
+    pub proven: Vec<SectorRange>,
 }
 
 impl Disputed {
@@ -96,7 +99,24 @@ impl Health {
                 false => fresh.insert(member),
             }
         }
+        if !disputed.witnessed.is_empty() {
+            let proven = self.members.iter().fold(Vec::new(), |all, member| {
+                runs::union(&all, &self.proven_parts(member, range))
+            });
+            disputed.proven = runs::common(&disputed.witnessed, &proven);
+        }
         disputed
+    }
+
+    /// The parts of `range` in which `replica` is *proven*: fresh, and a flush has succeeded on it
+    /// since it was written. Elsewhere it may have lost what it wrote, and the error is to come.
+    pub fn proven_parts(&self, replica: ReplicaIndex, range: SectorRange) -> Vec<SectorRange> {
+        let state = &self.replicas[replica.as_usize()];
+        let unconfirmed = state.unconfirmed.iter().map(|(_, written)| written);
+        let sets = [&state.stale, &state.rewritten, &self.written].into_iter();
+        sets.chain(unconfirmed).fold(vec![range], |parts, set| {
+            runs::without(&parts, &set.within(range))
+        })
     }
 
     /// The parts of `range` in which `replica` is doubtful, in order.
@@ -141,7 +161,7 @@ impl Health {
         became_stale
     }
 
-    /// Doubtful copies have voted in these ranges, where no member is fresh: writes may be undone.
+    /// Doubtful copies have voted in these ranges, where no member is proven: writes may be undone.
     pub fn may_be_undone(&mut self, ranges: &[SectorRange]) {
         for range in ranges {
             self.undone.ranges.insert(*range);

@@ -327,6 +327,31 @@ fn a_failed_flush_of_a_job_fails_one_of_the_guest() {
     assert!(health.answer_flush(durable, asked_after));
 }
 
+/// Two members are left. A has failed a flush, and B may have lost the same pages.
+#[test]
+fn a_fresh_copy_proves_nothing_before_it_is_flushed() {
+    let mut health = Health::new(ReplicaSet::first(2), 2, 1, 1 << 22);
+    let both = |health: &mut Health, written| {
+        let begun = health.write_begins(written);
+        let all = ReplicaSet::first(2);
+        health.write_ended(&end(begun, all));
+    };
+    let (covered, later) = (range(8, 8), range(16, 8));
+    both(&mut health, covered);
+    let epoch = health.flush_begins();
+    both(&mut health, later);
+    health.flush_ended(epoch, A, false);
+    let disputed = health.disputed(range(0, 32), 2);
+    assert_eq!(disputed.witnessed, [range(8, 16)]);
+    assert_eq!(disputed.proven, []);
+    health.flush_ended(epoch, B, true);
+    assert_eq!(health.disputed(range(0, 32), 2).proven, [covered]);
+    assert_eq!(health.proven_parts(B, range(0, 24)), [range(0, 16)]);
+    let epoch = health.flush_begins();
+    health.flush_ended(epoch, B, false);
+    assert_eq!(health.disputed(range(0, 32), 2).witnessed, [covered]);
+}
+
 #[test]
 fn a_copy_that_has_missed_a_durable_version_is_not_doubtful() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
