@@ -215,8 +215,11 @@ impl World {
         };
         let flushes = self.flights.iter().filter(|f| f.is_flush());
         let mut pending = self.pending.iter();
+        // What has become fresh since the running flush began is not durable by it.
+        let flush_lacks: Masks = std::array::from_fn(|r| excused[r] | self.flush_lacks[r]);
         few(excused)
             || flushes.clone().any(|f| f.background)
+            || (flushes.clone().next().is_some() && few(&flush_lacks))
             || pending.any(|p| by_request(&p.kind, &p.seen.excused))
     }
 }

@@ -76,6 +76,10 @@ impl World {
         let background = self.engines[self.input_from].is_of_a_job(operation.request);
         let (worker, request) = (self.input_from, operation.request);
         let same = |f: &Flight| f.worker == worker && f.operation.request == request;
+        let of_flush = |f: &Flight| same(f) && f.is_flush() && !self.is_evicted(f.replica());
+        if matches!(operation.action, Action::Flush) && !self.flights.iter().any(of_flush) {
+            self.flush_lacks = self.ledger.excused;
+        }
         if !self.flights.iter().any(same) {
             self.took
                 .retain(|took| (took.worker, took.request) != (worker, request));

@@ -109,6 +109,8 @@ pub struct World {
     pub(super) collected: Collected,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
+    /// `Ledger::excused` as it was when the last flush of the engines began.
+    pub(super) flush_lacks: Masks,
     /// The last input overlapped with one of another worker.
     pub(super) overlapped: bool,
     /// The worker whose engine was given the last input.
@@ -432,6 +434,7 @@ impl World {
             staleness: Staleness::default(),
             collected: Collected::default(),
             before_input: Failures::default(),
+            flush_lacks: [0; PLACES],
             overlapped: false,
             input_from: 0,
             clock: Duration::ZERO,
