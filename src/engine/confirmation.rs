@@ -125,10 +125,15 @@ impl Confirmation {
         let in_service = context.shared().in_service();
         let mut asked = in_service.without(self.terms.throughout);
         if self.terms.is_resync {
-            // Its copy may be needed to win the vote (W7).
+            // Its copy may be needed to win the vote: it is doubtful (W7), or stale only in part.
             let range = self.replies.range();
-            let doubtful = context.shared().health(|health| health.doubtful_in(range));
-            asked = asked.or(in_service.and(doubtful));
+            let needed = context.shared().health(|health| {
+                let is_fresh = |replica| health.stale_parts(replica, range) != [range];
+                let throughout = self.terms.throughout.iter();
+                let partly: ReplicaSet = throughout.filter(|replica| is_fresh(*replica)).collect();
+                health.doubtful_in(range).or(partly)
+            });
+            asked = asked.or(in_service.and(needed));
         }
         self.replies.ask(asked, context);
         self.count(context)
