@@ -12,7 +12,7 @@ use super::state::{Checked, World};
 use crate::engine::Engine;
 
 /// Steps of a run, at most: a longer run never ends.
-const STEPS_MAX: u64 = 400_000;
+const STEPS_MAX: u64 = 600_000;
 
 /// Steps for which a guest that has its answers waits until all is quiet, on average.
 const PAUSED_STEPS: u64 = 4096;
