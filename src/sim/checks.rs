@@ -424,7 +424,15 @@ impl World {
         if (now.wrong(replica) | self.ledger.accusable) >> sector & 1 == 1 {
             return Ok(());
         }
-        if now.wrong_at(sector) >= self.plan.threshold {
+        let wrong = now.wrong_at(sector);
+        // More are corrupt than a vote tolerates, and copies in doubt may have voted with them.
+        let tolerated = self.members().count() - self.plan.threshold;
+        let in_doubt = |r: &usize| (now.excused[*r] & !now.wrong(*r)) >> sector & 1 == 1;
+        let supporters = match wrong > tolerated {
+            true => self.members().filter(in_doubt).count(),
+            false => 0,
+        };
+        if wrong + supporters >= self.plan.threshold {
             // The corrupt replicas have won; a repair may replace right bytes now.
             self.mark_accusable(1 << sector);
             return Ok(());
