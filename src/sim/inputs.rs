@@ -250,6 +250,7 @@ impl World {
                 } else {
                     self.mark_excused(replica, reply.sectors);
                 }
+                self.ledger.settled[replica] |= reply.sectors;
                 for written in &mut self.ledger.written {
                     *written |= reply.sectors;
                 }
@@ -261,6 +262,7 @@ impl World {
                 self.ledger.in_flush[replica] = 0;
                 self.ledger.unsound[replica] &=
                     self.ledger.excused[replica] | self.ledger.written[replica];
+                self.ledger.settled[replica] &= self.ledger.written[replica];
             }
             (OperationType::Read, true) if reply.part => {
                 self.ledger.parts_failed[replica] &= !reply.sectors;
@@ -304,6 +306,9 @@ impl World {
         self.note_not_durable(replica);
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
+        // Not checked: that it has a vote where it was settled or repaired and fails to flush that.
+        // It may have been behind before (W7), and once t others are fresh it does not vote.
+        self.ledger.unsound[replica] |= self.ledger.settled[replica];
         self.note_failure(replica);
         for pending in &mut self.pending {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];

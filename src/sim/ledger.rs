@@ -36,6 +36,8 @@ pub struct Ledger {
     /// Where it has missed a write, was corrupt or failed a read, and has not flushed what was
     /// written there since.
     pub unsound: Masks,
+    /// Where it was repaired or settled, and has not flushed that.
+    pub settled: Masks,
     /// What was written since the last flush of the replica began.
     pub written: Masks,
     /// What was written before a flush that the replica has not confirmed.
@@ -128,6 +130,7 @@ impl Ledger {
             &mut self.excused,
             &mut self.unrepaired,
             &mut self.unsound,
+            &mut self.settled,
             &mut self.written,
             &mut self.in_flush,
         ];
