@@ -90,36 +90,26 @@ pub(super) fn ballots<'a>(
     let range = replies.range();
     let surveyed: ReplicaSet = surveys.iter().map(|survey| survey.replica).collect();
     let voters = replies.tally().succeeded().or(surveyed);
-    let states = core.shared.health(|health| {
+    let stale = core.shared.health(|health| {
         let parts = |replica| {
             let stale = health.stale_parts(replica, range);
-            let proven = match disputed.proven.is_empty() {
-                true => Vec::new(),
-                false => health.proven_parts(replica, range),
-            };
-            (
-                replica,
-                stale,
-                health.doubtful_parts(replica, range),
-                proven,
-            )
+            (stale, health.doubtful_parts(replica, range))
         };
         voters.iter().map(parts).collect::<Vec<_>>()
     });
-    let ballot = |(replica, stale, doubtful, proven): (_, Vec<_>, Vec<_>, Vec<_>)| {
+    let ballot = |(replica, (stale, doubtful)): (_, (Vec<SectorRange>, Vec<SectorRange>))| {
         let survey = surveys.iter().find(|survey| survey.replica == replica);
         let not_read = survey.map_or(Vec::new(), |survey| survey.not_read(range));
         let votes = runs::common(&doubtful, &disputed.lacking);
-        let supporting = runs::common(&votes, &disputed.witnessed);
         Ballot {
             replica,
             bytes: replies.data(replica),
             stale: runs::union(&runs::without(&stale, &votes), &not_read),
-            supporting: runs::union(&supporting, &runs::without(&disputed.proven, &proven)),
+            supporting: runs::common(&votes, &disputed.witnessed),
             excused: runs::union(&disputed.undecided, &votes),
         }
     };
-    states.into_iter().map(ballot).collect()
+    voters.iter().zip(stale).map(ballot).collect()
 }
 
 /// Copies the winning versions into one buffer. `None` if every sector is undecided. The bytes of
