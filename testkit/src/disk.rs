@@ -241,6 +241,17 @@ impl Disk {
         }
         of_the_vote(self.events.all_until_closed())
     }
+
+    /// Ends ours, whose last flush may fail. Returns whether it has not.
+    pub fn end_even_unflushed(&self) -> bool {
+        let Program::Ours(daemon) = &mut *self.program.borrow_mut() else {
+            panic!("not ours");
+        };
+        let success = daemon.terminate().success();
+        let log = daemon.log();
+        assert!(success || log.contains("the last flush failed"), "{log}");
+        success
+    }
 }
 
 fn of_the_vote(mut events: Vec<Value>) -> Vec<Value> {
