@@ -199,14 +199,15 @@ fn write_all(disk: &Disk) -> (Vec<u64>, Vec<u64>) {
             }
             queue.ask_for_calls();
         }
-        if in_flight.is_empty() {
+        if in_flight.is_empty() && next.len() == 0 {
             break;
         }
-        if !vmm.queues.iter().any(Queue::has_used) {
+        if !in_flight.is_empty() && !vmm.queues.iter().any(Queue::has_used) {
             assert!(vmm.wait_for_any(HANG_LIMIT), "no call");
         }
     }
     vmm.stop_virtqueues().expect("stopping the virtqueues");
+    assert_eq!((acknowledged.len() + failed.len()) as u64, BLOCKS);
     (acknowledged, failed)
 }
 
