@@ -25,6 +25,24 @@ const DISK_SECTORS: usize = 128;
 /// Most requests go here, so that they overlap.
 const BUSY_SECTORS: usize = 24;
 
+/// The same read or write of each part of its range.
+fn parts(step: &Step) -> impl Iterator<Item = Step> {
+    let range = match &step.action {
+        Action::Read(range) | Action::Write(range, _) => range.clone(),
+        _ => 0..0,
+    };
+    let all = range
+        .clone()
+        .flat_map(move |start| (start + 1..=range.end).map(move |end| start..end));
+    all.map(|part| Step {
+        action: match step.action {
+            Action::Read(_) => Action::Read(part),
+            _ => Action::Write(part, 0),
+        },
+        failing: step.failing.clone(),
+    })
+}
+
 /// Both systems, in step.
 struct Pair {
     plan: Plan,
@@ -38,6 +56,8 @@ struct Pair {
     our_events: usize,
     /// The last step that made replicas stale.
     left_behind: Option<Step>,
+    /// The reads that replicas have failed.
+    failed_reads: Vec<Step>,
     /// The peer has sent events, and holds others back for a second.
     peer_is_throttled: bool,
     next_byte: u8,
@@ -56,6 +76,7 @@ impl Pair {
             contents: vec![vec![0; DISK_SECTORS * SECTOR]; plan.replicas],
             our_events: 0,
             left_behind: None,
+            failed_reads: Vec::new(),
             peer_is_throttled: false,
             next_byte: 1,
             differences: BTreeMap::new(),
@@ -97,6 +118,9 @@ impl Pair {
             (0..plan.replicas).map(image).collect()
         };
         let before = reads(&self.ours, &self.plan);
+        if matches!(step.action, Action::Read(_)) && !step.failing.is_empty() {
+            self.failed_reads.push(step.clone());
+        }
         inject(&self.ours, step);
         let result = perform(self.our_client.as_mut().expect("connected"), step);
         // The guest does not wait for late replies and repairs; the next step must.
@@ -145,23 +169,14 @@ impl Pair {
     }
 
     /// A resync fails like the write before it while the fault is there, and reports that, perhaps
-    /// late: as a write of a part of the stale sectors.
+    /// late: as a write of a part of the stale sectors. What a replica could not read is read again
+    /// in smaller parts (R4), and these fail and are reported like the whole.
     fn is_repetition(&self, text: &str) -> bool {
-        let Some(Step {
-            action: Action::Write(sectors, _),
-            failing,
-        }) = &self.left_behind
-        else {
-            return false;
-        };
-        let parts = sectors
-            .clone()
-            .flat_map(|start| (start + 1..=sectors.end).map(move |end| start..end));
-        let mut writes = parts.map(|part| Step {
-            action: Action::Write(part, 0),
-            failing: failing.clone(),
-        });
-        writes.any(|write| bad_events(&write).any(|event| event == text))
+        let write = self.left_behind.iter();
+        let write = write.filter(|step| matches!(step.action, Action::Write(..)));
+        write
+            .chain(&self.failed_reads)
+            .any(|step| parts(step).any(|part| bad_events(&part).any(|event| event == text)))
     }
 
     fn step_peer(&mut self, step: &Step) -> Seen {

@@ -292,6 +292,11 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
                 size_bytes: arguments.number("size")?.ok_or(GENERIC)?,
             }
         }
+        "quorum-clear-errors" => Change::ClearErrors(arguments.optional_text("node-name")?),
+        "quorum-rename" => Change::RenameReplica {
+            node_name: arguments.text("node-name")?,
+            new_name: arguments.text("new-name")?,
+        },
         "quorum-scrub" => Change::Scrub {
             repair: arguments.flag("repair")?,
             speed_bytes: arguments.number("speed")?.unwrap_or(0),
