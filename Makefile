@@ -28,12 +28,16 @@ include packaging/install.mk
 test: guest clients lint ## Run every check of the project
 	$(CARGO) test --locked --workspace --no-fail-fast -- --nocapture
 	$(MAKE) model
-	$(MAKE) sim SECONDS=60
+	$(MAKE) sim FIRST=1 SEEDS=$(TEST_SEEDS)
 
-sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n; SEED=s replays one
+# The same seeds in each `make test`, so that what fails there is what was changed.
+TEST_SEEDS := 40000
+
+sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n, FIRST=s; SEED=s replays one
 	QUORUM_BLK_SIM_SEEDS=$(SEEDS) QUORUM_BLK_SIM_SEED=$(SEED) QUORUM_BLK_SIM_SECONDS=$(SECONDS) \
+		QUORUM_BLK_SIM_FIRST=$(FIRST) \
 		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture \
-		$(if $(SEED)$(SEEDS),keeps_the_contract)
+		$(if $(SEED)$(if $(FIRST),,$(SEEDS)),keeps_the_contract)
 
 mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 for each
 	ONLY='$(ONLY)' SECONDS_EACH='$(SECONDS)' tests/mutants/run.sh

@@ -43,6 +43,17 @@ fn parts(step: &Step) -> impl Iterator<Item = Step> {
     })
 }
 
+/// Whether no replica has an operation in flight.
+fn has_nothing_in_flight(disk: &Disk) -> bool {
+    let state = disk.state();
+    let replicas = state["replicas"].as_array().expect("a list of replicas");
+    let mut operations = replicas.iter().flat_map(|replica| {
+        let of_replica = replica["operations"].as_object();
+        of_replica.expect("operations by type").values()
+    });
+    operations.all(|operations| operations["in-flight"] == 0)
+}
+
 /// Both systems, in step.
 struct Pair {
     plan: Plan,
@@ -143,6 +154,8 @@ impl Pair {
             self.left_behind = Some(step.clone());
             due.contents.clone()
         };
+        // What a replica could not read is read again in smaller parts, with the same faults.
+        wait_until(HANG_LIMIT, || has_nothing_in_flight(&self.ours));
         clear_faults(&self.ours, step);
         let texts = self.new_events();
         self.our_events += texts.len();
