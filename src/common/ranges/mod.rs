@@ -1,6 +1,6 @@
 //! An exact set of sectors, however many ranges it has.
 //!
-//! A set is a tree of regions ([`node`]). A region that holds few ranges lists them; one that holds
+//! A set is a tree of regions (`node`). A region that holds few ranges lists them; one that holds
 //! many is a bitmap or is divided into eight. So a set takes 16 to 100 bytes for each range and is
 //! never much larger than a bitmap: 36 MiB for 1 TiB if all ranges consist of blocks of 4 KiB, 290
 //! MiB if they do not. An operation on one range takes time logarithmic in the number of ranges.
@@ -9,7 +9,7 @@
 //! inserted into an empty one, or into an empty region of one, is not copied. Freeing a large set
 //! takes time in proportion to its ranges.
 //!
-//! Invariants ([`RangeSet::self_check`]): those of the [`node`], and `sectors` is right.
+//! Invariants ([`RangeSet::self_check`]): those of the `node`, and `sectors` is right.
 
 mod bitmap;
 mod node;

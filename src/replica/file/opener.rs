@@ -181,7 +181,7 @@ impl Drop for Opener {
     }
 }
 
-/// Serves as the process of an [`Opener`], if that is what this process was started for. Otherwise
+/// Serves as the process of an `Opener`, if that is what this process was started for. Otherwise
 /// returns `None`. To be called before anything else.
 pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result<()>> {
     let mut arguments = arguments.into_iter().skip(1);
