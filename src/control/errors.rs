@@ -248,7 +248,8 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
-    use crate::jobs::{JobChange, JobEvent, JobFailure, JobInfo, JobKind, JobStatus};
+    use crate::control::map::tests::scrub;
+    use crate::jobs::{JobChange, JobFailure, JobStatus};
 
     const REPLICA: ReplicaIndex = ReplicaIndex(1);
 
@@ -275,24 +276,6 @@ mod tests {
             range: SectorRange::new(0, 0),
             requester,
             error,
-        })
-    }
-
-    fn scrub(what: JobChange, status: JobStatus, error: Option<JobFailure>) -> Notice {
-        Notice::Job(JobEvent {
-            job: JobInfo {
-                id: "job1".parse().unwrap(),
-                kind: JobKind::Scrub { repair: false },
-                status,
-                current_bytes: 0,
-                total_bytes: 1 << 30,
-                speed_bytes: 0,
-                corrupt_sectors_found: 0,
-                unreadable_sectors_found: 0,
-                sectors_written: 0,
-                error,
-            },
-            what,
         })
     }
 
@@ -341,7 +324,7 @@ mod tests {
         let last = log.of_guest().last.unwrap();
         assert_eq!((last.r#type, last.reason), (OperationType::Flush, None));
         for what in [JobChange::Status, JobChange::Completed] {
-            log.record(&scrub(what, JobStatus::Created, None), at(3));
+            log.record(&scrub("job1", what, JobStatus::Created, None), at(3));
         }
         assert!(!log.of_guest().is_empty(), "a scrub does not clear them");
         log.clear_guest();
@@ -354,15 +337,15 @@ mod tests {
         let failing = ReplicaIndex(2);
         for (end, cleared) in [
             (
-                scrub(JobChange::Completed, JobStatus::Concluded, None),
+                scrub("job1", JobChange::Completed, JobStatus::Concluded, None),
                 true,
             ),
             (
-                scrub(JobChange::Completed, JobStatus::Aborting, not_read),
+                scrub("job1", JobChange::Completed, JobStatus::Aborting, not_read),
                 false,
             ),
             (
-                scrub(JobChange::Cancelled, JobStatus::Concluded, None),
+                scrub("job1", JobChange::Cancelled, JobStatus::Concluded, None),
                 false,
             ),
         ] {
@@ -372,7 +355,10 @@ mod tests {
                 log.record(&error(replica, 28), at(1));
                 log.record(&read(replica), at(2));
             }
-            log.record(&scrub(JobChange::Status, JobStatus::Created, None), at(3));
+            log.record(
+                &scrub("job1", JobChange::Status, JobStatus::Created, None),
+                at(3),
+            );
             log.record(&read(failing), at(4));
             log.record(&end, at(5));
             assert_eq!(log.of(REPLICA).counts.read == 0, cleared, "{end:?}");

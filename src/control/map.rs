@@ -228,7 +228,7 @@ fn sectors(row: Option<&Row>) -> u64 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::common::Errno;
     use crate::common::report::{Evidence, Requester};
@@ -261,7 +261,13 @@ mod tests {
         bad(range(0, 1 << 20), Cause::Corrupt(evidence))
     }
 
-    fn scrub(id: &str, what: JobChange, status: JobStatus, error: Option<JobFailure>) -> Notice {
+    /// An event of a scrub of 1 GiB.
+    pub(in crate::control) fn scrub(
+        id: &str,
+        what: JobChange,
+        status: JobStatus,
+        error: Option<JobFailure>,
+    ) -> Notice {
         Notice::Job(JobEvent {
             job: JobInfo {
                 id: id.parse().unwrap(),
