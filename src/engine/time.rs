@@ -71,8 +71,9 @@ impl Engine {
     fn evict_late(&mut self, effects: &mut impl Effects) {
         let core = &mut self.core;
         let in_flight = &core.in_flight;
+        // What an evicted replica ends is not news any more when it rejoins.
         core.lateness.look(
-            core.shared.in_service(),
+            core.shared.in_service().or(core.shared.out_of_service()),
             core.shared.loads(),
             |replica| in_flight.ended_on(replica),
             core.clock.now(),
