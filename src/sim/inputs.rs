@@ -349,10 +349,11 @@ impl World {
         self.tick_wanted &= !(1 << worker);
         let (excused, evicted) = (self.ledger.excused, self.ledger.evicted);
         self.note_look(worker as usize);
+        let needed = self.overdue_and_needed(worker as usize);
         self.input(worker as usize, None, |engine, effects| {
             engine.tick(effects);
         })?;
-        self.check_overdue(worker as usize, &excused, evicted)
+        self.check_overdue(worker as usize, &excused, evicted, needed)
     }
 
     /// Carries out and checks the first `count` effects of those that an engine asks for.

@@ -14,6 +14,7 @@ impl World {
         with: impl FnOnce(&mut Jobs, &Health) -> R,
     ) -> Result<R, Violation> {
         let mut events = Vec::new();
+        self.overlapped = false;
         let result = self.shared.jobs(|event| events.push(event), with);
         self.tick_wanted |= 1;
         self.jobs_reported(events)?;
@@ -101,7 +102,11 @@ impl World {
     /// everywhere when its resync is complete.
     fn check_synced(&self, replica: usize) -> Checked {
         // What a vote on another worker has made stale during the same input may be later.
-        let stale = self.ledger.excused[replica] & !self.staleness.decided_against[replica];
+        let mut stale = self.ledger.excused[replica] & !self.staleness.decided_against[replica];
+        if self.overlapped {
+            // And so may be the end of a write that it has missed.
+            stale &= self.before_input.excused[replica];
+        }
         if self.ledger.failures[replica] == 0 && stale != 0 {
             let text = format!("replica {replica} is resynced, but was not written at {stale:b}");
             return Err(Violation::new("resync", text).at(stale));

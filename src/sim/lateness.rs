@@ -131,9 +131,28 @@ impl World {
         self.is_late(flight) && (slower || flight.background || flight.is_repair())
     }
 
+    /// The replicas that may be needed, of those that owe `worker` a reply for too long, a mask. A
+    /// request that needs one is perhaps answered when the worker looks at the clock.
+    pub(super) fn overdue_and_needed(&self, worker: usize) -> u32 {
+        let (excused, evicted) = (&self.ledger.excused, self.ledger.evicted);
+        let owed = self.flights.iter().filter(|flight| {
+            let is_owed = flight.worker == worker && flight.is_waited_for();
+            is_owed && !self.is_evicted(flight.replica()) && self.is_overdue(flight)
+        });
+        let owing = owed.fold(0, |mask, flight| mask | 1 << flight.replica());
+        let needed = bits(owing).filter(|replica| self.may_be_needed(*replica, excused, evicted));
+        needed.fold(0, |mask, replica| mask | 1 << replica)
+    }
+
     /// `worker` has just looked at the clock, so no replica that is not needed owes it a reply for
-    /// longer than the contract says. `excused` and `evicted`: as it was before.
-    pub(super) fn check_overdue(&self, worker: usize, excused: &Masks, evicted: u32) -> Checked {
+    /// longer than the contract says. `excused`, `evicted` and `needed`: as it was before.
+    pub(super) fn check_overdue(
+        &self,
+        worker: usize,
+        excused: &Masks,
+        evicted: u32,
+        needed: u32,
+    ) -> Checked {
         if self.ledger.evicted != evicted || self.overlapped {
             // What was answered since has perhaps needed the others until then: at the next look.
             return Ok(());
@@ -144,6 +163,7 @@ impl World {
             if is_owed
                 && !self.is_evicted(replica)
                 && self.members >> replica & 1 == 1
+                && needed >> replica & 1 == 0
                 && self.is_overdue(flight)
                 && self.is_decided_without(flight)
                 && !self.may_be_needed(replica, excused, evicted)

@@ -76,6 +76,8 @@ pub struct Failures {
     pub evictions: [u32; PLACES],
     /// See [`Ledger::evicted`].
     pub evicted: u32,
+    /// See [`Ledger::excused`].
+    pub excused: Masks,
 }
 
 /// What was true of the replicas at any time while a request was in flight.
@@ -114,6 +116,7 @@ impl Ledger {
             failures: self.failures,
             evictions: self.evictions,
             evicted: self.evicted,
+            excused: self.excused,
         }
     }
 
