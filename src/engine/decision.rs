@@ -80,7 +80,9 @@ impl From<Outcome> for ChunkEnd {
     }
 }
 
-/// The ballots of the replicas that succeeded, and of those of which parts were read.
+/// The ballots of the replicas that succeeded, and of those of which parts were read. Where the
+/// votes of doubtful copies may count, also of the other members: what could not be read of a fresh
+/// copy counts against them (W7).
 pub(super) fn ballots<'a>(
     replies: &'a Replies,
     surveys: &[Survey],
@@ -90,26 +92,51 @@ pub(super) fn ballots<'a>(
     let range = replies.range();
     let surveyed: ReplicaSet = surveys.iter().map(|survey| survey.replica).collect();
     let voters = replies.tally().succeeded().or(surveyed);
-    let stale = core.shared.health(|health| {
-        let parts = |replica| {
-            let stale = health.stale_parts(replica, range);
-            (stale, health.doubtful_parts(replica, range))
+    let listed = match disputed.witnessed.is_empty() {
+        true => voters,
+        false => voters.or(core.shared.members()),
+    };
+    let stands = core.shared.health(|health| {
+        let stand = |replica| Stand {
+            stale: health.stale_parts(replica, range),
+            doubtful: health.doubtful_parts(replica, range),
+            proven: match disputed.proven.is_empty() {
+                true => Vec::new(),
+                false => health.proven_parts(replica, range),
+            },
         };
-        voters.iter().map(parts).collect::<Vec<_>>()
+        listed.iter().map(stand).collect::<Vec<_>>()
     });
-    let ballot = |(replica, (stale, doubtful)): (_, (Vec<SectorRange>, Vec<SectorRange>))| {
+    let ballot = |(replica, stand): (ReplicaIndex, Stand)| {
         let survey = surveys.iter().find(|survey| survey.replica == replica);
-        let not_read = survey.map_or(Vec::new(), |survey| survey.not_read(range));
-        let votes = runs::common(&doubtful, &disputed.lacking);
+        let not_read = match survey {
+            Some(survey) => survey.not_read(range),
+            None if voters.contains(replica) => Vec::new(),
+            None => vec![range],
+        };
+        let votes = runs::common(&stand.doubtful, &disputed.lacking);
+        let fresh = runs::without(&disputed.witnessed, &stand.stale);
         Ballot {
             replica,
-            bytes: replies.data(replica),
-            stale: runs::union(&runs::without(&stale, &votes), &not_read),
+            bytes: match voters.contains(replica) {
+                true => replies.data(replica),
+                false => &[],
+            },
+            stale: runs::union(&runs::without(&stand.stale, &votes), &not_read),
             supporting: runs::common(&votes, &disputed.witnessed),
+            unread: runs::common(&fresh, &not_read),
+            proven: stand.proven,
             excused: runs::union(&disputed.undecided, &votes),
         }
     };
-    voters.iter().zip(stale).map(ballot).collect()
+    listed.iter().zip(stands).map(ballot).collect()
+}
+
+/// What is known of a replica's copy of a range.
+struct Stand {
+    stale: Vec<SectorRange>,
+    doubtful: Vec<SectorRange>,
+    proven: Vec<SectorRange>,
 }
 
 /// Copies the winning versions into one buffer. `None` if every sector is undecided. The bytes of

@@ -26,8 +26,28 @@ pub struct Ballot<'a> {
     /// The parts on which its vote counts only for the version that most replicas hold of those
     /// outside of such a part (W7).
     pub supporting: Vec<SectorRange>,
+    /// The parts on which it has flushed what it holds: the version of most of these must win too.
+    pub proven: Vec<SectorRange>,
+    /// The parts on which it would have a vote and could not be read. There it counts as a holder
+    /// of another version than the one that supporting votes make win.
+    pub unread: Vec<SectorRange>,
     /// The parts on which its version may differ without a fault of the replica (W7).
     pub excused: Vec<SectorRange>,
+}
+
+impl<'a> Ballot<'a> {
+    /// The reply of a replica whose vote counts wherever it is not stale.
+    pub fn new(replica: ReplicaIndex, bytes: &'a [u8], stale: Vec<SectorRange>) -> Self {
+        Self {
+            replica,
+            bytes,
+            stale,
+            supporting: Vec::new(),
+            proven: Vec::new(),
+            unread: Vec::new(),
+            excused: Vec::new(),
+        }
+    }
 }
 
 /// How a sector's winner is found.
@@ -191,6 +211,8 @@ struct Voter<'a> {
     bytes: &'a [u8],
     stale: Cursor<'a>,
     supporting: Cursor<'a>,
+    proven: Cursor<'a>,
+    unread: Cursor<'a>,
     excused: Cursor<'a>,
 }
 
@@ -201,6 +223,8 @@ impl<'a> Voter<'a> {
             bytes: ballot.bytes,
             stale: Cursor::new(&ballot.stale),
             supporting: Cursor::new(&ballot.supporting),
+            proven: Cursor::new(&ballot.proven),
+            unread: Cursor::new(&ballot.unread),
             excused: Cursor::new(&ballot.excused),
         }
     }
@@ -216,6 +240,7 @@ impl<'a> Voter<'a> {
             replica: self.replica,
             bytes: &self.bytes[offset..offset + SECTOR_LEN],
             only_supports: self.supporting.has(sector),
+            proven: self.proven.has(sector),
             excused: self.excused.has(sector),
         })
     }
@@ -231,6 +256,7 @@ struct Version<'a> {
     replica: ReplicaIndex,
     bytes: &'a [u8],
     only_supports: bool,
+    proven: bool,
     excused: bool,
 }
 
@@ -243,7 +269,7 @@ fn vote_on_sector(
 ) {
     let mut first: Option<Version<'_>> = None;
     let mut votes = 0;
-    let (mut differ, mut supported) = (false, false);
+    let (mut differ, mut some_support) = (false, false);
     for version in voters
         .iter_mut()
         .filter_map(|v| v.version(range_start, sector))
@@ -251,29 +277,29 @@ fn vote_on_sector(
         let first = *first.get_or_insert(version);
         votes += 1;
         differ |= first.bytes != version.bytes;
-        supported |= !version.only_supports;
+        some_support |= version.only_supports;
     }
     let Some(first) = first else {
         return extend(&mut verdict.undecided, sector);
     };
-    if differ {
-        let versions: Vec<_> = voters
-            .iter_mut()
-            .filter_map(|v| v.version(range_start, sector))
-            .collect();
-        return match rule {
-            Rule::Threshold(threshold) => vote_by_digest(sector, &versions, threshold, verdict),
-            Rule::FirstListed => take_first(sector, &versions, verdict),
+    let threshold = match rule {
+        Rule::Threshold(threshold) => threshold,
+        Rule::FirstListed => 1,
+    };
+    if !differ && !some_support {
+        return match votes >= threshold {
+            true => won(verdict, sector, first.replica),
+            false => extend(&mut verdict.undecided, sector),
         };
     }
-    let enough = match rule {
-        Rule::Threshold(threshold) => votes >= threshold && supported,
-        Rule::FirstListed => true,
-    };
-    if enough {
-        won(verdict, sector, first.replica);
-    } else {
-        extend(&mut verdict.undecided, sector);
+    let unread = Backing::unread(voters, sector);
+    let versions: Vec<_> = voters
+        .iter_mut()
+        .filter_map(|v| v.version(range_start, sector))
+        .collect();
+    match rule {
+        Rule::Threshold(_) => vote_by_digest(sector, &versions, unread, threshold, verdict),
+        Rule::FirstListed => take_first(sector, &versions, verdict),
     }
 }
 
@@ -288,22 +314,70 @@ fn take_first(sector: u64, versions: &[Version<'_>], verdict: &mut Verdict) {
     }
 }
 
-/// Whether more of the replicas that do not only support others hold this version than any other.
-fn is_most_fresh(digest: &Digest, digests: &[Digest], versions: &[Version<'_>]) -> bool {
-    let held = |digest: &Digest| {
-        let all = digests.iter().zip(versions);
-        all.filter(|(held, version)| *held == digest && !version.only_supports)
-            .count()
-    };
-    let most = held(digest);
-    most > 0
-        && digests
-            .iter()
-            .all(|other| other == digest || held(other) < most)
+/// How many replicas stand behind a version that do not only support others.
+#[derive(Clone, Copy, Debug, Default)]
+struct Backing {
+    fresh: usize,
+    /// Those of them that have flushed it.
+    proven: usize,
 }
 
-/// The slow path: the versions of this sector differ.
-fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdict: &mut Verdict) {
+impl Backing {
+    /// Of the replicas that could not be read.
+    fn unread(voters: &mut [Voter<'_>], sector: u64) -> Self {
+        let mut unread = Self::default();
+        for voter in voters {
+            let is_unread = voter.unread.has(sector);
+            unread.fresh += usize::from(is_unread);
+            unread.proven += usize::from(is_unread && voter.proven.has(sector));
+        }
+        unread
+    }
+
+    fn of<'a>(holders: impl Iterator<Item = &'a Version<'a>>) -> Self {
+        holders.filter(|version| !version.only_supports).fold(
+            Self::default(),
+            |backing, version| Self {
+                fresh: backing.fresh + 1,
+                proven: backing.proven + usize::from(version.proven),
+            },
+        )
+    }
+}
+
+/// Whether supporting votes count for this version: more fresh replicas hold it than any other, and
+/// more of the proven ones if there are any, wherever those that could not be read stand.
+fn is_backed(
+    digest: &Digest,
+    digests: &[Digest],
+    versions: &[Version<'_>],
+    unread: Backing,
+) -> bool {
+    let backing = |digest: &Digest| {
+        let all = digests.iter().zip(versions);
+        Backing::of(all.filter(|(held, _)| *held == digest).map(|(_, v)| v))
+    };
+    let this = backing(digest);
+    let others = digests.iter().filter(|other| *other != digest);
+    let most = others
+        .map(backing)
+        .fold(Backing::default(), |most, other| Backing {
+            fresh: most.fresh.max(other.fresh),
+            proven: most.proven.max(other.proven),
+        });
+    let some_proven = this.proven + most.proven + unread.proven > 0;
+    this.fresh > most.fresh + unread.fresh
+        && (!some_proven || this.proven > most.proven + unread.proven)
+}
+
+/// The slow path: the versions of this sector differ, or some votes only support others.
+fn vote_by_digest(
+    sector: u64,
+    versions: &[Version<'_>],
+    unread: Backing,
+    threshold: usize,
+    verdict: &mut Verdict,
+) {
     let digests: Vec<Digest> = versions
         .iter()
         .map(|version| Sha256::digest(version.bytes).into())
@@ -319,7 +393,7 @@ fn vote_by_digest(sector: u64, versions: &[Version<'_>], threshold: usize, verdi
             held.filter(|(held, _)| *held == digest)
         };
         let votes = holders().count();
-        let supported = !some_support || is_most_fresh(digest, &digests, versions);
+        let supported = !some_support || is_backed(digest, &digests, versions, unread);
         // Strictly more: on a tie the version found first, held by the replica listed first, stays.
         if votes >= threshold && supported && winner.is_none_or(|(_, most)| votes > most) {
             winner = Some((index, votes));
@@ -419,13 +493,7 @@ mod tests {
             .iter()
             .zip(&buffers)
             .enumerate()
-            .map(|(index, (pattern, bytes))| Ballot {
-                replica: ReplicaIndex(u8::try_from(index).unwrap()),
-                bytes,
-                stale: stale_of(pattern),
-                supporting: Vec::new(),
-                excused: Vec::new(),
-            })
+            .map(|(index, (pattern, bytes))| ballot(u8::try_from(index).unwrap(), pattern, bytes))
             .collect();
         vote(
             SectorRange::new(0, patterns[0].len() as u64),
@@ -533,20 +601,16 @@ mod tests {
         let ballots: Vec<_> = buffers
             .iter()
             .enumerate()
-            .map(|(index, bytes)| Ballot {
-                replica: ReplicaIndex(u8::try_from(index).unwrap()),
-                bytes,
-                stale: Vec::new(),
-                supporting: supporting
-                    .iter()
-                    .filter(|i| **i == index)
-                    .map(|_| sector)
-                    .collect(),
-                excused: excused
-                    .iter()
-                    .filter(|i| **i == index)
-                    .map(|_| sector)
-                    .collect(),
+            .map(|(index, bytes)| {
+                let listed = |list: &[usize]| match list.contains(&index) {
+                    true => vec![sector],
+                    false => Vec::new(),
+                };
+                Ballot {
+                    supporting: listed(supporting),
+                    excused: listed(excused),
+                    ..ballot(u8::try_from(index).unwrap(), "a", bytes)
+                }
             })
             .collect();
         vote(sector, &ballots, rule)
@@ -582,13 +646,46 @@ mod tests {
 
     /// A ballot on which `-` has no vote.
     fn ballot<'a>(replica: u8, pattern: &str, bytes: &'a [u8]) -> Ballot<'a> {
-        Ballot {
-            replica: ReplicaIndex(replica),
-            bytes,
-            stale: stale_of(pattern),
-            supporting: Vec::new(),
-            excused: Vec::new(),
-        }
+        Ballot::new(ReplicaIndex(replica), bytes, stale_of(pattern))
+    }
+
+    #[test]
+    fn support_needs_most_of_the_fresh_and_of_the_proven_whatever_was_not_read() {
+        // Of each replica the version (`-`: not read), and whether it supports, is fresh or proven.
+        let wins = |replicas: &[&str], threshold: usize| {
+            let sector = vec![SectorRange::new(0, 1)];
+            let buffers: Vec<_> = replicas.iter().map(|r| bytes_of(&r[..1])).collect();
+            let all = replicas.iter().zip(&buffers).zip(0..);
+            let ballots: Vec<_> = all
+                .map(|((replica, bytes), index)| {
+                    let mut ballot = ballot(index, &replica[..1], bytes);
+                    match &replica[1..] {
+                        "supports" => ballot.supporting.clone_from(&sector),
+                        "proven" => ballot.proven.clone_from(&sector),
+                        other => assert_eq!(other, "fresh"),
+                    }
+                    if !ballot.stale.is_empty() {
+                        ballot.unread.clone_from(&sector);
+                    }
+                    ballot
+                })
+                .collect();
+            let verdict = vote(sector[0], &ballots, Rule::Threshold(threshold));
+            verdict.undecided.is_empty()
+        };
+        assert!(wins(&["afresh", "asupports", "asupports"], 3));
+        assert!(!wins(&["afresh", "-fresh", "asupports", "asupports"], 3));
+        assert!(wins(&["afresh", "afresh", "-fresh", "asupports"], 3));
+        assert!(wins(&["afresh", "afresh", "-fresh"], 2), "nothing supports");
+        let outvoted = ["afresh", "afresh", "bfresh", "asupports", "asupports"];
+        assert!(wins(&outvoted, 4));
+        let proven = ["afresh", "afresh", "bproven", "asupports", "asupports"];
+        assert!(
+            !wins(&proven, 4),
+            "two may have lost what the third has flushed"
+        );
+        assert!(!wins(&["afresh", "afresh", "-proven", "asupports"], 3));
+        assert!(wins(&["afresh", "aproven", "bfresh", "asupports"], 3));
     }
 
     #[test]

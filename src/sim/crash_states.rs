@@ -475,12 +475,9 @@ impl Votes {
         *self.0.entry(key).or_insert_with(|| {
             let sectors: Vec<[u8; SECTOR_LEN]> =
                 values.iter().map(|value| sector_of(*value)).collect();
-            let ballot = |replica: usize| Ballot {
-                supporting: Vec::new(),
-                excused: Vec::new(),
-                replica: ReplicaIndex(u8::try_from(replica).expect("few")),
-                bytes: &sectors[replica],
-                stale: Vec::new(),
+            let ballot = |replica: usize| {
+                let index = ReplicaIndex(u8::try_from(replica).expect("few"));
+                Ballot::new(index, &sectors[replica], Vec::new())
             };
             let ballots: Vec<Ballot<'_>> = bits((1 << values.len()) - 1).map(ballot).collect();
             let verdict = vote(SectorRange::new(0, 1), &ballots, Rule::Threshold(threshold));

@@ -23,9 +23,11 @@ struct Disk {
     effects: Collected,
     holds: Vec<u8>,
     /// The replicas that fail writes.
-    fails: [bool; 3],
+    fails: [bool; 4],
     /// The replicas that fail flushes.
-    flush_fails: [bool; 3],
+    flush_fails: [bool; 4],
+    /// The replicas that fail reads.
+    read_fails: [bool; 4],
     accusations: usize,
     /// Times that `--blkverify` was to end the daemon.
     differences: usize,
@@ -33,12 +35,12 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        Self::of(3, false)
+        Self::of(3, 2, false)
     }
 
-    fn of(replicas: usize, blkverify: bool) -> Self {
+    fn of(replicas: usize, threshold: usize, blkverify: bool) -> Self {
         let policy = Policy {
-            threshold: 2,
+            threshold,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
             blkverify,
@@ -47,14 +49,15 @@ impl Disk {
             replica_timeout: Duration::from_secs(1),
         };
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
-        let shared = Arc::new(Shared::new(replicas, 2, 1, 64));
+        let shared = Arc::new(Shared::new(replicas, threshold, 1, 64));
         Self {
             engine: Engine::new(WorkerIndex(0), policy, shared, pool.clone(), clock),
             pool,
             effects: Collected::default(),
             holds: vec![OLD; replicas],
-            fails: [false; 3],
-            flush_fails: [false; 3],
+            fails: [false; 4],
+            flush_fails: [false; 4],
+            read_fails: [false; 4],
             accusations: 0,
             differences: 0,
         }
@@ -84,6 +87,7 @@ impl Disk {
         let replica = operation.replica.as_usize();
         let mut result = Ok(());
         match &mut operation.action {
+            Action::Read { .. } if self.read_fails[replica] => result = Err(Errno(5)),
             Action::Read { into, .. } => into.fill(self.holds[replica]),
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(28)),
             Action::Write { data, .. } => self.holds[replica] = data[0],
@@ -113,10 +117,10 @@ impl Disk {
 #[test]
 fn is_decided_by_the_next_read_without_an_accusation() {
     let mut disk = Disk::new();
-    disk.fails = [false, true, true];
+    disk.fails = [false, true, true, false];
     assert!(!disk.write(1, NEW));
     assert_eq!(disk.holds, [NEW, OLD, OLD]);
-    disk.fails = [false; 3];
+    disk.fails = [false; 4];
     assert!(disk.run(2, GuestRequest::Read(RANGE)));
     assert_eq!(disk.holds, [OLD; 3], "the winner is written to all");
     assert_eq!(disk.accusations, 0);
@@ -128,9 +132,9 @@ fn is_decided_by_the_next_read_without_an_accusation() {
 #[test]
 fn is_decided_for_good_even_if_the_other_version_cannot_be_replaced() {
     let mut disk = Disk::new();
-    disk.fails = [true, true, false];
+    disk.fails = [true, true, false, false];
     assert!(!disk.write(1, NEW));
-    disk.fails = [false, false, true];
+    disk.fails = [false, false, true, false];
     assert!(disk.run(2, GuestRequest::Read(RANGE)));
     assert_eq!(disk.holds, [OLD, OLD, NEW]);
     disk.holds = vec![OLD, NEW, NEW];
@@ -142,9 +146,9 @@ fn is_decided_for_good_even_if_the_other_version_cannot_be_replaced() {
 fn of_a_flush_on_all_replicas_leaves_everything_readable() {
     let mut disk = Disk::new();
     assert!(disk.write(1, NEW));
-    disk.flush_fails = [true; 3];
+    disk.flush_fails = [true; 4];
     assert!(!disk.run(2, GuestRequest::Flush));
-    disk.flush_fails = [false; 3];
+    disk.flush_fails = [false; 4];
     disk.holds[0] = OLD;
     assert!(disk.run(3, GuestRequest::Read(RANGE)));
     assert_eq!(disk.holds, [NEW; 3], "the winner is written to all");
@@ -156,7 +160,7 @@ fn of_a_flush_on_all_replicas_leaves_everything_readable() {
 fn of_a_flush_leaves_copies_that_do_not_win_against_a_fresh_one() {
     let mut disk = Disk::new();
     assert!(disk.write(1, NEW));
-    disk.flush_fails = [false, true, true];
+    disk.flush_fails = [false, true, true, false];
     assert!(!disk.run(2, GuestRequest::Flush));
     disk.holds = vec![NEW, OLD, OLD];
     assert!(!disk.run(3, GuestRequest::Read(RANGE)));
@@ -166,8 +170,26 @@ fn of_a_flush_leaves_copies_that_do_not_win_against_a_fresh_one() {
 }
 
 #[test]
+fn of_a_flush_leaves_copies_that_do_not_win_while_a_fresh_one_cannot_be_read() {
+    let mut disk = Disk::of(4, 3, false);
+    assert!(disk.write(1, NEW));
+    disk.flush_fails = [false, false, true, true];
+    assert!(!disk.run(2, GuestRequest::Flush));
+    // Replica 0 is corrupt, and the others may have lost the write.
+    disk.holds = vec![OLD, NEW, OLD, OLD];
+    disk.read_fails[1] = true;
+    assert!(!disk.run(3, GuestRequest::Read(RANGE)));
+    disk.read_fails[1] = false;
+    assert!(!disk.run(4, GuestRequest::Read(RANGE)));
+    disk.holds[0] = NEW;
+    disk.holds[3] = NEW;
+    assert!(disk.run(5, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [NEW; 4]);
+}
+
+#[test]
 fn of_a_flush_is_no_difference_to_blkverify() {
-    let mut disk = Disk::of(2, true);
+    let mut disk = Disk::of(2, 2, true);
     assert!(disk.write(1, NEW));
     disk.flush_fails[0] = true;
     assert!(!disk.run(2, GuestRequest::Flush));
