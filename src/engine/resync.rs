@@ -7,6 +7,7 @@ use super::replies::Replies;
 use crate::common::operation::Reply;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::ChunkId;
+use crate::quorum::vote::Rule;
 
 #[derive(Debug)]
 pub(super) struct Resync {
@@ -23,7 +24,8 @@ impl Resync {
         context: &mut Context<'_, impl Effects>,
     ) -> Self {
         let terms = Terms {
-            rule: context.core.read_rule(),
+            // Also with fifo: what one replica holds may be corrupt.
+            rule: Rule::Threshold(context.core.policy.threshold),
             throughout: std::iter::once(replica).collect(),
             repairs_losers: context.core.policy.rewrite_corrupted,
             locates: context.core.all_if(context.core.policy.rewrite_corrupted),

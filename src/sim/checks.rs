@@ -298,8 +298,7 @@ impl World {
     }
 
     /// W5: a flush succeeds: what was acknowledged before it began is durable on t replicas. Not
-    /// checked where corrupt replicas have won a vote, or with fifo a single one that is read
-    /// first (R8): no replica needs to hold what was written there any more.
+    /// checked where with t ≤ N/2 as many wrong replicas have won a vote.
     fn check_flush(&mut self, flush: &Pending) -> Checked {
         let overruled = self.ledger.overruled;
         for sector in (0..self.changed_at.len()).filter(|s| overruled >> s & 1 == 0) {
@@ -389,7 +388,7 @@ impl World {
             }
             Cause::Corrupt(evidence) => {
                 self.statistics.accusations += 1;
-                if self.plan.read_pattern == ReadPattern::Fifo && !self.is_scrubbing() {
+                if self.plan.read_pattern == ReadPattern::Fifo && self.jobs.is_empty() {
                     return Err(Violation::new("R8", "read-pattern=fifo takes no vote"));
                 }
                 if evidence.bad_sectors_cut {

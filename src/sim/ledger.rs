@@ -52,8 +52,8 @@ pub struct Ledger {
     /// Those of them in which a vote may accuse replicas: after a crash, or after corrupt replicas
     /// have won a vote. Not after a failed write (W7).
     pub accusable: u64,
-    /// Where as many replicas as decide a vote were corrupt, and one was repaired: right bytes may
-    /// have been replaced, beyond what the contract promises. Until the guest has written there.
+    /// With t ≤ N/2: where t replicas were wrong, and one was repaired. They may have replaced what
+    /// the others held (W5). Until the guest has written there.
     pub overruled: u64,
     /// The number of failed flushes and evictions of each replica that the engine knows.
     pub failures: [u32; PLACES],

@@ -166,9 +166,12 @@ impl World {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let enough = if fifo { 1 } else { self.plan.threshold };
         let seen = self.ledger.seen();
+        let both_may_win = 2 * self.plan.threshold <= self.count();
         for sector in bits(sectors).filter(|sector| seen.wrong_at(*sector) >= enough) {
             self.mark_accusable(1 << sector);
-            self.ledger.overruled |= 1 << sector;
+            if both_may_win && seen.wrong_at(sector) >= self.plan.threshold {
+                self.ledger.overruled |= 1 << sector;
+            }
         }
     }
 

@@ -170,10 +170,10 @@ impl Health {
     }
 
     /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members
-    /// are fresh now in all of it, so that a read may return it. Where they are, copies that are
+    /// are fresh now in all of it, so that a read may return it. Where t are, copies that are
     /// doubtful still are not asked any more.
     pub fn settled(&mut self, range: SectorRange, needed: usize) -> bool {
-        let lacking = self.disputed(range, needed).lacking;
+        let lacking = self.disputed(range, self.threshold).lacking;
         let settled = runs::without(&[range], &lacking);
         for member in self.members.iter() {
             let state = &mut self.replicas[member.as_usize()];
@@ -181,7 +181,7 @@ impl Health {
                 state.missed.insert(part);
             }
         }
-        lacking.is_empty()
+        self.disputed(range, needed).lacking.is_empty()
     }
 
     /// Every sector is durable on t members: doubtful copies are not needed any more.
