@@ -175,6 +175,7 @@ impl World {
     /// The reply reaches the engine.
     pub(super) fn deliver_reply(&mut self, index: usize) -> Checked {
         let (reply, delivered) = self.take_reply(index);
+        self.before_reply = Some(self.ledger.known_failures());
         let expected = self.note_reply(&delivered);
         self.input(delivered.worker, expected, |engine, effects| {
             engine.reply(reply, effects);

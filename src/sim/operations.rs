@@ -69,7 +69,9 @@ impl World {
                 let in_flight = self.being_written(replica);
                 self.staleness.flush_begins(replica, in_flight);
             }
-            Action::Write { .. } | Action::Zero { .. } => self.staleness.writes(replica, sectors),
+            Action::Write { .. } | Action::Zero { .. } => {
+                self.staleness.writes(replica, sectors, self.overlapped);
+            }
             Action::Read { .. } => {}
         }
         let part = self.engines[self.input_from].reads_part(&operation);

@@ -47,6 +47,11 @@ impl World {
         let mut effects = std::mem::take(&mut self.collected);
         let other_input = self.draw_other_input(worker);
         self.overlapped = other_input.is_some();
+        let before_reply = self.before_reply.take();
+        if let Some(before) = before_reply.filter(|_| self.overlapped) {
+            // The other worker may be first, and not know of the failure that the reply reports.
+            self.before_input = before;
+        }
         if let Some((other, input, reply)) = other_input {
             let overlap = self.give_both(&checks, (other, input), &mut effects, give);
             let (mut others, before) = overlap;

@@ -30,11 +30,13 @@ pub(super) struct Staleness {
 }
 
 impl Staleness {
-    /// It is asked to write these sectors.
-    pub(super) fn writes(&mut self, replica: usize, sectors: u64) {
+    /// It is asked to write these sectors. `overlapped`: another worker was given an input at the
+    /// same time, and may have evicted it or seen its flush fail right after it was asked.
+    pub(super) fn writes(&mut self, replica: usize, sectors: u64, overlapped: bool) {
         self.unflushed[replica] |= sectors;
-        if self.failing >> replica & 1 == 1 {
+        if overlapped && self.failing >> replica & 1 == 1 {
             self.contested[replica] |= sectors;
+            self.possible[replica] |= sectors;
         }
     }
 

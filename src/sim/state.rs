@@ -109,6 +109,8 @@ pub struct World {
     pub(super) collected: Collected,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
+    /// The same before the reply that the next input brings.
+    pub(super) before_reply: Option<Failures>,
     /// `Ledger::excused` as it was when the last flush of the engines began.
     pub(super) flush_lacks: Masks,
     /// The last input overlapped with one of another worker.
@@ -434,6 +436,7 @@ impl World {
             staleness: Staleness::default(),
             collected: Collected::default(),
             before_input: Failures::default(),
+            before_reply: None,
             flush_lacks: [0; PLACES],
             overlapped: false,
             input_from: 0,
