@@ -37,6 +37,7 @@
 #![cfg_attr(not(feature = "loom"), forbid(unsafe_code))]
 
 mod background;
+mod changes;
 mod chunks;
 mod confirmation;
 mod context;

@@ -21,6 +21,7 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
+use super::changes::Changes;
 #[cfg(any(test, feature = "sim"))]
 use super::interleaving;
 use super::lateness::Loads;
@@ -77,6 +78,7 @@ struct OwnLine(AtomicU64);
 struct State {
     locks: RangeLocks<Waiter>,
     health: Health,
+    changes: Changes,
 }
 
 impl Shared {
@@ -102,6 +104,7 @@ impl Shared {
             state: Mutex::new(State {
                 locks: RangeLocks::default(),
                 health: Health::new(members, threshold, workers, capacity_sectors),
+                changes: Changes::default(),
             }),
             anything_stale: AtomicBool::new(false),
             anything_undecided: AtomicBool::new(false),
@@ -299,12 +302,16 @@ impl Shared {
 
     /// Asks for the lock on `range`; the flag says whether it was granted at once.
     pub(super) fn lock(&self, range: SectorRange, waiter: Waiter) -> (LockKey, bool) {
-        self.state().locks.acquire(range, waiter)
+        let mut state = self.state();
+        state.changes.of_locks();
+        state.locks.acquire(range, waiter)
     }
 
     /// Releases a lock; adds the requests whose lock this grants to `granted`.
     pub(super) fn unlock(&self, key: LockKey, granted: &mut Vec<Waiter>) {
-        self.state().locks.release(key, granted);
+        let mut state = self.state();
+        state.changes.of_locks();
+        state.locks.release(key, granted);
     }
 
     /// Reads the health of the replicas.
@@ -315,6 +322,7 @@ impl Shared {
     /// Changes the health of the replicas, and publishes what the atomics hold of it.
     pub(super) fn change_health<R>(&self, change: impl FnOnce(&mut Health) -> R) -> R {
         let mut state = self.state();
+        state.changes.of_health();
         let result = change(&mut state.health);
         self.publish(&state.health);
         let garbage = state.health.take_garbage();
@@ -359,10 +367,14 @@ impl Shared {
     /// Asserts the invariants of locks and health, and that the atomics hold what was last
     /// published.
     pub(super) fn self_check(&self) {
-        let state = self.state();
+        let mut state = self.state();
+        if state.changes.locks_to_check() {
+            state.locks.self_check();
+        }
+        if state.changes.health_to_check() {
+            state.health.self_check();
+        }
         let health = &state.health;
-        state.locks.self_check();
-        health.self_check();
         assert_eq!(self.members(), health.members());
         assert_eq!(self.in_service(), health.in_service());
         assert_eq!(self.out_of_service(), health.out_of_service());
@@ -370,6 +382,12 @@ impl Shared {
         assert_eq!(self.anything_stale(), health.anything_stale());
         let undecided = self.anything_undecided.load(Ordering::Acquire);
         assert_eq!(undecided, health.anything_undecided());
+    }
+
+    /// How often the health of the replicas has been changed.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn health_changes(&self) -> u64 {
+        self.state().changes.health()
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

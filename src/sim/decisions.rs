@@ -1,44 +1,32 @@
 //! W7: what a failed write has left is decided by a vote, once, and without an accusation.
 
 use super::Violation;
-use super::plan::{bits, mask_below};
+use super::plan::bits;
 use super::state::{Checked, World, trace};
-use crate::common::{ReplicaIndex, SectorRange};
 
 impl World {
-    /// Notes whether the engines owe the guest a failed flush, before and after an input.
+    /// Notes whether the engines owe the guest a failed flush, before and after an input. Comes
+    /// after [`Self::note_decisions`].
     pub(super) fn note_owed(&mut self) {
-        let owes = self.shared.jobs(|_| (), |_, health| health.owes_failure());
-        self.owed = [self.owed[1], owes];
+        self.owed = [self.owed[1], self.view.owes_failure];
     }
 
     /// Notes which sectors of failed writes a vote has decided. From then on every replica that is
     /// not stale there holds the winner.
     pub(super) fn note_decisions(&mut self) -> Checked {
-        let anything = || {
-            self.shared
-                .jobs(|_| (), |_, health| health.anything_undecided())
-        };
-        if self.ledger.mixed == 0 && self.undecided == 0 && !anything() {
+        self.view.refresh(&self.shared, self.plan.disk());
+        if self.ledger.mixed == 0 && self.undecided == 0 && self.view.undecided == 0 {
             return Ok(());
         }
-        let disk = self.plan.disk();
-        let mask = |runs: Vec<SectorRange>| {
-            let run = |run: &SectorRange| mask_below(run.count) << run.start;
-            runs.iter().fold(0_u64, |mask, range| mask | run(range))
-        };
-        let members: Vec<usize> = self.members().collect();
-        let (undecided, stale): (u64, Vec<u64>) = self.shared.jobs(
-            |_| (),
-            |_, health| {
-                let index = |r: &usize| ReplicaIndex(u8::try_from(*r).expect("few"));
-                let stale = |r| mask(health.stale_parts(index(r), disk));
-                let undecided = mask(health.disputed(disk, 0).undecided);
-                (undecided, members.iter().map(stale).collect())
-            },
-        );
+        let undecided = self.view.undecided;
         let before = std::mem::replace(&mut self.undecided, undecided);
         let decided = before & !undecided;
+        if decided == 0 {
+            return Ok(());
+        }
+        let members: Vec<usize> = self.members().collect();
+        let stale = members.iter().map(|member| self.view.stale[*member]);
+        let stale: Vec<u64> = stale.collect();
         for replica in &members {
             self.staleness.possible[*replica] |= decided;
         }

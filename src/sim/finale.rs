@@ -13,7 +13,7 @@ use crate::limits::{FAILED_PARTS_MAX, FLAPPING_WINDOW};
 
 /// Steps in which all may become quiet once the guest has its answers. While replicas fail and are
 /// resynced again and again it never does.
-const STEPS_TO_QUIET: u64 = 20_000;
+const STEPS_TO_QUIET: u64 = 4_000;
 
 impl World {
     /// Runs to the end.
@@ -82,19 +82,23 @@ impl World {
         Ok(())
     }
 
-    /// Long enough for everything that the engine does by itself.
+    /// Long enough for everything that the engine does by itself: what it tries again and again,
+    /// and the rejoin of a replica that is kept out.
     fn rest(&mut self) -> Checked {
-        let kept_out = FLAPPING_WINDOW.min(self.plan.replica_timeout * 600);
-        let until = self.clock + Duration::from_secs(10) + kept_out;
+        let timeout = self.plan.replica_timeout;
+        let rest = Duration::from_secs(1) + timeout * 90;
+        let latest = self.clock + rest + FLAPPING_WINDOW.min(timeout * 600);
+        let mut until = self.clock + rest;
         let due = |world: &Self| {
-            let deadline = world
-                .engines
-                .iter()
-                .any(|engine| engine.deadline().is_some());
-            deadline || world.tick_wanted != 0
+            let mut engines = world.engines.iter();
+            world.tick_wanted != 0 || engines.any(|engine| engine.deadline().is_some())
         };
         while self.clock < until && due(self) {
             self.step()?;
+            let out = self.ledger.evicted & self.members | self.to_be_released;
+            if out != 0 && self.clock < latest {
+                until = self.clock + rest;
+            }
         }
         self.settle()
     }

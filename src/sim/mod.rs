@@ -10,8 +10,8 @@
 //! A file here imports only from files above it:
 //!
 //! ```text
-//! random, model, contract
-//! plan, replica, ledger, effects
+//! random, model, contract, statistics
+//! plan, replica, ledger, effects, view
 //! state                       the data of a run
 //! operations, checks, jobs    an operation on a replica; what must hold
 //! staleness                   where a replica may be stale
@@ -49,13 +49,16 @@ pub mod runner;
 mod schedule;
 mod staleness;
 pub mod state;
+pub mod statistics;
+mod view;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use self::plan::Plan;
 use self::random::Random;
-use self::state::{Statistics, World};
+use self::state::World;
+use self::statistics::Statistics;
 use crate::common::buffer::BufferPool;
 use crate::engine::interleaving;
 

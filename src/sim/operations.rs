@@ -186,9 +186,11 @@ impl World {
             slowness.other
         };
         let timeout = self.plan.replica_timeout;
-        let turn = self.clock.as_nanos() / (timeout * 8).as_nanos() % self.count() as u128;
-        let others_turn = slowness.in_turn && turn != flight.replica() as u128;
-        if percent == 0 || self.faults_ended || others_turn {
+        let others_turn = || {
+            let turn = self.clock.as_nanos() / (timeout * 8).as_nanos() % self.count() as u128;
+            turn != flight.replica() as u128
+        };
+        if percent == 0 || self.faults_ended || (slowness.in_turn && others_turn()) {
             return Duration::ZERO;
         }
         let part = 50 + u32::try_from(self.random.below(50)).expect("small");

@@ -191,7 +191,7 @@ impl Plan {
             eagerness: random.pick(&[1, 3, 10]),
             tear: random.pick(&[0, HALF, HALF + HALF / 2]),
             late: random.pick(&[0, RARE * 8, HALF / 2]),
-            writeback: random.pick(&[0, RARE, OFTEN * 3]),
+            writeback: random.pick(&[0, RARE * 2, OFTEN * 6]),
             pause: random.pick(&[0, OFTEN, OFTEN * 4]),
             faulty: 0,
             slow: random.pick(&[0, 0, 1, 2, 3]),
@@ -200,7 +200,7 @@ impl Plan {
             step: Duration::from_micros(random.pick(&[1, 30, 300])),
             replica_timeout: Duration::from_millis(random.pick(&[5, 20, 100])),
             faults: Faults::default(),
-            operator: random.pick(&[0, 0, RARE, OFTEN]),
+            operator: random.pick(&[0, 0, RARE * 2, OFTEN * 2]),
             operator_actions: 30,
             job_sizes: Sizes {
                 chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
@@ -235,8 +235,8 @@ impl Plan {
 
     fn choose_faults(&mut self, random: &mut Random) {
         let faults = &mut self.faults;
-        faults.crash = random.pick(&[0, 0, RARE / 4]);
-        faults.hang = random.pick(&[0, 0, RARE / 2]);
+        faults.crash = random.pick(&[0, 0, RARE / 2]);
+        faults.hang = random.pick(&[0, 0, RARE]);
         if random.below(5) == 0 {
             for _ in 0..self.replicas - self.threshold {
                 self.dead |= 1 << random.index(self.replicas);
@@ -275,17 +275,17 @@ impl Plan {
             }
         };
         let per_operation = [RARE, OFTEN, OFTEN * 4];
-        let per_step = [RARE / 4, RARE];
+        let per_step = [RARE / 2, RARE * 2];
         faults.read_error = rate(&per_operation);
         faults.write_error = rate(&per_operation);
         faults.flush_error = rate(&[OFTEN, OFTEN * 4, OFTEN * 10]);
-        faults.full = rate(&[RARE / 4, RARE]);
+        faults.full = rate(&[RARE / 2, RARE * 2]);
         faults.rot = rate(&per_step);
-        faults.unreadable = rate(&[RARE / 4, RARE, RARE * 4]);
+        faults.unreadable = rate(&[RARE / 2, RARE * 2, RARE * 8]);
         faults.lost = rate(&per_operation);
         faults.misdirected = rate(&per_operation);
         faults.lying_flush = rate(&[OFTEN, OFTEN * 4]);
-        faults.writeback_error = rate(&[RARE / 4, RARE, RARE * 4]);
+        faults.writeback_error = rate(&[RARE / 2, RARE * 2, RARE * 8]);
     }
 
     /// Whether the dead replicas are the only fault: then they may stay dead for good.

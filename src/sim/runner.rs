@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use super::random::Random;
-use super::state::Statistics;
+use super::statistics::Statistics;
 use super::{Violation, pools, run};
 
 /// Which seeds to run, and for how long.

@@ -8,14 +8,36 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::number_of;
-use super::state::{Checked, World};
-use crate::engine::Engine;
+use super::plan::PLACES;
+use super::state::{Checked, Flight, World};
 
 /// Steps of a run, at most: a longer run never ends.
 const STEPS_MAX: u64 = 600_000;
 
 /// Steps for which a guest that has its answers waits until all is quiet, on average.
-const PAUSED_STEPS: u64 = 4096;
+const PAUSED_STEPS: u64 = 1024;
+
+/// The weight of what may happen next, against that of an operation that hardly makes progress.
+const WEIGHT: u64 = 36;
+
+/// How often an operation of a slow replica is passed over, and a late reply.
+const SLOW: u64 = 3;
+const LATE: u64 = 12;
+
+/// The operations that have no reply, among what may happen next.
+#[derive(Clone, Copy, Debug, Default)]
+struct Weights {
+    /// If each went on at full speed.
+    all: u64,
+    /// As they go on now.
+    ready: u64,
+    /// Some wait.
+    wait: bool,
+    /// The replicas that do nothing now, a mask.
+    hanging: u32,
+    /// When the first of those goes on.
+    next: Duration,
+}
 
 impl World {
     /// One thing happens.
@@ -35,25 +57,37 @@ impl World {
         let may_submit = !self.paused && !self.faults_ended && self.requests < self.plan.requests;
         let may_submit = may_submit && (0..self.plan.workers).any(|worker| self.has_room(worker));
         let due = self.due();
-        let ticks = usize::try_from(due.count_ones()).expect("few");
-        let (wakes, flights) = (2 * self.wakes.len(), self.flights.len());
-        let guest = if may_submit { self.plan.eagerness } else { 0 };
-        let waits = self.flights.iter().any(|flight| self.waits(flight));
-        if waits && ticks + wakes == 0 && self.random.below(16) == 0 {
-            // So that a replica that hangs does not have all the others work for it in vain.
+        let ticks = u64::from(due.count_ones());
+        let wakes = 2 * self.wakes.len() as u64;
+        let guest = if may_submit {
+            self.plan.eagerness as u64
+        } else {
+            0
+        };
+        let flights = self.weigh_flights();
+        let own = (ticks + wakes + guest) * WEIGHT;
+        let (all, ready) = (own + flights.all, own + flights.ready);
+        if ready == 0 {
             return self.jump();
         }
-        if ticks + wakes + guest == 0 && self.flights.iter().all(|flight| self.waits(flight)) {
+        // So that a replica that hangs does not have all the others work for it in vain.
+        let in_vain = flights.wait && ticks + wakes == 0;
+        if in_vain && self.random.below(all + 15 * ready) < all {
             return self.jump();
         }
-        let choice = self.random.index(ticks + wakes + flights + guest);
-        if choice < ticks {
+        let choice = self.random.below(ready);
+        let place = choice.checked_sub(own);
+        let flight = place.map(|place| self.flight_at(place, flights.hanging));
+        self.pass_over(all, ready, flights.next);
+        let number = choice / WEIGHT;
+        if let Some(flight) = flight {
+            self.move_flight(flight)?;
+        } else if number < ticks {
             self.tick(due)?;
-        } else if choice < ticks + wakes {
-            let (worker, request) = self.wakes.swap_remove((choice - ticks) / 2);
+        } else if number < ticks + wakes {
+            let index = usize::try_from((number - ticks) / 2).expect("few");
+            let (worker, request) = self.wakes.swap_remove(index);
             self.grant(worker, request)?;
-        } else if choice < ticks + wakes + flights {
-            self.move_flight(choice - ticks - wakes)?;
         } else {
             self.submit_something()?;
         }
@@ -87,7 +121,7 @@ impl World {
             self.paused = false;
             return Ok(());
         }
-        let deadlines = self.engines.iter().filter_map(Engine::deadline);
+        let deadlines = self.engines.iter().filter_map(|engine| engine.deadline());
         let hung = self.flights.iter().map(|flight| self.goes_on_at(flight));
         let next = deadlines.chain(hung).min();
         match next {
@@ -105,19 +139,67 @@ impl World {
         }
     }
 
-    /// An operation makes progress, unless its replica is slow or hangs.
-    fn move_flight(&mut self, index: usize) -> Checked {
-        let replica = self.flights[index].replica();
-        let slow =
-            !self.faults_ended && self.plan.slow & (1 << replica) != 0 && self.random.below(3) != 0;
-        if slow || self.waits(&self.flights[index]) {
-            return Ok(());
+    /// The weight of the operation among all that may happen next; 0: it waits. That of one which
+    /// is neither slow nor late is [`WEIGHT`]. `hanging`: see [`Weights`].
+    fn weight(&self, flight: &Flight, hanging: u32) -> u64 {
+        let replica = flight.replica();
+        let waits = !self.faults_ended && flight.not_before > self.clock;
+        if waits || hanging >> replica & 1 == 1 {
+            return 0;
         }
-        if self.flights[index].done.is_some() {
-            let late = self.flights[index].late && !self.faults_ended;
-            if late && self.random.below(12) != 0 {
-                return Ok(());
+        let slow = !self.faults_ended && self.plan.slow >> replica & 1 == 1;
+        let late = !self.faults_ended && flight.late && flight.done.is_some();
+        WEIGHT / if slow { SLOW } else { 1 } / if late { LATE } else { 1 }
+    }
+
+    fn weigh_flights(&self) -> Weights {
+        let hanging = |mask, replica| mask | u32::from(self.hangs(replica)) << replica;
+        let mut weights = Weights {
+            all: self.flights.len() as u64 * WEIGHT,
+            hanging: (0..PLACES).fold(0, hanging),
+            next: Duration::MAX,
+            ..Weights::default()
+        };
+        for flight in &self.flights {
+            let weight = self.weight(flight, weights.hanging);
+            weights.ready += weight;
+            if weight == 0 {
+                weights.wait = true;
+                weights.next = weights.next.min(self.goes_on_at(flight));
             }
+        }
+        weights
+    }
+
+    /// The operation at this place, if all are laid out by their weights.
+    fn flight_at(&self, mut place: u64, hanging: u32) -> usize {
+        for (index, flight) in self.flights.iter().enumerate() {
+            let weight = self.weight(flight, hanging);
+            if place < weight {
+                return index;
+            }
+            place -= weight;
+        }
+        unreachable!("a place beyond all weights")
+    }
+
+    /// What does not go on is passed over, again and again until something does: as much time
+    /// passes, but not beyond the moment at which something else is due.
+    fn pass_over(&mut self, all: u64, ready: u64, next: Duration) {
+        if all == ready {
+            return;
+        }
+        let deadlines = self.engines.iter().filter_map(|engine| engine.deadline());
+        let next = deadlines.fold(next, Duration::min);
+        let step = u64::try_from(self.plan.step.as_nanos()).expect("short");
+        let most = step * 2 * (all - ready) / ready;
+        let until = self.clock + Duration::from_nanos(self.random.below(most + 1));
+        self.clock = self.clock.max(until.min(next));
+    }
+
+    /// An operation makes progress.
+    fn move_flight(&mut self, index: usize) -> Checked {
+        if self.flights[index].done.is_some() {
             return self.deliver_reply(index);
         }
         self.advance(index);

@@ -6,9 +6,7 @@
 
 use super::Violation;
 use super::ledger::Masks;
-use super::plan::mask_below;
 use super::state::{Checked, Flight, Pending, PendingKind, World};
-use crate::common::{ReplicaIndex, SectorRange};
 
 /// See the [module](self).
 #[derive(Clone, Debug, Default)]
@@ -106,20 +104,9 @@ impl World {
         // The next input begins.
         self.staleness.failing = 0;
         self.staleness.decided_against = Masks::default();
-        let disk = self.plan.disk();
-        let mask = |runs: Vec<SectorRange>| {
-            let run = |run: &SectorRange| mask_below(run.count) << run.start;
-            runs.iter().fold(0_u64, |mask, range| mask | run(range))
-        };
-        let stale: Vec<(usize, u64)> = self.shared.jobs(
-            |_| (),
-            |_, health| {
-                let index = |r: usize| ReplicaIndex(u8::try_from(r).expect("few"));
-                let stale = |r| (r, mask(health.stale_parts(index(r), disk)));
-                self.members().map(stale).collect()
-            },
-        );
-        for (replica, stale) in stale {
+        self.view.refresh(&self.shared, self.plan.disk());
+        for replica in self.members() {
+            let stale = self.view.stale[replica];
             let excess = stale & !self.staleness.possible[replica];
             if excess != 0 {
                 let text = format!("replica {replica} is fresh on {excess:b}, and counts as stale");

@@ -14,6 +14,8 @@ use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
 use super::replica::SimReplica;
 use super::staleness::Staleness;
+use super::statistics::Statistics;
+use super::view::View;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
@@ -92,7 +94,8 @@ pub struct World {
     pub(super) plan: Plan,
     pub(super) random: Random,
     pub(super) shared: Arc<Shared>,
-    pub(super) engines: Vec<Engine>,
+    /// Boxed, so that one can leave its place for a moment at no cost.
+    pub(super) engines: Vec<Box<Engine>>,
     pub(super) pools: Vec<BufferPool>,
     pub(super) replicas: Vec<SimReplica>,
     /// The operations that have no reply.
@@ -106,6 +109,7 @@ pub struct World {
     pub(super) model: Model,
     pub(super) ledger: Ledger,
     pub(super) staleness: Staleness,
+    pub(super) view: View,
     pub(super) collected: Collected,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
@@ -199,53 +203,6 @@ pub(super) struct TraceLine {
 
 /// The number of events that are printed of a run that failed.
 const LAST_EVENTS: usize = 16;
-
-/// What a run was made of.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Statistics {
-    /// Steps.
-    pub steps: u64,
-    /// Guest requests.
-    pub requests: u64,
-    /// Guest requests that failed.
-    pub failed: u64,
-    /// Crashes.
-    pub crashes: u64,
-    /// Reports that a replica holds a corrupt version.
-    pub accusations: u64,
-    /// Evictions.
-    pub evictions: u64,
-    /// Sectors with three versions or more after a crash that no fault explains.
-    pub three_versions: u64,
-    /// Replicas added.
-    pub added: u64,
-    /// Replicas removed.
-    pub removed: u64,
-    /// Times that the disk has grown.
-    pub grown: u64,
-    /// Completed resyncs.
-    pub resynced: u64,
-    /// Scrubs that the operator began.
-    pub scrubs: u64,
-}
-
-impl Statistics {
-    /// Adds those of another run.
-    pub fn add(&mut self, other: Self) {
-        self.steps += other.steps;
-        self.requests += other.requests;
-        self.failed += other.failed;
-        self.crashes += other.crashes;
-        self.accusations += other.accusations;
-        self.evictions += other.evictions;
-        self.three_versions += other.three_versions;
-        self.added += other.added;
-        self.removed += other.removed;
-        self.grown += other.grown;
-        self.resynced += other.resynced;
-        self.scrubs += other.scrubs;
-    }
-}
 
 /// Adds a line to the trace, if there is one. `at MASK`: it concerns these sectors.
 macro_rules! trace {
@@ -434,6 +391,7 @@ impl World {
             model: Model::new(sectors),
             ledger: Ledger::default(),
             staleness: Staleness::default(),
+            view: View::default(),
             collected: Collected::default(),
             before_input: Failures::default(),
             before_reply: None,
@@ -515,15 +473,16 @@ impl World {
         let members = ReplicaSet::from_bits(self.members);
         let (t, sectors) = (self.plan.threshold, self.plan.sectors);
         self.shared = Arc::new(Shared::with_members(members, t, workers, sectors));
+        self.view = View::default();
         let engine = |worker| {
             let pool = self.pools[usize::from(worker)].clone();
-            Engine::new(
+            Box::new(Engine::new(
                 WorkerIndex(worker),
                 policy.clone(),
                 Arc::clone(&self.shared),
                 pool,
                 self.turn.clone(),
-            )
+            ))
         };
         self.engines = (0..workers).map(engine).collect();
     }
@@ -557,11 +516,14 @@ impl World {
     /// When the replica does something again.
     pub(super) fn wakes_at(&self, replica: usize) -> Duration {
         let flaps = !self.faults_ended && self.plan.slowness.flapping >> replica & 1 == 1;
+        if !flaps {
+            return self.hung_until[replica];
+        }
         let timeout = self.plan.replica_timeout;
         let period = u32::try_from(self.clock.as_nanos() / (timeout * 5).as_nanos());
         let begins = timeout * 5 * period.unwrap_or(u32::MAX);
         let wakes = begins + timeout * 11 / 10;
-        if flaps && self.clock < wakes {
+        if self.clock < wakes {
             wakes.max(self.hung_until[replica])
         } else {
             self.hung_until[replica]
@@ -578,16 +540,11 @@ impl World {
         self.wakes_at(flight.replica()).max(slow)
     }
 
-    /// Whether the operation cannot go on now.
-    pub(super) fn waits(&self, flight: &Flight) -> bool {
-        self.goes_on_at(flight) > self.clock
-    }
-
     /// Whether nothing is in flight but operations of replicas that are evicted.
     pub(super) fn is_quiet(&self) -> bool {
         self.wakes.is_empty()
             && self.pending.is_empty()
-            && self.engines.iter().all(Engine::is_idle)
+            && self.engines.iter().all(|engine| engine.is_idle())
             && self
                 .flights
                 .iter()

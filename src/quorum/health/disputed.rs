@@ -64,6 +64,11 @@ impl Health {
         self.undecided.overlaps(range)
     }
 
+    /// The parts of `range` that are undecided.
+    pub fn undecided_parts(&self, range: SectorRange) -> Vec<SectorRange> {
+        self.undecided.within(range)
+    }
+
     /// The parts of `range` in which a difference is no fault, where a vote needs the copies of
     /// `needed` members.
     pub fn disputed(&self, range: SectorRange, needed: usize) -> Disputed {

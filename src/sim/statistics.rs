@@ -1,0 +1,48 @@
+//! What runs were made of, in numbers.
+
+/// What a run was made of.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Statistics {
+    /// Steps.
+    pub steps: u64,
+    /// Guest requests.
+    pub requests: u64,
+    /// Guest requests that failed.
+    pub failed: u64,
+    /// Crashes.
+    pub crashes: u64,
+    /// Reports that a replica holds a corrupt version.
+    pub accusations: u64,
+    /// Evictions.
+    pub evictions: u64,
+    /// Sectors with three versions or more after a crash that no fault explains.
+    pub three_versions: u64,
+    /// Replicas added.
+    pub added: u64,
+    /// Replicas removed.
+    pub removed: u64,
+    /// Times that the disk has grown.
+    pub grown: u64,
+    /// Completed resyncs.
+    pub resynced: u64,
+    /// Scrubs that the operator began.
+    pub scrubs: u64,
+}
+
+impl Statistics {
+    /// Adds those of another run.
+    pub fn add(&mut self, other: Self) {
+        self.steps += other.steps;
+        self.requests += other.requests;
+        self.failed += other.failed;
+        self.crashes += other.crashes;
+        self.accusations += other.accusations;
+        self.evictions += other.evictions;
+        self.three_versions += other.three_versions;
+        self.added += other.added;
+        self.removed += other.removed;
+        self.grown += other.grown;
+        self.resynced += other.resynced;
+        self.scrubs += other.scrubs;
+    }
+}
