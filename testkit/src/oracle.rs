@@ -16,7 +16,8 @@ pub const SECTOR: usize = 512;
 pub struct Step {
     /// The request.
     pub action: Action,
-    /// The replicas that fail it, each with its errno.
+    /// The replicas that fail it, each with its errno: every read while the step takes, but one
+    /// write or flush only.
     pub failing: BTreeMap<usize, i32>,
 }
 
@@ -52,6 +53,9 @@ pub enum Improvement {
     /// version for the whole request, of several with the most votes the one it saw last. Here
     /// each sector takes the one with the most votes, then the one of the replica listed first.
     MostVotesThenFirstListed,
+    /// The peer repairs only what lost a vote. Here the winner is also written where a replica
+    /// could not read.
+    UnreadableIsRepaired,
     /// The peer has no event for a flush, or a read with `read-pattern=fifo`, that failed on too
     /// many replicas. Here every request that fails for the client is a QUORUM_FAILURE.
     EveryFailureIsReported,
@@ -114,12 +118,16 @@ impl Seen {
                 undecided = true;
                 continue;
             };
-            for &replica in &voters {
-                if self.contents[replica][place.clone()] != winner {
+            for (replica, content) in self.contents.iter_mut().enumerate() {
+                if content[place.clone()] == winner {
+                    continue;
+                }
+                // One that fails the read of any part of the range fails to read this sector (R4).
+                if voters.contains(&replica) {
                     accused.push(replica);
-                    if plan.rewrite_corrupted {
-                        self.contents[replica][place.clone()].copy_from_slice(&winner);
-                    }
+                }
+                if plan.rewrite_corrupted {
+                    content[place.clone()].copy_from_slice(&winner);
                 }
             }
             data.extend(winner);
@@ -161,13 +169,14 @@ pub fn improvement(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> Option<Imp
     match &step.action {
         Action::Read(sectors) if !plan.fifo && voters.len() >= plan.threshold => {
             let version = |replica: usize| contents[replica][bytes(sectors)].to_vec();
-            let agree = voters
-                .iter()
-                .all(|replica| version(*replica) == version(voters[0]));
-            if winner(plan, &voters, version).is_none() {
-                Some(Improvement::SectorsDecideOneByOne)
-            } else if !agree && 2 * plan.threshold <= plan.replicas {
+            let Some(winner) = winner(plan, &voters, version) else {
+                return Some(Improvement::SectorsDecideOneByOne);
+            };
+            let mut failing = step.failing.keys();
+            if !agree(&voters, sectors, contents) && 2 * plan.threshold <= plan.replicas {
                 Some(Improvement::MostVotesThenFirstListed)
+            } else if plan.rewrite_corrupted && failing.any(|replica| version(*replica) != winner) {
+                Some(Improvement::UnreadableIsRepaired)
             } else {
                 None
             }
@@ -178,6 +187,25 @@ pub fn improvement(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> Option<Imp
         Action::Flush if voters.len() < plan.threshold => Some(Improvement::EveryFailureIsReported),
         _ => None,
     }
+}
+
+/// Whether ours does `step`, which some replicas fail, a second time under the lock of its range,
+/// where they are then read in smaller parts (R4).
+pub fn is_confirmed(plan: &Plan, step: &Step, contents: &[Vec<u8>]) -> bool {
+    let Action::Read(sectors) = &step.action else {
+        return false;
+    };
+    let voters = voters(plan, step);
+    let is_doubted = plan.rewrite_corrupted
+        || voters.len() < plan.threshold
+        || !agree(&voters, sectors, contents);
+    !plan.fifo && !step.failing.is_empty() && is_doubted
+}
+
+fn agree(voters: &[usize], sectors: &Range<usize>, contents: &[Vec<u8>]) -> bool {
+    let version = |replica: usize| &contents[replica][bytes(sectors)];
+    let mut pairs = voters.windows(2);
+    pairs.all(|pair| version(pair[0]) == version(pair[1]))
 }
 
 /// The bytes of some sectors.

@@ -37,6 +37,8 @@ pub enum Fault {
     Hang,
     /// It fails with this errno.
     Fail(i32),
+    /// The next one fails with this errno, and none after it.
+    FailOnce(i32),
     /// It fails with this errno if it touches a byte from the first of these on and before the
     /// second.
     FailIn(i32, u64, u64),
@@ -133,6 +135,11 @@ impl Faults {
                 }
                 Fault::Fail(number) => {
                     errno.get_or_insert(number);
+                    continue;
+                }
+                Fault::FailOnce(number) => {
+                    errno.get_or_insert(number);
+                    self.injected[operation as usize].retain(|other| *other != fault);
                     continue;
                 }
                 Fault::FailIn(number, from, to) => {
