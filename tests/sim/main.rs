@@ -7,6 +7,7 @@ mod failed_flush;
 mod failed_requests;
 mod failed_write;
 mod mutant_patches;
+mod partly_stale;
 mod range_sets;
 mod shared_flush;
 mod slow_replica;
