@@ -156,6 +156,21 @@ fn of_a_flush_on_all_replicas_leaves_everything_readable() {
     assert!(disk.run(4, GuestRequest::Flush), "the next flush covers it");
 }
 
+/// What the guest has read must not be lost by the next failure.
+#[test]
+fn of_a_flush_leaves_nothing_to_read_that_cannot_be_written_again() {
+    let mut disk = Disk::new();
+    assert!(disk.write(1, NEW));
+    disk.flush_fails = [true; 4];
+    assert!(!disk.run(2, GuestRequest::Flush));
+    disk.holds[0] = OLD;
+    disk.fails = [false, true, true, false];
+    assert!(!disk.run(3, GuestRequest::Read(RANGE)), "on one replica");
+    disk.fails = [false; 4];
+    assert!(disk.run(4, GuestRequest::Read(RANGE)));
+    assert_eq!(disk.holds, [NEW; 3]);
+}
+
 #[test]
 fn of_a_flush_leaves_copies_that_do_not_win_against_a_fresh_one() {
     let mut disk = Disk::new();

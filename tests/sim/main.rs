@@ -8,6 +8,7 @@ mod failed_requests;
 mod failed_write;
 mod mutant_patches;
 mod partly_stale;
+mod progress;
 mod range_sets;
 mod shared_flush;
 mod slow_replica;

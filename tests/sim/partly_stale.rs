@@ -88,8 +88,8 @@ impl Disk {
         let mut result = Ok(());
         match &mut operation.action {
             Action::Read { range, into } => {
-                let held = holds[(range.start - BLOCK.start) as usize..].iter();
-                for (sector, byte) in into.chunks_exact_mut(SECTOR_LEN).zip(held) {
+                assert_eq!(*range, BLOCK, "blocks are read as a whole");
+                for (sector, byte) in into.chunks_exact_mut(SECTOR_LEN).zip(holds) {
                     sector.fill(*byte);
                 }
             }

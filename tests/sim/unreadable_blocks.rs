@@ -33,6 +33,8 @@ struct Disk {
     written: Vec<(ReplicaIndex, SectorRange)>,
     reported: Vec<(ReplicaIndex, SectorRange)>,
     answers: Vec<bool>,
+    /// The operations until the last answer.
+    operations_until_answer: usize,
 }
 
 impl Disk {
@@ -73,6 +75,7 @@ impl Disk {
             written: Vec::new(),
             reported: Vec::new(),
             answers: Vec::new(),
+            operations_until_answer: 0,
         }
     }
 
@@ -107,7 +110,10 @@ impl Disk {
     fn carry_out(&mut self, effect: Effect) {
         match effect {
             Effect::Submit(operation) => self.run(operation),
-            Effect::Complete(_, result) => self.answers.push(result.is_ok()),
+            Effect::Complete(_, result) => {
+                self.answers.push(result.is_ok());
+                self.operations_until_answer = self.operations;
+            }
             Effect::Report(Report::Bad {
                 replica,
                 range,
@@ -172,6 +178,25 @@ fn in_the_same_place_fail_the_read_that_has_it() {
     let (succeeds, operations) = disk.read();
     assert!(!succeeds, "one block has one good copy");
     assert!(operations <= 6 + 2 * 24, "{operations}");
+}
+
+/// One block has one good copy. The search for the others would take much longer.
+#[test]
+fn without_a_winner_fail_the_read_before_all_others_are_found() {
+    let mut disk = Disk::new(3, 2, true);
+    disk.lose(0, block(2048));
+    disk.lose(1, block(2048));
+    for sector in (2100..4000).step_by(64) {
+        disk.lose(0, block(sector));
+        disk.lose(1, block(sector + 32));
+    }
+    let (succeeds, operations) = disk.read();
+    assert!(!succeeds);
+    let until_answer = disk.operations_until_answer;
+    assert!(
+        until_answer <= 6 + 2 * 24 && until_answer * 2 < operations,
+        "{until_answer} of {operations}"
+    );
 }
 
 #[test]

@@ -256,3 +256,66 @@ impl Health {
         false
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{A, B, C, flush, range, set, write};
+    use super::*;
+
+    #[test]
+    fn a_write_that_succeeds_decides_its_range() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        write(&mut health, range(0, 16), &[A, B]);
+        assert_eq!(health.disputed(range(0, 32), 2).undecided, [range(0, 16)]);
+        write(&mut health, range(0, 8), &[C]);
+        assert_eq!(health.disputed(range(0, 32), 2).undecided, [range(8, 8)]);
+        assert_eq!(health.stale_in(range(0, 16)), set(&[C]));
+    }
+
+    #[test]
+    fn a_vote_decides_where_it_has_a_winner_and_nowhere_else() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        write(&mut health, range(0, 16), &[A, B]);
+        health.decide(&[range(0, 8)], &[(A, vec![range(0, 1)])]);
+        assert_eq!(health.disputed(range(0, 32), 2).undecided, [range(8, 8)]);
+        assert_eq!(health.stale_parts(A, range(0, 32)), [range(0, 1)]);
+        assert_eq!(health.doubtful_parts(A, range(0, 32)), [], "it has lost");
+    }
+
+    /// What is below the lost repair on stable storage is corrupt.
+    #[test]
+    fn a_repair_of_corruption_that_is_not_flushed_is_not_doubtful() {
+        let repaired = range(0, 8);
+        for was_corrupt in [false, true] {
+            for is_flushed in [false, true] {
+                let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+                health.repaired(C, repaired, health.failure_epoch(), was_corrupt);
+                if is_flushed {
+                    assert!(flush(&mut health, &[]));
+                    health.repaired(C, repaired, health.failure_epoch(), false);
+                }
+                flush(&mut health, &[C]);
+                assert_eq!(health.stale_parts(C, repaired), [repaired]);
+                let is_doubtful = is_flushed || !was_corrupt;
+                assert_eq!(!health.doubtful_in(repaired).is_empty(), is_doubtful);
+            }
+        }
+    }
+
+    /// Its copy may be what the vote decided against.
+    #[test]
+    fn a_copy_that_is_doubtful_after_the_vote_is_not_asked_again() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        let written = range(0, 8);
+        write(&mut health, written, &[]);
+        assert!(!flush(&mut health, &[A, B, C]));
+        assert_eq!(health.doubtful_in(written), ReplicaSet::first(3));
+        health.repaired(A, written, health.failure_epoch(), false);
+        assert!(!health.settled(written, 2), "one is not enough");
+        assert_eq!(health.doubtful_in(written), set(&[B, C]));
+        health.repaired(B, written, health.failure_epoch(), false);
+        assert!(health.settled(written, 2));
+        assert_eq!(health.doubtful_in(written), ReplicaSet::EMPTY);
+        assert_eq!(health.stale_in(written), set(&[C]));
+    }
+}

@@ -2,15 +2,15 @@
 
 use super::*;
 
-const A: ReplicaIndex = ReplicaIndex(0);
-const B: ReplicaIndex = ReplicaIndex(1);
-const C: ReplicaIndex = ReplicaIndex(2);
+pub(super) const A: ReplicaIndex = ReplicaIndex(0);
+pub(super) const B: ReplicaIndex = ReplicaIndex(1);
+pub(super) const C: ReplicaIndex = ReplicaIndex(2);
 
-fn set(replicas: &[ReplicaIndex]) -> ReplicaSet {
+pub(super) fn set(replicas: &[ReplicaIndex]) -> ReplicaSet {
     replicas.iter().copied().collect()
 }
 
-fn range(start: u64, count: u64) -> SectorRange {
+pub(super) fn range(start: u64, count: u64) -> SectorRange {
     SectorRange::new(start, count)
 }
 
@@ -23,12 +23,12 @@ fn end(begun: WriteBegun, succeeded: ReplicaSet) -> WriteEnd {
     }
 }
 
-fn write(health: &mut Health, range: SectorRange, failed: &[ReplicaIndex]) {
+pub(super) fn write(health: &mut Health, range: SectorRange, failed: &[ReplicaIndex]) {
     let begun = health.write_begins(range);
     health.write_ended(&end(begun, ReplicaSet::first(3).without(set(failed))));
 }
 
-fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
+pub(super) fn flush(health: &mut Health, failed: &[ReplicaIndex]) -> bool {
     let epoch = health.flush_begins();
     for replica in ReplicaSet::first(3).iter() {
         health.flush_ended(epoch, replica, !failed.contains(&replica));
@@ -381,4 +381,18 @@ fn a_replica_that_the_running_flush_needs_is_not_evicted() {
     assert!(!health.evict(C), "without C the flush would fail");
     health.flush_ended(epoch, C, true);
     assert!(health.evict(C));
+}
+
+#[test]
+fn a_replica_that_a_running_write_needs_is_not_evicted() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+    let begun = health.write_begins(range(0, 8));
+    assert!(health.can_evict(A));
+    health.write_failed(begun, C);
+    assert!(
+        !health.evict(A) && !health.evict(B),
+        "the write would fail without it"
+    );
+    assert!(health.evict(C), "the write fails on it in any case");
+    health.write_ended(&end(begun, set(&[A, B])));
 }
