@@ -205,11 +205,17 @@ pub const LATE_PATIENCE_MOST: u32 = LATE_LONG_LIMIT * LATE_MOST;
 /// How long a virtqueue that is being stopped, or the whole daemon at its end, waits for replicas.
 /// After `replica_timeout` a replica that is not needed is evicted. Requests that waited for it
 /// continue with the others, which get the same time once more. Then the remaining requests are
-/// abandoned.
+/// abandoned, unless a replica is at something long (see [`drain_overtime`]).
 pub fn drain_limit(replica_timeout: Duration) -> Duration {
     replica_timeout
         .saturating_mul(2)
         .saturating_add(Duration::from_secs(1))
+}
+
+/// How much longer that is as long as a replica in service has a flush or a zeroing in flight,
+/// which may take so long without being late.
+pub fn drain_overtime(replica_timeout: Duration) -> Duration {
+    replica_timeout.saturating_mul(LATE_LONG_LIMIT)
 }
 
 /// How long a virtqueue waits, after a restart, until the other virtqueues have resubmitted their

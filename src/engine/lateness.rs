@@ -115,7 +115,8 @@ impl Loads {
         self.of(replica).yielded.fetch_add(1, Ordering::Relaxed);
     }
 
-    fn has_long(&self, replica: ReplicaIndex) -> bool {
+    /// Whether a flush or a zeroing is in flight.
+    pub(super) fn has_long(&self, replica: ReplicaIndex) -> bool {
         self.of(replica).long.load(Ordering::Relaxed) > 0
     }
 }

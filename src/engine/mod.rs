@@ -177,6 +177,13 @@ impl Engine {
         self.core.in_flight.replicas()
     }
 
+    /// Whether a replica in service has a flush or a zeroing in flight, of any worker.
+    pub fn waits_for_long(&self) -> bool {
+        let shared = &self.core.shared;
+        let mut replicas = shared.in_service().iter();
+        replicas.any(|replica| shared.loads().has_long(replica))
+    }
+
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
         self.core.count_request();

@@ -15,6 +15,7 @@ use crate::replica::ring::RingFile;
 pub struct WorkerControl {
     pub(super) mailboxes: Vec<Arc<Mailbox>>,
     pub(super) drain_limit: Duration,
+    pub(super) drain_overtime: Duration,
 }
 
 impl WorkerControl {
@@ -53,12 +54,13 @@ impl WorkerControl {
         self.mailboxes[0].send(Message::Tick);
     }
 
-    /// Flushes the replicas. Returns whether that succeeded within the drain limit.
+    /// Flushes the replicas. Returns whether that succeeded in the time that a flush may take.
     pub fn flush(&self) -> bool {
         let (done, is_done) = sync_channel(1);
         self.mailboxes[0].send(Message::Flush { done });
         // A replica may hang for ever.
-        is_done.recv_timeout(self.drain_limit).unwrap_or(false)
+        let limit = self.drain_limit + self.drain_overtime;
+        is_done.recv_timeout(limit).unwrap_or(false)
     }
 
     /// How long to wait for a replica that hangs.

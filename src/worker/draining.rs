@@ -35,6 +35,10 @@ impl Draining {
         });
     }
 
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// When the next virtqueue is due to be abandoned.
     pub(super) fn deadline(&self) -> Option<Duration> {
         self.0.iter().map(|queue| queue.abandon_at).min()

@@ -29,6 +29,7 @@ use crate::device::inflight::QueueRegion;
 use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
 use crate::limits::{
     BATCH_BYTES_MAX, BATCH_MAX, TICK_MICROSECONDS, UNSIGNALLED_TURNS_MAX, drain_limit,
+    drain_overtime,
 };
 use crate::replica::ring::kernel::{Kernel, Uring};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
@@ -57,6 +58,7 @@ pub(super) struct Worker<K: Kernel = Uring> {
     /// When the worker ends even if requests are in flight. `None` until it is asked to end.
     exit_by: Option<Duration>,
     drain_limit: Duration,
+    drain_overtime: Duration,
     clock: Clock,
     spin: Spin,
     /// Turns since drivers were last signalled.
@@ -114,6 +116,7 @@ impl<K: Kernel> Worker<K> {
             draining: Draining::default(),
             exit_by: None,
             drain_limit: drain_limit(disk.policy.replica_timeout),
+            drain_overtime: drain_overtime(disk.policy.replica_timeout),
             clock,
             spin: Spin::new(),
             turns_unsignalled: 0,
@@ -133,8 +136,10 @@ impl<K: Kernel> Worker<K> {
     /// One round of the loop. Returns whether another one follows.
     pub(super) fn step(&mut self) -> io::Result<bool> {
         let worked = self.take_requests();
-        let now = self.clock.now();
-        self.draining.abandon_overdue(now, &mut self.io.guests);
+        if !self.draining.is_empty() {
+            let overdue = self.clock.now().saturating_sub(self.overtime());
+            self.draining.abandon_overdue(overdue, &mut self.io.guests);
+        }
         self.signal();
         self.draining.finish(&mut self.io.guests);
         if self.is_finished() {
@@ -185,7 +190,7 @@ impl<K: Kernel> Worker<K> {
             debug!(worker = self.index.0; "worker stops; no request is in flight");
             return true;
         }
-        let is_overdue = self.clock.now() >= exit_by;
+        let is_overdue = self.clock.now() >= exit_by + self.overtime();
         if is_overdue {
             let operations = self.io.ring.operations();
             warn!(
@@ -202,6 +207,16 @@ impl<K: Kernel> Worker<K> {
         !self.io.ring.is_writing_long() && self.spin.poll_again(self.clock.advanced_at())
     }
 
+    /// How much longer than usual the worker waits for replicas before it exits, or abandons the
+    /// requests of a virtqueue.
+    fn overtime(&self) -> Duration {
+        if self.engine.waits_for_long() {
+            self.drain_overtime
+        } else {
+            Duration::ZERO
+        }
+    }
+
     /// How long the worker may sleep.
     fn wait(&self) -> Wait {
         let resubmission = self
@@ -209,9 +224,10 @@ impl<K: Kernel> Worker<K> {
             .guests
             .awaits_resubmission()
             .then(|| self.clock.now() + TICK);
+        let ends = [self.draining.deadline(), self.exit_by];
+        let end = ends.into_iter().flatten().min();
         let deadlines = [
-            self.draining.deadline(),
-            self.exit_by,
+            end.map(|end| end + self.overtime()),
             resubmission,
             self.engine.deadline(),
         ];

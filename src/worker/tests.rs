@@ -396,6 +396,21 @@ fn a_worker_that_must_exit_reports_which_replicas_are_busy() {
     assert_eq!(worker.io.ring.busy_replicas(), busy);
 }
 
+#[test]
+fn a_worker_that_must_exit_waits_longer_for_a_flush() {
+    let machine = Machine::new(1);
+    let (done, is_done) = sync_channel(1);
+    machine.mailboxes[0].send(Message::Flush { done });
+    machine.settle(0);
+    machine.workers[0].borrow_mut().exit_at(Duration::ZERO);
+    // It goes on.
+    machine.settle(0);
+    assert!(is_done.try_recv().is_err());
+    complete_all(&machine.kernels[0]);
+    while machine.workers[0].borrow_mut().step().unwrap() {}
+    assert_eq!(is_done.try_recv(), Ok(true));
+}
+
 /// Older kernels reject submissions while the completion queue has overflowed. The ring then takes
 /// completions to make room, and the engine sees them after the next turn.
 #[test]

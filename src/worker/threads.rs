@@ -16,7 +16,7 @@ use crate::common::{NOT_POISONED, ReplicaSet};
 use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::WorkerIndex;
-use crate::limits::drain_limit;
+use crate::limits::{drain_limit, drain_overtime};
 use crate::replica::ring::Ring;
 
 /// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
@@ -25,6 +25,7 @@ pub struct Workers {
     mailboxes: Vec<Arc<Mailbox>>,
     threads: Vec<Thread>,
     drain_limit: Duration,
+    drain_overtime: Duration,
 }
 
 #[derive(Debug)]
@@ -48,6 +49,7 @@ impl Workers {
             mailboxes,
             threads: Vec::new(),
             drain_limit: drain_limit(disk.policy.replica_timeout),
+            drain_overtime: drain_overtime(disk.policy.replica_timeout),
         };
         for index in 0..count {
             let outcome = workers.start_one(WorkerIndex(index), disk.share_of(index, count));
@@ -78,6 +80,7 @@ impl Workers {
         WorkerControl {
             mailboxes: self.mailboxes.clone(),
             drain_limit: self.drain_limit,
+            drain_overtime: self.drain_overtime,
         }
     }
 
@@ -89,7 +92,8 @@ impl Workers {
         })
     }
 
-    /// Lets the workers finish the requests in flight, for at most [`drain_limit`], and stops them.
+    /// Lets the workers finish the requests in flight, for at most [`drain_limit`] (and
+    /// [`drain_overtime`]), and stops them.
     /// Returns the replicas that may still have operations in flight: the kernel carries them out
     /// when the replica answers again, so their images must stay locked until it has.
     #[must_use]

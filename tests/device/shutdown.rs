@@ -16,6 +16,8 @@ use testkit::process::wait_until;
 const REPLICA_TIMEOUT: Duration = Duration::from_millis(200);
 /// `quorum_blk::limits::drain_limit` of that.
 const DRAIN_LIMIT: Duration = Duration::from_millis(1400);
+/// The same while a replica has a flush in flight: with `quorum_blk::limits::drain_overtime`.
+const FLUSH_DRAIN_LIMIT: Duration = Duration::from_millis(3400);
 const BLOCK: usize = 4096;
 
 /// A disk of three replicas, two of which can hang. Both are needed then.
@@ -135,8 +137,12 @@ fn a_hung_write_delays_the_end_until_the_drain_limit() {
 fn a_hung_flush_delays_only_the_exit_of_the_process() {
     let mut disk = Hanging::new();
     let mut client = disk.hang(Operation::Sync, Request::Flush);
-    disk.send_sigterm();
+    let began = disk.send_sigterm();
     assert_eq!(client.poll(0, 1), [(0, Err(Failed(libc::EIO)))]);
+    assert!(
+        began.elapsed() >= FLUSH_DRAIN_LIMIT - Duration::from_millis(10),
+        "a flush may take so long"
+    );
     let says_so = || {
         disk.daemon
             .log()

@@ -8,7 +8,9 @@
 //! Invariants:
 //! - A virtqueue that is stopped, disabled or lost with its connection is drained before the
 //!   message is answered, so guest memory is not touched afterwards. That takes no longer than
-//!   [`drain_limit`](crate::limits::drain_limit); then what is in flight is abandoned.
+//!   [`drain_limit`](crate::limits::drain_limit), or
+//!   [`drain_overtime`](crate::limits::drain_overtime) longer behind a flush; then what is in
+//!   flight is abandoned.
 //! - A message that changes guest memory is answered when no worker uses the old map any more.
 
 mod memory_map;
