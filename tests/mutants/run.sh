@@ -59,8 +59,13 @@ cargo_test() {
 		cargo test --locked --quiet --profile mutants --features sim "$@") >"$log" 2>&1
 }
 
-# What the failing test has said, in a few words.
-cause() { grep --max-count 1 -E '^seed [0-9]+ after|panicked at|SIGABRT' "$log" | cut -c 1-100; }
+# What the failing test has said, in a few words: after how many seeds, and which rule is broken.
+cause() {
+	local seeds
+	seeds=$(sed --quiet -E 's/^([0-9]+) seeds, .*/\1 seeds: /p' "$log" | head -n 1)
+	grep --max-count 1 -E '^seed [0-9]+ after|panicked at|SIGABRT' "$log" |
+		sed -E "s/^seed [0-9]+ after [0-9]+ steps: /$seeds/" | cut -c 1-100
+}
 
 copy_tree
 survivors=0 mutants=0
