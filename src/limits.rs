@@ -139,6 +139,17 @@ pub const CONFIRMATIONS_MAX: usize = 256;
 /// before a job or a repair gives up on the rest: a range, its quarters and their quarters.
 pub const FAILED_PARTS_MAX: u64 = 20;
 
+/// The same for a job: down to parts of 16 KiB, of which there are 4 + 16 + 64 in 1 MiB. One
+/// unreadable block in each of them costs no other block its copy.
+pub const FAILED_PARTS_JOB_MAX: u64 = 100;
+
+/// Ranges on which the jobs of one worker search a replica that far in vain. After that, one more
+/// for each [`LONG_SEARCHES_EVERY`].
+pub const LONG_SEARCHES_BURST: u32 = 16;
+
+/// See [`LONG_SEARCHES_BURST`].
+pub const LONG_SEARCHES_EVERY: Duration = Duration::from_secs(1);
+
 /// Reads of the guest on which a replica may fail and which one worker follows up: with
 /// `rewrite-corrupted` a repair, in any case a scrub of the surroundings. A replica that fails
 /// every read must not cost the others many times its reads.

@@ -31,6 +31,7 @@ use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
 use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::limits::FAILED_PARTS_MAX;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
 use crate::quorum::vote::{Rule, Verdict, vote};
@@ -67,6 +68,8 @@ pub(super) struct Terms {
     pub(super) answers_early: bool,
     /// Sectors that are repaired throughout were stale, not corrupt.
     pub(super) is_resync: bool,
+    /// Search long for what can be read of replicas that fail: no other read comes back to it.
+    pub(super) searches_long: bool,
 }
 
 #[derive(Debug)]
@@ -248,13 +251,20 @@ impl Confirmation {
         if failed.is_empty() {
             return self.decide(verdict, &disputed, context);
         }
-        let (core, range) = (&*context.core, self.replies.range());
+        let (now, range) = (context.now(), self.replies.range());
+        let allowed = failed.iter().map(|replica| match self.terms.searches_long {
+            true => context.core.read_errors.failed_parts_of_job(replica, now),
+            false => FAILED_PARTS_MAX,
+        });
+        let allowed: Vec<u64> = allowed.collect();
+        let core = &*context.core;
         let surveys = core.shared.health(|health| {
-            let survey = |replica| {
+            let survey = |(replica, allowed)| {
                 let stale = health.stale_parts(replica, range);
-                Survey::new(replica, range, core.policy.block_sectors, &stale)
+                let block_sectors = core.policy.block_sectors;
+                Survey::new(replica, range, block_sectors, &stale, allowed)
             };
-            failed.iter().map(survey).collect()
+            failed.iter().zip(allowed).map(survey).collect()
         });
         let (locates, guest_waits) = (self.terms.locates, self.terms.answers_early);
         let probing = Probing::new(range, surveys, (verdict, epoch), locates, guest_waits);
@@ -334,6 +344,9 @@ impl Confirmation {
                 if let Some(errno) = errno {
                     context.report_error(survey.replica, OperationType::Read, range, errno);
                 }
+            }
+            if self.terms.searches_long && !survey.was_in_vain() {
+                context.core.read_errors.was_worth_it(survey.replica);
             }
             if survey.has_given_up() && !self.terms.repairs_losers {
                 let now = context.now();

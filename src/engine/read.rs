@@ -328,5 +328,6 @@ fn terms(answers: bool, locates: ReplicaSet, core: &Core) -> Terms {
         spreads: true,
         answers_early: answers,
         is_resync: false,
+        searches_long: false,
     }
 }

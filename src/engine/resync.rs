@@ -32,6 +32,7 @@ impl Resync {
             spreads: true,
             answers_early: false,
             is_resync: true,
+            searches_long: true,
         };
         let replies = Replies::new(range, context.core);
         Self {

@@ -179,6 +179,7 @@ impl ScrubOrder {
             spreads: self.spreads,
             answers_early: false,
             is_resync: false,
+            searches_long: true,
         }
     }
 }

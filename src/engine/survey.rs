@@ -31,6 +31,8 @@ pub(super) struct Survey {
     unreadable: Vec<Unreadable>,
     succeeded: u64,
     failed: u64,
+    /// How many parts may fail, more than those that success allows for.
+    failed_max: u64,
     has_given_up: bool,
     is_closed: bool,
 }
@@ -62,12 +64,14 @@ pub(super) enum Order {
 
 impl Survey {
     /// `replica` failed a read of `range`, which is whole blocks. `closed`: the runs, in order,
-    /// where its copy does not matter.
+    /// where its copy does not matter. `failed_max`: how many parts may fail before a search
+    /// without success ends.
     pub(super) fn new(
         replica: ReplicaIndex,
         range: SectorRange,
         block_sectors: u64,
         closed: &[SectorRange],
+        failed_max: u64,
     ) -> Self {
         let mut survey = Self {
             replica,
@@ -78,6 +82,7 @@ impl Survey {
             unreadable: Vec::new(),
             succeeded: 0,
             failed: 0,
+            failed_max,
             has_given_up: false,
             is_closed: false,
         };
@@ -182,7 +187,7 @@ impl Survey {
     /// Gives up if so much has failed, measured by what has succeeded, that the rest is not worth
     /// its reads: what could not be read as a whole counts as unreadable, with `errno`.
     pub(super) fn give_up_if_hopeless(&mut self, errno: Errno) {
-        if self.failed < FAILED_PARTS_MAX + FAILURES_PER_SUCCESS * self.succeeded {
+        if self.failed < self.failed_max + FAILURES_PER_SUCCESS * self.succeeded {
             return;
         }
         let failed: Vec<Open> = self.open.extract_if(.., |open| open.failed).collect();
@@ -215,6 +220,11 @@ impl Survey {
     /// Whether it has given up on parts that could not be read.
     pub(super) fn has_given_up(&self) -> bool {
         self.has_given_up
+    }
+
+    /// Whether it has found nothing for a long time.
+    pub(super) fn was_in_vain(&self) -> bool {
+        self.has_given_up || (self.succeeded == 0 && self.failed > FAILED_PARTS_MAX)
     }
 
     /// Whether it is known of each block that matters whether it can be read.
@@ -288,6 +298,7 @@ fn cut(range: SectorRange, block_sectors: u64) -> Vec<SectorRange> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::limits::FAILED_PARTS_JOB_MAX;
     use proptest::prelude::*;
 
     const EIO: Errno = Errno(5);
@@ -322,7 +333,7 @@ mod tests {
     #[test]
     fn one_unreadable_block_is_found_with_few_reads() {
         let whole = range(2048, 2048);
-        let mut survey = Survey::new(REPLICA, whole, 8, &[]);
+        let mut survey = Survey::new(REPLICA, whole, 8, &[], FAILED_PARTS_MAX);
         let cost = run(&mut survey, &[whole], Order::Lowest, &[3001]);
         assert_eq!(cost, (16, 4));
         assert_eq!(unreadable(&survey), [range(3000, 8)]);
@@ -332,7 +343,7 @@ mod tests {
     #[test]
     fn only_what_is_wanted_is_read() {
         let whole = range(0, 256);
-        let mut survey = Survey::new(REPLICA, whole, 8, &[]);
+        let mut survey = Survey::new(REPLICA, whole, 8, &[], FAILED_PARTS_MAX);
         let cost = run(&mut survey, &[range(17, 2)], Order::Lowest, &[40]);
         assert_eq!(cost, (1, 1));
         assert_eq!(survey.readable, [range(16, 8)]);
@@ -343,7 +354,7 @@ mod tests {
 
     #[test]
     fn a_single_block_is_not_read_again() {
-        let survey = Survey::new(REPLICA, range(8, 8), 8, &[]);
+        let survey = Survey::new(REPLICA, range(8, 8), 8, &[], FAILED_PARTS_MAX);
         assert_eq!(unreadable(&survey), [range(8, 8)]);
         assert_eq!(survey.unreadable()[0].errno, None, "its error was reported");
     }
@@ -352,17 +363,18 @@ mod tests {
     fn where_the_copy_does_not_matter_nothing_is_read() {
         let whole = range(0, 64);
         let closed = [range(0, 24), range(28, 8), range(60, 4)];
-        let mut survey = Survey::new(REPLICA, whole, 8, &closed);
+        let mut survey = Survey::new(REPLICA, whole, 8, &closed, FAILED_PARTS_MAX);
         assert_eq!(survey.unavailable(whole), [range(0, 24)]);
         run(&mut survey, &[whole], Order::Lowest, &[3, 30, 50]);
         assert_eq!(unreadable(&survey), [range(24, 8), range(48, 8)]);
-        assert!(Survey::new(REPLICA, whole, 8, &[whole]).open.is_empty());
+        let survey = Survey::new(REPLICA, whole, 8, &[whole], FAILED_PARTS_MAX);
+        assert!(survey.open.is_empty());
     }
 
     #[test]
     fn a_replica_that_fails_everywhere_is_given_up() {
         let whole = range(0, 2048);
-        let mut survey = Survey::new(REPLICA, whole, 1, &[]);
+        let mut survey = Survey::new(REPLICA, whole, 1, &[], FAILED_PARTS_MAX);
         let mut reads = 0;
         loop {
             let parts = survey.next_parts(&[whole], Order::Largest);
@@ -380,6 +392,27 @@ mod tests {
         assert!(survey.has_given_up() && survey.is_complete());
     }
 
+    #[test]
+    fn one_unreadable_block_in_each_16_kib_is_no_reason_for_a_job_to_give_up() {
+        let whole = range(0, 2048);
+        let bad: Vec<u64> = (0..2048).step_by(32).map(|start| start + 11).collect();
+        let mut survey = Survey::new(REPLICA, whole, 8, &[], FAILED_PARTS_JOB_MAX);
+        loop {
+            let parts = survey.next_parts(&[whole], Order::Largest);
+            if parts.is_empty() {
+                break;
+            }
+            for part in parts {
+                let fails = bad.iter().any(|bad| part.overlaps(range(*bad, 1)));
+                survey.ended(part, if fails { Err(EIO) } else { Ok(()) });
+                survey.give_up_if_hopeless(EIO);
+            }
+        }
+        assert!(!survey.has_given_up());
+        let blocks: Vec<_> = bad.iter().map(|bad| range(bad - bad % 8, 8)).collect();
+        assert_eq!(unreadable(&survey), blocks);
+    }
+
     proptest! {
         /// Whatever is unreadable, closed or wanted: every block that is wanted ends up on the
         /// right side, and no block is on both.
@@ -393,7 +426,7 @@ mod tests {
             let whole = range(0, 64);
             let order = if largest { Order::Largest } else { Order::Lowest };
             let wanted = range(wanted.0, wanted.1.min(64 - wanted.0));
-            let mut survey = Survey::new(REPLICA, whole, block, &[]);
+            let mut survey = Survey::new(REPLICA, whole, block, &[], FAILED_PARTS_MAX);
             let (reads, _) = run(&mut survey, &[wanted], order, &bad);
             prop_assert!(reads <= 2 * 64 / block);
             for start in (0..64).step_by(usize::try_from(block).unwrap()) {

@@ -424,10 +424,11 @@ impl World {
             return Ok(());
         }
         let wrong = now.wrong_at(sector);
-        // More are corrupt than a vote tolerates, and copies in doubt may have voted with them.
-        let tolerated = self.members().count() - self.plan.threshold;
+        // More of the fresh ones are wrong than not, and copies in doubt have voted with them.
         let in_doubt = |r: &usize| (now.excused[*r] & !now.wrong(*r)) >> sector & 1 == 1;
-        let supporters = match wrong > tolerated {
+        let is_right = |r: &usize| (now.excused[*r] | now.wrong(*r)) >> sector & 1 == 0;
+        let right = self.members().filter(is_right).count();
+        let supporters = match wrong > right {
             true => self.members().filter(in_doubt).count(),
             false => 0,
         };

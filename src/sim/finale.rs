@@ -8,8 +8,8 @@ use super::ledger::Masks;
 use super::plan::{PLACES, WriteCache, bits, widen};
 use super::state::{Checked, World, trace};
 use crate::jobs::{JobId, JobInfo};
+use crate::limits::FLAPPING_WINDOW;
 use crate::limits::FOLLOWED_ERRORS_REST;
-use crate::limits::{FAILED_PARTS_MAX, FLAPPING_WINDOW};
 
 /// Steps in which all may become quiet once the guest has its answers. While replicas fail and are
 /// resynced again and again it never does.
@@ -112,7 +112,6 @@ impl World {
             let differ = self.sectors_that_differ();
             let may_write = self.may_be_repaired();
             let unreadable = self.unreadable_sectors();
-            self.ledger.failed_parts = [0; PLACES];
             let failures = self.ledger.failures;
             self.accused = 0;
             self.rewritten = Masks::default();
@@ -133,7 +132,6 @@ impl World {
             if let Some(sector) = differ
                 .iter()
                 .find(|sector| self.accused >> **sector & 1 == 0)
-                .filter(|_| !self.may_have_given_up())
             {
                 let text = format!("{sector} differs and was not found");
                 return Err(Violation::new("scrub", text).at(1 << sector));
@@ -147,20 +145,12 @@ impl World {
             if let Some(sector) = differ
                 .iter()
                 .find(|sector| repair && after.contains(sector))
-                .filter(|_| !self.may_have_given_up())
             {
                 let text = format!("{sector} differs and was not repaired");
                 return Err(Violation::new("scrub", text).at(1 << sector));
             }
         }
         Ok(())
-    }
-
-    /// Whether the scrub may have given up on a replica that failed nearly everywhere. Then what it
-    /// could not read as a whole counts as unreadable, and does not vote.
-    fn may_have_given_up(&self) -> bool {
-        let mut failed = self.ledger.failed_parts.iter();
-        failed.any(|parts| *parts >= FAILED_PARTS_MAX)
     }
 
     /// R4: the scrub `id` has counted the sectors of the blocks that cannot be read, and has
@@ -170,11 +160,7 @@ impl World {
         let alone = !self.plan.rewrite_corrupted && !repair;
         let counted = self.completed_job.as_ref();
         let counted = counted.filter(|job| alone && job.id == id);
-        let given_up = self.may_have_given_up();
-        let is_wrong = |job: &&JobInfo| {
-            let found = job.unreadable_sectors_found;
-            found < sectors || (found > sectors && !given_up)
-        };
+        let is_wrong = |job: &&JobInfo| job.unreadable_sectors_found != sectors;
         if let Some(job) = counted.filter(is_wrong) {
             let text = format!(
                 "{sectors} sectors cannot be read, and the scrub found {}",
@@ -182,7 +168,7 @@ impl World {
             );
             return Err(Violation::new("R4", text));
         }
-        if !repair || given_up {
+        if !repair {
             return Ok(());
         }
         for replica in self.members() {

@@ -282,7 +282,6 @@ impl World {
                 }
                 if reply.part {
                     self.ledger.parts_failed[replica] |= sectors;
-                    self.ledger.failed_parts[replica] += 1;
                     self.ledger.unsound[replica] |= sectors;
                     if is_block && reply.evictions == self.ledger.evictions[replica] {
                         self.ledger.parts_unreported[replica] |= sectors;

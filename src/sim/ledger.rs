@@ -29,8 +29,6 @@ pub struct Ledger {
     pub excused: Masks,
     /// Where a part of a read that failed could not be read either, when it was last read.
     pub parts_failed: Masks,
-    /// How many reads of parts it has failed.
-    pub failed_parts: [u64; PLACES],
     /// The blocks among these that the engine has not reported.
     pub parts_unreported: Masks,
     /// Where it has missed a write, was corrupt or failed a read, and has not flushed what was

@@ -11,11 +11,13 @@ use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::jobs::{JobChange, JobFailure, JobInfo, Jobs, Sizes};
+use quorum_blk::quorum::health::Health;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
 
 const EIO: Errno = Errno(5);
 const BLOCK: u64 = 8;
+const SECTORS: u64 = 1 << 16;
 /// The longest read: 1 MiB.
 const RANGE: SectorRange = SectorRange {
     start: 2048,
@@ -25,6 +27,8 @@ const RANGE: SectorRange = SectorRange {
 /// A disk on which every operation ends at once.
 struct Disk {
     engine: Engine,
+    shared: Arc<Shared>,
+    clock: TurnClock,
     effects: Collected,
     /// Sectors that a replica cannot read.
     unreadable: BTreeSet<(ReplicaIndex, u64)>,
@@ -35,6 +39,7 @@ struct Disk {
     answers: Vec<bool>,
     /// The operations until the last answer.
     operations_until_answer: usize,
+    completed: Option<JobInfo>,
 }
 
 impl Disk {
@@ -59,16 +64,19 @@ impl Disk {
             replica_timeout: Duration::from_secs(1),
         };
         change(&mut policy);
-        let shared = Arc::new(Shared::new(replicas, policy.threshold, 1, 1 << 16));
+        let shared = Arc::new(Shared::new(replicas, policy.threshold, 1, SECTORS));
+        let clock = TurnClock::default();
         let engine = Engine::new(
             WorkerIndex(0),
             policy,
-            shared,
+            Arc::clone(&shared),
             BufferPool::default(),
-            TurnClock::default(),
+            clock.clone(),
         );
         Self {
             engine,
+            shared,
+            clock,
             effects: Collected::default(),
             unreadable: BTreeSet::new(),
             operations: 0,
@@ -76,6 +84,7 @@ impl Disk {
             reported: Vec::new(),
             answers: Vec::new(),
             operations_until_answer: 0,
+            completed: None,
         }
     }
 
@@ -91,6 +100,33 @@ impl Disk {
         let before = self.operations;
         self.engine
             .submit(tag(1), GuestRequest::Read(RANGE), &mut self.effects);
+        self.carry_out_all();
+        assert!(self.engine.is_idle(), "operations without an end");
+        (
+            self.answers.pop().expect("an answer"),
+            self.operations - before,
+        )
+    }
+
+    /// Scrubs the disk without a repair. Returns what the job says in the end.
+    fn scrub(&mut self) -> JobInfo {
+        let scrub = |jobs: &mut Jobs, health: &Health| jobs.scrub(false, 0, health);
+        let begun = self.shared.jobs(|_| (), scrub);
+        begun.expect("a scrub begins");
+        // So long that the guest counts as idle, and a chunk has 1 MiB.
+        let turn = Duration::from_millis(300);
+        for turns in 1..1000 {
+            self.clock.set(turn * turns);
+            self.engine.tick(&mut self.effects);
+            self.carry_out_all();
+            if let Some(job) = self.completed.take() {
+                return job;
+            }
+        }
+        panic!("the scrub does not end");
+    }
+
+    fn carry_out_all(&mut self) {
         loop {
             let effects: Vec<Effect> = self.effects.effects.drain(..).collect();
             if effects.is_empty() {
@@ -100,15 +136,13 @@ impl Disk {
                 self.carry_out(effect);
             }
         }
-        assert!(self.engine.is_idle(), "operations without an end");
-        (
-            self.answers.pop().expect("an answer"),
-            self.operations - before,
-        )
     }
 
     fn carry_out(&mut self, effect: Effect) {
         match effect {
+            Effect::JobChanged(event) if matches!(event.what, JobChange::Completed) => {
+                self.completed = Some(event.job);
+            }
             Effect::Submit(operation) => self.run(operation),
             Effect::Complete(_, result) => {
                 self.answers.push(result.is_ok());
@@ -240,6 +274,33 @@ fn of_all_replicas_fail_no_fifo_read_that_one_of_them_can_do() {
         (ReplicaIndex(1), block(3500)),
     ];
     assert_eq!(repaired, expected);
+}
+
+#[test]
+fn in_every_64_kib_of_two_replicas_are_all_found_by_a_scrub() {
+    let mut disk = Disk::new(3, 2, false);
+    for start in (0..SECTORS).step_by(128) {
+        disk.lose(0, block(start + 8));
+        disk.lose(1, block(start + 64));
+    }
+    let job = disk.scrub();
+    assert_eq!(job.unreadable_sectors_found, SECTORS / 128 * 2 * BLOCK);
+    let undecided = matches!(job.error, Some(JobFailure::NoQuorum { .. }));
+    assert!(
+        !undecided,
+        "each block has two good copies: {:?}",
+        job.error
+    );
+}
+
+#[test]
+fn everywhere_cost_a_scrub_few_operations() {
+    let mut disk = Disk::new(3, 2, false);
+    disk.lose(1, SectorRange::new(0, SECTORS));
+    assert_eq!(disk.scrub().unreadable_sectors_found, SECTORS);
+    let (chunks, long) = (SECTORS / 2048 + 1, 16 + 10);
+    let most = chunks * (6 + 24) + long * 80;
+    assert!(disk.operations as u64 <= most, "{}", disk.operations);
 }
 
 #[test]
