@@ -166,6 +166,7 @@ impl World {
         let before = self.members;
         self.members &= !bit;
         self.check_removal(place, before)?;
+        self.check_undecided(before)?;
         self.to_be_released |= bit;
         self.unsynced &= !bit;
         self.ledger.evicted |= bit;
@@ -216,6 +217,28 @@ impl World {
                         format!("replica {place} had one of the last {what} copies of {sector}");
                     return Err(Violation::new("remove", text).at(bit));
                 }
+            }
+        }
+        Ok(())
+    }
+
+    /// I2, W7: where a failed write has left versions, none loses the copies that it wins with.
+    fn check_undecided(&self, before: u32) -> Checked {
+        for sector in bits(self.undecided) {
+            let votes = |members: u32| {
+                let excused = |r: &usize| self.ledger.excused[*r] >> sector & 1 == 1;
+                let voters = bits(u64::from(members));
+                let values: Vec<_> = voters
+                    .filter(|r| !excused(r))
+                    .map(|r| self.replicas[r].value(sector))
+                    .collect();
+                let same = |value| values.iter().filter(|other| *other == value).count();
+                values.iter().map(same).max().unwrap_or(0)
+            };
+            let needed = self.plan.threshold;
+            if votes(before) >= needed && votes(self.members) < needed {
+                let text = format!("{sector} is undecided, and has no winner after the removal");
+                return Err(Violation::new("I2", text).at(1 << sector));
             }
         }
         Ok(())

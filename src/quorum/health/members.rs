@@ -3,6 +3,7 @@
 use super::Health;
 use super::replica::ReplicaHealth;
 use crate::common::ranges::every_sector;
+use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Why a replica cannot be removed.
@@ -23,6 +24,9 @@ pub enum NotRemoved {
     /// Too few other replicas have some sector on stable storage: a crash would lose it.
     #[error("there are sectors that too few other replicas have on stable storage")]
     LastDurableCopies,
+    /// A write has failed, and a vote on what it has left may need the copies of this replica.
+    #[error("a write has failed, and no read has decided yet what the disk holds there: scrub it")]
+    Undecided,
 }
 
 impl Health {
@@ -105,6 +109,15 @@ impl Health {
         });
         if !loses_none(&mut blank().chain(not_durable)) {
             return Err(NotRemoved::LastDurableCopies);
+        }
+        // The versions that the replicas hold are not known before they are read.
+        let state = &self.replicas[replica.as_usize()];
+        let may_vote = |range: SectorRange| {
+            let barred = runs::union(&state.missed.within(range), &state.behind.within(range));
+            !runs::without(&[range], &barred).is_empty()
+        };
+        if self.undecided.iter().any(may_vote) {
+            return Err(NotRemoved::Undecided);
         }
         Ok(())
     }

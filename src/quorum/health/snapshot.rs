@@ -122,7 +122,11 @@ impl Health {
                 return None;
             }
         }
+        let (now, earlier) = (&self.undecided, &snapshot.undecided);
+        now.changes_since(earlier, &mut steps, &mut changed)
+            .then_some(())?;
         let mut copy = self.snapshot();
+        copy.undecided = copy.undecided.part_in(&changed);
         for state in &mut copy.replicas {
             state.keep_only(&changed);
         }

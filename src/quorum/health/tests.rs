@@ -277,6 +277,25 @@ fn a_removal_is_decided_again_where_something_has_changed() {
 }
 
 #[test]
+fn a_replica_that_may_vote_on_what_a_failed_write_has_left_is_not_removed() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let snapshot = health.snapshot();
+    let begun = health.write_begins(range(8, 8));
+    health.write_ended(&WriteEnd {
+        success: false,
+        ..end(begun, set(&[A]))
+    });
+    assert_eq!(health.check_removal(C), Err(NotRemoved::Undecided));
+    let removed = health.remove_as_on(&snapshot, C);
+    assert_eq!(removed, Err(NotRemoved::Undecided));
+    // The vote has decided against it: the others have a quorum without it.
+    health.decide(&[range(8, 4)], &[(C, vec![range(8, 4)])]);
+    assert_eq!(health.check_removal(C), Err(NotRemoved::Undecided));
+    health.decide(&[range(12, 4)], &[(C, vec![range(12, 4)])]);
+    assert_eq!(health.check_removal(C), Ok(()));
+}
+
+#[test]
 fn nothing_is_decided_on_a_copy_that_differs_too_much() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let snapshot = health.snapshot();
