@@ -114,11 +114,14 @@ impl Health {
     }
 
     /// The parts of `range` in which `replica` is *proven*: fresh, and a flush has succeeded on it
-    /// since it was written. Elsewhere it may have lost what it wrote, and the error is to come.
+    /// since it was written. Elsewhere it may have lost what it wrote, and the error is to come; or
+    /// those from which it was copied have.
     pub fn proven_parts(&self, replica: ReplicaIndex, range: SectorRange) -> Vec<SectorRange> {
         let state = &self.replicas[replica.as_usize()];
         let unconfirmed = state.unconfirmed.iter().map(|(_, written)| written);
+        let copied = [&self.copied, &self.copied_before_flush];
         let sets = [&state.stale, &state.rewritten, &self.written].into_iter();
+        let sets = sets.chain(copied);
         sets.chain(unconfirmed).fold(vec![range], |parts, set| {
             runs::without(&parts, &set.within(range))
         })

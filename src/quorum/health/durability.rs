@@ -2,7 +2,7 @@
 
 use super::{FailureEpoch, Health, Writing};
 use crate::common::ranges::{RangeSet, every_sector};
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 
 /// A write that has been handed to replicas and has not ended.
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +128,12 @@ impl Health {
             state.refreshed.insert(range);
         }
         state.rewritten.insert(range);
+        let proven = self.members.iter().fold(Vec::new(), |all, member| {
+            runs::union(&all, &self.proven_parts(member, range))
+        });
+        for part in runs::without(&[range], &proven) {
+            self.copied.insert(part);
+        }
     }
 
     /// An orphaned operation may still change sectors of one replica.
@@ -154,6 +160,11 @@ impl Health {
             );
             let weak = std::mem::take(&mut state.weak);
             state.weak_before_flush.insert_all(&weak);
+        }
+        if !self.copied.is_empty() {
+            let copied = std::mem::take(&mut self.copied);
+            self.copied_before_flush.insert_all(&copied);
+            self.garbage.push(copied);
         }
         let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
@@ -221,6 +232,10 @@ impl Health {
         if success {
             self.flushed = epoch;
             self.doubt_is_over();
+            if !self.copied_before_flush.is_empty() {
+                let copied = std::mem::take(&mut self.copied_before_flush);
+                self.garbage.push(copied);
+            }
         }
         success
     }

@@ -68,6 +68,11 @@ pub struct Health {
     written: RangeSet,
     /// Changed by writes that have not ended.
     writing: Slab<Writing>,
+    /// Copied from members that were not proven since the last flush began: all may have lost the
+    /// same write, and report that with their next flush.
+    copied: RangeSet,
+    /// The same before a flush that began since the last one that has succeeded.
+    copied_before_flush: RangeSet,
     /// Changed by writes that have failed, and not decided since (W7).
     undecided: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
@@ -98,6 +103,8 @@ impl Health {
             replicas: (0..places).map(|_| ReplicaHealth::default()).collect(),
             written: RangeSet::default(),
             writing: Slab::new(),
+            copied: RangeSet::default(),
+            copied_before_flush: RangeSet::default(),
             undecided: RangeSet::default(),
             flushing: None,
             undone: Undone::default(),

@@ -277,6 +277,29 @@ fn a_removal_is_decided_again_where_something_has_changed() {
 }
 
 #[test]
+fn a_copy_of_unproven_copies_proves_nothing_before_a_flush_has_succeeded() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    let (early, late) = (range(0, 8), range(8, 8));
+    write(&mut health, early, &[C]);
+    assert!(flush(&mut health, &[C]), "A and B have it");
+    let flushed = health.last_flush();
+    assert!(health.flush_decided(flushed, set(&[A, B]), true));
+    write(&mut health, late, &[C]);
+    let epoch = health.failure_epoch();
+    health.repaired(C, range(0, 16), epoch, false);
+    assert!(!flush(&mut health, &[A, B]));
+    assert_eq!(health.proven_parts(C, range(0, 16)), [early]);
+    write(&mut health, late, &[]);
+    let epoch = health.flush_begins();
+    for replica in [A, B, C] {
+        health.flush_ended(epoch, replica, true);
+    }
+    assert_eq!(health.proven_parts(C, range(0, 16)), [early]);
+    assert!(health.flush_decided(epoch, set(&[A, B, C]), true));
+    assert_eq!(health.proven_parts(C, range(0, 16)), [range(0, 16)]);
+}
+
+#[test]
 fn a_replica_that_may_vote_on_what_a_failed_write_has_left_is_not_removed() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let snapshot = health.snapshot();
