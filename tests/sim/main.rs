@@ -6,6 +6,7 @@ mod blkverify;
 mod failed_flush;
 mod failed_requests;
 mod failed_write;
+mod fifo;
 mod late_reply;
 mod mutant_patches;
 mod partly_stale;
