@@ -12,18 +12,17 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
 
 use super::Violation;
 use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, parse, tag};
 use super::model::{Model, Value};
 use super::plan::bits;
+use super::policy;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
-use crate::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Tag, WorkerIndex};
-use crate::jobs::Sizes;
+use crate::engine::{Engine, GuestRequest, Shared, Tag, WorkerIndex};
 use crate::quorum::vote::{Ballot, Rule, vote};
 
 const SECTORS: usize = 2;
@@ -160,15 +159,7 @@ fn explore(
 
 impl<'a> State<'a> {
     fn new(case: Case, history: &'a [Act], pool: BufferPool) -> Self {
-        let policy = Policy {
-            threshold: case.threshold,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
-            blkverify: false,
-            job_sizes: Sizes::default(),
-            block_sectors: 1,
-            replica_timeout: Duration::from_secs(1),
-        };
+        let policy = policy::plain(case.threshold);
         let shared = Arc::new(Shared::new(
             case.replicas,
             case.threshold,

@@ -43,6 +43,7 @@ mod operations;
 mod operator;
 mod overlap;
 pub mod plan;
+pub mod policy;
 pub mod random;
 pub mod replica;
 pub mod runner;

@@ -1,27 +1,21 @@
 //! A `--blkverify` disk whose replicas differ.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quorum_blk::common::SectorRange;
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::Action;
 use quorum_blk::common::report::Report;
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Policy, Shared, WorkerIndex};
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 #[test]
 fn the_read_is_reported_and_answered_before_the_daemon_is_stopped() {
     let policy = Policy {
-        threshold: 2,
-        read_pattern: ReadPattern::Quorum,
-        rewrite_corrupted: false,
         blkverify: true,
-        job_sizes: Sizes::default(),
-        block_sectors: 1,
-        replica_timeout: Duration::from_secs(1),
+        ..policy::plain(2)
     };
     let shared = Arc::new(Shared::new(2, 2, 1, 64));
     let (pool, clock) = (BufferPool::default(), TurnClock::default());

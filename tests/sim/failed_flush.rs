@@ -2,16 +2,15 @@
 //! replica may have lost has been written again by the time the reply comes.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quorum_blk::common::SectorRange;
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{Errno, ReplicaSet};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
 use quorum_blk::sim::effects::{Collected, Effect, number_of, tag};
+use quorum_blk::sim::policy;
 
 const RANGE: SectorRange = SectorRange { start: 0, count: 1 };
 
@@ -30,15 +29,7 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
-        let policy = Policy {
-            threshold: 1,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
-            blkverify: false,
-            job_sizes: Sizes::default(),
-            block_sectors: 1,
-            replica_timeout: Duration::from_secs(1),
-        };
+        let policy = policy::plain(1);
         let pool = BufferPool::default();
         let shared = Arc::new(Shared::with_members(ReplicaSet::first(1), 1, 1, 8));
         Self {

@@ -2,16 +2,15 @@
 //! request (O1).
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::Action;
 use quorum_blk::common::report::{Report, Requester};
 use quorum_blk::common::{Errno, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 /// Where each replica returns this error.
 const FULL: (SectorRange, Errno) = (SectorRange { start: 8, count: 1 }, Errno(libc::ENOSPC));
@@ -59,15 +58,7 @@ fn run(engine: &mut Engine, effects: &mut Collected) -> Vec<(SectorRange, Option
 
 #[test]
 fn name_their_own_error() {
-    let policy = Policy {
-        threshold: 2,
-        read_pattern: ReadPattern::Quorum,
-        rewrite_corrupted: false,
-        blkverify: false,
-        job_sizes: Sizes::default(),
-        block_sectors: 1,
-        replica_timeout: Duration::from_secs(1),
-    };
+    let policy = policy::plain(2);
     let shared = Arc::new(Shared::new(3, 2, 1, 64));
     let (pool, clock) = (BufferPool::default(), TurnClock::default());
     let mut engine = Engine::new(WorkerIndex(0), policy, shared, pool, clock);

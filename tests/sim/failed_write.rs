@@ -2,15 +2,14 @@
 //! replica is at fault.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{Errno, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Policy, Shared, WorkerIndex};
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
 const OLD: u8 = 1;
@@ -40,13 +39,8 @@ impl Disk {
 
     fn of(replicas: usize, threshold: usize, blkverify: bool) -> Self {
         let policy = Policy {
-            threshold,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
             blkverify,
-            job_sizes: Sizes::default(),
-            block_sectors: 1,
-            replica_timeout: Duration::from_secs(1),
+            ..policy::plain(threshold)
         };
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
         let shared = Arc::new(Shared::new(replicas, threshold, 1, 64));

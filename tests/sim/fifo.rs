@@ -9,9 +9,9 @@ use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
 use quorum_blk::sim::effects::{Collected, Effect, SECTOR_LEN, fill, tag};
 use quorum_blk::sim::model::Value;
+use quorum_blk::sim::policy;
 
 /// What the engine has asked for.
 #[derive(Debug, Default)]
@@ -53,13 +53,9 @@ impl Asked {
 #[test]
 fn asks_one_replica_after_the_other_until_one_succeeds() {
     let policy = Policy {
-        threshold: 2,
         read_pattern: ReadPattern::Fifo,
-        rewrite_corrupted: false,
-        blkverify: false,
-        job_sizes: Sizes::default(),
-        block_sectors: 1,
         replica_timeout: Duration::from_secs(10),
+        ..policy::plain(2)
     };
     let (pool, clock) = (BufferPool::default(), TurnClock::default());
     let shared = Arc::new(Shared::new(3, 2, 1, 64));

@@ -11,6 +11,7 @@ use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 /// Much later than any reply so far, and much sooner than an eviction.
 const LATE: Duration = Duration::from_millis(300);
@@ -26,16 +27,13 @@ struct Disk {
 impl Disk {
     fn new(replicas: usize, threshold: usize, read_pattern: ReadPattern) -> Self {
         let policy = Policy {
-            threshold,
             read_pattern,
-            rewrite_corrupted: false,
-            blkverify: false,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
                 ..Sizes::default()
             },
-            block_sectors: 1,
             replica_timeout: Duration::from_secs(10),
+            ..policy::plain(threshold)
         };
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
         let shared = Arc::new(Shared::new(replicas, threshold, 1, 64));

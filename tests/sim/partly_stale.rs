@@ -8,9 +8,10 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 use quorum_blk::sim::effects::{Collected, Effect, SECTOR_LEN, tag};
+use quorum_blk::sim::policy;
 
 const BLOCK: SectorRange = SectorRange { start: 8, count: 8 };
 const STALE: ReplicaIndex = ReplicaIndex(2);
@@ -33,16 +34,12 @@ struct Disk {
 impl Disk {
     fn new() -> Self {
         let policy = Policy {
-            threshold: 2,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
-            blkverify: false,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
                 ..Sizes::default()
             },
             block_sectors: BLOCK.count,
-            replica_timeout: Duration::from_secs(1),
+            ..policy::plain(2)
         };
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
         let shared = Arc::new(Shared::new(3, 2, 1, 64));

@@ -7,10 +7,10 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Policy, Shared, WorkerIndex};
 use quorum_blk::limits::LATE_LONG_LIMIT;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 const SLOW: ReplicaIndex = ReplicaIndex(2);
 const TIMEOUT: Duration = Duration::from_secs(1);
@@ -18,13 +18,8 @@ const TIMEOUT: Duration = Duration::from_secs(1);
 #[test]
 fn with_a_zeroing_keeps_a_replica_in_service_until_it_ends() {
     let policy = Policy {
-        threshold: 2,
-        read_pattern: ReadPattern::Quorum,
-        rewrite_corrupted: false,
-        blkverify: false,
-        job_sizes: Sizes::default(),
-        block_sectors: 1,
         replica_timeout: TIMEOUT,
+        ..policy::plain(2)
     };
     let (shared, clock) = (Arc::new(Shared::new(3, 2, 1, 64)), TurnClock::default());
     let mut engine = Engine::new(

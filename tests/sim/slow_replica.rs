@@ -1,16 +1,15 @@
 //! A replica that answers too slowly is left out of reads before it keeps too many of them waiting.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::Sizes;
+use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
 use quorum_blk::limits::{LAG_BYTES_MAX, LAG_OPERATIONS_MAX};
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 const SLOW: ReplicaIndex = ReplicaIndex(2);
 const SECTORS: u64 = 1 << 20;
@@ -27,15 +26,7 @@ struct Disk {
 
 impl Disk {
     fn new(threshold: usize) -> Self {
-        let policy = Policy {
-            threshold,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
-            blkverify: false,
-            job_sizes: Sizes::default(),
-            block_sectors: 1,
-            replica_timeout: Duration::from_secs(1),
-        };
+        let policy = policy::plain(threshold);
         let shared = Arc::new(Shared::new(3, threshold, 1, SECTORS));
         Self {
             engine: Engine::new(

@@ -7,9 +7,10 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Policy, Shared, WorkerIndex};
 use quorum_blk::jobs::Sizes;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 const CORRUPT: ReplicaIndex = ReplicaIndex(2);
 const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
@@ -25,16 +26,12 @@ struct Disk {
 impl Disk {
     fn new() -> Self {
         let policy = Policy {
-            threshold: 2,
-            read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: true,
-            blkverify: false,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
                 ..Sizes::default()
             },
-            block_sectors: 1,
-            replica_timeout: Duration::from_secs(1),
+            ..policy::plain(2)
         };
         let shared = Arc::new(Shared::new(3, 2, 1, 64));
         let clock = TurnClock::default();

@@ -14,6 +14,7 @@ use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, Work
 use quorum_blk::jobs::{JobChange, JobFailure, JobInfo, Jobs, Sizes};
 use quorum_blk::quorum::health::Health;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
 
 const EIO: Errno = Errno(5);
 const BLOCK: u64 = 8;
@@ -52,16 +53,12 @@ impl Disk {
 
     fn with_policy(replicas: usize, change: impl FnOnce(&mut Policy)) -> Self {
         let mut policy = Policy {
-            threshold: 1,
-            read_pattern: ReadPattern::Quorum,
-            rewrite_corrupted: false,
-            blkverify: false,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
                 ..Sizes::default()
             },
             block_sectors: BLOCK,
-            replica_timeout: Duration::from_secs(1),
+            ..policy::plain(1)
         };
         change(&mut policy);
         let shared = Arc::new(Shared::new(replicas, policy.threshold, 1, SECTORS));
