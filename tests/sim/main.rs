@@ -7,6 +7,7 @@ mod failed_flush;
 mod failed_requests;
 mod failed_write;
 mod fifo;
+mod flapping;
 mod late_reply;
 mod mutant_patches;
 mod partly_stale;
