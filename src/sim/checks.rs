@@ -360,7 +360,14 @@ impl World {
                 *failures += 1;
                 return Ok(());
             }
-            Report::Evicted(replica) => return self.check_eviction(replica.as_usize()),
+            Report::Evicted(replica) => {
+                if self.timed_out >> replica.0 & 1 == 0 {
+                    let text = format!("replica {} is evicted without an error", replica.0);
+                    return Err(Violation::new("I3", text));
+                }
+                self.timed_out &= !(1 << replica.0);
+                return self.check_eviction(replica.as_usize());
+            }
             Report::KeptOut { .. } => return Ok(()),
             Report::Rejoined(replica) => return self.check_rejoin(replica.as_usize()),
             Report::Bad {
@@ -373,6 +380,7 @@ impl World {
         match cause {
             Cause::Error(errno) => {
                 if *errno == TIMED_OUT {
+                    self.timed_out |= 1 << replica.0;
                     return self.check_eviction(replica.as_usize());
                 }
                 let is_this = |t: &ExpectedReport| {

@@ -171,6 +171,8 @@ pub struct World {
     pub(super) asked_resyncs: Vec<(JobId, u32)>,
     /// The sectors of which a replica was accused, a mask.
     pub(super) accused: u64,
+    /// The replicas that were reported for no answer in time, and whose eviction was not, a mask.
+    pub(super) timed_out: u32,
     /// The sectors of failed writes that no vote has decided, as the engines know them, a mask.
     pub(super) undecided: u64,
     /// The number of writes that were no guest's: repairs, and copies of a resync.
@@ -377,6 +379,7 @@ impl World {
             jobs: Vec::new(),
             asked_resyncs: Vec::new(),
             accused: 0,
+            timed_out: 0,
             undecided: 0,
             rewrites: 0,
             rewritten: Masks::default(),

@@ -18,6 +18,7 @@ const LATE: Duration = Duration::from_millis(300);
 
 struct Disk {
     engine: Engine,
+    shared: Arc<Shared>,
     clock: TurnClock,
     effects: Collected,
     requests: u64,
@@ -38,7 +39,14 @@ impl Disk {
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
         let shared = Arc::new(Shared::new(replicas, threshold, 1, 64));
         Self {
-            engine: Engine::new(WorkerIndex(0), policy, shared, pool, clock.clone()),
+            engine: Engine::new(
+                WorkerIndex(0),
+                policy,
+                Arc::clone(&shared),
+                pool,
+                clock.clone(),
+            ),
+            shared,
             clock,
             effects: Collected::default(),
             requests: 0,
@@ -208,4 +216,31 @@ fn does_not_keep_a_slow_replica_from_being_checked_now_and_then() {
     // Every eighth of 96 reads asks two of three replicas in turn.
     assert_eq!(asked_slow, 8);
     assert_eq!(disk.answers.len(), 112);
+}
+
+/// It has written, and the other one is not enough.
+#[test]
+fn of_a_write_is_not_made_up_for_by_a_replica_that_was_removed() {
+    let mut disk = Disk::new(3, 2, ReadPattern::Quorum);
+    let data = BufferPool::default().take(512);
+    let write = GuestRequest::Write {
+        range: SectorRange::new(8, 1),
+        data,
+        durable: false,
+    };
+    disk.engine.submit(tag(1), write, &mut disk.effects);
+    let mut asked = disk.submitted();
+    let last = asked.remove(0);
+    for operation in asked {
+        disk.reply(operation, 0);
+    }
+    let removed = ReplicaIndex(2);
+    disk.shared
+        .remove(removed, |_| {})
+        .expect("it is not needed");
+    disk.pass(LATE);
+    let reply = last.reply(Err(Errno(28)));
+    disk.engine.reply(reply, &mut disk.effects);
+    disk.submitted();
+    assert_eq!(disk.answers, [false]);
 }
