@@ -333,8 +333,9 @@ mod tests {
 
     #[test]
     fn a_scrub_clears_the_failed_reads_of_replicas_that_fail_none() {
-        let not_read = Some(JobFailure::NotRead { replicas: 1 });
         let failing = ReplicaIndex(2);
+        let replicas = std::iter::once(failing).collect();
+        let not_read = Some(JobFailure::NotRead { replicas });
         for (end, cleared) in [
             (
                 scrub("job1", JobChange::Completed, JobStatus::Concluded, None),

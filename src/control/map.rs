@@ -367,7 +367,9 @@ pub(super) mod tests {
             (JobChange::Cancelled, None),
             (
                 JobChange::Completed,
-                Some(JobFailure::NotRead { replicas: 1 }),
+                Some(JobFailure::NotRead {
+                    replicas: std::iter::once(REPLICA).collect(),
+                }),
             ),
         ] {
             map.record(&scrub("job3", JobChange::Status, JobStatus::Created, None));

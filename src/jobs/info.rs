@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::common::ReplicaIndex;
 use crate::common::message::counted;
+use crate::common::{ReplicaIndex, ReplicaSet};
 use crate::limits::JOBS_MAX;
 
 /// Identifies a job, for as long as the daemon runs.
@@ -142,10 +142,10 @@ pub enum JobFailure {
         sectors: u64,
     },
     /// Some replicas could not be read everywhere.
-    #[error("{} could not be read everywhere", counted(*.replicas as u64, "replica"))]
+    #[error("{} could not be read everywhere", counted(.replicas.len() as u64, "replica"))]
     NotRead {
-        /// Their number.
-        replicas: usize,
+        /// Which.
+        replicas: ReplicaSet,
     },
     /// The data it wrote is not durable.
     #[error("the data it wrote could not be flushed")]

@@ -129,9 +129,7 @@ impl Job {
             } => Some(JobFailure::NotRepaired {
                 sectors: self.not_written,
             }),
-            _ if !unread.is_empty() => Some(JobFailure::NotRead {
-                replicas: unread.len(),
-            }),
+            _ if !unread.is_empty() => Some(JobFailure::NotRead { replicas: unread }),
             Self {
                 failed_flushes: 1..,
                 ..

@@ -11,7 +11,7 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use super::{Event, Names, Notice, type_name};
+use super::{Event, Names, Notice, text_of, type_name};
 use crate::common::SectorRange;
 use crate::common::report::{Cause, Digest, Evidence, Report, Requester};
 use crate::control::errors::{ErrorReason, Timestamp};
@@ -129,7 +129,7 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
         len: job.total_bytes,
         offset: job.current_bytes,
         speed: job.speed_bytes,
-        error: job.error.map(|error| error.to_string()),
+        error: job.error.map(|failure| text_of(failure, names)),
         node_name: replica.as_deref(),
         corrupt_sectors_found: job.corrupt_sectors_found,
         unreadable_sectors_found: job.unreadable_sectors_found,
@@ -307,6 +307,7 @@ mod tests {
     use crate::common::operation::OperationType;
     use crate::common::{Errno, ReplicaIndex};
     use crate::control::events::NodeNames;
+    use crate::jobs::{JobFailure, JobId, JobInfo, JobKind, JobStatus};
     use std::time::{Duration, UNIX_EPOCH};
 
     fn names() -> Names {
@@ -412,6 +413,27 @@ mod tests {
                 "\n"
             )
         );
+    }
+
+    #[test]
+    fn a_job_that_could_not_read_replicas_names_them() {
+        let replicas = [ReplicaIndex(0), ReplicaIndex(1)].into_iter().collect();
+        let job = JobInfo {
+            id: JobId(3),
+            kind: JobKind::Scrub { repair: false },
+            status: JobStatus::Concluded,
+            current_bytes: 0,
+            total_bytes: 0,
+            speed_bytes: 0,
+            corrupt_sectors_found: 0,
+            unreadable_sectors_found: 0,
+            sectors_written: 0,
+            error: Some(JobFailure::NotRead { replicas }),
+        };
+        let what = JobChange::Completed;
+        let line = text(JobEvent { job, what }, 0);
+        let error = r#""error":"0.raw, 1.raw could not be read everywhere""#;
+        assert!(line.contains(error), "{line}");
     }
 
     #[test]

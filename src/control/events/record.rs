@@ -3,7 +3,7 @@
 use log::{Level, Record};
 
 use super::line::hex;
-use super::{Event, Names, Notice, type_name};
+use super::{Event, Names, Notice, text_of, type_name};
 use crate::common::SectorRange;
 use crate::common::image::ImageChanges;
 use crate::common::report::{Cause, Report, Requester};
@@ -149,8 +149,8 @@ fn job_fields(event: &JobEvent, names: &Names) -> Vec<Field> {
             let unreadable = job.unreadable_sectors_found.to_string();
             fields.push(("unreadable-sectors-found", unreadable));
             fields.push(("sectors-written", job.sectors_written.to_string()));
-            if let Some(error) = job.error {
-                fields.push(("error", error.to_string()));
+            if let Some(failure) = job.error {
+                fields.push(("error", text_of(failure, names)));
             }
         }
     }
