@@ -14,6 +14,9 @@
 //!                            └──► probing ──────┘
 //! ```
 
+mod repairing;
+mod settling;
+
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -23,14 +26,13 @@ use super::interface::Effects;
 use super::lateness::{Kind, Out};
 use super::probing::Probing;
 use super::range_locks::LockKey;
-use super::repair::{RepairKind, RepairWrite, Repairs, bytes_of, decided};
+use super::repair::RepairWrite;
 use super::replies::Replies;
 use super::survey::{Survey, Unreadable};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
-use crate::common::runs;
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::FAILED_PARTS_MAX;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
@@ -414,95 +416,6 @@ impl Confirmation {
         }
     }
 
-    /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
-    /// from now on, before the guest has its answer. Returns where the winner is to be written
-    /// although no replica is at fault.
-    fn settle(
-        &self,
-        disputed: &Disputed,
-        verdict: &Verdict,
-        context: &mut Context<'_, impl Effects>,
-    ) -> Vec<(ReplicaIndex, Vec<SectorRange>)> {
-        if disputed.is_empty() {
-            return Vec::new();
-        }
-        let block_sectors = context.core.policy.block_sectors;
-        let left = &verdict.undecided;
-        let now = decided(&disputed.undecided, left, block_sectors);
-        let range = self.replies.range();
-        let shared = context.shared();
-        let succeeded = self.replies.tally().succeeded();
-        let loses = |replica: ReplicaIndex| {
-            let mut excused = verdict.excused.iter();
-            let runs = excused.find(|(loser, _)| *loser == replica);
-            runs.map_or(&[][..], |(_, runs)| &runs[..])
-        };
-        let others: Vec<_> = shared
-            .members()
-            .iter()
-            .map(|member| {
-                let loses = || runs::common(&now, loses(member));
-                let mut surveys = self.surveys.iter();
-                let survey = surveys.find(|survey| survey.replica == member);
-                let not_read = survey.map(|survey| survey.not_read(range));
-                let runs = match not_read {
-                    _ if succeeded.contains(member) => loses(),
-                    Some(not_read) => runs::union(&loses(), &runs::common(&now, &not_read)),
-                    None => now.clone(),
-                };
-                (member, runs)
-            })
-            .collect();
-        let unproven = runs::without(&disputed.lacking, &disputed.proven);
-        let undone = runs::without(&unproven, left);
-        let read = shared.members().iter().filter(|member| {
-            let is_surveyed = |survey: &Survey| survey.replica == *member;
-            succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)
-        });
-        let (settled, became_stale) = shared.change_health(|health| {
-            let settled = read.map(|replica| {
-                let doubtful = match succeeded.contains(replica) {
-                    true => health.doubtful_parts(replica, range),
-                    false => Vec::new(),
-                };
-                let voted = runs::common(&doubtful, &disputed.lacking);
-                (replica, runs::union(&voted, loses(replica)))
-            });
-            let settled = settled.collect();
-            health.may_be_undone(&undone);
-            (settled, health.decide(&now, &others))
-        });
-        if became_stale {
-            context.effects.health_changed();
-        }
-        settled
-    }
-
-    /// The first undecided sectors on which the replicas differ although all of them are up to
-    /// date and have been read.
-    fn first_difference(
-        &self,
-        disputed: &Disputed,
-        verdict: &Verdict,
-        core: &Core,
-    ) -> Option<SectorRange> {
-        let range = self.replies.range();
-        let members = core.shared.members();
-        let all_read = members.without(self.replies.tally().succeeded()).is_empty();
-        if verdict.undecided.is_empty() || !all_read {
-            return None;
-        }
-        let stale = core.shared.health(|health| {
-            let stale = members
-                .iter()
-                .map(|member| health.stale_parts(member, range));
-            stale.fold(disputed.undecided.clone(), |all, parts| {
-                runs::union(&all, &parts)
-            })
-        });
-        runs::without(&verdict.undecided, &stale).first().copied()
-    }
-
     /// Has the neighbourhood of corrupt and unreadable sectors scrubbed.
     fn spread(&self, verdict: &Verdict, context: &mut Context<'_, impl Effects>) {
         let dissents = verdict.dissents.iter();
@@ -518,140 +431,6 @@ impl Confirmation {
         if first < last && self.terms.spreads {
             context.scrub_around(SectorRange::new(first, last - first));
         }
-    }
-
-    /// Writes the winner where it did not win (R6), and over the replicas that are repaired
-    /// throughout.
-    pub(super) fn repair(
-        &mut self,
-        decision: &Decision,
-        context: &mut Context<'_, impl Effects>,
-    ) -> Next {
-        assert!(matches!(self.step, Step::Decided), "repaired once");
-        // Only now: the guest has its answer, and the failure is reported.
-        if let Some(differs) = decision.differs
-            && context.core.policy.blkverify
-        {
-            context.effects.contents_differ(differs);
-        }
-        let shared = context.shared();
-        let (in_service, began) =
-            shared.health(|health| (health.in_service(), health.failure_epoch()));
-        let mut pending = Vec::new();
-        let unreadable = |survey: &Survey| {
-            let runs = survey.unreadable().into_iter().map(|run| run.range);
-            (survey.replica, runs.collect())
-        };
-        let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
-        if let Some(winner) = &decision.winner {
-            let repairs = Repairs {
-                range: self.replies.range(),
-                verdict: &decision.verdict,
-                winner,
-                losers: self.terms.repairs_losers,
-                unreadable: &unreadable,
-                settled: &decision.settled,
-                throughout: self.terms.throughout,
-                block_sectors: context.core.policy.block_sectors,
-            };
-            let writes = repairs.writes().into_iter();
-            for write in writes.filter(|write| in_service.contains(write.replica)) {
-                pending.push(write);
-                context.submit(write.replica, self.action(&write, winner));
-            }
-        }
-        self.asked_at = context.now();
-        self.step = Step::Repairing { began, pending };
-        self.finish_if_repaired(context)
-    }
-
-    fn action(&self, write: &RepairWrite, winner: &Rc<Buffer>) -> Action {
-        if write.zero {
-            Action::Zero {
-                range: write.range,
-                unmap: true,
-            }
-        } else {
-            Action::Write {
-                range: write.range,
-                data: Rc::clone(winner),
-                offset_bytes: bytes_of(write.range, self.replies.range()).start,
-            }
-        }
-    }
-
-    /// The end of a repairing write.
-    fn repaired(&mut self, reply: &Reply, context: &mut Context<'_, impl Effects>) -> Next {
-        let Step::Repairing { began, pending } = &mut self.step else {
-            unreachable!("a repairing write ends while repairing");
-        };
-        let (_, range) = reply.action.describe();
-        let is_read = matches!(reply.action, Action::Read { .. });
-        let is_this = |write: &RepairWrite| {
-            (write.replica, write.range) == (reply.replica, range) && !is_read
-        };
-        let Some(index) = pending.iter().position(is_this) else {
-            return Next::Wait;
-        };
-        let kind = pending.remove(index).kind;
-        let began = *began;
-        let shared = context.shared();
-        if reply.result.is_ok() {
-            let was_corrupt = match kind {
-                RepairKind::Settled => false,
-                RepairKind::Throughout => !self.terms.is_resync,
-                _ => true,
-            };
-            shared.change_health(|health| {
-                health.repaired(reply.replica, range, began, was_corrupt);
-            });
-        }
-        match reply.result {
-            Ok(()) => {
-                self.outcome.written += range.count;
-                if self.terms.is_resync || kind == RepairKind::Settled {
-                    let fact = Fact::SectorsResynced(reply.replica, range.count);
-                    context.effects.count(fact);
-                } else {
-                    context.effects.repaired(reply.replica, range);
-                }
-            }
-            Err(errno) => {
-                self.outcome.not_written += range.count;
-                let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
-                context.effects.count(fact);
-                let now = context.now();
-                context.core.read_errors.rest(reply.replica, now);
-                context.report_error(reply.replica, OperationType::Write, range, errno);
-            }
-        }
-        self.finish_if_repaired(context)
-    }
-
-    fn finish_if_repaired(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
-        if matches!(&self.step, Step::Repairing { pending, .. } if !pending.is_empty()) {
-            return Next::Wait;
-        }
-        assert!(
-            !self.waits_for_lock() && self.replies.tally().is_complete(),
-            "finished under the lock, with all replies"
-        );
-        if self.withheld.is_some() {
-            let (range, needed) = (self.replies.range(), self.needed());
-            let shared = context.shared();
-            if !shared.change_health(|health| health.settled(range, needed)) {
-                self.withheld = None;
-            }
-        }
-        context.unlock(self.lock);
-        context.core.confirmations -= 1;
-        self.replies.recycle(context.core);
-        Next::Done(self.outcome)
-    }
-
-    /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
-    pub(super) fn take_settled(&mut self) -> Option<Rc<Buffer>> {
-        self.withheld.take()
     }
 
     pub(super) fn tally(&self) -> &Tally {

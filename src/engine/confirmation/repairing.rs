@@ -1,0 +1,153 @@
+//! The writes of the winner, until the lock is released (R6).
+
+use std::rc::Rc;
+
+use super::super::context::Context;
+use super::super::decision::Decision;
+use super::super::interface::Effects;
+use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
+use super::super::survey::Survey;
+use super::{Confirmation, Next, Step};
+use crate::common::buffer::Buffer;
+use crate::common::operation::{Action, OperationType, Reply};
+use crate::common::report::Fact;
+
+impl Confirmation {
+    /// Writes the winner where it did not win (R6), and over the replicas that are repaired
+    /// throughout.
+    pub(in crate::engine) fn repair(
+        &mut self,
+        decision: &Decision,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Next {
+        assert!(matches!(self.step, Step::Decided), "repaired once");
+        // Only now: the guest has its answer, and the failure is reported.
+        if let Some(differs) = decision.differs
+            && context.core.policy.blkverify
+        {
+            context.effects.contents_differ(differs);
+        }
+        let shared = context.shared();
+        let (in_service, began) =
+            shared.health(|health| (health.in_service(), health.failure_epoch()));
+        let mut pending = Vec::new();
+        let unreadable = |survey: &Survey| {
+            let runs = survey.unreadable().into_iter().map(|run| run.range);
+            (survey.replica, runs.collect())
+        };
+        let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
+        if let Some(winner) = &decision.winner {
+            let repairs = Repairs {
+                range: self.replies.range(),
+                verdict: &decision.verdict,
+                winner,
+                losers: self.terms.repairs_losers,
+                unreadable: &unreadable,
+                settled: &decision.settled,
+                throughout: self.terms.throughout,
+                block_sectors: context.core.policy.block_sectors,
+            };
+            let writes = repairs.writes().into_iter();
+            for write in writes.filter(|write| in_service.contains(write.replica)) {
+                pending.push(write);
+                context.submit(write.replica, self.action(&write, winner));
+            }
+        }
+        self.asked_at = context.now();
+        self.step = Step::Repairing { began, pending };
+        self.finish_if_repaired(context)
+    }
+
+    fn action(&self, write: &RepairWrite, winner: &Rc<Buffer>) -> Action {
+        if write.zero {
+            Action::Zero {
+                range: write.range,
+                unmap: true,
+            }
+        } else {
+            Action::Write {
+                range: write.range,
+                data: Rc::clone(winner),
+                offset_bytes: bytes_of(write.range, self.replies.range()).start,
+            }
+        }
+    }
+
+    /// The end of a repairing write.
+    pub(super) fn repaired(
+        &mut self,
+        reply: &Reply,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Next {
+        let Step::Repairing { began, pending } = &mut self.step else {
+            unreachable!("a repairing write ends while repairing");
+        };
+        let (_, range) = reply.action.describe();
+        let is_read = matches!(reply.action, Action::Read { .. });
+        let is_this = |write: &RepairWrite| {
+            (write.replica, write.range) == (reply.replica, range) && !is_read
+        };
+        let Some(index) = pending.iter().position(is_this) else {
+            return Next::Wait;
+        };
+        let kind = pending.remove(index).kind;
+        let began = *began;
+        let shared = context.shared();
+        if reply.result.is_ok() {
+            let was_corrupt = match kind {
+                RepairKind::Settled => false,
+                RepairKind::Throughout => !self.terms.is_resync,
+                _ => true,
+            };
+            shared.change_health(|health| {
+                health.repaired(reply.replica, range, began, was_corrupt);
+            });
+        }
+        match reply.result {
+            Ok(()) => {
+                self.outcome.written += range.count;
+                if self.terms.is_resync || kind == RepairKind::Settled {
+                    let fact = Fact::SectorsResynced(reply.replica, range.count);
+                    context.effects.count(fact);
+                } else {
+                    context.effects.repaired(reply.replica, range);
+                }
+            }
+            Err(errno) => {
+                self.outcome.not_written += range.count;
+                let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
+                context.effects.count(fact);
+                let now = context.now();
+                context.core.read_errors.rest(reply.replica, now);
+                context.report_error(reply.replica, OperationType::Write, range, errno);
+            }
+        }
+        self.finish_if_repaired(context)
+    }
+
+    pub(super) fn finish_if_repaired(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        if matches!(&self.step, Step::Repairing { pending, .. } if !pending.is_empty()) {
+            return Next::Wait;
+        }
+        assert!(
+            !self.waits_for_lock() && self.replies.tally().is_complete(),
+            "finished under the lock, with all replies"
+        );
+        if self.withheld.is_some() {
+            let (range, needed) = (self.replies.range(), self.needed());
+            let shared = context.shared();
+            if !shared.change_health(|health| health.settled(range, needed)) {
+                self.withheld = None;
+            }
+        }
+        context.unlock(self.lock);
+        context.core.confirmations -= 1;
+        self.replies.recycle(context.core);
+        Next::Done(self.outcome)
+    }
+
+    /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
+    pub(in crate::engine) fn take_settled(&mut self) -> Option<Rc<Buffer>> {
+        self.withheld.take()
+    }
+}

@@ -1,0 +1,102 @@
+//! What a vote makes of ranges in which a write or a flush has failed (W7).
+
+use super::super::context::{Context, Core};
+use super::super::interface::Effects;
+use super::super::repair::decided;
+use super::super::survey::Survey;
+use super::Confirmation;
+use crate::common::runs;
+use crate::common::{ReplicaIndex, SectorRange};
+use crate::quorum::health::Disputed;
+use crate::quorum::vote::Verdict;
+
+impl Confirmation {
+    /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
+    /// from now on, before the guest has its answer. Returns where the winner is to be written
+    /// although no replica is at fault.
+    pub(super) fn settle(
+        &self,
+        disputed: &Disputed,
+        verdict: &Verdict,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Vec<(ReplicaIndex, Vec<SectorRange>)> {
+        if disputed.is_empty() {
+            return Vec::new();
+        }
+        let block_sectors = context.core.policy.block_sectors;
+        let left = &verdict.undecided;
+        let now = decided(&disputed.undecided, left, block_sectors);
+        let range = self.replies.range();
+        let shared = context.shared();
+        let succeeded = self.replies.tally().succeeded();
+        let loses = |replica: ReplicaIndex| {
+            let mut excused = verdict.excused.iter();
+            let runs = excused.find(|(loser, _)| *loser == replica);
+            runs.map_or(&[][..], |(_, runs)| &runs[..])
+        };
+        let others: Vec<_> = shared
+            .members()
+            .iter()
+            .map(|member| {
+                let loses = || runs::common(&now, loses(member));
+                let mut surveys = self.surveys.iter();
+                let survey = surveys.find(|survey| survey.replica == member);
+                let not_read = survey.map(|survey| survey.not_read(range));
+                let runs = match not_read {
+                    _ if succeeded.contains(member) => loses(),
+                    Some(not_read) => runs::union(&loses(), &runs::common(&now, &not_read)),
+                    None => now.clone(),
+                };
+                (member, runs)
+            })
+            .collect();
+        let unproven = runs::without(&disputed.lacking, &disputed.proven);
+        let undone = runs::without(&unproven, left);
+        let read = shared.members().iter().filter(|member| {
+            let is_surveyed = |survey: &Survey| survey.replica == *member;
+            succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)
+        });
+        let (settled, became_stale) = shared.change_health(|health| {
+            let settled = read.map(|replica| {
+                let doubtful = match succeeded.contains(replica) {
+                    true => health.doubtful_parts(replica, range),
+                    false => Vec::new(),
+                };
+                let voted = runs::common(&doubtful, &disputed.lacking);
+                (replica, runs::union(&voted, loses(replica)))
+            });
+            let settled = settled.collect();
+            health.may_be_undone(&undone);
+            (settled, health.decide(&now, &others))
+        });
+        if became_stale {
+            context.effects.health_changed();
+        }
+        settled
+    }
+
+    /// The first undecided sectors on which the replicas differ although all of them are up to
+    /// date and have been read.
+    pub(super) fn first_difference(
+        &self,
+        disputed: &Disputed,
+        verdict: &Verdict,
+        core: &Core,
+    ) -> Option<SectorRange> {
+        let range = self.replies.range();
+        let members = core.shared.members();
+        let all_read = members.without(self.replies.tally().succeeded()).is_empty();
+        if verdict.undecided.is_empty() || !all_read {
+            return None;
+        }
+        let stale = core.shared.health(|health| {
+            let stale = members
+                .iter()
+                .map(|member| health.stale_parts(member, range));
+            stale.fold(disputed.undecided.clone(), |all, parts| {
+                runs::union(&all, &parts)
+            })
+        });
+        runs::without(&verdict.undecided, &stale).first().copied()
+    }
+}
