@@ -3,13 +3,14 @@
 use crate::HANG_LIMIT;
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
 use crate::client::Client;
 use crate::daemon::{Daemon, EventReader};
-use crate::fuse::{FaultGuard, FuseImage};
+use crate::fuse::{Fault, FaultGuard, FuseImage, Operation};
 use crate::images::create_images;
 use crate::monitor::Monitor;
 use crate::peer::Peer;
@@ -83,6 +84,22 @@ impl Disk {
         let directory = tempfile::tempdir().expect("creating a directory");
         let images = create_images(directory.path(), plan.replicas, plan.size_bytes);
         Self::serve(system, plan, images, directory)
+    }
+
+    /// Serves three new images with ours. The second one hangs with a write of eight sectors, and
+    /// is evicted when this returns; it answers when its faults are cleared.
+    pub fn with_evicted_replica(replica_timeout: Duration) -> (Self, Client) {
+        let plan = Plan {
+            faulty: vec![1],
+            replica_timeout,
+            ..Plan::default()
+        };
+        let disk = Self::start(System::Ours, &plan);
+        disk.faulty(1).inject(Operation::Write, Fault::Hang);
+        let mut client = disk.connect();
+        let written = client.write(0, 0, &[1; 4096]);
+        written.expect("the others hold the write");
+        (disk, client)
     }
 
     /// Serves these images with ours.

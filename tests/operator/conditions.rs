@@ -170,15 +170,7 @@ fn the_errors_of_one_replica_are_cleared_by_its_name() {
 
 #[test]
 fn an_eviction_and_the_return_are_events() {
-    let plan = Plan {
-        faulty: vec![1],
-        replica_timeout: Duration::from_millis(200),
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
-    disk.faulty(1).inject(Operation::Write, Fault::Hang);
-    let mut client = disk.connect();
-    client.write(0, 0, &[7; BLOCK_BYTES]).unwrap();
+    let (disk, mut client) = Disk::with_evicted_replica(Duration::from_millis(200));
     disk.wait_for("QUORUM_REPLICA_EVICTED", Some(1));
     let text = status(&disk, "degraded");
     assert!(text.contains("is evicted: it does not answer"), "{text}");

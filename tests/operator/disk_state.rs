@@ -197,15 +197,7 @@ fn corrupt_sectors_and_errors_are_counted_where_they_are() {
 
 #[test]
 fn evictions_and_rejoins_are_counted() {
-    let plan = Plan {
-        faulty: vec![1],
-        replica_timeout: Duration::from_secs(1),
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
-    disk.faulty(1).inject(Operation::Write, Fault::Hang);
-    let mut client = disk.connect();
-    client.write(0, 0, &[1; 4096]).unwrap();
+    let (disk, _client) = Disk::with_evicted_replica(Duration::from_secs(1));
     let state = seen(&disk);
     let replica = &state["replicas"][1];
     assert_eq!(

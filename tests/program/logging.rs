@@ -7,8 +7,7 @@ use std::time::Duration;
 
 use testkit::client::Client;
 use testkit::daemon::replica_arguments;
-use testkit::disk::{Disk, Plan, System};
-use testkit::fuse::{Fault, Operation};
+use testkit::disk::Disk;
 use testkit::images::create_images;
 use testkit::process::{Process, wait_until};
 use testkit::programs;
@@ -148,14 +147,7 @@ fn a_level_that_does_not_exist_is_refused() {
 
 #[test]
 fn evicting_and_rejoining_a_replica_are_a_line_each() {
-    let plan = Plan {
-        faulty: vec![1],
-        replica_timeout: Duration::from_millis(200),
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
-    disk.faulty(1).inject(Operation::Write, Fault::Hang);
-    disk.connect().write(0, 0, &[1; 4096]).unwrap();
+    let (disk, _client) = Disk::with_evicted_replica(Duration::from_millis(200));
     disk.faulty(1).clear_faults();
     let lines = |message: &str| {
         let log = disk.log();
