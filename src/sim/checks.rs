@@ -7,7 +7,7 @@
 use super::Violation;
 use super::effects::number_of;
 use super::model::Value;
-use super::plan::{bits, mask_below};
+use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, trace};
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Report};
@@ -404,9 +404,12 @@ impl World {
                 }
                 for run in &evidence.bad_sectors {
                     self.accused |= mask_below(run.count) << run.start;
-                    for sector in bits(mask_below(run.count) << run.start) {
+                    let sectors = mask_below(run.count) << run.start;
+                    for sector in bits(sectors) {
                         self.check_accusation(replica.as_usize(), sector)?;
                     }
+                    self.ledger.unsound[replica.as_usize()] |=
+                        widen(sectors, self.plan.block_sectors);
                 }
             }
         }

@@ -258,12 +258,10 @@ impl World {
     }
 
     /// Whether all replicas hold the same in these sectors, can be read there, and have missed
-    /// nothing there since they flushed. Only in runs without evictions and additions, after which
-    /// the engine knows better what was missed.
+    /// nothing there since they flushed.
     pub(super) fn must_be_readable(&self, sectors: u64) -> bool {
         let doubt = |r: usize| self.ledger.unsound[r] | self.ledger.unreadable[r];
-        let quiet = self.statistics.evictions == 0 && self.statistics.added == 0;
-        quiet && self.are_equal_at(sectors) && self.members().all(|r| doubt(r) & sectors == 0)
+        self.are_equal_at(sectors) && self.members().all(|r| doubt(r) & sectors == 0)
     }
 
     /// Whether all replicas hold the same in these sectors.

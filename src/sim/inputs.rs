@@ -8,7 +8,7 @@ use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, tag};
 use super::model::Value;
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{
-    Checked, ExpectedReport, Pending, PendingKind, PendingWrite, Took, World, show, trace,
+    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, Took, World, show, trace,
 };
 use crate::common::operation::{OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -251,7 +251,6 @@ impl World {
                 } else {
                     self.mark_excused(replica, reply.sectors);
                 }
-                self.ledger.settled[replica] |= reply.sectors;
                 for written in &mut self.ledger.written {
                     *written |= reply.sectors;
                 }
@@ -261,9 +260,10 @@ impl World {
                     self.staleness.flushed(replica);
                 }
                 self.ledger.in_flush[replica] = 0;
+                let repaired = self.being_repaired(replica);
                 self.ledger.unsound[replica] &=
-                    self.ledger.excused[replica] | self.ledger.written[replica];
-                self.ledger.settled[replica] &= self.ledger.written[replica];
+                    self.ledger.excused[replica] | self.ledger.written[replica] | repaired;
+                self.note_older();
             }
             (OperationType::Read, true) if reply.part => {
                 self.ledger.parts_failed[replica] &= !reply.sectors;
@@ -306,9 +306,6 @@ impl World {
         self.note_not_durable(replica);
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
-        // Not checked: that it has a vote where it was settled or repaired and fails to flush that.
-        // It may have been behind before (W7), and once t others are fresh it does not vote.
-        self.ledger.unsound[replica] |= self.ledger.settled[replica];
         self.note_failure(replica);
         for pending in &mut self.pending {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
@@ -320,6 +317,32 @@ impl World {
             if matches!(pending.kind, PendingKind::Flush) {
                 pending.seen.excused[replica] |= self.replicas[replica].all();
             }
+        }
+    }
+
+    /// The sectors of the repairs that the replica has in flight.
+    fn being_repaired(&self, replica: usize) -> u64 {
+        let repairs = self.flights.iter();
+        let repairs = repairs.filter(|flight| flight.replica() == replica && flight.is_repair());
+        let ranges = repairs.filter_map(Flight::range);
+        ranges.fold(0, |all, range| all | self.plan.mask(range))
+    }
+
+    /// W7: what a replica may have lost is older there than what t others have made durable.
+    fn note_older(&mut self) {
+        let ledger = &self.ledger;
+        let lacks: Vec<u64> = self
+            .members()
+            .map(|r| ledger.excused[r] | ledger.written[r] | ledger.in_flush[r])
+            .collect();
+        let is_durable = |sector: &usize| {
+            let durable = lacks.iter().filter(|lacks| *lacks >> sector & 1 == 0);
+            durable.count() >= self.plan.threshold
+        };
+        let durable = (0..self.changed_at.len()).filter(is_durable);
+        let durable = durable.fold(0, |mask, sector| mask | 1 << sector);
+        for replica in self.members() {
+            self.ledger.unsound[replica] |= self.ledger.excused[replica] & durable;
         }
     }
 

@@ -31,11 +31,9 @@ pub struct Ledger {
     pub parts_failed: Masks,
     /// The blocks among these that the engine has not reported.
     pub parts_unreported: Masks,
-    /// Where it has missed a write, was corrupt or failed a read, and has not flushed what was
-    /// written there since.
+    /// Where it has missed a write, was corrupt or failed a read, or is excused while t others have
+    /// made the newest version durable, and has not flushed what was written there since.
     pub unsound: Masks,
-    /// Where it was repaired or settled, and has not flushed that.
-    pub settled: Masks,
     /// What was written since the last flush of the replica began.
     pub written: Masks,
     /// What was written before a flush that the replica has not confirmed.
@@ -131,7 +129,6 @@ impl Ledger {
             &mut self.excused,
             &mut self.unrepaired,
             &mut self.unsound,
-            &mut self.settled,
             &mut self.written,
             &mut self.in_flush,
         ];

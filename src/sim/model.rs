@@ -184,12 +184,19 @@ impl Model {
                 written.undone = true;
                 any = true;
             }
+        }
+        self.unsee(sector);
+        any
+    }
+
+    /// What is not durable may be gone, although a read may have returned it.
+    pub fn unsee(&mut self, sector: usize) {
+        for written in &mut self.sectors[sector] {
             if !written.durable {
                 written.first_end = NEVER;
                 written.last_begin = written.began;
             }
         }
-        any
     }
 
     /// A flush of the guest that began at `began` has failed: the guest knows that what it covers

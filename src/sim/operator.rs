@@ -121,6 +121,7 @@ impl World {
             self.plan.faulty &= !bit;
         }
         self.ledger.forget(place);
+        self.ledger.unsound[place] = all;
         self.staleness.added(place);
         self.evicted_at[place].clear();
         for pending in &mut self.pending {

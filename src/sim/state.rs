@@ -637,6 +637,8 @@ impl World {
             let outvoted = sound.len() < dropped.len() && !sound.iter().any(is_durable);
             if in_doubt && (sound.is_empty() || outvoted) {
                 self.model.undo(sector);
+            } else if in_doubt && sound.iter().all(|member| is(&self.ledger.corrupt, *member)) {
+                self.model.unsee(sector);
             }
         }
     }
