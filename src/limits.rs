@@ -187,6 +187,21 @@ pub const JOB_CHUNKS_IN_FLIGHT_MAX: usize = 4;
 /// The longest pause that a job makes for the guest, so that the job is never starved.
 pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);
 
+/// Bytes for which a scrub asks at a time where the replicas have holes: short enough for the job
+/// to be paused or cancelled in between.
+pub const HOLE_BYTES_MAX: u64 = 1 << 30;
+
+/// The same for a resync, which locks the range meanwhile: the answers take as long as a read of
+/// one block, and a guest that writes in the range waits as long.
+pub const HOLE_LOCK_BYTES_MAX: u64 = 64 << 20;
+
+/// Bytes that a job reads after it has found data, before it asks for the next hole. Twice as many
+/// each time that there was none.
+pub const HOLE_READ_BYTES_MIN: u64 = 4 << 20;
+
+/// And at most so many: where there are no holes, the questions cost nothing in comparison.
+pub const HOLE_READ_BYTES_MAX: u64 = 256 << 20;
+
 /// Failed flushes after which a resync ends with an error.
 pub const FAILED_FLUSHES_MAX: u32 = 3;
 

@@ -23,7 +23,7 @@ pub enum OperationType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u32);
 
-/// A read, write, zeroing or flush of one replica.
+/// A read, write, zeroing or flush of one replica, or a question about it.
 #[derive(Debug)]
 pub struct Operation {
     /// The request it serves.
@@ -61,6 +61,14 @@ pub enum Action {
         /// Give the space back where the replica can.
         unmap: bool,
     },
+    /// Find out how much of the range, from its start, is a hole: a part of a file that reads as
+    /// zeroes because nothing is stored there. Never fails: what is not known to be a hole is data.
+    FindData {
+        /// The sectors.
+        range: SectorRange,
+        /// The answer, in sectors; 0 until the reply.
+        hole_sectors: u64,
+    },
     /// Bring every write that has ended to stable storage.
     Flush,
 }
@@ -86,7 +94,9 @@ impl Action {
     /// The kind and the range that reports name. The range of a flush is empty.
     pub fn describe(&self) -> (OperationType, SectorRange) {
         match self {
-            Self::Read { range, .. } => (OperationType::Read, *range),
+            Self::Read { range, .. } | Self::FindData { range, .. } => {
+                (OperationType::Read, *range)
+            }
             Self::Write { range, .. } | Self::Zero { range, .. } => (OperationType::Write, *range),
             Self::Flush => (OperationType::Flush, SectorRange::new(0, 0)),
         }
@@ -101,7 +111,7 @@ impl Action {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Read { range, .. } | Self::Write { range, .. } => range.bytes(),
-            Self::Zero { .. } | Self::Flush => 0,
+            Self::Zero { .. } | Self::FindData { .. } | Self::Flush => 0,
         }
     }
 }

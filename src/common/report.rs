@@ -65,6 +65,9 @@ pub enum Fact {
     ConfirmationWithoutFault,
     /// A resync has written this many stale sectors.
     SectorsResynced(ReplicaIndex, u64),
+    /// A resync has found that a stale replica holds what the others hold, although it was not
+    /// written to: holes.
+    Equal(ReplicaIndex, SectorRange),
     /// The repair of this many sectors has failed.
     SectorsNotRepaired(ReplicaIndex, u64),
 }

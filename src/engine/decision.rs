@@ -72,6 +72,7 @@ impl From<Outcome> for ChunkEnd {
             found: outcome.found,
             unreadable: outcome.unreadable,
             written: outcome.written,
+            skipped: 0,
             not_written: outcome.not_written,
             undecided: outcome.undecided,
             unread: outcome.unread,

@@ -26,7 +26,7 @@
 //! ```text
 //! Engine ─► request ─► read, scrub ─► stage ─► first_pass ────► replies ─► context ─► shared
 //!                    ► resync ──────────────► confirmation ──►
-//!                    ► write, flush ──────────────────────────────────►         ─► flush_queue
+//!                    ► write, flush, skip ────────────────────────────►         ─► flush_queue
 //! ```
 //!
 //! Invariants: a request is answered exactly once, and before it is retired; a slot is free when
@@ -62,6 +62,7 @@ mod request;
 mod resync;
 mod scrub;
 mod shared;
+mod skip;
 mod slots;
 mod stage;
 mod survey;
@@ -160,7 +161,7 @@ impl Engine {
     pub fn is_of_a_job(&self, request: RequestId) -> bool {
         let mut slots = self.slots.iter();
         let of_a_job = |slot: &Slot| match &slot.request {
-            Request::Scrub(_) | Request::Resync(_) => true,
+            Request::Scrub(_) | Request::Resync(_) | Request::Skip(_) => true,
             Request::Flush(flush) => flush.is_of_a_job(),
             _ => false,
         };

@@ -12,6 +12,7 @@ use super::lateness::{Kind, Out};
 use super::read::Read;
 use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
+use super::skip::{Skip, SkipOrder};
 use super::write::{Content, Write, WriteOrder};
 use crate::common::operation::{OperationType, Reply};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -37,6 +38,7 @@ pub(super) enum Start {
     Confirm(Suspicion),
     Resync(ChunkId, ReplicaIndex, SectorRange),
     Scrub(ScrubOrder),
+    Skip(SkipOrder),
 }
 
 #[derive(Debug)]
@@ -46,6 +48,7 @@ pub(super) enum Request {
     Flush(Flush),
     Scrub(Scrub),
     Resync(Resync),
+    Skip(Skip),
     /// Retired, but an evicted or slow replica still has operations of it, whose buffers belong to
     /// the kernel.
     Orphaned,
@@ -92,6 +95,11 @@ impl Wanted {
                 repair,
                 spreads,
             }),
+            Work::Skip { replica, range } => Start::Skip(SkipOrder {
+                chunk: id,
+                replica,
+                range,
+            }),
             Work::Flush => return Self::Flush(Origin::Job(id)),
         })
     }
@@ -112,7 +120,7 @@ impl Start {
                 Content::Data(data) => data.len() as u64,
                 Content::Zeroes { .. } => 0,
             },
-            Self::Flush => 0,
+            Self::Skip(_) | Self::Flush => 0,
         }
     }
 
@@ -127,6 +135,7 @@ impl Start {
                 Request::Resync(Resync::begin(chunk, replica, range, context))
             }
             Self::Scrub(order) => Request::Scrub(Scrub::begin(order, context)),
+            Self::Skip(order) => Request::Skip(Skip::begin(order, context)),
         }
     }
 }
@@ -162,6 +171,10 @@ impl Request {
                 context.shared().loads().yielded(reply.replica);
                 resync.reply(reply, context)
             }
+            Self::Skip(skip) => {
+                context.shared().loads().yielded(reply.replica);
+                skip.reply(&reply, context)
+            }
             Self::Orphaned => {
                 // No request waits for it any more, but an error is an error (R4).
                 if let Err(errno) = reply.result {
@@ -180,6 +193,7 @@ impl Request {
             Self::Flush(flush) => flush.lock_granted(context),
             Self::Scrub(scrub) => scrub.lock_granted(context),
             Self::Resync(resync) => resync.lock_granted(context),
+            Self::Skip(skip) => skip.lock_granted(context),
             Self::Orphaned => unreachable!("waits for no lock"),
         }
     }
@@ -196,6 +210,7 @@ impl Request {
             Self::Flush(flush) => flush.evicted(evicted, context),
             Self::Scrub(scrub) => scrub.evicted(evicted, context),
             Self::Resync(resync) => resync.evicted(evicted, context),
+            Self::Skip(skip) => skip.evicted(evicted, context),
             Self::Orphaned => Progress::Retired,
         }
     }
@@ -208,6 +223,7 @@ impl Request {
             Self::Flush(flush) => flush.waiting_since(limit),
             Self::Scrub(scrub) => scrub.stage().waiting_since(limit),
             Self::Resync(resync) => resync.confirmation().waiting_since(limit),
+            Self::Skip(skip) => skip.waiting_since(limit),
             Self::Orphaned => ReplicaSet::EMPTY,
         }
     }
@@ -220,6 +236,7 @@ impl Request {
             Self::Flush(flush) => flush.out(policy.threshold),
             Self::Scrub(scrub) => Some(scrub.stage().out(Kind::Job, policy.threshold)),
             Self::Resync(resync) => Some(resync.confirmation().out(Kind::Job)),
+            Self::Skip(skip) => Some(skip.out()),
             Self::Orphaned => None,
         }
     }
@@ -240,6 +257,7 @@ impl Request {
             Self::Flush(flush) => flush.tally(),
             Self::Scrub(scrub) => Some(scrub.stage().tally()),
             Self::Resync(resync) => Some(resync.confirmation().tally()),
+            Self::Skip(skip) => Some(skip.tally()),
             Self::Orphaned => None,
         }
     }
@@ -260,6 +278,7 @@ impl Request {
             Self::Read(_) | Self::Scrub(_) | Self::Resync(_) => self
                 .confirmation()
                 .is_some_and(Confirmation::waits_for_lock),
+            Self::Skip(skip) => skip.waits_for_lock(),
             Self::Orphaned => false,
         }
     }
@@ -274,7 +293,7 @@ impl Request {
             Self::Read(read) => read.stage().confirmation(),
             Self::Scrub(scrub) => scrub.stage().confirmation(),
             Self::Resync(resync) => Some(resync.confirmation()),
-            Self::Write(_) | Self::Flush(_) | Self::Orphaned => None,
+            Self::Write(_) | Self::Flush(_) | Self::Skip(_) | Self::Orphaned => None,
         }
     }
 
@@ -287,6 +306,7 @@ impl Request {
             Self::Flush(flush) => flush.refers_to(),
             Self::Scrub(scrub) => scrub.stage().refers_to(),
             Self::Resync(resync) => resync.confirmation().refers_to(),
+            Self::Skip(skip) => skip.refers_to(),
             Self::Orphaned => ReplicaSet::EMPTY,
         }
     }
@@ -308,6 +328,7 @@ impl Request {
             Self::Flush(_) | Self::Orphaned => (OperationType::Flush, flush::NO_RANGE),
             Self::Scrub(scrub) => (scrub.stage().operation(), scrub.range()),
             Self::Resync(resync) => (resync.confirmation().operation(), resync.range()),
+            Self::Skip(skip) => (OperationType::Read, skip.range()),
         }
     }
 }

@@ -36,6 +36,13 @@ pub enum Work {
         /// Report corruption to [`super::Jobs::corruption_found`].
         spreads: bool,
     },
+    /// Find out how much of the range is a hole on every replica concerned, from its start on.
+    Skip {
+        /// The replica that a resync copies to. It is fresh then in what is skipped.
+        replica: Option<ReplicaIndex>,
+        /// The sectors.
+        range: SectorRange,
+    },
     /// Flush what the job has written.
     Flush,
 }
@@ -49,6 +56,8 @@ pub struct ChunkEnd {
     pub unreadable: u64,
     /// Sectors written.
     pub written: u64,
+    /// Sectors that need not be read.
+    pub skipped: u64,
     /// Sectors that could not be written.
     pub not_written: u64,
     /// Sectors without a winner.

@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
+use super::holes::HoleSizes;
 use super::pace::Pace;
-use super::task::Task;
+use super::task::{Task, Units};
 use super::{
     ChunkEnd, ChunkId, JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, Work,
 };
@@ -50,8 +51,10 @@ pub(super) struct Job {
 pub(super) struct InFlight {
     id: ChunkId,
     pub(super) began: Duration,
-    /// `None`: a flush.
+    /// `None`: a flush, or a question.
     pub(super) range: Option<SectorRange>,
+    /// It asks for holes.
+    pub(super) asks: bool,
 }
 
 impl Job {
@@ -170,7 +173,7 @@ impl Job {
 
     /// Flushes before it ends, also what it has written so far.
     pub(super) fn persist(&mut self) {
-        self.needs_flush |= !self.persists && self.written > 0;
+        self.needs_flush |= !self.persists && self.done_sectors > 0;
         self.persists = true;
     }
 
@@ -217,25 +220,29 @@ impl Job {
         Some(by_pace?.max(pass).max(now))
     }
 
-    /// Starts the next chunk: at most `most` sectors, in whole blocks. `None` if a pass of a resync
+    /// Starts the next chunk, in whole blocks. `None` if a pass of a resync
     /// ended.
     pub(super) fn next_chunk(
         &mut self,
         id: ChunkId,
         now: Duration,
-        most: u64,
-        block_sectors: u64,
+        units: Units,
         retry_after: Duration,
         health: &Health,
     ) -> Option<Work> {
+        let Units {
+            most,
+            block_sectors,
+            ..
+        } = units;
         let most = match self.speed_bytes / CHUNKS_PER_SECOND / SECTOR_BYTES {
             0 if self.speed_bytes == 0 => most,
             sectors => (sectors - sectors % block_sectors).clamp(block_sectors, most),
         };
-        let work = self.next_work(now, most, block_sectors, retry_after, health)?;
+        let work = self.next_work(now, Units { most, ..units }, retry_after, health)?;
         let range = match work {
             Work::Resync { range, .. } | Work::Scrub { range, .. } => Some(range),
-            Work::Flush => None,
+            Work::Skip { .. } | Work::Flush => None,
         };
         assert!(
             range.is_none_or(|range| (1..=most).contains(&range.count)),
@@ -255,6 +262,7 @@ impl Job {
             id,
             began: now,
             range,
+            asks: matches!(work, Work::Skip { .. }),
         });
         Some(work)
     }
@@ -262,8 +270,7 @@ impl Job {
     fn next_work(
         &mut self,
         now: Duration,
-        most: u64,
-        block_sectors: u64,
+        units: Units,
         retry_after: Duration,
         health: &Health,
     ) -> Option<Work> {
@@ -271,7 +278,7 @@ impl Job {
             self.needs_flush = false;
             return Some(Work::Flush);
         }
-        let work = self.task.next_work(most, block_sectors, health);
+        let work = self.task.next_work(units, health);
         if work.is_none() {
             self.end_pass(now, retry_after, health);
         }
@@ -286,6 +293,7 @@ impl Job {
             gained,
             failed,
             not_before,
+            holes,
         } = &mut self.task
         else {
             return;
@@ -299,14 +307,26 @@ impl Job {
             *not_before = now + retry_after;
         }
         (*cursor_sector, *gained, *failed) = (0, 0, false);
+        holes.restart();
     }
 
     /// Takes the result of a chunk, if it is one of this job.
-    pub(super) fn ended(&mut self, id: ChunkId, end: &ChunkEnd) -> Option<InFlight> {
+    pub(super) fn ended(
+        &mut self,
+        id: ChunkId,
+        end: &ChunkEnd,
+        holes: &HoleSizes,
+    ) -> Option<InFlight> {
         let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
         let chunk = self.in_flight.swap_remove(index);
         self.failed_flushes += u32::from(end.failed);
-        self.needs_flush |= self.persists && end.written > 0;
+        if chunk.asks {
+            self.task.answered(end.skipped, holes);
+            self.done_sectors += end.skipped;
+        }
+        let is_resync = matches!(self.task, Task::Resync { .. });
+        let changed = end.written > 0 || (is_resync && end.skipped > 0);
+        self.needs_flush |= self.persists && changed;
         self.found += end.found;
         self.unreadable += end.unreadable;
         self.written += end.written;

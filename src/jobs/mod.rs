@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+mod holes;
 mod info;
 mod job;
 mod neighbourhood;
@@ -34,13 +35,14 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
+pub use self::holes::HoleSizes;
 pub use self::info::{
     JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotStarted, UnknownJob,
 };
 use self::job::Job;
 use self::neighbourhood::Neighbourhood;
 use self::pace::{GuestRequests, Pace};
-use self::task::Task;
+use self::task::{Task, Units};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
     FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,
@@ -54,6 +56,8 @@ pub struct Sizes {
     pub chunk_sectors: u64,
     /// Sectors that are scrubbed on either side of corruption that a read finds; 0 turns it off.
     pub neighbourhood_sectors: u64,
+    /// Of questions for holes.
+    pub holes: HoleSizes,
 }
 
 impl Default for Sizes {
@@ -61,6 +65,7 @@ impl Default for Sizes {
         Self {
             chunk_sectors: FRAGMENT_BYTES_MAX / SECTOR_BYTES,
             neighbourhood_sectors: NEIGHBOURHOOD_BYTES / SECTOR_BYTES,
+            holes: HoleSizes::default(),
         }
     }
 }
@@ -294,7 +299,12 @@ impl Jobs {
         let most = self
             .pace
             .chunk_sectors(self.sizes.chunk_sectors, self.block_sectors);
-        let work = job.next_chunk(id, now, most, self.block_sectors, self.retry_after, health);
+        let units = Units {
+            most,
+            block_sectors: self.block_sectors,
+            holes: self.sizes.holes,
+        };
+        let work = job.next_chunk(id, now, units, self.retry_after, health);
         self.jobs.push_back(job);
         match work {
             Some(work) => {
@@ -318,9 +328,9 @@ impl Jobs {
         let holder = self
             .jobs
             .iter_mut()
-            .find_map(|job| Some((job.ended(id, end)?, job)));
+            .find_map(|job| Some((job.ended(id, end, &self.sizes.holes)?, job)));
         let (chunk, job) = holder.expect("a chunk in flight ends once");
-        self.pace.ended(now, guest, chunk.began);
+        self.pace.ended(now, guest, chunk.began, !chunk.asks);
         if job.kind() == JobKind::NeighbourhoodScrub
             && let Some(range) = chunk.range
         {

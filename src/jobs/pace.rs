@@ -128,20 +128,29 @@ impl Pace {
         self.in_flight += 1;
     }
 
-    /// A chunk that started at `began` has ended.
-    pub(super) fn ended(&mut self, now: Duration, guest: GuestRequests, began: Duration) {
+    /// A chunk that started at `began` has ended. `is_usual`: the next one takes as long.
+    pub(super) fn ended(
+        &mut self,
+        now: Duration,
+        guest: GuestRequests,
+        began: Duration,
+        is_usual: bool,
+    ) {
         self.observe(now, guest);
         assert!(self.in_flight > 0, "a chunk in flight ends once");
         self.in_flight -= 1;
-        self.took = now.saturating_sub(began);
-        let pause = self.took.as_secs_f64() * self.pause_factor();
+        let took = now.saturating_sub(began);
+        if is_usual {
+            self.took = took;
+        }
+        let pause = took.as_secs_f64() * self.pause_factor(took);
         let pause = Duration::from_secs_f64(pause.min(JOB_PAUSE_MAX.as_secs_f64()));
         self.not_before = self.not_before.max(now + pause);
     }
 
     /// When a chunk may start; `None` while enough are in flight.
     pub(super) fn ready_at(&self) -> Option<Duration> {
-        let most = if self.cost_at_most() <= COST_NOT_NOTICED {
+        let most = if self.cost_at_most(self.took) <= COST_NOT_NOTICED {
             JOB_CHUNKS_IN_FLIGHT_MAX
         } else {
             1
@@ -151,7 +160,7 @@ impl Pace {
 
     /// The longest chunk now.
     pub(super) fn chunk_sectors(&self, most: u64, block_sectors: u64) -> u64 {
-        let sectors = if self.cost_at_most() <= COST_MAX {
+        let sectors = if self.cost_at_most(self.took) <= COST_MAX {
             most
         } else {
             most.min(BUSY_CHUNK_SECTORS)
@@ -159,15 +168,15 @@ impl Pace {
         (sectors - sectors % block_sectors).max(block_sectors)
     }
 
-    /// The most that a chunk can cost, as a part of the guest's requests: each waits for it at most
-    /// for its duration.
-    fn cost_at_most(&self) -> f64 {
-        self.rate * self.took.as_secs_f64().max(1e-6)
+    /// The most that a chunk of this duration can cost, as a part of the guest's requests: each
+    /// waits for it at most for its duration.
+    fn cost_at_most(&self, took: Duration) -> f64 {
+        self.rate * took.as_secs_f64().max(1e-6)
     }
 
-    /// The pause after a chunk, in durations of the chunk.
-    fn pause_factor(&self) -> f64 {
-        let at_most = self.cost_at_most().min(1.0);
+    /// The pause after a chunk of this duration, in durations of the chunk.
+    fn pause_factor(&self, took: Duration) -> f64 {
+        let at_most = self.cost_at_most(took).min(1.0);
         if at_most <= COST_MAX {
             return 0.0;
         }
@@ -201,7 +210,7 @@ mod tests {
             let guest = GuestRequests(requests as u64);
             match in_flight {
                 Some(began) if now >= began + chunk => {
-                    pace.ended(now, guest, began);
+                    pace.ended(now, guest, began, true);
                     in_flight = None;
                 }
                 None if jobs && pace.ready_at().is_some_and(|at| at <= now) => {

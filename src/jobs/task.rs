@@ -3,9 +3,19 @@
 use std::time::Duration;
 
 use super::Work;
+use super::holes::{HoleSizes, Holes};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::quorum::health::Health;
+
+/// In which units the work is done, in sectors.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Units {
+    /// The longest chunk that reads.
+    pub(super) most: u64,
+    pub(super) block_sectors: u64,
+    pub(super) holes: HoleSizes,
+}
 
 /// What is left to do.
 #[derive(Debug)]
@@ -20,11 +30,13 @@ pub(super) enum Task {
         failed: bool,
         /// When the next pass may start.
         not_before: Duration,
+        holes: Holes,
     },
     Scrub {
         repair: bool,
         cursor_sector: u64,
         end_sector: u64,
+        holes: Holes,
     },
     Neighbourhood {
         left: RangeSet,
@@ -39,6 +51,7 @@ impl Task {
             gained: 0,
             failed: false,
             not_before: Duration::ZERO,
+            holes: Holes::default(),
         }
     }
 
@@ -47,6 +60,7 @@ impl Task {
             repair,
             cursor_sector: 0,
             end_sector,
+            holes: Holes::default(),
         }
     }
 
@@ -57,6 +71,7 @@ impl Task {
     /// Whether a chunk can start, or a pass can end.
     pub(super) fn has_work(&self, in_flight: bool, health: &Health) -> bool {
         match self {
+            Self::Resync { holes, .. } | Self::Scrub { holes, .. } if holes.is_asking() => false,
             Self::Resync {
                 replica,
                 cursor_sector,
@@ -81,7 +96,12 @@ impl Task {
             Self::Resync { replica, .. } => {
                 health.in_service().contains(*replica) && health.next_stale(*replica, 0).is_none()
             }
-            Self::Scrub { .. } | Self::Neighbourhood { .. } => !self.has_work(false, health),
+            Self::Scrub {
+                cursor_sector,
+                end_sector,
+                ..
+            } => cursor_sector >= end_sector,
+            Self::Neighbourhood { left } => left.is_empty(),
         }
     }
 
@@ -97,21 +117,30 @@ impl Task {
         }
     }
 
-    /// Takes the next chunk: at most `most` sectors, in whole blocks. `None` if a pass of a resync
-    /// ended.
-    pub(super) fn next_work(
-        &mut self,
-        most: u64,
-        block_sectors: u64,
-        health: &Health,
-    ) -> Option<Work> {
+    /// Takes the next chunk, in whole blocks: a question for holes, or at most [`Units::most`]
+    /// sectors. `None` if a pass of a resync ended.
+    pub(super) fn next_work(&mut self, units: Units, health: &Health) -> Option<Work> {
+        let Units {
+            most,
+            block_sectors,
+            holes: sizes,
+        } = units;
         match self {
             Self::Resync {
                 replica,
                 cursor_sector,
+                holes,
                 ..
             } => {
                 let stale = health.next_stale(*replica, *cursor_sector)?;
+                let blank = health.first_blank(*replica, stale);
+                let blank = blank.filter(|blank| blank.start == stale.start);
+                if let Some(blank) = blank.filter(|blank| holes.is_due(*blank, &sizes)) {
+                    let range = chunk_of(blank, sizes.locked, block_sectors);
+                    holes.ask(range);
+                    let replica = Some(*replica);
+                    return Some(Work::Skip { replica, range });
+                }
                 let range = chunk_of(stale, most, block_sectors);
                 *cursor_sector = range.end();
                 Some(Work::Resync {
@@ -123,7 +152,15 @@ impl Task {
                 repair,
                 cursor_sector,
                 end_sector,
+                holes,
             } => {
+                let left = SectorRange::new(*cursor_sector, *end_sector - *cursor_sector);
+                if holes.is_due(left, &sizes) {
+                    let range = SectorRange::new(left.start, left.count.min(sizes.asked));
+                    holes.ask(range);
+                    let replica = None;
+                    return Some(Work::Skip { replica, range });
+                }
                 let count = most.min(*end_sector - *cursor_sector);
                 let range = SectorRange::new(*cursor_sector, count);
                 *cursor_sector = range.end();
@@ -144,6 +181,29 @@ impl Task {
                     spreads: true,
                 })
             }
+        }
+    }
+}
+
+impl Task {
+    /// The answer to a question for holes: so many sectors are skipped.
+    pub(super) fn answered(&mut self, skipped: u64, sizes: &HoleSizes) {
+        match self {
+            Self::Resync {
+                cursor_sector,
+                holes,
+                gained,
+                ..
+            } => {
+                *cursor_sector = holes.answered(skipped, sizes);
+                *gained += skipped;
+            }
+            Self::Scrub {
+                cursor_sector,
+                holes,
+                ..
+            } => *cursor_sector = holes.answered(skipped, sizes),
+            Self::Neighbourhood { .. } => unreachable!("it asks for no holes"),
         }
     }
 }

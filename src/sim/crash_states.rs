@@ -221,7 +221,9 @@ impl<'a> State<'a> {
                 Effect::Wake(..) | Effect::ContentsDiffer(_) => {
                     unreachable!("one worker, no blkverify")
                 }
-                Effect::JobChanged(_) | Effect::Released(_) => unreachable!("no operator"),
+                Effect::JobChanged(_) | Effect::Released(_) | Effect::Equal(..) => {
+                    unreachable!("no operator")
+                }
             }
         }
     }
@@ -261,7 +263,7 @@ impl<'a> State<'a> {
         let (held, case) = (&mut self.held[replica], self.case);
         let mut covers = [None; SECTORS];
         let act = match &operation.action {
-            Action::Read { .. } | Action::Zero { .. } => {
+            Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. } => {
                 unreachable!("no history reads or discards")
             }
             Action::Write { range, data, .. } => {
@@ -332,7 +334,8 @@ impl<'a> State<'a> {
                 }
             }
             (Action::Flush, true) => held.dirty = [None; SECTORS],
-            (Action::Write { .. }, true) | (Action::Read { .. } | Action::Zero { .. }, _) => {}
+            (Action::Write { .. }, true) => {}
+            (Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. }, _) => {}
         }
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
         self.engine

@@ -49,6 +49,8 @@ pub enum Effect {
     JobChanged(JobEvent),
     /// A removed replica's place is free.
     Released(ReplicaIndex),
+    /// A resync takes the copy of a replica for fresh, without having written to it.
+    Equal(ReplicaIndex, SectorRange),
     /// A `--blkverify` disk differs.
     ContentsDiffer(SectorRange),
 }
@@ -89,7 +91,11 @@ impl Effects for Collected {
         self.push(Effect::Report(report));
     }
 
-    fn count(&mut self, _fact: Fact) {}
+    fn count(&mut self, fact: Fact) {
+        if let Fact::Equal(replica, range) = fact {
+            self.push(Effect::Equal(replica, range));
+        }
+    }
 
     fn repaired(&mut self, _replica: ReplicaIndex, _range: SectorRange) {}
 

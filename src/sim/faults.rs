@@ -73,7 +73,13 @@ impl World {
     fn rot(&mut self, replica: usize) {
         let sector = self.random.index(self.changed_at.len());
         self.rotten += 1;
-        let value = Value::rotten(self.rotten);
+        // The file system may lose the extent.
+        let becomes_hole = self.plan.asks_for_holes() && self.random.below(3) == 0;
+        let zero = Value::written(0, sector);
+        let value = match becomes_hole && self.replicas[replica].value(sector) != zero {
+            true => zero,
+            false => Value::rotten(self.rotten),
+        };
         if self.replicas[replica].rot(sector, value) {
             trace!(self, at 1 << sector, "replica {replica}: {sector} rots to {value}");
             self.ledger.any = true;

@@ -408,6 +408,7 @@ impl World {
                 Effect::HealthChanged => self.tick_wanted = (1 << self.plan.workers) - 1,
                 Effect::JobChanged(event) => self.job_reported(event)?,
                 Effect::Released(replica) => self.released(replica)?,
+                Effect::Equal(replica, range) => self.found_equal(replica.as_usize(), range)?,
                 Effect::ContentsDiffer(_) => {
                     return Err(Violation::new("blkverify", "the disk has no --blkverify"));
                 }

@@ -10,7 +10,9 @@ use super::Violation;
 use super::effects::{SECTOR_LEN, fill, number_of, parse};
 use super::model::Value;
 use super::plan::{bits, widen};
-use super::state::{Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, trace};
+use super::state::{
+    Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, show, trace,
+};
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
 use crate::engine::ReadPattern;
@@ -37,7 +39,8 @@ impl World {
             }
             Action::Read { range, .. }
             | Action::Write { range, .. }
-            | Action::Zero { range, .. } => {
+            | Action::Zero { range, .. }
+            | Action::FindData { range, .. } => {
                 if range.count == 0 || range.start < disk.start || range.end() > disk.end() {
                     let text = format!("{operation:?} is not on the disk");
                     return Err(Violation::new("range", text));
@@ -53,7 +56,7 @@ impl World {
                             .then(|| self.guest_zero(replica, *range))
                             .transpose()?
                     }
-                    Action::Read { .. } | Action::Flush => None,
+                    Action::Read { .. } | Action::FindData { .. } | Action::Flush => None,
                 };
                 (self.plan.mask(*range), write)
             }
@@ -72,7 +75,7 @@ impl World {
             Action::Write { .. } | Action::Zero { .. } => {
                 self.staleness.writes(replica, sectors, self.overlapped);
             }
-            Action::Read { .. } => {}
+            Action::Read { .. } | Action::FindData { .. } => {}
         }
         let part = self.engines[self.input_from].reads_part(&operation);
         let background = self.engines[self.input_from].is_of_a_job(operation.request);
@@ -91,6 +94,7 @@ impl World {
             operation,
             fault: Fault::None,
             sectors,
+            data: 0,
             write,
             part,
             submitted_at: self.clock,
@@ -199,7 +203,8 @@ impl World {
 
     /// Injects a fault into the operation, or none.
     fn draw_fault(&mut self, flight: &mut Flight) {
-        if self.faults_ended || !self.plan.is_faulty(flight.replica()) {
+        let asks = matches!(flight.operation.action, Action::FindData { .. });
+        if asks || self.faults_ended || !self.plan.is_faulty(flight.replica()) {
             return;
         }
         if self.full_until > self.clock && !matches!(flight.operation.action, Action::Read { .. }) {
@@ -251,11 +256,13 @@ impl World {
             if flight.replica() != replica || flight.done.is_some() || flight.fault != Fault::None {
                 continue;
             }
-            flight.fault = Fault::Error;
-            flight.sectors &= match flight.operation.action {
+            let by_action = match flight.operation.action {
+                Action::FindData { .. } => continue,
                 Action::Read { .. } => 0,
                 Action::Write { .. } | Action::Zero { .. } | Action::Flush => self.random.bits(),
             };
+            flight.fault = Fault::Error;
+            flight.sectors &= by_action;
         }
         self.ledger.any = true;
     }
@@ -286,7 +293,7 @@ impl World {
         let defect = match flight.operation.action {
             Action::Read { .. } => self.ledger.unreadable[replica],
             Action::Write { .. } | Action::Zero { .. } => self.ledger.unwritable[replica],
-            Action::Flush => 0,
+            Action::FindData { .. } | Action::Flush => 0,
         };
         if defect & now != 0 {
             flight.fault = Fault::Error;
@@ -298,6 +305,13 @@ impl World {
         };
         match &mut flight.operation.action {
             Action::Flush => self.write_back(replica, now),
+            Action::FindData { .. } => {
+                let unreadable = self.ledger.unreadable[replica];
+                let is_data = |sector: &usize| {
+                    unreadable >> sector & 1 == 1 || !self.replicas[replica].is_hole(*sector)
+                };
+                flight.data |= bits(now).filter(is_data).fold(0, |mask, s| mask | 1 << s);
+            }
             Action::Read { range, into } => {
                 for sector in bits(now) {
                     let start = bytes_of(sector, range);
@@ -382,6 +396,44 @@ impl World {
         }
     }
 
+    /// W8: a resync takes the copy of a replica for fresh without having written to it. It holds
+    /// what every copy holds that is fresh and right.
+    pub(super) fn found_equal(&mut self, replica: usize, range: SectorRange) -> Checked {
+        let sectors = self.plan.mask(range);
+        trace!(self, at sectors, "replica {replica}: {} is equal", show(range));
+        self.doubt_repair(sectors);
+        for sector in bits(sectors) {
+            let (value, bit) = (self.replicas[replica].value(sector), 1 << sector);
+            let differs = |r: &usize| self.replicas[*r].value(sector) != value;
+            // What is corrupt may have become so since the answer.
+            let wrong = |r: &usize| self.ledger.wrong(*r) & bit != 0;
+            let excused = |r: &usize| (self.ledger.excused[*r] | self.ledger.mixed) & bit != 0;
+            if wrong(&replica) && value != Value::written(0, sector) {
+                continue;
+            }
+            let others = || self.members().filter(|r| *r != replica);
+            let against = others().any(|r| differs(&r) && !excused(&r) && !wrong(&r));
+            let votes = others().filter(|r| !differs(r) || wrong(r)).count();
+            if against || votes < self.plan.threshold {
+                let text = format!("{sector} is {value} on replica {replica}, and not on others");
+                return Err(Violation::new("W8", text).at(bit));
+            }
+            if self.model.is_permitted(sector, value, self.now) {
+                self.ledger.repaired(replica, bit);
+            } else {
+                self.mark_corrupt(replica, bit);
+            }
+        }
+        self.ledger.excused[replica] &= !sectors;
+        // It is durable after the next flush, like a copy.
+        self.staleness.writes(replica, sectors, self.overlapped);
+        self.staleness.has_written(replica, sectors);
+        for written in &mut self.ledger.written {
+            *written |= sectors;
+        }
+        Ok(())
+    }
+
     /// Whether the value is older than that of a durable write which the replicas have written, and
     /// which is about to be answered.
     fn undoes_write(&self, sector: usize, value: Value) -> bool {
@@ -404,11 +456,18 @@ impl World {
 
     /// The operation ends on the replica; its reply can be delivered.
     fn end_operation(&mut self, index: usize) {
-        let flight = &self.flights[index];
+        let flight = &mut self.flights[index];
         let (replica, fault) = (flight.replica(), flight.fault);
         let range = flight.range();
-        match &flight.operation.action {
+        match &mut flight.operation.action {
             Action::Read { .. } => {}
+            Action::FindData {
+                range,
+                hole_sectors,
+            } => {
+                let hole = u64::from((flight.data >> range.start).trailing_zeros());
+                *hole_sectors = hole.min(range.count);
+            }
             Action::Write { .. } | Action::Zero { .. } => {
                 // Also what it did write: the checks may expect less than is there.
                 if fault == Fault::Lost {

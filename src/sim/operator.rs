@@ -1,8 +1,8 @@
 //! What the operator does while the guest runs: adds and removes replicas, grows the disk, begins,
 //! pauses and cancels jobs.
 //!
-//! A replica that was added begins with bytes that no write has written, so that a read which
-//! returns them is a violation.
+//! A replica that was added begins with bytes that no write has written, or with holes, so that a
+//! read which returns them is a violation.
 
 use std::time::Duration;
 
@@ -102,7 +102,12 @@ impl World {
         self.statistics.added += 1;
         let sectors = self.changed_at.len();
         let mut replica = SimReplica::new(sectors);
-        for sector in 0..sectors {
+        // A new file is a hole.
+        let holes = match self.plan.asks_for_holes() {
+            true => [0, u64::MAX, self.random.bits()][self.random.index(3)],
+            false => 0,
+        };
+        for sector in (0..sectors).filter(|sector| holes >> sector & 1 == 0) {
             self.rotten += 1;
             replica.rot(sector, Value::rotten(self.rotten));
         }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::random::Random;
 use crate::common::SectorRange;
 use crate::engine::ReadPattern;
-use crate::jobs::Sizes;
+use crate::jobs::{HoleSizes, Sizes};
 
 /// Sectors of a simulated disk, at most: a set of sectors is a mask of 64 bits.
 pub const SECTORS_MAX: u64 = 64;
@@ -205,6 +205,7 @@ impl Plan {
             job_sizes: Sizes {
                 chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
+                holes: HoleSizes::default(),
             },
             overlap: 0,
         };
@@ -213,7 +214,27 @@ impl Plan {
         if plan.workers > 1 {
             plan.overlap = random.pick(&[0, OFTEN * 4, HALF]);
         }
+        plan.choose_holes(&mut random.clone());
         plan
+    }
+
+    /// Half of all disks are too small for questions.
+    fn choose_holes(&mut self, random: &mut Random) {
+        if random.below(2) == 0 {
+            return;
+        }
+        let block = self.block_sectors;
+        self.job_sizes.holes = HoleSizes {
+            asked: block * random.pick(&[1, 5, 64]),
+            locked: block * random.pick(&[1, 4, 64]),
+            read_min: block * random.pick(&[1, 1, 3]),
+            read_max: block * random.pick(&[4, 16]),
+        };
+    }
+
+    /// Whether jobs ask where the replicas have holes.
+    pub fn asks_for_holes(&self) -> bool {
+        self.job_sizes.holes.read_min <= SECTORS_MAX
     }
 
     fn choose_slowness(&mut self, random: &mut Random) {

@@ -53,6 +53,14 @@ impl SimReplica {
         self.cached[sector]
     }
 
+    /// Whether the file system has nothing stored there. It looks at what it has on disk, or is
+    /// about to write: a page that it could not write back may hold something else.
+    pub fn is_hole(&self, sector: usize) -> bool {
+        let is_lost = self.lost >> sector & 1 == 1;
+        let stored = if is_lost { &self.durable } else { &self.cached };
+        stored[sector] == Value::written(0, sector)
+    }
+
     /// What would be left of the sector after a crash now.
     pub fn durable(&self, sector: usize) -> Value {
         self.durable[sector]

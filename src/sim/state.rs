@@ -229,6 +229,8 @@ pub(super) struct Flight {
     pub(super) fault: Fault,
     /// The sectors on which it has still to take effect, a mask.
     pub(super) sectors: u64,
+    /// Of a question: where it has seen data, a mask.
+    pub(super) data: u64,
     /// The number of the guest write that it belongs to.
     pub(super) write: Option<u64>,
     /// It reads a part of a range whose read has failed.
@@ -315,6 +317,7 @@ impl Flight {
             (Action::Write { .. }, Some(_)) => "write",
             (Action::Write { .. }, None) => "rewrite",
             (Action::Zero { .. }, _) => "zero",
+            (Action::FindData { .. }, _) => "question",
             (Action::Flush, _) => "flush",
         }
     }
@@ -350,7 +353,8 @@ impl Flight {
         match &self.operation.action {
             Action::Read { range, .. }
             | Action::Write { range, .. }
-            | Action::Zero { range, .. } => Some(*range),
+            | Action::Zero { range, .. }
+            | Action::FindData { range, .. } => Some(*range),
             Action::Flush => None,
         }
     }

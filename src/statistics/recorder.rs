@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::counter::Counter;
 use super::{Operations, ReplicaTotals, RequestKind, WorkerStatistics};
 use crate::common::clock::TurnClock;
-use crate::common::operation::{Operation, Reply};
+use crate::common::operation::{Action, Operation, Reply};
 use crate::common::report::{Cause, Fact, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 
@@ -73,8 +73,11 @@ impl Recorder {
         self.statistics.rejected.add(1);
     }
 
-    /// An operation on a replica starts.
+    /// An operation on a replica starts. Questions for holes are not counted.
     pub fn operation_begun(&self, operation: &Operation) {
+        if matches!(operation.action, Action::FindData { .. }) {
+            return;
+        }
         let (kind, _) = operation.action.describe();
         self.statistics.replicas[operation.replica.as_usize()][kind as usize]
             .begun
@@ -83,6 +86,9 @@ impl Recorder {
 
     /// An operation on a replica has ended.
     pub fn operation_ended(&self, reply: &Reply, since: Since) {
+        if matches!(reply.action, Action::FindData { .. }) {
+            return;
+        }
         let (kind, range) = reply.action.describe();
         let operations = &self.statistics.replicas[reply.replica.as_usize()][kind as usize];
         self.ended(operations, range.bytes(), since, reply.result.is_ok());
@@ -118,6 +124,9 @@ impl Recorder {
             Fact::ConfirmationWithoutFault => self.statistics.confirmations_without_fault.add(1),
             Fact::SectorsResynced(replica, sectors) => {
                 self.totals(replica).sectors_resynced.add(sectors);
+            }
+            Fact::Equal(replica, range) => {
+                self.totals(replica).sectors_resynced.add(range.count);
             }
             Fact::SectorsNotRepaired(replica, sectors) => {
                 self.totals(replica).sectors_not_repaired.add(sectors);

@@ -29,7 +29,7 @@ impl WorkerControl {
             let done = done.clone();
             mailbox.send(Message::SetFile {
                 replica,
-                file,
+                file: file.clone(),
                 done,
             });
         }

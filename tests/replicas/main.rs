@@ -16,4 +16,5 @@ mod missed_writes;
 mod same_as_qemu;
 mod silent_images;
 mod slow_replicas;
+mod sparse_images;
 mod voting;

@@ -176,6 +176,8 @@ impl Disk {
                 }
                 Ok(())
             }
+            // No holes.
+            Action::FindData { .. } => Ok(()),
             action => panic!("{action:?}"),
         };
         let reply = operation.reply(result);

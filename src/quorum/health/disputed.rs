@@ -12,7 +12,7 @@
 //! have failed, or fail, after them. A fresh member proves nothing before it has flushed: it may
 //! have lost the same write, and report that with its next flush.
 
-use super::Health;
+use super::{Health, Writing};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 
@@ -125,6 +125,18 @@ impl Health {
         sets.chain(unconfirmed).fold(vec![range], |parts, set| {
             runs::without(&parts, &set.within(range))
         })
+    }
+
+    /// Whether nothing was written in `range` since the last flush that has succeeded on `replica`.
+    /// Elsewhere writeback may have failed, and the error is to come.
+    pub fn is_confirmed(&self, replica: ReplicaIndex, range: SectorRange) -> bool {
+        let state = &self.replicas[replica.as_usize()];
+        let unconfirmed = state.unconfirmed.iter().map(|(_, written)| written);
+        let mut sets = [&state.rewritten, &self.written]
+            .into_iter()
+            .chain(unconfirmed);
+        let is_writing = |writing: &Writing| writing.range.overlaps(range);
+        !sets.any(|set| set.overlaps(range)) && !self.writing.iter().any(|(_, w)| is_writing(w))
     }
 
     /// The parts of `range` in which `replica` is doubtful, in order.

@@ -178,6 +178,12 @@ impl Health {
         self.replicas[replica.as_usize()].stale.first_within(rest)
     }
 
+    /// The first part of `range` in which `replica` is stale and has not been written to since it
+    /// was added.
+    pub fn first_blank(&self, replica: ReplicaIndex, range: SectorRange) -> Option<SectorRange> {
+        self.replicas[replica.as_usize()].blank.first_within(range)
+    }
+
     /// Where `replica` is stale.
     pub fn stale_ranges(&self, replica: ReplicaIndex) -> RangeSet {
         let state = self.replicas.get(replica.as_usize());

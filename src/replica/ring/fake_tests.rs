@@ -35,7 +35,11 @@ impl Setup {
     /// The kernel has no room to register the arena.
     fn without_arena() -> Self {
         let kernel = FakeKernel::new();
-        let files = [10, 11, 12, 13].map(|fd| RingFile { fd, cached: true });
+        let files = [10, 11, 12, 13].map(|fd| RingFile {
+            fd,
+            cached: true,
+            holes: None,
+        });
         Self {
             ring: Ring::with_kernel(kernel.clone(), &files).unwrap(),
             kernel,
@@ -447,6 +451,7 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
     let direct = RingFile {
         fd: 20,
         cached: false,
+        holes: None,
     };
     setup.ring.set_file(REPLICA, Some(direct)).unwrap();
     assert_eq!(setup.kernel.file(2), 20);

@@ -8,6 +8,7 @@
 
 #[cfg(test)]
 pub(crate) mod fake_kernel;
+mod holes;
 pub(crate) mod kernel;
 mod operation;
 mod table;
@@ -15,12 +16,15 @@ mod table;
 use std::collections::VecDeque;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, RawFd};
+use std::sync::Arc;
 use std::time::Duration;
 
 use io_uring::{opcode, squeue};
 use log::debug;
 use rustix::fs::{OFlags, fcntl_getfl};
+use vmm_sys_util::eventfd::EventFd;
 
+use self::holes::{HoleFile, Questions};
 use self::kernel::{Kernel, KernelCompletion, Uring};
 use self::operation::{Next, PendingOperation};
 use self::table::{PendingWatch, Table, WatchState, Work};
@@ -40,6 +44,9 @@ const LONG_WRITES_MAX: usize = 64;
 /// The user data of submissions whose completion has no meaning: those that cancel a watch. No
 /// entry of the table has it.
 const CANCELLATION: u64 = u64::MAX;
+
+/// The watch of the answers to questions for holes.
+const ANSWERS: WatchToken = WatchToken(u32::MAX);
 
 /// A result of [`Ring::enter`].
 #[derive(Debug)]
@@ -74,20 +81,26 @@ pub struct Watch {
 }
 
 /// The file of a replica as a ring uses it.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct RingFile {
     fd: RawFd,
     /// Writes go through the page cache.
     cached: bool,
+    /// To ask for holes. It does not keep the image locked.
+    holes: Option<HoleFile>,
 }
 
 impl RingFile {
     /// The file behind `file`, which must stay open as long as a ring uses it.
     pub fn of(file: &impl AsFd) -> Self {
         let flags = fcntl_getfl(file);
+        let cached = flags.is_ok_and(|flags| !flags.contains(OFlags::DIRECT));
+        let file = file.as_fd();
+        let copy = file.try_clone_to_owned().ok().map(Arc::new);
         Self {
-            fd: file.as_fd().as_raw_fd(),
-            cached: flags.is_ok_and(|flags| !flags.contains(OFlags::DIRECT)),
+            fd: file.as_raw_fd(),
+            cached,
+            holes: copy.map(|file| HoleFile { file, cached }),
         }
     }
 }
@@ -102,6 +115,10 @@ pub struct Ring<K: Kernel = Uring> {
     arena_registered: bool,
     /// The replicas that are written through the page cache.
     cached: ReplicaSet,
+    /// By replica.
+    hole_files: Vec<Option<HoleFile>>,
+    /// `None` until the first question.
+    questions: Option<Questions>,
     completions: VecDeque<Completion>,
 }
 
@@ -125,6 +142,8 @@ impl<K: Kernel> Ring<K> {
         }
         kernel.register_files(&places)?;
         let replicas = ReplicaSet::first(files.len());
+        let mut hole_files: Vec<_> = files.iter().map(|file| file.holes.clone()).collect();
+        hole_files.resize_with(REPLICAS_MAX, || None);
         Ok(Self {
             kernel,
             table: Table::new(),
@@ -134,6 +153,8 @@ impl<K: Kernel> Ring<K> {
                 .iter()
                 .filter(|replica| files[replica.as_usize()].cached)
                 .collect(),
+            hole_files,
+            questions: None,
             completions: VecDeque::new(),
         })
     }
@@ -155,7 +176,8 @@ impl<K: Kernel> Ring<K> {
 
     /// The replicas with operations in flight.
     pub fn busy_replicas(&self) -> ReplicaSet {
-        self.table.busy_replicas()
+        let asked = self.questions.as_ref().map(Questions::replicas);
+        self.table.busy_replicas().or(asked.unwrap_or_default())
     }
 
     /// Whether completions wait for the next [`Self::enter`]: a full completion queue was emptied
@@ -166,7 +188,7 @@ impl<K: Kernel> Ring<K> {
 
     /// How many operations are in flight.
     pub fn operations(&self) -> usize {
-        self.table.operations()
+        self.table.operations() + self.questions.as_ref().map_or(0, Questions::len)
     }
 
     /// Whether kernel threads are busy with long writes. They need the CPU, and take longer than
@@ -196,17 +218,21 @@ impl<K: Kernel> Ring<K> {
     /// If operations on the replica are in flight: they could reach the wrong file.
     pub fn set_file(&mut self, replica: ReplicaIndex, file: Option<RingFile>) -> io::Result<()> {
         assert!(
-            !self.table.busy_replicas().contains(replica),
+            !self.busy_replicas().contains(replica),
             "the file of replica {} is replaced while operations are in flight",
             replica.0
         );
-        let fd = file.map_or(-1, |file| file.fd);
+        let fd = file.as_ref().map_or(-1, |file| file.fd);
         self.kernel.replace_file(u32::from(replica.0), fd)?;
-        if file.is_some_and(|file| file.cached) {
+        if file.as_ref().is_some_and(|file| file.cached) {
             self.cached.insert(replica);
         } else {
             self.cached.remove(replica);
         }
+        if let Some(questions) = &mut self.questions {
+            questions.forget(replica);
+        }
+        self.hole_files[replica.as_usize()] = file.and_then(|file| file.holes);
         self.ways.forget(replica);
         Ok(())
     }
@@ -216,10 +242,41 @@ impl<K: Kernel> Ring<K> {
     /// # Errors
     /// If the ring has become unusable.
     pub fn push(&mut self, operation: Operation, since: Since) -> io::Result<()> {
+        if let Action::FindData { .. } = operation.action {
+            return self.ask(operation, since);
+        }
         let in_thread = self.is_for_thread(&operation);
         let operation = PendingOperation::new(operation, in_thread, since, &self.ways);
         let slot = self.table.insert_operation(operation);
         self.submit_slot(slot)
+    }
+
+    /// Has a thread find out what io_uring cannot.
+    #[cold]
+    fn ask(&mut self, operation: Operation, since: Since) -> io::Result<()> {
+        if self.questions.is_none() {
+            let event = Arc::new(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?);
+            // Never unwatched: it lasts as long as the ring.
+            self.watch(&*event, ANSWERS)?;
+            self.questions = Some(Questions::new(event));
+        }
+        let file = self.hole_files[operation.replica.as_usize()].as_ref();
+        if let Some(questions) = &mut self.questions {
+            questions.ask(operation, since, file);
+        }
+        Ok(())
+    }
+
+    /// Takes the answers that have come.
+    #[cold]
+    fn answered(&mut self) {
+        let Some(questions) = &mut self.questions else {
+            return;
+        };
+        let replies = questions
+            .take()
+            .map(|(operation, since)| Completion::Reply(operation.reply(Ok(())), since));
+        self.completions.extend(replies);
     }
 
     /// Reports each write to `fd`, an eventfd, from now on, and once if it is readable already. The
@@ -315,11 +372,12 @@ impl<K: Kernel> Ring<K> {
             }
             (slot, Work::Watch(watch)) => {
                 let is_armed = watch.state == WatchState::Armed;
-                if is_armed {
-                    self.completions
-                        .push_back(Completion::Readable(watch.token));
+                let token = watch.token;
+                let answered = is_armed && token == ANSWERS;
+                if is_armed && !answered {
+                    self.completions.push_back(Completion::Readable(token));
                 }
-                match (is_armed, completion.more) {
+                let result = match (is_armed, completion.more) {
                     (_, true) => Ok(()),
                     (false, false) => {
                         self.table.remove_watch(slot);
@@ -332,7 +390,11 @@ impl<K: Kernel> Ring<K> {
                         watch.state = WatchState::Failed;
                         Ok(())
                     }
+                };
+                if answered {
+                    self.answered();
                 }
+                result
             }
         }
     }

@@ -89,6 +89,7 @@ impl PendingOperation {
         let step = match &operation.action {
             Action::Zero { unmap, .. } => Step::Zeroing(ways.best(operation.replica, *unmap)),
             Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Whole,
+            Action::FindData { .. } => unreachable!("the kernel is not asked for holes"),
         };
         Self {
             operation,
@@ -141,7 +142,7 @@ impl PendingOperation {
                 }
             }
             (Action::Zero { range, .. }, Step::Zeroing(way)) => zero(file, way, *range, done),
-            (Action::Zero { .. } | Action::Flush, _) => sync(file),
+            (Action::Zero { .. } | Action::FindData { .. } | Action::Flush, _) => sync(file),
         }
     }
 
@@ -220,7 +221,7 @@ impl PendingOperation {
             | (Action::Zero { range, .. }, Step::Zeroing(_)) => {
                 Some(len_of(range.bytes()) - self.done_bytes)
             }
-            (Action::Zero { .. } | Action::Flush, _) => None,
+            (Action::Zero { .. } | Action::FindData { .. } | Action::Flush, _) => None,
         }
     }
 
