@@ -202,6 +202,10 @@ pub const HOLE_READ_BYTES_MIN: u64 = 4 << 20;
 /// And at most so many: where there are no holes, the questions cost nothing in comparison.
 pub const HOLE_READ_BYTES_MAX: u64 = 256 << 20;
 
+/// While the guest waits for a replica longer than the limit of the operation, jobs begin one chunk
+/// in so many replica timeouts.
+pub const JOB_GIVES_WAY: u32 = LATE_LONG_LIMIT;
+
 /// Failed flushes after which a resync ends with an error.
 pub const FAILED_FLUSHES_MAX: u32 = 3;
 

@@ -35,6 +35,7 @@ impl Engine {
     pub(super) fn next_chunk(&mut self, effects: &mut impl Effects) -> Option<Chunk> {
         let core = &mut self.core;
         let (now, guest) = (core.clock.now(), core.shared.guest_requests());
+        let waits = core.shared.guest_waits();
         let background = &mut core.background;
         let report = |event| effects.job_changed(event);
         let next = core.shared.jobs(report, |jobs, health| {
@@ -44,6 +45,7 @@ impl Engine {
             if background.is_stopped() {
                 Next::Nothing
             } else {
+                jobs.guest_waits(waits);
                 jobs.next(now, guest, health)
             }
         });

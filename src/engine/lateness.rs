@@ -129,6 +129,8 @@ pub(super) struct Lateness {
     seen: [Seen; REPLICAS_MAX],
     /// When other workers were last asked to look.
     asked_at: Duration,
+    /// What jobs know: the guest waits for a replica longer than it should.
+    pub(super) guest_waits: bool,
 }
 
 /// The longest time that an operation has taken in a window of time, and in the one before.
@@ -157,6 +159,7 @@ impl Lateness {
             longest: [[Longest::default(); REPLICAS_MAX]; KINDS],
             seen: [Seen::default(); REPLICAS_MAX],
             asked_at: Duration::ZERO,
+            guest_waits: false,
         }
     }
 
@@ -264,6 +267,14 @@ impl Lateness {
         let twice = longest.max().unwrap_or_default() * 2;
         let counted = now.saturating_sub(asked_at.max(seen.yielded_at));
         counted >= twice.clamp(limit, limit * MOST)
+    }
+
+    /// Whether a request of the guest waits for a replica longer than the limit of its kind,
+    /// whatever the reason.
+    pub(super) fn keeps_guest_waiting(&self, out: &Out, now: Duration) -> bool {
+        let held = |replica| now.saturating_sub(out.asked_at(replica));
+        let mut waiting = out.waiting.iter();
+        out.kind != Kind::Job && waiting.any(|replica| held(replica) >= self.limit(out.kind))
     }
 
     /// Whether other workers are to look too, as only they know if a replica answers at all.

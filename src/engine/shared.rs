@@ -67,6 +67,8 @@ pub struct Shared {
     kept_out: AtomicU32,
     /// They are to rejoin at once.
     wants_all: AtomicBool,
+    /// The workers whose guest waits for a replica longer than it should.
+    waiting: AtomicU32,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
@@ -118,6 +120,7 @@ impl Shared {
             loads: Loads::default(),
             kept_out: AtomicU32::new(0),
             wants_all: AtomicBool::new(false),
+            waiting: AtomicU32::new(0),
         }
     }
 
@@ -138,6 +141,21 @@ impl Shared {
     /// Whether that was so since the last call.
     pub(super) fn take_wants_all(&self) -> bool {
         self.wants_all.swap(false, Ordering::Relaxed)
+    }
+
+    /// Whether the guest of any worker waits for a replica longer than it should.
+    pub(super) fn guest_waits(&self) -> bool {
+        self.waiting.load(Ordering::Relaxed) > 0
+    }
+
+    /// The same of one worker has changed.
+    pub(super) fn set_guest_waits(&self, waits: bool) {
+        if waits {
+            self.waiting.fetch_add(1, Ordering::Relaxed);
+        } else {
+            let before = self.waiting.fetch_sub(1, Ordering::Relaxed);
+            assert!(before > 0, "what ends has begun");
+        }
     }
 
     /// What is in flight on each replica.

@@ -17,7 +17,7 @@ impl Engine {
     /// When [`Self::tick`] is wanted next; `None` as long as nothing happens.
     pub fn deadline(&self) -> Option<Duration> {
         let core = &self.core;
-        let next_tick = if self.active > 0 {
+        let next_tick = if self.active > 0 || core.lateness.guest_waits {
             Some(core.latencies.ticked_at + TICK)
         } else if !core.shared.out_of_service().is_empty() {
             Some(core.latencies.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
@@ -79,23 +79,37 @@ impl Engine {
             core.clock.now(),
         );
         // Without one replica a request may be decided without another that is late too.
-        while self.evict_some(effects) {}
+        let waits = loop {
+            let (evicted, waits) = self.evict_some(effects);
+            if !evicted {
+                break waits;
+            }
+        };
+        if waits != self.core.lateness.guest_waits {
+            self.core.lateness.guest_waits = waits;
+            self.core.shared.set_guest_waits(waits);
+            if !waits {
+                // Jobs may go on.
+                effects.health_changed();
+            }
+        }
     }
 
-    /// Returns whether a replica was evicted.
-    fn evict_some(&mut self, effects: &mut impl Effects) -> bool {
+    /// Returns whether a replica was evicted, and whether the guest waits for one too long.
+    fn evict_some(&mut self, effects: &mut impl Effects) -> (bool, bool) {
         let core = &mut self.core;
         let (now, loads) = (core.clock.now(), core.shared.loads());
         // Each replica once, however many requests wait for it: whether it is needed takes a look
         // at all that is stale.
         let mut seen = ReplicaSet::EMPTY;
-        let mut evicted = false;
+        let (mut evicted, mut waits) = (false, false);
         for (_, slot) in self.slots.iter() {
             let Some(mut out) = slot.request.out(&core.policy) else {
                 continue;
             };
             let in_service = core.shared.in_service();
             out.waiting = out.waiting.and(in_service);
+            waits |= core.lateness.keeps_guest_waiting(&out, now);
             if core.lateness.wants_news(&out, now) {
                 effects.health_changed();
             }
@@ -119,7 +133,7 @@ impl Engine {
                 }
             }
         }
-        evicted
+        (evicted, waits)
     }
 
     /// Decides which of the replicas that are out of service do not rejoin yet.

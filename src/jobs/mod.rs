@@ -45,7 +45,7 @@ use self::pace::{GuestRequests, Pace};
 use self::task::{Task, Units};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
-    FRAGMENT_BYTES_MAX, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,
+    FRAGMENT_BYTES_MAX, JOB_GIVES_WAY, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,
 };
 use crate::quorum::health::Health;
 
@@ -264,6 +264,22 @@ impl Jobs {
         self.sizes.neighbourhood_sectors > 0 && self.neighbourhood.add(range)
     }
 
+    /// The guest waits for a replica longer than it should, or does not any more (W6). Then jobs
+    /// only go on so that they end at all.
+    pub fn guest_waits(&mut self, waits: bool) {
+        self.pace.give_way(if waits {
+            self.retry_after * JOB_GIVES_WAY
+        } else {
+            Duration::ZERO
+        });
+    }
+
+    /// The number of chunks that have begun.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn chunks_begun(&self) -> u64 {
+        self.next_chunk
+    }
+
     /// The next chunk of work, or when there may be one. `guest` counts the guest's requests so
     /// far.
     pub fn next(&mut self, now: Duration, guest: GuestRequests, health: &Health) -> Next {
@@ -278,6 +294,10 @@ impl Jobs {
             .position(|job| job.kind() == JobKind::NeighbourhoodScrub);
         if let Some(turn) = turn {
             self.jobs.swap(0, turn);
+        }
+        let gives_way = self.pace.gives_way_until();
+        if gives_way > now {
+            return Next::At(gives_way);
         }
         let (mut first, mut at) = (None, retry);
         for (index, job) in self.jobs.iter().enumerate() {
@@ -295,7 +315,6 @@ impl Jobs {
         };
         let mut job = self.jobs.remove(index).expect("its index was just found");
         let id = ChunkId(self.next_chunk);
-        self.next_chunk += 1;
         let most = self
             .pace
             .chunk_sectors(self.sizes.chunk_sectors, self.block_sectors);
@@ -308,6 +327,7 @@ impl Jobs {
         self.jobs.push_back(job);
         match work {
             Some(work) => {
+                self.next_chunk += 1;
                 self.pace.began(now, guest);
                 Next::Chunk(Chunk { id, work })
             }

@@ -59,6 +59,10 @@ pub struct Pace {
     /// The duration of the last chunk.
     took: Duration,
     not_before: Duration,
+    /// When the last chunk began.
+    began_at: Duration,
+    /// The least time between two chunks while the guest waits for a replica.
+    gives_way: Duration,
 }
 
 /// Requests of the guest, and the time in which it made them.
@@ -86,6 +90,8 @@ impl Default for Pace {
             rate: f64::INFINITY,
             took: Duration::ZERO,
             not_before: Duration::ZERO,
+            began_at: Duration::ZERO,
+            gives_way: Duration::ZERO,
         }
     }
 }
@@ -126,6 +132,7 @@ impl Pace {
     pub(super) fn began(&mut self, now: Duration, guest: GuestRequests) {
         self.observe(now, guest);
         self.in_flight += 1;
+        self.began_at = now;
     }
 
     /// A chunk that started at `began` has ended. `is_usual`: the next one takes as long.
@@ -146,6 +153,20 @@ impl Pace {
         let pause = took.as_secs_f64() * self.pause_factor(took);
         let pause = Duration::from_secs_f64(pause.min(JOB_PAUSE_MAX.as_secs_f64()));
         self.not_before = self.not_before.max(now + pause);
+    }
+
+    /// From now on chunks begin with at least this time in between, whatever their job.
+    pub(super) fn give_way(&mut self, time: Duration) {
+        self.gives_way = time;
+    }
+
+    /// No chunk begins before.
+    pub(super) fn gives_way_until(&self) -> Duration {
+        if self.gives_way.is_zero() {
+            Duration::ZERO
+        } else {
+            self.began_at + self.gives_way
+        }
     }
 
     /// When a chunk may start; `None` while enough are in flight.
@@ -251,6 +272,21 @@ mod tests {
                 "{rate} a second, {left} left: busy {busy:.3}"
             );
         }
+    }
+
+    #[test]
+    fn a_guest_that_waits_for_a_replica_has_it_almost_alone() {
+        let (mut pace, guest) = (Pace::default(), GuestRequests(0));
+        let seconds = Duration::from_secs;
+        pace.began(seconds(5), guest);
+        pace.ended(seconds(6), guest, seconds(5), true);
+        assert_eq!(pace.gives_way_until(), Duration::ZERO);
+        pace.give_way(seconds(20));
+        assert_eq!(pace.gives_way_until(), seconds(25));
+        pace.began(seconds(25), guest);
+        assert_eq!(pace.gives_way_until(), seconds(45));
+        pace.give_way(Duration::ZERO);
+        assert_eq!(pace.gives_way_until(), Duration::ZERO);
     }
 
     #[test]

@@ -168,6 +168,7 @@ impl World {
         let before = std::mem::take(&mut self.ledger);
         self.staleness = Staleness::default();
         self.flights.clear();
+        self.chunks = (0, Duration::ZERO);
         self.evicted_at = Default::default();
         self.wakes.clear();
         self.pending.clear();

@@ -9,7 +9,8 @@ use super::ledger::Masks;
 use super::plan::{PLACES, bits};
 use super::state::{Checked, Flight, PendingKind, World};
 use crate::limits::{
-    FLAPPING_EVICTIONS, FLAPPING_WINDOW, LATE_LONG_LIMIT, LATE_MOST, LATE_PATIENCE_MOST,
+    FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
+    LATE_PATIENCE_MOST,
 };
 
 impl World {
@@ -28,6 +29,7 @@ impl World {
     /// A worker is about to look at the clock.
     pub(super) fn note_look(&mut self, worker: usize) {
         let looked = &mut self.looked[worker];
+        looked.last = self.clock;
         for place in 0..PLACES {
             if looked.yielded[place] != self.yielded[place] {
                 looked.yielded[place] = self.yielded[place];
@@ -59,6 +61,39 @@ impl World {
 
     fn is_much_too_old(&self, flight: &Flight) -> bool {
         self.age(flight) >= self.plan.replica_timeout * LATE_PATIENCE_MOST
+    }
+
+    /// Whether the guest waits for a replica longer than the limit of its operation, and the worker
+    /// has seen it.
+    fn must_give_way(&self) -> bool {
+        self.flights.iter().any(|flight| {
+            let factor = if flight.is_long() { LATE_LONG_LIMIT } else { 1 };
+            let seen = self.looked[flight.worker].last;
+            let is_guests = !flight.background && !flight.reads() && !flight.is_repair();
+            is_guests
+                && !self.is_evicted(flight.replica())
+                && seen.saturating_sub(flight.submitted_at) >= self.plan.replica_timeout * factor
+        })
+    }
+
+    /// While the guest waits too long for a replica, jobs begin one chunk now and then, no more.
+    pub(super) fn check_chunks(&mut self) -> Checked {
+        if self.jobs.is_empty() {
+            return Ok(());
+        }
+        let begun = self.shared.jobs(|_| (), |jobs, _| jobs.chunks_begun());
+        let (before, last) = self.chunks;
+        if begun == before {
+            return Ok(());
+        }
+        self.chunks = (begun, self.clock);
+        let pause = self.plan.replica_timeout * JOB_GIVES_WAY;
+        let may = u64::from(self.clock >= last + pause);
+        if begun > before + may && !self.overlapped && self.must_give_way() {
+            let text = "a job goes on at full speed while the guest waits for a replica";
+            return Err(Violation::new("W6", text));
+        }
+        Ok(())
     }
 
     /// A replica is evicted: it has kept a request of the guest waiting for too long, and longer

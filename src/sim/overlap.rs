@@ -77,6 +77,7 @@ impl World {
         effects.values.clear();
         self.collected = effects;
         Self::check_input(&checks)?;
+        self.check_chunks()?;
         self.check_staleness()
     }
 

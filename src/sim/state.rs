@@ -149,6 +149,8 @@ pub struct World {
     pub(super) replied_at: [LastTime; PLACES],
     /// The longest time that any operation has taken.
     pub(super) longest: Duration,
+    /// How many chunks of jobs have begun since the start of the daemon, and when the last one has.
+    pub(super) chunks: (u64, Duration),
     /// When each replica was evicted since the start of the daemon.
     pub(super) evicted_at: [Vec<Duration>; PLACES],
     /// By worker.
@@ -289,6 +291,8 @@ impl LastTime {
 pub(super) struct Looked {
     pub(super) yielded: [u32; PLACES],
     pub(super) at: [Duration; PLACES],
+    /// When it last looked.
+    pub(super) last: Duration,
     /// Something has ended since the worker looked.
     pub(super) replied: [bool; PLACES],
 }
@@ -420,6 +424,7 @@ impl World {
             yielded_at: [LastTime::default(); PLACES],
             replied_at: [LastTime::default(); PLACES],
             longest: Duration::ZERO,
+            chunks: (0, Duration::ZERO),
             evicted_at: Default::default(),
             looked: [Looked::default(); 3],
             write_through: plan.write_cache == WriteCache::Off,
