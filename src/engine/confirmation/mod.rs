@@ -32,7 +32,7 @@ use super::survey::{Survey, Unreadable};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
-use crate::common::{ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::FAILED_PARTS_MAX;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
@@ -321,10 +321,19 @@ impl Confirmation {
         let Some(part) = probing.reply(&reply) else {
             return Next::Wait;
         };
+        self.observe(Kind::Read, reply.replica, context);
         if let (Ok(()), Action::Read { into, .. }) = (reply.result, reply.action) {
             self.replies.record_part(reply.replica, part, &into);
         }
         self.probe(context)
+    }
+
+    /// A replica has done what it was asked last: the others may take as long (W6).
+    fn observe(&self, kind: Kind, replica: ReplicaIndex, context: &mut Context<'_, impl Effects>) {
+        let now = context.now();
+        let taken = now.saturating_sub(self.asked_at);
+        let lateness = &mut context.core.lateness;
+        lateness.observe(kind, replica, taken, now);
     }
 
     /// The search is over.

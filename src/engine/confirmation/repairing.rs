@@ -5,6 +5,7 @@ use std::rc::Rc;
 use super::super::context::Context;
 use super::super::decision::Decision;
 use super::super::interface::Effects;
+use super::super::lateness::Kind;
 use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
 use super::super::survey::Survey;
 use super::{Confirmation, Next, Step};
@@ -122,6 +123,9 @@ impl Confirmation {
                 context.report_error(reply.replica, OperationType::Write, range, errno);
             }
         }
+        let is_zero = matches!(reply.action, Action::Zero { .. });
+        let written = if is_zero { Kind::Zero } else { Kind::Write };
+        self.observe(written, reply.replica, context);
         self.finish_if_repaired(context)
     }
 
