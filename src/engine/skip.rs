@@ -145,12 +145,13 @@ impl Skip {
     /// Whether a scrub that had read `hole` would have found nothing.
     fn is_equal(&self, hole: SectorRange, context: &Context<'_, impl Effects>) -> bool {
         let (succeeded, shared) = (self.tally.succeeded(), context.shared());
-        succeeded.len() >= context.core.policy.threshold
+        let needed = context.core.policy.threshold;
+        succeeded.len() >= needed
             && shared.health(|health| {
                 health.in_service().without(succeeded).is_empty()
                     && are_confirmed(health, succeeded, hole)
                     && health.failed_since(self.began).and(succeeded).is_empty()
-                    && !health.is_undecided(hole)
+                    && health.disputed(hole, needed).is_empty()
             })
     }
 
