@@ -49,18 +49,19 @@ impl FirstPass {
     ) -> Self {
         assert!(asked.without(voters).is_empty(), "only voters are asked");
         let now = context.now();
-        let mut pass = Self {
-            replies: Replies::new(range, context.core),
+        let began = context.shared().failure_epoch();
+        let mut replies = Replies::new(range, context.core);
+        replies.ask(asked, context);
+        Self {
+            replies,
             agreement: Agreement::default(),
             asked_at: now,
             unasked: voters.without(asked),
             later: ReplicaSet::EMPTY,
             later_at: now,
             doubtful: false,
-            began: context.shared().failure_epoch(),
-        };
-        pass.replies.ask(asked, context);
-        pass
+            began,
+        }
     }
 
     /// Asks more of the voters.

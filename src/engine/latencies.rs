@@ -18,13 +18,16 @@ const SLOW_FACTOR: u32 = 4;
 /// replica is checked, even the slowest.
 const TURN_EVERY: usize = 8;
 
+/// Nanoseconds of a second.
+const NANOS: u64 = 1_000_000_000;
+
 /// How long replicas usually take.
 #[derive(Debug)]
 pub(super) struct Latencies {
     /// When the engine was last given a tick.
     pub(super) ticked_at: Duration,
-    /// The latency of each replica: a moving average.
-    usual: [Duration; REPLICAS_MAX],
+    /// The latency of each replica in nanoseconds: a moving average.
+    usual: [u64; REPLICAS_MAX],
     /// Counts the reads of `read-pattern=threshold`.
     turn: usize,
 }
@@ -33,13 +36,15 @@ impl Latencies {
     pub(super) fn new() -> Self {
         Self {
             ticked_at: Duration::ZERO,
-            usual: [Duration::ZERO; REPLICAS_MAX],
+            usual: [0; REPLICAS_MAX],
             turn: 0,
         }
     }
 
     /// A reply of `replica` came after `taken`.
     pub(super) fn observe(&mut self, replica: ReplicaIndex, taken: Duration) {
+        // At most some days, in integers: this is done for each reply.
+        let taken = taken.as_secs().min(1 << 20) * NANOS + u64::from(taken.subsec_nanos());
         let usual = &mut self.usual[replica.as_usize()];
         *usual = (*usual * 7 + taken) / 8;
     }
@@ -50,7 +55,8 @@ impl Latencies {
             .iter()
             .map(|replica| self.usual[replica.as_usize()])
             .min();
-        (usual.unwrap_or_default() * SLOW_FACTOR).max(TICK)
+        let usual = Duration::from_nanos(usual.unwrap_or_default());
+        (usual * SLOW_FACTOR).max(TICK)
     }
 
     /// The `count` of `voters` to ask first (R9): mostly those whose replies are expected soonest,
@@ -67,15 +73,15 @@ impl Latencies {
         let start = if by_turn { turn / TURN_EVERY } else { turn };
         let cost = |replica: ReplicaIndex| {
             let place = (replica.as_usize() + start) % voters.places();
-            let ahead = u32::try_from(in_flight.on_replica(replica)).unwrap_or(u32::MAX);
+            let ahead = in_flight.on_replica(replica) as u64;
             let usual = self.usual[replica.as_usize()];
             let expected = if by_turn {
-                Duration::ZERO
+                0
             } else {
                 usual.saturating_mul(ahead.saturating_add(1))
             };
             // Differences below an eighth are noise; the turn decides then.
-            (expected.as_micros().checked_ilog2(), place)
+            ((expected / 1000).checked_ilog2(), place)
         };
         let mut left = voters;
         let mut chosen = ReplicaSet::EMPTY;

@@ -125,6 +125,7 @@ impl Loads {
 #[derive(Debug)]
 pub(super) struct Lateness {
     timeout: Duration,
+    half_timeout: Duration,
     longest: [[Longest; REPLICAS_MAX]; KINDS],
     seen: [Seen; REPLICAS_MAX],
     /// When other workers were last asked to look.
@@ -156,6 +157,7 @@ impl Lateness {
     pub(super) fn new(timeout: Duration) -> Self {
         Self {
             timeout,
+            half_timeout: timeout / 2,
             longest: [[Longest::default(); REPLICAS_MAX]; KINDS],
             seen: [Seen::default(); REPLICAS_MAX],
             asked_at: Duration::ZERO,
@@ -173,7 +175,7 @@ impl Lateness {
         now: Duration,
     ) {
         // What is shorter changes no limit.
-        if taken * 2 > self.timeout {
+        if taken > self.half_timeout {
             self.remember(kind, replica, taken, now);
         }
     }

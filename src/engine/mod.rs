@@ -275,11 +275,7 @@ impl Engine {
             effects,
         };
         let request = start.begin(&mut context);
-        let slot = Slot {
-            request,
-            buffer_bytes,
-        };
-        self.slots.fill(id, slot);
+        self.slots.fill(id, buffer_bytes, request);
         self.active += 1;
         self.buffer_bytes += buffer_bytes;
     }

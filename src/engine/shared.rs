@@ -31,7 +31,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
-use crate::quorum::health::{FailureEpoch, Health, NotRemoved};
+use crate::quorum::health::{FailureEpoch, Health, NotRemoved, WriteBegun};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
 const EVICTION_ATTEMPTS_MAX: usize = 4;
@@ -274,17 +274,31 @@ impl Shared {
     }
 
     /// The replicas that are stale somewhere in `range`.
+    #[inline]
     pub(super) fn stale_in(&self, range: SectorRange) -> ReplicaSet {
         if self.anything_stale() {
-            self.state().health.stale_in(range)
+            self.look_for_stale(range)
         } else {
             ReplicaSet::EMPTY
         }
     }
 
+    #[cold]
+    #[inline(never)]
+    fn look_for_stale(&self, range: SectorRange) -> ReplicaSet {
+        self.state().health.stale_in(range)
+    }
+
     /// Whether a write has failed in `range` and no vote has decided since what it holds (W7).
+    #[inline]
     pub(super) fn is_undecided(&self, range: SectorRange) -> bool {
-        self.anything_undecided.load(Ordering::Acquire) && self.state().health.is_undecided(range)
+        self.anything_undecided.load(Ordering::Acquire) && self.look_for_undecided(range)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn look_for_undecided(&self, range: SectorRange) -> bool {
+        self.state().health.is_undecided(range)
     }
 
     /// In how many sectors `replica` is stale.
@@ -310,12 +324,19 @@ impl Shared {
     }
 
     /// The replicas that have failed a flush or were evicted since `began`.
+    #[inline]
     pub(super) fn failed_since(&self, began: FailureEpoch) -> ReplicaSet {
         if self.failure_epoch() == began {
             ReplicaSet::EMPTY
         } else {
-            self.state().health.failed_since(began)
+            self.look_for_failed(began)
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn look_for_failed(&self, began: FailureEpoch) -> ReplicaSet {
+        self.state().health.failed_since(began)
     }
 
     /// Asks for the lock on `range`; the flag says whether it was granted at once.
@@ -335,6 +356,13 @@ impl Shared {
     /// Reads the health of the replicas.
     pub(super) fn health<R>(&self, read: impl FnOnce(&Health) -> R) -> R {
         read(&self.state().health)
+    }
+
+    /// A write of `range` goes to the replicas that are returned. Nothing of that is published.
+    pub(super) fn write_begins(&self, range: SectorRange) -> (ReplicaSet, WriteBegun) {
+        let mut state = self.state();
+        state.changes.of_health();
+        (state.health.in_service(), state.health.write_begins(range))
     }
 
     /// Changes the health of the replicas, and publishes what the atomics hold of it.

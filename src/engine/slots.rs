@@ -30,11 +30,14 @@ impl Slots {
         })
     }
 
-    #[inline]
-    pub(super) fn fill(&mut self, id: RequestId, slot: Slot) {
+    #[inline(always)]
+    pub(super) fn fill(&mut self, id: RequestId, buffer_bytes: u64, request: Request) {
         let place = &mut self.slots[id.0 as usize];
         assert!(place.is_none(), "a slot holds one request");
-        *place = Some(slot);
+        *place = Some(Slot {
+            request,
+            buffer_bytes,
+        });
     }
 
     pub(super) fn empty(&mut self, id: RequestId) {

@@ -74,9 +74,7 @@ impl Write {
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         assert!(self.waits_for_lock(), "a lock is granted once");
         let range = self.order.range;
-        let (asked, begun) = context
-            .shared()
-            .change_health(|health| (health.in_service(), health.write_begins(range)));
+        let (asked, begun) = context.shared().write_begins(range);
         self.stage = Stage::Writing(Writing {
             tally: Tally::new(asked),
             begun,
@@ -128,12 +126,13 @@ impl Write {
     }
 
     fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        let Stage::Writing(writing) = self.stage else {
+        let Stage::Writing(writing) = &self.stage else {
             unreachable!("finished while writing");
         };
         if !writing.tally.is_complete() {
             return Progress::Waiting;
         }
+        let writing = *writing;
         assert!(
             writing
                 .tally

@@ -50,10 +50,16 @@ pub(super) struct ReplicaHealth {
 
 impl ReplicaHealth {
     /// `range` was written.
+    #[inline]
     pub(super) fn mark_fresh(&mut self, range: SectorRange) {
-        if !self.stale.overlaps(range) {
-            return;
+        if !self.stale.is_empty() && self.stale.overlaps(range) {
+            self.refresh(range);
         }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refresh(&mut self, range: SectorRange) {
         for part in self.stale.within(range) {
             self.refreshed.insert(part);
         }
