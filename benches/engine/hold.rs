@@ -3,10 +3,10 @@
 //!
 //! One replica is stale in many ranges. Each case is one use of the mutex that changes, copies or
 //! looks at sets of ranges; none may take more than [`HELD_MAX`] instructions, so that it takes
-//! 100 µs at most.
+//! 100 µs at most. What is prepared without the mutex is prepared before; then another write ends.
 
 use quorum_blk::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use quorum_blk::quorum::health::{Health, WriteEnd};
+use quorum_blk::quorum::health::{Health, Prepared, WriteEnd};
 
 use super::count;
 
@@ -25,7 +25,7 @@ const LONG: u64 = 24;
 /// A name, and what is done under the mutex.
 type Case = (&'static str, fn(&mut Disk));
 
-const CASES: [Case; 5] = [
+const CASES: [Case; 8] = [
     ("a write ends", |disk| disk.write(false)),
     ("a flush begins and ends", Disk::flush_a_copy),
     ("a copy to decide on", |disk| {
@@ -33,12 +33,22 @@ const CASES: [Case; 5] = [
     }),
     ("an eviction, a rejoin", Disk::evict_and_rejoin),
     ("a failed flush", Disk::fail_flush),
+    ("one of 15,000 writes fails", Disk::fail_flush_of_many),
+    ("an eviction after as many", Disk::evict_with_many),
+    ("a flush that decides much", Disk::decide_much),
 ];
 
 struct Disk {
     health: Health,
     /// The same with many writes since the last flush.
     unflushed: Health,
+    /// Then the flush begins.
+    flushing: Health,
+    /// Half of what is stale is resynced meanwhile, and the flush comes back from all replicas.
+    flushed: Health,
+    eviction: Prepared,
+    failure: Prepared,
+    settlement: Vec<Prepared>,
     blocks_bits: u32,
     written: u64,
 }
@@ -47,8 +57,13 @@ impl Disk {
     fn new(bits: u32) -> Self {
         let new = || Health::new(ReplicaSet::first(3), 2, 1, 1 << bits);
         let mut disk = Self {
+            eviction: new().loss(STALE),
+            failure: new().loss(STALE),
+            settlement: Vec::new(),
             health: new(),
             unflushed: new(),
+            flushing: new(),
+            flushed: new(),
             blocks_bits: bits - BLOCK_SECTORS.ilog2(),
             written: 0,
         };
@@ -60,6 +75,20 @@ impl Disk {
             disk.write(false);
         }
         disk.unflushed = disk.health.snapshot();
+        disk.eviction = disk.unflushed.loss(STALE);
+        disk.flushing = disk.unflushed.snapshot();
+        let epoch = disk.flushing.flush_begins();
+        disk.failure = disk.flushing.loss(STALE);
+        disk.flushed = disk.flushing.snapshot();
+        for number in 1..=RANGES / 2 {
+            let began = disk.flushed.failure_epoch();
+            let range = range(number, disk.blocks_bits);
+            disk.flushed.repaired(STALE, range, began, false);
+        }
+        for replica in disk.flushed.in_service().iter() {
+            disk.flushed.flush_ended(epoch, replica, true);
+        }
+        disk.settlement = disk.flushed.settlement();
         disk.flush();
         disk
     }
@@ -67,22 +96,17 @@ impl Disk {
     /// A write all over the disk.
     fn write(&mut self, fails: bool) {
         self.written += 1;
-        // Steps of the golden ratio are evenly spread.
-        let place = self.written.wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let block = place >> (u64::BITS - self.blocks_bits);
-        let range = SectorRange::new(block * BLOCK_SECTORS, BLOCK_SECTORS);
-        let asked = self.health.in_service();
-        let mut succeeded = asked;
-        if fails {
-            succeeded.remove(STALE);
-        }
-        let begun = self.health.write_begins(range);
-        self.health.write_ended(&WriteEnd {
-            asked,
-            succeeded,
-            begun,
-            success: true,
-        });
+        write(
+            &mut self.health,
+            range(self.written, self.blocks_bits),
+            fails,
+        );
+    }
+
+    /// A write all over a copy.
+    fn write_to(&mut self, copy: &mut Health) {
+        self.written += 1;
+        write(copy, range(self.written, self.blocks_bits), false);
     }
 
     fn flush(&mut self) {
@@ -98,10 +122,12 @@ impl Disk {
 
     fn evict_and_rejoin(&mut self) {
         let snapshot = self.health.snapshot();
+        let mut loss = snapshot.loss(STALE);
         self.write(false);
-        assert_eq!(self.health.evict_as_on(&snapshot, STALE), Some(true));
+        let evicted = self.health.evict_as_on(&snapshot, &mut loss);
+        assert_eq!(evicted, Some(true));
         assert!(self.health.rejoin(STALE, 0));
-        std::mem::forget(snapshot);
+        std::mem::forget((snapshot, loss));
         std::mem::forget(self.health.take_garbage());
     }
 
@@ -113,6 +139,57 @@ impl Disk {
         }
         std::mem::forget(self.health.take_garbage());
     }
+}
+
+impl Disk {
+    fn fail_flush_of_many(&mut self) {
+        let mut copy = self.flushing.snapshot();
+        let mut loss = self.failure.clone();
+        self.write_to(&mut copy);
+        copy.flush_failed(&mut loss);
+        std::mem::forget((copy, loss));
+    }
+
+    fn evict_with_many(&mut self) {
+        let mut copy = self.unflushed.snapshot();
+        let mut loss = self.eviction.clone();
+        self.write_to(&mut copy);
+        let evicted = copy.evict_as_on(&self.unflushed, &mut loss);
+        assert_eq!(evicted, Some(true));
+        std::mem::forget((copy, loss));
+    }
+
+    fn decide_much(&mut self) {
+        let mut copy = self.flushed.snapshot();
+        let mut settlement = self.settlement.clone();
+        self.write_to(&mut copy);
+        let (epoch, all) = (copy.last_flush(), copy.in_service());
+        assert!(copy.flush_decided(epoch, all, true, &mut settlement));
+        std::mem::forget((copy, settlement));
+    }
+}
+
+/// Where the write of this number goes.
+fn range(number: u64, blocks_bits: u32) -> SectorRange {
+    // Steps of the golden ratio are evenly spread.
+    let place = number.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let block = place >> (u64::BITS - blocks_bits);
+    SectorRange::new(block * BLOCK_SECTORS, BLOCK_SECTORS)
+}
+
+fn write(health: &mut Health, range: SectorRange, fails: bool) {
+    let asked = health.in_service();
+    let mut succeeded = asked;
+    if fails {
+        succeeded.remove(STALE);
+    }
+    let begun = health.write_begins(range);
+    health.write_ended(&WriteEnd {
+        asked,
+        succeeded,
+        begun,
+        success: true,
+    });
 }
 
 fn flush(health: &mut Health) {

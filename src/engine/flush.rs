@@ -15,7 +15,7 @@ use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
-use crate::quorum::health::{FlushEpoch, Health};
+use crate::quorum::health::FlushEpoch;
 use crate::quorum::tally::Tally;
 
 /// A flush has no range of its own.
@@ -114,7 +114,11 @@ impl Flush {
             .lateness
             .observe(Kind::Flush, replica, taken, now);
         let shared = context.shared();
-        shared.change_health(|health| health.flush_ended(*epoch, replica, success));
+        if success {
+            shared.change_health(|health| health.flush_ended(*epoch, replica, true));
+        } else {
+            shared.flush_failed(replica);
+        }
         if let Err(errno) = reply.result {
             context.report_error(replica, OperationType::Flush, NO_RANGE, errno);
             context.effects.health_changed();
@@ -149,13 +153,28 @@ impl Flush {
             return Progress::Waiting;
         }
         let succeeded = tally.succeeded();
-        // A look at every sector, without the mutex.
-        let is_enough = context.shared().health(Health::durability).is_enough();
+        // A look at every sector, without the mutex, and at what then has to be joined.
+        let (durability, copy) = context.shared().health(|health| {
+            let copy = health.needs_settlement().then(|| health.snapshot());
+            (health.durability(), copy)
+        });
+        let is_enough = durability.is_enough();
+        let copy = copy.filter(|_| is_enough);
+        let mut settlement = copy.map_or_else(Vec::new, |copy| copy.settlement());
+        for waiting in origins.iter_mut().filter(|_| !is_enough) {
+            let range = waiting.origin.range();
+            waiting.is_durable = range.is_some_and(|range| durability.is_durable(range, succeeded));
+        }
         context.shared().change_health(|health| {
-            let all = health.flush_decided(*epoch, succeeded, is_enough);
+            let all = health.flush_decided(*epoch, succeeded, is_enough, &mut settlement);
+            let same_members = health.members() == durability.members();
             for waiting in &mut *origins {
                 let range = waiting.origin.range();
-                let durable = all || range.is_some_and(|range| health.is_durable(range, succeeded));
+                let is_durable = match same_members {
+                    true => waiting.is_durable,
+                    false => range.is_some_and(|range| health.is_durable(range, succeeded)),
+                };
+                let durable = all || is_durable;
                 waiting.is_durable = match waiting.origin {
                     Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
                     Origin::Write(_, range) => durable && !health.is_undone(range),

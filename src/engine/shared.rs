@@ -386,12 +386,20 @@ impl Shared {
             if !snapshot.can_evict(replica) {
                 return false;
             }
-            let evicted = self.change_health(|health| health.evict_as_on(&snapshot, replica));
+            let mut loss = snapshot.loss(replica);
+            let evicted = self.change_health(|health| health.evict_as_on(&snapshot, &mut loss));
             if let Some(evicted) = evicted {
                 return evicted;
             }
         }
         false
+    }
+
+    /// The flush has come back from `replica` with an error: what is stale then is put together on
+    /// a copy.
+    pub(super) fn flush_failed(&self, replica: ReplicaIndex) {
+        let mut loss = self.health(Health::snapshot).loss(replica);
+        self.change_health(|health| health.flush_failed(&mut loss));
     }
 
     fn publish(&self, health: &Health) {

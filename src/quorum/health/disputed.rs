@@ -204,13 +204,6 @@ impl Health {
         self.disputed(range, needed).lacking.is_empty()
     }
 
-    /// Every sector is durable on t members: doubtful copies are not needed any more.
-    pub(super) fn doubt_is_over(&mut self) {
-        for member in self.members.iter() {
-            self.replicas[member.as_usize()].fall_behind();
-        }
-    }
-
     /// What was written before may be lost now on one replica.
     pub(super) fn doubt_arose(&mut self) {
         let Undone {

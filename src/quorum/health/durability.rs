@@ -1,7 +1,6 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
-use super::{FailureEpoch, Health, Writing};
-use crate::common::ranges::{RangeSet, every_sector};
+use super::{FailureEpoch, Health, Prepared, Writing};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 
 /// A write that has been handed to replicas and has not ended.
@@ -173,7 +172,7 @@ impl Health {
                 if self.in_service.contains(replica) {
                     state.unconfirmed.push_back((self.epoch, written.clone()));
                 } else {
-                    state.stale.insert_all(&written);
+                    // All that was written is stale here already.
                     state
                         .behind
                         .insert_all(&std::mem::take(&mut state.weak_before_flush));
@@ -198,7 +197,7 @@ impl Health {
             if let Some(may_succeed) = &mut self.flushing {
                 may_succeed.remove(replica);
             }
-            return self.not_durable(replica);
+            return self.not_durable(replica, None);
         }
         let state = &mut self.replicas[replica.as_usize()];
         let refreshed = std::mem::take(&mut state.refreshed_before_flush);
@@ -215,8 +214,9 @@ impl Health {
         self.garbage.extend(written);
     }
 
-    /// All replies to the flush `epoch` are in. `is_enough`: by [`Durability::is_enough`]. Whether
-    /// every acknowledged sector is durable on at least t members (W5).
+    /// All replies to the flush `epoch` are in. `is_enough`: by [`Durability::is_enough`];
+    /// `settlement`: what was prepared of it, if anything. Whether every acknowledged sector is
+    /// durable on at least t members (W5).
     ///
     /// [`Durability::is_enough`]: super::Durability::is_enough
     pub fn flush_decided(
@@ -224,6 +224,7 @@ impl Health {
         epoch: FlushEpoch,
         succeeded: ReplicaSet,
         is_enough: bool,
+        settlement: &mut [Prepared],
     ) -> bool {
         // A replica that was removed meanwhile does not count.
         let flushed = succeeded.and(self.members).len() >= self.threshold;
@@ -231,7 +232,7 @@ impl Health {
         let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
-            self.doubt_is_over();
+            self.doubt_is_over(settlement);
             if !self.copied_before_flush.is_empty() {
                 let copied = std::mem::take(&mut self.copied_before_flush);
                 self.garbage.push(copied);
@@ -255,42 +256,6 @@ impl Health {
     /// `range`, which was written before it began, is durable on at least t members, however it
     /// stands with the rest of the disk.
     pub fn is_durable(&self, range: SectorRange, succeeded: ReplicaSet) -> bool {
-        let flushed = succeeded.and(self.members);
-        let not_durable = |member: ReplicaIndex| {
-            let state = &self.replicas[member.as_usize()];
-            let mut parts = RangeSet::default();
-            for set in [&state.stale, &state.uncovered] {
-                for part in set.within(range) {
-                    parts.insert(part);
-                }
-            }
-            (member, parts)
-        };
-        let sets: Vec<(ReplicaIndex, RangeSet)> = flushed.iter().map(not_durable).collect();
-        let sets = sets.iter().map(|(member, set)| (*member, set));
-        let enough = |without| flushed.without(without).len() >= self.threshold;
-        every_sector(sets, range.end(), enough, enough)
-    }
-
-    /// What `replica` wrote since its last successful flush may be lost, and so may be what it is
-    /// writing now: a guest may have read that from it already and must not read the old data.
-    pub(super) fn not_durable(&mut self, replica: ReplicaIndex) {
-        self.failure_epoch.0 += 1;
-        let state = &mut self.replicas[replica.as_usize()];
-        state.last_failure = self.failure_epoch;
-        state.stale.insert_all(&self.written);
-        state.stale.insert_all(&state.rewritten);
-        for (_, writing) in &self.writing {
-            state.stale.insert(writing.range);
-        }
-        for (_, written) in state.unconfirmed.drain(..) {
-            state.stale.insert_all(&written);
-            state.uncovered.insert_all(&written);
-            self.garbage.push(written);
-        }
-        for weak in [&mut state.weak, &mut state.weak_before_flush] {
-            state.behind.insert_all(&std::mem::take(weak));
-        }
-        self.doubt_arose();
+        self.durability().is_durable(range, succeeded)
     }
 }

@@ -1,7 +1,7 @@
 //! Which replicas are members and in service: added and removed, evicted and rejoined.
 
-use super::Health;
 use super::replica::ReplicaHealth;
+use super::{Health, Prepared};
 use crate::common::ranges::every_sector;
 use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -152,7 +152,7 @@ impl Health {
     pub fn evict(&mut self, replica: ReplicaIndex) -> bool {
         let can_evict = self.can_evict(replica);
         if can_evict {
-            self.evict_not_needed(replica);
+            self.evict_not_needed(replica, None);
         }
         can_evict
     }
@@ -162,7 +162,7 @@ impl Health {
         self.in_service.contains(replica) && !self.is_needed(replica)
     }
 
-    pub(super) fn evict_not_needed(&mut self, replica: ReplicaIndex) {
+    pub(super) fn evict_not_needed(&mut self, replica: ReplicaIndex, loss: Option<&mut Prepared>) {
         self.in_service.remove(replica);
         self.replicas[replica.as_usize()].drained_by = 0;
         for (_, writing) in &mut self.writing {
@@ -171,7 +171,7 @@ impl Health {
         if let Some(may_succeed) = &mut self.flushing {
             may_succeed.remove(replica);
         }
-        self.not_durable(replica);
+        self.not_durable(replica, loss);
         self.check_sets();
     }
 

@@ -24,6 +24,7 @@ mod disputed;
 mod durability;
 mod members;
 mod needed;
+mod prepared;
 mod replica;
 mod snapshot;
 
@@ -35,6 +36,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
+pub use self::prepared::Prepared;
 pub use self::snapshot::Durability;
 
 use self::disputed::Undone;
@@ -217,6 +219,7 @@ impl Health {
     /// Asserts the invariants that hold between any two changes.
     pub fn self_check(&self) {
         self.check_sets();
+        self.check_out_of_service();
         for replica in ReplicaSet::first(self.replicas.len()).iter() {
             let state = &self.replicas[replica.as_usize()];
             assert!(

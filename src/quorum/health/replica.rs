@@ -115,7 +115,7 @@ impl ReplicaHealth {
 
     /// A flush has succeeded: every sector that it covers is durable on t members, and here some
     /// are not.
-    pub(super) fn fall_behind(&mut self) {
+    pub(super) fn fall_behind(&mut self, _written: &RangeSet) {
         self.behind.insert_all(&self.uncovered);
         // Fresh again since the flush began.
         for range in self.refreshed.iter() {

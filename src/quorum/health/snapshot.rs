@@ -7,9 +7,9 @@
 
 use super::disputed::Undone;
 use super::replica::ReplicaHealth;
-use super::{Health, NotRemoved};
+use super::{Health, NotRemoved, Prepared};
 use crate::common::ranges::{RangeSet, every_sector};
-use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::CHANGES_SINCE_SNAPSHOT_MAX;
 
 /// Which sectors are durable on which member, once all replies to a flush are in.
@@ -27,6 +27,31 @@ impl Durability {
         let sets = self.not_durable.iter().map(|(member, set)| (*member, set));
         let enough = |without| self.members.without(without).len() >= self.threshold;
         every_sector(sets, self.capacity_sectors, enough, enough)
+    }
+
+    /// The replicas of the disk.
+    pub fn members(&self) -> ReplicaSet {
+        self.members
+    }
+
+    /// The flush has come back with success from `succeeded`. Whether `range`, which was written
+    /// before it began, is durable on at least t members, however it stands with the rest of the
+    /// disk.
+    pub fn is_durable(&self, range: SectorRange, succeeded: ReplicaSet) -> bool {
+        let flushed = succeeded.and(self.members);
+        let sets = self.not_durable.iter();
+        let sets = sets.filter(|(member, _)| flushed.contains(*member));
+        let parts = |set: &RangeSet| {
+            let mut parts = RangeSet::default();
+            for part in set.within(range) {
+                parts.insert(part);
+            }
+            parts
+        };
+        let sets: Vec<_> = sets.map(|(member, set)| (*member, parts(set))).collect();
+        let sets = sets.iter().map(|(member, set)| (*member, set));
+        let enough = |without| flushed.without(without).len() >= self.threshold;
+        every_sector(sets, range.end(), enough, enough)
     }
 }
 
@@ -64,13 +89,15 @@ impl Health {
         }
     }
 
-    /// Evicts `replica` like [`Self::evict`]. On `snapshot`, which was this a moment ago,
-    /// [`Self::can_evict`] was true. `None` if too much has changed since.
-    pub fn evict_as_on(&mut self, snapshot: &Self, replica: ReplicaIndex) -> Option<bool> {
+    /// Evicts a replica like [`Self::evict`]. On `snapshot`, which was this a moment ago,
+    /// [`Self::can_evict`] was true, and the `loss` was prepared. `None` if too much has changed
+    /// since.
+    pub fn evict_as_on(&mut self, snapshot: &Self, loss: &mut Prepared) -> Option<bool> {
+        let replica = loss.replica();
         let changed = self.changed_since(snapshot)?;
         let can_evict = changed.can_evict(replica);
         if can_evict {
-            self.evict_not_needed(replica);
+            self.evict_not_needed(replica, Some(loss));
         }
         Some(can_evict)
     }

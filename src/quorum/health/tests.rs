@@ -253,12 +253,19 @@ fn an_eviction_is_decided_again_where_something_has_changed() {
     let snapshot = health.snapshot();
     assert!(snapshot.can_evict(C) && !snapshot.can_evict(B));
     write(&mut health, range(1 << 20, 8), &[B]);
-    let evicted = health.evict_as_on(&snapshot, C);
+    let evicted = health.evict_as_on(&snapshot, &mut snapshot.loss(C));
     assert_eq!(evicted, Some(false), "A and C have the second write");
     write(&mut health, range(1 << 20, 8), &[]);
-    assert_eq!(health.evict_as_on(&snapshot, C), Some(true));
+    assert_eq!(
+        health.evict_as_on(&snapshot, &mut snapshot.loss(C)),
+        Some(true)
+    );
     let again = health.snapshot();
-    assert_eq!(health.evict_as_on(&again, C), Some(false), "it is evicted");
+    assert_eq!(
+        health.evict_as_on(&again, &mut again.loss(C)),
+        Some(false),
+        "it is evicted"
+    );
 }
 
 #[test]
@@ -283,7 +290,7 @@ fn a_copy_of_unproven_copies_proves_nothing_before_a_flush_has_succeeded() {
     write(&mut health, early, &[C]);
     assert!(flush(&mut health, &[C]), "A and B have it");
     let flushed = health.last_flush();
-    assert!(health.flush_decided(flushed, set(&[A, B]), true));
+    assert!(health.flush_decided(flushed, set(&[A, B]), true, &mut []));
     write(&mut health, late, &[C]);
     let epoch = health.failure_epoch();
     health.repaired(C, range(0, 16), epoch, false);
@@ -295,7 +302,7 @@ fn a_copy_of_unproven_copies_proves_nothing_before_a_flush_has_succeeded() {
         health.flush_ended(epoch, replica, true);
     }
     assert_eq!(health.proven_parts(C, range(0, 16)), [early]);
-    assert!(health.flush_decided(epoch, set(&[A, B, C]), true));
+    assert!(health.flush_decided(epoch, set(&[A, B, C]), true, &mut []));
     assert_eq!(health.proven_parts(C, range(0, 16)), [range(0, 16)]);
 }
 
@@ -325,8 +332,10 @@ fn nothing_is_decided_on_a_copy_that_differs_too_much() {
     for index in 0..1000 {
         write(&mut health, range(index * 2000, 8), &[C]);
     }
-    assert_eq!(health.evict_as_on(&snapshot, C), None);
-    assert_eq!(health.evict_as_on(&health.snapshot(), C), Some(true));
+    assert_eq!(health.evict_as_on(&snapshot, &mut snapshot.loss(C)), None);
+    let snapshot = health.snapshot();
+    let evicted = health.evict_as_on(&snapshot, &mut snapshot.loss(C));
+    assert_eq!(evicted, Some(true));
 }
 
 /// A resync of C, and then B fails a flush: B wrote nothing of that.
@@ -404,7 +413,7 @@ fn a_copy_that_has_missed_a_durable_version_is_not_doubtful() {
         health.flush_ended(epoch, replica, true);
     }
     let is_enough = health.durability().is_enough();
-    assert!(health.flush_decided(epoch, ReplicaSet::first(3), is_enough));
+    assert!(health.flush_decided(epoch, ReplicaSet::first(3), is_enough, &mut []));
     write(&mut health, written, &[]);
     assert!(!flush(&mut health, &[A, B, C]));
     assert_eq!(health.doubtful_parts(A, written), [written]);

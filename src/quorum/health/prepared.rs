@@ -1,0 +1,329 @@
+//! What the end of a flush, or an eviction, makes of the sets of a replica, prepared without the
+//! mutex of all workers: to join large sets takes time in proportion to their ranges.
+//!
+//! It is done on a copy. Under the mutex the sets that have come out take the place of the present
+//! ones, and the same is done again where these have changed since.
+
+use super::Health;
+use super::replica::ReplicaHealth;
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::limits::CHANGES_SINCE_SNAPSHOT_MAX;
+
+/// Changes the sets of a replica, each sector by itself. The set: what was written since the last
+/// flush began.
+type Step = fn(&mut ReplicaHealth, &RangeSet);
+
+/// What a step makes of the sets of one replica.
+#[derive(Clone, Debug)]
+pub struct Prepared {
+    replica: ReplicaIndex,
+    step: Step,
+    earlier: ReplicaHealth,
+    earlier_written: RangeSet,
+    after: ReplicaHealth,
+}
+
+impl Prepared {
+    /// The replica whose sets these are.
+    pub fn replica(&self) -> ReplicaIndex {
+        self.replica
+    }
+}
+
+impl Health {
+    /// What is left of a replica that fails a flush, or is evicted.
+    pub fn loss(&self, replica: ReplicaIndex) -> Prepared {
+        self.prepare(replica, ReplicaHealth::lose)
+    }
+
+    /// What is left of each member when a flush has succeeded.
+    pub fn settlement(&self) -> Vec<Prepared> {
+        let members = self.members.iter();
+        members
+            .map(|member| self.prepare(member, ReplicaHealth::fall_behind))
+            .collect()
+    }
+
+    /// Whether [`Self::settlement`] may change anything.
+    pub fn needs_settlement(&self) -> bool {
+        let needs = |member: ReplicaIndex| self.replicas[member.as_usize()].may_fall_behind();
+        self.members.iter().any(needs)
+    }
+
+    fn prepare(&self, replica: ReplicaIndex, step: Step) -> Prepared {
+        let earlier = self.replicas[replica.as_usize()].clone();
+        let mut after = earlier.clone();
+        step(&mut after, &self.written);
+        Prepared {
+            replica,
+            step,
+            earlier,
+            earlier_written: self.written.clone(),
+            after,
+        }
+    }
+
+    /// Does what is `prepared`. `false` if too much has changed since; then nothing is done.
+    pub(super) fn take_over(&mut self, prepared: &mut Prepared) -> bool {
+        let Some(changed) = self.changed_since_prepared(prepared) else {
+            return false;
+        };
+        let state = &mut self.replicas[prepared.replica.as_usize()];
+        let mut part = state.part_in(&changed);
+        (prepared.step)(&mut part, &self.written.part_in(&changed));
+        let after = prepared.after.joined().into_iter().zip(part.joined());
+        for (present, (after, part)) in state.joined().into_iter().zip(after) {
+            for range in changed.iter() {
+                after.remove(range);
+            }
+            after.insert_all(part);
+            // What was present is freed with what was prepared, without the mutex.
+            std::mem::swap(present, after);
+        }
+        if prepared.after.unconfirmed.is_empty() {
+            let unconfirmed = state.unconfirmed.drain(..);
+            self.garbage.extend(unconfirmed.map(|(_, written)| written));
+        }
+        true
+    }
+
+    /// Where the sets of the replica have changed.
+    fn changed_since_prepared(&self, prepared: &Prepared) -> Option<RangeSet> {
+        let now = &self.replicas[prepared.replica.as_usize()];
+        let earlier = &prepared.earlier;
+        let epochs = |state: &ReplicaHealth| -> Vec<_> {
+            state.unconfirmed.iter().map(|(epoch, _)| *epoch).collect()
+        };
+        if epochs(now) != epochs(earlier) {
+            return None;
+        }
+        let (mut changed, mut steps) = (RangeSet::default(), CHANGES_SINCE_SNAPSHOT_MAX);
+        let sets = now.inputs().zip(earlier.inputs());
+        let written = std::iter::once((&self.written, &prepared.earlier_written));
+        for (now, earlier) in sets.chain(written) {
+            now.changes_since(earlier, &mut steps, &mut changed)
+                .then_some(())?;
+        }
+        Some(changed)
+    }
+
+    /// Every sector is durable on t members: doubtful copies are not needed any more.
+    pub(super) fn doubt_is_over(&mut self, settlement: &mut [Prepared]) {
+        for member in self.members.iter() {
+            let mut prepared = settlement.iter_mut();
+            let prepared = prepared.find(|prepared| prepared.replica == member);
+            if prepared.is_none_or(|prepared| !self.take_over(prepared)) {
+                self.replicas[member.as_usize()].fall_behind(&self.written);
+            }
+        }
+    }
+
+    /// What `replica` wrote since its last successful flush may be lost, and so may be what it is
+    /// writing now: a guest may have read that from it already and must not read the old data.
+    pub(super) fn not_durable(&mut self, replica: ReplicaIndex, loss: Option<&mut Prepared>) {
+        self.failure_epoch.0 += 1;
+        if loss.is_none_or(|loss| !self.take_over(loss)) {
+            let state = &mut self.replicas[replica.as_usize()];
+            let unconfirmed = state.unconfirmed.iter();
+            self.garbage
+                .extend(unconfirmed.map(|(_, written)| written.clone()));
+            state.lose(&self.written);
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.last_failure = self.failure_epoch;
+        for (_, writing) in &self.writing {
+            state.stale.insert(writing.range);
+        }
+        self.doubt_arose();
+    }
+
+    /// The flush has come back from a replica with an error. `loss` was prepared on a copy of this.
+    pub fn flush_failed(&mut self, loss: &mut Prepared) {
+        if let Some(may_succeed) = &mut self.flushing {
+            may_succeed.remove(loss.replica);
+        }
+        self.not_durable(loss.replica, Some(loss));
+    }
+
+    /// Asserts that a member that is out of service is stale where anything was written since the
+    /// last flush began.
+    pub(super) fn check_out_of_service(&self) {
+        let out: ReplicaSet = self.members.without(self.in_service);
+        for member in out.iter() {
+            let stale = &self.replicas[member.as_usize()].stale;
+            for range in self.written.iter() {
+                assert_eq!(stale.within(range), [range], "evicted and not stale");
+            }
+        }
+    }
+}
+
+impl ReplicaHealth {
+    /// What it has not made durable may be lost.
+    pub(super) fn lose(&mut self, written: &RangeSet) {
+        self.stale.insert_all(written);
+        self.stale.insert_all(&self.rewritten);
+        for (_, written) in self.unconfirmed.drain(..) {
+            self.stale.insert_all(&written);
+            self.uncovered.insert_all(&written);
+        }
+        for weak in [&mut self.weak, &mut self.weak_before_flush] {
+            self.behind.insert_all(&std::mem::take(weak));
+        }
+    }
+
+    /// Whether `fall_behind` may change anything.
+    fn may_fall_behind(&self) -> bool {
+        let sets = [
+            &self.uncovered,
+            &self.refreshed,
+            &self.refreshed_before_flush,
+        ];
+        !self.unconfirmed.is_empty() || sets.iter().any(|set| !set.is_empty())
+    }
+
+    /// The sets that a `Step` changes, besides `unconfirmed`.
+    fn joined(&mut self) -> [&mut RangeSet; 5] {
+        [
+            &mut self.stale,
+            &mut self.uncovered,
+            &mut self.behind,
+            &mut self.weak,
+            &mut self.weak_before_flush,
+        ]
+    }
+
+    /// The sets that a `Step` takes a look at.
+    fn inputs(&self) -> impl Iterator<Item = &RangeSet> {
+        let unconfirmed = self.unconfirmed.iter().map(|(_, written)| written);
+        [
+            &self.stale,
+            &self.uncovered,
+            &self.behind,
+            &self.weak,
+            &self.weak_before_flush,
+            &self.rewritten,
+            &self.refreshed,
+            &self.refreshed_before_flush,
+        ]
+        .into_iter()
+        .chain(unconfirmed)
+    }
+
+    /// These sets, in `ranges` only.
+    fn part_in(&self, ranges: &RangeSet) -> Self {
+        let unconfirmed = self.unconfirmed.iter();
+        Self {
+            stale: self.stale.part_in(ranges),
+            uncovered: self.uncovered.part_in(ranges),
+            behind: self.behind.part_in(ranges),
+            weak: self.weak.part_in(ranges),
+            weak_before_flush: self.weak_before_flush.part_in(ranges),
+            rewritten: self.rewritten.part_in(ranges),
+            refreshed: self.refreshed.part_in(ranges),
+            refreshed_before_flush: self.refreshed_before_flush.part_in(ranges),
+            unconfirmed: unconfirmed
+                .map(|(epoch, written)| (*epoch, written.part_in(ranges)))
+                .collect(),
+            ..Self::default()
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::SectorRange;
+    use crate::quorum::health::WriteEnd;
+    use proptest::prelude::*;
+
+    #[derive(Clone, Debug)]
+    enum Change {
+        Write(SectorRange, u32),
+        Repair(u8, SectorRange, bool),
+        FlushBegins,
+        FlushEnds(u8, bool),
+    }
+
+    fn change() -> impl Strategy<Value = Change> {
+        let range = || (0..64_u64, 1..300_u64).prop_map(|(at, n)| SectorRange::new(at * 500, n));
+        prop_oneof![
+            8 => (range(), 0..8_u32).prop_map(|(range, done)| Change::Write(range, done)),
+            4 => (0..3_u8, range(), any::<bool>())
+                .prop_map(|(replica, range, corrupt)| Change::Repair(replica, range, corrupt)),
+            1 => Just(Change::FlushBegins),
+            1 => (0..3_u8, any::<bool>()).prop_map(|(r, success)| Change::FlushEnds(r, success)),
+        ]
+    }
+
+    fn apply(health: &mut Health, change: &Change) {
+        match *change {
+            Change::Write(range, done) => {
+                let asked = health.in_service();
+                let begun = health.write_begins(range);
+                let succeeded = asked.and(ReplicaSet::from_bits(done));
+                let success = succeeded.len() > 1;
+                health.write_ended(&WriteEnd {
+                    asked,
+                    succeeded,
+                    begun,
+                    success,
+                });
+            }
+            Change::Repair(replica, range, was_corrupt) => {
+                let began = health.failure_epoch();
+                health.repaired(ReplicaIndex(replica), range, began, was_corrupt);
+            }
+            Change::FlushBegins => {
+                health.flush_begins();
+            }
+            Change::FlushEnds(replica, success) => {
+                health.flush_ended(health.last_flush(), ReplicaIndex(replica), success);
+            }
+        }
+    }
+
+    /// All that a step may have changed.
+    fn sets(health: &mut Health) -> Vec<Vec<SectorRange>> {
+        let mut sets = Vec::new();
+        for state in &mut health.replicas {
+            sets.extend(state.joined().map(|set| set.iter().collect()));
+            sets.extend(
+                state
+                    .unconfirmed
+                    .iter()
+                    .map(|(_, set)| set.iter().collect()),
+            );
+            state.joined().iter().for_each(|set| set.self_check());
+        }
+        sets
+    }
+
+    proptest! {
+        /// What was prepared on a copy comes out as if it were done now.
+        #[test]
+        fn what_has_changed_meanwhile_is_done_again(
+            before in prop::collection::vec(change(), 0..60),
+            meanwhile in prop::collection::vec(change(), 0..6),
+        ) {
+            let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+            for change in &before {
+                apply(&mut health, change);
+            }
+            let copy = health.snapshot();
+            let (mut loss, mut settlement) = (copy.loss(ReplicaIndex(1)), copy.settlement());
+            for change in &meanwhile {
+                apply(&mut health, change);
+            }
+            let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
+            prepared.flush_failed(&mut loss);
+            direct.flush_ended(direct.last_flush(), ReplicaIndex(1), false);
+            prop_assert_eq!(sets(&mut prepared), sets(&mut direct));
+            let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
+            prepared.doubt_is_over(&mut settlement);
+            direct.doubt_is_over(&mut []);
+            prop_assert_eq!(sets(&mut prepared), sets(&mut direct));
+        }
+    }
+}
