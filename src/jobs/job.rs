@@ -233,13 +233,26 @@ impl Job {
         let Units {
             most,
             block_sectors,
-            ..
+            mut holes,
         } = units;
+        if self.speed_bytes > 0 {
+            // The limit is one of the bytes of the disk, so there is nothing to gain.
+            holes.read_min = u64::MAX;
+        }
         let most = match self.speed_bytes / CHUNKS_PER_SECOND / SECTOR_BYTES {
             0 if self.speed_bytes == 0 => most,
             sectors => (sectors - sectors % block_sectors).clamp(block_sectors, most),
         };
-        let work = self.next_work(now, Units { most, ..units }, retry_after, health)?;
+        let work = self.next_work(
+            now,
+            Units {
+                most,
+                block_sectors,
+                holes,
+            },
+            retry_after,
+            health,
+        )?;
         let range = match work {
             Work::Resync { range, .. } | Work::Scrub { range, .. } => Some(range),
             Work::Skip { .. } | Work::Flush => None,

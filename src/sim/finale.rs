@@ -302,11 +302,22 @@ impl World {
         self.votes(sector).0 >= self.plan.threshold
     }
 
-    /// The sectors in which replicas differ, if each sector of their block has a winner.
+    /// The sectors in which replicas differ, if each sector of their block has a winner. Not those
+    /// where the page of a corrupt write that was not written back hides a hole (W8).
     fn sectors_that_differ(&self) -> Vec<usize> {
+        let hides_a_hole = |sector: usize| {
+            let mut members = self.members();
+            self.plan.asks_for_holes()
+                && members.any(|replica| {
+                    let is_lost = self.replicas[replica].lost() >> sector & 1 == 1;
+                    let is_wrong = self.ledger.wrong(replica) >> sector & 1 == 1;
+                    is_lost && is_wrong && self.replicas[replica].is_hole(sector)
+                })
+        };
         let differs = |sector: &usize| {
             let (most, voters) = self.votes(*sector);
-            self.block_of(*sector).all(|sector| self.has_winner(sector)) && most < voters
+            let is_decided = self.block_of(*sector).all(|sector| self.has_winner(sector));
+            is_decided && most < voters && !hides_a_hole(*sector)
         };
         (0..self.changed_at.len()).filter(differs).collect()
     }
