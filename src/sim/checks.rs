@@ -230,8 +230,14 @@ impl World {
     /// What a write leaves behind that the replicas have written, or some of them.
     fn note_written(&mut self, range: SectorRange, write: &PendingWrite, success: bool) {
         let (sectors, unfailed) = (self.plan.mask(range), self.unfailed(write));
+        if success {
+            self.ledger.only_copies &= !sectors;
+        }
         for replica in self.members() {
             let bit = 1 << replica;
+            if success {
+                self.ledger.copies[replica] &= !sectors;
+            }
             if write.succeeded & bit == 0 {
                 self.ledger.unsound[replica] |= sectors;
             }
@@ -290,7 +296,8 @@ impl World {
         let flushed = write.succeeded & self.unfailed(write);
         let enough = usize::try_from(flushed.count_ones()).expect("few") >= self.plan.threshold;
         // A replica may have failed another write since.
-        if enough && write.overlapped == 0 {
+        let may_be_undone = self.plan.mask(pending.range) & self.ledger.only_copies != 0;
+        if enough && write.overlapped == 0 && !may_be_undone {
             let text = format!("w{} is durable on {flushed:b}, and fails", write.number);
             return Err(Violation::new("W5", text).at(self.plan.mask(pending.range)));
         }

@@ -251,6 +251,7 @@ impl World {
                 } else {
                     self.mark_excused(replica, reply.sectors);
                 }
+                self.ledger.copies[replica] |= reply.sectors;
                 for written in &mut self.ledger.written {
                     *written |= reply.sectors;
                 }

@@ -34,6 +34,12 @@ pub struct Ledger {
     /// Where it has missed a write, was corrupt or failed a read, or is excused while t others have
     /// made the newest version durable, and has not flushed what was written there since.
     pub unsound: Masks,
+    /// Where it holds what a repair or a resync has written, which may be what was there before a
+    /// write that others have lost. Until the guest has written there.
+    pub copies: Masks,
+    /// Where a replica failed when all that was left were such copies. Until the guest has written
+    /// there.
+    pub only_copies: u64,
     /// What was written since the last flush of the replica began.
     pub written: Masks,
     /// What was written before a flush that the replica has not confirmed.
@@ -129,6 +135,7 @@ impl Ledger {
             &mut self.excused,
             &mut self.unrepaired,
             &mut self.unsound,
+            &mut self.copies,
             &mut self.written,
             &mut self.in_flush,
         ];

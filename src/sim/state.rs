@@ -618,12 +618,23 @@ impl World {
             pending.seen.excused[replica] |= sectors;
         }
         self.note_undone(sectors);
-        let good = |sector: usize| {
-            let good = |member: &usize| self.ledger.excused[*member] >> sector & 1 == 0;
-            self.members().filter(good).count()
+        let is_good = |member: usize, sector: usize| self.ledger.excused[member] >> sector & 1 == 0;
+        let copies = |sector: &usize| {
+            let is_copy = |member: usize| self.ledger.copies[member] >> sector & 1 == 1;
+            let mut good = self.members().filter(|member| is_good(*member, *sector));
+            good.all(is_copy)
         };
+        let only_copies = bits(sectors)
+            .filter(copies)
+            .fold(0, |mask, at| mask | 1 << at);
         // The engine does not know which of the doubts the guest knows of.
-        if (0..self.changed_at.len()).any(|sector| good(sector) < self.plan.threshold) {
+        let mut all = 0..self.changed_at.len();
+        let lacking = all.any(|sector| {
+            let good = self.members().filter(|member| is_good(*member, sector));
+            good.count() < self.plan.threshold
+        });
+        self.ledger.only_copies |= only_copies;
+        if lacking || only_copies != 0 {
             self.ledger.lacking_at = Some(self.now);
         }
     }

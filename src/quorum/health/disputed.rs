@@ -119,7 +119,7 @@ impl Health {
     pub fn proven_parts(&self, replica: ReplicaIndex, range: SectorRange) -> Vec<SectorRange> {
         let state = &self.replicas[replica.as_usize()];
         let unconfirmed = state.unconfirmed.iter().map(|(_, written)| written);
-        let copied = [&self.copied, &self.copied_before_flush];
+        let copied = [&state.copied, &state.copied_before_flush];
         let sets = [&state.stale, &state.rewritten, &self.written].into_iter();
         let sets = sets.chain(copied);
         sets.chain(unconfirmed).fold(vec![range], |parts, set| {
@@ -189,6 +189,40 @@ impl Health {
         }
     }
 
+    /// What `replica` may have lost was perhaps lost on all members before it was copied to some. If
+    /// no member is left that holds what was written, the write is undone, and no error will say
+    /// so.
+    pub(super) fn doubt_copies(&mut self, replica: ReplicaIndex) {
+        if !self.any_copied {
+            return;
+        }
+        let stale = &self.replicas[replica.as_usize()].stale;
+        let states = || {
+            self.members
+                .iter()
+                .map(|member| &self.replicas[member.as_usize()])
+        };
+        let copied = states().flat_map(|state| [&state.copied, &state.copied_before_flush]);
+        let mut parts: Vec<SectorRange> = copied
+            .flat_map(RangeSet::iter)
+            .flat_map(|range| stale.within(range))
+            .collect();
+        for state in states() {
+            let originals = parts.iter().flat_map(|part| {
+                let not_here = [&state.stale, &state.copied, &state.copied_before_flush];
+                not_here.into_iter().fold(vec![*part], |parts, set| {
+                    runs::without(&parts, &set.within(*part))
+                })
+            });
+            let originals: Vec<_> = originals.collect();
+            parts = parts
+                .iter()
+                .flat_map(|part| runs::without(&[*part], &originals))
+                .collect();
+        }
+        self.may_be_undone(&parts);
+    }
+
     /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members
     /// are fresh now in all of it, so that a read may return it. Where t are, copies that are
     /// doubtful still are not asked any more.
@@ -223,6 +257,12 @@ impl Health {
     /// A write has a quorum. `is_doubtful`: a flush that failed while it ran may have undone it.
     pub(super) fn write_counts(&mut self, range: SectorRange, is_doubtful: bool) {
         self.undone.writes += 1;
+        if self.any_copied {
+            for state in &mut self.replicas {
+                state.copied.remove(range);
+                state.copied_before_flush.remove(range);
+            }
+        }
         if !self.undone.ranges.is_empty() {
             self.undone.ranges.remove(range);
         }

@@ -131,7 +131,8 @@ impl Health {
             runs::union(&all, &self.proven_parts(member, range))
         });
         for part in runs::without(&[range], &proven) {
-            self.copied.insert(part);
+            self.replicas[replica.as_usize()].copied.insert(part);
+            self.any_copied = true;
         }
     }
 
@@ -159,11 +160,11 @@ impl Health {
             );
             let weak = std::mem::take(&mut state.weak);
             state.weak_before_flush.insert_all(&weak);
-        }
-        if !self.copied.is_empty() {
-            let copied = std::mem::take(&mut self.copied);
-            self.copied_before_flush.insert_all(&copied);
-            self.garbage.push(copied);
+            if !state.copied.is_empty() {
+                let copied = std::mem::take(&mut state.copied);
+                state.copied_before_flush.insert_all(&copied);
+                self.garbage.push(copied);
+            }
         }
         let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
@@ -233,9 +234,13 @@ impl Health {
         if success {
             self.flushed = epoch;
             self.doubt_is_over(settlement);
-            if !self.copied_before_flush.is_empty() {
-                let copied = std::mem::take(&mut self.copied_before_flush);
-                self.garbage.push(copied);
+            if self.any_copied {
+                for state in &mut self.replicas {
+                    let copied = std::mem::take(&mut state.copied_before_flush);
+                    self.garbage.push(copied);
+                }
+                let mut left = self.replicas.iter();
+                self.any_copied = left.any(|state| !state.copied.is_empty());
             }
         }
         success

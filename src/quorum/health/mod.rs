@@ -70,11 +70,8 @@ pub struct Health {
     written: RangeSet,
     /// Changed by writes that have not ended.
     writing: Slab<Writing>,
-    /// Copied from members that were not proven since the last flush began: all may have lost the
-    /// same write, and report that with their next flush.
-    copied: RangeSet,
-    /// The same before a flush that began since the last one that has succeeded.
-    copied_before_flush: RangeSet,
+    /// Some member has copies of what was not proven.
+    any_copied: bool,
     /// Changed by writes that have failed, and not decided since (W7).
     undecided: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
@@ -105,8 +102,7 @@ impl Health {
             replicas: (0..places).map(|_| ReplicaHealth::default()).collect(),
             written: RangeSet::default(),
             writing: Slab::new(),
-            copied: RangeSet::default(),
-            copied_before_flush: RangeSet::default(),
+            any_copied: false,
             undecided: RangeSet::default(),
             flushing: None,
             undone: Undone::default(),

@@ -136,6 +136,7 @@ impl Health {
             state.stale.insert(writing.range);
         }
         self.doubt_arose();
+        self.doubt_copies(replica);
     }
 
     /// The flush has come back from a replica with an error. `loss` was prepared on a copy of this.

@@ -35,6 +35,11 @@ pub(super) struct ReplicaHealth {
     pub(super) refreshed: RangeSet,
     /// The same of a flush that this replica has not confirmed yet.
     pub(super) refreshed_before_flush: RangeSet,
+    /// Was copied here from members that were not proven, since the last flush began: all may have
+    /// lost the same write, and report that with their next flush.
+    pub(super) copied: RangeSet,
+    /// The same before a flush that began since the last one that has succeeded.
+    pub(super) copied_before_flush: RangeSet,
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     pub(super) unconfirmed: VecDeque<(FlushEpoch, RangeSet)>,
     pub(super) last_failure: FailureEpoch,

@@ -80,8 +80,6 @@ impl Health {
             replicas: self.replicas.clone(),
             written: self.written.clone(),
             writing: self.writing.clone(),
-            copied: self.copied.clone(),
-            copied_before_flush: self.copied_before_flush.clone(),
             undecided: self.undecided.clone(),
             undone: Undone::default(),
             garbage: Vec::new(),

@@ -296,7 +296,6 @@ fn a_copy_of_unproven_copies_proves_nothing_before_a_flush_has_succeeded() {
     health.repaired(C, range(0, 16), epoch, false);
     assert!(!flush(&mut health, &[A, B]));
     assert_eq!(health.proven_parts(C, range(0, 16)), [early]);
-    write(&mut health, late, &[]);
     let epoch = health.flush_begins();
     for replica in [A, B, C] {
         health.flush_ended(epoch, replica, true);
@@ -304,6 +303,44 @@ fn a_copy_of_unproven_copies_proves_nothing_before_a_flush_has_succeeded() {
     assert_eq!(health.proven_parts(C, range(0, 16)), [early]);
     assert!(health.flush_decided(epoch, set(&[A, B, C]), true, &mut []));
     assert_eq!(health.proven_parts(C, range(0, 16)), [range(0, 16)]);
+}
+
+/// All lose the same write, and report that one after the other: each becomes stale, and is written
+/// from those that have not reported it yet.
+#[test]
+fn a_write_of_which_only_copies_are_left_may_be_undone() {
+    let written = range(0, 8);
+    for last_succeeds in [false, true] {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+        write(&mut health, written, &[]);
+        let epoch = health.flush_begins();
+        health.flush_ended(epoch, C, false);
+        let since = health.failure_epoch();
+        health.repaired(C, written, since, false);
+        let epoch = health.flush_begins();
+        health.flush_ended(epoch, C, true);
+        health.flush_ended(epoch, B, false);
+        assert!(!health.owes_failure(), "A may hold it");
+        health.flush_ended(epoch, A, last_succeeds);
+        assert_eq!(health.owes_failure(), !last_succeeds);
+    }
+}
+
+/// What the guest writes there is no copy.
+#[test]
+fn a_write_over_a_copy_is_not_undone() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(0, 8), &[]);
+    let epoch = health.flush_begins();
+    health.flush_ended(epoch, C, false);
+    let since = health.failure_epoch();
+    health.repaired(C, range(0, 8), since, false);
+    write(&mut health, range(0, 8), &[]);
+    let epoch = health.flush_begins();
+    for replica in [A, B] {
+        health.flush_ended(epoch, replica, false);
+    }
+    assert!(!health.owes_failure());
 }
 
 #[test]
