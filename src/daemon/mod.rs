@@ -75,9 +75,11 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
-    let disk = disk(config, &replicas, count, (stop.clone(), released))?;
+    let mut disk = disk(config, &replicas, count, (stop.clone(), released))?;
     let workers =
         Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
+    // The workers have them, until a replica is removed.
+    disk.files.clear();
     let table = Arc::new(ReplicaTable::new(replicas));
     let admin = Admin::start(
         &disk,

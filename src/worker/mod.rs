@@ -47,8 +47,8 @@ pub struct Disk {
     pub policy: Policy,
     /// The state that the engines share.
     pub shared: Arc<Shared>,
-    /// The open replicas, in order. They stay open as long as any worker runs, or until they are
-    /// released.
+    /// The open replicas, in order, for the start of the workers. Each is open as long as any
+    /// worker runs, or until it is released; a copy that is kept here would keep it open too.
     pub files: Vec<RingFile>,
     /// Receives each removed replica once no worker uses it any more.
     pub released: Sender<ReplicaIndex>,
