@@ -189,9 +189,9 @@ impl Health {
         }
     }
 
-    /// What `replica` may have lost was perhaps lost on all members before it was copied to some. If
-    /// no member is left that holds what was written, the write is undone, and no error will say
-    /// so.
+    /// What `replica` may have lost was perhaps lost on all members before it was copied to some.
+    /// If no member is left that holds what was written, the write is undone, and no error will
+    /// say so.
     pub(super) fn doubt_copies(&mut self, replica: ReplicaIndex) {
         if !self.any_copied {
             return;
