@@ -197,29 +197,21 @@ impl Health {
             return;
         }
         let stale = &self.replicas[replica.as_usize()].stale;
-        let states = || {
-            self.members
-                .iter()
-                .map(|member| &self.replicas[member.as_usize()])
-        };
-        let copied = states().flat_map(|state| [&state.copied, &state.copied_before_flush]);
-        let mut parts: Vec<SectorRange> = copied
-            .flat_map(RangeSet::iter)
-            .flat_map(|range| stale.within(range))
-            .collect();
-        for state in states() {
-            let originals = parts.iter().flat_map(|part| {
-                let not_here = [&state.stale, &state.copied, &state.copied_before_flush];
-                not_here.into_iter().fold(vec![*part], |parts, set| {
-                    runs::without(&parts, &set.within(*part))
-                })
-            });
-            let originals: Vec<_> = originals.collect();
-            parts = parts
-                .iter()
-                .flat_map(|part| runs::without(&[*part], &originals))
-                .collect();
+        let members = || self.members.iter().map(|m| &self.replicas[m.as_usize()]);
+        let mut lost = RangeSet::default();
+        for state in members() {
+            for copied in [&state.copied, &state.copied_before_flush] {
+                lost.insert_all(&stale.part_in(copied));
+            }
         }
+        for state in members() {
+            let mut not_here = RangeSet::default();
+            for set in [&state.stale, &state.copied, &state.copied_before_flush] {
+                not_here.insert_all(&set.part_in(&lost));
+            }
+            lost = not_here;
+        }
+        let parts: Vec<_> = lost.iter().collect();
         self.may_be_undone(&parts);
     }
 

@@ -211,25 +211,6 @@ impl ReplicaHealth {
         .into_iter()
         .chain(unconfirmed)
     }
-
-    /// These sets, in `ranges` only.
-    fn part_in(&self, ranges: &RangeSet) -> Self {
-        let unconfirmed = self.unconfirmed.iter();
-        Self {
-            stale: self.stale.part_in(ranges),
-            uncovered: self.uncovered.part_in(ranges),
-            behind: self.behind.part_in(ranges),
-            weak: self.weak.part_in(ranges),
-            weak_before_flush: self.weak_before_flush.part_in(ranges),
-            rewritten: self.rewritten.part_in(ranges),
-            refreshed: self.refreshed.part_in(ranges),
-            refreshed_before_flush: self.refreshed_before_flush.part_in(ranges),
-            unconfirmed: unconfirmed
-                .map(|(epoch, written)| (*epoch, written.part_in(ranges)))
-                .collect(),
-            ..Self::default()
-        }
-    }
 }
 
 #[cfg(test)]

@@ -91,19 +91,28 @@ impl ReplicaHealth {
         .chain(unconfirmed)
     }
 
-    /// Forgets all sectors but those in `ranges`.
-    pub(super) fn keep_only(&mut self, ranges: &RangeSet) {
-        let unconfirmed = self.unconfirmed.iter_mut().map(|(_, written)| written);
+    /// A copy that knows of the sectors in `ranges` only.
+    pub(super) fn part_in(&self, ranges: &RangeSet) -> Self {
+        let mut part = self.clone();
+        let unconfirmed = part.unconfirmed.iter_mut().map(|(_, written)| written);
         let sets = [
-            &mut self.stale,
-            &mut self.uncovered,
-            &mut self.blank,
-            &mut self.refreshed,
-            &mut self.refreshed_before_flush,
+            &mut part.stale,
+            &mut part.missed,
+            &mut part.behind,
+            &mut part.weak,
+            &mut part.weak_before_flush,
+            &mut part.uncovered,
+            &mut part.blank,
+            &mut part.rewritten,
+            &mut part.refreshed,
+            &mut part.refreshed_before_flush,
+            &mut part.copied,
+            &mut part.copied_before_flush,
         ];
         for set in sets.into_iter().chain(unconfirmed) {
             *set = set.part_in(ranges);
         }
+        part
     }
 
     /// `range` was not written here, or in vain.

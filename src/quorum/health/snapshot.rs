@@ -155,7 +155,7 @@ impl Health {
         let mut copy = self.snapshot();
         copy.undecided = copy.undecided.part_in(&changed);
         for state in &mut copy.replicas {
-            state.keep_only(&changed);
+            *state = state.part_in(&changed);
         }
         Some(copy)
     }
