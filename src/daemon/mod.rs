@@ -75,11 +75,13 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
-    let mut disk = disk(config, &replicas, count, (stop.clone(), released))?;
-    let workers =
-        Workers::start(&disk, count).map_err(system("cannot start a worker with io_uring"))?;
-    // The workers have them, until a replica is removed.
-    disk.files.clear();
+    let disk = disk(config, &replicas, count, (stop.clone(), released))?;
+    let files = replicas
+        .iter()
+        .map(|replica| RingFile::of(&replica.file))
+        .collect();
+    let workers = Workers::start(&disk, files, count)
+        .map_err(system("cannot start a worker with io_uring"))?;
     let table = Arc::new(ReplicaTable::new(replicas));
     let admin = Admin::start(
         &disk,
@@ -232,10 +234,6 @@ fn disk(
         policy: policy(config, &info),
         info,
         shared: Arc::new(shared),
-        files: replicas
-            .iter()
-            .map(|replica| RingFile::of(&replica.file))
-            .collect(),
         released,
         slots: slots
             .collect::<Result<_, _>>()

@@ -24,7 +24,6 @@ use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
 use crate::engine::{Policy, Shared};
-use crate::replica::ring::RingFile;
 use crate::statistics::Statistics;
 
 /// Why the daemon stops.
@@ -47,9 +46,6 @@ pub struct Disk {
     pub policy: Policy,
     /// The state that the engines share.
     pub shared: Arc<Shared>,
-    /// The open replicas, in order, for the start of the workers. Each is open as long as any
-    /// worker runs, or until it is released; a copy that is kept here would keep it open too.
-    pub files: Vec<RingFile>,
     /// Receives each removed replica once no worker uses it any more.
     pub released: Sender<ReplicaIndex>,
     /// A slot for each connection that can be open at a time.

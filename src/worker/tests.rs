@@ -26,7 +26,7 @@ use crate::engine::{Effects as _, ReadPattern, WorkerIndex};
 use crate::jobs::Sizes;
 use crate::limits::REPLICAS_MAX;
 use crate::replica::ring::fake_kernel::{FakeKernel, Submission};
-use crate::replica::ring::{Ring, WatchToken};
+use crate::replica::ring::{Ring, RingFile, WatchToken};
 
 const REPLICAS: usize = 3;
 const SECTORS: u64 = 4096;
@@ -83,7 +83,6 @@ fn disk(memory: &GuestMemory, workers: u16) -> Disk {
             replica_timeout: Duration::from_secs(3600),
         },
         shared: Arc::new(Shared::new(REPLICAS, 2, workers, SECTORS)),
-        files: vec![RingFile::of(&File::open("/dev/null").unwrap()); REPLICAS],
         released: channel().0,
         slots: vec![slot],
         statistics: Statistics::new(workers, REPLICAS_MAX),
@@ -97,6 +96,7 @@ impl Machine {
         let bytes = usize::from(count) * 0x1_0000;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
         let disk = disk(&memory, count);
+        let files = vec![RingFile::of(&File::open("/dev/null").unwrap()); REPLICAS];
         let mailboxes: Vec<_> = (0..count).map(|_| Mailbox::new().unwrap()).collect();
         let mut machine = Self {
             memory,
@@ -107,7 +107,7 @@ impl Machine {
         };
         for index in 0..count {
             let kernel = FakeKernel::new();
-            let ring = Ring::with_kernel(kernel.clone(), &disk.files).unwrap();
+            let ring = Ring::with_kernel(kernel.clone(), &files).unwrap();
             let worker = Worker::new(
                 ring,
                 WorkerIndex(index),

@@ -17,7 +17,7 @@ use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::WorkerIndex;
 use crate::limits::{drain_limit, drain_overtime};
-use crate::replica::ring::Ring;
+use crate::replica::ring::{Ring, RingFile};
 
 /// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
 #[derive(Debug)]
@@ -36,11 +36,12 @@ struct Thread {
 }
 
 impl Workers {
-    /// Starts `count` workers.
+    /// Starts `count` workers on the open replicas `files`, in order. Each stays open until it is
+    /// released, or as long as any worker runs.
     ///
     /// # Errors
     /// If a thread or its io_uring cannot be created; no thread is left running then.
-    pub fn start(disk: &Disk, count: u16) -> io::Result<Self> {
+    pub fn start(disk: &Disk, files: Vec<RingFile>, count: u16) -> io::Result<Self> {
         let count = count.max(1);
         let mailboxes = (0..count)
             .map(|_| Mailbox::new())
@@ -52,7 +53,8 @@ impl Workers {
             drain_overtime: drain_overtime(disk.policy.replica_timeout),
         };
         for index in 0..count {
-            let outcome = workers.start_one(WorkerIndex(index), disk.share_of(index, count));
+            let share = disk.share_of(index, count);
+            let outcome = workers.start_one(WorkerIndex(index), share, files.clone());
             if let Err(error) = outcome {
                 // No worker has received a request yet.
                 let _ = workers.exit();
@@ -62,14 +64,19 @@ impl Workers {
         Ok(workers)
     }
 
-    fn start_one(&mut self, index: WorkerIndex, disk: Disk) -> io::Result<()> {
+    fn start_one(
+        &mut self,
+        index: WorkerIndex,
+        disk: Disk,
+        files: Vec<RingFile>,
+    ) -> io::Result<()> {
         let mailboxes = self.mailboxes.clone();
         let (ready, is_ready) = sync_channel(1);
         let (ended, busy) = sync_channel(1);
         let handle = std::thread::Builder::new()
             .name(format!("worker-{}", index.0))
             .spawn(move || {
-                run_worker(index, disk, mailboxes, &ready, &ended);
+                run_worker(index, disk, files, mailboxes, &ready, &ended);
             })?;
         self.threads.push(Thread { handle, busy });
         is_ready.recv().expect(NOT_POISONED)
@@ -119,13 +126,16 @@ impl Workers {
 fn run_worker(
     index: WorkerIndex,
     disk: Disk,
+    files: Vec<RingFile>,
     mailboxes: Vec<Arc<Mailbox>>,
     ready: &SyncSender<io::Result<()>>,
     ended: &SyncSender<ReplicaSet>,
 ) {
     let stop = disk.stop.clone();
     // Created in the thread that uses it, so that the kernel needs no locks for the io_uring.
-    let ring = Ring::new(&disk.files);
+    let ring = Ring::new(&files);
+    // The ring has them, until it is given others.
+    drop(files);
     let mut worker = match ring.and_then(|ring| Worker::new(ring, index, disk, mailboxes)) {
         Ok(worker) => worker,
         Err(error) => {

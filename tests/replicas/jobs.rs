@@ -81,7 +81,6 @@ fn serve() -> Served {
             replica_timeout: Duration::from_secs(1),
         },
         shared: Arc::new(Shared::new(3, 2, workers, capacity_sectors)),
-        files: files.iter().map(|file| RingFile::of(&file.file)).collect(),
         released,
         slots: vec![slot.clone()],
         statistics: Statistics::new(workers, REPLICAS_MAX),
@@ -89,8 +88,9 @@ fn serve() -> Served {
         stop,
     };
     let statistics = disk.statistics.clone();
+    let ring_files = files.iter().map(|file| RingFile::of(&file.file)).collect();
     let table = Arc::new(ReplicaTable::new(files));
-    let workers = Workers::start(&disk, workers).unwrap();
+    let workers = Workers::start(&disk, ring_files, workers).unwrap();
     let admin = Admin::start(
         &disk,
         &workers,

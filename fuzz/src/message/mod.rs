@@ -129,7 +129,6 @@ impl Machine {
                 job_sizes: Sizes::default(),
             },
             shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity.sectors())),
-            files: replicas.iter().map(RingFile::of).collect(),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),
             statistics: Statistics::new(1, REPLICAS),
@@ -138,7 +137,8 @@ impl Machine {
             released: channel().0,
             info: info.clone(),
         };
-        let workers = Workers::start(&disk, 1).expect("a worker with io_uring");
+        let files = replicas.iter().map(RingFile::of).collect();
+        let workers = Workers::start(&disk, files, 1).expect("a worker with io_uring");
         let frontend = Frontend::new(info, slot.clone(), workers.virtqueue_server(0));
         let (descriptors, others) = descriptors();
         Self {
