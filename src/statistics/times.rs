@@ -93,7 +93,7 @@ impl Distribution {
     }
 
     /// The time that `per_mille` of them did not exceed, in microseconds, at most 1/16 too long.
-    /// `None` if there are none.
+    /// `None` if nothing was measured.
     pub fn quantile_us(&self, per_mille: u64) -> Option<u64> {
         let count = self.count();
         let wanted = count.saturating_mul(per_mille).div_ceil(1000).max(1);

@@ -63,6 +63,19 @@ impl Disk {
         self.submitted()
     }
 
+    /// Begins a write, and returns its operations.
+    fn write(&mut self) -> Vec<Operation> {
+        self.requests += 1;
+        let write = GuestRequest::Write {
+            range: SectorRange::new(8, 1),
+            data: BufferPool::default().take(512),
+            durable: false,
+        };
+        self.engine
+            .submit(tag(self.requests), write, &mut self.effects);
+        self.submitted()
+    }
+
     /// The operations that the engine has submitted since the last call.
     fn submitted(&mut self) -> Vec<Operation> {
         let mut operations = Vec::new();
@@ -156,14 +169,7 @@ fn leaves_the_others_to_decide_under_the_lock_if_they_are_enough() {
 #[test]
 fn keeps_the_guest_waiting_where_a_failed_write_is_undecided() {
     let mut disk = Disk::new(3, 2, ReadPattern::Quorum);
-    let data = BufferPool::default().take(512);
-    let write = GuestRequest::Write {
-        range: SectorRange::new(8, 1),
-        data,
-        durable: false,
-    };
-    disk.engine.submit(tag(1), write, &mut disk.effects);
-    for operation in disk.submitted() {
+    for operation in disk.write() {
         let result = match operation.replica {
             ReplicaIndex(0) => Ok(()),
             _ => Err(Errno(28)),
@@ -222,14 +228,7 @@ fn does_not_keep_a_slow_replica_from_being_checked_now_and_then() {
 #[test]
 fn of_a_write_is_not_made_up_for_by_a_replica_that_was_removed() {
     let mut disk = Disk::new(3, 2, ReadPattern::Quorum);
-    let data = BufferPool::default().take(512);
-    let write = GuestRequest::Write {
-        range: SectorRange::new(8, 1),
-        data,
-        durable: false,
-    };
-    disk.engine.submit(tag(1), write, &mut disk.effects);
-    let mut asked = disk.submitted();
+    let mut asked = disk.write();
     let last = asked.remove(0);
     for operation in asked {
         disk.reply(operation, 0);

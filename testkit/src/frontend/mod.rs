@@ -188,19 +188,26 @@ impl Vmm {
         }
     }
 
+    /// Passes the inflight region, if there is one. Gets it from the daemon the first time.
+    fn set_inflight(&mut self) -> vhost::Result<()> {
+        let feature = VhostUserProtocolFeatures::INFLIGHT_SHMFD;
+        if !self.protocol_features.contains(feature) {
+            return Ok(());
+        }
+        let frontend = self.frontend.as_mut().expect("connected");
+        if self.inflight.is_none() {
+            self.inflight = Some(get_inflight(frontend, &self.plan)?);
+        }
+        let (inflight, file) = self.inflight.as_ref().expect("just set");
+        frontend.set_inflight_fd(inflight, file.as_raw_fd())?;
+        Ok(())
+    }
+
     fn activate_as_qemu(&mut self) -> vhost::Result<()> {
         let frontend = self.frontend.as_mut().expect("connected");
         frontend.set_features(self.features)?;
-        if self
-            .protocol_features
-            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
-        {
-            if self.inflight.is_none() {
-                self.inflight = Some(get_inflight(frontend, &self.plan)?);
-            }
-            let (inflight, file) = self.inflight.as_ref().expect("just set");
-            frontend.set_inflight_fd(inflight, file.as_raw_fd())?;
-        }
+        self.set_inflight()?;
+        let frontend = self.frontend.as_mut().expect("connected");
         for (index, queue) in self.queues.iter().enumerate() {
             frontend.set_vring_call(index, &queue.call)?;
         }
@@ -224,16 +231,8 @@ impl Vmm {
         for (index, queue) in self.queues.iter().enumerate() {
             frontend.set_vring_num(index, queue.size)?;
         }
-        if self
-            .protocol_features
-            .contains(VhostUserProtocolFeatures::INFLIGHT_SHMFD)
-        {
-            if self.inflight.is_none() {
-                self.inflight = Some(get_inflight(frontend, &self.plan)?);
-            }
-            let (inflight, file) = self.inflight.as_ref().expect("just set");
-            frontend.set_inflight_fd(inflight, file.as_raw_fd())?;
-        }
+        self.set_inflight()?;
+        let frontend = self.frontend.as_mut().expect("connected");
         for (index, queue) in self.queues.iter().enumerate() {
             frontend.set_vring_addr(index, &virtqueue_data(&self.memory, queue))?;
             frontend.set_vring_base(index, queue.published)?;
