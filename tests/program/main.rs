@@ -3,5 +3,7 @@
 mod installation;
 mod logging;
 mod panics;
+mod place;
+mod refusals;
 mod socket_activation;
 mod start_up;
