@@ -43,8 +43,9 @@ pub(super) struct Options {
     pub(super) fd: Option<RawFd>,
 
     /// Use the raw image file or block device at PATH as a replica. Repeat the option for each
-    /// replica, 1 to 32; all must have the same size. NAME identifies the replica in events and
-    /// commands [default: the file name]. Write a comma in PATH or NAME as two commas
+    /// replica, 1 to 32; an image may be larger than the disk, not shorter. NAME identifies the
+    /// replica in events and commands [default: the file name]. Write a comma in PATH or NAME as
+    /// two commas
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]",
         help_heading = "Replicas")]
     pub(super) blk_file: Vec<OsString>,
@@ -94,6 +95,11 @@ pub(super) struct Options {
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None,
         help_heading = "Replicas")]
     pub(super) cache: Cache,
+
+    /// Accept images that begin like a qcow2, LUKS or other image that is not raw, and serve their
+    /// bytes as they are. For guests that have written such a header to their disk
+    #[arg(long, help_heading = "Replicas")]
+    pub(super) raw_anyway: bool,
 
     /// Name of the voted disk in events, commands and metrics
     #[arg(

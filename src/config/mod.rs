@@ -77,6 +77,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Whether to use the host's page cache.
     pub cache: Cache,
+    /// Accept images that seem to have another format than raw.
+    pub raw_anyway: bool,
     /// The socket of the events.
     pub events: Option<Listen>,
     /// The socket of the monitor.
@@ -97,6 +99,7 @@ impl Config {
         OpenOptions {
             read_only: self.read_only,
             direct: self.cache == Cache::None,
+            raw_anyway: self.raw_anyway,
         }
     }
 
@@ -211,6 +214,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         queue_count: options.num_queues,
         queue_size,
         cache: options.cache,
+        raw_anyway: options.raw_anyway,
         events: sockets.events,
         qmp: sockets.qmp,
         metrics: options.metrics,

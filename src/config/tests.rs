@@ -104,7 +104,8 @@ fn defaults() {
         config.open_options(),
         OpenOptions {
             read_only: false,
-            direct: true
+            direct: true,
+            raw_anyway: false
         }
     );
     assert_eq!(config.segments_max(), 126);
@@ -141,7 +142,8 @@ fn every_option() {
         config.open_options(),
         OpenOptions {
             read_only: false,
-            direct: false
+            direct: false,
+            raw_anyway: false
         }
     );
     assert_eq!(

@@ -42,7 +42,7 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
-use crate::replica::file::{Opening, ReplicaFile, open_all};
+use crate::replica::file::{Opening, ReplicaFile, disk_size, open_all};
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
@@ -220,7 +220,11 @@ fn disk(
     workers: u16,
     (stop, released): (Sender<Stop>, Sender<ReplicaIndex>),
 ) -> Result<Disk, Error> {
-    let info = disk_info(config, replicas);
+    let info = disk_info(
+        config,
+        replicas,
+        disk_size(&replicas.iter().collect::<Vec<_>>())?,
+    );
     let cache_mode = CacheMode::default();
     let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
     let slots = (0..CONNECTIONS_MAX).map(slot);
@@ -244,11 +248,11 @@ fn disk(
     })
 }
 
-fn disk_info(config: &Config, replicas: &[ReplicaFile]) -> DiskInfo {
+fn disk_info(config: &Config, replicas: &[ReplicaFile], disk_bytes: u64) -> DiskInfo {
     let greatest = |bytes: fn(&ReplicaFile) -> u32| replicas.iter().map(bytes).max().unwrap_or(512);
     let block_bytes = greatest(|replica| replica.alignment_bytes);
     DiskInfo {
-        capacity: Capacity::new(replicas[0].size_bytes / SECTOR_BYTES),
+        capacity: Capacity::new(disk_bytes / SECTOR_BYTES),
         block_bytes,
         physical_block_bytes: greatest(|replica| replica.physical_block_bytes).max(block_bytes),
         read_only: config.read_only,

@@ -1,8 +1,8 @@
 //! Grows an image while the disk serves from it.
 //!
-//! The new part of every image reads as zeroes, so replicas agree there without a comparison. A
-//! file gets a hole. A block device must already have the new size; the data behind the old end is
-//! unknown, so it is zeroed.
+//! The new part of every image reads as zeroes, so replicas agree there without a comparison. What
+//! an image already has behind the old end is unknown, so it is zeroed: a block device, which must
+//! have the new size, and a file that is larger than the disk. A file gets a hole for the rest.
 //!
 //! The image is opened once more for this. Linux reports a writeback error once per open file
 //! description, and an error of the guest's data must reach the guest's next flush, not this sync.
@@ -35,18 +35,18 @@ pub enum GrowError {
         /// Its error.
         source: io::Error,
     },
-    /// The size of a file is not that of the disk.
+    /// A file is shorter than the disk.
     #[error(
-        "it has {bytes} bytes, the disk {disk_bytes}: another program has changed its size; \
-         replace it by a new image first"
+        "it has {bytes} bytes, the disk {disk_bytes}: another program has cut it; replace it by a \
+         new image first"
     )]
-    NotOfTheDisk {
+    Cut {
         /// The size of the file.
         bytes: u64,
         /// The size of the disk.
         disk_bytes: u64,
     },
-    /// The size of a block device is not the new one.
+    /// A block device does not have the new size.
     #[error(
         "it is a block device of {bytes} bytes; give it the new size, {wanted_bytes} bytes, first"
     )]
@@ -81,7 +81,8 @@ pub struct Growth {
     is_block_device: bool,
     from_bytes: u64,
     to_bytes: u64,
-    is_changed: bool,
+    /// The size of the file before, if that has changed.
+    before_bytes: Option<u64>,
 }
 
 impl Growth {
@@ -98,7 +99,7 @@ impl Growth {
             is_block_device: replica.is_block_device,
             from_bytes,
             to_bytes,
-            is_changed: false,
+            before_bytes: None,
         })
     }
 
@@ -109,21 +110,23 @@ impl Growth {
     pub fn extend(&mut self, mut begins: impl FnMut(Step)) -> Result<(), GrowError> {
         let bytes = self.end().map_err(system("lseek"))?;
         if self.is_block_device {
-            if bytes != self.to_bytes {
+            if bytes < self.to_bytes {
                 let wanted_bytes = self.to_bytes;
                 return Err(GrowError::DeviceSize {
                     bytes,
                     wanted_bytes,
                 });
             }
-            self.zero(&mut begins).map_err(system("writing zeroes"))?;
-        } else {
-            if bytes != self.from_bytes {
-                let disk_bytes = self.from_bytes;
-                return Err(GrowError::NotOfTheDisk { bytes, disk_bytes });
-            }
+        } else if bytes < self.from_bytes {
+            let disk_bytes = self.from_bytes;
+            return Err(GrowError::Cut { bytes, disk_bytes });
+        }
+        self.zero(bytes.min(self.to_bytes), &mut begins)
+            .map_err(system("writing zeroes"))?;
+        if bytes < self.to_bytes {
             let grown = self.file.set_len(self.to_bytes);
-            self.is_changed = grown.is_ok() || self.end().is_ok_and(|end| end != self.from_bytes);
+            let is_changed = grown.is_ok() || self.end().is_ok_and(|end| end != bytes);
+            self.before_bytes = is_changed.then_some(bytes);
             grown.map_err(system("truncate"))?;
         }
         begins(Step::Syncing);
@@ -135,13 +138,13 @@ impl Growth {
     /// # Errors
     /// If that fails.
     pub fn undo(&mut self) -> Result<(), GrowError> {
-        if !self.is_changed {
+        let Some(before_bytes) = self.before_bytes else {
             return Ok(());
-        }
+        };
         self.file
-            .set_len(self.from_bytes)
+            .set_len(before_bytes)
             .map_err(system("truncate"))?;
-        self.is_changed = false;
+        self.before_bytes = None;
         self.file.sync_all().map_err(system("fsync"))
     }
 
@@ -150,11 +153,12 @@ impl Growth {
         (&self.file).seek(SeekFrom::End(0))
     }
 
-    fn zero(&self, begins: &mut impl FnMut(Step)) -> io::Result<()> {
+    /// Zeroes from the old end of the disk to `end`.
+    fn zero(&self, end: u64, begins: &mut impl FnMut(Step)) -> io::Result<()> {
         let mut ways = Ways::new(1);
         let mut from = self.from_bytes;
-        while from < self.to_bytes {
-            let bytes = ZEROED_BYTES.min(self.to_bytes - from);
+        while from < end {
+            let bytes = ZEROED_BYTES.min(end - from);
             begins(Step::Zeroing);
             zero_range(&self.file, from, bytes, &mut ways)?;
             from += bytes;

@@ -1,10 +1,12 @@
 //! What the daemon refuses to serve, and the line that says why.
 
+use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::process::Command;
 
 use testkit::HANG_LIMIT;
 use testkit::daemon::{Daemon, replica_arguments};
@@ -20,11 +22,17 @@ fn images_of_different_sizes_are_refused() {
         .open(&place.images[1])
         .unwrap();
     second.set_len(2 * DISK_BYTES).unwrap();
-    let line = place.refusal(&[]);
+    let line = place.refusal_of(&place.images[..2], &[]);
     assert_says(
         &line,
         &["differ in size", "0.raw", "1.raw", "1048576", "2097152"],
     );
+    // Of three it is the larger one that differs, and is used in part.
+    let mut daemon = Daemon::start(place.directory.path(), replica_arguments(&place.images));
+    assert!(daemon.terminate().success());
+    let first = OpenOptions::new().write(true).open(&place.images[0]);
+    first.unwrap().set_len(DISK_BYTES / 2).unwrap();
+    assert_says(&place.refusal(&[]), &["differ in size", "0.raw", "524288"]);
 }
 
 #[test]
@@ -269,4 +277,57 @@ fn sockets_of_a_dead_daemon_are_replaced() {
     }
     assert!(daemon.terminate().success());
     assert_eq!(place.sockets(), Vec::<String>::new());
+}
+
+/// An image of another format, as qemu-img makes it, would be served as the bytes of its headers.
+#[test]
+fn images_of_other_formats_are_refused() {
+    let place = Place::new(3);
+    for format in [
+        "qcow",
+        "qcow2",
+        "qed",
+        "vdi",
+        "vhdx",
+        "vmdk",
+        "vpc",
+        "parallels",
+    ] {
+        let image = place.path("other");
+        let created = Command::new("qemu-img")
+            .args(["create", "-q", "-f", format])
+            .args([image.as_os_str(), OsStr::new("16M")])
+            .status();
+        assert!(created.unwrap().success(), "{format}");
+        for options in [&[][..], &["--cache", "writeback"]] {
+            let others = &place.images[..2];
+            let line = place.refusal_of(&[&[image.clone()], others].concat(), options);
+            assert_says(
+                &line,
+                &["other", &format!("is a {format} image"), "NEW.raw"],
+            );
+        }
+        // Some formats end in the middle of a sector.
+        let file = OpenOptions::new().write(true).open(&image).unwrap();
+        let bytes = file.metadata().unwrap().len();
+        file.set_len(bytes.next_multiple_of(4096)).unwrap();
+        let images = [image];
+        let mut arguments = replica_arguments(&images);
+        arguments.push("--raw-anyway".into());
+        let mut daemon = Daemon::start(place.directory.path(), arguments);
+        assert!(daemon.terminate().success());
+    }
+}
+
+/// Formats that have a footer: VHD images of a fixed size are raw but for their last sector.
+#[test]
+fn an_image_with_the_footer_of_another_format_is_refused() {
+    let place = Place::new(1);
+    let image = place.path("fixed.vhd");
+    let created = Command::new("qemu-img")
+        .args(["create", "-q", "-f", "vpc", "-o", "subformat=fixed"])
+        .args([image.as_os_str(), OsStr::new("16M")])
+        .status();
+    assert!(created.unwrap().success());
+    assert_says(&place.refusal_of(&[image], &[]), &["is a vpc image"]);
 }

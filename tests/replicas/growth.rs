@@ -186,7 +186,7 @@ fn a_disk_grows_and_is_used_up_to_its_new_end() {
     let refused = setup.monitor.try_execute("x-blockdev-change", add.clone());
     let refused = refused.unwrap_err()["desc"].as_str().unwrap().to_owned();
     assert!(
-        refused.contains("4194304 bytes, and the disk 10485760"),
+        refused.contains("4194304 bytes, less than the disk, which has 10485760"),
         "{refused}"
     );
     set_length(&fourth, NEW_BYTES);
@@ -385,40 +385,57 @@ fn a_file_size_limit_is_an_error_like_any_other() {
     assert!(setup.daemon.terminate().success());
 }
 
+/// What a file has behind the end of the disk does not become part of it.
 #[test]
-fn a_file_that_is_longer_already_is_not_touched() {
+fn a_file_that_is_longer_already_is_zeroed_there() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
+    for (index, surplus) in [(0, 4096), (1, 10_000_000)] {
+        let file = OpenOptions::new().write(true).open(&images[index]).unwrap();
+        let left_over = vec![9; surplus];
+        file.write_all_at(&left_over, SIZE_BYTES).unwrap();
+    }
+    let mut images = images;
+    images.push(place.path().join("3.raw"));
+    std::fs::copy(&images[2], &images[3]).unwrap();
+    images.push(place.path().join("4.raw"));
+    std::fs::copy(&images[2], &images[4]).unwrap();
     let mut setup = Setup::new(&images, &[]);
-    let file = OpenOptions::new().write(true).open(&images[1]).unwrap();
-    file.write_all_at(&[9; 4096], SIZE_BYTES).unwrap();
-    let error = setup.resize(NEW_BYTES).unwrap_err();
-    assert!(
-        error.contains("'1.raw' cannot be grown: it has 4198400 bytes"),
-        "{error}"
-    );
-    assert!(
-        error.ends_with("replace it by a new image first"),
-        "{error}"
-    );
-    assert_eq!(
-        [0, 1, 2].map(|index| length(&images[index])),
-        [SIZE_BYTES, SIZE_BYTES + 4096, SIZE_BYTES]
-    );
-    file.set_len(SIZE_BYTES).unwrap();
+    assert_eq!(setup.size(), SIZE_BYTES);
     assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    let mut vmm = setup.vmm();
+    let zeroes = vmm.queues[0].read_disk(SIZE_BYTES / 512, 64 << 10);
+    assert!(zeroes.iter().all(|byte| *byte == 0));
+    assert!(setup.daemon.terminate().success());
+    set_length(&images[1], NEW_BYTES);
+    assert!(are_identical(&images));
+}
+
+/// The state after the daemon was killed before all replicas had grown: the disk still has its old
+/// size as long as most images have it.
+#[test]
+fn an_interrupted_growth_is_repeated() {
+    let _machine = machine::shared();
+    let place = tempfile::tempdir().unwrap();
+    let images = create_images(place.path(), 3, SIZE_BYTES);
+    set_length(&images[1], NEW_BYTES);
+    let mut setup = Setup::new(&images, &[]);
+    assert_eq!(setup.size(), SIZE_BYTES);
+    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
+    assert_eq!(setup.size(), NEW_BYTES);
     assert!(setup.daemon.terminate().success());
     assert!(are_identical(&images));
 }
 
-/// The state after the daemon was killed before all replicas had grown.
+/// As above, after most replicas had grown.
 #[test]
 fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     let _machine = machine::shared();
     let place = tempfile::tempdir().unwrap();
     let images = create_images(place.path(), 3, SIZE_BYTES);
     set_length(&images[1], NEW_BYTES);
+    set_length(&images[2], NEW_BYTES);
     let socket = place.path().join("never.sock");
     let mut arguments = replica_arguments(&images);
     arguments.extend(["--socket-path".into(), socket.into()]);
@@ -430,15 +447,15 @@ fn an_interrupted_growth_is_completed_as_the_next_start_says() {
         "{said}"
     );
     assert!(said.contains("and add a new image"), "{said}");
-    let old = [images[0].clone(), images[2].clone()];
-    let mut setup = Setup::new(&old, &["--vote-threshold", "2"]);
+    let grown = [images[1].clone(), images[2].clone()];
+    let mut setup = Setup::new(&grown, &["--vote-threshold", "2"]);
+    assert_eq!(setup.size(), NEW_BYTES);
     let other = tempfile::tempdir().unwrap();
-    let new = create_images(other.path(), 1, SIZE_BYTES).remove(0);
+    let new = create_images(other.path(), 1, NEW_BYTES).remove(0);
     let node = json!({ "driver": "file", "node-name": "new", "filename": new });
     setup.monitor.execute("blockdev-add", node);
     let change = json!({ "parent": "quorum0", "node": "new" });
     setup.monitor.execute("x-blockdev-change", change);
-    assert_eq!(setup.resize(NEW_BYTES), Ok(json!({})));
     assert_eq!(setup.size(), NEW_BYTES);
     assert!(setup.daemon.terminate().success());
 }

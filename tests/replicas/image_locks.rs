@@ -14,10 +14,12 @@ use quorum_blk::replica::file::{self, OpenError, OpenOptions, ReplicaFile};
 const WRITABLE: OpenOptions = OpenOptions {
     read_only: false,
     direct: false,
+    raw_anyway: false,
 };
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     direct: false,
+    raw_anyway: false,
 };
 
 struct Image {

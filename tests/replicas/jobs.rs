@@ -54,6 +54,7 @@ fn serve() -> Served {
     let options = OpenOptions {
         read_only: false,
         direct: false,
+        raw_anyway: false,
     };
     let files = open_all(&sources, options, Opening::Here).unwrap();
     let workers = 2;
@@ -257,7 +258,7 @@ fn an_image_that_cannot_be_a_replica_is_refused() {
         .unwrap();
     let differs = refused(&source(&short));
     assert!(
-        differs.contains("33554432 bytes, and the disk 67108864"),
+        differs.contains("33554432 bytes, less than the disk, which has 67108864"),
         "{differs}"
     );
     let again = ReplicaSource {

@@ -108,16 +108,19 @@ pub(super) fn probed_alignment(file: &File, size_bytes: u64) -> u32 {
 }
 
 pub(super) fn reads_with_alignment(file: &File, offset: u64, length_bytes: u32) -> bool {
-    let page = ALIGNMENT_BYTES_SAFE as usize;
-    let mut memory = vec![0; 2 * page];
-    let start = memory.as_ptr().align_offset(page);
-    let Some(buffer) = memory.get_mut(start..start + length_bytes as usize) else {
-        return false;
-    };
-    match file.read_at(buffer, offset) {
+    let mut memory = Vec::new();
+    match file.read_at(page_aligned(&mut memory, length_bytes as usize), offset) {
         Ok(_) => true,
         Err(error) => error.raw_os_error() != Some(libc::EINVAL),
     }
+}
+
+/// A buffer of this length for direct I/O, in `memory`.
+pub(super) fn page_aligned(memory: &mut Vec<u8>, length_bytes: usize) -> &mut [u8] {
+    let page = ALIGNMENT_BYTES_SAFE as usize;
+    memory.resize(length_bytes + page, 0);
+    let start = memory.as_ptr().align_offset(page);
+    &mut memory[start..start + length_bytes]
 }
 
 /// The offset of the first data in the file, or `None` if the file is one hole. A file system that

@@ -9,8 +9,9 @@ use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
 use super::changes::Seen;
 use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image};
+use super::format::Format;
 use super::opener::{NoAnswer, Opener};
-use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource, check_size};
+use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
 use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::Locking;
 
@@ -72,14 +73,25 @@ impl Candidate {
         &self.replica
     }
 
-    /// Finds the alignment that direct I/O needs.
+    /// Finds the alignment that direct I/O needs, and checks that the image is raw.
     ///
-    /// After the checks, because it may read, and a read of an image that hangs does not return:
-    /// perhaps an image that was removed from this disk for that reason.
-    pub(super) fn align(&mut self) -> Result<(), OpenError> {
-        if !self.options.direct {
+    /// Not before it is known that the image is none that is open already, because this may read,
+    /// and a read of an image that hangs does not return: perhaps one that was removed from this
+    /// disk for that reason.
+    pub(super) fn examine(&mut self) -> Result<(), OpenError> {
+        if self.replica.size_bytes == 0 {
             return Ok(());
         }
+        if self.options.direct {
+            self.align()?;
+        }
+        if self.options.raw_anyway {
+            return Ok(());
+        }
+        self.check_format()
+    }
+
+    fn align(&mut self) -> Result<(), OpenError> {
         let Alignment {
             offset_bytes,
             memory_bytes,
@@ -92,7 +104,24 @@ impl Candidate {
         };
         self.replica.alignment_bytes = offset_bytes;
         self.replica.memory_alignment_bytes = memory_bytes;
-        check_size(&self.replica.path, self.replica.size_bytes, offset_bytes)
+        Ok(())
+    }
+
+    fn check_format(&mut self) -> Result<(), OpenError> {
+        let format = match &mut self.opener {
+            None => Format::of(&self.replica.file, self.facts.size_bytes),
+            Some(opener) => {
+                let found = opener.format(Instant::now() + OPEN_LIMIT);
+                self.answered(found)?
+            }
+        };
+        match format {
+            None => Ok(()),
+            Some(format) => Err(OpenError::NotRaw {
+                path: self.replica.path.clone(),
+                format,
+            }),
+        }
     }
 
     /// Locks the image. It is a replica then.
@@ -143,7 +172,6 @@ impl Started<'_> {
             Some(opener) => opener.image(self.by),
         };
         let Image { file, facts } = with_path(opened, path, self.options.read_only)?;
-        check_size(path, facts.size_bytes, ALIGNMENT_BYTES_MIN)?;
         Ok(Candidate {
             replica: ReplicaFile {
                 path: path.clone(),

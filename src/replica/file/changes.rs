@@ -192,6 +192,7 @@ mod tests {
         let image = |name: &str| File::create(path(name)).unwrap().set_len(SIZE).unwrap();
         image("a");
         let options = OpenOptions {
+            raw_anyway: false,
             read_only: false,
             direct: false,
         };

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 
 use super::alignment::ALIGNMENT_BYTES_MIN;
 use super::examine::Fault;
+use super::format::Format;
 use super::opener::NoAnswer;
 use crate::common::message::{Quoted, Reason};
 use crate::limits::OPEN_LIMIT;
@@ -99,17 +100,26 @@ pub enum OpenError {
     },
     /// The size is not a multiple of the alignment.
     #[error(
-        "the size of {}, {size_bytes} bytes, is not a multiple of {alignment_bytes}{}",
+        "the disk cannot have the size of {}, {disk_bytes} bytes: it is not a multiple of \
+         {alignment_bytes}{}",
         Quoted(.path),
         misaligned_hint(*.alignment_bytes)
     )]
     Misaligned {
         /// The image.
         path: PathBuf,
-        /// Its size.
-        size_bytes: u64,
+        /// The size that the disk would have.
+        disk_bytes: u64,
         /// The alignment that the size must have.
         alignment_bytes: u32,
+    },
+    /// The image has another format than raw.
+    #[error("{} {}", Quoted(.path), not_raw(.path, *.format))]
+    NotRaw {
+        /// The image.
+        path: PathBuf,
+        /// Its format.
+        format: Format,
     },
     /// The image needs larger blocks than the disk has.
     #[error(
@@ -145,31 +155,31 @@ pub enum OpenError {
         /// The other.
         second: PathBuf,
     },
-    /// The replicas have different sizes.
+    /// An image is shorter than the disk, or would decide that the disk is.
     #[error(
-        "the replicas differ in size: {} has {first_bytes} bytes, {} has {second_bytes}; start \
+        "the replicas differ in size: {} has {bytes} bytes, {} has {larger_bytes}; start \
          with those of the right size, and add a new image for each other one \
          (quorum-blkctl add --create)",
-        Quoted(.first),
-        Quoted(.second)
+        Quoted(.path),
+        Quoted(.larger)
     )]
-    SizesDiffer {
-        /// The replica listed first.
-        first: PathBuf,
+    Shorter {
+        /// The shorter image.
+        path: PathBuf,
         /// Its size.
-        first_bytes: u64,
-        /// The first one of another size.
-        second: PathBuf,
+        bytes: u64,
+        /// A larger one.
+        larger: PathBuf,
         /// Its size.
-        second_bytes: u64,
+        larger_bytes: u64,
     },
-    /// The image does not have the size of the disk.
+    /// The image is shorter than the disk.
     #[error(
-        "{} has {size_bytes} bytes, and the disk {disk_bytes}; \
-         use a new image (quorum-blkctl add --create)",
+        "{} has {size_bytes} bytes, less than the disk, which has {disk_bytes}; use a new image \
+         (quorum-blkctl add --create)",
         Quoted(.path)
     )]
-    NotTheSize {
+    ShorterThanDisk {
         /// The image.
         path: PathBuf,
         /// Its size.
@@ -243,6 +253,24 @@ impl Fault {
 /// What to do about an image that holds nothing, or not all of the disk.
 const ADD_NEW: &str = "if the disk has data, start without it, and add a new image \
                        (quorum-blkctl add --create)";
+
+/// What the image is, and the next step.
+fn not_raw(path: &Path, format: Format) -> String {
+    let name = format.name();
+    match format {
+        // A guest may have encrypted its whole disk.
+        Format::Luks => "begins with a LUKS header; if the guest has encrypted this disk, add \
+                         --raw-anyway; if QEMU has, decrypt it into a new raw image (qemu-img \
+                         convert)"
+            .to_owned(),
+        _ => format!(
+            "is a {name} image, and a replica must be raw; convert it into a new file: qemu-img \
+             convert -f {name} -O raw {} NEW.raw; if a guest has written these bytes to its raw \
+             disk, add --raw-anyway",
+            Quoted(path)
+        ),
+    }
+}
 
 fn open_hint(error: &io::Error, read_only: bool) -> String {
     let hint = match error.raw_os_error() {

@@ -5,9 +5,10 @@
 //!
 //! Invariants:
 //! - A [`ReplicaFile`] is locked against other users of the image as long as it is open.
-//! - Its size is not zero and a multiple of its alignment, which is a power of two of at least 512.
-//!   So the image consists of whole sectors, and direct I/O reaches all of them.
-//! - [`open_all`] returns different images of the same size with different node-names.
+//! - Its alignment is a power of two of at least 512.
+//! - [`open_all`] returns different images with different node-names, which fit one disk
+//!   ([`disk_size`]): its size is not zero and a multiple of each alignment. So each image holds
+//!   all sectors of the disk, and direct I/O reaches them.
 //! - With [`Opening::Apart`], no thread of the daemon waits for a file system that does not answer.
 
 mod alignment;
@@ -17,7 +18,9 @@ mod changes;
 mod descriptors;
 mod error;
 mod examine;
+mod format;
 mod opener;
+mod sizes;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -30,7 +33,9 @@ use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::watch;
 pub use self::error::OpenError;
+pub use self::format::Format;
 pub use self::opener::serve as serve_opener;
+pub use self::sizes::disk_size;
 use super::image_lock;
 use crate::common::NOT_POISONED;
 use crate::common::image::ImageChanges;
@@ -51,6 +56,8 @@ pub struct OpenOptions {
     pub read_only: bool,
     /// Use O_DIRECT, which bypasses the host's page cache.
     pub direct: bool,
+    /// Accept an image that seems to have another format than raw.
+    pub raw_anyway: bool,
 }
 
 /// Identifies an image. Two paths with the same identity lead to the same image.
@@ -152,7 +159,8 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
         node_name: node_name.to_owned(),
     };
     let mut candidate = Candidate::start(&source, options, Opening::Here).open()?;
-    candidate.align()?;
+    candidate.examine()?;
+    check_size(candidate.replica(), candidate.replica().size_bytes)?;
     candidate.lock()
 }
 
@@ -173,11 +181,22 @@ pub fn open_all(
             candidates.iter().map(Candidate::replica),
             candidate.replica(),
         )?;
-        check_sizes(&candidates, candidate.replica())?;
         candidates.push(candidate);
     }
     for candidate in &mut candidates {
-        candidate.align()?;
+        candidate.examine()?;
+    }
+    let replicas: Vec<_> = candidates.iter().map(Candidate::replica).collect();
+    let disk_bytes = disk_size(&replicas)?;
+    for replica in replicas {
+        check_size(replica, disk_bytes)?;
+        if replica.size_bytes > disk_bytes {
+            log::warn!(
+                replica:% = replica.node_name(), size = replica.size_bytes,
+                "disk-size" = disk_bytes;
+                "an image is larger than the disk: its last part is not used"
+            );
+        }
     }
     // Locks come after all checks: an image that is given twice would otherwise be reported as in
     // use by another process, which is this one.
@@ -193,9 +212,10 @@ pub fn open_beside(
     (size_bytes, block_bytes): (u64, u32),
 ) -> Result<ReplicaFile, OpenError> {
     let mut candidate = Candidate::start(source, options, opening).open()?;
-    check_beside(others, candidate.replica(), size_bytes)?;
-    candidate.align()?;
+    check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
+    candidate.examine()?;
     let replica = candidate.replica();
+    check_beside(others, replica, size_bytes)?;
     if replica.alignment_bytes > block_bytes {
         return Err(OpenError::Coarser {
             path: replica.path.clone(),
@@ -209,21 +229,21 @@ pub fn open_beside(
 /// Checks that a replica fits a disk of `size_bytes` with these `others`.
 ///
 /// # Errors
-/// If it is one of them, has the name of one of them, or has another size.
+/// If it is one of them, has the name of one of them, or is shorter than the disk.
 pub fn check_beside(
     others: &[Arc<ReplicaFile>],
     replica: &ReplicaFile,
     size_bytes: u64,
 ) -> Result<(), OpenError> {
     check_against(others.iter().map(Arc::as_ref), replica)?;
-    if replica.size_bytes != size_bytes {
-        return Err(OpenError::NotTheSize {
+    if replica.size_bytes < size_bytes {
+        return Err(OpenError::ShorterThanDisk {
             path: replica.path.clone(),
             size_bytes: replica.size_bytes,
             disk_bytes: size_bytes,
         });
     }
-    Ok(())
+    check_size(replica, size_bytes)
 }
 
 fn check_against<'a>(
@@ -248,29 +268,18 @@ fn check_against<'a>(
     Ok(())
 }
 
-fn check_sizes(earlier: &[Candidate], replica: &ReplicaFile) -> Result<(), OpenError> {
-    match earlier.first().map(Candidate::replica) {
-        Some(other) if other.size_bytes != replica.size_bytes => Err(OpenError::SizesDiffer {
-            first: other.path.clone(),
-            first_bytes: other.size_bytes,
-            second: replica.path.clone(),
-            second_bytes: replica.size_bytes,
-        }),
-        _ => Ok(()),
-    }
-}
-
-fn check_size(path: &Path, size_bytes: u64, alignment_bytes: u32) -> Result<(), OpenError> {
-    if size_bytes == 0 {
+/// Checks that a disk can have this size and direct I/O on the image reaches all of it.
+fn check_size(replica: &ReplicaFile, disk_bytes: u64) -> Result<(), OpenError> {
+    if disk_bytes == 0 {
         return Err(OpenError::Empty {
-            path: path.to_owned(),
+            path: replica.path.clone(),
         });
     }
-    if !size_bytes.is_multiple_of(u64::from(alignment_bytes)) {
+    if !disk_bytes.is_multiple_of(u64::from(replica.alignment_bytes)) {
         return Err(OpenError::Misaligned {
-            path: path.to_owned(),
-            size_bytes,
-            alignment_bytes,
+            path: replica.path.clone(),
+            disk_bytes,
+            alignment_bytes: replica.alignment_bytes,
         });
     }
     Ok(())

@@ -36,6 +36,7 @@ use super::OpenOptions;
 use super::alignment::Alignment;
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, alignment, lock};
+use super::format::Format;
 use crate::replica::image_lock::Locking;
 
 /// The first argument of a process that opens an image.
@@ -55,6 +56,7 @@ const MESSAGE_BYTES_MAX: usize = 1024;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Order {
     FindAlignment,
+    FindFormat,
     Lock,
 }
 
@@ -133,6 +135,12 @@ impl Opener {
         self.answer(by).map(|(answer, _)| answer)
     }
 
+    /// The format, if it is known and not raw.
+    pub(super) fn format(&mut self, by: Instant) -> Result<Answer<Option<Format>>, NoAnswer> {
+        self.order(Order::FindFormat)?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
     /// Locks the image, without waiting for another process.
     pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locking>, NoAnswer> {
         self.order(Order::Lock)?;
@@ -193,6 +201,8 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
     let options = OpenOptions {
         read_only: access == OsStr::new(READ_ONLY),
         direct: cache == OsStr::new(DIRECT),
+        // The daemon decides what to do about a format.
+        raw_anyway: true,
     };
     Some(answer_all(Path::new(&path), options))
 }
@@ -217,6 +227,10 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
                 &Answer::Ok(alignment(&image.file, &image.facts)),
                 None,
             )?,
+            Order::FindFormat => {
+                let format = Format::of(&image.file, image.facts.size_bytes);
+                send(&socket, &Answer::Ok(format), None)?;
+            }
             Order::Lock => send(&socket, &lock(&image.file, options), None)?,
         }
     }

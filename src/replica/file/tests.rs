@@ -12,14 +12,17 @@ const SIZE: u64 = 1 << 20;
 const BUFFERED: OpenOptions = OpenOptions {
     read_only: false,
     direct: false,
+    raw_anyway: false,
 };
 const DIRECT: OpenOptions = OpenOptions {
     read_only: false,
     direct: true,
+    raw_anyway: false,
 };
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     direct: false,
+    raw_anyway: false,
 };
 
 struct Directory(tempfile::TempDir);
@@ -171,16 +174,19 @@ fn refuses_sizes_that_no_disk_has() {
     assert!(refusal(&directory.image("empty", 0), BUFFERED).contains("is empty;"));
     let line = refusal(&directory.image("odd", 1000), BUFFERED);
     assert!(
-        line.contains("1000 bytes, is not a multiple of 512 (the size of a sector)"),
+        line.contains("1000 bytes: it is not a multiple of 512 (the size of a sector)"),
         "{line}"
     );
     assert!(
         line.ends_with("add a new image (quorum-blkctl add --create)"),
         "{line}"
     );
-    let line = check_size(Path::new("/x"), 512, 4096)
-        .unwrap_err()
-        .to_string();
+    let line = OpenError::Misaligned {
+        path: "/x".into(),
+        disk_bytes: 512,
+        alignment_bytes: 4096,
+    }
+    .to_string();
     assert!(
         line.ends_with("needs there; use --cache writeback"),
         "{line}"
@@ -205,6 +211,26 @@ fn refuses_an_image_in_use_but_lets_readers_share_it() {
     let _readers =
         [READ_ONLY, READ_ONLY].map(|options| open(&source.path, "1.raw", options).unwrap());
     assert!(refusal(&source, BUFFERED).ends_with("; stop that process first"));
+}
+
+#[test]
+fn refuses_an_image_that_is_not_raw() {
+    let directory = Directory::new();
+    let source = directory.image("disk.qcow2", SIZE);
+    let file = File::options().write(true).open(&source.path).unwrap();
+    file.write_all_at(b"QFI\xfb\0\0\0\x03", 0).unwrap();
+    let line = refusal(&source, BUFFERED);
+    assert!(
+        line.contains("is a qcow2 image") && line.contains(" NEW.raw;"),
+        "{line}"
+    );
+    let raw_anyway = OpenOptions {
+        raw_anyway: true,
+        ..BUFFERED
+    };
+    open(&source.path, "1", raw_anyway).unwrap();
+    file.write_all_at(b"LUKS\xba\xbe", 0).unwrap();
+    assert!(refusal(&source, BUFFERED).contains("if the guest has encrypted this disk"));
 }
 
 #[test]
@@ -241,6 +267,25 @@ fn refuses_replicas_of_different_sizes() {
         line.contains("1048576 bytes") && line.contains("1049088"),
         "{line}"
     );
+}
+
+#[test]
+fn accepts_an_image_that_is_larger_than_the_disk() {
+    let directory = Directory::new();
+    let sizes = [("1.raw", SIZE), ("2.raw", SIZE + 5000), ("3.raw", SIZE)];
+    let sources = sizes.map(|(name, bytes)| directory.image(name, bytes));
+    let replicas = open_all(&sources, BUFFERED, Opening::Here).unwrap();
+    assert_eq!(
+        disk_size(&replicas.iter().collect::<Vec<_>>()).unwrap(),
+        SIZE
+    );
+    let beside = |size_bytes| {
+        let source = directory.image("4.raw", SIZE + 100);
+        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), (size_bytes, 512));
+        file.map(|_| ()).map_err(|error| error.to_string())
+    };
+    beside(SIZE).unwrap();
+    assert!(beside(2 * SIZE).unwrap_err().contains("less than the disk"));
 }
 
 #[test]
