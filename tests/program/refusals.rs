@@ -301,7 +301,7 @@ fn images_of_other_formats_are_refused() {
         assert!(created.unwrap().success(), "{format}");
         for options in [&[][..], &["--cache", "writeback"]] {
             let others = &place.images[..2];
-            let line = place.refusal_of(&[&[image.clone()], others].concat(), options);
+            let line = place.refusal_of(&[std::slice::from_ref(&image), others].concat(), options);
             assert_says(
                 &line,
                 &["other", &format!("is a {format} image"), "NEW.raw"],

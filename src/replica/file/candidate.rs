@@ -2,6 +2,7 @@
 
 #![forbid(unsafe_code)]
 
+use std::fs::File;
 use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
@@ -10,7 +11,7 @@ use super::changes::Seen;
 use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image};
 use super::format::Format;
-use super::opener::{NoAnswer, Opener};
+use super::opener::{Answer, NoAnswer, Opener};
 use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
 use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::Locking;
@@ -124,30 +125,10 @@ impl Candidate {
         }
     }
 
-    /// Locks the image. It is a replica then.
+    /// Claims and locks the image. It is a replica then.
     pub(super) fn lock(mut self) -> Result<ReplicaFile, OpenError> {
-        let since = Instant::now();
-        let mut logged = false;
-        let locking = loop {
-            let locked = match &mut self.opener {
-                None => Ok(examine::lock(&self.replica.file, self.options)),
-                Some(opener) => opener.lock(Instant::now() + OPEN_LIMIT),
-            };
-            match locked {
-                Ok(Err(fault)) if fault.is_busy() && since.elapsed() < BUSY_LIMIT => {
-                    std::thread::sleep(BUSY_INTERVAL);
-                    if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
-                        logged = true;
-                        log::debug!(
-                            replica:% = self.replica.node_name(),
-                            file:% = self.replica.path.display();
-                            "waiting for another process to release the lock of an image"
-                        );
-                    }
-                }
-                locked => break self.answered(locked)?,
-            }
-        };
+        self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
+        let locking = self.when_free(examine::lock, Opener::lock)?;
         if locking == Locking::Unsupported {
             log::warn!(
                 replica:% = self.replica.node_name(), file:% = self.replica.path.display();
@@ -156,6 +137,37 @@ impl Candidate {
             );
         }
         Ok(self.replica)
+    }
+
+    /// Does a step, by itself or through the opener; waits some time for another process that has
+    /// the image in use.
+    fn when_free<T>(
+        &mut self,
+        here: fn(&File, OpenOptions) -> Result<T, Fault>,
+        apart: fn(&mut Opener, Instant) -> Result<Answer<T>, NoAnswer>,
+    ) -> Result<T, OpenError> {
+        let since = Instant::now();
+        let mut logged = false;
+        loop {
+            let done = match &mut self.opener {
+                None => Ok(here(&self.replica.file, self.options)),
+                Some(opener) => apart(opener, Instant::now() + OPEN_LIMIT),
+            };
+            match done {
+                Ok(Err(fault)) if fault.is_busy() && since.elapsed() < BUSY_LIMIT => {
+                    std::thread::sleep(BUSY_INTERVAL);
+                    if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
+                        logged = true;
+                        log::debug!(
+                            replica:% = self.replica.node_name(),
+                            file:% = self.replica.path.display();
+                            "waiting for another process to release an image"
+                        );
+                    }
+                }
+                done => return self.answered(done),
+            }
+        }
     }
 
     fn answered<T>(&self, answer: Result<Result<T, Fault>, NoAnswer>) -> Result<T, OpenError> {
@@ -177,12 +189,14 @@ impl Started<'_> {
                 path: path.clone(),
                 node_name: RwLock::new(self.source.node_name.as_str().into()),
                 file,
+                _claim: None,
                 size_bytes: facts.size_bytes,
                 alignment_bytes: ALIGNMENT_BYTES_MIN,
                 physical_block_bytes: facts.physical_block_bytes,
                 memory_alignment_bytes: 1,
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
+                location: facts.location.clone(),
                 seen: Seen::default(),
             },
             facts,

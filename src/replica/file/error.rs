@@ -143,6 +143,28 @@ pub enum OpenError {
         /// Why.
         source: LockError,
     },
+    /// The block device has another exclusive user.
+    #[error(
+        "block device {} is in use: it or a part of it is mounted, belongs to a volume group or an \
+         array, or is open in another process; release it there, or use another one",
+        Quoted(.path)
+    )]
+    Claimed {
+        /// The block device.
+        path: PathBuf,
+    },
+    /// Two images share their bytes.
+    #[error(
+        "{} is part of {}; each replica needs its own storage",
+        Quoted(.part),
+        Quoted(.whole)
+    )]
+    PartOf {
+        /// The smaller one.
+        part: PathBuf,
+        /// The one that it is part of.
+        whole: PathBuf,
+    },
     /// Two paths lead to the same image.
     #[error(
         "{} and {} are the same image; each replica needs its own",
@@ -245,6 +267,7 @@ impl Fault {
             },
             Self::Used(permission) => locked(path, LockError::Used(permission)),
             Self::NotShared(permission) => locked(path, LockError::NotShared(permission)),
+            Self::Claimed => OpenError::Claimed { path },
             Self::Lock(errno) => locked(path, LockError::Io(error(errno))),
         }
     }

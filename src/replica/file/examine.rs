@@ -5,6 +5,7 @@
 
 use std::fs::{File, FileType, Metadata};
 use std::io::{self, Seek as _, SeekFrom};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
@@ -12,6 +13,7 @@ use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
+use super::location::Location;
 use super::{ImageIdentity, OpenOptions, block_device};
 use crate::replica::image_lock::{self, Access, LockError, Locking, Permission};
 
@@ -23,9 +25,10 @@ pub(super) struct Image {
 }
 
 /// What the first look at an image finds. It reads no data.
-#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub(super) struct Facts {
     pub(super) identity: ImageIdentity,
+    pub(super) location: Location,
     pub(super) is_block_device: bool,
     pub(super) size_bytes: u64,
     pub(super) physical_block_bytes: u32,
@@ -50,6 +53,8 @@ pub(super) enum Fault {
     NotShared(Permission),
     /// The lock call failed with this errno.
     Lock(i32),
+    /// The block device is mounted, or has another exclusive user.
+    Claimed,
 }
 
 /// A system call that examines an image.
@@ -85,6 +90,7 @@ impl Image {
         let end = (&file).seek(SeekFrom::End(0));
         let facts = Facts {
             identity: ImageIdentity::of(&metadata),
+            location: Location::of(&file, &metadata),
             is_block_device,
             size_bytes: end.map_err(failed(Call::Lseek))?,
             physical_block_bytes: physical_block_bytes(&file, &metadata, is_block_device),
@@ -96,6 +102,24 @@ impl Image {
 /// The alignment that direct I/O on an open image needs. May read.
 pub(super) fn alignment(file: &File, facts: &Facts) -> Alignment {
     direct_alignment(file, facts.is_block_device, facts.size_bytes)
+}
+
+/// Claims a block device, for as long as the file that is returned is open: the kernel allows one
+/// claim, and a file system or an array has one too (open(2), O_EXCL). Not for reading only, which
+/// several may do.
+pub(super) fn claim(file: &File, options: OpenOptions) -> Result<Option<File>, Fault> {
+    let metadata = file.metadata().map_err(failed(Call::Fstat))?;
+    if options.read_only || !metadata.file_type().is_block_device() {
+        return Ok(None);
+    }
+    // Not by its path, which may name another device by now.
+    let same = format!("/proc/self/fd/{}", file.as_raw_fd());
+    let flags = OFlags::RDONLY | OFlags::EXCL | OFlags::CLOEXEC;
+    match rustix::io::retry_on_intr(|| rustix::fs::open(&same, flags, Mode::empty())) {
+        Ok(claim) => Ok(Some(File::from(claim))),
+        Err(rustix::io::Errno::BUSY) => Err(Fault::Claimed),
+        Err(error) => Err(Fault::Open(error.raw_os_error())),
+    }
 }
 
 /// Locks an open image, without waiting for another process.
@@ -115,7 +139,7 @@ pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locking, Fault> 
 impl Fault {
     /// Whether another process uses the image.
     pub(super) fn is_busy(&self) -> bool {
-        matches!(self, Self::Used(_) | Self::NotShared(_))
+        matches!(self, Self::Used(_) | Self::NotShared(_) | Self::Claimed)
     }
 }
 

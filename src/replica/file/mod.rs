@@ -19,6 +19,7 @@ mod descriptors;
 mod error;
 mod examine;
 mod format;
+mod location;
 mod opener;
 mod sizes;
 
@@ -34,6 +35,7 @@ use self::changes::Seen;
 pub use self::changes::watch;
 pub use self::error::OpenError;
 pub use self::format::Format;
+use self::location::{Location, Overlap};
 pub use self::opener::serve as serve_opener;
 pub use self::sizes::disk_size;
 use super::image_lock;
@@ -101,6 +103,8 @@ pub struct ReplicaFile {
     node_name: RwLock<Arc<str>>,
     /// The open file. It holds the image's lock.
     pub file: File,
+    /// Holds the claim of a block device.
+    _claim: Option<File>,
     /// Size of the image when it was opened.
     pub size_bytes: u64,
     /// Offset and length of each operation must be a multiple of this: at least 512, a power of
@@ -115,6 +119,7 @@ pub struct ReplicaFile {
     pub is_block_device: bool,
     /// Which image this is.
     pub identity: ImageIdentity,
+    location: Location,
     seen: Seen,
 }
 
@@ -251,11 +256,18 @@ fn check_against<'a>(
     replica: &ReplicaFile,
 ) -> Result<(), OpenError> {
     for other in earlier {
-        if other.identity == replica.identity {
-            return Err(OpenError::SameImage {
-                first: other.path.clone(),
-                second: replica.path.clone(),
-            });
+        let (first, second) = (other.path.clone(), replica.path.clone());
+        match other.location.overlap(&replica.location) {
+            None => {}
+            Some(Overlap::Same) => return Err(OpenError::SameImage { first, second }),
+            Some(Overlap::FirstInSecond) => {
+                let (part, whole) = (first, second);
+                return Err(OpenError::PartOf { part, whole });
+            }
+            Some(Overlap::SecondInFirst) => {
+                let (part, whole) = (second, first);
+                return Err(OpenError::PartOf { part, whole });
+            }
         }
         if other.node_name() == replica.node_name() {
             return Err(OpenError::NodeNameTwice {

@@ -35,7 +35,7 @@ use serde::{Deserialize, Serialize};
 use super::OpenOptions;
 use super::alignment::Alignment;
 use super::descriptors::close_inherited;
-use super::examine::{Facts, Fault, Image, alignment, lock};
+use super::examine::{Facts, Fault, Image, alignment, claim, lock};
 use super::format::Format;
 use crate::replica::image_lock::Locking;
 
@@ -50,18 +50,19 @@ const CACHED: &str = "cached";
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
 
 /// Bytes of a message: more than the longest one has.
-const MESSAGE_BYTES_MAX: usize = 1024;
+const MESSAGE_BYTES_MAX: usize = 8192;
 
 /// What the daemon asks of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Order {
     FindAlignment,
     FindFormat,
+    Claim,
     Lock,
 }
 
 /// An answer of the process. The first one, to its start, carries the open file.
-type Answer<T> = Result<T, Fault>;
+pub(super) type Answer<T> = Result<T, Fault>;
 
 /// Why there is no answer.
 #[derive(Debug)]
@@ -139,6 +140,13 @@ impl Opener {
     pub(super) fn format(&mut self, by: Instant) -> Result<Answer<Option<Format>>, NoAnswer> {
         self.order(Order::FindFormat)?;
         self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// Claims a block device ([`claim`]).
+    pub(super) fn claim(&mut self, by: Instant) -> Result<Answer<Option<File>>, NoAnswer> {
+        self.order(Order::Claim)?;
+        let (answer, file) = self.answer::<()>(by)?;
+        Ok(answer.map(|()| file))
     }
 
     /// Locks the image, without waiting for another process.
@@ -219,7 +227,7 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
         Ok(image) => image,
         Err(fault) => return send(&socket, &Answer::<Facts>::Err(fault), None),
     };
-    send(&socket, &Answer::Ok(image.facts), Some(&image.file))?;
+    send(&socket, &Answer::Ok(&image.facts), Some(&image.file))?;
     while let Some((order, _)) = receive(&socket)? {
         match order {
             Order::FindAlignment => send(
@@ -231,6 +239,10 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
                 let format = Format::of(&image.file, image.facts.size_bytes);
                 send(&socket, &Answer::Ok(format), None)?;
             }
+            Order::Claim => match claim(&image.file, options) {
+                Ok(file) => send(&socket, &Answer::Ok(()), file.as_ref())?,
+                Err(fault) => send(&socket, &Answer::<()>::Err(fault), None)?,
+            },
             Order::Lock => send(&socket, &lock(&image.file, options), None)?,
         }
     }
