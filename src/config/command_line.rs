@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
+use nix::unistd::Group;
 
 use super::{Cache, ReadPattern};
 use crate::common::message::Quoted;
@@ -36,6 +37,18 @@ pub(super) struct Options {
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH", conflicts_with = "fd",
         help_heading = "Connection")]
     pub(super) socket_path: Option<PathBuf>,
+
+    /// Permissions of the socket of --socket-path, in octal [default: 600, or 660 with
+    /// --socket-group]. A user that may write to the socket can use the disk
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path", conflicts_with = "fd",
+        help_heading = "Connection")]
+    pub(super) socket_mode: Option<u32>,
+
+    /// Give the socket of --socket-path to GROUP, a name or a number, so that a VMM of another user
+    /// can connect. The daemon must run as root or be a member of the group
+    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket_path", conflicts_with = "fd",
+        help_heading = "Connection")]
+    pub(super) socket_group: Option<u32>,
 
     /// Listen for the frontend on inherited file descriptor N, a UNIX socket that already listens
     #[arg(long, value_name = "N", allow_negative_numbers = true,
@@ -196,6 +209,24 @@ fn advice(error: &clap::Error) -> String {
         }
         (_, Some(ContextValue::String(option))) => format!("did you mean {option}?"),
         _ => "see quorum-blkd --help".to_owned(),
+    }
+}
+
+/// Permission bits in octal, as chmod(1) takes them.
+fn parse_mode(value: &str) -> Result<u32, &'static str> {
+    u32::from_str_radix(value, 8)
+        .ok()
+        .filter(|mode| *mode <= 0o777)
+        .ok_or("expected permissions in octal, such as 660")
+}
+
+/// A group by its name or number.
+fn parse_group(value: &str) -> Result<u32, String> {
+    let found = Group::from_name(value).map_err(|error| error.desc().to_owned())?;
+    match (found, value.parse()) {
+        (Some(group), _) => Ok(group.gid.as_raw()),
+        (None, Ok(number)) => Ok(number),
+        (None, Err(_)) => Err("there is no such group".to_owned()),
     }
 }
 

@@ -55,6 +55,10 @@ pub enum Parsed {
 pub struct Config {
     /// The socket of the frontend.
     pub listen: Listen,
+    /// Permission bits of the socket of the frontend, if it is created.
+    pub socket_mode: u32,
+    /// The group of that socket, if it is not that of the daemon.
+    pub socket_group: Option<u32>,
     /// The replicas, in the order of the command line.
     pub replicas: Vec<ReplicaSource>,
     /// Equal versions that win a vote, and replicas that a write must reach.
@@ -201,8 +205,11 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
     if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
         return Err(ConfigError::QueueSize(queue_size));
     }
+    let for_owner_or_group = [0o600, 0o660][usize::from(options.socket_group.is_some())];
     Ok(Config {
         listen: sockets.listen,
+        socket_mode: options.socket_mode.unwrap_or(for_owner_or_group),
+        socket_group: options.socket_group,
         replicas,
         vote_threshold,
         read_pattern: options.read_pattern,

@@ -314,6 +314,9 @@ fn rejects_rewrite_corrupted_with_read_only() {
 fn rejects_invalid_sockets() {
     assert_rejected(&["--blk-file=a"], "give --socket-path PATH or --fd N");
     assert_rejected(&disk(1, &["--fd=3"]), "cannot be used with");
+    for option in ["--socket-mode=660", "--socket-group=0"] {
+        assert_rejected(&["--fd=3", "--blk-file=a", option], "cannot be used with");
+    }
     assert_rejected(&["--fd=-1", "--blk-file=a"], "--fd");
     assert_rejected(&["--fd=x", "--blk-file=a"], "invalid value 'x'");
     assert_rejected(&["--socket-path=", "--blk-file=a"], "--socket-path");

@@ -1,8 +1,8 @@
 //! The UNIX sockets that the daemon listens on: those it creates, and those it inherits.
 //!
 //! Invariants:
-//! - Only the owner can connect (mode 0600), from the first moment on: the socket gets its mode
-//!   before it listens, and its name after that.
+//! - Only those can connect that [`SocketAccess`] allows, from the first moment on: the socket gets
+//!   its group and mode before it listens, and its name after that.
 //! - The name always refers to a socket: the new one is renamed over one that a dead process left.
 //!   A socket that another process listens on, and a file that is not a socket, are left alone.
 //! - A [`BoundListener`] removes its name, unless another process has taken the name.
@@ -12,7 +12,7 @@ use std::fs::{self, Permissions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
@@ -54,6 +54,23 @@ pub enum BindError {
         /// The error.
         source: io::Error,
     },
+}
+
+/// Who may connect to a socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SocketAccess {
+    /// The permission bits of the file, chmod(2).
+    pub mode: u32,
+    /// The group of the file; `None`: that of the daemon.
+    pub group: Option<u32>,
+}
+
+impl SocketAccess {
+    /// The owner only.
+    pub const OWNER: Self = Self {
+        mode: 0o600,
+        group: None,
+    };
 }
 
 /// A listening socket with a name in the file system. Dropping it removes the name.
@@ -113,7 +130,7 @@ impl Listener {
 }
 
 /// Listens at `path`. Replaces a socket that a dead process left there.
-pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
+pub fn bind_unix_listener(path: &Path, access: SocketAccess) -> Result<BoundListener, BindError> {
     let failed = |action| {
         move |source| BindError::Io {
             path: path.into(),
@@ -135,8 +152,14 @@ pub fn bind_unix_listener(path: &Path) -> Result<BoundListener, BindError> {
     let socket = new_socket().map_err(failed("create a socket"))?;
     let bound = SocketAddrUnix::new(&temporary).and_then(|address| bind(&socket, &address));
     bound.map_err(|error| failed("create the socket file")(error.into()))?;
+    if access.group.is_some() {
+        chown(&temporary, None, access.group).map_err(|error| {
+            let _ = fs::remove_file(&temporary);
+            failed("give the socket to the group of --socket-group")(error)
+        })?;
+    }
     let named = || {
-        fs::set_permissions(&temporary, Permissions::from_mode(0o600))?;
+        fs::set_permissions(&temporary, Permissions::from_mode(access.mode))?;
         listen(&socket, BACKLOG)?;
         rustix::io::ioctl_fionbio(&socket, false)?;
         let found = fs::symlink_metadata(&temporary)?;
@@ -217,7 +240,7 @@ mod tests {
     fn only_the_owner_may_connect_and_the_name_is_removed() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let listener = bind_unix_listener(&path).unwrap();
+        let listener = bind_unix_listener(&path, SocketAccess::OWNER).unwrap();
         assert_eq!(fs::metadata(&path).unwrap().mode() & 0o7777, 0o600);
         assert_eq!(
             names_in(directory.path()),
@@ -236,9 +259,9 @@ mod tests {
         let path = directory.path().join("s");
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "as a killed process leaves it");
-        let first = bind_unix_listener(&path).unwrap();
+        let first = bind_unix_listener(&path, SocketAccess::OWNER).unwrap();
 
-        let error = bind_unix_listener(&path).unwrap_err();
+        let error = bind_unix_listener(&path, SocketAccess::OWNER).unwrap_err();
         assert!(matches!(error, BindError::InUse(_)), "{error}");
         let text = "another process listens on this socket; stop it or choose another path";
         assert!(error.to_string().ends_with(text), "{error}");
@@ -249,7 +272,7 @@ mod tests {
     fn a_listener_with_a_full_queue_is_in_use_and_not_waited_for() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let _live = bind_unix_listener(&path).unwrap();
+        let _live = bind_unix_listener(&path, SocketAccess::OWNER).unwrap();
         let mut waiting = Vec::new();
         loop {
             let socket = new_socket().unwrap();
@@ -262,7 +285,7 @@ mod tests {
             }
         }
         assert!(matches!(
-            bind_unix_listener(&path),
+            bind_unix_listener(&path, SocketAccess::OWNER),
             Err(BindError::InUse(_))
         ));
     }
@@ -273,17 +296,17 @@ mod tests {
         let path = directory.path().join("disk.raw");
         fs::write(&path, "precious").unwrap();
         assert!(matches!(
-            bind_unix_listener(&path),
+            bind_unix_listener(&path, SocketAccess::OWNER),
             Err(BindError::NotASocket(_))
         ));
         let link = directory.path().join("link");
         std::os::unix::fs::symlink(&path, &link).unwrap();
         assert!(matches!(
-            bind_unix_listener(&link),
+            bind_unix_listener(&link, SocketAccess::OWNER),
             Err(BindError::NotASocket(_))
         ));
         assert!(matches!(
-            bind_unix_listener(directory.path()),
+            bind_unix_listener(directory.path(), SocketAccess::OWNER),
             Err(BindError::NotASocket(_))
         ));
         assert_eq!(fs::read(&path).unwrap(), b"precious");
@@ -293,7 +316,7 @@ mod tests {
     fn a_name_that_another_file_took_is_left_alone() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("s");
-        let listener = bind_unix_listener(&path).unwrap();
+        let listener = bind_unix_listener(&path, SocketAccess::OWNER).unwrap();
         fs::remove_file(&path).unwrap();
         fs::write(&path, "").unwrap();
         drop(listener);
@@ -305,15 +328,22 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let room = SOCKET_PATH_BYTES_MAX - directory.path().as_os_str().len() - 1;
         let fits = directory.path().join("x".repeat(room));
-        UnixStream::connect(bind_unix_listener(&fits).unwrap().path()).unwrap();
+        UnixStream::connect(
+            bind_unix_listener(&fits, SocketAccess::OWNER)
+                .unwrap()
+                .path(),
+        )
+        .unwrap();
         let too_long = directory.path().join("x".repeat(room + 1));
         assert!(matches!(
-            bind_unix_listener(&too_long),
+            bind_unix_listener(&too_long, SocketAccess::OWNER),
             Err(BindError::TooLong(_))
         ));
         let nowhere = directory.path().join("none/s");
-        let error = bind_unix_listener(&nowhere).unwrap_err().to_string();
+        let error = bind_unix_listener(&nowhere, SocketAccess::OWNER)
+            .unwrap_err()
+            .to_string();
         assert!(error.ends_with("No such file or directory"), "{error}");
-        assert!(bind_unix_listener(Path::new("")).is_err());
+        assert!(bind_unix_listener(Path::new(""), SocketAccess::OWNER).is_err());
     }
 }

@@ -11,15 +11,16 @@ use rustix::net::{AddressFamily, SocketType};
 
 use super::Error;
 use crate::config::Listen;
-use crate::control::socket::{Listener, bind_unix_listener};
+use crate::control::socket::{Listener, SocketAccess, bind_unix_listener};
 
-/// Opens the socket that an option or a service manager names.
-pub(super) fn open(listen: &Listen) -> Result<Listener, Error> {
+/// Opens the socket that an option or a service manager names. One that this creates has this
+/// `access`.
+pub(super) fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Error> {
     // SAFETY: a descriptor is inherited for the one purpose that its option or name gives. The
     // configuration accepts each descriptor once, and this opens each socket once.
     let adopted = |fd| unsafe { adopt(fd) }.map(Listener::Passed);
     match listen {
-        Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path)?)),
+        Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path, access)?)),
         Listen::Fd(fd) => adopted(*fd).ok_or(Error::NotAListener(*fd)),
         Listen::Passed(socket) => {
             adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone()))

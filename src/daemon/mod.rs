@@ -36,6 +36,7 @@ use crate::control::events::Names;
 use crate::control::http::MetricsServer;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
+use crate::control::socket::SocketAccess;
 use crate::device::connection::{CacheMode, ConnectionSlot};
 use crate::device::frontend::Frontend;
 use crate::device::{Capacity, DiskInfo};
@@ -136,13 +137,19 @@ fn serve(
     signals: Signals,
     (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
-    let events = config.events.as_ref().map(listeners::open).transpose()?;
-    let qmp = config.qmp.as_ref().map(listeners::open).transpose()?;
+    // A client of these can stop the disk, or sees what happens on it.
+    let for_owner = |listen| listeners::open(listen, SocketAccess::OWNER);
+    let events = config.events.as_ref().map(for_owner).transpose()?;
+    let qmp = config.qmp.as_ref().map(for_owner).transpose()?;
     let metrics = config
         .metrics
         .map(listeners::listen_for_metrics)
         .transpose()?;
-    let listener = FrontendListener::new(listeners::open(&config.listen)?)?;
+    let for_frontend = SocketAccess {
+        mode: config.socket_mode,
+        group: config.socket_group,
+    };
+    let listener = FrontendListener::new(listeners::open(&config.listen, for_frontend)?)?;
     let names = Names {
         reference: config.node_name.clone(),
         nodes: admin.names(),

@@ -19,7 +19,7 @@ use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::Publisher;
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::control::socket::{BindError, Listener, bind_unix_listener};
+use quorum_blk::control::socket::{BindError, Listener, SocketAccess, bind_unix_listener};
 use quorum_blk::limits::{EVENT_BURST, EVENT_READERS_MAX, REPLICAS_MAX};
 use serde_json::Value;
 
@@ -41,7 +41,7 @@ fn names() -> Names {
 
 fn publish_at(path: &Path) -> (Arc<EventQueue>, Publisher) {
     let queue = EventQueue::new().unwrap();
-    let listener = bind_unix_listener(path).unwrap();
+    let listener = bind_unix_listener(path, SocketAccess::OWNER).unwrap();
     let publisher = Publisher::spawn(
         Some(Listener::Bound(listener)),
         None,
@@ -396,7 +396,7 @@ fn a_stale_socket_is_replaced_and_a_live_one_refused() {
     let path = directory.path().join("events.sock");
     drop(UnixListener::bind(&path).unwrap());
     let (queue, publisher) = publish_at(&path);
-    let refused = bind_unix_listener(&path).unwrap_err();
+    let refused = bind_unix_listener(&path, SocketAccess::OWNER).unwrap_err();
     assert!(matches!(refused, BindError::InUse(_)));
     assert!(!refused.to_string().contains('\n'));
     let mut reader = Lines::new(UnixStream::connect(&path).unwrap());

@@ -21,7 +21,7 @@ use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
 use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::control::socket::{Listener, bind_unix_listener};
+use quorum_blk::control::socket::{Listener, SocketAccess, bind_unix_listener};
 use quorum_blk::limits::{QMP_CLIENTS_MAX, QMP_MESSAGE_BYTES_MAX, REPLICAS_MAX};
 use serde_json::{Value, json};
 use testkit::client::Client;
@@ -324,7 +324,7 @@ fn alone() -> (Alone, Receiver<()>, Sender<()>) {
     });
     let queue = EventQueue::new().unwrap();
     let monitor = publisher::Monitor {
-        listener: Listener::Bound(bind_unix_listener(&socket).unwrap()),
+        listener: Listener::Bound(bind_unix_listener(&socket, SocketAccess::OWNER).unwrap()),
         operator: Arc::new(operator),
     };
     let names = Names {

@@ -201,6 +201,9 @@ fn unknown_options_are_refused() {
         ["--cache", "unsafe"],
         ["--num-queues", "0"],
         ["--num-queues", "65"],
+        ["--socket-mode", "1777"],
+        ["--socket-mode", "rw"],
+        ["--socket-group", "no such group"],
     ] {
         let line = place.refusal(&options);
         assert_says(&line, &options);

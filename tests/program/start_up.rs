@@ -2,6 +2,7 @@
 //!
 //! Needs `qemu-storage-daemon` (Debian: qemu-system-common) and, for a replica that is slow, FUSE.
 
+use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::net::TcpListener;
@@ -258,6 +259,29 @@ fn sockets_are_private_to_the_owner() {
         let metadata = fs::symlink_metadata(socket).unwrap();
         assert!(metadata.file_type().is_socket());
         assert_eq!(metadata.mode() & 0o7777, 0o600);
+    }
+}
+
+/// So that a VMM of another user can connect; the other sockets stay private.
+#[test]
+fn the_socket_of_the_frontend_can_be_given_to_a_group() {
+    for (options, mode, group) in [
+        (&["--socket-mode", "0666"][..], 0o666, 0),
+        (&["--socket-group", "nogroup"], 0o660, 65_534),
+        (
+            &["--socket-group", "1234", "--socket-mode", "620"],
+            0o620,
+            1234,
+        ),
+    ] {
+        let place = Place::new(1);
+        let mut arguments = replica_arguments(&place.images);
+        arguments.extend(options.iter().map(OsString::from));
+        let daemon = Daemon::start(place.directory.path(), arguments);
+        let metadata = fs::symlink_metadata(daemon.socket()).unwrap();
+        assert_eq!((metadata.mode() & 0o7777, metadata.gid()), (mode, group));
+        let metadata = fs::symlink_metadata(daemon.events_socket()).unwrap();
+        assert_eq!((metadata.mode() & 0o7777, metadata.gid()), (0o600, 0));
     }
 }
 

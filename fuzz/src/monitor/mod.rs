@@ -20,7 +20,7 @@ use quorum_blk::control::events::Names;
 use quorum_blk::control::publisher::{self, Publisher};
 use quorum_blk::control::qmp::session::{Session, Step, converse};
 use quorum_blk::control::queue::EventQueue;
-use quorum_blk::control::socket::{Listener, bind_unix_listener};
+use quorum_blk::control::socket::{Listener, SocketAccess, bind_unix_listener};
 use quorum_blk::limits::QMP_MESSAGE_BYTES_MAX;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -208,7 +208,9 @@ impl Machine {
         let path = directory.path().join("qmp.sock");
         let recorder = Arc::new(Recorder::default());
         let monitor = publisher::Monitor {
-            listener: Listener::Bound(bind_unix_listener(&path).expect("a socket")),
+            listener: Listener::Bound(
+                bind_unix_listener(&path, SocketAccess::OWNER).expect("a socket"),
+            ),
             operator: recorder.clone(),
         };
         let names = Names {
