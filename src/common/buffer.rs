@@ -97,13 +97,14 @@ impl Drop for Arena {
 }
 
 impl BufferPool {
-    /// A pool with an arena.
-    pub fn with_arena() -> Self {
-        let arena = Arena::new();
-        let mut free = Free::default();
-        arena.cut(&mut free.by_class);
-        free.arena = Some(arena);
-        Self(Rc::new(RefCell::new(free)))
+    /// Adds an arena, unless there is one.
+    pub fn add_arena(&self) {
+        let mut free = self.0.borrow_mut();
+        if free.arena.is_none() {
+            let arena = Arena::new();
+            arena.cut(&mut free.by_class);
+            free.arena = Some(arena);
+        }
     }
 
     /// The start of the arena, if there is one, and its length in bytes.
@@ -270,7 +271,8 @@ mod tests {
 
     #[test]
     fn takes_from_the_arena_until_it_is_empty() {
-        let pool = BufferPool::with_arena();
+        let pool = BufferPool::default();
+        pool.add_arena();
         let (start, len) = pool.arena().unwrap();
         let inside = |buffer: &Buffer| {
             let offset = (buffer.as_ptr() as usize).wrapping_sub(start.as_ptr() as usize);

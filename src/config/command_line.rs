@@ -131,9 +131,9 @@ pub(super) struct Options {
     #[arg(long, value_name = "S", help_heading = "Disk")]
     pub(super) serial: Option<String>,
 
-    /// Request queues, 1 to 64. With several, the CPUs of the guest send requests in parallel, and
-    /// several threads serve them
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = 1,
+    /// Request queues offered, 1 to 64. The VMM uses as many of them as it wants: QEMU one for each
+    /// CPU of the guest. One that is not used costs nothing
+    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = QUEUES_MAX,
         value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)),
         help_heading = "Disk")]
     pub(super) num_queues: u16,

@@ -98,7 +98,7 @@ fn defaults() {
         (config.node_name.as_str(), config.serial.as_str()),
         ("quorum0", "")
     );
-    assert_eq!((config.queue_count, config.queue_size), (1, 256));
+    assert_eq!((config.queue_count, config.queue_size), (QUEUES_MAX, 256));
     assert_eq!((config.events.as_ref(), config.verbosity), (None, 0));
     assert_eq!(
         config.open_options(),
@@ -199,7 +199,7 @@ fn the_help_names_the_limits() {
         .split_whitespace()
         .collect::<Vec<_>>()
         .join(" ");
-    assert!(help.contains(&format!("Request queues, 1 to {QUEUES_MAX}")));
+    assert!(help.contains(&format!("Request queues offered, 1 to {QUEUES_MAX}")));
     assert!(help.contains(&format!("from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")));
     assert!(help.contains(&format!("at most {SEGMENTS_MAX} data segments")));
 }

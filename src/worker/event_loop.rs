@@ -50,6 +50,8 @@ pub(super) struct Worker<K: Kernel = Uring> {
     engine: Engine,
     pub(super) io: Io<K>,
     mailbox: Arc<Mailbox>,
+    /// Has an arena once a virtqueue has started: a worker that serves none takes no memory.
+    pool: BufferPool,
     /// With the virtqueues of this worker only.
     slots: Vec<ConnectionSlot>,
     /// By slot and virtqueue.
@@ -78,8 +80,7 @@ impl<K: Kernel> Worker<K> {
         disk: Disk,
         mailboxes: Vec<Arc<Mailbox>>,
     ) -> io::Result<Self> {
-        let pool = BufferPool::with_arena();
-        ring.register_arena(&pool);
+        let pool = BufferPool::default();
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Never unwatched: it lasts as long as the ring.
         ring.watch(&mailbox.event, MAILBOX)?;
@@ -112,6 +113,7 @@ impl<K: Kernel> Worker<K> {
                 failure: None,
             },
             mailbox,
+            pool: pool.clone(),
             slots: disk.slots,
             draining: Draining::default(),
             exit_by: None,
@@ -355,6 +357,10 @@ impl<K: Kernel> Worker<K> {
         let durable_writes = choices.durable_writes();
         if !self.io.guests.refresh(slot, queue, region, durable_writes) {
             return Ok(false);
+        }
+        if self.pool.arena().is_none() {
+            self.pool.add_arena();
+            self.io.ring.register_arena(&self.pool);
         }
         let state = vrings[queue].get_ref();
         if let Some(kick) = state.get_kick() {

@@ -65,7 +65,7 @@ pub struct CommandOutput {
 pub struct GuestBuilder {
     directory: PathBuf,
     socket: PathBuf,
-    queues: u16,
+    queues: Option<u16>,
     cpus: u16,
     memory_mib: u64,
     hot_plug: Option<HotPlug>,
@@ -88,7 +88,7 @@ impl GuestBuilder {
         Self {
             directory: directory.to_owned(),
             socket: socket.to_owned(),
-            queues: 1,
+            queues: None,
             cpus: 1,
             memory_mib: 256,
             hot_plug: None,
@@ -99,9 +99,9 @@ impl GuestBuilder {
         }
     }
 
-    /// Queues of the disk.
+    /// Queues of the disk. Without this QEMU asks for one for each processor.
     pub fn queues(mut self, queues: u16) -> Self {
-        self.queues = queues;
+        self.queues = Some(queues);
         self
     }
 
@@ -215,6 +215,7 @@ impl GuestBuilder {
             Some(room) => format!(",slots={},maxmem={}M", room.slots, room.memory_mib_max),
             None => String::new(),
         };
+        let queues = queues.map_or_else(String::new, |queues| format!(",num-queues={queues}"));
         let reconnect = if self.reconnect { ",reconnect=1" } else { "" };
 
         let mut command = Command::new("qemu-system-x86_64");
@@ -244,7 +245,7 @@ impl GuestBuilder {
             ])
             .args([
                 "-device",
-                &format!("vhost-user-blk-pci,id=disk,chardev=disk,num-queues={queues}"),
+                &format!("vhost-user-blk-pci,id=disk,chardev=disk{queues}"),
             ])
             .args(self.incoming.iter().flat_map(|uri| ["-incoming", uri]))
             .args(&self.arguments)

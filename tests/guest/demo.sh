@@ -148,7 +148,7 @@ qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
     -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" \
     -append 'console=ttyS0 panic=-1 no_timer_check' \
     -serial file:console.log -chardev pipe,id=commands,path=commands -serial chardev:commands \
-    -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk,num-queues=1 \
+    -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk \
     </dev/null >qemu.log 2>&1 &
 qemu_pid=$!
 pids+=("$qemu_pid")

@@ -123,7 +123,8 @@ fn play_the_manual(daemon: &Daemon, directory: &std::path::Path) {
 fn the_examples_match_the_output() {
     let directory = tempfile::tempdir().unwrap();
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 30));
-    arguments.extend(["--rewrite-corrupted", "--cache", "writeback", "--qmp"].map(OsString::from));
+    let options = "--rewrite-corrupted --cache writeback --num-queues 1 --qmp";
+    arguments.extend(options.split(' ').map(OsString::from));
     arguments.push(directory.path().join("qmp.sock").into());
     let mut daemon = Daemon::start(directory.path(), arguments);
     let new = File::create_new(directory.path().join("new.raw")).unwrap();

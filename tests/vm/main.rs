@@ -2,6 +2,7 @@
 
 mod corrupt_replica;
 mod daemon_restart;
+mod default_queues;
 mod device_features;
 mod migration;
 mod new_size;

@@ -40,10 +40,12 @@ impl Setup {
             cached: true,
             holes: None,
         });
+        let pool = BufferPool::default();
+        pool.add_arena();
         Self {
             ring: Ring::with_kernel(kernel.clone(), &files).unwrap(),
             kernel,
-            pool: BufferPool::with_arena(),
+            pool,
         }
     }
 
