@@ -248,6 +248,12 @@ pub fn drain_overtime(replica_timeout: Duration) -> Duration {
     replica_timeout.saturating_mul(LATE_LONG_LIMIT)
 }
 
+/// How long a frontend that starts its virtqueues waits until another one has stopped its own.
+pub const DISK_USE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long a frontend that connects waits for the connection of an idle one to end.
+pub const GIVE_WAY_LIMIT: Duration = Duration::from_secs(1);
+
 /// How long a virtqueue waits, after a restart, until the other virtqueues have resubmitted their
 /// in-flight chains. A frontend starts its virtqueues in quick succession; one that never starts
 /// again must not delay the others.

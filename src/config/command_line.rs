@@ -127,6 +127,11 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Disk")]
     pub(super) read_only: bool,
 
+    /// Let several virtual machines use the disk at a time. For guests that coordinate their writes,
+    /// as cluster file systems do; any other file system is destroyed. A migration works without
+    #[arg(long, help_heading = "Disk")]
+    pub(super) shared: bool,
+
     /// Serial number that the guest sees, at most 20 printable ASCII characters [default: none]
     #[arg(long, value_name = "S", help_heading = "Disk")]
     pub(super) serial: Option<String>,

@@ -75,6 +75,8 @@ pub struct Config {
     pub read_only: bool,
     /// Serial number that the guest sees: ASCII, at most 20 bytes.
     pub serial: String,
+    /// Several frontends may use the disk at a time.
+    pub shared: bool,
     /// Number of request queues.
     pub queue_count: u16,
     /// Descriptors of each queue, a power of two.
@@ -218,6 +220,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         node_name: options.node_name,
         read_only: options.read_only,
         serial: check_serial(options.serial.unwrap_or_default())?,
+        shared: options.shared,
         queue_count: options.num_queues,
         queue_size,
         cache: options.cache,

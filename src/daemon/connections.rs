@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -14,8 +15,9 @@ use super::{Error, system};
 use crate::common::NOT_POISONED;
 use crate::control::socket::Listener;
 use crate::control::wake::Wake;
+use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
-use crate::limits::CONNECTIONS_MAX;
+use crate::limits::{CONNECTIONS_MAX, GIVE_WAY_LIMIT};
 
 /// How long accepting pauses after the system was out of resources for a connection.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
@@ -57,6 +59,8 @@ pub(super) struct Connections {
 /// The slots, free or not.
 struct Slots {
     frontends: Vec<Arc<Mutex<Frontend>>>,
+    /// By slot.
+    uses: Vec<DiskUse>,
     current: Mutex<Current>,
     /// Notified when a slot becomes free.
     freed: Condvar,
@@ -65,6 +69,8 @@ struct Slots {
 struct Current {
     /// The connections, by slot.
     connections: Vec<Option<UnixStream>>,
+    /// When each connection was accepted, by slot.
+    accepted: Vec<Instant>,
     /// The daemon is stopping: a new connection ends at once.
     stopping: bool,
 }
@@ -83,18 +89,43 @@ impl Slots {
         drop(waited.expect(NOT_POISONED));
     }
 
-    /// Gives the connection a free slot, if there is one.
+    /// Gives the connection a free slot, if there is one. Where there is none, an idle connection
+    /// gives way.
     fn take(&self, connection: &UnixStream) -> io::Result<Option<usize>> {
+        let free = |current: &Current| current.connections.iter().position(Option::is_none);
         let mut current = self.current();
-        let is_free = |slot: &usize| current.connections[*slot].is_none();
-        let free = (0..self.frontends.len()).find(is_free);
+        if free(&current).is_none()
+            && let Some(idle) = self.longest_idle(&current)
+        {
+            warn!(connection = idle; "idle frontend disconnected: another one has connected");
+            current.connections[idle].iter().for_each(end);
+            let waited = self
+                .freed
+                .wait_timeout_while(current, GIVE_WAY_LIMIT, |current| free(current).is_none());
+            current = waited.expect(NOT_POISONED).0;
+        }
+        let free = free(&current);
         if let Some(slot) = free {
             current.connections[slot] = Some(connection.try_clone()?);
+            current.accepted[slot] = Instant::now();
             if current.stopping {
                 end(connection);
             }
         }
         Ok(free)
+    }
+
+    /// The connection that has not used the disk for longest: rather one that has not begun to,
+    /// than the destination of a migration.
+    fn longest_idle(&self, current: &Current) -> Option<usize> {
+        let idle = (0..self.frontends.len()).filter(|slot| !self.uses[*slot].is_in_use());
+        let age = |slot: &usize| {
+            // One that handles a message is not idle.
+            let is_owned = |frontend: MutexGuard<'_, Frontend>| frontend.is_owned();
+            let is_owned = self.frontends[*slot].try_lock().map_or(true, is_owned);
+            (is_owned, current.accepted[*slot])
+        };
+        idle.min_by_key(age)
     }
 
     fn free(&self, slot: usize) {
@@ -137,13 +168,19 @@ fn is_closed(connection: &UnixStream) -> bool {
 }
 
 impl Connections {
-    pub(super) fn start(listener: FrontendListener, frontends: Vec<Frontend>) -> io::Result<Self> {
+    pub(super) fn start(
+        listener: FrontendListener,
+        frontends: Vec<(Frontend, DiskUse)>,
+    ) -> io::Result<Self> {
+        let (frontends, uses): (Vec<_>, Vec<_>) = frontends.into_iter().unzip();
         let stop = Arc::new(Wake::new()?);
         let slots = Arc::new(Slots {
             current: Mutex::new(Current {
                 connections: frontends.iter().map(|_| None).collect(),
+                accepted: vec![Instant::now(); frontends.len()],
                 stopping: false,
             }),
+            uses,
             frontends: frontends
                 .into_iter()
                 .map(|frontend| Arc::new(Mutex::new(frontend)))

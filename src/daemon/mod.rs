@@ -38,6 +38,7 @@ use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
 use crate::control::socket::SocketAccess;
 use crate::device::connection::{CacheMode, ConnectionSlot};
+use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
 use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
@@ -182,7 +183,8 @@ fn serve(
             workers.virtqueue_server(index),
         )
     });
-    let connections = Connections::start(listener, frontends.collect())
+    let uses = disk.slots.iter().map(|slot| slot.disk_use.clone());
+    let connections = Connections::start(listener, frontends.zip(uses).collect())
         .map_err(system("cannot start the frontend thread"))?;
     announce(disk, config.replicas.len());
     let reason = stopped.recv().expect("this function owns a sender");
@@ -233,8 +235,11 @@ fn disk(
         disk_size(&replicas.iter().collect::<Vec<_>>())?,
     );
     let cache_mode = CacheMode::default();
-    let slot = |_| ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone());
-    let slots = (0..CONNECTIONS_MAX).map(slot);
+    let slots = DiskUse::of_slots(CONNECTIONS_MAX, config.shared || config.read_only);
+    let slots = slots.into_iter().map(|disk_use| {
+        let slot = ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone())?;
+        Ok(ConnectionSlot { disk_use, ..slot })
+    });
     let shared = Shared::new(
         replicas.len(),
         config.vote_threshold,
@@ -247,7 +252,7 @@ fn disk(
         shared: Arc::new(shared),
         released,
         slots: slots
-            .collect::<Result<_, _>>()
+            .collect::<Result<_, virtio_queue::Error>>()
             .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
         statistics: Statistics::new(workers, REPLICAS_MAX),
         events: EventQueue::new().map_err(system("cannot create an eventfd"))?,

@@ -5,9 +5,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use vhost_user_backend::VringT;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_INDIRECT_DESC;
 use vm_memory::GuestMemoryAtomic;
 
 use super::back_channel::BackChannel;
+use super::disk_use::DiskUse;
 use super::{GuestMemory, Vring, config_space};
 
 /// Whether written data may stay in a cache until it is flushed (`writeback`, virtio 1.3, 5.2.5).
@@ -45,6 +47,11 @@ impl DriverChoices {
         config_space::expects_durable_writes(self.features(), self.cache_mode.is_writeback())
     }
 
+    /// Whether a request may take a single descriptor of its virtqueue, whatever its length.
+    pub(super) fn has_indirect_descriptors(&self) -> bool {
+        self.features() & 1 << VIRTIO_RING_F_INDIRECT_DESC != 0
+    }
+
     /// The feature bits that the driver accepted.
     pub(super) fn features(&self) -> u64 {
         self.features.load(Ordering::Acquire)
@@ -68,6 +75,8 @@ pub struct ConnectionSlot {
     pub choices: Arc<DriverChoices>,
     /// Reports changes of the configuration space to the frontend.
     pub back_channel: BackChannel,
+    /// Whether its virtqueues may run.
+    pub disk_use: DiskUse,
 }
 
 impl ConnectionSlot {
@@ -91,6 +100,7 @@ impl ConnectionSlot {
                 cache_mode,
             }),
             back_channel: BackChannel::default(),
+            disk_use: DiskUse::default(),
         })
     }
 }

@@ -20,6 +20,7 @@ pub mod chain;
 pub mod config_space;
 pub mod connection;
 mod descriptor;
+pub mod disk_use;
 pub mod frontend;
 pub mod guest;
 pub mod inflight;

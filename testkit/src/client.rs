@@ -84,27 +84,32 @@ impl Client {
 
     /// Connects to a daemon and starts `queues` queues of `queue_size` entries.
     pub fn connect_sized(socket: &Path, queues: usize, queue_size: i32) -> Self {
-        let mut blkio = Blkio::new("virtio-blk-vhost-user").expect("the driver");
-        let path = socket.to_str().expect("a path in UTF-8");
-        blkio.set_str("path", path).expect("setting the path");
-        blkio.connect().expect("connecting");
+        Self::try_connect(socket, queues, queue_size).expect("connecting")
+    }
+
+    /// As [`Self::connect_sized`], to a daemon that may refuse the connection.
+    ///
+    /// # Errors
+    /// That of the driver.
+    pub fn try_connect(
+        socket: &Path,
+        queues: usize,
+        queue_size: i32,
+    ) -> Result<Self, blkio::Error> {
+        let mut blkio = Blkio::new("virtio-blk-vhost-user")?;
+        blkio.set_str("path", socket.to_str().expect("a path in UTF-8"))?;
+        blkio.connect()?;
         let count = i32::try_from(queues).expect("few queues");
-        blkio
-            .set_i32("num-queues", count)
-            .expect("setting the number of queues");
-        blkio
-            .set_i32("queue-size", queue_size)
-            .expect("setting the queue size");
-        let queues = blkio.start().expect("starting").queues;
-        let region = blkio
-            .alloc_mem_region(QUEUE_MEMORY_BYTES * queues.len())
-            .expect("allocating memory");
-        blkio.map_mem_region(&region).expect("sharing memory");
-        Self {
+        blkio.set_i32("num-queues", count)?;
+        blkio.set_i32("queue-size", queue_size)?;
+        let queues = blkio.start()?.queues;
+        let region = blkio.alloc_mem_region(QUEUE_MEMORY_BYTES * queues.len())?;
+        blkio.map_mem_region(&region)?;
+        Ok(Self {
             queues,
             region,
             blkio,
-        }
+        })
     }
 
     /// Size of the disk.

@@ -63,6 +63,8 @@ impl Program {
         match system {
             System::Ours => {
                 let mut arguments = plan.arguments(served);
+                // Tests connect further clients beside the one that works.
+                arguments.push("--shared".into());
                 arguments.extend(["--qmp".into(), directory.join(MONITOR_SOCKET).into()]);
                 let daemon = Daemon::start(directory, arguments);
                 let socket = daemon.socket().to_owned();

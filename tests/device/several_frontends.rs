@@ -66,7 +66,7 @@ fn frontends_work_at_the_same_time() {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 3, DISK_BYTES);
     let mut arguments = replica_arguments(&images);
-    arguments.extend(["--num-queues", "2"].map(Into::into));
+    arguments.push("--shared".into());
     let mut daemon = Daemon::start(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut random = Random::from_environment();
@@ -110,11 +110,15 @@ fn is_served(connection: &mut UnixStream, limit: Duration) -> Option<bool> {
 fn a_connection_above_the_limit_is_refused() {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 1, DISK_BYTES);
-    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
-    let mut connections: Vec<_> = (0..CONNECTIONS_MAX).map(|_| ask(daemon.socket())).collect();
-    for connection in &mut connections {
-        assert_eq!(is_served(connection, HANG_LIMIT), Some(true));
-    }
+    let mut arguments = replica_arguments(&images);
+    arguments.push("--shared".into());
+    let mut daemon = Daemon::start(directory.path(), arguments);
+    let connect = || {
+        let mut client = Client::connect(daemon.socket(), 1);
+        client.read(0, 0, 512).expect("it is served");
+        client
+    };
+    let mut clients: Vec<_> = (0..CONNECTIONS_MAX).map(|_| connect()).collect();
     assert_eq!(is_served(&mut ask(daemon.socket()), HANG_LIMIT), None);
     assert!(
         daemon.log().contains("connections are served already"),
@@ -122,19 +126,52 @@ fn a_connection_above_the_limit_is_refused() {
         daemon.log()
     );
     for _ in 0..3 {
-        connections.remove(1);
-        connections.push(ask(daemon.socket()));
-        let last = connections.last_mut().unwrap();
-        assert_eq!(
-            is_served(last, HANG_LIMIT),
-            Some(true),
-            "its place is free at once"
-        );
+        clients.remove(1);
+        // Its place is free at once.
+        clients.push(connect());
     }
     assert!(daemon.terminate().success(), "with all of them connected");
-    for connection in &mut connections {
-        assert_eq!(is_served(connection, HANG_LIMIT), None);
+}
+
+/// A program that connects and does nothing does not keep a virtual machine from its disk.
+#[test]
+fn idle_connections_give_way() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 1, DISK_BYTES);
+    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    let mut idle: Vec<_> = (0..CONNECTIONS_MAX).map(|_| ask(daemon.socket())).collect();
+    for connection in &mut idle {
+        assert_eq!(is_served(connection, HANG_LIMIT), Some(true));
     }
+    let mut client = Client::connect(daemon.socket(), 1);
+    client.read(0, 0, 512).expect("it is served");
+    // The one that had connected first is gone.
+    assert_eq!(is_served(&mut idle[0], HANG_LIMIT), None);
+    assert_eq!(is_served(&mut idle[1], SILENCE), Some(false));
+    for _ in 0..CONNECTIONS_MAX {
+        assert_eq!(is_served(&mut ask(daemon.socket()), HANG_LIMIT), Some(true));
+    }
+    client.read(0, 0, 512).expect("it is still served");
+    assert!(daemon.terminate().success());
+}
+
+/// Two guests would destroy each other's file systems.
+#[test]
+fn a_second_frontend_is_turned_away() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 3, DISK_BYTES);
+    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    let mut first = Client::connect(daemon.socket(), 2);
+    first.write(1, 0, &[1; 4096]).unwrap();
+    assert!(Client::try_connect(daemon.socket(), 1, 256).is_err());
+    let log = daemon.log();
+    assert!(log.contains("another one uses the disk"), "{log}");
+    assert!(log.contains("--shared"), "{log}");
+    assert!(first.read(1, 0, 4096).unwrap() == [1; 4096]);
+    drop(first);
+    let mut next = Client::connect(daemon.socket(), 1);
+    assert!(next.read(0, 0, 4096).unwrap() == [1; 4096]);
+    assert!(daemon.terminate().success(), "{}", daemon.log());
 }
 
 /// The requests of a frontend that is gone end before the next one is served, which may be the same
@@ -145,7 +182,7 @@ fn the_next_frontend_waits_for_the_writes_of_the_last() {
     let images = create_images(directory.path(), 1, DISK_BYTES);
     let image = FuseImage::serve(&images[0]);
     let mut arguments = replica_arguments(&[image.path()]);
-    arguments.extend(["--replica-timeout", "60000"].map(Into::into));
+    arguments.extend(["--replica-timeout", "60000", "--shared"].map(Into::into));
     let daemon = Daemon::start(directory.path(), arguments);
     let mut stays = Client::connect(daemon.socket(), 1);
     let mut goes = Client::connect(daemon.socket(), 1);

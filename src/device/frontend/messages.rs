@@ -25,7 +25,7 @@ use super::memory_map::MemoryMap;
 use crate::device::descriptor::{check_can_be_waited_for, check_is_no_file, set_nonblocking};
 use crate::device::memory::map_region;
 use crate::device::{GuestMemory, Vring, config_space, inflight};
-use crate::limits::MEMORY_SLOTS_MAX;
+use crate::limits::{DISK_USE_LIMIT, MEMORY_SLOTS_MAX};
 
 impl Frontend {
     fn vring(&self, index: u32) -> Result<(u16, &Vring)> {
@@ -125,8 +125,17 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn set_vring_num(&mut self, index: u32, num: u32) -> Result<()> {
-        let (_, vring) = self.vring(index)?;
+        let (queue, vring) = self.vring(index)?;
         let size = u16::try_from(num).map_err(|_| Error::InvalidParam)?;
+        let segments = self.info.segments_max;
+        if !self.choices.has_indirect_descriptors() && num < segments + 2 {
+            warn!(
+                queue, descriptors = num, segments;
+                "a virtqueue is too small for the requests that its driver may send: the guest may \
+                 hang. Allow indirect descriptors in the VMM, or restart the daemon with \
+                 --queue-size of this many descriptors"
+            );
+        }
         // `Queue::set_size` would keep the old size silently when the new one is not a power of two
         // up to its maximum.
         vring
@@ -179,6 +188,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let (queue, vring) = self.vring(index)?;
         vring.set_queue_ready(false);
         self.refresh(queue);
+        if !self
+            .vrings
+            .iter()
+            .any(|vring| vring.get_ref().get_queue().ready())
+        {
+            self.disk_use.end();
+        }
         vring.set_kick(None);
         vring.set_call(None);
         // Abandoned chains count as accepted: they are in flight in the region.
@@ -192,6 +208,13 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let (queue, vring) = self.vring(u32::from(index))?;
         if let Some(file) = &file {
             check_can_be_waited_for(file).map_err(Error::ReqHandlerError)?;
+            if !self.disk_use.begin(DISK_USE_LIMIT) {
+                warn!(
+                    "frontend rejected: another one uses the disk; end its virtual machine, or \
+                     restart the daemon with --shared if the guests coordinate their writes"
+                );
+                return Err(failed(io::Error::other("another frontend uses the disk")));
+            }
         }
         // A virtqueue starts when it has a kick descriptor (vhost-user, "Ring states"). Chains that
         // are available already are served at once, without waiting for the first kick.

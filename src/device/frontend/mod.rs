@@ -11,6 +11,7 @@
 //!   [`drain_limit`](crate::limits::drain_limit), or
 //!   [`drain_overtime`](crate::limits::drain_overtime) longer behind a flush; then what is in
 //!   flight is abandoned.
+//! - Virtqueues run only while [`DiskUse`] allows it.
 //! - A message that changes guest memory is answered when no worker uses the old map any more.
 
 mod memory_map;
@@ -30,6 +31,7 @@ use vm_memory::GuestMemoryAtomic;
 use self::memory_map::MemoryMap;
 use super::back_channel::{self, BackChannel};
 use super::connection::{ConnectionSlot, DriverChoices};
+use super::disk_use::DiskUse;
 use super::inflight::{self, QueueRegion};
 use super::memory::DirtyLog;
 use super::{DiskInfo, GuestMemory, Vring};
@@ -61,6 +63,7 @@ pub struct Frontend {
     /// Where requests in flight are tracked.
     inflight: Option<inflight::Region>,
     back_channel: BackChannel,
+    disk_use: DiskUse,
     /// The descriptor of a message that passes a back channel.
     passed: Option<OwnedFd>,
     owned: bool,
@@ -74,6 +77,7 @@ impl Frontend {
             vrings,
             choices,
             back_channel,
+            disk_use,
         } = slot;
         Self {
             info,
@@ -85,6 +89,7 @@ impl Frontend {
             log: Arc::default(),
             inflight: None,
             back_channel,
+            disk_use,
             passed: None,
             owned: false,
         }
@@ -129,6 +134,11 @@ impl Frontend {
         self.refresh_all();
     }
 
+    /// Whether a frontend has begun to use this connection.
+    pub fn is_owned(&self) -> bool {
+        self.owned
+    }
+
     /// Stops all virtqueues and forgets what the connection has set.
     fn reset(&mut self) {
         self.reset_virtqueues();
@@ -150,6 +160,7 @@ impl Frontend {
         // What is in flight is still tracked where it was accepted.
         let region = self.inflight.take();
         self.refresh_all();
+        self.disk_use.end();
         for vring in &self.vrings {
             vring.set_kick(None);
             vring.set_call(None);
