@@ -31,6 +31,12 @@ pub(super) fn advice(disk: &Disk, jobs: &[Job], now: SystemTime) -> Vec<Advice> 
         let conditions = replica.conditions.iter();
         all.extend(conditions.map(|word| of_replica(word, replica, jobs, now)));
     }
+    // No condition: the disk is good, its guest is not.
+    if disk.requests.rejected > 0 {
+        let requests = counted(disk.requests.rejected, "request");
+        let what = format!("the guest sent {requests} that are invalid or unsupported");
+        all.push(Advice::new(Style::Warning, what, None));
+    }
     all
 }
 

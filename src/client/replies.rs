@@ -20,7 +20,14 @@ pub(super) struct Disk {
     pub(super) rewrite_corrupted: bool,
     pub(super) read_only: bool,
     pub(super) undecided_sectors: u64,
+    pub(super) requests: Requests,
     pub(super) replicas: Vec<Replica>,
+}
+
+/// Of the requests of the guest, those that no replica had to do with.
+#[derive(Debug, Deserialize)]
+pub(super) struct Requests {
+    pub(super) rejected: u64,
 }
 
 #[derive(Debug, Deserialize)]

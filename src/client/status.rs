@@ -234,7 +234,7 @@ pub(super) mod tests {
                 (undecided > 0, "guest-errors"),
             ]),
             "errors": errors(u64::from(undecided > 0), None),
-            "undecided-sectors": undecided,
+            "undecided-sectors": undecided, "requests": { "rejected": 0 },
             "replicas": [
                 replica("a", "in-service", 0, 0),
                 replica("b", state, stale, corrupt),

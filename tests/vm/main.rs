@@ -2,9 +2,9 @@
 
 mod corrupt_replica;
 mod daemon_restart;
-mod default_queues;
 mod device_features;
 mod migration;
 mod new_size;
+mod queues;
 mod repair;
 mod slow_flushes;

@@ -12,6 +12,7 @@
 //! start (`in_flight`).
 
 mod in_flight;
+mod rejections;
 mod virtqueue;
 
 use std::collections::VecDeque;
@@ -21,6 +22,7 @@ use slab::Slab;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 use self::in_flight::{AcceptedChain, InFlight, Stage};
+use self::rejections::Rejections;
 use self::virtqueue::Virtqueue;
 use super::inflight::QueueRegion;
 use super::request::{Kind, OutsideMemory, Request, Status};
@@ -45,6 +47,7 @@ pub struct Guest {
     /// The driver cannot flush: every write must be durable when it is answered.
     durable_writes: bool,
     recorder: Recorder,
+    rejections: Rejections,
     clock: TurnClock,
 }
 
@@ -79,6 +82,7 @@ impl Guest {
             submitting: VecDeque::new(),
             durable_writes: false,
             recorder: Recorder::detached(),
+            rejections: Rejections::default(),
             clock: TurnClock::default(),
         }
     }
@@ -297,8 +301,9 @@ impl Guest {
     fn begin(&mut self, chain: AcceptedChain, request: Request, memory: View<'_>) {
         let kind = request.counts_as();
         let counted = kind.map(|kind| (kind, self.recorder.request_begun(kind)));
-        if matches!(request.kind, Kind::Rejected(_)) {
+        if let Kind::Rejected(status) = request.kind {
             self.recorder.request_rejected();
+            self.rejections.note(status, self.clock.now());
         }
         let in_flight = InFlight::new(chain, request, counted);
         let at_once = in_flight.answer_at_once(memory, &self.info.serial);
