@@ -15,17 +15,6 @@ pub enum AdminError {
     /// The image cannot be used.
     #[error(transparent)]
     Open(#[from] OpenError),
-    /// Direct I/O on it needs a larger alignment of memory than that of the buffers.
-    #[error(
-        "{} needs buffers aligned to {alignment_bytes} bytes, more than is supported",
-        Quoted(.node_name)
-    )]
-    Alignment {
-        /// The replica.
-        node_name: String,
-        /// The alignment.
-        alignment_bytes: u32,
-    },
     /// The disk was started with `--read-only`.
     #[error("the disk is read-only")]
     ReadOnly,

@@ -21,7 +21,6 @@ use log::{info, warn};
 pub use self::error::AdminError;
 use self::resize::Growers;
 pub use self::resize::NotGrown;
-use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::control::events::{NodeNames, Notice};
 use crate::control::queue::EventQueue;
@@ -148,19 +147,12 @@ impl Admin {
             &self.open_files(),
             source,
             (self.options, self.opening),
-            (self.capacity.bytes(), self.block_bytes),
+            self.capacity.bytes(),
         )?;
         let _changing = self.changing.lock().expect(NOT_POISONED);
         let index = self.table.free_place().ok_or(AdminError::Full)?;
         check_beside(&self.open_files(), &file, self.capacity.bytes())?;
         let node_name = source.node_name.clone();
-        let alignment_bytes = file.memory_alignment_bytes;
-        if alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES {
-            return Err(AdminError::Alignment {
-                node_name,
-                alignment_bytes,
-            });
-        }
         if let Err(source) = self.workers.set_file(index, Some(RingFile::of(&file.file))) {
             let _ = self.workers.set_file(index, None);
             return Err(AdminError::Register { node_name, source });

@@ -40,14 +40,14 @@ pub(super) struct Options {
 
     /// Permissions of the socket of --socket-path, in octal [default: 600, or 660 with
     /// --socket-group]. A user that may write to the socket can use the disk
-    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path", conflicts_with = "fd",
-        help_heading = "Connection")]
+    #[arg(long, value_name = "MODE", value_parser = parse_mode, requires = "socket_path",
+        conflicts_with = "fd", help_heading = "Connection")]
     pub(super) socket_mode: Option<u32>,
 
     /// Give the socket of --socket-path to GROUP, a name or a number, so that a VMM of another user
     /// can connect. The daemon must run as root or be a member of the group
-    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket_path", conflicts_with = "fd",
-        help_heading = "Connection")]
+    #[arg(long, value_name = "GROUP", value_parser = parse_group, requires = "socket_path",
+        conflicts_with = "fd", help_heading = "Connection")]
     pub(super) socket_group: Option<u32>,
 
     /// Listen for the frontend on inherited file descriptor N, a UNIX socket that already listens
@@ -127,8 +127,16 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Disk")]
     pub(super) read_only: bool,
 
-    /// Let several virtual machines use the disk at a time. For guests that coordinate their writes,
-    /// as cluster file systems do; any other file system is destroyed. A migration works without
+    /// Block size that the guest sees, 512 or 4096. A disk keeps the one that it was first used
+    /// with: partition tables and file systems depend on it. Choose 4096 for a new disk on images
+    /// that need it for direct I/O, if the firmware of the guest boots from such disks
+    #[arg(long, value_name = "BYTES", default_value_t = 512, value_parser = parse_block_size,
+        help_heading = "Disk")]
+    pub(super) block_size: u32,
+
+    /// Let several virtual machines use the disk at a time. For guests that coordinate their
+    /// writes, as cluster file systems do; any other file system is destroyed. A migration works
+    /// without
     #[arg(long, help_heading = "Disk")]
     pub(super) shared: bool,
 
@@ -138,7 +146,8 @@ pub(super) struct Options {
 
     /// Request queues offered, 1 to 64. The VMM uses as many of them as it wants: QEMU one for each
     /// CPU of the guest. One that is not used costs nothing
-    #[arg(long, value_name = "N", allow_negative_numbers = true, default_value_t = QUEUES_MAX,
+    #[arg(long, value_name = "N", allow_negative_numbers = true,
+        default_value_t = QUEUES_MAX,
         value_parser = clap::value_parser!(u16).range(1..=i64::from(QUEUES_MAX)),
         help_heading = "Disk")]
     pub(super) num_queues: u16,
@@ -232,6 +241,14 @@ fn parse_group(value: &str) -> Result<u32, String> {
         (Some(group), _) => Ok(group.gid.as_raw()),
         (None, Ok(number)) => Ok(number),
         (None, Err(_)) => Err("there is no such group".to_owned()),
+    }
+}
+
+fn parse_block_size(value: &str) -> Result<u32, &'static str> {
+    match value {
+        "512" => Ok(512),
+        "4096" | "4k" | "4K" => Ok(4096),
+        _ => Err("expected 512 or 4096"),
     }
 }
 

@@ -75,6 +75,8 @@ pub struct Config {
     pub read_only: bool,
     /// Serial number that the guest sees: ASCII, at most 20 bytes.
     pub serial: String,
+    /// The block size that the guest sees: 512 or 4096.
+    pub block_bytes: u32,
     /// Several frontends may use the disk at a time.
     pub shared: bool,
     /// Number of request queues.
@@ -106,6 +108,7 @@ impl Config {
             read_only: self.read_only,
             direct: self.cache == Cache::None,
             raw_anyway: self.raw_anyway,
+            block_bytes: self.block_bytes,
         }
     }
 
@@ -220,6 +223,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         node_name: options.node_name,
         read_only: options.read_only,
         serial: check_serial(options.serial.unwrap_or_default())?,
+        block_bytes: options.block_size,
         shared: options.shared,
         queue_count: options.num_queues,
         queue_size,

@@ -105,7 +105,8 @@ fn defaults() {
         OpenOptions {
             read_only: false,
             direct: true,
-            raw_anyway: false
+            raw_anyway: false,
+            block_bytes: 512,
         }
     );
     assert_eq!(config.segments_max(), 126);
@@ -143,7 +144,8 @@ fn every_option() {
         OpenOptions {
             read_only: false,
             direct: false,
-            raw_anyway: false
+            raw_anyway: false,
+            block_bytes: 512,
         }
     );
     assert_eq!(

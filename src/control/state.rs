@@ -92,6 +92,8 @@ pub struct ReplicaState {
     /// It is a block device.
     #[serde(skip)]
     pub is_block_device: bool,
+    /// Operations bypass the page cache of the host.
+    pub direct_io: bool,
     /// Whether it is in service.
     pub state: ServiceState,
     /// Why it is not good.

@@ -36,18 +36,6 @@ pub enum Error {
     #[error("descriptor {} of the service manager ({}) is not a listening UNIX stream socket",
         .0.fd, Quoted(&.0.name))]
     PassedNoListener(PassedSocket),
-    /// Direct I/O on a replica needs a larger alignment of memory than that of the buffers.
-    #[error(
-        "{} needs buffers aligned to {alignment_bytes} bytes, more than is supported; \
-         use --cache writeback",
-        Quoted(.path)
-    )]
-    Alignment {
-        /// The replica.
-        path: PathBuf,
-        /// The alignment.
-        alignment_bytes: u32,
-    },
     /// The system returned an error for something that the daemon needs.
     #[error("{what}: {}", Reason(.source))]
     System {

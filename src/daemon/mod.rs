@@ -28,7 +28,6 @@ use self::error::system;
 use self::operator::DiskOperator;
 use self::signals::Signals;
 use crate::admin::Admin;
-use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::common::{ReplicaIndex, SECTOR_BYTES};
 use crate::config::Config;
 use crate::control::Operator;
@@ -72,7 +71,6 @@ pub fn run(config: &Config) -> Result<(), Error> {
     // the process at once.
     let replicas = open_all(&config.replicas, config.open_options(), Opening::Apart)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
-    check_alignment(&replicas)?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
@@ -210,18 +208,6 @@ fn announce(disk: &Disk, replicas: usize) {
     service_manager::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
 }
 
-fn check_alignment(replicas: &[ReplicaFile]) -> Result<(), Error> {
-    let is_too_large =
-        |replica: &&ReplicaFile| replica.memory_alignment_bytes as usize > BUFFER_ALIGNMENT_BYTES;
-    match replicas.iter().find(is_too_large) {
-        Some(replica) => Err(Error::Alignment {
-            path: replica.path.clone(),
-            alignment_bytes: replica.memory_alignment_bytes,
-        }),
-        None => Ok(()),
-    }
-}
-
 /// The parts of the disk that `workers` workers serve.
 fn disk(
     config: &Config,
@@ -261,12 +247,12 @@ fn disk(
 }
 
 fn disk_info(config: &Config, replicas: &[ReplicaFile], disk_bytes: u64) -> DiskInfo {
-    let greatest = |bytes: fn(&ReplicaFile) -> u32| replicas.iter().map(bytes).max().unwrap_or(512);
-    let block_bytes = greatest(|replica| replica.alignment_bytes);
+    let block_bytes = config.block_bytes;
+    let physical = replicas.iter().map(|replica| replica.physical_block_bytes);
     DiskInfo {
         capacity: Capacity::new(disk_bytes / SECTOR_BYTES),
         block_bytes,
-        physical_block_bytes: greatest(|replica| replica.physical_block_bytes).max(block_bytes),
+        physical_block_bytes: physical.max().unwrap_or(0).max(block_bytes),
         read_only: config.read_only,
         serial: config.serial.clone(),
         num_queues: config.queue_count,

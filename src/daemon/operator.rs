@@ -200,6 +200,7 @@ impl DiskOperator {
                 node_name: file.node_name().to_string(),
                 file: file.path.to_string_lossy().into_owned(),
                 is_block_device: file.is_block_device,
+                direct_io: file.is_direct,
                 state,
                 conditions: condition::of_replica(
                     state,

@@ -14,8 +14,14 @@ pub struct LoopDevice {
 impl LoopDevice {
     /// Makes `file` a block device with direct I/O to it. Takes the right to do so (root).
     pub fn attach(file: &Path) -> Self {
+        Self::attach_with_blocks(file, 512)
+    }
+
+    /// As [`Self::attach`], with logical blocks of this many bytes.
+    pub fn attach_with_blocks(file: &Path, block_bytes: u32) -> Self {
         let output = Command::new("losetup")
             .args(["--find", "--show", "--direct-io=on"])
+            .args(["--sector-size", &block_bytes.to_string()])
             .arg(file)
             .output()
             .expect("running losetup");

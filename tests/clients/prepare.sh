@@ -4,8 +4,8 @@
 # Under target/clients/ or $CARGO_TARGET_DIR/clients/:
 #   venv/        the QEMU project's monitor client, qemu.qmp, with qmp-shell
 #   promtool     Prometheus' checker of metrics
-# Installs python3-venv, systemd's tools, shells, man page readers and btrfs-progs if they are
-# missing (on Debian and its derivatives; as root or through sudo). Does and prints nothing if
+# Installs python3-venv, systemd's tools, shells, man page readers, btrfs-progs and xfsprogs if they
+# are missing (on Debian and its derivatives; as root or through sudo). Does and prints nothing if
 # everything is there. Remove that directory to build everything again.
 
 set -eu
@@ -36,7 +36,7 @@ install_tools() {
     missing=
     for tool in systemd:systemd-analyze systemd:systemd-socket-activate systemd:systemd-sysusers \
         man-db:man mandoc:mandoc zsh:zsh fish:fish \
-        btrfs-progs:mkfs.btrfs; do
+        btrfs-progs:mkfs.btrfs xfsprogs:mkfs.xfs; do
         command -v "${tool#*:}" >/dev/null || missing="$missing ${tool%:*}"
     done
     # shellcheck disable=SC2086

@@ -138,6 +138,7 @@ fn is_locked(path: &Path) -> bool {
         read_only: false,
         direct: false,
         raw_anyway: false,
+        block_bytes: 512,
     };
     match file::open(path, "probe", options) {
         Ok(_) => false,

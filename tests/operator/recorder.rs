@@ -132,6 +132,7 @@ pub fn disk() -> DiskState {
         node_name: name.into(),
         file: format!("/images/{name}"),
         is_block_device: false,
+        direct_io: true,
         state: ServiceState::InService,
         conditions: Vec::new(),
         errors: Errors::default(),

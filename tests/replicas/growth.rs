@@ -39,6 +39,7 @@ impl Setup {
         let mut arguments = replica_arguments(images);
         let socket = directory.path().join("qmp.sock");
         arguments.extend(["--qmp".into(), socket.clone().into()]);
+        arguments.push("--shared".into());
         arguments.extend(options.iter().map(Into::into));
         Self {
             daemon: Daemon::start(directory.path(), arguments),

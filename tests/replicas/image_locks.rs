@@ -15,11 +15,13 @@ const WRITABLE: OpenOptions = OpenOptions {
     read_only: false,
     direct: false,
     raw_anyway: false,
+    block_bytes: 512,
 };
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     direct: false,
     raw_anyway: false,
+    block_bytes: 512,
 };
 
 struct Image {

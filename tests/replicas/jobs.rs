@@ -55,6 +55,7 @@ fn serve() -> Served {
         read_only: false,
         direct: false,
         raw_anyway: false,
+        block_bytes: 512,
     };
     let files = open_all(&sources, options, Opening::Here).unwrap();
     let workers = 2;

@@ -170,6 +170,7 @@ fn voted_node(disk: &DiskState) -> BlockDeviceInfo {
         disk.node_name.clone(),
         "quorum",
         format!("json:{options}"),
+        disk.direct,
     )
 }
 
@@ -179,6 +180,7 @@ fn file_node(disk: &DiskState, replica: &ReplicaState) -> BlockDeviceInfo {
         replica.node_name.clone(),
         driver_of(replica),
         replica.file.clone(),
+        replica.direct_io,
     )
 }
 
@@ -195,6 +197,7 @@ fn node(
     node_name: String,
     driver: &'static str,
     file: String,
+    direct: bool,
 ) -> BlockDeviceInfo {
     BlockDeviceInfo {
         node_name,
@@ -216,7 +219,7 @@ fn node(
         },
         cache: CacheInfo {
             writeback: true,
-            direct: disk.direct,
+            direct,
             no_flush: false,
         },
         write_threshold: 0,

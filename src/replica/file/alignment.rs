@@ -5,7 +5,9 @@
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 
-use rustix::fs::{AtFlags, SeekFrom, StatxFlags, ioctl_blkpbszget, ioctl_blksszget, seek, statx};
+use rustix::fs::{
+    AtFlags, SeekFrom, StatxFlags, fstatfs, ioctl_blkpbszget, ioctl_blksszget, seek, statx,
+};
 use serde::{Deserialize, Serialize};
 
 use crate::limits::SECTOR_BYTES;
@@ -53,12 +55,19 @@ pub(super) fn direct_alignment(file: &File, is_block_device: bool, size_bytes: u
     let logical_block_bytes = if is_block_device {
         ioctl_blksszget(file).ok().and_then(plausible_alignment)
     } else {
-        None
+        takes_any_alignment(file).then_some(ALIGNMENT_BYTES_MIN)
     };
     Alignment {
         offset_bytes: logical_block_bytes.unwrap_or_else(|| probed_alignment(file, size_bytes)),
         memory_bytes: ALIGNMENT_BYTES_SAFE,
     }
+}
+
+/// Whether the file system does what is not aligned to its blocks through the page cache by itself.
+fn takes_any_alignment(file: &File) -> bool {
+    const BTRFS: u64 = 0x9123_683e;
+    const TMPFS: u64 = 0x0102_1994;
+    fstatfs(file).is_ok_and(|found| matches!(u64::try_from(found.f_type), Ok(BTRFS | TMPFS)))
 }
 
 /// The alignment that the file system states: Linux 6.1 and later, not every file system. Zero

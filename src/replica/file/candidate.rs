@@ -6,13 +6,16 @@ use std::fs::File;
 use std::sync::RwLock;
 use std::time::{Duration, Instant};
 
-use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
+use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
+
+use super::alignment::Alignment;
 use super::changes::Seen;
 use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image};
 use super::format::Format;
 use super::opener::{Answer, NoAnswer, Opener};
 use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
+use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::Locking;
 
@@ -103,9 +106,29 @@ impl Candidate {
                 self.answered(found)?
             }
         };
-        self.replica.alignment_bytes = offset_bytes;
-        self.replica.memory_alignment_bytes = memory_bytes;
+        let is_direct = offset_bytes <= self.options.block_bytes
+            && memory_bytes as usize <= BUFFER_ALIGNMENT_BYTES;
+        if !is_direct {
+            self.use_page_cache()?;
+            log::warn!(
+                replica:% = self.replica.node_name(), alignment = offset_bytes.max(memory_bytes),
+                "block-size" = self.options.block_bytes;
+                "direct I/O on an image needs a larger alignment than the blocks of the disk have: \
+                 the image is accessed through the page cache, which costs time"
+            );
+        }
+        self.replica.is_direct = is_direct;
         Ok(())
+    }
+
+    fn use_page_cache(&self) -> Result<(), OpenError> {
+        let file = &self.replica.file;
+        let changed = fcntl_getfl(file).and_then(|flags| fcntl_setfl(file, flags - OFlags::DIRECT));
+        changed.map_err(|error| OpenError::Examine {
+            path: self.replica.path.clone(),
+            operation: "F_SETFL",
+            source: error.into(),
+        })
     }
 
     fn check_format(&mut self) -> Result<(), OpenError> {
@@ -191,9 +214,8 @@ impl Started<'_> {
                 file,
                 _claim: None,
                 size_bytes: facts.size_bytes,
-                alignment_bytes: ALIGNMENT_BYTES_MIN,
+                is_direct: false,
                 physical_block_bytes: facts.physical_block_bytes,
-                memory_alignment_bytes: 1,
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
                 location: facts.location.clone(),

@@ -193,6 +193,7 @@ mod tests {
         image("a");
         let options = OpenOptions {
             raw_anyway: false,
+            block_bytes: 512,
             read_only: false,
             direct: false,
         };

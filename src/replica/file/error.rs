@@ -98,20 +98,20 @@ pub enum OpenError {
         /// The image.
         path: PathBuf,
     },
-    /// The size is not a multiple of the alignment.
+    /// The size is not a multiple of the block size.
     #[error(
         "the disk cannot have the size of {}, {disk_bytes} bytes: it is not a multiple of \
-         {alignment_bytes}{}",
+         {block_bytes}{}",
         Quoted(.path),
-        misaligned_hint(*.alignment_bytes)
+        misaligned_hint(*.block_bytes)
     )]
     Misaligned {
         /// The image.
         path: PathBuf,
         /// The size that the disk would have.
         disk_bytes: u64,
-        /// The alignment that the size must have.
-        alignment_bytes: u32,
+        /// The block size.
+        block_bytes: u32,
     },
     /// The image has another format than raw.
     #[error("{} {}", Quoted(.path), not_raw(.path, *.format))]
@@ -120,20 +120,6 @@ pub enum OpenError {
         path: PathBuf,
         /// Its format.
         format: Format,
-    },
-    /// The image needs larger blocks than the disk has.
-    #[error(
-        "{} needs blocks of {alignment_bytes} bytes, and the disk has blocks of {block_bytes}; \
-         put the image on a disk with smaller blocks, or restart the daemon with this image",
-        Quoted(.path)
-    )]
-    Coarser {
-        /// The image.
-        path: PathBuf,
-        /// The block size that it needs.
-        alignment_bytes: u32,
-        /// The block size of the disk.
-        block_bytes: u32,
     },
     /// Another process uses the image, or it cannot be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
@@ -315,10 +301,12 @@ fn lock_hint(error: &LockError) -> &'static str {
     }
 }
 
-fn misaligned_hint(alignment_bytes: u32) -> String {
-    if alignment_bytes == ALIGNMENT_BYTES_MIN {
+fn misaligned_hint(block_bytes: u32) -> String {
+    if block_bytes == ALIGNMENT_BYTES_MIN {
         format!(" (the size of a sector); {ADD_NEW}")
     } else {
-        ", which direct I/O needs there; use --cache writeback".to_owned()
+        ", the block size; use --block-size 512 unless the guest has used the disk with larger \
+         blocks"
+            .to_owned()
     }
 }

@@ -5,10 +5,11 @@
 //!
 //! Invariants:
 //! - A [`ReplicaFile`] is locked against other users of the image as long as it is open.
-//! - Its alignment is a power of two of at least 512.
+//! - Direct I/O accepts every operation of the disk, or the image is accessed through the page
+//!   cache. So what an image needs never decides which block size the guest sees.
 //! - [`open_all`] returns different images with different node-names, which fit one disk
-//!   ([`disk_size`]): its size is not zero and a multiple of each alignment. So each image holds
-//!   all sectors of the disk, and direct I/O reaches them.
+//!   ([`disk_size`]): its size is not zero and a multiple of the block size, and each image holds
+//!   all of it.
 //! - With [`Opening::Apart`], no thread of the daemon waits for a file system that does not answer.
 
 mod alignment;
@@ -60,6 +61,8 @@ pub struct OpenOptions {
     pub direct: bool,
     /// Accept an image that seems to have another format than raw.
     pub raw_anyway: bool,
+    /// The block size of the disk: offset and length of each operation are multiples of it.
+    pub block_bytes: u32,
 }
 
 /// Identifies an image. Two paths with the same identity lead to the same image.
@@ -107,14 +110,11 @@ pub struct ReplicaFile {
     _claim: Option<File>,
     /// Size of the image when it was opened.
     pub size_bytes: u64,
-    /// Offset and length of each operation must be a multiple of this: at least 512, a power of
-    /// two.
-    pub alignment_bytes: u32,
+    /// Operations bypass the page cache of the host. Not with `--cache writeback`, and not where
+    /// direct I/O needs larger blocks than the disk has.
+    pub is_direct: bool,
     /// What it is written in at least: a power of two. Smaller writes cost a read.
     pub physical_block_bytes: u32,
-    /// The address of each buffer must be a multiple of this: a power of two, 1 without direct
-    /// I/O.
-    pub memory_alignment_bytes: u32,
     /// A block device, not a regular file.
     pub is_block_device: bool,
     /// Which image this is.
@@ -165,7 +165,7 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
     };
     let mut candidate = Candidate::start(&source, options, Opening::Here).open()?;
     candidate.examine()?;
-    check_size(candidate.replica(), candidate.replica().size_bytes)?;
+    check_size(candidate.replica(), candidate.replica().size_bytes, options)?;
     candidate.lock()
 }
 
@@ -194,7 +194,7 @@ pub fn open_all(
     let replicas: Vec<_> = candidates.iter().map(Candidate::replica).collect();
     let disk_bytes = disk_size(&replicas)?;
     for replica in replicas {
-        check_size(replica, disk_bytes)?;
+        check_size(replica, disk_bytes, options)?;
         if replica.size_bytes > disk_bytes {
             log::warn!(
                 replica:% = replica.node_name(), size = replica.size_bytes,
@@ -208,26 +208,17 @@ pub fn open_all(
     candidates.into_iter().map(Candidate::lock).collect()
 }
 
-/// Opens and locks a replica for a disk of `size_bytes` in blocks of `block_bytes`, beside its
-/// `others`.
+/// Opens and locks a replica for a disk of `size_bytes`, beside its `others`.
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
     (options, opening): (OpenOptions, Opening),
-    (size_bytes, block_bytes): (u64, u32),
+    size_bytes: u64,
 ) -> Result<ReplicaFile, OpenError> {
     let mut candidate = Candidate::start(source, options, opening).open()?;
     check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
     candidate.examine()?;
-    let replica = candidate.replica();
-    check_beside(others, replica, size_bytes)?;
-    if replica.alignment_bytes > block_bytes {
-        return Err(OpenError::Coarser {
-            path: replica.path.clone(),
-            alignment_bytes: replica.alignment_bytes,
-            block_bytes,
-        });
-    }
+    check_beside(others, candidate.replica(), size_bytes)?;
     candidate.lock()
 }
 
@@ -248,7 +239,7 @@ pub fn check_beside(
             disk_bytes: size_bytes,
         });
     }
-    check_size(replica, size_bytes)
+    Ok(())
 }
 
 fn check_against<'a>(
@@ -280,18 +271,22 @@ fn check_against<'a>(
     Ok(())
 }
 
-/// Checks that a disk can have this size and direct I/O on the image reaches all of it.
-fn check_size(replica: &ReplicaFile, disk_bytes: u64) -> Result<(), OpenError> {
+/// Checks that a disk can have the size of this image.
+fn check_size(
+    replica: &ReplicaFile,
+    disk_bytes: u64,
+    options: OpenOptions,
+) -> Result<(), OpenError> {
+    let path = || replica.path.clone();
     if disk_bytes == 0 {
-        return Err(OpenError::Empty {
-            path: replica.path.clone(),
-        });
+        return Err(OpenError::Empty { path: path() });
     }
-    if !disk_bytes.is_multiple_of(u64::from(replica.alignment_bytes)) {
+    let block_bytes = options.block_bytes;
+    if !disk_bytes.is_multiple_of(u64::from(block_bytes)) {
         return Err(OpenError::Misaligned {
-            path: replica.path.clone(),
+            path: path(),
             disk_bytes,
-            alignment_bytes: replica.alignment_bytes,
+            block_bytes,
         });
     }
     Ok(())

@@ -33,7 +33,7 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::OpenOptions;
-use super::alignment::Alignment;
+use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, alignment, claim, lock};
 use super::format::Format;
@@ -211,6 +211,7 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
         direct: cache == OsStr::new(DIRECT),
         // The daemon decides what to do about a format.
         raw_anyway: true,
+        block_bytes: ALIGNMENT_BYTES_MIN,
     };
     Some(answer_all(Path::new(&path), options))
 }

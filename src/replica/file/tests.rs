@@ -13,16 +13,19 @@ const BUFFERED: OpenOptions = OpenOptions {
     read_only: false,
     direct: false,
     raw_anyway: false,
+    block_bytes: 512,
 };
 const DIRECT: OpenOptions = OpenOptions {
     read_only: false,
     direct: true,
     raw_anyway: false,
+    block_bytes: 512,
 };
 const READ_ONLY: OpenOptions = OpenOptions {
     read_only: true,
     direct: false,
     raw_anyway: false,
+    block_bytes: 512,
 };
 
 struct Directory(tempfile::TempDir);
@@ -85,15 +88,11 @@ fn opens_a_file_and_reports_its_properties() {
     let source = directory.image("1.raw", SIZE);
     let replica = open(&source.path, "one", BUFFERED).unwrap();
     assert_eq!((&*replica.node_name(), replica.size_bytes), ("one", SIZE));
-    assert_eq!(
-        (replica.alignment_bytes, replica.memory_alignment_bytes),
-        (512, 1)
-    );
-    assert!(!replica.is_block_device);
+    assert!(!replica.is_direct && !replica.is_block_device);
 }
 
 #[test]
-fn direct_io_works_with_the_alignment_that_was_found() {
+fn every_image_can_be_accessed_by_the_sector() {
     let directory = Directory::new();
     for (name, content) in [("hole", None), ("data", Some(vec![7; 8192]))] {
         let source = directory.image(name, SIZE);
@@ -111,13 +110,8 @@ fn direct_io_works_with_the_alignment_that_was_found() {
             Err(OpenError::NoDirectIo { .. }) => continue,
             Err(error) => panic!("{error}"),
         };
-        assert!(replica.alignment_bytes >= 512 && replica.alignment_bytes.is_power_of_two());
-        assert!(replica.memory_alignment_bytes.is_power_of_two());
-        assert!(reads_with_alignment(
-            &replica.file,
-            0,
-            replica.alignment_bytes
-        ));
+        // Whether or not direct I/O accepts a sector, the replica does.
+        assert!(reads_with_alignment(&replica.file, 512, 512));
         let probed = probed_alignment(&replica.file, SIZE);
         assert!(
             (512..=4096).contains(&probed) && probed.is_power_of_two(),
@@ -184,11 +178,11 @@ fn refuses_sizes_that_no_disk_has() {
     let line = OpenError::Misaligned {
         path: "/x".into(),
         disk_bytes: 512,
-        alignment_bytes: 4096,
+        block_bytes: 4096,
     }
     .to_string();
     assert!(
-        line.ends_with("needs there; use --cache writeback"),
+        line.contains("the block size; use --block-size 512 unless"),
         "{line}"
     );
 }
@@ -281,7 +275,7 @@ fn accepts_an_image_that_is_larger_than_the_disk() {
     );
     let beside = |size_bytes| {
         let source = directory.image("4.raw", SIZE + 100);
-        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), (size_bytes, 512));
+        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), size_bytes);
         file.map(|_| ()).map_err(|error| error.to_string())
     };
     beside(SIZE).unwrap();

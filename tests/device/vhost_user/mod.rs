@@ -34,6 +34,8 @@ impl Setup {
         let directory = tempfile::tempdir().unwrap();
         let images = create_images(directory.path(), 3, DISK_BYTES);
         let mut arguments = replica_arguments(&images);
+        // Several frontends at a time show what one of them does to the others.
+        arguments.push("--shared".into());
         arguments.extend(options.iter().map(Into::into));
         Self {
             daemon: Daemon::start(directory.path(), arguments),
