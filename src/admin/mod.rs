@@ -30,7 +30,7 @@ use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::NotRemoved;
 use crate::replica::file::{
-    OpenOptions, Opening, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
+    OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
 use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
@@ -135,8 +135,13 @@ impl Admin {
     /// if there are too many jobs: it starts by itself later.
     ///
     /// # Errors
-    /// If the image cannot be used; nothing has changed.
-    pub fn add_replica(&self, source: &ReplicaSource) -> Result<Option<JobId>, AdminError> {
+    /// If the image cannot be used, or holds data that `overwrite` does not allow to lose. Nothing
+    /// has changed then.
+    pub fn add_replica(
+        &self,
+        source: &ReplicaSource,
+        overwrite: Overwrite,
+    ) -> Result<Option<JobId>, AdminError> {
         self.check_changeable()?;
         if self.options.read_only {
             return Err(AdminError::ReadOnly);
@@ -148,6 +153,7 @@ impl Admin {
             source,
             (self.options, self.opening),
             self.capacity.bytes(),
+            overwrite,
         )?;
         let _changing = self.changing.lock().expect(NOT_POISONED);
         let index = self.table.free_place().ok_or(AdminError::Full)?;

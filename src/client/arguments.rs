@@ -196,6 +196,9 @@ pub(super) struct NewImage {
     /// Create FILE, sparse and as large as the disk; it must not exist
     #[arg(long)]
     pub(super) create: bool,
+    /// Overwrite the data that FILE holds. Without this, only an empty image is accepted
+    #[arg(long, conflicts_with = "create")]
+    pub(super) force: bool,
 }
 
 #[derive(Debug, Subcommand)]

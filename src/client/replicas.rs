@@ -7,6 +7,7 @@
 //! continue; a file that `--create` created is removed if it does not become a replica.
 
 use std::fs::{self, File};
+use std::os::unix::fs::{MetadataExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -171,9 +172,9 @@ fn add_replica(
     new: &NewReplica,
 ) -> Result<(), Error> {
     if image.create {
-        create(&new.path, disk.size)?;
+        create(&new.path, disk)?;
     }
-    let result = add_to_disk(context, disk, new);
+    let result = add_to_disk(context, disk, new, image.force);
     if result.is_err() && image.create {
         // This program created it, and the daemon does not have it open.
         let _ = fs::remove_file(&new.path);
@@ -181,11 +182,19 @@ fn add_replica(
     result
 }
 
-fn add_to_disk(context: &mut Context<'_>, disk: &Disk, new: &NewReplica) -> Result<(), Error> {
+fn add_to_disk(
+    context: &mut Context<'_>,
+    disk: &Disk,
+    new: &NewReplica,
+    force: bool,
+) -> Result<(), Error> {
     let connection = &mut context.connection;
     let node = json!({ "driver": "file", "node-name": new.node_name, "filename": new.path });
     connection.execute("blockdev-add", node)?;
-    let arguments = json!({ "parent": disk.node_name, "node": new.node_name });
+    let mut arguments = json!({ "parent": disk.node_name, "node": new.node_name });
+    if force {
+        arguments["force"] = json!(true);
+    }
     if let Err(error) = connection.execute("x-blockdev-change", arguments) {
         let deleted = connection.execute("blockdev-del", json!({ "node-name": new.node_name }));
         let state = match deleted {
@@ -234,8 +243,10 @@ fn check_name(disk: &Disk, node_name: &str) -> Result<(), Error> {
     Ok(())
 }
 
-/// Creates a sparse file.
-fn create(path: &Path, bytes: u64) -> Result<(), Error> {
+/// Creates a sparse file. The daemon must be able to open it as it opens the images of its other
+/// replicas, so it gets their owner and mode where this user may set them.
+fn create(path: &Path, disk: &Disk) -> Result<(), Error> {
+    let bytes = disk.size;
     let failed = |error: std::io::Error| {
         let file = format!("{} of {}", Quoted(path), size(bytes));
         Error::Failed(format!(
@@ -244,6 +255,14 @@ fn create(path: &Path, bytes: u64) -> Result<(), Error> {
         ))
     };
     let file = File::create_new(path).map_err(failed)?;
+    let like = disk.replicas.iter().find_map(|replica| {
+        let found = fs::metadata(&replica.file).ok()?;
+        found.is_file().then_some(found)
+    });
+    if let Some(like) = like {
+        let _ = fchown(&file, Some(like.uid()), Some(like.gid()));
+        let _ = file.set_permissions(like.permissions());
+    }
     file.set_len(bytes).map_err(|error| {
         let _ = fs::remove_file(path);
         failed(error)

@@ -51,7 +51,12 @@ pub enum Change {
     /// Remove a name that [`Self::AddNode`] gave to an image.
     RemoveNode(String),
     /// Make a named image a replica.
-    AddReplica(String),
+    AddReplica {
+        /// The name.
+        node_name: String,
+        /// Overwrite data that it holds.
+        force: bool,
+    },
     /// Give a replica another name.
     RenameReplica {
         /// Its name.

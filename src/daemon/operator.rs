@@ -25,7 +25,7 @@ use crate::device::Capacity;
 use crate::engine::Shared;
 use crate::jobs::{JobInfo, UnknownJob};
 use crate::limits::REPLICAS_MAX;
-use crate::replica::file::{ReplicaFile, ReplicaSource};
+use crate::replica::file::{Overwrite, ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
 use crate::worker::{Disk, Stop};
 
@@ -125,7 +125,7 @@ impl DiskOperator {
     }
 
     /// A node that cannot be added stays an unused node.
-    fn add_replica(&self, node_name: String) -> Result<(), String> {
+    fn add_replica(&self, node_name: String, force: bool) -> Result<(), String> {
         let path = {
             let mut nodes = self.nodes();
             let node = unused(&mut nodes, &node_name)?;
@@ -133,7 +133,12 @@ impl DiskOperator {
             node.path.clone()
         };
         let source = ReplicaSource { path, node_name };
-        let added = self.admin.add_replica(&source);
+        let overwrite = if force {
+            Overwrite::Allowed
+        } else {
+            Overwrite::Never
+        };
+        let added = self.admin.add_replica(&source, overwrite);
         let mut nodes = self.nodes();
         match added {
             Ok(_) => {
@@ -313,7 +318,9 @@ impl Operator for DiskOperator {
         let started = match change {
             Change::AddNode { node_name, path } => self.add_node(node_name, path).map(|()| None)?,
             Change::RemoveNode(node_name) => self.remove_node(&node_name).map(|()| None)?,
-            Change::AddReplica(node_name) => self.add_replica(node_name).map(|()| None)?,
+            Change::AddReplica { node_name, force } => {
+                self.add_replica(node_name, force).map(|()| None)?
+            }
             Change::RenameReplica {
                 node_name,
                 new_name,

@@ -87,7 +87,7 @@ fn add(monitor: &mut Monitor, image: &Path, name: &str) {
     );
     monitor.execute(
         "x-blockdev-change",
-        json!({ "parent": "quorum0", "node": name }),
+        json!({ "parent": "quorum0", "node": name, "force": true }),
     );
 }
 

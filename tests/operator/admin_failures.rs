@@ -75,7 +75,7 @@ fn new_image() -> NewImage {
 fn try_add(monitor: &mut Monitor, image: &Path, name: &str) -> Result<Value, String> {
     let node = json!({ "driver": "file", "node-name": name, "filename": image });
     monitor.execute("blockdev-add", node);
-    let change = json!({ "parent": "quorum0", "node": name });
+    let change = json!({ "parent": "quorum0", "node": name, "force": true });
     let added = monitor.try_execute("x-blockdev-change", change);
     added.map_err(|error| {
         assert_eq!(error["class"], "GenericError");
@@ -137,7 +137,7 @@ fn is_locked(path: &Path) -> bool {
     let options = OpenOptions {
         read_only: false,
         direct: false,
-        raw_anyway: false,
+        raw_anyway: true,
         block_bytes: 512,
     };
     match file::open(path, "probe", options) {

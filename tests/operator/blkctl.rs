@@ -254,6 +254,51 @@ fn a_replica_is_replaced() {
     assert!(are_identical(&[served.images[0].clone(), new]));
 }
 
+/// Perhaps it is the disk of another guest.
+#[test]
+fn an_image_that_holds_data_is_overwritten_only_if_that_is_asked_for() {
+    let served = Served::new(&[]);
+    served.write_something();
+    let other = served.directory.path().join("other.raw");
+    let mut content = vec![0; 64 << 20];
+    content[50_000_000] = 1;
+    std::fs::write(&other, &content).unwrap();
+    for command in ["add", "replace 1.raw"] {
+        let refused = served
+            .run(&format!("{command} {}", other.display()))
+            .with(3);
+        assert!(
+            refused.contains("other.raw' holds data") && refused.contains("nothing has changed"),
+            "{refused}"
+        );
+    }
+    assert!(std::fs::read(&other).unwrap() == content);
+    served
+        .run(&format!("replace 1.raw {} --force", other.display()))
+        .with(0);
+    assert!(are_identical(&[served.images[0].clone(), other]));
+}
+
+/// A daemon of another user could not open it otherwise.
+#[test]
+fn what_is_created_belongs_to_the_user_of_the_other_images() {
+    use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
+    let served = Served::new(&[]);
+    for image in &served.images {
+        chown(image, Some(1234), Some(5678)).unwrap();
+        std::fs::set_permissions(image, PermissionsExt::from_mode(0o640)).unwrap();
+    }
+    let new = served.directory.path().join("new.raw");
+    served
+        .run(&format!("add {} --create", new.display()))
+        .with(0);
+    let made = std::fs::metadata(&new).unwrap();
+    assert_eq!(
+        (made.uid(), made.gid(), made.mode() & 0o777),
+        (1234, 5678, 0o640)
+    );
+}
+
 #[test]
 fn a_replacement_takes_the_name_of_its_predecessor() {
     let served = Served::new(&[]);
@@ -755,8 +800,8 @@ fn a_disk_is_resized_by_its_name_and_never_shrunk() {
     let state = |size: u64| {
         json!({ "return": {
             "node-name": "disk", "size": size, "vote-threshold": 1, "read-pattern": "quorum",
-            "rewrite-corrupted": false, "read-only": false, "undecided-sectors": 0, "replicas": [],
-            "health": "healthy", "conditions": [],
+            "rewrite-corrupted": false, "read-only": false, "undecided-sectors": 0,
+            "requests": { "rejected": 0 }, "replicas": [], "health": "healthy", "conditions": [],
             "errors": { "read": 0, "write": 0, "flush": 0 },
         }})
     };

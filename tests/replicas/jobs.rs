@@ -19,7 +19,7 @@ use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
-use quorum_blk::replica::file::{OpenOptions, Opening, ReplicaSource, open_all};
+use quorum_blk::replica::file::{OpenOptions, Opening, Overwrite, ReplicaSource, open_all};
 use quorum_blk::replica::ring::RingFile;
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
@@ -192,7 +192,11 @@ fn a_replica_is_replaced_while_a_client_works() {
     std::thread::scope(|scope| {
         let verifier = scope.spawn(|| verify_until(&stop, &served.socket, 7));
         let fourth = served.another("fourth.raw");
-        let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
+        let id = served
+            .admin
+            .add_replica(&source(&fourth), Overwrite::Never)
+            .unwrap()
+            .unwrap();
         served.wait_for_the_end_of(id);
         // Nothing of it is stale: the one that it replaces can go.
         let first = source(&served.images[0]).node_name;
@@ -214,7 +218,7 @@ fn a_replica_is_replaced_while_a_client_works() {
         // A removed image is unlocked, and can be added again.
         let id = served
             .admin
-            .add_replica(&source(&served.images[0]))
+            .add_replica(&source(&served.images[0]), Overwrite::Never)
             .unwrap()
             .unwrap();
         served.wait_for_the_end_of(id);
@@ -234,7 +238,11 @@ fn a_resync_keeps_holes() {
     client.write(0, 40 << 20, &[7; 8192]).unwrap();
     client.flush(0).unwrap();
     let fourth = served.another("fourth.raw");
-    let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
+    let id = served
+        .admin
+        .add_replica(&source(&fourth), Overwrite::Never)
+        .unwrap()
+        .unwrap();
     served.wait_for_the_end_of(id);
     drop(client);
     let (_directory, images) = served.end();
@@ -246,8 +254,13 @@ fn a_resync_keeps_holes() {
 fn an_image_that_cannot_be_a_replica_is_refused() {
     let _machine = machine::shared();
     let served = serve();
-    let refused =
-        |source: &ReplicaSource| served.admin.add_replica(source).unwrap_err().to_string();
+    let refused = |source: &ReplicaSource| {
+        served
+            .admin
+            .add_replica(source, Overwrite::Never)
+            .unwrap_err()
+            .to_string()
+    };
     let missing = refused(&source(&served.path("missing.raw")));
     assert!(missing.contains("cannot open"), "{missing}");
     let short = served.another("short.raw");
@@ -290,7 +303,11 @@ fn a_cancelled_resync_leaves_a_replica_that_does_not_vote() {
     let served = serve();
     let fourth = served.another("fourth.raw");
     let name = source(&fourth).node_name;
-    let id = served.admin.add_replica(&source(&fourth)).unwrap().unwrap();
+    let id = served
+        .admin
+        .add_replica(&source(&fourth), Overwrite::Never)
+        .unwrap()
+        .unwrap();
     served.admin.job_pause(id).unwrap();
     let paused = || {
         served

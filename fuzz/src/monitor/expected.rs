@@ -335,10 +335,11 @@ fn change_replicas(arguments: &mut Arguments) -> Result<Change, &'static str> {
     let parent = arguments.text("parent")?;
     let child = arguments.optional_text("child")?;
     let node = arguments.optional_text("node")?;
+    let force = arguments.flag("force")?;
     match (child, node) {
         _ if parent != DISK => Err(GENERIC),
-        (None, Some(node)) => Ok(Change::AddReplica(node)),
-        (Some(child), None) => {
+        (None, Some(node_name)) => Ok(Change::AddReplica { node_name, force }),
+        (Some(child), None) if !force => {
             let mut places = REPLICAS.iter().enumerate();
             let named = places.find(|(place, _)| child == format!("children.{place}"));
             let name = named.map(|(_, name)| (*name).into());

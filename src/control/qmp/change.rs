@@ -71,6 +71,9 @@ pub(super) struct BlockdevChange {
     parent: String,
     child: Option<String>,
     node: Option<String>,
+    /// Ours: with `node`, overwrite the data that it holds.
+    #[serde(default)]
+    force: bool,
 }
 
 /// The arguments of block_resize.
@@ -168,7 +171,13 @@ pub(super) fn blockdev_change(
         return Err(CommandError::generic(what));
     }
     match (change.child, change.node) {
-        (None, Some(node)) => done(operator, Change::AddReplica(node)),
+        (None, Some(node_name)) => {
+            let force = change.force;
+            done(operator, Change::AddReplica { node_name, force })
+        }
+        (Some(_), None) if change.force => Err(CommandError::generic(
+            "force goes with node: it allows to overwrite the data of its image",
+        )),
         (Some(child), None) => {
             // QEMU names children by their index.
             let mut replicas = disk.replicas.iter().enumerate();

@@ -10,6 +10,7 @@ use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
 
 use super::alignment::Alignment;
 use super::changes::Seen;
+use super::contents::Contents;
 use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image};
 use super::format::Format;
@@ -129,6 +130,23 @@ impl Candidate {
             operation: "F_SETFL",
             source: error.into(),
         })
+    }
+
+    /// Checks that the first `size_bytes` bytes hold no data. Reads.
+    pub(super) fn check_holds_nothing(&mut self, size_bytes: u64) -> Result<(), OpenError> {
+        let contents = match &mut self.opener {
+            None => Contents::of(&self.replica.file, size_bytes),
+            Some(opener) => {
+                let found = opener.contents(size_bytes, Instant::now() + OPEN_LIMIT);
+                self.answered(found)?
+            }
+        };
+        let path = self.replica.path.clone();
+        match contents {
+            Contents::Nothing => Ok(()),
+            Contents::Data(at) => Err(OpenError::HoldsData { path, at }),
+            Contents::Unknown(at) => Err(OpenError::MayHoldData { path, at }),
+        }
     }
 
     fn check_format(&mut self) -> Result<(), OpenError> {

@@ -121,6 +121,31 @@ pub enum OpenError {
         /// Its format.
         format: Format,
     },
+    /// The image of a new replica holds data.
+    #[error(
+        "{} holds data (near byte {at}), which a resync would overwrite; use a new image \
+         (quorum-blkctl add --create), or add --force if nothing needs the data",
+        Quoted(.path)
+    )]
+    HoldsData {
+        /// The image.
+        path: PathBuf,
+        /// Where.
+        at: u64,
+    },
+    /// The image of a new replica could not be read, or not in time.
+    #[error(
+        "{} may hold data, which a resync would overwrite: what is behind byte {at} could not be \
+         read in time; use a new image (quorum-blkctl add --create), or add --force if nothing \
+         needs the data",
+        Quoted(.path)
+    )]
+    MayHoldData {
+        /// The image.
+        path: PathBuf,
+        /// The end of what was read.
+        at: u64,
+    },
     /// Another process uses the image, or it cannot be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
     Locked {

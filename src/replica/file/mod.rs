@@ -16,6 +16,7 @@ mod alignment;
 mod block_device;
 mod candidate;
 mod changes;
+mod contents;
 mod descriptors;
 mod error;
 mod examine;
@@ -208,17 +209,37 @@ pub fn open_all(
     candidates.into_iter().map(Candidate::lock).collect()
 }
 
-/// Opens and locks a replica for a disk of `size_bytes`, beside its `others`.
+/// What may become of the data that an image holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Overwrite {
+    /// It is kept: an image that holds data is refused.
+    Never,
+    /// The operator does not need it.
+    Allowed,
+}
+
+/// Opens and locks a replica for a disk of `size_bytes`, beside its `others`. A resync will
+/// overwrite all of it.
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
     (options, opening): (OpenOptions, Opening),
     size_bytes: u64,
+    overwrite: Overwrite,
 ) -> Result<ReplicaFile, OpenError> {
+    // Of no importance where everything is overwritten, and where nothing is there.
+    let raw_anyway = true;
+    let options = OpenOptions {
+        raw_anyway,
+        ..options
+    };
     let mut candidate = Candidate::start(source, options, opening).open()?;
     check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
     candidate.examine()?;
     check_beside(others, candidate.replica(), size_bytes)?;
+    if overwrite == Overwrite::Never {
+        candidate.check_holds_nothing(size_bytes)?;
+    }
     candidate.lock()
 }
 

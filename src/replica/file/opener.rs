@@ -34,6 +34,7 @@ use serde::{Deserialize, Serialize};
 
 use super::OpenOptions;
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
+use super::contents::Contents;
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, alignment, claim, lock};
 use super::format::Format;
@@ -57,6 +58,7 @@ const MESSAGE_BYTES_MAX: usize = 8192;
 enum Order {
     FindAlignment,
     FindFormat,
+    FindContents(u64),
     Claim,
     Lock,
 }
@@ -139,6 +141,16 @@ impl Opener {
     /// The format, if it is known and not raw.
     pub(super) fn format(&mut self, by: Instant) -> Result<Answer<Option<Format>>, NoAnswer> {
         self.order(Order::FindFormat)?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// What the first `size_bytes` bytes hold.
+    pub(super) fn contents(
+        &mut self,
+        size_bytes: u64,
+        by: Instant,
+    ) -> Result<Answer<Contents>, NoAnswer> {
+        self.order(Order::FindContents(size_bytes))?;
         self.answer(by).map(|(answer, _)| answer)
     }
 
@@ -239,6 +251,10 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
             Order::FindFormat => {
                 let format = Format::of(&image.file, image.facts.size_bytes);
                 send(&socket, &Answer::Ok(format), None)?;
+            }
+            Order::FindContents(size_bytes) => {
+                let contents = Contents::of(&image.file, size_bytes);
+                send(&socket, &Answer::Ok(contents), None)?;
             }
             Order::Claim => match claim(&image.file, options) {
                 Ok(file) => send(&socket, &Answer::Ok(()), file.as_ref())?,

@@ -275,11 +275,32 @@ fn accepts_an_image_that_is_larger_than_the_disk() {
     );
     let beside = |size_bytes| {
         let source = directory.image("4.raw", SIZE + 100);
-        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), size_bytes);
+        let opening = (BUFFERED, Opening::Here);
+        let file = open_beside(&[], &source, opening, size_bytes, Overwrite::Never);
         file.map(|_| ()).map_err(|error| error.to_string())
     };
     beside(SIZE).unwrap();
     assert!(beside(2 * SIZE).unwrap_err().contains("less than the disk"));
+}
+
+#[test]
+fn refuses_to_overwrite_data() {
+    let directory = Directory::new();
+    let source = directory.image("new.raw", SIZE);
+    let file = File::options().write(true).open(&source.path).unwrap();
+    let beside = |overwrite| {
+        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), SIZE, overwrite);
+        file.map(|_| ()).map_err(|error| error.to_string())
+    };
+    beside(Overwrite::Never).unwrap();
+    file.write_all_at(b"x", SIZE - 1).unwrap();
+    let line = beside(Overwrite::Never).unwrap_err();
+    assert_line(&line, &source);
+    assert!(
+        line.contains("holds data") && line.contains("--force"),
+        "{line}"
+    );
+    beside(Overwrite::Allowed).unwrap();
 }
 
 #[test]
