@@ -158,7 +158,7 @@ pub enum ConfigError {
         /// The value of the option.
         value: String,
         /// Why it is invalid.
-        reason: &'static str,
+        reason: String,
     },
     /// A queue size that is out of range or not a power of two.
     #[error("--queue-size {0} is not a power of two from {QUEUE_SIZE_MIN} to {QUEUE_SIZE_MAX}")]

@@ -384,13 +384,14 @@ fn check_vote(options: &Options, replicas: usize) -> Result<usize, ConfigError> 
 }
 
 fn check_serial(value: String) -> Result<String, ConfigError> {
-    let reason = if value.len() > SERIAL_BYTES_MAX {
-        "a serial number must have at most 20 bytes"
-    } else if !value
-        .chars()
-        .all(|character| character == ' ' || character.is_ascii_graphic())
+    let is_printable = |character: char| character == ' ' || character.is_ascii_graphic();
+    let reason = if !value.chars().all(is_printable) {
+        "a serial number must have printable ASCII characters only".to_owned()
+    } else if let Some((start, _)) = value.split_at_checked(SERIAL_BYTES_MAX)
+        && value.len() > SERIAL_BYTES_MAX
     {
-        "a serial number must have printable ASCII characters only"
+        let start = Quoted(start);
+        format!("a serial number must have at most 20 bytes, for example {start}")
     } else {
         return Ok(value);
     };

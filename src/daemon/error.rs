@@ -36,6 +36,13 @@ pub enum Error {
     #[error("descriptor {} of the service manager ({}) is not a listening UNIX stream socket",
         .0.fd, Quoted(&.0.name))]
     PassedNoListener(PassedSocket),
+    /// The kernel gives no io_uring.
+    #[error(
+        "cannot start a worker with io_uring: {}{}",
+        Reason(.0),
+        io_uring_hint(.0)
+    )]
+    IoUring(#[source] io::Error),
     /// The system returned an error for something that the daemon needs.
     #[error("{what}: {}", Reason(.source))]
     System {
@@ -62,6 +69,21 @@ pub enum Error {
         /// The error of the system.
         source: io::Error,
     },
+}
+
+/// The usual causes.
+fn io_uring_hint(error: &io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => {
+            "; it is forbidden, by the sysctl kernel.io_uring_disabled or by a seccomp filter, \
+             such as that of a container"
+        }
+        Some(libc::ENOSYS) => {
+            "; the kernel has none, or a seccomp filter hides it, such as that of a container"
+        }
+        Some(libc::ENOMEM) => "; raise the limit of locked memory (ulimit -l)",
+        _ => "",
+    }
 }
 
 /// The error of [`Error::System`], for `map_err`.

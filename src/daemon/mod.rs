@@ -80,8 +80,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
         .iter()
         .map(|replica| RingFile::of(&replica.file))
         .collect();
-    let workers = Workers::start(&disk, files, count)
-        .map_err(system("cannot start a worker with io_uring"))?;
+    let workers = Workers::start(&disk, files, count).map_err(Error::IoUring)?;
     let table = Arc::new(ReplicaTable::new(replicas));
     let admin = Admin::start(
         &disk,
