@@ -194,7 +194,7 @@ fn a_replica_is_replaced_while_a_client_works() {
         let fourth = served.another("fourth.raw");
         let id = served
             .admin
-            .add_replica(&source(&fourth), Overwrite::Never)
+            .add_replica(&source(&fourth), Overwrite::Allowed)
             .unwrap()
             .unwrap();
         served.wait_for_the_end_of(id);
@@ -240,7 +240,7 @@ fn a_resync_keeps_holes() {
     let fourth = served.another("fourth.raw");
     let id = served
         .admin
-        .add_replica(&source(&fourth), Overwrite::Never)
+        .add_replica(&source(&fourth), Overwrite::Allowed)
         .unwrap()
         .unwrap();
     served.wait_for_the_end_of(id);
@@ -305,7 +305,7 @@ fn a_cancelled_resync_leaves_a_replica_that_does_not_vote() {
     let name = source(&fourth).node_name;
     let id = served
         .admin
-        .add_replica(&source(&fourth), Overwrite::Never)
+        .add_replica(&source(&fourth), Overwrite::Allowed)
         .unwrap()
         .unwrap();
     served.admin.job_pause(id).unwrap();
