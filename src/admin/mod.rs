@@ -26,6 +26,7 @@ use crate::control::events::{NodeNames, Notice};
 use crate::control::queue::EventQueue;
 use crate::device::Capacity;
 use crate::device::back_channel::BackChannel;
+use crate::device::hold::Hold;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::NotRemoved;
@@ -56,6 +57,7 @@ pub struct Admin {
     names: NodeNames,
     events: Arc<EventQueue>,
     statistics: Statistics,
+    hold: Arc<Hold>,
     options: OpenOptions,
     opening: Opening,
     capacity: Capacity,
@@ -92,6 +94,7 @@ impl Admin {
             table,
             events: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
+            hold: Arc::clone(&disk.hold),
             options,
             opening,
             capacity: disk.info.capacity.clone(),
@@ -175,6 +178,15 @@ impl Admin {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
             Err(NotStarted::TooMany | NotStarted::NotAReplica) => None,
         })
+    }
+
+    /// Submits the requests again that are held. Does not wait for them.
+    pub fn continue_held(&self) {
+        let requests = self.hold.continue_all();
+        if requests > 0 {
+            info!(requests; "held requests are submitted again");
+        }
+        self.workers.continue_all();
     }
 
     /// Gives a replica another name, in events and everywhere else.

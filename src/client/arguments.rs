@@ -29,7 +29,8 @@ Health:
              returned an error
   degraded   A replica is evicted, stale or corrupt, or returned an error; the
              guest has not noticed
-  failing    The guest got an I/O error, or no vote can decide some sectors
+  failing    The guest got an I/O error, or waits for the command cont, or no
+             vote can decide some sectors
   For each reason, a line below says what to do. Errors stay until the
   command clear; failed reads of a replica until a scrub in which none fails.
 
@@ -130,6 +131,8 @@ pub(super) enum Action {
         #[arg(value_name = "NODE")]
         node: Option<String>,
     },
+    /// Submit the requests again that failed and are held (--rerror, --werror of quorum-blkd)
+    Cont,
     /// Add a replica and wait until it is up to date
     Add {
         #[command(flatten)]

@@ -50,6 +50,15 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
                 "restore them from a backup, then quorum-blkctl scrub".to_owned(),
             )
         }
+        "io-error" => {
+            let requests = counted(disk.held_requests, "request");
+            Advice::new(
+                Style::Bad,
+                format!("the disk has stopped: it holds {requests} that failed; the guest waits"),
+                "remove the cause, for example make room for the images, then quorum-blkctl cont"
+                    .to_owned(),
+            )
+        }
         "guest-errors" => {
             let errors = counted(disk.errors.sum(), "I/O error");
             let cause = match disk.errors.is_out_of_space() {

@@ -14,6 +14,7 @@ mod arguments;
 mod clear;
 mod conditions;
 mod connection;
+mod cont;
 mod disk_map;
 mod events;
 mod format;
@@ -160,6 +161,7 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Scrub { repair, job } => scrub::scrub(context, repair, &job),
         Action::Resync { node, job } => scrub::resync(context, &node, &job),
         Action::Clear { node } => clear::run(context, node.as_deref()),
+        Action::Cont => cont::run(context),
         Action::Add { image, detach } => replicas::add(context, &image, detach),
         Action::Remove { node } => replicas::remove(context, &node),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),

@@ -19,6 +19,8 @@ pub(super) struct Disk {
     pub(super) read_pattern: String,
     pub(super) rewrite_corrupted: bool,
     pub(super) read_only: bool,
+    #[serde(default)]
+    pub(super) held_requests: u64,
     pub(super) undecided_sectors: u64,
     pub(super) requests: Requests,
     pub(super) replicas: Vec<Replica>,

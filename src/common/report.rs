@@ -22,6 +22,8 @@ pub enum Report {
         requester: Requester,
         /// The first error that a replica returned for the request.
         error: Option<Errno>,
+        /// A replica has no space left for it.
+        no_space: bool,
     },
     /// A replica returned an error or lost the vote (QUORUM_REPORT_BAD).
     Bad {
@@ -52,6 +54,8 @@ pub enum Report {
 pub enum Requester {
     /// The guest's: it got an I/O error.
     Guest,
+    /// The guest's: it waits until the operator continues.
+    Held,
     /// A job's: the guest has not noticed.
     Job,
 }

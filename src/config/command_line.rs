@@ -10,7 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
 use nix::unistd::Group;
 
-use super::{Cache, ReadPattern};
+use super::{Cache, OnReadError, OnWriteError, ReadPattern};
 use crate::common::message::Quoted;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
 
@@ -139,6 +139,20 @@ pub(super) struct Options {
     /// without
     #[arg(long, help_heading = "Disk")]
     pub(super) shared: bool,
+
+    /// What to do with a read that fails because too few replicas have the data. With stop the disk
+    /// serves nothing more, keeps the request, and sends the event BLOCK_IO_ERROR; quorum-blkctl
+    /// cont submits it again. Needs --qmp
+    #[arg(long, value_name = "ACTION", value_enum, default_value_t = OnReadError::Report,
+        help_heading = "Disk")]
+    pub(super) rerror: OnReadError,
+
+    /// What to do with a write, discard or flush that fails on too many replicas. stop is as for
+    /// --rerror; enospc stops only if an image has no space left, so that the guest does not lose
+    /// its file system to a full disk of the host. Needs --qmp
+    #[arg(long, value_name = "ACTION", value_enum, default_value_t = OnWriteError::Report,
+        help_heading = "Disk")]
+    pub(super) werror: OnWriteError,
 
     /// Serial number that the guest sees, at most 20 printable ASCII characters [default: none]
     #[arg(long, value_name = "S", help_heading = "Disk")]

@@ -131,6 +131,12 @@ pub enum ConfigError {
         /// Number of replicas.
         replicas: usize,
     },
+    /// `--rerror` or `--werror` without a monitor.
+    #[error(
+        "{0} other than report needs --qmp: a request that is held waits for a command of the \
+         monitor"
+    )]
+    HeldForEver(&'static str),
     /// `--blkverify` with N or t other than 2.
     #[error(
         "--blkverify compares exactly two replicas with a vote threshold of 2, not {replicas} \

@@ -67,6 +67,10 @@ pub struct Config {
     pub read_pattern: ReadPattern,
     /// Repair the replicas that lost a vote.
     pub rewrite_corrupted: bool,
+    /// What to do with a read that fails.
+    pub rerror: OnReadError,
+    /// What to do with a write, discard or flush that fails.
+    pub werror: OnWriteError,
     /// Exit at the first difference between the two replicas.
     pub blkverify: bool,
     /// Name of the voted disk in events, commands and metrics.
@@ -153,6 +157,26 @@ pub enum ReadPattern {
     Fifo,
 }
 
+/// What to do with a read that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnReadError {
+    /// The guest gets an I/O error
+    Report,
+    /// The disk stops and holds the request until the command cont
+    Stop,
+}
+
+/// What to do with a write, discard or flush that fails.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnWriteError {
+    /// The guest gets an I/O error
+    Report,
+    /// The disk stops and holds the request until the command cont
+    Stop,
+    /// Like stop if an image has no space left, else like report
+    Enospc,
+}
+
 /// How to access the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
@@ -204,6 +228,15 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
             reason,
         });
     }
+    if sockets.qmp.is_none() {
+        let held = [
+            (options.rerror != OnReadError::Report, "--rerror"),
+            (options.werror != OnWriteError::Report, "--werror"),
+        ];
+        if let Some((_, option)) = held.iter().find(|(is_held, _)| *is_held) {
+            return Err(ConfigError::HeldForEver(option));
+        }
+    }
     let replicas = check_replicas(&options.blk_file, &options.node_name)?;
     let vote_threshold = check_vote(&options, replicas.len())?;
     let queue_size = options.queue_size;
@@ -219,6 +252,8 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         vote_threshold,
         read_pattern: options.read_pattern,
         rewrite_corrupted: options.rewrite_corrupted,
+        rerror: options.rerror,
+        werror: options.werror,
         blkverify: options.blkverify,
         node_name: options.node_name,
         read_only: options.read_only,

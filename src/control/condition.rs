@@ -14,7 +14,7 @@ pub enum Health {
     Healthy,
     /// A replica has one; the guest does not notice.
     Degraded,
-    /// The disk has one: the guest got an I/O error, or will.
+    /// The disk has one: the guest got an I/O error, or will, or waits.
     Failing,
 }
 
@@ -44,6 +44,8 @@ pub enum ReplicaCondition {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum DiskCondition {
+    /// The disk has stopped: requests that failed are held.
+    IoError,
     /// Some sectors had no winner when they were last read.
     Undecided,
     /// The guest got an I/O error that is not cleared.
@@ -85,7 +87,11 @@ words! {
         Unlinked = "unlinked",
         Moved = "moved",
     }
-    DiskCondition { Undecided = "undecided", GuestErrors = "guest-errors" }
+    DiskCondition {
+        IoError = "io-error",
+        Undecided = "undecided",
+        GuestErrors = "guest-errors",
+    }
 }
 
 /// The conditions of a replica in this state.
@@ -110,8 +116,9 @@ pub fn of_replica(
 }
 
 /// The conditions of a disk.
-pub fn of_disk(undecided_sectors: u64, errors: &Errors) -> Vec<DiskCondition> {
+pub fn of_disk(held_requests: u64, undecided_sectors: u64, errors: &Errors) -> Vec<DiskCondition> {
     chosen([
+        (held_requests > 0, DiskCondition::IoError),
         (undecided_sectors > 0, DiskCondition::Undecided),
         (!errors.is_empty(), DiskCondition::GuestErrors),
     ])

@@ -214,6 +214,7 @@ impl ErrorLog {
                 range,
                 requester: Requester::Guest,
                 error,
+                ..
             }) => {
                 let kept = self.guest.of(*operation);
                 kept.add(last(*operation, range, *error));
@@ -276,6 +277,7 @@ mod tests {
             range: SectorRange::new(0, 0),
             requester,
             error,
+            no_space: false,
         })
     }
 

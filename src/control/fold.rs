@@ -306,6 +306,7 @@ mod tests {
             range: SectorRange::new(5, 1),
             requester: Requester::Guest,
             error: None,
+            no_space: false,
         });
         assert!(fold.push(ms(0), failure));
     }

@@ -16,7 +16,7 @@
 
 use crate::common::operation::OperationType;
 use crate::common::ranges::RangeSet;
-use crate::common::report::{Cause, Report};
+use crate::common::report::{Cause, Report, Requester};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::JobEvent;
 use crate::limits::{MAP_BUCKETS, REPLICAS_MAX};
@@ -109,10 +109,14 @@ impl DiskMap {
         match notice {
             Notice::Job(event) => self.job_changed(event),
             Notice::Report(Report::Failure {
-                operation, range, ..
+                operation,
+                range,
+                requester,
+                ..
             }) => {
                 self.count(DISK, *range, |bucket, _| bucket.errors += 1);
-                if *operation == OperationType::Read {
+                // One that is held is not over.
+                if *operation == OperationType::Read && *requester != Requester::Held {
                     self.row(DISK).mark_unresolved(*range);
                 }
             }
@@ -330,6 +334,7 @@ pub(super) mod tests {
                 range,
                 requester: Requester::Guest,
                 error: None,
+                no_space: false,
             }));
         }
         assert_eq!(buckets(&map, None)[0].1.errors, 2);

@@ -149,6 +149,11 @@ impl Page {
             },
         );
         self.gauge(
+            "held_requests",
+            "Requests that failed and wait for the command cont, in fragments of at most 1 MiB.",
+            |add| add(&[], disk.held_requests),
+        );
+        self.gauge(
             "undecided_sectors",
             "Sectors that had no winner when they were last read.",
             |add| add(&[], disk.undecided_sectors),

@@ -87,6 +87,8 @@ pub enum Change {
     },
     /// Clear the errors of a replica; without a name, those of the guest and of all replicas.
     ClearErrors(Option<String>),
+    /// Submit the requests again that are held.
+    Continue,
     /// Change a job.
     Job {
         /// Its id.

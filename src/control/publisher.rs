@@ -183,7 +183,11 @@ impl Server {
             for round in batch.events.chunks(EVENTS_PER_ROUND) {
                 let lines: Vec<(Vec<u8>, u64)> = round
                     .iter()
-                    .map(|event| (event.to_line(&self.names), event.stands_for()))
+                    .flat_map(|event| {
+                        let held = event.to_io_error_line(&self.names);
+                        let lines = std::iter::once(event.to_line(&self.names)).chain(held);
+                        lines.map(|line| (line, event.stands_for()))
+                    })
                     .collect();
                 self.send(&lines);
                 round.iter().for_each(|event| event.log(&self.names));

@@ -216,6 +216,7 @@ mod tests {
             range: SectorRange::new(sector, 1),
             requester: Requester::Guest,
             error: None,
+            no_space: false,
         }
     }
 

@@ -38,6 +38,8 @@ pub struct DiskState {
     pub requests: Requests,
     /// Requests that failed because there was no quorum.
     pub failures: ByOperation<u64>,
+    /// Requests of the guest that failed and wait until the operator continues.
+    pub held_requests: u64,
     /// Sectors that had no winner when they were last read.
     pub undecided_sectors: u64,
     /// Reads that were repeated under the range lock because the replies differed.
@@ -60,6 +62,10 @@ pub struct PolicyState {
     pub rewrite_corrupted: bool,
     /// The daemon ends at the first difference.
     pub blkverify: bool,
+    /// The value of `--rerror`.
+    pub rerror: String,
+    /// The value of `--werror`.
+    pub werror: String,
 }
 
 /// The guest's requests by kind.

@@ -29,7 +29,7 @@ use self::operator::DiskOperator;
 use self::signals::Signals;
 use crate::admin::Admin;
 use crate::common::{ReplicaIndex, SECTOR_BYTES};
-use crate::config::Config;
+use crate::config::{Config, OnReadError, OnWriteError};
 use crate::control::Operator;
 use crate::control::events::Names;
 use crate::control::http::MetricsServer;
@@ -39,6 +39,7 @@ use crate::control::socket::SocketAccess;
 use crate::device::connection::{CacheMode, ConnectionSlot};
 use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
+use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
@@ -241,6 +242,7 @@ fn disk(
             .map_err(|error| Error::Broken(format!("cannot create a queue: {error}")))?,
         statistics: Statistics::new(workers, REPLICAS_MAX),
         events: EventQueue::new().map_err(system("cannot create an eventfd"))?,
+        hold: Arc::new(Hold::new(error_policy(config))),
         stop,
     })
 }
@@ -256,6 +258,20 @@ fn disk_info(config: &Config, replicas: &[ReplicaFile], disk_bytes: u64) -> Disk
         serial: config.serial.clone(),
         num_queues: config.queue_count,
         segments_max: config.segments_max(),
+    }
+}
+
+fn error_policy(config: &Config) -> ErrorPolicy {
+    ErrorPolicy {
+        read: match config.rerror {
+            OnReadError::Report => OnError::Report,
+            OnReadError::Stop => OnError::Stop,
+        },
+        write: match config.werror {
+            OnWriteError::Report => OnError::Report,
+            OnWriteError::Stop => OnError::Stop,
+            OnWriteError::Enospc => OnError::NoSpace,
+        },
     }
 }
 

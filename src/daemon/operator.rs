@@ -7,8 +7,6 @@ use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use clap::ValueEnum as _;
-
 use crate::admin::{Admin, AdminError};
 use crate::common::message::Quoted;
 use crate::common::operation::OperationType;
@@ -22,6 +20,7 @@ use crate::control::state::{
 };
 use crate::control::{Change, JobOrder, Operator};
 use crate::device::Capacity;
+use crate::device::hold::Hold;
 use crate::engine::Shared;
 use crate::jobs::{JobInfo, UnknownJob};
 use crate::limits::REPLICAS_MAX;
@@ -35,6 +34,7 @@ pub(super) struct DiskOperator {
     shared: Arc<Shared>,
     reports: Arc<EventQueue>,
     statistics: Statistics,
+    hold: Arc<Hold>,
     admin: Arc<Admin>,
     /// Images of blockdev-add that are not replicas yet.
     nodes: Mutex<BTreeMap<String, Node>>,
@@ -61,15 +61,16 @@ struct Fixed {
 
 impl DiskOperator {
     pub(super) fn new(config: &Config, disk: &Disk, admin: Arc<Admin>, stop: Sender<Stop>) -> Self {
-        let pattern = config.read_pattern.to_possible_value();
         let fixed = Fixed {
             node_name: config.node_name.clone(),
             capacity: disk.info.capacity.clone(),
             policy: PolicyState {
                 vote_threshold: config.vote_threshold,
-                read_pattern: pattern.map_or_else(String::new, |value| value.get_name().to_owned()),
+                read_pattern: name_of(config.read_pattern),
                 rewrite_corrupted: config.rewrite_corrupted,
                 blkverify: config.blkverify,
+                rerror: name_of(config.rerror),
+                werror: name_of(config.werror),
             },
             read_only: config.read_only,
             direct: config.cache == Cache::None,
@@ -81,6 +82,7 @@ impl DiskOperator {
             shared: Arc::clone(&disk.shared),
             reports: Arc::clone(&disk.events),
             statistics: disk.statistics.clone(),
+            hold: Arc::clone(&disk.hold),
             admin,
             nodes: Mutex::default(),
             stop,
@@ -243,7 +245,8 @@ impl Operator for DiskOperator {
         let replicas = self.replicas();
         let undecided_sectors = self.reports.undecided_sectors();
         let errors = self.reports.guest_errors();
-        let conditions = condition::of_disk(undecided_sectors, &errors);
+        let held_requests = self.hold.count() as u64;
+        let conditions = condition::of_disk(held_requests, undecided_sectors, &errors);
         DiskState {
             node_name: self.fixed.node_name.clone(),
             size: self.fixed.capacity.bytes(),
@@ -264,6 +267,7 @@ impl Operator for DiskOperator {
                 written_to_byte: self.statistics.written_to_byte(),
             },
             failures: by_operation(|kind| self.statistics.failures(kind)),
+            held_requests,
             undecided_sectors,
             confirmations: self.statistics.confirmations(),
             confirmations_without_fault: self.statistics.confirmations_without_fault(),
@@ -343,6 +347,10 @@ impl Operator for DiskOperator {
             Change::ClearErrors(node_name) => {
                 self.clear_errors(node_name.as_deref()).map(|()| None)?
             }
+            Change::Continue => {
+                admin.continue_held();
+                None
+            }
             Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
         };
         Ok(started.map(|id| id.to_string()))
@@ -367,6 +375,12 @@ fn unused<'a>(
         Some(node) => Ok(node),
         None => Err(format!("there is no unused node {}", Quoted(node_name))),
     }
+}
+
+/// The name of the value of an option.
+fn name_of(value: impl clap::ValueEnum) -> String {
+    let value = value.to_possible_value();
+    value.map_or_else(String::new, |value| value.get_name().to_owned())
 }
 
 fn line(error: AdminError) -> String {

@@ -23,6 +23,7 @@ mod descriptor;
 pub mod disk_use;
 pub mod frontend;
 pub mod guest;
+pub mod hold;
 pub mod inflight;
 pub mod memory;
 pub mod request;

@@ -9,7 +9,7 @@ use super::background::Background;
 use super::flapping::Flapping;
 use super::flush_queue::{FlushQueue, Origin};
 use super::in_flight::InFlight;
-use super::interface::{Effects, Policy, ReadPattern, Tag};
+use super::interface::{Effects, Failed, Policy, ReadPattern, Tag};
 use super::latencies::Latencies;
 use super::lateness::Lateness;
 use super::range_locks::LockKey;
@@ -48,10 +48,19 @@ pub(super) struct Core {
     pub(super) confirmations: usize,
     /// Emptied lists of replies, for reuse.
     pub(super) spare_buffers: Vec<Vec<Option<Buffer>>>,
-    /// The first error of each request that has had one.
-    first_errors: Vec<(RequestId, Errno)>,
+    /// The errors of each request that has had one.
+    request_errors: Vec<RequestErrors>,
     /// Scratch for [`Context::unlock`].
     waiters: Vec<Waiter>,
+}
+
+/// What replicas have returned for a request.
+#[derive(Clone, Copy, Debug)]
+struct RequestErrors {
+    request: RequestId,
+    first: Errno,
+    /// One of the errors is that there is no space left.
+    no_space: bool,
 }
 
 /// A request that another one has made necessary.
@@ -97,7 +106,7 @@ impl Core {
             flushes: FlushQueue::default(),
             confirmations: 0,
             spare_buffers: Vec::new(),
-            first_errors: Vec::new(),
+            request_errors: Vec::new(),
             waiters: Vec::new(),
         }
     }
@@ -105,14 +114,15 @@ impl Core {
     /// A request is retired: its errors are history.
     #[inline]
     pub(super) fn forget_errors(&mut self, request: RequestId) {
-        if !self.first_errors.is_empty() {
-            self.forget_first_error(request);
+        if !self.request_errors.is_empty() {
+            self.forget_errors_of(request);
         }
     }
 
     #[cold]
-    fn forget_first_error(&mut self, request: RequestId) {
-        self.first_errors.retain(|(id, _)| *id != request);
+    fn forget_errors_of(&mut self, request: RequestId) {
+        self.request_errors
+            .retain(|errors| errors.request != request);
     }
 
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.
@@ -251,9 +261,15 @@ impl<E: Effects> Context<'_, E> {
         errno: Errno,
     ) {
         let id = self.id;
-        let errors = &mut self.core.first_errors;
-        if errors.iter().all(|(request, _)| *request != id) {
-            errors.push((id, errno));
+        let no_space = errno.is_no_space();
+        let mut errors = self.core.request_errors.iter_mut();
+        match errors.find(|errors| errors.request == id) {
+            Some(errors) => errors.no_space |= no_space,
+            None => self.core.request_errors.push(RequestErrors {
+                request: id,
+                first: errno,
+                no_space,
+            }),
         }
         self.effects.report(Report::Bad {
             replica,
@@ -270,15 +286,18 @@ impl<E: Effects> Context<'_, E> {
         requester: Requester,
         operation: OperationType,
         range: SectorRange,
-    ) {
-        let mut errors = self.core.first_errors.iter();
-        let first = errors.find(|(request, _)| *request == self.id);
+    ) -> Failed {
+        let mut errors = self.core.request_errors.iter();
+        let errors = errors.find(|errors| errors.request == self.id);
+        let no_space = errors.is_some_and(|errors| errors.no_space);
         self.effects.report(Report::Failure {
             operation,
             range,
             requester,
-            error: first.map(|(_, errno)| *errno),
+            error: errors.map(|errors| errors.first),
+            no_space,
         });
+        Failed { no_space }
     }
 
     /// Has the surroundings of corrupt or unreadable sectors scrubbed.

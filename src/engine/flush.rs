@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::context::{Context, Progress};
 use super::flush_queue::{Origin, Waiting};
-use super::interface::{Effects, Failed};
+use super::interface::Effects;
 use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, OperationType, Reply};
@@ -282,7 +282,7 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
     if success {
         context.effects.complete(tag, Ok(&[]));
     } else {
-        context.report_failure(Requester::Guest, operation, range);
-        context.effects.complete(tag, Err(Failed));
+        let failed = context.report_failure(Requester::Guest, operation, range);
+        context.effects.complete(tag, Err(failed));
     }
 }

@@ -103,9 +103,12 @@ impl GuestRequest {
     }
 }
 
-/// The request failed; the guest gets an I/O error. The engine has reported the reason.
+/// The request failed. The engine has reported the reason.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Failed;
+pub struct Failed {
+    /// A replica has no space left for it.
+    pub no_space: bool,
+}
 
 /// What an engine asks of its driver. No method may call back into the engine.
 pub trait Effects {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, FollowUp, Progress, Suspicion};
 use super::first_pass::FirstPass;
-use super::interface::{Effects, Failed, Policy, ReadPattern, Tag};
+use super::interface::{Effects, Policy, ReadPattern, Tag};
 use super::lateness::{Kind, Out};
 use super::replies::Replies;
 use super::stage::Stage;
@@ -277,8 +277,8 @@ impl Read {
     /// Answers the guest with an error, if it has no answer yet: there is no quorum.
     fn fail(&mut self, context: &mut Context<'_, impl Effects>) {
         if let Some(tag) = self.tag.take() {
-            context.report_failure(Requester::Guest, OperationType::Read, self.range);
-            context.effects.complete(tag, Err(Failed));
+            let failed = context.report_failure(Requester::Guest, OperationType::Read, self.range);
+            context.effects.complete(tag, Err(failed));
         }
     }
 

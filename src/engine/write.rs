@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::context::{Context, Progress};
 use super::flush_queue::Origin;
-use super::interface::{Effects, Failed, Tag};
+use super::interface::{Effects, Tag};
 use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::buffer::Buffer;
@@ -145,8 +145,9 @@ impl Write {
         if self.end(writing, context) {
             self.answer(context);
         } else {
-            context.report_failure(Requester::Guest, OperationType::Write, self.order.range);
-            context.effects.complete(self.tag, Err(Failed));
+            let range = self.order.range;
+            let failed = context.report_failure(Requester::Guest, OperationType::Write, range);
+            context.effects.complete(self.tag, Err(failed));
         }
         context.unlock(self.lock);
         Progress::Retired

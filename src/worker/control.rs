@@ -54,6 +54,13 @@ impl WorkerControl {
         self.mailboxes[0].send(Message::Tick);
     }
 
+    /// Makes the workers submit again what is held.
+    pub fn continue_all(&self) {
+        for mailbox in &self.mailboxes {
+            mailbox.send(Message::Continue);
+        }
+    }
+
     /// Flushes the replicas. Returns whether that succeeded in the time that a flush may take.
     pub fn flush(&self) -> bool {
         let (done, is_done) = sync_channel(1);

@@ -10,9 +10,10 @@ use super::Stop;
 use super::guests::Guests;
 use super::mailbox::{Mailbox, Message};
 use crate::common::operation::{Operation, RequestId};
-use crate::common::report::{Fact, Report};
+use crate::common::report::{Fact, Report, Requester};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
+use crate::device::hold::{ErrorPolicy, Hold};
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 use crate::replica::ring::Ring;
@@ -30,6 +31,7 @@ pub(super) struct Io<K: Kernel = Uring> {
     pub(super) events: Arc<EventQueue>,
     /// The threads that wait for a flush of this worker; flushes end in the order of submission.
     pub(super) flushing: VecDeque<SyncSender<bool>>,
+    pub(super) hold: Arc<Hold>,
     pub(super) stop: Sender<Stop>,
     /// The first failure of the io_uring. The loop ends with it.
     pub(super) failure: Option<io::Error>,
@@ -60,7 +62,7 @@ impl<K: Kernel> Effects for Io<K> {
 
     fn report(&mut self, report: Report) {
         self.recorder.reported(&report);
-        self.events.push(report);
+        self.events.push(held(report, self.hold.policy()));
     }
 
     fn count(&mut self, fact: Fact) {
@@ -95,4 +97,19 @@ impl<K: Kernel> Effects for Io<K> {
         // The receiver is gone only while the daemon stops.
         let _ = self.stop.send(Stop::ContentsDiffer(range));
     }
+}
+
+/// The report of a request that failed, with what happens to the request by `policy`.
+fn held(mut report: Report, policy: ErrorPolicy) -> Report {
+    if let Report::Failure {
+        operation,
+        requester: requester @ Requester::Guest,
+        no_space,
+        ..
+    } = &mut report
+        && policy.holds(*operation, *no_space)
+    {
+        *requester = Requester::Held;
+    }
+    report
 }

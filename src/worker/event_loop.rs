@@ -24,7 +24,7 @@ use super::mailbox::{Mailbox, Message};
 use super::spin::Spin;
 use crate::common::buffer::BufferPool;
 use crate::device::connection::ConnectionSlot;
-use crate::device::guest::Guest;
+use crate::device::guest::{Guest, Holder};
 use crate::device::inflight::QueueRegion;
 use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
 use crate::limits::{
@@ -88,11 +88,13 @@ impl<K: Kernel> Worker<K> {
         let clock = Clock::new();
         let turn = clock.turn();
         let recorder = Recorder::new(statistics, turn.clone());
-        let guests = disk.slots.iter().map(|slot| {
+        let guests = disk.slots.iter().enumerate().map(|(connection, slot)| {
             let (info, pool) = (disk.info.clone(), pool.clone());
             let mut guest = Guest::new(info, slot.memory.clone(), slot.vrings.clone(), pool);
             guest.set_recorder(recorder.clone());
             guest.set_clock(turn.clone());
+            let connection = u8::try_from(connection).expect("connections are few");
+            guest.set_holder(Holder::new(Arc::clone(&disk.hold), index, connection));
             guest
         });
         let guests = Guests::new(guests.collect());
@@ -109,6 +111,7 @@ impl<K: Kernel> Worker<K> {
                 mailboxes,
                 events: disk.events,
                 flushing: VecDeque::new(),
+                hold: disk.hold,
                 stop: disk.stop,
                 failure: None,
             },
@@ -144,6 +147,11 @@ impl<K: Kernel> Worker<K> {
         }
         self.signal();
         self.draining.finish(&mut self.io.guests);
+        if self.io.hold.take_wake() {
+            for mailbox in &self.io.mailboxes {
+                mailbox.send(Message::Continue);
+            }
+        }
         if self.is_finished() {
             self.assert_accounted();
             return Ok(false);
@@ -156,7 +164,7 @@ impl<K: Kernel> Worker<K> {
             return Ok(true);
         }
         self.assert_accounted();
-        let blocked = !self.engine.has_room();
+        let blocked = !self.engine.has_room() || self.io.hold.is_holding();
         let idle = blocked || !self.io.guests.enable_kicks();
         let slept_from = self.clock.advanced_at();
         self.turn(if idle { self.wait() } else { Wait::No })?;
@@ -221,11 +229,8 @@ impl<K: Kernel> Worker<K> {
 
     /// How long the worker may sleep.
     fn wait(&self) -> Wait {
-        let resubmission = self
-            .io
-            .guests
-            .awaits_resubmission()
-            .then(|| self.clock.now() + TICK);
+        let polls = !self.io.hold.is_holding() && self.io.guests.awaits_resubmission();
+        let resubmission = polls.then(|| self.clock.now() + TICK);
         let ends = [self.draining.deadline(), self.exit_by];
         let end = ends.into_iter().flatten().min();
         let deadlines = [
@@ -242,6 +247,9 @@ impl<K: Kernel> Worker<K> {
     /// Moves requests from the virtqueues to the engine, as many as the engine has room for and
     /// one turn takes. Returns whether there were any.
     fn take_requests(&mut self) -> bool {
+        if self.io.hold.is_holding() {
+            return self.take_held();
+        }
         let (mut taken, mut bytes) = (0, 0);
         while taken < BATCH_MAX && bytes < BATCH_BYTES_MAX && self.engine.has_room() {
             let Some((tag, request)) = self.io.guests.next_request() else {
@@ -254,12 +262,42 @@ impl<K: Kernel> Worker<K> {
         taken > 0
     }
 
+    /// Moves held requests to the engine again, if the operator has continued. Until these are
+    /// done, nothing new is taken from the virtqueues (W9).
+    #[cold]
+    fn take_held(&mut self) -> bool {
+        let mut taken = 0;
+        while taken < BATCH_MAX && self.engine.has_room() {
+            let Some((ticket, tag)) = self.io.hold.next(self.index) else {
+                break;
+            };
+            let Tag::Guest {
+                connection,
+                fragment,
+            } = tag
+            else {
+                unreachable!("only requests of guests are held");
+            };
+            self.io.hold.submits(ticket);
+            if let Some(request) = self.io.guests.held_request(connection, fragment) {
+                self.engine.submit(tag, request, &mut self.io);
+            }
+            self.io.hold.submitted(ticket);
+            taken += 1;
+        }
+        taken > 0
+    }
+
     /// Signals drivers that requests are done. A driver with many requests in flight is signalled
     /// less often, because an interrupt costs it and this worker more than a request does. The
     /// requests left in its virtqueue must last until it has made new ones.
     fn signal(&mut self) {
         self.turns_unsignalled += 1;
-        if self.turns_unsignalled >= UNSIGNALLED_TURNS_MAX || !self.io.guests.has_more() {
+        // What is held keeps this worker from taking what is there.
+        if self.turns_unsignalled >= UNSIGNALLED_TURNS_MAX
+            || self.io.hold.is_holding()
+            || !self.io.guests.has_more()
+        {
             self.turns_unsignalled = 0;
             self.io.guests.signal();
         }
@@ -312,6 +350,8 @@ impl<K: Kernel> Worker<K> {
                     .submit(Tag::OwnFlush, GuestRequest::Flush, &mut self.io);
             }
             Message::Tick => self.engine.tick(&mut self.io),
+            // The next turn looks at it.
+            Message::Continue => {}
             Message::SetFile {
                 replica,
                 file,

@@ -40,6 +40,15 @@ impl Guests {
         guest.refresh(queue, durable_writes)
     }
 
+    /// See [`Guest::held_request`].
+    pub(super) fn held_request(
+        &mut self,
+        connection: u8,
+        fragment: FragmentId,
+    ) -> Option<GuestRequest> {
+        self.guests[usize::from(connection)].held_request(fragment)
+    }
+
     /// See [`Guest::abandon`].
     pub(super) fn abandon(&mut self, slot: usize, queue: usize) {
         self.guests[slot].abandon(queue);

@@ -37,6 +37,8 @@ pub(super) enum Message {
         file: Option<RingFile>,
         done: SyncSender<io::Result<()>>,
     },
+    /// What is held is to be submitted again, or nothing is held any more.
+    Continue,
     /// Exit when no request is in flight, or when the drain limit has passed.
     Exit,
 }
@@ -111,6 +113,7 @@ impl std::fmt::Debug for Message {
             Self::Flush { .. } => "Flush",
             Self::Tick => "Tick",
             Self::SetFile { .. } => "SetFile",
+            Self::Continue => "Continue",
             Self::Exit => "Exit",
         })
     }

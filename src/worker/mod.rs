@@ -23,6 +23,7 @@ use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
+use crate::device::hold::Hold;
 use crate::engine::{Policy, Shared};
 use crate::statistics::Statistics;
 
@@ -54,6 +55,8 @@ pub struct Disk {
     pub statistics: Statistics,
     /// Receives reports.
     pub events: Arc<EventQueue>,
+    /// What is held of the guests' requests.
+    pub hold: Arc<Hold>,
     /// Receives the reason to stop the daemon.
     pub stop: Sender<Stop>,
 }

@@ -87,6 +87,7 @@ fn disk(memory: &GuestMemory, workers: u16) -> Disk {
         slots: vec![slot],
         statistics: Statistics::new(workers, REPLICAS_MAX),
         events: EventQueue::new().unwrap(),
+        hold: Arc::default(),
         stop: channel().0,
     }
 }

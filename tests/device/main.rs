@@ -3,6 +3,7 @@
 
 mod daemon_killed;
 mod discard_and_zeroes;
+mod held_requests;
 mod memory_limits;
 mod several_frontends;
 mod shutdown;

@@ -75,6 +75,7 @@ fn failure(sector: u64) -> Report {
         range: SectorRange::new(sector, 8),
         requester: Requester::Guest,
         error: None,
+        no_space: false,
     }
 }
 

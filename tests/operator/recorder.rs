@@ -158,6 +158,8 @@ pub fn disk() -> DiskState {
             read_pattern: "quorum".into(),
             rewrite_corrupted: false,
             blkverify: false,
+            rerror: "report".into(),
+            werror: "report".into(),
         },
         read_only: false,
         direct: true,
@@ -174,6 +176,7 @@ pub fn disk() -> DiskState {
         failures: by_operation(|| 0),
         confirmations: 0,
         confirmations_without_fault: 0,
+        held_requests: 0,
         undecided_sectors: 0,
         replicas: replicas.into(),
     }

@@ -87,6 +87,7 @@ fn serve() -> Served {
         slots: vec![slot.clone()],
         statistics: Statistics::new(workers, REPLICAS_MAX),
         events: EventQueue::new().unwrap(),
+        hold: Arc::default(),
         stop,
     };
     let statistics = disk.statistics.clone();

@@ -142,7 +142,11 @@ impl World {
             GuestRequest::Read(range) => &DISK[..to_usize(range.bytes())],
             _ => &[],
         };
-        let result = if fails { Err(Failed) } else { Ok(data) };
+        let result = if fails {
+            Err(Failed { no_space: false })
+        } else {
+            Ok(data)
+        };
         let chain = |fragment: FragmentId| fragment.chain;
         if fails {
             self.failed.insert(chain(tag));

@@ -131,6 +131,7 @@ impl Machine {
             shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity.sectors())),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),
+            hold: Arc::default(),
             statistics: Statistics::new(1, REPLICAS),
             stop,
             // No replica is ever removed.

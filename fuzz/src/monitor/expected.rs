@@ -301,6 +301,7 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
             repair: arguments.flag("repair")?,
             speed_bytes: arguments.number("speed")?.unwrap_or(0),
         },
+        "cont" => Change::Continue,
         "blockdev-del" => Change::RemoveNode(arguments.text("node-name")?),
         "blockdev-add" => add_node(arguments)?,
         "x-blockdev-change" => change_replicas(arguments)?,

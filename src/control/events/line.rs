@@ -13,6 +13,7 @@ use serde::Serialize;
 
 use super::{Event, Names, Notice, text_of, type_name};
 use crate::common::SectorRange;
+use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Digest, Evidence, Report, Requester};
 use crate::control::errors::{ErrorReason, Timestamp};
 use crate::control::json::to_ascii;
@@ -40,6 +41,7 @@ impl Event {
                 range,
                 requester,
                 error,
+                ..
             } => {
                 let data = Failure {
                     reference: &names.reference,
@@ -48,7 +50,7 @@ impl Event {
                     sectors_count: range.count,
                     r#type: type_name(*operation),
                     requester: match requester {
-                        Requester::Guest => "guest",
+                        Requester::Guest | Requester::Held => "guest",
                         Requester::Job => "job",
                     },
                     reason: error.map(ErrorReason::from),
@@ -105,6 +107,37 @@ impl Event {
             }
         }
     }
+
+    /// BLOCK_IO_ERROR, which follows the event if the request is held.
+    pub(in crate::control) fn to_io_error_line(&self, names: &Names) -> Option<Vec<u8>> {
+        let Notice::Report(Report::Failure {
+            operation,
+            range,
+            requester: Requester::Held,
+            error,
+            no_space,
+        }) = &self.notice
+        else {
+            return None;
+        };
+        let data = IoError {
+            device: &names.reference,
+            node_name: &names.reference,
+            // A flush is a write, as in QEMU.
+            operation: match operation {
+                OperationType::Read => "read",
+                OperationType::Write | OperationType::Flush => "write",
+            },
+            action: "stop",
+            nospace: *no_space,
+            reason: error.map_or_else(|| "no quorum".to_owned(), |errno| errno.to_string()),
+            sector_num: range.start,
+            sector_count: range.count,
+            r#type: type_name(*operation),
+            suppressed: self.suppressed,
+        };
+        Some(line("BLOCK_IO_ERROR", data, self.made_at))
+    }
 }
 
 fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
@@ -141,6 +174,23 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
 /// The line for a reader that missed events: how many, with those that were folded into them.
 pub(in crate::control) fn missed_line(missed: u64, at: SystemTime) -> Vec<u8> {
     line("QUORUM_EVENTS_MISSED", Missed { missed }, at)
+}
+
+/// The members of QEMU's event, then ours.
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct IoError<'a> {
+    device: &'a str,
+    node_name: &'a str,
+    operation: &'static str,
+    action: &'static str,
+    nospace: bool,
+    reason: String,
+    sector_num: u64,
+    sector_count: u64,
+    r#type: &'static str,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
 }
 
 #[derive(Serialize)]
@@ -352,6 +402,7 @@ mod tests {
             range: SectorRange::new(345_435, 5),
             requester: Requester::Guest,
             error: None,
+            no_space: false,
         };
         assert_eq!(
             text(report, 0),
@@ -443,6 +494,7 @@ mod tests {
             range: SectorRange::new(1, 1),
             requester: Requester::Guest,
             error: None,
+            no_space: false,
         };
         let event = Event {
             notice: report.into(),
@@ -495,6 +547,7 @@ mod tests {
             range,
             requester: Requester::Guest,
             error: None,
+            no_space: false,
         };
         for line in [
             text(corrupt(evidence), 0),

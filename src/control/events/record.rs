@@ -33,6 +33,10 @@ impl Event {
         match &self.notice {
             Notice::Report(Report::Failure { requester, .. }) => match requester {
                 Requester::Guest => (Level::Error, "no quorum: the guest got an I/O error"),
+                Requester::Held => (
+                    Level::Error,
+                    "no quorum: a request of the guest is held until the command cont",
+                ),
                 Requester::Job => (Level::Error, "no quorum: a scrub found undecided sectors"),
             },
             Notice::Report(Report::Bad { cause, .. }) => match cause {

@@ -240,6 +240,11 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
     )
 }
 
+/// cont.
+pub(super) fn continue_held(operator: &dyn Operator) -> Result<(), CommandError> {
+    done(operator, Change::Continue)
+}
+
 pub(super) fn clear_errors(of: ClearErrors, operator: &dyn Operator) -> Result<(), CommandError> {
     done(operator, Change::ClearErrors(of.node_name))
 }

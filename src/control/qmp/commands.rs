@@ -12,6 +12,7 @@ use super::change;
 use super::error::CommandError;
 use super::version::Version;
 use crate::control::json::to_ascii;
+use crate::control::state::DiskState;
 use crate::control::{JobOrder, Operator};
 use crate::limits::MAP_BUCKETS;
 
@@ -61,6 +62,14 @@ static COMMANDS: &[Command] = &[
         run: |arguments, operator| {
             run(arguments, |node| {
                 nothing(change::blockdev_del(node, operator))
+            })
+        },
+    },
+    Command {
+        name: "cont",
+        run: |arguments, operator| {
+            run(arguments, |NoArguments {}| {
+                nothing(change::continue_held(operator))
             })
         },
     },
@@ -140,7 +149,11 @@ static COMMANDS: &[Command] = &[
     },
     Command {
         name: "query-status",
-        run: |arguments, _| run(arguments, |NoArguments {}| Ok(Status::RUNNING)),
+        run: |arguments, operator| {
+            run(arguments, |NoArguments {}| {
+                Ok(Status::of(&operator.state()))
+            })
+        },
     },
     Command {
         name: "query-version",
@@ -270,8 +283,11 @@ struct Status {
 
 impl Status {
     /// The monitor answers only while the disk is served.
-    const RUNNING: Self = Self {
-        running: true,
-        status: "running",
-    };
+    fn of(disk: &DiskState) -> Self {
+        let running = disk.held_requests == 0;
+        Self {
+            running,
+            status: if running { "running" } else { "io-error" },
+        }
+    }
 }

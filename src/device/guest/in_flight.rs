@@ -6,10 +6,12 @@
 //! consumes it.
 
 use crate::common::buffer::BufferPool;
+use crate::common::operation::OperationType;
 use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::device::View;
+use crate::device::hold::Ticket;
 use crate::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
-use crate::engine::{Failed, GuestRequest};
+use crate::engine::GuestRequest;
 use crate::limits::{FRAGMENT_BYTES_MAX, ZERO_BYTES_MAX, ZERO_FRAGMENTS_IN_FLIGHT_MAX};
 use crate::statistics::{RequestKind, Since};
 
@@ -83,8 +85,27 @@ pub(super) struct InFlight {
     submitted_sectors: u64,
     /// Fragments that the engine has not answered.
     outstanding: usize,
+    /// Fragments that are held (W9). The engine may have them again.
+    held: Vec<HeldFragment>,
     /// The kind that it is counted as, and its begin.
     counted: Option<(RequestKind, Since)>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct HeldFragment {
+    offset_sectors: u64,
+    ticket: Ticket,
+}
+
+/// How a fragment has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FragmentEnd<'a> {
+    /// It is done. The data of a read goes to guest memory.
+    Done(&'a [u8]),
+    /// The guest gets an I/O error.
+    Failed,
+    /// It is held, and is to be submitted again.
+    Held(Ticket),
 }
 
 impl InFlight {
@@ -104,6 +125,7 @@ impl InFlight {
             stage,
             submitted_sectors: 0,
             outstanding: 0,
+            held: Vec::new(),
             counted,
         }
     }
@@ -142,7 +164,7 @@ impl InFlight {
     /// The status of the request, once no fragment is left to be submitted or answered.
     pub(super) fn status(&self) -> Option<Status> {
         match self.stage {
-            _ if self.outstanding > 0 => None,
+            _ if self.outstanding > 0 || !self.held.is_empty() => None,
             Stage::Submitting => None,
             Stage::Parked => unreachable!("fragments are in flight"),
             Stage::Submitted => Some(Status::Ok),
@@ -163,7 +185,7 @@ impl InFlight {
         assert_eq!(self.stage, Stage::Submitting);
         let offset = self.submitted_sectors;
         let (fragment, sectors) = self
-            .fragment(memory, pool, durable)
+            .fragment(offset, memory, pool, durable)
             .inspect_err(|OutsideMemory| self.stage = Stage::Failed)?;
         self.submitted_sectors += sectors;
         self.outstanding += 1;
@@ -178,20 +200,72 @@ impl InFlight {
         Ok((offset, fragment))
     }
 
+    /// The held fragment that begins `offset_sectors` into the request, to be submitted again.
+    ///
+    /// # Errors
+    /// If the data to write does not lie in guest memory any more. Then the request has failed.
+    pub(super) fn held_fragment(
+        &mut self,
+        memory: View<'_>,
+        pool: &mut BufferPool,
+        (offset_sectors, durable): (u64, bool),
+    ) -> Result<GuestRequest, OutsideMemory> {
+        assert!(self.ticket(offset_sectors).is_some(), "a fragment is held");
+        let (fragment, _) = self
+            .fragment(offset_sectors, memory, pool, durable)
+            .inspect_err(|OutsideMemory| self.stage = Stage::Failed)?;
+        self.outstanding += 1;
+        Ok(fragment)
+    }
+
+    /// What the fragment that begins `offset` sectors into the request does, and where.
+    pub(super) fn describe(&self, offset: u64) -> (OperationType, SectorRange) {
+        let left = self.request.sectors() - offset;
+        let cut =
+            |range: SectorRange| SectorRange::new(range.start + offset, left.min(FRAGMENT_SECTORS));
+        match self.request.kind {
+            Kind::In(range) => (OperationType::Read, cut(range)),
+            Kind::Out(range) => (OperationType::Write, cut(range)),
+            Kind::Zero => {
+                let zeroed = self.request.zeroed_from(offset);
+                let Zeroed { range, .. } = zeroed.expect("a fragment has sectors");
+                let range = SectorRange::new(range.start, range.count.min(ZERO_FRAGMENT_SECTORS));
+                (OperationType::Write, range)
+            }
+            Kind::Flush => (OperationType::Flush, SectorRange::new(0, 0)),
+            Kind::GetId | Kind::Rejected(_) => unreachable!("has no fragments"),
+        }
+    }
+
+    /// The ticket of the fragment, if it has one.
+    pub(super) fn ticket(&self, offset_sectors: u64) -> Option<Ticket> {
+        let mut held = self.held.iter();
+        let held = held.find(|held| held.offset_sectors == offset_sectors);
+        held.map(|held| held.ticket)
+    }
+
+    /// Whether a fragment is held.
+    pub(super) fn is_held(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Takes the tickets of all fragments that are held.
+    pub(super) fn take_tickets(&mut self) -> impl Iterator<Item = Ticket> + use<> {
+        let held = std::mem::take(&mut self.held);
+        held.into_iter().map(|held| held.ticket)
+    }
+
     fn fragment(
         &self,
+        offset: u64,
         memory: View<'_>,
         pool: &mut BufferPool,
         durable: bool,
     ) -> Result<(GuestRequest, u64), OutsideMemory> {
-        let offset = self.submitted_sectors;
-        let left = self.request.sectors() - offset;
-        let cut =
-            |range: SectorRange| SectorRange::new(range.start + offset, left.min(FRAGMENT_SECTORS));
+        let (_, range) = self.describe(offset);
         let fragment = match self.request.kind {
-            Kind::In(range) => (GuestRequest::Read(cut(range)), cut(range).count),
-            Kind::Out(range) => {
-                let range = cut(range);
+            Kind::In(_) => (GuestRequest::Read(range), range.count),
+            Kind::Out(_) => {
                 let mut data = pool.take(bytes(range.count));
                 self.request.data.read(memory, bytes(offset), &mut data)?;
                 let write = GuestRequest::Write {
@@ -203,11 +277,9 @@ impl InFlight {
             }
             Kind::Zero => {
                 let zeroed = self.request.zeroed_from(offset);
-                let Zeroed { range, unmap } = zeroed.expect("sectors are left");
-                let range = SectorRange::new(range.start, range.count.min(ZERO_FRAGMENT_SECTORS));
                 let zero = GuestRequest::Zero {
                     range,
-                    unmap,
+                    unmap: zeroed.is_some_and(|zeroed| zeroed.unmap),
                     durable,
                 };
                 (zero, range.count)
@@ -224,14 +296,27 @@ impl InFlight {
         &mut self,
         memory: View<'_>,
         offset_sectors: u64,
-        result: Result<&[u8], Failed>,
+        end: FragmentEnd<'_>,
     ) {
         let outstanding = self.outstanding.checked_sub(1);
         self.outstanding = outstanding.expect("the engine answers each fragment once");
-        let outcome = match (result, self.request.kind) {
-            (Err(Failed), _) => Err(OutsideMemory),
-            (Ok(data), Kind::In(_)) => self.request.data.write(memory, bytes(offset_sectors), data),
-            (Ok(_), _) => Ok(()),
+        if let FragmentEnd::Held(ticket) = end {
+            if self.ticket(offset_sectors).is_none() {
+                self.held.push(HeldFragment {
+                    offset_sectors,
+                    ticket,
+                });
+            }
+        } else if !self.held.is_empty() {
+            let is_other = |held: &HeldFragment| held.offset_sectors != offset_sectors;
+            self.held.retain(is_other);
+        }
+        let outcome = match (end, self.request.kind) {
+            (FragmentEnd::Failed, _) => Err(OutsideMemory),
+            (FragmentEnd::Done(data), Kind::In(_)) => {
+                self.request.data.write(memory, bytes(offset_sectors), data)
+            }
+            (FragmentEnd::Done(_) | FragmentEnd::Held(_), _) => Ok(()),
         };
         match (outcome, self.stage) {
             (Err(OutsideMemory), _) => self.stage = Stage::Failed,

@@ -11,6 +11,7 @@
 //! Invariant: every accepted chain is completed once, or left in the inflight region for the next
 //! start (`in_flight`).
 
+mod held;
 mod in_flight;
 mod rejections;
 mod virtqueue;
@@ -21,7 +22,8 @@ use log::warn;
 use slab::Slab;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
-use self::in_flight::{AcceptedChain, InFlight, Stage};
+pub use self::held::Holder;
+use self::in_flight::{AcceptedChain, FragmentEnd, InFlight, Stage};
 use self::rejections::Rejections;
 use self::virtqueue::Virtqueue;
 use super::inflight::QueueRegion;
@@ -49,6 +51,7 @@ pub struct Guest {
     recorder: Recorder,
     rejections: Rejections,
     clock: TurnClock,
+    holder: Holder,
 }
 
 /// What a tag of the engine names.
@@ -84,6 +87,7 @@ impl Guest {
             recorder: Recorder::detached(),
             rejections: Rejections::default(),
             clock: TurnClock::default(),
+            holder: Holder::default(),
         }
     }
 
@@ -104,17 +108,18 @@ impl Guest {
 
     /// Serves a virtqueue according to the state that the frontend gave to it. Returns whether new
     /// chains are accepted from now on.
-    pub fn refresh(&mut self, queue: usize, durable_writes: bool) -> bool {
+    pub fn refresh(&mut self, index: usize, durable_writes: bool) -> bool {
         self.durable_writes = durable_writes;
         let memory = self.memory.memory();
         let memory = View(&memory);
-        let startable = self.queues[queue].is_startable(memory);
-        if startable && !self.queues[queue].is_active() {
-            self.start(queue, memory);
+        let startable = self.queues[index].is_startable(memory);
+        if startable && !self.queues[index].is_active() {
+            self.start(index, memory);
         }
-        let queue = &mut self.queues[queue];
+        let queue = &mut self.queues[index];
         if !startable || !queue.is_active() {
             queue.stop();
+            self.give_up_held(index);
             return false;
         }
         // The driver of a virtqueue that runs already may have been asked not to kick.
@@ -150,6 +155,13 @@ impl Guest {
         let tracked = self.queues[queue].is_tracked();
         let (count, fate) = (keys.len(), if tracked { "resubmit" } else { "fail" });
         warn!(count, fate; "replicas have not answered requests in time");
+        self.give_up(queue, keys);
+        assert!(self.is_drained(queue));
+    }
+
+    /// Leaves requests of a virtqueue to its next start if it has a region; else they fail.
+    fn give_up(&mut self, queue: usize, keys: Vec<usize>) {
+        let tracked = self.queues[queue].is_tracked();
         for key in keys {
             if tracked {
                 self.leave(key);
@@ -157,7 +169,6 @@ impl Guest {
                 self.complete(key, Status::IoError);
             }
         }
-        assert!(self.is_drained(queue));
     }
 
     /// The requests in flight on a virtqueue, of which no more fragments are submitted.
@@ -234,8 +245,15 @@ impl Guest {
             }
         };
         let before = in_flight.stage();
-        in_flight.fragment_answered(View(&self.memory.memory()), offset_sectors, result);
-        let status = in_flight.status();
+        let end = match result {
+            Ok(data) if !self.holder.is_holding() => FragmentEnd::Done(data),
+            result => self.holder.ended(in_flight, fragment, result),
+        };
+        in_flight.fragment_answered(View(&self.memory.memory()), offset_sectors, end);
+        if in_flight.stage() == Stage::Failed {
+            self.holder.forget(in_flight);
+        }
+        let (status, queue) = (in_flight.status(), in_flight.queue());
         match (before, in_flight.stage()) {
             (Stage::Submitting, Stage::Failed) => self.submitting.retain(|other| *other != key),
             (Stage::Parked, Stage::Submitting) => self.submitting.push_back(key),
@@ -243,6 +261,8 @@ impl Guest {
         }
         if let Some(status) = status {
             self.complete(key, status);
+        } else if self.holder.is_holding() && !self.queues[queue].is_active() {
+            self.give_up_held(queue);
         }
     }
 
@@ -328,6 +348,7 @@ impl Guest {
         match fragment {
             Ok((offset_sectors, request)) => Some((fragment_id(key, offset_sectors), request)),
             Err(OutsideMemory) => {
+                self.holder.forget(in_flight);
                 if let Some(status) = in_flight.status() {
                     self.complete(key, status);
                 }
@@ -362,8 +383,11 @@ impl Guest {
 
     /// Takes a request out of the table. Its key stays in use as long as the engine has fragments.
     fn end(&mut self, key: usize) -> InFlight {
-        let outstanding = match &self.entries[key] {
-            Entry::InFlight(in_flight) => in_flight.outstanding(),
+        let outstanding = match &mut self.entries[key] {
+            Entry::InFlight(in_flight) => {
+                self.holder.forget(in_flight);
+                in_flight.outstanding()
+            }
             Entry::Abandoned { .. } => unreachable!("a request ends once"),
         };
         let entry = match outstanding {

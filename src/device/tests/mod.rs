@@ -31,6 +31,8 @@ use crate::common::buffer::BufferPool;
 use crate::engine::{Failed, FragmentId, GuestRequest};
 use crate::limits::{FRAGMENT_BYTES_MAX, QUEUE_SIZE_MAX};
 
+const FAILED: Failed = Failed { no_space: false };
+
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
 const INDIRECT: u16 = 4;
@@ -342,7 +344,7 @@ impl Machine {
             ..usize::try_from(range.end() * 512).unwrap();
         let is_bad = |sector| (range.start..range.end()).contains(&sector);
         let result: Result<&[u8], Failed> = match request {
-            _ if self.failing_sector.is_some_and(is_bad) => Err(Failed),
+            _ if self.failing_sector.is_some_and(is_bad) => Err(FAILED),
             GuestRequest::Read(_) => Ok(&self.disk[place]),
             GuestRequest::Write { data, durable, .. } => {
                 self.disk[place].copy_from_slice(&data);

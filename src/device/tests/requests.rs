@@ -426,7 +426,7 @@ fn a_failed_request_is_given_back_when_all_its_fragments_are_answered() {
     );
     let first = machine.guest.next_request().unwrap();
     let second = machine.guest.next_request().unwrap();
-    machine.guest.answered(second.0, Err(Failed));
+    machine.guest.answered(second.0, Err(FAILED));
     assert!(
         machine.guest.next_request().is_none(),
         "the third is not begun"

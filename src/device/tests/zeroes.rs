@@ -212,7 +212,7 @@ fn a_fragment_that_fails_ends_the_request_once() {
         assert!(machine.used(0).is_empty());
         machine
             .guest
-            .answered(tag, if index == 1 { Err(Failed) } else { Ok(&[]) });
+            .answered(tag, if index == 1 { Err(FAILED) } else { Ok(&[]) });
         if index > 0 {
             assert!(machine.guest.next_request().is_none());
         } else {
