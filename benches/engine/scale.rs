@@ -245,6 +245,12 @@ fn in_flight() -> Table {
                 &columns,
                 on(Layout::SideBySide),
             ),
+            row(
+                "voted read in flight",
+                Kind::Read,
+                &columns,
+                on(Layout::Spread),
+            ),
         ],
         columns: labels(&columns, u32::from),
     }

@@ -148,6 +148,16 @@ impl FirstPass {
         first.without(self.later).or(later.and(self.later))
     }
 
+    /// When the first of the replicas was asked that have not replied.
+    pub(super) fn waits_since(&self) -> Option<Duration> {
+        let waiting = self.tally().waiting();
+        if !waiting.without(self.later).is_empty() {
+            Some(self.asked_at)
+        } else {
+            (!waiting.is_empty()).then_some(self.later_at)
+        }
+    }
+
     /// What the pass waits for, if it is decided with `needed` replies.
     pub(super) fn out(&self, kind: Kind, needed: usize) -> Out {
         Out {

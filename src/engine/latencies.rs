@@ -26,6 +26,8 @@ const NANOS: u64 = 1_000_000_000;
 pub(super) struct Latencies {
     /// When the engine was last given a tick.
     pub(super) ticked_at: Duration,
+    /// No read of the guest waits for a reply since before this moment.
+    pub(super) oldest_read: Duration,
     /// The latency of each replica in nanoseconds: a moving average.
     usual: [u64; REPLICAS_MAX],
     /// Counts the reads of `read-pattern=threshold`.
@@ -36,6 +38,7 @@ impl Latencies {
     pub(super) fn new() -> Self {
         Self {
             ticked_at: Duration::ZERO,
+            oldest_read: Duration::ZERO,
             usual: [0; REPLICAS_MAX],
             turn: 0,
         }

@@ -62,6 +62,17 @@ pub(super) struct Out {
 }
 
 impl Out {
+    /// When the first of the replicas that have not replied was asked.
+    fn oldest(&self) -> Option<Duration> {
+        if !self.waiting.without(self.later.0).is_empty() {
+            Some(self.asked_at)
+        } else if !self.waiting.is_empty() {
+            Some(self.later.1)
+        } else {
+            None
+        }
+    }
+
     fn asked_at(&self, replica: ReplicaIndex) -> Duration {
         if self.later.0.contains(replica) {
             self.later.1
@@ -130,6 +141,8 @@ pub(super) struct Lateness {
     seen: [Seen; REPLICAS_MAX],
     /// When other workers were last asked to look.
     asked_at: Duration,
+    /// No replica has an operation for longer than its limit before this.
+    due: Duration,
     /// What jobs know: the guest waits for a replica longer than it should.
     pub(super) guest_waits: bool,
 }
@@ -161,6 +174,7 @@ impl Lateness {
             longest: [[Longest::default(); REPLICAS_MAX]; KINDS],
             seen: [Seen::default(); REPLICAS_MAX],
             asked_at: Duration::ZERO,
+            due: Duration::ZERO,
             guest_waits: false,
         }
     }
@@ -214,6 +228,29 @@ impl Lateness {
                 (seen.progress, seen.progress_at) = (progress, now);
             }
         }
+    }
+
+    /// Whether some replica may have an operation for longer than its limit, so that it is time to
+    /// look at all requests. As long as replicas answer, that is not at every tick.
+    pub(super) fn is_due(&self, now: Duration) -> bool {
+        now >= self.due
+    }
+
+    /// A look at all requests begins.
+    pub(super) fn look_begins(&mut self, now: Duration) {
+        // What is asked from now on has no shorter limit.
+        self.due = now + self.timeout;
+    }
+
+    /// Whether a replica has had what is `out` for longer than the limit of its kind. If not, none
+    /// is late and none keeps the guest waiting; the next look is due when that may have changed.
+    pub(super) fn exceeds_limit(&mut self, out: &Out, now: Duration) -> bool {
+        let Some(oldest) = out.oldest() else {
+            return false;
+        };
+        let exceeded_at = oldest + self.limit(out.kind);
+        self.due = self.due.min(exceeded_at);
+        now >= exceeded_at
     }
 
     /// The replicas that are late with what is `out`. `peers` are in service.
@@ -398,6 +435,26 @@ mod tests {
         assert_eq!(disk.late(&write, 1), set(&[C]));
         assert_eq!(disk.late(&flush, 9), ReplicaSet::EMPTY);
         assert_eq!(disk.late(&flush, 10), set(&[C]));
+    }
+
+    #[test]
+    fn all_requests_are_looked_at_when_one_may_exceed_its_limit() {
+        let lateness = &mut Disk::new().lateness;
+        let (write, mut flush) = (out(Kind::Write, &[]), out(Kind::Flush, &[]));
+        lateness.look_begins(seconds(100));
+        assert!(!lateness.exceeds_limit(&write, seconds(100)));
+        assert!(!lateness.is_due(seconds(100)) && lateness.is_due(seconds(101)));
+        lateness.look_begins(seconds(101));
+        assert!(lateness.exceeds_limit(&write, seconds(101)));
+        assert!(lateness.is_due(seconds(101)), "as long as it is in flight");
+        lateness.look_begins(seconds(102));
+        assert!(!lateness.is_due(seconds(102)), "it has ended");
+        assert!(lateness.is_due(seconds(103)), "what was asked since");
+        flush.later = (flush.waiting, seconds(101));
+        lateness.look_begins(seconds(110));
+        assert!(!lateness.exceeds_limit(&flush, seconds(110)));
+        assert!(!lateness.is_due(seconds(110)) && lateness.is_due(seconds(111)));
+        assert!(lateness.exceeds_limit(&flush, seconds(111)));
     }
 
     #[test]

@@ -311,9 +311,12 @@ impl Read {
         out
     }
 
-    /// Whether the guest waits for a replica that was asked at `limit` or before.
-    pub(super) fn is_late(&self, limit: Duration) -> bool {
-        self.tag.is_some() && !self.stage.waiting_since(limit).is_empty()
+    /// Since when the guest has waited for a reply to the first pass.
+    pub(super) fn guest_waits_since(&self) -> Option<Duration> {
+        match &self.stage {
+            Stage::FirstPass(pass) if self.tag.is_some() => pass.waits_since(),
+            Stage::FirstPass(_) | Stage::Confirming(_) => None,
+        }
     }
 }
 

@@ -1,5 +1,8 @@
 //! What an engine does because time passes: it evicts replicas that do not answer (W6), reads stop
 //! waiting for slow ones (R7, R9), jobs go on.
+//!
+//! Most ticks look at no request: as long as the replicas answer in time, the moment at which one
+//! of them may be late at the earliest is known from the last look.
 
 use std::time::Duration;
 
@@ -48,16 +51,7 @@ impl Engine {
         if !evicted.is_empty() {
             self.rejoin_drained(evicted, effects);
         }
-        let in_service = self.core.shared.in_service();
-        let late = now.saturating_sub(self.core.latencies.patience(in_service));
-        let is_late = |request: &Request| match request {
-            Request::Read(read) => read.is_late(late),
-            _ => false,
-        };
-        self.for_each(is_late, effects, |request, context| match request {
-            Request::Read(read) => read.reply_late(context),
-            _ => Progress::Waiting,
-        });
+        self.help_late_reads(effects);
         self.core.check_for_work();
         self.run_ready(effects);
     }
@@ -65,6 +59,31 @@ impl Engine {
     /// Begins no chunk of a job from now on.
     pub fn stop_background(&mut self) {
         self.core.background.stop();
+    }
+
+    /// Has reads of the guest go on that have waited longer than replicas usually take (R7, R9).
+    fn help_late_reads(&mut self, effects: &mut impl Effects) {
+        let core = &self.core;
+        let now = core.clock.now();
+        let patience = core.latencies.patience(core.shared.in_service());
+        let limit = now.saturating_sub(patience);
+        if core.latencies.oldest_read > limit {
+            return;
+        }
+        let mut oldest = now;
+        let is_late = |request: &Request| {
+            let Request::Read(read) = request else {
+                return false;
+            };
+            let since = read.guest_waits_since();
+            oldest = oldest.min(since.unwrap_or(now));
+            since.is_some_and(|since| since <= limit)
+        };
+        self.for_each(is_late, effects, |request, context| match request {
+            Request::Read(read) => read.reply_late(context),
+            _ => Progress::Waiting,
+        });
+        self.core.latencies.oldest_read = oldest;
     }
 
     /// Evicts the replicas that are late and not needed (W6).
@@ -78,6 +97,9 @@ impl Engine {
             |replica| in_flight.ended_on(replica),
             core.clock.now(),
         );
+        if !core.lateness.is_due(core.clock.now()) {
+            return;
+        }
         // Without one replica a request may be decided without another that is late too.
         let waits = loop {
             let (evicted, waits) = self.evict_some(effects);
@@ -103,10 +125,14 @@ impl Engine {
         // at all that is stale.
         let mut seen = ReplicaSet::EMPTY;
         let (mut evicted, mut waits) = (false, false);
+        core.lateness.look_begins(now);
         for (_, slot) in self.slots.iter() {
             let Some(mut out) = slot.request.out(&core.policy) else {
                 continue;
             };
+            if !core.lateness.exceeds_limit(&out, now) {
+                continue;
+            }
             let in_service = core.shared.in_service();
             out.waiting = out.waiting.and(in_service);
             waits |= core.lateness.keeps_guest_waiting(&out, now);
@@ -204,7 +230,7 @@ impl Engine {
     /// Gives every request that is `wanted` the same input.
     fn for_each<E: Effects>(
         &mut self,
-        wanted: impl Fn(&Request) -> bool,
+        mut wanted: impl FnMut(&Request) -> bool,
         effects: &mut E,
         input: impl Fn(&mut Request, &mut Context<'_, E>) -> Progress,
     ) {
