@@ -189,6 +189,9 @@ fn job_end(end: &JobEnd, is_cancelled: bool) -> (Style, String) {
             end.findings(),
             end.sectors_written
         );
+        for found in &end.replicas {
+            text += &format!("; {}", found.to_line());
+        }
     }
     (style, text)
 }

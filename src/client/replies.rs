@@ -4,6 +4,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::Deserialize;
 
+use super::format::printable;
 use crate::common::message::counted;
 
 /// The reply to query-quorum.
@@ -150,6 +151,99 @@ pub(super) struct JobEnd {
     pub(super) unreadable_sectors_found: u64,
     #[serde(default)]
     pub(super) sectors_written: u64,
+    #[serde(default)]
+    pub(super) replicas: Vec<Findings>,
+    pub(super) undecided: Option<Places>,
+}
+
+/// What a job has found on a replica and written to it.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Findings {
+    pub(super) node_name: String,
+    corrupt: Option<Places>,
+    unreadable: Option<Places>,
+    sectors_written: u64,
+    sectors_not_written: u64,
+    read_error: Option<Reason>,
+    write_error: Option<Reason>,
+    flush_error: Option<Reason>,
+}
+
+/// Sectors, and where the first ones are.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub(super) struct Places {
+    sectors: u64,
+    ranges: Vec<Range>,
+    #[serde(default)]
+    ranges_truncated: bool,
+}
+
+/// Why an operation failed.
+#[derive(Clone, Debug, Deserialize)]
+struct Reason {
+    error: String,
+}
+
+/// Runs of sectors that are listed in a line.
+const LISTED_MAX: usize = 3;
+
+impl Places {
+    /// `sectors 8-15, 24`.
+    pub(super) fn to_text(&self) -> String {
+        let run = |run: &Range| {
+            let last = run
+                .sector_num
+                .saturating_add(run.sector_count.saturating_sub(1));
+            match run.sector_count {
+                1 => run.sector_num.to_string(),
+                _ => format!("{}-{last}", run.sector_num),
+            }
+        };
+        let listed: Vec<_> = self.ranges.iter().take(LISTED_MAX).map(run).collect();
+        let plural = if self.sectors == 1 { "" } else { "s" };
+        let more = match self.ranges_truncated || self.ranges.len() > LISTED_MAX {
+            true => ", ...",
+            false => "",
+        };
+        format!("sector{plural} {}{more}", listed.join(", "))
+    }
+}
+
+impl Findings {
+    /// What was bad where, and what was done about it, in one line.
+    pub(super) fn to_line(&self) -> String {
+        let mut parts = Vec::new();
+        let because = |reason: &Option<Reason>| {
+            let reason = reason.as_ref().map(|reason| printable(&reason.error));
+            reason.map_or_else(String::new, |reason| format!(" ({reason})"))
+        };
+        for (places, what) in [(&self.corrupt, "corrupt"), (&self.unreadable, "unreadable")] {
+            if let Some(places) = places {
+                let cause = match what {
+                    "corrupt" => String::new(),
+                    _ => because(&self.read_error),
+                };
+                let (count, place) = (places.sectors, places.to_text());
+                parts.push(format!("{count} {what}, {place}{cause}"));
+            }
+        }
+        if self.unreadable.is_none() && self.read_error.is_some() {
+            parts.push(format!("failed reads{}", because(&self.read_error)));
+        }
+        if self.sectors_written > 0 {
+            parts.push(format!("{} written", self.sectors_written));
+        }
+        if self.sectors_not_written > 0 {
+            let (count, cause) = (self.sectors_not_written, because(&self.write_error));
+            parts.push(format!("{count} not written{cause}"));
+        }
+        if self.flush_error.is_some() {
+            parts.push(format!("a failed flush{}", because(&self.flush_error)));
+        }
+        format!("{}: {}", printable(&self.node_name), parts.join("; "))
+    }
 }
 
 impl JobEnd {

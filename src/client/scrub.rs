@@ -48,6 +48,6 @@ pub(super) fn wait_for(context: &mut Context<'_>, id: &str) -> Result<Outcome, E
         format!("{name} continues; to wait for it again: quorum-blkctl jobs wait {name}")
     };
     let ended = wait(context, Awaited::Job(id), interrupted)?;
-    writeln!(context.out, "{}", ended.to_line())?;
+    ended.write(context.out)?;
     Ok(ended.outcome())
 }

@@ -1,5 +1,6 @@
 //! Waits for the end of a job. Ctrl-C ends the program, not the job.
 
+use std::io::Write;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -35,7 +36,7 @@ pub(super) enum Ended {
     /// The daemon reported it.
     Reported {
         /// The data of the event.
-        end: JobEnd,
+        end: Box<JobEnd>,
         /// Whether the job was cancelled.
         cancelled: bool,
     },
@@ -61,8 +62,26 @@ impl Ended {
         Outcome::of(self.is_success() && is_repaired)
     }
 
-    /// The end in one line.
-    pub(super) fn to_line(&self) -> String {
+    /// Writes the end.
+    pub(super) fn write(&self, out: &mut dyn Write) -> Result<(), Error> {
+        self.to_lines()
+            .iter()
+            .try_for_each(|line| Ok(writeln!(out, "{line}")?))
+    }
+
+    /// The end in one line, and one for each replica that was bad.
+    fn to_lines(&self) -> Vec<String> {
+        let mut lines = vec![self.summary()];
+        if let Self::Reported { end, .. } = self {
+            let undecided = end.undecided.iter();
+            lines.extend(undecided.map(|places| format!("  undecided: {}", places.to_text())));
+            let replicas = end.replicas.iter();
+            lines.extend(replicas.map(|found| format!("  {}", found.to_line())));
+        }
+        lines
+    }
+
+    fn summary(&self) -> String {
         let Self::Reported { end, cancelled } = self else {
             return "the replica is up to date".into();
         };
@@ -79,7 +98,12 @@ impl Ended {
         };
         let found = match (end.found(), end.sectors_written) {
             _ if !is_scrub => String::new(),
-            (0, _) => "; no corrupt sectors found".into(),
+            (0, 0) => "; no corrupt sectors found".into(),
+            (0, written) => format!(
+                "; no corrupt sectors found; {} written that a failed write or flush had left \
+                 undecided",
+                counted(written, "sector")
+            ),
             (_, 0) => format!("; {} found, not repaired", end.findings()),
             (_, written) => {
                 let written = counted(written, "sector");
@@ -212,7 +236,7 @@ mod tests {
 
     fn reported(found: u64, written: u64, error: Option<&str>, cancelled: bool) -> Ended {
         Ended::Reported {
-            end: JobEnd {
+            end: Box::new(JobEnd {
                 r#type: "quorum-scrub".into(),
                 device: "job1".into(),
                 len: 1 << 30,
@@ -222,7 +246,9 @@ mod tests {
                 corrupt_sectors_found: found,
                 unreadable_sectors_found: 0,
                 sectors_written: written,
-            },
+                replicas: Vec::new(),
+                undecided: None,
+            }),
             cancelled,
         }
     }
@@ -258,7 +284,64 @@ mod tests {
             ),
         ];
         for (ended, outcome, line) in cases {
-            assert_eq!((ended.outcome(), ended.to_line().as_str()), (outcome, line));
+            assert_eq!(
+                (ended.outcome(), ended.to_lines()),
+                (outcome, vec![line.into()])
+            );
         }
+    }
+
+    #[test]
+    fn an_end_says_what_was_found_where_and_why_it_is_not_repaired() {
+        let end = serde_json::from_value(serde_json::json!({
+            "type": "quorum-scrub", "device": "job1", "len": 1 << 30, "offset": 1 << 30,
+            "corrupt-sectors-found": 40, "unreadable-sectors-found": 8, "sectors-written": 40,
+            "error": "8 sectors could not be written; c: write: No space left on device",
+            "undecided": { "sectors": 1, "ranges": [{ "sector-num": 9, "sector-count": 1 }] },
+            "replicas": [
+                {
+                    "node-name": "b", "sectors-written": 40, "sectors-not-written": 0,
+                    "corrupt": {
+                        "sectors": 40, "ranges-truncated": true,
+                        "ranges": [
+                            { "sector-num": 8, "sector-count": 8 },
+                            { "sector-num": 20, "sector-count": 1 },
+                        ],
+                    },
+                },
+                {
+                    "node-name": "c", "sectors-written": 0, "sectors-not-written": 8,
+                    "unreadable": {
+                        "sectors": 8, "ranges": [{ "sector-num": 40, "sector-count": 8 }],
+                    },
+                    "read-error": { "ret": -5, "error": "Input/output error" },
+                    "write-error": { "ret": -28, "error": "No space left on device" },
+                },
+            ],
+        }));
+        let cancelled = false;
+        let ended = Ended::Reported {
+            end: end.unwrap(),
+            cancelled,
+        };
+        assert_eq!(
+            ended.to_lines(),
+            [
+                "job1 (scrub) failed: 8 sectors could not be written; c: write: No space left on \
+                 device; 40 corrupt sectors and 8 unreadable found, 40 sectors written",
+                "  undecided: sector 9",
+                "  b: 40 corrupt, sectors 8-15, 20, ...; 40 written",
+                "  c: 8 unreadable, sectors 40-47 (Input/output error); \
+                 8 not written (No space left on device)",
+            ]
+        );
+        let settled = reported(0, 4096, None, false);
+        assert_eq!(
+            settled.to_lines(),
+            [
+                "job1 (scrub) completed, 1 GiB; no corrupt sectors found; 4096 sectors written \
+                 that a failed write or flush had left undecided"
+            ]
+        );
     }
 }

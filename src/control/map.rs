@@ -236,7 +236,9 @@ pub(super) mod tests {
     use super::*;
     use crate::common::Errno;
     use crate::common::report::{Evidence, Requester};
-    use crate::jobs::{JobChange, JobFailure, JobInfo, JobKind, JobStatus};
+    use crate::jobs::{
+        FindingsByReplica, JobChange, JobFailure, JobInfo, JobKind, JobStatus, Places,
+    };
     use proptest::prelude::*;
 
     const REPLICA: ReplicaIndex = ReplicaIndex(1);
@@ -283,6 +285,8 @@ pub(super) mod tests {
                 corrupt_sectors_found: 0,
                 unreadable_sectors_found: 0,
                 sectors_written: 0,
+                findings: FindingsByReplica::new(),
+                undecided: Places::default(),
                 error,
             },
             what,

@@ -133,6 +133,15 @@ pub struct RangeState {
     pub sector_count: u64,
 }
 
+impl From<&SectorRange> for RangeState {
+    fn from(range: &SectorRange) -> Self {
+        Self {
+            sector_num: range.start,
+            sector_count: range.count,
+        }
+    }
+}
+
 /// The properties of the disk that the map does not have.
 pub(crate) struct MappedDisk {
     pub(crate) node_name: String,
@@ -301,11 +310,7 @@ fn longest(ranges: &[SectorRange]) -> Vec<RangeState> {
     kept.sort_by_key(|range| std::cmp::Reverse(range.count));
     kept.truncate(MAP_RANGES_LISTED_MAX);
     kept.sort_by_key(|range| range.start);
-    let state = |range: &SectorRange| RangeState {
-        sector_num: range.start,
-        sector_count: range.count,
-    };
-    kept.iter().map(state).collect()
+    kept.iter().map(RangeState::from).collect()
 }
 
 #[cfg(test)]

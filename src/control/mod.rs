@@ -3,9 +3,10 @@
 //! - [`queue`] takes events from any thread and folds floods (`fold`); [`events`] formats them.
 //! - [`publisher`] sends them to the readers of the event socket, the clients of the monitor and
 //!   the log. The commands of those clients ([`qmp`]) call the [`Operator`].
-//! - [`state`] is the disk as operators see it, with the errors that they have not cleared
-//!   ([`errors`]) and what needs their attention ([`condition`]). [`map_state`] is the map of
-//!   findings (`map`). [`metrics`] formats the state for Prometheus, and [`http`] serves it.
+//! - [`state`] is the disk as operators see it and [`job_state`] a job, with the errors that they
+//!   have not cleared ([`errors`]) and what needs their attention ([`condition`]). [`map_state`] is
+//!   the map of findings (`map`). [`metrics`] formats the state for Prometheus, and [`http`] serves
+//!   it.
 //! - [`socket`] creates the UNIX sockets that the daemon listens on.
 //!
 //! The engine does not know this room, and never waits for it.
@@ -20,6 +21,7 @@ pub mod events;
 mod flapping;
 mod fold;
 pub mod http;
+pub mod job_state;
 mod json;
 mod map;
 pub mod map_state;
@@ -35,8 +37,9 @@ pub(crate) mod wake;
 
 use std::path::PathBuf;
 
+use self::job_state::JobState;
 use self::map_state::MapState;
-use self::state::{DiskState, JobState};
+use self::state::DiskState;
 
 /// A change of a disk that is served.
 #[derive(Clone, Debug, PartialEq, Eq)]

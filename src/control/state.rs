@@ -130,36 +130,6 @@ pub struct ReplicaState {
     pub operations: ByOperation<Operations>,
 }
 
-/// A job at one moment, with the members of QEMU's JobInfo first.
-#[derive(Clone, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub struct JobState {
-    /// Its name.
-    pub id: String,
-    /// Its type.
-    pub r#type: &'static str,
-    /// Its status, with QEMU's name.
-    pub status: &'static str,
-    /// Bytes done.
-    pub current_progress: u64,
-    /// Bytes in all. May grow.
-    pub total_progress: u64,
-    /// Why it has failed, or will.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub error: Option<String>,
-    /// The replica of a resync.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub node_name: Option<String>,
-    /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
-    pub speed: u64,
-    /// Corrupt sectors that it found, counted for each replica.
-    pub corrupt_sectors_found: u64,
-    /// Unreadable sectors that it found, counted for each replica.
-    pub unreadable_sectors_found: u64,
-    /// Sectors that it has written.
-    pub sectors_written: u64,
-}
-
 /// Whether a replica is in service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]

@@ -13,16 +13,17 @@ use crate::common::operation::OperationType;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Cache, Config, check_node_name};
 use crate::control::condition;
+use crate::control::job_state::JobState;
 use crate::control::map_state::{MapState, MappedDisk, ReplicaPlaces};
 use crate::control::queue::EventQueue;
 use crate::control::state::{
-    ByOperation, DiskState, JobState, PolicyState, ReplicaState, Requests, ServiceState,
+    ByOperation, DiskState, PolicyState, ReplicaState, Requests, ServiceState,
 };
 use crate::control::{Change, JobOrder, Operator};
 use crate::device::Capacity;
 use crate::device::hold::Hold;
 use crate::engine::Shared;
-use crate::jobs::{JobInfo, UnknownJob};
+use crate::jobs::UnknownJob;
 use crate::limits::REPLICAS_MAX;
 use crate::replica::file::{Overwrite, ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
@@ -298,23 +299,8 @@ impl Operator for DiskOperator {
 
     fn jobs(&self) -> Vec<JobState> {
         let names = self.admin.names();
-        let state = |job: JobInfo| JobState {
-            id: job.id.to_string(),
-            r#type: job.kind.name(),
-            status: job.status.name(),
-            current_progress: job.current_bytes,
-            total_progress: job.total_bytes,
-            error: job.error.map(|error| error.to_string()),
-            node_name: job
-                .kind
-                .replica()
-                .map(|replica| names.get(replica).to_string()),
-            speed: job.speed_bytes,
-            corrupt_sectors_found: job.corrupt_sectors_found,
-            unreadable_sectors_found: job.unreadable_sectors_found,
-            sectors_written: job.sectors_written,
-        };
-        self.admin.jobs().into_iter().map(state).collect()
+        let jobs = self.admin.jobs();
+        jobs.iter().map(|job| JobState::new(job, &names)).collect()
     }
 
     fn change(&self, change: Change) -> Result<Option<String>, String> {

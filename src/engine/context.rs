@@ -55,12 +55,14 @@ pub(super) struct Core {
 }
 
 /// What replicas have returned for a request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct RequestErrors {
     request: RequestId,
     first: Errno,
     /// One of the errors is that there is no space left.
     no_space: bool,
+    /// The first one of each replica and type of operation.
+    of_replicas: Vec<(ReplicaIndex, OperationType, Errno)>,
 }
 
 /// A request that another one has made necessary.
@@ -264,11 +266,18 @@ impl<E: Effects> Context<'_, E> {
         let no_space = errno.is_no_space();
         let mut errors = self.core.request_errors.iter_mut();
         match errors.find(|errors| errors.request == id) {
-            Some(errors) => errors.no_space |= no_space,
+            Some(errors) => {
+                errors.no_space |= no_space;
+                let mut known = errors.of_replicas.iter();
+                if known.all(|known| (known.0, known.1) != (replica, operation)) {
+                    errors.of_replicas.push((replica, operation, errno));
+                }
+            }
             None => self.core.request_errors.push(RequestErrors {
                 request: id,
                 first: errno,
                 no_space,
+                of_replicas: vec![(replica, operation, errno)],
             }),
         }
         self.effects.report(Report::Bad {
@@ -310,7 +319,13 @@ impl<E: Effects> Context<'_, E> {
     }
 
     /// Hands the end of a chunk to its job.
-    pub(super) fn chunk_ended(&mut self, chunk: ChunkId, end: ChunkEnd) {
+    pub(super) fn chunk_ended(&mut self, chunk: ChunkId, mut end: ChunkEnd) {
+        let mut errors = self.core.request_errors.iter();
+        let errors = errors.find(|errors| errors.request == self.id);
+        for (replica, operation, errno) in errors.iter().flat_map(|errors| &errors.of_replicas) {
+            let findings = end.findings.entry(*replica).or_default();
+            findings.failed(*operation, *errno);
+        }
         self.core.background.ended(chunk, end);
     }
 }

@@ -9,7 +9,7 @@ use super::survey::Survey;
 use crate::common::buffer::Buffer;
 use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::jobs::ChunkEnd;
+use crate::jobs::{ChunkEnd, Findings, FindingsByReplica, Places};
 use crate::quorum::health::Disputed;
 use crate::quorum::vote::{Ballot, Verdict};
 
@@ -49,31 +49,28 @@ impl Decision {
     }
 }
 
-/// What a confirmation found and did, in sectors counted once for each replica.
-#[derive(Clone, Copy, Debug, Default)]
+/// What a confirmation found and did.
+#[derive(Clone, Debug, Default)]
 pub(super) struct Outcome {
-    /// Sectors that lost the vote.
-    pub(super) found: u64,
-    /// Sectors that could not be read.
-    pub(super) unreadable: u64,
-    /// Sectors repaired.
-    pub(super) written: u64,
-    /// Sectors whose repair failed.
-    pub(super) not_written: u64,
+    pub(super) findings: FindingsByReplica,
     /// Sectors without a winner.
-    pub(super) undecided: u64,
+    pub(super) undecided: Places,
     /// Members that should have been read, and were not everywhere.
     pub(super) unread: ReplicaSet,
+}
+
+impl Outcome {
+    /// What was found on a replica and written to it.
+    pub(super) fn on(&mut self, replica: ReplicaIndex) -> &mut Findings {
+        self.findings.entry(replica).or_default()
+    }
 }
 
 impl From<Outcome> for ChunkEnd {
     fn from(outcome: Outcome) -> Self {
         Self {
-            found: outcome.found,
-            unreadable: outcome.unreadable,
-            written: outcome.written,
+            findings: outcome.findings,
             skipped: 0,
-            not_written: outcome.not_written,
             undecided: outcome.undecided,
             unread: outcome.unread,
             failed: false,

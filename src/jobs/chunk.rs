@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use super::findings::{FindingsByReplica, Places};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Identifies a chunk in flight.
@@ -48,24 +49,25 @@ pub enum Work {
 }
 
 /// The result of a chunk.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ChunkEnd {
-    /// Corrupt sectors, counted for each replica.
-    pub found: u64,
-    /// Unreadable sectors, counted for each replica.
-    pub unreadable: u64,
-    /// Sectors written.
-    pub written: u64,
+    /// What was found on replicas and written to them.
+    pub findings: FindingsByReplica,
     /// Sectors that need not be read.
     pub skipped: u64,
-    /// Sectors that could not be written.
-    pub not_written: u64,
     /// Sectors without a winner.
-    pub undecided: u64,
+    pub undecided: Places,
     /// Replicas that could not be read.
     pub unread: ReplicaSet,
     /// A flush failed, or the whole chunk.
     pub failed: bool,
+}
+
+impl ChunkEnd {
+    /// Sectors written, counted for each replica.
+    pub fn written(&self) -> u64 {
+        self.findings.values().map(|found| found.written).sum()
+    }
 }
 
 /// What the engine does next.

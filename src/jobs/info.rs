@@ -3,6 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
+use super::findings::{FindingsByReplica, Places};
 use crate::common::message::counted;
 use crate::common::{ReplicaIndex, ReplicaSet};
 use crate::limits::JOBS_MAX;
@@ -119,6 +120,10 @@ pub struct JobInfo {
     pub unreadable_sectors_found: u64,
     /// Sectors that it has written.
     pub sectors_written: u64,
+    /// What it has found on replicas and written to them.
+    pub findings: FindingsByReplica,
+    /// Sectors without a winner.
+    pub undecided: Places,
     /// Why it has failed, or will.
     pub error: Option<JobFailure>,
 }
@@ -150,8 +155,8 @@ pub enum JobFailure {
     /// The data it wrote is not durable.
     #[error("the data it wrote could not be flushed")]
     NotFlushed,
-    /// Corrupt sectors could not be written everywhere.
-    #[error("{} could not be written", counted(*.sectors, "corrupt sector"))]
+    /// Some sectors could not be repaired everywhere.
+    #[error("{} could not be written", counted(*.sectors, "sector"))]
     NotRepaired {
         /// Their number.
         sectors: u64,

@@ -5,6 +5,7 @@
 
 use std::time::Duration;
 
+use super::findings::{Findings, FindingsByReplica, Places};
 use super::holes::HoleSizes;
 use super::pace::Pace;
 use super::task::{Task, Units};
@@ -37,11 +38,8 @@ pub(super) struct Job {
     /// It has written since its last flush, and flushes before it ends.
     needs_flush: bool,
     failed_flushes: u32,
-    found: u64,
-    unreadable: u64,
-    written: u64,
-    not_written: u64,
-    undecided: u64,
+    findings: FindingsByReplica,
+    undecided: Places,
     unread: ReplicaSet,
     failure: Option<JobFailure>,
 }
@@ -70,11 +68,8 @@ impl Job {
             persists,
             needs_flush: false,
             failed_flushes: 0,
-            found: 0,
-            unreadable: 0,
-            written: 0,
-            not_written: 0,
-            undecided: 0,
+            findings: FindingsByReplica::new(),
+            undecided: Places::default(),
             unread: ReplicaSet::EMPTY,
             failure: None,
         }
@@ -112,25 +107,31 @@ impl Job {
             current_bytes: self.done_sectors * SECTOR_BYTES,
             total_bytes: (self.done_sectors + left) * SECTOR_BYTES,
             speed_bytes: self.speed_bytes,
-            corrupt_sectors_found: self.found,
-            unreadable_sectors_found: self.unreadable,
-            sectors_written: self.written,
+            corrupt_sectors_found: self.sum(|found| found.corrupt.sectors),
+            unreadable_sectors_found: self.sum(|found| found.unreadable.sectors),
+            sectors_written: self.sum(|found| found.written),
+            findings: self.findings.clone(),
+            undecided: self.undecided.clone(),
             error: self.failure(health),
         }
+    }
+
+    /// The sum over all replicas.
+    fn sum(&self, of: impl Fn(&Findings) -> u64) -> u64 {
+        self.findings.values().map(of).sum()
     }
 
     fn failure(&self, health: &Health) -> Option<JobFailure> {
         let is_resync = matches!(self.task, Task::Resync { .. });
         let unread = self.unread.and(health.members());
+        let not_written = self.sum(|found| found.not_written);
         self.failure.or_else(|| match self {
             _ if is_resync => None,
-            Self { undecided: 1.., .. } => Some(JobFailure::NoQuorum {
-                sectors: self.undecided,
+            _ if self.undecided.sectors > 0 => Some(JobFailure::NoQuorum {
+                sectors: self.undecided.sectors,
             }),
-            Self {
-                not_written: 1.., ..
-            } => Some(JobFailure::NotRepaired {
-                sectors: self.not_written,
+            _ if not_written > 0 => Some(JobFailure::NotRepaired {
+                sectors: not_written,
             }),
             _ if !unread.is_empty() => Some(JobFailure::NotRead { replicas: unread }),
             Self {
@@ -338,19 +339,19 @@ impl Job {
             self.done_sectors += end.skipped;
         }
         let is_resync = matches!(self.task, Task::Resync { .. });
-        let changed = end.written > 0 || (is_resync && end.skipped > 0);
+        let written = end.written();
+        let changed = written > 0 || (is_resync && end.skipped > 0);
         self.needs_flush |= self.persists && changed;
-        self.found += end.found;
-        self.unreadable += end.unreadable;
-        self.written += end.written;
-        self.not_written += end.not_written;
-        self.undecided += end.undecided;
+        for (replica, found) in &end.findings {
+            self.findings.entry(*replica).or_default().add(found);
+        }
+        self.undecided.add_all(&end.undecided);
         self.unread = self.unread.or(end.unread);
         self.done_sectors += match &mut self.task {
             Task::Resync { gained, failed, .. } => {
-                *gained += end.written;
-                *failed |= chunk.range.is_some() && end.written == 0;
-                end.written
+                *gained += written;
+                *failed |= chunk.range.is_some() && written == 0;
+                written
             }
             Task::Scrub { .. } | Task::Neighbourhood { .. } => {
                 chunk.range.map_or(0, |range| range.count)

@@ -24,6 +24,7 @@
 #![forbid(unsafe_code)]
 
 mod chunk;
+mod findings;
 mod holes;
 mod info;
 mod job;
@@ -35,6 +36,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
+pub use self::findings::{Findings, FindingsByReplica, Places};
 pub use self::holes::HoleSizes;
 pub use self::info::{
     JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, NotStarted, UnknownJob,

@@ -7,9 +7,10 @@ use std::sync::{Mutex, PoisonError};
 
 use quorum_blk::control::condition::Health;
 use quorum_blk::control::errors::Errors;
+use quorum_blk::control::job_state::JobState;
 use quorum_blk::control::map_state::{FailuresState, MapState, UndecidedRanges};
 use quorum_blk::control::state::{
-    ByOperation, DiskState, JobState, Operations, PolicyState, ReplicaState, Requests, ServiceState,
+    ByOperation, DiskState, Operations, PolicyState, ReplicaState, Requests, ServiceState,
 };
 use quorum_blk::control::{Change, Operator};
 use quorum_blk::statistics::Figures;

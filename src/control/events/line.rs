@@ -11,12 +11,13 @@ use std::time::SystemTime;
 
 use serde::Serialize;
 
-use super::{Event, Names, Notice, text_of, type_name};
-use crate::common::SectorRange;
+use super::{Event, Names, Notice, type_name};
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Digest, Evidence, Report, Requester};
 use crate::control::errors::{ErrorReason, Timestamp};
+use crate::control::job_state::{self, JobResult};
 use crate::control::json::to_ascii;
+use crate::control::map_state::RangeState;
 use crate::jobs::{JobChange, JobEvent};
 
 impl Event {
@@ -162,11 +163,9 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
         len: job.total_bytes,
         offset: job.current_bytes,
         speed: job.speed_bytes,
-        error: job.error.map(|failure| text_of(failure, names)),
+        error: job_state::error(job, &names.nodes),
         node_name: replica.as_deref(),
-        corrupt_sectors_found: job.corrupt_sectors_found,
-        unreadable_sectors_found: job.unreadable_sectors_found,
-        sectors_written: job.sectors_written,
+        result: JobResult::new(job, &names.nodes),
     };
     line(name, data, made_at)
 }
@@ -261,7 +260,7 @@ struct Image<'a> {
 #[derive(Serialize)]
 #[serde(rename_all = "kebab-case")]
 struct Proof {
-    bad_sectors: Vec<Run>,
+    bad_sectors: Vec<RangeState>,
     #[serde(skip_serializing_if = "is_false")]
     bad_sectors_truncated: bool,
     digest: String,
@@ -271,26 +270,10 @@ struct Proof {
 impl From<&Evidence> for Proof {
     fn from(evidence: &Evidence) -> Self {
         Self {
-            bad_sectors: evidence.bad_sectors.iter().map(Run::from).collect(),
+            bad_sectors: evidence.bad_sectors.iter().map(RangeState::from).collect(),
             bad_sectors_truncated: evidence.bad_sectors_cut,
             digest: hex(&evidence.digest),
             winner_digest: hex(&evidence.winner_digest),
-        }
-    }
-}
-
-#[derive(Serialize)]
-#[serde(rename_all = "kebab-case")]
-struct Run {
-    sector_num: u64,
-    sector_count: u64,
-}
-
-impl From<&SectorRange> for Run {
-    fn from(range: &SectorRange) -> Self {
-        Self {
-            sector_num: range.start,
-            sector_count: range.count,
         }
     }
 }
@@ -313,9 +296,8 @@ struct JobEnd<'a> {
     error: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     node_name: Option<&'a str>,
-    corrupt_sectors_found: u64,
-    unreadable_sectors_found: u64,
-    sectors_written: u64,
+    #[serde(flatten)]
+    result: JobResult,
 }
 
 #[derive(Serialize)]
@@ -355,9 +337,8 @@ mod tests {
     use super::*;
     use crate::common::image::ImageChanges;
     use crate::common::operation::OperationType;
-    use crate::common::{Errno, ReplicaIndex};
+    use crate::common::{Errno, ReplicaIndex, SectorRange};
     use crate::control::events::NodeNames;
-    use crate::jobs::{JobFailure, JobId, JobInfo, JobKind, JobStatus};
     use std::time::{Duration, UNIX_EPOCH};
 
     fn names() -> Names {
@@ -464,27 +445,6 @@ mod tests {
                 "\n"
             )
         );
-    }
-
-    #[test]
-    fn a_job_that_could_not_read_replicas_names_them() {
-        let replicas = [ReplicaIndex(0), ReplicaIndex(1)].into_iter().collect();
-        let job = JobInfo {
-            id: JobId(3),
-            kind: JobKind::Scrub { repair: false },
-            status: JobStatus::Concluded,
-            current_bytes: 0,
-            total_bytes: 0,
-            speed_bytes: 0,
-            corrupt_sectors_found: 0,
-            unreadable_sectors_found: 0,
-            sectors_written: 0,
-            error: Some(JobFailure::NotRead { replicas }),
-        };
-        let what = JobChange::Completed;
-        let line = text(JobEvent { job, what }, 0);
-        let error = r#""error":"0.raw, 1.raw could not be read everywhere""#;
-        assert!(line.contains(error), "{line}");
     }
 
     #[test]

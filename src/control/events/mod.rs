@@ -12,7 +12,7 @@ use crate::common::image::ImageChanges;
 use crate::common::operation::OperationType;
 use crate::common::report::Report;
 use crate::common::{NOT_POISONED, ReplicaIndex};
-use crate::jobs::{JobEvent, JobFailure};
+use crate::jobs::JobEvent;
 
 /// The names of the voted disk and its replicas in events.
 #[derive(Clone, Debug)]
@@ -91,18 +91,6 @@ impl Event {
     pub fn stands_for(&self) -> u64 {
         self.suppressed + 1
     }
-}
-
-/// Why a job failed, with the names of the replicas that are the reason.
-fn text_of(failure: JobFailure, names: &Names) -> String {
-    let JobFailure::NotRead { replicas } = failure else {
-        return failure.to_string();
-    };
-    let names: Vec<_> = replicas
-        .iter()
-        .map(|replica| names.nodes.get(replica))
-        .collect();
-    format!("{} could not be read everywhere", names.join(", "))
 }
 
 pub(super) fn type_name(operation: OperationType) -> &'static str {

@@ -3,10 +3,11 @@
 use log::{Level, Record};
 
 use super::line::hex;
-use super::{Event, Names, Notice, text_of, type_name};
+use super::{Event, Names, Notice, type_name};
 use crate::common::SectorRange;
 use crate::common::image::ImageChanges;
 use crate::common::report::{Cause, Report, Requester};
+use crate::control::job_state;
 use crate::jobs::{JobChange, JobEvent, JobStatus};
 
 /// A field of a record.
@@ -153,8 +154,25 @@ fn job_fields(event: &JobEvent, names: &Names) -> Vec<Field> {
             let unreadable = job.unreadable_sectors_found.to_string();
             fields.push(("unreadable-sectors-found", unreadable));
             fields.push(("sectors-written", job.sectors_written.to_string()));
-            if let Some(failure) = job.error {
-                fields.push(("error", text_of(failure, names)));
+            for (replica, found) in &job.findings {
+                let places = [
+                    ("corrupt", &found.corrupt),
+                    ("unreadable", &found.unreadable),
+                ];
+                for (what, places) in places {
+                    if places.sectors > 0 {
+                        let name = names.nodes.get(*replica);
+                        let more = if places.is_cut { ",…" } else { "" };
+                        let runs = runs(&places.runs);
+                        fields.push((what, format!("{name}:{runs}{more}")));
+                    }
+                }
+            }
+            if job.undecided.sectors > 0 {
+                fields.push(("undecided", runs(&job.undecided.runs)));
+            }
+            if let Some(error) = job_state::error(job, &names.nodes) {
+                fields.push(("error", error));
             }
         }
     }

@@ -178,7 +178,8 @@ impl Confirmation {
                 for write in pending.extract_if(.., |write| evicted.contains(write.replica)) {
                     let shared = context.shared();
                     shared.change_health(|health| health.mark_stale(write.replica, write.range));
-                    self.outcome.not_written += write.range.count;
+                    let found = self.outcome.on(write.replica);
+                    found.not_written += write.range.count;
                 }
                 self.finish_if_repaired(context)
             }
@@ -351,7 +352,7 @@ impl Confirmation {
         }
         for survey in &surveys {
             for Unreadable { range, errno } in survey.unreadable() {
-                self.outcome.unreadable += range.count;
+                self.outcome.on(survey.replica).unreadable.add(&[range]);
                 if let Some(errno) = errno {
                     context.report_error(survey.replica, OperationType::Read, range, errno);
                 }
@@ -388,7 +389,7 @@ impl Confirmation {
         self.outcome.unread = unread
             .without(self.terms.throughout)
             .without(self.dealt_with());
-        self.outcome.undecided = sectors(&verdict.undecided);
+        self.outcome.undecided.add(&verdict.undecided);
         self.spread(&verdict, context);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
@@ -421,7 +422,8 @@ impl Confirmation {
                 range: self.replies.range(),
                 cause: Cause::Corrupt(dissent.evidence()),
             });
-            self.outcome.found += sectors(&dissent.bad_sectors);
+            let found = self.outcome.on(dissent.replica);
+            found.corrupt.add(&dissent.bad_sectors);
         }
     }
 
@@ -516,8 +518,4 @@ impl Confirmation {
         let asked = self.replies.tally().asked().or(self.terms.throughout);
         asked.or(self.waiting_since(Duration::MAX))
     }
-}
-
-fn sectors(runs: &[SectorRange]) -> u64 {
-    runs.iter().map(|run| run.count).sum()
 }

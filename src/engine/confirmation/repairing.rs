@@ -106,7 +106,7 @@ impl Confirmation {
         }
         match reply.result {
             Ok(()) => {
-                self.outcome.written += range.count;
+                self.outcome.on(reply.replica).written += range.count;
                 if self.terms.is_resync || kind == RepairKind::Settled {
                     let fact = Fact::SectorsResynced(reply.replica, range.count);
                     context.effects.count(fact);
@@ -115,7 +115,7 @@ impl Confirmation {
                 }
             }
             Err(errno) => {
-                self.outcome.not_written += range.count;
+                self.outcome.on(reply.replica).not_written += range.count;
                 let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
                 context.effects.count(fact);
                 let now = context.now();
@@ -147,7 +147,7 @@ impl Confirmation {
         context.unlock(self.lock);
         context.core.confirmations -= 1;
         self.replies.recycle(context.core);
-        Next::Done(self.outcome)
+        Next::Done(std::mem::take(&mut self.outcome))
     }
 
     /// The winner of a decision that waited for the repairs, if enough replicas hold it now.

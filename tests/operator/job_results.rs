@@ -1,0 +1,54 @@
+//! The result of a job: what it has found, on which replica, where, and why it has failed.
+
+use testkit::disk::{Disk, Plan, System};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::{corrupt_sectors, create_images};
+
+/// A disk whose replicas fail on demand, and which scrubs nothing by itself.
+fn serve(faulty: &[usize]) -> Disk {
+    let plan = Plan {
+        faulty: faulty.to_vec(),
+        ..Plan::default()
+    };
+    Disk::start(System::Ours, &plan)
+}
+
+#[test]
+fn a_scrub_that_cannot_repair_names_the_replica_the_place_and_the_cause() {
+    let disk = serve(&[1]);
+    let image = disk.faulty(1);
+    image.make_unreadable(4096..8192);
+    image.inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    let (code, text) = disk.blkctl(&["scrub", "--repair"]);
+    assert_eq!(code, 1, "{text}");
+    for part in [
+        "failed: 8 sectors could not be written; r1: write: No space left on device",
+        "  r1: 8 unreadable, sectors 8-15 (Input/output error); \
+         8 not written (No space left on device)",
+    ] {
+        assert!(text.contains(part), "{text}");
+    }
+}
+
+#[test]
+fn a_scrub_without_repair_names_the_replicas_that_it_could_not_read() {
+    let disk = serve(&[1]);
+    disk.faulty(1).make_unreadable(4096..8192);
+    let (code, text) = disk.blkctl(&["scrub"]);
+    assert_eq!(code, 1, "{text}");
+    let part = "failed: r1 (Input/output error) could not be read everywhere";
+    assert!(text.contains(part), "{text}");
+}
+
+#[test]
+fn a_scrub_says_where_which_replica_was_corrupt() {
+    let directory = tempfile::tempdir().unwrap();
+    let plan = Plan::default();
+    let images = create_images(directory.path(), 3, plan.size_bytes);
+    corrupt_sectors(&images[2], 100..102, 0xff);
+    let disk = Disk::over(&plan, images);
+    let (code, text) = disk.blkctl(&["scrub", "--repair"]);
+    assert_eq!(code, 0, "{text}");
+    let part = ": 2 corrupt, sectors 100-101; 2 written\n";
+    assert!(text.contains(part), "{text}");
+}
