@@ -255,9 +255,15 @@ fn list_counts(
             parts.push(counted(bucket.errors, "error"));
         }
         if bucket.corrupt_sectors_found > 0 {
-            let corrupt = counted(bucket.corrupt_sectors_found, "corrupt sector");
+            let corrupt = counted(bucket.corrupt_sectors_ever, "corrupt sector");
+            let again = match bucket.corrupt_sectors_found {
+                found if found > bucket.corrupt_sectors_ever => {
+                    format!(" ({found} when counted each time)")
+                }
+                _ => String::new(),
+            };
             let repaired = bucket.repaired_sectors;
-            parts.push(format!("{corrupt} found, {repaired} repaired"));
+            parts.push(format!("{corrupt} found{again}, {repaired} repaired"));
         }
         writeln!(
             out,
@@ -286,7 +292,8 @@ mod tests {
     fn bucket(offset: u64, figures: [u64; 5]) -> serde_json::Value {
         let [found, repaired, errors, corrupt, stale] = figures;
         json!({
-            "offset": offset, "corrupt-sectors-found": found, "repaired-sectors": repaired,
+            "offset": offset, "corrupt-sectors-ever": found.min(2), "corrupt-sectors-found": found,
+            "repaired-sectors": repaired,
             "errors": errors, "corrupt-sectors": corrupt, "stale-sectors": stale,
         })
     }
@@ -360,8 +367,8 @@ mod tests {
              b\\u{1b}: corrupt: bytes 3584-4607 (1 KiB, sectors 7-8)\n\
              b\\u{1b}: corrupt: and more, smaller ranges\n\
              b\\u{1b}: stale: bytes 9437184-10485759 (1 MiB, sectors 18432-20479)\n\
-             b\\u{1b}: since it was added, in bytes 0-1048575: 3 corrupt sectors found, \
-             1 repaired\n\
+             b\\u{1b}: since it was added, in bytes 0-1048575: 2 corrupt sectors found \
+             (3 when counted each time), 1 repaired\n\
              b\\u{1b}: since it was added, in bytes 1048576-2097151: 2 corrupt sectors \
              found, 2 repaired\n\
              b\\u{1b}: since it was added, in bytes 4194304-5242879: 7 errors\n\

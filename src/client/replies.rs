@@ -313,6 +313,7 @@ pub(super) struct ReplicaMap {
 #[serde(rename_all = "kebab-case")]
 pub(super) struct Bucket {
     pub(super) offset: u64,
+    pub(super) corrupt_sectors_ever: u64,
     pub(super) corrupt_sectors_found: u64,
     pub(super) repaired_sectors: u64,
     pub(super) errors: u64,

@@ -124,7 +124,7 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
         "state",
         ">stale",
         ">corrupt",
-        ">found",
+        ">detections",
         ">repaired",
         ">errors",
         ">p99 read",
@@ -132,7 +132,13 @@ fn write_replicas(out: &mut dyn Write, disk: &Disk, terminal: Terminal) -> Resul
         ">in flight",
         "file",
     ]);
-    table.may_leave_out(&["in flight", "found", "repaired", "p99 write", "p99 read"]);
+    table.may_leave_out(&[
+        "in flight",
+        "detections",
+        "repaired",
+        "p99 write",
+        "p99 read",
+    ]);
     for replica in &disk.replicas {
         table.row(replica_row(replica, terminal));
     }
@@ -290,9 +296,9 @@ pub(super) mod tests {
             assert!(columns < 60 || line.len() <= columns, "{line}");
             line
         };
-        assert!(headings(200).contains("found  repaired  errors"));
+        assert!(headings(200).contains("detections  repaired  errors"));
         assert!(headings(200).contains("in flight"));
-        assert!(!headings(80).contains("found") && headings(80).contains("p99 write"));
+        assert!(!headings(80).contains("detections") && headings(80).contains("p99 write"));
         assert!(!headings(40).contains("p99") && headings(40).contains("errors"));
     }
 }

@@ -93,6 +93,8 @@ pub struct Evidence {
     pub bad_sectors: Vec<SectorRange>,
     /// Whether there were more runs than are listed.
     pub bad_sectors_cut: bool,
+    /// The runs that are not listed: for the map of the disk, not for the event.
+    pub unlisted: Vec<SectorRange>,
     /// How many sectors differ, listed or not.
     pub sectors: u64,
     /// SHA-256 of the first corrupt sector as this replica returned it.

@@ -8,7 +8,7 @@
 //! when it ends, unresolved sectors that it did not find again are forgotten.
 //!
 //! Invariants:
-//! - A row uses memory from its first finding on: its buckets, and two sets of sectors.
+//! - A row uses memory from its first finding on: its buckets, and three sets of sectors.
 //! - All buckets have one size. It doubles when a finding is beyond the last bucket: the disk
 //!   grows.
 //! - The counts of all buckets add up to what was reported, except for flushes, which have no
@@ -41,7 +41,7 @@ pub(super) struct DiskMap {
 /// The findings in a bucket.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Bucket {
-    /// Corrupt sectors.
+    /// Corrupt sectors, as often as they were found.
     pub(super) corrupt_sectors_found: u64,
     /// Repaired sectors.
     pub(super) repaired_sectors: u64,
@@ -57,6 +57,8 @@ pub(super) struct Row {
     pub(super) unresolved: RangeSet,
     /// The part of `unresolved` that was found, or found again, since the running scrub started.
     found_again: RangeSet,
+    /// Found corrupt at any time: a sector that was found again is in it once.
+    pub(super) ever: RangeSet,
 }
 
 impl Default for Row {
@@ -65,6 +67,7 @@ impl Default for Row {
             buckets: vec![Bucket::default(); MAP_BUCKETS].into(),
             unresolved: RangeSet::default(),
             found_again: RangeSet::default(),
+            ever: RangeSet::default(),
         }
     }
 }
@@ -130,20 +133,13 @@ impl DiskMap {
                     self.count(replica.as_usize(), *range, |bucket, _| bucket.errors += 1)
                 }
                 Cause::Corrupt(evidence) => {
-                    let mut unlisted = evidence.sectors;
-                    for run in &evidence.bad_sectors {
-                        unlisted = unlisted.saturating_sub(run.count);
+                    for run in evidence.bad_sectors.iter().chain(&evidence.unlisted) {
                         self.count(replica.as_usize(), *run, |bucket, count| {
                             bucket.corrupt_sectors_found += count;
                         });
-                        self.row(replica.as_usize()).mark_unresolved(*run);
-                    }
-                    // Unlisted sectors are of the same operation: count them with the last run.
-                    if let Some(last) = evidence.bad_sectors.last() {
-                        let near = SectorRange::new(last.start, 1);
-                        self.count(replica.as_usize(), near, |bucket, _| {
-                            bucket.corrupt_sectors_found += unlisted;
-                        });
+                        let row = self.row(replica.as_usize());
+                        row.mark_unresolved(*run);
+                        row.ever.insert(*run);
                     }
                 }
             },
@@ -256,11 +252,13 @@ pub(super) mod tests {
         })
     }
 
-    fn corrupt(runs: &[SectorRange], sectors: u64) -> Notice {
+    fn corrupt(runs: &[SectorRange]) -> Notice {
+        let (listed, unlisted) = runs.split_at(runs.len().min(2));
         let evidence = Evidence {
-            bad_sectors: runs.to_vec(),
-            bad_sectors_cut: runs.iter().map(|run| run.count).sum::<u64>() < sectors,
-            sectors,
+            bad_sectors: listed.to_vec(),
+            bad_sectors_cut: !unlisted.is_empty(),
+            unlisted: unlisted.to_vec(),
+            sectors: runs.iter().map(|run| run.count).sum(),
             digest: [0; 32],
             winner_digest: [1; 32],
         };
@@ -304,7 +302,7 @@ pub(super) mod tests {
     fn findings_count_in_their_buckets() {
         let mut map = DiskMap::new();
         assert_eq!(map.bucket_sectors(2048 * 1024), 2048);
-        map.record(&corrupt(&[range(2047, 2), range(8192, 1)], 13));
+        map.record(&corrupt(&[range(2047, 2), range(8192, 1), range(9000, 10)]));
         map.record(&bad(range(2040, 16), Cause::Error(Errno(5))));
         // A flush has no place.
         map.record(&bad(range(0, 0), Cause::Error(Errno(5))));
@@ -322,7 +320,8 @@ pub(super) mod tests {
                 (4, bucket(11, 0, 0))
             ]
         );
-        assert_eq!(map.corrupt_sectors(REPLICA), 2, "one is repaired");
+        assert_eq!(map.corrupt_sectors(REPLICA), 12, "one is repaired");
+        assert_eq!(map.view(Some(REPLICA)).unwrap().ever.sectors(), 13);
         assert!(map.view(None).is_none() && map.view(Some(ReplicaIndex(0))).is_none());
         map.forget(REPLICA);
         assert_eq!(map.corrupt_sectors(REPLICA), 0);
@@ -348,7 +347,7 @@ pub(super) mod tests {
     #[test]
     fn a_scrub_settles_what_is_unresolved() {
         let mut map = DiskMap::new();
-        let corrupt_at = |sector| corrupt(&[range(sector, 1)], 1);
+        let corrupt_at = |sector| corrupt(&[range(sector, 1)]);
         map.record(&corrupt_at(1));
         map.record(&corrupt_at(5));
         map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
@@ -399,6 +398,24 @@ pub(super) mod tests {
         assert_eq!(map.corrupt_sectors(REPLICA), 0);
     }
 
+    #[test]
+    fn a_sector_that_is_found_again_is_one_corrupt_sector() {
+        let mut map = DiskMap::new();
+        for _ in 0..4 {
+            map.record(&corrupt(&[range(0, 40), range(100, 30), range(200, 10)]));
+        }
+        let row = map.view(Some(REPLICA)).unwrap();
+        assert_eq!((map.corrupt_sectors(REPLICA), row.ever.sectors()), (80, 80));
+        let found = row
+            .buckets
+            .iter()
+            .map(|bucket| bucket.corrupt_sectors_found);
+        assert_eq!(found.sum::<u64>(), 320, "detections");
+        map.repaired(REPLICA, range(0, 40));
+        let row = map.view(Some(REPLICA)).unwrap();
+        assert_eq!((map.corrupt_sectors(REPLICA), row.ever.sectors()), (40, 80));
+    }
+
     proptest! {
         #[test]
         fn buckets_grow_with_the_disk_and_lose_nothing(
@@ -407,7 +424,7 @@ pub(super) mod tests {
         ) {
             let mut map = DiskMap::new();
             for (start, count) in &found {
-                map.record(&corrupt(&[range(*start, *count)], *count));
+                map.record(&corrupt(&[range(*start, *count)]));
             }
             let size = map.bucket_sectors(capacity);
             prop_assert!(size * MAP_BUCKETS as u64 >= capacity);

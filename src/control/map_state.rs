@@ -74,7 +74,9 @@ pub struct ReplicaMapState {
 pub struct BucketState {
     /// Its first byte.
     pub offset: u64,
-    /// Corrupt sectors that were found.
+    /// Sectors that were found corrupt, each counted once.
+    pub corrupt_sectors_ever: u64,
+    /// The same, each counted as often as it was found.
     pub corrupt_sectors_found: u64,
     /// Repaired sectors.
     pub repaired_sectors: u64,
@@ -272,11 +274,14 @@ impl Cut {
         let counts = self.counts(row.as_ref());
         let corrupt = self.within(row.iter().flat_map(|row| row.unresolved.iter()));
         let stale = self.within(stale.iter());
+        let ever = self.within(row.iter().flat_map(|row| row.ever.iter()));
+        let ever = self.sectors(&ever);
         let (corrupt_sectors, stale_sectors) = (self.sectors(&corrupt), self.sectors(&stale));
         let bucket = |index: usize| {
             let count = counts.get(index).copied().unwrap_or_default();
             BucketState {
                 offset: self.offset(index),
+                corrupt_sectors_ever: ever[index],
                 corrupt_sectors_found: count.corrupt_sectors_found,
                 repaired_sectors: count.repaired_sectors,
                 errors: count.errors,
@@ -287,6 +292,7 @@ impl Cut {
         let has_findings = |bucket: &BucketState| {
             let BucketState {
                 offset: _,
+                corrupt_sectors_ever: _,
                 corrupt_sectors_found,
                 repaired_sectors,
                 errors,
@@ -354,6 +360,7 @@ mod tests {
         let bucket = |offset: u64, errors: u64, stale: u64| {
             json!({
                 "offset": offset,
+                "corrupt-sectors-ever": 0,
                 "corrupt-sectors-found": 0,
                 "repaired-sectors": 0,
                 "errors": errors,

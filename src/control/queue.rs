@@ -79,12 +79,13 @@ impl EventQueue {
 
     /// Queues a notice with the current time. Does not wait for a reader, and does not fail.
     pub fn push(&self, notice: impl Into<Notice>) {
-        let event = Event {
+        let mut event = Event {
             notice: notice.into(),
             made_at: SystemTime::now(),
             suppressed: 0,
         };
         self.map().record(&event.notice);
+        event.notice.forget_unlisted();
         self.errors().record(&event.notice, event.made_at);
         self.evictions()
             .record(&event.notice, self.opened_at.elapsed());

@@ -290,6 +290,7 @@ mod tests {
             cause: Cause::Corrupt(Evidence {
                 bad_sectors: vec![SectorRange::new(2, 1)],
                 bad_sectors_cut: true,
+                unlisted: Vec::new(),
                 sectors: 3,
                 digest: [0; 32],
                 winner_digest: [1; 32],

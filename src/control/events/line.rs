@@ -370,6 +370,7 @@ mod tests {
         Evidence {
             bad_sectors: vec![SectorRange::new(345_436, 2), SectorRange::new(345_439, 1)],
             bad_sectors_cut: false,
+            unlisted: Vec::new(),
             sectors: 3,
             digest: [0xab; 32],
             winner_digest: [0x01; 32],
@@ -487,6 +488,7 @@ mod tests {
         let evidence = Evidence {
             bad_sectors: vec![SectorRange::new(345_436, 1)],
             bad_sectors_cut: false,
+            unlisted: Vec::new(),
             sectors: 1,
             digest: Sha256::digest([0; 512]).into(),
             winner_digest: Sha256::digest([0xff; 512]).into(),

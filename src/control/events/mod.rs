@@ -10,7 +10,7 @@ use std::time::SystemTime;
 pub(super) use self::line::missed_line;
 use crate::common::image::ImageChanges;
 use crate::common::operation::OperationType;
-use crate::common::report::Report;
+use crate::common::report::{Cause, Report};
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::jobs::JobEvent;
 
@@ -61,6 +61,19 @@ pub enum Notice {
     Job(JobEvent),
     /// Another program has changed the image of a replica, or has undone it.
     Image(ReplicaIndex, ImageChanges),
+}
+
+impl Notice {
+    /// Frees the evidence that no event lists.
+    pub(super) fn forget_unlisted(&mut self) {
+        if let Self::Report(Report::Bad {
+            cause: Cause::Corrupt(evidence),
+            ..
+        }) = self
+        {
+            evidence.unlisted = Vec::new();
+        }
+    }
 }
 
 impl From<Report> for Notice {

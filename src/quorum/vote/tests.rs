@@ -259,6 +259,7 @@ fn evidence_is_of_the_first_corrupt_sector_and_bounded() {
     let evidence = verdict.dissents[0].evidence();
     assert_eq!(evidence.bad_sectors.len(), BAD_SECTOR_RUNS_MAX);
     assert!(evidence.bad_sectors_cut);
+    assert_eq!(evidence.unlisted.len(), 1);
     assert_eq!(
         evidence.digest,
         Digest::from(Sha256::digest([b'b'; SECTOR_LEN]))

@@ -26,12 +26,13 @@ pub struct Dissent {
 }
 
 impl Dissent {
-    /// The proof for the event: bounded, however much is corrupt.
+    /// The proof for the event; what the event lists is bounded, however much is corrupt.
     pub fn evidence(&self) -> Evidence {
         let listed = self.bad_sectors.len().min(BAD_SECTOR_RUNS_MAX);
         Evidence {
             bad_sectors: self.bad_sectors[..listed].to_vec(),
             bad_sectors_cut: listed < self.bad_sectors.len(),
+            unlisted: self.bad_sectors[listed..].to_vec(),
             sectors: self.bad_sectors.iter().map(|run| run.count).sum(),
             digest: self.digest,
             winner_digest: self.winner_digest,
