@@ -168,6 +168,17 @@ impl Engine {
         slots.any(|(id, slot)| id == request && of_a_job(slot))
     }
 
+    /// The replica that `request`, which has operations in flight, resyncs.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn resyncs(&self, request: RequestId) -> Option<ReplicaIndex> {
+        let mut slots = self.slots.iter();
+        let (_, slot) = slots.find(|(id, _)| *id == request)?;
+        match &slot.request {
+            Request::Resync(resync) => Some(resync.replica()),
+            _ => None,
+        }
+    }
+
     /// Whether every request is retired. Evicted replicas may still have operations.
     pub fn is_idle(&self) -> bool {
         self.active == 0

@@ -50,7 +50,8 @@ impl Read {
         }
     }
 
-    /// A read whose replies differ while a slow replica is out: under the lock the others decide.
+    /// A read whose replies differ while a slow replica is out, so that under the lock the others
+    /// decide; or one whose vote is outdated.
     pub(super) fn suspect(suspicion: Suspicion, context: &mut Context<'_, impl Effects>) -> Self {
         Self::confirm_at_once(suspicion.tag, suspicion.range, context)
     }
@@ -127,18 +128,11 @@ impl Read {
         let unasked = pass.unasked();
         if !unasked.is_empty() {
             pass.ask_more(unasked, context);
-        } else if pass.differs()
-            && let Some(tag) = self.tag.take()
-        {
+        } else if pass.differs() && self.tag.is_some() {
             // The slow replica might decide, but the guest need not wait for it: under the lock the
             // others can.
             context.effects.count(Fact::Confirmation);
-            let range = self.range;
-            let suspicion = Suspicion { tag, range };
-            context
-                .core
-                .follow_ups
-                .push_back(FollowUp::Confirm(suspicion));
+            self.repeat(context);
             return self.retire(context.core);
         }
         Progress::Waiting
@@ -260,11 +254,20 @@ impl Read {
                 // The guest has its answer, unless the decision waited for the repairs.
                 match confirmation.take_settled() {
                     Some(winner) => self.succeed(&winner, context),
+                    None if confirmation.is_outdated() => self.repeat(context),
                     None => self.fail(context),
                 }
                 self.retire(context.core)
             }
         }
+    }
+
+    /// Has another read of the range answer the guest, under the lock, if it has no answer yet.
+    fn repeat(&mut self, context: &mut Context<'_, impl Effects>) {
+        let range = self.range;
+        let suspicion = self.tag.take().map(|tag| Suspicion { tag, range });
+        let follow_up = suspicion.map(FollowUp::Confirm);
+        context.core.follow_ups.extend(follow_up);
     }
 
     /// Answers the guest with `data`, if it has no answer yet.

@@ -4,7 +4,7 @@
 //! Pure. The writes cover whole blocks and never a block with an undecided sector.
 
 use crate::common::runs;
-use crate::common::{ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use crate::quorum::vote::Verdict;
 
 /// The verdict on a range, and the replicas to repair.
@@ -20,8 +20,8 @@ pub(super) struct Repairs<'a> {
     pub(super) unreadable: &'a [(ReplicaIndex, Vec<SectorRange>)],
     /// Where replicas are repaired in any case: they differ without being at fault (W7).
     pub(super) settled: &'a [(ReplicaIndex, Vec<SectorRange>)],
-    /// Replicas that are repaired wherever there is a winner.
-    pub(super) throughout: ReplicaSet,
+    /// Replicas that are repaired wherever there is a winner, and where: whole blocks.
+    pub(super) throughout: &'a [(ReplicaIndex, Vec<SectorRange>)],
     pub(super) block_sectors: u64,
 }
 
@@ -38,8 +38,10 @@ pub(super) struct RepairWrite {
 /// What a write of the winner replaces.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum RepairKind {
-    /// What lost the vote, or is unreadable.
+    /// What lost the vote.
     Corrupt,
+    /// What could not be read.
+    Unreadable,
     /// A version that was as legal as the winner before the vote (W7).
     Settled,
     /// What a replica that is repaired throughout holds.
@@ -49,7 +51,6 @@ pub(super) enum RepairKind {
 impl Repairs<'_> {
     pub(super) fn writes(&self) -> Vec<RepairWrite> {
         let mut writes = Vec::new();
-        let not_throughout = |replica: ReplicaIndex| !self.throughout.contains(replica);
         let mut losers = Vec::new();
         if self.losers {
             for dissent in &self.verdict.dissents {
@@ -57,17 +58,20 @@ impl Repairs<'_> {
                 losers.push((dissent.replica, runs, RepairKind::Corrupt));
             }
             for (replica, runs) in self.unreadable {
-                losers.push((*replica, self.decided(runs), RepairKind::Corrupt));
+                losers.push((*replica, self.decided(runs), RepairKind::Unreadable));
             }
         }
         for (replica, runs) in self.settled {
             let mut runs = self.decided(runs);
-            if let Some((_, corrupt, _)) = losers.iter().find(|(loser, ..)| loser == replica) {
-                runs = runs::without(&runs, corrupt);
+            for (_, repaired, _) in losers.iter().filter(|(loser, ..)| loser == replica) {
+                runs = runs::without(&runs, repaired);
             }
             losers.push((*replica, runs, RepairKind::Settled));
         }
-        for (replica, runs, kind) in losers.into_iter().filter(|(r, ..)| not_throughout(*r)) {
+        for (replica, mut runs, kind) in losers {
+            for (_, throughout) in self.throughout.iter().filter(|(r, _)| *r == replica) {
+                runs = runs::without(&runs, &self.decided(throughout));
+            }
             writes.extend(runs.into_iter().map(|range| RepairWrite {
                 replica,
                 range,
@@ -75,19 +79,23 @@ impl Repairs<'_> {
                 kind,
             }));
         }
-        if !self.throughout.is_empty() {
-            let runs = self.decided(&[self.range]).into_iter();
+        for (replica, runs) in self.throughout {
+            let runs = self.decided(runs).into_iter();
             // Holes stay holes.
             let cut = |run| sparse(run, self.winner, self.range, self.block_sectors);
-            let runs: Vec<SectorRange> = runs.flat_map(cut).collect();
-            for replica in self.throughout.iter() {
-                writes.extend(runs.iter().map(|range| RepairWrite {
-                    replica,
-                    range: *range,
-                    zero: is_zero(&self.winner[bytes_of(*range, self.range)]),
-                    kind: RepairKind::Throughout,
-                }));
-            }
+            let dissents = self.verdict.dissents.iter();
+            let own = dissents.filter(|dissent| dissent.replica == *replica);
+            let lost: Vec<_> = own.flat_map(|dissent| &dissent.bad_sectors).collect();
+            let kind = |range: SectorRange| match lost.iter().any(|lost| lost.overlaps(range)) {
+                true => RepairKind::Corrupt,
+                false => RepairKind::Throughout,
+            };
+            writes.extend(runs.flat_map(cut).map(|range| RepairWrite {
+                replica: *replica,
+                range,
+                zero: is_zero(&self.winner[bytes_of(range, self.range)]),
+                kind: kind(range),
+            }));
         }
         writes
     }

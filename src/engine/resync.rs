@@ -12,6 +12,8 @@ use crate::quorum::vote::Rule;
 #[derive(Debug)]
 pub(super) struct Resync {
     chunk: ChunkId,
+    #[cfg(any(test, feature = "sim"))]
+    replica: ReplicaIndex,
     range: SectorRange,
     confirmation: Box<Confirmation>,
 }
@@ -37,6 +39,8 @@ impl Resync {
         let replies = Replies::new(range, context.core);
         Self {
             chunk,
+            #[cfg(any(test, feature = "sim"))]
+            replica,
             range,
             confirmation: Box::new(Confirmation::begin(replies, terms, context)),
         }
@@ -80,6 +84,11 @@ impl Resync {
                 Progress::Retired
             }
         }
+    }
+
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn replica(&self) -> ReplicaIndex {
+        self.replica
     }
 
     pub(super) fn range(&self) -> SectorRange {

@@ -246,6 +246,7 @@ impl World {
             (OperationType::Write, true) if reply.write.is_none() => {
                 // Repaired, unless the replica has failed since.
                 if reply.failures == self.ledger.failures[replica] {
+                    self.note_settled(replica, reply.sectors);
                     self.ledger.excused[replica] &= !reply.sectors;
                     self.staleness.has_written(replica, reply.sectors);
                 } else {
@@ -283,7 +284,6 @@ impl World {
                 }
                 if reply.part {
                     self.ledger.parts_failed[replica] |= sectors;
-                    self.ledger.unsound[replica] |= sectors;
                     if is_block && reply.evictions == self.ledger.evictions[replica] {
                         self.ledger.parts_unreported[replica] |= sectors;
                     }
@@ -327,6 +327,26 @@ impl World {
         let repairs = repairs.filter(|flight| flight.replica() == replica && flight.is_repair());
         let ranges = repairs.filter_map(Flight::range);
         ranges.fold(0, |all, range| all | self.plan.mask(range))
+    }
+
+    /// W7: with this copy t replicas are fresh. One that may have lost a write there, and is not
+    /// written to now, votes no more.
+    fn note_settled(&mut self, replica: usize, sectors: u64) {
+        let excused = self.ledger.excused;
+        let fresh = |sector: usize| {
+            let fresh = self.members().filter(|r| excused[*r] >> sector & 1 == 0);
+            fresh.count()
+        };
+        let is_last = |sector: &usize| {
+            excused[replica] >> sector & 1 == 1 && fresh(*sector) + 1 == self.plan.threshold
+        };
+        let settled = bits(sectors)
+            .filter(is_last)
+            .fold(0, |mask, sector| mask | 1 << sector);
+        for other in self.members().filter(|other| *other != replica) {
+            let left = excused[other] & !self.being_repaired(other);
+            self.ledger.unsound[other] |= settled & left;
+        }
     }
 
     /// W7: what a replica may have lost is older there than what t others have made durable.

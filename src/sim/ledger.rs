@@ -31,8 +31,8 @@ pub struct Ledger {
     pub parts_failed: Masks,
     /// The blocks among these that the engine has not reported.
     pub parts_unreported: Masks,
-    /// Where it has missed a write, was corrupt or failed a read, or is excused while t others have
-    /// made the newest version durable, and has not flushed what was written there since.
+    /// Where it has missed a write, was corrupt, or is excused while t others have made the newest
+    /// version durable, and has not flushed what was written there since.
     pub unsound: Masks,
     /// Where it holds what a repair or a resync has written, which may be what was there before a
     /// write that others have lost. Until the guest has written there.

@@ -236,6 +236,17 @@ impl Model {
             .map_or(Ok(()), |w| Err(w.value))
     }
 
+    /// Whether reads have shown that the value was replaced before `now`.
+    pub fn is_past(&self, sector: usize, value: Value, now: Moment) -> bool {
+        let all = &self.sectors[sector];
+        let Some(seen) = all.iter().find(|w| w.value == value) else {
+            return false;
+        };
+        let replaces =
+            |w: &Written| w.value != value && seen.first_end < w.last_begin && w.first_end < now;
+        all.iter().any(replaces)
+    }
+
     /// A flush that began at `began` has succeeded. `oldest` is when the oldest request in flight
     /// began.
     pub fn flushed(&mut self, began: Moment, oldest: Moment) {

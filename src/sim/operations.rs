@@ -65,6 +65,7 @@ impl World {
         {
             self.rewrites += 1;
             self.rewritten[replica] |= sectors;
+            self.check_resync(&operation, sectors)?;
             self.doubt_repair(sectors);
         }
         match &operation.action {
@@ -108,6 +109,25 @@ impl World {
         flight.not_before += self.draw_delay(&flight);
         self.draw_fault(&mut flight);
         self.flights.push(flight);
+        Ok(())
+    }
+
+    /// W6: a resync writes to no block of its replica that is fresh.
+    fn check_resync(&self, operation: &Operation, sectors: u64) -> Checked {
+        let replica = operation.replica;
+        let resynced = self.engines[self.input_from].resyncs(operation.request);
+        // With `rewrite-corrupted` it also repairs what is corrupt or unreadable.
+        if resynced != Some(replica) || self.plan.rewrite_corrupted {
+            return Ok(());
+        }
+        let mut now = self.view;
+        now.refresh(&self.shared, self.plan.disk());
+        let stale = now.stale[replica.as_usize()];
+        let fresh = sectors & !widen(stale, self.plan.block_sectors);
+        if fresh != 0 {
+            let text = format!("replica {} is resynced on {fresh:b}, and fresh", replica.0);
+            return Err(Violation::new("W6", text).at(fresh));
+        }
         Ok(())
     }
 
@@ -387,8 +407,9 @@ impl World {
         self.changed_at[sector] = self.now;
         // An orphaned write may bring old bytes. The engine must expect them: the sector is stale.
         let unexpected = !guest || self.ledger.excused[replica] & bit == 0;
-        let wrong = !self.model.is_permitted(sector, value, self.now)
-            || (!guest && self.undoes_write(sector, value));
+        let undoes =
+            || self.undoes_write(sector, value) || self.model.is_past(sector, value, self.now);
+        let wrong = !self.model.is_permitted(sector, value, self.now) || (!guest && undoes());
         if matches!(fault, Fault::Misdirected(_)) || (wrong && unexpected) {
             self.mark_corrupt(replica, bit);
         } else {

@@ -595,7 +595,6 @@ impl World {
     /// The replica cannot be read there from now on.
     pub(super) fn mark_unreadable(&mut self, replica: usize, sectors: u64) {
         self.ledger.unreadable[replica] |= sectors;
-        self.ledger.unsound[replica] |= sectors;
         for pending in &mut self.pending {
             pending.seen.unreadable[replica] |= sectors;
         }

@@ -100,6 +100,28 @@ fn makes_a_read_in_flight_ask_again() {
     assert!(matches!(again.action, Action::Read { .. }));
 }
 
+/// The winner of the vote may be what a write has replaced that the flush reports as lost.
+#[test]
+fn makes_a_read_ask_again_whose_winner_is_being_written() {
+    let mut disk = Disk::new();
+    disk.write(1);
+    let flush = disk.submit(2, GuestRequest::Flush);
+    disk.reply(flush, false);
+    let read = disk.submit(3, GuestRequest::Read(RANGE));
+    let mut result = disk.reply(read, true);
+    assert!(result.answered.is_empty(), "the winner is not written yet");
+    let repair = result.operations.remove(0);
+    assert!(matches!(repair.action, Action::Write { .. }));
+    let flush = disk.submit(4, GuestRequest::Flush);
+    assert_eq!(disk.reply(flush, false).answered, [4]);
+    let result = disk.reply(repair, true);
+    assert!(result.answered.is_empty(), "the old vote is trusted");
+    let [again] = &result.operations[..] else {
+        panic!("the replica is not asked again: {result:?}");
+    };
+    assert!(matches!(again.action, Action::Read { .. }));
+}
+
 #[test]
 fn before_a_read_does_not_matter() {
     let mut disk = Disk::new();

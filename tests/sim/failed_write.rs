@@ -38,10 +38,17 @@ impl Disk {
     }
 
     fn of(replicas: usize, threshold: usize, blkverify: bool) -> Self {
-        let policy = Policy {
-            blkverify,
-            ..policy::plain(threshold)
-        };
+        Self::with(
+            replicas,
+            Policy {
+                blkverify,
+                ..policy::plain(threshold)
+            },
+        )
+    }
+
+    fn with(replicas: usize, policy: Policy) -> Self {
+        let threshold = policy.threshold;
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
         let shared = Arc::new(Shared::new(replicas, threshold, 1, 64));
         Self {
@@ -148,6 +155,27 @@ fn of_a_flush_on_all_replicas_leaves_everything_readable() {
     assert_eq!(disk.holds, [NEW; 3], "the winner is written to all");
     assert_eq!(disk.accusations, 0);
     assert!(disk.run(4, GuestRequest::Flush), "the next flush covers it");
+}
+
+/// What is below a repair that was lost cannot be read, or is no older than elsewhere.
+#[test]
+fn of_a_flush_leaves_repairs_of_unreadable_blocks_readable() {
+    let mut disk = Disk::with(
+        3,
+        Policy {
+            rewrite_corrupted: true,
+            ..policy::plain(2)
+        },
+    );
+    assert!(disk.write(1, NEW));
+    for replica in 1..3 {
+        disk.read_fails[replica] = true;
+        assert!(disk.run(2, GuestRequest::Read(RANGE)));
+        disk.read_fails[replica] = false;
+    }
+    disk.flush_fails = [true; 4];
+    assert!(!disk.run(3, GuestRequest::Flush));
+    assert!(disk.run(4, GuestRequest::Read(RANGE)), "all hold the same");
 }
 
 /// What the guest has read must not be lost by the next failure.

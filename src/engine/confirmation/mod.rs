@@ -26,7 +26,7 @@ use super::interface::Effects;
 use super::lateness::{Kind, Out};
 use super::probing::Probing;
 use super::range_locks::LockKey;
-use super::repair::RepairWrite;
+use super::repair::{RepairKind, RepairWrite};
 use super::replies::Replies;
 use super::survey::{Survey, Unreadable};
 use crate::common::buffer::Buffer;
@@ -48,8 +48,12 @@ pub(super) struct Confirmation {
     step: Step,
     /// Of replicas that failed.
     surveys: Vec<Survey>,
+    /// When the votes were counted.
+    voted_at: FailureEpoch,
     /// The winner, as long as the guest must not have it: too few replicas hold it (W7).
     withheld: Option<Rc<Buffer>>,
+    /// A replica has failed while it was withheld.
+    outdated: bool,
     outcome: Outcome,
 }
 
@@ -57,7 +61,8 @@ pub(super) struct Confirmation {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Terms {
     pub(super) rule: Rule,
-    /// Replicas to be repaired wherever there is a winner. They are not asked.
+    /// Replicas to be repaired wherever they are stale and there is a winner. They are asked only
+    /// where their copies may be needed.
     pub(super) throughout: ReplicaSet,
     /// Repair replicas where they lose the vote or are unreadable.
     pub(super) repairs_losers: bool,
@@ -68,7 +73,7 @@ pub(super) struct Terms {
     pub(super) spreads: bool,
     /// Return the winner as soon as the replies that are out cannot change it (R7).
     pub(super) answers_early: bool,
-    /// Sectors that are repaired throughout were stale, not corrupt.
+    /// A resync: what it writes was stale.
     pub(super) is_resync: bool,
     /// Search long for what can be read of replicas that fail: no other read comes back to it.
     pub(super) searches_long: bool,
@@ -118,7 +123,9 @@ impl Confirmation {
             asked_at: context.now(),
             step: Step::WaitingForLock,
             surveys: Vec::new(),
+            voted_at: FailureEpoch::default(),
             withheld: None,
+            outdated: false,
             outcome: Outcome::default(),
         }
     }
@@ -177,7 +184,10 @@ impl Confirmation {
                 // Their writes may still happen, perhaps after newer ones.
                 for write in pending.extract_if(.., |write| evicted.contains(write.replica)) {
                     let shared = context.shared();
-                    shared.change_health(|health| health.mark_stale(write.replica, write.range));
+                    let was_corrupt = write.kind == RepairKind::Corrupt;
+                    shared.change_health(|health| {
+                        health.repair_orphaned(write.replica, write.range, was_corrupt);
+                    });
                     let found = self.outcome.on(write.replica);
                     found.not_written += write.range.count;
                 }
@@ -248,6 +258,7 @@ impl Confirmation {
     fn replied(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         // Before the vote, so that a failure during it counts as later.
         let epoch = context.shared().failure_epoch();
+        self.voted_at = epoch;
         let disputed = self.disputed(context.core);
         let verdict = self.vote(self.terms.rule, &disputed, context.core);
         let failed = self.replies.tally().failed();
@@ -343,6 +354,7 @@ impl Confirmation {
             unreachable!("probed while probing");
         };
         let (mut verdict, surveys) = probing.into_parts();
+        self.voted_at = context.shared().failure_epoch();
         let disputed = self.disputed(context.core);
         if let Some(winner) = assemble(&self.replies, &verdict, context.core) {
             // Also those that have voted: one may have become stale since.

@@ -29,8 +29,13 @@ impl Confirmation {
             context.effects.contents_differ(differs);
         }
         let shared = context.shared();
-        let (in_service, began) =
-            shared.health(|health| (health.in_service(), health.failure_epoch()));
+        let range = self.replies.range();
+        let (in_service, began, throughout) = shared.health(|health| {
+            // What a guest has written while this waited for the lock is fresh again.
+            let stale = |replica| (replica, health.stale_parts(replica, range));
+            let throughout: Vec<_> = self.terms.throughout.iter().map(stale).collect();
+            (health.in_service(), health.failure_epoch(), throughout)
+        });
         let mut pending = Vec::new();
         let unreadable = |survey: &Survey| {
             let runs = survey.unreadable().into_iter().map(|run| run.range);
@@ -39,13 +44,13 @@ impl Confirmation {
         let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
         if let Some(winner) = &decision.winner {
             let repairs = Repairs {
-                range: self.replies.range(),
+                range,
                 verdict: &decision.verdict,
                 winner,
                 losers: self.terms.repairs_losers,
                 unreadable: &unreadable,
                 settled: &decision.settled,
-                throughout: self.terms.throughout,
+                throughout: &throughout,
                 block_sectors: context.core.policy.block_sectors,
             };
             let writes = repairs.writes().into_iter();
@@ -95,11 +100,7 @@ impl Confirmation {
         let began = *began;
         let shared = context.shared();
         if reply.result.is_ok() {
-            let was_corrupt = match kind {
-                RepairKind::Settled => false,
-                RepairKind::Throughout => !self.terms.is_resync,
-                _ => true,
-            };
+            let was_corrupt = kind == RepairKind::Corrupt;
             shared.change_health(|health| {
                 health.repaired(reply.replica, range, began, was_corrupt);
             });
@@ -138,9 +139,11 @@ impl Confirmation {
             "finished under the lock, with all replies"
         );
         if self.withheld.is_some() {
-            let (range, needed) = (self.replies.range(), self.needed());
+            let (range, needed, voted_at) = (self.replies.range(), self.needed(), self.voted_at);
             let shared = context.shared();
-            if !shared.change_health(|health| health.settled(range, needed)) {
+            // A replica that held the winner may have lost a newer version, and said so only now.
+            self.outdated = shared.health(|health| health.any_failed_since(voted_at));
+            if self.outdated || !shared.change_health(|health| health.settled(range, needed)) {
                 self.withheld = None;
             }
         }
@@ -153,5 +156,11 @@ impl Confirmation {
     /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
     pub(in crate::engine) fn take_settled(&mut self) -> Option<Rc<Buffer>> {
         self.withheld.take()
+    }
+
+    /// Whether there is no winner because a replica has failed during the repairs, so that the vote
+    /// must be taken again.
+    pub(in crate::engine) fn is_outdated(&self) -> bool {
+        self.outdated
     }
 }

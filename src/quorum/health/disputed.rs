@@ -342,6 +342,38 @@ mod tests {
         }
     }
 
+    /// What is below is no older than elsewhere, whenever a flush has succeeded.
+    #[test]
+    fn a_lost_repair_of_what_was_not_corrupt_is_doubtful() {
+        let repaired = range(0, 8);
+        for was_corrupt in [false, true] {
+            let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+            write(&mut health, repaired, &[]);
+            let epoch = health.flush_begins();
+            health.repaired(C, repaired, health.failure_epoch(), was_corrupt);
+            for replica in [A, B, C] {
+                health.flush_ended(epoch, replica, true);
+            }
+            assert!(health.flush_decided(epoch, ReplicaSet::first(3), true, &mut []));
+            flush(&mut health, &[C]);
+            assert_eq!(health.stale_parts(C, repaired), [repaired]);
+            assert_eq!(health.doubtful_in(repaired).is_empty(), was_corrupt);
+        }
+    }
+
+    #[test]
+    fn a_repair_in_flight_at_an_eviction_leaves_a_copy_doubtful_that_was_not_corrupt() {
+        let repaired = range(0, 8);
+        for was_corrupt in [false, true] {
+            let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+            write(&mut health, repaired, &[]);
+            assert!(health.evict(C));
+            health.repair_orphaned(C, repaired, was_corrupt);
+            assert_eq!(health.stale_parts(C, repaired), [repaired]);
+            assert_eq!(health.doubtful_in(repaired).is_empty(), was_corrupt);
+        }
+    }
+
     /// Its copy may be what the vote decided against.
     #[test]
     fn a_copy_that_is_doubtful_after_the_vote_is_not_asked_again() {

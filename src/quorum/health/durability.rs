@@ -98,7 +98,8 @@ impl Health {
     }
 
     /// Sectors of one replica were written with the winner of a vote, under the lock of their
-    /// range. `was_corrupt`: or unreadable; otherwise it was stale, or had a legal version (W7).
+    /// range. `was_corrupt`: by its bytes; otherwise it was stale or unreadable, or had a legal
+    /// version (W7).
     pub fn repaired(
         &mut self,
         replica: ReplicaIndex,
@@ -123,8 +124,10 @@ impl Health {
             state.last_doubt = self.failure_epoch;
         } else {
             state.mark_fresh(range);
-            // It was perhaps not stale, but corrupt.
-            state.refreshed.insert(range);
+            match was_corrupt {
+                true => state.refreshed.insert(range),
+                false => state.restored.insert(range),
+            }
         }
         state.rewritten.insert(range);
         let proven = self.members.iter().fold(Vec::new(), |all, member| {
@@ -136,10 +139,20 @@ impl Health {
         }
     }
 
-    /// An orphaned operation may still change sectors of one replica.
-    pub fn mark_stale(&mut self, replica: ReplicaIndex, range: SectorRange) {
+    /// An orphaned repair may still change sectors of one replica, which was evicted. It holds the
+    /// winner there or what it held before; `was_corrupt`: by its bytes.
+    pub fn repair_orphaned(
+        &mut self,
+        replica: ReplicaIndex,
+        range: SectorRange,
+        was_corrupt: bool,
+    ) {
         if self.members.contains(replica) {
-            self.replicas[replica.as_usize()].mark_missed(range);
+            let state = &mut self.replicas[replica.as_usize()];
+            match was_corrupt {
+                true => state.mark_missed(range),
+                false => state.stale.insert(range),
+            }
         }
     }
 
@@ -153,8 +166,10 @@ impl Health {
             let uncovered = std::mem::replace(&mut state.uncovered, state.stale.clone());
             let refreshed = std::mem::take(&mut state.refreshed);
             state.refreshed_before_flush.insert_all(&refreshed);
+            let restored = std::mem::take(&mut state.restored);
+            state.restored_before_flush.insert_all(&restored);
             self.garbage.extend(
-                [uncovered, refreshed]
+                [uncovered, refreshed, restored]
                     .into_iter()
                     .filter(|set| !set.is_empty()),
             );
@@ -201,14 +216,13 @@ impl Health {
             return self.not_durable(replica, None);
         }
         let state = &mut self.replicas[replica.as_usize()];
-        let refreshed = std::mem::take(&mut state.refreshed_before_flush);
-        if !refreshed.is_empty() {
-            self.garbage.push(refreshed);
-        }
-        let weak = std::mem::take(&mut state.weak_before_flush);
-        if !weak.is_empty() {
-            self.garbage.push(weak);
-        }
+        let sets = [
+            &mut state.refreshed_before_flush,
+            &mut state.restored_before_flush,
+            &mut state.weak_before_flush,
+        ];
+        let sets = sets.map(std::mem::take).into_iter();
+        self.garbage.extend(sets.filter(|set| !set.is_empty()));
         let unconfirmed = &mut state.unconfirmed;
         let confirmed = unconfirmed.partition_point(|(covered, _)| *covered <= epoch);
         let written = unconfirmed.drain(..confirmed).map(|(_, written)| written);

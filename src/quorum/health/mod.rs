@@ -206,6 +206,12 @@ impl Health {
             .collect()
     }
 
+    /// Whether a member has failed a flush or was evicted since `began`.
+    pub fn any_failed_since(&self, began: FailureEpoch) -> bool {
+        let mut members = self.members.iter();
+        members.any(|member| self.replicas[member.as_usize()].last_failure > began)
+    }
+
     /// The present epoch. An operation that changes sectors keeps it from the moment it goes to the
     /// replicas until it ends.
     pub fn failure_epoch(&self) -> FailureEpoch {

@@ -30,11 +30,16 @@ pub(super) struct ReplicaHealth {
     pub(super) blank: RangeSet,
     /// Was repaired or resynced here since the last flush began: a write of this replica alone.
     pub(super) rewritten: RangeSet,
-    /// Was stale, or repaired, and has been written since the last flush began. Other members may
+    /// Was stale or corrupt, and has been written since the last flush began. Other members may
     /// have made durable long ago what this one had not.
     pub(super) refreshed: RangeSet,
     /// The same of a flush that this replica has not confirmed yet.
     pub(super) refreshed_before_flush: RangeSet,
+    /// Was neither, and has been repaired since the last flush began: what is on stable storage
+    /// here may be unreadable, but is not older than elsewhere.
+    pub(super) restored: RangeSet,
+    /// The same of a flush that this replica has not confirmed yet.
+    pub(super) restored_before_flush: RangeSet,
     /// Was copied here from members that were not proven, since the last flush began: all may have
     /// lost the same write, and report that with their next flush.
     pub(super) copied: RangeSet,
@@ -86,6 +91,8 @@ impl ReplicaHealth {
             &self.blank,
             &self.refreshed,
             &self.refreshed_before_flush,
+            &self.restored,
+            &self.restored_before_flush,
         ]
         .into_iter()
         .chain(unconfirmed)
@@ -106,6 +113,8 @@ impl ReplicaHealth {
             &mut part.rewritten,
             &mut part.refreshed,
             &mut part.refreshed_before_flush,
+            &mut part.restored,
+            &mut part.restored_before_flush,
             &mut part.copied,
             &mut part.copied_before_flush,
         ];
@@ -147,6 +156,13 @@ impl ReplicaHealth {
 
     /// Sectors that are not on stable storage here, although they may be elsewhere.
     pub(super) fn not_durable_here(&self) -> impl Iterator<Item = &RangeSet> {
-        [&self.stale, &self.refreshed, &self.refreshed_before_flush].into_iter()
+        [
+            &self.stale,
+            &self.refreshed,
+            &self.refreshed_before_flush,
+            &self.restored,
+            &self.restored_before_flush,
+        ]
+        .into_iter()
     }
 }
