@@ -42,6 +42,15 @@ struct ImageChange {
     conditions: Vec<String>,
 }
 
+/// The data of BLOCK_IO_ERROR.
+#[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct HeldRequest {
+    node_name: String,
+    operation: String,
+    reason: String,
+}
+
 #[derive(Debug, Deserialize)]
 struct StatusChange {
     id: String,
@@ -85,6 +94,7 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
     let known = match name {
         "QUORUM_REPORT_BAD" => read(data).and_then(|report| replica_fault(&report)),
         "QUORUM_FAILURE" => read(data).map(|report| request_failure(&report)),
+        "BLOCK_IO_ERROR" => read(data).map(|error: HeldRequest| held_request(&error)),
         "QUORUM_REPLICA_EVICTED" => read(data).and_then(|report| {
             let text = "evicted: it does not answer";
             membership(&report, Style::Bad, text)
@@ -156,6 +166,13 @@ fn request_failure(report: &Report) -> (Style, String) {
         text += " (found by a scrub)";
     }
     (Style::Bad, text + &folded(report))
+}
+
+fn held_request(error: &HeldRequest) -> (Style, String) {
+    let [disk, operation, reason] =
+        [&error.node_name, &error.operation, &error.reason].map(|text| printable(text));
+    let text = format!("{disk}: a {operation} of the guest is held: {reason}");
+    (Style::Bad, text)
 }
 
 /// A replica was evicted or rejoined.
@@ -242,6 +259,7 @@ mod tests {
                 "1.raw: write failed at sectors 345435-345439, byte 176862720: Input/output error \
                  (and 41 more like this before it)",
                 "usr1: NO QUORUM for a read at sectors 345435-345439, byte 176862720",
+                "quorum0: a write of the guest is held: No space left on device",
                 "1.raw: evicted: it does not answer",
                 "1.raw: evicted too often: it is kept out for 16 s",
                 "1.raw: its image was changed by another program: unlinked",

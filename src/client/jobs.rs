@@ -61,12 +61,22 @@ pub(super) fn write_table(
     terminal: Terminal,
 ) -> Result<(), Error> {
     let mut table = Table::new(&[
-        "job", "type", "replica", "status", ">done", ">of", ">limit", ">found", ">written", "error",
+        "job", "type", "replica", ">done", ">of", ">limit", ">found", ">written", "status",
     ]);
+    table.may_leave_out(&["written", "found", "limit", "of"]);
     for job in jobs {
         table.row(job_row(job));
     }
-    Ok(table.write(out, terminal)?)
+    table.write(out, terminal)?;
+    for job in jobs {
+        if let Some(error) = &job.error {
+            let text = format!("{}: {}", printable(&job.id), printable(error));
+            for line in terminal.wrapped(0, 2, &text) {
+                writeln!(out, "{}", terminal.paint(Style::Bad, line))?;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn job_row(job: &Job) -> Vec<(String, Style)> {
@@ -81,21 +91,16 @@ fn job_row(job: &Job) -> Vec<(String, Style)> {
         0 => "-".to_owned(),
         speed => format!("{}/s", size(speed)),
     };
-    let error_style = match job.error {
-        Some(_) => Style::Bad,
-        None => Style::Plain,
-    };
     let done = percent(job.current_progress, job.total_progress);
     vec![
         plain(printable(&job.id)),
         plain(printable(kind)),
         plain(text_or_dash(job.node_name.as_deref())),
-        (printable(&job.status), status_style),
         plain(format!("{done} %")),
         plain(size(job.total_progress)),
         plain(limit),
         plain((job.corrupt_sectors_found + job.unreadable_sectors_found).to_string()),
         plain(job.sectors_written.to_string()),
-        (text_or_dash(job.error.as_deref()), error_style),
+        (printable(&job.status), status_style),
     ]
 }

@@ -7,17 +7,19 @@ use std::collections::VecDeque;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use unicode_width::UnicodeWidthChar as _;
+use unicode_width::UnicodeWidthStr as _;
 
 use super::format::{duration, percent, printable, size};
 use super::replies::Job;
+use super::table::end_of;
 use super::terminal::{Style, Terminal};
 
 /// The rate is an average over this time.
 const RATE_OVER: Duration = Duration::from_secs(10);
 
-/// Width of the bar.
-const BAR_COLUMNS: usize = 24;
+/// Width of the bar: it takes what the text leaves. With less than the first it is left out.
+const BAR_COLUMNS_MIN: usize = 6;
+const BAR_COLUMNS_MAX: usize = 80;
 
 /// See the [module](self).
 pub(super) struct Progress {
@@ -59,24 +61,25 @@ impl Progress {
     }
 
     fn draw(&mut self, out: &mut dyn Write, percent: u64, text: &str) -> io::Result<()> {
-        let filled = usize::try_from(percent).unwrap_or(0) * BAR_COLUMNS / 100;
         let (full, empty) = if self.terminal.unicode {
             ("█", "░")
         } else {
             ("#", ".")
         };
-        let bar = full.repeat(filled) + &empty.repeat(BAR_COLUMNS - filled);
-        let bar = self.terminal.paint(Style::Good, bar);
-        // A line that wraps could not be overwritten.
-        let room = self.terminal.columns.saturating_sub(BAR_COLUMNS + 3);
-        let mut columns = 0;
-        let fits = |character: &char| {
-            columns += character.width().unwrap_or(0);
-            columns <= room
+        // A line that wraps could not be overwritten, and one that fills the last column may wrap.
+        let room = self.terminal.columns.saturating_sub(1);
+        let bar_columns = room.saturating_sub(text.width() + 1).min(BAR_COLUMNS_MAX);
+        let text = end_of(text, room, self.terminal);
+        let bar = match bar_columns {
+            0..BAR_COLUMNS_MIN => String::new(),
+            _ => {
+                let filled = usize::try_from(percent).unwrap_or(0) * bar_columns / 100;
+                let bar = full.repeat(filled) + &empty.repeat(bar_columns - filled);
+                format!("{} ", self.terminal.paint(Style::Good, bar))
+            }
         };
-        let text: String = text.chars().take_while(fits).collect();
         self.is_drawn = true;
-        write!(out, "\r\x1b[2K{bar} {text}")
+        write!(out, "\r\x1b[2K{bar}{text}")
     }
 
     /// Removes the bar.
@@ -177,21 +180,33 @@ mod tests {
 
     #[test]
     fn a_terminal_gets_one_line_that_fits() {
-        let mut progress = Progress::new(terminal(true));
-        let (mut out, now) = (Vec::new(), Instant::now());
-        progress.show(&mut out, &job(50 * MIB), now).unwrap();
-        let mut paused = job(50 * MIB);
-        paused.status = "paused".into();
-        progress.show(&mut out, &paused, now).unwrap();
-        progress.clear(&mut out).unwrap();
-        let text = String::from_utf8(out).unwrap();
-        let drawn: Vec<_> = text.split("\r\x1b[2K").collect();
-        assert_eq!(drawn.len(), 4, "{text:?}");
-        assert!(
-            drawn[1].starts_with("████████████░░░░░░░░░░░░ job1"),
-            "{text}"
-        );
-        assert!(drawn[2].ends_with(", paused") && drawn[3].is_empty());
-        assert!(!text.contains('\n') && drawn.iter().all(|line| line.chars().count() < 100));
+        for columns in [40, 80, 120, 200] {
+            let mut terminal = terminal(true);
+            terminal.columns = columns;
+            let mut progress = Progress::new(terminal);
+            let (mut out, began) = (Vec::new(), Instant::now());
+            let mut job = job(50 * MIB);
+            job.node_name = Some("a-replica-with-a-long-name.raw".into());
+            progress.show(&mut out, &job, began).unwrap();
+            job.current_progress += 1;
+            let later = began + Duration::from_millis(100);
+            progress.show(&mut out, &job, later).unwrap();
+            job.status = "paused".into();
+            progress.show(&mut out, &job, later).unwrap();
+            progress.clear(&mut out).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            let drawn: Vec<_> = text.split("\r\x1b[2K").collect();
+            assert_eq!(drawn.len(), 5, "{text:?}");
+            assert!(drawn[2].ends_with("10 B/s, 1456 h 21 min left"), "{text}");
+            assert!(drawn[3].ends_with(", paused") && drawn[4].is_empty());
+            assert!(!text.contains('\n'), "{text}");
+            assert!(drawn.iter().all(|line| line.width() < columns), "{text}");
+            let bar = drawn[1].chars().filter(|c| "█░".contains(*c)).count();
+            match columns {
+                40 => assert_eq!(bar, 0, "{text}"),
+                200 => assert_eq!(bar, BAR_COLUMNS_MAX, "{text}"),
+                _ => assert!(bar == 0 || bar >= BAR_COLUMNS_MIN, "{text}"),
+            }
+        }
     }
 }

@@ -45,7 +45,7 @@ pub(super) fn add(
     }
     let interrupted = |job: &str| format!("{name} is a replica; {job}, its resync, continues");
     let ended = wait(context, Awaited::ResyncOf(&new.node_name), interrupted)?;
-    ended.write(context.out)?;
+    ended.write(context.out, context.terminal)?;
     if !ended.is_success() {
         writeln!(
             context.out,
@@ -160,7 +160,7 @@ fn wait_for_resync(
         )),
         other => Error::Failed(format!("{other}\n{both}; {next}")),
     })?;
-    ended.write(context.out)?;
+    ended.write(context.out, context.terminal)?;
     Ok(ended.is_success())
 }
 

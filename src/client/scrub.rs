@@ -48,6 +48,6 @@ pub(super) fn wait_for(context: &mut Context<'_>, id: &str) -> Result<Outcome, E
         format!("{name} continues; to wait for it again: quorum-blkctl jobs wait {name}")
     };
     let ended = wait(context, Awaited::Job(id), interrupted)?;
-    ended.write(context.out)?;
+    ended.write(context.out, context.terminal)?;
     Ok(ended.outcome())
 }

@@ -5,6 +5,7 @@ use std::thread;
 use std::time::{Duration, SystemTime};
 
 use serde_json::json;
+use unicode_width::UnicodeWidthStr as _;
 
 use super::conditions::{Advice, advice};
 use super::connection::parse_reply;
@@ -85,28 +86,39 @@ fn write_status(
         "degraded" => Style::Warning,
         _ => Style::Bad,
     };
-    write!(
-        out,
-        "{}  {}  {}, {} of {} must agree, read-pattern {}",
-        terminal.paint(Style::Heading, printable(&disk.node_name)),
-        terminal.paint(style, printable(&disk.health)),
+    let (name, health) = (printable(&disk.node_name), printable(&disk.health));
+    let mut policy = format!(
+        "{}, {} of {} must agree, read-pattern {}",
         size(disk.size),
         disk.vote_threshold,
         disk.replicas.len(),
         printable(&disk.read_pattern),
-    )?;
+    );
     let options = [
         (disk.rewrite_corrupted, "rewrite-corrupted"),
         (disk.read_only, "read-only"),
     ];
     for (_, name) in options.into_iter().filter(|(is_on, _)| *is_on) {
-        write!(out, ", {name}")?;
+        policy += ", ";
+        policy += name;
     }
-    writeln!(out)?;
+    let before = name.width() + health.width() + 4;
+    let name = terminal.paint(Style::Heading, name);
+    write!(out, "{name}  {}", terminal.paint(style, health))?;
+    if before + policy.width() <= terminal.columns || !terminal.is_terminal {
+        writeln!(out, "  {policy}")?;
+    } else {
+        writeln!(out)?;
+        for line in terminal.wrapped(2, 0, &policy) {
+            writeln!(out, "{line}")?;
+        }
+    }
     for Advice { style, what, to_do } in advice(disk, jobs, SystemTime::now()) {
-        writeln!(out, "  {}", terminal.paint(style, what))?;
-        if let Some(to_do) = to_do {
-            writeln!(out, "    {to_do}")?;
+        for line in terminal.wrapped(2, 2, &what) {
+            writeln!(out, "{}", terminal.paint(style, line))?;
+        }
+        for line in to_do.iter().flat_map(|text| terminal.wrapped(4, 2, text)) {
+            writeln!(out, "{line}")?;
         }
     }
     writeln!(out)?;
@@ -285,6 +297,36 @@ pub(super) mod tests {
              b        evicted     4 KiB        3       3         -          -  /images/b\n\
              c        in-service      -        -       -         -          -  /images/c\n"
         );
+    }
+
+    #[test]
+    fn everything_fits_the_terminal() {
+        let mut disk = disk("evicted", 4096, 3, 8);
+        disk.node_name = "a-disk-with-a-rather-long-name".into();
+        let long = "/images/of/a/virtual/machine/on/a/long/path/second-replica.raw";
+        disk.replicas[1].file = long.into();
+        disk.replicas[1].node_name = "a-replica-with-quite-a-long-name-of-its-own.raw".into();
+        let mut job: Job = serde_json::from_value(json!({
+            "id": "job3", "type": "quorum-neighbourhood-scrub", "status": "running",
+            "current-progress": 0, "total-progress": 4096, "speed": 1 << 20,
+        }))
+        .unwrap();
+        job.error = Some("8 sectors could not be written; c: write: No space left ".repeat(3));
+        for columns in [80, 120, 200] {
+            let terminal = Terminal {
+                is_terminal: true,
+                columns,
+                colour: false,
+                unicode: true,
+            };
+            let mut out = Vec::new();
+            write_status(&mut out, &disk, std::slice::from_ref(&job), terminal).unwrap();
+            let text = String::from_utf8(out).unwrap();
+            for line in text.lines() {
+                assert!(line.width() <= columns, "{columns}: {line}");
+            }
+            assert_eq!(text.contains("in flight"), columns == 200, "{text}");
+        }
     }
 
     #[test]

@@ -73,6 +73,7 @@ impl Table {
                 None => break (widths, before),
             }
         };
+        let (widths, before) = self.shrink(widths, before, terminal);
         let room = terminal.columns.saturating_sub(before).max(CUT_MIN);
         let headings = self.columns.iter();
         let headings = headings.map(|column| (column.heading.to_owned(), Style::Heading));
@@ -101,6 +102,35 @@ impl Table {
         Ok(())
     }
 
+    /// Cuts long cells of text on a terminal that nothing else has made fit.
+    fn shrink(
+        &mut self,
+        mut widths: Vec<usize>,
+        mut before: usize,
+        terminal: Terminal,
+    ) -> (Vec<usize>, usize) {
+        let last = widths.last().map_or(0, |width| *width.min(&CUT_MIN));
+        while terminal.is_terminal && before + last > terminal.columns {
+            let columns = self.columns.iter().zip(&widths).enumerate();
+            let columns = columns.take(widths.len() - 1);
+            let texts = columns.filter(|(_, (column, _))| !column.is_number);
+            let widest = texts.max_by_key(|(_, (_, width))| **width);
+            let Some((index, width)) = widest.map(|(index, (_, width))| (index, *width)) else {
+                break;
+            };
+            let cut = CUT_MIN.max(width.saturating_sub(before + last - terminal.columns));
+            if cut >= width {
+                break;
+            }
+            for row in &mut self.rows {
+                row[index].0 = end_of(&row[index].0, cut, terminal);
+            }
+            widths[index] = cut;
+            before -= width - cut;
+        }
+        (widths, before)
+    }
+
     fn leave_out(&mut self, heading: &str) {
         let mut columns = self.columns.iter();
         if let Some(index) = columns.position(|column| column.heading == heading) {
@@ -121,7 +151,7 @@ impl Table {
 }
 
 /// The end of a text that is too long: the end of a path identifies it best.
-fn end_of(text: &str, columns: usize, terminal: Terminal) -> String {
+pub(super) fn end_of(text: &str, columns: usize, terminal: Terminal) -> String {
     if text.width() <= columns {
         return text.to_owned();
     }

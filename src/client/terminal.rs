@@ -9,6 +9,7 @@ use std::io::{self, IsTerminal as _};
 use anstream::{AutoStream, ColorChoice};
 use anstyle::AnsiColor;
 use rustix::termios::tcgetwinsize;
+use unicode_width::UnicodeWidthStr as _;
 
 /// The width of pipes, and of terminals that do not report theirs.
 const COLUMNS_DEFAULT: usize = 80;
@@ -55,6 +56,28 @@ impl Terminal {
             colour: !(is_terminal && is_dumb) && AutoStream::choice(&stdout) != ColorChoice::Never,
             unicode: is_unicode(&|name| env::var(name).ok()),
         }
+    }
+
+    /// The text in lines that fit a terminal, the second and all later ones behind `indent` spaces
+    /// more than the first, which is behind `before`. Elsewhere it is one line.
+    pub(super) fn wrapped(self, before: usize, indent: usize, text: &str) -> Vec<String> {
+        let mut lines = vec![" ".repeat(before)];
+        let (mut columns, mut is_first) = (before, true);
+        for word in text.split(' ') {
+            let width = word.width();
+            let wraps = columns + 1 + width > self.columns && self.is_terminal && !is_first;
+            if wraps {
+                lines.push(" ".repeat(before + indent));
+                columns = before + indent;
+            } else if !is_first {
+                lines.last_mut().expect("never empty").push(' ');
+                columns += 1;
+            }
+            lines.last_mut().expect("never empty").push_str(word);
+            columns += width;
+            is_first = false;
+        }
+        lines
     }
 
     pub(super) fn paint<T: fmt::Display>(self, style: Style, text: T) -> Painted<T> {

@@ -10,6 +10,7 @@ use super::connection::Connection;
 use super::format::{printable, size};
 use super::progress::{Progress, describe};
 use super::replies::{Disk, Job, JobEnd};
+use super::terminal::Terminal;
 use super::{Context, Error, Outcome};
 use crate::common::message::counted;
 
@@ -63,10 +64,14 @@ impl Ended {
     }
 
     /// Writes the end.
-    pub(super) fn write(&self, out: &mut dyn Write) -> Result<(), Error> {
-        self.to_lines()
-            .iter()
-            .try_for_each(|line| Ok(writeln!(out, "{line}")?))
+    pub(super) fn write(&self, out: &mut dyn Write, terminal: Terminal) -> Result<(), Error> {
+        for line in self.to_lines() {
+            let before = line.len() - line.trim_start().len();
+            for line in terminal.wrapped(before, 2, line.trim_start()) {
+                writeln!(out, "{line}")?;
+            }
+        }
+        Ok(())
     }
 
     /// The end in one line, and one for each replica that was bad.

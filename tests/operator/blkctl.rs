@@ -537,12 +537,22 @@ fn on_terminal(
     variables: &[(&str, &str)],
     enough: Option<&str>,
 ) -> String {
+    on_terminal_of(100, served, line, variables, enough)
+}
+
+fn on_terminal_of(
+    columns: u16,
+    served: &Served,
+    line: &str,
+    variables: &[(&str, &str)],
+    enough: Option<&str>,
+) -> String {
     let terminal = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC).unwrap();
     grantpt(&terminal).unwrap();
     unlockpt(&terminal).unwrap();
     let size = Winsize {
         ws_row: 30,
-        ws_col: 100,
+        ws_col: columns,
         ws_xpixel: 0,
         ws_ypixel: 0,
     };
@@ -616,6 +626,24 @@ fn a_terminal_gets_bars_and_colours() {
     // Drawn over in place, again and again.
     let watched = on_terminal(&served, "status --watch 1", &utf8, Some("\x1b[J\x1b[H"));
     assert!(watched.starts_with("\x1b[2J\x1b[H"), "{watched:?}");
+}
+
+#[test]
+fn a_terminal_of_any_width_gets_lines_that_fit() {
+    let served = Served::new(&[]);
+    corrupt_sectors(&served.images[1], 8..9, 1);
+    served.run("scrub").with(1);
+    let colourless = [("LANG", "C.UTF-8"), ("NO_COLOR", "1")];
+    for columns in [80, 120, 200] {
+        let status = on_terminal_of(columns, &served, "status", &colourless, None);
+        let progress = on_terminal_of(columns, &served, "scrub --speed 48M", &colourless, None);
+        let drawn = progress.split("\r\x1b[2K").flat_map(str::lines);
+        for line in status.lines().chain(drawn) {
+            assert!(line.chars().count() <= columns.into(), "{columns}: {line}");
+        }
+        let shows_all = status.contains("detections") && status.contains("in flight");
+        assert_eq!(shows_all, columns > 80, "{status}");
+    }
 }
 
 /// A server on a socket of its own, with a function for its first connection.
