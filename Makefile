@@ -27,6 +27,7 @@ include packaging/install.mk
 
 test: guest clients lint ## Run every check of the project
 	$(CARGO) test --locked --workspace --no-fail-fast -- --nocapture
+	QUORUM_BLK_TEST_AIO=threads $(CARGO) test --locked --test replicas -- --nocapture
 	$(MAKE) model
 	$(MAKE) sim FIRST=1 SEEDS=$(TEST_SEEDS)
 

@@ -124,6 +124,9 @@ pub const ARENA_SHARE_BYTES: usize = 1 << 20;
 /// submissions.
 pub const RING_ENTRIES: u32 = 1024;
 
+/// Threads of one worker for one replica, with `--aio threads`. What is more waits for them.
+pub const REPLICA_THREADS_MAX: usize = 16;
+
 /// Regions of guest memory. QEMU's own limit, from what KVM once allowed.
 pub const MEMORY_SLOTS_MAX: usize = 509;
 

@@ -22,6 +22,8 @@ pub(super) struct Disk {
     pub(super) read_only: bool,
     #[serde(default)]
     pub(super) held_requests: u64,
+    #[serde(default)]
+    pub(super) aio: String,
     pub(super) undecided_sectors: u64,
     pub(super) requests: Requests,
     pub(super) replicas: Vec<Replica>,

@@ -97,6 +97,7 @@ fn write_status(
     let options = [
         (disk.rewrite_corrupted, "rewrite-corrupted"),
         (disk.read_only, "read-only"),
+        (disk.aio == "threads", "aio threads"),
     ];
     for (_, name) in options.into_iter().filter(|(is_on, _)| *is_on) {
         policy += ", ";
@@ -246,6 +247,7 @@ pub(super) mod tests {
         serde_json::from_value(json!({
             "node-name": "disk\x1b[2J", "size": 10_737_418_240_u64, "vote-threshold": 2,
             "read-pattern": "quorum", "rewrite-corrupted": true, "read-only": false,
+            "aio": "threads",
             "health": health,
             "conditions": conditions(&[
                 (undecided > 0, "undecided"),
@@ -279,7 +281,7 @@ pub(super) mod tests {
         assert_eq!(
             text(&disk("evicted", 4096, 3, 8), 80),
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
-             rewrite-corrupted\n  \
+             rewrite-corrupted, aio threads\n  \
                no quorum in reads of 8 sectors: some or all of them are undecided\n    \
                  restore them from a backup, then quorum-blkctl scrub\n  \
                the guest got 1 I/O error; the last: read: no quorum\n    \

@@ -10,7 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
 use nix::unistd::Group;
 
-use super::{Cache, OnReadError, OnWriteError, ReadPattern};
+use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern};
 use crate::common::message::Quoted;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
 
@@ -108,6 +108,11 @@ pub(super) struct Options {
     #[arg(long, value_name = "MODE", value_enum, default_value_t = Cache::None,
         help_heading = "Replicas")]
     pub(super) cache: Cache,
+
+    /// How to read and write the images
+    #[arg(long, value_name = "HOW", value_enum, default_value_t = Aio::IoUring,
+        help_heading = "Replicas")]
+    pub(super) aio: Aio,
 
     /// Accept images that begin like a qcow2, LUKS or other image that is not raw, and serve their
     /// bytes as they are. For guests that have written such a header to their disk

@@ -89,6 +89,8 @@ pub struct Config {
     pub queue_size: u16,
     /// Whether to use the host's page cache.
     pub cache: Cache,
+    /// How the images are read and written.
+    pub aio: Aio,
     /// Accept images that seem to have another format than raw.
     pub raw_anyway: bool,
     /// The socket of the events.
@@ -187,6 +189,17 @@ pub enum Cache {
     Writeback,
 }
 
+/// How to read and write the images. The names are QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[value(rename_all = "snake_case")]
+pub enum Aio {
+    /// With io_uring
+    IoUring,
+    /// With threads that make a system call for each operation: slower, but works where io_uring
+    /// is forbidden
+    Threads,
+}
+
 /// The definition of the command line, for the man page and the shell completions.
 pub fn command_line() -> clap::Command {
     Options::command()
@@ -263,6 +276,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         queue_count: options.num_queues,
         queue_size,
         cache: options.cache,
+        aio: options.aio,
         raw_anyway: options.raw_anyway,
         events: sockets.events,
         qmp: sockets.qmp,

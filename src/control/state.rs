@@ -30,6 +30,8 @@ pub struct DiskState {
     /// Replicas are accessed with direct I/O.
     #[serde(skip)]
     pub direct: bool,
+    /// The value of `--aio`.
+    pub aio: String,
     /// Worker threads.
     pub workers: usize,
     /// Virtqueues.

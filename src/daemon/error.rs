@@ -76,10 +76,11 @@ fn io_uring_hint(error: &io::Error) -> &'static str {
     match error.raw_os_error() {
         Some(libc::EPERM | libc::EACCES) => {
             "; it is forbidden, by the sysctl kernel.io_uring_disabled or by a seccomp filter, \
-             such as that of a container"
+             such as that of a container; allow it, or use --aio threads, which is slower"
         }
         Some(libc::ENOSYS) => {
-            "; the kernel has none, or a seccomp filter hides it, such as that of a container"
+            "; the kernel has none, or a seccomp filter hides it, such as that of a container; \
+             allow it, or use --aio threads, which is slower"
         }
         Some(libc::ENOMEM) => "; raise the limit of locked memory (ulimit -l)",
         _ => "",

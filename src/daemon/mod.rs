@@ -16,6 +16,7 @@ mod panic_hook;
 pub mod service_manager;
 mod signals;
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
@@ -45,7 +46,7 @@ use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
 use crate::replica::file::{Opening, ReplicaFile, disk_size, open_all};
-use crate::replica::ring::RingFile;
+use crate::replica::ring::{Aio, RingFile};
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
@@ -81,7 +82,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
         .iter()
         .map(|replica| RingFile::of(&replica.file))
         .collect();
-    let workers = Workers::start(&disk, files, count).map_err(Error::IoUring)?;
+    let workers = Workers::start(&disk, files, count).map_err(worker_error(config.aio))?;
     let table = Arc::new(ReplicaTable::new(replicas));
     let admin = Admin::start(
         &disk,
@@ -200,12 +201,24 @@ fn serve(
 /// Reports to the log and the service manager that the disk is served.
 fn announce(disk: &Disk, replicas: usize) {
     let (size, threshold) = (disk.info.capacity.bytes(), disk.policy.threshold);
+    let aio = match disk.aio {
+        Aio::IoUring => "io_uring",
+        Aio::Threads => "threads",
+    };
     let status = format!(
         "serving {} MiB from {replicas} replicas, vote threshold {threshold}",
         size >> 20
     );
-    info!(size, replicas, "vote-threshold" = threshold; "serving the disk");
+    info!(size, replicas, "vote-threshold" = threshold, aio; "serving the disk");
     service_manager::notify(&[NotifyState::Ready, NotifyState::Status(&status)]);
+}
+
+/// Why no worker starts.
+fn worker_error(aio: crate::config::Aio) -> impl FnOnce(io::Error) -> Error {
+    move |source| match aio {
+        crate::config::Aio::IoUring => Error::IoUring(source),
+        crate::config::Aio::Threads => system("cannot start a worker")(source),
+    }
 }
 
 /// The parts of the disk that `workers` workers serve.
@@ -235,6 +248,10 @@ fn disk(
     Ok(Disk {
         policy: policy(config, &info),
         info,
+        aio: match config.aio {
+            crate::config::Aio::IoUring => Aio::IoUring,
+            crate::config::Aio::Threads => Aio::Threads,
+        },
         shared: Arc::new(shared),
         released,
         slots: slots

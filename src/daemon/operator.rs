@@ -56,6 +56,7 @@ struct Fixed {
     policy: PolicyState,
     read_only: bool,
     direct: bool,
+    aio: String,
     workers: usize,
     queues: u16,
 }
@@ -75,6 +76,7 @@ impl DiskOperator {
             },
             read_only: config.read_only,
             direct: config.cache == Cache::None,
+            aio: name_of(config.aio),
             workers: disk.statistics.workers(),
             queues: config.queue_count,
         };
@@ -257,6 +259,7 @@ impl Operator for DiskOperator {
             policy: self.fixed.policy.clone(),
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
+            aio: self.fixed.aio.clone(),
             workers: self.fixed.workers,
             queues: self.fixed.queues,
             requests: Requests {

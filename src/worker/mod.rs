@@ -1,4 +1,4 @@
-//! Worker threads: each moves requests between its virtqueues, its engine and its io_uring.
+//! Worker threads: each moves requests between its virtqueues, its engine and its ring.
 //!
 //! The virtqueues of every connection are distributed over the workers. A worker skips connections
 //! that are not in use.
@@ -25,6 +25,7 @@ use crate::device::DiskInfo;
 use crate::device::connection::ConnectionSlot;
 use crate::device::hold::Hold;
 use crate::engine::{Policy, Shared};
+use crate::replica::ring::Aio;
 use crate::statistics::Statistics;
 
 /// Why the daemon stops.
@@ -45,6 +46,8 @@ pub struct Disk {
     pub info: DiskInfo,
     /// How the engines decide.
     pub policy: Policy,
+    /// How operations on replicas are carried out.
+    pub aio: Aio,
     /// The state that the engines share.
     pub shared: Arc<Shared>,
     /// Receives each removed replica once no worker uses it any more.

@@ -82,6 +82,7 @@ fn disk(memory: &GuestMemory, workers: u16) -> Disk {
             // However slow the machine is, no replica is evicted.
             replica_timeout: Duration::from_secs(3600),
         },
+        aio: Aio::IoUring,
         shared: Arc::new(Shared::new(REPLICAS, 2, workers, SECTORS)),
         released: channel().0,
         slots: vec![slot],

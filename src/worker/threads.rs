@@ -17,7 +17,8 @@ use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::WorkerIndex;
 use crate::limits::{drain_limit, drain_overtime};
-use crate::replica::ring::{Ring, RingFile};
+use crate::replica::ring::kernel::Kernel;
+use crate::replica::ring::{Aio, Ring, RingFile};
 
 /// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
 #[derive(Debug)]
@@ -40,7 +41,7 @@ impl Workers {
     /// released, or as long as any worker runs.
     ///
     /// # Errors
-    /// If a thread or its io_uring cannot be created; no thread is left running then.
+    /// If a thread or its ring cannot be created; no thread is left running then.
     pub fn start(disk: &Disk, files: Vec<RingFile>, count: u16) -> io::Result<Self> {
         let count = count.max(1);
         let mailboxes = (0..count)
@@ -76,7 +77,23 @@ impl Workers {
         let handle = std::thread::Builder::new()
             .name(format!("worker-{}", index.0))
             .spawn(move || {
-                run_worker(index, disk, files, mailboxes, &ready, &ended);
+                let (ready, ended) = (&ready, &ended);
+                match disk.aio {
+                    Aio::IoUring => {
+                        run_worker(Ring::new, index, disk, files, mailboxes, ready, ended);
+                    }
+                    Aio::Threads => {
+                        run_worker(
+                            Ring::with_threads,
+                            index,
+                            disk,
+                            files,
+                            mailboxes,
+                            ready,
+                            ended,
+                        );
+                    }
+                }
             })?;
         self.threads.push(Thread { handle, busy });
         is_ready.recv().expect(NOT_POISONED)
@@ -123,7 +140,8 @@ impl Workers {
 
 /// The body of a worker thread. Sends to `ready` whether the worker could be created, and to
 /// `ended` the replicas with operations in flight at the end.
-fn run_worker(
+fn run_worker<K: Kernel>(
+    create: impl FnOnce(&[RingFile]) -> io::Result<Ring<K>>,
     index: WorkerIndex,
     disk: Disk,
     files: Vec<RingFile>,
@@ -132,8 +150,9 @@ fn run_worker(
     ended: &SyncSender<ReplicaSet>,
 ) {
     let stop = disk.stop.clone();
-    // Created in the thread that uses it, so that the kernel needs no locks for the io_uring.
-    let ring = Ring::new(&files);
+    let aio = disk.aio;
+    // Created in the thread that uses it, so that the kernel needs no locks for an io_uring.
+    let ring = create(&files);
     // The ring has them, until it is given others.
     drop(files);
     let mut worker = match ring.and_then(|ring| Worker::new(ring, index, disk, mailboxes)) {
@@ -146,8 +165,12 @@ fn run_worker(
     };
     let _ = ready.send(Ok(()));
     if let Err(error) = worker.run() {
-        error!(worker = index.0, error:%; "worker stops: its io_uring failed");
-        let _ = stop.send(Stop::Broken(format!("io_uring: {error}")));
+        let what = match aio {
+            Aio::IoUring => "io_uring",
+            Aio::Threads => "epoll",
+        };
+        error!(worker = index.0, error:%; "worker stops: its {what} failed");
+        let _ = stop.send(Stop::Broken(format!("{what}: {error}")));
     }
     // Sent before the worker is dropped, which may never end with operations in flight.
     let _ = ended.send(worker.io.ring.busy_replicas());

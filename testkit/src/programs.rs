@@ -23,8 +23,17 @@ pub fn program(name: &str) -> PathBuf {
 }
 
 /// A command that starts [`DAEMON`] or [`BLKCTL`].
+///
+/// With QUORUM_BLK_TEST_AIO=threads, the daemon carries operations out in threads (`--aio`): the
+/// same tests check that.
 pub fn command(name: &str) -> Command {
-    Command::new(program(name))
+    let mut command = Command::new(program(name));
+    if let Some(aio) = env::var_os("QUORUM_BLK_TEST_AIO")
+        && name == DAEMON
+    {
+        command.arg("--aio").arg(aio);
+    }
+    command
 }
 
 /// The path of a program that `tests/clients/prepare.sh` (`make clients`) has fetched.

@@ -164,6 +164,7 @@ pub fn disk() -> DiskState {
         },
         read_only: false,
         direct: true,
+        aio: "io_uring".into(),
         workers: 1,
         queues: 1,
         requests: Requests {

@@ -88,7 +88,7 @@ fn set_environment(
 }
 
 const LIFE: [&str; 4] = [
-    "disk=vm1 serving the disk size=1048576 replicas=3 vote-threshold=2",
+    "disk=vm1 serving the disk size=1048576 replicas=3 vote-threshold=2 aio=io_uring",
     "disk=vm1 frontend connected connection=0",
     "disk=vm1 frontend disconnected connection=0",
     "disk=vm1 stopping reason=requested",

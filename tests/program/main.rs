@@ -1,5 +1,6 @@
 //! The daemon as a program: how it starts, what it refuses, what `make install` installs.
 
+mod aio;
 mod aliases;
 mod installation;
 mod logging;

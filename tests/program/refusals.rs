@@ -2,11 +2,9 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
-use std::io;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -290,66 +288,6 @@ fn a_serial_number_that_is_too_long_gets_a_proposal() {
     let uuid = "b3e5c1f0-8a11-4d7e-9c55-0123456789ab";
     let line = Place::new(1).refusal(&["--serial", uuid]);
     assert_says(&line, &["for example 'b3e5c1f0-8a11-4d7e-9'"]);
-}
-
-/// In a container, or where the administrator has switched it off.
-#[test]
-fn a_system_without_io_uring_is_refused_with_the_causes() {
-    let place = Place::new(2);
-    for (errno, text) in [
-        (libc::EPERM, "kernel.io_uring_disabled"),
-        (libc::ENOSYS, "seccomp"),
-    ] {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkd"));
-        command
-            .args(place.sockets_arguments())
-            .args(replica_arguments(&place.images));
-        // SAFETY: the closure makes system calls only.
-        unsafe { command.pre_exec(move || forbid_io_uring(errno)) };
-        let output = command.output().unwrap();
-        let stderr = String::from_utf8(output.stderr).unwrap();
-        assert_eq!(output.status.code(), Some(1), "{stderr}");
-        assert_says(&stderr, &["io_uring", "seccomp filter", text]);
-        assert_eq!(stderr.lines().count(), 1, "{stderr}");
-        assert_eq!(place.sockets(), Vec::<String>::new());
-    }
-}
-
-/// Has io_uring_setup fail in this process from now on.
-fn forbid_io_uring(errno: i32) -> io::Result<()> {
-    let instruction = |code: u32, jump_if_true, jump_if_false, operand| libc::sock_filter {
-        code: code.try_into().expect("a short code"),
-        jt: jump_if_true,
-        jf: jump_if_false,
-        k: operand,
-    };
-    let number = libc::SYS_io_uring_setup.try_into().expect("a small number");
-    let errno: u32 = errno.try_into().expect("a positive number");
-    let mut filter = [
-        // The number of the system call is the first member of `struct seccomp_data`.
-        instruction(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
-        instruction(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number),
-        instruction(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_ERRNO | errno),
-        instruction(libc::BPF_RET, 0, 0, libc::SECCOMP_RET_ALLOW),
-    ];
-    let program = libc::sock_fprog {
-        len: filter.len().try_into().expect("a short program"),
-        filter: filter.as_mut_ptr(),
-    };
-    // SAFETY: the program is valid for reads during the call.
-    let set = unsafe {
-        libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
-        libc::prctl(
-            libc::PR_SET_SECCOMP,
-            libc::SECCOMP_MODE_FILTER,
-            &raw const program,
-        )
-    };
-    if set == 0 {
-        Ok(())
-    } else {
-        Err(io::Error::last_os_error())
-    }
 }
 
 /// An image of another format, as qemu-img makes it, would be served as the bytes of its headers.

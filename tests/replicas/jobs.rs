@@ -20,7 +20,7 @@ use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
 use quorum_blk::replica::file::{OpenOptions, Opening, Overwrite, ReplicaSource, open_all};
-use quorum_blk::replica::ring::RingFile;
+use quorum_blk::replica::ring::{Aio, RingFile};
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Workers};
@@ -81,6 +81,10 @@ fn serve() -> Served {
             job_sizes: Sizes::default(),
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),
+        },
+        aio: match std::env::var_os("QUORUM_BLK_TEST_AIO") {
+            Some(aio) if aio == "threads" => Aio::Threads,
+            _ => Aio::IoUring,
         },
         shared: Arc::new(Shared::new(3, 2, workers, capacity_sectors)),
         released,

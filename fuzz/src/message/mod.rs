@@ -23,7 +23,7 @@ use quorum_blk::device::frontend::{Frontend, VirtqueueServer};
 use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::Sizes;
-use quorum_blk::replica::ring::RingFile;
+use quorum_blk::replica::ring::{Aio, RingFile};
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Stop, Workers};
 use rustix::event::{EventfdFlags, epoll, eventfd};
@@ -128,6 +128,7 @@ impl Machine {
                 replica_timeout: Duration::from_secs(3600),
                 job_sizes: Sizes::default(),
             },
+            aio: Aio::IoUring,
             shared: Arc::new(Shared::new(REPLICAS, 2, 1, info.capacity.sectors())),
             slots: vec![slot.clone()],
             events: EventQueue::new().expect("an eventfd"),

@@ -1,7 +1,7 @@
 //! A kernel for unit tests: it records every submission and completes it as the test says, with any
 //! result and in any order.
 
-#![allow(unsafe_code)]
+#![forbid(unsafe_code)]
 
 use std::cell::RefCell;
 use std::collections::VecDeque;
@@ -14,6 +14,7 @@ use std::time::Duration;
 use io_uring::squeue;
 
 use super::kernel::{Kernel, KernelCompletion};
+pub(crate) use super::submission::{ASYNC, FIXED_FILE, POLL_ADD_MULTI, Submission};
 
 /// A handle to a recording kernel. The test keeps a clone.
 #[derive(Clone)]
@@ -37,58 +38,6 @@ struct State {
     meanwhile: Option<Event>,
     /// A call of [`Kernel::enter`] has waited in vain.
     is_asleep: bool,
-}
-
-/// A submission queue entry, taken apart.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Submission {
-    pub(crate) opcode: u8,
-    pub(crate) flags: u8,
-    pub(crate) fd: i32,
-    pub(crate) offset: u64,
-    /// Where the memory of a read or write is, the length of a fallocate, the user data that a
-    /// cancellation looks for.
-    pub(crate) address: u64,
-    /// The length of a read or write, the mode of a fallocate.
-    pub(crate) len: u32,
-    /// `rw_flags`, `fsync_flags` or the events of a poll.
-    pub(crate) operation_flags: u32,
-    /// The index of the fixed buffer.
-    pub(crate) buffer: u16,
-    pub(crate) user_data: u64,
-}
-
-/// Bits of [`Submission::flags`] (linux/io_uring.h).
-pub(crate) const FIXED_FILE: u8 = 1 << 0;
-pub(crate) const ASYNC: u8 = 1 << 4;
-
-/// The flag for a poll that reports every event, in [`Submission::len`].
-pub(crate) const POLL_ADD_MULTI: u32 = 1;
-
-impl Submission {
-    /// Takes an entry apart by the offsets of `struct io_uring_sqe` (linux/io_uring.h).
-    fn of(entry: &squeue::Entry) -> Self {
-        const { assert!(size_of::<squeue::Entry>() == 64) }
-        // SAFETY: the entry is a `repr(C)` struct of 64 bytes of integers, all initialised.
-        let bytes = unsafe { std::mem::transmute_copy::<squeue::Entry, [u8; 64]>(entry) };
-        let field = |start: usize, len: usize| {
-            let mut value = [0; 8];
-            value[..len].copy_from_slice(&bytes[start..start + len]);
-            u64::from_ne_bytes(value)
-        };
-        let word = |start| u32::try_from(field(start, 4)).unwrap();
-        Self {
-            opcode: bytes[0],
-            flags: bytes[1],
-            fd: word(4).cast_signed(),
-            offset: field(8, 8),
-            address: field(16, 8),
-            len: word(24),
-            operation_flags: word(28),
-            user_data: field(32, 8),
-            buffer: u16::try_from(field(40, 2)).unwrap(),
-        }
-    }
 }
 
 impl FakeKernel {

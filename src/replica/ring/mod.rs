@@ -1,4 +1,5 @@
-//! One io_uring for one worker thread: operations on replicas, and descriptors that wake it.
+//! One ring for one worker thread: operations on replicas, and descriptors that wake it. Behind it
+//! is an io_uring, or threads ([`Aio`]).
 //!
 //! Invariants:
 //! - The next [`Ring::enter`] submits everything that is queued, in one system call.
@@ -6,12 +7,15 @@
 //! - An operation keeps its buffer until the kernel has completed it. A ring that is dropped before
 //!   that leaks the buffers, so the kernel never writes to memory in other use.
 
+mod aio_thread;
 #[cfg(test)]
 pub(crate) mod fake_kernel;
 mod holes;
 pub(crate) mod kernel;
 mod operation;
+mod submission;
 mod table;
+pub(crate) mod threads;
 
 use std::collections::VecDeque;
 use std::io;
@@ -28,6 +32,7 @@ use self::holes::{HoleFile, Questions};
 use self::kernel::{Kernel, KernelCompletion, Uring};
 use self::operation::{Next, PendingOperation};
 use self::table::{PendingWatch, Table, WatchState, Work};
+use self::threads::Threads;
 use super::zero::Ways;
 use crate::common::buffer::BufferPool;
 use crate::common::operation::{Action, Operation, Reply};
@@ -105,6 +110,15 @@ impl RingFile {
     }
 }
 
+/// How the operations on replicas are carried out. The names are QEMU's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Aio {
+    /// By io_uring.
+    IoUring,
+    /// By threads that make a system call for each.
+    Threads,
+}
+
 /// A ring.
 pub struct Ring<K: Kernel = Uring> {
     kernel: K,
@@ -129,6 +143,16 @@ impl Ring {
     /// If io_uring is not available, or there is not enough memory.
     pub fn new(files: &[RingFile]) -> io::Result<Self> {
         Self::with_kernel(Uring::new()?, files)
+    }
+}
+
+impl Ring<Threads> {
+    /// As [`Ring::new`], without io_uring.
+    ///
+    /// # Errors
+    /// If the system has no more descriptors.
+    pub fn with_threads(files: &[RingFile]) -> io::Result<Self> {
+        Self::with_kernel(Threads::new()?, files)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The ring with real files and the real kernel. `fake_tests.rs` checks what it submits.
+//! The ring with real files, io_uring and threads. `fake_tests.rs` checks what it submits.
 
 use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
@@ -14,6 +14,33 @@ use crate::limits::RING_ENTRIES;
 use crate::replica::zero::{Way, ZEROES_BYTES};
 use crate::statistics::Recorder;
 
+/// How a test makes its rings.
+type New<K> = fn(&[RingFile]) -> io::Result<Ring<K>>;
+
+/// Makes each function two tests.
+macro_rules! with_both_kernels {
+    ($($name:ident)*) => {
+        mod with_io_uring {
+            $(#[test] fn $name() { super::$name(super::Ring::new); })*
+        }
+        mod with_threads {
+            $(#[test] fn $name() { super::$name(super::Ring::with_threads); })*
+        }
+    };
+}
+
+with_both_kernels! {
+    writes_reads_and_flushes
+    zeroes_in_every_way_and_nothing_else
+    unmapping_frees_the_space
+    a_read_beyond_the_end_of_a_cut_file_is_an_error
+    takes_more_operations_than_the_queue_has_entries
+    kernel_threads_do_long_writes_through_the_page_cache
+    a_file_is_added_and_removed_while_others_are_in_use
+    reports_every_write_to_a_watched_eventfd_until_it_is_unwatched
+    a_failed_watch_does_not_end_another_one
+}
+
 fn operation(action: Action) -> Operation {
     Operation {
         request: RequestId(7),
@@ -22,11 +49,11 @@ fn operation(action: Action) -> Operation {
     }
 }
 
-fn push(ring: &mut Ring, operation: Operation) -> io::Result<()> {
+fn push<K: Kernel>(ring: &mut Ring<K>, operation: Operation) -> io::Result<()> {
     ring.push(operation, Recorder::detached().now())
 }
 
-fn reply_of(ring: &mut Ring) -> Reply {
+fn reply_of<K: Kernel>(ring: &mut Ring<K>) -> Reply {
     loop {
         if let Some(Completion::Reply(reply, _)) = ring.enter(Wait::Forever).unwrap().pop_front() {
             return reply;
@@ -34,11 +61,10 @@ fn reply_of(ring: &mut Ring) -> Reply {
     }
 }
 
-#[test]
-fn writes_reads_and_flushes() {
+fn writes_reads_and_flushes<K: Kernel>(new: New<K>) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 20).unwrap();
-    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
+    let mut ring = new(&[RingFile::of(&file)]).unwrap();
     let pool = BufferPool::default();
     let mut data = pool.take(4096);
     data.fill(0xa5);
@@ -75,13 +101,12 @@ fn writes_reads_and_flushes() {
     assert_eq!(ring.operations(), 0);
 }
 
-fn zero(ring: &mut Ring, range: SectorRange, unmap: bool) -> Result<(), Errno> {
+fn zero<K: Kernel>(ring: &mut Ring<K>, range: SectorRange, unmap: bool) -> Result<(), Errno> {
     push(ring, operation(Action::Zero { range, unmap })).unwrap();
     reply_of(ring).result
 }
 
-#[test]
-fn zeroes_in_every_way_and_nothing_else() {
+fn zeroes_in_every_way_and_nothing_else<K: Kernel>(new: New<K>) {
     let file = tempfile::tempfile().unwrap();
     let len = 3 * ZEROES_BYTES;
     let lacks_none = |_: &mut Ways| {};
@@ -104,7 +129,7 @@ fn zeroes_in_every_way_and_nothing_else() {
         .flat_map(|lacks| [(lacks, true), (lacks, false)])
     {
         file.write_all_at(&vec![7; len], 0).unwrap();
-        let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
+        let mut ring = new(&[RingFile::of(&file)]).unwrap();
         lacks(&mut ring.ways);
         // Neither end is at a page boundary.
         let range = SectorRange::new(3, 2 * ZEROES_BYTES as u64 / SECTOR_BYTES + 77);
@@ -123,21 +148,19 @@ fn zeroes_in_every_way_and_nothing_else() {
     }
 }
 
-#[test]
-fn unmapping_frees_the_space() {
+fn unmapping_frees_the_space<K: Kernel>(new: New<K>) {
     use std::os::unix::fs::MetadataExt;
     let file = tempfile::tempfile().unwrap();
     file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
-    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
+    let mut ring = new(&[RingFile::of(&file)]).unwrap();
     assert_eq!(zero(&mut ring, SectorRange::new(0, 2048), true), Ok(()));
     assert_eq!(file.metadata().unwrap().blocks(), 0);
 }
 
-#[test]
-fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
+fn a_read_beyond_the_end_of_a_cut_file_is_an_error<K: Kernel>(new: New<K>) {
     let file = tempfile::tempfile().unwrap();
     file.set_len(768).unwrap();
-    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
+    let mut ring = new(&[RingFile::of(&file)]).unwrap();
     let into = BufferPool::default().take(1024);
     push(
         &mut ring,
@@ -150,10 +173,9 @@ fn a_read_beyond_the_end_of_a_cut_file_is_an_error() {
     assert_eq!(reply_of(&mut ring).result, Err(Errno(libc::EIO)));
 }
 
-#[test]
-fn takes_more_operations_than_the_queue_has_entries() {
+fn takes_more_operations_than_the_queue_has_entries<K: Kernel>(new: New<K>) {
     let file = tempfile::tempfile().unwrap();
-    let mut ring = Ring::new(&[RingFile::of(&file)]).unwrap();
+    let mut ring = new(&[RingFile::of(&file)]).unwrap();
     let count = RING_ENTRIES as usize * 3 + 1;
     for _ in 0..count {
         push(&mut ring, operation(Action::Flush)).unwrap();
@@ -163,8 +185,7 @@ fn takes_more_operations_than_the_queue_has_entries() {
     }
 }
 
-#[test]
-fn kernel_threads_do_long_writes_through_the_page_cache() {
+fn kernel_threads_do_long_writes_through_the_page_cache<K: Kernel>(new: New<K>) {
     let directory = tempfile::tempdir().unwrap();
     let open = |flags| {
         let mut options = File::options();
@@ -176,9 +197,9 @@ fn kernel_threads_do_long_writes_through_the_page_cache() {
         options.open(directory.path().join("image")).unwrap()
     };
     let (cached, direct) = (open(0), open(libc::O_DIRECT));
-    let mut ring = Ring::new(&[RingFile::of(&cached), RingFile::of(&direct)]).unwrap();
+    let mut ring = new(&[RingFile::of(&cached), RingFile::of(&direct)]).unwrap();
     let data = Rc::new(BufferPool::default().take(len_of(LONG_WRITE_BYTES)));
-    let writing_long = |ring: &mut Ring, replica, bytes, count: usize| {
+    let writing_long = |ring: &mut Ring<K>, replica, bytes, count: usize| {
         for _ in 0..count {
             let action = Action::Write {
                 range: SectorRange::new(0, bytes / SECTOR_BYTES),
@@ -213,12 +234,11 @@ fn kernel_threads_do_long_writes_through_the_page_cache() {
     assert_eq!(writing_long(&mut ring, 0, LONG_WRITE_BYTES, 1), 0);
 }
 
-#[test]
-fn a_file_is_added_and_removed_while_others_are_in_use() {
+fn a_file_is_added_and_removed_while_others_are_in_use<K: Kernel>(new: New<K>) {
     let (first, second) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
     second.write_all_at(&[9; 512], 0).unwrap();
-    let mut ring = Ring::new(&[RingFile::of(&first)]).unwrap();
-    let read = |ring: &mut Ring| {
+    let mut ring = new(&[RingFile::of(&first)]).unwrap();
+    let read = |ring: &mut Ring<K>| {
         let into = BufferPool::default().take(512);
         let range = SectorRange::new(0, 1);
         let read = Operation {
@@ -240,9 +260,8 @@ fn a_file_is_added_and_removed_while_others_are_in_use() {
     assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
 }
 
-#[test]
-fn reports_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
-    let mut ring = Ring::new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
+fn reports_every_write_to_a_watched_eventfd_until_it_is_unwatched<K: Kernel>(new: New<K>) {
+    let mut ring = new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
     let event = EventFd::new(libc::EFD_NONBLOCK).unwrap();
     let watch = ring.watch(&event, WatchToken(3)).unwrap();
     for _ in 0..3 {
@@ -260,9 +279,8 @@ fn reports_every_write_to_a_watched_eventfd_until_it_is_unwatched() {
     }
 }
 
-#[test]
-fn a_failed_watch_does_not_end_another_one() {
-    let mut ring = Ring::new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
+fn a_failed_watch_does_not_end_another_one<K: Kernel>(new: New<K>) {
+    let mut ring = new(&[RingFile::of(&tempfile::tempfile().unwrap())]).unwrap();
     // A descriptor of this kind cannot be polled.
     let path = File::options()
         .read(true)
