@@ -94,6 +94,9 @@ pub const METRICS_LIMIT: Duration = Duration::from_secs(5);
 /// Buckets of the map of corruption and errors: more than a terminal has columns.
 pub const MAP_BUCKETS: usize = 1024;
 
+/// Jobs that have ended and whose results are kept.
+pub const ENDED_JOBS_MAX: usize = 32;
+
 /// Runs of sectors of one kind that a job lists for a replica; further ones are counted only.
 pub const JOB_PLACES_MAX: usize = 16;
 

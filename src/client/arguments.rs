@@ -170,6 +170,9 @@ pub(super) enum Action {
         /// Print the daemon's reply to query-jobs as JSON
         #[arg(long)]
         json: bool,
+        /// Show the last jobs that have ended, with what they found; the running ones come last
+        #[arg(long)]
+        all: bool,
         #[command(subcommand)]
         command: Option<JobCommand>,
     },

@@ -6,8 +6,8 @@ use serde_json::json;
 
 use super::arguments::JobCommand;
 use super::connection::parse_reply;
-use super::format::{percent, printable, size};
-use super::replies::Job;
+use super::format::{percent, printable, size, timestamp};
+use super::replies::{EndedJob, Job};
 use super::scrub::wait_for;
 use super::table::Table;
 use super::terminal::{Style, Terminal};
@@ -17,10 +17,12 @@ use super::{Context, Error, Outcome};
 pub(super) fn run(
     context: &mut Context<'_>,
     json: bool,
+    all: bool,
     command: Option<JobCommand>,
 ) -> Result<Outcome, Error> {
     let connection = &mut context.connection;
     match command {
+        None if all => return list_all(context, json),
         None => return list(context, json),
         Some(JobCommand::Pause { id }) => connection.execute("job-pause", json!({ "id": id }))?,
         Some(JobCommand::Resume { id }) => connection.execute("job-resume", json!({ "id": id }))?,
@@ -50,6 +52,35 @@ fn list(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
         writeln!(context.out, "no jobs")?;
     } else {
         write_table(context.out, &jobs, context.terminal)?;
+    }
+    Ok(Outcome::Good)
+}
+
+/// The jobs that have ended, and those that have not.
+fn list_all(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
+    let mut ended = context.connection.execute("query-quorum-jobs", json!({}))?;
+    let mut running = context.connection.execute("query-jobs", json!({}))?;
+    if json {
+        let all = json!({ "query-quorum-jobs": ended.take(), "query-jobs": running.take() });
+        writeln!(context.out, "{all}")?;
+        return Ok(Outcome::Good);
+    }
+    let ended: Vec<EndedJob> = parse_reply("query-quorum-jobs", ended)?;
+    let running: Vec<Job> = parse_reply("query-jobs", running)?;
+    for job in &ended {
+        let at = timestamp(job.timestamp.seconds, job.timestamp.microseconds);
+        let at = at.map_or_else(|| "-".to_owned(), |at| at.replace('T', " "));
+        let second = at.split('.').next().unwrap_or_default();
+        writeln!(context.out, "{second} UTC")?;
+        job.end().write(context.out, context.terminal)?;
+    }
+    // One may have ended between the two questions.
+    let is_running = |job: &Job| ended.iter().all(|ended| ended.job.id != job.id);
+    let running: Vec<_> = running.into_iter().filter(is_running).collect();
+    if !running.is_empty() {
+        write_table(context.out, &running, context.terminal)?;
+    } else if ended.is_empty() {
+        writeln!(context.out, "no jobs")?;
     }
     Ok(Outcome::Good)
 }

@@ -166,6 +166,6 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Remove { node } => replicas::remove(context, &node),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),
         Action::Resize { size } => resize::run(context, size),
-        Action::Jobs { json, command } => jobs::run(context, json, command),
+        Action::Jobs { json, all, command } => jobs::run(context, json, all, command),
     }
 }

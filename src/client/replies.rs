@@ -5,6 +5,7 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use serde::Deserialize;
 
 use super::format::printable;
+use super::wait::Ended;
 use crate::common::message::counted;
 
 /// The reply to query-quorum.
@@ -156,6 +157,41 @@ pub(super) struct JobEnd {
     #[serde(default)]
     pub(super) replicas: Vec<Findings>,
     pub(super) undecided: Option<Places>,
+}
+
+/// An element of the reply to query-quorum-jobs.
+#[derive(Debug, Deserialize)]
+pub(super) struct EndedJob {
+    #[serde(flatten)]
+    pub(super) job: Job,
+    pub(super) cancelled: bool,
+    pub(super) timestamp: Timestamp,
+    #[serde(default)]
+    replicas: Vec<Findings>,
+    undecided: Option<Places>,
+}
+
+impl EndedJob {
+    pub(super) fn end(&self) -> Ended {
+        let job = &self.job;
+        let end = JobEnd {
+            r#type: job.r#type.clone(),
+            device: job.id.clone(),
+            len: job.total_progress,
+            offset: job.current_progress,
+            error: job.error.clone(),
+            node_name: job.node_name.clone(),
+            corrupt_sectors_found: job.corrupt_sectors_found,
+            unreadable_sectors_found: job.unreadable_sectors_found,
+            sectors_written: job.sectors_written,
+            replicas: self.replicas.clone(),
+            undecided: self.undecided.clone(),
+        };
+        Ended::Reported {
+            end: Box::new(end),
+            cancelled: self.cancelled,
+        }
+    }
 }
 
 /// What a job has found on a replica and written to it.

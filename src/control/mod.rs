@@ -21,6 +21,7 @@ pub mod events;
 mod flapping;
 mod fold;
 pub mod http;
+pub mod job_history;
 pub mod job_state;
 mod json;
 mod map;
@@ -37,6 +38,7 @@ pub(crate) mod wake;
 
 use std::path::PathBuf;
 
+use self::job_history::EndedJob;
 use self::job_state::JobState;
 use self::map_state::MapState;
 use self::state::DiskState;
@@ -124,6 +126,9 @@ pub trait Operator: Send + Sync {
 
     /// The jobs, oldest first.
     fn jobs(&self) -> Vec<JobState>;
+
+    /// The last jobs that have ended, in the order of their ends.
+    fn ended_jobs(&self) -> Vec<EndedJob>;
 
     // Threads that serve no events call the following.
 

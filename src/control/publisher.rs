@@ -181,6 +181,10 @@ impl Server {
                 self.accept_waiting(Kind::Monitor);
             }
             for round in batch.events.chunks(EVENTS_PER_ROUND) {
+                // First: a client that gets the event finds the result.
+                round
+                    .iter()
+                    .for_each(|event| self.queue.keep_result(event, &self.names));
                 let lines: Vec<(Vec<u8>, u64)> = round
                     .iter()
                     .flat_map(|event| {

@@ -13,9 +13,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::errors::{ErrorLog, Errors};
-use super::events::{Event, Notice};
+use super::events::{Event, Names, Notice};
 use super::flapping::Evictions;
 use super::fold::{Fold, FoldLimits};
+use super::job_history::{EndedJob, JobHistory};
 use super::map::DiskMap;
 use super::wake::Wake;
 use crate::common::{NOT_POISONED, ReplicaIndex, SectorRange};
@@ -36,6 +37,8 @@ pub struct EventQueue {
     errors: Mutex<ErrorLog>,
     /// Likewise.
     evictions: Mutex<Evictions>,
+    /// Gets every event when it is sent.
+    ended_jobs: Mutex<JobHistory>,
     /// Readable when there is something new for the publisher.
     wake: Wake,
     /// The start of the time of the folding.
@@ -72,6 +75,7 @@ impl EventQueue {
             map: Mutex::new(DiskMap::new()),
             errors: Mutex::default(),
             evictions: Mutex::default(),
+            ended_jobs: Mutex::default(),
             wake: Wake::new()?,
             opened_at: Instant::now(),
         }))
@@ -156,6 +160,17 @@ impl EventQueue {
     /// Sectors that had no winner when they were last read.
     pub fn undecided_sectors(&self) -> u64 {
         self.map().undecided_sectors()
+    }
+
+    /// Keeps the result of a job that has ended, with the names that its replicas have now.
+    pub(super) fn keep_result(&self, event: &Event, names: &Names) {
+        let mut jobs = self.ended_jobs.lock().expect(NOT_POISONED);
+        jobs.record(&event.notice, event.made_at, names);
+    }
+
+    /// The last jobs that have ended.
+    pub fn ended_jobs(&self) -> Vec<EndedJob> {
+        self.ended_jobs.lock().expect(NOT_POISONED).list()
     }
 
     /// Takes the events that are due; all of them once the queue is closed.

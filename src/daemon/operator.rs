@@ -13,6 +13,7 @@ use crate::common::operation::OperationType;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Cache, Config, check_node_name};
 use crate::control::condition;
+use crate::control::job_history::EndedJob;
 use crate::control::job_state::JobState;
 use crate::control::map_state::{MapState, MappedDisk, ReplicaPlaces};
 use crate::control::queue::EventQueue;
@@ -304,6 +305,10 @@ impl Operator for DiskOperator {
         let names = self.admin.names();
         let jobs = self.admin.jobs();
         jobs.iter().map(|job| JobState::new(job, &names)).collect()
+    }
+
+    fn ended_jobs(&self) -> Vec<EndedJob> {
+        self.reports.ended_jobs()
     }
 
     fn change(&self, change: Change) -> Result<Option<String>, String> {

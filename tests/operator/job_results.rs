@@ -52,3 +52,29 @@ fn a_scrub_says_where_which_replica_was_corrupt() {
     let part = ": 2 corrupt, sectors 100-101; 2 written\n";
     assert!(text.contains(part), "{text}");
 }
+
+#[test]
+fn the_result_of_a_detached_job_is_kept() {
+    let directory = tempfile::tempdir().unwrap();
+    let plan = Plan::default();
+    let images = create_images(directory.path(), 3, plan.size_bytes);
+    corrupt_sectors(&images[2], 100..102, 0xff);
+    let disk = Disk::over(&plan, images);
+    assert_eq!(disk.blkctl(&["jobs", "--all"]), (0, "no jobs\n".into()));
+    let (code, text) = disk.blkctl(&["scrub", "--detach"]);
+    assert_eq!(code, 0, "{text}");
+    disk.wait_for("BLOCK_JOB_COMPLETED", None);
+    assert_eq!(disk.blkctl(&["jobs"]), (0, "no jobs\n".into()));
+    let (code, text) = disk.blkctl(&["jobs", "--all"]);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains(" UTC\njob0 (scrub) completed, "), "{text}");
+    assert!(
+        text.contains("; 2 corrupt sectors found, not repaired\n"),
+        "{text}"
+    );
+    assert!(text.contains(": 2 corrupt, sectors 100-101\n"), "{text}");
+    assert_eq!(
+        disk.monitor().execute("query-jobs", serde_json::json!({})),
+        serde_json::json!([])
+    );
+}

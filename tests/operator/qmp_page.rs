@@ -58,7 +58,7 @@ fn messages() -> Vec<Message> {
 
 /// Times, the progress of a job, and the number of its chunks.
 fn is_of_the_moment(name: &str) -> bool {
-    ["-ns", "_ns", "-progress", "completed"]
+    ["-ns", "_ns", "-progress", "completed", "seconds"]
         .iter()
         .any(|end| name.ends_with(end))
 }

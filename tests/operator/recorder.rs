@@ -7,6 +7,7 @@ use std::sync::{Mutex, PoisonError};
 
 use quorum_blk::control::condition::Health;
 use quorum_blk::control::errors::Errors;
+use quorum_blk::control::job_history::EndedJob;
 use quorum_blk::control::job_state::JobState;
 use quorum_blk::control::map_state::{FailuresState, MapState, UndecidedRanges};
 use quorum_blk::control::state::{
@@ -71,6 +72,10 @@ impl Operator for Recorder {
     }
 
     fn jobs(&self) -> Vec<JobState> {
+        Vec::new()
+    }
+
+    fn ended_jobs(&self) -> Vec<EndedJob> {
         Vec::new()
     }
 

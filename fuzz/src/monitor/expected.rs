@@ -220,7 +220,7 @@ impl Conversation {
     fn run(&mut self, name: &str, mut arguments: Arguments) -> Result<Option<Value>, &'static str> {
         let value = match name {
             "query-status" => Some(json!({ "running": true, "status": "running" })),
-            "query-jobs" => Some(json!([])),
+            "query-jobs" | "query-quorum-jobs" => Some(json!([])),
             "query-version" | "query-commands" | "query-block" | "query-quorum" => None,
             "query-quorum-map" => {
                 let buckets = match arguments.take("buckets") {

@@ -134,6 +134,10 @@ static COMMANDS: &[Command] = &[
         run: |arguments, operator| run(arguments, |NoArguments {}| Ok(operator.state())),
     },
     Command {
+        name: "query-quorum-jobs",
+        run: |arguments, operator| run(arguments, |NoArguments {}| Ok(operator.ended_jobs())),
+    },
+    Command {
         name: "query-quorum-map",
         run: |arguments, operator| {
             run(arguments, |query: QueryMap| {
