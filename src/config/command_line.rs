@@ -152,9 +152,10 @@ pub(super) struct Options {
         help_heading = "Disk")]
     pub(super) rerror: OnReadError,
 
-    /// What to do with a write, discard or flush that fails on too many replicas. stop is as for
-    /// --rerror; enospc stops only if an image has no space left, so that the guest does not lose
-    /// its file system to a full disk of the host. Needs --qmp
+    /// What to do with a write or discard that fails on too many replicas. stop is as for --rerror;
+    /// enospc stops only if an image has no space left, so that the guest does not lose its file
+    /// system to a full disk of the host. A flush that fails is always reported: data may be lost.
+    /// Needs --qmp
     #[arg(long, value_name = "ACTION", value_enum, default_value_t = OnWriteError::Report,
         help_heading = "Disk")]
     pub(super) werror: OnWriteError,

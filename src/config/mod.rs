@@ -69,7 +69,7 @@ pub struct Config {
     pub rewrite_corrupted: bool,
     /// What to do with a read that fails.
     pub rerror: OnReadError,
-    /// What to do with a write, discard or flush that fails.
+    /// What to do with a write or discard that fails.
     pub werror: OnWriteError,
     /// Exit at the first difference between the two replicas.
     pub blkverify: bool,
@@ -168,7 +168,7 @@ pub enum OnReadError {
     Stop,
 }
 
-/// What to do with a write, discard or flush that fails.
+/// What to do with a write or discard that fails.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnWriteError {
     /// The guest gets an I/O error

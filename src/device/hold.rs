@@ -36,21 +36,23 @@ pub enum OnError {
 pub struct ErrorPolicy {
     /// To reads.
     pub read: OnError,
-    /// To writes, discards, write-zeroes and flushes.
+    /// To writes, discards and write-zeroes.
     pub write: OnError,
 }
 
 impl ErrorPolicy {
-    /// Whether a request of this type that failed is held.
-    pub fn holds(self, operation: OperationType, no_space: bool) -> bool {
+    /// Whether a request of this type that failed is held. What a flush has not made durable may be
+    /// lost, and another flush would not bring it back: the guest must know.
+    pub fn holds(self, operation: OperationType, failed: Failed) -> bool {
         let on_error = match operation {
+            _ if failed.by_flush => OnError::Report,
             OperationType::Read => self.read,
             OperationType::Write | OperationType::Flush => self.write,
         };
         match on_error {
             OnError::Report => false,
             OnError::Stop => true,
-            OnError::NoSpace => no_space,
+            OnError::NoSpace => failed.no_space,
         }
     }
 }
@@ -115,11 +117,6 @@ impl Hold {
         }
     }
 
-    /// What is held.
-    pub fn policy(&self) -> ErrorPolicy {
-        self.policy
-    }
-
     /// Whether anything is held, and so nothing new may be taken from the guest.
     #[inline]
     pub fn is_holding(&self) -> bool {
@@ -139,7 +136,7 @@ impl Hold {
         failed: Failed,
         ticket: Option<Ticket>,
     ) -> Option<Ticket> {
-        if !self.policy.holds(fragment.operation, failed.no_space) {
+        if !self.policy.holds(fragment.operation, failed) {
             if let Some(ticket) = ticket {
                 self.give_up(ticket);
             }
@@ -310,7 +307,10 @@ mod tests {
     use super::*;
     use crate::engine::FragmentId;
 
-    const FAILED: Failed = Failed { no_space: false };
+    const FAILED: Failed = Failed {
+        no_space: false,
+        by_flush: false,
+    };
 
     fn hold() -> Hold {
         Hold::new(ErrorPolicy {
@@ -347,14 +347,20 @@ mod tests {
     fn a_policy_holds_what_it_names() {
         let holds = |write, operation, no_space| {
             let read = OnError::Report;
-            ErrorPolicy { read, write }.holds(operation, no_space)
+            let failed = Failed { no_space, ..FAILED };
+            let by_flush = Failed {
+                by_flush: true,
+                ..failed
+            };
+            let policy = ErrorPolicy { read, write };
+            assert!(!policy.holds(operation, by_flush), "it may be lost");
+            policy.holds(operation, failed)
         };
-        for operation in [OperationType::Write, OperationType::Flush] {
-            assert!(!holds(OnError::Report, operation, true));
-            assert!(holds(OnError::Stop, operation, false));
-            assert!(holds(OnError::NoSpace, operation, true));
-            assert!(!holds(OnError::NoSpace, operation, false));
-        }
+        let write = OperationType::Write;
+        assert!(!holds(OnError::Report, write, true));
+        assert!(holds(OnError::Stop, write, false));
+        assert!(holds(OnError::NoSpace, write, true));
+        assert!(!holds(OnError::NoSpace, write, false));
         assert!(!holds(OnError::Stop, OperationType::Read, true));
     }
 
@@ -422,7 +428,7 @@ mod tests {
     #[test]
     fn what_is_given_up_is_not_submitted_again() {
         let hold = hold();
-        let ticket = hold.failed(fragment(1, 0, OperationType::Flush, 0), FAILED, None);
+        let ticket = hold.failed(fragment(1, 0, OperationType::Read, 0), FAILED, None);
         hold.continue_all();
         hold.give_up(ticket.unwrap());
         assert!(hold.next(WorkerIndex(0)).is_none() && !hold.is_holding());

@@ -306,7 +306,10 @@ impl<E: Effects> Context<'_, E> {
             error: errors.map(|errors| errors.first),
             no_space,
         });
-        Failed { no_space }
+        Failed {
+            no_space,
+            by_flush: false,
+        }
     }
 
     /// Has the surroundings of corrupt or unreadable sectors scrubbed.

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::context::{Context, Progress};
 use super::flush_queue::{Origin, Waiting};
-use super::interface::Effects;
+use super::interface::{Effects, Failed};
 use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, OperationType, Reply};
@@ -283,6 +283,8 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
         context.effects.complete(tag, Ok(&[]));
     } else {
         let failed = context.report_failure(Requester::Guest, operation, range);
+        let by_flush = true;
+        let failed = Failed { by_flush, ..failed };
         context.effects.complete(tag, Err(failed));
     }
 }

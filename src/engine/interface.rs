@@ -108,6 +108,8 @@ impl GuestRequest {
 pub struct Failed {
     /// A replica has no space left for it.
     pub no_space: bool,
+    /// It is a flush, or a write that the replicas have written and that no flush has made durable.
+    pub by_flush: bool,
 }
 
 /// What an engine asks of its driver. No method may call back into the engine.

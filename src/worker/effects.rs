@@ -13,7 +13,7 @@ use crate::common::operation::{Operation, RequestId};
 use crate::common::report::{Fact, Report, Requester};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
-use crate::device::hold::{ErrorPolicy, Hold};
+use crate::device::hold::Hold;
 use crate::engine::{Effects, Failed, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 use crate::replica::ring::Ring;
@@ -32,6 +32,8 @@ pub(super) struct Io<K: Kernel = Uring> {
     /// The threads that wait for a flush of this worker; flushes end in the order of submission.
     pub(super) flushing: VecDeque<SyncSender<bool>>,
     pub(super) hold: Arc<Hold>,
+    /// The report of the request of a guest that is about to be answered with an error.
+    pub(super) failing: Option<Report>,
     pub(super) stop: Sender<Stop>,
     /// The first failure of the io_uring. The loop ends with it.
     pub(super) failure: Option<io::Error>,
@@ -46,7 +48,7 @@ impl<K: Kernel> Effects for Io<K> {
     }
 
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>) {
-        match tag {
+        let is_held = match tag {
             Tag::Guest {
                 connection,
                 fragment,
@@ -56,13 +58,29 @@ impl<K: Kernel> Effects for Io<K> {
                     // The thread that asked may have stopped waiting.
                     let _ = done.send(result.is_ok());
                 }
+                false
             }
+        };
+        if let Some(mut report) = self.failing.take() {
+            if let Report::Failure { requester, .. } = &mut report
+                && is_held
+            {
+                *requester = Requester::Held;
+            }
+            self.events.push(report);
         }
     }
 
     fn report(&mut self, report: Report) {
         self.recorder.reported(&report);
-        self.events.push(held(report, self.hold.policy()));
+        let of_guest = Requester::Guest;
+        match report {
+            Report::Failure { requester, .. } if requester == of_guest => {
+                let before = self.failing.replace(report);
+                assert!(before.is_none(), "a failure is followed by the answer");
+            }
+            _ => self.events.push(report),
+        }
     }
 
     fn count(&mut self, fact: Fact) {
@@ -97,19 +115,4 @@ impl<K: Kernel> Effects for Io<K> {
         // The receiver is gone only while the daemon stops.
         let _ = self.stop.send(Stop::ContentsDiffer(range));
     }
-}
-
-/// The report of a request that failed, with what happens to the request by `policy`.
-fn held(mut report: Report, policy: ErrorPolicy) -> Report {
-    if let Report::Failure {
-        operation,
-        requester: requester @ Requester::Guest,
-        no_space,
-        ..
-    } = &mut report
-        && policy.holds(*operation, *no_space)
-    {
-        *requester = Requester::Held;
-    }
-    report
 }

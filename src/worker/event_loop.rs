@@ -112,6 +112,7 @@ impl<K: Kernel> Worker<K> {
                 events: disk.events,
                 flushing: VecDeque::new(),
                 hold: disk.hold,
+                failing: None,
                 stop: disk.stop,
                 failure: None,
             },

@@ -90,8 +90,8 @@ impl Guests {
         connection: u8,
         fragment: FragmentId,
         result: Result<&[u8], Failed>,
-    ) {
-        self.guests[usize::from(connection)].answered(fragment, result);
+    ) -> bool {
+        self.guests[usize::from(connection)].answered(fragment, result)
     }
 
     /// See [`Guest::awaits_resubmission`].

@@ -143,7 +143,10 @@ impl World {
             _ => &[],
         };
         let result = if fails {
-            Err(Failed { no_space: false })
+            Err(Failed {
+                no_space: false,
+                by_flush: false,
+            })
         } else {
             Ok(data)
         };

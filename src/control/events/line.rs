@@ -124,7 +124,6 @@ impl Event {
         let data = IoError {
             device: &names.reference,
             node_name: &names.reference,
-            // A flush is a write, as in QEMU.
             operation: match operation {
                 OperationType::Read => "read",
                 OperationType::Write | OperationType::Flush => "write",

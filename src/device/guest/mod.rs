@@ -231,8 +231,8 @@ impl Guest {
         !self.submitting.is_empty() || queues.any(|queue| queue.has_available(View(&memory)))
     }
 
-    /// Takes the engine's answer to a fragment.
-    pub fn answered(&mut self, fragment: FragmentId, result: Result<&[u8], Failed>) {
+    /// Takes the engine's answer to a fragment. Returns whether it is held (W9).
+    pub fn answered(&mut self, fragment: FragmentId, result: Result<&[u8], Failed>) -> bool {
         let (key, offset_sectors) = place(fragment);
         let in_flight = match &mut self.entries[key] {
             Entry::InFlight(in_flight) => in_flight,
@@ -241,7 +241,7 @@ impl Guest {
                 if *outstanding == 0 {
                     self.entries.remove(key);
                 }
-                return;
+                return false;
             }
         };
         let before = in_flight.stage();
@@ -249,6 +249,7 @@ impl Guest {
             Ok(data) if !self.holder.is_holding() => FragmentEnd::Done(data),
             result => self.holder.ended(in_flight, fragment, result),
         };
+        let is_held = matches!(end, FragmentEnd::Held(_));
         in_flight.fragment_answered(View(&self.memory.memory()), offset_sectors, end);
         if in_flight.stage() == Stage::Failed {
             self.holder.forget(in_flight);
@@ -264,6 +265,7 @@ impl Guest {
         } else if self.holder.is_holding() && !self.queues[queue].is_active() {
             self.give_up_held(queue);
         }
+        is_held
     }
 
     /// Notifies drivers of what was completed since the last call, where they want that.

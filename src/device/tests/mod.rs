@@ -31,7 +31,10 @@ use crate::common::buffer::BufferPool;
 use crate::engine::{Failed, FragmentId, GuestRequest};
 use crate::limits::{FRAGMENT_BYTES_MAX, QUEUE_SIZE_MAX};
 
-const FAILED: Failed = Failed { no_space: false };
+const FAILED: Failed = Failed {
+    no_space: false,
+    by_flush: false,
+};
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
