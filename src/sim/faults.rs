@@ -170,6 +170,7 @@ impl World {
         self.flights.clear();
         self.chunks = (0, Duration::ZERO);
         self.evicted_at = Default::default();
+        self.forget_times();
         self.wakes.clear();
         self.pending.clear();
         self.now += 1;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Violation;
 use super::ledger::Masks;
 use super::plan::{PLACES, bits};
-use super::state::{Checked, Flight, PendingKind, World};
+use super::state::{Checked, Flight, Looked, PendingKind, World};
 use crate::limits::{
     FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
     LATE_PATIENCE_MOST,
@@ -38,6 +38,19 @@ impl World {
             if std::mem::take(&mut looked.replied[place]) {
                 self.replied_at[place].set(self.clock);
             }
+        }
+    }
+
+    /// The daemon has died. The next one knows nothing of what has ended, and numbers its requests
+    /// from the beginning.
+    pub(super) fn forget_times(&mut self) {
+        self.took.clear();
+        self.longest = Duration::ZERO;
+        for looked in &mut self.looked {
+            *looked = Looked {
+                yielded: self.yielded,
+                ..Looked::default()
+            };
         }
     }
 
