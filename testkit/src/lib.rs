@@ -22,6 +22,7 @@ pub mod process;
 pub mod programs;
 pub mod rows;
 pub mod small_disk;
+pub mod stop;
 
 /// How long a test waits for something that must happen before it counts as hung.
 ///

@@ -14,6 +14,7 @@ use testkit::disk::{Disk, Plan, System, node_name};
 use testkit::images::{Random, are_identical, corrupt_sectors, data_ranges};
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
+use testkit::stop::StopOnDrop;
 
 const BLOCK_BYTES: usize = 4096;
 const SIZE_BYTES: u64 = 64 << 20;
@@ -64,9 +65,10 @@ fn beside_a_guest<R>(disk: &Disk, with: impl FnOnce(&mut Monitor) -> R) -> R {
     let (mut client, mut random) = (disk.connect(), Random::from_environment());
     let stop = AtomicBool::new(false);
     thread::scope(|scope| {
+        let running = StopOnDrop(&stop);
         let guest = scope.spawn(|| work(&mut client, &mut random, &stop));
         let result = with(&mut disk.monitor());
-        stop.store(true, Ordering::Relaxed);
+        drop(running);
         assert!(guest.join().expect("the guest") > 0);
         result
     })

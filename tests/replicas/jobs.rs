@@ -26,6 +26,7 @@ use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Workers};
 use testkit::client::Client;
 use testkit::images::{are_identical, corrupt_sectors, create_images, data_ranges};
+use testkit::stop::StopOnDrop;
 
 const SIZE_BYTES: u64 = 64 << 20;
 
@@ -195,6 +196,7 @@ fn a_replica_is_replaced_while_a_client_works() {
     let served = serve();
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let running = StopOnDrop(&stop);
         let verifier = scope.spawn(|| verify_until(&stop, &served.socket, 7));
         let fourth = served.another("fourth.raw");
         let id = served
@@ -223,11 +225,11 @@ fn a_replica_is_replaced_while_a_client_works() {
         // A removed image is unlocked, and can be added again.
         let id = served
             .admin
-            .add_replica(&source(&served.images[0]), Overwrite::Never)
+            .add_replica(&source(&served.images[0]), Overwrite::Allowed)
             .unwrap()
             .unwrap();
         served.wait_for_the_end_of(id);
-        stop.store(true, Ordering::Relaxed);
+        drop(running);
         assert!(verifier.join().unwrap() > 0);
     });
     let (_directory, images) = served.end();

@@ -16,6 +16,7 @@ use testkit::images::{BLOCK_BYTES, Random};
 use testkit::load::figure;
 use testkit::machine::shared;
 use testkit::process::wait_until;
+use testkit::stop::StopOnDrop;
 
 use crate::faults::{evictions, stale_bytes};
 
@@ -268,6 +269,7 @@ fn a_resync_on_slow_replicas_evicts_no_replica() {
     let mut most = 0;
     let [requests, failed] = thread::scope(|scope| {
         let blocks = 2048..4096;
+        let running = StopOnDrop(&stop);
         let guest = scope.spawn(|| guest(&mut client, blocks, &stop));
         let end = wait_until(HANG_LIMIT, || {
             let state = disk.state();
@@ -275,7 +277,7 @@ fn a_resync_on_slow_replicas_evicts_no_replica() {
             most = most.max(stale);
             stale == 0 || evictions(&state) > 0
         });
-        stop.store(true, Ordering::Relaxed);
+        drop(running);
         assert!(end, "the resync does not end");
         guest.join().expect("the guest")
     });
@@ -306,9 +308,10 @@ fn a_scrub_on_slow_replicas_evicts_no_replica() {
     }
     let stop = AtomicBool::new(false);
     let ([requests, failed], end) = thread::scope(|scope| {
+        let running = StopOnDrop(&stop);
         let guest = scope.spawn(|| guest(&mut client, 0..4096, &stop));
         let end: Value = crate::faults::scrub(&disk, false);
-        stop.store(true, Ordering::Relaxed);
+        drop(running);
         (guest.join().expect("the guest"), end)
     });
     let state = disk.state();
