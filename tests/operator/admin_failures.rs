@@ -14,6 +14,7 @@ use testkit::disk::{Disk, Plan, System, node_name};
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::{are_identical, create_images};
 use testkit::monitor::Monitor;
+use testkit::oracle::text_of_errno;
 use testkit::peer::Peer;
 use testkit::process::wait_until;
 
@@ -201,7 +202,11 @@ fn fail_midway(disk: &Disk, monitor: &mut Monitor, target: &FuseImage, errno: i3
     let stale = state["stale-bytes"].as_u64().expect("a number");
     assert_eq!(
         error,
-        format!("{} sectors could not be copied", stale / 512),
+        format!(
+            "{} sectors could not be copied; new: write: {}",
+            stale / 512,
+            text_of_errno(errno)
+        ),
         "{end}"
     );
     assert_eq!(state["state"], "syncing");
@@ -277,8 +282,14 @@ fn a_resync_copies_what_has_a_quorum() {
     let end = end_of_resync(&mut monitor, "new");
     // The chunks that touch the range that two cannot read: one of 1 MiB, or two that meet there.
     let error = end["error"].as_str().expect("it failed");
-    let sectors = error.strip_suffix(" sectors could not be copied");
-    let sectors: u64 = sectors.and_then(|text| text.parse().ok()).expect(error);
+    let (sectors, causes) = error
+        .split_once(" sectors could not be copied; ")
+        .expect(error);
+    assert_eq!(
+        causes,
+        "r0: read: Input/output error; r1: read: Input/output error"
+    );
+    let sectors: u64 = sectors.parse().expect(error);
     assert!((2048..=4096).contains(&sectors), "{error}");
     let state = replica(&mut monitor, "new").expect("still a replica");
     assert_eq!(

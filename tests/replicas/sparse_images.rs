@@ -111,7 +111,7 @@ fn a_replica_is_added_to_8_tib_with_little_data_at_its_price() {
     );
     monitor.execute(
         "x-blockdev-change",
-        json!({ "parent": "quorum0", "node": "new" }),
+        json!({ "parent": "quorum0", "node": "new", "force": true }),
     );
     let mut left = u64::MAX;
     wait_until(HANG_LIMIT, || {
