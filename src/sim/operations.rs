@@ -63,7 +63,6 @@ impl World {
         };
         if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
         {
-            self.rewrites += 1;
             self.rewritten[replica] |= sectors;
             self.check_resync(&operation, sectors)?;
             self.doubt_repair(sectors);

@@ -177,9 +177,7 @@ pub struct World {
     pub(super) timed_out: u32,
     /// The sectors of failed writes that no vote has decided, as the engines know them, a mask.
     pub(super) undecided: u64,
-    /// The number of writes that were no guest's: repairs, and copies of a resync.
-    pub(super) rewrites: u64,
-    /// Where these have written, since the last look.
+    /// Where repairs and copies of a resync have written, since the last look.
     pub(super) rewritten: Masks,
     /// The last job that is complete.
     pub(super) completed_job: Option<JobInfo>,
@@ -389,7 +387,6 @@ impl World {
             accused: 0,
             timed_out: 0,
             undecided: 0,
-            rewrites: 0,
             rewritten: Masks::default(),
             completed_job: None,
             shared: Arc::new(Shared::new(1, 1, 1, 1)),
