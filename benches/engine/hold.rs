@@ -6,7 +6,7 @@
 //! 100 µs at most. What is prepared without the mutex is prepared before; then another write ends.
 
 use quorum_blk::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use quorum_blk::quorum::health::{Health, Prepared, WriteEnd};
+use quorum_blk::quorum::health::{Beginning, Health, Prepared, WriteEnd};
 
 use super::count;
 
@@ -25,9 +25,10 @@ const LONG: u64 = 24;
 /// A name, and what is done under the mutex.
 type Case = (&'static str, fn(&mut Disk));
 
-const CASES: [Case; 8] = [
+const CASES: [Case; 9] = [
     ("a write ends", |disk| disk.write(false)),
     ("a flush begins and ends", Disk::flush_a_copy),
+    ("a flush after a failed one", Disk::begin_flush_after_resync),
     ("a copy to decide on", |disk| {
         std::mem::forget(disk.health.snapshot());
     }),
@@ -46,6 +47,9 @@ struct Disk {
     flushing: Health,
     /// Half of what is stale is resynced meanwhile, and the flush comes back from all replicas.
     flushed: Health,
+    /// All that is stale was resynced twice: before a flush that failed, and after it.
+    resynced: Health,
+    beginning: Vec<Beginning>,
     eviction: Prepared,
     failure: Prepared,
     settlement: Vec<Prepared>,
@@ -64,6 +68,8 @@ impl Disk {
             unflushed: new(),
             flushing: new(),
             flushed: new(),
+            resynced: new(),
+            beginning: Vec::new(),
             blocks_bits: bits - BLOCK_SECTORS.ilog2(),
             written: 0,
         };
@@ -89,6 +95,23 @@ impl Disk {
             disk.flushed.flush_ended(epoch, replica, true);
         }
         disk.settlement = disk.flushed.settlement();
+        disk.resynced = disk.health.snapshot();
+        for fails in [true, false] {
+            for number in 1..=RANGES {
+                let began = disk.resynced.failure_epoch();
+                // Half of them are at other places.
+                let number = number + if fails { 0 } else { RANGES / 2 };
+                let range = range(number, disk.blocks_bits);
+                disk.resynced.repaired(STALE, range, began, true);
+            }
+            if fails {
+                let epoch = disk.resynced.flush_begins();
+                for replica in disk.resynced.in_service().iter() {
+                    disk.resynced.flush_ended(epoch, replica, replica != STALE);
+                }
+            }
+        }
+        disk.beginning = disk.resynced.beginning();
         disk.flush();
         disk
     }
@@ -148,6 +171,14 @@ impl Disk {
         self.write_to(&mut copy);
         copy.flush_failed(&mut loss);
         std::mem::forget((copy, loss));
+    }
+
+    fn begin_flush_after_resync(&mut self) {
+        let mut copy = self.resynced.snapshot();
+        let mut beginning = self.beginning.clone();
+        self.write_to(&mut copy);
+        copy.flush_begins_as_on(&mut beginning);
+        std::mem::forget((copy, beginning));
     }
 
     fn evict_with_many(&mut self) {

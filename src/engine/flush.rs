@@ -58,6 +58,11 @@ impl Flush {
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         assert!(self.waits_for_lock(), "a lock is granted once");
         let mut origins = context.core.flushes.take();
+        // What an earlier flush has left is joined without the mutex.
+        let copy = context
+            .shared()
+            .health(|health| health.needs_beginning().then(|| health.snapshot()));
+        let mut beginning = copy.map_or_else(Vec::new, |copy| copy.beginning());
         let begun = context.shared().change_health(|health| {
             for waiting in &mut origins {
                 waiting.is_durable = health.flushed_since(waiting.since)
@@ -68,7 +73,10 @@ impl Flush {
                     };
             }
             let all = origins.iter().all(|waiting| waiting.is_durable);
-            (!all).then(|| (health.in_service(), health.flush_begins()))
+            (!all).then(|| {
+                let epoch = health.flush_begins_as_on(&mut beginning);
+                (health.in_service(), epoch)
+            })
         });
         for waiting in origins.extract_if(.., |waiting| waiting.is_durable) {
             answer(&waiting, context);

@@ -1,6 +1,6 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
-use super::{FailureEpoch, Health, Prepared, Writing};
+use super::{Beginning, FailureEpoch, Health, Prepared, Writing};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 
 /// A write that has been handed to replicas and has not ended.
@@ -158,40 +158,31 @@ impl Health {
 
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
+        self.flush_begins_as_on(&mut [])
+    }
+
+    /// The same, with what was prepared of it, if anything.
+    pub fn flush_begins_as_on(&mut self, beginning: &mut [Beginning]) -> FlushEpoch {
+        for replica in self.members.iter() {
+            self.pass_on(replica, beginning);
+        }
         self.epoch.0 += 1;
         self.flushing = Some(self.in_service);
         self.undone.writes_before_flush = self.undone.writes;
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];
             let uncovered = std::mem::replace(&mut state.uncovered, state.stale.clone());
-            let refreshed = std::mem::take(&mut state.refreshed);
-            state.refreshed_before_flush.insert_all(&refreshed);
-            let restored = std::mem::take(&mut state.restored);
-            state.restored_before_flush.insert_all(&restored);
-            self.garbage.extend(
-                [uncovered, refreshed, restored]
-                    .into_iter()
-                    .filter(|set| !set.is_empty()),
-            );
-            let weak = std::mem::take(&mut state.weak);
-            state.weak_before_flush.insert_all(&weak);
-            if !state.copied.is_empty() {
-                let copied = std::mem::take(&mut state.copied);
-                state.copied_before_flush.insert_all(&copied);
-                self.garbage.push(copied);
+            if !uncovered.is_empty() {
+                self.garbage.push(uncovered);
             }
         }
         let written = std::mem::take(&mut self.written);
         if !written.is_empty() {
             for replica in self.members.iter() {
                 let state = &mut self.replicas[replica.as_usize()];
+                // All that was written is stale already where the flush does not go.
                 if self.in_service.contains(replica) {
                     state.unconfirmed.push_back((self.epoch, written.clone()));
-                } else {
-                    // All that was written is stale here already.
-                    state
-                        .behind
-                        .insert_all(&std::mem::take(&mut state.weak_before_flush));
                 }
             }
         }

@@ -36,7 +36,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
-pub use self::prepared::Prepared;
+pub use self::prepared::{Beginning, Prepared};
 pub use self::snapshot::Durability;
 
 use self::disputed::Undone;

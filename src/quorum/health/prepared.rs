@@ -1,5 +1,5 @@
-//! What the end of a flush, or an eviction, makes of the sets of a replica, prepared without the
-//! mutex of all workers: to join large sets takes time in proportion to their ranges.
+//! What the begin or the end of a flush, or an eviction, makes of the sets of a replica, prepared
+//! without the mutex of all workers: to join large sets takes time in proportion to their ranges.
 //!
 //! It is done on a copy. Under the mutex the sets that have come out take the place of the present
 //! ones, and the same is done again where these have changed since.
@@ -22,6 +22,13 @@ pub struct Prepared {
     earlier: ReplicaHealth,
     earlier_written: RangeSet,
     after: ReplicaHealth,
+}
+
+/// What the begin of a flush makes of the sets of a member.
+#[derive(Clone, Debug)]
+pub struct Beginning {
+    prepared: Prepared,
+    misses_writes: bool,
 }
 
 impl Prepared {
@@ -49,6 +56,70 @@ impl Health {
     pub fn needs_settlement(&self) -> bool {
         let needs = |member: ReplicaIndex| self.replicas[member.as_usize()].may_fall_behind();
         self.members.iter().any(needs)
+    }
+
+    /// What is left of each member when a flush begins, where sets have to be joined for that.
+    pub fn beginning(&self) -> Vec<Beginning> {
+        let members = self.members.iter();
+        let joins = members.filter(|member| self.joins_when_flush_begins(*member));
+        joins
+            .map(|member| Beginning {
+                prepared: self.prepare(member, self.pass_on_step(member)),
+                misses_writes: self.misses_writes(member),
+            })
+            .collect()
+    }
+
+    /// Whether [`Self::beginning`] prepares anything.
+    pub fn needs_beginning(&self) -> bool {
+        let mut members = self.members.iter();
+        members.any(|member| self.joins_when_flush_begins(member))
+    }
+
+    fn joins_when_flush_begins(&self, member: ReplicaIndex) -> bool {
+        let state = &self.replicas[member.as_usize()];
+        let both = |one: &RangeSet, other: &RangeSet| !one.is_empty() && !other.is_empty();
+        let (weak, weak_before) = (&state.weak, &state.weak_before_flush);
+        both(&state.refreshed, &state.refreshed_before_flush)
+            || both(&state.restored, &state.restored_before_flush)
+            || both(&state.copied, &state.copied_before_flush)
+            || both(weak, weak_before)
+            || (self.misses_writes(member) && !(weak.is_empty() && weak_before.is_empty()))
+    }
+
+    /// Whether a flush that begins now covers writes that `member` has missed.
+    fn misses_writes(&self, member: ReplicaIndex) -> bool {
+        !self.written.is_empty() && !self.in_service.contains(member)
+    }
+
+    fn pass_on_step(&self, member: ReplicaIndex) -> Step {
+        match self.misses_writes(member) {
+            true => ReplicaHealth::pass_on_in_vain,
+            false => ReplicaHealth::pass_on,
+        }
+    }
+
+    /// What was written to `member` is covered by the flush that begins, or by an earlier one.
+    pub(super) fn pass_on(&mut self, member: ReplicaIndex, beginning: &mut [Beginning]) {
+        let misses_writes = self.misses_writes(member);
+        let mut prepared = beginning.iter_mut();
+        let prepared = prepared.find(|beginning| {
+            beginning.prepared.replica == member && beginning.misses_writes == misses_writes
+        });
+        if prepared.is_some_and(|beginning| self.take_over(&mut beginning.prepared)) {
+            return;
+        }
+        let step = self.pass_on_step(member);
+        let state = &mut self.replicas[member.as_usize()];
+        let freed = [
+            &state.refreshed,
+            &state.restored,
+            &state.copied,
+            &state.weak,
+        ];
+        let freed = freed.into_iter().filter(|set| !set.is_empty());
+        self.garbage.extend(freed.cloned());
+        step(state, &self.written);
     }
 
     fn prepare(&self, replica: ReplicaIndex, step: Step) -> Prepared {
@@ -184,9 +255,36 @@ impl ReplicaHealth {
         !self.unconfirmed.is_empty() || sets.iter().any(|set| !set.is_empty())
     }
 
+    /// A flush begins: what was written before is what it covers, or an earlier one.
+    fn pass_on(&mut self, _written: &RangeSet) {
+        let sets = [
+            (&mut self.refreshed, &mut self.refreshed_before_flush),
+            (&mut self.restored, &mut self.restored_before_flush),
+            (&mut self.weak, &mut self.weak_before_flush),
+            (&mut self.copied, &mut self.copied_before_flush),
+        ];
+        for (set, before_flush) in sets {
+            before_flush.insert_all(&std::mem::take(set));
+        }
+    }
+
+    /// The same of a member out of service, which has missed some of what the flush covers.
+    fn pass_on_in_vain(&mut self, written: &RangeSet) {
+        self.pass_on(written);
+        // All that was written is stale here already.
+        self.behind
+            .insert_all(&std::mem::take(&mut self.weak_before_flush));
+    }
+
     /// The sets that a `Step` changes, besides `unconfirmed`.
-    fn joined(&mut self) -> [&mut RangeSet; 5] {
+    fn joined(&mut self) -> [&mut RangeSet; 11] {
         [
+            &mut self.refreshed,
+            &mut self.refreshed_before_flush,
+            &mut self.restored,
+            &mut self.restored_before_flush,
+            &mut self.copied,
+            &mut self.copied_before_flush,
             &mut self.stale,
             &mut self.uncovered,
             &mut self.behind,
@@ -207,6 +305,10 @@ impl ReplicaHealth {
             &self.rewritten,
             &self.refreshed,
             &self.refreshed_before_flush,
+            &self.restored,
+            &self.restored_before_flush,
+            &self.copied,
+            &self.copied_before_flush,
         ]
         .into_iter()
         .chain(unconfirmed)
@@ -226,6 +328,8 @@ mod tests {
         Repair(u8, SectorRange, bool),
         FlushBegins,
         FlushEnds(u8, bool),
+        Evicted(u8),
+        Decided(u32),
     }
 
     fn change() -> impl Strategy<Value = Change> {
@@ -236,6 +340,8 @@ mod tests {
                 .prop_map(|(replica, range, corrupt)| Change::Repair(replica, range, corrupt)),
             1 => Just(Change::FlushBegins),
             1 => (0..3_u8, any::<bool>()).prop_map(|(r, success)| Change::FlushEnds(r, success)),
+            1 => (0..3_u8).prop_map(Change::Evicted),
+            1 => (0..8_u32).prop_map(Change::Decided),
         ]
     }
 
@@ -262,6 +368,15 @@ mod tests {
             }
             Change::FlushEnds(replica, success) => {
                 health.flush_ended(health.last_flush(), ReplicaIndex(replica), success);
+            }
+            Change::Evicted(replica) => {
+                if !health.evict(ReplicaIndex(replica)) {
+                    health.rejoin(ReplicaIndex(replica), 0);
+                }
+            }
+            Change::Decided(succeeded) => {
+                let succeeded = ReplicaSet::from_bits(succeeded);
+                health.flush_decided(health.last_flush(), succeeded, true, &mut []);
             }
         }
     }
@@ -295,12 +410,17 @@ mod tests {
             }
             let copy = health.snapshot();
             let (mut loss, mut settlement) = (copy.loss(ReplicaIndex(1)), copy.settlement());
+            let mut beginning = copy.beginning();
             for change in &meanwhile {
                 apply(&mut health, change);
             }
             let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
             prepared.flush_failed(&mut loss);
             direct.flush_ended(direct.last_flush(), ReplicaIndex(1), false);
+            prop_assert_eq!(sets(&mut prepared), sets(&mut direct));
+            let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
+            prepared.flush_begins_as_on(&mut beginning);
+            direct.flush_begins();
             prop_assert_eq!(sets(&mut prepared), sets(&mut direct));
             let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
             prepared.doubt_is_over(&mut settlement);
