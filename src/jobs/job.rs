@@ -172,6 +172,12 @@ impl Job {
         self.push_event(JobChange::Status, health, events);
     }
 
+    /// Whether it has to flush before it ends. What the guest has written to the replica of a
+    /// resync is a part of what is complete then.
+    fn owes_flush(&self, health: &Health) -> bool {
+        self.needs_flush || (self.persists && self.task.awaits_flush(health))
+    }
+
     /// Flushes before it ends, also what it has written so far.
     pub(super) fn persist(&mut self) {
         self.needs_flush |= !self.persists && self.done_sectors > 0;
@@ -205,7 +211,7 @@ impl Job {
             return None;
         }
         let in_flight = !self.in_flight.is_empty();
-        let flushes = !in_flight && self.needs_flush && self.task.is_done(health);
+        let flushes = !in_flight && self.owes_flush(health) && self.task.is_done(health);
         if !flushes && !self.task.has_work(in_flight, health) {
             return None;
         }
@@ -288,7 +294,7 @@ impl Job {
         retry_after: Duration,
         health: &Health,
     ) -> Option<Work> {
-        if self.needs_flush && self.task.is_done(health) {
+        if self.owes_flush(health) && self.task.is_done(health) {
             self.needs_flush = false;
             return Some(Work::Flush);
         }
@@ -370,7 +376,7 @@ impl Job {
     pub(super) fn has_ended(&self, health: &Health) -> bool {
         let running = self.status == JobStatus::Running;
         let given_up = self.failure.is_some() || self.status == JobStatus::Aborting;
-        let done = || running && !self.needs_flush && self.task.is_done(health);
+        let done = || running && !self.owes_flush(health) && self.task.is_done(health);
         self.in_flight.is_empty() && (given_up || done())
     }
 

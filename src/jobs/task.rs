@@ -105,6 +105,14 @@ impl Task {
         }
     }
 
+    /// Whether something that is fresh now becomes durable only with the next flush.
+    pub(super) fn awaits_flush(&self, health: &Health) -> bool {
+        match self {
+            Self::Resync { replica, .. } => health.awaits_flush(*replica),
+            Self::Scrub { .. } | Self::Neighbourhood { .. } => false,
+        }
+    }
+
     pub(super) fn left_sectors(&self, health: &Health) -> u64 {
         match self {
             Self::Resync { replica, .. } => health.stale_sectors(*replica),

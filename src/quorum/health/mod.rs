@@ -176,6 +176,13 @@ impl Health {
         self.replicas[replica.as_usize()].stale.first_within(rest)
     }
 
+    /// Whether something of `replica` was stale or corrupt and is fresh now, but becomes durable
+    /// there only with its next flush.
+    pub fn awaits_flush(&self, replica: ReplicaIndex) -> bool {
+        let state = &self.replicas[replica.as_usize()];
+        !state.refreshed.is_empty() || !state.refreshed_before_flush.is_empty()
+    }
+
     /// The first part of `range` in which `replica` is stale and has not been written to since it
     /// was added.
     pub fn first_blank(&self, replica: ReplicaIndex, range: SectorRange) -> Option<SectorRange> {
