@@ -154,11 +154,11 @@ impl Model {
     }
 
     /// Whether the value may have replaced the other one: its write had not ended when that of the
-    /// other began.
+    /// other began, and no read had returned it.
     pub fn may_follow(&self, sector: usize, value: Value, other: Value) -> bool {
         let written = |value| self.sectors[sector].iter().find(|w| w.value == value);
         let both = written(value).zip(written(other));
-        both.is_some_and(|(value, other)| value.ended > other.began)
+        both.is_some_and(|(value, other)| value.ended.min(value.first_end) > other.began)
     }
 
     /// Whether a flush that began at `since` may make this value durable: as for a read, and a
