@@ -437,7 +437,13 @@ impl World {
     /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed
     /// write has not.
     fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
-        let now = self.ledger.seen();
+        let mut now = self.ledger.seen();
+        if self.overlapped {
+            // The vote may have come before the error that reports a lost page to another worker.
+            for (now, before) in now.dropped.iter_mut().zip(self.before_input.dropped) {
+                *now |= before;
+            }
+        }
         if (now.wrong(replica) | self.ledger.accusable) >> sector & 1 == 1 {
             return Ok(());
         }

@@ -80,6 +80,8 @@ pub struct Failures {
     pub evicted: u32,
     /// See [`Ledger::excused`].
     pub excused: Masks,
+    /// See [`Ledger::dropped`].
+    pub dropped: Masks,
 }
 
 /// What was true of the replicas at any time while a request was in flight.
@@ -119,6 +121,7 @@ impl Ledger {
             evictions: self.evictions,
             evicted: self.evicted,
             excused: self.excused,
+            dropped: self.dropped,
         }
     }
 
