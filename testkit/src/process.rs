@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::{Child, Command, ExitStatus};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -83,6 +84,25 @@ impl Drop for Process {
             let _ = self.child.wait();
         }
     }
+}
+
+/// Runs a program of the system to its end.
+///
+/// # Panics
+/// If it cannot be started, or fails.
+pub fn run(program: &str, arguments: &[&str]) {
+    let output = Command::new(program).args(arguments).output();
+    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
+}
+
+/// A path as an argument of [`run`].
+///
+/// # Panics
+/// If it is not UTF-8.
+pub fn text(path: &Path) -> &str {
+    path.to_str().expect("a path in UTF-8")
 }
 
 /// Waits for `condition`, for `limit` at most; returns whether it holds.

@@ -5,23 +5,12 @@
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::loop_device::LoopDevice;
+use testkit::process::{run, text};
 
 use crate::place::{Place, assert_says, refusal};
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in UTF-8")
-}
 
 /// Another device node for a block device.
 fn second_node(place: &Place, device: &Path) -> PathBuf {

@@ -3,7 +3,7 @@
 //! Takes the right to attach loop devices and to mount (root); needs mkfs.xfs.
 
 use std::fs::{self, File};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::thread;
 
@@ -15,20 +15,9 @@ use testkit::frontend::{Plan, Vmm};
 use testkit::images::{are_identical, create_images};
 use testkit::loop_device::LoopDevice;
 use testkit::monitor::Monitor;
-use testkit::process::wait_until;
+use testkit::process::{run, text, wait_until};
 
 const SIZE_BYTES: u64 = 4 << 20;
-
-fn run(program: &str, arguments: &[&str]) {
-    let output = Command::new(program).args(arguments).output();
-    let output = output.unwrap_or_else(|error| panic!("{program}: {error}"));
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {arguments:?}: {stderr}");
-}
-
-fn text(path: &Path) -> &str {
-    path.to_str().expect("a path in UTF-8")
-}
 
 /// A file system in a file.
 struct Mounted {

@@ -10,7 +10,6 @@ use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 use testkit::HANG_LIMIT;
@@ -20,6 +19,7 @@ use testkit::images::create_images;
 use testkit::load::figure;
 use testkit::loop_device::LoopDevice;
 use testkit::machine::shared;
+use testkit::process::{run, text};
 use testkit::small_disk::SmallDisk;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK};
 
@@ -57,8 +57,16 @@ impl FullExt4 {
         // ext4 does not report the loss of every one.
         run(
             "mkfs.ext4",
-            &["-q", "-b", "4096", "-O", "^has_journal", "-m", "0"],
-            &backing,
+            &[
+                "-q",
+                "-b",
+                "4096",
+                "-O",
+                "^has_journal",
+                "-m",
+                "0",
+                text(&backing),
+            ],
         );
         let device = LoopDevice::attach(&backing).with_requests_of_one_page();
         let ext4 = Self {
@@ -75,7 +83,7 @@ impl FullExt4 {
         }
         file.sync_all().expect("writing the image");
         // All blocks are allocated on the device, but the file below loses those that are zero.
-        run("fallocate", &["--dig-holes"], &backing);
+        run("fallocate", &["--dig-holes", text(&backing)]);
         ext4.fill();
         ext4
     }
@@ -101,13 +109,6 @@ impl FullExt4 {
     fn make_space(&self) {
         fs::remove_file(self.ballast()).expect("removing the ballast");
     }
-}
-
-fn run(program: &str, arguments: &[&str], file: &Path) {
-    let output = Command::new(program).args(arguments).arg(file).output();
-    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
-    let message = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program}: {message}");
 }
 
 /// Mounts an ext4 and detaches it from the directory tree: it ends with its last user.
