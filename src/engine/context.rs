@@ -127,6 +127,11 @@ impl Core {
             .retain(|errors| errors.request != request);
     }
 
+    fn errors_of(&self, request: RequestId) -> Option<&RequestErrors> {
+        let mut errors = self.request_errors.iter();
+        errors.find(|errors| errors.request == request)
+    }
+
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.
     pub(super) fn join_flush(&mut self, origin: Origin) {
         let (since, writes) = self
@@ -296,8 +301,7 @@ impl<E: Effects> Context<'_, E> {
         operation: OperationType,
         range: SectorRange,
     ) -> Failed {
-        let mut errors = self.core.request_errors.iter();
-        let errors = errors.find(|errors| errors.request == self.id);
+        let errors = self.core.errors_of(self.id);
         let no_space = errors.is_some_and(|errors| errors.no_space);
         self.effects.report(Report::Failure {
             operation,
@@ -323,8 +327,7 @@ impl<E: Effects> Context<'_, E> {
 
     /// Hands the end of a chunk to its job.
     pub(super) fn chunk_ended(&mut self, chunk: ChunkId, mut end: ChunkEnd) {
-        let mut errors = self.core.request_errors.iter();
-        let errors = errors.find(|errors| errors.request == self.id);
+        let errors = self.core.errors_of(self.id);
         for (replica, operation, errno) in errors.iter().flat_map(|errors| &errors.of_replicas) {
             let findings = end.findings.entry(*replica).or_default();
             findings.failed(*operation, *errno);

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use super::context::{Context, Core};
 use super::interface::Effects;
-use super::lateness::{Kind, Out};
+use super::lateness::{Kind, Out, first_asked};
 use super::replies::Replies;
 use crate::common::operation::Reply;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -150,12 +150,8 @@ impl FirstPass {
 
     /// When the first of the replicas was asked that have not replied.
     pub(super) fn waits_since(&self) -> Option<Duration> {
-        let waiting = self.tally().waiting();
-        if !waiting.without(self.later).is_empty() {
-            Some(self.asked_at)
-        } else {
-            (!waiting.is_empty()).then_some(self.later_at)
-        }
+        let later = (self.later, self.later_at);
+        first_asked(self.tally().waiting(), self.asked_at, later)
     }
 
     /// What the pass waits for, if it is decided with `needed` replies.

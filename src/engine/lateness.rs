@@ -61,16 +61,24 @@ pub(super) struct Out {
     pub(super) waits_for_all: bool,
 }
 
+/// When the first of the replicas `waiting` was asked. `later`: those that were not asked at
+/// `asked_at` but at another time, and that.
+pub(super) fn first_asked(
+    waiting: ReplicaSet,
+    asked_at: Duration,
+    (later, later_at): (ReplicaSet, Duration),
+) -> Option<Duration> {
+    if !waiting.without(later).is_empty() {
+        Some(asked_at)
+    } else {
+        (!waiting.is_empty()).then_some(later_at)
+    }
+}
+
 impl Out {
     /// When the first of the replicas that have not replied was asked.
     fn oldest(&self) -> Option<Duration> {
-        if !self.waiting.without(self.later.0).is_empty() {
-            Some(self.asked_at)
-        } else if !self.waiting.is_empty() {
-            Some(self.later.1)
-        } else {
-            None
-        }
+        first_asked(self.waiting, self.asked_at, self.later)
     }
 
     fn asked_at(&self, replica: ReplicaIndex) -> Duration {
