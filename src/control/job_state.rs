@@ -203,7 +203,7 @@ pub(super) fn error(job: &JobInfo, names: &NodeNames) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::{Errno, ReplicaIndex, SectorRange};
+    use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
     use crate::jobs::{FindingsByReplica, JobId, JobStatus};
 
     fn job(error: JobFailure, findings: FindingsByReplica) -> JobInfo {
@@ -219,6 +219,7 @@ mod tests {
             sectors_written: 0,
             findings,
             undecided: Places::default(),
+            unread: ReplicaSet::EMPTY,
             error: Some(error),
         }
     }
@@ -264,7 +265,11 @@ mod tests {
     fn a_job_says_where_which_replica_was_bad() {
         let mut findings = FindingsByReplica::new();
         let found = findings.entry(ReplicaIndex(1)).or_default();
-        found.corrupt.add(&[SectorRange::new(8, 2)]);
+        found.corrupt = Places {
+            sectors: 2,
+            runs: vec![SectorRange::new(8, 2)],
+            is_cut: false,
+        };
         found.not_written = 8;
         found.failed(OperationType::Write, Errno(libc::ENOSPC));
         let job = job(JobFailure::NotRepaired { sectors: 8 }, findings);

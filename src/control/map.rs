@@ -230,8 +230,8 @@ fn sectors(row: Option<&Row>) -> u64 {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::common::Errno;
     use crate::common::report::{Evidence, Requester};
+    use crate::common::{Errno, ReplicaSet};
     use crate::jobs::{
         FindingsByReplica, JobChange, JobFailure, JobInfo, JobKind, JobStatus, Places,
     };
@@ -285,6 +285,10 @@ pub(super) mod tests {
                 sectors_written: 0,
                 findings: FindingsByReplica::new(),
                 undecided: Places::default(),
+                unread: match error {
+                    Some(JobFailure::NotRead { replicas }) => replicas,
+                    _ => ReplicaSet::EMPTY,
+                },
                 error,
             },
             what,
@@ -396,6 +400,23 @@ pub(super) mod tests {
             None,
         ));
         assert_eq!(map.corrupt_sectors(REPLICA), 0);
+    }
+
+    #[test]
+    fn a_scrub_that_fails_for_another_reason_has_not_read_everything_either() {
+        for (unread, left) in [(vec![REPLICA], 1), (Vec::new(), 0)] {
+            let mut map = DiskMap::new();
+            map.record(&corrupt(&[range(1, 1)]));
+            map.record(&scrub("job1", JobChange::Status, JobStatus::Created, None));
+            let no_quorum = Some(JobFailure::NoQuorum { sectors: 8 });
+            let status = JobStatus::Aborting;
+            let mut end = scrub("job1", JobChange::Completed, status, no_quorum);
+            if let Notice::Job(event) = &mut end {
+                event.job.unread = unread.into_iter().collect();
+            }
+            map.record(&end);
+            assert_eq!(map.corrupt_sectors(REPLICA), left);
+        }
     }
 
     #[test]

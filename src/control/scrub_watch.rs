@@ -1,6 +1,6 @@
 //! Recognises when a scrub has read the whole disk: what it did not find again is over. Pure.
 
-use crate::jobs::{JobChange, JobEvent, JobFailure, JobId, JobKind, JobStatus};
+use crate::jobs::{JobChange, JobEvent, JobId, JobKind, JobStatus};
 
 /// The running scrub; the first if there are several.
 #[derive(Debug, Default)]
@@ -29,8 +29,8 @@ impl ScrubWatch {
             }
             JobChange::Completed if self.0 == Some(id) => {
                 self.0 = None;
-                let has_read_all = !matches!(event.job.error, Some(JobFailure::NotRead { .. }));
-                has_read_all.then_some(ScrubStep::ReadAll)
+                // Its error may be another one, for the same or for other sectors.
+                event.job.unread.is_empty().then_some(ScrubStep::ReadAll)
             }
             JobChange::Cancelled if self.0 == Some(id) => {
                 self.0 = None;

@@ -329,8 +329,7 @@ impl<E: Effects> Context<'_, E> {
     pub(super) fn chunk_ended(&mut self, chunk: ChunkId, mut end: ChunkEnd) {
         let errors = self.core.errors_of(self.id);
         for (replica, operation, errno) in errors.iter().flat_map(|errors| &errors.of_replicas) {
-            let findings = end.findings.entry(*replica).or_default();
-            findings.failed(*operation, *errno);
+            end.on(*replica).failed(*operation, *errno);
         }
         self.core.background.ended(chunk, end);
     }

@@ -9,7 +9,6 @@ use super::survey::Survey;
 use crate::common::buffer::Buffer;
 use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::jobs::{ChunkEnd, Findings, FindingsByReplica, Places};
 use crate::quorum::health::Disputed;
 use crate::quorum::vote::{Ballot, Verdict};
 
@@ -46,35 +45,6 @@ impl Decision {
         let undecided = &self.verdict.undecided;
         let (first, last) = (undecided.first()?, undecided.last()?);
         Some(SectorRange::new(first.start, last.end() - first.start))
-    }
-}
-
-/// What a confirmation found and did.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Outcome {
-    pub(super) findings: FindingsByReplica,
-    /// Sectors without a winner.
-    pub(super) undecided: Places,
-    /// Members that should have been read, and were not everywhere.
-    pub(super) unread: ReplicaSet,
-}
-
-impl Outcome {
-    /// What was found on a replica and written to it.
-    pub(super) fn on(&mut self, replica: ReplicaIndex) -> &mut Findings {
-        self.findings.entry(replica).or_default()
-    }
-}
-
-impl From<Outcome> for ChunkEnd {
-    fn from(outcome: Outcome) -> Self {
-        Self {
-            findings: outcome.findings,
-            skipped: 0,
-            undecided: outcome.undecided,
-            unread: outcome.unread,
-            failed: false,
-        }
     }
 }
 

@@ -79,8 +79,8 @@ impl Resync {
                 let next = self.confirmation.repair(&decision, context);
                 self.go_on(next, context)
             }
-            Next::Done(outcome) => {
-                context.chunk_ended(self.chunk, outcome.into());
+            Next::Done(end) => {
+                context.chunk_ended(self.chunk, end);
                 Progress::Retired
             }
         }

@@ -5,7 +5,6 @@
 
 use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, Progress};
-use super::decision::Outcome;
 use super::first_pass::FirstPass;
 use super::interface::Effects;
 use super::replies::Replies;
@@ -13,7 +12,7 @@ use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
 use crate::common::report::{Fact, Requester};
 use crate::common::{ReplicaSet, SectorRange};
-use crate::jobs::ChunkId;
+use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::vote::Rule;
 
 #[derive(Debug)]
@@ -118,11 +117,11 @@ impl Scrub {
         if succeeded.len() < context.core.policy.threshold || !failed.is_empty() {
             return self.confirm(context);
         }
-        let outcome = Outcome {
+        let end = ChunkEnd {
             unread: context.core.unread(self.order.range, succeeded),
-            ..Outcome::default()
+            ..ChunkEnd::default()
         };
-        self.finish(outcome, context)
+        self.finish(end, context)
     }
 
     fn confirm(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
@@ -150,12 +149,12 @@ impl Scrub {
                 let next = confirmation.repair(&decision, context);
                 self.go_on(next, context)
             }
-            Next::Done(outcome) => self.finish(outcome, context),
+            Next::Done(end) => self.finish(end, context),
         }
     }
 
-    fn finish(&mut self, outcome: Outcome, context: &mut Context<'_, impl Effects>) -> Progress {
-        context.chunk_ended(self.order.chunk, outcome.into());
+    fn finish(&mut self, end: ChunkEnd, context: &mut Context<'_, impl Effects>) -> Progress {
+        context.chunk_ended(self.order.chunk, end);
         self.stage.recycle(context.core);
         Progress::Retired
     }

@@ -1,9 +1,11 @@
 //! Chunks: the units in which a job has its work done, and their results.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
-use super::findings::{FindingsByReplica, Places};
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use super::findings::index;
+use crate::common::operation::OperationType;
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 
 /// Identifies a chunk in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,22 +53,51 @@ pub enum Work {
 /// The result of a chunk.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ChunkEnd {
-    /// What was found on replicas and written to them.
-    pub findings: FindingsByReplica,
+    /// What was found on replicas and written to them; of those with which there was something to
+    /// do.
+    pub found: BTreeMap<ReplicaIndex, Found>,
     /// Sectors that need not be read.
     pub skipped: u64,
     /// Sectors without a winner.
-    pub undecided: Places,
-    /// Replicas that could not be read.
+    pub undecided: Vec<SectorRange>,
+    /// Replicas that could not be read everywhere.
     pub unread: ReplicaSet,
     /// A flush failed, or the whole chunk.
     pub failed: bool,
 }
 
+/// What was found on a replica and written to it: runs of sectors, each in order.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct Found {
+    /// It lost a vote.
+    pub corrupt: Vec<SectorRange>,
+    /// It could not read them.
+    pub unreadable: Vec<SectorRange>,
+    /// They were written to it; in no order.
+    pub written: Vec<SectorRange>,
+    /// They could not be written to it; in no order.
+    pub not_written: Vec<SectorRange>,
+    /// Its last error of a read, a write and a flush.
+    pub errors: [Option<Errno>; 3],
+}
+
 impl ChunkEnd {
+    /// What was found on a replica and written to it.
+    pub fn on(&mut self, replica: ReplicaIndex) -> &mut Found {
+        self.found.entry(replica).or_default()
+    }
+
     /// Sectors written, counted for each replica.
     pub fn written(&self) -> u64 {
-        self.findings.values().map(|found| found.written).sum()
+        let written = self.found.values().flat_map(|found| &found.written);
+        written.map(|range| range.count).sum()
+    }
+}
+
+impl Found {
+    /// Records an error that the replica returned.
+    pub fn failed(&mut self, operation: OperationType, errno: Errno) {
+        self.errors[index(operation)] = Some(errno);
     }
 }
 

@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use crate::common::operation::OperationType;
-use crate::common::runs;
+use crate::common::ranges::RangeSet;
 use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::limits::JOB_PLACES_MAX;
 
@@ -39,40 +39,20 @@ pub struct Places {
 }
 
 impl Places {
-    /// Adds these runs, which are in order.
-    pub fn add(&mut self, runs: &[SectorRange]) {
-        self.sectors += runs.iter().map(|run| run.count).sum::<u64>();
-        self.list(runs);
-    }
-
-    fn list(&mut self, runs: &[SectorRange]) {
-        if !runs.is_empty() {
-            self.runs = runs::union(&self.runs, runs);
-            self.is_cut |= self.runs.len() > JOB_PLACES_MAX;
-            self.runs.truncate(JOB_PLACES_MAX);
+    /// Those of `set`.
+    pub fn of(set: &RangeSet) -> Self {
+        let mut runs: Vec<_> = set.iter().take(JOB_PLACES_MAX + 1).collect();
+        let is_cut = runs.len() > JOB_PLACES_MAX;
+        runs.truncate(JOB_PLACES_MAX);
+        Self {
+            sectors: set.sectors(),
+            runs,
+            is_cut,
         }
-    }
-
-    /// Adds others.
-    pub fn add_all(&mut self, more: &Self) {
-        self.sectors += more.sectors;
-        self.is_cut |= more.is_cut;
-        self.list(&more.runs);
     }
 }
 
 impl Findings {
-    /// Adds what was found later.
-    pub fn add(&mut self, later: &Self) {
-        self.corrupt.add_all(&later.corrupt);
-        self.unreadable.add_all(&later.unreadable);
-        self.written += later.written;
-        self.not_written += later.not_written;
-        for (error, later) in self.errors.iter_mut().zip(later.errors) {
-            *error = later.or(*error);
-        }
-    }
-
     /// Records an error that the replica returned.
     pub fn failed(&mut self, operation: OperationType, errno: Errno) {
         self.errors[index(operation)] = Some(errno);
@@ -90,7 +70,7 @@ impl Findings {
     }
 }
 
-fn index(operation: OperationType) -> usize {
+pub(super) fn index(operation: OperationType) -> usize {
     match operation {
         OperationType::Read => 0,
         OperationType::Write => 1,
@@ -104,17 +84,15 @@ mod tests {
 
     #[test]
     fn all_sectors_are_counted_and_the_first_runs_listed() {
-        let mut places = Places::default();
-        for run in 0..JOB_PLACES_MAX as u64 + 4 {
-            places.add(&[SectorRange::new(run * 10, 2)]);
+        let mut set = RangeSet::default();
+        for run in 0..JOB_PLACES_MAX as u64 {
+            set.insert(SectorRange::new(run * 10, 2));
         }
-        assert_eq!(places.sectors, (JOB_PLACES_MAX as u64 + 4) * 2);
+        assert!(!Places::of(&set).is_cut);
+        set.insert(SectorRange::new(1000, 5));
+        let places = Places::of(&set);
+        assert_eq!(places.sectors, JOB_PLACES_MAX as u64 * 2 + 5);
         assert_eq!(places.runs.len(), JOB_PLACES_MAX);
         assert!(places.is_cut);
-        let mut joined = Places::default();
-        joined.add(&[SectorRange::new(8, 8)]);
-        joined.add(&[SectorRange::new(16, 8)]);
-        assert_eq!(joined.runs, [SectorRange::new(8, 16)]);
-        assert!(!joined.is_cut);
     }
 }

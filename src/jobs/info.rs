@@ -124,6 +124,8 @@ pub struct JobInfo {
     pub findings: FindingsByReplica,
     /// Sectors without a winner.
     pub undecided: Places,
+    /// Members that it could not read everywhere.
+    pub unread: ReplicaSet,
     /// Why it has failed, or will.
     pub error: Option<JobFailure>,
 }

@@ -5,15 +5,16 @@
 
 use std::time::Duration;
 
-use super::findings::{Findings, FindingsByReplica, Places};
+use super::findings::Findings;
 use super::holes::HoleSizes;
 use super::pace::Pace;
+use super::record::Record;
 use super::task::{Task, Units};
 use super::{
     ChunkEnd, ChunkId, JobChange, JobEvent, JobFailure, JobId, JobInfo, JobKind, JobStatus, Work,
 };
+use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
-use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::{FAILED_FLUSHES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, SECTOR_BYTES};
 use crate::quorum::health::Health;
 
@@ -38,9 +39,7 @@ pub(super) struct Job {
     /// It has written since its last flush, and flushes before it ends.
     needs_flush: bool,
     failed_flushes: u32,
-    findings: FindingsByReplica,
-    undecided: Places,
-    unread: ReplicaSet,
+    record: Record,
     failure: Option<JobFailure>,
 }
 
@@ -68,9 +67,7 @@ impl Job {
             persists,
             needs_flush: false,
             failed_flushes: 0,
-            findings: FindingsByReplica::new(),
-            undecided: Places::default(),
-            unread: ReplicaSet::EMPTY,
+            record: Record::default(),
             failure: None,
         }
     }
@@ -100,6 +97,8 @@ impl Job {
                 self.task.left_sectors(health) + in_flight.map(|range| range.count).sum::<u64>()
             }
         };
+        let findings = self.record.findings(self.kind().replica(), health);
+        let sum = |of: fn(&Findings) -> u64| findings.values().map(of).sum();
         JobInfo {
             id: self.id,
             kind: self.kind(),
@@ -107,29 +106,24 @@ impl Job {
             current_bytes: self.done_sectors * SECTOR_BYTES,
             total_bytes: (self.done_sectors + left) * SECTOR_BYTES,
             speed_bytes: self.speed_bytes,
-            corrupt_sectors_found: self.sum(|found| found.corrupt.sectors),
-            unreadable_sectors_found: self.sum(|found| found.unreadable.sectors),
-            sectors_written: self.sum(|found| found.written),
-            findings: self.findings.clone(),
-            undecided: self.undecided.clone(),
+            corrupt_sectors_found: sum(|found| found.corrupt.sectors),
+            unreadable_sectors_found: sum(|found| found.unreadable.sectors),
+            sectors_written: sum(|found| found.written),
+            findings,
+            undecided: self.record.undecided(),
+            unread: self.record.unread().and(health.members()),
             error: self.failure(health),
         }
     }
 
-    /// The sum over all replicas.
-    fn sum(&self, of: impl Fn(&Findings) -> u64) -> u64 {
-        self.findings.values().map(of).sum()
-    }
-
     fn failure(&self, health: &Health) -> Option<JobFailure> {
         let is_resync = matches!(self.task, Task::Resync { .. });
-        let unread = self.unread.and(health.members());
-        let not_written = self.sum(|found| found.not_written);
+        let unread = self.record.unread().and(health.members());
+        let not_written = self.record.not_written_sectors();
+        let undecided = self.record.undecided_sectors();
         self.failure.or_else(|| match self {
             _ if is_resync => None,
-            _ if self.undecided.sectors > 0 => Some(JobFailure::NoQuorum {
-                sectors: self.undecided.sectors,
-            }),
+            _ if undecided > 0 => Some(JobFailure::NoQuorum { sectors: undecided }),
             _ if not_written > 0 => Some(JobFailure::NotRepaired {
                 sectors: not_written,
             }),
@@ -328,6 +322,7 @@ impl Job {
         }
         (*cursor_sector, *gained, *failed) = (0, 0, false);
         holes.restart();
+        self.record.pass_ended(*replica);
     }
 
     /// Takes the result of a chunk, if it is one of this job.
@@ -348,11 +343,7 @@ impl Job {
         let written = end.written();
         let changed = written > 0 || (is_resync && end.skipped > 0);
         self.needs_flush |= self.persists && changed;
-        for (replica, found) in &end.findings {
-            self.findings.entry(*replica).or_default().add(found);
-        }
-        self.undecided.add_all(&end.undecided);
-        self.unread = self.unread.or(end.unread);
+        self.record.add(chunk.range, end);
         self.done_sectors += match &mut self.task {
             Task::Resync { gained, failed, .. } => {
                 *gained += written;

@@ -30,12 +30,13 @@ mod info;
 mod job;
 mod neighbourhood;
 pub mod pace;
+mod record;
 mod task;
 
 use std::collections::VecDeque;
 use std::time::Duration;
 
-pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Next, Work};
+pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Found, Next, Work};
 pub use self::findings::{Findings, FindingsByReplica, Places};
 pub use self::holes::HoleSizes;
 pub use self::info::{

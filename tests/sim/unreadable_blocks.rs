@@ -9,7 +9,7 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::{Cause, Report};
-use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
+use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
 use quorum_blk::jobs::{JobChange, JobFailure, JobInfo, Jobs, Sizes};
 use quorum_blk::quorum::health::Health;
@@ -176,8 +176,8 @@ impl Disk {
                 }
                 Ok(())
             }
-            // No holes.
-            Action::FindData { .. } => Ok(()),
+            // No holes, and of a job that has repaired something its flush.
+            Action::FindData { .. } | Action::Flush => Ok(()),
             action => panic!("{action:?}"),
         };
         let reply = operation.reply(result);
@@ -290,6 +290,19 @@ fn in_every_64_kib_of_two_replicas_are_all_found_by_a_scrub() {
         "each block has two good copies: {:?}",
         job.error
     );
+}
+
+#[test]
+fn that_leave_no_winner_are_not_read_whatever_is_repaired() {
+    let mut disk = Disk::new(3, 2, true);
+    for replica in [0, 1] {
+        disk.lose(replica, block(3000));
+    }
+    disk.lose(2, block(5000));
+    let job = disk.scrub();
+    assert_eq!(job.error, Some(JobFailure::NoQuorum { sectors: BLOCK }));
+    assert_eq!(job.unread, ReplicaSet::first(2), "the third is repaired");
+    assert_eq!(disk.written, [(ReplicaIndex(2), block(5000))]);
 }
 
 #[test]

@@ -7,7 +7,7 @@
 //! throughout.
 //!
 //! A confirmation knows neither guest nor job. Each input returns what its owner must do [`Next`]:
-//! answer, call [`Confirmation::repair`], or finish with the [`Outcome`].
+//! answer, call [`Confirmation::repair`], or finish with what was found.
 //!
 //! ```text
 //! waiting for the lock ─► asking ───────────► decided ─► repairing ─► done
@@ -20,19 +20,21 @@ mod settling;
 use std::rc::Rc;
 use std::time::Duration;
 
+use self::repairing::not_written;
 use super::context::{Context, Core};
-use super::decision::{Decision, Outcome, assemble, ballots};
+use super::decision::{Decision, assemble, ballots};
 use super::interface::Effects;
 use super::lateness::{Kind, Out};
 use super::probing::Probing;
 use super::range_locks::LockKey;
-use super::repair::{RepairKind, RepairWrite};
+use super::repair::{RepairKind, RepairWrite, decided};
 use super::replies::Replies;
 use super::survey::{Survey, Unreadable};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Cause, Fact, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::jobs::ChunkEnd;
 use crate::limits::FAILED_PARTS_MAX;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
@@ -54,7 +56,8 @@ pub(super) struct Confirmation {
     withheld: Option<Rc<Buffer>>,
     /// A replica has failed while it was withheld.
     outdated: bool,
-    outcome: Outcome,
+    /// What was found and done.
+    end: ChunkEnd,
 }
 
 /// What a confirmation is for.
@@ -105,7 +108,7 @@ pub(super) enum Next {
     /// Answer according to the decision, then call [`Confirmation::repair`] with it.
     Decided(Decision),
     /// Finish: the lock is released.
-    Done(Outcome),
+    Done(ChunkEnd),
 }
 
 impl Confirmation {
@@ -126,7 +129,7 @@ impl Confirmation {
             voted_at: FailureEpoch::default(),
             withheld: None,
             outdated: false,
-            outcome: Outcome::default(),
+            end: ChunkEnd::default(),
         }
     }
 
@@ -188,8 +191,7 @@ impl Confirmation {
                     shared.change_health(|health| {
                         health.repair_orphaned(write.replica, write.range, was_corrupt);
                     });
-                    let found = self.outcome.on(write.replica);
-                    found.not_written += write.range.count;
+                    not_written(&mut self.end, &write);
                 }
                 self.finish_if_repaired(context)
             }
@@ -364,7 +366,7 @@ impl Confirmation {
         }
         for survey in &surveys {
             for Unreadable { range, errno } in survey.unreadable() {
-                self.outcome.on(survey.replica).unreadable.add(&[range]);
+                self.end.on(survey.replica).unreadable.push(range);
                 if let Some(errno) = errno {
                     context.report_error(survey.replica, OperationType::Read, range, errno);
                 }
@@ -398,10 +400,10 @@ impl Confirmation {
         let settled = self.settle(disputed, &verdict, context);
         let succeeded = self.replies.tally().succeeded();
         let unread = context.core.unread(self.replies.range(), succeeded);
-        self.outcome.unread = unread
-            .without(self.terms.throughout)
-            .without(self.dealt_with());
-        self.outcome.undecided.add(&verdict.undecided);
+        let unread = unread.without(self.terms.throughout);
+        let (read, not_read) = self.dealt_with(&verdict.undecided, context.core);
+        self.end.unread = unread.without(read).or(not_read);
+        self.end.undecided.clone_from(&verdict.undecided);
         self.spread(&verdict, context);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
@@ -416,14 +418,20 @@ impl Confirmation {
         })
     }
 
-    /// The replicas that failed, and that are read in smaller parts by now or about to be repaired
-    /// where that is impossible.
-    fn dealt_with(&self) -> ReplicaSet {
-        let repairs = self.terms.repairs_losers;
-        let is_dealt_with =
-            |survey: &&Survey| survey.is_complete() && (repairs || survey.unreadable().is_empty());
-        let dealt_with = self.surveys.iter().filter(is_dealt_with);
-        dealt_with.map(|survey| survey.replica).collect()
+    /// Of the replicas that failed: those that are read in smaller parts by now, or about to be
+    /// repaired where that is impossible; and the others.
+    fn dealt_with(&self, undecided: &[SectorRange], core: &Core) -> (ReplicaSet, ReplicaSet) {
+        let block_sectors = core.policy.block_sectors;
+        let is_read = |survey: &&Survey| {
+            let runs = survey.unreadable().into_iter().map(|run| run.range);
+            let runs: Vec<_> = runs.collect();
+            let is_repaired =
+                || self.terms.repairs_losers && decided(&runs, undecided, block_sectors) == runs;
+            survey.is_complete() && (runs.is_empty() || is_repaired())
+        };
+        let (read, not_read): (Vec<&Survey>, _) = self.surveys.iter().partition(is_read);
+        let replicas = |surveys: Vec<&Survey>| surveys.iter().map(|s| s.replica).collect();
+        (replicas(read), replicas(not_read))
     }
 
     fn report_losers(&mut self, verdict: &Verdict, context: &mut Context<'_, impl Effects>) {
@@ -434,8 +442,8 @@ impl Confirmation {
                 range: self.replies.range(),
                 cause: Cause::Corrupt(dissent.evidence()),
             });
-            let found = self.outcome.on(dissent.replica);
-            found.corrupt.add(&dissent.bad_sectors);
+            let found = self.end.on(dissent.replica);
+            found.corrupt.clone_from(&dissent.bad_sectors);
         }
     }
 

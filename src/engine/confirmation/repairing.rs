@@ -12,6 +12,7 @@ use super::{Confirmation, Next, Step};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Fact;
+use crate::jobs::ChunkEnd;
 
 impl Confirmation {
     /// Writes the winner where it did not win (R6), and over the replicas that are repaired
@@ -96,7 +97,8 @@ impl Confirmation {
         let Some(index) = pending.iter().position(is_this) else {
             return Next::Wait;
         };
-        let kind = pending.remove(index).kind;
+        let write = pending.remove(index);
+        let kind = write.kind;
         let began = *began;
         let shared = context.shared();
         if reply.result.is_ok() {
@@ -107,7 +109,7 @@ impl Confirmation {
         }
         match reply.result {
             Ok(()) => {
-                self.outcome.on(reply.replica).written += range.count;
+                self.end.on(reply.replica).written.push(range);
                 if self.terms.is_resync || kind == RepairKind::Settled {
                     let fact = Fact::SectorsResynced(reply.replica, range.count);
                     context.effects.count(fact);
@@ -116,7 +118,7 @@ impl Confirmation {
                 }
             }
             Err(errno) => {
-                self.outcome.on(reply.replica).not_written += range.count;
+                not_written(&mut self.end, &write);
                 let fact = Fact::SectorsNotRepaired(reply.replica, range.count);
                 context.effects.count(fact);
                 let now = context.now();
@@ -150,7 +152,7 @@ impl Confirmation {
         context.unlock(self.lock);
         context.core.confirmations -= 1;
         self.replies.recycle(context.core);
-        Next::Done(std::mem::take(&mut self.outcome))
+        Next::Done(std::mem::take(&mut self.end))
     }
 
     /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
@@ -162,5 +164,13 @@ impl Confirmation {
     /// must be taken again.
     pub(in crate::engine) fn is_outdated(&self) -> bool {
         self.outdated
+    }
+}
+
+/// A write has failed, or its replica was evicted.
+pub(super) fn not_written(end: &mut ChunkEnd, write: &RepairWrite) {
+    end.on(write.replica).not_written.push(write.range);
+    if write.kind == RepairKind::Unreadable {
+        end.unread.insert(write.replica);
     }
 }
