@@ -171,6 +171,10 @@ impl World {
                 .write_ended(sector, value, self.now, success, write.durable);
             self.changed_at[sector] = self.now;
         }
+        if success {
+            // A flush may have failed on every replica since it was submitted.
+            self.note_undone(sectors);
+        }
         match (write.ended, success) {
             (true, true) => self.check_durable_write(pending, write),
             (true, false) => self.check_failed_durable_write(pending, write),

@@ -17,6 +17,9 @@ impl World {
     /// An operation has ended and its reply is about to reach the engine.
     pub(super) fn note_end(&mut self, flight: &Flight) {
         let replica = flight.replica();
+        if self.is_late(flight) {
+            self.late_reply_at = self.clock;
+        }
         if flight.is_long() || flight.background {
             self.yielded[replica] += 1;
             self.yielded_at[replica].set(self.clock);
@@ -132,7 +135,8 @@ impl World {
         Ok(())
     }
 
-    /// A replica rejoins: it was not evicted again and again of late, or the disk needs it.
+    /// A replica rejoins: it was not evicted again and again of late, or the disk
+    /// has needed it since: an operation was late.
     pub(super) fn check_rejoin(&self, replica: usize) -> Checked {
         let timeout = self.plan.replica_timeout;
         let good = FLAPPING_WINDOW.min(timeout * 600);
@@ -145,7 +149,8 @@ impl World {
         let fresh = |r: &usize| self.ledger.excused[*r] == 0;
         let spare = bits(u64::from(others)).filter(fresh).count() > self.plan.threshold;
         let too_soon = self.clock < last + timeout * 2;
-        if often && spare && too_soon && self.flights.iter().all(|f| !self.is_late(f)) {
+        let late = self.late_reply_at >= last || self.flights.iter().any(|f| self.is_late(f));
+        if often && spare && too_soon && !late {
             let text = format!("replica {replica} rejoins at once, evicted at {evicted:?}");
             return Err(Violation::new("W6", text));
         }

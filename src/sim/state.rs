@@ -147,6 +147,8 @@ pub struct World {
     pub(super) yielded_at: [LastTime; PLACES],
     /// When a worker looked at the clock, and something had ended.
     pub(super) replied_at: [LastTime; PLACES],
+    /// When an operation has ended last that was late.
+    pub(super) late_reply_at: Duration,
     /// The longest time that any operation has taken.
     pub(super) longest: Duration,
     /// How many chunks of jobs have begun since the start of the daemon, and when the last one has.
@@ -420,6 +422,7 @@ impl World {
             yielded: [0; PLACES],
             yielded_at: [LastTime::default(); PLACES],
             replied_at: [LastTime::default(); PLACES],
+            late_reply_at: Duration::ZERO,
             longest: Duration::ZERO,
             chunks: (0, Duration::ZERO),
             evicted_at: Default::default(),
@@ -637,7 +640,7 @@ impl World {
 
     /// W7: where every copy is in doubt or has lost a page, a failed flush may have undone writes;
     /// also where more fresh copies have lost one than not, and no other fresh one is durable.
-    fn note_undone(&mut self, sectors: u64) {
+    pub(super) fn note_undone(&mut self, sectors: u64) {
         for sector in bits(sectors) {
             let is = |masks: &Masks, member: usize| masks[member] >> sector & 1 == 1;
             let fresh = self
