@@ -7,7 +7,7 @@ use super::Violation;
 use super::ledger::Masks;
 use super::plan::{PLACES, WriteCache, bits, widen};
 use super::state::{Checked, World, trace};
-use crate::jobs::{JobId, JobInfo};
+use crate::jobs::{JobId, JobInfo, JobStatus};
 use crate::limits::FLAPPING_WINDOW;
 use crate::limits::FOLLOWED_ERRORS_REST;
 
@@ -44,8 +44,14 @@ impl World {
         self.plan.step = Duration::from_nanos(10);
         self.hung_until = [Duration::ZERO; PLACES];
         self.ledger.unwritable = Masks::default();
+        let is_aborting = |job: &JobInfo| job.status == JobStatus::Aborting;
+        let any_aborting = self.jobs.iter().any(is_aborting);
         self.resume_jobs()?;
         self.settle()?;
+        if any_aborting {
+            // Where a cancelled resync had not ended yet, no other one could begin.
+            self.resume_jobs()?;
+        }
         self.rest()?;
         self.check_resynced()?;
         // A replica whose repair failed is not repaired for some time.
