@@ -21,7 +21,8 @@ PAGES := $(wildcard *.md LICENSE docs/*.md docs/benchmarks/*.svg)
 
 BUILD_DIRECTORY := $(or $(CARGO_TARGET_DIR),target)
 MANUAL := $(BUILD_DIRECTORY)/manual
-SOURCES := $(shell find src packaging -name '*.rs' -o -name '*.1.in') Cargo.toml Cargo.lock
+SOURCES := $(shell find src packaging -name '*.rs' -o -name '*.1.in' -o -path '*/completions/*')
+SOURCES += Cargo.toml Cargo.lock
 MAN_PAGES := $(PROGRAMS:%=$(MANUAL)/man/%.1)
 
 # The directory of the programs to install. Programs in another directory are not built.

@@ -19,17 +19,34 @@ const COLUMNS_MAX: usize = 80;
 struct Program {
     command: Command,
     page: &'static str,
+    /// Its completions, by the names of their files. Without, they come from the definition of the
+    /// command line, which knows no names of replicas and jobs.
+    completions: &'static [(&'static str, &'static str)],
 }
+
+const COMPLETIONS_OF_CLIENT: [(&str, &str); 3] = [
+    (
+        "quorum-blkctl.bash",
+        include_str!("completions/quorum-blkctl.bash"),
+    ),
+    ("_quorum-blkctl", include_str!("completions/_quorum-blkctl")),
+    (
+        "quorum-blkctl.fish",
+        include_str!("completions/quorum-blkctl.fish"),
+    ),
+];
 
 fn programs() -> [Program; 2] {
     [
         Program {
             command: quorum_blk::config::command_line(),
             page: include_str!("quorum-blkd.1.in"),
+            completions: &[],
         },
         Program {
             command: quorum_blk::client::command_line(),
             page: include_str!("quorum-blkctl.1.in"),
+            completions: &COMPLETIONS_OF_CLIENT,
         },
     ]
 }
@@ -48,8 +65,13 @@ fn main() -> Result<(), Box<dyn Error>> {
     for mut program in programs() {
         let name = program.command.get_name().to_owned();
         fs::write(pages.join(format!("{name}.1")), page(&program)?)?;
-        for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-            clap_complete::generate_to(shell, &mut program.command, &name, &completions)?;
+        for (file, script) in program.completions {
+            fs::write(completions.join(file), script)?;
+        }
+        if program.completions.is_empty() {
+            for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+                clap_complete::generate_to(shell, &mut program.command, &name, &completions)?;
+            }
         }
     }
     Ok(())

@@ -82,6 +82,9 @@ pub const CLIENT_LINE_BYTES_MAX: usize = 8 << 20;
 /// Job events that `quorum-blkctl` queues while it waits for a reply.
 pub const CLIENT_EVENTS_KEPT_MAX: usize = 256;
 
+/// Time in which the daemon must have answered a `quorum-blkctl` that completes a command line.
+pub const CLIENT_COMPLETION_LIMIT: Duration = Duration::from_secs(1);
+
 /// Connections on which metrics are served at the same time; further ones wait in the kernel.
 pub const METRICS_CONNECTIONS_MAX: usize = 4;
 

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueHint};
 
 use super::format::{NewSize, parse_rate, parse_size_change};
 
@@ -68,7 +68,7 @@ fn rate(text: &str) -> Result<Rate, String> {
 pub(super) struct Options {
     /// Socket of the daemon's monitor: the PATH of its --qmp option
     #[arg(long, value_name = "PATH", env = SOCKET_VARIABLE, hide_env_values = true, global = true,
-        help_heading = "Connection")]
+        value_hint = ValueHint::FilePath, help_heading = "Connection")]
     pub(super) qmp: Option<PathBuf>,
 
     /// Fail if the daemon does not answer within this time in seconds, 1 to 3600. Raise it if the
@@ -194,7 +194,7 @@ pub(super) struct JobOptions {
 #[derive(Debug, Args)]
 pub(super) struct NewImage {
     /// Image of the new replica, a raw file or a block device
-    #[arg(value_name = "FILE")]
+    #[arg(value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub(super) file: PathBuf,
     /// Name of the new replica [default: the file name]
     #[arg(long, value_name = "NAME")]
@@ -212,21 +212,25 @@ pub(super) enum JobCommand {
     /// Pause a job until it is resumed
     Pause {
         /// Name of the job
+        #[arg(value_name = "JOB")]
         id: String,
     },
     /// Resume a paused job
     Resume {
         /// Name of the job
+        #[arg(value_name = "JOB")]
         id: String,
     },
     /// Cancel a job
     Cancel {
         /// Name of the job
+        #[arg(value_name = "JOB")]
         id: String,
     },
     /// Change the speed limit of a job
     Speed {
         /// Name of the job
+        #[arg(value_name = "JOB")]
         id: String,
         /// Limit in bytes per second; 0: no limit, but a busy guest keeps most of the bandwidth
         #[arg(value_parser = rate)]
@@ -235,6 +239,7 @@ pub(super) enum JobCommand {
     /// Wait until a job ends
     Wait {
         /// Name of the job
+        #[arg(value_name = "JOB")]
         id: String,
     },
 }

@@ -12,6 +12,7 @@
 
 mod arguments;
 mod clear;
+mod completion;
 mod conditions;
 mod connection;
 mod cont;
@@ -115,6 +116,9 @@ pub fn command_line() -> clap::Command {
 
 /// Runs the program with these arguments, the first of which is its name.
 pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    if let Some(kind) = std::env::var_os(completion::VARIABLE) {
+        return complete(kind == "quoted", arguments);
+    }
     let matches = command_line().try_get_matches_from(arguments);
     let options = match matches.and_then(|matches| Options::from_arg_matches(&matches)) {
         Ok(options) => options,
@@ -141,6 +145,22 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
                 _ => 3,
             })
         }
+    }
+}
+
+/// Answers a shell that completes the command line in these arguments.
+fn complete(is_quoted: bool, arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
+    let words = arguments.into_iter().skip(1).map(|word| {
+        let word = word.to_string_lossy();
+        if is_quoted {
+            completion::unquoted(&word)
+        } else {
+            word.into_owned()
+        }
+    });
+    match completion::run(command_line(), words.collect(), &mut io::stdout().lock()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(_) => ExitCode::FAILURE,
     }
 }
 

@@ -23,6 +23,7 @@ pub mod programs;
 pub mod rows;
 pub mod small_disk;
 pub mod stop;
+pub mod terminal;
 
 /// How long a test waits for something that must happen before it counts as hung.
 ///

@@ -36,6 +36,26 @@ impl Process {
         })
     }
 
+    /// Starts `command` as the leader of a session, with the terminal that is its standard input.
+    pub(crate) fn spawn_in_session(command: &mut Command) -> io::Result<Self> {
+        // SAFETY: the calls are async-signal-safe, and the closure touches no memory of the parent.
+        unsafe {
+            command.pre_exec(|| {
+                if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == -1
+                    || libc::setsid() == -1
+                    || libc::ioctl(0, libc::TIOCSCTTY, 0) == -1
+                {
+                    return Err(io::Error::last_os_error());
+                }
+                Ok(())
+            });
+        }
+        Ok(Self {
+            child: command.spawn()?,
+            exit_status: None,
+        })
+    }
+
     /// Its process id.
     pub fn id(&self) -> u32 {
         self.child.id()

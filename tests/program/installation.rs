@@ -115,16 +115,16 @@ fn files(directory: &Path) -> BTreeSet<PathBuf> {
 }
 
 /// Installed without DESTDIR.
-struct Installed(TempDir);
+pub(crate) struct Installed(TempDir);
 
 impl Installed {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let prefix = tempfile::tempdir().unwrap();
         make("install", &[("PREFIX", prefix.path())]);
         Self(prefix)
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.0.path().join(name)
     }
 
@@ -410,30 +410,4 @@ fn has_all(text: &str, command: &clap::Command) {
         );
         has_all(text, below);
     }
-}
-
-#[test]
-fn shells_complete_options() {
-    let installed = Installed::new();
-    let bash = installed.path("share/bash-completion/completions/quorum-blkd");
-    let words = "quorum-blkd --vote-t";
-    let script = format!(
-        "source {}; COMP_WORDS=({words}); COMP_CWORD=1; \
-         _quorum__blkd {words} quorum-blkd; echo \"${{COMPREPLY[@]}}\"",
-        bash.display()
-    );
-    assert_eq!(run("bash", ["-c", &script]), "--vote-threshold\n");
-    let fish = installed.path("share/fish/vendor_completions.d/quorum-blkd.fish");
-    let script = format!("source {}; complete -C '{words}'", fish.display());
-    let home = [("HOME", installed.0.path().as_os_str())];
-    let completed = run_with("fish", ["--no-config", "-c", &script], &home);
-    assert!(completed.starts_with("--vote-threshold\t"), "{completed}");
-    // Its completion needs a terminal; that it is read is what can be seen here.
-    let zsh = installed.path("share/zsh/site-functions/_quorum-blkd");
-    run("zsh", [OsStr::new("-n"), zsh.as_os_str()]);
-    assert!(
-        installed
-            .text("share/zsh/site-functions/_quorum-blkd")
-            .starts_with("#compdef quorum-blkd\n")
-    );
 }

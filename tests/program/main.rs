@@ -2,6 +2,7 @@
 
 mod aio;
 mod aliases;
+mod completion;
 mod installation;
 mod logging;
 mod panics;
