@@ -4,7 +4,7 @@ CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
-.PHONY: bench bench-engine bench-jobs lint guest clients fuzz fuzz-corpus clean
+.PHONY: bench bench-engine bench-jobs lint guest firmware clients fuzz fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -25,7 +25,7 @@ uninstall: ## Remove what `make install` installed, given the same variables
 
 include packaging/install.mk
 
-test: guest clients lint ## Run every check of the project
+test: guest firmware clients lint ## Run every check of the project
 	$(CARGO) test --locked --workspace --no-fail-fast -- --nocapture
 	QUORUM_BLK_TEST_AIO=threads $(CARGO) test --locked --test replicas -- --nocapture
 	$(MAKE) model
@@ -79,6 +79,9 @@ lint: ## Check formatting, clippy and documentation; warnings are errors
 
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh
+
+firmware: guest ## Make the disks from which the tests boot the guest with SeaBIOS and OVMF
+	tests/guest/firmware.sh
 
 clients: ## Fetch the programs that the tests of monitor, metrics and installation use
 	tests/clients/prepare.sh

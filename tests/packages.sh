@@ -41,11 +41,28 @@ refresh_package_lists() {
     lists_are_fresh=yes
 }
 
+# install_packages PACKAGE...
+install_packages() {
+    command -v apt-get >/dev/null && may_be_root ||
+        fail "install the contents of these Debian packages first: $*"
+    refresh_package_lists
+    say "installing $*"
+    quietly as_root env DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --no-install-recommends "$@"
+}
+
 # fetch PACKAGE DIRECTORY: unpacks the package there without installing it.
 fetch() {
     mkdir -p "$scratch/packages"
     (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
     quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
+}
+
+# is_fresh FILE SOURCE...: whether FILE exists and is newer than its sources.
+is_fresh() {
+    file=$1
+    shift
+    [ -s "$file" ] && [ -z "$(find "$@" -newer "$file")" ]
 }
 
 # make_scratch DIRECTORY: creates it, and in it the directory $scratch for unfinished files, which

@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 
+use crate::firmware::Firmware;
 use crate::monitor::Monitor;
 use crate::process::{Process, wait_until};
 use crate::programs;
@@ -71,6 +72,7 @@ pub struct GuestBuilder {
     hot_plug: Option<HotPlug>,
     reconnect: bool,
     incoming: Option<String>,
+    firmware: Option<Firmware>,
     kernel_arguments: String,
     arguments: Vec<String>,
 }
@@ -94,6 +96,7 @@ impl GuestBuilder {
             hot_plug: None,
             reconnect: false,
             incoming: None,
+            firmware: None,
             kernel_arguments: String::new(),
             arguments: Vec::new(),
         }
@@ -141,7 +144,14 @@ impl GuestBuilder {
         self
     }
 
-    /// More arguments for the kernel.
+    /// Boots from the disk, on which [`Firmware::disk`] has to be. Without this QEMU loads the
+    /// kernel itself.
+    pub fn firmware(mut self, firmware: Firmware) -> Self {
+        self.firmware = Some(firmware);
+        self
+    }
+
+    /// More arguments for the kernel that QEMU loads.
     pub fn kernel_arguments(mut self, arguments: &str) -> Self {
         arguments.clone_into(&mut self.kernel_arguments);
         self
@@ -191,22 +201,24 @@ impl GuestBuilder {
     }
 
     fn command(&self) -> Command {
-        let parts = parts_directory();
-        let [kernel, initramfs] = ["vmlinuz", "initramfs.cpio.gz"].map(|name| parts.join(name));
-        for part in [&kernel, &initramfs] {
-            let part_name = part.display();
-            assert!(part.exists(), "no {part_name}: {HOW_TO_PREPARE}");
-        }
+        let system = if let Some(firmware) = self.firmware {
+            firmware.arguments()
+        } else {
+            let [kernel, initramfs] = ["vmlinuz", "initramfs.cpio.gz"].map(prepared);
+            let append = format!("{KERNEL_ARGUMENTS} {}", self.kernel_arguments);
+            let arguments = [
+                "-kernel", &kernel, "-initrd", &initramfs, "-append", &append,
+            ];
+            arguments.map(str::to_owned).to_vec()
+        };
         let directory = &self.directory;
         let paths = [
             &self.socket,
             &directory.join(COMMANDS_SOCKET),
             &directory.join(MONITOR_SOCKET),
             &directory.join("console.log"),
-            &kernel,
-            &initramfs,
         ];
-        let [socket, commands, monitor, console, kernel, initramfs] =
+        let [socket, commands, monitor, console] =
             paths.map(|path| path.to_str().expect("a path in UTF-8"));
         let Self {
             queues, memory_mib, ..
@@ -230,11 +242,7 @@ impl GuestBuilder {
                 &format!("memory-backend-memfd,id=memory,size={memory_mib}M,share=on"),
             ])
             .args(["-machine", "q35,memory-backend=memory"])
-            .args(["-kernel", kernel, "-initrd", initramfs])
-            .args([
-                "-append",
-                &format!("{KERNEL_ARGUMENTS} {}", self.kernel_arguments),
-            ])
+            .args(system)
             .args(["-qmp", &format!("unix:{monitor},server=on,wait=off")])
             .args(["-serial", &format!("file:{console}")])
             .args(["-chardev", &format!("socket,id=commands,path={commands}")])
@@ -245,7 +253,7 @@ impl GuestBuilder {
             ])
             .args([
                 "-device",
-                &format!("vhost-user-blk-pci,id=disk,chardev=disk{queues}"),
+                &format!("vhost-user-blk-pci,id=disk,chardev=disk,bootindex=0{queues}"),
             ])
             .args(self.incoming.iter().flat_map(|uri| ["-incoming", uri]))
             .args(&self.arguments)
@@ -421,9 +429,13 @@ impl Drop for Guest {
     }
 }
 
-/// Where `tests/guest/prepare.sh` puts the parts of the guest.
-fn parts_directory() -> PathBuf {
-    programs::target_directory().join("guest")
+/// The path of a part of the guest.
+fn prepared(name: &str) -> String {
+    let path = programs::guest_part(name);
+    assert!(path.exists(), "no {}: {HOW_TO_PREPARE}", path.display());
+    path.into_os_string()
+        .into_string()
+        .expect("a path in UTF-8")
 }
 
 /// Waits for QEMU to connect.

@@ -6,6 +6,7 @@ use std::time::Duration;
 pub mod client;
 pub mod daemon;
 pub mod disk;
+pub mod firmware;
 pub mod frontend;
 pub mod fuse;
 pub mod guest;

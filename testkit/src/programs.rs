@@ -44,6 +44,12 @@ pub fn client_program(name: &str) -> PathBuf {
     path
 }
 
+/// The path of a part of the guest, which `tests/guest/prepare.sh` and `tests/guest/firmware.sh`
+/// make. It may be missing.
+pub fn guest_part(name: &str) -> PathBuf {
+    target_directory().join("guest").join(name)
+}
+
 /// The directory of the profile: `target/debug` or `target/release`.
 fn profile_directory() -> PathBuf {
     let test = env::current_exe().expect("the path of the running test");

@@ -20,16 +20,6 @@ what=clients
 # A virtual environment built with these versions is kept.
 wanted=$(cksum <"$sources/requirements.txt")
 
-# install_packages PACKAGE...
-install_packages() {
-    command -v apt-get >/dev/null && may_be_root ||
-        fail "install the contents of these Debian packages first: $*"
-    refresh_package_lists
-    say "installing $*"
-    quietly as_root env DEBIAN_FRONTEND=noninteractive \
-        apt-get install --yes --no-install-recommends "$@"
-}
-
 # Installs the programs with which the tests try the installed files, and make a file system that
 # checks what it reads.
 install_tools() {

@@ -125,13 +125,6 @@ build_initramfs() {
     mv "$scratch/initramfs" "$guest/initramfs.cpio.gz"
 }
 
-# is_fresh FILE SOURCE...: whether FILE exists and is newer than its sources.
-is_fresh() {
-    file=$1
-    shift
-    [ -s "$file" ] && [ -z "$(find "$@" -newer "$file")" ]
-}
-
 make_scratch "$guest"
 
 if ! command -v qemu-system-x86_64 >/dev/null || ! command -v qemu-img >/dev/null; then

@@ -1,5 +1,6 @@
-//! Linux guests under QEMU on a voted disk. `make guest` prepares them.
+//! Linux guests under QEMU on a voted disk. `make guest firmware` prepares them.
 
+mod boot;
 mod corrupt_replica;
 mod daemon_restart;
 mod device_features;
