@@ -228,6 +228,8 @@ impl GuestBuilder {
             None => String::new(),
         };
         let queues = queues.map_or_else(String::new, |queues| format!(",num-queues={queues}"));
+        // A kernel that QEMU loads has the first place.
+        let boot = self.firmware.map_or("", |_| ",bootindex=0");
         let reconnect = if self.reconnect { ",reconnect=1" } else { "" };
 
         let mut command = Command::new("qemu-system-x86_64");
@@ -253,7 +255,7 @@ impl GuestBuilder {
             ])
             .args([
                 "-device",
-                &format!("vhost-user-blk-pci,id=disk,chardev=disk,bootindex=0{queues}"),
+                &format!("vhost-user-blk-pci,id=disk,chardev=disk{queues}{boot}"),
             ])
             .args(self.incoming.iter().flat_map(|uri| ["-incoming", uri]))
             .args(&self.arguments)
