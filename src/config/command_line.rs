@@ -119,6 +119,12 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Replicas")]
     pub(super) raw_anyway: bool,
 
+    /// Accept images that are empty, that is hold nothing but zeroes, beside others that hold data.
+    /// All of them vote: where most are empty, the data is lost. To make copies of one image,
+    /// start with it alone and add each other one with quorum-blkctl add
+    #[arg(long, help_heading = "Replicas")]
+    pub(super) empty_anyway: bool,
+
     /// Name of the voted disk in events, commands and metrics
     #[arg(
         long,

@@ -93,6 +93,8 @@ pub struct Config {
     pub aio: Aio,
     /// Accept images that seem to have another format than raw.
     pub raw_anyway: bool,
+    /// Accept empty images beside others that hold data.
+    pub empty_anyway: bool,
     /// The socket of the events.
     pub events: Option<Listen>,
     /// The socket of the monitor.
@@ -278,6 +280,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         cache: options.cache,
         aio: options.aio,
         raw_anyway: options.raw_anyway,
+        empty_anyway: options.empty_anyway,
         events: sockets.events,
         qmp: sockets.qmp,
         metrics: options.metrics,

@@ -94,6 +94,7 @@ fn defaults() {
     );
     assert_eq!(config.scrub_around_bytes, 4 << 20);
     assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
+    assert!(!config.empty_anyway);
     assert_eq!(
         (config.node_name.as_str(), config.serial.as_str()),
         ("quorum0", "")

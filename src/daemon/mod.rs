@@ -45,7 +45,7 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
-use crate::replica::file::{Opening, ReplicaFile, disk_size, open_all};
+use crate::replica::file::{EmptyImages, Opening, ReplicaFile, disk_size, open_all};
 use crate::replica::ring::{Aio, RingFile};
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
@@ -71,7 +71,12 @@ pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
-    let replicas = open_all(&config.replicas, config.open_options(), Opening::Apart)?;
+    let empty = match config.empty_anyway {
+        true => EmptyImages::Accepted,
+        false => EmptyImages::Refused,
+    };
+    let options = config.open_options();
+    let replicas = open_all(&config.replicas, options, Opening::Apart, empty)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));

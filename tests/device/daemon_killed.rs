@@ -22,7 +22,9 @@ use testkit::daemon::{Daemon, EventReader, replica_arguments};
 use testkit::disk::is_of_the_vote;
 use testkit::frontend::{Completion, Cut, Layout, Plan, Range, Request, Style, Vmm};
 use testkit::fuse::{Fault, FuseImage, Operation};
-use testkit::images::{BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, create_images};
+use testkit::images::{
+    BLOCK_BYTES, BLOCK_SECTORS, Random, are_identical, corrupt_sectors, create_images,
+};
 use testkit::load::{Model, Read, Write};
 use testkit::process::wait_until;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
@@ -83,6 +85,10 @@ fn half_done(queue_of_write: usize) {
     for style in [Style::Qemu, Style::CloudHypervisor] {
         let directory = tempfile::tempdir().unwrap();
         let images = create_images(directory.path(), 3, DISK_BLOCKS * BLOCK_BYTES);
+        // The disk is not new: otherwise the first write would be all that one image holds.
+        for image in &images {
+            corrupt_sectors(image, 64..65, 1);
+        }
         let hanging = [1, 2].map(|index: usize| FuseImage::serve(&images[index]));
         let served = [images[0].clone(), hanging[0].path(), hanging[1].path()];
         let mut arguments = replica_arguments(&served);

@@ -43,7 +43,10 @@ fn a_scrub_without_repair_names_the_replicas_that_it_could_not_read() {
 #[test]
 fn a_scrub_says_where_which_replica_was_corrupt() {
     let directory = tempfile::tempdir().unwrap();
-    let plan = Plan::default();
+    let plan = Plan {
+        more: vec!["--empty-anyway"],
+        ..Plan::default()
+    };
     let images = create_images(directory.path(), 3, plan.size_bytes);
     corrupt_sectors(&images[2], 100..102, 0xff);
     let disk = Disk::over(&plan, images);
@@ -56,7 +59,10 @@ fn a_scrub_says_where_which_replica_was_corrupt() {
 #[test]
 fn the_result_of_a_detached_job_is_kept() {
     let directory = tempfile::tempdir().unwrap();
-    let plan = Plan::default();
+    let plan = Plan {
+        more: vec!["--empty-anyway"],
+        ..Plan::default()
+    };
     let images = create_images(directory.path(), 3, plan.size_bytes);
     corrupt_sectors(&images[2], 100..102, 0xff);
     let disk = Disk::over(&plan, images);

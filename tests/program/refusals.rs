@@ -3,7 +3,7 @@
 use std::ffi::OsStr;
 use std::fs::{self, OpenOptions};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{FileExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -341,4 +341,54 @@ fn an_image_with_the_footer_of_another_format_is_refused() {
         .status();
     assert!(created.unwrap().success());
     assert_says(&place.refusal_of(&[image], &[]), &["is a vpc image"]);
+}
+
+/// With the first command line of the README: the data would be outvoted, and overwritten.
+#[test]
+fn empty_images_beside_one_that_holds_data_are_refused() {
+    let mut place = Place::new(3);
+    let precious = OpenOptions::new().write(true).open(&place.images[1]);
+    precious.unwrap().write_all_at(b"precious", 65536).unwrap();
+    let says = [
+        "0.raw' and ",
+        "2.raw' are empty",
+        "1.raw' holds data",
+        "quorum-blkctl add",
+        "--empty-anyway",
+    ];
+    let patterns = ["quorum", "threshold", "fifo"].map(|pattern| ["--read-pattern", pattern]);
+    for options in patterns.iter().map(|pattern| &pattern[..]).chain([
+        &["--rewrite-corrupted"][..],
+        &["--cache", "writeback"],
+        &["--vote-threshold", "1"],
+        &["--read-only"],
+    ]) {
+        assert_says(&place.refusal(options), &says);
+    }
+    assert_says(&place.refusal_of(&place.images[..2], &[]), &says[2..]);
+    let mut arguments = replica_arguments(&place.images);
+    arguments.push("--empty-anyway".into());
+    let mut daemon = Daemon::start(place.directory.path(), arguments);
+    assert!(daemon.terminate().success());
+    // As advised: the one that holds data alone.
+    place.images = vec![place.images[1].clone()];
+    let mut daemon = Daemon::start(place.directory.path(), replica_arguments(&place.images));
+    assert!(daemon.terminate().success());
+}
+
+/// Where zeroes are stored, as on a new disk, they are read: all of them, or samples.
+#[test]
+fn images_full_of_stored_zeroes_are_empty() {
+    let place = Place::new(3);
+    for image in &place.images[..2] {
+        fs::write(image, vec![0; usize::try_from(DISK_BYTES).unwrap()]).unwrap();
+    }
+    let mut daemon = Daemon::start(place.directory.path(), replica_arguments(&place.images));
+    assert!(daemon.terminate().success());
+    let last = OpenOptions::new().write(true).open(&place.images[2]);
+    last.unwrap().write_all_at(&[1], DISK_BYTES - 1).unwrap();
+    assert_says(
+        &place.refusal(&[]),
+        &["0.raw' and ", "1.raw' are empty", "2.raw' holds data"],
+    );
 }

@@ -19,7 +19,9 @@ use quorum_blk::device::{Capacity, DiskInfo};
 use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
-use quorum_blk::replica::file::{OpenOptions, Opening, Overwrite, ReplicaSource, open_all};
+use quorum_blk::replica::file::{
+    EmptyImages, OpenOptions, Opening, Overwrite, ReplicaSource, open_all,
+};
 use quorum_blk::replica::ring::{Aio, RingFile};
 use quorum_blk::replica::table::ReplicaTable;
 use quorum_blk::statistics::Statistics;
@@ -58,7 +60,7 @@ fn serve() -> Served {
         raw_anyway: false,
         block_bytes: 512,
     };
-    let files = open_all(&sources, options, Opening::Here).unwrap();
+    let files = open_all(&sources, options, Opening::Here, EmptyImages::Refused).unwrap();
     let workers = 2;
     let capacity_sectors = SIZE_BYTES / SECTOR_BYTES;
     let slot = ConnectionSlot::new(workers, 256, CacheMode::default()).unwrap();

@@ -221,6 +221,8 @@ fn plan(replicas: usize) -> Plan {
         direct: false,
         // A resync that has failed waits as long until it is tried again.
         replica_timeout: Duration::from_secs(5),
+        // The image on the small file system holds marks, which the guest overwrites.
+        more: vec!["--empty-anyway"],
         ..Plan::default()
     }
 }

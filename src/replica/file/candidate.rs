@@ -145,7 +145,28 @@ impl Candidate {
         match contents {
             Contents::Nothing => Ok(()),
             Contents::Data(at) => Err(OpenError::HoldsData { path, at }),
+            Contents::Zeroes => Err(OpenError::MayHoldData { path, at: 0 }),
             Contents::Unknown(at) => Err(OpenError::MayHoldData { path, at }),
+        }
+    }
+
+    /// Begins a short look at what the first `size_bytes` bytes hold; [`Self::glanced`] ends it.
+    pub(super) fn glance(&mut self, size_bytes: u64) -> Result<(), OpenError> {
+        let begun = match &self.opener {
+            None => Ok(Ok(())),
+            Some(opener) => opener.glance(size_bytes).map(Ok).map_err(NoAnswer::from),
+        };
+        self.answered(begun)
+    }
+
+    /// What a short look at the first `size_bytes` bytes has found.
+    pub(super) fn glanced(&mut self, size_bytes: u64) -> Result<Contents, OpenError> {
+        match &mut self.opener {
+            None => Ok(Contents::at_a_glance(&self.replica.file, size_bytes)),
+            Some(opener) => {
+                let found = opener.glanced(Instant::now() + OPEN_LIMIT);
+                self.answered(found)
+            }
         }
     }
 

@@ -146,6 +146,28 @@ pub enum OpenError {
         /// The end of what was read.
         at: u64,
     },
+    /// Some images are empty and others hold data, which their zeroes would outvote.
+    #[error(
+        "{} {} empty{}, but {} {} data (near byte {at}), which zeroes could outvote; start with {} \
+         alone, and add each other one (quorum-blkctl add); or use --empty-anyway if all of them \
+         are one disk",
+        listed(.empty),
+        if .empty.len() == 1 { "is" } else { "are" },
+        if *.is_certain { "" } else { " as far as could be read in time" },
+        listed(.holding),
+        if .holding.len() == 1 { "holds" } else { "hold" },
+        listed(.holding)
+    )]
+    EmptyBesideData {
+        /// The images without data.
+        empty: Vec<PathBuf>,
+        /// They were read to their ends.
+        is_certain: bool,
+        /// The others that were found to hold data.
+        holding: Vec<PathBuf>,
+        /// Where the first of these does.
+        at: u64,
+    },
     /// Another process uses the image, or it cannot be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
     Locked {
@@ -281,6 +303,15 @@ impl Fault {
             Self::Claimed => OpenError::Claimed { path },
             Self::Lock(errno) => locked(path, LockError::Io(error(errno))),
         }
+    }
+}
+
+/// `'a', 'b' and 'c'`.
+fn listed(paths: &[PathBuf]) -> String {
+    let quoted: Vec<String> = paths.iter().map(|path| Quoted(path).to_string()).collect();
+    match quoted.as_slice() {
+        [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
+        _ => quoted.concat(),
     }
 }
 

@@ -35,6 +35,7 @@ use serde::{Deserialize, Serialize};
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::watch;
+use self::contents::Contents;
 pub use self::error::OpenError;
 pub use self::format::Format;
 use self::location::{Location, Overlap};
@@ -170,11 +171,21 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
     candidate.lock()
 }
 
+/// What to do about images that hold nothing but zeroes, where others hold data (O4).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum EmptyImages {
+    /// They are refused.
+    Refused,
+    /// The operator wants them to vote.
+    Accepted,
+}
+
 /// Opens and locks all replicas of a disk, in the order given.
 pub fn open_all(
     sources: &[ReplicaSource],
     options: OpenOptions,
     opening: Opening,
+    empty: EmptyImages,
 ) -> Result<Vec<ReplicaFile>, OpenError> {
     let started = sources
         .iter()
@@ -204,9 +215,51 @@ pub fn open_all(
             );
         }
     }
+    if empty == EmptyImages::Refused {
+        check_contents(&mut candidates, disk_bytes)?;
+    }
     // Locks come after all checks: an image that is given twice would otherwise be reported as in
     // use by another process, which is this one.
     candidates.into_iter().map(Candidate::lock).collect()
+}
+
+/// Checks that no image is empty where another one holds data (O4).
+fn check_contents(candidates: &mut [Candidate], disk_bytes: u64) -> Result<(), OpenError> {
+    if candidates.len() < 2 {
+        return Ok(());
+    }
+    // All at the same time, unless the daemon opens them itself.
+    for candidate in &mut *candidates {
+        candidate.glance(disk_bytes)?;
+    }
+    let (mut empty, mut holding) = (Vec::new(), Vec::new());
+    let (mut is_certain, mut first) = (true, None);
+    for candidate in candidates {
+        let contents = candidate.glanced(disk_bytes)?;
+        let path = candidate.replica().path.clone();
+        match contents {
+            Contents::Data(at) => {
+                first.get_or_insert(at);
+                holding.push(path);
+            }
+            Contents::Nothing => empty.push(path),
+            Contents::Zeroes => {
+                is_certain = false;
+                empty.push(path);
+            }
+            // It does not vote where it cannot be read.
+            Contents::Unknown(_) => {}
+        }
+    }
+    match first {
+        Some(at) if !empty.is_empty() => Err(OpenError::EmptyBesideData {
+            empty,
+            is_certain,
+            holding,
+            at,
+        }),
+        _ => Ok(()),
+    }
 }
 
 /// What may become of the data that an image holds.

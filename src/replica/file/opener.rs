@@ -59,6 +59,7 @@ enum Order {
     FindAlignment,
     FindFormat,
     FindContents(u64),
+    GlanceAtContents(u64),
     Claim,
     Lock,
 }
@@ -151,6 +152,17 @@ impl Opener {
         by: Instant,
     ) -> Result<Answer<Contents>, NoAnswer> {
         self.order(Order::FindContents(size_bytes))?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// Has the process take a short look at the first `size_bytes` bytes. [`Self::glanced`] is the
+    /// answer.
+    pub(super) fn glance(&self, size_bytes: u64) -> io::Result<()> {
+        self.order(Order::GlanceAtContents(size_bytes))
+    }
+
+    /// What the short look has found.
+    pub(super) fn glanced(&mut self, by: Instant) -> Result<Answer<Contents>, NoAnswer> {
         self.answer(by).map(|(answer, _)| answer)
     }
 
@@ -254,6 +266,10 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
             }
             Order::FindContents(size_bytes) => {
                 let contents = Contents::of(&image.file, size_bytes);
+                send(&socket, &Answer::Ok(contents), None)?;
+            }
+            Order::GlanceAtContents(size_bytes) => {
+                let contents = Contents::at_a_glance(&image.file, size_bytes);
                 send(&socket, &Answer::Ok(contents), None)?;
             }
             Order::Claim => match claim(&image.file, options) {

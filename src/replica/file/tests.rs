@@ -65,7 +65,7 @@ fn refusal(source: &ReplicaSource, options: OpenOptions) -> String {
 }
 
 fn refusal_of_all(sources: &[ReplicaSource]) -> String {
-    let line = open_all(sources, BUFFERED, Opening::Here)
+    let line = open_all(sources, BUFFERED, Opening::Here, EmptyImages::Refused)
         .unwrap_err()
         .to_string();
     for source in sources {
@@ -231,7 +231,7 @@ fn refuses_an_image_that_is_not_raw() {
 fn opens_all_in_order() {
     let directory = Directory::new();
     let sources = ["b", "a", "c"].map(|name| directory.image(name, SIZE));
-    let replicas = open_all(&sources, BUFFERED, Opening::Here).unwrap();
+    let replicas = open_all(&sources, BUFFERED, Opening::Here, EmptyImages::Refused).unwrap();
     let names: Vec<_> = replicas.iter().map(ReplicaFile::node_name).collect();
     assert_eq!(names, ["b", "a", "c"].map(Into::into));
 }
@@ -268,7 +268,7 @@ fn accepts_an_image_that_is_larger_than_the_disk() {
     let directory = Directory::new();
     let sizes = [("1.raw", SIZE), ("2.raw", SIZE + 5000), ("3.raw", SIZE)];
     let sources = sizes.map(|(name, bytes)| directory.image(name, bytes));
-    let replicas = open_all(&sources, BUFFERED, Opening::Here).unwrap();
+    let replicas = open_all(&sources, BUFFERED, Opening::Here, EmptyImages::Refused).unwrap();
     assert_eq!(
         disk_size(&replicas.iter().collect::<Vec<_>>()).unwrap(),
         SIZE
@@ -336,4 +336,62 @@ fn hints_fit_the_error() {
         line.contains("does not support O_DIRECT; use --cache writeback"),
         "{line}"
     );
+}
+
+/// Which images hold data; whether they are served as one disk.
+fn served(directory: &Directory, holding: &[(&str, u64)], empty: EmptyImages) -> bool {
+    let sources = holding.iter().map(|(name, at)| {
+        let source = directory.image(name, SIZE);
+        let file = File::options().write(true).open(&source.path).unwrap();
+        if *at < SIZE {
+            file.write_all_at(&[7], *at).unwrap();
+        }
+        source
+    });
+    let sources: Vec<_> = sources.collect();
+    match open_all(&sources, BUFFERED, Opening::Here, empty) {
+        Ok(_) => true,
+        Err(error) => {
+            let line = error.to_string();
+            for source in &sources {
+                assert_line(&line, source);
+            }
+            assert!(matches!(error, OpenError::EmptyBesideData { .. }), "{line}");
+            assert!(line.contains("quorum-blkctl add"), "{line}");
+            false
+        }
+    }
+}
+
+#[test]
+fn empty_images_beside_others_that_hold_data_are_refused() {
+    let last = SIZE - 1;
+    for (holding, is_served) in [
+        (&[("a", 0)][..], true),
+        (&[("a", SIZE), ("b", SIZE), ("c", SIZE)], true),
+        // Different data in different places: the vote is for that.
+        (&[("a", 0), ("b", 4096), ("c", last)], true),
+        (&[("a", 0), ("b", SIZE), ("c", SIZE)], false),
+        (&[("a", SIZE), ("b", SIZE), ("c", last)], false),
+        (&[("a", 0), ("b", SIZE), ("c", 0)], false),
+        (&[("a", SIZE), ("b", last)], false),
+    ] {
+        let served = |empty| served(&Directory::new(), holding, empty);
+        assert_eq!(served(EmptyImages::Refused), is_served, "{holding:?}");
+        assert!(served(EmptyImages::Accepted), "{holding:?}");
+    }
+}
+
+/// What lies behind the end of the disk does not count.
+#[test]
+fn data_behind_the_end_of_the_disk_is_none() {
+    let directory = Directory::new();
+    let sources = [
+        directory.image("a", SIZE),
+        directory.image("b", SIZE),
+        directory.image("c", 2 * SIZE),
+    ];
+    let file = File::options().write(true).open(&sources[2].path).unwrap();
+    file.write_all_at(&[7], SIZE).unwrap();
+    open_all(&sources, BUFFERED, Opening::Here, EmptyImages::Refused).unwrap();
 }
