@@ -224,6 +224,9 @@ pub const FAILED_FLUSHES_MAX: u32 = 3;
 /// Default of `--scrub-around`: how much of the disk is scrubbed on either side of corruption.
 pub const NEIGHBOURHOOD_BYTES: u64 = 4 << 20;
 
+/// The least value of `--repair-limit`: a block.
+pub const REPAIR_LIMIT_MIN: u64 = 4096;
+
 /// For how long a neighbourhood that was scrubbed is not scrubbed again: a guest may read a corrupt
 /// range over and over, and it may never be repaired.
 pub const NEIGHBOURHOOD_REST: Duration = Duration::from_secs(60);

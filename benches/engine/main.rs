@@ -111,6 +111,7 @@ fn run(case: &Case, requests: u64) {
         threshold: case.replicas / 2 + 1,
         read_pattern: case.read_pattern,
         rewrite_corrupted: false,
+        repair_limit_sectors: u64::MAX,
         blkverify: false,
         job_sizes: Sizes::default(),
         block_sectors: 1,

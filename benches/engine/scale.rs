@@ -296,6 +296,7 @@ impl<'a> Disk<'a> {
             threshold: load.replicas / 2 + 1,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
+            repair_limit_sectors: u64::MAX,
             blkverify: false,
             block_sectors: 1,
             replica_timeout: Duration::from_secs(1),

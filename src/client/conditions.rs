@@ -71,6 +71,14 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
                 format!("{cause}, check the guest's files, then quorum-blkctl clear"),
             )
         }
+        "repair-limit" => Advice::new(
+            Style::Bad,
+            format!(
+                "repairs have stopped: they reached {} (--repair-limit)",
+                size(disk.repair_limit)
+            ),
+            "if the corrupt images are the wrong ones, quorum-blkctl scrub --repair".to_owned(),
+        ),
         unknown => of_unknown(&disk.node_name, unknown),
     }
 }
@@ -214,6 +222,19 @@ mod tests {
             what,
             "b was evicted too often and is kept out for 1 min 4 s more"
         );
+    }
+
+    #[test]
+    fn repairs_that_have_stopped_are_the_decision_of_the_operator() {
+        let mut disk = disk("in-service", 0, 0, 0);
+        disk.conditions = vec!["repair-limit".into()];
+        disk.repair_limit = 16 << 20;
+        let advice = &advice(&disk, &[], UNIX_EPOCH)[0];
+        assert_eq!(
+            advice.what,
+            "repairs have stopped: they reached 16 MiB (--repair-limit)"
+        );
+        assert!(advice.to_do.as_ref().unwrap().ends_with("scrub --repair"));
     }
 
     #[test]

@@ -51,6 +51,12 @@ struct HeldRequest {
     reason: String,
 }
 
+/// The data of QUORUM_REPAIR_LIMIT.
+#[derive(Debug, Deserialize)]
+struct RepairLimit {
+    limit: u64,
+}
+
 #[derive(Debug, Deserialize)]
 struct StatusChange {
     id: String,
@@ -107,6 +113,11 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
             let time = duration(report.milliseconds.unwrap_or(0).div_ceil(1000));
             let text = format!("evicted too often: it is kept out for {time}");
             membership(&report, Style::Bad, &text)
+        }),
+        "QUORUM_REPAIR_LIMIT" => read(data).map(|RepairLimit { limit }| {
+            let limit = size(limit);
+            let text = format!("repairs have stopped: they reached {limit} (--repair-limit)");
+            (Style::Bad, text)
         }),
         "QUORUM_REPLICA_IMAGE_CHANGED" => read(data).map(|image| image_change(&image)),
         "JOB_STATUS_CHANGE" => read(data).map(|StatusChange { id, status }| {
@@ -262,6 +273,7 @@ mod tests {
                 "quorum0: a write of the guest is held: No space left on device",
                 "1.raw: evicted: it does not answer",
                 "1.raw: evicted too often: it is kept out for 16 s",
+                "repairs have stopped: they reached 16 MiB (--repair-limit)",
                 "1.raw: its image was changed by another program: unlinked",
                 "1742 events missed: they arrived faster than this program read them",
             ]

@@ -20,6 +20,8 @@ pub(super) struct Disk {
     pub(super) vote_threshold: u64,
     pub(super) read_pattern: String,
     pub(super) rewrite_corrupted: bool,
+    #[serde(default)]
+    pub(super) repair_limit: u64,
     pub(super) read_only: bool,
     #[serde(default)]
     pub(super) held_requests: u64,

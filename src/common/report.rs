@@ -45,6 +45,12 @@ pub enum Report {
         /// For how long.
         time: Duration,
     },
+    /// Replicas have more to repair than is repaired unasked: nothing is repaired before the
+    /// operator decides (O5).
+    RepairLimit {
+        /// So much, counted for each replica.
+        limit_sectors: u64,
+    },
     /// An evicted replica answered and is asked again.
     Rejoined(ReplicaIndex),
 }

@@ -12,7 +12,7 @@ use nix::unistd::Group;
 
 use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern};
 use crate::common::message::Quoted;
-use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX};
+use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX, REPAIR_LIMIT_MIN};
 
 /// The options as written, each valid by itself. `super::check` decides whether they fit together.
 #[derive(Debug, Parser)]
@@ -84,6 +84,14 @@ pub(super) struct Options {
     /// the replicas that lost it. Without this option, the daemon only reports them
     #[arg(long, help_heading = "Vote")]
     pub(super) rewrite_corrupted: bool,
+
+    /// With --rewrite-corrupted, repair at most this much without being asked: bytes, or with a
+    /// suffix K, M, G or T, at least 4K. What is more is reported as the condition repair-limit,
+    /// and nothing is repaired until quorum-blkctl scrub --repair. So images that are not of this
+    /// disk, or old ones, do not replace the good one that they outvote
+    #[arg(long, value_name = "SIZE", default_value = "16M", value_parser = parse_size,
+        help_heading = "Vote")]
+    pub(super) repair_limit: u64,
 
     /// Compare exactly two replicas and exit with status 1 at the first difference (for debugging)
     #[arg(long, help_heading = "Vote")]
@@ -276,6 +284,23 @@ fn parse_block_size(value: &str) -> Result<u32, &'static str> {
         "4096" | "4k" | "4K" => Ok(4096),
         _ => Err("expected 512 or 4096"),
     }
+}
+
+/// Bytes, in units of 1024.
+fn parse_size(value: &str) -> Result<u64, &'static str> {
+    let (number, shift) = match value.char_indices().next_back() {
+        Some((end, 'k' | 'K')) => (&value[..end], 10),
+        Some((end, 'M')) => (&value[..end], 20),
+        Some((end, 'G')) => (&value[..end], 30),
+        Some((end, 'T')) => (&value[..end], 40),
+        _ => (value, 0),
+    };
+    let is_number = number.bytes().all(|byte| byte.is_ascii_digit());
+    let number = number.parse::<u64>().ok().filter(|_| is_number);
+    number
+        .and_then(|number| number.checked_mul(1 << shift))
+        .filter(|bytes| *bytes >= REPAIR_LIMIT_MIN)
+        .ok_or("expected a size of at least 4K, such as 16M or 1G")
 }
 
 /// A port alone listens on loopback only: metrics have no access control.

@@ -67,6 +67,8 @@ pub struct Config {
     pub read_pattern: ReadPattern,
     /// Repair the replicas that lost a vote.
     pub rewrite_corrupted: bool,
+    /// Repair at most so much without being asked, in bytes.
+    pub repair_limit_bytes: u64,
     /// What to do with a read that fails.
     pub rerror: OnReadError,
     /// What to do with a write or discard that fails.
@@ -267,6 +269,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         vote_threshold,
         read_pattern: options.read_pattern,
         rewrite_corrupted: options.rewrite_corrupted,
+        repair_limit_bytes: options.repair_limit,
         rerror: options.rerror,
         werror: options.werror,
         blkverify: options.blkverify,

@@ -95,6 +95,7 @@ fn defaults() {
     assert_eq!(config.scrub_around_bytes, 4 << 20);
     assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
     assert!(!config.empty_anyway);
+    assert_eq!(config.repair_limit_bytes, 16 << 20);
     assert_eq!(
         (config.node_name.as_str(), config.serial.as_str()),
         ("quorum0", "")

@@ -14,7 +14,7 @@ pub enum Health {
     Healthy,
     /// A replica has one; the guest does not notice.
     Degraded,
-    /// The disk has one: the guest got an I/O error, or will, or waits.
+    /// The disk has one: the guest got an I/O error, or will, or waits; or an operator must decide.
     Failing,
 }
 
@@ -50,6 +50,8 @@ pub enum DiskCondition {
     Undecided,
     /// The guest got an I/O error that is not cleared.
     GuestErrors,
+    /// More is corrupt than is repaired unasked: nothing is before the operator decides.
+    RepairLimit,
 }
 
 /// Serializes a word by its name.
@@ -91,6 +93,7 @@ words! {
         IoError = "io-error",
         Undecided = "undecided",
         GuestErrors = "guest-errors",
+        RepairLimit = "repair-limit",
     }
 }
 
@@ -116,11 +119,17 @@ pub fn of_replica(
 }
 
 /// The conditions of a disk.
-pub fn of_disk(held_requests: u64, undecided_sectors: u64, errors: &Errors) -> Vec<DiskCondition> {
+pub fn of_disk(
+    held_requests: u64,
+    undecided_sectors: u64,
+    errors: &Errors,
+    refuses_repairs: bool,
+) -> Vec<DiskCondition> {
     chosen([
         (held_requests > 0, DiskCondition::IoError),
         (undecided_sectors > 0, DiskCondition::Undecided),
         (!errors.is_empty(), DiskCondition::GuestErrors),
+        (refuses_repairs, DiskCondition::RepairLimit),
     ])
 }
 

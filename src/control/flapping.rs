@@ -38,7 +38,9 @@ impl Evictions {
             Notice::Report(Report::Rejoined(replica)) => {
                 self.0[replica.as_usize()].kept_out_until = None;
             }
-            Notice::Report(Report::Bad { .. } | Report::Failure { .. })
+            Notice::Report(
+                Report::Bad { .. } | Report::Failure { .. } | Report::RepairLimit { .. },
+            )
             | Notice::Job(_)
             | Notice::Image(..) => {}
         }

@@ -30,6 +30,7 @@ enum Kind {
     AnyError(ReplicaIndex, OperationType),
     Evicted(ReplicaIndex),
     KeptOut(ReplicaIndex),
+    RepairLimit,
     Rejoined(ReplicaIndex),
     Image(ReplicaIndex),
     /// There are many of these only if a job is paused and resumed over and over.
@@ -61,6 +62,7 @@ impl Kind {
             },
             Report::Evicted(replica) => Self::Evicted(*replica),
             Report::KeptOut { replica, .. } => Self::KeptOut(*replica),
+            Report::RepairLimit { .. } => Self::RepairLimit,
             Report::Rejoined(replica) => Self::Rejoined(*replica),
         }
     }

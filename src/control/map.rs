@@ -143,7 +143,12 @@ impl DiskMap {
                     }
                 }
             },
-            Notice::Report(Report::Evicted(_) | Report::KeptOut { .. } | Report::Rejoined(_))
+            Notice::Report(
+                Report::Evicted(_)
+                | Report::KeptOut { .. }
+                | Report::RepairLimit { .. }
+                | Report::Rejoined(_),
+            )
             | Notice::Image(..) => {}
         }
     }

@@ -62,6 +62,8 @@ pub struct PolicyState {
     pub read_pattern: String,
     /// Reads repair what they find corrupt.
     pub rewrite_corrupted: bool,
+    /// Bytes that are repaired at most without being asked.
+    pub repair_limit: u64,
     /// The daemon ends at the first difference.
     pub blkverify: bool,
     /// The value of `--rerror`.

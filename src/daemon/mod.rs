@@ -306,6 +306,7 @@ fn policy(config: &Config, info: &DiskInfo) -> Policy {
             crate::config::ReadPattern::Fifo => ReadPattern::Fifo,
         },
         rewrite_corrupted: config.rewrite_corrupted,
+        repair_limit_sectors: config.repair_limit_bytes / SECTOR_BYTES,
         blkverify: config.blkverify,
         job_sizes: Sizes {
             neighbourhood_sectors: config.scrub_around_bytes / SECTOR_BYTES,

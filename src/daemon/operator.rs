@@ -71,6 +71,7 @@ impl DiskOperator {
                 vote_threshold: config.vote_threshold,
                 read_pattern: name_of(config.read_pattern),
                 rewrite_corrupted: config.rewrite_corrupted,
+                repair_limit: config.repair_limit_bytes,
                 blkverify: config.blkverify,
                 rerror: name_of(config.rerror),
                 werror: name_of(config.werror),
@@ -250,7 +251,9 @@ impl Operator for DiskOperator {
         let undecided_sectors = self.reports.undecided_sectors();
         let errors = self.reports.guest_errors();
         let held_requests = self.hold.count() as u64;
-        let conditions = condition::of_disk(held_requests, undecided_sectors, &errors);
+        let refuses_repairs = self.shared.refuses_repairs();
+        let conditions =
+            condition::of_disk(held_requests, undecided_sectors, &errors, refuses_repairs);
         DiskState {
             node_name: self.fixed.node_name.clone(),
             size: self.fixed.capacity.bytes(),

@@ -29,6 +29,8 @@ pub struct Policy {
     pub read_pattern: ReadPattern,
     /// Repair the sectors of replicas that lost a vote or failed a `fifo` read.
     pub rewrite_corrupted: bool,
+    /// Of these at most so many, counted for each replica, until the operator decides (O5).
+    pub repair_limit_sectors: u64,
     /// An undecided sector stops the daemon.
     pub blkverify: bool,
     /// How much jobs do at a time.

@@ -57,6 +57,7 @@ mod range_locks;
 mod read;
 mod read_errors;
 mod repair;
+mod repair_gate;
 mod replies;
 mod request;
 mod resync;
@@ -109,6 +110,7 @@ impl Engine {
     ) -> Self {
         let (block_sectors, timeout) = (policy.block_sectors, policy.replica_timeout);
         shared.configure_jobs(block_sectors, policy.job_sizes, timeout);
+        shared.limit_repairs(policy.repair_limit_sectors);
         Self {
             slots: Slots::default(),
             core: Core::new(worker, policy, shared, pool, clock),
@@ -166,6 +168,15 @@ impl Engine {
             _ => false,
         };
         slots.any(|(id, slot)| id == request && of_a_job(slot))
+    }
+
+    /// Whether `operation`, which was just submitted, repairs a replica unasked (O5).
+    #[cfg(any(test, feature = "sim"))]
+    pub fn repairs_unasked(&self, operation: &Operation) -> bool {
+        let mut slots = self.slots.iter();
+        let slot = slots.find(|(id, _)| *id == operation.request);
+        let confirmation = slot.and_then(|(_, slot)| slot.request.confirmation());
+        confirmation.is_some_and(|confirmation| confirmation.repairs_unasked(operation))
     }
 
     /// The replica that `request`, which has operations in flight, resyncs.

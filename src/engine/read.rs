@@ -330,6 +330,7 @@ fn terms(answers: bool, locates: ReplicaSet, core: &Core) -> Terms {
         rule: core.read_rule(),
         throughout: ReplicaSet::EMPTY,
         repairs_losers: repairs,
+        is_asked: false,
         locates: core.all_if(repairs).and(locates),
         spreads: true,
         answers_early: answers,

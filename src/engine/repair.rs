@@ -33,6 +33,9 @@ pub(super) struct RepairWrite {
     /// The bytes are zero and may become a hole.
     pub(super) zero: bool,
     pub(super) kind: RepairKind,
+    /// It repairs what lost the vote or is unreadable, because of
+    /// [`losers`](Repairs::losers).
+    pub(super) is_of_loser: bool,
 }
 
 /// What a write of the winner replaces.
@@ -77,6 +80,7 @@ impl Repairs<'_> {
                 range,
                 zero: false,
                 kind,
+                is_of_loser: kind != RepairKind::Settled,
             }));
         }
         for (replica, runs) in self.throughout {
@@ -95,6 +99,7 @@ impl Repairs<'_> {
                 range,
                 zero: is_zero(&self.winner[bytes_of(range, self.range)]),
                 kind: kind(range),
+                is_of_loser: false,
             }));
         }
         writes

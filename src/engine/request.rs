@@ -288,7 +288,7 @@ impl Request {
         self.confirmation().is_some()
     }
 
-    fn confirmation(&self) -> Option<&Confirmation> {
+    pub(super) fn confirmation(&self) -> Option<&Confirmation> {
         match self {
             Self::Read(read) => read.stage().confirmation(),
             Self::Scrub(scrub) => scrub.stage().confirmation(),

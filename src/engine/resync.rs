@@ -30,6 +30,7 @@ impl Resync {
             rule: Rule::Threshold(context.core.policy.threshold),
             throughout: std::iter::once(replica).collect(),
             repairs_losers: context.core.policy.rewrite_corrupted,
+            is_asked: false,
             locates: context.core.all_if(context.core.policy.rewrite_corrupted),
             spreads: true,
             answers_early: false,

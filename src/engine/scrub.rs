@@ -174,6 +174,7 @@ impl ScrubOrder {
             rule: Rule::Threshold(core.policy.threshold),
             throughout: ReplicaSet::EMPTY,
             repairs_losers: core.policy.rewrite_corrupted || self.repair,
+            is_asked: self.repair,
             locates: core.all_if(true),
             spreads: self.spreads,
             answers_early: false,

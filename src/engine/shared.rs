@@ -26,6 +26,7 @@ use super::changes::Changes;
 use super::interleaving;
 use super::lateness::Loads;
 use super::range_locks::{LockKey, RangeLocks};
+use super::repair_gate::{Permission, RepairGate};
 use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
@@ -81,6 +82,7 @@ struct State {
     locks: RangeLocks<Waiter>,
     health: Health,
     changes: Changes,
+    repairs: RepairGate,
 }
 
 impl Shared {
@@ -107,6 +109,7 @@ impl Shared {
                 locks: RangeLocks::default(),
                 health: Health::new(members, threshold, workers, capacity_sectors),
                 changes: Changes::default(),
+                repairs: RepairGate::new(),
             }),
             anything_stale: AtomicBool::new(false),
             anything_undecided: AtomicBool::new(false),
@@ -230,6 +233,7 @@ impl Shared {
         let result = with(&mut jobs, &self.state().health);
         // Still locked, so that events come in the order of the changes.
         for event in jobs.take_events() {
+            self.state().repairs.job_changed(&event);
             tell(event);
         }
         self.has_jobs.store(!jobs.is_empty(), Ordering::Release);
@@ -242,6 +246,20 @@ impl Shared {
         self.jobs(nothing_to_tell, |jobs, _| {
             jobs.configure(block_sectors, sizes, retry_after);
         });
+    }
+
+    pub(super) fn limit_repairs(&self, sectors: u64) {
+        self.state().repairs.configure(sectors);
+    }
+
+    /// Asks for the permission to repair so many sectors unasked (O5).
+    pub(super) fn may_repair(&self, sectors: u64) -> Permission {
+        self.state().repairs.begin(sectors)
+    }
+
+    /// Whether repairs are refused until the operator decides (O5).
+    pub fn refuses_repairs(&self) -> bool {
+        self.state().repairs.is_closed()
     }
 
     /// Whether there is any job.

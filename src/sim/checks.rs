@@ -380,6 +380,7 @@ impl World {
                 return self.check_eviction(replica.as_usize());
             }
             Report::KeptOut { .. } => return Ok(()),
+            Report::RepairLimit { .. } => return self.limit_reported(),
             Report::Rejoined(replica) => return self.check_rejoin(replica.as_usize()),
             Report::Bad {
                 replica,
@@ -500,7 +501,8 @@ impl World {
 
     /// R6: everything was read without faults, so each replica holds the winner of the vote.
     pub(super) fn check_rewritten(&self) -> Checked {
-        if !self.plan.rewrite_corrupted || self.plan.read_pattern != ReadPattern::Quorum {
+        let quorum = self.plan.read_pattern == ReadPattern::Quorum;
+        if !self.plan.rewrite_corrupted || !quorum || self.leaves_losers() {
             return Ok(());
         }
         let block = usize::try_from(self.plan.block_sectors).expect("few");
@@ -629,6 +631,7 @@ fn show_report(report: &Report) -> String {
         Report::Failure { operation, .. } => format!("QUORUM_FAILURE {operation:?}"),
         Report::Evicted(replica) => format!("replica {} evicted", replica.0),
         Report::KeptOut { replica, time } => format!("replica {} kept out for {time:?}", replica.0),
+        Report::RepairLimit { limit_sectors } => format!("limit of {limit_sectors} reached"),
         Report::Rejoined(replica) => format!("replica {} rejoined", replica.0),
         Report::Bad {
             replica,

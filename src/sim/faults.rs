@@ -6,6 +6,7 @@ use super::Violation;
 use super::ledger::{Ledger, count};
 use super::model::Value;
 use super::plan::{bits, mask_below, widen};
+use super::repair_limit::Unasked;
 use super::staleness::Staleness;
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
@@ -178,6 +179,7 @@ impl World {
         self.crashed = true;
         self.tick_wanted = 0;
         self.undecided = 0;
+        self.unasked = Unasked::default();
         self.ledger.any = before.any;
         self.ledger.unreadable = before.unreadable;
         self.ledger.unwritable = before.unwritable;

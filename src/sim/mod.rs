@@ -45,6 +45,7 @@ mod overlap;
 pub mod plan;
 pub mod policy;
 pub mod random;
+mod repair_limit;
 pub mod replica;
 pub mod runner;
 mod schedule;

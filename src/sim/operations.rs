@@ -65,6 +65,7 @@ impl World {
         {
             self.rewritten[replica] |= sectors;
             self.check_resync(&operation, sectors)?;
+            self.check_unasked(&operation)?;
             self.doubt_repair(sectors);
         }
         match &operation.action {

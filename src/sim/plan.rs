@@ -86,6 +86,8 @@ pub struct Plan {
     pub read_pattern: ReadPattern,
     /// Whether the engine repairs the losers of a vote.
     pub rewrite_corrupted: bool,
+    /// How many sectors it repairs unasked.
+    pub repair_limit_sectors: u64,
     /// Engines that share the disk, as worker threads do.
     pub workers: usize,
     /// Requests in flight on one worker, at most.
@@ -174,6 +176,7 @@ impl Plan {
             threshold,
             read_pattern,
             rewrite_corrupted: random.below(3) > 0,
+            repair_limit_sectors: u64::MAX,
             workers: random.pick(&[1, 2, 2, 3]),
             depth: 1 + random.index(5),
             sectors,
@@ -215,6 +218,7 @@ impl Plan {
             plan.overlap = random.pick(&[0, OFTEN * 4, HALF]);
         }
         plan.choose_holes(&mut random.clone());
+        plan.choose_repair_limit(&mut random.clone());
         plan
     }
 
@@ -230,6 +234,14 @@ impl Plan {
             read_min: block * random.pick(&[1, 1, 3]),
             read_max: block * random.pick(&[4, 16]),
         };
+    }
+
+    /// One disk in three has a limit that is soon reached.
+    fn choose_repair_limit(&mut self, random: &mut Random) {
+        random.bits();
+        if random.below(3) == 0 {
+            self.repair_limit_sectors = self.block_sectors * random.pick(&[1, 2, 4, 16]);
+        }
     }
 
     /// Whether jobs ask where the replicas have holes.

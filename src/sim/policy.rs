@@ -11,6 +11,7 @@ pub fn plain(threshold: usize) -> Policy {
         threshold,
         read_pattern: ReadPattern::Quorum,
         rewrite_corrupted: false,
+        repair_limit_sectors: u64::MAX,
         blkverify: false,
         job_sizes: Sizes::default(),
         block_sectors: 1,

@@ -12,6 +12,7 @@ use super::ledger::{Failures, Ledger, Masks, Seen};
 use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::random::Random;
+use super::repair_limit::Unasked;
 use super::replica::SimReplica;
 use super::staleness::Staleness;
 use super::statistics::Statistics;
@@ -179,6 +180,8 @@ pub struct World {
     pub(super) timed_out: u32,
     /// The sectors of failed writes that no vote has decided, as the engines know them, a mask.
     pub(super) undecided: u64,
+    /// What has been repaired unasked (O5).
+    pub(super) unasked: Unasked,
     /// Where repairs and copies of a resync have written, since the last look.
     pub(super) rewritten: Masks,
     /// The last job that is complete.
@@ -389,6 +392,7 @@ impl World {
             accused: 0,
             timed_out: 0,
             undecided: 0,
+            unasked: Unasked::default(),
             rewritten: Masks::default(),
             completed_job: None,
             shared: Arc::new(Shared::new(1, 1, 1, 1)),
@@ -476,6 +480,7 @@ impl World {
             threshold: self.plan.threshold,
             read_pattern: self.plan.read_pattern,
             rewrite_corrupted: self.plan.rewrite_corrupted,
+            repair_limit_sectors: self.plan.repair_limit_sectors,
             blkverify: false,
             job_sizes: self.plan.job_sizes,
             block_sectors: self.plan.block_sectors,

@@ -107,7 +107,7 @@ impl Recorder {
                 Cause::Error(_) => {}
             },
             Report::Evicted(replica) => self.totals(*replica).evictions.add(1),
-            Report::KeptOut { .. } => {}
+            Report::KeptOut { .. } | Report::RepairLimit { .. } => {}
             Report::Rejoined(replica) => self.totals(*replica).rejoins.add(1),
         }
     }

@@ -76,6 +76,7 @@ fn disk(memory: &GuestMemory, workers: u16) -> Disk {
             threshold: 2,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
+            repair_limit_sectors: u64::MAX,
             blkverify: false,
             job_sizes: Sizes::default(),
             block_sectors: 1,

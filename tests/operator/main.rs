@@ -18,3 +18,4 @@ mod qmp_page;
     reason = "the unit tests and the fuzz targets share it"
 )]
 mod recorder;
+mod repair_limit;

@@ -163,6 +163,7 @@ pub fn disk() -> DiskState {
             vote_threshold: 2,
             read_pattern: "quorum".into(),
             rewrite_corrupted: false,
+            repair_limit: 16 << 20,
             blkverify: false,
             rerror: "report".into(),
             werror: "report".into(),

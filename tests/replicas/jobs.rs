@@ -80,6 +80,7 @@ fn serve() -> Served {
             threshold: 2,
             read_pattern: ReadPattern::Quorum,
             rewrite_corrupted: false,
+            repair_limit_sectors: u64::MAX,
             blkverify: false,
             job_sizes: Sizes::default(),
             block_sectors: 1,

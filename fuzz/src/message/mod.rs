@@ -122,6 +122,7 @@ impl Machine {
                 threshold: 2,
                 read_pattern: ReadPattern::Quorum,
                 rewrite_corrupted: true,
+                repair_limit_sectors: u64::MAX,
                 blkverify: false,
                 block_sectors: 1,
                 // No replica is evicted, however slow the machine is.

@@ -12,6 +12,7 @@ use std::time::SystemTime;
 use serde::Serialize;
 
 use super::{Event, Names, Notice, type_name};
+use crate::common::SECTOR_BYTES;
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Digest, Evidence, Report, Requester};
 use crate::control::errors::{ErrorReason, Timestamp};
@@ -97,6 +98,14 @@ impl Event {
                     suppressed,
                 };
                 line("QUORUM_REPLICA_KEPT_OUT", data, self.made_at)
+            }
+            Report::RepairLimit { limit_sectors } => {
+                let data = RepairLimit {
+                    reference: &names.reference,
+                    limit: limit_sectors.saturating_mul(SECTOR_BYTES),
+                    suppressed,
+                };
+                line("QUORUM_REPAIR_LIMIT", data, self.made_at)
             }
             Report::Rejoined(replica) => {
                 let node_name = &names.nodes.get(*replica);
@@ -243,6 +252,15 @@ struct OfReplica<'a> {
 struct KeptOut<'a> {
     node_name: &'a str,
     milliseconds: u64,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct RepairLimit<'a> {
+    reference: &'a str,
+    limit: u64,
     #[serde(skip_serializing_if = "is_zero")]
     suppressed: u64,
 }

@@ -4,9 +4,9 @@ use log::{Level, Record};
 
 use super::line::hex;
 use super::{Event, Names, Notice, type_name};
-use crate::common::SectorRange;
 use crate::common::image::ImageChanges;
 use crate::common::report::{Cause, Report, Requester};
+use crate::common::{SECTOR_BYTES, SectorRange};
 use crate::control::job_state;
 use crate::jobs::{JobChange, JobEvent, JobStatus};
 
@@ -50,6 +50,10 @@ impl Event {
             Notice::Report(Report::KeptOut { .. }) => (
                 Level::Warn,
                 "replica was evicted too often: it is not asked for some time",
+            ),
+            Notice::Report(Report::RepairLimit { .. }) => (
+                Level::Error,
+                "repairs have stopped: more is corrupt than is repaired unasked",
             ),
             Notice::Report(Report::Rejoined(_)) => (Level::Info, "replica rejoined"),
             Notice::Image(_, changes) if *changes == ImageChanges::default() => {
@@ -101,6 +105,7 @@ fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
         Report::Evicted(replica) | Report::KeptOut { replica, .. } | Report::Rejoined(replica) => {
             (Some(*replica), None)
         }
+        Report::RepairLimit { .. } => (None, None),
     };
     let mut fields = Vec::new();
     if let Some(replica) = replica {
@@ -129,6 +134,10 @@ fn report_fields(report: &Report, names: &Names) -> Vec<Field> {
             fields.push(("winner-digest", hex(&evidence.winner_digest)));
         }
         Report::KeptOut { time, .. } => fields.push(("milliseconds", time.as_millis().to_string())),
+        Report::RepairLimit { limit_sectors } => {
+            let bytes = limit_sectors.saturating_mul(SECTOR_BYTES);
+            fields.push(("limit", bytes.to_string()));
+        }
         Report::Failure { .. } | Report::Evicted(_) | Report::Rejoined(_) => {}
     }
     fields

@@ -69,6 +69,8 @@ pub(super) struct Terms {
     pub(super) throughout: ReplicaSet,
     /// Repair replicas where they lose the vote or are unreadable.
     pub(super) repairs_losers: bool,
+    /// The operator has asked for these repairs: no limit holds (O5).
+    pub(super) is_asked: bool,
     /// If they cannot read the range, find all blocks of these that are unreadable; of the others
     /// only where there is no winner without them.
     pub(super) locates: ReplicaSet,
@@ -398,11 +400,7 @@ impl Confirmation {
         }
         self.report_losers(&verdict, context);
         let settled = self.settle(disputed, &verdict, context);
-        let succeeded = self.replies.tally().succeeded();
-        let unread = context.core.unread(self.replies.range(), succeeded);
-        let unread = unread.without(self.terms.throughout);
-        let (read, not_read) = self.dealt_with(&verdict.undecided, context.core);
-        self.end.unread = unread.without(read).or(not_read);
+        self.note_unread(&verdict.undecided, context);
         self.end.undecided.clone_from(&verdict.undecided);
         self.spread(&verdict, context);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
@@ -416,6 +414,14 @@ impl Confirmation {
             waits,
             differs,
         })
+    }
+
+    fn note_unread(&mut self, undecided: &[SectorRange], context: &Context<'_, impl Effects>) {
+        let succeeded = self.replies.tally().succeeded();
+        let unread = context.core.unread(self.replies.range(), succeeded);
+        let unread = unread.without(self.terms.throughout);
+        let (read, not_read) = self.dealt_with(undecided, context.core);
+        self.end.unread = unread.without(read).or(not_read);
     }
 
     /// Of the replicas that failed: those that are read in smaller parts by now, or about to be

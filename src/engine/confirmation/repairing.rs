@@ -7,11 +7,15 @@ use super::super::decision::Decision;
 use super::super::interface::Effects;
 use super::super::lateness::Kind;
 use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
+use super::super::repair_gate::Permission;
 use super::super::survey::Survey;
 use super::{Confirmation, Next, Step};
+use crate::common::SectorRange;
 use crate::common::buffer::Buffer;
+#[cfg(any(test, feature = "sim"))]
+use crate::common::operation::Operation;
 use crate::common::operation::{Action, OperationType, Reply};
-use crate::common::report::Fact;
+use crate::common::report::{Fact, Report};
 use crate::jobs::ChunkEnd;
 
 impl Confirmation {
@@ -44,7 +48,7 @@ impl Confirmation {
         };
         let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
         if let Some(winner) = &decision.winner {
-            let repairs = Repairs {
+            let mut repairs = Repairs {
                 range,
                 verdict: &decision.verdict,
                 winner,
@@ -54,8 +58,13 @@ impl Confirmation {
                 throughout: &throughout,
                 block_sectors: context.core.policy.block_sectors,
             };
-            let writes = repairs.writes().into_iter();
-            for write in writes.filter(|write| in_service.contains(write.replica)) {
+            let mut writes = repairs.writes();
+            if !self.may_write(&writes, &decision.verdict.undecided, context) {
+                repairs.losers = false;
+                writes = repairs.writes();
+            }
+            writes.retain(|write| in_service.contains(write.replica));
+            for write in writes {
                 pending.push(write);
                 context.submit(write.replica, self.action(&write, winner));
             }
@@ -63,6 +72,47 @@ impl Confirmation {
         self.asked_at = context.now();
         self.step = Step::Repairing { began, pending };
         self.finish_if_repaired(context)
+    }
+
+    /// O5: whether the limit of what is repaired unasked allows these. If not, losers are not
+    /// repaired.
+    fn may_write(
+        &mut self,
+        writes: &[RepairWrite],
+        undecided: &[SectorRange],
+        context: &mut Context<'_, impl Effects>,
+    ) -> bool {
+        let of_losers = writes.iter().filter(|write| write.is_of_loser);
+        let sectors: u64 = of_losers.map(|write| write.range.count).sum();
+        if sectors == 0 || self.terms.is_asked {
+            return true;
+        }
+        let limit_sectors = context.core.policy.repair_limit_sectors;
+        match context.shared().may_repair(sectors) {
+            Permission::Granted => return true,
+            Permission::LimitReached => {
+                context
+                    .effects
+                    .report(Report::RepairLimit { limit_sectors });
+            }
+            Permission::Refused => {}
+        }
+        self.terms.repairs_losers = false;
+        self.note_unread(undecided, context);
+        false
+    }
+
+    /// Whether this is one of the writes that are out, and repairs a loser unasked.
+    #[cfg(any(test, feature = "sim"))]
+    pub(in crate::engine) fn repairs_unasked(&self, operation: &Operation) -> bool {
+        let Step::Repairing { pending, .. } = &self.step else {
+            return false;
+        };
+        let (_, range) = operation.action.describe();
+        let is_this =
+            |write: &&RepairWrite| (write.replica, write.range) == (operation.replica, range);
+        let write = pending.iter().find(is_this);
+        !self.terms.is_asked && write.is_some_and(|write| write.is_of_loser)
     }
 
     fn action(&self, write: &RepairWrite, winner: &Rc<Buffer>) -> Action {

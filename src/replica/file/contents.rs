@@ -16,8 +16,8 @@ use super::alignment::page_aligned;
 /// Bytes to read at a time.
 const CHUNK_BYTES: usize = 1 << 20;
 
-/// How long to look before a resync overwrites everything. An image that is in use has data near its
-/// start.
+/// How long to look before a resync overwrites everything. An image that is in use has data near
+/// its start.
 const LIMIT: Duration = Duration::from_secs(10);
 
 /// How long to look at each start before it takes samples, and how long these may take. Holes cost
