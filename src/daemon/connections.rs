@@ -149,7 +149,7 @@ impl Slots {
         match Frontend::serve(&self.frontends[slot], connection) {
             None => info!(connection = slot; "frontend disconnected"),
             Some(error) => {
-                warn!(connection = slot, error:%; "frontend disconnected: its message is invalid");
+                warn!(connection = slot, error:%; "frontend disconnected: its message is rejected");
             }
         }
         self.free(slot);

@@ -165,10 +165,23 @@ impl GuestBuilder {
 
     /// Starts QEMU and waits until the guest takes commands.
     pub fn start(self) -> Guest {
+        let started = Instant::now();
+        let boots = self.incoming.is_none();
+        let mut guest = self.start_without_waiting();
+        if boots {
+            let (_, word) = guest.receive_reply();
+            assert_eq!(word, "ready", "the guest did not get ready");
+            let elapsed_s = started.elapsed().as_secs_f64();
+            guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
+        }
+        guest
+    }
+
+    /// Starts QEMU, for a guest that does not get as far as to take commands.
+    pub fn start_without_waiting(self) -> Guest {
         let directory = &self.directory;
         let listener = UnixListener::bind(directory.join(COMMANDS_SOCKET))
             .expect("binding a socket for commands");
-        let started = Instant::now();
         let mut qemu = match Process::spawn(&mut self.command()) {
             Ok(qemu) => qemu,
             Err(error) if error.kind() == ErrorKind::NotFound => {
@@ -182,7 +195,7 @@ impl GuestBuilder {
         commands
             .set_read_timeout(Some(READ_INTERVAL))
             .expect("setting a socket's timeout");
-        let mut guest = Guest {
+        Guest {
             qemu,
             commands,
             received: Vec::new(),
@@ -190,14 +203,7 @@ impl GuestBuilder {
             prefix: format!("[{}]", thread::current().name().unwrap_or("guest")),
             transcript: File::create(directory.join("commands.log"))
                 .expect("creating the log of commands"),
-        };
-        if self.incoming.is_none() {
-            let (_, word) = guest.receive_reply();
-            assert_eq!(word, "ready", "the guest did not get ready");
-            let elapsed_s = started.elapsed().as_secs_f64();
-            guest.say(&format!("the guest is up after {elapsed_s:.1} s"));
         }
-        guest
     }
 
     fn command(&self) -> Command {

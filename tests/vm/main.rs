@@ -9,3 +9,4 @@ mod new_size;
 mod queues;
 mod repair;
 mod slow_flushes;
+mod two_guests;
