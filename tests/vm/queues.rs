@@ -49,7 +49,14 @@ fn a_guest_has_a_queue_for_each_processor() {
 #[test]
 fn queues_of_every_size_serve_long_requests() {
     thread::scope(|scope| {
-        for (size, indirect) in [(4, "off"), (16, "on"), (1024, "off")] {
+        let sizes = [
+            (4, "off"),
+            (4, "on"),
+            (16, "on"),
+            (1024, "off"),
+            (1024, "on"),
+        ];
+        for (size, indirect) in sizes {
             scope.spawn(move || {
                 let number = size.to_string();
                 let size = format!("queue-size={number}");

@@ -82,6 +82,59 @@ fn requests_work_in_every_descriptor_layout() {
     setup.end();
 }
 
+/// Each power of two that `--queue-size` takes, with a descriptor of the virtqueue for each part of
+/// a request and with indirect tables: the longest chains, a full virtqueue, and indices that wrap
+/// around.
+#[test]
+fn virtqueues_of_every_size_work_with_and_without_indirect_tables() {
+    for size in (2..=10).map(|exponent| 1u16 << exponent) {
+        let setup = Setup::new(&["--queue-size", &size.to_string()]);
+        for refused in [0, INDIRECT_DESCRIPTORS] {
+            let plan = Plan {
+                queue_size: size,
+                features: Plan::default().features & !refused,
+                ..Plan::default()
+            };
+            let indirect = refused == 0;
+            let what = format!("size {size}, indirect {indirect}");
+            let mut vmm = Vmm::new(&plan);
+            vmm.queues[0].reset_to(u16::MAX - 2);
+            vmm.connect(setup.daemon.socket()).unwrap();
+            vmm.activate().unwrap();
+            assert_eq!(vmm.config_u32(12), u32::from(size - 2).min(126), "{what}");
+            let queue = &mut vmm.queues[0];
+
+            let segments = usize::from(size).min(128);
+            let [write, read] = [segments - 1, segments / 2].map(Cut::Parts);
+            let data: Vec<u8> = (0..plan.data_bytes)
+                .map(|at| u8::try_from(at % 251).unwrap())
+                .collect();
+            let layout = |cut| Layout { cut, indirect };
+            let done = queue.run(&Request::write(8, data.clone()), layout(write));
+            assert_eq!(status(&done), OK, "{what}");
+            let done = queue.run(&Request::read(8, data.len()), layout(read));
+            assert_eq!(status(&done), OK, "{what}");
+            assert!(done.data == data, "{what}");
+
+            let layout = layout(Cut::Joined);
+            let mut left = 2 * u32::from(size);
+            while left > 0 || queue.outstanding() > 0 {
+                while left > 0 && queue.has_room(layout) {
+                    queue.add(&Request::read(8, 4096), layout);
+                    left -= 1;
+                }
+                if queue.publish() {
+                    queue.kick();
+                }
+                let done = queue.wait();
+                assert_eq!(status(&done), OK, "{what}");
+                assert!(done.data == data[..4096], "{what}");
+            }
+        }
+        setup.end();
+    }
+}
+
 /// Reads this often, one at a time, and polls the used ring instead of waiting for calls.
 fn poll(queue: &mut Queue, count: usize) {
     for _ in 0..count {
