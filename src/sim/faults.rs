@@ -136,6 +136,7 @@ impl World {
         if self.ledger.falsely_durable[replica] >> sector & 1 == 1 {
             // A flush has reported it durable: the engine has no reason to doubt it.
             self.mark_corrupt(replica, 1 << sector);
+            self.note_undone(1 << sector);
         } else if unreported {
             self.mark_dropped(replica, 1 << sector);
         }

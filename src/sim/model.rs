@@ -189,6 +189,14 @@ impl Model {
         any
     }
 
+    /// As many copies as win a vote may have lost what is not durable, and one of them has lied: no
+    /// error says so.
+    pub fn overrule(&mut self, sector: usize) {
+        for written in &mut self.sectors[sector] {
+            written.acknowledged &= written.durable;
+        }
+    }
+
     /// What is not durable may be gone, although a read may have returned it.
     pub fn unsee(&mut self, sector: usize) {
         for written in &mut self.sectors[sector] {

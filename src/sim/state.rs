@@ -644,7 +644,8 @@ impl World {
     }
 
     /// W7: where every copy is in doubt or has lost a page, a failed flush may have undone writes;
-    /// also where more fresh copies have lost one than not, and no other fresh one is durable.
+    /// also where more fresh copies have lost one than not, and no other fresh one is durable. And
+    /// where every fresh copy is corrupt by an older version, with the copies in doubt behind it.
     pub(super) fn note_undone(&mut self, sectors: u64) {
         for sector in bits(sectors) {
             let is = |masks: &Masks, member: usize| masks[member] >> sector & 1 == 1;
@@ -663,6 +664,11 @@ impl World {
                 self.model.undo(sector);
             } else if in_doubt && sound.iter().all(|member| is(&self.ledger.corrupt, *member)) {
                 self.model.unsee(sector);
+                let is_old = |member: &usize| !self.replicas[*member].value(sector).is_rotten();
+                if sound.iter().any(is_old) {
+                    // With those that have lost the same write that makes t wrong copies.
+                    self.model.overrule(sector);
+                }
             }
         }
     }
