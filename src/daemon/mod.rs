@@ -188,9 +188,10 @@ fn serve(
         )
     });
     let uses = disk.slots.iter().map(|slot| slot.disk_use.clone());
+    // A frontend that waits at the socket is served at once, and its line is not to come first.
+    announce(disk, config.replicas.len());
     let connections = Connections::start(listener, frontends.zip(uses).collect())
         .map_err(system("cannot start the frontend thread"))?;
-    announce(disk, config.replicas.len());
     let reason = stopped.recv().expect("this function owns a sender");
     let cause = match &reason {
         Stop::Requested => "requested",

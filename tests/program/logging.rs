@@ -175,3 +175,22 @@ fn evicting_and_rejoining_a_replica_are_a_line_each() {
     assert!(error.contains(&values), "{error}");
     assert!(!disk.log().contains('{'), "{}", disk.log());
 }
+
+/// Libraries log too, at the levels for debugging.
+#[test]
+fn lines_for_debugging_have_the_same_form() {
+    let (log, status) = log_of_a_life(Stderr::File, Some("trace"));
+    assert_eq!(status, Some(0), "{log}");
+    assert!(log.contains(" DEBUG disk=vm1 "), "{log}");
+    for line in log.lines() {
+        let parts: Vec<&str> = line.splitn(4, ' ').collect();
+        let [timestamp, level, disk, message] = parts[..] else {
+            panic!("{line}");
+        };
+        assert_eq!((timestamp.len(), disk), (24, "disk=vm1"), "{line}");
+        let levels = ["ERROR", "WARN", "INFO", "DEBUG", "TRACE"];
+        assert!(levels.contains(&level), "{line}");
+        // Neither JSON nor the debug form of a structure.
+        assert!(!message.contains(['{', '[', '(']), "{line}");
+    }
+}
