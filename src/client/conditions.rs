@@ -122,7 +122,7 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
                 "{name} is corrupt in {}",
                 counted(replica.corrupt_sectors, "sector")
             ),
-            "to repair: quorum-blkctl scrub --repair".to_owned(),
+            "to overwrite it there by what wins the vote: quorum-blkctl scrub --repair".to_owned(),
         ),
         "errors" => {
             let errors = counted(replica.errors.sum(), "error");
@@ -152,7 +152,7 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
             Style::Bad,
             format!("{name} was moved by another program, or its path names another file"),
             format!(
-                "move it back to {}, or replace {name} FILE",
+                "move it back to {}, overwriting nothing, or replace {name} FILE",
                 printable(&replica.file)
             ),
         ),

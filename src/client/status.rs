@@ -290,7 +290,7 @@ pub(super) mod tests {
                  if it never does: quorum-blkctl replace b FILE\n  \
                b is stale in 4 KiB\n  \
                b is corrupt in 3 sectors\n    \
-                 to repair: quorum-blkctl scrub --repair\n  \
+                 to overwrite it there by what wins the vote: quorum-blkctl scrub --repair\n  \
                b returned 3 errors; the last: read: Input/output error\n    \
                  check its disk; then quorum-blkctl clear b, or replace b FILE\n\
              \n\

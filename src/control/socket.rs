@@ -31,12 +31,12 @@ const BACKLOG: i32 = 128;
 pub enum BindError {
     /// Another process listens on it.
     #[error(
-        "{}: another process listens on this socket; stop it or choose another path",
+        "{}: another process listens on this socket, and may serve a disk; choose another path",
         Quoted(.0)
     )]
     InUse(PathBuf),
     /// The name is that of another kind of file.
-    #[error("{}: exists and is not a socket; remove it or choose another path", Quoted(.0))]
+    #[error("{}: exists and is not a socket; choose another path", Quoted(.0))]
     NotASocket(PathBuf),
     /// The kernel does not accept the name.
     #[error(
@@ -263,7 +263,8 @@ mod tests {
 
         let error = bind_unix_listener(&path, SocketAccess::OWNER).unwrap_err();
         assert!(matches!(error, BindError::InUse(_)), "{error}");
-        let text = "another process listens on this socket; stop it or choose another path";
+        let text =
+            "another process listens on this socket, and may serve a disk; choose another path";
         assert!(error.to_string().ends_with(text), "{error}");
         UnixStream::connect(first.path()).unwrap();
     }

@@ -3,6 +3,7 @@
 mod aio;
 mod aliases;
 mod completion;
+mod error_texts;
 mod installation;
 mod logging;
 mod panics;

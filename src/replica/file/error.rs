@@ -72,7 +72,8 @@ pub enum OpenError {
     },
     /// The block device is set read-only.
     #[error(
-        "block device {} is read-only; use --read-only, or allow writing with blockdev --setrw",
+        "block device {} is read-only; use --read-only, or, if nothing needs it unchanged, allow \
+         writing with blockdev --setrw",
         Quoted(.path)
     )]
     ReadOnlyDevice {
