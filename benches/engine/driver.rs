@@ -4,7 +4,7 @@
 use quorum_blk::common::operation::{Operation, RequestId};
 use quorum_blk::common::report::{Fact, Report};
 use quorum_blk::common::{ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
+use quorum_blk::engine::{Effects, Failed, FragmentId, Mark, Tag, WorkerIndex};
 use quorum_blk::jobs::JobEvent;
 
 /// The tag of the request with this number.
@@ -37,6 +37,14 @@ impl Effects for Driver {
     fn complete(&mut self, _tag: Tag, result: Result<&[u8], Failed>) {
         assert!(result.is_ok());
         self.completed += 1;
+    }
+
+    fn written(&mut self, _tag: Tag) -> Mark {
+        Mark::default()
+    }
+
+    fn flushed(&mut self, tag: Tag, _mark: Mark) {
+        self.complete(tag, Ok(&[]));
     }
 
     fn report(&mut self, report: Report) {

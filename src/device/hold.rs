@@ -4,20 +4,22 @@
 //! the guest. When the operator continues, the fragments are submitted again, one after another in
 //! the order of their tickets, whichever worker they belong to. The engine does overlapping writes
 //! in the order in which they were submitted, so a held write replaces nothing newer. A write that
-//! succeeds while an older one is held on some of its sectors gets a ticket too: it is done again
-//! after that one, and answered then.
+//! succeeds while an older one is held on some of its sectors gets a ticket too, if it came after
+//! that one: it is done again behind it, and answered then. [`Mark`]s show which one came first:
+//! the engine does overlapping writes one after another, and the end of each gets a mark at once. A
+//! durable write is answered later, and keeps its mark until then.
 //!
 //! Invariants: a ticket is given up once, when its fragment is answered or left to the next start;
 //! [`Hold::is_holding`] says whether there are tickets. As long as nothing has failed, that flag is
 //! all that is read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use crate::common::operation::OperationType;
 use crate::common::{NOT_POISONED, SectorRange};
-use crate::engine::{Failed, Tag, WorkerIndex};
+use crate::engine::{Failed, Mark, Tag, WorkerIndex};
 
 /// What happens to a request of the guest that failed; QEMU's names.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -79,6 +81,8 @@ pub struct Fragment {
 pub struct Hold {
     policy: ErrorPolicy,
     is_holding: AtomicBool,
+    /// The last mark.
+    last_mark: AtomicU64,
     /// Workers are to be woken.
     wake: AtomicBool,
     held: Mutex<Held>,
@@ -96,6 +100,8 @@ struct Held {
 struct Entry {
     fragment: Fragment,
     stage: Stage,
+    /// When it has failed, or was written.
+    ended: Mark,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +134,11 @@ impl Hold {
         self.held().entries.len()
     }
 
+    /// The present moment.
+    pub fn mark(&self) -> Mark {
+        Mark(self.last_mark.fetch_add(1, Ordering::AcqRel) + 1)
+    }
+
     /// Takes in that a fragment has failed, `ticket` being the one that it has from before. Returns
     /// the ticket if it is held.
     pub fn failed(
@@ -142,37 +153,40 @@ impl Hold {
             }
             return None;
         }
-        let mut held = self.held();
-        let ticket = match ticket {
-            Some(ticket) => {
-                held.entry(ticket).stage = Stage::Waiting;
-                ticket
-            }
-            None => held.add(fragment, Stage::Waiting),
-        };
+        let (mut held, now) = (self.held(), self.mark());
+        let ticket = ticket.unwrap_or_else(|| held.add(fragment));
+        held.set(ticket, Stage::Waiting, now);
         self.changed(&held);
         Some(ticket)
     }
 
-    /// Takes in that a fragment has succeeded. Returns its ticket if it has to be done again: an
-    /// older write that is held changes some of its sectors.
+    /// Takes in that a fragment has succeeded, which was `written` some time ago if it has waited
+    /// for a flush since. Returns its ticket if it has to be done again: an older write that is
+    /// held changes some of its sectors.
     #[inline]
-    pub fn succeeded(&self, fragment: Fragment, ticket: Option<Ticket>) -> Option<Ticket> {
+    pub fn succeeded(
+        &self,
+        fragment: Fragment,
+        written: Option<Mark>,
+        ticket: Option<Ticket>,
+    ) -> Option<Ticket> {
         if ticket.is_none() && !self.is_holding() {
             return None;
         }
-        self.succeeded_while_holding(fragment, ticket)
+        self.succeeded_while_holding(fragment, written, ticket)
     }
 
     #[cold]
     fn succeeded_while_holding(
         &self,
         fragment: Fragment,
+        written: Option<Mark>,
         ticket: Option<Ticket>,
     ) -> Option<Ticket> {
         let mut held = self.held();
+        let ended = written.unwrap_or_else(|| self.mark());
         let again = match fragment.operation {
-            OperationType::Write => held.stage_behind_older(fragment.range, ticket),
+            OperationType::Write => held.stage_behind_older(fragment.range, ended, ticket),
             OperationType::Read | OperationType::Flush => None,
         };
         let ticket = match (again, ticket) {
@@ -181,9 +195,9 @@ impl Hold {
                 held.remove(ticket);
                 None
             }
-            (Some(stage), None) => Some(held.add(fragment, stage)),
-            (Some(stage), Some(ticket)) => {
-                held.entry(ticket).stage = stage;
+            (Some(stage), ticket) => {
+                let ticket = ticket.unwrap_or_else(|| held.add(fragment));
+                held.set(ticket, stage, ended);
                 Some(ticket)
             }
         };
@@ -265,11 +279,21 @@ impl Hold {
 }
 
 impl Held {
-    fn add(&mut self, fragment: Fragment, stage: Stage) -> Ticket {
+    fn add(&mut self, fragment: Fragment) -> Ticket {
         let ticket = Ticket(self.next);
         self.next += 1;
-        self.entries.insert(ticket, Entry { fragment, stage });
+        let entry = Entry {
+            fragment,
+            stage: Stage::Waiting,
+            ended: Mark::default(),
+        };
+        self.entries.insert(ticket, entry);
         ticket
+    }
+
+    fn set(&mut self, ticket: Ticket, stage: Stage, ended: Mark) {
+        let entry = self.entry(ticket);
+        (entry.stage, entry.ended) = (stage, ended);
     }
 
     fn entry(&mut self, ticket: Ticket) -> &mut Entry {
@@ -285,7 +309,12 @@ impl Held {
 
     /// How a write of `range` goes on that has succeeded, if an older one is held on some of its
     /// sectors: it is done again, together with the older ones.
-    fn stage_behind_older(&self, range: SectorRange, ticket: Option<Ticket>) -> Option<Stage> {
+    fn stage_behind_older(
+        &self,
+        range: SectorRange,
+        ended: Mark,
+        ticket: Option<Ticket>,
+    ) -> Option<Stage> {
         let is_older = |other: &Ticket| ticket.is_none_or(|ticket| *other < ticket);
         let mut older = self
             .entries
@@ -293,7 +322,8 @@ impl Held {
             .filter(|(other, entry)| {
                 let fragment = &entry.fragment;
                 let is_write = fragment.operation == OperationType::Write;
-                is_write && is_older(other) && fragment.range.overlaps(range)
+                let is_before = is_older(other) && entry.ended < ended;
+                is_write && is_before && fragment.range.overlaps(range)
             })
             .peekable();
         older.peek()?;
@@ -378,11 +408,11 @@ mod tests {
         assert!(hold.take_wake(), "the turn of another worker");
         let two = submit(&hold, second);
         assert_eq!(hold.failed(first, FAILED, Some(one)), Some(one));
-        assert_eq!(hold.succeeded(second, Some(two)), None);
+        assert_eq!(hold.succeeded(second, None, Some(two)), None);
         assert!(hold.is_holding() && hold.next(WorkerIndex(0)).is_none());
         assert_eq!(hold.continue_all(), 1);
         let one = submit(&hold, first);
-        assert_eq!(hold.succeeded(first, Some(one)), None);
+        assert_eq!(hold.succeeded(first, None, Some(one)), None);
         assert!(!hold.is_holding() && hold.take_wake());
     }
 
@@ -393,20 +423,20 @@ mod tests {
         let newer = fragment(2, 0, OperationType::Write, 4);
         let beside = fragment(3, 0, OperationType::Write, 8);
         let ticket = hold.failed(older, FAILED, None).unwrap();
-        assert_eq!(hold.succeeded(beside, None), None);
-        let again = hold.succeeded(newer, None).expect("not answered");
+        assert_eq!(hold.succeeded(beside, None, None), None);
+        let again = hold.succeeded(newer, None, None).expect("not answered");
         assert!(ticket < again);
         hold.continue_all();
         assert_eq!(submit(&hold, older), ticket);
         assert_eq!(submit(&hold, newer), again);
         // The older one fails once more, and so the newer one has to wait for it again.
         hold.failed(older, FAILED, Some(ticket));
-        assert_eq!(hold.succeeded(newer, Some(again)), Some(again));
+        assert_eq!(hold.succeeded(newer, None, Some(again)), Some(again));
         hold.continue_all();
         submit(&hold, older);
         submit(&hold, newer);
-        assert_eq!(hold.succeeded(older, Some(ticket)), None);
-        assert_eq!(hold.succeeded(newer, Some(again)), None);
+        assert_eq!(hold.succeeded(older, None, Some(ticket)), None);
+        assert_eq!(hold.succeeded(newer, None, Some(again)), None);
         assert!(!hold.is_holding());
     }
 
@@ -419,10 +449,22 @@ mod tests {
         hold.continue_all();
         submit(&hold, older);
         // The engine had it before.
-        let again = hold.succeeded(newer, None).expect("not answered");
+        let again = hold.succeeded(newer, None, None).expect("not answered");
         assert_eq!(submit(&hold, newer), again, "without another command");
-        assert_eq!(hold.succeeded(older, Some(ticket)), None);
-        assert_eq!(hold.succeeded(newer, Some(again)), None);
+        assert_eq!(hold.succeeded(older, None, Some(ticket)), None);
+        assert_eq!(hold.succeeded(newer, None, Some(again)), None);
+    }
+
+    #[test]
+    fn a_durable_write_is_done_again_only_after_one_that_it_replaced() {
+        let hold = hold();
+        let failed = fragment(1, 0, OperationType::Write, 0);
+        let durable = fragment(2, 1, OperationType::Write, 4);
+        let before = hold.mark();
+        hold.failed(failed, FAILED, None).unwrap();
+        let after = hold.mark();
+        assert_eq!(hold.succeeded(durable, Some(before), None), None);
+        assert!(hold.succeeded(durable, Some(after), None).is_some());
     }
 
     #[test]

@@ -68,7 +68,7 @@ impl Flush {
                 waiting.is_durable = health.flushed_since(waiting.since)
                     && match waiting.origin {
                         Origin::Request(_) => !health.owes_failure(),
-                        Origin::Write(_, range) => !health.is_undone(range),
+                        Origin::Write(_, range, _) => !health.is_undone(range),
                         Origin::Job(_) => true,
                     };
             }
@@ -185,7 +185,7 @@ impl Flush {
                 let durable = all || is_durable;
                 waiting.is_durable = match waiting.origin {
                     Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
-                    Origin::Write(_, range) => durable && !health.is_undone(range),
+                    Origin::Write(_, range, _) => durable && !health.is_undone(range),
                     Origin::Job(_) => durable,
                 };
             }
@@ -278,7 +278,8 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
     context.core.flushes.answered();
     let (tag, operation, range) = match waiting.origin {
         Origin::Request(tag) => (tag, OperationType::Flush, NO_RANGE),
-        Origin::Write(tag, range) => (tag, OperationType::Write, range),
+        Origin::Write(tag, _, mark) if success => return context.effects.flushed(tag, mark),
+        Origin::Write(tag, range, _) => (tag, OperationType::Write, range),
         Origin::Job(chunk) => {
             let end = ChunkEnd {
                 failed: !success,

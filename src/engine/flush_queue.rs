@@ -5,7 +5,7 @@
 //!
 //! Invariant: while anything waits, a flush is going to begin that takes all of it.
 
-use super::interface::Tag;
+use super::interface::{Mark, Tag};
 use crate::common::SectorRange;
 use crate::jobs::ChunkId;
 use crate::quorum::health::FlushEpoch;
@@ -15,8 +15,9 @@ use crate::quorum::health::FlushEpoch;
 pub(super) enum Origin {
     /// A request for a flush.
     Request(Tag),
-    /// A write of this range that has a quorum. It is answered when the range is durable.
-    Write(Tag, SectorRange),
+    /// A write of this range that has a quorum since then. It is answered when the range is
+    /// durable.
+    Write(Tag, SectorRange, Mark),
     /// The end of a job.
     Job(ChunkId),
 }
@@ -37,7 +38,7 @@ impl Origin {
     /// The range that must be durable. `None`: all that was written.
     pub(super) fn range(self) -> Option<SectorRange> {
         match self {
-            Self::Write(_, range) => Some(range),
+            Self::Write(_, range, _) => Some(range),
             Self::Request(_) | Self::Job(_) => None,
         }
     }

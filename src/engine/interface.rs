@@ -114,6 +114,10 @@ pub struct Failed {
     pub by_flush: bool,
 }
 
+/// A moment between two failures that the driver of an engine has seen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(pub u64);
+
 /// What an engine asks of its driver. No method may call back into the engine.
 pub trait Effects {
     /// Start this operation on a replica; pass its end to [`Engine::reply`](super::Engine::reply),
@@ -121,6 +125,11 @@ pub trait Effects {
     fn submit(&mut self, operation: Operation);
     /// Answer the guest. A read brings its data, other requests an empty slice.
     fn complete(&mut self, tag: Tag, result: Result<&[u8], Failed>);
+    /// A write of the guest has a quorum, and is answered when it is durable. Returns what
+    /// [`Self::flushed`] gets back.
+    fn written(&mut self, tag: Tag) -> Mark;
+    /// Answer the guest: a write is durable that was written at `mark`.
+    fn flushed(&mut self, tag: Tag, mark: Mark);
     /// Report an event to the operator.
     fn report(&mut self, report: Report);
     /// Add a fact to the totals that the operator sees. Reports and repairs count by themselves.

@@ -72,7 +72,9 @@ mod write;
 
 use std::sync::Arc;
 
-pub use self::interface::{Effects, Failed, FragmentId, GuestRequest, Policy, ReadPattern, Tag};
+pub use self::interface::{
+    Effects, Failed, FragmentId, GuestRequest, Mark, Policy, ReadPattern, Tag,
+};
 pub use self::shared::{Shared, WorkerIndex};
 
 use self::context::{Context, Core, Progress};
@@ -140,7 +142,7 @@ impl Engine {
     #[cfg(any(test, feature = "sim"))]
     pub fn waits_for_flush(&self, tag: Tag) -> bool {
         let is_this =
-            |waiting: &Waiting| matches!(waiting.origin, Origin::Write(of, _) if of == tag);
+            |waiting: &Waiting| matches!(waiting.origin, Origin::Write(of, ..) if of == tag);
         let mut slots = self.slots.iter();
         self.core.flushes.waiting().iter().any(is_this)
             || slots.any(|(_, slot)| slot.request.origins().iter().any(is_this))

@@ -179,7 +179,8 @@ impl Write {
     /// The write has a quorum.
     fn answer(&self, context: &mut Context<'_, impl Effects>) {
         if self.order.durable {
-            let origin = Origin::Write(self.tag, self.order.range);
+            let mark = context.effects.written(self.tag);
+            let origin = Origin::Write(self.tag, self.order.range, mark);
             context.core.join_flush(origin);
         } else {
             context.effects.complete(self.tag, Ok(&[]));

@@ -217,7 +217,7 @@ impl<'a> State<'a> {
             match effect {
                 Effect::Submit(operation) => self.take_off(operation),
                 Effect::Complete(tag, result) => self.completed(tag, result.is_ok()),
-                Effect::Report(_) | Effect::HealthChanged => {}
+                Effect::Report(_) | Effect::Written(_) | Effect::HealthChanged => {}
                 Effect::Wake(..) | Effect::ContentsDiffer(_) => {
                     unreachable!("one worker, no blkverify")
                 }

@@ -7,7 +7,7 @@ use super::model::Value;
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::{Fact, Report};
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::engine::{Effects, Failed, FragmentId, Tag, WorkerIndex};
+use crate::engine::{Effects, Failed, FragmentId, Mark, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 
 /// Bytes of a sector.
@@ -39,6 +39,8 @@ pub enum Effect {
     Submit(Operation),
     /// An answer for the guest; how many of [`Collected::values`] it brings, or that it failed.
     Complete(Tag, Result<usize, Failed>),
+    /// A durable write has a quorum.
+    Written(Tag),
     /// A report.
     Report(Report),
     /// A grant for another worker.
@@ -85,6 +87,16 @@ impl Effects for Collected {
             data.len() / SECTOR_LEN
         });
         self.push(Effect::Complete(tag, result));
+    }
+
+    fn written(&mut self, tag: Tag) -> Mark {
+        self.push(Effect::Written(tag));
+        Mark(number_of(tag))
+    }
+
+    fn flushed(&mut self, tag: Tag, mark: Mark) {
+        assert_eq!(mark, Mark(number_of(tag)), "the mark of another write");
+        self.complete(tag, Ok(&[]));
     }
 
     fn report(&mut self, report: Report) {

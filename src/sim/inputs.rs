@@ -422,6 +422,7 @@ impl World {
                     self.statistics.failed += 1;
                     self.completed(tag, Err(()))?;
                 }
+                Effect::Written(_) => {}
                 Effect::Report(report) => {
                     self.check_report(&report, &mut input.expected, &mut input.failures)?;
                 }

@@ -14,7 +14,7 @@ use crate::common::report::{Fact, Report, Requester};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::control::queue::EventQueue;
 use crate::device::hold::Hold;
-use crate::engine::{Effects, Failed, Tag, WorkerIndex};
+use crate::engine::{Effects, Failed, Mark, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 use crate::replica::ring::Ring;
 use crate::replica::ring::kernel::{Kernel, Uring};
@@ -68,6 +68,20 @@ impl<K: Kernel> Effects for Io<K> {
                 *requester = Requester::Held;
             }
             self.events.push(report);
+        }
+    }
+
+    fn written(&mut self, _tag: Tag) -> Mark {
+        self.hold.mark()
+    }
+
+    fn flushed(&mut self, tag: Tag, mark: Mark) {
+        if let Tag::Guest {
+            connection,
+            fragment,
+        } = tag
+        {
+            self.guests.flushed(connection, fragment, mark);
         }
     }
 

@@ -3,7 +3,7 @@
 
 use crate::device::guest::Guest;
 use crate::device::inflight::QueueRegion;
-use crate::engine::{Failed, FragmentId, GuestRequest, Tag};
+use crate::engine::{Failed, FragmentId, GuestRequest, Mark, Tag};
 
 /// The guests of all connections, with the virtqueues of one worker.
 pub(super) struct Guests {
@@ -92,6 +92,11 @@ impl Guests {
         result: Result<&[u8], Failed>,
     ) -> bool {
         self.guests[usize::from(connection)].answered(fragment, result)
+    }
+
+    /// See [`Guest::flushed`].
+    pub(super) fn flushed(&mut self, connection: u8, fragment: FragmentId, written: Mark) -> bool {
+        self.guests[usize::from(connection)].flushed(fragment, written)
     }
 
     /// See [`Guest::awaits_resubmission`].

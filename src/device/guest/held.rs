@@ -11,7 +11,7 @@ use super::{Entry, Guest, place};
 use crate::device::View;
 use crate::device::hold::{Fragment, Hold};
 use crate::device::request::OutsideMemory;
-use crate::engine::{Failed, FragmentId, GuestRequest, Tag, WorkerIndex};
+use crate::engine::{Failed, FragmentId, GuestRequest, Mark, Tag, WorkerIndex};
 
 /// A guest's way to what the disk holds.
 #[derive(Clone, Debug)]
@@ -44,12 +44,14 @@ impl Holder {
     }
 
     /// How a fragment ends that has failed, or that was answered while something is held.
+    /// `written`: it has waited for a flush since.
     #[cold]
     pub(super) fn ended<'a>(
         &self,
         in_flight: &InFlight,
         fragment: FragmentId,
         result: Result<&'a [u8], Failed>,
+        written: Option<Mark>,
     ) -> FragmentEnd<'a> {
         let (_, offset_sectors) = place(fragment);
         let ticket = in_flight.ticket(offset_sectors);
@@ -70,7 +72,7 @@ impl Holder {
                 Some(ticket) => FragmentEnd::Held(ticket),
                 None => FragmentEnd::Failed,
             },
-            Ok(data) => match self.hold.succeeded(fragment, ticket) {
+            Ok(data) => match self.hold.succeeded(fragment, written, ticket) {
                 Some(ticket) => FragmentEnd::Held(ticket),
                 None => FragmentEnd::Done(data),
             },

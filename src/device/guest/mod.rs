@@ -31,7 +31,7 @@ use super::request::{Kind, OutsideMemory, Request, Status};
 use super::{DiskInfo, GuestMemory, View, Vring};
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
-use crate::engine::{Failed, FragmentId, GuestRequest};
+use crate::engine::{Failed, FragmentId, GuestRequest, Mark};
 use crate::limits::QUEUE_SIZE_MAX;
 use crate::statistics::Recorder;
 
@@ -233,6 +233,20 @@ impl Guest {
 
     /// Takes the engine's answer to a fragment. Returns whether it is held (W9).
     pub fn answered(&mut self, fragment: FragmentId, result: Result<&[u8], Failed>) -> bool {
+        self.ended(fragment, result, None)
+    }
+
+    /// The same for a write that is durable now, and was `written` before.
+    pub fn flushed(&mut self, fragment: FragmentId, written: Mark) -> bool {
+        self.ended(fragment, Ok(&[]), Some(written))
+    }
+
+    fn ended(
+        &mut self,
+        fragment: FragmentId,
+        result: Result<&[u8], Failed>,
+        written: Option<Mark>,
+    ) -> bool {
         let (key, offset_sectors) = place(fragment);
         let in_flight = match &mut self.entries[key] {
             Entry::InFlight(in_flight) => in_flight,
@@ -247,7 +261,7 @@ impl Guest {
         let before = in_flight.stage();
         let end = match result {
             Ok(data) if !self.holder.is_holding() => FragmentEnd::Done(data),
-            result => self.holder.ended(in_flight, fragment, result),
+            result => self.holder.ended(in_flight, fragment, result, written),
         };
         let is_held = matches!(end, FragmentEnd::Held(_));
         in_flight.fragment_answered(View(&self.memory.memory()), offset_sectors, end);
