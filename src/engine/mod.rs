@@ -131,11 +131,14 @@ impl Engine {
             && self.buffer_bytes + most <= BUFFER_BYTES_MAX.max(most)
     }
 
-    /// Whether `request`, which has operations in flight, is a write or a zeroing of the guest.
+    /// The guest's write or zeroing that `request`, which has operations in flight, does.
     #[cfg(any(test, feature = "sim"))]
-    pub fn is_guest_write(&self, request: RequestId) -> bool {
+    pub fn guest_write(&self, request: RequestId) -> Option<Tag> {
         let mut slots = self.slots.iter();
-        slots.any(|(id, slot)| id == request && matches!(slot.request, Request::Write(_)))
+        slots.find_map(|(id, slot)| match &slot.request {
+            Request::Write(write) if id == request => Some(write.tag()),
+            _ => None,
+        })
     }
 
     /// Whether a durable write of the guest has ended and waits for a flush.

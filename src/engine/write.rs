@@ -71,6 +71,11 @@ impl Write {
         }
     }
 
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn tag(&self) -> Tag {
+        self.tag
+    }
+
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         assert!(self.waits_for_lock(), "a lock is granted once");
         let range = self.order.range;

@@ -107,7 +107,7 @@ impl World {
     }
 
     /// I8: a read does not fail while t replicas (`fifo`: one) have a good copy of each sector.
-    fn check_failed_read(&mut self, read: &Pending) -> Checked {
+    pub(super) fn check_failed_read(&mut self, read: &Pending) -> Checked {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         let needed = if fifo { 1 } else { self.plan.threshold };
         let enough = |sector: usize| {
@@ -157,6 +157,22 @@ impl World {
     /// W3, W5: the answer to a write. Notes what it leaves behind.
     fn check_write(&mut self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
         let sectors = self.plan.mask(pending.range);
+        for sector in bits(sectors) {
+            let value = Value::written(write.number, sector);
+            self.model
+                .write_ended(sector, value, self.now, success, write.durable);
+        }
+        self.check_attempt(pending, write, success)
+    }
+
+    /// W3, W5: what an engine has done for a write, whether the guest is answered or not.
+    pub(super) fn check_attempt(
+        &mut self,
+        pending: &Pending,
+        write: &PendingWrite,
+        success: bool,
+    ) -> Checked {
+        let sectors = self.plan.mask(pending.range);
         if !write.ended {
             if success && write.durable {
                 let text = format!("w{} was answered before any flush", write.number);
@@ -166,9 +182,6 @@ impl World {
             self.note_written(pending.range, write, success);
         }
         for sector in bits(sectors) {
-            let value = Value::written(write.number, sector);
-            self.model
-                .write_ended(sector, value, self.now, success, write.durable);
             self.changed_at[sector] = self.now;
         }
         if success {

@@ -47,6 +47,7 @@ impl World {
         let is_aborting = |job: &JobInfo| job.status == JobStatus::Aborting;
         let any_aborting = self.jobs.iter().any(is_aborting);
         self.resume_jobs()?;
+        self.continue_held();
         self.settle()?;
         if any_aborting {
             // Where a cancelled resync had not ended yet, no other one could begin.

@@ -6,9 +6,11 @@
 use super::Violation;
 use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, tag};
 use super::model::Value;
+use super::operations::ENOSPC;
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{
-    Checked, ExpectedReport, Flight, Pending, PendingKind, PendingWrite, Took, World, show, trace,
+    Checked, ExpectedReport, Flight, NoSpace, Pending, PendingKind, PendingWrite, Took, World,
+    show, trace,
 };
 use crate::common::operation::{OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -39,6 +41,8 @@ pub(super) struct Delivered {
     sectors: u64,
     /// The number of the guest write that it belongs to.
     write: Option<u64>,
+    /// See [`Flight::outdated`](super::state::Flight::outdated).
+    outdated: bool,
     /// See [`Flight::failures`](super::state::Flight::failures).
     failures: u32,
     /// See [`Flight::evictions`](super::state::Flight::evictions).
@@ -127,6 +131,7 @@ impl World {
             succeeded: 0,
             failed: 0,
             failures: [0; PLACES],
+            no_space: NoSpace::No,
         };
         let tag = self.pend(worker, range, PendingKind::Write(write));
         trace!(
@@ -161,11 +166,14 @@ impl World {
             range,
             seen: self.ledger.seen(),
             kind,
+            ticket: None,
+            written: None,
+            ended: 0,
         });
         tag
     }
 
-    fn submit(&mut self, worker: usize, tag: Tag, request: GuestRequest) -> Checked {
+    pub(super) fn submit(&mut self, worker: usize, tag: Tag, request: GuestRequest) -> Checked {
         let submit = |engine: &mut Engine, effects: &mut Collected| {
             engine.submit(tag, request, effects);
         };
@@ -216,6 +224,7 @@ impl World {
             operation: flight.operation.action.describe().0,
             sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
             write: flight.write,
+            outdated: flight.outdated,
             failures: flight.failures,
             evictions: flight.evictions,
             result,
@@ -228,7 +237,12 @@ impl World {
     pub(super) fn note_reply(&mut self, reply: &Delivered) -> Option<ExpectedReport> {
         let replica = reply.replica;
         let success = reply.result.is_ok();
-        if let Some(number) = reply.write {
+        let no_space = match reply.result {
+            Err(ENOSPC) if reply.evictions == self.ledger.evictions[replica] => NoSpace::Yes,
+            Err(ENOSPC) => NoSpace::Perhaps,
+            _ => NoSpace::No,
+        };
+        if let Some(number) = reply.write.filter(|_| !reply.outdated) {
             for pending in &mut self.pending {
                 if let PendingKind::Write(write) = &mut pending.kind
                     && write.number == number
@@ -239,6 +253,7 @@ impl World {
                         &mut write.failed
                     };
                     *set |= 1 << replica;
+                    write.no_space = write.no_space.max(no_space);
                 }
             }
         }
@@ -415,14 +430,18 @@ impl World {
                 Effect::Complete(tag, Ok(count)) => {
                     let of_this = &collected.values[input.values_used..input.values_used + count];
                     input.values_used += count;
-                    self.completed(tag, Ok(of_this))?;
+                    if self.is_answered_done(tag)? {
+                        self.completed(tag, Ok(of_this))?;
+                    }
                 }
-                Effect::Complete(tag, Err(_)) => {
+                Effect::Complete(tag, Err(failed)) => {
                     input.failures -= 1;
                     self.statistics.failed += 1;
-                    self.completed(tag, Err(()))?;
+                    if self.is_answered_failed(tag, failed)? {
+                        self.completed(tag, Err(()))?;
+                    }
                 }
-                Effect::Written(_) => {}
+                Effect::Written(tag) => self.note_mark(tag),
                 Effect::Report(report) => {
                     self.check_report(&report, &mut input.expected, &mut input.failures)?;
                 }

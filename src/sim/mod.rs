@@ -17,7 +17,7 @@
 //! staleness                   where a replica may be stale
 //! decisions                   what a vote makes of a failed write
 //! lateness                    who may be evicted, and who must be
-//! inputs, overlap             what engines are fed with, and what they ask for
+//! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
@@ -34,6 +34,7 @@ mod decisions;
 pub mod effects;
 mod faults;
 mod finale;
+mod held;
 mod inputs;
 mod jobs;
 mod lateness;

@@ -7,18 +7,17 @@
 use std::time::Duration;
 
 use super::Violation;
-use super::effects::{SECTOR_LEN, fill, number_of, parse};
+use super::effects::{SECTOR_LEN, fill, parse};
 use super::model::Value;
 use super::plan::{bits, widen};
-use super::state::{
-    Checked, Fault, Flight, Pending, PendingKind, PendingWrite, World, show, trace,
-};
+use super::state::{Checked, Fault, Flight, PendingKind, World, show, trace};
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
-use crate::engine::ReadPattern;
+use crate::engine::{ReadPattern, Tag};
 
-/// Every injected error.
+/// Every injected error of a replica that has space.
 const EIO: Errno = Errno(5);
+pub(super) const ENOSPC: Errno = Errno(28);
 
 impl World {
     /// An engine submits an operation.
@@ -45,18 +44,12 @@ impl World {
                     let text = format!("{operation:?} is not on the disk");
                     return Err(Violation::new("range", text));
                 }
-                let write = match &operation.action {
-                    Action::Write {
-                        data, offset_bytes, ..
-                    } => self.guest_write(replica, *range, &data[*offset_bytes..])?,
-                    Action::Zero { .. } => {
-                        let request = operation.request;
-                        let is_guests = self.engines[self.input_from].is_guest_write(request);
-                        is_guests
-                            .then(|| self.guest_zero(replica, *range))
-                            .transpose()?
+                let tag = self.engines[self.input_from].guest_write(operation.request);
+                let write = match (&operation.action, tag) {
+                    (Action::Write { .. } | Action::Zero { .. }, Some(tag)) => {
+                        Some(self.guest_write(tag, &operation)?)
                     }
-                    Action::Read { .. } | Action::FindData { .. } | Action::Flush => None,
+                    _ => None,
                 };
                 (self.plan.mask(*range), write)
             }
@@ -102,6 +95,8 @@ impl World {
             failures: self.before_input.failures[replica],
             evictions: self.before_input.evictions[replica],
             background,
+            no_space: false,
+            outdated: false,
             not_before: self.clock,
             late: false,
             done: None,
@@ -131,59 +126,34 @@ impl World {
         Ok(())
     }
 
-    /// The number of the guest write that the data belongs to; `None` for a repair.
-    fn guest_write(
-        &mut self,
-        replica: usize,
-        range: SectorRange,
-        data: &[u8],
-    ) -> Result<Option<u64>, Violation> {
-        let Some(number) = parse(&data[..SECTOR_LEN]).and_then(Value::write) else {
-            return Ok(None);
-        };
-        let is_this = |pending: &Pending, write: &PendingWrite| {
-            // Once it has ended, a repair may write the same bytes.
-            !write.ended && write.number == number && pending.range == range
-        };
+    /// The number of the guest's write that an operation belongs to.
+    fn guest_write(&mut self, tag: Tag, operation: &Operation) -> Result<u64, Violation> {
         let failures = self.before_input.failures;
-        let write = self.pending_write(is_this);
-        write
-            .map(|write| write.note_submission(replica, failures))
-            .transpose()
-    }
-
-    /// The number of the guest's zeroing that an operation belongs to: of those of this range and
-    /// worker the first that was not submitted to this replica, as they run in order.
-    fn guest_zero(&mut self, replica: usize, range: SectorRange) -> Result<u64, Violation> {
-        let worker = self.input_from;
-        let is_this = |pending: &Pending, write: &PendingWrite| {
-            let here = pending.worker == worker && pending.range == range;
-            here && write.zeroes && !write.ended && write.submitted_to & (1 << replica) == 0
+        let pending = self.pending.iter_mut().find(|pending| pending.tag == tag);
+        let Some((range, PendingKind::Write(write))) =
+            pending.map(|pending| (pending.range, &mut pending.kind))
+        else {
+            let text = format!("{operation:?} is of no write of the guest");
+            return Err(Violation::new("W3", text));
         };
-        let failures = self.before_input.failures;
-        match self.pending_write(is_this) {
-            Some(write) => write.note_submission(replica, failures),
-            None => Err(Violation::new("W4", "zeroes that no request has asked for")),
+        let is_right = match &operation.action {
+            Action::Write {
+                range: of,
+                data,
+                offset_bytes,
+                ..
+            } => {
+                let first = parse(&data[*offset_bytes..*offset_bytes + SECTOR_LEN]);
+                *of == range && !write.zeroes && first.and_then(Value::write) == Some(write.number)
+            }
+            Action::Zero { range: of, .. } => *of == range && write.zeroes,
+            _ => false,
+        };
+        if !is_right || write.ended {
+            let text = format!("{operation:?} is not what w{} writes", write.number);
+            return Err(Violation::new("W3", text));
         }
-    }
-
-    /// The first of the guest's writes that is meant.
-    fn pending_write(
-        &mut self,
-        is_meant: impl Fn(&Pending, &PendingWrite) -> bool,
-    ) -> Option<&mut PendingWrite> {
-        let meant = self
-            .pending
-            .iter_mut()
-            .filter(|pending| match &pending.kind {
-                PendingKind::Write(write) => is_meant(pending, write),
-                PendingKind::Read | PendingKind::Flush => false,
-            });
-        let first = meant.min_by_key(|pending| number_of(pending.tag))?;
-        match &mut first.kind {
-            PendingKind::Write(write) => Some(write),
-            PendingKind::Read | PendingKind::Flush => None,
-        }
+        write.note_submission(operation.replica.as_usize(), failures)
     }
 
     /// A replica is about to be repaired: if enough replicas are corrupt to win a vote, the repair
@@ -229,6 +199,7 @@ impl World {
         }
         if self.full_until > self.clock && !matches!(flight.operation.action, Action::Read { .. }) {
             flight.fault = Fault::Error;
+            flight.no_space = true;
             if flight.range().is_some() {
                 flight.sectors &= self.random.bits();
             }
@@ -526,7 +497,11 @@ impl World {
         } else {
             0
         };
-        let result = if failed { Err(EIO) } else { Ok(()) };
+        let errno = match self.flights[index].no_space {
+            true => ENOSPC,
+            false => EIO,
+        };
+        let result = if failed { Err(errno) } else { Ok(()) };
         self.flights[index].done = Some((result, lost));
         self.flights[index].late = self.random.chance(self.plan.late);
         self.flights[index].sectors = 0;

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::random::Random;
 use crate::common::SectorRange;
+use crate::device::hold::{ErrorPolicy, OnError};
 use crate::engine::ReadPattern;
 use crate::jobs::{HoleSizes, Sizes};
 
@@ -139,6 +140,8 @@ pub struct Plan {
     pub operator_actions: u32,
     /// How much jobs do at a time.
     pub job_sizes: Sizes,
+    /// What happens to requests that fail.
+    pub on_error: ErrorPolicy,
     /// An input overlaps with one of another worker, in 65536ths of the inputs.
     pub overlap: u32,
 }
@@ -210,6 +213,7 @@ impl Plan {
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
                 holes: HoleSizes::default(),
             },
+            on_error: ErrorPolicy::default(),
             overlap: 0,
         };
         plan.choose_faults(random);
@@ -219,7 +223,19 @@ impl Plan {
         }
         plan.choose_holes(&mut random.clone());
         plan.choose_repair_limit(&mut random.clone());
+        plan.choose_on_error(&mut Random::new(random.clone().bits()));
         plan
+    }
+
+    /// Half of all disks report all errors.
+    fn choose_on_error(&mut self, random: &mut Random) {
+        if random.below(2) == 0 {
+            return;
+        }
+        self.on_error = ErrorPolicy {
+            read: random.pick(&[OnError::Report, OnError::Stop]),
+            write: random.pick(&[OnError::NoSpace, OnError::Stop, OnError::Stop]),
+        };
     }
 
     /// Half of all disks are too small for questions.

@@ -17,6 +17,9 @@ const STEPS_MAX: u64 = 600_000;
 /// Steps for which a guest that has its answers waits until all is quiet, on average.
 const PAUSED_STEPS: u64 = 1024;
 
+/// Steps after which the operator does something about what is held, on average.
+const CONTINUED_STEPS: u64 = 64;
+
 /// The weight of what may happen next, against that of an operation that hardly makes progress.
 const WEIGHT: u64 = 36;
 
@@ -55,11 +58,17 @@ impl World {
             self.paused = false;
         }
         let may_submit = !self.paused && !self.faults_ended && self.requests < self.plan.requests;
+        // W9: nothing new is taken while something is held.
+        let may_submit = may_submit && !self.hold.is_holding();
+        if self.hold.is_holding() && self.random.below(CONTINUED_STEPS) == 0 {
+            self.end_holding()?;
+        }
+        let again = self.next_held();
         let may_submit = may_submit && (0..self.plan.workers).any(|worker| self.has_room(worker));
         let due = self.due();
         let ticks = u64::from(due.count_ones());
         let wakes = 2 * self.wakes.len() as u64;
-        let guest = if may_submit {
+        let guest = if may_submit || again.is_some() {
             self.plan.eagerness as u64
         } else {
             0
@@ -88,10 +97,13 @@ impl World {
             let index = usize::try_from((number - ticks) / 2).expect("few");
             let (worker, request) = self.wakes.swap_remove(index);
             self.grant(worker, request)?;
+        } else if let Some(worker) = again {
+            self.submit_held(worker)?;
         } else {
             self.submit_something()?;
         }
         if self.is_quiet() {
+            self.check_nothing_held()?;
             self.check_quiet()?;
         }
         Ok(())
@@ -121,6 +133,10 @@ impl World {
             self.paused = false;
             return Ok(());
         }
+        let waits = !self.held.is_empty() && self.next_held().is_none();
+        if waits {
+            self.end_holding()?;
+        }
         let deadlines = self.engines.iter().filter_map(|engine| engine.deadline());
         let hung = self.flights.iter().map(|flight| self.goes_on_at(flight));
         let next = deadlines.chain(hung).min();
@@ -129,7 +145,7 @@ impl World {
                 self.clock = self.clock.max(next);
                 Ok(())
             }
-            _ if self.is_quiet() => Ok(()),
+            _ if waits || self.is_quiet() || self.next_held().is_some() => Ok(()),
             _ => {
                 let waiting: Vec<_> = self.pending.iter().map(|p| number_of(p.tag)).collect();
                 let text =

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::Collected;
+use super::held::HeldRequest;
 use super::ledger::{Failures, Ledger, Masks, Seen};
 use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
@@ -21,7 +22,8 @@ use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation, OperationType, RequestId};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
-use crate::engine::{Engine, Policy, Shared, Tag, WorkerIndex};
+use crate::device::hold::{Hold, Ticket};
+use crate::engine::{Engine, Mark, Policy, Shared, Tag, WorkerIndex};
 use crate::jobs::{JobId, JobInfo, JobKind};
 
 /// The result of a check.
@@ -36,6 +38,12 @@ pub(super) struct Pending {
     pub(super) range: SectorRange,
     pub(super) seen: Seen,
     pub(super) kind: PendingKind,
+    /// It was held, and is submitted again.
+    pub(super) ticket: Option<Ticket>,
+    /// When it was written, if it waits for a flush.
+    pub(super) written: Option<Mark>,
+    /// When it was written, or has failed; 0: it has not.
+    pub(super) ended: Moment,
 }
 
 /// What the guest has asked for.
@@ -67,6 +75,17 @@ pub(super) struct PendingWrite {
     pub(super) failed: u32,
     /// [`Ledger::failures`] when it was submitted.
     pub(super) failures: [u32; PLACES],
+    /// Whether a replica has had no space left for it.
+    pub(super) no_space: NoSpace,
+}
+
+/// Whether an engine knows of a replica without space.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(super) enum NoSpace {
+    No,
+    /// The replica was evicted before its reply, or at the same time.
+    Perhaps,
+    Yes,
 }
 
 impl PendingWrite {
@@ -107,6 +126,12 @@ pub struct World {
     pub(super) tick_wanted: u32,
     /// The guest requests that are not answered.
     pub(super) pending: Vec<Pending>,
+    /// What the device does with requests that fail.
+    pub(super) hold: Hold,
+    /// The requests that failed and that no engine has.
+    pub(super) held: Vec<HeldRequest>,
+    /// How often the operator has done something about them.
+    pub(super) cared: u32,
     pub(super) model: Model,
     pub(super) ledger: Ledger,
     pub(super) staleness: Staleness,
@@ -238,6 +263,10 @@ pub(super) struct Flight {
     pub(super) data: u64,
     /// The number of the guest write that it belongs to.
     pub(super) write: Option<u64>,
+    /// That write was held since: the operation does not count for the next attempt.
+    pub(super) outdated: bool,
+    /// Its fault is that there is no space left.
+    pub(super) no_space: bool,
     /// It reads a part of a range whose read has failed.
     pub(super) part: bool,
     pub(super) submitted_at: Duration,
@@ -402,6 +431,9 @@ impl World {
             wakes: Vec::new(),
             tick_wanted: 0,
             pending: Vec::new(),
+            hold: Hold::default(),
+            held: Vec::new(),
+            cared: 0,
             model: Model::new(sectors),
             ledger: Ledger::default(),
             staleness: Staleness::default(),
@@ -502,6 +534,8 @@ impl World {
             ))
         };
         self.engines = (0..workers).map(engine).collect();
+        self.hold = Hold::new(self.plan.on_error);
+        self.held.clear();
     }
 
     /// The number of replicas.
@@ -560,6 +594,7 @@ impl World {
     /// Whether nothing is in flight but operations of replicas that are evicted.
     pub(super) fn is_quiet(&self) -> bool {
         self.wakes.is_empty()
+            && self.held.is_empty()
             && self.pending.is_empty()
             && self.engines.iter().all(|engine| engine.is_idle())
             && self
@@ -570,8 +605,10 @@ impl World {
 
     /// When the oldest request in flight began.
     pub(super) fn oldest(&self) -> Moment {
+        let held = self.held.iter().map(|held| &held.pending);
         self.pending
             .iter()
+            .chain(held)
             .map(|p| p.began)
             .min()
             .unwrap_or(NEVER - 1)

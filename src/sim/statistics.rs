@@ -9,6 +9,8 @@ pub struct Statistics {
     pub requests: u64,
     /// Guest requests that failed.
     pub failed: u64,
+    /// Guest requests that were held; one that is held again counts again.
+    pub held: u64,
     /// Crashes.
     pub crashes: u64,
     /// Reports that a replica holds a corrupt version.
@@ -35,6 +37,7 @@ impl Statistics {
         self.steps += other.steps;
         self.requests += other.requests;
         self.failed += other.failed;
+        self.held += other.held;
         self.crashes += other.crashes;
         self.accusations += other.accusations;
         self.evictions += other.evictions;
