@@ -91,7 +91,8 @@ pub(super) enum Action {
         #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
             value_parser = clap::value_parser!(u64).range(1..=86400))]
         watch: Option<u64>,
-        /// Print the daemon's replies to query-quorum and query-jobs as one JSON object
+        /// Print the daemon's replies to query-quorum, query-jobs and query-quorum-jobs as one JSON
+        /// object
         #[arg(long)]
         json: bool,
     },
@@ -236,7 +237,7 @@ pub(super) enum JobCommand {
         #[arg(value_parser = rate)]
         rate: Rate,
     },
-    /// Wait until a job ends
+    /// Wait until a job ends, or show the result of one that has ended
     Wait {
         /// Name of the job
         #[arg(value_name = "JOB")]

@@ -11,7 +11,7 @@ use super::replies::{EndedJob, Job};
 use super::scrub::wait_for;
 use super::table::Table;
 use super::terminal::{Style, Terminal};
-use super::wait::job_exists;
+use super::wait::{has_ended, job_exists};
 use super::{Context, Error, Outcome};
 
 pub(super) fn run(
@@ -33,7 +33,10 @@ pub(super) fn run(
         }
         Some(JobCommand::Wait { id }) => {
             if !job_exists(connection, &id)? {
-                return Err(Error::Failed(format!("there is no job {}", printable(&id))));
+                // Scripts wait for a job that may have ended already.
+                let ended = has_ended(connection, &id)?;
+                ended.write(context.out, context.terminal)?;
+                return Ok(ended.outcome());
             }
             return wait_for(context, &id);
         }

@@ -78,6 +78,14 @@ pub(super) struct Timestamp {
     pub(super) microseconds: u32,
 }
 
+impl Timestamp {
+    /// How many seconds before `now` it was. None if the clock has been set back.
+    pub(super) fn seconds_before(&self, now: SystemTime) -> Option<u64> {
+        let now = now.duration_since(UNIX_EPOCH).ok()?.as_secs();
+        now.checked_sub(self.seconds)
+    }
+}
+
 impl Errors {
     pub(super) fn sum(&self) -> u64 {
         let writes = self.write.saturating_add(self.flush);
@@ -86,8 +94,7 @@ impl Errors {
 
     /// How many seconds before `now` the last one was.
     pub(super) fn seconds_before(&self, now: SystemTime) -> Option<u64> {
-        let now = now.duration_since(UNIX_EPOCH).ok()?.as_secs();
-        now.checked_sub(self.last.as_ref()?.timestamp.seconds)
+        self.last.as_ref()?.timestamp.seconds_before(now)
     }
 
     /// Whether the last error is ENOSPC, or the quota's EDQUOT.

@@ -9,12 +9,15 @@ use unicode_width::UnicodeWidthStr as _;
 
 use super::conditions::{Advice, advice};
 use super::connection::parse_reply;
-use super::format::{latency, printable, size};
+use super::format::{age, latency, printable, size};
 use super::jobs::write_table;
-use super::replies::{Disk, Job, Operations, Replica};
+use super::replies::{Disk, EndedJob, Job, Operations, Replica};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Context, Error, Outcome};
+
+/// The type of a scrub of the whole disk.
+const SCRUB: &str = "quorum-scrub";
 
 /// The health of a disk without conditions.
 pub(super) const HEALTHY: &str = "healthy";
@@ -65,12 +68,19 @@ fn redraw(out: &mut dyn Write, frame: &[u8], is_first: bool) -> Result<(), Error
 fn show(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Outcome, Error> {
     let state = context.connection.execute("query-quorum", json!({}))?;
     let jobs = context.connection.execute("query-jobs", json!({}))?;
-    let both = json.then(|| json!({ "query-quorum": state, "query-jobs": jobs }));
+    let ended = context.connection.execute("query-quorum-jobs", json!({}))?;
+    let all = json
+        .then(|| json!({ "query-quorum": state, "query-jobs": jobs, "query-quorum-jobs": ended }));
     let disk: Disk = parse_reply("query-quorum", state)?;
     let jobs: Vec<Job> = parse_reply("query-jobs", jobs)?;
-    match both {
-        Some(both) => writeln!(out, "{both}")?,
-        None => write_status(out, &disk, &jobs, context.terminal)?,
+    let ended: Vec<EndedJob> = parse_reply("query-quorum-jobs", ended)?;
+    match all {
+        Some(all) => writeln!(out, "{all}")?,
+        None => {
+            let now = SystemTime::now();
+            write_status(out, &disk, &jobs, context.terminal)?;
+            write_last_scrub(out, &ended, now, context.terminal)?;
+        }
     }
     Ok(Outcome::of(disk.health == HEALTHY))
 }
@@ -127,6 +137,30 @@ fn write_status(
     if !jobs.is_empty() {
         writeln!(out)?;
         write_table(out, jobs, terminal)?;
+    }
+    Ok(())
+}
+
+/// When the last scrub of the whole disk ended, and what it found.
+fn write_last_scrub(
+    out: &mut dyn Write,
+    ended: &[EndedJob],
+    now: SystemTime,
+    terminal: Terminal,
+) -> Result<(), Error> {
+    let is_scrub = |ended: &&EndedJob| ended.job.r#type == SCRUB && !ended.cancelled;
+    let text = match ended.iter().rev().find(is_scrub) {
+        Some(scrub) => {
+            let seconds = scrub.timestamp.seconds_before(now);
+            let ago = seconds.map_or_else(String::new, |seconds| format!(", {} ago", age(seconds)));
+            let job = printable(&scrub.job.id);
+            format!("last scrub: {job}{ago}: {}", scrub.end().result())
+        }
+        None => "last scrub: none since the daemon started".to_owned(),
+    };
+    writeln!(out)?;
+    for line in terminal.wrapped(0, 2, &text) {
+        writeln!(out, "{line}")?;
     }
     Ok(())
 }

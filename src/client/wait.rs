@@ -9,7 +9,7 @@ use vmm_sys_util::signal::register_signal_handler;
 use super::connection::Connection;
 use super::format::{printable, size};
 use super::progress::{Progress, describe};
-use super::replies::{Disk, Job, JobEnd};
+use super::replies::{Disk, EndedJob, Job, JobEnd};
 use super::terminal::Terminal;
 use super::{Context, Error, Outcome};
 use crate::common::message::counted;
@@ -87,10 +87,20 @@ impl Ended {
     }
 
     fn summary(&self) -> String {
+        match self {
+            Self::Reported { end, .. } => {
+                let job = describe(&end.device, &end.r#type, end.node_name.as_deref());
+                format!("{job} {}", self.result())
+            }
+            Self::UpToDate => self.result(),
+        }
+    }
+
+    /// The end in one line, without the name of the job.
+    pub(super) fn result(&self) -> String {
         let Self::Reported { end, cancelled } = self else {
             return "the replica is up to date".into();
         };
-        let job = describe(&end.device, &end.r#type, end.node_name.as_deref());
         let is_scrub = end.r#type != "quorum-resync";
         let result = match (&end.error, cancelled) {
             (_, true) => format!(
@@ -115,7 +125,7 @@ impl Ended {
                 format!("; {} found, {written} written", end.findings())
             }
         };
-        format!("{job} {result}{found}")
+        format!("{result}{found}")
     }
 }
 
@@ -197,12 +207,7 @@ fn ended_unreported(
     awaited: Awaited<'_>,
 ) -> Result<Option<Ended>, Error> {
     let node = match awaited {
-        Awaited::Job(id) => {
-            let id = printable(id);
-            return Err(Error::Failed(format!(
-                "there is no job {id}; if it has ended, the daemon's log has its result"
-            )));
-        }
+        Awaited::Job(id) => return has_ended(connection, id).map(Some),
         Awaited::ResyncOf(node) => node,
     };
     let disk: Disk = connection.query("query-quorum")?;
@@ -219,6 +224,18 @@ fn ended_unreported(
             printable(node)
         ))),
     }
+}
+
+/// The end of a job that is no longer listed.
+pub(super) fn has_ended(connection: &mut Connection, id: &str) -> Result<Ended, Error> {
+    let ended: Vec<EndedJob> = connection.query("query-quorum-jobs")?;
+    let last = ended.iter().rev().find(|ended| ended.job.id == id);
+    last.map(EndedJob::end).ok_or_else(|| {
+        Error::Failed(format!(
+            "there is no job {}; to list the last ones that have ended: quorum-blkctl jobs --all",
+            printable(id)
+        ))
+    })
 }
 
 /// Whether there is a job with this name.

@@ -434,12 +434,19 @@ fn jobs_are_listed_changed_and_waited_for() {
     served.run("jobs speed job1 0").with(0);
     assert_eq!(waiting.wait_within(HANG_LIMIT).unwrap().code(), Some(0));
     wait_for_text(&output, "no corrupt sectors found");
+    // One that has ended has its result and exit status still.
+    let again = served.run("jobs wait job1").with(0);
     assert!(
-        served
-            .run("jobs wait job1")
-            .with(3)
-            .contains("there is no job job1")
+        again.starts_with("job1 (scrub) completed, 64 MiB; no corrupt sectors found\n"),
+        "{again}"
     );
+    let cancelled = served.run("jobs wait job0").with(1);
+    assert!(
+        cancelled.starts_with("job0 (scrub) was cancelled"),
+        "{cancelled}"
+    );
+    let unknown = served.run("jobs wait job9").with(3);
+    assert!(unknown.contains("there is no job job9"), "{unknown}");
     assert!(
         served
             .run("jobs pause job1")
@@ -695,7 +702,10 @@ fn a_server_that_is_no_monitor_is_an_error() {
             "no answer to query-jobs",
         ),
         (
-            after_greeting("{\"return\": {\"size\": \"\\u001b[31m\"}}\r\n{\"return\": []}"),
+            after_greeting(&format!(
+                "{{\"return\": {{\"size\": \"\\u001b[31m\"}}}}{}",
+                "\r\n{\"return\": []}".repeat(2)
+            )),
             "status",
             "the reply to query-quorum is invalid",
         ),

@@ -67,6 +67,13 @@ fn the_result_of_a_detached_job_is_kept() {
     corrupt_sectors(&images[2], 100..102, 0xff);
     let disk = Disk::over(&plan, images);
     assert_eq!(disk.blkctl(&["jobs", "--all"]), (0, "no jobs\n".into()));
+    let last_scrub = || {
+        let (_, status) = disk.blkctl(&["status"]);
+        let line = status.lines().find(|line| line.starts_with("last scrub: "));
+        line.map(str::to_owned)
+            .unwrap_or_else(|| panic!("{status}"))
+    };
+    assert_eq!(last_scrub(), "last scrub: none since the daemon started");
     let (code, text) = disk.blkctl(&["scrub", "--detach"]);
     assert_eq!(code, 0, "{text}");
     disk.wait_for("BLOCK_JOB_COMPLETED", None);
@@ -79,6 +86,16 @@ fn the_result_of_a_detached_job_is_kept() {
         "{text}"
     );
     assert!(text.contains(": 2 corrupt, sectors 100-101\n"), "{text}");
+    let line = last_scrub();
+    assert!(
+        line.starts_with("last scrub: job0, ")
+            && line.contains(" ago: completed, ")
+            && line.ends_with("; 2 corrupt sectors found, not repaired"),
+        "{line}"
+    );
+    // A client that waits too late gets the result, and the exit status of a scrub.
+    let (code, waited) = disk.blkctl(&["jobs", "wait", "job0"]);
+    assert!(code == 1 && text.ends_with(&waited), "{code}: {waited}");
     assert_eq!(
         disk.monitor().execute("query-jobs", serde_json::json!({})),
         serde_json::json!([])

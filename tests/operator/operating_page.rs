@@ -227,7 +227,7 @@ fn with_jobs_numbered(text: &str, by: i64) -> String {
 
 /// Without times and progress, and without the column widths that depend on them.
 fn comparable(text: &str) -> Vec<String> {
-    const UNITS: [&str; 5] = ["ns", "us", "µs", "ms", "s"];
+    const UNITS: [&str; 6] = ["ns", "us", "µs", "ms", "s", "min"];
     let is_progress =
         |line: &str| line.starts_with("job") && line.contains(") ") && line.contains(" %  ");
     let words = |line: &str| {
