@@ -187,8 +187,8 @@ impl Candidate {
         }
     }
 
-    /// Claims and locks the image. It is a replica then.
-    pub(super) fn lock(mut self) -> Result<ReplicaFile, OpenError> {
+    /// Claims and locks the image.
+    pub(super) fn lock(&mut self) -> Result<(), OpenError> {
         self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
         let locking = self.when_free(examine::lock, Opener::lock)?;
         if locking == Locking::Unsupported {
@@ -198,7 +198,12 @@ impl Candidate {
                  sure that no other process uses it"
             );
         }
-        Ok(self.replica)
+        Ok(())
+    }
+
+    /// The replica that it has become.
+    pub(super) fn into_replica(self) -> ReplicaFile {
+        self.replica
     }
 
     /// Does a step, by itself or through the opener; waits some time for another process that has

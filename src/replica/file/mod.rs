@@ -168,7 +168,8 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
     let mut candidate = Candidate::start(&source, options, Opening::Here).open()?;
     candidate.examine()?;
     check_size(candidate.replica(), candidate.replica().size_bytes, options)?;
-    candidate.lock()
+    candidate.lock()?;
+    Ok(candidate.into_replica())
 }
 
 /// What to do about images that hold nothing but zeroes, where others hold data (O4).
@@ -215,12 +216,19 @@ pub fn open_all(
             );
         }
     }
+    // Locks come after these checks: an image that is given twice would otherwise be reported as in
+    // use by another process, which is this one.
+    for candidate in &mut candidates {
+        candidate.lock()?;
+    }
+    // What an image holds may change until then.
     if empty == EmptyImages::Refused {
         check_contents(&mut candidates, disk_bytes)?;
     }
-    // Locks come after all checks: an image that is given twice would otherwise be reported as in
-    // use by another process, which is this one.
-    candidates.into_iter().map(Candidate::lock).collect()
+    Ok(candidates
+        .into_iter()
+        .map(Candidate::into_replica)
+        .collect())
 }
 
 /// Checks that no image is empty where another one holds data (O4).
@@ -290,10 +298,12 @@ pub fn open_beside(
     check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
     candidate.examine()?;
     check_beside(others, candidate.replica(), size_bytes)?;
+    candidate.lock()?;
+    // What it holds may change until then.
     if overwrite == Overwrite::Never {
         candidate.check_holds_nothing(size_bytes)?;
     }
-    candidate.lock()
+    Ok(candidate.into_replica())
 }
 
 /// Checks that a replica fits a disk of `size_bytes` with these `others`.
