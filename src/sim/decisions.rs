@@ -37,7 +37,9 @@ impl World {
         for sector in bits(decided & self.ledger.accusable) {
             // Whatever has won: those that are stale may be so.
             for (replica, stale) in members.iter().zip(&stale) {
-                self.mark_excused(*replica, stale & (1 << sector));
+                let lost = stale & (1 << sector);
+                self.mark_excused(*replica, lost);
+                self.ledger.unsound[*replica] |= lost;
             }
         }
         for sector in bits(decided & self.ledger.mixed & !self.ledger.accusable) {
