@@ -9,7 +9,8 @@
 #   Caught-by: sim
 #
 # `sim` is the random runs of the simulator, for SECONDS_EACH seconds at most; `sim NAME` is the
-# tests of that name in tests/sim; `unit NAME` is the unit tests of that name.
+# tests of that name in tests/sim; `unit NAME` is the unit tests of that name; `threads NAME` is the
+# tests of that name in tests/replicas, with `--aio threads`.
 #
 # ONLY='name name' runs only these. The exit status is 1 if a mutant survives.
 set -euo pipefail
@@ -52,11 +53,13 @@ cargo_test() {
 	case $kind in
 	sim) set -- --test sim "$@" -- "${name:-keeps_the_contract}" ;;
 	unit) set -- --lib "$@" -- "$name" ;;
-	*) echo "Caught-by: $kind is neither sim nor unit" >&2 && exit 2 ;;
+	threads) set -- --test replicas "$@" -- "$name" ;;
+	*) echo "Caught-by: $kind is neither sim, unit nor threads" >&2 && exit 2 ;;
 	esac
 	# A mutant may make a test wait for ever.
-	(cd "$tree" && QUORUM_BLK_SIM_SECONDS=$seconds timeout $((seconds + 900)) \
-		cargo test --locked --quiet --profile mutants --features sim "$@") >"$log" 2>&1
+	(cd "$tree" && export QUORUM_BLK_SIM_SECONDS=$seconds QUORUM_BLK_TEST_AIO=threads &&
+		timeout $((seconds + 900)) \
+			cargo test --locked --quiet --profile mutants --features sim "$@") >"$log" 2>&1
 }
 
 # What the failing test has said, in a few words: after how many seeds, and which rule is broken.
