@@ -56,9 +56,10 @@ pub(super) struct Options {
     pub(super) fd: Option<RawFd>,
 
     /// Use the raw image file or block device at PATH as a replica. Repeat the option for each
-    /// replica, 1 to 32; an image may be larger than the disk, not shorter. NAME identifies the
-    /// replica in events and commands [default: the file name]. Write a comma in PATH or NAME as
-    /// two commas
+    /// replica, 1 to 32. The images of a new disk are empty or copies of one image; to serve one
+    /// that exists, start with it alone and quorum-blkctl add empty ones. An image may be larger
+    /// than the disk, not shorter. NAME identifies the replica in events and commands [default: the
+    /// file name]. Write a comma in PATH or NAME as two commas
     #[arg(long, value_hint = ValueHint::FilePath, value_name = "PATH[,node-name=NAME]",
         help_heading = "Replicas")]
     pub(super) blk_file: Vec<OsString>,

@@ -16,7 +16,7 @@ use crate::process::{Process, wait_until};
 /// The program and its terminal. It is killed when dropped.
 pub struct Terminal {
     // Dropped first, which ends the thread that reads from the terminal.
-    _process: Process,
+    process: Process,
     master: File,
     drawn: Arc<Mutex<Vec<u8>>>,
 }
@@ -63,10 +63,15 @@ impl Terminal {
             }
         });
         Self {
-            _process: process,
+            process,
             master,
             drawn,
         }
+    }
+
+    /// The id of its process.
+    pub fn id(&self) -> u32 {
+        self.process.id()
     }
 
     /// Types this.

@@ -7,6 +7,7 @@ mod device_features;
 mod migration;
 mod new_size;
 mod queues;
+mod readme;
 mod repair;
 mod slow_flushes;
 mod two_guests;
