@@ -21,6 +21,7 @@ use super::*;
 use crate::common::operation::RequestId;
 use crate::common::{ReplicaSet, SECTOR_BYTES};
 use crate::device::connection::CacheMode;
+use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, GuestMemory};
 use crate::engine::{Effects as _, ReadPattern, WorkerIndex};
 use crate::jobs::Sizes;
@@ -96,9 +97,17 @@ fn disk(memory: &GuestMemory, workers: u16) -> Disk {
 
 impl Machine {
     fn new(count: u16) -> Self {
+        Self::with_hold(count, Arc::default())
+    }
+
+    /// Workers that hold what fails.
+    fn with_hold(count: u16, hold: Arc<Hold>) -> Self {
         let bytes = usize::from(count) * 0x1_0000;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
-        let disk = disk(&memory, count);
+        let disk = Disk {
+            hold,
+            ..disk(&memory, count)
+        };
         let files = vec![RingFile::of(&File::open("/dev/null").unwrap()); REPLICAS];
         let mailboxes: Vec<_> = (0..count).map(|_| Mailbox::new().unwrap()).collect();
         let mut machine = Self {
@@ -378,6 +387,35 @@ fn a_flush_that_another_thread_asks_for_is_done_by_all_replicas() {
         }
         assert_eq!(is_done.try_recv(), Ok(!fails));
     }
+}
+
+#[test]
+fn nothing_is_taken_from_a_guest_while_one_of_its_requests_is_held() {
+    let hold = Arc::new(Hold::new(ErrorPolicy {
+        read: OnError::Stop,
+        write: OnError::Stop,
+    }));
+    let mut machine = Machine::with_hold(2, Arc::clone(&hold));
+    let held = machine.write(0, 8);
+    machine.settle(0);
+    for operation in machine.of_all_replicas(0) {
+        machine.kernels[0].complete(&operation, -libc::ENOSPC);
+    }
+    machine.settle(0);
+    assert!(hold.is_holding());
+    let later = machine.write(1, 16);
+    machine.settle(1);
+    let taken = machine.kernels[1].operations();
+    assert!(taken.is_empty(), "{taken:?}");
+
+    assert_eq!(hold.continue_all(), 1);
+    machine.mailboxes[0].send(Message::Continue);
+    machine.settle(0);
+    assert_eq!(machine.status(0, held), None);
+    machine.finish_write(0, held);
+    assert!(!hold.is_holding());
+    machine.settle(1);
+    machine.finish_write(1, later);
 }
 
 #[test]

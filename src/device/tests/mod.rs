@@ -3,6 +3,7 @@
 
 mod chains;
 mod frontend;
+mod held;
 pub(super) mod inflight;
 mod logging;
 mod properties;
