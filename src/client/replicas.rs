@@ -66,6 +66,11 @@ pub(super) fn remove(context: &mut Context<'_>, node: &str) -> Result<Outcome, E
         context.out,
         "removed {node}; its image {file} keeps its data"
     )?;
+    // A daemon that is started with it again would let old data vote.
+    writeln!(
+        context.out,
+        "leave it out of the daemon's command line from now on: its data gets old"
+    )?;
     Ok(Outcome::Good)
 }
 
@@ -129,6 +134,10 @@ pub(super) fn replace(
             "replaced {old_name} by {name}; its image {file} keeps its data"
         )?;
     }
+    writeln!(
+        context.out,
+        "replace it in the daemon's command line too: its data gets old"
+    )?;
     Ok(Outcome::Good)
 }
 

@@ -236,7 +236,8 @@ fn a_replica_is_replaced() {
         .run(&format!("replace 1.raw {} --create", new.display()))
         .with(0);
     assert!(replaced.ends_with(&format!(
-        "replaced 1.raw by new.raw; its image {} keeps its data\n",
+        "replaced 1.raw by new.raw; its image {} keeps its data\n\
+         replace it in the daemon's command line too: its data gets old\n",
         served.images[1].display()
     )));
     assert!(
