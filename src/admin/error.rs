@@ -6,7 +6,7 @@ use super::resize::NotGrown;
 use crate::common::message::{Quoted, Reason};
 use crate::jobs::{NotStarted, UnknownJob};
 use crate::limits::REPLICAS_MAX;
-use crate::quorum::health::NotRemoved;
+use crate::quorum::health::{NotRemoved, NotThreshold};
 use crate::replica::file::OpenError;
 
 /// Why a change failed. Each displays as one line.
@@ -19,7 +19,10 @@ pub enum AdminError {
     #[error("the disk is read-only")]
     ReadOnly,
     /// `--blkverify` compares exactly two replicas.
-    #[error("cannot add or remove replicas: a disk with --blkverify has exactly two")]
+    #[error(
+        "cannot change the replicas or the vote threshold: a disk with --blkverify has exactly \
+         two replicas, which must agree"
+    )]
     Blkverify,
     /// The disk has the maximum of replicas, with those that are being removed.
     #[error(
@@ -41,6 +44,9 @@ pub enum AdminError {
     /// Another replica has this name.
     #[error("the disk has a replica {} already", Quoted(.0))]
     NameTaken(String),
+    /// The vote threshold cannot be this one.
+    #[error("the vote threshold {0}")]
+    NotThreshold(#[from] NotThreshold),
     /// The disk needs it.
     #[error("{} cannot be removed: {reason}", Quoted(.node_name))]
     Needed {

@@ -13,6 +13,7 @@ mod error;
 mod resize;
 
 use std::io;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
@@ -29,7 +30,7 @@ use crate::device::back_channel::BackChannel;
 use crate::device::hold::Hold;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
-use crate::quorum::health::NotRemoved;
+use crate::quorum::health::{NotRemoved, Wanted};
 use crate::replica::file::{
     OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
@@ -63,6 +64,8 @@ pub struct Admin {
     capacity: Capacity,
     block_bytes: u32,
     blkverify: bool,
+    /// How many replicas the disk should have.
+    intended_replicas: AtomicUsize,
     /// The back channels of all connections.
     back_channels: Vec<BackChannel>,
     growers: Growers,
@@ -86,6 +89,7 @@ impl Admin {
         let admin = Self {
             shared: Arc::clone(&disk.shared),
             workers: workers.control(),
+            intended_replicas: AtomicUsize::new(table.in_use().len()),
             names: table
                 .in_use()
                 .iter()
@@ -180,6 +184,39 @@ impl Admin {
         })
     }
 
+    /// How many replicas the disk should have: as many as it was started with, or as it had when
+    /// the operator said so.
+    pub fn intended_replicas(&self) -> usize {
+        self.intended_replicas.load(Ordering::Relaxed)
+    }
+
+    /// The disk should have as many replicas as it has now.
+    pub fn intend_present_replicas(&self) {
+        let replicas = self.table.in_use().len();
+        self.intended_replicas.store(replicas, Ordering::Relaxed);
+    }
+
+    /// Changes the vote threshold. One that is higher holds as soon as so many replicas are up to
+    /// date (W10).
+    ///
+    /// # Errors
+    /// If the disk has not so many replicas, or must have two that agree.
+    pub fn set_threshold(&self, wanted: Wanted) -> Result<(), AdminError> {
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        self.check_changeable()?;
+        self.shared.want_threshold(wanted)?;
+        let (mut now, wanted, follows) = self.shared.thresholds();
+        if now < wanted {
+            // What was copied or repaired is durable then, which is what the threshold waits for.
+            self.workers.flush();
+            self.shared.raise_threshold();
+            (now, ..) = self.shared.thresholds();
+        }
+        info!("vote-threshold" = now, wanted, follows; "vote threshold changed");
+        self.workers.tick_all();
+        Ok(())
+    }
+
     /// Submits the requests again that are held. Does not wait for them.
     pub fn continue_held(&self) {
         let requests = self.hold.continue_all();
@@ -229,7 +266,8 @@ impl Admin {
             node_name: node_name.to_owned(),
             reason,
         })?;
-        info!(replica = node_name; "replica removed");
+        let (threshold, ..) = self.shared.thresholds();
+        info!(replica = node_name, "vote-threshold" = threshold; "replica removed");
         self.table.leaves(index);
         self.workers.tick_all();
         if self

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use super::format::{NewSize, parse_rate, parse_size_change};
+use super::threshold::{self, NewThreshold};
 
 /// The environment variable that replaces `--qmp`.
 pub(super) const SOCKET_VARIABLE: &str = "QUORUM_BLK_QMP";
@@ -27,8 +28,9 @@ const STATUS_LEGEND: &str = "\
 Health:
   healthy    No replica is known to be evicted, stale or corrupt, and none has
              returned an error
-  degraded   A replica is evicted, stale or corrupt, or returned an error; the
-             guest has not noticed
+  degraded   A replica is evicted, stale or corrupt, or returned an error, or
+             the disk has fewer replicas than at its start; the guest has not
+             noticed
   failing    The guest got an I/O error, or waits for the command cont, or no
              vote can decide some sectors
   For each reason, a line below says what to do. Errors stay until the
@@ -126,7 +128,7 @@ pub(super) enum Action {
         job: JobOptions,
     },
     /// Clear the errors of a replica, once their cause is gone; without NODE, clear the I/O errors
-    /// of the guest and the errors of all replicas
+    /// of the guest and the errors of all replicas, and expect as many replicas as there are now
     Clear {
         /// Name of the replica
         #[arg(value_name = "NODE")]
@@ -155,6 +157,14 @@ pub(super) enum Action {
         old: String,
         #[command(flatten)]
         image: NewImage,
+    },
+    /// Change how many replicas must agree for a read, or store the data for a write, to succeed.
+    /// A restart of quorum-blkd forgets it
+    Threshold {
+        /// 1 to the number of replicas; or majority: more than half of them, also when replicas are
+        /// added or removed. A higher one holds as soon as so many replicas are up to date
+        #[arg(value_name = "T|majority", value_parser = threshold::parse)]
+        threshold: NewThreshold,
     },
     /// Grow the disk and all of its images
     Resize {

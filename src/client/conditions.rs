@@ -79,6 +79,15 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
             ),
             "if the corrupt images are the wrong ones, quorum-blkctl scrub --repair".to_owned(),
         ),
+        "fewer-replicas" => {
+            let now = counted(disk.replicas.len() as u64, "replica");
+            let before = disk.intended_replicas;
+            Advice::new(
+                Style::Warning,
+                format!("the disk has {now}, and had {before} at its start"),
+                "quorum-blkctl add FILE; if it is to have no more: quorum-blkctl clear".to_owned(),
+            )
+        }
         unknown => of_unknown(&disk.node_name, unknown),
     }
 }

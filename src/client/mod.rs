@@ -28,6 +28,7 @@ mod scrub;
 mod status;
 mod table;
 mod terminal;
+mod threshold;
 mod wait;
 
 use std::ffi::OsString;
@@ -186,6 +187,7 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Remove { node } => replicas::remove(context, &node),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),
         Action::Resize { size } => resize::run(context, size),
+        Action::Threshold { threshold } => threshold::run(context, threshold),
         Action::Jobs { json, all, command } => jobs::run(context, json, all, command),
     }
 }

@@ -18,6 +18,10 @@ pub(super) struct Disk {
     pub(super) conditions: Vec<String>,
     pub(super) errors: Errors,
     pub(super) vote_threshold: u64,
+    #[serde(default)]
+    pub(super) wanted_vote_threshold: u64,
+    #[serde(default)]
+    pub(super) intended_replicas: u64,
     pub(super) read_pattern: String,
     pub(super) rewrite_corrupted: bool,
     #[serde(default)]

@@ -97,10 +97,14 @@ fn write_status(
         _ => Style::Bad,
     };
     let (name, health) = (printable(&disk.node_name), printable(&disk.health));
+    let (threshold, wanted) = (disk.vote_threshold, disk.wanted_vote_threshold);
+    let soon = match wanted > threshold {
+        true => format!(" ({wanted} when enough replicas are up to date)"),
+        false => String::new(),
+    };
     let mut policy = format!(
-        "{}, {} of {} must agree, read-pattern {}",
+        "{}, {threshold} of {} must agree{soon}, read-pattern {}",
         size(disk.size),
-        disk.vote_threshold,
         disk.replicas.len(),
         printable(&disk.read_pattern),
     );

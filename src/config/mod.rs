@@ -63,6 +63,8 @@ pub struct Config {
     pub replicas: Vec<ReplicaSource>,
     /// Equal versions that win a vote, and replicas that a write must reach.
     pub vote_threshold: usize,
+    /// The threshold was not given: it follows the number of replicas.
+    pub threshold_follows: bool,
     /// How to serve reads.
     pub read_pattern: ReadPattern,
     /// Repair the replicas that lost a vote.
@@ -267,6 +269,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         socket_group: options.socket_group,
         replicas,
         vote_threshold,
+        threshold_follows: options.vote_threshold.is_none() && !options.blkverify,
         read_pattern: options.read_pattern,
         rewrite_corrupted: options.rewrite_corrupted,
         repair_limit_bytes: options.repair_limit,

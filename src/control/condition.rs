@@ -12,7 +12,7 @@ use crate::common::image::ImageChanges;
 pub enum Health {
     /// Neither the disk nor a replica has a condition.
     Healthy,
-    /// A replica has one; the guest does not notice.
+    /// A replica has one, or there are too few; the guest does not notice.
     Degraded,
     /// The disk has one: the guest got an I/O error, or will, or waits; or an operator must decide.
     Failing,
@@ -52,6 +52,8 @@ pub enum DiskCondition {
     GuestErrors,
     /// More is corrupt than is repaired unasked: nothing is before the operator decides.
     RepairLimit,
+    /// The disk has fewer replicas than it should. The guest does not notice.
+    FewerReplicas,
 }
 
 /// Serializes a word by its name.
@@ -94,6 +96,7 @@ words! {
         Undecided = "undecided",
         GuestErrors = "guest-errors",
         RepairLimit = "repair-limit",
+        FewerReplicas = "fewer-replicas",
     }
 }
 
@@ -124,23 +127,24 @@ pub fn of_disk(
     undecided_sectors: u64,
     errors: &Errors,
     refuses_repairs: bool,
+    fewer_replicas: bool,
 ) -> Vec<DiskCondition> {
     chosen([
         (held_requests > 0, DiskCondition::IoError),
         (undecided_sectors > 0, DiskCondition::Undecided),
         (!errors.is_empty(), DiskCondition::GuestErrors),
         (refuses_repairs, DiskCondition::RepairLimit),
+        (fewer_replicas, DiskCondition::FewerReplicas),
     ])
 }
 
 /// The health of a disk with these conditions and replicas.
 pub fn health(conditions: &[DiskCondition], replicas: &[ReplicaState]) -> Health {
-    if !conditions.is_empty() {
+    let is_warning = |condition: &DiskCondition| *condition == DiskCondition::FewerReplicas;
+    let mut replicas = replicas.iter();
+    if !conditions.iter().all(is_warning) {
         Health::Failing
-    } else if replicas
-        .iter()
-        .any(|replica| !replica.conditions.is_empty())
-    {
+    } else if !conditions.is_empty() || replicas.any(|replica| !replica.conditions.is_empty()) {
         Health::Degraded
     } else {
         Health::Healthy

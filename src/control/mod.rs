@@ -90,7 +90,11 @@ pub enum Change {
         /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
         speed_bytes: u64,
     },
-    /// Clear the errors of a replica; without a name, those of the guest and of all replicas.
+    /// The vote threshold is to be this one; `None`: more than half of the replicas, however many
+    /// there are.
+    Threshold(Option<usize>),
+    /// Clear the errors of a replica; without a name, those of the guest and of all replicas, and
+    /// expect as many replicas as there are.
     ClearErrors(Option<String>),
     /// Submit the requests again that are held.
     Continue,

@@ -18,7 +18,7 @@ pub struct DiskState {
     pub size: u64,
     /// Its health.
     pub health: Health,
-    /// Why it is failing.
+    /// Why it is failing or degraded.
     pub conditions: Vec<DiskCondition>,
     /// I/O errors that the guest got and that are not cleared.
     pub errors: Errors,
@@ -48,6 +48,8 @@ pub struct DiskState {
     pub confirmations: u64,
     /// Confirmations that found no replica at fault: writes were in flight.
     pub confirmations_without_fault: u64,
+    /// How many replicas the disk should have.
+    pub intended_replicas: usize,
     /// The replicas, in order.
     pub replicas: Vec<ReplicaState>,
 }
@@ -58,6 +60,10 @@ pub struct DiskState {
 pub struct PolicyState {
     /// The vote threshold.
     pub vote_threshold: usize,
+    /// The one that it is to be when enough replicas are up to date.
+    pub wanted_vote_threshold: usize,
+    /// It follows the number of replicas.
+    pub vote_threshold_follows: bool,
     /// The value of `--read-pattern`.
     pub read_pattern: String,
     /// Reads repair what they find corrupt.

@@ -45,6 +45,7 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
+use crate::quorum::health::Wanted;
 use crate::replica::file::{EmptyImages, Opening, ReplicaFile, disk_size, open_all};
 use crate::replica::ring::{Aio, RingFile};
 use crate::replica::table::ReplicaTable;
@@ -251,6 +252,10 @@ fn disk(
         workers,
         info.capacity.sectors(),
     );
+    if config.threshold_follows {
+        let follows = shared.want_threshold(Wanted::Majority);
+        follows.map_err(|error| Error::Broken(error.to_string()))?;
+    }
     Ok(Disk {
         policy: policy(config, &info),
         info,

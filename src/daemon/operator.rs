@@ -26,6 +26,7 @@ use crate::device::hold::Hold;
 use crate::engine::Shared;
 use crate::jobs::UnknownJob;
 use crate::limits::REPLICAS_MAX;
+use crate::quorum::health::Wanted;
 use crate::replica::file::{Overwrite, ReplicaFile, ReplicaSource};
 use crate::statistics::{RequestKind, Statistics};
 use crate::worker::{Disk, Stop};
@@ -69,6 +70,8 @@ impl DiskOperator {
             capacity: disk.info.capacity.clone(),
             policy: PolicyState {
                 vote_threshold: config.vote_threshold,
+                wanted_vote_threshold: config.vote_threshold,
+                vote_threshold_follows: config.threshold_follows,
                 read_pattern: name_of(config.read_pattern),
                 rewrite_corrupted: config.rewrite_corrupted,
                 repair_limit: config.repair_limit_bytes,
@@ -181,7 +184,10 @@ impl DiskOperator {
                     return Err(line(AdminError::UnknownReplica(name.to_owned())));
                 }
             }
-            None => self.reports.clear_guest_errors(),
+            None => {
+                self.reports.clear_guest_errors();
+                self.admin.intend_present_replicas();
+            }
         }
         for (index, _) in cleared {
             self.reports.clear_errors(index);
@@ -252,15 +258,28 @@ impl Operator for DiskOperator {
         let errors = self.reports.guest_errors();
         let held_requests = self.hold.count() as u64;
         let refuses_repairs = self.shared.refuses_repairs();
-        let conditions =
-            condition::of_disk(held_requests, undecided_sectors, &errors, refuses_repairs);
+        let intended_replicas = self.admin.intended_replicas();
+        let fewer = replicas.len() < intended_replicas;
+        let conditions = condition::of_disk(
+            held_requests,
+            undecided_sectors,
+            &errors,
+            refuses_repairs,
+            fewer,
+        );
+        let mut policy = self.fixed.policy.clone();
+        (
+            policy.vote_threshold,
+            policy.wanted_vote_threshold,
+            policy.vote_threshold_follows,
+        ) = self.shared.thresholds();
         DiskState {
             node_name: self.fixed.node_name.clone(),
             size: self.fixed.capacity.bytes(),
             health: condition::health(&conditions, &replicas),
             conditions,
             errors,
-            policy: self.fixed.policy.clone(),
+            policy,
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
             aio: self.fixed.aio.clone(),
@@ -279,6 +298,7 @@ impl Operator for DiskOperator {
             undecided_sectors,
             confirmations: self.statistics.confirmations(),
             confirmations_without_fault: self.statistics.confirmations_without_fault(),
+            intended_replicas,
             replicas,
         }
     }
@@ -343,6 +363,10 @@ impl Operator for DiskOperator {
             } => Some(admin.resync(&node_name, speed_bytes).map_err(line)?),
             Change::ClearErrors(node_name) => {
                 self.clear_errors(node_name.as_deref()).map(|()| None)?
+            }
+            Change::Threshold(threshold) => {
+                let wanted = threshold.map_or(Wanted::Majority, Wanted::Given);
+                admin.set_threshold(wanted).map(|()| None).map_err(line)?
             }
             Change::Continue => {
                 admin.continue_held();

@@ -149,7 +149,7 @@ impl Core {
         let fresh = in_service.without(self.shared.stale_in(range));
         let lags = |replica: &ReplicaIndex| self.in_flight.lags(*replica);
         let lagging: ReplicaSet = fresh.iter().filter(lags).collect();
-        if lagging.is_empty() || fresh.without(lagging).len() < self.policy.threshold {
+        if lagging.is_empty() || fresh.without(lagging).len() < self.threshold() {
             fresh
         } else {
             fresh.without(lagging)
@@ -164,6 +164,12 @@ impl Core {
         }
     }
 
+    /// The vote threshold at this moment (W10).
+    #[inline]
+    pub(super) fn threshold(&self) -> usize {
+        self.shared.threshold()
+    }
+
     /// The `count` of `voters` to ask first (R9).
     pub(super) fn preferred(&mut self, voters: ReplicaSet, count: usize) -> ReplicaSet {
         self.latencies.preferred(voters, count, &self.in_flight)
@@ -173,7 +179,7 @@ impl Core {
     pub(super) fn read_rule(&self) -> Rule {
         match self.policy.read_pattern {
             ReadPattern::Fifo => Rule::FirstListed,
-            ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(self.policy.threshold),
+            ReadPattern::Quorum | ReadPattern::Threshold => Rule::Threshold(self.threshold()),
         }
     }
 

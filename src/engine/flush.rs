@@ -11,6 +11,7 @@ use super::flush_queue::{Origin, Waiting};
 use super::interface::{Effects, Failed};
 use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
+use super::shared::Shared;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
@@ -161,35 +162,7 @@ impl Flush {
             return Progress::Waiting;
         }
         let succeeded = tally.succeeded();
-        // A look at every sector, without the mutex, and at what then has to be joined.
-        let (durability, copy) = context.shared().health(|health| {
-            let copy = health.needs_settlement().then(|| health.snapshot());
-            (health.durability(), copy)
-        });
-        let is_enough = durability.is_enough();
-        let copy = copy.filter(|_| is_enough);
-        let mut settlement = copy.map_or_else(Vec::new, |copy| copy.settlement());
-        for waiting in origins.iter_mut().filter(|_| !is_enough) {
-            let range = waiting.origin.range();
-            waiting.is_durable = range.is_some_and(|range| durability.is_durable(range, succeeded));
-        }
-        context.shared().change_health(|health| {
-            let all = health.flush_decided(*epoch, succeeded, is_enough, &mut settlement);
-            let same_members = health.members() == durability.members();
-            for waiting in &mut *origins {
-                let range = waiting.origin.range();
-                let is_durable = match same_members {
-                    true => waiting.is_durable,
-                    false => range.is_some_and(|range| health.is_durable(range, succeeded)),
-                };
-                let durable = all || is_durable;
-                waiting.is_durable = match waiting.origin {
-                    Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
-                    Origin::Write(_, range, _) => durable && !health.is_undone(range),
-                    Origin::Job(_) => durable,
-                };
-            }
-        });
+        while !decide(origins, *epoch, succeeded, context.shared()) {}
         let mut origins = std::mem::take(origins);
         for waiting in origins.drain(..) {
             answer(&waiting, context);
@@ -270,6 +243,49 @@ impl Flush {
             Stage::Flushing { .. } | Stage::WaitingForLock => ReplicaSet::EMPTY,
         }
     }
+}
+
+/// Decides what all replies to the flush have made durable. `false`: the vote threshold has changed
+/// meanwhile, and nothing is decided.
+fn decide(
+    origins: &mut [Waiting],
+    epoch: FlushEpoch,
+    succeeded: ReplicaSet,
+    shared: &Shared,
+) -> bool {
+    // A look at every sector, without the mutex, and at what then has to be joined.
+    let (durability, copy) = shared.health(|health| {
+        let copy = health.needs_settlement().then(|| health.snapshot());
+        (health.durability(), copy)
+    });
+    let is_enough = durability.is_enough();
+    let copy = copy.filter(|_| is_enough);
+    let mut settlement = copy.map_or_else(Vec::new, |copy| copy.settlement());
+    for waiting in origins.iter_mut().filter(|_| !is_enough) {
+        let range = waiting.origin.range();
+        waiting.is_durable = range.is_some_and(|range| durability.is_durable(range, succeeded));
+    }
+    shared.change_health(|health| {
+        if health.threshold() != durability.threshold() {
+            return false;
+        }
+        let all = health.flush_decided(epoch, succeeded, is_enough, &mut settlement);
+        let same_members = health.members() == durability.members();
+        for waiting in origins {
+            let range = waiting.origin.range();
+            let is_durable = match same_members {
+                true => waiting.is_durable,
+                false => range.is_some_and(|range| health.is_durable(range, succeeded)),
+            };
+            let durable = all || is_durable;
+            waiting.is_durable = match waiting.origin {
+                Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
+                Origin::Write(_, range, _) => durable && !health.is_undone(range),
+                Origin::Job(_) => durable,
+            };
+        }
+        true
+    })
 }
 
 /// Answers what the flush was for.

@@ -23,7 +23,8 @@ pub enum ReadPattern {
 /// How a disk decides.
 #[derive(Clone, Debug)]
 pub struct Policy {
-    /// The vote threshold t; the disk always has at least t replicas.
+    /// The vote threshold t at the start. [`Shared::threshold`](super::Shared::threshold) is the
+    /// present one.
     pub threshold: usize,
     /// Which replicas a read asks.
     pub read_pattern: ReadPattern,

@@ -28,7 +28,7 @@ impl Read {
         context: &mut Context<'_, impl Effects>,
     ) -> Self {
         let core = &mut *context.core;
-        let threshold = core.policy.threshold;
+        let threshold = core.threshold();
         let voters = core.voters(range);
         let (asked, needed) = match core.policy.read_pattern {
             ReadPattern::Fifo => (voters.iter().take(1).collect(), 1),
@@ -151,7 +151,7 @@ impl Read {
         let enough = match core.policy.read_pattern {
             ReadPattern::Fifo => 1,
             ReadPattern::Quorum | ReadPattern::Threshold => {
-                core.policy.threshold.max(pass.voters() / 2 + 1)
+                core.threshold().max(pass.voters() / 2 + 1)
             }
         };
         if !doubtful
@@ -277,8 +277,16 @@ impl Read {
         }
     }
 
-    /// Answers the guest with an error, if it has no answer yet: there is no quorum.
+    /// Answers the guest with an error, if it has no answer yet: there is no quorum. If fewer votes
+    /// win by now than when they were counted (W10), they are counted again.
     fn fail(&mut self, context: &mut Context<'_, impl Effects>) {
+        if let Stage::Confirming(confirmation) = &self.stage
+            && confirmation
+                .threshold()
+                .is_some_and(|t| t > context.core.threshold())
+        {
+            return self.repeat(context);
+        }
         if let Some(tag) = self.tag.take() {
             let failed = context.report_failure(Requester::Guest, OperationType::Read, self.range);
             context.effects.complete(tag, Err(failed));
@@ -300,11 +308,11 @@ impl Read {
     }
 
     /// What the read waits for.
-    pub(super) fn out(&self, policy: &Policy) -> Out {
+    pub(super) fn out(&self, policy: &Policy, threshold: usize) -> Out {
         let needed = match policy.read_pattern {
             _ if self.tag.is_none() => 0,
             ReadPattern::Fifo => 1,
-            ReadPattern::Quorum | ReadPattern::Threshold => policy.threshold,
+            ReadPattern::Quorum | ReadPattern::Threshold => threshold,
         };
         let mut out = self.stage.out(Kind::Read, needed);
         if policy.read_pattern == ReadPattern::Fifo {

@@ -229,12 +229,12 @@ impl Request {
     }
 
     /// What the request waits for.
-    pub(super) fn out(&self, policy: &Policy) -> Option<Out> {
+    pub(super) fn out(&self, policy: &Policy, threshold: usize) -> Option<Out> {
         match self {
-            Self::Read(read) => Some(read.out(policy)),
-            Self::Write(write) => write.out(policy.threshold),
-            Self::Flush(flush) => flush.out(policy.threshold),
-            Self::Scrub(scrub) => Some(scrub.stage().out(Kind::Job, policy.threshold)),
+            Self::Read(read) => Some(read.out(policy, threshold)),
+            Self::Write(write) => write.out(threshold),
+            Self::Flush(flush) => flush.out(threshold),
+            Self::Scrub(scrub) => Some(scrub.stage().out(Kind::Job, threshold)),
             Self::Resync(resync) => Some(resync.confirmation().out(Kind::Job)),
             Self::Skip(skip) => Some(skip.out()),
             Self::Orphaned => None,

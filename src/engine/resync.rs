@@ -27,7 +27,7 @@ impl Resync {
     ) -> Self {
         let terms = Terms {
             // Also with fifo: what one replica holds may be corrupt.
-            rule: Rule::Threshold(context.core.policy.threshold),
+            rule: Rule::Threshold(context.core.threshold()),
             throughout: std::iter::once(replica).collect(),
             repairs_losers: context.core.policy.rewrite_corrupted,
             is_asked: false,

@@ -114,7 +114,7 @@ impl Scrub {
             return self.confirm(context);
         }
         // What is unreadable is found, and repaired, under the lock.
-        if succeeded.len() < context.core.policy.threshold || !failed.is_empty() {
+        if succeeded.len() < context.core.threshold() || !failed.is_empty() {
             return self.confirm(context);
         }
         let end = ChunkEnd {
@@ -171,7 +171,7 @@ impl Scrub {
 impl ScrubOrder {
     fn terms(&self, core: &Core) -> Terms {
         Terms {
-            rule: Rule::Threshold(core.policy.threshold),
+            rule: Rule::Threshold(core.threshold()),
             throughout: ReplicaSet::EMPTY,
             repairs_losers: core.policy.rewrite_corrupted || self.repair,
             is_asked: self.repair,

@@ -32,7 +32,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
-use crate::quorum::health::{FailureEpoch, Health, NotRemoved, WriteBegun};
+use crate::quorum::health::{FailureEpoch, Health, NotRemoved, NotThreshold, Wanted, WriteBegun};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
 const EVICTION_ATTEMPTS_MAX: usize = 4;
@@ -54,6 +54,7 @@ pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
     anything_undecided: AtomicBool,
+    threshold: AtomicU32,
     members: AtomicU32,
     in_service: AtomicU32,
     out_of_service: AtomicU32,
@@ -68,6 +69,8 @@ pub struct Shared {
     kept_out: AtomicU32,
     /// They are to rejoin at once.
     wants_all: AtomicBool,
+    /// The vote threshold is lower than wanted.
+    raises_threshold: AtomicBool,
     /// The workers whose guest waits for a replica longer than it should.
     waiting: AtomicU32,
 }
@@ -113,6 +116,7 @@ impl Shared {
             }),
             anything_stale: AtomicBool::new(false),
             anything_undecided: AtomicBool::new(false),
+            threshold: AtomicU32::new(u32::try_from(threshold).expect("few")),
             members: AtomicU32::new(members.bits()),
             in_service: AtomicU32::new(members.bits()),
             out_of_service: AtomicU32::new(0),
@@ -123,6 +127,7 @@ impl Shared {
             loads: Loads::default(),
             kept_out: AtomicU32::new(0),
             wants_all: AtomicBool::new(false),
+            raises_threshold: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
         }
     }
@@ -164,6 +169,12 @@ impl Shared {
     /// What is in flight on each replica.
     pub(super) fn loads(&self) -> &Loads {
         &self.loads
+    }
+
+    /// The vote threshold at this moment: what votes are counted with.
+    #[inline]
+    pub fn threshold(&self) -> usize {
+        self.threshold.load(Ordering::Acquire) as usize
     }
 
     /// The replicas of the disk.
@@ -211,6 +222,39 @@ impl Shared {
         }
         self.jobs(tell, |jobs, health| jobs.removed(replica, health));
         Ok(())
+    }
+
+    /// The vote threshold is to be `wanted` from now on (W10). A tick of the first engine must
+    /// follow.
+    ///
+    /// # Errors
+    /// If the disk has not so many replicas.
+    pub fn want_threshold(&self, wanted: Wanted) -> Result<(), NotThreshold> {
+        self.change_health(|health| {
+            health.want_threshold(wanted)?;
+            health.raise_threshold();
+            Ok(())
+        })
+    }
+
+    /// The vote threshold, the one that is wanted, and whether it follows the number of replicas.
+    pub fn thresholds(&self) -> (usize, usize, bool) {
+        self.health(|health| {
+            let (now, wanted) = (health.threshold(), health.wanted_threshold());
+            (now, wanted, health.threshold_follows())
+        })
+    }
+
+    /// Whether the vote threshold is lower than wanted.
+    pub(super) fn raises_threshold(&self) -> bool {
+        self.raises_threshold.load(Ordering::Acquire)
+    }
+
+    /// Raises the vote threshold if it is lower than wanted and can be higher now.
+    pub fn raise_threshold(&self) {
+        if self.raises_threshold() {
+            self.change_health(Health::raise_threshold);
+        }
     }
 
     /// The disk grows to `capacity_sectors`, and every replica holds zeroes in the new sectors. To
@@ -427,6 +471,10 @@ impl Shared {
             .store(health.anything_undecided(), Ordering::Release);
         self.failure_epoch
             .store(health.failure_epoch().0, Ordering::Release);
+        let threshold = u32::try_from(health.threshold()).expect("few");
+        self.threshold.store(threshold, Ordering::Release);
+        let raises = health.threshold() < health.wanted_threshold();
+        self.raises_threshold.store(raises, Ordering::Release);
         self.members
             .store(health.members().bits(), Ordering::Release);
         self.in_service
@@ -447,6 +495,7 @@ impl Shared {
             state.health.self_check();
         }
         let health = &state.health;
+        assert_eq!(self.threshold(), health.threshold());
         assert_eq!(self.members(), health.members());
         assert_eq!(self.in_service(), health.in_service());
         assert_eq!(self.out_of_service(), health.out_of_service());

@@ -145,7 +145,7 @@ impl Skip {
     /// Whether a scrub that had read `hole` would have found nothing.
     fn is_equal(&self, hole: SectorRange, context: &Context<'_, impl Effects>) -> bool {
         let (succeeded, shared) = (self.tally.succeeded(), context.shared());
-        let needed = context.core.policy.threshold;
+        let needed = context.core.threshold();
         succeeded.len() >= needed
             && shared.health(|health| {
                 health.in_service().without(succeeded).is_empty()
@@ -164,8 +164,8 @@ impl Skip {
         context: &mut Context<'_, impl Effects>,
     ) -> u64 {
         let (tally, began) = (&self.tally, self.began);
-        let needed = context.core.policy.threshold;
         let equal = context.shared().change_health(|health| {
+            let needed = health.threshold();
             let sources = fresh_in(health, hole);
             let asked = tally.succeeded();
             let equal = asked.contains(replica)

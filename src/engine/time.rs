@@ -22,7 +22,9 @@ impl Engine {
         let core = &self.core;
         let next_tick = if self.active > 0 || core.lateness.guest_waits {
             Some(core.latencies.ticked_at + TICK)
-        } else if !core.shared.out_of_service().is_empty() {
+        } else if !core.shared.out_of_service().is_empty()
+            || (core.runs_jobs() && core.shared.raises_threshold())
+        {
             Some(core.latencies.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
         } else {
             None
@@ -46,6 +48,7 @@ impl Engine {
             });
         }
         if self.core.runs_jobs() {
+            self.core.shared.raise_threshold();
             self.note_flapping(evicted, effects);
         }
         if !evicted.is_empty() {
@@ -127,7 +130,7 @@ impl Engine {
         let (mut evicted, mut waits) = (false, false);
         core.lateness.look_begins(now);
         for (_, slot) in self.slots.iter() {
-            let Some(mut out) = slot.request.out(&core.policy) else {
+            let Some(mut out) = slot.request.out(&core.policy, core.threshold()) else {
                 continue;
             };
             if !core.lateness.exceeds_limit(&out, now) {

@@ -163,10 +163,9 @@ impl Write {
         let succeeded = writing.tally.succeeded();
         // An evicted replica counts as not asked: its write may still happen, or not.
         let asked = succeeded.or(writing.tally.failed());
-        let threshold = context.core.policy.threshold;
         let (success, became_stale) = context.shared().change_health(|health| {
             // A replica that was removed meanwhile does not count.
-            let success = succeeded.and(health.members()).len() >= threshold;
+            let success = succeeded.and(health.members()).len() >= health.threshold();
             let end = WriteEnd {
                 asked,
                 succeeded,

@@ -9,6 +9,7 @@ use super::effects::number_of;
 use super::model::Value;
 use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, trace};
+use super::threshold::Thresholds;
 use crate::common::operation::OperationType;
 use crate::common::report::{Cause, Report};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -60,7 +61,7 @@ impl World {
     /// I1: one sector that a read returns.
     fn check_value(&mut self, read: &Pending, sector: usize, value: Value) -> Checked {
         // All replicas that may have been asked since the start of the daemon.
-        let (n, t) = (self.members_ever, self.plan.threshold);
+        let (n, t) = (self.members_ever, read.thresholds.least);
         let wrong = read.seen.wrong_at(sector);
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         if !self.model.is_permitted(sector, value, read.began) {
@@ -72,11 +73,12 @@ impl World {
                 .filter(|r| read.seen.failed[*r] & sectors == 0)
                 .count();
             let majority = right > n - right && read.seen.mixed >> sector & 1 == 0;
-            // Each rotten value is unique, so that no two replicas have it.
+            // Each rotten value is unique, so that no two replicas have it, unless it has won a
+            // vote with t = 1 and was copied.
             let outvoted = if fifo {
                 wrong == 0
             } else {
-                wrong < t || (value.is_rotten() && t > 1) || majority
+                wrong < t || (value.is_rotten() && self.least_threshold > 1) || majority
             };
             if outvoted {
                 let permitted: Vec<_> = self
@@ -91,6 +93,7 @@ impl World {
         }
         // Two quorums have a right replica in common, and it does not go back to older data; or no
         // fault has happened.
+        let t = self.least_threshold;
         let ordered = if fifo || 2 * t <= n {
             !self.ledger.any && self.ledger.mixed == 0 && !self.crashed
         } else {
@@ -109,7 +112,7 @@ impl World {
     /// I8: a read does not fail while t replicas (`fifo`: one) have a good copy of each sector.
     pub(super) fn check_failed_read(&mut self, read: &Pending) -> Checked {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
-        let needed = if fifo { 1 } else { self.plan.threshold };
+        let needed = if fifo { 1 } else { read.thresholds.most };
         let enough = |sector: usize| {
             let right = read.seen.right_at(1 << sector, self.members);
             if usize::try_from(right.count_ones()).expect("few") < needed {
@@ -229,11 +232,11 @@ impl World {
     /// W3: a write succeeds if t replicas have written it.
     fn check_quorum(&self, pending: &Pending, write: &PendingWrite, success: bool) -> Checked {
         let count = |mask: u32| usize::try_from(mask.count_ones()).expect("few");
-        let needed = self.plan.threshold;
+        let Thresholds { least, most } = self.thresholds;
         // Whether a replica counts that was evicted in between depends on whether its reply came
         // before.
-        if (success && count(write.succeeded & self.members) < needed)
-            || (!success && count(write.succeeded & self.unfailed(write)) >= needed)
+        if (success && count(write.succeeded & self.members) < least)
+            || (!success && count(write.succeeded & self.unfailed(write)) >= most)
         {
             let text = format!(
                 "w{} on {:b} was answered {success}",
@@ -296,7 +299,7 @@ impl World {
                 lied >> sector & 1 == 1 || is_durable(*r)
             };
             let safe = self.members().filter(safe).count();
-            if safe < self.plan.threshold {
+            if safe < self.thresholds.least {
                 let text = format!(
                     "w{} was answered, but {sector} is durable on {safe} only",
                     write.number
@@ -311,7 +314,7 @@ impl World {
     /// it.
     fn check_failed_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
         let flushed = write.succeeded & self.unfailed(write);
-        let enough = usize::try_from(flushed.count_ones()).expect("few") >= self.plan.threshold;
+        let enough = usize::try_from(flushed.count_ones()).expect("few") >= pending.thresholds.most;
         // A replica may have failed another write since.
         let may_be_undone = self.plan.mask(pending.range) & self.ledger.only_copies != 0;
         if enough && write.overlapped == 0 && !may_be_undone {
@@ -332,7 +335,7 @@ impl World {
                 lied >> sector & 1 == 1 || self.model.may_be_flushed(sector, durable, flush.began)
             };
             let safe = self.members().filter(safe).count();
-            if safe < self.plan.threshold {
+            if safe < self.thresholds.least {
                 let text = format!(
                     "flush {} succeeded, but {sector} is durable on {safe} only",
                     number_of(flush.tag)
@@ -350,7 +353,7 @@ impl World {
     fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
-            self.members().filter(good).count() >= self.plan.threshold
+            self.members().filter(good).count() >= flush.thresholds.most
         };
         let owed = self.ledger.lacking_at;
         if owed.is_none() && self.owed == [false; 2] && (0..self.changed_at.len()).all(enough) {
@@ -474,7 +477,7 @@ impl World {
             true => self.members().filter(in_doubt).count(),
             false => 0,
         };
-        if wrong + supporters >= self.plan.threshold {
+        if wrong + supporters >= self.least_threshold {
             // The corrupt replicas have won; a repair may replace right bytes now.
             self.mark_accusable(1 << sector);
             return Ok(());
@@ -532,7 +535,7 @@ impl World {
             };
             for sector in bits(sectors) {
                 let start = sector - sector % block;
-                let has_winner = |s| voters.iter().any(|r| votes(r, s) >= self.plan.threshold);
+                let has_winner = |s| voters.iter().any(|r| votes(r, s) >= self.threshold);
                 // A block with an undecided sector cannot be written.
                 let decided = (start..start + block).all(has_winner);
                 if decided && voters.iter().any(|r| votes(r, sector) != voters.len()) {
@@ -555,7 +558,7 @@ impl World {
             );
             return Err(Violation::new("W6", text));
         }
-        let t = self.plan.threshold;
+        let t = self.threshold;
         let seen = self.ledger.seen();
         let clean = |sector: usize| {
             seen.mixed >> sector & 1 == 0
@@ -596,7 +599,7 @@ impl World {
                     *r != replica && (doubt | self.ledger.mixed) >> sector & 1 == 0
                 };
                 let good = self.members().filter(good).count();
-                good >= self.plan.threshold && good + 1 == self.count()
+                good >= self.threshold && good + 1 == self.count()
             };
             for sector in bits(self.ledger.unrepaired[replica]) {
                 let start = sector - sector % block;

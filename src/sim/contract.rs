@@ -28,13 +28,13 @@ mod tests {
     #[test]
     fn a_rule_is_a_heading_with_a_tag() {
         let page = "# Contract\n\n## Reads\n### R1 Every replica is asked.\n### Notes on R1\n\
-                    ### W12 A write is copied once  \n#### R2 Not a rule\n";
+                    ### W10 A write is copied once  \n#### R2 Not a rule\n";
         let found: Vec<_> = rules(page).collect();
         assert_eq!(
             found,
             [
                 ("R1", "Every replica is asked"),
-                ("W12", "A write is copied once")
+                ("W10", "A write is copied once")
             ]
         );
     }

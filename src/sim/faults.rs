@@ -187,7 +187,7 @@ impl World {
         for sector in 0..self.changed_at.len() {
             let good = self.check_after_crash(sector, &before)?;
             let left = usize::try_from((good & !unsynced).count_ones()).expect("few");
-            if left < self.plan.threshold {
+            if left < self.threshold {
                 unsynced = 0;
             }
         }
@@ -195,6 +195,8 @@ impl World {
         // daemon, which would take it for a good one; unless too few are left without it.
         self.members &= !unsynced;
         self.members_ever = self.count();
+        // The operator has changed the command line too.
+        self.plan.threshold = self.threshold;
         self.start_engines();
         Ok(())
     }
@@ -218,7 +220,7 @@ impl World {
         if versions.len() > 1 {
             self.mark_accusable(bit);
         }
-        if usize::try_from(good.count_ones()).expect("few") < self.plan.threshold {
+        if usize::try_from(good.count_ones()).expect("few") < self.threshold {
             let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
             return Err(Violation::new("I2", text).at(bit));
         }

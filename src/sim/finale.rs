@@ -311,7 +311,7 @@ impl World {
     }
 
     fn has_winner(&self, sector: usize) -> bool {
-        self.votes(sector).0 >= self.plan.threshold
+        self.votes(sector).0 >= self.threshold
     }
 
     /// The sectors in which replicas differ, if each sector of their block has a winner. Not those

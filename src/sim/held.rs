@@ -5,6 +5,7 @@ use super::effects::{SECTOR_LEN, fill, number_of};
 use super::model::Value;
 use super::plan::{PLACES, bits};
 use super::state::{Checked, Flight, NoSpace, Pending, PendingKind, World, show, trace};
+use super::threshold::Thresholds;
 use crate::common::SectorRange;
 use crate::common::operation::OperationType;
 use crate::device::hold::{Fragment, OnError, Ticket};
@@ -282,6 +283,7 @@ impl World {
     fn submit_again(&mut self, mut pending: Pending) -> Checked {
         self.now += 1;
         (pending.seen, pending.written) = (self.ledger.seen(), None);
+        pending.thresholds = Thresholds::only(self.threshold);
         let (worker, tag) = (pending.worker, pending.tag);
         let request = self.request_again(&pending);
         if let PendingKind::Write(_) = &pending.kind {

@@ -12,6 +12,7 @@ use super::state::{
     Checked, ExpectedReport, Flight, NoSpace, Pending, PendingKind, PendingWrite, Took, World,
     show, trace,
 };
+use super::threshold::Thresholds;
 use crate::common::operation::{OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
@@ -165,6 +166,7 @@ impl World {
             began: self.now,
             range,
             seen: self.ledger.seen(),
+            thresholds: Thresholds::only(self.threshold),
             kind,
             ticket: None,
             written: None,
@@ -353,7 +355,8 @@ impl World {
             fresh.count()
         };
         let is_last = |sector: &usize| {
-            excused[replica] >> sector & 1 == 1 && fresh(*sector) + 1 == self.plan.threshold
+            let Thresholds { least, most } = self.thresholds;
+            excused[replica] >> sector & 1 == 1 && (least..=most).contains(&(fresh(*sector) + 1))
         };
         let settled = bits(sectors)
             .filter(is_last)
@@ -373,7 +376,7 @@ impl World {
             .collect();
         let is_durable = |sector: &usize| {
             let durable = lacks.iter().filter(|lacks| *lacks >> sector & 1 == 0);
-            durable.count() >= self.plan.threshold
+            durable.count() >= self.thresholds.least
         };
         let durable = (0..self.changed_at.len()).filter(is_durable);
         let durable = durable.fold(0, |mask, sector| mask | 1 << sector);

@@ -129,7 +129,7 @@ impl World {
             return Err(Violation::new("W6", text));
         }
         let out = (self.ledger.evicted & self.members).count_ones();
-        if self.count() - usize::try_from(out).expect("few") < self.plan.threshold {
+        if self.count() - usize::try_from(out).expect("few") < self.thresholds.least {
             return Err(Violation::new("W6", "fewer than t replicas are left"));
         }
         Ok(())
@@ -147,7 +147,7 @@ impl World {
         let often = evicted.iter().filter(of_late).count() > FLAPPING_EVICTIONS;
         let others = self.members & !self.ledger.evicted & !(1 << replica);
         let fresh = |r: &usize| self.ledger.excused[*r] == 0;
-        let spare = bits(u64::from(others)).filter(fresh).count() > self.plan.threshold;
+        let spare = bits(u64::from(others)).filter(fresh).count() > self.thresholds.most;
         let too_soon = self.clock < last + timeout * 2;
         let late = self.late_reply_at >= last || self.flights.iter().any(|f| self.is_late(f));
         if often && spare && too_soon && !late {
@@ -256,7 +256,7 @@ impl World {
             let here = (took.worker, took.request) == request;
             here && took.success && self.members >> took.replica & 1 == 1
         });
-        let enough = flight.is_repair() || done.count() >= self.plan.threshold;
+        let enough = flight.is_repair() || done.count() >= self.thresholds.least;
         enough
             && self
                 .flights
@@ -268,7 +268,7 @@ impl World {
     /// Whether too few others may be fresh, or a request in flight may fail without the replica.
     fn may_be_needed(&self, replica: usize, excused: &Masks, evicted: u32) -> bool {
         let others = self.members & !self.ledger.evicted & !evicted & !(1 << replica);
-        let needed = self.plan.threshold;
+        let needed = self.thresholds.most;
         let few = |excused: &Masks| {
             let enough = |sector: usize| {
                 let fresh = |r: &usize| excused[*r] >> sector & 1 == 0;

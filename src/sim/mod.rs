@@ -53,6 +53,7 @@ mod schedule;
 mod staleness;
 pub mod state;
 pub mod statistics;
+mod threshold;
 mod view;
 
 use std::fmt;

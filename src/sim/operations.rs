@@ -160,12 +160,13 @@ impl World {
     /// may replace right bytes.
     fn doubt_repair(&mut self, sectors: u64) {
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
-        let enough = if fifo { 1 } else { self.plan.threshold };
+        let least = self.thresholds.least;
+        let enough = if fifo { 1 } else { least };
         let seen = self.ledger.seen();
-        let both_may_win = 2 * self.plan.threshold <= self.count();
+        let both_may_win = 2 * least <= self.count();
         for sector in bits(sectors).filter(|sector| seen.wrong_at(*sector) >= enough) {
             self.mark_accusable(1 << sector);
-            if both_may_win && seen.wrong_at(sector) >= self.plan.threshold {
+            if both_may_win && seen.wrong_at(sector) >= least {
                 self.ledger.overruled |= 1 << sector;
             }
         }
@@ -406,7 +407,7 @@ impl World {
             let others = || self.members().filter(|r| *r != replica);
             let against = others().any(|r| differs(&r) && !excused(&r) && !wrong(&r));
             let votes = others().filter(|r| !differs(r) || wrong(r)).count();
-            if against || votes < self.plan.threshold {
+            if against || votes < self.thresholds.least {
                 let text = format!("{sector} is {value} on replica {replica}, and not on others");
                 return Err(Violation::new("W8", text).at(bit));
             }

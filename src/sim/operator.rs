@@ -13,12 +13,12 @@ use super::replica::SimReplica;
 use super::state::{Checked, PendingKind, World, trace};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::{JobId, NotStarted};
-use crate::quorum::health::NotRemoved;
+use crate::quorum::health::{NotRemoved, majority};
 
 impl World {
     /// The operator does something.
     pub(super) fn act_as_operator(&mut self) -> Checked {
-        match self.random.below(11) {
+        match self.random.below(12) {
             0 | 1 => self.add_replica(),
             2 | 3 => self.remove_replica(),
             4 | 5 => {
@@ -28,6 +28,7 @@ impl World {
                 self.with_jobs(|jobs, health| jobs.scrub(repair, 0, health))
                     .map(|_| ())
             }
+            11 => self.change_threshold(),
             10 => {
                 self.grow();
                 Ok(())
@@ -160,7 +161,12 @@ impl World {
             "operator: replica {place} is to be removed: {removed:?}"
         );
         if let Err(reason) = removed {
-            let too_few = self.count() <= self.plan.threshold;
+            let left = self.count() - 1;
+            let needed = match self.wanted {
+                Some(_) => self.threshold,
+                None => self.threshold.min(majority(left)),
+            };
+            let too_few = left < needed;
             if (reason == NotRemoved::TooFew) != too_few {
                 let text = format!("replica {place} of {:b} stays: {reason}", self.members);
                 return Err(Violation::new("remove", text));
@@ -171,6 +177,7 @@ impl World {
         self.ledger.any = true;
         let before = self.members;
         self.members &= !bit;
+        self.note_threshold()?;
         self.check_removal(place, before)?;
         self.check_undecided(before)?;
         self.to_be_released |= bit;
@@ -186,7 +193,7 @@ impl World {
     /// At least t replicas are left, hold the newest version of every sector, and have what was
     /// flushed on disk.
     fn check_removal(&self, place: usize, before: u32) -> Checked {
-        let threshold = self.plan.threshold;
+        let threshold = self.threshold;
         if self.count() < threshold {
             return Err(Violation::new("remove", "fewer than t replicas are left"));
         }
@@ -241,7 +248,7 @@ impl World {
                 let same = |value| values.iter().filter(|other| *other == value).count();
                 values.iter().map(same).max().unwrap_or(0)
             };
-            let needed = self.plan.threshold;
+            let needed = self.threshold;
             if votes(before) >= needed && votes(self.members) < needed {
                 let text = format!("{sector} is undecided, and has no winner after the removal");
                 return Err(Violation::new("I2", text).at(1 << sector));
@@ -276,6 +283,6 @@ impl World {
     }
 }
 
-fn index(place: usize) -> ReplicaIndex {
+pub(super) fn index(place: usize) -> ReplicaIndex {
     ReplicaIndex(u8::try_from(place).expect("few"))
 }

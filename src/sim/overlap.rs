@@ -9,6 +9,7 @@ use std::rc::Rc;
 use super::effects::Collected;
 use super::inputs::{Delivered, InputChecks};
 use super::state::{Checked, ExpectedReport, Flight, World, trace};
+use super::threshold::Thresholds;
 use crate::common::operation::{Reply, RequestId};
 use crate::engine::{Engine, WorkerIndex, interleaving};
 
@@ -42,6 +43,7 @@ impl World {
         give: impl FnOnce(&mut Engine, &mut Collected),
     ) -> Checked {
         self.turn.set(self.clock);
+        self.thresholds = Thresholds::only(self.threshold);
         self.before_input = self.ledger.known_failures();
         let mut checks = self.input_checks(worker, expected);
         let mut effects = std::mem::take(&mut self.collected);
@@ -57,6 +59,7 @@ impl World {
             let (mut others, before) = overlap;
             self.engines[other].self_check();
             self.note_evictions();
+            self.note_threshold()?;
             self.note_decisions()?;
             self.note_owed();
             self.carry_out(&mut effects, before, &mut checks)?;
@@ -69,6 +72,7 @@ impl World {
             give(&mut self.engines[worker], &mut effects);
             self.engines[worker].self_check();
             self.note_evictions();
+            self.note_threshold()?;
             self.note_decisions()?;
             self.note_owed();
         }

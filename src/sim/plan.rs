@@ -83,6 +83,8 @@ pub struct Plan {
     pub replicas: usize,
     /// t.
     pub threshold: usize,
+    /// t was not given: it follows the number of replicas.
+    pub follows: bool,
     /// Which replicas a read asks.
     pub read_pattern: ReadPattern,
     /// Whether the engine repairs the losers of a vote.
@@ -177,6 +179,7 @@ impl Plan {
         let mut plan = Self {
             replicas,
             threshold,
+            follows: false,
             read_pattern,
             rewrite_corrupted: random.below(3) > 0,
             repair_limit_sectors: u64::MAX,
@@ -224,6 +227,7 @@ impl Plan {
         plan.choose_holes(&mut random.clone());
         plan.choose_repair_limit(&mut random.clone());
         plan.choose_on_error(&mut Random::new(random.clone().bits()));
+        plan.follows = threshold == majority && random.clone().below(3) > 0;
         plan
     }
 

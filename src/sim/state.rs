@@ -17,6 +17,7 @@ use super::repair_limit::Unasked;
 use super::replica::SimReplica;
 use super::staleness::Staleness;
 use super::statistics::Statistics;
+use super::threshold::Thresholds;
 use super::view::View;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
@@ -25,6 +26,7 @@ use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::device::hold::{Hold, Ticket};
 use crate::engine::{Engine, Mark, Policy, Shared, Tag, WorkerIndex};
 use crate::jobs::{JobId, JobInfo, JobKind};
+use crate::quorum::health::Wanted;
 
 /// The result of a check.
 pub(super) type Checked = Result<(), Violation>;
@@ -37,6 +39,8 @@ pub(super) struct Pending {
     pub(super) began: Moment,
     pub(super) range: SectorRange,
     pub(super) seen: Seen,
+    /// Those that there have been since it began.
+    pub(super) thresholds: Thresholds,
     pub(super) kind: PendingKind,
     /// It was held, and is submitted again.
     pub(super) ticket: Option<Ticket>,
@@ -113,6 +117,14 @@ impl PendingWrite {
 pub struct World {
     pub(super) plan: Plan,
     pub(super) random: Random,
+    /// The vote threshold.
+    pub(super) threshold: usize,
+    /// Before the last input, and after it.
+    pub(super) thresholds: Thresholds,
+    /// The lowest since the start of the daemon.
+    pub(super) least_threshold: usize,
+    /// The one that the operator wants; `None`: it follows the number of replicas.
+    pub(super) wanted: Option<usize>,
     pub(super) shared: Arc<Shared>,
     /// Boxed, so that one can leave its place for a moment at no cost.
     pub(super) engines: Vec<Box<Engine>>,
@@ -413,6 +425,10 @@ impl World {
         let mut world = Self {
             replicas: (0..PLACES).map(|_| SimReplica::new(sectors)).collect(),
             members: (1 << plan.replicas) - 1,
+            threshold: 0,
+            thresholds: Thresholds::only(0),
+            least_threshold: 0,
+            wanted: None,
             to_be_released: 0,
             unsynced: 0,
             members_ever: plan.replicas,
@@ -508,8 +524,13 @@ impl World {
 
     /// Fresh engines, as after a start of the daemon.
     pub(super) fn start_engines(&mut self) {
+        let threshold = self.threshold_at_start();
+        self.threshold = threshold;
+        self.thresholds = Thresholds::only(threshold);
+        self.least_threshold = threshold;
+        self.wanted = (!self.plan.follows).then_some(threshold);
         let policy = Policy {
-            threshold: self.plan.threshold,
+            threshold,
             read_pattern: self.plan.read_pattern,
             rewrite_corrupted: self.plan.rewrite_corrupted,
             repair_limit_sectors: self.plan.repair_limit_sectors,
@@ -520,8 +541,13 @@ impl World {
         };
         let workers = u16::try_from(self.plan.workers).expect("few");
         let members = ReplicaSet::from_bits(self.members);
-        let (t, sectors) = (self.plan.threshold, self.plan.sectors);
-        self.shared = Arc::new(Shared::with_members(members, t, workers, sectors));
+        let sectors = self.plan.sectors;
+        let shared = Shared::with_members(members, threshold, workers, sectors);
+        if self.plan.follows {
+            let follows = shared.want_threshold(Wanted::Majority);
+            follows.expect("it may always follow");
+        }
+        self.shared = Arc::new(shared);
         self.view = View::default();
         let engine = |worker| {
             let pool = self.pools[usize::from(worker)].clone();
@@ -672,7 +698,7 @@ impl World {
         let mut all = 0..self.changed_at.len();
         let lacking = all.any(|sector| {
             let good = self.members().filter(|member| is_good(*member, sector));
-            good.count() < self.plan.threshold
+            good.count() < self.thresholds.most
         });
         self.ledger.only_copies |= only_copies;
         if lacking || only_copies != 0 {

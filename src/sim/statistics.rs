@@ -25,6 +25,8 @@ pub struct Statistics {
     pub removed: u64,
     /// Times that the disk has grown.
     pub grown: u64,
+    /// Times that the vote threshold was raised.
+    pub raised: u64,
     /// Completed resyncs.
     pub resynced: u64,
     /// Scrubs that the operator began.
@@ -45,6 +47,7 @@ impl Statistics {
         self.added += other.added;
         self.removed += other.removed;
         self.grown += other.grown;
+        self.raised += other.raised;
         self.resynced += other.resynced;
         self.scrubs += other.scrubs;
     }

@@ -19,3 +19,4 @@ mod qmp_page;
 )]
 mod recorder;
 mod repair_limit;
+mod threshold;

@@ -161,6 +161,8 @@ pub fn disk() -> DiskState {
         errors: Errors::default(),
         policy: PolicyState {
             vote_threshold: 2,
+            wanted_vote_threshold: 2,
+            vote_threshold_follows: true,
             read_pattern: "quorum".into(),
             rewrite_corrupted: false,
             repair_limit: 16 << 20,
@@ -186,6 +188,7 @@ pub fn disk() -> DiskState {
         confirmations_without_fault: 0,
         held_requests: 0,
         undecided_sectors: 0,
+        intended_replicas: replicas.len(),
         replicas: replicas.into(),
     }
 }

@@ -203,9 +203,10 @@ fn heading(line: &str) -> Option<(&str, &str)> {
     is_tag(tag).then_some((tag, sentence))
 }
 
-/// A capital letter and a digit from 1 on.
+/// A capital letter and a number from 1 to 19.
 fn is_tag(word: &str) -> bool {
-    matches!(word.as_bytes(), [b'A'..=b'Z', b'1'..=b'9'])
+    let is_number = |digits: &[u8]| matches!(digits, [b'1'..=b'9'] | [b'1', b'0'..=b'9']);
+    matches!(word.as_bytes(), [b'A'..=b'Z', number @ ..] if is_number(number))
 }
 
 /// The tags that the code cites, with a file for each. `R1 to R9` cites all nine.
@@ -236,8 +237,9 @@ fn cited_tags(letters: &BTreeSet<char>) -> BTreeMap<String, String> {
                     Some(["to", last]) if is_citation(last) => last,
                     _ => word,
                 };
-                for digit in word[1..].chars().next().unwrap()..=last[1..].chars().next().unwrap() {
-                    let tag = format!("{}{digit}", &word[..1]);
+                let number = |tag: &str| tag[1..].parse::<u32>().unwrap();
+                for number in number(word)..=number(last) {
+                    let tag = format!("{}{number}", &word[..1]);
                     cited.entry(tag).or_insert_with(|| text.path.clone());
                 }
             }

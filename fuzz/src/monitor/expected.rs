@@ -301,6 +301,17 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
             repair: arguments.flag("repair")?,
             speed_bytes: arguments.number("speed")?.unwrap_or(0),
         },
+        "quorum-set-threshold" => {
+            let threshold = match arguments.take("vote-threshold") {
+                None | Some(Value::Null) => None,
+                Some(value) => Some(value.as_u64().ok_or(GENERIC)?),
+            };
+            if threshold.is_some() == arguments.flag("majority")? {
+                return Err(GENERIC);
+            }
+            let threshold = threshold.map(usize::try_from).transpose();
+            Change::Threshold(threshold.map_err(|_| GENERIC)?)
+        }
         "cont" => Change::Continue,
         "blockdev-del" => Change::RemoveNode(arguments.text("node-name")?),
         "blockdev-add" => add_node(arguments)?,

@@ -111,6 +111,15 @@ pub(super) struct ClearErrors {
     node_name: Option<String>,
 }
 
+/// The arguments of quorum-set-threshold: one of them.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct SetThreshold {
+    vote_threshold: Option<usize>,
+    #[serde(default)]
+    majority: bool,
+}
+
 /// The arguments of quorum-rename.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -238,6 +247,17 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
             speed_bytes,
         },
     )
+}
+
+pub(super) fn set_threshold(
+    new: &SetThreshold,
+    operator: &dyn Operator,
+) -> Result<(), CommandError> {
+    if new.vote_threshold.is_some() == new.majority {
+        let what = "expected either a vote-threshold, or majority: true";
+        return Err(CommandError::generic(what));
+    }
+    done(operator, Change::Threshold(new.vote_threshold))
 }
 
 /// cont.

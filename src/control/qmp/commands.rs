@@ -21,7 +21,12 @@ pub(super) const NEGOTIATION: &str = "qmp_capabilities";
 
 /// The commands that may wait for the file system of an image: they open, close or grow it, or wait
 /// for a command that does.
-pub(super) const WAITING: [&str; 3] = ["block_resize", "quorum-rename", "x-blockdev-change"];
+pub(super) const WAITING: [&str; 4] = [
+    "block_resize",
+    "quorum-rename",
+    "quorum-set-threshold",
+    "x-blockdev-change",
+];
 
 /// A command of the monitor.
 pub struct Command {
@@ -187,6 +192,14 @@ static COMMANDS: &[Command] = &[
     Command {
         name: "quorum-scrub",
         run: |arguments, operator| run(arguments, |scrub| change::scrub(&scrub, operator)),
+    },
+    Command {
+        name: "quorum-set-threshold",
+        run: |arguments, operator| {
+            run(arguments, |threshold| {
+                nothing(change::set_threshold(&threshold, operator))
+            })
+        },
     },
     Command {
         name: "x-blockdev-change",

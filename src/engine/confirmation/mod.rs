@@ -137,6 +137,7 @@ impl Confirmation {
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         assert!(self.waits_for_lock(), "a lock is granted once");
+        self.take_threshold(context.core);
         self.step = Step::Asking;
         self.asked_at = context.now();
         let in_service = context.shared().in_service();
@@ -250,6 +251,21 @@ impl Confirmation {
         core.shared.health(|health| health.disputed(range, needed))
     }
 
+    /// The votes are counted with the threshold of this moment (W10).
+    fn take_threshold(&mut self, core: &Core) {
+        if let Rule::Threshold(threshold) = &mut self.terms.rule {
+            *threshold = core.threshold();
+        }
+    }
+
+    /// The threshold by which the votes were counted, or are to be.
+    pub(super) fn threshold(&self) -> Option<usize> {
+        match self.terms.rule {
+            Rule::Threshold(threshold) => Some(threshold),
+            Rule::FirstListed => None,
+        }
+    }
+
     /// How many votes win.
     fn needed(&self) -> usize {
         match self.terms.rule {
@@ -260,6 +276,7 @@ impl Confirmation {
 
     /// All replies are in, and no write can have run meanwhile.
     fn replied(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        self.take_threshold(context.core);
         // Before the vote, so that a failure during it counts as later.
         let epoch = context.shared().failure_epoch();
         self.voted_at = epoch;

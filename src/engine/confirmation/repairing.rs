@@ -17,6 +17,7 @@ use crate::common::operation::Operation;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Fact, Report};
 use crate::jobs::ChunkEnd;
+use crate::quorum::vote::Rule;
 
 impl Confirmation {
     /// Writes the winner where it did not win (R6), and over the replicas that are repaired
@@ -191,7 +192,11 @@ impl Confirmation {
             "finished under the lock, with all replies"
         );
         if self.withheld.is_some() {
-            let (range, needed, voted_at) = (self.replies.range(), self.needed(), self.voted_at);
+            let (range, voted_at) = (self.replies.range(), self.voted_at);
+            let needed = match self.terms.rule {
+                Rule::Threshold(_) => None,
+                Rule::FirstListed => Some(1),
+            };
             let shared = context.shared();
             // A replica that held the winner may have lost a newer version, and said so only now.
             self.outdated = shared.health(|health| health.any_failed_since(voted_at));

@@ -216,9 +216,9 @@ impl Health {
     }
 
     /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members
-    /// are fresh now in all of it, so that a read may return it. Where t are, copies that are
-    /// doubtful still are not asked any more.
-    pub fn settled(&mut self, range: SectorRange, needed: usize) -> bool {
+    /// (by default t) are fresh now in all of it, so that a read may return it. Where t are, copies
+    /// that are doubtful still are not asked any more.
+    pub fn settled(&mut self, range: SectorRange, needed: Option<usize>) -> bool {
         let lacking = self.disputed(range, self.threshold).lacking;
         let settled = runs::without(&[range], &lacking);
         for member in self.members.iter() {
@@ -227,6 +227,7 @@ impl Health {
                 state.missed.insert(part);
             }
         }
+        let needed = needed.unwrap_or(self.threshold);
         self.disputed(range, needed).lacking.is_empty()
     }
 
@@ -383,10 +384,10 @@ mod tests {
         assert!(!flush(&mut health, &[A, B, C]));
         assert_eq!(health.doubtful_in(written), ReplicaSet::first(3));
         health.repaired(A, written, health.failure_epoch(), false);
-        assert!(!health.settled(written, 2), "one is not enough");
+        assert!(!health.settled(written, None), "one is not enough");
         assert_eq!(health.doubtful_in(written), set(&[B, C]));
         health.repaired(B, written, health.failure_epoch(), false);
-        assert!(health.settled(written, 2));
+        assert!(health.settled(written, None));
         assert_eq!(health.doubtful_in(written), ReplicaSet::EMPTY);
         assert_eq!(health.stale_in(written), set(&[C]));
     }

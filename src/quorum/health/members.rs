@@ -55,6 +55,7 @@ impl Health {
     /// worker has released it.
     pub fn remove(&mut self, replica: ReplicaIndex) {
         assert!(self.members.contains(replica), "not a member");
+        self.threshold = self.threshold_without_one();
         self.members.remove(replica);
         self.in_service.remove(replica);
         self.releasing.insert(replica);
@@ -77,25 +78,26 @@ impl Health {
         if !self.members.contains(replica) {
             return Err(NotRemoved::NoMember);
         }
+        let threshold = self.threshold_without_one();
         let mut others = self.members;
         others.remove(replica);
-        if others.len() < self.threshold {
+        if others.len() < threshold {
             return Err(NotRemoved::TooFew);
         }
-        if self.in_service.contains(replica) && others.and(self.in_service).len() < self.threshold {
+        if self.in_service.contains(replica) && others.and(self.in_service).len() < threshold {
             return Err(NotRemoved::TooFewInService);
         }
         // The replica may hold the newest data where it is stale: a failed flush may have lost
         // nothing. Where too few other replicas are fresh it must stay, unless it is blank there.
         let lost = |without: ReplicaSet| {
-            !without.contains(replica) && others.without(without).len() < self.threshold
+            !without.contains(replica) && others.without(without).len() < threshold
         };
         let blank = || std::iter::once((replica, &self.replicas[replica.as_usize()].blank));
         let stale = others
             .iter()
             .map(|other| (other, &self.replicas[other.as_usize()].stale));
         let loses_none = |sets: &mut dyn Iterator<Item = _>| {
-            let enough = |without| others.without(without).len() >= self.threshold;
+            let enough = |without| others.without(without).len() >= threshold;
             every_sector(sets, self.capacity_sectors, enough, |without| {
                 !lost(without)
             })

@@ -27,6 +27,7 @@ mod needed;
 mod prepared;
 mod replica;
 mod snapshot;
+mod threshold;
 
 use slab::Slab;
 
@@ -38,6 +39,7 @@ pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::members::NotRemoved;
 pub use self::prepared::{Beginning, Prepared};
 pub use self::snapshot::Durability;
+pub use self::threshold::{NotThreshold, Wanted, majority};
 
 use self::disputed::Undone;
 use self::replica::ReplicaHealth;
@@ -58,6 +60,8 @@ struct Writing {
 #[derive(Debug)]
 pub struct Health {
     threshold: usize,
+    /// What the threshold is to be; it is less until enough replicas are complete.
+    wanted: Wanted,
     /// A bit for each worker thread.
     workers: u64,
     members: ReplicaSet,
@@ -95,6 +99,7 @@ impl Health {
         let places = members.places();
         Self {
             threshold,
+            wanted: Wanted::Given(threshold),
             workers: u64::MAX >> (64 - workers),
             members,
             in_service: members,

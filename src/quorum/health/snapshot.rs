@@ -34,6 +34,11 @@ impl Durability {
         self.members
     }
 
+    /// The vote threshold.
+    pub fn threshold(&self) -> usize {
+        self.threshold
+    }
+
     /// The flush has come back with success from `succeeded`. Whether `range`, which was written
     /// before it began, is durable on at least t members, however it stands with the rest of the
     /// disk.
@@ -129,6 +134,8 @@ impl Health {
         let same = self.members == snapshot.members
             && self.in_service == snapshot.in_service
             && self.flushing == snapshot.flushing
+            && self.threshold == snapshot.threshold
+            && self.wanted == snapshot.wanted
             && self.capacity_sectors == snapshot.capacity_sectors;
         if !same {
             return None;
