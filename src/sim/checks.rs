@@ -165,10 +165,15 @@ impl World {
             self.model
                 .write_ended(sector, value, self.now, success, write.durable);
         }
-        self.check_attempt(pending, write, success)
+        self.check_attempt(pending, write, success)?;
+        match (write.ended, success) {
+            (true, true) => self.check_durable_write(pending, write),
+            (true, false) => self.check_failed_durable_write(pending, write),
+            (false, _) => Ok(()),
+        }
     }
 
-    /// W3, W5: what an engine has done for a write, whether the guest is answered or not.
+    /// W3: what an engine has done for a write, whether the guest is answered or not.
     pub(super) fn check_attempt(
         &mut self,
         pending: &Pending,
@@ -191,11 +196,7 @@ impl World {
             // A flush may have failed on every replica since it was submitted.
             self.note_undone(sectors);
         }
-        match (write.ended, success) {
-            (true, true) => self.check_durable_write(pending, write),
-            (true, false) => self.check_failed_durable_write(pending, write),
-            (false, _) => Ok(()),
-        }
+        Ok(())
     }
 
     /// The durable writes that the replicas have written, and that wait for a flush now.

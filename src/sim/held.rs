@@ -289,6 +289,7 @@ impl World {
         if let PendingKind::Write(_) = &pending.kind {
             for sector in bits(self.plan.mask(pending.range)) {
                 self.changed_at[sector] = self.now;
+                self.model.write_again(sector);
             }
         }
         self.pending.push(pending);

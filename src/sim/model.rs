@@ -142,6 +142,17 @@ impl Model {
         }
     }
 
+    /// A write that was held is submitted again (W9). It may replace another one that ran at the
+    /// same time, and then that one replaces it again: the guest has no answer to either.
+    pub fn write_again(&mut self, sector: usize) {
+        for written in &mut self.sectors[sector] {
+            if written.ended == NEVER {
+                written.first_end = NEVER;
+                written.last_begin = written.began;
+            }
+        }
+    }
+
     /// Whether a read that began at `since` may return the value: no write that began after this
     /// one ended was acknowledged before.
     pub fn is_permitted(&self, sector: usize, value: Value, since: Moment) -> bool {
