@@ -154,6 +154,10 @@ fn print(outcome: &Outcome) {
         }
         println!();
     }
+    if let Some(ratio) = outcome.ratio_to(System::Threads) {
+        let [median, min, max] = [ratio.median, ratio.min, ratio.max].map(times);
+        println!("  {median} of --aio threads ({min} to {max})");
+    }
     if let Some(ratio) = outcome.ratio_to(System::Peer) {
         let [median, min, max] = [ratio.median, ratio.min, ratio.max].map(times);
         print!("  {median} of the peer ({min} to {max}),");

@@ -43,7 +43,8 @@ pub fn measure(
 ) -> Result<Option<Measured>, Interrupted> {
     let files = images.first(row.replicas);
     let server = match system {
-        System::Ours => Server::start_ours(row, files),
+        System::Ours => Server::start_ours(row, files, "io_uring"),
+        System::Threads => Server::start_ours(row, files, "threads"),
         System::Peer => Server::start_peer(row, files),
         System::Ceiling => return measure_ceiling(row, images, time, seed),
     };

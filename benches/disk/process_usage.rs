@@ -3,8 +3,29 @@
 use std::fs;
 use std::time::Duration;
 
-/// CPU time of all threads of a process so far, including the kernel threads of its io_urings.
+/// CPU time of all threads of a process so far, including the kernel threads of its io_urings, and
+/// of its tasks for `--aio threads`, which are children of it.
 pub fn cpu(id: u32) -> Duration {
+    of_process(id) + aio_tasks(id).into_iter().map(of_process).sum::<Duration>()
+}
+
+fn aio_tasks(id: u32) -> Vec<u32> {
+    let threads = fs::read_dir(format!("/proc/{id}/task")).expect("reading /proc");
+    let lists = threads.filter_map(|thread| {
+        let path = thread.ok()?.path().join("children");
+        fs::read_to_string(path).ok()
+    });
+    let lists: Vec<String> = lists.collect();
+    let children = lists.iter().flat_map(|list| list.split_ascii_whitespace());
+    let children = children.map(|id| id.parse().expect("a process id"));
+    let is_task = |id: &u32| {
+        let name = fs::read_to_string(format!("/proc/{id}/comm"));
+        name.is_ok_and(|name| name.trim_end() == "aio")
+    };
+    children.filter(is_task).collect()
+}
+
+fn of_process(id: u32) -> Duration {
     let stat = fs::read_to_string(format!("/proc/{id}/stat")).expect("reading /proc");
     // The name before the parenthesis may contain any character.
     let (_, fields) = stat.rsplit_once(')').expect("a name in parentheses");

@@ -6,7 +6,7 @@ use serde_json::Value;
 use tempfile::TempDir;
 
 use super::guest::QUEUE_SIZE;
-use super::plan::{ReadPattern, Row, Storage};
+use super::plan::{ReadPattern, Row, Storage, is_varied};
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
 use testkit::disk::Plan;
 use testkit::peer::Peer;
@@ -16,6 +16,8 @@ use testkit::peer::Peer;
 pub enum System {
     /// quorum-blkd.
     Ours,
+    /// quorum-blkd with `--aio threads`, for hosts that forbid io_uring.
+    Threads,
     /// qemu-storage-daemon's quorum.
     Peer,
     /// One thread on the files, without vote or guest.
@@ -26,6 +28,9 @@ impl System {
     /// The systems that are measured on `row`, in the order of their turns.
     pub fn of(row: &Row) -> Vec<Self> {
         match row.read_pattern {
+            ReadPattern::Quorum if row.is_main() && is_varied(&row.pattern) => {
+                vec![Self::Ours, Self::Threads, Self::Peer, Self::Ceiling]
+            }
             ReadPattern::Quorum => vec![Self::Ours, Self::Peer, Self::Ceiling],
             ReadPattern::Threshold => vec![Self::Ours, Self::Ceiling],
         }
@@ -35,6 +40,7 @@ impl System {
     pub fn name(self) -> &'static str {
         match self {
             Self::Ours => "quorum-blkd",
+            Self::Threads => "--aio threads",
             Self::Peer => "qemu-storage-daemon",
             Self::Ceiling => "ceiling",
         }
@@ -55,8 +61,8 @@ enum Program {
 }
 
 impl Server {
-    /// Starts quorum-blkd over `images`.
-    pub fn start_ours(row: &Row, images: &[PathBuf]) -> Self {
+    /// Starts quorum-blkd over `images`, with this value of `--aio`.
+    pub fn start_ours(row: &Row, images: &[PathBuf], aio: &str) -> Self {
         let mut arguments = replica_arguments(images);
         let [queues, queue_size] = [row.queues.to_string(), QUEUE_SIZE.to_string()];
         // A disk that is busy writing back must not count as one that hangs.
@@ -67,6 +73,8 @@ impl Server {
             &queue_size,
             "--replica-timeout",
             "20000",
+            "--aio",
+            aio,
         ] {
             arguments.push(argument.into());
         }
