@@ -210,7 +210,12 @@ impl Job {
             return None;
         }
         let pass = match &self.task {
-            Task::Resync { not_before, .. } => *not_before,
+            Task::Resync {
+                not_before,
+                arrivals,
+                ..
+            } if *arrivals == health.arrivals() => *not_before,
+            Task::Resync { .. } => Duration::ZERO,
             Task::Scrub { .. } | Task::Neighbourhood { .. } => Duration::ZERO,
         };
         let by_pace = if self.speed_bytes > 0 {
@@ -299,7 +304,8 @@ impl Job {
         work
     }
 
-    /// Ends a pass of a resync. What is still stale was not copied, or became stale since.
+    /// Ends a pass of a resync. What is still stale was not copied, or became stale since. It waits
+    /// before it tries again what has failed, unless a replica has arrived meanwhile.
     fn end_pass(&mut self, now: Duration, retry_after: Duration, health: &Health) {
         let Task::Resync {
             replica,
@@ -307,19 +313,22 @@ impl Job {
             gained,
             failed,
             not_before,
+            arrivals,
             holes,
         } = &mut self.task
         else {
             return;
         };
+        *failed &= *arrivals == health.arrivals();
         let has_failed = *failed && *gained == 0;
         if has_failed || self.failed_flushes >= FAILED_FLUSHES_MAX {
             let sectors = health.stale_sectors(*replica);
             self.failure = Some(JobFailure::NotCopied { sectors });
         }
-        if *cursor_sector > 0 {
+        if *failed {
             *not_before = now + retry_after;
         }
+        *arrivals = health.arrivals();
         (*cursor_sector, *gained, *failed) = (0, 0, false);
         holes.restart();
         self.record.pass_ended(*replica);
@@ -331,6 +340,7 @@ impl Job {
         id: ChunkId,
         end: &ChunkEnd,
         holes: &HoleSizes,
+        health: &Health,
     ) -> Option<InFlight> {
         let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
         let chunk = self.in_flight.swap_remove(index);
@@ -345,9 +355,15 @@ impl Job {
         self.needs_flush |= self.persists && changed;
         self.record.add(chunk.range, end);
         self.done_sectors += match &mut self.task {
-            Task::Resync { gained, failed, .. } => {
+            Task::Resync {
+                replica,
+                gained,
+                failed,
+                ..
+            } => {
                 *gained += written;
-                *failed |= chunk.range.is_some() && written == 0;
+                let is_left = |range| !health.stale_parts(*replica, range).is_empty();
+                *failed |= end.failed || chunk.range.is_some_and(is_left);
                 written
             }
             Task::Scrub { .. } | Task::Neighbourhood { .. } => {

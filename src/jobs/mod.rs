@@ -97,6 +97,15 @@ pub struct Jobs {
 struct Retry {
     not_before: Duration,
     delay: Duration,
+    /// [`Health::arrivals`] when the last one failed.
+    arrivals: u64,
+}
+
+impl Retry {
+    /// Whether the time has come, or a replica has arrived without which it failed.
+    fn is_due(&self, now: Duration, health: &Health) -> bool {
+        self.not_before <= now || self.arrivals != health.arrivals()
+    }
 }
 
 /// Each failed resync doubles the delay before the next one, up to this many times the first delay.
@@ -177,7 +186,7 @@ impl Jobs {
             return Err(NotStarted::InResync(id));
         }
         self.held.remove(replica);
-        self.start(Task::resync(replica), speed_bytes, true, health)
+        self.start(Task::resync(replica, health), speed_bytes, true, health)
     }
 
     /// Starts a scrub of the whole disk.
@@ -351,7 +360,7 @@ impl Jobs {
         let holder = self
             .jobs
             .iter_mut()
-            .find_map(|job| Some((job.ended(id, end, &self.sizes.holes)?, job)));
+            .find_map(|job| Some((job.ended(id, end, &self.sizes.holes, health)?, job)));
         let (chunk, job) = holder.expect("a chunk in flight ends once");
         self.pace.ended(now, guest, chunk.began, !chunk.asks);
         if job.kind() == JobKind::NeighbourhoodScrub
@@ -392,9 +401,9 @@ impl Jobs {
     /// Starts the resyncs of stale replicas and the scrub around corruption.
     fn start_due(&mut self, now: Duration, health: &Health) {
         for replica in self.unattended(health).iter() {
-            if self.retries[replica.as_usize()].not_before <= now {
+            if self.retries[replica.as_usize()].is_due(now, health) {
                 // If there are too many jobs it starts when another one has ended.
-                let _ = self.start(Task::resync(replica), 0, false, health);
+                let _ = self.start(Task::resync(replica, health), 0, false, health);
             }
         }
         for corrupt in self.neighbourhood.take(now) {
@@ -431,8 +440,12 @@ impl Jobs {
         let retries = self.unattended(health);
         let retries = retries
             .iter()
-            .map(|replica| self.retries[replica.as_usize()].not_before);
-        retries.min().map(|at| at.max(now))
+            .map(|replica| self.retries[replica.as_usize()]);
+        let at = retries.map(|retry| match retry.is_due(now, health) {
+            true => now,
+            false => retry.not_before,
+        });
+        at.min()
     }
 
     /// Ends the jobs that are done or have failed.
@@ -449,6 +462,7 @@ impl Jobs {
                     let longest = retry_after.saturating_mul(RETRY_FACTOR_MAX);
                     retry.delay = (retry.delay * 2).clamp(retry_after, longest);
                     retry.not_before = now + retry.delay;
+                    retry.arrivals = health.arrivals();
                 } else {
                     *retry = Retry::default();
                 }
@@ -462,3 +476,6 @@ impl Jobs {
 fn find(jobs: &mut VecDeque<Job>, id: JobId) -> Result<&mut Job, UnknownJob> {
     jobs.iter_mut().find(|job| job.id() == id).ok_or(UnknownJob)
 }
+
+#[cfg(test)]
+mod tests;

@@ -26,10 +26,12 @@ pub(super) enum Task {
         cursor_sector: u64,
         /// Sectors written in this pass.
         gained: u64,
-        /// A chunk of this pass failed.
+        /// A chunk of this pass has left something stale, or a flush has failed.
         failed: bool,
-        /// When the next pass may start.
+        /// When the next pass may start, unless a replica arrives before.
         not_before: Duration,
+        /// [`Health::arrivals`] when this pass began.
+        arrivals: u64,
         holes: Holes,
     },
     Scrub {
@@ -44,13 +46,14 @@ pub(super) enum Task {
 }
 
 impl Task {
-    pub(super) fn resync(replica: ReplicaIndex) -> Self {
+    pub(super) fn resync(replica: ReplicaIndex, health: &Health) -> Self {
         Self::Resync {
             replica,
             cursor_sector: 0,
             gained: 0,
             failed: false,
             not_before: Duration::ZERO,
+            arrivals: health.arrivals(),
             holes: Holes::default(),
         }
     }

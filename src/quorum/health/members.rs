@@ -48,6 +48,7 @@ impl Health {
         self.replicas[replica.as_usize()] = state;
         self.members.insert(replica);
         self.in_service.insert(replica);
+        self.arrivals += 1;
         self.check_sets();
     }
 
@@ -188,6 +189,7 @@ impl Health {
         let all = state.drained_by == self.workers;
         if all {
             self.in_service.insert(replica);
+            self.arrivals += 1;
             self.check_sets();
         }
         all

@@ -86,6 +86,8 @@ pub struct Health {
     /// The last flush that succeeded.
     flushed: FlushEpoch,
     failure_epoch: FailureEpoch,
+    /// How often a replica was added or has rejoined.
+    arrivals: u64,
     /// Sets that are not needed any more.
     garbage: Vec<RangeSet>,
 }
@@ -115,6 +117,7 @@ impl Health {
             epoch: FlushEpoch::default(),
             flushed: FlushEpoch::default(),
             failure_epoch: FailureEpoch(0),
+            arrivals: 0,
             garbage: Vec::new(),
         }
     }
@@ -132,6 +135,12 @@ impl Health {
     /// The evicted members, and the removed replicas that still have operations or requests.
     pub fn out_of_service(&self) -> ReplicaSet {
         self.members.or(self.releasing).without(self.in_service)
+    }
+
+    /// How often a replica was added or has rejoined: what was impossible without it may be possible
+    /// now.
+    pub fn arrivals(&self) -> u64 {
+        self.arrivals
     }
 
     /// Sectors of the disk.
