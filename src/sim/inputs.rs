@@ -160,10 +160,13 @@ impl World {
         self.requests += 1;
         self.now += 1;
         let tag = tag(self.requests);
+        let rounds = self.rounds_at_begin();
         self.pending.push(Pending {
             tag,
             worker,
             began: self.now,
+            round: self.rounds,
+            rounds,
             range,
             seen: self.ledger.seen(),
             thresholds: Thresholds::only(self.threshold),

@@ -82,6 +82,7 @@ impl World {
     /// The engine knows that a replica has failed a flush, or has evicted it.
     pub(super) fn note_failure(&mut self, replica: usize) {
         self.ledger.failures[replica] += 1;
+        self.note_setback();
         let jobs = self.shared.jobs(|_| (), |jobs, health| jobs.list(health));
         let resync =
             |job: &&JobInfo| matches!(job.kind, JobKind::Resync(of) if of.as_usize() == replica);

@@ -17,6 +17,7 @@
 //! staleness                   where a replica may be stale
 //! decisions                   what a vote makes of a failed write
 //! lateness                    who may be evicted, and who must be
+//! patience                    how long the guest may wait
 //! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
@@ -43,6 +44,7 @@ pub mod model;
 mod operations;
 mod operator;
 mod overlap;
+mod patience;
 pub mod plan;
 pub mod policy;
 pub mod random;

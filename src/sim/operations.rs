@@ -92,6 +92,7 @@ impl World {
             write,
             part,
             submitted_at: self.clock,
+            round: self.rounds,
             failures: self.before_input.failures[replica],
             evictions: self.before_input.evictions[replica],
             background,
@@ -103,6 +104,7 @@ impl World {
         };
         flight.not_before += self.draw_delay(&flight);
         self.draw_fault(&mut flight);
+        self.note_step(&flight);
         self.flights.push(flight);
         Ok(())
     }

@@ -102,6 +102,7 @@ impl World {
         } else {
             self.submit_something()?;
         }
+        self.note_round()?;
         if self.is_quiet() {
             self.check_nothing_held()?;
             self.check_quiet()?;
@@ -142,6 +143,7 @@ impl World {
         let next = deadlines.chain(hung).min();
         match next {
             Some(next) if next < Duration::MAX => {
+                self.check_jump(next)?;
                 self.clock = self.clock.max(next);
                 Ok(())
             }

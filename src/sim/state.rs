@@ -37,6 +37,10 @@ pub(super) struct Pending {
     pub(super) tag: Tag,
     pub(super) worker: usize,
     pub(super) began: Moment,
+    /// The round in which it began.
+    pub(super) round: u64,
+    /// How many rounds it may take.
+    pub(super) rounds: u64,
     pub(super) range: SectorRange,
     pub(super) seen: Seen,
     /// Those that there have been since it began.
@@ -165,6 +169,8 @@ pub struct World {
     /// Guest-visible events so far.
     pub(super) now: Moment,
     pub(super) steps: u64,
+    /// See [`patience`](super::patience).
+    pub(super) rounds: u64,
     /// Guest requests made.
     pub(super) requests: u64,
     /// The number of the last write.
@@ -282,6 +288,8 @@ pub(super) struct Flight {
     /// It reads a part of a range whose read has failed.
     pub(super) part: bool,
     pub(super) submitted_at: Duration,
+    /// The round in which it was submitted.
+    pub(super) round: u64,
     /// [`Ledger::failures`] of the replica when it was submitted.
     pub(super) failures: u32,
     /// [`Ledger::evictions`] of the replica when it was submitted.
@@ -464,6 +472,7 @@ impl World {
             turn: TurnClock::default(),
             now: 2,
             steps: 0,
+            rounds: 1,
             requests: 0,
             writes: 0,
             rotten: 0,

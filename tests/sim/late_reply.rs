@@ -76,6 +76,14 @@ impl Disk {
         self.submitted()
     }
 
+    /// Begins a flush, and returns its operations.
+    fn flush(&mut self) -> Vec<Operation> {
+        self.requests += 1;
+        self.engine
+            .submit(tag(self.requests), GuestRequest::Flush, &mut self.effects);
+        self.submitted()
+    }
+
     /// The operations that the engine has submitted since the last call.
     fn submitted(&mut self) -> Vec<Operation> {
         let mut operations = Vec::new();
@@ -242,4 +250,28 @@ fn of_a_write_is_not_made_up_for_by_a_replica_that_was_removed() {
     disk.engine.reply(reply, &mut disk.effects);
     disk.submitted();
     assert_eq!(disk.answers, [false]);
+}
+
+/// What it has written before is on stable storage now. But later writes have not waited for it,
+/// and what is in flight on it may still end in any order.
+#[test]
+fn of_an_evicted_replica_makes_nothing_fresh() {
+    let mut disk = Disk::new(3, 2, ReadPattern::Quorum);
+    let late = ReplicaIndex(2);
+    for operation in disk.write() {
+        disk.reply(operation, 0);
+    }
+    let (mut owed, in_time): (Vec<_>, Vec<_>) = disk
+        .flush()
+        .into_iter()
+        .partition(|operation| operation.replica == late);
+    for operation in in_time {
+        disk.reply(operation, 0);
+    }
+    disk.pass(Duration::from_secs(101));
+    assert!(disk.submitted().is_empty());
+    assert_eq!(disk.answers, [true, true]);
+    assert!(!disk.shared.in_service().contains(late));
+    disk.reply(owed.remove(0), 0);
+    assert_eq!(disk.shared.stale_sectors(late), 1);
 }
