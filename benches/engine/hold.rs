@@ -25,7 +25,7 @@ const LONG: u64 = 24;
 /// A name, and what is done under the mutex.
 type Case = (&'static str, fn(&mut Disk));
 
-const CASES: [Case; 9] = [
+const CASES: [Case; 10] = [
     ("a write ends", |disk| disk.write(false)),
     ("a flush begins and ends", Disk::flush_a_copy),
     ("a flush after a failed one", Disk::begin_flush_after_resync),
@@ -35,6 +35,7 @@ const CASES: [Case; 9] = [
     ("an eviction, a rejoin", Disk::evict_and_rejoin),
     ("a failed flush", Disk::fail_flush),
     ("one of 15,000 writes fails", Disk::fail_flush_of_many),
+    ("one of 15,000 copies fails", Disk::fail_flush_of_copies),
     ("an eviction after as many", Disk::evict_with_many),
     ("a flush that decides much", Disk::decide_much),
 ];
@@ -49,9 +50,12 @@ struct Disk {
     flushed: Health,
     /// All that is stale was resynced twice: before a flush that failed, and after it.
     resynced: Health,
+    /// All replicas have lost what was written, perhaps, and hold copies of what a vote has found.
+    copied: Health,
     beginning: Vec<Beginning>,
     eviction: Prepared,
     failure: Prepared,
+    failure_of_copies: Prepared,
     settlement: Vec<Prepared>,
     blocks_bits: u32,
     written: u64,
@@ -63,12 +67,14 @@ impl Disk {
         let mut disk = Self {
             eviction: new().loss(STALE),
             failure: new().loss(STALE),
+            failure_of_copies: new().loss(STALE),
             settlement: Vec::new(),
             health: new(),
             unflushed: new(),
             flushing: new(),
             flushed: new(),
             resynced: new(),
+            copied: new(),
             beginning: Vec::new(),
             blocks_bits: bits - BLOCK_SECTORS.ilog2(),
             written: 0,
@@ -112,6 +118,7 @@ impl Disk {
             }
         }
         disk.beginning = disk.resynced.beginning();
+        disk.copy_everywhere();
         disk.flush();
         disk
     }
@@ -169,7 +176,35 @@ impl Disk {
         let mut copy = self.flushing.snapshot();
         let mut loss = self.failure.clone();
         self.write_to(&mut copy);
-        copy.flush_failed(&mut loss);
+        assert!(copy.flush_failed(&mut loss, false));
+        std::mem::forget((copy, loss));
+    }
+
+    /// Makes [`Self::copied`].
+    fn copy_everywhere(&mut self) {
+        let (disk, bits) = (&mut self.copied, self.blocks_bits);
+        for number in 1..=RANGES {
+            write(disk, range(number, bits), false);
+        }
+        let epoch = disk.flush_begins();
+        for replica in disk.in_service().iter() {
+            disk.flush_ended(epoch, replica, false);
+        }
+        for number in 1..=RANGES {
+            let began = disk.failure_epoch();
+            for replica in disk.in_service().iter() {
+                disk.repaired(replica, range(number, bits), began, false);
+            }
+        }
+        disk.flush_begins();
+        self.failure_of_copies = disk.loss(STALE);
+    }
+
+    fn fail_flush_of_copies(&mut self) {
+        let mut copy = self.copied.snapshot();
+        let mut loss = self.failure_of_copies.clone();
+        self.write_to(&mut copy);
+        assert!(copy.flush_failed(&mut loss, false));
         std::mem::forget((copy, loss));
     }
 

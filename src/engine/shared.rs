@@ -35,7 +35,7 @@ use crate::jobs::{JobEvent, Jobs, Sizes};
 use crate::quorum::health::{FailureEpoch, Health, NotRemoved, NotThreshold, Wanted, WriteBegun};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
-const EVICTION_ATTEMPTS_MAX: usize = 4;
+const ATTEMPTS_MAX: usize = 4;
 
 /// Names a worker thread, and with it an engine.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -443,7 +443,7 @@ impl Shared {
     /// did.
     pub(super) fn evict(&self, replica: ReplicaIndex) -> bool {
         // More than once if other workers change much meanwhile; but then at the next tick.
-        for _ in 0..EVICTION_ATTEMPTS_MAX {
+        for _ in 0..ATTEMPTS_MAX {
             let snapshot = self.health(Health::snapshot);
             if !snapshot.can_evict(replica) {
                 return false;
@@ -460,8 +460,14 @@ impl Shared {
     /// The flush has come back from `replica` with an error: what is stale then is put together on
     /// a copy.
     pub(super) fn flush_failed(&self, replica: ReplicaIndex) {
-        let mut loss = self.health(Health::snapshot).loss(replica);
-        self.change_health(|health| health.flush_failed(&mut loss));
+        // Again if other workers change much meanwhile, but not for ever.
+        for attempts_left in (0..ATTEMPTS_MAX).rev() {
+            let mut loss = self.health(Health::snapshot).loss(replica);
+            let must = attempts_left == 0;
+            if self.change_health(|health| health.flush_failed(&mut loss, must)) {
+                return;
+            }
+        }
     }
 
     fn publish(&self, health: &Health) {

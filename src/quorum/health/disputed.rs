@@ -37,7 +37,7 @@ impl Disputed {
 }
 
 /// What votes of doubtful copies may have undone, and what the guest knows of it.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Undone {
     /// Guest writes that have had a quorum.
     pub(super) writes: u64,
@@ -48,9 +48,16 @@ pub(super) struct Undone {
     /// A flush that the guest asked for at this moment has failed.
     answered: u64,
     /// What votes may have undone that has not been written since.
-    ranges: RangeSet,
+    pub(super) ranges: RangeSet,
     /// Such a vote has taken place, and no flush that covers the writes has failed.
     owes_failure: bool,
+}
+
+impl Undone {
+    /// Something was undone of which the guest must know.
+    pub(super) fn is_more(&mut self) {
+        self.owes_failure |= self.answered < self.covered_by;
+    }
 }
 
 impl Health {
@@ -185,34 +192,8 @@ impl Health {
     pub fn may_be_undone(&mut self, ranges: &[SectorRange]) {
         for range in ranges {
             self.undone.ranges.insert(*range);
-            self.undone.owes_failure |= self.undone.answered < self.undone.covered_by;
+            self.undone.is_more();
         }
-    }
-
-    /// What `replica` may have lost was perhaps lost on all members before it was copied to some.
-    /// If no member is left that holds what was written, the write is undone, and no error will
-    /// say so.
-    pub(super) fn doubt_copies(&mut self, replica: ReplicaIndex) {
-        if !self.any_copied {
-            return;
-        }
-        let stale = &self.replicas[replica.as_usize()].stale;
-        let members = || self.members.iter().map(|m| &self.replicas[m.as_usize()]);
-        let mut lost = RangeSet::default();
-        for state in members() {
-            for copied in [&state.copied, &state.copied_before_flush] {
-                lost.insert_all(&stale.part_in(copied));
-            }
-        }
-        for state in members() {
-            let mut not_here = RangeSet::default();
-            for set in [&state.stale, &state.copied, &state.copied_before_flush] {
-                not_here.insert_all(&set.part_in(&lost));
-            }
-            lost = not_here;
-        }
-        let parts: Vec<_> = lost.iter().collect();
-        self.may_be_undone(&parts);
     }
 
     /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members

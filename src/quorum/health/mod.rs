@@ -21,6 +21,7 @@
 //! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
 mod disputed;
+mod doubt;
 mod durability;
 mod members;
 mod needed;

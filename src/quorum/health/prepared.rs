@@ -5,6 +5,7 @@
 //! ones, and the same is done again where these have changed since.
 
 use super::Health;
+use super::doubt::Doubt;
 use super::replica::ReplicaHealth;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet};
@@ -22,6 +23,8 @@ pub struct Prepared {
     earlier: ReplicaHealth,
     earlier_written: RangeSet,
     after: ReplicaHealth,
+    /// Of a loss.
+    doubt: Option<Doubt>,
 }
 
 /// What the begin of a flush makes of the sets of a member.
@@ -41,7 +44,9 @@ impl Prepared {
 impl Health {
     /// What is left of a replica that fails a flush, or is evicted.
     pub fn loss(&self, replica: ReplicaIndex) -> Prepared {
-        self.prepare(replica, ReplicaHealth::lose)
+        let mut loss = self.prepare(replica, ReplicaHealth::lose);
+        loss.doubt = self.doubt(replica, &loss.after);
+        loss
     }
 
     /// What is left of each member when a flush has succeeded.
@@ -132,6 +137,7 @@ impl Health {
             earlier,
             earlier_written: self.written.clone(),
             after,
+            doubt: None,
         }
     }
 
@@ -157,6 +163,21 @@ impl Health {
             self.garbage.extend(unconfirmed.map(|(_, written)| written));
         }
         true
+    }
+
+    /// Whether the `loss` still holds, but for so few sectors that it is quickly prepared again
+    /// there.
+    pub(super) fn is_prepared(&self, loss: &Prepared) -> bool {
+        self.changed_since_prepared(loss).is_some() && self.changed_since_loss(loss).is_some()
+    }
+
+    /// Where the sets have changed that say what the loss makes doubtful.
+    fn changed_since_loss(&self, loss: &Prepared) -> Option<RangeSet> {
+        let mut changed = self.changed_since_prepared(loss)?;
+        let mut steps = CHANGES_SINCE_SNAPSHOT_MAX;
+        let doubt = loss.doubt.as_ref();
+        self.changed_since_doubt(doubt, &mut steps, &mut changed)
+            .then_some(changed)
     }
 
     /// Where the sets of the replica have changed.
@@ -194,7 +215,9 @@ impl Health {
     /// writing now: a guest may have read that from it already and must not read the old data.
     pub(super) fn not_durable(&mut self, replica: ReplicaIndex, loss: Option<&mut Prepared>) {
         self.failure_epoch.0 += 1;
-        if loss.is_none_or(|loss| !self.take_over(loss)) {
+        let mut loss = loss;
+        let changed = loss.as_ref().and_then(|loss| self.changed_since_loss(loss));
+        if loss.as_mut().is_none_or(|loss| !self.take_over(loss)) {
             let state = &mut self.replicas[replica.as_usize()];
             let unconfirmed = state.unconfirmed.iter();
             self.garbage
@@ -207,15 +230,21 @@ impl Health {
             state.stale.insert(writing.range);
         }
         self.doubt_arose();
-        self.doubt_copies(replica);
+        let doubt = loss.and_then(|loss| loss.doubt.as_mut());
+        self.doubt_copies(replica, doubt.zip(changed.as_ref()));
     }
 
     /// The flush has come back from a replica with an error. `loss` was prepared on a copy of this.
-    pub fn flush_failed(&mut self, loss: &mut Prepared) {
+    /// `false` if too much has changed since; then nothing is done, unless it `must` be.
+    pub fn flush_failed(&mut self, loss: &mut Prepared, must: bool) -> bool {
+        if !must && !self.is_prepared(loss) {
+            return false;
+        }
         if let Some(may_succeed) = &mut self.flushing {
             may_succeed.remove(loss.replica);
         }
         self.not_durable(loss.replica, Some(loss));
+        true
     }
 
     /// Asserts that a member that is out of service is stale where anything was written since the
@@ -394,6 +423,8 @@ mod tests {
             );
             state.joined().iter().for_each(|set| set.self_check());
         }
+        health.undone.ranges.self_check();
+        sets.push(health.undone.ranges.iter().collect());
         sets
     }
 
@@ -415,9 +446,10 @@ mod tests {
                 apply(&mut health, change);
             }
             let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
-            prepared.flush_failed(&mut loss);
+            prepared.flush_failed(&mut loss, true);
             direct.flush_ended(direct.last_flush(), ReplicaIndex(1), false);
             prop_assert_eq!(sets(&mut prepared), sets(&mut direct));
+            prop_assert_eq!(prepared.owes_failure(), direct.owes_failure());
             let (mut prepared, mut direct) = (health.snapshot(), health.snapshot());
             prepared.flush_begins_as_on(&mut beginning);
             direct.flush_begins();

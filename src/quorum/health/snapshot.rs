@@ -5,7 +5,6 @@
 //! Sets that are not needed any more are kept until the mutex is released: to free one takes time
 //! in proportion to its ranges.
 
-use super::disputed::Undone;
 use super::replica::ReplicaHealth;
 use super::{Health, NotRemoved, Prepared};
 use crate::common::ranges::{RangeSet, every_sector};
@@ -86,7 +85,7 @@ impl Health {
             written: self.written.clone(),
             writing: self.writing.clone(),
             undecided: self.undecided.clone(),
-            undone: Undone::default(),
+            undone: self.undone.clone(),
             garbage: Vec::new(),
             ..*self
         }
@@ -97,6 +96,9 @@ impl Health {
     /// since.
     pub fn evict_as_on(&mut self, snapshot: &Self, loss: &mut Prepared) -> Option<bool> {
         let replica = loss.replica();
+        if !self.is_prepared(loss) {
+            return None;
+        }
         let changed = self.changed_since(snapshot)?;
         let can_evict = changed.can_evict(replica);
         if can_evict {
