@@ -43,10 +43,10 @@ pub(super) fn advice(disk: &Disk, jobs: &[Job], now: SystemTime) -> Vec<Advice> 
 fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
     match condition {
         "undecided" => {
-            let read = counted(disk.undecided_sectors, "sector");
+            let sectors = counted(disk.undecided_sectors, "sector");
             Advice::new(
                 Style::Bad,
-                format!("no quorum in reads of {read}: some or all of them are undecided"),
+                format!("no quorum for {sectors}"),
                 "restore them from a backup, then quorum-blkctl scrub".to_owned(),
             )
         }

@@ -320,7 +320,7 @@ pub(super) mod tests {
             text(&disk("evicted", 4096, 3, 8), 80),
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
              rewrite-corrupted, aio threads\n  \
-               no quorum in reads of 8 sectors: some or all of them are undecided\n    \
+               no quorum for 8 sectors\n    \
                  restore them from a backup, then quorum-blkctl scrub\n  \
                the guest got 1 I/O error; the last: read: no quorum\n    \
                  remove the cause, check the guest's files, then quorum-blkctl clear\n  \

@@ -2,10 +2,10 @@
 //! before floods are folded. Pure.
 //!
 //! The disk is divided into at most [`MAP_BUCKETS`] buckets, with counts for each. The map also
-//! records, to the sector, which sectors are *unresolved*: they lost their
-//! last vote, or were undecided, and have not been repaired since. A guest may have overwritten
-//! them, or a disk may have misread them once, so the next scrub, which reads everything, decides:
-//! when it ends, unresolved sectors that it did not find again are forgotten.
+//! records, to the sector, which sectors of a replica are *unresolved*: they lost their last vote,
+//! and have not been repaired since. A guest may have overwritten them, or a disk may have misread
+//! them once, so the next scrub, which reads everything, decides: when it ends, unresolved sectors
+//! that it did not find again are forgotten.
 //!
 //! Invariants:
 //! - A row uses memory from its first finding on: its buckets, and three sets of sectors.
@@ -14,9 +14,8 @@
 //! - The counts of all buckets add up to what was reported, except for flushes, which have no
 //!   place, and for errors, which count in each bucket that their operation touched.
 
-use crate::common::operation::OperationType;
 use crate::common::ranges::RangeSet;
-use crate::common::report::{Cause, Report, Requester};
+use crate::common::report::{Cause, Report};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::jobs::JobEvent;
 use crate::limits::{MAP_BUCKETS, REPLICAS_MAX};
@@ -53,7 +52,7 @@ pub(super) struct Bucket {
 #[derive(Clone, Debug)]
 pub(super) struct Row {
     pub(super) buckets: Box<[Bucket]>,
-    /// Corrupt when it was last read; in the row of the disk: undecided.
+    /// Corrupt when it was last read.
     pub(super) unresolved: RangeSet,
     /// The part of `unresolved` that was found, or found again, since the running scrub started.
     found_again: RangeSet,
@@ -111,17 +110,8 @@ impl DiskMap {
     pub(super) fn record(&mut self, notice: &Notice) {
         match notice {
             Notice::Job(event) => self.job_changed(event),
-            Notice::Report(Report::Failure {
-                operation,
-                range,
-                requester,
-                ..
-            }) => {
+            Notice::Report(Report::Failure { range, .. }) => {
                 self.count(DISK, *range, |bucket, _| bucket.errors += 1);
-                // One that is held is not over.
-                if *operation == OperationType::Read && *requester != Requester::Held {
-                    self.row(DISK).mark_unresolved(*range);
-                }
             }
             Notice::Report(Report::Bad {
                 replica,
@@ -171,11 +161,6 @@ impl DiskMap {
     /// Sectors of a replica that were corrupt when they were last read.
     pub(super) fn corrupt_sectors(&self, replica: ReplicaIndex) -> u64 {
         sectors(self.rows[replica.as_usize()].as_deref())
-    }
-
-    /// Sectors that had no winner when they were last read.
-    pub(super) fn undecided_sectors(&self) -> u64 {
-        sectors(self.rows[DISK].as_deref())
     }
 
     /// The sectors of a bucket, for a disk of `capacity_sectors`.
@@ -235,6 +220,7 @@ fn sectors(row: Option<&Row>) -> u64 {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::common::operation::OperationType;
     use crate::common::report::{Evidence, Requester};
     use crate::common::{Errno, ReplicaSet};
     use crate::jobs::{
@@ -350,7 +336,6 @@ pub(super) mod tests {
             }));
         }
         assert_eq!(buckets(&map, None)[0].1.errors, 2);
-        assert_eq!(map.undecided_sectors(), 8);
     }
 
     #[test]

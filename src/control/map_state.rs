@@ -149,6 +149,8 @@ pub(crate) struct MappedDisk {
     pub(crate) node_name: String,
     pub(crate) size: u64,
     pub(crate) health: Health,
+    /// Sectors that had no winner in the last vote on them.
+    pub(crate) undecided: RangeSet,
 }
 
 /// The properties of a replica that the map does not have.
@@ -170,6 +172,7 @@ impl MapState {
             node_name,
             size,
             health,
+            undecided,
         } = disk;
         let capacity_sectors = size / SECTOR_BYTES;
         let base_sectors = reports.map().bucket_sectors(capacity_sectors);
@@ -192,7 +195,7 @@ impl MapState {
             size,
             health,
             bucket_bytes: cut.bucket_sectors * SECTOR_BYTES,
-            failures: cut.failures(view(None)),
+            failures: cut.failures(view(None), &undecided),
             replicas: replicas.into_iter().map(replica_map).collect(),
         }
     }
@@ -255,8 +258,8 @@ impl Cut {
         ranges.into_iter().filter_map(cut).collect()
     }
 
-    fn failures(&self, row: Option<Row>) -> FailuresState {
-        let undecided = self.within(row.iter().flat_map(|row| row.unresolved.iter()));
+    fn failures(&self, row: Option<Row>, undecided: &RangeSet) -> FailuresState {
+        let undecided = self.within(undecided.iter());
         let counts = self.counts(row.as_ref()).into_iter().enumerate();
         let buckets = counts.filter(|(_, bucket)| bucket.errors > 0);
         FailuresState {
@@ -354,6 +357,7 @@ mod tests {
                 node_name: "disk".into(),
                 size: 1 << 30,
                 health: Health::Degraded,
+                undecided: RangeSet::default(),
             };
             serde_json::to_value(MapState::new(&queue, disk, buckets, [places])).unwrap()
         };

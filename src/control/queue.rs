@@ -157,11 +157,6 @@ impl EventQueue {
         self.map().corrupt_sectors(replica)
     }
 
-    /// Sectors that had no winner when they were last read.
-    pub fn undecided_sectors(&self) -> u64 {
-        self.map().undecided_sectors()
-    }
-
     /// Keeps the result of a job that has ended, with the names that its replicas have now.
     pub(super) fn keep_result(&self, event: &Event, names: &Names) {
         let mut jobs = self.ended_jobs.lock().expect(NOT_POISONED);

@@ -254,7 +254,7 @@ impl Operator for DiskOperator {
     fn state(&self) -> DiskState {
         let requests = |kind| self.statistics.requests(kind).into();
         let replicas = self.replicas();
-        let undecided_sectors = self.reports.undecided_sectors();
+        let undecided_sectors = self.shared.unresolved().sectors();
         let errors = self.reports.guest_errors();
         let held_requests = self.hold.count() as u64;
         let refuses_repairs = self.shared.refuses_repairs();
@@ -320,6 +320,7 @@ impl Operator for DiskOperator {
             node_name,
             size,
             health,
+            undecided: self.shared.unresolved(),
         };
         MapState::new(&self.reports, disk, buckets, places)
     }

@@ -38,9 +38,9 @@ impl Read {
                 (core.preferred(voters, enough), threshold)
             }
         };
-        if asked.len() < needed || core.shared.is_undecided(range) {
+        if asked.len() < needed || core.shared.must_vote(range, core.policy.read_pattern) {
             // Too few replicas are fresh throughout, but sector by sector there may be enough; or
-            // the vote decides what the disk holds (W7).
+            // the vote decides what the disk holds (W7), or whether there is a winner again.
             return Self::confirm_at_once(tag, range, context);
         }
         Self {

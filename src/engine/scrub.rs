@@ -6,7 +6,7 @@
 use super::confirmation::{Confirmation, Next, Terms};
 use super::context::{Context, Core, Progress};
 use super::first_pass::FirstPass;
-use super::interface::Effects;
+use super::interface::{Effects, ReadPattern};
 use super::replies::Replies;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
@@ -42,7 +42,7 @@ impl Scrub {
         let partly_stale = stale.iter().any(is_partly);
         let asked = in_service.without(stale);
         // Only the lock shows which replicas may vote on which sector.
-        let confirms = partly_stale || core.shared.is_undecided(range);
+        let confirms = partly_stale || core.shared.must_vote(range, ReadPattern::Quorum);
         let stage = if confirms || asked.is_empty() {
             let terms = order.terms(core);
             let replies = Replies::new(range, core);

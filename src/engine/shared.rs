@@ -22,6 +22,7 @@ use std::sync::{
 };
 
 use super::changes::Changes;
+use super::interface::ReadPattern;
 #[cfg(any(test, feature = "sim"))]
 use super::interleaving;
 use super::lateness::Loads;
@@ -53,6 +54,7 @@ pub(super) struct Waiter {
 pub struct Shared {
     state: Mutex<State>,
     anything_stale: AtomicBool,
+    /// Some sector is undecided or unresolved.
     anything_undecided: AtomicBool,
     threshold: AtomicU32,
     members: AtomicU32,
@@ -351,16 +353,35 @@ impl Shared {
         self.state().health.stale_in(range)
     }
 
-    /// Whether a write has failed in `range` and no vote has decided since what it holds (W7).
+    /// Whether the next read of `range` goes to the lock at once: a write has failed there, and no
+    /// vote has decided since what it holds (W7); or the last vote had no winner somewhere, which
+    /// does not matter to a read of one replica.
     #[inline]
-    pub(super) fn is_undecided(&self, range: SectorRange) -> bool {
-        self.anything_undecided.load(Ordering::Acquire) && self.look_for_undecided(range)
+    pub(super) fn must_vote(&self, range: SectorRange, read_pattern: ReadPattern) -> bool {
+        self.anything_undecided() && self.look_for_votes(range, read_pattern)
     }
 
     #[cold]
     #[inline(never)]
-    fn look_for_undecided(&self, range: SectorRange) -> bool {
-        self.state().health.is_undecided(range)
+    fn look_for_votes(&self, range: SectorRange, read_pattern: ReadPattern) -> bool {
+        let votes = read_pattern != ReadPattern::Fifo;
+        self.health(|health| {
+            health.is_undecided(range) || (votes && health.unresolved().overlaps(range))
+        })
+    }
+
+    /// Whether anything is undecided or unresolved.
+    #[inline]
+    pub(super) fn anything_undecided(&self) -> bool {
+        self.anything_undecided.load(Ordering::Acquire)
+    }
+
+    /// The sectors that had no winner in the last vote on them, and have not been written since.
+    pub fn unresolved(&self) -> RangeSet {
+        match self.anything_undecided() {
+            true => self.health(|health| health.unresolved().clone()),
+            false => RangeSet::default(),
+        }
     }
 
     /// In how many sectors `replica` is stale.
@@ -474,7 +495,7 @@ impl Shared {
         self.anything_stale
             .store(health.anything_stale(), Ordering::Release);
         self.anything_undecided
-            .store(health.anything_undecided(), Ordering::Release);
+            .store(is_any_undecided(health), Ordering::Release);
         self.failure_epoch
             .store(health.failure_epoch().0, Ordering::Release);
         let threshold = u32::try_from(health.threshold()).expect("few");
@@ -508,7 +529,7 @@ impl Shared {
         assert_eq!(self.failure_epoch(), health.failure_epoch());
         assert_eq!(self.anything_stale(), health.anything_stale());
         let undecided = self.anything_undecided.load(Ordering::Acquire);
-        assert_eq!(undecided, health.anything_undecided());
+        assert_eq!(undecided, is_any_undecided(health));
     }
 
     /// How often the health of the replicas has been changed.
@@ -531,6 +552,10 @@ impl Shared {
 }
 
 /// Every interleaving of small histories, by `cargo test --features loom --lib engine::shared`.
+fn is_any_undecided(health: &Health) -> bool {
+    health.anything_undecided() || !health.unresolved().is_empty()
+}
+
 #[cfg(all(test, feature = "loom"))]
 mod model {
     use loom::cell::UnsafeCell;

@@ -152,6 +152,7 @@ impl Skip {
                     && are_confirmed(health, succeeded, hole)
                     && health.failed_since(self.began).and(succeeded).is_empty()
                     && health.disputed(hole, needed).is_empty()
+                    && !health.unresolved().overlaps(hole)
             })
     }
 

@@ -7,6 +7,7 @@ use super::Violation;
 use super::ledger::Masks;
 use super::plan::{PLACES, WriteCache, bits, widen};
 use super::state::{Checked, World, trace};
+use crate::common::SectorRange;
 use crate::jobs::{JobId, JobInfo, JobStatus};
 use crate::limits::FLAPPING_WINDOW;
 use crate::limits::FOLLOWED_ERRORS_REST;
@@ -70,6 +71,9 @@ impl World {
             self.settle()?;
         }
         self.check_durable_everywhere()?;
+        if !self.shared.unresolved().is_empty() {
+            return Err(Violation::new("R3", "what was written counts as undecided"));
+        }
         self.read_all()
     }
 
@@ -153,6 +157,7 @@ impl World {
                 self.check_unreadable(id, unreadable, repair)?;
                 self.check_nothing_else_written(&may_write)?;
             }
+            self.check_without_winner()?;
             let after = self.sectors_that_differ();
             if let Some(sector) = differ
                 .iter()
@@ -192,6 +197,25 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// R3: after a scrub it is known which sectors have no winner. Not where it may have found
+    /// holes, which it does not read.
+    fn check_without_winner(&self) -> Checked {
+        if !self.is_fresh() || self.ledger.evicted & self.members != 0 || self.plan.asks_for_holes()
+        {
+            return Ok(());
+        }
+        let known = self.shared.unresolved();
+        let is_known = |sector: usize| known.overlaps(SectorRange::new(sector as u64, 1));
+        let is_wrong = |sector: &usize| is_known(*sector) == self.has_winner(*sector);
+        match (0..self.changed_at.len()).find(is_wrong) {
+            None => Ok(()),
+            Some(sector) => {
+                let text = format!("{sector} counts as undecided: {}", is_known(sector));
+                Err(Violation::new("R3", text).at(1 << sector))
+            }
+        }
     }
 
     /// R6: a repair has written no more than these.

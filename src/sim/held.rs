@@ -292,6 +292,8 @@ impl World {
                 self.model.write_again(sector);
             }
         }
+        // It waits anew.
+        (pending.rounds, pending.round) = (self.rounds_at_begin(), self.rounds);
         self.pending.push(pending);
         self.submit(worker, tag, request)
     }

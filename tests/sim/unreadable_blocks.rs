@@ -303,6 +303,12 @@ fn that_leave_no_winner_are_not_read_whatever_is_repaired() {
     assert_eq!(job.error, Some(JobFailure::NoQuorum { sectors: BLOCK }));
     assert_eq!(job.unread, ReplicaSet::first(2), "the third is repaired");
     assert_eq!(disk.written, [(ReplicaIndex(2), block(5000))]);
+    let without_winner = |disk: &Disk| disk.shared.unresolved().iter().collect::<Vec<_>>();
+    assert_eq!(without_winner(&disk), [block(3000)]);
+    // It was a bad cable.
+    disk.unreadable.clear();
+    assert!(disk.read().0);
+    assert_eq!(without_winner(&disk), []);
 }
 
 #[test]

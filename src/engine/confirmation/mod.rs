@@ -419,6 +419,7 @@ impl Confirmation {
         let settled = self.settle(disputed, &verdict, context);
         self.note_unread(&verdict.undecided, context);
         self.end.undecided.clone_from(&verdict.undecided);
+        self.note_undecided(&verdict, context);
         self.spread(&verdict, context);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();

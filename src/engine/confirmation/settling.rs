@@ -8,7 +8,7 @@ use super::Confirmation;
 use crate::common::runs;
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::quorum::health::Disputed;
-use crate::quorum::vote::Verdict;
+use crate::quorum::vote::{Rule, Verdict};
 
 impl Confirmation {
     /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
@@ -73,6 +73,31 @@ impl Confirmation {
             context.effects.health_changed();
         }
         settled
+    }
+
+    /// Records which sectors have no winner now (R3).
+    pub(super) fn note_undecided(
+        &self,
+        verdict: &Verdict,
+        context: &mut Context<'_, impl Effects>,
+    ) {
+        let shared = context.shared();
+        let is_vote = matches!(self.terms.rule, Rule::Threshold(_));
+        if verdict.undecided.is_empty() && !(is_vote && shared.anything_undecided()) {
+            return;
+        }
+        let range = self.replies.range();
+        shared.change_health(|health| {
+            if is_vote {
+                health.voted(range, &verdict.undecided);
+            } else {
+                // What one replica can read need not have a winner.
+                verdict
+                    .undecided
+                    .iter()
+                    .for_each(|run| health.voted(*run, &[*run]));
+            }
+        });
     }
 
     /// The first undecided sectors on which the replicas differ although all of them are up to

@@ -71,6 +71,19 @@ impl Health {
         self.undecided.overlaps(range)
     }
 
+    /// Where no version had enough votes in the last vote, and no write has succeeded since (R3).
+    pub fn unresolved(&self) -> &RangeSet {
+        &self.unresolved
+    }
+
+    /// A vote on `range` had no winner in these parts of it.
+    pub fn voted(&mut self, range: SectorRange, without_winner: &[SectorRange]) {
+        self.unresolved.remove(range);
+        for part in without_winner {
+            self.unresolved.insert(*part);
+        }
+    }
+
     /// The parts of `range` that are undecided.
     pub fn undecided_parts(&self, range: SectorRange) -> Vec<SectorRange> {
         self.undecided.within(range)

@@ -85,6 +85,9 @@ impl Health {
             if !self.undecided.is_empty() {
                 self.undecided.remove(range);
             }
+            if !self.unresolved.is_empty() {
+                self.unresolved.remove(range);
+            }
         } else {
             self.undecided.insert(range);
             // A reply that is on its way counts only under the lock, which decides.

@@ -79,6 +79,8 @@ pub struct Health {
     any_copied: bool,
     /// Changed by writes that have failed, and not decided since (W7).
     undecided: RangeSet,
+    /// No version had enough votes in the last vote, and no write has succeeded since.
+    unresolved: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
     flushing: Option<ReplicaSet>,
     undone: Undone,
@@ -112,6 +114,7 @@ impl Health {
             writing: Slab::new(),
             any_copied: false,
             undecided: RangeSet::default(),
+            unresolved: RangeSet::default(),
             flushing: None,
             undone: Undone::default(),
             capacity_sectors,
@@ -138,8 +141,8 @@ impl Health {
         self.members.or(self.releasing).without(self.in_service)
     }
 
-    /// How often a replica was added or has rejoined: what was impossible without it may be possible
-    /// now.
+    /// How often a replica was added or has rejoined: what was impossible without it may be
+    /// possible now.
     pub fn arrivals(&self) -> u64 {
         self.arrivals
     }

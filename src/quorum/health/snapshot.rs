@@ -85,6 +85,7 @@ impl Health {
             written: self.written.clone(),
             writing: self.writing.clone(),
             undecided: self.undecided.clone(),
+            unresolved: RangeSet::default(),
             undone: self.undone.clone(),
             garbage: Vec::new(),
             ..*self
