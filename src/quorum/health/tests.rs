@@ -269,6 +269,14 @@ fn an_eviction_is_decided_again_where_something_has_changed() {
 }
 
 #[test]
+fn what_is_evicted_does_not_replace_what_is_removed() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 16);
+    assert!(health.evict(A));
+    assert_eq!(health.check_removal(B), Err(NotRemoved::TooFewInService));
+    assert_eq!(health.check_removal(A), Ok(()));
+}
+
+#[test]
 fn a_removal_is_decided_again_where_something_has_changed() {
     let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
     let snapshot = health.snapshot();
