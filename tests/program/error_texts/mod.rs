@@ -21,24 +21,31 @@ mod literals;
 
 const LIST: &str = "tests/program/error_texts/list.txt";
 
-/// Files that advise without `#[error]`, or have parts of such texts.
-const MORE_FILES: [&str; 16] = [
+/// Files that advise without `#[error]`, or have parts of such texts; and those of the client but
+/// [`SHOWS`].
+const MORE_FILES: [&str; 7] = [
     "src/admin/resize.rs",
-    "src/client/clear.rs",
-    "src/client/conditions.rs",
-    "src/client/cont.rs",
-    "src/client/format.rs",
-    "src/client/jobs.rs",
-    "src/client/replicas.rs",
-    "src/client/resize.rs",
-    "src/client/scrub.rs",
-    "src/client/wait.rs",
     "src/config/command_line.rs",
     "src/config/mod.rs",
     "src/control/qmp/change.rs",
     "src/control/qmp/commands.rs",
     "src/control/qmp/executor.rs",
     "src/daemon/operator.rs",
+];
+
+/// Files of the client that only show what the daemon says.
+const SHOWS: [&str; 11] = [
+    "arguments.rs",
+    "completion.rs",
+    "connection.rs",
+    "disk_map.rs",
+    "events.rs",
+    "jobs.rs",
+    "progress.rs",
+    "replies.rs",
+    "status.rs",
+    "table.rs",
+    "terminal.rs",
 ];
 
 /// Words of an advice that may cost something: the list must say what.
@@ -126,7 +133,9 @@ fn list() -> Vec<Entry> {
 fn texts_of_sources() -> BTreeSet<(String, String)> {
     let mut texts = BTreeSet::new();
     for (path, content) in literals::sources(root()) {
-        if content.contains("#[error(") || MORE_FILES.contains(&path.as_str()) {
+        let of_client = path.strip_prefix("src/client/");
+        let advises = of_client.is_some_and(|name| !SHOWS.contains(&name));
+        if content.contains("#[error(") || MORE_FILES.contains(&path.as_str()) || advises {
             let of_file = literals::texts(&content);
             texts.extend(of_file.into_iter().map(|text| (path.clone(), text)));
         }
