@@ -346,6 +346,12 @@ impl Admin {
         started.map_err(AdminError::NotScrubbed)
     }
 
+    /// Has the images compared before anything is repaired unasked (O6).
+    pub fn compare_first(&self) {
+        self.shared.compare_first(|event| self.report(event));
+        self.workers.tick_first();
+    }
+
     /// All jobs, oldest first.
     pub fn jobs(&self) -> Vec<JobInfo> {
         let mut jobs = self.with_jobs(|jobs, health| jobs.list(health));

@@ -82,7 +82,9 @@ pub(super) struct Options {
     pub(super) read_pattern: ReadPattern,
 
     /// Repair sectors that a read finds corrupt or unreadable: write the data that won the vote to
-    /// the replicas that lost it. Without this option, the daemon only reports them
+    /// the replicas that lost it. Without this option, the daemon only reports them. With it, the
+    /// daemon scrubs the whole disk when it starts, and repairs nothing before that has ended: the
+    /// images may not be of one disk
     #[arg(long, help_heading = "Vote")]
     pub(super) rewrite_corrupted: bool,
 

@@ -126,14 +126,14 @@ pub fn of_disk(
     held_requests: u64,
     undecided_sectors: u64,
     errors: &Errors,
-    refuses_repairs: bool,
+    repairs_have_stopped: bool,
     fewer_replicas: bool,
 ) -> Vec<DiskCondition> {
     chosen([
         (held_requests > 0, DiskCondition::IoError),
         (undecided_sectors > 0, DiskCondition::Undecided),
         (!errors.is_empty(), DiskCondition::GuestErrors),
-        (refuses_repairs, DiskCondition::RepairLimit),
+        (repairs_have_stopped, DiskCondition::RepairLimit),
         (fewer_replicas, DiskCondition::FewerReplicas),
     ])
 }

@@ -25,6 +25,8 @@ pub struct DiskState {
     /// How it votes.
     #[serde(flatten)]
     pub policy: PolicyState,
+    /// Whether corrupt sectors are repaired unasked: `off`, `comparing`, `on` or `stopped`.
+    pub repairs: &'static str,
     /// The guest cannot write.
     pub read_only: bool,
     /// Replicas are accessed with direct I/O.

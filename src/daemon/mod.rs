@@ -98,6 +98,12 @@ pub fn run(config: &Config) -> Result<(), Error> {
         is_released,
     );
 
+    if let Ok(admin) = &admin
+        && config.rewrite_corrupted
+        && config.replicas.len() > 1
+    {
+        admin.compare_first();
+    }
     let served = admin
         .map_err(system("cannot start a thread"))
         .and_then(|admin| {

@@ -23,7 +23,7 @@ use crate::control::state::{
 use crate::control::{Change, JobOrder, Operator};
 use crate::device::Capacity;
 use crate::device::hold::Hold;
-use crate::engine::Shared;
+use crate::engine::{Shared, UnaskedRepairs};
 use crate::jobs::UnknownJob;
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::Wanted;
@@ -257,14 +257,15 @@ impl Operator for DiskOperator {
         let undecided_sectors = self.shared.unresolved().sectors();
         let errors = self.reports.guest_errors();
         let held_requests = self.hold.count() as u64;
-        let refuses_repairs = self.shared.refuses_repairs();
+        let repairs = self.shared.unasked_repairs();
+        let have_stopped = repairs == UnaskedRepairs::Stopped;
         let intended_replicas = self.admin.intended_replicas();
         let fewer = replicas.len() < intended_replicas;
         let conditions = condition::of_disk(
             held_requests,
             undecided_sectors,
             &errors,
-            refuses_repairs,
+            have_stopped,
             fewer,
         );
         let mut policy = self.fixed.policy.clone();
@@ -280,6 +281,12 @@ impl Operator for DiskOperator {
             conditions,
             errors,
             policy,
+            repairs: match repairs {
+                _ if !self.fixed.policy.rewrite_corrupted => "off",
+                UnaskedRepairs::Done => "on",
+                UnaskedRepairs::Comparing => "comparing",
+                UnaskedRepairs::Stopped => "stopped",
+            },
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
             aio: self.fixed.aio.clone(),

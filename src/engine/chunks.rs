@@ -5,8 +5,11 @@
 use super::Engine;
 use super::context::Core;
 use super::interface::Effects;
+use super::repair_gate::Compared;
 use super::shared::WorkerIndex;
-use crate::jobs::{Chunk, Next};
+use crate::common::report::Report;
+use crate::jobs::{Chunk, Jobs, Next};
+use crate::quorum::health::Health;
 
 /// The worker that runs the jobs.
 const WORKER: WorkerIndex = WorkerIndex(0);
@@ -49,6 +52,21 @@ impl Engine {
                 jobs.next(now, guest, health)
             }
         });
+        match core.shared.take_compared() {
+            None => {}
+            Some(Compared::TooDifferent) => {
+                let limit_sectors = core.policy.repair_limit_sectors;
+                effects.report(Report::RepairLimit { limit_sectors });
+            }
+            Some(Compared::Alike) => {
+                let report = |event| effects.job_changed(event);
+                let repair_found = |jobs: &mut Jobs, health: &Health| jobs.repair_found(health);
+                core.shared.jobs(report, repair_found);
+                if !matches!(next, Next::Chunk(_)) {
+                    return self.next_chunk(effects);
+                }
+            }
+        }
         let at = match next {
             Next::Chunk(chunk) => {
                 background.look_again();

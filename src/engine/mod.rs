@@ -75,6 +75,7 @@ use std::sync::Arc;
 pub use self::interface::{
     Effects, Failed, FragmentId, GuestRequest, Mark, Policy, ReadPattern, Tag,
 };
+pub use self::repair_gate::UnaskedRepairs;
 pub use self::shared::{Shared, WorkerIndex};
 
 use self::context::{Context, Core, Progress};

@@ -27,7 +27,7 @@ use super::interface::ReadPattern;
 use super::interleaving;
 use super::lateness::Loads;
 use super::range_locks::{LockKey, RangeLocks};
-use super::repair_gate::{Permission, RepairGate};
+use super::repair_gate::{Compared, Permission, RepairGate, UnaskedRepairs};
 use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
@@ -303,9 +303,21 @@ impl Shared {
         self.state().repairs.begin(sectors)
     }
 
-    /// Whether repairs are refused until the operator decides (O5).
-    pub fn refuses_repairs(&self) -> bool {
-        self.state().repairs.is_closed()
+    /// Which repairs are done unasked, if any are (O5, O6).
+    pub fn unasked_repairs(&self) -> UnaskedRepairs {
+        self.state().repairs.state()
+    }
+
+    /// Begins to compare the replicas, before which nothing is repaired unasked (O6).
+    pub fn compare_first(&self, tell: impl FnMut(JobEvent)) {
+        self.state().repairs.compare_first();
+        // There is no other job.
+        let _ = self.jobs(tell, |jobs, health| jobs.scrub(false, 0, health));
+    }
+
+    /// How the comparison has ended, once.
+    pub(super) fn take_compared(&self) -> Option<Compared> {
+        self.state().repairs.take_news()
     }
 
     /// Whether there is any job.

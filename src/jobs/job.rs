@@ -387,6 +387,11 @@ impl Job {
         self.in_flight.is_empty() && (given_up || done())
     }
 
+    /// Where it has found replicas corrupt or unreadable.
+    pub(super) fn faults(&self) -> RangeSet {
+        self.record.faults()
+    }
+
     /// Whether it failed in a way that would probably repeat at once.
     pub(super) fn has_failed(&self) -> bool {
         self.failure.is_some()

@@ -46,6 +46,7 @@ use self::job::Job;
 use self::neighbourhood::Neighbourhood;
 use self::pace::{GuestRequests, Pace};
 use self::task::{Task, Units};
+use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{
     FRAGMENT_BYTES_MAX, JOB_GIVES_WAY, JOBS_MAX, NEIGHBOURHOOD_BYTES, REPLICAS_MAX, SECTOR_BYTES,
@@ -90,6 +91,8 @@ pub struct Jobs {
     /// When a resync of each replica may start by itself.
     retries: [Retry; REPLICAS_MAX],
     neighbourhood: Neighbourhood,
+    /// What the last scrub has found.
+    found: RangeSet,
     events: Vec<JobEvent>,
 }
 
@@ -126,6 +129,7 @@ impl Jobs {
             held: ReplicaSet::EMPTY,
             retries: Default::default(),
             neighbourhood: Neighbourhood::new(capacity_sectors),
+            found: RangeSet::default(),
             events: Vec::new(),
         }
     }
@@ -274,6 +278,15 @@ impl Jobs {
     /// be scrubbed: then the caller wakes the worker that runs the jobs.
     pub fn corruption_found(&mut self, range: SectorRange) -> bool {
         self.sizes.neighbourhood_sectors > 0 && self.neighbourhood.add(range)
+    }
+
+    /// Reads again, so that it is repaired, what the last scrub has found.
+    pub fn repair_found(&mut self, health: &Health) {
+        let found = std::mem::take(&mut self.found);
+        if !found.is_empty() {
+            // If there are too many jobs, reads of the guest find it.
+            let _ = self.start(Task::neighbourhood(found), 0, false, health);
+        }
     }
 
     /// The guest waits for a replica longer than it should, or does not any more (W6). Then jobs
@@ -450,7 +463,7 @@ impl Jobs {
 
     /// Ends the jobs that are done or have failed.
     fn conclude(&mut self, health: &Health, now: Duration) {
-        let events = &mut self.events;
+        let (events, found) = (&mut self.events, &mut self.found);
         let (retries, retry_after) = (&mut self.retries, self.retry_after);
         self.jobs.retain_mut(|job| {
             if !job.has_ended(health) {
@@ -466,6 +479,9 @@ impl Jobs {
                 } else {
                     *retry = Retry::default();
                 }
+            }
+            if matches!(job.kind(), JobKind::Scrub { .. }) {
+                *found = job.faults();
             }
             job.conclude(health, events);
             false

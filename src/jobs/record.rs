@@ -98,6 +98,16 @@ impl Record {
         self.undecided.sectors()
     }
 
+    /// Where any replica is corrupt or unreadable.
+    pub(super) fn faults(&self) -> RangeSet {
+        let mut faults = RangeSet::default();
+        for own in self.replicas.values() {
+            faults.insert_all(&own.corrupt);
+            faults.insert_all(&own.unreadable);
+        }
+        faults
+    }
+
     /// Replicas that could not be read everywhere.
     pub(super) fn unread(&self) -> ReplicaSet {
         self.unread

@@ -198,7 +198,7 @@ impl World {
         // The operator has changed the command line too.
         self.plan.threshold = self.threshold;
         self.start_engines();
-        Ok(())
+        self.compare_first()
     }
 
     /// What a sector holds after a crash (I2). Returns the replicas that hold what was flushed, or

@@ -22,6 +22,7 @@ impl World {
     /// # Errors
     /// The first violation.
     pub fn run(&mut self) -> Checked {
+        self.compare_first()?;
         let mut steps_left = STEPS_TO_QUIET;
         while self.requests < self.plan.requests || (!self.is_quiet() && steps_left > 0) {
             self.step()?;
@@ -49,6 +50,7 @@ impl World {
         let any_aborting = self.jobs.iter().any(is_aborting);
         self.resume_jobs()?;
         self.continue_held();
+        self.finish_comparison()?;
         self.settle()?;
         if any_aborting {
             // Where a cancelled resync had not ended yet, no other one could begin.
@@ -74,6 +76,7 @@ impl World {
         if !self.shared.unresolved().is_empty() {
             return Err(Violation::new("R3", "what was written counts as undecided"));
         }
+        self.check_limit_reported()?;
         self.read_all()
     }
 

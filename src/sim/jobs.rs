@@ -44,9 +44,7 @@ impl World {
             let text = format!("{id} is {status:?} after {before:?}");
             return Err(Violation::new("jobs", text));
         }
-        if event.what == JobChange::Status {
-            self.note_decision(&event);
-        }
+        self.note_decision(&event);
         match known {
             Some(known) if status == JobStatus::Null => drop(self.jobs.swap_remove(known)),
             Some(known) => self.jobs[known] = event.job.clone(),

@@ -89,6 +89,8 @@ pub struct Plan {
     pub read_pattern: ReadPattern,
     /// Whether the engine repairs the losers of a vote.
     pub rewrite_corrupted: bool,
+    /// The replicas are compared before anything is repaired unasked.
+    pub compares_first: bool,
     /// How many sectors it repairs unasked.
     pub repair_limit_sectors: u64,
     /// Engines that share the disk, as worker threads do.
@@ -182,6 +184,7 @@ impl Plan {
             follows: false,
             read_pattern,
             rewrite_corrupted: random.below(3) > 0,
+            compares_first: false,
             repair_limit_sectors: u64::MAX,
             workers: random.pick(&[1, 2, 2, 3]),
             depth: 1 + random.index(5),
@@ -262,6 +265,7 @@ impl Plan {
         if random.below(3) == 0 {
             self.repair_limit_sectors = self.block_sectors * random.pick(&[1, 2, 4, 16]);
         }
+        self.compares_first = self.rewrite_corrupted && random.below(3) == 0;
     }
 
     /// Whether jobs ask where the replicas have holes.

@@ -127,6 +127,12 @@ impl Daemon {
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
+    /// Waits until it has compared the images, as it does first with `--rewrite-corrupted`.
+    pub fn wait_until_compared(&self) {
+        let is_compared = || self.log().contains("job completed");
+        assert!(wait_until(HANG_LIMIT, is_compared), "{}", self.log());
+    }
+
     /// Asks it to end (SIGTERM) and waits for that.
     pub fn terminate(&mut self) -> ExitStatus {
         self.process.signal(libc::SIGTERM);

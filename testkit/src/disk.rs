@@ -67,6 +67,9 @@ impl Program {
                 arguments.push("--shared".into());
                 arguments.extend(["--qmp".into(), directory.join(MONITOR_SOCKET).into()]);
                 let daemon = Daemon::start(directory, arguments);
+                if plan.rewrites() && plan.replicas > 1 {
+                    daemon.wait_until_compared();
+                }
                 let socket = daemon.socket().to_owned();
                 let events = EventReader::connect(daemon.events_socket());
                 (Self::Ours(daemon), socket, events)

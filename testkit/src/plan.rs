@@ -51,6 +51,11 @@ impl Default for Plan {
 }
 
 impl Plan {
+    /// Whether losers are repaired unasked.
+    pub(crate) fn rewrites(&self) -> bool {
+        self.rewrite_corrupted || self.more.contains(&"--rewrite-corrupted")
+    }
+
     /// The arguments of quorum-blkd.
     pub(crate) fn arguments(&self, images: &[PathBuf]) -> Vec<OsString> {
         let mut arguments: Vec<OsString> = Vec::new();

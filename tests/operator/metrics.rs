@@ -29,6 +29,7 @@ fn serve(address: &str) -> Served {
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 20));
     arguments.extend(["--rewrite-corrupted", "--metrics", address].map(OsString::from));
     let daemon = Daemon::start(directory.path(), arguments);
+    daemon.wait_until_compared();
     let mut port = None;
     wait_until(HANG_LIMIT, || {
         let log = daemon.log();

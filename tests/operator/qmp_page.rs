@@ -127,6 +127,7 @@ fn the_examples_match_the_output() {
     arguments.extend(options.split(' ').map(OsString::from));
     arguments.push(directory.path().join("qmp.sock").into());
     let mut daemon = Daemon::start(directory.path(), arguments);
+    daemon.wait_until_compared();
     let new = File::create_new(directory.path().join("new.raw")).unwrap();
     new.set_len(1 << 30).unwrap();
     play_the_manual(&daemon, directory.path());

@@ -170,6 +170,7 @@ pub fn disk() -> DiskState {
             rerror: "report".into(),
             werror: "report".into(),
         },
+        repairs: "off",
         read_only: false,
         direct: true,
         aio: "io_uring".into(),

@@ -37,6 +37,9 @@ impl Setup {
         let mut arguments = replica_arguments(&images);
         arguments.extend(options.iter().map(OsString::from));
         let daemon = Daemon::start(directory.path(), arguments);
+        if options.contains(&"--rewrite-corrupted") {
+            daemon.wait_until_compared();
+        }
         let events = EventReader::connect(daemon.events_socket());
         Self {
             images,
