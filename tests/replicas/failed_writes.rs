@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use testkit::client::Client;
-use testkit::disk::{Disk, Plan, System};
+use testkit::disk::{Disk, Plan, System, node_name};
 use testkit::fuse::{Fault, Operation};
 use testkit::images::{BLOCK_BYTES, are_identical};
 use testkit::load::figure;
@@ -112,4 +112,44 @@ fn a_scrub_after_failed_writes_accuses_no_replica() {
     let ran = scrub(&disk, false);
     let what = format!("writes that failed on two of three, then a scrub: {ran}");
     accuse_nothing(&what, &disk);
+}
+
+/// One of two replicas is full: neither old nor new data has two votes, and the full replica
+/// cannot be removed. With a threshold of 1 the replica that is listed first decides.
+#[test]
+fn a_tie_of_two_replicas_is_decided_with_a_threshold_of_1() {
+    let _machine = shared();
+    let plan = Plan {
+        replicas: 2,
+        faulty: vec![1],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    for block in 0..BLOCKS {
+        let offset = block * BLOCK_BYTES;
+        client.write(0, offset, &[1; BLOCK]).unwrap();
+    }
+    client.flush(0).unwrap();
+    let full = Fault::Fail(libc::ENOSPC);
+    disk.faulty(1).inject(Operation::Write, full);
+    client.write(0, 0, &[2; BLOCK]).unwrap_err();
+    client.read(0, 0, BLOCK).unwrap_err();
+    let mut monitor = disk.monitor();
+    let remove = json!({ "parent": "quorum0", "child": node_name(1) });
+    let removal = monitor.try_execute("x-blockdev-change", remove.clone());
+    removal.expect_err("two must agree");
+    monitor.execute("quorum-set-threshold", json!({ "vote-threshold": 1 }));
+    for _ in 0..2 {
+        assert_eq!(client.read(0, 0, BLOCK).unwrap(), [2; BLOCK]);
+    }
+    client.write(0, BLOCK_BYTES, &[3; BLOCK]).unwrap();
+    monitor.execute("x-blockdev-change", remove);
+    client.flush(0).unwrap();
+    for (block, byte) in [(0, 2), (1, 3), (2, 1)] {
+        let bytes = client.read(0, block * BLOCK_BYTES, BLOCK).unwrap();
+        assert_eq!(bytes, [byte; BLOCK]);
+    }
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
 }
