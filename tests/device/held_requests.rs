@@ -31,8 +31,12 @@ struct FullHost {
 
 impl FullHost {
     fn new() -> Self {
-        let small = SmallDisk::mount(8 * MEBIBYTE);
-        let images = create_images(&small.path(), 3, 4 * MEBIBYTE);
+        Self::with(8 * MEBIBYTE, 4 * MEBIBYTE)
+    }
+
+    fn with(bytes: u64, image_bytes: u64) -> Self {
+        let small = SmallDisk::mount(bytes);
+        let images = create_images(&small.path(), 3, image_bytes);
         let ballast = small.path().join("ballast");
         let file = File::create_new(&ballast).unwrap();
         let full = (0..).find(|page| file.write_all_at(&[1; 4096], page * 4096).is_err());
@@ -47,6 +51,14 @@ impl FullHost {
     fn make_room(&self) {
         fs::remove_file(&self.ballast).unwrap();
     }
+}
+
+/// How a daemon ends.
+#[derive(Clone, Copy)]
+enum End {
+    Kill,
+    Terminate,
+    Quit,
 }
 
 fn plan(more: &[&'static str]) -> DiskPlan {
@@ -134,6 +146,39 @@ fn a_write_without_space_waits_until_there_is_some() {
 }
 
 #[test]
+fn long_requests_are_continued_in_parts() {
+    const COUNT: usize = 6;
+    const BYTES: usize = 5 << 18;
+    let host = FullHost::with(64 * MEBIBYTE, 16 * MEBIBYTE);
+    let disk = Disk::over(&plan(&["--werror", "enospc"]), host.images.clone());
+    let long = Plan {
+        data_bytes: BYTES,
+        slots: COUNT,
+        ..vmm(Style::Qemu)
+    };
+    let mut vmm = Vmm::start(disk.socket(), &long);
+    let sector = |index: usize| (index * BYTES / 512) as u64;
+    for index in 0..COUNT {
+        let fill = u8::try_from(index + 1).unwrap();
+        let request = Request::write(sector(index), vec![fill; BYTES]);
+        vmm.queues[0].submit(&request, Layout::DIRECT);
+    }
+    disk.state_when(|state| state["held-requests"].as_u64() >= Some(1));
+    host.make_room();
+    disk.monitor().execute("cont", json!({}));
+    for _ in 0..COUNT {
+        wait_for_success(&mut vmm.queues[0]);
+    }
+    for index in 0..COUNT {
+        let fill = u8::try_from(index + 1).unwrap();
+        assert_eq!(vmm.queues[1].read_disk(sector(index), 4096), [fill; 4096]);
+    }
+    drop(vmm);
+    disk.end();
+    assert!(are_identical(&disk.images));
+}
+
+#[test]
 fn a_read_without_a_quorum_waits_until_there_is_one() {
     let disk = Disk::start(
         testkit::disk::System::Ours,
@@ -167,6 +212,67 @@ fn a_read_without_a_quorum_waits_until_there_is_one() {
     wait_for_success(&mut vmm.queues[0]);
     drop(vmm);
     disk.end();
+}
+
+#[test]
+fn a_flush_that_failed_is_reported_at_once() {
+    let disk = Disk::start(
+        testkit::disk::System::Ours,
+        &DiskPlan {
+            faulty: vec![1, 2],
+            ..plan(&["--rerror", "stop", "--werror", "stop"])
+        },
+    );
+    let mut vmm = Vmm::start(disk.socket(), &vmm(Style::Qemu));
+    vmm.queues[0].write_disk(0, &[3; 4096]);
+    for replica in [1, 2] {
+        let fails = Fault::Fail(libc::EIO);
+        disk.faulty(replica).inject(Operation::Sync, fails);
+    }
+    let failed = vmm.queues[0].run(&Request::flush(), Layout::DIRECT);
+    assert_eq!(u32::from(failed.status), VIRTIO_BLK_S_IOERR);
+    let state = disk.state();
+    assert_eq!(
+        (&state["held-requests"], &state["failures"]["flush"]),
+        (&json!(0), &json!(1))
+    );
+    // The disk goes on.
+    assert_eq!(vmm.queues[1].read_disk(64, 4096), [0; 4096]);
+    for replica in [1, 2] {
+        disk.faulty(replica).clear_faults();
+    }
+    drop(vmm);
+    disk.end_even_unflushed();
+}
+
+#[test]
+fn the_operator_changes_the_disk_while_a_request_is_held() {
+    let host = FullHost::new();
+    let disk = Disk::over(&plan(&["--werror", "enospc"]), host.images.clone());
+    let mut vmm = Vmm::start(disk.socket(), &vmm(Style::Qemu));
+    vmm.queues[0].submit(&write(7), Layout::DIRECT);
+    wait_for_held(&disk, 1);
+    let mut monitor = disk.monitor();
+    let larger = json!({ "node-name": "quorum0", "size": 6 * MEBIBYTE });
+    monitor.execute("block_resize", larger);
+    // It may be needed to decide what the write has left.
+    let remove = json!({ "parent": "quorum0", "child": "children.2" });
+    let refused = monitor.try_execute("x-blockdev-change", remove.clone());
+    assert!(refused.is_err(), "{refused:?}");
+    assert_eq!(disk.state()["held-requests"], 1);
+    assert!(!vmm.queues[0].has_used());
+
+    host.make_room();
+    monitor.execute("cont", json!({}));
+    wait_for_success(&mut vmm.queues[0]);
+    monitor.execute("x-blockdev-change", remove);
+    let last = 6 * MEBIBYTE / 512 - 8;
+    vmm.queues[1].write_disk(last, &[9; 4096]);
+    assert_eq!(vmm.queues[0].read_disk(last, 4096), [9; 4096]);
+    assert_eq!(vmm.queues[0].read_disk(0, 4096), [7; 4096]);
+    drop(vmm);
+    disk.end();
+    assert!(are_identical(&disk.images[..2]));
 }
 
 #[test]
@@ -210,28 +316,33 @@ fn without_an_inflight_region_a_held_request_fails_when_the_virtual_machine_stop
 }
 
 #[test]
-fn the_next_daemon_does_what_was_held_when_one_was_killed() {
+fn the_next_daemon_does_what_was_held_when_one_has_ended() {
     for style in [Style::Qemu, Style::CloudHypervisor] {
-        for signal in [libc::SIGKILL, libc::SIGTERM] {
+        for end in [End::Kill, End::Terminate, End::Quit] {
             let host = FullHost::new();
             let directory = tempfile::tempdir().unwrap();
             let qmp = directory.path().join("qmp.sock");
             let mut arguments = replica_arguments(&host.images);
             let options = ["--cache", "writeback", "--werror", "stop", "--qmp"];
             arguments.extend(options.map(Into::into));
-            arguments.push(qmp.into());
+            arguments.push(qmp.clone().into());
             let mut daemon = Daemon::start(directory.path(), arguments);
             let events = EventReader::connect(daemon.events_socket());
             let mut vmm = Vmm::start(daemon.socket(), &vmm(style));
             vmm.queues[0].submit(&write(7), Layout::DIRECT);
             let is_held = |event: &Value| event["event"] == "BLOCK_IO_ERROR";
             assert!(events.wait_for(is_held, HANG_LIMIT).is_some());
-            daemon.signal(signal);
+            match end {
+                End::Kill => daemon.signal(libc::SIGKILL),
+                End::Terminate => daemon.signal(libc::SIGTERM),
+                End::Quit => drop(Monitor::connect(&qmp).execute("quit", json!({}))),
+            }
             let status = daemon.wait();
-            if signal == libc::SIGKILL {
-                assert_eq!(status.signal(), Some(signal));
-            } else {
-                assert_eq!(status.code(), Some(0), "{}", daemon.log());
+            match end {
+                End::Kill => assert_eq!(status.signal(), Some(libc::SIGKILL)),
+                End::Terminate | End::Quit => {
+                    assert_eq!(status.code(), Some(0), "{}", daemon.log());
+                }
             }
             host.make_room();
             daemon.start_again();

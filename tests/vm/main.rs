@@ -4,6 +4,7 @@ mod boot;
 mod corrupt_replica;
 mod daemon_restart;
 mod device_features;
+mod full_host;
 mod migration;
 mod new_size;
 mod queues;
