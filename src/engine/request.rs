@@ -14,7 +14,7 @@ use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
 use super::skip::{Skip, SkipOrder};
 use super::write::{Content, Write, WriteOrder};
-use crate::common::operation::{OperationType, Reply};
+use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{Chunk, ChunkId, Work};
 use crate::quorum::tally::Tally;
@@ -176,6 +176,10 @@ impl Request {
                 skip.reply(&reply, context)
             }
             Self::Orphaned => {
+                if matches!(reply.action, Action::FindData { .. }) {
+                    // The job has given it up, and perhaps others have waited for it.
+                    context.shared().loads().yielded(reply.replica);
+                }
                 // No request waits for it any more, but an error is an error (R4).
                 if let Err(errno) = reply.result {
                     let (operation, range) = reply.action.describe();

@@ -126,6 +126,12 @@ impl Skip {
         self.finish_if_complete(context)
     }
 
+    /// The answer has taken so long that the range is rather read: a guest may wait for its lock.
+    /// What the replicas answer later changes nothing.
+    pub(super) fn give_up(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
+        self.finish(0, context)
+    }
+
     fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         if !self.tally.is_complete() {
             return Progress::Waiting;

@@ -55,6 +55,7 @@ impl Engine {
             self.rejoin_drained(evicted, effects);
         }
         self.help_late_reads(effects);
+        self.give_up_questions(effects);
         self.core.check_for_work();
         self.run_ready(effects);
     }
@@ -87,6 +88,25 @@ impl Engine {
             _ => Progress::Waiting,
         });
         self.core.latencies.oldest_read = oldest;
+    }
+
+    /// Has jobs read where no replica has said in time that there is a hole (W8).
+    fn give_up_questions(&mut self, effects: &mut impl Effects) {
+        if !self.core.runs_jobs() || !self.core.shared.has_jobs() {
+            return;
+        }
+        let timeout = self.core.policy.replica_timeout;
+        let Some(limit) = self.core.clock.now().checked_sub(timeout) else {
+            return;
+        };
+        let is_late = |request: &Request| match request {
+            Request::Skip(skip) => !skip.waits_for_lock() && !skip.waiting_since(limit).is_empty(),
+            _ => false,
+        };
+        self.for_each(is_late, effects, |request, context| match request {
+            Request::Skip(skip) => skip.give_up(context),
+            _ => Progress::Waiting,
+        });
     }
 
     /// Evicts the replicas that are late and not needed (W6).

@@ -397,8 +397,9 @@ impl Flight {
     }
 
     /// Its request waits for it, unless the replica is evicted. A read that has a quorum does not.
+    /// Nor does a job that asks for holes: after a while it reads.
     pub(super) fn is_waited_for(&self) -> bool {
-        !self.reads()
+        !self.reads() && !matches!(self.operation.action, Action::FindData { .. })
     }
 
     pub(super) fn reads(&self) -> bool {

@@ -29,6 +29,7 @@ impl Disk {
     fn new(replicas: usize, threshold: usize, read_pattern: ReadPattern) -> Self {
         let policy = Policy {
             read_pattern,
+            rewrite_corrupted: true,
             job_sizes: Sizes {
                 neighbourhood_sectors: 0,
                 ..Sizes::default()
@@ -274,4 +275,21 @@ fn of_an_evicted_replica_makes_nothing_fresh() {
     assert!(!disk.shared.in_service().contains(late));
     disk.reply(owed.remove(0), 0);
     assert_eq!(disk.shared.stale_sectors(late), 1);
+}
+
+/// At first a write was in flight, and no two replies were equal.
+#[test]
+fn of_a_repair_keeps_no_guest_waiting() {
+    let mut disk = Disk::new(3, 2, ReadPattern::Quorum);
+    for operation in disk.read() {
+        let byte = operation.replica.0 + 1;
+        disk.reply(operation, byte);
+    }
+    for operation in disk.submitted() {
+        let byte = u8::from(operation.replica == ReplicaIndex(0));
+        disk.reply(operation, byte);
+    }
+    let repairs = disk.submitted();
+    assert!(matches!(repairs[0].action, Action::Write { .. }));
+    assert_eq!((repairs.len(), &disk.answers[..]), (1, &[true][..]));
 }

@@ -8,6 +8,7 @@ mod failed_requests;
 mod failed_write;
 mod fifo;
 mod flapping;
+mod hung_question;
 mod late_reply;
 mod mutant_patches;
 mod partly_stale;

@@ -81,21 +81,25 @@ impl Questions {
             .collect()
     }
 
-    /// Asks `file` for what `operation` wants to know.
+    /// Asks `file` for what `operation` wants to know. If the replica has not answered the last
+    /// question, there is no hole.
     pub(super) fn ask(&mut self, operation: Operation, since: Since, file: Option<&HoleFile>) {
         let replica = operation.replica.as_usize();
         let (_, range) = operation.action.describe();
+        // It hangs, perhaps, and each question would wait behind it.
+        let is_busy = self.by_replica[replica] > 0;
         self.by_replica[replica] += 1;
         let slot = self.asked.insert((operation, since));
         let question = Question { slot, range };
         if self.askers[replica].is_none()
+            && !is_busy
             && let Some(file) = file
         {
             self.askers[replica] = self.start(file);
         }
         let is_asked = match &self.askers[replica] {
-            Some(asker) => asker.send(question).is_ok(),
-            None => false,
+            Some(asker) if !is_busy => asker.send(question).is_ok(),
+            Some(_) | None => false,
         };
         if !is_asked {
             self.answers.add(slot, 0);
