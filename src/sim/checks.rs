@@ -78,7 +78,7 @@ impl World {
             let outvoted = if fifo {
                 wrong == 0
             } else {
-                wrong < t || (value.is_rotten() && self.least_threshold > 1) || majority
+                wrong < t || (value.is_rotten() && !self.one_has_decided) || majority
             };
             if outvoted {
                 let permitted: Vec<_> = self

@@ -127,6 +127,8 @@ pub struct World {
     pub(super) thresholds: Thresholds,
     /// The lowest since the start of the daemon.
     pub(super) least_threshold: usize,
+    /// The threshold was 1 at some time, so that a rotten value may have been copied.
+    pub(super) one_has_decided: bool,
     /// The one that the operator wants; `None`: it follows the number of replicas.
     pub(super) wanted: Option<usize>,
     pub(super) shared: Arc<Shared>,
@@ -437,6 +439,7 @@ impl World {
             threshold: 0,
             thresholds: Thresholds::only(0),
             least_threshold: 0,
+            one_has_decided: false,
             wanted: None,
             to_be_released: 0,
             unsynced: 0,
@@ -538,6 +541,7 @@ impl World {
         self.threshold = threshold;
         self.thresholds = Thresholds::only(threshold);
         self.least_threshold = threshold;
+        self.one_has_decided |= threshold == 1;
         self.wanted = (!self.plan.follows).then_some(threshold);
         let policy = Policy {
             threshold,

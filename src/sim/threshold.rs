@@ -47,6 +47,7 @@ impl World {
         self.threshold = now;
         self.thresholds.include(now);
         self.least_threshold = self.least_threshold.min(now);
+        self.one_has_decided |= now == 1;
         for pending in &mut self.pending {
             pending.thresholds.include(now);
         }
