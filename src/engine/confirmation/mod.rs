@@ -54,6 +54,8 @@ pub(super) struct Confirmation {
     voted_at: FailureEpoch,
     /// The winner, as long as the guest must not have it: too few replicas hold it (W7).
     withheld: Option<Rc<Buffer>>,
+    /// Where doubtful copies were needed for it.
+    voted: Vec<SectorRange>,
     /// A replica has failed while it was withheld.
     outdated: bool,
     /// What was found and done.
@@ -130,6 +132,7 @@ impl Confirmation {
             surveys: Vec::new(),
             voted_at: FailureEpoch::default(),
             withheld: None,
+            voted: Vec::new(),
             outdated: false,
             end: ChunkEnd::default(),
         }
@@ -424,6 +427,7 @@ impl Confirmation {
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
         self.withheld = winner.clone().filter(|_| waits);
+        self.voted.clone_from(&disputed.lacking);
         let differs = self.first_difference(disputed, &verdict, context.core);
         Next::Decided(Decision {
             verdict,

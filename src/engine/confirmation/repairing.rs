@@ -200,7 +200,9 @@ impl Confirmation {
             let shared = context.shared();
             // A replica that held the winner may have lost a newer version, and said so only now.
             self.outdated = shared.health(|health| health.any_failed_since(voted_at));
-            if self.outdated || !shared.change_health(|health| health.settled(range, needed)) {
+            let settled =
+                || shared.change_health(|health| health.settled(range, &self.voted, needed));
+            if self.outdated || !settled() {
                 self.withheld = None;
             }
         }

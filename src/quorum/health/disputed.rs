@@ -210,11 +210,16 @@ impl Health {
     }
 
     /// The winner of a vote on `range` was written to the doubtful copies. Whether `needed` members
-    /// (by default t) are fresh now in all of it, so that a read may return it. Where t are, copies
-    /// that are doubtful still are not asked any more.
-    pub fn settled(&mut self, range: SectorRange, needed: Option<usize>) -> bool {
+    /// (by default t) are fresh now in all of it, so that a read may return it. Where the vote was
+    /// decided by doubtful copies (`voted`) and t are fresh, those still doubtful have no vote.
+    pub fn settled(
+        &mut self,
+        range: SectorRange,
+        voted: &[SectorRange],
+        needed: Option<usize>,
+    ) -> bool {
         let lacking = self.disputed(range, self.threshold).lacking;
-        let settled = runs::without(&[range], &lacking);
+        let settled = runs::without(voted, &lacking);
         for member in self.members.iter() {
             let state = &mut self.replicas[member.as_usize()];
             for part in runs::common(&state.doubtful(range), &settled) {
@@ -378,11 +383,29 @@ mod tests {
         assert!(!flush(&mut health, &[A, B, C]));
         assert_eq!(health.doubtful_in(written), ReplicaSet::first(3));
         health.repaired(A, written, health.failure_epoch(), false);
-        assert!(!health.settled(written, None), "one is not enough");
+        assert!(
+            !health.settled(written, &[written], None),
+            "one is not enough"
+        );
         assert_eq!(health.doubtful_in(written), set(&[B, C]));
         health.repaired(B, written, health.failure_epoch(), false);
-        assert!(health.settled(written, None));
+        assert!(health.settled(written, &[written], None));
         assert_eq!(health.doubtful_in(written), ReplicaSet::EMPTY);
         assert_eq!(health.stale_in(written), set(&[C]));
+    }
+
+    #[test]
+    fn a_vote_says_nothing_of_copies_that_it_did_not_need() {
+        let mut health = Health::new(ReplicaSet::first(3), 1, 2, 1 << 22);
+        let (beside, voted) = (range(0, 8), range(8, 8));
+        write(&mut health, range(0, 16), &[]);
+        assert!(!flush(&mut health, &[A, B, C]));
+        health.repaired(B, beside, health.failure_epoch(), false);
+        let both = range(0, 16);
+        let lacking = health.disputed(both, 1).lacking;
+        assert_eq!(lacking, [voted]);
+        health.repaired(B, voted, health.failure_epoch(), false);
+        assert!(health.settled(both, &lacking, None));
+        assert_eq!(health.doubtful_parts(A, both), [beside], "B may lose it");
     }
 }

@@ -415,7 +415,7 @@ fn a_failed_flush_of_a_job_fails_one_of_the_guest() {
     for replica in [A, B, C] {
         health.repaired(replica, written, health.failure_epoch(), false);
     }
-    assert!(health.settled(written, None));
+    assert!(health.settled(written, &[written], None));
     let durable = flush(&mut health, &[]);
     assert!(durable);
     let asked_after = health.counted_writes();
