@@ -35,6 +35,10 @@ impl World {
             return Ok(());
         }
         self.unasked.sectors += range.count;
+        let rule = match self.unasked.is_comparing {
+            true => "O6",
+            false => "O5",
+        };
         let text = if self.unasked.is_comparing {
             "a repair before the replicas are compared".to_owned()
         } else if self.leaves_losers() {
@@ -45,7 +49,7 @@ impl World {
             return Ok(());
         };
         let sectors = self.plan.mask(range);
-        Err(Violation::new("O5", text).at(sectors))
+        Err(Violation::new(rule, text).at(sectors))
     }
 
     /// An engine reports that the limit is reached.
