@@ -133,7 +133,7 @@ impl World {
                 && self.no_write_in_flight(sector)
                 && bits(u64::from(right)).any(|r| votes(r) >= needed)
         };
-        if self.faults_ended && self.must_have_winners(self.plan.mask(read.range)) {
+        if self.faults_ended && self.must_be_readable(self.plan.mask(read.range)) {
             let text = format!(
                 "read {} failed, and all copies are equal",
                 number_of(read.tag)

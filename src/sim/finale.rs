@@ -303,25 +303,6 @@ impl World {
         self.are_equal_at(sectors) && self.members().all(|r| doubt(r) & sectors == 0)
     }
 
-    /// Whether there must be a winner in these sectors: all replicas hold the same and can be read,
-    /// and t of them have missed nothing since they flushed, so that they vote (W7). What could not
-    /// be read of an evicted one may count as another version.
-    pub(super) fn must_have_winners(&self, sectors: u64) -> bool {
-        let needed = match self.ledger.evicted & self.members {
-            0 => self.plan.threshold,
-            _ => self.count(),
-        };
-        let is_sound = |r: &usize, sector: usize| self.ledger.unsound[*r] >> sector & 1 == 0;
-        let has_votes = |sector| {
-            let sound = self.members().filter(|r| is_sound(r, sector));
-            sound.count() >= needed
-        };
-        let is_readable = |r: usize| self.ledger.unreadable[r] & sectors == 0;
-        self.are_equal_at(sectors)
-            && self.members().all(is_readable)
-            && bits(sectors).all(has_votes)
-    }
-
     /// Whether all replicas hold the same in these sectors.
     fn are_equal_at(&self, sectors: u64) -> bool {
         let first = self.members().next().unwrap_or(0);
