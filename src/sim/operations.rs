@@ -406,14 +406,17 @@ impl World {
             if wrong(&replica) && value != Value::written(0, sector) {
                 continue;
             }
+            // A file system that has lost a page in spite of a flush finds a hole there.
+            let lies = |r: &usize| wrong(r) || self.ledger.falsely_durable[*r] & bit != 0;
             let others = || self.members().filter(|r| *r != replica);
-            let against = others().any(|r| differs(&r) && !excused(&r) && !wrong(&r));
-            let votes = others().filter(|r| !differs(r) || wrong(r)).count();
+            let against = others().any(|r| differs(&r) && !excused(&r) && !lies(&r));
+            let votes = others().filter(|r| !differs(r) || lies(r)).count();
             if against || votes < self.thresholds.least {
                 let text = format!("{sector} is {value} on replica {replica}, and not on others");
                 return Err(Violation::new("W8", text).at(bit));
             }
-            if self.model.is_permitted(sector, value, self.now) {
+            let misled = others().any(|r| differs(&r) && !wrong(&r) && lies(&r));
+            if self.model.is_permitted(sector, value, self.now) && !misled {
                 self.ledger.repaired(replica, bit);
             } else {
                 self.mark_corrupt(replica, bit);
