@@ -187,11 +187,11 @@ fn is_repaired_by_reads(pattern: &'static str) {
     }
     let before = disk.faulty(1).written_bytes();
     let mut failed = 0;
-    // With the pattern threshold, only two of three replicas are asked.
-    for _ in 0..6 {
+    // With the pattern threshold, two of three replicas are asked, and the fast ones more often.
+    let came = wait_until(LOOK, || {
         failed += failed_reads(&mut client, &content, MEBIBYTE);
-    }
-    let came = wait_until(LOOK, || disk.faulty(1).unreadable_bytes() == 0);
+        disk.faulty(1).unreadable_bytes() == 0
+    });
     let left = disk.faulty(1).unreadable_bytes();
     let written = disk.faulty(1).written_bytes() - before;
     let state = disk.state();
