@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::Violation;
 use super::ledger::Masks;
 use super::plan::{PLACES, bits};
-use super::state::{Checked, Flight, Looked, PendingKind, World};
+use super::state::{Checked, Flight, Looked, PendingKind, Took, World};
 use crate::limits::{
     FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
     LATE_PATIENCE_MOST,
@@ -269,13 +269,14 @@ impl World {
     fn may_be_needed(&self, replica: usize, excused: &Masks, evicted: u32) -> bool {
         let others = self.members & !self.ledger.evicted & !evicted & !(1 << replica);
         let needed = self.thresholds.most;
-        let few = |excused: &Masks| {
+        let few_of = |others: u32, excused: &Masks| {
             let enough = |sector: usize| {
                 let fresh = |r: &usize| excused[*r] >> sector & 1 == 0;
                 bits(u64::from(others)).filter(fresh).count() >= needed
             };
             !(0..self.changed_at.len()).all(enough)
         };
+        let few = |excused: &Masks| few_of(others, excused);
         let by_request = |kind: &PendingKind, seen: &Masks| match kind {
             PendingKind::Read => false,
             PendingKind::Write(write) => {
@@ -290,9 +291,20 @@ impl World {
         let mut pending = self.pending.iter();
         // What has become fresh since the running flush began is not durable by it.
         let flush_lacks: Masks = std::array::from_fn(|r| excused[r] | self.flush_lacks[r]);
+        // A replica that has failed the flush makes nothing durable by it.
+        let of_flush = |took: &&Took| {
+            let mut flushes = flushes.clone();
+            flushes.any(|f| (f.worker, f.operation.request) == (took.worker, took.request))
+        };
+        let failed = self
+            .took
+            .iter()
+            .filter(of_flush)
+            .filter(|took| !took.success);
+        let failed = failed.fold(0, |mask, took| mask | 1 << took.replica);
         few(excused)
             || flushes.clone().any(|f| f.background)
-            || (flushes.clone().next().is_some() && few(&flush_lacks))
+            || (flushes.clone().next().is_some() && few_of(others & !failed, &flush_lacks))
             || pending.any(|p| by_request(&p.kind, &p.seen.excused))
     }
 }
