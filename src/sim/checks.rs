@@ -6,6 +6,7 @@
 
 use super::Violation;
 use super::effects::number_of;
+use super::ledger::Seen;
 use super::model::Value;
 use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, ExpectedReport, Pending, PendingKind, PendingWrite, World, trace};
@@ -62,7 +63,7 @@ impl World {
     fn check_value(&mut self, read: &Pending, sector: usize, value: Value) -> Checked {
         // All replicas that may have been asked since the start of the daemon.
         let (n, t) = (self.members_ever, read.thresholds.least);
-        let wrong = read.seen.wrong_at(sector);
+        let wrong = self.with_lost_pages(read.seen).wrong_at(sector);
         let fifo = self.plan.read_pattern == ReadPattern::Fifo;
         if !self.model.is_permitted(sector, value, read.began) {
             // R7: most of those that may vote agree on a winner, and most of all are right. A
@@ -456,16 +457,20 @@ impl World {
         is_reported
     }
 
-    /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed
-    /// write has not.
-    fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
-        let mut now = self.ledger.seen();
+    /// A vote may have come before the error that reports a lost page to another worker.
+    fn with_lost_pages(&self, mut seen: Seen) -> Seen {
         if self.overlapped {
-            // The vote may have come before the error that reports a lost page to another worker.
-            for (now, before) in now.dropped.iter_mut().zip(self.before_input.dropped) {
+            for (now, before) in seen.dropped.iter_mut().zip(self.before_input.dropped) {
                 *now |= before;
             }
         }
+        seen
+    }
+
+    /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed
+    /// write has not.
+    fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
+        let now = self.with_lost_pages(self.ledger.seen());
         if (now.wrong(replica) | self.ledger.accusable) >> sector & 1 == 1 {
             return Ok(());
         }
