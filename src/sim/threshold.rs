@@ -53,6 +53,7 @@ impl World {
         }
         if now > before {
             self.statistics.raised += 1;
+            self.view.refresh(&self.shared, self.plan.disk());
             self.check_raised()?;
         }
         Ok(())
@@ -67,9 +68,11 @@ impl World {
             let text = format!("the vote threshold is {needed}, and {wanted} is wanted");
             return Err(Violation::new("W10", text));
         }
-        if self.undecided != 0 {
+        // The same input may have decided it.
+        let undecided = self.undecided & self.view.undecided;
+        if undecided != 0 {
             let text = "the vote threshold is raised, and a failed write is undecided";
-            return Err(Violation::new("W10", text).at(self.undecided));
+            return Err(Violation::new("W10", text).at(undecided));
         }
         if self.wanted.is_none() {
             let is_stale = |r: &usize| self.shared.stale_sectors(index(*r)) > 0;
