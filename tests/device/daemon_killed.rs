@@ -348,6 +348,12 @@ impl Soak {
             "sectors that are not the newest"
         );
         self.events.retain(is_of_the_vote);
+        if self.options.contains("--rewrite-corrupted") {
+            // The scrub that compares the replicas first finds what half-done writes have left,
+            // before they are submitted again.
+            self.events
+                .retain(|event| event["event"] != "QUORUM_REPORT_BAD");
+        }
         assert_eq!(self.events, [Value::Null; 0], "no replica has a fault");
     }
 }
