@@ -19,6 +19,15 @@ const BLOCKS: u64 = 16;
 /// Long enough for what is under way.
 const LOOK: Duration = Duration::from_secs(20);
 
+/// Old data on all blocks, made durable.
+fn write_old_data(client: &mut Client) {
+    for block in 0..BLOCKS {
+        let offset = block * BLOCK_BYTES;
+        client.write(0, offset, &[1; BLOCK]).unwrap();
+    }
+    client.flush(0).unwrap();
+}
+
 /// Old data on all blocks, and a write of new data that failed on all replicas but one.
 fn after_failed_writes(more: &[&'static str]) -> (Disk, Client) {
     let plan = Plan {
@@ -28,11 +37,7 @@ fn after_failed_writes(more: &[&'static str]) -> (Disk, Client) {
     };
     let disk = Disk::start(System::Ours, &plan);
     let mut client = disk.connect();
-    for block in 0..BLOCKS {
-        let offset = block * BLOCK_BYTES;
-        client.write(0, offset, &[1; BLOCK]).unwrap();
-    }
-    client.flush(0).unwrap();
+    write_old_data(&mut client);
     for block in 0..BLOCKS {
         let written = usize::try_from(block % 3).unwrap();
         for replica in 0..3 {
@@ -126,11 +131,7 @@ fn a_tie_of_two_replicas_is_decided_with_a_threshold_of_1() {
     };
     let disk = Disk::start(System::Ours, &plan);
     let mut client = disk.connect();
-    for block in 0..BLOCKS {
-        let offset = block * BLOCK_BYTES;
-        client.write(0, offset, &[1; BLOCK]).unwrap();
-    }
-    client.flush(0).unwrap();
+    write_old_data(&mut client);
     let full = Fault::Fail(libc::ENOSPC);
     disk.faulty(1).inject(Operation::Write, full);
     client.write(0, 0, &[2; BLOCK]).unwrap_err();
