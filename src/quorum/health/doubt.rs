@@ -83,7 +83,7 @@ impl Health {
     pub(super) fn doubt_copies(
         &mut self,
         replica: ReplicaIndex,
-        doubt: Option<(&mut Doubt, &RangeSet)>,
+        doubt: Option<(&mut Doubt, RangeSet)>,
     ) {
         if !self.any_copied {
             return;
@@ -94,7 +94,7 @@ impl Health {
             let parts: Vec<_> = lost.iter().collect();
             return self.may_be_undone(&parts);
         };
-        let part = |set: &RangeSet| set.part_in(changed);
+        let part = |set: &RangeSet| set.part_in(&changed);
         let sets = self.sets_of_members();
         let parts = sets.iter().map(|sets| sets.each_ref().map(part)).collect();
         let lost = lost(&part(stale), parts);

@@ -2,7 +2,7 @@
 
 use super::replica::ReplicaHealth;
 use super::{Health, Prepared};
-use crate::common::ranges::every_sector;
+use crate::common::ranges::{RangeSet, every_sector};
 use crate::common::runs;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
@@ -165,7 +165,11 @@ impl Health {
         self.in_service.contains(replica) && !self.is_needed(replica)
     }
 
-    pub(super) fn evict_not_needed(&mut self, replica: ReplicaIndex, loss: Option<&mut Prepared>) {
+    pub(super) fn evict_not_needed(
+        &mut self,
+        replica: ReplicaIndex,
+        loss: Option<(&mut Prepared, RangeSet)>,
+    ) {
         self.in_service.remove(replica);
         self.replicas[replica.as_usize()].drained_by = 0;
         for (_, writing) in &mut self.writing {

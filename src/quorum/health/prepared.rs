@@ -143,12 +143,18 @@ impl Health {
 
     /// Does what is `prepared`. `false` if too much has changed since; then nothing is done.
     pub(super) fn take_over(&mut self, prepared: &mut Prepared) -> bool {
-        let Some(changed) = self.changed_since_prepared(prepared) else {
-            return false;
-        };
+        let changed = self.changed_since_prepared(prepared);
+        changed.is_some_and(|changed| {
+            self.put_in_place(prepared, &changed);
+            true
+        })
+    }
+
+    /// Does what is `prepared`, and again what has `changed` since.
+    fn put_in_place(&mut self, prepared: &mut Prepared, changed: &RangeSet) {
         let state = &mut self.replicas[prepared.replica.as_usize()];
-        let mut part = state.part_in(&changed);
-        (prepared.step)(&mut part, &self.written.part_in(&changed));
+        let mut part = state.part_in(changed);
+        (prepared.step)(&mut part, &self.written.part_in(changed));
         let after = prepared.after.joined().into_iter().zip(part.joined());
         for (present, (after, part)) in state.joined().into_iter().zip(after) {
             for range in changed.iter() {
@@ -162,17 +168,11 @@ impl Health {
             let unconfirmed = state.unconfirmed.drain(..);
             self.garbage.extend(unconfirmed.map(|(_, written)| written));
         }
-        true
     }
 
-    /// Whether the `loss` still holds, but for so few sectors that it is quickly prepared again
-    /// there.
-    pub(super) fn is_prepared(&self, loss: &Prepared) -> bool {
-        self.changed_since_prepared(loss).is_some() && self.changed_since_loss(loss).is_some()
-    }
-
-    /// Where the sets have changed that say what the loss makes doubtful.
-    fn changed_since_loss(&self, loss: &Prepared) -> Option<RangeSet> {
+    /// Where the sets have changed that say what the `loss` leaves and makes doubtful. `None` if
+    /// these are too many sectors to be quickly prepared again.
+    pub(super) fn changed_since_loss(&self, loss: &Prepared) -> Option<RangeSet> {
         let mut changed = self.changed_since_prepared(loss)?;
         let mut steps = CHANGES_SINCE_SNAPSHOT_MAX;
         let doubt = loss.doubt.as_ref();
@@ -213,16 +213,22 @@ impl Health {
 
     /// What `replica` wrote since its last successful flush may be lost, and so may be what it is
     /// writing now: a guest may have read that from it already and must not read the old data.
-    pub(super) fn not_durable(&mut self, replica: ReplicaIndex, loss: Option<&mut Prepared>) {
+    /// `loss` was prepared, and this has changed since.
+    pub(super) fn not_durable(
+        &mut self,
+        replica: ReplicaIndex,
+        mut loss: Option<(&mut Prepared, RangeSet)>,
+    ) {
         self.failure_epoch.0 += 1;
-        let mut loss = loss;
-        let changed = loss.as_ref().and_then(|loss| self.changed_since_loss(loss));
-        if loss.as_mut().is_none_or(|loss| !self.take_over(loss)) {
-            let state = &mut self.replicas[replica.as_usize()];
-            let unconfirmed = state.unconfirmed.iter();
-            self.garbage
-                .extend(unconfirmed.map(|(_, written)| written.clone()));
-            state.lose(&self.written);
+        match &mut loss {
+            Some((loss, changed)) => self.put_in_place(loss, changed),
+            None => {
+                let state = &mut self.replicas[replica.as_usize()];
+                let unconfirmed = state.unconfirmed.iter();
+                self.garbage
+                    .extend(unconfirmed.map(|(_, written)| written.clone()));
+                state.lose(&self.written);
+            }
         }
         let state = &mut self.replicas[replica.as_usize()];
         state.last_failure = self.failure_epoch;
@@ -230,20 +236,21 @@ impl Health {
             state.stale.insert(writing.range);
         }
         self.doubt_arose();
-        let doubt = loss.and_then(|loss| loss.doubt.as_mut());
-        self.doubt_copies(replica, doubt.zip(changed.as_ref()));
+        let doubt = loss.and_then(|(loss, changed)| Some((loss.doubt.as_mut()?, changed)));
+        self.doubt_copies(replica, doubt);
     }
 
     /// The flush has come back from a replica with an error. `loss` was prepared on a copy of this.
     /// `false` if too much has changed since; then nothing is done, unless it `must` be.
     pub fn flush_failed(&mut self, loss: &mut Prepared, must: bool) -> bool {
-        if !must && !self.is_prepared(loss) {
+        let changed = self.changed_since_loss(loss);
+        if !must && changed.is_none() {
             return false;
         }
         if let Some(may_succeed) = &mut self.flushing {
             may_succeed.remove(loss.replica);
         }
-        self.not_durable(loss.replica, Some(loss));
+        self.not_durable(loss.replica, changed.map(|changed| (loss, changed)));
         true
     }
 

@@ -97,13 +97,11 @@ impl Health {
     /// since.
     pub fn evict_as_on(&mut self, snapshot: &Self, loss: &mut Prepared) -> Option<bool> {
         let replica = loss.replica();
-        if !self.is_prepared(loss) {
-            return None;
-        }
+        let changed_since_loss = self.changed_since_loss(loss)?;
         let changed = self.changed_since(snapshot)?;
         let can_evict = changed.can_evict(replica);
         if can_evict {
-            self.evict_not_needed(replica, Some(loss));
+            self.evict_not_needed(replica, Some((loss, changed_since_loss)));
         }
         Some(can_evict)
     }
