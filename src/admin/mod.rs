@@ -30,7 +30,7 @@ use crate::device::back_channel::BackChannel;
 use crate::device::hold::Hold;
 use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
-use crate::quorum::health::{NotRemoved, Wanted};
+use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
     OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
@@ -262,10 +262,49 @@ impl Admin {
             }
             other => other,
         };
-        removed.map_err(|reason| AdminError::Needed {
-            node_name: node_name.to_owned(),
-            reason,
-        })?;
+        removed.map_err(needed(node_name))?;
+        Ok(self.is_removed(index, node_name))
+    }
+
+    /// What would be lost with a replica (W11).
+    ///
+    /// # Errors
+    /// If it cannot be removed whatever is lost.
+    pub fn loss_of(&self, node_name: &str) -> Result<Loss, AdminError> {
+        self.check_changeable()?;
+        let index = self.index_of(node_name)?;
+        self.shared.loss_of(index).map_err(needed(node_name))
+    }
+
+    /// Removes a replica like [`Self::remove_replica`], whatever is lost with it (W11). Returns
+    /// what is.
+    ///
+    /// # Errors
+    /// If too few replicas would be left; nothing has changed.
+    pub fn fail_replica(&self, node_name: &str) -> Result<Loss, AdminError> {
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        self.check_changeable()?;
+        let index = self.index_of(node_name)?;
+        let loss = self.shared.loss_of(index).map_err(needed(node_name))?;
+        if !loss.not_durable.is_empty() {
+            self.workers.flush();
+        }
+        let failed = self.shared.fail(index, |event| self.report(event));
+        let loss = failed.map_err(needed(node_name))?;
+        warn!(
+            replica = node_name,
+            "lost-sectors" = loss.lost.sectors(),
+            "doubtful-sectors" = loss.doubtful.sectors(),
+            "not-durable-sectors" = loss.not_durable.sectors(),
+            "undecided-sectors" = loss.undecided.sectors();
+            "replica failed by the operator"
+        );
+        self.is_removed(index, node_name);
+        Ok(loss)
+    }
+
+    /// Waits, for a limited time, until the image of a replica is closed that is removed now.
+    fn is_removed(&self, index: ReplicaIndex, node_name: &str) -> Removed {
         let (threshold, ..) = self.shared.thresholds();
         info!(replica = node_name, "vote-threshold" = threshold; "replica removed");
         self.table.leaves(index);
@@ -274,14 +313,14 @@ impl Admin {
             .table
             .wait_until_closed(index, self.workers.drain_limit())
         {
-            return Ok(Removed::Closed);
+            return Removed::Closed;
         }
         warn!(
             replica = node_name;
             "removed replica does not answer: its image stays locked until the kernel has ended \
              the operations in flight"
         );
-        Ok(Removed::StillOpen)
+        Removed::StillOpen
     }
 
     /// Grows the disk: first all replicas, then the config space that the guest sees. With the
@@ -425,6 +464,14 @@ impl Admin {
 
     fn report(&self, event: JobEvent) {
         self.events.push(event);
+    }
+}
+
+/// The error of a removal that was refused.
+fn needed(node_name: &str) -> impl Fn(NotRemoved) -> AdminError {
+    move |reason| AdminError::Needed {
+        node_name: node_name.to_owned(),
+        reason,
     }
 }
 

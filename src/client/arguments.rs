@@ -150,6 +150,15 @@ pub(super) enum Action {
         #[arg(value_name = "NODE")]
         node: String,
     },
+    /// Remove a replica that the disk needs, and give up what only it holds
+    Fail {
+        /// Name of the replica
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Do it. Without this, the command only says what would be lost
+        #[arg(long)]
+        force: bool,
+    },
     /// Add a replica, wait until it is up to date, then remove another one
     Replace {
         /// Name of the replica to remove

@@ -18,6 +18,7 @@ mod connection;
 mod cont;
 mod disk_map;
 mod events;
+mod fail;
 mod format;
 mod jobs;
 mod progress;
@@ -185,6 +186,7 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Cont => cont::run(context),
         Action::Add { image, detach } => replicas::add(context, &image, detach),
         Action::Remove { node } => replicas::remove(context, &node),
+        Action::Fail { node, force } => fail::run(context, &node, force),
         Action::Replace { old, image } => replicas::replace(context, &old, &image),
         Action::Resize { size } => resize::run(context, size),
         Action::Threshold { threshold } => threshold::run(context, threshold),

@@ -278,7 +278,7 @@ fn create(path: &Path, disk: &Disk) -> Result<(), Error> {
     })
 }
 
-fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error> {
+pub(super) fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error> {
     let found = disk
         .replicas
         .iter()

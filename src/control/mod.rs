@@ -24,6 +24,7 @@ pub mod http;
 pub mod job_history;
 pub mod job_state;
 mod json;
+pub mod loss_state;
 mod map;
 pub mod map_state;
 pub mod metrics;
@@ -40,6 +41,7 @@ use std::path::PathBuf;
 
 use self::job_history::EndedJob;
 use self::job_state::JobState;
+use self::loss_state::LossState;
 use self::map_state::MapState;
 use self::state::DiskState;
 
@@ -142,6 +144,14 @@ pub trait Operator: Send + Sync {
     /// # Errors
     /// If the change fails; nothing has changed. The text is one line.
     fn change(&self, change: Change) -> Result<Option<String>, String>;
+
+    /// What would be lost with a replica; with `force` it is removed, whatever is lost. Waits like
+    /// [`Self::change`].
+    ///
+    /// # Errors
+    /// If too few replicas would be left, or there is no such replica; nothing has changed. The
+    /// text is one line.
+    fn fail(&self, node_name: &str, force: bool) -> Result<LossState, String>;
 
     /// Ends the daemon as SIGTERM does. Does not wait for the end.
     fn quit(&self);

@@ -15,6 +15,7 @@ use crate::config::{Cache, Config, check_node_name};
 use crate::control::condition;
 use crate::control::job_history::EndedJob;
 use crate::control::job_state::JobState;
+use crate::control::loss_state::LossState;
 use crate::control::map_state::{MapState, MappedDisk, ReplicaPlaces};
 use crate::control::queue::EventQueue;
 use crate::control::state::{
@@ -383,6 +384,21 @@ impl Operator for DiskOperator {
             Change::Job { id, order } => self.order_job(&id, order).map(|()| None)?,
         };
         Ok(started.map(|id| id.to_string()))
+    }
+
+    fn fail(&self, node_name: &str, force: bool) -> Result<LossState, String> {
+        let loss = match force {
+            true => self.admin.fail_replica(node_name),
+            false => self.admin.loss_of(node_name),
+        };
+        let loss = loss.map_err(line)?;
+        Ok(LossState {
+            removed: force,
+            lost_sectors: loss.lost.sectors(),
+            doubtful_sectors: loss.doubtful.sectors(),
+            not_durable_sectors: loss.not_durable.sectors(),
+            undecided_sectors: loss.undecided.sectors(),
+        })
     }
 
     fn quit(&self) {

@@ -69,7 +69,9 @@ impl Flush {
                 waiting.is_durable = health.flushed_since(waiting.since)
                     && match waiting.origin {
                         Origin::Request(_) => !health.owes_failure(),
-                        Origin::Write(_, range, _) => !health.is_undone(range),
+                        Origin::Write(_, range, _) => {
+                            !health.is_undone(range) && !health.was_given_up(range)
+                        }
                         Origin::Job(_) => true,
                     };
             }
@@ -280,7 +282,9 @@ fn decide(
             let durable = all || is_durable;
             waiting.is_durable = match waiting.origin {
                 Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
-                Origin::Write(_, range, _) => durable && !health.is_undone(range),
+                Origin::Write(_, range, _) => {
+                    durable && !health.is_undone(range) && !health.is_given_up(range)
+                }
                 Origin::Job(_) => durable,
             };
         }

@@ -33,7 +33,9 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
-use crate::quorum::health::{FailureEpoch, Health, NotRemoved, NotThreshold, Wanted, WriteBegun};
+use crate::quorum::health::{
+    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Wanted, WriteBegun,
+};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
 const ATTEMPTS_MAX: usize = 4;
@@ -224,6 +226,36 @@ impl Shared {
         }
         self.jobs(tell, |jobs, health| jobs.removed(replica, health));
         Ok(())
+    }
+
+    /// What would be lost with `replica` (W11).
+    ///
+    /// # Errors
+    /// If it cannot be removed whatever is lost.
+    pub fn loss_of(&self, replica: ReplicaIndex) -> Result<Loss, NotRemoved> {
+        self.health(Health::snapshot).loss_of(replica)
+    }
+
+    /// Removes `replica` from the disk like [`Self::remove`], whatever is lost with it. Returns
+    /// what is.
+    ///
+    /// # Errors
+    /// If too few replicas would be left; then nothing has changed.
+    pub fn fail(
+        &self,
+        replica: ReplicaIndex,
+        tell: impl FnMut(JobEvent),
+    ) -> Result<Loss, NotRemoved> {
+        let loss = loop {
+            let snapshot = self.health(Health::snapshot);
+            let loss = snapshot.loss_of(replica)?;
+            let failed = |health: &mut Health| health.fail_as_on(&snapshot, loss, replica);
+            if let Some(loss) = self.change_health(failed)? {
+                break loss;
+            }
+        };
+        self.jobs(tell, |jobs, health| jobs.removed(replica, health));
+        Ok(loss)
     }
 
     /// The vote threshold is to be `wanted` from now on (W10). A tick of the first engine must

@@ -276,6 +276,11 @@ impl World {
             self.ledger.mixed &= !sectors;
             self.ledger.accusable &= !sectors;
             self.ledger.overruled &= !sectors;
+            self.ledger.given_up &= !sectors;
+            self.ledger.at_risk &= !sectors;
+            if self.ledger.lost_by_crash & sectors != 0 {
+                self.ledger.lost_written_at = self.now;
+            }
         } else {
             self.mark_mixed(sectors);
             // Another worker may have held a vote during the same input.
@@ -329,7 +334,11 @@ impl World {
     /// W5: a flush succeeds: what was acknowledged before it began is durable on t replicas. Not
     /// checked where with t ≤ N/2 as many wrong replicas have won a vote.
     fn check_flush(&mut self, flush: &Pending) -> Checked {
-        let overruled = self.ledger.overruled;
+        let lost = match self.ledger.lost_written_at < flush.began {
+            true => self.ledger.at_risk,
+            false => self.ledger.lost_by_crash,
+        };
+        let overruled = self.ledger.overruled | lost;
         for sector in (0..self.changed_at.len()).filter(|s| overruled >> s & 1 == 0) {
             let safe = |r: &usize| {
                 let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
@@ -345,20 +354,26 @@ impl World {
                 return Err(Violation::new("W5", text).at(1 << sector));
             }
         }
+        if self.ledger.lost_written_at < flush.began {
+            self.ledger.lost_by_crash &= self.ledger.at_risk;
+        }
         let oldest = self.oldest();
         self.model.flushed(flush.began, oldest);
         Ok(())
     }
 
     /// W5: a flush fails only if some sector may not be durable on t replicas, or if the guest must
-    /// know of an earlier failure.
+    /// know of an earlier failure. Not because of what was given up (W11).
     fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
+        let given_up = self.ledger.given_up;
+        let mut needed = (0..self.changed_at.len()).filter(|s| given_up >> s & 1 == 0);
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
             self.members().filter(good).count() >= flush.thresholds.most
         };
         let owed = self.ledger.lacking_at;
-        if owed.is_none() && self.owed == [false; 2] && (0..self.changed_at.len()).all(enough) {
+        let any_needed = needed.clone().next().is_some();
+        if any_needed && owed.is_none() && self.owed == [false; 2] && needed.all(enough) {
             let text = format!("flush {} failed without need", number_of(flush.tag));
             return Err(Violation::new("W5", text));
         }

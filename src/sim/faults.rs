@@ -184,6 +184,7 @@ impl World {
         self.ledger.any = before.any;
         self.ledger.unreadable = before.unreadable;
         self.ledger.unwritable = before.unwritable;
+        (self.ledger.at_risk, self.ledger.lost_by_crash) = (before.at_risk, before.lost_by_crash);
         for sector in 0..self.changed_at.len() {
             let good = self.check_after_crash(sector, &before)?;
             let left = usize::try_from((good & !unsynced).count_ones()).expect("few");
@@ -220,7 +221,8 @@ impl World {
         if versions.len() > 1 {
             self.mark_accusable(bit);
         }
-        if usize::try_from(good.count_ones()).expect("few") < self.threshold {
+        let is_lost = before.lost_by_crash & bit != 0;
+        if !is_lost && usize::try_from(good.count_ones()).expect("few") < self.threshold {
             let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
             return Err(Violation::new("I2", text).at(bit));
         }

@@ -57,6 +57,16 @@ pub struct Ledger {
     /// With t ≤ N/2: where t replicas were wrong, and one was repaired. They may have replaced what
     /// the others held (W5). Until the guest has written there.
     pub overruled: u64,
+    /// What the operator has given up with a replica (W11): no vote can have a winner, and no flush
+    /// needs it. Until the guest has written there.
+    pub given_up: u64,
+    /// The same, and what could be lost with the replica otherwise.
+    pub at_risk: u64,
+    /// The same until a flush has succeeded that began after the guest has written there: a crash
+    /// may lose both versions.
+    pub lost_by_crash: u64,
+    /// When the guest last wrote there.
+    pub lost_written_at: Moment,
     /// The number of failed flushes and evictions of each replica that the engine knows.
     pub failures: [u32; PLACES],
     /// The sectors that the resync of each replica had copied when the replica last failed.

@@ -35,6 +35,7 @@ mod decisions;
 pub mod effects;
 mod faults;
 mod finale;
+mod given_up;
 mod held;
 mod inputs;
 mod jobs;

@@ -7,12 +7,13 @@
 use std::time::Duration;
 
 use super::Violation;
+use super::given_up::Lost;
 use super::model::Value;
 use super::plan::{PLACES, SECTORS_MAX, bits};
 use super::replica::SimReplica;
 use super::state::{Checked, PendingKind, World, trace};
 use crate::common::{ReplicaIndex, SectorRange};
-use crate::jobs::{JobId, NotStarted};
+use crate::jobs::{JobEvent, JobId, NotStarted};
 use crate::quorum::health::{NotRemoved, majority};
 
 impl World {
@@ -171,15 +172,33 @@ impl World {
                 let text = format!("replica {place} of {:b} stays: {reason}", self.members);
                 return Err(Violation::new("remove", text));
             }
-            return Ok(());
+            return match reason {
+                NotRemoved::LastCopies | NotRemoved::LastDurableCopies | NotRemoved::Undecided
+                    if self.random.below(3) == 0 =>
+                {
+                    self.fail_replica(place)
+                }
+                _ => Ok(()),
+            };
         }
         self.statistics.removed += 1;
+        self.is_removed(place, Lost::default(), events)
+    }
+
+    /// A replica is removed, and with it no more is `lost` than this.
+    pub(super) fn is_removed(
+        &mut self,
+        place: usize,
+        lost: Lost,
+        events: Vec<JobEvent>,
+    ) -> Checked {
+        let bit = 1 << place;
         self.ledger.any = true;
         let before = self.members;
         self.members &= !bit;
         self.note_threshold()?;
-        self.check_removal(place, before)?;
-        self.check_undecided(before)?;
+        self.check_removal(place, before, lost)?;
+        self.check_undecided(before, lost)?;
         self.to_be_released |= bit;
         self.unsynced &= !bit;
         self.ledger.evicted |= bit;
@@ -192,7 +211,7 @@ impl World {
 
     /// At least t replicas are left, hold the newest version of every sector, and have what was
     /// flushed on disk.
-    fn check_removal(&self, place: usize, before: u32) -> Checked {
+    fn check_removal(&self, place: usize, before: u32, lost: Lost) -> Checked {
         let threshold = self.threshold;
         if self.count() < threshold {
             return Err(Violation::new("remove", "fewer than t replicas are left"));
@@ -224,7 +243,11 @@ impl World {
             };
             let holders: [(&str, &dyn Fn(usize) -> bool); 2] =
                 [("newest", &fresh), ("durable", &durable)];
-            for (what, holds) in holders {
+            let lost = [lost.copies, lost.durable];
+            for ((what, holds), lost) in holders.into_iter().zip(lost) {
+                if lost & bit != 0 {
+                    continue;
+                }
                 if count(before, holds) >= threshold && count(self.members, holds) < threshold {
                     let text =
                         format!("replica {place} had one of the last {what} copies of {sector}");
@@ -236,8 +259,8 @@ impl World {
     }
 
     /// I2, W7: where a failed write has left versions, none loses the copies that it wins with.
-    fn check_undecided(&self, before: u32) -> Checked {
-        for sector in bits(self.undecided) {
+    fn check_undecided(&self, before: u32, lost: Lost) -> Checked {
+        for sector in bits(self.undecided & !lost.undecided) {
             let votes = |members: u32| {
                 let excused = |r: &usize| self.ledger.excused[*r] >> sector & 1 == 1;
                 let voters = bits(u64::from(members));

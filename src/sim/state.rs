@@ -710,7 +710,11 @@ impl World {
             .fold(0, |mask, at| mask | 1 << at);
         // The engine does not know which of the doubts the guest knows of.
         let mut all = 0..self.changed_at.len();
+        let given_up = self.ledger.given_up;
         let lacking = all.any(|sector| {
+            if given_up >> sector & 1 == 1 {
+                return false;
+            }
             let good = self.members().filter(|member| is_good(*member, sector));
             good.count() < self.thresholds.most
         });

@@ -23,6 +23,8 @@ pub struct Statistics {
     pub added: u64,
     /// Replicas removed.
     pub removed: u64,
+    /// Replicas removed although the disk needed them.
+    pub given_up: u64,
     /// Times that the disk has grown.
     pub grown: u64,
     /// Times that the vote threshold was raised.
@@ -46,6 +48,7 @@ impl Statistics {
         self.three_versions += other.three_versions;
         self.added += other.added;
         self.removed += other.removed;
+        self.given_up += other.given_up;
         self.grown += other.grown;
         self.raised += other.raised;
         self.resynced += other.resynced;

@@ -9,6 +9,7 @@ use quorum_blk::control::condition::Health;
 use quorum_blk::control::errors::Errors;
 use quorum_blk::control::job_history::EndedJob;
 use quorum_blk::control::job_state::JobState;
+use quorum_blk::control::loss_state::LossState;
 use quorum_blk::control::map_state::{FailuresState, MapState, UndecidedRanges};
 use quorum_blk::control::state::{
     ByOperation, DiskState, Operations, PolicyState, ReplicaState, Requests, ServiceState,
@@ -27,6 +28,8 @@ pub const REPLICAS: [&str; 3] = ["0.raw", "é \"\\\n\u{1f600}", "children.0"];
 pub enum Asked {
     /// A change of the disk.
     Change(Change),
+    /// A replica that the operator gives up, or may.
+    Fail(String, bool),
     /// The end of the daemon.
     Quit,
 }
@@ -82,6 +85,14 @@ impl Operator for Recorder {
     fn change(&self, change: Change) -> Result<Option<String>, String> {
         self.remember(Asked::Change(change.clone()));
         answer(&change)
+    }
+
+    fn fail(&self, node_name: &str, force: bool) -> Result<LossState, String> {
+        self.remember(Asked::Fail(node_name.to_owned(), force));
+        Ok(LossState {
+            removed: force,
+            ..LossState::default()
+        })
     }
 
     fn quit(&self) {

@@ -124,18 +124,7 @@ fn a_scrub_after_failed_writes_accuses_no_replica() {
 #[test]
 fn a_tie_of_two_replicas_is_decided_with_a_threshold_of_1() {
     let _machine = shared();
-    let plan = Plan {
-        replicas: 2,
-        faulty: vec![1],
-        ..Plan::default()
-    };
-    let disk = Disk::start(System::Ours, &plan);
-    let mut client = disk.connect();
-    write_old_data(&mut client);
-    let full = Fault::Fail(libc::ENOSPC);
-    disk.faulty(1).inject(Operation::Write, full);
-    client.write(0, 0, &[2; BLOCK]).unwrap_err();
-    client.read(0, 0, BLOCK).unwrap_err();
+    let (disk, mut client) = after_a_tie();
     let mut monitor = disk.monitor();
     let remove = json!({ "parent": "quorum0", "child": node_name(1) });
     let removal = monitor.try_execute("x-blockdev-change", remove.clone());
@@ -151,6 +140,115 @@ fn a_tie_of_two_replicas_is_decided_with_a_threshold_of_1() {
         let bytes = client.read(0, block * BLOCK_BYTES, BLOCK).unwrap();
         assert_eq!(bytes, [byte; BLOCK]);
     }
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+}
+
+/// Two replicas, the second of which is full: a write has failed that the first one has done.
+fn after_a_tie() -> (Disk, Client) {
+    let plan = Plan {
+        replicas: 2,
+        faulty: vec![1],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    write_old_data(&mut client);
+    let full = Fault::Fail(libc::ENOSPC);
+    disk.faulty(1).inject(Operation::Write, full);
+    client.write(0, 0, &[2; BLOCK]).unwrap_err();
+    client.read(0, 0, BLOCK).unwrap_err();
+    (disk, client)
+}
+
+#[test]
+fn a_tie_of_two_replicas_ends_when_the_operator_gives_one_up() {
+    let _machine = shared();
+    for (failed, kept) in [(1, 2), (0, 1)] {
+        let (disk, mut client) = after_a_tie();
+        let name = node_name(failed);
+        let (code, text) = disk.blkctl(&["fail", &name, "--force"]);
+        assert_eq!(code, 3, "the threshold was given: {text}");
+        let (code, text) = disk.blkctl(&["threshold", "majority"]);
+        assert_eq!(code, 0, "{text}");
+        let (code, text) = disk.blkctl(&["fail", &name]);
+        assert_eq!(code, 3, "{text}");
+        let lines = [
+            format!("this would be lost with {name}:"),
+            format!("4 KiB have old or new data since a failed write, and {name} votes no more"),
+            format!("quorum-blkctl fail {name} --force"),
+        ];
+        for line in &lines {
+            assert!(text.contains(line), "{text}");
+        }
+        client.read(0, 0, BLOCK).unwrap_err();
+        let (code, text) = disk.blkctl(&["fail", &name, "--force"]);
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains("this is lost with it:"), "{text}");
+        for _ in 0..2 {
+            assert_eq!(client.read(0, 0, BLOCK).unwrap(), [kept; BLOCK]);
+        }
+        if failed == 0 {
+            disk.faulty(1).clear_faults();
+        }
+        client.write(0, BLOCK_BYTES, &[3; BLOCK]).unwrap();
+        client.flush(0).unwrap();
+        for (block, byte) in [(0, kept), (1, 3), (2, 1)] {
+            let bytes = client.read(0, block * BLOCK_BYTES, BLOCK).unwrap();
+            assert_eq!(bytes, [byte; BLOCK]);
+        }
+        let (code, text) = disk.blkctl(&["fail", &node_name(1 - failed), "--force"]);
+        assert_eq!(code, 3, "{text}");
+        assert!(
+            text.contains("fewer replicas than the vote threshold"),
+            "{text}"
+        );
+        drop(client);
+        assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+    }
+}
+
+#[test]
+fn what_is_given_up_with_a_replica_fails_reads_and_no_flush() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    write_old_data(&mut client);
+    let full = Fault::Fail(libc::ENOSPC);
+    disk.faulty(0).inject(Operation::Write, full);
+    client.write(0, 0, &[2; BLOCK]).unwrap();
+    client.flush(0).unwrap();
+    let mut monitor = disk.monitor();
+    let nothing = json!({ "node-name": node_name(0) });
+    let (code, text) = disk.blkctl(&["fail", &node_name(0)]);
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("nothing would be lost with"), "{text}");
+    let loss = monitor.execute("quorum-fail", nothing);
+    assert_eq!(loss["lost-sectors"], 0);
+    let lost = json!({
+        "removed": false, "lost-sectors": 8, "doubtful-sectors": 0, "not-durable-sectors": 0,
+        "undecided-sectors": 0,
+    });
+    let mut fail = json!({ "node-name": node_name(1) });
+    assert_eq!(monitor.execute("quorum-fail", fail.clone()), lost);
+    assert_eq!(client.read(0, 0, BLOCK).unwrap(), [2; BLOCK]);
+    fail["force"] = json!(true);
+    let loss = monitor.execute("quorum-fail", fail);
+    assert_eq!(
+        (&loss["removed"], &loss["lost-sectors"]),
+        (&json!(true), &json!(8))
+    );
+    disk.faulty(0).clear_faults();
+    client.read(0, 0, BLOCK).unwrap_err();
+    client.flush(0).unwrap();
+    assert_eq!(client.read(0, BLOCK_BYTES, BLOCK).unwrap(), [1; BLOCK]);
+    client.write(0, 0, &[3; BLOCK]).unwrap();
+    client.flush(0).unwrap();
+    assert_eq!(client.read(0, 0, BLOCK).unwrap(), [3; BLOCK]);
     drop(client);
     assert_eq!(accused(&disk.end()), Vec::<Value>::new());
 }

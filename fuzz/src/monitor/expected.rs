@@ -1,6 +1,7 @@
 //! The meaning of bytes for the monitor, read the simple way: all of them are there, each message
 //! is cut out as a whole, and each command parses its arguments by hand.
 
+use quorum_blk::control::loss_state::LossState;
 use quorum_blk::control::{Change, JobOrder};
 use quorum_blk::limits::{MAP_BUCKETS, QMP_MESSAGE_BYTES_MAX};
 use serde_json::{Map, Value, json};
@@ -244,6 +245,17 @@ impl Conversation {
                 arguments.end()?;
                 self.asked.push(Asked::Quit);
                 Some(json!({}))
+            }
+            "quorum-fail" => {
+                let node_name = arguments.text("node-name")?;
+                let force = arguments.flag("force")?;
+                arguments.end()?;
+                self.asked.push(Asked::Fail(node_name, force));
+                let loss = LossState {
+                    removed: force,
+                    ..LossState::default()
+                };
+                Some(json!(loss))
             }
             _ => {
                 let change = change(name, &mut arguments)?;

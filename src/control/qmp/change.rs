@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::{Map, Value};
 
 use super::error::CommandError;
+use crate::control::loss_state::LossState;
 use crate::control::{Change, JobOrder, Operator};
 
 /// QAPI's BlockdevOptions, for the drivers that open an image: a file, or a raw node over one.
@@ -109,6 +110,15 @@ pub(super) struct Resync {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub(super) struct ClearErrors {
     node_name: Option<String>,
+}
+
+/// The arguments of quorum-fail.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Fail {
+    node_name: String,
+    #[serde(default)]
+    force: bool,
 }
 
 /// The arguments of quorum-set-threshold: one of them.
@@ -247,6 +257,11 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
             speed_bytes,
         },
     )
+}
+
+pub(super) fn fail(replica: &Fail, operator: &dyn Operator) -> Result<LossState, CommandError> {
+    let failed = operator.fail(&replica.node_name, replica.force);
+    failed.map_err(CommandError::generic)
 }
 
 pub(super) fn set_threshold(

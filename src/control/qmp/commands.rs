@@ -21,8 +21,9 @@ pub(super) const NEGOTIATION: &str = "qmp_capabilities";
 
 /// The commands that may wait for the file system of an image: they open, close or grow it, or wait
 /// for a command that does.
-pub(super) const WAITING: [&str; 4] = [
+pub(super) const WAITING: [&str; 5] = [
     "block_resize",
+    "quorum-fail",
     "quorum-rename",
     "quorum-set-threshold",
     "x-blockdev-change",
@@ -180,6 +181,10 @@ static COMMANDS: &[Command] = &[
     Command {
         name: "quorum-clear-errors",
         run: |arguments, operator| run(arguments, |of| nothing(change::clear_errors(of, operator))),
+    },
+    Command {
+        name: "quorum-fail",
+        run: |arguments, operator| run(arguments, |replica| change::fail(&replica, operator)),
     },
     Command {
         name: "quorum-rename",

@@ -88,6 +88,9 @@ impl Health {
             if !self.unresolved.is_empty() {
                 self.unresolved.remove(range);
             }
+            if !self.given_up.is_empty() {
+                self.given_up.remove(range);
+            }
         } else {
             self.undecided.insert(range);
             // A reply that is on its way counts only under the lock, which decides.
@@ -169,6 +172,7 @@ impl Health {
         for replica in self.members.iter() {
             self.pass_on(replica, beginning);
         }
+        self.given_up_before_flush.clone_from(&self.given_up);
         self.epoch.0 += 1;
         self.flushing = Some(self.in_service);
         self.undone.writes_before_flush = self.undone.writes;
@@ -241,6 +245,13 @@ impl Health {
         let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
+            let settlement = match self.given_up_before_flush.is_empty() {
+                true => settlement,
+                false => {
+                    self.leave_given_up();
+                    &mut []
+                }
+            };
             self.doubt_is_over(settlement);
             if self.any_copied {
                 for state in &mut self.replicas {

@@ -76,18 +76,9 @@ impl Health {
     /// # Errors
     /// Why it cannot.
     pub fn check_removal(&self, replica: ReplicaIndex) -> Result<(), NotRemoved> {
-        if !self.members.contains(replica) {
-            return Err(NotRemoved::NoMember);
-        }
-        let threshold = self.threshold_without_one();
+        let threshold = self.check_number_without(replica)?;
         let mut others = self.members;
         others.remove(replica);
-        if others.len() < threshold {
-            return Err(NotRemoved::TooFew);
-        }
-        if self.in_service.contains(replica) && others.and(self.in_service).len() < threshold {
-            return Err(NotRemoved::TooFewInService);
-        }
         // The replica may hold the newest data where it is stale: a failed flush may have lost
         // nothing. Where too few other replicas are fresh it must stay, unless it is blank there.
         let lost = |without: ReplicaSet| {
@@ -123,6 +114,24 @@ impl Health {
             return Err(NotRemoved::Undecided);
         }
         Ok(())
+    }
+
+    /// Checks that enough replicas would be left without `replica`, whatever they hold. Returns the
+    /// threshold without it.
+    pub(super) fn check_number_without(&self, replica: ReplicaIndex) -> Result<usize, NotRemoved> {
+        if !self.members.contains(replica) {
+            return Err(NotRemoved::NoMember);
+        }
+        let threshold = self.threshold_without_one();
+        let mut others = self.members;
+        others.remove(replica);
+        if others.len() < threshold {
+            return Err(NotRemoved::TooFew);
+        }
+        if self.in_service.contains(replica) && others.and(self.in_service).len() < threshold {
+            return Err(NotRemoved::TooFewInService);
+        }
+        Ok(threshold)
     }
 
     /// A worker has no request that refers to the removed `replica`; `drained`: and no operation on

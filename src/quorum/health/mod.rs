@@ -23,6 +23,7 @@
 mod disputed;
 mod doubt;
 mod durability;
+mod loss;
 mod members;
 mod needed;
 mod prepared;
@@ -37,6 +38,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
+pub use self::loss::Loss;
 pub use self::members::NotRemoved;
 pub use self::prepared::{Beginning, Prepared};
 pub use self::snapshot::Durability;
@@ -81,6 +83,12 @@ pub struct Health {
     undecided: RangeSet,
     /// No version had enough votes in the last vote, and no write has succeeded since.
     unresolved: RangeSet,
+    /// The operator has given up what these sectors held, and no write has succeeded since (W11).
+    given_up: RangeSet,
+    /// The same when the last flush began, and what was given up since: not for that flush.
+    given_up_before_flush: RangeSet,
+    /// All that was ever given up.
+    once_given_up: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
     flushing: Option<ReplicaSet>,
     undone: Undone,
@@ -115,6 +123,9 @@ impl Health {
             any_copied: false,
             undecided: RangeSet::default(),
             unresolved: RangeSet::default(),
+            given_up: RangeSet::default(),
+            given_up_before_flush: RangeSet::default(),
+            once_given_up: RangeSet::default(),
             flushing: None,
             undone: Undone::default(),
             capacity_sectors,

@@ -87,6 +87,8 @@ impl ReplicaHealth {
         let unconfirmed = self.unconfirmed.iter().map(|(_, written)| written);
         [
             &self.stale,
+            &self.missed,
+            &self.behind,
             &self.uncovered,
             &self.blank,
             &self.refreshed,

@@ -18,12 +18,30 @@ pub struct Durability {
     threshold: usize,
     capacity_sectors: u64,
     not_durable: Vec<(ReplicaIndex, RangeSet)>,
+    given_up: RangeSet,
 }
 
 impl Durability {
-    /// Whether every acknowledged sector is durable on at least t members.
+    /// Whether every acknowledged sector is durable on at least t members, except for what the
+    /// operator has given up (W11).
     pub fn is_enough(&self) -> bool {
-        let sets = self.not_durable.iter().map(|(member, set)| (*member, set));
+        let needed = |set: &RangeSet| {
+            let mut set = set.clone();
+            self.given_up.iter().for_each(|range| set.remove(range));
+            set
+        };
+        let without_lost: Vec<_> = match self.given_up.is_empty() {
+            true => Vec::new(),
+            false => {
+                let sets = self.not_durable.iter();
+                sets.map(|(member, set)| (*member, needed(set))).collect()
+            }
+        };
+        let sets = match self.given_up.is_empty() {
+            true => &self.not_durable,
+            false => &without_lost,
+        };
+        let sets = sets.iter().map(|(member, set)| (*member, set));
         let enough = |without| self.members.without(without).len() >= self.threshold;
         every_sector(sets, self.capacity_sectors, enough, enough)
     }
@@ -75,6 +93,7 @@ impl Health {
                 .filter(|(_, set)| !set.is_empty())
                 .map(|(member, set)| (member, set.clone()))
                 .collect(),
+            given_up: self.given_up_before_flush.clone(),
         }
     }
 
@@ -86,6 +105,9 @@ impl Health {
             writing: self.writing.clone(),
             undecided: self.undecided.clone(),
             unresolved: RangeSet::default(),
+            given_up: RangeSet::default(),
+            given_up_before_flush: RangeSet::default(),
+            once_given_up: RangeSet::default(),
             undone: self.undone.clone(),
             garbage: Vec::new(),
             ..*self
@@ -132,6 +154,11 @@ impl Health {
     /// A copy in which only the sectors are not fresh of which that has changed since `snapshot`.
     /// `None` if there are too many of them, or the set of replicas has changed.
     fn changed_since(&self, snapshot: &Self) -> Option<Self> {
+        self.changes_since(snapshot).map(|(_, copy)| copy)
+    }
+
+    /// The same, with the sectors that have changed.
+    pub(super) fn changes_since(&self, snapshot: &Self) -> Option<(RangeSet, Self)> {
         let same = self.members == snapshot.members
             && self.in_service == snapshot.in_service
             && self.flushing == snapshot.flushing
@@ -165,6 +192,6 @@ impl Health {
         for state in &mut copy.replicas {
             *state = state.part_in(&changed);
         }
-        Some(copy)
+        Some((changed, copy))
     }
 }
