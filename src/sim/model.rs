@@ -69,6 +69,9 @@ struct Written {
     /// It was acknowledged, a failed flush may have undone it, and no flush of the guest that
     /// covers it has failed.
     undone: bool,
+    /// It was in flight when a write was submitted again, and has not ended since: the others that
+    /// were in flight may replace it before it is done again.
+    again: bool,
     /// The first end and the last begin of all requests that wrote or read this value: it was
     /// current from the one to the other if they come in this order.
     first_end: Moment,
@@ -101,6 +104,7 @@ impl Model {
                 acknowledged: true,
                 durable: true,
                 undone: false,
+                again: false,
                 first_end: 1,
                 last_begin: 0,
             }]
@@ -118,6 +122,7 @@ impl Model {
             acknowledged: false,
             durable: false,
             undone: false,
+            again: false,
             first_end: NEVER,
             last_begin: now,
         });
@@ -135,6 +140,7 @@ impl Model {
         let written = self.sectors[sector].iter_mut().find(|w| w.value == value);
         let written = written.expect("nothing is forgotten before it has ended");
         written.ended = now;
+        written.again = false;
         written.acknowledged = success;
         written.durable = success && durable;
         if success {
@@ -143,10 +149,12 @@ impl Model {
     }
 
     /// A write that was held is submitted again (W9). It may replace another one that ran at the
-    /// same time, and then that one replaces it again: the guest has no answer to either.
+    /// same time, and then that one replaces it again: the guest has no answer to either. So what
+    /// reads return of them shows no order before they end.
     pub fn write_again(&mut self, sector: usize) {
         for written in &mut self.sectors[sector] {
             if written.ended == NEVER {
+                written.again = true;
                 written.first_end = NEVER;
                 written.last_begin = written.began;
             }
@@ -243,6 +251,9 @@ impl Model {
         let Some(index) = all.iter().position(|w| w.value == value) else {
             return Ok(());
         };
+        if all[index].again {
+            return Ok(());
+        }
         let seen = &mut all[index];
         seen.first_end = seen.first_end.min(ended);
         seen.last_begin = seen.last_begin.max(began);
@@ -292,7 +303,7 @@ impl Model {
             for written in &mut *all {
                 written.ended = written.ended.min(now);
                 written.acknowledged = written.durable;
-                written.undone = false;
+                (written.undone, written.again) = (false, false);
                 written.first_end = if written.durable {
                     written.ended
                 } else {

@@ -10,6 +10,7 @@ use super::Violation;
 use super::effects::number_of;
 use super::plan::PLACES;
 use super::state::{Checked, Flight, World};
+use crate::jobs::{JobInfo, JobStatus};
 
 /// Steps of a run, at most: a longer run never ends.
 const STEPS_MAX: u64 = 600_000;
@@ -134,10 +135,10 @@ impl World {
             self.paused = false;
             return Ok(());
         }
-        let waits = !self.held.is_empty() && self.next_held().is_none();
-        if waits {
-            self.end_holding()?;
+        if !self.held.is_empty() && self.next_held().is_none() {
+            return self.end_holding();
         }
+        let is_paused = |job: &JobInfo| job.status == JobStatus::Paused;
         let deadlines = self.engines.iter().filter_map(|engine| engine.deadline());
         let hung = self.flights.iter().map(|flight| self.goes_on_at(flight));
         let next = deadlines.chain(hung).min();
@@ -147,7 +148,12 @@ impl World {
                 self.clock = self.clock.max(next);
                 Ok(())
             }
-            _ if waits || self.is_quiet() || self.next_held().is_some() => Ok(()),
+            _ if self.is_quiet() || self.next_held().is_some() => Ok(()),
+            // The job waits for the operator, and what it has in flight for a dead replica.
+            _ if self.pending.is_empty() && self.jobs.iter().any(is_paused) => {
+                self.paused = false;
+                Ok(())
+            }
             _ => {
                 let waiting: Vec<_> = self.pending.iter().map(|p| number_of(p.tag)).collect();
                 let text =

@@ -1,7 +1,7 @@
 //! The vote threshold, which the engines raise and the operator changes (W10).
 
 use super::Violation;
-use super::operator::index;
+use super::ledger::Masks;
 use super::plan::bits;
 use super::state::{Checked, PendingKind, World, trace};
 use crate::quorum::health::{Wanted, majority};
@@ -53,15 +53,17 @@ impl World {
         }
         if now > before {
             self.statistics.raised += 1;
+            let stale_before = self.view.stale;
             self.view.refresh(&self.shared, self.plan.disk());
-            self.check_raised()?;
+            self.check_raised(&stale_before)?;
         }
         Ok(())
     }
 
     /// W10: t replicas in service hold the newest version of every sector, have what was flushed on
     /// disk, and can still do every write in flight. No vote on a failed write is due.
-    fn check_raised(&self) -> Checked {
+    /// `stale_before`: where each replica was stale before the input.
+    fn check_raised(&self, stale_before: &Masks) -> Checked {
         let needed = self.threshold;
         let wanted = self.wanted_threshold();
         if needed > wanted {
@@ -75,7 +77,11 @@ impl World {
             return Err(Violation::new("W10", text).at(undecided));
         }
         if self.wanted.is_none() {
-            let is_stale = |r: &usize| self.shared.stale_sectors(index(*r)) > 0;
+            // Another worker may have learned of a failure right after that.
+            let is_stale = |r: &usize| {
+                let was_stale = !self.overlapped || stale_before[*r] != 0;
+                was_stale && self.view.stale[*r] != 0
+            };
             let copied = self.count() - self.members().filter(is_stale).count();
             if needed > majority(copied) {
                 let text = format!("the vote threshold is {needed}, with {copied} resynced");
@@ -84,7 +90,11 @@ impl World {
         }
         let mut crashed = self.model.clone();
         crashed.crashed(self.now + 1);
-        let in_service = self.members & !self.ledger.evicted;
+        let evicted = match self.overlapped {
+            true => self.ledger.evicted & self.before_input.evicted,
+            false => self.ledger.evicted,
+        };
+        let in_service = self.members & !evicted;
         for sector in 0..self.changed_at.len() {
             let holds = |replica: &usize| {
                 let (ledger, bit) = (&self.ledger, 1 << sector);
