@@ -4,10 +4,9 @@
 use std::time::Duration;
 
 use super::Violation;
-use super::given_up::mask;
 use super::ledger::Masks;
 use super::plan::{PLACES, WriteCache, bits, widen};
-use super::state::{Checked, World, trace};
+use super::state::{Checked, World, show, trace};
 use crate::common::SectorRange;
 use crate::jobs::{JobId, JobInfo, JobStatus};
 use crate::limits::FLAPPING_WINDOW;
@@ -65,7 +64,6 @@ impl World {
         self.check_rewritten()?;
         self.check_scrub()?;
         self.check_flushes()?;
-        let failed = self.statistics.failed;
         for part in self.parts() {
             self.submit_write(0, part)?;
         }
@@ -75,18 +73,22 @@ impl World {
             self.settle()?;
         }
         self.check_durable_everywhere()?;
-        // A write whose flush fails, over what was given up (W11), leaves too few copies in doubt.
-        let excused = match self.statistics.failed == failed {
-            true => 0,
-            false => self.ledger.lost_by_crash,
-        };
-        let unresolved = mask(&self.shared.unresolved()) & !excused;
-        if unresolved != 0 {
-            let text = "what was written counts as undecided";
-            return Err(Violation::new("R3", text).at(unresolved));
-        }
+        self.check_all_written()?;
         self.check_limit_reported()?;
         self.read_all()
+    }
+
+    /// R3: what was written has a winner. Not where a replica has missed an earlier write and may
+    /// have lost this one.
+    fn check_all_written(&self) -> Checked {
+        for range in self.shared.unresolved().iter() {
+            let sectors = self.plan.mask(range);
+            if bits(sectors).any(|sector| self.must_be_readable(1 << sector)) {
+                let text = format!("{} was written, and counts as undecided", show(range));
+                return Err(Violation::new("R3", text).at(sectors));
+            }
+        }
+        Ok(())
     }
 
     /// Reads the whole disk.
