@@ -290,9 +290,11 @@ impl World {
         }
     }
 
-    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas.
+    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas. It may
+    /// be answered after one of them was given up (W11).
     fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
-        for sector in bits(self.plan.mask(pending.range) & !self.ledger.mixed) {
+        let excused = self.ledger.mixed | self.ledger.at_risk;
+        for sector in bits(self.plan.mask(pending.range) & !excused) {
             let value = Value::written(write.number, sector);
             let is_durable = |replica: usize| {
                 let durable = self.replicas[replica].durable(sector);

@@ -370,21 +370,25 @@ impl World {
         }
     }
 
-    /// W7: what a replica may have lost is older there than what t others have made durable.
+    /// W7: what a replica may have lost is older there than what t others have made durable. If it
+    /// has not confirmed a flush that they have, that holds whatever was written since.
     fn note_older(&mut self) {
-        let ledger = &self.ledger;
-        let lacks: Vec<u64> = self
-            .members()
-            .map(|r| ledger.excused[r] | ledger.written[r] | ledger.in_flush[r])
-            .collect();
-        let is_durable = |sector: &usize| {
-            let durable = lacks.iter().filter(|lacks| *lacks >> sector & 1 == 0);
-            durable.count() >= self.thresholds.least
+        let durable_without = |lacks: &dyn Fn(usize) -> u64| {
+            let lacks: Vec<u64> = self.members().map(lacks).collect();
+            let is_durable = |sector: &usize| {
+                let durable = lacks.iter().filter(|lacks| *lacks >> sector & 1 == 0);
+                durable.count() >= self.thresholds.least
+            };
+            let durable = (0..self.changed_at.len()).filter(is_durable);
+            durable.fold(0, |mask, sector| mask | 1 << sector)
         };
-        let durable = (0..self.changed_at.len()).filter(is_durable);
-        let durable = durable.fold(0, |mask, sector| mask | 1 << sector);
+        let ledger = &self.ledger;
+        let lacks = |r: usize| ledger.excused[r] | ledger.in_flush[r];
+        let flushed = durable_without(&lacks);
+        let durable = durable_without(&|r| lacks(r) | ledger.written[r]);
         for replica in self.members() {
-            self.ledger.unsound[replica] |= self.ledger.excused[replica] & durable;
+            let older = durable | flushed & self.ledger.in_flush[replica];
+            self.ledger.unsound[replica] |= self.ledger.excused[replica] & older;
         }
     }
 

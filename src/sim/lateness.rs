@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::Violation;
 use super::ledger::Masks;
-use super::plan::{PLACES, bits};
+use super::plan::bits;
 use super::state::{Checked, Flight, Looked, PendingKind, Took, World};
 use crate::limits::{
     FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
@@ -33,7 +33,8 @@ impl World {
     pub(super) fn note_look(&mut self, worker: usize) {
         let looked = &mut self.looked[worker];
         looked.last = self.clock;
-        for place in 0..PLACES {
+        // What the last replica of a free place has ended is seen when the next one is added.
+        for place in bits(u64::from(self.members | self.to_be_released)) {
             if looked.yielded[place] != self.yielded[place] {
                 looked.yielded[place] = self.yielded[place];
                 looked.at[place] = self.clock;

@@ -132,6 +132,8 @@ impl World {
         self.staleness.added(place);
         self.evicted_at[place].clear();
         for pending in &mut self.pending {
+            // It takes no part in the running flush, also not where the disk grows.
+            pending.seen.excused[place] = u64::MAX;
             if let PendingKind::Write(write) = &mut pending.kind {
                 // What another replica in this place has written does not count.
                 write.succeeded &= !bit;
