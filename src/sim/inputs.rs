@@ -309,7 +309,10 @@ impl World {
                     }
                 }
             }
-            (OperationType::Flush, false) => self.loss_reported(replica, reply.lost),
+            (OperationType::Flush, false) => {
+                self.loss_reported(replica, reply.lost);
+                self.note_older();
+            }
         }
         // What cannot be read is reported when all parts of the range have been read.
         let errno = reply.result.err().filter(|_| !reply.part);
