@@ -62,6 +62,15 @@ impl Bitmap {
         self.ones = self.count();
     }
 
+    /// The bits outside of which `other` is the same.
+    pub(super) fn unlike(&self, other: &Self) -> Range<usize> {
+        let differs = |word: &usize| self.words[*word] != other.words[*word];
+        let mut words = 0..self.words.len();
+        let first = words.find(differs).unwrap_or(self.words.len());
+        let last = words.rev().find(differs).unwrap_or(first);
+        first * WORD_BITS..((last + 1) * WORD_BITS).min(BITS)
+    }
+
     /// The first bit from `from` on that is set, or with `set` false is not.
     pub(super) fn next(&self, from: usize, set: bool) -> Option<usize> {
         let mut mask = u64::MAX << (from % WORD_BITS);

@@ -93,6 +93,15 @@ impl RangeSet {
         }
     }
 
+    /// Removes all of `ranges`. Where none of them is in the set, nothing is copied.
+    pub fn remove_all(&mut self, ranges: &Self) {
+        for range in ranges.iter() {
+            if self.overlaps(range) {
+                self.remove(range);
+            }
+        }
+    }
+
     /// Whether a sector of `range` is in the set.
     pub fn overlaps(&self, range: SectorRange) -> bool {
         let run = self.within_region(range);
@@ -133,6 +142,9 @@ impl RangeSet {
     /// The part of the set that is in `ranges`, another set.
     pub fn part_in(&self, ranges: &Self) -> Self {
         let mut part = Self::default();
+        if self.is_empty() {
+            return part;
+        }
         for range in ranges.iter() {
             for own in self.iter_within(range.start, range.end()) {
                 part.insert(own);

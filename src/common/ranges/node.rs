@@ -266,7 +266,12 @@ impl Node {
             }
             _ => {}
         }
-        let (mut from, end) = (region.start, region.end());
+        if *steps == 0 {
+            return false;
+        }
+        *steps -= 1;
+        let unlike = self.unlike(region, earlier);
+        let (mut from, end) = (unlike.start, unlike.end);
         while from < end {
             if *steps == 0 {
                 return false;
@@ -283,6 +288,33 @@ impl Node {
             from = until;
         }
         true
+    }
+
+    /// The part of the region outside of which `earlier`, another node of it, is the same, as far
+    /// as that shows at once.
+    fn unlike(&self, region: Region, earlier: &Self) -> Run {
+        let (start, end) = (region.start, region.end());
+        match (self, earlier) {
+            (Self::Runs(now), Self::Runs(earlier)) => {
+                let first = alike(now.iter(), earlier.iter());
+                let (rest, earlier) = (&now[first..], &earlier[first..]);
+                let last = alike(rest.iter().rev(), earlier.iter().rev());
+                Run {
+                    start: now[..first].last().map_or(start, |run| run.end),
+                    end: rest[rest.len() - last..]
+                        .first()
+                        .map_or(end, |run| run.start),
+                }
+            }
+            (Self::Bitmap(now), Self::Bitmap(earlier)) => {
+                let bits = now.unlike(earlier);
+                Run {
+                    start: region.first_sector(bits.start),
+                    end: region.first_sector(bits.end),
+                }
+            }
+            _ => Run { start, end },
+        }
     }
 
     /// Turns the node of `region` into that of its parent, which is returned.
@@ -405,6 +437,13 @@ impl Node {
         }
         assert!(sectors > 0 && sectors < region.sectors());
     }
+}
+
+/// How many runs at the beginning are the same.
+fn alike<'a>(runs: impl Iterator<Item = &'a Run>, others: impl Iterator<Item = &'a Run>) -> usize {
+    runs.zip(others)
+        .take_while(|(run, other)| run == other)
+        .count()
 }
 
 /// Inserts `run` into an ordered list. Returns how many of its sectors are new.

@@ -182,6 +182,26 @@ proptest! {
     }
 }
 
+/// Each is a list of many runs or a bitmap, of which all but one are the same.
+#[test]
+fn a_change_beside_many_ranges_takes_few_steps() {
+    for (ranges, apart, mut steps) in [(30, 64, 4), (2000, 2, 65), (3000, 16, 65)] {
+        let mut set = RangeSet::default();
+        for index in 0..ranges {
+            set.insert(range(index * apart, 1));
+        }
+        let earlier = set.clone();
+        let middle = ranges / 2 * apart;
+        set.remove(range(middle, 1));
+        let mut changed = RangeSet::default();
+        assert!(set.changes_since(&earlier, &mut steps, &mut changed));
+        assert!(changed.iter().eq([range(middle, 1)]));
+        let mut none = RangeSet::default();
+        assert!(set.changes_since(&set.clone(), &mut 0, &mut none));
+        assert!(none.is_empty());
+    }
+}
+
 /// Ranges all over 16 TiB, as single blocks and as single sectors.
 #[test]
 fn is_exact_however_many_ranges_there_are() {

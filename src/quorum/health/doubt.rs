@@ -31,16 +31,19 @@ impl Health {
     pub(super) fn doubt(&self, replica: ReplicaIndex, after: &ReplicaHealth) -> Option<Doubt> {
         self.any_copied.then(|| {
             let members = self.members.iter();
-            let sets = |member: ReplicaIndex| match member == replica {
+            let sets = members.map(|member| match member == replica {
                 true => sets(after),
                 false => sets(&self.replicas[member.as_usize()]),
-            };
-            let lost = lost(&after.stale, members.map(sets).collect());
+            });
+            let lost = lost(&after.stale, sets.collect());
             let mut undone = self.undone.ranges.clone();
             undone.insert_all(&lost);
             Doubt {
                 members: self.members,
-                earlier: self.sets_of_members(),
+                earlier: self
+                    .sets_of_members()
+                    .map(|sets| sets.map(RangeSet::clone))
+                    .collect(),
                 earlier_undone: self.undone.ranges.clone(),
                 lost,
                 undone,
@@ -48,11 +51,9 @@ impl Health {
         })
     }
 
-    fn sets_of_members(&self) -> Vec<Sets> {
+    fn sets_of_members(&self) -> impl Iterator<Item = [&RangeSet; 3]> {
         let members = self.members.iter();
-        members
-            .map(|member| sets(&self.replicas[member.as_usize()]))
-            .collect()
+        members.map(|member| sets(&self.replicas[member.as_usize()]))
     }
 
     /// Inserts into `changed` where something has changed since that decides. `false` if too much
@@ -71,8 +72,8 @@ impl Health {
             changed.insert(writing.range);
         }
         let mut differs = |now: &RangeSet, earlier| now.changes_since(earlier, steps, changed);
-        let now = self.sets_of_members();
-        let sets = now.iter().flatten().zip(doubt.earlier.iter().flatten());
+        let now = self.sets_of_members().flatten();
+        let sets = now.zip(doubt.earlier.iter().flatten());
         let mut sets = sets.chain([(&self.undone.ranges, &doubt.earlier_undone)]);
         self.members == doubt.members && sets.all(|(now, earlier)| differs(now, earlier))
     }
@@ -90,18 +91,15 @@ impl Health {
         }
         let stale = &self.replicas[replica.as_usize()].stale;
         let Some((doubt, changed)) = doubt else {
-            let lost = lost(stale, self.sets_of_members());
+            let lost = lost(stale, self.sets_of_members().collect());
             let parts: Vec<_> = lost.iter().collect();
             return self.may_be_undone(&parts);
         };
         let part = |set: &RangeSet| set.part_in(&changed);
-        let sets = self.sets_of_members();
-        let parts = sets.iter().map(|sets| sets.each_ref().map(part)).collect();
-        let lost = lost(&part(stale), parts);
-        for range in changed.iter() {
-            doubt.lost.remove(range);
-            doubt.undone.remove(range);
-        }
+        let parts: Vec<Sets> = self.sets_of_members().map(|sets| sets.map(part)).collect();
+        let lost = lost(&part(stale), parts.iter().map(Sets::each_ref).collect());
+        doubt.lost.remove_all(&changed);
+        doubt.undone.remove_all(&changed);
         doubt.undone.insert_all(&part(&self.undone.ranges));
         doubt.undone.insert_all(&lost);
         if !(doubt.lost.is_empty() && lost.is_empty()) {
@@ -112,13 +110,13 @@ impl Health {
     }
 }
 
-fn sets(state: &ReplicaHealth) -> Sets {
-    [&state.stale, &state.copied, &state.copied_before_flush].map(RangeSet::clone)
+fn sets(state: &ReplicaHealth) -> [&RangeSet; 3] {
+    [&state.stale, &state.copied, &state.copied_before_flush]
 }
 
 /// What is a copy where the replica that has failed is `stale`, and is not held by any member but
 /// as a copy, if at all. `sets`: of all members.
-fn lost(stale: &RangeSet, sets: Vec<Sets>) -> RangeSet {
+fn lost(stale: &RangeSet, sets: Vec<[&RangeSet; 3]>) -> RangeSet {
     let mut lost = RangeSet::default();
     for [_, copied, copied_before_flush] in &sets {
         for copied in [copied, copied_before_flush] {

@@ -157,9 +157,7 @@ impl Health {
         (prepared.step)(&mut part, &self.written.part_in(changed));
         let after = prepared.after.joined().into_iter().zip(part.joined());
         for (present, (after, part)) in state.joined().into_iter().zip(after) {
-            for range in changed.iter() {
-                after.remove(range);
-            }
+            after.remove_all(changed);
             after.insert_all(part);
             // What was present is freed with what was prepared, without the mutex.
             std::mem::swap(present, after);

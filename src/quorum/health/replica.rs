@@ -102,28 +102,28 @@ impl ReplicaHealth {
 
     /// A copy that knows of the sectors in `ranges` only.
     pub(super) fn part_in(&self, ranges: &RangeSet) -> Self {
-        let mut part = self.clone();
-        let unconfirmed = part.unconfirmed.iter_mut().map(|(_, written)| written);
-        let sets = [
-            &mut part.stale,
-            &mut part.missed,
-            &mut part.behind,
-            &mut part.weak,
-            &mut part.weak_before_flush,
-            &mut part.uncovered,
-            &mut part.blank,
-            &mut part.rewritten,
-            &mut part.refreshed,
-            &mut part.refreshed_before_flush,
-            &mut part.restored,
-            &mut part.restored_before_flush,
-            &mut part.copied,
-            &mut part.copied_before_flush,
-        ];
-        for set in sets.into_iter().chain(unconfirmed) {
-            *set = set.part_in(ranges);
+        let part = |set: &RangeSet| set.part_in(ranges);
+        let unconfirmed = self.unconfirmed.iter();
+        Self {
+            stale: part(&self.stale),
+            missed: part(&self.missed),
+            behind: part(&self.behind),
+            weak: part(&self.weak),
+            weak_before_flush: part(&self.weak_before_flush),
+            uncovered: part(&self.uncovered),
+            blank: part(&self.blank),
+            rewritten: part(&self.rewritten),
+            refreshed: part(&self.refreshed),
+            refreshed_before_flush: part(&self.refreshed_before_flush),
+            restored: part(&self.restored),
+            restored_before_flush: part(&self.restored_before_flush),
+            copied: part(&self.copied),
+            copied_before_flush: part(&self.copied_before_flush),
+            unconfirmed: unconfirmed
+                .map(|(epoch, written)| (*epoch, part(written)))
+                .collect(),
+            ..*self
         }
-        part
     }
 
     /// `range` was not written here, or in vain.
