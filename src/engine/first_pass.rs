@@ -113,9 +113,11 @@ impl FirstPass {
 
     /// The version with at least `votes` votes.
     pub(super) fn version_with(&self, votes: usize) -> Option<&[u8]> {
-        let versions = self.agreement.first.iter().chain(&self.agreement.others);
-        let mut enough = versions.filter(|(_, count)| *count >= votes);
-        enough.next().map(|(holder, _)| self.replies.data(*holder))
+        let Agreement { first, others } = &self.agreement;
+        let enough = |(_, count): &&(ReplicaIndex, usize)| *count >= votes;
+        let first = first.as_ref().filter(enough);
+        let version = first.or_else(|| others.iter().find(enough));
+        version.map(|(holder, _)| self.replies.data(*holder))
     }
 
     pub(super) fn differs(&self) -> bool {

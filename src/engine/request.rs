@@ -176,17 +176,24 @@ impl Request {
                 skip.reply(&reply, context)
             }
             Self::Orphaned => {
-                if matches!(reply.action, Action::FindData { .. }) {
-                    // The job has given it up, and perhaps others have waited for it.
-                    context.shared().loads().yielded(reply.replica);
-                }
-                // No request waits for it any more, but an error is an error (R4).
-                if let Err(errno) = reply.result {
-                    let (operation, range) = reply.action.describe();
-                    context.report_error(reply.replica, operation, range, errno);
-                }
+                Self::orphaned_reply(&reply, context);
                 Progress::Retired
             }
+        }
+    }
+
+    /// No request waits for it any more.
+    #[cold]
+    #[inline(never)]
+    fn orphaned_reply(reply: &Reply, context: &mut Context<'_, impl Effects>) {
+        if matches!(reply.action, Action::FindData { .. }) {
+            // The job has given it up, and perhaps others have waited for it.
+            context.shared().loads().yielded(reply.replica);
+        }
+        // An error is an error (R4).
+        if let Err(errno) = reply.result {
+            let (operation, range) = reply.action.describe();
+            context.report_error(reply.replica, operation, range, errno);
         }
     }
 

@@ -524,6 +524,8 @@ impl Shared {
 
     /// The flush has come back from `replica` with an error: what is stale then is put together on
     /// a copy.
+    #[cold]
+    #[inline(never)]
     pub(super) fn flush_failed(&self, replica: ReplicaIndex) {
         // Again if other workers change much meanwhile, but not for ever.
         for attempts_left in (0..ATTEMPTS_MAX).rev() {
@@ -595,11 +597,11 @@ impl Shared {
     }
 }
 
-/// Every interleaving of small histories, by `cargo test --features loom --lib engine::shared`.
 fn is_any_undecided(health: &Health) -> bool {
     health.anything_undecided() || !health.unresolved().is_empty()
 }
 
+/// Every interleaving of small histories, by `cargo test --features loom --lib engine::shared`.
 #[cfg(all(test, feature = "loom"))]
 mod model {
     use loom::cell::UnsafeCell;
