@@ -115,3 +115,99 @@ impl AsRawFd for Executor {
         self.done.wake.as_raw_fd()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Condvar;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::control::Change;
+    use crate::control::job_history::EndedJob;
+    use crate::control::job_state::JobState;
+    use crate::control::loss_state::LossState;
+    use crate::control::map_state::MapState;
+    use crate::control::qmp::session::{Session, Step};
+    use crate::control::state::DiskState;
+
+    /// No change ends before this says so.
+    #[derive(Default)]
+    struct Stuck {
+        may_end: Mutex<bool>,
+        changed: Condvar,
+    }
+
+    impl Operator for Stuck {
+        fn state(&self) -> DiskState {
+            unreachable!("no command asks for it")
+        }
+
+        fn map(&self, _: usize) -> MapState {
+            unreachable!("no command asks for it")
+        }
+
+        fn jobs(&self) -> Vec<JobState> {
+            Vec::new()
+        }
+
+        fn ended_jobs(&self) -> Vec<EndedJob> {
+            Vec::new()
+        }
+
+        fn change(&self, _: Change) -> Result<Option<String>, String> {
+            let may_end = self.may_end.lock().unwrap();
+            drop(self.changed.wait_while(may_end, |may_end| !*may_end));
+            Ok(None)
+        }
+
+        fn fail(&self, _: &str, _: bool) -> Result<LossState, String> {
+            unreachable!("no command asks for it")
+        }
+
+        fn quit(&self) {}
+    }
+
+    fn calls(text: &str) -> Vec<Call> {
+        let mut session = Session::default();
+        session.receive(text.as_bytes());
+        let steps = std::iter::from_fn(|| session.step());
+        let calls = steps.filter_map(|step| match step {
+            Step::Execute(call) => Some(call),
+            Step::Reply(_) | Step::Close(_) => None,
+        });
+        calls.collect()
+    }
+
+    #[test]
+    fn a_command_that_opens_an_image_delays_no_other_one() {
+        let operator = Arc::new(Stuck::default());
+        let executor = Executor::spawn(Arc::clone(&operator) as Arc<dyn Operator>).unwrap();
+        let remove = r#"{"execute":"x-blockdev-change",
+            "arguments":{"parent":"quorum0","child":"a"}}"#;
+        let text = format!(r#"{{"execute":"qmp_capabilities"}}{remove}{{"execute":"query-jobs"}}"#);
+        for (client, call) in (0..).zip(calls(&text)) {
+            executor.send(client, call);
+        }
+        let mut replied = Vec::new();
+        let mut wait_for = |count: usize| {
+            while replied.len() < count {
+                replied.extend(executor.take().into_iter().map(|(client, _)| client));
+                std::thread::yield_now();
+            }
+            replied.clone()
+        };
+        // If the second one waits for the first, this ends the test all the same.
+        let watch = std::thread::spawn({
+            let operator = Arc::clone(&operator);
+            move || {
+                std::thread::park_timeout(Duration::from_secs(20));
+                *operator.may_end.lock().unwrap() = true;
+                operator.changed.notify_all();
+            }
+        });
+        assert_eq!(wait_for(1), [1]);
+        watch.thread().unpark();
+        assert_eq!(wait_for(2), [1, 0]);
+        watch.join().unwrap();
+    }
+}
