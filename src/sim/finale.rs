@@ -308,8 +308,12 @@ impl World {
     }
 
     /// Whether all replicas hold the same in these sectors, can be read there, and have missed
-    /// nothing there since they flushed.
+    /// nothing there since they flushed. Not what was not durable enough when a replica was given
+    /// up (W11): a failed flush may have left too few copies that vote.
     pub(super) fn must_be_readable(&self, sectors: u64) -> bool {
+        if sectors & self.ledger.lost_by_crash != 0 {
+            return false;
+        }
         let doubt = |r: usize| self.ledger.unsound[r] | self.ledger.unreadable[r];
         self.are_equal_at(sectors) && self.members().all(|r| doubt(r) & sectors == 0)
     }
