@@ -3,7 +3,7 @@
 use std::io;
 
 use super::resize::NotGrown;
-use crate::common::message::{Quoted, Reason};
+use crate::common::message::{Quoted, Reason, counted};
 use crate::jobs::{NotStarted, UnknownJob};
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::{NotRemoved, NotThreshold};
@@ -55,13 +55,27 @@ pub enum AdminError {
         /// The reason.
         reason: NotRemoved,
     },
-    /// A resync cannot start.
+    /// A job with this replica cannot start.
     #[error("{}: {reason}", Quoted(.node_name))]
-    NotResynced {
+    NotStarted {
         /// The replica.
         node_name: String,
         /// The reason.
         reason: NotStarted,
+    },
+    /// The operator has not said that the data of the other replicas may be lost.
+    #[error(
+        "in {} of {} without a winner, {} would decide, and what the other replicas hold there \
+         would be lost; nothing has changed; with force it is done",
+        .sectors, counted(*.undecided, "sector"), Quoted(.node_name)
+    )]
+    NotForced {
+        /// The replica.
+        node_name: String,
+        /// The sectors that it would decide.
+        sectors: u64,
+        /// The sectors that had no winner when they were last read.
+        undecided: u64,
     },
     /// A scrub cannot start.
     #[error(transparent)]

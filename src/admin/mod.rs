@@ -180,7 +180,7 @@ impl Admin {
         self.workers.tick_all();
         Ok(match started {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
-            Err(NotStarted::TooMany | NotStarted::NotAReplica) => None,
+            Err(_) => None,
         })
     }
 
@@ -365,7 +365,7 @@ impl Admin {
     pub fn resync(&self, node_name: &str, speed_bytes: u64) -> Result<JobId, AdminError> {
         let index = self.index_of(node_name)?;
         let started = self.with_jobs(|jobs, health| jobs.resync(index, speed_bytes, health));
-        started.map_err(|reason| AdminError::NotResynced {
+        started.map_err(|reason| AdminError::NotStarted {
             node_name: node_name.to_owned(),
             reason,
         })
@@ -383,6 +383,46 @@ impl Admin {
         }
         let started = self.with_jobs(|jobs, health| jobs.scrub(repair, speed_bytes, health));
         started.map_err(AdminError::NotScrubbed)
+    }
+
+    /// Starts a job in which a replica decides where no vote has a winner (W12): its copy is
+    /// written over that of the others. `force`: they may lose theirs.
+    ///
+    /// # Errors
+    /// If there is no such replica, it is evicted or not up to date there, every sector has a
+    /// winner, the disk is read-only, or `force` is missing; the last one says how much is lost.
+    pub fn prefer(
+        &self,
+        node_name: &str,
+        force: bool,
+        speed_bytes: u64,
+    ) -> Result<JobId, AdminError> {
+        if self.options.read_only {
+            return Err(AdminError::ReadOnly);
+        }
+        let index = self.index_of(node_name)?;
+        let not_started = |reason| AdminError::NotStarted {
+            node_name: node_name.to_owned(),
+            reason,
+        };
+        let preferable = self.shared.preferable(index).map_err(not_started)?;
+        let undecided = preferable.undecided.sectors();
+        if !force {
+            return Err(AdminError::NotForced {
+                node_name: node_name.to_owned(),
+                sectors: preferable.sectors,
+                undecided,
+            });
+        }
+        let ranges = preferable.undecided;
+        let started =
+            self.with_jobs(|jobs, health| jobs.prefer(index, ranges, speed_bytes, health));
+        let id = started.map_err(not_started)?;
+        warn!(
+            replica = node_name, "undecided-sectors" = undecided;
+            "replica preferred by the operator where no vote has a winner"
+        );
+        Ok(id)
     }
 
     /// Has the images compared before anything is repaired unasked (O6).

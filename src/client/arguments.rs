@@ -127,6 +127,17 @@ pub(super) enum Action {
         #[command(flatten)]
         job: JobOptions,
     },
+    /// Decide with the copy of one replica where no vote has a winner: it is written to the others
+    Prefer {
+        /// Name of the replica
+        #[arg(value_name = "NODE")]
+        node: String,
+        /// Do it: what the others hold there is lost. Without this, the command only says how much
+        #[arg(long)]
+        force: bool,
+        #[command(flatten)]
+        job: JobOptions,
+    },
     /// Clear the errors of a replica, once their cause is gone; without NODE, clear the I/O errors
     /// of the guest and the errors of all replicas, and expect as many replicas as there are now
     Clear {

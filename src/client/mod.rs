@@ -183,6 +183,7 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Scrub { repair, job } => scrub::scrub(context, repair, &job),
         Action::Resync { node, job } => scrub::resync(context, &node, &job),
         Action::Clear { node } => clear::run(context, node.as_deref()),
+        Action::Prefer { node, force, job } => scrub::prefer(context, &node, force, &job),
         Action::Cont => cont::run(context),
         Action::Add { image, detach } => replicas::add(context, &image, detach),
         Action::Remove { node } => replicas::remove(context, &node),

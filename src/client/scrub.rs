@@ -1,4 +1,4 @@
-//! `scrub` and `resync`: start a job and wait for its end.
+//! `scrub`, `resync` and `prefer`: start a job and wait for its end.
 
 use serde_json::{Value, json};
 
@@ -25,6 +25,16 @@ pub(super) fn resync(
 ) -> Result<Outcome, Error> {
     let arguments = json!({ "node-name": node, "speed": job.speed.0 });
     run(context, "quorum-resync", arguments, job.detach)
+}
+
+pub(super) fn prefer(
+    context: &mut Context<'_>,
+    node: &str,
+    force: bool,
+    job: &JobOptions,
+) -> Result<Outcome, Error> {
+    let arguments = json!({ "node-name": node, "force": force, "speed": job.speed.0 });
+    run(context, "quorum-prefer", arguments, job.detach)
 }
 
 fn run(

@@ -102,6 +102,7 @@ impl Ended {
             return "the replica is up to date".into();
         };
         let is_scrub = end.r#type != "quorum-resync";
+        let is_preferred = end.r#type == "quorum-prefer";
         let result = match (&end.error, cancelled) {
             (_, true) => format!(
                 "was cancelled after {} of {}",
@@ -113,6 +114,9 @@ impl Ended {
         };
         let found = match (end.found(), end.sectors_written) {
             _ if !is_scrub => String::new(),
+            (0, written) if is_preferred => {
+                format!("; {} written", counted(written, "sector"))
+            }
             (0, 0) => "; no corrupt sectors found".into(),
             (0, written) => format!(
                 "; no corrupt sectors found; {} written that a failed write or flush had left \

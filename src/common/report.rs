@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::operation::OperationType;
-use super::{Errno, ReplicaIndex, SectorRange};
+use super::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 
 /// A SHA-256 digest.
 pub type Digest = [u8; 32];
@@ -78,6 +78,12 @@ pub enum Fact {
     /// A resync has found that a stale replica holds what the others hold, although it was not
     /// written to: holes.
     Equal(ReplicaIndex, SectorRange),
+    /// The replica that the operator prefers decides in the last of these sectors, which had no
+    /// winner; the blocks before are written (W12). For the simulator.
+    PreferenceBegins(ReplicaIndex, SectorRange, SectorRange),
+    /// The blocks are written; these replicas hold what the preferred one holds. Whether they are
+    /// enough. For the simulator.
+    PreferenceEnds(SectorRange, ReplicaSet, bool),
     /// The repair of this many sectors has failed.
     SectorsNotRepaired(ReplicaIndex, u64),
 }

@@ -192,7 +192,10 @@ pub(super) fn error(job: &JobInfo, names: &NodeNames) -> Option<String> {
             ));
         }
         JobFailure::Removed => String::new(),
-        JobFailure::NoQuorum { .. } => causes(&[Read]),
+        JobFailure::NoQuorum { .. } => match job.kind {
+            JobKind::Prefer(_) => causes(&[Write, Read]),
+            _ => causes(&[Read]),
+        },
         JobFailure::NotCopied { .. } => causes(&[Write, Read, Flush]),
         JobFailure::NotRepaired { .. } => causes(&[Write]),
         JobFailure::NotFlushed => causes(&[Flush]),

@@ -92,6 +92,15 @@ pub enum Change {
         /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
         speed_bytes: u64,
     },
+    /// Start a job in which a replica decides where no vote has a winner.
+    Prefer {
+        /// The replica.
+        node_name: String,
+        /// What the other replicas hold there may be lost.
+        force: bool,
+        /// Speed limit in bytes a second; 0: as fast as the guest's load allows.
+        speed_bytes: u64,
+    },
     /// The vote threshold is to be this one; `None`: more than half of the replicas, however many
     /// there are.
     Threshold(Option<usize>),

@@ -370,6 +370,14 @@ impl Operator for DiskOperator {
                 node_name,
                 speed_bytes,
             } => Some(admin.resync(&node_name, speed_bytes).map_err(line)?),
+            Change::Prefer {
+                node_name,
+                force,
+                speed_bytes,
+            } => {
+                let started = admin.prefer(&node_name, force, speed_bytes);
+                Some(started.map_err(line)?)
+            }
             Change::ClearErrors(node_name) => {
                 self.clear_errors(node_name.as_deref()).map(|()| None)?
             }

@@ -350,6 +350,7 @@ fn terms(answers: bool, locates: ReplicaSet, core: &Core) -> Terms {
         spreads: true,
         answers_early: answers,
         is_resync: false,
+        prefers: None,
         searches_long: false,
     }
 }

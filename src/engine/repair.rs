@@ -12,6 +12,8 @@ use crate::quorum::vote::Verdict;
 pub(super) struct Repairs<'a> {
     pub(super) range: SectorRange,
     pub(super) verdict: &'a Verdict,
+    /// No block is written that has one of these sectors.
+    pub(super) left_out: &'a [SectorRange],
     /// The winning bytes of the range.
     pub(super) winner: &'a [u8],
     /// Whether replicas are repaired where they lost the vote or are unreadable.
@@ -49,6 +51,8 @@ pub(super) enum RepairKind {
     Settled,
     /// What a replica that is repaired throughout holds.
     Throughout,
+    /// A version that had no more right to win than what the operator prefers (W12).
+    Preferred,
 }
 
 impl Repairs<'_> {
@@ -105,10 +109,10 @@ impl Repairs<'_> {
         writes
     }
 
-    /// The runs, widened to whole blocks, without the blocks that have an undecided sector.
+    /// The runs, widened to whole blocks, without the blocks that are left out.
     fn decided(&self, runs: &[SectorRange]) -> Vec<SectorRange> {
         let runs = runs::widened(runs, self.block_sectors);
-        decided(&runs, &self.verdict.undecided, self.block_sectors)
+        decided(&runs, self.left_out, self.block_sectors)
     }
 }
 

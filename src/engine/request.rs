@@ -89,11 +89,13 @@ impl Wanted {
                 range,
                 repair,
                 spreads,
+                prefers,
             } => Start::Scrub(ScrubOrder {
                 chunk: id,
                 range,
                 repair,
                 spreads,
+                prefers,
             }),
             Work::Skip { replica, range } => Start::Skip(SkipOrder {
                 chunk: id,

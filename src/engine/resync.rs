@@ -35,6 +35,7 @@ impl Resync {
             spreads: true,
             answers_early: false,
             is_resync: true,
+            prefers: None,
             searches_long: true,
         };
         let replies = Replies::new(range, context.core);

@@ -11,7 +11,7 @@ use super::replies::Replies;
 use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
 use crate::common::report::{Fact, Requester};
-use crate::common::{ReplicaSet, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{ChunkEnd, ChunkId};
 use crate::quorum::vote::Rule;
 
@@ -30,6 +30,8 @@ pub(super) struct ScrubOrder {
     pub(super) repair: bool,
     /// Scrub the neighbourhood of corrupt sectors.
     pub(super) spreads: bool,
+    /// Where there is no winner, write what this replica holds to the others.
+    pub(super) prefers: Option<ReplicaIndex>,
 }
 
 impl Scrub {
@@ -179,6 +181,7 @@ impl ScrubOrder {
             spreads: self.spreads,
             answers_early: false,
             is_resync: false,
+            prefers: self.prefers,
             searches_long: true,
         }
     }

@@ -32,9 +32,9 @@ use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
-use crate::jobs::{JobEvent, Jobs, Sizes};
+use crate::jobs::{JobEvent, Jobs, NotStarted, Sizes};
 use crate::quorum::health::{
-    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Wanted, WriteBegun,
+    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Preferable, Wanted, WriteBegun,
 };
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
@@ -256,6 +256,25 @@ impl Shared {
         };
         self.jobs(tell, |jobs, health| jobs.removed(replica, health));
         Ok(loss)
+    }
+
+    /// What `replica` could decide if the operator preferred it (W12).
+    ///
+    /// # Errors
+    /// If that is nothing.
+    pub fn preferable(&self, replica: ReplicaIndex) -> Result<Preferable, NotStarted> {
+        let (snapshot, undecided) = self.health(|h| (h.snapshot(), h.unresolved().clone()));
+        if !snapshot.in_service().contains(replica) {
+            return Err(NotStarted::NotInService);
+        }
+        if undecided.is_empty() {
+            return Err(NotStarted::NothingUndecided);
+        }
+        let preferable = snapshot.preferable(replica, undecided);
+        match preferable.sectors {
+            0 => Err(NotStarted::NotUpToDate),
+            _ => Ok(preferable),
+        }
     }
 
     /// The vote threshold is to be `wanted` from now on (W10). A tick of the first engine must

@@ -38,6 +38,8 @@ pub enum Work {
         repair: bool,
         /// Report corruption to [`super::Jobs::corruption_found`].
         spreads: bool,
+        /// Where there is no winner, write what this replica holds to the others.
+        prefers: Option<ReplicaIndex>,
     },
     /// Find out how much of the range is a hole on every replica concerned, from its start on.
     Skip {

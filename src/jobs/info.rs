@@ -47,13 +47,15 @@ pub enum JobKind {
     },
     /// Scrubs the surroundings of corruption that a read found.
     NeighbourhoodScrub,
+    /// Where no vote has a winner, writes what this replica holds to the others.
+    Prefer(ReplicaIndex),
 }
 
 impl JobKind {
-    /// The replica that a resync copies to.
+    /// The replica that a resync copies to, or that the operator prefers.
     pub fn replica(self) -> Option<ReplicaIndex> {
         match self {
-            Self::Resync(replica) => Some(replica),
+            Self::Resync(replica) | Self::Prefer(replica) => Some(replica),
             Self::Scrub { .. } | Self::NeighbourhoodScrub => None,
         }
     }
@@ -64,6 +66,7 @@ impl JobKind {
             Self::Resync(_) => "quorum-resync",
             Self::Scrub { .. } => "quorum-scrub",
             Self::NeighbourhoodScrub => "quorum-neighbourhood-scrub",
+            Self::Prefer(_) => "quorum-prefer",
         }
     }
 }
@@ -194,6 +197,15 @@ pub enum NotStarted {
     /// The disk has no such replica.
     #[error("it is not a replica of this disk")]
     NotAReplica,
+    /// An evicted replica cannot decide.
+    #[error("it is evicted, and so does not take part in votes")]
+    NotInService,
+    /// No vote has ended without a winner.
+    #[error("every sector had a winner when it was last read; a scrub reads all of them")]
+    NothingUndecided,
+    /// It has no copy that may decide.
+    #[error("it is itself not up to date in any of the sectors without a winner")]
+    NotUpToDate,
     /// There are too many.
     #[error("{JOBS_MAX} jobs run already; cancel one or wait for its end")]
     TooMany,

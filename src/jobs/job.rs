@@ -85,6 +85,7 @@ impl Job {
             Task::Resync { replica, .. } => JobKind::Resync(*replica),
             Task::Scrub { repair, .. } => JobKind::Scrub { repair: *repair },
             Task::Neighbourhood { .. } => JobKind::NeighbourhoodScrub,
+            Task::Prefer { replica, .. } => JobKind::Prefer(*replica),
         }
     }
 
@@ -93,11 +94,15 @@ impl Job {
         let left = match &self.task {
             // The sectors of a chunk in flight are still stale.
             Task::Resync { .. } => self.task.left_sectors(health),
-            Task::Scrub { .. } | Task::Neighbourhood { .. } => {
+            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => {
                 self.task.left_sectors(health) + in_flight.map(|range| range.count).sum::<u64>()
             }
         };
-        let findings = self.record.findings(self.kind().replica(), health);
+        let target = match &self.task {
+            Task::Resync { replica, .. } => Some(*replica),
+            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => None,
+        };
+        let findings = self.record.findings(target, health);
         let sum = |of: fn(&Findings) -> u64| findings.values().map(of).sum();
         JobInfo {
             id: self.id,
@@ -216,7 +221,7 @@ impl Job {
                 ..
             } if *arrivals == health.arrivals() => *not_before,
             Task::Resync { .. } => Duration::ZERO,
-            Task::Scrub { .. } | Task::Neighbourhood { .. } => Duration::ZERO,
+            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => Duration::ZERO,
         };
         let by_pace = if self.speed_bytes > 0 {
             (self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX).then_some(self.not_before)
@@ -366,7 +371,7 @@ impl Job {
                 *failed |= end.failed || chunk.range.is_some_and(is_left);
                 written
             }
-            Task::Scrub { .. } | Task::Neighbourhood { .. } => {
+            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => {
                 chunk.range.map_or(0, |range| range.count)
             }
         };

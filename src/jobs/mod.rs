@@ -211,6 +211,24 @@ impl Jobs {
         )
     }
 
+    /// Starts a job in which `replica` decides where no vote has a winner: in the blocks of what
+    /// was `undecided` a moment ago (W12).
+    ///
+    /// # Errors
+    /// If it is not a replica of the disk, or there are too many jobs.
+    pub fn prefer(
+        &mut self,
+        replica: ReplicaIndex,
+        undecided: RangeSet,
+        speed_bytes: u64,
+        health: &Health,
+    ) -> Result<JobId, NotStarted> {
+        if !health.members().contains(replica) {
+            return Err(NotStarted::NotAReplica);
+        }
+        self.start(Task::prefer(replica, undecided), speed_bytes, true, health)
+    }
+
     /// Pauses a job: it starts no chunk until it is resumed.
     ///
     /// # Errors
@@ -262,12 +280,12 @@ impl Jobs {
         Ok(())
     }
 
-    /// Ends the resync of a replica that was removed from the disk.
+    /// Ends the jobs of a replica that was removed from the disk.
     pub fn removed(&mut self, replica: ReplicaIndex, health: &Health) {
         self.held.remove(replica);
         self.retries[replica.as_usize()] = Retry::default();
         for job in &mut self.jobs {
-            if job.kind() == JobKind::Resync(replica) && job.status() != JobStatus::Aborting {
+            if job.kind().replica() == Some(replica) && job.status() != JobStatus::Aborting {
                 job.fail(JobFailure::Removed);
             }
         }

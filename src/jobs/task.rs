@@ -43,6 +43,11 @@ pub(super) enum Task {
     Neighbourhood {
         left: RangeSet,
     },
+    /// Where no vote has a winner, this replica decides.
+    Prefer {
+        replica: ReplicaIndex,
+        left: RangeSet,
+    },
 }
 
 impl Task {
@@ -71,6 +76,10 @@ impl Task {
         Self::Neighbourhood { left }
     }
 
+    pub(super) fn prefer(replica: ReplicaIndex, left: RangeSet) -> Self {
+        Self::Prefer { replica, left }
+    }
+
     /// Whether a chunk can start, or a pass can end.
     pub(super) fn has_work(&self, in_flight: bool, health: &Health) -> bool {
         match self {
@@ -90,7 +99,7 @@ impl Task {
                 end_sector,
                 ..
             } => cursor_sector < end_sector,
-            Self::Neighbourhood { left } => !left.is_empty(),
+            Self::Neighbourhood { left } | Self::Prefer { left, .. } => !left.is_empty(),
         }
     }
 
@@ -104,7 +113,7 @@ impl Task {
                 end_sector,
                 ..
             } => cursor_sector >= end_sector,
-            Self::Neighbourhood { left } => left.is_empty(),
+            Self::Neighbourhood { left } | Self::Prefer { left, .. } => left.is_empty(),
         }
     }
 
@@ -112,7 +121,7 @@ impl Task {
     pub(super) fn awaits_flush(&self, health: &Health) -> bool {
         match self {
             Self::Resync { replica, .. } => health.awaits_flush(*replica),
-            Self::Scrub { .. } | Self::Neighbourhood { .. } => false,
+            Self::Scrub { .. } | Self::Neighbourhood { .. } | Self::Prefer { .. } => false,
         }
     }
 
@@ -124,7 +133,7 @@ impl Task {
                 end_sector,
                 ..
             } => end_sector - cursor_sector,
-            Self::Neighbourhood { left } => left.sectors(),
+            Self::Neighbourhood { left } | Self::Prefer { left, .. } => left.sectors(),
         }
     }
 
@@ -180,18 +189,21 @@ impl Task {
                     range,
                     repair: *repair,
                     spreads: false,
+                    prefers: None,
                 })
             }
-            Self::Neighbourhood { left } => {
-                let first = left.iter().next()?;
-                let range = chunk_of(first, most, block_sectors);
-                left.remove(range);
-                Some(Work::Scrub {
-                    range,
-                    repair: false,
-                    spreads: true,
-                })
-            }
+            Self::Neighbourhood { left } => Some(Work::Scrub {
+                range: take_chunk(left, most, block_sectors)?,
+                repair: false,
+                spreads: true,
+                prefers: None,
+            }),
+            Self::Prefer { replica, left } => Some(Work::Scrub {
+                range: take_chunk(left, most, block_sectors)?,
+                repair: false,
+                spreads: false,
+                prefers: Some(*replica),
+            }),
         }
     }
 }
@@ -214,9 +226,18 @@ impl Task {
                 holes,
                 ..
             } => *cursor_sector = holes.answered(skipped, sizes),
-            Self::Neighbourhood { .. } => unreachable!("it asks for no holes"),
+            Self::Neighbourhood { .. } | Self::Prefer { .. } => {
+                unreachable!("it asks for no holes")
+            }
         }
     }
+}
+
+/// Takes the first chunk of what is `left`, in whole blocks.
+fn take_chunk(left: &mut RangeSet, most: u64, block_sectors: u64) -> Option<SectorRange> {
+    let range = chunk_of(left.iter().next()?, most, block_sectors);
+    left.remove(range);
+    Some(range)
 }
 
 /// The first chunk of `range`, in whole blocks and at most `most` sectors long.

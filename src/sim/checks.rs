@@ -225,7 +225,7 @@ impl World {
     }
 
     /// The members that have not failed since the write was submitted.
-    fn unfailed(&self, write: &PendingWrite) -> u32 {
+    pub(super) fn unfailed(&self, write: &PendingWrite) -> u32 {
         let now = self.ledger.failures;
         let unfailed = self.members().filter(|r| now[*r] == write.failures[*r]);
         unfailed.fold(0, |mask, r| mask | 1 << r)
@@ -250,7 +250,7 @@ impl World {
     }
 
     /// What a write leaves behind that the replicas have written, or some of them.
-    fn note_written(&mut self, range: SectorRange, write: &PendingWrite, success: bool) {
+    pub(super) fn note_written(&mut self, range: SectorRange, write: &PendingWrite, success: bool) {
         let (sectors, unfailed) = (self.plan.mask(range), self.unfailed(write));
         if success {
             self.ledger.only_copies &= !sectors;
@@ -273,6 +273,11 @@ impl World {
             self.ledger.written[replica] |= sectors;
         }
         if success {
+            for pending in &mut self.pending {
+                if let PendingKind::Write(other) = &mut pending.kind {
+                    other.preferred &= !sectors;
+                }
+            }
             self.ledger.mixed &= !sectors;
             self.ledger.accusable &= !sectors;
             self.ledger.overruled &= !sectors;
@@ -293,6 +298,13 @@ impl World {
     /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas. It may
     /// be answered after one of them was given up (W11).
     fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
+        if write.preferred != 0 && !self.overlapped {
+            let text = format!(
+                "w{} was answered, and another version preferred",
+                write.number
+            );
+            return Err(Violation::new("W12", text).at(write.preferred));
+        }
         let excused = self.ledger.mixed | self.ledger.at_risk;
         for sector in bits(self.plan.mask(pending.range) & !excused) {
             let value = Value::written(write.number, sector);
@@ -326,7 +338,8 @@ impl World {
         let enough = usize::try_from(flushed.count_ones()).expect("few") >= pending.thresholds.most;
         // A replica may have failed another write since.
         let may_be_undone = self.plan.mask(pending.range) & self.ledger.only_copies != 0;
-        if enough && write.overlapped == 0 && !may_be_undone {
+        let is_replaced = write.overlapped | write.preferred != 0;
+        if enough && !is_replaced && !may_be_undone {
             let text = format!("w{} is durable on {flushed:b}, and fails", write.number);
             return Err(Violation::new("W5", text).at(self.plan.mask(pending.range)));
         }

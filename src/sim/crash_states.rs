@@ -221,7 +221,11 @@ impl<'a> State<'a> {
                 Effect::Wake(..) | Effect::ContentsDiffer(_) => {
                     unreachable!("one worker, no blkverify")
                 }
-                Effect::JobChanged(_) | Effect::Released(_) | Effect::Equal(..) => {
+                Effect::JobChanged(_)
+                | Effect::Released(_)
+                | Effect::Equal(..)
+                | Effect::PreferenceBegins(..)
+                | Effect::PreferenceEnds(..) => {
                     unreachable!("no operator")
                 }
             }

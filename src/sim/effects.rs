@@ -6,7 +6,7 @@ use std::rc::Rc;
 use super::model::Value;
 use crate::common::operation::{Operation, RequestId};
 use crate::common::report::{Fact, Report};
-use crate::common::{ReplicaIndex, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::{Effects, Failed, FragmentId, Mark, Tag, WorkerIndex};
 use crate::jobs::JobEvent;
 
@@ -53,6 +53,10 @@ pub enum Effect {
     Released(ReplicaIndex),
     /// A resync takes the copy of a replica for fresh, without having written to it.
     Equal(ReplicaIndex, SectorRange),
+    /// A preferred replica decides (W12): in which blocks, and where there is no winner.
+    PreferenceBegins(ReplicaIndex, SectorRange, SectorRange),
+    /// Its copy is written, and these replicas hold it; whether they are enough.
+    PreferenceEnds(SectorRange, ReplicaSet, bool),
     /// A `--blkverify` disk differs.
     ContentsDiffer(SectorRange),
 }
@@ -104,8 +108,15 @@ impl Effects for Collected {
     }
 
     fn count(&mut self, fact: Fact) {
-        if let Fact::Equal(replica, range) = fact {
-            self.push(Effect::Equal(replica, range));
+        match fact {
+            Fact::Equal(replica, range) => self.push(Effect::Equal(replica, range)),
+            Fact::PreferenceBegins(replica, blocks, run) => {
+                self.push(Effect::PreferenceBegins(replica, blocks, run));
+            }
+            Fact::PreferenceEnds(blocks, holders, success) => {
+                self.push(Effect::PreferenceEnds(blocks, holders, success));
+            }
+            _ => {}
         }
     }
 

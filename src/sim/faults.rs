@@ -175,6 +175,7 @@ impl World {
         self.forget_times();
         self.wakes.clear();
         self.pending.clear();
+        self.preferences.clear();
         self.now += 1;
         self.model.crashed(self.now);
         self.crashed = true;

@@ -63,6 +63,7 @@ impl World {
         self.read_all()?;
         self.check_rewritten()?;
         self.check_scrub()?;
+        self.prefer_all()?;
         self.check_flushes()?;
         for part in self.parts() {
             self.submit_write(0, part)?;
@@ -100,7 +101,7 @@ impl World {
     }
 
     /// Until everything is answered and nothing is in flight, not even on an evicted replica.
-    fn settle(&mut self) -> Checked {
+    pub(super) fn settle(&mut self) -> Checked {
         while !self.is_quiet() || !self.flights.is_empty() {
             self.step()?;
         }
@@ -276,7 +277,7 @@ impl World {
     }
 
     /// Until no job is left.
-    fn finish_jobs(&mut self) -> Checked {
+    pub(super) fn finish_jobs(&mut self) -> Checked {
         while !self.jobs.is_empty() || !self.is_quiet() || !self.flights.is_empty() {
             self.step()?;
         }

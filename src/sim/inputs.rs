@@ -42,6 +42,8 @@ pub(super) struct Delivered {
     sectors: u64,
     /// The number of the guest write that it belongs to.
     write: Option<u64>,
+    /// What it writes there is preferred (W12).
+    preferred: Option<SectorRange>,
     /// See [`Flight::outdated`](super::state::Flight::outdated).
     outdated: bool,
     /// See [`Flight::failures`](super::state::Flight::failures).
@@ -128,6 +130,7 @@ impl World {
             durable,
             ended: false,
             overlapped,
+            preferred: 0,
             submitted_to: 0,
             succeeded: 0,
             failed: 0,
@@ -229,6 +232,7 @@ impl World {
             operation: flight.operation.action.describe().0,
             sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
             write: flight.write,
+            preferred: self.preference_of(&flight),
             outdated: flight.outdated,
             failures: flight.failures,
             evictions: flight.evictions,
@@ -262,8 +266,14 @@ impl World {
                 }
             }
         }
+        if let Some(range) = reply
+            .preferred
+            .filter(|_| reply.operation == OperationType::Write)
+        {
+            self.preferred_written(replica, range, success);
+        }
         match (reply.operation, success) {
-            (OperationType::Write, true) if reply.write.is_none() => {
+            (OperationType::Write, true) if reply.write.is_none() && reply.preferred.is_none() => {
                 // Repaired, unless the replica has failed since.
                 if reply.failures == self.ledger.failures[replica] {
                     self.note_settled(replica, reply.sectors);
@@ -401,7 +411,7 @@ impl World {
             PendingKind::Write(_) => self.plan.mask(pending.range),
             PendingKind::Read | PendingKind::Flush => 0,
         });
-        writing.fold(0, |all, sectors| all | sectors)
+        writing.fold(self.being_preferred(), |all, sectors| all | sectors)
     }
 
     /// A lock that another worker has released is granted.
@@ -462,6 +472,12 @@ impl World {
                 Effect::HealthChanged => self.tick_wanted = (1 << self.plan.workers) - 1,
                 Effect::JobChanged(event) => self.job_reported(event)?,
                 Effect::Released(replica) => self.released(replica)?,
+                Effect::PreferenceBegins(replica, blocks, run) => {
+                    self.preference_begins(replica, blocks, run)?;
+                }
+                Effect::PreferenceEnds(blocks, holders, success) => {
+                    self.preference_ends(blocks, holders, success)?;
+                }
                 Effect::Equal(replica, range) => self.found_equal(replica.as_usize(), range)?,
                 Effect::ContentsDiffer(_) => {
                     return Err(Violation::new("blkverify", "the disk has no --blkverify"));

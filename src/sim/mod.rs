@@ -48,6 +48,7 @@ mod overlap;
 mod patience;
 pub mod plan;
 pub mod policy;
+mod preferring;
 pub mod random;
 mod repair_limit;
 pub mod replica;

@@ -148,6 +148,18 @@ impl Model {
         }
     }
 
+    /// The operator prefers this value, which is being written (W12), and may have been there
+    /// before. `false` if it is that of a write which the guest has no answer to, and ends with it.
+    pub fn preference_began(&mut self, sector: usize, value: Value, now: Moment) -> bool {
+        let all = &mut self.sectors[sector];
+        if all.iter().any(|w| w.value == value && w.ended == NEVER) {
+            return false;
+        }
+        all.retain(|w| w.value != value);
+        self.write_began(sector, value, now);
+        true
+    }
+
     /// A write that was held is submitted again (W9). It may replace another one that ran at the
     /// same time, and then that one replaces it again: the guest has no answer to either. So what
     /// reads return of them shows no order before they end.

@@ -29,6 +29,7 @@ impl World {
             let text = format!("replica {replica} is evicted, and an operation is submitted to it");
             return Err(Violation::new("W6", text));
         }
+        let preferred = self.writes_preferred(&operation)?;
         let disk = self.plan.disk();
         let (sectors, write) = match &operation.action {
             Action::Flush => {
@@ -59,7 +60,9 @@ impl World {
             self.rewritten[replica] |= sectors;
             self.check_resync(&operation, sectors)?;
             self.check_unasked(&operation)?;
-            self.doubt_repair(sectors);
+            if !preferred {
+                self.doubt_repair(sectors);
+            }
         }
         match &operation.action {
             Action::Flush => {
@@ -91,6 +94,7 @@ impl World {
             data: 0,
             write,
             part,
+            preferred,
             submitted_at: self.clock,
             round: self.rounds,
             failures: self.before_input.failures[replica],

@@ -19,7 +19,10 @@ use crate::quorum::health::{NotRemoved, majority};
 impl World {
     /// The operator does something.
     pub(super) fn act_as_operator(&mut self) -> Checked {
-        match self.random.below(12) {
+        if !self.shared.unresolved().is_empty() && self.random.below(3) == 0 {
+            return self.prefer();
+        }
+        match self.random.below(13) {
             0 | 1 => self.add_replica(),
             2 | 3 => self.remove_replica(),
             4 | 5 => {
@@ -29,6 +32,7 @@ impl World {
                 self.with_jobs(|jobs, health| jobs.scrub(repair, 0, health))
                     .map(|_| ())
             }
+            12 => self.prefer(),
             11 => self.change_threshold(),
             10 => {
                 self.grow();
@@ -140,6 +144,7 @@ impl World {
                 write.failed &= !bit;
             }
         }
+        self.forget_preferred_by(place);
         self.mark_excused(place, all);
         self.shared.add(index(place));
         self.tick_wanted = (1 << self.plan.workers) - 1;

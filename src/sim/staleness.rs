@@ -90,7 +90,9 @@ impl World {
         };
         let own = self.flights.iter().filter(writes).filter_map(Flight::range);
         let all = guests.chain(own);
-        all.fold(0, |mask, range| mask | self.plan.mask(range))
+        all.fold(self.being_preferred(), |mask, range| {
+            mask | self.plan.mask(range)
+        })
     }
 
     /// The replica was evicted, or a flush failed on it.

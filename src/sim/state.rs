@@ -12,6 +12,7 @@ use super::held::HeldRequest;
 use super::ledger::{Failures, Ledger, Masks, Seen};
 use super::model::{Model, Moment, NEVER};
 use super::plan::{PLACES, Plan, WriteCache, bits};
+use super::preferring::Preference;
 use super::random::Random;
 use super::repair_limit::Unasked;
 use super::replica::SimReplica;
@@ -75,6 +76,8 @@ pub(super) struct PendingWrite {
     pub(super) ended: bool,
     /// Where another write was in flight at the same time, a mask.
     pub(super) overlapped: u64,
+    /// Where another version was preferred while it waits for its flush (W12), a mask.
+    pub(super) preferred: u64,
     /// The replicas that it was submitted to, a mask.
     pub(super) submitted_to: u32,
     /// Those that have written it, a mask.
@@ -155,6 +158,8 @@ pub struct World {
     pub(super) staleness: Staleness,
     pub(super) view: View,
     pub(super) collected: Collected,
+    /// The writes of what a preferred replica holds.
+    pub(super) preferences: Vec<Preference>,
     /// What was known of failures before the last input.
     pub(super) before_input: Failures,
     /// The same before the reply that the next input brings.
@@ -283,6 +288,8 @@ pub(super) struct Flight {
     pub(super) data: u64,
     /// The number of the guest write that it belongs to.
     pub(super) write: Option<u64>,
+    /// It writes what a preferred replica holds (W12).
+    pub(super) preferred: bool,
     /// That write was held since: the operation does not count for the next attempt.
     pub(super) outdated: bool,
     /// Its fault is that there is no space left.
@@ -467,6 +474,7 @@ impl World {
             staleness: Staleness::default(),
             view: View::default(),
             collected: Collected::default(),
+            preferences: Vec::new(),
             before_input: Failures::default(),
             before_reply: None,
             flush_lacks: [0; PLACES],
@@ -650,6 +658,7 @@ impl World {
             .iter()
             .chain(held)
             .map(|p| p.began)
+            .chain(self.preferences.iter().map(|p| p.began))
             .min()
             .unwrap_or(NEVER - 1)
     }

@@ -25,6 +25,10 @@ pub struct Statistics {
     pub removed: u64,
     /// Replicas removed although the disk needed them.
     pub given_up: u64,
+    /// Writes of what a preferred replica holds.
+    pub preferred: u64,
+    /// Those of them that t replicas hold.
+    pub decided: u64,
     /// Times that the disk has grown.
     pub grown: u64,
     /// Times that the vote threshold was raised.
@@ -49,6 +53,8 @@ impl Statistics {
         self.added += other.added;
         self.removed += other.removed;
         self.given_up += other.given_up;
+        self.preferred += other.preferred;
+        self.decided += other.decided;
         self.grown += other.grown;
         self.raised += other.raised;
         self.resynced += other.resynced;

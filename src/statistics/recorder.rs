@@ -128,6 +128,7 @@ impl Recorder {
             Fact::Equal(replica, range) => {
                 self.totals(replica).sectors_resynced.add(range.count);
             }
+            Fact::PreferenceBegins(..) | Fact::PreferenceEnds(..) => {}
             Fact::SectorsNotRepaired(replica, sectors) => {
                 self.totals(replica).sectors_not_repaired.add(sectors);
             }

@@ -293,6 +293,11 @@ fn change(name: &str, arguments: &mut Arguments) -> Result<Change, &'static str>
             node_name: arguments.text("node-name")?,
             speed_bytes: arguments.number("speed")?.unwrap_or(0),
         },
+        "quorum-prefer" => Change::Prefer {
+            node_name: arguments.text("node-name")?,
+            force: arguments.flag("force")?,
+            speed_bytes: arguments.number("speed")?.unwrap_or(0),
+        },
         "block_resize" => {
             let device = arguments.optional_text("device")?;
             let node = arguments.optional_text("node-name")?;

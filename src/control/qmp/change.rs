@@ -105,6 +105,17 @@ pub(super) struct Resync {
     speed: u64,
 }
 
+/// The arguments of quorum-prefer.
+#[derive(Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub(super) struct Prefer {
+    node_name: String,
+    #[serde(default)]
+    force: bool,
+    #[serde(default)]
+    speed: u64,
+}
+
 /// The arguments of quorum-clear-errors.
 #[derive(Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -255,6 +266,17 @@ pub(super) fn resync(replica: Resync, operator: &dyn Operator) -> Result<Begun, 
         Change::Resync {
             node_name,
             speed_bytes,
+        },
+    )
+}
+
+pub(super) fn prefer(replica: Prefer, operator: &dyn Operator) -> Result<Begun, CommandError> {
+    begun(
+        operator,
+        Change::Prefer {
+            node_name: replica.node_name,
+            force: replica.force,
+            speed_bytes: replica.speed,
         },
     )
 }

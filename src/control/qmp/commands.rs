@@ -187,6 +187,10 @@ static COMMANDS: &[Command] = &[
         run: |arguments, operator| run(arguments, |replica| change::fail(&replica, operator)),
     },
     Command {
+        name: "quorum-prefer",
+        run: |arguments, operator| run(arguments, |replica| change::prefer(replica, operator)),
+    },
+    Command {
         name: "quorum-rename",
         run: |arguments, operator| run(arguments, |names| nothing(change::rename(names, operator))),
     },

@@ -14,12 +14,14 @@
 //!                            └──► probing ──────┘
 //! ```
 
+mod preferring;
 mod repairing;
 mod settling;
 
 use std::rc::Rc;
 use std::time::Duration;
 
+use self::preferring::Preference;
 use self::repairing::not_written;
 use super::context::{Context, Core};
 use super::decision::{Decision, assemble, ballots};
@@ -58,6 +60,8 @@ pub(super) struct Confirmation {
     voted: Vec<SectorRange>,
     /// A replica has failed while it was withheld.
     outdated: bool,
+    /// What the preferred replica holds, and is being written.
+    preferences: Vec<Preference>,
     /// What was found and done.
     end: ChunkEnd,
 }
@@ -82,6 +86,8 @@ pub(super) struct Terms {
     pub(super) answers_early: bool,
     /// A resync: what it writes was stale.
     pub(super) is_resync: bool,
+    /// Where there is no winner, what this replica holds is to be written to the others (W12).
+    pub(super) prefers: Option<ReplicaIndex>,
     /// Search long for what can be read of replicas that fail: no other read comes back to it.
     pub(super) searches_long: bool,
 }
@@ -134,6 +140,7 @@ impl Confirmation {
             withheld: None,
             voted: Vec::new(),
             outdated: false,
+            preferences: Vec::new(),
             end: ChunkEnd::default(),
         }
     }
@@ -194,11 +201,14 @@ impl Confirmation {
                 for write in pending.extract_if(.., |write| evicted.contains(write.replica)) {
                     let shared = context.shared();
                     let was_corrupt = write.kind == RepairKind::Corrupt;
-                    shared.change_health(|health| {
-                        health.repair_orphaned(write.replica, write.range, was_corrupt);
-                    });
+                    if write.kind != RepairKind::Preferred {
+                        shared.change_health(|health| {
+                            health.repair_orphaned(write.replica, write.range, was_corrupt);
+                        });
+                    }
                     not_written(&mut self.end, &write);
                 }
+                self.forget_preferred(evicted);
                 self.finish_if_repaired(context)
             }
         }
@@ -408,7 +418,7 @@ impl Confirmation {
     /// The votes are counted.
     fn decide(
         &mut self,
-        verdict: Verdict,
+        mut verdict: Verdict,
         disputed: &Disputed,
         context: &mut Context<'_, impl Effects>,
     ) -> Next {
@@ -420,10 +430,11 @@ impl Confirmation {
         }
         self.report_losers(&verdict, context);
         let settled = self.settle(disputed, &verdict, context);
-        self.note_unread(&verdict.undecided, context);
-        self.end.undecided.clone_from(&verdict.undecided);
         self.note_undecided(&verdict, context);
         self.spread(&verdict, context);
+        self.preferences = self.prefer(&mut verdict, disputed, context);
+        self.note_unread(&verdict.undecided, context);
+        self.end.undecided.clone_from(&verdict.undecided);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
         let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
         self.withheld = winner.clone().filter(|_| waits);

@@ -16,6 +16,7 @@ use crate::common::buffer::Buffer;
 use crate::common::operation::Operation;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Fact, Report};
+use crate::common::runs;
 use crate::jobs::ChunkEnd;
 use crate::quorum::vote::Rule;
 
@@ -49,9 +50,11 @@ impl Confirmation {
         };
         let unreadable: Vec<_> = self.surveys.iter().map(unreadable).collect();
         if let Some(winner) = &decision.winner {
+            let preferred = self.preferred();
             let mut repairs = Repairs {
                 range,
                 verdict: &decision.verdict,
+                left_out: &runs::union(&decision.verdict.undecided, &preferred),
                 winner,
                 losers: self.terms.repairs_losers,
                 unreadable: &unreadable,
@@ -65,6 +68,7 @@ impl Confirmation {
                 writes = repairs.writes();
             }
             writes.retain(|write| in_service.contains(write.replica));
+            writes.extend(self.writes_of_preferred(winner, context));
             for write in writes {
                 pending.push(write);
                 context.submit(write.replica, self.action(&write, winner));
@@ -152,7 +156,10 @@ impl Confirmation {
         let kind = write.kind;
         let began = *began;
         let shared = context.shared();
-        if reply.result.is_ok() {
+        if kind == RepairKind::Preferred {
+            let success = reply.result.is_ok();
+            self.preferred_written(reply.replica, range, success, context);
+        } else if reply.result.is_ok() {
             let was_corrupt = kind == RepairKind::Corrupt;
             shared.change_health(|health| {
                 health.repaired(reply.replica, range, began, was_corrupt);
@@ -161,7 +168,8 @@ impl Confirmation {
         match reply.result {
             Ok(()) => {
                 self.end.on(reply.replica).written.push(range);
-                if self.terms.is_resync || kind == RepairKind::Settled {
+                let was_legal = matches!(kind, RepairKind::Settled | RepairKind::Preferred);
+                if self.terms.is_resync || was_legal {
                     let fact = Fact::SectorsResynced(reply.replica, range.count);
                     context.effects.count(fact);
                 } else {
@@ -191,6 +199,7 @@ impl Confirmation {
             !self.waits_for_lock() && self.replies.tally().is_complete(),
             "finished under the lock, with all replies"
         );
+        self.finish_preferences(context);
         if self.withheld.is_some() {
             let (range, voted_at) = (self.replies.range(), self.voted_at);
             let needed = match self.terms.rule {
