@@ -295,8 +295,7 @@ impl World {
         }
     }
 
-    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas. It may
-    /// be answered after one of them was given up (W11).
+    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas.
     fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
         if write.preferred != 0 && !self.overlapped {
             let text = format!(
@@ -305,8 +304,7 @@ impl World {
             );
             return Err(Violation::new("W12", text).at(write.preferred));
         }
-        let excused = self.ledger.mixed | self.ledger.at_risk;
-        for sector in bits(self.plan.mask(pending.range) & !excused) {
+        for sector in bits(self.plan.mask(pending.range) & !self.ledger.mixed) {
             let value = Value::written(write.number, sector);
             let is_durable = |replica: usize| {
                 let durable = self.replicas[replica].durable(sector);

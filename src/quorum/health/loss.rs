@@ -125,7 +125,8 @@ impl Health {
         self.given_up_before_flush.overlaps(range)
     }
 
-    /// Whether some of `range` was ever given up: a flush that has ended may not have covered it.
+    /// Whether some of `range` was ever given up, or left on too few replicas that had flushed it:
+    /// a flush that has ended may not cover it any more.
     pub fn was_given_up(&self, range: SectorRange) -> bool {
         self.once_given_up.overlaps(range)
     }
@@ -157,7 +158,9 @@ impl Health {
         };
         let loss = loss.with(&now.loss_of(replica)?, &changed);
         self.remove(replica);
-        self.once_given_up.insert_all(&loss.lost);
+        for set in [&loss.lost, &loss.doubtful, &loss.not_durable] {
+            self.once_given_up.insert_all(set);
+        }
         self.given_up.insert_all(&loss.lost);
         self.given_up_before_flush.insert_all(&loss.lost);
         Ok(Some(loss))
@@ -241,6 +244,20 @@ mod tests {
             !flush(&mut health, &[C]),
             "what is written after that counts"
         );
+    }
+
+    #[test]
+    fn a_flush_that_has_ended_does_not_cover_what_is_left_on_too_few() {
+        let mut health = Health::new(set(&[A, B, C]), 2, 1, 100);
+        write(&mut health, range(0, 10), &[]);
+        assert!(flush(&mut health, &[C]));
+        health.repaired(C, range(0, 4), health.failure_epoch(), false);
+        let loss = fail(&mut health, B);
+        assert_eq!(
+            [&loss.lost, &loss.not_durable].map(RangeSet::sectors),
+            [0, 4]
+        );
+        assert!(health.was_given_up(range(0, 1)) && !health.is_given_up(range(0, 1)));
     }
 
     #[test]

@@ -89,7 +89,7 @@ pub struct Health {
     given_up: RangeSet,
     /// The same when the last flush began, and what was given up since: not for that flush.
     given_up_before_flush: RangeSet,
-    /// All that was ever given up.
+    /// All that was ever given up, or left on too few replicas that had flushed it.
     once_given_up: RangeSet,
     /// The replicas that may make the running flush succeed; `None` if none runs.
     flushing: Option<ReplicaSet>,
