@@ -122,6 +122,20 @@ fn makes_a_read_ask_again_whose_winner_is_being_written() {
     assert!(matches!(again.action, Action::Read { .. }));
 }
 
+/// A vote that is taken again decides the same, and the guest would wait for ever.
+#[test]
+fn fails_a_read_whose_winner_cannot_be_written() {
+    let mut disk = Disk::new();
+    disk.write(1);
+    let flush = disk.submit(2, GuestRequest::Flush);
+    disk.reply(flush, false);
+    let read = disk.submit(3, GuestRequest::Read(RANGE));
+    let repair = disk.reply(read, true).operations.remove(0);
+    assert!(matches!(repair.action, Action::Write { .. }));
+    let result = disk.reply(repair, false);
+    assert_eq!(result.answered, [3], "{result:?}");
+}
+
 #[test]
 fn before_a_read_does_not_matter() {
     let mut disk = Disk::new();
