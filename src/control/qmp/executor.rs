@@ -119,7 +119,7 @@ impl AsRawFd for Executor {
 #[cfg(test)]
 mod tests {
     use std::sync::Condvar;
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use super::*;
     use crate::control::Change;
@@ -157,7 +157,7 @@ mod tests {
         fn change(&self, _: Change) -> Result<Option<String>, String> {
             let may_end = self.may_end.lock().unwrap();
             drop(self.changed.wait_while(may_end, |may_end| !*may_end));
-            Ok(None)
+            Err("the operator refuses".into())
         }
 
         fn fail(&self, _: &str, _: bool) -> Result<LossState, String> {
@@ -178,19 +178,24 @@ mod tests {
         calls.collect()
     }
 
+    /// After this the change ends, whatever waits for it.
+    const WATCHED: Duration = Duration::from_secs(20);
+
     #[test]
-    fn a_command_that_opens_an_image_delays_no_other_one() {
+    fn a_command_that_waits_for_a_file_system_delays_no_other_one() {
         let operator = Arc::new(Stuck::default());
         let executor = Executor::spawn(Arc::clone(&operator) as Arc<dyn Operator>).unwrap();
-        let remove = r#"{"execute":"x-blockdev-change",
-            "arguments":{"parent":"quorum0","child":"a"}}"#;
-        let text = format!(r#"{{"execute":"qmp_capabilities"}}{remove}{{"execute":"query-jobs"}}"#);
+        let rename = r#"{"execute":"quorum-rename",
+            "arguments":{"node-name":"a","new-name":"b"}}"#;
+        let text = format!(r#"{{"execute":"qmp_capabilities"}}{rename}{{"execute":"query-jobs"}}"#);
         for (client, call) in (0..).zip(calls(&text)) {
             executor.send(client, call);
         }
         let mut replied = Vec::new();
+        let began = Instant::now();
         let mut wait_for = |count: usize| {
             while replied.len() < count {
+                assert!(began.elapsed() < 3 * WATCHED, "after {replied:?}");
                 replied.extend(executor.take().into_iter().map(|(client, _)| client));
                 std::thread::yield_now();
             }
@@ -200,7 +205,7 @@ mod tests {
         let watch = std::thread::spawn({
             let operator = Arc::clone(&operator);
             move || {
-                std::thread::park_timeout(Duration::from_secs(20));
+                std::thread::park_timeout(WATCHED);
                 *operator.may_end.lock().unwrap() = true;
                 operator.changed.notify_all();
             }
