@@ -34,7 +34,6 @@ use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
     OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
-use crate::replica::ring::RingFile;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
 use crate::worker::control::WorkerControl;
@@ -166,7 +165,7 @@ impl Admin {
         let index = self.table.free_place().ok_or(AdminError::Full)?;
         check_beside(&self.open_files(), &file, self.capacity.bytes())?;
         let node_name = source.node_name.clone();
-        if let Err(source) = self.workers.set_file(index, Some(RingFile::of(&file.file))) {
+        if let Err(source) = self.workers.set_file(index, Some(file.ring_file())) {
             let _ = self.workers.set_file(index, None);
             return Err(AdminError::Register { node_name, source });
         }

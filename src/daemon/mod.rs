@@ -47,7 +47,7 @@ use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
 use crate::quorum::health::Wanted;
 use crate::replica::file::{EmptyImages, Opening, ReplicaFile, disk_size, open_all};
-use crate::replica::ring::{Aio, RingFile};
+use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
@@ -84,10 +84,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
     let disk = disk(config, &replicas, count, (stop.clone(), released))?;
-    let files = replicas
-        .iter()
-        .map(|replica| RingFile::of(&replica.file))
-        .collect();
+    let files = replicas.iter().map(ReplicaFile::ring_file).collect();
     let workers = Workers::start(&disk, files, count).map_err(worker_error(config.aio))?;
     let table = Arc::new(ReplicaTable::new(replicas));
     let admin = Admin::start(

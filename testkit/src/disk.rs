@@ -117,7 +117,10 @@ impl Disk {
         let faulty: Vec<_> = plan
             .faulty
             .iter()
-            .map(|&index| (index, FuseImage::serve(&images[index])))
+            .map(|&index| match plan.plain_fuse {
+                true => (index, FuseImage::serve_plainly(&images[index])),
+                false => (index, FuseImage::serve(&images[index])),
+            })
             .collect();
         let mut served = images.clone();
         for (index, image) in &faulty {

@@ -11,6 +11,10 @@ pub struct Plan {
     pub replicas: usize,
     /// Which of them are served over FUSE, so that faults can be injected.
     pub faulty: Vec<usize>,
+    /// Those as a FUSE server does it that sets no option: see [`FuseImage::serve_plainly`].
+    ///
+    /// [`FuseImage::serve_plainly`]: crate::fuse::FuseImage::serve_plainly
+    pub plain_fuse: bool,
     /// Bytes of the disk.
     pub size_bytes: u64,
     /// The vote threshold.
@@ -37,6 +41,7 @@ impl Default for Plan {
         Self {
             replicas: 3,
             faulty: Vec::new(),
+            plain_fuse: false,
             size_bytes: 4 << 20,
             threshold: 2,
             rewrite_corrupted: false,

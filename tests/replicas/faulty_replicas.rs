@@ -391,3 +391,47 @@ fn a_failed_flush_costs_only_what_was_written() {
         [0; BLOCK]
     );
 }
+
+/// The kernel would have the thread wait that asks for an operation, and no replica would be asked
+/// or evicted meanwhile.
+#[test]
+fn a_fuse_server_that_sets_no_option_and_hangs_holds_no_worker() {
+    const DEPTH: usize = 32;
+    let _machine = shared();
+    for (operation, aio) in [
+        (Operation::Read, "io_uring"),
+        (Operation::Write, "io_uring"),
+        (Operation::Sync, "io_uring"),
+        (Operation::Sync, "threads"),
+    ] {
+        let plan = Plan {
+            faulty: vec![2],
+            plain_fuse: true,
+            replica_timeout: Duration::from_secs(1),
+            more: vec!["--aio", aio],
+            ..Plan::default()
+        };
+        let disk = Disk::start(System::Ours, &plan);
+        let mut client = disk.connect();
+        disk.faulty(2).inject(operation, Fault::Hang);
+        let mut requests = Request::writes(DEPTH, BLOCK);
+        requests.insert(0, Request::Flush);
+        requests.extend((0..DEPTH).map(|index| Request::Read {
+            offset: (DEPTH + index) as u64 * BLOCK_BYTES,
+            memory: (DEPTH + index) * BLOCK,
+            len: BLOCK,
+        }));
+        client.send(0, &requests);
+        let mut done = Vec::new();
+        wait_until(HANG_LIMIT, || {
+            done.extend(client.poll(0, 0));
+            done.len() == requests.len()
+        });
+        let state = disk.state();
+        assert_eq!(done.len(), requests.len(), "{operation:?}: {state:#}");
+        assert!(
+            done.iter().all(|(_, result)| result.is_ok()),
+            "{operation:?}"
+        );
+    }
+}

@@ -1,15 +1,20 @@
-//! Large images with little data: jobs pass over what is a hole on every replica.
+//! Large images with little data: jobs pass over what is a hole on every replica. A file system
+//! that does not say where one has holes delays nothing but the answer.
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{FallocateFlags, fallocate};
 use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::disk::{Disk, Plan, System};
-use testkit::images::{allocated_bytes, corrupt_sectors};
+use testkit::fuse::{Fault, Operation};
+use testkit::images::{allocated_bytes, are_identical, corrupt_sectors};
 use testkit::load::figure;
 use testkit::machine::shared;
+use testkit::monitor::Monitor;
 use testkit::process::wait_until;
 
 use crate::faults::stale_bytes;
@@ -40,6 +45,26 @@ fn serve() -> Disk {
         image.sync_all().unwrap();
     }
     disk
+}
+
+/// An image of holes beside those of the disk.
+fn new_image(disk: &Disk, size_bytes: u64) -> (PathBuf, File) {
+    let image = disk.images[0].with_file_name("new.raw");
+    let new = File::create_new(&image).unwrap();
+    new.set_len(size_bytes).unwrap();
+    (image, new)
+}
+
+/// Adds it.
+fn add(monitor: &mut Monitor, image: &Path) {
+    monitor.execute(
+        "blockdev-add",
+        json!({ "driver": "file", "node-name": "new", "filename": image }),
+    );
+    monitor.execute(
+        "x-blockdev-change",
+        json!({ "parent": "quorum0", "node": "new", "force": true }),
+    );
 }
 
 /// The bytes that were read from the first replica.
@@ -97,22 +122,12 @@ fn a_scrub_of_8_tib_with_little_data_is_a_matter_of_the_data() {
 fn a_replica_is_added_to_8_tib_with_little_data_at_its_price() {
     let _machine = shared();
     let disk = serve();
-    let image = disk.images[0].with_file_name("new.raw");
-    let new = File::create_new(&image).unwrap();
-    new.set_len(SIZE_BYTES).unwrap();
+    let (image, new) = new_image(&disk, SIZE_BYTES);
     // Old data where the others have a hole.
     let old = place(7) + (1 << 30);
     new.write_all_at(&[9; MEBIBYTE], old).unwrap();
     new.sync_all().unwrap();
-    let mut monitor = disk.monitor();
-    monitor.execute(
-        "blockdev-add",
-        json!({ "driver": "file", "node-name": "new", "filename": image }),
-    );
-    monitor.execute(
-        "x-blockdev-change",
-        json!({ "parent": "quorum0", "node": "new", "force": true }),
-    );
+    add(&mut disk.monitor(), &image);
     let mut left = u64::MAX;
     wait_until(HANG_LIMIT, || {
         let state = disk.state();
@@ -142,5 +157,61 @@ fn a_replica_is_added_to_8_tib_with_little_data_at_its_price() {
     assert!(
         allocated_bytes(&image) < (4 * PLACES) << 20,
         "holes stay holes"
+    );
+}
+
+/// Starts a job on replicas of which one hangs when it is asked for holes. Meanwhile the guest
+/// writes, and the job ends.
+fn hang(start: impl FnOnce(&Disk, &mut Monitor), has_ended: impl Fn(&Disk, &mut Monitor) -> bool) {
+    let disk = Disk::start(
+        System::Ours,
+        &Plan {
+            faulty: vec![0],
+            size_bytes: 64 << 20,
+            replica_timeout: Duration::from_millis(500),
+            ..Plan::default()
+        },
+    );
+    let fuse = disk.faulty(0);
+    let _fault_guard = fuse.fault_guard();
+    fuse.answer_where_holes_are();
+    // The start looks for data, too.
+    let asked = fuse.asked(Operation::FindData);
+    let done = fuse.done(Operation::FindData);
+    fuse.inject(Operation::FindData, Fault::Hang);
+    let (mut client, mut monitor) = (disk.connect(), disk.monitor());
+    start(&disk, &mut monitor);
+    let is_asked = || fuse.asked(Operation::FindData) > asked;
+    assert!(wait_until(HANG_LIMIT, is_asked), "{:#}", disk.state());
+    // The kernel keeps writes of a file waiting while it asks its file system for holes.
+    for place in 0..4 {
+        client.write(0, place << 24, &[5; 4096]).unwrap();
+        assert_eq!(client.read(0, place << 24, 4096).unwrap(), [5; 4096]);
+    }
+    let ended = wait_until(HANG_LIMIT, || has_ended(&disk, &mut monitor));
+    assert!(ended, "{:#}", disk.state());
+    assert_eq!(fuse.done(Operation::FindData), done, "it hangs still");
+    fuse.clear_faults();
+    disk.state_when(|state| stale_bytes(state, 0) == 0);
+    drop(client);
+    disk.end();
+    assert!(are_identical(&disk.images));
+}
+
+#[test]
+fn a_replica_asked_for_holes_that_hangs_delays_no_scrub() {
+    let _machine = shared();
+    hang(
+        |_, monitor| drop(monitor.execute("quorum-scrub", json!({}))),
+        |_, monitor| monitor.execute("query-jobs", json!({})) == json!([]),
+    );
+}
+
+#[test]
+fn a_replica_asked_for_holes_that_hangs_delays_no_resync() {
+    let _machine = shared();
+    hang(
+        |disk, monitor| add(monitor, &new_image(disk, 64 << 20).0),
+        |disk, _| stale_bytes(&disk.state(), 3) == 0,
     );
 }

@@ -260,6 +260,7 @@ impl Started<'_> {
                 size_bytes: facts.size_bytes,
                 is_direct: false,
                 physical_block_bytes: facts.physical_block_bytes,
+                waits_in_submission: facts.waits_in_submission,
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
                 location: facts.location.clone(),

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags};
+use rustix::fs::{Mode, OFlags, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
@@ -32,6 +32,7 @@ pub(super) struct Facts {
     pub(super) is_block_device: bool,
     pub(super) size_bytes: u64,
     pub(super) physical_block_bytes: u32,
+    pub(super) waits_in_submission: bool,
 }
 
 /// What the opener found wrong, in a form that a socket can carry. `error.rs` has the texts.
@@ -94,9 +95,19 @@ impl Image {
             is_block_device,
             size_bytes: end.map_err(failed(Call::Lseek))?,
             physical_block_bytes: physical_block_bytes(&file, &metadata, is_block_device),
+            waits_in_submission: waits_in_submission(&file),
         };
         Ok(Self { file, facts })
     }
+}
+
+/// Whether the kernel may wait for the file system before it has taken an operation, although it is
+/// asked not to. FUSE does: every operation waits for its answer where the server has not set
+/// `FUSE_ASYNC_DIO`, and else while as many are out as it wants in the background, twelve if it
+/// does not say; a write waits while another call that locks the file has no answer (fsync, lseek,
+/// fallocate).
+fn waits_in_submission(file: &File) -> bool {
+    fstatfs(file).is_ok_and(|found| found.f_type == libc::FUSE_SUPER_MAGIC)
 }
 
 /// The alignment that direct I/O on an open image needs. May read.

@@ -42,6 +42,7 @@ use self::location::{Location, Overlap};
 pub use self::opener::serve as serve_opener;
 pub use self::sizes::disk_size;
 use super::image_lock;
+use super::ring::RingFile;
 use crate::common::NOT_POISONED;
 use crate::common::image::ImageChanges;
 
@@ -117,6 +118,8 @@ pub struct ReplicaFile {
     pub is_direct: bool,
     /// What it is written in at least: a power of two. Smaller writes cost a read.
     pub physical_block_bytes: u32,
+    /// The kernel may wait for the file system before it has taken an operation.
+    pub waits_in_submission: bool,
     /// A block device, not a regular file.
     pub is_block_device: bool,
     /// Which image this is.
@@ -129,6 +132,11 @@ impl ReplicaFile {
     /// Its name in events.
     pub fn node_name(&self) -> Arc<str> {
         Arc::clone(&self.node_name.read().expect(NOT_POISONED))
+    }
+
+    /// The file as a ring uses it. It must stay open as long as a ring does.
+    pub fn ring_file(&self) -> RingFile {
+        RingFile::of(&self.file).waiting_in_submission(self.waits_in_submission)
     }
 
     /// Gives it another name.

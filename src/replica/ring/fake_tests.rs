@@ -37,6 +37,7 @@ impl Setup {
         let kernel = FakeKernel::new();
         let files = [10, 11, 12, 13].map(|fd| RingFile {
             fd,
+            waits: false,
             cached: true,
             holes: None,
         });
@@ -453,6 +454,7 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
     let direct = RingFile {
         fd: 20,
         cached: false,
+        waits: false,
         holes: None,
     };
     setup.ring.set_file(REPLICA, Some(direct)).unwrap();
@@ -460,6 +462,31 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
     let data = setup.buffer(false, 64 << 10);
     let long = setup.submit(write(data, 0, range));
     assert_eq!(long.flags, FIXED_FILE);
+}
+
+#[test]
+fn the_thread_of_the_ring_waits_for_no_file_system() {
+    let mut setup = Setup::new();
+    let fuse = RingFile {
+        fd: 20,
+        cached: false,
+        waits: true,
+        holes: None,
+    };
+    setup.ring.set_file(REPLICA, Some(fuse)).unwrap();
+    let range = SectorRange::new(0, 1);
+    let data = setup.buffer(false, 512);
+    let into = setup.buffer(true, 512);
+    let actions = [
+        (Action::Read { range, into }, 512),
+        (write(data, 0, range), 512),
+        (Action::Flush, 0),
+    ];
+    for (action, result) in actions {
+        let submission = setup.submit(action);
+        assert_eq!(submission.flags, FIXED_FILE | ASYNC);
+        assert_eq!(setup.end(&submission, result), Ok(()));
+    }
 }
 
 #[test]

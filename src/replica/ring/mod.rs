@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::holes::{HoleFile, Questions};
 use self::kernel::{Kernel, KernelCompletion, Uring};
-use self::operation::{Next, PendingOperation};
+use self::operation::{Carrier, Next, PendingOperation};
 use self::table::{PendingWatch, Table, WatchState, Work};
 use self::threads::Threads;
 use super::zero::Ways;
@@ -91,11 +91,19 @@ pub struct RingFile {
     fd: RawFd,
     /// Writes go through the page cache.
     cached: bool,
+    /// The kernel may wait for the file system before it has taken an operation.
+    waits: bool,
     /// To ask for holes. It does not keep the image locked.
     holes: Option<HoleFile>,
 }
 
 impl RingFile {
+    /// The same file. `waits`: the kernel may wait for the file system before it has taken an
+    /// operation, so another thread than that of the ring must do it.
+    pub fn waiting_in_submission(self, waits: bool) -> Self {
+        Self { waits, ..self }
+    }
+
     /// The file behind `file`, which must stay open as long as a ring uses it.
     pub fn of(file: &impl AsFd) -> Self {
         let flags = fcntl_getfl(file);
@@ -105,6 +113,7 @@ impl RingFile {
         Self {
             fd: file.as_raw_fd(),
             cached,
+            waits: false,
             holes: copy.map(|file| HoleFile { file, cached }),
         }
     }
@@ -129,6 +138,9 @@ pub struct Ring<K: Kernel = Uring> {
     arena_registered: bool,
     /// The replicas that are written through the page cache.
     cached: ReplicaSet,
+    /// The replicas whose operations kernel threads carry out from the start: the thread of the
+    /// ring would wait for the file system.
+    waits: ReplicaSet,
     /// By replica.
     hole_files: Vec<Option<HoleFile>>,
     /// `None` until the first question.
@@ -177,6 +189,10 @@ impl<K: Kernel> Ring<K> {
                 .iter()
                 .filter(|replica| files[replica.as_usize()].cached)
                 .collect(),
+            waits: replicas
+                .iter()
+                .filter(|replica| files[replica.as_usize()].waits)
+                .collect(),
             hole_files,
             questions: None,
             completions: VecDeque::new(),
@@ -221,10 +237,11 @@ impl<K: Kernel> Ring<K> {
         self.table.long_writes() > 0
     }
 
-    /// Whether a kernel thread should carry out `operation` from the start. Buffered writes end up
-    /// in these threads anyway, and the threads serialize those of one file. While one of them is
-    /// busy the kernel does not start another thread for the next file, unless a write asks for it.
-    fn is_for_thread(&self, operation: &Operation) -> bool {
+    /// Whether `operation` is a long write that a kernel thread should carry out from the start.
+    /// Buffered writes end up in these threads anyway, and the threads serialize those of one file.
+    /// While one of them is busy the kernel does not start another thread for the next file, unless
+    /// a write asks for it.
+    fn is_long_write(&self, operation: &Operation) -> bool {
         let Action::Write { range, .. } = &operation.action else {
             return false;
         };
@@ -248,10 +265,20 @@ impl<K: Kernel> Ring<K> {
         );
         let fd = file.as_ref().map_or(-1, |file| file.fd);
         self.kernel.replace_file(u32::from(replica.0), fd)?;
-        if file.as_ref().is_some_and(|file| file.cached) {
-            self.cached.insert(replica);
-        } else {
-            self.cached.remove(replica);
+        for (set, has) in [
+            (
+                &mut self.cached,
+                file.as_ref().is_some_and(|file| file.cached),
+            ),
+            (
+                &mut self.waits,
+                file.as_ref().is_some_and(|file| file.waits),
+            ),
+        ] {
+            match has {
+                true => set.insert(replica),
+                false => set.remove(replica),
+            }
         }
         if let Some(questions) = &mut self.questions {
             questions.forget(replica);
@@ -269,8 +296,12 @@ impl<K: Kernel> Ring<K> {
         if let Action::FindData { .. } = operation.action {
             return self.ask(operation, since);
         }
-        let in_thread = self.is_for_thread(&operation);
-        let operation = PendingOperation::new(operation, in_thread, since, &self.ways);
+        let carrier = match self.is_long_write(&operation) {
+            true => Carrier::LongWrite,
+            false if self.waits.contains(operation.replica) => Carrier::Thread,
+            false => Carrier::Submitter,
+        };
+        let operation = PendingOperation::new(operation, carrier, since, &self.ways);
         let slot = self.table.insert_operation(operation);
         self.submit_slot(slot)
     }

@@ -49,9 +49,19 @@ pub(super) struct PendingOperation {
     retries: u32,
     /// The kernel has a timer instead of the operation.
     pauses: bool,
-    /// A kernel thread carries it out from the start.
-    in_thread: bool,
+    carrier: Carrier,
     since: Since,
+}
+
+/// Who carries out an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Carrier {
+    /// The thread that submits it, as far as it need not wait.
+    Submitter,
+    /// A kernel thread from the start.
+    Thread,
+    /// The same, and it is busy for some time.
+    LongWrite,
 }
 
 /// The part of an operation that its submission carries out.
@@ -85,7 +95,7 @@ pub(super) enum Next {
 }
 
 impl PendingOperation {
-    pub(super) fn new(operation: Operation, in_thread: bool, since: Since, ways: &Ways) -> Self {
+    pub(super) fn new(operation: Operation, carrier: Carrier, since: Since, ways: &Ways) -> Self {
         let step = match &operation.action {
             Action::Zero { unmap, .. } => Step::Zeroing(ways.best(operation.replica, *unmap)),
             Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Whole,
@@ -97,7 +107,7 @@ impl PendingOperation {
             done_bytes: 0,
             retries: 0,
             pauses: false,
-            in_thread,
+            carrier,
             since,
         }
     }
@@ -106,8 +116,8 @@ impl PendingOperation {
         self.operation.replica
     }
 
-    pub(super) fn is_in_thread(&self) -> bool {
-        self.in_thread
+    pub(super) fn is_long_write(&self) -> bool {
+        self.carrier == Carrier::LongWrite
     }
 
     /// The reply, and when the operation began.
@@ -122,7 +132,7 @@ impl PendingOperation {
         }
         let file = Fixed(u32::from(self.operation.replica.0));
         let done = self.done_bytes;
-        match (&mut self.operation.action, self.step) {
+        let entry = match (&mut self.operation.action, self.step) {
             (Action::Read { range, into }, _) => read(file, *range, into, done, arena_registered),
             (
                 Action::Write {
@@ -134,15 +144,14 @@ impl PendingOperation {
             ) => {
                 let fixed = arena_registered && data.is_in_arena();
                 let bytes = &data[*offset_bytes..][..len_of(range.bytes())];
-                let entry = write(file, *range, bytes, done, fixed);
-                if self.in_thread {
-                    entry.flags(squeue::Flags::ASYNC)
-                } else {
-                    entry
-                }
+                write(file, *range, bytes, done, fixed)
             }
             (Action::Zero { range, .. }, Step::Zeroing(way)) => zero(file, way, *range, done),
             (Action::Zero { .. } | Action::FindData { .. } | Action::Flush, _) => sync(file),
+        };
+        match self.carrier {
+            Carrier::Submitter => entry,
+            Carrier::Thread | Carrier::LongWrite => entry.flags(squeue::Flags::ASYNC),
         }
     }
 

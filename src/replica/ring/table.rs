@@ -97,7 +97,7 @@ impl Table {
     pub(super) fn insert_operation(&mut self, operation: PendingOperation) -> usize {
         self.operations += 1;
         self.by_replica[operation.replica().as_usize()] += 1;
-        self.long_writes += usize::from(operation.is_in_thread());
+        self.long_writes += usize::from(operation.is_long_write());
         self.insert(Work::Operation(operation))
     }
 
@@ -125,7 +125,7 @@ impl Table {
         };
         self.operations -= 1;
         self.by_replica[operation.replica().as_usize()] -= 1;
-        self.long_writes -= usize::from(operation.is_in_thread());
+        self.long_writes -= usize::from(operation.is_long_write());
         operation
     }
 

@@ -23,10 +23,12 @@ pub enum Operation {
     Open,
     /// stat.
     Attributes,
+    /// lseek for data or for a hole.
+    FindData,
 }
 
 /// How many kinds of [`Operation`] there are.
-pub(super) const OPERATIONS: usize = 6;
+pub(super) const OPERATIONS: usize = 7;
 
 /// A fault of an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

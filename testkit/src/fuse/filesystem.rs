@@ -7,8 +7,8 @@ use std::time::{Duration, SystemTime};
 
 use fuser::{
     BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen,
-    ReplyWrite, Request, TimeOrNow, WriteFlags,
+    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek,
+    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
 use super::faults::{Effect, Operation};
@@ -42,6 +42,9 @@ impl Disk {
 
 impl Filesystem for Disk {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        if self.0.is_plain {
+            return Ok(());
+        }
         // An operation that hangs must hold up nothing but itself. Every kernel that has io_uring
         // has this.
         let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
@@ -96,7 +99,10 @@ impl Filesystem for Disk {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
+        let flags = match self.0.is_plain {
+            true => FopenFlags::FOPEN_DIRECT_IO,
+            false => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+        };
         self.0
             .serve(Operation::Open, 0..0, move |_, fault| match fault {
                 Ok(_) => reply.opened(FileHandle(0), flags),
@@ -152,6 +158,24 @@ impl Filesystem for Disk {
                 Err(errno) => reply.error(errno),
             }
         });
+    }
+
+    fn lseek(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        _: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        self.0
+            .serve(Operation::FindData, 0..0, move |server, fault| match fault
+                .and_then(|_| Ok(server.seek(offset, whence)?))
+            {
+                Ok(found) => reply.offset(found),
+                Err(errno) => reply.error(errno),
+            });
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {

@@ -52,9 +52,19 @@ pub struct FuseImage {
 pub struct FaultGuard(Arc<Server>);
 
 impl FuseImage {
-    /// Serves the image at `backing`.
+    /// Serves the image at `backing` so that an operation that hangs holds up nothing but itself.
     pub fn serve(backing: &Path) -> Self {
-        let server = Arc::new(Server::over(backing));
+        Self::serve_by(Server::over(backing, false))
+    }
+
+    /// The same as a server does it that sets no option: who asks for an operation waits in the
+    /// kernel until it is done, and one that writes waits for all others that lock the file.
+    pub fn serve_plainly(backing: &Path) -> Self {
+        Self::serve_by(Server::over(backing, true))
+    }
+
+    fn serve_by(server: Server) -> Self {
+        let server = Arc::new(server);
         let directory = tempfile::tempdir().expect("creating a directory");
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("quorum-blk-test".into())];
@@ -110,6 +120,11 @@ impl FuseImage {
     /// How many bytes are unreadable still.
     pub fn unreadable_bytes(&self) -> u64 {
         self.server.lock().faults.unreadable_bytes()
+    }
+
+    /// From now on it says where it has holes. Before it says that all is data.
+    pub fn answer_where_holes_are(&self) {
+        self.server.lock().answers_where_holes_are = true;
     }
 
     /// Clears all faults. Operations that hang or wait complete at once, in the order they came.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +19,8 @@ use super::filesystem::FILE_INODE;
 /// The image behind the file, and its faults.
 pub(super) struct Server {
     pub(super) backing: File,
+    /// It sets no option of the file system.
+    pub(super) is_plain: bool,
     state: Mutex<State>,
     pub(super) changed: Condvar,
 }
@@ -28,6 +31,7 @@ pub(super) struct State {
     pub(super) done: [u64; OPERATIONS],
     pub(super) durable_writes: u64,
     pub(super) written_bytes: u64,
+    pub(super) answers_where_holes_are: bool,
     /// Operations that complete later, in this order.
     waiting: BTreeMap<(Instant, u64), Job>,
     /// Operations that hang until the faults are cleared.
@@ -39,16 +43,18 @@ pub(super) struct State {
 type Job = Box<dyn FnOnce(&Server) + Send>;
 
 impl Server {
-    pub(super) fn over(backing: &Path) -> Self {
+    pub(super) fn over(backing: &Path, is_plain: bool) -> Self {
         let backing = OpenOptions::new().read(true).write(true).open(backing);
         Self {
             backing: backing.expect("opening an image"),
+            is_plain,
             state: Mutex::new(State {
                 faults: Faults::none(),
                 asked: [0; OPERATIONS],
                 done: [0; OPERATIONS],
                 durable_writes: 0,
                 written_bytes: 0,
+                answers_where_holes_are: false,
                 waiting: BTreeMap::new(),
                 hung: Vec::new(),
                 number: 0,
@@ -134,6 +140,24 @@ impl Server {
         state.written_bytes += size as u64;
         state.faults.make_readable(&(offset..offset + size as u64));
         Ok(u32::try_from(size).expect("at most 16 MiB"))
+    }
+
+    /// Where data or a hole of the image begins, from `offset` on. As long as it does not answer
+    /// that, all is data: what the kernel takes it for where a file system does not know.
+    pub(super) fn seek(&self, offset: i64, whence: i32) -> io::Result<i64> {
+        let size = self.backing.metadata()?.len().cast_signed();
+        if !self.lock().answers_where_holes_are && offset < size {
+            return Ok(if whence == libc::SEEK_HOLE {
+                size
+            } else {
+                offset
+            });
+        }
+        // SAFETY: the call takes no memory. Nothing else depends on the position of the file.
+        match unsafe { libc::lseek(self.backing.as_raw_fd(), offset, whence) } {
+            -1 => Err(io::Error::last_os_error()),
+            found => Ok(found),
+        }
     }
 
     /// Runs what waits, each when it is due, until the end.
