@@ -3,8 +3,9 @@
 
 use super::Violation;
 use super::operator::index;
+use super::pending::PendingKind;
 use super::plan::{PLACES, bits, mask_below};
-use super::state::{Checked, PendingKind, World, trace};
+use super::state::{Checked, World, trace};
 use crate::common::ranges::RangeSet;
 
 /// What the engines say is lost with a replica, as masks of sectors.

@@ -2,9 +2,11 @@
 
 use super::Violation;
 use super::effects::{SECTOR_LEN, fill, number_of};
+use super::flight::Flight;
 use super::model::Value;
+use super::pending::{NoSpace, Pending, PendingKind};
 use super::plan::{PLACES, bits};
-use super::state::{Checked, Flight, NoSpace, Pending, PendingKind, World, show, trace};
+use super::state::{Checked, World, show, trace};
 use super::threshold::Thresholds;
 use crate::common::SectorRange;
 use crate::common::operation::OperationType;

@@ -5,13 +5,12 @@
 
 use super::Violation;
 use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, tag};
+use super::flight::{Flight, Took};
 use super::model::Value;
 use super::operations::ENOSPC;
+use super::pending::{NoSpace, Pending, PendingKind, PendingWrite};
 use super::plan::{PLACES, WriteCache, bits};
-use super::state::{
-    Checked, ExpectedReport, Flight, NoSpace, Pending, PendingKind, PendingWrite, Took, World,
-    show, trace,
-};
+use super::state::{Checked, ExpectedReport, World, show, trace};
 use super::threshold::Thresholds;
 use crate::common::operation::{OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
@@ -35,7 +34,7 @@ pub(super) struct InputChecks {
 pub(super) struct Delivered {
     pub(super) worker: usize,
     replica: usize,
-    /// See [`Flight::part`](super::state::Flight::part).
+    /// See [`Flight::part`](super::flight::Flight::part).
     part: bool,
     operation: OperationType,
     /// The sectors of the operation, a mask.
@@ -44,11 +43,11 @@ pub(super) struct Delivered {
     write: Option<u64>,
     /// What it writes there is preferred (W12).
     preferred: Option<SectorRange>,
-    /// See [`Flight::outdated`](super::state::Flight::outdated).
+    /// See [`Flight::outdated`](super::flight::Flight::outdated).
     outdated: bool,
-    /// See [`Flight::failures`](super::state::Flight::failures).
+    /// See [`Flight::failures`](super::flight::Flight::failures).
     failures: u32,
-    /// See [`Flight::evictions`](super::state::Flight::evictions).
+    /// See [`Flight::evictions`](super::flight::Flight::evictions).
     evictions: u32,
     result: Result<(), Errno>,
     /// It reports the loss of these sectors, a mask.

@@ -5,9 +5,11 @@
 use std::time::Duration;
 
 use super::Violation;
+use super::flight::{Flight, Looked, Took};
 use super::ledger::Masks;
+use super::pending::PendingKind;
 use super::plan::bits;
-use super::state::{Checked, Flight, Looked, PendingKind, Took, World};
+use super::state::{Checked, World};
 use crate::limits::{
     FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
     LATE_PATIENCE_MOST,

@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::{SECTOR_LEN, fill, parse};
+use super::flight::{Fault, Flight};
 use super::model::Value;
+use super::pending::PendingKind;
 use super::plan::{bits, widen};
-use super::state::{Checked, Fault, Flight, PendingKind, World, show, trace};
+use super::state::{Checked, World, show, trace};
 use crate::common::operation::{Action, Operation};
 use crate::common::{Errno, SectorRange};
 use crate::engine::{ReadPattern, Tag};

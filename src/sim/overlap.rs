@@ -7,8 +7,9 @@ use std::cell::RefCell;
 use std::rc::Rc;
 
 use super::effects::Collected;
+use super::flight::Flight;
 use super::inputs::{Delivered, InputChecks};
-use super::state::{Checked, ExpectedReport, Flight, World, trace};
+use super::state::{Checked, ExpectedReport, World, trace};
 use super::threshold::Thresholds;
 use crate::common::operation::{Reply, RequestId};
 use crate::engine::{Engine, WorkerIndex, interleaving};

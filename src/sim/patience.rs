@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::number_of;
-use super::state::{Checked, Flight, World};
+use super::flight::Flight;
+use super::state::{Checked, World};
 use crate::engine::ReadPattern;
 
 /// For how many rounds a request may be overtaken: until it has asked for the lock of its range.

@@ -4,11 +4,13 @@
 
 use super::Violation;
 use super::effects::{SECTOR_LEN, parse};
+use super::flight::Flight;
 use super::given_up::mask;
 use super::model::{Moment, Value};
 use super::operator::index;
+use super::pending::{NoSpace, PendingKind, PendingWrite};
 use super::plan::{PLACES, bits, mask_below, widen};
-use super::state::{Checked, Flight, NoSpace, PendingKind, PendingWrite, World, show, trace};
+use super::state::{Checked, World, show, trace};
 use crate::common::operation::{Action, Operation, RequestId};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{JobId, NotStarted};

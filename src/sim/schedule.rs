@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::number_of;
+use super::flight::Flight;
 use super::plan::PLACES;
-use super::state::{Checked, Flight, World};
+use super::state::{Checked, World};
 use crate::jobs::{JobInfo, JobStatus};
 
 /// Steps of a run, at most: a longer run never ends.

@@ -5,8 +5,10 @@
 //! durable on it, a vote has decided against it, it was added. Everywhere else it must be fresh.
 
 use super::Violation;
+use super::flight::Flight;
 use super::ledger::Masks;
-use super::state::{Checked, Flight, Pending, PendingKind, World};
+use super::pending::{Pending, PendingKind};
+use super::state::{Checked, World};
 
 /// See the [module](self).
 #[derive(Clone, Debug, Default)]

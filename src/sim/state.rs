@@ -8,9 +8,11 @@ use std::time::Duration;
 
 use super::Violation;
 use super::effects::Collected;
+use super::flight::{Flight, LastTime, Looked, Took};
 use super::held::HeldRequest;
-use super::ledger::{Failures, Ledger, Masks, Seen};
+use super::ledger::{Failures, Ledger, Masks};
 use super::model::{Model, Moment, NEVER};
+use super::pending::Pending;
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::preferring::Preference;
 use super::random::Random;
@@ -22,102 +24,15 @@ use super::threshold::Thresholds;
 use super::view::View;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
-use crate::common::operation::{Action, Operation, OperationType, RequestId};
+use crate::common::operation::{OperationType, RequestId};
 use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
-use crate::device::hold::{Hold, Ticket};
-use crate::engine::{Engine, Mark, Policy, Shared, Tag, WorkerIndex};
+use crate::device::hold::Hold;
+use crate::engine::{Engine, Policy, Shared, WorkerIndex};
 use crate::jobs::{JobId, JobInfo, JobKind};
 use crate::quorum::health::Wanted;
 
 /// The result of a check.
 pub(super) type Checked = Result<(), Violation>;
-
-/// A guest request that is not answered.
-#[derive(Debug)]
-pub(super) struct Pending {
-    pub(super) tag: Tag,
-    pub(super) worker: usize,
-    pub(super) began: Moment,
-    /// The round in which it began.
-    pub(super) round: u64,
-    /// How many rounds it may take.
-    pub(super) rounds: u64,
-    pub(super) range: SectorRange,
-    pub(super) seen: Seen,
-    /// Those that there have been since it began.
-    pub(super) thresholds: Thresholds,
-    pub(super) kind: PendingKind,
-    /// It was held, and is submitted again.
-    pub(super) ticket: Option<Ticket>,
-    /// When it was written, if it waits for a flush.
-    pub(super) written: Option<Mark>,
-    /// When it was written, or has failed; 0: it has not.
-    pub(super) ended: Moment,
-}
-
-/// What the guest has asked for.
-#[derive(Debug)]
-pub(super) enum PendingKind {
-    Read,
-    Write(PendingWrite),
-    Flush,
-}
-
-/// A guest write: each has a number, and the bytes that it writes carry it.
-#[derive(Debug)]
-pub(super) struct PendingWrite {
-    pub(super) number: u64,
-    /// It writes zeroes. Simulated zeroes carry the number of the write too, so that a read shows
-    /// which write it saw.
-    pub(super) zeroes: bool,
-    /// It must be durable when it is answered.
-    pub(super) durable: bool,
-    /// It is durable when the flush ends that it waits for; the replicas have written it.
-    pub(super) ended: bool,
-    /// Where another write was in flight at the same time, a mask.
-    pub(super) overlapped: u64,
-    /// Where another version was preferred while it waits for its flush (W12), a mask.
-    pub(super) preferred: u64,
-    /// The replicas that it was submitted to, a mask.
-    pub(super) submitted_to: u32,
-    /// Those that have written it, a mask.
-    pub(super) succeeded: u32,
-    /// Those that have replied with an error, a mask.
-    pub(super) failed: u32,
-    /// [`Ledger::failures`] when it was submitted.
-    pub(super) failures: [u32; PLACES],
-    /// Whether a replica has had no space left for it.
-    pub(super) no_space: NoSpace,
-}
-
-/// Whether an engine knows of a replica without space.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum NoSpace {
-    No,
-    /// The replica was evicted before its reply, or at the same time.
-    Perhaps,
-    Yes,
-}
-
-impl PendingWrite {
-    /// An engine submits it to a replica. Returns its number.
-    pub(super) fn note_submission(
-        &mut self,
-        replica: usize,
-        failures: [u32; PLACES],
-    ) -> Result<u64, Violation> {
-        let number = self.number;
-        if self.submitted_to & (1 << replica) != 0 {
-            let text = format!("w{number} is submitted to replica {replica} twice");
-            return Err(Violation::new("W3", text));
-        }
-        if self.submitted_to == 0 {
-            self.failures = failures;
-        }
-        self.submitted_to |= 1 << replica;
-        Ok(number)
-    }
-}
 
 /// The state of a run.
 #[derive(Debug)]
@@ -275,156 +190,6 @@ macro_rules! trace {
     ($world:expr, $($format:tt)*) => { trace!($world, at 0, $($format)*) };
 }
 pub(super) use trace;
-
-/// An operation that has no reply.
-#[derive(Debug)]
-pub(super) struct Flight {
-    pub(super) operation: Operation,
-    pub(super) worker: usize,
-    pub(super) fault: Fault,
-    /// The sectors on which it has still to take effect, a mask.
-    pub(super) sectors: u64,
-    /// Of a question: where it has seen data, a mask.
-    pub(super) data: u64,
-    /// The number of the guest write that it belongs to.
-    pub(super) write: Option<u64>,
-    /// It writes what a preferred replica holds (W12).
-    pub(super) preferred: bool,
-    /// That write was held since: the operation does not count for the next attempt.
-    pub(super) outdated: bool,
-    /// Its fault is that there is no space left.
-    pub(super) no_space: bool,
-    /// It reads a part of a range whose read has failed.
-    pub(super) part: bool,
-    pub(super) submitted_at: Duration,
-    /// The round in which it was submitted.
-    pub(super) round: u64,
-    /// [`Ledger::failures`] of the replica when it was submitted.
-    pub(super) failures: u32,
-    /// [`Ledger::evictions`] of the replica when it was submitted.
-    pub(super) evictions: u32,
-    /// It belongs to a job.
-    pub(super) background: bool,
-    /// It does nothing before.
-    pub(super) not_before: Duration,
-    /// Its reply is delivered late.
-    pub(super) late: bool,
-    /// The operation has ended with this reply, and an error reports the loss of these sectors.
-    pub(super) done: Option<(Result<(), Errno>, u64)>,
-}
-
-/// An operation that has ended while others of its request are in flight.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Took {
-    pub(super) worker: usize,
-    pub(super) request: RequestId,
-    pub(super) replica: usize,
-    pub(super) time: Duration,
-    pub(super) success: bool,
-    pub(super) reads: bool,
-}
-
-/// When something last happened. Of two inputs that overlap the one may not know of the other.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct LastTime {
-    at: Duration,
-    before: Duration,
-}
-
-impl LastTime {
-    pub(super) fn set(&mut self, now: Duration) {
-        if self.at < now {
-            *self = Self {
-                at: now,
-                before: self.at,
-            };
-        }
-    }
-
-    /// The last time before this moment.
-    pub(super) fn before(self, now: Duration) -> Duration {
-        if self.at < now { self.at } else { self.before }
-    }
-}
-
-/// What a worker has seen: when a replica had ended an operation for which others wait.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Looked {
-    pub(super) yielded: [u32; PLACES],
-    pub(super) at: [Duration; PLACES],
-    /// When it last looked.
-    pub(super) last: Duration,
-    /// Something has ended since the worker looked.
-    pub(super) replied: [bool; PLACES],
-}
-
-/// The fault that is injected into an operation.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Fault {
-    None,
-    /// It fails; a write takes effect on some sectors.
-    Error,
-    /// It succeeds without effect on some sectors.
-    Lost,
-    /// The write lands this many sectors further on.
-    Misdirected(usize),
-}
-
-impl Flight {
-    pub(super) fn replica(&self) -> usize {
-        self.operation.replica.as_usize()
-    }
-
-    pub(super) fn name(&self) -> &'static str {
-        match (&self.operation.action, self.write) {
-            (Action::Read { .. }, _) if self.part => "read of a part",
-            (Action::Read { .. }, _) => "read",
-            (Action::Write { .. }, Some(_)) => "write",
-            (Action::Write { .. }, None) => "rewrite",
-            (Action::Zero { .. }, _) => "zero",
-            (Action::FindData { .. }, _) => "question",
-            (Action::Flush, _) => "flush",
-        }
-    }
-
-    /// It writes the winner of a vote, or copies it in a resync.
-    pub(super) fn is_repair(&self) -> bool {
-        let writes = matches!(
-            self.operation.action,
-            Action::Write { .. } | Action::Zero { .. }
-        );
-        writes && self.write.is_none()
-    }
-
-    /// It may take much longer than a read or a write.
-    pub(super) fn is_long(&self) -> bool {
-        self.operation.action.is_long()
-    }
-
-    pub(super) fn is_flush(&self) -> bool {
-        matches!(self.operation.action, Action::Flush)
-    }
-
-    /// Its request waits for it, unless the replica is evicted. A read that has a quorum does not.
-    /// Nor does a job that asks for holes: after a while it reads.
-    pub(super) fn is_waited_for(&self) -> bool {
-        !self.reads() && !matches!(self.operation.action, Action::FindData { .. })
-    }
-
-    pub(super) fn reads(&self) -> bool {
-        matches!(self.operation.action, Action::Read { .. })
-    }
-
-    pub(super) fn range(&self) -> Option<SectorRange> {
-        match &self.operation.action {
-            Action::Read { range, .. }
-            | Action::Write { range, .. }
-            | Action::Zero { range, .. }
-            | Action::FindData { range, .. } => Some(*range),
-            Action::Flush => None,
-        }
-    }
-}
 
 /// An error that an engine has received, and must report once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

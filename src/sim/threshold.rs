@@ -2,8 +2,9 @@
 
 use super::Violation;
 use super::ledger::Masks;
+use super::pending::PendingKind;
 use super::plan::bits;
-use super::state::{Checked, PendingKind, World, trace};
+use super::state::{Checked, World, trace};
 use crate::quorum::health::{Wanted, majority};
 
 /// The thresholds that a decision may have been made with.
