@@ -6,19 +6,13 @@
 
 use super::Violation;
 use super::effects::number_of;
-use super::ledger::Seen;
 use super::model::Value;
 use super::pending::{Pending, PendingKind, PendingWrite};
-use super::plan::{bits, mask_below, widen};
-use super::state::{Checked, ExpectedReport, World, trace};
+use super::plan::bits;
+use super::state::{Checked, World, trace};
 use super::threshold::Thresholds;
-use crate::common::operation::OperationType;
-use crate::common::report::{Cause, Report};
-use crate::common::{Errno, ReplicaIndex, SectorRange};
+use crate::common::SectorRange;
 use crate::engine::{ReadPattern, Tag};
-
-/// The error in the report of an eviction.
-const TIMED_OUT: Errno = Errno(110);
 
 impl World {
     /// An engine answers a request.
@@ -296,231 +290,6 @@ impl World {
         }
     }
 
-    /// W5: the guest has no write cache, so a write that succeeds is durable on t replicas.
-    fn check_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
-        if write.preferred != 0 && !self.overlapped {
-            let text = format!(
-                "w{} was answered, and another version preferred",
-                write.number
-            );
-            return Err(Violation::new("W12", text).at(write.preferred));
-        }
-        for sector in bits(self.plan.mask(pending.range) & !self.ledger.mixed) {
-            let value = Value::written(write.number, sector);
-            let is_durable = |replica: usize| {
-                let durable = self.replicas[replica].durable(sector);
-                // Another write of the guest that ran at the same time may have come later.
-                let is_later = write.overlapped >> sector & 1 == 1
-                    && self.model.may_follow(sector, durable, value);
-                durable == value || is_later
-            };
-            let safe = |r: &usize| {
-                let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
-                lied >> sector & 1 == 1 || is_durable(*r)
-            };
-            let safe = self.members().filter(safe).count();
-            if safe < self.thresholds.least {
-                let text = format!(
-                    "w{} was answered, but {sector} is durable on {safe} only",
-                    write.number
-                );
-                return Err(Violation::new("W5", text).at(1 << sector));
-            }
-        }
-        Ok(())
-    }
-
-    /// W5: a write whose flush fails does not fail itself if t replicas have written and flushed
-    /// it.
-    fn check_failed_durable_write(&self, pending: &Pending, write: &PendingWrite) -> Checked {
-        let flushed = write.succeeded & self.unfailed(write);
-        let enough = usize::try_from(flushed.count_ones()).expect("few") >= pending.thresholds.most;
-        // A replica may have failed another write since.
-        let may_be_undone = self.plan.mask(pending.range) & self.ledger.only_copies != 0;
-        let is_replaced = write.overlapped | write.preferred != 0;
-        if enough && !is_replaced && !may_be_undone {
-            let text = format!("w{} is durable on {flushed:b}, and fails", write.number);
-            return Err(Violation::new("W5", text).at(self.plan.mask(pending.range)));
-        }
-        Ok(())
-    }
-
-    /// W5: a flush succeeds: what was acknowledged before it began is durable on t replicas. Not
-    /// checked where with t ≤ N/2 as many wrong replicas have won a vote.
-    fn check_flush(&mut self, flush: &Pending) -> Checked {
-        let lost = match self.ledger.lost_written_at < flush.began {
-            true => self.ledger.at_risk,
-            false => self.ledger.lost_by_crash,
-        };
-        let overruled = self.ledger.overruled | lost;
-        for sector in (0..self.changed_at.len()).filter(|s| overruled >> s & 1 == 0) {
-            let safe = |r: &usize| {
-                let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
-                let durable = self.replicas[*r].durable(sector);
-                lied >> sector & 1 == 1 || self.model.may_be_flushed(sector, durable, flush.began)
-            };
-            let safe = self.members().filter(safe).count();
-            if safe < self.thresholds.least {
-                let text = format!(
-                    "flush {} succeeded, but {sector} is durable on {safe} only",
-                    number_of(flush.tag)
-                );
-                return Err(Violation::new("W5", text).at(1 << sector));
-            }
-        }
-        if self.ledger.lost_written_at < flush.began {
-            self.ledger.lost_by_crash &= self.ledger.at_risk;
-        }
-        let oldest = self.oldest();
-        self.model.flushed(flush.began, oldest);
-        Ok(())
-    }
-
-    /// W5: a flush fails only if some sector may not be durable on t replicas, or if the guest must
-    /// know of an earlier failure. Not because of what was given up (W11).
-    fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
-        let given_up = self.ledger.given_up;
-        let mut needed = (0..self.changed_at.len()).filter(|s| given_up >> s & 1 == 0);
-        let enough = |sector: usize| {
-            let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
-            self.members().filter(good).count() >= flush.thresholds.most
-        };
-        let owed = self.ledger.lacking_at;
-        let any_needed = needed.clone().next().is_some();
-        if any_needed && owed.is_none() && self.owed == [false; 2] && needed.all(enough) {
-            let text = format!("flush {} failed without need", number_of(flush.tag));
-            return Err(Violation::new("W5", text));
-        }
-        if self.must_flush && self.must_be_readable(self.plan.mask(self.plan.disk())) {
-            let text = format!(
-                "flush {} failed, and all copies are equal",
-                number_of(flush.tag)
-            );
-            return Err(Violation::new("W7", text));
-        }
-        if owed.is_some_and(|owed| owed <= flush.began) {
-            self.ledger.lacking_at = None;
-        }
-        self.model.flush_failed(flush.began);
-        Ok(())
-    }
-
-    /// I3, R3, R4: a report has a cause. `failures` counts the QUORUM_FAILUREs.
-    pub(super) fn check_report(
-        &mut self,
-        report: &Report,
-        expected: &mut Option<ExpectedReport>,
-        failures: &mut i64,
-    ) -> Checked {
-        trace!(self, "report: {}", show_report(report));
-        let (replica, operation, range, cause) = match report {
-            Report::Failure { .. } => {
-                *failures += 1;
-                return Ok(());
-            }
-            Report::Evicted(replica) => {
-                if self.timed_out >> replica.0 & 1 == 0 {
-                    let text = format!("replica {} is evicted without an error", replica.0);
-                    return Err(Violation::new("I3", text));
-                }
-                self.timed_out &= !(1 << replica.0);
-                return self.check_eviction(replica.as_usize());
-            }
-            Report::KeptOut { .. } => return Ok(()),
-            Report::RepairLimit { .. } => return self.limit_reported(),
-            Report::Rejoined(replica) => return self.check_rejoin(replica.as_usize()),
-            Report::Bad {
-                replica,
-                operation,
-                range,
-                cause,
-            } => (*replica, *operation, range, cause),
-        };
-        match cause {
-            Cause::Error(errno) => {
-                if *errno == TIMED_OUT {
-                    self.timed_out |= 1 << replica.0;
-                    return self.check_eviction(replica.as_usize());
-                }
-                let is_this = |t: &ExpectedReport| {
-                    (t.replica, t.operation, t.errno) == (replica, operation, *errno)
-                };
-                let is_read = operation == OperationType::Read;
-                if expected.as_ref().is_some_and(is_this) {
-                    *expected = None;
-                } else if !is_read || !self.note_unreadable(replica, *range) {
-                    let text = format!("replica {} has not had this error: {errno}", replica.0);
-                    return Err(Violation::new("I3", text));
-                }
-            }
-            Cause::Corrupt(evidence) => {
-                self.statistics.accusations += 1;
-                if self.plan.read_pattern == ReadPattern::Fifo && self.jobs.is_empty() {
-                    return Err(Violation::new("R8", "read-pattern=fifo takes no vote"));
-                }
-                if evidence.bad_sectors_cut {
-                    self.accused |= self.plan.mask(*range);
-                }
-                for run in &evidence.bad_sectors {
-                    self.accused |= mask_below(run.count) << run.start;
-                    let sectors = mask_below(run.count) << run.start;
-                    for sector in bits(sectors) {
-                        self.check_accusation(replica.as_usize(), sector)?;
-                    }
-                    self.ledger.unsound[replica.as_usize()] |=
-                        widen(sectors, self.plan.block_sectors);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Whether the report is of blocks that could not be read by themselves.
-    fn note_unreadable(&mut self, replica: ReplicaIndex, range: SectorRange) -> bool {
-        let (replica, sectors) = (replica.as_usize(), self.plan.mask(range));
-        let is_reported = sectors & !self.ledger.parts_failed[replica] == 0;
-        if is_reported {
-            self.ledger.parts_failed[replica] &= !sectors;
-            self.ledger.parts_unreported[replica] &= !sectors;
-        }
-        is_reported
-    }
-
-    /// A vote may have come before the error that reports a lost page to another worker.
-    fn with_lost_pages(&self, mut seen: Seen) -> Seen {
-        if self.overlapped {
-            for (now, before) in seen.dropped.iter_mut().zip(self.before_input.dropped) {
-                *now |= before;
-            }
-        }
-        seen
-    }
-
-    /// I3, W7: a replica is reported for a sector only if a fault may have corrupted it; a failed
-    /// write has not.
-    fn check_accusation(&mut self, replica: usize, sector: usize) -> Checked {
-        let now = self.with_lost_pages(self.ledger.seen());
-        if (now.wrong(replica) | self.ledger.accusable) >> sector & 1 == 1 {
-            return Ok(());
-        }
-        let wrong = now.wrong_at(sector);
-        // More of the fresh ones are wrong than not, and copies in doubt have voted with them.
-        let in_doubt = |r: &usize| (now.excused[*r] & !now.wrong(*r)) >> sector & 1 == 1;
-        let is_right = |r: &usize| (now.excused[*r] | now.wrong(*r)) >> sector & 1 == 0;
-        let right = self.members().filter(is_right).count();
-        let supporters = match wrong > right {
-            true => self.members().filter(in_doubt).count(),
-            false => 0,
-        };
-        if wrong + supporters >= self.least_threshold {
-            // The corrupt replicas have won; a repair may replace right bytes now.
-            self.mark_accusable(1 << sector);
-            return Ok(());
-        }
-        let text = format!("replica {replica} is accused, and no fault has made {sector} wrong");
-        Err(Violation::new("I3", text).at(1 << sector))
-    }
-
     /// I4: nothing is in flight, and replicas are equal where no fault explains a difference.
     pub(super) fn check_quiet(&self) -> Checked {
         for replica in self.members() {
@@ -648,20 +417,6 @@ impl World {
         }
         Ok(())
     }
-
-    /// W5: everything was written and flushed without faults, so all replicas hold it durably.
-    pub(super) fn check_durable_everywhere(&self) -> Checked {
-        for sector in 0..self.changed_at.len() {
-            for replica in self.members() {
-                let value = self.replicas[replica].durable(sector);
-                if !self.model.is_permitted(sector, value, self.now) {
-                    let text = format!("{sector} was flushed, and is {value} on {replica}");
-                    return Err(Violation::new("W5", text).at(1 << sector));
-                }
-            }
-        }
-        Ok(())
-    }
 }
 
 fn show(result: Result<&[Option<Value>], ()>) -> String {
@@ -674,32 +429,5 @@ fn show(result: Result<&[Option<Value>], ()>) -> String {
                 .map(|v| v.map_or("mixed".to_string(), |v| v.to_string()));
             format!("returns {}", values.collect::<Vec<_>>().join(" "))
         }
-    }
-}
-
-fn show_report(report: &Report) -> String {
-    match report {
-        Report::Failure { operation, .. } => format!("QUORUM_FAILURE {operation:?}"),
-        Report::Evicted(replica) => format!("replica {} evicted", replica.0),
-        Report::KeptOut { replica, time } => format!("replica {} kept out for {time:?}", replica.0),
-        Report::RepairLimit { limit_sectors } => format!("limit of {limit_sectors} reached"),
-        Report::Rejoined(replica) => format!("replica {} rejoined", replica.0),
-        Report::Bad {
-            replica,
-            operation,
-            cause,
-            ..
-        } => match cause {
-            Cause::Error(errno) => format!(
-                "QUORUM_REPORT_BAD {operation:?}: replica {}: {errno}",
-                replica.0
-            ),
-            Cause::Corrupt(evidence) => {
-                format!(
-                    "QUORUM_REPORT_BAD: replica {} at {:?}",
-                    replica.0, evidence.bad_sectors
-                )
-            }
-        },
     }
 }
