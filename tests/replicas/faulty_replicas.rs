@@ -398,17 +398,11 @@ fn a_failed_flush_costs_only_what_was_written() {
 fn a_fuse_server_that_sets_no_option_and_hangs_holds_no_worker() {
     const DEPTH: usize = 32;
     let _machine = shared();
-    for (operation, aio) in [
-        (Operation::Read, "io_uring"),
-        (Operation::Write, "io_uring"),
-        (Operation::Sync, "io_uring"),
-        (Operation::Sync, "threads"),
-    ] {
+    for operation in [Operation::Read, Operation::Write, Operation::Sync] {
         let plan = Plan {
             faulty: vec![2],
             plain_fuse: true,
             replica_timeout: Duration::from_secs(1),
-            more: vec!["--aio", aio],
             ..Plan::default()
         };
         let disk = Disk::start(System::Ours, &plan);
