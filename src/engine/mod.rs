@@ -201,6 +201,13 @@ impl Engine {
         self.active == 0
     }
 
+    /// The number of requests that are not retired: also of jobs, and of what follows requests of
+    /// the guest that are answered.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn active(&self) -> usize {
+        self.active
+    }
+
     /// The replicas with operations in flight.
     pub fn replicas_in_flight(&self) -> ReplicaSet {
         self.core.in_flight.replicas()

@@ -27,14 +27,12 @@ impl World {
         2 * (steps * (1 + others)) as u64
     }
 
-    /// The requests that may be in the way of a new one.
+    /// The requests that may be in the way of a new one: also those of jobs, and what follows
+    /// requests that are answered.
     fn in_the_way(&self) -> usize {
-        let chunks = self.flights.iter().filter(|flight| flight.background);
-        let mut chunks: Vec<_> = chunks.map(request_of).collect();
-        chunks.sort_unstable();
-        chunks.dedup();
-        // A chunk that waits for its lock has no operation in flight.
-        self.pending.len() + chunks.len() + self.jobs.len()
+        let active = self.engines.iter().map(|engine| engine.active());
+        // A chunk is about to begin, perhaps.
+        active.sum::<usize>() + self.jobs.len()
     }
 
     /// The rounds that a request may take which begins now.
