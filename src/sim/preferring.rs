@@ -152,7 +152,7 @@ impl World {
                 return Err(Violation::new("W12", text).at(bit));
             }
             // A read of a good replica may have failed.
-            if faults.read_error != 0 || faults.unreadable != 0 {
+            if faults.read_error != 0 || faults.unreadable != 0 || faults.hang != 0 {
                 continue;
             }
             let value = |r: usize| self.replicas[r].value(sector);
