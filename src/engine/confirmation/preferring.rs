@@ -33,8 +33,8 @@ pub(super) struct Preference {
 }
 
 impl Confirmation {
-    /// Makes what the preferred replica holds the winner where there is none. The replica must be
-    /// one that could vote there without any other.
+    /// Makes what the preferred replica holds the winner where there is none and its copy may
+    /// decide ([`preferable_parts`](crate::quorum::health::Health::preferable_parts)).
     pub(super) fn prefer(
         &self,
         verdict: &mut Verdict,

@@ -44,7 +44,7 @@ impl Loss {
             (&mut self.undecided, &now.undecided),
         ];
         for (set, now) in parts {
-            changed.iter().for_each(|range| set.remove(range));
+            set.remove_all(changed);
             set.insert_all(now);
         }
         self
@@ -103,12 +103,12 @@ impl Health {
             }
         });
         for set in [&loss.lost, &loss.doubtful] {
-            set.iter().for_each(|range| loss.not_durable.remove(range));
+            loss.not_durable.remove_all(set);
         }
         // It was never written there.
         let sets = [&mut loss.lost, &mut loss.doubtful, &mut loss.not_durable];
         for set in sets {
-            state.blank.iter().for_each(|range| set.remove(range));
+            set.remove_all(&state.blank);
         }
         for range in self.undecided.iter() {
             let barred = runs::union(&state.missed.within(range), &state.behind.within(range));
@@ -134,10 +134,8 @@ impl Health {
     /// The last flush has succeeded, but not for what was given up: what is left of it is no older
     /// by that flush than it was.
     pub(super) fn leave_given_up(&mut self) {
-        for range in self.given_up_before_flush.iter() {
-            for state in &mut self.replicas {
-                state.uncovered.remove(range);
-            }
+        for state in &mut self.replicas {
+            state.uncovered.remove_all(&self.given_up_before_flush);
         }
     }
 

@@ -27,7 +27,7 @@ impl Durability {
     pub fn is_enough(&self) -> bool {
         let needed = |set: &RangeSet| {
             let mut set = set.clone();
-            self.given_up.iter().for_each(|range| set.remove(range));
+            set.remove_all(&self.given_up);
             set
         };
         let without_lost: Vec<_> = match self.given_up.is_empty() {
