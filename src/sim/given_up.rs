@@ -4,9 +4,8 @@
 use super::Violation;
 use super::operator::index;
 use super::pending::PendingKind;
-use super::plan::{PLACES, bits, mask_below};
+use super::plan::{PLACES, bits, mask_of};
 use super::state::{Checked, World, trace};
-use crate::common::ranges::RangeSet;
 
 /// What the engines say is lost with a replica, as masks of sectors.
 #[derive(Clone, Copy, Debug, Default)]
@@ -40,7 +39,7 @@ impl World {
             &loss.not_durable,
             &loss.undecided,
         ]
-        .map(mask);
+        .map(|set| mask_of(set.iter()));
         let copies = lost | doubtful;
         let lost = Lost {
             copies,
@@ -53,7 +52,7 @@ impl World {
                 pending.seen.excused = [u64::MAX; PLACES];
             }
         }
-        self.ledger.given_up |= mask(&loss.lost);
+        self.ledger.given_up |= mask_of(loss.lost.iter());
         self.ledger.at_risk |= lost.durable;
         self.ledger.lost_by_crash |= lost.durable;
         self.is_removed(place, lost, events)?;
@@ -77,10 +76,4 @@ impl World {
         }
         Ok(())
     }
-}
-
-/// The sectors of a set as a mask.
-pub(super) fn mask(set: &RangeSet) -> u64 {
-    set.iter()
-        .fold(0, |mask, run| mask | mask_below(run.count) << run.start)
 }

@@ -393,6 +393,14 @@ pub fn mask_below(count: u64) -> u64 {
     }
 }
 
+/// The sectors of these ranges as a mask.
+pub fn mask_of(ranges: impl IntoIterator<Item = SectorRange>) -> u64 {
+    let ranges = ranges.into_iter();
+    ranges.fold(0, |mask, range| {
+        mask | mask_below(range.count) << range.start
+    })
+}
+
 /// The numbers of the bits that are set, lowest first.
 pub fn bits(mask: u64) -> impl Iterator<Item = usize> {
     let mut rest = mask;

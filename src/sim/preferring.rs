@@ -5,11 +5,10 @@
 use super::Violation;
 use super::effects::{SECTOR_LEN, parse};
 use super::flight::Flight;
-use super::given_up::mask;
 use super::model::{Moment, Value};
 use super::operator::index;
 use super::pending::{NoSpace, PendingKind, PendingWrite};
-use super::plan::{PLACES, bits, mask_below, widen};
+use super::plan::{PLACES, bits, mask_below, mask_of, widen};
 use super::state::{Checked, World, show, trace};
 use crate::common::operation::{Action, Operation, RequestId};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
@@ -39,7 +38,7 @@ impl World {
     pub(super) fn prefer(&mut self) -> Checked {
         let place = self.random.bit(u64::from(self.members)) as usize;
         let started = self.start_preferring(place)?;
-        let undecided = mask(&self.shared.unresolved());
+        let undecided = mask_of(self.shared.unresolved().iter());
         let text = match started {
             Err(NotStarted::NothingUndecided) if undecided != 0 => {
                 format!("nothing is said to be undecided, and {undecided:b} is")
@@ -72,7 +71,7 @@ impl World {
             return Ok(());
         }
         for place in self.members().collect::<Vec<_>>() {
-            let undecided = mask(&self.shared.unresolved());
+            let undecided = mask_of(self.shared.unresolved().iter());
             let started = self.start_preferring(place)?;
             if started.is_err() {
                 continue;
@@ -84,7 +83,7 @@ impl World {
                 0 => self.ledger.excused[place],
                 _ => u64::MAX,
             };
-            let left = undecided & mask(&self.shared.unresolved());
+            let left = undecided & mask_of(self.shared.unresolved().iter());
             let left = left & !widen(cannot, self.plan.block_sectors);
             if left != 0 {
                 let text = format!("replica {place} was preferred, and has not decided {left:b}");
@@ -315,7 +314,7 @@ impl World {
             self.statistics.decided += 1;
             self.note_undone(all);
         }
-        let left = mask(&self.shared.unresolved()) & ended.sectors;
+        let left = mask_of(self.shared.unresolved().iter()) & ended.sectors;
         if success && left != 0 && !self.overlapped {
             let text = "what is preferred counts as undecided";
             return Err(Violation::new("W12", text).at(left));

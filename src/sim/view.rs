@@ -2,7 +2,7 @@
 //! changed.
 
 use super::ledger::Masks;
-use super::plan::{bits, mask_below};
+use super::plan::{bits, mask_of};
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::engine::Shared;
 use crate::quorum::health::Health;
@@ -34,10 +34,10 @@ impl View {
         let mut stale = Masks::default();
         for replica in bits(u64::from(health.stale().bits())) {
             let index = ReplicaIndex(u8::try_from(replica).expect("few"));
-            stale[replica] = mask(&health.stale_parts(index, disk));
+            stale[replica] = mask_of(health.stale_parts(index, disk));
         }
         let undecided = match health.anything_undecided() {
-            true => mask(&health.undecided_parts(disk)),
+            true => mask_of(health.undecided_parts(disk)),
             false => 0,
         };
         Self {
@@ -47,9 +47,4 @@ impl View {
             owes_failure: health.owes_failure(),
         }
     }
-}
-
-fn mask(runs: &[SectorRange]) -> u64 {
-    let run = |run: &SectorRange| mask_below(run.count) << run.start;
-    runs.iter().fold(0, |mask, range| mask | run(range))
 }

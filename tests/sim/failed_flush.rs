@@ -71,6 +71,18 @@ impl Disk {
         self.result()
     }
 
+    /// A read whose winner is doubtful, since a flush has failed. Returns the write of the winner.
+    fn read_after_failed_flush(&mut self, number: u64) -> Operation {
+        let flush = self.submit(number - 1, GuestRequest::Flush);
+        self.reply(flush, false);
+        let read = self.submit(number, GuestRequest::Read(RANGE));
+        let mut result = self.reply(read, true);
+        assert!(result.answered.is_empty(), "the winner is not written yet");
+        let repair = result.operations.remove(0);
+        assert!(matches!(repair.action, Action::Write { .. }));
+        repair
+    }
+
     fn write(&mut self, number: u64) {
         let data = self.pool.take(512);
         let (range, durable) = (RANGE, false);
@@ -105,13 +117,7 @@ fn makes_a_read_in_flight_ask_again() {
 fn makes_a_read_ask_again_whose_winner_is_being_written() {
     let mut disk = Disk::new();
     disk.write(1);
-    let flush = disk.submit(2, GuestRequest::Flush);
-    disk.reply(flush, false);
-    let read = disk.submit(3, GuestRequest::Read(RANGE));
-    let mut result = disk.reply(read, true);
-    assert!(result.answered.is_empty(), "the winner is not written yet");
-    let repair = result.operations.remove(0);
-    assert!(matches!(repair.action, Action::Write { .. }));
+    let repair = disk.read_after_failed_flush(3);
     let flush = disk.submit(4, GuestRequest::Flush);
     assert_eq!(disk.reply(flush, false).answered, [4]);
     let result = disk.reply(repair, true);
@@ -127,11 +133,7 @@ fn makes_a_read_ask_again_whose_winner_is_being_written() {
 fn fails_a_read_whose_winner_cannot_be_written() {
     let mut disk = Disk::new();
     disk.write(1);
-    let flush = disk.submit(2, GuestRequest::Flush);
-    disk.reply(flush, false);
-    let read = disk.submit(3, GuestRequest::Read(RANGE));
-    let repair = disk.reply(read, true).operations.remove(0);
-    assert!(matches!(repair.action, Action::Write { .. }));
+    let repair = disk.read_after_failed_flush(3);
     let result = disk.reply(repair, false);
     assert_eq!(result.answered, [3], "{result:?}");
 }
