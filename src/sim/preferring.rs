@@ -72,12 +72,17 @@ impl World {
         }
         for place in self.members().collect::<Vec<_>>() {
             let undecided = mask_of(self.shared.unresolved().iter());
+            let failures = self.ledger.failures;
             let started = self.start_preferring(place)?;
             if started.is_err() {
                 continue;
             }
             self.finish_jobs()?;
             self.settle()?;
+            // A flush may have failed on what it has written, of errors from before.
+            if failures != self.ledger.failures {
+                continue;
+            }
             // The search for what can be read ends early where little can (R4).
             let cannot = match self.ledger.unreadable[place] {
                 0 => self.ledger.excused[place],
