@@ -333,6 +333,12 @@ impl World {
         ranges.fold(0, |all, sectors| all | sectors)
     }
 
+    /// Whether the replica at this place has a part in such a write.
+    pub(super) fn preferred_writes_to(&self, place: usize) -> bool {
+        let mut writes = self.preferences.iter().map(|p| &p.write);
+        writes.any(|write| write.submitted_to >> place & 1 == 1)
+    }
+
     /// Another replica has the place now: what the one before has written does not count.
     pub(super) fn forget_preferred_by(&mut self, place: usize) {
         debug_assert!(place < PLACES);

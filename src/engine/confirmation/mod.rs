@@ -575,6 +575,7 @@ impl Confirmation {
     /// The replicas that the confirmation has asked, or will write to.
     pub(super) fn refers_to(&self) -> ReplicaSet {
         let asked = self.replies.tally().asked().or(self.terms.throughout);
+        let asked = asked.or(self.has_preferred());
         asked.or(self.waiting_since(Duration::MAX))
     }
 }

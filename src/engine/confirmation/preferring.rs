@@ -92,6 +92,14 @@ impl Confirmation {
             .collect()
     }
 
+    /// The replicas that count as holders of what is preferred when it is written.
+    pub(super) fn has_preferred(&self) -> ReplicaSet {
+        let preferences = self.preferences.iter();
+        preferences.fold(ReplicaSet::EMPTY, |all, written| {
+            all.or(written.holders).or(written.tally.asked())
+        })
+    }
+
     /// The writes of what the preferred replica holds, as a part of `winner`: to all replicas in
     /// service that are not known to hold it.
     pub(super) fn writes_of_preferred(
