@@ -22,6 +22,7 @@ mod error;
 mod examine;
 mod format;
 mod location;
+mod messages;
 mod opener;
 mod sizes;
 

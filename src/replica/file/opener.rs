@@ -15,19 +15,14 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::net::{
-    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
-};
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -38,6 +33,7 @@ use super::contents::Contents;
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, alignment, claim, lock};
 use super::format::Format;
+use super::messages::{is_readable, receive, send};
 use crate::replica::image_lock::Locking;
 
 /// The first argument of a process that opens an image.
@@ -50,11 +46,8 @@ const CACHED: &str = "cached";
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
 
-/// Bytes of a message: more than the longest one has.
-const MESSAGE_BYTES_MAX: usize = 8192;
-
 /// What the daemon asks of the process.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 enum Order {
     FindAlignment,
     FindFormat,
@@ -125,7 +118,7 @@ impl Opener {
 
     /// The image, as the first look finds it.
     pub(super) fn image(&mut self, by: Instant) -> Result<Answer<Image>, NoAnswer> {
-        let (answer, file) = self.answer::<Facts>(by)?;
+        let (answer, file) = self.answer::<Answer<Facts>>(by)?;
         match (answer, file) {
             (Ok(facts), Some(file)) => Ok(Ok(Image { file, facts })),
             (Ok(_), None) => Err(self.invalid().into()),
@@ -169,7 +162,7 @@ impl Opener {
     /// Claims a block device ([`claim`]).
     pub(super) fn claim(&mut self, by: Instant) -> Result<Answer<Option<File>>, NoAnswer> {
         self.order(Order::Claim)?;
-        let (answer, file) = self.answer::<()>(by)?;
+        let (answer, file) = self.answer::<Answer<()>>(by)?;
         Ok(answer.map(|()| file))
     }
 
@@ -183,10 +176,7 @@ impl Opener {
         send(&self.socket, &order, None)
     }
 
-    fn answer<T: DeserializeOwned>(
-        &mut self,
-        by: Instant,
-    ) -> Result<(Answer<T>, Option<File>), NoAnswer> {
+    fn answer<T: DeserializeOwned>(&mut self, by: Instant) -> Result<(T, Option<File>), NoAnswer> {
         let soon = Instant::now() + SILENCE_LOGGED_AFTER;
         if !is_readable(&self.socket, soon.min(by))? {
             log::warn!(
@@ -247,84 +237,39 @@ fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
     // A listening socket of --fd, for example.
     // SAFETY: `serve` is called before this process opens anything.
     unsafe { close_inherited() }?;
-    let socket = io::stdin();
+    follow_orders(&io::stdin(), path, options)
+}
+
+fn follow_orders(socket: &impl AsFd, path: &Path, options: OpenOptions) -> io::Result<()> {
     let image = match Image::open(path, options) {
         Ok(image) => image,
-        Err(fault) => return send(&socket, &Answer::<Facts>::Err(fault), None),
+        Err(fault) => return send(socket, &Answer::<Facts>::Err(fault), None),
     };
-    send(&socket, &Answer::Ok(&image.facts), Some(&image.file))?;
-    while let Some((order, _)) = receive(&socket)? {
+    send(socket, &Answer::Ok(&image.facts), Some(&image.file))?;
+    while let Some((order, _)) = receive(socket)? {
         match order {
-            Order::FindAlignment => send(
-                &socket,
-                &Answer::Ok(alignment(&image.file, &image.facts)),
-                None,
-            )?,
+            Order::FindAlignment => {
+                let alignment = alignment(&image.file, &image.facts);
+                send(socket, &Answer::Ok(alignment), None)?;
+            }
             Order::FindFormat => {
                 let format = Format::of(&image.file, image.facts.size_bytes);
-                send(&socket, &Answer::Ok(format), None)?;
+                send(socket, &Answer::Ok(format), None)?;
             }
             Order::FindContents(size_bytes) => {
                 let contents = Contents::of(&image.file, size_bytes);
-                send(&socket, &Answer::Ok(contents), None)?;
+                send(socket, &Answer::Ok(contents), None)?;
             }
             Order::GlanceAtContents(size_bytes) => {
                 let contents = Contents::at_a_glance(&image.file, size_bytes);
-                send(&socket, &Answer::Ok(contents), None)?;
+                send(socket, &Answer::Ok(contents), None)?;
             }
             Order::Claim => match claim(&image.file, options) {
-                Ok(file) => send(&socket, &Answer::Ok(()), file.as_ref())?,
-                Err(fault) => send(&socket, &Answer::<()>::Err(fault), None)?,
+                Ok(file) => send(socket, &Answer::Ok(()), file.as_ref())?,
+                Err(fault) => send(socket, &Answer::<()>::Err(fault), None)?,
             },
-            Order::Lock => send(&socket, &lock(&image.file, options), None)?,
+            Order::Lock => send(socket, &lock(&image.file, options), None)?,
         }
     }
     Ok(())
-}
-
-fn send(socket: &impl AsFd, message: &impl Serialize, file: Option<&File>) -> io::Result<()> {
-    let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let files: Vec<_> = file.into_iter().map(|file| file.as_fd()).collect();
-    if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
-        return Err(io::Error::other("no room for a descriptor"));
-    }
-    let flags = SendFlags::NOSIGNAL;
-    sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
-    Ok(())
-}
-
-/// The next message and the file it carries; `None` if the other end is closed.
-fn receive<T: DeserializeOwned>(socket: &impl AsFd) -> io::Result<Option<(T, Option<File>)>> {
-    let mut bytes = [0; MESSAGE_BYTES_MAX];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-    let received = rustix::io::retry_on_intr(|| {
-        let mut into = [IoSliceMut::new(&mut bytes)];
-        recvmsg(socket, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
-    })?;
-    if received.bytes == 0 {
-        return Ok(None);
-    }
-    let file = ancillary.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
-        _ => None,
-    });
-    let message = serde_json::from_slice(&bytes[..received.bytes]);
-    Ok(Some((message.map_err(io::Error::other)?, file)))
-}
-
-/// Waits until the socket can be read, until `by`. Returns whether it can.
-fn is_readable(socket: &OwnedFd, by: Instant) -> io::Result<bool> {
-    loop {
-        let left = by.saturating_duration_since(Instant::now());
-        let limit = Timespec::try_from(left).map_err(io::Error::other)?;
-        let mut polls = [PollFd::new(socket, PollFlags::IN)];
-        match poll(&mut polls, Some(&limit)) {
-            Ok(ready) => return Ok(ready > 0),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(error) => return Err(error.into()),
-        }
-    }
 }

@@ -1,0 +1,74 @@
+//! Messages between the daemon and the process that opens an image: JSON, and a file with some.
+
+#![forbid(unsafe_code)]
+
+use std::fs::File;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Instant;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+
+/// Bytes of a message: more than the longest one has, with two paths of a byte in two digits.
+const MESSAGE_BYTES_MAX: usize = 32 << 10;
+
+/// Sends a message, and a file with it.
+pub(super) fn send(
+    socket: &impl AsFd,
+    message: &impl Serialize,
+    file: Option<&File>,
+) -> io::Result<()> {
+    let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<_> = file.into_iter().map(|file| file.as_fd()).collect();
+    if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
+        return Err(io::Error::other("no room for a descriptor"));
+    }
+    let flags = SendFlags::NOSIGNAL;
+    sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
+    Ok(())
+}
+
+/// The next message and the file it carries; `None` if the other end is closed.
+pub(super) fn receive<T: DeserializeOwned>(
+    socket: &impl AsFd,
+) -> io::Result<Option<(T, Option<File>)>> {
+    let mut bytes = [0; MESSAGE_BYTES_MAX];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let received = rustix::io::retry_on_intr(|| {
+        let mut into = [IoSliceMut::new(&mut bytes)];
+        recvmsg(socket, &mut into, &mut ancillary, RecvFlags::CMSG_CLOEXEC)
+    })?;
+    if received.bytes == 0 {
+        return Ok(None);
+    }
+    let file = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
+        _ => None,
+    });
+    let message = serde_json::from_slice(&bytes[..received.bytes]);
+    Ok(Some((message.map_err(io::Error::other)?, file)))
+}
+
+/// Waits until the socket can be read, until `by`. Returns whether it can.
+pub(super) fn is_readable(socket: &OwnedFd, by: Instant) -> io::Result<bool> {
+    loop {
+        let left = by.saturating_duration_since(Instant::now());
+        let limit = Timespec::try_from(left).map_err(io::Error::other)?;
+        let mut polls = [PollFd::new(socket, PollFlags::IN)];
+        match poll(&mut polls, Some(&limit)) {
+            Ok(ready) => return Ok(ready > 0),
+            Err(rustix::io::Errno::INTR) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
