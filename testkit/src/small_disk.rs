@@ -26,6 +26,17 @@ impl SmallDisk {
         }
     }
 
+    /// Mounts one that is read-only once `fill` has put files into it.
+    pub fn mount_read_only(bytes: u64, fill: impl FnOnce(&Path)) -> Self {
+        let options = format!("size={bytes},mode=0700");
+        Self {
+            root: mount_detached_with(Path::new("quorum-blk-test"), c"tmpfs", &options, |path| {
+                fill(path);
+                make_read_only(path);
+            }),
+        }
+    }
+
     /// A path to its root, for all processes while this one lives.
     pub fn path(&self) -> PathBuf {
         path_of(&self.root)
@@ -98,6 +109,16 @@ fn path_of(root: &File) -> PathBuf {
 
 /// Mounts a file system and takes it out of the directory tree again: it ends with its last user.
 fn mount_detached(source: &Path, kind: &CStr, options: &str) -> File {
+    mount_detached_with(source, kind, options, |_| {})
+}
+
+/// The same; calls `prepare` with the mount point while it is mounted there.
+fn mount_detached_with(
+    source: &Path,
+    kind: &CStr,
+    options: &str,
+    prepare: impl FnOnce(&Path),
+) -> File {
     let directory = tempfile::tempdir().expect("creating a directory");
     let path = c_string(directory.path().as_os_str().as_bytes());
     let source = c_string(source.as_os_str().as_bytes());
@@ -113,6 +134,7 @@ fn mount_detached(source: &Path, kind: &CStr, options: &str) -> File {
         )
     };
     assert_eq!(result, 0, "mount: {}", io::Error::last_os_error());
+    prepare(directory.path());
     let root = OpenOptions::new()
         .read(true)
         .custom_flags(libc::O_PATH)
@@ -121,6 +143,15 @@ fn mount_detached(source: &Path, kind: &CStr, options: &str) -> File {
     let result = unsafe { libc::umount2(path.as_ptr(), libc::MNT_DETACH) };
     assert_eq!(result, 0, "umount2: {}", io::Error::last_os_error());
     root.expect("opening the root of a file system")
+}
+
+fn make_read_only(mount_point: &Path) {
+    let path = c_string(mount_point.as_os_str().as_bytes());
+    let flags = libc::MS_REMOUNT | libc::MS_RDONLY;
+    let none = std::ptr::null();
+    // SAFETY: the path is a C string that outlives the call, and the others may be null.
+    let result = unsafe { libc::mount(none, path.as_ptr(), none, flags, none.cast()) };
+    assert_eq!(result, 0, "mount: {}", io::Error::last_os_error());
 }
 
 fn c_string(bytes: &[u8]) -> CString {

@@ -14,9 +14,7 @@ use fuser::{
 use super::faults::{Effect, Operation};
 use super::server::Server;
 
-/// The name of the file.
-pub(super) const FILE_NAME: &str = "image";
-/// Its inode.
+/// The inode of the file.
 pub(super) const FILE_INODE: INodeNo = INodeNo(2);
 /// How long the kernel may cache the attributes of the file: not at all, so that a test can make
 /// the question for them hang.
@@ -56,7 +54,7 @@ impl Filesystem for Disk {
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
         match self.0.attributes(FILE_INODE) {
-            Ok(attributes) if name == FILE_NAME => {
+            Ok(attributes) if name == self.0.name => {
                 reply.entry(&ATTRIBUTES_VALID, &attributes, Generation(0))
             }
             Ok(_) => reply.error(Errno::ENOENT),

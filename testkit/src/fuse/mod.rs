@@ -29,7 +29,7 @@ use std::time::Duration;
 use fuser::{BackgroundSession, Config, MountOption};
 
 pub use faults::{Fault, Operation};
-use filesystem::{Disk, FILE_NAME};
+use filesystem::Disk;
 use server::Server;
 
 use crate::process::wait_until;
@@ -44,9 +44,13 @@ pub struct FuseImage {
     server: Arc<Server>,
     session: Option<BackgroundSession>,
     deferred: Option<JoinHandle<()>>,
-    /// Keeps the detached file system alive. The path for other processes leads through it.
-    file: Option<File>,
+    /// The file and its directory. They keep the detached file system alive. The paths for other
+    /// processes lead through them.
+    files: Option<[File; 2]>,
 }
+
+/// The name of the file, if no other one is given.
+const FILE_NAME: &str = "image";
 
 /// Clears the faults of an image when dropped.
 pub struct FaultGuard(Arc<Server>);
@@ -54,13 +58,18 @@ pub struct FaultGuard(Arc<Server>);
 impl FuseImage {
     /// Serves the image at `backing` so that an operation that hangs holds up nothing but itself.
     pub fn serve(backing: &Path) -> Self {
-        Self::serve_by(Server::over(backing, false))
+        Self::serve_as(backing, FILE_NAME)
+    }
+
+    /// The same; the file has this name in [`Self::directory`].
+    pub fn serve_as(backing: &Path, name: &str) -> Self {
+        Self::serve_by(Server::over(backing, name.into(), false))
     }
 
     /// The same as a server does it that sets no option: who asks for an operation waits in the
     /// kernel until it is done, and one that writes waits for all others that lock the file.
     pub fn serve_plainly(backing: &Path) -> Self {
-        Self::serve_by(Server::over(backing, true))
+        Self::serve_by(Server::over(backing, FILE_NAME.into(), true))
     }
 
     fn serve_by(server: Server) -> Self {
@@ -72,11 +81,15 @@ impl FuseImage {
             .expect(
                 "mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)",
             );
-        let file = OpenOptions::new()
-            .read(true)
-            .custom_flags(libc::O_PATH)
-            .open(directory.path().join(FILE_NAME))
-            .expect("looking the file up");
+        let look_up = |path: &Path| {
+            let opened = OpenOptions::new()
+                .read(true)
+                .custom_flags(libc::O_PATH)
+                .open(path);
+            opened.expect("looking the file up")
+        };
+        let file = look_up(&directory.path().join(&server.name));
+        let files = [file, look_up(directory.path())];
         detach(directory.path());
         let deferred = thread::spawn({
             let server = Arc::clone(&server);
@@ -86,17 +99,26 @@ impl FuseImage {
             server,
             session: Some(session),
             deferred: Some(deferred),
-            file: Some(file),
+            files: Some(files),
         }
     }
 
     /// A path to the file, for all processes.
     pub fn path(&self) -> PathBuf {
-        let file = self.file.as_ref().expect("there until dropped");
+        self.path_of(0)
+    }
+
+    /// A path to the directory of the file, for all processes.
+    pub fn directory(&self) -> PathBuf {
+        self.path_of(1)
+    }
+
+    fn path_of(&self, which: usize) -> PathBuf {
+        let files = self.files.as_ref().expect("there until dropped");
         PathBuf::from(format!(
             "/proc/{}/fd/{}",
             std::process::id(),
-            file.as_raw_fd()
+            files[which].as_raw_fd()
         ))
     }
 
@@ -162,7 +184,7 @@ impl Drop for FuseImage {
     fn drop(&mut self) {
         self.server.clear_faults();
         // With the last descriptor goes the mount, and with the mount the connection.
-        drop(self.file.take());
+        drop(self.files.take());
         let session = self.session.take().expect("dropped once");
         let ended = wait_until(END_LIMIT, || session.guard.is_finished());
         self.server.lock().ended = true;

@@ -1,6 +1,7 @@
 //! The image behind the file, and when its operations are done.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::ops::Range;
@@ -19,6 +20,8 @@ use super::filesystem::FILE_INODE;
 /// The image behind the file, and its faults.
 pub(super) struct Server {
     pub(super) backing: File,
+    /// The name of the file.
+    pub(super) name: OsString,
     /// It sets no option of the file system.
     pub(super) is_plain: bool,
     state: Mutex<State>,
@@ -43,10 +46,11 @@ pub(super) struct State {
 type Job = Box<dyn FnOnce(&Server) + Send>;
 
 impl Server {
-    pub(super) fn over(backing: &Path, is_plain: bool) -> Self {
+    pub(super) fn over(backing: &Path, name: OsString, is_plain: bool) -> Self {
         let backing = OpenOptions::new().read(true).write(true).open(backing);
         Self {
             backing: backing.expect("opening an image"),
+            name,
             is_plain,
             state: Mutex::new(State {
                 faults: Faults::none(),
