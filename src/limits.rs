@@ -282,6 +282,19 @@ pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
+/// Bytes of a record. What one holds depends on the size of the disk, and is less than half of it.
+pub const RECORD_BYTES_MAX: u64 = 4 << 20;
+
+/// Symbolic links that the path of an image leads through at its end, as the kernel allows.
+pub const SYMBOLIC_LINKS_MAX: usize = 40;
+
+/// Links in `/dev/disk/by-id` that are looked at for the names of a block device: more than a host
+/// with thousands of volumes has.
+pub const DEVICE_LINKS_MAX: usize = 1 << 17;
+
+/// How long udev may take to name a block device: less than [`OPEN_LIMIT`].
+pub const DEVICE_NAMED_LIMIT: Duration = Duration::from_secs(10);
+
 /// A replica is flapping when it was evicted this often in [`FLAPPING_WINDOW`].
 pub const FLAPPING_EVICTIONS: usize = 3;
 

@@ -154,7 +154,7 @@ impl Admin {
         }
         self.table.free_place().ok_or(AdminError::Full)?;
         // Before this change excludes others, because it may take long.
-        let file = open_beside(
+        let (file, _) = open_beside(
             &self.open_files(),
             source,
             (self.options, self.opening),

@@ -1,4 +1,5 @@
-//! Replica files: opening, locking and growing them, and the io_uring that reads and writes them.
+//! Replica files: opening, locking and growing them, the files of their records, and the io_uring
+//! that reads and writes them.
 //!
 //! This room knows files, alignment and the kernel. It does not know virtio, guests or votes.
 //!
@@ -11,6 +12,7 @@ pub mod file;
 pub mod grow;
 pub mod image_lock;
 mod ofd_lock;
+pub mod record_file;
 pub mod ring;
 pub mod table;
 mod zero;

@@ -19,6 +19,7 @@ use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::Locking;
+use crate::replica::record_file::{Keeper, RecordAccess};
 
 /// How long to wait for an image in use. The kernel closes the files of an io_uring some 50 ms
 /// after its process is gone, on a busy machine much later. The wait lets a daemon start
@@ -199,6 +200,14 @@ impl Candidate {
             );
         }
         Ok(())
+    }
+
+    /// The replica that it has become, and the way to its record.
+    pub(super) fn into_parts(self) -> (ReplicaFile, RecordAccess) {
+        let path = &self.replica.path;
+        let keeper = Keeper::new(path, self.facts.identity, self.options.read_only);
+        let records = RecordAccess::new(path.clone(), self.opener, keeper);
+        (self.replica, records)
     }
 
     /// The replica that it has become.

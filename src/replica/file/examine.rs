@@ -66,10 +66,13 @@ pub(super) enum Call {
     Lseek,
 }
 
-/// A kind of file that is not an image.
+/// A kind of file that is not an image, or not a record.
 #[derive(Clone, Copy, Debug, Serialize, Deserialize)]
-pub(super) enum Kind {
+pub(in crate::replica) enum Kind {
     Directory,
+    /// Where links are not followed.
+    SymbolicLink,
+    BlockDevice,
     CharacterDevice,
     Fifo,
     Socket,
@@ -106,7 +109,7 @@ impl Image {
 /// `FUSE_ASYNC_DIO`, and else while as many are out as it wants in the background, twelve if it
 /// does not say; a write waits while another call that locks the file has no answer (fsync, lseek,
 /// fallocate).
-fn waits_in_submission(file: &File) -> bool {
+pub(in crate::replica) fn waits_in_submission(file: &File) -> bool {
     fstatfs(file).is_ok_and(|found| found.f_type == libc::FUSE_SUPER_MAGIC)
 }
 
@@ -201,9 +204,13 @@ fn check_kind(metadata: &Metadata) -> Result<(), Fault> {
 }
 
 impl Kind {
-    fn of(file_type: FileType) -> Self {
+    pub(in crate::replica) fn of(file_type: FileType) -> Self {
         if file_type.is_dir() {
             Self::Directory
+        } else if file_type.is_symlink() {
+            Self::SymbolicLink
+        } else if file_type.is_block_device() {
+            Self::BlockDevice
         } else if file_type.is_char_device() {
             Self::CharacterDevice
         } else if file_type.is_fifo() {
@@ -215,9 +222,11 @@ impl Kind {
         }
     }
 
-    pub(super) fn name(self) -> &'static str {
+    pub(in crate::replica) fn name(self) -> &'static str {
         match self {
             Self::Directory => "a directory",
+            Self::SymbolicLink => "a symbolic link",
+            Self::BlockDevice => "a block device",
             Self::CharacterDevice => "a character device",
             Self::Fifo => "a FIFO",
             Self::Socket => "a socket",

@@ -38,11 +38,14 @@ use self::changes::Seen;
 pub use self::changes::watch;
 use self::contents::Contents;
 pub use self::error::OpenError;
+pub(super) use self::examine::{Kind, waits_in_submission};
 pub use self::format::Format;
 use self::location::{Location, Overlap};
 pub use self::opener::serve as serve_opener;
+pub(super) use self::opener::{NoAnswer, Opener};
 pub use self::sizes::disk_size;
 use super::image_lock;
+use super::record_file::RecordAccess;
 use super::ring::RingFile;
 use crate::common::NOT_POISONED;
 use crate::common::image::ImageChanges;
@@ -87,7 +90,7 @@ pub enum ImageIdentity {
 }
 
 impl ImageIdentity {
-    fn of(metadata: &Metadata) -> Self {
+    pub(super) fn of(metadata: &Metadata) -> Self {
         if metadata.file_type().is_block_device() {
             Self::BlockDevice {
                 device: metadata.rdev(),
@@ -197,6 +200,30 @@ pub fn open_all(
     opening: Opening,
     empty: EmptyImages,
 ) -> Result<Vec<ReplicaFile>, OpenError> {
+    let candidates = open_candidates(sources, options, opening, empty)?;
+    Ok(candidates
+        .into_iter()
+        .map(Candidate::into_replica)
+        .collect())
+}
+
+/// As [`open_all`], each replica with the way to its record.
+pub fn open_all_with_records(
+    sources: &[ReplicaSource],
+    options: OpenOptions,
+    opening: Opening,
+    empty: EmptyImages,
+) -> Result<Vec<(ReplicaFile, RecordAccess)>, OpenError> {
+    let candidates = open_candidates(sources, options, opening, empty)?;
+    Ok(candidates.into_iter().map(Candidate::into_parts).collect())
+}
+
+fn open_candidates(
+    sources: &[ReplicaSource],
+    options: OpenOptions,
+    opening: Opening,
+    empty: EmptyImages,
+) -> Result<Vec<Candidate>, OpenError> {
     let started = sources
         .iter()
         .map(|source| Candidate::start(source, options, opening));
@@ -234,10 +261,7 @@ pub fn open_all(
     if empty == EmptyImages::Refused {
         check_contents(&mut candidates, disk_bytes)?;
     }
-    Ok(candidates
-        .into_iter()
-        .map(Candidate::into_replica)
-        .collect())
+    Ok(candidates)
 }
 
 /// Checks that no image is empty where another one holds data (O4).
@@ -288,15 +312,15 @@ pub enum Overwrite {
     Allowed,
 }
 
-/// Opens and locks a replica for a disk of `size_bytes`, beside its `others`. A resync will
-/// overwrite all of it.
+/// Opens and locks a replica for a disk of `size_bytes`, beside its `others`, with the way to its
+/// record. A resync will overwrite all of it.
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
     (options, opening): (OpenOptions, Opening),
     size_bytes: u64,
     overwrite: Overwrite,
-) -> Result<ReplicaFile, OpenError> {
+) -> Result<(ReplicaFile, RecordAccess), OpenError> {
     // Of no importance where everything is overwritten, and where nothing is there.
     let raw_anyway = true;
     let options = OpenOptions {
@@ -312,7 +336,7 @@ pub fn open_beside(
     if overwrite == Overwrite::Never {
         candidate.check_holds_nothing(size_bytes)?;
     }
-    Ok(candidate.into_replica())
+    Ok(candidate.into_parts())
 }
 
 /// Checks that a replica fits a disk of `size_bytes` with these `others`.

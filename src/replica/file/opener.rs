@@ -35,6 +35,7 @@ use super::examine::{Facts, Fault, Image, alignment, claim, lock};
 use super::format::Format;
 use super::messages::{is_readable, receive, send};
 use crate::replica::image_lock::Locking;
+use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
 
 /// The first argument of a process that opens an image.
 const ARGUMENT: &str = "--open-image";
@@ -55,6 +56,8 @@ enum Order {
     GlanceAtContents(u64),
     Claim,
     Lock,
+    /// What is to be written comes in a file with the order.
+    Record(RecordOrder),
 }
 
 /// An answer of the process. The first one, to its start, carries the open file.
@@ -62,7 +65,7 @@ pub(super) type Answer<T> = Result<T, Fault>;
 
 /// Why there is no answer.
 #[derive(Debug)]
-pub(super) enum NoAnswer {
+pub(in crate::replica) enum NoAnswer {
     /// The system calls have not returned in time.
     Silent,
     /// The process ended or sent something invalid.
@@ -77,10 +80,11 @@ impl From<io::Error> for NoAnswer {
 
 /// A process that opens an image. It is killed when this is dropped before the image is open.
 #[derive(Debug)]
-pub(super) struct Opener {
+pub(in crate::replica) struct Opener {
     path: PathBuf,
     socket: OwnedFd,
-    child: Child,
+    /// `None` in a test that has a thread follow the orders.
+    child: Option<Child>,
     /// Its end of the socket is closed: its process id may belong to another process.
     has_ended: bool,
 }
@@ -111,7 +115,7 @@ impl Opener {
         Ok(Self {
             path: path.to_owned(),
             socket,
-            child,
+            child: Some(child),
             has_ended: false,
         })
     }
@@ -172,6 +176,18 @@ impl Opener {
         self.answer(by).map(|(answer, _)| answer)
     }
 
+    /// Carries out what is to be done about the record of the image. `written` is what an order
+    /// to write writes.
+    pub(in crate::replica) fn record(
+        &mut self,
+        order: RecordOrder,
+        written: Option<&File>,
+        by: Instant,
+    ) -> Result<(RecordAnswer, Option<File>), NoAnswer> {
+        send(&self.socket, &Order::Record(order), written)?;
+        self.answer(by)
+    }
+
     fn order(&self, order: Order) -> io::Result<()> {
         send(&self.socket, &order, None)
     }
@@ -201,12 +217,36 @@ impl Opener {
     }
 }
 
+#[cfg(test)]
+impl Opener {
+    /// One whose orders a thread follows, which waits for the file system as the process would.
+    pub(in crate::replica) fn on_a_thread(path: &Path, options: OpenOptions) -> Self {
+        let kind = SocketType::SEQPACKET;
+        let flags = SocketFlags::CLOEXEC;
+        let (socket, its_end) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let image = path.to_owned();
+        std::thread::spawn(move || follow_orders(&its_end, &image, options));
+        Self {
+            path: path.to_owned(),
+            socket,
+            child: None,
+            has_ended: false,
+        }
+    }
+
+    /// Waits until the image is open.
+    pub(in crate::replica) fn answer_to_start(&mut self) {
+        let by = Instant::now() + crate::limits::OPEN_LIMIT;
+        self.image(by).unwrap().unwrap();
+    }
+}
+
 impl Drop for Opener {
     fn drop(&mut self) {
-        if !self.has_ended {
+        if let (false, Some(child)) = (self.has_ended, &mut self.child) {
             // Ends what waits in the kernel and can be ended. Nothing waits for the process: the
             // daemon ignores SIGCHLD.
-            let _ = self.child.kill();
+            let _ = child.kill();
         }
     }
 }
@@ -246,7 +286,8 @@ fn follow_orders(socket: &impl AsFd, path: &Path, options: OpenOptions) -> io::R
         Err(fault) => return send(socket, &Answer::<Facts>::Err(fault), None),
     };
     send(socket, &Answer::Ok(&image.facts), Some(&image.file))?;
-    while let Some((order, _)) = receive(socket)? {
+    let mut keeper = Keeper::new(path, image.facts.identity, options.read_only);
+    while let Some((order, given)) = receive(socket)? {
         match order {
             Order::FindAlignment => {
                 let alignment = alignment(&image.file, &image.facts);
@@ -269,6 +310,10 @@ fn follow_orders(socket: &impl AsFd, path: &Path, options: OpenOptions) -> io::R
                 Err(fault) => send(socket, &Answer::<()>::Err(fault), None)?,
             },
             Order::Lock => send(socket, &lock(&image.file, options), None)?,
+            Order::Record(order) => {
+                let (answer, file) = keeper.carry_out(order, given.as_ref());
+                send(socket, &answer, file.as_ref())?;
+            }
         }
     }
     Ok(())
