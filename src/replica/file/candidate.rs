@@ -12,7 +12,7 @@ use super::alignment::Alignment;
 use super::changes::Seen;
 use super::contents::Contents;
 use super::error::with_path;
-use super::examine::{self, Facts, Fault, Image};
+use super::examine::{self, Facts, Fault, Image, Locked};
 use super::format::Format;
 use super::opener::{Answer, NoAnswer, Opener};
 use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
@@ -191,7 +191,8 @@ impl Candidate {
     /// Claims and locks the image.
     pub(super) fn lock(&mut self) -> Result<(), OpenError> {
         self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
-        let locking = self.when_free(examine::lock, Opener::lock)?;
+        let Locked { locking, stamp } = self.when_free(examine::lock, Opener::lock)?;
+        self.replica.stamp = stamp;
         if locking == Locking::Unsupported {
             log::warn!(
                 replica:% = self.replica.node_name(), file:% = self.replica.path.display();
@@ -272,6 +273,7 @@ impl Started<'_> {
                 waits_in_submission: facts.waits_in_submission,
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
+                stamp: None,
                 location: facts.location.clone(),
                 seen: Seen::default(),
             },

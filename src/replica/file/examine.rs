@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
 use super::location::Location;
-use super::{ImageIdentity, OpenOptions, block_device};
+use super::{ImageIdentity, ImageStamp, OpenOptions, block_device};
 use crate::replica::image_lock::{self, Access, LockError, Locking, Permission};
 
 /// An image that is open.
@@ -136,18 +136,29 @@ pub(super) fn claim(file: &File, options: OpenOptions) -> Result<Option<File>, F
     }
 }
 
+/// An image that is locked.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+pub(super) struct Locked {
+    pub(super) locking: Locking,
+    /// From then on no other process changes the image.
+    pub(super) stamp: Option<ImageStamp>,
+}
+
 /// Locks an open image, without waiting for another process.
-pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locking, Fault> {
+pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locked, Fault> {
     let access = if options.read_only {
         Access::ReadOnly
     } else {
         Access::ReadWrite
     };
-    image_lock::lock(file, access).map_err(|error| match error {
+    let locking = image_lock::lock(file, access).map_err(|error| match error {
         LockError::Used(permission) => Fault::Used(permission),
         LockError::NotShared(permission) => Fault::NotShared(permission),
         LockError::Io(error) => Fault::Lock(errno(&error)),
-    })
+    })?;
+    let metadata = file.metadata().map_err(failed(Call::Fstat))?;
+    let stamp = ImageStamp::of(&metadata);
+    Ok(Locked { locking, stamp })
 }
 
 impl Fault {

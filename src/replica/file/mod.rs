@@ -25,6 +25,7 @@ mod location;
 mod messages;
 mod opener;
 mod sizes;
+mod stamp;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -44,6 +45,7 @@ use self::location::{Location, Overlap};
 pub use self::opener::serve as serve_opener;
 pub(super) use self::opener::{NoAnswer, Opener};
 pub use self::sizes::disk_size;
+pub use self::stamp::ImageStamp;
 use super::image_lock;
 use super::record_file::RecordAccess;
 use super::ring::RingFile;
@@ -128,6 +130,8 @@ pub struct ReplicaFile {
     pub is_block_device: bool,
     /// Which image this is.
     pub identity: ImageIdentity,
+    /// Its stamp when it was locked. `None` for a block device.
+    pub stamp: Option<ImageStamp>,
     location: Location,
     seen: Seen,
 }

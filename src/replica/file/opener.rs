@@ -31,10 +31,9 @@ use super::OpenOptions;
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
 use super::contents::Contents;
 use super::descriptors::close_inherited;
-use super::examine::{Facts, Fault, Image, alignment, claim, lock};
+use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock};
 use super::format::Format;
 use super::messages::{is_readable, receive, send};
-use crate::replica::image_lock::Locking;
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
 
 /// The first argument of a process that opens an image.
@@ -171,7 +170,7 @@ impl Opener {
     }
 
     /// Locks the image, without waiting for another process.
-    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locking>, NoAnswer> {
+    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locked>, NoAnswer> {
         self.order(Order::Lock)?;
         self.answer(by).map(|(answer, _)| answer)
     }

@@ -208,6 +208,26 @@ fn refuses_an_image_in_use_but_lets_readers_share_it() {
 }
 
 #[test]
+fn the_stamp_is_that_of_an_image_that_no_other_process_changes_any_more() {
+    let directory = Directory::new();
+    let source = directory.image("1.raw", SIZE);
+    let first = open(&source.path, "1.raw", BUFFERED).unwrap();
+    let before = first.stamp.unwrap();
+    assert_eq!(before.bytes, SIZE);
+    std::thread::scope(|scope| {
+        // It waits for the lock, and has looked at the image before.
+        let second = scope.spawn(|| open(&source.path, "1.raw", BUFFERED).unwrap());
+        let time = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_nanos(1_000_007);
+        first.file.set_modified(time).unwrap();
+        let last = ImageStamp::synced(&first.file).unwrap();
+        assert_ne!(last, Some(before));
+        assert_eq!(last.unwrap().modified_ns, 1_000_007);
+        drop(first);
+        assert_eq!(second.join().unwrap().stamp, last);
+    });
+}
+
+#[test]
 fn refuses_an_image_that_is_not_raw() {
     let directory = Directory::new();
     let source = directory.image("disk.qcow2", SIZE);
