@@ -140,7 +140,7 @@ impl World {
         let place = replica.as_usize();
         trace!(self, "replica {place} is released");
         let in_flight = self.flights.iter().any(|flight| flight.replica() == place)
-            || self.preferred_writes_to(place);
+            || self.is_preferred_holder(place);
         if self.to_be_released >> place & 1 == 0 || in_flight {
             let text = format!("the place of replica {place} is not free");
             return Err(Violation::new("remove", text));

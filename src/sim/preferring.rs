@@ -333,10 +333,10 @@ impl World {
         ranges.fold(0, |all, sectors| all | sectors)
     }
 
-    /// Whether the replica at this place has a part in such a write.
-    pub(super) fn preferred_writes_to(&self, place: usize) -> bool {
+    /// Whether the replica at this place counts as a holder of such a write.
+    pub(super) fn is_preferred_holder(&self, place: usize) -> bool {
         let mut writes = self.preferences.iter().map(|p| &p.write);
-        writes.any(|write| write.submitted_to >> place & 1 == 1)
+        writes.any(|write| write.succeeded >> place & 1 == 1)
     }
 
     /// Another replica has the place now: what the one before has written does not count.
