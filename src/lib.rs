@@ -23,6 +23,8 @@
 //!
 //! [`client`] is a second program, `quorum-blkctl`, which talks to the monitor.
 //!
+//! [`record`] is what is kept on disk about each replica: its format, and what may start.
+//!
 //! The rules that all of this keeps are in docs/contract.md; comments cite them by their tags.
 
 // Unit tests use test support that names this crate from outside.
@@ -40,6 +42,7 @@ pub mod engine;
 pub mod jobs;
 pub mod limits;
 pub mod quorum;
+pub mod record;
 pub mod replica;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;

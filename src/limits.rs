@@ -306,3 +306,34 @@ pub const IMAGE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;
+
+/// Bytes from the start of one slot of a record to that of the other, more than the text and the
+/// maps of [`REPLICAS_MAX`] members can take. A file system stores only what is written.
+pub const RECORD_SLOT_BYTES: u64 = 1 << 20;
+
+/// Bytes of the text of a record: 32 members with names of which each byte is escaped, 64 branches.
+pub const RECORD_TEXT_BYTES_MAX: usize = 64 << 10;
+
+/// Bytes of one map of extents in a record. Those of 32 members and the text fit one slot.
+pub const RECORD_MAP_BYTES_MAX: u64 = 28 << 10;
+
+/// The least extent of a record, in bytes. Smaller ones would have to be marked more often.
+pub const RECORD_EXTENT_BYTES_MIN: u64 = 1 << 20;
+
+/// Bytes that an exact list of stale runs may take in a record, even if a map of extents is smaller
+/// than that.
+pub const RECORD_RUNS_BYTES_MIN: u64 = 4 << 10;
+
+/// The greatest number in a record, the capacity in sectors included: a reader that keeps numbers
+/// as floating point loses nothing.
+pub const RECORD_NUMBER_MAX: u64 = 1 << 53;
+
+/// Bytes of a node-name in a record, where it serves people; a longer one is cut.
+pub const RECORD_NAME_BYTES_MAX: usize = 63;
+
+/// Branches of a lineage, one for the creation of the disk and each forced start. The oldest ones
+/// are dropped.
+pub const RECORD_BRANCHES_MAX: usize = 64;
+
+/// Feature names of a record that a message lists, and the bytes of each.
+pub const RECORD_FEATURES_MAX: usize = 16;

@@ -1,0 +1,99 @@
+//! The bytes of a record file (S11): two slots, written alternately, then the pages of the intent
+//! map. docs/state-format.md describes them for other readers.
+//!
+//! A file may hold anything. Reading one takes bounded memory and never panics.
+
+mod error;
+mod page;
+mod slot;
+mod text;
+
+pub use self::error::{SlotFault, Unusable};
+pub use self::page::{page, pages};
+pub use self::slot::Slot;
+
+use super::{Extents, Layout, PAGE_BYTES, Record};
+use crate::limits::RECORD_SLOT_BYTES;
+
+/// A record file that was read.
+#[derive(Clone, Debug)]
+pub struct Read {
+    /// From the slot that counts.
+    pub record: Record,
+    /// The marked extents. A page that does not verify is marked as a whole.
+    pub intent: Extents,
+    /// Why a slot does not count, for each of the two. One that was never written is blank.
+    pub slots: [Option<SlotFault>; 2],
+    /// The pages of the intent map that do not verify.
+    pub unverified_pages: Vec<u32>,
+}
+
+/// Reads a whole record file.
+pub fn read(file: &[u8]) -> Result<Read, Unusable> {
+    let slot_bytes = usize::try_from(RECORD_SLOT_BYTES).expect("a slot is small");
+    let (first, rest) = file.split_at(file.len().min(slot_bytes));
+    let (second, pages) = rest.split_at(rest.len().min(slot_bytes));
+    read_parts([first, second], pages)
+}
+
+/// Reads the two slots of a record file, and what follows them.
+pub fn read_parts(slots: [&[u8]; 2], pages: &[u8]) -> Result<Read, Unusable> {
+    let [first, second] = [0, 1].map(|place| slot::decode(slots[place], place as u64));
+    let (record, slots) = newer(first, second)?;
+    let layout = record.layout();
+    let mut intent = Extents::new(layout);
+    let mut unverified_pages = Vec::new();
+    for page in 0..layout.pages() {
+        let bytes = pages.chunks(PAGE_BYTES).nth(page as usize);
+        match bytes.and_then(|bytes| page::verified_bits(&record, page, bytes)) {
+            Some(bits) => intent.load_page(page, bits),
+            None => {
+                intent.fill_page(page);
+                unverified_pages.push(page);
+            }
+        }
+    }
+    Ok(Read {
+        record,
+        intent,
+        slots,
+        unverified_pages,
+    })
+}
+
+type Decoded = Result<Record, SlotFault>;
+
+/// The record that counts: that of the higher sequence number.
+fn newer(first: Decoded, second: Decoded) -> Result<(Record, [Option<SlotFault>; 2]), Unusable> {
+    // A slot of a later version is newer than one of ours, unless its number says otherwise.
+    let of_later_version = |slot: &Decoded| match slot {
+        Err(SlotFault::Incompatible { sequence, .. }) => *sequence,
+        _ => None,
+    };
+    let (from_first, from_second) = (of_later_version(&first), of_later_version(&second));
+    match (first, second) {
+        (Ok(first), Ok(second)) if first.sequence > second.sequence => Ok((first, [None, None])),
+        (Ok(_), Ok(second)) => Ok((second, [None, None])),
+        (Ok(first), Err(fault)) if from_second.is_none_or(|other| other < first.sequence) => {
+            Ok((first, [None, Some(fault)]))
+        }
+        (Err(fault), Ok(second)) if from_first.is_none_or(|other| other < second.sequence) => {
+            Ok((second, [Some(fault), None]))
+        }
+        (Ok(_), Err(fault)) | (Err(fault), Ok(_)) => Err(Unusable::of(fault.clone(), fault)),
+        (Err(first), Err(second)) => Err(Unusable::of(first, second)),
+    }
+}
+
+impl Record {
+    /// The bytes of its slot, and where they belong in the file.
+    pub fn slot(&self) -> Slot {
+        Slot {
+            offset: Layout::slot_offset(self.sequence),
+            bytes: slot::encode(self),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,99 @@
+//! What follows from the capacity of a disk: the size of an extent, and so of the maps.
+//!
+//! Invariant: a map takes at most [`RECORD_MAP_BYTES_MAX`] bytes.
+
+use crate::common::{SECTOR_BYTES, SectorRange};
+use crate::limits::{
+    RECORD_EXTENT_BYTES_MIN, RECORD_MAP_BYTES_MAX, RECORD_NUMBER_MAX, RECORD_RUNS_BYTES_MIN,
+    RECORD_SLOT_BYTES,
+};
+
+/// Bytes of a page of the intent map.
+pub const PAGE_BYTES: usize = 4096;
+
+/// Bytes of a page before its bits.
+pub(super) const PAGE_HEAD_BYTES: usize = 16;
+
+/// Extents in a page of the intent map.
+pub const PAGE_EXTENTS: u64 = 8 * (PAGE_BYTES - PAGE_HEAD_BYTES) as u64;
+
+/// Bytes of a run in a list of stale runs.
+pub(super) const RUN_BYTES: u64 = 16;
+
+/// The sizes and places in the record of a disk of a given capacity.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Layout {
+    capacity: u64,
+    extent_sectors: u64,
+}
+
+impl Layout {
+    /// The layout for a disk of `capacity` sectors.
+    pub fn new(capacity: u64) -> Self {
+        assert!(capacity <= RECORD_NUMBER_MAX, "a capacity of a disk");
+        let mut extent_sectors = RECORD_EXTENT_BYTES_MIN / SECTOR_BYTES;
+        while capacity.div_ceil(extent_sectors) > 8 * RECORD_MAP_BYTES_MAX {
+            extent_sectors *= 2;
+        }
+        Self {
+            capacity,
+            extent_sectors,
+        }
+    }
+
+    /// Sectors of the disk.
+    pub fn capacity(self) -> u64 {
+        self.capacity
+    }
+
+    /// Sectors of an extent.
+    pub fn extent_sectors(self) -> u64 {
+        self.extent_sectors
+    }
+
+    /// How many extents the disk has. The last one may be shorter.
+    pub fn extents(self) -> u64 {
+        self.capacity.div_ceil(self.extent_sectors)
+    }
+
+    /// The sectors of an extent.
+    pub fn extent(self, index: u64) -> SectorRange {
+        let start = index * self.extent_sectors;
+        SectorRange::new(start, self.extent_sectors.min(self.capacity - start))
+    }
+
+    /// Bytes of a map: a bit for each extent.
+    pub fn map_bytes(self) -> u64 {
+        self.extents().div_ceil(8)
+    }
+
+    /// How many runs an exact list of stale sectors may have.
+    pub fn runs_max(self) -> u64 {
+        self.map_bytes().max(RECORD_RUNS_BYTES_MIN) / RUN_BYTES
+    }
+
+    /// Pages of the intent map.
+    pub fn pages(self) -> u32 {
+        u32::try_from(self.extents().div_ceil(PAGE_EXTENTS)).expect("a map is small")
+    }
+
+    /// The page of the intent map that has the extent of `sector`.
+    pub fn page_of(self, sector: u64) -> u32 {
+        u32::try_from(sector / self.extent_sectors / PAGE_EXTENTS).expect("a map is small")
+    }
+
+    /// Where the slot of a record with this sequence number begins in the file.
+    pub fn slot_offset(sequence: u64) -> u64 {
+        sequence % 2 * RECORD_SLOT_BYTES
+    }
+
+    /// Where a page of the intent map begins in the file.
+    pub fn page_offset(page: u32) -> u64 {
+        2 * RECORD_SLOT_BYTES + u64::from(page) * PAGE_BYTES as u64
+    }
+
+    /// Bytes of the whole file.
+    pub fn file_bytes(self) -> u64 {
+        Self::page_offset(self.pages())
+    }
+}
