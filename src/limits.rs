@@ -337,3 +337,7 @@ pub const RECORD_BRANCHES_MAX: usize = 64;
 
 /// Feature names of a record that a message lists, and the bytes of each.
 pub const RECORD_FEATURES_MAX: usize = 16;
+
+/// Tables that a record may have proposed, each at a start that was cut short while other replicas
+/// were missing, before one is agreed upon.
+pub const RECORD_TABLES_MAX: usize = 8;

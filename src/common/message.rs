@@ -21,6 +21,19 @@ impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
     }
 }
 
+/// Names in a message, each of them [`Quoted`].
+pub(crate) struct QuotedList<'a>(pub(crate) &'a [String]);
+
+impl fmt::Display for QuotedList<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (index, name) in self.0.iter().enumerate() {
+            let separator = if index > 0 { ", " } else { "" };
+            write!(f, "{separator}{}", Quoted(name))?;
+        }
+        Ok(())
+    }
+}
+
 /// `1 sector`, `2 sectors`.
 pub(crate) fn counted(count: u64, noun: &str) -> String {
     let plural = if count == 1 { "" } else { "s" };

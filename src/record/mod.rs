@@ -1,6 +1,7 @@
 //! The records: what is kept on disk about each replica. Pure: no file, clock or thread.
 //!
-//! [`format`](mod@format) turns a [`Record`] into the bytes of a file and back (S11).
+//! [`format`](mod@format) turns a [`Record`] into the bytes of a file and back (S11), and
+//! [`start`] decides from all records what may be served, and which replica is stale where (S3).
 //!
 //! A record holds the *table*: all members of the disk, which of them are active, and where each is
 //! stale. A table has an [`Epoch`]. A change of it is made in two rounds: the new table is proposed
@@ -18,7 +19,7 @@ pub mod format;
 mod layout;
 mod member;
 mod stale;
-
+pub mod start;
 mod table;
 
 pub use self::epoch::{Branch, Epoch};
@@ -26,4 +27,4 @@ pub use self::extents::Extents;
 pub use self::layout::{Layout, PAGE_BYTES, PAGE_EXTENTS};
 pub use self::member::{Member, MemberState, short_name};
 pub use self::stale::Stale;
-pub use self::table::{Before, Creation, Fingerprint, Record, Threshold};
+pub use self::table::{Before, Creation, Fingerprint, Record, Table, Threshold};

@@ -5,7 +5,8 @@ use uuid::Uuid;
 
 use super::epoch::{Branch, Epoch};
 use super::layout::Layout;
-use super::member::Member;
+use super::member::{Member, MemberState};
+use super::stale::Stale;
 use crate::limits::RECORD_BRANCHES_MAX;
 
 /// What is kept on disk about a replica. The records of one disk differ in whose they are, and in
@@ -62,20 +63,29 @@ pub struct Fingerprint {
     pub modified_ns: i64,
 }
 
-/// The table that is in force while another one is proposed.
+/// The tables before one that is proposed.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct Before {
+    /// The last one that was agreed upon, then those that were proposed since by runs that were cut
+    /// short, and that may have been agreed upon.
+    pub tables: Vec<Table>,
+    /// An operator has forced the change, whatever replicas that are missing may have done.
+    pub forced: bool,
+}
+
+/// Who has to agree to a change of a table.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Table {
     /// Its epoch.
     pub epoch: Epoch,
     /// Its vote threshold.
     pub votes: u8,
-    /// The members that were active.
+    /// The members that are active.
     pub active: Vec<Uuid>,
     /// All others.
     pub inactive: Vec<Uuid>,
-    /// An operator has forced the change, whatever replicas that are missing may have done.
-    pub forced: bool,
 }
 
 /// What a new disk begins with.
@@ -134,10 +144,12 @@ impl Record {
                 run: creation.run,
             },
             before: Some(Before {
-                epoch: Epoch::NONE,
-                votes: 1,
-                active: Vec::new(),
-                inactive: Vec::new(),
+                tables: vec![Table {
+                    epoch: Epoch::NONE,
+                    votes: 1,
+                    active: Vec::new(),
+                    inactive: Vec::new(),
+                }],
                 forced: false,
             }),
             adopted: None,
@@ -165,7 +177,8 @@ impl Record {
     /// The last table that was agreed upon.
     pub fn agreed(&self) -> Epoch {
         let before = self.before.as_ref();
-        before.map_or(self.epoch, |before| before.epoch)
+        let last = before.and_then(|before| before.tables.first());
+        last.map_or(self.epoch, |table| table.epoch)
     }
 
     /// A member by its name.
@@ -178,39 +191,75 @@ impl Record {
         self.members.iter_mut().find(|member| member.id == id)
     }
 
-    /// Who has to agree to the next table: the members of this one, if it was agreed upon.
-    pub fn in_force(&self) -> Before {
+    /// The table of this record, as it binds the next one once it was agreed upon.
+    pub fn table(&self) -> Table {
         let ids = |is_active: bool| {
             let members = self.members.iter();
             let members = members.filter(|member| member.is_active() == is_active);
             members.map(|member| member.id).collect()
         };
-        self.before.clone().unwrap_or_else(|| Before {
+        Table {
             epoch: self.epoch,
             votes: self.threshold.votes,
             active: ids(true),
             inactive: ids(false),
-            forced: false,
-        })
+        }
+    }
+
+    /// The table in force: this one, if it was agreed upon.
+    pub fn in_force(&self) -> Table {
+        let last = self.tables_before().first();
+        last.cloned().unwrap_or_else(|| self.table())
+    }
+
+    /// The last table that was agreed upon, if it is not this one, and those proposed since.
+    pub fn tables_before(&self) -> &[Table] {
+        let before = self.before.as_ref();
+        before.map_or(&[], |before| &before.tables)
     }
 
     /// Begins a change of the table. To be called before members, threshold or capacity change; a
     /// proposal that was not agreed upon can be followed by another one.
     pub fn propose(&mut self) {
-        self.before = Some(self.in_force());
+        let table = self.table();
+        self.before.get_or_insert_with(|| Before {
+            tables: vec![table],
+            forced: false,
+        });
         self.epoch = self.epoch.next();
+    }
+
+    /// Makes a member inactive in the proposed table. It is stale wherever something changes from
+    /// now on.
+    pub fn deactivate(&mut self, id: Uuid) {
+        let in_force = self.in_force();
+        let was_active = in_force.active.contains(&id);
+        let Some(member) = self.member_mut(id).filter(|member| member.is_active()) else {
+            return;
+        };
+        let holds = was_active.then_some(in_force.epoch);
+        member.state = MemberState::Inactive { holds };
+        member.stale_where_changed = true;
+        if holds.is_none() {
+            // What it held before it was to become active is not known any more.
+            member.stale = Stale::All;
+        }
     }
 
     /// Whether the proposed table may come into force, if the members in `holders` hold it
     /// durably: all that are active in it do, and no start without one of the holders would be
-    /// allowed to begin with the table before.
+    /// allowed to begin with a table before.
     pub fn may_agree(&self, holders: &[Uuid]) -> bool {
         let active = self.members.iter().filter(|member| member.is_active());
         let all_hold = active
             .into_iter()
             .all(|member| holders.contains(&member.id));
         let before = self.before.as_ref();
-        all_hold && before.is_none_or(|before| before.forced || before.is_bound_by(holders))
+        let are_bound = |before: &Before| {
+            let mut tables = before.tables.iter();
+            before.forced || tables.all(|table| table.is_bound_by(holders))
+        };
+        all_hold && before.is_none_or(are_bound)
     }
 
     /// The proposed table was agreed upon. Nothing may depend on it before this is durable on all
@@ -230,7 +279,7 @@ impl Record {
     }
 }
 
-impl Before {
+impl Table {
     /// Whether no start without a member in `holders` can begin with this table: either so many of
     /// its active members would be missing that it is refused, or fewer members than the vote
     /// threshold would be left.

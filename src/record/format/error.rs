@@ -1,10 +1,8 @@
 //! Why a slot does not count, and why a record file cannot be used.
 
-use std::fmt;
-
 use serde::{Serialize, Serializer};
 
-use crate::common::message::Quoted;
+use crate::common::message::QuotedList;
 
 /// Why a slot of a record does not count.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -26,7 +24,7 @@ pub enum SlotFault {
     #[error("its text cannot be read: {0}")]
     Text(String),
     /// A later version wrote it.
-    #[error("it needs {}, which this version of quorum-blk does not know", List(.needs))]
+    #[error("it needs {}, which this version of quorum-blk does not know", QuotedList(.needs))]
     Incompatible {
         /// Which features.
         needs: Vec<String>,
@@ -46,7 +44,7 @@ pub enum Unusable {
     #[error("its record was never written")]
     Blank,
     /// A later version wrote it.
-    #[error("its record needs {}, which this version of quorum-blk does not know", List(.0))]
+    #[error("its record needs {}, which this version of quorum-blk does not know", QuotedList(.0))]
     Incompatible(Vec<String>),
     /// Neither slot counts.
     #[error("neither slot of its record can be used; the first: {0}; the second: {1}")]
@@ -79,17 +77,5 @@ impl Serialize for SlotFault {
 impl Serialize for Unusable {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
-    }
-}
-
-struct List<'a>(&'a [String]);
-
-impl fmt::Display for List<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, name) in self.0.iter().enumerate() {
-            let separator = if index > 0 { ", " } else { "" };
-            write!(f, "{separator}{}", Quoted(name))?;
-        }
-        Ok(())
     }
 }

@@ -12,11 +12,11 @@ use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 use crate::limits::{
     RECORD_BRANCHES_MAX, RECORD_FEATURES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX,
-    REPLICAS_MAX,
+    RECORD_TABLES_MAX, REPLICAS_MAX,
 };
 use crate::record::layout::RUN_BYTES;
 use crate::record::{
-    Before, Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, Record, Stale,
+    Before, Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, Record, Stale, Table,
     Threshold, short_name,
 };
 
@@ -205,7 +205,7 @@ fn check(text: &Text) -> Result<(), SlotFault> {
     let ids: HashSet<Uuid> = text.members.iter().map(|member| member.id).collect();
     let branches: HashSet<Uuid> = text.lineage.iter().map(|branch| branch.id).collect();
     let before = text.before.as_ref();
-    let before_epochs = before.map(|before| before.epoch.number);
+    let tables = before.iter().flat_map(|before| &before.tables);
     let holds = text.members.iter().filter_map(|member| member.holds);
     let since = text.lineage.iter().map(|branch| branch.since);
     let is_active = |member: &&TextMember| member.active;
@@ -245,8 +245,11 @@ fn check(text: &Text) -> Result<(), SlotFault> {
             "its lineage",
         ),
         (
-            before_epochs.into_iter().all(is_before) && before.is_none_or(is_table),
-            "the table before",
+            before.is_none_or(|before| (1..=RECORD_TABLES_MAX).contains(&before.tables.len()))
+                && tables.clone().all(|table| is_before(table.epoch.number))
+                && tables.clone().is_sorted_by_key(|table| table.epoch.number)
+                && tables.clone().all(is_table),
+            "the tables before",
         ),
         (
             holds
@@ -267,10 +270,10 @@ fn check(text: &Text) -> Result<(), SlotFault> {
     }
 }
 
-fn is_table(before: &Before) -> bool {
-    let all = [&before.active[..], &before.inactive].concat();
+fn is_table(table: &Table) -> bool {
+    let all = [&table.active[..], &table.inactive].concat();
     let ids: HashSet<&Uuid> = all.iter().collect();
-    all.len() <= REPLICAS_MAX && ids.len() == all.len() && before.votes >= 1
+    all.len() <= REPLICAS_MAX && ids.len() == all.len() && table.votes >= 1
 }
 
 fn decode_member(member: TextMember, maps: &mut Maps<'_>) -> Result<Member, SlotFault> {

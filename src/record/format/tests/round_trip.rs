@@ -6,7 +6,7 @@ use super::{MIB, extents, file, id, record, set};
 use crate::common::SectorRange;
 use crate::limits::{
     RECORD_BRANCHES_MAX, RECORD_MAP_BYTES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX,
-    RECORD_SLOT_BYTES, REPLICAS_MAX,
+    RECORD_SLOT_BYTES, RECORD_TABLES_MAX, REPLICAS_MAX,
 };
 use crate::record::format::read;
 use crate::record::{
@@ -241,6 +241,8 @@ fn the_largest_record_fits_a_slot() {
         member.state = MemberState::Inactive { holds };
     }
     record.propose();
+    let before = record.before.as_mut().unwrap();
+    before.tables = vec![before.tables[0].clone(); RECORD_TABLES_MAX];
     record.branch(id(900));
     record.adopted = Some(id(3));
     assert_eq!(record.lineage.len(), RECORD_BRANCHES_MAX);

@@ -1,0 +1,382 @@
+//! The plan of a start: what each image is, whether enough of them are there, and the table with
+//! which the disk goes on.
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use super::newest::{Created, Newest};
+use super::{Candidate, Kept, Options, Refusal, Verdict, Why};
+use crate::limits::RECORD_TABLES_MAX;
+use crate::record::{
+    Before, Epoch, Extents, Member, MemberState, Record, Stale, Table, Threshold, short_name,
+};
+
+/// How a disk may be served.
+#[derive(Clone, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Start {
+    /// The table to be proposed to all images that can be opened, before the first request. It is
+    /// of no replica yet (see [`Record::for_replica`]).
+    pub record: Record,
+    /// What each image is, in the order of the command line.
+    pub images: Vec<Verdict>,
+    /// Members for which the command line has no image.
+    pub absent: Vec<Uuid>,
+    /// Where replicas may differ, since the disk was not ended cleanly.
+    #[serde(serialize_with = "sectors")]
+    pub unsettled: Extents,
+    /// The disk was ended cleanly.
+    pub was_clean: bool,
+    /// The start had to be forced, and begins a branch.
+    pub forced: bool,
+    /// The image that is taken as the truth now.
+    pub adopted: Option<usize>,
+}
+
+fn sectors<S: serde::Serializer>(map: &Extents, serializer: S) -> Result<S::Ok, S::Error> {
+    Stale::of_extents(map, map.layout()).serialize(serializer)
+}
+
+/// What a start would be, or why there can be none. `adopted` is taken as the truth.
+pub(super) fn plan(
+    candidates: &[Candidate],
+    created: &Created<'_>,
+    options: &Options,
+    adopted: Option<usize>,
+) -> Result<Start, Refusal> {
+    created.check_identities()?;
+    let newest = match adopted.and_then(|place| created.alone(place)) {
+        Some(alone) => alone,
+        None => created.newest()?,
+    };
+    let planner = Planner {
+        candidates,
+        created,
+        intent: newest.intent(created),
+        newest,
+        adopted,
+    };
+    let images = planner.verdicts()?;
+    let forced = planner.check_history(&images, options)?;
+    let threshold = planner.threshold(options)?;
+    planner.check_copies(&images, threshold)?;
+    Ok(planner.start(images, options, threshold, forced))
+}
+
+/// What the second candidate is in the disk of the first, which is served.
+pub(super) fn take_in(candidates: &[Candidate], created: &Created<'_>) -> Result<Verdict, Refusal> {
+    created.check_identities()?;
+    let newest = created.newest()?;
+    if !newest.current.contains(&0) {
+        return Err(created.split_of(0, 1));
+    }
+    let planner = Planner {
+        candidates,
+        created,
+        intent: newest.intent(created),
+        newest,
+        adopted: None,
+    };
+    let mut verdicts = planner.verdicts()?;
+    Ok(verdicts.remove(1))
+}
+
+struct Planner<'a> {
+    candidates: &'a [Candidate],
+    created: &'a Created<'a>,
+    newest: Newest<'a>,
+    intent: Extents,
+    adopted: Option<usize>,
+}
+
+impl Planner<'_> {
+    fn members(&self) -> &[Member] {
+        &self.newest.record.members
+    }
+
+    /// What each image is.
+    fn verdicts(&self) -> Result<Vec<Verdict>, Refusal> {
+        let mut claimed: Vec<Uuid> = Vec::new();
+        claimed.extend(self.created.records().map(|(_, record)| record.replica));
+        let mut verdicts = Vec::new();
+        for (place, candidate) in self.candidates.iter().enumerate() {
+            let verdict = match self.created.read(place) {
+                Some(read) => self.of_record(place, &read.record)?,
+                None => self.without_record(candidate, &claimed)?,
+            };
+            claimed.push(verdict.member);
+            verdicts.push(verdict);
+        }
+        Ok(verdicts)
+    }
+
+    /// An image with the record of a disk.
+    fn of_record(&self, place: usize, record: &Record) -> Result<Verdict, Refusal> {
+        let member = self.newest.record.member(record.replica);
+        let member = member.ok_or_else(|| Refusal::Removed {
+            node_name: self.created.name(place),
+            disk: record.disk,
+        })?;
+        let (why, stale) = self.state(place, member, record);
+        Ok(Verdict {
+            member: member.id,
+            why,
+            stale,
+        })
+    }
+
+    fn state(&self, place: usize, member: &Member, record: &Record) -> (Why, Stale) {
+        let is_current = self.newest.current.contains(&place);
+        if let Some(adopted) = self.adopted {
+            return if place == adopted {
+                (Why::Fresh, Stale::None)
+            } else {
+                (Why::NotAdopted, Stale::All)
+            };
+        }
+        if self.newest.older_branch.contains(&place) {
+            return (Why::OlderBranch, Stale::All);
+        }
+        let found = self.candidates[place].image.as_ref().ok();
+        let now = found.and_then(|found| found.fingerprint);
+        if record.clean && record.image.is_some() && record.image != now {
+            return (Why::Modified, Stale::All);
+        }
+        if !is_current && !self.newest.reaches(member, record) {
+            return (Why::Restored, Stale::All);
+        }
+        // What its own record says of it holds until it has a newer one: a start that was cut short
+        // may have written there that it is stale everywhere, and why is not to be seen any more.
+        let own = record.member(member.id).map(|own| &own.stale);
+        let stale = self.newest.stale(self.created, member.id, &self.intent);
+        let layout = self.newest.record.layout();
+        let stale = stale.union(own.unwrap_or(&Stale::All), layout);
+        match stale {
+            Stale::None => (Why::Fresh, stale),
+            Stale::All => (Why::Incomplete, stale),
+            _ => (Why::MissedChanges, stale),
+        }
+    }
+
+    /// An image that cannot be opened, or without a record: a member of its name, if there is one.
+    fn without_record(&self, candidate: &Candidate, claimed: &[Uuid]) -> Result<Verdict, Refusal> {
+        let name = short_name(&candidate.node_name);
+        let mut members = self.members().iter();
+        let member = members.find(|member| member.node_name == name);
+        let member = member.filter(|member| !claimed.contains(&member.id));
+        let why = match &candidate.image {
+            Err(reason) if member.is_none() => return Err(Refusal::not_opened(reason)),
+            Err(_) => Why::Missing,
+            Ok(found) => match &found.kept {
+                Kept::Unusable(_) if member.is_some() => Why::NoRecord,
+                _ => {
+                    return Err(Refusal::NotAMember {
+                        node_name: candidate.node_name.clone(),
+                        path: candidate.path.clone(),
+                    });
+                }
+            },
+        };
+        let member = member.expect("refused without one").id;
+        let stale = match why {
+            Why::Missing => self.newest.stale(self.created, member, &self.intent),
+            _ => Stale::All,
+        };
+        Ok(Verdict { member, why, stale })
+    }
+
+    /// Whether all that was acknowledged is known, or the start is forced.
+    fn check_history(&self, images: &[Verdict], options: &Options) -> Result<bool, Refusal> {
+        if self.adopted.is_some() {
+            return Ok(true);
+        }
+        let current = self.newest.current.iter();
+        let seen: Vec<Uuid> = current.map(|place| images[*place].member).collect();
+        let there = Self::there(images);
+        let may_go_on = |table: &&Table| table.is_known_to(&seen) && table.is_bound_by(&there);
+        let tables = self.tables_before(images);
+        let unknown = tables.iter().find(|table| !may_go_on(table));
+        match unknown {
+            None if tables.len() <= RECORD_TABLES_MAX => Ok(false),
+            _ if options.force => Ok(true),
+            None => Err(Refusal::CutShort {
+                starts: RECORD_TABLES_MAX,
+            }),
+            Some(table) => {
+                let lacking = table.active.iter().filter(|id| !seen.contains(id));
+                Err(Refusal::HistoryUnknown {
+                    missing: lacking.map(|id| self.name(*id)).collect(),
+                    votes: table.votes,
+                })
+            }
+        }
+    }
+
+    /// The tables before the next one. A proposed table was never agreed upon if all its members
+    /// are there, and it is not the one in force.
+    fn tables_before(&self, images: &[Verdict]) -> Vec<Table> {
+        let with_record = images
+            .iter()
+            .filter(|image| !matches!(image.why, Why::Missing | Why::NoRecord));
+        let there: Vec<Uuid> = with_record.map(|image| image.member).collect();
+        let (first, proposed) = self.newest.tables.split_first().expect("one is in force");
+        let is_there = |id: &Uuid| there.contains(id);
+        let may_be_agreed = |table: &&Table| {
+            let mut members = table.active.iter().chain(&table.inactive);
+            !members.all(is_there)
+        };
+        let mut tables = vec![first.clone()];
+        tables.extend(proposed.iter().filter(may_be_agreed).cloned());
+        tables
+    }
+
+    fn there(images: &[Verdict]) -> Vec<Uuid> {
+        let there = images.iter().filter(|image| image.why != Why::Missing);
+        there.map(|image| image.member).collect()
+    }
+
+    /// The vote threshold from now on.
+    fn threshold(&self, options: &Options) -> Result<Threshold, Refusal> {
+        let members = self.members().len();
+        let threshold = match options.votes {
+            None => self.newest.record.threshold.among(members),
+            Some(votes) => Threshold {
+                votes,
+                follows_majority: false,
+            },
+        };
+        if (1..=members).contains(&usize::from(threshold.votes)) {
+            Ok(threshold)
+        } else {
+            Err(Refusal::VotesOutOfRange {
+                votes: threshold.votes,
+                members,
+            })
+        }
+    }
+
+    /// Whether enough images may vote. One that was taken as the truth decides alone.
+    fn check_copies(&self, images: &[Verdict], threshold: Threshold) -> Result<(), Refusal> {
+        let votes = usize::from(threshold.votes);
+        let voting: Vec<&Verdict> = images.iter().filter(|image| image.votes()).collect();
+        let there = images.iter().filter(|image| image.why != Why::Missing);
+        let truth = self.adopted.map(|place| images[place].member);
+        let truth = truth.or(self.newest.record.adopted);
+        let has_truth = voting
+            .iter()
+            .any(|image| Some(image.member) == truth && image.why == Why::Fresh);
+        if voting.len() >= votes || has_truth && there.count() >= votes {
+            return Ok(());
+        }
+        let of = |why| {
+            let images = images.iter().filter(move |image| image.why == why);
+            images.map(|image| self.name(image.member)).collect()
+        };
+        let modified: Vec<String> = of(Why::Modified);
+        if !modified.is_empty() {
+            return Err(Refusal::Modified {
+                names: modified,
+                voting: voting.len(),
+                votes,
+            });
+        }
+        let names = voting.iter().map(|image| self.name(image.member));
+        let others = self.members().iter();
+        let others = others.filter(|member| voting.iter().all(|image| image.member != member.id));
+        let others = others.map(|member| {
+            let image = images.iter().find(|image| image.member == member.id);
+            let why = image.map_or(Why::Missing, |image| image.why);
+            (member.node_name.clone(), why)
+        });
+        Err(Refusal::TooFewCopies {
+            voting: names.collect(),
+            others: others.collect(),
+            votes,
+        })
+    }
+
+    fn start(
+        self,
+        images: Vec<Verdict>,
+        options: &Options,
+        threshold: Threshold,
+        forced: bool,
+    ) -> Start {
+        let mut record = self.newest.record.clone();
+        record.replica = Uuid::nil();
+        record.sequence = 0;
+        record.threshold = threshold;
+        record.lineage.clone_from(&self.newest.lineage);
+        record.epoch = Epoch {
+            number: self.created.highest_number() + 1,
+            run: options.run,
+        };
+        let mut tables = self.tables_before(&images);
+        if forced {
+            tables.truncate(1);
+        }
+        record.before = Some(Before { tables, forced });
+        if forced {
+            record.branch(options.branch);
+        }
+        if let Some(place) = self.adopted {
+            record.adopted = Some(images[place].member);
+        }
+        record.clean = false;
+        record.image = None;
+        let members = self.members().iter();
+        record.members = members
+            .map(|member| self.next_state(member, &images))
+            .collect();
+        let ids = self.members().iter().map(|member| member.id);
+        let is_absent = |id: &Uuid| images.iter().all(|image| image.member != *id);
+        let current = self.newest.current.iter();
+        let mut current = current.filter_map(|place| self.created.read(*place));
+        let was_clean = current.all(|read| read.record.clean) && self.intent.is_empty();
+        Start {
+            absent: ids.filter(is_absent).collect(),
+            record,
+            images,
+            unsettled: self.intent,
+            was_clean,
+            forced,
+            adopted: self.adopted,
+        }
+    }
+
+    /// A member in the table with which the disk goes on.
+    fn next_state(&self, member: &Member, images: &[Verdict]) -> Member {
+        let place = images.iter().position(|image| image.member == member.id);
+        let place = place.filter(|place| images[*place].why != Why::Missing);
+        if let Some(place) = place {
+            return Member {
+                stale: images[place].stale.clone(),
+                ..Member::new(member.id, &self.candidates[place].node_name)
+            };
+        }
+        let stale = self.newest.stale(self.created, member.id, &self.intent);
+        let in_force = self.newest.in_force();
+        let (holds, stale) = if self.adopted.is_some() {
+            (None, Stale::All)
+        } else if in_force.active.contains(&member.id) {
+            (Some(in_force.epoch), stale)
+        } else {
+            match member.state {
+                MemberState::Inactive { holds } => (holds, stale),
+                // It was to become active, and what it held before is not known any more.
+                MemberState::Active => (None, Stale::All),
+            }
+        };
+        Member {
+            state: MemberState::Inactive { holds },
+            stale,
+            stale_where_changed: true,
+            ..member.clone()
+        }
+    }
+
+    fn name(&self, id: Uuid) -> String {
+        let member = self.newest.record.member(id);
+        member.map_or_else(|| id.to_string(), |member| member.node_name.clone())
+    }
+}

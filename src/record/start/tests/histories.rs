@@ -1,0 +1,177 @@
+//! Histories of a disk, all small ones and many random ones: crashes in the middle of each write of
+//! a record, starts of every subset, forced starts, old images. [`super::model`] asserts that
+//! nothing stale votes, that nothing that was acknowledged is lost, and that no two histories are
+//! served together.
+
+use super::choices::Choices;
+use super::model::{EXTENTS, Killed, Replica, World};
+
+/// What a history may contain.
+#[derive(Clone, Copy)]
+struct Kinds {
+    runs: usize,
+    operations: usize,
+    force: bool,
+    restore: bool,
+    modify: bool,
+}
+
+fn subset(world: &mut World<'_>) -> Vec<usize> {
+    let replicas = world.replicas.len();
+    // All of them first.
+    let bits = (1 << replicas) - 1 - world.choices.of((1 << replicas) - 1);
+    (0..replicas)
+        .filter(|place| bits & (1 << place) != 0)
+        .collect()
+}
+
+/// One run of the daemon with these replicas, until it ends or is killed.
+fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Killed> {
+    let mut served = match world.serve(there, false)? {
+        Some(served) => served,
+        None if kinds.force && world.choices.chance(2) => match world.serve(there, true)? {
+            Some(served) => served,
+            None => return Ok(()),
+        },
+        None => return Ok(()),
+    };
+    let replicas = world.replicas.len();
+    for _ in 0..kinds.operations {
+        match world.choices.of(5) {
+            0 => {
+                let index = world.choices.of(EXTENTS);
+                let failing = world.choices.of(replicas + 1).checked_sub(1);
+                world.write(&mut served, index, failing)?;
+            }
+            1 => {
+                let place = world.choices.of(replicas);
+                if world.active(&served).contains(&place) {
+                    world.evict(&mut served, place)?;
+                }
+            }
+            2 => {
+                let place = world.choices.of(replicas);
+                world.rejoin(&mut served, place)?;
+            }
+            3 => return world.end(&mut served),
+            _ => return Err(Killed),
+        }
+    }
+    Err(Killed)
+}
+
+fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
+    let mut world = World::new(choices, replicas, votes);
+    let all: Vec<usize> = (0..replicas).collect();
+    let mut copy: Option<(usize, Replica)> = None;
+    for number in 0..kinds.runs {
+        let there = if number == 0 {
+            all.clone()
+        } else {
+            subset(&mut world)
+        };
+        let _ = run(&mut world, &there, kinds);
+        if kinds.restore && copy.is_none() && world.choices.chance(3) {
+            let place = world.choices.of(replicas);
+            copy = Some((place, world.replicas[place].clone()));
+            world.log.push(format!("copy {place}"));
+        }
+        if kinds.modify && world.choices.chance(4) {
+            let place = world.choices.of(replicas);
+            let record = world.replicas[place].record.as_ref();
+            if record.is_some_and(|record| record.clean) {
+                world.modify(place);
+            }
+        }
+    }
+    if let Some((place, copy)) = copy {
+        world.log.push(format!("restore {place}"));
+        world.replicas[place] = copy;
+        world.disturbed = true;
+        let _ = world.serve(&all, false);
+    }
+    // Whatever has happened, every subset is right or refused.
+    if !kinds.restore {
+        let there = subset(&mut world);
+        let _ = world.serve(&there, false);
+    }
+}
+
+fn explore_all(replicas: usize, votes: u8, kinds: Kinds, most: usize) {
+    let mut choices = Choices::all();
+    for number in 1.. {
+        history(&mut choices, replicas, votes, kinds);
+        if !choices.advance() {
+            println!("{number} histories of {replicas} replicas, threshold {votes}");
+            return;
+        }
+        assert!(number < most, "more histories than a test should run");
+    }
+}
+
+fn explore_random(replicas: usize, votes: u8, kinds: Kinds, count: u64) {
+    let variable = |name| {
+        let value = std::env::var(name).ok();
+        value.and_then(|value| value.parse::<u64>().ok())
+    };
+    let count = count * variable("QUORUM_BLK_TEST_TIMES").unwrap_or(1);
+    let first = variable("QUORUM_BLK_TEST_SEED");
+    for seed in first.map_or(1..count, |seed| seed..seed + 1) {
+        let mut choices = Choices::random(seed);
+        let run = || history(&mut choices, replicas, votes, kinds);
+        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(run));
+        assert!(
+            result.is_ok(),
+            "{replicas} replicas, threshold {votes}, seed {seed}"
+        );
+    }
+}
+
+const SMALL: Kinds = Kinds {
+    runs: 2,
+    operations: 1,
+    force: false,
+    restore: false,
+    modify: false,
+};
+
+#[test]
+fn all_small_histories() {
+    explore_all(1, 1, SMALL, 100_000);
+    for votes in 1..=2 {
+        explore_all(2, votes, SMALL, 1_000_000);
+    }
+}
+
+#[test]
+fn random_histories() {
+    let kinds = Kinds {
+        runs: 4,
+        operations: 3,
+        ..SMALL
+    };
+    for replicas in 1..=4 {
+        for votes in 1..=replicas {
+            let votes = u8::try_from(votes).unwrap();
+            explore_random(replicas, votes, kinds, 2000);
+            let force = Kinds {
+                force: true,
+                ..kinds
+            };
+            explore_random(replicas, votes, force, 2000);
+            let modify = Kinds {
+                modify: true,
+                ..kinds
+            };
+            explore_random(replicas, votes, modify, 1000);
+            // An image alone, or as many as decide, is as good as a disk that was restored.
+            if votes > 1 {
+                let restore = Kinds {
+                    restore: true,
+                    ..kinds
+                };
+                explore_random(replicas, votes, restore, 2000);
+            }
+        }
+    }
+}
