@@ -13,6 +13,7 @@
 //! - With [`Opening::Apart`], no thread of the daemon waits for a file system that does not answer.
 
 mod alignment;
+mod all;
 mod block_device;
 mod candidate;
 mod changes;
@@ -34,10 +35,10 @@ use std::sync::{Arc, RwLock};
 
 use serde::{Deserialize, Serialize};
 
+pub use self::all::{EmptyImages, Opened, Unopenable, open_all, open_all_with_records};
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::watch;
-use self::contents::Contents;
 pub use self::error::OpenError;
 pub(super) use self::examine::{Kind, waits_in_submission};
 pub use self::format::Format;
@@ -186,125 +187,6 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
     check_size(candidate.replica(), candidate.replica().size_bytes, options)?;
     candidate.lock()?;
     Ok(candidate.into_replica())
-}
-
-/// What to do about images that hold nothing but zeroes, where others hold data (O4).
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum EmptyImages {
-    /// They are refused.
-    Refused,
-    /// The operator wants them to vote.
-    Accepted,
-}
-
-/// Opens and locks all replicas of a disk, in the order given.
-pub fn open_all(
-    sources: &[ReplicaSource],
-    options: OpenOptions,
-    opening: Opening,
-    empty: EmptyImages,
-) -> Result<Vec<ReplicaFile>, OpenError> {
-    let candidates = open_candidates(sources, options, opening, empty)?;
-    Ok(candidates
-        .into_iter()
-        .map(Candidate::into_replica)
-        .collect())
-}
-
-/// As [`open_all`], each replica with the way to its record.
-pub fn open_all_with_records(
-    sources: &[ReplicaSource],
-    options: OpenOptions,
-    opening: Opening,
-    empty: EmptyImages,
-) -> Result<Vec<(ReplicaFile, RecordAccess)>, OpenError> {
-    let candidates = open_candidates(sources, options, opening, empty)?;
-    Ok(candidates.into_iter().map(Candidate::into_parts).collect())
-}
-
-fn open_candidates(
-    sources: &[ReplicaSource],
-    options: OpenOptions,
-    opening: Opening,
-    empty: EmptyImages,
-) -> Result<Vec<Candidate>, OpenError> {
-    let started = sources
-        .iter()
-        .map(|source| Candidate::start(source, options, opening));
-    let started: Vec<_> = started.collect();
-    let mut candidates: Vec<Candidate> = Vec::with_capacity(sources.len());
-    for started in started {
-        let candidate = started.open()?;
-        check_against(
-            candidates.iter().map(Candidate::replica),
-            candidate.replica(),
-        )?;
-        candidates.push(candidate);
-    }
-    for candidate in &mut candidates {
-        candidate.examine()?;
-    }
-    let replicas: Vec<_> = candidates.iter().map(Candidate::replica).collect();
-    let disk_bytes = disk_size(&replicas)?;
-    for replica in replicas {
-        check_size(replica, disk_bytes, options)?;
-        if replica.size_bytes > disk_bytes {
-            log::warn!(
-                replica:% = replica.node_name(), size = replica.size_bytes,
-                "disk-size" = disk_bytes;
-                "an image is larger than the disk: its last part is not used"
-            );
-        }
-    }
-    // Locks come after these checks: an image that is given twice would otherwise be reported as in
-    // use by another process, which is this one.
-    for candidate in &mut candidates {
-        candidate.lock()?;
-    }
-    // What an image holds may change until then.
-    if empty == EmptyImages::Refused {
-        check_contents(&mut candidates, disk_bytes)?;
-    }
-    Ok(candidates)
-}
-
-/// Checks that no image is empty where another one holds data (O4).
-fn check_contents(candidates: &mut [Candidate], disk_bytes: u64) -> Result<(), OpenError> {
-    if candidates.len() < 2 {
-        return Ok(());
-    }
-    // All at the same time, unless the daemon opens them itself.
-    for candidate in &mut *candidates {
-        candidate.glance(disk_bytes)?;
-    }
-    let (mut empty, mut holding) = (Vec::new(), Vec::new());
-    let (mut is_certain, mut first) = (true, None);
-    for candidate in candidates {
-        let contents = candidate.glanced(disk_bytes)?;
-        let path = candidate.replica().path.clone();
-        match contents {
-            Contents::Data(at) => {
-                first.get_or_insert(at);
-                holding.push(path);
-            }
-            Contents::Nothing => empty.push(path),
-            Contents::Zeroes => {
-                is_certain = false;
-                empty.push(path);
-            }
-            // It does not vote where it cannot be read.
-            Contents::Unknown(_) => {}
-        }
-    }
-    match first {
-        Some(at) if !empty.is_empty() => Err(OpenError::EmptyBesideData {
-            empty,
-            is_certain,
-            holding,
-            at,
-        }),
-        _ => Ok(()),
-    }
 }
 
 /// What may become of the data that an image holds.

@@ -415,3 +415,87 @@ fn data_behind_the_end_of_the_disk_is_none() {
     file.write_all_at(&[7], SIZE).unwrap();
     open_all(&sources, BUFFERED, Opening::Here, EmptyImages::Refused).unwrap();
 }
+
+/// For each image whether it is open, without those that cannot be opened.
+fn without_unopenable(sources: &[ReplicaSource]) -> Result<Vec<bool>, OpenError> {
+    let (empty, unopenable) = (EmptyImages::Refused, Unopenable::LeftOut);
+    let opened = open_all_with_records(sources, BUFFERED, Opening::Here, empty, unopenable)?;
+    for (image, source) in opened.iter().zip(sources) {
+        if let Err(error) = image {
+            assert_line(&error.to_string(), source);
+        }
+    }
+    Ok(opened.iter().map(Result::is_ok).collect())
+}
+
+#[test]
+fn an_image_that_cannot_be_opened_is_left_out() {
+    let directory = Directory::new();
+    let (a, b) = (directory.image("a", SIZE), directory.image("b", SIZE));
+    std::fs::create_dir(directory.path("directory")).unwrap();
+    let qcow = directory.image("qcow", SIZE);
+    std::fs::write(
+        &qcow.path,
+        [b"QFI\xfb\0\0\0\x03".as_slice(), &[0; 504]].concat(),
+    )
+    .unwrap();
+    File::options()
+        .write(true)
+        .open(&qcow.path)
+        .unwrap()
+        .set_len(SIZE)
+        .unwrap();
+    let held = directory.image("held", SIZE);
+    let _held = open(&held.path, "held", BUFFERED).unwrap();
+    let others = [
+        directory.source("missing"),
+        directory.source("directory"),
+        qcow,
+        held,
+    ];
+    for other in others {
+        let sources = [a.clone(), other.clone(), b.clone()];
+        assert!(open_all(&sources, BUFFERED, Opening::Here, EmptyImages::Refused).is_err());
+        let opened = without_unopenable(&sources).unwrap();
+        assert_eq!(opened, [true, false, true], "{}", other.node_name);
+    }
+}
+
+#[test]
+fn what_concerns_several_images_is_an_error_of_all() {
+    let directory = Directory::new();
+    let (a, b) = (directory.image("a", SIZE), directory.image("b", SIZE));
+    let (missing, gone) = (directory.source("missing"), directory.source("gone"));
+    let line = |sources: &[&ReplicaSource]| {
+        let sources: Vec<_> = sources.iter().copied().cloned().collect();
+        without_unopenable(&sources).unwrap_err().to_string()
+    };
+    assert_eq!(
+        without_unopenable(&[a.clone(), gone.clone(), b.clone()])
+            .unwrap()
+            .len(),
+        3
+    );
+    let named = |path: &ReplicaSource, name: &ReplicaSource| ReplicaSource {
+        path: path.path.clone(),
+        node_name: name.node_name.clone(),
+    };
+    // None is left.
+    assert!(line(&[&missing, &gone]).contains("/missing'"));
+    assert!(line(&[&a, &named(&a, &b), &missing]).contains("are the same image"));
+    for sources in [
+        [&a, &missing, &named(&missing, &b)],
+        [&missing, &a, &named(&missing, &b)],
+    ] {
+        assert!(line(&sources).contains("are the same image"));
+    }
+    for sources in [
+        [&a, &missing, &named(&gone, &a)],
+        [&named(&gone, &b), &a, &b],
+        [&b, &missing, &named(&gone, &missing)],
+    ] {
+        assert!(line(&sources).contains("the same node-name"));
+    }
+    let short = directory.image("short", SIZE / 2);
+    assert!(line(&[&a, &short, &missing]).contains("differ in size"));
+}

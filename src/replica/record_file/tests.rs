@@ -14,7 +14,8 @@ use testkit::small_disk::SmallDisk;
 use super::device_name::Devices;
 use super::error::{RecordFault, Step};
 use crate::replica::file::{
-    EmptyImages, ImageIdentity, OpenOptions, Opening, ReplicaSource, open_all_with_records,
+    EmptyImages, ImageIdentity, OpenOptions, Opening, ReplicaSource, Unopenable,
+    open_all_with_records,
 };
 
 const IMAGE_BYTES: u64 = 1 << 20;
@@ -377,9 +378,11 @@ fn an_image_that_is_opened_has_a_way_to_its_record() {
         path,
         node_name: "a".into(),
     };
-    let opened =
-        open_all_with_records(&[source], options, Opening::Here, EmptyImages::Refused).unwrap();
-    let [(_replica, mut access)] = <[_; 1]>::try_from(opened).unwrap();
+    let (empty, unopenable) = (EmptyImages::Refused, Unopenable::Refused);
+    let opened = open_all_with_records(&[source], options, Opening::Here, empty, unopenable);
+    let [Ok((_replica, mut access))] = <[_; 1]>::try_from(opened.unwrap()).unwrap() else {
+        panic!("it is open");
+    };
     access.make(&usual(), &content(1)).unwrap();
     assert_eq!(access.find(&usual()).unwrap().unwrap().1.bytes, content(1));
 }
