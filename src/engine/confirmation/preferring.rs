@@ -176,6 +176,8 @@ impl Confirmation {
             let asked = succeeded.or(written.tally.failed());
             let (success, became_stale) = context.shared().change_health(|health| {
                 let success = succeeded.and(health.members()).len() >= health.threshold();
+                let beside = runs::without(&[range], &written.sectors);
+                let unproven = health.unproven_parts(&beside);
                 let end = WriteEnd {
                     asked,
                     succeeded,
@@ -183,6 +185,8 @@ impl Confirmation {
                     success,
                 };
                 let became_stale = health.write_ended(&end);
+                // The rest of the blocks is a copy of what was there.
+                health.mark_copied(&unproven);
                 // A durable write that waits for its flush is not what the disk holds (W5).
                 health.may_be_undone(&written.sectors);
                 (success, became_stale)

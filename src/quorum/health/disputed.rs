@@ -147,6 +147,26 @@ impl Health {
         })
     }
 
+    /// The parts of these runs in which no member is proven.
+    pub fn unproven_parts(&self, parts: &[SectorRange]) -> Vec<SectorRange> {
+        let proven = |run: &SectorRange| {
+            self.members.iter().fold(Vec::new(), |all, member| {
+                runs::union(&all, &self.proven_parts(member, *run))
+            })
+        };
+        let unproven = parts.iter().map(|run| runs::without(&[*run], &proven(run)));
+        unproven.flatten().collect()
+    }
+
+    /// What all members hold there is a copy of members that were not proven.
+    pub fn mark_copied(&mut self, parts: &[SectorRange]) {
+        self.any_copied |= !parts.is_empty();
+        for member in self.members.iter() {
+            let state = &mut self.replicas[member.as_usize()];
+            parts.iter().for_each(|part| state.copied.insert(*part));
+        }
+    }
+
     /// Whether nothing was written in `range` since the last flush that has succeeded on `replica`.
     /// Elsewhere writeback may have failed, and the error is to come.
     pub fn is_confirmed(&self, replica: ReplicaIndex, range: SectorRange) -> bool {
@@ -320,6 +340,23 @@ mod tests {
         assert_eq!(health.disputed(range(0, 32), 2).undecided, [range(8, 8)]);
         assert_eq!(health.stale_parts(A, range(0, 32)), [range(0, 1)]);
         assert_eq!(health.doubtful_parts(A, range(0, 32)), [], "it has lost");
+    }
+
+    /// No member holds the write itself any more, and no error of another one will say so.
+    #[test]
+    fn a_failure_may_undo_what_all_members_hold_as_a_copy() {
+        let written = range(0, 8);
+        for is_copied in [false, true] {
+            let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+            write(&mut health, written, &[]);
+            if is_copied {
+                let unproven = health.unproven_parts(&[written]);
+                assert_eq!(unproven, [written]);
+                health.mark_copied(&unproven);
+            }
+            flush(&mut health, &[A]);
+            assert_eq!(health.is_undone(written), is_copied);
+        }
     }
 
     /// What is below the lost repair on stable storage is corrupt.

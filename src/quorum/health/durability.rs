@@ -1,7 +1,7 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
 use super::{Beginning, FailureEpoch, Health, Prepared, Writing};
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// A write that has been handed to replicas and has not ended.
 #[derive(Clone, Copy, Debug)]
@@ -136,10 +136,7 @@ impl Health {
             }
         }
         state.rewritten.insert(range);
-        let proven = self.members.iter().fold(Vec::new(), |all, member| {
-            runs::union(&all, &self.proven_parts(member, range))
-        });
-        for part in runs::without(&[range], &proven) {
+        for part in self.unproven_parts(&[range]) {
             self.replicas[replica.as_usize()].copied.insert(part);
             self.any_copied = true;
         }
