@@ -90,7 +90,7 @@ impl Core {
         clock: TurnClock,
     ) -> Self {
         let lateness = Lateness::new(policy.replica_timeout);
-        let flapping = Flapping::new(policy.replica_timeout);
+        let flapping = Flapping::new(policy.replica_timeout, shared.missing());
         Self {
             worker,
             policy,

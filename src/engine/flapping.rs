@@ -13,7 +13,7 @@ use crate::limits::{FLAPPING_EVICTIONS, FLAPPING_WINDOW, REPLICAS_MAX};
 pub(super) struct Flapping {
     timeout: Duration,
     replicas: [Record; REPLICAS_MAX],
-    /// The replicas that are known to be evicted.
+    /// The replicas that are known to be evicted, or missing.
     out: ReplicaSet,
 }
 
@@ -41,11 +41,12 @@ impl Changes {
 }
 
 impl Flapping {
-    pub(super) fn new(timeout: Duration) -> Self {
+    /// Those that are `missing` at the start are out of service without an eviction.
+    pub(super) fn new(timeout: Duration, missing: ReplicaSet) -> Self {
         Self {
             timeout,
             replicas: [Record::default(); REPLICAS_MAX],
-            out: ReplicaSet::EMPTY,
+            out: missing,
         }
     }
 
@@ -138,7 +139,7 @@ mod tests {
 
     #[test]
     fn a_replica_that_is_often_evicted_is_kept_out_for_longer_and_longer() {
-        let mut flapping = Flapping::new(seconds(1));
+        let mut flapping = Flapping::new(seconds(1), ReplicaSet::EMPTY);
         let mut now = seconds(1000);
         let mut kept_out = Vec::new();
         for _ in 0..14 {
@@ -158,8 +159,21 @@ mod tests {
     }
 
     #[test]
+    fn one_that_was_missing_at_the_start_was_not_evicted() {
+        let out = std::iter::once(REPLICA).collect();
+        let mut flapping = Flapping::new(seconds(1), out);
+        let mut now = seconds(1000);
+        assert!(flapping.look(out).is_empty());
+        flapping.note(flapping.look(ReplicaSet::EMPTY), now);
+        let kept_out: Vec<u64> = (0..3)
+            .map(|_| evict(&mut flapping, &mut now).as_secs())
+            .collect();
+        assert_eq!(kept_out, [0, 0, 2]);
+    }
+
+    #[test]
     fn one_that_is_needed_rejoins_at_once() {
-        let mut flapping = Flapping::new(seconds(1));
+        let mut flapping = Flapping::new(seconds(1), ReplicaSet::EMPTY);
         let mut now = seconds(1000);
         for _ in 0..3 {
             evict(&mut flapping, &mut now);

@@ -62,6 +62,7 @@ pub struct Shared {
     members: AtomicU32,
     in_service: AtomicU32,
     out_of_service: AtomicU32,
+    missing: AtomicU32,
     failure_epoch: AtomicU64,
     /// Locked before `state`.
     jobs: Mutex<Jobs>,
@@ -124,6 +125,7 @@ impl Shared {
             members: AtomicU32::new(members.bits()),
             in_service: AtomicU32::new(members.bits()),
             out_of_service: AtomicU32::new(0),
+            missing: AtomicU32::new(0),
             failure_epoch: AtomicU64::new(0),
             jobs: Mutex::new(Jobs::new(capacity_sectors)),
             has_jobs: AtomicBool::new(false),
@@ -197,6 +199,33 @@ impl Shared {
     pub(super) fn out_of_service(&self) -> ReplicaSet {
         self.accessed();
         ReplicaSet::from_bits(self.out_of_service.load(Ordering::Acquire))
+    }
+
+    /// The members whose image is not open.
+    pub fn missing(&self) -> ReplicaSet {
+        self.accessed();
+        ReplicaSet::from_bits(self.missing.load(Ordering::Acquire))
+    }
+
+    /// At the start, before there is an engine: the image of the member `replica` is not open, and
+    /// it is stale in `stale` ([W13](Health::leave_out)).
+    ///
+    /// # Panics
+    /// If fewer than t members are left in service.
+    pub fn leave_out(&self, replica: ReplicaIndex, stale: &RangeSet) {
+        self.change_health(|health| health.leave_out(replica, stale));
+    }
+
+    /// The image of a missing member is open, and every worker has its file: it rejoins as an
+    /// evicted replica does. A tick of every engine must follow. `false` if it is not missing.
+    pub fn found(&self, replica: ReplicaIndex) -> bool {
+        self.change_health(|health| health.found(replica))
+    }
+
+    /// The replicas that are out of service, without the missing ones: each ends what it was asked,
+    /// some day.
+    pub(super) fn evicted(&self) -> ReplicaSet {
+        self.out_of_service().without(self.missing())
     }
 
     /// Makes `replica`, whose place is free, a member: writes go to it from now on, and it votes on
@@ -571,6 +600,8 @@ impl Shared {
             .store(health.members().bits(), Ordering::Release);
         self.in_service
             .store(health.in_service().bits(), Ordering::Release);
+        self.missing
+            .store(health.missing().bits(), Ordering::Release);
         // Last: a worker that sees that a replica is out of service does not ask it any more.
         self.out_of_service
             .store(health.out_of_service().bits(), Ordering::Release);
@@ -591,6 +622,7 @@ impl Shared {
         assert_eq!(self.members(), health.members());
         assert_eq!(self.in_service(), health.in_service());
         assert_eq!(self.out_of_service(), health.out_of_service());
+        assert_eq!(self.missing(), health.missing());
         assert_eq!(self.failure_epoch(), health.failure_epoch());
         assert_eq!(self.anything_stale(), health.anything_stale());
         let undecided = self.anything_undecided.load(Ordering::Acquire);

@@ -22,7 +22,7 @@ impl Engine {
         let core = &self.core;
         let next_tick = if self.active > 0 || core.lateness.guest_waits {
             Some(core.latencies.ticked_at + TICK)
-        } else if !core.shared.out_of_service().is_empty()
+        } else if !core.shared.evicted().is_empty()
             || (core.runs_jobs() && core.shared.raises_threshold())
         {
             Some(core.latencies.ticked_at + (core.policy.replica_timeout / 8).max(TICK))
@@ -40,7 +40,7 @@ impl Engine {
         let now = self.core.clock.now();
         self.core.latencies.ticked_at = now;
         self.evict_late(effects);
-        let evicted = self.core.shared.out_of_service();
+        let evicted = self.core.shared.evicted();
         if !evicted.is_empty() {
             let depends = |request: &Request| !request.depends_on().and(evicted).is_empty();
             self.for_each(depends, effects, |request, context| {
@@ -49,7 +49,7 @@ impl Engine {
         }
         if self.core.runs_jobs() {
             self.core.shared.raise_threshold();
-            self.note_flapping(evicted, effects);
+            self.note_flapping(self.core.shared.out_of_service(), effects);
         }
         if !evicted.is_empty() {
             self.rejoin_drained(evicted, effects);

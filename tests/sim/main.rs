@@ -10,6 +10,7 @@ mod fifo;
 mod flapping;
 mod hung_question;
 mod late_reply;
+mod missing;
 mod mutant_patches;
 mod partly_stale;
 mod progress;

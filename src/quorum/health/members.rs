@@ -59,6 +59,7 @@ impl Health {
         self.threshold = self.threshold_without_one();
         self.members.remove(replica);
         self.in_service.remove(replica);
+        self.missing.remove(replica);
         self.releasing.insert(replica);
         self.failure_epoch.0 += 1;
         let mut state = ReplicaHealth::default();
@@ -192,9 +193,11 @@ impl Health {
     }
 
     /// A worker has no operation in flight on an evicted replica. `true` if it was the last such
-    /// worker and the replica is in service again; what it missed is stale.
+    /// worker and the replica is in service again; what it missed is stale. A missing one does not
+    /// rejoin.
     pub fn rejoin(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
-        if self.in_service.contains(replica) || !self.members.contains(replica) {
+        let out = self.members.without(self.in_service);
+        if !out.without(self.missing).contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];

@@ -25,6 +25,7 @@ mod doubt;
 mod durability;
 mod loss;
 mod members;
+mod missing;
 mod needed;
 mod preferable;
 mod prepared;
@@ -71,6 +72,8 @@ pub struct Health {
     workers: u64,
     members: ReplicaSet,
     in_service: ReplicaSet,
+    /// Members whose image is not open.
+    missing: ReplicaSet,
     /// Removed, but some worker still has a request that refers to it, or an operation.
     releasing: ReplicaSet,
     /// By index. Some places may be free.
@@ -118,6 +121,7 @@ impl Health {
             workers: u64::MAX >> (64 - workers),
             members,
             in_service: members,
+            missing: ReplicaSet::EMPTY,
             releasing: ReplicaSet::EMPTY,
             replicas: (0..places).map(|_| ReplicaHealth::default()).collect(),
             written: RangeSet::default(),
@@ -166,12 +170,23 @@ impl Health {
     }
 
     /// The disk grows to `capacity_sectors`. All members, whatever their state, hold zeroes in the
-    /// new sectors, so that none is stale there.
+    /// new sectors, so that none is stale there, except for those that are missing.
     pub fn grow(&mut self, capacity_sectors: u64) {
         assert!(
             capacity_sectors >= self.capacity_sectors,
             "a disk never shrinks"
         );
+        let new = SectorRange::new(
+            self.capacity_sectors,
+            capacity_sectors - self.capacity_sectors,
+        );
+        if new.count > 0 {
+            for replica in self.missing.iter() {
+                let state = &mut self.replicas[replica.as_usize()];
+                state.mark_missed(new);
+                state.behind.insert(new);
+            }
+        }
         self.capacity_sectors = capacity_sectors;
     }
 
@@ -301,6 +316,9 @@ impl Health {
             "only members serve"
         );
         assert!(members.and(*releasing).is_empty(), "removed and a member");
+        let missing = self.missing;
+        assert!(missing.without(*members).is_empty(), "only members miss");
+        assert!(missing.and(*in_service).is_empty(), "missing and asked");
         assert!(in_service.len() >= self.threshold, "too few in service");
         assert!(
             members.places() <= self.replicas.len(),
