@@ -11,6 +11,7 @@ use super::model::{EXTENTS, Killed, Replica, World};
 struct Kinds {
     runs: usize,
     operations: usize,
+    kills: bool,
     force: bool,
     restore: bool,
     modify: bool,
@@ -62,6 +63,7 @@ fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Kille
 
 fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
     let mut world = World::new(choices, replicas, votes);
+    world.kills = kinds.kills;
     let all: Vec<usize> = (0..replicas).collect();
     let mut copy: Option<(usize, Replica)> = None;
     for number in 0..kinds.runs {
@@ -84,6 +86,7 @@ fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
             }
         }
     }
+    world.kills = false;
     if let Some((place, copy)) = copy {
         world.log.push(format!("restore {place}"));
         world.replicas[place] = copy;
@@ -97,16 +100,18 @@ fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
     }
 }
 
-fn explore_all(replicas: usize, votes: u8, kinds: Kinds, most: usize) {
+fn explore_all(replicas: usize, votes: u8, kinds: Kinds) {
+    /// More than a test should try.
+    const MOST: usize = 1_000_000;
     let mut choices = Choices::all();
-    for number in 1.. {
+    for number in 1..MOST {
         history(&mut choices, replicas, votes, kinds);
         if !choices.advance() {
             println!("{number} histories of {replicas} replicas, threshold {votes}");
             return;
         }
-        assert!(number < most, "more histories than a test should run");
     }
+    panic!("more than {MOST} histories of {replicas} replicas");
 }
 
 fn explore_random(replicas: usize, votes: u8, kinds: Kinds, count: u64) {
@@ -130,16 +135,30 @@ fn explore_random(replicas: usize, votes: u8, kinds: Kinds, count: u64) {
 const SMALL: Kinds = Kinds {
     runs: 2,
     operations: 1,
+    kills: true,
     force: false,
     restore: false,
     modify: false,
 };
 
+/// Two runs of up to two replicas; of more, one run that is killed anywhere, or two that are not
+/// killed in the middle of anything. Then a start of each subset.
 #[test]
 fn all_small_histories() {
-    explore_all(1, 1, SMALL, 100_000);
-    for votes in 1..=2 {
-        explore_all(2, votes, SMALL, 1_000_000);
+    let one_run = Kinds { runs: 1, ..SMALL };
+    let whole_steps = Kinds {
+        kills: false,
+        ..SMALL
+    };
+    for replicas in 1..=4 {
+        for votes in 1..=u8::try_from(replicas).unwrap() {
+            if replicas <= 2 {
+                explore_all(replicas, votes, SMALL);
+            } else {
+                explore_all(replicas, votes, one_run);
+                explore_all(replicas, votes, whole_steps);
+            }
+        }
     }
 }
 

@@ -53,6 +53,8 @@ pub(super) struct World<'a> {
     pub(super) time: i64,
     /// What may go on after this is not known to the records: no refusal is a fault.
     pub(super) disturbed: bool,
+    /// The daemon may be killed in the middle of each step.
+    pub(super) kills: bool,
     pub(super) log: Vec<String>,
 }
 
@@ -85,6 +87,7 @@ impl<'a> World<'a> {
             numbers: 0,
             time: 0,
             disturbed: false,
+            kills: true,
             log: Vec::new(),
         };
         for _ in 0..replicas {
