@@ -14,7 +14,7 @@ if [ "${1:-}" = --corpus ]; then
 fi
 targets=("$@")
 if [ ${#targets[@]} = 0 ]; then
-    targets=(request device message monitor)
+    targets=(request device message monitor record)
 fi
 
 if ! "$cargo" fuzz --version >/dev/null 2>&1; then

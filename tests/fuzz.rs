@@ -83,3 +83,8 @@ fn messages() {
 fn monitors() {
     replay("monitor", &seeds::monitor::all(), targets::monitor::run);
 }
+
+#[test]
+fn records() {
+    replay("record", &seeds::record::all(), targets::record::run);
+}

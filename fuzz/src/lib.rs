@@ -11,6 +11,7 @@ pub mod monitor;
 pub mod naive;
 #[path = "../../tests/operator/recorder.rs"]
 pub mod operator;
+pub mod record;
 pub mod request;
 pub mod script;
 pub mod seeds;

@@ -4,6 +4,7 @@
 pub mod device;
 pub mod message;
 pub mod monitor;
+pub mod record;
 pub mod request;
 
 /// A name and the bytes of an input.
