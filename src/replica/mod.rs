@@ -11,6 +11,7 @@
 pub mod file;
 pub mod grow;
 pub mod image_lock;
+mod missing;
 mod ofd_lock;
 pub mod record_file;
 pub mod ring;

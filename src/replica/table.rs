@@ -6,10 +6,12 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::file::ReplicaFile;
+pub use super::missing::MissingReplica;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet};
 use crate::limits::{PLACE_RESTS, REPLICAS_MAX};
 
@@ -25,17 +27,70 @@ enum Place {
     /// Free since then; `None` if no replica has ever had the place.
     Free(Option<Instant>),
     Taken(Arc<ReplicaFile>),
-    /// Removed from the disk; workers may still use it.
-    Leaving(Arc<ReplicaFile>),
+    /// A replica of the disk whose image is not open.
+    Missing(Arc<MissingReplica>),
+    /// Removed from the disk; workers may still use its file, if it has one.
+    Leaving(Option<Arc<ReplicaFile>>),
+}
+
+/// A replica of the disk, whether its image is open or not.
+#[derive(Clone, Debug)]
+pub enum Member {
+    /// It is.
+    Open(Arc<ReplicaFile>),
+    /// It is not.
+    Missing(Arc<MissingReplica>),
+}
+
+impl Member {
+    /// Its name in events.
+    pub fn node_name(&self) -> Arc<str> {
+        match self {
+            Self::Open(file) => file.node_name(),
+            Self::Missing(missing) => missing.node_name(),
+        }
+    }
+
+    /// The path of its image, as the operator gave it.
+    pub fn path(&self) -> &PathBuf {
+        match self {
+            Self::Open(file) => &file.path,
+            Self::Missing(missing) => &missing.path,
+        }
+    }
+
+    /// Gives it another name.
+    pub fn rename(&self, node_name: &str) {
+        match self {
+            Self::Open(file) => file.rename(node_name),
+            Self::Missing(missing) => missing.rename(node_name),
+        }
+    }
+
+    /// Its file, if that is open.
+    pub fn file(&self) -> Option<&Arc<ReplicaFile>> {
+        match self {
+            Self::Open(file) => Some(file),
+            Self::Missing(_) => None,
+        }
+    }
 }
 
 impl ReplicaTable {
     /// A table of these replicas, in order.
     pub fn new(replicas: Vec<ReplicaFile>) -> Self {
-        let taken = replicas
-            .into_iter()
-            .map(|replica| Place::Taken(Arc::new(replica)));
-        let mut places: Vec<_> = taken.collect();
+        Self::with_missing(replicas.into_iter().map(Ok))
+    }
+
+    /// A table of these replicas, in order, of which some have no file.
+    pub fn with_missing(
+        replicas: impl IntoIterator<Item = Result<ReplicaFile, MissingReplica>>,
+    ) -> Self {
+        let places = replicas.into_iter().map(|replica| match replica {
+            Ok(file) => Place::Taken(Arc::new(file)),
+            Err(missing) => Place::Missing(Arc::new(missing)),
+        });
+        let mut places: Vec<_> = places.collect();
         places.resize_with(REPLICAS_MAX, || Place::Free(None));
         Self {
             places: Mutex::new(places),
@@ -43,19 +98,36 @@ impl ReplicaTable {
         }
     }
 
-    /// The replicas in use, in order.
+    /// The replicas of the disk, in order.
+    pub fn members(&self) -> Vec<(ReplicaIndex, Member)> {
+        self.list(|place| match place {
+            Place::Taken(file) => Some(Member::Open(Arc::clone(file))),
+            Place::Missing(missing) => Some(Member::Missing(Arc::clone(missing))),
+            Place::Leaving(_) | Place::Free(_) => None,
+        })
+    }
+
+    /// The replicas of the disk that are missing, in order.
+    pub fn missing(&self) -> Vec<(ReplicaIndex, Arc<MissingReplica>)> {
+        self.list(|place| match place {
+            Place::Missing(missing) => Some(Arc::clone(missing)),
+            Place::Taken(_) | Place::Leaving(_) | Place::Free(_) => None,
+        })
+    }
+
+    /// The replicas of the disk whose images are open, in order.
     pub fn in_use(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
         self.list(|place| match place {
             Place::Taken(file) => Some(Arc::clone(file)),
-            Place::Leaving(_) | Place::Free(_) => None,
+            Place::Missing(_) | Place::Leaving(_) | Place::Free(_) => None,
         })
     }
 
     /// All open replicas, including removed ones that workers still use.
     pub fn open(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
         self.list(|place| match place {
-            Place::Taken(file) | Place::Leaving(file) => Some(Arc::clone(file)),
-            Place::Free(_) => None,
+            Place::Taken(file) | Place::Leaving(Some(file)) => Some(Arc::clone(file)),
+            Place::Missing(_) | Place::Leaving(None) | Place::Free(_) => None,
         })
     }
 
@@ -64,7 +136,7 @@ impl ReplicaTable {
         let places = self.places();
         let free = indexes(&places).filter_map(|(index, place)| match place {
             Place::Free(since) => Some((*since, index)),
-            Place::Taken(_) | Place::Leaving(_) => None,
+            Place::Taken(_) | Place::Missing(_) | Place::Leaving(_) => None,
         });
         // `None` sorts first.
         let (since, index) = free.min()?;
@@ -86,11 +158,35 @@ impl ReplicaTable {
         *place = Place::Taken(file);
     }
 
+    /// Whether `missing` is in this place.
+    pub fn is_missing(&self, index: ReplicaIndex, missing: &Arc<MissingReplica>) -> bool {
+        match &self.places()[index.as_usize()] {
+            Place::Missing(present) => Arc::ptr_eq(present, missing),
+            Place::Taken(_) | Place::Leaving(_) | Place::Free(_) => false,
+        }
+    }
+
+    /// The image of a missing replica is open.
+    ///
+    /// # Panics
+    /// If no replica is missing in this place.
+    pub fn found(&self, index: ReplicaIndex, file: Arc<ReplicaFile>) {
+        let place = &mut self.places()[index.as_usize()];
+        assert!(
+            matches!(place, Place::Missing(_)),
+            "no replica is missing in place {}",
+            index.0
+        );
+        *place = Place::Taken(file);
+    }
+
     /// Marks a replica as removed from the disk.
     pub fn leaves(&self, index: ReplicaIndex) {
         let place = &mut self.places()[index.as_usize()];
-        if let Place::Taken(file) = place {
-            *place = Place::Leaving(Arc::clone(file));
+        match place {
+            Place::Taken(file) => *place = Place::Leaving(Some(Arc::clone(file))),
+            Place::Missing(_) => *place = Place::Leaving(None),
+            Place::Leaving(_) | Place::Free(_) => {}
         }
     }
 
@@ -128,11 +224,8 @@ impl ReplicaTable {
         still_open
     }
 
-    /// The replicas for which `wanted` returns a file, with their places.
-    fn list(
-        &self,
-        wanted: impl Fn(&Place) -> Option<Arc<ReplicaFile>>,
-    ) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
+    /// What `wanted` returns of the places, with these.
+    fn list<T>(&self, wanted: impl Fn(&Place) -> Option<T>) -> Vec<(ReplicaIndex, T)> {
         let places = self.places();
         let listed = indexes(&places).filter_map(|(index, place)| Some((index, wanted(place)?)));
         listed.collect()

@@ -260,6 +260,21 @@ pub enum OpenError {
     },
 }
 
+impl OpenError {
+    /// The error without what to do about an image that is not there: that of a replica that the
+    /// disk is served without.
+    pub fn of_missing(&self) -> String {
+        let line = self.to_string();
+        let hint = match self {
+            Self::Open {
+                read_only, source, ..
+            } => open_hint(source, *read_only),
+            _ => String::new(),
+        };
+        line.strip_suffix(&hint).unwrap_or(&line).to_owned()
+    }
+}
+
 /// The answer about the image at `path`, with the path in each error.
 pub(super) fn with_path<T>(
     answer: Result<Result<T, Fault>, NoAnswer>,

@@ -213,16 +213,41 @@ pub fn open_beside(
         raw_anyway,
         ..options
     };
-    let mut candidate = Candidate::start(source, options, opening).open()?;
-    check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
-    candidate.examine()?;
-    check_beside(others, candidate.replica(), size_bytes)?;
-    candidate.lock()?;
+    let mut candidate = open_candidate(others, source, (options, opening), size_bytes)?;
     // What it holds may change until then.
     if overwrite == Overwrite::Never {
         candidate.check_holds_nothing(size_bytes)?;
     }
     Ok(candidate.into_parts())
+}
+
+/// Opens and locks the image of a replica of a disk of `size_bytes`, beside the `others`, which are
+/// served without it, with the way to its record. It is opened as at the start, and keeps what it
+/// holds.
+///
+/// # Errors
+/// If it cannot be used, or not beside the others.
+pub fn open_again(
+    others: &[Arc<ReplicaFile>],
+    source: &ReplicaSource,
+    how: (OpenOptions, Opening),
+    size_bytes: u64,
+) -> Result<(ReplicaFile, RecordAccess), OpenError> {
+    open_candidate(others, source, how, size_bytes).map(Candidate::into_parts)
+}
+
+fn open_candidate(
+    others: &[Arc<ReplicaFile>],
+    source: &ReplicaSource,
+    (options, opening): (OpenOptions, Opening),
+    size_bytes: u64,
+) -> Result<Candidate, OpenError> {
+    let mut candidate = Candidate::start(source, options, opening).open()?;
+    check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
+    candidate.examine()?;
+    check_beside(others, candidate.replica(), size_bytes)?;
+    candidate.lock()?;
+    Ok(candidate)
 }
 
 /// Checks that a replica fits a disk of `size_bytes` with these `others`.

@@ -104,6 +104,16 @@ impl RingFile {
         Self { waits, ..self }
     }
 
+    /// No file: the replica in this place is not asked.
+    pub fn none() -> Self {
+        Self {
+            fd: -1,
+            cached: false,
+            waits: false,
+            holes: None,
+        }
+    }
+
     /// The file behind `file`, which must stay open as long as a ring uses it.
     pub fn of(file: &impl AsFd) -> Self {
         let flags = fcntl_getfl(file);

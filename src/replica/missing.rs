@@ -1,0 +1,78 @@
+//! A replica of the disk whose image cannot be opened.
+
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, RwLock};
+
+use super::file::ReplicaSource;
+use crate::common::NOT_POISONED;
+
+/// A replica that has a place and a name, but no file.
+#[derive(Debug)]
+pub struct MissingReplica {
+    /// The path of its image, as the operator gave it.
+    pub path: PathBuf,
+    /// Its name in events, which may change.
+    node_name: RwLock<Arc<str>>,
+    /// Why its image was not taken when that was last tried.
+    why: RwLock<Arc<str>>,
+    /// A thread tries to open its image.
+    is_sought: AtomicBool,
+}
+
+impl MissingReplica {
+    /// The replica of this image, and why that cannot be opened, in one line.
+    pub fn new(source: &ReplicaSource, why: &str) -> Self {
+        Self {
+            path: source.path.clone(),
+            node_name: RwLock::new(source.node_name.as_str().into()),
+            why: RwLock::new(why.into()),
+            is_sought: AtomicBool::new(false),
+        }
+    }
+
+    /// Its name in events.
+    pub fn node_name(&self) -> Arc<str> {
+        Arc::clone(&self.node_name.read().expect(NOT_POISONED))
+    }
+
+    /// Gives it another name.
+    pub fn rename(&self, node_name: &str) {
+        *self.node_name.write().expect(NOT_POISONED) = node_name.into();
+    }
+
+    /// Why its image was not taken when that was last tried: one line.
+    pub fn why(&self) -> Arc<str> {
+        Arc::clone(&self.why.read().expect(NOT_POISONED))
+    }
+
+    /// It was tried again. Returns whether the reason is another one.
+    pub fn still_missing(&self, why: &str) -> bool {
+        let mut present = self.why.write().expect(NOT_POISONED);
+        let is_new = **present != *why;
+        if is_new {
+            *present = why.into();
+        }
+        is_new
+    }
+
+    /// What to open.
+    pub fn source(&self) -> ReplicaSource {
+        ReplicaSource {
+            path: self.path.clone(),
+            node_name: self.node_name().to_string(),
+        }
+    }
+
+    /// A thread is to try it, if no other one does.
+    pub fn seek(&self) -> bool {
+        !self.is_sought.swap(true, Ordering::Relaxed)
+    }
+
+    /// That thread has tried.
+    pub fn sought(&self) {
+        self.is_sought.store(false, Ordering::Relaxed);
+    }
+}
