@@ -304,6 +304,9 @@ pub const FLAPPING_WINDOW: Duration = Duration::from_secs(600);
 /// How often the daemon looks whether an image was truncated, deleted or moved.
 pub const IMAGE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 
+/// How often the daemon tries to open the image of a missing replica.
+pub const MISSING_RETRY_INTERVAL: Duration = Duration::from_secs(5);
+
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 

@@ -1,6 +1,7 @@
 //! Why a change of a served disk failed.
 
 use std::io;
+use std::path::PathBuf;
 
 use super::resize::NotGrown;
 use crate::common::message::{Quoted, Reason, counted};
@@ -95,6 +96,25 @@ pub enum AdminError {
          answer; try again later, or remove the replica"
     )]
     Unsettled,
+    /// A replica is missing, so it cannot grow.
+    #[error(
+        "{} is missing: its image cannot be opened, and all replicas grow, or none; make it \
+         available, or remove the replica",
+        Quoted(.0)
+    )]
+    Missing(String),
+    /// The image is that of a replica that is missing.
+    #[error(
+        "{} is the image of {}, which is missing; it is taken in when it can be opened",
+        Quoted(.path),
+        Quoted(.node_name)
+    )]
+    OfMissing {
+        /// The image.
+        path: PathBuf,
+        /// The replica.
+        node_name: String,
+    },
     /// A replica cannot grow.
     #[error(transparent)]
     NotGrown(NotGrown),

@@ -10,6 +10,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod missing;
 mod resize;
 
 use std::io;
@@ -20,6 +21,7 @@ use std::sync::{Arc, Mutex};
 use log::{info, warn};
 
 pub use self::error::AdminError;
+pub use self::missing::Recognition;
 use self::resize::Growers;
 pub use self::resize::NotGrown;
 use crate::common::{NOT_POISONED, ReplicaIndex, SECTOR_BYTES};
@@ -34,7 +36,7 @@ use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
     OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
-use crate::replica::table::ReplicaTable;
+use crate::replica::table::{Member, ReplicaTable};
 use crate::statistics::Statistics;
 use crate::worker::control::WorkerControl;
 use crate::worker::{Disk, Workers};
@@ -88,11 +90,11 @@ impl Admin {
         let admin = Self {
             shared: Arc::clone(&disk.shared),
             workers: workers.control(),
-            intended_replicas: AtomicUsize::new(table.in_use().len()),
+            intended_replicas: AtomicUsize::new(table.members().len()),
             names: table
-                .in_use()
+                .members()
                 .iter()
-                .map(|(_, file)| file.node_name())
+                .map(|(_, member)| member.node_name())
                 .collect(),
             table,
             events: Arc::clone(&disk.events),
@@ -132,8 +134,8 @@ impl Admin {
     }
 
     /// The replicas of the disk, in order.
-    pub fn replicas(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
-        self.table.in_use()
+    pub fn replicas(&self) -> Vec<(ReplicaIndex, Member)> {
+        self.table.members()
     }
 
     /// Adds a replica: its image is opened, checked and locked as at the start. It receives writes
@@ -153,6 +155,7 @@ impl Admin {
             return Err(AdminError::ReadOnly);
         }
         self.table.free_place().ok_or(AdminError::Full)?;
+        self.check_beside_missing(source)?;
         // Before this change excludes others, because it may take long.
         let (file, _) = open_beside(
             &self.open_files(),
@@ -163,6 +166,7 @@ impl Admin {
         )?;
         let _changing = self.changing.lock().expect(NOT_POISONED);
         let index = self.table.free_place().ok_or(AdminError::Full)?;
+        self.check_beside_missing(source)?;
         check_beside(&self.open_files(), &file, self.capacity.bytes())?;
         let node_name = source.node_name.clone();
         if let Err(source) = self.workers.set_file(index, Some(file.ring_file())) {
@@ -191,7 +195,7 @@ impl Admin {
 
     /// The disk should have as many replicas as it has now.
     pub fn intend_present_replicas(&self) {
-        let replicas = self.table.in_use().len();
+        let replicas = self.table.members().len();
         self.intended_replicas.store(replicas, Ordering::Relaxed);
     }
 
@@ -235,9 +239,9 @@ impl Admin {
         if node_name != new_name && self.index_of(new_name).is_ok() {
             return Err(AdminError::NameTaken(new_name.to_owned()));
         }
-        let named = self.table.in_use().into_iter().find(|(at, _)| *at == index);
-        if let Some((_, file)) = named {
-            file.rename(new_name);
+        let mut members = self.table.members().into_iter();
+        if let Some((_, member)) = members.find(|(at, _)| *at == index) {
+            member.rename(new_name);
             self.names.set(index, new_name);
             info!(replica = new_name, before = node_name; "replica renamed");
         }
@@ -343,7 +347,11 @@ impl Admin {
             return Err(AdminError::Size(self.block_bytes));
         }
         if size_bytes > from {
-            let replicas: Vec<_> = self.replicas().into_iter().map(|(_, file)| file).collect();
+            if let Some((_, missing)) = self.table.missing().first() {
+                return Err(AdminError::Missing(missing.node_name().to_string()));
+            }
+            let replicas = self.table.in_use().into_iter();
+            let replicas: Vec<_> = replicas.map(|(_, file)| file).collect();
             self.growers
                 .grow(&replicas, (from, size_bytes), self.workers.drain_limit())?;
             let sectors = size_bytes / SECTOR_BYTES;
@@ -484,10 +492,10 @@ impl Admin {
     }
 
     fn index_of(&self, node_name: &str) -> Result<ReplicaIndex, AdminError> {
-        let in_use = self.table.in_use();
-        let found = in_use
+        let members = self.table.members();
+        let found = members
             .iter()
-            .find(|(_, file)| *file.node_name() == *node_name);
+            .find(|(_, member)| *member.node_name() == *node_name);
         let found = found.map(|(index, _)| *index);
         found.ok_or_else(|| AdminError::UnknownReplica(node_name.to_owned()))
     }

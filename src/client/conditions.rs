@@ -107,6 +107,18 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
             let is_kept_out = replica.kept_out_ms.is_some();
             Advice::new(Style::Bad, what, (!is_kept_out).then_some(to_do))
         }
+        "missing" => {
+            let reason = replica
+                .missing_reason
+                .as_deref()
+                .unwrap_or("it cannot be opened");
+            let reason = printable(reason);
+            Advice::new(
+                Style::Bad,
+                format!("{name} is missing: {reason}; it is taken in when it can be opened"),
+                format!("if it never can: quorum-blkctl replace {name} FILE"),
+            )
+        }
         "flapping" => Advice::new(
             Style::Warning,
             format!("{name} is flapping: it was evicted again and again of late"),
@@ -121,7 +133,7 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
                 Some(job) => format!("{} copies what it lacks", printable(&job.id)),
                 None => format!("to copy what it lacks: quorum-blkctl resync {name}"),
             };
-            let is_away = replica.state == "evicted";
+            let is_away = matches!(replica.state.as_str(), "evicted" | "missing");
             let what = format!("{name} is stale in {}", size(replica.stale_bytes));
             Advice::new(Style::Warning, what, (!is_away).then_some(to_do))
         }
@@ -231,6 +243,21 @@ mod tests {
             what,
             "b was evicted too often and is kept out for 1 min 4 s more"
         );
+    }
+
+    #[test]
+    fn a_replica_that_is_missing_says_why() {
+        let mut disk = disk("missing", 512, 0, 0);
+        disk.replicas[1].conditions = vec!["missing".into(), "stale".into()];
+        disk.replicas[1].missing_reason = Some("cannot open '/b': no such file".to_owned());
+        let advice = advice(&disk, &[], UNIX_EPOCH);
+        assert_eq!(
+            advice[0].what,
+            "b is missing: cannot open '/b': no such file; it is taken in when it can be opened"
+        );
+        let to_do = advice.iter().map(|advice| advice.to_do.as_deref());
+        let replace = "if it never can: quorum-blkctl replace b FILE";
+        assert!(to_do.eq([Some(replace), None]), "{advice:?}");
     }
 
     #[test]

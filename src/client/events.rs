@@ -64,6 +64,13 @@ struct StatusChange {
 }
 
 #[derive(Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+struct Missing {
+    node_name: String,
+    reason: String,
+}
+
+#[derive(Debug, Deserialize)]
 struct Missed {
     missed: u64,
 }
@@ -104,6 +111,10 @@ fn sentence(name: &str, data: &Value) -> (Style, String) {
         "QUORUM_REPLICA_EVICTED" => read(data).and_then(|report| {
             let text = "evicted: it does not answer";
             membership(&report, Style::Bad, text)
+        }),
+        "QUORUM_REPLICA_MISSING" => read(data).map(|missing: Missing| {
+            let [node, reason] = [&missing.node_name, &missing.reason].map(|text| printable(text));
+            (Style::Bad, format!("{node}: missing: {reason}"))
         }),
         "QUORUM_REPLICA_REJOINED" => read(data).and_then(|report| {
             let text = "rejoined: it answers again";

@@ -55,6 +55,7 @@ pub(super) struct Replica {
     pub(super) repaired_sectors: u64,
     pub(super) corrupt_sectors: u64,
     pub(super) kept_out_ms: Option<u64>,
+    pub(super) missing_reason: Option<String>,
     pub(super) operations: ByOperation<Operations>,
 }
 

@@ -24,6 +24,8 @@ pub enum Health {
 pub enum ReplicaCondition {
     /// It did not answer in time and is not asked until it does.
     Evicted,
+    /// Its image could not be opened at the start.
+    Missing,
     /// It was evicted often of late.
     Flapping,
     /// It does not hold the newest data everywhere.
@@ -83,6 +85,7 @@ words! {
     Health { Healthy = "healthy", Degraded = "degraded", Failing = "failing" }
     ReplicaCondition {
         Evicted = "evicted",
+        Missing = "missing",
         Flapping = "flapping",
         Stale = "stale",
         Corrupt = "corrupt",
@@ -111,6 +114,7 @@ pub fn of_replica(
 ) -> Vec<ReplicaCondition> {
     chosen([
         (state == ServiceState::Evicted, ReplicaCondition::Evicted),
+        (state == ServiceState::Missing, ReplicaCondition::Missing),
         (is_flapping, ReplicaCondition::Flapping),
         (stale_bytes > 0, ReplicaCondition::Stale),
         (corrupt_sectors > 0, ReplicaCondition::Corrupt),

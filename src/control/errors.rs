@@ -219,7 +219,7 @@ impl ErrorLog {
                 let kept = self.guest.of(*operation);
                 kept.add(last(*operation, range, *error));
             }
-            Notice::Report(_) | Notice::Image(..) => {}
+            Notice::Report(_) | Notice::Image(..) | Notice::Missing { .. } => {}
         }
     }
 

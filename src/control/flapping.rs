@@ -42,7 +42,8 @@ impl Evictions {
                 Report::Bad { .. } | Report::Failure { .. } | Report::RepairLimit { .. },
             )
             | Notice::Job(_)
-            | Notice::Image(..) => {}
+            | Notice::Image(..)
+            | Notice::Missing { .. } => {}
         }
     }
 

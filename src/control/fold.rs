@@ -33,6 +33,7 @@ enum Kind {
     RepairLimit,
     Rejoined(ReplicaIndex),
     Image(ReplicaIndex),
+    Missing(ReplicaIndex),
     /// There are many of these only if a job is paused and resumed over and over.
     Job(JobId, JobStatus),
 }
@@ -43,6 +44,7 @@ impl Kind {
             Notice::Report(report) => report,
             Notice::Job(event) => return Self::Job(event.job.id, event.job.status),
             Notice::Image(replica, _) => return Self::Image(*replica),
+            Notice::Missing { replica, .. } => return Self::Missing(*replica),
         };
         match report {
             Report::Failure {

@@ -139,7 +139,8 @@ impl DiskMap {
                 | Report::RepairLimit { .. }
                 | Report::Rejoined(_),
             )
-            | Notice::Image(..) => {}
+            | Notice::Image(..)
+            | Notice::Missing { .. } => {}
         }
     }
 

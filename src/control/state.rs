@@ -116,6 +116,9 @@ pub struct ReplicaState {
     pub state: ServiceState,
     /// Why it is not good.
     pub conditions: Vec<ReplicaCondition>,
+    /// Why its image cannot be opened. Left out if it is open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing_reason: Option<String>,
     /// Errors that it returned and that are not cleared.
     pub errors: Errors,
     /// Bytes of which it does not hold the newest data.
@@ -153,11 +156,13 @@ pub enum ServiceState {
     Syncing,
     /// It did not answer in time and is not asked until it does.
     Evicted,
+    /// Its image could not be opened at the start, and is tried again and again.
+    Missing,
 }
 
 impl ServiceState {
     /// All states.
-    pub const ALL: [Self; 3] = [Self::InService, Self::Syncing, Self::Evicted];
+    pub const ALL: [Self; 4] = [Self::InService, Self::Syncing, Self::Evicted, Self::Missing];
 
     /// The name of the state.
     pub fn name(self) -> &'static str {
@@ -165,6 +170,7 @@ impl ServiceState {
             Self::InService => "in-service",
             Self::Syncing => "syncing",
             Self::Evicted => "evicted",
+            Self::Missing => "missing",
         }
     }
 }

@@ -28,7 +28,8 @@ use crate::engine::{Shared, UnaskedRepairs};
 use crate::jobs::UnknownJob;
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::Wanted;
-use crate::replica::file::{Overwrite, ReplicaFile, ReplicaSource};
+use crate::replica::file::{Overwrite, ReplicaSource};
+use crate::replica::table::Member;
 use crate::statistics::{RequestKind, Statistics};
 use crate::worker::{Disk, Stop};
 
@@ -103,7 +104,7 @@ impl DiskOperator {
         let mut nodes = self.nodes();
         let mut replicas = self.admin.replicas().into_iter();
         let is_taken = node_name == self.fixed.node_name || nodes.contains_key(&node_name);
-        if is_taken || replicas.any(|(_, file)| *file.node_name() == *node_name) {
+        if is_taken || replicas.any(|(_, member)| *member.node_name() == *node_name) {
             return Err(format!("a node {} exists already", Quoted(&node_name)));
         }
         if nodes.len() >= REPLICAS_MAX {
@@ -180,7 +181,7 @@ impl DiskOperator {
         let mut cleared = self.admin.replicas();
         match node_name {
             Some(name) => {
-                cleared.retain(|(_, file)| *file.node_name() == *name);
+                cleared.retain(|(_, member)| *member.node_name() == *name);
                 if cleared.is_empty() {
                     return Err(line(AdminError::UnknownReplica(name.to_owned())));
                 }
@@ -201,14 +202,16 @@ impl DiskOperator {
     }
 
     fn replicas(&self) -> Vec<ReplicaState> {
-        let in_service = self.shared.in_service();
-        let replica_state = |(index, file): (ReplicaIndex, Arc<ReplicaFile>)| {
+        let (missing, in_service) = (self.shared.missing(), self.shared.in_service());
+        let replica_state = |(index, member): (ReplicaIndex, Member)| {
+            let file = member.file();
             let stale = self.shared.stale_sectors(index);
             let totals = self.statistics.replica(index);
             let operations = |kind| self.statistics.operations(index.as_usize(), kind).into();
             let state = match (in_service.contains(index), stale) {
                 (true, 0) => ServiceState::InService,
                 (true, _) => ServiceState::Syncing,
+                (false, _) if missing.contains(index) => ServiceState::Missing,
                 (false, _) => ServiceState::Evicted,
             };
             let stale_bytes = stale * SECTOR_BYTES;
@@ -216,10 +219,10 @@ impl DiskOperator {
             let errors = self.reports.errors_of(index);
             let kept_out_for = self.reports.kept_out_for(index);
             ReplicaState {
-                node_name: file.node_name().to_string(),
-                file: file.path.to_string_lossy().into_owned(),
-                is_block_device: file.is_block_device,
-                direct_io: file.is_direct,
+                node_name: member.node_name().to_string(),
+                file: member.path().to_string_lossy().into_owned(),
+                is_block_device: file.is_some_and(|file| file.is_block_device),
+                direct_io: file.is_some_and(|file| file.is_direct),
                 state,
                 conditions: condition::of_replica(
                     state,
@@ -227,8 +230,12 @@ impl DiskOperator {
                     stale_bytes,
                     corrupt_sectors,
                     &errors,
-                    file.changes(),
+                    file.map(|file| file.changes()).unwrap_or_default(),
                 ),
+                missing_reason: match &member {
+                    Member::Open(_) => None,
+                    Member::Missing(missing) => Some(missing.why().to_string()),
+                },
                 errors,
                 stale_bytes,
                 corrupt_sectors_found: totals.sectors_corrupt,
@@ -313,9 +320,9 @@ impl Operator for DiskOperator {
 
     fn map(&self, buckets: usize) -> MapState {
         let replicas = self.admin.replicas().into_iter();
-        let places = replicas.map(|(index, file)| ReplicaPlaces {
+        let places = replicas.map(|(index, member)| ReplicaPlaces {
             index,
-            node_name: file.node_name().to_string(),
+            node_name: member.node_name().to_string(),
             stale: self.shared.stale_ranges(index),
         });
         let DiskState {

@@ -152,6 +152,7 @@ pub fn disk() -> DiskState {
         direct_io: true,
         state: ServiceState::InService,
         conditions: Vec::new(),
+        missing_reason: None,
         errors: Errors::default(),
         stale_bytes: 0,
         corrupt_sectors_found: 0,

@@ -11,7 +11,8 @@ use testkit::HANG_LIMIT;
 use testkit::machine;
 
 use quorum_blk::admin::{Admin, Removed};
-use quorum_blk::common::{ReplicaIndex, SECTOR_BYTES};
+use quorum_blk::common::ranges::RangeSet;
+use quorum_blk::common::{ReplicaIndex, SECTOR_BYTES, SectorRange};
 use quorum_blk::control::queue::EventQueue;
 use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
 use quorum_blk::device::frontend::Frontend;
@@ -20,10 +21,10 @@ use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
 use quorum_blk::replica::file::{
-    EmptyImages, OpenOptions, Opening, Overwrite, ReplicaSource, open_all,
+    EmptyImages, OpenOptions, Opening, Overwrite, ReplicaSource, Unopenable, open_all_with_records,
 };
 use quorum_blk::replica::ring::{Aio, RingFile};
-use quorum_blk::replica::table::ReplicaTable;
+use quorum_blk::replica::table::{MissingReplica, ReplicaTable};
 use quorum_blk::statistics::Statistics;
 use quorum_blk::worker::{Disk, Workers};
 use testkit::client::Client;
@@ -32,17 +33,18 @@ use testkit::stop::StopOnDrop;
 
 const SIZE_BYTES: u64 = 64 << 20;
 
-struct Served {
+pub(super) struct Served {
     directory: tempfile::TempDir,
-    images: Vec<PathBuf>,
+    pub(super) images: Vec<PathBuf>,
     statistics: Statistics,
     workers: Workers,
-    admin: Admin,
+    pub(super) admin: Arc<Admin>,
+    pub(super) shared: Arc<Shared>,
     table: Arc<ReplicaTable>,
-    socket: PathBuf,
+    pub(super) socket: PathBuf,
 }
 
-fn source(path: &Path) -> ReplicaSource {
+pub(super) fn source(path: &Path) -> ReplicaSource {
     ReplicaSource {
         path: path.to_owned(),
         node_name: path.file_name().unwrap().to_str().unwrap().to_owned(),
@@ -51,8 +53,16 @@ fn source(path: &Path) -> ReplicaSource {
 
 /// Serves three images with threshold 2, on two workers.
 fn serve() -> Served {
+    serve_without(None)
+}
+
+/// The same; the image in this place cannot be opened: it has another name.
+pub(super) fn serve_without(missing: Option<usize>) -> Served {
     let directory = tempfile::tempdir().unwrap();
     let images = create_images(directory.path(), 3, SIZE_BYTES);
+    if let Some(missing) = missing {
+        std::fs::rename(&images[missing], directory.path().join("elsewhere")).unwrap();
+    }
     let sources: Vec<_> = images.iter().map(|path| source(path)).collect();
     let options = OpenOptions {
         read_only: false,
@@ -60,7 +70,15 @@ fn serve() -> Served {
         raw_anyway: false,
         block_bytes: 512,
     };
-    let files = open_all(&sources, options, Opening::Here, EmptyImages::Refused).unwrap();
+    let (empty, unopenable) = (EmptyImages::Refused, Unopenable::LeftOut);
+    let opened = open_all_with_records(&sources, options, Opening::Here, empty, unopenable);
+    let members = sources.iter().zip(opened.unwrap());
+    let members: Vec<_> = members
+        .map(|(source, opened)| match opened {
+            Ok((file, _)) => Ok(file),
+            Err(error) => Err(MissingReplica::new(source, &error.of_missing())),
+        })
+        .collect();
     let workers = 2;
     let capacity_sectors = SIZE_BYTES / SECTOR_BYTES;
     let slot = ConnectionSlot::new(workers, 256, CacheMode::default()).unwrap();
@@ -99,8 +117,20 @@ fn serve() -> Served {
         stop,
     };
     let statistics = disk.statistics.clone();
-    let ring_files = files.iter().map(|file| RingFile::of(&file.file)).collect();
-    let table = Arc::new(ReplicaTable::new(files));
+    let shared = Arc::clone(&disk.shared);
+    let mut all = RangeSet::default();
+    all.insert(SectorRange::new(0, capacity_sectors));
+    for (index, member) in (0..).map(ReplicaIndex).zip(&members) {
+        if member.is_err() {
+            shared.leave_out(index, &all);
+        }
+    }
+    let ring_files = members.iter().map(|member| match member {
+        Ok(file) => file.ring_file(),
+        Err(_) => RingFile::none(),
+    });
+    let ring_files = ring_files.collect();
+    let table = Arc::new(ReplicaTable::with_missing(members));
     let workers = Workers::start(&disk, ring_files, workers).unwrap();
     let admin = Admin::start(
         &disk,
@@ -124,19 +154,20 @@ fn serve() -> Served {
         images,
         statistics,
         workers,
-        admin,
+        admin: Arc::new(admin),
+        shared,
         table,
         socket,
     }
 }
 
 impl Served {
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
     /// A sparse image of the disk's size, with something in it that is not the disk's.
-    fn another(&self, name: &str) -> PathBuf {
+    pub(super) fn another(&self, name: &str) -> PathBuf {
         let path = self.path(name);
         let file = std::fs::File::create(&path).unwrap();
         std::os::unix::fs::FileExt::write_all_at(&file, &[0x5a; 8192], 12345).unwrap();
@@ -144,7 +175,7 @@ impl Served {
         path
     }
 
-    fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
+    pub(super) fn wait_until(&self, what: &str, holds: impl Fn() -> bool) {
         let since = Instant::now();
         while !holds() {
             assert!(
@@ -163,7 +194,7 @@ impl Served {
     }
 
     /// Ends everything; returns the images of the disk.
-    fn end(self) -> (tempfile::TempDir, Vec<PathBuf>) {
+    pub(super) fn end(self) -> (tempfile::TempDir, Vec<PathBuf>) {
         let open = self.table.in_use();
         assert!(self.workers.exit().is_empty());
         let images = open.iter().map(|(_, file)| file.path.clone());
@@ -172,7 +203,7 @@ impl Served {
 }
 
 /// Writes random blocks all the time, and reads each back. Returns how many it wrote.
-fn verify_until(stop: &AtomicBool, socket: &Path, seed: u64) -> u64 {
+pub(super) fn verify_until(stop: &AtomicBool, socket: &Path, seed: u64) -> u64 {
     let mut client = Client::connect(socket, 1);
     let mut state = seed | 1;
     let mut count = 0;

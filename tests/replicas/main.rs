@@ -14,6 +14,7 @@ mod image_locks;
 mod jobs;
 mod lost_writeback;
 mod missed_writes;
+mod missing;
 mod preferred;
 mod same_as_qemu;
 mod silent_images;

@@ -36,6 +36,19 @@ impl Event {
                 };
                 return line("QUORUM_REPLICA_IMAGE_CHANGED", data, self.made_at);
             }
+            Notice::Missing {
+                replica,
+                file,
+                reason,
+            } => {
+                let data = Missing {
+                    node_name: &names.nodes.get(*replica),
+                    file,
+                    reason,
+                    suppressed,
+                };
+                return line("QUORUM_REPLICA_MISSING", data, self.made_at);
+            }
         };
         match report {
             Report::Failure {
@@ -181,6 +194,16 @@ fn job_line(event: &JobEvent, names: &Names, made_at: SystemTime) -> Vec<u8> {
 /// The line for a reader that missed events: how many, with those that were folded into them.
 pub(in crate::control) fn missed_line(missed: u64, at: SystemTime) -> Vec<u8> {
     line("QUORUM_EVENTS_MISSED", Missed { missed }, at)
+}
+
+#[derive(Serialize)]
+#[serde(rename_all = "kebab-case")]
+struct Missing<'a> {
+    node_name: &'a str,
+    file: &'a str,
+    reason: &'a str,
+    #[serde(skip_serializing_if = "is_zero")]
+    suppressed: u64,
 }
 
 /// The members of QEMU's event, then ours.
@@ -487,6 +510,20 @@ mod tests {
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         let value: serde_json::Value = serde_json::from_slice(&line).unwrap();
         assert_eq!(value["data"]["reference"], "a\n\"b");
+    }
+
+    #[test]
+    fn a_missing_replica() {
+        let missing = Notice::Missing {
+            replica: ReplicaIndex(1),
+            file: "/images/1.raw".to_owned(),
+            reason: "cannot open '/images/1.raw': No such file or directory".to_owned(),
+        };
+        let line = text(missing, 0);
+        let data = "{\"node-name\":\"1.raw\",\"file\":\"/images/1.raw\",\"reason\":\"cannot open \
+                    '/images/1.raw': No such file or directory\"}";
+        let begin = format!("{{\"event\":\"QUORUM_REPLICA_MISSING\",\"data\":{data},");
+        assert!(line.starts_with(&begin), "{line}");
     }
 
     #[test]

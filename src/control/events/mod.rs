@@ -61,6 +61,15 @@ pub enum Notice {
     Job(JobEvent),
     /// Another program has changed the image of a replica, or has undone it.
     Image(ReplicaIndex, ImageChanges),
+    /// A replica is missing since the start.
+    Missing {
+        /// The replica.
+        replica: ReplicaIndex,
+        /// The path of its image.
+        file: String,
+        /// Why that cannot be opened, in one line.
+        reason: String,
+    },
 }
 
 impl Notice {

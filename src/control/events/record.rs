@@ -60,6 +60,10 @@ impl Event {
                 (Level::Info, "image has its name and size again")
             }
             Notice::Image(..) => (Level::Warn, "image was changed by another program"),
+            Notice::Missing { .. } => (
+                Level::Warn,
+                "replica is missing: its image cannot be opened",
+            ),
             Notice::Job(JobEvent { job, what }) => match what {
                 JobChange::Status if job.status == JobStatus::Created => {
                     (Level::Info, "job started")
@@ -83,6 +87,12 @@ impl Event {
                     ("conditions", words.join(",")),
                 ]
             }
+            Notice::Missing {
+                replica, reason, ..
+            } => vec![
+                ("replica", names.nodes.get(*replica).to_string()),
+                ("reason", reason.clone()),
+            ],
         };
         if self.suppressed > 0 {
             fields.push(("suppressed", self.suppressed.to_string()));

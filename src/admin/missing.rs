@@ -1,0 +1,166 @@
+//! Replicas whose images could not be opened at the start: each is tried again and again, and taken
+//! in when it can be opened (W13).
+//!
+//! Invariants: each image has at most one thread that tries to open it, so one that does not answer
+//! delays no other; the workers have the file before the replica may rejoin.
+
+use std::io;
+use std::sync::{Arc, Weak};
+use std::time::Duration;
+
+use log::{debug, info};
+
+use super::{Admin, AdminError};
+use crate::common::{NOT_POISONED, ReplicaIndex};
+use crate::control::events::Notice;
+use crate::limits::MISSING_RETRY_INTERVAL;
+use crate::replica::file::{ReplicaFile, ReplicaSource, check_beside, open_again};
+use crate::replica::record_file::RecordAccess;
+use crate::replica::table::MissingReplica;
+
+/// Decides whether an image that can be opened is the replica that is missing.
+pub trait Recognition: Send + Sync {
+    /// Whether `file` is what the replica in this place is to be. The calling thread is there for
+    /// this image alone, and may wait for its file system.
+    ///
+    /// # Errors
+    /// Why it is not, in one line. It is closed, and tried again later.
+    fn recognize(
+        &self,
+        replica: ReplicaIndex,
+        file: &ReplicaFile,
+        record: &mut RecordAccess,
+    ) -> Result<(), String>;
+
+    /// The replica is taken in, and may rejoin when this returns. No other change of the replicas
+    /// runs meanwhile, and no request waits for it.
+    fn taken_in(&self, replica: ReplicaIndex, record: RecordAccess);
+}
+
+impl Admin {
+    /// Reports the replicas that are missing, and tries to open their images again and again, on
+    /// threads of its own, until none is missing or this is dropped.
+    ///
+    /// # Errors
+    /// If there is no thread for it.
+    pub fn seek_missing(self: &Arc<Self>, recognition: Arc<dyn Recognition>) -> io::Result<()> {
+        let missing = self.table.missing();
+        for (index, missing) in &missing {
+            self.events.push(Notice::Missing {
+                replica: *index,
+                file: missing.path.to_string_lossy().into_owned(),
+                reason: missing.why().to_string(),
+            });
+        }
+        if missing.is_empty() {
+            return Ok(());
+        }
+        let admin = Arc::downgrade(self);
+        let thread = std::thread::Builder::new().name("missing".into());
+        thread.spawn(move || seek(&admin, &recognition, MISSING_RETRY_INTERVAL))?;
+        Ok(())
+    }
+
+    /// Tries once to open the images of the missing replicas, each on a thread of its own, except
+    /// for those of earlier calls that have not ended. Does not wait for them. Returns whether a
+    /// replica is missing.
+    pub fn try_missing(self: &Arc<Self>, recognition: &Arc<dyn Recognition>) -> bool {
+        let missing = self.table.missing();
+        for (index, missing) in missing.iter().filter(|(_, missing)| missing.seek()) {
+            let (index, sought) = (*index, Arc::clone(missing));
+            let (admin, recognition) = (Arc::downgrade(self), Arc::clone(recognition));
+            let thread = std::thread::Builder::new().name("opening".into());
+            let started = thread.spawn(move || {
+                if let Some(admin) = admin.upgrade() {
+                    admin.try_one(index, &sought, &*recognition);
+                }
+                sought.sought();
+            });
+            if let Err(error) = started {
+                missing.sought();
+                debug!(replica:% = missing.node_name(), error:%; "cannot try to open an image");
+            }
+        }
+        !missing.is_empty()
+    }
+
+    fn try_one(
+        &self,
+        index: ReplicaIndex,
+        missing: &Arc<MissingReplica>,
+        recognition: &dyn Recognition,
+    ) {
+        match self.take_in(index, missing, recognition) {
+            Ok(()) => info!(
+                replica:% = missing.node_name(), file:% = missing.path.display();
+                "missing replica is there again"
+            ),
+            Err(reason) => {
+                if missing.still_missing(&reason) {
+                    info!(replica:% = missing.node_name(), reason; "replica is still missing");
+                }
+            }
+        }
+    }
+
+    /// Opens the image of a missing replica, and has it rejoin.
+    fn take_in(
+        &self,
+        index: ReplicaIndex,
+        missing: &Arc<MissingReplica>,
+        recognition: &dyn Recognition,
+    ) -> Result<(), String> {
+        let how = (self.options, self.opening);
+        let source = missing.source();
+        let opened = open_again(&self.open_files(), &source, how, self.capacity.bytes());
+        // It may take long until here, so no other change waits for it.
+        let (file, mut record) = opened.map_err(|error| error.of_missing())?;
+        recognition.recognize(index, &file, &mut record)?;
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        if !self.table.is_missing(index, missing) {
+            return Err("it was removed meanwhile".to_owned());
+        }
+        file.rename(&missing.node_name());
+        let checked = check_beside(&self.open_files(), &file, self.capacity.bytes());
+        checked.map_err(|error| error.of_missing())?;
+        if let Err(source) = self.workers.set_file(index, Some(file.ring_file())) {
+            let _ = self.workers.set_file(index, None);
+            let node_name = missing.node_name().to_string();
+            return Err(AdminError::Register { node_name, source }.to_string());
+        }
+        self.table.found(index, Arc::new(file));
+        recognition.taken_in(index, record);
+        self.shared.found(index);
+        self.workers.tick_all();
+        Ok(())
+    }
+
+    /// Checks that an image is none that is missing, by its name and path.
+    pub(super) fn check_beside_missing(&self, source: &ReplicaSource) -> Result<(), AdminError> {
+        for (_, missing) in self.table.missing() {
+            let node_name = missing.node_name();
+            if *node_name == *source.node_name {
+                return Err(AdminError::NameTaken(source.node_name.clone()));
+            }
+            if missing.path == source.path {
+                return Err(AdminError::OfMissing {
+                    path: source.path.clone(),
+                    node_name: node_name.to_string(),
+                });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn seek(admin: &Weak<Admin>, recognition: &Arc<dyn Recognition>, interval: Duration) {
+    loop {
+        std::thread::sleep(interval);
+        let Some(admin) = admin.upgrade() else {
+            return;
+        };
+        if !admin.try_missing(recognition) {
+            return;
+        }
+    }
+}
