@@ -128,7 +128,9 @@ impl Admin {
             let node_name = missing.node_name().to_string();
             return Err(AdminError::Register { node_name, source }.to_string());
         }
-        self.table.found(index, Arc::new(file));
+        if !self.table.found(index, Arc::new(file)) {
+            return Err("the disk is being closed".to_owned());
+        }
         recognition.taken_in(index, record);
         self.shared.found(index);
         self.workers.tick_all();

@@ -166,18 +166,15 @@ impl ReplicaTable {
         }
     }
 
-    /// The image of a missing replica is open.
-    ///
-    /// # Panics
-    /// If no replica is missing in this place.
-    pub fn found(&self, index: ReplicaIndex, file: Arc<ReplicaFile>) {
+    /// The image of a missing replica is open. `false` if none is missing in this place any more:
+    /// then it is closed.
+    pub fn found(&self, index: ReplicaIndex, file: Arc<ReplicaFile>) -> bool {
         let place = &mut self.places()[index.as_usize()];
-        assert!(
-            matches!(place, Place::Missing(_)),
-            "no replica is missing in place {}",
-            index.0
-        );
-        *place = Place::Taken(file);
+        let is_missing = matches!(place, Place::Missing(_));
+        if is_missing {
+            *place = Place::Taken(file);
+        }
+        is_missing
     }
 
     /// Marks a replica as removed from the disk.
