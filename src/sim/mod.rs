@@ -19,6 +19,7 @@
 //! lateness                    who may be evicted, and who must be
 //! patience                    how long the guest may wait
 //! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
+//! missing                     a member that is missing at the first start
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
@@ -43,6 +44,7 @@ mod inputs;
 mod jobs;
 mod lateness;
 pub mod ledger;
+mod missing;
 pub mod model;
 mod operations;
 mod operator;

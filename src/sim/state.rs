@@ -133,6 +133,8 @@ pub struct World {
     pub(super) to_be_released: u32,
     /// The replicas that were added and have not been resynced, a mask.
     pub(super) unsynced: u32,
+    /// The member whose image is missing, a mask.
+    pub(super) missing: u32,
     /// The number of replicas that there have been since the start of the daemon.
     pub(super) members_ever: usize,
     /// The jobs, as the engine has reported them.
@@ -214,6 +216,7 @@ impl World {
             one_has_decided: false,
             wanted: None,
             to_be_released: 0,
+            missing: 0,
             unsynced: 0,
             members_ever: plan.replicas,
             jobs: Vec::new(),
@@ -333,6 +336,10 @@ impl World {
         if self.plan.follows {
             let follows = shared.want_threshold(Wanted::Majority);
             follows.expect("it may always follow");
+        }
+        self.missing = 0;
+        if !self.crashed {
+            self.leave_one_out(&shared);
         }
         self.shared = Arc::new(shared);
         self.view = View::default();

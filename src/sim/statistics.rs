@@ -19,6 +19,8 @@ pub struct Statistics {
     pub evictions: u64,
     /// Sectors with three versions or more after a crash that no fault explains.
     pub three_versions: u64,
+    /// Members that were missing at the first start.
+    pub missing: u64,
     /// Replicas added.
     pub added: u64,
     /// Replicas removed.
@@ -50,6 +52,7 @@ impl Statistics {
         self.accusations += other.accusations;
         self.evictions += other.evictions;
         self.three_versions += other.three_versions;
+        self.missing += other.missing;
         self.added += other.added;
         self.removed += other.removed;
         self.given_up += other.given_up;
