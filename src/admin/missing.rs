@@ -11,6 +11,7 @@ use std::time::Duration;
 use log::{debug, info};
 
 use super::{Admin, AdminError};
+use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::control::events::Notice;
 use crate::limits::MISSING_RETRY_INTERVAL;
@@ -20,8 +21,9 @@ use crate::replica::table::MissingReplica;
 
 /// Decides whether an image that can be opened is the replica that is missing.
 pub trait Recognition: Send + Sync {
-    /// Whether `file` is what the replica in this place is to be. The calling thread is there for
-    /// this image alone, and may wait for its file system.
+    /// Whether `file` is what the replica in this place is to be. Returns where it turns out to be
+    /// stale, besides where that is known already. The calling thread is there for this image
+    /// alone, and may wait for its file system.
     ///
     /// # Errors
     /// Why it is not, in one line. It is closed, and tried again later.
@@ -30,7 +32,7 @@ pub trait Recognition: Send + Sync {
         replica: ReplicaIndex,
         file: &ReplicaFile,
         record: &mut RecordAccess,
-    ) -> Result<(), String>;
+    ) -> Result<RangeSet, String>;
 
     /// The replica is taken in, and may rejoin when this returns. No other change of the replicas
     /// runs meanwhile, and no request waits for it.
@@ -115,7 +117,7 @@ impl Admin {
         let opened = open_again(&self.open_files(), &source, how, self.capacity.bytes());
         // It may take long until here, so no other change waits for it.
         let (file, mut record) = opened.map_err(|error| error.of_missing())?;
-        recognition.recognize(index, &file, &mut record)?;
+        let stale = recognition.recognize(index, &file, &mut record)?;
         let _changing = self.changing.lock().expect(NOT_POISONED);
         if !self.table.is_missing(index, missing) {
             return Err("it was removed meanwhile".to_owned());
@@ -132,7 +134,7 @@ impl Admin {
             return Err("the disk is being closed".to_owned());
         }
         recognition.taken_in(index, record);
-        self.shared.found(index);
+        self.shared.found(index, &stale);
         self.workers.tick_all();
         Ok(())
     }

@@ -217,9 +217,10 @@ impl Shared {
     }
 
     /// The image of a missing member is open, and every worker has its file: it rejoins as an
-    /// evicted replica does. A tick of every engine must follow. `false` if it is not missing.
-    pub fn found(&self, replica: ReplicaIndex) -> bool {
-        self.change_health(|health| health.found(replica))
+    /// evicted replica does. It turns out to be stale in `stale` too. A tick of every engine must
+    /// follow. `false` if it is not missing.
+    pub fn found(&self, replica: ReplicaIndex, stale: &RangeSet) -> bool {
+        self.change_health(|health| health.found(replica, stale))
     }
 
     /// The replicas that are out of service, without the missing ones: each ends what it was asked,

@@ -48,7 +48,7 @@ impl World {
         }
         let place = self.missing.trailing_zeros() as usize;
         self.missing = 0;
-        let found = self.shared.found(index(place));
+        let found = self.shared.found(index(place), &RangeSet::default());
         trace!(
             self,
             "the image of the missing replica {place} is there: {found}"

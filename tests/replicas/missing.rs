@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use quorum_blk::admin::{AdminError, Recognition, Removed};
+use quorum_blk::common::ranges::RangeSet;
 use quorum_blk::common::{ReplicaIndex, ReplicaSet};
 use quorum_blk::replica::file::{Overwrite, ReplicaFile};
 use quorum_blk::replica::record_file::RecordAccess;
@@ -31,12 +32,12 @@ impl Recognition for Judge {
         replica: ReplicaIndex,
         _file: &ReplicaFile,
         _record: &mut RecordAccess,
-    ) -> Result<(), String> {
+    ) -> Result<RangeSet, String> {
         assert_eq!(replica, MISSING);
         self.asked.fetch_add(1, Ordering::SeqCst);
         match self.refuses.load(Ordering::SeqCst) {
             true => Err("it is the image of another disk".to_owned()),
-            false => Ok(()),
+            false => Ok(RangeSet::default()),
         }
     }
 

@@ -170,7 +170,7 @@ fn it_is_not_asked_and_rejoins_when_its_image_is_open() {
     assert_eq!(disk.shared.stale_sectors(MISSING), 9);
     assert!(disk.rejoined.is_empty());
 
-    assert!(disk.shared.found(MISSING));
+    assert!(disk.shared.found(MISSING, &RangeSet::default()));
     disk.tick();
     assert_eq!(disk.rejoined, [MISSING]);
     assert_eq!(disk.shared.in_service(), ReplicaSet::first(3));
@@ -184,7 +184,7 @@ fn it_is_not_asked_and_rejoins_when_its_image_is_open() {
 fn it_does_not_vote_where_it_is_stale() {
     let mut disk = Disk::new();
     disk.holds[1][0] = OWN;
-    assert!(disk.shared.found(MISSING));
+    assert!(disk.shared.found(MISSING, &RangeSet::default()));
     disk.tick();
     assert_eq!(disk.rejoined, [MISSING]);
     for sector in [0, 8] {
@@ -202,7 +202,10 @@ fn it_can_be_removed_and_its_place_is_free_at_once() {
     disk.shared.remove(MISSING, tell).unwrap();
     disk.tick();
     assert_eq!(disk.released, [MISSING]);
-    assert!(!disk.shared.found(MISSING), "it is no member any more");
+    assert!(
+        !disk.shared.found(MISSING, &RangeSet::default()),
+        "it is no member any more"
+    );
     disk.shared.add(MISSING);
     disk.tick();
     disk.wait(Duration::from_secs(100));

@@ -31,13 +31,17 @@ impl Health {
         self.check_sets();
     }
 
-    /// The image of a missing member is open, on every worker: it may rejoin. `false` if it is not
-    /// missing: it may have been removed meanwhile.
-    pub fn found(&mut self, replica: ReplicaIndex) -> bool {
+    /// The image of a missing member is open, on every worker: it may rejoin. It turns out to be
+    /// stale in `stale` too. `false` if it is not missing: it may have been removed meanwhile.
+    pub fn found(&mut self, replica: ReplicaIndex, stale: &RangeSet) -> bool {
         let is_missing = self.missing.contains(replica);
         if is_missing {
             self.missing.remove(replica);
-            self.replicas[replica.as_usize()].drained_by = 0;
+            let state = &mut self.replicas[replica.as_usize()];
+            state.drained_by = 0;
+            for set in [&mut state.stale, &mut state.missed, &mut state.behind] {
+                set.insert_all(stale);
+            }
         }
         is_missing
     }
@@ -93,12 +97,14 @@ mod tests {
         for worker in [0, 1] {
             assert!(!health.rejoin(C, worker), "there is no image");
         }
-        assert!(health.found(C) && !health.found(C));
+        let mut also = RangeSet::default();
+        also.insert(range(4096, 8));
+        assert!(health.found(C, &also) && !health.found(C, &also));
         assert_eq!(health.in_service(), set(&[A, B]));
         assert!(!health.rejoin(C, 0), "the other worker has not seen it");
         assert!(health.rejoin(C, 1));
         assert_eq!(health.in_service(), ReplicaSet::first(3));
-        assert_eq!(health.stale_sectors(C), 2048);
+        assert_eq!(health.stale_sectors(C), 2048 + 8);
         health.self_check();
     }
 
@@ -119,7 +125,10 @@ mod tests {
         assert_eq!(health.check_removal(A), Err(NotRemoved::TooFewInService));
         health.remove(C);
         assert_eq!(health.missing(), ReplicaSet::EMPTY);
-        assert!(!health.found(C), "it is no member any more");
+        assert!(
+            !health.found(C, &RangeSet::default()),
+            "it is no member any more"
+        );
         assert!(!health.release(C, 0, true));
         assert!(health.release(C, 1, true));
         assert_eq!(health.out_of_service(), ReplicaSet::EMPTY);
