@@ -283,6 +283,9 @@ fn decide(
             waiting.is_durable = match waiting.origin {
                 Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
                 Origin::Write(_, range, _) => {
+                    if durable && !all {
+                        health.is_durable_alone(range);
+                    }
                     durable && !health.is_undone(range) && !health.is_given_up(range)
                 }
                 Origin::Job(_) => durable,

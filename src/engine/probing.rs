@@ -8,6 +8,7 @@
 
 use super::survey::{Order, Survey};
 use crate::common::operation::Reply;
+use crate::common::runs::Cursor;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::quorum::health::FailureEpoch;
 use crate::quorum::vote::{Ballot, Rule, Verdict, vote};
@@ -62,21 +63,26 @@ impl Probing {
 
     /// Counts the votes again. What has a winner keeps it, so that an answer stays true; but after
     /// a failure of a replica that may have voted with old data all votes are counted anew.
-    pub(super) fn count(&mut self, ballots: &[Ballot<'_>], rule: Rule, now: FailureEpoch) {
+    pub(super) fn count(
+        &mut self,
+        ballots: &[Ballot<'_>],
+        (rule, any_copy): (Rule, &[SectorRange]),
+        now: FailureEpoch,
+    ) {
         if now == self.voted_at {
-            self.verdict.vote_again(self.range, ballots, rule);
+            self.verdict.vote_again(self.range, ballots, rule, any_copy);
         } else {
-            self.verdict = vote(self.range, ballots, rule);
+            self.verdict = vote(self.range, ballots, rule, any_copy);
             self.voted_at = now;
         }
     }
 
     /// The next parts to read; `None`: the search is over. The flag: the guest that waits can be
-    /// answered now. `votes`: how many votes a winner needs. `voters`: for each replica that
-    /// succeeded the runs on which it has no vote.
+    /// answered now. `votes`: how many votes a winner needs, and where one is enough. `voters`: for
+    /// each replica that succeeded the runs on which it has no vote.
     pub(super) fn next(
         &mut self,
-        votes: usize,
+        votes: (usize, &[SectorRange]),
         voters: &[Vec<SectorRange>],
     ) -> (Option<Parts>, bool) {
         assert!(self.pending.is_empty(), "one step at a time");
@@ -160,7 +166,12 @@ impl Probing {
     }
 
     /// How the sectors without a winner stand, if each version that is still to come were the same.
-    fn undecided(&self, votes: usize, voters: &[Vec<SectorRange>]) -> Undecided {
+    fn undecided(
+        &self,
+        (votes, any_copy): (usize, &[SectorRange]),
+        voters: &[Vec<SectorRange>],
+    ) -> Undecided {
+        let mut any_copy = Cursor::new(any_copy);
         let index = |sector: u64| usize::try_from(sector - self.range.start).expect("a fragment");
         let count = index(self.range.end());
         let mut possible = vec![voters.len() + self.surveys.len(); count];
@@ -188,6 +199,7 @@ impl Probing {
             .iter()
             .flat_map(|run| run.start..run.end())
         {
+            let votes = if any_copy.has(sector) { 1 } else { votes };
             if possible[index(sector)] < votes {
                 undecided.is_hopeless = true;
                 continue;

@@ -97,9 +97,9 @@ impl Wanted {
                 spreads,
                 prefers,
             }),
-            Work::Skip { replica, range } => Start::Skip(SkipOrder {
+            Work::Skip { purpose, range } => Start::Skip(SkipOrder {
                 chunk: id,
-                replica,
+                purpose,
                 range,
             }),
             Work::Flush => return Self::Flush(Origin::Job(id)),

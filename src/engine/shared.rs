@@ -34,7 +34,8 @@ use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, NotStarted, Sizes};
 use crate::quorum::health::{
-    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Preferable, Wanted, WriteBegun,
+    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Preferable, Remembered, Wanted,
+    WriteBegun,
 };
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
@@ -394,6 +395,21 @@ impl Shared {
         self.state().repairs.compare_first();
         // There is no other job.
         let _ = self.jobs(tell, |jobs, health| jobs.scrub(false, 0, health));
+    }
+
+    /// What the records must say of the replicas now (S2).
+    pub fn remembered(&self) -> Remembered {
+        self.health(Health::snapshot).remembered()
+    }
+
+    /// At the start: the records say this of the replicas, and that the last daemon has ended while
+    /// `changed` was being changed. Begins to recover that (S5).
+    pub fn restore(&self, remembered: &Remembered, changed: &RangeSet, tell: impl FnMut(JobEvent)) {
+        self.change_health(|health| health.restore(remembered, changed));
+        if !changed.is_empty() {
+            // There are not too many.
+            let _ = self.jobs(tell, |jobs, health| jobs.recover(health));
+        }
     }
 
     /// How the comparison has ended, once.

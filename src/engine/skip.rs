@@ -18,7 +18,7 @@ use super::range_locks::LockKey;
 use crate::common::operation::{Action, Reply};
 use crate::common::report::Fact;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::jobs::{ChunkEnd, ChunkId};
+use crate::jobs::{ChunkEnd, ChunkId, SkipPurpose};
 use crate::quorum::health::{FailureEpoch, Health};
 use crate::quorum::tally::Tally;
 
@@ -40,14 +40,14 @@ pub(super) struct Skip {
 #[derive(Clone, Copy, Debug)]
 pub(super) struct SkipOrder {
     pub(super) chunk: ChunkId,
-    /// The replica that a resync copies to.
-    pub(super) replica: Option<ReplicaIndex>,
+    pub(super) purpose: SkipPurpose,
     pub(super) range: SectorRange,
 }
 
 impl Skip {
     pub(super) fn begin(order: SkipOrder, context: &mut Context<'_, impl Effects>) -> Self {
-        let lock = order.replica.map(|_| context.lock(order.range));
+        let locks = order.purpose != SkipPurpose::Scrub;
+        let lock = locks.then(|| context.lock(order.range));
         let mut skip = Self {
             order,
             lock,
@@ -72,8 +72,13 @@ impl Skip {
         let (in_service, sources) = context
             .shared()
             .health(|health| (health.in_service(), fresh_in(health, range)));
-        let target: ReplicaSet = self.order.replica.into_iter().collect();
-        if target.and(in_service).is_empty() || !target.and(sources).is_empty() {
+        let target = self.order.target();
+        if let SkipPurpose::Resync(_) = self.order.purpose
+            && (target.and(in_service).is_empty() || !target.and(sources).is_empty())
+        {
+            return self.finish(0, context);
+        }
+        if sources.is_empty() {
             return self.finish(0, context);
         }
         self.asked_at = context.now();
@@ -139,11 +144,12 @@ impl Skip {
         let block_sectors = context.core.policy.block_sectors;
         let hole_sectors = self.hole_sectors - self.hole_sectors % block_sectors;
         let hole = SectorRange::new(self.order.range.start, hole_sectors);
-        let skipped = match self.order.replica {
+        let skipped = match self.order.purpose {
             _ if hole.count == 0 => 0,
-            None if self.is_equal(hole, context) => hole.count,
-            Some(replica) => self.freshen(replica, hole, context),
-            None => 0,
+            SkipPurpose::Scrub if self.is_equal(hole, context) => hole.count,
+            SkipPurpose::Scrub => 0,
+            SkipPurpose::Resync(replica) => self.freshen(replica, hole, context),
+            SkipPurpose::Recover => self.recover(hole, context),
         };
         self.finish(skipped, context)
     }
@@ -194,8 +200,37 @@ impl Skip {
         hole.count
     }
 
+    /// Takes `hole` for recovered, if all replicas that vote on all of it have it, and are enough
+    /// (S5). Returns how many sectors are.
+    fn recover(&self, hole: SectorRange, context: &mut Context<'_, impl Effects>) -> u64 {
+        let (asked, began) = (self.tally.succeeded(), self.began);
+        let is_equal = context.shared().change_health(|health| {
+            let sources = fresh_in(health, hole);
+            let is_partly_stale = |replica: ReplicaIndex| {
+                !sources.contains(replica) && health.stale_parts(replica, hole) != [hole]
+            };
+            let is_equal = sources.len() >= health.threshold()
+                && !health.in_service().iter().any(is_partly_stale)
+                && sources.without(asked).is_empty()
+                && are_confirmed(health, sources, hole)
+                && health.failed_since(began).and(sources).is_empty()
+                && health.unrecovered().within(hole) == [hole];
+            if is_equal {
+                // The others have not been asked.
+                let others = health.members().without(sources);
+                let others: Vec<_> = others.iter().map(|other| (other, vec![hole])).collect();
+                health.decide(&[hole], &others);
+            }
+            is_equal
+        });
+        if !is_equal {
+            return 0;
+        }
+        hole.count
+    }
+
     fn finish(&mut self, skipped: u64, context: &mut Context<'_, impl Effects>) -> Progress {
-        let unread = if self.order.replica.is_none() && skipped > 0 {
+        let unread = if self.order.purpose == SkipPurpose::Scrub && skipped > 0 {
             let hole = SectorRange::new(self.order.range.start, skipped);
             context.core.unread(hole, self.tally.succeeded())
         } else {
@@ -249,9 +284,17 @@ impl Skip {
 
     /// The replicas that were asked, or will be.
     pub(super) fn refers_to(&self) -> ReplicaSet {
-        self.tally
-            .asked()
-            .or(self.order.replica.into_iter().collect())
+        self.tally.asked().or(self.order.target())
+    }
+}
+
+impl SkipOrder {
+    /// The replica that a resync copies to.
+    fn target(&self) -> ReplicaSet {
+        match self.purpose {
+            SkipPurpose::Resync(replica) => std::iter::once(replica).collect(),
+            SkipPurpose::Scrub | SkipPurpose::Recover => ReplicaSet::EMPTY,
+        }
     }
 }
 

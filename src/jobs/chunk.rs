@@ -43,13 +43,24 @@ pub enum Work {
     },
     /// Find out how much of the range is a hole on every replica concerned, from its start on.
     Skip {
-        /// The replica that a resync copies to. It is fresh then in what is skipped.
-        replica: Option<ReplicaIndex>,
+        /// What becomes of it.
+        purpose: SkipPurpose,
         /// The sectors.
         range: SectorRange,
     },
     /// Flush what the job has written.
     Flush,
+}
+
+/// What a job does where all replicas have a hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SkipPurpose {
+    /// The replica that a resync copies to is fresh there.
+    Resync(ReplicaIndex),
+    /// A scrub need not read it.
+    Scrub,
+    /// It is recovered.
+    Recover,
 }
 
 /// The result of a chunk.

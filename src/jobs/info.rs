@@ -49,6 +49,8 @@ pub enum JobKind {
     NeighbourhoodScrub,
     /// Where no vote has a winner, writes what this replica holds to the others.
     Prefer(ReplicaIndex),
+    /// Makes the replicas equal where an unclean end of the disk may have left differences (S5).
+    Recovery,
 }
 
 impl JobKind {
@@ -56,7 +58,7 @@ impl JobKind {
     pub fn replica(self) -> Option<ReplicaIndex> {
         match self {
             Self::Resync(replica) | Self::Prefer(replica) => Some(replica),
-            Self::Scrub { .. } | Self::NeighbourhoodScrub => None,
+            Self::Scrub { .. } | Self::NeighbourhoodScrub | Self::Recovery => None,
         }
     }
 
@@ -67,6 +69,7 @@ impl JobKind {
             Self::Scrub { .. } => "quorum-scrub",
             Self::NeighbourhoodScrub => "quorum-neighbourhood-scrub",
             Self::Prefer(_) => "quorum-prefer",
+            Self::Recovery => "quorum-recovery",
         }
     }
 }

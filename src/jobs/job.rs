@@ -86,21 +86,25 @@ impl Job {
             Task::Scrub { repair, .. } => JobKind::Scrub { repair: *repair },
             Task::Neighbourhood { .. } => JobKind::NeighbourhoodScrub,
             Task::Prefer { replica, .. } => JobKind::Prefer(*replica),
+            Task::Recover { .. } => JobKind::Recovery,
         }
     }
 
     pub(super) fn info(&self, health: &Health) -> JobInfo {
         let in_flight = self.in_flight.iter().filter_map(|chunk| chunk.range);
         let left = match &self.task {
-            // The sectors of a chunk in flight are still stale.
-            Task::Resync { .. } => self.task.left_sectors(health),
+            // The sectors of a chunk in flight are still stale, or unrecovered.
+            Task::Resync { .. } | Task::Recover { .. } => self.task.left_sectors(health),
             Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => {
                 self.task.left_sectors(health) + in_flight.map(|range| range.count).sum::<u64>()
             }
         };
         let target = match &self.task {
             Task::Resync { replica, .. } => Some(*replica),
-            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => None,
+            Task::Scrub { .. }
+            | Task::Neighbourhood { .. }
+            | Task::Prefer { .. }
+            | Task::Recover { .. } => None,
         };
         let findings = self.record.findings(target, health);
         let sum = |of: fn(&Findings) -> u64| findings.values().map(of).sum();
@@ -221,7 +225,10 @@ impl Job {
                 ..
             } if *arrivals == health.arrivals() => *not_before,
             Task::Resync { .. } => Duration::ZERO,
-            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => Duration::ZERO,
+            Task::Scrub { .. }
+            | Task::Neighbourhood { .. }
+            | Task::Prefer { .. }
+            | Task::Recover { .. } => Duration::ZERO,
         };
         let by_pace = if self.speed_bytes > 0 {
             (self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX).then_some(self.not_before)
@@ -371,9 +378,10 @@ impl Job {
                 *failed |= end.failed || chunk.range.is_some_and(is_left);
                 written
             }
-            Task::Scrub { .. } | Task::Neighbourhood { .. } | Task::Prefer { .. } => {
-                chunk.range.map_or(0, |range| range.count)
-            }
+            Task::Scrub { .. }
+            | Task::Neighbourhood { .. }
+            | Task::Prefer { .. }
+            | Task::Recover { .. } => chunk.range.map_or(0, |range| range.count),
         };
         if let Task::Scrub { end_sector, .. } = self.task {
             assert!(

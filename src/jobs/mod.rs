@@ -36,7 +36,7 @@ mod task;
 use std::collections::VecDeque;
 use std::time::Duration;
 
-pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Found, Next, Work};
+pub use self::chunk::{Chunk, ChunkEnd, ChunkId, Found, Next, SkipPurpose, Work};
 pub use self::findings::{Findings, FindingsByReplica, Places};
 pub use self::holes::HoleSizes;
 pub use self::info::{
@@ -227,6 +227,14 @@ impl Jobs {
             return Err(NotStarted::NotAReplica);
         }
         self.start(Task::prefer(replica, undecided), speed_bytes, true, health)
+    }
+
+    /// Starts the recovery of what is unrecovered (S5).
+    ///
+    /// # Errors
+    /// If there are too many jobs.
+    pub fn recover(&mut self, health: &Health) -> Result<JobId, NotStarted> {
+        self.start(Task::recover(), 0, true, health)
     }
 
     /// Pauses a job: it starts no chunk until it is resumed.

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use super::Work;
 use super::holes::{HoleSizes, Holes};
+use super::{SkipPurpose, Work};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::quorum::health::Health;
@@ -48,6 +48,11 @@ pub(super) enum Task {
         replica: ReplicaIndex,
         left: RangeSet,
     },
+    /// What is unrecovered after an unclean end of the disk (S5), in one pass.
+    Recover {
+        cursor_sector: u64,
+        holes: Holes,
+    },
 }
 
 impl Task {
@@ -80,10 +85,23 @@ impl Task {
         Self::Prefer { replica, left }
     }
 
+    pub(super) fn recover() -> Self {
+        Self::Recover {
+            cursor_sector: 0,
+            holes: Holes::default(),
+        }
+    }
+
     /// Whether a chunk can start, or a pass can end.
     pub(super) fn has_work(&self, in_flight: bool, health: &Health) -> bool {
         match self {
-            Self::Resync { holes, .. } | Self::Scrub { holes, .. } if holes.is_asking() => false,
+            Self::Resync { holes, .. }
+            | Self::Scrub { holes, .. }
+            | Self::Recover { holes, .. }
+                if holes.is_asking() =>
+            {
+                false
+            }
             Self::Resync {
                 replica,
                 cursor_sector,
@@ -100,6 +118,9 @@ impl Task {
                 ..
             } => cursor_sector < end_sector,
             Self::Neighbourhood { left } | Self::Prefer { left, .. } => !left.is_empty(),
+            Self::Recover { cursor_sector, .. } => {
+                health.next_unrecovered(*cursor_sector).is_some()
+            }
         }
     }
 
@@ -114,6 +135,9 @@ impl Task {
                 ..
             } => cursor_sector >= end_sector,
             Self::Neighbourhood { left } | Self::Prefer { left, .. } => left.is_empty(),
+            Self::Recover { cursor_sector, .. } => {
+                health.next_unrecovered(*cursor_sector).is_none()
+            }
         }
     }
 
@@ -121,7 +145,10 @@ impl Task {
     pub(super) fn awaits_flush(&self, health: &Health) -> bool {
         match self {
             Self::Resync { replica, .. } => health.awaits_flush(*replica),
-            Self::Scrub { .. } | Self::Neighbourhood { .. } | Self::Prefer { .. } => false,
+            Self::Scrub { .. }
+            | Self::Neighbourhood { .. }
+            | Self::Prefer { .. }
+            | Self::Recover { .. } => false,
         }
     }
 
@@ -134,6 +161,7 @@ impl Task {
                 ..
             } => end_sector - cursor_sector,
             Self::Neighbourhood { left } | Self::Prefer { left, .. } => left.sectors(),
+            Self::Recover { .. } => health.unrecovered().sectors(),
         }
     }
 
@@ -158,8 +186,8 @@ impl Task {
                 if let Some(blank) = blank.filter(|blank| holes.is_due(*blank, &sizes)) {
                     let range = chunk_of(blank, sizes.locked, block_sectors);
                     holes.ask(range);
-                    let replica = Some(*replica);
-                    return Some(Work::Skip { replica, range });
+                    let purpose = SkipPurpose::Resync(*replica);
+                    return Some(Work::Skip { purpose, range });
                 }
                 let range = chunk_of(stale, most, block_sectors);
                 *cursor_sector = range.end();
@@ -178,8 +206,8 @@ impl Task {
                 if holes.is_due(left, &sizes) {
                     let range = SectorRange::new(left.start, left.count.min(sizes.asked));
                     holes.ask(range);
-                    let replica = None;
-                    return Some(Work::Skip { replica, range });
+                    let purpose = SkipPurpose::Scrub;
+                    return Some(Work::Skip { purpose, range });
                 }
                 let count = most.min(*end_sector - *cursor_sector);
                 let range = SectorRange::new(*cursor_sector, count);
@@ -204,6 +232,26 @@ impl Task {
                 spreads: false,
                 prefers: Some(*replica),
             }),
+            Self::Recover {
+                cursor_sector,
+                holes,
+            } => {
+                let left = health.next_unrecovered(*cursor_sector)?;
+                if holes.is_due(left, &sizes) {
+                    let range = chunk_of(left, sizes.locked, block_sectors);
+                    holes.ask(range);
+                    let purpose = SkipPurpose::Recover;
+                    return Some(Work::Skip { purpose, range });
+                }
+                let range = chunk_of(left, most, block_sectors);
+                *cursor_sector = range.end();
+                Some(Work::Scrub {
+                    range,
+                    repair: false,
+                    spreads: false,
+                    prefers: None,
+                })
+            }
         }
     }
 }
@@ -225,6 +273,10 @@ impl Task {
                 cursor_sector,
                 holes,
                 ..
+            }
+            | Self::Recover {
+                cursor_sector,
+                holes,
             } => *cursor_sector = holes.answered(skipped, sizes),
             Self::Neighbourhood { .. } | Self::Prefer { .. } => {
                 unreachable!("it asks for no holes")

@@ -273,6 +273,7 @@ impl World {
                     other.preferred &= !sectors;
                 }
             }
+            self.recovering &= !sectors;
             self.ledger.mixed &= !sectors;
             self.ledger.accusable &= !sectors;
             self.ledger.overruled &= !sectors;

@@ -4,7 +4,8 @@
 //! them and the replicas can answer are explored with the real engine, one input at a time. At each
 //! moment a sector of a replica may hold, after a crash, any of the values written to it since it
 //! was last made durable, those in flight included, whatever the other sectors and replicas hold.
-//! All these combinations are voted on.
+//! For every start that is allowed then, all these combinations are voted on: by the
+//! replicas that are not remembered to be stale there.
 //!
 //! Two paths that lead to the same state are followed once. What makes a state is what every
 //! replica may hold and has answered, and the order in which requests began and ended; replicas are
@@ -59,11 +60,6 @@ pub struct Found {
     pub states: u64,
     /// Crash states of a sector, over all replicas.
     pub crash_states: u64,
-    /// Those that no version wins although N is odd and none failed: the sector had two or more
-    /// writes that were not flushed, and so three versions.
-    pub three_versions: u64,
-    /// Those that no version wins, or a stale one, because N is even or a replica had failed.
-    pub undecided: u64,
 }
 
 /// One step of a path.
@@ -99,6 +95,7 @@ struct Held {
 struct State<'a> {
     case: Case,
     history: &'a [Act],
+    shared: Arc<Shared>,
     engine: Engine,
     pool: BufferPool,
     effects: Collected,
@@ -175,7 +172,7 @@ impl<'a> State<'a> {
         let mut engine = Engine::new(
             WorkerIndex(0),
             policy,
-            shared,
+            Arc::clone(&shared),
             pool.clone(),
             TurnClock::default(),
         );
@@ -184,6 +181,7 @@ impl<'a> State<'a> {
         Self {
             case,
             history,
+            shared,
             engine,
             pool,
             effects: Collected::default(),
@@ -373,10 +371,21 @@ impl<'a> State<'a> {
 
     /// The power fails now.
     fn check(&self, votes: &mut Votes, found: &mut Found) -> Result<(), Violation> {
+        let remembered = self.shared.remembered();
         let mut model = self.model.clone();
         model.crashed(self.now);
         for sector in 0..SECTORS {
             let permitted: Vec<Value> = model.permitted(sector).collect();
+            let range = SectorRange::new(sector as u64, 1);
+            let stand = |replica: usize| {
+                let copies = &remembered.copies[replica];
+                match () {
+                    () if copies.stale.overlaps(range) => Stand::Stale,
+                    () if copies.doubtful.overlaps(range) => Stand::Doubtful,
+                    () => Stand::Fresh,
+                }
+            };
+            let stands: Vec<Stand> = (0..self.case.replicas).map(stand).collect();
             let mut choice = vec![0; self.case.replicas];
             loop {
                 let values: Vec<Value> = choice
@@ -385,7 +394,7 @@ impl<'a> State<'a> {
                     .map(|(place, held)| held.possible[sector][*place])
                     .collect();
                 found.crash_states += 1;
-                self.check_crash_state(&permitted, &values, votes, found)?;
+                self.check_crash_state(&permitted, &values, &stands, votes)?;
                 // The next combination.
                 let next = (0..choice.len())
                     .find(|r| choice[*r] + 1 < self.held[*r].possible[sector].len());
@@ -397,47 +406,58 @@ impl<'a> State<'a> {
         Ok(())
     }
 
+    /// I5: whichever replicas are started again, as many as may start, there is a winner, and it is
+    /// permitted.
     fn check_crash_state(
         &self,
         permitted: &[Value],
         values: &[Value],
+        stands: &[Stand],
         votes: &mut Votes,
-        found: &mut Found,
     ) -> Result<(), Violation> {
         let Case {
             replicas,
             threshold,
-            fails,
+            ..
         } = self.case;
-        let good = values
-            .iter()
-            .filter(|value| permitted.contains(value))
-            .count();
-        let text = || format!("crash state {values:?}, permitted {permitted:?}:");
-        if good < threshold {
-            return Err(Violation::new("I2", text() + " a flushed write is lost,"));
-        }
-        match votes.winner(values, threshold) {
-            Some(winner) if permitted.contains(&winner) => {}
-            // What is stale is not known after a crash, and t replicas are no majority.
-            Some(_) if fails.is_some() && 2 * threshold <= replicas => found.undecided += 1,
-            Some(_) => {
-                return Err(Violation::new(
-                    "I2",
-                    text() + " a flushed write is outvoted,",
-                ));
+        for present in 1_u32..1 << replicas {
+            let present_count = usize::try_from(present.count_ones()).expect("few");
+            let missing = replicas - present_count;
+            if present_count < threshold || missing >= threshold {
+                continue;
             }
-            None if replicas % 2 == 0 || threshold != replicas / 2 + 1 || fails.is_some() => {
-                found.undecided += 1
+            let of = |stand: Stand| {
+                let present = bits(u64::from(present)).filter(|r| stands[*r] == stand);
+                present.map(|replica| values[replica]).collect()
+            };
+            let fresh: Vec<Value> = of(Stand::Fresh);
+            let doubtful = match fresh.len() < threshold {
+                true => of(Stand::Doubtful),
+                false => Vec::new(),
+            };
+            let text = || format!("crash state {values:?}, {stands:?}, permitted {permitted:?}:");
+            match votes.winner(fresh, doubtful) {
+                Some(winner) if permitted.contains(&winner) => {}
+                Some(_) => {
+                    let text = text() + &format!(" {present:b} believe a stale copy,");
+                    return Err(Violation::new("S2", text));
+                }
+                None => {
+                    let text = text() + &format!(" no version wins on {present:b},");
+                    return Err(Violation::new("I5", text));
+                }
             }
-            // What was flushed, and one write since.
-            None if permitted.len() <= 2 => {
-                return Err(Violation::new("I5", text() + " no version wins,"));
-            }
-            None => found.three_versions += 1,
         }
         Ok(())
     }
+}
+
+/// How a copy of a sector is remembered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stand {
+    Fresh,
+    Doubtful,
+    Stale,
 }
 
 impl Act {
@@ -463,22 +483,30 @@ fn step_of(flight: &Flight) -> Step {
     }
 }
 
-/// The outcomes of votes, each counted by the real vote once.
+/// The outcomes of votes of copies that are all legal, each counted by the real vote once: of those
+/// that are fresh, and of doubtful ones.
 #[derive(Debug, Default)]
-struct Votes(BTreeMap<(Vec<Value>, usize), Option<Value>>);
+struct Votes(BTreeMap<(Vec<Value>, Vec<Value>), Option<Value>>);
 
 impl Votes {
-    fn winner(&mut self, values: &[Value], threshold: usize) -> Option<Value> {
-        let key = (values.to_vec(), threshold);
-        *self.0.entry(key).or_insert_with(|| {
+    fn winner(&mut self, fresh: Vec<Value>, doubtful: Vec<Value>) -> Option<Value> {
+        let values: Vec<Value> = fresh.iter().chain(&doubtful).copied().collect();
+        let (fresh_count, all) = (fresh.len(), values.len());
+        *self.0.entry((fresh, doubtful)).or_insert_with(|| {
             let sectors: Vec<[u8; SECTOR_LEN]> =
                 values.iter().map(|value| sector_of(*value)).collect();
+            let sector = SectorRange::new(0, 1);
             let ballot = |replica: usize| {
                 let index = ReplicaIndex(u8::try_from(replica).expect("few"));
-                Ballot::new(index, &sectors[replica], Vec::new())
+                let mut ballot = Ballot::new(index, &sectors[replica], Vec::new());
+                if fresh_count > 0 && replica >= fresh_count {
+                    ballot.supporting.push(sector);
+                }
+                ballot
             };
-            let ballots: Vec<Ballot<'_>> = bits((1 << values.len()) - 1).map(ballot).collect();
-            let verdict = vote(SectorRange::new(0, 1), &ballots, Rule::Threshold(threshold));
+            let ballots: Vec<Ballot<'_>> = (0..all).map(ballot).collect();
+            let rule = Rule::Threshold(all.max(1));
+            let verdict = vote(sector, &ballots, rule, &[sector]);
             verdict
                 .winners
                 .first()

@@ -14,7 +14,9 @@ impl World {
     /// Notes which sectors of failed writes a vote has decided. From then on every replica that is
     /// not stale there holds the winner.
     pub(super) fn note_decisions(&mut self) -> Checked {
+        let earlier = self.view_before;
         self.view.refresh(&self.shared, self.plan.disk());
+        self.note_recovered(&earlier)?;
         if self.ledger.mixed == 0 && self.undecided == 0 && self.view.undecided == 0 {
             return Ok(());
         }

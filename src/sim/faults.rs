@@ -2,14 +2,12 @@
 
 use std::time::Duration;
 
-use super::Violation;
-use super::ledger::{Ledger, count};
+use super::ledger::Masks;
 use super::model::Value;
-use super::plan::{bits, mask_below, widen};
+use super::plan::{bits, mask_below, mask_of, widen};
 use super::repair_limit::Unasked;
 use super::staleness::Staleness;
 use super::state::{Checked, World, trace};
-use crate::common::ReplicaIndex;
 
 impl World {
     /// What happens by itself before each step: mostly nothing.
@@ -49,7 +47,8 @@ impl World {
             };
         }
         if self.random.chance(faults.crash) {
-            return self.crash();
+            let killed = self.random.below(3) == 0;
+            return self.crash(killed);
         }
         if self.random.chance(faults.full) {
             let time = self.plan.step * u32::try_from(1 + self.random.below(60)).expect("few");
@@ -142,27 +141,25 @@ impl World {
         }
     }
 
-    /// The host crashes: what is in flight or not durable is there afterwards or not, sector by
-    /// sector and replica by replica. Then the daemon starts again, with no record of anything.
-    fn crash(&mut self) -> Checked {
-        trace!(self, "-- crash");
-        self.statistics.crashes += 1;
+    /// The host crashes, or the daemon is `killed`: what is in flight, and after a crash also what
+    /// is not durable, is there afterwards or not, sector by sector and replica by replica. Then
+    /// the daemon starts again, and knows from its records which replicas are stale where.
+    fn crash(&mut self, killed: bool) -> Checked {
+        trace!(self, "-- {}", if killed { "kill" } else { "crash" });
+        match killed {
+            true => self.statistics.kills += 1,
+            false => self.statistics.crashes += 1,
+        }
         for index in 0..self.flights.len() {
             let sectors = self.random.bits();
             self.crash_in_flight(index, sectors);
         }
-        let stale = |replica: &usize| {
-            let index = ReplicaIndex(u8::try_from(*replica).expect("few"));
-            self.shared
-                .jobs(|_| (), |_, health| health.stale_sectors(index))
-                > 0
-        };
-        let new = bits(u64::from(self.unsynced)).filter(stale);
-        let mut unsynced = new.fold(0, |mask, replica| mask | 1 << replica);
+        // What the records say.
+        let remembered = self.shared.remembered();
         (self.to_be_released, self.unsynced) = (0, 0);
         self.jobs.clear();
         self.asked_resyncs.clear();
-        for replica in self.members() {
+        for replica in self.members().filter(|_| !killed) {
             let sectors = self.random.bits();
             self.write_back(replica, sectors);
             self.replicas[replica].crash(0);
@@ -177,7 +174,10 @@ impl World {
         self.pending.clear();
         self.preferences.clear();
         self.now += 1;
-        self.model.crashed(self.now);
+        match killed {
+            true => self.model.killed(self.now),
+            false => self.model.crashed(self.now),
+        }
         self.crashed = true;
         self.tick_wanted = 0;
         self.undecided = 0;
@@ -185,59 +185,33 @@ impl World {
         self.ledger.any = before.any;
         self.ledger.unreadable = before.unreadable;
         self.ledger.unwritable = before.unwritable;
-        (self.ledger.at_risk, self.ledger.lost_by_crash) = (before.at_risk, before.lost_by_crash);
-        for sector in 0..self.changed_at.len() {
-            let good = self.check_after_crash(sector, &before)?;
-            let left = usize::try_from((good & !unsynced).count_ones()).expect("few");
-            if left < self.threshold {
-                unsynced = 0;
-            }
+        if killed {
+            self.ledger.corrupt = before.corrupt;
+            self.ledger.dropped = before.dropped;
+            self.ledger.falsely_durable = before.falsely_durable;
         }
-        // The operator does not give a replica that was added and is still stale to the next
-        // daemon, which would take it for a good one; unless too few are left without it.
-        self.members &= !unsynced;
+        (self.ledger.at_risk, self.ledger.lost_by_crash) = (before.at_risk, before.lost_by_crash);
+        let mut missed = Masks::default();
+        for replica in self.members() {
+            let copies = &remembered.copies[replica];
+            let [stale, doubtful] =
+                [&copies.stale, &copies.doubtful].map(|set| mask_of(set.iter()));
+            missed[replica] = stale;
+            let stale = stale | doubtful;
+            self.ledger.excused[replica] = stale;
+            self.ledger.unsound[replica] = stale;
+            self.ledger.written[replica] = self.plan.mask(self.plan.disk());
+            self.staleness
+                .restored(replica, stale, self.plan.mask(self.plan.disk()));
+        }
+        for sector in 0..self.changed_at.len() {
+            self.check_after_crash(sector, &before, (&missed, killed))?;
+        }
         self.members_ever = self.count();
         // The operator has changed the command line too.
         self.plan.threshold = self.threshold;
         self.start_engines();
+        self.restore(&remembered, killed)?;
         self.compare_first()
-    }
-
-    /// What a sector holds after a crash (I2). Returns the replicas that hold what was flushed, or
-    /// later, a mask.
-    fn check_after_crash(&mut self, sector: usize, before: &Ledger) -> Result<u32, Violation> {
-        let bit = 1 << sector;
-        let (mut good, mut versions) = (0_u32, Vec::new());
-        for replica in self.members() {
-            let value = self.replicas[replica].value(sector);
-            let permitted = self.model.is_permitted(sector, value, self.now);
-            let excused = (before.corrupt[replica] | before.falsely_durable[replica]) & bit != 0;
-            good |= u32::from(permitted || excused) << replica;
-            if !permitted {
-                self.ledger.corrupt[replica] |= bit;
-            } else if !versions.contains(&value) {
-                versions.push(value);
-            }
-        }
-        if versions.len() > 1 {
-            self.mark_accusable(bit);
-        }
-        let is_lost = before.lost_by_crash & bit != 0;
-        if !is_lost && usize::try_from(good.count_ones()).expect("few") < self.threshold {
-            let text = format!("only {good:b} hold what was flushed, or later, of {sector}");
-            return Err(Violation::new("I2", text).at(bit));
-        }
-        let explained = count(&before.corrupt, sector)
-            + count(&before.excused, sector)
-            + count(&self.ledger.corrupt, sector);
-        if versions.len() > 2 && explained == 0 {
-            self.statistics.three_versions += 1;
-            trace!(
-                self,
-                at bit,
-                "after the crash {sector} has the versions {versions:?}"
-            );
-        }
-        Ok(good)
     }
 }

@@ -132,6 +132,11 @@ impl Flight {
         self.operation.action.is_long()
     }
 
+    /// Whether a job asks for holes.
+    pub(super) fn is_question(&self) -> bool {
+        matches!(self.operation.action, Action::FindData { .. })
+    }
+
     pub(super) fn is_flush(&self) -> bool {
         matches!(self.operation.action, Action::Flush)
     }

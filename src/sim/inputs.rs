@@ -123,6 +123,7 @@ impl World {
                 overlapped |= both;
             }
         }
+        self.untouched &= !sectors;
         let write = PendingWrite {
             number,
             zeroes,

@@ -55,6 +55,7 @@ pub mod plan;
 pub mod policy;
 mod preferring;
 pub mod random;
+mod recovery;
 mod repair_limit;
 pub mod replica;
 mod reports;

@@ -327,6 +327,18 @@ impl Model {
         }
     }
 
+    /// The daemon was killed. What the guest has no answer to may be there or not.
+    pub fn killed(&mut self, now: Moment) {
+        for written in self.sectors.iter_mut().flatten() {
+            written.ended = written.ended.min(now);
+            written.again = false;
+            if !written.acknowledged {
+                written.first_end = NEVER;
+                written.last_begin = written.began;
+            }
+        }
+    }
+
     /// The values that a read from now on may return.
     pub fn permitted(&self, sector: usize) -> impl Iterator<Item = Value> + '_ {
         let all = &self.sectors[sector];

@@ -61,6 +61,9 @@ impl World {
             self.engines[other].self_check();
             self.note_evictions();
             self.note_threshold()?;
+            self.view_before = self.view;
+            self.note_recovering_writes(worker, &effects)?;
+            self.note_recovering_writes(other, &others)?;
             self.note_decisions()?;
             self.note_owed();
             self.carry_out(&mut effects, before, &mut checks)?;
@@ -74,6 +77,8 @@ impl World {
             self.engines[worker].self_check();
             self.note_evictions();
             self.note_threshold()?;
+            self.view_before = self.view;
+            self.note_recovering_writes(worker, &effects)?;
             self.note_decisions()?;
             self.note_owed();
         }

@@ -67,6 +67,13 @@ impl Staleness {
             | self.flushing_before[replica];
     }
 
+    /// The daemon starts: the replica is remembered to be stale in `stale`, and `changed` may not
+    /// be durable on it.
+    pub(super) fn restored(&mut self, replica: usize, stale: u64, changed: u64) {
+        self.possible[replica] = stale;
+        self.unflushed[replica] = changed;
+    }
+
     /// Another replica has the place, and is stale everywhere.
     pub(super) fn added(&mut self, replica: usize) {
         self.possible[replica] = u64::MAX;

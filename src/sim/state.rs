@@ -72,6 +72,8 @@ pub struct World {
     pub(super) ledger: Ledger,
     pub(super) staleness: Staleness,
     pub(super) view: View,
+    /// The same before the last input.
+    pub(super) view_before: View,
     pub(super) collected: Collected,
     /// The writes of what a preferred replica holds.
     pub(super) preferences: Vec<Preference>,
@@ -147,6 +149,11 @@ pub struct World {
     pub(super) timed_out: u32,
     /// The sectors of failed writes that no vote has decided, as the engines know them, a mask.
     pub(super) undecided: u64,
+    /// Those of them that are to be recovered after an unclean end (S5), and were not written
+    /// since.
+    pub(super) recovering: u64,
+    /// Those of them to which the guest has not submitted a write since.
+    pub(super) untouched: u64,
     /// What has been repaired unasked (O5).
     pub(super) unasked: Unasked,
     /// Where repairs and copies of a resync have written, since the last look.
@@ -224,6 +231,8 @@ impl World {
             accused: 0,
             timed_out: 0,
             undecided: 0,
+            recovering: 0,
+            untouched: 0,
             unasked: Unasked::default(),
             rewritten: Masks::default(),
             completed_job: None,
@@ -241,6 +250,7 @@ impl World {
             ledger: Ledger::default(),
             staleness: Staleness::default(),
             view: View::default(),
+            view_before: View::default(),
             collected: Collected::default(),
             preferences: Vec::new(),
             before_input: Failures::default(),
@@ -411,7 +421,8 @@ impl World {
         self.wakes_at(flight.replica()).max(slow)
     }
 
-    /// Whether nothing is in flight but operations of replicas that are evicted.
+    /// Whether nothing is in flight but operations of replicas that are evicted, and questions of
+    /// jobs: no request waits for those.
     pub(super) fn is_quiet(&self) -> bool {
         self.wakes.is_empty()
             && self.held.is_empty()
@@ -420,7 +431,7 @@ impl World {
             && self
                 .flights
                 .iter()
-                .all(|flight| self.is_evicted(flight.replica()))
+                .all(|flight| self.is_evicted(flight.replica()) || flight.is_question())
     }
 
     /// When the oldest request in flight began.

@@ -13,6 +13,8 @@ pub struct Statistics {
     pub held: u64,
     /// Crashes.
     pub crashes: u64,
+    /// Kills of the daemon.
+    pub kills: u64,
     /// Reports that a replica holds a corrupt version.
     pub accusations: u64,
     /// Evictions.
@@ -49,6 +51,7 @@ impl Statistics {
         self.failed += other.failed;
         self.held += other.held;
         self.crashes += other.crashes;
+        self.kills += other.kills;
         self.accusations += other.accusations;
         self.evictions += other.evictions;
         self.three_versions += other.three_versions;

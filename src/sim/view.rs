@@ -16,6 +16,8 @@ pub(super) struct View {
     pub(super) stale: Masks,
     /// Where a write has failed, and no vote has decided what the disk holds.
     pub(super) undecided: u64,
+    /// Those of them in which any copy is legal (S5).
+    pub(super) unrecovered: u64,
     /// Whether the next flush of the guest fails, because writes may be undone.
     pub(super) owes_failure: bool,
 }
@@ -44,6 +46,7 @@ impl View {
             changes: None,
             stale,
             undecided,
+            unrecovered: mask_of(health.unrecovered().iter()),
             owes_failure: health.owes_failure(),
         }
     }

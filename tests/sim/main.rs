@@ -76,7 +76,18 @@ fn keeps_the_contract() {
 /// states are counted.)
 #[test]
 fn crash_states_of_small_histories() {
-    for (replicas, threshold, longest) in [(1, 1, 3), (2, 2, 3), (2, 1, 3), (3, 2, 3), (5, 3, 2)] {
+    let cases = [
+        (1, 1, 3),
+        (2, 1, 3),
+        (2, 2, 3),
+        (3, 1, 3),
+        (3, 2, 3),
+        (3, 3, 3),
+        (4, 2, 2),
+        (4, 3, 2),
+        (5, 3, 2),
+    ];
+    for (replicas, threshold, longest) in cases {
         for length in 1..=longest {
             let failures = (0..usize::try_from(length).unwrap()).map(Some);
             for fails in failures.chain([None]) {

@@ -254,7 +254,7 @@ impl Confirmation {
     /// The vote of the replicas that could read all of the range.
     fn vote(&self, rule: Rule, disputed: &Disputed, core: &Core) -> Verdict {
         let ballots = ballots(&self.replies, &[], disputed, core);
-        vote(self.replies.range(), &ballots, rule)
+        vote(self.replies.range(), &ballots, rule, &disputed.unrecovered)
     }
 
     /// Where a difference is no fault (W7).
@@ -335,13 +335,14 @@ impl Confirmation {
         let disputed = core.shared.health(|health| health.disputed(range, votes));
         let ballots = ballots(&self.replies, probing.surveys(), &disputed, core);
         let epoch = core.shared.failure_epoch();
-        probing.count(&ballots, self.terms.rule, epoch);
+        let any_copy = &disputed.unrecovered[..];
+        probing.count(&ballots, (self.terms.rule, any_copy), epoch);
         let succeeded = self.replies.tally().succeeded();
         let voters = ballots
             .into_iter()
             .filter(|ballot| succeeded.contains(ballot.replica));
         let excluded: Vec<_> = voters.map(|ballot| ballot.stale).collect();
-        let (parts, answers) = probing.next(votes, &excluded);
+        let (parts, answers) = probing.next((votes, any_copy), &excluded);
         let Some((replica, parts)) = parts else {
             return self.probed(context);
         };
@@ -429,14 +430,15 @@ impl Confirmation {
             context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
-        let settled = self.settle(disputed, &verdict, context);
+        let (settled, by_few) = self.settle(disputed, &verdict, context);
         self.note_undecided(&verdict, context);
         self.spread(&verdict, context);
         self.preferences = self.prefer(&mut verdict, disputed, context);
         self.note_unread(&verdict.undecided, context);
         self.end.undecided.clone_from(&verdict.undecided);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
-        let waits = verdict.undecided.is_empty() && !disputed.lacking.is_empty();
+        let lacks = by_few || !disputed.lacking.is_empty();
+        let waits = verdict.undecided.is_empty() && lacks;
         self.withheld = winner.clone().filter(|_| waits);
         self.voted.clone_from(&disputed.lacking);
         let differs = self.first_difference(disputed, &verdict, context.core);

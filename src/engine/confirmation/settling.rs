@@ -13,15 +13,16 @@ use crate::quorum::vote::{Rule, Verdict};
 impl Confirmation {
     /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
     /// from now on, before the guest has its answer. Returns where the winner is to be written
-    /// although no replica is at fault.
+    /// although no replica is at fault, and whether too few replicas hold it until then although
+    /// one vote was enough (S5).
     pub(super) fn settle(
         &self,
         disputed: &Disputed,
         verdict: &Verdict,
         context: &mut Context<'_, impl Effects>,
-    ) -> Vec<(ReplicaIndex, Vec<SectorRange>)> {
+    ) -> (Vec<(ReplicaIndex, Vec<SectorRange>)>, bool) {
         if disputed.is_empty() {
-            return Vec::new();
+            return (Vec::new(), false);
         }
         let block_sectors = context.core.policy.block_sectors;
         let left = &verdict.undecided;
@@ -33,6 +34,19 @@ impl Confirmation {
             let mut excused = verdict.excused.iter();
             let runs = excused.find(|(loser, _)| *loser == replica);
             runs.map_or(&[][..], |(_, runs)| &runs[..])
+        };
+        let recovered = runs::common(&now, &disputed.unrecovered);
+        // S5: copies without a vote may be what has lost.
+        let without_vote = |member: ReplicaIndex| {
+            if recovered.is_empty() {
+                return Vec::new();
+            }
+            let (stale, doubtful) = shared.health(|health| {
+                let stale = health.stale_parts(member, range);
+                (stale, health.doubtful_parts(member, range))
+            });
+            let votes = runs::common(&doubtful, &disputed.lacking);
+            runs::common(&recovered, &runs::without(&stale, &votes))
         };
         let others: Vec<_> = shared
             .members()
@@ -47,6 +61,7 @@ impl Confirmation {
                     Some(not_read) => runs::union(&loses(), &runs::common(&now, &not_read)),
                     None => now.clone(),
                 };
+                let runs = runs::union(&runs, &without_vote(member));
                 (member, runs)
             })
             .collect();
@@ -56,7 +71,8 @@ impl Confirmation {
             let is_surveyed = |survey: &Survey| survey.replica == *member;
             succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)
         });
-        let (settled, became_stale) = shared.change_health(|health| {
+        let needed = self.needed();
+        let (settled, by_few, became_stale) = shared.change_health(|health| {
             let settled = read.map(|replica| {
                 let doubtful = match succeeded.contains(replica) {
                     true => health.doubtful_parts(replica, range),
@@ -65,14 +81,29 @@ impl Confirmation {
                 let voted = runs::common(&doubtful, &disputed.lacking);
                 (replica, runs::union(&voted, loses(replica)))
             });
-            let settled = settled.collect();
+            let mut settled: Vec<_> = settled.collect();
             health.may_be_undone(&undone);
-            (settled, health.decide(&now, &others))
+            let became_stale = health.decide(&now, &others);
+            let mut by_few = false;
+            if !recovered.is_empty() {
+                // One vote was enough. Where too few hold the winner, it is written to all others.
+                let lacking = health.disputed(range, needed).lacking;
+                let few = runs::common(&recovered, &lacking);
+                by_few = !few.is_empty();
+                for replica in health.in_service().iter() {
+                    let stale = runs::common(&health.stale_parts(replica, range), &few);
+                    match settled.iter_mut().find(|(settled, _)| *settled == replica) {
+                        Some((_, parts)) => *parts = runs::union(parts, &stale),
+                        None => settled.push((replica, stale)),
+                    }
+                }
+            }
+            (settled, by_few, became_stale)
         });
         if became_stale {
             context.effects.health_changed();
         }
-        settled
+        (settled, by_few)
     }
 
     /// Records which sectors have no winner now (R3).

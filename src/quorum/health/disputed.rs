@@ -21,6 +21,8 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 pub struct Disputed {
     /// A write has failed there, and no vote has decided yet which version the disk holds.
     pub undecided: Vec<SectorRange>,
+    /// Those parts of `undecided` in which any copy is legal (S5).
+    pub unrecovered: Vec<SectorRange>,
     /// Too few members are fresh there for a vote.
     pub lacking: Vec<SectorRange>,
     /// Those parts of `lacking` in which some member is fresh.
@@ -94,6 +96,7 @@ impl Health {
     pub fn disputed(&self, range: SectorRange, needed: usize) -> Disputed {
         let mut disputed = Disputed {
             undecided: self.undecided.within(range),
+            unrecovered: self.unrecovered.within(range),
             ..Disputed::default()
         };
         let stale = self.members.iter().map(|member| {
@@ -197,6 +200,7 @@ impl Health {
         decided: &[SectorRange],
         others: &[(ReplicaIndex, Vec<SectorRange>)],
     ) -> bool {
+        let recovered = self.take_recovered(decided);
         for range in decided {
             self.undecided.remove(*range);
         }
@@ -215,6 +219,10 @@ impl Health {
             for range in ranges {
                 for part in runs::without(&[*range], &state.stale.within(*range)) {
                     state.mark_missed(part);
+                }
+                // It is on stable storage, where the winner is elsewhere.
+                for part in runs::common(&[*range], &recovered) {
+                    state.behind.insert(part);
                 }
             }
         }

@@ -84,6 +84,7 @@ impl Health {
             self.write_counts(range, doubtful);
             if !self.undecided.is_empty() {
                 self.undecided.remove(range);
+                self.unrecovered.remove(range);
             }
             if !self.unresolved.is_empty() {
                 self.unresolved.remove(range);
@@ -260,6 +261,13 @@ impl Health {
             }
         }
         success
+    }
+
+    /// A write of `range` is answered as durable, although the flush has failed elsewhere.
+    pub fn is_durable_alone(&mut self, range: SectorRange) {
+        for member in self.members.iter() {
+            self.replicas[member.as_usize()].fall_behind_in(range);
+        }
     }
 
     /// The last flush that has begun.

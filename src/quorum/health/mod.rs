@@ -29,6 +29,7 @@ mod missing;
 mod needed;
 mod preferable;
 mod prepared;
+mod recovery;
 mod replica;
 mod snapshot;
 mod threshold;
@@ -44,6 +45,7 @@ pub use self::loss::Loss;
 pub use self::members::NotRemoved;
 pub use self::preferable::Preferable;
 pub use self::prepared::{Beginning, Prepared};
+pub use self::recovery::{Copies, Remembered};
 pub use self::snapshot::Durability;
 pub use self::threshold::{NotThreshold, Wanted, majority};
 
@@ -86,6 +88,9 @@ pub struct Health {
     any_copied: bool,
     /// Changed by writes that have failed, and not decided since (W7).
     undecided: RangeSet,
+    /// Of what is undecided: changed shortly before an unclean end of the disk, and not voted on
+    /// since. Every fresh copy is legal (S5).
+    unrecovered: RangeSet,
     /// No version had enough votes in the last vote, and no write has succeeded since.
     unresolved: RangeSet,
     /// The operator has given up what these sectors held, and no write has succeeded since (W11).
@@ -128,6 +133,7 @@ impl Health {
             writing: Slab::new(),
             any_copied: false,
             undecided: RangeSet::default(),
+            unrecovered: RangeSet::default(),
             unresolved: RangeSet::default(),
             given_up: RangeSet::default(),
             given_up_before_flush: RangeSet::default(),
@@ -275,6 +281,9 @@ impl Health {
     pub fn self_check(&self) {
         self.check_sets();
         self.check_out_of_service();
+        for range in self.unrecovered.iter() {
+            assert_eq!(self.undecided.within(range), [range], "decided");
+        }
         for replica in ReplicaSet::first(self.replicas.len()).iter() {
             let state = &self.replicas[replica.as_usize()];
             assert!(

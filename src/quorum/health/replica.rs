@@ -126,6 +126,16 @@ impl ReplicaHealth {
         }
     }
 
+    /// Where this replica has missed something, or may hold something older than what t members
+    /// have made durable after a crash of the host. What is doubtful is not in it.
+    pub(super) fn illegal_after_a_crash(&self) -> RangeSet {
+        let mut set = self.missed.clone();
+        for other in [&self.behind, &self.weak, &self.weak_before_flush] {
+            set.insert_all(other);
+        }
+        set
+    }
+
     /// `range` was not written here, or in vain.
     pub(super) fn mark_missed(&mut self, range: SectorRange) {
         self.stale.insert(range);
@@ -153,6 +163,24 @@ impl ReplicaHealth {
             .insert_all(&self.refreshed_before_flush);
         for (_, written) in &self.unconfirmed {
             self.weak_before_flush.insert_all(written);
+        }
+    }
+
+    /// `range` is durable on t members, although a flush has not succeeded everywhere. Here some of
+    /// it may not be.
+    pub(super) fn fall_behind_in(&mut self, range: SectorRange) {
+        let fresh = runs::without(&self.refreshed.within(range), &self.stale.within(range));
+        for part in runs::without(&self.uncovered.within(range), &fresh) {
+            self.behind.insert(part);
+        }
+        for part in self.refreshed.within(range) {
+            self.weak.insert(part);
+        }
+        let refreshed = self.refreshed_before_flush.within(range);
+        let unconfirmed = self.unconfirmed.iter();
+        let unconfirmed = unconfirmed.flat_map(|(_, written)| written.within(range));
+        for part in refreshed.into_iter().chain(unconfirmed.collect::<Vec<_>>()) {
+            self.weak_before_flush.insert(part);
         }
     }
 

@@ -104,6 +104,7 @@ impl Health {
             written: self.written.clone(),
             writing: self.writing.clone(),
             undecided: self.undecided.clone(),
+            unrecovered: self.unrecovered.clone(),
             unresolved: RangeSet::default(),
             given_up: RangeSet::default(),
             given_up_before_flush: RangeSet::default(),

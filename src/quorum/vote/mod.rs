@@ -66,13 +66,21 @@ pub enum Rule {
 
 impl Verdict {
     /// Votes again on the sectors without a winner: there are more ballots, or they have a vote on
-    /// more. A sector that has a winner keeps it.
-    pub fn vote_again(&mut self, range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) {
+    /// more. A sector that has a winner keeps it. `any_copy`: as in [`vote`].
+    pub fn vote_again(
+        &mut self,
+        range: SectorRange,
+        ballots: &[Ballot<'_>],
+        rule: Rule,
+        any_copy: &[SectorRange],
+    ) {
         let undecided = std::mem::take(&mut self.undecided);
         let mut more = Self::default();
         let mut voters: Vec<Voter<'_>> = ballots.iter().map(Voter::new).collect();
+        let mut any_copy = Cursor::new(any_copy);
         for sector in undecided.iter().flat_map(|run| run.start..run.end()) {
-            vote_on_sector(range.start, sector, &mut voters, rule, &mut more);
+            let terms = (rule, any_copy.has(sector));
+            vote_on_sector(range.start, sector, &mut voters, terms, &mut more);
         }
         self.undecided = more.undecided;
         self.winners.append(&mut more.winners);
@@ -127,12 +135,19 @@ impl Verdict {
 }
 
 /// Votes on every sector of `range`. The ballots come in the order in which the replicas were
-/// listed.
-pub fn vote(range: SectorRange, ballots: &[Ballot<'_>], rule: Rule) -> Verdict {
+/// listed. `any_copy`: the parts in which any copy is legal, so that one vote is enough (S5).
+pub fn vote(
+    range: SectorRange,
+    ballots: &[Ballot<'_>],
+    rule: Rule,
+    any_copy: &[SectorRange],
+) -> Verdict {
     let mut verdict = Verdict::default();
     let mut voters: Vec<Voter<'_>> = ballots.iter().map(Voter::new).collect();
+    let mut any_copy = Cursor::new(any_copy);
     for sector in range.start..range.end() {
-        vote_on_sector(range.start, sector, &mut voters, rule, &mut verdict);
+        let terms = (rule, any_copy.has(sector));
+        vote_on_sector(range.start, sector, &mut voters, terms, &mut verdict);
     }
     verdict
 }
@@ -192,11 +207,12 @@ struct Version<'a> {
     excused: bool,
 }
 
+/// `any_copy`: any copy is legal, and one vote is enough.
 fn vote_on_sector(
     range_start: u64,
     sector: u64,
     voters: &mut [Voter<'_>],
-    rule: Rule,
+    (rule, any_copy): (Rule, bool),
     verdict: &mut Verdict,
 ) {
     let mut first: Option<Version<'_>> = None;
@@ -215,8 +231,8 @@ fn vote_on_sector(
         return extend(&mut verdict.undecided, sector);
     };
     let threshold = match rule {
-        Rule::Threshold(threshold) => threshold,
-        Rule::FirstListed => 1,
+        Rule::Threshold(threshold) if !any_copy => threshold,
+        Rule::Threshold(_) | Rule::FirstListed => 1,
     };
     if !differ && !some_support {
         return match votes >= threshold {
@@ -230,7 +246,13 @@ fn vote_on_sector(
         .filter_map(|v| v.version(range_start, sector))
         .collect();
     match rule {
-        Rule::Threshold(_) => vote_by_digest(sector, &versions, unread, threshold, verdict),
+        Rule::Threshold(_) => {
+            let counting = match any_copy {
+                true => Counting::AnyCopy(unread),
+                false => Counting::Backed(unread),
+            };
+            vote_by_digest(sector, &versions, counting, threshold, verdict);
+        }
         Rule::FirstListed => take_first(sector, &versions, verdict),
     }
 }
@@ -277,6 +299,15 @@ impl Backing {
     }
 }
 
+/// What a vote that only supports others counts.
+#[derive(Clone, Copy)]
+enum Counting {
+    /// For a version that is backed ([`is_backed`]); these could not be read.
+    Backed(Backing),
+    /// Nothing, if there are others: each of these is legal; these could not be read.
+    AnyCopy(Backing),
+}
+
 /// Whether supporting votes count for this version: more fresh replicas hold it than any other, and
 /// more of the proven ones if there are any, wherever those that could not be read stand.
 fn is_backed(
@@ -306,7 +337,7 @@ fn is_backed(
 fn vote_by_digest(
     sector: u64,
     versions: &[Version<'_>],
-    unread: Backing,
+    counting: Counting,
     threshold: usize,
     verdict: &mut Verdict,
 ) {
@@ -315,6 +346,14 @@ fn vote_by_digest(
         .map(|version| Sha256::digest(version.bytes).into())
         .collect();
     let some_support = versions.iter().any(|version| version.only_supports);
+    let all_support = versions.iter().all(|version| version.only_supports);
+    if let Counting::AnyCopy(unread) = counting
+        && all_support
+        && unread.fresh > 0
+    {
+        // A copy that could not be read is better.
+        return extend(&mut verdict.undecided, sector);
+    }
     let mut winner: Option<(usize, usize)> = None;
     for (index, digest) in digests.iter().enumerate() {
         if digests[..index].contains(digest) {
@@ -324,8 +363,17 @@ fn vote_by_digest(
             let held = digests[index..].iter().zip(&versions[index..]);
             held.filter(|(held, _)| *held == digest)
         };
-        let votes = holders().count();
-        let supported = !some_support || is_backed(digest, &digests, versions, unread);
+        let (votes, supported) = match counting {
+            Counting::AnyCopy(_) => {
+                let counts =
+                    |(_, version): &(_, &Version<'_>)| all_support || !version.only_supports;
+                (holders().filter(counts).count(), true)
+            }
+            Counting::Backed(unread) => {
+                let backed = || is_backed(digest, &digests, versions, unread);
+                (holders().count(), !some_support || backed())
+            }
+        };
         // Strictly more: on a tie the version found first, held by the replica listed first, stays.
         if votes >= threshold && supported && winner.is_none_or(|(_, most)| votes > most) {
             winner = Some((index, votes));

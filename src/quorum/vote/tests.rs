@@ -31,6 +31,7 @@ fn run(patterns: &[&str], rule: Rule) -> Verdict {
         SectorRange::new(0, patterns[0].len() as u64),
         &ballots,
         rule,
+        &[],
     )
 }
 
@@ -145,7 +146,7 @@ fn one_sector(letters: &str, supporting: &[usize], excused: &[usize], rule: Rule
             }
         })
         .collect();
-    vote(sector, &ballots, rule)
+    vote(sector, &ballots, rule, &[])
 }
 
 #[test]
@@ -202,7 +203,7 @@ fn support_needs_most_of_the_fresh_and_of_the_proven_whatever_was_not_read() {
                 ballot
             })
             .collect();
-        let verdict = vote(sector[0], &ballots, Rule::Threshold(threshold));
+        let verdict = vote(sector[0], &ballots, Rule::Threshold(threshold), &[]);
         verdict.undecided.is_empty()
     };
     assert!(wins(&["afresh", "asupports", "asupports"], 3));
@@ -226,14 +227,14 @@ fn a_ballot_that_comes_later_decides_only_what_is_undecided() {
     let (first, second, late) = (bytes_of("aabcc"), bytes_of("aacbc"), bytes_of("bbbbx"));
     let two = Rule::Threshold(2);
     let ballots = [ballot(0, "aa---", &first), ballot(2, "aac--", &second)];
-    let mut verdict = vote(range, &ballots, two);
+    let mut verdict = vote(range, &ballots, two, &[]);
     assert_eq!(verdict.undecided, [SectorRange::new(2, 3)]);
     let ballots = [
         ballot(0, "aabcc", &first),
         ballot(1, "bbbb-", &late),
         ballot(2, "aacbc", &second),
     ];
-    verdict.vote_again(range, &ballots, two);
+    verdict.vote_again(range, &ballots, two, &[]);
     assert_eq!(verdict.undecided, []);
     let winner = bytes_of("aabbc");
     let lost = |verdict: &Verdict| -> Vec<_> {
@@ -308,4 +309,74 @@ proptest! {
             }
         }
     }
+}
+
+#[test]
+fn one_vote_is_enough_where_any_copy_is_legal() {
+    let patterns = ["ac", "bc", "cd"];
+    let buffers: Vec<_> = patterns.iter().map(|p| bytes_of(p)).collect();
+    let both = SectorRange::new(0, 2);
+    let excused = |index: usize| Ballot {
+        excused: vec![both],
+        ..ballot(
+            u8::try_from(index).unwrap(),
+            patterns[index],
+            &buffers[index],
+        )
+    };
+    let ballots: Vec<_> = (0..3).map(excused).collect();
+    let two = Rule::Threshold(2);
+    assert_eq!(
+        vote(both, &ballots, two, &[]).undecided,
+        [SectorRange::new(0, 1)]
+    );
+    let verdict = vote(both, &ballots, two, &[SectorRange::new(0, 1)]);
+    assert!(verdict.undecided.is_empty() && verdict.dissents.is_empty());
+    let winner = verdict.winners[0];
+    assert_eq!(
+        (winner.range, winner.held_by),
+        (both, ReplicaIndex(0)),
+        "the first listed"
+    );
+    let mut again = vote(both, &ballots[1..], two, &[]);
+    again.vote_again(both, &ballots[1..], two, &[both]);
+    assert_eq!(again.winners[0].held_by, ReplicaIndex(1));
+}
+
+#[test]
+fn supporting_votes_do_not_count_where_any_copy_is_legal() {
+    let buffers: Vec<_> = ["a", "a", "b", "c"].iter().map(|p| bytes_of(p)).collect();
+    let sector = SectorRange::new(0, 1);
+    let ballots = |supporting: std::ops::Range<usize>| -> Vec<Ballot<'_>> {
+        let ballot = |index: usize| Ballot {
+            supporting: supporting
+                .contains(&index)
+                .then_some(sector)
+                .into_iter()
+                .collect(),
+            excused: vec![sector],
+            ..ballot(u8::try_from(index).unwrap(), "a", &buffers[index])
+        };
+        (0..4).map(ballot).collect()
+    };
+    let winner = |supporting| {
+        let verdict = vote(sector, &ballots(supporting), Rule::Threshold(3), &[sector]);
+        verdict.winners[0].held_by
+    };
+    assert_eq!(winner(0..0), ReplicaIndex(0));
+    assert_eq!(
+        winner(0..2),
+        ReplicaIndex(2),
+        "two legal ones differ: the first listed"
+    );
+    assert_eq!(winner(0..4), ReplicaIndex(0), "all are in doubt");
+    let mut unread = ballots(0..4);
+    unread[3].stale.push(sector);
+    unread[3].unread.push(sector);
+    let verdict = vote(sector, &unread, Rule::Threshold(3), &[sector]);
+    assert_eq!(
+        verdict.undecided,
+        [sector],
+        "a better one could not be read"
+    );
 }

@@ -1,0 +1,178 @@
+//! After an unclean end of the disk: where replicas may differ, and no fault is behind that (S5).
+//!
+//! A sector that was being changed then, or that no flush had covered, is old or new on each
+//! replica by itself. It is *unrecovered*: undecided like what a failed write has left (W7), but
+//! every fresh copy is legal, so that the version that most replicas hold wins, even if that is
+//! one. What does not hold the winner is stale from then on, so that no later vote has another one.
+
+use super::Health;
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaSet, SectorRange};
+
+/// What the records of a disk say of its members, so that it survives the end of the daemon (S2).
+#[derive(Clone, Debug, Default)]
+pub struct Remembered {
+    /// The members.
+    pub members: ReplicaSet,
+    /// Those of them that are in service.
+    pub in_service: ReplicaSet,
+    /// By place.
+    pub copies: Vec<Copies>,
+}
+
+/// What is wrong with the copies of one member.
+#[derive(Clone, Debug, Default)]
+pub struct Copies {
+    /// Where it has missed something, or may hold something older than what t members have made
+    /// durable: what it has written since and not flushed may be lost.
+    pub stale: RangeSet,
+    /// Where a failed flush may have lost the newest version, or not (W7). No older version than
+    /// what t members have made durable.
+    pub doubtful: RangeSet,
+}
+
+impl Health {
+    /// What must be remembered now.
+    pub fn remembered(&self) -> Remembered {
+        let copies = self.replicas.iter().map(|state| {
+            let stale = state.illegal_after_a_crash();
+            let mut doubtful = state.stale.clone();
+            doubtful.remove_all(&stale);
+            Copies { stale, doubtful }
+        });
+        Remembered {
+            members: self.members,
+            in_service: self.in_service,
+            copies: copies.collect(),
+        }
+    }
+
+    /// At the start, before any request: the members are `remembered` to be stale there, and the
+    /// last daemon has ended while `changed` was being changed, or had not been flushed.
+    pub fn restore(&mut self, remembered: &Remembered, changed: &RangeSet) {
+        for replica in self.members.and(remembered.members).iter() {
+            let Some(Copies { stale, doubtful }) = remembered.copies.get(replica.as_usize()) else {
+                continue;
+            };
+            let state = &mut self.replicas[replica.as_usize()];
+            for set in [&mut state.stale, &mut state.missed, &mut state.behind] {
+                set.clone_from(stale);
+            }
+            state.stale.insert_all(doubtful);
+        }
+        // It may be in the page cache of the host: a flush that fails loses it.
+        self.written.insert_all(changed);
+        self.undecided.insert_all(changed);
+        self.unrecovered.insert_all(changed);
+    }
+
+    /// A vote has decided `decided`: returns the parts that were unrecovered.
+    pub(super) fn take_recovered(&mut self, decided: &[SectorRange]) -> Vec<SectorRange> {
+        if self.unrecovered.is_empty() {
+            return Vec::new();
+        }
+        let parts = decided.iter().map(|range| self.unrecovered.within(*range));
+        let recovered: Vec<SectorRange> = parts.flatten().collect();
+        for range in &recovered {
+            self.unrecovered.remove(*range);
+        }
+        recovered
+    }
+
+    /// Whether something is unrecovered.
+    pub fn anything_unrecovered(&self) -> bool {
+        !self.unrecovered.is_empty()
+    }
+
+    /// What is unrecovered.
+    pub fn unrecovered(&self) -> &RangeSet {
+        &self.unrecovered
+    }
+
+    /// The first unrecovered range at or after `sector`.
+    pub fn next_unrecovered(&self, sector: u64) -> Option<SectorRange> {
+        let rest = SectorRange::new(sector, u64::MAX - sector);
+        self.unrecovered.first_within(rest)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{A, B, C, flush, range, set, write};
+    use super::*;
+    use crate::common::ReplicaIndex;
+
+    fn remembered(health: &Health, replica: ReplicaIndex) -> Vec<SectorRange> {
+        let copies = &health.remembered().copies[replica.as_usize()];
+        copies.stale.iter().collect()
+    }
+
+    /// A flush that succeeds everywhere.
+    fn flush_all(health: &mut Health) {
+        let epoch = health.flush_begins();
+        let all = ReplicaSet::first(3);
+        for replica in all.iter() {
+            health.flush_ended(epoch, replica, true);
+        }
+        assert!(health.flush_decided(epoch, all, true, &mut []));
+    }
+
+    #[test]
+    fn what_was_refreshed_and_not_flushed_is_remembered_as_stale() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        let written = range(0, 8);
+        write(&mut health, written, &[C]);
+        assert_eq!(remembered(&health, C), [written], "missed");
+        flush_all(&mut health);
+        write(&mut health, written, &[]);
+        assert_eq!(health.stale_in(written), ReplicaSet::EMPTY);
+        assert_eq!(remembered(&health, C), [written], "below is the oldest");
+        assert_eq!(remembered(&health, A), []);
+        flush_all(&mut health);
+        assert_eq!(remembered(&health, C), []);
+    }
+
+    #[test]
+    fn what_is_doubtful_is_remembered_as_such() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        let (written, missed) = (range(0, 8), range(8, 8));
+        write(&mut health, written, &[]);
+        write(&mut health, missed, &[C]);
+        flush(&mut health, &[A, B, C]);
+        let remembered = health.remembered();
+        let mut restored = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        restored.restore(&remembered, &RangeSet::default());
+        restored.self_check();
+        for health in [&health, &restored] {
+            assert_eq!(health.stale_in(written), ReplicaSet::first(3));
+            assert_eq!(health.doubtful_parts(A, range(0, 16)), [range(0, 16)]);
+            assert_eq!(health.doubtful_parts(C, range(0, 16)), [written]);
+        }
+    }
+
+    #[test]
+    fn a_flush_that_fails_after_the_start_loses_what_was_changed_before() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        let mut changed = RangeSet::default();
+        changed.insert(range(0, 8));
+        let mut stale = RangeSet::default();
+        stale.insert(range(4, 8));
+        let remembered = Remembered {
+            members: ReplicaSet::first(3),
+            in_service: ReplicaSet::first(3),
+            copies: vec![
+                Copies::default(),
+                Copies {
+                    stale,
+                    ..Copies::default()
+                },
+            ],
+        };
+        health.restore(&remembered, &changed);
+        health.self_check();
+        assert_eq!(health.stale_in(range(0, 16)), set(&[B]));
+        assert_eq!(health.disputed(range(0, 16), 2).unrecovered, [range(0, 8)]);
+        flush(&mut health, &[A]);
+        assert_eq!(health.stale_parts(A, range(0, 16)), [range(0, 8)]);
+    }
+}

@@ -1,0 +1,245 @@
+//! S2, S5: the daemon starts again after an unclean end. It knows from its records which replicas
+//! are stale where, and recovers what may differ.
+
+use super::Violation;
+use super::effects::{Collected, Effect, SECTOR_LEN, parse};
+use super::ledger::{Ledger, Masks};
+use super::model::Value;
+use super::pending::Pending;
+use super::plan::bits;
+use super::state::{Checked, World, trace};
+use super::view::View;
+use crate::common::operation::{Action, Operation};
+use crate::common::ranges::RangeSet;
+use crate::engine::ReadPattern;
+use crate::quorum::health::Remembered;
+
+impl World {
+    /// The engines know what the records say. Anything may have been changed last.
+    pub(super) fn restore(&mut self, remembered: &Remembered, killed: bool) -> Checked {
+        let mut changed = RangeSet::default();
+        changed.insert(self.plan.disk());
+        let mut events = Vec::new();
+        self.shared
+            .restore(remembered, &changed, |event| events.push(event));
+        self.undecided = self.plan.mask(self.plan.disk());
+        self.recovering = self.undecided;
+        // After a kill it need not be on stable storage.
+        self.untouched = if killed { 0 } else { self.undecided };
+        self.tick_wanted |= 1;
+        self.jobs_reported(events)
+    }
+
+    /// S2: what a sector holds after a crash on a replica that is not remembered to be stale
+    /// (`stale`): also where its copy is doubtful.
+    pub(super) fn check_after_crash(
+        &mut self,
+        sector: usize,
+        before: &Ledger,
+        (stale, killed): (&Masks, bool),
+    ) -> Checked {
+        let bit = 1 << sector;
+        let mut versions = Vec::new();
+        for replica in self.members() {
+            let value = self.replicas[replica].value(sector);
+            let permitted = self.model.is_permitted(sector, value, self.now);
+            let is_fresh = self.ledger.excused[replica] & bit == 0;
+            if permitted && is_fresh && !versions.contains(&value) {
+                versions.push(value);
+            }
+            // An error is still to come: only after a kill.
+            let dropped = self.ledger.dropped[replica] & bit != 0;
+            if permitted || dropped || stale[replica] & bit != 0 {
+                continue;
+            }
+            // What was given up may be anything (W11).
+            let lied =
+                before.corrupt[replica] | before.falsely_durable[replica] | before.lost_by_crash;
+            // After a kill the page cache may have lost what a doubtful copy had.
+            if lied & bit == 0 && (is_fresh || !killed) {
+                let text = format!("replica {replica} holds {value} of {sector}, and may vote");
+                return Err(Violation::new("S2", text).at(bit));
+            }
+            if lied & bit != 0 {
+                self.ledger.corrupt[replica] |= bit;
+            }
+        }
+        if versions.len() > 1 {
+            self.mark_mixed(bit);
+        }
+        Ok(())
+    }
+
+    /// S5: a vote has decided which copy of these sectors the disk holds after the end. From then
+    /// on it is what the guest has written there last, and durable.
+    pub(super) fn note_recovered(&mut self, earlier: &View) -> Checked {
+        let decided = earlier.unrecovered & !self.view.unrecovered;
+        if decided == 0 && self.recovering == 0 {
+            return Ok(());
+        }
+        for replica in self.members() {
+            let lost = decided & self.view.stale[replica];
+            self.mark_excused(replica, lost);
+            self.ledger.unsound[replica] |= lost;
+        }
+        if self.overlapped {
+            // What the other worker writes shows what it has decided.
+            return Ok(());
+        }
+        let recovered = self.recovering & !self.view.unrecovered & !self.just_written();
+        for sector in bits(recovered) {
+            let bit = 1 << sector;
+            let holds = |replica: &usize| self.view.stale[*replica] & bit == 0;
+            let holders: Vec<usize> = self.members().filter(holds).collect();
+            let is_right = |replica: &&usize| self.ledger.wrong(**replica) & bit == 0;
+            // One that is wrong may have become so since it was read.
+            let holder = holders.iter().find(is_right).or(holders.first());
+            let Some(value) = holder.map(|holder| self.replicas[*holder].value(sector)) else {
+                // It is known when it is written.
+                continue;
+            };
+            self.recovering &= !bit;
+            self.check_most_hold(sector, value, earlier)?;
+            self.is_recovered(sector, value)?;
+        }
+        Ok(())
+    }
+
+    /// From now on the sector holds the value.
+    fn is_recovered(&mut self, sector: usize, value: Value) -> Checked {
+        let bit = 1 << sector;
+        trace!(self, at bit, "{sector} is recovered: {value}");
+        let was_wrong = !self.model.is_permitted(sector, value, self.now);
+        let lies = |replica: usize| {
+            let lied = self.ledger.wrong(replica) | self.ledger.falsely_durable[replica];
+            lied & bit != 0
+        };
+        if was_wrong && !self.members().any(lies) {
+            let text = format!("{sector} is recovered as {value}, which is not permitted");
+            return Err(Violation::new("I1", text).at(bit));
+        }
+        self.now += 1;
+        if self.model.preference_began(sector, value, self.now) {
+            self.now += 1;
+            // A crash has left it on stable storage, unless it has come there by mistake since.
+            let holds = |replica: usize| self.replicas[replica].durable(sector) == value;
+            let durable = self.untouched & bit != 0 && self.members().any(holds);
+            self.model
+                .write_ended(sector, value, self.now, true, durable);
+        }
+        for replica in self.members() {
+            if was_wrong && self.replicas[replica].value(sector) == value {
+                self.ledger.corrupt[replica] &= !bit;
+            }
+        }
+        Ok(())
+    }
+
+    /// Replicas are about to be repaired: what is written is what a vote has decided for.
+    pub(super) fn note_recovering_writes(&mut self, worker: usize, asked: &Collected) -> Checked {
+        if self.recovering == 0 {
+            return Ok(());
+        }
+        self.view.refresh(&self.shared, self.plan.disk());
+        for effect in &asked.effects {
+            if let Effect::Submit(operation) = effect
+                && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
+                && self.engines[worker]
+                    .guest_write(operation.request)
+                    .is_none()
+            {
+                self.note_recovering_write(operation)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn note_recovering_write(&mut self, operation: &Operation) -> Checked {
+        let (_, range) = operation.action.describe();
+        let recovered = self.recovering & !self.view.unrecovered;
+        for sector in bits(self.plan.mask(range) & recovered) {
+            let value = match &operation.action {
+                Action::Write {
+                    data, offset_bytes, ..
+                } => {
+                    let first = usize::try_from(range.start).expect("few");
+                    let start = offset_bytes + (sector - first) * SECTOR_LEN;
+                    parse(&data[start..start + SECTOR_LEN])
+                }
+                _ => Some(Value::written(0, sector)),
+            };
+            let Some(value) = value else {
+                let text = format!("{sector} is recovered as two versions");
+                return Err(Violation::new("S5", text).at(1 << sector));
+            };
+            self.recovering &= !(1 << sector);
+            self.is_recovered(sector, value)?;
+        }
+        Ok(())
+    }
+
+    /// S5: everything was read without faults. What had a copy that may vote is recovered.
+    pub(super) fn check_recovered(&self) -> Checked {
+        let has_copy = |sector: &usize| {
+            let may_vote = |replica: usize| {
+                let cannot = self.view.stale[replica] | self.ledger.unreadable[replica];
+                cannot >> sector & 1 == 0 && !self.is_evicted(replica)
+            };
+            self.members().any(may_vote)
+        };
+        // A block with a sector that has none cannot be written.
+        let is_whole = |sector: &usize| self.block_of(*sector).all(|at| has_copy(&at));
+        match bits(self.view.unrecovered).find(is_whole) {
+            None => Ok(()),
+            Some(sector) => {
+                let text = format!("{sector} was read, and is not recovered");
+                Err(Violation::new("S5", text).at(1 << sector))
+            }
+        }
+    }
+
+    /// The sectors of durable writes that have ended and wait for their flush.
+    fn just_written(&self) -> u64 {
+        let waits = |pending: &&Pending| {
+            let mut engines = self.engines.iter();
+            engines.any(|engine| engine.waits_for_flush(pending.tag))
+        };
+        let written = self.pending.iter().filter(waits);
+        written.fold(0, |mask, pending| mask | self.plan.mask(pending.range))
+    }
+
+    /// S5: no other copy that may vote is held by more replicas. Before what does not hold it is
+    /// known to be stale.
+    fn check_most_hold(&self, sector: usize, value: Value, earlier: &View) -> Checked {
+        let faults = self.plan.faults;
+        // Not where some could not be read, or were changed meanwhile.
+        let touched = self.untouched >> sector & 1 == 0;
+        let any_failed = self.before_input.failures != self.ledger.failures;
+        // One that has rejoined was perhaps not asked.
+        let any_evicted = self.evicted_at.iter().any(|at| !at.is_empty());
+        if touched || any_failed || any_evicted {
+            return Ok(());
+        }
+        if faults.read_error != 0 || faults.unreadable != 0 || faults.rot != 0 || faults.hang != 0 {
+            return Ok(());
+        }
+        if self.plan.read_pattern == ReadPattern::Fifo {
+            return Ok(());
+        }
+        let may_vote = |replica: &usize| {
+            earlier.stale[*replica] >> sector & 1 == 0 && !self.is_evicted(*replica)
+        };
+        let held = |replica: usize| self.replicas[replica].value(sector);
+        let votes = |value: Value| {
+            let voters = self.members().filter(may_vote);
+            voters.filter(|replica| held(*replica) == value).count()
+        };
+        let others = self.members().filter(may_vote);
+        let most = others.map(|replica| votes(held(replica))).max();
+        if most.is_some_and(|most| most > votes(value)) {
+            let text = format!("{sector} is recovered as {value}, and more replicas hold another");
+            return Err(Violation::new("S5", text).at(1 << sector));
+        }
+        Ok(())
+    }
+}
