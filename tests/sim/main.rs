@@ -17,6 +17,7 @@ mod progress;
 mod range_sets;
 mod shared_flush;
 mod slow_replica;
+mod unclean_end;
 mod unfinished_repair;
 mod unreadable_blocks;
 

@@ -1,0 +1,114 @@
+//! After an unclean end of the disk the first vote decides, and its answer stays (S5).
+
+use std::sync::Arc;
+
+use quorum_blk::common::buffer::BufferPool;
+use quorum_blk::common::clock::TurnClock;
+use quorum_blk::common::operation::{Action, Operation};
+use quorum_blk::common::ranges::RangeSet;
+use quorum_blk::common::report::{Cause, Report};
+use quorum_blk::common::{Errno, ReplicaSet, SectorRange};
+use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
+use quorum_blk::quorum::health::Remembered;
+use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::sim::policy;
+
+const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
+
+/// Three replicas, each of them one byte for the sector in [`RANGE`], which was being written when
+/// the disk ended.
+struct Disk {
+    engine: Engine,
+    effects: Collected,
+    holds: [u8; 3],
+    /// The replicas that fail writes.
+    fails: [bool; 3],
+    accusations: usize,
+}
+
+impl Disk {
+    fn new(holds: [u8; 3]) -> Self {
+        let shared = Arc::new(Shared::new(3, 2, 1, 64));
+        let mut changed = RangeSet::default();
+        changed.insert(RANGE);
+        let remembered = Remembered {
+            members: ReplicaSet::first(3),
+            in_service: ReplicaSet::first(3),
+            ..Remembered::default()
+        };
+        shared.restore(&remembered, &changed, |_| ());
+        let (pool, clock) = (BufferPool::default(), TurnClock::default());
+        let mut engine = Engine::new(WorkerIndex(0), policy::plain(2), shared, pool, clock);
+        engine.stop_background();
+        Self {
+            engine,
+            effects: Collected::default(),
+            holds,
+            fails: [false; 3],
+            accusations: 0,
+        }
+    }
+
+    /// Reads the sector. Returns what the replicas hold when the guest is answered; `None`: the
+    /// read fails.
+    fn read(&mut self, number: u64) -> Option<[u8; 3]> {
+        let request = GuestRequest::Read(RANGE);
+        self.engine.submit(tag(number), request, &mut self.effects);
+        let mut answered = None;
+        while !self.effects.effects.is_empty() {
+            match self.effects.effects.remove(0) {
+                Effect::Submit(operation) => self.carry_out(operation),
+                Effect::Complete(_, result) => answered = Some(result.ok().map(|_| self.holds)),
+                Effect::Report(Report::Bad {
+                    cause: Cause::Corrupt(_),
+                    ..
+                }) => self.accusations += 1,
+                _ => {}
+            }
+        }
+        answered.expect("every request is answered")
+    }
+
+    fn carry_out(&mut self, mut operation: Operation) {
+        let replica = operation.replica.as_usize();
+        let mut result = Ok(());
+        match &mut operation.action {
+            Action::Read { into, .. } => into.fill(self.holds[replica]),
+            Action::Write { .. } if self.fails[replica] => result = Err(Errno(5)),
+            Action::Write {
+                data, offset_bytes, ..
+            } => self.holds[replica] = data[*offset_bytes],
+            _ => {}
+        }
+        self.engine
+            .reply(operation.reply(result), &mut self.effects);
+    }
+}
+
+#[test]
+fn is_decided_by_the_first_read_when_enough_replicas_hold_the_winner() {
+    let mut disk = Disk::new([1, 2, 3]);
+    let holds = disk.read(1).expect("one vote is enough");
+    let holders = holds.iter().filter(|held| **held == 1).count();
+    assert!(holders >= 2, "answered when {holds:?} are held");
+    assert_eq!(disk.read(2), Some([1, 1, 1]));
+    assert_eq!(disk.accusations, 0);
+}
+
+#[test]
+fn is_decided_for_what_most_replicas_hold() {
+    let mut disk = Disk::new([1, 2, 2]);
+    assert!(disk.read(1).is_some());
+    assert_eq!((disk.read(2), disk.accusations), (Some([2, 2, 2]), 0));
+}
+
+#[test]
+fn leaves_no_answer_that_only_one_replica_could_give_again() {
+    let mut disk = Disk::new([1, 2, 3]);
+    disk.fails = [false, true, true];
+    assert_eq!(disk.read(1), None, "no other replica takes the winner");
+    disk.fails = [false; 3];
+    disk.holds[1..].fill(2);
+    assert_eq!(disk.read(2), None, "what has lost does not win later");
+    assert_eq!(disk.accusations, 0);
+}
