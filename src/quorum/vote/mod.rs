@@ -247,11 +247,8 @@ fn vote_on_sector(
         .collect();
     match rule {
         Rule::Threshold(_) => {
-            let counting = match any_copy {
-                true => Counting::AnyCopy(unread),
-                false => Counting::Backed(unread),
-            };
-            vote_by_digest(sector, &versions, counting, threshold, verdict);
+            let terms = (threshold, any_copy);
+            vote_by_digest(sector, &versions, unread, terms, verdict);
         }
         Rule::FirstListed => take_first(sector, &versions, verdict),
     }
@@ -299,15 +296,6 @@ impl Backing {
     }
 }
 
-/// What a vote that only supports others counts.
-#[derive(Clone, Copy)]
-enum Counting {
-    /// For a version that is backed ([`is_backed`]); these could not be read.
-    Backed(Backing),
-    /// Nothing, if there are others: each of these is legal; these could not be read.
-    AnyCopy(Backing),
-}
-
 /// Whether supporting votes count for this version: more fresh replicas hold it than any other, and
 /// more of the proven ones if there are any, wherever those that could not be read stand.
 fn is_backed(
@@ -333,12 +321,13 @@ fn is_backed(
         && (!some_proven || this.proven > most.proven + unread.proven)
 }
 
-/// The slow path: the versions of this sector differ, or some votes only support others.
+/// The slow path: the versions of this sector differ, or some votes only support others. Where any
+/// copy is legal, these count only if there are no others, and none that could not be read.
 fn vote_by_digest(
     sector: u64,
     versions: &[Version<'_>],
-    counting: Counting,
-    threshold: usize,
+    unread: Backing,
+    (threshold, any_copy): (usize, bool),
     verdict: &mut Verdict,
 ) {
     let digests: Vec<Digest> = versions
@@ -347,11 +336,7 @@ fn vote_by_digest(
         .collect();
     let some_support = versions.iter().any(|version| version.only_supports);
     let all_support = versions.iter().all(|version| version.only_supports);
-    if let Counting::AnyCopy(unread) = counting
-        && all_support
-        && unread.fresh > 0
-    {
-        // A copy that could not be read is better.
+    if any_copy && all_support && unread.fresh > 0 {
         return extend(&mut verdict.undecided, sector);
     }
     let mut winner: Option<(usize, usize)> = None;
@@ -363,17 +348,9 @@ fn vote_by_digest(
             let held = digests[index..].iter().zip(&versions[index..]);
             held.filter(|(held, _)| *held == digest)
         };
-        let (votes, supported) = match counting {
-            Counting::AnyCopy(_) => {
-                let counts =
-                    |(_, version): &(_, &Version<'_>)| all_support || !version.only_supports;
-                (holders().filter(counts).count(), true)
-            }
-            Counting::Backed(unread) => {
-                let backed = || is_backed(digest, &digests, versions, unread);
-                (holders().count(), !some_support || backed())
-            }
-        };
+        let counts = |version: &Version<'_>| !any_copy || all_support || !version.only_supports;
+        let votes = holders().filter(|(_, version)| counts(version)).count();
+        let supported = any_copy || !some_support || is_backed(digest, &digests, versions, unread);
         // Strictly more: on a tie the version found first, held by the replica listed first, stays.
         if votes >= threshold && supported && winner.is_none_or(|(_, most)| votes > most) {
             winner = Some((index, votes));
