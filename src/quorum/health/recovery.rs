@@ -79,11 +79,6 @@ impl Health {
         recovered
     }
 
-    /// Whether something is unrecovered.
-    pub fn anything_unrecovered(&self) -> bool {
-        !self.unrecovered.is_empty()
-    }
-
     /// What is unrecovered.
     pub fn unrecovered(&self) -> &RangeSet {
         &self.unrecovered

@@ -169,19 +169,13 @@ impl ReplicaHealth {
     /// `range` is durable on t members, although a flush has not succeeded everywhere. Here some of
     /// it may not be.
     pub(super) fn fall_behind_in(&mut self, range: SectorRange) {
-        let fresh = runs::without(&self.refreshed.within(range), &self.stale.within(range));
-        for part in runs::without(&self.uncovered.within(range), &fresh) {
-            self.behind.insert(part);
-        }
-        for part in self.refreshed.within(range) {
-            self.weak.insert(part);
-        }
-        let refreshed = self.refreshed_before_flush.within(range);
-        let unconfirmed = self.unconfirmed.iter();
-        let unconfirmed = unconfirmed.flat_map(|(_, written)| written.within(range));
-        for part in refreshed.into_iter().chain(unconfirmed.collect::<Vec<_>>()) {
-            self.weak_before_flush.insert(part);
-        }
+        let mut ranges = RangeSet::default();
+        ranges.insert(range);
+        let mut part = self.part_in(&ranges);
+        part.fall_behind(&RangeSet::default());
+        self.behind.insert_all(&part.behind);
+        self.weak.insert_all(&part.weak);
+        self.weak_before_flush.insert_all(&part.weak_before_flush);
     }
 
     /// Sectors that are not on stable storage here, although they may be elsewhere.
