@@ -161,8 +161,7 @@ impl Skip {
         succeeded.len() >= needed
             && shared.health(|health| {
                 health.in_service().without(succeeded).is_empty()
-                    && are_confirmed(health, succeeded, hole)
-                    && health.failed_since(self.began).and(succeeded).is_empty()
+                    && self.is_certain(health, succeeded, hole)
                     && health.disputed(hole, needed).is_empty()
                     && !health.unresolved().overlaps(hole)
             })
@@ -184,8 +183,7 @@ impl Skip {
             let equal = asked.contains(replica)
                 && sources.len() >= needed
                 && sources.without(asked).is_empty()
-                && are_confirmed(health, asked, hole)
-                && health.failed_since(began).and(asked).is_empty()
+                && self.is_certain(health, asked, hole)
                 && health.disputed(hole, needed).is_empty()
                 && health.first_blank(replica, hole) == Some(hole);
             if equal {
@@ -203,7 +201,7 @@ impl Skip {
     /// Takes `hole` for recovered, if all replicas that vote on all of it have it, and are enough
     /// (S5). Returns how many sectors are.
     fn recover(&self, hole: SectorRange, context: &mut Context<'_, impl Effects>) -> u64 {
-        let (asked, began) = (self.tally.succeeded(), self.began);
+        let asked = self.tally.succeeded();
         let is_equal = context.shared().change_health(|health| {
             let sources = fresh_in(health, hole);
             let is_partly_stale = |replica: ReplicaIndex| {
@@ -212,8 +210,7 @@ impl Skip {
             let is_equal = sources.len() >= health.threshold()
                 && !health.in_service().iter().any(is_partly_stale)
                 && sources.without(asked).is_empty()
-                && are_confirmed(health, sources, hole)
-                && health.failed_since(began).and(sources).is_empty()
+                && self.is_certain(health, sources, hole)
                 && health.unrecovered().within(hole) == [hole];
             if is_equal {
                 // The others have not been asked.
@@ -223,10 +220,15 @@ impl Skip {
             }
             is_equal
         });
-        if !is_equal {
-            return 0;
-        }
-        hole.count
+        if is_equal { hole.count } else { 0 }
+    }
+
+    /// Whether a hole of any of `replicas` in `range` reads as zeroes: no writeback can have
+    /// failed, and none of them has failed since it was asked.
+    fn is_certain(&self, health: &Health, replicas: ReplicaSet, range: SectorRange) -> bool {
+        let mut all = replicas.iter();
+        all.all(|replica| health.is_confirmed(replica, range))
+            && health.failed_since(self.began).and(replicas).is_empty()
     }
 
     fn finish(&mut self, skipped: u64, context: &mut Context<'_, impl Effects>) -> Progress {
@@ -296,13 +298,6 @@ impl SkipOrder {
             SkipPurpose::Scrub | SkipPurpose::Recover => ReplicaSet::EMPTY,
         }
     }
-}
-
-/// Whether a hole of any of `replicas` in `range` reads as zeroes: no writeback can have failed.
-fn are_confirmed(health: &Health, replicas: ReplicaSet, range: SectorRange) -> bool {
-    replicas
-        .iter()
-        .all(|replica| health.is_confirmed(replica, range))
 }
 
 /// The replicas in service that vote on all of `range`.
