@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use super::model::Value;
-use crate::common::operation::{Operation, RequestId};
+use crate::common::operation::{Action, Operation, RequestId};
 use crate::common::report::{Fact, Report};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::{Effects, Failed, FragmentId, Mark, Tag, WorkerIndex};
@@ -155,6 +155,20 @@ pub fn parse(sector: &[u8]) -> Option<Value> {
     let (first, _) = sector.split_first_chunk::<8>()?;
     let periodic = sector[8..] == sector[..sector.len() - 8];
     periodic.then(|| Value(u64::from_le_bytes(*first)))
+}
+
+/// What a write of data, or a zeroing, puts into a sector of its range.
+pub fn written(action: &Action, sector: usize) -> Option<Value> {
+    let (_, range) = action.describe();
+    let Action::Write {
+        data, offset_bytes, ..
+    } = action
+    else {
+        return Some(Value::written(0, sector));
+    };
+    let first = usize::try_from(range.start).expect("few");
+    let start = offset_bytes + (sector - first) * SECTOR_LEN;
+    parse(&data[start..start + SECTOR_LEN])
 }
 
 #[cfg(test)]

@@ -3,7 +3,7 @@
 //! of the bytes that the replica holds.
 
 use super::Violation;
-use super::effects::{SECTOR_LEN, parse};
+use super::effects::written;
 use super::flight::Flight;
 use super::model::{Moment, Value};
 use super::operator::index;
@@ -176,12 +176,7 @@ impl World {
 
     /// Whether an operation, which is just submitted, writes what is preferred.
     pub(super) fn writes_preferred(&mut self, operation: &Operation) -> Result<bool, Violation> {
-        let Action::Write {
-            range,
-            data,
-            offset_bytes,
-        } = &operation.action
-        else {
+        let Action::Write { range, .. } = &operation.action else {
             return Ok(false);
         };
         let Some(at) = self.preferences.iter().position(|p| p.range == *range) else {
@@ -189,11 +184,6 @@ impl World {
         };
         let Preference { sectors, began, .. } = self.preferences[at];
         let replica = self.preferences[at].replica;
-        let value = |sector: usize| {
-            let first = usize::try_from(range.start).expect("few");
-            let start = offset_bytes + (sector - first) * SECTOR_LEN;
-            parse(&data[start..start + SECTOR_LEN])
-        };
         if !self.preferences[at].is_known {
             self.preferences[at].is_known = true;
             // It may have lost since what was read: a page, or what a flush has just failed on.
@@ -208,7 +198,7 @@ impl World {
                 }
             };
             for sector in bits(sectors) {
-                let Some(value) = value(sector) else {
+                let Some(value) = written(&operation.action, sector) else {
                     let text = format!("{sector} is written with two versions");
                     return Err(Violation::new("W12", text).at(1 << sector));
                 };

@@ -2,7 +2,7 @@
 //! are stale where, and recovers what may differ.
 
 use super::Violation;
-use super::effects::{Collected, Effect, SECTOR_LEN, parse};
+use super::effects::{Collected, Effect, written};
 use super::ledger::{Ledger, Masks};
 use super::model::Value;
 use super::pending::Pending;
@@ -158,17 +158,7 @@ impl World {
         let (_, range) = operation.action.describe();
         let recovered = self.recovering & !self.view.unrecovered;
         for sector in bits(self.plan.mask(range) & recovered) {
-            let value = match &operation.action {
-                Action::Write {
-                    data, offset_bytes, ..
-                } => {
-                    let first = usize::try_from(range.start).expect("few");
-                    let start = offset_bytes + (sector - first) * SECTOR_LEN;
-                    parse(&data[start..start + SECTOR_LEN])
-                }
-                _ => Some(Value::written(0, sector)),
-            };
-            let Some(value) = value else {
+            let Some(value) = written(&operation.action, sector) else {
                 let text = format!("{sector} is recovered as two versions");
                 return Err(Violation::new("S5", text).at(1 << sector));
             };

@@ -19,8 +19,6 @@ pub struct Statistics {
     pub accusations: u64,
     /// Evictions.
     pub evictions: u64,
-    /// Sectors with three versions or more after a crash that no fault explains.
-    pub three_versions: u64,
     /// Members that were missing at the first start.
     pub missing: u64,
     /// Replicas added.
@@ -54,7 +52,6 @@ impl Statistics {
         self.kills += other.kills;
         self.accusations += other.accusations;
         self.evictions += other.evictions;
-        self.three_versions += other.three_versions;
         self.missing += other.missing;
         self.added += other.added;
         self.removed += other.removed;
