@@ -4,6 +4,7 @@
 //! touch is never reused, however long a replica takes.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use super::buffer::Buffer;
 use super::{Errno, ReplicaIndex, SectorRange};
@@ -23,7 +24,7 @@ pub enum OperationType {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct RequestId(pub u32);
 
-/// A read, write, zeroing or flush of one replica, or a question about it.
+/// A read, write, zeroing or flush of one replica, a question about it, or a write to its record.
 #[derive(Debug)]
 pub struct Operation {
     /// The request it serves.
@@ -71,6 +72,13 @@ pub enum Action {
     },
     /// Bring every write that has ended to stable storage.
     Flush,
+    /// Write to the record of the replica. It is durable when it ends.
+    Record {
+        /// Where in the record.
+        offset_bytes: u64,
+        /// What is written there.
+        bytes: Arc<[u8]>,
+    },
 }
 
 impl Operation {
@@ -91,7 +99,8 @@ impl Operation {
 }
 
 impl Action {
-    /// The kind and the range that reports name. The range of a flush is empty.
+    /// The kind and the range that reports name. The range of a flush is empty, and so is that of a
+    /// write to the record.
     pub fn describe(&self) -> (OperationType, SectorRange) {
         match self {
             Self::Read { range, .. } | Self::FindData { range, .. } => {
@@ -99,19 +108,20 @@ impl Action {
             }
             Self::Write { range, .. } | Self::Zero { range, .. } => (OperationType::Write, *range),
             Self::Flush => (OperationType::Flush, SectorRange::new(0, 0)),
+            Self::Record { .. } => (OperationType::Write, SectorRange::new(0, 0)),
         }
     }
 
     /// Whether it may take much longer than a read or a write.
     pub fn is_long(&self) -> bool {
-        matches!(self, Self::Zero { .. } | Self::Flush)
+        matches!(self, Self::Zero { .. } | Self::Flush | Self::Record { .. })
     }
 
-    /// Bytes of buffer that the operation keeps in use.
+    /// Bytes of the buffer pool that the operation keeps in use.
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Read { range, .. } | Self::Write { range, .. } => range.bytes(),
-            Self::Zero { .. } | Self::FindData { .. } | Self::Flush => 0,
+            Self::Zero { .. } | Self::FindData { .. } | Self::Flush | Self::Record { .. } => 0,
         }
     }
 }

@@ -268,6 +268,7 @@ impl<'a> State<'a> {
             Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. } => {
                 unreachable!("no history reads or discards")
             }
+            Action::Record { .. } => unreachable!("no records here"),
             Action::Write { range, data, .. } => {
                 let value = parse(&data[..SECTOR_LEN]).and_then(Value::write);
                 let act = usize::try_from(value.expect("a guest's write")).expect("few") - 1;
@@ -338,6 +339,7 @@ impl<'a> State<'a> {
             (Action::Flush, true) => held.dirty = [None; SECTORS],
             (Action::Write { .. }, true) => {}
             (Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. }, _) => {}
+            (Action::Record { .. }, _) => unreachable!("no records here"),
         }
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
         self.engine

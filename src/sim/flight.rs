@@ -115,6 +115,7 @@ impl Flight {
             (Action::Zero { .. }, _) => "zero",
             (Action::FindData { .. }, _) => "question",
             (Action::Flush, _) => "flush",
+            (Action::Record { .. }, _) => unreachable!("no records here"),
         }
     }
 
@@ -158,6 +159,7 @@ impl Flight {
             | Action::Zero { range, .. }
             | Action::FindData { range, .. } => Some(*range),
             Action::Flush => None,
+            Action::Record { .. } => unreachable!("no records here"),
         }
     }
 }

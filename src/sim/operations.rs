@@ -39,6 +39,7 @@ impl World {
                 self.ledger.in_flush[replica] |= written;
                 (self.replicas[replica].dirty(), None)
             }
+            Action::Record { .. } => unreachable!("no records here"),
             Action::Read { range, .. }
             | Action::Write { range, .. }
             | Action::Zero { range, .. }
@@ -75,6 +76,7 @@ impl World {
                 self.staleness.writes(replica, sectors, self.overlapped);
             }
             Action::Read { .. } | Action::FindData { .. } => {}
+            Action::Record { .. } => unreachable!("no records here"),
         }
         let part = self.engines[self.input_from].reads_part(&operation);
         let background = self.engines[self.input_from].is_of_a_job(operation.request);
@@ -258,6 +260,7 @@ impl World {
             }
             let by_action = match flight.operation.action {
                 Action::FindData { .. } => continue,
+                Action::Record { .. } => unreachable!("no records here"),
                 Action::Read { .. } => 0,
                 Action::Write { .. } | Action::Zero { .. } | Action::Flush => self.random.bits(),
             };
@@ -294,6 +297,7 @@ impl World {
             Action::Read { .. } => self.ledger.unreadable[replica],
             Action::Write { .. } | Action::Zero { .. } => self.ledger.unwritable[replica],
             Action::FindData { .. } | Action::Flush => 0,
+            Action::Record { .. } => unreachable!("no records here"),
         };
         if defect & now != 0 {
             flight.fault = Fault::Error;
@@ -304,6 +308,7 @@ impl World {
             (sector - usize::try_from(range.start).expect("few")) * SECTOR_LEN
         };
         match &mut flight.operation.action {
+            Action::Record { .. } => unreachable!("no records here"),
             Action::Flush => self.write_back(replica, now),
             Action::FindData { .. } => {
                 let unreadable = self.ledger.unreadable[replica];
@@ -464,6 +469,7 @@ impl World {
         let (replica, fault) = (flight.replica(), flight.fault);
         let range = flight.range();
         match &mut flight.operation.action {
+            Action::Record { .. } => unreachable!("no records here"),
             Action::Read { .. } => {}
             Action::FindData {
                 range,

@@ -73,9 +73,10 @@ impl Recorder {
         self.statistics.rejected.add(1);
     }
 
-    /// An operation on a replica starts. Questions for holes are not counted.
+    /// An operation on a replica starts. Questions for holes are not counted, nor are writes to its
+    /// record.
     pub fn operation_begun(&self, operation: &Operation) {
-        if matches!(operation.action, Action::FindData { .. }) {
+        if !is_counted(&operation.action) {
             return;
         }
         let (kind, _) = operation.action.describe();
@@ -86,7 +87,7 @@ impl Recorder {
 
     /// An operation on a replica has ended.
     pub fn operation_ended(&self, reply: &Reply, since: Since) {
-        if matches!(reply.action, Action::FindData { .. }) {
+        if !is_counted(&reply.action) {
             return;
         }
         let (kind, range) = reply.action.describe();
@@ -149,4 +150,9 @@ impl Recorder {
             operations.failed.add(1);
         }
     }
+}
+
+/// Whether an operation is one of the reads, writes and flushes of a replica that are counted.
+fn is_counted(action: &Action) -> bool {
+    !matches!(action, Action::FindData { .. } | Action::Record { .. })
 }

@@ -155,7 +155,7 @@ fn of_a_resync_waits_for_a_write_that_the_new_replica_has_missed() {
                     Action::Write { range, .. } | Action::Zero { range, .. } => {
                         is_copied |= is_new && range.start == 0;
                     }
-                    Action::Read { .. } | Action::Flush => {}
+                    Action::Read { .. } | Action::Flush | Action::Record { .. } => {}
                 }
                 disk.reply(operation);
             }

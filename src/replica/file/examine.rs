@@ -109,7 +109,7 @@ impl Image {
 /// `FUSE_ASYNC_DIO`, and else while as many are out as it wants in the background, twelve if it
 /// does not say; a write waits while another call that locks the file has no answer (fsync, lseek,
 /// fallocate).
-pub(in crate::replica) fn waits_in_submission(file: &File) -> bool {
+fn waits_in_submission(file: &File) -> bool {
     fstatfs(file).is_ok_and(|found| found.f_type == libc::FUSE_SUPER_MAGIC)
 }
 

@@ -40,7 +40,7 @@ use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::watch;
 pub use self::error::OpenError;
-pub(super) use self::examine::{Kind, waits_in_submission};
+pub(super) use self::examine::Kind;
 pub use self::format::Format;
 use self::location::{Location, Overlap};
 pub use self::opener::serve as serve_opener;

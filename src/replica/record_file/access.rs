@@ -141,18 +141,10 @@ impl RecordAccess {
 
     fn opened(&self, done: RecordDone, file: Option<File>) -> Result<RecordFile, RecordError> {
         match (done, file) {
-            (
-                RecordDone::Open {
-                    path,
-                    size_bytes,
-                    waits_in_submission,
-                },
-                Some(file),
-            ) => Ok(RecordFile {
+            (RecordDone::Open { path, size_bytes }, Some(file)) => Ok(RecordFile {
                 path,
                 file,
                 size_bytes,
-                waits_in_submission,
             }),
             _ => Err(self.invalid()),
         }

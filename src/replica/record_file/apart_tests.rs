@@ -50,7 +50,6 @@ fn a_block_that_cannot_be_read_costs_no_other_one_its_content() {
     expected[RECORD_BYTES - 100..].fill(0);
     assert_eq!(read.unreadable_bytes, 4096 + 100);
     assert!(read.bytes == expected);
-    assert!(record.waits_in_submission);
     record.write(0, &[4; 512]).unwrap();
     assert_eq!(server.durable_writes(), 1);
 }

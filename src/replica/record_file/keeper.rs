@@ -13,7 +13,7 @@ use super::error::{RecordFault, Step};
 use super::place::{Place, places};
 use super::{StateDirectory, check_range, memory, path_in_hex};
 use crate::limits::RECORD_BYTES_MAX;
-use crate::replica::file::{ImageIdentity, waits_in_submission};
+use crate::replica::file::ImageIdentity;
 
 /// What is read by itself after a read has failed: a part that cannot be read must not cost the
 /// others their content.
@@ -45,7 +45,6 @@ pub(in crate::replica) enum RecordDone {
         #[serde(with = "path_in_hex")]
         path: PathBuf,
         size_bytes: u64,
-        waits_in_submission: bool,
     },
     /// Its content comes with the answer, in a file.
     Content { unreadable_bytes: u64 },
@@ -214,7 +213,6 @@ fn opened(place: &Place, file: &File) -> Result<(RecordDone, Option<File>), Reco
     let done = RecordDone::Open {
         path: place.path(),
         size_bytes,
-        waits_in_submission: waits_in_submission(file),
     };
     Ok((done, Some(copy)))
 }

@@ -49,7 +49,6 @@ use serde::{Deserialize, Serialize};
 pub use self::access::RecordAccess;
 pub use self::error::RecordError;
 pub(in crate::replica) use self::keeper::{Keeper, RecordAnswer, RecordOrder};
-use super::ring::RingFile;
 use crate::limits::RECORD_BYTES_MAX;
 
 /// The state directory if no other one is given: that of the packaged service.
@@ -94,16 +93,9 @@ pub struct RecordFile {
     pub file: File,
     /// Its size. It never changes.
     pub size_bytes: u64,
-    /// The kernel may wait for the file system before it has taken an operation.
-    waits_in_submission: bool,
 }
 
 impl RecordFile {
-    /// The file as a ring uses it. It must stay open as long as a ring does.
-    pub fn ring_file(&self) -> RingFile {
-        RingFile::of(&self.file).waiting_in_submission(self.waits_in_submission)
-    }
-
     /// Writes, and returns when that is durable. Waits as long as the file system does not answer;
     /// [`RecordAccess::write`] does not.
     ///

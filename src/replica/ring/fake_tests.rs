@@ -38,6 +38,7 @@ impl Setup {
         let files = [10, 11, 12, 13].map(|fd| RingFile {
             fd,
             waits: false,
+            record: Some(fd + 100),
             cached: true,
             holes: None,
         });
@@ -453,6 +454,7 @@ fn only_long_writes_through_the_page_cache_are_for_threads() {
 
     let direct = RingFile {
         fd: 20,
+        record: None,
         cached: false,
         waits: false,
         holes: None,
@@ -469,6 +471,7 @@ fn the_thread_of_the_ring_waits_for_no_file_system() {
     let mut setup = Setup::new();
     let fuse = RingFile {
         fd: 20,
+        record: None,
         cached: false,
         waits: true,
         holes: None,
@@ -487,6 +490,42 @@ fn the_thread_of_the_ring_waits_for_no_file_system() {
         assert_eq!(submission.flags, FIXED_FILE | ASYNC);
         assert_eq!(setup.end(&submission, result), Ok(()));
     }
+}
+
+#[test]
+fn a_write_to_the_record_is_for_a_thread_and_reaches_no_image() {
+    let mut setup = Setup::new();
+    let bytes: Arc<[u8]> = Arc::from([7; 8192]);
+    let record = |bytes: &Arc<[u8]>| Action::Record {
+        offset_bytes: 1 << 20,
+        bytes: Arc::clone(bytes),
+    };
+    let first = setup.submit(record(&bytes));
+    let place = usize::try_from(first.fd).unwrap();
+    assert_eq!(setup.kernel.file(place), 112, "the record of the replica");
+    assert_eq!(first.opcode, opcode::Write::CODE);
+    assert_eq!(first.flags, FIXED_FILE | ASYNC);
+    assert_eq!((first.offset, first.len), (1 << 20, 8192));
+    assert_eq!(first.address, bytes.as_ptr() as u64);
+    assert!(!setup.ring.is_writing_long());
+    assert!(setup.ring.busy_replicas().contains(REPLICA));
+    let again = setup.continue_after(&first, -libc::EINTR);
+    assert_eq!((again.offset, again.len), (first.offset, first.len));
+    let again = setup.continue_after_pause(&again);
+    let rest = setup.continue_after(&again, 512);
+    assert_eq!((rest.fd, rest.flags), (first.fd, first.flags));
+    assert_eq!((rest.offset, rest.len), ((1 << 20) + 512, 8192 - 512));
+    assert_eq!(rest.address, first.address + 512);
+    assert_eq!(setup.end(&rest, 8192 - SECTOR), Ok(()));
+
+    let failing = setup.submit(record(&bytes));
+    let result = setup.end(&failing, -libc::ENOSPC);
+    assert_eq!(result, Err(Errno(libc::ENOSPC)));
+    setup
+        .ring
+        .set_file(REPLICA, Some(RingFile::none()))
+        .unwrap();
+    assert_eq!(setup.kernel.file(place), -1);
 }
 
 #[test]

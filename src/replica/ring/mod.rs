@@ -30,7 +30,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use self::holes::{HoleFile, Questions};
 use self::kernel::{Kernel, KernelCompletion, Uring};
-use self::operation::{Carrier, Next, PendingOperation};
+use self::operation::{Carrier, Next, PendingOperation, place_of, record_place_of};
 use self::table::{PendingWatch, Table, WatchState, Work};
 use self::threads::Threads;
 use super::zero::Ways;
@@ -93,6 +93,8 @@ pub struct RingFile {
     cached: bool,
     /// The kernel may wait for the file system before it has taken an operation.
     waits: bool,
+    /// The record of the replica, open for durable writes.
+    record: Option<RawFd>,
     /// To ask for holes. It does not keep the image locked.
     holes: Option<HoleFile>,
 }
@@ -110,8 +112,16 @@ impl RingFile {
             fd: -1,
             cached: false,
             waits: false,
+            record: None,
             holes: None,
         }
+    }
+
+    /// The same file, with the record of the replica, which is open with O_DSYNC and must stay open
+    /// as long as a ring uses it.
+    pub fn with_record(self, record: &impl AsFd) -> Self {
+        let record = Some(record.as_fd().as_raw_fd());
+        Self { record, ..self }
     }
 
     /// The file behind `file`, which must stay open as long as a ring uses it.
@@ -124,6 +134,7 @@ impl RingFile {
             fd: file.as_raw_fd(),
             cached,
             waits: false,
+            record: None,
             holes: copy.map(|file| HoleFile { file, cached }),
         }
     }
@@ -159,7 +170,8 @@ pub struct Ring<K: Kernel = Uring> {
 }
 
 impl Ring {
-    /// A ring over `files`, the replicas in order. They must stay open as long as the ring.
+    /// A ring over `files`, the replicas in order. They and their records must stay open as long as
+    /// the ring.
     ///
     /// # Errors
     /// If io_uring is not available, or there is not enough memory.
@@ -182,9 +194,10 @@ impl<K: Kernel> Ring<K> {
     /// A ring whose submissions `kernel` carries out.
     pub(crate) fn with_kernel(mut kernel: K, files: &[RingFile]) -> io::Result<Self> {
         // Replicas that are added later find a place.
-        let mut places = [-1; REPLICAS_MAX];
-        for (place, file) in places.iter_mut().zip(files) {
-            *place = file.fd;
+        let mut places = [-1; 2 * REPLICAS_MAX];
+        for (file, replica) in files.iter().zip((0..).map(ReplicaIndex)) {
+            places[place_of(replica) as usize] = file.fd;
+            places[record_place_of(replica) as usize] = file.record.unwrap_or(-1);
         }
         kernel.register_files(&places)?;
         let replicas = ReplicaSet::first(files.len());
@@ -260,7 +273,8 @@ impl<K: Kernel> Ring<K> {
             && self.table.long_writes() < LONG_WRITES_MAX
     }
 
-    /// Uses `file` for `replica` from now on, or none. It must stay open until it is replaced.
+    /// Uses `file` for `replica` from now on, with its record, or none. Both must stay open until
+    /// they are replaced.
     ///
     /// # Errors
     /// If the kernel refuses the file.
@@ -274,7 +288,9 @@ impl<K: Kernel> Ring<K> {
             replica.0
         );
         let fd = file.as_ref().map_or(-1, |file| file.fd);
-        self.kernel.replace_file(u32::from(replica.0), fd)?;
+        let record = file.as_ref().and_then(|file| file.record).unwrap_or(-1);
+        self.kernel.replace_file(place_of(replica), fd)?;
+        self.kernel.replace_file(record_place_of(replica), record)?;
         for (set, has) in [
             (
                 &mut self.cached,
@@ -306,9 +322,10 @@ impl<K: Kernel> Ring<K> {
         if let Action::FindData { .. } = operation.action {
             return self.ask(operation, since);
         }
+        let waits = self.waits.contains(operation.replica);
         let carrier = match self.is_long_write(&operation) {
             true => Carrier::LongWrite,
-            false if self.waits.contains(operation.replica) => Carrier::Thread,
+            false if waits || matches!(operation.action, Action::Record { .. }) => Carrier::Thread,
             false => Carrier::Submitter,
         };
         let operation = PendingOperation::new(operation, carrier, since, &self.ways);

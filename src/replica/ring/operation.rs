@@ -5,8 +5,11 @@
 //! the moment (EAGAIN) after a pause; a sync is not repeated. Zeroing goes on by bounded steps, so
 //! that what else waits for the file gets its turn, and tries one way after another.
 //!
-//! Only a flush makes anything durable: the kernel reports the loss of a page once, to whichever
-//! fsync or O_DSYNC write of the open file ends next, and flushes run one at a time (W5).
+//! A write to the record of a replica is made by another thread from the start: the record is open
+//! with O_DSYNC, and the thread of the ring must not wait until that is durable.
+//!
+//! Only a flush makes anything in an image durable: the kernel reports the loss of a page once, to
+//! whichever fsync or O_DSYNC write of the open file ends next, and flushes run one at a time (W5).
 
 #![forbid(unsafe_code)]
 
@@ -16,7 +19,7 @@ use io_uring::{opcode, squeue};
 use crate::common::buffer::Buffer;
 use crate::common::operation::{Action, Operation, Reply};
 use crate::common::{Errno, ReplicaIndex, SECTOR_BYTES, SectorRange};
-use crate::limits::ZERO_STEP_BYTES;
+use crate::limits::{REPLICAS_MAX, ZERO_STEP_BYTES};
 use crate::replica::zero::{Way, Ways, ZEROES, ZEROES_BYTES};
 use crate::statistics::Since;
 
@@ -38,6 +41,16 @@ static PAUSES: [Timespec; 7] = {
 
 /// The index of the registered arena among the fixed buffers.
 const ARENA: u16 = 0;
+
+/// The place of a replica's file in the table of files that the kernel has.
+pub(super) fn place_of(replica: ReplicaIndex) -> u32 {
+    u32::from(replica.0)
+}
+
+/// The place of its record there, behind those of all files.
+pub(super) fn record_place_of(replica: ReplicaIndex) -> u32 {
+    u32_of(REPLICAS_MAX) + place_of(replica)
+}
 
 /// An operation in flight.
 pub(super) struct PendingOperation {
@@ -98,7 +111,9 @@ impl PendingOperation {
     pub(super) fn new(operation: Operation, carrier: Carrier, since: Since, ways: &Ways) -> Self {
         let step = match &operation.action {
             Action::Zero { unmap, .. } => Step::Zeroing(ways.best(operation.replica, *unmap)),
-            Action::Read { .. } | Action::Write { .. } | Action::Flush => Step::Whole,
+            Action::Read { .. } | Action::Write { .. } | Action::Flush | Action::Record { .. } => {
+                Step::Whole
+            }
             Action::FindData { .. } => unreachable!("the kernel is not asked for holes"),
         };
         Self {
@@ -130,7 +145,7 @@ impl PendingOperation {
         if self.pauses {
             return opcode::Timeout::new(self.pause()).build();
         }
-        let file = Fixed(u32::from(self.operation.replica.0));
+        let file = Fixed(place_of(self.operation.replica));
         let done = self.done_bytes;
         let entry = match (&mut self.operation.action, self.step) {
             (Action::Read { range, into }, _) => read(file, *range, into, done, arena_registered),
@@ -147,6 +162,16 @@ impl PendingOperation {
                 write(file, *range, bytes, done, fixed)
             }
             (Action::Zero { range, .. }, Step::Zeroing(way)) => zero(file, way, *range, done),
+            (
+                Action::Record {
+                    offset_bytes,
+                    bytes,
+                },
+                _,
+            ) => {
+                let record = Fixed(record_place_of(self.operation.replica));
+                write_record(record, *offset_bytes, bytes, done)
+            }
             (Action::Zero { .. } | Action::FindData { .. } | Action::Flush, _) => sync(file),
         };
         match self.carrier {
@@ -230,6 +255,7 @@ impl PendingOperation {
             | (Action::Zero { range, .. }, Step::Zeroing(_)) => {
                 Some(len_of(range.bytes()) - self.done_bytes)
             }
+            (Action::Record { bytes, .. }, _) => Some(bytes.len() - self.done_bytes),
             (Action::Zero { .. } | Action::FindData { .. } | Action::Flush, _) => None,
         }
     }
@@ -277,6 +303,12 @@ fn write(file: Fixed, range: SectorRange, bytes: &[u8], done: usize, fixed: bool
     }
 }
 
+fn write_record(record: Fixed, offset: u64, bytes: &[u8], done: usize) -> squeue::Entry {
+    let rest = &bytes[done..];
+    let write = opcode::Write::new(record, rest.as_ptr(), u32_of(rest.len()));
+    write.offset(offset + done as u64).build()
+}
+
 fn sync(file: Fixed) -> squeue::Entry {
     opcode::Fsync::new(file).flags(FsyncFlags::DATASYNC).build()
 }
@@ -307,5 +339,5 @@ pub(super) fn len_of(bytes: u64) -> usize {
 }
 
 fn u32_of(len: usize) -> u32 {
-    u32::try_from(len).expect("a submission is at most 1 MiB long")
+    u32::try_from(len).expect("a submission is a few MiB long at most")
 }

@@ -37,6 +37,7 @@ with_both_kernels! {
     takes_more_operations_than_the_queue_has_entries
     kernel_threads_do_long_writes_through_the_page_cache
     a_file_is_added_and_removed_while_others_are_in_use
+    a_record_is_written_beside_its_image
     reports_every_write_to_a_watched_eventfd_until_it_is_unwatched
     a_failed_watch_does_not_end_another_one
 }
@@ -258,6 +259,44 @@ fn a_file_is_added_and_removed_while_others_are_in_use<K: Kernel>(new: New<K>) {
     );
     ring.set_file(ReplicaIndex(7), None).unwrap();
     assert_eq!(read(&mut ring).result, Err(Errno(libc::EBADF)));
+}
+
+fn a_record_is_written_beside_its_image<K: Kernel>(new: New<K>) {
+    let [image, record, other] = std::array::from_fn(|_| tempfile::tempfile().unwrap());
+    let lengths = || [&image, &record, &other].map(|file| file.metadata().unwrap().len());
+    let mut ring = new(&[RingFile::of(&image)]).unwrap();
+    let write = |ring: &mut Ring<K>, byte| {
+        let record = Action::Record {
+            offset_bytes: 4096,
+            bytes: Arc::from([byte; 1000]),
+        };
+        push(ring, operation(record)).unwrap();
+        reply_of(ring).result
+    };
+    assert_eq!(write(&mut ring, 1), Err(Errno(libc::EBADF)), "none");
+    let first = ReplicaIndex(0);
+    let with = RingFile::of(&image).with_record(&record);
+    ring.set_file(first, Some(with.clone())).unwrap();
+    assert_eq!(write(&mut ring, 2), Ok(()));
+    assert_eq!(lengths(), [0, 5096, 0]);
+    let mut bytes = [0; 1000];
+    record.read_exact_at(&mut bytes, 4096).unwrap();
+    assert_eq!(bytes, [2; 1000]);
+
+    let another = RingFile::of(&image).with_record(&other);
+    ring.set_file(first, Some(another)).unwrap();
+    assert_eq!(write(&mut ring, 3), Ok(()));
+    assert_eq!(lengths(), [0, 5096, 5096]);
+    ring.set_file(first, None).unwrap();
+    assert_eq!(write(&mut ring, 4), Err(Errno(libc::EBADF)));
+
+    drop(ring);
+    let mut ring = new(&[with]).unwrap();
+    assert_eq!(write(&mut ring, 5), Ok(()));
+    push(&mut ring, operation(Action::Flush)).unwrap();
+    assert_eq!(reply_of(&mut ring).result, Ok(()));
+    record.read_exact_at(&mut bytes, 4096).unwrap();
+    assert_eq!(bytes, [5; 1000]);
 }
 
 fn reports_every_write_to_a_watched_eventfd_until_it_is_unwatched<K: Kernel>(new: New<K>) {
