@@ -6,6 +6,9 @@
 //! in atomics beside the mutex, which change only under it: a read that loads them a moment too
 //! early ran concurrently with the change.
 
+mod operator;
+mod records;
+
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
@@ -27,16 +30,13 @@ use super::interface::ReadPattern;
 use super::interleaving;
 use super::lateness::Loads;
 use super::range_locks::{LockKey, RangeLocks};
-use super::repair_gate::{Compared, Permission, RepairGate, UnaskedRepairs};
+use super::repair_gate::{Compared, Permission, RepairGate};
 use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
-use crate::jobs::{JobEvent, Jobs, NotStarted, Sizes};
-use crate::quorum::health::{
-    FailureEpoch, Health, Loss, NotRemoved, NotThreshold, Preferable, Remembered, Wanted,
-    WriteBegun,
-};
+use crate::jobs::{JobEvent, Jobs, Sizes};
+use crate::quorum::health::{FailureEpoch, Health, WriteBegun};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
 const ATTEMPTS_MAX: usize = 4;
@@ -208,125 +208,10 @@ impl Shared {
         ReplicaSet::from_bits(self.missing.load(Ordering::Acquire))
     }
 
-    /// At the start, before there is an engine: the image of the member `replica` is not open, and
-    /// it is stale in `stale` ([W13](Health::leave_out)).
-    ///
-    /// # Panics
-    /// If fewer than t members are left in service.
-    pub fn leave_out(&self, replica: ReplicaIndex, stale: &RangeSet) {
-        self.change_health(|health| health.leave_out(replica, stale));
-    }
-
-    /// The image of a missing member is open, and every worker has its file: it rejoins as an
-    /// evicted replica does. It turns out to be stale in `stale` too. A tick of every engine must
-    /// follow. `false` if it is not missing.
-    pub fn found(&self, replica: ReplicaIndex, stale: &RangeSet) -> bool {
-        self.change_health(|health| health.found(replica, stale))
-    }
-
     /// The replicas that are out of service, without the missing ones: each ends what it was asked,
     /// some day.
     pub(super) fn evicted(&self) -> ReplicaSet {
         self.out_of_service().without(self.missing())
-    }
-
-    /// Makes `replica`, whose place is free, a member: writes go to it from now on, and it votes on
-    /// what they have written. A tick of every engine must follow.
-    pub fn add(&self, replica: ReplicaIndex) {
-        self.change_health(|health| {
-            health.add(replica);
-        });
-    }
-
-    /// Removes `replica` from the disk. A tick of every engine must follow; its place is free when
-    /// one of them reports so ([`Effects::released`](super::Effects::released)).
-    ///
-    /// # Errors
-    /// If it is needed; then nothing has changed.
-    pub fn remove(
-        &self,
-        replica: ReplicaIndex,
-        tell: impl FnMut(JobEvent),
-    ) -> Result<(), NotRemoved> {
-        loop {
-            let snapshot = self.health(Health::snapshot);
-            snapshot.check_removal(replica)?;
-            if self.change_health(|health| health.remove_as_on(&snapshot, replica))? {
-                break;
-            }
-        }
-        self.jobs(tell, |jobs, health| jobs.removed(replica, health));
-        Ok(())
-    }
-
-    /// What would be lost with `replica` (W11).
-    ///
-    /// # Errors
-    /// If it cannot be removed whatever is lost.
-    pub fn loss_of(&self, replica: ReplicaIndex) -> Result<Loss, NotRemoved> {
-        self.health(Health::snapshot).loss_of(replica)
-    }
-
-    /// Removes `replica` from the disk like [`Self::remove`], whatever is lost with it. Returns
-    /// what is.
-    ///
-    /// # Errors
-    /// If too few replicas would be left; then nothing has changed.
-    pub fn fail(
-        &self,
-        replica: ReplicaIndex,
-        tell: impl FnMut(JobEvent),
-    ) -> Result<Loss, NotRemoved> {
-        let loss = loop {
-            let snapshot = self.health(Health::snapshot);
-            let loss = snapshot.loss_of(replica)?;
-            let failed = |health: &mut Health| health.fail_as_on(&snapshot, loss, replica);
-            if let Some(loss) = self.change_health(failed)? {
-                break loss;
-            }
-        };
-        self.jobs(tell, |jobs, health| jobs.removed(replica, health));
-        Ok(loss)
-    }
-
-    /// What `replica` could decide if the operator preferred it (W12).
-    ///
-    /// # Errors
-    /// If that is nothing.
-    pub fn preferable(&self, replica: ReplicaIndex) -> Result<Preferable, NotStarted> {
-        let (snapshot, undecided) = self.health(|h| (h.snapshot(), h.unresolved().clone()));
-        if !snapshot.in_service().contains(replica) {
-            return Err(NotStarted::NotInService);
-        }
-        if undecided.is_empty() {
-            return Err(NotStarted::NothingUndecided);
-        }
-        let preferable = snapshot.preferable(replica, undecided);
-        match preferable.sectors {
-            0 => Err(NotStarted::NotUpToDate),
-            _ => Ok(preferable),
-        }
-    }
-
-    /// The vote threshold is to be `wanted` from now on (W10). A tick of the first engine must
-    /// follow.
-    ///
-    /// # Errors
-    /// If the disk has not so many replicas.
-    pub fn want_threshold(&self, wanted: Wanted) -> Result<(), NotThreshold> {
-        self.change_health(|health| {
-            health.want_threshold(wanted)?;
-            health.raise_threshold();
-            Ok(())
-        })
-    }
-
-    /// The vote threshold, the one that is wanted, and whether it follows the number of replicas.
-    pub fn thresholds(&self) -> (usize, usize, bool) {
-        self.health(|health| {
-            let (now, wanted) = (health.threshold(), health.wanted_threshold());
-            (now, wanted, health.threshold_follows())
-        })
     }
 
     /// Whether the vote threshold is lower than wanted.
@@ -339,14 +224,6 @@ impl Shared {
         if self.raises_threshold() {
             self.change_health(Health::raise_threshold);
         }
-    }
-
-    /// The disk grows to `capacity_sectors`, and every replica holds zeroes in the new sectors. To
-    /// be called before any request may reach them.
-    pub fn grow(&self, capacity_sectors: u64) {
-        let mut jobs = self.jobs.lock().expect(NOT_POISONED);
-        jobs.grow(capacity_sectors);
-        self.change_health(|health| health.grow(capacity_sectors));
     }
 
     /// Reads or changes the jobs, and reports what that has changed. A tick of the first engine
@@ -383,33 +260,6 @@ impl Shared {
     /// Asks for the permission to repair so many sectors unasked (O5).
     pub(super) fn may_repair(&self, sectors: u64) -> Permission {
         self.state().repairs.begin(sectors)
-    }
-
-    /// Which repairs are done unasked, if any are (O5, O6).
-    pub fn unasked_repairs(&self) -> UnaskedRepairs {
-        self.state().repairs.state()
-    }
-
-    /// Begins to compare the replicas, before which nothing is repaired unasked (O6).
-    pub fn compare_first(&self, tell: impl FnMut(JobEvent)) {
-        self.state().repairs.compare_first();
-        // There is no other job.
-        let _ = self.jobs(tell, |jobs, health| jobs.scrub(false, 0, health));
-    }
-
-    /// What the records must say of the replicas now (S2).
-    pub fn remembered(&self) -> Remembered {
-        self.health(Health::snapshot).remembered()
-    }
-
-    /// At the start: the records say this of the replicas, and that the last daemon has ended while
-    /// `changed` was being changed. Begins to recover that (S5).
-    pub fn restore(&self, remembered: &Remembered, changed: &RangeSet, tell: impl FnMut(JobEvent)) {
-        self.change_health(|health| health.restore(remembered, changed));
-        if !changed.is_empty() {
-            // There are not too many.
-            let _ = self.jobs(tell, |jobs, health| jobs.recover(health));
-        }
     }
 
     /// How the comparison has ended, once.
@@ -669,147 +519,5 @@ fn is_any_undecided(health: &Health) -> bool {
     health.anything_undecided() || !health.unresolved().is_empty()
 }
 
-/// Every interleaving of small histories, by `cargo test --features loom --lib engine::shared`.
 #[cfg(all(test, feature = "loom"))]
-mod model {
-    use loom::cell::UnsafeCell;
-    use loom::sync::Arc;
-    use loom::sync::atomic::AtomicUsize;
-    use loom::sync::mpsc::{Receiver, channel};
-    use loom::thread;
-
-    use super::*;
-    use crate::quorum::health::WriteEnd;
-
-    const LAST: ReplicaIndex = ReplicaIndex(2);
-
-    fn shared(workers: u16) -> Arc<Shared> {
-        Arc::new(Shared::new(3, 2, workers, 1 << 20))
-    }
-
-    fn waiter(worker: u16) -> Waiter {
-        Waiter {
-            worker: WorkerIndex(worker),
-            request: RequestId(u32::from(worker)),
-        }
-    }
-
-    /// Three ranges, of which the middle one overlaps both others: each waiter is granted its lock
-    /// once, and no waiter with an overlapping range holds one meanwhile.
-    #[test]
-    fn locks_exclude_each_other_and_are_granted_in_turn() {
-        const RANGES: [(u64, u64); 3] = [(0, 8), (4, 8), (8, 8)];
-        let mut model = loom::model::Builder::new();
-        model.preemption_bound = Some(3);
-        model.check(|| {
-            let shared = shared(3);
-            // The locks protect these: two accesses at a time fail the model.
-            let halves = Arc::new([UnsafeCell::new(0), UnsafeCell::new(0)]);
-            let (mailboxes, mail): (Vec<_>, Vec<_>) = (0..3).map(|_| channel()).unzip();
-            let worker = |index: usize, mail: Receiver<()>| {
-                let (shared, halves, mailboxes) =
-                    (shared.clone(), halves.clone(), mailboxes.clone());
-                move || {
-                    let (start, count) = RANGES[index];
-                    let number = u16::try_from(index).unwrap();
-                    let (key, granted) =
-                        shared.lock(SectorRange::new(start, count), waiter(number));
-                    if !granted {
-                        mail.recv().unwrap();
-                    }
-                    for (half, used) in halves.iter().zip([index <= 1, index >= 1]) {
-                        if used {
-                            // SAFETY: the model fails if another access can happen meanwhile.
-                            half.with_mut(|count| unsafe { *count += 1 });
-                        }
-                    }
-                    let mut next = Vec::new();
-                    shared.unlock(key, &mut next);
-                    for waiter in next {
-                        mailboxes[usize::from(waiter.worker.0)].send(()).unwrap();
-                    }
-                }
-            };
-            let mut mail = mail.into_iter().enumerate();
-            let (_, first) = mail.next().unwrap();
-            let others: Vec<_> = mail
-                .map(|(index, mail)| thread::spawn(worker(index, mail)))
-                .collect();
-            worker(0, first)();
-            for other in others {
-                other.join().unwrap();
-            }
-        });
-    }
-
-    /// A read that begins after a write was acknowledged sees which replica missed it.
-    #[test]
-    fn a_read_after_an_acknowledged_write_sees_the_stale_replica() {
-        loom::model(|| {
-            let shared = shared(2);
-            let acknowledged = Arc::new(AtomicBool::new(false));
-            let range = SectorRange::new(0, 8);
-            let writer = {
-                let (shared, acknowledged) = (shared.clone(), acknowledged.clone());
-                thread::spawn(move || {
-                    let (asked, begun) =
-                        shared.change_health(|h| (h.in_service(), h.write_begins(range)));
-                    let mut succeeded = asked;
-                    succeeded.remove(LAST);
-                    let success = true;
-                    let end = WriteEnd {
-                        asked,
-                        succeeded,
-                        begun,
-                        success,
-                    };
-                    shared.change_health(|health| health.write_ended(&end));
-                    // The completion travels through guest memory, with release and acquire.
-                    acknowledged.store(true, Ordering::Release);
-                })
-            };
-            if acknowledged.load(Ordering::Acquire) {
-                assert!(shared.stale_in(range).contains(LAST));
-            }
-            writer.join().unwrap();
-        });
-    }
-
-    /// An evicted replica rejoins only when no worker has an operation in flight on it.
-    #[test]
-    fn an_evicted_replica_rejoins_after_its_last_operation() {
-        loom::model(|| {
-            let shared = shared(2);
-            // Operations of the other worker on the replica.
-            let outstanding = Arc::new(AtomicUsize::new(0));
-            let other = {
-                let (shared, outstanding) = (shared.clone(), outstanding.clone());
-                thread::spawn(move || {
-                    // As in a read: see which replicas are in service, ask one, and get the reply
-                    // some time later.
-                    let asks = shared.in_service().contains(LAST);
-                    if asks {
-                        outstanding.store(1, Ordering::SeqCst);
-                        thread::yield_now();
-                        outstanding.store(0, Ordering::SeqCst);
-                    }
-                    // The tick, with nothing outstanding.
-                    shared.change_health(|health| health.rejoin(LAST, 1))
-                })
-            };
-            assert!(shared.change_health(|health| health.evict(LAST)));
-            let mut rejoined = shared.change_health(|health| health.rejoin(LAST, 0));
-            if rejoined {
-                assert_eq!(
-                    outstanding.load(Ordering::SeqCst),
-                    0,
-                    "rejoined with an operation outstanding"
-                );
-            }
-            rejoined |= other.join().unwrap();
-            // The other worker may have ticked before the eviction; then its next tick decides.
-            rejoined |= shared.change_health(|health| health.rejoin(LAST, 1));
-            assert!(rejoined && shared.in_service().contains(LAST));
-        });
-    }
-}
+mod model;
