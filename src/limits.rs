@@ -317,8 +317,8 @@ pub const RECORD_SLOT_BYTES: u64 = 1 << 20;
 /// Bytes of the text of a record: 32 members with names of which each byte is escaped, 64 branches.
 pub const RECORD_TEXT_BYTES_MAX: usize = 64 << 10;
 
-/// Bytes of one map of extents in a record. Those of 32 members and the text fit one slot.
-pub const RECORD_MAP_BYTES_MAX: u64 = 28 << 10;
+/// Bytes of one map of extents in a record. Two for each of 32 members and the text fit one slot.
+pub const RECORD_MAP_BYTES_MAX: u64 = 14 << 10;
 
 /// The least extent of a record, in bytes. Smaller ones would have to be marked more often.
 pub const RECORD_EXTENT_BYTES_MIN: u64 = 1 << 20;

@@ -116,6 +116,7 @@ fn assert_read_again(record: &Record, intent: &Extents) {
     let mut fitted = record.clone();
     for member in &mut fitted.members {
         member.stale = member.stale.fitted(layout);
+        member.doubtful = member.doubtful.fitted(layout);
     }
     assert_eq!(again.record, fitted);
     assert_eq!(again.intent, *intent);
@@ -208,6 +209,8 @@ fn of_numbers(script: &mut Script<'_>, kind: u8) -> Result<Read, Unusable> {
         member.stale_where_changed = flags & 4 != 0;
         let extent = Extents::of_bits(layout, flags >> 5);
         member.stale = Stale::of_extents(&extent, layout);
+        let extent = Extents::of_bits(layout, flags >> 3 & 3);
+        member.doubtful = Stale::of_extents(&extent, layout);
         record.members.push(member);
     }
     let intent = Extents::of_bits(layout, number(8));
@@ -244,8 +247,12 @@ fn check(candidates: &[Candidate], start: &Start) {
         if !is_missing {
             there.push(image.member);
             assert_eq!(member.stale, image.stale);
+            assert_eq!(member.doubtful, image.doubtful);
         }
-        let is_fresh = image.stale.is_none();
+        let of_both = image.doubtful.to_ranges(record.layout());
+        let of_both = of_both.iter().any(|range| image.stale.overlaps(range));
+        assert!(!of_both, "what is stale is not doubtful");
+        let is_fresh = image.stale.is_none() && image.doubtful.is_none();
         assert!(is_missing || is_fresh == (image.why == Why::Fresh));
     }
     let voting = start.images.iter().filter(|image| image.votes()).count();

@@ -19,6 +19,10 @@ pub struct Member {
     pub state: MemberState,
     /// Where it is stale.
     pub stale: Stale,
+    /// Where a failed flush may have lost its newest version, or not (W7). What it holds is no
+    /// older than what as many members as the vote threshold have made durable. Where it is also
+    /// stale, it is stale.
+    pub doubtful: Stale,
     /// It is stale also wherever the intent map is marked.
     pub stale_where_changed: bool,
 }
@@ -46,6 +50,7 @@ impl Member {
             node_name: short_name(node_name).to_owned(),
             state: MemberState::Active,
             stale: Stale::None,
+            doubtful: Stale::None,
             stale_where_changed: false,
         }
     }

@@ -100,6 +100,21 @@ impl Stale {
         }
     }
 
+    /// The sectors that are not in `other`. A result with many runs is widened to extents, and may
+    /// then have sectors of `other` again.
+    #[must_use]
+    pub fn without(&self, other: &Self, layout: Layout) -> Self {
+        match (self, other) {
+            (Self::None, _) | (_, Self::All) => Self::None,
+            (set, Self::None) => set.fitted(layout),
+            _ => {
+                let mut ranges = self.to_ranges(layout);
+                ranges.remove_all(&other.to_ranges(layout));
+                Self::of(&ranges, layout)
+            }
+        }
+    }
+
     /// Whether `range` has a sector of the set.
     pub fn overlaps(&self, range: SectorRange) -> bool {
         match self {

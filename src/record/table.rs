@@ -243,6 +243,7 @@ impl Record {
         if holds.is_none() {
             // What it held before it was to become active is not known any more.
             member.stale = Stale::All;
+            member.doubtful = Stale::None;
         }
     }
 

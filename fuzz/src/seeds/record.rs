@@ -15,9 +15,11 @@ pub fn all() -> Vec<Seed> {
     // The example names a map, which an input does not have.
     let without_map = text.replace("\"count\": 2", "\"count\": 0");
 
-    let runs = text.find("{\n        \"runs\"").expect("a list of runs");
-    let end = runs + text[runs..].find("}\n      }").expect("its end") + "}\n      }".len();
-    let nowhere = [&text[..runs], "\"nowhere\"", &text[end..]].concat();
+    let mut nowhere = text.to_owned();
+    while let Some(runs) = nowhere.find("{\n        \"runs\"") {
+        let end = nowhere[runs..].find("}\n      }").expect("its end") + "}\n      }".len();
+        nowhere.replace_range(runs..runs + end, "\"nowhere\"");
+    }
     let of_text = |text: &str| counted(TEXT, text.as_bytes());
     let of_other = nowhere.replace(
         "\"replica\": \"8d0c7a51-3c0f-4d0e-9a45-30ee5b3dd9a1\"",

@@ -62,6 +62,7 @@ struct TextMember {
     active: bool,
     holds: Option<Epoch>,
     stale: TextStale,
+    doubtful: TextStale,
     stale_where_changed: bool,
 }
 
@@ -107,8 +108,26 @@ pub(super) fn encode(record: &Record) -> (Vec<u8>, Vec<u8>) {
 }
 
 fn encode_member(member: &Member, layout: Layout, maps: &mut Vec<u8>) -> TextMember {
+    let stale = encode_stale(&member.stale, layout, maps);
+    let doubtful = encode_stale(&member.doubtful, layout, maps);
+    let (active, holds) = match member.state {
+        MemberState::Active => (true, None),
+        MemberState::Inactive { holds } => (false, holds),
+    };
+    TextMember {
+        id: member.id,
+        node_name: short_name(&member.node_name).to_owned(),
+        active,
+        holds,
+        stale,
+        doubtful,
+        stale_where_changed: member.stale_where_changed,
+    }
+}
+
+fn encode_stale(stale: &Stale, layout: Layout, maps: &mut Vec<u8>) -> TextStale {
     let offset = maps.len() as u64;
-    let stale = match member.stale.fitted(layout) {
+    match stale.fitted(layout) {
         Stale::None => TextStale::Nowhere,
         Stale::All => TextStale::Everywhere,
         Stale::Runs(runs) => {
@@ -125,18 +144,6 @@ fn encode_member(member: &Member, layout: Layout, maps: &mut Vec<u8>) -> TextMem
             maps.resize(maps.len().next_multiple_of(8), 0);
             TextStale::Extents { offset, bytes }
         }
-    };
-    let (active, holds) = match member.state {
-        MemberState::Active => (true, None),
-        MemberState::Inactive { holds } => (false, holds),
-    };
-    TextMember {
-        id: member.id,
-        node_name: short_name(&member.node_name).to_owned(),
-        active,
-        holds,
-        stale,
-        stale_where_changed: member.stale_where_changed,
     }
 }
 
@@ -279,6 +286,8 @@ fn is_table(table: &Table) -> bool {
 fn decode_member(member: TextMember, maps: &mut Maps<'_>) -> Result<Member, SlotFault> {
     let stale = maps.take(&member.stale);
     let stale = stale.ok_or(SlotFault::Impossible("a map of stale sectors"))?;
+    let doubtful = maps.take(&member.doubtful);
+    let doubtful = doubtful.ok_or(SlotFault::Impossible("a map of doubtful sectors"))?;
     Ok(Member {
         id: member.id,
         node_name: member.node_name,
@@ -290,6 +299,7 @@ fn decode_member(member: TextMember, maps: &mut Maps<'_>) -> Result<Member, Slot
             }
         },
         stale,
+        doubtful,
         stale_where_changed: member.stale_where_changed,
     })
 }

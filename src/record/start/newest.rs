@@ -6,13 +6,20 @@ use uuid::Uuid;
 
 use super::{Candidate, Kept, Refusal, Side};
 use crate::record::format::Read;
-use crate::record::{Branch, Epoch, Extents, Member, Record, Stale, Table};
+use crate::record::{Branch, Epoch, Extents, Layout, Member, Record, Stale, Table};
 
 /// The records of disks that were served. A disk whose first table was not agreed upon is none yet.
 pub(super) struct Created<'a> {
     candidates: &'a [Candidate],
     /// The record of each candidate.
     reads: Vec<Option<&'a Read>>,
+}
+
+/// Where the copies of a member are no good. Where both sets have a sector, it is stale.
+#[derive(Clone, Debug)]
+pub(super) struct Copies {
+    pub(super) stale: Stale,
+    pub(super) doubtful: Stale,
 }
 
 /// The newest table, and the records that are current.
@@ -259,11 +266,40 @@ impl<'a> Created<'a> {
     }
 }
 
+impl Copies {
+    /// All of them are good.
+    pub(super) const GOOD: Self = Self {
+        stale: Stale::None,
+        doubtful: Stale::None,
+    };
+
+    /// None of them is.
+    pub(super) const STALE: Self = Self {
+        stale: Stale::All,
+        doubtful: Stale::None,
+    };
+
+    /// Adds what a record says of the member.
+    pub(super) fn add(&mut self, member: &Member, layout: Layout) {
+        self.stale = self.stale.union(&member.stale, layout);
+        self.doubtful = self.doubtful.union(&member.doubtful, layout);
+    }
+
+    /// What is stale is not doubtful.
+    #[must_use]
+    pub(super) fn apart(self, layout: Layout) -> Self {
+        Self {
+            doubtful: self.doubtful.without(&self.stale, layout),
+            ..self
+        }
+    }
+}
+
 impl Newest<'_> {
-    /// Where a member is stale, as all records that have the table in force together say. Nothing
-    /// has depended on a table that was only proposed; what it says counts only if no active member
-    /// has the one before.
-    pub(super) fn stale(&self, created: &Created<'_>, id: Uuid, intent: &Extents) -> Stale {
+    /// Where the copies of a member are no good, as all records that have the table in force
+    /// together say. Nothing has depended on a table that was only proposed; what it says counts
+    /// only if no active member has the one before.
+    pub(super) fn copies(&self, created: &Created<'_>, id: Uuid, intent: &Extents) -> Copies {
         let layout = self.record.layout();
         let records = self.current.iter().filter_map(|place| created.read(*place));
         let records: Vec<&Record> = records.map(|read| &read.record).collect();
@@ -273,7 +309,7 @@ impl Newest<'_> {
             .iter()
             .filter(has_table)
             .any(|record| is_active(record));
-        let mut stale = Stale::None;
+        let mut copies = Copies::GOOD;
         for record in records
             .iter()
             .filter(|record| !is_known || has_table(record))
@@ -281,12 +317,13 @@ impl Newest<'_> {
             let Some(member) = record.member(id) else {
                 continue;
             };
-            stale = stale.union(&member.stale, layout);
+            copies.add(member, layout);
             if member.stale_where_changed {
-                stale = stale.union(&Stale::of_extents(intent, layout), layout);
+                let changed = Stale::of_extents(intent, layout);
+                copies.stale = copies.stale.union(&changed, layout);
             }
         }
-        stale
+        copies
     }
 
     /// Everything that a current record has marked.

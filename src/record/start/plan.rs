@@ -4,7 +4,7 @@
 use serde::Serialize;
 use uuid::Uuid;
 
-use super::newest::{Created, Newest};
+use super::newest::{Copies, Created, Newest};
 use super::{Candidate, Kept, Options, Refusal, Verdict, Why};
 use crate::limits::RECORD_TABLES_MAX;
 use crate::record::{
@@ -117,45 +117,51 @@ impl Planner<'_> {
             node_name: self.created.name(place),
             disk: record.disk,
         })?;
-        let (why, stale) = self.state(place, member, record);
+        let (why, copies) = self.state(place, member, record);
         Ok(Verdict {
             member: member.id,
             why,
-            stale,
+            stale: copies.stale,
+            doubtful: copies.doubtful,
         })
     }
 
-    fn state(&self, place: usize, member: &Member, record: &Record) -> (Why, Stale) {
+    fn state(&self, place: usize, member: &Member, record: &Record) -> (Why, Copies) {
         let is_current = self.newest.current.contains(&place);
         if let Some(adopted) = self.adopted {
             return if place == adopted {
-                (Why::Fresh, Stale::None)
+                (Why::Fresh, Copies::GOOD)
             } else {
-                (Why::NotAdopted, Stale::All)
+                (Why::NotAdopted, Copies::STALE)
             };
         }
         if self.newest.older_branch.contains(&place) {
-            return (Why::OlderBranch, Stale::All);
+            return (Why::OlderBranch, Copies::STALE);
         }
         let found = self.candidates[place].image.as_ref().ok();
         let now = found.and_then(|found| found.fingerprint);
         if record.clean && record.image.is_some() && record.image != now {
-            return (Why::Modified, Stale::All);
+            return (Why::Modified, Copies::STALE);
         }
         if !is_current && !self.newest.reaches(member, record) {
-            return (Why::Restored, Stale::All);
+            return (Why::Restored, Copies::STALE);
         }
         // What its own record says of it holds until it has a newer one: a start that was cut short
         // may have written there that it is stale everywhere, and why is not to be seen any more.
-        let own = record.member(member.id).map(|own| &own.stale);
-        let stale = self.newest.stale(self.created, member.id, &self.intent);
         let layout = self.newest.record.layout();
-        let stale = stale.union(own.unwrap_or(&Stale::All), layout);
-        match stale {
-            Stale::None => (Why::Fresh, stale),
-            Stale::All => (Why::Incomplete, stale),
-            _ => (Why::MissedChanges, stale),
+        let mut copies = self.newest.copies(self.created, member.id, &self.intent);
+        match record.member(member.id) {
+            Some(own) => copies.add(own, layout),
+            None => copies = Copies::STALE,
         }
+        let copies = copies.apart(layout);
+        let why = match (&copies.stale, &copies.doubtful) {
+            (Stale::None, Stale::None) => Why::Fresh,
+            (Stale::None, _) => Why::Doubtful,
+            (Stale::All, _) => Why::Incomplete,
+            _ => Why::MissedChanges,
+        };
+        (why, copies)
     }
 
     /// An image that cannot be opened, or without a record: a member of its name, if there is one.
@@ -178,11 +184,22 @@ impl Planner<'_> {
             },
         };
         let member = member.expect("refused without one").id;
-        let stale = match why {
-            Why::Missing => self.newest.stale(self.created, member, &self.intent),
-            _ => Stale::All,
+        let Copies { stale, doubtful } = match why {
+            Why::Missing => self.copies(member),
+            _ => Copies::STALE,
         };
-        Ok(Verdict { member, why, stale })
+        Ok(Verdict {
+            member,
+            why,
+            stale,
+            doubtful,
+        })
+    }
+
+    /// Where the copies of a member are no good, as the records of the newest table say.
+    fn copies(&self, member: Uuid) -> Copies {
+        let copies = self.newest.copies(self.created, member, &self.intent);
+        copies.apart(self.newest.record.layout())
     }
 
     /// Whether all that was acknowledged is known, or the start is forced.
@@ -264,7 +281,7 @@ impl Planner<'_> {
         let truth = truth.or(self.newest.record.adopted);
         let has_truth = voting
             .iter()
-            .any(|image| Some(image.member) == truth && image.why == Why::Fresh);
+            .any(|image| Some(image.member) == truth && image.stale.is_none());
         if voting.len() >= votes || has_truth && there.count() >= votes {
             return Ok(());
         }
@@ -351,25 +368,26 @@ impl Planner<'_> {
         if let Some(place) = place {
             return Member {
                 stale: images[place].stale.clone(),
+                doubtful: images[place].doubtful.clone(),
                 ..Member::new(member.id, &self.candidates[place].node_name)
             };
         }
-        let stale = self.newest.stale(self.created, member.id, &self.intent);
         let in_force = self.newest.in_force();
-        let (holds, stale) = if self.adopted.is_some() {
-            (None, Stale::All)
+        let (holds, copies) = if self.adopted.is_some() {
+            (None, Copies::STALE)
         } else if in_force.active.contains(&member.id) {
-            (Some(in_force.epoch), stale)
+            (Some(in_force.epoch), self.copies(member.id))
         } else {
             match member.state {
-                MemberState::Inactive { holds } => (holds, stale),
+                MemberState::Inactive { holds } => (holds, self.copies(member.id)),
                 // It was to become active, and what it held before is not known any more.
-                MemberState::Active => (None, Stale::All),
+                MemberState::Active => (None, Copies::STALE),
             }
         };
         Member {
             state: MemberState::Inactive { holds },
-            stale,
+            stale: copies.stale,
+            doubtful: copies.doubtful,
             stale_where_changed: true,
             ..member.clone()
         }

@@ -17,6 +17,8 @@ pub struct Verdict {
     pub why: Why,
     /// Where it is stale.
     pub stale: Stale,
+    /// Where it is doubtful, and not stale.
+    pub doubtful: Stale,
 }
 
 /// Why a replica is stale, or not.
@@ -27,6 +29,8 @@ pub enum Why {
     Fresh,
     /// It has missed changes in known places.
     MissedChanges,
+    /// A flush that failed may have lost changes in known places, or not.
+    Doubtful,
     /// It has to be copied as a whole: it was not complete, or has missed changes everywhere.
     Incomplete,
     /// It cannot be opened.
@@ -44,9 +48,10 @@ pub enum Why {
 }
 
 impl Verdict {
-    /// Whether it may vote somewhere.
+    /// Whether it may vote somewhere. A doubtful copy does where fewer than the vote threshold are
+    /// fresh (W7).
     pub fn votes(&self) -> bool {
-        matches!(self.why, Why::Fresh | Why::MissedChanges)
+        matches!(self.why, Why::Fresh | Why::MissedChanges | Why::Doubtful)
     }
 }
 
@@ -55,6 +60,7 @@ impl fmt::Display for Why {
         f.write_str(match self {
             Self::Fresh => "up to date",
             Self::MissedChanges => "has missed changes",
+            Self::Doubtful => "may have lost changes in a failed flush",
             Self::Incomplete => "has to be copied as a whole",
             Self::Missing => "missing",
             Self::Modified => "modified by another program since its clean end",

@@ -33,6 +33,7 @@ fn example() -> Record {
     record.members[1].stale = Stale::of(&set(&[(4096, 8), (40_960, 2048)]), layout);
     record.members[2].state = MemberState::Inactive { holds };
     record.members[2].stale_where_changed = true;
+    record.members[2].doubtful = Stale::of(&set(&[(8192, 8)]), layout);
     record
 }
 
@@ -58,6 +59,7 @@ fn the_page_about_the_format_shows_what_is_written() {
     let maps = &slot[end.next_multiple_of(512)..];
     shows(&hexadecimal(&maps[..16]));
     shows(&hexadecimal(&maps[16..32]));
+    shows(&hexadecimal(&maps[32..48]));
     let intent = extents(example().layout(), &[(2048, 4096)]);
     let pages = pages(example().disk, example().replica, &intent, 0..1);
     shows(&hexadecimal(&pages[..16]));

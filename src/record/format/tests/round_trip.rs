@@ -60,7 +60,9 @@ prop_compose! {
             *member = Member::new(member.id, &name);
             member.state = state;
             member.stale_where_changed = where_changed;
-            member.stale = Stale::of(&set(&stale), layout);
+            let (first, second) = stale.split_at(stale.len() / 2);
+            member.stale = Stale::of(&set(first), layout);
+            member.doubtful = Stale::of(&set(second), layout);
         }
         if everywhere {
             record.members[0].stale = Stale::All;
@@ -167,6 +169,28 @@ proptest! {
     }
 
     #[test]
+    fn a_difference_has_all_sectors_that_are_not_in_the_other_set(
+        (capacity, list) in ranges(),
+        split in 0..8usize,
+    ) {
+        let layout = Layout::new(capacity);
+        let (first, second) = list.split_at(split.min(list.len()));
+        let widened = |list| Stale::of_extents(&extents(layout, list), layout);
+        let exact = |list| Stale::of(&set(list), layout);
+        for (one, other) in [
+            (exact(first), exact(second)),
+            (exact(first), widened(second)),
+            (widened(first), exact(second)),
+            (Stale::All, exact(second)),
+        ] {
+            let ranges = one.without(&other, layout).to_ranges(layout);
+            let mut expected = one.to_ranges(layout);
+            expected.remove_all(&other.to_ranges(layout));
+            prop_assert!(ranges.iter().eq(expected.iter()), "few runs are exact");
+        }
+    }
+
+    #[test]
     fn a_union_has_the_sectors_of_both_sets((capacity, list) in ranges(), split in 0..8usize) {
         let layout = Layout::new(capacity);
         let (first, second) = list.split_at(split.min(list.len()));
@@ -192,8 +216,8 @@ fn sizes_of_disks() {
     let sizes = [1, 64 * MIB, 8192 * MIB, 1 << 31, 1 << 51, RECORD_NUMBER_MAX];
     let layouts = sizes.map(Layout::new);
     let extents = layouts.map(|layout| layout.extent_sectors() / MIB);
-    assert_eq!(extents, [1, 1, 1, 8, 8 << 20, 32 << 20]);
-    assert_eq!(layouts.map(Layout::pages), [1, 1, 1, 5, 5, 5]);
+    assert_eq!(extents, [1, 1, 1, 16, 16 << 20, 64 << 20]);
+    assert_eq!(layouts.map(Layout::pages), [1, 1, 1, 3, 3, 3]);
     for layout in layouts {
         assert!(layout.map_bytes() <= RECORD_MAP_BYTES_MAX);
         assert!(layout.file_bytes() <= (2 << 20) + (32 << 10));
@@ -238,6 +262,7 @@ fn the_largest_record_fits_a_slot() {
     for member in &mut record.members[1..] {
         member.node_name = "\u{1}".repeat(RECORD_NAME_BYTES_MAX);
         member.stale = many.clone();
+        member.doubtful = many.clone();
         member.state = MemberState::Inactive { holds };
     }
     record.propose();

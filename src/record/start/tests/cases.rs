@@ -4,8 +4,9 @@ use super::disk::{
     FINGERPRINT, adopting, disk, evict, forced, id, line, options, read, start, whys,
 };
 use crate::common::SectorRange;
-use crate::record::MemberState;
+use crate::common::ranges::RangeSet;
 use crate::record::start::{Candidate, Options, Refusal, Why, decide, take_in};
+use crate::record::{MemberState, Stale};
 
 #[test]
 fn a_replica_that_was_evicted_is_stale_where_the_others_have_changed() {
@@ -33,6 +34,43 @@ fn a_replica_that_was_evicted_is_stale_where_the_others_have_changed() {
         "'a.raw', 'b.raw' could have gone on without the other replicas, since the vote threshold \
          is 2; start with them, or, if they are lost with what they hold, add --force-start"
     );
+}
+
+#[test]
+fn what_is_doubtful_is_so_after_the_start_unless_it_is_stale() {
+    let mut images = disk(3);
+    let layout = read(&mut images[0]).record.layout();
+    let of = |start, count| {
+        let mut ranges = RangeSet::default();
+        ranges.insert(SectorRange::new(start, count));
+        Stale::of(&ranges, layout)
+    };
+    for (place, doubtful, stale) in [(0, of(0, 16), of(8, 4)), (1, of(4, 16), Stale::None)] {
+        let members = &mut read(&mut images[place]).record.members;
+        members[0].doubtful = doubtful.clone();
+        members[2].doubtful = doubtful;
+        members[2].stale = stale;
+    }
+    let decided = start(&images, &options());
+    assert_eq!(
+        whys(&decided),
+        [Why::Doubtful, Why::Fresh, Why::MissedChanges]
+    );
+    assert!(decided.images[0].votes());
+    let expected = of(0, 20);
+    assert_eq!(decided.images[0].doubtful, expected);
+    let rest = expected.without(&of(8, 4), layout);
+    assert_eq!(decided.images[2].doubtful, rest);
+    assert_eq!(decided.images[2].stale, of(8, 4));
+    let members = &decided.record.members;
+    assert_eq!(members[2].doubtful, rest);
+    // A member that is missing, and one that is stale everywhere.
+    let without_last = start(&images[..2], &options());
+    assert_eq!(without_last.record.members[2].doubtful, rest);
+    read(&mut images[0]).record.members[2].stale = Stale::All;
+    let decided = start(&images, &options());
+    assert_eq!(decided.images[2].why, Why::Incomplete);
+    assert!(decided.images[2].doubtful.is_none());
 }
 
 #[test]

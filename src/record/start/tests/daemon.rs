@@ -4,22 +4,37 @@
 use uuid::Uuid;
 
 use super::model::{EXTENTS, Killed, Served, Step, World, extent, layout, read};
-use crate::record::start::{Verdict, Why, take_in};
+use crate::record::start::{Verdict, take_in};
 use crate::record::{Extents, Member, MemberState, Record, Stale};
 
 impl World<'_> {
     /// Makes the replicas equal where they may differ.
     pub(super) fn settle(&mut self, served: &mut Served, images: &[Verdict]) -> Step {
         for index in 0..EXTENTS {
-            let fresh = served.there.iter().zip(images);
-            let fresh = fresh.filter(|(_, image)| image.votes());
-            let fresh = fresh.filter(|(_, image)| !image.stale.overlaps(extent(index)));
-            let fresh: Vec<usize> = fresh.map(|(place, _)| *place).collect();
-            if let Some(first) = fresh.first() {
-                let number = self.replicas[*first].image[index];
-                self.write_images(&fresh, index, number)?;
-                let history = self.histories.get_mut(&served.history).unwrap();
-                history.legal[index] = vec![number];
+            let voting = served.there.iter().zip(images);
+            let voting = voting.filter(|(_, image)| image.votes());
+            let voting = voting.filter(|(_, image)| !image.stale.overlaps(extent(index)));
+            let is_doubtful = |image: &Verdict| image.doubtful.overlaps(extent(index));
+            let (doubtful, fresh): (Vec<_>, Vec<_>) =
+                voting.partition(|(_, image)| is_doubtful(image));
+            // A doubtful copy has a vote where none is fresh.
+            let Some((first, _)) = fresh.iter().chain(&doubtful).next() else {
+                continue;
+            };
+            let number = self.replicas[**first].image[index];
+            let to = fresh.iter().chain(&doubtful);
+            let to: Vec<usize> = to.map(|(place, _)| **place).collect();
+            if !doubtful.is_empty() {
+                // What is settled has changed for those that are missing.
+                self.mark(served, index)?;
+            }
+            self.write_images(&to, index, number)?;
+            let history = self.histories.get_mut(&served.history).unwrap();
+            history.legal[index] = vec![number];
+            history.before[index] = None;
+            if !doubtful.is_empty() {
+                history.older[index] = None;
+                self.dispel(served, &to, index);
             }
         }
         self.clear_marks(served)
@@ -128,6 +143,59 @@ impl World<'_> {
         killed
     }
 
+    /// These have a copy that is good again.
+    fn dispel(&self, served: &mut Served, places: &[usize], index: usize) {
+        let mut good = Extents::new(layout());
+        good.insert(extent(index));
+        let good = Stale::of_extents(&good, layout());
+        for place in places {
+            let id = self.replicas[*place].id;
+            let member = served.record.member_mut(id).unwrap();
+            member.doubtful = member.doubtful.without(&good, layout());
+        }
+    }
+
+    /// A flush that fails on so many replicas that too few hold the newest version for certain.
+    pub(super) fn fail_flush(&mut self, served: &mut Served, index: usize) -> Step {
+        let active = self.active(served).into_iter();
+        let fresh = active.filter(|place| self.is_fresh(served, *place, index));
+        let mut failing: Vec<usize> = fresh.collect();
+        let history = &self.histories[&served.history];
+        let Some(before) = history.before[index] else {
+            return Ok(());
+        };
+        let sparing = self.choices.of(usize::from(self.votes));
+        failing.drain(..sparing.min(failing.len()));
+        let lost = match self.choices.of(3) {
+            0 => &[],
+            1 => &failing[..failing.len().min(1)],
+            _ => &failing[..],
+        };
+        self.log.push(format!(
+            "a flush of {index} fails on {failing:?}, lost on {lost:?}"
+        ));
+        for place in lost {
+            self.replicas[*place].image[index] = before;
+        }
+        // A kill leaves the marks, since the flush has failed.
+        let history = self.histories.get_mut(&served.history).unwrap();
+        history.before[index] = None;
+        history.legal[index].push(before);
+        let mut extents = Extents::new(layout());
+        extents.insert(extent(index));
+        let lost = Stale::of_extents(&extents, layout());
+        for place in failing {
+            let id = self.replicas[place].id;
+            let member = served.record.member_mut(id).unwrap();
+            member.doubtful = member.doubtful.union(&lost, layout());
+        }
+        self.write_records(served)?;
+        let history = self.histories.get_mut(&served.history).unwrap();
+        history.legal[index].retain(|number| *number != before);
+        history.older[index] = Some(before);
+        Ok(())
+    }
+
     pub(super) fn active(&self, served: &Served) -> Vec<usize> {
         let is_active = |place: &&usize| {
             let member = served.record.member(self.replicas[**place].id);
@@ -138,7 +206,8 @@ impl World<'_> {
 
     fn is_fresh(&self, served: &Served, place: usize, index: usize) -> bool {
         let member = served.record.member(self.replicas[place].id).unwrap();
-        member.is_active() && !member.stale.overlaps(extent(index))
+        let is_bad = |set: &Stale| set.overlaps(extent(index));
+        member.is_active() && !is_bad(&member.stale) && !is_bad(&member.doubtful)
     }
 
     /// A write, which the replica `failing` fails.
@@ -154,10 +223,13 @@ impl World<'_> {
         self.numbers += 1;
         let number = self.numbers;
         let history = self.histories.get_mut(&served.history).unwrap();
+        let before = history.legal[index].clone();
+        history.before[index] = None;
         history.legal[index].push(number);
         let mut to = self.active(served);
         to.retain(|place| Some(*place) != failing);
         self.write_images(&to, index, number)?;
+        self.dispel(served, &to, index);
         let holding = to
             .iter()
             .filter(|place| self.is_fresh(served, **place, index));
@@ -174,6 +246,10 @@ impl World<'_> {
         }
         let history = self.histories.get_mut(&served.history).unwrap();
         history.legal[index] = vec![number];
+        history.older[index] = None;
+        if let [before] = before[..] {
+            history.before[index] = Some(before);
+        }
         Ok(())
     }
 
@@ -227,10 +303,11 @@ impl World<'_> {
         let member = served.record.member_mut(id).unwrap();
         member.state = MemberState::Inactive { holds: Some(epoch) };
         member.stale = verdict.stale.union(&member.stale, layout());
-        let is_trusted = matches!(verdict.why, Why::Fresh | Why::MissedChanges);
-        if !is_trusted {
+        if !verdict.votes() {
             member.stale = Stale::All;
         }
+        let doubtful = verdict.doubtful.union(&member.doubtful, layout());
+        member.doubtful = doubtful.without(&member.stale, layout());
         if !self.change_table(served)? {
             return Err(Killed);
         }
@@ -264,6 +341,7 @@ impl World<'_> {
         let member = served.record.member_mut(id).unwrap();
         if member.is_active() {
             member.stale = Stale::None;
+            member.doubtful = Stale::None;
             self.replicas[place].history = served.history;
             self.write_records(served)?;
         }

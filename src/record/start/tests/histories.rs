@@ -15,6 +15,7 @@ struct Kinds {
     force: bool,
     restore: bool,
     modify: bool,
+    failed_flushes: bool,
 }
 
 fn subset(world: &mut World<'_>) -> Vec<usize> {
@@ -38,7 +39,7 @@ fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Kille
     };
     let replicas = world.replicas.len();
     for _ in 0..kinds.operations {
-        match world.choices.of(5) {
+        match world.choices.of(if kinds.failed_flushes { 6 } else { 5 }) {
             0 => {
                 let index = world.choices.of(EXTENTS);
                 let failing = world.choices.of(replicas + 1).checked_sub(1);
@@ -55,6 +56,10 @@ fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Kille
                 world.rejoin(&mut served, place)?;
             }
             3 => return world.end(&mut served),
+            5 => {
+                let index = world.choices.of(EXTENTS);
+                world.fail_flush(&mut served, index)?;
+            }
             _ => return Err(Killed),
         }
     }
@@ -139,6 +144,7 @@ const SMALL: Kinds = Kinds {
     force: false,
     restore: false,
     modify: false,
+    failed_flushes: false,
 };
 
 /// Two runs of up to two replicas; of more, one run that is killed anywhere, or two that are not
@@ -150,8 +156,18 @@ fn all_small_histories() {
         kills: false,
         ..SMALL
     };
+    let failed_flushes = Kinds {
+        runs: 1,
+        operations: 3,
+        kills: false,
+        failed_flushes: true,
+        ..SMALL
+    };
     for replicas in 1..=4 {
         for votes in 1..=u8::try_from(replicas).unwrap() {
+            if replicas <= 3 {
+                explore_all(replicas, votes, failed_flushes);
+            }
             if replicas <= 2 {
                 explore_all(replicas, votes, SMALL);
             } else {
@@ -173,6 +189,12 @@ fn random_histories() {
         for votes in 1..=replicas {
             let votes = u8::try_from(votes).unwrap();
             explore_random(replicas, votes, kinds, 2000);
+            let failed_flushes = Kinds {
+                operations: 5,
+                failed_flushes: true,
+                ..kinds
+            };
+            explore_random(replicas, votes, failed_flushes, 6000);
             let force = Kinds {
                 force: true,
                 ..kinds

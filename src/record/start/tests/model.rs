@@ -41,6 +41,10 @@ pub(super) struct Replica {
 #[derive(Clone, Debug)]
 pub(super) struct History {
     pub(super) legal: [Vec<u32>; EXTENTS],
+    /// The version before the newest one, if a failed flush may bring it back.
+    pub(super) before: [Option<u32>; EXTENTS],
+    /// What a copy may also hold if it is doubtful.
+    pub(super) older: [Option<u32>; EXTENTS],
 }
 
 pub(super) struct World<'a> {
@@ -176,6 +180,8 @@ impl<'a> World<'a> {
         });
         let history = History {
             legal: [const { Vec::new() }; EXTENTS].map(|_: Vec<u32>| vec![0]),
+            before: [None; EXTENTS],
+            older: [None; EXTENTS],
         };
         self.histories.insert(Uuid::nil(), history);
         let mut served = Served {
@@ -264,8 +270,10 @@ impl<'a> World<'a> {
             for (index, legal) in history.legal.iter().enumerate() {
                 let number = self.replicas[*place].image[index];
                 let is_fresh = image.votes() && !image.stale.overlaps(extent(index));
+                let is_doubtful = image.doubtful.overlaps(extent(index));
+                let may_be_older = is_doubtful && history.older[index] == Some(number);
                 assert!(
-                    !is_fresh || legal.contains(&number),
+                    !is_fresh || legal.contains(&number) || may_be_older,
                     "replica {place} is stale in extent {index}: {number}, not {legal:?}\n{}",
                     log()
                 );
