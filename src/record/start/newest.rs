@@ -304,6 +304,7 @@ impl Newest<'_> {
         let records = self.current.iter().filter_map(|place| created.read(*place));
         let records: Vec<&Record> = records.map(|read| &read.record).collect();
         let has_table = |record: &&&Record| record.epoch == self.in_force().epoch;
+        let is_member_of = |record: &Record, id| record.member(id).is_some_and(Member::is_active);
         let is_active = |record: &Record| self.in_force().active.contains(&record.replica);
         let is_known = records
             .iter()
@@ -318,7 +319,11 @@ impl Newest<'_> {
                 continue;
             };
             copies.add(member, layout);
-            if member.stale_where_changed {
+            // The holder would know if its proposal had come into force. So a member that it was to
+            // put out of service has missed nothing.
+            let is_void = !has_table(&record) && is_member_of(record, record.replica);
+            let was_active = self.in_force().active.contains(&id);
+            if member.stale_where_changed && !(is_void && was_active) {
                 let changed = Stale::of_extents(intent, layout);
                 copies.stale = copies.stale.union(&changed, layout);
             }

@@ -139,6 +139,24 @@ fn starts_that_are_always_cut_short_end_with_a_refusal() {
     assert_eq!(whys(&start(&images, &options())), [Why::Fresh; 3]);
 }
 
+#[test]
+fn changes_that_were_all_cut_short_have_put_no_replica_out() {
+    let mut images = disk(4);
+    for image in &mut images {
+        let intent = &mut read(image).intent;
+        *intent = Extents::full(intent.layout());
+    }
+    let record = &mut read(&mut images[2]).record;
+    record.propose();
+    record.deactivate(id(4));
+    let others = [images[0].clone(), images[1].clone(), images[3].clone()];
+    let decided = start(&others, &options());
+    for (place, number) in [(0, 1), (1, 2), (3, 4)] {
+        read(&mut images[place]).record = decided.record.for_replica(id(number), 2);
+    }
+    assert_eq!(whys(&start(&images, &options())), [Why::Fresh; 4]);
+}
+
 /// What the tools show of a start.
 #[test]
 fn a_start_becomes_json() {
