@@ -282,6 +282,13 @@ pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
+/// Samples of an image that are taken anywhere when the images of a new disk are compared, and as
+/// many where some image has data, besides those at its ends.
+pub const FIRST_LOOK_PLACES: usize = 64;
+
+/// How many samples of two images must differ before they are taken for images of different disks.
+pub const FIRST_LOOK_DIFFERENT_MIN: usize = 4;
+
 /// Bytes of a record. What one holds depends on the size of the disk, and is less than half of it.
 pub const RECORD_BYTES_MAX: u64 = 4 << 20;
 

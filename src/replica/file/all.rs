@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+use std::path::PathBuf;
+
 use super::candidate::Candidate;
 use super::contents::Contents;
 use super::{
@@ -196,27 +198,37 @@ fn check_contents(
     for image in &mut *images {
         unopenable.step(image, |candidate| candidate.glance(disk_bytes))?;
     }
-    let (mut empty, mut holding) = (Vec::new(), Vec::new());
-    let (mut is_certain, mut first) = (true, None);
+    let mut seen = Vec::new();
     for image in images {
         unopenable.step(image, |candidate| {
             let contents = candidate.glanced(disk_bytes)?;
-            let path = candidate.replica().path.clone();
-            match contents {
-                Contents::Data(at) => {
-                    first.get_or_insert(at);
-                    holding.push(path);
-                }
-                Contents::Nothing => empty.push(path),
-                Contents::Zeroes => {
-                    is_certain = false;
-                    empty.push(path);
-                }
-                // It does not vote where it cannot be read.
-                Contents::Unknown(_) => {}
-            }
+            seen.push((candidate.replica().path.clone(), contents));
             Ok(())
         })?;
+    }
+    check_emptiness(seen)
+}
+
+/// The same from what they hold.
+pub(super) fn check_emptiness(
+    images: impl IntoIterator<Item = (PathBuf, Contents)>,
+) -> Result<(), OpenError> {
+    let (mut empty, mut holding) = (Vec::new(), Vec::new());
+    let (mut is_certain, mut first) = (true, None);
+    for (path, contents) in images {
+        match contents {
+            Contents::Data(at) => {
+                first.get_or_insert(at);
+                holding.push(path);
+            }
+            Contents::Nothing => empty.push(path),
+            Contents::Zeroes => {
+                is_certain = false;
+                empty.push(path);
+            }
+            // It does not vote where it cannot be read.
+            Contents::Unknown(_) => {}
+        }
     }
     match first {
         Some(at) if !empty.is_empty() => Err(OpenError::EmptyBesideData {

@@ -33,7 +33,7 @@ const PLACE_BYTES: usize = 4096;
 
 /// What an image holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub(super) enum Contents {
+pub(in crate::replica) enum Contents {
     /// Zeroes and holes.
     Nothing,
     /// Zeroes and holes in all places that were looked at.

@@ -169,6 +169,20 @@ pub enum OpenError {
         /// Where the first of these does.
         at: u64,
     },
+    /// The images of a new disk hold different data nearly everywhere.
+    #[error(
+        "{}: they differ nearly everywhere that was compared (first at byte {at}), so they are not \
+         one disk; start with those of one disk alone, and add new images (quorum-blkctl add \
+         --create), or start with copies of the right one (cp --sparse=always {} NEW)",
+        different(.groups),
+        Quoted(&.groups[0][0])
+    )]
+    OtherDisk {
+        /// The first one with those that are like it, and the others.
+        groups: [Vec<PathBuf>; 2],
+        /// Where they differ.
+        at: u64,
+    },
     /// Another process uses the image, or it cannot be locked.
     #[error("{} is {source}{}", Quoted(.path), lock_hint(.source))]
     Locked {
@@ -261,6 +275,13 @@ pub enum OpenError {
 }
 
 impl OpenError {
+    pub(in crate::replica) fn of_no_answer(answer: NoAnswer, path: PathBuf) -> Self {
+        match answer {
+            NoAnswer::Silent => Self::Silent { path },
+            NoAnswer::Ended(source) => Self::Opener { path, source },
+        }
+    }
+
     /// The error without what to do about an image that is not there: that of a replica that the
     /// disk is served without.
     pub fn of_missing(&self) -> String {
@@ -285,11 +306,7 @@ pub(super) fn with_path<T>(
     match answer {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(fault)) => Err(fault.at(owned(), read_only)),
-        Err(NoAnswer::Silent) => Err(OpenError::Silent { path: owned() }),
-        Err(NoAnswer::Ended(source)) => Err(OpenError::Opener {
-            path: owned(),
-            source,
-        }),
+        Err(no_answer) => Err(OpenError::of_no_answer(no_answer, owned())),
     }
 }
 
@@ -329,6 +346,16 @@ fn listed(paths: &[PathBuf]) -> String {
         [first @ .., last] if !first.is_empty() => format!("{} and {last}", first.join(", ")),
         _ => quoted.concat(),
     }
+}
+
+/// `'a' and 'b' hold other data than 'c'`.
+fn different([first, second]: &[Vec<PathBuf>; 2]) -> String {
+    let verb = if first.len() == 1 { "holds" } else { "hold" };
+    format!(
+        "{} {verb} other data than {}",
+        listed(first),
+        listed(second)
+    )
 }
 
 /// What to do about an image that holds nothing, or not all of the disk.

@@ -33,6 +33,7 @@ use super::contents::Contents;
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock};
 use super::format::Format;
+use super::look::{Look, Seen, look};
 use super::messages::{is_readable, receive, send};
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
 
@@ -55,6 +56,7 @@ enum Order {
     GlanceAtContents(u64),
     Claim,
     Lock,
+    Look(Look),
     /// What is to be written comes in a file with the order.
     Record(RecordOrder),
 }
@@ -172,6 +174,12 @@ impl Opener {
     /// Locks the image, without waiting for another process.
     pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locked>, NoAnswer> {
         self.order(Order::Lock)?;
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// Has the process look at the image.
+    pub(in crate::replica) fn look(&mut self, at: Look, by: Instant) -> Result<Seen, NoAnswer> {
+        self.order(Order::Look(at))?;
         self.answer(by).map(|(answer, _)| answer)
     }
 
@@ -309,6 +317,7 @@ fn follow_orders(socket: &impl AsFd, path: &Path, options: OpenOptions) -> io::R
                 Err(fault) => send(socket, &Answer::<()>::Err(fault), None)?,
             },
             Order::Lock => send(socket, &lock(&image.file, options), None)?,
+            Order::Look(at) => send(socket, &look(&image.file, at), None)?,
             Order::Record(order) => {
                 let (answer, file) = keeper.carry_out(order, given.as_ref());
                 send(socket, &answer, file.as_ref())?;

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::keeper::{Keeper, RecordDone, RecordOrder};
 use super::{RecordContent, RecordError, RecordFile, StateDirectory, memory};
 use crate::limits::OPEN_LIMIT;
-use crate::replica::file::{NoAnswer, Opener};
+use crate::replica::file::{Look, Looked, NoAnswer, OpenError, Opener, ReplicaFile, look};
 
 /// The way to the record of an open image. Each step has [`OPEN_LIMIT`]; after one that has failed
 /// for this, all others fail at once.
@@ -113,6 +113,26 @@ impl RecordAccess {
             (RecordDone::Written, _) => Ok(()),
             _ => Err(self.invalid()),
         }
+    }
+
+    /// Looks at the image itself, which is open as `file`.
+    ///
+    /// # Errors
+    /// If its file system does not answer.
+    pub(in crate::replica) fn look(
+        &mut self,
+        file: &ReplicaFile,
+        at: Look,
+    ) -> Result<Looked, OpenError> {
+        let looked = match &mut self.way {
+            Way::Here(_) => Ok(look(&file.file, at)),
+            Way::Apart(opener) => opener.look(at, Instant::now() + self.limit),
+            Way::GivenUp => Err(NoAnswer::Silent),
+        };
+        looked.map_err(|no_answer| {
+            self.way = Way::GivenUp;
+            OpenError::of_no_answer(no_answer, self.image.clone())
+        })
     }
 
     fn carry_out(
