@@ -24,6 +24,7 @@
 //! [`client`] is a second program, `quorum-blkctl`, which talks to the monitor.
 //!
 //! [`record`] is what is kept on disk about each replica: its format, and what may start.
+//! [`inspect`] shows that without a daemon.
 //!
 //! The rules that all of this keeps are in docs/contract.md; comments cite them by their tags.
 
@@ -39,6 +40,7 @@ pub mod control;
 pub mod daemon;
 pub mod device;
 pub mod engine;
+pub mod inspect;
 pub mod jobs;
 pub mod limits;
 pub mod quorum;

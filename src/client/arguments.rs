@@ -2,10 +2,12 @@
 
 use std::path::PathBuf;
 
+use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use super::format::{NewSize, parse_rate, parse_size_change};
 use super::threshold::{self, NewThreshold};
+use crate::limits::REPLICAS_MAX;
 
 /// The environment variable that replaces `--qmp`.
 pub(super) const SOCKET_VARIABLE: &str = "QUORUM_BLK_QMP";
@@ -15,11 +17,12 @@ const EXIT_STATUS: &str = "\
 Exit status:
   0    Success; for status and map: the disk is healthy
   1    The command ran, but: the disk is degraded or failing (status, map),
-       corrupt sectors were found and not repaired (scrub), or the job failed
-       or was cancelled
+       corrupt sectors were found and not repaired (scrub), the job failed or
+       was cancelled, or a start would not be as usual (inspect)
   2    Invalid command line
   3    The command failed: cannot connect, or the daemon rejected it,
-       disconnected, or sent an invalid reply
+       disconnected, or sent an invalid reply; or a start would be refused
+       (inspect)
   130  Ctrl-C while waiting for a job; the job continues
 
 Sizes and rates are in bytes, or in K, M, G, T, P (powers of 1024): 512M, 1.5T";
@@ -49,6 +52,18 @@ Columns:
   p99        Latency that 99 % of the operations do not exceed
   in flight  Operations that the replica has not answered yet
   A narrow terminal has no room for some of them; map has found and repaired.";
+
+const INSPECT_LEGEND: &str = "\
+Columns:
+  state      active: a member in service, whose record is kept up to date
+             inactive: evicted or missing, or not complete yet
+  stale      Data of which it lacks the newest version; where marked: also
+             wherever the records mark a change
+  doubtful   Data that a failed flush may have lost, or not
+
+Exit status: 0 if the disk would be served with all replicas up to date, and was
+ended cleanly, or would be a new one; 1 if it would be served, but has to
+recover, or not by all of its replicas; 3 if the start would be refused";
 
 /// Bytes per second.
 #[derive(Clone, Copy, Debug)]
@@ -191,6 +206,23 @@ pub(super) enum Action {
         /// New size of the disk (10G), or with + the size to add (+1G)
         #[arg(value_parser = parse_size_change, allow_hyphen_values = true)]
         size: NewSize,
+    },
+    /// Show what the records of images say, and what would happen if these were started now. It
+    /// needs no daemon, and changes nothing
+    #[command(after_help = INSPECT_LEGEND)]
+    Inspect {
+        /// Images of one disk, as --blk-file of quorum-blkd names them: PATH[,node-name=NAME]
+        #[arg(value_name = "IMAGE", required = true, num_args = 1..=REPLICAS_MAX,
+            value_hint = ValueHint::FilePath, value_parser = OsStringValueParser::new()
+                .try_map(|value| crate::inspect::parse_image(&value)))]
+        images: Vec<crate::inspect::ReplicaSource>,
+        /// Directory of records that are not beside their images, as --state-dir of quorum-blkd
+        /// [default: /var/lib/quorum-blk]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        state_dir: Option<PathBuf>,
+        /// Print it as one JSON object
+        #[arg(long)]
+        json: bool,
     },
     /// List the jobs, or control one of them
     #[command(

@@ -183,8 +183,13 @@ impl<'a> Line<'a> {
             },
             _ if is_option => self.options(),
             _ => {
-                let mut positionals = self.command.get_positionals();
-                let here = positionals.nth(self.positionals);
+                let positionals: Vec<&Arg> = self.command.get_positionals().collect();
+                let is_list = |last: &&&Arg| {
+                    let numbers = last.get_num_args();
+                    numbers.is_some_and(|numbers| numbers.max_values() > 1)
+                };
+                let here = positionals.get(self.positionals);
+                let here = here.or(positionals.last().filter(is_list)).copied();
                 let commands = match self.positionals {
                     0 => self.commands(),
                     _ => Vec::new(),

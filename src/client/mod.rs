@@ -20,6 +20,7 @@ mod disk_map;
 mod events;
 mod fail;
 mod format;
+mod inspect;
 mod jobs;
 mod progress;
 mod replicas;
@@ -167,6 +168,14 @@ fn complete(is_quoted: bool, arguments: impl IntoIterator<Item = OsString>) -> E
 }
 
 fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
+    if let Action::Inspect {
+        images,
+        state_dir,
+        json,
+    } = options.action
+    {
+        return inspect::run(&images, state_dir, json, out);
+    }
     let socket = options.qmp.ok_or(Error::NoSocket)?;
     let mut context = Context {
         connection: Connection::open(&socket, Duration::from_secs(options.timeout))?,
@@ -192,5 +201,6 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Resize { size } => resize::run(context, size),
         Action::Threshold { threshold } => threshold::run(context, threshold),
         Action::Jobs { json, all, command } => jobs::run(context, json, all, command),
+        Action::Inspect { .. } => unreachable!("it needs no daemon"),
     }
 }

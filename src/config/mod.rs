@@ -334,7 +334,7 @@ fn check_replicas(values: &[OsString], disk_name: &str) -> Result<Vec<ReplicaSou
 }
 
 /// Parses `PATH[,node-name=NAME]`.
-fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
+pub(crate) fn parse_blk_file(value: &OsStr) -> Result<ReplicaSource, String> {
     let mut fields = split_at_commas(value.as_bytes()).into_iter();
     let path = PathBuf::from(OsString::from_vec(fields.next().unwrap_or_default()));
     if path.as_os_str().is_empty() {

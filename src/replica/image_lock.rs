@@ -138,6 +138,11 @@ pub fn lock(file: &File, access: Access) -> Result<Locking, LockError> {
     }
 }
 
+/// Whether another program has the image open for writing, as far as its locks say.
+pub fn is_in_use(file: &File) -> bool {
+    is_locked_elsewhere(file, Permission::Write.used_byte()).unwrap_or_default()
+}
+
 /// Announces this program's use by shared locks on its bytes.
 fn apply(file: &File, access: Access) -> Result<(), LockError> {
     // A program that ignores QEMU's rules may hold an exclusive lock on a byte. The image is in use
@@ -230,6 +235,19 @@ mod tests {
         }
         drop(first);
         assert_eq!(lock(&second, Access::ReadWrite).unwrap(), Locking::Held);
+    }
+
+    #[test]
+    fn an_image_is_in_use_where_another_program_writes() {
+        let image = image();
+        let ours = File::open(image.path()).unwrap();
+        let other = open(image.path());
+        for (access, expected) in [(Access::ReadOnly, false), (Access::ReadWrite, true)] {
+            assert_eq!(lock(&other, access).unwrap(), Locking::Held);
+            assert_eq!(is_in_use(&ours), expected);
+            unlock(&other);
+        }
+        assert!(!is_in_use(&ours));
     }
 
     #[test]

@@ -7,6 +7,7 @@ mod blkctl;
 mod conditions;
 mod disk_state;
 mod event_socket;
+mod inspect;
 mod job_results;
 mod metrics;
 mod operating_page;

@@ -29,6 +29,7 @@ mod messages;
 mod opener;
 mod sizes;
 mod stamp;
+mod unlocked;
 
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -51,6 +52,7 @@ pub use self::opener::serve as serve_opener;
 pub(super) use self::opener::{NoAnswer, Opener};
 pub use self::sizes::disk_size;
 pub use self::stamp::ImageStamp;
+pub use self::unlocked::{Unlocked, open_unlocked};
 use super::image_lock;
 use super::record_file::RecordAccess;
 use super::ring::RingFile;

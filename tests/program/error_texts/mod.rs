@@ -33,13 +33,14 @@ const MORE_FILES: [&str; 7] = [
     "src/daemon/operator.rs",
 ];
 
-/// Files of the client that only show what the daemon says.
-const SHOWS: [&str; 11] = [
+/// Files of the client that only show what the daemon or the records say.
+const SHOWS: [&str; 12] = [
     "arguments.rs",
     "completion.rs",
     "connection.rs",
     "disk_map.rs",
     "events.rs",
+    "inspect.rs",
     "jobs.rs",
     "progress.rs",
     "replies.rs",

@@ -1,0 +1,234 @@
+//! What the records of images say, and what a start would make of them, without a daemon.
+//!
+//! Nothing is written or locked, so a daemon may have the images open. What is read then may be of
+//! different moments.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use uuid::Uuid;
+
+use crate::config::parse_blk_file;
+use crate::record::format::{SlotFault, Unusable, read};
+use crate::record::start::{
+    Candidate, Decision, Found, Kept, Options, Refusal, Start, Why, decide,
+};
+use crate::record::{Extents, Fingerprint, Record, Stale};
+pub use crate::replica::file::ReplicaSource;
+use crate::replica::file::{ImageStamp, open_unlocked};
+use crate::replica::record_file::StateDirectory;
+
+/// The version of [`Inspection`] as JSON.
+const VERSION: u32 = 1;
+
+/// What was found.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Inspection {
+    version: u32,
+    /// The images in the order given.
+    pub images: Vec<Image>,
+    /// What would happen if exactly these were started now.
+    pub start: Outcome,
+}
+
+/// An image.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Image {
+    /// Its path.
+    pub path: String,
+    /// The name that its replica would have.
+    pub node_name: String,
+    /// Its size, unless it cannot be opened.
+    pub size: Option<u64>,
+    /// Another process has it open for writing.
+    pub in_use: bool,
+    /// Why it cannot be opened.
+    pub error: Option<String>,
+    /// Why its record cannot be used.
+    pub unusable: Option<String>,
+    /// Its record, if there is one that can be used.
+    pub kept: Option<Box<KeptRecord>>,
+}
+
+/// A record.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct KeptRecord {
+    /// Where it is.
+    pub file: String,
+    /// What it says.
+    pub record: Record,
+    /// Where replicas may differ after an unclean end, as sectors.
+    pub marked: Stale,
+    /// How many extents that is.
+    pub marked_extents: u64,
+    /// The size of an extent.
+    pub extent_sectors: u64,
+    /// The last table in it that was agreed upon.
+    pub agreed_epoch: u64,
+    /// Why a slot does not count.
+    pub slots: [Option<SlotFault>; 2],
+    /// Pages of the intent map that do not verify.
+    pub unverified_pages: Vec<u32>,
+}
+
+/// What a start would be.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "kebab-case", tag = "decision")]
+pub enum Outcome {
+    /// A new disk would be made.
+    Create,
+    /// The disk would be served.
+    Serve(Box<Start>),
+    /// It would be refused.
+    Refuse {
+        /// The line that would say why.
+        reason: String,
+    },
+}
+
+impl Outcome {
+    /// Whether the disk would be served by all of its members, each of them fresh, and was ended
+    /// cleanly; or would be a new one.
+    pub fn is_good(&self) -> bool {
+        match self {
+            Self::Create => true,
+            Self::Serve(start) => {
+                let mut images = start.images.iter();
+                let are_fresh = images.all(|image| image.why == Why::Fresh);
+                start.was_clean && start.absent.is_empty() && are_fresh
+            }
+            Self::Refuse { .. } => false,
+        }
+    }
+}
+
+/// An image as an operator names it: `PATH[,node-name=NAME]`.
+///
+/// # Errors
+/// Why it is none.
+pub fn parse_image(value: &OsStr) -> Result<ReplicaSource, String> {
+    parse_blk_file(value)
+}
+
+/// Looks at images. `state_directory` is that of `--state-dir`.
+pub fn inspect(images: &[ReplicaSource], state_directory: Option<PathBuf>) -> Inspection {
+    let state = state_directory.map_or_else(
+        || StateDirectory::usual(std::env::var_os("STATE_DIRECTORY").as_deref()),
+        StateDirectory::Given,
+    );
+    let looked = images.iter().map(|image| look_at(image, &state));
+    let (images, candidates): (Vec<Image>, Vec<Candidate>) = looked.unzip();
+    let options = Options {
+        force: false,
+        adopt: None,
+        votes: None,
+        run: Uuid::new_v4(),
+        branch: Uuid::new_v4(),
+    };
+    Inspection {
+        version: VERSION,
+        start: Outcome::of(decide(&candidates, &options)),
+        images,
+    }
+}
+
+impl Outcome {
+    fn of(decided: Result<Decision, Refusal>) -> Self {
+        match decided {
+            Ok(Decision::Create) => Self::Create,
+            Ok(Decision::Start(start)) => Self::Serve(start),
+            Err(refusal) => Self::Refuse {
+                reason: refusal.to_string(),
+            },
+        }
+    }
+}
+
+fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate) {
+    let mut image = Image {
+        path: shown(&source.path),
+        node_name: source.node_name.clone(),
+        size: None,
+        in_use: false,
+        error: None,
+        unusable: None,
+        kept: None,
+    };
+    let found = match open_unlocked(&source.path) {
+        Ok(mut opened) => {
+            image.size = Some(opened.size_bytes);
+            image.in_use = opened.is_in_use;
+            let stamp = opened.stamp;
+            let kept = match opened.records.find(state) {
+                Ok(None) => Kept::Absent,
+                Ok(Some((file, content))) => match read(&content.bytes) {
+                    Ok(read) => {
+                        image.kept = Some(Box::new(KeptRecord {
+                            file: shown(&file.path),
+                            record: read.record.clone(),
+                            marked: Stale::of_extents(&read.intent, read.record.layout()),
+                            marked_extents: read.intent.count(),
+                            extent_sectors: read.record.layout().extent_sectors(),
+                            agreed_epoch: read.record.agreed().number,
+                            slots: read.slots.clone(),
+                            unverified_pages: read.unverified_pages.clone(),
+                        }));
+                        Kept::Read(Box::new(read))
+                    }
+                    Err(unusable) => Kept::Unusable(unusable),
+                },
+                Err(error) => Kept::Unusable(Unusable::Unread(error.to_string())),
+            };
+            if let Kept::Unusable(unusable) = &kept {
+                image.unusable = Some(unusable.to_string());
+            }
+            Ok(Found {
+                fingerprint: stamp.map(fingerprint),
+                kept,
+            })
+        }
+        Err(error) => {
+            let line = error.to_string();
+            image.error = Some(line.clone());
+            Err(line)
+        }
+    };
+    let candidate = Candidate {
+        node_name: source.node_name.clone(),
+        path: source.path.clone(),
+        image: found,
+    };
+    (image, candidate)
+}
+
+fn shown(path: &Path) -> String {
+    let path = path.strip_prefix(".").unwrap_or(path);
+    path.to_string_lossy().into_owned()
+}
+
+fn fingerprint(stamp: ImageStamp) -> Fingerprint {
+    Fingerprint {
+        bytes: stamp.bytes,
+        modified_ns: stamp.modified_ns,
+    }
+}
+
+/// How many sectors of a disk of `capacity` sectors a set has.
+pub fn sectors(set: &Stale, capacity: u64) -> u64 {
+    match set {
+        Stale::None => 0,
+        Stale::All => capacity,
+        Stale::Runs(runs) => runs.sectors(),
+        Stale::Extents(extents) => sectors_of(extents),
+    }
+}
+
+fn sectors_of(extents: &Extents) -> u64 {
+    extents.iter().map(|range| range.count).sum()
+}
