@@ -224,6 +224,19 @@ pub(super) enum Action {
         #[arg(long)]
         json: bool,
     },
+    /// Take images out of their disk: their records are put aside, and what they have missed is not
+    /// known any more. It needs no daemon, and none may have them open
+    Forget {
+        /// Images, as for inspect
+        #[arg(value_name = "IMAGE", required = true, num_args = 1..=REPLICAS_MAX,
+            value_hint = ValueHint::FilePath, value_parser = OsStringValueParser::new()
+                .try_map(|value| crate::inspect::parse_image(&value)))]
+        images: Vec<crate::inspect::ReplicaSource>,
+        /// Directory of records that are not beside their images, as --state-dir of quorum-blkd
+        /// [default: /var/lib/quorum-blk]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        state_dir: Option<PathBuf>,
+    },
     /// List the jobs, or control one of them
     #[command(
         args_conflicts_with_subcommands = true,

@@ -19,6 +19,7 @@ mod cont;
 mod disk_map;
 mod events;
 mod fail;
+mod forget;
 mod format;
 mod inspect;
 mod jobs;
@@ -168,22 +169,34 @@ fn complete(is_quoted: bool, arguments: impl IntoIterator<Item = OsString>) -> E
 }
 
 fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
-    if let Action::Inspect {
-        images,
-        state_dir,
-        json,
-    } = options.action
-    {
-        return inspect::run(&images, state_dir, json, out);
+    match options.action {
+        Action::Inspect {
+            images,
+            state_dir,
+            json,
+        } => inspect::run(&images, state_dir, json, out),
+        Action::Forget { images, state_dir } => forget::run(&images, state_dir, out),
+        action => {
+            let connection = (options.qmp, options.timeout);
+            execute_connected(connection, action, out)
+        }
     }
-    let socket = options.qmp.ok_or(Error::NoSocket)?;
+}
+
+/// Runs a command of a daemon.
+fn execute_connected(
+    (socket, timeout): (Option<PathBuf>, u64),
+    action: Action,
+    out: &mut dyn Write,
+) -> Result<Outcome, Error> {
+    let socket = socket.ok_or(Error::NoSocket)?;
     let mut context = Context {
-        connection: Connection::open(&socket, Duration::from_secs(options.timeout))?,
+        connection: Connection::open(&socket, Duration::from_secs(timeout))?,
         terminal: Terminal::of_stdout(),
         out,
     };
     let context = &mut context;
-    match options.action {
+    match action {
         Action::Status { watch, json } => {
             status::run(context, watch.map(Duration::from_secs), json)
         }
@@ -201,6 +214,6 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
         Action::Resize { size } => resize::run(context, size),
         Action::Threshold { threshold } => threshold::run(context, threshold),
         Action::Jobs { json, all, command } => jobs::run(context, json, all, command),
-        Action::Inspect { .. } => unreachable!("it needs no daemon"),
+        Action::Inspect { .. } | Action::Forget { .. } => unreachable!("it needs no daemon"),
     }
 }

@@ -5,6 +5,8 @@
 
 #![forbid(unsafe_code)]
 
+pub mod forget;
+
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
@@ -18,7 +20,7 @@ use crate::record::start::{
 };
 use crate::record::{Extents, Fingerprint, Record, Stale};
 pub use crate::replica::file::ReplicaSource;
-use crate::replica::file::{ImageStamp, open_unlocked};
+use crate::replica::file::{ImageStamp, open_offline};
 use crate::replica::record_file::StateDirectory;
 
 /// The version of [`Inspection`] as JSON.
@@ -118,10 +120,7 @@ pub fn parse_image(value: &OsStr) -> Result<ReplicaSource, String> {
 
 /// Looks at images. `state_directory` is that of `--state-dir`.
 pub fn inspect(images: &[ReplicaSource], state_directory: Option<PathBuf>) -> Inspection {
-    let state = state_directory.map_or_else(
-        || StateDirectory::usual(std::env::var_os("STATE_DIRECTORY").as_deref()),
-        StateDirectory::Given,
-    );
+    let state = self::state_directory(state_directory);
     let looked = images.iter().map(|image| look_at(image, &state));
     let (images, candidates): (Vec<Image>, Vec<Candidate>) = looked.unzip();
     let options = Options {
@@ -160,12 +159,12 @@ fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate)
         unusable: None,
         kept: None,
     };
-    let found = match open_unlocked(&source.path) {
-        Ok(mut opened) => {
+    let found = match open_offline(&source.path) {
+        Ok(opened) => {
             image.size = Some(opened.size_bytes);
             image.in_use = opened.is_in_use;
             let stamp = opened.stamp;
-            let kept = match opened.records.find(state) {
+            let kept = match opened.record().find(state) {
                 Ok(None) => Kept::Absent,
                 Ok(Some((file, content))) => match read(&content.bytes) {
                     Ok(read) => {
@@ -205,6 +204,11 @@ fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate)
         image: found,
     };
     (image, candidate)
+}
+
+fn state_directory(given: Option<PathBuf>) -> StateDirectory {
+    let usual = || StateDirectory::usual(std::env::var_os("STATE_DIRECTORY").as_deref());
+    given.map_or_else(usual, StateDirectory::Given)
 }
 
 fn shown(path: &Path) -> String {

@@ -1,140 +1,16 @@
 //! `quorum-blkctl inspect`: the records of images, without a daemon.
 
-use std::ffi::{OsStr, OsString};
-use std::fs::{self, File};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::ffi::OsString;
+use std::fs;
+use std::process::Output;
 
-use quorum_blk::common::SectorRange;
-use quorum_blk::common::ranges::RangeSet;
-use quorum_blk::record::format::pages;
-use quorum_blk::record::{Creation, Extents, Fingerprint, Layout, Record, Stale, Threshold};
-use quorum_blk::replica::file::{
-    EmptyImages, ImageStamp, OpenOptions, Opening, ReplicaSource, Unopenable, open_all_with_records,
-};
-use quorum_blk::replica::record_file::StateDirectory;
 use serde_json::Value;
 use testkit::HANG_LIMIT;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::images::create_images;
 use testkit::process::wait_until;
-use uuid::Uuid;
 
-const SIZE_BYTES: u64 = 64 << 20;
-
-/// The images 0.raw and so on of a disk, with records.
-struct Disk {
-    directory: tempfile::TempDir,
-    images: Vec<PathBuf>,
-    record: Record,
-    intent: Extents,
-}
-
-impl Disk {
-    fn new() -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let images = create_images(directory.path(), 3, SIZE_BYTES);
-        let id = |number: usize| Uuid::from_u128(number as u128 + 1);
-        let mut record = Record::create(&Creation {
-            disk: id(0xd),
-            branch: id(0xb),
-            run: id(0x50),
-            capacity: SIZE_BYTES / 512,
-            threshold: Threshold::majority(3),
-            members: (0..3)
-                .map(|place| (id(place), format!("{place}.raw")))
-                .collect(),
-        });
-        record.agree();
-        Self {
-            directory,
-            images,
-            intent: Extents::new(record.layout()),
-            record,
-        }
-    }
-
-    /// The content of the record of a replica.
-    fn content(&self, place: usize) -> Vec<u8> {
-        let id = self.record.members[place].id;
-        let mut record = self.record.for_replica(id, 2);
-        if record.clean {
-            let image = File::open(&self.images[place]).unwrap();
-            let stamp = ImageStamp::synced(&image).unwrap().unwrap();
-            record.image = Some(Fingerprint {
-                bytes: stamp.bytes,
-                modified_ns: stamp.modified_ns,
-            });
-        }
-        let layout = record.layout();
-        let mut file = vec![0; usize::try_from(layout.file_bytes()).unwrap()];
-        let mut put = |offset: u64, bytes: &[u8]| {
-            let offset = usize::try_from(offset).unwrap();
-            file[offset..offset + bytes.len()].copy_from_slice(bytes);
-        };
-        let slot = record.slot();
-        put(slot.offset, &slot.bytes);
-        let pages = pages(record.disk, id, &self.intent, 0..layout.pages());
-        put(Layout::page_offset(0), &pages);
-        file
-    }
-
-    /// Makes the records of these replicas, as the daemon does.
-    fn keep(&self, places: &[usize], state: &StateDirectory) {
-        let sources = places.iter().map(|place| ReplicaSource {
-            path: self.images[*place].clone(),
-            node_name: format!("{place}.raw"),
-        });
-        let options = OpenOptions {
-            read_only: false,
-            direct: false,
-            raw_anyway: true,
-            block_bytes: 512,
-        };
-        let opened = open_all_with_records(
-            &sources.collect::<Vec<_>>(),
-            options,
-            Opening::Here,
-            EmptyImages::Accepted,
-            Unopenable::Refused,
-        );
-        for (opened, place) in opened.unwrap().into_iter().zip(places) {
-            let (_image, mut access) = opened.unwrap();
-            access.make(state, &self.content(*place)).unwrap();
-        }
-    }
-
-    /// The third replica is evicted, and something has changed since. The second one has missed a
-    /// write, and may have lost another one.
-    fn disturb(&mut self) {
-        let of = |start, count| {
-            let mut ranges = RangeSet::default();
-            ranges.insert(SectorRange::new(start, count));
-            ranges
-        };
-        let layout = self.record.layout();
-        self.record.propose();
-        self.record.deactivate(self.record.members[2].id);
-        self.record.agree();
-        self.record.members[1].stale = Stale::of(&of(4096, 8), layout);
-        self.record.members[1].doubtful = Stale::of(&of(8192, 1), layout);
-        self.intent.insert(SectorRange::new(0, 4096));
-    }
-
-    fn inspect(&self, arguments: &[impl AsRef<OsStr>]) -> Output {
-        inspect(self.directory.path(), arguments)
-    }
-}
-
-fn usual() -> StateDirectory {
-    StateDirectory::usual(Some(OsStr::new("/nowhere/quorum-blk")))
-}
-
-fn inspect(directory: &Path, arguments: &[impl AsRef<OsStr>]) -> Output {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkctl"));
-    command.env_clear().current_dir(directory);
-    command.arg("inspect").args(arguments).output().unwrap()
-}
+use crate::offline_disk::{Disk, SIZE_BYTES, run, usual};
 
 #[track_caller]
 fn text(output: &Output, code: i32) -> String {
@@ -152,7 +28,7 @@ fn a_disk_that_was_ended_cleanly_would_start() {
     let mut disk = Disk::new();
     disk.record.clean = true;
     disk.keep(&[0, 1, 2], &usual());
-    let shown = text(&disk.inspect(&["0.raw", "1.raw", "2.raw"]), 0);
+    let shown = text(&disk.run("inspect", &["0.raw", "1.raw", "2.raw"]), 0);
     let first = "\
 0.raw
   record   0.raw.quorum
@@ -179,7 +55,7 @@ A start would serve the disk with 3 of 3 replicas:
     assert!(shown.ends_with(last), "{shown}");
     // One was modified since, another one is not there.
     fs::write(&disk.images[2], [7]).unwrap();
-    let shown = text(&disk.inspect(&["0.raw", "1.raw", "2.raw"]), 1);
+    let shown = text(&disk.run("inspect", &["0.raw", "1.raw", "2.raw"]), 1);
     assert!(
         shown.contains(
             "\n  2.raw    modified by another program since its clean end; copied as a whole\n"
@@ -187,7 +63,7 @@ A start would serve the disk with 3 of 3 replicas:
         "{shown}"
     );
     fs::remove_file(&disk.images[2]).unwrap();
-    let output = disk.inspect(&["0.raw", "1.raw", "2.raw"]);
+    let output = disk.run("inspect", &["0.raw", "1.raw", "2.raw"]);
     assert_eq!(output.status.code(), Some(1));
     let shown = String::from_utf8(output.stdout).unwrap();
     assert!(
@@ -202,7 +78,7 @@ fn a_disk_that_has_to_recover_would_start_and_says_where_what_is_missing() {
     let mut disk = Disk::new();
     disk.disturb();
     disk.keep(&[0, 1, 2], &usual());
-    let shown = text(&disk.inspect(&["0.raw", "1.raw", "2.raw"]), 1);
+    let shown = text(&disk.run("inspect", &["0.raw", "1.raw", "2.raw"]), 1);
     let of_record = "
   table    epoch 2
   ended    not cleanly, or not yet
@@ -222,14 +98,17 @@ A start would serve the disk with 3 of 3 replicas:
 It was not ended cleanly; 2 MiB would be recovered while it is served.
 ";
     assert!(shown.ends_with(last), "{shown}");
-    let without = text(&disk.inspect(&["0.raw", "1.raw"]), 1);
+    let without = text(&disk.run("inspect", &["0.raw", "1.raw"]), 1);
     assert!(
         without.contains(
             "\nA start would serve the disk with 2 of 3 replicas:\n  replica  it would be\n"
         ) && without.contains("\n  2.raw    missing: no image was given\n"),
         "{without}"
     );
-    let json = text_of_json(&disk.inspect(&["--json", "0.raw", "1.raw", "2.raw"]), 1);
+    let json = text_of_json(
+        &disk.run("inspect", &["--json", "0.raw", "1.raw", "2.raw"]),
+        1,
+    );
     assert_eq!(json["version"], 1);
     assert_eq!(json["images"][1]["node-name"], "1.raw");
     assert_eq!(json["images"][1]["in-use"], false);
@@ -253,7 +132,7 @@ fn a_start_that_would_be_refused_is_one_with_the_same_line() {
     let mut disk = Disk::new();
     disk.disturb();
     disk.keep(&[0, 1, 2], &usual());
-    let refused = disk.inspect(&["2.raw"]);
+    let refused = disk.run("inspect", &["2.raw"]);
     text(&refused, 3);
     let line = String::from_utf8(refused.stderr).unwrap();
     assert_eq!(
@@ -262,7 +141,7 @@ fn a_start_that_would_be_refused_is_one_with_the_same_line() {
          other replicas, since the vote threshold is 2; start with them, or, if they are lost with \
          what they hold, add --force-start\n"
     );
-    let json = text_of_json(&disk.inspect(&["2.raw", "--json"]), 3);
+    let json = text_of_json(&disk.run("inspect", &["2.raw", "--json"]), 3);
     assert_eq!(json["start"]["decision"], "refuse");
     let reason = json["start"]["reason"].as_str().unwrap();
     assert!(line.contains(reason), "{reason}");
@@ -272,7 +151,7 @@ fn a_start_that_would_be_refused_is_one_with_the_same_line() {
 fn images_without_a_record_are_a_new_disk() {
     let directory = tempfile::tempdir().unwrap();
     create_images(directory.path(), 2, SIZE_BYTES);
-    let shown = text(&inspect(directory.path(), &["0.raw", "1.raw"]), 0);
+    let shown = text(&run(directory.path(), "inspect", &["0.raw", "1.raw"]), 0);
     assert_eq!(
         shown,
         "0.raw\n  record   none: it is part of no disk yet\n\n\
@@ -280,7 +159,7 @@ fn images_without_a_record_are_a_new_disk() {
          None of these has a record: a start would make a new disk of them.\n"
     );
     fs::write(directory.path().join("1.raw.quorum"), "something else").unwrap();
-    let refused = inspect(directory.path(), &["0.raw", "1.raw"]);
+    let refused = run(directory.path(), "inspect", &["0.raw", "1.raw"]);
     assert_eq!(refused.status.code(), Some(3));
     let shown = String::from_utf8(refused.stdout).unwrap();
     assert!(
@@ -302,12 +181,12 @@ fn an_image_in_use_can_be_inspected() {
     let mut arguments: Vec<OsString> = replica_arguments(&disk.images);
     arguments.extend(["--cache", "writeback"].map(Into::into));
     let daemon = Daemon::start(disk.directory.path(), arguments);
-    let shown = String::from_utf8(disk.inspect(&["0.raw"]).stdout).unwrap();
+    let shown = String::from_utf8(disk.run("inspect", &["0.raw"]).stdout).unwrap();
     let expected =
         "0.raw\n  image    in use: another process writes to it; what is shown may change\n";
     assert!(shown.starts_with(expected), "{shown}");
     let is_in_use = || {
-        let json = disk.inspect(&["--json", "0.raw"]).stdout;
+        let json = disk.run("inspect", &["--json", "0.raw"]).stdout;
         let json: Value = serde_json::from_slice(&json).unwrap();
         json["images"][0]["in-use"] == true
     };
@@ -319,7 +198,7 @@ fn an_image_in_use_can_be_inspected() {
 #[test]
 fn a_state_directory_that_is_not_there_hides_no_record() {
     let disk = Disk::new();
-    let refused = disk.inspect(&["--state-dir", "nowhere", "0.raw"]);
+    let refused = disk.run("inspect", &["--state-dir", "nowhere", "0.raw"]);
     assert_eq!(refused.status.code(), Some(3));
     let line = String::from_utf8(refused.stderr).unwrap();
     assert!(

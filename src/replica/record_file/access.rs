@@ -135,6 +135,18 @@ impl RecordAccess {
         })
     }
 
+    /// Gives the record that [`Self::find`] has found another name, NAME.forgotten, under which it
+    /// is not found again, and returns when that is durable. Returns its new path.
+    ///
+    /// # Errors
+    /// If that fails.
+    pub fn forget(&mut self) -> Result<PathBuf, RecordError> {
+        match self.carry_out(RecordOrder::Forget, None)? {
+            (RecordDone::Forgotten { path }, _) => Ok(path),
+            _ => Err(self.invalid()),
+        }
+    }
+
     fn carry_out(
         &mut self,
         order: RecordOrder,

@@ -185,6 +185,7 @@ pub(in crate::replica) enum Step {
     Write,
     Make,
     Replace,
+    Forget,
 }
 
 impl Step {
@@ -196,6 +197,7 @@ impl Step {
             Self::Write => "write record",
             Self::Make => "make record",
             Self::Replace => "replace record",
+            Self::Forget => "rename record",
         }
     }
 }

@@ -33,6 +33,8 @@ pub(in crate::replica) enum RecordOrder {
     MakeInstead,
     /// Write at this offset.
     Write(u64),
+    /// Give that which was found another name.
+    Forget,
 }
 
 /// What was done.
@@ -50,6 +52,11 @@ pub(in crate::replica) enum RecordDone {
     Content { unreadable_bytes: u64 },
     /// What was to be written is durable.
     Written,
+    /// It has this path now.
+    Forgotten {
+        #[serde(with = "path_in_hex")]
+        path: PathBuf,
+    },
 }
 
 /// The answer to an order. Some carry a file.
@@ -97,6 +104,7 @@ impl Keeper {
             RecordOrder::Make(state) => self.make(&state, written),
             RecordOrder::MakeInstead => self.make_instead(written),
             RecordOrder::Write(offset) => self.write(offset, written),
+            RecordOrder::Forget => self.forget(),
         };
         match done {
             Ok((done, file)) => (Ok(done), file),
@@ -187,6 +195,13 @@ impl Keeper {
         };
         write().map_err(|error| RecordFault::of_io(Step::Write, place.path(), &error))?;
         Ok((RecordDone::Written, None))
+    }
+
+    fn forget(&mut self) -> Result<(RecordDone, Option<File>), RecordFault> {
+        let (place, file) = self.record()?;
+        let path = place.forget(file)?;
+        self.record = None;
+        Ok((RecordDone::Forgotten { path }, None))
     }
 
     fn places(&self, state: &StateDirectory, making: bool) -> Result<Vec<Place>, RecordFault> {

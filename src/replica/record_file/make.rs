@@ -1,9 +1,10 @@
 //! Makes the file of a record: complete, synced, and only then under its name.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rustix::fs::{
@@ -23,24 +24,31 @@ const NEW: &str = ".new";
 const NUMBER_BYTES: usize = 9;
 const _: () = assert!(UNUSABLE.len() <= SUFFIX_BYTES_MAX);
 const _: () = assert!(NUMBER_BYTES + NEW.len() <= SUFFIX_BYTES_MAX);
-/// Names that are tried while a record is being made.
+/// What the name of a record has at its end when its image is part of no disk any more. If there is
+/// one already, a number follows.
+const FORGOTTEN: &str = ".forgotten";
+/// Names that are tried while a record is being made, or put aside.
 const TRIES: u32 = 16;
 
 impl Place {
     /// Makes a record with this content here. There must be none.
     pub(super) fn make(&self, content: &[u8]) -> Result<File, RecordFault> {
         self.make_as(content, Step::Make, |temporary| {
-            let (directory, name) = (&self.directory, &self.name);
-            let flags = RenameFlags::NOREPLACE;
-            match renameat_with(directory, temporary, directory, name, flags) {
-                // Not every file system has the flag.
-                Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
-                    linkat(directory, temporary, directory, name, AtFlags::empty())?;
-                    unlinkat(directory, temporary, AtFlags::empty())
-                }
-                renamed => renamed,
-            }
+            self.rename(temporary, &self.name)
         })
+    }
+
+    /// Gives a file in the directory a name that no other one has.
+    fn rename(&self, from: &OsStr, to: &OsStr) -> Result<(), Errno> {
+        let directory = &self.directory;
+        match renameat_with(directory, from, directory, to, RenameFlags::NOREPLACE) {
+            // Not every file system has the flag.
+            Err(Errno::INVAL | Errno::NOSYS | Errno::OPNOTSUPP) => {
+                linkat(directory, from, directory, to, AtFlags::empty())?;
+                unlinkat(directory, from, AtFlags::empty())
+            }
+            renamed => renamed,
+        }
     }
 
     /// Makes a record with this content here, in the place of one that is not usable and is kept
@@ -65,6 +73,29 @@ impl Place {
         self.make_as(content, Step::Replace, |temporary| {
             renameat(directory, temporary, directory, name)
         })
+    }
+
+    /// Gives the record `file` here another name, which no file has yet. Returns its new path.
+    pub(super) fn forget(&self, file: &File) -> Result<PathBuf, RecordFault> {
+        let names = (0..TRIES).map(|number| {
+            let mut name = self.name.clone();
+            name.push(FORGOTTEN);
+            if number > 0 {
+                name.push(format!(".{number}"));
+            }
+            name
+        });
+        let failed = |errno| RecordFault::of(Step::Forget, self.path(), errno);
+        for name in names {
+            match self.rename(&self.name, &name) {
+                Err(Errno::EXIST) => {}
+                renamed => {
+                    let done = renamed.and_then(|()| self.sync(file));
+                    return done.map(|()| self.path_of(&name)).map_err(failed);
+                }
+            }
+        }
+        Err(failed(Errno::EXIST))
     }
 
     /// Makes a record under a name of its own and has `put` give it the right one.
