@@ -292,6 +292,13 @@ pub const FIRST_LOOK_DIFFERENT_MIN: usize = 4;
 /// Bytes of a record. What one holds depends on the size of the disk, and is less than half of it.
 pub const RECORD_BYTES_MAX: u64 = 4 << 20;
 
+/// Bytes of a part of an image that `quorum-blkctl verify` compares at once. It has up to three of
+/// them of each image in memory.
+pub const VERIFY_CHUNK_BYTES: usize = 512 << 10;
+
+/// Places that `quorum-blkctl verify` keeps of each kind. It counts those that follow.
+pub const VERIFY_RANGES_MAX: usize = 1000;
+
 /// Symbolic links that the path of an image leads through at its end, as the kernel allows.
 pub const SYMBOLIC_LINKS_MAX: usize = 40;
 

@@ -18,7 +18,8 @@ Exit status:
   0    Success; for status and map: the disk is healthy
   1    The command ran, but: the disk is degraded or failing (status, map),
        corrupt sectors were found and not repaired (scrub), the job failed or
-       was cancelled, or a start would not be as usual (inspect)
+       was cancelled, a start would not be as usual (inspect), or images
+       differ (verify)
   2    Invalid command line
   3    The command failed: cannot connect, or the daemon rejected it,
        disconnected, or sent an invalid reply; or a start would be refused
@@ -64,6 +65,13 @@ Columns:
 Exit status: 0 if the disk would be served with all replicas up to date, and was
 ended cleanly, or would be a new one; 1 if it would be served, but has to
 recover, or not by all of its replicas; 3 if the start would be refused";
+
+const VERIFY_LEGEND: &str = "\
+An image has no vote where its disk knows it as stale or doubtful. Without
+records all images vote everywhere, and the majority wins.
+
+Exit status: 0 if no image differs; 1 if one does, or cannot be read somewhere;
+3 if an image cannot be opened, or another program writes to it";
 
 /// Bytes per second.
 #[derive(Clone, Copy, Debug)]
@@ -221,6 +229,23 @@ pub(super) enum Action {
         #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
         state_dir: Option<PathBuf>,
         /// Print it as one JSON object
+        #[arg(long)]
+        json: bool,
+    },
+    /// Compare images with each other, sector by sector, and print the SHA-256 of each. It needs no
+    /// daemon, changes nothing, and no other program may write to them
+    #[command(after_help = VERIFY_LEGEND)]
+    Verify {
+        /// Images, as for inspect
+        #[arg(value_name = "IMAGE", required = true, num_args = 1..=REPLICAS_MAX,
+            value_hint = ValueHint::FilePath, value_parser = OsStringValueParser::new()
+                .try_map(|value| crate::inspect::parse_image(&value)))]
+        images: Vec<crate::inspect::ReplicaSource>,
+        /// Directory of records that are not beside their images, as --state-dir of quorum-blkd
+        /// [default: /var/lib/quorum-blk]
+        #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+        state_dir: Option<PathBuf>,
+        /// Print the result as one JSON object
         #[arg(long)]
         json: bool,
     },

@@ -32,6 +32,7 @@ mod status;
 mod table;
 mod terminal;
 mod threshold;
+mod verify;
 mod wait;
 
 use std::ffi::OsString;
@@ -175,6 +176,11 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
             state_dir,
             json,
         } => inspect::run(&images, state_dir, json, out),
+        Action::Verify {
+            images,
+            state_dir,
+            json,
+        } => verify::run(&images, state_dir, json, out),
         Action::Forget { images, state_dir } => forget::run(&images, state_dir, out),
         action => {
             let connection = (options.qmp, options.timeout);
@@ -214,6 +220,8 @@ fn execute_connected(
         Action::Resize { size } => resize::run(context, size),
         Action::Threshold { threshold } => threshold::run(context, threshold),
         Action::Jobs { json, all, command } => jobs::run(context, json, all, command),
-        Action::Inspect { .. } | Action::Forget { .. } => unreachable!("it needs no daemon"),
+        Action::Inspect { .. } | Action::Forget { .. } | Action::Verify { .. } => {
+            unreachable!("it needs no daemon")
+        }
     }
 }

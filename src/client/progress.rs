@@ -43,14 +43,36 @@ impl Progress {
 
     /// Shows the progress at the time `now`.
     pub(super) fn show(&mut self, out: &mut dyn Write, job: &Job, now: Instant) -> io::Result<()> {
-        let estimate = self.estimate(job, now);
-        let done = percent(job.current_progress, job.total_progress);
-        let text = format!(
-            "{done:3} %  {} of {}{estimate}",
-            size(job.current_progress),
-            size(job.total_progress)
-        );
-        let text = format!("{} {text}", title(job));
+        let progress = (job.current_progress, job.total_progress);
+        if job.status == "paused" {
+            self.samples.clear();
+            return self.show_text(out, &title(job), progress, ", paused");
+        }
+        self.show_done(out, &title(job), progress, now)
+    }
+
+    /// Shows how many bytes are done at the time `now`, of how many.
+    pub(super) fn show_done(
+        &mut self,
+        out: &mut dyn Write,
+        title: &str,
+        progress: (u64, u64),
+        now: Instant,
+    ) -> io::Result<()> {
+        let estimate = self.estimate(progress, now);
+        self.show_text(out, title, progress, &estimate)
+    }
+
+    fn show_text(
+        &mut self,
+        out: &mut dyn Write,
+        title: &str,
+        (current, total): (u64, u64),
+        estimate: &str,
+    ) -> io::Result<()> {
+        let done = percent(current, total);
+        let text = format!("{done:3} %  {} of {}{estimate}", size(current), size(total));
+        let text = format!("{title} {text}");
         if self.terminal.is_terminal {
             self.draw(out, done, &text)?;
         } else if self.last_tenth.is_none_or(|last| done / 10 > last) {
@@ -91,25 +113,21 @@ impl Progress {
         Ok(())
     }
 
-    /// The rate and the time left, or that the job is paused.
-    fn estimate(&mut self, job: &Job, now: Instant) -> String {
-        if job.status == "paused" {
-            self.samples.clear();
-            return ", paused".into();
-        }
-        self.samples.push_back((now, job.current_progress));
+    /// The rate and the time left.
+    fn estimate(&mut self, (current, total): (u64, u64), now: Instant) -> String {
+        self.samples.push_back((now, current));
         let is_old = |at: Instant| now.saturating_duration_since(at) > RATE_OVER;
         while self.samples.len() > 2 && self.samples.front().is_some_and(|(at, _)| is_old(*at)) {
             self.samples.pop_front();
         }
         let (since, before) = self.samples[0];
         let milliseconds = now.saturating_duration_since(since).as_millis();
-        let done = u128::from(job.current_progress.saturating_sub(before));
+        let done = u128::from(current.saturating_sub(before));
         let rate = (done * 1000).checked_div(milliseconds).unwrap_or(0);
         let Some(rate) = u64::try_from(rate).ok().filter(|rate| *rate > 0) else {
             return String::new();
         };
-        let left = job.total_progress.saturating_sub(job.current_progress);
+        let left = total.saturating_sub(current);
         format!(", {}/s, {} left", size(rate), duration(left.div_ceil(rate)))
     }
 }

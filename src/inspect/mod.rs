@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod forget;
+pub mod verify;
 
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ use crate::record::start::{
 };
 use crate::record::{Extents, Fingerprint, Record, Stale};
 pub use crate::replica::file::ReplicaSource;
-use crate::replica::file::{ImageStamp, open_offline};
+use crate::replica::file::{ImageStamp, OfflineImage, OpenError, open_offline};
 use crate::replica::record_file::StateDirectory;
 
 /// The version of [`Inspection`] as JSON.
@@ -121,18 +122,14 @@ pub fn parse_image(value: &OsStr) -> Result<ReplicaSource, String> {
 /// Looks at images. `state_directory` is that of `--state-dir`.
 pub fn inspect(images: &[ReplicaSource], state_directory: Option<PathBuf>) -> Inspection {
     let state = self::state_directory(state_directory);
-    let looked = images.iter().map(|image| look_at(image, &state));
+    let looked = images.iter().map(|source| {
+        let opened = open_offline(&source.path);
+        look_at(source, opened.as_ref(), &state)
+    });
     let (images, candidates): (Vec<Image>, Vec<Candidate>) = looked.unzip();
-    let options = Options {
-        force: false,
-        adopt: None,
-        votes: None,
-        run: Uuid::new_v4(),
-        branch: Uuid::new_v4(),
-    };
     Inspection {
         version: VERSION,
-        start: Outcome::of(decide(&candidates, &options)),
+        start: Outcome::of(decide(&candidates, &options())),
         images,
     }
 }
@@ -149,7 +146,12 @@ impl Outcome {
     }
 }
 
-fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate) {
+/// What is known of an image, and what a start is to decide on.
+fn look_at(
+    source: &ReplicaSource,
+    opened: Result<&OfflineImage, &OpenError>,
+    state: &StateDirectory,
+) -> (Image, Candidate) {
     let mut image = Image {
         path: shown(&source.path),
         node_name: source.node_name.clone(),
@@ -159,37 +161,13 @@ fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate)
         unusable: None,
         kept: None,
     };
-    let found = match open_offline(&source.path) {
+    let found = match opened {
         Ok(opened) => {
             image.size = Some(opened.size_bytes);
             image.in_use = opened.is_in_use;
-            let stamp = opened.stamp;
-            let kept = match opened.record().find(state) {
-                Ok(None) => Kept::Absent,
-                Ok(Some((file, content))) => match read(&content.bytes) {
-                    Ok(read) => {
-                        image.kept = Some(Box::new(KeptRecord {
-                            file: shown(&file.path),
-                            record: read.record.clone(),
-                            marked: Stale::of_extents(&read.intent, read.record.layout()),
-                            marked_extents: read.intent.count(),
-                            extent_sectors: read.record.layout().extent_sectors(),
-                            agreed_epoch: read.record.agreed().number,
-                            slots: read.slots.clone(),
-                            unverified_pages: read.unverified_pages.clone(),
-                        }));
-                        Kept::Read(Box::new(read))
-                    }
-                    Err(unusable) => Kept::Unusable(unusable),
-                },
-                Err(error) => Kept::Unusable(Unusable::Unread(error.to_string())),
-            };
-            if let Kept::Unusable(unusable) = &kept {
-                image.unusable = Some(unusable.to_string());
-            }
             Ok(Found {
-                fingerprint: stamp.map(fingerprint),
-                kept,
+                fingerprint: opened.stamp.map(fingerprint),
+                kept: look_at_record(&mut image, opened, state),
             })
         }
         Err(error) => {
@@ -204,6 +182,43 @@ fn look_at(source: &ReplicaSource, state: &StateDirectory) -> (Image, Candidate)
         image: found,
     };
     (image, candidate)
+}
+
+fn look_at_record(image: &mut Image, opened: &OfflineImage, state: &StateDirectory) -> Kept {
+    let found = opened.record().find(state);
+    let unusable = match found {
+        Ok(None) => return Kept::Absent,
+        Err(error) => Unusable::Unread(error.to_string()),
+        Ok(Some((file, content))) => match read(&content.bytes) {
+            Err(unusable) => unusable,
+            Ok(read) => {
+                image.kept = Some(Box::new(KeptRecord {
+                    file: shown(&file.path),
+                    record: read.record.clone(),
+                    marked: Stale::of_extents(&read.intent, read.record.layout()),
+                    marked_extents: read.intent.count(),
+                    extent_sectors: read.record.layout().extent_sectors(),
+                    agreed_epoch: read.record.agreed().number,
+                    slots: read.slots.clone(),
+                    unverified_pages: read.unverified_pages.clone(),
+                }));
+                return Kept::Read(Box::new(read));
+            }
+        },
+    };
+    image.unusable = Some(unusable.to_string());
+    Kept::Unusable(unusable)
+}
+
+/// What an operator wants who gives no options.
+fn options() -> Options {
+    Options {
+        force: false,
+        adopt: None,
+        votes: None,
+        run: Uuid::new_v4(),
+        branch: Uuid::new_v4(),
+    }
 }
 
 fn state_directory(given: Option<PathBuf>) -> StateDirectory {

@@ -23,3 +23,4 @@ mod qmp_page;
 mod recorder;
 mod repair_limit;
 mod threshold;
+mod verify;

@@ -28,14 +28,19 @@ pub(crate) struct Disk {
 
 impl Disk {
     pub(crate) fn new() -> Self {
+        Self::of(SIZE_BYTES)
+    }
+
+    /// A disk of this size.
+    pub(crate) fn of(size_bytes: u64) -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let images = create_images(directory.path(), 3, SIZE_BYTES);
+        let images = create_images(directory.path(), 3, size_bytes);
         let id = |number: usize| Uuid::from_u128(number as u128 + 1);
         let mut record = Record::create(&Creation {
             disk: id(0xd),
             branch: id(0xb),
             run: id(0x50),
-            capacity: SIZE_BYTES / 512,
+            capacity: size_bytes / 512,
             threshold: Threshold::majority(3),
             members: (0..3)
                 .map(|place| (id(place), format!("{place}.raw")))

@@ -66,7 +66,9 @@ impl OfflineImage {
         let claimed = examine::claim(&self.file, options(read_only));
         self.claim = with_path(Ok(claimed), &self.path, read_only)?;
         let locked = examine::lock(&self.file, options(read_only));
-        with_path(Ok(locked), &self.path, read_only).map(|_| ())
+        // From now on no other process changes it.
+        self.stamp = with_path(Ok(locked), &self.path, read_only)?.stamp;
+        Ok(())
     }
 
     /// The way to its record, which is not written.

@@ -34,7 +34,7 @@ const MORE_FILES: [&str; 7] = [
 ];
 
 /// Files of the client that only show what the daemon or the records say.
-const SHOWS: [&str; 12] = [
+const SHOWS: [&str; 13] = [
     "arguments.rs",
     "completion.rs",
     "connection.rs",
@@ -47,6 +47,7 @@ const SHOWS: [&str; 12] = [
     "status.rs",
     "table.rs",
     "terminal.rs",
+    "verify.rs",
 ];
 
 /// Words of an advice that may cost something: the list must say what.
