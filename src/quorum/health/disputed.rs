@@ -211,6 +211,7 @@ impl Health {
                 continue;
             }
             self.failure_epoch.0 += 1;
+            self.memory += 1;
             let state = &mut self.replicas[replica.as_usize()];
             became_stale |= state.stale.is_empty();
             // A read in flight may have seen what it holds, even if the winner is there by the time
@@ -251,6 +252,7 @@ impl Health {
         for member in self.members.iter() {
             let state = &mut self.replicas[member.as_usize()];
             for part in runs::common(&state.doubtful(range), &settled) {
+                self.memory += 1;
                 state.missed.insert(part);
             }
         }

@@ -64,6 +64,7 @@ impl Health {
             let done = write.succeeded.contains(replica);
             let missed = !write.asked.contains(replica) || (write.success && !done);
             if missed || state.last_failure > began {
+                self.memory += u64::from(self.in_service.contains(replica));
                 became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
                 if missed {
@@ -122,6 +123,7 @@ impl Health {
             state.weak.insert(range);
         }
         if state.last_failure > began {
+            self.memory += 1;
             state.stale.insert(range);
             if was_corrupt {
                 state.behind.insert(range);
@@ -152,6 +154,7 @@ impl Health {
         was_corrupt: bool,
     ) {
         if self.members.contains(replica) {
+            self.memory += 1;
             let state = &mut self.replicas[replica.as_usize()];
             match was_corrupt {
                 true => state.mark_missed(range),
@@ -243,6 +246,9 @@ impl Health {
         let success = flushed && is_enough;
         if success {
             self.flushed = epoch;
+            if self.in_service.without(succeeded).is_empty() {
+                self.flushed_everywhere = epoch;
+            }
             let settlement = match self.given_up_before_flush.is_empty() {
                 true => settlement,
                 false => {
@@ -265,6 +271,7 @@ impl Health {
 
     /// A write of `range` is answered as durable, although the flush has failed elsewhere.
     pub fn is_durable_alone(&mut self, range: SectorRange) {
+        self.memory += u64::from(self.needs_settlement());
         for member in self.members.iter() {
             self.replicas[member.as_usize()].fall_behind_in(range);
         }
@@ -273,6 +280,18 @@ impl Health {
     /// The last flush that has begun.
     pub fn last_flush(&self) -> FlushEpoch {
         self.epoch
+    }
+
+    /// The last flush that has succeeded on all members in service.
+    pub fn flushed_everywhere(&self) -> FlushEpoch {
+        self.flushed_everywhere
+    }
+
+    /// Where members may differ at this moment: a write is under way, or what it has left is not
+    /// decided.
+    pub fn changing(&self) -> impl Iterator<Item = SectorRange> {
+        let writing = self.writing.iter().map(|(_, writing)| writing.range);
+        writing.chain(self.undecided.iter())
     }
 
     /// Whether a flush has succeeded that began after `since`. It covers all that was written

@@ -49,6 +49,7 @@ impl Health {
         self.members.insert(replica);
         self.in_service.insert(replica);
         self.arrivals += 1;
+        self.memory += 1;
         self.check_sets();
     }
 
@@ -62,6 +63,7 @@ impl Health {
         self.missing.remove(replica);
         self.releasing.insert(replica);
         self.failure_epoch.0 += 1;
+        self.memory += 1;
         let mut state = ReplicaHealth::default();
         // Its earlier replies do not count any more.
         state.mark_missed(SectorRange::new(0, self.capacity_sectors));
@@ -206,6 +208,7 @@ impl Health {
         if all {
             self.in_service.insert(replica);
             self.arrivals += 1;
+            self.memory += 1;
             self.check_sets();
         }
         all

@@ -106,9 +106,13 @@ pub struct Health {
     epoch: FlushEpoch,
     /// The last flush that succeeded.
     flushed: FlushEpoch,
+    /// The last one that succeeded on all members in service.
+    flushed_everywhere: FlushEpoch,
     failure_epoch: FailureEpoch,
     /// How often a replica was added or has rejoined.
     arrivals: u64,
+    /// See [`Self::memory`].
+    memory: u64,
     /// Sets that are not needed any more.
     garbage: Vec<RangeSet>,
 }
@@ -143,8 +147,10 @@ impl Health {
             capacity_sectors,
             epoch: FlushEpoch::default(),
             flushed: FlushEpoch::default(),
+            flushed_everywhere: FlushEpoch::default(),
             failure_epoch: FailureEpoch(0),
             arrivals: 0,
+            memory: 1,
             garbage: Vec::new(),
         }
     }
@@ -187,6 +193,7 @@ impl Health {
             capacity_sectors - self.capacity_sectors,
         );
         if new.count > 0 {
+            self.memory += 1;
             for replica in self.missing.iter() {
                 let state = &mut self.replicas[replica.as_usize()];
                 state.mark_missed(new);

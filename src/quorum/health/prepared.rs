@@ -200,6 +200,9 @@ impl Health {
 
     /// Every sector is durable on t members: doubtful copies are not needed any more.
     pub(super) fn doubt_is_over(&mut self, settlement: &mut [Prepared]) {
+        let mut in_service = self.in_service.iter();
+        let falls_behind = in_service.any(|m| self.replicas[m.as_usize()].may_fall_behind());
+        self.memory += u64::from(falls_behind);
         for member in self.members.iter() {
             let mut prepared = settlement.iter_mut();
             let prepared = prepared.find(|prepared| prepared.replica == member);
@@ -218,6 +221,7 @@ impl Health {
         mut loss: Option<(&mut Prepared, RangeSet)>,
     ) {
         self.failure_epoch.0 += 1;
+        self.memory += 1;
         match &mut loss {
             Some((loss, changed)) => self.put_in_place(loss, changed),
             None => {

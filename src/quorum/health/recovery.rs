@@ -4,8 +4,10 @@
 //! replica by itself. It is *unrecovered*: undecided like what a failed write has left (W7), but
 //! every fresh copy is legal, so that the version that most replicas hold wins, even if that is
 //! one. What does not hold the winner is stale from then on, so that no later vote has another one.
+//!
+//! After any end, the records say where each member is stale: before anything depends on it (S2).
 
-use super::Health;
+use super::{Health, Wanted};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaSet, SectorRange};
 
@@ -16,6 +18,14 @@ pub struct Remembered {
     pub members: ReplicaSet,
     /// Those of them that are in service.
     pub in_service: ReplicaSet,
+    /// The vote threshold.
+    pub threshold: usize,
+    /// It follows the number of members.
+    pub threshold_follows: bool,
+    /// Sectors of the disk.
+    pub capacity_sectors: u64,
+    /// [`Health::memory`] when this was so.
+    pub memory: u64,
     /// By place.
     pub copies: Vec<Copies>,
 }
@@ -32,6 +42,13 @@ pub struct Copies {
 }
 
 impl Health {
+    /// Grows whenever what is to be remembered does: a member in service has become stale or
+    /// doubtful somewhere, or there are other members or thresholds. What changes on a member out
+    /// of service is not counted: it is stale wherever the disk changes.
+    pub fn memory(&self) -> u64 {
+        self.memory
+    }
+
     /// What must be remembered now.
     pub fn remembered(&self) -> Remembered {
         let copies = self.replicas.iter().map(|state| {
@@ -43,13 +60,21 @@ impl Health {
         Remembered {
             members: self.members,
             in_service: self.in_service,
+            threshold: self.threshold,
+            threshold_follows: self.threshold_follows(),
+            capacity_sectors: self.capacity_sectors,
+            memory: self.memory,
             copies: copies.collect(),
         }
     }
 
     /// At the start, before any request: the members are `remembered` to be stale there, and the
-    /// last daemon has ended while `changed` was being changed, or had not been flushed.
+    /// last daemon has ended while `changed` was being changed, or had not been flushed. A
+    /// threshold that follows the members rises only when enough of them are complete.
     pub fn restore(&mut self, remembered: &Remembered, changed: &RangeSet) {
+        if remembered.threshold_follows {
+            self.wanted = Wanted::Majority;
+        }
         for replica in self.members.and(remembered.members).iter() {
             let Some(Copies { stale, doubtful }) = remembered.copies.get(replica.as_usize()) else {
                 continue;
@@ -162,6 +187,7 @@ mod tests {
                     ..Copies::default()
                 },
             ],
+            ..Remembered::default()
         };
         health.restore(&remembered, &changed);
         health.self_check();

@@ -70,6 +70,7 @@ impl Health {
             return Err(NotThreshold::OutOfRange { wanted, replicas });
         }
         self.wanted = wanted;
+        self.memory += 1;
         self.threshold = self.threshold.min(self.wanted_threshold());
         Ok(())
     }
@@ -107,6 +108,7 @@ impl Health {
         };
         let before = self.threshold;
         self.threshold = before.max(allowed.min(possible));
+        self.memory += u64::from(self.threshold > before);
         self.threshold > before
     }
 
