@@ -71,6 +71,21 @@ impl Extents {
         was_in
     }
 
+    /// Removes all of `other`, a map of the same disk.
+    pub fn remove_all(&mut self, other: &Self) {
+        assert_eq!(self.layout, other.layout, "maps of one disk");
+        for (word, other) in self.words.iter_mut().zip(&other.words) {
+            *word &= !other;
+        }
+    }
+
+    /// Whether some extent is in both maps of one disk.
+    pub fn overlaps_any(&self, other: &Self) -> bool {
+        assert_eq!(self.layout, other.layout, "maps of one disk");
+        let mut words = self.words.iter().zip(&other.words);
+        words.any(|(word, other)| word & other != 0)
+    }
+
     /// Whether every sector of `range` is in an extent of the set.
     pub fn contains(&self, range: SectorRange) -> bool {
         let mut contains = true;

@@ -16,6 +16,7 @@
 mod epoch;
 mod extents;
 pub mod format;
+mod keeper;
 mod layout;
 mod member;
 mod stale;
@@ -24,6 +25,7 @@ mod table;
 
 pub use self::epoch::{Branch, Epoch};
 pub use self::extents::Extents;
+pub use self::keeper::{Holder, Keeper, RecordWrite, Round, Wanted, WantedMember};
 pub use self::layout::{Layout, PAGE_BYTES, PAGE_EXTENTS};
 pub use self::member::{Member, MemberState, short_name};
 pub use self::stale::Stale;

@@ -256,7 +256,7 @@ impl Planner<'_> {
     fn threshold(&self, options: &Options) -> Result<Threshold, Refusal> {
         let members = self.members().len();
         let threshold = match options.votes {
-            None => self.newest.record.threshold.among(members),
+            None => self.newest.record.threshold,
             Some(votes) => Threshold {
                 votes,
                 follows_majority: false,

@@ -1,0 +1,497 @@
+//! What the files of the records hold durably, and what is to be written to them next.
+//!
+//! It takes what the records are to say ([`Keeper::want`]), and is asked for
+//! one [`Round`] after the other: at most one write to each active replica. When there is none left
+//! and [`Keeper::is_durable`], the records say it. Nothing else writes to them.
+//!
+//! Invariants:
+//! - The pages of the intent map are written before a slot that makes a replica active, and before
+//!   the first one of a start; marks are taken from pages only when the slots say exactly where
+//!   each member is stale, since an inactive one is stale wherever there is a mark.
+//! - A change of the table is proposed to all that will be active, and written to them again when
+//!   it is agreed upon.
+//! - A replica that has no record yet has the table that makes it one of the disk before all
+//!   others have it.
+//! - The number of a slot advances only when its predecessor is durable, so that a write that
+//!   fails never touches the slot that counts.
+
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use super::extents::Extents;
+use super::format;
+use super::layout::Layout;
+use super::member::{Member, MemberState};
+use super::stale::Stale;
+use super::table::{Fingerprint, Record, Threshold};
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet};
+
+/// The records of a disk while it is served.
+#[derive(Debug)]
+pub struct Keeper {
+    /// What the slots are to say, without what differs between them.
+    record: Record,
+    /// Grows with each change of `record`.
+    slot_version: u64,
+    /// What the pages are to say.
+    intent: Extents,
+    /// Grows with each change of `intent`.
+    pages_version: u64,
+    /// Marks to be taken away when the slots are durable.
+    clearing: Option<Extents>,
+    /// By index.
+    places: Vec<Option<Place>>,
+    /// What the round in flight writes: which version of it, and to which replicas.
+    writing: Option<(Part, u64, ReplicaSet)>,
+}
+
+/// A replica of the disk, as the keeper knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder {
+    /// Its name in the table.
+    pub member: Uuid,
+    /// The number of the last slot in the file of its record; 0 if there is none.
+    pub sequence: u64,
+}
+
+/// What the records are to say, apart from marks.
+#[derive(Clone, Debug)]
+pub struct Wanted {
+    /// The members of the disk.
+    pub members: Vec<WantedMember>,
+    /// The vote threshold.
+    pub threshold: Threshold,
+    /// Sectors of the disk.
+    pub capacity: u64,
+}
+
+/// What the records are to say of a member.
+#[derive(Clone, Debug)]
+pub struct WantedMember {
+    /// Its place.
+    pub replica: ReplicaIndex,
+    /// It is in service, and its record is to be kept up to date.
+    pub is_active: bool,
+    /// Where it is stale.
+    pub stale: RangeSet,
+    /// Where it is doubtful; not stale there.
+    pub doubtful: RangeSet,
+}
+
+/// Writes that may be made at the same time, one for each replica.
+#[derive(Clone, Debug)]
+pub struct Round {
+    /// The writes. Each has to be durable before [`Keeper::ended`].
+    pub writes: Vec<(ReplicaIndex, RecordWrite)>,
+}
+
+/// A write to the file of a record.
+#[derive(Clone, Debug)]
+pub struct RecordWrite {
+    /// Where in the file.
+    pub offset_bytes: u64,
+    /// What is written there.
+    pub bytes: Arc<[u8]>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Part {
+    Slot,
+    Pages,
+}
+
+/// What is known of the file of one record.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    member: Uuid,
+    /// Of the last slot that is durable.
+    sequence: u64,
+    /// The version of that slot; 0: from before.
+    slot: u64,
+    /// The version of its pages; 0: from before.
+    pages: u64,
+    /// Its image at a clean end.
+    image: Option<Fingerprint>,
+}
+
+impl Keeper {
+    /// The keeper of a disk at its start: `record` is a proposal to the active ones among `holders`
+    /// (by index), to be agreed upon before the disk is served, and `intent` is what is marked.
+    pub fn new(record: Record, holders: Vec<Option<Holder>>, intent: Extents) -> Self {
+        let places = holders.into_iter().map(|holder| holder.map(Place::new));
+        Self {
+            record,
+            slot_version: 1,
+            intent,
+            pages_version: 1,
+            clearing: None,
+            places: places.collect(),
+            writing: None,
+        }
+    }
+
+    /// What the records say, or are about to say.
+    pub fn record(&self) -> &Record {
+        &self.record
+    }
+
+    /// What is marked.
+    pub fn intent(&self) -> &Extents {
+        &self.intent
+    }
+
+    /// The layout of the maps.
+    pub fn layout(&self) -> Layout {
+        self.record.layout()
+    }
+
+    /// The member in a place.
+    pub fn member(&self, replica: ReplicaIndex) -> Option<Uuid> {
+        self.place(replica).map(|place| place.member)
+    }
+
+    /// Which slot of its file the record of a replica has last, as [`Record::sequence`].
+    pub fn sequence(&self, replica: ReplicaIndex) -> Option<u64> {
+        self.place(replica).map(|place| place.sequence)
+    }
+
+    /// A replica becomes a member of the disk, in a free place: stale everywhere, and active as
+    /// soon as that is wanted. Its file has a record of no other disk.
+    pub fn add(&mut self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
+        let index = replica.as_usize();
+        if self.places.len() <= index {
+            self.places.resize(index + 1, None);
+        }
+        self.change_table();
+        if let Some(removed) = self.places[index].take() {
+            self.record
+                .members
+                .retain(|member| member.id != removed.member);
+        }
+        self.places[index] = Some(Place::new(holder));
+        self.record.members.push(Member {
+            state: MemberState::Inactive { holds: None },
+            stale: Stale::All,
+            ..Member::new(holder.member, node_name)
+        });
+    }
+
+    /// The image of a member that was missing is open; the number of the last slot in the file of
+    /// its record.
+    pub fn found(&mut self, replica: ReplicaIndex, sequence: u64) {
+        if let Some(Some(place)) = self.places.get_mut(replica.as_usize()) {
+            *place = Place::new(Holder {
+                member: place.member,
+                sequence,
+            });
+        }
+    }
+
+    /// Whether everything is durable on all active replicas.
+    pub fn is_durable(&self) -> bool {
+        let mut active = self.active().iter();
+        self.record.before.is_none()
+            && self.clearing.is_none()
+            && active.all(|replica| {
+                let place = self.place(replica).expect("an active replica has a place");
+                (place.slot, place.pages) == (self.slot_version, self.pages_version)
+            })
+    }
+
+    /// Has the records say this, if they do not say it already. That a member is stale in more
+    /// sectors than it is does no harm as long as nothing gets worse: unless `exactly`, sets that
+    /// have only shrunk are left.
+    pub fn want(&mut self, wanted: &Wanted, exactly: bool) {
+        let before = self.slot_version;
+        self.want_table(wanted);
+        let layout = self.layout();
+        let says = |member: &WantedMember| {
+            let id = self.member(member.replica);
+            let known = id.and_then(|id| self.record.member(id));
+            known.is_some_and(|known| covers(known, member, &self.intent, layout))
+        };
+        let changes = self.slot_version != before;
+        if !changes && !exactly && wanted.members.iter().all(says) {
+            return;
+        }
+        // With one that holds less, the others may be needed: they are to say what they hold.
+        let mut changed = false;
+        for member in &wanted.members {
+            let id = self.member(member.replica);
+            let known = self.record.members.iter_mut();
+            let known = id.and_then(|id| known.into_iter().find(|known| known.id == id));
+            let known = known.expect("a member has a place and is in the table");
+            let is_lost = !known.is_active() && known.stale.is_all();
+            changed |= !is_lost && take(known, member, layout);
+        }
+        self.slot_version += u64::from(changed);
+    }
+
+    /// Has the records say which members there are, which of them are active, and so on.
+    fn want_table(&mut self, wanted: &Wanted) {
+        let is_active = |keeper: &Self, member: &WantedMember| {
+            let id = keeper.member(member.replica);
+            let known = id.and_then(|id| keeper.record.member(id));
+            known.is_some_and(Member::is_active)
+        };
+        let mut same =
+            wanted.threshold == self.record.threshold && wanted.capacity == self.record.capacity;
+        let members = wanted.members.iter();
+        same &= members.clone().count() == self.places.iter().flatten().count();
+        same &= members
+            .clone()
+            .all(|member| member.is_active == is_active(self, member));
+        if same {
+            return;
+        }
+        self.change_table();
+        self.record.threshold = wanted.threshold;
+        if wanted.capacity != self.record.capacity {
+            self.record.capacity = wanted.capacity;
+            let layout = self.layout();
+            for member in &mut self.record.members {
+                member.stale = member.stale.fitted(layout);
+                member.doubtful = member.doubtful.fitted(layout);
+            }
+            self.intent = self.intent.fitted(layout);
+            self.clearing = None;
+            self.pages_version += 1;
+        }
+        for (index, place) in self.places.iter_mut().enumerate() {
+            let is_here = |member: &WantedMember| member.replica.as_usize() == index;
+            if !wanted.members.iter().any(is_here)
+                && let Some(removed) = place.take()
+            {
+                self.record
+                    .members
+                    .retain(|member| member.id != removed.member);
+            }
+        }
+        let layout = self.layout();
+        for member in &wanted.members {
+            let id = self.member(member.replica).expect("a member has a place");
+            let known = self.record.member(id).expect("a member is in the table");
+            match (known.is_active(), member.is_active) {
+                (true, false) => {
+                    self.record.deactivate(id);
+                    let known = self.record.member_mut(id).expect("it is still there");
+                    if !known.stale.is_all() {
+                        take(known, member, layout);
+                    }
+                }
+                (false, true) => {
+                    let known = self.record.member_mut(id).expect("it is still there");
+                    known.state = MemberState::Active;
+                    known.stale_where_changed = false;
+                    take(known, member, layout);
+                    // What its pages hold was not kept up to date.
+                    if let Some(Some(place)) = self.places.get_mut(member.replica.as_usize()) {
+                        (place.slot, place.pages) = (0, 0);
+                    }
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// Marks extents. They are durable when [`Self::is_durable`].
+    pub fn mark(&mut self, extents: &Extents) {
+        let mut marked = self.intent.clone();
+        marked.insert_all(extents);
+        if let Some(clearing) = &mut self.clearing {
+            for range in extents.iter() {
+                clearing.remove(range);
+            }
+        }
+        if marked != self.intent {
+            self.intent = marked;
+            self.pages_version += 1;
+        }
+    }
+
+    /// Takes marks away, where no copy differs any more from what is known of it: once `wanted` is
+    /// durable, which says exactly where each member is stale.
+    pub fn clear(&mut self, extents: Extents, wanted: &Wanted) {
+        self.want(wanted, true);
+        self.clearing = Some(extents);
+    }
+
+    /// A clean end: all is flushed, and these are the images of the replicas in service then.
+    /// To be called when no mark is left that is needed, and `wanted` is all that is known.
+    pub fn close(&mut self, images: &[(ReplicaIndex, Fingerprint)], wanted: &Wanted) {
+        self.want(wanted, true);
+        self.clearing = Some(Extents::full(self.layout()));
+        for (replica, image) in images {
+            if let Some(Some(place)) = self.places.get_mut(replica.as_usize()) {
+                place.image = Some(*image);
+            }
+        }
+        self.record.adopted = None;
+        self.record.clean = true;
+        self.slot_version += 1;
+    }
+
+    /// What is to be written next. `None`: nothing, or the table that is proposed cannot come into
+    /// force with these replicas.
+    ///
+    /// # Panics
+    /// If the last round has not ended.
+    pub fn next_round(&mut self) -> Option<Round> {
+        assert!(self.writing.is_none(), "one round after the other");
+        loop {
+            if let Some(round) = self.round(Part::Pages).or_else(|| self.round(Part::Slot)) {
+                return Some(round);
+            }
+            if self.record.before.is_some() {
+                let active = self.active().iter();
+                let holders: Vec<Uuid> =
+                    active.filter_map(|replica| self.member(replica)).collect();
+                if !self.record.may_agree(&holders) {
+                    return None;
+                }
+                self.record.agree();
+                self.slot_version += 1;
+            } else {
+                let extents = self.clearing.take()?;
+                for range in extents.iter() {
+                    if self.intent.remove(range) {
+                        self.pages_version += 1;
+                    }
+                }
+            }
+        }
+    }
+
+    /// The round has ended: the writes to these replicas are durable, the others may have been made
+    /// or not.
+    pub fn ended(&mut self, succeeded: ReplicaSet) {
+        let (part, version, asked) = self.writing.take().expect("a round in flight");
+        for replica in asked.and(succeeded).iter() {
+            let Some(Some(place)) = self.places.get_mut(replica.as_usize()) else {
+                continue;
+            };
+            match part {
+                Part::Pages => place.pages = version,
+                Part::Slot => {
+                    place.slot = version;
+                    place.sequence += 1;
+                }
+            }
+        }
+    }
+
+    /// The active replicas to whose files this part is to be written.
+    fn round(&mut self, part: Part) -> Option<Round> {
+        let version = match part {
+            Part::Pages => self.pages_version,
+            Part::Slot => self.slot_version,
+        };
+        let is_behind = |place: &Place| match part {
+            Part::Pages => place.pages != version,
+            Part::Slot => place.slot != version,
+        };
+        let mut asked = ReplicaSet::EMPTY;
+        let mut writes = Vec::new();
+        let places = self.active().iter();
+        let places = places.filter_map(|replica| Some((replica, self.place(replica)?)));
+        let behind: Vec<_> = places.filter(|(_, place)| is_behind(place)).collect();
+        // A new replica has the table before all others: with a record that says nothing it could
+        // not tell later whether the others have gone on with it.
+        let is_new = |place: &Place| place.sequence == 0;
+        let any_new = behind.iter().any(|(_, place)| is_new(place));
+        let first = behind.iter().filter(|(_, place)| is_new(place) == any_new);
+        for (replica, place) in first.copied() {
+            asked.insert(replica);
+            writes.push((replica, self.write(part, place)));
+        }
+        (!writes.is_empty()).then(|| {
+            self.writing = Some((part, version, asked));
+            Round { writes }
+        })
+    }
+
+    fn write(&self, part: Part, place: &Place) -> RecordWrite {
+        match part {
+            Part::Pages => RecordWrite {
+                offset_bytes: Layout::page_offset(0),
+                bytes: {
+                    let pages = 0..self.layout().pages();
+                    format::pages(self.record.disk, place.member, &self.intent, pages).into()
+                },
+            },
+            Part::Slot => {
+                let mut record = self.record.for_replica(place.member, place.sequence + 1);
+                record.image = place.image.filter(|_| record.clean);
+                let slot = record.slot();
+                RecordWrite {
+                    offset_bytes: slot.offset,
+                    bytes: slot.bytes.into(),
+                }
+            }
+        }
+    }
+
+    /// The members that are to have everything that is written.
+    fn active(&self) -> ReplicaSet {
+        let mut active = ReplicaSet::EMPTY;
+        for (index, place) in self.places.iter().enumerate() {
+            let member = place.and_then(|place| self.record.member(place.member));
+            if member.is_some_and(Member::is_active) {
+                active.insert(ReplicaIndex(u8::try_from(index).expect("few places")));
+            }
+        }
+        active
+    }
+
+    fn place(&self, replica: ReplicaIndex) -> Option<&Place> {
+        let place = self.places.get(replica.as_usize());
+        place.and_then(Option::as_ref)
+    }
+
+    fn change_table(&mut self) {
+        self.record.propose();
+        self.slot_version += 1;
+    }
+}
+
+impl Place {
+    fn new(holder: Holder) -> Self {
+        Self {
+            member: holder.member,
+            sequence: holder.sequence,
+            slot: 0,
+            pages: 0,
+            image: None,
+        }
+    }
+}
+
+/// Whether a record says of a member what is wanted, or that it is stale in more sectors.
+fn covers(known: &Member, wanted: &WantedMember, intent: &Extents, layout: Layout) -> bool {
+    let mut stale = known.stale.to_ranges(layout);
+    if known.stale_where_changed {
+        intent.iter().for_each(|range| stale.insert(range));
+    }
+    let mut unknown = wanted.stale.clone();
+    unknown.remove_all(&stale);
+    let mut doubtful = wanted.doubtful.clone();
+    doubtful.remove_all(&stale);
+    doubtful.remove_all(&known.doubtful.to_ranges(layout));
+    unknown.is_empty() && doubtful.is_empty()
+}
+
+/// Has a record say exactly where a member is stale and doubtful. Whether it said something else.
+fn take(known: &mut Member, wanted: &WantedMember, layout: Layout) -> bool {
+    let stale = Stale::of(&wanted.stale, layout);
+    let mut doubtful = wanted.doubtful.clone();
+    doubtful.remove_all(&stale.to_ranges(layout));
+    let doubtful = Stale::of(&doubtful, layout);
+    let changed = (&known.stale, &known.doubtful) != (&stale, &doubtful);
+    (known.stale, known.doubtful) = (stale, doubtful);
+    changed
+}
+
+#[cfg(test)]
+mod tests;
