@@ -341,6 +341,16 @@ pub const RECORD_EXTENT_BYTES_MIN: u64 = 1 << 20;
 /// than that.
 pub const RECORD_RUNS_BYTES_MIN: u64 = 4 << 10;
 
+/// How often marks are taken from the records where nothing was changed for so long, in replica
+/// timeouts.
+pub const SWEEP_TIMEOUTS: u32 = 8;
+
+/// Extents that are marked ahead of a write, if as many before it are marked.
+pub const MARKS_AHEAD_MAX: u64 = 63;
+
+/// If marks were made more often than this since the last sweep, none are taken away.
+pub const MARKING_ROUNDS_MAX: u64 = 64;
+
 /// The greatest number in a record, the capacity in sectors included: a reader that keeps numbers
 /// as floating point loses nothing.
 pub const RECORD_NUMBER_MAX: u64 = 1 << 53;

@@ -14,6 +14,7 @@ use super::latencies::Latencies;
 use super::lateness::Lateness;
 use super::range_locks::LockKey;
 use super::read_errors::ReadErrors;
+use super::remember::Withheld;
 use super::shared::{Shared, Waiter, WorkerIndex};
 use crate::common::buffer::{Buffer, BufferPool};
 use crate::common::clock::TurnClock;
@@ -44,6 +45,7 @@ pub(super) struct Core {
     /// What is to be begun next.
     pub(super) follow_ups: VecDeque<FollowUp>,
     pub(super) flushes: FlushQueue,
+    pub(super) withheld: Withheld,
     /// Reads that hold or wait for the lock of their range.
     pub(super) confirmations: usize,
     /// Emptied lists of replies, for reuse.
@@ -72,6 +74,8 @@ pub(super) enum FollowUp {
     Confirm(Suspicion),
     /// A flush for all that has joined the queue.
     Flush,
+    /// What is known is written to the records.
+    Remember,
 }
 
 /// A guest read whose replies differ while a slow replica is still out.
@@ -106,6 +110,7 @@ impl Core {
             granted: VecDeque::new(),
             follow_ups: VecDeque::new(),
             flushes: FlushQueue::default(),
+            withheld: Withheld::default(),
             confirmations: 0,
             spare_buffers: Vec::new(),
             request_errors: Vec::new(),
@@ -130,6 +135,11 @@ impl Core {
     fn errors_of(&self, request: RequestId) -> Option<&RequestErrors> {
         let mut errors = self.request_errors.iter();
         errors.find(|errors| errors.request == request)
+    }
+
+    /// What the guest waits for, although its requests are retired.
+    pub(super) fn unanswered(&self) -> usize {
+        self.flushes.unanswered() + self.withheld.answers()
     }
 
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.

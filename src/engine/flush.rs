@@ -301,7 +301,7 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
     context.core.flushes.answered();
     let (tag, operation, range) = match waiting.origin {
         Origin::Request(tag) => (tag, OperationType::Flush, NO_RANGE),
-        Origin::Write(tag, _, mark) if success => return context.effects.flushed(tag, mark),
+        Origin::Write(tag, range, mark) if success => return context.flushed(tag, range, mark),
         Origin::Write(tag, range, _) => (tag, OperationType::Write, range),
         Origin::Job(chunk) => {
             let end = ChunkEnd {
@@ -312,7 +312,7 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
         }
     };
     if success {
-        context.effects.complete(tag, Ok(&[]));
+        context.succeed(tag, (operation, range), &[]);
     } else {
         let failed = context.report_failure(Requester::Guest, operation, range);
         let by_flush = true;

@@ -52,10 +52,12 @@ mod interface;
 pub mod interleaving;
 mod latencies;
 mod lateness;
+mod memory;
 mod probing;
 mod range_locks;
 mod read;
 mod read_errors;
+mod remember;
 mod repair;
 mod repair_gate;
 mod replies;
@@ -127,7 +129,7 @@ impl Engine {
     pub fn has_room(&self) -> bool {
         let replicas = self.core.shared.in_service().len() as u64;
         let most = FRAGMENT_BYTES_MAX * (replicas + 1);
-        self.active + self.core.flushes.unanswered() < REQUESTS_MAX
+        self.active + self.core.unanswered() < REQUESTS_MAX
             && self.core.confirmations < CONFIRMATIONS_MAX
             && self.buffer_bytes + most <= BUFFER_BYTES_MAX.max(most)
     }
@@ -150,6 +152,12 @@ impl Engine {
         let mut slots = self.slots.iter();
         self.core.flushes.waiting().iter().any(is_this)
             || slots.any(|(_, slot)| slot.request.origins().iter().any(is_this))
+    }
+
+    /// Whether the success of a request of the guest waits for the records (S2).
+    #[cfg(any(test, feature = "sim"))]
+    pub fn withholds(&self, tag: Tag) -> bool {
+        self.core.withheld.has_answer(tag)
     }
 
     /// Whether `operation`, which was just submitted, reads a part of a range whose read failed.
@@ -254,6 +262,7 @@ impl Engine {
         let (mut active, mut buffer_bytes, mut confirmations) = (0, 0, 0);
         let flushes = &self.core.flushes;
         let (mut unanswered, mut next_flushes) = (flushes.waiting().len(), 0);
+        let mut remembers = 0;
         for (id, slot) in self.slots.iter() {
             let Slot {
                 request,
@@ -279,6 +288,7 @@ impl Engine {
                 );
                 confirmations += usize::from(request.is_confirming());
                 unanswered += request.origins().len();
+                remembers += usize::from(matches!(request, Request::Remember(_)));
                 let is_flush = matches!(request, Request::Flush(_));
                 next_flushes += usize::from(is_flush && request.waits_for_lock());
             }
@@ -289,6 +299,11 @@ impl Engine {
         assert_eq!(unanswered, flushes.unanswered(), "what flushes are for");
         let is_any_waiting = !flushes.waiting().is_empty();
         assert_eq!(next_flushes, usize::from(is_any_waiting), "a next flush");
+        let withheld = &self.core.withheld;
+        assert!(
+            withheld.is_empty() || remembers > 0 || withheld.is_covered(),
+            "the records are written for what waits"
+        );
         self.core.shared.self_check();
     }
 

@@ -278,7 +278,7 @@ impl Read {
     /// Answers the guest with `data`, if it has no answer yet.
     fn succeed(&mut self, data: &[u8], context: &mut Context<'_, impl Effects>) {
         if let Some(tag) = self.tag.take() {
-            context.effects.complete(tag, Ok(data));
+            context.succeed(tag, (OperationType::Read, self.range), data);
         }
     }
 

@@ -10,6 +10,7 @@ use super::flush_queue::{Origin, Waiting};
 use super::interface::{Effects, GuestRequest, Policy, Tag};
 use super::lateness::{Kind, Out};
 use super::read::Read;
+use super::remember::Remember;
 use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
 use super::skip::{Skip, SkipOrder};
@@ -35,6 +36,7 @@ pub(super) enum Start {
     Write(Tag, WriteOrder),
     /// A flush for all that has joined the queue.
     Flush,
+    Remember,
     Confirm(Suspicion),
     Resync(ChunkId, ReplicaIndex, SectorRange),
     Scrub(ScrubOrder),
@@ -46,6 +48,7 @@ pub(super) enum Request {
     Read(Read),
     Write(Write),
     Flush(Flush),
+    Remember(Remember),
     Scrub(Scrub),
     Resync(Resync),
     Skip(Skip),
@@ -122,7 +125,7 @@ impl Start {
                 Content::Data(data) => data.len() as u64,
                 Content::Zeroes { .. } => 0,
             },
-            Self::Skip(_) | Self::Flush => 0,
+            Self::Skip(_) | Self::Flush | Self::Remember => 0,
         }
     }
 
@@ -132,6 +135,7 @@ impl Start {
             Self::Read(tag, range) => Request::Read(Read::begin(tag, range, context)),
             Self::Write(tag, order) => Request::Write(Write::begin(tag, order, context)),
             Self::Flush => Request::Flush(Flush::begin(context)),
+            Self::Remember => Request::Remember(Remember::begin(context)),
             Self::Confirm(suspicion) => Request::Read(Read::suspect(suspicion, context)),
             Self::Resync(chunk, replica, range) => {
                 Request::Resync(Resync::begin(chunk, replica, range, context))
@@ -147,6 +151,7 @@ impl From<FollowUp> for Start {
         match follow_up {
             FollowUp::Confirm(suspicion) => Self::Confirm(suspicion),
             FollowUp::Flush => Self::Flush,
+            FollowUp::Remember => Self::Remember,
         }
     }
 }
@@ -165,6 +170,7 @@ impl Request {
             Self::Read(read) => read.reply(reply, context),
             Self::Write(write) => write.reply(&reply, context),
             Self::Flush(flush) => flush.reply(&reply, context),
+            Self::Remember(remember) => remember.reply(&reply, context),
             Self::Scrub(scrub) => {
                 context.shared().loads().yielded(reply.replica);
                 scrub.reply(reply, context)
@@ -204,6 +210,7 @@ impl Request {
             Self::Read(read) => read.lock_granted(context),
             Self::Write(write) => write.lock_granted(context),
             Self::Flush(flush) => flush.lock_granted(context),
+            Self::Remember(remember) => remember.lock_granted(context),
             Self::Scrub(scrub) => scrub.lock_granted(context),
             Self::Resync(resync) => resync.lock_granted(context),
             Self::Skip(skip) => skip.lock_granted(context),
@@ -221,6 +228,7 @@ impl Request {
             Self::Read(read) => read.evicted(evicted, context),
             Self::Write(write) => write.evicted(evicted, context),
             Self::Flush(flush) => flush.evicted(evicted, context),
+            Self::Remember(remember) => remember.evicted(evicted, context),
             Self::Scrub(scrub) => scrub.evicted(evicted, context),
             Self::Resync(resync) => resync.evicted(evicted, context),
             Self::Skip(skip) => skip.evicted(evicted, context),
@@ -234,6 +242,7 @@ impl Request {
             Self::Read(read) => read.stage().waiting_since(limit),
             Self::Write(write) => write.waiting_since(limit),
             Self::Flush(flush) => flush.waiting_since(limit),
+            Self::Remember(remember) => remember.waiting_since(limit),
             Self::Scrub(scrub) => scrub.stage().waiting_since(limit),
             Self::Resync(resync) => resync.confirmation().waiting_since(limit),
             Self::Skip(skip) => skip.waiting_since(limit),
@@ -247,6 +256,7 @@ impl Request {
             Self::Read(read) => Some(read.out(policy, threshold)),
             Self::Write(write) => write.out(threshold),
             Self::Flush(flush) => flush.out(threshold),
+            Self::Remember(remember) => remember.out(threshold),
             Self::Scrub(scrub) => Some(scrub.stage().out(Kind::Job, threshold)),
             Self::Resync(resync) => Some(resync.confirmation().out(Kind::Job)),
             Self::Skip(skip) => Some(skip.out()),
@@ -268,6 +278,7 @@ impl Request {
             Self::Read(read) => Some(read.stage().tally()),
             Self::Write(write) => write.tally(),
             Self::Flush(flush) => flush.tally(),
+            Self::Remember(remember) => remember.tally(),
             Self::Scrub(scrub) => Some(scrub.stage().tally()),
             Self::Resync(resync) => Some(resync.confirmation().tally()),
             Self::Skip(skip) => Some(skip.tally()),
@@ -288,6 +299,7 @@ impl Request {
         match self {
             Self::Write(write) => write.waits_for_lock(),
             Self::Flush(flush) => flush.waits_for_lock(),
+            Self::Remember(remember) => remember.waits_for_lock(),
             Self::Read(_) | Self::Scrub(_) | Self::Resync(_) => self
                 .confirmation()
                 .is_some_and(Confirmation::waits_for_lock),
@@ -306,7 +318,11 @@ impl Request {
             Self::Read(read) => read.stage().confirmation(),
             Self::Scrub(scrub) => scrub.stage().confirmation(),
             Self::Resync(resync) => Some(resync.confirmation()),
-            Self::Write(_) | Self::Flush(_) | Self::Skip(_) | Self::Orphaned => None,
+            Self::Write(_)
+            | Self::Flush(_)
+            | Self::Remember(_)
+            | Self::Skip(_)
+            | Self::Orphaned => None,
         }
     }
 
@@ -317,6 +333,7 @@ impl Request {
             Self::Read(read) => read.stage().refers_to(),
             Self::Write(write) => write.refers_to(),
             Self::Flush(flush) => flush.refers_to(),
+            Self::Remember(remember) => remember.refers_to(),
             Self::Scrub(scrub) => scrub.stage().refers_to(),
             Self::Resync(resync) => resync.confirmation().refers_to(),
             Self::Skip(skip) => skip.refers_to(),
@@ -339,6 +356,7 @@ impl Request {
             Self::Read(read) => (read.stage().operation(), read.range()),
             Self::Write(write) => (OperationType::Write, write.range()),
             Self::Flush(_) | Self::Orphaned => (OperationType::Flush, flush::NO_RANGE),
+            Self::Remember(_) => (OperationType::Write, flush::NO_RANGE),
             Self::Scrub(scrub) => (scrub.stage().operation(), scrub.range()),
             Self::Resync(resync) => (resync.confirmation().operation(), resync.range()),
             Self::Skip(skip) => (OperationType::Read, skip.range()),

@@ -29,10 +29,11 @@ impl Engine {
         } else {
             None
         };
-        match core.background.deadline() {
-            Some(chunk) => Some(next_tick.map_or(chunk, |tick| tick.min(chunk))),
-            None => next_tick,
-        }
+        let others = [core.background.deadline(), core.records_due()];
+        next_tick
+            .into_iter()
+            .chain(others.into_iter().flatten())
+            .min()
     }
 
     /// Evicts and rejoins replicas, helps late reads, and begins chunks of jobs, where that is due.
@@ -54,6 +55,7 @@ impl Engine {
         if !evicted.is_empty() {
             self.rejoin_drained(evicted, effects);
         }
+        self.write_records();
         self.help_late_reads(effects);
         self.give_up_questions(effects);
         self.core.check_for_work();
@@ -63,6 +65,20 @@ impl Engine {
     /// Begins no chunk of a job from now on.
     pub fn stop_background(&mut self) {
         self.core.background.stop();
+    }
+
+    /// Has the records say what they do not say yet, although no answer waits for it, and now and
+    /// then takes marks away.
+    fn write_records(&mut self) {
+        let core = &mut self.core;
+        let now = core.clock.now();
+        if core.records_due().is_some_and(|due| due <= now) {
+            if !core.shared.is_remembered() {
+                core.have_remembered();
+            } else {
+                core.have_swept(now);
+            }
+        }
     }
 
     /// Has reads of the guest go on that have waited longer than replicas usually take (R7, R9).

@@ -77,9 +77,17 @@ impl Write {
     }
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        assert!(self.waits_for_lock(), "a lock is granted once");
+        assert!(self.waits_for_lock(), "it has not begun");
         let range = self.order.range;
-        let (asked, begun) = context.shared().write_begins(range);
+        if context.core.withheld.take_refused(context.id) {
+            self.fail(context);
+            context.unlock(self.lock);
+            return Progress::Retired;
+        }
+        let Some((asked, begun)) = context.shared().write_begins(range) else {
+            context.core.wait_for_marks(context.id);
+            return Progress::Waiting;
+        };
         self.stage = Stage::Writing(Writing {
             tally: Tally::new(asked),
             begun,
@@ -150,9 +158,7 @@ impl Write {
         if self.end(writing, context) {
             self.answer(context);
         } else {
-            let range = self.order.range;
-            let failed = context.report_failure(Requester::Guest, OperationType::Write, range);
-            context.effects.complete(self.tag, Err(failed));
+            self.fail(context);
         }
         context.unlock(self.lock);
         Progress::Retired
@@ -163,7 +169,8 @@ impl Write {
         let succeeded = writing.tally.succeeded();
         // An evicted replica counts as not asked: its write may still happen, or not.
         let asked = succeeded.or(writing.tally.failed());
-        let (success, became_stale) = context.shared().change_health(|health| {
+        let range = self.order.range;
+        let (success, became_stale) = context.shared().write_ends(range, |health| {
             // A replica that was removed meanwhile does not count.
             let success = succeeded.and(health.members()).len() >= health.threshold();
             let end = WriteEnd {
@@ -187,8 +194,15 @@ impl Write {
             let origin = Origin::Write(self.tag, self.order.range, mark);
             context.core.join_flush(origin);
         } else {
-            context.effects.complete(self.tag, Ok(&[]));
+            let request = (OperationType::Write, self.order.range);
+            context.succeed(self.tag, request, &[]);
         }
+    }
+
+    fn fail(&self, context: &mut Context<'_, impl Effects>) {
+        let range = self.order.range;
+        let failed = context.report_failure(Requester::Guest, OperationType::Write, range);
+        context.effects.complete(self.tag, Err(failed));
     }
 
     pub(super) fn range(&self) -> SectorRange {
@@ -210,6 +224,7 @@ impl Write {
         }
     }
 
+    /// Whether it has not begun: it waits for its lock, or with it until its range is marked.
     pub(super) fn waits_for_lock(&self) -> bool {
         matches!(self.stage, Stage::WaitingForLock)
     }

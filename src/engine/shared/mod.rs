@@ -29,6 +29,7 @@ use super::interface::ReadPattern;
 #[cfg(any(test, feature = "sim"))]
 use super::interleaving;
 use super::lateness::Loads;
+use super::memory::{Marks, Memory};
 use super::range_locks::{LockKey, RangeLocks};
 use super::repair_gate::{Compared, Permission, RepairGate};
 use crate::common::operation::RequestId;
@@ -79,6 +80,7 @@ pub struct Shared {
     raises_threshold: AtomicBool,
     /// The workers whose guest waits for a replica longer than it should.
     waiting: AtomicU32,
+    memory: Memory,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
@@ -92,6 +94,8 @@ struct State {
     health: Health,
     changes: Changes,
     repairs: RepairGate,
+    /// With records.
+    marks: Option<Marks>,
 }
 
 impl Shared {
@@ -119,6 +123,7 @@ impl Shared {
                 health: Health::new(members, threshold, workers, capacity_sectors),
                 changes: Changes::default(),
                 repairs: RepairGate::new(),
+                marks: None,
             }),
             anything_stale: AtomicBool::new(false),
             anything_undecided: AtomicBool::new(false),
@@ -136,6 +141,7 @@ impl Shared {
             wants_all: AtomicBool::new(false),
             raises_threshold: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
+            memory: Memory::default(),
         }
     }
 
@@ -401,18 +407,51 @@ impl Shared {
     }
 
     /// A write of `range` goes to the replicas that are returned. Nothing of that is published.
-    pub(super) fn write_begins(&self, range: SectorRange) -> (ReplicaSet, WriteBegun) {
+    /// `None`: it has to wait until the range is marked (S4).
+    pub(super) fn write_begins(&self, range: SectorRange) -> Option<(ReplicaSet, WriteBegun)> {
         let mut state = self.state();
+        if let Some(marks) = &mut state.marks
+            && !marks.begin(range)
+        {
+            return None;
+        }
         state.changes.of_health();
-        (state.health.in_service(), state.health.write_begins(range))
+        Some((state.health.in_service(), state.health.write_begins(range)))
+    }
+
+    /// A write of `range` has ended: changes the health of the replicas.
+    pub(super) fn write_ends<R>(
+        &self,
+        range: SectorRange,
+        change: impl FnOnce(&mut Health) -> R,
+    ) -> R {
+        let mut state = self.state();
+        if let Some(marks) = &mut state.marks {
+            marks.touch(range);
+        }
+        self.change(state, change)
     }
 
     /// Changes the health of the replicas, and publishes what the atomics hold of it.
     pub(super) fn change_health<R>(&self, change: impl FnOnce(&mut Health) -> R) -> R {
-        let mut state = self.state();
+        self.change(self.state(), change)
+    }
+
+    fn change<R>(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        change: impl FnOnce(&mut Health) -> R,
+    ) -> R {
         state.changes.of_health();
-        let result = change(&mut state.health);
-        self.publish(&state.health);
+        let state_now = &mut *state;
+        let health = &mut state_now.health;
+        let earlier = (health.last_flush(), health.flushed_everywhere());
+        let result = change(health);
+        if let Some(marks) = &mut state_now.marks {
+            marks.follow(earlier, health);
+        }
+        self.memory.publish(health, state_now.marks.as_ref());
+        self.publish(health);
         let garbage = state.health.take_garbage();
         drop(state);
         drop(garbage);

@@ -111,6 +111,9 @@ impl Shared {
     pub fn grow(&self, capacity_sectors: u64) {
         let mut jobs = self.jobs.lock().expect(NOT_POISONED);
         jobs.grow(capacity_sectors);
+        if let Some(marks) = &mut self.state().marks {
+            marks.grow(capacity_sectors);
+        }
         self.change_health(|health| health.grow(capacity_sectors));
     }
 

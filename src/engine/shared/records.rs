@@ -1,10 +1,12 @@
 //! What the records say of the replicas, at the start and while the disk is served (S2, S5).
 
 use super::Shared;
-use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::engine::memory::{self, Goal, Marks, Step};
 use crate::jobs::JobEvent;
 use crate::quorum::health::{Health, Remembered};
+use crate::record::{Holder, Keeper, Wanted};
 
 impl Shared {
     /// At the start, before there is an engine: the image of the member `replica` is not open, and
@@ -36,5 +38,113 @@ impl Shared {
             // There are not too many.
             let _ = self.jobs(tell, |jobs, health| jobs.recover(health));
         }
+    }
+
+    /// From now on answers wait until the records say what is known (S2), and writes until their
+    /// extents are marked. To be called at the start, when `keeper` has nothing to write and the
+    /// engines have begun nothing.
+    pub fn remember(&self, keeper: Keeper) {
+        let known = self.remembered();
+        let mut marks = Marks::new(keeper.intent().clone());
+        if keeper.record().capacity != known.capacity_sectors {
+            marks.grow(known.capacity_sectors);
+        }
+        self.state().marks = Some(marks);
+        self.memory.begin(keeper, &known);
+    }
+
+    /// The disk is not served any more: what its records say, and what they are to say. `None`
+    /// without records.
+    pub fn forget(&self) -> Option<(Keeper, Wanted)> {
+        let keeper = self.memory.end()?;
+        self.state().marks = None;
+        Some((keeper, memory::wanted(&self.remembered())))
+    }
+
+    /// Whether the disk has records.
+    pub fn has_records(&self) -> bool {
+        self.state().marks.is_some()
+    }
+
+    /// Reads what the records say. `None` without records.
+    pub fn records<R>(&self, read: impl FnOnce(&Keeper) -> R) -> Option<R> {
+        self.memory.keeper().as_ref().map(read)
+    }
+
+    /// A replica is about to be added in a free place ([`Self::add`]), with an empty record.
+    pub fn record_added(&self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
+        if let Some(keeper) = &mut *self.memory.keeper() {
+            keeper.add(replica, holder, node_name);
+        }
+    }
+
+    /// A missing replica is about to rejoin ([`Self::found`]); `sequence` is that of the last slot
+    /// in the file of its record.
+    pub fn record_found(&self, replica: ReplicaIndex, sequence: u64) {
+        if let Some(keeper) = &mut *self.memory.keeper() {
+            keeper.found(replica, sequence);
+        }
+    }
+
+    /// Whether the records say all that is known, durably: also after a change of the operator.
+    pub fn are_records_durable(&self) -> bool {
+        self.is_remembered() && self.records(Keeper::is_durable).unwrap_or(true)
+    }
+
+    /// Whether the records say all that is known.
+    #[inline]
+    pub(in crate::engine) fn is_remembered(&self) -> bool {
+        self.memory.is_durable()
+    }
+
+    /// What is known, and up to what the records say it.
+    pub(in crate::engine) fn memory(&self) -> (u64, u64) {
+        (self.memory.known(), self.memory.durable())
+    }
+
+    /// Begins to write what is known to the records. `sweeps`: and takes marks away that are needed
+    /// no more.
+    pub(in crate::engine) fn begin_remembering(&self, sweeps: bool) -> Goal {
+        let (snapshot, wanted, idle) = {
+            let mut state = self.state();
+            let state = &mut *state;
+            let marks = state.marks.as_mut().expect("only with records");
+            let idle = sweeps.then(|| marks.sweep(&state.health)).flatten();
+            self.memory.publish(&state.health, Some(marks));
+            (state.health.snapshot(), marks.wanted().clone(), idle)
+        };
+        self.memory.aim(&snapshot.remembered(), wanted, idle)
+    }
+
+    /// What is to be written next for `goal`.
+    pub(in crate::engine) fn next_record_step(&self, goal: &Goal) -> Step {
+        let step = self.memory.next();
+        if matches!(step, Step::Reached) {
+            let mut state = self.state();
+            if let Some(marks) = &mut state.marks {
+                marks.reached(goal);
+            }
+            self.memory.reached(goal);
+        }
+        step
+    }
+
+    /// The last step has ended with success on these replicas.
+    pub(in crate::engine) fn record_step_ended(&self, succeeded: ReplicaSet) {
+        self.memory.ended(succeeded);
+    }
+
+    /// What is marked durably. For tests.
+    #[cfg(any(test, feature = "sim"))]
+    pub fn is_marked(&self, range: crate::common::SectorRange) -> bool {
+        let state = self.state();
+        let marks = state.marks.as_ref();
+        marks.is_none_or(|marks| marks.are_durable(range))
+    }
+
+    /// Whether marks may be taken away, now or later.
+    #[inline]
+    pub(in crate::engine) fn is_sweepable(&self) -> bool {
+        self.memory.is_sweepable()
     }
 }

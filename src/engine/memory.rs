@@ -1,0 +1,333 @@
+//! What the records of the replicas say, and what waits until they say more (S2, S4).
+//!
+//! The records are to say what [`Health`] knows, before the guest has an answer that depends
+//! on it; and which extents the guest changes, before it changes them. Both are counted and kept
+//! here beside the mutex of the workers; the [`Keeper`] has a mutex of its own, which only those
+//! take that write records. Without records nothing waits.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Mutex, MutexGuard};
+
+use crate::common::{NOT_POISONED, ReplicaSet, SectorRange};
+use crate::limits::{MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX};
+use crate::quorum::health::{FlushEpoch, Health, Remembered};
+use crate::record::{Extents, Keeper, Layout, Round, Threshold, Wanted, WantedMember};
+
+/// What the workers share of the records.
+#[derive(Debug)]
+pub(super) struct Memory {
+    /// [`Health::memory`], as published.
+    known: AtomicU64,
+    /// Up to this the records say it durably.
+    durable: AtomicU64,
+    /// [`Marks::is_sweepable`], as published.
+    sweepable: AtomicBool,
+    keeper: Mutex<Option<Keeper>>,
+}
+
+/// Which extents are marked as being changed.
+#[derive(Debug)]
+pub(super) struct Marks {
+    /// Durably, on all active replicas: the guest may change these.
+    durable: Extents,
+    /// To be marked.
+    wanted: Extents,
+    /// A write has begun or ended there since the last flush began.
+    written: Extents,
+    /// The same before a flush that began since the last one that has succeeded everywhere.
+    unflushed: Extents,
+    /// The same since the last sweep.
+    recent: Extents,
+    /// How often marks were made since the last sweep.
+    rounds: u64,
+    /// There may be marks that are needed no more, now or later.
+    sweepable: bool,
+}
+
+/// What a series of rounds is for.
+#[derive(Clone, Debug)]
+pub(super) struct Goal {
+    memory: u64,
+    marks: Extents,
+}
+
+impl Goal {
+    /// What is remembered when the goal is reached, as counted by [`Health::memory`].
+    pub(super) fn memory(&self) -> u64 {
+        self.memory
+    }
+}
+
+/// What is to be done next for a goal.
+#[derive(Debug)]
+pub(super) enum Step {
+    /// These writes.
+    Write(Round),
+    /// Nothing: it is reached.
+    Reached,
+    /// It cannot be reached with these replicas.
+    Blocked,
+}
+
+impl Default for Memory {
+    fn default() -> Self {
+        Self {
+            known: AtomicU64::new(0),
+            durable: AtomicU64::new(u64::MAX),
+            sweepable: AtomicBool::new(false),
+            keeper: Mutex::new(None),
+        }
+    }
+}
+
+impl Memory {
+    /// Whether the records say all that is known.
+    #[inline]
+    pub(super) fn is_durable(&self) -> bool {
+        self.known.load(Ordering::Acquire) <= self.durable.load(Ordering::Acquire)
+    }
+
+    /// What is known, as [`Health::memory`] counts it.
+    pub(super) fn known(&self) -> u64 {
+        self.known.load(Ordering::Acquire)
+    }
+
+    /// Up to what the records say it.
+    pub(super) fn durable(&self) -> u64 {
+        self.durable.load(Ordering::Acquire)
+    }
+
+    /// Something is known from now on. The mutex of the workers is held.
+    #[inline]
+    pub(super) fn publish(&self, health: &Health, marks: Option<&Marks>) {
+        self.known.store(health.memory(), Ordering::Release);
+        if let Some(marks) = marks {
+            self.sweepable
+                .store(marks.is_sweepable(), Ordering::Relaxed);
+        }
+    }
+
+    /// Whether marks may be needed no more, now or later.
+    pub(super) fn is_sweepable(&self) -> bool {
+        self.sweepable.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn reached(&self, goal: &Goal) {
+        self.durable.fetch_max(goal.memory, Ordering::AcqRel);
+    }
+
+    /// From now on the records are kept, by this keeper.
+    pub(super) fn begin(&self, mut keeper: Keeper, known: &Remembered) {
+        keeper.want(&wanted(known), false);
+        let durable = known.memory - u64::from(!keeper.is_durable());
+        self.known.store(known.memory, Ordering::Release);
+        self.durable.store(durable, Ordering::Release);
+        *self.keeper() = Some(keeper);
+    }
+
+    pub(super) fn end(&self) -> Option<Keeper> {
+        let keeper = self.keeper().take();
+        self.durable.store(u64::MAX, Ordering::Release);
+        keeper
+    }
+
+    pub(super) fn keeper(&self) -> MutexGuard<'_, Option<Keeper>> {
+        self.keeper.lock().expect(NOT_POISONED)
+    }
+
+    /// Sets a goal: `known`, and these marks. `clearing`: marks that are needed no more.
+    pub(super) fn aim(
+        &self,
+        known: &Remembered,
+        marks: Extents,
+        clearing: Option<Extents>,
+    ) -> Goal {
+        let mut keeper = self.keeper();
+        let keeper = keeper.as_mut().expect("only with records");
+        let wanted = wanted(known);
+        match clearing {
+            Some(extents) => keeper.clear(extents, &wanted),
+            None => keeper.want(&wanted, false),
+        }
+        let marks = marks.fitted(keeper.layout());
+        keeper.mark(&marks);
+        Goal {
+            memory: known.memory,
+            marks,
+        }
+    }
+
+    /// The next step towards the last goal.
+    pub(super) fn next(&self) -> Step {
+        let mut keeper = self.keeper();
+        let keeper = keeper.as_mut().expect("only with records");
+        match keeper.next_round() {
+            Some(round) => Step::Write(round),
+            None if keeper.is_durable() => Step::Reached,
+            None => Step::Blocked,
+        }
+    }
+
+    /// The writes of a step have ended.
+    pub(super) fn ended(&self, succeeded: ReplicaSet) {
+        let mut keeper = self.keeper();
+        keeper.as_mut().expect("only with records").ended(succeeded);
+    }
+}
+
+/// What the records are to say, if this is known.
+pub(super) fn wanted(known: &Remembered) -> Wanted {
+    let members = known.members.iter().map(|replica| {
+        let copies = &known.copies[replica.as_usize()];
+        WantedMember {
+            replica,
+            is_active: known.in_service.contains(replica),
+            stale: copies.stale.clone(),
+            doubtful: copies.doubtful.clone(),
+        }
+    });
+    Wanted {
+        members: members.collect(),
+        threshold: Threshold {
+            votes: u8::try_from(known.threshold).expect("few replicas"),
+            follows_majority: known.threshold_follows,
+        },
+        capacity: known.capacity_sectors,
+    }
+}
+
+impl Marks {
+    /// These are marked already.
+    pub(super) fn new(durable: Extents) -> Self {
+        let layout = durable.layout();
+        Self {
+            wanted: Extents::new(layout),
+            // Nothing is known of what was changed before.
+            written: durable.clone(),
+            unflushed: Extents::new(layout),
+            recent: Extents::new(layout),
+            durable,
+            rounds: 0,
+            sweepable: false,
+        }
+    }
+
+    /// The guest is to change `range`: whether it may, since all of it is marked. If not, it will
+    /// be.
+    #[inline]
+    pub(super) fn begin(&mut self, range: SectorRange) -> bool {
+        let may = self.durable.contains(range);
+        match may {
+            true => self.touch(range),
+            false => self.want(range),
+        }
+        may
+    }
+
+    /// A write of `range` begins or has ended.
+    #[inline]
+    pub(super) fn touch(&mut self, range: SectorRange) {
+        self.written.insert(range);
+        self.recent.insert(range);
+    }
+
+    /// `range` is to be marked, and what will probably follow: as much as is marked before it.
+    #[cold]
+    fn want(&mut self, range: SectorRange) {
+        let layout = self.durable.layout();
+        let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
+        let first = range.start / extent;
+        let marked = |index: &u64| {
+            let extent = layout.extent(*index);
+            self.durable.contains(extent) || self.wanted.contains(extent)
+        };
+        let before = (first.saturating_sub(MARKS_AHEAD_MAX)..first).rev();
+        let ahead = before.take_while(marked).count() as u64 * extent;
+        let end = range.end().saturating_add(ahead).min(capacity);
+        self.wanted
+            .insert(SectorRange::new(range.start, end - range.start));
+    }
+
+    /// What is to be marked.
+    pub(super) fn wanted(&self) -> &Extents {
+        &self.wanted
+    }
+
+    /// What was a goal is marked.
+    pub(super) fn reached(&mut self, goal: &Goal) {
+        if goal.marks.layout() != self.durable.layout() {
+            return;
+        }
+        self.rounds += u64::from(!goal.marks.is_empty());
+        self.durable.insert_all(&goal.marks);
+        self.wanted.remove_all(&goal.marks);
+    }
+
+    /// The health has changed; these were its last flush and the last one that had succeeded
+    /// everywhere.
+    #[inline]
+    pub(super) fn follow(&mut self, earlier: (FlushEpoch, FlushEpoch), health: &Health) {
+        if (health.last_flush(), health.flushed_everywhere()) != earlier {
+            self.flush(health.last_flush() != earlier.0);
+        }
+    }
+
+    /// A flush has begun, or has succeeded everywhere.
+    fn flush(&mut self, begins: bool) {
+        let layout = self.durable.layout();
+        if begins {
+            self.unflushed.insert_all(&self.written);
+            self.written = Extents::new(layout);
+        } else {
+            self.unflushed = Extents::new(layout);
+            self.sweepable = true;
+        }
+    }
+
+    /// The disk grows: everything is to be marked again, where it is marked now.
+    pub(super) fn grow(&mut self, capacity: u64) {
+        let layout = Layout::new(capacity);
+        let mut grown = Self::new(Extents::new(layout));
+        for set in [&self.durable, &self.wanted] {
+            grown.wanted.insert_all(set);
+        }
+        for set in [&self.written, &self.unflushed] {
+            grown.written.insert_all(set);
+        }
+        *self = grown;
+    }
+
+    /// Which marks are needed no more: a flush that began after the last write there has made all
+    /// of it durable everywhere, and that is some time ago. From now on the guest may not change
+    /// them. `None`: it is not time to take any away.
+    pub(super) fn sweep(&mut self, health: &Health) -> Option<Extents> {
+        let mut idle = self.durable.clone();
+        for set in [&self.written, &self.unflushed] {
+            idle.remove_all(set);
+        }
+        for range in health.changing() {
+            idle.remove(range);
+        }
+        // What moves on and on stays marked instead of being marked again and again.
+        let moves = std::mem::take(&mut self.rounds) > MARKING_ROUNDS_MAX;
+        self.sweepable = moves || idle.overlaps_any(&self.recent);
+        idle.remove_all(&self.recent);
+        self.recent = Extents::new(self.durable.layout());
+        if moves || idle.is_empty() {
+            return None;
+        }
+        self.durable.remove_all(&idle);
+        Some(idle)
+    }
+
+    /// Whether marks may be needed no more, now or later.
+    pub(super) fn is_sweepable(&self) -> bool {
+        self.sweepable
+    }
+
+    /// Whether all of `range` is marked.
+    #[cfg(any(test, feature = "sim"))]
+    pub(super) fn are_durable(&self, range: SectorRange) -> bool {
+        self.durable.contains(range)
+    }
+}
