@@ -27,9 +27,20 @@ impl World {
         trace!(self, at self.plan.mask(pending.range), "guest: {number} {}", show(result));
         match (&pending.kind, result) {
             (PendingKind::Read, Ok(values)) => self.check_read(&pending, values)?,
+            (kind, Err(())) if self.overlapped && self.fails_for_a_record(kind) => {
+                if let PendingKind::Write(write) = kind {
+                    self.check_write(&pending, write, false)?;
+                }
+            }
+            (PendingKind::Read, Err(())) if pending.withheld => self.check_refusal()?,
             (PendingKind::Read, Err(())) => self.check_failed_read(&pending)?,
             (PendingKind::Write(write), _) => self.check_write(&pending, write, result.is_ok())?,
-            (PendingKind::Flush, Ok(_)) => self.check_flush(&pending)?,
+            (PendingKind::Flush, Ok(_)) => {
+                if !pending.withheld {
+                    self.check_flush(&pending)?;
+                }
+                self.note_flush(&pending);
+            }
             (PendingKind::Flush, Err(())) => self.check_failed_flush(&pending)?,
         }
         let oldest = self.oldest();
@@ -163,6 +174,10 @@ impl World {
         }
         self.check_attempt(pending, write, success)?;
         match (write.ended, success) {
+            _ if pending.withheld && success => Ok(()),
+            (true, false) if pending.withheld || self.fails_for_a_record(&pending.kind) => {
+                self.check_refusal()
+            }
             (true, true) => self.check_durable_write(pending, write),
             (true, false) => self.check_failed_durable_write(pending, write),
             (false, _) => Ok(()),
@@ -177,6 +192,9 @@ impl World {
         success: bool,
     ) -> Checked {
         let sectors = self.plan.mask(pending.range);
+        if write.submitted_to == 0 && !success {
+            return self.check_refusal();
+        }
         if !write.ended {
             if success && write.durable {
                 let text = format!("w{} was answered before any flush", write.number);
@@ -195,28 +213,60 @@ impl World {
         Ok(())
     }
 
-    /// The durable writes that the replicas have written, and that wait for a flush now.
+    /// The durable writes that the replicas have written, and that wait for a flush now; and the
+    /// requests that have succeeded, and whose answers wait for the records.
     pub(super) fn check_ended_writes(&mut self) -> Checked {
         let engine = &self.engines[self.input_from];
-        let ends = |pending: &Pending| match &pending.kind {
-            PendingKind::Write(write) => {
-                write.durable && !write.ended && engine.waits_for_flush(pending.tag)
-            }
-            PendingKind::Read | PendingKind::Flush => false,
+        let ends = |pending: &Pending| {
+            let is_written = match &pending.kind {
+                PendingKind::Write(write) => {
+                    write.durable && !write.ended && engine.waits_for_flush(pending.tag)
+                }
+                PendingKind::Read | PendingKind::Flush => false,
+            };
+            is_written || (!pending.withheld && engine.withholds(pending.tag))
         };
         let Some(index) = self.pending.iter().position(ends) else {
             return Ok(());
         };
+        let withheld = engine.withholds(self.pending[index].tag);
         let mut pending = self.pending.swap_remove(index);
+        pending.withheld |= withheld;
+        let mut just_written = false;
         if let PendingKind::Write(write) = &mut pending.kind {
-            write.ended = true;
+            just_written = !std::mem::replace(&mut write.ended, true);
         }
-        if let PendingKind::Write(write) = &pending.kind {
-            self.check_quorum(&pending, write, true)?;
-            self.note_written(pending.range, write, true);
+        match &pending.kind {
+            PendingKind::Write(write) => {
+                if just_written {
+                    self.check_quorum(&pending, write, true)?;
+                    self.note_written(pending.range, write, true);
+                }
+                if withheld && write.durable {
+                    self.check_durable_write(&pending, write)?;
+                }
+            }
+            PendingKind::Flush => self.check_flush(&pending)?,
+            PendingKind::Read => {}
         }
         self.pending.push(pending);
         self.check_ended_writes()
+    }
+
+    /// Whether a request may have failed because a record cannot be written: it was not begun, or
+    /// nothing is known of what two workers did at the same time.
+    pub(super) fn fails_for_a_record(&self, kind: &PendingKind) -> bool {
+        let unbegun = matches!(kind, PendingKind::Write(write) if write.submitted_to == 0);
+        self.records.failures > 0 && (unbegun || self.overlapped)
+    }
+
+    /// S2, S4: a request fails, or was not begun, because a record cannot be written.
+    pub(super) fn check_refusal(&self) -> Checked {
+        if self.plan.records && self.records.failures > 0 {
+            return Ok(());
+        }
+        let text = "a request fails for its record, and no record has failed";
+        Err(Violation::new("S2", text))
     }
 
     /// The members that have not failed since the write was submitted.

@@ -84,12 +84,16 @@ impl World {
                 return Err(Violation::new("W5", text).at(1 << sector));
             }
         }
+        Ok(())
+    }
+
+    /// The guest knows that a flush has succeeded.
+    pub(super) fn note_flush(&mut self, flush: &Pending) {
         if self.ledger.lost_written_at < flush.began {
             self.ledger.lost_by_crash &= self.ledger.at_risk;
         }
         let oldest = self.oldest();
         self.model.flushed(flush.began, oldest);
-        Ok(())
     }
 
     /// W5: a flush fails only if some sector may not be durable on t replicas, or if the guest must
@@ -103,11 +107,19 @@ impl World {
         };
         let owed = self.ledger.lacking_at;
         let any_needed = needed.clone().next().is_some();
-        if any_needed && owed.is_none() && self.owed == [false; 2] && needed.all(enough) {
+        if any_needed
+            && !flush.withheld
+            && owed.is_none()
+            && self.owed == [false; 2]
+            && needed.all(enough)
+        {
             let text = format!("flush {} failed without need", number_of(flush.tag));
             return Err(Violation::new("W5", text));
         }
-        if self.must_flush && self.must_be_readable(self.plan.mask(self.plan.disk())) {
+        if self.must_flush
+            && !flush.withheld
+            && self.must_be_readable(self.plan.mask(self.plan.disk()))
+        {
             let text = format!(
                 "flush {} failed, and all copies are equal",
                 number_of(flush.tag)

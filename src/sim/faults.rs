@@ -8,6 +8,7 @@ use super::plan::{bits, mask_below, mask_of, widen};
 use super::repair_limit::Unasked;
 use super::staleness::Staleness;
 use super::state::{Checked, World, trace};
+use crate::common::ranges::RangeSet;
 
 impl World {
     /// What happens by itself before each step: mostly nothing.
@@ -155,7 +156,24 @@ impl World {
             self.crash_in_flight(index, sectors);
         }
         // What the records say.
-        let remembered = self.shared.remembered();
+        self.tear_records();
+        (self.records.failed, self.records.failures) = (0, 0);
+        let start = match self.plan.records {
+            true => Some(self.read_records()?),
+            false => None,
+        };
+        let mut changed = RangeSet::default();
+        let remembered = match &start {
+            Some(start) => {
+                changed = self.unsettled(start);
+                self.known_at_start(start)
+            }
+            None => {
+                // Anything may have been changed last.
+                changed.insert(self.plan.disk());
+                self.shared.remembered()
+            }
+        };
         (self.to_be_released, self.unsynced) = (0, 0);
         self.jobs.clear();
         self.asked_resyncs.clear();
@@ -174,6 +192,7 @@ impl World {
         self.pending.clear();
         self.preferences.clear();
         self.now += 1;
+        self.forget_recovered();
         match killed {
             true => self.model.killed(self.now),
             false => self.model.crashed(self.now),
@@ -207,11 +226,19 @@ impl World {
         for sector in 0..self.changed_at.len() {
             self.check_after_crash(sector, &before, (&missed, killed))?;
         }
+
         self.members_ever = self.count();
         // The operator has changed the command line too.
         self.plan.threshold = self.threshold;
+        if let Some(start) = &start {
+            self.plan.threshold = usize::from(start.record.threshold.votes);
+            self.plan.follows = start.record.threshold.follows_majority;
+        }
         self.start_engines();
-        self.restore(&remembered, killed)?;
+        self.restore(&remembered, &changed, killed)?;
+        if let Some(start) = &start {
+            self.keep_records(start)?;
+        }
         self.compare_first()
     }
 }

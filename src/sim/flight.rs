@@ -115,7 +115,7 @@ impl Flight {
             (Action::Zero { .. }, _) => "zero",
             (Action::FindData { .. }, _) => "question",
             (Action::Flush, _) => "flush",
-            (Action::Record { .. }, _) => unreachable!("no records here"),
+            (Action::Record { .. }, _) => "write to the record",
         }
     }
 
@@ -158,8 +158,7 @@ impl Flight {
             | Action::Write { range, .. }
             | Action::Zero { range, .. }
             | Action::FindData { range, .. } => Some(*range),
-            Action::Flush => None,
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Flush | Action::Record { .. } => None,
         }
     }
 }

@@ -75,9 +75,16 @@ impl World {
         };
         let (on_error, no_space) = match &pending.kind {
             PendingKind::Read => (self.plan.on_error.read, NoSpace::No),
-            PendingKind::Write(write) if !write.ended => (self.plan.on_error.write, write.no_space),
+            PendingKind::Write(write) if !write.ended || (pending.withheld && !write.durable) => {
+                (self.plan.on_error.write, write.no_space)
+            }
             // A flush has failed, and what it covers may be lost.
             PendingKind::Write(_) | PendingKind::Flush => (OnError::Report, NoSpace::No),
+        };
+        let for_its_record = pending.withheld || self.fails_for_a_record(&pending.kind);
+        let no_space = match no_space {
+            NoSpace::No if for_its_record => NoSpace::Perhaps,
+            no_space => no_space,
         };
         let is_right = match (on_error, no_space) {
             (OnError::Stop, _) | (OnError::NoSpace, NoSpace::Yes) => is_held,
@@ -173,6 +180,7 @@ impl World {
         );
         self.statistics.held += 1;
         match &pending.kind {
+            PendingKind::Read if pending.withheld => self.check_refusal()?,
             PendingKind::Read => self.check_failed_read(&pending)?,
             PendingKind::Write(write) => self.check_attempt(&pending, write, success)?,
             PendingKind::Flush => unreachable!("no flush is held"),
@@ -183,6 +191,7 @@ impl World {
                 flight.outdated = true;
             }
             write.ended = false;
+            pending.withheld = false;
             (write.submitted_to, write.succeeded, write.failed) = (0, 0, 0);
             write.no_space = NoSpace::No;
             write.failures = [0; PLACES];

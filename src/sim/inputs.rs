@@ -12,7 +12,7 @@ use super::pending::{NoSpace, Pending, PendingKind, PendingWrite};
 use super::plan::{PLACES, WriteCache, bits};
 use super::state::{Checked, ExpectedReport, World, show, trace};
 use super::threshold::Thresholds;
-use crate::common::operation::{OperationType, Reply, RequestId};
+use crate::common::operation::{Action, OperationType, Reply, RequestId};
 use crate::common::{Errno, ReplicaIndex, SectorRange};
 use crate::engine::{Engine, GuestRequest, Tag, WorkerIndex};
 
@@ -36,6 +36,7 @@ pub(super) struct Delivered {
     replica: usize,
     /// See [`Flight::part`](super::flight::Flight::part).
     part: bool,
+    is_record: bool,
     operation: OperationType,
     /// The sectors of the operation, a mask.
     sectors: u64,
@@ -177,6 +178,7 @@ impl World {
             ticket: None,
             written: None,
             ended: 0,
+            withheld: false,
         });
         tag
     }
@@ -230,6 +232,7 @@ impl World {
             replica,
             part: flight.part,
             operation: flight.operation.action.describe().0,
+            is_record: matches!(flight.operation.action, Action::Record { .. }),
             sectors: flight.range().map_or(0, |range| self.plan.mask(range)),
             write: flight.write,
             preferred: self.preference_of(&flight),
@@ -246,6 +249,11 @@ impl World {
     pub(super) fn note_reply(&mut self, reply: &Delivered) -> Option<ExpectedReport> {
         let replica = reply.replica;
         let success = reply.result.is_ok();
+        // The eviction that it causes may be noted already.
+        if reply.is_record && !success && reply.evictions + 1 >= self.ledger.evictions[replica] {
+            self.records.failed |= 1 << replica;
+            self.records.failures += 1;
+        }
         let no_space = match reply.result {
             Err(ENOSPC) if reply.evictions == self.ledger.evictions[replica] => NoSpace::Yes,
             Err(ENOSPC) => NoSpace::Perhaps,

@@ -48,6 +48,7 @@ impl World {
         }
         let place = self.missing.trailing_zeros() as usize;
         self.missing = 0;
+        self.find_record(place);
         let found = self.shared.found(index(place), &RangeSet::default());
         trace!(
             self,

@@ -20,6 +20,7 @@
 //! patience                    how long the guest may wait
 //! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
 //! missing                     a member that is missing at the first start
+//! records                     what the daemon knows after its end
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
@@ -55,6 +56,7 @@ pub mod plan;
 pub mod policy;
 mod preferring;
 pub mod random;
+mod records;
 mod recovery;
 mod repair_limit;
 pub mod replica;

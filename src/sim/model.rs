@@ -78,6 +78,10 @@ struct Written {
     last_begin: Moment,
 }
 
+/// What is known of one sector.
+#[derive(Clone, Debug)]
+pub struct SectorModel(Vec<Written>);
+
 /// The model.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -307,6 +311,22 @@ impl Model {
                 forget(all, oldest);
             }
         }
+    }
+
+    /// What is known of a sector.
+    pub fn sector(&self, sector: usize) -> SectorModel {
+        SectorModel(self.sectors[sector].clone())
+    }
+
+    /// What was decided since `before` is taken back; what was written since may be there or not.
+    pub fn take_back(&mut self, sector: usize, before: SectorModel) {
+        let SectorModel(mut all) = before;
+        for written in std::mem::take(&mut self.sectors[sector]) {
+            if all.iter().all(|known| known.value != written.value) {
+                all.push(written);
+            }
+        }
+        self.sectors[sector] = all;
     }
 
     /// The host crashed. What was not flushed may be there or not; what was in flight too.

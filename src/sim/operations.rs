@@ -39,7 +39,7 @@ impl World {
                 self.ledger.in_flush[replica] |= written;
                 (self.replicas[replica].dirty(), None)
             }
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Record { .. } => (0, None),
             Action::Read { range, .. }
             | Action::Write { range, .. }
             | Action::Zero { range, .. }
@@ -75,8 +75,7 @@ impl World {
             Action::Write { .. } | Action::Zero { .. } => {
                 self.staleness.writes(replica, sectors, self.overlapped);
             }
-            Action::Read { .. } | Action::FindData { .. } => {}
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Read { .. } | Action::FindData { .. } | Action::Record { .. } => {}
         }
         let part = self.engines[self.input_from].reads_part(&operation);
         let background = self.engines[self.input_from].is_of_a_job(operation.request);
@@ -227,6 +226,9 @@ impl World {
                 flight.fault = Fault::Error;
                 flight.sectors &= random.bits();
             }
+            Action::Record { .. } if random.chance(faults.write_error) => {
+                flight.fault = Fault::Error;
+            }
             Action::Write { .. } | Action::Zero { .. } if random.chance(faults.lost) => {
                 flight.fault = Fault::Lost;
                 flight.sectors &= random.bits() & random.bits();
@@ -260,8 +262,7 @@ impl World {
             }
             let by_action = match flight.operation.action {
                 Action::FindData { .. } => continue,
-                Action::Record { .. } => unreachable!("no records here"),
-                Action::Read { .. } => 0,
+                Action::Read { .. } | Action::Record { .. } => 0,
                 Action::Write { .. } | Action::Zero { .. } | Action::Flush => self.random.bits(),
             };
             flight.fault = Fault::Error;
@@ -296,8 +297,7 @@ impl World {
         let defect = match flight.operation.action {
             Action::Read { .. } => self.ledger.unreadable[replica],
             Action::Write { .. } | Action::Zero { .. } => self.ledger.unwritable[replica],
-            Action::FindData { .. } | Action::Flush => 0,
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::FindData { .. } | Action::Flush | Action::Record { .. } => 0,
         };
         if defect & now != 0 {
             flight.fault = Fault::Error;
@@ -308,7 +308,7 @@ impl World {
             (sector - usize::try_from(range.start).expect("few")) * SECTOR_LEN
         };
         match &mut flight.operation.action {
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Record { .. } => unreachable!("it has no sectors"),
             Action::Flush => self.write_back(replica, now),
             Action::FindData { .. } => {
                 let unreadable = self.ledger.unreadable[replica];
@@ -469,7 +469,7 @@ impl World {
         let (replica, fault) = (flight.replica(), flight.fault);
         let range = flight.range();
         match &mut flight.operation.action {
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Record { .. } => self.end_record_write(index, fault == Fault::None),
             Action::Read { .. } => {}
             Action::FindData {
                 range,

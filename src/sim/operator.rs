@@ -100,6 +100,9 @@ impl World {
 
     /// Adds a replica, if there is a place.
     fn add_replica(&mut self) -> Checked {
+        if !self.may_change_members() {
+            return Ok(());
+        }
         let taken = self.members | self.to_be_released;
         let free: Vec<usize> = (0..PLACES)
             .filter(|place| taken >> place & 1 == 0)
@@ -151,6 +154,9 @@ impl World {
         }
         self.forget_preferred_by(place);
         self.mark_excused(place, all);
+        if self.plan.records {
+            self.add_record(place);
+        }
         self.shared.add(index(place));
         self.tick_wanted = (1 << self.plan.workers) - 1;
         if self.random.below(2) == 0 {
@@ -161,6 +167,9 @@ impl World {
 
     /// Removes a replica, if the engine agrees.
     fn remove_replica(&mut self) -> Checked {
+        if !self.may_change_members() {
+            return Ok(());
+        }
         let place = self.random.bit(u64::from(self.members)) as usize;
         let bit = 1 << place;
         if self.plan.dead != 0 && self.plan.dead & bit == 0 {

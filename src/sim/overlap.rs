@@ -88,6 +88,7 @@ impl World {
         self.collected = effects;
         Self::check_input(&checks)?;
         self.check_chunks()?;
+        self.check_remembered()?;
         self.check_staleness()
     }
 

@@ -24,7 +24,9 @@ impl World {
             ReadPattern::Fifo => self.members_ever + 3,
             ReadPattern::Quorum | ReadPattern::Threshold => 4,
         };
-        2 * (steps * (1 + others)) as u64
+        // S2, S4: marks, the table twice, and another series of writes before.
+        let records = if self.plan.records { 12 } else { 0 };
+        2 * ((steps + records) * (1 + others)) as u64
     }
 
     /// The requests that may be in the way of a new one: also those of jobs, and what follows

@@ -30,6 +30,8 @@ pub(super) struct Pending {
     pub(super) written: Option<Mark>,
     /// When it was written, or has failed; 0: it has not.
     pub(super) ended: Moment,
+    /// It has succeeded, and the answer waits for the records (S2).
+    pub(super) withheld: bool,
 }
 
 /// What the guest has asked for.

@@ -148,6 +148,8 @@ pub struct Plan {
     pub on_error: ErrorPolicy,
     /// An input overlaps with one of another worker, in 65536ths of the inputs.
     pub overlap: u32,
+    /// The replicas have records.
+    pub records: bool,
 }
 
 const PATTERNS: [ReadPattern; 6] = [
@@ -221,6 +223,7 @@ impl Plan {
             },
             on_error: ErrorPolicy::default(),
             overlap: 0,
+            records: false,
         };
         plan.choose_faults(random);
         plan.choose_slowness(random);

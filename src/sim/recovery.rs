@@ -6,7 +6,7 @@ use super::effects::{Collected, Effect, written};
 use super::ledger::{Ledger, Masks};
 use super::model::Value;
 use super::pending::Pending;
-use super::plan::bits;
+use super::plan::{bits, mask_of};
 use super::state::{Checked, World, trace};
 use super::view::View;
 use crate::common::operation::{Action, Operation};
@@ -15,14 +15,17 @@ use crate::engine::ReadPattern;
 use crate::quorum::health::Remembered;
 
 impl World {
-    /// The engines know what the records say. Anything may have been changed last.
-    pub(super) fn restore(&mut self, remembered: &Remembered, killed: bool) -> Checked {
-        let mut changed = RangeSet::default();
-        changed.insert(self.plan.disk());
+    /// The engines know what the records say: also what may have been changed last.
+    pub(super) fn restore(
+        &mut self,
+        remembered: &Remembered,
+        changed: &RangeSet,
+        killed: bool,
+    ) -> Checked {
         let mut events = Vec::new();
         self.shared
-            .restore(remembered, &changed, |event| events.push(event));
-        self.undecided = self.plan.mask(self.plan.disk());
+            .restore(remembered, changed, |event| events.push(event));
+        self.undecided = mask_of(changed.iter());
         self.recovering = self.undecided;
         // After a kill it need not be on stable storage.
         self.untouched = if killed { 0 } else { self.undecided };
@@ -118,6 +121,7 @@ impl World {
             let text = format!("{sector} is recovered as {value}, which is not permitted");
             return Err(Violation::new("I1", text).at(bit));
         }
+        self.note_before_recovery(sector);
         self.now += 1;
         if self.model.preference_began(sector, value, self.now) {
             self.now += 1;

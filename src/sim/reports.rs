@@ -27,11 +27,17 @@ impl World {
                 return Ok(());
             }
             Report::Evicted(replica) => {
-                if self.timed_out >> replica.0 & 1 == 0 {
+                let bit = 1 << replica.0;
+                if self.records.failed & bit != 0 {
+                    // S2: its record cannot be written.
+                    self.records.failed &= !bit;
+                    return Ok(());
+                }
+                if self.timed_out & bit == 0 {
                     let text = format!("replica {} is evicted without an error", replica.0);
                     return Err(Violation::new("I3", text));
                 }
-                self.timed_out &= !(1 << replica.0);
+                self.timed_out &= !bit;
                 return self.check_eviction(replica.as_usize());
             }
             Report::KeptOut { .. } => return Ok(()),

@@ -16,6 +16,7 @@ use super::pending::Pending;
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::preferring::Preference;
 use super::random::Random;
+use super::records::Records;
 use super::repair_limit::Unasked;
 use super::replica::SimReplica;
 use super::staleness::Staleness;
@@ -54,6 +55,7 @@ pub struct World {
     pub(super) engines: Vec<Box<Engine>>,
     pub(super) pools: Vec<BufferPool>,
     pub(super) replicas: Vec<SimReplica>,
+    pub(super) records: Records,
     /// The operations that have no reply.
     pub(super) flights: Vec<Flight>,
     /// Grants of locks that have not reached their worker.
@@ -216,6 +218,7 @@ impl World {
         let sectors = usize::try_from(plan.sectors).expect("few");
         let mut world = Self {
             replicas: (0..PLACES).map(|_| SimReplica::new(sectors)).collect(),
+            records: Records::default(),
             members: (1 << plan.replicas) - 1,
             threshold: 0,
             thresholds: Thresholds::only(0),
@@ -291,6 +294,9 @@ impl World {
         };
         trace!(world, "{:?}", world.plan);
         world.start_engines();
+        if world.plan.records {
+            world.make_records().expect("all replicas answer");
+        }
         world
     }
 
@@ -343,7 +349,7 @@ impl World {
         let members = ReplicaSet::from_bits(self.members);
         let sectors = self.plan.sectors;
         let shared = Shared::with_members(members, threshold, workers, sectors);
-        if self.plan.follows {
+        if self.plan.follows && !(self.plan.records && self.crashed) {
             let follows = shared.want_threshold(Wanted::Majority);
             follows.expect("it may always follow");
         }

@@ -32,8 +32,9 @@ impl World {
     /// The threshold with which a disk of the plan is started that has these replicas.
     pub(super) fn threshold_at_start(&self) -> usize {
         match self.plan.follows {
-            true => majority(self.count()),
-            false => self.plan.threshold.min(self.count()),
+            // The records know a lower one that could not be raised.
+            true if !(self.plan.records && self.crashed) => majority(self.count()),
+            _ => self.plan.threshold.min(self.count()),
         }
     }
 

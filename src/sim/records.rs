@@ -1,0 +1,405 @@
+//! The records of the replicas, as bytes: written by the engines, torn by a crash, and read when
+//! the daemon starts again (S2 to S4).
+
+use std::path::PathBuf;
+
+use uuid::Uuid;
+
+use super::Violation;
+use super::model::SectorModel;
+use super::operator::index;
+use super::plan::PLACES;
+use super::random::Random;
+use super::state::{Checked, World, trace};
+use crate::common::operation::Action;
+use crate::common::ranges::RangeSet;
+use crate::common::{ReplicaSet, SectorRange};
+use crate::quorum::health::{Copies, Remembered};
+use crate::record::start::{
+    Candidate, Decision, Found, Kept, Options, Refusal, Start, Verdict, decide,
+};
+use crate::record::{
+    Creation, Extents, Holder, Keeper, Layout, MemberState, PAGE_BYTES, Record, RecordWrite, Stale,
+    Threshold, format,
+};
+
+/// What is written at once, or not.
+const BLOCK: usize = 512;
+
+/// The records of a disk.
+#[derive(Debug, Default)]
+pub(super) struct Records {
+    files: [File; PLACES],
+    /// The names in the table, of those who have had one.
+    members: [Option<Uuid>; PLACES],
+    /// The members whose record was not written, which the engine has seen: they are evicted, or
+    /// the guest gets an error. A mask.
+    pub(super) failed: u32,
+    /// How often a write to a record has failed since the start of the daemon.
+    pub(super) failures: u64,
+    /// The sectors that were recovered and are not in the records, and what was known of each.
+    recovered: Vec<(usize, SectorModel)>,
+}
+
+/// The file of one record, as far as it was ever written.
+#[derive(Clone, Debug, Default)]
+struct File {
+    slots: [Vec<u8>; 2],
+    pages: Vec<u8>,
+}
+
+impl File {
+    /// Writes each block that `reaches` the file.
+    fn write(&mut self, offset_bytes: u64, bytes: &[u8], mut reaches: impl FnMut() -> bool) {
+        let places = [Layout::slot_offset(0), Layout::slot_offset(1)];
+        let (part, start) = match offset_bytes.checked_sub(Layout::page_offset(0)) {
+            Some(start) => (&mut self.pages, start),
+            None => {
+                let slot = usize::from(offset_bytes >= places[1]);
+                (&mut self.slots[slot], offset_bytes - places[slot])
+            }
+        };
+        let start = usize::try_from(start).expect("short");
+        if part.len() < start + bytes.len() {
+            part.resize(start + bytes.len(), 0);
+        }
+        for (number, block) in bytes.chunks(BLOCK).enumerate() {
+            if reaches() {
+                let at = start + number * BLOCK;
+                part[at..at + block.len()].copy_from_slice(block);
+            }
+        }
+    }
+
+    fn kept(&self) -> Kept {
+        let mut pages = self.pages.clone();
+        pages.resize(pages.len().max(4 * PAGE_BYTES), 0);
+        match format::read_parts([&self.slots[0], &self.slots[1]], &pages) {
+            Ok(read) => Kept::Read(Box::new(read)),
+            Err(unusable) => Kept::Unusable(unusable),
+        }
+    }
+}
+
+/// A random name.
+fn uuid(random: &mut Random) -> Uuid {
+    Uuid::from_u64_pair(random.bits(), random.bits())
+}
+
+fn name(place: usize) -> String {
+    format!("replica-{place}")
+}
+
+impl World {
+    /// A new disk: its records are made before it is served.
+    pub(super) fn make_records(&mut self) -> Checked {
+        let members: Vec<usize> = self.members().collect();
+        for place in &members {
+            self.records.members[*place] = Some(uuid(&mut self.random));
+        }
+        let creation = Creation {
+            disk: uuid(&mut self.random),
+            branch: uuid(&mut self.random),
+            run: uuid(&mut self.random),
+            capacity: self.plan.sectors,
+            threshold: Threshold {
+                votes: u8::try_from(self.threshold).expect("few"),
+                follows_majority: self.plan.follows,
+            },
+            members: members
+                .iter()
+                .map(|place| (self.member_in(*place), name(*place)))
+                .collect(),
+        };
+        let mut record = Record::create(&creation);
+        for place in members
+            .iter()
+            .filter(|place| self.missing >> **place & 1 == 1)
+        {
+            let member = record.member_mut(self.member_in(*place));
+            let member = member.expect("it is one of them");
+            member.state = MemberState::Inactive { holds: None };
+            member.stale = Stale::All;
+        }
+        let unmarked = Extents::new(record.layout());
+        self.write_first_records(record, unmarked, |_| 0)
+    }
+
+    /// The records are kept from now on, with `record` as the next proposal. `sequence`: of the
+    /// last slot in each file.
+    fn write_first_records(
+        &mut self,
+        record: Record,
+        intent: Extents,
+        sequence: impl Fn(usize) -> u64,
+    ) -> Checked {
+        let holders = (0..PLACES).map(|place| {
+            let member = self.records.members[place]?;
+            record.member(member)?;
+            let sequence = sequence(place);
+            Some(Holder { member, sequence })
+        });
+        let mut keeper = Keeper::new(record.clone(), holders.collect(), intent);
+        while let Some(round) = keeper.next_round() {
+            let mut asked = ReplicaSet::EMPTY;
+            for (replica, write) in &round.writes {
+                asked.insert(*replica);
+                self.write_whole(replica.as_usize(), write);
+            }
+            keeper.ended(asked);
+        }
+        if !keeper.is_durable() {
+            return Err(Violation::new(
+                "S3",
+                "the table of the start is not agreed upon",
+            ));
+        }
+        self.shared.remember(keeper);
+        Ok(())
+    }
+
+    fn write_whole(&mut self, place: usize, write: &RecordWrite) {
+        self.records.files[place].write(write.offset_bytes, &write.bytes, || true);
+    }
+
+    fn member_in(&self, place: usize) -> Uuid {
+        self.records.members[place].expect("a member has a name")
+    }
+
+    /// An operation on the record of a replica ends, with success or not.
+    pub(super) fn end_record_write(&mut self, flight: usize, success: bool) {
+        let flight = &self.flights[flight];
+        let Action::Record {
+            offset_bytes,
+            bytes,
+        } = &flight.operation.action
+        else {
+            return;
+        };
+        let random = &mut self.random;
+        let file = &mut self.records.files[flight.operation.replica.as_usize()];
+        file.write(*offset_bytes, bytes, || success || random.below(2) == 0);
+    }
+
+    /// A crash: what is in flight is there or not, each block by itself.
+    pub(super) fn tear_records(&mut self) {
+        for index in 0..self.flights.len() {
+            if self.flights[index].done.is_none() {
+                let whole = self.random.below(3) == 0;
+                self.end_record_write(index, whole);
+            }
+        }
+    }
+
+    /// A replica is about to be added in this place.
+    pub(super) fn add_record(&mut self, place: usize) {
+        let member = uuid(&mut self.random);
+        self.records.members[place] = Some(member);
+        self.records.files[place] = File::default();
+        let holder = Holder {
+            member,
+            sequence: 0,
+        };
+        self.shared.record_added(index(place), holder, &name(place));
+    }
+
+    /// The image of a member that was missing is there.
+    pub(super) fn find_record(&mut self, place: usize) {
+        let sequence = match self.records.files[place].kept() {
+            Kept::Read(read) => read.record.sequence,
+            _ => 0,
+        };
+        self.shared.record_found(index(place), sequence);
+    }
+
+    /// Whether the operator may change the replicas: the last change is durable.
+    pub(super) fn may_change_members(&self) -> bool {
+        !self.plan.records || self.shared.are_records_durable()
+    }
+
+    /// The daemon starts again: what it may serve, with all images that are of the disk. The places
+    /// of its members change if the last change of the operator is not in the records.
+    pub(super) fn read_records(&mut self) -> Result<Box<Start>, Violation> {
+        let options = Options {
+            force: false,
+            adopt: None,
+            votes: None,
+            run: uuid(&mut self.random),
+            branch: uuid(&mut self.random),
+        };
+        let named = (0..PLACES).filter(|place| self.records.members[*place].is_some());
+        let in_use = self.members | self.to_be_released;
+        let mut places: Vec<usize> = named.filter(|place| in_use >> place & 1 == 1).collect();
+        loop {
+            let candidates: Vec<Candidate> = places.iter().map(|p| self.candidate(*p)).collect();
+            let refused = match decide(&candidates, &options) {
+                Ok(Decision::Start(start)) => {
+                    self.members = 0;
+                    for (place, image) in places.iter().zip(&start.images) {
+                        if image.member != self.member_in(*place) {
+                            let text = format!("replica {place} is taken for another one");
+                            return Err(Violation::new("S3", text));
+                        }
+                        self.members |= 1 << place;
+                    }
+                    return Ok(start);
+                }
+                Ok(Decision::Create) => "it is new".to_owned(),
+                Err(refusal) => {
+                    // The command line is that of before the last change, or of after it.
+                    let other = match &refusal {
+                        Refusal::Removed { node_name, .. }
+                        | Refusal::NotAMember { node_name, .. } => {
+                            places.iter().position(|place| name(*place) == *node_name)
+                        }
+                        _ => None,
+                    };
+                    if let Some(other) = other {
+                        places.remove(other);
+                        continue;
+                    }
+                    refusal.to_string()
+                }
+            };
+            let text = format!("the disk is not served although all replicas are there: {refused}");
+            return Err(Violation::new("S3", text));
+        }
+    }
+
+    fn candidate(&self, place: usize) -> Candidate {
+        Candidate {
+            node_name: name(place),
+            path: PathBuf::from(name(place)),
+            image: Ok(Found {
+                fingerprint: None,
+                kept: self.records.files[place].kept(),
+            }),
+        }
+    }
+
+    /// Where replicas may differ at the start.
+    pub(super) fn unsettled(&self, start: &Start) -> RangeSet {
+        let mut changed = RangeSet::default();
+        for range in start.unsettled.iter() {
+            changed.insert(range);
+        }
+        let known = start.record.capacity;
+        if known < self.plan.sectors {
+            // The disk has grown since: nothing there was answered.
+            changed.insert(SectorRange::new(known, self.plan.sectors - known));
+        }
+        changed
+    }
+
+    /// A vote is about to decide what a sector holds after an unclean end. As long as the records
+    /// do not say what has lost, the next end undoes that.
+    pub(super) fn note_before_recovery(&mut self, sector: usize) {
+        if self.plan.records && !self.records.recovered.iter().any(|(at, _)| *at == sector) {
+            let before = self.model.sector(sector);
+            self.records.recovered.push((sector, before));
+        }
+    }
+
+    /// The daemon ends: what was recovered, and is not in the records, is forgotten.
+    pub(super) fn forget_recovered(&mut self) {
+        for (sector, before) in std::mem::take(&mut self.records.recovered) {
+            self.model.take_back(sector, before);
+        }
+    }
+
+    /// What the daemon knows of the replicas at its start.
+    pub(super) fn known_at_start(&self, start: &Start) -> Remembered {
+        let layout = start.record.layout();
+        let mut copies = vec![Copies::default(); PLACES];
+        for place in self.members() {
+            let member = self.member_in(place);
+            let image = start.images.iter().find(|image| image.member == member);
+            if let Some(Verdict {
+                stale, doubtful, ..
+            }) = image
+            {
+                copies[place] = Copies {
+                    stale: stale.to_ranges(layout),
+                    doubtful: doubtful.to_ranges(layout),
+                };
+            }
+        }
+        let members = ReplicaSet::from_bits(self.members);
+        Remembered {
+            members,
+            in_service: members,
+            threshold: usize::from(start.record.threshold.votes),
+            threshold_follows: start.record.threshold.follows_majority,
+            capacity_sectors: start.record.capacity,
+            copies,
+            ..Remembered::default()
+        }
+    }
+
+    /// The records are written again by the daemon that has started.
+    pub(super) fn keep_records(&mut self, start: &Start) -> Checked {
+        let sequences: Vec<u64> = (0..PLACES)
+            .map(|place| match self.records.files[place].kept() {
+                Kept::Read(read) => read.record.sequence,
+                _ => 0,
+            })
+            .collect();
+        trace!(
+            self,
+            "records: {} members, t = {}, unsettled {:?}",
+            start.record.members.len(),
+            start.record.threshold.votes,
+            start.unsettled.iter().collect::<Vec<_>>()
+        );
+        self.write_first_records(start.record.clone(), start.unsettled.clone(), |place| {
+            sequences[place]
+        })
+    }
+
+    /// S2: what is known is in the records, or an answer waits for it.
+    pub(super) fn check_remembered(&mut self) -> Checked {
+        if !self.plan.records || !self.shared.are_records_durable() {
+            return Ok(());
+        }
+        self.records.recovered.clear();
+        let known = self.shared.remembered();
+        let lacks = self.shared.records(|keeper| {
+            let layout = keeper.layout();
+            let mut marked = RangeSet::default();
+            keeper
+                .intent()
+                .iter()
+                .for_each(|range| marked.insert(range));
+            known.members.iter().find(|replica| {
+                let member = keeper.member(*replica);
+                let Some(member) = member.and_then(|id| keeper.record().member(id)) else {
+                    return true;
+                };
+                let mut stale = member.stale.to_ranges(layout);
+                if member.stale_where_changed {
+                    stale.insert_all(&marked);
+                }
+                let copies = &known.copies[replica.as_usize()];
+                // What was corrupt and is repaired, and not flushed, is no worse than before.
+                let now = self.shared.stale_ranges(*replica);
+                let mut unknown = copies.stale.part_in(&now);
+                unknown.remove_all(&stale);
+                let mut doubtful = copies.doubtful.clone();
+                doubtful.remove_all(&stale);
+                doubtful.remove_all(&member.doubtful.to_ranges(layout));
+                let is_active = known.in_service.contains(*replica);
+                member.is_active() != is_active || !unknown.is_empty() || !doubtful.is_empty()
+            })
+        });
+        match lacks.flatten() {
+            None => Ok(()),
+            Some(replica) => {
+                let text = format!(
+                    "the records do not say what is known of replica {}",
+                    replica.0
+                );
+                Err(Violation::new("S2", text))
+            }
+        }
+    }
+}
