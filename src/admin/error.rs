@@ -3,12 +3,15 @@
 use std::io;
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use super::resize::NotGrown;
 use crate::common::message::{Quoted, Reason, counted};
 use crate::jobs::{NotStarted, UnknownJob};
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::{NotRemoved, NotThreshold};
 use crate::replica::file::OpenError;
+use crate::replica::record_file::RecordError;
 
 /// Why a change failed. Each displays as one line.
 #[derive(Debug, thiserror::Error)]
@@ -110,6 +113,44 @@ pub enum AdminError {
         Quoted(.node_name)
     )]
     OfMissing {
+        /// The image.
+        path: PathBuf,
+        /// The replica.
+        node_name: String,
+    },
+    /// The record of an image cannot be read or made.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// An earlier change is not in the records.
+    #[error(
+        "the last change of the disk is not in its records yet, because a replica does not answer; \
+         try again later"
+    )]
+    Unrecorded,
+    /// The image is a replica of another disk.
+    #[error(
+        "{} is a replica of disk {disk}, as its record {} says; use another image, or, if that \
+         disk does not need it any more, move its record away",
+        Quoted(.path),
+        Quoted(.record)
+    )]
+    OfAnotherDisk {
+        /// The image.
+        path: PathBuf,
+        /// The other disk.
+        disk: Uuid,
+        /// Its record.
+        record: PathBuf,
+    },
+    /// The image is a replica of this disk.
+    #[error(
+        "{} is replica {} of this disk; start with it again, and it gets what it has missed, or \
+         remove that replica first (quorum-blkctl remove {})",
+        Quoted(.path),
+        Quoted(.node_name),
+        Quoted(.node_name)
+    )]
+    IsMember {
         /// The image.
         path: PathBuf,
         /// The replica.

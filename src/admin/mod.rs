@@ -11,6 +11,7 @@
 
 mod error;
 mod missing;
+pub mod records;
 mod resize;
 
 use std::io;
@@ -36,6 +37,7 @@ use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
     OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
 };
+use crate::replica::record_file::StateDirectory;
 use crate::replica::table::{Member, ReplicaTable};
 use crate::statistics::Statistics;
 use crate::worker::control::WorkerControl;
@@ -62,6 +64,8 @@ pub struct Admin {
     hold: Arc<Hold>,
     options: OpenOptions,
     opening: Opening,
+    /// Where records are; `None`: there are none.
+    records: Option<StateDirectory>,
     capacity: Capacity,
     block_bytes: u32,
     blkverify: bool,
@@ -102,6 +106,7 @@ impl Admin {
             hold: Arc::clone(&disk.hold),
             options,
             opening,
+            records: None,
             capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
             blkverify: disk.policy.blkverify,
@@ -157,16 +162,19 @@ impl Admin {
         self.table.free_place().ok_or(AdminError::Full)?;
         self.check_beside_missing(source)?;
         // Before this change excludes others, because it may take long.
-        let (file, _) = open_beside(
+        let (file, mut access) = open_beside(
             &self.open_files(),
             source,
             (self.options, self.opening),
             self.capacity.bytes(),
             overwrite,
         )?;
+        let holder = self.make_record(&file, &mut access)?;
+        drop(access);
         let _changing = self.changing.lock().expect(NOT_POISONED);
         let index = self.table.free_place().ok_or(AdminError::Full)?;
         self.check_beside_missing(source)?;
+        self.settle_records()?;
         check_beside(&self.open_files(), &file, self.capacity.bytes())?;
         let node_name = source.node_name.clone();
         if let Err(source) = self.workers.set_file(index, Some(file.ring_file())) {
@@ -178,9 +186,13 @@ impl Admin {
         self.table.put(index, Arc::new(file));
         self.events.forget(index);
         self.statistics.replica_added(index);
-        self.shared.add(index);
+        match holder {
+            Some(holder) => self.shared.add_with_record(index, holder, &node_name),
+            None => self.shared.add(index),
+        }
         let started = self.with_jobs(|jobs, health| jobs.resync(index, 0, health));
         self.workers.tick_all();
+        self.is_recorded();
         Ok(match started {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
             Err(_) => None,
@@ -207,6 +219,7 @@ impl Admin {
     pub fn set_threshold(&self, wanted: Wanted) -> Result<(), AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
+        self.settle_records()?;
         self.shared.want_threshold(wanted)?;
         let (mut now, wanted, follows) = self.shared.thresholds();
         if now < wanted {
@@ -217,6 +230,7 @@ impl Admin {
         }
         info!("vote-threshold" = now, wanted, follows; "vote threshold changed");
         self.workers.tick_all();
+        self.is_recorded();
         Ok(())
     }
 
@@ -257,6 +271,7 @@ impl Admin {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         let index = self.index_of(node_name)?;
+        self.settle_records()?;
         let report = |event| self.report(event);
         let removed = match self.shared.remove(index, report) {
             Err(NotRemoved::LastDurableCopies) => {
@@ -288,6 +303,7 @@ impl Admin {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         self.check_changeable()?;
         let index = self.index_of(node_name)?;
+        self.settle_records()?;
         let loss = self.shared.loss_of(index).map_err(needed(node_name))?;
         if !loss.not_durable.is_empty() {
             self.workers.flush();
@@ -312,6 +328,7 @@ impl Admin {
         info!(replica = node_name, "vote-threshold" = threshold; "replica removed");
         self.table.leaves(index);
         self.workers.tick_all();
+        self.is_recorded();
         if self
             .table
             .wait_until_closed(index, self.workers.drain_limit())
@@ -350,12 +367,15 @@ impl Admin {
             if let Some((_, missing)) = self.table.missing().first() {
                 return Err(AdminError::Missing(missing.node_name().to_string()));
             }
+            self.settle_records()?;
             let replicas = self.table.in_use().into_iter();
             let replicas: Vec<_> = replicas.map(|(_, file)| file).collect();
             self.growers
                 .grow(&replicas, (from, size_bytes), self.workers.drain_limit())?;
             let sectors = size_bytes / SECTOR_BYTES;
             self.shared.grow(sectors);
+            self.workers.tick_all();
+            self.is_recorded();
             self.capacity.grow(sectors);
             info!(size = size_bytes; "disk has grown");
         }
@@ -430,6 +450,15 @@ impl Admin {
             "replica preferred by the operator where no vote has a winner"
         );
         Ok(id)
+    }
+
+    /// Has those replicas copied that are stale at the start.
+    pub fn resync_all(&self) {
+        let in_service = self.shared.in_service().iter();
+        for replica in in_service.filter(|replica| self.shared.stale_sectors(*replica) > 0) {
+            // One that cannot begin yet begins later, by itself.
+            let _ = self.with_jobs(|jobs, health| jobs.resync(replica, 0, health));
+        }
     }
 
     /// Has the images compared before anything is repaired unasked (O6).

@@ -32,6 +32,9 @@ pub(super) struct Disk {
     #[serde(default)]
     pub(super) aio: String,
     pub(super) undecided_sectors: u64,
+    /// An earlier daemon has none.
+    #[serde(default)]
+    pub(super) records: bool,
     pub(super) requests: Requests,
     pub(super) replicas: Vec<Replica>,
 }

@@ -112,6 +112,7 @@ fn write_status(
         (disk.rewrite_corrupted, "rewrite-corrupted"),
         (disk.read_only, "read-only"),
         (disk.aio == "threads", "aio threads"),
+        (disk.records, "with records"),
     ];
     for (_, name) in options.into_iter().filter(|(is_on, _)| *is_on) {
         policy += ", ";

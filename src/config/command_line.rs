@@ -10,7 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
 use nix::unistd::Group;
 
-use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern};
+use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern, State};
 use crate::common::message::Quoted;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX, REPAIR_LIMIT_MIN};
 
@@ -135,6 +135,32 @@ pub(super) struct Options {
     /// start with it alone and add each other one with quorum-blkctl add
     #[arg(long, help_heading = "Replicas")]
     pub(super) empty_anyway: bool,
+
+    /// What to remember about the replicas when the daemon ends. Start a disk with `records` each
+    /// time, or never: what changes without them is not known to them
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = State::None,
+        help_heading = "Records")]
+    pub(super) state: State,
+
+    /// Keep records in the directory DIR, which must exist, where they cannot be kept beside their
+    /// images: those of block devices, and of images in directories that the daemon cannot write
+    /// to. Always name the directory that the disk was first used with, or its records are not
+    /// found [default: the one that systemd passes (StateDirectory=), else /var/lib/quorum-blk, for
+    /// block devices only]
+    #[arg(long, value_hint = ValueHint::DirPath, value_name = "DIR", help_heading = "Records")]
+    pub(super) state_dir: Option<PathBuf>,
+
+    /// Start although so many replicas are missing that they could have been in use without those
+    /// that are there. If they were, what the guest wrote to them is lost: when they come back,
+    /// they are overwritten
+    #[arg(long, help_heading = "Records")]
+    pub(super) force_start: bool,
+
+    /// Take the image of replica NODE, a node-name, as the truth, although another program has
+    /// modified it while the disk was not in use. The data of the other images is lost: they are
+    /// overwritten with that of NODE
+    #[arg(long, value_name = "NODE", help_heading = "Records")]
+    pub(super) adopt: Option<String>,
 
     /// Name of the voted disk in events, commands and metrics
     #[arg(

@@ -158,6 +158,9 @@ pub enum ConfigError {
         /// Why.
         reason: &'static str,
     },
+    /// `--adopt` names no replica.
+    #[error("--adopt {}: no --blk-file has this node-name", Quoted(.0))]
+    AdoptUnknown(String),
     /// A serial number that virtio cannot carry.
     #[error("--serial {}: {reason}", Quoted(.value))]
     Serial {

@@ -12,6 +12,7 @@
 
 mod command_line;
 mod error;
+mod records;
 mod sockets;
 
 use std::ffi::{OsStr, OsString};
@@ -25,6 +26,7 @@ use clap::{CommandFactory as _, FromArgMatches as _, ValueEnum};
 
 use self::command_line::{Options, usage_line};
 pub use self::error::ConfigError;
+pub use self::records::Records;
 use self::sockets::Sockets;
 use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX};
@@ -33,6 +35,9 @@ use crate::replica::file::{OpenOptions, ReplicaSource};
 /// The output of `--print-capabilities` that QEMU's docs/interop/vhost-user.rst specifies.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
 const CAPABILITIES_OPTION: &str = "--print-capabilities";
+
+/// The variable in which systemd passes the directory of StateDirectory=.
+const STATE_DIRECTORY: &str = "STATE_DIRECTORY";
 
 /// Length of the reply to VIRTIO_BLK_T_GET_ID (virtio 1.3, 5.2.6).
 const SERIAL_BYTES_MAX: usize = 20;
@@ -99,6 +104,8 @@ pub struct Config {
     pub raw_anyway: bool,
     /// Accept empty images beside others that hold data.
     pub empty_anyway: bool,
+    /// What to do with records; `None`: nothing is remembered.
+    pub records: Option<Records>,
     /// The socket of the events.
     pub events: Option<Listen>,
     /// The socket of the monitor.
@@ -185,6 +192,16 @@ pub enum OnWriteError {
     Enospc,
 }
 
+/// What to remember about the replicas.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum State {
+    /// A record for each replica says what it has missed, which replicas belong to the disk, and
+    /// where the last writes were
+    Records,
+    /// Nothing: each start takes all images for complete, also those that have missed writes
+    None,
+}
+
 /// How to access the images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Cache {
@@ -258,6 +275,8 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
     }
     let replicas = check_replicas(&options.blk_file, &options.node_name)?;
     let vote_threshold = check_vote(&options, replicas.len())?;
+    let of_service = std::env::var_os(STATE_DIRECTORY);
+    let records = records::check(&options, &replicas, of_service.as_deref())?;
     let queue_size = options.queue_size;
     if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
         return Err(ConfigError::QueueSize(queue_size));
@@ -287,6 +306,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         aio: options.aio,
         raw_anyway: options.raw_anyway,
         empty_anyway: options.empty_anyway,
+        records,
         events: sockets.events,
         qmp: sockets.qmp,
         metrics: options.metrics,

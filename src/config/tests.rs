@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::limits::QUEUES_MAX;
+use crate::replica::record_file::StateDirectory;
 
 const SOCKET: [&str; 2] = ["--socket-path", "/run/disk.sock"];
 
@@ -312,6 +313,55 @@ fn rejects_rewrite_corrupted_with_read_only() {
         &disk(3, &["--rewrite-corrupted", "--read-only"]),
         "--rewrite-corrupted cannot be used with --read-only",
     );
+}
+
+#[test]
+fn records_are_kept_if_they_are_wanted() {
+    let records = |more: &[&str]| config(&disk(2, &[&["--state=records"], more].concat())).records;
+    let found = records(&[]).unwrap();
+    assert!(matches!(found.directory, StateDirectory::Usual(_)));
+    assert_eq!((found.force_start, found.adopt), (false, None));
+    let given = records(&["--state-dir=/s", "--force-start", "--adopt=1.raw"]);
+    let expected = Records {
+        directory: StateDirectory::Given("/s".into()),
+        force_start: true,
+        adopt: Some("1.raw".into()),
+    };
+    assert_eq!(given, Some(expected));
+    assert_eq!(config(&disk(2, &[])).records, None);
+    assert!(records(&["--read-only", "--state-dir=/s"]).is_some());
+}
+
+#[test]
+fn rejects_options_of_records_that_do_not_fit() {
+    for option in ["--state-dir=/s", "--force-start", "--adopt=0.raw"] {
+        let name = option.split('=').next().unwrap();
+        let expected = format!("{name} cannot be used with --state none: ");
+        assert_rejected(&disk(2, &["--state=none", option]), &expected);
+        assert_rejected(&disk(2, &[option]), &expected);
+    }
+    for option in ["--force-start", "--adopt=0.raw"] {
+        let name = option.split('=').next().unwrap();
+        let expected = format!("{name} cannot be used with --read-only: ");
+        assert_rejected(
+            &disk(
+                2,
+                &["--state=records", "--read-only", "--state-dir=/s", option],
+            ),
+            &expected,
+        );
+    }
+    for name in ["2.raw", "/images/0.raw", "quorum0", ""] {
+        let option = format!("--adopt={name}");
+        assert_rejected(&disk(2, &["--state=records", &option]), "--adopt");
+    }
+    let unknown = "--adopt '2.raw': no --blk-file has this node-name";
+    assert_rejected(&disk(2, &["--state=records", "--adopt=2.raw"]), unknown);
+    assert_rejected(
+        &disk(2, &["--state=records", "--state-dir="]),
+        "--state-dir",
+    );
+    assert_rejected(&disk(2, &["--state=all"]), "use one of records, none");
 }
 
 #[test]

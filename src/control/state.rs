@@ -27,6 +27,8 @@ pub struct DiskState {
     pub policy: PolicyState,
     /// Whether corrupt sectors are repaired unasked: `off`, `comparing`, `on` or `stopped`.
     pub repairs: &'static str,
+    /// Whether records say what each replica has missed, so that a restart knows it.
+    pub records: bool,
     /// The guest cannot write.
     pub read_only: bool,
     /// Replicas are accessed with direct I/O.

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 use crate::common::message::{Quoted, Reason};
 use crate::config::PassedSocket;
 use crate::control::socket::BindError;
+use crate::record::start::Refusal;
 use crate::replica::file::OpenError;
+use crate::replica::record_file::RecordError;
 
 /// Why the daemon cannot start, or why it ended. Each is one line for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +20,17 @@ pub enum Error {
     /// A replica cannot be used.
     #[error(transparent)]
     Open(#[from] OpenError),
+    /// The records do not allow the start.
+    #[error("{refusal}{}", reasons(.left_out))]
+    Refused {
+        /// Why.
+        refusal: Box<Refusal>,
+        /// Why some images cannot be used, one line for each.
+        left_out: Vec<String>,
+    },
+    /// A record cannot be made or written.
+    #[error(transparent)]
+    Record(#[from] RecordError),
     /// A socket cannot be created.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -69,6 +82,10 @@ pub enum Error {
         /// The error of the system.
         source: io::Error,
     },
+}
+
+fn reasons(lines: &[String]) -> String {
+    lines.iter().map(|line| format!("; {line}")).collect()
 }
 
 /// The usual causes.

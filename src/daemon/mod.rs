@@ -13,6 +13,8 @@ mod listeners;
 pub mod logging;
 mod operator;
 mod panic_hook;
+mod records;
+mod replicas;
 pub mod service_manager;
 mod signals;
 
@@ -27,10 +29,11 @@ use self::connections::{Connections, FrontendListener};
 pub use self::error::Error;
 use self::error::system;
 use self::operator::DiskOperator;
+use self::replicas::Replicas;
 use self::signals::Signals;
 use crate::admin::Admin;
 use crate::common::{ReplicaIndex, SECTOR_BYTES};
-use crate::config::{Config, OnReadError, OnWriteError};
+use crate::config::{Config, OnReadError, OnWriteError, Records};
 use crate::control::Operator;
 use crate::control::events::Names;
 use crate::control::http::MetricsServer;
@@ -45,8 +48,7 @@ use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
 use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
-use crate::quorum::health::Wanted;
-use crate::replica::file::{EmptyImages, Opening, ReplicaFile, disk_size, open_all};
+use crate::replica::file::Opening;
 use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
 use crate::statistics::Statistics;
@@ -72,21 +74,18 @@ pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
-    let empty = match config.empty_anyway {
-        true => EmptyImages::Accepted,
-        false => EmptyImages::Refused,
-    };
-    let options = config.open_options();
-    let replicas = open_all(&config.replicas, options, Opening::Apart, empty)?;
+    let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
     let disk = disk(config, &replicas, count, (stop.clone(), released))?;
-    let files = replicas.iter().map(ReplicaFile::ring_file).collect();
+    let has_records = replicas.memory.is_some();
+    let is_new = replicas.remember(&disk.shared, |event| disk.events.push(event))?;
+    let files = replicas.ring_files();
     let workers = Workers::start(&disk, files, count).map_err(worker_error(config.aio))?;
-    let table = Arc::new(ReplicaTable::new(replicas));
+    let table = Arc::new(ReplicaTable::with_missing(replicas.members));
     let admin = Admin::start(
         &disk,
         &workers,
@@ -95,8 +94,14 @@ pub fn run(config: &Config) -> Result<(), Error> {
         is_released,
     );
 
+    let records = config.records.as_ref().filter(|_| has_records);
+    // Records say that the images belong together.
+    let compares = is_new || config.rewrite_corrupted && !has_records;
+    if let Ok(admin) = &admin {
+        admin.resync_all();
+    }
     if let Ok(admin) = &admin
-        && config.rewrite_corrupted
+        && compares
         && config.replicas.len() > 1
     {
         admin.compare_first();
@@ -104,19 +109,19 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let served = admin
         .map_err(system("cannot start a thread"))
         .and_then(|admin| {
-            serve(
-                config,
-                &disk,
-                &workers,
-                &Arc::new(admin),
-                signals,
-                (stop, &stopped),
-            )
+            let admin = match records {
+                None => Arc::new(admin),
+                Some(records) => seeking(admin, &disk, records)?,
+            };
+            serve(config, &disk, &workers, &admin, signals, (stop, &stopped))
         });
     let mut unanswered = workers.exit();
     let ended = served.map(|(publisher, reason)| {
         let in_service = disk.shared.in_service();
         let flushed = last_flush::flush(&table, in_service, config.read_only, &mut unanswered);
+        if matches!(reason, Stop::Requested) && flushed.is_ok() && unanswered.is_empty() {
+            records::close(&disk.shared, &table);
+        }
         publisher.stop();
         (reason, flushed)
     });
@@ -134,6 +139,15 @@ pub fn run(config: &Config) -> Result<(), Error> {
         (Stop::ContentsDiffer(range), _) => Err(Error::ContentsDiffer(range.start)),
         (Stop::Broken(why), _) => Err(Error::Broken(why)),
     }
+}
+
+/// Has the missing members taken in when they are there again, and records made for new ones.
+fn seeking(admin: Admin, disk: &Disk, records: &Records) -> Result<Arc<Admin>, Error> {
+    let admin = Arc::new(admin.with_records(records.directory.clone()));
+    let members = records::Members::new(&disk.shared, &records.directory);
+    let sought = admin.seek_missing(Arc::new(members));
+    sought.map_err(system("cannot start a thread"))?;
+    Ok(admin)
 }
 
 /// Creates the sockets and serves connections until there is a reason to stop. Returns with every
@@ -193,7 +207,7 @@ fn serve(
     });
     let uses = disk.slots.iter().map(|slot| slot.disk_use.clone());
     // A frontend that waits at the socket is served at once, and its line is not to come first.
-    announce(disk, config.replicas.len());
+    announce(disk, admin.replicas().len());
     let connections = Connections::start(listener, frontends.zip(uses).collect())
         .map_err(system("cannot start the frontend thread"))?;
     let reason = stopped.recv().expect("this function owns a sender");
@@ -234,15 +248,11 @@ fn worker_error(aio: crate::config::Aio) -> impl FnOnce(io::Error) -> Error {
 /// The parts of the disk that `workers` workers serve.
 fn disk(
     config: &Config,
-    replicas: &[ReplicaFile],
+    replicas: &Replicas,
     workers: u16,
     (stop, released): (Sender<Stop>, Sender<ReplicaIndex>),
 ) -> Result<Disk, Error> {
-    let info = disk_info(
-        config,
-        replicas,
-        disk_size(&replicas.iter().collect::<Vec<_>>())?,
-    );
+    let info = disk_info(config, replicas);
     let cache_mode = CacheMode::default();
     let slots = DiskUse::of_slots(CONNECTIONS_MAX, config.shared || config.read_only);
     let slots = slots.into_iter().map(|disk_use| {
@@ -250,17 +260,13 @@ fn disk(
         Ok(ConnectionSlot { disk_use, ..slot })
     });
     let shared = Shared::new(
-        replicas.len(),
-        config.vote_threshold,
+        replicas.members.len(),
+        replicas.votes,
         workers,
         info.capacity.sectors(),
     );
-    if config.threshold_follows {
-        let follows = shared.want_threshold(Wanted::Majority);
-        follows.map_err(|error| Error::Broken(error.to_string()))?;
-    }
     Ok(Disk {
-        policy: policy(config, &info),
+        policy: policy(config, replicas.votes, &info),
         info,
         aio: match config.aio {
             crate::config::Aio::IoUring => Aio::IoUring,
@@ -278,11 +284,12 @@ fn disk(
     })
 }
 
-fn disk_info(config: &Config, replicas: &[ReplicaFile], disk_bytes: u64) -> DiskInfo {
+fn disk_info(config: &Config, replicas: &Replicas) -> DiskInfo {
     let block_bytes = config.block_bytes;
-    let physical = replicas.iter().map(|replica| replica.physical_block_bytes);
+    let files = replicas.open_files();
+    let physical = files.map(|file| file.physical_block_bytes);
     DiskInfo {
-        capacity: Capacity::new(disk_bytes / SECTOR_BYTES),
+        capacity: Capacity::new(replicas.size_bytes / SECTOR_BYTES),
         block_bytes,
         physical_block_bytes: physical.max().unwrap_or(0).max(block_bytes),
         read_only: config.read_only,
@@ -306,9 +313,9 @@ fn error_policy(config: &Config) -> ErrorPolicy {
     }
 }
 
-fn policy(config: &Config, info: &DiskInfo) -> Policy {
+fn policy(config: &Config, threshold: usize, info: &DiskInfo) -> Policy {
     Policy {
-        threshold: config.vote_threshold,
+        threshold,
         read_pattern: match config.read_pattern {
             crate::config::ReadPattern::Quorum => ReadPattern::Quorum,
             crate::config::ReadPattern::Threshold => ReadPattern::Threshold,

@@ -295,6 +295,7 @@ impl Operator for DiskOperator {
                 UnaskedRepairs::Comparing => "comparing",
                 UnaskedRepairs::Stopped => "stopped",
             },
+            records: self.shared.has_records(),
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
             aio: self.fixed.aio.clone(),

@@ -135,28 +135,6 @@ impl Memory {
         self.keeper.lock().expect(NOT_POISONED)
     }
 
-    /// Sets a goal: `known`, and these marks. `clearing`: marks that are needed no more.
-    pub(super) fn aim(
-        &self,
-        known: &Remembered,
-        marks: Extents,
-        clearing: Option<Extents>,
-    ) -> Goal {
-        let mut keeper = self.keeper();
-        let keeper = keeper.as_mut().expect("only with records");
-        let wanted = wanted(known);
-        match clearing {
-            Some(extents) => keeper.clear(extents, &wanted),
-            None => keeper.want(&wanted, false),
-        }
-        let marks = marks.fitted(keeper.layout());
-        keeper.mark(&marks);
-        Goal {
-            memory: known.memory,
-            marks,
-        }
-    }
-
     /// The next step towards the last goal.
     pub(super) fn next(&self) -> Step {
         let mut keeper = self.keeper();
@@ -172,6 +150,26 @@ impl Memory {
     pub(super) fn ended(&self, succeeded: ReplicaSet) {
         let mut keeper = self.keeper();
         keeper.as_mut().expect("only with records").ended(succeeded);
+    }
+}
+
+/// Sets a goal: `known`, and these marks. `clearing`: marks that are needed no more.
+pub(super) fn aim(
+    keeper: &mut Keeper,
+    known: &Remembered,
+    marks: Extents,
+    clearing: Option<Extents>,
+) -> Goal {
+    let wanted = wanted(known);
+    match clearing {
+        Some(extents) => keeper.clear(extents, &wanted),
+        None => keeper.want(&wanted, false),
+    }
+    let marks = marks.fitted(keeper.layout());
+    keeper.mark(&marks);
+    Goal {
+        memory: known.memory,
+        marks,
     }
 }
 

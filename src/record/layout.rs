@@ -28,6 +28,12 @@ pub struct Layout {
 }
 
 impl Layout {
+    /// Bytes of a file with room for the maps of any capacity: the disk may grow.
+    pub const FILE_BYTES_MAX: u64 = {
+        let pages = (8 * RECORD_MAP_BYTES_MAX).div_ceil(PAGE_EXTENTS);
+        2 * RECORD_SLOT_BYTES + pages * PAGE_BYTES as u64
+    };
+
     /// The layout for a disk of `capacity` sectors.
     pub fn new(capacity: u64) -> Self {
         assert!(capacity <= RECORD_NUMBER_MAX, "a capacity of a disk");

@@ -33,6 +33,19 @@ impl MissingReplica {
         }
     }
 
+    /// A member of the disk for which no image was named. It is not sought: it has the name in the
+    /// place of a path.
+    pub fn absent(node_name: &str) -> Self {
+        let source = ReplicaSource {
+            path: PathBuf::from(node_name),
+            node_name: node_name.to_owned(),
+        };
+        Self {
+            is_sought: AtomicBool::new(true),
+            ..Self::new(&source, "no --blk-file names its image")
+        }
+    }
+
     /// Its name in events.
     pub fn node_name(&self) -> Arc<str> {
         Arc::clone(&self.node_name.read().expect(NOT_POISONED))

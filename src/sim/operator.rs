@@ -154,10 +154,10 @@ impl World {
         }
         self.forget_preferred_by(place);
         self.mark_excused(place, all);
-        if self.plan.records {
-            self.add_record(place);
+        match self.plan.records {
+            true => self.add_record(place),
+            false => self.shared.add(index(place)),
         }
-        self.shared.add(index(place));
         self.tick_wanted = (1 << self.plan.workers) - 1;
         if self.random.below(2) == 0 {
             self.resync(place)?;

@@ -191,7 +191,7 @@ impl World {
         }
     }
 
-    /// A replica is about to be added in this place.
+    /// A replica is added in this place.
     pub(super) fn add_record(&mut self, place: usize) {
         let member = uuid(&mut self.random);
         self.records.members[place] = Some(member);
@@ -200,7 +200,8 @@ impl World {
             member,
             sequence: 0,
         };
-        self.shared.record_added(index(place), holder, &name(place));
+        self.shared
+            .add_with_record(index(place), holder, &name(place));
     }
 
     /// The image of a member that was missing is there.

@@ -201,6 +201,7 @@ pub fn disk() -> DiskState {
         confirmations_without_fault: 0,
         held_requests: 0,
         undecided_sectors: 0,
+        records: true,
         intended_replicas: replicas.len(),
         replicas: replicas.into(),
     }

@@ -16,6 +16,7 @@ mod lost_writeback;
 mod missed_writes;
 mod missing;
 mod preferred;
+mod restart;
 mod same_as_qemu;
 mod silent_images;
 mod slow_replicas;

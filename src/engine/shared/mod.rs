@@ -337,7 +337,7 @@ impl Shared {
 
     /// Whether anything is undecided or unresolved.
     #[inline]
-    pub(super) fn anything_undecided(&self) -> bool {
+    pub fn anything_undecided(&self) -> bool {
         self.anything_undecided.load(Ordering::Acquire)
     }
 

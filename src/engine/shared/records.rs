@@ -71,11 +71,14 @@ impl Shared {
         self.memory.keeper().as_ref().map(read)
     }
 
-    /// A replica is about to be added in a free place ([`Self::add`]), with an empty record.
-    pub fn record_added(&self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
-        if let Some(keeper) = &mut *self.memory.keeper() {
+    /// As [`Self::add`], with an empty record.
+    pub fn add_with_record(&self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
+        // Held meanwhile: no goal is set that knows of the one change and not of the other.
+        let mut keeper = self.memory.keeper();
+        if let Some(keeper) = &mut *keeper {
             keeper.add(replica, holder, node_name);
         }
+        self.add(replica);
     }
 
     /// A missing replica is about to rejoin ([`Self::found`]); `sequence` is that of the last slot
@@ -105,6 +108,9 @@ impl Shared {
     /// Begins to write what is known to the records. `sweeps`: and takes marks away that are needed
     /// no more.
     pub(in crate::engine) fn begin_remembering(&self, sweeps: bool) -> Goal {
+        // Locked first, as in `add_with_record`.
+        let mut keeper = self.memory.keeper();
+        let keeper = keeper.as_mut().expect("only with records");
         let (snapshot, wanted, idle) = {
             let mut state = self.state();
             let state = &mut *state;
@@ -113,7 +119,7 @@ impl Shared {
             self.memory.publish(&state.health, Some(marks));
             (state.health.snapshot(), marks.wanted().clone(), idle)
         };
-        self.memory.aim(&snapshot.remembered(), wanted, idle)
+        memory::aim(keeper, &snapshot.remembered(), wanted, idle)
     }
 
     /// What is to be written next for `goal`.

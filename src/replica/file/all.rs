@@ -68,6 +68,48 @@ pub fn open_all_with_records(
         .collect())
 }
 
+/// Opens and locks each image that can be, with the way to its record; an error for each other one.
+/// Neither sizes nor contents are compared: the records may say what they are to be.
+///
+/// # Errors
+/// If two of them are one image, or none can be opened.
+pub fn open_each(
+    sources: &[ReplicaSource],
+    options: OpenOptions,
+    opening: Opening,
+) -> Result<Vec<Opened>, OpenError> {
+    let unopenable = Unopenable::LeftOut;
+    let mut images = examined(sources, options, opening, unopenable)?;
+    lock_all(&mut images, unopenable)?;
+    let opened = any_left(images)?.into_iter();
+    Ok(opened
+        .map(|candidate| candidate.map(Candidate::into_parts))
+        .collect())
+}
+
+/// The size of the disk that these images hold, all of it in each.
+///
+/// # Errors
+/// If a disk cannot have it, or an image is shorter than the disk.
+pub fn checked_size(images: &[&ReplicaFile], options: OpenOptions) -> Result<u64, OpenError> {
+    let disk_bytes = disk_size(images)?;
+    for image in images {
+        check_size(image, disk_bytes, options)?;
+    }
+    warn_of_larger(images, disk_bytes);
+    Ok(disk_bytes)
+}
+
+/// Logs that some images are larger than the disk.
+pub fn warn_of_larger(images: &[&ReplicaFile], disk_bytes: u64) {
+    for image in images.iter().filter(|image| image.size_bytes > disk_bytes) {
+        log::warn!(
+            replica:% = image.node_name(), size = image.size_bytes, "disk-size" = disk_bytes;
+            "an image is larger than the disk: its last part is not used"
+        );
+    }
+}
+
 impl Unopenable {
     /// Does a step of opening an image that is not left out yet.
     fn step(
@@ -102,6 +144,23 @@ fn open_candidates(
     empty: EmptyImages,
     unopenable: Unopenable,
 ) -> Result<Vec<Result<Candidate, OpenError>>, OpenError> {
+    let mut images = examined(sources, options, opening, unopenable)?;
+    let disk_bytes = checked_size(&left(&images), options)?;
+    lock_all(&mut images, unopenable)?;
+    // What an image holds may change until then.
+    if empty == EmptyImages::Refused {
+        check_contents(&mut images, disk_bytes, unopenable)?;
+    }
+    any_left(images)
+}
+
+/// The images, open and examined.
+fn examined(
+    sources: &[ReplicaSource],
+    options: OpenOptions,
+    opening: Opening,
+    unopenable: Unopenable,
+) -> Result<Vec<Result<Candidate, OpenError>>, OpenError> {
     let started = sources
         .iter()
         .map(|source| Candidate::start(source, options, opening));
@@ -121,29 +180,19 @@ fn open_candidates(
     for image in &mut images {
         unopenable.step(image, Candidate::examine)?;
     }
-    let mut images = any_left(images)?;
-    let replicas = left(&images);
-    let disk_bytes = disk_size(&replicas)?;
-    for replica in replicas {
-        check_size(replica, disk_bytes, options)?;
-        if replica.size_bytes > disk_bytes {
-            log::warn!(
-                replica:% = replica.node_name(), size = replica.size_bytes,
-                "disk-size" = disk_bytes;
-                "an image is larger than the disk: its last part is not used"
-            );
-        }
-    }
-    // Locks come after these checks: an image that is given twice would otherwise be reported as in
-    // use by another process, which is this one.
-    for image in &mut images {
+    any_left(images)
+}
+
+/// Locks the images. To be called after all are checked: an image that is given twice would
+/// otherwise be reported as in use by another process, which is this one.
+fn lock_all(
+    images: &mut [Result<Candidate, OpenError>],
+    unopenable: Unopenable,
+) -> Result<(), OpenError> {
+    for image in images {
         unopenable.step(image, Candidate::lock)?;
     }
-    // What an image holds may change until then.
-    if empty == EmptyImages::Refused {
-        check_contents(&mut images, disk_bytes, unopenable)?;
-    }
-    any_left(images)
+    Ok(())
 }
 
 /// Checks that an image that cannot be opened is none of the others.

@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
-use std::sync::RwLock;
+use std::sync::{OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{OFlags, fcntl_getfl, fcntl_setfl};
@@ -274,6 +274,7 @@ impl Started<'_> {
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
                 stamp: None,
+                record: OnceLock::new(),
                 location: facts.location.clone(),
                 seen: Seen::default(),
             },

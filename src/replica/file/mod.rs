@@ -34,11 +34,14 @@ mod stamp;
 use std::fs::{File, Metadata};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, OnceLock, RwLock};
 
 use serde::{Deserialize, Serialize};
 
-pub use self::all::{EmptyImages, Opened, Unopenable, open_all, open_all_with_records};
+pub use self::all::{
+    EmptyImages, Opened, Unopenable, checked_size, open_all, open_all_with_records, open_each,
+    warn_of_larger,
+};
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::watch;
@@ -54,7 +57,7 @@ pub(super) use self::opener::{NoAnswer, Opener};
 pub use self::sizes::disk_size;
 pub use self::stamp::ImageStamp;
 use super::image_lock;
-use super::record_file::RecordAccess;
+use super::record_file::{RecordAccess, RecordFile};
 use super::ring::RingFile;
 use crate::common::NOT_POISONED;
 use crate::common::image::ImageChanges;
@@ -139,6 +142,8 @@ pub struct ReplicaFile {
     pub identity: ImageIdentity,
     /// Its stamp when it was locked. `None` for a block device.
     pub stamp: Option<ImageStamp>,
+    /// Its record, if it has one that is kept.
+    record: OnceLock<RecordFile>,
     location: Location,
     seen: Seen,
 }
@@ -149,9 +154,24 @@ impl ReplicaFile {
         Arc::clone(&self.node_name.read().expect(NOT_POISONED))
     }
 
-    /// The file as a ring uses it. It must stay open as long as a ring does.
+    /// The file as a ring uses it, with its record. It must stay open as long as a ring does.
     pub fn ring_file(&self) -> RingFile {
-        RingFile::of(&self.file).waiting_in_submission(self.waits_in_submission)
+        let file = RingFile::of(&self.file).waiting_in_submission(self.waits_in_submission);
+        match self.record() {
+            Some(record) => file.with_record(&record.file),
+            None => file,
+        }
+    }
+
+    /// Its record, if that is kept.
+    pub fn record(&self) -> Option<&RecordFile> {
+        self.record.get()
+    }
+
+    /// This is its record from now on. It has none yet.
+    pub fn keep_record(&self, record: RecordFile) {
+        let kept = self.record.set(record);
+        assert!(kept.is_ok(), "an image has one record");
     }
 
     /// Gives it another name.

@@ -23,10 +23,11 @@ const LIST: &str = "tests/program/error_texts/list.txt";
 
 /// Files that advise without `#[error]`, or have parts of such texts; and those of the client but
 /// [`SHOWS`].
-const MORE_FILES: [&str; 7] = [
+const MORE_FILES: [&str; 8] = [
     "src/admin/resize.rs",
     "src/config/command_line.rs",
     "src/config/mod.rs",
+    "src/config/records.rs",
     "src/control/qmp/change.rs",
     "src/control/qmp/commands.rs",
     "src/control/qmp/executor.rs",

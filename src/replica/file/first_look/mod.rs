@@ -21,7 +21,7 @@ use crate::replica::record_file::RecordAccess;
 /// If some of them are empty beside others that hold data, unless that is accepted; if two differ
 /// in nearly everything that was compared; or if one does not answer.
 pub fn compare_first(
-    images: &mut [(ReplicaFile, RecordAccess)],
+    images: &mut [(&ReplicaFile, &mut RecordAccess)],
     size_bytes: u64,
     empty: EmptyImages,
 ) -> Result<(), OpenError> {
@@ -65,7 +65,7 @@ pub fn compare_first(
 
 /// Where to take samples, besides at both ends: where some image has data, and anywhere.
 fn places(
-    images: &mut [(ReplicaFile, RecordAccess)],
+    images: &mut [(&ReplicaFile, &mut RecordAccess)],
     size_bytes: u64,
 ) -> Result<Vec<u64>, OpenError> {
     let mut places = random_places(size_bytes);
@@ -132,7 +132,7 @@ fn is_informative(one: Option<Sample>, other: Option<Sample>) -> bool {
 
 /// Looks at all images at the same time.
 fn all(
-    images: &mut [(ReplicaFile, RecordAccess)],
+    images: &mut [(&ReplicaFile, &mut RecordAccess)],
     at: impl Fn(usize) -> Look + Sync,
 ) -> Result<Vec<Seen>, OpenError> {
     std::thread::scope(|scope| {

@@ -36,7 +36,12 @@ fn compared(sources: &[ReplicaSource], direct: bool) -> Result<(), OpenError> {
     let unopenable = Unopenable::Refused;
     let opened = open_all_with_records(sources, options, opening, accepted, unopenable);
     let images: Result<Vec<_>, _> = opened.unwrap().into_iter().collect();
-    compare_first(&mut images.unwrap(), SIZE, EmptyImages::Refused)
+    let mut images = images.unwrap();
+    let mut images: Vec<_> = images
+        .iter_mut()
+        .map(|(file, access)| (&*file, access))
+        .collect();
+    compare_first(&mut images, SIZE, EmptyImages::Refused)
 }
 
 /// Blocks all over the disk, and near its ends.

@@ -1,0 +1,138 @@
+//! Images and records that something else has changed while no daemon ran.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt as _;
+
+use testkit::images::are_identical;
+use testkit::machine;
+
+use super::{Host, copy_with_record, in_image, modify, read, write};
+
+/// A disk that was written to and ended.
+fn ended(replicas: usize) -> Host {
+    let host = Host::new(replicas);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    host
+}
+
+#[test]
+fn an_image_that_another_program_has_modified_is_copied_anew() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    modify(&host.images[2], 0, 99);
+    let running = host.start();
+    let log = running.daemon.log();
+    assert!(log.contains("modified by another program"), "{log}");
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_majority_of_modified_images_is_refused_until_one_is_adopted() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    modify(&host.images[1], 0, 99);
+    modify(&host.images[2], 0, 99);
+    let line = host.refusal(&host.images, &[]);
+    assert!(line.contains("another program has modified"), "{line}");
+    assert!(line.contains("--adopt NODE"), "{line}");
+    let running = host.start_with(&host.images, &["--adopt", "2.raw"]);
+    assert_eq!(read(&mut running.client(), 0), 99);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+    let running = host.start();
+    assert_eq!(read(&mut running.client(), 0), 99);
+    running.end();
+}
+
+#[test]
+fn an_old_image_that_is_copied_back_with_its_record_does_not_vote() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let copies: Vec<_> = (1..3)
+        .map(|index| host.path(&format!("copy{index}")))
+        .collect();
+    for (image, copy) in host.images[1..].iter().zip(&copies) {
+        copy_with_record(image, copy);
+    }
+    let running = host.start();
+    write(&mut running.client(), 0, 2);
+    running.end();
+    copy_with_record(&copies[1], &host.images[2]);
+    assert_eq!(in_image(&host.images[2], 0), 1);
+    let running = host.start();
+    let log = running.daemon.log();
+    assert!(log.contains("restored from an older copy"), "{log}");
+    assert_eq!(read(&mut running.client(), 0), 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_forced_start_leaves_behind_what_was_missing() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let one = &host.images[..1];
+    let line = host.refusal(one, &[]);
+    assert!(line.contains("--force-start"), "{line}");
+    let running = host.start_with(one, &["--force-start", "--vote-threshold", "1"]);
+    assert_eq!(running.states(), ["in-service", "missing", "missing"]);
+    write(&mut running.client(), 0, 5);
+    running.end();
+    let running = host.start_with(&host.images, &["--vote-threshold", "1"]);
+    let log = running.daemon.log();
+    assert!(log.contains("left behind by a forced start"), "{log}");
+    assert_eq!(read(&mut running.client(), 0), 5);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_replica_whose_record_is_destroyed_is_copied_anew() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let record = File::options().write(true).open(host.record(1)).unwrap();
+    for offset in [0, 1 << 20] {
+        record.write_all_at(&[7; 4096], offset).unwrap();
+    }
+    let running = host.start();
+    let log = running.daemon.log();
+    assert!(log.contains("its record cannot be used"), "{log}");
+    running.wait_until_healthy();
+    running.end();
+    assert!(host.path("1.raw.quorum.unusable").exists());
+    fs::remove_file(host.record(1)).unwrap();
+    let line = host.refusal(&host.images, &[]);
+    assert!(line.contains("quorum-blkctl add"), "{line}");
+}
+
+#[test]
+fn a_start_that_was_cut_short_while_it_made_the_first_records_is_repeated() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    // As if only one record had been made, and nothing was written yet.
+    for index in 1..3 {
+        fs::remove_file(host.record(index)).unwrap();
+    }
+    let made = fs::read(host.record(0)).unwrap();
+    let line = host.refusal(&host.images, &[]);
+    assert!(line.contains("has no record"), "{line}");
+    assert!(
+        fs::read(host.record(0)).unwrap() == made,
+        "nothing was changed"
+    );
+    // A record that says nothing yet.
+    let blank = vec![0; made.len()];
+    fs::write(host.record(0), blank).unwrap();
+    let running = host.start();
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.end();
+    assert!(host.record(2).exists());
+}

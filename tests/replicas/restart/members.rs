@@ -1,0 +1,100 @@
+//! Replicas that are added and removed, and a command line that names others than the records.
+
+use std::fs;
+
+use testkit::images::are_identical;
+use testkit::machine;
+
+use super::{Host, copy_with_record, read, write};
+
+#[test]
+fn a_removed_replica_is_refused_and_an_added_one_is_a_member() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    let new = host.path("new.raw");
+    let name = new.to_str().unwrap();
+    let (code, text) = running.blkctl(&["add", name, "--create"]);
+    assert_eq!(code, 0, "{text}");
+    let (code, text) = running.blkctl(&["remove", "2.raw"]);
+    assert_eq!(code, 0, "{text}");
+    write(&mut running.client(), 1, 2);
+    running.kill();
+    let line = host.refusal(&host.images, &[]);
+    assert!(line.contains("was removed from disk"), "{line}");
+    let mut images = host.images[..2].to_vec();
+    images.push(new);
+    let running = host.start_with(&images, &[]);
+    assert_eq!(running.states().len(), 3);
+    assert_eq!(read(&mut running.client(), 1), 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&images));
+}
+
+#[test]
+fn an_image_of_another_disk_is_not_added() {
+    let _machine = machine::shared();
+    let (host, other) = (Host::new(2), Host::new(1));
+    let of_other = other.start();
+    of_other.end();
+    let running = host.start();
+    let before = fs::read(other.record(0)).unwrap();
+    let image = other.images[0].to_str().unwrap();
+    let (code, text) = running.blkctl(&["add", image, "--force", "--node-name", "x"]);
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("is a replica of disk"), "{text}");
+    assert!(fs::read(other.record(0)).unwrap() == before);
+    // Nor a copy of one of its own.
+    let copy = host.path("copy.raw");
+    copy_with_record(&host.images[1], &copy);
+    let (code, text) = running.blkctl(&["add", copy.to_str().unwrap(), "--force"]);
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("is replica '1.raw' of this disk"), "{text}");
+    running.end();
+    let line = host.refusal(&[host.images[0].clone(), other.images[0].clone()], &[]);
+    assert!(line.contains("0.raw"), "{line}");
+}
+
+#[test]
+fn a_member_that_the_command_line_does_not_name_is_missing() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    host.start().end();
+    let running = host.start_with(&[host.images[2].clone(), host.images[0].clone()], &[]);
+    let state = running.state();
+    let replicas = state["replicas"].as_array().unwrap();
+    let names: Vec<_> = replicas
+        .iter()
+        .map(|replica| &replica["node-name"])
+        .collect();
+    assert_eq!(names, ["2.raw", "0.raw", "1.raw"]);
+    assert_eq!(replicas[2]["state"], "missing");
+    let reason = replicas[2]["missing-reason"].as_str().unwrap();
+    assert!(reason.contains("--blk-file"), "{reason}");
+    assert_eq!(state["vote-threshold"], 2);
+    write(&mut running.client(), 0, 1);
+    let (code, text) = running.blkctl(&["remove", "1.raw"]);
+    assert_eq!(code, 0, "{text}");
+    running.end();
+    let line = host.refusal(&host.images, &[]);
+    assert!(line.contains("'1.raw' was removed"), "{line}");
+}
+
+#[test]
+fn a_disk_that_has_grown_starts_with_its_new_size() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    let (code, text) = running.blkctl(&["resize", "16M"]);
+    assert_eq!(code, 0, "{text}");
+    let last = (16 << 20) / 4096 - 1;
+    let mut client = running.client();
+    write(&mut client, last, 2);
+    running.kill();
+    let running = host.start();
+    assert_eq!(read(&mut running.client(), last), 2);
+    running.end();
+}

@@ -1,0 +1,221 @@
+//! Which of the images may be started without the others, and what they return.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use testkit::fuse::{Fault, FuseImage, Operation};
+use testkit::images::are_identical;
+use testkit::machine;
+
+use super::{BLOCK, Host, block, copy_with_record, in_image, number_of, read, record_of, write};
+use testkit::client::Request;
+
+/// All subsets of three images, in order, but the empty one.
+fn subsets(images: &[PathBuf]) -> impl Iterator<Item = (Vec<usize>, Vec<PathBuf>)> + '_ {
+    (1_usize..8).map(|bits| {
+        let places: Vec<usize> = (0..3).filter(|place| bits >> place & 1 == 1).collect();
+        let chosen = places.iter().map(|place| images[*place].clone());
+        (places.clone(), chosen.collect())
+    })
+}
+
+/// Starts the disk with each subset: the third image lacks what block 1 holds, number 2.
+fn start_each(images: &[PathBuf]) {
+    for (places, chosen) in subsets(images) {
+        let host = Host::copied(&chosen);
+        if places.len() == 1 {
+            let line = host.refusal(&host.images, &[]);
+            assert!(line.contains("could have gone on without"), "{line}");
+            continue;
+        }
+        let running = host.start();
+        let mut client = running.client();
+        assert_eq!(read(&mut client, 0), 1, "{places:?}");
+        let new = client.read(0, BLOCK as u64, BLOCK);
+        match (new, places.contains(&0) && places.contains(&1)) {
+            (Ok(bytes), _) => assert_eq!(number_of(&bytes), 2, "{places:?}"),
+            // One copy is less than the vote threshold.
+            (Err(_), false) => {}
+            (Err(failed), true) => panic!("{places:?}: {failed:?}"),
+        }
+        if places.len() == 3 {
+            drop(client);
+            running.wait_until_healthy();
+            running.end();
+            assert!(are_identical(&host.images));
+            assert_eq!(in_image(&host.images[2], 1), 2);
+        }
+    }
+}
+
+#[test]
+fn what_an_evicted_replica_has_missed_is_not_believed_after_a_kill() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let fuse = FuseImage::serve(&host.images[2]);
+    let _clear = fuse.fault_guard();
+    let state = host.path("state");
+    fs::create_dir(&state).unwrap();
+    let mut images = host.images.clone();
+    images[2] = fuse.path();
+    let more = ["--state-dir", state.to_str().unwrap()];
+    let timeout = Duration::from_secs(1).as_millis().to_string();
+    let more = [&more[..], &["--replica-timeout", &timeout]].concat();
+    let running = host.start_with(&images, &more);
+    let mut client = running.client();
+    write(&mut client, 0, 1);
+    fuse.inject(Operation::Write, Fault::Hang);
+    write(&mut client, 1, 2);
+    assert_eq!(running.states(), ["in-service", "in-service", "evicted"]);
+    drop(client);
+    running.kill();
+    fuse.clear_faults();
+    // The record of the image behind the server is in the state directory.
+    let mut records = fs::read_dir(&state)
+        .unwrap()
+        .map(|entry| entry.unwrap().path());
+    let copies = tempfile::tempdir().unwrap();
+    let copied = host.images.iter().enumerate().map(|(place, image)| {
+        let copy = copies.path().join(format!("{place}.raw"));
+        match place {
+            2 => {
+                fs::copy(image, &copy).unwrap();
+                fs::copy(records.next().unwrap(), record_of(&copy)).unwrap();
+            }
+            _ => copy_with_record(image, &copy),
+        }
+        copy
+    });
+    let copied: Vec<PathBuf> = copied.collect();
+    start_each(&copied);
+}
+
+#[test]
+fn what_a_missing_replica_has_missed_is_not_believed_after_any_end() {
+    let _machine = machine::shared();
+    for is_killed in [false, true] {
+        let host = Host::new(3);
+        let running = host.start();
+        write(&mut running.client(), 0, 1);
+        running.end();
+        let elsewhere = host.path("elsewhere");
+        fs::rename(&host.images[2], &elsewhere).unwrap();
+        let running = host.start();
+        assert_eq!(running.states(), ["in-service", "in-service", "missing"]);
+        write(&mut running.client(), 1, 2);
+        match is_killed {
+            true => running.kill(),
+            false => running.end(),
+        }
+        fs::rename(&elsewhere, &host.images[2]).unwrap();
+        start_each(&host.images);
+    }
+}
+
+#[test]
+fn an_image_that_is_not_the_missing_replica_is_not_taken_in() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    let elsewhere = host.path("elsewhere");
+    fs::rename(&host.images[2], &elsewhere).unwrap();
+    let running = host.start();
+    let (code, text) = running.blkctl(&["status"]);
+    assert_eq!(code, 1, "{text}");
+    assert!(text.contains("2.raw") && text.contains("missing"), "{text}");
+    write(&mut running.client(), 1, 2);
+    // An image that is not the member is not taken in.
+    let other = Host::new(1);
+    let of_other = other.start();
+    of_other.end();
+    let until = |text: &str, happens: &dyn Fn()| {
+        happens();
+        running.state_when(|state| {
+            let reason = state["replicas"][2]["missing-reason"].as_str();
+            reason.is_some_and(|reason| reason.contains(text))
+        });
+    };
+    until("of disk", &|| {
+        copy_with_record(&other.images[0], &host.images[2])
+    });
+    until("is the image of replica '1.raw'", &|| {
+        copy_with_record(&host.images[1], &host.images[2]);
+    });
+    // Its own image, but no record.
+    until("has no record", &|| {
+        fs::rename(&elsewhere, &host.images[2]).unwrap();
+        fs::remove_file(host.record(2)).unwrap();
+    });
+    running.end();
+}
+
+#[test]
+fn a_replica_that_returns_while_the_disk_is_served_gets_what_it_has_missed() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    let elsewhere = host.path("elsewhere");
+    fs::rename(&host.images[2], &elsewhere).unwrap();
+    let running = host.start();
+    write(&mut running.client(), 1, 2);
+    fs::rename(&elsewhere, &host.images[2]).unwrap();
+    running.wait_until_healthy();
+    write(&mut running.client(), 2, 3);
+    running.kill();
+    start_each(&host.images);
+    let images = &host.images;
+    assert!(
+        [0, 1, 2]
+            .iter()
+            .all(|block| in_image(&images[2], *block) == block + 1)
+    );
+}
+
+#[test]
+fn what_was_in_flight_at_a_kill_is_old_or_new_and_the_same_for_ever() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    for round in 1..4_u64 {
+        let running = host.start();
+        let mut client = running.client();
+        let before: Vec<u64> = (0..256).map(|index| read(&mut client, index)).collect();
+        let again: Vec<u64> = (0..256).map(|index| read(&mut client, index)).collect();
+        assert_eq!(before, again);
+        assert!(before.iter().all(|number| *number < round), "{before:?}");
+        write(&mut client, 300, round);
+        for (index, bytes) in client.memory(0).chunks_mut(BLOCK).take(256).enumerate() {
+            let _ = index;
+            bytes.copy_from_slice(&block(round));
+        }
+        client.send(0, &Request::writes(256, BLOCK));
+        running.kill();
+        drop(client);
+    }
+    let running = host.start();
+    let mut client = running.client();
+    assert_eq!(read(&mut client, 300), 3, "what was flushed");
+    drop(client);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_single_image_is_a_disk_as_well() {
+    let _machine = machine::shared();
+    let host = Host::new(1);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.kill();
+    let running = host.start();
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.end();
+    let running = host.start();
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.end();
+}
