@@ -42,6 +42,7 @@ impl Daemon {
                 .into_iter()
                 .map(|argument| argument.as_ref().to_owned()),
         );
+        keep_records(&mut all, directory);
         let mut daemon = Self {
             process: Self::spawn(&all, &log),
             arguments: all,
@@ -157,6 +158,20 @@ impl Drop for Daemon {
             println!("--- the daemon's stderr\n{}---", self.log());
         }
     }
+}
+
+/// If QUORUM_BLK_TEST_STATE is `records`, has the daemon keep records, unless the arguments say
+/// something about that: what a test expects holds with records as well.
+fn keep_records(arguments: &mut Vec<OsString>, directory: &Path) {
+    let wanted = std::env::var_os("QUORUM_BLK_TEST_STATE");
+    let is_said = arguments.iter().any(|argument| argument == "--state");
+    if wanted.is_none_or(|state| state != "records") || is_said {
+        return;
+    }
+    let state = directory.join("state");
+    let _ = fs::create_dir(&state);
+    arguments.extend(["--state".into(), "records".into()]);
+    arguments.extend(["--state-dir".into(), state.into()]);
 }
 
 /// The arguments that name these images as replicas, in order.
