@@ -48,7 +48,7 @@ pub(super) fn open(config: &Config, records: &Records) -> Result<Replicas, Error
     loop {
         read_all(&mut images, records)?;
         let candidates: Vec<Candidate> = images.iter().map(Image::candidate).collect();
-        let decision = decide(&candidates, &options(config, records));
+        let decision = decide_on(&candidates, &options(config, records));
         let decision = decision.map_err(|refusal| refused(refusal, candidates))?;
         match decision {
             Decision::Create => return create(config, records, images),
@@ -56,11 +56,26 @@ pub(super) fn open(config: &Config, records: &Records) -> Result<Replicas, Error
                 if !leave_out_short(&mut images, start.record.capacity * SECTOR_BYTES)
                     && let Some(keeper) = begin(&mut images, &start)?
                 {
-                    return Ok(started(images, &start, keeper));
+                    return Ok(started(config, images, &start, keeper));
                 }
             }
         }
     }
+}
+
+/// Decides with the vote threshold that is wanted, or, if too few replicas are up to date for it,
+/// with the one that the records have: that is raised when more are (W10).
+fn decide_on(candidates: &[Candidate], options: &Options) -> Result<Decision, Refusal> {
+    let decision = decide(candidates, options);
+    if options.votes.is_some() && matches!(decision, Err(Refusal::TooFewCopies { .. })) {
+        let votes = None;
+        let options = Options {
+            votes,
+            ..options.clone()
+        };
+        return decide(candidates, &options).or(decision);
+    }
+    decision
 }
 
 fn refused(refusal: Refusal, candidates: Vec<Candidate>) -> Error {
@@ -225,7 +240,7 @@ fn begin(images: &mut [Image], start: &Start) -> Result<Option<Keeper>, Error> {
 }
 
 /// The replicas of a disk that goes on.
-fn started(images: Vec<Image>, start: &Start, keeper: Keeper) -> Replicas {
+fn started(config: &Config, images: Vec<Image>, start: &Start, keeper: Keeper) -> Replicas {
     let layout = start.record.layout();
     let size_bytes = layout.capacity() * SECTOR_BYTES;
     warn_of_larger(
@@ -279,9 +294,10 @@ fn started(images: Vec<Image>, start: &Start, keeper: Keeper) -> Replicas {
             true => 1,
             false => votes,
         },
-        wanted_votes: match start.record.threshold.follows_majority {
-            true => Wanted::Majority,
-            false => Wanted::Given(votes),
+        wanted_votes: match config.threshold_follows {
+            false => Wanted::Given(config.vote_threshold),
+            true if start.record.threshold.follows_majority => Wanted::Majority,
+            true => Wanted::Given(votes),
         },
         memory: Some(Memory {
             remembered: Remembered {

@@ -42,11 +42,16 @@ fn a_majority_of_modified_images_is_refused_until_one_is_adopted() {
     assert!(line.contains("--adopt NODE"), "{line}");
     let running = host.start_with(&host.images, &["--adopt", "2.raw"]);
     assert_eq!(read(&mut running.client(), 0), 99);
+    // Whether the others are copied by now or not.
+    running.end();
+    let running = host.start_with(&host.images, &["--vote-threshold", "2"]);
+    assert_eq!(read(&mut running.client(), 0), 99);
     running.wait_until_healthy();
     running.end();
     assert!(are_identical(&host.images));
     let running = host.start();
     assert_eq!(read(&mut running.client(), 0), 99);
+    assert_eq!(running.state()["vote-threshold"], 2);
     running.end();
 }
 
