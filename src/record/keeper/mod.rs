@@ -200,10 +200,20 @@ impl Keeper {
             })
     }
 
+    /// Whether the table that is proposed cannot come into force: those who would hold it could not
+    /// keep the others from going on without them.
+    pub fn is_blocked(&self) -> bool {
+        let active = self.active().iter();
+        let holders: Vec<Uuid> = active.filter_map(|replica| self.member(replica)).collect();
+        self.record.before.is_some() && !self.record.may_agree(&holders)
+    }
+
     /// Has the records say this, if they do not say it already. That a member is stale in more
     /// sectors than it is does no harm as long as nothing gets worse: unless `exactly`, sets that
     /// have only shrunk are left.
     pub fn want(&mut self, wanted: &Wanted, exactly: bool) {
+        // Marks that are about to go must not stand for anything.
+        let exactly = exactly || self.clearing.is_some();
         let before = self.slot_version;
         self.want_table(wanted);
         let layout = self.layout();
@@ -345,10 +355,7 @@ impl Keeper {
                 return Some(round);
             }
             if self.record.before.is_some() {
-                let active = self.active().iter();
-                let holders: Vec<Uuid> =
-                    active.filter_map(|replica| self.member(replica)).collect();
-                if !self.record.may_agree(&holders) {
+                if self.is_blocked() {
                     return None;
                 }
                 self.record.agree();

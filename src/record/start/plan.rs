@@ -112,11 +112,20 @@ impl Planner<'_> {
 
     /// An image with the record of a disk.
     fn of_record(&self, place: usize, record: &Record) -> Result<Verdict, Refusal> {
-        let member = self.newest.record.member(record.replica);
-        let member = member.ok_or_else(|| Refusal::Removed {
-            node_name: self.created.name(place),
-            disk: record.disk,
-        })?;
+        let Some(member) = self.newest.record.member(record.replica) else {
+            if self.is_being_added(place, record) {
+                return Ok(Verdict {
+                    member: record.replica,
+                    why: Why::Incomplete,
+                    stale: Stale::All,
+                    doubtful: Stale::None,
+                });
+            }
+            return Err(Refusal::Removed {
+                node_name: self.created.name(place),
+                disk: record.disk,
+            });
+        };
         let (why, copies) = self.state(place, member, record);
         Ok(Verdict {
             member: member.id,
@@ -162,6 +171,14 @@ impl Planner<'_> {
             _ => Why::MissedChanges,
         };
         (why, copies)
+    }
+
+    /// Whether the image was about to become a member when the daemon ended: its record proposes
+    /// that, after the table in force. It has it before any other one, and nothing has depended on
+    /// it.
+    fn is_being_added(&self, place: usize, record: &Record) -> bool {
+        let is_member = record.member(record.replica).is_some();
+        self.newest.current.contains(&place) && record.before.is_some() && is_member
     }
 
     /// An image that cannot be opened, or without a record: a member of its name, if there is one.
@@ -345,6 +362,15 @@ impl Planner<'_> {
         record.members = members
             .map(|member| self.next_state(member, &images))
             .collect();
+        let known: Vec<Uuid> = record.members.iter().map(|member| member.id).collect();
+        for (place, image) in images.iter().enumerate() {
+            if !known.contains(&image.member) {
+                record.members.push(Member {
+                    stale: Stale::All,
+                    ..Member::new(image.member, &self.candidates[place].node_name)
+                });
+            }
+        }
         let ids = self.members().iter().map(|member| member.id);
         let is_absent = |id: &Uuid| images.iter().all(|image| image.member != *id);
         let current = self.newest.current.iter();
