@@ -26,7 +26,7 @@ pub(super) struct Memory {
 }
 
 /// Which extents are marked as being changed.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Marks {
     /// Durably, on all active replicas: the guest may change these.
     durable: Extents,
@@ -231,7 +231,7 @@ impl Marks {
 
     /// `range` is to be marked, and what will probably follow: as much as is marked before it.
     #[cold]
-    fn want(&mut self, range: SectorRange) {
+    pub(super) fn want(&mut self, range: SectorRange) {
         let layout = self.durable.layout();
         let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
         let first = range.start / extent;
@@ -295,25 +295,35 @@ impl Marks {
         *self = grown;
     }
 
-    /// Which marks are needed no more: a flush that began after the last write there has made all
-    /// of it durable everywhere, and that is some time ago. From now on the guest may not change
-    /// them. `None`: it is not time to take any away.
-    pub(super) fn sweep(&mut self, health: &Health) -> Option<Extents> {
+    /// Which marks are needed no more by what is known of the replicas (`health`, a copy): a flush
+    /// that began after the last write there has made all of it durable everywhere, and that is
+    /// some time ago. `None`: it is not time to take any away.
+    pub(super) fn idle(&self, health: &Health) -> Option<Extents> {
         let mut idle = self.durable.clone();
         for set in [&self.written, &self.unflushed] {
             idle.remove_all(set);
         }
-        for range in health.changing() {
+        for range in health.unsettled() {
             idle.remove(range);
         }
+        (!idle.is_empty()).then_some(idle)
+    }
+
+    /// Takes those of the `idle` marks away that nothing has touched since the last sweep. From now
+    /// on the guest may not change them. `is_same`: the replicas are as they were when these were
+    /// found to be idle.
+    pub(super) fn sweep(&mut self, idle: Option<Extents>, is_same: bool) -> Option<Extents> {
+        let layout = self.durable.layout();
+        let recent = std::mem::replace(&mut self.recent, Extents::new(layout));
         // What moves on and on stays marked instead of being marked again and again.
         let moves = std::mem::take(&mut self.rounds) > MARKING_ROUNDS_MAX;
-        self.sweepable = moves || idle.overlaps_any(&self.recent);
-        idle.remove_all(&self.recent);
-        self.recent = Extents::new(self.durable.layout());
-        if moves || idle.is_empty() {
-            return None;
+        let mut idle = idle.filter(|idle| idle.layout() == layout);
+        let later = moves || !is_same;
+        self.sweepable = later || idle.as_ref().is_some_and(|idle| idle.overlaps_any(&recent));
+        if let Some(idle) = &mut idle {
+            idle.remove_all(&recent);
         }
+        let idle = idle.filter(|idle| !later && !idle.is_empty())?;
         self.durable.remove_all(&idle);
         Some(idle)
     }
@@ -327,5 +337,128 @@ impl Marks {
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn are_durable(&self, range: SectorRange) -> bool {
         self.durable.contains(range)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::quorum::health::WriteEnd;
+
+    /// Sectors of an extent.
+    const EXTENT: u64 = 2048;
+
+    fn extent(index: u64) -> SectorRange {
+        SectorRange::new(index * EXTENT, 8)
+    }
+
+    fn marked(extents: &[u64]) -> Extents {
+        let mut marked = Extents::new(Layout::new(64 * EXTENT));
+        for index in extents {
+            marked.insert(extent(*index));
+        }
+        marked
+    }
+
+    /// What is marked and idle, by index.
+    fn idle(marks: &Marks, health: &Health) -> Vec<u64> {
+        let idle = marks.idle(health);
+        let ranges: Vec<_> = idle.iter().flat_map(Extents::iter).collect();
+        let indices = ranges.iter();
+        let indices = indices.flat_map(|r| r.start / EXTENT..r.end().div_ceil(EXTENT));
+        indices.collect()
+    }
+
+    /// Two replicas, and marks that follow what happens to them.
+    struct Disk {
+        health: Health,
+        marks: Marks,
+    }
+
+    impl Disk {
+        fn change<R>(&mut self, change: impl FnOnce(&mut Health) -> R) -> R {
+            let earlier = (self.health.last_flush(), self.health.flushed_everywhere());
+            let result = change(&mut self.health);
+            self.marks.follow(earlier, &self.health);
+            result
+        }
+
+        fn write(&mut self, index: u64) {
+            let both = ReplicaSet::first(2);
+            assert!(self.marks.begin(extent(index)), "it is marked");
+            let begun = self.health.write_begins(extent(index));
+            self.marks.touch(extent(index));
+            self.change(|health| {
+                health.write_ended(&WriteEnd {
+                    asked: both,
+                    succeeded: both,
+                    begun,
+                    success: true,
+                })
+            });
+        }
+
+        fn flush(&mut self, succeeded: ReplicaSet) {
+            let epoch = self.change(Health::flush_begins);
+            for replica in ReplicaSet::first(2).iter() {
+                let success = succeeded.contains(replica);
+                self.change(|health| health.flush_ended(epoch, replica, success));
+            }
+            self.change(|health| health.flush_decided(epoch, succeeded, true, &mut []));
+        }
+    }
+
+    fn disk(extents: &[u64]) -> Disk {
+        let mut disk = Disk {
+            health: Health::new(ReplicaSet::first(2), 1, 1, 64 * EXTENT),
+            marks: Marks::new(marked(extents)),
+        };
+        disk.flush(ReplicaSet::first(2));
+        disk
+    }
+
+    #[test]
+    fn a_mark_stays_until_a_flush_after_the_last_write_has_succeeded_everywhere() {
+        let mut disk = disk(&[3, 5]);
+        assert_eq!(idle(&disk.marks, &disk.health), [3, 5]);
+        disk.write(3);
+        assert_eq!(idle(&disk.marks, &disk.health), [5], "not flushed");
+        disk.flush(ReplicaSet::first(1));
+        assert_eq!(idle(&disk.marks, &disk.health), [5], "one has failed");
+        disk.write(3);
+        disk.flush(ReplicaSet::first(2));
+        assert_eq!(idle(&disk.marks, &disk.health), [3, 5]);
+    }
+
+    #[test]
+    fn a_mark_stays_where_something_was_changed_since_the_last_sweep() {
+        let mut disk = disk(&[3, 5]);
+        disk.write(3);
+        disk.flush(ReplicaSet::first(2));
+        let found = disk.marks.idle(&disk.health);
+        assert_eq!(disk.marks.sweep(found, true), Some(marked(&[5])));
+        assert!(disk.marks.is_sweepable() && !disk.marks.begin(extent(5)));
+        let found = disk.marks.idle(&disk.health);
+        assert_eq!(
+            disk.marks.sweep(found.clone(), false),
+            None,
+            "another state"
+        );
+        assert_eq!(disk.marks.sweep(found, true), Some(marked(&[3])));
+    }
+
+    #[test]
+    fn as_much_is_marked_ahead_as_is_marked_before() {
+        let mut marks = Marks::new(marked(&[10]));
+        assert!(!marks.begin(extent(20)) && !marks.begin(extent(11)));
+        assert_eq!(*marks.wanted(), marked(&[11, 12, 20]));
+        let goal = Goal {
+            memory: 1,
+            marks: marks.wanted().clone(),
+        };
+        marks.reached(&goal);
+        assert!(marks.begin(extent(12)) && marks.wanted().is_empty());
+        assert!(!marks.begin(extent(13)));
+        assert_eq!(*marks.wanted(), marked(&[13, 14, 15, 16]));
     }
 }

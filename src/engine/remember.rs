@@ -15,6 +15,7 @@ use crate::common::operation::{Action, OperationType, Reply, RequestId};
 use crate::common::report::{Report, Requester};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::SWEEP_TIMEOUTS;
+use crate::quorum::health::Health;
 use crate::quorum::tally::Tally;
 
 /// The range of the lock that those of all engines share: no disk has this sector.
@@ -66,6 +67,8 @@ struct Answer {
     content: Content,
     /// What the records have to say before, as `Health::memory` counts it.
     memory: u64,
+    /// How many writes had a quorum then.
+    counted: u64,
 }
 
 #[derive(Debug)]
@@ -171,11 +174,13 @@ impl<E: Effects> Context<'_, E> {
     #[cold]
     fn withhold(&mut self, tag: Tag, request: (OperationType, SectorRange), content: Content) {
         let (memory, _) = self.core.shared.memory();
+        let counted = self.core.shared.health(Health::counted_writes);
         self.core.withheld.answers.push(Answer {
             tag,
             request,
             content,
             memory,
+            counted,
         });
         self.core.have_remembered();
     }
@@ -185,6 +190,11 @@ impl<E: Effects> Context<'_, E> {
         let (_, durable) = self.core.shared.memory();
         let answers = &mut self.core.withheld.answers;
         for answer in answers.extract_if(.., |answer| answer.memory <= durable) {
+            if answer.request.0 == OperationType::Write {
+                let counted = answer.counted;
+                let shared = &self.core.shared;
+                shared.change_health(|health| health.answered_late(counted));
+            }
             match answer.content {
                 Content::Data(data) => self.effects.complete(answer.tag, Ok(&data)),
                 Content::Flushed(mark) => self.effects.flushed(answer.tag, mark),

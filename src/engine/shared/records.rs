@@ -2,11 +2,11 @@
 
 use super::Shared;
 use crate::common::ranges::RangeSet;
-use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::memory::{self, Goal, Marks, Step};
 use crate::jobs::JobEvent;
 use crate::quorum::health::{Health, Remembered};
-use crate::record::{Holder, Keeper, Wanted};
+use crate::record::{Extents, Holder, Keeper, Wanted};
 
 impl Shared {
     /// At the start, before there is an engine: the image of the member `replica` is not open, and
@@ -46,8 +46,14 @@ impl Shared {
     pub fn remember(&self, keeper: Keeper) {
         let known = self.remembered();
         let mut marks = Marks::new(keeper.intent().clone());
-        if keeper.record().capacity != known.capacity_sectors {
-            marks.grow(known.capacity_sectors);
+        let (recorded, capacity) = (keeper.record().capacity, known.capacity_sectors);
+        if recorded != capacity {
+            marks.grow(capacity);
+            // The disk grew shortly before the last end: nothing is known of what is there.
+            marks.want(SectorRange::new(
+                recorded,
+                capacity.saturating_sub(recorded),
+            ));
         }
         self.state().marks = Some(marks);
         self.memory.begin(keeper, &known);
@@ -111,15 +117,31 @@ impl Shared {
         // Locked first, as in `add_with_record`.
         let mut keeper = self.memory.keeper();
         let keeper = keeper.as_mut().expect("only with records");
-        let (snapshot, wanted, idle) = {
-            let mut state = self.state();
-            let state = &mut *state;
-            let marks = state.marks.as_mut().expect("only with records");
-            let idle = sweeps.then(|| marks.sweep(&state.health)).flatten();
-            self.memory.publish(&state.health, Some(marks));
-            (state.health.snapshot(), marks.wanted().clone(), idle)
+        let idle = sweeps.then(|| self.sweep()).flatten();
+        let (snapshot, wanted) = {
+            let state = self.state();
+            let marks = state.marks.as_ref().expect("only with records");
+            (state.health.snapshot(), marks.wanted().clone())
         };
         memory::aim(keeper, &snapshot.remembered(), wanted, idle)
+    }
+
+    /// Takes marks away that are needed no more. Which ones takes a look at every sector, so it is
+    /// decided on a copy.
+    fn sweep(&self) -> Option<Extents> {
+        let (snapshot, marks) = {
+            let state = self.state();
+            let marks = state.marks.as_ref().expect("only with records");
+            (state.health.snapshot(), marks.clone())
+        };
+        let idle = marks.idle(&snapshot);
+        let mut state = self.state();
+        let state = &mut *state;
+        let is_same = state.health.memory() == snapshot.memory();
+        let marks = state.marks.as_mut().expect("only with records");
+        let idle = marks.sweep(idle, is_same);
+        self.memory.publish(&state.health, Some(marks));
+        idle
     }
 
     /// What is to be written next for `goal`.
@@ -142,7 +164,7 @@ impl Shared {
 
     /// What is marked durably. For tests.
     #[cfg(any(test, feature = "sim"))]
-    pub fn is_marked(&self, range: crate::common::SectorRange) -> bool {
+    pub fn is_marked(&self, range: SectorRange) -> bool {
         let state = self.state();
         let marks = state.marks.as_ref();
         marks.is_none_or(|marks| marks.are_durable(range))

@@ -293,6 +293,18 @@ impl Health {
         }
     }
 
+    /// The guest has its answer now to a write that had a quorum when `counted` writes had one
+    /// ([`Self::counted_writes`]). A flush that was asked for meanwhile does not cover it.
+    pub fn answered_late(&mut self, counted: u64) {
+        self.undone.writes += 1;
+        if self.undone.covered_by >= counted {
+            self.undone.covered_by = self.undone.writes;
+            if !self.undone.ranges.is_empty() {
+                self.undone.is_more();
+            }
+        }
+    }
+
     /// How many writes have had a quorum. A flush that the guest asks for now covers them.
     pub fn counted_writes(&self) -> u64 {
         self.undone.writes

@@ -1,6 +1,7 @@
 //! What writes and flushes leave behind: where each replica is stale, and what is not durable.
 
 use super::{Beginning, FailureEpoch, Health, Prepared, Writing};
+use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 /// A write that has been handed to replicas and has not ended.
@@ -287,11 +288,15 @@ impl Health {
         self.flushed_everywhere
     }
 
-    /// Where members may differ at this moment: a write is under way, or what it has left is not
-    /// decided.
-    pub fn changing(&self) -> impl Iterator<Item = SectorRange> {
+    /// Where members in service may differ: a write is under way, or what it has left is not
+    /// decided, or one of them does not hold everything durably.
+    pub fn unsettled(&self) -> impl Iterator<Item = SectorRange> {
         let writing = self.writing.iter().map(|(_, writing)| writing.range);
-        writing.chain(self.undecided.iter())
+        let in_service = self.in_service.iter();
+        let lacking =
+            in_service.flat_map(|member| self.replicas[member.as_usize()].not_durable_here());
+        let lacking = lacking.flat_map(RangeSet::iter);
+        writing.chain(self.undecided.iter()).chain(lacking)
     }
 
     /// Whether a flush has succeeded that began after `since`. It covers all that was written
