@@ -13,6 +13,7 @@ use super::state::{Checked, World, trace};
 use super::threshold::Thresholds;
 use crate::common::SectorRange;
 use crate::engine::{ReadPattern, Tag};
+use crate::record::Keeper;
 
 impl World {
     /// An engine answers a request.
@@ -27,9 +28,10 @@ impl World {
         trace!(self, at self.plan.mask(pending.range), "guest: {number} {}", show(result));
         match (&pending.kind, result) {
             (PendingKind::Read, Ok(values)) => self.check_read(&pending, values)?,
-            (kind, Err(())) if self.overlapped && self.fails_for_a_record(kind) => {
+            (kind, Err(())) if self.fails_for_a_record(kind) => {
+                self.check_refusal()?;
                 if let PendingKind::Write(write) = kind {
-                    self.check_write(&pending, write, false)?;
+                    self.note_refused_write(&pending, write);
                 }
             }
             (PendingKind::Read, Err(())) if pending.withheld => self.check_refusal()?,
@@ -257,12 +259,30 @@ impl World {
     /// nothing is known of what two workers did at the same time.
     pub(super) fn fails_for_a_record(&self, kind: &PendingKind) -> bool {
         let unbegun = matches!(kind, PendingKind::Write(write) if write.submitted_to == 0);
-        self.records.failures > 0 && (unbegun || self.overlapped)
+        let is_blocked = self.shared.records(Keeper::is_blocked).unwrap_or(false);
+        is_blocked || (self.records.failures > 0 && (unbegun || self.overlapped))
+    }
+
+    /// A write fails for a record. The replicas have written it, if it was begun.
+    fn note_refused_write(&mut self, pending: &Pending, write: &PendingWrite) {
+        for sector in bits(self.plan.mask(pending.range)) {
+            let value = Value::written(write.number, sector);
+            self.model
+                .write_ended(sector, value, self.now, false, write.durable);
+            self.changed_at[sector] = self.now;
+        }
+        if write.submitted_to != 0 && !write.ended {
+            let written = write.succeeded & self.members;
+            let written = usize::try_from(written.count_ones()).expect("few");
+            let success = written >= self.thresholds.least;
+            self.note_written(pending.range, write, success);
+        }
     }
 
     /// S2, S4: a request fails, or was not begun, because a record cannot be written.
     pub(super) fn check_refusal(&self) -> Checked {
-        if self.plan.records && self.records.failures > 0 {
+        let is_blocked = self.shared.records(Keeper::is_blocked).unwrap_or(false);
+        if self.plan.records && (is_blocked || self.records.failures > 0) {
             return Ok(());
         }
         let text = "a request fails for its record, and no record has failed";

@@ -49,7 +49,9 @@ impl World {
         }
         if self.random.chance(faults.crash) {
             let killed = self.random.below(3) == 0;
-            return self.crash(killed);
+            // Not covered: what a flush would still have reported of a page that is lost.
+            let may_kill = !self.plan.records || self.plan.faulty == 0;
+            return self.crash(killed && may_kill);
         }
         if self.random.chance(faults.full) {
             let time = self.plan.step * u32::try_from(1 + self.random.below(60)).expect("few");
@@ -159,7 +161,13 @@ impl World {
         self.tear_records();
         (self.records.failed, self.records.failures) = (0, 0);
         let start = match self.plan.records {
-            true => Some(self.read_records()?),
+            true => match self.read_records()? {
+                Some(start) => Some(start),
+                None => {
+                    self.is_lost = true;
+                    return Ok(());
+                }
+            },
             false => None,
         };
         let mut changed = RangeSet::default();
@@ -223,8 +231,9 @@ impl World {
             self.staleness
                 .restored(replica, stale, self.plan.mask(self.plan.disk()));
         }
+        let marked = mask_of(changed.iter());
         for sector in 0..self.changed_at.len() {
-            self.check_after_crash(sector, &before, (&missed, killed))?;
+            self.check_after_crash(sector, &before, (&missed, killed), marked)?;
         }
 
         self.members_ever = self.count();

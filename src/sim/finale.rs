@@ -26,6 +26,9 @@ impl World {
         let mut steps_left = STEPS_TO_QUIET;
         while self.requests < self.plan.requests || (!self.is_quiet() && steps_left > 0) {
             self.step()?;
+            if self.is_lost {
+                return Ok(());
+            }
             if self.pending.is_empty() {
                 steps_left = steps_left.saturating_sub(1);
             }

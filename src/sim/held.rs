@@ -180,7 +180,9 @@ impl World {
         );
         self.statistics.held += 1;
         match &pending.kind {
-            PendingKind::Read if pending.withheld => self.check_refusal()?,
+            PendingKind::Read if pending.withheld || self.fails_for_a_record(&pending.kind) => {
+                self.check_refusal()?;
+            }
             PendingKind::Read => self.check_failed_read(&pending)?,
             PendingKind::Write(write) => self.check_attempt(&pending, write, success)?,
             PendingKind::Flush => unreachable!("no flush is held"),

@@ -323,7 +323,11 @@ impl Model {
         let SectorModel(mut all) = before;
         for written in std::mem::take(&mut self.sectors[sector]) {
             if all.iter().all(|known| known.value != written.value) {
-                all.push(written);
+                all.push(Written {
+                    acknowledged: false,
+                    durable: false,
+                    ..written
+                });
             }
         }
         self.sectors[sector] = all;

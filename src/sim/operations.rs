@@ -73,7 +73,9 @@ impl World {
                 self.staleness.flush_begins(replica, in_flight);
             }
             Action::Write { .. } | Action::Zero { .. } => {
-                self.staleness.writes(replica, sectors, self.overlapped);
+                // Also a replica whose record was not written, by this worker.
+                let may_be_late = self.overlapped || self.plan.records;
+                self.staleness.writes(replica, sectors, may_be_late);
             }
             Action::Read { .. } | Action::FindData { .. } | Action::Record { .. } => {}
         }

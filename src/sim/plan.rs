@@ -234,6 +234,7 @@ impl Plan {
         plan.choose_repair_limit(&mut random.clone());
         plan.choose_on_error(&mut Random::new(random.clone().bits()));
         plan.follows = threshold == majority && random.clone().below(3) > 0;
+        plan.records = Random::new(!random.clone().bits()).below(2) == 0;
         plan
     }
 

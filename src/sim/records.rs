@@ -8,7 +8,7 @@ use uuid::Uuid;
 use super::Violation;
 use super::model::SectorModel;
 use super::operator::index;
-use super::plan::PLACES;
+use super::plan::{PLACES, mask_of};
 use super::random::Random;
 use super::state::{Checked, World, trace};
 use crate::common::operation::Action;
@@ -220,7 +220,8 @@ impl World {
 
     /// The daemon starts again: what it may serve, with all images that are of the disk. The places
     /// of its members change if the last change of the operator is not in the records.
-    pub(super) fn read_records(&mut self) -> Result<Box<Start>, Violation> {
+    /// `None`: nothing, and that is right.
+    pub(super) fn read_records(&mut self) -> Result<Option<Box<Start>>, Violation> {
         let options = Options {
             force: false,
             adopt: None,
@@ -229,10 +230,12 @@ impl World {
             branch: uuid(&mut self.random),
         };
         let named = (0..PLACES).filter(|place| self.records.members[*place].is_some());
-        let in_use = self.members | self.to_be_released;
-        let mut places: Vec<usize> = named.filter(|place| in_use >> place & 1 == 1).collect();
+        let mut places: Vec<usize> = named.collect();
         loop {
             let candidates: Vec<Candidate> = places.iter().map(|p| self.candidate(*p)).collect();
+            for candidate in &candidates {
+                trace!(self, "{}", show_record(candidate));
+            }
             let refused = match decide(&candidates, &options) {
                 Ok(Decision::Start(start)) => {
                     self.members = 0;
@@ -243,7 +246,7 @@ impl World {
                         }
                         self.members |= 1 << place;
                     }
-                    return Ok(start);
+                    return Ok(Some(start));
                 }
                 Ok(Decision::Create) => "it is new".to_owned(),
                 Err(refusal) => {
@@ -259,12 +262,30 @@ impl World {
                         places.remove(other);
                         continue;
                     }
+                    // W11: the operator has given up what no other replica holds durably. Or the
+                    // disk is so small that a vote on all of it has made most replicas stale.
+                    let may_be_lost = self.ledger.given_up != 0 || self.is_marked(&candidates);
+                    if matches!(refusal, Refusal::TooFewCopies { .. }) && may_be_lost {
+                        return Ok(None);
+                    }
                     refusal.to_string()
                 }
             };
             let text = format!("the disk is not served although all replicas are there: {refused}");
             return Err(Violation::new("S3", text));
         }
+    }
+
+    /// Whether all of the disk is marked.
+    fn is_marked(&self, candidates: &[Candidate]) -> bool {
+        let disk = SectorRange::new(0, self.plan.sectors);
+        candidates.iter().any(|candidate| match &candidate.image {
+            Ok(Found {
+                kept: Kept::Read(read),
+                ..
+            }) => read.intent.contains(disk),
+            _ => false,
+        })
     }
 
     fn candidate(&self, place: usize) -> Candidate {
@@ -371,10 +392,10 @@ impl World {
                 .intent()
                 .iter()
                 .for_each(|range| marked.insert(range));
-            known.members.iter().find(|replica| {
-                let member = keeper.member(*replica);
+            known.members.iter().find_map(|replica| {
+                let member = keeper.member(replica);
                 let Some(member) = member.and_then(|id| keeper.record().member(id)) else {
-                    return true;
+                    return Some((replica, "it is not in the table".to_owned()));
                 };
                 let mut stale = member.stale.to_ranges(layout);
                 if member.stale_where_changed {
@@ -382,25 +403,64 @@ impl World {
                 }
                 let copies = &known.copies[replica.as_usize()];
                 // What was corrupt and is repaired, and not flushed, is no worse than before.
-                let now = self.shared.stale_ranges(*replica);
+                let now = self.shared.stale_ranges(replica);
                 let mut unknown = copies.stale.part_in(&now);
                 unknown.remove_all(&stale);
                 let mut doubtful = copies.doubtful.clone();
                 doubtful.remove_all(&stale);
                 doubtful.remove_all(&member.doubtful.to_ranges(layout));
-                let is_active = known.in_service.contains(*replica);
-                member.is_active() != is_active || !unknown.is_empty() || !doubtful.is_empty()
+                let is_active = known.in_service.contains(replica);
+                if !is_active {
+                    // Where nothing has changed it holds nothing older than the others.
+                    unknown.remove_all(&member.doubtful.to_ranges(layout));
+                }
+                let what = if member.is_active() != is_active {
+                    format!("that it is in service: {is_active}")
+                } else if !unknown.is_empty() {
+                    format!("that it is stale in {:x}", mask_of(unknown.iter()))
+                } else if !doubtful.is_empty() {
+                    format!("that it is doubtful in {:x}", mask_of(doubtful.iter()))
+                } else {
+                    return None;
+                };
+                Some((replica, what))
             })
         });
         match lacks.flatten() {
             None => Ok(()),
-            Some(replica) => {
-                let text = format!(
-                    "the records do not say what is known of replica {}",
-                    replica.0
-                );
+            Some((replica, what)) => {
+                let text = format!("the records do not say of replica {}: {what}", replica.0);
                 Err(Violation::new("S2", text))
             }
         }
     }
+}
+
+/// A record, for the trace.
+fn show_record(candidate: &Candidate) -> String {
+    let name = &candidate.node_name;
+    let Ok(Found { kept, .. }) = &candidate.image else {
+        return format!("{name} is missing");
+    };
+    let Kept::Read(read) = kept else {
+        return format!("{name} has no record that can be used: {kept:?}");
+    };
+    let record = &read.record;
+    let members = record.members.iter().map(|member| {
+        let state = if member.is_active() { "" } else { "!" };
+        let sets = (&member.stale, &member.doubtful);
+        let layout = record.layout();
+        let [stale, doubtful] = [sets.0, sets.1].map(|set| mask_of(set.to_ranges(layout).iter()));
+        format!("{state}{}:{stale:x}/{doubtful:x}", member.node_name)
+    });
+    let members: Vec<String> = members.collect();
+    format!(
+        "{name}: slot {}, epoch {} after {}, t = {}, marked {:x}, members {}",
+        record.sequence,
+        record.epoch,
+        record.agreed(),
+        record.threshold.votes,
+        mask_of(read.intent.iter()),
+        members.join(" ")
+    )
 }

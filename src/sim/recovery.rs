@@ -40,6 +40,7 @@ impl World {
         sector: usize,
         before: &Ledger,
         (stale, killed): (&Masks, bool),
+        marked: u64,
     ) -> Checked {
         let bit = 1 << sector;
         let mut versions = Vec::new();
@@ -68,6 +69,14 @@ impl World {
             }
         }
         if versions.len() > 1 {
+            let lies = |replica: usize| {
+                (before.corrupt[replica] | before.falsely_durable[replica]) & bit != 0
+            };
+            let may_differ = marked & bit != 0 || (before.lost_by_crash | before.mixed) & bit != 0;
+            if self.plan.records && !may_differ && !self.members().any(lies) {
+                let text = format!("{sector} is {versions:?} after a crash, and is not marked");
+                return Err(Violation::new("S4", text).at(bit));
+            }
             self.mark_mixed(bit);
         }
         Ok(())

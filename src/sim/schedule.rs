@@ -53,6 +53,9 @@ impl World {
         }
         if !self.faults_ended {
             self.inject_faults()?;
+            if self.is_lost {
+                return Ok(());
+            }
         }
         self.pass_time();
         // Jobs that fail again and again leave no moment in which all is quiet.

@@ -170,6 +170,8 @@ pub struct World {
     pub(super) faults_ended: bool,
     /// A crash has happened.
     pub(super) crashed: bool,
+    /// The disk cannot be served any more.
+    pub(super) is_lost: bool,
     /// What happened, if the run is traced.
     pub(super) trace: Option<Vec<TraceLine>>,
     /// What this run is made of.
@@ -287,6 +289,7 @@ impl World {
             must_flush: false,
             faults_ended: false,
             crashed: false,
+            is_lost: false,
             trace: traced.then(Vec::new),
             statistics: Statistics::default(),
             plan,
