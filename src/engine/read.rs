@@ -160,7 +160,8 @@ impl Read {
             && let Some(winner) = pass.version_with(enough)
             && let Some(tag) = self.tag.take()
         {
-            context.effects.complete(tag, Ok(winner));
+            let request = (OperationType::Read, self.range);
+            context.succeed(tag, request, winner);
         }
         if pass.tally().is_complete() {
             self.compared(doubtful, context)
