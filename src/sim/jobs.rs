@@ -1,6 +1,7 @@
 //! What the engine reports of jobs and removed replicas, and what must be true then.
 
 use super::Violation;
+use super::pending::PendingKind;
 use super::plan::bits;
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
@@ -108,6 +109,14 @@ impl World {
         if self.overlapped {
             // And so may be the end of a write that it has missed.
             stale &= self.before_input.excused[replica];
+        }
+        // A write that has ended in this input is perhaps answered after this.
+        for pending in self.pending.iter().filter(|_| self.plan.records) {
+            if let PendingKind::Write(write) = &pending.kind
+                && write.succeeded >> replica & 1 == 1
+            {
+                stale &= !self.plan.mask(pending.range);
+            }
         }
         if self.ledger.failures[replica] == 0 && stale != 0 {
             let text = format!("replica {replica} is resynced, but was not written at {stale:b}");
