@@ -11,9 +11,7 @@ use crate::record::format;
 use crate::record::start::Kept;
 use crate::record::{Fingerprint, Holder, Layout, Record};
 use crate::replica::file::{ImageStamp, ReplicaFile};
-use crate::replica::record_file::{
-    RecordAccess, RecordContent, RecordError, RecordFile, StateDirectory,
-};
+use crate::replica::record_file::{RecordAccess, RecordError, RecordFile, StateDirectory};
 
 /// How often to look whether the records say what was changed.
 const INTERVAL: Duration = Duration::from_millis(2);
@@ -33,11 +31,11 @@ impl FoundRecord {
     /// # Errors
     /// If it is not known whether there is one, or it cannot be opened.
     pub fn of(access: &mut RecordAccess, state: &StateDirectory) -> Result<Self, RecordError> {
-        let Some((record, RecordContent { bytes, .. })) = access.find(state)? else {
+        let Some((record, content)) = access.find(state)? else {
             let (kept, file) = (Kept::Absent, None);
             return Ok(Self { kept, file });
         };
-        let kept = match format::read(&bytes) {
+        let kept = match format::read_by(|offset, length| content.part(offset, length))? {
             Ok(read) => Kept::Read(Box::new(read)),
             Err(unusable) => Kept::Unusable(unusable),
         };

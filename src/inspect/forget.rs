@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::{ReplicaSource, Stale, sectors, shown, state_directory};
-use crate::record::format::read;
+use crate::record::format::read_by;
 use crate::replica::file::{OfflineImage, OpenError, Sharing, open_offline};
 use crate::replica::record_file::{RecordAccess, RecordError};
 use uuid::Uuid;
@@ -73,9 +73,10 @@ pub fn forget(
             replica: None,
         };
         if let Some((file, content)) = found {
+            let read = read_by(|offset, length| content.part(offset, length))?;
             let kept = access.forget()?;
             forgotten.record = Some([shown(&file.path), shown(&kept)]);
-            forgotten.replica = read(&content.bytes).ok().and_then(|read| {
+            forgotten.replica = read.ok().and_then(|read| {
                 let layout = read.record.layout();
                 let own = read.record.member(read.record.replica)?;
                 let mut stale = own.stale.clone();

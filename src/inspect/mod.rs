@@ -15,7 +15,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::config::parse_blk_file;
-use crate::record::format::{SlotFault, Unusable, read};
+use crate::record::format::{SlotFault, Unusable, read_by};
 use crate::record::start::{
     Candidate, Decision, Found, Kept, Options, Refusal, Start, Why, decide,
 };
@@ -185,11 +185,17 @@ fn look_at(
 }
 
 fn look_at_record(image: &mut Image, opened: &OfflineImage, state: &StateDirectory) -> Kept {
-    let found = opened.record().find(state);
+    let found = opened.record().find(state).and_then(|found| {
+        let Some((file, content)) = found else {
+            return Ok(None);
+        };
+        let read = read_by(|offset, length| content.part(offset, length))?;
+        Ok(Some((file, read)))
+    });
     let unusable = match found {
         Ok(None) => return Kept::Absent,
         Err(error) => Unusable::Unread(error.to_string()),
-        Ok(Some((file, content))) => match read(&content.bytes) {
+        Ok(Some((file, read))) => match read {
             Err(unusable) => unusable,
             Ok(read) => {
                 image.kept = Some(Box::new(KeptRecord {

@@ -12,8 +12,9 @@ pub use self::error::{SlotFault, Unusable};
 pub use self::page::{page, pages};
 pub use self::slot::Slot;
 
+use std::convert::Infallible;
+
 use super::{Extents, Layout, PAGE_BYTES, Record};
-use crate::limits::RECORD_SLOT_BYTES;
 
 /// A record file that was read.
 #[derive(Clone, Debug)]
@@ -30,10 +31,38 @@ pub struct Read {
 
 /// Reads a whole record file.
 pub fn read(file: &[u8]) -> Result<Read, Unusable> {
-    let slot_bytes = usize::try_from(RECORD_SLOT_BYTES).expect("a slot is small");
-    let (first, rest) = file.split_at(file.len().min(slot_bytes));
-    let (second, pages) = rest.split_at(rest.len().min(slot_bytes));
-    read_parts([first, second], pages)
+    let part = |offset, length| {
+        let rest = usize::try_from(offset).ok().and_then(|at| file.get(at..));
+        let rest = rest.unwrap_or_default();
+        Ok::<_, Infallible>(rest[..rest.len().min(length)].to_vec())
+    };
+    match read_by(part) {
+        Ok(read) => read,
+        Err(never) => match never {},
+    }
+}
+
+/// Reads a record file of which `part` returns a part, from an offset on: so many bytes, fewer at
+/// the end of the file. Asks for no more of a slot than is in use.
+///
+/// # Errors
+/// That of `part`.
+pub fn read_by<E>(
+    mut part: impl FnMut(u64, usize) -> Result<Vec<u8>, E>,
+) -> Result<Result<Read, Unusable>, E> {
+    let mut slot = |sequence| {
+        let offset = Layout::slot_offset(sequence);
+        let begin = part(offset, slot::SLOT_ALIGNMENT)?;
+        match slot::bytes_in_use(&begin) {
+            bytes if bytes > begin.len() => part(offset, bytes),
+            _ => Ok(begin),
+        }
+    };
+    let slots = [slot(0)?, slot(1)?];
+    let offset = Layout::page_offset(0);
+    let pages = usize::try_from(Layout::FILE_BYTES_MAX - offset).expect("the maps are small");
+    let pages = part(offset, pages)?;
+    Ok(read_parts([&slots[0], &slots[1]], &pages))
 }
 
 /// Reads the two slots of a record file, and what follows them.

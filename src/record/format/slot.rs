@@ -35,7 +35,7 @@ pub(super) const LINE_BYTES: usize = COVERED + " text=001536 bytes=0008192\n".le
 /// The maps begin at a multiple of so many bytes.
 const MAPS_ALIGNMENT: usize = 512;
 
-const SLOT_ALIGNMENT: usize = 4096;
+pub(super) const SLOT_ALIGNMENT: usize = 4096;
 
 /// The bytes of the slot of a record.
 pub(super) fn encode(record: &Record) -> Vec<u8> {
@@ -58,6 +58,13 @@ pub(super) fn of_parts(text: &[u8], maps: &[u8]) -> Vec<u8> {
     let checksum = format!("{:08x}", crc32c::crc32c(&slot[COVERED..]));
     slot[MAGIC.len()..COVERED].copy_from_slice(checksum.as_bytes());
     slot
+}
+
+/// How many bytes of a slot are in use, from its first ones; 0 if these do not say it.
+pub(super) fn bytes_in_use(begin: &[u8]) -> usize {
+    let fields = begin.get(..LINE_BYTES).and_then(fields);
+    let slot_bytes = usize::try_from(RECORD_SLOT_BYTES).expect("a slot is small");
+    fields.map_or(0, |fields| fields.bytes.min(slot_bytes))
 }
 
 /// The record in a slot. `place` is 0 or 1: slots with even sequence numbers, or odd ones.

@@ -69,9 +69,9 @@ impl RecordAccess {
                         "a part of a record cannot be read"
                     );
                 }
-                let bytes = memory::bytes_of(&content);
                 let content = RecordContent {
-                    bytes: bytes.map_err(|error| self.failed(error))?,
+                    image: self.image.clone(),
+                    file: content,
                     unreadable_bytes,
                 };
                 Ok(Some((record, content)))

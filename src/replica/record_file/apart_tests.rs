@@ -13,7 +13,7 @@ use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::process::wait_until;
 
 use super::device_name::escaped;
-use super::tests::{RECORD_BYTES, access, content, given, image, line, options};
+use super::tests::{RECORD_BYTES, access, bytes, content, given, image, line, options};
 use crate::replica::file::{ImageIdentity, Opener};
 
 /// The way to the record of an image through another thread, which makes the system calls as a
@@ -49,7 +49,7 @@ fn a_block_that_cannot_be_read_costs_no_other_one_its_content() {
     expected[8192..12288].fill(0);
     expected[RECORD_BYTES - 100..].fill(0);
     assert_eq!(read.unreadable_bytes, 4096 + 100);
-    assert!(read.bytes == expected);
+    assert!(bytes(&read) == expected);
     record.write(0, &[4; 512]).unwrap();
     assert_eq!(server.durable_writes(), 1);
 }
@@ -99,9 +99,9 @@ fn another_process_does_all_of_it() {
     made.write(0, b"begin").unwrap();
     let (record, read) = access.find(&state).unwrap().unwrap();
     assert_eq!(record.path, made.path);
-    assert!(read.bytes.starts_with(b"begin\x05") && read.bytes.ends_with(b"\x05end!"));
+    assert!(bytes(&read).starts_with(b"begin\x05") && bytes(&read).ends_with(b"\x05end!"));
     access.make_instead(&content(6)).unwrap();
-    assert_eq!(access.find(&state).unwrap().unwrap().1.bytes, content(6));
+    assert_eq!(bytes(&access.find(&state).unwrap().unwrap().1), content(6));
     let mut kept = record.path.into_os_string();
     kept.push(".unusable");
     fs::remove_file(&kept).unwrap();

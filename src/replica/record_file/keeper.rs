@@ -19,6 +19,9 @@ use crate::replica::file::ImageIdentity;
 /// others their content.
 const BLOCK_BYTES: usize = 4096;
 
+/// What is read at a time before.
+const CHUNK_BYTES: usize = 64 << 10;
+
 /// What is to be done about the record of an image. What is to be written comes in a file
 /// (`memory.rs`) with the order.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -138,8 +141,7 @@ impl Keeper {
     fn read(&self) -> Result<(RecordDone, Option<File>), RecordFault> {
         let (place, file) = self.record()?;
         let failed = |error: io::Error| RecordFault::of_io(Step::Read, place.path(), &error);
-        let (bytes, unreadable_bytes) = read_all(file).map_err(failed)?;
-        let content = memory::file_of(&bytes).map_err(failed)?;
+        let (content, unreadable_bytes) = read_all(file).map_err(failed)?;
         Ok((RecordDone::Content { unreadable_bytes }, Some(content)))
     }
 
@@ -232,38 +234,37 @@ fn opened(place: &Place, file: &File) -> Result<(RecordDone, Option<File>), Reco
     Ok((done, Some(copy)))
 }
 
-/// All bytes of a file, and how many of them cannot be read and are zeroes here.
-fn read_all(file: &File) -> io::Result<(Vec<u8>, u64)> {
+/// All bytes of a file, in memory, and how many of them cannot be read and are zeroes there.
+fn read_all(file: &File) -> io::Result<(File, u64)> {
     let length = file.metadata()?.len();
     if length > RECORD_BYTES_MAX {
         return Err(io::ErrorKind::FileTooLarge.into());
     }
-    let length = usize::try_from(length).map_err(io::Error::other)?;
-    let mut bytes = vec![0; length];
+    let content = memory::zeroes(length)?;
+    let mut buffer = vec![0; CHUNK_BYTES];
     let (mut at, mut unreadable) = (0, 0);
     let mut by_block = false;
     while at < length {
-        let block_end = (at / BLOCK_BYTES + 1) * BLOCK_BYTES;
-        let end = if by_block {
-            block_end.min(length)
-        } else {
-            length
-        };
-        match file.read_at(&mut bytes[at..end], at as u64) {
+        let step = if by_block { BLOCK_BYTES } else { CHUNK_BYTES } as u64;
+        let end = ((at / step + 1) * step).min(length);
+        let part = &mut buffer[..usize::try_from(end - at).map_err(io::Error::other)?];
+        match file.read_at(part, at) {
             // It has become shorter.
             Ok(0) => {
-                bytes.truncate(at);
+                content.set_len(at)?;
                 break;
             }
-            Ok(read) => at += read,
+            Ok(read) => {
+                memory::put(&content, &part[..read], at)?;
+                at += read as u64;
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
             Err(_) if !by_block => by_block = true,
             Err(_) => {
-                bytes[at..end].fill(0);
-                unreadable += (end - at) as u64;
+                unreadable += end - at;
                 at = end;
             }
         }
     }
-    Ok((bytes, unreadable))
+    Ok((content, unreadable))
 }

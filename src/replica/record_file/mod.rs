@@ -107,13 +107,28 @@ impl RecordFile {
     }
 }
 
-/// What a record holds.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What a record holds. Most of it is zeroes, which take no memory.
+#[derive(Debug)]
 pub struct RecordContent {
-    /// All of it. Blocks that cannot be read are zeroes here.
-    pub bytes: Vec<u8>,
+    image: PathBuf,
+    /// In memory. Blocks that cannot be read are zeroes here.
+    file: File,
     /// How many bytes cannot be read.
     pub unreadable_bytes: u64,
+}
+
+impl RecordContent {
+    /// What it holds from `offset` on, up to its end and at most `length` bytes.
+    ///
+    /// # Errors
+    /// If the process that has read it has sent something invalid.
+    pub fn part(&self, offset: u64, length: usize) -> Result<Vec<u8>, RecordError> {
+        let part = memory::part_of(&self.file, offset, length);
+        part.map_err(|source| {
+            let image = self.image.clone();
+            RecordError::Opener { image, source }
+        })
+    }
 }
 
 /// Checks that a write of `length` bytes stays within the file.

@@ -8,7 +8,7 @@ use crate::limits::{
     RECORD_BRANCHES_MAX, RECORD_MAP_BYTES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX,
     RECORD_SLOT_BYTES, RECORD_TABLES_MAX, REPLICAS_MAX,
 };
-use crate::record::format::read;
+use crate::record::format::{read, read_by};
 use crate::record::{
     Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, PAGE_BYTES, Record, Stale,
 };
@@ -272,4 +272,18 @@ fn the_largest_record_fits_a_slot() {
     record.adopted = Some(id(3));
     assert_eq!(record.lineage.len(), RECORD_BRANCHES_MAX);
     assert_eq!(read(&file(&[&record], &map)).unwrap().record, record);
+}
+
+#[test]
+fn no_more_of_a_slot_is_read_than_is_in_use() {
+    let record = record(8192 * MIB, 3);
+    let file = file(&[&record], &Extents::new(record.layout()));
+    let mut asked = 0;
+    let read = read_by(|offset, length| {
+        asked += length;
+        let at = usize::try_from(offset).unwrap();
+        Ok::<_, ()>(file[at..(at + length).min(file.len())].to_vec())
+    });
+    assert_eq!(read.unwrap().unwrap().record, record);
+    assert_eq!(asked, 6 * 4096, "two blocks of slots, and four pages");
 }
