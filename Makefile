@@ -4,7 +4,8 @@ CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
-.PHONY: bench bench-engine bench-jobs lint guest firmware clients fuzz fuzz-corpus clean
+.PHONY: bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
+.PHONY: fuzz-corpus clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -65,6 +66,9 @@ bench-engine: ## Count the engine's instructions per request, and compare with t
 
 bench-jobs: ## Measure what jobs cost a guest: ONLY=row, BENCH_SECONDS, BENCH_ROUNDS, BENCH_DIR
 	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench jobs
+
+bench-records: ## Measure what records cost a guest that writes: ONLY=row, BENCH_SECONDS, BENCH_DIR
+	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench records
 
 bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS, BENCH_ROUNDS, BENCH_DIR
 	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench disk
