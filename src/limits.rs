@@ -348,6 +348,13 @@ pub const SWEEP_TIMEOUTS: u32 = 8;
 /// Extents that are marked ahead of a write, if as many before it are marked.
 pub const MARKS_AHEAD_MAX: u64 = 63;
 
+/// Each time that marks were made so often since the last sweep, twice as many extents around a
+/// write are marked with it.
+pub const MARKING_ROUNDS_DOUBLING: u64 = 16;
+
+/// And at most so many: a power of two.
+pub const MARKS_AROUND_MAX: u64 = 64;
+
 /// If marks were made more often than this since the last sweep, none are taken away.
 pub const MARKING_ROUNDS_MAX: u64 = 64;
 

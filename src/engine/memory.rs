@@ -9,7 +9,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
 use crate::common::{NOT_POISONED, ReplicaSet, SectorRange};
-use crate::limits::{MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX};
+use crate::limits::{
+    MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX,
+};
 use crate::quorum::health::{FlushEpoch, Health, Remembered};
 use crate::record::{Extents, Keeper, Layout, Round, Threshold, Wanted, WantedMember};
 
@@ -229,7 +231,8 @@ impl Marks {
         self.recent.insert(range);
     }
 
-    /// `range` is to be marked, and what will probably follow: as much as is marked before it.
+    /// `range` is to be marked, and what will probably follow: as much as is marked before it, and
+    /// what lies around it, the more the more often marks were made since the last sweep.
     #[cold]
     pub(super) fn want(&mut self, range: SectorRange) {
         let layout = self.durable.layout();
@@ -244,6 +247,11 @@ impl Marks {
         let end = range.end().saturating_add(ahead).min(capacity);
         self.wanted
             .insert(SectorRange::new(range.start, end - range.start));
+        let doublings = self.rounds / MARKING_ROUNDS_DOUBLING;
+        let around = (1 << doublings.min(u64::from(u32::BITS))).min(MARKS_AROUND_MAX);
+        let start = first / around * around;
+        self.wanted
+            .insert(SectorRange::new(start * extent, around * extent));
     }
 
     /// What is to be marked.
@@ -460,5 +468,27 @@ mod tests {
         assert!(marks.begin(extent(12)) && marks.wanted().is_empty());
         assert!(!marks.begin(extent(13)));
         assert_eq!(*marks.wanted(), marked(&[13, 14, 15, 16]));
+    }
+
+    #[test]
+    fn what_is_marked_again_and_again_is_marked_in_larger_parts() {
+        let mut marks = Marks::new(Extents::new(Layout::new(10_000 * EXTENT)));
+        let mut round = |index| {
+            assert!(!marks.begin(extent(index)));
+            let goal = Goal {
+                memory: 1,
+                marks: marks.wanted().clone(),
+            };
+            marks.reached(&goal);
+            goal.marks.iter().collect::<Vec<_>>()
+        };
+        let whole = |start: u64, count: u64| SectorRange::new(start * EXTENT, count * EXTENT);
+        for index in 0..16 {
+            assert_eq!(round(2 * index), [whole(2 * index, 1)]);
+        }
+        assert_eq!(round(101), [whole(100, 2)]);
+        (1..80).for_each(|index| drop(round(200 + 64 * index)));
+        assert_eq!(round(9999), [whole(9984, 16)], "up to the end of the disk");
+        assert_eq!(round(9000), [whole(8960, 64)], "at most so many");
     }
 }
