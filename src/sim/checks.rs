@@ -31,6 +31,12 @@ impl World {
             (kind, Err(())) if self.fails_for_a_record(kind) => {
                 self.check_refusal()?;
                 if let PendingKind::Write(write) = kind {
+                    for sector in bits(self.plan.mask(pending.range)) {
+                        let value = Value::written(write.number, sector);
+                        let (now, durable) = (self.now, write.durable);
+                        self.model.write_ended(sector, value, now, false, durable);
+                        self.changed_at[sector] = now;
+                    }
                     self.note_refused_write(&pending, write);
                 }
             }
@@ -264,13 +270,7 @@ impl World {
     }
 
     /// A write fails for a record. The replicas have written it, if it was begun.
-    fn note_refused_write(&mut self, pending: &Pending, write: &PendingWrite) {
-        for sector in bits(self.plan.mask(pending.range)) {
-            let value = Value::written(write.number, sector);
-            self.model
-                .write_ended(sector, value, self.now, false, write.durable);
-            self.changed_at[sector] = self.now;
-        }
+    pub(super) fn note_refused_write(&mut self, pending: &Pending, write: &PendingWrite) {
         if write.submitted_to != 0 && !write.ended {
             let written = write.succeeded & self.members;
             let written = usize::try_from(written.count_ones()).expect("few");

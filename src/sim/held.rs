@@ -184,6 +184,12 @@ impl World {
                 self.check_refusal()?;
             }
             PendingKind::Read => self.check_failed_read(&pending)?,
+            PendingKind::Write(write)
+                if !success && (pending.withheld || self.fails_for_a_record(&pending.kind)) =>
+            {
+                self.check_refusal()?;
+                self.note_refused_write(&pending, write);
+            }
             PendingKind::Write(write) => self.check_attempt(&pending, write, success)?,
             PendingKind::Flush => unreachable!("no flush is held"),
         }
