@@ -17,6 +17,10 @@
 //!        flush queue ─► waiting for its turn ─► flushing ─► answered, retired  (flushes too)
 //! ```
 //!
+//! With records a write waits for the marks of its range before it goes to the replicas, and a
+//! success is withheld until the records say all that is known. One request (`remember.rs`) writes
+//! them for all that waits.
+//!
 //! The engine evicts a replica that does not answer in time; the requests that wait for it stop
 //! waiting. Its operations are *orphaned*: their slot stays until the last of them ends (see
 //! `time.rs`). Requests drop a replica that is removed from the disk in the same way.
@@ -27,11 +31,13 @@
 //! Engine ─► request ─► read, scrub ─► stage ─► first_pass ────► replies ─► context ─► shared
 //!                    ► resync ──────────────► confirmation ──►
 //!                    ► write, flush, skip ────────────────────────────►         ─► flush_queue
+//!                    ► remember ──────────────────────────────────────►         ─► memory
 //! ```
 //!
-//! Invariants: a request is answered exactly once, and before it is retired; a slot is free when
-//! the last of its operations has ended; operations that change overlapping sectors run one after
-//! another (W2); the engine reports a replica as corrupt only after a read that held the lock (R5).
+//! Invariants: a request is answered exactly once, or its answer is withheld, before it is retired;
+//! a slot is free when the last of its operations has ended; operations that change overlapping
+//! sectors run one after another (W2); the engine reports a replica as corrupt only after a read
+//! that held the lock (R5).
 
 // The model checker's cells need unsafe code; the engine does not.
 #![cfg_attr(not(feature = "loom"), forbid(unsafe_code))]
