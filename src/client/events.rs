@@ -284,6 +284,7 @@ mod tests {
                 "quorum0: a write of the guest is held: No space left on device",
                 "1.raw: evicted: it does not answer",
                 "1.raw: evicted too often: it is kept out for 16 s",
+                "2.raw: missing: cannot open '/images/2.raw': No such file or directory",
                 "repairs have stopped: they reached 16 MiB (--repair-limit)",
                 "1.raw: its image was changed by another program: unlinked",
                 "1742 events missed: they arrived faster than this program read them",

@@ -113,16 +113,6 @@ impl Threshold {
             follows_majority: true,
         }
     }
-
-    /// As it is among `members`.
-    #[must_use]
-    pub fn among(self, members: usize) -> Self {
-        if self.follows_majority {
-            Self::majority(members)
-        } else {
-            self
-        }
-    }
 }
 
 impl Record {

@@ -51,6 +51,11 @@ impl World {
                 let tag = self.engines[self.input_from].guest_write(operation.request);
                 let write = match (&operation.action, tag) {
                     (Action::Write { .. } | Action::Zero { .. }, Some(tag)) => {
+                        // Another worker may have taken the mark away since it was submitted.
+                        if !self.overlapped && !self.shared.is_marked(*range) {
+                            let text = format!("{} is written and not marked", show(*range));
+                            return Err(Violation::new("S4", text).at(self.plan.mask(*range)));
+                        }
                         Some(self.guest_write(tag, &operation)?)
                     }
                     _ => None,

@@ -162,7 +162,7 @@ impl Shared {
         self.memory.ended(succeeded);
     }
 
-    /// What is marked durably. For tests.
+    /// Whether the guest may change all of `range`: it is marked, or there are no records.
     #[cfg(any(test, feature = "sim"))]
     pub fn is_marked(&self, range: SectorRange) -> bool {
         let state = self.state();
