@@ -99,14 +99,12 @@ impl Memory {
         self.durable.load(Ordering::Acquire)
     }
 
-    /// Something is known from now on. The mutex of the workers is held.
+    /// Something is known from now on, of a disk with records. The mutex of the workers is held.
     #[inline]
-    pub(super) fn publish(&self, health: &Health, marks: Option<&Marks>) {
+    pub(super) fn publish(&self, health: &Health, marks: &Marks) {
         self.known.store(health.memory(), Ordering::Release);
-        if let Some(marks) = marks {
-            self.sweepable
-                .store(marks.is_sweepable(), Ordering::Relaxed);
-        }
+        self.sweepable
+            .store(marks.is_sweepable(), Ordering::Relaxed);
     }
 
     /// Whether marks may be needed no more, now or later.

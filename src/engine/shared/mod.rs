@@ -445,12 +445,13 @@ impl Shared {
         state.changes.of_health();
         let state_now = &mut *state;
         let health = &mut state_now.health;
-        let earlier = (health.last_flush(), health.flushed_everywhere());
+        let earlier = state_now.marks.as_ref();
+        let earlier = earlier.map(|_| (health.last_flush(), health.flushed_everywhere()));
         let result = change(health);
-        if let Some(marks) = &mut state_now.marks {
+        if let Some((marks, earlier)) = state_now.marks.as_mut().zip(earlier) {
             marks.follow(earlier, health);
+            self.memory.publish(health, marks);
         }
-        self.memory.publish(health, state_now.marks.as_ref());
         self.publish(health);
         let garbage = state.health.take_garbage();
         drop(state);

@@ -140,7 +140,7 @@ impl Shared {
         let is_same = state.health.memory() == snapshot.memory();
         let marks = state.marks.as_mut().expect("only with records");
         let idle = marks.sweep(idle, is_same);
-        self.memory.publish(&state.health, Some(marks));
+        self.memory.publish(&state.health, marks);
         idle
     }
 
