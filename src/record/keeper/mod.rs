@@ -279,23 +279,17 @@ impl Keeper {
                     .retain(|member| member.id != removed.member);
             }
         }
-        let layout = self.layout();
         for member in &wanted.members {
             let id = self.member(member.replica).expect("a member has a place");
-            let known = self.record.member(id).expect("a member is in the table");
+            let known = self
+                .record
+                .member_mut(id)
+                .expect("a member is in the table");
             match (known.is_active(), member.is_active) {
-                (true, false) => {
-                    self.record.deactivate(id);
-                    let known = self.record.member_mut(id).expect("it is still there");
-                    if !known.stale.is_all() {
-                        take(known, member, layout);
-                    }
-                }
+                (true, false) => self.record.deactivate(id),
                 (false, true) => {
-                    let known = self.record.member_mut(id).expect("it is still there");
                     known.state = MemberState::Active;
                     known.stale_where_changed = false;
-                    take(known, member, layout);
                     // What its pages hold was not kept up to date.
                     if let Some(Some(place)) = self.places.get_mut(member.replica.as_usize()) {
                         (place.slot, place.pages) = (0, 0);
