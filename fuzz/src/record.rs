@@ -180,6 +180,7 @@ fn of_numbers(script: &mut Script<'_>, kind: u8) -> Result<Read, Unusable> {
         replica,
         sequence: 2,
         capacity: CAPACITY,
+        extent_sectors: Layout::new(CAPACITY).extent_sectors(),
         threshold: Threshold {
             votes: 1 + number(members),
             follows_majority: false,

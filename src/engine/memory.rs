@@ -13,7 +13,7 @@ use crate::limits::{
     MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX,
 };
 use crate::quorum::health::{FlushEpoch, Health, Remembered};
-use crate::record::{Extents, Keeper, Layout, Round, Threshold, Wanted, WantedMember};
+use crate::record::{Extents, Keeper, Round, Threshold, Wanted, WantedMember};
 
 /// What the workers share of the records.
 #[derive(Debug)]
@@ -290,7 +290,7 @@ impl Marks {
 
     /// The disk grows: everything is to be marked again, where it is marked now.
     pub(super) fn grow(&mut self, capacity: u64) {
-        let layout = Layout::new(capacity);
+        let layout = self.durable.layout().grown(capacity);
         let mut grown = Self::new(Extents::new(layout));
         for set in [&self.durable, &self.wanted] {
             grown.wanted.insert_all(set);
@@ -350,6 +350,7 @@ impl Marks {
 mod tests {
     use super::*;
     use crate::quorum::health::WriteEnd;
+    use crate::record::Layout;
 
     /// Sectors of an extent.
     const EXTENT: u64 = 2048;

@@ -44,7 +44,7 @@ enum Stage {
 #[derive(Debug, Default)]
 pub(super) struct Withheld {
     answers: Vec<Answer>,
-    /// Writes that hold the lock of their range, until it is marked.
+    /// What writes and holds the lock of its range, until it is marked.
     unmarked: Vec<RequestId>,
     /// Those of them whose range cannot be marked.
     refused: Vec<RequestId>,
@@ -101,9 +101,9 @@ impl Withheld {
         self.is_covered
     }
 
-    /// Whether the write may not be made. Then it is history.
-    pub(super) fn take_refused(&mut self, write: RequestId) -> bool {
-        let place = self.refused.iter().position(|refused| *refused == write);
+    /// Whether the write may not be made. It is asked for once.
+    pub(super) fn take_refused(&mut self, writer: RequestId) -> bool {
+        let place = self.refused.iter().position(|refused| *refused == writer);
         place.is_some_and(|place| {
             self.refused.swap_remove(place);
             true
@@ -142,10 +142,10 @@ impl Core {
         }
     }
 
-    /// The write has its lock, and waits until its range is marked (S4).
+    /// The request has its lock, and is to write when its range is marked (S4).
     #[cold]
-    pub(super) fn wait_for_marks(&mut self, write: RequestId) {
-        self.withheld.unmarked.push(write);
+    pub(super) fn wait_for_marks(&mut self, writer: RequestId) {
+        self.withheld.unmarked.push(writer);
         self.have_remembered();
     }
 }

@@ -34,10 +34,16 @@ impl Layout {
         2 * RECORD_SLOT_BYTES + pages * PAGE_BYTES as u64
     };
 
-    /// The layout for a disk of `capacity` sectors.
+    /// The layout of a new disk of `capacity` sectors.
     pub fn new(capacity: u64) -> Self {
+        Self::with_extents(capacity, RECORD_EXTENT_BYTES_MIN / SECTOR_BYTES)
+    }
+
+    /// The layout for a disk of `capacity` sectors with extents of `extent_sectors`, a power of
+    /// two; larger ones if a map would be too large.
+    pub fn with_extents(capacity: u64, mut extent_sectors: u64) -> Self {
         assert!(capacity <= RECORD_NUMBER_MAX, "a capacity of a disk");
-        let mut extent_sectors = RECORD_EXTENT_BYTES_MIN / SECTOR_BYTES;
+        assert!(extent_sectors.is_power_of_two(), "a size of an extent");
         while capacity.div_ceil(extent_sectors) > 8 * RECORD_MAP_BYTES_MAX {
             extent_sectors *= 2;
         }
@@ -45,6 +51,23 @@ impl Layout {
             capacity,
             extent_sectors,
         }
+    }
+
+    /// The layout after the disk has grown to `capacity` sectors.
+    #[must_use]
+    pub fn grown(self, capacity: u64) -> Self {
+        Self::with_extents(capacity, self.extent_sectors)
+    }
+
+    /// The layout that a record says it has. `None` if no disk has it: its extents are no power of
+    /// two, so small that a map would be too large, or larger than those of a new disk.
+    pub(super) fn recorded(capacity: u64, extent_sectors: u64) -> Option<Self> {
+        let most = Self::new(capacity).extent_sectors;
+        if !extent_sectors.is_power_of_two() || extent_sectors > most {
+            return None;
+        }
+        let layout = Self::with_extents(capacity, extent_sectors);
+        (layout.extent_sectors == extent_sectors).then_some(layout)
     }
 
     /// Sectors of the disk.
@@ -101,5 +124,26 @@ impl Layout {
     /// Bytes of the whole file.
     pub fn file_bytes(self) -> u64 {
         Self::page_offset(self.pages())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn extents_are_no_smaller_than_the_maps_allow_and_no_larger_than_those_of_a_new_disk() {
+        let tib = (1 << 40) / SECTOR_BYTES;
+        let recorded = |extent_sectors| Layout::recorded(tib, extent_sectors);
+        let new = Layout::new(tib);
+        assert_eq!(new.extent_sectors(), 16 << 11);
+        assert_eq!(recorded(16 << 11), Some(new));
+        assert_eq!(recorded(8 << 11), None, "a map would be too large");
+        assert_eq!(recorded(32 << 11), None);
+        assert_eq!(recorded((16 << 11) - 1), None, "no power of two");
+        assert_eq!(Layout::new(1).grown(tib), new);
+        let small = Layout::recorded(64, 4);
+        assert_eq!(small.map(Layout::extents), Some(16));
+        assert_eq!(small.map(|layout| layout.grown(128).extents()), Some(32));
     }
 }

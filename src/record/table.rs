@@ -24,6 +24,9 @@ pub struct Record {
     /// Sectors of the disk.
     #[serde(rename = "capacity-sectors")]
     pub capacity: u64,
+    /// Sectors of an extent.
+    #[serde(skip)]
+    pub extent_sectors: u64,
     /// How many equal versions win a vote.
     pub threshold: Threshold,
     /// The branches that lead here, oldest first.
@@ -97,8 +100,8 @@ pub struct Creation {
     pub branch: Uuid,
     /// Random: drawn at each start.
     pub run: Uuid,
-    /// Sectors of the disk.
-    pub capacity: u64,
+    /// The size of the disk and of its extents.
+    pub layout: Layout,
     /// The vote threshold.
     pub threshold: Threshold,
     /// The replicas, each with a random name and its node-name.
@@ -123,7 +126,8 @@ impl Record {
             disk: creation.disk,
             replica: Uuid::nil(),
             sequence: 1,
-            capacity: creation.capacity,
+            capacity: creation.layout.capacity(),
+            extent_sectors: creation.layout.extent_sectors(),
             threshold: creation.threshold,
             lineage: vec![Branch {
                 id: creation.branch,
@@ -161,7 +165,17 @@ impl Record {
 
     /// The layout of its maps.
     pub fn layout(&self) -> Layout {
-        Layout::new(self.capacity)
+        Layout::with_extents(self.capacity, self.extent_sectors)
+    }
+
+    /// Has the maps of a disk that has grown to `capacity` sectors.
+    pub fn grow(&mut self, capacity: u64) {
+        let layout = self.layout().grown(capacity);
+        (self.capacity, self.extent_sectors) = (layout.capacity(), layout.extent_sectors());
+        for member in &mut self.members {
+            member.stale = member.stale.fitted(layout);
+            member.doubtful = member.doubtful.fitted(layout);
+        }
     }
 
     /// The last table that was agreed upon.

@@ -150,6 +150,8 @@ pub struct Plan {
     pub overlap: u32,
     /// The replicas have records.
     pub records: bool,
+    /// Sectors of an extent of the records.
+    pub extent_sectors: u64,
 }
 
 const PATTERNS: [ReadPattern; 6] = [
@@ -224,6 +226,7 @@ impl Plan {
             on_error: ErrorPolicy::default(),
             overlap: 0,
             records: false,
+            extent_sectors: 1,
         };
         plan.choose_faults(random);
         plan.choose_slowness(random);
@@ -234,8 +237,14 @@ impl Plan {
         plan.choose_repair_limit(&mut random.clone());
         plan.choose_on_error(&mut Random::new(random.clone().bits()));
         plan.follows = threshold == majority && random.clone().below(3) > 0;
-        plan.records = Random::new(!random.clone().bits()).below(2) == 0;
+        plan.choose_records(&mut Random::new(!random.clone().bits()));
         plan
+    }
+
+    /// Half of all disks have records. Most have several extents.
+    fn choose_records(&mut self, random: &mut Random) {
+        self.records = random.below(2) == 0;
+        self.extent_sectors = random.pick(&[1, 1, 2, 4, 8, 64]);
     }
 
     /// Half of all disks report all errors.

@@ -109,6 +109,11 @@ impl World {
         let sectors = mask_below(run.count) << run.start;
         trace!(self, at sectors, "replica {replica} decides in {}", show(run));
         self.check_undecided_by_vote(replica, sectors)?;
+        // Another worker may have taken the mark away since.
+        if !self.overlapped && !self.shared.is_marked(range) {
+            let text = format!("{} is to be changed and is not marked", show(range));
+            return Err(Violation::new("S4", text).at(sectors));
+        }
         let known = self.preferences.iter_mut().find(|p| p.range == range);
         if let Some(known) = known {
             known.sectors |= sectors;

@@ -101,7 +101,7 @@ impl World {
             disk: uuid(&mut self.random),
             branch: uuid(&mut self.random),
             run: uuid(&mut self.random),
-            capacity: self.plan.sectors,
+            layout: Layout::with_extents(self.plan.sectors, self.plan.extent_sectors),
             threshold: Threshold {
                 votes: u8::try_from(self.threshold).expect("few"),
                 follows_majority: self.plan.follows,

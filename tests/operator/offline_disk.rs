@@ -40,7 +40,7 @@ impl Disk {
             disk: id(0xd),
             branch: id(0xb),
             run: id(0x50),
-            capacity: size_bytes / 512,
+            layout: Layout::new(size_bytes / 512),
             threshold: Threshold::majority(3),
             members: (0..3)
                 .map(|place| (id(place), format!("{place}.raw")))

@@ -13,6 +13,7 @@ mod late_reply;
 mod missing;
 mod mutant_patches;
 mod partly_stale;
+mod preferred;
 mod progress;
 mod range_sets;
 mod shared_flush;

@@ -150,7 +150,7 @@ fn create(config: &Config, records: &Records, images: Vec<Image>) -> Result<Repl
         disk: Uuid::new_v4(),
         branch: Uuid::new_v4(),
         run: Uuid::new_v4(),
-        capacity: size_bytes / SECTOR_BYTES,
+        layout: Layout::new(size_bytes / SECTOR_BYTES),
         threshold: Threshold {
             votes: u8::try_from(config.vote_threshold).expect("few replicas"),
             follows_majority: config.threshold_follows,

@@ -147,6 +147,9 @@ impl Confirmation {
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         assert!(self.waits_for_lock(), "a lock is granted once");
+        if self.waits_for_marks(context) {
+            return Next::Wait;
+        }
         self.take_threshold(context.core);
         self.step = Step::Asking;
         self.asked_at = context.now();

@@ -53,7 +53,7 @@ impl Confirmation {
         };
         let block_sectors = context.core.policy.block_sectors;
         let undecided = &verdict.undecided;
-        let preferences: Vec<Preference> = context.shared().change_health(|health| {
+        let preferences = context.shared().change_begins(range, |health| {
             let preferable = health.preferable_parts(replica, range, disputed);
             let readable = runs::without(&preferable, &not_read);
             let wins = runs::common(undecided, &readable);
@@ -67,8 +67,10 @@ impl Confirmation {
                 holders: ReplicaSet::EMPTY,
                 tally: Tally::default(),
             };
-            blocks.into_iter().map(preference).collect()
+            blocks.into_iter().map(preference).collect::<Vec<_>>()
         });
+        // Nothing is preferred where the mark was taken away again meanwhile.
+        let preferences = preferences.unwrap_or_default();
         for Preference { range, sectors, .. } in &preferences {
             verdict.undecided = runs::without(&verdict.undecided, sectors);
             for run in sectors {
@@ -82,6 +84,21 @@ impl Confirmation {
         }
         verdict.winners.sort_unstable_by_key(|run| run.range.start);
         preferences
+    }
+
+    /// With its lock: whether it waits until its range is marked, since a preferred replica may
+    /// change what the disk holds there (S4). If it cannot be marked, none is preferred.
+    pub(super) fn waits_for_marks(&mut self, context: &mut Context<'_, impl Effects>) -> bool {
+        if self.terms.prefers.is_none() {
+            return false;
+        }
+        if context.core.withheld.take_refused(context.id) {
+            self.terms.prefers = None;
+        } else if !context.shared().may_change(self.replies.range()) {
+            context.core.wait_for_marks(context.id);
+            return true;
+        }
+        false
     }
 
     /// The blocks that are written.
@@ -174,7 +191,7 @@ impl Confirmation {
             let Preference { range, begun, .. } = written;
             let succeeded = written.holders.or(written.tally.succeeded());
             let asked = succeeded.or(written.tally.failed());
-            let (success, became_stale) = context.shared().change_health(|health| {
+            let (success, became_stale) = context.shared().write_ends(range, |health| {
                 let success = succeeded.and(health.members()).len() >= health.threshold();
                 let beside = runs::without(&[range], &written.sectors);
                 let unproven = health.unproven_parts(&beside);

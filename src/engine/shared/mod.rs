@@ -409,14 +409,33 @@ impl Shared {
     /// A write of `range` goes to the replicas that are returned. Nothing of that is published.
     /// `None`: it has to wait until the range is marked (S4).
     pub(super) fn write_begins(&self, range: SectorRange) -> Option<(ReplicaSet, WriteBegun)> {
-        let mut state = self.state();
-        if let Some(marks) = &mut state.marks
-            && !marks.begin(range)
-        {
-            return None;
-        }
+        let mut state = self.marked(range)?;
         state.changes.of_health();
         Some((state.health.in_service(), state.health.write_begins(range)))
+    }
+
+    /// Whether `range` is marked, so that it may be changed (S4). If not, it will be.
+    pub(super) fn may_change(&self, range: SectorRange) -> bool {
+        self.marked(range).is_some()
+    }
+
+    /// Changes the health of the replicas because a change of `range` begins. `None`: it has to
+    /// wait until the range is marked (S4).
+    pub(super) fn change_begins<R>(
+        &self,
+        range: SectorRange,
+        change: impl FnOnce(&mut Health) -> R,
+    ) -> Option<R> {
+        Some(self.change(self.marked(range)?, change))
+    }
+
+    /// `None`: `range` is not marked, and will be.
+    fn marked(&self, range: SectorRange) -> Option<MutexGuard<'_, State>> {
+        let mut state = self.state();
+        let marks = state.marks.as_mut();
+        marks
+            .is_none_or(|marks| marks.begin(range))
+            .then_some(state)
     }
 
     /// A write of `range` has ended: changes the health of the replicas.

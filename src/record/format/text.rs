@@ -155,10 +155,8 @@ pub(super) fn decode(text: &[u8], maps: &[u8]) -> Result<Record, SlotFault> {
     }
     let text: Text = parse(text)?;
     check(&text)?;
-    let layout = Layout::new(text.capacity_sectors);
-    if text.extent_sectors != layout.extent_sectors() {
-        return Err(SlotFault::Impossible("the size of its extents"));
-    }
+    let layout = Layout::recorded(text.capacity_sectors, text.extent_sectors)
+        .ok_or(SlotFault::Impossible("the size of its extents"))?;
     let mut maps = Maps {
         layout,
         bytes: maps,
@@ -174,6 +172,7 @@ pub(super) fn decode(text: &[u8], maps: &[u8]) -> Result<Record, SlotFault> {
         replica: text.replica,
         sequence: text.sequence,
         capacity: text.capacity_sectors,
+        extent_sectors: text.extent_sectors,
         threshold: Threshold {
             votes: text.vote_threshold,
             follows_majority: text.follows_majority,

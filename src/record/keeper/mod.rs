@@ -259,13 +259,8 @@ impl Keeper {
         self.change_table();
         self.record.threshold = wanted.threshold;
         if wanted.capacity != self.record.capacity {
-            self.record.capacity = wanted.capacity;
-            let layout = self.layout();
-            for member in &mut self.record.members {
-                member.stale = member.stale.fitted(layout);
-                member.doubtful = member.doubtful.fitted(layout);
-            }
-            self.intent = self.intent.fitted(layout);
+            self.record.grow(wanted.capacity);
+            self.intent = self.intent.fitted(self.layout());
             self.clearing = None;
             self.pages_version += 1;
         }

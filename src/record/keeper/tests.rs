@@ -66,7 +66,7 @@ fn created() -> (Keeper, Files) {
         disk: Uuid::from_u128(100),
         branch: Uuid::from_u128(101),
         run: Uuid::from_u128(102),
-        capacity: SECTORS,
+        layout: Layout::new(SECTORS),
         threshold: Threshold::majority(3),
         members: members.to_vec(),
     });

@@ -102,6 +102,8 @@ fn a_text_that_contradicts_itself_does_not_count() {
         ("\"capacity-sectors\": 1000", "\"capacity-sectors\": 8"),
         ("1000", &too_large),
         ("\"extent-sectors\": 2048", "\"extent-sectors\": 4096"),
+        ("\"extent-sectors\": 2048", "\"extent-sectors\": 1000"),
+        ("\"extent-sectors\": 2048", "\"extent-sectors\": 0"),
         ("\"vote-threshold\": 2", "\"vote-threshold\": 4"),
         ("\"vote-threshold\": 2", "\"vote-threshold\": 0"),
         ("\"count\": 2", "\"count\": 1800"),

@@ -25,7 +25,7 @@ fn record(capacity: u64, members: u8) -> Record {
         disk: id(100),
         branch: id(200),
         run: id(300),
-        capacity,
+        layout: Layout::new(capacity),
         threshold: Threshold::majority(members.len()),
         members,
     };

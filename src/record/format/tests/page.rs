@@ -5,7 +5,7 @@ use uuid::Uuid;
 use super::super::slot::LINE_BYTES;
 use super::{extents, set};
 use crate::record::format::pages;
-use crate::record::{Creation, MemberState, Record, Stale, Threshold};
+use crate::record::{Creation, Layout, MemberState, Record, Stale, Threshold};
 
 /// The record of the page.
 fn example() -> Record {
@@ -19,7 +19,7 @@ fn example() -> Record {
         disk: uuid("5f1c2d9e-0b7a-4e36-9d55-7c2f4be0a811"),
         branch: uuid("c3a96a6e-7d3b-4f5c-a1fe-0d64b96d2b07"),
         run: uuid("2d4e0a5c-9c1b-4b8e-8f6a-f57bb1a0c3d2"),
-        capacity: 2 << 20,
+        layout: Layout::new(2 << 20),
         threshold: Threshold::majority(3),
         members: names.map(|(id, name)| (uuid(id), name.to_owned())).into(),
     };

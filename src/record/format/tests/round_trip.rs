@@ -41,6 +41,7 @@ fn member_state() -> impl Strategy<Value = MemberState> {
 prop_compose! {
     fn any_record()(
         (capacity, stale) in ranges(),
+        extent_sectors in (0..12).prop_map(|bits| 1_u64 << bits),
         everywhere in any::<bool>(),
         states in prop::collection::vec((member_state(), any::<bool>()), 0..6),
         name in ".{0,80}",
@@ -55,7 +56,8 @@ prop_compose! {
         record.epoch.number = number;
         record.clean = image.is_some();
         record.image = image.map(|(bytes, modified_ns)| Fingerprint { bytes, modified_ns });
-        let layout = record.layout();
+        let layout = Layout::with_extents(capacity, extent_sectors);
+        record.extent_sectors = layout.extent_sectors();
         for (member, (state, where_changed)) in record.members[1..].iter_mut().zip(states) {
             *member = Member::new(member.id, &name);
             member.state = state;

@@ -4,7 +4,7 @@ use uuid::Uuid;
 
 use crate::record::format::Read;
 use crate::record::start::{Candidate, Decision, Found, Kept, Options, Start, Why, decide};
-use crate::record::{Creation, Extents, Fingerprint, Record, Threshold};
+use crate::record::{Creation, Extents, Fingerprint, Layout, Record, Threshold};
 
 pub(super) const CAPACITY: u64 = 1 << 20;
 
@@ -45,7 +45,7 @@ pub(super) fn disk(replicas: u8) -> Vec<Candidate> {
         disk: id(0xd),
         branch: id(0xb),
         run: id(0x50),
-        capacity: CAPACITY,
+        layout: Layout::new(CAPACITY),
         threshold: Threshold::majority(names.len()),
         members: members.collect(),
     });

@@ -171,7 +171,7 @@ impl<'a> World<'a> {
             disk: self.name(),
             branch: options.branch,
             run: options.run,
-            capacity: CAPACITY,
+            layout: layout(),
             threshold: Threshold {
                 votes: self.votes,
                 follows_majority: false,
