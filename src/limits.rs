@@ -358,6 +358,10 @@ pub const MARKS_AROUND_MAX: u64 = 64;
 /// If marks were made more often than this since the last sweep, none are taken away.
 pub const MARKING_ROUNDS_MAX: u64 = 64;
 
+/// Writes that a replica may miss, each known to the records exactly before the guest has its
+/// answer. With more of them it is coarse until it is complete again.
+pub const MISSES_EXACT_MAX: u64 = 4;
+
 /// The greatest number in a record, the capacity in sectors included: a reader that keeps numbers
 /// as floating point loses nothing.
 pub const RECORD_NUMBER_MAX: u64 = 1 << 53;

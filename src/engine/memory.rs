@@ -180,6 +180,7 @@ pub(super) fn wanted(known: &Remembered) -> Wanted {
         WantedMember {
             replica,
             is_active: known.in_service.contains(replica),
+            is_coarse: known.coarse.contains(replica),
             stale: copies.stale.clone(),
             doubtful: copies.doubtful.clone(),
         }

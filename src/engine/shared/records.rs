@@ -118,9 +118,13 @@ impl Shared {
         let mut keeper = self.memory.keeper();
         let keeper = keeper.as_mut().expect("only with records");
         let idle = sweeps.then(|| self.sweep()).flatten();
+        let is_settled = keeper.is_durable();
         let (snapshot, wanted) = {
-            let state = self.state();
+            let mut state = self.state();
+            let state = &mut *state;
+            state.health.decide_coarse(sweeps, is_settled);
             let marks = state.marks.as_ref().expect("only with records");
+            self.memory.publish(&state.health, marks);
             (state.health.snapshot(), marks.wanted().clone())
         };
         memory::aim(keeper, &snapshot.remembered(), wanted, idle)

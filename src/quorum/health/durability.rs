@@ -65,7 +65,11 @@ impl Health {
             let done = write.succeeded.contains(replica);
             let missed = !write.asked.contains(replica) || (write.success && !done);
             if missed || state.last_failure > began {
-                self.memory += u64::from(self.in_service.contains(replica));
+                // The records say already of a coarse one that it is stale where anything changes.
+                if self.in_service.without(self.coarse).contains(replica) {
+                    self.memory += 1;
+                    state.misses += 1;
+                }
                 became_stale |= state.stale.is_empty();
                 state.stale.insert(range);
                 if missed {

@@ -61,6 +61,7 @@ impl Health {
         self.members.remove(replica);
         self.in_service.remove(replica);
         self.missing.remove(replica);
+        self.coarse.remove(replica);
         self.releasing.insert(replica);
         self.failure_epoch.0 += 1;
         self.memory += 1;

@@ -20,6 +20,7 @@
 //! one of the last t fresh copies of a sector in service; there are at least t members, and none is
 //! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
+mod coarse;
 mod disputed;
 mod doubt;
 mod durability;
@@ -113,6 +114,8 @@ pub struct Health {
     arrivals: u64,
     /// See [`Self::memory`].
     memory: u64,
+    /// See [`Self::decide_coarse`].
+    coarse: ReplicaSet,
     /// Sets that are not needed any more.
     garbage: Vec<RangeSet>,
 }
@@ -151,6 +154,7 @@ impl Health {
             failure_epoch: FailureEpoch(0),
             arrivals: 0,
             memory: 1,
+            coarse: ReplicaSet::EMPTY,
             garbage: Vec::new(),
         }
     }

@@ -26,6 +26,8 @@ pub struct Remembered {
     pub capacity_sectors: u64,
     /// [`Health::memory`] when this was so.
     pub memory: u64,
+    /// Those in service that are to be stale wherever something changes.
+    pub coarse: ReplicaSet,
     /// By place.
     pub copies: Vec<Copies>,
 }
@@ -44,7 +46,8 @@ pub struct Copies {
 impl Health {
     /// Grows whenever what is to be remembered does: a member in service has become stale or
     /// doubtful somewhere, or there are other members or thresholds. What changes on a member out
-    /// of service is not counted: it is stale wherever the disk changes.
+    /// of service is not counted, nor what a coarse one misses: they are stale wherever the disk
+    /// changes.
     pub fn memory(&self) -> u64 {
         self.memory
     }
@@ -64,6 +67,7 @@ impl Health {
             threshold_follows: self.threshold_follows(),
             capacity_sectors: self.capacity_sectors,
             memory: self.memory,
+            coarse: self.coarse,
             copies: copies.collect(),
         }
     }

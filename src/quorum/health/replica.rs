@@ -48,6 +48,8 @@ pub(super) struct ReplicaHealth {
     /// What was written before a flush that this replica has not confirmed yet, by that flush.
     pub(super) unconfirmed: VecDeque<(FlushEpoch, RangeSet)>,
     pub(super) last_failure: FailureEpoch,
+    /// How many writes it has missed for each of which the records had to say more.
+    pub(super) misses: u64,
     /// When a failure last turned out to have undone a write that had succeeded here: a read in
     /// flight may have seen the old data, even if it has been written again by the time the reply
     /// comes.

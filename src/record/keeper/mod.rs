@@ -74,6 +74,8 @@ pub struct WantedMember {
     pub replica: ReplicaIndex,
     /// It is in service, and its record is to be kept up to date.
     pub is_active: bool,
+    /// In service, and stale also wherever something changes.
+    pub is_coarse: bool,
     /// Where it is stale.
     pub stale: RangeSet,
     /// Where it is doubtful; not stale there.
@@ -464,8 +466,12 @@ impl Place {
     }
 }
 
-/// Whether a record says of a member what is wanted, or that it is stale in more sectors.
+/// Whether a record says of a member what is wanted, or that it is stale in more sectors. Whether
+/// an active one is coarse has to be as it is wanted.
 fn covers(known: &Member, wanted: &WantedMember, intent: &Extents, layout: Layout) -> bool {
+    if known.is_active() && known.stale_where_changed != wanted.is_coarse {
+        return false;
+    }
     let mut stale = known.stale.to_ranges(layout);
     if known.stale_where_changed {
         intent.iter().for_each(|range| stale.insert(range));
@@ -478,14 +484,21 @@ fn covers(known: &Member, wanted: &WantedMember, intent: &Extents, layout: Layou
     unknown.is_empty() && doubtful.is_empty()
 }
 
-/// Has a record say exactly where a member is stale and doubtful. Whether it said something else.
+/// Has a record say exactly where a member is stale and doubtful, and whether it is coarse. Whether
+/// it said something else.
 fn take(known: &mut Member, wanted: &WantedMember, layout: Layout) -> bool {
     let stale = Stale::of(&wanted.stale, layout);
     let mut doubtful = wanted.doubtful.clone();
     doubtful.remove_all(&stale.to_ranges(layout));
     let doubtful = Stale::of(&doubtful, layout);
-    let changed = (&known.stale, &known.doubtful) != (&stale, &doubtful);
+    let is_coarse = match known.state {
+        MemberState::Active => wanted.is_coarse,
+        MemberState::Inactive { .. } => known.stale_where_changed,
+    };
+    let before = (&known.stale, &known.doubtful, known.stale_where_changed);
+    let changed = before != (&stale, &doubtful, is_coarse);
     (known.stale, known.doubtful) = (stale, doubtful);
+    known.stale_where_changed = is_coarse;
     changed
 }
 

@@ -90,6 +90,7 @@ fn wanted(active: &[ReplicaIndex], stale: &[SectorRange]) -> Wanted {
         let mut member = WantedMember {
             replica,
             is_active: active.contains(&replica),
+            is_coarse: false,
             stale: RangeSet::default(),
             doubtful: RangeSet::default(),
         };
@@ -127,6 +128,38 @@ fn nothing_is_written_that_the_records_say_already() {
     assert!(!keeper.is_durable());
     files.drain(&mut keeper, &[]);
     assert_eq!(stale_on_c(&files.read(A)), []);
+}
+
+#[test]
+fn what_a_coarse_member_misses_needs_no_write_where_something_is_marked() {
+    let (mut keeper, mut files) = created();
+    let mut marked = Extents::new(keeper.layout());
+    marked.insert(range(0, 8));
+    keeper.mark(&marked);
+    files.drain(&mut keeper, &[]);
+    let coarse = |stale: &[SectorRange]| {
+        let mut wanted = wanted(&[A, B, C], stale);
+        wanted.members[2].is_coarse = true;
+        wanted
+    };
+    keeper.want(&coarse(&[range(0, 8)]), false);
+    files.drain(&mut keeper, &[]);
+    let read = files.read(A);
+    let member = read.record.member(id(C)).unwrap();
+    assert!(member.is_active() && member.stale_where_changed);
+    keeper.want(&coarse(&[range(0, 8), range(64, 8)]), false);
+    assert!(keeper.is_durable(), "it is marked there");
+    keeper.want(&coarse(&[range(0, 8), range(4096, 8)]), false);
+    assert!(!keeper.is_durable(), "nothing is marked there");
+    files.drain(&mut keeper, &[]);
+    assert_eq!(stale_on_c(&files.read(A)), [range(0, 8), range(4096, 8)]);
+    // It is exact again at once: no other one becomes coarse before.
+    keeper.want(&wanted(&[A, B, C], &[]), false);
+    assert!(!keeper.is_durable());
+    files.drain(&mut keeper, &[]);
+    let read = files.read(A);
+    assert!(!read.record.member(id(C)).unwrap().stale_where_changed);
+    assert_eq!(stale_on_c(&read), []);
 }
 
 #[test]
@@ -247,6 +280,7 @@ fn a_new_member_has_the_table_before_all_others() {
     wanted.members.push(WantedMember {
         replica: new,
         is_active: true,
+        is_coarse: false,
         stale,
         doubtful: RangeSet::default(),
     });

@@ -323,7 +323,8 @@ impl Newest<'_> {
             // put out of service has missed nothing.
             let is_void = !has_table(&record) && is_member_of(record, record.replica);
             let was_active = self.in_force().active.contains(&id);
-            if member.stale_where_changed && !(is_void && was_active) {
+            let has_missed_nothing = is_void && was_active && !member.is_active();
+            if member.stale_where_changed && !has_missed_nothing {
                 let changed = Stale::of_extents(intent, layout);
                 copies.stale = copies.stale.union(&changed, layout);
             }

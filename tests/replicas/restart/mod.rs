@@ -193,6 +193,19 @@ fn record_of(image: &Path) -> PathBuf {
     path.into()
 }
 
+/// The sequence number of the newest slot of a record.
+fn newest_sequence(record: &Path) -> u64 {
+    let file = File::open(record).unwrap();
+    let slots = [0, 1 << 20].map(|offset| {
+        let mut text = vec![0; 4096];
+        let count = file.read_at(&mut text, offset).unwrap();
+        let text = String::from_utf8_lossy(&text[..count]).into_owned();
+        let number = text.split("\"sequence\": ").nth(1)?;
+        number.split(',').next()?.parse::<u64>().ok()
+    });
+    slots.into_iter().flatten().max().expect("a slot")
+}
+
 /// Copies an image as an operator does, with its time of modification, and its record.
 fn copy_with_record(from: &Path, to: &Path) {
     for (from, to) in [

@@ -1,14 +1,17 @@
 //! Which of the images may be started without the others, and what they return.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
 use testkit::machine;
 
-use super::{BLOCK, Host, block, copy_with_record, in_image, number_of, read, record_of, write};
+use super::{
+    BLOCK, Host, Running, block, copy_with_record, in_image, newest_sequence, number_of, read,
+    record_of, write,
+};
 use testkit::client::Request;
 
 /// All subsets of three images, in order, but the empty one.
@@ -49,46 +52,94 @@ fn start_each(images: &[PathBuf]) {
     }
 }
 
+/// A disk whose third image is behind a server that can fail.
+struct Faulty {
+    host: Host,
+    fuse: FuseImage,
+    state: PathBuf,
+}
+
+impl Faulty {
+    fn new() -> Self {
+        let host = Host::new(3);
+        let fuse = FuseImage::serve(&host.images[2]);
+        let state = host.path("state");
+        fs::create_dir(&state).unwrap();
+        Self { host, fuse, state }
+    }
+
+    fn start(&self) -> Running {
+        let mut images = self.host.images.clone();
+        images[2] = self.fuse.path();
+        let timeout = Duration::from_secs(1).as_millis().to_string();
+        let state = self.state.to_str().unwrap();
+        let more = ["--state-dir", state, "--replica-timeout", &timeout];
+        self.host.start_with(&images, &more)
+    }
+
+    /// The images with their records. That of the third image is in the state directory.
+    fn copies(&self, directory: &Path) -> Vec<PathBuf> {
+        let mut records = fs::read_dir(&self.state)
+            .unwrap()
+            .map(|entry| entry.unwrap().path());
+        let images = self.host.images.iter().enumerate();
+        let copied = images.map(|(place, image)| {
+            let copy = directory.join(format!("{place}.raw"));
+            match place {
+                2 => {
+                    fs::copy(image, &copy).unwrap();
+                    fs::copy(records.next().unwrap(), record_of(&copy)).unwrap();
+                }
+                _ => copy_with_record(image, &copy),
+            }
+            copy
+        });
+        copied.collect()
+    }
+}
+
 #[test]
 fn what_an_evicted_replica_has_missed_is_not_believed_after_a_kill() {
     let _machine = machine::shared();
-    let host = Host::new(3);
-    let fuse = FuseImage::serve(&host.images[2]);
-    let _clear = fuse.fault_guard();
-    let state = host.path("state");
-    fs::create_dir(&state).unwrap();
-    let mut images = host.images.clone();
-    images[2] = fuse.path();
-    let more = ["--state-dir", state.to_str().unwrap()];
-    let timeout = Duration::from_secs(1).as_millis().to_string();
-    let more = [&more[..], &["--replica-timeout", &timeout]].concat();
-    let running = host.start_with(&images, &more);
+    let disk = Faulty::new();
+    let _clear = disk.fuse.fault_guard();
+    let running = disk.start();
     let mut client = running.client();
     write(&mut client, 0, 1);
-    fuse.inject(Operation::Write, Fault::Hang);
+    disk.fuse.inject(Operation::Write, Fault::Hang);
     write(&mut client, 1, 2);
     assert_eq!(running.states(), ["in-service", "in-service", "evicted"]);
     drop(client);
     running.kill();
-    fuse.clear_faults();
-    // The record of the image behind the server is in the state directory.
-    let mut records = fs::read_dir(&state)
-        .unwrap()
-        .map(|entry| entry.unwrap().path());
+    disk.fuse.clear_faults();
     let copies = tempfile::tempdir().unwrap();
-    let copied = host.images.iter().enumerate().map(|(place, image)| {
-        let copy = copies.path().join(format!("{place}.raw"));
-        match place {
-            2 => {
-                fs::copy(image, &copy).unwrap();
-                fs::copy(records.next().unwrap(), record_of(&copy)).unwrap();
-            }
-            _ => copy_with_record(image, &copy),
-        }
-        copy
-    });
-    let copied: Vec<PathBuf> = copied.collect();
-    start_each(&copied);
+    start_each(&disk.copies(copies.path()));
+}
+
+/// One write after the other fails there: the records are not written for each of them.
+#[test]
+fn what_a_replica_has_missed_again_and_again_is_not_believed_after_a_kill() {
+    let _machine = machine::shared();
+    let disk = Faulty::new();
+    let _clear = disk.fuse.fault_guard();
+    let running = disk.start();
+    let mut client = running.client();
+    write(&mut client, 0, 1);
+    disk.fuse
+        .inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    let record = record_of(&disk.host.images[0]);
+    let before = newest_sequence(&record);
+    for number in 0..100 {
+        client.write(0, BLOCK as u64, &block(number)).unwrap();
+    }
+    write(&mut client, 1, 2);
+    let written = newest_sequence(&record) - before;
+    assert!((1..20).contains(&written), "{written} rounds");
+    drop(client);
+    running.kill();
+    disk.fuse.clear_faults();
+    let copies = tempfile::tempdir().unwrap();
+    start_each(&disk.copies(copies.path()));
 }
 
 #[test]

@@ -37,6 +37,27 @@ fn a_replica_that_was_evicted_is_stale_where_the_others_have_changed() {
 }
 
 #[test]
+fn a_coarse_replica_is_stale_where_something_was_being_changed() {
+    let mut images = disk(3);
+    for image in &mut images {
+        read(image).record.members[2].stale_where_changed = true;
+    }
+    assert_eq!(whys(&start(&images, &options())), [Why::Fresh; 3]);
+    read(&mut images[1]).intent.insert(SectorRange::new(0, 1));
+    let decided = start(&images, &options());
+    assert_eq!(whys(&decided), [Why::Fresh, Why::Fresh, Why::MissedChanges]);
+    assert!(decided.images[2].stale.overlaps(SectorRange::new(2000, 8)));
+    assert!(!decided.images[2].stale.overlaps(SectorRange::new(2048, 8)));
+    assert!(!decided.record.members[2].stale_where_changed);
+    // All that is there is a proposal that was cut short, by which another one goes.
+    let record = &mut read(&mut images[1]).record;
+    record.propose();
+    record.deactivate(id(1));
+    let decided = start(&images[1..], &options());
+    assert_eq!(whys(&decided)[1], Why::MissedChanges);
+}
+
+#[test]
 fn what_is_doubtful_is_so_after_the_start_unless_it_is_stale() {
     let mut images = disk(3);
     let layout = read(&mut images[0]).record.layout();
