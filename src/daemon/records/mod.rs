@@ -67,15 +67,28 @@ pub(super) fn open(config: &Config, records: &Records) -> Result<Replicas, Error
 /// with the one that the records have: that is raised when more are (W10).
 fn decide_on(candidates: &[Candidate], options: &Options) -> Result<Decision, Refusal> {
     let decision = decide(candidates, options);
-    if options.votes.is_some() && matches!(decision, Err(Refusal::TooFewCopies { .. })) {
-        let votes = None;
-        let options = Options {
-            votes,
-            ..options.clone()
-        };
-        return decide(candidates, &options).or(decision);
+    let Some(wanted) = options.votes else {
+        return decision;
+    };
+    let is_too_high = match &decision {
+        Ok(Decision::Start(start)) => start.complete() < usize::from(wanted),
+        Ok(Decision::Create) => false,
+        Err(refusal) => matches!(refusal, Refusal::TooFewCopies { .. }),
+    };
+    if !is_too_high {
+        return decision;
     }
-    decision
+    let votes = None;
+    let options = Options {
+        votes,
+        ..options.clone()
+    };
+    match decide(candidates, &options) {
+        Ok(Decision::Start(start)) if start.record.threshold.votes < wanted => {
+            Ok(Decision::Start(start))
+        }
+        _ => decision,
+    }
 }
 
 fn refused(refusal: Refusal, candidates: Vec<Candidate>) -> Error {

@@ -59,10 +59,19 @@ impl Shared {
         self.memory.begin(keeper, &known);
     }
 
-    /// The disk is not served any more: what its records say, and what they are to say. `None`
-    /// without records.
+    /// The disk is not served any more, and all replicas in service have been flushed since the
+    /// last operation on them: what its records say, and what they are to say. `None` without
+    /// records.
     pub fn forget(&self) -> Option<(Keeper, Wanted)> {
         let keeper = self.memory.end()?;
+        // No guest has asked for this flush, so it decides nothing (W7). But what a replica was
+        // given by it is not lost any more.
+        self.change_health(|health| {
+            let epoch = health.flush_begins();
+            for replica in health.in_service().iter() {
+                health.flush_ended(epoch, replica, true);
+            }
+        });
         self.state().marks = None;
         Some((keeper, memory::wanted(&self.remembered())))
     }

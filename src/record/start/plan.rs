@@ -33,6 +33,15 @@ pub struct Start {
     pub adopted: Option<usize>,
 }
 
+impl Start {
+    /// How many replicas are stale and doubtful nowhere.
+    pub fn complete(&self) -> usize {
+        let images = self.images.iter();
+        let complete = images.filter(|image| image.why == Why::Fresh);
+        complete.count()
+    }
+}
+
 fn sectors<S: serde::Serializer>(map: &Extents, serializer: S) -> Result<S::Ok, S::Error> {
     Stale::of_extents(map, map.layout()).serialize(serializer)
 }

@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
 use testkit::machine;
 
@@ -97,4 +98,40 @@ fn a_disk_that_has_grown_starts_with_its_new_size() {
     let running = host.start();
     assert_eq!(read(&mut running.client(), last), 2);
     running.end();
+}
+
+#[test]
+fn a_higher_threshold_waits_until_enough_replicas_are_up_to_date() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let served: Vec<_> = host.images[1..]
+        .iter()
+        .map(|image| FuseImage::serve(image))
+        .collect();
+    let _clear: Vec<_> = served.iter().map(FuseImage::fault_guard).collect();
+    let mut images = host.images[..1].to_vec();
+    images.extend(served.iter().map(FuseImage::path));
+    let state = host.path("state");
+    fs::create_dir(&state).unwrap();
+    let start = |votes| {
+        let state = state.to_str().unwrap();
+        host.start_with(&images, &["--state-dir", state, "--vote-threshold", votes])
+    };
+    let running = start("1");
+    for image in &served {
+        image.inject(Operation::Write, Fault::Fail(libc::EIO));
+    }
+    write(&mut running.client(), 0, 1);
+    // After a clean end nothing is recovered, for which one vote would be enough.
+    running.end();
+    for image in &served {
+        image.clear_faults();
+    }
+    // One replica alone has what was written.
+    let running = start("2");
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.state_when(|state| state["vote-threshold"] == 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
 }

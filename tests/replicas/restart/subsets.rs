@@ -228,6 +228,25 @@ fn a_replica_that_returns_while_the_disk_is_served_gets_what_it_has_missed() {
 }
 
 #[test]
+fn what_a_replica_was_given_is_durable_after_a_clean_end() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    host.start().end();
+    let elsewhere = host.path("elsewhere");
+    fs::rename(&host.images[2], &elsewhere).unwrap();
+    let running = host.start();
+    write(&mut running.client(), 1, 2);
+    fs::rename(&elsewhere, &host.images[2]).unwrap();
+    running.wait_until_healthy();
+    // No flush of a guest has made the copy durable, but the end does.
+    running.end();
+    let running = host.start();
+    let log = running.daemon.log();
+    assert!(!log.contains("not up to date"), "{log}");
+    running.end();
+}
+
+#[test]
 fn what_was_in_flight_at_a_kill_is_old_or_new_and_the_same_for_ever() {
     let _machine = machine::shared();
     let host = Host::new(3);
