@@ -2,15 +2,17 @@
 //!
 //! `/dev/sdb` is another disk after a reboot, perhaps one that has a record too. So the record of a
 //! device has the name of a link in `/dev/disk/by-id`, which udev makes of the serial number or the
-//! UUID of the device. A device without such a link (a loop device, a ZFS volume, any device in a
-//! container) is named after its path as the operator gave it: `/dev/zvol/tank/vm1` survives a
-//! reboot, what it leads to (`/dev/zd16`) does not.
+//! UUID of the device, or what the kernel knows of it (`kernel_name.rs`). A device without any of
+//! these (a ZFS or network volume) is named after its path as the operator gave it, if that is a
+//! link: `/dev/zvol/tank/vm1` survives a reboot, what it leads to (`/dev/zd16`) does not, and is
+//! refused. Otherwise a replica would be taken for another one after a reboot, and what it has
+//! missed would be believed.
 //!
 //! A device may have several links, and updates of udev add some. The record has the first of the
 //! names in order of preference when it is made, and is looked for under all of them.
 
 use std::ffi::OsString;
-use std::fs::{metadata, read_dir};
+use std::fs::{metadata, read_dir, symlink_metadata};
 use std::io;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
@@ -20,6 +22,7 @@ use std::time::{Duration, Instant};
 use rustix::fs::{major, minor};
 
 use super::error::{RecordFault, Step};
+use super::kernel_name;
 use crate::limits::{DEVICE_LINKS_MAX, DEVICE_NAMED_LIMIT};
 
 /// How often to look whether udev has named a device.
@@ -39,6 +42,8 @@ const OF_CONTENT: &str = "lvm-pv-uuid-";
 pub(super) struct Devices {
     by_id: PathBuf,
     udev: PathBuf,
+    /// Has a directory for each number of a device.
+    sysfs: PathBuf,
     /// How long udev may take.
     limit: Duration,
 }
@@ -46,13 +51,18 @@ pub(super) struct Devices {
 impl Devices {
     /// Those of this host.
     pub(super) fn of_host() -> Self {
-        Self::at("/dev/disk/by-id", "/run/udev")
+        Self {
+            sysfs: "/sys/dev/block".into(),
+            ..Self::at("/dev/disk/by-id", "/run/udev")
+        }
     }
 
+    /// With what udev knows, and not the kernel.
     pub(super) fn at(by_id: impl Into<PathBuf>, udev: impl Into<PathBuf>) -> Self {
         Self {
             by_id: by_id.into(),
             udev: udev.into(),
+            sysfs: PathBuf::new(),
             limit: DEVICE_NAMED_LIMIT,
         }
     }
@@ -61,7 +71,7 @@ impl Devices {
     ///
     /// # Errors
     /// If its names are not known, which is not the same as having none: under another name its
-    /// record would not be found.
+    /// record would not be found. Or if it has none that is the same after a reboot.
     pub(super) fn names(&self, device: u64, path: &Path) -> Result<Vec<OsString>, RecordFault> {
         if !self.wait_for_udev(device) {
             return Err(RecordFault::NoName);
@@ -69,10 +79,16 @@ impl Devices {
         let failed = |error| RecordFault::of_io(Step::Look, self.by_id.clone(), &error);
         let mut links = self.links(device).map_err(failed)?;
         links.sort_by_cached_key(|link| (rank(link), link.clone()));
-        if links.is_empty() {
-            links.push(std::path::absolute(path).map_err(failed)?);
+        let mut names: Vec<OsString> = links.iter().map(|path| escaped(path)).collect();
+        names.extend(kernel_name::names(&self.sysfs, device));
+        if names.is_empty() {
+            let node = symlink_metadata(path);
+            if node.is_ok_and(|node| node.file_type().is_block_device()) {
+                return Err(RecordFault::NoLastingName);
+            }
+            names.push(escaped(&std::path::absolute(path).map_err(failed)?));
         }
-        Ok(links.iter().map(|path| escaped(path)).collect())
+        Ok(names)
     }
 
     /// Waits until udev has dealt with the device, if there is udev: early in the boot, the node of
@@ -198,6 +214,9 @@ mod tests {
         let volume = directory.path().join("volume");
         symlink(device.path(), &volume).unwrap();
         assert_eq!(names(&volume), [escaped(&volume)]);
+        // What the kernel calls it may lead to another device after a reboot.
+        let node = devices.names(device_of(device.path()), device.path());
+        assert!(matches!(node, Err(RecordFault::NoLastingName)), "{node:?}");
 
         for (link, device) in [
             ("ata-DISK_1", &device),
@@ -214,6 +233,26 @@ mod tests {
             names(&volume),
             expected.map(|name| escaped(&by_id.join(name)))
         );
+    }
+
+    #[test]
+    fn a_loop_device_has_the_name_of_its_file() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("a");
+        std::fs::File::create(&file)
+            .unwrap()
+            .set_len(1 << 20)
+            .unwrap();
+        let device = LoopDevice::attach(&file);
+        let devices = Devices {
+            by_id: directory.path().join("no-links"),
+            udev: directory.path().join("no-udev"),
+            ..Devices::of_host()
+        };
+        let names = devices.names(device_of(device.path()), device.path());
+        let mut expected = OsString::from("loop=");
+        expected.push(escaped(&file.canonicalize().unwrap()));
+        assert_eq!(names.unwrap(), [expected]);
     }
 
     #[test]

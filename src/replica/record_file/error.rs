@@ -65,6 +65,17 @@ pub enum RecordError {
         /// The block device.
         image: PathBuf,
     },
+    /// The block device has no name that is the same after a reboot.
+    #[error(
+        "block device {} may have another name after a reboot, and has neither a link in \
+         /dev/disk/by-id nor a serial number or UUID under which its record could be found; give \
+         the path of a link that always leads to it, or use --state none (nothing is remembered)",
+        Quoted(.image)
+    )]
+    NoLastingName {
+        /// The block device.
+        image: PathBuf,
+    },
     /// The state directory cannot be opened or made.
     #[error(
         "cannot open state directory {}: {}; {}",
@@ -208,6 +219,7 @@ pub(in crate::replica) enum RecordFault {
     Failed(Step, #[serde(with = "path_in_hex")] PathBuf, i32),
     NoDirectory,
     NoName,
+    NoLastingName,
     /// The directory, and whether it is that of `--state-dir`.
     StateDirectory(#[serde(with = "path_in_hex")] PathBuf, bool, i32),
     NotAFile(#[serde(with = "path_in_hex")] PathBuf, Kind),
@@ -254,6 +266,7 @@ impl RecordFault {
             },
             Self::NoDirectory => RecordError::NoDirectory { image },
             Self::NoName => RecordError::NoName { image },
+            Self::NoLastingName => RecordError::NoLastingName { image },
             Self::StateDirectory(path, is_given, errno) => RecordError::StateDirectory {
                 path,
                 is_given,

@@ -33,6 +33,7 @@ mod access;
 mod device_name;
 mod error;
 mod keeper;
+mod kernel_name;
 mod make;
 mod memory;
 mod place;

@@ -11,7 +11,7 @@ use testkit::images::allocated_bytes;
 use testkit::loop_device::LoopDevice;
 use testkit::small_disk::SmallDisk;
 
-use super::device_name::Devices;
+use super::device_name::{Devices, escaped};
 use super::error::{RecordFault, Step};
 use crate::replica::file::{
     EmptyImages, ImageIdentity, OpenOptions, Opening, ReplicaSource, Unopenable,
@@ -336,7 +336,10 @@ fn the_record_of_a_block_device_is_in_the_state_directory() {
     let directory = tempfile::tempdir().unwrap();
     image(&directory.path().join("backing"));
     let device = LoopDevice::attach(&directory.path().join("backing"));
-    let path = device.path();
+    // A link, as ZFS makes them: with the kernel's name of it, it would be refused.
+    let volume = directory.path().join("volume");
+    symlink(device.path(), &volume).unwrap();
+    let path = volume.as_path();
     let missing = directory.path().join("state");
     let state = StateDirectory::Usual(missing.clone());
     assert_eq!(found(path, &state), None);
@@ -348,7 +351,8 @@ fn the_record_of_a_block_device_is_in_the_state_directory() {
     );
 
     let made = access(path).make(&state, &content(1)).unwrap();
-    let name = format!("dev-{}.quorum", path.file_name().unwrap().to_str().unwrap());
+    let mut name = escaped(path);
+    name.push(".quorum");
     assert_eq!(made.path, missing.join(&name));
     assert_eq!(
         fs::metadata(&missing).unwrap().permissions().mode() & 0o777,

@@ -2,6 +2,7 @@
 //! believed, whatever ends the daemon and whichever of the images are there (S2, S3, S7, S9).
 
 mod changed;
+mod devices;
 mod members;
 mod rooms;
 mod subsets;
