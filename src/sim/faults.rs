@@ -2,13 +2,12 @@
 
 use std::time::Duration;
 
-use super::ledger::Masks;
 use super::model::Value;
-use super::plan::{bits, mask_below, mask_of, widen};
-use super::repair_limit::Unasked;
-use super::staleness::Staleness;
+use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, World, trace};
-use crate::common::ranges::RangeSet;
+
+/// How likely it is in each step that the image of a missing member can be opened again.
+const RETURN: u32 = 1 << 9;
 
 impl World {
     /// What happens by itself before each step: mostly nothing.
@@ -46,6 +45,9 @@ impl World {
             } else {
                 long
             };
+        }
+        if self.missing != 0 && self.random.chance(RETURN) {
+            self.find_missing()?;
         }
         if self.random.chance(faults.crash) {
             let killed = self.random.below(3) == 0;
@@ -142,112 +144,5 @@ impl World {
         } else if unreported {
             self.mark_dropped(replica, 1 << sector);
         }
-    }
-
-    /// The host crashes, or the daemon is `killed`: what is in flight, and after a crash also what
-    /// is not durable, is there afterwards or not, sector by sector and replica by replica. Then
-    /// the daemon starts again, and knows from its records which replicas are stale where.
-    fn crash(&mut self, killed: bool) -> Checked {
-        trace!(self, "-- {}", if killed { "kill" } else { "crash" });
-        match killed {
-            true => self.statistics.kills += 1,
-            false => self.statistics.crashes += 1,
-        }
-        for index in 0..self.flights.len() {
-            let sectors = self.random.bits();
-            self.crash_in_flight(index, sectors);
-        }
-        // What the records say.
-        self.tear_records();
-        (self.records.failed, self.records.failures) = (0, 0);
-        let start = match self.plan.records {
-            true => match self.read_records()? {
-                Some(start) => Some(start),
-                None => {
-                    self.is_lost = true;
-                    return Ok(());
-                }
-            },
-            false => None,
-        };
-        let mut changed = RangeSet::default();
-        let remembered = match &start {
-            Some(start) => {
-                changed = self.unsettled(start);
-                self.known_at_start(start)
-            }
-            None => {
-                // Anything may have been changed last.
-                changed.insert(self.plan.disk());
-                self.shared.remembered()
-            }
-        };
-        (self.to_be_released, self.unsynced) = (0, 0);
-        self.jobs.clear();
-        self.asked_resyncs.clear();
-        for replica in self.members().filter(|_| !killed) {
-            let sectors = self.random.bits();
-            self.write_back(replica, sectors);
-            self.replicas[replica].crash(0);
-        }
-        let before = std::mem::take(&mut self.ledger);
-        self.staleness = Staleness::default();
-        self.flights.clear();
-        self.chunks = (0, Duration::ZERO);
-        self.evicted_at = Default::default();
-        self.forget_times();
-        self.wakes.clear();
-        self.pending.clear();
-        self.preferences.clear();
-        self.now += 1;
-        self.forget_recovered();
-        match killed {
-            true => self.model.killed(self.now),
-            false => self.model.crashed(self.now),
-        }
-        self.crashed = true;
-        self.tick_wanted = 0;
-        self.undecided = 0;
-        self.unasked = Unasked::default();
-        self.ledger.any = before.any;
-        self.ledger.unreadable = before.unreadable;
-        self.ledger.unwritable = before.unwritable;
-        if killed {
-            self.ledger.corrupt = before.corrupt;
-            self.ledger.dropped = before.dropped;
-            self.ledger.falsely_durable = before.falsely_durable;
-        }
-        (self.ledger.at_risk, self.ledger.lost_by_crash) = (before.at_risk, before.lost_by_crash);
-        let mut missed = Masks::default();
-        for replica in self.members() {
-            let copies = &remembered.copies[replica];
-            let [stale, doubtful] =
-                [&copies.stale, &copies.doubtful].map(|set| mask_of(set.iter()));
-            missed[replica] = stale;
-            let stale = stale | doubtful;
-            self.ledger.excused[replica] = stale;
-            self.ledger.unsound[replica] = stale;
-            self.ledger.written[replica] = self.plan.mask(self.plan.disk());
-            self.staleness
-                .restored(replica, stale, self.plan.mask(self.plan.disk()));
-        }
-        let marked = mask_of(changed.iter());
-        for sector in 0..self.changed_at.len() {
-            self.check_after_crash(sector, &before, (&missed, killed), marked)?;
-        }
-
-        self.members_ever = self.count();
-        // The operator has changed the command line too.
-        self.plan.threshold = self.threshold;
-        if let Some(start) = &start {
-            self.plan.threshold = usize::from(start.record.threshold.votes);
-            self.plan.follows = start.record.threshold.follows_majority;
-        }
-        self.start_engines();
-        self.restore(&remembered, &changed, killed)?;
-        if let Some(start) = &start {
-            self.keep_records(start)?;
-        }
-        self.compare_first()
     }
 }

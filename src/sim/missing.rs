@@ -1,13 +1,16 @@
-//! A member whose image is missing at the first start, and there some time later (W13).
+//! Members whose images are missing at a start, and there some time later (W13).
 //!
-//! It holds bytes that no write has written, and is stale everywhere.
+//! One that is missing at the first start holds bytes that no write has written, and is stale
+//! everywhere.
 
+use super::Violation;
 use super::model::Value;
-use super::plan::Plan;
-use super::state::{World, trace};
+use super::plan::{Plan, bits};
+use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
 use crate::engine::Shared;
+use crate::quorum::health::Remembered;
 
 impl World {
     /// Before the engines start for the first time: sometimes a member is missing that the disk can
@@ -41,20 +44,63 @@ impl World {
         shared.leave_out(index(place), &stale);
     }
 
-    /// The image of the missing member is there, if the member was not removed.
-    pub(super) fn find_missing(&mut self) {
-        if self.missing == 0 {
-            return;
+    /// The daemon starts again, and cannot open these images, a mask. What they hold is known.
+    pub(super) fn leave_out(&mut self, missing: u32, remembered: &Remembered) {
+        self.missing = missing;
+        for place in bits(u64::from(missing)) {
+            trace!(self, "replica {place} is missing");
+            let copies = &remembered.copies[place];
+            let mut stale = copies.stale.clone();
+            stale.insert_all(&copies.doubtful);
+            self.shared.leave_out(index(place), &stale);
+            self.ledger.any = true;
+            self.ledger.evicted |= 1 << place;
+            self.ledger.failures[place] += 1;
+            self.ledger.evictions[place] += 1;
+            self.staleness.added(place);
+            self.mark_excused(place, self.replicas[place].all());
         }
-        let place = self.missing.trailing_zeros() as usize;
-        self.missing = 0;
-        self.find_record(place);
-        let found = self.shared.found(index(place), &RangeSet::default());
+    }
+
+    /// The image of a missing member is there, if the member was not removed.
+    pub(super) fn find_missing(&mut self) -> Checked {
+        if self.missing == 0 {
+            return Ok(());
+        }
+        let place = self.random.bit(u64::from(self.missing)) as usize;
+        self.missing &= !(1 << place);
+        let is_member = self.members >> place & 1 == 1;
+        let mut stale = RangeSet::default();
+        if is_member && self.plan.records {
+            stale = self.find_record(place)?;
+        }
+        let found = self.shared.found(index(place), &stale);
         trace!(
             self,
             "the image of the missing replica {place} is there: {found}"
         );
         self.tick_wanted = (1 << self.plan.workers) - 1;
+        if found && self.crashed {
+            self.statistics.found += 1;
+            self.check_found(place)?;
+        }
+        Ok(())
+    }
+
+    /// S3: what was missing may vote where it has missed nothing.
+    fn check_found(&mut self, place: usize) -> Checked {
+        self.view.refresh(&self.shared, self.plan.disk());
+        let may_be_lost = self.ledger.lost_by_crash | self.ledger.given_up;
+        let excused = self.view.stale[place] | self.ledger.corrupt[place] | may_be_lost;
+        for sector in bits(self.replicas[place].all() & !excused) {
+            let value = self.replicas[place].value(sector);
+            if !self.model.is_permitted(sector, value, self.now) {
+                let text =
+                    format!("replica {place} returns with {value} of {sector}, and may vote");
+                return Err(Violation::new("S2", text).at(1 << sector));
+            }
+        }
+        Ok(())
     }
 }
 

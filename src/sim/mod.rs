@@ -19,8 +19,8 @@
 //! lateness                    who may be evicted, and who must be
 //! patience                    how long the guest may wait
 //! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
-//! missing                     a member that is missing at the first start
-//! records                     what the daemon knows after its end
+//! missing                     a member that is missing at a start
+//! records, restart            what the daemon knows after its end; how it starts again
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
@@ -61,6 +61,7 @@ mod recovery;
 mod repair_limit;
 pub mod replica;
 mod reports;
+mod restart;
 pub mod runner;
 mod schedule;
 mod staleness;

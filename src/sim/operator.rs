@@ -21,8 +21,7 @@ impl World {
     /// The operator does something.
     pub(super) fn act_as_operator(&mut self) -> Checked {
         if self.missing != 0 && self.random.below(2) == 0 {
-            self.find_missing();
-            return Ok(());
+            return self.find_missing();
         }
         if !self.shared.unresolved().is_empty() && self.random.below(3) == 0 {
             return self.prefer();

@@ -48,6 +48,11 @@ impl Random {
         rest.trailing_zeros()
     }
 
+    /// Some of the bits set in `mask`.
+    pub fn part(&mut self, mask: u32) -> u32 {
+        (self.bits() >> 32) as u32 & mask
+    }
+
     /// One of the values.
     pub fn pick<T: Copy>(&mut self, from: &[T]) -> T {
         from[self.index(from.len())]

@@ -6,18 +6,18 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::Violation;
+use super::ledger::Masks;
 use super::model::SectorModel;
 use super::operator::index;
-use super::plan::{PLACES, mask_of};
+use super::plan::{PLACES, bits, mask_of};
 use super::random::Random;
 use super::state::{Checked, World, trace};
 use crate::common::operation::Action;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::quorum::health::{Copies, Remembered};
-use crate::record::start::{
-    Candidate, Decision, Found, Kept, Options, Refusal, Start, Verdict, decide,
-};
+use crate::record::format::Read;
+use crate::record::start::{Candidate, Found, Kept, Start, Why, take_in};
 use crate::record::{
     Creation, Extents, Holder, Keeper, Layout, MemberState, PAGE_BYTES, Record, RecordWrite, Stale,
     Threshold, format,
@@ -37,6 +37,9 @@ pub(super) struct Records {
     pub(super) failed: u32,
     /// How often a write to a record has failed since the start of the daemon.
     pub(super) failures: u64,
+    /// Where a replica that was missing is stale, as its own record says. The others need not say
+    /// it before it rejoins.
+    found: Masks,
     /// The sectors that were recovered and are not in the records, and what was known of each.
     recovered: Vec<(usize, SectorModel)>,
 }
@@ -71,6 +74,14 @@ impl File {
         }
     }
 
+    /// The sequence number of the last slot.
+    fn sequence(&self) -> u64 {
+        match self.kept() {
+            Kept::Read(read) => read.record.sequence,
+            _ => 0,
+        }
+    }
+
     fn kept(&self) -> Kept {
         let mut pages = self.pages.clone();
         pages.resize(pages.len().max(4 * PAGE_BYTES), 0);
@@ -81,12 +92,27 @@ impl File {
     }
 }
 
+impl Records {
+    /// The daemon ends.
+    pub(super) fn forget(&mut self) {
+        (self.failed, self.failures) = (0, 0);
+        self.found = Masks::default();
+    }
+
+    /// The places whose image has a record, or is to have one: a mask.
+    pub(super) fn named(&self) -> u32 {
+        let places = self.members.iter().enumerate();
+        let named = places.filter(|(_, member)| member.is_some());
+        named.fold(0, |mask, (place, _)| mask | 1 << place)
+    }
+}
+
 /// A random name.
-fn uuid(random: &mut Random) -> Uuid {
+pub(super) fn uuid(random: &mut Random) -> Uuid {
     Uuid::from_u64_pair(random.bits(), random.bits())
 }
 
-fn name(place: usize) -> String {
+pub(super) fn name(place: usize) -> String {
     format!("replica-{place}")
 }
 
@@ -162,7 +188,7 @@ impl World {
         self.records.files[place].write(write.offset_bytes, &write.bytes, || true);
     }
 
-    fn member_in(&self, place: usize) -> Uuid {
+    pub(super) fn member_in(&self, place: usize) -> Uuid {
         self.records.members[place].expect("a member has a name")
     }
 
@@ -204,13 +230,43 @@ impl World {
             .add_with_record(index(place), holder, &name(place));
     }
 
-    /// The image of a member that was missing is there.
-    pub(super) fn find_record(&mut self, place: usize) {
-        let sequence = match self.records.files[place].kept() {
-            Kept::Read(read) => read.record.sequence,
-            _ => 0,
+    /// The image of a member that was missing is there, with its record: where it is stale.
+    pub(super) fn find_record(&mut self, place: usize) -> Result<RangeSet, Violation> {
+        let candidate = self.candidate(place);
+        trace!(self, "{}", show_record(&candidate));
+        let running = self.shared.records(|keeper| {
+            let record = keeper.record();
+            let active = record.members.iter().find(|member| member.is_active());
+            let active = active.expect("the disk is served").id;
+            let running = Read {
+                record: record.for_replica(active, record.sequence),
+                intent: keeper.intent().clone(),
+                slots: [None, None],
+                unverified_pages: Vec::new(),
+            };
+            (running, keeper.layout())
+        });
+        let (running, layout) = running.expect("it has records");
+        let verdict = match take_in(&running, &candidate) {
+            Ok(verdict) if verdict.member == self.member_in(place) => verdict,
+            Ok(_) => {
+                let text = format!("replica {place} is taken for another one");
+                return Err(Violation::new("S3", text));
+            }
+            Err(refusal) => {
+                let text = format!("replica {place} is not taken in: {refusal}");
+                return Err(Violation::new("S3", text));
+            }
         };
+        if verdict.why == Why::NoRecord {
+            self.records.files[place] = File::default();
+        }
+        let sequence = self.records.files[place].sequence();
         self.shared.record_found(index(place), sequence);
+        let mut stale = verdict.stale.to_ranges(layout);
+        stale.insert_all(&verdict.doubtful.to_ranges(layout));
+        self.records.found[place] = mask_of(stale.iter());
+        Ok(stale)
     }
 
     /// Whether the operator may change the replicas: the last change is durable.
@@ -218,77 +274,8 @@ impl World {
         !self.plan.records || self.shared.are_records_durable()
     }
 
-    /// The daemon starts again: what it may serve, with all images that are of the disk. The places
-    /// of its members change if the last change of the operator is not in the records.
-    /// `None`: nothing, and that is right.
-    pub(super) fn read_records(&mut self) -> Result<Option<Box<Start>>, Violation> {
-        let options = Options {
-            force: false,
-            adopt: None,
-            votes: None,
-            run: uuid(&mut self.random),
-            branch: uuid(&mut self.random),
-        };
-        let named = (0..PLACES).filter(|place| self.records.members[*place].is_some());
-        let mut places: Vec<usize> = named.collect();
-        loop {
-            let candidates: Vec<Candidate> = places.iter().map(|p| self.candidate(*p)).collect();
-            for candidate in &candidates {
-                trace!(self, "{}", show_record(candidate));
-            }
-            let refused = match decide(&candidates, &options) {
-                Ok(Decision::Start(start)) => {
-                    self.members = 0;
-                    for (place, image) in places.iter().zip(&start.images) {
-                        if image.member != self.member_in(*place) {
-                            let text = format!("replica {place} is taken for another one");
-                            return Err(Violation::new("S3", text));
-                        }
-                        self.members |= 1 << place;
-                    }
-                    return Ok(Some(start));
-                }
-                Ok(Decision::Create) => "it is new".to_owned(),
-                Err(refusal) => {
-                    // The command line is that of before the last change, or of after it.
-                    let other = match &refusal {
-                        Refusal::Removed { node_name, .. }
-                        | Refusal::NotAMember { node_name, .. } => {
-                            places.iter().position(|place| name(*place) == *node_name)
-                        }
-                        _ => None,
-                    };
-                    if let Some(other) = other {
-                        places.remove(other);
-                        continue;
-                    }
-                    // W11: the operator has given up what no other replica holds durably. Or the
-                    // disk is so small that a vote on all of it has made most replicas stale.
-                    let may_be_lost = self.ledger.given_up != 0 || self.is_marked(&candidates);
-                    if matches!(refusal, Refusal::TooFewCopies { .. }) && may_be_lost {
-                        return Ok(None);
-                    }
-                    refusal.to_string()
-                }
-            };
-            let text = format!("the disk is not served although all replicas are there: {refused}");
-            return Err(Violation::new("S3", text));
-        }
-    }
-
-    /// Whether all of the disk is marked.
-    fn is_marked(&self, candidates: &[Candidate]) -> bool {
-        let disk = SectorRange::new(0, self.plan.sectors);
-        candidates.iter().any(|candidate| match &candidate.image {
-            Ok(Found {
-                kept: Kept::Read(read),
-                ..
-            }) => read.intent.contains(disk),
-            _ => false,
-        })
-    }
-
-    fn candidate(&self, place: usize) -> Candidate {
+    /// The image in a place, with its record.
+    pub(super) fn candidate(&self, place: usize) -> Candidate {
         Candidate {
             node_name: name(place),
             path: PathBuf::from(name(place)),
@@ -334,22 +321,23 @@ impl World {
         let layout = start.record.layout();
         let mut copies = vec![Copies::default(); PLACES];
         for place in self.members() {
-            let member = self.member_in(place);
-            let image = start.images.iter().find(|image| image.member == member);
-            if let Some(Verdict {
-                stale, doubtful, ..
-            }) = image
-            {
+            let id = self.member_in(place);
+            let image = start.images.iter().find(|image| image.member == id);
+            let member = start.record.member(id);
+            let absent = member.map(|member| (&member.stale, &member.doubtful));
+            let known = image
+                .map(|image| (&image.stale, &image.doubtful))
+                .or(absent);
+            if let Some((stale, doubtful)) = known {
                 copies[place] = Copies {
                     stale: stale.to_ranges(layout),
                     doubtful: doubtful.to_ranges(layout),
                 };
             }
         }
-        let members = ReplicaSet::from_bits(self.members);
         Remembered {
-            members,
-            in_service: members,
+            members: ReplicaSet::from_bits(self.members),
+            in_service: ReplicaSet::from_bits(self.members & !self.missing),
             threshold: usize::from(start.record.threshold.votes),
             threshold_follows: start.record.threshold.follows_majority,
             capacity_sectors: start.record.capacity,
@@ -360,12 +348,12 @@ impl World {
 
     /// The records are written again by the daemon that has started.
     pub(super) fn keep_records(&mut self, start: &Start) -> Checked {
-        let sequences: Vec<u64> = (0..PLACES)
-            .map(|place| match self.records.files[place].kept() {
-                Kept::Read(read) => read.record.sequence,
-                _ => 0,
-            })
-            .collect();
+        let is_missing = |place: usize| self.missing >> place & 1 == 1;
+        let sequence = |place: usize| match is_missing(place) {
+            true => 0,
+            false => self.records.files[place].sequence(),
+        };
+        let sequences: Vec<u64> = (0..PLACES).map(sequence).collect();
         trace!(
             self,
             "records: {} members, t = {}, unsettled {:?}",
@@ -413,6 +401,9 @@ impl World {
                 if !is_active {
                     // Where nothing has changed it holds nothing older than the others.
                     unknown.remove_all(&member.doubtful.to_ranges(layout));
+                    for sector in bits(self.records.found[replica.as_usize()]) {
+                        unknown.remove(SectorRange::new(sector as u64, 1));
+                    }
                 }
                 let what = if member.is_active() != is_active {
                     format!("that it is in service: {is_active}")
@@ -437,7 +428,7 @@ impl World {
 }
 
 /// A record, for the trace.
-fn show_record(candidate: &Candidate) -> String {
+pub(super) fn show_record(candidate: &Candidate) -> String {
     let name = &candidate.node_name;
     let Ok(Found { kept, .. }) = &candidate.image else {
         return format!("{name} is missing");

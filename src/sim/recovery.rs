@@ -142,6 +142,8 @@ impl World {
         }
         for replica in self.members() {
             if was_wrong && self.replicas[replica].value(sector) == value {
+                // On its disk there may be something else that is corrupt.
+                self.ledger.falsely_durable[replica] |= self.ledger.corrupt[replica] & bit;
                 self.ledger.corrupt[replica] &= !bit;
             }
         }

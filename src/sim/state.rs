@@ -137,7 +137,7 @@ pub struct World {
     pub(super) to_be_released: u32,
     /// The replicas that were added and have not been resynced, a mask.
     pub(super) unsynced: u32,
-    /// The member whose image is missing, a mask.
+    /// The members whose image is missing, a mask.
     pub(super) missing: u32,
     /// The number of replicas that there have been since the start of the daemon.
     pub(super) members_ever: usize,

@@ -21,6 +21,12 @@ pub struct Statistics {
     pub evictions: u64,
     /// Members that were missing at the first start.
     pub missing: u64,
+    /// Starts without some members.
+    pub subsets: u64,
+    /// Starts that were refused.
+    pub refused: u64,
+    /// Members that were missing at a start with records, and whose image was there later.
+    pub found: u64,
     /// Replicas added.
     pub added: u64,
     /// Replicas removed.
@@ -53,6 +59,9 @@ impl Statistics {
         self.accusations += other.accusations;
         self.evictions += other.evictions;
         self.missing += other.missing;
+        self.subsets += other.subsets;
+        self.refused += other.refused;
+        self.found += other.found;
         self.added += other.added;
         self.removed += other.removed;
         self.given_up += other.given_up;

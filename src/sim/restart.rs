@@ -1,0 +1,350 @@
+//! The daemon ends, and starts again with the images that can be opened then (S3).
+//!
+//! Any image may be missing. A start is refused where the others could have gone on alone, and
+//! tried again with more of them; what is missing when the disk is served may be there later.
+
+use std::path::PathBuf;
+
+use super::Violation;
+use super::ledger::{Ledger, Masks};
+use super::plan::{bits, mask_of};
+use super::records::{name, show_record, uuid};
+use super::repair_limit::Unasked;
+use super::staleness::Staleness;
+use super::state::{Checked, World, trace};
+use crate::common::operation::Action;
+use crate::common::ranges::RangeSet;
+use crate::quorum::health::Remembered;
+use crate::record::start::{Candidate, Decision, Found, Kept, Options, Refusal, Start, decide};
+
+/// The images of a start, masks of places.
+#[derive(Clone, Copy, Debug)]
+struct Images {
+    /// The command line has them.
+    named: u32,
+    /// They can be opened.
+    there: u32,
+    /// They are members no more, or not yet.
+    no_members: u32,
+}
+
+/// How the records were when the daemon ended.
+#[derive(Clone, Copy, Debug)]
+struct Ended {
+    /// All replicas were in service, and their records said so.
+    complete: bool,
+}
+
+impl World {
+    /// The host crashes, or the daemon is `killed`: what is in flight, and after a crash also what
+    /// is not durable, is there afterwards or not, sector by sector and replica by replica. Then
+    /// the daemon starts again, and knows from its records which replicas are stale where.
+    pub(super) fn crash(&mut self, killed: bool) -> Checked {
+        trace!(self, "-- {}", if killed { "kill" } else { "crash" });
+        match killed {
+            true => self.statistics.kills += 1,
+            false => self.statistics.crashes += 1,
+        }
+        for index in 0..self.flights.len() {
+            let sectors = self.random.bits();
+            self.crash_in_flight(index, sectors);
+        }
+        let ended = self.ended();
+        self.tear_records();
+        self.records.forget();
+        let all = u64::from(self.members | self.records.named());
+        for replica in bits(all).filter(|_| !killed) {
+            let sectors = self.random.bits();
+            self.write_back(replica, sectors);
+            self.replicas[replica].crash(0);
+        }
+        // What the records say.
+        let start = match self.plan.records {
+            true => match self.read_records(ended)? {
+                Some(start) => Some(start),
+                None => {
+                    self.is_lost = true;
+                    return Ok(());
+                }
+            },
+            false => None,
+        };
+        let mut changed = RangeSet::default();
+        let remembered = match &start {
+            Some(start) => {
+                changed = self.unsettled(start);
+                self.known_at_start(start)
+            }
+            None => {
+                // Anything may have been changed last.
+                changed.insert(self.plan.disk());
+                self.shared.remembered()
+            }
+        };
+        let before = self.forget(killed);
+        let marked = mask_of(changed.iter());
+        self.note_remembered(&remembered, &before, (marked, killed))?;
+
+        self.members_ever = self.count();
+        // The operator has changed the command line too.
+        self.plan.threshold = self.threshold;
+        if let Some(start) = &start {
+            self.plan.threshold = usize::from(start.record.threshold.votes);
+            self.plan.follows = start.record.threshold.follows_majority;
+        }
+        let missing = self.missing;
+        self.start_engines();
+        self.restore(&remembered, &changed, killed)?;
+        self.leave_out(missing, &remembered);
+        if let Some(start) = &start {
+            self.keep_records(start)?;
+        }
+        self.compare_first()
+    }
+
+    fn ended(&self) -> Ended {
+        let is_record = |action: &Action| matches!(action, Action::Record { .. });
+        let mut flights = self.flights.iter();
+        let written = flights.all(|flight| !is_record(&flight.operation.action));
+        let in_service = self.ledger.evicted & self.members == 0;
+        Ended {
+            complete: written && in_service && self.may_change_members(),
+        }
+    }
+
+    /// The daemon has ended: nothing of what it did goes on. Returns what was known of faults.
+    fn forget(&mut self, killed: bool) -> Ledger {
+        (self.to_be_released, self.unsynced) = (0, 0);
+        self.jobs.clear();
+        self.asked_resyncs.clear();
+        let before = std::mem::take(&mut self.ledger);
+        self.staleness = Staleness::default();
+        self.flights.clear();
+        self.chunks = Default::default();
+        self.evicted_at = Default::default();
+        self.forget_times();
+        self.wakes.clear();
+        self.pending.clear();
+        self.preferences.clear();
+        self.now += 1;
+        self.forget_recovered();
+        match killed {
+            true => self.model.killed(self.now),
+            false => self.model.crashed(self.now),
+        }
+        self.crashed = true;
+        self.tick_wanted = 0;
+        self.undecided = 0;
+        self.unasked = Unasked::default();
+        self.ledger.any = before.any;
+        self.ledger.unreadable = before.unreadable;
+        self.ledger.unwritable = before.unwritable;
+        if killed {
+            self.ledger.corrupt = before.corrupt;
+            self.ledger.dropped = before.dropped;
+            self.ledger.falsely_durable = before.falsely_durable;
+        }
+        (self.ledger.at_risk, self.ledger.lost_by_crash) = (before.at_risk, before.lost_by_crash);
+        before
+    }
+
+    /// What the daemon knows of the replicas when it starts, and whether that is right.
+    fn note_remembered(
+        &mut self,
+        remembered: &Remembered,
+        before: &Ledger,
+        (marked, killed): (u64, bool),
+    ) -> Checked {
+        let disk = self.plan.mask(self.plan.disk());
+        let mut missed = Masks::default();
+        for replica in self.members() {
+            let copies = &remembered.copies[replica];
+            let [stale, doubtful] =
+                [&copies.stale, &copies.doubtful].map(|set| mask_of(set.iter()));
+            missed[replica] = stale;
+            let stale = stale | doubtful;
+            self.ledger.excused[replica] = stale;
+            self.ledger.unsound[replica] = stale;
+            self.ledger.written[replica] = disk;
+            self.staleness.restored(replica, stale, disk);
+            if self.missing >> replica & 1 == 1 {
+                // It is not asked, and what it holds is looked at when it is there.
+                missed[replica] = disk;
+                self.ledger.excused[replica] = disk;
+                self.ledger.corrupt[replica] |=
+                    before.corrupt[replica] | before.falsely_durable[replica];
+            }
+        }
+        for sector in 0..self.changed_at.len() {
+            self.check_after_crash(sector, before, (&missed, killed), marked)?;
+        }
+        Ok(())
+    }
+
+    /// Which images can be opened.
+    fn choose_images(&mut self) -> Images {
+        let all = self.records.named();
+        // One that never answers may be needed without the others.
+        if self.plan.dead != 0 || self.random.below(2) == 0 {
+            return Images::all(all);
+        }
+        let mut missing = self.random.part(all);
+        if self.random.below(2) == 0 {
+            missing = self.random.part(missing);
+        }
+        let absent = match self.random.below(4) {
+            0 => self.random.part(missing),
+            _ => 0,
+        };
+        Images {
+            named: all & !absent,
+            there: all & !missing,
+            no_members: 0,
+        }
+    }
+
+    /// The daemon starts again: what it may serve. The places of its members change if the last
+    /// change of the operator is not in the records. `None`: nothing, and that is right.
+    fn read_records(&mut self, ended: Ended) -> Result<Option<Box<Start>>, Violation> {
+        let options = Options {
+            force: false,
+            adopt: None,
+            votes: None,
+            run: uuid(&mut self.random),
+            branch: uuid(&mut self.random),
+        };
+        let mut images = self.choose_images();
+        loop {
+            let places: Vec<usize> = bits(u64::from(images.named)).collect();
+            let candidate = |place: &usize| match images.there >> place & 1 {
+                0 => missing(*place),
+                _ => self.candidate(*place),
+            };
+            let candidates: Vec<Candidate> = places.iter().map(candidate).collect();
+            for candidate in &candidates {
+                trace!(self, "{}", show_record(candidate));
+            }
+            match decide(&candidates, &options) {
+                Ok(Decision::Start(start)) => {
+                    self.is_started(&places, images, &start)?;
+                    return Ok(Some(start));
+                }
+                // None of those that are there has ever been a member.
+                Ok(Decision::Create) => {}
+                Err(refusal) => {
+                    // The command line is that of before the last change, or of after it.
+                    let other = match &refusal {
+                        Refusal::Removed { node_name, .. }
+                        | Refusal::NotAMember { node_name, .. } => Some(node_name),
+                        Refusal::NotOpened { reason } => Some(reason),
+                        _ => None,
+                    };
+                    let is_other = |place: &&usize| other.is_some_and(|n| name(**place) == *n);
+                    if let Some(place) = places.iter().find(is_other) {
+                        images.named &= !(1 << place);
+                        images.no_members |= 1 << place & images.there;
+                        images.there &= !(1 << place);
+                        continue;
+                    }
+                    trace!(self, "refused: {refusal}");
+                    self.check_refused(&refusal, images, &candidates, ended)?;
+                }
+            }
+            if !self.open_more(&mut images)? {
+                return Ok(None);
+            }
+        }
+    }
+
+    /// The disk is served with these.
+    fn is_started(&mut self, places: &[usize], images: Images, start: &Start) -> Checked {
+        for (place, image) in places.iter().zip(&start.images) {
+            if image.member != self.member_in(*place) {
+                let text = format!("replica {place} is taken for another one");
+                return Err(Violation::new("S3", text));
+            }
+        }
+        let is_member = |place: &usize| start.record.member(self.member_in(*place)).is_some();
+        let members = bits(u64::from(self.records.named())).filter(is_member);
+        self.members = members.fold(0, |mask, place| mask | 1 << place);
+        self.missing = self.members & !images.there;
+        self.statistics.subsets += u64::from(self.missing != 0);
+        Ok(())
+    }
+
+    /// S3: whether the disk may be refused.
+    fn check_refused(
+        &self,
+        refusal: &Refusal,
+        images: Images,
+        candidates: &[Candidate],
+        ended: Ended,
+    ) -> Checked {
+        let missing = self.records.named() & !images.there & !images.no_members;
+        let missing_members = (missing & self.members).count_ones() as usize;
+        let may_be = match refusal {
+            // W11: the operator has given up what no other replica holds durably. Or the disk is so
+            // small that a vote on all of it has made most replicas stale.
+            Refusal::TooFewCopies { .. } => {
+                missing != 0 || self.ledger.given_up != 0 || self.is_marked(candidates)
+            }
+            Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. } => {
+                missing != 0 && !(ended.complete && missing_members < self.threshold)
+            }
+            Refusal::NoRecord { .. } => missing != 0,
+            _ => false,
+        };
+        match may_be {
+            true => Ok(()),
+            false => {
+                let text = format!("the disk is not served with {:b}: {refusal}", images.there);
+                Err(Violation::new("S3", text))
+            }
+        }
+    }
+
+    /// After a refusal: more images can be opened. `false`: all could.
+    fn open_more(&mut self, images: &mut Images) -> Result<bool, Violation> {
+        let all = self.records.named() & !images.no_members;
+        let missing = all & !images.there;
+        if missing == 0 {
+            return Ok(false);
+        }
+        self.statistics.refused += 1;
+        let some = self.random.part(missing);
+        images.there |= if some == 0 { missing } else { some };
+        images.named = all;
+        Ok(true)
+    }
+
+    /// Whether all of the disk is marked.
+    fn is_marked(&self, candidates: &[Candidate]) -> bool {
+        let disk = self.plan.disk();
+        candidates.iter().any(|candidate| match &candidate.image {
+            Ok(Found {
+                kept: Kept::Read(read),
+                ..
+            }) => read.intent.contains(disk),
+            _ => false,
+        })
+    }
+}
+
+impl Images {
+    fn all(named: u32) -> Self {
+        Self {
+            named,
+            there: named,
+            no_members: 0,
+        }
+    }
+}
+
+/// An image that cannot be opened.
+fn missing(place: usize) -> Candidate {
+    Candidate {
+        node_name: name(place),
+        path: PathBuf::from(name(place)),
+        image: Err(name(place)),
+    }
+}
