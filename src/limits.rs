@@ -373,6 +373,15 @@ pub const RECORD_NAME_BYTES_MAX: usize = 63;
 /// are dropped.
 pub const RECORD_BRANCHES_MAX: usize = 64;
 
+/// Jobs that have ended, of which a record keeps the results.
+pub const RECORD_JOBS_MAX: usize = 8;
+
+/// Bytes of the name and of the type of such a job.
+pub const RECORD_JOB_ID_BYTES_MAX: usize = 32;
+
+/// Bytes of the reason why it has failed; a longer one is cut.
+pub const RECORD_JOB_ERROR_BYTES_MAX: usize = 200;
+
 /// Feature names of a record that a message lists, and the bytes of each.
 pub const RECORD_FEATURES_MAX: usize = 16;
 

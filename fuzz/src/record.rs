@@ -198,6 +198,7 @@ fn of_numbers(script: &mut Script<'_>, kind: u8) -> Result<Read, Unusable> {
             ..FINGERPRINT
         }),
         members: Vec::new(),
+        jobs: Vec::new(),
     };
     let layout = Layout::new(CAPACITY);
     for place in 0..members {

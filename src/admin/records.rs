@@ -9,7 +9,7 @@ use uuid::Uuid;
 use super::{Admin, AdminError};
 use crate::record::format;
 use crate::record::start::Kept;
-use crate::record::{Fingerprint, Holder, Layout, Record};
+use crate::record::{Fingerprint, Holder, Layout, PastJob, Record};
 use crate::replica::file::{ImageStamp, ReplicaFile};
 use crate::replica::record_file::{RecordAccess, RecordError, RecordFile, StateDirectory};
 
@@ -101,6 +101,12 @@ impl Admin {
             member: Uuid::new_v4(),
             sequence: 0,
         }))
+    }
+
+    /// Has the records keep the last jobs that have ended.
+    pub fn keep_jobs(&self, jobs: Vec<PastJob>) {
+        self.shared.keep_jobs(jobs);
+        self.workers.tick_first();
     }
 
     /// Waits until the records say what was changed last: there is one change of the members at a

@@ -4,13 +4,14 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::format::{printable, size};
+use super::format::{printable, size, timestamp};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Error, Outcome};
 use crate::common::SECTOR_BYTES;
 use crate::common::message::counted;
 use crate::inspect::{Image, KeptRecord, Outcome as Decided, ReplicaSource, inspect, sectors};
+use crate::jobs::JobKind;
 use crate::record::format::SlotFault;
 use crate::record::start::{Start, Verdict, Why};
 use crate::record::{Member, MemberState, Record, Stale};
@@ -101,6 +102,9 @@ fn show(image: &Image, terminal: Terminal, out: &mut dyn Write) -> Result<(), Er
     };
     line("ended", style, &ended)?;
     line("marked", Style::Plain, &marked(kept))?;
+    if let Some(scrubbed) = scrubbed(record) {
+        line("scrubbed", Style::Plain, &scrubbed)?;
+    }
     show_members(record, terminal, out)
 }
 
@@ -136,6 +140,24 @@ fn marked(kept: &KeptRecord) -> String {
     let extents = counted(kept.marked_extents, "extent");
     let each = size(kept.extent_sectors.saturating_mul(SECTOR_BYTES));
     format!("{bytes} in {extents} of {each}")
+}
+
+/// When the last scrub of the whole disk ended, and what it found.
+fn scrubbed(record: &Record) -> Option<String> {
+    let mut jobs = record.jobs.iter().rev();
+    let job = jobs.find(|job| job.r#type == JobKind::SCRUB && !job.cancelled)?;
+    let at = timestamp(job.ended, 0)?;
+    let at = at.split('.').next().unwrap_or_default().replace('T', " ");
+    let found = format!(
+        "{} corrupt, {} unreadable, {} written",
+        counted(job.corrupt_sectors, "sector"),
+        job.unreadable_sectors,
+        job.sectors_written
+    );
+    Some(match &job.error {
+        None => format!("{at} UTC; {found}"),
+        Some(error) => format!("{at} UTC, failed: {}; {found}", printable(error)),
+    })
 }
 
 fn show_members(record: &Record, terminal: Terminal, out: &mut dyn Write) -> Result<(), Error> {

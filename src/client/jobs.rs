@@ -74,11 +74,16 @@ fn list_all(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
         let at = timestamp(job.timestamp.seconds, job.timestamp.microseconds);
         let at = at.map_or_else(|| "-".to_owned(), |at| at.replace('T', " "));
         let second = at.split('.').next().unwrap_or_default();
-        writeln!(context.out, "{second} UTC")?;
+        let before = match job.before_start {
+            true => ", before the daemon started",
+            false => "",
+        };
+        writeln!(context.out, "{second} UTC{before}")?;
         job.end().write(context.out, context.terminal)?;
     }
     // One may have ended between the two questions.
-    let is_running = |job: &Job| ended.iter().all(|ended| ended.job.id != job.id);
+    let same = |ended: &EndedJob, job: &Job| !ended.before_start && ended.job.id == job.id;
+    let is_running = |job: &Job| !ended.iter().any(|ended| same(ended, job));
     let running: Vec<_> = running.into_iter().filter(is_running).collect();
     if !running.is_empty() {
         write_table(context.out, &running, context.terminal)?;

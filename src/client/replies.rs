@@ -183,6 +183,9 @@ pub(super) struct EndedJob {
     pub(super) job: Job,
     pub(super) cancelled: bool,
     pub(super) timestamp: Timestamp,
+    /// It ended before the daemon started: another job may have its name now.
+    #[serde(default, rename = "before-start")]
+    pub(super) before_start: bool,
     #[serde(default)]
     replicas: Vec<Findings>,
     undecided: Option<Places>,

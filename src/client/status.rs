@@ -79,7 +79,7 @@ fn show(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Ou
         None => {
             let now = SystemTime::now();
             write_status(out, &disk, &jobs, context.terminal)?;
-            write_last_scrub(out, &ended, now, context.terminal)?;
+            write_last_scrub(out, disk.records, &ended, now, context.terminal)?;
         }
     }
     Ok(Outcome::of(disk.health == HEALTHY))
@@ -149,6 +149,7 @@ fn write_status(
 /// When the last scrub of the whole disk ended, and what it found.
 fn write_last_scrub(
     out: &mut dyn Write,
+    has_records: bool,
     ended: &[EndedJob],
     now: SystemTime,
     terminal: Terminal,
@@ -159,8 +160,13 @@ fn write_last_scrub(
             let seconds = scrub.timestamp.seconds_before(now);
             let ago = seconds.map_or_else(String::new, |seconds| format!(", {} ago", age(seconds)));
             let job = printable(&scrub.job.id);
-            format!("last scrub: {job}{ago}: {}", scrub.end().result())
+            let before = match scrub.before_start {
+                true => " (before the daemon started)",
+                false => "",
+            };
+            format!("last scrub: {job}{ago}{before}: {}", scrub.end().result())
         }
+        None if has_records => "last scrub: none recorded".to_owned(),
         None => "last scrub: none since the daemon started".to_owned(),
     };
     writeln!(out)?;

@@ -233,7 +233,8 @@ fn ended_unreported(
 /// The end of a job that is no longer listed.
 pub(super) fn has_ended(connection: &mut Connection, id: &str) -> Result<Ended, Error> {
     let ended: Vec<EndedJob> = connection.query("query-quorum-jobs")?;
-    let last = ended.iter().rev().find(|ended| ended.job.id == id);
+    let mut last = ended.iter().rev();
+    let last = last.find(|ended| ended.job.id == id && !ended.before_start);
     last.map(EndedJob::end).ok_or_else(|| {
         Error::Failed(format!(
             "there is no job {}; to list the last ones that have ended: quorum-blkctl jobs --all",

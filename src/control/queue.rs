@@ -9,7 +9,7 @@
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use super::errors::{ErrorLog, Errors};
@@ -21,12 +21,16 @@ use super::map::DiskMap;
 use super::wake::Wake;
 use crate::common::{NOT_POISONED, ReplicaIndex, SectorRange};
 use crate::limits::{EVENT_BURST, EVENT_WINDOW_MS, REPLICAS_MAX};
+use crate::record::PastJob;
 
 /// Twice (see [`FoldLimits::ready_max`]) a burst of every replica.
 const READY_MAX: usize = 2 * REPLICAS_MAX * EVENT_BURST as usize;
 
 /// Far above the kinds that occur: three operations on each replica, and some forty errors of each.
 const KINDS_MAX: usize = REPLICAS_MAX * EVENT_BURST as usize;
+
+/// Has the records keep the results of jobs.
+pub type KeepJobs = Box<dyn Fn(Vec<PastJob>) + Send + Sync>;
 
 /// Events for the [`Publisher`](super::publisher::Publisher).
 pub struct EventQueue {
@@ -39,6 +43,8 @@ pub struct EventQueue {
     evictions: Mutex<Evictions>,
     /// Gets every event when it is sent.
     ended_jobs: Mutex<JobHistory>,
+    /// Gets what the records are to keep of the jobs that have ended.
+    keep_jobs: OnceLock<KeepJobs>,
     /// Readable when there is something new for the publisher.
     wake: Wake,
     /// The start of the time of the folding.
@@ -76,6 +82,7 @@ impl EventQueue {
             errors: Mutex::default(),
             evictions: Mutex::default(),
             ended_jobs: Mutex::default(),
+            keep_jobs: OnceLock::new(),
             wake: Wake::new()?,
             opened_at: Instant::now(),
         }))
@@ -159,8 +166,25 @@ impl EventQueue {
 
     /// Keeps the result of a job that has ended, with the names that its replicas have now.
     pub(super) fn keep_result(&self, event: &Event, names: &Names) {
-        let mut jobs = self.ended_jobs.lock().expect(NOT_POISONED);
-        jobs.record(&event.notice, event.made_at, names);
+        let past = {
+            let mut jobs = self.ended_jobs.lock().expect(NOT_POISONED);
+            let has_ended = jobs.record(&event.notice, event.made_at, names);
+            has_ended.then(|| jobs.past())
+        };
+        if let Some((past, keep)) = past.zip(self.keep_jobs.get()) {
+            keep(past);
+        }
+    }
+
+    /// Begins with the jobs that the records have.
+    pub fn restore_jobs(&self, jobs: &[PastJob]) {
+        self.ended_jobs.lock().expect(NOT_POISONED).restore(jobs);
+    }
+
+    /// From now on `keep` gets what the records are to keep, each time that a job has ended.
+    pub fn keep_jobs_with(&self, keep: KeepJobs) {
+        // Once, at the start.
+        let _ = self.keep_jobs.set(keep);
     }
 
     /// The last jobs that have ended.

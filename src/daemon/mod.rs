@@ -82,6 +82,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let (released, is_released) = channel();
     let disk = disk(config, &replicas, count, (stop.clone(), released))?;
     let has_records = replicas.memory.is_some();
+    if let Some(memory) = &replicas.memory {
+        disk.events.restore_jobs(&memory.keeper.record().jobs);
+    }
     let is_new = replicas.remember(&disk.shared, |event| disk.events.push(event))?;
     let files = replicas.ring_files();
     let workers = Workers::start(&disk, files, count).map_err(worker_error(config.aio))?;
@@ -145,6 +148,12 @@ pub fn run(config: &Config) -> Result<(), Error> {
 fn seeking(admin: Admin, disk: &Disk, records: &Records) -> Result<Arc<Admin>, Error> {
     let admin = Arc::new(admin.with_records(records.directory.clone()));
     let members = records::Members::new(&disk.shared, &records.directory);
+    let keeping = Arc::downgrade(&admin);
+    disk.events.keep_jobs_with(Box::new(move |jobs| {
+        if let Some(admin) = keeping.upgrade() {
+            admin.keep_jobs(jobs);
+        }
+    }));
     let sought = admin.seek_missing(Arc::new(members));
     sought.map_err(system("cannot start a thread"))?;
     Ok(admin)

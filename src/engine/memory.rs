@@ -340,6 +340,11 @@ impl Marks {
         self.sweepable
     }
 
+    /// Has the next sweep come, although no mark may be needed no more.
+    pub(super) fn want_sweep(&mut self) {
+        self.sweepable = true;
+    }
+
     /// Whether all of `range` is marked.
     #[cfg(any(test, feature = "sim"))]
     pub(super) fn are_durable(&self, range: SectorRange) -> bool {

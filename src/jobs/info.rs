@@ -54,6 +54,17 @@ pub enum JobKind {
 }
 
 impl JobKind {
+    /// The name of a scrub of the whole disk.
+    pub const SCRUB: &'static str = "quorum-scrub";
+    /// The names of all kinds.
+    pub const TYPES: [&'static str; 5] = [
+        "quorum-resync",
+        Self::SCRUB,
+        "quorum-neighbourhood-scrub",
+        "quorum-prefer",
+        "quorum-recovery",
+    ];
+
     /// The replica that a resync copies to, or that the operator prefers.
     pub fn replica(self) -> Option<ReplicaIndex> {
         match self {
@@ -65,11 +76,11 @@ impl JobKind {
     /// The kind in events and commands.
     pub fn name(self) -> &'static str {
         match self {
-            Self::Resync(_) => "quorum-resync",
-            Self::Scrub { .. } => "quorum-scrub",
-            Self::NeighbourhoodScrub => "quorum-neighbourhood-scrub",
-            Self::Prefer(_) => "quorum-prefer",
-            Self::Recovery => "quorum-recovery",
+            Self::Resync(_) => Self::TYPES[0],
+            Self::Scrub { .. } => Self::SCRUB,
+            Self::NeighbourhoodScrub => Self::TYPES[2],
+            Self::Prefer(_) => Self::TYPES[3],
+            Self::Recovery => Self::TYPES[4],
         }
     }
 }

@@ -6,6 +6,7 @@ use uuid::Uuid;
 use super::epoch::{Branch, Epoch};
 use super::layout::Layout;
 use super::member::{Member, MemberState};
+use super::past_job::PastJob;
 use super::stale::Stale;
 use crate::limits::RECORD_BRANCHES_MAX;
 
@@ -44,6 +45,8 @@ pub struct Record {
     pub image: Option<Fingerprint>,
     /// All replicas of the disk, in their order.
     pub members: Vec<Member>,
+    /// The last jobs that have ended, for the operator.
+    pub jobs: Vec<PastJob>,
 }
 
 /// The vote threshold of a disk.
@@ -150,6 +153,7 @@ impl Record {
             clean: false,
             image: None,
             members: members.map(|(id, name)| Member::new(*id, name)).collect(),
+            jobs: Vec::new(),
         }
     }
 

@@ -6,7 +6,7 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::memory::{self, Goal, Marks, Step};
 use crate::jobs::JobEvent;
 use crate::quorum::health::{Health, Remembered};
-use crate::record::{Extents, Holder, Keeper, Wanted};
+use crate::record::{Extents, Holder, Keeper, PastJob, Wanted};
 
 impl Shared {
     /// At the start, before there is an engine: the image of the member `replica` is not open, and
@@ -86,6 +86,22 @@ impl Shared {
         self.memory.keeper().as_ref().map(read)
     }
 
+    /// The records are to have these jobs. They are written when marks are looked through, and no
+    /// request waits for them. A tick of the first engine must follow.
+    pub fn keep_jobs(&self, jobs: Vec<PastJob>) {
+        let mut keeper = self.memory.keeper();
+        let Some(keeper) = &mut *keeper else {
+            return;
+        };
+        keeper.keep_jobs(jobs);
+        let mut state = self.state();
+        let state = &mut *state;
+        if let Some(marks) = &mut state.marks {
+            marks.want_sweep();
+            self.memory.publish(&state.health, marks);
+        }
+    }
+
     /// As [`Self::add`], with an empty record.
     pub fn add_with_record(&self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
         // Held meanwhile: no goal is set that knows of the one change and not of the other.
@@ -127,6 +143,9 @@ impl Shared {
         let mut keeper = self.memory.keeper();
         let keeper = keeper.as_mut().expect("only with records");
         let idle = sweeps.then(|| self.sweep()).flatten();
+        if sweeps {
+            keeper.write_jobs();
+        }
         let is_settled = keeper.is_durable();
         let (snapshot, wanted) = {
             let mut state = self.state();

@@ -11,13 +11,13 @@ use super::SlotFault;
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 use crate::limits::{
-    RECORD_BRANCHES_MAX, RECORD_FEATURES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX,
-    RECORD_TABLES_MAX, REPLICAS_MAX,
+    RECORD_BRANCHES_MAX, RECORD_FEATURES_MAX, RECORD_JOBS_MAX, RECORD_NAME_BYTES_MAX,
+    RECORD_NUMBER_MAX, RECORD_TABLES_MAX, REPLICAS_MAX,
 };
 use crate::record::layout::RUN_BYTES;
 use crate::record::{
-    Before, Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, Record, Stale, Table,
-    Threshold, short_name,
+    Before, Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, PastJob, Record,
+    Stale, Table, Threshold, short_name,
 };
 
 /// The version of the format, raised only if even the line or the kinds of features change.
@@ -52,6 +52,8 @@ struct Text {
     clean: bool,
     image: Option<Fingerprint>,
     members: Vec<TextMember>,
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    jobs: Vec<PastJob>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -101,6 +103,7 @@ pub(super) fn encode(record: &Record) -> (Vec<u8>, Vec<u8>) {
         members: members
             .map(|member| encode_member(member, layout, &mut maps))
             .collect(),
+        jobs: record.jobs.clone(),
     };
     let mut bytes = serde_json::to_vec_pretty(&text).expect("plain values become JSON");
     bytes.push(b'\n');
@@ -184,6 +187,7 @@ pub(super) fn decode(text: &[u8], maps: &[u8]) -> Result<Record, SlotFault> {
         clean: text.clean,
         image: text.image,
         members: members?,
+        jobs: text.jobs,
     })
 }
 
@@ -268,6 +272,11 @@ fn check(text: &Text) -> Result<(), SlotFault> {
                 .iter()
                 .all(|member| !member.active || member.holds.is_none()),
             "the state of a member",
+        ),
+        (
+            text.jobs.len() <= RECORD_JOBS_MAX
+                && text.jobs.iter().all(|job| job.clone().bounded() == *job),
+            "its list of jobs",
         ),
     ];
     match conditions.into_iter().find(|(holds, _)| !holds) {

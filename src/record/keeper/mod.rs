@@ -23,6 +23,7 @@ use super::extents::Extents;
 use super::format;
 use super::layout::Layout;
 use super::member::{Member, MemberState};
+use super::past_job::PastJob;
 use super::stale::Stale;
 use super::table::{Fingerprint, Record, Threshold};
 use crate::common::ranges::RangeSet;
@@ -41,6 +42,8 @@ pub struct Keeper {
     pages_version: u64,
     /// Marks to be taken away when the slots are durable.
     clearing: Option<Extents>,
+    /// There are jobs that the slots may not have.
+    has_new_jobs: bool,
     /// By index.
     places: Vec<Option<Place>>,
     /// What the round in flight writes: which version of it, and to which replicas.
@@ -129,6 +132,7 @@ impl Keeper {
             intent,
             pages_version: 1,
             clearing: None,
+            has_new_jobs: false,
             places: places.collect(),
             writing: None,
         }
@@ -332,6 +336,19 @@ impl Keeper {
         self.record.adopted = None;
         self.record.clean = true;
         self.slot_version += 1;
+    }
+
+    /// The last jobs that have ended: they are in the slots that are written from now on. Nothing
+    /// depends on them, so that nothing is written for them alone before
+    /// [`Self::write_jobs`].
+    pub fn keep_jobs(&mut self, jobs: Vec<PastJob>) {
+        self.has_new_jobs |= self.record.jobs != jobs;
+        self.record.jobs = jobs;
+    }
+
+    /// Has the jobs written, if that was not done yet.
+    pub fn write_jobs(&mut self) {
+        self.slot_version += u64::from(std::mem::take(&mut self.has_new_jobs));
     }
 
     /// What is to be written next. `None`: nothing, or the table that is proposed cannot come into

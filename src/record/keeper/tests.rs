@@ -163,6 +163,28 @@ fn what_a_coarse_member_misses_needs_no_write_where_something_is_marked() {
 }
 
 #[test]
+fn jobs_are_in_the_next_slot_and_no_slot_is_written_before_it_is_time() {
+    let (mut keeper, mut files) = created();
+    let job = |id: &str| PastJob {
+        id: id.to_owned(),
+        ..PastJob::default()
+    };
+    keeper.keep_jobs(vec![job("job0")]);
+    assert!(keeper.is_durable() && keeper.next_round().is_none());
+    keeper.want(&wanted(&[A, B, C], &[range(0, 16)]), false);
+    files.drain(&mut keeper, &[]);
+    assert_eq!(files.read(A).record.jobs, [job("job0")]);
+    keeper.keep_jobs(vec![job("job0"), job("job1")]);
+    keeper.write_jobs();
+    assert!(!keeper.is_durable());
+    files.drain(&mut keeper, &[]);
+    assert_eq!(files.read(C).record.jobs, [job("job0"), job("job1")]);
+    keeper.keep_jobs(vec![job("job0"), job("job1")]);
+    keeper.write_jobs();
+    assert!(keeper.is_durable(), "the slots have them");
+}
+
+#[test]
 fn a_slot_that_failed_is_written_again_in_its_place() {
     let (mut keeper, mut files) = created();
     let before = files.read(B).record.sequence;

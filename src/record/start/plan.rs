@@ -367,6 +367,10 @@ impl Planner<'_> {
         }
         record.clean = false;
         record.image = None;
+        let current = self.newest.current.iter();
+        let jobs = current.filter_map(|place| Some(&self.created.read(*place)?.record.jobs));
+        let latest = jobs.max_by_key(|jobs| jobs.iter().map(|job| job.ended).max());
+        record.jobs = latest.cloned().unwrap_or_default();
         let members = self.members().iter();
         record.members = members
             .map(|member| self.next_state(member, &images))

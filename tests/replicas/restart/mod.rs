@@ -4,6 +4,7 @@
 mod changed;
 mod devices;
 mod members;
+mod results;
 mod rooms;
 mod subsets;
 

@@ -4,9 +4,9 @@ use proptest::prelude::*;
 
 use super::super::{slot, text};
 use super::{extents, file, id, put, record, set};
-use crate::limits::RECORD_SLOT_BYTES;
+use crate::limits::{RECORD_JOBS_MAX, RECORD_SLOT_BYTES};
 use crate::record::format::{SlotFault, Unusable, read};
-use crate::record::{Extents, Layout, MemberState, PAGE_BYTES, Record, Stale};
+use crate::record::{Extents, Layout, MemberState, PAGE_BYTES, PastJob, Record, Stale};
 
 proptest! {
     #[test]
@@ -90,11 +90,19 @@ fn a_text_that_contradicts_itself_does_not_count() {
     let mut record = record(1000, 3);
     record.members[1].stale = Stale::of(&set(&[(5, 2), (8, 1)]), record.layout());
     record.members[2].state = MemberState::Inactive { holds: None };
+    record.jobs = vec![PastJob {
+        id: "job7".to_owned(),
+        error: Some("none".to_owned()),
+        ended: 70,
+        ..PastJob::default()
+    }];
     let [first, second, third] = [0, 1, 2].map(|place| record.members[place].id.to_string());
     let replica = format!("\"replica\": \"{first}\"");
     let of_none = format!("\"replica\": \"{}\"", id(9));
     let follower = format!("\"adopted\": \"{}\"", id(9));
     let too_large = u64::MAX.to_string();
+    let job = serde_json::to_string(&record.jobs[0]).unwrap() + ",";
+    let many = job.repeat(RECORD_JOBS_MAX);
     let cases = [
         ("\"sequence\": 1", "\"sequence\": 2"),
         ("\"sequence\": 1", "\"sequence\": 0"),
@@ -116,6 +124,13 @@ fn a_text_that_contradicts_itself_does_not_count() {
         (
             "\"active\": true,\n      \"holds\": null",
             "\"active\": true,\n      \"holds\": {}",
+        ),
+        ("\"job7\"", &format!("\"{}\"", "7".repeat(33))),
+        ("\"none\"", &format!("\"{}\"", "7".repeat(201))),
+        ("\"ended\": 70", &format!("\"ended\": {too_large}")),
+        (
+            "{\n      \"id\": \"job7\"",
+            &format!("{many}{{\n      \"id\": \"job7\""),
         ),
         (&replica, &of_none),
         (&second, &third),

@@ -5,12 +5,14 @@ use proptest::prelude::*;
 use super::{MIB, extents, file, id, record, set};
 use crate::common::SectorRange;
 use crate::limits::{
-    RECORD_BRANCHES_MAX, RECORD_MAP_BYTES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX,
-    RECORD_SLOT_BYTES, RECORD_TABLES_MAX, REPLICAS_MAX,
+    RECORD_BRANCHES_MAX, RECORD_JOB_ERROR_BYTES_MAX, RECORD_JOB_ID_BYTES_MAX, RECORD_JOBS_MAX,
+    RECORD_MAP_BYTES_MAX, RECORD_NAME_BYTES_MAX, RECORD_NUMBER_MAX, RECORD_SLOT_BYTES,
+    RECORD_TABLES_MAX, REPLICAS_MAX,
 };
 use crate::record::format::{read, read_by};
 use crate::record::{
-    Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, PAGE_BYTES, Record, Stale,
+    Branch, Epoch, Extents, Fingerprint, Layout, Member, MemberState, PAGE_BYTES, PastJob, Record,
+    Stale,
 };
 
 /// A capacity, and ranges of a disk of it.
@@ -272,6 +274,16 @@ fn the_largest_record_fits_a_slot() {
     before.tables = vec![before.tables[0].clone(); RECORD_TABLES_MAX];
     record.branch(id(900));
     record.adopted = Some(id(3));
+    let text = |bytes| "\u{1}".repeat(bytes);
+    let job = PastJob {
+        id: text(RECORD_JOB_ID_BYTES_MAX),
+        r#type: text(RECORD_JOB_ID_BYTES_MAX),
+        node_name: Some(text(RECORD_NAME_BYTES_MAX)),
+        error: Some(text(RECORD_JOB_ERROR_BYTES_MAX)),
+        ended: RECORD_NUMBER_MAX,
+        ..PastJob::default()
+    };
+    record.jobs = vec![job; RECORD_JOBS_MAX];
     assert_eq!(record.lineage.len(), RECORD_BRANCHES_MAX);
     assert_eq!(read(&file(&[&record], &map)).unwrap().record, record);
 }
