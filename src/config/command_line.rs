@@ -136,9 +136,10 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Replicas")]
     pub(super) empty_anyway: bool,
 
-    /// What to remember about the replicas when the daemon ends. Start a disk with `records` each
-    /// time, or never: what changes without them is not known to them
-    #[arg(long, value_name = "WHAT", value_enum, default_value_t = State::None,
+    /// What to remember about the replicas when the daemon ends: `records` has a small file beside
+    /// each image, with `none` nothing is remembered. Images that have records are refused with
+    /// `none`, since the records would not know what changes then: see quorum-blkctl forget
+    #[arg(long, value_name = "WHAT", value_enum, default_value_t = State::Records,
         help_heading = "Records")]
     pub(super) state: State,
 

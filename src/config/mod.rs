@@ -104,8 +104,8 @@ pub struct Config {
     pub raw_anyway: bool,
     /// Accept empty images beside others that hold data.
     pub empty_anyway: bool,
-    /// What to do with records; `None`: nothing is remembered.
-    pub records: Option<Records>,
+    /// What to do with records.
+    pub records: Records,
     /// The socket of the events.
     pub events: Option<Listen>,
     /// The socket of the monitor.

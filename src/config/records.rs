@@ -10,6 +10,8 @@ use crate::replica::record_file::StateDirectory;
 /// What the daemon does with records.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Records {
+    /// Whether anything is remembered.
+    pub are_kept: bool,
     /// Where those are that cannot be beside their images.
     pub directory: StateDirectory,
     /// Start without replicas that could have gone on without those that are there.
@@ -18,13 +20,12 @@ pub struct Records {
     pub adopt: Option<String>,
 }
 
-/// Checks the options. `None`: nothing is remembered. `of_service` is the state directory that a
-/// service manager has passed.
+/// Checks the options. `of_service` is the state directory that a service manager has passed.
 pub(super) fn check(
     options: &Options,
     replicas: &[ReplicaSource],
     of_service: Option<&OsStr>,
-) -> Result<Option<Records>, ConfigError> {
+) -> Result<Records, ConfigError> {
     let given = [
         (options.state_dir.is_some(), "--state-dir"),
         (options.force_start, "--force-start"),
@@ -40,14 +41,11 @@ pub(super) fn check(
             reason,
         })
     };
-    if options.state == State::None {
-        return match given.next() {
-            None => Ok(None),
-            Some(option) => {
-                let reason = "without records there is nothing that it could apply to";
-                excluded(option, "--state none", reason)
-            }
-        };
+    if options.state == State::None
+        && let Some(option) = given.next()
+    {
+        let reason = "without records there is nothing that it could apply to";
+        return excluded(option, "--state none", reason);
     }
     if options.read_only
         && let Some(option) = given.find(|option| *option != "--state-dir")
@@ -61,9 +59,10 @@ pub(super) fn check(
         return Err(ConfigError::AdoptUnknown(name.clone()));
     }
     let directory = options.state_dir.clone().map(StateDirectory::Given);
-    Ok(Some(Records {
+    Ok(Records {
+        are_kept: options.state == State::Records,
         directory: directory.unwrap_or_else(|| StateDirectory::usual(of_service)),
         force_start: options.force_start,
         adopt: options.adopt.clone(),
-    }))
+    })
 }

@@ -316,20 +316,23 @@ fn rejects_rewrite_corrupted_with_read_only() {
 }
 
 #[test]
-fn records_are_kept_if_they_are_wanted() {
-    let records = |more: &[&str]| config(&disk(2, &[&["--state=records"], more].concat())).records;
-    let found = records(&[]).unwrap();
+fn records_are_kept_unless_they_are_unwanted() {
+    let records = |more: &[&str]| config(&disk(2, more)).records;
+    let found = records(&[]);
     assert!(matches!(found.directory, StateDirectory::Usual(_)));
+    assert!(found.are_kept);
     assert_eq!((found.force_start, found.adopt), (false, None));
+    assert_eq!(records(&["--state=records"]), records(&[]));
     let given = records(&["--state-dir=/s", "--force-start", "--adopt=1.raw"]);
     let expected = Records {
+        are_kept: true,
         directory: StateDirectory::Given("/s".into()),
         force_start: true,
         adopt: Some("1.raw".into()),
     };
-    assert_eq!(given, Some(expected));
-    assert_eq!(config(&disk(2, &[])).records, None);
-    assert!(records(&["--read-only", "--state-dir=/s"]).is_some());
+    assert_eq!(given, expected);
+    assert!(!records(&["--state=none"]).are_kept);
+    assert!(records(&["--read-only", "--state-dir=/s"]).are_kept);
 }
 
 #[test]
@@ -338,29 +341,22 @@ fn rejects_options_of_records_that_do_not_fit() {
         let name = option.split('=').next().unwrap();
         let expected = format!("{name} cannot be used with --state none: ");
         assert_rejected(&disk(2, &["--state=none", option]), &expected);
-        assert_rejected(&disk(2, &[option]), &expected);
     }
     for option in ["--force-start", "--adopt=0.raw"] {
         let name = option.split('=').next().unwrap();
         let expected = format!("{name} cannot be used with --read-only: ");
         assert_rejected(
-            &disk(
-                2,
-                &["--state=records", "--read-only", "--state-dir=/s", option],
-            ),
+            &disk(2, &["--read-only", "--state-dir=/s", option]),
             &expected,
         );
     }
     for name in ["2.raw", "/images/0.raw", "quorum0", ""] {
         let option = format!("--adopt={name}");
-        assert_rejected(&disk(2, &["--state=records", &option]), "--adopt");
+        assert_rejected(&disk(2, &[&option]), "--adopt");
     }
     let unknown = "--adopt '2.raw': no --blk-file has this node-name";
-    assert_rejected(&disk(2, &["--state=records", "--adopt=2.raw"]), unknown);
-    assert_rejected(
-        &disk(2, &["--state=records", "--state-dir="]),
-        "--state-dir",
-    );
+    assert_rejected(&disk(2, &["--adopt=2.raw"]), unknown);
+    assert_rejected(&disk(2, &["--state-dir="]), "--state-dir");
     assert_rejected(&disk(2, &["--state=all"]), "use one of records, none");
 }
 

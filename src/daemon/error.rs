@@ -28,6 +28,28 @@ pub enum Error {
         /// Why some images cannot be used, one line for each.
         left_out: Vec<String>,
     },
+    /// An image has a record, and the disk would be changed without it.
+    #[error(
+        "{} has the record {}, which would not know what changes without records: leave out {}, or \
+         take the image out of its disk with quorum-blkctl forget {0}",
+        Quoted(.image),
+        Quoted(.record),
+        .option
+    )]
+    Recorded {
+        /// The image.
+        image: PathBuf,
+        /// Its record.
+        record: PathBuf,
+        /// The option with which no records are kept.
+        option: &'static str,
+    },
+    /// A read-only disk has changes that are on too few replicas.
+    #[error(
+        "the last changes of the disk are not on enough replicas yet: start it without --read-only \
+         until they are copied"
+    )]
+    Uncopied,
     /// A record cannot be made or written.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -81,9 +81,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
     let disk = disk(config, &replicas, count, (stop.clone(), released))?;
-    let has_records = replicas.memory.is_some();
-    if let Some(memory) = &replicas.memory {
-        disk.events.restore_jobs(&memory.keeper.record().jobs);
+    let has_records = replicas.has_records();
+    if let Some(keeper) = replicas.keeper() {
+        disk.events.restore_jobs(&keeper.record().jobs);
     }
     let is_new = replicas.remember(&disk.shared, |event| disk.events.push(event))?;
     let files = replicas.ring_files();
@@ -97,7 +97,6 @@ pub fn run(config: &Config) -> Result<(), Error> {
         is_released,
     );
 
-    let records = config.records.as_ref().filter(|_| has_records);
     // Records say that the images belong together.
     let compares = is_new || config.rewrite_corrupted && !has_records;
     if let Ok(admin) = &admin {
@@ -112,9 +111,9 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let served = admin
         .map_err(system("cannot start a thread"))
         .and_then(|admin| {
-            let admin = match records {
-                None => Arc::new(admin),
-                Some(records) => seeking(admin, &disk, records)?,
+            let admin = match has_records {
+                false => Arc::new(admin),
+                true => seeking(admin, &disk, &config.records)?,
             };
             serve(config, &disk, &workers, &admin, signals, (stop, &stopped))
         });

@@ -8,7 +8,7 @@ use crate::daemon::records;
 use crate::engine::Shared;
 use crate::quorum::health::{Remembered, Wanted};
 use crate::record::Keeper;
-use crate::replica::file::{EmptyImages, Opening, ReplicaFile, disk_size, open_all};
+use crate::replica::file::ReplicaFile;
 use crate::replica::ring::RingFile;
 use crate::replica::table::MissingReplica;
 
@@ -22,7 +22,7 @@ pub(super) struct Replicas {
     pub(super) votes: usize,
     /// What it is to be as soon as it can be.
     pub(super) wanted_votes: Wanted,
-    /// `None`: nothing is remembered.
+    /// `None`: the disk has no records.
     pub(super) memory: Option<Memory>,
 }
 
@@ -30,8 +30,8 @@ pub(super) struct Replicas {
 pub(super) struct Memory {
     /// Of the replicas.
     pub(super) remembered: Remembered,
-    /// Has written that.
-    pub(super) keeper: Keeper,
+    /// Has written that. `None`: they are not written.
+    pub(super) keeper: Option<Keeper>,
     /// Where replicas may differ, since the last daemon did not end cleanly.
     pub(super) unsettled: RangeSet,
     /// The disk was not served before.
@@ -44,29 +44,39 @@ impl Replicas {
     /// # Errors
     /// If the disk cannot be served with them.
     pub(super) fn open(config: &Config) -> Result<Self, Error> {
-        // A read-only disk changes nothing; one whose replicas are compared has all of them.
-        if let Some(wanted) = &config.records
-            && !config.read_only
-            && !config.blkverify
-        {
-            return records::open(config, wanted);
+        // One whose replicas are compared has all of them.
+        match config.records.are_kept && !config.blkverify {
+            true => records::open(config),
+            false => records::open_without(config),
         }
-        let empty = match config.empty_anyway {
-            true => EmptyImages::Accepted,
-            false => EmptyImages::Refused,
-        };
-        let options = config.open_options();
-        let files = open_all(&config.replicas, options, Opening::Apart, empty)?;
-        Ok(Self {
-            size_bytes: disk_size(&files.iter().collect::<Vec<_>>())?,
-            members: files.into_iter().map(Ok).collect(),
+    }
+
+    /// Of images about which nothing is known.
+    pub(super) fn all(
+        config: &Config,
+        size_bytes: u64,
+        members: Vec<Result<ReplicaFile, MissingReplica>>,
+    ) -> Self {
+        Self {
+            size_bytes,
+            members,
             votes: config.vote_threshold,
             wanted_votes: match config.threshold_follows {
                 true => Wanted::Majority,
                 false => Wanted::Given(config.vote_threshold),
             },
             memory: None,
-        })
+        }
+    }
+
+    /// Whether what happens to them is remembered.
+    pub(super) fn has_records(&self) -> bool {
+        self.keeper().is_some()
+    }
+
+    /// What has written their records.
+    pub(super) fn keeper(&self) -> Option<&Keeper> {
+        self.memory.as_ref()?.keeper.as_ref()
     }
 
     /// Those whose images are open.
@@ -116,7 +126,9 @@ impl Replicas {
         }
         // Not before it is known which copies count.
         want()?;
-        shared.remember(keeper);
+        if let Some(keeper) = keeper {
+            shared.remember(keeper);
+        }
         Ok(is_new)
     }
 }

@@ -96,8 +96,23 @@ impl Client {
         queues: usize,
         queue_size: i32,
     ) -> Result<Self, blkio::Error> {
+        Self::try_start(socket, queues, queue_size, false)
+    }
+
+    /// Connects to a daemon that serves a read-only disk, and starts one queue.
+    pub fn connect_read_only(socket: &Path) -> Self {
+        Self::try_start(socket, 1, 256, true).expect("connecting")
+    }
+
+    fn try_start(
+        socket: &Path,
+        queues: usize,
+        queue_size: i32,
+        is_read_only: bool,
+    ) -> Result<Self, blkio::Error> {
         let mut blkio = Blkio::new("virtio-blk-vhost-user")?;
         blkio.set_str("path", socket.to_str().expect("a path in UTF-8"))?;
+        blkio.set_bool("read-only", is_read_only)?;
         blkio.connect()?;
         let count = i32::try_from(queues).expect("few queues");
         blkio.set_i32("num-queues", count)?;

@@ -31,18 +31,43 @@ impl Daemon {
     /// Starts the daemon with `arguments` and its sockets in `directory` (`disk.sock`,
     /// `events.sock`), and waits until both are there. Its stderr goes to `daemon.log` in the
     /// same place.
+    ///
+    /// Unless the arguments say what is remembered, nothing is: most tests change images behind the
+    /// back of the daemon, and start from what the images hold. If QUORUM_BLK_TEST_STATE is
+    /// `records`, it is as with [`Self::start_with_records`].
     pub fn start(directory: &Path, arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Self {
+        let wanted = std::env::var_os("QUORUM_BLK_TEST_STATE");
+        let mut arguments: Vec<OsString> = owned(arguments);
+        let is_said = arguments.iter().any(|argument| argument == "--state");
+        if wanted.is_some_and(|wanted| wanted == "records") && !is_said {
+            return Self::start_with_records(directory, arguments);
+        }
+        if !is_said {
+            arguments.extend(["--state".into(), "none".into()]);
+        }
+        Self::start_as_told(directory, arguments)
+    }
+
+    /// The same with records, as the daemon is usually run. They are in `directory` where they
+    /// cannot be beside their images.
+    pub fn start_with_records(
+        directory: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Self {
+        let state = directory.join("state");
+        let _ = fs::create_dir(&state);
+        let mut arguments: Vec<OsString> = owned(arguments);
+        arguments.extend(["--state-dir".into(), state.into()]);
+        Self::start_as_told(directory, arguments)
+    }
+
+    fn start_as_told(directory: &Path, arguments: Vec<OsString>) -> Self {
         let socket = directory.join("disk.sock");
         let events_socket = directory.join("events.sock");
         let log = directory.join("daemon.log");
         let mut all: Vec<OsString> = vec!["--socket-path".into(), socket.clone().into()];
         all.extend(["--events".into(), events_socket.clone().into()]);
-        all.extend(
-            arguments
-                .into_iter()
-                .map(|argument| argument.as_ref().to_owned()),
-        );
-        keep_records(&mut all, directory);
+        all.extend(arguments);
         let mut daemon = Self {
             process: Self::spawn(&all, &log),
             arguments: all,
@@ -160,18 +185,11 @@ impl Drop for Daemon {
     }
 }
 
-/// If QUORUM_BLK_TEST_STATE is `records`, has the daemon keep records, unless the arguments say
-/// something about that: what a test expects holds with records as well.
-fn keep_records(arguments: &mut Vec<OsString>, directory: &Path) {
-    let wanted = std::env::var_os("QUORUM_BLK_TEST_STATE");
-    let is_said = arguments.iter().any(|argument| argument == "--state");
-    if wanted.is_none_or(|state| state != "records") || is_said {
-        return;
-    }
-    let state = directory.join("state");
-    let _ = fs::create_dir(&state);
-    arguments.extend(["--state".into(), "records".into()]);
-    arguments.extend(["--state-dir".into(), state.into()]);
+fn owned(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vec<OsString> {
+    let arguments = arguments.into_iter();
+    arguments
+        .map(|argument| argument.as_ref().to_owned())
+        .collect()
 }
 
 /// The arguments that name these images as replicas, in order.

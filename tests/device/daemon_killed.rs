@@ -94,7 +94,7 @@ fn half_done(queue_of_write: usize) {
         let mut arguments = replica_arguments(&served);
         arguments.extend(["--num-queues".into(), "2".into()]);
         arguments.extend(["--replica-timeout".into(), "60000".into()]);
-        let mut daemon = Daemon::start(directory.path(), arguments);
+        let mut daemon = Daemon::start_with_records(directory.path(), arguments);
         let _fault_guards = hanging.each_ref().map(FuseImage::fault_guard);
         let plan = Plan {
             style,
@@ -208,7 +208,7 @@ impl Soak {
         if let Ok(text) = env::var("XOPT") {
             arguments.extend(text.split_whitespace().map(Into::into));
         }
-        let mut daemon = Daemon::start(directory.path(), arguments);
+        let mut daemon = Daemon::start_with_records(directory.path(), arguments);
         // Each round starts one.
         assert!(daemon.terminate().success());
         Self {

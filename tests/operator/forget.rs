@@ -57,8 +57,12 @@ fn an_image_that_is_forgotten_is_part_of_no_disk_and_the_others_say_so() {
 fn nothing_is_forgotten_of_images_of_which_one_is_in_use() {
     let disk = Disk::new();
     disk.keep(&[0, 1, 2], &usual());
+    // An image that has a record is not served alone, nor without it.
+    let [record, aside] = ["2.raw.quorum", "aside"].map(|name| disk.directory.path().join(name));
+    fs::rename(&record, &aside).unwrap();
     let arguments = replica_arguments(&disk.images[2..]);
     let _daemon = Daemon::start(disk.directory.path(), arguments);
+    fs::rename(&aside, &record).unwrap();
     let refused = disk.run("forget", &["0.raw", "1.raw", "2.raw"]);
     assert_eq!(refused.status.code(), Some(3));
     let line = String::from_utf8(refused.stderr).unwrap();

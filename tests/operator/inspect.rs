@@ -177,10 +177,10 @@ fn images_without_a_record_are_a_new_disk() {
 #[test]
 fn an_image_in_use_can_be_inspected() {
     let disk = Disk::new();
-    disk.keep(&[0], &usual());
+    disk.keep(&[0, 1, 2], &usual());
     let mut arguments: Vec<OsString> = replica_arguments(&disk.images);
     arguments.extend(["--cache", "writeback"].map(Into::into));
-    let daemon = Daemon::start(disk.directory.path(), arguments);
+    let daemon = Daemon::start_with_records(disk.directory.path(), arguments);
     let shown = String::from_utf8(disk.run("inspect", &["0.raw"]).stdout).unwrap();
     let expected =
         "0.raw\n  image    in use: another process writes to it; what is shown may change\n";

@@ -27,7 +27,7 @@ fn start(place: &Place, options: &[&str]) -> Process {
         .arg("--qmp")
         .arg(place.path("qmp.sock"))
         .args(replica_arguments(&place.images))
-        .args(["--aio", "threads"])
+        .args(["--aio", "threads", "--state", "none"])
         .args(options)
         .stdin(Stdio::null())
         .stdout(Stdio::null())

@@ -43,6 +43,8 @@ fn log_of_a_life(stderr: Stderr, level: Option<&str>) -> (String, Option<i32>) {
             3,
             1 << 20,
         )))
+        // The first start with records would scrub, too.
+        .args(["--state", "none"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(file);

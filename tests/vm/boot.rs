@@ -25,7 +25,7 @@ fn boot(firmware: Firmware, question: &str) -> (String, String) {
     replicas[2] = device.path().to_owned();
     let mut arguments = replica_arguments(&replicas);
     arguments.push("--rewrite-corrupted".into());
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     // The firmware gets the sector with the boot loader, or with the partition table, from a vote.
     corrupt_sectors(&images[0], 0..2, 0xff);

@@ -54,7 +54,7 @@ fn a_guest_does_not_notice_a_corrupt_replica() {
     );
     // Nothing hangs here; the machine may be slow, and a replica that is late would be reported.
     arguments.extend(["--replica-timeout", "30000"].map(Into::into));
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .queues(2)
@@ -189,7 +189,7 @@ fn a_guest_gets_an_error_where_all_replicas_differ() {
     let images = create_images(directory.path(), 3, IMAGE_BYTES);
     let mut arguments = replica_arguments(&images);
     arguments.extend(["--replica-timeout", "30000"].map(Into::into));
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();
     let read = |block| format!("dd if=/dev/vda of=/dev/null bs=4096 skip={block} count=1");

@@ -27,7 +27,7 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
         arguments.extend(["--num-queues", "2", "--replica-timeout", "30000"].map(Into::into));
         arguments
     };
-    let mut daemon = Daemon::start(directory.path(), arguments());
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .queues(2)
         .cpus(2)
@@ -66,7 +66,7 @@ fn a_copy_goes_on_when_the_daemon_is_killed_or_replaced() {
             println!("replacing the daemon in round {round}");
             assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
         }
-        daemon = Daemon::start(directory.path(), arguments());
+        daemon = Daemon::start_with_records(directory.path(), arguments());
     }
     let copy = guest.finish();
     assert_eq!(copy.status, 0, "{copy:?}");
@@ -121,7 +121,7 @@ fn write_through(replaced: impl FnOnce(Daemon, &dyn Fn() -> Daemon) -> Daemon) {
     let mut images = create_images(directory.path(), 3, 8 << 20);
     let watched = FuseImage::serve(&images[0]);
     images[0] = watched.path();
-    let start = || Daemon::start(directory.path(), replica_arguments(&images));
+    let start = || Daemon::start_with_records(directory.path(), replica_arguments(&images));
     let daemon = start();
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .reconnect()

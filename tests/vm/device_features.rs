@@ -30,7 +30,7 @@ fn a_guest_uses_what_the_disk_offers() {
     arguments.extend(["--num-queues", "2", "--serial", "mixed"].map(Into::into));
     // Nothing hangs here; the machine may be slow.
     arguments.extend(["--replica-timeout", "30000"].map(Into::into));
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
 
     let frozen_directory = directory.path().join("frozen");
@@ -42,7 +42,7 @@ fn a_guest_uses_what_the_disk_offers() {
     let frozen_before = frozen_images.iter().map(metadata).collect::<Vec<_>>();
     let mut arguments = replica_arguments(&frozen_images);
     arguments.extend(["--read-only", "--serial", "frozen"].map(Into::into));
-    let mut frozen = Daemon::start(&frozen_directory, arguments);
+    let mut frozen = Daemon::start_with_records(&frozen_directory, arguments);
 
     let limits = DiskLimits::read(daemon.socket());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
@@ -308,7 +308,7 @@ fn a_guest_gets_more_memory_while_it_works() {
     const DATA_MIB: u64 = 96;
     let directory = tempfile::tempdir().expect("creating a directory");
     let images = create_images(directory.path(), 3, 256 << 20);
-    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    let mut daemon = Daemon::start_with_records(directory.path(), replica_arguments(&images));
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .cpus(2)
         .memory_mib(192)
@@ -360,7 +360,7 @@ fn a_guest_gets_more_memory_while_it_works() {
 
     // A new daemon gets all of the memory at once.
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
-    daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    daemon = Daemon::start_with_records(directory.path(), replica_arguments(&images));
     copy_to_disk(&mut guest, DATA_MIB, DATA_MIB, &sum, &images);
 
     // The memory is unplugged.

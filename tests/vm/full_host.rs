@@ -38,7 +38,7 @@ fn a_guest_waits_for_space_and_its_file_system_is_intact() {
     arguments.extend(options.map(Into::into));
     arguments.extend(["--werror", "enospc", "--qmp"].map(Into::into));
     arguments.push(qmp.clone().into());
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut monitor = Monitor::connect(&qmp);
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();

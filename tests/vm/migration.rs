@@ -121,7 +121,7 @@ fn migrate_under_load(directory: &Path) {
     let mut arguments = replica_arguments(&images);
     // No replica is slow here, but the machine may be.
     arguments.extend(["--num-queues", "2", "--replica-timeout", "60000"].map(Into::into));
-    let mut daemon = Daemon::start(directory, arguments);
+    let mut daemon = Daemon::start_with_records(directory, arguments);
     let events = EventReader::connect(daemon.events_socket());
     let start = |name: &str, incoming: Option<&str>| {
         let directory = directory.join(name);

@@ -20,7 +20,7 @@ fn a_running_guest_sees_the_new_size_and_uses_it() {
     arguments.extend(["--qmp".into(), monitor.clone().into()]);
     // Nothing hangs here; the machine may be slow.
     arguments.extend(["--replica-timeout", "30000", "-v"].map(Into::into));
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();
     let mut monitor = Monitor::connect(&monitor);
     let sectors = |bytes: u64| (bytes / 512).to_string();

@@ -13,7 +13,7 @@ fn boot(cpus: u16, options: &[&str], device: &[&str]) -> (TempDir, Daemon, Guest
     let directory = tempfile::tempdir().expect("creating a directory");
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 16 << 20));
     arguments.extend(options.iter().map(OsString::from));
-    let daemon = Daemon::start(directory.path(), arguments);
+    let daemon = Daemon::start_with_records(directory.path(), arguments);
     let global = |option: &&str| ["-global".to_owned(), format!("vhost-user-blk-pci.{option}")];
     let device: Vec<_> = device.iter().flat_map(global).collect();
     let guest = GuestBuilder::new(directory.path(), daemon.socket())

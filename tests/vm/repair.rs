@@ -62,7 +62,7 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
     arguments.extend(["--qmp".into(), monitor.clone().into()]);
     // No replica is slow here, but the machine may be.
     arguments.extend(["--num-queues", "2", "--replica-timeout", "60000"].map(Into::into));
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket())
         .queues(2)

@@ -48,7 +48,7 @@ fn an_ext4_guest_works_on_replicas_whose_flushes_are_slow() {
     }
     let qmp = directory.path().join("qmp-disk.sock");
     arguments.extend(["--qmp".into(), qmp.clone().into()]);
-    let mut daemon = Daemon::start(directory.path(), arguments);
+    let mut daemon = Daemon::start_with_records(directory.path(), arguments);
     let events = EventReader::connect(daemon.events_socket());
     let mut guest = GuestBuilder::new(directory.path(), daemon.socket()).start();
     for image in &slow {

@@ -18,7 +18,7 @@ const WORK: &str = "round=0; until [ -e /tmp/end ]; do round=$((round + 1)); \
 fn a_second_guest_has_no_disk_until_the_first_has_ended() {
     let directory = tempfile::tempdir().expect("creating a directory");
     let images = create_images(directory.path(), 3, 64 << 20);
-    let mut daemon = Daemon::start(directory.path(), replica_arguments(&images));
+    let mut daemon = Daemon::start_with_records(directory.path(), replica_arguments(&images));
     let events = EventReader::connect(daemon.events_socket());
     let guest = |name: &str| {
         let directory = directory.path().join(name);

@@ -1,6 +1,7 @@
 //! An image of the command line, with its record.
 
 use std::io;
+use std::path::PathBuf;
 
 use crate::admin::records::{FoundRecord, fingerprint};
 use crate::daemon::Error;
@@ -13,8 +14,14 @@ use crate::replica::table::MissingReplica;
 /// An image of the command line.
 pub(super) struct Image {
     source: ReplicaSource,
-    /// Why it is left out, in one line, if it is.
-    open: Result<Open, String>,
+    open: Result<Open, LeftOut>,
+}
+
+/// Why an image is left out, in one line.
+struct LeftOut {
+    why: String,
+    /// The same with what to do about it in a disk that has no records.
+    advice: String,
 }
 
 struct Open {
@@ -38,7 +45,10 @@ impl Image {
         });
         Self {
             source,
-            open: open.map_err(|error| error.of_missing()),
+            open: open.map_err(|error| LeftOut {
+                why: error.of_missing(),
+                advice: error.to_string(),
+            }),
         }
     }
 
@@ -57,14 +67,27 @@ impl Image {
         Some((&open.file, &mut open.access))
     }
 
+    /// Its path, and that of its record, if it was found.
+    pub(super) fn record_path(&self) -> Option<(PathBuf, PathBuf)> {
+        let record = self.open.as_ref().ok()?.record.file.as_ref()?;
+        Some((self.source.path.clone(), record.path.clone()))
+    }
+
     /// Of the last slot in its record.
     pub(super) fn sequence(&self) -> u64 {
         self.open.as_ref().map_or(0, |open| open.sequence)
     }
 
+    /// Why it is left out, if it is.
+    pub(super) fn why_left_out(&self) -> Option<String> {
+        let left_out = self.open.as_ref().err()?;
+        Some(left_out.why.clone())
+    }
+
     /// The disk is served without it. It is closed.
     pub(super) fn leave_out(&mut self, why: &str) {
-        self.open = Err(why.to_owned());
+        let (why, advice) = (why.to_owned(), why.to_owned());
+        self.open = Err(LeftOut { why, advice });
     }
 
     /// Finds and reads its record.
@@ -122,7 +145,7 @@ impl Image {
         Candidate {
             node_name: self.source.node_name.clone(),
             path: self.source.path.clone(),
-            image: image.map_err(Clone::clone),
+            image: image.map_err(|left_out| left_out.advice.clone()),
         }
     }
 
@@ -131,7 +154,7 @@ impl Image {
         let source = self.source;
         let open = self
             .open
-            .map_err(|why| MissingReplica::new(&source, &why))?;
+            .map_err(|left_out| MissingReplica::new(&source, &left_out.why))?;
         if let Some(record) = open.record.file {
             open.file.keep_record(record);
         }

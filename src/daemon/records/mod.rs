@@ -9,6 +9,7 @@
 mod close;
 mod image;
 mod recognition;
+mod unwritten;
 
 use log::{debug, warn};
 use uuid::Uuid;
@@ -16,6 +17,7 @@ use uuid::Uuid;
 pub(super) use self::close::close;
 use self::image::{Image, each};
 pub(super) use self::recognition::Members;
+pub(super) use self::unwritten::open_without;
 use super::Error;
 use super::replicas::{Memory, Replicas};
 use crate::admin::records::blank_record;
@@ -34,11 +36,13 @@ use crate::replica::file::{
 use crate::replica::record_file::{RecordAccess, RecordError};
 use crate::replica::table::MissingReplica;
 
-/// Opens the images of the disk, and has their records say that it goes on with these.
+/// Opens the images of the disk, and has their records say that it goes on with these. Those of a
+/// read-only disk are only read.
 ///
 /// # Errors
 /// If the records do not allow that, or cannot be made or written.
-pub(super) fn open(config: &Config, records: &Records) -> Result<Replicas, Error> {
+pub(super) fn open(config: &Config) -> Result<Replicas, Error> {
+    let records = &config.records;
     let opened = open_each(&config.replicas, config.open_options(), Opening::Apart)?;
     let images = config.replicas.iter().zip(opened);
     let mut images: Vec<Image> = images
@@ -49,17 +53,29 @@ pub(super) fn open(config: &Config, records: &Records) -> Result<Replicas, Error
         read_all(&mut images, records)?;
         let candidates: Vec<Candidate> = images.iter().map(Image::candidate).collect();
         let decision = decide_on(&candidates, &options(config, records));
-        let decision = decision.map_err(|refusal| refused(refusal, candidates))?;
+        let decision = decision.map_err(|refusal| refused(refusal, &images))?;
         match decision {
-            Decision::Create => return create(config, records, images),
+            Decision::Create => return create(config, images),
             Decision::Start(start) => {
-                if !leave_out_short(&mut images, start.record.capacity * SECTOR_BYTES)
-                    && let Some(keeper) = begin(&mut images, &start)?
-                {
-                    return Ok(started(config, images, &start, keeper));
+                if leave_out_short(&mut images, start.record.capacity * SECTOR_BYTES) {
+                    continue;
+                }
+                if config.read_only {
+                    unwritten::leave_out_stale(&mut images, &start)?;
+                    return Ok(started(config, images, &start, None));
+                }
+                if let Some(keeper) = begin(&mut images, &start)? {
+                    return Ok(started(config, images, &start, Some(keeper)));
                 }
             }
         }
+    }
+}
+
+fn empty_images(config: &Config) -> EmptyImages {
+    match config.empty_anyway {
+        true => EmptyImages::Accepted,
+        false => EmptyImages::Refused,
     }
 }
 
@@ -91,13 +107,10 @@ fn decide_on(candidates: &[Candidate], options: &Options) -> Result<Decision, Re
     }
 }
 
-fn refused(refusal: Refusal, candidates: Vec<Candidate>) -> Error {
-    let reasons = candidates
-        .into_iter()
-        .filter_map(|candidate| candidate.image.err());
+fn refused(refusal: Refusal, images: &[Image]) -> Error {
     let left_out = match refusal {
         Refusal::NotOpened { .. } => Vec::new(),
-        _ => reasons.collect(),
+        _ => images.iter().filter_map(Image::why_left_out).collect(),
     };
     let refusal = Box::new(refusal);
     Error::Refused { refusal, left_out }
@@ -145,17 +158,17 @@ fn leave_out_short(images: &mut [Image], disk_bytes: u64) -> bool {
 }
 
 /// A new disk.
-fn create(config: &Config, records: &Records, images: Vec<Image>) -> Result<Replicas, Error> {
+fn create(config: &Config, images: Vec<Image>) -> Result<Replicas, Error> {
     let opened = images.iter().filter_map(Image::file);
     let size_bytes = checked_size(&opened.collect::<Vec<_>>(), config.open_options())?;
-    let empty = match config.empty_anyway {
-        true => EmptyImages::Accepted,
-        false => EmptyImages::Refused,
-    };
     let mut images: Vec<Image> = images;
     let mut open: Vec<(&ReplicaFile, &mut RecordAccess)> =
         images.iter_mut().filter_map(Image::parts).collect();
-    compare_first(&mut open, size_bytes, empty)?;
+    compare_first(&mut open, size_bytes, empty_images(config))?;
+    if config.read_only {
+        let members = images.into_iter().map(Image::into_member);
+        return Ok(Replicas::all(config, size_bytes, members.collect()));
+    }
     let members = images
         .iter()
         .map(|image| (Uuid::new_v4(), image.node_name()));
@@ -174,7 +187,7 @@ fn create(config: &Config, records: &Records, images: Vec<Image>) -> Result<Repl
     let ids: Vec<Uuid> = record.members.iter().map(|member| member.id).collect();
     let made = each(images.iter_mut().zip(&ids), |(image, id)| {
         let content = content(&record.for_replica(*id, 1), &unmarked);
-        image.make(&records.directory, &content)
+        image.make(&config.records.directory, &content)
     })?;
     made.into_iter().collect::<Result<(), _>>()?;
     let holders = ids.iter().map(|id| {
@@ -189,25 +202,21 @@ fn create(config: &Config, records: &Records, images: Vec<Image>) -> Result<Repl
     }
     check_agreed(&keeper)?;
     debug!("disk-uuid":% = record.disk, replicas = images.len(); "records of a new disk are made");
-    Ok(Replicas {
-        size_bytes,
-        votes: config.vote_threshold,
-        wanted_votes: match config.threshold_follows {
-            true => Wanted::Majority,
-            false => Wanted::Given(config.vote_threshold),
+    let memory = Memory {
+        remembered: Remembered {
+            members: ReplicaSet::first(images.len()),
+            in_service: ReplicaSet::first(images.len()),
+            copies: vec![Copies::default(); images.len()],
+            ..Remembered::default()
         },
-        memory: Some(Memory {
-            remembered: Remembered {
-                members: ReplicaSet::first(images.len()),
-                in_service: ReplicaSet::first(images.len()),
-                copies: vec![Copies::default(); images.len()],
-                ..Remembered::default()
-            },
-            keeper,
-            unsettled: RangeSet::default(),
-            is_new: true,
-        }),
-        members: images.into_iter().map(Image::into_member).collect(),
+        keeper: Some(keeper),
+        unsettled: RangeSet::default(),
+        is_new: true,
+    };
+    let members = images.into_iter().map(Image::into_member);
+    Ok(Replicas {
+        memory: Some(memory),
+        ..Replicas::all(config, size_bytes, members.collect())
     })
 }
 
@@ -253,7 +262,7 @@ fn begin(images: &mut [Image], start: &Start) -> Result<Option<Keeper>, Error> {
 }
 
 /// The replicas of a disk that goes on.
-fn started(config: &Config, images: Vec<Image>, start: &Start, keeper: Keeper) -> Replicas {
+fn started(config: &Config, images: Vec<Image>, start: &Start, keeper: Option<Keeper>) -> Replicas {
     let layout = start.record.layout();
     let size_bytes = layout.capacity() * SECTOR_BYTES;
     warn_of_larger(

@@ -7,6 +7,7 @@ mod members;
 mod results;
 mod rooms;
 mod subsets;
+mod unwritten;
 
 use std::cell::Cell;
 use std::ffi::OsString;
@@ -17,7 +18,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::client::Client;
-use testkit::daemon::Daemon;
+use testkit::daemon::{Daemon, replica_arguments};
 use testkit::images::create_images;
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
@@ -71,12 +72,14 @@ impl Host {
         self.directory.path().join(name)
     }
 
-    /// The arguments for these images, and more.
+    /// The arguments for these images, and more. They say what is remembered, so that the test kit
+    /// names no directory for records.
     fn arguments(&self, images: &[PathBuf], more: &[&str]) -> Vec<OsString> {
-        let mut arguments: Vec<OsString> = vec!["--state".into(), "records".into()];
-        for image in images {
-            arguments.extend(["--blk-file".into(), image.into()]);
+        let mut arguments: Vec<OsString> = Vec::new();
+        if !more.contains(&"--state") {
+            arguments.extend(["--state".into(), "records".into()]);
         }
+        arguments.extend(replica_arguments(images));
         arguments.extend(more.iter().map(Into::into));
         arguments
     }

@@ -3,7 +3,6 @@
 use std::fs::{self, File};
 use std::io::Write as _;
 
-use testkit::daemon::Daemon;
 use testkit::fuse::FuseImage;
 use testkit::images::data_ranges;
 use testkit::machine;
@@ -15,14 +14,7 @@ use super::{Host, modify, read, write};
 fn without_records_nothing_is_made_and_the_status_says_so() {
     let _machine = machine::shared();
     let host = Host::new(2);
-    let sockets = host.path("sockets");
-    fs::create_dir(&sockets).unwrap();
-    let monitor = sockets.join("qmp.sock");
-    let mut arguments = host.arguments(&host.images, &["--qmp"]).split_off(2);
-    arguments.push(monitor.clone().into());
-    arguments.extend(["--state".into(), "none".into()]);
-    let daemon = Daemon::start(&sockets, arguments);
-    let running = super::Running { daemon, monitor };
+    let running = host.start_with(&host.images, &["--state", "none"]);
     assert_eq!(running.state()["records"], false);
     let (_, text) = running.blkctl(&["status"]);
     assert!(!text.contains("with records"), "{text}");
