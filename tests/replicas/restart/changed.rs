@@ -100,6 +100,38 @@ fn a_forced_start_leaves_behind_what_was_missing() {
 }
 
 #[test]
+fn two_sides_that_have_gone_on_alone_are_never_served_together() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let (one, others) = host.images.split_at(1);
+    let running = host.start_with(one, &["--force-start", "--vote-threshold", "1"]);
+    write(&mut running.client(), 0, 5);
+    running.end();
+    let running = host.start_with(others, &[]);
+    write(&mut running.client(), 0, 6);
+    running.end();
+    for more in [&[][..], &["--force-start"]] {
+        let line = host.refusal(&host.images, more);
+        assert!(line.contains("gone on without each other"), "{line}");
+        for name in ["0.raw", "1.raw", "2.raw", "--adopt NODE"] {
+            assert!(line.contains(name), "{line}");
+        }
+    }
+    let contents = host.images.iter().map(|image| in_image(image, 0));
+    assert_eq!(contents.collect::<Vec<_>>(), [5, 6, 6]);
+    // Each side is a disk of its own.
+    let running = host.start_with(others, &[]);
+    assert_eq!(read(&mut running.client(), 0), 6);
+    running.end();
+    let running = host.start_with(&host.images, &["--adopt", "1.raw"]);
+    assert_eq!(read(&mut running.client(), 0), 6);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+    assert_eq!(in_image(&host.images[0], 0), 6);
+}
+
+#[test]
 fn a_replica_whose_record_is_destroyed_is_copied_anew() {
     let _machine = machine::shared();
     let host = ended(3);

@@ -58,7 +58,7 @@ impl Devices {
     }
 }
 
-/// The jobs that have ended since the start, by type.
+/// The jobs that have ended since the disk was made, by type.
 fn ended_jobs(running: &Running) -> Vec<String> {
     running.wait_until_healthy();
     let mut monitor = Monitor::connect(&running.monitor);
@@ -104,12 +104,13 @@ fn a_clean_end_of_block_devices_needs_no_recovery_and_a_kill_does() {
     running.end();
     assert_eq!(fs::read_dir(&disk.state).unwrap().count(), 2);
     let running = disk.start(&[0, 1]);
-    assert_eq!(ended_jobs(&running), [""; 0]);
+    assert_eq!(ended_jobs(&running), ["quorum-scrub"]);
     write(&mut running.client(), 0, 2);
     running.kill();
     let running = disk.start(&[0, 1]);
     assert_eq!(read(&mut running.client(), 0), 2);
-    assert_eq!(ended_jobs(&running), ["quorum-recovery"]);
+    let jobs = ended_jobs(&running);
+    assert_eq!(jobs, ["quorum-scrub", "quorum-recovery"]);
     // What is in use elsewhere is left alone.
     let line = disk.host.refusal(
         &[disk.links[1].clone()],

@@ -9,8 +9,8 @@ use testkit::images::are_identical;
 use testkit::machine;
 
 use super::{
-    BLOCK, Host, Running, block, copy_with_record, in_image, newest_sequence, number_of, read,
-    record_of, write,
+    BLOCK, Host, Running, block, copy_with_record, in_image, modify, newest_sequence, number_of,
+    read, record_of, write,
 };
 use testkit::client::Request;
 
@@ -140,6 +140,27 @@ fn what_a_replica_has_missed_again_and_again_is_not_believed_after_a_kill() {
     disk.fuse.clear_faults();
     let copies = tempfile::tempdir().unwrap();
     start_each(&disk.copies(copies.path()));
+}
+
+#[test]
+fn what_a_failed_flush_may_have_lost_is_not_believed_after_a_kill() {
+    let _machine = machine::shared();
+    let disk = Faulty::new();
+    let _clear = disk.fuse.fault_guard();
+    let running = disk.start();
+    let mut client = running.client();
+    write(&mut client, 0, 1);
+    disk.fuse
+        .inject(Operation::Sync, Fault::FailOnce(libc::EIO));
+    write(&mut client, 1, 2);
+    drop(client);
+    running.kill();
+    disk.fuse.clear_faults();
+    let copies = tempfile::tempdir().unwrap();
+    let copies = disk.copies(copies.path());
+    // Linux drops what it cannot write back.
+    modify(&copies[2], 1, 0);
+    start_each(&copies);
 }
 
 #[test]
