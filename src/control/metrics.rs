@@ -35,7 +35,7 @@ const REPLICA_GAUGES: [(&str, &str, ReplicaFigure); 2] = [
 ];
 
 /// Name, help and value of each counter of a replica.
-const REPLICA_COUNTERS: [(&str, &str, ReplicaFigure); 6] = [
+const REPLICA_COUNTERS: [(&str, &str, ReplicaFigure); 7] = [
     (
         "replica_corrupt_sectors_found_total",
         "Corrupt sectors that were found; a sector that is found again counts again.",
@@ -57,6 +57,11 @@ const REPLICA_COUNTERS: [(&str, &str, ReplicaFigure); 6] = [
         |replica| replica.resynced_sectors,
     ),
     (
+        "replica_record_write_errors_total",
+        "Writes to the record of the replica that failed.",
+        |replica| replica.record_write_errors,
+    ),
+    (
         "replica_evictions_total",
         "How often the replica was evicted.",
         |replica| replica.evictions,
@@ -73,6 +78,7 @@ pub fn render(disk: &DiskState) -> String {
     let mut page = Page::of(disk);
     page.disk(disk);
     page.requests(disk);
+    page.records(disk);
     page.replicas(disk);
     let encoded = TextEncoder::new().encode_to_string(&page.families);
     encoded.expect("each has a name and a metric")
@@ -168,6 +174,27 @@ impl Page {
             "requests_rejected_total",
             "Requests of the guest that were invalid or unsupported.",
             |add| add(&[], disk.requests.rejected),
+        );
+    }
+
+    fn records(&mut self, disk: &DiskState) {
+        self.gauge("records", "1 if the disk has records.", |add| {
+            add(&[], u64::from(disk.records));
+        });
+        self.gauge(
+            "marked_bytes",
+            "Bytes that the records say may have been changed and not flushed.",
+            |add| add(&[], disk.marked_bytes),
+        );
+        self.gauge(
+            "unrecovered_bytes",
+            "Bytes in which replicas may differ since the last end, which was not clean.",
+            |add| add(&[], disk.unrecovered_bytes),
+        );
+        self.counter(
+            "record_rounds_total",
+            "How often the records of all replicas in service were written.",
+            |add| add(&[], disk.record_rounds),
         );
     }
 

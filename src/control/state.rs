@@ -29,6 +29,12 @@ pub struct DiskState {
     pub repairs: &'static str,
     /// Whether records say what each replica has missed, so that a restart knows it.
     pub records: bool,
+    /// Bytes in which something may have been changed and not been flushed, as the records say.
+    pub marked_bytes: u64,
+    /// Bytes in which replicas may differ since the disk was not ended cleanly.
+    pub unrecovered_bytes: u64,
+    /// How often the records were written.
+    pub record_rounds: u64,
     /// The guest cannot write.
     pub read_only: bool,
     /// Replicas are accessed with direct I/O.
@@ -135,6 +141,8 @@ pub struct ReplicaState {
     pub corrupt_sectors: u64,
     /// Stale sectors that were copied to it.
     pub resynced_sectors: u64,
+    /// Writes to its record that failed.
+    pub record_write_errors: u64,
     /// How often it was evicted.
     pub evictions: u64,
     /// How often it rejoined.

@@ -243,6 +243,7 @@ impl DiskOperator {
                 repair_failed_sectors: totals.sectors_not_repaired,
                 corrupt_sectors,
                 resynced_sectors: totals.sectors_resynced,
+                record_write_errors: self.shared.record_write_errors(index),
                 evictions: totals.evictions,
                 rejoins: totals.rejoins,
                 kept_out_ms: (!kept_out_for.is_zero())
@@ -265,6 +266,7 @@ impl Operator for DiskOperator {
         let undecided_sectors = self.shared.unresolved().sectors();
         let errors = self.reports.guest_errors();
         let held_requests = self.hold.count() as u64;
+        let records = self.shared.record_figures();
         let repairs = self.shared.unasked_repairs();
         let have_stopped = repairs == UnaskedRepairs::Stopped;
         let intended_replicas = self.admin.intended_replicas();
@@ -296,6 +298,9 @@ impl Operator for DiskOperator {
                 UnaskedRepairs::Stopped => "stopped",
             },
             records: self.shared.has_records(),
+            marked_bytes: records.marked_sectors * SECTOR_BYTES,
+            unrecovered_bytes: self.shared.unrecovered_sectors() * SECTOR_BYTES,
+            record_rounds: records.rounds,
             read_only: self.fixed.read_only,
             direct: self.fixed.direct,
             aio: self.fixed.aio.clone(),

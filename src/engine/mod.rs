@@ -63,6 +63,7 @@ mod probing;
 mod range_locks;
 mod read;
 mod read_errors;
+mod record_counts;
 mod remember;
 mod repair;
 mod repair_gate;
@@ -83,6 +84,7 @@ use std::sync::Arc;
 pub use self::interface::{
     Effects, Failed, FragmentId, GuestRequest, Mark, Policy, ReadPattern, Tag,
 };
+pub use self::record_counts::RecordFigures;
 pub use self::repair_gate::UnaskedRepairs;
 pub use self::shared::{Shared, WorkerIndex};
 

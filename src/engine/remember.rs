@@ -284,7 +284,8 @@ impl Remember {
             return Progress::Waiting;
         }
         let (goal, tally) = (goal.clone(), *tally);
-        context.shared().record_step_ended(tally.succeeded());
+        let shared = context.shared();
+        shared.record_step_ended(tally.succeeded(), tally.failed());
         if tally.asked().without(tally.succeeded()).is_empty() {
             return self.go_on(goal, context);
         }
@@ -315,7 +316,7 @@ impl Remember {
         let asked: ReplicaSet = round.writes.iter().map(|(replica, _)| *replica).collect();
         if !asked.without(context.shared().in_service()).is_empty() {
             // One was evicted since: the records are to say that.
-            context.shared().record_step_ended(ReplicaSet::EMPTY);
+            context.shared().record_step_left_out();
             let goal = context.shared().begin_remembering(false);
             return self.go_on(goal, context);
         }

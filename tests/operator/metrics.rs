@@ -25,11 +25,24 @@ struct Served {
 
 /// A daemon on three images that serves metrics at a free port of `address`.
 fn serve(address: &str) -> Served {
+    serve_with(address, "none")
+}
+
+fn serve_with(address: &str, state: &str) -> Served {
     let directory = tempfile::tempdir().unwrap();
     let mut arguments = replica_arguments(&create_images(directory.path(), 3, 1 << 20));
-    arguments.extend(["--rewrite-corrupted", "--metrics", address].map(OsString::from));
+    let more = [
+        "--rewrite-corrupted",
+        "--metrics",
+        address,
+        "--state",
+        state,
+    ];
+    arguments.extend(more.map(OsString::from));
     let daemon = Daemon::start(directory.path(), arguments);
-    daemon.wait_until_compared();
+    if state == "none" {
+        daemon.wait_until_compared();
+    }
     let mut port = None;
     wait_until(HANG_LIMIT, || {
         let log = daemon.log();
@@ -181,6 +194,25 @@ fn metrics_count_what_happened_and_are_well_formed() {
     let status = promtool.wait_within(HANG_LIMIT).expect("promtool ends");
     let said = fs::read_to_string(&output).unwrap();
     assert!(status.success() && said.is_empty(), "{said}\n{text}");
+}
+
+#[test]
+fn the_records_have_metrics() {
+    let values_of = |served: &Served| values(&served.scrape());
+    let served = serve("0");
+    let values = values_of(&served);
+    for name in ["records", "marked_bytes", "record_rounds_total"] {
+        assert_eq!(values[&format!("quorum_blk_{name}")], 0.0, "{name}");
+    }
+    let served = serve_with("0", "records");
+    let mut client = Client::connect(served.daemon.socket(), 1);
+    client.write(0, 8192, &[1; 8192]).unwrap();
+    let values = values_of(&served);
+    assert_eq!(values["quorum_blk_records"], 1.0);
+    assert_eq!(values["quorum_blk_marked_bytes"], 1_048_576.0);
+    assert!(values["quorum_blk_record_rounds_total"] >= 1.0);
+    let errors = r#"quorum_blk_replica_record_write_errors_total{replica="0.raw"}"#;
+    assert_eq!(values[errors], 0.0);
 }
 
 #[test]

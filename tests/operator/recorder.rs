@@ -160,6 +160,7 @@ pub fn disk() -> DiskState {
         repaired_sectors: 0,
         repair_failed_sectors: 0,
         resynced_sectors: 0,
+        record_write_errors: 0,
         evictions: 0,
         rejoins: 0,
         kept_out_ms: None,
@@ -202,6 +203,9 @@ pub fn disk() -> DiskState {
         held_requests: 0,
         undecided_sectors: 0,
         records: true,
+        marked_bytes: 0,
+        unrecovered_bytes: 0,
+        record_rounds: 0,
         intended_replicas: replicas.len(),
         replicas: replicas.into(),
     }

@@ -149,8 +149,15 @@ fn nothing_is_written_that_cannot_be_marked() {
     disk.is_full = true;
     disk.prefer(ReplicaIndex(1));
     assert_eq!(disk.holds, [1, 2]);
+    // What an operator sees of it.
+    assert!(disk.shared.record_write_errors(ReplicaIndex(0)) > 0);
+    assert_eq!(disk.shared.record_write_errors(ReplicaIndex(2)), 0);
+    let before = disk.shared.record_figures();
+    assert!(before.rounds > 0);
     disk.is_full = false;
     assert!(!disk.read(2));
     disk.prefer(ReplicaIndex(1));
     assert_eq!(disk.holds, [2, 2]);
+    let figures = disk.shared.record_figures();
+    assert!(figures.rounds > before.rounds && figures.marked_sectors >= SECTOR.count);
 }

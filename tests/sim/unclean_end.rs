@@ -18,6 +18,7 @@ const RANGE: SectorRange = SectorRange { start: 8, count: 1 };
 /// Three replicas, each of them one byte for the sector in [`RANGE`], which was being written when
 /// the disk ended.
 struct Disk {
+    shared: Arc<Shared>,
     engine: Engine,
     effects: Collected,
     holds: [u8; 3],
@@ -38,9 +39,16 @@ impl Disk {
         };
         shared.restore(&remembered, &changed, |_| ());
         let (pool, clock) = (BufferPool::default(), TurnClock::default());
-        let mut engine = Engine::new(WorkerIndex(0), policy::plain(2), shared, pool, clock);
+        let mut engine = Engine::new(
+            WorkerIndex(0),
+            policy::plain(2),
+            Arc::clone(&shared),
+            pool,
+            clock,
+        );
         engine.stop_background();
         Self {
+            shared,
             engine,
             effects: Collected::default(),
             holds,
@@ -88,7 +96,9 @@ impl Disk {
 #[test]
 fn is_decided_by_the_first_read_when_enough_replicas_hold_the_winner() {
     let mut disk = Disk::new([1, 2, 3]);
+    assert_eq!(disk.shared.unrecovered_sectors(), RANGE.count);
     let holds = disk.read(1).expect("one vote is enough");
+    assert_eq!(disk.shared.unrecovered_sectors(), 0);
     let holders = holds.iter().filter(|held| **held == 1).count();
     assert!(holders >= 2, "answered when {holds:?} are held");
     assert_eq!(disk.read(2), Some([1, 1, 1]));

@@ -31,6 +31,7 @@ use super::interleaving;
 use super::lateness::Loads;
 use super::memory::{Marks, Memory};
 use super::range_locks::{LockKey, RangeLocks};
+use super::record_counts::RecordCounts;
 use super::repair_gate::{Compared, Permission, RepairGate};
 use crate::common::operation::RequestId;
 use crate::common::ranges::RangeSet;
@@ -81,6 +82,7 @@ pub struct Shared {
     /// The workers whose guest waits for a replica longer than it should.
     waiting: AtomicU32,
     memory: Memory,
+    record_counts: RecordCounts,
 }
 
 /// A counter that one thread writes, on a cache line of its own.
@@ -142,6 +144,7 @@ impl Shared {
             raises_threshold: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
             memory: Memory::default(),
+            record_counts: RecordCounts::default(),
         }
     }
 

@@ -4,6 +4,7 @@ use super::Shared;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::engine::memory::{self, Goal, Marks, Step};
+use crate::engine::record_counts::RecordFigures;
 use crate::jobs::JobEvent;
 use crate::quorum::health::{Health, Remembered};
 use crate::record::{Extents, Holder, Keeper, PastJob, Wanted};
@@ -104,6 +105,7 @@ impl Shared {
 
     /// As [`Self::add`], with an empty record.
     pub fn add_with_record(&self, replica: ReplicaIndex, holder: Holder, node_name: &str) {
+        self.record_counts.forget(replica);
         // Held meanwhile: no goal is set that knows of the one change and not of the other.
         let mut keeper = self.memory.keeper();
         if let Some(keeper) = &mut *keeper {
@@ -189,9 +191,34 @@ impl Shared {
         step
     }
 
-    /// The last step has ended with success on these replicas.
-    pub(in crate::engine) fn record_step_ended(&self, succeeded: ReplicaSet) {
+    /// The last step has ended with success on these replicas, and with an error on those.
+    pub(in crate::engine) fn record_step_ended(&self, succeeded: ReplicaSet, failed: ReplicaSet) {
         self.memory.ended(succeeded);
+        self.record_counts.round_ended(failed);
+    }
+
+    /// The last step was not made.
+    pub(in crate::engine) fn record_step_left_out(&self) {
+        self.memory.ended(ReplicaSet::EMPTY);
+    }
+
+    /// What an operator sees of the records.
+    pub fn record_figures(&self) -> RecordFigures {
+        let marked = self.records(|keeper| keeper.intent().iter().map(|range| range.count).sum());
+        RecordFigures {
+            marked_sectors: marked.unwrap_or_default(),
+            rounds: self.record_counts.rounds(),
+        }
+    }
+
+    /// Writes to the record of a replica that have failed since the start.
+    pub fn record_write_errors(&self, replica: ReplicaIndex) -> u64 {
+        self.record_counts.errors(replica)
+    }
+
+    /// Sectors in which replicas may differ since the unclean end before the start (S5).
+    pub fn unrecovered_sectors(&self) -> u64 {
+        self.health(|health| health.unrecovered().sectors())
     }
 
     /// Whether the guest may change all of `range`: it is marked, or there are no records.

@@ -15,18 +15,22 @@
 //! - The number of a slot advances only when its predecessor is durable, so that a write that
 //!   fails never touches the slot that counts.
 
+mod wanted;
+
 use std::sync::Arc;
 
 use uuid::Uuid;
 
+pub use self::wanted::{Wanted, WantedMember};
+
+use self::wanted::{covers, take};
 use super::extents::Extents;
 use super::format;
 use super::layout::Layout;
 use super::member::{Member, MemberState};
 use super::past_job::PastJob;
 use super::stale::Stale;
-use super::table::{Fingerprint, Record, Threshold};
-use crate::common::ranges::RangeSet;
+use super::table::{Fingerprint, Record};
 use crate::common::{ReplicaIndex, ReplicaSet};
 
 /// The records of a disk while it is served.
@@ -57,32 +61,6 @@ pub struct Holder {
     pub member: Uuid,
     /// The number of the last slot in the file of its record; 0 if there is none.
     pub sequence: u64,
-}
-
-/// What the records are to say, apart from marks.
-#[derive(Clone, Debug)]
-pub struct Wanted {
-    /// The members of the disk.
-    pub members: Vec<WantedMember>,
-    /// The vote threshold.
-    pub threshold: Threshold,
-    /// Sectors of the disk.
-    pub capacity: u64,
-}
-
-/// What the records are to say of a member.
-#[derive(Clone, Debug)]
-pub struct WantedMember {
-    /// Its place.
-    pub replica: ReplicaIndex,
-    /// It is in service, and its record is to be kept up to date.
-    pub is_active: bool,
-    /// In service, and stale also wherever something changes.
-    pub is_coarse: bool,
-    /// Where it is stale.
-    pub stale: RangeSet,
-    /// Where it is doubtful; not stale there.
-    pub doubtful: RangeSet,
 }
 
 /// Writes that may be made at the same time, one for each replica.
@@ -481,42 +459,6 @@ impl Place {
             image: None,
         }
     }
-}
-
-/// Whether a record says of a member what is wanted, or that it is stale in more sectors. Whether
-/// an active one is coarse has to be as it is wanted.
-fn covers(known: &Member, wanted: &WantedMember, intent: &Extents, layout: Layout) -> bool {
-    if known.is_active() && known.stale_where_changed != wanted.is_coarse {
-        return false;
-    }
-    let mut stale = known.stale.to_ranges(layout);
-    if known.stale_where_changed {
-        intent.iter().for_each(|range| stale.insert(range));
-    }
-    let mut unknown = wanted.stale.clone();
-    unknown.remove_all(&stale);
-    let mut doubtful = wanted.doubtful.clone();
-    doubtful.remove_all(&stale);
-    doubtful.remove_all(&known.doubtful.to_ranges(layout));
-    unknown.is_empty() && doubtful.is_empty()
-}
-
-/// Has a record say exactly where a member is stale and doubtful, and whether it is coarse. Whether
-/// it said something else.
-fn take(known: &mut Member, wanted: &WantedMember, layout: Layout) -> bool {
-    let stale = Stale::of(&wanted.stale, layout);
-    let mut doubtful = wanted.doubtful.clone();
-    doubtful.remove_all(&stale.to_ranges(layout));
-    let doubtful = Stale::of(&doubtful, layout);
-    let is_coarse = match known.state {
-        MemberState::Active => wanted.is_coarse,
-        MemberState::Inactive { .. } => known.stale_where_changed,
-    };
-    let before = (&known.stale, &known.doubtful, known.stale_where_changed);
-    let changed = before != (&stale, &doubtful, is_coarse);
-    (known.stale, known.doubtful) = (stale, doubtful);
-    known.stale_where_changed = is_coarse;
-    changed
 }
 
 #[cfg(test)]

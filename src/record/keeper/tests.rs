@@ -2,7 +2,8 @@ use uuid::Uuid;
 
 use super::*;
 use crate::common::SectorRange;
-use crate::record::{Creation, PAGE_BYTES, format};
+use crate::common::ranges::RangeSet;
+use crate::record::{Creation, PAGE_BYTES, Threshold, format};
 
 const SECTORS: u64 = 1 << 20;
 const A: ReplicaIndex = ReplicaIndex(0);
