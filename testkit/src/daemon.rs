@@ -261,6 +261,16 @@ impl EventReader {
         self.collected.lock().events.clone()
     }
 
+    /// As [`Self::all_until_closed`], without the events of jobs: a new disk is scrubbed first.
+    pub fn all_but_jobs(&self) -> Vec<Value> {
+        let mut events = self.all_until_closed();
+        events.retain(|event| {
+            let name = event["event"].as_str().expect("an event has a name");
+            !name.contains("JOB")
+        });
+        events
+    }
+
     /// All events, when the daemon has closed the connection. It does so after the last event.
     pub fn all_until_closed(&self) -> Vec<Value> {
         let is_open = |received: &mut Received| !received.is_closed;
