@@ -45,16 +45,27 @@ pub(super) fn covers(
     if known.is_active() && known.stale_where_changed != wanted.is_coarse {
         return false;
     }
-    let mut stale = known.stale.to_ranges(layout);
-    if known.stale_where_changed {
-        intent.iter().for_each(|range| stale.insert(range));
-    }
-    let mut unknown = wanted.stale.clone();
+    let marked = known.stale_where_changed.then_some(intent);
+    let mut unknown = without_marked(&wanted.stale, marked);
+    let mut doubtful = without_marked(&wanted.doubtful, marked);
+    let stale = known.stale.to_ranges(layout);
     unknown.remove_all(&stale);
-    let mut doubtful = wanted.doubtful.clone();
     doubtful.remove_all(&stale);
     doubtful.remove_all(&known.doubtful.to_ranges(layout));
     unknown.is_empty() && doubtful.is_empty()
+}
+
+/// The runs of a set that are not marked as a whole. There may be very many runs, and as many
+/// marks: no set is made of these.
+fn without_marked(ranges: &RangeSet, marked: Option<&Extents>) -> RangeSet {
+    let Some(marked) = marked else {
+        return ranges.clone();
+    };
+    let mut rest = RangeSet::default();
+    for range in ranges.iter().filter(|range| !marked.contains(*range)) {
+        rest.insert(range);
+    }
+    rest
 }
 
 /// Has a record say exactly where a member is stale and doubtful, and whether it is coarse. Whether
