@@ -27,6 +27,18 @@ pub fn all() -> Vec<Seed> {
     );
     assert!(nowhere != text && of_other != nowhere);
     let everywhere = nowhere.replace("nowhere", "everywhere");
+    let with_jobs = |jobs: &[&str]| {
+        let list = format!(",\n  \"jobs\": [{}]\n}}", jobs.join(", "));
+        nowhere
+            .trim_end()
+            .strip_suffix("\n}")
+            .expect("its end")
+            .to_owned()
+            + &list
+    };
+    let job = r#"{ "id": "job7", "type": "quorum-scrub", "node-name": null, "cancelled": false,
+        "error": "no quorum for 1 sector", "ended": 1785312000, "done-bytes": 512,
+        "total-bytes": 512, "corrupt-sectors": 1, "unreadable-sectors": 0, "sectors-written": 1 }"#;
     // Four members, of which the image is one; one branch; no table before; killed; t = 2; an
     // epoch.
     let numbers = |replica: u8, epoch: u8| {
@@ -45,6 +57,8 @@ pub fn all() -> Vec<Seed> {
             "a file",
             disk(0, &[counted(FILE, &slot(nowhere.as_bytes())[..2000])]),
         ),
+        ("a job", disk(0, &[of_text(&with_jobs(&[job]))])),
+        ("too many jobs", disk(0, &[of_text(&with_jobs(&[job; 9]))])),
         ("a new disk", disk(0, &[vec![ABSENT], vec![ABSENT]])),
         (
             "four images",
