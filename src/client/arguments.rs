@@ -202,7 +202,7 @@ pub(super) enum Action {
         image: NewImage,
     },
     /// Change how many replicas must agree for a read, or store the data for a write, to succeed.
-    /// A restart of quorum-blkd forgets it
+    /// The next start has it too, unless its command line has another --vote-threshold
     Threshold {
         /// 1 to the number of replicas; or majority: more than half of them, also when replicas are
         /// added or removed. A higher one holds as soon as so many replicas are up to date

@@ -54,13 +54,23 @@ pub(super) fn run(context: &mut Context<'_>, new: NewThreshold) -> Result<Outcom
             "With {wanted} of {replicas}, the guest gets an I/O error when one replica fails."
         )?;
     }
-    let option = match new {
-        NewThreshold::Given(threshold) => format!("--vote-threshold {threshold}"),
-        NewThreshold::Majority => "no --vote-threshold".into(),
+    let (option, other) = match new {
+        NewThreshold::Given(threshold) => (format!("--vote-threshold {threshold}"), "another "),
+        NewThreshold::Majority => ("no --vote-threshold".into(), ""),
     };
-    writeln!(
-        context.out,
-        "A restart forgets this: give the command line of quorum-blkd {option}."
-    )?;
+    let is_given = matches!(new, NewThreshold::Given(_));
+    if !disk.records || is_given && wanted > now {
+        // The records have the threshold that is in force.
+        let before = if disk.records { " before that" } else { "" };
+        writeln!(
+            context.out,
+            "A restart{before} forgets this: give the command line of quorum-blkd {option}."
+        )?;
+    } else {
+        writeln!(
+            context.out,
+            "The next start has it too, unless its command line has {other}--vote-threshold."
+        )?;
+    }
     Ok(Outcome::Good)
 }

@@ -6,7 +6,7 @@ use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
 use testkit::machine;
 
-use super::{Host, copy_with_record, read, write};
+use super::{Host, Running, copy_with_record, read, write};
 
 #[test]
 fn a_removed_replica_is_refused_and_an_added_one_is_a_member() {
@@ -134,4 +134,28 @@ fn a_higher_threshold_waits_until_enough_replicas_are_up_to_date() {
     running.wait_until_healthy();
     running.end();
     assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_threshold_that_a_command_has_set_is_kept_unless_the_command_line_has_one() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let expect = |more: &[&str], votes: u64, follows: bool| {
+        let running = host.start_with(&host.images, more);
+        let state = running.state();
+        assert_eq!(state["vote-threshold"], votes, "{more:?}");
+        assert_eq!(state["vote-threshold-follows"], follows, "{more:?}");
+        running
+    };
+    let set = |running: Running, threshold: &str| {
+        let (code, text) = running.blkctl(&["threshold", threshold]);
+        assert_eq!(code, 0, "{text}");
+        assert!(text.contains("The next start has it too, unless"), "{text}");
+        running.kill();
+    };
+    set(expect(&[], 2, true), "3");
+    expect(&[], 3, false).end();
+    expect(&["--vote-threshold", "1"], 1, false).end();
+    set(expect(&[], 1, false), "majority");
+    expect(&[], 2, true).end();
 }
