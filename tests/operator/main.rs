@@ -22,5 +22,7 @@ mod qmp_page;
 )]
 mod recorder;
 mod repair_limit;
+mod restarting_page;
+mod session;
 mod threshold;
 mod verify;
