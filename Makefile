@@ -11,7 +11,7 @@ help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
 		awk -F':.*## ' '{ printf "  make %-12s %s\n", $$1, $$2 }'
 
-demo: guest ## Boot a guest on a voted disk, corrupt a replica under it, and watch
+demo: guest ## Boot a guest on a voted disk, corrupt a replica, cut the power, and watch
 	$(CARGO) build --release --locked --quiet
 	tests/guest/demo.sh
 

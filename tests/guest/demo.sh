@@ -1,5 +1,6 @@
 #!/bin/bash
-# The demo: a Linux guest on a voted disk of three files, one of which becomes corrupt under it.
+# The demo: a Linux guest on a voted disk of three files. One becomes corrupt under it. Then guest
+# and daemon are killed while the guest writes, and one file is missing when they start again.
 #
 # `make demo` runs it, after tests/guest/prepare.sh and `cargo build --release`. Everything happens
 # in a temporary directory. The script checks everything that it prints: if something differs, it
@@ -10,6 +11,7 @@ set -euo pipefail
 project=$(cd "$(dirname "$0")/../.." && pwd)
 target=$(realpath "${CARGO_TARGET_DIR:-$project/target}")
 daemon=$target/release/quorum-blkd
+control=$target/release/quorum-blkctl
 guest=$target/guest
 
 if [ -t 1 ] && [ -z "${NO_COLOR:-}" ]; then
@@ -80,6 +82,44 @@ in_guest() {
     [ "$word" = 0 ] || fail "in the guest: $1: $output"
 }
 
+# start_daemon: prints the command and runs it; waits until the disk is served.
+start_daemon() {
+    # shellcheck disable=SC1003
+    command_line 'host$ quorum-blkd --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \'
+    command_line '          --socket-path disk.sock --rewrite-corrupted --events events.sock'
+    "$daemon" --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \
+        --socket-path disk.sock --rewrite-corrupted --events events.sock 2>daemon.log &
+    daemon_pid=$!
+    pids+=("$daemon_pid")
+    within 300 is_logged 'serving the disk' || fail 'the disk is not served'
+}
+is_logged() { grep --quiet --fixed-strings "$1" daemon.log; }
+show_logged() { show "$(grep --fixed-strings "$1" daemon.log | sed 's/.*disk=quorum0 //')"; }
+
+# boot_guest: starts QEMU and waits for the guest.
+boot_guest() {
+    local start_ms boot_ms
+    rm -f commands.in commands.out
+    mkfifo commands.in commands.out
+    start_ms=$(date +%s%3N)
+    qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
+        -accel tcg,thread=multi -smp 2 \
+        -object memory-backend-memfd,id=memory,size=256M,share=on \
+        -machine q35,memory-backend=memory \
+        -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" \
+        -append 'console=ttyS0 panic=-1 no_timer_check' \
+        -serial file:console.log -chardev pipe,id=commands,path=commands -serial chardev:commands \
+        -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk \
+        </dev/null >qemu.log 2>&1 &
+    qemu_pid=$!
+    pids+=("$qemu_pid")
+    exec {to_guest}<>commands.in {from_guest}<>commands.out
+    read_reply 300
+    [ "$word" = ready ] || fail "the guest did not get ready: $word"
+    boot_ms=$(($(date +%s%3N) - start_ms))
+    show "up after $((boot_ms / 1000)).$((boot_ms % 1000 / 100)) s"
+}
+
 # first_match PATTERN TEXT: prints the first group that the pattern matches in TEXT, if any.
 first_match() {
     if [[ $2 =~ $1 ]]; then
@@ -120,15 +160,7 @@ truncate --size 64M 0.raw 1.raw 2.raw
 step 'quorum-blkd serves them as one disk'
 tell 'It asks all three for every read and lets them vote. Two of three win. The loser' \
     'is repaired, and an event on the events socket reports it.'
-# shellcheck disable=SC1003
-command_line 'host$ quorum-blkd --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \'
-command_line '          --socket-path disk.sock --rewrite-corrupted --events events.sock'
-"$daemon" --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \
-    --socket-path disk.sock --rewrite-corrupted --events events.sock 2>daemon.log &
-daemon_pid=$!
-pids+=("$daemon_pid")
-are_sockets_there() { [ -S disk.sock ] && [ -S events.sock ]; }
-within 300 are_sockets_there || fail 'the daemon made no sockets'
+start_daemon
 # Writes each event, a line of text, to a file as it arrives. Every Debian has Perl.
 # shellcheck disable=SC2016
 perl -MIO::Socket::UNIX -e '
@@ -140,23 +172,7 @@ pids+=("$!")
 
 step 'A Linux guest boots with it'
 tell 'A stock Debian kernel in QEMU, without KVM: this takes some seconds.'
-mkfifo commands.in commands.out
-boot_start_ms=$(date +%s%3N)
-qemu-system-x86_64 -nodefaults -no-user-config -no-reboot -display none \
-    -accel tcg,thread=multi -smp 2 \
-    -object memory-backend-memfd,id=memory,size=256M,share=on -machine q35,memory-backend=memory \
-    -kernel "$guest/vmlinuz" -initrd "$guest/initramfs.cpio.gz" \
-    -append 'console=ttyS0 panic=-1 no_timer_check' \
-    -serial file:console.log -chardev pipe,id=commands,path=commands -serial chardev:commands \
-    -chardev socket,id=disk,path=disk.sock -device vhost-user-blk-pci,chardev=disk \
-    </dev/null >qemu.log 2>&1 &
-qemu_pid=$!
-pids+=("$qemu_pid")
-exec {to_guest}<>commands.in {from_guest}<>commands.out
-read_reply 300
-[ "$word" = ready ] || fail "the guest did not get ready: $word"
-boot_ms=$(($(date +%s%3N) - boot_start_ms))
-show "up after $((boot_ms / 1000)).$((boot_ms % 1000 / 100)) s"
+boot_guest
 in_guest 'uname -sr; fdisk -l /dev/vda | head -n 1'
 show "${output/$'\n'/$'\n'     }"
 
@@ -207,6 +223,50 @@ step 'And 1.raw is repaired'
 within 300 are_identical || fail 'the files still differ'
 checksums | while IFS= read -r line; do show "$line"; done
 tell "${good}The three files are identical again.$plain"
+
+step 'The host loses power while the guest writes'
+answer='Paid. Ada has 100 crowns.'
+in_guest "echo '$answer' >/mnt/answer && sync"
+in_guest 'while sync; do echo "And 1 more. And 2 more. And 3 more." >>/mnt/more; done &'
+is_written() { grep --quiet --text --fixed-strings 'And 3 more.' 0.raw; }
+within 300 is_written || fail 'the guest writes nothing'
+command_line 'host$ kill -9 quorum-blkd qemu'
+kill -KILL "$daemon_pid" "$qemu_pid"
+wait "$daemon_pid" "$qemu_pid" 2>/dev/null || true
+exec {to_guest}>&- {from_guest}<&-
+# The kernel ends what they had in flight, and unlocks the images then.
+are_unlocked() {
+    local text
+    text=$("$control" inspect --json 0.raw 1.raw 2.raw) || [ $? = 1 ]
+    [[ $text != *'"in-use":true'* ]]
+}
+within 300 are_unlocked || fail 'the images stay locked'
+
+step 'When the host is up again, 2.raw is not there'
+command_line 'host$ mkdir away && mv 2.raw 2.raw.quorum away'
+mkdir away && mv 2.raw 2.raw.quorum away
+tell 'Beside each image is its record, so quorum-blkd knows that the two others suffice:' \
+    'it serves the disk at once, and makes them equal where the guest was writing.'
+start_daemon
+show_logged 'replica is missing'
+is_logged 'replica is missing: its image cannot be opened replica=2.raw' ||
+    fail 'the log should say that 2.raw is missing'
+
+step 'The guest boots, and finds what it had synced'
+boot_guest
+in_guest 'mount -o noatime /dev/vda /mnt && cat /mnt/letter /mnt/answer'
+show "$good${output/$'\n'/$'\n'     }$plain"
+[ "$output" = "$right"$'\n'"$answer" ] || fail 'the guest read something else than it had synced'
+in_guest 'echo "The next letter." >/mnt/next && sync'
+
+step '2.raw comes back'
+command_line 'host$ mv away/* .'
+mv away/* .
+within 300 is_logged 'missing replica is there again' || fail '2.raw was not taken in'
+show_logged 'missing replica is there again'
+within 300 are_identical || fail 'the files still differ'
+checksums | while IFS= read -r line; do show "$line"; done
+tell "${good}It got what it had missed, and the three files are identical again.$plain"
 
 printf 'poweroff -f\n' >&"$to_guest"
 wait "$qemu_pid" || fail "QEMU's exit status is $?"
