@@ -182,9 +182,15 @@ impl Host {
         }
     }
 
+    /// Types the block that creates the images.
+    fn create_images(&mut self) {
+        let (status, drawn) = self.daemon.run(block("truncate ").trim_end());
+        assert_eq!(status, 0, "{drawn}");
+    }
+
     /// Types the block that starts the daemon.
     fn start_daemon(&mut self) {
-        self.daemon.type_in(&format!("{}\n", block("truncate ")));
+        self.daemon.type_in(&format!("{}\n", block("quorum-blkd ")));
         let (sockets, shell) = (
             ["disk.sock", "disk-events.sock", "disk-qmp.sock"],
             &self.daemon,
@@ -233,6 +239,7 @@ impl Host {
 
 fn a_first_disk_on(kind: &str) {
     let mut host = Host::new(kind);
+    host.create_images();
     host.start_daemon();
     host.boot();
     let size = host.in_guest("cat /sys/block/vda/queue/logical_block_size");
@@ -310,6 +317,7 @@ fn a_first_disk_works_on_tmpfs() {
 fn no_block_of_the_page_is_left_out() {
     let typed = [
         "truncate ",
+        "quorum-blkd ",
         "qemu-system-x86_64 ",
         "$ export ",
         "$ qmp-shell ",
@@ -321,7 +329,7 @@ fn no_block_of_the_page_is_left_out() {
             "a block that no test types: {block}"
         );
     }
-    for line in typed[..3].iter().flat_map(|begin| block(begin).lines()) {
+    for line in typed[..4].iter().flat_map(|begin| block(begin).lines()) {
         assert!(line.len() <= usize::from(COLUMNS), "{line}");
     }
 }
@@ -330,7 +338,7 @@ fn no_block_of_the_page_is_left_out() {
 fn the_man_page_has_the_same_commands() {
     let page = include_str!("../../../packaging/quorum-blkd.1.in");
     let page = page.replace(r"\-", "-").replace(r"\e", r"\");
-    for begin in ["truncate ", "qemu-system-x86_64 "] {
+    for begin in ["truncate ", "quorum-blkd ", "qemu-system-x86_64 "] {
         let block = block(begin);
         assert!(page.contains(block), "not in the man page: {block}\n{page}");
     }
