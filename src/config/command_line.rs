@@ -65,9 +65,10 @@ pub(super) struct Options {
     pub(super) blk_file: Vec<OsString>,
 
     /// Number of replicas that must agree for a read, or store the data for a write, to succeed:
-    /// 1 to the number N of replicas [default: the majority, N/2 rounded down plus 1, also when
-    /// replicas are added or removed later]. Lower it to keep the disk running with fewer good
-    /// replicas; raise it to trust only data that more replicas agree on
+    /// 1 to the number N of replicas [default: that of the records, which quorum-blkctl threshold
+    /// sets; for a new disk the majority, N/2 rounded down plus 1, also when replicas are added or
+    /// removed later]. Lower it to keep the disk running with fewer good replicas; raise it to
+    /// trust only data that more replicas agree on
     #[arg(
         long,
         value_name = "T",
