@@ -11,6 +11,7 @@
 
 use super::Health;
 use crate::common::ReplicaSet;
+use crate::common::ranges::RangeSet;
 use crate::limits::MISSES_EXACT_MAX;
 
 impl Health {
@@ -27,7 +28,10 @@ impl Health {
         if sweeps {
             for member in self.in_service.iter() {
                 let state = &mut self.replicas[member.as_usize()];
-                if state.stale.is_empty() && state.illegal_after_a_crash().is_empty() {
+                // Each by itself: the mutex of the workers is held.
+                let (behind, weak) = (&state.behind, &state.weak);
+                let sets = [&state.stale, behind, weak, &state.weak_before_flush];
+                if sets.into_iter().all(RangeSet::is_empty) {
                     self.coarse.remove(member);
                     state.misses = 0;
                 }
