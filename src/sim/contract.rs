@@ -51,7 +51,10 @@ mod tests {
             include_str!("operator.rs"),
             include_str!("schedule.rs"),
             include_str!("state.rs"),
-            include_str!("crash_states.rs"),
+            include_str!("crash_states/mod.rs"),
+            include_str!("crash_states/votes.rs"),
+            include_str!("restart.rs"),
+            include_str!("missing.rs"),
         ];
         let mut checked = 0;
         for source in sources {

@@ -161,6 +161,18 @@ impl Ledger {
         self.evicted &= !(1 << replica);
     }
 
+    /// What is wrong with the image of the replica.
+    pub fn of_image(&mut self, replica: usize) -> [&mut u64; 5] {
+        let masks = [
+            &mut self.corrupt,
+            &mut self.dropped,
+            &mut self.falsely_durable,
+            &mut self.unreadable,
+            &mut self.unwritable,
+        ];
+        masks.map(|mask| &mut mask[replica])
+    }
+
     /// The sectors on which the replica may give corrupt bytes.
     pub fn wrong(&self, replica: usize) -> u64 {
         self.corrupt[replica] | self.dropped[replica]

@@ -20,7 +20,9 @@
 //! patience                    how long the guest may wait
 //! inputs, overlap, held       what engines are fed with, and what they ask for; what is held
 //! missing                     a member that is missing at a start
-//! records, restart            what the daemon knows after its end; how it starts again
+//! records                     what the daemon knows after its end
+//! old_copies, forced          an old image is put back; a start is forced
+//! restart                     how the daemon starts again
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
 //! finale                      all steps, and the end
@@ -39,6 +41,7 @@ pub mod effects;
 mod faults;
 mod finale;
 mod flight;
+mod forced;
 mod given_up;
 mod held;
 mod inputs;
@@ -47,6 +50,7 @@ mod lateness;
 pub mod ledger;
 mod missing;
 pub mod model;
+mod old_copies;
 mod operations;
 mod operator;
 mod overlap;

@@ -333,6 +333,27 @@ impl Model {
         self.sectors[sector] = all;
     }
 
+    /// A forced start: the disk holds one of these values there, and all else is given up.
+    pub fn branch(&mut self, sector: usize, values: &[Value], now: Moment) {
+        let all = &mut self.sectors[sector];
+        all.clear();
+        for value in values {
+            if all.iter().all(|known| known.value != *value) {
+                all.push(Written {
+                    value: *value,
+                    began: 0,
+                    ended: now,
+                    acknowledged: false,
+                    durable: false,
+                    undone: false,
+                    again: false,
+                    first_end: NEVER,
+                    last_begin: 0,
+                });
+            }
+        }
+    }
+
     /// The host crashed. What was not flushed may be there or not; what was in flight too.
     pub fn crashed(&mut self, now: Moment) {
         for all in &mut self.sectors {

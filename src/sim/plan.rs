@@ -150,6 +150,10 @@ pub struct Plan {
     pub overlap: u32,
     /// The replicas have records.
     pub records: bool,
+    /// Old copies of images are put back before a start.
+    pub old_copies: bool,
+    /// Starts are forced.
+    pub forces: bool,
     /// Sectors of an extent of the records.
     pub extent_sectors: u64,
 }
@@ -227,6 +231,8 @@ impl Plan {
             overlap: 0,
             records: false,
             extent_sectors: 1,
+            old_copies: false,
+            forces: false,
         };
         plan.choose_faults(random);
         plan.choose_slowness(random);
@@ -244,6 +250,8 @@ impl Plan {
     /// Half of all disks have records. Most have several extents.
     fn choose_records(&mut self, random: &mut Random) {
         self.records = random.below(2) == 0;
+        self.old_copies = random.below(2) == 0;
+        self.forces = random.below(2) == 0;
         self.extent_sectors = random.pick(&[1, 1, 2, 4, 8, 64]);
     }
 

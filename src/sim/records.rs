@@ -8,6 +8,7 @@ use uuid::Uuid;
 use super::Violation;
 use super::ledger::Masks;
 use super::model::SectorModel;
+use super::old_copies::OldCopy;
 use super::operator::index;
 use super::plan::{PLACES, bits, mask_of};
 use super::random::Random;
@@ -17,7 +18,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::quorum::health::{Copies, Remembered};
 use crate::record::format::Read;
-use crate::record::start::{Candidate, Found, Kept, Start, Why, take_in};
+use crate::record::start::{Candidate, Found, Kept, Refusal, Start, Why, take_in};
 use crate::record::{
     Creation, Extents, Holder, Keeper, Layout, MemberState, PAGE_BYTES, Record, RecordWrite, Stale,
     Threshold, format,
@@ -37,6 +38,13 @@ pub(super) struct Records {
     pub(super) failed: u32,
     /// How often a write to a record has failed since the start of the daemon.
     pub(super) failures: u64,
+    /// An old copy.
+    pub(super) old: Option<OldCopy>,
+    /// The images that were replaced by an old copy, or whose record was, and that were not served
+    /// since: a mask.
+    pub(super) put_back: u32,
+    /// The images that a forced start has left behind, and that were not served since: a mask.
+    pub(super) left_behind: u32,
     /// Where a replica that was missing is stale, as its own record says. The others need not say
     /// it before it rejoins.
     found: Masks,
@@ -45,15 +53,20 @@ pub(super) struct Records {
 }
 
 /// The file of one record, as far as it was ever written.
-#[derive(Clone, Debug, Default)]
-struct File {
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(super) struct File {
     slots: [Vec<u8>; 2],
     pages: Vec<u8>,
 }
 
 impl File {
     /// Writes each block that `reaches` the file.
-    fn write(&mut self, offset_bytes: u64, bytes: &[u8], mut reaches: impl FnMut() -> bool) {
+    pub(super) fn write(
+        &mut self,
+        offset_bytes: u64,
+        bytes: &[u8],
+        mut reaches: impl FnMut() -> bool,
+    ) {
         let places = [Layout::slot_offset(0), Layout::slot_offset(1)];
         let (part, start) = match offset_bytes.checked_sub(Layout::page_offset(0)) {
             Some(start) => (&mut self.pages, start),
@@ -82,7 +95,8 @@ impl File {
         }
     }
 
-    fn kept(&self) -> Kept {
+    /// What a start finds.
+    pub(super) fn kept(&self) -> Kept {
         let mut pages = self.pages.clone();
         pages.resize(pages.len().max(4 * PAGE_BYTES), 0);
         match format::read_parts([&self.slots[0], &self.slots[1]], &pages) {
@@ -97,6 +111,20 @@ impl Records {
     pub(super) fn forget(&mut self) {
         (self.failed, self.failures) = (0, 0);
         self.found = Masks::default();
+    }
+
+    /// The name of the member in this place, if there is one.
+    pub(super) fn member(&self, place: usize) -> Option<Uuid> {
+        self.members[place]
+    }
+
+    /// The record in this place.
+    pub(super) fn file(&self, place: usize) -> &File {
+        &self.files[place]
+    }
+
+    pub(super) fn file_mut(&mut self, place: usize) -> &mut File {
+        &mut self.files[place]
     }
 
     /// The places whose image has a record, or is to have one: a mask.
@@ -232,8 +260,6 @@ impl World {
 
     /// The image of a member that was missing is there, with its record: where it is stale.
     pub(super) fn find_record(&mut self, place: usize) -> Result<RangeSet, Violation> {
-        let candidate = self.candidate(place);
-        trace!(self, "{}", show_record(&candidate));
         let running = self.shared.records(|keeper| {
             let record = keeper.record();
             let active = record.members.iter().find(|member| member.is_active());
@@ -247,7 +273,20 @@ impl World {
             (running, keeper.layout())
         });
         let (running, layout) = running.expect("it has records");
-        let verdict = match take_in(&running, &candidate) {
+        let mut candidate = self.candidate(place);
+        trace!(self, "{}", show_record(&candidate));
+        let mut verdict = take_in(&running, &candidate);
+        if let Err(refusal @ Refusal::Split(_)) = &verdict
+            && self.records.left_behind >> place & 1 == 1
+        {
+            trace!(self, "refused: {refusal}");
+            // Its record is destroyed, so that it is copied anew.
+            self.statistics.split += 1;
+            self.records.files[place] = File::default();
+            candidate = self.candidate(place);
+            verdict = take_in(&running, &candidate);
+        }
+        let verdict = match verdict {
             Ok(verdict) if verdict.member == self.member_in(place) => verdict,
             Ok(_) => {
                 let text = format!("replica {place} is taken for another one");
@@ -261,6 +300,7 @@ impl World {
         if verdict.why == Why::NoRecord {
             self.records.files[place] = File::default();
         }
+        self.are_served(1 << place);
         let sequence = self.records.files[place].sequence();
         self.shared.record_found(index(place), sequence);
         let mut stale = verdict.stale.to_ranges(layout);

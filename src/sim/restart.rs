@@ -58,6 +58,9 @@ impl World {
             self.write_back(replica, sectors);
             self.replicas[replica].crash(0);
         }
+        if self.plan.records {
+            self.copy_or_put_back();
+        }
         // What the records say.
         let start = match self.plan.records {
             true => match self.read_records(ended)? {
@@ -82,6 +85,9 @@ impl World {
             }
         };
         let before = self.forget(killed);
+        if let Some(start) = start.as_ref().filter(|start| start.forced) {
+            self.begin_branch(start, self.members & !self.missing, &before);
+        }
         let marked = mask_of(changed.iter());
         self.note_remembered(&remembered, &before, (marked, killed))?;
 
@@ -196,9 +202,14 @@ impl World {
             0 => self.random.part(missing),
             _ => 0,
         };
+        let there = all & !missing;
+        if there & !self.records.left_behind == 0 {
+            // Those that a forced start has left behind would go on.
+            return Images::all(all);
+        }
         Images {
             named: all & !absent,
-            there: all & !missing,
+            there,
             no_members: 0,
         }
     }
@@ -206,7 +217,7 @@ impl World {
     /// The daemon starts again: what it may serve. The places of its members change if the last
     /// change of the operator is not in the records. `None`: nothing, and that is right.
     fn read_records(&mut self, ended: Ended) -> Result<Option<Box<Start>>, Violation> {
-        let options = Options {
+        let mut options = Options {
             force: false,
             adopt: None,
             votes: None,
@@ -248,8 +259,25 @@ impl World {
                     }
                     trace!(self, "refused: {refusal}");
                     self.check_refused(&refusal, images, &candidates, ended)?;
+                    if matches!(refusal, Refusal::Split(_)) {
+                        // Those of the branch are started alone.
+                        let left_behind = self.records.left_behind;
+                        images.no_members |= left_behind;
+                        images.named &= !left_behind;
+                        images.there &= !left_behind;
+                        continue;
+                    }
+                    let is_unknown = matches!(
+                        refusal,
+                        Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. }
+                    );
+                    if is_unknown && self.plan.forces && self.random.below(3) > 0 {
+                        options.force = true;
+                        continue;
+                    }
                 }
             }
+            options.force = false;
             if !self.open_more(&mut images)? {
                 return Ok(None);
             }
@@ -268,6 +296,7 @@ impl World {
         let members = bits(u64::from(self.records.named())).filter(is_member);
         self.members = members.fold(0, |mask, place| mask | 1 << place);
         self.missing = self.members & !images.there;
+        self.are_served(images.there);
         self.statistics.subsets += u64::from(self.missing != 0);
         Ok(())
     }
@@ -280,18 +309,24 @@ impl World {
         candidates: &[Candidate],
         ended: Ended,
     ) -> Checked {
-        let missing = self.records.named() & !images.there & !images.no_members;
+        let named = self.records.named() & !images.no_members;
+        let old = self.records.put_back | self.records.left_behind;
+        let missing = named & (!images.there | old);
         let missing_members = (missing & self.members).count_ones() as usize;
         let may_be = match refusal {
             // W11: the operator has given up what no other replica holds durably. Or the disk is so
             // small that a vote on all of it has made most replicas stale.
             Refusal::TooFewCopies { .. } => {
-                missing != 0 || self.ledger.given_up != 0 || self.is_marked(candidates)
+                missing != 0
+                    || self.records.left_behind != 0
+                    || self.ledger.given_up != 0
+                    || self.is_marked(candidates)
             }
             Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. } => {
                 missing != 0 && !(ended.complete && missing_members < self.threshold)
             }
             Refusal::NoRecord { .. } => missing != 0,
+            Refusal::Split(_) => images.there & self.records.left_behind != 0,
             _ => false,
         };
         match may_be {

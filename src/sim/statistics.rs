@@ -27,6 +27,12 @@ pub struct Statistics {
     pub refused: u64,
     /// Members that were missing at a start with records, and whose image was there later.
     pub found: u64,
+    /// Old copies of images, or of their records, that were put back.
+    pub put_back: u64,
+    /// Forced starts.
+    pub forced: u64,
+    /// Replicas that turned up after a forced start had left them behind, and were refused.
+    pub split: u64,
     /// Replicas added.
     pub added: u64,
     /// Replicas removed.
@@ -62,6 +68,9 @@ impl Statistics {
         self.subsets += other.subsets;
         self.refused += other.refused;
         self.found += other.found;
+        self.put_back += other.put_back;
+        self.forced += other.forced;
+        self.split += other.split;
         self.added += other.added;
         self.removed += other.removed;
         self.given_up += other.given_up;

@@ -34,7 +34,7 @@ use super::table::{Fingerprint, Record};
 use crate::common::{ReplicaIndex, ReplicaSet};
 
 /// The records of a disk while it is served.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Keeper {
     /// What the slots are to say, without what differs between them.
     record: Record,

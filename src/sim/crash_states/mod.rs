@@ -4,27 +4,36 @@
 //! them and the replicas can answer are explored with the real engine, one input at a time. At each
 //! moment a sector of a replica may hold, after a crash, any of the values written to it since it
 //! was last made durable, those in flight included, whatever the other sectors and replicas hold.
-//! For every start that is allowed then, all these combinations are voted on: by the
-//! replicas that are not remembered to be stale there.
+//! The records of the replicas are written by the engine too, and each write to one that is in
+//! flight is there or not. Every subset of the replicas is started with the records of each such
+//! state; where the disk is served, all combinations of what the sectors may hold are voted on.
+//!
+//! The writes to the records that are in flight end together: what the engine does next depends on
+//! all of them, and after a crash each may be there or not in any case.
 //!
 //! Two paths that lead to the same state are followed once. What makes a state is what every
 //! replica may hold and has answered, and the order in which requests began and ended; replicas are
 //! alike.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
+mod starts;
+mod votes;
+
+use self::starts::{Outcome, Served, Starts};
+use self::votes::{Stand, Votes, check_crash_state};
 use super::Violation;
 use super::effects::{Collected, Effect, SECTOR_LEN, fill, number_of, parse, tag};
 use super::model::{Model, Value};
 use super::plan::bits;
 use super::policy;
+use super::records::File;
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation};
-use crate::common::{Errno, ReplicaIndex, SectorRange};
+use crate::common::{Errno, SectorRange};
 use crate::engine::{Engine, GuestRequest, Shared, Tag, WorkerIndex};
-use crate::quorum::vote::{Ballot, Rule, vote};
 
 const SECTORS: usize = 2;
 
@@ -60,6 +69,8 @@ pub struct Found {
     pub states: u64,
     /// Crash states of a sector, over all replicas.
     pub crash_states: u64,
+    /// Votes on them, each of the replicas of one start.
+    pub starts: u64,
 }
 
 /// One step of a path.
@@ -69,6 +80,8 @@ enum Step {
     Submit,
     /// The reply of this replica to this act arrives.
     Deliver { act: usize, replica: usize },
+    /// The writes to the records end.
+    Remember,
 }
 
 #[derive(Debug)]
@@ -91,15 +104,21 @@ struct Held {
     answered: Vec<usize>,
 }
 
+/// What makes a state: when each request was made and answered, what the first replica and the
+/// others may hold, and the record of the first one, before and after it is written.
+type Signature = (Vec<(usize, bool)>, Held, Vec<Held>, [usize; 2]);
+
 /// An engine somewhere in a history.
 struct State<'a> {
     case: Case,
     history: &'a [Act],
-    shared: Arc<Shared>,
     engine: Engine,
     pool: BufferPool,
     effects: Collected,
     flights: Vec<Flight>,
+    /// The records, and the writes to them that are in flight.
+    files: Vec<File>,
+    record_writes: Vec<Operation>,
     held: Vec<Held>,
     model: Model,
     submitted: usize,
@@ -116,10 +135,11 @@ struct State<'a> {
 pub fn explore_all(case: Case, length: u32) -> Result<Found, Violation> {
     let mut found = Found::default();
     let mut votes = Votes::default();
+    let mut starts = Starts::new(case);
     for number in 0..ACTS.len().pow(length) {
         let digit = |place| number / ACTS.len().pow(place) % ACTS.len();
         let history: Vec<Act> = (0..length).map(|place| ACTS[digit(place)]).collect();
-        explore(case, &history, &mut votes, &mut found)?;
+        explore(case, &history, (&mut votes, &mut starts), &mut found)?;
     }
     Ok(found)
 }
@@ -127,22 +147,22 @@ pub fn explore_all(case: Case, length: u32) -> Result<Found, Violation> {
 fn explore(
     case: Case,
     history: &[Act],
-    votes: &mut Votes,
+    (votes, starts): (&mut Votes, &mut Starts),
     found: &mut Found,
 ) -> Result<(), Violation> {
     let pool = BufferPool::default();
     let mut seen = BTreeSet::new();
     let mut paths: Vec<Vec<Step>> = vec![Vec::new()];
     while let Some(path) = paths.pop() {
-        let mut state = State::new(case, history, pool.clone());
+        let mut state = State::new(case, history, pool.clone(), starts);
         for step in &path {
             state.take(*step);
         }
-        if !seen.insert(state.signature()) {
+        if !seen.insert(state.signature(starts)) {
             continue;
         }
         found.states += 1;
-        state.check(votes, found).map_err(|v| {
+        state.check(votes, starts, found).map_err(|v| {
             Violation::new(v.rule, format!("{} {case:?} {history:?} {path:?}", v.text))
         })?;
         for step in state.next() {
@@ -155,7 +175,7 @@ fn explore(
 }
 
 impl<'a> State<'a> {
-    fn new(case: Case, history: &'a [Act], pool: BufferPool) -> Self {
+    fn new(case: Case, history: &'a [Act], pool: BufferPool, starts: &Starts) -> Self {
         let policy = policy::plain(case.threshold);
         let shared = Arc::new(Shared::new(
             case.replicas,
@@ -163,6 +183,8 @@ impl<'a> State<'a> {
             1,
             SECTORS as u64,
         ));
+        let (files, keeper) = starts.new_disk();
+        shared.remember(keeper);
         let held = Held {
             possible: std::array::from_fn(|sector| vec![Value::written(0, sector)]),
             dirty: [None; SECTORS],
@@ -172,7 +194,7 @@ impl<'a> State<'a> {
         let mut engine = Engine::new(
             WorkerIndex(0),
             policy,
-            Arc::clone(&shared),
+            shared,
             pool.clone(),
             TurnClock::default(),
         );
@@ -181,11 +203,12 @@ impl<'a> State<'a> {
         Self {
             case,
             history,
-            shared,
             engine,
             pool,
             effects: Collected::default(),
             flights: Vec::new(),
+            files,
+            record_writes: Vec::new(),
             held: vec![held; case.replicas],
             model: Model::new(SECTORS),
             submitted: 0,
@@ -201,6 +224,9 @@ impl<'a> State<'a> {
         if self.submitted < self.history.len() {
             steps.push(Step::Submit);
         }
+        if !self.record_writes.is_empty() {
+            steps.push(Step::Remember);
+        }
         steps
     }
 
@@ -209,11 +235,15 @@ impl<'a> State<'a> {
         match step {
             Step::Submit => self.submit(),
             Step::Deliver { .. } => self.deliver(step),
+            Step::Remember => self.end_record_writes(),
         }
         let effects: Vec<Effect> = self.effects.effects.drain(..).collect();
         for effect in effects {
             match effect {
-                Effect::Submit(operation) => self.take_off(operation),
+                Effect::Submit(operation) => match operation.action {
+                    Action::Record { .. } => self.record_writes.push(operation),
+                    _ => self.take_off(operation),
+                },
                 Effect::Complete(tag, result) => self.completed(tag, result.is_ok()),
                 Effect::Report(_) | Effect::Written(_) | Effect::HealthChanged => {}
                 Effect::Wake(..) | Effect::ContentsDiffer(_) => {
@@ -268,7 +298,7 @@ impl<'a> State<'a> {
             Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. } => {
                 unreachable!("no history reads or discards")
             }
-            Action::Record { .. } => unreachable!("no records here"),
+            Action::Record { .. } => unreachable!("it has no act"),
             Action::Write { range, data, .. } => {
                 let value = parse(&data[..SECTOR_LEN]).and_then(Value::write);
                 let act = usize::try_from(value.expect("a guest's write")).expect("few") - 1;
@@ -339,11 +369,20 @@ impl<'a> State<'a> {
             (Action::Flush, true) => held.dirty = [None; SECTORS],
             (Action::Write { .. }, true) => {}
             (Action::Read { .. } | Action::Zero { .. } | Action::FindData { .. }, _) => {}
-            (Action::Record { .. }, _) => unreachable!("no records here"),
+            (Action::Record { .. }, _) => unreachable!("it has no act"),
         }
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
         self.engine
             .reply(flight.operation.reply(result), &mut self.effects);
+    }
+
+    /// The writes to the records that are in flight end.
+    fn end_record_writes(&mut self) {
+        for operation in std::mem::take(&mut self.record_writes) {
+            write_record(&mut self.files[operation.replica.as_usize()], &operation);
+            self.engine
+                .reply(operation.reply(Ok(())), &mut self.effects);
+        }
     }
 
     fn completed(&mut self, tag: Tag, success: bool) {
@@ -364,30 +403,45 @@ impl<'a> State<'a> {
         }
     }
 
-    fn signature(&self) -> (Vec<(usize, bool)>, Held, Vec<Held>) {
+    /// What makes a state. The record of the first replica stands for all.
+    fn signature(&self, starts: &mut Starts) -> Signature {
         // The first replica is the one that may fail; the others are alike.
         let mut others = self.held[1..].to_vec();
         others.sort();
-        (self.events.clone(), self.held[0].clone(), others)
+        let mut file = self.files[0].clone();
+        let before = starts.number(&file);
+        let mut writes = self.record_writes.iter();
+        if let Some(operation) = writes.find(|write| write.replica.as_usize() == 0) {
+            write_record(&mut file, operation);
+        }
+        let records = [before, starts.number(&file)];
+        (self.events.clone(), self.held[0].clone(), others, records)
     }
 
     /// The power fails now.
-    fn check(&self, votes: &mut Votes, found: &mut Found) -> Result<(), Violation> {
-        let remembered = self.shared.remembered();
+    fn check(
+        &self,
+        votes: &mut Votes,
+        starts: &mut Starts,
+        found: &mut Found,
+    ) -> Result<(), Violation> {
         let mut model = self.model.clone();
         model.crashed(self.now);
+        let served = self.served(starts)?;
         for sector in 0..SECTORS {
             let permitted: Vec<Value> = model.permitted(sector).collect();
-            let range = SectorRange::new(sector as u64, 1);
-            let stand = |replica: usize| {
-                let copies = &remembered.copies[replica];
-                match () {
-                    () if copies.stale.overlaps(range) => Stand::Stale,
-                    () if copies.doubtful.overlaps(range) => Stand::Doubtful,
-                    () => Stand::Fresh,
+            let mut ways = BTreeSet::new();
+            for (present, start) in &served {
+                let stands: Vec<Stand> = start.stands.iter().map(|stand| stand[sector]).collect();
+                if start.marked[sector] {
+                    ways.insert((*present, stands));
+                } else {
+                    self.check_unmarked(sector, *present)?;
                 }
-            };
-            let stands: Vec<Stand> = (0..self.case.replicas).map(stand).collect();
+            }
+            if ways.is_empty() {
+                continue;
+            }
             let mut choice = vec![0; self.case.replicas];
             loop {
                 let values: Vec<Value> = choice
@@ -396,7 +450,15 @@ impl<'a> State<'a> {
                     .map(|(place, held)| held.possible[sector][*place])
                     .collect();
                 found.crash_states += 1;
-                self.check_crash_state(&permitted, &values, &stands, votes)?;
+                for (present, stands) in &ways {
+                    found.starts += 1;
+                    check_crash_state(
+                        &permitted,
+                        &values,
+                        (*present, stands),
+                        (self.case.threshold, &mut *votes),
+                    )?;
+                }
                 // The next combination.
                 let next = (0..choice.len())
                     .find(|r| choice[*r] + 1 < self.held[*r].possible[sector].len());
@@ -408,58 +470,64 @@ impl<'a> State<'a> {
         Ok(())
     }
 
-    /// I5: whichever replicas are started again, as many as may start, there is a winner, and it is
-    /// permitted.
-    fn check_crash_state(
-        &self,
-        permitted: &[Value],
-        values: &[Value],
-        stands: &[Stand],
-        votes: &mut Votes,
-    ) -> Result<(), Violation> {
+    /// S3: all ways in which the disk is served, for each subset of the replicas that may start,
+    /// and each state of their records.
+    fn served(&self, starts: &mut Starts) -> Result<BTreeSet<(u32, Served)>, Violation> {
         let Case {
             replicas,
             threshold,
-            ..
+            fails,
         } = self.case;
-        for present in 1_u32..1 << replicas {
-            let present_count = usize::try_from(present.count_ones()).expect("few");
-            let missing = replicas - present_count;
-            if present_count < threshold || missing >= threshold {
-                continue;
+        let mut served = BTreeSet::new();
+        for written in 0_u32..1 << self.record_writes.len() {
+            let mut files = self.files.clone();
+            for (index, operation) in self.record_writes.iter().enumerate() {
+                if written >> index & 1 == 1 {
+                    write_record(&mut files[operation.replica.as_usize()], operation);
+                }
             }
-            let of = |stand: Stand| {
-                let present = bits(u64::from(present)).filter(|r| stands[*r] == stand);
-                present.map(|replica| values[replica]).collect()
-            };
-            let fresh: Vec<Value> = of(Stand::Fresh);
-            let doubtful = match fresh.len() < threshold {
-                true => of(Stand::Doubtful),
-                false => Vec::new(),
-            };
-            let text = || format!("crash state {values:?}, {stands:?}, permitted {permitted:?}:");
-            match votes.winner(fresh, doubtful) {
-                Some(winner) if permitted.contains(&winner) => {}
-                Some(_) => {
-                    let text = text() + &format!(" {present:b} believe a stale copy,");
-                    return Err(Violation::new("S2", text));
-                }
-                None => {
-                    let text = text() + &format!(" no version wins on {present:b},");
-                    return Err(Violation::new("I5", text));
-                }
+            let numbers: Vec<usize> = files.iter().map(|file| starts.number(file)).collect();
+            let files: Vec<&File> = files.iter().collect();
+            for present in 1_u32..1 << replicas {
+                let count = usize::try_from(present.count_ones()).expect("few");
+                let may_start = count >= threshold && replicas - count < threshold;
+                let outcome = starts.outcome(&files, &numbers, present);
+                let what = match (outcome, may_start) {
+                    (Outcome::Served(start), true) => {
+                        served.insert((present, start.clone()));
+                        continue;
+                    }
+                    (Outcome::TooFewCopies, true) if fails.is_some() => continue,
+                    (Outcome::TooFewCopies | Outcome::Refused(_), false) => continue,
+                    (outcome, _) => format!("{outcome:?}"),
+                };
+                let text = format!("{present:b} with {written:b} of the records written: {what}");
+                return Err(Violation::new("S3", text));
             }
         }
-        Ok(())
+        Ok(served)
+    }
+
+    /// S4: where the records mark nothing no copy can have changed.
+    fn check_unmarked(&self, sector: usize, present: u32) -> Result<(), Violation> {
+        let changed = |replica: usize| self.held[replica].possible[sector].len() > 1;
+        let mut present = bits(u64::from(present));
+        match present.any(changed) {
+            true => Err(Violation::new("S4", format!("{sector} is not marked"))),
+            false => Ok(()),
+        }
     }
 }
 
-/// How a copy of a sector is remembered.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stand {
-    Fresh,
-    Doubtful,
-    Stale,
+/// The operation has its effect.
+fn write_record(file: &mut File, operation: &Operation) {
+    if let Action::Record {
+        offset_bytes,
+        bytes,
+    } = &operation.action
+    {
+        file.write(*offset_bytes, bytes, || true);
+    }
 }
 
 impl Act {
@@ -483,42 +551,4 @@ fn step_of(flight: &Flight) -> Step {
         act: flight.act,
         replica: flight.operation.replica.as_usize(),
     }
-}
-
-/// The outcomes of votes of copies that are all legal, each counted by the real vote once: of those
-/// that are fresh, and of doubtful ones.
-#[derive(Debug, Default)]
-struct Votes(BTreeMap<(Vec<Value>, Vec<Value>), Option<Value>>);
-
-impl Votes {
-    fn winner(&mut self, fresh: Vec<Value>, doubtful: Vec<Value>) -> Option<Value> {
-        let values: Vec<Value> = fresh.iter().chain(&doubtful).copied().collect();
-        let (fresh_count, all) = (fresh.len(), values.len());
-        *self.0.entry((fresh, doubtful)).or_insert_with(|| {
-            let sectors: Vec<[u8; SECTOR_LEN]> =
-                values.iter().map(|value| sector_of(*value)).collect();
-            let sector = SectorRange::new(0, 1);
-            let ballot = |replica: usize| {
-                let index = ReplicaIndex(u8::try_from(replica).expect("few"));
-                let mut ballot = Ballot::new(index, &sectors[replica], Vec::new());
-                if fresh_count > 0 && replica >= fresh_count {
-                    ballot.supporting.push(sector);
-                }
-                ballot
-            };
-            let ballots: Vec<Ballot<'_>> = (0..all).map(ballot).collect();
-            let rule = Rule::Threshold(all.max(1));
-            let verdict = vote(sector, &ballots, rule, &[sector]);
-            verdict
-                .winners
-                .first()
-                .map(|run| values[run.held_by.as_usize()])
-        })
-    }
-}
-
-fn sector_of(value: Value) -> [u8; SECTOR_LEN] {
-    let mut sector = [0; SECTOR_LEN];
-    fill(&mut sector, value);
-    sector
 }

@@ -1,0 +1,86 @@
+//! Before a start an old copy of an image is put back with its record, or the old record alone
+//! (S3): such a replica is stale everywhere.
+//!
+//! The copy was made before an earlier start, and fewer than t replicas are put back together: the
+//! records cannot know more.
+
+use uuid::Uuid;
+
+use super::plan::bits;
+use super::records::File;
+use super::replica::SimReplica;
+use super::state::{World, trace};
+
+/// A copy of an image and its record.
+#[derive(Debug)]
+pub(super) struct OldCopy {
+    place: usize,
+    member: Uuid,
+    record: File,
+    image: SimReplica,
+}
+
+impl World {
+    /// The daemon has ended: an image is copied, or an old copy is put back.
+    pub(super) fn copy_or_put_back(&mut self) {
+        if !self.plan.old_copies || self.plan.dead != 0 {
+            return;
+        }
+        match self.records.old.take() {
+            Some(old) if self.random.below(2) == 0 => self.records.old = Some(old),
+            Some(old) => self.put_back(old),
+            None => self.records.old = self.copy(),
+        }
+    }
+
+    fn copy(&mut self) -> Option<OldCopy> {
+        let place = self.random.bit(u64::from(self.members)) as usize;
+        Some(OldCopy {
+            place,
+            member: self.records.member(place)?,
+            record: self.records.file(place).clone(),
+            image: self.replicas[place].clone(),
+        })
+    }
+
+    fn put_back(&mut self, old: OldCopy) {
+        let place = old.place;
+        let is_same = *self.records.file(place) == old.record;
+        let is_member = self.records.member(place) == Some(old.member);
+        // One image alone is as good as the disk.
+        let decides = self.threshold.min(self.least_threshold) < 2 || self.records.put_back != 0;
+        let is_needed = self.count() <= self.threshold && self.random.below(4) > 0;
+        if is_same || !is_member || decides || is_needed {
+            return;
+        }
+        let with_image = self.random.below(3) > 0;
+        trace!(
+            self,
+            "an old copy of replica {place} is put back, with its image: {with_image}"
+        );
+        self.statistics.put_back += 1;
+        self.records.put_back |= 1 << place;
+        *self.records.file_mut(place) = old.record;
+        if with_image {
+            let mut image = old.image;
+            image.grow(self.changed_at.len());
+            image.crash(0);
+            self.replicas[place] = image;
+            self.ledger.any = true;
+            for mask in self.ledger.of_image(place) {
+                *mask = 0;
+            }
+        }
+    }
+
+    /// These images are served, a mask: their records are written anew.
+    pub(super) fn are_served(&mut self, places: u32) {
+        self.records.put_back &= !places;
+        self.records.left_behind &= !places;
+    }
+
+    /// The places in a mask.
+    pub(super) fn places(mask: u32) -> impl Iterator<Item = usize> {
+        bits(u64::from(mask))
+    }
+}
