@@ -228,7 +228,9 @@ impl Planner<'_> {
         copies.apart(self.newest.record.layout())
     }
 
-    /// Whether all that was acknowledged is known, or the start is forced.
+    /// Whether all that was acknowledged is known, or the start is forced. A table can be left with
+    /// a lower vote threshold only by as many as it asks for, unless all its members are there: as
+    /// many as are left out may else be started with a lower one as well.
     fn check_history(&self, images: &[Verdict], options: &Options) -> Result<bool, Refusal> {
         if self.adopted.is_some() {
             return Ok(true);
@@ -239,19 +241,33 @@ impl Planner<'_> {
         let may_go_on = |table: &&Table| table.is_known_to(&seen) && table.is_bound_by(&there);
         let tables = self.tables_before(images);
         let unknown = tables.iter().find(|table| !may_go_on(table));
-        match unknown {
-            None if tables.len() <= RECORD_TABLES_MAX => Ok(false),
+        let voting = images.iter().filter(|image| image.votes()).count();
+        let is_lowered = |table: &&Table| {
+            let wanted = options.votes.unwrap_or(table.votes);
+            let others = table.active.iter().filter(|id| !seen.contains(id));
+            let others = others.chain(table.inactive.iter().filter(|id| !there.contains(id)));
+            wanted < table.votes && voting < usize::from(table.votes) && others.count() > 0
+        };
+        let lowered = tables.iter().find(is_lowered);
+        let lacking = |table: &Table| {
+            let lacking = table.active.iter().filter(|id| !seen.contains(id));
+            lacking.map(|id| self.name(*id)).collect()
+        };
+        match (unknown, lowered) {
+            (None, None) if tables.len() <= RECORD_TABLES_MAX => Ok(false),
             _ if options.force => Ok(true),
-            None => Err(Refusal::CutShort {
+            (Some(table), _) => Err(Refusal::HistoryUnknown {
+                missing: lacking(table),
+                votes: table.votes,
+            }),
+            (None, Some(table)) => Err(Refusal::ThresholdLowered {
+                missing: lacking(table),
+                voting,
+                votes: table.votes,
+            }),
+            (None, None) => Err(Refusal::CutShort {
                 starts: RECORD_TABLES_MAX,
             }),
-            Some(table) => {
-                let lacking = table.active.iter().filter(|id| !seen.contains(id));
-                Err(Refusal::HistoryUnknown {
-                    missing: lacking.map(|id| self.name(*id)).collect(),
-                    votes: table.votes,
-                })
-            }
         }
     }
 
@@ -282,7 +298,12 @@ impl Planner<'_> {
     fn threshold(&self, options: &Options) -> Result<Threshold, Refusal> {
         let members = self.members().len();
         let threshold = match options.votes {
-            None => self.newest.record.threshold,
+            // One that was only proposed may be higher than that of the table in force, and is then
+            // raised again when enough replicas are up to date (W10).
+            None => Threshold {
+                votes: (self.newest.record.threshold.votes).min(self.newest.in_force().votes),
+                ..self.newest.record.threshold
+            },
             Some(votes) => Threshold {
                 votes,
                 follows_majority: false,

@@ -108,6 +108,22 @@ pub enum Refusal {
         /// The vote threshold of the table in force.
         votes: u8,
     },
+    /// Fewer replicas than the vote threshold are to go on with a lower one. Others could have done
+    /// so as well.
+    #[error(
+        "only {voting} of {votes} needed replicas can be used, and {} could have gone on without \
+         them with a lower vote threshold as well; start with all, or, if those are lost with what \
+         they hold, add --force-start",
+        Others(.missing)
+    )]
+    ThresholdLowered {
+        /// The active members without a current record.
+        missing: Vec<String>,
+        /// How many images may vote.
+        voting: usize,
+        /// The vote threshold of the table in force.
+        votes: u8,
+    },
     /// Many starts in a row were cut short before their table was agreed upon.
     #[error(
         "the last {starts} starts were cut short while other replicas were missing; start with \
@@ -134,8 +150,8 @@ pub enum Refusal {
     },
     /// Too few images may vote.
     #[error(
-        "{} of {votes} needed replicas can be used{}; start with the others, or with a lower \
-         --vote-threshold",
+        "{} of {votes} needed replicas can be used{}; start with the others, or, if they are lost \
+         with what they hold, with a lower --vote-threshold and --force-start",
         .voting.len(),
         Reasons(.others)
     )]
@@ -192,6 +208,7 @@ impl Refusal {
             self,
             Self::Split(_)
                 | Self::HistoryUnknown { .. }
+                | Self::ThresholdLowered { .. }
                 | Self::CutShort { .. }
                 | Self::Modified { .. }
                 | Self::TooFewCopies { .. }
@@ -204,6 +221,18 @@ impl fmt::Display for Side {
         let Self { epoch, active, .. } = self;
         write!(f, "{} with epoch {epoch} of ", QuotedList(&self.images))?;
         write!(f, "{} (branch {})", QuotedList(active), self.branch)
+    }
+}
+
+/// The members that are left out, by name if there is one.
+struct Others<'a>(&'a [String]);
+
+impl fmt::Display for Others<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => f.write_str("others"),
+            names => QuotedList(names).fmt(f),
+        }
     }
 }
 

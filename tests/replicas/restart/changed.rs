@@ -131,6 +131,33 @@ fn two_sides_that_have_gone_on_alone_are_never_served_together() {
     assert_eq!(in_image(&host.images[0], 0), 6);
 }
 
+/// Its vote threshold is lower then, as it would be for the first half.
+#[test]
+fn the_other_half_goes_on_only_if_it_is_forced() {
+    let _machine = machine::shared();
+    let host = Host::new(2);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    let (code, text) = running.blkctl(&["fail", "1.raw", "--force"]);
+    assert_eq!(code, 0, "{text}");
+    write(&mut running.client(), 0, 2);
+    running.end();
+    let other = &host.images[1..];
+    let line = host.refusal(other, &[]);
+    assert!(line.contains("and --force-start"), "{line}");
+    let line = host.refusal(other, &["--vote-threshold", "1"]);
+    assert!(
+        line.contains("'0.raw' could have gone on without them"),
+        "{line}"
+    );
+    let forced = ["--vote-threshold", "1", "--force-start"];
+    let running = host.start_with(other, &forced);
+    assert_eq!(read(&mut running.client(), 0), 1);
+    running.end();
+    let line = host.refusal(&host.images, &["--vote-threshold", "1"]);
+    assert!(line.contains("gone on without each other"), "{line}");
+}
+
 #[test]
 fn a_replica_whose_record_is_destroyed_is_copied_anew() {
     let _machine = machine::shared();

@@ -16,6 +16,7 @@ struct Kinds {
     restore: bool,
     modify: bool,
     failed_flushes: bool,
+    thresholds: bool,
 }
 
 fn subset(world: &mut World<'_>) -> Vec<usize> {
@@ -69,6 +70,7 @@ fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Kille
 fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
     let mut world = World::new(choices, replicas, votes);
     world.kills = kinds.kills;
+    world.thresholds = kinds.thresholds;
     let all: Vec<usize> = (0..replicas).collect();
     let mut copy: Option<(usize, Replica)> = None;
     for number in 0..kinds.runs {
@@ -145,6 +147,7 @@ const SMALL: Kinds = Kinds {
     restore: false,
     modify: false,
     failed_flushes: false,
+    thresholds: false,
 };
 
 /// Two runs of up to two replicas; of more, one run that is killed anywhere, or two that are not
@@ -200,6 +203,11 @@ fn random_histories() {
                 ..kinds
             };
             explore_random(replicas, votes, force, 2000);
+            let thresholds = Kinds {
+                thresholds: true,
+                ..kinds
+            };
+            explore_random(replicas, votes, thresholds, 4000);
             let modify = Kinds {
                 modify: true,
                 ..kinds

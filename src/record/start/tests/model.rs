@@ -59,6 +59,8 @@ pub(super) struct World<'a> {
     pub(super) disturbed: bool,
     /// The daemon may be killed in the middle of each step.
     pub(super) kills: bool,
+    /// The operator may give another vote threshold at a start.
+    pub(super) thresholds: bool,
     pub(super) log: Vec<String>,
 }
 
@@ -92,6 +94,7 @@ impl<'a> World<'a> {
             time: 0,
             disturbed: false,
             kills: true,
+            thresholds: false,
             log: Vec::new(),
         };
         for _ in 0..replicas {
@@ -116,21 +119,26 @@ impl<'a> World<'a> {
     /// Tries to serve the disk with the replicas of `there`.
     pub(super) fn serve(&mut self, there: &[usize], force: bool) -> Result<Option<Served>, Killed> {
         let candidates = self.candidates(there);
+        let votes = match self.thresholds && self.choices.chance(2) {
+            true => u8::try_from(1 + self.choices.of(self.replicas.len())).ok(),
+            false => None,
+        };
         let options = Options {
             force,
             adopt: None,
-            votes: None,
+            votes,
             run: self.name(),
             branch: self.name(),
         };
         let decision = decide(&candidates, &options);
-        self.log.push(format!("start {there:?} force {force}"));
+        self.log
+            .push(format!("start {there:?} force {force} votes {votes:?}"));
         match decision {
             Ok(Decision::Create) => self.create(there, &options).map(Some),
             Ok(Decision::Start(start)) => self.start(there, *start).map(Some),
             Err(refusal) => {
                 self.log.push(format!("refused: {refusal}"));
-                let all_there = there.len() == self.replicas.len();
+                let all_there = there.len() == self.replicas.len() && votes.is_none();
                 assert!(
                     !all_there || self.disturbed || matches!(refusal, Refusal::NotAMember { .. }),
                     "refused with all replicas: {refusal}\n{}\n{candidates:#?}",
@@ -200,6 +208,7 @@ impl<'a> World<'a> {
 
     fn start(&mut self, there: &[usize], start: Start) -> Result<Served, Killed> {
         self.check(there, &start);
+        self.votes = start.record.threshold.votes;
         let voting: Vec<usize> = voting(there, &start.images);
         let history = self.replicas[voting[0]].history;
         let mut served = Served {

@@ -58,6 +58,36 @@ fn half_of_the_replicas_cannot_start_where_the_other_half_could() {
 }
 
 #[test]
+fn a_lower_threshold_lets_no_two_sides_start_alone() {
+    let lower = Options {
+        votes: Some(1),
+        ..options()
+    };
+    let images = disk(2);
+    for image in &images {
+        let one = [image.clone()];
+        let refusal = line(&one, &lower);
+        assert!(
+            refusal.starts_with("only 1 of 2 needed replicas can be used, and '"),
+            "{refusal}"
+        );
+        let force = Options {
+            force: true,
+            ..lower.clone()
+        };
+        assert!(start(&one, &force).forced);
+    }
+    let both = start(&images, &lower);
+    assert!(!both.forced && both.record.threshold.votes == 1);
+    let mut images = disk(3);
+    evict(&mut images, 2);
+    // Those left out are not as many as decide, but would be with a lower threshold.
+    assert!(decide(&images[1..], &options()).is_ok(), "it is complete");
+    images.pop();
+    assert!(!start(&images, &lower).forced);
+}
+
+#[test]
 fn images_that_do_not_belong_together_are_refused() {
     let mut images = disk(3);
     keep(&mut images[2], Kept::Absent);
