@@ -127,6 +127,13 @@ impl Records {
         &mut self.files[place]
     }
 
+    /// The places whose record cannot be used: it was being made anew, or never written.
+    pub(super) fn unusable(&self) -> u32 {
+        let is_unusable = |place: &usize| matches!(self.files[*place].kept(), Kept::Unusable(_));
+        let places = (0..PLACES).filter(is_unusable);
+        places.fold(0, |mask, place| mask | 1 << place)
+    }
+
     /// The places whose image has a record, or is to have one: a mask.
     pub(super) fn named(&self) -> u32 {
         let places = self.members.iter().enumerate();

@@ -79,6 +79,7 @@ impl World {
                 self.known_at_start(start)
             }
             None => {
+                self.missing = 0;
                 // Anything may have been changed last.
                 changed.insert(self.plan.disk());
                 self.shared.remembered()
@@ -310,7 +311,8 @@ impl World {
         ended: Ended,
     ) -> Checked {
         let named = self.records.named() & !images.no_members;
-        let old = self.records.put_back | self.records.left_behind;
+        let unusable = self.records.unusable();
+        let old = self.records.put_back | self.records.left_behind | unusable;
         let missing = named & (!images.there | old);
         let missing_members = (missing & self.members).count_ones() as usize;
         let may_be = match refusal {
