@@ -9,7 +9,7 @@ use super::drive::{Latencies, drive, latencies};
 use super::guest::{GuestQueue, QUEUE_SIZE};
 use super::images::Images;
 use super::interrupt::{self, Interrupted};
-use super::plan::Row;
+use super::plan::{IMAGE_BYTES, Row};
 use super::process_usage::{cpu, peak_memory_bytes};
 use super::requests::Requests;
 use super::systems::{Server, System};
@@ -57,7 +57,7 @@ pub fn measure(
             .map(|(index, (queue, memory))| {
                 let window = &window;
                 scope.spawn(move || {
-                    let mut requests = Requests::new(row, index, seed);
+                    let mut requests = Requests::new(row, IMAGE_BYTES, index, seed);
                     let mut queue = GuestQueue::new(queue, memory, row.pattern.len);
                     drive(&mut queue, &mut requests, row.pattern.depth, window)
                 })
@@ -94,7 +94,7 @@ fn measure_ceiling(
             .map(|index| {
                 let window = &window;
                 scope.spawn(move || {
-                    let mut requests = Requests::new(row, index, seed);
+                    let mut requests = Requests::new(row, IMAGE_BYTES, index, seed);
                     drive(
                         &mut Ceiling::new(row, files),
                         &mut requests,

@@ -1,6 +1,6 @@
 //! The requests of a load, from a seeded generator, so that every system gets the same ones.
 
-use super::plan::{Access, IMAGE_BYTES, Row};
+use super::plan::{Access, Row};
 use testkit::images::Random;
 
 /// Unit in which write data is made unique, in bytes.
@@ -33,6 +33,7 @@ pub struct Request {
 pub struct Requests {
     random: Random,
     access: Access,
+    disk_bytes: u64,
     len: u64,
     /// The first slot of this queue, and the number of slots of all queues.
     slots: (u64, u64),
@@ -45,14 +46,16 @@ pub struct Requests {
 }
 
 impl Requests {
-    /// The requests of queue `queue` of `row`. The offsets depend on `seed`.
-    pub fn new(row: &Row, queue: usize, seed: u64) -> Self {
+    /// The requests of queue `queue` of `row` to a disk of `disk_bytes`. The offsets depend on
+    /// `seed`.
+    pub fn new(row: &Row, disk_bytes: u64, queue: usize, seed: u64) -> Self {
         let [queue, queues, depth, len] =
             [queue, row.queues, row.pattern.depth, row.pattern.len].map(|number| number as u64);
-        let blocks = IMAGE_BYTES / len / queues;
+        let blocks = disk_bytes / len / queues;
         Self {
             random: Random::from_seed((seed << 8) + queue),
             access: row.pattern.access,
+            disk_bytes,
             len,
             slots: (queue * depth, queues * depth),
             part: (queue * blocks, blocks),
@@ -88,7 +91,7 @@ impl Requests {
             Access::Random { .. } | Access::WriteAndFlush => {
                 // Each slot has its own blocks, spread over the whole disk.
                 let (first, all) = self.slots;
-                let blocks = IMAGE_BYTES / self.len;
+                let blocks = self.disk_bytes / self.len;
                 self.random.within(0..blocks / all) * all + first + slot as u64
             }
         };

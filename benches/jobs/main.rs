@@ -33,7 +33,6 @@ mod under;
 /// The load, as the disk benchmark describes it.
 mod plan {
     pub use super::disk_plan::{Access, Row, Storage};
-    pub use super::rows::GUEST_BYTES as IMAGE_BYTES;
 }
 
 use std::env;

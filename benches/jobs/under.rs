@@ -12,7 +12,7 @@ use super::guest::{GuestQueue, QUEUE_SIZE};
 use super::images::Images;
 use super::interrupt::{self, Interrupted};
 use super::requests::Requests;
-use super::rows::{DISK_BYTES, JobKind, Row};
+use super::rows::{DISK_BYTES, GUEST_BYTES, JobKind, Row};
 use testkit::client::Client;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::monitor::Monitor;
@@ -121,7 +121,7 @@ impl<'a> Served<'a> {
             self.images.sync(REPLICAS)?;
         }
         let (queue, memory) = self.client.queues().next().expect("a queue");
-        let mut requests = Requests::new(&load, 0, seed);
+        let mut requests = Requests::new(&load, GUEST_BYTES, 0, seed);
         let mut queue = GuestQueue::new(queue, memory, load.pattern.len);
         let start = Instant::now() + LEAD_IN;
         let latencies = drive(

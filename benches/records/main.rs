@@ -1,12 +1,14 @@
 //! `make bench-records`: what records cost a guest that writes (S2, S4).
 //!
 //! One daemon keeps records and one does not, each over sparse images of its own, and both get the
-//! same requests in turn. *Cold* is the first time, when nothing is marked; then everything is
-//! marked, and what follows is *warm*.
+//! same requests in turn. *Cold* is the first time, four times as long, when nothing is marked;
+//! then everything is marked, and what follows is *warm*. At the end a daemon is killed that has
+//! writes in flight all over a disk, to see how long the next one recovers.
 //!
 //! `BENCH_SECONDS` is the time of one measurement (default 2), `BENCH_ROUNDS` the number of warm
 //! pairs (default 5), `BENCH_DIR` the directory of the images. `BENCH_ONLY` is parts of the names
-//! of rows, separated by commas. The images may take 48 GiB, and it does not begin without that.
+//! of rows, separated by commas, or `recovery`. The images may take 48 GiB, and it does not begin
+//! without that.
 
 // Part of the shared modules is unused here. `pub` in them means public within this program.
 #![allow(unreachable_pub, dead_code)]
@@ -19,6 +21,7 @@ mod drive;
 mod guest;
 #[path = "../disk/interrupt.rs"]
 mod interrupt;
+mod recovery;
 #[path = "../disk/requests.rs"]
 mod requests;
 #[path = "../disk/settings.rs"]
@@ -26,25 +29,25 @@ mod settings;
 #[path = "../disk/spread.rs"]
 mod spread;
 
-/// The load, as the disk benchmark describes it, on a larger disk.
+/// The load, as the disk benchmark describes it.
 mod plan {
     pub use super::disk_plan::{Access, Row};
-
-    /// Bytes of an image.
-    pub const IMAGE_BYTES: u64 = 8 << 30;
 }
 
 use std::env;
+use std::ffi::OsString;
+use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use disk_plan::{Pattern, ReadPattern, Row, Storage, patterns};
+use disk_plan::{Pattern, ReadPattern, Storage, patterns};
 use drive::drive;
 use guest::{GuestQueue, QUEUE_SIZE};
 use interrupt::Interrupted;
-use plan::IMAGE_BYTES;
+use quorum_blk::common::SECTOR_BYTES;
+use quorum_blk::record::Layout;
 use requests::Requests;
 use settings::Settings;
 use spread::Spread;
@@ -53,8 +56,43 @@ use testkit::client::{Client, Request};
 use testkit::daemon::{Daemon, replica_arguments};
 
 const REPLICAS: usize = 3;
-/// The least extent of a record.
-const EXTENT_BYTES: u64 = 1 << 20;
+const GIB: u64 = 1 << 30;
+/// What the images of a row may take at most.
+const ROOM_BYTES: u64 = 2 * REPLICAS as u64 * 8 * GIB;
+
+/// A load on a disk of some size.
+#[derive(Clone, Copy, Debug)]
+struct Row {
+    load: disk_plan::Row,
+    disk_bytes: u64,
+}
+
+impl Row {
+    /// The arguments of a daemon that serves these images.
+    fn arguments(&self, images: &[PathBuf], has_records: bool) -> Vec<OsString> {
+        let state = if has_records { "records" } else { "none" };
+        let cache = match self.load.storage {
+            Storage::Disk => "none",
+            Storage::Cache | Storage::Tmpfs => "writeback",
+        };
+        // A disk that is busy writing back must not count as one that hangs.
+        let options = [
+            ["--queue-size", &QUEUE_SIZE.to_string()],
+            ["--replica-timeout", "20000"],
+            ["--state", state],
+            ["--cache", cache],
+        ];
+        let mut arguments = replica_arguments(images);
+        arguments.extend(options.concat().into_iter().map(Into::into));
+        arguments
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}g", self.load, self.disk_bytes / GIB)
+    }
+}
 
 fn main() -> ExitCode {
     // `cargo test --all-targets` runs this program too.
@@ -64,15 +102,23 @@ fn main() -> ExitCode {
     }
     interrupt::catch();
     let settings = Settings::from_environment(2.0, 5);
-    let rows = settings.wanted(&rows());
-    if rows.is_empty() {
+    let is_recovery_alone = settings.only == ["recovery"];
+    let rows = match is_recovery_alone {
+        true => Vec::new(),
+        false => settings.wanted(&rows()),
+    };
+    let recovers = settings.only.is_empty() || is_recovery_alone;
+    if rows.is_empty() && !recovers {
         return ExitCode::FAILURE;
     }
     if let Err(why) = check_room(&settings.directory) {
         println!("{why}");
         return ExitCode::FAILURE;
     }
-    match run(&rows, &settings) {
+    match run(&rows, &settings).and_then(|()| match recovers {
+        true => recovery::run(&settings),
+        false => Ok(()),
+    }) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Interrupted) => ExitCode::from(130),
     }
@@ -81,10 +127,7 @@ fn main() -> ExitCode {
 /// Checks that all images fit: a full disk would harm other programs too.
 fn check_room(directory: &Path) -> Result<(), String> {
     let room = rustix::fs::statvfs(directory).map_err(|error| error.to_string())?;
-    let (free, needed) = (
-        room.f_bavail * room.f_frsize,
-        2 * REPLICAS as u64 * IMAGE_BYTES,
-    );
+    let (free, needed) = (room.f_bavail * room.f_frsize, ROOM_BYTES);
     match free >= needed {
         true => Ok(()),
         false => Err(format!(
@@ -96,26 +139,35 @@ fn check_room(directory: &Path) -> Result<(), String> {
     }
 }
 
-/// Short random writes and long sequential ones.
+/// Short random writes, also all over a large disk, and long sequential ones.
 fn rows() -> Vec<Row> {
-    let is_wanted = |pattern: &Pattern| {
-        matches!(
-            (pattern.name, pattern.depth),
-            ("randwrite", 1 | 32) | ("write-1m", _)
-        )
+    let is_wanted = |pattern: &Pattern, disk_bytes: u64| match (pattern.name, pattern.depth) {
+        ("randwrite", 1 | 32) => true,
+        ("write-1m", _) => disk_bytes == 8 * GIB,
+        _ => false,
     };
-    let patterns: Vec<Pattern> = patterns().into_iter().filter(is_wanted).collect();
-    let of_storage = |storage| {
-        patterns.iter().map(move |pattern| Row {
-            storage,
-            replicas: REPLICAS,
-            queues: 1,
-            read_pattern: ReadPattern::Quorum,
-            pattern: *pattern,
-        })
-    };
-    let storages = [Storage::Cache, Storage::Disk].into_iter();
-    storages.flat_map(of_storage).collect()
+    let mut rows = Vec::new();
+    for storage in [Storage::Cache, Storage::Disk] {
+        for disk_bytes in [8 * GIB, 1024 * GIB] {
+            let patterns = patterns().into_iter();
+            let wanted = patterns.filter(|pattern| is_wanted(pattern, disk_bytes));
+            rows.extend(wanted.map(|pattern| Row {
+                load: load(storage, pattern),
+                disk_bytes,
+            }));
+        }
+    }
+    rows
+}
+
+fn load(storage: Storage, pattern: Pattern) -> disk_plan::Row {
+    disk_plan::Row {
+        storage,
+        replicas: REPLICAS,
+        queues: 1,
+        read_pattern: ReadPattern::Quorum,
+        pattern,
+    }
 }
 
 fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
@@ -127,9 +179,9 @@ fn run(rows: &[Row], settings: &Settings) -> Result<(), Interrupted> {
     for row in rows {
         let start = |has_records| Served::start(row, has_records, &settings.directory);
         let mut both = [start(false), start(true)];
-        let cold = measure(&mut both, row, time, 0)?;
+        let cold = measure(&mut both, row, 4 * time, 0)?;
         for served in &mut both {
-            served.touch_all();
+            served.touch_all(row.disk_bytes);
         }
         let mut warm = Vec::new();
         for round in 1..=rounds {
@@ -173,9 +225,9 @@ fn measure(
 struct Served {
     // The queue must go before the daemon ends, and that before its images.
     client: Client,
-    _daemon: Daemon,
+    daemon: Daemon,
     images: Vec<PathBuf>,
-    _directory: TempDir,
+    directory: TempDir,
 }
 
 impl Served {
@@ -187,42 +239,26 @@ impl Served {
         let create = |index| {
             let path = directory.path().join(format!("{index}.raw"));
             let image = File::create_new(&path).expect("creating an image");
-            image.set_len(IMAGE_BYTES).expect("sizing an image");
+            image.set_len(row.disk_bytes).expect("sizing an image");
             path
         };
         let images: Vec<PathBuf> = (0..REPLICAS).map(create).collect();
-        let mut arguments = replica_arguments(&images);
-        let (queue_size, state) = (
-            QUEUE_SIZE.to_string(),
-            if has_records { "records" } else { "none" },
-        );
-        let cache = match row.storage {
-            Storage::Disk => "none",
-            Storage::Cache | Storage::Tmpfs => "writeback",
-        };
-        // A disk that is busy writing back must not count as one that hangs.
-        let options = [
-            ["--queue-size", &queue_size],
-            ["--replica-timeout", "20000"],
-            ["--state", state],
-            ["--cache", cache],
-        ];
-        arguments.extend(options.concat().into_iter().map(Into::into));
-        let daemon = Daemon::start(directory.path(), arguments);
+        let daemon = Daemon::start(directory.path(), row.arguments(&images, has_records));
         Self {
             client: Client::connect_sized(daemon.socket(), 1, QUEUE_SIZE),
-            _daemon: daemon,
+            daemon,
             images,
-            _directory: directory,
+            directory,
         }
     }
 
     /// Writes to each extent.
-    fn touch_all(&mut self) {
-        let offsets: Vec<u64> = (0..IMAGE_BYTES / EXTENT_BYTES).collect();
+    fn touch_all(&mut self, disk_bytes: u64) {
+        let extent_bytes = Layout::new(disk_bytes / SECTOR_BYTES).extent_sectors() * SECTOR_BYTES;
+        let offsets: Vec<u64> = (0..disk_bytes / extent_bytes).collect();
         for extents in offsets.chunks(64) {
             let write = |extent: &u64| Request::Write {
-                offset: extent * EXTENT_BYTES,
+                offset: extent * extent_bytes,
                 memory: 0,
                 len: 4096,
             };
@@ -239,11 +275,11 @@ impl Served {
             synced.expect("syncing an image");
         }
         let (queue, memory) = self.client.queues().next().expect("a queue");
-        let mut requests = Requests::new(row, 0, seed);
-        let mut queue = GuestQueue::new(queue, memory, row.pattern.len);
+        let mut requests = Requests::new(&row.load, row.disk_bytes, 0, seed);
+        let mut queue = GuestQueue::new(queue, memory, row.load.pattern.len);
         let start = Instant::now();
         let window = start..start + time;
-        let latencies = drive(&mut queue, &mut requests, row.pattern.depth, &window)?;
+        let latencies = drive(&mut queue, &mut requests, row.load.pattern.depth, &window)?;
         Ok(latencies.len() as f64 / time.as_secs_f64())
     }
 }

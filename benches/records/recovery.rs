@@ -1,0 +1,84 @@
+//! How long a disk recovers whose daemon was killed with writes in flight all over it.
+
+use std::time::{Duration, Instant};
+
+use serde_json::json;
+use testkit::client::{Client, Request};
+use testkit::daemon::Daemon;
+use testkit::images::Random;
+use testkit::monitor::Monitor;
+
+use super::disk_plan::{Storage, patterns};
+use super::guest::QUEUE_SIZE;
+use super::interrupt::{self, Interrupted};
+use super::settings::Settings;
+use super::{GIB, Row, Served, load};
+
+const DISK_BYTES: u64 = 100 * GIB;
+const BLOCK_BYTES: usize = 4096;
+
+pub(crate) fn run(settings: &Settings) -> Result<(), Interrupted> {
+    println!("\n| killed on 3 x 100 GiB | marked | first read | recovered |");
+    println!("| --- | --- | --- | --- |");
+    for storage in [Storage::Cache, Storage::Disk] {
+        let pattern = patterns()
+            .into_iter()
+            .find(|pattern| (pattern.name, pattern.depth) == ("randwrite", 32));
+        let row = Row {
+            load: load(storage, pattern.expect("it is one of the loads")),
+            disk_bytes: DISK_BYTES,
+        };
+        measure(&row, settings)?;
+    }
+    Ok(())
+}
+
+fn measure(row: &Row, settings: &Settings) -> Result<(), Interrupted> {
+    let mut served = Served::start(row, true, &settings.directory);
+    served.measure(row, 4 * settings.time, 0)?;
+    let mut random = Random::from_seed(1);
+    let writes: Vec<Request> = (0..32)
+        .map(|slot| Request::Write {
+            offset: random.within(0..DISK_BYTES / 4096) * 4096,
+            memory: slot * BLOCK_BYTES,
+            len: BLOCK_BYTES,
+        })
+        .collect();
+    served.client.send(0, &writes);
+    served.daemon.signal(libc::SIGKILL);
+    served.daemon.wait();
+    let qmp = served.directory.path().join("qmp.sock");
+    let mut arguments = row.arguments(&served.images, true);
+    arguments.extend(["--qmp".into(), qmp.clone().into()]);
+    let began = Instant::now();
+    let mut daemon = Daemon::start(served.directory.path(), arguments);
+    let mut client = Client::connect_sized(daemon.socket(), 1, QUEUE_SIZE);
+    let Request::Write { offset, .. } = writes[0] else {
+        unreachable!("all are writes");
+    };
+    client
+        .read(0, offset, 4096)
+        .expect("a read while it recovers");
+    let first_read = began.elapsed();
+    let mut monitor = Monitor::connect(&qmp);
+    let unrecovered = |monitor: &mut Monitor| {
+        let state = monitor.execute("query-quorum", json!({}));
+        state["unrecovered-bytes"].as_u64().expect("a number")
+    };
+    let marked = unrecovered(&mut monitor);
+    while unrecovered(&mut monitor) > 0 {
+        interrupt::check()?;
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let recovered = began.elapsed();
+    println!(
+        "| {row} | {} MiB | {:.2} s | {:.2} s |",
+        marked >> 20,
+        first_read.as_secs_f64(),
+        recovered.as_secs_f64()
+    );
+    drop(client);
+    daemon.terminate();
+    // The client of the first daemon is connected to nothing.
+    Ok(())
+}
