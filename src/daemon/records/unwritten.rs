@@ -6,12 +6,13 @@ use crate::config::Config;
 use crate::record::Stale;
 use crate::record::start::Start;
 use crate::replica::file::{Opening, Unopenable, disk_size, open_all_with_records};
+use crate::replica::record_file::RecordError;
 
 /// Opens the images of a disk about which nothing is remembered.
 ///
 /// # Errors
-/// If they do not fit each other, or one that is not read-only has a record: that would not know of
-/// what changes now.
+/// If they do not fit each other, or one that is not read-only has a record, or may have one that
+/// cannot be opened: that would not know of what changes now.
 pub(in crate::daemon) fn open_without(config: &Config) -> Result<Replicas, Error> {
     let opened = open_all_with_records(
         &config.replicas,
@@ -35,7 +36,15 @@ pub(in crate::daemon) fn open_without(config: &Config) -> Result<Replicas, Error
 
 fn check_no_records(config: &Config, images: &mut [Image]) -> Result<(), Error> {
     let directory = &config.records.directory;
-    each(images.iter_mut(), |image| image.find(directory))?;
+    for found in each(images.iter_mut(), |image| image.find(directory))? {
+        match found {
+            // There can be none.
+            Err(RecordError::NoName { .. } | RecordError::NoLastingName { .. }) => {}
+            Err(RecordError::NoDirectory { .. }) => {}
+            // It may have one.
+            found => found?,
+        }
+    }
     let recorded = images.iter().find_map(Image::record_path);
     recorded.map_or(Ok(()), |(image, record)| {
         let option = match config.blkverify {

@@ -205,6 +205,7 @@ impl Planner<'_> {
                     return Err(Refusal::NotAMember {
                         node_name: candidate.node_name.clone(),
                         path: candidate.path.clone(),
+                        instead_of: member.map(|member| member.node_name.clone()),
                     });
                 }
             },

@@ -1,7 +1,7 @@
 //! Why a disk is not served, each in one line with the next step.
 
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
@@ -67,15 +67,17 @@ pub enum Refusal {
     /// An image without a record beside others that have one.
     #[error(
         "{} has no record, so it is no replica of this disk; start without it, and have it copied \
-         with quorum-blkctl add {}",
+         with quorum-blkctl {}",
         Quoted(.node_name),
-        Quoted(.path)
+        ToCopy(.instead_of.as_deref(), .path)
     )]
     NotAMember {
         /// The image.
         node_name: String,
         /// Its path.
         path: PathBuf,
+        /// The member that has this name, and no other image.
+        instead_of: Option<String>,
     },
     /// An image that is no member any more.
     #[error(
@@ -221,6 +223,20 @@ impl fmt::Display for Side {
         let Self { epoch, active, .. } = self;
         write!(f, "{} with epoch {epoch} of ", QuotedList(&self.images))?;
         write!(f, "{} (branch {})", QuotedList(active), self.branch)
+    }
+}
+
+/// The command that copies the disk to an image. A replica that is missing keeps its name until
+/// another one has taken its place.
+struct ToCopy<'a>(Option<&'a str>, &'a Path);
+
+impl fmt::Display for ToCopy<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self(instead_of, path) = self;
+        match instead_of {
+            None => write!(f, "add {}", Quoted(*path)),
+            Some(name) => write!(f, "replace {} {}", Quoted(*name), Quoted(*path)),
+        }
     }
 }
 

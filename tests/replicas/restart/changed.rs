@@ -172,9 +172,32 @@ fn a_replica_whose_record_is_destroyed_is_copied_anew() {
     running.wait_until_healthy();
     running.end();
     assert!(host.path("1.raw.quorum.unusable").exists());
+}
+
+#[test]
+fn an_image_without_a_record_is_copied_as_the_line_says() {
+    let _machine = machine::shared();
+    let host = ended(3);
     fs::remove_file(host.record(1)).unwrap();
     let line = host.refusal(&host.images, &[]);
-    assert!(line.contains("quorum-blkctl add"), "{line}");
+    let (_, command) = line.split_once("quorum-blkctl ").unwrap();
+    let mut command: Vec<&str> = command
+        .split(' ')
+        .map(|word| word.trim_matches('\''))
+        .collect();
+    assert_eq!(command[..2], ["replace", "1.raw"], "{line}");
+    // It holds data.
+    command.push("--force");
+    let others = [host.images[0].clone(), host.images[2].clone()];
+    let running = host.start_with(&others, &[]);
+    let (code, text) = running.blkctl(&command);
+    assert_eq!(code, 0, "{text}");
+    running.wait_until_healthy();
+    running.end();
+    let running = host.start();
+    assert_eq!(running.states(), ["in-service"; 3]);
+    assert_eq!(running.state()["vote-threshold"], 2);
+    running.end();
 }
 
 #[test]

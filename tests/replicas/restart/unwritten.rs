@@ -1,6 +1,7 @@
 //! Starts that write no records, although the images have some (S9).
 
 use std::fs;
+use std::os::unix::fs::symlink;
 
 use testkit::client::Client;
 use testkit::machine;
@@ -30,6 +31,22 @@ fn images_with_records_are_not_served_without_them() {
     assert_eq!(read(&mut running.client(), 0), 1);
     running.end();
     assert!(!host.record(0).exists());
+}
+
+#[test]
+fn an_image_that_may_have_a_record_is_not_served_without_it() {
+    let _machine = machine::shared();
+    let host = Host::new(2);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    let moved = host.path("moved");
+    for index in 0..2 {
+        fs::rename(host.record(index), &moved).unwrap();
+        symlink(&moved, host.record(index)).unwrap();
+        let line = host.refusal(&host.images[index..=index], &["--state", "none"]);
+        assert!(line.contains("is a symbolic link"), "{line}");
+    }
 }
 
 #[test]

@@ -94,8 +94,15 @@ fn images_that_do_not_belong_together_are_refused() {
     assert_eq!(
         line(&images, &options()),
         "'c.raw' has no record, so it is no replica of this disk; start without it, and have it \
-         copied with quorum-blkctl add '/images/c.raw'"
+         copied with quorum-blkctl replace 'c.raw' '/images/c.raw'"
     );
+    images[2].node_name = "new.raw".to_owned();
+    let refusal = line(&images, &options());
+    assert!(
+        refusal.ends_with("quorum-blkctl add '/images/c.raw'"),
+        "{refusal}"
+    );
+    images[2].node_name = "c.raw".to_owned();
     let unusable = Unusable::Both(SlotFault::NoRecord, SlotFault::Blank);
     keep(&mut images[2], Kept::Unusable(unusable));
     let decided = start(&images, &options());
