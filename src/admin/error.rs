@@ -10,6 +10,7 @@ use crate::common::message::{Quoted, Reason, counted};
 use crate::jobs::{NotStarted, UnknownJob};
 use crate::limits::REPLICAS_MAX;
 use crate::quorum::health::{NotRemoved, NotThreshold};
+use crate::record::format::Unusable;
 use crate::replica::file::OpenError;
 use crate::replica::record_file::RecordError;
 
@@ -155,6 +156,14 @@ pub enum AdminError {
         path: PathBuf,
         /// The replica.
         node_name: String,
+    },
+    /// A later version has written the record of the image.
+    #[error("cannot use {}: {unusable}; use the version that wrote it", Quoted(.path))]
+    LaterVersion {
+        /// The image.
+        path: PathBuf,
+        /// What its record needs.
+        unusable: Unusable,
     },
     /// A replica cannot grow.
     #[error(transparent)]

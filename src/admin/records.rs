@@ -7,7 +7,7 @@ use log::warn;
 use uuid::Uuid;
 
 use super::{Admin, AdminError};
-use crate::record::format;
+use crate::record::format::{self, Unusable};
 use crate::record::start::Kept;
 use crate::record::{Fingerprint, Holder, Layout, PastJob, Record};
 use crate::replica::file::{ImageStamp, ReplicaFile};
@@ -37,6 +37,11 @@ impl FoundRecord {
         };
         let kept = match format::read_by(|offset, length| content.part(offset, length))? {
             Ok(read) => Kept::Read(Box::new(read)),
+            // Zeroes that cannot be read are not zeroes.
+            Err(Unusable::Blank) if content.unreadable_bytes > 0 => {
+                let bytes = content.unreadable_bytes;
+                Kept::Unusable(Unusable::Unread(format!("{bytes} bytes are unreadable")))
+            }
             Err(unusable) => Kept::Unusable(unusable),
         };
         let file = Some(record);
@@ -77,7 +82,8 @@ impl Admin {
     /// no records.
     ///
     /// # Errors
-    /// If the image is one of another disk, or a replica of this one; or there is no room.
+    /// If the image is one of another disk, or a replica of this one, or a later version knows what
+    /// it is; or there is no room.
     pub(super) fn make_record(
         &self,
         file: &ReplicaFile,
@@ -94,6 +100,12 @@ impl Admin {
                 access.make_instead(&blank_record())
             }
             (Kept::Absent, _) | (_, None) => access.make(directory, &blank_record()),
+            (Kept::Unusable(unusable @ Unusable::Incompatible(_)), Some(_)) => {
+                return Err(AdminError::LaterVersion {
+                    path: file.path.clone(),
+                    unusable: unusable.clone(),
+                });
+            }
             (Kept::Unusable(_), Some(_)) => access.make_instead(&blank_record()),
         };
         file.keep_record(made?);

@@ -30,7 +30,8 @@ pub enum Refusal {
     /// No image has a record that can be used, but one has something in its place.
     #[error(
         "cannot use {}: {unusable}; no other replica has a record, so what it has missed is not \
-         known",
+         known; start with those that have one, or, to take what the images hold for a new disk, \
+         quorum-blkctl forget each of them",
         Quoted(.node_name)
     )]
     NoRecord {

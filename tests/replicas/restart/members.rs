@@ -59,6 +59,37 @@ fn an_image_of_another_disk_is_not_added() {
 }
 
 #[test]
+fn an_image_that_a_later_version_knows_is_not_added() {
+    let _machine = machine::shared();
+    let (host, other) = (Host::new(2), Host::new(1));
+    other.start().end();
+    // A feature, in a text of the same length.
+    let mut record = fs::read(other.record(0)).unwrap();
+    let [before, after] = [
+        "\"incompatible\": [],\n  \"compatible\": [],",
+        "\"incompatible\": [\"x\"],\"compatible\": [],",
+    ];
+    for slot in record.chunks_mut(1 << 20).take(2) {
+        let length = slot[52..59].iter();
+        let length = length.fold(0, |length, digit| 10 * length + usize::from(digit - b'0'));
+        let slot = &mut slot[..length];
+        let mut places = slot.windows(before.len());
+        let place = places.position(|text| text == before.as_bytes()).unwrap();
+        slot[place..place + after.len()].copy_from_slice(after.as_bytes());
+        let checksum = format!("{:08x}", crc32c::crc32c(&slot[33..]));
+        slot[25..33].copy_from_slice(checksum.as_bytes());
+    }
+    fs::write(other.record(0), &record).unwrap();
+    let running = host.start();
+    let image = other.images[0].to_str().unwrap();
+    let (code, text) = running.blkctl(&["add", image, "--force", "--node-name", "x"]);
+    assert_eq!(code, 3, "{text}");
+    assert!(text.contains("use the version that wrote it"), "{text}");
+    assert!(fs::read(other.record(0)).unwrap() == record);
+    running.end();
+}
+
+#[test]
 fn a_member_that_the_command_line_does_not_name_is_missing() {
     let _machine = machine::shared();
     let host = Host::new(3);

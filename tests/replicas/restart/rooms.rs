@@ -98,3 +98,24 @@ fn images_of_two_disks_are_no_new_one() {
     );
     assert!(data_ranges(&empty.images[0]).is_empty());
 }
+
+#[test]
+fn a_record_that_cannot_be_read_is_not_one_that_says_nothing() {
+    let _machine = machine::shared();
+    let host = Host::new(1);
+    let image = FuseImage::serve(&host.images[0]);
+    let state = host.path("state");
+    fs::create_dir(&state).unwrap();
+    let images = [image.path()];
+    let options = ["--state-dir", state.to_str().unwrap()];
+    host.start_with(&images, &options).end();
+    let entry = fs::read_dir(&state).unwrap().next().unwrap().unwrap();
+    let name = entry.file_name().into_string().unwrap();
+    let record = FuseImage::serve_as(&entry.path(), &name);
+    record.make_unreadable(0..4 << 20);
+    let directory = record.directory();
+    let options = ["--state-dir", directory.to_str().unwrap()];
+    let line = host.refusal(&images, &options);
+    assert!(line.contains("its record cannot be read"), "{line}");
+    assert!(line.contains("quorum-blkctl forget"), "{line}");
+}

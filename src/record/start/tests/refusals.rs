@@ -35,7 +35,8 @@ fn images_without_a_record_may_become_a_disk() {
         line(&images, &options()),
         "cannot use 'b.raw': neither slot of its record can be used; the first: its checksum \
          differs; the second: it was never written; no other replica has a record, so what it has \
-         missed is not known"
+         missed is not known; start with those that have one, or, to take what the images hold for \
+         a new disk, quorum-blkctl forget each of them"
     );
 }
 
