@@ -160,7 +160,7 @@ pub(super) struct Options {
 
     /// Take the image of replica NODE, a node-name, as the truth, although another program has
     /// modified it while the disk was not in use. The data of the other images is lost: they are
-    /// overwritten with that of NODE
+    /// overwritten with that of NODE. Has no effect if NODE may vote anyway
     #[arg(long, value_name = "NODE", help_heading = "Records")]
     pub(super) adopt: Option<String>,
 

@@ -269,7 +269,7 @@ fn started(config: &Config, images: Vec<Image>, start: &Start, keeper: Option<Ke
         &images.iter().filter_map(Image::file).collect::<Vec<_>>(),
         size_bytes,
     );
-    tell(&images, start);
+    tell(&images, start, &config.records);
     let votes = usize::from(start.record.threshold.votes);
     // One that was taken as the truth decides until it is copied.
     let voting = start
@@ -341,7 +341,7 @@ fn started(config: &Config, images: Vec<Image>, start: &Start, keeper: Option<Ke
 }
 
 /// Logs what the records have said.
-fn tell(images: &[Image], start: &Start) {
+fn tell(images: &[Image], start: &Start, records: &Records) {
     let layout = start.record.layout();
     let unsettled = Stale::of_extents(&start.unsettled, layout).to_ranges(layout);
     debug!(
@@ -349,6 +349,14 @@ fn tell(images: &[Image], start: &Start) {
         "unrecovered-sectors" = unsettled.sectors(), clean = start.was_clean;
         "the records of the disk allow its start"
     );
+    if let Some(name) = &records.adopt
+        && start.adopted.is_none()
+    {
+        warn!(
+            replica:% = name;
+            "--adopt has no effect: the replica may vote, and so may the others"
+        );
+    }
     if start.forced {
         warn!("the start is forced: replicas that are missing are overwritten when they come back");
     }

@@ -53,6 +53,11 @@ fn a_majority_of_modified_images_is_refused_until_one_is_adopted() {
     assert_eq!(read(&mut running.client(), 0), 99);
     assert_eq!(running.state()["vote-threshold"], 2);
     running.end();
+    // All are equal by now.
+    let running = host.start_with(&host.images, &["--adopt", "1.raw"]);
+    let log = running.daemon.log();
+    assert!(log.contains("--adopt has no effect"), "{log}");
+    running.end();
 }
 
 #[test]
