@@ -52,7 +52,8 @@ impl World {
         if self.random.chance(faults.crash) {
             let killed = self.random.below(3) == 0;
             // Not covered: what a flush would still have reported of a page that is lost.
-            let may_kill = !self.plan.records || self.plan.faulty == 0;
+            let loses_pages = faults.flush_error | faults.writeback_error | faults.full != 0;
+            let may_kill = !self.plan.records || self.plan.faulty == 0 || !loses_pages;
             return self.crash(killed && may_kill);
         }
         if self.random.chance(faults.full) {
