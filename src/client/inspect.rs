@@ -103,7 +103,7 @@ fn show(image: &Image, terminal: Terminal, out: &mut dyn Write) -> Result<(), Er
     line("ended", style, &ended)?;
     line("marked", Style::Plain, &marked(kept))?;
     if let Some(scrubbed) = scrubbed(record) {
-        line("scrubbed", Style::Plain, &scrubbed)?;
+        line("scrub", Style::Plain, &scrubbed)?;
     }
     show_members(record, terminal, out)
 }
