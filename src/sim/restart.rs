@@ -327,7 +327,7 @@ impl World {
             Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. } => {
                 missing != 0 && !(ended.complete && missing_members < self.threshold)
             }
-            Refusal::NoRecord { .. } => missing != 0,
+            Refusal::NoRecord { .. } | Refusal::OnlyCopies { .. } => missing != 0,
             Refusal::Split(_) => images.there & self.records.left_behind != 0,
             _ => false,
         };

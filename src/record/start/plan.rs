@@ -254,8 +254,9 @@ impl Planner<'_> {
             let lacking = table.active.iter().filter(|id| !seen.contains(id));
             lacking.map(|id| self.name(*id)).collect()
         };
+        let holders = self.only_holders(images);
         match (unknown, lowered) {
-            (None, None) if tables.len() <= RECORD_TABLES_MAX => Ok(false),
+            (None, None) if tables.len() <= RECORD_TABLES_MAX && holders.is_empty() => Ok(false),
             _ if options.force => Ok(true),
             (Some(table), _) => Err(Refusal::HistoryUnknown {
                 missing: lacking(table),
@@ -266,10 +267,38 @@ impl Planner<'_> {
                 voting,
                 votes: table.votes,
             }),
+            (None, None) if !holders.is_empty() => Err(Refusal::OnlyCopies {
+                missing: holders.iter().map(|id| self.name(*id)).collect(),
+            }),
             (None, None) => Err(Refusal::CutShort {
                 starts: RECORD_TABLES_MAX,
             }),
         }
+    }
+
+    /// The members that are missing, and may have the only good copy of something that was being
+    /// changed. Without them that could not be recovered; and they would be stale there when they
+    /// return, like everything that was out of service while the rest was recovered (S5).
+    fn only_holders(&self, images: &[Verdict]) -> Vec<Uuid> {
+        let layout = self.newest.record.layout();
+        let mut lost = Stale::of_extents(&self.intent, layout).to_ranges(layout);
+        for image in images.iter().filter(|image| image.why != Why::Missing) {
+            let mut good = lost.clone();
+            good.remove_all(&image.stale.to_ranges(layout));
+            lost.remove_all(&good);
+            if lost.is_empty() {
+                return Vec::new();
+            }
+        }
+        let there = Self::there(images);
+        let members = self.members().iter().map(|member| member.id);
+        let missing = members.filter(|id| !there.contains(id));
+        let holds = |id: &Uuid| {
+            let mut held = lost.clone();
+            held.remove_all(&self.copies(*id).stale.to_ranges(layout));
+            !held.is_empty()
+        };
+        missing.filter(holds).collect()
     }
 
     /// The tables before the next one. A proposed table was never agreed upon if all its members

@@ -127,6 +127,16 @@ pub enum Refusal {
         /// The vote threshold of the table in force.
         votes: u8,
     },
+    /// Some of what was being changed at the last end is only on replicas that are missing.
+    #[error(
+        "only {} may hold some of what was being written when the disk ended, and the others have \
+         missed it; start with them, or, if they are lost with what they hold, add --force-start",
+        QuotedList(.missing)
+    )]
+    OnlyCopies {
+        /// The members that may hold it.
+        missing: Vec<String>,
+    },
     /// Many starts in a row were cut short before their table was agreed upon.
     #[error(
         "the last {starts} starts were cut short while other replicas were missing; start with \
@@ -212,6 +222,7 @@ impl Refusal {
             Self::Split(_)
                 | Self::HistoryUnknown { .. }
                 | Self::ThresholdLowered { .. }
+                | Self::OnlyCopies { .. }
                 | Self::CutShort { .. }
                 | Self::Modified { .. }
                 | Self::TooFewCopies { .. }

@@ -136,7 +136,9 @@ impl Starts {
             match decide(&candidates, &options) {
                 Ok(Decision::Start(start)) => Outcome::Served(served(&start, present)),
                 Ok(Decision::Create) => Outcome::Refused("it is a new disk".to_owned()),
-                Err(Refusal::TooFewCopies { .. }) => Outcome::TooFewCopies,
+                Err(Refusal::TooFewCopies { .. } | Refusal::OnlyCopies { .. }) => {
+                    Outcome::TooFewCopies
+                }
                 Err(refusal) => Outcome::Refused(refusal.to_string()),
             }
         })

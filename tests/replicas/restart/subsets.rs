@@ -310,3 +310,45 @@ fn a_single_image_is_a_disk_as_well() {
     assert_eq!(read(&mut running.client(), 0), 1);
     running.end();
 }
+
+/// The first and the third image have failed writes of block 1. The third one holds the last one,
+/// but has missed so many that the records say only roughly which.
+#[test]
+fn what_only_a_missing_replica_holds_is_waited_for() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let served = [0, 2].map(|place| FuseImage::serve(&host.images[place]));
+    let _clear = served.each_ref().map(FuseImage::fault_guard);
+    let state = host.path("state");
+    fs::create_dir(&state).unwrap();
+    let images = [served[0].path(), host.images[1].clone(), served[1].path()];
+    // The records are looked through once in eight times this.
+    let timeout = Duration::from_secs(30).as_millis().to_string();
+    let state = state.to_str().unwrap();
+    let options = ["--state-dir", state, "--replica-timeout", &timeout];
+    let running = host.start_with(&images, &options);
+    let mut client = running.client();
+    write(&mut client, 1, 1);
+    served[1].inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    for number in 0..100 {
+        client.write(0, BLOCK as u64, &block(number)).unwrap();
+    }
+    served[0].inject(Operation::Write, Fault::Fail(libc::ENOSPC));
+    served[1].clear_faults();
+    write(&mut client, 1, 2);
+    drop(client);
+    running.kill();
+    served[0].clear_faults();
+    let others = [images[0].clone(), images[2].clone()];
+    let line = host.refusal(&others, &options);
+    assert!(line.contains("only '1.raw' may hold"), "{line}");
+    let running = host.start_with(&images, &options);
+    assert_eq!(read(&mut running.client(), 1), 2);
+    running.kill();
+    // It is still the only one, or the others have a copy.
+    let running = host.start_with(&images, &options);
+    assert_eq!(read(&mut running.client(), 1), 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}

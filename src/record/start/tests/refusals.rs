@@ -1,6 +1,8 @@
 //! What is refused, with its line, and what is not yet a disk.
 
 use super::disk::{disk, evict, forced, id, keep, line, options, read, start, whys};
+use crate::common::SectorRange;
+use crate::common::ranges::RangeSet;
 use crate::record::format::{SlotFault, Unusable};
 use crate::record::start::{Decision, Kept, Options, Why, decide};
 use crate::record::{Extents, Stale};
@@ -56,6 +58,38 @@ fn half_of_the_replicas_cannot_start_where_the_other_half_could() {
     }
     assert!(decide(&images[..2], &options()).is_ok());
     assert!(decide(&images[..3], &options()).is_ok());
+}
+
+#[test]
+fn the_only_copy_of_what_was_being_changed_is_needed() {
+    let mut images = disk(3);
+    let layout = read(&mut images[0]).record.layout();
+    let mut missed = RangeSet::default();
+    missed.insert(SectorRange::new(8, 8));
+    for image in &mut images {
+        let read = read(image);
+        read.record.members[0].stale = Stale::of(&missed, layout);
+        read.record.members[2].stale_where_changed = true;
+    }
+    let others = [images[0].clone(), images[2].clone()];
+    assert_eq!(start(&others, &options()).unsettled.count(), 0);
+    read(&mut images[2]).intent.insert(SectorRange::new(0, 1));
+    let others = [images[0].clone(), images[2].clone()];
+    assert_eq!(
+        line(&others, &options()),
+        "only 'b.raw' may hold some of what was being written when the disk ended, and the others \
+         have missed it; start with them, or, if they are lost with what they hold, add \
+         --force-start"
+    );
+    assert!(start(&others, &forced()).forced);
+    assert!(decide(&images, &options()).is_ok());
+    assert!(decide(&images[..2], &options()).is_ok());
+    // It has missed that, too.
+    for image in &mut images {
+        read(image).record.members[1].stale = Stale::All;
+    }
+    let others = [images[0].clone(), images[2].clone()];
+    assert!(decide(&others, &options()).is_ok());
 }
 
 #[test]
