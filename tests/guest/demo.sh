@@ -87,6 +87,7 @@ start_daemon() {
     # shellcheck disable=SC1003
     command_line 'host$ quorum-blkd --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \'
     command_line '          --socket-path disk.sock --rewrite-corrupted --events events.sock'
+    : >daemon.log # Else the log of the daemon before it could be read.
     "$daemon" --blk-file 0.raw --blk-file 1.raw --blk-file 2.raw \
         --socket-path disk.sock --rewrite-corrupted --events events.sock 2>daemon.log &
     daemon_pid=$!
