@@ -107,18 +107,6 @@ pub enum AdminError {
         Quoted(.0)
     )]
     Missing(String),
-    /// The image is that of a replica that is missing.
-    #[error(
-        "{} is the image of {}, which is missing; it is taken in when it can be opened",
-        Quoted(.path),
-        Quoted(.node_name)
-    )]
-    OfMissing {
-        /// The image.
-        path: PathBuf,
-        /// The replica.
-        node_name: String,
-    },
     /// The record of an image cannot be read or made.
     #[error(transparent)]
     Record(#[from] RecordError),

@@ -146,12 +146,6 @@ impl Admin {
             if *node_name == *source.node_name {
                 return Err(AdminError::NameTaken(source.node_name.clone()));
             }
-            if missing.path == source.path {
-                return Err(AdminError::OfMissing {
-                    path: source.path.clone(),
-                    node_name: node_name.to_string(),
-                });
-            }
         }
         Ok(())
     }

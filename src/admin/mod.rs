@@ -257,6 +257,8 @@ impl Admin {
         if let Some((_, member)) = members.find(|(at, _)| *at == index) {
             member.rename(new_name);
             self.names.set(index, new_name);
+            self.shared.rename_in_records(index, new_name);
+            self.is_recorded();
             info!(replica = new_name, before = node_name; "replica renamed");
         }
         Ok(())

@@ -158,12 +158,12 @@ pub(super) fn aim(
     keeper: &mut Keeper,
     known: &Remembered,
     marks: Extents,
-    clearing: Option<Extents>,
+    (sweeps, clearing): (bool, Option<Extents>),
 ) -> Goal {
     let wanted = wanted(known);
     match clearing {
         Some(extents) => keeper.clear(extents, &wanted),
-        None => keeper.want(&wanted, false),
+        None => keeper.want(&wanted, sweeps),
     }
     let marks = marks.fitted(keeper.layout());
     keeper.mark(&marks);

@@ -114,6 +114,15 @@ impl Shared {
         self.add(replica);
     }
 
+    /// A replica has another node-name: the records are to say it.
+    pub fn rename_in_records(&self, replica: ReplicaIndex, node_name: &str) {
+        let mut keeper = self.memory.keeper();
+        if let Some(keeper) = &mut *keeper {
+            keeper.rename(replica, node_name);
+            self.change_health(Health::is_to_be_written);
+        }
+    }
+
     /// A missing replica is about to rejoin ([`Self::found`]); `sequence` is that of the last slot
     /// in the file of its record.
     pub fn record_found(&self, replica: ReplicaIndex, sequence: u64) {
@@ -157,7 +166,7 @@ impl Shared {
             self.memory.publish(&state.health, marks);
             (state.health.snapshot(), marks.wanted().clone())
         };
-        memory::aim(keeper, &snapshot.remembered(), wanted, idle)
+        memory::aim(keeper, &snapshot.remembered(), wanted, (sweeps, idle))
     }
 
     /// Takes marks away that are needed no more. Which ones takes a look at every sector, so it is

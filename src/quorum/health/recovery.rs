@@ -52,6 +52,11 @@ impl Health {
         self.memory
     }
 
+    /// The records are to be written, although nothing here has changed.
+    pub fn is_to_be_written(&mut self) {
+        self.memory += 1;
+    }
+
     /// What must be remembered now.
     pub fn remembered(&self) -> Remembered {
         let copies = self.replicas.iter().map(|state| {

@@ -27,7 +27,7 @@ use self::wanted::{covers, take};
 use super::extents::Extents;
 use super::format;
 use super::layout::Layout;
-use super::member::{Member, MemberState};
+use super::member::{Member, MemberState, short_name};
 use super::past_job::PastJob;
 use super::stale::Stale;
 use super::table::{Fingerprint, Record};
@@ -160,6 +160,17 @@ impl Keeper {
             stale: Stale::All,
             ..Member::new(holder.member, node_name)
         });
+    }
+
+    /// A member has another node-name.
+    pub fn rename(&mut self, replica: ReplicaIndex, node_name: &str) {
+        let member = self
+            .member(replica)
+            .and_then(|id| self.record.member_mut(id));
+        if let Some(member) = member {
+            member.node_name = short_name(node_name).to_owned();
+            self.slot_version += 1;
+        }
     }
 
     /// The image of a member that was missing is open; the number of the last slot in the file of

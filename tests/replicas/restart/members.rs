@@ -6,7 +6,7 @@ use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
 use testkit::machine;
 
-use super::{Host, Running, copy_with_record, read, write};
+use super::{Host, Running, copy_with_record, in_image, read, write};
 
 #[test]
 fn a_removed_replica_is_refused_and_an_added_one_is_a_member() {
@@ -189,4 +189,32 @@ fn a_threshold_that_a_command_has_set_is_kept_unless_the_command_line_has_one() 
     expect(&["--vote-threshold", "1"], 1, false).end();
     set(expect(&[], 1, false), "majority");
     expect(&[], 2, true).end();
+}
+
+#[test]
+fn a_new_disk_where_a_missing_one_was_takes_its_place_and_name() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    // The file system of the third image is new and empty.
+    fs::remove_file(&host.images[2]).unwrap();
+    fs::remove_file(host.record(2)).unwrap();
+    let running = host.start();
+    assert_eq!(running.states(), ["in-service", "in-service", "missing"]);
+    let image = host.images[2].to_str().unwrap();
+    let (code, text) = running.blkctl(&["replace", "2.raw", image, "--create"]);
+    assert_eq!(code, 0, "{text}");
+    running.kill();
+    // The records know the new one by the name of the old one.
+    let elsewhere = host.path("elsewhere");
+    fs::rename(&host.images[2], &elsewhere).unwrap();
+    let running = host.start();
+    assert_eq!(running.states(), ["in-service", "in-service", "missing"]);
+    assert_eq!(running.state()["replicas"][2]["node-name"], "2.raw");
+    fs::rename(&elsewhere, &host.images[2]).unwrap();
+    running.wait_until_healthy();
+    running.end();
+    assert_eq!(in_image(&host.images[2], 0), 1);
 }

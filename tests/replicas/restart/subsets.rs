@@ -4,9 +4,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use serde_json::Value;
+use testkit::HANG_LIMIT;
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
 use testkit::machine;
+use testkit::process::wait_until;
+use testkit::programs;
 
 use super::{
     BLOCK, Host, Running, block, copy_with_record, in_image, modify, newest_sequence, number_of,
@@ -264,6 +268,33 @@ fn what_a_replica_was_given_is_durable_after_a_clean_end() {
     let running = host.start();
     let log = running.daemon.log();
     assert!(!log.contains("not up to date"), "{log}");
+    running.end();
+}
+
+#[test]
+fn a_replica_that_was_copied_is_up_to_date_after_a_kill() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.end();
+    modify(&host.images[2], 0, 99);
+    let running = host.start();
+    running.wait_until_healthy();
+    let is_recorded = || {
+        let output = programs::command(programs::BLKCTL)
+            .args(["inspect", "--json"])
+            .args(&host.images)
+            .output()
+            .unwrap();
+        let inspected: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let members = &inspected["images"][0]["kept"]["record"]["members"];
+        members[2]["stale"] == "nowhere"
+    };
+    assert!(wait_until(HANG_LIMIT, is_recorded));
+    running.kill();
+    let running = host.start_with(&host.images[1..], &[]);
+    assert_eq!(read(&mut running.client(), 0), 1);
     running.end();
 }
 
