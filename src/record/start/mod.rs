@@ -126,7 +126,12 @@ fn adopt(
     match plain {
         Ok(start) if start.images[place].votes() => Ok(start),
         Err(refusal) if !refusal.can_be_overridden() => Err(refusal),
-        _ => plan::plan(candidates, created, options, Some(place)),
+        _ => {
+            if !options.force {
+                plan::check_adopted(candidates, created, place)?;
+            }
+            plan::plan(candidates, created, options, Some(place))
+        }
     }
 }
 

@@ -90,6 +90,38 @@ pub(super) fn take_in(candidates: &[Candidate], created: &Created<'_>) -> Result
     Ok(verdicts.remove(1))
 }
 
+/// Refuses to take an image as the truth that the records of the others say is old, while there is
+/// one that they say is up to date, whether another program has modified it or not.
+pub(super) fn check_adopted(
+    candidates: &[Candidate],
+    created: &Created<'_>,
+    adopted: usize,
+) -> Result<(), Refusal> {
+    // Where two sides have gone on without each other, none of them is newer.
+    let Ok(newest) = created.newest() else {
+        return Ok(());
+    };
+    let planner = Planner {
+        candidates,
+        created,
+        intent: newest.intent(created),
+        newest,
+        adopted: None,
+    };
+    let up_to_date = planner.recorded_as_fresh();
+    match planner.recorded(adopted) {
+        Some(why) if why != Why::Fresh && !up_to_date.is_empty() => Err(Refusal::AdoptsOldData {
+            node_name: created.name(adopted),
+            why,
+            up_to_date: up_to_date
+                .iter()
+                .map(|place| created.name(*place))
+                .collect(),
+        }),
+        _ => Ok(()),
+    }
+}
+
 struct Planner<'a> {
     candidates: &'a [Candidate],
     created: &'a Created<'a>,
@@ -145,7 +177,6 @@ impl Planner<'_> {
     }
 
     fn state(&self, place: usize, member: &Member, record: &Record) -> (Why, Copies) {
-        let is_current = self.newest.current.contains(&place);
         if let Some(adopted) = self.adopted {
             return if place == adopted {
                 (Why::Fresh, Copies::GOOD)
@@ -153,14 +184,21 @@ impl Planner<'_> {
                 (Why::NotAdopted, Copies::STALE)
             };
         }
+        let found = self.candidates[place].image.as_ref().ok();
+        let now = found.and_then(|found| found.fingerprint);
+        let is_modified = record.clean && record.image.is_some() && record.image != now;
+        match self.as_recorded(place, member, record) {
+            (why, _) if is_modified && why != Why::OlderBranch => (Why::Modified, Copies::STALE),
+            recorded => recorded,
+        }
+    }
+
+    /// What the records say of an image, whether another program has modified it or not.
+    fn as_recorded(&self, place: usize, member: &Member, record: &Record) -> (Why, Copies) {
         if self.newest.older_branch.contains(&place) {
             return (Why::OlderBranch, Copies::STALE);
         }
-        let found = self.candidates[place].image.as_ref().ok();
-        let now = found.and_then(|found| found.fingerprint);
-        if record.clean && record.image.is_some() && record.image != now {
-            return (Why::Modified, Copies::STALE);
-        }
+        let is_current = self.newest.current.contains(&place);
         if !is_current && !self.newest.reaches(member, record) {
             return (Why::Restored, Copies::STALE);
         }
@@ -180,6 +218,20 @@ impl Planner<'_> {
             _ => Why::MissedChanges,
         };
         (why, copies)
+    }
+
+    /// What the records say of an image that has one, if it is a member.
+    fn recorded(&self, place: usize) -> Option<Why> {
+        let record = &self.created.read(place)?.record;
+        let member = self.newest.record.member(record.replica)?;
+        Some(self.as_recorded(place, member, record).0)
+    }
+
+    /// The images that are up to date, apart from what another program has modified.
+    fn recorded_as_fresh(&self) -> Vec<usize> {
+        let places = 0..self.candidates.len();
+        let fresh = places.filter(|place| self.recorded(*place) == Some(Why::Fresh));
+        fresh.collect()
     }
 
     /// Whether the image was about to become a member when the daemon ended: its record proposes
@@ -368,7 +420,10 @@ impl Planner<'_> {
         };
         let modified: Vec<String> = of(Why::Modified);
         if !modified.is_empty() {
+            let fresh = self.recorded_as_fresh().into_iter();
+            let fresh = fresh.filter(|place| images[*place].why == Why::Modified);
             return Err(Refusal::Modified {
+                up_to_date: fresh.map(|place| self.name(images[place].member)).collect(),
                 names: modified,
                 voting: voting.len(),
                 votes,

@@ -150,12 +150,15 @@ pub enum Refusal {
     #[error(
         "another program has modified {} since the clean end, and only {voting} of {votes} needed \
          replicas are as they were; undo that, or overwrite all others with one replica by \
-         --adopt NODE",
-        QuotedList(.names)
+         --adopt NODE{}",
+        QuotedList(.names),
+        OfThese(.names, .up_to_date)
     )]
     Modified {
         /// The modified images.
         names: Vec<String>,
+        /// Those of them that were up to date before.
+        up_to_date: Vec<String>,
         /// How many others may vote.
         voting: usize,
         /// The vote threshold.
@@ -181,6 +184,21 @@ pub enum Refusal {
     NothingToAdopt {
         /// The name that was given.
         node_name: String,
+    },
+    /// The image to be taken as the truth is old, and another one is not.
+    #[error(
+        "--adopt {}: this replica is not up to date ({why}), and {} would be without what another \
+         program has modified; adopt one of those, or, to lose what they hold, add --force-start",
+        Quoted(.node_name),
+        QuotedList(.up_to_date)
+    )]
+    AdoptsOldData {
+        /// The image.
+        node_name: String,
+        /// What its record and those of the others say.
+        why: Why,
+        /// The images that are up to date, apart from what another program has modified.
+        up_to_date: Vec<String>,
     },
     /// A vote threshold that cannot be reached.
     #[error("--vote-threshold {votes}: the disk has {members} replicas")]
@@ -260,6 +278,19 @@ impl fmt::Display for Others<'_> {
         match self.0 {
             [] => f.write_str("others"),
             names => QuotedList(names).fmt(f),
+        }
+    }
+}
+
+/// Which of the modified images were up to date, if some were not.
+struct OfThese<'a>(&'a [String], &'a [String]);
+
+impl fmt::Display for OfThese<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.1 {
+            up_to_date if up_to_date.len() == self.0.len() => Ok(()),
+            [] => f.write_str("; none of these was up to date"),
+            up_to_date => write!(f, "; of these {} were up to date", QuotedList(up_to_date)),
         }
     }
 }

@@ -61,6 +61,32 @@ fn a_majority_of_modified_images_is_refused_until_one_is_adopted() {
 }
 
 #[test]
+fn an_image_that_had_missed_writes_is_not_adopted_by_mistake() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let running = host.start_with(&host.images[..2], &[]);
+    write(&mut running.client(), 0, 2);
+    running.end();
+    for image in &host.images {
+        // What it holds already.
+        modify(image, 0, in_image(image, 0));
+    }
+    let line = host.refusal(&host.images, &[]);
+    let of_these = "; of these '0.raw', '1.raw' were up to date";
+    assert!(line.ends_with(of_these), "{line}");
+    let line = host.refusal(&host.images, &["--adopt", "2.raw"]);
+    assert!(
+        line.contains("'2.raw': this replica is not up to date"),
+        "{line}"
+    );
+    let running = host.start_with(&host.images, &["--adopt", "1.raw"]);
+    assert_eq!(read(&mut running.client(), 0), 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
 fn an_old_image_that_is_copied_back_with_its_record_does_not_vote() {
     let _machine = machine::shared();
     let host = ended(3);

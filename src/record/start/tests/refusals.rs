@@ -1,6 +1,8 @@
 //! What is refused, with its line, and what is not yet a disk.
 
-use super::disk::{disk, evict, forced, id, keep, line, options, read, start, whys};
+use super::disk::{
+    FINGERPRINT, adopting, disk, evict, forced, id, keep, line, options, read, start, whys,
+};
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 use crate::record::format::{SlotFault, Unusable};
@@ -243,4 +245,51 @@ fn a_start_becomes_json() {
         read(&mut images[0]).record.layout(),
     );
     assert_eq!(serde_json::to_value(stale).unwrap(), "everywhere");
+}
+
+#[test]
+fn an_image_that_is_old_is_not_adopted_by_mistake() {
+    let mut images = disk(3);
+    evict(&mut images, 2);
+    for image in &mut images[..2] {
+        let record = &mut read(image).record;
+        let layout = record.layout();
+        let mut missed = RangeSet::default();
+        missed.insert(SectorRange::new(8, 8));
+        record.members[2].stale = Stale::of(&missed, layout);
+    }
+    for image in &mut images {
+        let record = &mut read(image).record;
+        record.clean = true;
+        record.image = Some(FINGERPRINT);
+        image.image.as_mut().unwrap().fingerprint = None;
+    }
+    assert_eq!(
+        line(&images, &options()),
+        "another program has modified 'a.raw', 'b.raw', 'c.raw' since the clean end, and only 0 of \
+         2 needed replicas are as they were; undo that, or overwrite all others with one replica \
+         by --adopt NODE; of these 'a.raw', 'b.raw' were up to date"
+    );
+    let old = adopting("c.raw");
+    assert_eq!(
+        line(&images, &old),
+        "--adopt 'c.raw': this replica is not up to date (has missed changes), and 'a.raw', \
+         'b.raw' would be without what another program has modified; adopt one of those, or, to \
+         lose what they hold, add --force-start"
+    );
+    assert_eq!(start(&images, &adopting("b.raw")).adopted, Some(1));
+    let force = Options { force: true, ..old };
+    assert_eq!(start(&images, &force).adopted, Some(2));
+    // No other image that can be adopted is better.
+    for image in &mut images[..2] {
+        let record = &mut read(image).record;
+        record.members[0].doubtful = Stale::All;
+        record.members[1].stale = Stale::All;
+    }
+    let refusal = line(&images, &options());
+    assert!(
+        refusal.ends_with("; none of these was up to date"),
+        "{refusal}"
+    );
+    assert_eq!(start(&images, &adopting("c.raw")).adopted, Some(2));
 }
