@@ -71,7 +71,7 @@ pub enum AdminError {
     /// The operator has not said that the data of the other replicas may be lost.
     #[error(
         "in {} of {} without a winner, {} would decide, and what the other replicas hold there \
-         would be lost; nothing has changed; with force it is done",
+         would be lost; nothing has changed; to do it, add --force",
         .sectors, counted(*.undecided, "sector"), Quoted(.node_name)
     )]
     NotForced {

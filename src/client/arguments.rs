@@ -30,11 +30,11 @@ Sizes and rates are in bytes, or in K, M, G, T, P (powers of 1024): 512M, 1.5T";
 
 const STATUS_LEGEND: &str = "\
 Health:
-  healthy    No replica is known to be evicted, stale or corrupt, and none has
-             returned an error
-  degraded   A replica is evicted, stale or corrupt, or returned an error, or
-             the disk has fewer replicas than at its start; the guest has not
-             noticed
+  healthy    No replica is known to be evicted, missing, stale or corrupt, and
+             none has returned an error
+  degraded   A replica is evicted, missing, stale or corrupt, or returned an
+             error, or the disk has fewer replicas than at its start; the guest
+             has not noticed
   failing    The guest got an I/O error, or waits for the command cont, or no
              vote can decide some sectors
   For each reason, a line below says what to do. Errors stay until the
@@ -44,6 +44,7 @@ Columns:
   state      in-service: the replica is read and votes
              syncing: it votes only where it is not stale
              evicted: it does not answer; it rejoins when it does
+             missing: its image could not be opened, or no --blk-file names it
   stale      Data that the replica lacks; a resync copies it
   corrupt    Sectors known to be corrupt now; scrub --repair repairs them
   found      Corrupt sectors found since the replica was added; a sector that
@@ -170,7 +171,8 @@ pub(super) enum Action {
     },
     /// Submit the requests again that failed and are held (--rerror, --werror of quorum-blkd)
     Cont,
-    /// Add a replica and wait until it is up to date
+    /// Add a replica and wait until it is up to date. Unless a vote threshold was given, two
+    /// replicas need both (2 of 2)
     Add {
         #[command(flatten)]
         image: NewImage,

@@ -47,7 +47,9 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
             Advice::new(
                 Style::Bad,
                 format!("no quorum for {sectors}"),
-                "restore them from a backup, then quorum-blkctl scrub".to_owned(),
+                "let one replica decide (quorum-blkctl prefer NODE), or restore them from a \
+                 backup, then quorum-blkctl scrub"
+                    .to_owned(),
             )
         }
         "io-error" => {

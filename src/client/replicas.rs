@@ -95,7 +95,7 @@ pub(super) fn replace(
         "{name} is a replica in addition to {old_name}; its resync runs"
     )?;
     context.out.flush()?;
-    if !wait_for_resync(context, &new, &old_name)? {
+    if !wait_for_resync(context, &disk, &new, &old_name)? {
         writeln!(
             context.out,
             "{name} and {old_name} are both replicas, and {name} is not up to date; to continue: \
@@ -152,6 +152,7 @@ fn free_name(disk: &Disk, old: &str) -> String {
 /// Waits until the replica that is to replace `old_name` is up to date. False if its resync failed.
 fn wait_for_resync(
     context: &mut Context<'_>,
+    disk: &Disk,
     new: &NewReplica,
     old_name: &str,
 ) -> Result<bool, Error> {
@@ -162,6 +163,12 @@ fn wait_for_resync(
     let ended = wait(context, Awaited::ResyncOf(&new.node_name), interrupted);
     let ended = ended.map_err(|error| match error {
         interrupted @ Error::Interrupted(_) => interrupted,
+        Error::Closed if disk.records => Error::Failed(format!(
+            "{}\n{name} and {old_name} were both replicas, and the disk still has both when the \
+             daemon starts again: name both on its command line, then quorum-blkctl remove \
+             {old_name}",
+            Error::Closed
+        )),
         Error::Closed => Error::Failed(format!(
             "{}\n{name} and {old_name} were both replicas; when the daemon starts again, it \
              has the replicas of its command line",

@@ -328,7 +328,8 @@ pub(super) mod tests {
             "disk\\u{1b}[2J  failing  10 GiB, 2 of 3 must agree, read-pattern quorum, \
              rewrite-corrupted, aio threads\n  \
                no quorum for 8 sectors\n    \
-                 restore them from a backup, then quorum-blkctl scrub\n  \
+                 let one replica decide (quorum-blkctl prefer NODE), or restore them from a \
+                 backup, then quorum-blkctl scrub\n  \
                the guest got 1 I/O error; the last: read: no quorum\n    \
                  remove the cause, check the guest's files, then quorum-blkctl clear\n  \
                b is evicted: it does not answer; it rejoins when it does\n    \

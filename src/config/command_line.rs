@@ -65,10 +65,11 @@ pub(super) struct Options {
     pub(super) blk_file: Vec<OsString>,
 
     /// Number of replicas that must agree for a read, or store the data for a write, to succeed:
-    /// 1 to the number N of replicas [default: that of the records, which quorum-blkctl threshold
-    /// sets; for a new disk the majority, N/2 rounded down plus 1, also when replicas are added or
-    /// removed later]. Lower it to keep the disk running with fewer good replicas; raise it to
-    /// trust only data that more replicas agree on
+    /// 1 to the number N of replicas [default: that of the records; for a new disk the majority,
+    /// N/2 rounded down plus 1, also when replicas are added or removed later]. The records keep
+    /// what this option or quorum-blkctl threshold has set, so leaving the option out does not undo
+    /// it: quorum-blkctl threshold majority does. Lower it to keep the disk running with fewer good
+    /// replicas; raise it to trust only data that more replicas agree on
     #[arg(
         long,
         value_name = "T",
@@ -83,9 +84,9 @@ pub(super) struct Options {
     pub(super) read_pattern: ReadPattern,
 
     /// Repair sectors that a read finds corrupt or unreadable: write the data that won the vote to
-    /// the replicas that lost it. Without this option, the daemon only reports them. With it, the
-    /// daemon scrubs the whole disk when it starts, and repairs nothing before that has ended: the
-    /// images may not be of one disk
+    /// the replicas that lost it. Without this option, the daemon only reports them. If the disk is
+    /// new or has no records, the daemon scrubs all of it first, and repairs nothing before that
+    /// has ended: the images may not be of one disk
     #[arg(long, help_heading = "Vote")]
     pub(super) rewrite_corrupted: bool,
 

@@ -182,7 +182,10 @@ pub(super) fn error(job: &JobInfo, names: &NodeNames) -> Option<String> {
             let cause = |replica| {
                 let found = job.findings.get(&replica);
                 let error = found.and_then(|found| found.error(Read));
-                let error = error.map_or_else(|| "evicted".to_owned(), |errno| errno.to_string());
+                let error = error.map_or_else(
+                    || "evicted or missing".to_owned(),
+                    |errno| errno.to_string(),
+                );
                 format!("{} ({error})", names.get(replica))
             };
             let causes: Vec<_> = replicas.iter().map(cause).collect();
@@ -242,7 +245,8 @@ mod tests {
         for (failure, text) in [
             (
                 JobFailure::NotRead { replicas },
-                "a.raw (evicted), b.raw (Input/output error) could not be read everywhere",
+                "a.raw (evicted or missing), b.raw (Input/output error) could not be read \
+                 everywhere",
             ),
             (
                 JobFailure::NotRepaired { sectors: 8 },

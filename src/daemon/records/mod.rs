@@ -349,15 +349,18 @@ fn tell(images: &[Image], start: &Start, records: &Records) {
         "unrecovered-sectors" = unsettled.sectors(), clean = start.was_clean;
         "the records of the disk allow its start"
     );
-    if let Some(name) = &records.adopt
-        && start.adopted.is_none()
-    {
-        warn!(
-            replica:% = name;
-            "--adopt has no effect: the replica may vote, and so may the others"
-        );
-    }
-    if start.forced {
+    if let Some(name) = &records.adopt {
+        match start.adopted {
+            None => warn!(
+                replica:% = name;
+                "--adopt has no effect: the replica may vote, and so may the others"
+            ),
+            Some(_) => warn!(
+                replica:% = name;
+                "the image of a replica is taken as the truth: all others are overwritten with it"
+            ),
+        }
+    } else if start.forced {
         warn!("the start is forced: replicas that are missing are overwritten when they come back");
     }
     for (image, verdict) in images.iter().zip(&start.images) {

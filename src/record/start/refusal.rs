@@ -166,8 +166,8 @@ pub enum Refusal {
     },
     /// Too few images may vote.
     #[error(
-        "{} of {votes} needed replicas can be used{}; start with the others, or, if they are lost \
-         with what they hold, with a lower --vote-threshold and --force-start",
+        "{} of {votes} needed replicas can be used{}; start with those that are missing too, or, \
+         if they are lost with what they hold, with a lower --vote-threshold and --force-start",
         .voting.len(),
         Reasons(.others)
     )]

@@ -41,6 +41,9 @@ fn a_majority_of_modified_images_is_refused_until_one_is_adopted() {
     assert!(line.contains("another program has modified"), "{line}");
     assert!(line.contains("--adopt NODE"), "{line}");
     let running = host.start_with(&host.images, &["--adopt", "2.raw"]);
+    let log = running.daemon.log();
+    assert!(log.contains("all others are overwritten with it"), "{log}");
+    assert!(!log.contains("when they come back"), "{log}");
     assert_eq!(read(&mut running.client(), 0), 99);
     // Whether the others are copied by now or not.
     running.end();

@@ -145,8 +145,8 @@ fn a_forced_start_begins_a_branch_and_leaves_the_others_behind() {
     assert_eq!(
         line(&alone[..1], &forced()),
         "1 of 3 needed replicas can be used; 'b.raw': missing; 'c.raw': missing; 'd.raw': missing; \
-         start with the others, or, if they are lost with what they hold, with a lower \
-         --vote-threshold and --force-start"
+         start with those that are missing too, or, if they are lost with what they hold, with a \
+         lower --vote-threshold and --force-start"
     );
     let decided = start(&alone[..1], &few);
     assert!(decided.forced);
