@@ -29,7 +29,7 @@ pub(super) fn advice(disk: &Disk, jobs: &[Job], now: SystemTime) -> Vec<Advice> 
     let mut all: Vec<_> = conditions.map(|word| of_disk(word, disk, now)).collect();
     for replica in &disk.replicas {
         let conditions = replica.conditions.iter();
-        all.extend(conditions.map(|word| of_replica(word, replica, jobs, now)));
+        all.extend(conditions.map(|word| of_replica(word, disk, replica, jobs, now)));
     }
     // No condition: the disk is good, its guest is not.
     if disk.requests.rejected > 0 {
@@ -94,7 +94,13 @@ fn of_disk(condition: &str, disk: &Disk, now: SystemTime) -> Advice {
     }
 }
 
-fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime) -> Advice {
+fn of_replica(
+    condition: &str,
+    disk: &Disk,
+    replica: &Replica,
+    jobs: &[Job],
+    now: SystemTime,
+) -> Advice {
     let name = printable(&replica.node_name);
     match condition {
         "evicted" => {
@@ -114,12 +120,24 @@ fn of_replica(condition: &str, replica: &Replica, jobs: &[Job], now: SystemTime)
                 .missing_reason
                 .as_deref()
                 .unwrap_or("it cannot be opened");
-            let reason = printable(reason);
-            Advice::new(
-                Style::Bad,
-                format!("{name} is missing: {reason}; it is taken in when it can be opened"),
-                format!("if it never can: quorum-blkctl replace {name} FILE"),
-            )
+            let what = format!("{name} is missing: {}", printable(reason));
+            let (what, to_do) = match replica.missing_retried {
+                Some(false) if disk.read_only => (what, None),
+                Some(false) => {
+                    let to_do = format!(
+                        "start with its image, or quorum-blkctl replace {name} FILE, or remove \
+                         {name}"
+                    );
+                    (what, Some(to_do))
+                }
+                _ => (
+                    format!("{what}; it is taken in when it can be used"),
+                    Some(format!(
+                        "if it never can: quorum-blkctl replace {name} FILE"
+                    )),
+                ),
+            };
+            Advice::new(Style::Bad, what, to_do)
         }
         "flapping" => Advice::new(
             Style::Warning,
@@ -252,14 +270,22 @@ mod tests {
         let mut disk = disk("missing", 512, 0, 0);
         disk.replicas[1].conditions = vec!["missing".into(), "stale".into()];
         disk.replicas[1].missing_reason = Some("cannot open '/b': no such file".to_owned());
-        let advice = advice(&disk, &[], UNIX_EPOCH);
-        assert_eq!(
-            advice[0].what,
-            "b is missing: cannot open '/b': no such file; it is taken in when it can be opened"
-        );
-        let to_do = advice.iter().map(|advice| advice.to_do.as_deref());
+        let tried = "; it is taken in when it can be used";
         let replace = "if it never can: quorum-blkctl replace b FILE";
-        assert!(to_do.eq([Some(replace), None]), "{advice:?}");
+        let start = "start with its image, or quorum-blkctl replace b FILE, or remove b";
+        for (retried, read_only, more, to_do) in [
+            (true, false, tried, Some(replace)),
+            (false, false, "", Some(start)),
+            (false, true, "", None),
+        ] {
+            disk.replicas[1].missing_retried = Some(retried);
+            disk.read_only = read_only;
+            let advice = advice(&disk, &[], UNIX_EPOCH);
+            let what = format!("b is missing: cannot open '/b': no such file{more}");
+            assert_eq!(advice[0].what, what);
+            let given = advice.iter().map(|advice| advice.to_do.as_deref());
+            assert!(given.eq([to_do, None]), "{advice:?}");
+        }
     }
 
     #[test]

@@ -59,6 +59,7 @@ pub(super) struct Replica {
     pub(super) corrupt_sectors: u64,
     pub(super) kept_out_ms: Option<u64>,
     pub(super) missing_reason: Option<String>,
+    pub(super) missing_retried: Option<bool>,
     pub(super) operations: ByOperation<Operations>,
 }
 

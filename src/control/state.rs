@@ -127,6 +127,9 @@ pub struct ReplicaState {
     /// Why its image cannot be opened. Left out if it is open.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub missing_reason: Option<String>,
+    /// Whether its image is tried again. Left out if it is open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub missing_retried: Option<bool>,
     /// Errors that it returned and that are not cleared.
     pub errors: Errors,
     /// Bytes of which it does not hold the newest data.

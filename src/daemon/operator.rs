@@ -236,6 +236,13 @@ impl DiskOperator {
                     Member::Open(_) => None,
                     Member::Missing(missing) => Some(missing.why().to_string()),
                 },
+                // On a read-only disk, which keeps no records, none is sought.
+                missing_retried: match &member {
+                    Member::Open(_) => None,
+                    Member::Missing(missing) => {
+                        Some(missing.is_named() && self.shared.has_records())
+                    }
+                },
                 errors,
                 stale_bytes,
                 corrupt_sectors_found: totals.sectors_corrupt,

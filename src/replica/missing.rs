@@ -20,6 +20,8 @@ pub struct MissingReplica {
     why: RwLock<Arc<str>>,
     /// A thread tries to open its image.
     is_sought: AtomicBool,
+    /// The command line names its image.
+    is_named: bool,
 }
 
 impl MissingReplica {
@@ -30,6 +32,7 @@ impl MissingReplica {
             node_name: RwLock::new(source.node_name.as_str().into()),
             why: RwLock::new(why.into()),
             is_sought: AtomicBool::new(false),
+            is_named: true,
         }
     }
 
@@ -41,7 +44,7 @@ impl MissingReplica {
             node_name: node_name.to_owned(),
         };
         Self {
-            is_sought: AtomicBool::new(true),
+            is_named: false,
             ..Self::new(&source, "no --blk-file names its image")
         }
     }
@@ -79,9 +82,14 @@ impl MissingReplica {
         }
     }
 
-    /// A thread is to try it, if no other one does.
+    /// Whether its image is known, so that it can be tried again.
+    pub fn is_named(&self) -> bool {
+        self.is_named
+    }
+
+    /// A thread is to try it, if its image is known and no other one does.
     pub fn seek(&self) -> bool {
-        !self.is_sought.swap(true, Ordering::Relaxed)
+        self.is_named && !self.is_sought.swap(true, Ordering::Relaxed)
     }
 
     /// That thread has tried.

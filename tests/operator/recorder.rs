@@ -153,6 +153,7 @@ pub fn disk() -> DiskState {
         state: ServiceState::InService,
         conditions: Vec::new(),
         missing_reason: None,
+        missing_retried: None,
         errors: Errors::default(),
         stale_bytes: 0,
         corrupt_sectors_found: 0,

@@ -105,6 +105,7 @@ fn a_member_that_the_command_line_does_not_name_is_missing() {
     assert_eq!(replicas[2]["state"], "missing");
     let reason = replicas[2]["missing-reason"].as_str().unwrap();
     assert!(reason.contains("--blk-file"), "{reason}");
+    assert_eq!(replicas[2]["missing-retried"], false);
     assert_eq!(state["vote-threshold"], 2);
     write(&mut running.client(), 0, 1);
     let (code, text) = running.blkctl(&["remove", "1.raw"]);

@@ -202,6 +202,10 @@ fn an_image_that_is_not_the_missing_replica_is_not_taken_in() {
     let (code, text) = running.blkctl(&["status"]);
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("2.raw") && text.contains("missing"), "{text}");
+    assert!(
+        text.contains("it is taken in when it can be used"),
+        "{text}"
+    );
     write(&mut running.client(), 1, 2);
     // An image that is not the member is not taken in.
     let other = Host::new(1);
