@@ -68,8 +68,9 @@ ended cleanly, or would be a new one; 1 if it would be served, but has to
 recover, or not by all of its replicas; 3 if the start would be refused";
 
 const VERIFY_LEGEND: &str = "\
-An image has no vote where its disk knows it as stale or doubtful. Without
-records all images vote everywhere, and the majority wins.
+An image has no vote where its disk knows it as stale or doubtful, and none
+anywhere if another program has modified it; it is compared with the winner all
+the same. Without records all images vote everywhere, and the majority wins.
 
 Exit status: 0 if no image differs; 1 if one does, or cannot be read somewhere;
 3 if an image cannot be opened, or another program writes to it";

@@ -73,13 +73,17 @@ fn show(verified: &Verified, terminal: Terminal, out: &mut dyn Write) -> Result<
     }
     for image in &verified.images {
         let path = printable(&image.path);
-        if image.without_vote_sectors > 0 {
+        if let Some(why) = &image.why_without_vote {
+            let why = printable(why);
+            line(Style::Warning, &format!("{path} has no vote: {why}"))?;
+        } else if image.without_vote_sectors > 0 {
             let bytes = bytes(image.without_vote_sectors);
             let text = format!("{path} has no vote in {bytes}, where it is stale or doubtful");
             line(Style::Warning, &text)?;
         }
         for (what, places) in [
             ("differs", &image.differs),
+            ("differs without a vote", &image.differs_without_vote),
             ("cannot be read", &image.unreadable),
         ] {
             if !places.is_empty() {

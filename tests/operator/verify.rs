@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 use std::process::Output;
+use std::time::SystemTime;
 
 use serde_json::Value;
 use sha2::{Digest as _, Sha256};
@@ -82,9 +83,14 @@ fn what_the_records_call_stale_has_no_vote_and_what_is_marked_is_nothing_wrong()
 1.raw has no vote in 4.5 KiB, where it is stale or doubtful
 2.raw has no vote in 2 MiB, where it is stale or doubtful
 ";
-    let said = stdout(disk.run("verify", &THREE), 0);
-    let expected = "no difference in 8 MiB of 3 images\n";
-    assert_eq!(said, digests(&disk) + without_vote + expected);
+    let said = stdout(disk.run("verify", &THREE), 1);
+    let (of_second, of_third) = without_vote.split_at(without_vote.find("2.raw").unwrap());
+    let differs = "\
+1.raw differs without a vote in 8 sectors (4 KiB):
+  sectors 4096-4103
+";
+    let without_vote = [of_second, differs, of_third].concat();
+    assert_eq!(said, digests(&disk) + &without_vote);
     // Where changes are marked, the third one is stale and the others may differ.
     corrupt_sectors(&disk.images[0], 8..16, 1);
     // Elsewhere it votes.
@@ -96,7 +102,7 @@ fn what_the_records_call_stale_has_no_vote_and_what_is_marked_is_nothing_wrong()
 a start would make the images equal in 8 sectors (4 KiB), changed at the end:
   sectors 8-15
 ";
-    assert_eq!(said, digests(&disk) + without_vote + expected);
+    assert_eq!(said, digests(&disk) + &without_vote + expected);
     let json = disk.run("verify", &["--json", "0.raw", "1.raw", "2.raw"]);
     let json: Value = serde_json::from_slice(&json.stdout).unwrap();
     assert_eq!(json["version"], 1);
@@ -108,6 +114,34 @@ a start would make the images equal in 8 sectors (4 KiB), changed at the end:
     // Images that could not be started are compared all the same.
     let said = stdout(disk.run("verify", &["2.raw"]), 1);
     assert!(said.contains("a start would be refused: '0.raw', '1.raw' could have gone on"));
+}
+
+#[test]
+fn an_image_that_another_program_has_modified_is_compared_without_a_vote() {
+    let directory = tempfile::tempdir().unwrap();
+    let images = create_images(directory.path(), 3, 2 << 20);
+    let mut daemon = Daemon::start_with_records(directory.path(), replica_arguments(&images));
+    assert!(daemon.terminate().success());
+    let run = || run(directory.path(), "verify", &THREE);
+    assert!(stdout(run(), 0).ends_with("\nno difference in 2 MiB of 3 images\n"));
+    // Its time changes, and not what it holds.
+    let touched = File::options().write(true).open(&images[1]).unwrap();
+    touched.set_modified(SystemTime::now()).unwrap();
+    let without_vote = "1.raw has no vote: modified by another program since its clean end\n";
+    let expected = format!("{without_vote}no difference in 2 MiB of 3 images\n");
+    assert_eq!(
+        stdout(run(), 0),
+        digests(directory.path(), &THREE) + &expected
+    );
+    corrupt_sectors(&images[1], 1020..1030, 1);
+    let differs = "\
+1.raw differs without a vote in 10 sectors (5 KiB):
+  sectors 1020-1029
+";
+    assert_eq!(
+        stdout(run(), 1),
+        digests(directory.path(), &THREE) + without_vote + differs
+    );
 }
 
 #[test]

@@ -61,6 +61,10 @@ pub struct VerifiedImage {
     pub unreadable: Places,
     /// How much of it has no vote, since it is stale or doubtful there.
     pub without_vote_sectors: u64,
+    /// Why it has no vote anywhere, unless it has one somewhere.
+    pub why_without_vote: Option<String>,
+    /// Where it has no vote, and differs from the version that wins.
+    pub differs_without_vote: Places,
 }
 
 /// Places on a disk, in order, those beside each other as one.
@@ -109,10 +113,16 @@ impl Places {
 }
 
 impl Verified {
-    /// Whether all images are equal, as far as they have a vote, and a start would not be refused.
+    /// Whether all images are equal, and a start would not be refused.
     pub fn is_good(&self) -> bool {
-        let is_good =
-            |image: &VerifiedImage| image.differs.is_empty() && image.unreadable.is_empty();
+        let is_good = |image: &VerifiedImage| {
+            let places = [
+                &image.differs,
+                &image.differs_without_vote,
+                &image.unreadable,
+            ];
+            places.into_iter().all(Places::is_empty)
+        };
         self.refusal.is_none()
             && self.undecided.is_empty()
             && self.unsettled.is_empty()
@@ -163,7 +173,10 @@ fn votes_of(start: &Start, images: usize) -> Votes {
         } else {
             without_vote.insert(SectorRange::new(0, layout.capacity()));
         }
-        Side { without_vote }
+        Side {
+            without_vote,
+            why: (!image.votes()).then_some(image.why),
+        }
     });
     let sides: Vec<Side> = sides.collect();
     debug_assert_eq!(sides.len(), images);
@@ -189,6 +202,7 @@ impl Votes {
     fn of_new_disk(images: usize, capacity: u64) -> Self {
         let side = Side {
             without_vote: RangeSet::default(),
+            why: None,
         };
         Self {
             capacity,
@@ -214,6 +228,8 @@ fn compare(
         differs: Places::default(),
         unreadable: Places::default(),
         without_vote_sectors: side.without_vote.sectors(),
+        why_without_vote: side.why.map(|why| why.to_string()),
+        differs_without_vote: Places::default(),
     });
     let mut verified = Verified {
         version: VERSION,

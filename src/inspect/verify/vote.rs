@@ -4,6 +4,7 @@ use super::reader::Chunk;
 use super::{Places, Verified};
 use crate::common::ranges::RangeSet;
 use crate::common::{SECTOR_BYTES, SectorRange};
+use crate::record::start::Why;
 
 const SECTOR: usize = 512;
 const _: () = assert!(SECTOR as u64 == SECTOR_BYTES);
@@ -28,6 +29,8 @@ pub(super) struct Votes {
 pub(super) struct Side {
     /// Where it has no vote.
     pub(super) without_vote: RangeSet,
+    /// Why it has none anywhere.
+    pub(super) why: Option<Why>,
 }
 
 /// Compares the chunks of all images that begin with sector `start`.
@@ -55,13 +58,14 @@ fn compare_sector(
 ) {
     let place = SectorRange::new(sector, 1);
     let bytes = |image: usize| &chunks[image].bytes[number * SECTOR..][..SECTOR];
-    let mut voting = Vec::with_capacity(chunks.len());
+    let (mut voting, mut others) = (Vec::with_capacity(chunks.len()), Vec::new());
     for (image, chunk) in chunks.iter().enumerate() {
-        let may_vote = !votes.sides[image].without_vote.overlaps(place);
-        if may_vote && chunk.is_readable(number) {
-            voting.push(image);
-        } else if may_vote {
+        if !chunk.is_readable(number) {
             verified.images[image].unreadable.push(place);
+        } else if votes.sides[image].without_vote.overlaps(place) {
+            others.push(image);
+        } else {
+            voting.push(image);
         }
     }
     let votes_for = |image: &usize| {
@@ -81,16 +85,22 @@ fn compare_sector(
     let differ = winner.is_some_and(|(_, most)| most < voting.len());
     if votes.unsettled.overlaps(place) {
         push_if(differ, &mut verified.unsettled, place);
-        return;
+        // Any of them may win.
+        winner = winner.filter(|_| !differ);
+    } else {
+        winner = winner.filter(|(_, most)| *most >= usize::from(votes.needed));
+        push_if(winner.is_none(), &mut verified.undecided, place);
     }
-    match winner.filter(|(_, most)| *most >= usize::from(votes.needed)) {
-        None => verified.undecided.push(place),
-        Some((winner, _)) => {
-            for image in voting {
-                let differs = bytes(image) != bytes(winner);
-                push_if(differs, &mut verified.images[image].differs, place);
-            }
-        }
+    let Some((winner, _)) = winner else {
+        return;
+    };
+    let differs = |image: usize| bytes(image) != bytes(winner);
+    for image in voting {
+        push_if(differs(image), &mut verified.images[image].differs, place);
+    }
+    for image in others {
+        let places = &mut verified.images[image].differs_without_vote;
+        push_if(differs(image), places, place);
     }
 }
 
