@@ -155,10 +155,7 @@ impl Admin {
         source: &ReplicaSource,
         overwrite: Overwrite,
     ) -> Result<Option<JobId>, AdminError> {
-        self.check_changeable()?;
-        if self.options.read_only {
-            return Err(AdminError::ReadOnly);
-        }
+        self.check_members_changeable()?;
         self.table.free_place().ok_or(AdminError::Full)?;
         self.check_beside_missing(source)?;
         // Before this change excludes others, because it may take long.
@@ -271,7 +268,7 @@ impl Admin {
     /// If the disk needs it; nothing has changed.
     pub fn remove_replica(&self, node_name: &str) -> Result<Removed, AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
-        self.check_changeable()?;
+        self.check_members_changeable()?;
         let index = self.index_of(node_name)?;
         self.settle_records()?;
         let report = |event| self.report(event);
@@ -291,7 +288,7 @@ impl Admin {
     /// # Errors
     /// If it cannot be removed whatever is lost.
     pub fn loss_of(&self, node_name: &str) -> Result<Loss, AdminError> {
-        self.check_changeable()?;
+        self.check_members_changeable()?;
         let index = self.index_of(node_name)?;
         self.shared.loss_of(index).map_err(needed(node_name))
     }
@@ -303,7 +300,7 @@ impl Admin {
     /// If too few replicas would be left; nothing has changed.
     pub fn fail_replica(&self, node_name: &str) -> Result<Loss, AdminError> {
         let _changing = self.changing.lock().expect(NOT_POISONED);
-        self.check_changeable()?;
+        self.check_members_changeable()?;
         let index = self.index_of(node_name)?;
         self.settle_records()?;
         let loss = self.shared.loss_of(index).map_err(needed(node_name))?;
@@ -520,6 +517,15 @@ impl Admin {
             return Err(AdminError::Blkverify);
         }
         Ok(())
+    }
+
+    /// The members of a read-only disk stay, since no record would have the change (S10).
+    fn check_members_changeable(&self) -> Result<(), AdminError> {
+        self.check_changeable()?;
+        match self.options.read_only {
+            true => Err(AdminError::ReadOnly),
+            false => Ok(()),
+        }
     }
 
     fn index_of(&self, node_name: &str) -> Result<ReplicaIndex, AdminError> {

@@ -72,6 +72,16 @@ fn a_read_only_disk_believes_no_stale_replica() {
     let running = host.start_with(&host.images, &["--read-only"]);
     assert_eq!(running.states(), ["missing", "in-service", "in-service"]);
     assert_eq!(running.state()["records"], false);
+    assert_eq!(running.state()["replicas"][0]["missing-retried"], false);
+    for command in [
+        &["remove", "0.raw"][..],
+        &["remove", "2.raw"],
+        &["fail", "2.raw", "--force"],
+    ] {
+        let (code, text) = running.blkctl(command);
+        assert_eq!(code, 3, "{text}");
+        assert!(text.contains("the disk is read-only"), "{text}");
+    }
     let mut client = Client::connect_read_only(running.daemon.socket());
     assert_eq!(read(&mut client, 0), 2);
     drop(client);
