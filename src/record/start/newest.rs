@@ -34,6 +34,9 @@ pub(super) struct Newest<'a> {
     pub(super) tables: Vec<Table>,
     /// The candidates whose records are current.
     pub(super) current: Vec<usize>,
+    /// Those of them that do not know of the clean end of the others: their images were restored
+    /// from copies that were made before it, and they say nothing of the others.
+    pub(super) restored: Vec<usize>,
     /// The candidates whose records are of an older branch.
     pub(super) older_branch: Vec<usize>,
 }
@@ -111,6 +114,7 @@ impl<'a> Created<'a> {
             lineage: self.lineage(record).to_vec(),
             tables: vec![record.in_force()],
             current: vec![place],
+            restored: Vec::new(),
             older_branch: Vec::new(),
         })
     }
@@ -144,7 +148,10 @@ impl<'a> Created<'a> {
         if let Some((_, record)) = other {
             return Err(self.split(current[0].1, record));
         }
-        let having = current.iter().find(|(_, record)| record.epoch == agreed);
+        let restored = self.unaware_of_the_end(&current, agreed);
+        let mut having = current.iter();
+        let having =
+            having.find(|(place, record)| record.epoch == agreed && !restored.contains(place));
         let (record, first) = match having {
             Some((_, record)) => (*record, record.table()),
             None => {
@@ -175,8 +182,53 @@ impl<'a> Created<'a> {
             lineage,
             tables,
             current: places(current),
+            restored,
             older_branch: places(older),
         })
+    }
+
+    /// The active members of the table in force that do not know that its last end was clean,
+    /// although others had recorded that: either as many complete ones as decide, so that no
+    /// other is needed; or they have marks that were cleared after all had recorded it, as no close
+    /// that was cut short leaves them.
+    fn unaware_of_the_end(&self, current: &[(usize, &Record)], agreed: Epoch) -> Vec<usize> {
+        let is_active =
+            |record: &Record| record.member(record.replica).is_some_and(Member::is_active);
+        let active = current.iter().copied();
+        let active = active.filter(|(_, record)| record.epoch == agreed && is_active(record));
+        let (clean, mut unaware): (Vec<_>, Vec<_>) = active.partition(|(_, record)| record.clean);
+        let is_complete = |of: &Record| {
+            let members = clean.iter();
+            let mut members = members.filter_map(|(_, record)| record.member(of.replica));
+            members.all(|member| member.stale.is_none() && member.doubtful.is_none())
+        };
+        let complete = clean.iter().filter(|(_, record)| is_complete(record));
+        let complete = complete.count();
+        let Some((_, record)) = clean.first() else {
+            return Vec::new();
+        };
+        if complete < usize::from(record.threshold.votes) {
+            let layout = record.layout();
+            let marks = |place| {
+                let read: &Read = self.read(place).expect("it has a record");
+                read.intent.fitted(layout)
+            };
+            let has_cleared_mark = |place| {
+                let mut clean = clean.iter().map(|(place, _)| marks(*place));
+                clean.any(|clean| {
+                    let mut cleared = marks(place);
+                    cleared.remove_all(&clean);
+                    !cleared.is_empty()
+                })
+            };
+            // A page that does not verify counts as marked.
+            let is_verified = |place: usize| {
+                let read = self.read(place);
+                read.is_some_and(|read| read.unverified_pages.is_empty())
+            };
+            unaware.retain(|(place, _)| is_verified(*place) && has_cleared_mark(*place));
+        }
+        unaware.into_iter().map(|(place, _)| place).collect()
     }
 
     /// The branches of a record, without one that was proposed and not agreed upon.
@@ -301,7 +353,7 @@ impl Newest<'_> {
     /// only if no active member has the one before.
     pub(super) fn copies(&self, created: &Created<'_>, id: Uuid, intent: &Extents) -> Copies {
         let layout = self.record.layout();
-        let records = self.current.iter().filter_map(|place| created.read(*place));
+        let records = self.believed(created);
         let records: Vec<&Record> = records.map(|read| &read.record).collect();
         let has_table = |record: &&&Record| record.epoch == self.in_force().epoch;
         let is_member_of = |record: &Record, id| record.member(id).is_some_and(Member::is_active);
@@ -332,10 +384,20 @@ impl Newest<'_> {
         copies
     }
 
+    /// The current records, without those of restored images.
+    pub(super) fn believed<'a>(
+        &'a self,
+        created: &'a Created<'_>,
+    ) -> impl Iterator<Item = &'a Read> {
+        let places = self.current.iter();
+        let places = places.filter(|place| !self.restored.contains(place));
+        places.filter_map(|place| created.read(*place))
+    }
+
     /// Everything that a current record has marked.
     pub(super) fn intent(&self, created: &Created<'_>) -> Extents {
         let mut intent = Extents::new(self.record.layout());
-        for read in self.current.iter().filter_map(|place| created.read(*place)) {
+        for read in self.believed(created) {
             intent.insert_all(&read.intent);
         }
         intent

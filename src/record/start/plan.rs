@@ -198,6 +198,9 @@ impl Planner<'_> {
         if self.newest.older_branch.contains(&place) {
             return (Why::OlderBranch, Copies::STALE);
         }
+        if self.newest.restored.contains(&place) {
+            return (Why::Restored, Copies::STALE);
+        }
         let is_current = self.newest.current.contains(&place);
         if !is_current && !self.newest.reaches(member, record) {
             return (Why::Restored, Copies::STALE);
@@ -492,9 +495,8 @@ impl Planner<'_> {
         }
         let ids = self.members().iter().map(|member| member.id);
         let is_absent = |id: &Uuid| images.iter().all(|image| image.member != *id);
-        let current = self.newest.current.iter();
-        let mut current = current.filter_map(|place| self.created.read(*place));
-        let was_clean = current.all(|read| read.record.clean) && self.intent.is_empty();
+        let mut believed = self.newest.believed(self.created);
+        let was_clean = believed.all(|read| read.record.clean) && self.intent.is_empty();
         Start {
             absent: ids.filter(is_absent).collect(),
             record,

@@ -2,6 +2,7 @@
 
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 
 use testkit::images::are_identical;
 use testkit::machine;
@@ -108,6 +109,84 @@ fn an_old_image_that_is_copied_back_with_its_record_does_not_vote() {
     let log = running.daemon.log();
     assert!(log.contains("restored from an older copy"), "{log}");
     assert_eq!(read(&mut running.client(), 0), 2);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+/// Copies of the last two images with their records, made while the disk is served; then it is
+/// written to and ended.
+fn copied_while_served() -> (Host, [PathBuf; 2]) {
+    let host = ended(3);
+    let copies = [1, 2].map(|index| host.path(&format!("copy{index}")));
+    let running = host.start();
+    write(&mut running.client(), 0, 2);
+    for (image, copy) in host.images[1..].iter().zip(&copies) {
+        copy_with_record(image, copy);
+    }
+    write(&mut running.client(), 0, 3);
+    running.end();
+    (host, copies)
+}
+
+#[test]
+fn an_image_that_was_copied_while_it_was_served_does_not_vote_after_a_clean_end() {
+    let _machine = machine::shared();
+    let (host, copies) = copied_while_served();
+    copy_with_record(&copies[1], &host.images[2]);
+    assert_eq!(in_image(&host.images[2], 0), 2);
+    let running = host.start();
+    let log = running.daemon.log();
+    assert!(log.contains("restored from an older copy"), "{log}");
+    assert_eq!(read(&mut running.client(), 0), 3);
+    running.wait_until_healthy();
+    running.end();
+    assert!(are_identical(&host.images));
+    assert_eq!(in_image(&host.images[2], 0), 3);
+}
+
+/// After a kill it would not be recognized.
+#[test]
+fn an_image_that_was_copied_while_it_was_served_is_replaced_by_itself_after_a_kill() {
+    let _machine = machine::shared();
+    let host = ended(3);
+    let copy = host.path("copy");
+    let running = host.start();
+    write(&mut running.client(), 0, 2);
+    copy_with_record(&host.images[2], &copy);
+    write(&mut running.client(), 0, 3);
+    running.kill();
+    copy_with_record(&copy, &host.images[2]);
+    fs::remove_file(host.record(2)).unwrap();
+    let running = host.start_with(&host.images[..2], &[]);
+    let image = host.images[2].to_str().unwrap();
+    let (code, text) = running.blkctl(&["replace", "2.raw", image, "--force"]);
+    assert_eq!(code, 0, "{text}");
+    running.wait_until_healthy();
+    running.end();
+    let running = host.start();
+    assert_eq!(running.states(), ["in-service"; 3]);
+    assert_eq!(read(&mut running.client(), 0), 3);
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
+#[test]
+fn a_majority_that_was_copied_while_it_was_served_is_refused_after_a_clean_end() {
+    let _machine = machine::shared();
+    let (host, copies) = copied_while_served();
+    for (copy, image) in copies.iter().zip(&host.images[1..]) {
+        copy_with_record(copy, image);
+    }
+    let line = host.refusal(&host.images, &[]);
+    for name in ["1.raw", "2.raw"] {
+        let why = format!("'{name}': restored from an older copy");
+        assert!(line.contains(&why), "{line}");
+    }
+    let line = host.refusal(&host.images, &["--adopt", "1.raw"]);
+    assert!(line.contains("'0.raw' would be"), "{line}");
+    let running = host.start_with(&host.images, &["--adopt", "0.raw"]);
+    assert_eq!(read(&mut running.client(), 0), 3);
     running.wait_until_healthy();
     running.end();
     assert!(are_identical(&host.images));

@@ -6,7 +6,7 @@ use super::disk::{
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 use crate::record::start::{Candidate, Options, Refusal, Why, decide, take_in};
-use crate::record::{MemberState, Stale};
+use crate::record::{Extents, MemberState, Stale};
 
 #[test]
 fn a_replica_that_was_evicted_is_stale_where_the_others_have_changed() {
@@ -271,6 +271,58 @@ fn an_image_restored_from_an_older_copy_does_not_vote() {
     read(&mut images[0]).record = record;
     let again = start(&images, &options());
     assert_eq!(whys(&again), [Why::Incomplete, Why::Fresh, Why::Fresh]);
+}
+
+/// A copy that was made while the disk was served has the newest table.
+#[test]
+fn an_image_that_does_not_know_of_the_clean_end_was_restored() {
+    let mut images = disk(3);
+    let mark = SectorRange::new(0, 1);
+    let end = |image: &mut Candidate| {
+        let record = &mut read(image).record;
+        record.clean = true;
+        record.image = Some(FINGERPRINT);
+    };
+    // A close that was cut short after its first record: all marks are left.
+    for image in &mut images {
+        read(image).intent.insert(mark);
+    }
+    end(&mut images[0]);
+    assert_eq!(whys(&start(&images, &options())), [Why::Fresh; 3]);
+    end(&mut images[1]);
+    let layout = read(&mut images[2]).record.layout();
+    let mut missed = RangeSet::default();
+    missed.insert(mark);
+    // What it says of the others was so once.
+    read(&mut images[2]).record.members[0].stale = Stale::of(&missed, layout);
+    for image in &mut images[..2] {
+        read(image).intent = Extents::new(layout);
+    }
+    let decided = start(&images, &options());
+    assert_eq!(whys(&decided), [Why::Fresh, Why::Fresh, Why::Restored]);
+    assert!(decided.images[2].stale.is_all());
+    assert!(decided.was_clean && !decided.forced);
+    // Of the two that know of the end one is not complete, so that it is needed.
+    for image in &mut images[..2] {
+        let record = &mut read(image).record;
+        record.members[0].stale = Stale::of(&missed, layout);
+    }
+    read(&mut images[2]).intent = Extents::new(layout);
+    let decided = start(&images, &options());
+    assert_eq!(whys(&decided)[2], Why::Fresh);
+    // Marks that were cleared after all had recorded the end: one record is enough.
+    let mut images = disk(3);
+    end(&mut images[0]);
+    for image in &mut images[1..] {
+        read(image).intent.insert(mark);
+    }
+    assert_eq!(
+        line(&images, &options()),
+        "1 of 2 needed replicas can be used; 'b.raw': restored from an older copy; 'c.raw': \
+         restored from an older copy; start with the others, or, if they are lost with what they \
+         hold, with a lower --vote-threshold and --force-start"
+    );
+    assert_eq!(start(&images, &adopting("a.raw")).adopted, Some(0));
 }
 
 #[test]

@@ -3,7 +3,7 @@
 
 use uuid::Uuid;
 
-use super::model::{EXTENTS, Killed, Served, Step, World, extent, layout, read};
+use super::model::{Copy, EXTENTS, Killed, Replica, Served, Step, World, extent, layout, read};
 use crate::record::start::{Verdict, take_in};
 use crate::record::{Extents, Member, MemberState, Record, Stale};
 
@@ -356,6 +356,47 @@ impl World<'_> {
         self.clear_marks(served)?;
         served.record.clean = true;
         self.write_records(served)
+    }
+
+    /// Copies an image with its record.
+    pub(super) fn copy(&mut self, while_served: bool) {
+        let place = self.choices.of(self.replicas.len());
+        self.log.push(format!("copy {place}"));
+        self.copy = Some(Copy {
+            place,
+            replica: self.replicas[place].clone(),
+            while_served,
+        });
+    }
+
+    /// Puts the copy back, if there is one and that can be recognized: enough of the others know of
+    /// a clean end of a table in which it is active, or it was made while the disk was not served.
+    pub(super) fn restore(&mut self) -> bool {
+        let Some(copy) = self.copy.take() else {
+            return false;
+        };
+        let id = copy.replica.id;
+        let epoch = copy.replica.record.as_ref();
+        let epoch = epoch.map_or(0, |record| record.epoch.number);
+        let knows = |replica: &&Replica| {
+            let record = replica.record.as_ref();
+            let record = record.filter(|record| record.clean && record.epoch.number >= epoch);
+            let is_active = |id| {
+                let member = record.and_then(|record| record.member(id));
+                member.filter(|member| member.is_active())
+            };
+            let own = is_active(replica.id);
+            let own = own.filter(|own| own.stale.is_none() && own.doubtful.is_none());
+            replica.id != id && own.is_some() && is_active(id).is_some()
+        };
+        let knowing = self.replicas.iter().filter(knows).count();
+        if copy.while_served && knowing < usize::from(self.votes) {
+            return false;
+        }
+        self.log.push(format!("restore {}", copy.place));
+        self.replicas[copy.place] = copy.replica;
+        self.disturbed = true;
+        true
     }
 
     /// Another program writes to an image.

@@ -4,7 +4,7 @@
 //! served together.
 
 use super::choices::Choices;
-use super::model::{EXTENTS, Killed, Replica, World};
+use super::model::{EXTENTS, Killed, World};
 
 /// What a history may contain.
 #[derive(Clone, Copy)]
@@ -40,6 +40,9 @@ fn run(world: &mut World<'_>, there: &[usize], kinds: Kinds) -> Result<(), Kille
     };
     let replicas = world.replicas.len();
     for _ in 0..kinds.operations {
+        if kinds.restore && world.copy.is_none() && world.choices.chance(3) {
+            world.copy(true);
+        }
         match world.choices.of(if kinds.failed_flushes { 6 } else { 5 }) {
             0 => {
                 let index = world.choices.of(EXTENTS);
@@ -72,7 +75,6 @@ fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
     world.kills = kinds.kills;
     world.thresholds = kinds.thresholds;
     let all: Vec<usize> = (0..replicas).collect();
-    let mut copy: Option<(usize, Replica)> = None;
     for number in 0..kinds.runs {
         let there = if number == 0 {
             all.clone()
@@ -80,10 +82,8 @@ fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
             subset(&mut world)
         };
         let _ = run(&mut world, &there, kinds);
-        if kinds.restore && copy.is_none() && world.choices.chance(3) {
-            let place = world.choices.of(replicas);
-            copy = Some((place, world.replicas[place].clone()));
-            world.log.push(format!("copy {place}"));
+        if kinds.restore && world.copy.is_none() && world.choices.chance(3) {
+            world.copy(false);
         }
         if kinds.modify && world.choices.chance(4) {
             let place = world.choices.of(replicas);
@@ -94,10 +94,7 @@ fn history(choices: &mut Choices, replicas: usize, votes: u8, kinds: Kinds) {
         }
     }
     world.kills = false;
-    if let Some((place, copy)) = copy {
-        world.log.push(format!("restore {place}"));
-        world.replicas[place] = copy;
-        world.disturbed = true;
+    if world.restore() {
         let _ = world.serve(&all, false);
     }
     // Whatever has happened, every subset is right or refused.

@@ -61,7 +61,17 @@ pub(super) struct World<'a> {
     pub(super) kills: bool,
     /// The operator may give another vote threshold at a start.
     pub(super) thresholds: bool,
+    /// A copy of an image and its record.
+    pub(super) copy: Option<Copy>,
     pub(super) log: Vec<String>,
+}
+
+/// A copy of an image and its record.
+pub(super) struct Copy {
+    pub(super) place: usize,
+    pub(super) replica: Replica,
+    /// It was made while the disk was served.
+    pub(super) while_served: bool,
 }
 
 /// A disk that is served.
@@ -95,6 +105,7 @@ impl<'a> World<'a> {
             disturbed: false,
             kills: true,
             thresholds: false,
+            copy: None,
             log: Vec::new(),
         };
         for _ in 0..replicas {
