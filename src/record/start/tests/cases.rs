@@ -319,8 +319,8 @@ fn an_image_that_does_not_know_of_the_clean_end_was_restored() {
     assert_eq!(
         line(&images, &options()),
         "1 of 2 needed replicas can be used; 'b.raw': restored from an older copy; 'c.raw': \
-         restored from an older copy; start with the others, or, if they are lost with what they \
-         hold, with a lower --vote-threshold and --force-start"
+         restored from an older copy; start with those that are missing too, or, if they are lost \
+         with what they hold, with a lower --vote-threshold and --force-start"
     );
     assert_eq!(start(&images, &adopting("a.raw")).adopted, Some(0));
 }
