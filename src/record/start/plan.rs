@@ -58,13 +58,7 @@ pub(super) fn plan(
         Some(alone) => alone,
         None => created.newest()?,
     };
-    let planner = Planner {
-        candidates,
-        created,
-        intent: newest.intent(created),
-        newest,
-        adopted,
-    };
+    let planner = Planner::of(candidates, created, newest, adopted);
     let images = planner.verdicts()?;
     let forced = planner.check_history(&images, options)?;
     let threshold = planner.threshold(options)?;
@@ -79,13 +73,7 @@ pub(super) fn take_in(candidates: &[Candidate], created: &Created<'_>) -> Result
     if !newest.current.contains(&0) {
         return Err(created.split_of(0, 1));
     }
-    let planner = Planner {
-        candidates,
-        created,
-        intent: newest.intent(created),
-        newest,
-        adopted: None,
-    };
+    let planner = Planner::of(candidates, created, newest, None);
     let mut verdicts = planner.verdicts()?;
     Ok(verdicts.remove(1))
 }
@@ -101,13 +89,7 @@ pub(super) fn check_adopted(
     let Ok(newest) = created.newest() else {
         return Ok(());
     };
-    let planner = Planner {
-        candidates,
-        created,
-        intent: newest.intent(created),
-        newest,
-        adopted: None,
-    };
+    let planner = Planner::of(candidates, created, newest, None);
     let up_to_date = planner.recorded_as_fresh();
     match planner.recorded(adopted) {
         Some(why) if why != Why::Fresh && !up_to_date.is_empty() => Err(Refusal::AdoptsOldData {
@@ -130,7 +112,22 @@ struct Planner<'a> {
     adopted: Option<usize>,
 }
 
-impl Planner<'_> {
+impl<'a> Planner<'a> {
+    fn of(
+        candidates: &'a [Candidate],
+        created: &'a Created<'a>,
+        newest: Newest<'a>,
+        adopted: Option<usize>,
+    ) -> Self {
+        Self {
+            candidates,
+            created,
+            intent: newest.intent(created),
+            newest,
+            adopted,
+        }
+    }
+
     fn members(&self) -> &[Member] {
         &self.newest.record.members
     }
