@@ -1,7 +1,7 @@
 //! Which of the images may be started without the others, and what they return.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -81,14 +81,18 @@ impl Faulty {
         self.host.start_with(&images, &more)
     }
 
-    /// The images with their records. That of the third image is in the state directory.
-    fn copies(&self, directory: &Path) -> Vec<PathBuf> {
+    /// Kills the daemon, and copies the images with their records. That of the third image is in
+    /// the state directory.
+    fn copied_when_killed(&self, running: Running) -> Copies {
+        running.kill();
+        self.fuse.clear_faults();
+        let directory = tempfile::tempdir().unwrap();
         let mut records = fs::read_dir(&self.state)
             .unwrap()
             .map(|entry| entry.unwrap().path());
         let images = self.host.images.iter().enumerate();
         let copied = images.map(|(place, image)| {
-            let copy = directory.join(format!("{place}.raw"));
+            let copy = directory.path().join(format!("{place}.raw"));
             match place {
                 2 => {
                     fs::copy(image, &copy).unwrap();
@@ -98,8 +102,18 @@ impl Faulty {
             }
             copy
         });
-        copied.collect()
+        let images = copied.collect();
+        Copies {
+            images,
+            _directory: directory,
+        }
     }
+}
+
+/// Copies of the images of a disk.
+struct Copies {
+    images: Vec<PathBuf>,
+    _directory: tempfile::TempDir,
 }
 
 #[test]
@@ -114,10 +128,8 @@ fn what_an_evicted_replica_has_missed_is_not_believed_after_a_kill() {
     write(&mut client, 1, 2);
     assert_eq!(running.states(), ["in-service", "in-service", "evicted"]);
     drop(client);
-    running.kill();
-    disk.fuse.clear_faults();
-    let copies = tempfile::tempdir().unwrap();
-    start_each(&disk.copies(copies.path()));
+    let copies = disk.copied_when_killed(running);
+    start_each(&copies.images);
 }
 
 /// One write after the other fails there: the records are not written for each of them.
@@ -140,10 +152,8 @@ fn what_a_replica_has_missed_again_and_again_is_not_believed_after_a_kill() {
     let written = newest_sequence(&record) - before;
     assert!((1..20).contains(&written), "{written} rounds");
     drop(client);
-    running.kill();
-    disk.fuse.clear_faults();
-    let copies = tempfile::tempdir().unwrap();
-    start_each(&disk.copies(copies.path()));
+    let copies = disk.copied_when_killed(running);
+    start_each(&copies.images);
 }
 
 #[test]
@@ -158,13 +168,10 @@ fn what_a_failed_flush_may_have_lost_is_not_believed_after_a_kill() {
         .inject(Operation::Sync, Fault::FailOnce(libc::EIO));
     write(&mut client, 1, 2);
     drop(client);
-    running.kill();
-    disk.fuse.clear_faults();
-    let copies = tempfile::tempdir().unwrap();
-    let copies = disk.copies(copies.path());
+    let copies = disk.copied_when_killed(running);
     // Linux drops what it cannot write back.
-    modify(&copies[2], 1, 0);
-    start_each(&copies);
+    modify(&copies.images[2], 1, 0);
+    start_each(&copies.images);
 }
 
 #[test]
