@@ -139,7 +139,7 @@ impl Admin {
         Ok(())
     }
 
-    /// Checks that an image is none that is missing, by its name and path.
+    /// Checks that an image has not the name of a replica that is missing.
     pub(super) fn check_beside_missing(&self, source: &ReplicaSource) -> Result<(), AdminError> {
         for (_, missing) in self.table.missing() {
             let node_name = missing.node_name();
