@@ -81,6 +81,8 @@ impl Health {
     /// last daemon has ended while `changed` was being changed, or had not been flushed. A
     /// threshold that follows the members rises only when enough of them are complete.
     pub fn restore(&mut self, remembered: &Remembered, changed: &RangeSet) {
+        // The guest may have an answer to what the last daemon wrote there.
+        self.undone.writes += u64::from(!changed.is_empty());
         if remembered.threshold_follows {
             self.wanted = Wanted::Majority;
         }
@@ -204,5 +206,21 @@ mod tests {
         assert_eq!(health.disputed(range(0, 16), 2).unrecovered, [range(0, 8)]);
         flush(&mut health, &[A]);
         assert_eq!(health.stale_parts(A, range(0, 16)), [range(0, 8)]);
+    }
+
+    /// A killed daemon had answered writes that no flush had covered.
+    #[test]
+    fn what_all_lose_after_the_start_fails_a_flush_of_the_guest() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+        let mut changed = RangeSet::default();
+        changed.insert(range(0, 8));
+        health.restore(&Remembered::default(), &changed);
+        // The flush of a recovery: the guest does not hear of it.
+        assert!(!flush(&mut health, &[A, B, C]));
+        let disputed = health.disputed(range(0, 16), 2);
+        assert_eq!(disputed.lacking, [range(0, 8)]);
+        assert!(!health.owes_failure());
+        health.may_be_undone(&disputed.lacking);
+        assert!(health.owes_failure());
     }
 }
