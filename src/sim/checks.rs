@@ -39,6 +39,9 @@ impl World {
                     }
                     self.note_refused_write(&pending, write);
                 }
+                if let PendingKind::Flush = kind {
+                    self.model.flush_failed(pending.began);
+                }
             }
             (PendingKind::Read, Err(())) if pending.withheld => self.check_refusal()?,
             (PendingKind::Read, Err(())) => self.check_failed_read(&pending)?,

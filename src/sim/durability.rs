@@ -100,7 +100,8 @@ impl World {
     /// know of an earlier failure. Not because of what was given up (W11).
     pub(super) fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
         let given_up = self.ledger.given_up;
-        let mut needed = (0..self.changed_at.len()).filter(|s| given_up >> s & 1 == 0);
+        // What the disk has grown by since has not been written before.
+        let mut needed = (0..flush.disk_sectors).filter(|s| given_up >> s & 1 == 0);
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
             self.members().filter(good).count() >= flush.thresholds.most

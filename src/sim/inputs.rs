@@ -172,6 +172,7 @@ impl World {
             round: self.rounds,
             rounds,
             range,
+            disk_sectors: self.changed_at.len(),
             seen: self.ledger.seen(),
             thresholds: Thresholds::only(self.threshold),
             kind,
@@ -349,7 +350,8 @@ impl World {
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
         self.note_failure(replica);
-        for pending in &mut self.pending {
+        // What a read returns whose answer waits for the records is decided (R7).
+        for pending in self.pending.iter_mut().filter(|pending| !pending.withheld) {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
         }
         let written = self.ledger.written[replica] | self.ledger.in_flush[replica];

@@ -86,6 +86,8 @@ pub struct SectorModel(Vec<Written>);
 #[derive(Clone, Debug)]
 pub struct Model {
     sectors: Vec<Vec<Written>>,
+    /// When the last flush began of those that the guest asked for and that have failed.
+    told: Moment,
 }
 
 impl Model {
@@ -93,6 +95,7 @@ impl Model {
     pub fn new(sectors: usize) -> Self {
         let mut model = Self {
             sectors: Vec::new(),
+            told: 0,
         };
         model.grow(sectors);
         model
@@ -216,7 +219,7 @@ impl Model {
         for written in &mut self.sectors[sector] {
             if written.acknowledged && !written.durable {
                 written.acknowledged = false;
-                written.undone = true;
+                written.undone = written.ended > self.told;
                 any = true;
             }
         }
@@ -245,6 +248,7 @@ impl Model {
     /// A flush of the guest that began at `began` has failed: the guest knows that what it covers
     /// may be undone.
     pub fn flush_failed(&mut self, began: Moment) {
+        self.told = self.told.max(began);
         for written in self.sectors.iter_mut().flatten() {
             written.undone &= written.ended > began;
         }
@@ -441,6 +445,19 @@ mod tests {
             "concurrent reads may"
         );
         assert_eq!(model.observe(0, value(0), 13, 14), Err(value(1)));
+    }
+
+    #[test]
+    fn a_write_whose_flush_has_failed_may_be_undone_by_the_next_failure() {
+        for (asked_at, may_be_old) in [(11, false), (14, true)] {
+            let mut model = Model::new(1);
+            model.write_began(0, value(1), 10);
+            model.write_ended(0, value(1), 12, true, false);
+            model.flush_failed(asked_at);
+            assert!(!model.may_be_flushed(0, value(0), 20));
+            assert!(model.undo(0));
+            assert_eq!(model.may_be_flushed(0, value(0), 20), may_be_old);
+        }
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub(super) struct Pending {
     /// How many rounds it may take.
     pub(super) rounds: u64,
     pub(super) range: SectorRange,
+    /// The sectors of the disk when it began.
+    pub(super) disk_sectors: usize,
     pub(super) seen: Seen,
     /// Those that there have been since it began.
     pub(super) thresholds: Thresholds,
