@@ -316,12 +316,15 @@ impl World {
         let missing = named & (!images.there | old);
         let missing_members = (missing & self.members).count_ones() as usize;
         let may_be = match refusal {
-            // W11: the operator has given up what no other replica holds durably. Or the disk is so
-            // small that a vote on all of it has made most replicas stale.
+            // W11: the operator has given up what no other replica holds, or, if that is all of the
+            // disk, holds durably. Or the disk is so small that a vote on all of it has made most
+            // replicas stale.
             Refusal::TooFewCopies { .. } => {
+                let disk = self.plan.mask(self.plan.disk());
                 missing != 0
                     || self.records.left_behind != 0
                     || self.ledger.given_up != 0
+                    || self.ledger.lost_by_crash & disk == disk
                     || self.is_marked(candidates)
             }
             Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. } => {
