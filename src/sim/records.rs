@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use uuid::Uuid;
 
 use super::Violation;
-use super::ledger::Masks;
-use super::model::SectorModel;
+use super::ledger::{Ledger, Masks};
+use super::model::{SectorModel, Value};
 use super::old_copies::OldCopy;
 use super::operator::index;
 use super::plan::{PLACES, bits, mask_of};
@@ -48,8 +48,18 @@ pub(super) struct Records {
     /// Where a replica that was missing is stale, as its own record says. The others need not say
     /// it before it rejoins.
     found: Masks,
-    /// The sectors that were recovered and are not in the records, and what was known of each.
-    recovered: Vec<(usize, SectorModel)>,
+    /// What was recovered and is not in the records.
+    recovered: Vec<Recovered>,
+}
+
+/// A sector that was recovered.
+#[derive(Debug)]
+struct Recovered {
+    sector: usize,
+    /// What was known of it before.
+    before: SectorModel,
+    /// What it was recovered as although that was not permitted: corrupt copies have won.
+    wrong: Vec<Value>,
 }
 
 /// The file of one record, as far as it was ever written.
@@ -347,19 +357,40 @@ impl World {
         changed
     }
 
-    /// A vote is about to decide what a sector holds after an unclean end. As long as the records
-    /// do not say what has lost, the next end undoes that.
-    pub(super) fn note_before_recovery(&mut self, sector: usize) {
-        if self.plan.records && !self.records.recovered.iter().any(|(at, _)| *at == sector) {
-            let before = self.model.sector(sector);
-            self.records.recovered.push((sector, before));
+    /// A vote has decided that a sector holds `value` after an unclean end, and the model does not
+    /// know it yet. As long as the records do not say what has lost, the next end undoes that.
+    pub(super) fn note_before_recovery(&mut self, sector: usize, value: Value, is_wrong: bool) {
+        if !self.plan.records {
+            return;
         }
+        let recovered = &mut self.records.recovered;
+        let known = recovered.iter().position(|known| known.sector == sector);
+        let place = known.unwrap_or(recovered.len());
+        if known.is_none() {
+            recovered.push(Recovered {
+                sector,
+                before: self.model.sector(sector),
+                wrong: Vec::new(),
+            });
+        }
+        recovered[place].wrong.extend(is_wrong.then_some(value));
     }
 
-    /// The daemon ends: what was recovered, and is not in the records, is forgotten.
-    pub(super) fn forget_recovered(&mut self) {
-        for (sector, before) in std::mem::take(&mut self.records.recovered) {
+    /// The daemon ends: what was recovered, and is not in the records, is forgotten. What was wrong
+    /// before is corrupt again, also where it was copied to.
+    pub(super) fn forget_recovered(&mut self, faults: &mut Ledger) {
+        for recovered in std::mem::take(&mut self.records.recovered) {
+            let Recovered {
+                sector,
+                before,
+                wrong,
+            } = recovered;
             self.model.take_back(sector, before);
+            for (place, replica) in self.replicas.iter().enumerate() {
+                let is_wrong = |value| u64::from(wrong.contains(&value)) << sector;
+                faults.corrupt[place] |= is_wrong(replica.value(sector));
+                faults.falsely_durable[place] |= is_wrong(replica.durable(sector));
+            }
         }
     }
 

@@ -130,7 +130,7 @@ impl World {
             let text = format!("{sector} is recovered as {value}, which is not permitted");
             return Err(Violation::new("I1", text).at(bit));
         }
-        self.note_before_recovery(sector);
+        self.note_before_recovery(sector, value, was_wrong);
         self.now += 1;
         if self.model.preference_began(sector, value, self.now) {
             self.now += 1;

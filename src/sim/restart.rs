@@ -124,7 +124,7 @@ impl World {
         (self.to_be_released, self.unsynced) = (0, 0);
         self.jobs.clear();
         self.asked_resyncs.clear();
-        let before = std::mem::take(&mut self.ledger);
+        let mut before = std::mem::take(&mut self.ledger);
         self.staleness = Staleness::default();
         self.flights.clear();
         self.chunks = Default::default();
@@ -134,7 +134,7 @@ impl World {
         self.pending.clear();
         self.preferences.clear();
         self.now += 1;
-        self.forget_recovered();
+        self.forget_recovered(&mut before);
         match killed {
             true => self.model.killed(self.now),
             false => self.model.crashed(self.now),
