@@ -1,8 +1,8 @@
 //! Before a start an old copy of an image is put back with its record, or the old record alone
 //! (S3): such a replica is stale everywhere.
 //!
-//! The copy was made before an earlier start, and fewer than t replicas are put back together: the
-//! records cannot know more.
+//! The copy was made before an earlier start, fewer than t replicas are put back together, and no
+//! start is without all others that know the newest table: the records cannot know more.
 
 use uuid::Uuid;
 
@@ -70,6 +70,16 @@ impl World {
             for mask in self.ledger.of_image(place) {
                 *mask = 0;
             }
+        }
+    }
+
+    /// As long as a copy that was put back is not served: which other images know the newest table,
+    /// a mask. One of them has to be at each start.
+    pub(super) fn knowing(&self) -> u32 {
+        let records = &self.records;
+        match records.put_back {
+            0 => 0,
+            old => records.knowing(records.named() & !old & !records.left_behind),
         }
     }
 

@@ -20,8 +20,8 @@ use crate::quorum::health::{Copies, Remembered};
 use crate::record::format::Read;
 use crate::record::start::{Candidate, Found, Kept, Refusal, Start, Why, take_in};
 use crate::record::{
-    Creation, Extents, Holder, Keeper, Layout, MemberState, PAGE_BYTES, Record, RecordWrite, Stale,
-    Threshold, format,
+    Creation, Epoch, Extents, Holder, Keeper, Layout, MemberState, PAGE_BYTES, Record, RecordWrite,
+    Stale, Threshold, format,
 };
 
 /// What is written at once, or not.
@@ -142,6 +142,21 @@ impl Records {
         let is_unusable = |place: &usize| matches!(self.files[*place].kept(), Kept::Unusable(_));
         let places = (0..PLACES).filter(is_unusable);
         places.fold(0, |mask, place| mask | 1 << place)
+    }
+
+    /// Those of these places, a mask, whose records have the newest table of them that was agreed
+    /// upon.
+    pub(super) fn knowing(&self, places: u32) -> u32 {
+        let tables = bits(u64::from(places)).filter_map(|place| match self.files[place].kept() {
+            Kept::Read(read) => Some((place, [read.record.epoch, read.record.agreed()])),
+            _ => None,
+        });
+        let tables: Vec<_> = tables.collect();
+        let agreed = tables.iter().map(|(_, [_, agreed])| *agreed);
+        let newest = agreed.max_by_key(|epoch| epoch.number);
+        let knows = |tables: &[Epoch; 2]| newest.is_some_and(|newest| tables.contains(&newest));
+        let knowing = tables.iter().filter(|(_, tables)| knows(tables));
+        knowing.fold(0, |mask, (place, _)| mask | 1 << place)
     }
 
     /// The places whose image has a record, or is to have one: a mask.
@@ -532,4 +547,43 @@ pub(super) fn show_record(candidate: &Candidate) -> String {
         mask_of(read.intent.iter()),
         members.join(" ")
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn those_that_have_the_newest_table_know_that_a_copy_is_old() {
+        let id = |place: usize| Uuid::from_u128(place as u128 + 1);
+        let mut record = Record::create(&Creation {
+            disk: Uuid::from_u128(8),
+            branch: Uuid::from_u128(9),
+            run: Uuid::from_u128(7),
+            layout: Layout::with_extents(64, 1),
+            threshold: Threshold::majority(3),
+            members: (0..3).map(|place| (id(place), name(place))).collect(),
+        });
+        record.agree();
+        let mut records = Records::default();
+        let mut write = |record: &Record, place: usize, sequence| {
+            let slot = record.for_replica(id(place), sequence).slot();
+            records.files[place].write(slot.offset, &slot.bytes, || true);
+        };
+        (0..3).for_each(|place| write(&record, place, 1));
+        record.propose();
+        record.deactivate(id(2));
+        // One of them has heard that it was agreed upon.
+        write(&record, 0, 2);
+        record.agree();
+        write(&record, 1, 2);
+        assert_eq!(records.knowing(0b111), 0b011);
+        assert_eq!(
+            records.knowing(0b101),
+            0b101,
+            "only proposed, as far as is known"
+        );
+        assert_eq!(records.knowing(0b100), 0b100);
+        assert_eq!(records.knowing(0b1000), 0);
+    }
 }

@@ -208,9 +208,16 @@ impl World {
             // Those that a forced start has left behind would go on.
             return Images::all(all);
         }
+        // One of those that know that a copy was put back.
+        let known = match self.knowing() & all {
+            knowing if knowing != 0 && knowing & there == 0 => {
+                1 << self.random.bit(u64::from(knowing))
+            }
+            _ => 0,
+        };
         Images {
-            named: all & !absent,
-            there,
+            named: all & !absent | known,
+            there: there | known,
             no_members: 0,
         }
     }

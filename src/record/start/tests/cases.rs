@@ -273,6 +273,40 @@ fn an_image_restored_from_an_older_copy_does_not_vote() {
     assert_eq!(whys(&again), [Why::Incomplete, Why::Fresh, Why::Fresh]);
 }
 
+/// Where only such replicas are there beside it that were out of service since it was made, all is
+/// as it was then. Those that have gone on are refused beside them.
+#[test]
+fn an_older_copy_is_recognized_by_those_that_were_active_since() {
+    let mut images = disk(3);
+    let old = images[0].clone();
+    evict(&mut images, 2);
+    for image in &mut images[..2] {
+        read(image).intent.insert(SectorRange::new(0, 1));
+    }
+    let served = images[0].clone();
+    images[0] = old;
+    let decided = start(&images, &options());
+    let expected = [Why::Restored, Why::Fresh, Why::MissedChanges];
+    assert_eq!(whys(&decided), expected);
+    let refusal = decide(&images[..2], &options()).unwrap_err();
+    assert!(matches!(refusal, Refusal::TooFewCopies { .. }), "{refusal}");
+    // Without the other one that was active.
+    let without = [images[0].clone(), images[2].clone()];
+    let decided = start(&without, &options());
+    assert_eq!(whys(&decided), [Why::Fresh; 2]);
+    for (image, number) in [(0, 1), (2, 3)] {
+        let mut record = decided.record.for_replica(id(number), 2);
+        record.agree();
+        read(&mut images[image]).record = record;
+    }
+    for rest in [&images[..], &images[1..], &images[..2]] {
+        let refusal = decide(rest, &options()).unwrap_err();
+        assert!(matches!(refusal, Refusal::Split(_)), "{refusal}");
+    }
+    images[0] = served;
+    assert!(decide(&images, &options()).is_err());
+}
+
 /// A copy that was made while the disk was served has the newest table.
 #[test]
 fn an_image_that_does_not_know_of_the_clean_end_was_restored() {
