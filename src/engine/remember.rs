@@ -36,6 +36,11 @@ enum Stage {
     Writing {
         goal: Goal,
         tally: Tally,
+        /// The replicas that were evicted since they were asked. One that has rejoined is in
+        /// service again, and is written to anew.
+        left: ReplicaSet,
+        /// Others in service then: their records have what is written, or it is their turn next.
+        others: ReplicaSet,
         asked_at: Duration,
     },
 }
@@ -270,27 +275,34 @@ impl Remember {
         context: &mut Context<'_, impl Effects>,
     ) -> Progress {
         match &mut self.stage {
-            Stage::Writing { tally, .. } => tally.forget(evicted),
+            Stage::Writing { tally, left, .. } => {
+                tally.forget(evicted);
+                *left = left.or(evicted);
+            }
             Stage::WaitingForLock => return Progress::Waiting,
         }
         self.finish_if_complete(context)
     }
 
     fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        let Stage::Writing { goal, tally, .. } = &self.stage else {
+        let Stage::Writing {
+            goal, tally, left, ..
+        } = &self.stage
+        else {
             unreachable!("finished while writing");
         };
         if !tally.is_complete() {
             return Progress::Waiting;
         }
-        let (goal, tally) = (goal.clone(), *tally);
+        let (goal, tally, left) = (goal.clone(), *tally, *left);
         let shared = context.shared();
         shared.record_step_ended(tally.succeeded(), tally.failed());
         if tally.asked().without(tally.succeeded()).is_empty() {
             return self.go_on(goal, context);
         }
         // One whose record is not written is out of service, or the disk cannot go on.
-        for replica in tally.failed().and(context.shared().in_service()).iter() {
+        let failed = tally.failed().without(left);
+        for replica in failed.and(context.shared().in_service()).iter() {
             if !context.shared().evict(replica) {
                 return self.fail(&goal, context);
             }
@@ -314,7 +326,8 @@ impl Remember {
             Step::Blocked => return self.fail(&goal, context),
         };
         let asked: ReplicaSet = round.writes.iter().map(|(replica, _)| *replica).collect();
-        if !asked.without(context.shared().in_service()).is_empty() {
+        let in_service = context.shared().in_service();
+        if !asked.without(in_service).is_empty() {
             // One was evicted since: the records are to say that.
             context.shared().record_step_left_out();
             let goal = context.shared().begin_remembering(false);
@@ -323,6 +336,8 @@ impl Remember {
         self.stage = Stage::Writing {
             goal,
             tally: Tally::new(asked),
+            left: ReplicaSet::EMPTY,
+            others: in_service.without(asked),
             asked_at: context.now(),
         };
         for (replica, write) in round.writes {
@@ -358,6 +373,11 @@ impl Remember {
         self.tally().map_or(ReplicaSet::EMPTY, Tally::asked)
     }
 
+    /// The replicas that are evicted at the end of the series, unless they were before.
+    pub(super) fn failed(&self) -> ReplicaSet {
+        self.tally().map_or(ReplicaSet::EMPTY, Tally::failed)
+    }
+
     pub(super) fn tally(&self) -> Option<&Tally> {
         match &self.stage {
             Stage::Writing { tally, .. } => Some(tally),
@@ -372,7 +392,10 @@ impl Remember {
     /// What it waits for, once it has its lock.
     pub(super) fn out(&self, threshold: usize) -> Option<Out> {
         let Stage::Writing {
-            tally, asked_at, ..
+            tally,
+            others,
+            asked_at,
+            ..
         } = &self.stage
         else {
             return None;
@@ -382,7 +405,7 @@ impl Remember {
             asked_at: *asked_at,
             later: (ReplicaSet::EMPTY, Duration::ZERO),
             waiting: tally.waiting(),
-            done: tally.succeeded(),
+            done: tally.succeeded().or(*others),
             needed: threshold,
             waits_for_all: true,
         })

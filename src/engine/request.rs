@@ -341,13 +341,15 @@ impl Request {
         }
     }
 
-    /// The replicas whose replies are out, or that may still be asked.
+    /// The replicas whose eviction concerns the request: their replies are out, or they may still
+    /// be asked or evicted by it.
     pub(super) fn depends_on(&self) -> ReplicaSet {
-        let unasked = match self {
+        let others = match self {
             Self::Read(read) => read.stage().unasked(),
+            Self::Remember(remember) => remember.failed(),
             _ => ReplicaSet::EMPTY,
         };
-        self.waiting_since(Duration::MAX).or(unasked)
+        self.waiting_since(Duration::MAX).or(others)
     }
 
     /// What the replicas are doing for the request, and where.

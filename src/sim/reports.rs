@@ -28,21 +28,25 @@ impl World {
             }
             Report::Evicted(replica) => {
                 let bit = 1 << replica.0;
-                if self.records.failed & bit != 0 {
-                    // S2: its record cannot be written.
-                    self.records.failed &= !bit;
-                    return Ok(());
+                if self.timed_out & bit != 0 {
+                    self.timed_out &= !bit;
+                    return self.check_eviction(replica.as_usize());
                 }
-                if self.timed_out & bit == 0 {
+                // S2: its record cannot be written.
+                if self.records.failed & bit == 0 {
                     let text = format!("replica {} is evicted without an error", replica.0);
                     return Err(Violation::new("I3", text));
                 }
-                self.timed_out &= !bit;
-                return self.check_eviction(replica.as_usize());
+                self.records.failed &= !bit;
+                return Ok(());
             }
             Report::KeptOut { .. } => return Ok(()),
             Report::RepairLimit { .. } => return self.limit_reported(),
-            Report::Rejoined(replica) => return self.check_rejoin(replica.as_usize()),
+            Report::Rejoined(replica) => {
+                // Whatever has failed before, its record is written again.
+                self.records.failed &= !(1 << replica.0);
+                return self.check_rejoin(replica.as_usize());
+            }
             Report::Bad {
                 replica,
                 operation,

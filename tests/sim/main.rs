@@ -16,6 +16,7 @@ mod partly_stale;
 mod preferred;
 mod progress;
 mod range_sets;
+mod record_writes;
 mod shared_flush;
 mod slow_replica;
 mod unclean_end;
