@@ -72,12 +72,25 @@ impl World {
             let lies = |replica: usize| {
                 (before.corrupt[replica] | before.falsely_durable[replica]) & bit != 0
             };
+            let liars: Vec<usize> = self.members().filter(|r| lies(*r)).collect();
             let may_differ = marked & bit != 0 || (before.lost_by_crash | before.mixed) & bit != 0;
-            if self.plan.records && !may_differ && !self.members().any(lies) {
+            if self.plan.records && !may_differ && liars.is_empty() {
                 let text = format!("{sector} is {versions:?} after a crash, and is not marked");
                 return Err(Violation::new("S4", text).at(bit));
             }
             self.mark_mixed(bit);
+            // Where nothing is marked the records say that all copies are equal. So one that has
+            // lied is wrong there, although what it holds would be legal where something is marked.
+            if self.plan.records && marked & bit == 0 {
+                let honest = |r: &usize| !liars.contains(r) && self.ledger.excused[*r] & bit == 0;
+                let honest = self.members().find(honest);
+                let right = honest.map(|replica| self.replicas[replica].value(sector));
+                for liar in liars {
+                    if Some(self.replicas[liar].value(sector)) != right {
+                        self.ledger.corrupt[liar] |= bit;
+                    }
+                }
+            }
         }
         Ok(())
     }
@@ -246,5 +259,51 @@ impl World {
             return Err(Violation::new("S5", text).at(1 << sector));
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::buffer::BufferPool;
+    use crate::sim::plan::Plan;
+    use crate::sim::random::Random;
+
+    /// Three replicas after a crash: the last one has lost what the others have written last, which
+    /// no flush of the guest covers. `honest`: it has told so. Returns where they may be wrong.
+    fn wrong_after_crash(marked: u64, honest: bool) -> Vec<bool> {
+        let mut random = Random::new(1);
+        let plan = Plan {
+            replicas: 3,
+            threshold: 2,
+            sectors: 1,
+            block_sectors: 1,
+            records: true,
+            ..Plan::new(&mut random)
+        };
+        let pools = vec![BufferPool::default(); plan.workers];
+        let mut world = World::new(plan, random, &pools, false);
+        let value = Value::written(1, 0);
+        world.model.write_began(0, value, 3);
+        world.model.write_ended(0, value, 4, true, false);
+        world.replicas[0].write(0, value);
+        world.replicas[1].write(0, value);
+        world.model.crashed(5);
+        world.now = 6;
+        let mut before = Ledger::default();
+        before.corrupt[2] = u64::from(!honest);
+        let checked = world.check_after_crash(0, &before, (&Masks::default(), false), marked);
+        assert_eq!(checked.is_err(), marked == 0 && honest);
+        let wrong = world
+            .members()
+            .map(|replica| world.ledger.wrong(replica) != 0);
+        wrong.collect()
+    }
+
+    #[test]
+    fn a_copy_that_has_lied_is_wrong_where_nothing_is_marked() {
+        assert_eq!(wrong_after_crash(0, false), [false, false, true]);
+        assert_eq!(wrong_after_crash(1, false), [false; 3], "any copy is legal");
+        assert_eq!(wrong_after_crash(0, true), [false; 3], "it must be marked");
     }
 }
