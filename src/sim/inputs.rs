@@ -279,7 +279,8 @@ impl World {
             .preferred
             .filter(|_| reply.operation == OperationType::Write)
         {
-            self.preferred_written(replica, range, success);
+            let stayed = reply.evictions == self.ledger.evictions[replica];
+            self.preferred_written(replica, range, (success, stayed));
         }
         match (reply.operation, success) {
             (OperationType::Write, true) if reply.write.is_none() && reply.preferred.is_none() => {

@@ -31,6 +31,42 @@ pub(super) struct Preference {
     is_known: bool,
     /// The replicas that write it.
     write: PendingWrite,
+    /// Those that have written it and were in service throughout. The engine need not remember of
+    /// another one that it has written it.
+    holders: u32,
+}
+
+impl Preference {
+    fn new(
+        replica: usize,
+        range: SectorRange,
+        sectors: u64,
+        (began, failures): (Moment, [u32; PLACES]),
+    ) -> Self {
+        Self {
+            replica,
+            request: None,
+            range,
+            sectors,
+            began,
+            values: Vec::new(),
+            is_known: false,
+            write: PendingWrite {
+                number: 0,
+                zeroes: false,
+                durable: false,
+                ended: false,
+                overlapped: 0,
+                preferred: 0,
+                submitted_to: 0,
+                succeeded: 0,
+                failed: 0,
+                failures,
+                no_space: NoSpace::No,
+            },
+            holders: 0,
+        }
+    }
 }
 
 impl World {
@@ -121,28 +157,9 @@ impl World {
         }
         self.now += 1;
         self.statistics.preferred += 1;
-        self.preferences.push(Preference {
-            replica,
-            request: None,
-            range,
-            sectors,
-            began: self.now,
-            values: Vec::new(),
-            is_known: false,
-            write: PendingWrite {
-                number: 0,
-                zeroes: false,
-                durable: false,
-                ended: false,
-                overlapped: 0,
-                preferred: 0,
-                submitted_to: 0,
-                succeeded: 0,
-                failed: 0,
-                failures: self.before_input.failures,
-                no_space: NoSpace::No,
-            },
-        });
+        let failures = self.before_input.failures;
+        let begun = Preference::new(replica, range, sectors, (self.now, failures));
+        self.preferences.push(begun);
         Ok(())
     }
 
@@ -237,14 +254,20 @@ impl World {
         known.map(|p| p.range)
     }
 
-    /// A replica has replied to such a write.
-    pub(super) fn preferred_written(&mut self, replica: usize, range: SectorRange, success: bool) {
+    /// A replica has replied to such a write. `stayed`: it was not evicted or removed since.
+    pub(super) fn preferred_written(
+        &mut self,
+        replica: usize,
+        range: SectorRange,
+        (success, stayed): (bool, bool),
+    ) {
         let known = self.preferences.iter_mut().find(|p| p.range == range);
-        if let Some(Preference { write, .. }) = known {
+        if let Some(Preference { write, holders, .. }) = known {
             match success {
                 true => write.succeeded |= 1 << replica,
                 false => write.failed |= 1 << replica,
             }
+            *holders |= u32::from(success && stayed) << replica;
         }
     }
 
@@ -330,16 +353,41 @@ impl World {
 
     /// Whether the replica at this place counts as a holder of such a write.
     pub(super) fn is_preferred_holder(&self, place: usize) -> bool {
-        let mut writes = self.preferences.iter().map(|p| &p.write);
-        writes.any(|write| write.succeeded >> place & 1 == 1)
+        let mut holders = self.preferences.iter().map(|p| p.holders);
+        holders.any(|holders| holders >> place & 1 == 1)
     }
 
     /// Another replica has the place now: what the one before has written does not count.
     pub(super) fn forget_preferred_by(&mut self, place: usize) {
         debug_assert!(place < PLACES);
-        for Preference { write, .. } in &mut self.preferences {
-            write.succeeded &= !(1 << place);
-            write.failed &= !(1 << place);
+        for Preference { write, holders, .. } in &mut self.preferences {
+            for mask in [&mut write.succeeded, &mut write.failed, holders] {
+                *mask &= !(1 << place);
+            }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::buffer::BufferPool;
+    use crate::sim::plan::Plan;
+    use crate::sim::random::Random;
+
+    #[test]
+    fn what_a_replica_writes_after_its_removal_need_not_be_remembered() {
+        let mut random = Random::new(1);
+        let plan = Plan::new(&mut random);
+        let pools = vec![BufferPool::default(); plan.workers];
+        let mut world = World::new(plan, random, &pools, false);
+        let range = SectorRange::new(0, 1);
+        let begun = Preference::new(0, range, 1, (0, [0; PLACES]));
+        world.preferences.push(begun);
+        world.preferred_written(1, range, (true, false));
+        world.preferred_written(2, range, (true, true));
+        assert!(!world.is_preferred_holder(1) && world.is_preferred_holder(2));
+        world.forget_preferred_by(2);
+        assert!(!world.is_preferred_holder(2));
     }
 }
