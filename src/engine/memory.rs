@@ -8,11 +8,13 @@
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard};
 
+use uuid::Uuid;
+
 use crate::common::{NOT_POISONED, ReplicaSet, SectorRange};
 use crate::limits::{
     MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX,
 };
-use crate::quorum::health::{FlushEpoch, Health, Remembered};
+use crate::quorum::health::{Binding, FlushEpoch, Health, Remembered};
 use crate::record::{Extents, Keeper, Round, Threshold, Wanted, WantedMember};
 
 /// What the workers share of the records.
@@ -171,6 +173,25 @@ pub(super) fn aim(
         memory: known.memory,
         marks,
     }
+}
+
+/// The tables of the records that the next one has to bind.
+pub(super) fn bindings(keeper: &Keeper) -> Vec<Binding> {
+    let tables = keeper.binding_tables().into_iter().map(|table| {
+        let places = |members: &[Uuid]| -> ReplicaSet {
+            let places = members.iter().filter_map(|member| keeper.place_of(*member));
+            places.collect()
+        };
+        let (active, inactive) = (places(&table.active), places(&table.inactive));
+        let members = table.active.len() + table.inactive.len();
+        Binding {
+            active,
+            inactive,
+            gone: members - active.len() - inactive.len(),
+            votes: usize::from(table.votes),
+        }
+    });
+    tables.collect()
 }
 
 /// What the records are to say, if this is known.

@@ -13,7 +13,6 @@ use super::state::{Checked, World, trace};
 use super::threshold::Thresholds;
 use crate::common::SectorRange;
 use crate::engine::{ReadPattern, Tag};
-use crate::record::Keeper;
 
 impl World {
     /// An engine answers a request.
@@ -268,8 +267,7 @@ impl World {
     /// nothing is known of what two workers did at the same time.
     pub(super) fn fails_for_a_record(&self, kind: &PendingKind) -> bool {
         let unbegun = matches!(kind, PendingKind::Write(write) if write.submitted_to == 0);
-        let is_blocked = self.shared.records(Keeper::is_blocked).unwrap_or(false);
-        is_blocked || (self.records.failures > 0 && (unbegun || self.overlapped))
+        self.records.failures > 0 && (unbegun || self.overlapped)
     }
 
     /// A write fails for a record. The replicas have written it, if it was begun.
@@ -284,8 +282,7 @@ impl World {
 
     /// S2, S4: a request fails, or was not begun, because a record cannot be written.
     pub(super) fn check_refusal(&self) -> Checked {
-        let is_blocked = self.shared.records(Keeper::is_blocked).unwrap_or(false);
-        if self.plan.records && (is_blocked || self.records.failures > 0) {
+        if self.plan.records && self.records.failures > 0 {
             return Ok(());
         }
         let text = "a request fails for its record, and no record has failed";

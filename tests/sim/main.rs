@@ -22,6 +22,7 @@ mod slow_replica;
 mod unclean_end;
 mod unfinished_repair;
 mod unreadable_blocks;
+mod unrecorded;
 
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant};

@@ -58,6 +58,14 @@ impl Shared {
         }
         self.state().marks = Some(marks);
         self.memory.begin(keeper, &known);
+        self.bind(self.memory.keeper().as_ref().expect("it was kept just now"));
+    }
+
+    /// Has the table that is proposed and those before it decide who is needed. The keeper is
+    /// locked, so that none is forgotten; and a table is bound before it can come into force.
+    fn bind(&self, keeper: &Keeper) {
+        let bindings = memory::bindings(keeper);
+        self.state().health.bind(bindings);
     }
 
     /// The disk is not served any more, and all replicas in service have been flushed since the
@@ -110,6 +118,7 @@ impl Shared {
         let mut keeper = self.memory.keeper();
         if let Some(keeper) = &mut *keeper {
             keeper.add(replica, holder, node_name);
+            self.bind(keeper);
         }
         self.add(replica);
     }
@@ -166,7 +175,9 @@ impl Shared {
             self.memory.publish(&state.health, marks);
             (state.health.snapshot(), marks.wanted().clone())
         };
-        memory::aim(keeper, &snapshot.remembered(), wanted, (sweeps, idle))
+        let goal = memory::aim(keeper, &snapshot.remembered(), wanted, (sweeps, idle));
+        self.bind(keeper);
+        goal
     }
 
     /// Takes marks away that are needed no more. Which ones takes a look at every sector, so it is
@@ -190,6 +201,9 @@ impl Shared {
     /// What is to be written next for `goal`.
     pub(in crate::engine) fn next_record_step(&self, goal: &Goal) -> Step {
         let step = self.memory.next();
+        if let Some(keeper) = &*self.memory.keeper() {
+            self.bind(keeper);
+        }
         if matches!(step, Step::Reached) {
             let mut state = self.state();
             if let Some(marks) = &mut state.marks {

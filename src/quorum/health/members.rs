@@ -18,6 +18,12 @@ pub enum NotRemoved {
     /// Other replicas are evicted, so that fewer than t would remain in service.
     #[error("fewer replicas than the vote threshold would be left in service")]
     TooFewInService,
+    /// The records could not say any more who is in service (S3).
+    #[error(
+        "replicas were evicted or have rejoined, and the records of the others cannot say so \
+         without this one"
+    )]
+    NotRecorded,
     /// Too few other replicas hold some sector up to date.
     #[error("there are sectors that too few other replicas hold up to date")]
     LastCopies,
@@ -134,6 +140,9 @@ impl Health {
         }
         if self.in_service.contains(replica) && others.and(self.in_service).len() < threshold {
             return Err(NotRemoved::TooFewInService);
+        }
+        if self.is_needed_by_records(replica) {
+            return Err(NotRemoved::NotRecorded);
         }
         Ok(threshold)
     }

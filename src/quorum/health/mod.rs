@@ -20,6 +20,7 @@
 //! one of the last t fresh copies of a sector in service; there are at least t members, and none is
 //! removed that holds one of the last t fresh copies of a sector, or of the last t durable ones.
 
+mod binding;
 mod coarse;
 mod disputed;
 mod doubt;
@@ -40,6 +41,7 @@ use slab::Slab;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
+pub use self::binding::Binding;
 pub use self::disputed::Disputed;
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::loss::Loss;
@@ -116,6 +118,8 @@ pub struct Health {
     memory: u64,
     /// See [`Self::decide_coarse`].
     coarse: ReplicaSet,
+    /// See [`Self::bind`].
+    bindings: Vec<Binding>,
     /// Sets that are not needed any more.
     garbage: Vec<RangeSet>,
 }
@@ -155,6 +159,7 @@ impl Health {
             arrivals: 0,
             memory: 1,
             coarse: ReplicaSet::EMPTY,
+            bindings: Vec::new(),
             garbage: Vec::new(),
         }
     }

@@ -8,12 +8,13 @@ use crate::limits::REPLICAS_MAX;
 impl Health {
     /// Whether without `replica` fewer than t would be left that are in service, or that are in
     /// service and fresh in some sector where now there are enough; or a write or flush that runs
-    /// could no longer succeed.
+    /// could no longer succeed; or the records could not be changed.
     pub(super) fn is_needed(&self, replica: ReplicaIndex) -> bool {
         let mut others = self.in_service;
         others.remove(replica);
         others.len() < self.threshold
             || self.is_needed_to_succeed(replica)
+            || self.is_needed_by_records(replica)
             || self.has_needed_copies(others)
             || (self.flushing.is_some() && self.has_copies_needed_by_flush(replica))
     }

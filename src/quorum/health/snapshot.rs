@@ -110,6 +110,7 @@ impl Health {
             given_up_before_flush: RangeSet::default(),
             once_given_up: RangeSet::default(),
             undone: self.undone.clone(),
+            bindings: self.bindings.clone(),
             garbage: Vec::new(),
             ..*self
         }

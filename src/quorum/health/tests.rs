@@ -5,6 +5,7 @@ use super::*;
 pub(super) const A: ReplicaIndex = ReplicaIndex(0);
 pub(super) const B: ReplicaIndex = ReplicaIndex(1);
 pub(super) const C: ReplicaIndex = ReplicaIndex(2);
+pub(super) const D: ReplicaIndex = ReplicaIndex(3);
 
 pub(super) fn set(replicas: &[ReplicaIndex]) -> ReplicaSet {
     replicas.iter().copied().collect()

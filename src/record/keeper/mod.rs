@@ -30,7 +30,7 @@ use super::layout::Layout;
 use super::member::{Member, MemberState, short_name};
 use super::past_job::PastJob;
 use super::stale::Stale;
-use super::table::{Fingerprint, Record};
+use super::table::{Fingerprint, Record, Table};
 use crate::common::{ReplicaIndex, ReplicaSet};
 
 /// The records of a disk while it is served.
@@ -136,6 +136,21 @@ impl Keeper {
         self.place(replica).map(|place| place.member)
     }
 
+    /// The place of a member.
+    pub fn place_of(&self, member: Uuid) -> Option<ReplicaIndex> {
+        let mut places = self.places.iter();
+        let index = places.position(|place| place.is_some_and(|place| place.member == member));
+        index.map(|index| ReplicaIndex(u8::try_from(index).expect("few places")))
+    }
+
+    /// The tables that the next one has to follow: those in force, or that may soon be.
+    pub fn binding_tables(&self) -> Vec<Table> {
+        let before = self.record.before.as_ref().filter(|before| !before.forced);
+        let mut tables = before.map_or_else(Vec::new, |before| before.tables.clone());
+        tables.push(self.record.table());
+        tables
+    }
+
     /// Which slot of its file the record of a replica has last, as [`Record::sequence`].
     pub fn sequence(&self, replica: ReplicaIndex) -> Option<u64> {
         self.place(replica).map(|place| place.sequence)
@@ -197,7 +212,7 @@ impl Keeper {
 
     /// Whether the table that is proposed cannot come into force: those who would hold it could not
     /// keep the others from going on without them.
-    pub fn is_blocked(&self) -> bool {
+    fn is_blocked(&self) -> bool {
         let active = self.active().iter();
         let holders: Vec<Uuid> = active.filter_map(|replica| self.member(replica)).collect();
         self.record.before.is_some() && !self.record.may_agree(&holders)
