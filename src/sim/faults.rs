@@ -129,6 +129,22 @@ impl World {
         }
     }
 
+    /// The daemon is killed: the errors of flushes that it has not seen are not reported again.
+    /// What they say is lost is as if these flushes had lied.
+    pub(super) fn lose_errors(&mut self) {
+        let flushes = self.flights.iter().filter(|flight| flight.is_flush());
+        let unseen = flushes.filter_map(|flight| match flight.done {
+            Some((Err(_), lost)) => Some((flight.replica(), lost)),
+            _ => None,
+        });
+        let unseen: Vec<(usize, u64)> = unseen.collect();
+        for (replica, lost) in unseen {
+            let cached = self.replicas[replica].lost();
+            self.ledger.never_reported(replica, lost, cached);
+            self.replicas[replica].reported(lost);
+        }
+    }
+
     /// The kernel drops a page that it could not write back.
     fn drop_page(&mut self, replica: usize) {
         let sector = self.random.bit(self.replicas[replica].lost());

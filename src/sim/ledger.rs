@@ -178,6 +178,15 @@ impl Ledger {
         self.corrupt[replica] | self.dropped[replica]
     }
 
+    /// No error will report that these sectors were lost. Of them, the pages in `cached` are seen
+    /// as long as they are not dropped.
+    pub fn never_reported(&mut self, replica: usize, lost: u64, cached: u64) {
+        let dropped = self.dropped[replica] & lost;
+        self.dropped[replica] &= !dropped;
+        self.corrupt[replica] |= dropped;
+        self.falsely_durable[replica] |= lost & cached;
+    }
+
     /// The cache of the replica holds the right bytes there; its disk perhaps not.
     pub fn repaired(&mut self, replica: usize, sectors: u64) {
         self.falsely_durable[replica] |= self.corrupt[replica] & sectors;
@@ -210,4 +219,19 @@ impl Seen {
 /// The number of masks that contain the sector.
 pub fn count(masks: &Masks, sector: usize) -> usize {
     masks.iter().filter(|mask| *mask >> sector & 1 == 1).count()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_error_reports_is_as_if_a_flush_had_lied() {
+        let mut ledger = Ledger::default();
+        ledger.dropped[1] = 0b0011;
+        ledger.never_reported(1, 0b0110, 0b1100);
+        assert_eq!(ledger.dropped[1], 0b0001);
+        assert_eq!(ledger.corrupt[1], 0b0010);
+        assert_eq!(ledger.falsely_durable[1], 0b0100);
+    }
 }

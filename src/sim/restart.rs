@@ -49,6 +49,9 @@ impl World {
             let sectors = self.random.bits();
             self.crash_in_flight(index, sectors);
         }
+        if killed {
+            self.lose_errors();
+        }
         let ended = self.ended();
         self.tear_records();
         self.records.forget();
