@@ -91,7 +91,7 @@ impl World {
                 .count();
             let majority = right > n - right && read.seen.mixed >> sector & 1 == 0;
             // Each rotten value is unique, so that no two replicas have it, unless it has won a
-            // vote with t = 1 and was copied.
+            // vote with t = 1, or a recovery (S5), and was copied.
             let outvoted = if fifo {
                 wrong == 0
             } else {

@@ -144,6 +144,7 @@ impl World {
             return Err(Violation::new("I1", text).at(bit));
         }
         self.note_before_recovery(sector, value, was_wrong);
+        self.one_has_decided |= value.is_rotten();
         self.now += 1;
         if self.model.preference_began(sector, value, self.now) {
             self.now += 1;

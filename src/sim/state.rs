@@ -46,7 +46,8 @@ pub struct World {
     pub(super) thresholds: Thresholds,
     /// The lowest since the start of the daemon.
     pub(super) least_threshold: usize,
-    /// The threshold was 1 at some time, so that a rotten value may have been copied.
+    /// The threshold was 1 at some time, or a recovery has found one copy only: a rotten value may
+    /// have been copied.
     pub(super) one_has_decided: bool,
     /// The one that the operator wants; `None`: it follows the number of replicas.
     pub(super) wanted: Option<usize>,
