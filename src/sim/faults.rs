@@ -9,6 +9,9 @@ use super::state::{Checked, World, trace};
 /// How likely it is in each step that the image of a missing member can be opened again.
 const RETURN: u32 = 1 << 9;
 
+/// How likely it is in each step that a daemon ends that has nothing to do.
+const CLEAN_END: u32 = 1 << 13;
+
 impl World {
     /// What happens by itself before each step: mostly nothing.
     pub(super) fn inject_faults(&mut self) -> Checked {
@@ -49,11 +52,14 @@ impl World {
         if self.missing != 0 && self.random.chance(RETURN) {
             self.find_missing()?;
         }
+        // Not covered: what a flush would still have reported of a page that is lost.
+        let loses_pages = faults.flush_error | faults.writeback_error | faults.full != 0;
+        let may_kill = !self.plan.records || self.plan.faulty == 0 || !loses_pages;
+        if faults.crash != 0 && may_kill && self.may_end() && self.random.chance(CLEAN_END) {
+            return self.end();
+        }
         if self.random.chance(faults.crash) {
             let killed = self.random.below(3) == 0;
-            // Not covered: what a flush would still have reported of a page that is lost.
-            let loses_pages = faults.flush_error | faults.writeback_error | faults.full != 0;
-            let may_kill = !self.plan.records || self.plan.faulty == 0 || !loses_pages;
             return self.crash(killed && may_kill);
         }
         if self.random.chance(faults.full) {

@@ -22,6 +22,7 @@
 //! missing                     a member that is missing at a start
 //! records                     what the daemon knows after its end
 //! old_copies, forced          an old image is put back; a start is forced
+//! clean_end                   all is flushed; another program modifies an image
 //! restart                     how the daemon starts again
 //! faults, operator            what strikes by itself; what the operator does
 //! schedule                    one step
@@ -33,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod checks;
+mod clean_end;
 pub mod contract;
 pub mod crash_states;
 mod decisions;

@@ -395,6 +395,7 @@ impl World {
         }
         let bit = 1 << sector;
         self.replicas[replica].write(sector, value);
+        self.is_modified(replica);
         self.ledger.unreadable[replica] &= !widen(bit, self.plan.block_sectors);
         self.changed_at[sector] = self.now;
         // An orphaned write may bring old bytes. The engine must expect them: the sector is stale.
@@ -407,6 +408,12 @@ impl World {
         } else {
             self.ledger.repaired(replica, bit);
         }
+    }
+
+    /// The image of a replica is modified now.
+    pub(super) fn is_modified(&mut self, replica: usize) {
+        self.modifications += 1;
+        self.replicas[replica].is_modified(self.modifications);
     }
 
     /// W8: a resync takes the copy of a replica for fresh without having written to it. It holds

@@ -45,6 +45,8 @@ pub(super) struct Records {
     pub(super) put_back: u32,
     /// The images that a forced start has left behind, and that were not served since: a mask.
     pub(super) left_behind: u32,
+    /// The last end was clean.
+    pub(super) is_closed: bool,
     /// Where a replica that was missing is stale, as its own record says. The others need not say
     /// it before it rejoins.
     found: Masks,
@@ -244,7 +246,7 @@ impl World {
         Ok(())
     }
 
-    fn write_whole(&mut self, place: usize, write: &RecordWrite) {
+    pub(super) fn write_whole(&mut self, place: usize, write: &RecordWrite) {
         self.records.files[place].write(write.offset_bytes, &write.bytes, || true);
     }
 
@@ -352,7 +354,7 @@ impl World {
             node_name: name(place),
             path: PathBuf::from(name(place)),
             image: Ok(Found {
-                fingerprint: None,
+                fingerprint: Some(self.fingerprint(place)),
                 kept: self.records.files[place].kept(),
             }),
         }

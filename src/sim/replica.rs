@@ -24,6 +24,8 @@ pub struct SimReplica {
     unreported: u64,
     /// A failure in the background is to be reported.
     pending_error: bool,
+    /// When its file was modified last.
+    modified: u64,
 }
 
 impl SimReplica {
@@ -37,6 +39,7 @@ impl SimReplica {
             lost: 0,
             unreported: 0,
             pending_error: false,
+            modified: 0,
         }
     }
 
@@ -83,6 +86,16 @@ impl SimReplica {
         self.dirty |= bit;
         self.lost &= !bit;
         self.unreported &= !bit;
+    }
+
+    /// The file is modified, at this moment.
+    pub fn is_modified(&mut self, modified: u64) {
+        self.modified = modified;
+    }
+
+    /// When the file was modified last.
+    pub fn modified(&self) -> u64 {
+        self.modified
     }
 
     /// Makes the sectors among these that are dirty durable.

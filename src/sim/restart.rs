@@ -40,8 +40,14 @@ impl World {
     /// is not durable, is there afterwards or not, sector by sector and replica by replica. Then
     /// the daemon starts again, and knows from its records which replicas are stale where.
     pub(super) fn crash(&mut self, killed: bool) -> Checked {
-        trace!(self, "-- {}", if killed { "kill" } else { "crash" });
+        let kind = match killed {
+            true if self.records.is_closed => "clean end",
+            true => "kill",
+            false => "crash",
+        };
+        trace!(self, "-- {kind}");
         match killed {
+            true if self.records.is_closed => self.statistics.clean_ends += 1,
             true => self.statistics.kills += 1,
             false => self.statistics.crashes += 1,
         }
@@ -63,6 +69,7 @@ impl World {
         }
         if self.plan.records {
             self.copy_or_put_back();
+            self.edit_outside();
         }
         // What the records say.
         let start = match self.plan.records {
@@ -248,6 +255,7 @@ impl World {
             }
             match decide(&candidates, &options) {
                 Ok(Decision::Start(start)) => {
+                    self.statistics.adopted += u64::from(start.adopted.is_some());
                     self.is_started(&places, images, &start)?;
                     return Ok(Some(start));
                 }
@@ -286,6 +294,12 @@ impl World {
                         options.force = true;
                         continue;
                     }
+                    if self.may_adopt(&refusal, images) {
+                        let place = self.random.bit(u64::from(images.there)) as usize;
+                        options.adopt = Some(name(place));
+                        options.force = true;
+                        continue;
+                    }
                 }
             }
             options.force = false;
@@ -309,7 +323,7 @@ impl World {
         self.missing = self.members & !images.there;
         self.are_served(images.there);
         self.statistics.subsets += u64::from(self.missing != 0);
-        Ok(())
+        self.check_clean_start(start)
     }
 
     /// S3: whether the disk may be refused.
@@ -328,7 +342,7 @@ impl World {
         let may_be = match refusal {
             // W11: the operator has given up what no other replica holds, or, if that is all of the
             // disk, holds durably. Or the disk is so small that a vote on all of it has made most
-            // replicas stale.
+            // replicas stale. Or all but one were to be copied as a whole.
             Refusal::TooFewCopies { .. } => {
                 let disk = self.plan.mask(self.plan.disk());
                 missing != 0
@@ -336,11 +350,14 @@ impl World {
                     || self.ledger.given_up != 0
                     || self.ledger.lost_by_crash & disk == disk
                     || self.is_marked(candidates)
+                    || is_adopted(candidates)
             }
             Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. } => {
                 missing != 0 && !(ended.complete && missing_members < self.threshold)
             }
-            Refusal::NoRecord { .. } | Refusal::OnlyCopies { .. } => missing != 0,
+            Refusal::NoRecord { .. } | Refusal::OnlyCopies { .. } | Refusal::Modified { .. } => {
+                missing != 0
+            }
             Refusal::Split(_) => images.there & self.records.left_behind != 0,
             _ => false,
         };
@@ -351,6 +368,17 @@ impl World {
                 Err(Violation::new("S3", text))
             }
         }
+    }
+
+    /// Whether the operator takes one of the images as the truth now.
+    fn may_adopt(&mut self, refusal: &Refusal, images: Images) -> bool {
+        let too_few = matches!(
+            refusal,
+            Refusal::Modified { .. } | Refusal::TooFewCopies { .. }
+        );
+        let all = self.records.named() & !images.no_members;
+        let all_there = images.there == all && self.records.left_behind == 0;
+        too_few && all_there && self.plan.forces && self.random.below(3) > 0
     }
 
     /// After a refusal: more images can be opened. `false`: all could.
@@ -388,6 +416,18 @@ impl Images {
             no_members: 0,
         }
     }
+}
+
+/// Whether one image was taken as the truth, and the others were not complete when the daemon
+/// ended: an extent of which they hold a part only counts as stale.
+fn is_adopted(candidates: &[Candidate]) -> bool {
+    candidates.iter().any(|candidate| match &candidate.image {
+        Ok(Found {
+            kept: Kept::Read(read),
+            ..
+        }) => read.record.adopted.is_some(),
+        _ => false,
+    })
 }
 
 /// An image that cannot be opened.

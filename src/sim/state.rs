@@ -49,6 +49,8 @@ pub struct World {
     /// The threshold was 1 at some time, or a recovery has found one copy only: a rotten value may
     /// have been copied.
     pub(super) one_has_decided: bool,
+    /// How often any image was modified.
+    pub(super) modifications: u64,
     /// The one that the operator wants; `None`: it follows the number of replicas.
     pub(super) wanted: Option<usize>,
     pub(super) shared: Arc<Shared>,
@@ -227,6 +229,7 @@ impl World {
             thresholds: Thresholds::only(0),
             least_threshold: 0,
             one_has_decided: false,
+            modifications: 0,
             wanted: None,
             to_be_released: 0,
             missing: 0,

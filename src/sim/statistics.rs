@@ -15,6 +15,10 @@ pub struct Statistics {
     pub crashes: u64,
     /// Kills of the daemon.
     pub kills: u64,
+    /// Clean ends of the daemon.
+    pub clean_ends: u64,
+    /// Images that another program has modified after a clean end.
+    pub edited: u64,
     /// Reports that a replica holds a corrupt version.
     pub accusations: u64,
     /// Evictions.
@@ -31,6 +35,8 @@ pub struct Statistics {
     pub put_back: u64,
     /// Forced starts.
     pub forced: u64,
+    /// Images that were taken as the truth.
+    pub adopted: u64,
     /// Replicas that turned up after a forced start had left them behind, and were refused.
     pub split: u64,
     /// Replicas added.
@@ -62,6 +68,8 @@ impl Statistics {
         self.held += other.held;
         self.crashes += other.crashes;
         self.kills += other.kills;
+        self.clean_ends += other.clean_ends;
+        self.edited += other.edited;
         self.accusations += other.accusations;
         self.evictions += other.evictions;
         self.missing += other.missing;
@@ -70,6 +78,7 @@ impl Statistics {
         self.found += other.found;
         self.put_back += other.put_back;
         self.forced += other.forced;
+        self.adopted += other.adopted;
         self.split += other.split;
         self.added += other.added;
         self.removed += other.removed;

@@ -84,9 +84,13 @@ fn keeps_the_contract() {
             found,
             put_back,
             forced,
+            clean_ends,
+            edited,
+            adopted,
             ..
         } = summary.statistics;
-        let all = [subsets, refused, found, put_back, forced];
+        let returns = [subsets, refused, found, put_back, forced];
+        let all = [&returns[..], &[clean_ends, edited, adopted]].concat();
         assert!(!all.contains(&0), "something has never happened: {all:?}");
     }
 }
