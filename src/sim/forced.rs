@@ -20,6 +20,9 @@ impl World {
         let layout = start.record.layout();
         for sector in 0..self.changed_at.len() {
             let bit = 1 << sector;
+            // Of what the disk has grown by since, the records that go on know nothing. It may grow
+            // again, and any copy is legal there then.
+            let is_beyond = sector as u64 >= start.record.capacity;
             let mut values: Vec<Value> = Vec::new();
             for place in Self::places(there & self.members) {
                 let member = self.member_in(place);
@@ -34,7 +37,7 @@ impl World {
                 let is_legal = self
                     .model
                     .is_permitted(sector, replica.value(sector), self.now);
-                if votes && (is_legal || lied & bit == 0) {
+                if (votes || is_beyond) && (is_legal || lied & bit == 0) {
                     // After a kill the page cache may be lost later.
                     values.extend([replica.value(sector), replica.durable(sector)]);
                 }
