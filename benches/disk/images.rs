@@ -105,6 +105,14 @@ impl Images {
         Ok(())
     }
 
+    /// The same, where a daemon that has opened them has taken them out of the page cache.
+    pub fn prepare_again(&self, count: usize) -> Result<(), Interrupted> {
+        match self.storage {
+            Storage::Cache => self.prepare(count),
+            Storage::Disk | Storage::Tmpfs => Ok(()),
+        }
+    }
+
     /// Panics if the replicas differ: no measurement may leave them different.
     pub fn assert_identical(&self, count: usize) {
         assert!(

@@ -49,6 +49,7 @@ pub fn measure(
         System::Ceiling => return measure_ceiling(row, images, time, seed),
     };
     let mut client = Client::connect_sized(server.socket(), row.queues, QUEUE_SIZE);
+    images.prepare_again(row.replicas)?;
     let window = window(time);
     let (latencies, [of_server, of_client]) = thread::scope(|scope| {
         let drivers: Vec<_> = client

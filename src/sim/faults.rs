@@ -154,7 +154,11 @@ impl World {
     /// The kernel drops a page that it could not write back.
     fn drop_page(&mut self, replica: usize) {
         let sector = self.random.bit(self.replicas[replica].lost());
-        let unreported = self.replicas[replica].drop_page(sector as usize);
+        self.drop_page_of(replica, sector as usize);
+    }
+
+    fn drop_page_of(&mut self, replica: usize, sector: usize) {
+        let unreported = self.replicas[replica].drop_page(sector);
         trace!(
             self,
             at 1 << sector,
@@ -166,6 +170,18 @@ impl World {
             self.note_undone(1 << sector);
         } else if unreported {
             self.mark_dropped(replica, 1 << sector);
+        }
+    }
+
+    /// The daemon was killed. The next one opens the image without the pages that could not be
+    /// written back. It knows of them from the records alone, unless an error is still to come.
+    pub(super) fn drop_lost_pages(&mut self, replica: usize) {
+        let lost = self.replicas[replica].lost();
+        for sector in bits(lost) {
+            self.drop_page_of(replica, sector);
+        }
+        if !self.replicas[replica].has_error() {
+            self.mark_corrupt(replica, lost);
         }
     }
 }

@@ -123,6 +123,11 @@ impl SimReplica {
         self.unreported & bit != 0
     }
 
+    /// Whether a failure is still to be reported.
+    pub fn has_error(&self) -> bool {
+        self.pending_error
+    }
+
     /// Whether there is a failure to report; it is reported once.
     pub fn take_error(&mut self) -> bool {
         std::mem::take(&mut self.pending_error)

@@ -62,7 +62,11 @@ impl World {
         self.tear_records();
         self.records.forget();
         let all = u64::from(self.members | self.records.named());
-        for replica in bits(all).filter(|_| !killed) {
+        for replica in bits(all) {
+            if killed {
+                self.drop_lost_pages(replica);
+                continue;
+            }
             let sectors = self.random.bits();
             self.write_back(replica, sectors);
             self.replicas[replica].crash(0);

@@ -9,7 +9,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
 
-use rustix::fs::{Mode, OFlags, fstatfs};
+use rustix::fs::{Advice, Mode, OFlags, fadvise, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
@@ -156,9 +156,18 @@ pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locked, Fault> {
         LockError::NotShared(permission) => Fault::NotShared(permission),
         LockError::Io(error) => Fault::Lock(errno(&error)),
     })?;
+    forget_cached(file);
     let metadata = file.metadata().map_err(failed(Call::Fstat))?;
     let stamp = ImageStamp::of(&metadata);
     Ok(Locked { locking, stamp })
+}
+
+/// Takes out of the page cache what need not be written back any more, so that reads show what the
+/// disk holds. The kernel may have failed to write some of it, and have told that to a daemon that
+/// was killed: it tells no other one, and the data would be there until it is not (S5).
+fn forget_cached(file: &File) {
+    // Where it cannot be done there is nothing in the cache, or nothing to be done about it.
+    let _ = fadvise(file, 0, None, Advice::DontNeed);
 }
 
 impl Fault {

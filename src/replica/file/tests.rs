@@ -499,3 +499,36 @@ fn what_concerns_several_images_is_an_error_of_all() {
     let short = directory.image("short", SIZE / 2);
     assert!(line(&[&a, &short, &missing]).contains("differ in size"));
 }
+
+/// Whether the first bytes of the file are in the page cache.
+fn is_cached(file: &File) -> bool {
+    let mut bytes = [0; 512];
+    let mut into = [io::IoSliceMut::new(&mut bytes)];
+    let flags = rustix::io::ReadWriteFlags::NOWAIT;
+    rustix::io::preadv2(file, &mut into, 0, flags).is_ok()
+}
+
+#[test]
+fn what_the_page_cache_has_of_an_image_is_not_believed_when_it_is_opened() {
+    let directory = Directory::new();
+    let source = directory.image("a", SIZE);
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .open(&source.path)
+        .unwrap();
+    let write = || {
+        file.write_all_at(&[1; 4096], 0).unwrap();
+        file.sync_all().unwrap();
+    };
+    write();
+    rustix::fs::fadvise(&file, 0, None, rustix::fs::Advice::DontNeed).unwrap();
+    if is_cached(&file) {
+        eprintln!("skipped: the file system has nothing but its cache");
+        return;
+    }
+    write();
+    assert!(is_cached(&file));
+    let _opened = open(&source.path, "a", BUFFERED).unwrap();
+    assert!(!is_cached(&file));
+}
