@@ -297,6 +297,10 @@ impl Health {
     /// ([`Self::counted_writes`]). A flush that was asked for meanwhile does not cover it.
     pub fn answered_late(&mut self, counted: u64) {
         self.undone.writes += 1;
+        if self.undone.writes_before_flush >= counted {
+            // The running flush covers the write, and those who have asked for it do not know.
+            self.undone.writes_before_flush = self.undone.writes;
+        }
         if self.undone.covered_by >= counted {
             self.undone.covered_by = self.undone.writes;
             if !self.undone.ranges.is_empty() {

@@ -424,6 +424,29 @@ fn a_failed_flush_of_a_job_fails_one_of_the_guest() {
     assert!(health.answer_flush(durable, asked_after));
 }
 
+/// The answer to a write waits for the records, and comes while a flush runs that was asked for
+/// before: the guest does not know that the flush covers the write.
+#[test]
+fn a_write_that_is_answered_during_a_flush_that_fails_fails_a_later_one() {
+    for is_late in [true, false] {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+        let written = range(0, 8);
+        write(&mut health, written, &[]);
+        let counted = health.counted_writes();
+        let epoch = health.flush_begins();
+        if is_late {
+            health.answered_late(counted);
+        }
+        for replica in [A, B, C] {
+            health.flush_ended(epoch, replica, false);
+        }
+        assert!(!health.flush_decided(epoch, ReplicaSet::EMPTY, true, &mut []));
+        assert!(!health.answer_flush(false, counted));
+        health.may_be_undone(&health.disputed(written, 2).lacking);
+        assert_eq!(health.owes_failure(), is_late);
+    }
+}
+
 /// Two members are left. A has failed a flush, and B may have lost the same pages.
 #[test]
 fn a_fresh_copy_proves_nothing_before_it_is_flushed() {
