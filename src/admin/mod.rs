@@ -451,13 +451,15 @@ impl Admin {
         Ok(id)
     }
 
-    /// Has those replicas copied that are stale at the start.
-    pub fn resync_all(&self) {
+    /// Has those replicas copied that are stale at the start, and begins the recovery of what an
+    /// unclean end has left: the workers sleep until they are told.
+    pub fn begin_jobs(&self) {
         let in_service = self.shared.in_service().iter();
         for replica in in_service.filter(|replica| self.shared.stale_sectors(*replica) > 0) {
             // One that cannot begin yet begins later, by itself.
             let _ = self.with_jobs(|jobs, health| jobs.resync(replica, 0, health));
         }
+        self.workers.tick_first();
     }
 
     /// Has the images compared before anything is repaired unasked (O6).

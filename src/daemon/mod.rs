@@ -100,7 +100,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     // Records say that the images belong together.
     let compares = is_new || config.rewrite_corrupted && !has_records;
     if let Ok(admin) = &admin {
-        admin.resync_all();
+        admin.begin_jobs();
     }
     if let Ok(admin) = &admin
         && compares

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::are_identical;
@@ -336,6 +336,20 @@ fn what_was_in_flight_at_a_kill_is_old_or_new_and_the_same_for_ever() {
     running.wait_until_healthy();
     running.end();
     assert!(are_identical(&host.images));
+}
+
+/// Nothing but the start makes it begin.
+#[test]
+fn a_disk_that_no_guest_uses_is_recovered() {
+    let _machine = machine::shared();
+    let host = Host::new(3);
+    let running = host.start();
+    write(&mut running.client(), 0, 1);
+    running.kill();
+    let running = host.start();
+    let state = running.state_when(|state| state["unrecovered-bytes"] == 0);
+    assert_eq!(state["conditions"], json!([]), "{state:#}");
+    running.end();
 }
 
 #[test]
