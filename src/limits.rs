@@ -196,6 +196,14 @@ pub const JOBS_MAX: usize = 64;
 /// Chunks of a job in flight at a time while the guest does not use the disk.
 pub const JOB_CHUNKS_IN_FLIGHT_MAX: usize = 4;
 
+/// The same for a recovery of which those in flight are short: of all that is unrecovered, it reads
+/// a block here and there.
+pub const RECOVERY_CHUNKS_IN_FLIGHT_MAX: usize = 32;
+
+/// For how long a recovery takes half of the time for itself, however busy the guest is. Then it is
+/// as slow as any job.
+pub const RECOVERY_HURRIES: Duration = Duration::from_secs(30);
+
 /// The longest pause that a job makes for the guest, so that the job is never starved.
 pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);
 
@@ -203,13 +211,24 @@ pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);
 /// to be paused or cancelled in between.
 pub const HOLE_BYTES_MAX: u64 = 1 << 30;
 
-/// The same for a resync, which locks the range meanwhile: the answers take as long as a read of
-/// one block, and a guest that writes in the range waits as long.
+/// The same for a resync and a recovery, which lock the range meanwhile: a guest that writes there
+/// waits as long as the answers take.
 pub const HOLE_LOCK_BYTES_MAX: u64 = 64 << 20;
 
-/// Bytes that a job reads after it has found data, before it asks for the next hole. Twice as many
-/// each time that there was none.
-pub const HOLE_READ_BYTES_MIN: u64 = 4 << 20;
+/// How long an answer may take where the file system is slow to say where data begins and ends. It
+/// tells what is known by then: of one run of data at least.
+pub const HOLES_ANSWER_TIME: Duration = Duration::from_millis(2);
+
+/// Runs of data in one answer.
+pub const HOLES_PER_ANSWER_MAX: usize = 256;
+
+/// A hole between data that is shorter is read with it: that takes no longer than a read of its
+/// own.
+pub const HOLE_BYTES_MIN: u64 = 32 << 10;
+
+/// Bytes that a job reads where it has found no hole, before it asks for the next one. Twice as
+/// many each time that there was none. So much is not asked for: it is read.
+pub const HOLE_READ_BYTES_MIN: u64 = 1 << 20;
 
 /// And at most so many: where there are no holes, the questions cost nothing in comparison.
 pub const HOLE_READ_BYTES_MAX: u64 = 256 << 20;

@@ -9,6 +9,8 @@ pub mod clock;
 #[forbid(unsafe_code)]
 mod errno;
 #[forbid(unsafe_code)]
+mod found_data;
+#[forbid(unsafe_code)]
 pub mod image;
 #[forbid(unsafe_code)]
 pub(crate) mod message;
@@ -26,6 +28,7 @@ pub mod runs;
 mod sector;
 
 pub use self::errno::Errno;
+pub use self::found_data::FoundData;
 pub use self::replica_set::{ReplicaIndex, ReplicaSet};
 pub use self::sector::{SECTOR_BYTES, SectorRange};
 

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use super::buffer::Buffer;
-use super::{Errno, ReplicaIndex, SectorRange};
+use super::{Errno, FoundData, ReplicaIndex, SectorRange};
 
 /// The kind of guest operation a report is about; QEMU's `QuorumOpType`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,13 +62,13 @@ pub enum Action {
         /// Give the space back where the replica can.
         unmap: bool,
     },
-    /// Find out how much of the range, from its start, is a hole: a part of a file that reads as
-    /// zeroes because nothing is stored there. Never fails: what is not known to be a hole is data.
+    /// Find out where in the range, from its start on, there is data. Never fails: what is not
+    /// known to be a hole is data.
     FindData {
         /// The sectors.
         range: SectorRange,
-        /// The answer, in sectors; 0 until the reply.
-        hole_sectors: u64,
+        /// The answer. Nothing is known until the reply.
+        found: FoundData,
     },
     /// Bring every write that has ended to stable storage.
     Flush,

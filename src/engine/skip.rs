@@ -1,9 +1,9 @@
-//! A question of a job: how much of a range need not be read, because it is a hole on every replica
-//! concerned (contract W8).
+//! A question of a job: which parts of a range need not be read, because they are holes on every
+//! replica concerned (contract W8).
 //!
-//! A scrub asks without a lock, like its reads: a hole is a reply of zeroes. A resync asks under
-//! the lock of the range, so that no write can come between the answer and its consequence, that
-//! the copy is fresh.
+//! A scrub asks without a lock, like its reads: a hole is a reply of zeroes. A resync and a
+//! recovery ask under the lock of the range, so that no write can come between the answer and its
+//! consequence, that the copy is fresh or the copies are equal.
 //!
 //! Where a writeback has failed, the page cache may hold something else than the hole that the file
 //! has. So a hole counts only where nothing was written since the last flush, and a resync believes
@@ -17,7 +17,7 @@ use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use crate::common::operation::{Action, Reply};
 use crate::common::report::Fact;
-use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
+use crate::common::{FoundData, ReplicaIndex, ReplicaSet, SectorRange, runs};
 use crate::jobs::{ChunkEnd, ChunkId, SkipPurpose};
 use crate::quorum::health::{FailureEpoch, Health};
 use crate::quorum::tally::Tally;
@@ -25,15 +25,17 @@ use crate::quorum::tally::Tally;
 #[derive(Debug)]
 pub(super) struct Skip {
     order: SkipOrder,
-    /// Of a resync.
+    /// Of a resync or a recovery.
     lock: Option<LockKey>,
     waits_for_lock: bool,
     tally: Tally,
     asked_at: Duration,
     /// Orders the question against failed flushes and evictions.
     began: FailureEpoch,
-    /// The shortest hole at the start of the range, of those that have replied.
-    hole_sectors: u64,
+    /// Where those that have replied have data, in order.
+    data: Vec<SectorRange>,
+    /// How far all of them have looked.
+    until: u64,
 }
 
 /// What the job asks for.
@@ -55,7 +57,8 @@ impl Skip {
             tally: Tally::default(),
             asked_at: context.now(),
             began: context.shared().failure_epoch(),
-            hole_sectors: order.range.count,
+            data: Vec::new(),
+            until: order.range.end(),
         };
         if lock.is_none() {
             let in_service = context.shared().in_service();
@@ -76,10 +79,10 @@ impl Skip {
         if let SkipPurpose::Resync(_) = self.order.purpose
             && (target.and(in_service).is_empty() || !target.and(sources).is_empty())
         {
-            return self.finish(0, context);
+            return self.finish(Vec::new(), context);
         }
         if sources.is_empty() {
-            return self.finish(0, context);
+            return self.finish(Vec::new(), context);
         }
         self.asked_at = context.now();
         self.ask(sources.or(target), context);
@@ -90,14 +93,8 @@ impl Skip {
         self.tally.ask(asked);
         let range = self.order.range;
         for replica in asked.iter() {
-            let hole_sectors = 0;
-            context.submit(
-                replica,
-                Action::FindData {
-                    range,
-                    hole_sectors,
-                },
-            );
+            let found = FoundData::from(range.start);
+            context.submit(replica, Action::FindData { range, found });
         }
     }
 
@@ -110,11 +107,13 @@ impl Skip {
             return Progress::Waiting;
         }
         self.tally.record(reply.replica, reply.result.is_ok());
-        let hole_sectors = match (&reply.action, reply.result) {
-            (Action::FindData { hole_sectors, .. }, Ok(())) => *hole_sectors,
-            _ => 0,
-        };
-        self.hole_sectors = self.hole_sectors.min(hole_sectors);
+        match (&reply.action, reply.result) {
+            (Action::FindData { found, .. }, Ok(())) => {
+                self.data = runs::union(&self.data, found.runs());
+                self.until = self.until.min(found.until());
+            }
+            _ => self.data = vec![self.order.range],
+        }
         self.finish_if_complete(context)
     }
 
@@ -134,93 +133,118 @@ impl Skip {
     /// The answer has taken so long that the range is rather read: a guest may wait for its lock.
     /// What the replicas answer later changes nothing.
     pub(super) fn give_up(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
-        self.finish(0, context)
+        self.finish(Vec::new(), context)
     }
 
     fn finish_if_complete(&mut self, context: &mut Context<'_, impl Effects>) -> Progress {
         if !self.tally.is_complete() {
             return Progress::Waiting;
         }
-        let block_sectors = context.core.policy.block_sectors;
-        let hole_sectors = self.hole_sectors - self.hole_sectors % block_sectors;
-        let hole = SectorRange::new(self.order.range.start, hole_sectors);
+        let holes = self.holes(context.core.policy.block_sectors);
         let skipped = match self.order.purpose {
-            _ if hole.count == 0 => 0,
-            SkipPurpose::Scrub if self.is_equal(hole, context) => hole.count,
-            SkipPurpose::Scrub => 0,
-            SkipPurpose::Resync(replica) => self.freshen(replica, hole, context),
-            SkipPurpose::Recover => self.recover(hole, context),
+            _ if holes.is_empty() => holes,
+            SkipPurpose::Scrub => self.equal(holes, context),
+            SkipPurpose::Resync(replica) => self.freshen(replica, holes, context),
+            SkipPurpose::Recover => self.recover(&holes, context),
         };
         self.finish(skipped, context)
     }
 
-    /// Whether a scrub that had read `hole` would have found nothing.
-    fn is_equal(&self, hole: SectorRange, context: &Context<'_, impl Effects>) -> bool {
-        let (succeeded, shared) = (self.tally.succeeded(), context.shared());
-        let needed = context.core.threshold();
-        succeeded.len() >= needed
-            && shared.health(|health| {
-                health.in_service().without(succeeded).is_empty()
-                    && self.is_certain(health, succeeded, hole)
-                    && health.disputed(hole, needed).is_empty()
-                    && !health.unresolved().overlaps(hole)
-            })
+    /// What is a hole on each replica that was asked, as far as all of them have looked: in order,
+    /// and in whole blocks.
+    fn holes(&self, block_sectors: u64) -> Vec<SectorRange> {
+        let start = self.order.range.start;
+        let until = self.until - self.until % block_sectors;
+        let looked_at = SectorRange::new(start, until.saturating_sub(start));
+        runs::without(&[looked_at], &runs::widened(&self.data, block_sectors))
     }
 
-    /// Takes the copy of `replica` for fresh in `hole`, if enough others hold the same. Returns how
-    /// many sectors it did.
+    /// Those of the `holes` in which a scrub that had read them would have found nothing.
+    fn equal(
+        &self,
+        mut holes: Vec<SectorRange>,
+        context: &Context<'_, impl Effects>,
+    ) -> Vec<SectorRange> {
+        let (succeeded, shared) = (self.tally.succeeded(), context.shared());
+        let needed = context.core.threshold();
+        if succeeded.len() < needed {
+            return Vec::new();
+        }
+        shared.health(|health| {
+            let all_asked = health.in_service().without(succeeded).is_empty();
+            holes.retain(|hole| {
+                all_asked
+                    && self.is_certain(health, succeeded, *hole)
+                    && health.disputed(*hole, needed).is_empty()
+                    && !health.unresolved().overlaps(*hole)
+            });
+        });
+        holes
+    }
+
+    /// Takes the copy of `replica` for fresh in those of the `holes` where enough others hold the
+    /// same. Returns where it did.
     fn freshen(
         &self,
         replica: ReplicaIndex,
-        hole: SectorRange,
+        mut holes: Vec<SectorRange>,
         context: &mut Context<'_, impl Effects>,
-    ) -> u64 {
-        let (tally, began) = (&self.tally, self.began);
-        let equal = context.shared().change_health(|health| {
-            let needed = health.threshold();
-            let sources = fresh_in(health, hole);
-            let asked = tally.succeeded();
-            let equal = asked.contains(replica)
-                && sources.len() >= needed
-                && sources.without(asked).is_empty()
-                && self.is_certain(health, asked, hole)
-                && health.disputed(hole, needed).is_empty()
-                && health.first_blank(replica, hole) == Some(hole);
-            if equal {
-                health.repaired(replica, hole, began, false);
-            }
-            equal
-        });
-        if !equal {
-            return 0;
+    ) -> Vec<SectorRange> {
+        let (asked, began) = (self.tally.succeeded(), self.began);
+        if !asked.contains(replica) {
+            return Vec::new();
         }
-        context.effects.count(Fact::Equal(replica, hole));
-        hole.count
+        context.shared().change_health(|health| {
+            let needed = health.threshold();
+            holes.retain(|hole| {
+                let sources = fresh_in(health, *hole);
+                let equal = sources.len() >= needed
+                    && sources.without(asked).is_empty()
+                    && self.is_certain(health, asked, *hole)
+                    && health.disputed(*hole, needed).is_empty()
+                    && health.first_blank(replica, *hole) == Some(*hole);
+                if equal {
+                    health.repaired(replica, *hole, began, false);
+                }
+                equal
+            });
+        });
+        for hole in &holes {
+            context.effects.count(Fact::Equal(replica, *hole));
+        }
+        holes
     }
 
-    /// Takes `hole` for recovered, if all replicas that vote on all of it have it, and are enough
-    /// (S5). Returns how many sectors are.
-    fn recover(&self, hole: SectorRange, context: &mut Context<'_, impl Effects>) -> u64 {
+    /// Takes what is unrecovered in `holes` for recovered, where all replicas that vote on all of a
+    /// hole have it, and are enough (S5). Returns what is recovered now.
+    fn recover(
+        &self,
+        holes: &[SectorRange],
+        context: &mut Context<'_, impl Effects>,
+    ) -> Vec<SectorRange> {
         let asked = self.tally.succeeded();
-        let is_equal = context.shared().change_health(|health| {
-            let sources = fresh_in(health, hole);
-            let is_partly_stale = |replica: ReplicaIndex| {
-                !sources.contains(replica) && health.stale_parts(replica, hole) != [hole]
-            };
-            let is_equal = sources.len() >= health.threshold()
-                && !health.in_service().iter().any(is_partly_stale)
-                && sources.without(asked).is_empty()
-                && self.is_certain(health, sources, hole)
-                && health.unrecovered().within(hole) == [hole];
-            if is_equal {
-                // The others have not been asked.
-                let others = health.members().without(sources);
-                let others: Vec<_> = others.iter().map(|other| (other, vec![hole])).collect();
-                health.decide(&[hole], &others);
+        context.shared().change_health(|health| {
+            let mut recovered = Vec::new();
+            for hole in holes {
+                let sources = fresh_in(health, *hole);
+                let is_partly_stale = |replica: ReplicaIndex| {
+                    !sources.contains(replica) && health.stale_parts(replica, *hole) != [*hole]
+                };
+                let is_equal = sources.len() >= health.threshold()
+                    && !health.in_service().iter().any(is_partly_stale)
+                    && sources.without(asked).is_empty()
+                    && self.is_certain(health, sources, *hole);
+                if is_equal {
+                    let parts = health.unrecovered().within(*hole);
+                    // The others have not been asked.
+                    let others = health.members().without(sources).iter();
+                    let others: Vec<_> = others.map(|other| (other, parts.clone())).collect();
+                    health.decide(&parts, &others);
+                    recovered.extend(parts);
+                }
             }
-            is_equal
-        });
-        if is_equal { hole.count } else { 0 }
+            recovered
+        })
     }
 
     /// Whether a hole of any of `replicas` in `range` reads as zeroes: no writeback can have
@@ -231,15 +255,21 @@ impl Skip {
             && health.failed_since(self.began).and(replicas).is_empty()
     }
 
-    fn finish(&mut self, skipped: u64, context: &mut Context<'_, impl Effects>) -> Progress {
-        let unread = if self.order.purpose == SkipPurpose::Scrub && skipped > 0 {
-            let hole = SectorRange::new(self.order.range.start, skipped);
-            context.core.unread(hole, self.tally.succeeded())
-        } else {
-            ReplicaSet::EMPTY
-        };
+    fn finish(
+        &mut self,
+        skipped: Vec<SectorRange>,
+        context: &mut Context<'_, impl Effects>,
+    ) -> Progress {
+        let succeeded = self.tally.succeeded();
+        let mut unread = ReplicaSet::EMPTY;
+        if self.order.purpose == SkipPurpose::Scrub {
+            for hole in &skipped {
+                unread = unread.or(context.core.unread(*hole, succeeded));
+            }
+        }
         let end = ChunkEnd {
             skipped,
+            known_until: self.until,
             unread,
             ..ChunkEnd::default()
         };

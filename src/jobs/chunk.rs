@@ -41,7 +41,7 @@ pub enum Work {
         /// Where there is no winner, write what this replica holds to the others.
         prefers: Option<ReplicaIndex>,
     },
-    /// Find out how much of the range is a hole on every replica concerned, from its start on.
+    /// Find out which parts of the range are a hole on every replica concerned.
     Skip {
         /// What becomes of it.
         purpose: SkipPurpose,
@@ -69,8 +69,10 @@ pub struct ChunkEnd {
     /// What was found on replicas and written to them; of those with which there was something to
     /// do.
     pub found: BTreeMap<ReplicaIndex, Found>,
-    /// Sectors that need not be read.
-    pub skipped: u64,
+    /// Of a question for holes: what need not be read, in order.
+    pub skipped: Vec<SectorRange>,
+    /// Of a question for holes: up to where all else has data.
+    pub known_until: u64,
     /// Sectors without a winner.
     pub undecided: Vec<SectorRange>,
     /// Replicas that could not be read everywhere.
@@ -98,6 +100,11 @@ impl ChunkEnd {
     /// What was found on a replica and written to it.
     pub fn on(&mut self, replica: ReplicaIndex) -> &mut Found {
         self.found.entry(replica).or_default()
+    }
+
+    /// Sectors that need not be read.
+    pub fn skipped_sectors(&self) -> u64 {
+        self.skipped.iter().map(|range| range.count).sum()
     }
 
     /// Sectors written, counted for each replica.

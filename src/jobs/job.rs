@@ -15,7 +15,10 @@ use super::{
 };
 use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
-use crate::limits::{FAILED_FLUSHES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, SECTOR_BYTES};
+use crate::limits::{
+    FAILED_FLUSHES_MAX, FRAGMENT_BYTES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, JOB_PAUSE_MAX,
+    RECOVERY_CHUNKS_IN_FLIGHT_MAX, RECOVERY_HURRIES, SECTOR_BYTES,
+};
 use crate::quorum::health::Health;
 
 /// A job with a speed limit is cut into at least this many chunks a second, so that a low limit
@@ -28,8 +31,10 @@ pub(super) struct Job {
     task: Task,
     status: JobStatus,
     speed_bytes: u64,
-    /// When the next chunk may start by the speed limit.
+    /// When the next chunk may start by the speed limit, or if the job hurries.
     not_before: Duration,
+    /// When the first chunk started that is no flush.
+    began: Option<Duration>,
     in_flight: Vec<InFlight>,
     done_sectors: u64,
     /// It flushes before it ends, because an operator requested it. A job that started by itself
@@ -54,6 +59,12 @@ pub(super) struct InFlight {
     pub(super) asks: bool,
 }
 
+impl InFlight {
+    fn is_flush(&self) -> bool {
+        self.range.is_none() && !self.asks
+    }
+}
+
 impl Job {
     pub(super) fn new(id: JobId, task: Task, speed_bytes: u64, persists: bool) -> Self {
         Self {
@@ -62,6 +73,7 @@ impl Job {
             status: JobStatus::Created,
             speed_bytes,
             not_before: Duration::ZERO,
+            began: None,
             in_flight: Vec::new(),
             done_sectors: 0,
             persists,
@@ -230,12 +242,36 @@ impl Job {
             | Task::Prefer { .. }
             | Task::Recover { .. } => Duration::ZERO,
         };
-        let by_pace = if self.speed_bytes > 0 {
-            (self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX).then_some(self.not_before)
+        let by_job = self.has_room().then_some(self.not_before);
+        let ready = if self.speed_bytes > 0 {
+            by_job
+        } else if self.hurries(now) {
+            by_job.map(|at| pace.ready_at().map_or(at, |by_pace| at.min(by_pace)))
         } else {
             pace.ready_at()
         };
-        Some(by_pace?.max(pass).max(now))
+        Some(ready?.max(pass).max(now))
+    }
+
+    /// Whether another chunk may be in flight: more of them if they are short, as those of a
+    /// recovery are that reads what is data here and there.
+    fn has_room(&self) -> bool {
+        let ranges = self.in_flight.iter().filter_map(|chunk| chunk.range);
+        let bytes: u64 = ranges.map(|range| range.bytes()).sum();
+        let most = match self.task {
+            Task::Recover { .. } if bytes < FRAGMENT_BYTES_MAX => RECOVERY_CHUNKS_IN_FLIGHT_MAX,
+            _ => JOB_CHUNKS_IN_FLIGHT_MAX,
+        };
+        self.in_flight.len() < most
+    }
+
+    /// Whether the guest has to wait for it: soon after the start of the disk a recovery does what
+    /// it can.
+    pub(super) fn hurries(&self, now: Duration) -> bool {
+        matches!(self.task, Task::Recover { .. })
+            && self
+                .began
+                .is_none_or(|began| now < began + RECOVERY_HURRIES)
     }
 
     /// Starts the next chunk, in whole blocks. `None` if a pass of a resync
@@ -280,14 +316,13 @@ impl Job {
             "a chunk of {} has {range:?} of at most {most} sectors",
             self.id
         );
-        assert!(
-            self.in_flight.len() < JOB_CHUNKS_IN_FLIGHT_MAX,
-            "{} has too many chunks in flight",
-            self.id
-        );
+        assert!(self.has_room(), "{} has too many chunks in flight", self.id);
         if let Some(range) = range.filter(|_| self.speed_bytes > 0) {
             let time = Duration::from_secs_f64(range.bytes() as f64 / self.speed_bytes as f64);
             self.not_before = self.not_before.max(now) + time;
+        }
+        if work != Work::Flush {
+            self.began.get_or_insert(now);
         }
         self.in_flight.push(InFlight {
             id,
@@ -307,6 +342,10 @@ impl Job {
     ) -> Option<Work> {
         if self.owes_flush(health) && self.task.is_done(health) {
             self.needs_flush = false;
+            return Some(Work::Flush);
+        }
+        if self.task.flushes_first() {
+            self.task.flushed(false);
             return Some(Work::Flush);
         }
         let work = self.task.next_work(units, health);
@@ -351,19 +390,24 @@ impl Job {
         &mut self,
         id: ChunkId,
         end: &ChunkEnd,
-        holes: &HoleSizes,
+        (now, holes): (Duration, &HoleSizes),
         health: &Health,
     ) -> Option<InFlight> {
         let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
         let chunk = self.in_flight.swap_remove(index);
-        self.failed_flushes += u32::from(end.failed);
-        if chunk.asks {
-            self.task.answered(end.skipped, holes);
-            self.done_sectors += end.skipped;
+        if self.speed_bytes == 0 && self.hurries(now) && !chunk.is_flush() {
+            let took = now.saturating_sub(chunk.began);
+            self.not_before = self.not_before.max(now + took.min(JOB_PAUSE_MAX));
         }
+        if chunk.asks {
+            self.task.answered(end, holes);
+            self.done_sectors += end.skipped_sectors();
+        }
+        let is_first_flush = chunk.is_flush() && self.task.flushed(true);
+        self.failed_flushes += u32::from(end.failed && !is_first_flush);
         let is_resync = matches!(self.task, Task::Resync { .. });
         let written = end.written();
-        let changed = written > 0 || (is_resync && end.skipped > 0);
+        let changed = written > 0 || (is_resync && !end.skipped.is_empty());
         self.needs_flush |= self.persists && changed;
         self.record.add(chunk.range, end);
         self.done_sectors += match &mut self.task {

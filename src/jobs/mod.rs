@@ -338,13 +338,14 @@ impl Jobs {
         self.start_due(now, health);
         self.conclude(health, now);
         let retry = self.next_retry(now, health);
-        // In turn, but the surroundings of corruption first.
-        let turn = self
-            .jobs
-            .iter()
-            .position(|job| job.kind() == JobKind::NeighbourhoodScrub);
-        if let Some(turn) = turn {
-            self.jobs.swap(0, turn);
+        // In turn, but a recovery and the surroundings of corruption first.
+        let surroundings = |job: &Job| job.kind() == JobKind::NeighbourhoodScrub;
+        let hurries = |job: &Job| job.hurries(now);
+        let orders: [&dyn Fn(&Job) -> bool; 2] = [&surroundings, &hurries];
+        for is_first in orders {
+            if let Some(turn) = self.jobs.iter().position(is_first) {
+                self.jobs.swap(0, turn);
+            }
         }
         let gives_way = self.pace.gives_way_until();
         if gives_way > now {
@@ -399,9 +400,10 @@ impl Jobs {
         let holder = self
             .jobs
             .iter_mut()
-            .find_map(|job| Some((job.ended(id, end, &self.sizes.holes, health)?, job)));
+            .find_map(|job| Some((job.ended(id, end, (now, &self.sizes.holes), health)?, job)));
         let (chunk, job) = holder.expect("a chunk in flight ends once");
-        self.pace.ended(now, guest, chunk.began, !chunk.asks);
+        self.pace
+            .ended(now, guest, chunk.began, chunk.range.is_some());
         if job.kind() == JobKind::NeighbourhoodScrub
             && let Some(range) = chunk.range
         {

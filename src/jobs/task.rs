@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use super::holes::{HoleSizes, Holes};
-use super::{SkipPurpose, Work};
+use super::{ChunkEnd, SkipPurpose, Work};
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, SectorRange};
 use crate::quorum::health::Health;
@@ -50,9 +50,20 @@ pub(super) enum Task {
     },
     /// What is unrecovered after an unclean end of the disk (S5), in one pass.
     Recover {
+        /// What was written before the end of the disk is uncertain until then, so that no hole
+        /// counts (W8).
+        first_flush: FirstFlush,
         cursor_sector: u64,
         holes: Holes,
     },
+}
+
+/// The flush with which a recovery begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum FirstFlush {
+    Due,
+    Begun,
+    Done,
 }
 
 impl Task {
@@ -87,6 +98,7 @@ impl Task {
 
     pub(super) fn recover() -> Self {
         Self::Recover {
+            first_flush: FirstFlush::Due,
             cursor_sector: 0,
             holes: Holes::default(),
         }
@@ -118,8 +130,13 @@ impl Task {
                 ..
             } => cursor_sector < end_sector,
             Self::Neighbourhood { left } | Self::Prefer { left, .. } => !left.is_empty(),
-            Self::Recover { cursor_sector, .. } => {
-                health.next_unrecovered(*cursor_sector).is_some()
+            Self::Recover {
+                first_flush,
+                cursor_sector,
+                ..
+            } => {
+                *first_flush != FirstFlush::Begun
+                    && health.next_unrecovered(*cursor_sector).is_some()
             }
         }
     }
@@ -158,8 +175,9 @@ impl Task {
             Self::Scrub {
                 cursor_sector,
                 end_sector,
+                holes,
                 ..
-            } => end_sector - cursor_sector,
+            } => end_sector - cursor_sector - holes.ahead_sectors(),
             Self::Neighbourhood { left } | Self::Prefer { left, .. } => left.sectors(),
             Self::Recover { .. } => health.unrecovered().sectors(),
         }
@@ -209,9 +227,10 @@ impl Task {
                     let purpose = SkipPurpose::Scrub;
                     return Some(Work::Skip { purpose, range });
                 }
-                let count = most.min(*end_sector - *cursor_sector);
+                let end = holes.next_skipped().unwrap_or(*end_sector);
+                let count = most.min(end - *cursor_sector);
                 let range = SectorRange::new(*cursor_sector, count);
-                *cursor_sector = range.end();
+                *cursor_sector = holes.pass(range.end());
                 // It reaches the surroundings of corruption by itself.
                 Some(Work::Scrub {
                     range,
@@ -235,6 +254,7 @@ impl Task {
             Self::Recover {
                 cursor_sector,
                 holes,
+                ..
             } => {
                 let left = health.next_unrecovered(*cursor_sector)?;
                 if holes.is_due(left, &sizes) {
@@ -257,8 +277,9 @@ impl Task {
 }
 
 impl Task {
-    /// The answer to a question for holes: so many sectors are skipped.
-    pub(super) fn answered(&mut self, skipped: u64, sizes: &HoleSizes) {
+    /// The answer to a question for holes, of which `end` says what is skipped.
+    pub(super) fn answered(&mut self, end: &ChunkEnd, sizes: &HoleSizes) {
+        let (skipped, until) = (&end.skipped, end.known_until);
         match self {
             Self::Resync {
                 cursor_sector,
@@ -266,22 +287,53 @@ impl Task {
                 gained,
                 ..
             } => {
-                *cursor_sector = holes.answered(skipped, sizes);
-                *gained += skipped;
+                *cursor_sector = holes.answered(skipped, until, sizes);
+                *gained += end.skipped_sectors();
             }
             Self::Scrub {
                 cursor_sector,
                 holes,
                 ..
+            } => {
+                let start = holes.answered(skipped, until, sizes);
+                holes.skip(skipped);
+                *cursor_sector = holes.pass(start);
             }
-            | Self::Recover {
+            Self::Recover {
                 cursor_sector,
                 holes,
-            } => *cursor_sector = holes.answered(skipped, sizes),
+                ..
+            } => *cursor_sector = holes.answered(skipped, until, sizes),
             Self::Neighbourhood { .. } | Self::Prefer { .. } => {
                 unreachable!("it asks for no holes")
             }
         }
+    }
+
+    /// Whether it flushes before all else.
+    pub(super) fn flushes_first(&self) -> bool {
+        matches!(
+            self,
+            Self::Recover {
+                first_flush: FirstFlush::Due,
+                ..
+            }
+        )
+    }
+
+    /// A flush has begun, or has ended. Whether that was the one before all else.
+    pub(super) fn flushed(&mut self, ended: bool) -> bool {
+        let Self::Recover { first_flush, .. } = self else {
+            return false;
+        };
+        let is_first = *first_flush != FirstFlush::Done;
+        if is_first {
+            *first_flush = match ended {
+                true => FirstFlush::Done,
+                false => FirstFlush::Begun,
+            };
+        }
+        is_first
     }
 }
 

@@ -1,7 +1,8 @@
-//! When a resync tries again what it could not copy.
+//! When a resync tries again what it could not copy, and how a recovery goes on.
 
 use super::*;
-use crate::quorum::health::WriteEnd;
+use crate::limits::RECOVERY_HURRIES;
+use crate::quorum::health::{Remembered, WriteEnd};
 
 const COPY: ReplicaIndex = ReplicaIndex(2);
 const RETRY_AFTER: Duration = Duration::from_secs(10);
@@ -121,4 +122,130 @@ fn what_became_stale_behind_a_resync_that_copies_all_is_copied_at_once() {
     disk.miss_a_write(SectorRange::new(0, 1));
     disk.pass(64);
     assert_eq!(disk.copy(64), Some(SectorRange::new(0, 1)));
+}
+
+/// Sectors of a disk that no job reads in a minute.
+const LARGE: u64 = 1 << 30;
+
+/// A recovery, with a guest that makes this many requests a second, but none beside a chunk.
+struct Recovery {
+    jobs: Jobs,
+    health: Health,
+    now: Duration,
+    /// How long chunks were in flight.
+    busy: Duration,
+    rate: f64,
+}
+
+impl Recovery {
+    /// All of the disk is unrecovered.
+    fn new(rate: f64) -> Self {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, LARGE);
+        let mut changed = RangeSet::default();
+        changed.insert(SectorRange::new(0, LARGE));
+        let members = ReplicaSet::first(3);
+        let remembered = Remembered {
+            members,
+            in_service: members,
+            ..Remembered::default()
+        };
+        health.restore(&remembered, &changed);
+        let mut jobs = Jobs::new(LARGE);
+        jobs.configure(8, Sizes::default(), RETRY_AFTER);
+        jobs.recover(&health).unwrap();
+        let now = Duration::ZERO;
+        Self {
+            jobs,
+            health,
+            now,
+            busy: Duration::ZERO,
+            rate,
+        }
+    }
+
+    /// The next chunk, as soon as there is one.
+    fn next(&mut self) -> Option<Chunk> {
+        loop {
+            match self.jobs.next(self.now, self.guest(), &self.health) {
+                Next::Chunk(chunk) => return Some(chunk),
+                Next::At(at) => self.now = at,
+                Next::Nothing => return None,
+            }
+        }
+    }
+
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss)]
+    fn guest(&self) -> GuestRequests {
+        GuestRequests(((self.now - self.busy).as_secs_f64() * self.rate) as u64)
+    }
+
+    /// The chunk ends a millisecond later.
+    fn end(&mut self, id: ChunkId, end: &ChunkEnd) {
+        let took = Duration::from_millis(1);
+        self.now += took;
+        self.busy += took;
+        let guest = self.guest();
+        self.jobs.ended(self.now, guest, id, end, &self.health);
+    }
+}
+
+#[test]
+fn a_recovery_flushes_asks_and_reads_what_is_data() {
+    let mut disk = Recovery::new(0.0);
+    let flush = disk.next().unwrap();
+    assert_eq!(flush.work, Work::Flush);
+    assert!(disk.next().is_none(), "no hole counts before");
+    let failed = ChunkEnd {
+        failed: true,
+        ..ChunkEnd::default()
+    };
+    disk.end(flush.id, &failed);
+    let question = disk.next().unwrap();
+    let locked = HoleSizes::default().locked;
+    let range = SectorRange::new(0, locked);
+    let purpose = SkipPurpose::Recover;
+    assert_eq!(question.work, Work::Skip { purpose, range });
+    let (first, second) = (SectorRange::new(0, 4096), SectorRange::new(4104, 1000));
+    let holes = [first, second];
+    disk.health.decide(&holes, &[]);
+    let answer = ChunkEnd {
+        skipped: holes.to_vec(),
+        known_until: 6000,
+        ..ChunkEnd::default()
+    };
+    disk.end(question.id, &answer);
+    let mut read = Vec::new();
+    for _ in 0..2 {
+        let Some(Chunk {
+            id,
+            work: Work::Scrub { range, .. },
+        }) = disk.next()
+        else {
+            panic!("what is data is read");
+        };
+        disk.health.decide(&[range], &[]);
+        disk.end(id, &ChunkEnd::default());
+        read.push(range);
+    }
+    assert_eq!(read[0], SectorRange::new(4096, 8));
+    assert_eq!(read[1].start, second.end());
+    let list = disk.jobs.list(&disk.health);
+    assert_eq!(list[0].error, None, "it flushes again");
+}
+
+#[test]
+fn a_recovery_takes_half_of_the_time_at_first_and_then_little() {
+    let mut disk = Recovery::new(50_000.0);
+    let (mut early, mut late) = (0, 0);
+    while let Some(chunk) = disk.next() {
+        if disk.now > 2 * RECOVERY_HURRIES {
+            break;
+        }
+        match disk.now < RECOVERY_HURRIES {
+            true => early += 1,
+            false => late += 1,
+        }
+        disk.end(chunk.id, &ChunkEnd::default());
+    }
+    assert!(early > 5 * late, "{early} and {late}");
 }

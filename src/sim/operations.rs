@@ -485,12 +485,17 @@ impl World {
         match &mut flight.operation.action {
             Action::Record { .. } => self.end_record_write(index, fault == Fault::None),
             Action::Read { .. } => {}
-            Action::FindData {
-                range,
-                hole_sectors,
-            } => {
-                let hole = u64::from((flight.data >> range.start).trailing_zeros());
-                *hole_sectors = hole.min(range.count);
+            Action::FindData { range, found } => {
+                for sector in range.start..range.end() {
+                    let runs = found.runs();
+                    let goes_on = runs.last().is_some_and(|run| run.end() == sector);
+                    let is_full = runs.len() >= self.plan.runs_per_answer;
+                    match flight.data >> sector & 1 == 1 {
+                        false => found.hole_until(sector + 1),
+                        true if is_full && !goes_on => break,
+                        true => found.data_until(sector + 1),
+                    }
+                }
             }
             Action::Write { .. } | Action::Zero { .. } => {
                 // Also what it did write: the checks may expect less than is there.

@@ -144,6 +144,8 @@ pub struct Plan {
     pub operator_actions: u32,
     /// How much jobs do at a time.
     pub job_sizes: Sizes,
+    /// Runs of data in an answer to a question for holes.
+    pub runs_per_answer: usize,
     /// What happens to requests that fail.
     pub on_error: ErrorPolicy,
     /// An input overlaps with one of another worker, in 65536ths of the inputs.
@@ -222,6 +224,7 @@ impl Plan {
             faults: Faults::default(),
             operator: random.pick(&[0, 0, RARE * 2, OFTEN * 2]),
             operator_actions: 30,
+            runs_per_answer: 1,
             job_sizes: Sizes {
                 chunk_sectors: block_sectors * random.pick(&[1, 3, 64]),
                 neighbourhood_sectors: random.pick(&[0, 0, 2, 64]),
@@ -278,6 +281,7 @@ impl Plan {
             read_min: block * random.pick(&[1, 1, 3]),
             read_max: block * random.pick(&[4, 16]),
         };
+        self.runs_per_answer = random.pick(&[1, 2, 64]);
     }
 
     /// One disk in three has a limit that is soon reached.

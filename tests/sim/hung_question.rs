@@ -142,11 +142,11 @@ fn of_a_resync_waits_for_a_write_that_the_new_replica_has_missed() {
             for mut operation in disk.operations() {
                 let is_new = operation.replica == NEW;
                 match &mut operation.action {
-                    Action::FindData {
-                        range,
-                        hole_sectors,
-                    } => {
-                        *hole_sectors = if has_data && !is_new { 0 } else { range.count };
+                    Action::FindData { range, found } => {
+                        match has_data && !is_new {
+                            true => found.data_until(range.end()),
+                            false => found.hole_until(range.end()),
+                        }
                         if is_new && round < 20 {
                             late.push(operation);
                             continue;

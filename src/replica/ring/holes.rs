@@ -14,6 +14,7 @@ use std::io;
 use std::os::fd::OwnedFd;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use log::debug;
 use rustix::fs::{FileType, SeekFrom, fstat, fstatfs, seek};
@@ -22,8 +23,8 @@ use slab::Slab;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::common::operation::{Action, Operation};
-use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
-use crate::limits::REPLICAS_MAX;
+use crate::common::{FoundData, NOT_POISONED, ReplicaIndex, ReplicaSet, SECTOR_BYTES, SectorRange};
+use crate::limits::{HOLE_BYTES_MIN, HOLES_ANSWER_TIME, HOLES_PER_ANSWER_MAX, REPLICAS_MAX};
 use crate::statistics::Since;
 
 /// The questions of a ring.
@@ -42,9 +43,9 @@ struct Question {
     range: SectorRange,
 }
 
-/// The answers that the ring has not taken: a slot, and how many sectors are a hole.
+/// The answers that the ring has not taken, each with its slot.
 struct Answers {
-    list: Mutex<Vec<(usize, u64)>>,
+    list: Mutex<Vec<(usize, FoundData)>>,
     event: Arc<EventFd>,
 }
 
@@ -102,7 +103,7 @@ impl Questions {
             Some(_) | None => false,
         };
         if !is_asked {
-            self.answers.add(slot, 0);
+            self.answers.add(slot, FoundData::everywhere(range));
         }
     }
 
@@ -127,11 +128,11 @@ impl Questions {
     /// Takes the answers that have come: the operations, with the answer.
     pub(super) fn take(&mut self) -> impl Iterator<Item = (Operation, Since)> + '_ {
         let answers = std::mem::take(&mut *self.answers.list.lock().expect(NOT_POISONED));
-        answers.into_iter().map(|(slot, sectors)| {
+        answers.into_iter().map(|(slot, answer)| {
             let (mut operation, since) = self.asked.remove(slot);
             self.by_replica[operation.replica.as_usize()] -= 1;
-            if let Action::FindData { hole_sectors, .. } = &mut operation.action {
-                *hole_sectors = sectors;
+            if let Action::FindData { found, .. } = &mut operation.action {
+                *found = answer;
             }
             (operation, since)
         })
@@ -139,9 +140,9 @@ impl Questions {
 }
 
 impl Answers {
-    fn add(&self, slot: usize, hole_sectors: u64) {
+    fn add(&self, slot: usize, found: FoundData) {
         let mut list = self.list.lock().expect(NOT_POISONED);
-        list.push((slot, hole_sectors));
+        list.push((slot, found));
         drop(list);
         // The counter cannot overflow: each write adds one.
         let _ = self.event.write(1);
@@ -153,11 +154,11 @@ impl HoleFile {
     fn answer(&self, questions: &Receiver<Question>, answers: &Answers) {
         let answers_right = self.answers_right().unwrap_or(false);
         while let Ok(Question { slot, range }) = questions.recv() {
-            let hole_sectors = match answers_right {
-                true => self.hole_sectors(range).unwrap_or(0),
-                false => 0,
+            let found = match answers_right {
+                true => self.find_data(range, HOLES_ANSWER_TIME).ok(),
+                false => None,
             };
-            answers.add(slot, hole_sectors);
+            answers.add(slot, found.unwrap_or(FoundData::everywhere(range)));
         }
     }
 
@@ -178,17 +179,49 @@ impl HoleFile {
         })
     }
 
-    /// How many sectors are a hole, from the start of `range` on.
-    fn hole_sectors(&self, range: SectorRange) -> io::Result<u64> {
-        let (start, bytes) = (range.start * SECTOR_BYTES, range.bytes());
+    /// Where there is data, from the start of `range` on: as far as it finds out in about this
+    /// time, and in any case up to the end of the first data.
+    fn find_data(&self, range: SectorRange, time: Duration) -> io::Result<FoundData> {
+        let began = Instant::now();
+        let mut found = FoundData::from(range.start);
+        while found.until() < range.end() {
+            let data = self.next_data(found.until())?;
+            let behind_data = match data < range.end() {
+                true => self.next_hole(data)?,
+                false => data,
+            };
+            // A short hole takes no longer to read than to skip.
+            if found.runs().is_empty() || data - found.until() >= HOLE_BYTES_MIN / SECTOR_BYTES {
+                found.hole_until(data.min(range.end()));
+            }
+            found.data_until(behind_data.min(range.end()));
+            if found.runs().len() >= HOLES_PER_ANSWER_MAX || began.elapsed() >= time {
+                break;
+            }
+        }
+        Ok(found)
+    }
+
+    /// The first sector with data, from `sector` on; behind the end of the file all counts as data.
+    fn next_data(&self, sector: u64) -> io::Result<u64> {
         // No operation depends on the position in the file.
-        let data = match seek(&self.file, SeekFrom::Data(start)) {
+        let data = match seek(&self.file, SeekFrom::Data(sector * SECTOR_BYTES)) {
             Ok(data) => data,
             // A hole up to the end of the file, which another program may have cut.
             Err(Errno::NXIO) => seek(&self.file, SeekFrom::End(0))?,
             Err(error) => return Err(error.into()),
         };
-        Ok(data.saturating_sub(start).min(bytes) / SECTOR_BYTES)
+        Ok((data / SECTOR_BYTES).max(sector))
+    }
+
+    /// The first sector behind the data that begins at `sector`.
+    fn next_hole(&self, sector: u64) -> io::Result<u64> {
+        match seek(&self.file, SeekFrom::Hole(sector * SECTOR_BYTES)) {
+            Ok(hole) if hole > sector * SECTOR_BYTES => Ok(hole.div_ceil(SECTOR_BYTES)),
+            // It was data a moment ago, or is behind the end of the file.
+            Ok(_) | Err(Errno::NXIO) => Ok(u64::MAX),
+            Err(error) => Err(error.into()),
+        }
     }
 }
 
@@ -198,6 +231,8 @@ mod tests {
     use std::os::unix::fs::FileExt as _;
 
     use super::*;
+
+    const A_MINUTE: Duration = Duration::from_secs(60);
 
     #[test]
     fn a_hole_ends_at_data_and_at_the_end_of_the_file() {
@@ -211,13 +246,55 @@ mod tests {
         if !file.answers_right().unwrap() {
             return;
         }
-        let hole = |start, count| file.hole_sectors(SectorRange::new(start, count)).unwrap();
         let sectors = |mebibytes: u64| (mebibytes << 20) / SECTOR_BYTES;
-        assert_eq!(hole(0, sectors(64)), sectors(16));
-        assert_eq!(hole(0, 8), 8);
-        assert_eq!(hole(sectors(16), sectors(48)), 0);
-        assert_eq!(hole(sectors(32), sectors(64)), sectors(32));
-        assert_eq!(hole(sectors(70), 8), 0, "behind the end of the file");
+        let data = |start, count| {
+            let range = SectorRange::new(start, count);
+            let found = file.find_data(range, A_MINUTE).unwrap();
+            assert_eq!(found.until(), range.end());
+            found.runs().to_vec()
+        };
+        let island = SectorRange::new(sectors(16), 8);
+        assert_eq!(data(0, sectors(64)), [island]);
+        assert_eq!(data(0, 8), []);
+        assert_eq!(data(sectors(16), sectors(48)), [island]);
+        assert_eq!(data(sectors(16), 4), [SectorRange::new(sectors(16), 4)]);
+        assert_eq!(
+            data(sectors(16) + 4, 4),
+            [SectorRange::new(sectors(16) + 4, 4)]
+        );
+        let behind = |start, count| [SectorRange::new(sectors(start), count)];
+        assert_eq!(data(sectors(32), sectors(64)), behind(64, sectors(32)));
+        assert_eq!(data(sectors(70), 8), behind(70, 8));
+    }
+
+    #[test]
+    fn an_answer_has_a_bound() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64 << 20).unwrap();
+        let places = HOLES_PER_ANSWER_MAX as u64 + 10;
+        for place in 0..places {
+            file.write_all_at(&[1; 4096], place << 17).unwrap();
+        }
+        // The hole before it is short.
+        file.write_all_at(&[1; 4096], 8 << 10).unwrap();
+        let file = HoleFile {
+            file: Arc::new(file.into()),
+            cached: true,
+        };
+        if !file.answers_right().unwrap() {
+            return;
+        }
+        let range = SectorRange::new(0, (64 << 20) / SECTOR_BYTES);
+        let found = file.find_data(range, A_MINUTE).unwrap();
+        assert_eq!(found.runs().len(), HOLES_PER_ANSWER_MAX);
+        let at = |place: u64, count| SectorRange::new((place << 17) / SECTOR_BYTES, count);
+        assert_eq!(found.runs()[..2], [at(0, 24), at(1, 8)]);
+        assert_eq!(found.until(), at(HOLES_PER_ANSWER_MAX as u64 - 1, 8).end());
+        let found = file.find_data(range, Duration::ZERO).unwrap();
+        assert_eq!((found.runs(), found.until()), (&[at(0, 8)][..], 8));
+        let rest = SectorRange::new(8, range.count - 8);
+        let found = file.find_data(rest, Duration::ZERO).unwrap();
+        assert_eq!(found.runs(), [SectorRange::new(16, 8)]);
     }
 
     #[test]
