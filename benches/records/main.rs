@@ -274,12 +274,23 @@ impl Served {
             let synced = File::open(image).and_then(|image| image.sync_all());
             synced.expect("syncing an image");
         }
-        let (queue, memory) = self.client.queues().next().expect("a queue");
-        let mut requests = Requests::new(&row.load, row.disk_bytes, 0, seed);
-        let mut queue = GuestQueue::new(queue, memory, row.load.pattern.len);
-        let start = Instant::now();
-        let window = start..start + time;
-        let latencies = drive(&mut queue, &mut requests, row.load.pattern.depth, &window)?;
-        Ok(latencies.len() as f64 / time.as_secs_f64())
+        let requests = make_requests(&mut self.client, row, time, seed)?;
+        Ok(requests as f64 / time.as_secs_f64())
     }
+}
+
+/// The number of requests that a guest makes in this time.
+fn make_requests(
+    client: &mut Client,
+    row: &Row,
+    time: Duration,
+    seed: u64,
+) -> Result<u64, Interrupted> {
+    let (queue, memory) = client.queues().next().expect("a queue");
+    let mut requests = Requests::new(&row.load, row.disk_bytes, 0, seed);
+    let mut queue = GuestQueue::new(queue, memory, row.load.pattern.len);
+    let start = Instant::now();
+    let window = start..start + time;
+    let latencies = drive(&mut queue, &mut requests, row.load.pattern.depth, &window)?;
+    Ok(latencies.len())
 }

@@ -1,4 +1,5 @@
-//! How long a disk recovers whose daemon was killed with writes in flight all over it.
+//! How long a disk recovers whose daemon was killed with writes in flight all over it, while the
+//! guest does nothing, and while it goes on writing.
 
 use std::fs;
 use std::time::{Duration, Instant};
@@ -13,16 +14,18 @@ use super::disk_plan::{Storage, patterns};
 use super::guest::QUEUE_SIZE;
 use super::interrupt::{self, Interrupted};
 use super::settings::Settings;
-use super::{GIB, Row, Served, load};
+use super::{GIB, Row, Served, load, make_requests};
 
 const DISK_BYTES: u64 = 100 * GIB;
 /// How long to wait for the end of the recovery.
-const LIMIT: Duration = Duration::from_secs(10);
+const LIMIT: Duration = Duration::from_secs(120);
+/// How long the guest writes between two looks at the recovery.
+const LOOK: Duration = Duration::from_millis(100);
 const BLOCK_BYTES: usize = 4096;
 
 pub(crate) fn run(settings: &Settings) -> Result<(), Interrupted> {
-    println!("\n| killed on 3 x 100 GiB | marked | first read | recovered |");
-    println!("| --- | --- | --- | --- |");
+    println!("\n| killed on 3 x 100 GiB | writes | marked | guest | first read | recovered |");
+    println!("| --- | --- | --- | --- | --- | --- |");
     for storage in [Storage::Cache, Storage::Disk] {
         let pattern = patterns()
             .into_iter()
@@ -31,14 +34,17 @@ pub(crate) fn run(settings: &Settings) -> Result<(), Interrupted> {
             load: load(storage, pattern.expect("it is one of the loads")),
             disk_bytes: DISK_BYTES,
         };
-        measure(&row, settings)?;
+        for is_busy in [false, true] {
+            measure(&row, settings, is_busy)?;
+        }
     }
     Ok(())
 }
 
-fn measure(row: &Row, settings: &Settings) -> Result<(), Interrupted> {
+fn measure(row: &Row, settings: &Settings, is_busy: bool) -> Result<(), Interrupted> {
     let mut served = Served::start(row, true, &settings.directory);
-    served.measure(row, 4 * settings.time, 0)?;
+    let time = 4 * settings.time;
+    let written = served.measure(row, time, 0)? * time.as_secs_f64();
     let mut random = Random::from_seed(1);
     let writes: Vec<Request> = (0..32)
         .map(|slot| Request::Write {
@@ -72,17 +78,24 @@ fn measure(row: &Row, settings: &Settings) -> Result<(), Interrupted> {
         state["unrecovered-bytes"].as_u64().expect("a number")
     };
     let marked = unrecovered(&mut monitor);
-    let mut left = marked;
+    let (mut left, mut requests) = (marked, 0);
     while left > 0 && began.elapsed() < LIMIT {
         interrupt::check()?;
-        std::thread::sleep(Duration::from_millis(10));
+        match is_busy {
+            false => std::thread::sleep(Duration::from_millis(10)),
+            true => requests += make_requests(&mut client, row, LOOK, requests)?,
+        }
         left = unrecovered(&mut monitor);
     }
     println!(
-        "| {row} | {} MiB | {:.2} s | {} MiB in {:.2} s |",
+        "| {row} | {written:.0} | {} MiB | {} | {:.2} s | {} MiB in {:.2} s |",
         marked >> 20,
+        match is_busy {
+            false => "idle".to_owned(),
+            true => format!("{:.0} /s", requests as f64 / began.elapsed().as_secs_f64()),
+        },
         first_read.as_secs_f64(),
-        (marked - left) >> 20,
+        marked.saturating_sub(left) >> 20,
         began.elapsed().as_secs_f64()
     );
     drop(client);
