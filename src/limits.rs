@@ -202,7 +202,7 @@ pub const RECOVERY_CHUNKS_IN_FLIGHT_MAX: usize = 32;
 
 /// For how long a recovery takes half of the time for itself, however busy the guest is. Then it is
 /// as slow as any job.
-pub const RECOVERY_HURRIES: Duration = Duration::from_secs(30);
+pub const RECOVERY_PRIORITY: Duration = Duration::from_secs(30);
 
 /// The longest pause that a job makes for the guest, so that the job is never starved.
 pub const JOB_PAUSE_MAX: Duration = Duration::from_secs(1);
@@ -215,8 +215,8 @@ pub const HOLE_BYTES_MAX: u64 = 1 << 30;
 /// waits as long as the answers take.
 pub const HOLE_LOCK_BYTES_MAX: u64 = 64 << 20;
 
-/// How long an answer may take where the file system is slow to say where data begins and ends. It
-/// tells what is known by then: of one run of data at least.
+/// How long an answer may take where the file system is slow to find where data begins and ends.
+/// Then it has what is known, of one run of data at least.
 pub const HOLES_ANSWER_TIME: Duration = Duration::from_millis(2);
 
 /// Runs of data in one answer.

@@ -452,7 +452,7 @@ impl Admin {
     }
 
     /// Has those replicas copied that are stale at the start, and begins the recovery of what an
-    /// unclean end has left: the workers sleep until they are told.
+    /// unclean end has left: until then the workers sleep.
     pub fn begin_jobs(&self) {
         let in_service = self.shared.in_service().iter();
         for replica in in_service.filter(|replica| self.shared.stale_sectors(*replica) > 0) {

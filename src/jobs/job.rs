@@ -17,7 +17,7 @@ use crate::common::SectorRange;
 use crate::common::ranges::RangeSet;
 use crate::limits::{
     FAILED_FLUSHES_MAX, FRAGMENT_BYTES_MAX, JOB_CHUNKS_IN_FLIGHT_MAX, JOB_PAUSE_MAX,
-    RECOVERY_CHUNKS_IN_FLIGHT_MAX, RECOVERY_HURRIES, SECTOR_BYTES,
+    RECOVERY_CHUNKS_IN_FLIGHT_MAX, RECOVERY_PRIORITY, SECTOR_BYTES,
 };
 use crate::quorum::health::Health;
 
@@ -31,7 +31,7 @@ pub(super) struct Job {
     task: Task,
     status: JobStatus,
     speed_bytes: u64,
-    /// When the next chunk may start by the speed limit, or if the job hurries.
+    /// When the next chunk may start by the speed limit, or if the job has priority.
     not_before: Duration,
     /// When the first chunk started that is no flush.
     began: Option<Duration>,
@@ -245,7 +245,7 @@ impl Job {
         let by_job = self.has_room().then_some(self.not_before);
         let ready = if self.speed_bytes > 0 {
             by_job
-        } else if self.hurries(now) {
+        } else if self.has_priority(now) {
             by_job.map(|at| pace.ready_at().map_or(at, |by_pace| at.min(by_pace)))
         } else {
             pace.ready_at()
@@ -267,11 +267,11 @@ impl Job {
 
     /// Whether the guest has to wait for it: soon after the start of the disk a recovery does what
     /// it can.
-    pub(super) fn hurries(&self, now: Duration) -> bool {
+    pub(super) fn has_priority(&self, now: Duration) -> bool {
         matches!(self.task, Task::Recover { .. })
             && self
                 .began
-                .is_none_or(|began| now < began + RECOVERY_HURRIES)
+                .is_none_or(|began| now < began + RECOVERY_PRIORITY)
     }
 
     /// Starts the next chunk, in whole blocks. `None` if a pass of a resync
@@ -395,7 +395,7 @@ impl Job {
     ) -> Option<InFlight> {
         let index = self.in_flight.iter().position(|chunk| chunk.id == id)?;
         let chunk = self.in_flight.swap_remove(index);
-        if self.speed_bytes == 0 && self.hurries(now) && !chunk.is_flush() {
+        if self.speed_bytes == 0 && self.has_priority(now) && !chunk.is_flush() {
             let took = now.saturating_sub(chunk.began);
             self.not_before = self.not_before.max(now + took.min(JOB_PAUSE_MAX));
         }

@@ -340,8 +340,8 @@ impl Jobs {
         let retry = self.next_retry(now, health);
         // In turn, but a recovery and the surroundings of corruption first.
         let surroundings = |job: &Job| job.kind() == JobKind::NeighbourhoodScrub;
-        let hurries = |job: &Job| job.hurries(now);
-        let orders: [&dyn Fn(&Job) -> bool; 2] = [&surroundings, &hurries];
+        let has_priority = |job: &Job| job.has_priority(now);
+        let orders: [&dyn Fn(&Job) -> bool; 2] = [&surroundings, &has_priority];
         for is_first in orders {
             if let Some(turn) = self.jobs.iter().position(is_first) {
                 self.jobs.swap(0, turn);

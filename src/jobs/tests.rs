@@ -1,7 +1,7 @@
 //! When a resync tries again what it could not copy, and how a recovery goes on.
 
 use super::*;
-use crate::limits::RECOVERY_HURRIES;
+use crate::limits::RECOVERY_PRIORITY;
 use crate::quorum::health::{Remembered, WriteEnd};
 
 const COPY: ReplicaIndex = ReplicaIndex(2);
@@ -238,10 +238,10 @@ fn a_recovery_takes_half_of_the_time_at_first_and_then_little() {
     let mut disk = Recovery::new(50_000.0);
     let (mut early, mut late) = (0, 0);
     while let Some(chunk) = disk.next() {
-        if disk.now > 2 * RECOVERY_HURRIES {
+        if disk.now > 2 * RECOVERY_PRIORITY {
             break;
         }
-        match disk.now < RECOVERY_HURRIES {
+        match disk.now < RECOVERY_PRIORITY {
             true => early += 1,
             false => late += 1,
         }
