@@ -273,7 +273,8 @@ impl World {
     /// A write fails for a record. The replicas have written it, if it was begun.
     pub(super) fn note_refused_write(&mut self, pending: &Pending, write: &PendingWrite) {
         if write.submitted_to != 0 && !write.ended {
-            let written = write.succeeded & self.members;
+            // One that was evicted in between need not count.
+            let written = write.succeeded & self.unfailed(write);
             let written = usize::try_from(written.count_ones()).expect("few");
             let success = written >= self.thresholds.least;
             self.note_written(pending.range, write, success);
