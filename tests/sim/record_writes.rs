@@ -36,13 +36,14 @@ fn is_record(operation: &Operation) -> bool {
 /// Three replicas with records, in virtual time.
 struct Disk {
     engine: Engine,
+    shared: Arc<Shared>,
     clock: TurnClock,
     pool: BufferPool,
     effects: Collected,
     waits: Waits,
     waiting: Vec<Operation>,
-    /// The write to the record of this replica fails.
-    failing: Option<ReplicaIndex>,
+    /// The writes to the records of these replicas fail.
+    failing: ReplicaSet,
     requests: u64,
     answers: Vec<bool>,
     evicted: Vec<ReplicaIndex>,
@@ -87,19 +88,20 @@ impl Disk {
         let mut engine = Engine::new(
             WorkerIndex(0),
             policy::plain(votes),
-            shared,
+            shared.clone(),
             its_pool,
             its_clock,
         );
         engine.stop_background();
         Self {
             engine,
+            shared,
             clock,
             pool,
             effects: Collected::default(),
             waits: nothing,
             waiting: Vec::new(),
-            failing: None,
+            failing: ReplicaSet::EMPTY,
             requests: 0,
             answers: Vec::new(),
             evicted: Vec::new(),
@@ -146,7 +148,7 @@ impl Disk {
             self.waiting.push(operation);
             return;
         }
-        let fails = is_record(&operation) && self.failing == Some(operation.replica);
+        let fails = is_record(&operation) && self.failing.contains(operation.replica);
         let result = if fails { Err(Errno(5)) } else { Ok(()) };
         let reply = operation.reply(result);
         self.engine.reply(reply, &mut self.effects);
@@ -162,6 +164,34 @@ impl Disk {
     }
 }
 
+/// Its own record may not say what it misses from now on: those of the others do, before the guest
+/// depends on it.
+#[test]
+fn that_has_failed_evicts_its_replica_before_the_answer() {
+    let mut disk = Disk::new(2);
+    disk.failing = ReplicaSet::from_iter([SLOW]);
+    disk.waits = |operation| is_record(operation) && operation.replica == OTHER;
+    disk.write(HERE);
+    assert!(disk.answers.is_empty(), "only one record is written");
+    disk.resume(nothing);
+    assert_eq!(disk.evicted, [SLOW]);
+    assert_eq!(disk.answers, [true]);
+    let stale_where_changed = |keeper: &Keeper| {
+        assert!(keeper.is_durable());
+        keeper.record().members[SLOW.as_usize()].stale_where_changed
+    };
+    assert_eq!(disk.shared.records(stale_where_changed), Some(true));
+}
+
+#[test]
+fn that_has_failed_on_too_many_replicas_fails_what_needs_it() {
+    let mut disk = Disk::new(2);
+    disk.failing = ReplicaSet::from_iter([OTHER, SLOW]);
+    disk.write(HERE);
+    disk.pass(Duration::from_secs(3));
+    assert_eq!(disk.answers, [false]);
+}
+
 /// The replica is out of service once, and its record is written again when it is back.
 #[test]
 fn that_has_failed_evicts_no_replica_that_has_rejoined_since() {
@@ -174,12 +204,12 @@ fn that_has_failed_evicts_no_replica_that_has_rejoined_since() {
         true => operation.replica == OTHER,
         false => operation.replica == SLOW,
     };
-    disk.failing = Some(SLOW);
+    disk.failing = ReplicaSet::from_iter([SLOW]);
     disk.write(HERE);
     disk.write(ELSEWHERE);
     disk.pass(Duration::from_millis(1500));
     assert_eq!(disk.evicted, [SLOW]);
-    disk.failing = None;
+    disk.failing = ReplicaSet::EMPTY;
     disk.resume(|operation| is_record(operation) && operation.replica == OTHER);
     disk.pass(Duration::from_millis(500));
     assert_eq!(disk.rejoined, [SLOW]);
