@@ -221,7 +221,9 @@ fn an_image_that_is_not_the_missing_replica_is_not_taken_in() {
     let until = |text: &str, happens: &dyn Fn()| {
         happens();
         running.state_when(|state| {
-            let reason = state["replicas"][2]["missing-reason"].as_str();
+            let replica = &state["replicas"][2];
+            assert_eq!(replica["state"], "missing", "it was taken in");
+            let reason = replica["missing-reason"].as_str();
             reason.is_some_and(|reason| reason.contains(text))
         });
     };
