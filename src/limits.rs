@@ -301,6 +301,17 @@ pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);
 
+/// How long the opening of an image waits for the page cache to forget it: much less than
+/// [`OPEN_LIMIT`], because a slow disk may have minutes of writing back to do.
+pub const FORGET_LIMIT: Duration = Duration::from_secs(1);
+
+/// Bytes of an image that the page cache forgets at a time, at least: whole pages of any
+/// size that is usual, and so few that a process that is killed meanwhile ends soon.
+pub const FORGET_BYTES_MIN: u64 = 4 << 20;
+
+/// And in at most about so many calls.
+pub const FORGETS_MAX: u64 = 1 << 16;
+
 /// Samples of an image that are taken anywhere when the images of a new disk are compared, and as
 /// many where some image has data, besides those at its ends.
 pub const FIRST_LOOK_PLACES: usize = 64;

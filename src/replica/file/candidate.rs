@@ -191,8 +191,19 @@ impl Candidate {
     /// Claims and locks the image.
     pub(super) fn lock(&mut self) -> Result<(), OpenError> {
         self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
-        let Locked { locking, stamp } = self.when_free(examine::lock, Opener::lock)?;
+        let Locked {
+            locking,
+            stamp,
+            cache_forgotten,
+        } = self.when_free(examine::lock, Opener::lock)?;
         self.replica.stamp = stamp;
+        if !cache_forgotten {
+            log::warn!(
+                replica:% = self.replica.node_name(), file:% = self.replica.path.display();
+                "the kernel has much of an image to write back; what it could not write before \
+                 may be read from its page cache for some time"
+            );
+        }
         if locking == Locking::Unsupported {
             log::warn!(
                 replica:% = self.replica.node_name(), file:% = self.replica.path.display();

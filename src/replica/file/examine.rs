@@ -5,9 +5,13 @@
 
 use std::fs::{File, FileType, Metadata};
 use std::io::{self, Seek as _, SeekFrom};
+use std::num::NonZeroU64;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileTypeExt as _;
 use std::path::Path;
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::Duration;
 
 use rustix::fs::{Advice, Mode, OFlags, fadvise, fstatfs};
 use serde::{Deserialize, Serialize};
@@ -15,6 +19,7 @@ use serde::{Deserialize, Serialize};
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
 use super::location::Location;
 use super::{ImageIdentity, ImageStamp, OpenOptions, block_device};
+use crate::limits::{FORGET_BYTES_MIN, FORGET_LIMIT, FORGETS_MAX};
 use crate::replica::image_lock::{self, Access, LockError, Locking, Permission};
 
 /// An image that is open.
@@ -142,6 +147,8 @@ pub(super) struct Locked {
     pub(super) locking: Locking,
     /// From then on no other process changes the image.
     pub(super) stamp: Option<ImageStamp>,
+    /// The page cache holds nothing else of the image than what is to be written back.
+    pub(super) cache_forgotten: bool,
 }
 
 /// Locks an open image, without waiting for another process.
@@ -156,18 +163,56 @@ pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locked, Fault> {
         LockError::NotShared(permission) => Fault::NotShared(permission),
         LockError::Io(error) => Fault::Lock(errno(&error)),
     })?;
-    forget_cached(file);
+    let cache_forgotten = forget_cached(file);
     let metadata = file.metadata().map_err(failed(Call::Fstat))?;
     let stamp = ImageStamp::of(&metadata);
-    Ok(Locked { locking, stamp })
+    Ok(Locked {
+        locking,
+        stamp,
+        cache_forgotten,
+    })
 }
 
 /// Takes out of the page cache what need not be written back any more, so that reads show what the
 /// disk holds. The kernel may have failed to write some of it, and have told that to a daemon that
 /// was killed: it tells no other one, and the data would be there until it is not (S5).
-fn forget_cached(file: &File) {
-    // Where it cannot be done there is nothing in the cache, or nothing to be done about it.
-    let _ = fadvise(file, 0, None, Advice::DontNeed);
+///
+/// The kernel begins to write back the rest first, which takes minutes where much of it is to be
+/// written in many places of a slow disk. So this waits only for some time, and returns whether it
+/// is done; a thread goes on.
+fn forget_cached(file: &File) -> bool {
+    // The thread may outlive the use of the image, so it does not share the lock.
+    let own = File::open(format!("/proc/self/fd/{}", file.as_raw_fd()));
+    let Ok(mut own) = own.or_else(|_| file.try_clone()) else {
+        return false;
+    };
+    within(FORGET_LIMIT, move || {
+        let end = own.seek(SeekFrom::End(0)).unwrap_or(0);
+        let part = (end / FORGETS_MAX)
+            .max(1)
+            .next_multiple_of(FORGET_BYTES_MIN);
+        let mut start = 0;
+        // One after the other, so that the process can be killed in between.
+        while start < end {
+            let _ = fadvise(&own, start, NonZeroU64::new(part), Advice::DontNeed);
+            start += part;
+        }
+        // What reaches over the end of a part stayed. Where it cannot be done there is nothing in
+        // the cache, or nothing to be done about it.
+        let _ = fadvise(&own, 0, None, Advice::DontNeed);
+    })
+}
+
+/// Has a thread do the work, and waits for its end, but not longer than this. Returns whether the
+/// work is done.
+fn within(limit: Duration, work: impl FnOnce() + Send + 'static) -> bool {
+    let (working, ended) = channel::<()>();
+    let thread = thread::Builder::new().name("forgets".into());
+    let started = thread.spawn(move || {
+        work();
+        drop(working);
+    });
+    started.is_ok() && ended.recv_timeout(limit) == Err(RecvTimeoutError::Disconnected)
 }
 
 impl Fault {
@@ -271,4 +316,23 @@ fn failed(call: Call) -> impl FnOnce(io::Error) -> Fault {
 
 fn errno(error: &io::Error) -> i32 {
     error.raw_os_error().unwrap_or(libc::EIO)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    #[test]
+    fn what_takes_long_to_write_back_is_not_waited_for() {
+        assert!(within(Duration::from_secs(60), || ()));
+        let (go_on, waits) = channel::<()>();
+        let began = Instant::now();
+        assert!(!within(Duration::from_millis(10), move || {
+            let _ = waits.recv();
+        }));
+        assert!(began.elapsed() < Duration::from_secs(30));
+        drop(go_on);
+    }
 }
