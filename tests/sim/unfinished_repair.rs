@@ -25,6 +25,11 @@ struct Disk {
 
 impl Disk {
     fn new() -> Self {
+        Self::with_workers(1).0
+    }
+
+    /// A disk with the first worker, and the engines of the others.
+    fn with_workers(workers: u16) -> (Self, Vec<Engine>) {
         let policy = Policy {
             rewrite_corrupted: true,
             job_sizes: Sizes {
@@ -33,22 +38,25 @@ impl Disk {
             },
             ..policy::plain(2)
         };
-        let shared = Arc::new(Shared::new(3, 2, 1, 64));
+        let shared = Arc::new(Shared::new(3, 2, workers, 64));
         let clock = TurnClock::default();
-        let engine = Engine::new(
-            WorkerIndex(0),
-            policy,
-            Arc::clone(&shared),
-            BufferPool::default(),
-            clock.clone(),
-        );
-        Self {
-            engine,
-            shared,
-            clock,
+        let engine = |worker| {
+            Engine::new(
+                WorkerIndex(worker),
+                policy.clone(),
+                Arc::clone(&shared),
+                BufferPool::default(),
+                clock.clone(),
+            )
+        };
+        let disk = Self {
+            engine: engine(0),
+            shared: Arc::clone(&shared),
+            clock: clock.clone(),
             now: Duration::ZERO,
             effects: Collected::default(),
-        }
+        };
+        (disk, (1..workers).map(engine).collect())
     }
 
     /// The operations that the engine has submitted since the last call.
@@ -76,9 +84,8 @@ impl Disk {
         self.engine.tick(&mut self.effects);
     }
 
-    /// Has a read find the corrupt replica, and evicts that while it is being repaired. Returns the
-    /// repairing write, which is in flight.
-    fn evict_during_repair(&mut self) -> Operation {
+    /// Has a read find the corrupt replica. Returns the repairing write, which is in flight.
+    fn begin_repair(&mut self) -> Operation {
         self.engine
             .submit(tag(1), GuestRequest::Read(RANGE), &mut self.effects);
         // The first pass, then the read under the lock.
@@ -92,12 +99,20 @@ impl Disk {
             matches!(&repairs[..], [repair] if repair.replica == CORRUPT),
             "{repairs:?}"
         );
-        self.tick(Duration::from_secs(2));
-        assert!(
-            !self.shared.in_service().contains(CORRUPT),
-            "it is not evicted"
-        );
         repairs.remove(0)
+    }
+
+    fn assert_evicted(&self) {
+        let in_service = self.shared.in_service();
+        assert!(!in_service.contains(CORRUPT), "it is not evicted");
+    }
+
+    /// The same, and evicts the replica.
+    fn evict_during_repair(&mut self) -> Operation {
+        let repair = self.begin_repair();
+        self.tick(Duration::from_secs(2));
+        self.assert_evicted();
+        repair
     }
 }
 
@@ -133,5 +148,34 @@ fn is_done_by_a_resync_after_the_replica_has_rejoined() {
             "the repair ended with {result:?}"
         );
         assert_eq!(disk.shared.stale_sectors(CORRUPT), 0);
+    }
+}
+
+/// Another worker has evicted the replica, and this one has not seen it yet.
+#[test]
+fn is_stale_on_a_replica_that_fails_it_after_an_eviction() {
+    for result in [Err(Errno(28)), Ok(())] {
+        let (mut disk, mut others) = Disk::with_workers(2);
+        let repair = disk.begin_repair();
+        let (other, mut effects) = (&mut others[0], Collected::default());
+        let write = GuestRequest::Write {
+            range: SectorRange::new(40, 1),
+            data: BufferPool::default().take(512),
+            durable: false,
+        };
+        other.submit(tag(1), write, &mut effects);
+        for effect in std::mem::take(&mut effects.effects) {
+            if let Effect::Submit(operation) = effect
+                && operation.replica != CORRUPT
+            {
+                other.reply(operation.reply(Ok(())), &mut effects);
+            }
+        }
+        disk.clock.set(Duration::from_secs(2));
+        other.tick(&mut effects);
+        disk.assert_evicted();
+        disk.reply(repair, result);
+        let stale = disk.shared.stale_ranges(CORRUPT);
+        assert!(stale.iter().any(|range| range == RANGE), "{result:?}");
     }
 }

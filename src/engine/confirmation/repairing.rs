@@ -155,14 +155,22 @@ impl Confirmation {
         let write = pending.remove(index);
         let kind = write.kind;
         let began = *began;
+        let was_corrupt = kind == RepairKind::Corrupt;
         let shared = context.shared();
         if kind == RepairKind::Preferred {
             let success = reply.result.is_ok();
             self.preferred_written(reply.replica, range, success, context);
         } else if reply.result.is_ok() {
-            let was_corrupt = kind == RepairKind::Corrupt;
             shared.change_health(|health| {
                 health.repaired(reply.replica, range, began, was_corrupt);
+            });
+        } else {
+            // One that was evicted meanwhile, which this engine has yet to learn, is repaired when
+            // it is back, like one whose reply comes later.
+            shared.change_health(|health| {
+                if !health.in_service().contains(reply.replica) {
+                    health.repair_orphaned(reply.replica, range, was_corrupt);
+                }
             });
         }
         match reply.result {
