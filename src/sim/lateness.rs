@@ -310,3 +310,43 @@ impl World {
             || pending.any(|p| by_request(&p.kind, &p.seen.excused))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::ReplicaIndex;
+    use crate::common::buffer::BufferPool;
+    use crate::common::operation::{Action, Operation, RequestId};
+    use crate::sim::plan::Plan;
+    use crate::sim::random::Random;
+
+    /// A replica that hangs keeps the request of a series in flight from one step to the next.
+    #[test]
+    fn what_has_ended_of_an_earlier_step_of_a_series_does_not_count() {
+        let mut random = Random::new(1);
+        let plan = Plan::new(&mut random);
+        let pools = vec![BufferPool::default(); plan.workers];
+        let mut world = World::new(plan, random, &pools, false);
+        let request = RequestId(0);
+        let operation = |replica| Operation {
+            request,
+            replica: ReplicaIndex(replica),
+            action: Action::Record {
+                offset_bytes: 0,
+                bytes: [].into(),
+            },
+        };
+        world.start_operation(operation(0)).expect("it is allowed");
+        world.took.push(Took {
+            worker: world.input_from,
+            request,
+            replica: 1,
+            time: Duration::from_secs(1),
+            success: true,
+            reads: false,
+        });
+        world.start_operation(operation(1)).expect("it is allowed");
+        assert!(world.took.is_empty());
+        assert_eq!(world.flights.len(), 2);
+    }
+}

@@ -92,7 +92,10 @@ impl World {
         if matches!(operation.action, Action::Flush) && !self.flights.iter().any(of_flush) {
             self.flush_lacks = self.ledger.excused;
         }
-        if !self.flights.iter().any(same) {
+        // The steps of a series of writes to records are one request, and one begins when all of
+        // the step before has ended or was evicted.
+        let is_record = matches!(operation.action, Action::Record { .. });
+        if is_record || !self.flights.iter().any(same) {
             self.took
                 .retain(|took| (took.worker, took.request) != (worker, request));
         }
