@@ -22,9 +22,13 @@ impl World {
 
     /// The daemon ends, and starts again.
     pub(super) fn end(&mut self) -> Checked {
+        // What is known and not recorded yet is recorded by the end, or only by some replicas.
+        let is_recorded = self.may_change_members();
         self.records.is_closed = self.close();
+        self.records.is_cut_short = !is_recorded && !self.records.is_closed;
         let result = self.crash(true);
         self.records.is_closed = false;
+        self.records.is_cut_short = false;
         result
     }
 

@@ -18,6 +18,8 @@ pub(super) struct OldCopy {
     member: Uuid,
     record: File,
     image: SimReplica,
+    /// How many branches had begun when it was made.
+    branches: u64,
 }
 
 impl World {
@@ -40,6 +42,7 @@ impl World {
             member: self.records.member(place)?,
             record: self.records.file(place).clone(),
             image: self.replicas[place].clone(),
+            branches: self.records.branches,
         })
     }
 
@@ -60,6 +63,11 @@ impl World {
         );
         self.statistics.put_back += 1;
         self.records.put_back |= 1 << place;
+        self.records.uncopied |= 1 << place;
+        if old.branches != self.records.branches {
+            // Its record is from a branch that was given up, with what that has gone on to.
+            self.records.left_behind |= 1 << place;
+        }
         *self.records.file_mut(place) = old.record;
         if with_image {
             let mut image = old.image;
@@ -92,5 +100,40 @@ impl World {
     /// The places in a mask.
     pub(super) fn places(mask: u32) -> impl Iterator<Item = usize> {
         bits(u64::from(mask))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::common::buffer::BufferPool;
+    use crate::sim::plan::Plan;
+    use crate::sim::random::Random;
+
+    fn world() -> World {
+        let mut random = Random::new(1);
+        let plan = Plan {
+            replicas: 3,
+            threshold: 2,
+            records: true,
+            follows: false,
+            ..Plan::new(&mut random)
+        };
+        let pools = vec![BufferPool::default(); plan.workers];
+        World::new(plan, random, &pools, false)
+    }
+
+    #[test]
+    fn a_copy_that_is_older_than_a_branch_is_left_behind_by_it() {
+        for branches in [0, 1] {
+            let mut world = world();
+            let mut old = world.copy().expect("a member has a record");
+            old.record = File::default();
+            let bit = 1 << old.place;
+            world.records.branches = branches;
+            world.put_back(old);
+            assert_eq!(world.records.put_back, bit);
+            assert_eq!(world.records.left_behind, bit * u32::from(branches > 0));
+        }
     }
 }

@@ -45,8 +45,15 @@ pub(super) struct Records {
     pub(super) put_back: u32,
     /// The images that a forced start has left behind, and that were not served since: a mask.
     pub(super) left_behind: u32,
+    /// The images that were put back, and that were stale somewhere ever since: a mask.
+    pub(super) uncopied: u32,
+    /// How many starts have begun a branch.
+    pub(super) branches: u64,
     /// The last end was clean.
     pub(super) is_closed: bool,
+    /// The end was to be clean and to record what the records did not say, and the daemon was
+    /// killed meanwhile.
+    pub(super) is_cut_short: bool,
     /// Where a replica that was missing is stale, as its own record says. The others need not say
     /// it before it rejoins.
     found: Masks,
@@ -284,6 +291,7 @@ impl World {
         let member = uuid(&mut self.random);
         self.records.members[place] = Some(member);
         self.records.files[place] = File::default();
+        self.records.uncopied &= !(1 << place);
         let holder = Holder {
             member,
             sequence: 0,

@@ -118,6 +118,9 @@ impl World {
         self.view.refresh(&self.shared, self.plan.disk());
         for replica in self.members() {
             let stale = self.view.stale[replica];
+            if stale == 0 {
+                self.records.uncopied &= !(1 << replica);
+            }
             let excess = stale & !self.staleness.possible[replica];
             if excess != 0 {
                 let text = format!("replica {replica} is fresh on {excess:b}, and counts as stale");
