@@ -1,6 +1,6 @@
 //! S7: the daemon ends while nothing is in flight, flushes all replicas in service, and has the
-//! records say so. Before the next start another program may modify an image (S8): such a replica
-//! is stale everywhere.
+//! records say so. Before the next start another program may modify an image: such a replica is
+//! stale everywhere.
 
 use super::Violation;
 use super::model::Value;
@@ -74,7 +74,7 @@ impl World {
     /// What a start compares.
     pub(super) fn fingerprint(&self, replica: usize) -> Fingerprint {
         Fingerprint {
-            bytes: self.plan.disk().count << 9,
+            bytes: self.plan.disk().bytes(),
             modified_ns: i64::try_from(self.replicas[replica].modified()).expect("few"),
         }
     }

@@ -73,20 +73,15 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::buffer::BufferPool;
     use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     #[test]
     fn a_crash_settles_what_an_image_holds_whose_page_was_dropped() {
-        let mut random = Random::new(1);
-        let plan = Plan {
+        let mut world = World::planned(1, |plan| Plan {
             sectors: 1,
             block_sectors: 1,
-            ..Plan::new(&mut random)
-        };
-        let pools = vec![BufferPool::default(); plan.workers];
-        let mut world = World::new(plan, random, &pools, false);
+            ..plan
+        });
         let value = Value::written(1, 0);
         world.model.write_began(0, value, 3);
         world.model.write_ended(0, value, 4, true, false);

@@ -315,18 +315,12 @@ impl World {
 mod tests {
     use super::*;
     use crate::common::ReplicaIndex;
-    use crate::common::buffer::BufferPool;
     use crate::common::operation::{Action, Operation, RequestId};
-    use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     /// A replica that hangs keeps the request of a series in flight from one step to the next.
     #[test]
     fn what_has_ended_of_an_earlier_step_of_a_series_does_not_count() {
-        let mut random = Random::new(1);
-        let plan = Plan::new(&mut random);
-        let pools = vec![BufferPool::default(); plan.workers];
-        let mut world = World::new(plan, random, &pools, false);
+        let mut world = World::planned(1, |plan| plan);
         let request = RequestId(0);
         let operation = |replica| Operation {
             request,

@@ -106,21 +106,16 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::buffer::BufferPool;
     use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     fn world() -> World {
-        let mut random = Random::new(1);
-        let plan = Plan {
+        World::planned(1, |plan| Plan {
             replicas: 3,
             threshold: 2,
             records: true,
             follows: false,
-            ..Plan::new(&mut random)
-        };
-        let pools = vec![BufferPool::default(); plan.workers];
-        World::new(plan, random, &pools, false)
+            ..plan
+        })
     }
 
     #[test]

@@ -371,16 +371,10 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::buffer::BufferPool;
-    use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     #[test]
     fn what_a_replica_writes_after_its_removal_need_not_be_remembered() {
-        let mut random = Random::new(1);
-        let plan = Plan::new(&mut random);
-        let pools = vec![BufferPool::default(); plan.workers];
-        let mut world = World::new(plan, random, &pools, false);
+        let mut world = World::planned(1, |plan| plan);
         let range = SectorRange::new(0, 1);
         let begun = Preference::new(0, range, 1, (0, [0; PLACES]));
         world.preferences.push(begun);

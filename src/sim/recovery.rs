@@ -266,24 +266,19 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::buffer::BufferPool;
     use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     /// Three replicas after a crash: the last one has lost what the others have written last, which
     /// no flush of the guest covers. `honest`: it has told so. Returns where they may be wrong.
     fn wrong_after_crash(marked: u64, honest: bool) -> Vec<bool> {
-        let mut random = Random::new(1);
-        let plan = Plan {
+        let mut world = World::planned(1, |plan| Plan {
             replicas: 3,
             threshold: 2,
             sectors: 1,
             block_sectors: 1,
             records: true,
-            ..Plan::new(&mut random)
-        };
-        let pools = vec![BufferPool::default(); plan.workers];
-        let mut world = World::new(plan, random, &pools, false);
+            ..plan
+        });
         let value = Value::written(1, 0);
         world.model.write_began(0, value, 3);
         world.model.write_ended(0, value, 4, true, false);

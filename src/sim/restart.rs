@@ -453,14 +453,11 @@ fn missing(place: usize) -> Candidate {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::common::buffer::BufferPool;
     use crate::quorum::health::Wanted;
     use crate::sim::plan::Plan;
-    use crate::sim::random::Random;
 
     fn world(seed: u64, replicas: usize, threshold: usize) -> World {
-        let mut random = Random::new(seed);
-        let plan = Plan {
+        World::planned(seed, |plan| Plan {
             replicas,
             threshold,
             follows: false,
@@ -469,10 +466,8 @@ mod tests {
             records: true,
             forces: false,
             old_copies: false,
-            ..Plan::new(&mut random)
-        };
-        let pools = vec![BufferPool::default(); plan.workers];
-        World::new(plan, random, &pools, false)
+            ..plan
+        })
     }
 
     /// The daemon is killed while it ends and records that the threshold is higher: a replica that

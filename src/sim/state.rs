@@ -574,6 +574,17 @@ impl World {
     }
 }
 
+#[cfg(test)]
+impl World {
+    /// A world of this seed, with what the test changes in its plan.
+    pub(super) fn planned(seed: u64, change: impl FnOnce(Plan) -> Plan) -> Self {
+        let mut random = Random::new(seed);
+        let plan = change(Plan::new(&mut random));
+        let pools = vec![BufferPool::default(); plan.workers];
+        Self::new(plan, random, &pools, false)
+    }
+}
+
 /// A range, for the trace.
 pub(super) fn show(range: SectorRange) -> String {
     format!("{}+{}", range.start, range.count)
