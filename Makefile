@@ -5,7 +5,7 @@ RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
 .PHONY: bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
-.PHONY: fuzz-corpus clean
+.PHONY: fuzz-corpus clean exhaustive
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -30,6 +30,7 @@ test: guest firmware clients lint ## Run every check of the project
 	$(CARGO) test --locked --workspace --no-fail-fast -- --nocapture
 	QUORUM_BLK_TEST_AIO=threads $(CARGO) test --locked --test replicas -- --nocapture
 	$(MAKE) model
+	$(MAKE) exhaustive
 	$(MAKE) sim FIRST=1 SEEDS=$(TEST_SEEDS)
 
 # The same seeds in each `make test`, so that what fails there is what was changed.
@@ -54,6 +55,9 @@ slow-guest: guest ## A guest works for SECONDS=600 on replicas whose flushes tak
 
 model: ## Check every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
+
+exhaustive: ## Check every case of a vote and a flush of up to 8 replicas
+	$(CARGO) test --locked --profile sim --features sim --test exhaustive -- --nocapture
 
 fuzz: ## Fuzz each target for SECONDS=60; TARGET=name: only that one (fuzz/README.md)
 	SECONDS_EACH=$(SECONDS) fuzz/run.sh $(TARGET)

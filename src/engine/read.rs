@@ -12,6 +12,7 @@ use super::stage::Stage;
 use crate::common::operation::{OperationType, Reply};
 use crate::common::report::{Fact, Requester};
 use crate::common::{ReplicaSet, SectorRange};
+use crate::quorum::vote::decisive_votes;
 
 #[derive(Debug)]
 pub(super) struct Read {
@@ -34,7 +35,7 @@ impl Read {
             ReadPattern::Fifo => (voters.iter().take(1).collect(), 1),
             ReadPattern::Quorum => (voters, threshold),
             ReadPattern::Threshold => {
-                let enough = threshold.max(voters.len() / 2 + 1);
+                let enough = decisive_votes(threshold, voters.len());
                 (core.preferred(voters, enough), threshold)
             }
         };
@@ -153,7 +154,7 @@ impl Read {
         let enough = match core.policy.read_pattern {
             ReadPattern::Fifo => 1,
             ReadPattern::Quorum | ReadPattern::Threshold => {
-                core.threshold().max(pass.voters() / 2 + 1)
+                decisive_votes(core.threshold(), pass.voters())
             }
         };
         if !doubtful

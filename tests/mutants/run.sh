@@ -10,7 +10,8 @@
 #
 # `sim` is the random runs of the simulator, for SECONDS_EACH seconds at most; `sim NAME` is the
 # tests of that name in tests/sim; `unit NAME` is the unit tests of that name; `threads NAME` is the
-# tests of that name in tests/replicas, with `--aio threads`.
+# tests of that name in tests/replicas, with `--aio threads`; `exhaustive NAME` is the tests of that
+# name in tests/exhaustive.
 #
 # ONLY='name name' runs only these. The exit status is 1 if a mutant survives.
 set -euo pipefail
@@ -53,8 +54,9 @@ cargo_test() {
 	case $kind in
 	sim) set -- --test sim "$@" -- "${name:-keeps_the_contract}" ;;
 	unit) set -- --lib "$@" -- "$name" ;;
+	exhaustive) set -- --test exhaustive "$@" -- "$name" ;;
 	threads) set -- --test replicas "$@" -- "$name" ;;
-	*) echo "Caught-by: $kind is neither sim, unit nor threads" >&2 && exit 2 ;;
+	*) echo "Caught-by: $kind is none of sim, unit, threads and exhaustive" >&2 && exit 2 ;;
 	esac
 	# A mutant may make a test wait for ever.
 	(cd "$tree" && export QUORUM_BLK_SIM_SECONDS=$seconds QUORUM_BLK_TEST_AIO=threads &&

@@ -72,8 +72,13 @@ fn check(patch: &str, root: &Path) -> Result<(), String> {
         return Err(format!("no sentence: {sentence}"));
     }
     match header("Caught-by")?.split(' ').collect::<Vec<_>>()[..] {
-        ["sim"] | ["sim" | "unit" | "threads", _] => {}
-        _ => return Err("Caught-by: none of sim, sim NAME, unit NAME, threads NAME".to_string()),
+        ["sim"] | ["sim" | "unit" | "threads" | "exhaustive", _] => {}
+        _ => {
+            return Err(
+                "Caught-by: none of sim, sim NAME, unit NAME, threads NAME, exhaustive NAME"
+                    .to_string(),
+            );
+        }
     }
     let read = |path: &str| {
         let text = fs::read_to_string(root.join(path));

@@ -40,7 +40,7 @@ use crate::jobs::ChunkEnd;
 use crate::limits::FAILED_PARTS_MAX;
 use crate::quorum::health::{Disputed, FailureEpoch};
 use crate::quorum::tally::Tally;
-use crate::quorum::vote::{Rule, Verdict, vote};
+use crate::quorum::vote::{Rule, Verdict, decisive_votes, vote};
 
 #[derive(Debug)]
 pub(super) struct Confirmation {
@@ -238,7 +238,7 @@ impl Confirmation {
         };
         let tally = self.replies.tally();
         let (succeeded, waiting) = (tally.succeeded().len(), tally.waiting().len());
-        let enough = threshold.max((succeeded + waiting) / 2 + 1);
+        let enough = decisive_votes(threshold, succeeded + waiting);
         if !self.terms.answers_early || succeeded < enough {
             return None;
         }

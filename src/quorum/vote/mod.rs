@@ -64,6 +64,11 @@ pub enum Rule {
     FirstListed,
 }
 
+/// The votes with which a version wins whatever the others of `voters` replicas hold (R7).
+pub fn decisive_votes(threshold: usize, voters: usize) -> usize {
+    threshold.max(voters / 2 + 1)
+}
+
 impl Verdict {
     /// Votes again on the sectors without a winner: there are more ballots, or they have a vote on
     /// more. A sector that has a winner keeps it. `any_copy`: as in [`vote`].

@@ -2,7 +2,6 @@
 
 use super::*;
 use crate::limits::BAD_SECTOR_RUNS_MAX;
-use proptest::prelude::*;
 
 /// One letter a sector: the version a replica holds; `-` where it may not vote.
 fn bytes_of(pattern: &str) -> Vec<u8> {
@@ -269,46 +268,6 @@ fn evidence_is_of_the_first_corrupt_sector_and_bounded() {
         evidence.winner_digest,
         Digest::from(Sha256::digest([b'a'; SECTOR_LEN]))
     );
-}
-
-fn letter() -> impl Strategy<Value = char> {
-    proptest::sample::select(vec!['a', 'b', 'c', '-'])
-}
-
-proptest! {
-    /// Against counting by hand.
-    #[test]
-    fn agrees_with_a_vote_counted_by_hand(
-        patterns in (1..6usize, 1..8usize).prop_flat_map(|(n, sectors)| {
-            proptest::collection::vec(
-                proptest::collection::vec(letter(), sectors)
-                    .prop_map(|letters| letters.into_iter().collect::<String>()),
-                n,
-            )
-        }),
-        threshold in 1..6usize,
-    ) {
-        let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
-        let (winners, lost) = letters(&patterns, Rule::Threshold(threshold));
-        for sector in 0..patterns[0].len() {
-            let column: Vec<u8> = patterns.iter().map(|p| p.as_bytes()[sector]).collect();
-            let count = |letter: u8| column.iter().filter(|l| **l == letter).count();
-            let place = |letter: u8| column.iter().position(|l| *l == letter);
-            let expected = [b'a', b'b', b'c']
-                .into_iter()
-                .filter(|letter| count(*letter) >= threshold)
-                .max_by_key(|letter| (count(*letter), std::cmp::Reverse(place(*letter))))
-                .unwrap_or(b'?');
-            prop_assert_eq!(winners.as_bytes()[sector], expected);
-            for (replica, letter) in column.iter().enumerate() {
-                let accused = lost.iter().any(|(r, bad)| {
-                    usize::from(*r) == replica && bad.as_bytes()[sector] == b'!'
-                });
-                let lost = expected != b'?' && *letter != b'-' && *letter != expected;
-                prop_assert_eq!(accused, lost);
-            }
-        }
-    }
 }
 
 #[test]
