@@ -14,7 +14,8 @@
 //! asked of a replica does not make it late. [`PATIENCE_MOST`] bounds even that.
 //!
 //! An operation of a job makes a replica late only if the replica has ended nothing at all for
-//! [`LONG_LIMIT`] times the replica timeout.
+//! [`LONG_LIMIT`] times the replica timeout, and while it has a long operation in flight, for as
+//! long as 2. allows a flush.
 //!
 //! Whether a late replica is needed is another question (`Health::is_needed`).
 //!
@@ -295,25 +296,40 @@ impl Lateness {
             return true;
         }
         let seen = &self.seen[replica.as_usize()];
+        let patience = self.patience(out.kind, replica, peers, loads, now);
         if out.kind == Kind::Job {
             // What other workers know has arrived meanwhile.
             let silent = now.saturating_sub(seen.progress_at);
-            return silent >= self.limit(Kind::Job) + self.timeout;
+            return silent >= patience + self.timeout;
         }
+        let counted = now.saturating_sub(asked_at.max(seen.yielded_at));
+        counted >= patience
+    }
+
+    /// How long a replica may have an operation of this kind, given what it has in flight and what
+    /// its peers have recently needed.
+    fn patience(
+        &self,
+        asked: Kind,
+        replica: ReplicaIndex,
+        peers: ReplicaSet,
+        loads: &Loads,
+        now: Duration,
+    ) -> Duration {
         let kind = if loads.has_long(replica) {
             Kind::Flush
         } else {
-            out.kind
+            asked
         };
         let limit = self.limit(kind);
         let peers = peers.iter().filter(|peer| *peer != replica);
         let recent = |peer: ReplicaIndex, kind: Kind| {
-            self.longest[kind as usize][peer.as_usize()].recent(now, self.window())
+            let longest = self.longest.get(kind as usize);
+            longest.map(|longest| longest[peer.as_usize()].recent(now, self.window()))
         };
-        let longest = peers.map(|peer| recent(peer, kind).max(recent(peer, out.kind)));
-        let twice = longest.max().unwrap_or_default() * 2;
-        let counted = now.saturating_sub(asked_at.max(seen.yielded_at));
-        counted >= twice.clamp(limit, limit * MOST)
+        let longest = peers.map(|peer| recent(peer, kind).max(recent(peer, asked)));
+        let twice = longest.max().flatten().unwrap_or_default() * 2;
+        twice.clamp(limit, limit * MOST)
     }
 
     /// Whether a request of the guest waits for a replica longer than the limit of its kind,
@@ -544,5 +560,21 @@ mod tests {
         assert_eq!(disk.late(&scrub, 15), ReplicaSet::EMPTY);
         assert!(disk.lateness.wants_news(&scrub, seconds(115)));
         assert_eq!(disk.late(&scrub, 16), set(&[C]));
+    }
+
+    /// The first flush after a power cut may take long, and nothing else is asked meanwhile.
+    #[test]
+    fn the_flush_of_a_job_may_take_as_long_as_one_of_the_guest() {
+        let mut disk = Disk::new();
+        let flush = out(Kind::Job, &[A, B]);
+        disk.loads.long_begins(C);
+        let (all, now) = (ReplicaSet::first(3), seconds(100));
+        disk.lateness.look(all, &disk.loads, |_| 1, now);
+        disk.lateness.look(all, &disk.loads, |_| 0, now);
+        assert_eq!(disk.late(&flush, 11), set(&[C]), "others need no time");
+        let lateness = &mut disk.lateness;
+        lateness.observe(Kind::Flush, B, seconds(20), seconds(120));
+        assert_eq!(disk.late(&flush, 40), ReplicaSet::EMPTY);
+        assert_eq!(disk.late(&flush, 41), set(&[C]), "twice as long as B");
     }
 }
