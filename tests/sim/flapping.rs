@@ -1,18 +1,15 @@
 //! A replica that is evicted again and again rejoins later each time (W6).
 
-use std::collections::BTreeMap;
-use std::sync::Arc;
 use std::time::Duration;
 
-use quorum_blk::common::buffer::BufferPool;
-use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::Report;
-use quorum_blk::common::{Errno, ReplicaIndex, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
-use quorum_blk::limits::{FLAPPING_EVICTIONS, SECTOR_BYTES};
-use quorum_blk::sim::effects::{Collected, Effect, tag};
+use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
+use quorum_blk::engine::Shared;
+use quorum_blk::limits::FLAPPING_EVICTIONS;
 use quorum_blk::sim::policy;
+
+use super::small_disk::{self, Replicas};
 
 const GOOD: ReplicaIndex = ReplicaIndex(0);
 const SLOW: ReplicaIndex = ReplicaIndex(1);
@@ -22,143 +19,82 @@ const ELSEWHERE: SectorRange = SectorRange { start: 9, count: 1 };
 /// Longer than anything here may take.
 const END: Duration = Duration::from_secs(3600);
 
-/// Three replicas, in virtual time.
-struct Disk {
-    engine: Engine,
-    shared: Arc<Shared>,
-    pool: BufferPool,
-    clock: TurnClock,
-    effects: Collected,
-    /// What the replicas that hang have not answered.
-    hung: BTreeMap<ReplicaIndex, Vec<Operation>>,
-    /// The next write of this replica fails.
+/// Three replicas.
+#[derive(Default)]
+struct Three {
+    /// These answer nothing.
+    hang: ReplicaSet,
+    /// The next write of this one fails.
     failing: Option<ReplicaIndex>,
-    /// For how long [`FLAPPING`] was last said to be kept out.
-    kept_out: Option<Duration>,
-    requests: u64,
 }
 
-impl Disk {
-    fn new(threshold: usize) -> Self {
-        let shared = Arc::new(Shared::new(3, threshold, 1, 64));
-        let (pool, clock) = (BufferPool::default(), TurnClock::default());
-        let policy = policy::plain(threshold);
-        let (its_shared, its_clock) = (Arc::clone(&shared), clock.clone());
-        Self {
-            engine: Engine::new(WorkerIndex(0), policy, its_shared, pool.clone(), its_clock),
-            shared,
-            pool,
-            clock,
-            effects: Collected::default(),
-            hung: BTreeMap::new(),
-            failing: None,
-            kept_out: None,
-            requests: 0,
-        }
-    }
-
-    fn write(&mut self, range: SectorRange) {
-        self.requests += 1;
-        let len = range.count * SECTOR_BYTES;
-        let data = self.pool.take(usize::try_from(len).unwrap());
-        let write = GuestRequest::Write {
-            range,
-            data,
-            durable: false,
-        };
-        self.engine
-            .submit(tag(self.requests), write, &mut self.effects);
-        self.run();
-    }
-
-    /// The replicas do what they are asked for, except for those that hang.
-    fn run(&mut self) {
-        while !self.effects.effects.is_empty() {
-            for effect in std::mem::take(&mut self.effects.effects) {
-                match effect {
-                    Effect::Submit(operation) => self.serve(operation),
-                    Effect::Report(Report::KeptOut { replica, time }) => {
-                        assert_eq!(replica, FLAPPING);
-                        self.kept_out = Some(time);
-                    }
-                    _ => {}
-                }
-            }
-        }
-    }
-
-    fn serve(&mut self, operation: Operation) {
+impl Replicas for Three {
+    fn serve(&mut self, operation: &mut Operation, _: &Shared) -> Option<Result<(), Errno>> {
         let replica = operation.replica;
-        if let Some(hung) = self.hung.get_mut(&replica) {
-            hung.push(operation);
-            return;
+        if self.hang.contains(replica) {
+            return None;
         }
-        let fails =
-            matches!(operation.action, Action::Write { .. }) && self.failing == Some(replica);
-        let result = if fails { Err(Errno(5)) } else { Ok(()) };
-        self.failing = self.failing.filter(|_| !fails);
-        self.engine
-            .reply(operation.reply(result), &mut self.effects);
+        let writes = matches!(operation.action, Action::Write { .. });
+        let fails = self
+            .failing
+            .take_if(|failing| writes && *failing == replica);
+        Some(fails.map_or(Ok(()), |_| Err(Errno(5))))
     }
+}
 
-    fn hangs(&mut self, replica: ReplicaIndex) {
-        self.hung.insert(replica, Vec::new());
+type Disk = small_disk::Disk<Three>;
+
+fn disk(threshold: usize) -> Disk {
+    let shared = Shared::new(3, threshold, 1, 64);
+    Disk::new(shared, policy::plain(threshold), Three::default())
+}
+
+fn is_in_service(disk: &Disk, replica: ReplicaIndex) -> bool {
+    disk.shared.in_service().contains(replica)
+}
+
+/// Lets time pass until a replica is in service, or is not. Returns how long that took.
+fn wait_until_in_service(disk: &mut Disk, replica: ReplicaIndex, wanted: bool) -> Duration {
+    let began = disk.clock.now();
+    while is_in_service(disk, replica) != wanted {
+        disk.tick_at_deadline();
+        let now = disk.clock.now();
+        assert!(now < END, "{replica:?} in service: {}", !wanted);
     }
+    disk.clock.now() - began
+}
 
-    /// It has done what it was asked for, and hangs with what comes next.
-    fn catches_up(&mut self, replica: ReplicaIndex) {
-        let hung = self.hung.get_mut(&replica).expect("it hangs");
-        for operation in std::mem::take(hung) {
-            self.engine
-                .reply(operation.reply(Ok(())), &mut self.effects);
+/// Has the replica evicted, after which it answers at once.
+fn evict(disk: &mut Disk) {
+    disk.replicas.hang.insert(FLAPPING);
+    disk.write(RANGE, 1);
+    disk.reports.clear();
+    wait_until_in_service(disk, FLAPPING, false);
+    disk.catch_up(FLAPPING);
+    disk.replicas.hang.remove(FLAPPING);
+}
+
+/// For how long [`FLAPPING`] is kept out since its last eviction.
+fn kept_out(disk: &Disk) -> Duration {
+    let time = |report: &Report| match report {
+        Report::KeptOut { replica, time } => {
+            assert_eq!(*replica, FLAPPING);
+            Some(*time)
         }
-        self.run();
-    }
-
-    fn answers_again(&mut self, replica: ReplicaIndex) {
-        self.catches_up(replica);
-        self.hung.remove(&replica);
-    }
-
-    fn is_in_service(&self, replica: ReplicaIndex) -> bool {
-        self.shared.in_service().contains(replica)
-    }
-
-    /// Lets time pass until a replica is in service, or is not. Returns how long that took.
-    fn wait_until_in_service(&mut self, replica: ReplicaIndex, wanted: bool) -> Duration {
-        let began = self.clock.now();
-        while self.is_in_service(replica) != wanted {
-            let deadline = self.engine.deadline().expect("something is to happen");
-            self.clock.set(deadline.max(self.clock.now()));
-            assert!(
-                self.clock.now() < END,
-                "{replica:?} in service: {}",
-                !wanted
-            );
-            self.engine.tick(&mut self.effects);
-            self.run();
-        }
-        self.clock.now() - began
-    }
-
-    /// Has the replica evicted, after which it answers at once.
-    fn evict(&mut self) {
-        self.hangs(FLAPPING);
-        self.write(RANGE);
-        self.kept_out = None;
-        self.wait_until_in_service(FLAPPING, false);
-        self.answers_again(FLAPPING);
-    }
+        _ => None,
+    };
+    let mut times = disk.reports.iter().rev();
+    times.find_map(time).unwrap_or_default()
 }
 
 #[test]
 fn keeps_a_replica_out_for_longer_and_longer() {
-    let mut disk = Disk::new(2);
+    let mut disk = disk(2);
     let mut out = Vec::new();
     for _ in 0..FLAPPING_EVICTIONS + 3 {
-        disk.evict();
-        let took = disk.wait_until_in_service(FLAPPING, true);
-        let told = disk.kept_out.unwrap_or_default();
+        evict(&mut disk);
+        let took = wait_until_in_service(&mut disk, FLAPPING, true);
+        let told = kept_out(&disk);
         let latest = told + Duration::from_secs(1);
         assert!(
             (told..latest).contains(&took),
@@ -172,19 +108,19 @@ fn keeps_a_replica_out_for_longer_and_longer() {
 #[test]
 fn keeps_no_replica_out_while_another_is_late_and_needed() {
     let long = Duration::from_secs(60);
-    let mut disk = Disk::new(1);
-    disk.evict();
-    while disk.kept_out.unwrap_or_default() < long {
-        disk.wait_until_in_service(FLAPPING, true);
-        disk.evict();
+    let mut disk = disk(1);
+    evict(&mut disk);
+    while kept_out(&disk) < long {
+        wait_until_in_service(&mut disk, FLAPPING, true);
+        evict(&mut disk);
     }
-    disk.failing = Some(GOOD);
-    disk.hangs(SLOW);
-    disk.write(ELSEWHERE);
-    disk.catches_up(SLOW);
+    disk.replicas.failing = Some(GOOD);
+    disk.replicas.hang.insert(SLOW);
+    disk.write(ELSEWHERE, 1);
+    disk.catch_up(SLOW);
     // Only the slow replica holds this write. It answers no more.
-    disk.write(RANGE);
-    let took = disk.wait_until_in_service(FLAPPING, true);
-    assert!(disk.is_in_service(SLOW), "it is needed");
+    disk.write(RANGE, 1);
+    let took = wait_until_in_service(&mut disk, FLAPPING, true);
+    assert!(is_in_service(&disk, SLOW), "it is needed");
     assert!(took < long / 2, "it is kept out for {took:?}");
 }

@@ -19,6 +19,7 @@ mod range_sets;
 mod record_writes;
 mod shared_flush;
 mod slow_replica;
+mod small_disk;
 mod unclean_end;
 mod unfinished_repair;
 mod unreadable_blocks;
