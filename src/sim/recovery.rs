@@ -59,14 +59,13 @@ impl World {
             // What was given up may be anything (W11).
             let lied =
                 before.corrupt[replica] | before.falsely_durable[replica] | before.lost_by_crash;
-            // After a kill the page cache may have lost what a doubtful copy had.
+            // After a kill the page cache may have lost what a doubtful copy had. Like one that
+            // has lied, it may win where none is better (S5).
             if lied & bit == 0 && (is_fresh || !killed) {
                 let text = format!("replica {replica} holds {value} of {sector}, and may vote");
                 return Err(Violation::new("S2", text).at(bit));
             }
-            if lied & bit != 0 {
-                self.ledger.corrupt[replica] |= bit;
-            }
+            self.ledger.corrupt[replica] |= bit;
         }
         if versions.len() > 1 {
             let lies = |replica: usize| {
@@ -294,6 +293,30 @@ mod tests {
             .members()
             .map(|replica| world.ledger.wrong(replica) != 0);
         wrong.collect()
+    }
+
+    /// A flush has failed on the only replica, which has lost what was written before it: the
+    /// daemon was killed after it had heard of that, or the host has crashed.
+    #[test]
+    fn a_doubtful_copy_may_be_wrong_after_a_kill() {
+        for killed in [false, true] {
+            let mut world = World::planned(1, |plan| Plan {
+                replicas: 1,
+                sectors: 1,
+                block_sectors: 1,
+                ..plan
+            });
+            let written = Value::written(1, 0);
+            world.model.write_began(0, written, 3);
+            world.model.write_ended(0, written, 4, true, true);
+            world.model.killed(5);
+            world.now = 6;
+            world.ledger.excused[0] = 1;
+            let before = Ledger::default();
+            let checked = world.check_after_crash(0, &before, (&Masks::default(), killed), 1);
+            assert_eq!(checked.is_ok(), killed);
+            assert_eq!(world.ledger.corrupt[0], u64::from(killed));
+        }
     }
 
     #[test]
