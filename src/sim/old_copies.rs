@@ -70,15 +70,24 @@ impl World {
         }
         *self.records.file_mut(place) = old.record;
         if with_image {
-            let mut image = old.image;
-            image.grow(self.changed_at.len());
-            image.crash(0);
-            self.replicas[place] = image;
-            self.ledger.any = true;
-            for mask in self.ledger.of_image(place) {
-                *mask = 0;
-            }
+            self.put_image_back(place, old.image);
         }
+    }
+
+    /// Where the disk has grown, and no record says so yet, an image that is put back is not stale.
+    /// There it is as corrupt as it was.
+    fn put_image_back(&mut self, place: usize, mut image: SimReplica) {
+        image.grow(self.changed_at.len());
+        image.crash(0);
+        let rotten = |sector: &usize| image.value(*sector).is_rotten();
+        let rotten = (0..self.changed_at.len()).filter(rotten);
+        let rotten = rotten.fold(0, |mask, sector| mask | 1 << sector);
+        self.replicas[place] = image;
+        self.ledger.any = true;
+        for mask in self.ledger.of_image(place) {
+            *mask = 0;
+        }
+        self.ledger.corrupt[place] = rotten;
     }
 
     /// As long as a copy that was put back is not served: which other images know the newest table,
@@ -106,6 +115,7 @@ impl World {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::sim::model::Value;
     use crate::sim::plan::Plan;
 
     fn world() -> World {
@@ -116,6 +126,16 @@ mod tests {
             follows: false,
             ..plan
         })
+    }
+
+    #[test]
+    fn a_copy_is_as_corrupt_as_its_image_was() {
+        let mut world = world();
+        let mut image = world.replicas[1].clone();
+        image.rot(3, Value::rotten(1));
+        world.ledger.corrupt[1] = 1 << 4;
+        world.put_image_back(1, image);
+        assert_eq!(world.ledger.corrupt[1], 1 << 3);
     }
 
     #[test]
