@@ -56,6 +56,11 @@ impl World {
                 if self.ledger.wrong(*replica) & bit != 0 {
                     continue;
                 }
+                if self.hides_a_hole(*replica, sector) {
+                    // It has lied about a flush, and was found to be equal to other holes.
+                    self.mark_corrupt(*replica, bit);
+                    continue;
+                }
                 let value = self.replicas[*replica].value(sector);
                 if *winner.get_or_insert(value) != value {
                     let text = format!("{sector} is decided, and still differs: {value}");

@@ -367,17 +367,23 @@ impl World {
         self.votes(sector).0 >= self.threshold
     }
 
+    /// Whether a page that was not written back, and that is wrong or was said to be flushed, hides
+    /// a hole (W8).
+    pub(super) fn hides_a_hole(&self, replica: usize, sector: usize) -> bool {
+        let is_lost = self.replicas[replica].lost() >> sector & 1 == 1;
+        let lied = self.ledger.wrong(replica) | self.ledger.falsely_durable[replica];
+        self.plan.asks_for_holes()
+            && is_lost
+            && lied >> sector & 1 == 1
+            && self.replicas[replica].is_hole(sector)
+    }
+
     /// The sectors in which replicas differ, if each sector of their block has a winner. Not those
-    /// where the page of a corrupt write that was not written back hides a hole (W8).
+    /// where a page hides a hole.
     fn sectors_that_differ(&self) -> Vec<usize> {
         let hides_a_hole = |sector: usize| {
             let mut members = self.members();
-            self.plan.asks_for_holes()
-                && members.any(|replica| {
-                    let is_lost = self.replicas[replica].lost() >> sector & 1 == 1;
-                    let is_wrong = self.ledger.wrong(replica) >> sector & 1 == 1;
-                    is_lost && is_wrong && self.replicas[replica].is_hole(sector)
-                })
+            members.any(|replica| self.hides_a_hole(replica, sector))
         };
         let differs = |sector: &usize| {
             let (most, voters) = self.votes(*sector);
