@@ -137,6 +137,12 @@ impl Core {
         errors.find(|errors| errors.request == request)
     }
 
+    /// Whether a replica had no space left for what the request has asked of it.
+    pub(super) fn had_no_space(&self, request: RequestId) -> bool {
+        let errors = self.errors_of(request);
+        errors.is_some_and(|errors| errors.no_space)
+    }
+
     /// What the guest waits for, although its requests are retired.
     pub(super) fn unanswered(&self) -> usize {
         self.flushes.unanswered() + self.withheld.answers()
@@ -317,8 +323,20 @@ impl<E: Effects> Context<'_, E> {
         operation: OperationType,
         range: SectorRange,
     ) -> Failed {
+        let no_space = self.core.had_no_space(self.id);
+        self.report_failed(requester, operation, range, no_space)
+    }
+
+    /// The same. `no_space`: a replica had no space left for it.
+    #[cold]
+    pub(super) fn report_failed(
+        &mut self,
+        requester: Requester,
+        operation: OperationType,
+        range: SectorRange,
+        no_space: bool,
+    ) -> Failed {
         let errors = self.core.errors_of(self.id);
-        let no_space = errors.is_some_and(|errors| errors.no_space);
         self.effects.report(Report::Failure {
             operation,
             range,

@@ -74,6 +74,8 @@ struct Answer {
     memory: u64,
     /// How many writes had a quorum then.
     counted: u64,
+    /// A replica had no space left for it.
+    no_space: bool,
 }
 
 #[derive(Debug)]
@@ -180,12 +182,14 @@ impl<E: Effects> Context<'_, E> {
     fn withhold(&mut self, tag: Tag, request: (OperationType, SectorRange), content: Content) {
         let (memory, _) = self.core.shared.memory();
         let counted = self.core.shared.health(Health::counted_writes);
+        let no_space = self.core.had_no_space(self.id);
         self.core.withheld.answers.push(Answer {
             tag,
             request,
             content,
             memory,
             counted,
+            no_space,
         });
         self.core.have_remembered();
     }
@@ -216,7 +220,9 @@ impl<E: Effects> Context<'_, E> {
             .collect();
         for answer in lost {
             let (operation, range) = answer.request;
-            let failed = self.report_failure(Requester::Guest, operation, range);
+            let for_record = self.core.had_no_space(self.id);
+            let no_space = answer.no_space || for_record;
+            let failed = self.report_failed(Requester::Guest, operation, range, no_space);
             let is_flushed = matches!(answer.content, Content::Flushed(_));
             let by_flush = is_flushed || operation == OperationType::Flush;
             let failed = Failed { by_flush, ..failed };

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use quorum_blk::common::operation::{Action, Operation};
+use quorum_blk::common::report::Report;
 use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use quorum_blk::engine::Shared;
 use quorum_blk::record::Keeper;
@@ -33,6 +34,8 @@ struct Three {
     waits: Waits,
     /// The writes to the records of these replicas fail.
     failing: ReplicaSet,
+    /// There is no space for the data of these.
+    full: ReplicaSet,
 }
 
 impl Replicas for Three {
@@ -40,8 +43,15 @@ impl Replicas for Three {
         if (self.waits)(operation) {
             return None;
         }
-        let fails = is_record(operation) && self.failing.contains(operation.replica);
-        Some(if fails { Err(Errno(5)) } else { Ok(()) })
+        let replica = operation.replica;
+        let writes = matches!(operation.action, Action::Write { .. });
+        Some(if is_record(operation) && self.failing.contains(replica) {
+            Err(Errno(libc::EIO))
+        } else if writes && self.full.contains(replica) {
+            Err(Errno(libc::ENOSPC))
+        } else {
+            Ok(())
+        })
     }
 }
 
@@ -61,6 +71,7 @@ fn disk(threshold: u8) -> Disk {
     let replicas = Three {
         waits: nothing,
         failing: ReplicaSet::EMPTY,
+        full: ReplicaSet::EMPTY,
     };
     let mut disk = Disk::new(shared, policy::plain(votes), replicas);
     disk.engine.stop_background();
@@ -99,6 +110,25 @@ fn that_has_failed_on_too_many_replicas_fails_what_needs_it() {
     disk.write(HERE, 1);
     disk.wait(Duration::from_secs(3));
     assert_eq!(disk.answers, [false]);
+}
+
+/// Such a request is held with `--werror enospc`, also if it is for another reason that it fails.
+#[test]
+fn that_has_failed_does_not_hide_that_there_was_no_space_for_the_data() {
+    for full in [ReplicaSet::EMPTY, ReplicaSet::from_iter([SLOW])] {
+        let mut disk = disk(2);
+        disk.write(HERE, 1);
+        disk.replicas.full = full;
+        disk.replicas.failing = ReplicaSet::from_iter([OTHER, SLOW]);
+        disk.write(if full.is_empty() { ELSEWHERE } else { HERE }, 1);
+        disk.wait(Duration::from_secs(3));
+        assert_eq!(disk.answers, [true, false]);
+        let no_space = disk.reports.iter().find_map(|report| match report {
+            Report::Failure { no_space, .. } => Some(*no_space),
+            _ => None,
+        });
+        assert_eq!(no_space, Some(!full.is_empty()));
+    }
 }
 
 /// The replica is out of service once, and its record is written again when it is back.
