@@ -419,7 +419,12 @@ impl<'a> Planner<'a> {
             images.map(|image| self.name(image.member)).collect()
         };
         let modified: Vec<String> = of(Why::Modified);
-        if !modified.is_empty() {
+        // Would it help to undo that?
+        let unmodified = (0..images.len()).filter(|place| {
+            let recorded = self.recorded(*place);
+            images[*place].why == Why::Modified && recorded.is_some_and(Why::votes)
+        });
+        if !modified.is_empty() && voting.len() + unmodified.count() >= votes {
             let fresh = self.recorded_as_fresh().into_iter();
             let fresh = fresh.filter(|place| images[*place].why == Why::Modified);
             return Err(Refusal::Modified {

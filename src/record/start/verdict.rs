@@ -51,7 +51,14 @@ impl Verdict {
     /// Whether it may vote somewhere. A doubtful copy does where fewer than the vote threshold are
     /// fresh (W7).
     pub fn votes(&self) -> bool {
-        matches!(self.why, Why::Fresh | Why::MissedChanges | Why::Doubtful)
+        self.why.votes()
+    }
+}
+
+impl Why {
+    /// As [`Verdict::votes`].
+    pub(super) fn votes(self) -> bool {
+        matches!(self, Self::Fresh | Self::MissedChanges | Self::Doubtful)
     }
 }
 

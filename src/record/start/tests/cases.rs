@@ -247,6 +247,17 @@ fn an_image_that_another_program_has_modified_is_stale() {
         whys(&adopted),
         [Why::NotAdopted, Why::Fresh, Why::NotAdopted]
     );
+    // Where undoing it would not help the refusal does not say so.
+    for image in &mut images {
+        for member in &mut read(image).record.members[1..] {
+            member.stale = Stale::All;
+        }
+    }
+    let refused = line(&images, &options());
+    assert!(
+        refused.starts_with("1 of 2 needed replicas can be used; 'b.raw': modified"),
+        "{refused}"
+    );
     assert_eq!(
         line(&images, &adopting("x.raw")),
         "--adopt 'x.raw': no image of this name has a record"
