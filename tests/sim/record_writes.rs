@@ -84,6 +84,19 @@ fn resume(disk: &mut Disk, waits: Waits) {
     disk.resume();
 }
 
+/// A replica has missed a write: after a power cut it must not vote there.
+#[test]
+fn that_has_to_say_what_a_replica_has_missed_comes_before_the_answer() {
+    let mut disk = disk(2);
+    disk.write(HERE, 1);
+    disk.replicas.full = ReplicaSet::from_iter([SLOW]);
+    disk.replicas.waits = is_record;
+    disk.write(HERE, 2);
+    assert_eq!(disk.answers, [true], "the first one");
+    resume(&mut disk, nothing);
+    assert_eq!(disk.answers, [true; 2]);
+}
+
 /// Its own record may not say what it misses from now on: those of the others do, before the guest
 /// depends on it.
 #[test]
