@@ -93,8 +93,9 @@ pub fn decide(candidates: &[Candidate], options: &Options) -> Result<Decision, R
 /// What an image is that could not be opened before, or was added to the command line, and that may
 /// become active again in a disk that is served. `running` is the record of an active replica.
 pub fn take_in(running: &Read, returning: &Candidate) -> Result<Verdict, Refusal> {
+    let member = running.record.member(running.record.replica);
     let of_running = Candidate {
-        node_name: String::new(),
+        node_name: member.map_or_else(String::new, |member| member.node_name.clone()),
         path: PathBuf::new(),
         image: Ok(Found {
             fingerprint: running.record.image,

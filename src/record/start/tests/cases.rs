@@ -184,6 +184,11 @@ fn a_forced_start_begins_a_branch_and_leaves_the_others_behind() {
         )
     );
     assert!(decide(&images[1..], &options()).is_ok());
+    let running = read(&mut images[1]).clone();
+    let refused = take_in(&running, &images[0]).unwrap_err().to_string();
+    for side in ["'b.raw' with epoch 2", "'a.raw' with epoch 2"] {
+        assert!(refused.contains(side), "{refused}");
+    }
     let adopted = start(&images, &adopting("c.raw"));
     let expected = [
         Why::NotAdopted,
