@@ -45,8 +45,7 @@ fn boot(firmware: Firmware, question: &str) -> (String, String) {
     let console = guest.console_log();
     guest.poweroff();
     assert_eq!(daemon.terminate().code(), Some(0), "{}", daemon.log());
-    let mut voted = events.all_until_closed();
-    voted.retain(|event| !event["event"].as_str().expect("a name").contains("JOB_"));
+    let voted = events.all_but_jobs();
     assert!(!voted.is_empty());
     for event in voted {
         assert_eq!(event["event"], "QUORUM_REPORT_BAD", "{event}");

@@ -414,22 +414,18 @@ impl<'a> Planner<'a> {
         if voting.len() >= votes || has_truth && there.count() >= votes {
             return Ok(());
         }
-        let of = |why| {
-            let images = images.iter().filter(move |image| image.why == why);
-            images.map(|image| self.name(image.member)).collect()
-        };
-        let modified: Vec<String> = of(Why::Modified);
-        // Would it help to undo that?
-        let unmodified = (0..images.len()).filter(|place| {
+        // Those that would vote if what another program has modified were undone.
+        let hindered = (0..images.len()).filter(|place| {
             let recorded = self.recorded(*place);
             images[*place].why == Why::Modified && recorded.is_some_and(Why::votes)
         });
-        if !modified.is_empty() && voting.len() + unmodified.count() >= votes {
+        if voting.len() + hindered.count() >= votes {
+            let modified = images.iter().filter(|image| image.why == Why::Modified);
             let fresh = self.recorded_as_fresh().into_iter();
             let fresh = fresh.filter(|place| images[*place].why == Why::Modified);
             return Err(Refusal::Modified {
                 up_to_date: fresh.map(|place| self.name(images[place].member)).collect(),
-                names: modified,
+                names: modified.map(|image| self.name(image.member)).collect(),
                 voting: voting.len(),
                 votes,
             });
