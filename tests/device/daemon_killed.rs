@@ -205,9 +205,6 @@ impl Soak {
         arguments.extend(["--num-queues".into(), QUEUES.to_string().into()]);
         // On a busy machine a replica may be slow, and must not be evicted for it.
         arguments.extend(["--replica-timeout".into(), "60000".into()]);
-        if let Ok(text) = env::var("XOPT") {
-            arguments.extend(text.split_whitespace().map(Into::into));
-        }
         let mut daemon = Daemon::start_with_records(directory.path(), arguments);
         // Each round starts one.
         assert!(daemon.terminate().success());
