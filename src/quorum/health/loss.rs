@@ -58,8 +58,7 @@ impl Health {
     /// If it cannot be removed whatever is lost.
     pub fn loss_of(&self, replica: ReplicaIndex) -> Result<Loss, NotRemoved> {
         let threshold = self.check_number_without(replica)?;
-        let mut others = self.members;
-        others.remove(replica);
+        let others = self.left_without(replica);
         let state = &self.replicas[replica.as_usize()];
         let mut loss = Loss::default();
         let of_others = others.iter().flat_map(|other| {

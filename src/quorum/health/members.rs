@@ -87,8 +87,7 @@ impl Health {
     /// Why it cannot.
     pub fn check_removal(&self, replica: ReplicaIndex) -> Result<(), NotRemoved> {
         let threshold = self.check_number_without(replica)?;
-        let mut others = self.members;
-        others.remove(replica);
+        let others = self.left_without(replica);
         // The replica may hold the newest data where it is stale: a failed flush may have lost
         // nothing. Where too few other replicas are fresh it must stay, unless it is blank there.
         let lost = |without: ReplicaSet| {
@@ -124,6 +123,14 @@ impl Health {
             return Err(NotRemoved::Undecided);
         }
         Ok(())
+    }
+
+    /// The members whose copies are left without `replica`. The image of a missing one may be
+    /// gone.
+    pub(super) fn left_without(&self, replica: ReplicaIndex) -> ReplicaSet {
+        let mut others = self.members.without(self.missing);
+        others.remove(replica);
+        others
     }
 
     /// Checks that enough replicas would be left without `replica`, whatever they hold. Returns the

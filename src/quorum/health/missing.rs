@@ -136,6 +136,18 @@ mod tests {
     }
 
     #[test]
+    fn its_copies_are_not_left_when_another_one_is_removed() {
+        let mut health = Health::new(ReplicaSet::first(4), 2, 1, SECTORS);
+        let missing = ReplicaIndex(3);
+        health.leave_out(missing, &RangeSet::default());
+        health.replicas[B.as_usize()].mark_missed(range(0, 8));
+        assert_eq!(health.check_removal(A), Err(NotRemoved::LastCopies));
+        let lost = health.loss_of(A).expect("enough are left").lost;
+        assert_eq!(lost.iter().collect::<Vec<_>>(), [range(0, 8)]);
+        assert_eq!(health.check_removal(B), Ok(()), "A and C have all");
+    }
+
+    #[test]
     fn where_the_disk_grows_it_is_stale() {
         let mut health = health(1);
         health.grow(SECTORS + 2048);
