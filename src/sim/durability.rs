@@ -100,19 +100,21 @@ impl World {
     /// know of an earlier failure. Not because of what was given up (W11).
     pub(super) fn check_failed_flush(&mut self, flush: &Pending) -> Checked {
         let given_up = self.ledger.given_up;
-        // What the disk has grown by since has not been written before.
-        let mut needed = (0..flush.disk_sectors).filter(|s| given_up >> s & 1 == 0);
+        let needed = |sectors| (0..sectors).filter(move |s| given_up >> s & 1 == 0);
         let enough = |sector: usize| {
             let good = |replica: &usize| flush.seen.excused[*replica] >> sector & 1 == 0;
             self.members().filter(good).count() >= flush.thresholds.most
         };
         let owed = self.ledger.lacking_at;
-        let any_needed = needed.clone().next().is_some();
+        // What the disk has grown by since then may fail a flush that begins later. It is not what
+        // the guest has asked for.
+        let any_needed = needed(flush.disk_sectors).next().is_some();
+        let mut all_needed = needed(self.changed_at.len());
         if any_needed
             && !flush.withheld
             && owed.is_none()
             && self.owed == [false; 2]
-            && needed.all(enough)
+            && all_needed.all(enough)
         {
             let text = format!("flush {} failed without need", number_of(flush.tag));
             return Err(Violation::new("W5", text));

@@ -15,6 +15,7 @@ use super::state::{Checked, World, trace};
 use crate::common::operation::Action;
 use crate::common::ranges::RangeSet;
 use crate::quorum::health::Remembered;
+use crate::record::MemberState;
 use crate::record::start::{Candidate, Decision, Found, Kept, Options, Refusal, Start, decide};
 
 /// The images of a start, masks of places.
@@ -301,8 +302,10 @@ impl World {
                         options.force = true;
                         continue;
                     }
-                    if self.may_adopt(&refusal, images) {
-                        let place = self.random.bit(u64::from(images.there)) as usize;
+                    // Without a record an image is of no disk that is known.
+                    let adoptable = images.there & !self.records.unusable();
+                    if adoptable != 0 && self.may_adopt(&refusal, images) {
+                        let place = self.random.bit(u64::from(adoptable)) as usize;
                         options.adopt = Some(name(place));
                         options.force = true;
                         continue;
@@ -346,13 +349,15 @@ impl World {
         let old = self.records.put_back | self.records.left_behind | unusable;
         let missing = named & (!images.there | old);
         let missing_members = (missing & self.members).count_ones() as usize;
-        let uncopied = self.records.uncopied & self.members & !missing;
-        let copied = self.count() - uncopied.count_ones() as usize;
+        let unknown = self.of_unknown_table(candidates);
+        let uncopied = (self.records.uncopied | unknown) & self.members & !missing;
+        let copied = self.copied_somewhere(uncopied);
         let may_be = match refusal {
             // W11: the operator has given up what no other replica holds, or, if that is all of the
-            // disk, holds durably. Or the disk is so small that a vote on all of it has made most
-            // replicas stale. Or all but one were to be copied as a whole. Or so many old copies
-            // were put back one after the other that too few others are left.
+            // disk, holds durably. Or the disk is so small that a vote on all of it, or errors,
+            // have made most replicas stale. Or one was evicted again before the records said that
+            // it was back: its copies are not known. Or all but one were to be copied as a whole.
+            // Or so many old copies were put back one after the other that too few others are left.
             Refusal::TooFewCopies { .. } => {
                 let disk = self.plan.mask(self.plan.disk());
                 missing != 0
@@ -404,6 +409,38 @@ impl World {
         images.there |= if some == 0 { missing } else { some };
         images.named = all;
         Ok(true)
+    }
+
+    /// Places of members of which the records do not say which table they hold.
+    fn of_unknown_table(&self, candidates: &[Candidate]) -> u32 {
+        let records = candidates
+            .iter()
+            .filter_map(|candidate| match &candidate.image {
+                Ok(Found {
+                    kept: Kept::Read(read),
+                    ..
+                }) => Some(&read.record),
+                _ => None,
+            });
+        let members = records.flat_map(|record| &record.members);
+        let unknown: Vec<_> = members
+            .filter(|member| matches!(member.state, MemberState::Inactive { holds: None }))
+            .map(|member| member.id)
+            .collect();
+        let places = bits(u64::from(self.records.named()));
+        let places = places.filter(|place| unknown.contains(&self.member_in(*place)));
+        places.fold(0, |mask, place| mask | 1 << place)
+    }
+
+    /// How many members that are not to be copied as a whole hold something that is not stale, and
+    /// durable.
+    fn copied_somewhere(&self, uncopied: u32) -> usize {
+        let disk = self.plan.mask(self.plan.disk());
+        let members = self.members().filter(|member| uncopied >> member & 1 == 0);
+        let lacks = |member: usize| self.ledger.excused[member] | self.ledger.unsound[member];
+        members
+            .filter(|member| lacks(*member) & disk != disk)
+            .count()
     }
 
     /// Whether all of the disk is marked.
