@@ -72,7 +72,7 @@ impl Flush {
                         Origin::Write(_, range, _) => {
                             !health.is_undone(range) && !health.was_given_up(range)
                         }
-                        Origin::Job(_) => true,
+                        Origin::Job(_) | Origin::Winner { .. } => true,
                     };
             }
             let all = origins.iter().all(|waiting| waiting.is_durable);
@@ -189,8 +189,12 @@ impl Flush {
 
     /// Whether no guest waits for it.
     pub(super) fn is_of_a_job(&self) -> bool {
-        let of_a_job = |waiting: &Waiting| matches!(waiting.origin, Origin::Job(_));
-        self.origins().iter().all(of_a_job)
+        let of_guest = |waiting: &Waiting| match waiting.origin {
+            Origin::Request(_) | Origin::Write(..) => true,
+            Origin::Winner { of_guest, .. } => of_guest,
+            Origin::Job(_) => false,
+        };
+        !self.origins().iter().any(of_guest)
     }
 
     /// The replicas that the flush has been handed to.
@@ -288,7 +292,7 @@ fn decide(
                     }
                     durable && !health.is_undone(range) && !health.is_given_up(range)
                 }
-                Origin::Job(_) => durable,
+                Origin::Job(_) | Origin::Winner { .. } => durable,
             };
         }
         true
@@ -310,6 +314,8 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
             };
             return context.chunk_ended(chunk, end);
         }
+        // If a replica has failed the flush, it takes its vote again.
+        Origin::Winner { request, .. } => return context.core.granted.push_back(request),
     };
     if success {
         context.succeed(tag, (operation, range), &[]);

@@ -1,5 +1,5 @@
-//! What waits for the next flush of an engine: guests and jobs that have asked for one, and writes
-//! that must be durable before they are answered (W5).
+//! What waits for the next flush of an engine: guests and jobs that have asked for one, writes that
+//! must be durable before they are answered (W5), and what a vote can decide only then (S5).
 //!
 //! All of them share that flush, since it covers whatever was written before it begins.
 //!
@@ -7,6 +7,7 @@
 
 use super::interface::{Mark, Tag};
 use crate::common::SectorRange;
+use crate::common::operation::RequestId;
 use crate::jobs::ChunkId;
 use crate::quorum::health::FlushEpoch;
 
@@ -20,6 +21,12 @@ pub(super) enum Origin {
     Write(Tag, SectorRange, Mark),
     /// The end of a job.
     Job(ChunkId),
+    /// A request that has written the winner of a vote, and goes on after the flush.
+    Winner {
+        request: RequestId,
+        /// The guest waits for it.
+        of_guest: bool,
+    },
 }
 
 /// An origin that has no answer.
@@ -39,7 +46,7 @@ impl Origin {
     pub(super) fn range(self) -> Option<SectorRange> {
         match self {
             Self::Write(_, range, _) => Some(range),
-            Self::Request(_) | Self::Job(_) => None,
+            Self::Request(_) | Self::Job(_) | Self::Winner { .. } => None,
         }
     }
 }

@@ -46,9 +46,7 @@ impl Scrub {
         // Only the lock shows which replicas may vote on which sector.
         let confirms = partly_stale || core.shared.must_vote(range, ReadPattern::Quorum);
         let stage = if confirms || asked.is_empty() {
-            let terms = order.terms(core);
-            let replies = Replies::new(range, core);
-            Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)))
+            order.confirming(Replies::new(range, core), context)
         } else {
             Stage::FirstPass(FirstPass::begin(range, asked, asked, context))
         };
@@ -131,8 +129,7 @@ impl Scrub {
             unreachable!("confirmed once");
         };
         let replies = pass.replies_mut().restart();
-        let terms = self.order.terms(context.core);
-        self.stage = Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)));
+        self.stage = self.order.confirming(replies, context);
         Progress::Waiting
     }
 
@@ -151,7 +148,18 @@ impl Scrub {
                 let next = confirmation.repair(&decision, context);
                 self.go_on(next, context)
             }
-            Next::Done(end) => self.finish(end, context),
+            Next::Done(end) => {
+                let Stage::Confirming(confirmation) = &self.stage else {
+                    unreachable!("done by a confirmation");
+                };
+                if confirmation.is_outdated() {
+                    // What it is for is not decided yet.
+                    let replies = Replies::new(self.order.range, context.core);
+                    self.stage = self.order.confirming(replies, context);
+                    return Progress::Waiting;
+                }
+                self.finish(end, context)
+            }
         }
     }
 
@@ -171,6 +179,11 @@ impl Scrub {
 }
 
 impl ScrubOrder {
+    fn confirming(&self, replies: Replies, context: &mut Context<'_, impl Effects>) -> Stage {
+        let terms = self.terms(context.core);
+        Stage::Confirming(Box::new(Confirmation::begin(replies, terms, context)))
+    }
+
     fn terms(&self, core: &Core) -> Terms {
         Terms {
             rule: Rule::Threshold(core.threshold()),

@@ -311,7 +311,11 @@ impl World {
                 self.ledger.parts_failed[replica] &= !reply.sectors;
             }
             (_, true) => {}
-            (OperationType::Write, false) => {}
+            (OperationType::Write, false) => {
+                if reply.write.is_none() && reply.preferred.is_none() {
+                    self.note_not_recovered(replica, reply.sectors);
+                }
+            }
             (OperationType::Read, false) => {
                 let sectors = reply.sectors;
                 // A longer range must be read again in smaller parts.

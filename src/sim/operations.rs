@@ -136,7 +136,8 @@ impl World {
         }
         let mut now = self.view;
         now.refresh(&self.shared, self.plan.disk());
-        let stale = now.stale[replica.as_usize()];
+        // What is unrecovered is decided when its winner is written (S5).
+        let stale = now.stale[replica.as_usize()] | now.unrecovered;
         let fresh = sectors & !widen(stale, self.plan.block_sectors);
         if fresh != 0 {
             let text = format!("replica {} is resynced on {fresh:b}, and fresh", replica.0);

@@ -29,6 +29,7 @@ impl World {
         self.recovering = self.undecided;
         // After a kill it need not be on stable storage.
         self.untouched = if killed { 0 } else { self.undecided };
+        self.chosen = 0;
         self.tick_wanted |= 1;
         self.jobs_reported(events)
     }
@@ -106,11 +107,12 @@ impl World {
             self.mark_excused(replica, lost);
             self.ledger.unsound[replica] |= lost;
         }
+        self.check_enough_hold(decided, earlier)?;
+        let mut recovered = self.recovering & !self.view.unrecovered & !self.just_written();
         if self.overlapped {
-            // What the other worker writes shows what it has decided.
-            return Ok(());
+            // What the other worker writes shows what it has decided, unless it is written already.
+            recovered &= self.chosen;
         }
-        let recovered = self.recovering & !self.view.unrecovered & !self.just_written();
         for sector in bits(recovered) {
             let bit = 1 << sector;
             let holds = |replica: &usize| self.view.stale[*replica] & bit == 0;
@@ -123,7 +125,9 @@ impl World {
                 continue;
             };
             self.recovering &= !bit;
-            self.check_most_hold(sector, value, earlier)?;
+            if self.chosen & bit == 0 {
+                self.check_most_hold(sector, value, earlier)?;
+            }
             self.is_recovered(sector, value)?;
         }
         Ok(())
@@ -184,6 +188,15 @@ impl World {
 
     fn note_recovering_write(&mut self, operation: &Operation) -> Checked {
         let (_, range) = operation.action.describe();
+        // What too few replicas hold is decided when it is written; until then any copy is legal.
+        let chosen = self.recovering & self.view.unrecovered & !self.chosen;
+        for sector in bits(self.plan.mask(range) & chosen) {
+            if let Some(value) = written(&operation.action, sector) {
+                self.check_most_hold(sector, value, &self.view)?;
+                self.one_has_decided |= value.is_rotten();
+            }
+            self.chosen |= 1 << sector;
+        }
         let recovered = self.recovering & !self.view.unrecovered;
         for sector in bits(self.plan.mask(range) & recovered) {
             let Some(value) = written(&operation.action, sector) else {
@@ -194,6 +207,16 @@ impl World {
             self.is_recovered(sector, value)?;
         }
         Ok(())
+    }
+
+    /// S5: the winner of a vote was not written there, so that it may have too few holders. Some of
+    /// it may be in the cache, until a flush loses it.
+    pub(super) fn note_not_recovered(&mut self, replica: usize, sectors: u64) {
+        let sectors = sectors & self.recovering;
+        self.ledger.written[replica] |= sectors;
+        for pending in &mut self.pending {
+            pending.seen.excused[replica] |= sectors;
+        }
     }
 
     /// S5: everything was read without faults. What had a copy that may vote is recovered.
@@ -226,6 +249,28 @@ impl World {
         written.fold(0, |mask, pending| mask | self.plan.mask(pending.range))
     }
 
+    /// S5: a vote does not leave fewer than t fresh copies where there were t: no flush would
+    /// succeed before others are written.
+    fn check_enough_hold(&self, decided: u64, earlier: &View) -> Checked {
+        let faults = self.plan.faults;
+        // Where writes fail, nothing else can be done.
+        let fails = (faults.write_error | faults.full | faults.unreadable | faults.hang) != 0;
+        if fails || self.before_input.failures != self.ledger.failures {
+            return Ok(());
+        }
+        for sector in bits(decided) {
+            let is_fresh = |r: usize, view: &View| view.stale[r] >> sector & 1 == 0;
+            let before = |r: &usize| is_fresh(*r, earlier) && !self.is_evicted(*r);
+            let before = self.members().filter(before).count();
+            let now = self.members().filter(|r| is_fresh(*r, &self.view)).count();
+            if before >= self.thresholds.most && now < self.thresholds.least {
+                let text = format!("{sector} is recovered, and {now} hold it: {before} before");
+                return Err(Violation::new("S5", text).at(1 << sector));
+            }
+        }
+        Ok(())
+    }
+
     /// S5: no other copy that may vote is held by more replicas. Before what does not hold it is
     /// known to be stale.
     fn check_most_hold(&self, sector: usize, value: Value, earlier: &View) -> Checked {
@@ -238,7 +283,8 @@ impl World {
         if touched || any_failed || any_evicted {
             return Ok(());
         }
-        if faults.read_error != 0 || faults.unreadable != 0 || faults.rot != 0 || faults.hang != 0 {
+        let changes = faults.rot | faults.misdirected;
+        if (faults.read_error | faults.unreadable | faults.hang | changes) != 0 {
             return Ok(());
         }
         if self.plan.read_pattern == ReadPattern::Fifo {

@@ -159,6 +159,8 @@ pub struct World {
     pub(super) recovering: u64,
     /// Those of them to which the guest has not submitted a write since.
     pub(super) untouched: u64,
+    /// Unrecovered sectors to which a vote has begun to write its winner: it was checked then.
+    pub(super) chosen: u64,
     /// What has been repaired unasked (O5).
     pub(super) unasked: Unasked,
     /// Where repairs and copies of a resync have written, since the last look.
@@ -242,6 +244,7 @@ impl World {
             undecided: 0,
             recovering: 0,
             untouched: 0,
+            chosen: 0,
             unasked: Unasked::default(),
             rewritten: Masks::default(),
             completed_job: None,

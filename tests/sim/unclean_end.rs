@@ -7,7 +7,7 @@ use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::ranges::RangeSet;
 use quorum_blk::common::report::{Cause, Report};
-use quorum_blk::common::{Errno, ReplicaSet, SectorRange};
+use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
 use quorum_blk::quorum::health::Remembered;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
@@ -25,6 +25,8 @@ struct Disk {
     /// The replicas that fail writes.
     fails: [bool; 3],
     accusations: usize,
+    /// How many replicas were stale when the winner was written, at most.
+    stale_most: usize,
 }
 
 impl Disk {
@@ -54,6 +56,7 @@ impl Disk {
             holds,
             fails: [false; 3],
             accusations: 0,
+            stale_most: 0,
         }
     }
 
@@ -80,6 +83,11 @@ impl Disk {
     fn carry_out(&mut self, mut operation: Operation) {
         let replica = operation.replica.as_usize();
         let mut result = Ok(());
+        if matches!(operation.action, Action::Write { .. }) {
+            let is_stale = |member: &ReplicaIndex| self.shared.stale_sectors(*member) > 0;
+            let stale = self.shared.members().iter().filter(is_stale).count();
+            self.stale_most = self.stale_most.max(stale);
+        }
         match &mut operation.action {
             Action::Read { into, .. } => into.fill(self.holds[replica]),
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(5)),
@@ -117,8 +125,25 @@ fn leaves_no_answer_that_only_one_replica_could_give_again() {
     let mut disk = Disk::new([1, 2, 3]);
     disk.fails = [false, true, true];
     assert_eq!(disk.read(1), None, "no other replica takes the winner");
+    assert_eq!(disk.shared.unrecovered_sectors(), RANGE.count);
     disk.fails = [false; 3];
     disk.holds[1..].fill(2);
-    assert_eq!(disk.read(2), None, "what has lost does not win later");
+    assert_eq!(disk.read(2), Some([1, 2, 2]), "any copy is legal still");
     assert_eq!(disk.accusations, 0);
+}
+
+/// No flush fails while the winner is being written, nor after a kill.
+#[test]
+fn leaves_enough_copies_for_a_flush() {
+    for replicas in [[1, 2, 3], [1, 2, 2]] {
+        let mut disk = Disk::new(replicas);
+        assert!(disk.read(1).is_some());
+        assert!(disk.stale_most <= 1, "{} are stale", disk.stale_most);
+        let copies = disk.shared.remembered().copies;
+        let lacking = copies.iter().filter(|copies| {
+            let sets = [&copies.stale, &copies.doubtful];
+            sets.iter().any(|set| set.overlaps(RANGE))
+        });
+        assert!(lacking.count() <= 1, "{copies:?}");
+    }
 }

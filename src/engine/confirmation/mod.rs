@@ -10,8 +10,8 @@
 //! answer, call [`Confirmation::repair`], or finish with what was found.
 //!
 //! ```text
-//! waiting for the lock ─► asking ───────────► decided ─► repairing ─► done
-//!                            └──► probing ──────┘
+//! waiting for the lock ─► asking ───────────► decided ─► repairing ───────────► done
+//!                            └──► probing ──────┘             └──► flushing ─────┘
 //! ```
 
 mod preferring;
@@ -23,6 +23,7 @@ use std::time::Duration;
 
 use self::preferring::Preference;
 use self::repairing::not_written;
+use self::settling::Postponed;
 use super::context::{Context, Core};
 use super::decision::{Decision, assemble, ballots};
 use super::interface::Effects;
@@ -56,6 +57,8 @@ pub(super) struct Confirmation {
     voted_at: FailureEpoch,
     /// The winner, as long as the guest must not have it: too few replicas hold it (W7).
     withheld: Option<Rc<Buffer>>,
+    /// What the vote decides when the winner is written and flushed.
+    postponed: Postponed,
     /// Where doubtful copies were needed for it.
     voted: Vec<SectorRange>,
     /// A replica has failed while it was withheld.
@@ -104,6 +107,8 @@ enum Step {
         began: FailureEpoch,
         pending: Vec<RepairWrite>,
     },
+    /// What was written must be durable before it is decided (S5).
+    Flushing,
 }
 
 /// What the owner of a confirmation does after an input.
@@ -138,6 +143,7 @@ impl Confirmation {
             surveys: Vec::new(),
             voted_at: FailureEpoch::default(),
             withheld: None,
+            postponed: Postponed::default(),
             voted: Vec::new(),
             outdated: false,
             preferences: Vec::new(),
@@ -147,6 +153,9 @@ impl Confirmation {
 
     pub(super) fn lock_granted(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         assert!(self.waits_for_lock(), "a lock is granted once");
+        if matches!(self.step, Step::Flushing) {
+            return self.finish(context);
+        }
         if self.waits_for_marks(context) {
             return Next::Wait;
         }
@@ -179,7 +188,7 @@ impl Confirmation {
             Step::Probing(_) => self.part_read(reply, context),
             Step::Repairing { .. } => self.repaired(&reply, context),
             // The reply to a first pass that ended without it.
-            Step::WaitingForLock | Step::Asking | Step::Decided => Next::Wait,
+            Step::WaitingForLock | Step::Asking | Step::Decided | Step::Flushing => Next::Wait,
         }
     }
 
@@ -190,7 +199,7 @@ impl Confirmation {
         context: &mut Context<'_, impl Effects>,
     ) -> Next {
         match &mut self.step {
-            Step::WaitingForLock | Step::Decided => Next::Wait,
+            Step::WaitingForLock | Step::Decided | Step::Flushing => Next::Wait,
             Step::Asking => {
                 self.replies.forget(evicted);
                 self.count(context)
@@ -433,14 +442,14 @@ impl Confirmation {
             context.effects.count(Fact::ConfirmationWithoutFault);
         }
         self.report_losers(&verdict, context);
-        let (settled, by_few) = self.settle(disputed, &verdict, context);
+        let settled = self.settle(disputed, &verdict, context);
         self.note_undecided(&verdict, context);
         self.spread(&verdict, context);
         self.preferences = self.prefer(&mut verdict, disputed, context);
         self.note_unread(&verdict.undecided, context);
         self.end.undecided.clone_from(&verdict.undecided);
         let winner = assemble(&self.replies, &verdict, context.core).map(Rc::new);
-        let lacks = by_few || !disputed.lacking.is_empty();
+        let lacks = !self.postponed.is_empty() || !disputed.lacking.is_empty();
         let waits = verdict.undecided.is_empty() && lacks;
         self.withheld = winner.clone().filter(|_| waits);
         self.voted.clone_from(&disputed.lacking);
@@ -512,14 +521,15 @@ impl Confirmation {
         self.replies.tally()
     }
 
+    /// For that of its range, or until a flush has ended.
     pub(super) fn waits_for_lock(&self) -> bool {
-        matches!(self.step, Step::WaitingForLock)
+        matches!(self.step, Step::WaitingForLock | Step::Flushing)
     }
 
     /// What the replicas are doing for this confirmation.
     pub(super) fn operation(&self) -> OperationType {
         match &self.step {
-            Step::Repairing { .. } => OperationType::Write,
+            Step::Repairing { .. } | Step::Flushing => OperationType::Write,
             Step::WaitingForLock | Step::Asking | Step::Probing(_) | Step::Decided => {
                 OperationType::Read
             }
@@ -539,6 +549,7 @@ impl Confirmation {
                 .map(|(replica, _)| *replica)
                 .collect(),
             Step::WaitingForLock | Step::Asking | Step::Decided => self.replies.tally().waiting(),
+            Step::Flushing => ReplicaSet::EMPTY,
         }
     }
 
@@ -574,6 +585,7 @@ impl Confirmation {
             Step::WaitingForLock | Step::Asking | Step::Decided => {
                 self.replies.tally().waiting().len()
             }
+            Step::Flushing => 0,
         }
     }
 

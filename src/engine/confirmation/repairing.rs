@@ -4,6 +4,7 @@ use std::rc::Rc;
 
 use super::super::context::Context;
 use super::super::decision::Decision;
+use super::super::flush_queue::Origin;
 use super::super::interface::Effects;
 use super::super::lateness::Kind;
 use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
@@ -165,16 +166,20 @@ impl Confirmation {
                 health.repaired(reply.replica, range, began, was_corrupt);
             });
         } else {
+            let is_postponed = self.postponed.overlaps(range);
             // One that was evicted meanwhile, which this engine has yet to learn, is repaired when
             // it is back, like one whose reply comes later.
             shared.change_health(|health| {
                 if !health.in_service().contains(reply.replica) {
                     health.repair_orphaned(reply.replica, range, was_corrupt);
+                } else if is_postponed {
+                    health.repair_failed(reply.replica, range);
                 }
             });
         }
         match reply.result {
             Ok(()) => {
+                self.postponed.written(reply.replica, range);
                 self.end.on(reply.replica).written.push(range);
                 let was_legal = matches!(kind, RepairKind::Settled | RepairKind::Preferred);
                 if self.terms.is_resync || was_legal {
@@ -203,23 +208,44 @@ impl Confirmation {
         if matches!(&self.step, Step::Repairing { pending, .. } if !pending.is_empty()) {
             return Next::Wait;
         }
-        assert!(
-            !self.waits_for_lock() && self.replies.tally().is_complete(),
-            "finished under the lock, with all replies"
-        );
         self.finish_preferences(context);
+        if !self.postponed.is_empty() && !self.any_failed_since_vote(context) {
+            self.step = Step::Flushing;
+            context.core.join_flush(Origin::Winner {
+                request: context.id,
+                of_guest: self.terms.answers_early,
+            });
+            return Next::Wait;
+        }
+        self.finish(context)
+    }
+
+    /// A replica that held the winner may have lost a newer version, and said so only now.
+    fn any_failed_since_vote(&self, context: &Context<'_, impl Effects>) -> bool {
+        let shared = context.shared();
+        shared.health(|health| health.any_failed_since(self.voted_at))
+    }
+
+    /// All is written, and durable where it must be.
+    pub(super) fn finish(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
+        assert!(
+            self.replies.tally().is_complete(),
+            "finished with all replies"
+        );
+        let depends = self.withheld.is_some() || !self.postponed.is_empty();
+        self.outdated = depends && self.any_failed_since_vote(context);
+        // If nothing is decided, any copy is legal still.
+        let is_decided = !self.outdated && self.decide_postponed(context);
         if self.withheld.is_some() {
-            let (range, voted_at) = (self.replies.range(), self.voted_at);
+            let range = self.replies.range();
             let needed = match self.terms.rule {
                 Rule::Threshold(_) => None,
                 Rule::FirstListed => Some(1),
             };
             let shared = context.shared();
-            // A replica that held the winner may have lost a newer version, and said so only now.
-            self.outdated = shared.health(|health| health.any_failed_since(voted_at));
             let settled =
                 || shared.change_health(|health| health.settled(range, &self.voted, needed));
-            if self.outdated || !settled() {
+            if !is_decided || !settled() {
                 self.withheld = None;
             }
         }

@@ -1,28 +1,62 @@
 //! What a vote makes of ranges in which a write or a flush has failed (W7).
+//!
+//! After an unclean end one vote is enough, but fewer than t replicas may hold its winner (S5).
+//! Such a decision is postponed until the winner is written to the others, and durable there. Until
+//! then any copy is legal; if it was made before, too few copies would be fresh meanwhile, and all
+//! flushes fail, also after a kill.
 
 use super::super::context::{Context, Core};
 use super::super::interface::Effects;
 use super::super::repair::decided;
 use super::super::survey::Survey;
 use super::Confirmation;
-use crate::common::runs;
-use crate::common::{ReplicaIndex, SectorRange};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange, runs};
 use crate::quorum::health::Disputed;
 use crate::quorum::vote::{Rule, Verdict};
+
+/// Sectors of replicas.
+type Parts = Vec<(ReplicaIndex, Vec<SectorRange>)>;
+
+/// What is decided when its winner has been written and flushed.
+#[derive(Debug, Default)]
+pub(super) struct Postponed {
+    decided: Vec<SectorRange>,
+    /// Where replicas are not known to hold the winner.
+    others: Parts,
+    /// The members that have voted, or could have.
+    members: ReplicaSet,
+}
+
+impl Postponed {
+    pub(super) fn is_empty(&self) -> bool {
+        self.decided.is_empty()
+    }
+
+    pub(super) fn overlaps(&self, range: SectorRange) -> bool {
+        self.decided.iter().any(|run| run.overlaps(range))
+    }
+
+    /// The winner has been written there.
+    pub(super) fn written(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        for (_, parts) in self.others.iter_mut().filter(|(r, _)| *r == replica) {
+            *parts = runs::without(parts, &[range]);
+        }
+    }
+}
 
 impl Confirmation {
     /// W7: the vote decides what a failed write has left. What does not hold the winner is stale
     /// from now on, before the guest has its answer. Returns where the winner is to be written
-    /// although no replica is at fault, and whether too few replicas hold it until then although
-    /// one vote was enough (S5).
+    /// although no replica is at fault. What is postponed, since too few replicas hold it until
+    /// then, is in [`Self::postponed`].
     pub(super) fn settle(
-        &self,
+        &mut self,
         disputed: &Disputed,
         verdict: &Verdict,
         context: &mut Context<'_, impl Effects>,
-    ) -> (Vec<(ReplicaIndex, Vec<SectorRange>)>, bool) {
+    ) -> Parts {
         if disputed.is_empty() {
-            return (Vec::new(), false);
+            return Vec::new();
         }
         let block_sectors = context.core.policy.block_sectors;
         let left = &verdict.undecided;
@@ -71,8 +105,7 @@ impl Confirmation {
             let is_surveyed = |survey: &Survey| survey.replica == *member;
             succeeded.contains(*member) || self.surveys.iter().any(is_surveyed)
         });
-        let needed = self.needed();
-        let (settled, by_few, became_stale) = shared.change_health(|health| {
+        let (settled, postponed, became_stale) = shared.change_health(|health| {
             let settled = read.map(|replica| {
                 let doubtful = match succeeded.contains(replica) {
                     true => health.doubtful_parts(replica, range),
@@ -81,29 +114,71 @@ impl Confirmation {
                 let voted = runs::common(&doubtful, &disputed.lacking);
                 (replica, runs::union(&voted, loses(replica)))
             });
-            let mut settled: Vec<_> = settled.collect();
+            let mut settled: Parts = settled.collect();
             health.may_be_undone(&undone);
-            let became_stale = health.decide(&now, &others);
-            let mut by_few = false;
-            if !recovered.is_empty() {
-                // One vote was enough. Where too few hold the winner, it is written to all others.
-                let lacking = health.disputed(range, needed).lacking;
-                let few = runs::common(&recovered, &lacking);
-                by_few = !few.is_empty();
-                for replica in health.in_service().iter() {
-                    let stale = runs::common(&health.stale_parts(replica, range), &few);
-                    match settled.iter_mut().find(|(settled, _)| *settled == replica) {
-                        Some((_, parts)) => *parts = runs::union(parts, &stale),
-                        None => settled.push((replica, stale)),
-                    }
+            let few = match recovered.is_empty() {
+                true => Vec::new(),
+                false => {
+                    let mut lacking = health.volatile_parts(range);
+                    lacking.extend(others.iter().cloned());
+                    health.held_by_few((range, &recovered), &lacking, health.threshold())
+                }
+            };
+            let few = runs::widened(&few, block_sectors);
+            let later = Postponed {
+                decided: runs::common(&now, &few),
+                others: parts_in(&others, &few),
+                members: health.members(),
+            };
+            let at_once = runs::without(&now, &few);
+            let became_stale = health.decide(&at_once, &parts_in(&others, &at_once));
+            for replica in health.in_service().iter() {
+                let stale = runs::common(&health.stale_parts(replica, range), &later.decided);
+                let lost = later.others.iter().filter(|(other, _)| *other == replica);
+                let lacks = lost.fold(stale, |all, (_, parts)| runs::union(&all, parts));
+                match settled.iter_mut().find(|(settled, _)| *settled == replica) {
+                    Some((_, parts)) => *parts = runs::union(parts, &lacks),
+                    None => settled.push((replica, lacks)),
                 }
             }
-            (settled, by_few, became_stale)
+            (settled, later, became_stale)
+        });
+        self.postponed = postponed;
+        if became_stale {
+            context.effects.health_changed();
+        }
+        settled
+    }
+
+    /// What was postponed is decided, as far as enough replicas hold the winner now. Returns
+    /// whether that is all of it. If one that held it was removed, the vote is outdated.
+    pub(super) fn decide_postponed(&mut self, context: &mut Context<'_, impl Effects>) -> bool {
+        let postponed = std::mem::take(&mut self.postponed);
+        if postponed.is_empty() {
+            return true;
+        }
+        let Postponed {
+            decided,
+            others,
+            members,
+        } = postponed;
+        let range = self.replies.range();
+        let block_sectors = context.core.policy.block_sectors;
+        let (few, became_stale) = context.shared().change_health(|health| {
+            let needed = match self.terms.rule {
+                Rule::Threshold(_) => health.threshold(),
+                Rule::FirstListed => 1,
+            };
+            let few = health.held_by_few((range, &decided), &others, needed);
+            let few = runs::widened(&few, block_sectors);
+            let decided = runs::without(&decided, &few);
+            (few, health.decide(&decided, &parts_in(&others, &decided)))
         });
         if became_stale {
             context.effects.health_changed();
         }
-        (settled, by_few)
+        self.outdated = !few.is_empty() && members != context.shared().members();
+        few.is_empty()
     }
 
     /// Records which sectors have no winner now (R3).
@@ -155,4 +230,12 @@ impl Confirmation {
         });
         runs::without(&verdict.undecided, &stale).first().copied()
     }
+}
+
+/// Those of the parts that are in these runs.
+fn parts_in(parts: &Parts, within: &[SectorRange]) -> Parts {
+    let parts = parts.iter();
+    parts
+        .map(|(replica, runs)| (*replica, runs::common(runs, within)))
+        .collect()
 }

@@ -94,14 +94,38 @@ impl Health {
     /// The parts of `range` in which a difference is no fault, where a vote needs the copies of
     /// `needed` members.
     pub fn disputed(&self, range: SectorRange, needed: usize) -> Disputed {
+        let (lacking, witnessed) = self.few_fresh(range, needed, &[]);
         let mut disputed = Disputed {
             undecided: self.undecided.within(range),
             unrecovered: self.unrecovered.within(range),
-            ..Disputed::default()
+            lacking,
+            witnessed,
+            proven: Vec::new(),
         };
+        if !disputed.witnessed.is_empty() {
+            let proven = self.members.iter().fold(Vec::new(), |all, member| {
+                runs::union(&all, &self.proven_parts(member, range))
+            });
+            disputed.proven = runs::common(&disputed.witnessed, &proven);
+        }
+        disputed
+    }
+
+    /// The parts of `range` in which fewer than `needed` members are fresh, and those of them in
+    /// which some member is. Those in `others` count as stale in these parts.
+    fn few_fresh(
+        &self,
+        range: SectorRange,
+        needed: usize,
+        others: &[(ReplicaIndex, Vec<SectorRange>)],
+    ) -> (Vec<SectorRange>, Vec<SectorRange>) {
         let stale = self.members.iter().map(|member| {
             let state = &self.replicas[member.as_usize()];
-            (member, state.stale.within(range))
+            let more = others.iter().filter(|(other, _)| *other == member);
+            let stale = more.fold(state.stale.within(range), |stale, (_, parts)| {
+                runs::union(&stale, &runs::common(&[range], parts))
+            });
+            (member, stale)
         });
         let mut ends: Vec<(u64, ReplicaIndex, bool)> = stale
             .flat_map(|(member, parts)| {
@@ -111,15 +135,16 @@ impl Health {
             })
             .collect();
         ends.sort_unstable_by_key(|(sector, ..)| *sector);
+        let (mut few, mut some) = (Vec::new(), Vec::new());
         let (mut fresh, mut from) = (self.members, range.start);
         let end = (range.end(), ReplicaIndex(0), false);
         for (sector, member, begins) in ends.into_iter().chain([end]) {
             if sector > from && fresh.len() < needed {
                 let run = SectorRange::new(from, sector - from);
                 if !fresh.is_empty() {
-                    disputed.witnessed.push(run);
+                    some.push(run);
                 }
-                disputed.lacking.push(run);
+                few.push(run);
             }
             from = sector;
             match begins {
@@ -127,13 +152,32 @@ impl Health {
                 false => fresh.insert(member),
             }
         }
-        if !disputed.witnessed.is_empty() {
-            let proven = self.members.iter().fold(Vec::new(), |all, member| {
-                runs::union(&all, &self.proven_parts(member, range))
-            });
-            disputed.proven = runs::common(&disputed.witnessed, &proven);
-        }
-        disputed
+        (few, some)
+    }
+
+    /// The parts of these runs in `range` that too few members would hold for a vote if they were
+    /// decided, and `others` not hold the winner.
+    pub fn held_by_few(
+        &self,
+        (range, decided): (SectorRange, &[SectorRange]),
+        others: &[(ReplicaIndex, Vec<SectorRange>)],
+        needed: usize,
+    ) -> Vec<SectorRange> {
+        runs::common(decided, &self.few_fresh(range, needed, others).0)
+    }
+
+    /// The parts of `range` that were repaired on each member and are not durable there: it holds
+    /// something else after a crash of the host.
+    pub fn volatile_parts(&self, range: SectorRange) -> Vec<(ReplicaIndex, Vec<SectorRange>)> {
+        let volatile = |member: ReplicaIndex| {
+            let state = &self.replicas[member.as_usize()];
+            let (now, before) = (&state.restored, &state.restored_before_flush);
+            (
+                member,
+                runs::union(&now.within(range), &before.within(range)),
+            )
+        };
+        self.members.iter().map(volatile).collect()
     }
 
     /// The parts of `range` in which `replica` is *proven*: fresh, and a flush has succeeded on it
@@ -201,6 +245,14 @@ impl Health {
         others: &[(ReplicaIndex, Vec<SectorRange>)],
     ) -> bool {
         let recovered = self.take_recovered(decided);
+        for range in &recovered {
+            for member in self.members.iter() {
+                // A crash of the host would bring back what had no vote.
+                if self.replicas[member.as_usize()].weaken(*range) {
+                    self.memory += 1;
+                }
+            }
+        }
         for range in decided {
             self.undecided.remove(*range);
         }

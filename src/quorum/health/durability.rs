@@ -168,6 +168,16 @@ impl Health {
         }
     }
 
+    /// Such a write has failed where any copy is legal (S5). Some of the winner may be in the page
+    /// cache, until a flush that fails loses it.
+    pub fn repair_failed(&mut self, replica: ReplicaIndex, range: SectorRange) {
+        if self.members.contains(replica) {
+            let state = &mut self.replicas[replica.as_usize()];
+            state.rewritten.insert(range);
+            state.restored.insert(range);
+        }
+    }
+
     /// A flush is about to go to all replicas in service; it covers every write that has ended.
     pub fn flush_begins(&mut self) -> FlushEpoch {
         self.flush_begins_as_on(&mut [])

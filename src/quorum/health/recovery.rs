@@ -208,6 +208,25 @@ mod tests {
         assert_eq!(health.stale_parts(A, range(0, 16)), [range(0, 8)]);
     }
 
+    /// It was written for a vote that was taken again, since a replica failed meanwhile.
+    #[test]
+    fn a_copy_of_an_earlier_vote_is_remembered_until_a_flush() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, 1 << 22);
+        let mut changed = RangeSet::default();
+        changed.insert(range(0, 16));
+        health.restore(&Remembered::default(), &changed);
+        flush_all(&mut health);
+        health.repaired(C, range(0, 8), health.failure_epoch(), false);
+        health.repair_failed(B, range(8, 8));
+        health.decide(&[range(0, 16)], &[]);
+        assert_eq!(health.stale_in(range(0, 16)), ReplicaSet::EMPTY);
+        assert_eq!(remembered(&health, A), []);
+        assert_eq!(remembered(&health, B), [range(8, 8)]);
+        assert_eq!(remembered(&health, C), [range(0, 8)]);
+        flush_all(&mut health);
+        assert_eq!(remembered(&health, C), []);
+    }
+
     /// A killed daemon had answered writes that no flush had covered.
     #[test]
     fn what_all_lose_after_the_start_fails_a_flush_of_the_guest() {

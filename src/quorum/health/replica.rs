@@ -138,6 +138,23 @@ impl ReplicaHealth {
         set
     }
 
+    /// What was repaired in `range` since the last flush was something else than the winner of a
+    /// vote. Whether there is any.
+    pub(super) fn weaken(&mut self, range: SectorRange) -> bool {
+        let sets = [
+            (&self.restored, &mut self.weak),
+            (&self.restored_before_flush, &mut self.weak_before_flush),
+        ];
+        let mut any = false;
+        for (restored, weak) in sets {
+            for part in restored.within(range) {
+                weak.insert(part);
+                any = true;
+            }
+        }
+        any
+    }
+
     /// `range` was not written here, or in vain.
     pub(super) fn mark_missed(&mut self, range: SectorRange) {
         self.stale.insert(range);
