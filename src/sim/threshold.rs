@@ -119,6 +119,8 @@ impl World {
             };
             let may = write.submitted_to & !write.failed & in_service;
             let may = usize::try_from(may.count_ones()).expect("few");
+            // Another worker may have learned of one more failure right after that.
+            let may = may + usize::from(self.overlapped);
             if write.submitted_to != 0 && !write.ended && may < needed {
                 let text = format!("the vote threshold is {needed}, and {may} may do a write");
                 return Err(Violation::new("W10", text).at(self.plan.mask(pending.range)));
