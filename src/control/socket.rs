@@ -131,50 +131,79 @@ impl Listener {
 
 /// Listens at `path`. Replaces a socket that a dead process left there.
 pub fn bind_unix_listener(path: &Path, access: SocketAccess) -> Result<BoundListener, BindError> {
-    let failed = |action| {
-        move |source| BindError::Io {
-            path: path.into(),
-            action,
-            source,
-        }
-    };
-    if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
-        return Err(BindError::TooLong(path.into()));
-    }
-    check_free_or_stale(path)?;
-
-    let absolute = std::path::absolute(path).map_err(failed("find the current directory"))?;
-    let temporary = temporary_name(path).ok_or_else(|| BindError::TooLong(path.into()))?;
-    if fs::symlink_metadata(&temporary).is_ok_and(|found| found.file_type().is_socket()) {
-        // Left by a process with the same id that died between the two steps below.
-        let _ = fs::remove_file(&temporary);
-    }
-    let socket = new_socket().map_err(failed("create a socket"))?;
-    let bound = SocketAddrUnix::new(&temporary).and_then(|address| bind(&socket, &address));
-    bound.map_err(|error| failed("create the socket file")(error.into()))?;
-    if access.group.is_some() {
-        chown(&temporary, None, access.group).map_err(|error| {
-            let _ = fs::remove_file(&temporary);
-            failed("give the socket to the group of --socket-group")(error)
-        })?;
-    }
+    let absolute = std::path::absolute(path).map_err(failed(path, "find the current directory"))?;
+    let Unnamed { socket, temporary } = Unnamed::bind(path, access)?;
     let named = || {
-        fs::set_permissions(&temporary, Permissions::from_mode(access.mode))?;
         listen(&socket, BACKLOG)?;
         rustix::io::ioctl_fionbio(&socket, false)?;
-        let found = fs::symlink_metadata(&temporary)?;
-        fs::rename(&temporary, path)?;
+        let found = fs::symlink_metadata(&temporary.0)?;
+        fs::rename(&temporary.0, path)?;
         Ok((found.dev(), found.ino()))
     };
-    let identity = named().map_err(|error| {
-        let _ = fs::remove_file(&temporary);
-        failed("listen")(error)
-    })?;
+    let identity = named().map_err(failed(path, "listen"))?;
     Ok(BoundListener {
         socket: socket.into(),
         path: absolute,
         identity,
     })
+}
+
+/// Checks that a process could listen at `path` now. No socket is there afterwards that was not
+/// before.
+pub fn check_unix_listener(path: &Path, access: SocketAccess) -> Result<(), BindError> {
+    Unnamed::bind(path, access).map(drop)
+}
+
+/// A socket beside its path, under a name that clients do not know.
+struct Unnamed {
+    socket: OwnedFd,
+    temporary: Temporary,
+}
+
+/// The name of a socket that is removed when this is dropped, unless it has got another one.
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+impl Unnamed {
+    fn bind(path: &Path, access: SocketAccess) -> Result<Self, BindError> {
+        if path.as_os_str().len() > SOCKET_PATH_BYTES_MAX {
+            return Err(BindError::TooLong(path.into()));
+        }
+        check_free_or_stale(path)?;
+
+        let temporary = temporary_name(path).ok_or_else(|| BindError::TooLong(path.into()))?;
+        if fs::symlink_metadata(&temporary).is_ok_and(|found| found.file_type().is_socket()) {
+            // Left by a process with the same id that died before it could rename it.
+            let _ = fs::remove_file(&temporary);
+        }
+        let socket = new_socket().map_err(failed(path, "create a socket"))?;
+        let bound = SocketAddrUnix::new(&temporary).and_then(|address| bind(&socket, &address));
+        bound.map_err(|error| failed(path, "create the socket file")(error.into()))?;
+        let temporary = Temporary(temporary);
+        if access.group.is_some() {
+            let chowned = chown(&temporary.0, None, access.group);
+            chowned.map_err(failed(
+                path,
+                "give the socket to the group of --socket-group",
+            ))?;
+        }
+        let permissions = Permissions::from_mode(access.mode);
+        fs::set_permissions(&temporary.0, permissions).map_err(failed(path, "listen"))?;
+        Ok(Self { socket, temporary })
+    }
+}
+
+fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> BindError {
+    move |source| BindError::Io {
+        path: path.into(),
+        action,
+        source,
+    }
 }
 
 /// Checks that the path is free, or that of a socket that no process listens on.
@@ -267,6 +296,23 @@ mod tests {
             "another process listens on this socket, and may serve a disk; choose another path";
         assert!(error.to_string().ends_with(text), "{error}");
         UnixStream::connect(first.path()).unwrap();
+    }
+
+    #[test]
+    fn a_check_leaves_what_it_finds() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let names = || fs::read_dir(directory.path()).unwrap().count();
+        let check = || check_unix_listener(&path, SocketAccess::OWNER);
+        check().unwrap();
+        assert_eq!(names(), 0);
+        drop(UnixListener::bind(&path).unwrap());
+        check().unwrap();
+        assert!(path.exists(), "a stale one is removed by the next listener");
+        fs::remove_file(&path).unwrap();
+        let _live = bind_unix_listener(&path, SocketAccess::OWNER).unwrap();
+        assert!(matches!(check(), Err(BindError::InUse(_))));
+        assert_eq!(names(), 1);
     }
 
     #[test]

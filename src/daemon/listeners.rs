@@ -10,8 +10,8 @@ use rustix::net::sockopt::{socket_acceptconn, socket_domain, socket_type};
 use rustix::net::{AddressFamily, SocketType};
 
 use super::Error;
-use crate::config::Listen;
-use crate::control::socket::{Listener, SocketAccess, bind_unix_listener};
+use crate::config::{Config, Listen};
+use crate::control::socket::{Listener, SocketAccess, bind_unix_listener, check_unix_listener};
 
 /// Opens the socket that an option or a service manager names. One that this creates has this
 /// `access`.
@@ -25,6 +25,30 @@ pub(super) fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Er
         Listen::Passed(socket) => {
             adopted(socket.fd).ok_or_else(|| Error::PassedNoListener(socket.clone()))
         }
+    }
+}
+
+/// Checks that the sockets can be created that [`open`] and [`listen_for_metrics`] are to create:
+/// before the images have records, and jobs begin.
+pub(super) fn check(config: &Config) -> Result<(), Error> {
+    let for_owner = [&config.events, &config.qmp].into_iter().flatten();
+    let for_owner = for_owner.map(|listen| (listen, SocketAccess::OWNER));
+    let for_frontend = (&config.listen, access_of_frontends(config));
+    for (listen, access) in for_owner.chain([for_frontend]) {
+        if let Listen::Path(path) = listen {
+            check_unix_listener(path, access)?;
+        }
+    }
+    config
+        .metrics
+        .map_or(Ok(()), |address| listen_for_metrics(address).map(drop))
+}
+
+/// Who may connect as a frontend.
+pub(super) fn access_of_frontends(config: &Config) -> SocketAccess {
+    SocketAccess {
+        mode: config.socket_mode,
+        group: config.socket_group,
     }
 }
 

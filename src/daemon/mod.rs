@@ -1,7 +1,8 @@
 //! The daemon: builds the parts in the order in which they can fail, serves until there is a reason
 //! to stop, and shuts the parts down in the opposite order.
 //!
-//! Invariants: all checks of the configuration and the images come before the first socket exists;
+//! Invariants: all checks of the configuration and the images come before the first socket exists,
+//! and it is known before that it can be created: a start that is refused changes no image;
 //! at the end every accepted request is answered and the replicas are flushed, or the exit status
 //! says that this took too long; an image that the kernel may still write to stays locked until the
 //! kernel has finished.
@@ -74,6 +75,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
+    listeners::check(config)?;
     let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
@@ -176,10 +178,7 @@ fn serve(
         .metrics
         .map(listeners::listen_for_metrics)
         .transpose()?;
-    let for_frontend = SocketAccess {
-        mode: config.socket_mode,
-        group: config.socket_group,
-    };
+    let for_frontend = listeners::access_of_frontends(config);
     let listener = FrontendListener::new(listeners::open(&config.listen, for_frontend)?)?;
     let names = Names {
         reference: config.node_name.clone(),

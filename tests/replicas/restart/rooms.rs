@@ -57,6 +57,22 @@ fn a_directory_without_room_for_records_needs_another_one() {
 }
 
 #[test]
+fn a_start_that_cannot_listen_makes_no_record_and_removes_no_socket() {
+    let _machine = machine::shared();
+    let host = Host::new(2);
+    let running = host.start_with(&host.images, &["--state", "none"]);
+    let in_use = running.monitor.to_str().unwrap();
+    for options in [["--qmp", "/nowhere/s"], ["--qmp", in_use]] {
+        let line = host.refusal(&host.images, &options);
+        assert!(line.contains(options[1]), "{line}");
+        assert!(!host.record(0).exists() && !host.record(1).exists());
+        assert!(!host.path("refused.sock").exists());
+    }
+    assert_eq!(running.state()["records"], false, "it listens still");
+    running.end();
+}
+
+#[test]
 fn a_full_file_system_refuses_the_start_and_not_a_write() {
     let _machine = machine::shared();
     let host = Host::new(2);
