@@ -129,3 +129,17 @@ impl Shared {
         let _ = self.jobs(tell, |jobs, health| jobs.scrub(false, 0, health));
     }
 }
+
+#[cfg(all(test, not(feature = "loom")))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_replica_that_is_added_after_growth_is_stale_to_the_new_end() {
+        let shared = Shared::new(3, 2, 1, 64);
+        shared.grow(256);
+        let added = ReplicaIndex(3);
+        shared.add(added);
+        assert_eq!(shared.stale_sectors(added), 256);
+    }
+}
