@@ -5,10 +5,13 @@ use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
 use serde_json::Value;
+use testkit::HANG_LIMIT;
+use testkit::client::Client;
 use testkit::disk::{Disk, Plan};
 use testkit::images::{BLOCK_BYTES, are_identical, create_images};
 use testkit::load::figure;
 use testkit::machine::shared;
+use testkit::process::wait_until;
 use testkit::small_disk::SmallDisk;
 
 use crate::faults::{accused, scrub};
@@ -60,6 +63,9 @@ fn full_images_are_shown_as_such_and_work_again_when_there_is_space() {
     assert_eq!(first, [3; BLOCK]);
     drop(file);
     fs::remove_file(&ballast).unwrap();
+    // A child that another test has just forked has the file open until it executes its program.
+    let works = |client: &mut Client| client.write(0, offset(failed[0]), &[3; BLOCK]).is_ok();
+    assert!(wait_until(HANG_LIMIT, || works(&mut client)));
     for &block in &failed {
         client.write(0, offset(block), &[3; BLOCK]).unwrap();
     }
