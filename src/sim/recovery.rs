@@ -255,7 +255,8 @@ impl World {
         let faults = self.plan.faults;
         // Where writes fail, nothing else can be done.
         let fails = (faults.write_error | faults.full | faults.unreadable | faults.hang) != 0;
-        if fails || self.before_input.failures != self.ledger.failures {
+        // A write of another worker may have decided while a replica failed.
+        if fails || self.overlapped || self.before_input.failures != self.ledger.failures {
             return Ok(());
         }
         for sector in bits(decided) {
