@@ -208,28 +208,24 @@ fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> BindEr
 
 /// Checks that the path is free, or that of a socket that no process listens on.
 fn check_free_or_stale(path: &Path) -> Result<(), BindError> {
-    let failed = |action, source| BindError::Io {
-        path: path.into(),
-        action,
-        source,
-    };
     match fs::symlink_metadata(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(failed("look at the path", error)),
+        Err(error) => return Err(failed(path, "look at the path")(error)),
         Ok(found) if !found.file_type().is_socket() => {
             return Err(BindError::NotASocket(path.into()));
         }
         Ok(_) => {}
     }
-    let probe = new_socket().map_err(|error| failed("create a socket", error))?;
+    let probe = new_socket().map_err(failed(path, "create a socket"))?;
     let connected = SocketAddrUnix::new(path).and_then(|address| connect(&probe, &address));
     match connected.map_err(io::Error::from) {
         Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => Ok(()),
         // It was removed in between.
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Err(failed("find out whether another process listens", error))
-        }
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Err(failed(
+            path,
+            "find out whether another process listens",
+        )(error)),
         // Connected; or the queue of the listener is full, or the socket is of another type.
         Ok(()) | Err(_) => Err(BindError::InUse(path.into())),
     }
