@@ -299,6 +299,14 @@ impl Confirmation {
         }
     }
 
+    /// How many replicas must hold the winner at the end. `None`: as many as the threshold is then.
+    fn needed_now(&self) -> Option<usize> {
+        match self.terms.rule {
+            Rule::Threshold(_) => None,
+            Rule::FirstListed => Some(1),
+        }
+    }
+
     /// All replies are in, and no write can have run meanwhile.
     fn replied(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         self.take_threshold(context.core);

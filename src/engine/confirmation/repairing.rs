@@ -19,7 +19,6 @@ use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Fact, Report};
 use crate::common::runs;
 use crate::jobs::ChunkEnd;
-use crate::quorum::vote::Rule;
 
 impl Confirmation {
     /// Writes the winner where it did not win (R6), and over the replicas that are repaired
@@ -238,10 +237,7 @@ impl Confirmation {
         let is_decided = !self.outdated && self.decide_postponed(context);
         if self.withheld.is_some() {
             let range = self.replies.range();
-            let needed = match self.terms.rule {
-                Rule::Threshold(_) => None,
-                Rule::FirstListed => Some(1),
-            };
+            let needed = self.needed_now();
             let shared = context.shared();
             let settled =
                 || shared.change_health(|health| health.settled(range, &self.voted, needed));

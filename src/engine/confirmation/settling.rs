@@ -132,7 +132,11 @@ impl Confirmation {
             };
             let at_once = runs::without(&now, &few);
             let became_stale = health.decide(&at_once, &parts_in(&others, &at_once));
-            for replica in health.in_service().iter() {
+            let written = match later.is_empty() {
+                true => ReplicaSet::EMPTY,
+                false => health.in_service(),
+            };
+            for replica in written.iter() {
                 let stale = runs::common(&health.stale_parts(replica, range), &later.decided);
                 let lost = later.others.iter().filter(|(other, _)| *other == replica);
                 let lacks = lost.fold(stale, |all, (_, parts)| runs::union(&all, parts));
@@ -165,10 +169,7 @@ impl Confirmation {
         let range = self.replies.range();
         let block_sectors = context.core.policy.block_sectors;
         let (few, became_stale) = context.shared().change_health(|health| {
-            let needed = match self.terms.rule {
-                Rule::Threshold(_) => health.threshold(),
-                Rule::FirstListed => 1,
-            };
+            let needed = self.needed_now().unwrap_or(health.threshold());
             let few = health.held_by_few((range, &decided), &others, needed);
             let few = runs::widened(&few, block_sectors);
             let decided = runs::without(&decided, &few);
