@@ -82,6 +82,9 @@ fn places(
     }
     places.sort_unstable();
     places.dedup();
+    // What is seen twice must not count twice.
+    let ends: Vec<u64> = ends(size_bytes).collect();
+    places.retain(|place| !ends.contains(place));
     Ok(places)
 }
 

@@ -11,11 +11,15 @@ use crate::replica::file::{
 
 const SIZE: u64 = 32 << 20;
 
-/// Writes content of its own to blocks of an image, evenly spread.
+/// Creates an image, with a byte of its own in each of these blocks.
 fn image(directory: &Path, name: &str, contents: &[(u64, u8)]) -> ReplicaSource {
+    image_of(SIZE, directory, name, contents)
+}
+
+fn image_of(size: u64, directory: &Path, name: &str, contents: &[(u64, u8)]) -> ReplicaSource {
     let path = directory.join(name);
     let file = File::create(&path).unwrap();
-    file.set_len(SIZE).unwrap();
+    file.set_len(size).unwrap();
     for (at, byte) in contents {
         file.write_all_at(&[*byte; 4096], *at).unwrap();
     }
@@ -26,6 +30,10 @@ fn image(directory: &Path, name: &str, contents: &[(u64, u8)]) -> ReplicaSource 
 }
 
 fn compared(sources: &[ReplicaSource], direct: bool) -> Result<(), OpenError> {
+    compared_of(SIZE, sources, direct)
+}
+
+fn compared_of(size: u64, sources: &[ReplicaSource], direct: bool) -> Result<(), OpenError> {
     let options = OpenOptions {
         read_only: false,
         direct,
@@ -41,7 +49,7 @@ fn compared(sources: &[ReplicaSource], direct: bool) -> Result<(), OpenError> {
         .iter_mut()
         .map(|(file, access)| (&*file, access))
         .collect();
-    compare_first(&mut images, SIZE, EmptyImages::Refused)
+    compare_first(&mut images, size, EmptyImages::Refused)
 }
 
 /// Blocks all over the disk, and near its ends.
@@ -91,6 +99,18 @@ fn a_few_differences_are_for_the_first_scrub() {
     let c = image(path, "c", &[(0, 1), (8192, 1)]);
     let d = image(path, "d", &[(0, 2), (4096, 2)]);
     compared(&[c, d], false).unwrap();
+}
+
+#[test]
+fn a_block_that_is_looked_at_twice_counts_once() {
+    const SMALL: u64 = 16 << 10;
+    let directory = tempfile::tempdir().unwrap();
+    let image = |name, contents: &[_]| image_of(SMALL, directory.path(), name, contents);
+    let a = image("a", &[(0, 1), (8192, 1)]);
+    let b = image("b", &[(0, 2), (4096, 2)]);
+    compared_of(SMALL, &[a.clone(), b], false).unwrap();
+    let c = image("c", &[(0, 2), (4096, 2), (12288, 2)]);
+    compared_of(SMALL, &[a, c], false).unwrap_err();
 }
 
 #[test]
