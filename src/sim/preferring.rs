@@ -145,6 +145,7 @@ impl World {
         let sectors = mask_below(run.count) << run.start;
         trace!(self, at sectors, "replica {replica} decides in {}", show(run));
         self.check_undecided_by_vote(replica, sectors)?;
+        self.replaces_unanswered(sectors);
         // Another worker may have taken the mark away since.
         if !self.overlapped && !self.shared.is_marked(range) {
             let text = format!("{} is to be changed and is not marked", show(range));
@@ -161,6 +162,18 @@ impl World {
         let begun = Preference::new(replica, range, sectors, (self.now, failures));
         self.preferences.push(begun);
         Ok(())
+    }
+
+    /// W12: a write that waits for its flush is replaced there by what is preferred.
+    fn replaces_unanswered(&mut self, preferred: u64) {
+        for pending in &mut self.pending {
+            let sectors = self.plan.mask(pending.range) & preferred;
+            if let PendingKind::Write(write) = &mut pending.kind
+                && write.ended
+            {
+                write.preferred |= sectors;
+            }
+        }
     }
 
     /// W12: the replica may decide there, and no vote could.
@@ -325,14 +338,7 @@ impl World {
                 .writes(holder.as_usize(), all, self.overlapped);
         }
         self.note_written(range, &ended.write, success);
-        for pending in &mut self.pending {
-            let sectors = self.plan.mask(pending.range) & ended.sectors;
-            if let PendingKind::Write(write) = &mut pending.kind
-                && write.ended
-            {
-                write.preferred |= sectors;
-            }
-        }
+        self.replaces_unanswered(ended.sectors);
         if success {
             self.statistics.decided += 1;
             self.note_undone(all);

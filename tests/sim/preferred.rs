@@ -20,13 +20,21 @@ struct Two {
     holds: [u8; 2],
     /// Writes to records fail.
     is_full: bool,
+    /// It does not carry out what it says it has written.
+    loses_writes: Option<ReplicaIndex>,
+    /// Flushes, and writes, wait.
+    waits: [bool; 2],
 }
 
 impl Replicas for Two {
     fn serve(&mut self, operation: &mut Operation, shared: &Shared) -> Option<Result<(), Errno>> {
         let held = &mut self.holds[operation.replica.as_usize()];
+        let [flushes_wait, writes_wait] = self.waits;
         Some(match &mut operation.action {
             Action::Record { .. } if self.is_full => Err(Errno(28)),
+            Action::Flush if flushes_wait => return None,
+            Action::Write { .. } if writes_wait => return None,
+            Action::Write { .. } if self.loses_writes == Some(operation.replica) => Ok(()),
             action => {
                 let writes = matches!(action, Action::Write { .. });
                 assert!(
@@ -55,6 +63,8 @@ fn disk() -> Disk {
     let replicas = Two {
         holds: [1, 2],
         is_full: false,
+        loses_writes: None,
+        waits: [false; 2],
     };
     Disk::new(shared, policy::plain(2), replicas)
 }
@@ -104,4 +114,26 @@ fn nothing_is_written_that_cannot_be_marked() {
     assert_eq!(disk.replicas.holds, [2, 2]);
     let figures = disk.shared.record_figures();
     assert!(figures.rounds > before.rounds && figures.marked_sectors >= SECTOR.count);
+}
+
+/// Otherwise the guest would have the answer that it is durable, and the disk goes on with what was
+/// there before.
+#[test]
+fn a_write_that_waits_for_its_flush_fails_where_another_version_is_being_written() {
+    let mut disk = disk();
+    disk.replicas.holds = [1, 1];
+    disk.replicas.loses_writes = Some(ReplicaIndex(0));
+    disk.replicas.waits = [true, false];
+    assert_eq!(disk.write_durably(SECTOR, 3), None);
+    assert_eq!(disk.replicas.holds, [1, 3]);
+    assert_eq!(disk.read(SECTOR), Some(false), "no version has a quorum");
+    disk.replicas.waits = [true, true];
+    prefer(&mut disk, ReplicaIndex(0));
+    disk.replicas.waits = [false, true];
+    disk.resume();
+    assert_eq!(disk.answers, [false, false]);
+    disk.replicas.waits = [false, false];
+    disk.resume();
+    assert_eq!(disk.replicas.holds, [1, 1]);
+    assert_eq!(disk.read(SECTOR), Some(true));
 }

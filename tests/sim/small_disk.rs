@@ -75,13 +75,22 @@ impl<R: Replicas> Disk<R> {
 
     /// Writes this byte everywhere in the range.
     pub(super) fn write(&mut self, range: SectorRange, byte: u8) -> Option<bool> {
+        self.write_as(range, byte, false)
+    }
+
+    /// The same, for a guest without a write cache.
+    pub(super) fn write_durably(&mut self, range: SectorRange, byte: u8) -> Option<bool> {
+        self.write_as(range, byte, true)
+    }
+
+    fn write_as(&mut self, range: SectorRange, byte: u8, durable: bool) -> Option<bool> {
         let sectors = usize::try_from(range.count).unwrap();
         let mut data = self.pool.take(sectors * SECTOR_LEN);
         data.fill(byte);
         self.submit(GuestRequest::Write {
             range,
             data,
-            durable: false,
+            durable,
         })
     }
 

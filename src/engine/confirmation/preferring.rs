@@ -59,6 +59,8 @@ impl Confirmation {
             let wins = runs::common(undecided, &readable);
             let left = runs::without(undecided, &wins);
             let blocks = decided(&runs::widened(&wins, block_sectors), &left, block_sectors);
+            // A durable write that waits for its flush is not what the disk is going to hold (W5).
+            health.may_be_undone(&runs::common(&wins, &blocks));
             let preference = |range: SectorRange| Preference {
                 range,
                 sectors: runs::common(&wins, &[range]),
@@ -204,7 +206,7 @@ impl Confirmation {
                 let became_stale = health.write_ended(&end);
                 // The rest of the blocks is a copy of what was there.
                 health.mark_copied(&unproven);
-                // A durable write that waits for its flush is not what the disk holds (W5).
+                // It does not count as a write of the guest.
                 health.may_be_undone(&written.sectors);
                 (success, became_stale)
             });
