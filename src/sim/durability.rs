@@ -72,6 +72,7 @@ impl World {
         for sector in (0..self.changed_at.len()).filter(|s| overruled >> s & 1 == 0) {
             let safe = |r: &usize| {
                 let lied = self.ledger.corrupt[*r] | self.ledger.falsely_durable[*r];
+                let lied = lied | self.changed_while_missing(*r);
                 let durable = self.replicas[*r].durable(sector);
                 lied >> sector & 1 == 1 || self.model.may_be_flushed(sector, durable, flush.began)
             };
@@ -85,6 +86,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// What the engines cannot know of a replica that is missing: its image was modified, or an old
+    /// copy put back. It counts for what it has not missed.
+    fn changed_while_missing(&self, replica: usize) -> u64 {
+        match (self.missing & self.records.put_back) >> replica & 1 {
+            1 => !self.ledger.unsound[replica],
+            _ => 0,
+        }
     }
 
     /// The guest knows that a flush has succeeded.
