@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use uuid::Uuid;
+
 use super::Violation;
 use super::flight::{Flight, Looked, Took};
 use super::ledger::Masks;
@@ -14,6 +16,7 @@ use crate::limits::{
     FLAPPING_EVICTIONS, FLAPPING_WINDOW, JOB_GIVES_WAY, LATE_LONG_LIMIT, LATE_MOST,
     LATE_PATIENCE_MOST,
 };
+use crate::record::Table;
 
 impl World {
     /// An operation has ended and its reply is about to reach the engine.
@@ -305,9 +308,27 @@ impl World {
             .filter(|took| !took.success);
         let failed = failed.fold(0, |mask, took| mask | 1 << took.replica);
         few(excused)
+            || self.may_be_needed_by_records(others)
             || flushes.clone().any(|f| f.background)
             || (flushes.clone().next().is_some() && few_of(others & !failed, &flush_lacks))
             || pending.any(|p| by_request(&p.kind, &p.seen.excused))
+    }
+
+    /// S3: whether a start without `others`, a mask, could go on with what the records may say, so
+    /// that these cannot change it.
+    fn may_be_needed_by_records(&self, others: u32) -> bool {
+        let binds = |table: &Table| {
+            let is_other = |member: &&Uuid| {
+                bits(u64::from(others)).any(|place| self.member_in(place) == **member)
+            };
+            let active = table.active.iter().filter(is_other).count();
+            let absent = table.active.iter().chain(&table.inactive);
+            let absent = absent.filter(|member| !is_other(member)).count();
+            let votes = usize::from(table.votes);
+            active >= votes || absent < votes
+        };
+        let tables = self.shared.records(|keeper| keeper.binding_tables());
+        !tables.unwrap_or_default().iter().all(binds)
     }
 }
 
