@@ -153,6 +153,16 @@ impl Records {
         places.fold(0, |mask, place| mask | 1 << place)
     }
 
+    /// The places whose record is of a disk of this size.
+    pub(super) fn of_size(&self, sectors: u64) -> u32 {
+        let is_of_size = |place: &usize| match self.files[*place].kept() {
+            Kept::Read(read) => read.record.capacity == sectors,
+            _ => false,
+        };
+        let places = (0..PLACES).filter(is_of_size);
+        places.fold(0, |mask, place| mask | 1 << place)
+    }
+
     /// Those of these places, a mask, whose records have the newest table of them that was agreed
     /// upon.
     pub(super) fn knowing(&self, places: u32) -> u32 {

@@ -279,6 +279,11 @@ impl World {
                     };
                     let is_other = |place: &&usize| other.is_some_and(|n| name(**place) == *n);
                     if let Some(place) = places.iter().find(is_other) {
+                        if options.adopt.is_some() {
+                            // The adopted image is older than a member. Without that member it
+                            // is all of the disk, as far as can be known.
+                            return Ok(None);
+                        }
                         images.named &= !(1 << place);
                         images.no_members |= 1 << place & images.there;
                         images.there &= !(1 << place);
@@ -302,8 +307,9 @@ impl World {
                         options.force = true;
                         continue;
                     }
-                    // Without a record an image is of no disk that is known.
-                    let adoptable = images.there & !self.records.unusable();
+                    // Without a record an image is of no disk that is known. One that is of a
+                    // smaller disk would make the disk smaller.
+                    let adoptable = images.there & self.records.of_size(self.plan.sectors);
                     if adoptable != 0 && self.may_adopt(&refusal, images) {
                         let place = self.random.bit(u64::from(adoptable)) as usize;
                         options.adopt = Some(name(place));
