@@ -62,6 +62,8 @@ struct Written {
     began: Moment,
     /// When the guest was answered, or the host crashed.
     ended: Moment,
+    /// When the guest first had its answer, with success. A recovery may decide for it anew.
+    answered: Moment,
     /// It has certainly replaced what was written before it began.
     acknowledged: bool,
     /// A flush that began after its answer has succeeded: a crash does not undo it.
@@ -108,6 +110,7 @@ impl Model {
                 value: Value::written(0, sector),
                 began: 0,
                 ended: 1,
+                answered: 1,
                 acknowledged: true,
                 durable: true,
                 undone: false,
@@ -126,6 +129,7 @@ impl Model {
             value,
             began: now,
             ended: NEVER,
+            answered: NEVER,
             acknowledged: false,
             durable: false,
             undone: false,
@@ -151,6 +155,7 @@ impl Model {
         written.acknowledged = success;
         written.durable = success && durable;
         if success {
+            written.answered = written.answered.min(now);
             written.first_end = written.first_end.min(now);
         }
     }
@@ -165,6 +170,18 @@ impl Model {
         all.retain(|w| w.value != value);
         self.write_began(sector, value, now);
         true
+    }
+
+    /// The same, for what is decided after an unclean end. The guest may have an answer to it.
+    pub fn recovery_began(&mut self, sector: usize, value: Value, now: Moment) -> bool {
+        let written = |w: &&Written| w.value == value;
+        let known = self.sectors[sector].iter().find(written);
+        let answered = known.map_or(NEVER, |known| known.answered);
+        let begins = self.preference_began(sector, value, now);
+        if begins && let Some(written) = self.sectors[sector].last_mut() {
+            written.answered = answered;
+        }
+        begins
     }
 
     /// A write that was held is submitted again (W9). It may replace another one that ran at the
@@ -219,7 +236,7 @@ impl Model {
         for written in &mut self.sectors[sector] {
             if written.acknowledged && !written.durable {
                 written.acknowledged = false;
-                written.undone = written.ended > self.told;
+                written.undone = written.answered > self.told;
                 any = true;
             }
         }
@@ -250,7 +267,7 @@ impl Model {
     pub fn flush_failed(&mut self, began: Moment) {
         self.told = self.told.max(began);
         for written in self.sectors.iter_mut().flatten() {
-            written.undone &= written.ended > began;
+            written.undone &= written.answered > began;
         }
     }
 
@@ -347,6 +364,7 @@ impl Model {
                     value: *value,
                     began: 0,
                     ended: now,
+                    answered: NEVER,
                     acknowledged: false,
                     durable: false,
                     undone: false,
@@ -456,6 +474,21 @@ mod tests {
             model.flush_failed(asked_at);
             assert!(!model.may_be_flushed(0, value(0), 20));
             assert!(model.undo(0));
+            assert_eq!(model.may_be_flushed(0, value(0), 20), may_be_old);
+        }
+    }
+
+    #[test]
+    fn what_was_answered_before_it_was_recovered_is_undone_by_a_flush_that_fails() {
+        for (asked_at, may_be_old) in [(11, false), (13, true)] {
+            let mut model = Model::new(1);
+            model.write_began(0, value(1), 10);
+            model.write_ended(0, value(1), 12, true, false);
+            model.killed(12);
+            assert!(model.recovery_began(0, value(1), 14));
+            model.write_ended(0, value(1), 15, true, false);
+            assert!(model.undo(0));
+            model.flush_failed(asked_at);
             assert_eq!(model.may_be_flushed(0, value(0), 20), may_be_old);
         }
     }

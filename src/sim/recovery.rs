@@ -149,7 +149,7 @@ impl World {
         self.note_before_recovery(sector, value, was_wrong);
         self.one_has_decided |= value.is_rotten();
         self.now += 1;
-        if self.model.preference_began(sector, value, self.now) {
+        if self.model.recovery_began(sector, value, self.now) {
             self.now += 1;
             // A crash has left it on stable storage, unless it has come there by mistake since.
             let holds = |replica: usize| self.replicas[replica].durable(sector) == value;
