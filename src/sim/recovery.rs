@@ -29,7 +29,7 @@ impl World {
         self.recovering = self.undecided;
         // After a kill it need not be on stable storage.
         self.untouched = if killed { 0 } else { self.undecided };
-        self.chosen = 0;
+        self.chosen.clear();
         self.tick_wanted |= 1;
         self.jobs_reported(events)
     }
@@ -111,26 +111,37 @@ impl World {
         let mut recovered = self.recovering & !self.view.unrecovered & !self.just_written();
         if self.overlapped {
             // What the other worker writes shows what it has decided, unless it is written already.
-            recovered &= self.chosen;
+            recovered &= self.mask_of_chosen();
         }
         for sector in bits(recovered) {
             let bit = 1 << sector;
             let holds = |replica: &usize| self.view.stale[*replica] & bit == 0;
             let holders: Vec<usize> = self.members().filter(holds).collect();
+            let value_of = |holder: &usize| self.replicas[*holder].value(sector);
+            let chosen = self.chosen.get(&sector);
+            let is_chosen = |replica: &&usize| chosen == Some(&value_of(replica));
             let is_right = |replica: &&usize| self.ledger.wrong(**replica) & bit == 0;
             // One that is wrong may have become so since it was read.
-            let holder = holders.iter().find(is_right).or(holders.first());
-            let Some(value) = holder.map(|holder| self.replicas[*holder].value(sector)) else {
+            let holder = holders.iter().find(is_chosen);
+            let holder = holder.or_else(|| holders.iter().find(is_right).or(holders.first()));
+            let Some(value) = holder.map(value_of) else {
                 // It is known when it is written.
                 continue;
             };
+            let is_new = chosen.is_none();
             self.recovering &= !bit;
-            if self.chosen & bit == 0 {
+            if is_new {
                 self.check_most_hold(sector, value, earlier)?;
             }
             self.is_recovered(sector, value)?;
         }
         Ok(())
+    }
+
+    fn mask_of_chosen(&self) -> u64 {
+        self.chosen
+            .keys()
+            .fold(0, |mask, sector| mask | 1 << sector)
     }
 
     /// From now on the sector holds the value.
@@ -189,13 +200,15 @@ impl World {
     fn note_recovering_write(&mut self, operation: &Operation) -> Checked {
         let (_, range) = operation.action.describe();
         // What too few replicas hold is decided when it is written; until then any copy is legal.
-        let chosen = self.recovering & self.view.unrecovered & !self.chosen;
+        let chosen = self.recovering & self.view.unrecovered;
         for sector in bits(self.plan.mask(range) & chosen) {
-            if let Some(value) = written(&operation.action, sector) {
+            let Some(value) = written(&operation.action, sector) else {
+                continue;
+            };
+            self.one_has_decided |= value.is_rotten();
+            if self.chosen.insert(sector, value).is_none() {
                 self.check_most_hold(sector, value, &self.view)?;
-                self.one_has_decided |= value.is_rotten();
             }
-            self.chosen |= 1 << sector;
         }
         let recovered = self.recovering & !self.view.unrecovered;
         for sector in bits(self.plan.mask(range) & recovered) {

@@ -3,6 +3,7 @@
 //!
 //! Invariant: nothing but the seed decides what happens.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use super::effects::Collected;
 use super::flight::{Flight, LastTime, Looked, Took};
 use super::held::HeldRequest;
 use super::ledger::{Failures, Ledger, Masks};
-use super::model::{Model, Moment, NEVER};
+use super::model::{Model, Moment, NEVER, Value};
 use super::pending::Pending;
 use super::plan::{PLACES, Plan, WriteCache, bits};
 use super::preferring::Preference;
@@ -159,8 +160,9 @@ pub struct World {
     pub(super) recovering: u64,
     /// Those of them to which the guest has not submitted a write since.
     pub(super) untouched: u64,
-    /// Unrecovered sectors to which a vote has begun to write its winner: it was checked then.
-    pub(super) chosen: u64,
+    /// Unrecovered sectors to which a vote has begun to write its winner, and the last one: the
+    /// first was checked then.
+    pub(super) chosen: BTreeMap<usize, Value>,
     /// What has been repaired unasked (O5).
     pub(super) unasked: Unasked,
     /// Where repairs and copies of a resync have written, since the last look.
@@ -244,7 +246,7 @@ impl World {
             undecided: 0,
             recovering: 0,
             untouched: 0,
-            chosen: 0,
+            chosen: BTreeMap::new(),
             unasked: Unasked::default(),
             rewritten: Masks::default(),
             completed_job: None,
