@@ -63,8 +63,10 @@ impl World {
                 (self.plan.mask(*range), write)
             }
         };
-        if write.is_none() && matches!(operation.action, Action::Write { .. } | Action::Zero { .. })
-        {
+        if write.is_some() {
+            // It has the lock: no vote goes on there.
+            self.chosen.retain(|sector, _| sectors >> sector & 1 == 0);
+        } else if matches!(operation.action, Action::Write { .. } | Action::Zero { .. }) {
             self.rewritten[replica] |= sectors;
             self.check_resync(&operation, sectors)?;
             self.check_unasked(&operation)?;
