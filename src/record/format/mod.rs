@@ -124,5 +124,13 @@ impl Record {
     }
 }
 
+impl Slot {
+    /// Whether a start would understand it.
+    pub fn can_be_read(&self) -> bool {
+        let place = u64::from(self.offset != Layout::slot_offset(0));
+        slot::decode(&self.bytes, place).is_ok()
+    }
+}
+
 #[cfg(test)]
 mod tests;

@@ -282,6 +282,8 @@ impl Keeper {
                 self.record
                     .members
                     .retain(|member| member.id != removed.member);
+                let adopted = &mut self.record.adopted;
+                *adopted = adopted.filter(|member| *member != removed.member);
             }
         }
         for member in &wanted.members {
@@ -444,6 +446,8 @@ impl Keeper {
                 let mut record = self.record.for_replica(place.member, place.sequence + 1);
                 record.image = place.image.filter(|_| record.clean);
                 let slot = record.slot();
+                // It would replace the last one that can be read.
+                assert!(slot.can_be_read(), "a record that can be read: {record:?}");
                 RecordWrite {
                     offset_bytes: slot.offset,
                     bytes: slot.bytes.into(),

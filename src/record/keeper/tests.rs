@@ -289,6 +289,22 @@ fn marks_are_taken_away_after_the_slots_say_what_they_stood_for() {
 }
 
 #[test]
+fn a_member_that_was_adopted_can_be_removed() {
+    let (mut keeper, mut files) = created();
+    keeper.record.adopted = Some(id(C));
+    let mut without_c = wanted(&[A, B], &[]);
+    keeper.want(&without_c, false);
+    files.drain(&mut keeper, &[]);
+    assert_eq!(files.read(A).record.adopted, Some(id(C)));
+    without_c.members.pop();
+    without_c.threshold = Threshold::majority(2);
+    keeper.want(&without_c, false);
+    files.drain(&mut keeper, &[]);
+    assert!(keeper.is_durable());
+    assert_eq!(files.read(A).record.adopted, None);
+}
+
+#[test]
 fn a_new_member_has_the_table_before_all_others() {
     let (mut keeper, mut files) = created();
     let new = ReplicaIndex(3);
