@@ -4,6 +4,7 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use super::epoch::Epoch;
+use super::layout::Layout;
 use super::stale::Stale;
 use crate::limits::RECORD_NAME_BYTES_MAX;
 
@@ -58,6 +59,13 @@ impl Member {
     /// Whether its record is kept up to date.
     pub fn is_active(&self) -> bool {
         self.state == MemberState::Active
+    }
+
+    /// It is stale and doubtful also where `earlier` is.
+    pub fn include(&mut self, earlier: &Self, layout: Layout) {
+        self.stale = self.stale.union(&earlier.stale, layout);
+        let doubtful = self.doubtful.union(&earlier.doubtful, layout);
+        self.doubtful = doubtful.without(&self.stale, layout);
     }
 }
 

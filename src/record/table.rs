@@ -238,16 +238,23 @@ impl Record {
     }
 
     /// Makes a member inactive in the proposed table. It is stale wherever something changes from
-    /// now on.
-    pub fn deactivate(&mut self, id: Uuid) {
+    /// now on. `before`: what the table said of it before it was to become active, if that has not
+    /// been agreed upon: its record may be no newer than that.
+    pub fn deactivate(&mut self, id: Uuid, before: Option<&Member>) {
         let in_force = self.in_force();
         let was_active = in_force.active.contains(&id);
+        let layout = self.layout();
         let Some(member) = self.member_mut(id).filter(|member| member.is_active()) else {
             return;
         };
+        member.stale_where_changed = true;
+        if let Some(before) = before {
+            member.state = before.state;
+            member.include(before, layout);
+            return;
+        }
         let holds = was_active.then_some(in_force.epoch);
         member.state = MemberState::Inactive { holds };
-        member.stale_where_changed = true;
         if holds.is_none() {
             // What it held before it was to become active is not known any more.
             member.stale = Stale::All;

@@ -592,7 +592,7 @@ mod tests {
         };
         (0..3).for_each(|place| write(&record, place, 1));
         record.propose();
-        record.deactivate(id(2));
+        record.deactivate(id(2), None);
         // One of them has heard that it was agreed upon.
         write(&record, 0, 2);
         record.agree();

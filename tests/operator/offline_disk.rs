@@ -115,7 +115,7 @@ impl Disk {
         };
         let layout = self.record.layout();
         self.record.propose();
-        self.record.deactivate(self.record.members[2].id);
+        self.record.deactivate(self.record.members[2].id, None);
         self.record.agree();
         self.record.members[1].stale = Stale::of(&of(4096, 8), layout);
         self.record.members[1].doubtful = Stale::of(&of(8192, 1), layout);

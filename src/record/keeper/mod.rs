@@ -50,6 +50,9 @@ pub struct Keeper {
     has_new_jobs: bool,
     /// By index.
     places: Vec<Option<Place>>,
+    /// What the table said of members before they were to become active, until that is agreed upon:
+    /// their records may be no newer, and an older copy of their images may come back.
+    returning: Vec<Member>,
     /// What the round in flight writes: which version of it, and to which replicas.
     writing: Option<(Part, u64, ReplicaSet)>,
 }
@@ -112,6 +115,7 @@ impl Keeper {
             clearing: None,
             has_new_jobs: false,
             places: places.collect(),
+            returning: Vec::new(),
             writing: None,
         }
     }
@@ -243,8 +247,17 @@ impl Keeper {
             let known = self.record.members.iter_mut();
             let known = id.and_then(|id| known.into_iter().find(|known| known.id == id));
             let known = known.expect("a member has a place and is in the table");
-            let is_lost = !known.is_active() && known.stale.is_all();
-            changed |= !is_lost && take(known, member, layout);
+            if !known.is_active() && known.stale.is_all() {
+                continue;
+            }
+            let before = known.clone();
+            take(known, member, layout);
+            if !known.is_active()
+                && let Some(earlier) = self.returning.iter().find(|m| m.id == known.id)
+            {
+                known.include(earlier, layout);
+            }
+            changed |= *known != before;
         }
         self.slot_version += u64::from(changed);
     }
@@ -282,6 +295,7 @@ impl Keeper {
                 self.record
                     .members
                     .retain(|member| member.id != removed.member);
+                self.returning.retain(|member| member.id != removed.member);
                 let adopted = &mut self.record.adopted;
                 *adopted = adopted.filter(|member| *member != removed.member);
             }
@@ -293,8 +307,21 @@ impl Keeper {
                 .member_mut(id)
                 .expect("a member is in the table");
             match (known.is_active(), member.is_active) {
-                (true, false) => self.record.deactivate(id),
+                (true, false) => {
+                    let layout = self.record.layout();
+                    let mut returning = self.returning.iter_mut();
+                    let mut before = returning.find(|before| before.id == id);
+                    if let Some(before) = &mut before {
+                        // What was written to it meanwhile is marked: no mark is taken away before
+                        // a table is agreed upon.
+                        let marked = Stale::of_extents(&self.intent, layout);
+                        before.stale = before.stale.union(&marked, layout);
+                    }
+                    self.record.deactivate(id, before.as_deref());
+                }
                 (false, true) => {
+                    self.returning.retain(|before| before.id != id);
+                    self.returning.push(known.clone());
                     known.state = MemberState::Active;
                     known.stale_where_changed = false;
                     // What its pages hold was not kept up to date.
@@ -373,6 +400,12 @@ impl Keeper {
                     return None;
                 }
                 self.record.agree();
+                let members = &self.record.members;
+                let is_active = |before: &Member| {
+                    let mut members = members.iter();
+                    members.any(|member| member.id == before.id && member.is_active())
+                };
+                self.returning.retain(|before| !is_active(before));
                 self.slot_version += 1;
             } else {
                 let extents = self.clearing.take()?;

@@ -264,6 +264,47 @@ fn a_replica_that_returns_has_all_pages_before_it_is_active() {
     assert!(read.record.member(id(C)).unwrap().is_active());
 }
 
+/// Its image may come back from a copy that was made before it returned: what was stale then, and
+/// what was written since.
+#[test]
+fn a_replica_that_leaves_before_its_return_is_agreed_upon_is_stale_as_before_and_where_marked() {
+    let (mut keeper, mut files) = created();
+    let in_force = files.read(A).record.epoch;
+    let [stale, written] = [range(8, 8), range(4096, 8)];
+    keeper.want(&wanted(&[A, B], &[stale]), false);
+    files.drain(&mut keeper, &[]);
+    keeper.want(&wanted(&[A, B, C], &[stale]), false);
+    files.drain(&mut keeper, &[C]);
+    let mut marked = Extents::new(keeper.layout());
+    marked.insert(written);
+    keeper.mark(&marked);
+    // It was copied, and then it leaves: twice, the second time with nothing more.
+    for _ in 0..2 {
+        keeper.want(&wanted(&[A, B, C], &[]), true);
+        files.drain(&mut keeper, &[C]);
+        assert!(!keeper.is_durable());
+        keeper.want(&wanted(&[A, B], &[]), false);
+        files.drain(&mut keeper, &[]);
+        assert!(keeper.is_durable());
+        let read = files.read(A);
+        let layout = keeper.layout();
+        let holds = Some(in_force);
+        let state = read.record.member(id(C)).unwrap().state;
+        assert_eq!(state, MemberState::Inactive { holds });
+        assert_eq!(stale_on_c(&read), [layout.extent(0), layout.extent(2)]);
+    }
+    keeper.clear(marked, &wanted(&[A, B], &[]));
+    files.drain(&mut keeper, &[]);
+    let lacks = stale_on_c(&files.read(A));
+    assert!(lacks.iter().any(|range| range.overlaps(written)));
+    // When it is agreed upon that it is back, it holds all that.
+    keeper.want(&wanted(&[A, B, C], &[]), false);
+    files.drain(&mut keeper, &[]);
+    keeper.want(&wanted(&[A, B], &[]), false);
+    files.drain(&mut keeper, &[]);
+    assert_eq!(stale_on_c(&files.read(B)), []);
+}
+
 #[test]
 fn marks_are_taken_away_after_the_slots_say_what_they_stood_for() {
     let (mut keeper, mut files) = created();

@@ -4,7 +4,7 @@ use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
 use crate::record::extents::Extents;
 use crate::record::layout::Layout;
-use crate::record::member::{Member, MemberState};
+use crate::record::member::Member;
 use crate::record::stale::Stale;
 use crate::record::table::Threshold;
 
@@ -68,20 +68,14 @@ fn without_marked(ranges: &RangeSet, marked: Option<&Extents>) -> RangeSet {
     rest
 }
 
-/// Has a record say exactly where a member is stale and doubtful, and whether it is coarse. Whether
-/// it said something else.
-pub(super) fn take(known: &mut Member, wanted: &WantedMember, layout: Layout) -> bool {
+/// Has a record say exactly where a member is stale and doubtful, and whether it is coarse.
+pub(super) fn take(known: &mut Member, wanted: &WantedMember, layout: Layout) {
     let stale = Stale::of(&wanted.stale, layout);
     let mut doubtful = wanted.doubtful.clone();
     doubtful.remove_all(&stale.to_ranges(layout));
     let doubtful = Stale::of(&doubtful, layout);
-    let is_coarse = match known.state {
-        MemberState::Active => wanted.is_coarse,
-        MemberState::Inactive { .. } => known.stale_where_changed,
-    };
-    let before = (&known.stale, &known.doubtful, known.stale_where_changed);
-    let changed = before != (&stale, &doubtful, is_coarse);
     (known.stale, known.doubtful) = (stale, doubtful);
-    known.stale_where_changed = is_coarse;
-    changed
+    if known.is_active() {
+        known.stale_where_changed = wanted.is_coarse;
+    }
 }

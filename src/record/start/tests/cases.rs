@@ -52,7 +52,7 @@ fn a_coarse_replica_is_stale_where_something_was_being_changed() {
     // All that is there is a proposal that was cut short, by which another one goes.
     let record = &mut read(&mut images[1]).record;
     record.propose();
-    record.deactivate(id(1));
+    record.deactivate(id(1), None);
     let decided = start(&images[1..], &options());
     assert_eq!(whys(&decided)[1], Why::MissedChanges);
 }
@@ -380,7 +380,7 @@ fn a_table_that_was_only_proposed_is_not_in_force() {
     let mut images = disk(3);
     let record = &mut read(&mut images[0]).record;
     record.propose();
-    record.deactivate(id(3));
+    record.deactivate(id(3), None);
     assert!(record.may_agree(&[id(1), id(2)]) && !record.may_agree(&[id(1)]));
     assert_eq!(whys(&start(&images, &options())), [Why::Fresh; 3]);
     // Meanwhile the others have gone on.

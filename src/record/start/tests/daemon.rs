@@ -270,7 +270,7 @@ impl World<'_> {
         }
         let before = served.record.clone();
         served.record.propose();
-        served.record.deactivate(self.replicas[place].id);
+        served.record.deactivate(self.replicas[place].id, None);
         let done = self.change_table(served)?;
         if !done {
             served.record = before;

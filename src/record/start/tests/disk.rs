@@ -89,7 +89,7 @@ pub(super) fn evict(images: &mut [Candidate], gone: usize) {
         if place != gone {
             let record = &mut read(image).record;
             record.propose();
-            record.deactivate(id(gone as u128 + 1));
+            record.deactivate(id(gone as u128 + 1), None);
             record.agree();
         }
     }

@@ -222,7 +222,7 @@ fn changes_that_were_all_cut_short_have_put_no_replica_out() {
     }
     let record = &mut read(&mut images[2]).record;
     record.propose();
-    record.deactivate(id(4));
+    record.deactivate(id(4), None);
     let others = [images[0].clone(), images[1].clone(), images[3].clone()];
     let decided = start(&others, &options());
     for (place, number) in [(0, 1), (1, 2), (3, 4)] {
