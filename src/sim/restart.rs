@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use super::Violation;
 use super::ledger::{Ledger, Masks};
-use super::plan::{bits, mask_of};
+use super::plan::{bits, mask_below, mask_of};
 use super::records::{name, show_record, uuid};
 use super::repair_limit::Unasked;
 use super::staleness::Staleness;
@@ -365,11 +365,12 @@ impl World {
             // it was back: its copies are not known. Or all but one were to be copied as a whole.
             // Or so many old copies were put back one after the other that too few others are left.
             Refusal::TooFewCopies { .. } => {
-                let disk = self.plan.mask(self.plan.disk());
+                // What the disk has grown by is no copy that counts before the records say so.
+                let disk = mask_below(recorded_capacity(candidates));
                 missing != 0
                     || self.records.left_behind != 0
                     || self.ledger.given_up != 0
-                    || self.ledger.lost_by_crash & disk == disk
+                    || disk != 0 && self.ledger.lost_by_crash & disk == disk
                     || self.is_marked(candidates)
                     || is_adopted(candidates)
                     || copied < self.threshold
@@ -482,6 +483,20 @@ fn is_adopted(candidates: &[Candidate]) -> bool {
         }) => read.record.adopted.is_some(),
         _ => false,
     })
+}
+
+/// Sectors of the disk as its records say.
+fn recorded_capacity(candidates: &[Candidate]) -> u64 {
+    let capacities = candidates
+        .iter()
+        .filter_map(|candidate| match &candidate.image {
+            Ok(Found {
+                kept: Kept::Read(read),
+                ..
+            }) => Some(read.record.capacity),
+            _ => None,
+        });
+    capacities.max().unwrap_or(0)
 }
 
 /// An image that cannot be opened.
