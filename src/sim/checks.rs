@@ -150,19 +150,22 @@ impl World {
                 && self.no_write_in_flight(sector)
                 && bits(u64::from(right)).any(|r| votes(r) >= needed)
         };
-        if self.faults_ended && self.must_be_readable(self.plan.mask(read.range)) {
+        // A replica may have failed it before.
+        let sectors = self.plan.mask(read.range);
+        let has_failed = |r: usize| read.seen.failed[r] & sectors != 0;
+        if self.faults_ended && !self.members().any(has_failed) && self.must_be_readable(sectors) {
             let text = format!(
                 "read {} failed, and all copies are equal",
                 number_of(read.tag)
             );
-            return Err(Violation::new("W7", text).at(self.plan.mask(read.range)));
+            return Err(Violation::new("W7", text).at(sectors));
         }
-        if bits(self.plan.mask(read.range)).all(enough) {
+        if bits(sectors).all(enough) {
             let text = format!(
                 "read {} failed, but enough replicas have good copies",
                 number_of(read.tag)
             );
-            return Err(Violation::new("I8", text).at(self.plan.mask(read.range)));
+            return Err(Violation::new("I8", text).at(sectors));
         }
         Ok(())
     }
