@@ -378,6 +378,13 @@ pub const SWEEP_TIMEOUTS: u32 = 8;
 /// Extents that are marked ahead of a write, if as many before it are marked.
 pub const MARKS_AHEAD_MAX: u64 = 63;
 
+/// Where so many extents in a row were written since the last sweep, those that follow are marked
+/// before they are reached.
+pub const MARKS_ROW: u64 = 8;
+
+/// As soon as fewer extents than this are marked ahead.
+pub const MARKS_EARLY: u64 = 32;
+
 /// Each time that marks were made so often since the last sweep, twice as many extents around a
 /// write are marked with it.
 pub const MARKING_ROUNDS_DOUBLING: u64 = 16;

@@ -12,7 +12,8 @@ use uuid::Uuid;
 
 use crate::common::{NOT_POISONED, ReplicaSet, SectorRange};
 use crate::limits::{
-    MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX,
+    MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX, MARKS_EARLY,
+    MARKS_ROW,
 };
 use crate::quorum::health::{Binding, FlushEpoch, Health, Remembered};
 use crate::record::{Extents, Keeper, Round, Threshold, Wanted, WantedMember};
@@ -46,6 +47,8 @@ pub(super) struct Marks {
     rounds: u64,
     /// There may be marks that are needed no more, now or later.
     sweepable: bool,
+    /// Something is wanted that no write waits for yet.
+    ahead: bool,
 }
 
 /// What a series of rounds is for.
@@ -229,6 +232,7 @@ impl Marks {
             durable,
             rounds: 0,
             sweepable: false,
+            ahead: false,
         }
     }
 
@@ -237,11 +241,47 @@ impl Marks {
     #[inline]
     pub(super) fn begin(&mut self, range: SectorRange) -> bool {
         let may = self.durable.contains(range);
-        match may {
-            true => self.touch(range),
-            false => self.want(range),
+        if !may {
+            self.want(range);
+        } else {
+            self.written.insert(range);
+            if self.recent.insert(range) {
+                self.look_ahead(range);
+            }
         }
         may
+    }
+
+    /// A write goes on to an extent of `range`. Where it is one of many in a row, those that
+    /// probably follow are to be marked before they are reached.
+    #[cold]
+    fn look_ahead(&mut self, range: SectorRange) {
+        let layout = self.durable.layout();
+        let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
+        let next = range.end().div_ceil(extent) * extent;
+        let early = SectorRange::new(next.saturating_add(MARKS_EARLY * extent), 1);
+        if early.start >= capacity
+            || self.durable.overlaps(early)
+            || self.wanted.overlaps(early)
+            || next < MARKS_ROW * extent
+            || !self.recent.contains(SectorRange::new(
+                next - MARKS_ROW * extent,
+                MARKS_ROW * extent,
+            ))
+        {
+            return;
+        }
+        // As many in each round as where a write waits for it.
+        let ahead = (MARKS_EARLY + MARKS_AHEAD_MAX) * extent;
+        let end = next.saturating_add(ahead).min(capacity);
+        self.wanted.insert(SectorRange::new(next, end - next));
+        self.ahead = true;
+    }
+
+    /// Whether something is to be marked that no write waits for yet. Said once.
+    #[inline]
+    pub(super) fn take_ahead(&mut self) -> bool {
+        std::mem::take(&mut self.ahead)
     }
 
     /// A write of `range` begins or has ended.
@@ -494,6 +534,33 @@ mod tests {
         assert!(marks.begin(extent(12)) && marks.wanted().is_empty());
         assert!(!marks.begin(extent(13)));
         assert_eq!(*marks.wanted(), marked(&[13, 14, 15, 16]));
+    }
+
+    #[test]
+    fn what_follows_a_row_is_marked_before_it_is_reached() {
+        let layout = Layout::new(200 * EXTENT);
+        let mut marks = Marks::new(Extents::full(layout));
+        let behind = SectorRange::new(20 * EXTENT, 180 * EXTENT);
+        marks.durable.remove(behind);
+        marks.written = Extents::new(layout);
+        for index in 0..MARKS_ROW - 1 {
+            assert!(marks.begin(extent(index)) && !marks.take_ahead(), "{index}");
+        }
+        assert!(marks.begin(extent(12)) && !marks.take_ahead(), "no row");
+        assert!(marks.begin(extent(MARKS_ROW - 1)) && marks.take_ahead());
+        assert!(!marks.take_ahead() && !marks.durable.overlaps(behind));
+        let end = MARKS_ROW + MARKS_EARLY + MARKS_AHEAD_MAX;
+        let ahead = SectorRange::new(20 * EXTENT, (end - 20) * EXTENT);
+        assert!(marks.wanted.contains(ahead));
+        assert!(
+            !marks
+                .wanted
+                .overlaps(SectorRange::new(end * EXTENT, EXTENT))
+        );
+        assert!(
+            marks.begin(extent(MARKS_ROW)) && !marks.take_ahead(),
+            "it is wanted"
+        );
     }
 
     #[test]

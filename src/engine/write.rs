@@ -84,10 +84,13 @@ impl Write {
             context.unlock(self.lock);
             return Progress::Retired;
         }
-        let Some((asked, begun)) = context.shared().write_begins(range) else {
+        let Some((asked, begun, marks_ahead)) = context.shared().write_begins(range) else {
             context.core.wait_for_marks(context.id);
             return Progress::Waiting;
         };
+        if marks_ahead {
+            context.core.have_remembered();
+        }
         self.stage = Stage::Writing(Writing {
             tally: Tally::new(asked),
             begun,

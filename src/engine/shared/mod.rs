@@ -409,12 +409,18 @@ impl Shared {
         read(&self.state().health)
     }
 
-    /// A write of `range` goes to the replicas that are returned. Nothing of that is published.
-    /// `None`: it has to wait until the range is marked (S4).
-    pub(super) fn write_begins(&self, range: SectorRange) -> Option<(ReplicaSet, WriteBegun)> {
+    /// A write of `range` goes to the replicas that are returned, and whether what probably follows
+    /// it is to be marked meanwhile. Nothing of that is published. `None`: it has to wait until the
+    /// range is marked (S4).
+    pub(super) fn write_begins(
+        &self,
+        range: SectorRange,
+    ) -> Option<(ReplicaSet, WriteBegun, bool)> {
         let mut state = self.marked(range)?;
         state.changes.of_health();
-        Some((state.health.in_service(), state.health.write_begins(range)))
+        let marks_ahead = state.marks.as_mut().is_some_and(Marks::take_ahead);
+        let (asked, begun) = (state.health.in_service(), state.health.write_begins(range));
+        Some((asked, begun, marks_ahead))
     }
 
     /// Whether `range` is marked, so that it may be changed (S4). If not, it will be.
