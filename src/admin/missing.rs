@@ -1,5 +1,5 @@
-//! Replicas whose images could not be opened at the start: each is tried again and again, and taken
-//! in when it can be opened (W13).
+//! Replicas whose images could not be opened at the start, or were lost since: each is tried again
+//! and again, and taken in when it can be opened (W13).
 //!
 //! Invariants: each image has at most one thread that tries to open it, so one that does not answer
 //! delays no other; the workers have the file before the replica may rejoin.
@@ -8,7 +8,7 @@ use std::io;
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 
-use log::{debug, info};
+use log::{debug, info, warn};
 
 use super::{Admin, AdminError};
 use crate::common::ranges::RangeSet;
@@ -40,26 +40,69 @@ pub trait Recognition: Send + Sync {
 }
 
 impl Admin {
-    /// Reports the replicas that are missing, and tries to open their images again and again, on
-    /// threads of its own, until none is missing or this is dropped.
+    /// Reports the replicas that are missing, and tries to open their images again and again, and
+    /// those of replicas that are lost later, on threads of its own, until this is dropped.
     ///
     /// # Errors
     /// If there is no thread for it.
     pub fn seek_missing(self: &Arc<Self>, recognition: Arc<dyn Recognition>) -> io::Result<()> {
-        let missing = self.table.missing();
-        for (index, missing) in &missing {
-            self.events.push(Notice::Missing {
-                replica: *index,
-                file: missing.path.to_string_lossy().into_owned(),
-                reason: missing.why().to_string(),
-            });
-        }
-        if missing.is_empty() {
-            return Ok(());
+        for (index, missing) in &self.table.missing() {
+            self.tell_missing(*index, missing);
         }
         let admin = Arc::downgrade(self);
         let thread = std::thread::Builder::new().name("missing".into());
         thread.spawn(move || seek(&admin, &recognition, MISSING_RETRY_INTERVAL))?;
+        Ok(())
+    }
+
+    fn tell_missing(&self, index: ReplicaIndex, missing: &MissingReplica) {
+        self.events.push(Notice::Missing {
+            replica: index,
+            file: missing.path.to_string_lossy().into_owned(),
+            reason: missing.why().to_string(),
+        });
+    }
+
+    /// The open image of a replica cannot be used any more. With records it is missing from now on,
+    /// if the disk can do without it; else it stays as it is.
+    pub(super) fn lose(&self, index: ReplicaIndex, file: &Arc<ReplicaFile>, why: &str) {
+        let _changing = self.changing.lock().expect(NOT_POISONED);
+        let is_in_use = self
+            .table
+            .in_use()
+            .iter()
+            .any(|(_, used)| Arc::ptr_eq(used, file));
+        if !self.shared.has_records() || !is_in_use || !self.shared.lose(index) {
+            return;
+        }
+        let missing = Arc::new(MissingReplica::lost(Arc::clone(file), why));
+        self.table.lost(index, file, Arc::clone(&missing));
+        warn!(
+            replica:% = missing.node_name(), file:% = missing.path.display(), error = why;
+            "the image of a replica is lost: it is taken in when it can be opened again"
+        );
+        self.tell_missing(index, &missing);
+        self.workers.tick_all();
+    }
+
+    /// Closes the image of a replica that was lost, as soon as no worker uses it.
+    fn close_lost(&self, index: ReplicaIndex, missing: &Arc<MissingReplica>) -> Result<(), String> {
+        if missing.before().is_none() {
+            return Ok(());
+        }
+        {
+            let _changing = self.changing.lock().expect(NOT_POISONED);
+            if !self.table.is_missing(index, missing) {
+                return Err("it was removed meanwhile".to_owned());
+            }
+            if !self.shared.is_drained(index) {
+                self.workers.tick_all();
+                return Err("operations on the image that was lost are in flight".to_owned());
+            }
+            let closed = self.workers.set_file(index, None);
+            closed.map_err(|error| error.to_string())?;
+        }
+        missing.close();
         Ok(())
     }
 
@@ -112,6 +155,7 @@ impl Admin {
         missing: &Arc<MissingReplica>,
         recognition: &dyn Recognition,
     ) -> Result<(), String> {
+        self.close_lost(index, missing)?;
         let how = (self.options, self.opening);
         let source = missing.source();
         let opened = open_again(&self.open_files(), &source, how, self.capacity.bytes());
@@ -157,8 +201,6 @@ fn seek(admin: &Weak<Admin>, recognition: &Arc<dyn Recognition>, interval: Durat
         let Some(admin) = admin.upgrade() else {
             return;
         };
-        if !admin.try_missing(recognition) {
-            return;
-        }
+        admin.try_missing(recognition);
     }
 }

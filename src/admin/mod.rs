@@ -35,7 +35,8 @@ use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
-    OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, check_beside, open_beside, watch,
+    OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, Watched, check_beside,
+    open_beside, watch,
 };
 use crate::replica::record_file::StateDirectory;
 use crate::replica::table::{Member, ReplicaTable};
@@ -123,14 +124,28 @@ impl Admin {
         std::thread::Builder::new()
             .name("closing".into())
             .spawn(move || close_released(&released, &workers, &table))?;
-        let capacity = admin.capacity.clone();
-        let events = Arc::clone(&admin.events);
-        watch(
-            Arc::downgrade(&admin.table),
-            move || capacity.bytes(),
-            move |replica, changes| events.push(Notice::Image(replica, changes)),
-        )?;
         Ok(admin)
+    }
+
+    /// Has the images looked at again and again, on threads of their own, until this is dropped
+    /// (O2). One that cannot be used any more is lost: the replica is missing from then on, if
+    /// there are records to recognize it by (W13).
+    ///
+    /// # Errors
+    /// If there is no thread for it.
+    pub fn watch_images(self: &Arc<Self>) -> io::Result<()> {
+        let capacity = self.capacity.clone();
+        let events = Arc::clone(&self.events);
+        let admin = Arc::downgrade(self);
+        let told = move |replica, file: &Arc<ReplicaFile>, found| match found {
+            Watched::Changed(changes) => events.push(Notice::Image(replica, changes)),
+            Watched::Lost(error) => {
+                if let Some(admin) = admin.upgrade() {
+                    admin.lose(replica, file, &error.to_string());
+                }
+            }
+        };
+        watch(Arc::downgrade(&self.table), move || capacity.bytes(), told)
     }
 
     /// The names of the replicas, also of those that are added later.

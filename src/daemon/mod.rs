@@ -117,6 +117,8 @@ pub fn run(config: &Config) -> Result<(), Error> {
                 false => Arc::new(admin),
                 true => seeking(admin, &disk, &config.records)?,
             };
+            let watched = admin.watch_images();
+            watched.map_err(system("cannot start a thread"))?;
             serve(config, &disk, &workers, &admin, signals, (stop, &stopped))
         });
     let mut unanswered = workers.exit();

@@ -41,7 +41,7 @@ impl Engine {
         let now = self.core.clock.now();
         self.core.latencies.ticked_at = now;
         self.evict_late(effects);
-        let evicted = self.core.shared.evicted();
+        let evicted = self.core.shared.out_of_service();
         if !evicted.is_empty() {
             let depends = |request: &Request| !request.depends_on().and(evicted).is_empty();
             self.for_each(depends, effects, |request, context| {
@@ -223,7 +223,10 @@ impl Engine {
             if core.shared.take_wants_all() {
                 flapping.let_all_in();
             }
-            core.shared.set_kept_out(flapping.kept_out(now));
+            // One whose image was lost is drained meanwhile.
+            let missing = core.shared.missing();
+            core.shared
+                .set_kept_out(flapping.kept_out(now).without(missing));
         }
     }
 

@@ -1,15 +1,15 @@
-//! A replica of the disk whose image cannot be opened.
+//! A replica of the disk whose image cannot be opened, or cannot be used any more.
 
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, RwLock};
+use std::sync::{Arc, Mutex, RwLock};
 
-use super::file::ReplicaSource;
+use super::file::{ReplicaFile, ReplicaSource};
 use crate::common::NOT_POISONED;
 
-/// A replica that has a place and a name, but no file.
+/// A replica that has a place and a name, but no file that can be used.
 #[derive(Debug)]
 pub struct MissingReplica {
     /// The path of its image, as the operator gave it.
@@ -22,6 +22,8 @@ pub struct MissingReplica {
     is_sought: AtomicBool,
     /// The command line names its image.
     is_named: bool,
+    /// The file that was lost, as long as workers may use it.
+    before: Mutex<Option<Arc<ReplicaFile>>>,
 }
 
 impl MissingReplica {
@@ -33,6 +35,19 @@ impl MissingReplica {
             why: RwLock::new(why.into()),
             is_sought: AtomicBool::new(false),
             is_named: true,
+            before: Mutex::new(None),
+        }
+    }
+
+    /// The replica of an image that was open and cannot be used any more, and why, in one line.
+    pub fn lost(file: Arc<ReplicaFile>, why: &str) -> Self {
+        let source = ReplicaSource {
+            path: file.path.clone(),
+            node_name: file.node_name().to_string(),
+        };
+        Self {
+            before: Mutex::new(Some(file)),
+            ..Self::new(&source, why)
         }
     }
 
@@ -72,6 +87,18 @@ impl MissingReplica {
             *present = why.into();
         }
         is_new
+    }
+
+    /// The file that was lost, if workers may use it.
+    pub fn before(&self) -> Option<Arc<ReplicaFile>> {
+        self.before.lock().expect(NOT_POISONED).clone()
+    }
+
+    /// No worker uses the file any more that was lost: closes it, which may wait for its file
+    /// system.
+    pub fn close(&self) {
+        let file = self.before.lock().expect(NOT_POISONED).take();
+        drop(file);
     }
 
     /// What to open.

@@ -115,6 +115,22 @@ impl ReplicaTable {
         })
     }
 
+    /// The image of a replica cannot be used any more: `missing` takes its place, and keeps the
+    /// file until no worker uses it. `false` if another file is in this place, or none.
+    pub fn lost(
+        &self,
+        index: ReplicaIndex,
+        file: &Arc<ReplicaFile>,
+        missing: Arc<MissingReplica>,
+    ) -> bool {
+        let place = &mut self.places()[index.as_usize()];
+        let is_it = matches!(place, Place::Taken(present) if Arc::ptr_eq(present, file));
+        if is_it {
+            *place = Place::Missing(missing);
+        }
+        is_it
+    }
+
     /// The replicas of the disk whose images are open, in order.
     pub fn in_use(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
         self.list(|place| match place {
@@ -123,11 +139,12 @@ impl ReplicaTable {
         })
     }
 
-    /// All open replicas, including removed ones that workers still use.
+    /// All open replicas, including removed ones, and lost images, that workers still use.
     pub fn open(&self) -> Vec<(ReplicaIndex, Arc<ReplicaFile>)> {
         self.list(|place| match place {
             Place::Taken(file) | Place::Leaving(Some(file)) => Some(Arc::clone(file)),
-            Place::Missing(_) | Place::Leaving(None) | Place::Free(_) => None,
+            Place::Missing(missing) => missing.before(),
+            Place::Leaving(None) | Place::Free(_) => None,
         })
     }
 
@@ -182,7 +199,7 @@ impl ReplicaTable {
         let place = &mut self.places()[index.as_usize()];
         match place {
             Place::Taken(file) => *place = Place::Leaving(Some(Arc::clone(file))),
-            Place::Missing(_) => *place = Place::Leaving(None),
+            Place::Missing(missing) => *place = Place::Leaving(missing.before()),
             Place::Leaving(_) | Place::Free(_) => {}
         }
     }

@@ -6,6 +6,9 @@ use super::model::Value;
 use super::plan::{bits, mask_below, widen};
 use super::state::{Checked, World, trace};
 
+/// How likely it is in each step that an image cannot be used any more.
+const LOSS: u32 = 1 << 4;
+
 /// How likely it is in each step that the image of a missing member can be opened again.
 const RETURN: u32 = 1 << 9;
 
@@ -51,6 +54,9 @@ impl World {
         }
         if self.missing != 0 && self.random.chance(RETURN) {
             self.find_missing()?;
+        }
+        if self.random.chance(LOSS) {
+            self.lose_image(replica);
         }
         // Not covered: what a flush would still have reported of a page that is lost.
         let loses_pages = faults.flush_error | faults.writeback_error | faults.full != 0;

@@ -48,9 +48,7 @@ impl World {
         // So that no replica is late only because the others have their turn first.
         self.plan.step = Duration::from_nanos(10);
         self.hung_until = [Duration::ZERO; PLACES];
-        while self.missing != 0 {
-            self.find_missing()?;
-        }
+        self.find_all()?;
         self.ledger.unwritable = Masks::default();
         let is_aborting = |job: &JobInfo| job.status == JobStatus::Aborting;
         let any_aborting = self.jobs.iter().any(is_aborting);

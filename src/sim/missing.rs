@@ -1,4 +1,5 @@
-//! Members whose images are missing at a start, and there some time later (W13).
+//! Members whose images are missing at a start, or lost while the disk is served, and there some
+//! time later (W13).
 //!
 //! One that is missing at the first start holds bytes that no write has written, and is stale
 //! everywhere.
@@ -11,6 +12,10 @@ use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
 use crate::engine::Shared;
 use crate::quorum::health::Remembered;
+use crate::record::{Keeper, Member};
+
+/// How often images are lost in a run: each time all that is marked is copied.
+const LOSSES_MAX: u64 = 4;
 
 impl World {
     /// Before the engines start for the first time: sometimes a member is missing that the disk can
@@ -62,12 +67,63 @@ impl World {
         }
     }
 
+    /// The image of a member cannot be used any more, as when its file system goes. What is in
+    /// flight there may still happen.
+    pub(super) fn lose_image(&mut self, place: usize) {
+        let Plan { records, dead, .. } = self.plan;
+        // Without another one, one that never answers may be needed.
+        let may_be_lost =
+            records && dead == 0 && self.missing == 0 && self.statistics.lost < LOSSES_MAX;
+        if !may_be_lost || !self.shared.lose(index(place)) {
+            return;
+        }
+        trace!(self, "the image of replica {place} is lost");
+        self.statistics.lost += 1;
+        self.missing = 1 << place;
+        self.note_evictions();
+        // Where something is marked it counts as stale when it is found.
+        self.staleness.added(place);
+        self.tick_wanted = (1 << self.plan.workers) - 1;
+    }
+
+    /// Whether its image may be opened again: nothing is in flight on the one that was lost, and
+    /// the records say that it is out of service.
+    fn is_drained(&self, place: usize) -> bool {
+        let is_active = |keeper: &Keeper| {
+            let member = keeper.member(index(place));
+            let member = member.and_then(|id| keeper.record().member(id));
+            member.is_some_and(Member::is_active)
+        };
+        // If not, it was removed.
+        let is_missing = self.shared.missing().contains(index(place));
+        let is_active = self.shared.records(is_active).unwrap_or(false);
+        !is_missing || (self.shared.is_drained(index(place)) && !is_active)
+    }
+
+    /// No fault is left: all missing images are there.
+    pub(super) fn find_all(&mut self) -> Checked {
+        while self.missing != 0 {
+            let mut missing = bits(u64::from(self.missing));
+            if missing.any(|place| self.is_drained(place)) {
+                self.find_missing()?;
+            } else {
+                self.tick_wanted = (1 << self.plan.workers) - 1;
+                self.step()?;
+            }
+        }
+        Ok(())
+    }
+
     /// The image of a missing member is there, if the member was not removed.
     pub(super) fn find_missing(&mut self) -> Checked {
         if self.missing == 0 {
             return Ok(());
         }
         let place = self.random.bit(u64::from(self.missing)) as usize;
+        if !self.is_drained(place) {
+            self.tick_wanted = (1 << self.plan.workers) - 1;
+            return Ok(());
+        }
         self.missing &= !(1 << place);
         let is_member = self.members >> place & 1 == 1;
         let mut stale = RangeSet::default();
@@ -80,8 +136,8 @@ impl World {
             "the image of the missing replica {place} is there: {found}"
         );
         self.tick_wanted = (1 << self.plan.workers) - 1;
-        if found && self.crashed {
-            self.statistics.found += 1;
+        if found {
+            self.statistics.found += u64::from(self.crashed);
             self.check_found(place)?;
         }
         Ok(())

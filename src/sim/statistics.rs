@@ -19,6 +19,8 @@ pub struct Statistics {
     pub clean_ends: u64,
     /// Images that another program has modified after a clean end.
     pub edited: u64,
+    /// Images that were lost while the disk was served.
+    pub lost: u64,
     /// Reports that a replica holds a corrupt version.
     pub accusations: u64,
     /// Evictions.
@@ -70,6 +72,7 @@ impl Statistics {
         self.kills += other.kills;
         self.clean_ends += other.clean_ends;
         self.edited += other.edited;
+        self.lost += other.lost;
         self.accusations += other.accusations;
         self.evictions += other.evictions;
         self.missing += other.missing;

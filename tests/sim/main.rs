@@ -88,10 +88,11 @@ fn keeps_the_contract() {
             clean_ends,
             edited,
             adopted,
+            lost,
             ..
         } = summary.statistics;
         let returns = [subsets, refused, found, put_back, forced];
-        let all = [&returns[..], &[clean_ends, edited, adopted]].concat();
+        let all = [&returns[..], &[clean_ends, edited, adopted, lost]].concat();
         assert!(!all.contains(&0), "something has never happened: {all:?}");
     }
 }

@@ -61,7 +61,7 @@ pub enum Notice {
     Job(JobEvent),
     /// Another program has changed the image of a replica, or has undone it.
     Image(ReplicaIndex, ImageChanges),
-    /// A replica is missing since the start.
+    /// A replica is missing, since the start or from now on.
     Missing {
         /// The replica.
         replica: ReplicaIndex,

@@ -9,9 +9,9 @@ use crate::common::message::Quoted;
 use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::engine::Shared;
-use crate::record::Keeper;
 use crate::record::format::Read;
 use crate::record::start::{Candidate, Found, Why, take_in};
+use crate::record::{Keeper, Member};
 use crate::replica::file::ReplicaFile;
 use crate::replica::record_file::{RecordAccess, StateDirectory};
 
@@ -58,6 +58,10 @@ impl Recognition for Members {
         let Some((Some(running), Some(member), layout)) = running else {
             return Err("the disk is being closed".to_owned());
         };
+        let known = running.record.member(member);
+        if known.is_some_and(Member::is_active) {
+            return Err("the records do not say yet that its image was lost".to_owned());
+        }
         let verdict = take_in(&running, &candidate).map_err(|refusal| refusal.to_string())?;
         if verdict.member != member {
             let other = running.record.member(verdict.member);

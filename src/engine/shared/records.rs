@@ -19,6 +19,18 @@ impl Shared {
         self.change_health(|health| health.leave_out(replica, stale));
     }
 
+    /// The image of a member cannot be used any more: it is missing from now on
+    /// ([W13](Health::lose)). A tick of every engine must follow. `false` if it is missing already,
+    /// or needed.
+    pub fn lose(&self, replica: ReplicaIndex) -> bool {
+        self.change_health(|health| health.lose(replica))
+    }
+
+    /// Whether no engine has an operation in flight on a missing replica, as of its last tick.
+    pub fn is_drained(&self, replica: ReplicaIndex) -> bool {
+        self.health(|health| health.is_drained(replica))
+    }
+
     /// The image of a missing member is open, and every worker has its file: it rejoins as an
     /// evicted replica does. It turns out to be stale in `stale` too. A tick of every engine must
     /// follow. `false` if it is not missing.

@@ -216,12 +216,12 @@ impl Health {
     /// rejoin.
     pub fn rejoin(&mut self, replica: ReplicaIndex, worker: u16) -> bool {
         let out = self.members.without(self.in_service);
-        if !out.without(self.missing).contains(replica) {
+        if !out.contains(replica) {
             return false;
         }
         let state = &mut self.replicas[replica.as_usize()];
         state.drained_by |= 1 << worker;
-        let all = state.drained_by == self.workers;
+        let all = state.drained_by == self.workers && !self.missing.contains(replica);
         if all {
             self.in_service.insert(replica);
             self.arrivals += 1;

@@ -1,4 +1,5 @@
-//! Members whose image could not be opened at the start (contract W13).
+//! Members whose image is not open (contract W13): it could not be opened at the start, or was lost
+//! since.
 //!
 //! A *missing* member counts in N and is out of service: it is never asked, and what is written
 //! without it is stale there. It rejoins as an evicted replica does, but not before its image is
@@ -29,6 +30,23 @@ impl Health {
             set.insert_all(&self.written);
         }
         self.check_sets();
+    }
+
+    /// The image of a member cannot be used any more. It is evicted, if it is in service, and
+    /// missing from now on. `false` if it is missing already or no member, or needed.
+    pub fn lose(&mut self, replica: ReplicaIndex) -> bool {
+        let is_member = self.members.without(self.missing).contains(replica);
+        if !is_member || (self.in_service.contains(replica) && !self.evict(replica)) {
+            return false;
+        }
+        self.missing.insert(replica);
+        self.check_sets();
+        true
+    }
+
+    /// Whether no worker has an operation in flight on a replica that is out of service.
+    pub fn is_drained(&self, replica: ReplicaIndex) -> bool {
+        self.replicas[replica.as_usize()].drained_by == self.workers
     }
 
     /// The image of a missing member is open, on every worker: it may rejoin. It turns out to be
@@ -105,6 +123,32 @@ mod tests {
         assert!(health.rejoin(C, 1));
         assert_eq!(health.in_service(), ReplicaSet::first(3));
         assert_eq!(health.stale_sectors(C), 2048 + 8);
+        health.self_check();
+    }
+
+    #[test]
+    fn one_whose_image_is_lost_is_evicted_and_does_not_rejoin_before_it_is_found() {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 2, SECTORS);
+        let begun = health.write_begins(range(4096, 8));
+        health.write_ended(&WriteEnd {
+            asked: ReplicaSet::first(3),
+            succeeded: ReplicaSet::first(3),
+            begun,
+            success: true,
+        });
+        assert!(
+            health.lose(C) && !health.lose(C) && !health.lose(B),
+            "needed"
+        );
+        assert_eq!(health.in_service(), set(&[A, B]));
+        assert_eq!(health.missing(), set(&[C]));
+        assert_eq!(health.stale_sectors(C), 8, "it was not flushed");
+        assert!(!health.rejoin(C, 0) && !health.is_drained(C));
+        assert!(!health.rejoin(C, 1) && health.is_drained(C));
+        write(&mut health, 64);
+        assert!(health.found(C, &RangeSet::default()));
+        assert!(!health.rejoin(C, 0) && health.rejoin(C, 1));
+        assert_eq!(health.stale_sectors(C), 16);
         health.self_check();
     }
 

@@ -1,5 +1,5 @@
-//! Notices what other programs do to an image that is open (O2): truncate, delete or move it, or
-//! put another one in its place.
+//! Notices what becomes of an image that is open: other programs truncate, delete or move it, or
+//! put another one in its place (O2); its file system or its device is gone (W13).
 //!
 //! Nothing here is on the path of a request. Looking at an image may wait for its file system for
 //! ever, so each look has a thread of its own, and a replica has one at a time.
@@ -14,6 +14,7 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::sync::{Arc, Weak};
 
 use log::debug;
+use rustix::io::Errno;
 
 use super::{ImageIdentity, ReplicaFile};
 use crate::common::ReplicaIndex;
@@ -60,6 +61,15 @@ impl Seen {
     }
 }
 
+/// What a look has found.
+#[derive(Debug)]
+pub enum Watched {
+    /// Other programs have changed the image, or have undone that.
+    Changed(ImageChanges),
+    /// The open file cannot be used any more, and why. Found again at each look.
+    Lost(io::Error),
+}
+
 /// What a look needs. It does not keep the image locked.
 struct Look {
     file: File,
@@ -71,14 +81,14 @@ struct Look {
 }
 
 /// Looks at the images of `table` again and again, on threads of its own, until the table is gone,
-/// and calls `tell` with what is new. `disk_bytes` returns the size of the disk.
+/// and calls `tell` with what is found. `disk_bytes` returns the size of the disk.
 ///
 /// # Errors
 /// If there is no thread for it.
 pub fn watch(
     table: Weak<ReplicaTable>,
     disk_bytes: impl Fn() -> u64 + Send + 'static,
-    tell: impl Fn(ReplicaIndex, ImageChanges) + Send + Sync + 'static,
+    tell: impl Fn(ReplicaIndex, &Arc<ReplicaFile>, Watched) + Send + Sync + 'static,
 ) -> io::Result<()> {
     let tell = Arc::new(tell);
     let thread = std::thread::Builder::new().name("images".into());
@@ -91,15 +101,15 @@ pub fn watch(
             // Before the sizes of the images, which grow first.
             let disk_bytes = disk_bytes();
             for (index, replica) in table.in_use() {
-                let tell = Arc::clone(&tell);
-                look(&replica, disk_bytes, move |changes| tell(index, changes));
+                let (tell, file) = (Arc::clone(&tell), Arc::clone(&replica));
+                look(&replica, disk_bytes, move |found| tell(index, &file, found));
             }
         }
     })?;
     Ok(())
 }
 
-fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) + Send + 'static) {
+fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(Watched) + Send + 'static) {
     let seen = replica.seen.clone();
     if !seen.begin() {
         return;
@@ -115,8 +125,8 @@ fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) 
         };
         let thread = std::thread::Builder::new().name("image".into());
         thread.spawn(move || {
-            if let Some(changes) = look.run() {
-                tell(changes);
+            if let Some(found) = look.run() {
+                tell(found);
             }
         })
     });
@@ -127,14 +137,28 @@ fn look(replica: &ReplicaFile, disk_bytes: u64, tell: impl FnOnce(ImageChanges) 
 }
 
 impl Look {
-    /// What is new since the last look.
-    fn run(self) -> Option<ImageChanges> {
+    /// What is new since the last look, or that the file is lost.
+    fn run(self) -> Option<Watched> {
+        if let Err(error) = self.is_usable() {
+            self.seen.end(None);
+            return Some(Watched::Lost(error));
+        }
         let found = self.changes();
         if let Err(error) = &found {
             debug!(replica:% = self.node_name, error:%; "cannot look at an image");
         }
         let found = found.ok();
-        self.seen.end(found).then_some(found).flatten()
+        let is_new = self.seen.end(found);
+        found.filter(|_| is_new).map(Watched::Changed)
+    }
+
+    /// Whether the open file still leads to something: an error if its file system or its device is
+    /// gone, whatever has become of the path.
+    fn is_usable(&self) -> io::Result<()> {
+        match rustix::fs::fstat(&self.file) {
+            Err(error) if is_gone(error) => Err(error.into()),
+            _ => Ok(()),
+        }
     }
 
     fn changes(&self) -> io::Result<ImageChanges> {
@@ -148,6 +172,19 @@ impl Look {
             moved: !unlinked && is_elsewhere(&self.path, self.identity)?,
         })
     }
+}
+
+/// Whether an error says that there is nothing behind an open file any more: a FUSE server has
+/// ended, a server has forgotten the file, a device was taken away.
+fn is_gone(error: Errno) -> bool {
+    [
+        Errno::NOTCONN,
+        Errno::STALE,
+        Errno::NODEV,
+        Errno::NXIO,
+        Errno::SHUTDOWN,
+    ]
+    .contains(&error)
 }
 
 /// Whether `path` does not lead to the image.
@@ -181,7 +218,11 @@ mod tests {
         assert!(!replica.seen.begin(), "one look at a time");
         let new = look.run();
         let seen = replica.seen.changes();
-        assert!(new.is_none_or(|new| new == seen));
+        assert!(match new {
+            Some(Watched::Changed(changes)) => changes == seen,
+            None => true,
+            Some(Watched::Lost(error)) => panic!("{error}"),
+        });
         seen
     }
 

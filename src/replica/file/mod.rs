@@ -44,7 +44,7 @@ pub use self::all::{
 };
 use self::candidate::Candidate;
 use self::changes::Seen;
-pub use self::changes::watch;
+pub use self::changes::{Watched, watch};
 pub use self::error::OpenError;
 pub(super) use self::examine::Kind;
 pub use self::first_look::compare_first;

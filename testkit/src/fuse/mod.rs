@@ -20,7 +20,7 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -154,6 +154,18 @@ impl FuseImage {
         self.server.clear_faults();
     }
 
+    /// The server is gone, as when it is killed: all that is asked of the file fails (ENOTCONN).
+    pub fn abort(&self) {
+        let files = self.files.as_ref().expect("there until dropped");
+        let device = files[1].metadata().expect("looking at the file").dev();
+        let control = tempfile::tempdir().expect("creating a directory");
+        mount_control(control.path());
+        let connection = control.path().join(libc::minor(device).to_string());
+        let aborted = std::fs::write(connection.join("abort"), "1");
+        detach(control.path());
+        aborted.expect("aborting a FUSE connection");
+    }
+
     /// How many `operation`s were received since the file is served.
     pub fn asked(&self, operation: Operation) -> u64 {
         self.server.lock().asked[operation as usize]
@@ -211,6 +223,23 @@ impl Drop for FaultGuard {
     fn drop(&mut self) {
         self.0.clear_faults();
     }
+}
+
+/// Mounts the file system by which FUSE connections are controlled.
+fn mount_control(mount_point: &Path) {
+    let path = CString::new(mount_point.as_os_str().as_bytes()).expect("no NUL in a path");
+    let kind = c"fusectl";
+    // SAFETY: the strings outlive the call, and this file system takes no data.
+    let result = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            path.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    assert_eq!(result, 0, "mount: {}", io::Error::last_os_error());
 }
 
 /// Removes a mount from the directory tree. It lives on while its file is open.

@@ -3,6 +3,7 @@
 
 mod changed;
 mod devices;
+mod lost_images;
 mod members;
 mod results;
 mod rooms;
