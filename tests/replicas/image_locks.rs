@@ -4,14 +4,14 @@
 //! Needs `qemu-img`, `qemu-io` and `qemu-storage-daemon` (Debian: qemu-utils and
 //! qemu-system-common).
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use testkit::process::wait_until;
 use testkit::{HANG_LIMIT, machine};
 
 use quorum_blk::replica::file::{self, OpenError, OpenOptions, ReplicaFile};
 
-const WRITABLE: OpenOptions = OpenOptions {
+pub(crate) const WRITABLE: OpenOptions = OpenOptions {
     read_only: false,
     direct: false,
     raw_anyway: false,
@@ -58,14 +58,15 @@ impl Image {
 }
 
 /// A qemu-storage-daemon that has an image open; it ends with this value.
-struct StorageDaemon(Child);
+pub(crate) struct StorageDaemon(Child);
 
 impl StorageDaemon {
     /// Exports the image with the locks of a virtual machine, and waits until it has them.
-    fn serve(image: &Image, writable: bool) -> Self {
+    pub(crate) fn serve(image: &Path, writable: bool) -> Self {
         let on = |yes| if yes { "on" } else { "off" };
-        let path = image.path.display();
-        let pid_file = image.directory.path().join("pid");
+        let path = image.display();
+        let directory = image.parent().unwrap();
+        let pid_file = directory.join("pid");
         let child = program("qemu-storage-daemon")
             .args([
                 "--blockdev",
@@ -85,7 +86,7 @@ impl StorageDaemon {
                 "--nbd-server",
                 &format!(
                     "addr.type=unix,addr.path={}",
-                    image.directory.path().join("nbd").display()
+                    directory.join("nbd").display()
                 ),
             ])
             .args([
@@ -205,7 +206,7 @@ fn qemu_reads_but_does_not_write_an_image_that_is_read_here() {
 fn an_image_that_qemu_writes_is_refused_until_qemu_closes_it() {
     let _machine = machine::shared();
     let image = Image::new();
-    let daemon = StorageDaemon::serve(&image, true);
+    let daemon = StorageDaemon::serve(&image.path, true);
     image.assert_busy(WRITABLE);
     image.assert_busy(READ_ONLY);
     drop(daemon);
@@ -216,6 +217,6 @@ fn an_image_that_qemu_writes_is_refused_until_qemu_closes_it() {
 fn an_image_that_qemu_reads_is_accepted() {
     let _machine = machine::shared();
     let image = Image::new();
-    let _daemon = StorageDaemon::serve(&image, false);
+    let _daemon = StorageDaemon::serve(&image.path, false);
     image.open(READ_ONLY).unwrap();
 }
