@@ -1,6 +1,7 @@
 //! A disk that is ended and started again, with its records: what a replica has missed is not
 //! believed, whatever ends the daemon and whichever of the images are there (S2, S3, S7, S9).
 
+mod bad_images;
 mod changed;
 mod devices;
 mod lost_images;
