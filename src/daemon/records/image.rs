@@ -3,6 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
+use uuid::Uuid;
+
 use crate::admin::records::{FoundRecord, fingerprint};
 use crate::daemon::Error;
 use crate::daemon::error::system;
@@ -15,6 +17,8 @@ use crate::replica::table::MissingReplica;
 pub(super) struct Image {
     source: ReplicaSource,
     open: Result<Open, LeftOut>,
+    /// The member whose image it is, by its record, if it is shorter than the disk.
+    shorter_image_of: Option<Uuid>,
 }
 
 /// Why an image is left out, in one line.
@@ -49,6 +53,7 @@ impl Image {
                 why: error.of_missing(),
                 advice: error.to_string(),
             }),
+            shorter_image_of: None,
         }
     }
 
@@ -88,6 +93,17 @@ impl Image {
     pub(super) fn leave_out(&mut self, why: &str) {
         let (why, advice) = (why.to_owned(), why.to_owned());
         self.open = Err(LeftOut { why, advice });
+    }
+
+    /// The same with the image of `member`, which is shorter than the disk.
+    pub(super) fn leave_out_short(&mut self, member: Uuid, why: &str) {
+        self.leave_out(why);
+        self.shorter_image_of = Some(member);
+    }
+
+    /// Whether it was left out since it is the image of `member`, and shorter than the disk.
+    pub(super) fn is_shorter_image_of(&self, member: Uuid) -> bool {
+        self.shorter_image_of == Some(member)
     }
 
     /// Finds and reads its record.

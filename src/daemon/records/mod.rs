@@ -56,10 +56,11 @@ pub(super) fn open(config: &Config) -> Result<Replicas, Error> {
         let decision = decision.map_err(|refusal| refused(refusal, &images))?;
         match decision {
             Decision::Create => return create(config, images),
-            Decision::Start(start) => {
-                if leave_out_short(&mut images, start.record.capacity * SECTOR_BYTES) {
+            Decision::Start(mut start) => {
+                if leave_out_short(&mut images, &start) {
                     continue;
                 }
+                distrust_shorter(&images, &mut start);
                 if config.read_only {
                     unwritten::leave_out_stale(&mut images, &start)?;
                     return Ok(started(config, images, &start, None));
@@ -140,9 +141,10 @@ fn read_all(images: &mut [Image], records: &Records) -> Result<(), Error> {
 }
 
 /// Leaves out images that are shorter than the disk. Returns whether there is one.
-fn leave_out_short(images: &mut [Image], disk_bytes: u64) -> bool {
+fn leave_out_short(images: &mut [Image], start: &Start) -> bool {
+    let disk_bytes = start.record.capacity * SECTOR_BYTES;
     let mut is_any_short = false;
-    for image in images {
+    for (image, verdict) in images.iter_mut().zip(&start.images) {
         let Some(file) = image.file().filter(|file| file.size_bytes < disk_bytes) else {
             continue;
         };
@@ -151,10 +153,25 @@ fn leave_out_short(images: &mut [Image], disk_bytes: u64) -> bool {
             size_bytes: file.size_bytes,
             disk_bytes,
         };
-        image.leave_out(&error.of_missing());
+        image.leave_out_short(verdict.member, &error.of_missing());
         is_any_short = true;
     }
     is_any_short
+}
+
+/// Another program has modified an image that is shorter than the disk. That is no longer to be
+/// seen when it has its length again, unless it has the fingerprint of a clean end (S7). So it is
+/// stale everywhere from now on.
+fn distrust_shorter(images: &[Image], start: &mut Start) {
+    for (image, verdict) in images.iter().zip(&mut start.images) {
+        if !image.is_shorter_image_of(verdict.member) {
+            continue;
+        }
+        (verdict.stale, verdict.doubtful) = (Stale::All, Stale::None);
+        if let Some(member) = start.record.member_mut(verdict.member) {
+            (member.stale, member.doubtful) = (Stale::All, Stale::None);
+        }
+    }
 }
 
 /// A new disk.

@@ -306,6 +306,24 @@ fn an_image_whose_record_does_not_answer_is_left_out() {
 }
 
 #[test]
+fn too_many_images_that_do_not_answer_fail_the_start() {
+    let _machine = machine::shared();
+    let disk = Served::new(3, End::Clean);
+    let image = &disk.image;
+    let _clear = image.fault_guard();
+    image.inject(Operation::Open, Fault::Hang);
+    fs::rename(&disk.host.images[1], disk.host.path("elsewhere")).unwrap();
+    let more = ["--state-dir", disk.state.to_str().unwrap()];
+    let since = Instant::now();
+    let line = disk.host.refusal(&disk.images(), &more);
+    let took = since.elapsed();
+    assert!(took < OPEN_LIMIT + OPEN_LIMIT / 2, "{took:?}");
+    assert!(line.contains("could have gone on without"), "{line}");
+    assert!(line.contains("does not answer"), "{line}");
+    assert!(image.asked(Operation::Open) > image.done(Operation::Open));
+}
+
+#[test]
 fn sigterm_ends_a_start_with_records_that_waits_for_an_image() {
     let _machine = machine::shared();
     for operation in STEPS {
@@ -399,17 +417,41 @@ fn a_missing_image_that_does_not_answer_delays_no_other_one() {
 #[test]
 fn an_image_that_was_shorter_than_the_disk_is_copied_as_a_whole() {
     let _machine = machine::shared();
-    for length in [0, SIZE_BYTES / 2] {
-        let host = filled(End::Clean);
+    for end in ENDS {
+        for length in [0, SIZE_BYTES / 2] {
+            let host = filled(end);
+            let image = File::options().write(true).open(&host.images[2]);
+            let image = image.unwrap();
+            image.set_len(length).unwrap();
+            let running = host.start();
+            goes_on_without_the_last(&running, "less than the disk");
+            image.set_len(SIZE_BYTES).unwrap();
+            assert_eq!(returns(&running), SECTORS, "{end:?}, {length} bytes");
+            running.end();
+            assert!(are_identical(&host.images));
+            assert_eq!(in_image(&host.images[2], 0), 1);
+        }
+    }
+}
+
+/// The records say so, since nothing else shows it after a kill.
+#[test]
+fn an_image_that_was_shorter_than_the_disk_is_not_believed_after_another_start() {
+    let _machine = machine::shared();
+    for end in ENDS {
+        let host = filled(End::Kill);
         let image = File::options().write(true).open(&host.images[2]);
         let image = image.unwrap();
-        image.set_len(length).unwrap();
+        image.set_len(0).unwrap();
         let running = host.start();
         goes_on_without_the_last(&running, "less than the disk");
+        end.of(running);
         image.set_len(SIZE_BYTES).unwrap();
-        assert_eq!(returns(&running), SECTORS, "of {length} bytes");
+        let running = host.start();
+        let log = running.daemon.log();
+        assert!(log.contains("has to be copied as a whole"), "{log}");
+        assert_eq!(returns(&running), SECTORS, "{end:?}");
         running.end();
         assert!(are_identical(&host.images));
-        assert_eq!(in_image(&host.images[2], 0), 1);
     }
 }
