@@ -351,6 +351,10 @@ pub const IMAGE_LOOK_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the daemon tries to open the image of a missing replica.
 pub const MISSING_RETRY_INTERVAL: Duration = Duration::from_secs(5);
 
+/// The longest time between two tries of one whose file system does not answer, so that a process
+/// that tries it cannot even be killed: two dozen of them in a day.
+pub const SILENT_RETRY_INTERVAL_MAX: Duration = Duration::from_secs(3600);
+
 /// Bytes of the path of a UNIX socket: `sockaddr_un.sun_path` without its final NUL.
 pub const SOCKET_PATH_BYTES_MAX: usize = 107;
 

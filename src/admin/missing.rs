@@ -2,7 +2,8 @@
 //! and again, and taken in when it can be opened (W13).
 //!
 //! Invariants: each image has at most one thread that tries to open it, so one that does not answer
-//! delays no other; the workers have the file before the replica may rejoin.
+//! delays no other; it leaves less and less often a process behind that waits for it; the workers
+//! have the file before the replica may rejoin.
 
 use std::io;
 use std::sync::{Arc, Weak};
@@ -15,7 +16,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::control::events::Notice;
 use crate::limits::MISSING_RETRY_INTERVAL;
-use crate::replica::file::{ReplicaFile, ReplicaSource, check_beside, open_again};
+use crate::replica::file::{ReplicaFile, ReplicaSource, check_beside, open_again, waiting_for};
 use crate::replica::record_file::RecordAccess;
 use crate::replica::table::MissingReplica;
 
@@ -111,7 +112,10 @@ impl Admin {
     /// replica is missing.
     pub fn try_missing(self: &Arc<Self>, recognition: &Arc<dyn Recognition>) -> bool {
         let missing = self.table.missing();
-        for (index, missing) in missing.iter().filter(|(_, missing)| missing.seek()) {
+        let sought = missing
+            .iter()
+            .filter(|(_, missing)| missing.seek(waiting_for(&missing.path)));
+        for (index, missing) in sought {
             let (index, sought) = (*index, Arc::clone(missing));
             let (admin, recognition) = (Arc::downgrade(self), Arc::clone(recognition));
             let thread = std::thread::Builder::new().name("opening".into());

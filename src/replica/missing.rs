@@ -5,9 +5,11 @@
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
+use std::time::{Duration, Instant};
 
 use super::file::{ReplicaFile, ReplicaSource};
 use crate::common::NOT_POISONED;
+use crate::limits::{MISSING_RETRY_INTERVAL, SILENT_RETRY_INTERVAL_MAX};
 
 /// A replica that has a place and a name, but no file that can be used.
 #[derive(Debug)]
@@ -20,6 +22,8 @@ pub struct MissingReplica {
     why: RwLock<Arc<str>>,
     /// A thread tries to open its image.
     is_sought: AtomicBool,
+    /// When that was last tried.
+    sought: Mutex<Option<Instant>>,
     /// The command line names its image.
     is_named: bool,
     /// The file that was lost, as long as workers may use it.
@@ -34,6 +38,7 @@ impl MissingReplica {
             node_name: RwLock::new(source.node_name.as_str().into()),
             why: RwLock::new(why.into()),
             is_sought: AtomicBool::new(false),
+            sought: Mutex::new(None),
             is_named: true,
             before: Mutex::new(None),
         }
@@ -114,13 +119,51 @@ impl MissingReplica {
         self.is_named
     }
 
-    /// A thread is to try it, if its image is known and no other one does.
-    pub fn seek(&self) -> bool {
-        self.is_named && !self.is_sought.swap(true, Ordering::Relaxed)
+    /// A thread is to try it, if its image is known and no other one does. `waiting` processes that
+    /// have tried it cannot end, since its file system does not answer. Each of them doubles the
+    /// time until the next one. It is tried all the same: another file system may be there by now.
+    pub fn seek(&self, waiting: usize) -> bool {
+        let sought = *self.sought.lock().expect(NOT_POISONED);
+        let is_due = waiting == 0 || sought.is_none_or(|last| last.elapsed() >= pause(waiting));
+        self.is_named && is_due && !self.is_sought.swap(true, Ordering::Relaxed)
     }
 
     /// That thread has tried.
     pub fn sought(&self) {
+        *self.sought.lock().expect(NOT_POISONED) = Some(Instant::now());
         self.is_sought.store(false, Ordering::Relaxed);
+    }
+}
+
+/// How long an image is not tried for which so many processes wait.
+fn pause(waiting: usize) -> Duration {
+    let doublings = u32::try_from(waiting).unwrap_or(u32::MAX);
+    let times = 2_u32.checked_pow(doublings).unwrap_or(u32::MAX);
+    let pause = MISSING_RETRY_INTERVAL.saturating_mul(times);
+    pause.min(SILENT_RETRY_INTERVAL_MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_that_does_not_answer_is_tried_less_and_less_often() {
+        let source = ReplicaSource {
+            path: "/nowhere/a.raw".into(),
+            node_name: "a".into(),
+        };
+        let missing = MissingReplica::new(&source, "it does not answer");
+        assert!(missing.seek(1), "it was not tried yet");
+        assert!(!missing.seek(0), "it is being tried");
+        missing.sought();
+        assert!(!missing.seek(1));
+        assert!(missing.seek(0), "it has answered");
+        missing.sought();
+        let pauses = [1, 2, 3].map(|waiting| pause(waiting).as_secs());
+        assert_eq!(pauses, [10, 20, 40]);
+        for waiting in [20, 40, usize::MAX] {
+            assert_eq!(pause(waiting), SILENT_RETRY_INTERVAL_MAX);
+        }
     }
 }

@@ -59,6 +59,13 @@ pub(super) fn receive<T: DeserializeOwned>(
     Ok(Some((message.map_err(io::Error::other)?, file)))
 }
 
+/// Whether the other end of the socket is closed, whatever can still be read.
+pub(super) fn is_closed(socket: &OwnedFd) -> bool {
+    let mut polls = [PollFd::new(socket, PollFlags::empty())];
+    let polled = rustix::io::retry_on_intr(|| poll(&mut polls, Some(&Timespec::default())));
+    polled.is_ok() && polls[0].revents().contains(PollFlags::HUP)
+}
+
 /// Waits until the socket can be read, until `by`. Returns whether it can.
 pub(super) fn is_readable(socket: &OwnedFd, by: Instant) -> io::Result<bool> {
     loop {

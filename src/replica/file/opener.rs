@@ -4,7 +4,8 @@
 //! waits for it cannot be ended, and keeps its whole process from ending. So the daemon starts a
 //! process of its own program for each image, which makes the system calls (`examine.rs`) and sends
 //! the open file through a socket. If its answer does not come in time, the daemon goes on without
-//! it; the process ends when the file system answers.
+//! it; the process is killed, and ends when the file system answers, if its system call cannot be
+//! interrupted.
 //!
 //! Not fork(2) alone: the pages of a process that forks must not be the target of direct I/O.
 //!
@@ -20,6 +21,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
@@ -34,7 +36,8 @@ use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock};
 use super::format::Format;
 use super::look::{Look, Seen, look};
-use super::messages::{is_readable, receive, send};
+use super::messages::{is_closed, is_readable, receive, send};
+use crate::common::NOT_POISONED;
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
 
 /// The first argument of a process that opens an image.
@@ -46,6 +49,23 @@ const CACHED: &str = "cached";
 
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
+
+/// The images of processes that were killed since they did not answer, each with the daemon's end
+/// of the socket, which shows when the process has ended.
+static KILLED: Mutex<Vec<(PathBuf, OwnedFd)>> = Mutex::new(Vec::new());
+
+/// How many processes that were to open this image were killed and have not ended: they wait for
+/// its file system.
+pub fn waiting_for(image: &Path) -> usize {
+    let killed = killed();
+    killed.iter().filter(|(path, _)| path == image).count()
+}
+
+fn killed() -> MutexGuard<'static, Vec<(PathBuf, OwnedFd)>> {
+    let mut killed = KILLED.lock().expect(NOT_POISONED);
+    killed.retain(|(_, socket)| !is_closed(socket));
+    killed
+}
 
 /// What the daemon asks of the process.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -88,6 +108,8 @@ pub(in crate::replica) struct Opener {
     child: Option<Child>,
     /// Its end of the socket is closed: its process id may belong to another process.
     has_ended: bool,
+    /// An answer did not come in time.
+    is_silent: bool,
 }
 
 impl Opener {
@@ -118,6 +140,7 @@ impl Opener {
             socket,
             child: Some(child),
             has_ended: false,
+            is_silent: false,
         })
     }
 
@@ -207,6 +230,7 @@ impl Opener {
                 "waiting for the file system of an image, which does not answer"
             );
             if !is_readable(&self.socket, by)? {
+                self.is_silent = true;
                 return Err(NoAnswer::Silent);
             }
         }
@@ -238,6 +262,7 @@ impl Opener {
             socket,
             child: None,
             has_ended: false,
+            is_silent: false,
         }
     }
 
@@ -254,6 +279,11 @@ impl Drop for Opener {
             // Ends what waits in the kernel and can be ended. Nothing waits for the process: the
             // daemon ignores SIGCHLD.
             let _ = child.kill();
+            if self.is_silent
+                && let Ok(socket) = self.socket.try_clone()
+            {
+                killed().push((self.path.clone(), socket));
+            }
         }
     }
 }

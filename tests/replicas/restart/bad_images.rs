@@ -8,7 +8,7 @@ use std::process::Stdio;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use quorum_blk::limits::{OPEN_LIMIT, RECORD_EXTENT_BYTES_MIN};
+use quorum_blk::limits::{MISSING_RETRY_INTERVAL, OPEN_LIMIT, RECORD_EXTENT_BYTES_MIN};
 use quorum_blk::replica::file;
 use testkit::HANG_LIMIT;
 use testkit::fuse::{Fault, FuseImage, Operation};
@@ -382,6 +382,33 @@ fn sigterm_ends_a_daemon_that_tries_an_image_which_does_not_answer() {
     assert_eq!(returns(&running), BLOCK as u64 / 512);
     running.end();
     assert!(are_identical(&disk.host.images));
+}
+
+/// A process that waits for a FUSE server cannot be killed.
+#[test]
+fn an_image_that_does_not_answer_leaves_few_processes_behind() {
+    let _machine = machine::shared();
+    let disk = Served::new(3, End::Clean);
+    let image = &disk.image;
+    let _clear = image.fault_guard();
+    image.inject(Operation::Open, Fault::Hang);
+    let running = disk.start();
+    let asked = image.asked(Operation::Open);
+    goes_on_without_the_last(&running, "does not answer");
+    // A try begins after the usual time, and has 20 s. Two processes wait then, and the next try
+    // comes after four times as long, not after the usual time again.
+    thread::sleep(OPEN_LIMIT + 3 * MISSING_RETRY_INTERVAL + Duration::from_secs(3));
+    assert_eq!(image.asked(Operation::Open), asked + 1);
+    assert_eq!(
+        image.asked(Operation::Open) - image.done(Operation::Open),
+        2
+    );
+    image.clear_faults();
+    let since = Instant::now();
+    running.state_when(|state| state["replicas"][2]["state"] == "in-service");
+    let took = since.elapsed();
+    assert!(took < 3 * MISSING_RETRY_INTERVAL, "{took:?}");
+    returns_with_what_it_has_missed(&disk.host, running, End::Clean);
 }
 
 /// Five replicas, since three of them are to be in service.
