@@ -16,7 +16,9 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::control::events::Notice;
 use crate::limits::MISSING_RETRY_INTERVAL;
-use crate::replica::file::{ReplicaFile, ReplicaSource, check_beside, open_again, waiting_for};
+use crate::replica::file::{
+    OpenError, ReplicaFile, ReplicaSource, check_beside, open_again, waiting_for,
+};
 use crate::replica::record_file::RecordAccess;
 use crate::replica::table::MissingReplica;
 
@@ -34,6 +36,10 @@ pub trait Recognition: Send + Sync {
         file: &ReplicaFile,
         record: &mut RecordAccess,
     ) -> Result<RangeSet, String>;
+
+    /// Whether the record of an image, which is not to be taken in, says that it is the one of the
+    /// replica in this place. The calling thread may wait as above.
+    fn is_image_of(&self, replica: ReplicaIndex, record: &mut RecordAccess) -> bool;
 
     /// The replica is taken in, and may rejoin when this returns. No other change of the replicas
     /// runs meanwhile, and no request waits for it.
@@ -162,9 +168,19 @@ impl Admin {
         self.close_lost(index, missing)?;
         let how = (self.options, self.opening);
         let source = missing.source();
-        let opened = open_again(&self.open_files(), &source, how, self.capacity.bytes());
+        // Of any size: its record comes first.
+        let opened = open_again(&self.open_files(), &source, how, 0);
         // It may take long until here, so no other change waits for it.
         let (file, mut record) = opened.map_err(|error| error.of_missing())?;
+        let checked = check_beside(&self.open_files(), &file, self.capacity.bytes());
+        if matches!(checked, Err(OpenError::ShorterThanDisk { .. }))
+            && recognition.is_image_of(index, &mut record)
+        {
+            // That is not to be seen any more when it has its length again.
+            self.shared.distrust(index);
+            self.workers.tick_all();
+        }
+        checked.map_err(|error| error.of_missing())?;
         let stale = recognition.recognize(index, &file, &mut record)?;
         let _changing = self.changing.lock().expect(NOT_POISONED);
         if !self.table.is_missing(index, missing) {

@@ -41,6 +41,11 @@ impl Recognition for Judge {
         }
     }
 
+    fn is_image_of(&self, replica: ReplicaIndex, _record: &mut RecordAccess) -> bool {
+        assert_eq!(replica, MISSING);
+        false
+    }
+
     fn taken_in(&self, replica: ReplicaIndex, _record: RecordAccess) {
         assert_eq!(replica, MISSING);
         self.taken_in.fetch_add(1, Ordering::SeqCst);

@@ -10,7 +10,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex};
 use crate::engine::Shared;
 use crate::record::format::Read;
-use crate::record::start::{Candidate, Found, Why, take_in};
+use crate::record::start::{Candidate, Found, Kept, Why, take_in};
 use crate::record::{Keeper, Member};
 use crate::replica::file::ReplicaFile;
 use crate::replica::record_file::{RecordAccess, StateDirectory};
@@ -83,6 +83,20 @@ impl Recognition for Members {
         let mut stale = verdict.stale.to_ranges(layout);
         stale.insert_all(&verdict.doubtful.to_ranges(layout));
         Ok(stale)
+    }
+
+    fn is_image_of(&self, replica: ReplicaIndex, access: &mut RecordAccess) -> bool {
+        let Ok(found) = FoundRecord::of(access, &self.directory) else {
+            return false;
+        };
+        let Kept::Read(read) = found.kept else {
+            return false;
+        };
+        let (disk, member) = (read.record.disk, read.record.replica);
+        let is_same = |keeper: &Keeper| {
+            keeper.record().disk == disk && keeper.member(replica) == Some(member)
+        };
+        self.shared.records(is_same) == Some(true)
     }
 
     fn taken_in(&self, replica: ReplicaIndex, _access: RecordAccess) {

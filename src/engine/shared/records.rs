@@ -31,6 +31,12 @@ impl Shared {
         self.health(|health| health.is_drained(replica))
     }
 
+    /// Another program has modified the image of a missing member, which is stale everywhere. A
+    /// tick of every engine must follow.
+    pub fn distrust(&self, replica: ReplicaIndex) {
+        self.change_health(|health| health.distrust(replica));
+    }
+
     /// The image of a missing member is open, and every worker has its file: it rejoins as an
     /// evicted replica does. It turns out to be stale in `stale` too. A tick of every engine must
     /// follow. `false` if it is not missing.

@@ -7,7 +7,7 @@
 
 use super::Health;
 use crate::common::ranges::RangeSet;
-use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 impl Health {
     /// The members whose image is not open.
@@ -47,6 +47,20 @@ impl Health {
     /// Whether no worker has an operation in flight on a replica that is out of service.
     pub fn is_drained(&self, replica: ReplicaIndex) -> bool {
         self.replicas[replica.as_usize()].drained_by == self.workers
+    }
+
+    /// Another program has modified the image of the member `replica`: it is stale everywhere, if
+    /// it is missing.
+    pub fn distrust(&mut self, replica: ReplicaIndex) {
+        let state = &mut self.replicas[replica.as_usize()];
+        let is_known = state.behind.sectors() == self.capacity_sectors;
+        if !self.missing.contains(replica) || is_known {
+            return;
+        }
+        for set in [&mut state.stale, &mut state.missed, &mut state.behind] {
+            set.insert(SectorRange::new(0, self.capacity_sectors));
+        }
+        self.memory += 1;
     }
 
     /// The image of a missing member is open, on every worker: it may rejoin. It turns out to be
@@ -159,6 +173,23 @@ mod tests {
         health.leave_out(C, &RangeSet::default());
         assert_eq!(health.stale_in(range(0, SECTORS)), set(&[C]));
         assert_eq!(health.stale_sectors(C), 8);
+        health.self_check();
+    }
+
+    #[test]
+    fn what_another_program_has_modified_is_stale_everywhere() {
+        let mut health = health(1);
+        let before = health.memory();
+        health.distrust(C);
+        health.distrust(C);
+        assert_eq!(health.memory(), before + 1, "it is remembered once");
+        assert_eq!(health.stale_sectors(C), SECTORS);
+        let remembered = health.remembered();
+        assert_eq!(remembered.copies[C.as_usize()].stale.sectors(), SECTORS);
+        assert!(health.found(C, &RangeSet::default()) && health.rejoin(C, 0));
+        assert_eq!(health.stale_sectors(C), SECTORS);
+        health.distrust(A);
+        assert_eq!(health.stale_sectors(A), 0, "it is not missing");
         health.self_check();
     }
 

@@ -482,3 +482,37 @@ fn an_image_that_was_shorter_than_the_disk_is_not_believed_after_another_start()
         assert!(are_identical(&host.images));
     }
 }
+
+/// It was not there at the start, and the image that is there now lost what it held.
+#[test]
+fn an_image_that_was_shorter_than_the_disk_when_it_came_back_is_not_believed() {
+    let _machine = machine::shared();
+    for is_ended in [false, true] {
+        let host = filled(End::Kill);
+        let elsewhere = host.path("elsewhere");
+        fs::rename(&host.images[2], &elsewhere).unwrap();
+        let running = host.start();
+        goes_on_without_the_last(&running, "No such file");
+        let image = File::options().write(true).open(&elsewhere).unwrap();
+        image.set_len(0).unwrap();
+        fs::rename(&elsewhere, &host.images[2]).unwrap();
+        running.state_when(|state| {
+            let last = &state["replicas"][2];
+            let reason = last["missing-reason"].as_str().unwrap();
+            reason.contains("less than the disk") && last["stale-bytes"] == SIZE_BYTES
+        });
+        let running = if is_ended {
+            // The records have it as soon as a flush is answered.
+            write(&mut running.client(), BLOCKS / 2, 3);
+            running.kill();
+            image.set_len(SIZE_BYTES).unwrap();
+            host.start()
+        } else {
+            image.set_len(SIZE_BYTES).unwrap();
+            running
+        };
+        assert_eq!(returns(&running), SECTORS, "{is_ended}");
+        running.end();
+        assert!(are_identical(&host.images));
+    }
+}
