@@ -3,8 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock};
 use std::time::{Duration, Instant};
 
 use super::file::{ReplicaFile, ReplicaSource};
@@ -18,16 +17,22 @@ pub struct MissingReplica {
     pub path: PathBuf,
     /// Its name in events, which may change.
     node_name: RwLock<Arc<str>>,
-    /// Why its image was not taken when that was last tried.
-    why: RwLock<Arc<str>>,
-    /// A thread tries to open its image.
-    is_sought: AtomicBool,
-    /// When that was last tried.
-    sought: Mutex<Option<Instant>>,
     /// The command line names its image.
     is_named: bool,
+    tries: Mutex<Tries>,
+}
+
+/// What has come of the tries to open its image.
+#[derive(Debug)]
+struct Tries {
+    /// Why it was not taken when that was last tried.
+    why: Arc<str>,
+    /// A thread tries to open the image.
+    is_sought: bool,
+    /// When that was last tried.
+    last: Option<Instant>,
     /// The file that was lost, as long as workers may use it.
-    before: Mutex<Option<Arc<ReplicaFile>>>,
+    before: Option<Arc<ReplicaFile>>,
 }
 
 impl MissingReplica {
@@ -36,11 +41,13 @@ impl MissingReplica {
         Self {
             path: source.path.clone(),
             node_name: RwLock::new(source.node_name.as_str().into()),
-            why: RwLock::new(why.into()),
-            is_sought: AtomicBool::new(false),
-            sought: Mutex::new(None),
             is_named: true,
-            before: Mutex::new(None),
+            tries: Mutex::new(Tries {
+                why: why.into(),
+                is_sought: false,
+                last: None,
+                before: None,
+            }),
         }
     }
 
@@ -50,10 +57,9 @@ impl MissingReplica {
             path: file.path.clone(),
             node_name: file.node_name().to_string(),
         };
-        Self {
-            before: Mutex::new(Some(file)),
-            ..Self::new(&source, why)
-        }
+        let missing = Self::new(&source, why);
+        missing.tries().before = Some(file);
+        missing
     }
 
     /// A member of the disk for which no image was named. It is not sought: it has the name in the
@@ -81,28 +87,28 @@ impl MissingReplica {
 
     /// Why its image was not taken when that was last tried: one line.
     pub fn why(&self) -> Arc<str> {
-        Arc::clone(&self.why.read().expect(NOT_POISONED))
+        Arc::clone(&self.tries().why)
     }
 
     /// It was tried again. Returns whether the reason is another one.
     pub fn still_missing(&self, why: &str) -> bool {
-        let mut present = self.why.write().expect(NOT_POISONED);
-        let is_new = **present != *why;
+        let mut tries = self.tries();
+        let is_new = *tries.why != *why;
         if is_new {
-            *present = why.into();
+            tries.why = why.into();
         }
         is_new
     }
 
     /// The file that was lost, if workers may use it.
     pub fn before(&self) -> Option<Arc<ReplicaFile>> {
-        self.before.lock().expect(NOT_POISONED).clone()
+        self.tries().before.clone()
     }
 
     /// No worker uses the file any more that was lost: closes it, which may wait for its file
     /// system.
     pub fn close(&self) {
-        let file = self.before.lock().expect(NOT_POISONED).take();
+        let file = self.tries().before.take();
         drop(file);
     }
 
@@ -123,15 +129,23 @@ impl MissingReplica {
     /// have tried it cannot end, since its file system does not answer. Each of them doubles the
     /// time until the next one. It is tried all the same: another file system may be there by now.
     pub fn seek(&self, waiting: usize) -> bool {
-        let sought = *self.sought.lock().expect(NOT_POISONED);
-        let is_due = waiting == 0 || sought.is_none_or(|last| last.elapsed() >= pause(waiting));
-        self.is_named && is_due && !self.is_sought.swap(true, Ordering::Relaxed)
+        let mut tries = self.tries();
+        let is_due = waiting == 0
+            || tries
+                .last
+                .is_none_or(|last| last.elapsed() >= pause(waiting));
+        let is_wanted = self.is_named && is_due;
+        is_wanted && !std::mem::replace(&mut tries.is_sought, true)
     }
 
     /// That thread has tried.
     pub fn sought(&self) {
-        *self.sought.lock().expect(NOT_POISONED) = Some(Instant::now());
-        self.is_sought.store(false, Ordering::Relaxed);
+        let mut tries = self.tries();
+        (tries.is_sought, tries.last) = (false, Some(Instant::now()));
+    }
+
+    fn tries(&self) -> MutexGuard<'_, Tries> {
+        self.tries.lock().expect(NOT_POISONED)
     }
 }
 
