@@ -71,7 +71,7 @@ impl Admin {
     }
 
     /// The open image of a replica cannot be used any more. With records it is missing from now on,
-    /// if the disk can do without it; else it stays as it is.
+    /// unless the disk needs it: then it stays as it is.
     pub(super) fn lose(&self, index: ReplicaIndex, file: &Arc<ReplicaFile>, why: &str) {
         let _changing = self.changing.lock().expect(NOT_POISONED);
         let is_in_use = self
