@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use uuid::Uuid;
 
+use crate::common::SECTOR_BYTES;
 use crate::config::parse_blk_file;
 use crate::record::format::{SlotFault, Unusable, read_by};
 use crate::record::start::{
@@ -126,12 +127,48 @@ pub fn inspect(images: &[ReplicaSource], state_directory: Option<PathBuf>) -> In
         let opened = open_offline(&source.path);
         look_at(source, opened.as_ref(), &state)
     });
-    let (images, candidates): (Vec<Image>, Vec<Candidate>) = looked.unzip();
+    let (mut images, mut candidates): (Vec<Image>, Vec<Candidate>) = looked.unzip();
+    // Each time that an image is left out, it is decided again.
+    let decided = loop {
+        let decided = decide(&candidates, &options());
+        let capacity = match &decided {
+            Ok(Decision::Start(start)) => start.record.capacity,
+            Ok(Decision::Create) | Err(_) => break decided,
+        };
+        let disk_bytes = capacity * SECTOR_BYTES;
+        if !leave_out_short(images.iter_mut().zip(&mut candidates), disk_bytes) {
+            break decided;
+        }
+    };
     Inspection {
         version: VERSION,
-        start: Outcome::of(decide(&candidates, &options())),
+        start: Outcome::of(decided),
         images,
     }
+}
+
+/// Leaves out images that are shorter than the disk, as a start does. Returns whether there is one.
+fn leave_out_short<'a>(
+    images: impl Iterator<Item = (&'a mut Image, &'a mut Candidate)>,
+    disk_bytes: u64,
+) -> bool {
+    let mut is_any_short = false;
+    for (image, candidate) in images {
+        let size_bytes = image.size.unwrap_or(u64::MAX);
+        if candidate.image.is_err() || size_bytes >= disk_bytes {
+            continue;
+        }
+        let error = OpenError::ShorterThanDisk {
+            path: candidate.path.clone(),
+            size_bytes,
+            disk_bytes,
+        };
+        let line = error.of_missing();
+        image.error = Some(line.clone());
+        candidate.image = Err(line);
+        is_any_short = true;
+    }
+    is_any_short
 }
 
 impl Outcome {

@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::fs::FileExt as _;
 use std::process::Output;
 
 use serde_json::Value;
@@ -54,7 +55,9 @@ A start would serve the disk with 3 of 3 replicas:
 ";
     assert!(shown.ends_with(last), "{shown}");
     // One was modified since, another one is not there.
-    fs::write(&disk.images[2], [7]).unwrap();
+    let image = fs::File::options().write(true).open(&disk.images[2]);
+    let image = image.unwrap();
+    image.write_all_at(&[7], 0).unwrap();
     let shown = text(&disk.run("inspect", &["0.raw", "1.raw", "2.raw"]), 1);
     assert!(
         shown.contains(
@@ -62,6 +65,12 @@ A start would serve the disk with 3 of 3 replicas:
         ),
         "{shown}"
     );
+    image.set_len(512).unwrap();
+    let output = disk.run("inspect", &["0.raw", "1.raw", "2.raw"]);
+    assert_eq!(output.status.code(), Some(1));
+    let shown = String::from_utf8(output.stdout).unwrap();
+    assert!(shown.contains("less than the disk"), "{shown}");
+    assert!(shown.ends_with("\n  2.raw    missing\n"), "{shown}");
     fs::remove_file(&disk.images[2]).unwrap();
     let output = disk.run("inspect", &["0.raw", "1.raw", "2.raw"]);
     assert_eq!(output.status.code(), Some(1));

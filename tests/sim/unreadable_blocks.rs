@@ -11,7 +11,7 @@ use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Policy, ReadPattern, Shared, WorkerIndex};
-use quorum_blk::jobs::{JobChange, JobFailure, JobInfo, Jobs, Sizes};
+use quorum_blk::jobs::{JobChange, JobFailure, JobInfo, JobKind, Jobs, Sizes};
 use quorum_blk::quorum::health::Health;
 use quorum_blk::sim::effects::{Collected, Effect, tag};
 use quorum_blk::sim::policy;
@@ -110,6 +110,11 @@ impl Disk {
         let scrub = |jobs: &mut Jobs, health: &Health| jobs.scrub(false, 0, health);
         let begun = self.shared.jobs(|_| (), scrub);
         begun.expect("a scrub begins");
+        self.finish_job()
+    }
+
+    /// Returns what the job says in the end that runs now.
+    fn finish_job(&mut self) -> JobInfo {
         // So long that the guest counts as idle, and a chunk has 1 MiB.
         let turn = Duration::from_millis(300);
         for turns in 1..1000 {
@@ -120,7 +125,7 @@ impl Disk {
                 return job;
             }
         }
-        panic!("the scrub does not end");
+        panic!("the job does not end");
     }
 
     fn carry_out_all(&mut self) {
@@ -245,6 +250,25 @@ fn are_repaired_and_nothing_else() {
     assert_eq!(disk.written, repaired);
     assert_eq!(disk.reported[4..], repaired, "as such, once");
     assert_eq!(disk.read(), (true, 3), "all is well again");
+}
+
+/// Where one block is bad others often are.
+#[test]
+fn that_a_read_finds_have_their_neighbourhood_scrubbed() {
+    let mut disk = Disk::with_policy(3, |policy| {
+        policy.threshold = 2;
+        policy.rewrite_corrupted = true;
+        policy.job_sizes.neighbourhood_sectors = 4096;
+    });
+    disk.lose(0, block(3000));
+    let beside = block(RANGE.end() + 512);
+    disk.lose(1, beside);
+    let far = block(SECTORS / 2);
+    disk.lose(1, far);
+    assert!(disk.read().0);
+    assert!(matches!(disk.finish_job().kind, JobKind::Neighbourhood));
+    let repaired = [(ReplicaIndex(0), block(3000)), (ReplicaIndex(1), beside)];
+    assert_eq!(disk.written, repaired, "not {far:?}");
 }
 
 #[test]
