@@ -196,6 +196,37 @@ fn metrics_count_what_happened_and_are_well_formed() {
     assert!(status.success() && said.is_empty(), "{said}\n{text}");
 }
 
+/// What docs/metrics.md has alerts for.
+#[test]
+fn health_and_conditions_are_in_the_metrics() {
+    let served = serve("0");
+    let health = |values: &HashMap<String, f64>| {
+        ["healthy", "degraded", "failing"]
+            .map(|word| values[&format!(r#"quorum_blk_disk_health{{health="{word}"}}"#)])
+    };
+    let condition = |replica: u8, word: &str| {
+        format!(r#"quorum_blk_replica_condition{{replica="{replica}.raw",condition="{word}"}}"#)
+    };
+    let before = values(&served.scrape());
+    assert_eq!(health(&before), [1.0, 0.0, 0.0]);
+    assert_eq!(before[&condition(2, "unlinked")], 0.0);
+
+    fs::remove_file(served.directory.path().join("2.raw")).unwrap();
+    let mut now = HashMap::new();
+    let came = wait_until(HANG_LIMIT, || {
+        now = values(&served.scrape());
+        now[&condition(2, "unlinked")] == 1.0
+    });
+    assert!(
+        came && health(&now) == [0.0, 1.0, 0.0],
+        "{:?}",
+        health(&now)
+    );
+    assert_eq!(now[&condition(1, "unlinked")], 0.0);
+    let undecided = r#"quorum_blk_disk_condition{condition="undecided"}"#;
+    assert_eq!(now[undecided], 0.0);
+}
+
 #[test]
 fn the_records_have_metrics() {
     let values_of = |served: &Served| values(&served.scrape());
