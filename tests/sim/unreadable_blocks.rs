@@ -266,7 +266,10 @@ fn that_a_read_finds_have_their_neighbourhood_scrubbed() {
     let far = block(SECTORS / 2);
     disk.lose(1, far);
     assert!(disk.read().0);
-    assert!(matches!(disk.finish_job().kind, JobKind::Neighbourhood));
+    assert!(matches!(
+        disk.finish_job().kind,
+        JobKind::NeighbourhoodScrub
+    ));
     let repaired = [(ReplicaIndex(0), block(3000)), (ReplicaIndex(1), beside)];
     assert_eq!(disk.written, repaired, "not {far:?}");
 }
