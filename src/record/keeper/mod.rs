@@ -169,9 +169,7 @@ impl Keeper {
         }
         self.change_table();
         if let Some(removed) = self.places[index].take() {
-            self.record
-                .members
-                .retain(|member| member.id != removed.member);
+            self.forget(removed.member);
         }
         self.places[index] = Some(Place::new(holder));
         self.record.members.push(Member {
@@ -179,6 +177,14 @@ impl Keeper {
             stale: Stale::All,
             ..Member::new(holder.member, node_name)
         });
+    }
+
+    /// No member has this name any more.
+    fn forget(&mut self, removed: Uuid) {
+        self.record.members.retain(|member| member.id != removed);
+        self.returning.retain(|member| member.id != removed);
+        let adopted = &mut self.record.adopted;
+        *adopted = adopted.filter(|member| *member != removed);
     }
 
     /// A member has another node-name.
@@ -287,17 +293,12 @@ impl Keeper {
             self.clearing = None;
             self.pages_version += 1;
         }
-        for (index, place) in self.places.iter_mut().enumerate() {
+        for index in 0..self.places.len() {
             let is_here = |member: &WantedMember| member.replica.as_usize() == index;
             if !wanted.members.iter().any(is_here)
-                && let Some(removed) = place.take()
+                && let Some(removed) = self.places[index].take()
             {
-                self.record
-                    .members
-                    .retain(|member| member.id != removed.member);
-                self.returning.retain(|member| member.id != removed.member);
-                let adopted = &mut self.record.adopted;
-                *adopted = adopted.filter(|member| *member != removed.member);
+                self.forget(removed.member);
             }
         }
         for member in &wanted.members {
