@@ -83,6 +83,9 @@ impl MissingReplica {
     /// Gives it another name.
     pub fn rename(&self, node_name: &str) {
         *self.node_name.write().expect(NOT_POISONED) = node_name.into();
+        if let Some(file) = self.before() {
+            file.rename(node_name);
+        }
     }
 
     /// Why its image was not taken when that was last tried: one line.

@@ -19,11 +19,12 @@ impl Shared {
         self.change_health(|health| health.leave_out(replica, stale));
     }
 
-    /// The image of a member cannot be used any more: it is missing from now on
-    /// ([W13](Health::lose)). A tick of every engine must follow. `false` if it is missing already,
-    /// or needed.
+    /// The image of a member cannot be used any more: it is evicted, if it is in service, and
+    /// missing from now on ([W13](Health::lose)). A tick of every engine must follow. `false` if it
+    /// is needed, missing already, or no member.
     pub fn lose(&self, replica: ReplicaIndex) -> bool {
-        self.change_health(|health| health.lose(replica))
+        let is_in_service = self.in_service().contains(replica);
+        (!is_in_service || self.evict(replica)) && self.change_health(|health| health.lose(replica))
     }
 
     /// Whether no engine has an operation in flight on a missing replica, as of its last tick.

@@ -32,11 +32,11 @@ impl Health {
         self.check_sets();
     }
 
-    /// The image of a member cannot be used any more. It is evicted, if it is in service, and
-    /// missing from now on. `false` if it is missing already or no member, or needed.
+    /// The image of a member that is evicted cannot be used any more: it is missing from now on.
+    /// `false` if it is not evicted.
     pub fn lose(&mut self, replica: ReplicaIndex) -> bool {
-        let is_member = self.members.without(self.missing).contains(replica);
-        if !is_member || (self.in_service.contains(replica) && !self.evict(replica)) {
+        let evicted = self.members.without(self.missing).without(self.in_service);
+        if !evicted.contains(replica) {
             return false;
         }
         self.missing.insert(replica);
@@ -141,7 +141,7 @@ mod tests {
     }
 
     #[test]
-    fn one_whose_image_is_lost_is_evicted_and_does_not_rejoin_before_it_is_found() {
+    fn one_whose_image_is_lost_does_not_rejoin_before_it_is_found() {
         let mut health = Health::new(ReplicaSet::first(3), 2, 2, SECTORS);
         let begun = health.write_begins(range(4096, 8));
         health.write_ended(&WriteEnd {
@@ -150,10 +150,8 @@ mod tests {
             begun,
             success: true,
         });
-        assert!(
-            health.lose(C) && !health.lose(C) && !health.lose(B),
-            "needed"
-        );
+        assert!(!health.lose(C), "it is in service");
+        assert!(health.evict(C) && health.lose(C) && !health.lose(C));
         assert_eq!(health.in_service(), set(&[A, B]));
         assert_eq!(health.missing(), set(&[C]));
         assert_eq!(health.stale_sectors(C), 8, "it was not flushed");

@@ -1,5 +1,5 @@
 //! Notices what becomes of an image that is open: other programs truncate, delete or move it, or
-//! put another one in its place (O2); its file system or its device is gone (W13).
+//! put another one in its place (O2); its file system is gone (W13).
 //!
 //! Nothing here is on the path of a request. Looking at an image may wait for its file system for
 //! ever, so each look has a thread of its own, and a replica has one at a time.
@@ -152,8 +152,8 @@ impl Look {
         found.filter(|_| is_new).map(Watched::Changed)
     }
 
-    /// Whether the open file still leads to something: an error if its file system or its device is
-    /// gone, whatever has become of the path.
+    /// Whether the open file still leads to something: an error if its file system is gone,
+    /// whatever has become of the path. The node of a block device outlives what it stands for.
     fn is_usable(&self) -> io::Result<()> {
         match rustix::fs::fstat(&self.file) {
             Err(error) if is_gone(error) => Err(error.into()),
@@ -175,7 +175,7 @@ impl Look {
 }
 
 /// Whether an error says that there is nothing behind an open file any more: a FUSE server has
-/// ended, a server has forgotten the file, a device was taken away.
+/// ended, or an NFS server does not know the file.
 fn is_gone(error: Errno) -> bool {
     [
         Errno::NOTCONN,
