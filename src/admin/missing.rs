@@ -73,7 +73,10 @@ impl Admin {
     /// The open image of a replica cannot be used any more. With records it is missing from now on,
     /// unless the disk needs it: then it stays as it is.
     pub(super) fn lose(&self, index: ReplicaIndex, file: &Arc<ReplicaFile>, why: &str) {
-        let _changing = self.changing.lock().expect(NOT_POISONED);
+        // Another change may take long. It is found lost again at the next look.
+        let Ok(_changing) = self.changing.try_lock() else {
+            return;
+        };
         let is_in_use = self
             .table
             .in_use()
@@ -173,7 +176,9 @@ impl Admin {
         // It may take long until here, so no other change waits for it.
         let (file, mut record) = opened.map_err(|error| error.of_missing())?;
         let checked = check_beside(&self.open_files(), &file, self.capacity.bytes());
+        // An empty one has the place of an image whose file system is not there.
         if matches!(checked, Err(OpenError::ShorterThanDisk { .. }))
+            && file.size_bytes > 0
             && recognition.is_image_of(index, &mut record)
         {
             // That is not to be seen any more when it has its length again.

@@ -153,7 +153,11 @@ fn leave_out_short(images: &mut [Image], start: &Start) -> bool {
             size_bytes: file.size_bytes,
             disk_bytes,
         };
-        image.leave_out_short(verdict.member, &error.of_missing());
+        match file.size_bytes {
+            // It has the place of an image whose file system is not there.
+            0 => image.leave_out(&error.of_missing()),
+            _ => image.leave_out_short(verdict.member, &error.of_missing()),
+        }
         is_any_short = true;
     }
     is_any_short

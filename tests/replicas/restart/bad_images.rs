@@ -445,7 +445,7 @@ fn a_missing_image_that_does_not_answer_delays_no_other_one() {
 fn an_image_that_was_shorter_than_the_disk_is_copied_as_a_whole() {
     let _machine = machine::shared();
     for end in ENDS {
-        for length in [0, SIZE_BYTES / 2] {
+        for length in [512, SIZE_BYTES / 2] {
             let host = filled(end);
             let image = File::options().write(true).open(&host.images[2]);
             let image = image.unwrap();
@@ -469,7 +469,7 @@ fn an_image_that_was_shorter_than_the_disk_is_not_believed_after_another_start()
         let host = filled(End::Kill);
         let image = File::options().write(true).open(&host.images[2]);
         let image = image.unwrap();
-        image.set_len(0).unwrap();
+        image.set_len(512).unwrap();
         let running = host.start();
         goes_on_without_the_last(&running, "less than the disk");
         end.of(running);
@@ -483,6 +483,27 @@ fn an_image_that_was_shorter_than_the_disk_is_not_believed_after_another_start()
     }
 }
 
+/// One has the place of an image whose file system is not mounted yet.
+#[test]
+fn an_empty_file_in_the_place_of_an_image_is_not_taken_for_it() {
+    let _machine = machine::shared();
+    let host = filled(End::Kill);
+    let elsewhere = host.path("elsewhere");
+    fs::rename(&host.images[2], &elsewhere).unwrap();
+    File::create(&host.images[2]).unwrap();
+    let running = host.start();
+    goes_on_without_the_last(&running, "less than the disk");
+    let lost = running.state_when(|state| state["replicas"][2]["state"] == "missing");
+    assert!(lost["replicas"][2]["stale-bytes"].as_u64() < Some(SIZE_BYTES));
+    fs::rename(&elsewhere, &host.images[2]).unwrap();
+    assert!(
+        returns(&running) < SECTORS,
+        "only what it has missed is copied"
+    );
+    running.end();
+    assert!(are_identical(&host.images));
+}
+
 /// It was not there at the start, and the image that is there now lost what it held.
 #[test]
 fn an_image_that_was_shorter_than_the_disk_when_it_came_back_is_not_believed() {
@@ -494,7 +515,7 @@ fn an_image_that_was_shorter_than_the_disk_when_it_came_back_is_not_believed() {
         let running = host.start();
         goes_on_without_the_last(&running, "No such file");
         let image = File::options().write(true).open(&elsewhere).unwrap();
-        image.set_len(0).unwrap();
+        image.set_len(512).unwrap();
         fs::rename(&elsewhere, &host.images[2]).unwrap();
         running.state_when(|state| {
             let last = &state["replicas"][2];
