@@ -7,7 +7,7 @@ use crate::admin::Recognition;
 use crate::admin::records::{FoundRecord, blank_record, fingerprint};
 use crate::common::message::Quoted;
 use crate::common::ranges::RangeSet;
-use crate::common::{NOT_POISONED, ReplicaIndex};
+use crate::common::{NOT_POISONED, ReplicaIndex, SectorRange};
 use crate::engine::Shared;
 use crate::record::format::Read;
 use crate::record::start::{Candidate, Found, Kept, Why, take_in};
@@ -52,10 +52,10 @@ impl Recognition for Members {
             }),
         };
         let running = self.shared.records(|keeper| {
-            let member = keeper.member(replica);
-            (running(keeper), member, keeper.layout())
+            let (member, last) = (keeper.member(replica), keeper.sequence(replica));
+            (running(keeper), member, keeper.layout(), last)
         });
-        let Some((Some(running), Some(member), layout)) = running else {
+        let Some((Some(running), Some(member), layout, last)) = running else {
             return Err("the disk is being closed".to_owned());
         };
         let known = running.record.member(member);
@@ -82,6 +82,10 @@ impl Recognition for Members {
         sequences.insert(replica, sequence);
         let mut stale = verdict.stale.to_ranges(layout);
         stale.insert_all(&verdict.doubtful.to_ranges(layout));
+        if last.is_some_and(|last| sequence < last) {
+            // It had a later record when its image was lost: this is an older copy.
+            stale.insert(SectorRange::new(0, layout.capacity()));
+        }
         Ok(stale)
     }
 
