@@ -303,15 +303,16 @@ impl World {
                         refusal,
                         Refusal::HistoryUnknown { .. } | Refusal::CutShort { .. }
                     );
-                    if is_unknown && self.plan.forces && self.random.below(3) > 0 {
+                    // One that is of a smaller disk would make the disk smaller.
+                    let of_size = images.there & self.records.of_size(self.plan.sectors);
+                    let may_force = self.plan.forces && of_size != 0;
+                    if is_unknown && may_force && self.random.below(3) > 0 {
                         options.force = true;
                         continue;
                     }
-                    // Without a record an image is of no disk that is known. One that is of a
-                    // smaller disk would make the disk smaller.
-                    let adoptable = images.there & self.records.of_size(self.plan.sectors);
-                    if adoptable != 0 && self.may_adopt(&refusal, images) {
-                        let place = self.random.bit(u64::from(adoptable)) as usize;
+                    // Without a record an image is of no disk that is known.
+                    if of_size != 0 && self.may_adopt(&refusal, images) {
+                        let place = self.random.bit(u64::from(of_size)) as usize;
                         options.adopt = Some(name(place));
                         options.force = true;
                         continue;
