@@ -6,7 +6,7 @@
 
 use super::Violation;
 use super::model::Value;
-use super::plan::{Plan, bits};
+use super::plan::{Plan, bits, mask_of};
 use super::state::{Checked, World, trace};
 use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
@@ -141,6 +141,8 @@ impl World {
         self.tick_wanted = (1 << self.plan.workers) - 1;
         if found {
             self.statistics.found += u64::from(self.crashed);
+            // Where something is marked it may be an older copy: it votes when it is copied.
+            self.ledger.unsound[place] |= mask_of(stale.iter());
             self.check_found(place)?;
         }
         Ok(())
