@@ -77,12 +77,8 @@ impl Admin {
         let Ok(_changing) = self.changing.try_lock() else {
             return;
         };
-        let is_in_use = self
-            .table
-            .in_use()
-            .iter()
-            .any(|(_, used)| Arc::ptr_eq(used, file));
-        if !self.shared.has_records() || !is_in_use || !self.shared.lose(index) {
+        let may_be_lost = self.shared.has_records() && self.table.is_in_use(index, file);
+        if !may_be_lost || !self.shared.lose(index) {
             return;
         }
         let missing = Arc::new(MissingReplica::lost(Arc::clone(file), why));

@@ -33,6 +33,12 @@ enum Place {
     Leaving(Option<Arc<ReplicaFile>>),
 }
 
+impl Place {
+    fn has(&self, file: &Arc<ReplicaFile>) -> bool {
+        matches!(self, Self::Taken(present) if Arc::ptr_eq(present, file))
+    }
+}
+
 /// A replica of the disk, whether its image is open or not.
 #[derive(Clone, Debug)]
 pub enum Member {
@@ -124,11 +130,16 @@ impl ReplicaTable {
         missing: Arc<MissingReplica>,
     ) -> bool {
         let place = &mut self.places()[index.as_usize()];
-        let is_it = matches!(place, Place::Taken(present) if Arc::ptr_eq(present, file));
+        let is_it = place.has(file);
         if is_it {
             *place = Place::Missing(missing);
         }
         is_it
+    }
+
+    /// Whether this file is in use in this place.
+    pub fn is_in_use(&self, index: ReplicaIndex, file: &Arc<ReplicaFile>) -> bool {
+        self.places()[index.as_usize()].has(file)
     }
 
     /// The replicas of the disk whose images are open, in order.

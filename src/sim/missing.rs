@@ -12,7 +12,7 @@ use crate::common::ReplicaIndex;
 use crate::common::ranges::RangeSet;
 use crate::engine::Shared;
 use crate::quorum::health::Remembered;
-use crate::record::{Keeper, Member};
+use crate::record::Keeper;
 
 /// How often images are lost in a run: each time all that is marked is copied.
 const LOSSES_MAX: u64 = 4;
@@ -89,11 +89,7 @@ impl World {
     /// Whether its image may be opened again: nothing is in flight on the one that was lost, and
     /// the records say that it is out of service.
     fn is_drained(&self, place: usize) -> bool {
-        let is_active = |keeper: &Keeper| {
-            let member = keeper.member(index(place));
-            let member = member.and_then(|id| keeper.record().member(id));
-            member.is_some_and(Member::is_active)
-        };
+        let is_active = |keeper: &Keeper| keeper.is_active(index(place));
         // If not, it was removed.
         let is_missing = self.shared.missing().contains(index(place));
         let is_active = self.shared.records(is_active).unwrap_or(false);

@@ -147,6 +147,12 @@ impl Keeper {
         index.map(|index| ReplicaIndex(u8::try_from(index).expect("few places")))
     }
 
+    /// Whether there is a member in this place, and it is active.
+    pub fn is_active(&self, replica: ReplicaIndex) -> bool {
+        let known = self.member(replica).and_then(|id| self.record.member(id));
+        known.is_some_and(Member::is_active)
+    }
+
     /// The tables that the next one has to follow: those in force, or that may soon be.
     pub fn binding_tables(&self) -> Vec<Table> {
         let before = self.record.before.as_ref().filter(|before| !before.forced);
@@ -270,18 +276,13 @@ impl Keeper {
 
     /// Has the records say which members there are, which of them are active, and so on.
     fn want_table(&mut self, wanted: &Wanted) {
-        let is_active = |keeper: &Self, member: &WantedMember| {
-            let id = keeper.member(member.replica);
-            let known = id.and_then(|id| keeper.record.member(id));
-            known.is_some_and(Member::is_active)
-        };
         let mut same =
             wanted.threshold == self.record.threshold && wanted.capacity == self.record.capacity;
         let members = wanted.members.iter();
         same &= members.clone().count() == self.places.iter().flatten().count();
         same &= members
             .clone()
-            .all(|member| member.is_active == is_active(self, member));
+            .all(|member| member.is_active == self.is_active(member.replica));
         if same {
             return;
         }
