@@ -148,18 +148,18 @@ impl Records {
 
     /// The places whose record cannot be used: it was being made anew, or never written.
     pub(super) fn unusable(&self) -> u32 {
-        let is_unusable = |place: &usize| matches!(self.files[*place].kept(), Kept::Unusable(_));
-        let places = (0..PLACES).filter(is_unusable);
-        places.fold(0, |mask, place| mask | 1 << place)
+        self.places_where(|kept| matches!(kept, Kept::Unusable(_)))
     }
 
     /// The places whose record is of a disk of this size.
     pub(super) fn of_size(&self, sectors: u64) -> u32 {
-        let is_of_size = |place: &usize| match self.files[*place].kept() {
-            Kept::Read(read) => read.record.capacity == sectors,
-            _ => false,
-        };
-        let places = (0..PLACES).filter(is_of_size);
+        self.places_where(
+            |kept| matches!(kept, Kept::Read(read) if read.record.capacity == sectors),
+        )
+    }
+
+    fn places_where(&self, is_wanted: impl Fn(&Kept) -> bool) -> u32 {
+        let places = (0..PLACES).filter(|place| is_wanted(&self.files[*place].kept()));
         places.fold(0, |mask, place| mask | 1 << place)
     }
 

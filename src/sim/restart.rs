@@ -16,6 +16,7 @@ use crate::common::operation::Action;
 use crate::common::ranges::RangeSet;
 use crate::quorum::health::Remembered;
 use crate::record::MemberState;
+use crate::record::format::Read;
 use crate::record::start::{Candidate, Decision, Found, Kept, Options, Refusal, Start, decide};
 
 /// The images of a start, masks of places.
@@ -421,16 +422,7 @@ impl World {
 
     /// Places of members of which the records do not say which table they hold.
     fn of_unknown_table(&self, candidates: &[Candidate]) -> u32 {
-        let records = candidates
-            .iter()
-            .filter_map(|candidate| match &candidate.image {
-                Ok(Found {
-                    kept: Kept::Read(read),
-                    ..
-                }) => Some(&read.record),
-                _ => None,
-            });
-        let members = records.flat_map(|record| &record.members);
+        let members = records_of(candidates).flat_map(|read| &read.record.members);
         let unknown: Vec<_> = members
             .filter(|member| matches!(member.state, MemberState::Inactive { holds: None }))
             .map(|member| member.id)
@@ -454,13 +446,7 @@ impl World {
     /// Whether all of the disk is marked.
     fn is_marked(&self, candidates: &[Candidate]) -> bool {
         let disk = self.plan.disk();
-        candidates.iter().any(|candidate| match &candidate.image {
-            Ok(Found {
-                kept: Kept::Read(read),
-                ..
-            }) => read.intent.contains(disk),
-            _ => false,
-        })
+        records_of(candidates).any(|read| read.intent.contains(disk))
     }
 }
 
@@ -477,27 +463,26 @@ impl Images {
 /// Whether one image was taken as the truth, and the others were not complete when the daemon
 /// ended: an extent of which they hold a part only counts as stale.
 fn is_adopted(candidates: &[Candidate]) -> bool {
-    candidates.iter().any(|candidate| match &candidate.image {
-        Ok(Found {
-            kept: Kept::Read(read),
-            ..
-        }) => read.record.adopted.is_some(),
-        _ => false,
-    })
+    records_of(candidates).any(|read| read.record.adopted.is_some())
 }
 
 /// Sectors of the disk as its records say.
 fn recorded_capacity(candidates: &[Candidate]) -> u64 {
-    let capacities = candidates
+    let capacities = records_of(candidates).map(|read| read.record.capacity);
+    capacities.max().unwrap_or(0)
+}
+
+/// The records that can be used.
+fn records_of(candidates: &[Candidate]) -> impl Iterator<Item = &Read> {
+    candidates
         .iter()
         .filter_map(|candidate| match &candidate.image {
             Ok(Found {
                 kept: Kept::Read(read),
                 ..
-            }) => Some(read.record.capacity),
+            }) => Some(&**read),
             _ => None,
-        });
-    capacities.max().unwrap_or(0)
+        })
 }
 
 /// An image that cannot be opened.

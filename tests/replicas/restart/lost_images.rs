@@ -66,6 +66,13 @@ impl Disk {
         lead_to(&self.host.images[3], &self.fuse);
         drop(before);
     }
+
+    /// Ends the daemon: all images are equal.
+    fn end(self) {
+        self.running.end();
+        drop(self.fuse);
+        assert!(are_identical(&self.host.images[..3]));
+    }
 }
 
 #[test]
@@ -90,14 +97,7 @@ fn a_replica_whose_file_system_comes_back_gets_what_it_has_missed() {
     disk.serve_again();
     disk.running.wait_until_healthy();
     drop(client);
-    let Disk {
-        host,
-        fuse,
-        running,
-    } = disk;
-    running.end();
-    drop(fuse);
-    assert!(are_identical(&host.images[..3]));
+    disk.end();
 }
 
 /// What comes back is an older copy: its record is of a table that has changed since, or has only
@@ -135,12 +135,5 @@ fn an_old_copy_in_the_place_of_a_lost_image_is_not_believed() {
         assert!(written >= SIZE_BYTES, "{written}: it is copied as a whole");
     }
     drop(client);
-    let Disk {
-        host,
-        fuse,
-        running,
-    } = disk;
-    running.end();
-    drop(fuse);
-    assert!(are_identical(&host.images[..3]));
+    disk.end();
 }
