@@ -24,6 +24,11 @@ struct Disk {
     holds: [u8; 3],
     /// The replicas that fail writes.
     fails: [bool; 3],
+    /// Of these the write comes into the page cache, and ends when this is over.
+    slow: Option<ReplicaIndex>,
+    waiting: Vec<Operation>,
+    /// How often each replica was written to with success.
+    written: [usize; 3],
     accusations: usize,
     /// How many replicas were stale when the winner was written, at most.
     stale_most: usize,
@@ -55,6 +60,9 @@ impl Disk {
             effects: Collected::default(),
             holds,
             fails: [false; 3],
+            slow: None,
+            waiting: Vec::new(),
+            written: [0; 3],
             accusations: 0,
             stale_most: 0,
         }
@@ -63,8 +71,17 @@ impl Disk {
     /// Reads the sector. Returns what the replicas hold when the guest is answered; `None`: the
     /// read fails.
     fn read(&mut self, number: u64) -> Option<[u8; 3]> {
-        let request = GuestRequest::Read(RANGE);
+        self.submit(number, GuestRequest::Read(RANGE))
+            .expect("every request is answered")
+    }
+
+    /// The outer `None`: there is no answer yet.
+    fn submit(&mut self, number: u64, request: GuestRequest) -> Option<Option<[u8; 3]>> {
         self.engine.submit(tag(number), request, &mut self.effects);
+        self.run()
+    }
+
+    fn run(&mut self) -> Option<Option<[u8; 3]>> {
         let mut answered = None;
         while !self.effects.effects.is_empty() {
             match self.effects.effects.remove(0) {
@@ -77,7 +94,17 @@ impl Disk {
                 _ => {}
             }
         }
-        answered.expect("every request is answered")
+        answered
+    }
+
+    /// The writes of the slow replica end, with an error.
+    fn fail_waiting(&mut self) -> Option<Option<[u8; 3]>> {
+        self.slow = None;
+        for operation in std::mem::take(&mut self.waiting) {
+            let reply = operation.reply(Err(Errno(28)));
+            self.engine.reply(reply, &mut self.effects);
+        }
+        self.run()
     }
 
     fn carry_out(&mut self, mut operation: Operation) {
@@ -90,10 +117,21 @@ impl Disk {
         }
         match &mut operation.action {
             Action::Read { into, .. } => into.fill(self.holds[replica]),
+            Action::Write {
+                data, offset_bytes, ..
+            } if self.slow == Some(operation.replica) => {
+                self.holds[replica] = data[*offset_bytes];
+                self.waiting.push(operation);
+                return;
+            }
+            Action::Flush if self.slow == Some(operation.replica) => result = Err(Errno(28)),
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(5)),
             Action::Write {
                 data, offset_bytes, ..
-            } => self.holds[replica] = data[*offset_bytes],
+            } => {
+                self.holds[replica] = data[*offset_bytes];
+                self.written[replica] += 1;
+            }
             _ => {}
         }
         self.engine
@@ -146,4 +184,18 @@ fn leaves_enough_copies_for_a_flush() {
         });
         assert!(lacking.count() <= 1, "{copies:?}");
     }
+}
+
+/// The kernel may drop such a page at any time.
+#[test]
+fn what_is_in_the_page_cache_after_a_failed_flush_is_written_again() {
+    let mut disk = Disk::new([1, 2, 3]);
+    assert!(disk.submit(0, GuestRequest::Flush).is_some());
+    (disk.slow, disk.fails) = (Some(ReplicaIndex(1)), [false, false, true]);
+    assert_eq!(disk.submit(1, GuestRequest::Read(RANGE)), None);
+    // The flush fails while the write is out.
+    assert!(disk.submit(2, GuestRequest::Flush).is_some());
+    let answered = disk.fail_waiting();
+    assert_eq!(answered, Some(Some([1, 1, 3])), "by a second vote");
+    assert!(disk.written[1] > 0, "it holds nothing durably");
 }

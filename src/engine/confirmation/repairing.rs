@@ -172,7 +172,7 @@ impl Confirmation {
                 if !health.in_service().contains(reply.replica) {
                     health.repair_orphaned(reply.replica, range, was_corrupt);
                 } else if is_postponed {
-                    health.repair_failed(reply.replica, range);
+                    health.repair_failed(reply.replica, range, began);
                 }
             });
         }

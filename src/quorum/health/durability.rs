@@ -168,13 +168,26 @@ impl Health {
         }
     }
 
-    /// Such a write has failed where any copy is legal (S5). Some of the winner may be in the page
-    /// cache, until a flush that fails loses it.
-    pub fn repair_failed(&mut self, replica: ReplicaIndex, range: SectorRange) {
-        if self.members.contains(replica) {
-            let state = &mut self.replicas[replica.as_usize()];
-            state.rewritten.insert(range);
-            state.restored.insert(range);
+    /// A write as in [`Self::repaired`] has failed where any copy is legal (S5). Some of the winner
+    /// may be in the page cache, until a flush that fails loses it: if one has failed since it
+    /// `began`, what a read finds there does not count until it is written again.
+    pub fn repair_failed(
+        &mut self,
+        replica: ReplicaIndex,
+        range: SectorRange,
+        began: FailureEpoch,
+    ) {
+        if !self.members.contains(replica) {
+            return;
+        }
+        let state = &mut self.replicas[replica.as_usize()];
+        state.rewritten.insert(range);
+        state.restored.insert(range);
+        if state.last_failure > began {
+            self.memory += 1;
+            state.stale.insert(range);
+            self.failure_epoch.0 += 1;
+            state.last_doubt = self.failure_epoch;
         }
     }
 

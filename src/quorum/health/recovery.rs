@@ -217,7 +217,7 @@ mod tests {
         health.restore(&Remembered::default(), &changed);
         flush_all(&mut health);
         health.repaired(C, range(0, 8), health.failure_epoch(), false);
-        health.repair_failed(B, range(8, 8));
+        health.repair_failed(B, range(8, 8), health.failure_epoch());
         health.decide(&[range(0, 16)], &[]);
         assert_eq!(health.stale_in(range(0, 16)), ReplicaSet::EMPTY);
         assert_eq!(remembered(&health, A), []);
