@@ -389,6 +389,9 @@ pub const MARKS_ROW: u64 = 8;
 /// As soon as fewer extents than this are marked ahead.
 pub const MARKS_EARLY: u64 = 32;
 
+/// And at most so many: twice as many each time that a row catches up before they are marked.
+pub const MARKS_EARLY_MAX: u64 = 1024;
+
 /// Each time that marks were made so often since the last sweep, twice as many extents around a
 /// write are marked with it.
 pub const MARKING_ROUNDS_DOUBLING: u64 = 16;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use crate::common::{NOT_POISONED, ReplicaSet, SectorRange};
 use crate::limits::{
     MARKING_ROUNDS_DOUBLING, MARKING_ROUNDS_MAX, MARKS_AHEAD_MAX, MARKS_AROUND_MAX, MARKS_EARLY,
-    MARKS_ROW,
+    MARKS_EARLY_MAX, MARKS_ROW,
 };
 use crate::quorum::health::{Binding, FlushEpoch, Health, Remembered};
 use crate::record::{Extents, Keeper, Round, Threshold, Wanted, WantedMember};
@@ -49,6 +49,10 @@ pub(super) struct Marks {
     sweepable: bool,
     /// Something is wanted that no write waits for yet.
     ahead: bool,
+    /// Where fewer extents than this are marked ahead of a row, more are to be marked.
+    early: u64,
+    /// Since the last round a row has caught up with what was to be marked ahead of it.
+    caught_up: bool,
 }
 
 /// What a series of rounds is for.
@@ -233,6 +237,8 @@ impl Marks {
             rounds: 0,
             sweepable: false,
             ahead: false,
+            early: MARKS_EARLY,
+            caught_up: false,
         }
     }
 
@@ -259,23 +265,26 @@ impl Marks {
         let layout = self.durable.layout();
         let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
         let next = range.end().div_ceil(extent) * extent;
-        let early = SectorRange::new(next.saturating_add(MARKS_EARLY * extent), 1);
+        let early = SectorRange::new(next.saturating_add(self.early * extent), 1);
         if early.start >= capacity
             || self.durable.overlaps(early)
             || self.wanted.overlaps(early)
-            || next < MARKS_ROW * extent
-            || !self.recent.contains(SectorRange::new(
-                next - MARKS_ROW * extent,
-                MARKS_ROW * extent,
-            ))
+            || !self.is_in_a_row(next)
         {
             return;
         }
         // As many in each round as where a write waits for it.
-        let ahead = (MARKS_EARLY + MARKS_AHEAD_MAX) * extent;
+        let ahead = (self.early + self.early.max(MARKS_AHEAD_MAX)) * extent;
         let end = next.saturating_add(ahead).min(capacity);
         self.wanted.insert(SectorRange::new(next, end - next));
         self.ahead = true;
+    }
+
+    /// Whether all that comes before this extent was written since the last sweep.
+    fn is_in_a_row(&self, next: u64) -> bool {
+        let row = MARKS_ROW * self.durable.layout().extent_sectors();
+        let start = next.checked_sub(row);
+        start.is_some_and(|start| self.recent.contains(SectorRange::new(start, row)))
     }
 
     /// Whether something is to be marked that no write waits for yet. Said once.
@@ -298,6 +307,11 @@ impl Marks {
         let layout = self.durable.layout();
         let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
         let first = range.start / extent;
+        // A row has caught up with what is being marked ahead of it.
+        if !self.caught_up && self.wanted.overlaps(range) && self.is_in_a_row(first * extent) {
+            self.early = (2 * self.early).min(MARKS_EARLY_MAX);
+            self.caught_up = true;
+        }
         let marked = |index: &u64| {
             let extent = layout.extent(*index);
             self.durable.contains(extent) || self.wanted.contains(extent)
@@ -325,6 +339,7 @@ impl Marks {
             return;
         }
         self.rounds += u64::from(!goal.marks.is_empty());
+        self.caught_up = false;
         self.durable.insert_all(&goal.marks);
         self.wanted.remove_all(&goal.marks);
     }
@@ -385,6 +400,7 @@ impl Marks {
         let recent = std::mem::replace(&mut self.recent, Extents::new(layout));
         // What moves on and on stays marked instead of being marked again and again.
         let moves = std::mem::take(&mut self.rounds) > MARKING_ROUNDS_MAX;
+        self.early = (self.early / 2).max(MARKS_EARLY);
         let mut idle = idle.filter(|idle| idle.layout() == layout);
         let later = moves || !is_same;
         self.sweepable = later || idle.as_ref().is_some_and(|idle| idle.overlaps_any(&recent));
@@ -561,6 +577,32 @@ mod tests {
             marks.begin(extent(MARKS_ROW)) && !marks.take_ahead(),
             "it is wanted"
         );
+    }
+
+    #[test]
+    fn more_is_marked_ahead_of_a_row_that_catches_up() {
+        let mut marks = Marks::new(Extents::new(Layout::new(10_000 * EXTENT)));
+        let mut distances = Vec::new();
+        let mut next = 0;
+        for _ in 0..8 {
+            // The writer is as fast as can be: a round ends when it waits.
+            while marks.begin(extent(next)) {
+                next += 1;
+            }
+            marks.begin(extent(next + 1));
+            distances.push(marks.early);
+            let goal = Goal {
+                memory: 1,
+                marks: marks.wanted().clone(),
+            };
+            marks.reached(&goal);
+        }
+        assert_eq!(distances[..2], [MARKS_EARLY; 2], "no row yet");
+        assert_eq!(distances.last(), Some(&MARKS_EARLY_MAX));
+        let doubles = |pair: &[u64]| [pair[0], 2 * pair[0]].contains(&pair[1]);
+        assert!(distances.windows(2).all(doubles), "{distances:?}");
+        marks.sweep(None, true);
+        assert_eq!(marks.early, MARKS_EARLY_MAX / 2);
     }
 
     #[test]
