@@ -44,7 +44,8 @@ pub(crate) fn run(settings: &Settings) -> Result<(), Interrupted> {
 fn measure(row: &Row, settings: &Settings, is_busy: bool) -> Result<(), Interrupted> {
     let mut served = Served::start(row, true, &settings.directory);
     let time = 4 * settings.time;
-    let written = served.measure(row, time, 0)? * time.as_secs_f64();
+    served.sync()?;
+    let written = make_requests(&mut served.client, row, time, 0)?;
     let mut random = Random::from_seed(1);
     let writes: Vec<Request> = (0..32)
         .map(|slot| Request::Write {
@@ -88,7 +89,7 @@ fn measure(row: &Row, settings: &Settings, is_busy: bool) -> Result<(), Interrup
         left = unrecovered(&mut monitor);
     }
     println!(
-        "| {row} | {written:.0} | {} MiB | {} | {:.2} s | {} MiB in {:.2} s |",
+        "| {row} | {written} | {} MiB | {} | {:.2} s | {} MiB in {:.2} s |",
         marked >> 20,
         match is_busy {
             false => "idle".to_owned(),
