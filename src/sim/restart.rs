@@ -443,10 +443,11 @@ impl World {
             .count()
     }
 
-    /// Whether all of the disk is marked.
+    /// Whether all of the disk is marked, or was lost by a forced start.
     fn is_marked(&self, candidates: &[Candidate]) -> bool {
-        let disk = self.plan.disk();
-        records_of(candidates).any(|read| read.intent.contains(disk))
+        let disk = self.plan.mask(self.plan.disk());
+        let marked = |read: &Read| mask_of(read.intent.iter()) | self.ledger.lost_by_crash;
+        records_of(candidates).any(|read| marked(read) & disk == disk)
     }
 }
 
