@@ -355,6 +355,12 @@ impl World {
         self.replicas[replica].reported(sectors);
         self.ledger.dropped[replica] &= !sectors;
         self.note_failure(replica);
+        // What a read saw before the guest wrote there is trusted by one that does not know yet.
+        let seen = self.pending.iter();
+        let seen = seen.fold(0, |all, pending| all | pending.seen.dropped[replica]);
+        if let Some(before) = &mut self.before_reply {
+            before.dropped[replica] |= seen;
+        }
         // What a read returns whose answer waits for the records is decided (R7).
         for pending in self.pending.iter_mut().filter(|pending| !pending.withheld) {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
