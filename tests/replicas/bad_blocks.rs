@@ -176,6 +176,103 @@ fn a_resync_leaves_no_block_stale_that_two_replicas_can_read() {
     client.flush(0).unwrap();
 }
 
+/// Two replicas have bad blocks, and one of these is the same on both.
+#[test]
+fn a_block_that_two_replicas_cannot_read_is_all_that_is_undecided() {
+    let _machine = shared();
+    let (disk, mut client, content) = filled(Vec::new());
+    let lost = 700;
+    for (replica, index) in [(0, 3), (1, 20), (0, 300), (1, 500), (0, lost), (1, lost)] {
+        disk.faulty(replica).make_unreadable(block(index));
+    }
+    for repairs in [false, true] {
+        let ran = scrub(&disk, repairs);
+        assert!(ran.get("error").is_some(), "{ran}");
+        let undecided = &disk.state()["undecided-sectors"];
+        assert_eq!(undecided, &(BLOCK / 512), "repairs: {repairs}");
+        let left = [0, 1].map(|replica| disk.faulty(replica).unreadable_bytes());
+        let blocks = if repairs { 1 } else { 3 };
+        assert_eq!(left, [blocks * BLOCK; 2], "repairs: {repairs}");
+        let failed = READS.map(|len| failed_reads(&mut client, &content, len));
+        assert_eq!(failed, [1, 1], "repairs: {repairs}");
+    }
+    let bytes = usize::try_from(block(lost).start).unwrap();
+    let bytes = &content[bytes..bytes + 4096];
+    client.write(0, block(lost).start, bytes).unwrap();
+    assert_eq!(failed_reads(&mut client, &content, 128 * KIBIBYTE), 0);
+    assert_eq!(disk.state()["undecided-sectors"], 0);
+    drop(client);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+    assert!(are_identical(&disk.images));
+}
+
+/// One replica returns little at a time, one nothing from 2.5 MiB on, and the third has a bad block
+/// on either side of that: the second one is left on a single replica.
+#[test]
+fn a_scrub_of_reads_that_end_early_loses_only_what_too_few_replicas_return() {
+    let _machine = shared();
+    let (disk, _client, _) = filled(Vec::new());
+    disk.faulty(0)
+        .inject(Operation::Read, Fault::Short(12 << 10));
+    disk.faulty(1)
+        .inject(Operation::Read, Fault::EndAt(SIZE_BYTES / 8 * 5));
+    for index in [3, 700] {
+        disk.faulty(2).make_unreadable(block(index));
+    }
+    let ran = scrub(&disk, false);
+    let undecided = &disk.state()["undecided-sectors"];
+    assert_eq!(undecided, &(BLOCK / 512), "{ran}");
+}
+
+/// The two replicas that a third one is copied from have bad blocks, and one of them returns less
+/// than it is asked for.
+#[test]
+fn a_resync_leaves_nothing_stale_but_the_blocks_that_a_source_cannot_read() {
+    let _machine = shared();
+    let plan = Plan {
+        replicas: 2,
+        faulty: vec![0, 1],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    let content = random_content();
+    client.write(0, 0, &content).unwrap();
+    client.flush(0).unwrap();
+    disk.faulty(0)
+        .inject(Operation::Read, Fault::Short(12 << 10));
+    let bad = [(0, 3), (1, 20), (0, 300), (1, 500)];
+    for (replica, index) in bad {
+        disk.faulty(replica).make_unreadable(block(index));
+    }
+    let added = disk.images[0].with_file_name("added.raw");
+    let file = added.to_str().unwrap();
+    let (code, text) = disk.blkctl(&["add", file, "--create", "--detach"]);
+    assert_eq!(code, 0, "{text}");
+    // It tries the rest again after a minute (`--replica-timeout`).
+    disk.state_when(|state| stale_bytes(state, 2) == bad.len() as u64 * BLOCK);
+    let copied = fs::read(&added).unwrap();
+    for (index, bytes) in (0..).zip(content.chunks_exact(4096)) {
+        let expected = match bad.iter().any(|(_, bad)| *bad == index) {
+            true => &[0; 4096],
+            false => bytes,
+        };
+        let from = usize::try_from(block(index).start).unwrap();
+        assert!(copied[from..from + 4096] == *expected, "block {index}");
+    }
+    assert_eq!(failed_reads(&mut client, &content, 128 * KIBIBYTE), 3);
+    for (_, index) in bad {
+        let from = usize::try_from(block(index).start).unwrap();
+        let bytes = &content[from..from + 4096];
+        client.write(0, block(index).start, bytes).unwrap();
+    }
+    assert_eq!(failed_reads(&mut client, &content, 128 * KIBIBYTE), 0);
+    assert_eq!(stale_bytes(&disk.state(), 2), 0);
+    drop(client);
+    disk.end();
+    assert!(are_identical(&[&disk.images[..], &[added]].concat()));
+}
+
 /// Of reads of the guest, whatever the pattern, with `--rewrite-corrupted`.
 fn is_repaired_by_reads(pattern: &'static str) {
     let _machine = shared();
