@@ -3,6 +3,7 @@
 
 use std::fs::OpenOptions;
 use std::os::unix::fs::FileExt;
+use std::thread;
 use std::time::Duration;
 
 use serde_json::Value;
@@ -31,12 +32,13 @@ fn content(index: u64) -> [u8; BLOCK] {
 }
 
 /// Writes the blocks.
-fn written(replicas: usize) -> (Disk, Client) {
+fn written(replicas: usize, pattern: &'static str) -> (Disk, Client) {
     let plan = Plan {
         replicas,
         threshold: replicas / 2 + 1,
         faulty: (0..replicas).collect(),
         size_bytes: 8 << 20,
+        more: vec!["--read-pattern", pattern],
         ..Plan::default()
     };
     let disk = Disk::start(System::Ours, &plan);
@@ -79,19 +81,23 @@ fn stale(disk: &Disk) -> u64 {
         .sum()
 }
 
-fn is_over_with_reads(replicas: usize) {
-    let _machine = shared();
-    let (disk, mut client) = written(replicas);
+fn is_over_with_reads(replicas: usize, pattern: &'static str) {
+    let (disk, mut client) = written(replicas, pattern);
     fail_flushes(&disk, &mut client, replicas);
     let lost = unreadable(&mut client);
     let flushed = client.flush(0).is_ok();
     figure(
-        &format!("one round of failed flushes on all of {replicas} replicas, then reads"),
+        &format!(
+            "one round of failed flushes on all of {replicas} replicas, then reads, read-pattern \
+             {pattern}"
+        ),
         &format!("{lost} of {BLOCKS} blocks unreadable, the next flush succeeds: {flushed}"),
     );
     assert_eq!(lost, 0);
     assert!(flushed, "{:#}", disk.state());
     assert_eq!(unreadable(&mut client), 0);
+    assert!(wait_until(LOOK, || stale(&disk) == 0), "{:#}", disk.state());
+    client.flush(0).unwrap();
     drop(client);
     assert_eq!(accused(&disk.end()), Vec::<Value>::new());
     assert!(are_identical(&disk.images));
@@ -99,7 +105,7 @@ fn is_over_with_reads(replicas: usize) {
 
 fn is_over_by_itself(replicas: usize) {
     let _machine = shared();
-    let (disk, mut client) = written(replicas);
+    let (disk, mut client) = written(replicas, "quorum");
     fail_flushes(&disk, &mut client, replicas);
     let clean = wait_until(LOOK, || stale(&disk) == 0);
     let flushed = client.flush(0).is_ok();
@@ -118,14 +124,35 @@ fn is_over_by_itself(replicas: usize) {
     assert_eq!(accused(&disk.end()), Vec::<Value>::new());
 }
 
+/// The disks of each read pattern, side by side.
+fn is_over_with_every_pattern(replicas: usize) {
+    let _machine = shared();
+    thread::scope(|scope| {
+        for pattern in ["quorum", "threshold", "fifo"] {
+            scope.spawn(move || is_over_with_reads(replicas, pattern));
+        }
+    });
+}
+
 #[test]
 fn failed_flushes_on_all_replicas_lose_nothing() {
-    is_over_with_reads(3);
+    is_over_with_every_pattern(3);
+}
+
+#[test]
+fn failed_flushes_on_both_of_two_replicas_lose_nothing() {
+    is_over_with_every_pattern(2);
+}
+
+#[test]
+fn failed_flushes_on_all_of_four_replicas_lose_nothing() {
+    is_over_with_every_pattern(4);
 }
 
 #[test]
 fn a_failed_flush_of_a_single_replica_loses_nothing() {
-    is_over_with_reads(1);
+    let _machine = shared();
+    is_over_with_reads(1, "quorum");
 }
 
 #[test]
@@ -138,21 +165,20 @@ fn a_failed_flush_of_a_single_replica_is_over_by_itself() {
     is_over_by_itself(1);
 }
 
-/// One of three really lost what its flush did not write back.
-#[test]
-fn what_one_of_three_replicas_lost_by_a_failed_flush_is_restored() {
+/// One of them really lost what its flush did not write back.
+fn is_restored(replicas: usize) {
     let _machine = shared();
-    let (disk, mut client) = written(3);
+    let (disk, mut client) = written(replicas, "quorum");
     let image = OpenOptions::new().write(true).open(&disk.images[0]);
     let image = image.unwrap();
     for index in 0..BLOCKS {
         image.write_all_at(&[0; BLOCK], offset(index)).unwrap();
     }
-    fail_flushes(&disk, &mut client, 3);
+    fail_flushes(&disk, &mut client, replicas);
     let lost = unreadable(&mut client);
     let flushed = client.flush(0).is_ok();
     figure(
-        "flushes fail on three replicas, and one loses what was written",
+        &format!("flushes fail on {replicas} replicas, and one loses what was written"),
         &format!("{lost} of {BLOCKS} blocks unreadable, the next flush succeeds: {flushed}"),
     );
     assert_eq!(lost, 0);
@@ -160,6 +186,16 @@ fn what_one_of_three_replicas_lost_by_a_failed_flush_is_restored() {
     drop(client);
     assert_eq!(accused(&disk.end()), Vec::<Value>::new());
     assert!(are_identical(&disk.images));
+}
+
+#[test]
+fn what_one_of_three_replicas_lost_by_a_failed_flush_is_restored() {
+    is_restored(3);
+}
+
+#[test]
+fn what_one_of_four_replicas_lost_by_a_failed_flush_is_restored() {
+    is_restored(4);
 }
 
 /// A replica that failed a flush does not differ from the other.
