@@ -4,10 +4,11 @@
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
-use testkit::client::Client;
-use testkit::disk::{Disk, Plan};
+use testkit::client::{Client, Request};
+use testkit::disk::{Disk, Plan, System};
+use testkit::fuse::{Fault, Operation};
 use testkit::images::{BLOCK_BYTES, are_identical, create_images};
 use testkit::load::figure;
 use testkit::machine::shared;
@@ -78,4 +79,44 @@ fn full_images_are_shown_as_such_and_work_again_when_there_is_space() {
     drop(client);
     assert_eq!(accused(&disk.end()), Vec::<Value>::new());
     assert!(are_identical(&disk.images));
+}
+
+/// The quota of the user is used up (EDQUOT): that is no space, as when the file system is full.
+#[test]
+fn a_write_beyond_the_quota_waits_until_there_is_space() {
+    let _machine = shared();
+    let plan = Plan {
+        faulty: vec![0, 1, 2],
+        more: vec!["--werror", "enospc"],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    for replica in 0..3 {
+        disk.faulty(replica)
+            .inject(Operation::Write, Fault::Fail(libc::EDQUOT));
+    }
+    client.send(0, &Request::writes(1, BLOCK));
+    let mut answers = Vec::new();
+    wait_until(HANG_LIMIT, || {
+        answers = client.poll(0, 0);
+        !answers.is_empty() || disk.state()["held-requests"] == 1
+    });
+    assert_eq!(answers, []);
+    let event = disk.wait_for("BLOCK_IO_ERROR", None);
+    assert_eq!(event["data"]["action"], "stop", "{event}");
+    assert_eq!(event["data"]["nospace"], true, "{event}");
+    let (code, text) = disk.blkctl(&["status"]);
+    figure(
+        "the quota is used up",
+        &format!("status: exit code {code}, {text}"),
+    );
+    for told in ["Disk quota exceeded", "make room for /proc"] {
+        assert!(text.contains(told), "{text}");
+    }
+    for replica in 0..3 {
+        disk.faulty(replica).clear_faults();
+    }
+    disk.monitor().execute("cont", json!({}));
+    assert_eq!(client.poll(0, 1), [(0, Ok(()))]);
 }
