@@ -1,6 +1,7 @@
 //! What the disk promises while replicas differ, fail, hang, grow and are replaced.
 
 mod bad_blocks;
+mod blkverify;
 mod block_sizes;
 mod busy_file_systems;
 mod failed_flushes;
