@@ -1,6 +1,7 @@
 //! A write fails on too many replicas: the guest gets an error, old and new data are both right
 //! from then on, and no replica is accused of either.
 
+use std::fs;
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -117,6 +118,48 @@ fn a_scrub_after_failed_writes_accuses_no_replica() {
     let ran = scrub(&disk, false);
     let what = format!("writes that failed on two of three, then a scrub: {ran}");
     accuse_nothing(&what, &disk);
+}
+
+/// Two replicas are full before the end of a write of eight blocks, one after two and one after
+/// five of them, and losers are repaired unasked: what has most votes is what all hold then.
+fn is_decided_block_by_block(pattern: &'static str) {
+    const SPAN: usize = 8 * BLOCK;
+    let plan = Plan {
+        faulty: vec![0, 1, 2],
+        more: vec!["--rewrite-corrupted", "--read-pattern", pattern],
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    let span = |round: usize| (round * SPAN) as u64;
+    client.write(0, 0, &[1; 3 * SPAN]).unwrap();
+    client.flush(0).unwrap();
+    for round in 0..3 {
+        for (shift, blocks) in [(1, 2), (2, 5)] {
+            let full = Fault::FullFrom(span(round) + blocks * BLOCK_BYTES);
+            let replica = disk.faulty((round + shift) % 3);
+            replica.inject(Operation::Write, full);
+        }
+        client.write(0, span(round), &[2; SPAN]).unwrap_err();
+        (0..3).for_each(|replica| disk.faulty(replica).clear_faults());
+    }
+    assert!(!are_identical(&disk.images));
+    let expected = [[2; 5 * BLOCK].as_slice(), &[1; 3 * BLOCK]].concat();
+    for round in [0, 1, 2, 0, 1, 2] {
+        let read = client.read(0, span(round), SPAN).unwrap();
+        assert!(read == expected, "{pattern}, round {round}");
+    }
+    let what = format!("writes that failed midway on two of three, read-pattern {pattern}");
+    accuse_nothing(&what, &disk);
+    let image = fs::read(&disk.images[0]).unwrap();
+    assert!(image[..3 * SPAN] == expected.repeat(3), "{pattern}");
+}
+
+#[test]
+fn a_write_that_failed_midway_is_decided_block_by_block_and_accuses_no_replica() {
+    let _machine = shared();
+    is_decided_block_by_block("quorum");
+    is_decided_block_by_block("threshold");
 }
 
 /// One of two replicas is full: neither old nor new data has two votes, and the full replica

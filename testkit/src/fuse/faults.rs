@@ -54,6 +54,9 @@ pub enum Fault {
     Short(usize),
     /// A read returns nothing from this byte on, as if the file ended there.
     EndAt(u64),
+    /// There is space before this byte only: a write that begins there or behind it fails (ENOSPC),
+    /// and of another one what lies before it is written.
+    FullFrom(u64),
 }
 
 /// What the faults do to an operation that does not fail.
@@ -156,6 +159,15 @@ impl Faults {
                 }
                 Fault::Short(count) => {
                     effect.bytes_max = effect.bytes_max.min(count);
+                    continue;
+                }
+                Fault::FullFrom(end) if bytes.start >= end => {
+                    errno.get_or_insert(libc::ENOSPC);
+                    continue;
+                }
+                Fault::FullFrom(end) => {
+                    let space = usize::try_from(end - bytes.start).unwrap_or(usize::MAX);
+                    effect.bytes_max = effect.bytes_max.min(space);
                     continue;
                 }
                 Fault::EndAt(end) => {
