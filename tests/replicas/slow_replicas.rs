@@ -12,7 +12,7 @@ use serde_json::Value;
 use testkit::client::{Client, Request};
 use testkit::disk::{Disk, Plan, System};
 use testkit::fuse::{Fault, Operation};
-use testkit::images::{BLOCK_BYTES, Random};
+use testkit::images::{BLOCK_BYTES, Random, corrupt_sectors};
 use testkit::load::figure;
 use testkit::machine::shared;
 use testkit::process::wait_until;
@@ -325,4 +325,61 @@ fn a_scrub_on_slow_replicas_evicts_no_replica() {
     assert_eq!(evictions(&state), 0, "{state:#}");
     assert_eq!(failed, 0);
     assert!(end.get("error").is_none(), "{end}");
+}
+
+/// A job has written, and flushes. All replicas take longer for that than the limit of a write, and
+/// one takes much longer than the others. The guest is idle.
+#[test]
+fn a_job_that_flushes_slow_replicas_evicts_none() {
+    let _machine = shared();
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            let disk = with_slow_flushes();
+            let added = disk.images[0].with_file_name("added.raw");
+            let (code, text) = disk.blkctl(&["add", added.to_str().unwrap(), "--create"]);
+            assert_eq!(code, 0, "{text}");
+            has_flushed("a resync", &disk);
+        });
+        scope.spawn(|| {
+            let disk = with_slow_flushes();
+            corrupt_sectors(&disk.images[2], 8..16, 0xff);
+            let ran: Value = crate::faults::scrub(&disk, true);
+            assert_eq!(ran["sectors-written"], 8, "{ran}");
+            has_flushed("a scrub with repair", &disk);
+        });
+    });
+}
+
+/// A disk that was flushed once, and whose flushes are slow from now on.
+fn with_slow_flushes() -> Disk {
+    let plan = Plan {
+        faulty: vec![0, 1, 2],
+        replica_timeout: Duration::from_millis(200),
+        ..Plan::default()
+    };
+    let disk = Disk::start(System::Ours, &plan);
+    let mut client = disk.connect();
+    client.write(0, 0, &[1; BLOCK]).unwrap();
+    client.flush(0).unwrap();
+    for (replica, timeouts) in [7, 12, 7].into_iter().enumerate() {
+        let delay = timeouts * plan.replica_timeout;
+        let delay = Fault::Delay(delay, delay);
+        disk.faulty(replica).inject(Operation::Sync, delay);
+    }
+    disk
+}
+
+/// The job has flushed all replicas, and has evicted none.
+fn has_flushed(job: &str, disk: &Disk) {
+    let state = disk.state();
+    let evicted = evictions(&state);
+    figure(
+        &format!("{job} on slow flushes"),
+        &format!("{evicted} evictions"),
+    );
+    assert_eq!(evicted, 0, "{job}: {state:#}");
+    for replica in 0..3 {
+        let flushes = disk.faulty(replica).done(Operation::Sync);
+        assert!(flushes >= 2, "{job}: r{replica} was not flushed");
+    }
 }
