@@ -1,5 +1,6 @@
 //! A replica that hangs again and again, as soon as it is asked again.
 
+use std::thread;
 use std::time::{Duration, Instant};
 use testkit::HANG_LIMIT;
 
@@ -13,25 +14,32 @@ use testkit::process::wait_until;
 use crate::faults::evictions;
 
 const BLOCK: usize = 4096;
-const TIMEOUT: Duration = Duration::from_millis(300);
-/// Many times as long as it hangs.
-const LONG: Duration = Duration::from_secs(3);
-/// It does not hang more often than this.
-const STALLS_MAX: usize = 8;
+/// The default of `--replica-timeout`.
+const DEFAULT_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// It hangs for a moment, rejoins, and hangs again as soon as it is asked again.
 #[test]
 fn a_replica_that_is_evicted_again_and_again_is_kept_out_longer() {
     let _machine = alone();
+    thread::scope(|scope| {
+        scope.spawn(|| is_kept_out_longer(Duration::from_millis(300), 4));
+        scope.spawn(|| is_kept_out_longer(DEFAULT_TIMEOUT, 3));
+    });
+}
+
+/// A replica hangs until it is evicted, rejoins, and hangs again as soon as it is asked again, so
+/// many times. From the third time on it is kept out: for twice the timeout, then four times.
+fn is_kept_out_longer(timeout: Duration, times: usize) {
     let plan = Plan {
         faulty: vec![2],
-        replica_timeout: TIMEOUT,
+        replica_timeout: timeout,
         ..Plan::default()
     };
     let disk = Disk::start(System::Ours, &plan);
     let mut client = disk.connect();
+    // Three quarters of the time, from the third eviction on.
+    let kept_out = |evictions: usize| timeout * 3 / 2 * (1 << (evictions - 3));
     let mut outside: Vec<Duration> = Vec::new();
-    while outside.len() < STALLS_MAX && outside.last().is_none_or(|last| *last < LONG) {
+    while outside.len() < times {
         for operation in [Operation::Read, Operation::Write, Operation::Sync] {
             disk.faulty(2).inject(operation, Fault::Hang);
         }
@@ -44,16 +52,22 @@ fn a_replica_that_is_evicted_again_and_again_is_kept_out_longer() {
         }));
         disk.faulty(2).clear_faults();
         let began = Instant::now();
-        wait_until(LONG, || disk.state()["replicas"][2]["state"] != "evicted");
+        // The last time the test does not wait until it rejoins.
+        let limit = match outside.len() + 1 == times {
+            true => kept_out(times),
+            false => HANG_LIMIT,
+        };
+        wait_until(limit, || disk.state()["replicas"][2]["state"] != "evicted");
         outside.push(began.elapsed());
     }
     let (_, text) = disk.blkctl(&["status"]);
     let summary: Vec<_> = text.lines().skip(1).take(2).collect();
     figure(
-        "a replica that hangs again and again",
+        &format!("a replica that hangs again and again, for {timeout:?}"),
         &format!("outside for {outside:.1?} after it answers; {summary:?}"),
     );
-    let last = outside.last().unwrap();
-    assert!(*last >= LONG, "it rejoins each time: {outside:?}");
+    for (evictions, time) in (1..).zip(&outside).skip(2) {
+        assert!(*time >= kept_out(evictions), "it rejoins: {outside:?}");
+    }
     assert!(text.contains("r2 is flapping"), "{text}");
 }
