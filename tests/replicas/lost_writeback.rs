@@ -21,7 +21,7 @@ use testkit::loop_device::LoopDevice;
 use testkit::machine::shared;
 use testkit::process::{run, text};
 use testkit::small_disk::SmallDisk;
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_S_OK};
+use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 const BLOCK: usize = 4096;
 const MEBIBYTE: u64 = 1 << 20;
@@ -161,12 +161,10 @@ fn lost(image: &Path, blocks: &[u64]) -> Vec<u64> {
 /// Has a guest without a write cache write all blocks, most of them many at a time. Returns the
 /// acknowledged ones and those that failed.
 fn write_all(disk: &Disk) -> (Vec<u64>, Vec<u64>) {
-    let cache = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
     let plan = frontend::Plan {
-        features: frontend::Plan::default().features & !cache,
         queues: QUEUES,
         slots: IN_FLIGHT,
-        ..frontend::Plan::default()
+        ..frontend::Plan::without_write_cache()
     };
     let mut vmm = Vmm::start(disk.socket(), &plan);
     let (mut acknowledged, mut failed) = (Vec::new(), Vec::new());

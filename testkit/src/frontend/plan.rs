@@ -1,6 +1,7 @@
 //! What a VMM is like, and what its guest takes.
 
 use vhost::vhost_user::{VhostUserProtocolFeatures, VhostUserVirtioFeatures};
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_CONFIG_WCE, VIRTIO_BLK_F_FLUSH};
 
 /// The VMM to imitate: which messages are sent, and in which order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +49,18 @@ impl Default for Plan {
                 | VhostUserProtocolFeatures::RESET_DEVICE,
             slots: 32,
             data_bytes: 64 << 10,
+        }
+    }
+}
+
+impl Plan {
+    /// The default, with a guest that has no write cache: each of its writes is to be durable.
+    pub fn without_write_cache() -> Self {
+        let default = Self::default();
+        let cache = 1 << VIRTIO_BLK_F_FLUSH | 1 << VIRTIO_BLK_F_CONFIG_WCE;
+        Self {
+            features: default.features & !cache,
+            ..default
         }
     }
 }
