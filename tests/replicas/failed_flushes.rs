@@ -9,11 +9,13 @@ use std::time::Duration;
 use serde_json::Value;
 use testkit::client::{Client, Failed};
 use testkit::disk::{Disk, Plan, System};
+use testkit::frontend::{self, Layout, Request, Vmm};
 use testkit::fuse::{Fault, Operation};
-use testkit::images::{BLOCK_BYTES, are_identical};
+use testkit::images::{BLOCK_BYTES, BLOCK_SECTORS, are_identical};
 use testkit::load::figure;
 use testkit::machine::shared;
 use testkit::process::wait_until;
+use virtio_bindings::virtio_blk::VIRTIO_BLK_S_IOERR;
 
 use crate::faults::{accused, scrub, stale_bytes};
 
@@ -31,8 +33,7 @@ fn content(index: u64) -> [u8; BLOCK] {
     [u8::try_from(index % 255 + 1).unwrap(); BLOCK]
 }
 
-/// Writes the blocks.
-fn written(replicas: usize, pattern: &'static str) -> (Disk, Client) {
+fn serve(replicas: usize, pattern: &'static str) -> Disk {
     let plan = Plan {
         replicas,
         threshold: replicas / 2 + 1,
@@ -41,7 +42,12 @@ fn written(replicas: usize, pattern: &'static str) -> (Disk, Client) {
         more: vec!["--read-pattern", pattern],
         ..Plan::default()
     };
-    let disk = Disk::start(System::Ours, &plan);
+    Disk::start(System::Ours, &plan)
+}
+
+/// Writes the blocks.
+fn written(replicas: usize, pattern: &'static str) -> (Disk, Client) {
+    let disk = serve(replicas, pattern);
     let mut client = disk.connect();
     for index in 0..BLOCKS {
         client.write(0, offset(index), &content(index)).unwrap();
@@ -51,11 +57,15 @@ fn written(replicas: usize, pattern: &'static str) -> (Disk, Client) {
 
 /// One round of flushes fails on all replicas.
 fn fail_flushes(disk: &Disk, client: &mut Client, replicas: usize) {
+    while_flushes_fail(disk, replicas, || assert!(client.flush(0).is_err()));
+}
+
+fn while_flushes_fail(disk: &Disk, replicas: usize, run: impl FnOnce()) {
     for replica in 0..replicas {
         disk.faulty(replica)
             .inject(Operation::Sync, Fault::Fail(libc::ENOSPC));
     }
-    assert!(client.flush(0).is_err());
+    run();
     for replica in 0..replicas {
         disk.faulty(replica).clear_faults();
     }
@@ -196,4 +206,41 @@ fn what_one_of_three_replicas_lost_by_a_failed_flush_is_restored() {
 #[test]
 fn what_one_of_four_replicas_lost_by_a_failed_flush_is_restored() {
     is_restored(4);
+}
+
+/// A guest without a write cache writes while flushes fail.
+fn durable_write_is_old_or_new(replicas: usize) {
+    let disk = serve(replicas, "quorum");
+    let mut vmm = Vmm::start(disk.socket(), &frontend::Plan::without_write_cache());
+    let queue = &mut vmm.queues[0];
+    let old = [1; 4 * BLOCK];
+    let new = [[2; 2 * BLOCK], [1; 2 * BLOCK]].concat();
+    queue.write_disk(0, &old);
+    while_flushes_fail(&disk, replicas, || {
+        let write = Request::write(0, vec![2; 2 * BLOCK]);
+        let ended = queue.run(&write, Layout::DIRECT);
+        assert_eq!(u32::from(ended.status), VIRTIO_BLK_S_IOERR);
+    });
+    let first = queue.read_disk(0, old.len());
+    assert!(first == old || first == new, "{replicas} replicas");
+    assert!(
+        queue.read_disk(0, old.len()) == first,
+        "{replicas} replicas"
+    );
+    queue.write_disk(BLOCK_SECTORS, &[3; BLOCK]);
+    assert!(wait_until(LOOK, || stale(&disk) == 0), "{:#}", disk.state());
+    assert_eq!(queue.read_disk(BLOCK_SECTORS, BLOCK), [3; BLOCK]);
+    drop(vmm);
+    assert_eq!(accused(&disk.end()), Vec::<Value>::new());
+    assert!(are_identical(&disk.images));
+}
+
+#[test]
+fn a_durable_write_whose_flushes_all_fail_is_old_or_new() {
+    let _machine = shared();
+    thread::scope(|scope| {
+        for replicas in 1..=4 {
+            scope.spawn(move || durable_write_is_old_or_new(replicas));
+        }
+    });
 }
