@@ -313,7 +313,8 @@ impl World {
             (_, true) => {}
             (OperationType::Write, false) => {
                 if reply.write.is_none() && reply.preferred.is_none() {
-                    self.note_not_recovered(replica, reply.sectors);
+                    let has_failed = reply.failures != self.ledger.failures[replica];
+                    self.note_not_recovered(replica, reply.sectors, has_failed);
                 }
             }
             (OperationType::Read, false) => {
