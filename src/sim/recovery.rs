@@ -223,16 +223,19 @@ impl World {
     }
 
     /// S5: the winner of a vote was not written there, so that it may have too few holders. Some of
-    /// it may be in the cache, until a flush loses it. `has_failed`: one has, since it was given the
-    /// winner.
+    /// it may be in the cache, until a flush loses it. `has_failed`: one has, since it was given
+    /// the winner. What is decided already in the same write may be lost with it.
     pub(super) fn note_not_recovered(&mut self, replica: usize, sectors: u64, has_failed: bool) {
-        let sectors = sectors & self.recovering;
+        let recovering = sectors & self.recovering;
+        if recovering == 0 {
+            return;
+        }
         if has_failed {
             self.mark_excused(replica, sectors);
         }
         self.ledger.written[replica] |= sectors;
         for pending in &mut self.pending {
-            pending.seen.excused[replica] |= sectors;
+            pending.seen.excused[replica] |= recovering;
         }
     }
 
