@@ -62,12 +62,26 @@ impl Daemon {
     }
 
     fn start_as_told(directory: &Path, arguments: Vec<OsString>) -> Self {
+        match Self::try_start(directory, arguments) {
+            Ok(daemon) => daemon,
+            Err(refused) => panic!("the daemon ended at once: {refused}"),
+        }
+    }
+
+    /// Starts the daemon as [`Self::start`] does, with these arguments only.
+    ///
+    /// # Errors
+    /// If it ends at once, what it wrote to stderr, and its exit status.
+    pub fn try_start(
+        directory: &Path,
+        arguments: impl IntoIterator<Item = impl AsRef<OsStr>>,
+    ) -> Result<Self, String> {
         let socket = directory.join("disk.sock");
         let events_socket = directory.join("events.sock");
         let log = directory.join("daemon.log");
         let mut all: Vec<OsString> = vec!["--socket-path".into(), socket.clone().into()];
         all.extend(["--events".into(), events_socket.clone().into()]);
-        all.extend(arguments);
+        all.extend(owned(arguments));
         let mut daemon = Self {
             process: Self::spawn(&all, &log),
             arguments: all,
@@ -80,10 +94,10 @@ impl Daemon {
             has_ended || daemon.socket.exists() && daemon.events_socket.exists()
         });
         assert!(is_ready, "the daemon made no sockets within {HANG_LIMIT:?}");
-        if let Some(status) = daemon.process.exit_status() {
-            panic!("the daemon ended at once, {status}");
+        match daemon.process.exit_status() {
+            Some(status) => Err(format!("{}{status}", daemon.log())),
+            None => Ok(daemon),
         }
-        daemon
     }
 
     fn spawn(arguments: &[OsString], log: &Path) -> Process {

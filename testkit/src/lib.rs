@@ -16,6 +16,7 @@ pub mod load;
 pub mod loop_device;
 pub mod machine;
 pub mod monitor;
+pub mod mounts;
 pub mod oracle;
 pub mod peer;
 pub mod plan;

@@ -12,6 +12,7 @@
 
 mod faults;
 mod filesystem;
+pub mod logged;
 mod server;
 
 use std::ffi::CString;

@@ -1,0 +1,385 @@
+//! The logged directory as the kernel sees it: a flat one, whose files are in memory.
+
+use std::ffi::OsStr;
+use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use fuser::{
+    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
+    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
+    ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow,
+    WriteFlags,
+};
+
+use super::crash::{FileContent, nanoseconds};
+use super::log::{Change, DIRECTORY, FileNumber, Log, NameChange};
+
+/// How long the kernel may cache what it knows: not at all.
+const VALID: Duration = Duration::ZERO;
+/// No operation takes longer than this. Each takes another time, so that they overtake each other.
+const DELAY_MAX: Duration = Duration::from_micros(250);
+
+/// What the threads of the file system share.
+#[derive(Debug, Default)]
+pub(super) struct Shared {
+    log: Mutex<Log>,
+    /// Writes and syncs of this file fail with this errno.
+    failing: Mutex<Option<(FileNumber, i32)>>,
+    delays: AtomicU64,
+}
+
+impl Shared {
+    pub(super) fn of(log: Log) -> Self {
+        Self {
+            log: Mutex::new(log),
+            ..Self::default()
+        }
+    }
+
+    pub(super) fn log(&self) -> MutexGuard<'_, Log> {
+        self.log.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn fail(&self, failing: Option<(FileNumber, i32)>) {
+        *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = failing;
+    }
+
+    fn errno_of(&self, file: FileNumber) -> Option<Errno> {
+        let failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
+        let failing = failing.filter(|(failing, _)| *failing == file);
+        failing.map(|(_, errno)| Errno::from_i32(errno))
+    }
+
+    fn wait(&self) {
+        let count = self.delays.fetch_add(1, Ordering::Relaxed);
+        let mixed = count.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60;
+        // Half of the operations are done at once.
+        if let Some(share) = mixed.checked_sub(8) {
+            thread::sleep(DELAY_MAX.mul_f64(share as f64 / 8.0));
+        }
+    }
+
+    /// Carries out a change: it begins, takes some time, and ends.
+    fn change(&self, file: FileNumber, change: Change, is_durable: bool) {
+        let now = nanoseconds(SystemTime::now());
+        let place = self.log().begin(file, change, is_durable, now);
+        self.wait();
+        self.log().end(place);
+    }
+}
+
+/// The file system.
+pub(super) struct Logged(pub(super) Arc<Shared>);
+
+impl Logged {
+    fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
+        if inode.0 == DIRECTORY {
+            return Some(attributes(inode, &FileContent::default(), true));
+        }
+        let log = self.0.log();
+        log.files
+            .get(&inode.0)
+            .map(|file| attributes(inode, file, false))
+    }
+
+    fn answer(&self, inode: INodeNo, reply: ReplyAttr) {
+        match self.attributes(inode) {
+            Some(attributes) => reply.attr(&VALID, &attributes),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    /// Syncs a file.
+    fn sync(&self, file: FileNumber, with_time: bool) -> Result<(), Errno> {
+        if let Some(errno) = self.0.errno_of(file) {
+            return Err(errno);
+        }
+        let place = self.0.log().begin_sync(file, with_time);
+        self.0.wait();
+        self.0.log().end_sync(place);
+        Ok(())
+    }
+}
+
+fn attributes(inode: INodeNo, file: &FileContent, is_directory: bool) -> FileAttr {
+    let time = UNIX_EPOCH + Duration::from_nanos(file.modified_ns.unsigned_abs());
+    FileAttr {
+        ino: inode,
+        size: file.bytes.len() as u64,
+        blocks: file.bytes.len().div_ceil(512) as u64,
+        atime: time,
+        mtime: time,
+        ctime: time,
+        crtime: time,
+        kind: match is_directory {
+            true => FileType::Directory,
+            false => FileType::RegularFile,
+        },
+        perm: if is_directory { 0o700 } else { 0o600 },
+        nlink: 1,
+        uid: 0,
+        gid: 0,
+        rdev: 0,
+        blksize: 4096,
+        flags: 0,
+    }
+}
+
+fn open_flags() -> FopenFlags {
+    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
+}
+
+fn empty(reply: ReplyEmpty, result: Result<(), Errno>) {
+    match result {
+        Ok(()) => reply.ok(),
+        Err(errno) => reply.error(errno),
+    }
+}
+
+impl Filesystem for Logged {
+    fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
+        let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
+        added.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))
+    }
+
+    fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let number = self.0.log().names.get(name).copied();
+        match number.and_then(|number| self.attributes(INodeNo(number))) {
+            Some(attributes) => reply.entry(&VALID, &attributes, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn getattr(&self, _: &Request, inode: INodeNo, _: Option<FileHandle>, reply: ReplyAttr) {
+        self.answer(inode, reply);
+    }
+
+    fn setattr(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: Option<u32>,
+        _: Option<u32>,
+        _: Option<u32>,
+        bytes: Option<u64>,
+        _: Option<TimeOrNow>,
+        _: Option<TimeOrNow>,
+        _: Option<SystemTime>,
+        _: Option<FileHandle>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<SystemTime>,
+        _: Option<BsdFileFlags>,
+        reply: ReplyAttr,
+    ) {
+        if let Some(bytes) = bytes {
+            self.0.change(inode.0, Change::Resize { bytes }, false);
+        }
+        self.answer(inode, reply);
+    }
+
+    fn create(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        name: &OsStr,
+        _: u32,
+        _: u32,
+        _: i32,
+        reply: ReplyCreate,
+    ) {
+        let now = nanoseconds(SystemTime::now());
+        let number = self.0.log().create(name, now);
+        match number.and_then(|number| self.attributes(INodeNo(number))) {
+            Some(attributes) => reply.created(
+                &VALID,
+                &attributes,
+                Generation(0),
+                FileHandle(0),
+                open_flags(),
+            ),
+            None => reply.error(Errno::EEXIST),
+        }
+    }
+
+    fn unlink(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEmpty) {
+        let mut log = self.0.log();
+        let is_there = log.names.contains_key(name);
+        if is_there {
+            let name = name.to_owned();
+            log.rename_as(NameChange::Remove { name });
+        }
+        empty(reply, if is_there { Ok(()) } else { Err(Errno::ENOENT) });
+    }
+
+    fn rename(
+        &self,
+        _: &Request,
+        _: INodeNo,
+        name: &OsStr,
+        _: INodeNo,
+        new_name: &OsStr,
+        flags: RenameFlags,
+        reply: ReplyEmpty,
+    ) {
+        let mut log = self.0.log();
+        if !log.names.contains_key(name) {
+            return reply.error(Errno::ENOENT);
+        }
+        if flags.contains(RenameFlags::RENAME_NOREPLACE) && log.names.contains_key(new_name) {
+            return reply.error(Errno::EEXIST);
+        }
+        log.rename_as(NameChange::Rename {
+            from: name.to_owned(),
+            to: new_name.to_owned(),
+        });
+        reply.ok();
+    }
+
+    fn link(&self, _: &Request, inode: INodeNo, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
+        let mut log = self.0.log();
+        if log.names.contains_key(name) {
+            return reply.error(Errno::EEXIST);
+        }
+        log.rename_as(NameChange::Add {
+            name: name.to_owned(),
+            file: inode.0,
+        });
+        drop(log);
+        match self.attributes(inode) {
+            Some(attributes) => reply.entry(&VALID, &attributes, Generation(0)),
+            None => reply.error(Errno::ENOENT),
+        }
+    }
+
+    fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
+        reply.opened(FileHandle(0), open_flags());
+    }
+
+    fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
+        reply.ok();
+    }
+
+    fn read(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        size: u32,
+        _: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyData,
+    ) {
+        let Some(bytes) = self
+            .0
+            .log()
+            .files
+            .get(&inode.0)
+            .map(|file| Arc::clone(&file.bytes))
+        else {
+            return reply.error(Errno::ENOENT);
+        };
+        let start = usize::try_from(offset)
+            .unwrap_or(usize::MAX)
+            .min(bytes.len());
+        let end = (start + size as usize).min(bytes.len());
+        reply.data(&bytes[start..end]);
+    }
+
+    fn write(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        data: &[u8],
+        _: WriteFlags,
+        flags: OpenFlags,
+        _: Option<LockOwner>,
+        reply: ReplyWrite,
+    ) {
+        if let Some(errno) = self.0.errno_of(inode.0) {
+            return reply.error(errno);
+        }
+        // Both also come from RWF_DSYNC and RWF_SYNC of the one write.
+        let is_durable = flags.0 & (libc::O_DSYNC | libc::O_SYNC) != 0;
+        let bytes = data.into();
+        let change = Change::Write { offset, bytes };
+        self.0.change(inode.0, change, is_durable);
+        reply.written(u32::try_from(data.len()).expect("at most 16 MiB"));
+    }
+
+    fn fallocate(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+        reply: ReplyEmpty,
+    ) {
+        if let Some(errno) = self.0.errno_of(inode.0) {
+            return reply.error(errno);
+        }
+        let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0;
+        let range = offset..offset + length;
+        if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
+            self.0.change(inode.0, Change::Zero { range, grows }, false);
+            return reply.ok();
+        }
+        if mode & !libc::FALLOC_FL_KEEP_SIZE != 0 {
+            return reply.error(Errno::EOPNOTSUPP);
+        }
+        let bytes = self.attributes(inode).map_or(0, |file| file.size);
+        if grows && range.end > bytes {
+            let bytes = range.end;
+            self.0.change(inode.0, Change::Resize { bytes }, false);
+        }
+        reply.ok();
+    }
+
+    /// All is data.
+    fn lseek(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        offset: i64,
+        whence: i32,
+        reply: ReplyLseek,
+    ) {
+        let end = self.attributes(inode).map_or(0, |file| file.size);
+        match u64::try_from(offset) {
+            Ok(offset) if offset < end => reply.offset(match whence {
+                libc::SEEK_HOLE => end.cast_signed(),
+                _ => offset.cast_signed(),
+            }),
+            _ => reply.error(Errno::ENXIO),
+        }
+    }
+
+    fn fsync(
+        &self,
+        _: &Request,
+        inode: INodeNo,
+        _: FileHandle,
+        data_only: bool,
+        reply: ReplyEmpty,
+    ) {
+        empty(reply, self.sync(inode.0, !data_only));
+    }
+
+    fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
+        let begin = self.0.log().tick();
+        self.0.wait();
+        let mut log = self.0.log();
+        let end = log.tick();
+        log.name_syncs.push((begin, end));
+        reply.ok();
+    }
+}
