@@ -5,7 +5,7 @@ RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
 .PHONY: bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
-.PHONY: fuzz-corpus clean exhaustive
+.PHONY: fuzz-corpus clean exhaustive crash
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -41,6 +41,11 @@ sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n, FIRST=s; SEED=s
 		QUORUM_BLK_SIM_FIRST=$(FIRST) \
 		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture \
 		$(if $(SEED)$(if $(FIRST),,$(SEEDS)),keeps_the_contract)
+
+crash: ## Cut the power at random moments: SECONDS=60, CLASS=name; SEED=s or STATE=dir repeats one
+	QUORUM_BLK_CRASH_SECONDS=$(or $(SECONDS),60) QUORUM_BLK_CRASH_CLASS=$(CLASS) \
+		QUORUM_BLK_CRASH_SEED=$(SEED) QUORUM_BLK_CRASH_STATE=$(STATE) \
+		$(CARGO) test --locked --profile sim --features sim --test crash -- --nocapture
 
 mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 for each
 	ONLY='$(ONLY)' SECONDS_EACH='$(SECONDS)' tests/mutants/run.sh

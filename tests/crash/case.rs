@@ -1,0 +1,94 @@
+//! A crash state, with what is expected of a start with it; and how it is kept for later.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use testkit::fuse::logged::Content;
+
+use crate::history::Version;
+
+/// What a start must do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// Serve the disk.
+    Serve,
+    /// End with a line that says that the others could have gone on.
+    Refuse,
+}
+
+/// A crash state.
+pub(crate) struct Case {
+    /// All images and records.
+    pub(crate) content: Content,
+    /// What each sector may hold.
+    pub(crate) permitted: Vec<Vec<Version>>,
+    /// The replicas that are started.
+    pub(crate) started: Vec<usize>,
+    pub(crate) start: Start,
+    /// How many replicas the disk has.
+    pub(crate) replicas: usize,
+    pub(crate) has_records: bool,
+    /// The replicas that are left out are there at the next start.
+    pub(crate) others_return: bool,
+}
+
+const EXPECTED: &str = "expected.txt";
+
+impl Case {
+    /// Keeps it in a new directory.
+    pub(crate) fn save(&self, directory: &Path, problems: &[String]) -> io::Result<()> {
+        let _ = fs::remove_dir_all(directory);
+        fs::create_dir_all(directory.join("files"))?;
+        self.content.write_to(&directory.join("files"), |_| true)?;
+        fs::write(directory.join("problems.txt"), problems.join("\n"))?;
+        let started: Vec<String> = self.started.iter().map(usize::to_string).collect();
+        let mut text = format!(
+            "{} {} {} {} {}\n",
+            self.replicas,
+            started.join(","),
+            self.start == Start::Serve,
+            self.has_records,
+            self.others_return,
+        );
+        for versions in self.permitted.chunk_by(|left, right| left == right) {
+            let each: Vec<String> = versions[0].iter().map(Version::to_string).collect();
+            text.push_str(&format!("{} {}\n", versions.len(), each.join(" ")));
+        }
+        fs::write(directory.join(EXPECTED), text)
+    }
+
+    /// Reads what [`Self::save`] has kept.
+    pub(crate) fn load(directory: &Path) -> io::Result<Self> {
+        let text = fs::read_to_string(directory.join(EXPECTED))?;
+        let mut lines = text.lines();
+        let first: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
+        let [replicas, started, serves, has_records, others_return] = first[..] else {
+            return Err(io::ErrorKind::InvalidData.into());
+        };
+        let mut permitted = Vec::new();
+        for line in lines {
+            let mut numbers = line.split(' ').map(number);
+            let count = numbers.next().unwrap_or(0);
+            let versions: Vec<Version> = numbers.collect();
+            permitted.extend((0..count).map(|_| versions.clone()));
+        }
+        let index = |text: &str| usize::try_from(number(text)).expect("small");
+        Ok(Self {
+            content: Content::read_from(&directory.join("files"))?,
+            permitted,
+            started: started.split(',').map(index).collect(),
+            start: match serves {
+                "true" => Start::Serve,
+                _ => Start::Refuse,
+            },
+            replicas: index(replicas),
+            has_records: has_records == "true",
+            others_return: others_return == "true",
+        })
+    }
+}
+
+fn number(text: &str) -> u64 {
+    text.parse().expect("a number")
+}

@@ -1,0 +1,273 @@
+//! Starts the daemon on a crash state, and judges what it serves.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use testkit::HANG_LIMIT;
+use testkit::client::{Client, Request};
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::images::are_identical;
+use testkit::monitor::Monitor;
+use testkit::process::wait_until;
+
+use crate::case::{Case, Start};
+use crate::history::{SECTOR, Version, wrong};
+
+/// What became of a crash state.
+#[derive(Default)]
+pub(crate) struct Outcome {
+    /// What must not be.
+    pub(crate) problems: Vec<String>,
+    /// Sectors that could not be read although the disk has no records, which is no promise.
+    pub(crate) unreadable: usize,
+}
+
+/// Problems that are named; the others are counted.
+const NAMED_MAX: usize = 5;
+const PART: usize = 1 << 20;
+/// What a line says that refuses a start since too few replicas are there.
+const REFUSALS: [&str; 2] = ["could have gone on without", "needed replicas can be used"];
+
+/// A directory for files that need not survive: in memory if the host has one.
+pub(crate) fn scratch() -> tempfile::TempDir {
+    let in_memory = Path::new("/dev/shm");
+    let made = match in_memory.is_dir() {
+        true => tempfile::tempdir_in(in_memory),
+        false => tempfile::tempdir(),
+    };
+    made.expect("creating a directory")
+}
+
+/// The arguments of a daemon for the images of these replicas.
+pub(crate) fn arguments(images: &Path, replicas: &[usize], has_records: bool) -> Vec<String> {
+    let of = |replica: &usize| images.join(format!("{replica}.raw"));
+    let images: Vec<PathBuf> = replicas.iter().map(of).collect();
+    let replicas = replica_arguments(&images).into_iter();
+    let mut arguments: Vec<String> = replicas
+        .map(|argument| argument.into_string().expect("a path in UTF-8"))
+        .collect();
+    let state = if has_records { "records" } else { "none" };
+    arguments.extend(["--state".into(), state.into()]);
+    arguments
+}
+
+/// Judges a start with `case` on plain files, which are left in `images`.
+pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
+    let mut outcome = Outcome::default();
+    let is_of_started = |name: &str| {
+        let mut started = case.started.iter();
+        started.any(|replica| name.starts_with(&format!("{replica}.raw")))
+    };
+    case.content
+        .write_to(images, is_of_started)
+        .expect("writing images");
+    let Some(first) = serve(case, &case.started, images, &case.permitted, &mut outcome) else {
+        return outcome;
+    };
+    if case.others_return && outcome.problems.is_empty() {
+        // What the others hold now is older than what was decided without them.
+        let all: Vec<usize> = (0..case.replicas).collect();
+        let names = |name: &str| !is_of_started(name);
+        case.content
+            .write_to(images, names)
+            .expect("writing images");
+        let decided: Vec<Vec<Version>> = first.into_iter().map(|version| vec![version]).collect();
+        serve(case, &all, images, &decided, &mut outcome);
+        for problem in &mut outcome.problems {
+            problem.insert_str(0, "when the others return: ");
+        }
+    }
+    outcome
+}
+
+/// Serves the disk once, with these replicas. Returns what each sector holds.
+fn serve(
+    case: &Case,
+    replicas: &[usize],
+    images: &Path,
+    permitted: &[Vec<Version>],
+    outcome: &mut Outcome,
+) -> Option<Vec<Version>> {
+    let sockets = scratch();
+    let monitor = sockets.path().join("qmp.sock");
+    let mut arguments = arguments(images, replicas, case.has_records);
+    arguments.extend(["--qmp".into(), monitor.to_str().expect("UTF-8").into()]);
+    arguments.extend(["--replica-timeout".into(), "60000".into()]);
+    arguments.push("--shared".into());
+    let mut daemon = match (Daemon::try_start(sockets.path(), arguments), case.start) {
+        (Err(line), Start::Refuse) if REFUSALS.iter().any(|text| line.contains(text)) => {
+            return None;
+        }
+        (Err(line), _) => {
+            outcome
+                .problems
+                .push(format!("the start is refused: {line}"));
+            return None;
+        }
+        (Ok(_), Start::Refuse) => {
+            outcome.problems.push("the start is not refused".into());
+            return None;
+        }
+        (Ok(daemon), Start::Serve) => daemon,
+    };
+    let mut client = Client::connect(daemon.socket(), 1);
+    let first = read_all(&mut client, permitted, "", case.has_records, outcome);
+    let mut monitor = Monitor::connect(&monitor);
+    if case.has_records {
+        wait_until_recovered(&mut monitor, outcome);
+    }
+    let second = read_all(&mut client, permitted, "later ", case.has_records, outcome);
+    if case.has_records && first != second {
+        outcome
+            .problems
+            .push("a second read returns something else".into());
+    }
+    if case.has_records {
+        check_state(&monitor.execute("query-quorum", json!({})), outcome);
+    }
+    drop(client);
+    drop(monitor);
+    let status = daemon.terminate();
+    if !status.success() {
+        outcome
+            .problems
+            .push(format!("the daemon ended with {status}"));
+    }
+    let paths: Vec<PathBuf> = replicas
+        .iter()
+        .map(|replica| images.join(format!("{replica}.raw")))
+        .collect();
+    if case.has_records {
+        if !are_identical(&paths) {
+            outcome
+                .problems
+                .push("the replicas differ after the recovery".into());
+        }
+        let mut bytes = vec![0; second.len()];
+        let file = File::open(&paths[0]).expect("opening an image");
+        file.read_exact_at(&mut bytes, 0).expect("reading an image");
+        if bytes != second {
+            outcome
+                .problems
+                .push("the images hold something else than was read".into());
+        }
+    }
+    if !outcome.problems.is_empty() {
+        let log = fs::read_to_string(sockets.path().join("daemon.log")).unwrap_or_default();
+        outcome.problems.push(format!("the daemon says:\n{log}"));
+    }
+    let sectors = second.chunks_exact(SECTOR).enumerate();
+    let version = |(sector, bytes)| crate::history::version_of(bytes, sector).unwrap_or(0);
+    Some(sectors.map(version).collect())
+}
+
+/// Reads the whole disk, and checks what it holds. What cannot be read is zeroes in the result.
+fn read_all(
+    client: &mut Client,
+    permitted: &[Vec<Version>],
+    when: &str,
+    has_records: bool,
+    outcome: &mut Outcome,
+) -> Vec<u8> {
+    let bytes = permitted.len() * SECTOR;
+    let part = |from: usize| PART.min(bytes - from);
+    let reads = (0..bytes).step_by(PART).map(|from| Request::Read {
+        offset: from as u64,
+        memory: from,
+        len: part(from),
+    });
+    let reads: Vec<Request> = reads.collect();
+    let results = client.run(0, &reads);
+    let mut all = client.memory(0)[..bytes].to_vec();
+    let mut problems = Vec::new();
+    for (from, result) in (0..bytes).step_by(PART).zip(results) {
+        let first = from / SECTOR;
+        if result.is_ok() {
+            check(
+                &all[from..from + part(from)],
+                first,
+                permitted,
+                &mut problems,
+            );
+            continue;
+        }
+        for sector in first..first + part(from) / SECTOR {
+            let place = sector * SECTOR..(sector + 1) * SECTOR;
+            match client.read(0, place.start as u64, SECTOR) {
+                Ok(read) => {
+                    check(&read, sector, permitted, &mut problems);
+                    all[place].copy_from_slice(&read);
+                }
+                Err(_) if !has_records && permitted[sector].len() > 1 => {
+                    outcome.unreadable += 1;
+                    all[place].fill(0);
+                }
+                Err(failed) => {
+                    all[place].fill(0);
+                    let may = &permitted[sector];
+                    problems.push(format!("sector {sector}: {failed:?}, may hold {may:?}"));
+                }
+            }
+        }
+    }
+    let more = problems.len().saturating_sub(NAMED_MAX);
+    problems.truncate(NAMED_MAX);
+    let named = problems
+        .iter()
+        .map(|problem| format!("{when}read: {problem}"));
+    outcome.problems.extend(named);
+    if more > 0 {
+        outcome.problems.push(format!("and {more} more sectors"));
+    }
+    all
+}
+
+fn check(bytes: &[u8], first: usize, permitted: &[Vec<Version>], problems: &mut Vec<String>) {
+    for (sector, version) in wrong(bytes, first, permitted) {
+        let may = &permitted[sector];
+        problems.push(format!(
+            "sector {sector} holds {version:?}, may hold {may:?}"
+        ));
+    }
+}
+
+/// Waits until nothing is unrecovered and no job runs.
+fn wait_until_recovered(monitor: &mut Monitor, outcome: &mut Outcome) {
+    let mut state = Value::Null;
+    let mut jobs = Value::Null;
+    let recovered = wait_until(HANG_LIMIT, || {
+        jobs = monitor.execute("query-jobs", json!({}));
+        state = monitor.execute("query-quorum", json!({}));
+        let replicas = state["replicas"].as_array().into_iter().flatten();
+        let mut wanting = replicas
+            .filter(|replica| !matches!(replica["state"].as_str(), Some("in-service" | "missing")));
+        jobs.as_array().is_some_and(Vec::is_empty)
+            && state["unrecovered-bytes"] == 0
+            && wanting.next().is_none()
+    });
+    if !recovered {
+        outcome
+            .problems
+            .push(format!("not recovered: {state:#} {jobs:#}"));
+    }
+}
+
+/// No replica was accused of anything, and no request has failed.
+fn check_state(state: &Value, outcome: &mut Outcome) {
+    let nothing = json!({"read": 0, "write": 0, "flush": 0});
+    if state["failures"] != nothing {
+        outcome
+            .problems
+            .push(format!("failures: {}", state["failures"]));
+    }
+    for replica in state["replicas"].as_array().into_iter().flatten() {
+        let is_missing = replica["state"] == "missing";
+        if replica["corrupt-sectors-found"] != 0 || replica["errors"] != nothing && !is_missing {
+            outcome
+                .problems
+                .push(format!("a replica is accused: {replica}"));
+        }
+    }
+}

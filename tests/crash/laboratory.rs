@@ -1,0 +1,245 @@
+//! Makes traces, takes crash states from them, and has them judged.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use testkit::daemon::Daemon;
+use testkit::fuse::logged::{Content, FileContent, LoggedDirectory, Moment};
+use testkit::images::Random;
+use testkit::programs::target_directory;
+
+use crate::case::{Case, Start};
+use crate::history::{History, SECTOR};
+use crate::judge::{arguments, judge, scratch};
+use crate::report::Figures;
+use crate::workload::Guest;
+
+const DISK_BYTES: usize = 4 << 20;
+/// States that are taken from a trace.
+const STATES: usize = 40;
+
+/// What kind of disk is tried.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Class {
+    pub(crate) replicas: usize,
+    pub(crate) has_records: bool,
+}
+
+impl Class {
+    pub(crate) fn name(self) -> String {
+        let records = if self.has_records { "records" } else { "none" };
+        format!("blocks-{}-{records}", self.replicas)
+    }
+
+    fn threshold(self) -> usize {
+        self.replicas / 2 + 1
+    }
+}
+
+/// A disk that was used while everything was logged.
+struct Trace {
+    directory: LoggedDirectory,
+    history: History,
+    /// From when on a guest has used it: then the disk has its records.
+    used_from: Moment,
+    end: Moment,
+}
+
+/// Makes a trace with this seed, and judges states of it until `is_over`.
+pub(crate) fn round(class: Class, seed: u64, is_over: &dyn Fn() -> bool) -> Figures {
+    let mut random = Random::from_seed(seed);
+    let mut figures = Figures::default();
+    // A disk without records is refused if some of its images are empty and others are not.
+    let is_empty = class.has_records && random.within(0..2) == 0;
+    let (content, history) = new_disk(class, is_empty);
+    let trace = run(class, &content, history, false, &mut random);
+    let edges = trace.directory.edges();
+    for state in 0..STATES {
+        if is_over() {
+            break;
+        }
+        // A state must not depend on how many others are judged.
+        let mut random = Random::from_seed(seed ^ (state as u64 + 1) << 40);
+        let moment = match random.within(0..2) {
+            0 => edges[size(random.within(0..edges.len() as u64))],
+            _ => random.within(0..trace.end),
+        };
+        let moment = moment.min(trace.end - 1);
+        let label = format!("{}-{seed}-{state}", class.name());
+        take(class, &trace, moment, &label, &mut random, &mut figures);
+    }
+    figures
+}
+
+/// A disk that has some data, or none, in its first sector.
+fn new_disk(class: Class, is_empty: bool) -> (Content, History) {
+    let mut history = History::after(vec![vec![0]; DISK_BYTES / SECTOR], 1);
+    let mut bytes = vec![0; DISK_BYTES];
+    if !is_empty {
+        history.begin_write(0..1, &mut bytes[..SECTOR], 1);
+        let versions = history.permitted(1);
+        history = History::after(versions, history.next_version());
+        history.saw(0, 1, 0);
+    }
+    let image = FileContent {
+        bytes: bytes.into(),
+        modified_ns: 1_000_000_000_000_000_000,
+    };
+    let files = (0..class.replicas).map(|replica| (name(replica).into(), image.clone()));
+    let files = files.collect();
+    (Content { files }, history)
+}
+
+/// Takes a crash state at `moment`, and has it judged with all replicas and with some.
+fn take(
+    class: Class,
+    trace: &Trace,
+    moment: Moment,
+    label: &str,
+    random: &mut Random,
+    figures: &mut Figures,
+) {
+    let all: Vec<usize> = (0..class.replicas).collect();
+    let mut case = Case {
+        content: trace.directory.crash(moment, random),
+        permitted: trace.history.permitted(moment),
+        started: all.clone(),
+        start: Start::Serve,
+        replicas: class.replicas,
+        has_records: class.has_records,
+        others_return: false,
+    };
+    figures.states += 1;
+    let is_used = moment >= trace.used_from;
+    check(&case, moment, label, figures);
+    for bits in 1_usize..(1 << class.replicas) - 1 {
+        let started: Vec<usize> = all
+            .iter()
+            .copied()
+            .filter(|at| bits >> at & 1 == 1)
+            .collect();
+        let is_enough = started.len() >= class.threshold();
+        // Before it was used, or without records, fewer images are another disk.
+        if !class.has_records || !is_used || !is_enough && random.within(0..8) > 0 {
+            continue;
+        }
+        // Of the many subsets of many replicas, some.
+        if class.replicas > 3 && random.within(0..4) > 0 {
+            continue;
+        }
+        case.started = started;
+        case.start = if is_enough {
+            Start::Serve
+        } else {
+            Start::Refuse
+        };
+        case.others_return = is_enough && random.within(0..4) == 0;
+        check(&case, moment, &format!("{label}-{bits:b}"), figures);
+    }
+    if class.has_records && random.within(0..4) == 0 {
+        again(class, trace, moment, label, random, figures);
+    }
+}
+
+/// Crashes a second time, while the daemon recovers and the guest works again.
+fn again(
+    class: Class,
+    trace: &Trace,
+    moment: Moment,
+    label: &str,
+    random: &mut Random,
+    figures: &mut Figures,
+) {
+    let content = trace.directory.crash(moment, random);
+    let permitted = trace.history.permitted(moment);
+    let history = History::after(permitted, trace.history.next_version());
+    let second = run(class, &content, history, true, random);
+    let moment = random.within(0..second.end);
+    let case = Case {
+        content: second.directory.crash(moment, random),
+        permitted: second.history.permitted(moment),
+        started: (0..class.replicas).collect(),
+        start: Start::Serve,
+        replicas: class.replicas,
+        has_records: class.has_records,
+        others_return: false,
+    };
+    figures.second_crashes += 1;
+    check(&case, moment, &format!("{label}-again"), figures);
+}
+
+fn check(case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
+    let images = scratch();
+    let outcome = judge(case, images.path());
+    figures.starts += 1;
+    figures.refusals += usize::from(case.start == Start::Refuse);
+    figures.unreadable += usize::from(outcome.unreadable > 0);
+    if outcome.problems.is_empty() {
+        return;
+    }
+    figures.failures += 1;
+    let kept: PathBuf = target_directory().join("crash").join(label);
+    case.save(&kept, &outcome.problems)
+        .expect("keeping a state");
+    let kept = kept.display();
+    println!("{label} at moment {moment} fails; again: make crash STATE={kept}");
+    for problem in &outcome.problems {
+        println!("  {problem}");
+    }
+}
+
+/// Serves the disk from a logged directory while a guest works.
+fn run(
+    class: Class,
+    content: &Content,
+    history: History,
+    is_second: bool,
+    random: &mut Random,
+) -> Trace {
+    let directory = LoggedDirectory::mount(content);
+    let clock = directory.clock();
+    let sockets = scratch();
+    let all: Vec<usize> = (0..class.replicas).collect();
+    let mut arguments = arguments(directory.path(), &all, class.has_records);
+    // Marks are cleared after eight times this.
+    let is_short = !is_second && random.within(0..3) == 0;
+    let timeout = if is_short { 250 } else { 60000 };
+    arguments.extend(["--replica-timeout".into(), timeout.to_string()]);
+    let started = Daemon::try_start(sockets.path(), arguments);
+    let mut daemon = started.unwrap_or_else(|line| panic!("a trace does not start: {line}"));
+    let used_from = clock.tick();
+    let batches = if is_second {
+        random.within(0..6)
+    } else {
+        random.within(8..40)
+    };
+    let pause = is_short.then_some(Duration::from_millis(2300));
+    let is_ended = random.within(0..3) == 0;
+    let mut guest = Guest::connect(daemon.socket(), clock, history, random);
+    if is_second {
+        guest.look();
+    }
+    guest.work(batches, pause);
+    let history = guest.finish();
+    if is_ended {
+        daemon.terminate();
+    }
+    // What it does later belongs to no state.
+    let end = directory.end();
+    drop(daemon);
+    Trace {
+        directory,
+        history,
+        used_from,
+        end,
+    }
+}
+
+/// The name of an image.
+pub(crate) fn name(replica: usize) -> String {
+    format!("{replica}.raw")
+}
+
+fn size(number: u64) -> usize {
+    usize::try_from(number).expect("fits memory")
+}

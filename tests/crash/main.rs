@@ -1,0 +1,105 @@
+//! The crash laboratory: what is on a disk after a power cut at any moment, whatever each replica
+//! has kept. docs/crash.md explains it.
+//!
+//! QUORUM_BLK_CRASH_SECONDS says how long to look for failures, QUORUM_BLK_CRASH_SEED which trace
+//! to repeat, QUORUM_BLK_CRASH_CLASS of which kind of disk, and QUORUM_BLK_CRASH_STATE which state
+//! that was kept to judge once more.
+
+mod case;
+mod history;
+mod judge;
+mod laboratory;
+mod report;
+mod workload;
+
+use std::collections::BTreeMap;
+use std::env;
+use std::path::Path;
+use std::sync::Mutex;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use testkit::images::Random;
+use testkit::mounts;
+
+use self::case::Case;
+use self::laboratory::{Class, round};
+use self::report::Figures;
+
+/// How long `make test` looks for failures.
+const SHORT: Duration = Duration::from_secs(20);
+/// Traces that are made, and judged, at the same time.
+const THREADS: usize = 4;
+
+fn classes() -> Vec<Class> {
+    let class = |replicas, has_records| Class {
+        replicas,
+        has_records,
+    };
+    vec![
+        class(3, true),
+        class(2, true),
+        class(3, false),
+        class(1, true),
+        class(2, false),
+        class(4, true),
+        class(5, true),
+    ]
+}
+
+fn setting(name: &str) -> Option<String> {
+    let value = env::var(format!("QUORUM_BLK_CRASH_{name}")).ok();
+    value.filter(|value| !value.is_empty())
+}
+
+#[test]
+fn nothing_flushed_is_lost() {
+    if let Some(state) = setting("STATE") {
+        return judge_again(Path::new(&state));
+    }
+    let seconds = setting("SECONDS").map(|text| text.parse().expect("SECONDS is a number"));
+    let limit = seconds.map_or(SHORT, Duration::from_secs);
+    let seed: Option<u64> = setting("SEED").map(|text| text.parse().expect("SEED is a number"));
+    let wanted = setting("CLASS");
+    let classes: Vec<Class> = classes()
+        .into_iter()
+        .filter(|class| wanted.as_ref().is_none_or(|wanted| *wanted == class.name()))
+        .collect();
+    assert!(!classes.is_empty(), "no such class: {wanted:?}");
+    let end = Instant::now() + limit;
+    let totals = Mutex::new(BTreeMap::<String, Figures>::new());
+    let first = seed.unwrap_or_else(|| Random::from_environment().number() >> 40);
+    let threads = if seed.is_some() { 1 } else { THREADS };
+    thread::scope(|scope| {
+        for thread in 0..threads {
+            let (classes, totals) = (&classes, &totals);
+            scope.spawn(move || {
+                mounts::separate();
+                let is_over = || seed.is_none() && Instant::now() >= end;
+                for number in (thread..).step_by(threads) {
+                    let class = classes[number % classes.len()];
+                    let figures = round(class, first + number as u64, &is_over);
+                    let mut totals = totals.lock().expect("another thread failed");
+                    *totals.entry(class.name()).or_default() += figures;
+                    if is_over() || seed.is_some() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    let totals = totals.into_inner().expect("a thread failed");
+    for (class, figures) in &totals {
+        println!("{}", figures.line(class));
+    }
+    let failures: usize = totals.values().map(|figures| figures.failures).sum();
+    assert_eq!(failures, 0, "states that broke a promise");
+}
+
+fn judge_again(state: &Path) {
+    mounts::separate();
+    let case = Case::load(state).expect("reading a state");
+    let images = judge::scratch();
+    let outcome = judge::judge(&case, images.path());
+    assert!(outcome.problems.is_empty(), "{:#?}", outcome.problems);
+}
