@@ -1,11 +1,13 @@
 //! A crash state, with what is expected of a start with it; and how it is kept for later.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::Path;
 
 use testkit::fuse::logged::Content;
 
+use crate::files::{Progress, Promises};
 use crate::history::Version;
 
 /// What a start must do.
@@ -17,12 +19,19 @@ pub(crate) enum Start {
     Refuse,
 }
 
+/// What the disk must hold.
+pub(crate) enum Expected {
+    /// In each sector one of these.
+    Versions(Vec<Vec<Version>>),
+    /// A file system of this kind, with files that keep these promises.
+    Files(String, Promises),
+}
+
 /// A crash state.
 pub(crate) struct Case {
     /// All images and records.
     pub(crate) content: Content,
-    /// What each sector may hold.
-    pub(crate) permitted: Vec<Vec<Version>>,
+    pub(crate) expected: Expected,
     /// The replicas that are started.
     pub(crate) started: Vec<usize>,
     pub(crate) start: Start,
@@ -36,6 +45,12 @@ pub(crate) struct Case {
 const EXPECTED: &str = "expected.txt";
 
 impl Case {
+    /// The size of the disk.
+    pub(crate) fn disk_bytes(&self) -> usize {
+        let name = format!("{}.raw", self.started[0]);
+        self.content.files[OsStr::new(&name)].bytes.len()
+    }
+
     /// Keeps it in a new directory.
     pub(crate) fn save(&self, directory: &Path, problems: &[String]) -> io::Result<()> {
         let _ = fs::remove_dir_all(directory);
@@ -51,9 +66,19 @@ impl Case {
             self.has_records,
             self.others_return,
         );
-        for versions in self.permitted.chunk_by(|left, right| left == right) {
-            let each: Vec<String> = versions[0].iter().map(Version::to_string).collect();
-            text.push_str(&format!("{} {}\n", versions.len(), each.join(" ")));
+        match &self.expected {
+            Expected::Versions(permitted) => {
+                for versions in permitted.chunk_by(|left, right| left == right) {
+                    let each: Vec<String> = versions[0].iter().map(Version::to_string).collect();
+                    text.push_str(&format!("{} {}\n", versions.len(), each.join(" ")));
+                }
+            }
+            Expected::Files(kind, promises) => {
+                text.push_str(&format!("{kind}\n"));
+                for (name, Progress { durable, begun }) in promises {
+                    text.push_str(&format!("{durable} {begun} {name}\n"));
+                }
+            }
         }
         fs::write(directory.join(EXPECTED), text)
     }
@@ -66,17 +91,17 @@ impl Case {
         let [replicas, started, serves, has_records, others_return] = first[..] else {
             return Err(io::ErrorKind::InvalidData.into());
         };
-        let mut permitted = Vec::new();
-        for line in lines {
-            let mut numbers = line.split(' ').map(number);
-            let count = numbers.next().unwrap_or(0);
-            let versions: Vec<Version> = numbers.collect();
-            permitted.extend((0..count).map(|_| versions.clone()));
-        }
+        let rest: Vec<&str> = lines.collect();
+        let expected = match rest.first() {
+            Some(kind) if kind.starts_with(char::is_alphabetic) => {
+                Expected::Files((*kind).into(), promises(&rest[1..]))
+            }
+            _ => Expected::Versions(permitted(&rest)),
+        };
         let index = |text: &str| usize::try_from(number(text)).expect("small");
         Ok(Self {
             content: Content::read_from(&directory.join("files"))?,
-            permitted,
+            expected,
             started: started.split(',').map(index).collect(),
             start: match serves {
                 "true" => Start::Serve,
@@ -87,6 +112,27 @@ impl Case {
             others_return: others_return == "true",
         })
     }
+}
+
+fn permitted(lines: &[&str]) -> Vec<Vec<Version>> {
+    let mut permitted = Vec::new();
+    for line in lines {
+        let mut numbers = line.split(' ').map(number);
+        let count = numbers.next().unwrap_or(0);
+        let versions: Vec<Version> = numbers.collect();
+        permitted.extend((0..count).map(|_| versions.clone()));
+    }
+    permitted
+}
+
+fn promises(lines: &[&str]) -> Promises {
+    let promise = |line: &&str| {
+        let mut parts = line.splitn(3, ' ');
+        let [durable, begun] = [(); 2].map(|()| number(parts.next().unwrap_or_default()));
+        let name = parts.next().unwrap_or_default().to_owned();
+        (name, Progress { durable, begun })
+    };
+    lines.iter().map(promise).collect()
 }
 
 fn number(text: &str) -> u64 {

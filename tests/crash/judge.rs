@@ -6,13 +6,14 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
-use testkit::client::{Client, Request};
+use testkit::client::{Client, QUEUE_MEMORY_BYTES, Request};
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::images::are_identical;
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
 
-use crate::case::{Case, Start};
+use crate::case::{Case, Expected, Start};
+use crate::filesystem;
 use crate::history::{SECTOR, Version, wrong};
 
 /// What became of a crash state.
@@ -63,9 +64,19 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
     case.content
         .write_to(images, is_of_started)
         .expect("writing images");
-    let Some(first) = serve(case, &case.started, images, &case.permitted, &mut outcome) else {
+    let wanted = match &case.expected {
+        Expected::Versions(permitted) => Wanted::Versions(permitted),
+        Expected::Files(..) => Wanted::Anything(case.disk_bytes()),
+    };
+    let Some(first) = serve(case, &case.started, images, &wanted, &mut outcome) else {
         return outcome;
     };
+    if let Expected::Files(kind, promises) = &case.expected
+        && outcome.problems.is_empty()
+    {
+        let image = images.join(format!("{}.raw", case.started[0]));
+        outcome.problems = filesystem::check(&image, kind, promises);
+    }
     if case.others_return && outcome.problems.is_empty() {
         // What the others hold now is older than what was decided without them.
         let all: Vec<usize> = (0..case.replicas).collect();
@@ -73,8 +84,7 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
         case.content
             .write_to(images, names)
             .expect("writing images");
-        let decided: Vec<Vec<Version>> = first.into_iter().map(|version| vec![version]).collect();
-        serve(case, &all, images, &decided, &mut outcome);
+        serve(case, &all, images, &Wanted::Exactly(&first), &mut outcome);
         for problem in &mut outcome.problems {
             problem.insert_str(0, "when the others return: ");
         }
@@ -82,14 +92,64 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
     outcome
 }
 
+/// What a start must find on the disk.
+enum Wanted<'a> {
+    Versions(&'a [Vec<Version>]),
+    Anything(usize),
+    Exactly(&'a [u8]),
+}
+
+impl Wanted<'_> {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Versions(permitted) => permitted.len() * SECTOR,
+            Self::Anything(bytes) => *bytes,
+            Self::Exactly(bytes) => bytes.len(),
+        }
+    }
+
+    /// Whether more than one version of the sector may be on the disk.
+    fn is_open(&self, sector: usize) -> bool {
+        match self {
+            Self::Versions(permitted) => permitted[sector].len() > 1,
+            Self::Anything(_) => true,
+            Self::Exactly(_) => false,
+        }
+    }
+
+    /// Checks what was read from this sector on.
+    fn check(&self, bytes: &[u8], first: usize, problems: &mut Vec<String>) {
+        match self {
+            Self::Versions(permitted) => {
+                for (sector, version) in wrong(bytes, first, permitted) {
+                    let may = &permitted[sector];
+                    let problem = format!("sector {sector} holds {version:?}, may hold {may:?}");
+                    problems.push(problem);
+                }
+            }
+            Self::Anything(_) => {}
+            Self::Exactly(expected) => {
+                let expected = &expected[first * SECTOR..];
+                let pairs = bytes.chunks(SECTOR).zip(expected.chunks(SECTOR));
+                for (place, (found, expected)) in pairs.enumerate() {
+                    if found != expected {
+                        let sector = first + place;
+                        problems.push(format!("sector {sector} holds something else than before"));
+                    }
+                }
+            }
+        }
+    }
+}
+
 /// Serves the disk once, with these replicas. Returns what each sector holds.
 fn serve(
     case: &Case,
     replicas: &[usize],
     images: &Path,
-    permitted: &[Vec<Version>],
+    wanted: &Wanted,
     outcome: &mut Outcome,
-) -> Option<Vec<Version>> {
+) -> Option<Vec<u8>> {
     let sockets = scratch();
     let monitor = sockets.path().join("qmp.sock");
     let mut arguments = arguments(images, replicas, case.has_records);
@@ -113,12 +173,12 @@ fn serve(
         (Ok(daemon), Start::Serve) => daemon,
     };
     let mut client = Client::connect(daemon.socket(), 1);
-    let first = read_all(&mut client, permitted, "", case.has_records, outcome);
+    let first = read_all(&mut client, wanted, "", case.has_records, outcome);
     let mut monitor = Monitor::connect(&monitor);
     if case.has_records {
         wait_until_recovered(&mut monitor, outcome);
     }
-    let second = read_all(&mut client, permitted, "later ", case.has_records, outcome);
+    let second = read_all(&mut client, wanted, "later ", case.has_records, outcome);
     if case.has_records && first != second {
         outcome
             .problems
@@ -158,56 +218,53 @@ fn serve(
         let log = fs::read_to_string(sockets.path().join("daemon.log")).unwrap_or_default();
         outcome.problems.push(format!("the daemon says:\n{log}"));
     }
-    let sectors = second.chunks_exact(SECTOR).enumerate();
-    let version = |(sector, bytes)| crate::history::version_of(bytes, sector).unwrap_or(0);
-    Some(sectors.map(version).collect())
+    Some(second)
 }
 
 /// Reads the whole disk, and checks what it holds. What cannot be read is zeroes in the result.
 fn read_all(
     client: &mut Client,
-    permitted: &[Vec<Version>],
+    wanted: &Wanted,
     when: &str,
     has_records: bool,
     outcome: &mut Outcome,
 ) -> Vec<u8> {
-    let bytes = permitted.len() * SECTOR;
-    let part = |from: usize| PART.min(bytes - from);
-    let reads = (0..bytes).step_by(PART).map(|from| Request::Read {
-        offset: from as u64,
-        memory: from,
-        len: part(from),
-    });
-    let reads: Vec<Request> = reads.collect();
-    let results = client.run(0, &reads);
-    let mut all = client.memory(0)[..bytes].to_vec();
+    let bytes = wanted.bytes();
+    let mut all = vec![0; bytes];
     let mut problems = Vec::new();
-    for (from, result) in (0..bytes).step_by(PART).zip(results) {
-        let first = from / SECTOR;
-        if result.is_ok() {
-            check(
-                &all[from..from + part(from)],
-                first,
-                permitted,
-                &mut problems,
-            );
-            continue;
-        }
-        for sector in first..first + part(from) / SECTOR {
-            let place = sector * SECTOR..(sector + 1) * SECTOR;
-            match client.read(0, place.start as u64, SECTOR) {
-                Ok(read) => {
-                    check(&read, sector, permitted, &mut problems);
-                    all[place].copy_from_slice(&read);
-                }
-                Err(_) if !has_records && permitted[sector].len() > 1 => {
-                    outcome.unreadable += 1;
-                    all[place].fill(0);
-                }
-                Err(failed) => {
-                    all[place].fill(0);
-                    let may = &permitted[sector];
-                    problems.push(format!("sector {sector}: {failed:?}, may hold {may:?}"));
+    for first in (0..bytes).step_by(QUEUE_MEMORY_BYTES) {
+        let end = bytes.min(first + QUEUE_MEMORY_BYTES);
+        let starts = || (first..end).step_by(PART);
+        let part = |from: usize| PART.min(end - from);
+        let read = |from: usize| Request::Read {
+            offset: from as u64,
+            memory: from - first,
+            len: part(from),
+        };
+        let reads: Vec<Request> = starts().map(read).collect();
+        let results = client.run(0, &reads);
+        all[first..end].copy_from_slice(&client.memory(0)[..end - first]);
+        for (from, result) in starts().zip(results) {
+            let place = from..from + part(from);
+            if result.is_ok() {
+                wanted.check(&all[place], from / SECTOR, &mut problems);
+                continue;
+            }
+            for from in place.step_by(SECTOR) {
+                let (sector, place) = (from / SECTOR, from..from + SECTOR);
+                match client.read(0, from as u64, SECTOR) {
+                    Ok(read) => {
+                        wanted.check(&read, sector, &mut problems);
+                        all[place].copy_from_slice(&read);
+                    }
+                    Err(failed) => {
+                        all[place].fill(0);
+                        if !has_records && wanted.is_open(sector) {
+                            outcome.unreadable += 1;
+                        } else {
+                            problems.push(format!("sector {sector}: {failed:?}"));
+                        }
+                    }
                 }
             }
         }
@@ -222,15 +279,6 @@ fn read_all(
         outcome.problems.push(format!("and {more} more sectors"));
     }
     all
-}
-
-fn check(bytes: &[u8], first: usize, permitted: &[Vec<Version>], problems: &mut Vec<String>) {
-    for (sector, version) in wrong(bytes, first, permitted) {
-        let may = &permitted[sector];
-        problems.push(format!(
-            "sector {sector} holds {version:?}, may hold {may:?}"
-        ));
-    }
 }
 
 /// Waits until nothing is unrecovered and no job runs.

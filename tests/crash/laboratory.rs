@@ -8,19 +8,33 @@ use testkit::fuse::logged::{Content, FileContent, LoggedDirectory, Moment};
 use testkit::images::Random;
 use testkit::programs::target_directory;
 
-use crate::case::{Case, Start};
+use crate::case::{Case, Expected, Start};
+use crate::files::{FileHistory, Promises};
+use crate::filesystem;
 use crate::history::{History, SECTOR};
 use crate::judge::{arguments, judge, scratch};
 use crate::report::Figures;
 use crate::workload::Guest;
 
 const DISK_BYTES: usize = 4 << 20;
-/// States that are taken from a trace.
-const STATES: usize = 40;
+/// Sectors of a block that a disk with physical blocks of 4 KiB writes as a whole.
+const BLOCK_SECTORS: usize = 8;
+/// So long a guest does nothing for marks to be cleared, with a short `--replica-timeout`.
+const PAUSE: Duration = Duration::from_millis(2300);
+
+/// What is done on the disk.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Work {
+    /// A guest writes blocks, and an oracle knows each sector.
+    Blocks,
+    /// Programs use a file system of this kind.
+    Files(&'static str),
+}
 
 /// What kind of disk is tried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Class {
+    pub(crate) work: Work,
     pub(crate) replicas: usize,
     pub(crate) has_records: bool,
 }
@@ -28,7 +42,21 @@ pub(crate) struct Class {
 impl Class {
     pub(crate) fn name(self) -> String {
         let records = if self.has_records { "records" } else { "none" };
-        format!("blocks-{}-{records}", self.replicas)
+        let work = match self.work {
+            Work::Blocks => "blocks",
+            Work::Files(kind) => kind,
+        };
+        format!("{work}-{}-{records}", self.replicas)
+    }
+
+    /// What a power cut leaves. File systems need blocks that are not torn: ext4 has a checksum for
+    /// the two sectors of its superblock.
+    fn crash(self, directory: &LoggedDirectory, moment: Moment, random: &mut Random) -> Content {
+        let atom = |name: &str| match self.work {
+            Work::Files(_) if name.ends_with(".raw") => BLOCK_SECTORS,
+            _ => 1,
+        };
+        directory.crash(moment, atom, random)
     }
 
     fn threshold(self) -> usize {
@@ -36,25 +64,59 @@ impl Class {
     }
 }
 
+/// What the users of a disk know of it.
+enum Known {
+    Blocks(History),
+    /// The kind of the file system, and what was promised before.
+    Files(&'static str, FileHistory, Promises),
+}
+
+impl Known {
+    /// What a disk must hold if the power fails at `moment`.
+    fn expected(&self, moment: Moment) -> Expected {
+        match self {
+            Self::Blocks(history) => Expected::Versions(history.permitted(moment)),
+            Self::Files(kind, history, before) => {
+                let mut promises = before.clone();
+                promises.extend(history.promises(moment));
+                Expected::Files((*kind).into(), promises)
+            }
+        }
+    }
+
+    /// What is known at the start after that.
+    fn after(&self, moment: Moment) -> Self {
+        match (self, self.expected(moment)) {
+            (Self::Blocks(history), Expected::Versions(permitted)) => {
+                Self::Blocks(History::after(permitted, history.next_version()))
+            }
+            (Self::Files(kind, ..), Expected::Files(_, promises)) => {
+                Self::Files(kind, FileHistory::default(), promises)
+            }
+            _ => unreachable!("what is expected is of the same kind"),
+        }
+    }
+}
+
 /// A disk that was used while everything was logged.
 struct Trace {
     directory: LoggedDirectory,
-    history: History,
+    known: Known,
     /// From when on a guest has used it: then the disk has its records.
     used_from: Moment,
     end: Moment,
 }
 
-/// Makes a trace with this seed, and judges states of it until `is_over`.
-pub(crate) fn round(class: Class, seed: u64, is_over: &dyn Fn() -> bool) -> Figures {
+/// Makes a trace with this seed, and judges so many states of it, until `is_over`.
+pub(crate) fn round(class: Class, seed: u64, states: usize, is_over: &dyn Fn() -> bool) -> Figures {
     let mut random = Random::from_seed(seed);
     let mut figures = Figures::default();
     // A disk without records is refused if some of its images are empty and others are not.
     let is_empty = class.has_records && random.within(0..2) == 0;
-    let (content, history) = new_disk(class, is_empty);
-    let trace = run(class, &content, history, false, &mut random);
+    let (content, known) = new_disk(class, is_empty);
+    let trace = run(class, &content, known, false, &mut random);
     let edges = trace.directory.edges();
-    for state in 0..STATES {
+    for state in 0..states {
         if is_over() {
             break;
         }
@@ -72,7 +134,24 @@ pub(crate) fn round(class: Class, seed: u64, is_over: &dyn Fn() -> bool) -> Figu
 }
 
 /// A disk that has some data, or none, in its first sector.
-fn new_disk(class: Class, is_empty: bool) -> (Content, History) {
+fn new_disk(class: Class, is_empty: bool) -> (Content, Known) {
+    let (bytes, known) = match class.work {
+        Work::Blocks => new_blocks(is_empty),
+        Work::Files(kind) => {
+            let known = Known::Files(kind, FileHistory::default(), Promises::new());
+            (filesystem::make(kind), known)
+        }
+    };
+    let image = FileContent {
+        bytes: bytes.into(),
+        modified_ns: 1_000_000_000_000_000_000,
+    };
+    let files = (0..class.replicas).map(|replica| (name(replica).into(), image.clone()));
+    let files = files.collect();
+    (Content { files }, known)
+}
+
+fn new_blocks(is_empty: bool) -> (Vec<u8>, Known) {
     let mut history = History::after(vec![vec![0]; DISK_BYTES / SECTOR], 1);
     let mut bytes = vec![0; DISK_BYTES];
     if !is_empty {
@@ -81,13 +160,7 @@ fn new_disk(class: Class, is_empty: bool) -> (Content, History) {
         history = History::after(versions, history.next_version());
         history.saw(0, 1, 0);
     }
-    let image = FileContent {
-        bytes: bytes.into(),
-        modified_ns: 1_000_000_000_000_000_000,
-    };
-    let files = (0..class.replicas).map(|replica| (name(replica).into(), image.clone()));
-    let files = files.collect();
-    (Content { files }, history)
+    (bytes, Known::Blocks(history))
 }
 
 /// Takes a crash state at `moment`, and has it judged with all replicas and with some.
@@ -101,8 +174,8 @@ fn take(
 ) {
     let all: Vec<usize> = (0..class.replicas).collect();
     let mut case = Case {
-        content: trace.directory.crash(moment, random),
-        permitted: trace.history.permitted(moment),
+        content: class.crash(&trace.directory, moment, random),
+        expected: trace.known.expected(moment),
         started: all.clone(),
         start: Start::Serve,
         replicas: class.replicas,
@@ -150,14 +223,12 @@ fn again(
     random: &mut Random,
     figures: &mut Figures,
 ) {
-    let content = trace.directory.crash(moment, random);
-    let permitted = trace.history.permitted(moment);
-    let history = History::after(permitted, trace.history.next_version());
-    let second = run(class, &content, history, true, random);
+    let content = class.crash(&trace.directory, moment, random);
+    let second = run(class, &content, trace.known.after(moment), true, random);
     let moment = random.within(0..second.end);
     let case = Case {
-        content: second.directory.crash(moment, random),
-        permitted: second.history.permitted(moment),
+        content: class.crash(&second.directory, moment, random),
+        expected: second.known.expected(moment),
         started: (0..class.replicas).collect(),
         start: Start::Serve,
         replicas: class.replicas,
@@ -192,7 +263,7 @@ fn check(case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
 fn run(
     class: Class,
     content: &Content,
-    history: History,
+    known: Known,
     is_second: bool,
     random: &mut Random,
 ) -> Trace {
@@ -205,22 +276,34 @@ fn run(
     let is_short = !is_second && random.within(0..3) == 0;
     let timeout = if is_short { 250 } else { 60000 };
     arguments.extend(["--replica-timeout".into(), timeout.to_string()]);
+    if class.work != Work::Blocks {
+        arguments.push("--shared".into());
+    }
     let started = Daemon::try_start(sockets.path(), arguments);
     let mut daemon = started.unwrap_or_else(|line| panic!("a trace does not start: {line}"));
     let used_from = clock.tick();
-    let batches = if is_second {
-        random.within(0..6)
-    } else {
-        random.within(8..40)
-    };
-    let pause = is_short.then_some(Duration::from_millis(2300));
     let is_ended = random.within(0..3) == 0;
-    let mut guest = Guest::connect(daemon.socket(), clock, history, random);
-    if is_second {
-        guest.look();
-    }
-    guest.work(batches, pause);
-    let history = guest.finish();
+    let known = match known {
+        Known::Blocks(history) => {
+            let mut guest = Guest::connect(daemon.socket(), clock, history, random);
+            if is_second {
+                guest.look();
+            }
+            guest.work(
+                if is_second { 0..6 } else { 8..40 },
+                is_short.then_some(PAUSE),
+            );
+            Known::Blocks(guest.finish())
+        }
+        Known::Files(kind, history, before) if is_second => {
+            filesystem::replay(daemon.socket(), kind);
+            Known::Files(kind, history, before)
+        }
+        Known::Files(kind, _, before) => {
+            let history = filesystem::work(daemon.socket(), &clock, kind, random);
+            Known::Files(kind, history, before)
+        }
+    };
     if is_ended {
         daemon.terminate();
     }
@@ -229,7 +312,7 @@ fn run(
     drop(daemon);
     Trace {
         directory,
-        history,
+        known,
         used_from,
         end,
     }

@@ -6,6 +6,8 @@
 //! that was kept to judge once more.
 
 mod case;
+mod files;
+mod filesystem;
 mod history;
 mod judge;
 mod laboratory;
@@ -23,27 +25,35 @@ use testkit::images::Random;
 use testkit::mounts;
 
 use self::case::Case;
-use self::laboratory::{Class, round};
+use self::laboratory::{Class, Work, round};
 use self::report::Figures;
 
 /// How long `make test` looks for failures.
-const SHORT: Duration = Duration::from_secs(20);
+const SHORT: Duration = Duration::from_secs(25);
+/// States that are taken from a trace, and fewer then, so that each class has its turn.
+const STATES: usize = 40;
+const STATES_SHORT: usize = 3;
 /// Traces that are made, and judged, at the same time.
 const THREADS: usize = 4;
 
 fn classes() -> Vec<Class> {
-    let class = |replicas, has_records| Class {
+    let class = |work, replicas, has_records| Class {
+        work,
         replicas,
         has_records,
     };
+    let blocks = |replicas, has_records| class(Work::Blocks, replicas, has_records);
     vec![
-        class(3, true),
-        class(2, true),
-        class(3, false),
-        class(1, true),
-        class(2, false),
-        class(4, true),
-        class(5, true),
+        blocks(3, true),
+        class(Work::Files("ext4"), 3, true),
+        blocks(2, true),
+        blocks(3, false),
+        class(Work::Files("xfs"), 3, true),
+        blocks(1, true),
+        blocks(2, false),
+        blocks(4, true),
+        class(Work::Files("ext4"), 2, true),
+        blocks(5, true),
     ]
 }
 
@@ -66,6 +76,10 @@ fn nothing_flushed_is_lost() {
         .filter(|class| wanted.as_ref().is_none_or(|wanted| *wanted == class.name()))
         .collect();
     assert!(!classes.is_empty(), "no such class: {wanted:?}");
+    let states = match (seconds, seed) {
+        (None, None) => STATES_SHORT,
+        _ => STATES,
+    };
     let end = Instant::now() + limit;
     let totals = Mutex::new(BTreeMap::<String, Figures>::new());
     let first = seed.unwrap_or_else(|| Random::from_environment().number() >> 40);
@@ -78,7 +92,7 @@ fn nothing_flushed_is_lost() {
                 let is_over = || seed.is_none() && Instant::now() >= end;
                 for number in (thread..).step_by(threads) {
                     let class = classes[number % classes.len()];
-                    let figures = round(class, first + number as u64, &is_over);
+                    let figures = round(class, first + number as u64, states, &is_over);
                     let mut totals = totals.lock().expect("another thread failed");
                     *totals.entry(class.name()).or_default() += figures;
                     if is_over() || seed.is_some() {

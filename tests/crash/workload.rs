@@ -54,8 +54,9 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Works for so many batches. Where it `pauses`, so long that marks are cleared.
-    pub(crate) fn work(&mut self, batches: u64, pause: Option<Duration>) {
+    /// Works for some batches of requests. Where it `pauses`, so long that marks are cleared.
+    pub(crate) fn work(&mut self, batches: Range<u64>, pause: Option<Duration>) {
+        let batches = self.random.within(batches);
         let pauses_at = self.random.within(0..batches + 1);
         // A database has pages that it writes more often than others.
         let hot = self.random.within(0..self.sectors as u64 / 64 - 8);

@@ -14,6 +14,7 @@ mod faults;
 mod filesystem;
 pub mod logged;
 mod server;
+pub mod voted;
 
 use std::ffi::CString;
 use std::fs::{File, OpenOptions};

@@ -114,12 +114,18 @@ impl Kept {
 
 impl Log {
     /// What the directory holds when the power fails at `moment`: everything that was flushed, and
-    /// of the rest of each file another part.
-    pub(super) fn crash(&self, moment: Moment, random: &mut Random) -> Content {
+    /// of the rest of each file another part. `atom` is how many sectors of a file are never torn.
+    pub(super) fn crash(
+        &self,
+        moment: Moment,
+        atom: impl Fn(&str) -> usize,
+        random: &mut Random,
+    ) -> Content {
         let names = self.names_left(moment, random);
         let files = names.into_iter().map(|(name, number)| {
             let kept = Kept::any(random);
-            (name, self.file_left(number, moment, kept, random))
+            let atom = atom(&name.to_string_lossy());
+            (name, self.file_left(number, moment, (kept, atom), random))
         });
         Content {
             files: files.collect(),
@@ -145,7 +151,7 @@ impl Log {
         &self,
         number: FileNumber,
         moment: Moment,
-        kept: Kept,
+        (kept, atom): (Kept, usize),
         random: &mut Random,
     ) -> FileContent {
         let first = &self.first_files[&number];
@@ -191,8 +197,12 @@ impl Log {
                     apply(&mut bytes, &operation.change, |_| true);
                 }
                 Kept::Prefix if place == prefix + 1 => {
-                    let cut = size(random.within(0..17));
-                    apply(&mut bytes, &operation.change, |sector| sector < cut);
+                    let count = size(random.within(0..17));
+                    let mut cut = None;
+                    apply(&mut bytes, &operation.change, |sector| {
+                        let atom = sector / atom;
+                        atom < *cut.get_or_insert(atom + count)
+                    });
                 }
                 Kept::Prefix => {}
                 Kept::Operations => {
@@ -203,7 +213,7 @@ impl Log {
                 Kept::Parts { sectors } => {
                     let mut last = None;
                     apply(&mut bytes, &operation.change, |sector| {
-                        let part = sector / sectors;
+                        let part = sector / sectors.max(atom);
                         if last.is_none_or(|(known, _)| known != part) {
                             last = Some((part, random.within(0..4) < quarters));
                         }

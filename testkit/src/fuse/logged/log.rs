@@ -172,7 +172,7 @@ impl Log {
 }
 
 /// Does what an operation does, but only to the sectors that are wanted, by their number in the
-/// operation.
+/// file.
 pub(super) fn apply(bytes: &mut Vec<u8>, change: &Change, wants: impl FnMut(usize) -> bool) {
     match change {
         Change::Write { offset, bytes: new } => {
@@ -207,7 +207,7 @@ fn put(
     let mut from = start;
     while from < end {
         let to = ((from / SECTOR + 1) * SECTOR).min(end);
-        if wants(from / SECTOR - start / SECTOR) {
+        if wants(from / SECTOR) {
             change(&mut bytes[from..to], from - start);
         }
         from = to;

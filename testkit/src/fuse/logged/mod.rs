@@ -107,9 +107,16 @@ impl LoggedDirectory {
             .collect()
     }
 
-    /// What the directory holds when the power fails at `moment`.
-    pub fn crash(&self, moment: Moment, random: &mut Random) -> Content {
-        self.shared.log().crash(moment, random)
+    /// What the directory holds when the power fails at `moment`: everything that was synced, and
+    /// of the rest of each file another part. `atom` gets the name of a file, and returns how many
+    /// of its sectors, counted from its beginning, are old or new together.
+    pub fn crash(
+        &self,
+        moment: Moment,
+        atom: impl Fn(&str) -> usize,
+        random: &mut Random,
+    ) -> Content {
+        self.shared.log().crash(moment, atom, random)
     }
 }
 

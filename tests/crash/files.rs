@@ -1,0 +1,206 @@
+//! What the files of a file system must hold after a power cut: the oracle for programs that sync.
+//!
+//! Each promise has a name and counts: how far it was durable, and how far the program had begun.
+
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use testkit::fuse::logged::Moment;
+
+use crate::history::SECTOR;
+
+/// Bytes of a page that is written in place.
+pub(crate) const PAGE: usize = 4096;
+
+/// How far a program has come with something.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Progress {
+    /// At least so far: this was synced.
+    pub(crate) durable: u64,
+    /// At most so far.
+    pub(crate) begun: u64,
+}
+
+/// What each promise is about, and how far it goes.
+pub(crate) type Promises = BTreeMap<String, Progress>;
+
+/// What programs have begun and synced, and when.
+#[derive(Debug, Default)]
+pub(crate) struct FileHistory(Vec<(Moment, String, u64, bool)>);
+
+impl FileHistory {
+    /// A program begins with this number.
+    pub(crate) fn begun(&mut self, now: Moment, name: &str, number: u64) {
+        self.0.push((now, name.into(), number, false));
+    }
+
+    /// What has this number is synced.
+    pub(crate) fn durable(&mut self, now: Moment, name: &str, number: u64) {
+        self.0.push((now, name.into(), number, true));
+    }
+
+    /// What holds if the power fails at `moment`.
+    pub(crate) fn promises(&self, moment: Moment) -> Promises {
+        let mut promises = Promises::new();
+        for (at, name, number, is_durable) in &self.0 {
+            if *at <= moment {
+                let progress = promises.entry(name.clone()).or_default();
+                progress.begun = progress.begun.max(*number);
+                if *is_durable {
+                    progress.durable = progress.durable.max(*number);
+                }
+            }
+        }
+        promises
+    }
+}
+
+/// An entry of a log, a configuration or a message: its number again and again, with a length that
+/// depends on it.
+pub(crate) fn entry(kind: &str, number: u64) -> Vec<u8> {
+    let line = format!("{kind} {number}\n");
+    let count = 1 + (number * 37 + kind.len() as u64) % 200;
+    line.repeat(usize::try_from(count).expect("small"))
+        .into_bytes()
+}
+
+/// A page with this version: each of its sectors says so.
+pub(crate) fn page(place: u64, version: u64) -> Vec<u8> {
+    [place, version]
+        .map(u64::to_le_bytes)
+        .concat()
+        .repeat(PAGE / 16)
+}
+
+/// Checks all promises below `root`. Returns what does not hold.
+pub(crate) fn check(root: &Path, promises: &Promises) -> Vec<String> {
+    let mut problems = Vec::new();
+    for (name, progress) in promises {
+        let (kind, rest) = name.split_once(' ').unwrap_or((name, ""));
+        let checked = match kind {
+            "log" => check_log(root, *progress),
+            "config" => check_config(root, *progress),
+            "page" => check_page(root, rest.parse().expect("a number"), *progress),
+            "mail" => check_mail(root, rest, *progress),
+            _ => continue,
+        };
+        if let Err(problem) = checked {
+            problems.push(format!("{name} {progress:?}: {problem}"));
+        }
+    }
+    problems.extend(check_databases(root, promises));
+    problems
+}
+
+fn read(path: &Path) -> io::Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    File::open(path)?.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+fn check_log(root: &Path, progress: Progress) -> Result<(), String> {
+    let expected: Vec<u8> = (1..=progress.durable)
+        .flat_map(|number| entry("log", number))
+        .collect();
+    match read(&root.join("log")) {
+        Ok(bytes) if bytes.starts_with(&expected) => Ok(()),
+        Ok(bytes) => {
+            let same = bytes
+                .iter()
+                .zip(&expected)
+                .take_while(|(left, right)| left == right);
+            let (same, has, needs) = (same.count(), bytes.len(), expected.len());
+            Err(format!("{has} bytes, {same} of {needs} as written"))
+        }
+        Err(_) if progress.durable == 0 => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+fn check_config(root: &Path, progress: Progress) -> Result<(), String> {
+    match read(&root.join("config")) {
+        Ok(bytes) => {
+            let mut versions = progress.durable..=progress.begun;
+            let found = versions.any(|version| bytes == entry("config", version));
+            found.then_some(()).ok_or_else(|| {
+                let start = String::from_utf8_lossy(&bytes[..bytes.len().min(20)]);
+                format!("{} bytes, {start:?}", bytes.len())
+            })
+        }
+        Err(_) if progress.durable == 0 => Ok(()),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Power cuts tear pages, but not sectors.
+fn check_page(root: &Path, place: u64, progress: Progress) -> Result<(), String> {
+    let mut bytes = vec![0; PAGE];
+    let file = File::open(root.join("pages")).map_err(|error| error.to_string())?;
+    file.read_exact_at(&mut bytes, place * PAGE as u64)
+        .map_err(|error| error.to_string())?;
+    for (sector, bytes) in bytes.chunks_exact(SECTOR).enumerate() {
+        let mut versions = progress.durable..=progress.begun;
+        if !versions.any(|version| bytes == &page(place, version)[..SECTOR]) {
+            return Err(format!("sector {sector} begins with {:?}", &bytes[..16]));
+        }
+    }
+    Ok(())
+}
+
+/// A message is delivered (1) and removed (2).
+fn check_mail(root: &Path, number: &str, progress: Progress) -> Result<(), String> {
+    let content = entry("mail", number.parse().expect("a number"));
+    match (read(&root.join("mail").join(number)), progress) {
+        (Ok(_), Progress { durable: 2, .. }) => Err("it is there".into()),
+        (Ok(bytes), Progress { durable: 1, .. }) if bytes != content => {
+            Err(format!("{} bytes of {}", bytes.len(), content.len()))
+        }
+        (
+            Err(error),
+            Progress {
+                begun: 1,
+                durable: 1,
+            },
+        ) => Err(error.to_string()),
+        _ => Ok(()),
+    }
+}
+
+/// Checks all databases in one process, because to start it takes longest.
+fn check_databases(root: &Path, promises: &Promises) -> Vec<String> {
+    let databases = promises.iter().filter_map(|(name, progress)| {
+        let path = root.join(name.strip_prefix("database ")?);
+        let is_expected = progress.durable > 0 || path.exists();
+        is_expected.then_some((path, *progress))
+    });
+    let databases: Vec<(PathBuf, Progress)> = databases.collect();
+    if databases.is_empty() {
+        return Vec::new();
+    }
+    let mut command = Command::new("python3");
+    command.arg(SCRIPT).arg("check");
+    command.args(databases.iter().map(|(path, _)| path));
+    let output = command.output().expect("running python3");
+    let text = String::from_utf8_lossy(&output.stdout);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    let mut lines = text.lines();
+    let wrong = databases.into_iter().filter_map(|(path, progress)| {
+        let line = lines.next().unwrap_or_default();
+        let rows = line.strip_prefix("ok ").and_then(|rows| rows.parse().ok());
+        match rows {
+            Some(rows) if (progress.durable..=progress.begun).contains(&rows) => None,
+            _ => Some(format!(
+                "{} {progress:?}: {line:?} {stderr}",
+                path.display()
+            )),
+        }
+    });
+    wrong.collect()
+}
+
+/// The program that uses databases.
+pub(crate) const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/crash/database.py");
