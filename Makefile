@@ -42,7 +42,7 @@ sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n, FIRST=s; SEED=s
 		$(CARGO) test --locked --profile sim --features sim --test sim -- --nocapture \
 		$(if $(SEED)$(if $(FIRST),,$(SEEDS)),keeps_the_contract)
 
-crash: ## Cut the power at random moments: SECONDS=60, CLASS=name; SEED=s or STATE=dir repeats one
+crash: clients ## Cut the power at random moments: SECONDS=60, CLASS=name; SEED=s, STATE=dir
 	QUORUM_BLK_CRASH_SECONDS=$(or $(SECONDS),60) QUORUM_BLK_CRASH_CLASS=$(CLASS) \
 		QUORUM_BLK_CRASH_SEED=$(SEED) QUORUM_BLK_CRASH_STATE=$(STATE) \
 		$(CARGO) test --locked --profile sim --features sim --test crash -- --nocapture

@@ -4,9 +4,9 @@
 # Under target/clients/ or $CARGO_TARGET_DIR/clients/:
 #   venv/        the QEMU project's monitor client, qemu.qmp, with qmp-shell
 #   promtool     Prometheus' checker of metrics
-# Installs python3-venv, systemd's tools, shells, man page readers, btrfs-progs and xfsprogs if they
-# are missing (on Debian and its derivatives; as root or through sudo). Does and prints nothing if
-# everything is there. Remove that directory to build everything again.
+# Installs python3-venv, systemd's tools, shells, man page readers, btrfs-progs, xfsprogs and
+# e2fsprogs if they are missing (on Debian and its derivatives; as root or through sudo). Does and
+# prints nothing if everything is there. Remove that directory to build everything again.
 
 set -eu
 
@@ -20,13 +20,13 @@ what=clients
 # A virtual environment built with these versions is kept.
 wanted=$(cksum <"$sources/requirements.txt")
 
-# Installs the programs with which the tests try the installed files, and make a file system that
-# checks what it reads.
+# Installs the programs with which the tests try the installed files, and make and check file
+# systems.
 install_tools() {
     missing=
     for tool in systemd:systemd-analyze systemd:systemd-socket-activate systemd:systemd-sysusers \
         man-db:man mandoc:mandoc zsh:zsh fish:fish \
-        btrfs-progs:mkfs.btrfs xfsprogs:mkfs.xfs; do
+        btrfs-progs:mkfs.btrfs xfsprogs:mkfs.xfs e2fsprogs:mkfs.ext4; do
         command -v "${tool#*:}" >/dev/null || missing="$missing ${tool%:*}"
     done
     # shellcheck disable=SC2086

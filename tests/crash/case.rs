@@ -40,6 +40,9 @@ pub(crate) struct Case {
     pub(crate) has_records: bool,
     /// The replicas that are left out are there at the next start.
     pub(crate) others_return: bool,
+    /// Too few of those that are started hold everything: sectors may be unreadable, or the start
+    /// may be refused. What can be read is as it must be.
+    pub(crate) may_lack: bool,
 }
 
 const EXPECTED: &str = "expected.txt";
@@ -59,12 +62,13 @@ impl Case {
         fs::write(directory.join("problems.txt"), problems.join("\n"))?;
         let started: Vec<String> = self.started.iter().map(usize::to_string).collect();
         let mut text = format!(
-            "{} {} {} {} {}\n",
+            "{} {} {} {} {} {}\n",
             self.replicas,
             started.join(","),
             self.start == Start::Serve,
             self.has_records,
             self.others_return,
+            self.may_lack,
         );
         match &self.expected {
             Expected::Versions(permitted) => {
@@ -88,7 +92,15 @@ impl Case {
         let text = fs::read_to_string(directory.join(EXPECTED))?;
         let mut lines = text.lines();
         let first: Vec<&str> = lines.next().unwrap_or_default().split(' ').collect();
-        let [replicas, started, serves, has_records, others_return] = first[..] else {
+        let [
+            replicas,
+            started,
+            serves,
+            has_records,
+            others_return,
+            may_lack,
+        ] = first[..]
+        else {
             return Err(io::ErrorKind::InvalidData.into());
         };
         let rest: Vec<&str> = lines.collect();
@@ -110,6 +122,7 @@ impl Case {
             replicas: index(replicas),
             has_records: has_records == "true",
             others_return: others_return == "true",
+            may_lack: may_lack == "true",
         })
     }
 }

@@ -17,6 +17,8 @@ use crate::report::Figures;
 use crate::workload::Guest;
 
 const DISK_BYTES: usize = 4 << 20;
+/// States that are taken from a trace after a crash.
+const AGAIN: usize = 3;
 /// Sectors of a block that a disk with physical blocks of 4 KiB writes as a whole.
 const BLOCK_SECTORS: usize = 8;
 /// So long a guest does nothing for marks to be cleared, with a short `--replica-timeout`.
@@ -37,6 +39,10 @@ pub(crate) struct Class {
     pub(crate) work: Work,
     pub(crate) replicas: usize,
     pub(crate) has_records: bool,
+    /// For a while, writes to one of the images fail.
+    pub(crate) has_fault: bool,
+    /// The images lose what was synced. States that fail are only counted.
+    pub(crate) lies: bool,
 }
 
 impl Class {
@@ -46,7 +52,8 @@ impl Class {
             Work::Blocks => "blocks",
             Work::Files(kind) => kind,
         };
-        format!("{work}-{}-{records}", self.replicas)
+        let fault = if self.has_fault { "-fault" } else { "" };
+        format!("{work}-{}-{records}{fault}", self.replicas)
     }
 
     /// What a power cut leaves. File systems need blocks that are not torn: ext4 has a checksum for
@@ -56,6 +63,9 @@ impl Class {
             Work::Files(_) if name.ends_with(".raw") => BLOCK_SECTORS,
             _ => 1,
         };
+        if self.lies {
+            directory.forget_syncs();
+        }
         directory.crash(moment, atom, random)
     }
 
@@ -105,6 +115,10 @@ struct Trace {
     /// From when on a guest has used it: then the disk has its records.
     used_from: Moment,
     end: Moment,
+    /// The replica whose image has failed writes.
+    failed: Option<usize>,
+    /// A replica was evicted, since the host was too slow: then it is not known what each holds.
+    is_disturbed: bool,
 }
 
 /// Makes a trace with this seed, and judges so many states of it, until `is_over`.
@@ -181,10 +195,11 @@ fn take(
         replicas: class.replicas,
         has_records: class.has_records,
         others_return: false,
+        may_lack: false,
     };
     figures.states += 1;
-    let is_used = moment >= trace.used_from;
-    check(&case, moment, label, figures);
+    let is_used = moment >= trace.used_from && !trace.is_disturbed;
+    check(class, &case, moment, label, figures);
     for bits in 1_usize..(1 << class.replicas) - 1 {
         let started: Vec<usize> = all
             .iter()
@@ -200,14 +215,16 @@ fn take(
         if class.replicas > 3 && random.within(0..4) > 0 {
             continue;
         }
+        let holds_less = |replica: &usize| trace.failed == Some(*replica);
+        let whole = started.iter().filter(|replica| !holds_less(replica));
+        case.may_lack = is_enough && whole.count() < class.threshold();
         case.started = started;
-        case.start = if is_enough {
-            Start::Serve
-        } else {
-            Start::Refuse
+        case.start = match is_enough {
+            true => Start::Serve,
+            false => Start::Refuse,
         };
-        case.others_return = is_enough && random.within(0..4) == 0;
-        check(&case, moment, &format!("{label}-{bits:b}"), figures);
+        case.others_return = is_enough && !case.may_lack && random.within(0..4) == 0;
+        check(class, &case, moment, &format!("{label}-{bits:b}"), figures);
     }
     if class.has_records && random.within(0..4) == 0 {
         again(class, trace, moment, label, random, figures);
@@ -225,21 +242,43 @@ fn again(
 ) {
     let content = class.crash(&trace.directory, moment, random);
     let second = run(class, &content, trace.known.after(moment), true, random);
-    let moment = random.within(0..second.end);
-    let case = Case {
-        content: class.crash(&second.directory, moment, random),
-        expected: second.known.expected(moment),
-        started: (0..class.replicas).collect(),
-        start: Start::Serve,
-        replicas: class.replicas,
-        has_records: class.has_records,
-        others_return: false,
-    };
-    figures.second_crashes += 1;
-    check(&case, moment, &format!("{label}-again"), figures);
+    let all: Vec<usize> = (0..class.replicas).collect();
+    for state in 0..AGAIN {
+        let moment = random.within(0..second.end);
+        let mut case = Case {
+            content: class.crash(&second.directory, moment, random),
+            expected: second.known.expected(moment),
+            started: all.clone(),
+            start: Start::Serve,
+            replicas: class.replicas,
+            has_records: class.has_records,
+            others_return: false,
+            may_lack: false,
+        };
+        figures.second_crashes += 1;
+        check(
+            class,
+            &case,
+            moment,
+            &format!("{label}-again-{state}"),
+            figures,
+        );
+        let is_used = moment >= second.used_from && !second.is_disturbed;
+        if trace.failed.is_none() && is_used && class.threshold() < class.replicas {
+            let left_out = size(random.within(0..class.replicas as u64));
+            case.started.remove(left_out);
+            check(
+                class,
+                &case,
+                moment,
+                &format!("{label}-again-{state}-but-{left_out}"),
+                figures,
+            );
+        }
+    }
 }
 
-fn check(case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
+fn check(class: Class, case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
     let images = scratch();
     let outcome = judge(case, images.path());
     figures.starts += 1;
@@ -249,6 +288,9 @@ fn check(case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
         return;
     }
     figures.failures += 1;
+    if class.lies {
+        return;
+    }
     let kept: PathBuf = target_directory().join("crash").join(label);
     case.save(&kept, &outcome.problems)
         .expect("keeping a state");
@@ -283,16 +325,21 @@ fn run(
     let mut daemon = started.unwrap_or_else(|line| panic!("a trace does not start: {line}"));
     let used_from = clock.tick();
     let is_ended = random.within(0..3) == 0;
+    let any = size(random.within(0..class.replicas as u64));
+    let failed = (class.has_fault && !is_second).then_some(any);
+    let fault = |begins: bool| {
+        if let Some(failed) = failed {
+            directory.fail(&name(failed), begins.then_some(libc::EIO));
+        }
+    };
     let known = match known {
         Known::Blocks(history) => {
             let mut guest = Guest::connect(daemon.socket(), clock, history, random);
             if is_second {
                 guest.look();
             }
-            guest.work(
-                if is_second { 0..6 } else { 8..40 },
-                is_short.then_some(PAUSE),
-            );
+            let batches = if is_second { 0..6 } else { 8..40 };
+            guest.work(batches, is_short.then_some(PAUSE), &fault);
             Known::Blocks(guest.finish())
         }
         Known::Files(kind, history, before) if is_second => {
@@ -307,6 +354,7 @@ fn run(
     if is_ended {
         daemon.terminate();
     }
+    let is_disturbed = daemon.log().contains("evicted");
     // What it does later belongs to no state.
     let end = directory.end();
     drop(daemon);
@@ -315,6 +363,8 @@ fn run(
         known,
         used_from,
         end,
+        failed,
+        is_disturbed,
     }
 }
 

@@ -36,17 +36,27 @@ const STATES_SHORT: usize = 3;
 /// Traces that are made, and judged, at the same time.
 const THREADS: usize = 4;
 
-fn classes() -> Vec<Class> {
-    let class = |work, replicas, has_records| Class {
+const fn class(work: Work, replicas: usize, has_records: bool) -> Class {
+    Class {
         work,
         replicas,
         has_records,
-    };
+        has_fault: false,
+        lies: false,
+    }
+}
+
+fn classes() -> Vec<Class> {
     let blocks = |replicas, has_records| class(Work::Blocks, replicas, has_records);
+    let fault = |replicas| Class {
+        has_fault: true,
+        ..blocks(replicas, true)
+    };
     vec![
         blocks(3, true),
         class(Work::Files("ext4"), 3, true),
         blocks(2, true),
+        fault(3),
         blocks(3, false),
         class(Work::Files("xfs"), 3, true),
         blocks(1, true),
@@ -54,6 +64,7 @@ fn classes() -> Vec<Class> {
         blocks(4, true),
         class(Work::Files("ext4"), 2, true),
         blocks(5, true),
+        fault(4),
     ]
 }
 
@@ -108,6 +119,49 @@ fn nothing_flushed_is_lost() {
     }
     let failures: usize = totals.values().map(|figures| figures.failures).sum();
     assert_eq!(failures, 0, "states that broke a promise");
+}
+
+/// The figures of one state after the other, until they are enough.
+fn figures_until(class: Class, is_enough: fn(&Figures) -> bool) -> Figures {
+    /// Far more than it takes.
+    const ROUNDS: u64 = 40;
+    let mut totals = Figures::default();
+    thread::scope(|scope| {
+        let work = scope.spawn(|| {
+            mounts::separate();
+            for seed in 0..ROUNDS {
+                totals += round(class, seed, 5, &|| false);
+                if is_enough(&totals) {
+                    break;
+                }
+            }
+        });
+        work.join().expect("a round failed");
+    });
+    totals
+}
+
+/// What records are for; and the laboratory sees it.
+#[test]
+fn a_disk_of_two_without_records_has_sectors_that_cannot_be_read() {
+    let figures = figures_until(class(Work::Blocks, 2, false), |figures| {
+        figures.unreadable > 0
+    });
+    assert!(figures.unreadable > 0, "{figures:?}");
+    assert_eq!(figures.failures, 0, "{figures:?}");
+}
+
+/// If images lose what was synced, the laboratory says so.
+#[test]
+fn images_that_lose_what_was_synced_are_found_out() {
+    for work in [Work::Blocks, Work::Files("ext4")] {
+        let lies = Class {
+            lies: true,
+            ..class(work, 3, true)
+        };
+        let figures = figures_until(lies, |figures| figures.failures > 0);
+        assert!(figures.failures > 0, "{figures:?}");
+    }
 }
 
 fn judge_again(state: &Path) {

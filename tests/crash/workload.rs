@@ -54,13 +54,24 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Works for some batches of requests. Where it `pauses`, so long that marks are cleared.
-    pub(crate) fn work(&mut self, batches: Range<u64>, pause: Option<Duration>) {
+    /// Works for some batches of requests. If it is to `pause`, so long that marks are cleared.
+    /// `fault` is called with `true` before some batch, and with `false` before a later one.
+    pub(crate) fn work(
+        &mut self,
+        batches: Range<u64>,
+        pause: Option<Duration>,
+        fault: &dyn Fn(bool),
+    ) {
         let batches = self.random.within(batches);
         let pauses_at = self.random.within(0..batches + 1);
+        let fails_from = self.random.within(0..batches + 1);
+        let fails_to = fails_from + self.random.within(1..12);
         // A database has pages that it writes more often than others.
         let hot = self.random.within(0..self.sectors as u64 / 64 - 8);
         for batch in 0..batches {
+            if batch == fails_from || batch == fails_to {
+                fault(batch == fails_from);
+            }
             if let Some(pause) = pause.filter(|_| batch == pauses_at) {
                 self.flush();
                 thread::sleep(pause);

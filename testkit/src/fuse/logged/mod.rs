@@ -107,6 +107,11 @@ impl LoggedDirectory {
             .collect()
     }
 
+    /// From now on it is as if no sync so far had written anything: disks that lie.
+    pub fn forget_syncs(&self) {
+        self.shared.log().syncs.clear();
+    }
+
     /// What the directory holds when the power fails at `moment`: everything that was synced, and
     /// of the rest of each file another part. `atom` gets the name of a file, and returns how many
     /// of its sectors, counted from its beginning, are old or new together.
