@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use testkit::daemon::Daemon;
-use testkit::fuse::logged::{Content, FileContent, LoggedDirectory, Moment};
+use testkit::fuse::logged::{Content, Failing, FileContent, LoggedDirectory, Moment};
 use testkit::images::Random;
 use testkit::programs::target_directory;
 
@@ -39,7 +39,7 @@ pub(crate) struct Class {
     pub(crate) work: Work,
     pub(crate) replicas: usize,
     pub(crate) has_records: bool,
-    /// For a while, writes to one of the images fail.
+    /// For a while, writes or syncs of one of the images fail, or both.
     pub(crate) has_fault: bool,
     /// The images lose what was synced. States that fail are only counted.
     pub(crate) lies: bool,
@@ -327,9 +327,14 @@ fn run(
     let is_ended = random.within(0..3) == 0;
     let any = size(random.within(0..class.replicas as u64));
     let failed = (class.has_fault && !is_second).then_some(any);
+    let how = match random.within(0..3) {
+        0 => Failing::Syncs,
+        1 => Failing::Changes,
+        _ => Failing::ChangesAndSyncs,
+    };
     let fault = |begins: bool| {
         if let Some(failed) = failed {
-            directory.fail(&name(failed), begins.then_some(libc::EIO));
+            directory.fail(&name(failed), begins.then_some(how));
         }
     };
     let known = match known {

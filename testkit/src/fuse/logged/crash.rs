@@ -158,9 +158,19 @@ impl Log {
         let ended = |end: Option<Moment>| end.filter(|end| *end <= moment);
         let done = self.syncs.iter().filter(|sync| sync.file == number);
         let done = done.filter(|sync| ended(sync.end).is_some());
-        let synced = done.clone().map(|sync| sync.begin).max().unwrap_or(0);
-        let with_time = done.filter(|sync| sync.with_time);
+        let with_time = done.clone().filter(|sync| sync.with_time);
         let time_synced = with_time.map(|sync| sync.begin).max().unwrap_or(0);
+        // The first sync after a change decides: true if it has succeeded.
+        let failed = self.failed_syncs.iter();
+        let failed = failed.filter(|(file, at)| *file == number && *at <= moment);
+        let failed = failed.map(|(_, at)| (*at, false));
+        let mut syncs: Vec<(Moment, bool)> = done.map(|sync| (sync.begin, true)).collect();
+        syncs.extend(failed);
+        syncs.sort_unstable();
+        let is_synced = |end: Moment| {
+            let next = syncs.partition_point(|(begin, _)| *begin <= end);
+            syncs.get(next).is_some_and(|(_, succeeded)| *succeeded)
+        };
 
         let begun = self.operations.iter();
         let begun = begun.filter(|operation| operation.file == number && operation.begin <= moment);
@@ -170,7 +180,7 @@ impl Log {
             (end, operation.begin)
         });
         let is_durable = |operation: &Operation| {
-            ended(operation.end).is_some_and(|end| operation.is_durable || end < synced)
+            ended(operation.end).is_some_and(|end| operation.is_durable || is_synced(end))
         };
         let volatile = begun.iter().filter(|operation| !is_durable(operation));
         let prefix = random.within(0..volatile.count() as u64 + 1);

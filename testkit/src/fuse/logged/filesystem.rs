@@ -22,12 +22,23 @@ const VALID: Duration = Duration::ZERO;
 /// No operation takes longer than this. Each takes another time, so that they overtake each other.
 const DELAY_MAX: Duration = Duration::from_micros(250);
 
+/// What fails of a file, with EIO.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failing {
+    /// Writes, zeroing and syncs.
+    ChangesAndSyncs,
+    /// Writes and zeroing.
+    Changes,
+    /// Syncs.
+    Syncs,
+}
+
 /// What the threads of the file system share.
 #[derive(Debug, Default)]
 pub(super) struct Shared {
     log: Mutex<Log>,
-    /// Writes and syncs of this file fail with this errno.
-    failing: Mutex<Option<(FileNumber, i32)>>,
+    /// The file that fails, and how.
+    failing: Mutex<Option<(FileNumber, Failing)>>,
     delays: AtomicU64,
 }
 
@@ -43,14 +54,19 @@ impl Shared {
         self.log.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(super) fn fail(&self, failing: Option<(FileNumber, i32)>) {
+    pub(super) fn fail(&self, failing: Option<(FileNumber, Failing)>) {
         *self.failing.lock().unwrap_or_else(PoisonError::into_inner) = failing;
     }
 
-    fn errno_of(&self, file: FileNumber) -> Option<Errno> {
+    fn failing(&self, file: FileNumber) -> Option<Failing> {
         let failing = self.failing.lock().unwrap_or_else(PoisonError::into_inner);
         let failing = failing.filter(|(failing, _)| *failing == file);
-        failing.map(|(_, errno)| Errno::from_i32(errno))
+        failing.map(|(_, how)| how)
+    }
+
+    /// Whether a change of this file fails now.
+    fn fails(&self, file: FileNumber) -> bool {
+        self.failing(file).is_some_and(|how| how != Failing::Syncs)
     }
 
     fn wait(&self) {
@@ -94,8 +110,10 @@ impl Logged {
 
     /// Syncs a file.
     fn sync(&self, file: FileNumber, with_time: bool) -> Result<(), Errno> {
-        if let Some(errno) = self.0.errno_of(file) {
-            return Err(errno);
+        let failing = self.0.failing(file);
+        if failing.is_some_and(|how| how != Failing::Changes) {
+            self.0.log().fail_sync(file);
+            return Err(Errno::EIO);
         }
         let place = self.0.log().begin_sync(file, with_time);
         self.0.wait();
@@ -302,8 +320,8 @@ impl Filesystem for Logged {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        if let Some(errno) = self.0.errno_of(inode.0) {
-            return reply.error(errno);
+        if self.0.fails(inode.0) {
+            return reply.error(Errno::EIO);
         }
         // Both also come from RWF_DSYNC and RWF_SYNC of the one write.
         let is_durable = flags.0 & (libc::O_DSYNC | libc::O_SYNC) != 0;
@@ -323,8 +341,8 @@ impl Filesystem for Logged {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        if let Some(errno) = self.0.errno_of(inode.0) {
-            return reply.error(errno);
+        if self.0.fails(inode.0) {
+            return reply.error(Errno::EIO);
         }
         let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0;
         let range = offset..offset + length;

@@ -66,6 +66,8 @@ pub(super) struct Log {
     pub(super) first_names: BTreeMap<OsString, FileNumber>,
     pub(super) operations: Vec<Operation>,
     pub(super) syncs: Vec<Sync>,
+    /// Syncs that have failed: the file, and when.
+    pub(super) failed_syncs: Vec<(FileNumber, Moment)>,
     pub(super) name_changes: Vec<(Moment, NameChange)>,
     /// Syncs of the directory: when each has begun and ended.
     pub(super) name_syncs: Vec<(Moment, Moment)>,
@@ -137,6 +139,13 @@ impl Log {
 
     pub(super) fn end_sync(&mut self, place: usize) {
         self.syncs[place].end = Some(self.tick());
+    }
+
+    /// A sync fails. The kernel may have dropped what was not durable: it can be read, but no later
+    /// sync makes it durable.
+    pub(super) fn fail_sync(&mut self, file: FileNumber) {
+        let now = self.tick();
+        self.failed_syncs.push((file, now));
     }
 
     /// Makes an empty file. `None`: the name is taken.

@@ -20,6 +20,7 @@ use fuser::{BackgroundSession, Config, MountOption};
 use tempfile::TempDir;
 
 pub use crash::{Content, FileContent};
+pub use filesystem::Failing;
 use filesystem::{Logged, Shared};
 use log::Log;
 pub use log::Moment;
@@ -82,14 +83,14 @@ impl LoggedDirectory {
         self.shared.log().end_moment()
     }
 
-    /// From now on writes and syncs of the file with this name fail with this errno; without one,
-    /// they succeed again.
+    /// From now on operations on the file with this name fail; or succeed again. What was not
+    /// durable when a sync failed is never made durable by a later one.
     ///
     /// # Panics
     /// If there is no such file.
-    pub fn fail(&self, name: &str, errno: Option<i32>) {
+    pub fn fail(&self, name: &str, how: Option<Failing>) {
         let number = self.shared.log().names[OsStr::new(name)];
-        self.shared.fail(errno.map(|errno| (number, errno)));
+        self.shared.fail(how.map(|how| (number, how)));
     }
 
     /// The moments just before and after each sync and each durable write has begun and ended, and
