@@ -45,7 +45,8 @@ sim: ## Run random seeds in the simulator: SEEDS=n or SECONDS=n, FIRST=s; SEED=s
 crash: clients ## Cut the power at random moments: SECONDS=60, CLASS=name; SEED=s, STATE=dir
 	QUORUM_BLK_CRASH_SECONDS=$(or $(SECONDS),60) QUORUM_BLK_CRASH_CLASS=$(CLASS) \
 		QUORUM_BLK_CRASH_SEED=$(SEED) QUORUM_BLK_CRASH_STATE=$(STATE) \
-		$(CARGO) test --locked --profile sim --features sim --test crash -- --nocapture
+		$(CARGO) test --locked --profile sim --features sim --test crash \
+		nothing_flushed_is_lost -- --nocapture
 
 mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 for each
 	ONLY='$(ONLY)' SECONDS_EACH='$(SECONDS)' tests/mutants/run.sh

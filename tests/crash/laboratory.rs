@@ -245,8 +245,28 @@ fn again(
     figures: &mut Figures,
 ) {
     let content = class.crash(&trace.directory, moment, random);
-    let second = run(class, &content, trace.known.after(moment), true, random);
     let all: Vec<usize> = (0..class.replicas).collect();
+    // What it is served from must start, as any other state.
+    let case = Case {
+        content,
+        expected: trace.known.expected(moment),
+        started: all.clone(),
+        start: Start::Serve,
+        replicas: class.replicas,
+        has_records: class.has_records,
+        others_return: false,
+        may_lack: false,
+    };
+    if !check(class, &case, moment, &format!("{label}-first"), figures) {
+        return;
+    }
+    let second = run(
+        class,
+        &case.content,
+        trace.known.after(moment),
+        true,
+        random,
+    );
     for state in 0..AGAIN {
         let moment = random.within(0..second.end);
         let mut case = Case {
@@ -282,18 +302,19 @@ fn again(
     }
 }
 
-fn check(class: Class, case: &Case, moment: Moment, label: &str, figures: &mut Figures) {
+/// Has a case judged. Returns whether all is as it must be.
+fn check(class: Class, case: &Case, moment: Moment, label: &str, figures: &mut Figures) -> bool {
     let images = scratch();
     let outcome = judge(case, images.path());
     figures.starts += 1;
     figures.refusals += usize::from(case.start == Start::Refuse);
     figures.unreadable += usize::from(outcome.unreadable > 0);
     if outcome.problems.is_empty() {
-        return;
+        return true;
     }
     figures.failures += 1;
     if class.lies {
-        return;
+        return false;
     }
     let kept: PathBuf = target_directory().join("crash").join(label);
     case.save(&kept, &outcome.problems)
@@ -303,6 +324,7 @@ fn check(class: Class, case: &Case, moment: Moment, label: &str, figures: &mut F
     for problem in &outcome.problems {
         println!("  {problem}");
     }
+    false
 }
 
 /// Serves the disk from a logged directory while a guest works.

@@ -65,6 +65,9 @@ fn classes() -> Vec<Class> {
         class(Work::Files("ext4"), 2, true),
         blocks(5, true),
         fault(4),
+        blocks(4, false),
+        blocks(5, false),
+        blocks(1, false),
     ]
 }
 
