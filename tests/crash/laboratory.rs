@@ -39,7 +39,8 @@ pub(crate) struct Class {
     pub(crate) work: Work,
     pub(crate) replicas: usize,
     pub(crate) has_records: bool,
-    /// For a while, writes or syncs of one of the images fail, or both.
+    /// For a while, writes or syncs of one of the images fail, or both, or it is so slow that its
+    /// replica is evicted.
     pub(crate) has_fault: bool,
     /// The images lose what was synced. States that fail are only counted.
     pub(crate) lies: bool,
@@ -340,9 +341,18 @@ fn run(
     let sockets = scratch();
     let all: Vec<usize> = (0..class.replicas).collect();
     let mut arguments = arguments(directory.path(), &all, class.has_records);
-    // Marks are cleared after eight times this.
+    let any = size(random.within(0..class.replicas as u64));
+    let failed = (class.has_fault && !is_second).then_some(any);
+    let how = match random.within(0..4) {
+        0 => Failing::Syncs,
+        1 => Failing::Changes,
+        2 => Failing::Slow,
+        _ => Failing::ChangesAndSyncs,
+    };
+    // Marks are cleared after eight times this, and what is slow is evicted after it.
     let is_short = !is_second && random.within(0..3) == 0;
-    let timeout = if is_short { 250 } else { 60000 };
+    let is_slow = failed.is_some() && how == Failing::Slow;
+    let timeout = if is_short || is_slow { 250 } else { 60000 };
     arguments.extend(["--replica-timeout".into(), timeout.to_string()]);
     if class.work != Work::Blocks {
         arguments.push("--shared".into());
@@ -351,13 +361,6 @@ fn run(
     let mut daemon = started.unwrap_or_else(|line| panic!("a trace does not start: {line}"));
     let used_from = clock.tick();
     let is_ended = random.within(0..3) == 0;
-    let any = size(random.within(0..class.replicas as u64));
-    let failed = (class.has_fault && !is_second).then_some(any);
-    let how = match random.within(0..3) {
-        0 => Failing::Syncs,
-        1 => Failing::Changes,
-        _ => Failing::ChangesAndSyncs,
-    };
     let fault = |begins: bool| {
         if let Some(failed) = failed {
             directory.fail(&name(failed), begins.then_some(how));
@@ -385,7 +388,11 @@ fn run(
     if is_ended {
         daemon.terminate();
     }
-    let is_disturbed = daemon.log().contains("evicted");
+    let is_expected = |line: &str| failed.is_some_and(|failed| line.contains(&name(failed)));
+    let is_disturbed = daemon
+        .log()
+        .lines()
+        .any(|line| line.contains("replica evicted") && !is_expected(line));
     // What it does later belongs to no state.
     let end = directory.end();
     drop(daemon);

@@ -22,7 +22,7 @@ const VALID: Duration = Duration::ZERO;
 /// No operation takes longer than this. Each takes another time, so that they overtake each other.
 const DELAY_MAX: Duration = Duration::from_micros(250);
 
-/// What fails of a file, with EIO.
+/// What is wrong with a file. What fails has the errno EIO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failing {
     /// Writes, zeroing and syncs.
@@ -31,7 +31,12 @@ pub enum Failing {
     Changes,
     /// Syncs.
     Syncs,
+    /// Nothing fails, but each change and each sync takes [`SLOW`].
+    Slow,
 }
+
+/// How long an operation takes on a file that is slow.
+pub const SLOW: Duration = Duration::from_millis(800);
 
 /// What the threads of the file system share.
 #[derive(Debug, Default)]
@@ -66,10 +71,14 @@ impl Shared {
 
     /// Whether a change of this file fails now.
     fn fails(&self, file: FileNumber) -> bool {
-        self.failing(file).is_some_and(|how| how != Failing::Syncs)
+        let how = self.failing(file);
+        matches!(how, Some(Failing::Changes | Failing::ChangesAndSyncs))
     }
 
-    fn wait(&self) {
+    fn wait(&self, file: FileNumber) {
+        if self.failing(file) == Some(Failing::Slow) {
+            return thread::sleep(SLOW);
+        }
         let count = self.delays.fetch_add(1, Ordering::Relaxed);
         let mixed = count.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 60;
         // Half of the operations are done at once.
@@ -82,7 +91,7 @@ impl Shared {
     fn change(&self, file: FileNumber, change: Change, is_durable: bool) {
         let now = nanoseconds(SystemTime::now());
         let place = self.log().begin(file, change, is_durable, now);
-        self.wait();
+        self.wait(file);
         self.log().end(place);
     }
 }
@@ -110,13 +119,13 @@ impl Logged {
 
     /// Syncs a file.
     fn sync(&self, file: FileNumber, with_time: bool) -> Result<(), Errno> {
-        let failing = self.0.failing(file);
-        if failing.is_some_and(|how| how != Failing::Changes) {
+        let how = self.0.failing(file);
+        if matches!(how, Some(Failing::Syncs | Failing::ChangesAndSyncs)) {
             self.0.log().fail_sync(file);
             return Err(Errno::EIO);
         }
         let place = self.0.log().begin_sync(file, with_time);
-        self.0.wait();
+        self.0.wait(file);
         self.0.log().end_sync(place);
         Ok(())
     }
@@ -394,7 +403,7 @@ impl Filesystem for Logged {
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
         let begin = self.0.log().tick();
-        self.0.wait();
+        self.0.wait(DIRECTORY);
         let mut log = self.0.log();
         let end = log.tick();
         log.name_syncs.push((begin, end));

@@ -20,15 +20,15 @@ use fuser::{BackgroundSession, Config, MountOption};
 use tempfile::TempDir;
 
 pub use crash::{Content, FileContent};
-pub use filesystem::Failing;
+pub use filesystem::{Failing, SLOW};
 use filesystem::{Logged, Shared};
 use log::Log;
 pub use log::Moment;
 
 use crate::images::Random;
 
-/// Operations that are done at the same time.
-const THREADS: usize = 8;
+/// Operations that are done at the same time: so many that a slow file makes no other one slow.
+const THREADS: usize = 24;
 
 /// A logged directory. Drop it after the processes that use it.
 pub struct LoggedDirectory {
@@ -83,8 +83,8 @@ impl LoggedDirectory {
         self.shared.log().end_moment()
     }
 
-    /// From now on operations on the file with this name fail; or succeed again. What was not
-    /// durable when a sync failed is never made durable by a later one.
+    /// From now on operations on the file with this name fail or are slow; or not any more. What
+    /// was not durable when a sync failed is never made durable by a later one.
     ///
     /// # Panics
     /// If there is no such file.
