@@ -31,7 +31,7 @@ use self::report::Figures;
 /// How long `make test` looks for failures.
 const SHORT: Duration = Duration::from_secs(25);
 /// States that are taken from a trace, and fewer then, so that each class has its turn.
-const STATES: usize = 40;
+const STATES: usize = 12;
 const STATES_SHORT: usize = 3;
 /// Traces that are made, and judged, at the same time.
 const THREADS: usize = 4;
