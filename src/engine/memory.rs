@@ -265,8 +265,9 @@ impl Marks {
         let layout = self.durable.layout();
         let (extent, capacity) = (layout.extent_sectors(), layout.capacity());
         let next = range.end().div_ceil(extent) * extent;
-        let early = SectorRange::new(next.saturating_add(self.early * extent), 1);
-        if early.start >= capacity
+        let early = next.saturating_add(self.early * extent);
+        let early = SectorRange::new(early.min(capacity - 1), 1);
+        if next >= capacity
             || self.durable.overlaps(early)
             || self.wanted.overlaps(early)
             || !self.is_in_a_row(next)
@@ -603,6 +604,15 @@ mod tests {
         assert!(distances.windows(2).all(doubles), "{distances:?}");
         marks.sweep(None, true);
         assert_eq!(marks.early, MARKS_EARLY_MAX / 2);
+    }
+
+    #[test]
+    fn what_follows_a_row_is_marked_up_to_the_end_of_the_disk() {
+        let mut marks = Marks::new(Extents::full(Layout::new(20 * EXTENT)));
+        let end = SectorRange::new(10 * EXTENT, 10 * EXTENT);
+        marks.durable.remove(end);
+        (0..MARKS_ROW).for_each(|index| assert!(marks.begin(extent(index))));
+        assert!(marks.take_ahead() && marks.wanted.contains(end));
     }
 
     #[test]
