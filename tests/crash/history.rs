@@ -91,9 +91,10 @@ impl History {
         self.flushes.push((begin, end));
     }
 
-    /// The guest has read this before it wrote anything.
-    pub(crate) fn saw(&mut self, sector: usize, version: Version, now: Moment) {
+    /// The guest has read this before it wrote anything. Whether that is permitted.
+    pub(crate) fn saw(&mut self, sector: usize, version: Version, now: Moment) -> bool {
         self.seen[sector] = Some((version, now));
+        self.before[sector].contains(&version)
     }
 
     /// What each sector may hold if the power fails at `moment`.

@@ -120,10 +120,32 @@ struct Trace {
     failed: Option<usize>,
     /// A replica was evicted, since the host was too slow: then it is not known what each holds.
     is_disturbed: bool,
+    /// What no disk may do.
+    problems: Vec<String>,
+}
+
+impl Trace {
+    /// Says what was wrong while it was made.
+    fn report(&self, class: Class, label: &str, figures: &mut Figures) {
+        if self.problems.is_empty() {
+            return;
+        }
+        figures.failures += 1;
+        if !class.lies {
+            println!("{label} fails while the disk is used");
+            let problems = self.problems.iter();
+            problems.for_each(|problem| println!("  {problem}"));
+        }
+    }
 }
 
 /// Makes a trace with this seed, and judges so many states of it, until `is_over`.
-pub(crate) fn round(class: Class, seed: u64, states: usize, is_over: &dyn Fn() -> bool) -> Figures {
+pub(crate) fn judge_trace(
+    class: Class,
+    seed: u64,
+    states: usize,
+    is_over: &dyn Fn() -> bool,
+) -> Figures {
     let mut random = Random::from_seed(seed);
     let mut figures = Figures::default();
     // A disk without records is refused if some of its images are empty and others are not.
@@ -134,9 +156,10 @@ pub(crate) fn round(class: Class, seed: u64, states: usize, is_over: &dyn Fn() -
         // What an evicted replica has missed is forgotten, which is no surprise.
         return figures;
     }
+    trace.report(class, &format!("{}-{seed}", class.name()), &mut figures);
     let edges = trace.directory.edges();
     for state in 0..states {
-        if is_over() {
+        if state > 0 && is_over() {
             break;
         }
         // A state must not depend on how many others are judged.
@@ -147,7 +170,7 @@ pub(crate) fn round(class: Class, seed: u64, states: usize, is_over: &dyn Fn() -
         };
         let moment = moment.min(trace.end - 1);
         let label = format!("{}-{seed}-{state}", class.name());
-        take(class, &trace, moment, &label, &mut random, &mut figures);
+        judge_state(class, &trace, moment, &label, &mut random, &mut figures);
     }
     figures
 }
@@ -183,7 +206,7 @@ fn new_blocks(is_empty: bool) -> (Vec<u8>, Known) {
 }
 
 /// Takes a crash state at `moment`, and has it judged with all replicas and with some.
-fn take(
+fn judge_state(
     class: Class,
     trace: &Trace,
     moment: Moment,
@@ -232,12 +255,12 @@ fn take(
         check(class, &case, moment, &format!("{label}-{bits:b}"), figures);
     }
     if class.has_records && random.within(0..4) == 0 {
-        again(class, trace, moment, label, random, figures);
+        crash_again(class, trace, moment, label, random, figures);
     }
 }
 
 /// Crashes a second time, while the daemon recovers and the guest works again.
-fn again(
+fn crash_again(
     class: Class,
     trace: &Trace,
     moment: Moment,
@@ -268,8 +291,16 @@ fn again(
         true,
         random,
     );
+    if !trace.is_disturbed {
+        second.report(class, &format!("{label}-again"), figures);
+    }
+    let edges = second.directory.edges();
     for state in 0..AGAIN {
-        let moment = random.within(0..second.end);
+        let moment = match random.within(0..2) {
+            0 => edges[size(random.within(0..edges.len() as u64))],
+            _ => random.within(0..second.end),
+        };
+        let moment = moment.min(second.end - 1);
         let mut case = Case {
             content: class.crash(&second.directory, moment, random),
             expected: second.known.expected(moment),
@@ -288,7 +319,8 @@ fn again(
             &format!("{label}-again-{state}"),
             figures,
         );
-        let is_used = moment >= second.used_from && !second.is_disturbed;
+        let is_disturbed = trace.is_disturbed || second.is_disturbed;
+        let is_used = moment >= second.used_from && !is_disturbed;
         if trace.failed.is_none() && is_used && class.threshold() < class.replicas {
             let left_out = size(random.within(0..class.replicas as u64));
             case.started.remove(left_out);
@@ -366,6 +398,7 @@ fn run(
             directory.fail(&name(failed), begins.then_some(how));
         }
     };
+    let mut problems = Vec::new();
     let known = match known {
         Known::Blocks(history) => {
             let mut guest = Guest::connect(daemon.socket(), clock, history, random);
@@ -374,7 +407,9 @@ fn run(
             }
             let batches = if is_second { 0..6 } else { 8..40 };
             guest.work(batches, is_short.then_some(PAUSE), &fault);
-            Known::Blocks(guest.finish())
+            let (history, found) = guest.finish();
+            problems = found;
+            Known::Blocks(history)
         }
         Known::Files(kind, history, before) if is_second => {
             filesystem::replay(daemon.socket(), kind);
@@ -386,7 +421,10 @@ fn run(
         }
     };
     if is_ended {
-        daemon.terminate();
+        let status = daemon.terminate();
+        if !status.success() {
+            problems.push(format!("the daemon ends with {status}"));
+        }
     }
     let is_expected = |line: &str| failed.is_some_and(|failed| line.contains(&name(failed)));
     let is_disturbed = daemon
@@ -403,6 +441,7 @@ fn run(
         end,
         failed,
         is_disturbed,
+        problems,
     }
 }
 

@@ -25,14 +25,14 @@ use testkit::images::Random;
 use testkit::mounts;
 
 use self::case::Case;
-use self::laboratory::{Class, Work, round};
+use self::laboratory::{Class, Work, judge_trace};
 use self::report::Figures;
 
-/// How long `make test` looks for failures.
-const SHORT: Duration = Duration::from_secs(25);
-/// States that are taken from a trace, and fewer then, so that each class has its turn.
+/// States that are taken from a trace, and in `make test`, where each class has one trace.
 const STATES: usize = 12;
 const STATES_SHORT: usize = 3;
+/// The seed of `make test`: what fails there is what was changed.
+const SEED: u64 = 1;
 /// Traces that are made, and judged, at the same time.
 const THREADS: usize = 4;
 
@@ -82,7 +82,6 @@ fn nothing_flushed_is_lost() {
         return judge_again(Path::new(&state));
     }
     let seconds = setting("SECONDS").map(|text| text.parse().expect("SECONDS is a number"));
-    let limit = seconds.map_or(SHORT, Duration::from_secs);
     let seed: Option<u64> = setting("SEED").map(|text| text.parse().expect("SEED is a number"));
     let wanted = setting("CLASS");
     let classes: Vec<Class> = classes()
@@ -90,26 +89,38 @@ fn nothing_flushed_is_lost() {
         .filter(|class| wanted.as_ref().is_none_or(|wanted| *wanted == class.name()))
         .collect();
     assert!(!classes.is_empty(), "no such class: {wanted:?}");
-    let states = match (seconds, seed) {
-        (None, None) => STATES_SHORT,
-        _ => STATES,
+    let is_short = seconds.is_none() && seed.is_none();
+    let states = if is_short { STATES_SHORT } else { STATES };
+    let end = seconds.map(|seconds| Instant::now() + Duration::from_secs(seconds));
+    // How many traces are made, if not as many as there is time for.
+    let traces = match seed {
+        Some(_) => Some(1),
+        None => is_short.then_some(classes.len()),
     };
-    let end = Instant::now() + limit;
     let totals = Mutex::new(BTreeMap::<String, Figures>::new());
-    let first = seed.unwrap_or_else(|| Random::from_environment().number() >> 40);
-    let threads = if seed.is_some() { 1 } else { THREADS };
+    let first = match (seed, is_short) {
+        (Some(seed), _) => seed,
+        (None, true) => SEED,
+        (None, false) => Random::from_environment().number() >> 40,
+    };
+    // Which class has a turn first: there need not be time for all.
+    let turn = if traces.is_some() {
+        0
+    } else {
+        usize::try_from(first).expect("24 bits")
+    };
     thread::scope(|scope| {
-        for thread in 0..threads {
+        for thread in 0..THREADS {
             let (classes, totals) = (&classes, &totals);
             scope.spawn(move || {
                 mounts::separate();
-                let is_over = || seed.is_none() && Instant::now() >= end;
-                for number in (thread..).step_by(threads) {
-                    let class = classes[number % classes.len()];
-                    let figures = round(class, first + number as u64, states, &is_over);
+                let is_over = || end.is_some_and(|end| traces.is_none() && Instant::now() >= end);
+                for number in (thread..traces.unwrap_or(usize::MAX)).step_by(THREADS) {
+                    let class = classes[turn.wrapping_add(number) % classes.len()];
+                    let figures = judge_trace(class, first + number as u64, states, &is_over);
                     let mut totals = totals.lock().expect("another thread failed");
                     *totals.entry(class.name()).or_default() += figures;
-                    if is_over() || seed.is_some() {
+                    if is_over() {
                         break;
                     }
                 }
@@ -121,6 +132,8 @@ fn nothing_flushed_is_lost() {
         println!("{}", figures.line(class));
     }
     let failures: usize = totals.values().map(|figures| figures.failures).sum();
+    let states: usize = totals.values().map(|figures| figures.states).sum();
+    assert!(states > 0, "nothing was judged");
     assert_eq!(failures, 0, "states that broke a promise");
 }
 
@@ -133,13 +146,13 @@ fn figures_until(class: Class, is_enough: fn(&Figures) -> bool) -> Figures {
         let work = scope.spawn(|| {
             mounts::separate();
             for seed in 0..ROUNDS {
-                totals += round(class, seed, 5, &|| false);
+                totals += judge_trace(class, seed, 5, &|| false);
                 if is_enough(&totals) {
                     break;
                 }
             }
         });
-        work.join().expect("a round failed");
+        work.join().expect("a trace failed");
     });
     totals
 }

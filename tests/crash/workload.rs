@@ -9,7 +9,7 @@ use testkit::client::{Client, Failed, Request};
 use testkit::fuse::logged::{Clock, Moment};
 use testkit::images::Random;
 
-use crate::history::{History, SECTOR};
+use crate::history::{History, SECTOR, version_of};
 
 const BLOCK_SECTORS: usize = 8;
 /// Bytes of memory for each request of a batch.
@@ -26,9 +26,12 @@ pub(crate) struct Guest<'a> {
     sectors: usize,
     /// Where its log continues.
     log_end: usize,
+    /// What no disk may do.
+    problems: Vec<String>,
 }
 
 /// A request in flight.
+#[derive(Debug)]
 enum Sent {
     Change(Range<usize>, Moment),
     Flush(Moment),
@@ -51,6 +54,7 @@ impl<'a> Guest<'a> {
             sectors,
             log_end: size(random.within(0..sectors as u64 / 8)) * BLOCK_SECTORS,
             random,
+            problems: Vec::new(),
         }
     }
 
@@ -86,7 +90,8 @@ impl<'a> Guest<'a> {
         }
     }
 
-    /// Reads the whole disk before anything is written, in an order of its own.
+    /// Reads the whole disk before anything is written, in an order of its own. What it sees must
+    /// be permitted, and stays.
     pub(crate) fn look(&mut self) {
         const PART: usize = 128;
         let parts = self.sectors / PART;
@@ -94,20 +99,24 @@ impl<'a> Guest<'a> {
         for part in (0..parts).map(|part| (part * 7 + first) % parts) {
             let offset = (part * PART * SECTOR) as u64;
             let Ok(bytes) = self.client.read(0, offset, PART * SECTOR) else {
+                let text = format!("{PART} sectors at {offset} cannot be read");
+                self.problems.push(text);
                 continue;
             };
             let now = self.clock.tick();
             for (bytes, sector) in bytes.chunks_exact(SECTOR).zip(part * PART..) {
-                if let Some(version) = crate::history::version_of(bytes, sector) {
-                    self.history.saw(sector, version, now);
+                let version = version_of(bytes, sector);
+                if !version.is_some_and(|version| self.history.saw(sector, version, now)) {
+                    let text = format!("sector {sector} is read as {version:?}");
+                    self.problems.push(text);
                 }
             }
         }
     }
 
-    /// What it has done and seen.
-    pub(crate) fn finish(self) -> History {
-        self.history
+    /// What it has done and seen, and what is wrong with that.
+    pub(crate) fn finish(self) -> (History, Vec<String>) {
+        (self.history, self.problems)
     }
 
     fn append(&mut self) {
@@ -204,7 +213,10 @@ impl<'a> Guest<'a> {
                 self.history.end_write(range.clone(), *begin, now);
             }
             (Sent::Flush(begin), Ok(())) => self.history.flushed(*begin, now),
-            (_, Err(_)) => {}
+            (sent, Err(failed)) => {
+                let text = format!("{sent:?} fails: {failed:?}");
+                self.problems.push(text);
+            }
         }
     }
 }
