@@ -180,7 +180,8 @@ impl Log {
             (end, operation.begin)
         });
         let is_durable = |operation: &Operation| {
-            ended(operation.end).is_some_and(|end| operation.is_durable || is_synced(end))
+            let end = ended(operation.end).filter(|_| !operation.failed);
+            end.is_some_and(|end| operation.is_durable || is_synced(end))
         };
         let volatile = begun.iter().filter(|operation| !is_durable(operation));
         let prefix = random.within(0..volatile.count() as u64 + 1);

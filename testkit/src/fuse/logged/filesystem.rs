@@ -88,11 +88,17 @@ impl Shared {
     }
 
     /// Carries out a change: it begins, takes some time, and ends.
-    fn change(&self, file: FileNumber, change: Change, is_durable: bool) {
+    /// Does it, unless it fails now. What fails may leave a part of itself.
+    fn change(&self, file: FileNumber, change: Change, is_durable: bool) -> Result<(), Errno> {
         let now = nanoseconds(SystemTime::now());
         let place = self.log().begin(file, change, is_durable, now);
         self.wait(file);
+        if self.fails(file) {
+            self.log().fail(place);
+            return Err(Errno::EIO);
+        }
         self.log().end(place);
+        Ok(())
     }
 }
 
@@ -202,10 +208,11 @@ impl Filesystem for Logged {
         _: Option<BsdFileFlags>,
         reply: ReplyAttr,
     ) {
-        if let Some(bytes) = bytes {
-            self.0.change(inode.0, Change::Resize { bytes }, false);
+        let change = bytes.map(|bytes| Change::Resize { bytes });
+        match change.map(|change| self.0.change(inode.0, change, false)) {
+            Some(Err(errno)) => reply.error(errno),
+            _ => self.answer(inode, reply),
         }
-        self.answer(inode, reply);
     }
 
     fn create(
@@ -329,15 +336,14 @@ impl Filesystem for Logged {
         _: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
-        if self.0.fails(inode.0) {
-            return reply.error(Errno::EIO);
-        }
         // Both also come from RWF_DSYNC and RWF_SYNC of the one write.
         let is_durable = flags.0 & (libc::O_DSYNC | libc::O_SYNC) != 0;
         let bytes = data.into();
         let change = Change::Write { offset, bytes };
-        self.0.change(inode.0, change, is_durable);
-        reply.written(u32::try_from(data.len()).expect("at most 16 MiB"));
+        match self.0.change(inode.0, change, is_durable) {
+            Ok(()) => reply.written(u32::try_from(data.len()).expect("at most 16 MiB")),
+            Err(errno) => reply.error(errno),
+        }
     }
 
     fn fallocate(
@@ -350,24 +356,24 @@ impl Filesystem for Logged {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        if self.0.fails(inode.0) {
-            return reply.error(Errno::EIO);
-        }
         let grows = mode & libc::FALLOC_FL_KEEP_SIZE == 0;
         let range = offset..offset + length;
         if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
-            self.0.change(inode.0, Change::Zero { range, grows }, false);
-            return reply.ok();
+            let change = Change::Zero { range, grows };
+            return empty(reply, self.0.change(inode.0, change, false));
         }
         if mode & !libc::FALLOC_FL_KEEP_SIZE != 0 {
             return reply.error(Errno::EOPNOTSUPP);
         }
         let bytes = self.attributes(inode).map_or(0, |file| file.size);
-        if grows && range.end > bytes {
-            let bytes = range.end;
-            self.0.change(inode.0, Change::Resize { bytes }, false);
-        }
-        reply.ok();
+        let changed = match grows && range.end > bytes {
+            true => {
+                let bytes = range.end;
+                self.0.change(inode.0, Change::Resize { bytes }, false)
+            }
+            false => Ok(()),
+        };
+        empty(reply, changed);
     }
 
     /// All is data.

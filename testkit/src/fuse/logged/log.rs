@@ -31,6 +31,8 @@ pub(super) struct Operation {
     pub(super) change: Change,
     pub(super) begin: Moment,
     pub(super) end: Option<Moment>,
+    /// It has failed: it cannot be read, and any part of it may be left by a power cut.
+    pub(super) failed: bool,
     /// It is durable when it ends (O_DSYNC).
     pub(super) is_durable: bool,
     /// What it sets the time of the last change to, in nanoseconds since 1970.
@@ -108,6 +110,7 @@ impl Log {
             change,
             begin,
             end: None,
+            failed: false,
             is_durable,
             modified_ns,
         });
@@ -124,6 +127,13 @@ impl Log {
             apply(bytes, &operation.change, |_| true);
             file.modified_ns = operation.modified_ns;
         }
+    }
+
+    /// An operation fails.
+    pub(super) fn fail(&mut self, place: usize) {
+        let end = self.tick();
+        let operation = &mut self.operations[place];
+        (operation.end, operation.failed) = (Some(end), true);
     }
 
     pub(super) fn begin_sync(&mut self, file: FileNumber, with_time: bool) -> usize {
