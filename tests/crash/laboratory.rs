@@ -21,8 +21,9 @@ const DISK_BYTES: usize = 4 << 20;
 const AGAIN: usize = 3;
 /// Sectors of a block that a disk with physical blocks of 4 KiB writes as a whole.
 const BLOCK_SECTORS: usize = 8;
-/// So long a guest does nothing for marks to be cleared, with a short `--replica-timeout`.
-const PAUSE: Duration = Duration::from_millis(2300);
+/// With a `--replica-timeout` of 250 ms marks are looked at every 2 s. Those are cleared that
+/// nothing has touched since the last time: after so long a pause there are none.
+const PAUSE: Duration = Duration::from_millis(4500);
 
 /// What is done on the disk.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
