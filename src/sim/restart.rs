@@ -443,11 +443,14 @@ impl World {
             .count()
     }
 
-    /// Whether all of the disk is marked, or was lost by a forced start.
+    /// Whether all of the disk, as one of the records knows it, is marked, or was lost by a forced
+    /// start.
     fn is_marked(&self, candidates: &[Candidate]) -> bool {
-        let disk = self.plan.mask(self.plan.disk());
-        let marked = |read: &Read| mask_of(read.intent.iter()) | self.ledger.lost_by_crash;
-        records_of(candidates).any(|read| marked(read) & disk == disk)
+        records_of(candidates).any(|read| {
+            let disk = mask_below(read.intent.layout().capacity());
+            let marked = mask_of(read.intent.iter()) | self.ledger.lost_by_crash;
+            marked & disk == disk
+        })
     }
 }
 
