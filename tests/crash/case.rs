@@ -9,6 +9,7 @@ use testkit::fuse::logged::Content;
 
 use crate::files::{Progress, Promises};
 use crate::history::Version;
+use crate::laboratory::name;
 
 /// What a start must do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -50,7 +51,7 @@ const EXPECTED: &str = "expected.txt";
 impl Case {
     /// The size of the disk.
     pub(crate) fn disk_bytes(&self) -> usize {
-        let name = format!("{}.raw", self.started[0]);
+        let name = name(self.started[0]);
         self.content.files[OsStr::new(&name)].bytes.len()
     }
 

@@ -15,6 +15,7 @@ use testkit::process::wait_until;
 use crate::case::{Case, Expected, Start};
 use crate::filesystem;
 use crate::history::{SECTOR, Version, wrong};
+use crate::laboratory::name;
 
 /// What became of a crash state.
 #[derive(Default)]
@@ -46,7 +47,7 @@ pub(crate) fn scratch() -> tempfile::TempDir {
 
 /// The arguments of a daemon for the images of these replicas.
 pub(crate) fn arguments(images: &Path, replicas: &[usize], has_records: bool) -> Vec<String> {
-    let of = |replica: &usize| images.join(format!("{replica}.raw"));
+    let of = |replica: &usize| images.join(name(*replica));
     let images: Vec<PathBuf> = replicas.iter().map(of).collect();
     let replicas = replica_arguments(&images).into_iter();
     let mut arguments: Vec<String> = replicas
@@ -60,9 +61,9 @@ pub(crate) fn arguments(images: &Path, replicas: &[usize], has_records: bool) ->
 /// Judges a start with `case` on plain files, which are left in `images`.
 pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
     let mut outcome = Outcome::default();
-    let is_of_started = |name: &str| {
+    let is_of_started = |file: &str| {
         let mut started = case.started.iter();
-        started.any(|replica| name.starts_with(&format!("{replica}.raw")))
+        started.any(|replica| file.starts_with(&name(*replica)))
     };
     case.content
         .write_to(images, is_of_started)
@@ -77,15 +78,15 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
     if let Expected::Files(kind, promises) = &case.expected
         && outcome.problems.is_empty()
     {
-        let image = images.join(format!("{}.raw", case.started[0]));
+        let image = images.join(name(case.started[0]));
         outcome.problems = filesystem::check(&image, kind, promises);
     }
     if case.others_return && outcome.problems.is_empty() {
         // What the others hold now is older than what was decided without them.
         let all: Vec<usize> = (0..case.replicas).collect();
-        let names = |name: &str| !is_of_started(name);
+        let is_of_others = |file: &str| !is_of_started(file);
         case.content
-            .write_to(images, names)
+            .write_to(images, is_of_others)
             .expect("writing images");
         serve(case, &all, images, &Wanted::Exactly(&first), &mut outcome);
         for problem in &mut outcome.problems {
@@ -204,7 +205,7 @@ fn serve(
     }
     let paths: Vec<PathBuf> = replicas
         .iter()
-        .map(|replica| images.join(format!("{replica}.raw")))
+        .map(|replica| images.join(name(*replica)))
         .collect();
     if is_whole {
         if !are_identical(&paths) {

@@ -22,7 +22,8 @@ const AGAIN: usize = 3;
 /// Sectors of a block that a disk with physical blocks of 4 KiB writes as a whole.
 const BLOCK_SECTORS: usize = 8;
 /// With a `--replica-timeout` of 250 ms marks are looked at every 2 s. Those are cleared that
-/// nothing has touched since the last time: after so long a pause there are none.
+/// nothing has touched since the last time: a pause that is longer than two of these periods leaves
+/// none.
 const PAUSE: Duration = Duration::from_millis(4500);
 
 /// What is done on the disk.
@@ -126,6 +127,31 @@ struct Trace {
 }
 
 impl Trace {
+    /// A moment at which the power fails: just before or after something has begun or ended, or
+    /// any.
+    fn moment(&self, random: &mut Random) -> Moment {
+        let edges = self.directory.edges();
+        let moment = match random.within(0..2) {
+            0 => edges[size(random.within(0..edges.len() as u64))],
+            _ => random.within(0..self.end),
+        };
+        moment.min(self.end - 1)
+    }
+
+    /// What is left if the power fails at `moment`, to be started with all replicas.
+    fn crash(&self, class: Class, moment: Moment, random: &mut Random) -> Case {
+        Case {
+            content: class.crash(&self.directory, moment, random),
+            expected: self.known.expected(moment),
+            started: (0..class.replicas).collect(),
+            start: Start::Serve,
+            replicas: class.replicas,
+            has_records: class.has_records,
+            others_return: false,
+            may_lack: false,
+        }
+    }
+
     /// Says what was wrong while it was made.
     fn report(&self, class: Class, label: &str, figures: &mut Figures) {
         if self.problems.is_empty() {
@@ -158,18 +184,13 @@ pub(crate) fn judge_trace(
         return figures;
     }
     trace.report(class, &format!("{}-{seed}", class.name()), &mut figures);
-    let edges = trace.directory.edges();
     for state in 0..states {
         if state > 0 && is_over() {
             break;
         }
         // A state must not depend on how many others are judged.
         let mut random = Random::from_seed(seed ^ (state as u64 + 1) << 40);
-        let moment = match random.within(0..2) {
-            0 => edges[size(random.within(0..edges.len() as u64))],
-            _ => random.within(0..trace.end),
-        };
-        let moment = moment.min(trace.end - 1);
+        let moment = trace.moment(&mut random);
         let label = format!("{}-{seed}-{state}", class.name());
         judge_state(class, &trace, moment, &label, &mut random, &mut figures);
     }
@@ -215,26 +236,13 @@ fn judge_state(
     random: &mut Random,
     figures: &mut Figures,
 ) {
-    let all: Vec<usize> = (0..class.replicas).collect();
-    let mut case = Case {
-        content: class.crash(&trace.directory, moment, random),
-        expected: trace.known.expected(moment),
-        started: all.clone(),
-        start: Start::Serve,
-        replicas: class.replicas,
-        has_records: class.has_records,
-        others_return: false,
-        may_lack: false,
-    };
+    let mut case = trace.crash(class, moment, random);
     figures.states += 1;
     let is_used = moment >= trace.used_from && !trace.is_disturbed;
     check(class, &case, moment, label, figures);
     for bits in 1_usize..(1 << class.replicas) - 1 {
-        let started: Vec<usize> = all
-            .iter()
-            .copied()
-            .filter(|at| bits >> at & 1 == 1)
-            .collect();
+        let started = (0..class.replicas).filter(|at| bits >> at & 1 == 1);
+        let started: Vec<usize> = started.collect();
         let is_enough = started.len() >= class.threshold();
         // Before it was used, or without records, fewer images are another disk.
         if !class.has_records || !is_used || !is_enough && random.within(0..8) > 0 {
@@ -269,19 +277,8 @@ fn crash_again(
     random: &mut Random,
     figures: &mut Figures,
 ) {
-    let content = class.crash(&trace.directory, moment, random);
-    let all: Vec<usize> = (0..class.replicas).collect();
     // What it is served from must start, as any other state.
-    let case = Case {
-        content,
-        expected: trace.known.expected(moment),
-        started: all.clone(),
-        start: Start::Serve,
-        replicas: class.replicas,
-        has_records: class.has_records,
-        others_return: false,
-        may_lack: false,
-    };
+    let case = trace.crash(class, moment, random);
     if !check(class, &case, moment, &format!("{label}-first"), figures) {
         return;
     }
@@ -295,23 +292,9 @@ fn crash_again(
     if !trace.is_disturbed {
         second.report(class, &format!("{label}-again"), figures);
     }
-    let edges = second.directory.edges();
     for state in 0..AGAIN {
-        let moment = match random.within(0..2) {
-            0 => edges[size(random.within(0..edges.len() as u64))],
-            _ => random.within(0..second.end),
-        };
-        let moment = moment.min(second.end - 1);
-        let mut case = Case {
-            content: class.crash(&second.directory, moment, random),
-            expected: second.known.expected(moment),
-            started: all.clone(),
-            start: Start::Serve,
-            replicas: class.replicas,
-            has_records: class.has_records,
-            others_return: false,
-            may_lack: false,
-        };
+        let moment = second.moment(random);
+        let mut case = second.crash(class, moment, random);
         figures.second_crashes += 1;
         check(
             class,

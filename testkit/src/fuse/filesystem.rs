@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use fuser::{
-    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, InitFlags,
-    KernelConfig, LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek,
-    ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
+    BsdFileFlags, Errno, FileHandle, Filesystem, FopenFlags, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen,
+    ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
+use super::answers;
 use super::faults::{Effect, Operation};
 use super::server::Server;
 
@@ -45,8 +46,7 @@ impl Filesystem for Disk {
         }
         // An operation that hangs must hold up nothing but itself. Every kernel that has io_uring
         // has this.
-        let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        added.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))?;
+        answers::add_parallel_requests(config)?;
         let set = config.set_max_background(REQUESTS_MAX);
         set.map_err(|_| io::Error::from(io::ErrorKind::InvalidInput))?;
         Ok(())
@@ -99,7 +99,7 @@ impl Filesystem for Disk {
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
         let flags = match self.0.is_plain {
             true => FopenFlags::FOPEN_DIRECT_IO,
-            false => FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES,
+            false => answers::UNCACHED,
         };
         self.0
             .serve(Operation::Open, 0..0, move |_, fault| match fault {

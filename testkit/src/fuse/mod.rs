@@ -10,6 +10,7 @@
 //!
 //! Needs `/dev/fuse` and the right to mount (root), no FUSE library.
 
+mod answers;
 mod faults;
 mod filesystem;
 pub mod logged;

@@ -12,12 +12,13 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, UNIX_EPOCH};
 
 use fuser::{
-    BackgroundSession, Config, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags,
-    Generation, INodeNo, InitFlags, KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr,
-    ReplyData, ReplyEmpty, ReplyEntry, ReplyOpen, ReplyWrite, Request, WriteFlags,
+    BackgroundSession, Config, Errno, FileAttr, FileHandle, Filesystem, Generation, INodeNo,
+    KernelConfig, LockOwner, MountOption, OpenFlags, ReplyAttr, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyOpen, ReplyWrite, Request, WriteFlags,
 };
 use tempfile::TempDir;
 
+use super::answers;
 use super::filesystem::FILE_INODE;
 use crate::client::{Client, Failed, Request as DiskRequest};
 
@@ -95,27 +96,8 @@ impl Voted {
     }
 
     fn attributes(&self, inode: INodeNo) -> FileAttr {
-        let is_file = inode == FILE_INODE;
-        FileAttr {
-            ino: inode,
-            size: if is_file { self.size_bytes } else { 0 },
-            blocks: self.size_bytes / 512,
-            atime: UNIX_EPOCH,
-            mtime: UNIX_EPOCH,
-            ctime: UNIX_EPOCH,
-            crtime: UNIX_EPOCH,
-            kind: match is_file {
-                true => FileType::RegularFile,
-                false => FileType::Directory,
-            },
-            perm: if is_file { 0o600 } else { 0o700 },
-            nlink: 1,
-            uid: 0,
-            gid: 0,
-            rdev: 0,
-            blksize: 4096,
-            flags: 0,
-        }
+        let size_bytes = (inode == FILE_INODE).then_some(self.size_bytes);
+        answers::attributes(inode, size_bytes, UNIX_EPOCH)
     }
 }
 
@@ -123,17 +105,9 @@ fn errno(failed: Failed) -> Errno {
     Errno::from_i32(failed.0)
 }
 
-fn empty(reply: ReplyEmpty, result: Result<(), Failed>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(failed) => reply.error(errno(failed)),
-    }
-}
-
 impl Filesystem for Voted {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        added.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))
+        answers::add_parallel_requests(config)
     }
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -149,8 +123,7 @@ impl Filesystem for Voted {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        let flags = FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES;
-        reply.opened(FileHandle(0), flags);
+        reply.opened(FileHandle(0), answers::UNCACHED);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -222,10 +195,10 @@ impl Filesystem for Voted {
         } else {
             return reply.error(Errno::EOPNOTSUPP);
         };
-        empty(reply, self.client().run(0, &[request])[0]);
+        answers::empty(reply, self.client().run(0, &[request])[0].map_err(errno));
     }
 
     fn fsync(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
-        empty(reply, self.client().flush(0));
+        answers::empty(reply, self.client().flush(0).map_err(errno));
     }
 }

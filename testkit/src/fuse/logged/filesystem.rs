@@ -8,13 +8,13 @@ use std::thread;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use fuser::{
-    BsdFileFlags, Errno, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation,
-    INodeNo, InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate,
-    ReplyData, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow,
-    WriteFlags,
+    BsdFileFlags, Errno, FileAttr, FileHandle, Filesystem, Generation, INodeNo, KernelConfig,
+    LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyEmpty, ReplyEntry,
+    ReplyLseek, ReplyOpen, ReplyWrite, Request, TimeOrNow, WriteFlags,
 };
 
-use super::crash::{FileContent, nanoseconds};
+use super::super::answers;
+use super::crash::nanoseconds;
 use super::log::{Change, DIRECTORY, FileNumber, Log, NameChange};
 
 /// How long the kernel may cache what it knows: not at all.
@@ -108,12 +108,13 @@ pub(super) struct Logged(pub(super) Arc<Shared>);
 impl Logged {
     fn attributes(&self, inode: INodeNo) -> Option<FileAttr> {
         if inode.0 == DIRECTORY {
-            return Some(attributes(inode, &FileContent::default(), true));
+            return Some(answers::attributes(inode, None, UNIX_EPOCH));
         }
         let log = self.0.log();
-        log.files
-            .get(&inode.0)
-            .map(|file| attributes(inode, file, false))
+        let file = log.files.get(&inode.0)?;
+        let modified = UNIX_EPOCH + Duration::from_nanos(file.modified_ns.unsigned_abs());
+        let size_bytes = Some(file.bytes.len() as u64);
+        Some(answers::attributes(inode, size_bytes, modified))
     }
 
     fn answer(&self, inode: INodeNo, reply: ReplyAttr) {
@@ -137,45 +138,9 @@ impl Logged {
     }
 }
 
-fn attributes(inode: INodeNo, file: &FileContent, is_directory: bool) -> FileAttr {
-    let time = UNIX_EPOCH + Duration::from_nanos(file.modified_ns.unsigned_abs());
-    FileAttr {
-        ino: inode,
-        size: file.bytes.len() as u64,
-        blocks: file.bytes.len().div_ceil(512) as u64,
-        atime: time,
-        mtime: time,
-        ctime: time,
-        crtime: time,
-        kind: match is_directory {
-            true => FileType::Directory,
-            false => FileType::RegularFile,
-        },
-        perm: if is_directory { 0o700 } else { 0o600 },
-        nlink: 1,
-        uid: 0,
-        gid: 0,
-        rdev: 0,
-        blksize: 4096,
-        flags: 0,
-    }
-}
-
-fn open_flags() -> FopenFlags {
-    FopenFlags::FOPEN_DIRECT_IO | FopenFlags::FOPEN_PARALLEL_DIRECT_WRITES
-}
-
-fn empty(reply: ReplyEmpty, result: Result<(), Errno>) {
-    match result {
-        Ok(()) => reply.ok(),
-        Err(errno) => reply.error(errno),
-    }
-}
-
 impl Filesystem for Logged {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> io::Result<()> {
-        let added = config.add_capabilities(InitFlags::FUSE_ASYNC_DIO);
-        added.map_err(|_| io::Error::from(io::ErrorKind::Unsupported))
+        answers::add_parallel_requests(config)
     }
 
     fn lookup(&self, _: &Request, _: INodeNo, name: &OsStr, reply: ReplyEntry) {
@@ -233,7 +198,7 @@ impl Filesystem for Logged {
                 &attributes,
                 Generation(0),
                 FileHandle(0),
-                open_flags(),
+                answers::UNCACHED,
             ),
             None => reply.error(Errno::EEXIST),
         }
@@ -246,7 +211,7 @@ impl Filesystem for Logged {
             let name = name.to_owned();
             log.rename_as(NameChange::Remove { name });
         }
-        empty(reply, if is_there { Ok(()) } else { Err(Errno::ENOENT) });
+        answers::empty(reply, if is_there { Ok(()) } else { Err(Errno::ENOENT) });
     }
 
     fn rename(
@@ -290,7 +255,7 @@ impl Filesystem for Logged {
     }
 
     fn open(&self, _: &Request, _: INodeNo, _: OpenFlags, reply: ReplyOpen) {
-        reply.opened(FileHandle(0), open_flags());
+        reply.opened(FileHandle(0), answers::UNCACHED);
     }
 
     fn flush(&self, _: &Request, _: INodeNo, _: FileHandle, _: LockOwner, reply: ReplyEmpty) {
@@ -360,7 +325,7 @@ impl Filesystem for Logged {
         let range = offset..offset + length;
         if mode & (libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_ZERO_RANGE) != 0 {
             let change = Change::Zero { range, grows };
-            return empty(reply, self.0.change(inode.0, change, false));
+            return answers::empty(reply, self.0.change(inode.0, change, false));
         }
         if mode & !libc::FALLOC_FL_KEEP_SIZE != 0 {
             return reply.error(Errno::EOPNOTSUPP);
@@ -373,7 +338,7 @@ impl Filesystem for Logged {
             }
             false => Ok(()),
         };
-        empty(reply, changed);
+        answers::empty(reply, changed);
     }
 
     /// All is data.
@@ -404,7 +369,7 @@ impl Filesystem for Logged {
         data_only: bool,
         reply: ReplyEmpty,
     ) {
-        empty(reply, self.sync(inode.0, !data_only));
+        answers::empty(reply, self.sync(inode.0, !data_only));
     }
 
     fn fsyncdir(&self, _: &Request, _: INodeNo, _: FileHandle, _: bool, reply: ReplyEmpty) {
