@@ -4,54 +4,30 @@
 
 use std::fs::{self, File};
 use std::path::PathBuf;
-use std::process::Command;
-use std::thread;
 
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use testkit::HANG_LIMIT;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::frontend::{Plan, Vmm};
 use testkit::images::{are_identical, create_images};
 use testkit::loop_device::LoopDevice;
 use testkit::monitor::Monitor;
-use testkit::process::{run, text, wait_until};
+use testkit::mounts::Mounted;
+use testkit::process::{run, text};
 
 const SIZE_BYTES: u64 = 4 << 20;
 
-/// A file system in a file.
-struct Mounted {
-    point: PathBuf,
-    _directory: TempDir,
-}
-
-impl Mounted {
-    fn new(make: &str, arguments: &[&str], size_bytes: u64) -> Self {
-        let directory = tempfile::tempdir().unwrap();
-        let (file, point) = (
-            directory.path().join("fs"),
-            directory.path().join("mounted"),
-        );
-        File::create(&file).unwrap().set_len(size_bytes).unwrap();
-        fs::create_dir(&point).unwrap();
-        run(make, &[arguments, &[text(&file)]].concat());
-        run("mount", &["-o", "loop", text(&file), text(&point)]);
-        Self {
-            point,
-            _directory: directory,
-        }
-    }
-}
-
-impl Drop for Mounted {
-    fn drop(&mut self) {
-        // The kernel closes the files of an io_uring a moment after its process has ended.
-        let unmounted = wait_until(HANG_LIMIT, || {
-            let umount = Command::new("umount").arg(&self.point).output();
-            umount.is_ok_and(|output| output.status.success())
-        });
-        assert!(unmounted || thread::panicking(), "umount fails");
-    }
+/// A new file system of this kind, in a file of the directory.
+fn mounted(kind: &str, arguments: &[&str], size_bytes: u64) -> (TempDir, Mounted) {
+    let directory = tempfile::tempdir().unwrap();
+    let file = directory.path().join("fs");
+    File::create(&file).unwrap().set_len(size_bytes).unwrap();
+    run(
+        &format!("mkfs.{kind}"),
+        &[arguments, &[text(&file)]].concat(),
+    );
+    let mounted = Mounted::mount(&file, kind).unwrap();
+    (directory, mounted)
 }
 
 /// What a guest sees and what each replica does, of a disk on these images that works.
@@ -85,12 +61,12 @@ fn served(images: &[PathBuf], options: &[&str]) -> (u32, Vec<bool>) {
 /// A copy by reflink needs larger blocks for direct I/O than its original.
 #[test]
 fn copies_on_xfs_change_nothing() {
-    let mounted = Mounted::new("mkfs.xfs", &["-q", "-m", "reflink=1"], 512 << 20);
-    let mut images = create_images(&mounted.point, 1, SIZE_BYTES);
+    let (_file, xfs) = mounted("xfs", &["-q", "-m", "reflink=1"], 512 << 20);
+    let mut images = create_images(xfs.path(), 1, SIZE_BYTES);
     fs::write(&images[0], vec![7; usize::try_from(SIZE_BYTES).unwrap()]).unwrap();
     assert_eq!(served(&images, &[]).0, 512);
     for name in ["1.raw", "2.raw"] {
-        let copy = mounted.point.join(name);
+        let copy = xfs.path().join(name);
         run("cp", &["--reflink=always", text(&images[0]), text(&copy)]);
         images.push(copy);
     }
@@ -101,8 +77,8 @@ fn copies_on_xfs_change_nothing() {
 #[test]
 fn images_change_nothing_when_they_are_no_holes_any_more() {
     let tmpfs = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
-    let btrfs = Mounted::new("mkfs.btrfs", &["-q"], 256 << 20);
-    for place in [tmpfs.path(), &btrfs.point] {
+    let (_file, btrfs) = mounted("btrfs", &["-q"], 256 << 20);
+    for place in [tmpfs.path(), btrfs.path()] {
         let images = create_images(place, 3, SIZE_BYTES);
         assert_eq!(served(&images, &[]).0, 512);
         assert_eq!(served(&images, &[]).0, 512);
