@@ -5,6 +5,8 @@ use super::*;
 use crate::common::message::Quoted;
 use std::io;
 use std::os::unix::fs::{FileExt as _, symlink};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
 
@@ -527,8 +529,16 @@ fn what_the_page_cache_has_of_an_image_is_not_believed_when_it_is_opened() {
         eprintln!("skipped: the file system has nothing but its cache");
         return;
     }
-    write();
-    assert!(is_cached(&file));
+    // The kernel may need the memory at any time.
+    assert!((0..100).any(|_| {
+        write();
+        is_cached(&file)
+    }));
     let _opened = open(&source.path, "a", BUFFERED).unwrap();
-    assert!(!is_cached(&file));
+    // On a busy host the opening does not wait for the thread that forgets (FORGET_LIMIT).
+    let begin = Instant::now();
+    while is_cached(&file) {
+        assert!(begin.elapsed() < Duration::from_secs(60), "still cached");
+        thread::sleep(Duration::from_millis(10));
+    }
 }
