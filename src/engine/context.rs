@@ -150,10 +150,10 @@ impl Core {
 
     /// Has the next flush of this engine answer `origin`, which covers all that was written before.
     pub(super) fn join_flush(&mut self, origin: Origin) {
-        let (since, writes) = self
+        let (since, asked) = self
             .shared
-            .health(|health| (health.last_flush(), health.counted_writes()));
-        if self.flushes.join(origin, since, writes) {
+            .health(|health| (health.last_flush(), health.flush_asked()));
+        if self.flushes.join(origin, since, asked) {
             self.follow_ups.push_back(FollowUp::Flush);
         }
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::context::{Context, Progress};
 use super::flush_queue::{Origin, Waiting};
-use super::interface::{Effects, Failed};
+use super::interface::{Effects, Failed, Tag};
 use super::lateness::{Kind, Out};
 use super::range_locks::LockKey;
 use super::shared::Shared;
@@ -16,7 +16,7 @@ use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::Requester;
 use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
-use crate::quorum::health::FlushEpoch;
+use crate::quorum::health::{FlushEpoch, Health};
 use crate::quorum::tally::Tally;
 
 /// A flush has no range of its own.
@@ -68,7 +68,7 @@ impl Flush {
             for waiting in &mut origins {
                 waiting.is_durable = health.flushed_since(waiting.since)
                     && match waiting.origin {
-                        Origin::Request(_) => !health.owes_failure(),
+                        Origin::Request(_) => health.guest_knows(waiting.asked),
                         Origin::Write(_, range, _) => {
                             !health.is_undone(range) && !health.was_given_up(range)
                         }
@@ -285,7 +285,9 @@ fn decide(
             };
             let durable = all || is_durable;
             waiting.is_durable = match waiting.origin {
-                Origin::Request(_) => health.answer_flush(durable, waiting.after_writes),
+                // The guest does not see this one, so its own next flush has to fail.
+                Origin::Request(Tag::OwnFlush) => durable && health.guest_knows(waiting.asked),
+                Origin::Request(_) => health.answer_flush(durable, waiting.asked),
                 Origin::Write(_, range, _) => {
                     if durable && !all {
                         health.is_durable_alone(range);
@@ -324,5 +326,8 @@ fn answer(waiting: &Waiting, context: &mut Context<'_, impl Effects>) {
         let by_flush = true;
         let failed = Failed { by_flush, ..failed };
         context.effects.complete(tag, Err(failed));
+        if matches!(waiting.origin, Origin::Request(Tag::Guest { .. })) {
+            context.shared().change_health(Health::failure_told);
+        }
     }
 }

@@ -9,7 +9,7 @@ use super::interface::{Mark, Tag};
 use crate::common::SectorRange;
 use crate::common::operation::RequestId;
 use crate::jobs::ChunkId;
-use crate::quorum::health::FlushEpoch;
+use crate::quorum::health::{FlushAsked, FlushEpoch};
 
 /// What a flush is for.
 #[derive(Clone, Copy, Debug)]
@@ -35,8 +35,8 @@ pub(super) struct Waiting {
     pub(super) origin: Origin,
     /// The last flush, by any engine, that had begun when it joined: later ones cover it.
     pub(super) since: FlushEpoch,
-    /// How many writes had a quorum when it joined.
-    pub(super) after_writes: u64,
+    /// What the guest knew when it joined.
+    pub(super) asked: FlushAsked,
     /// What it waits for is durable on enough replicas.
     pub(super) is_durable: bool,
 }
@@ -64,12 +64,12 @@ pub(super) struct FlushQueue {
 impl FlushQueue {
     /// Waits for the next flush. `true` if that one must be begun for it.
     #[must_use]
-    pub(super) fn join(&mut self, origin: Origin, since: FlushEpoch, after_writes: u64) -> bool {
+    pub(super) fn join(&mut self, origin: Origin, since: FlushEpoch, asked: FlushAsked) -> bool {
         let first = self.waiting.is_empty();
         self.waiting.push(Waiting {
             origin,
             since,
-            after_writes,
+            asked,
             is_durable: false,
         });
         self.unanswered += 1;

@@ -116,6 +116,7 @@ impl World {
             self.members().filter(good).count() >= flush.thresholds.most
         };
         let owed = self.ledger.lacking_at;
+        let waited = self.ledger.told_at.is_some_and(|told| flush.began < told);
         // What the disk has grown by since then may fail a flush that begins later. It is not what
         // the guest has asked for.
         let any_needed = needed(flush.disk_sectors).next().is_some();
@@ -123,6 +124,7 @@ impl World {
         if any_needed
             && !flush.withheld
             && owed.is_none()
+            && !waited
             && self.owed == [false; 2]
             && all_needed.all(enough)
         {
@@ -138,6 +140,9 @@ impl World {
                 number_of(flush.tag)
             );
             return Err(Violation::new("W7", text));
+        }
+        if owed.is_some() {
+            self.ledger.told_at = Some(self.now);
         }
         if owed.is_some_and(|owed| owed <= flush.began) {
             self.ledger.lacking_at = None;

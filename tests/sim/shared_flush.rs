@@ -7,7 +7,7 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::{Errno, SectorRange};
-use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
+use quorum_blk::engine::{Engine, GuestRequest, Shared, Tag, WorkerIndex};
 use quorum_blk::sim::effects::{Collected, Effect, number_of, tag};
 use quorum_blk::sim::policy;
 
@@ -52,6 +52,7 @@ impl Disk {
         while !effects.is_empty() {
             match effects.remove(0) {
                 Effect::Submit(operation) => operations.push(operation),
+                Effect::Complete(Tag::OwnFlush, _) => {}
                 Effect::Complete(tag, Ok(_)) => self.succeeded.push(number_of(tag)),
                 Effect::Complete(tag, Err(_)) => self.failed.push(number_of(tag)),
                 Effect::Wake(worker, request) => {
@@ -66,20 +67,42 @@ impl Disk {
 
     /// A durable write of one sector. The replica has written it; returns what it is asked next.
     fn write(&mut self, worker: usize, number: u64, sector: u64) -> Vec<Operation> {
+        self.write_as(true, worker, number, sector)
+    }
+
+    fn write_as(
+        &mut self,
+        durable: bool,
+        worker: usize,
+        number: u64,
+        sector: u64,
+    ) -> Vec<Operation> {
         let write = GuestRequest::Write {
             range: SectorRange::new(sector, 1),
             data: self.pool.take(512),
-            durable: true,
+            durable,
         };
-        self.engines[worker].submit(tag(number), write, &mut self.effects);
-        let mut operations = self.operations();
+        let mut operations = self.submit(worker, tag(number), write);
         let operation = operations.remove(0);
         assert!(operations.is_empty() && matches!(operation.action, Action::Write { .. }));
         self.reply(worker, operation, true)
     }
 
+    /// Reads a sector. The replica has done all that it is asked for that.
+    fn read(&mut self, number: u64, sector: u64) {
+        let read = GuestRequest::Read(SectorRange::new(sector, 1));
+        let mut operations = self.submit(0, tag(number), read);
+        while let Some(operation) = operations.pop() {
+            operations.extend(self.reply(0, operation, true));
+        }
+    }
+
     fn flush(&mut self, worker: usize, number: u64) -> Vec<Operation> {
-        self.engines[worker].submit(tag(number), GuestRequest::Flush, &mut self.effects);
+        self.submit(worker, tag(number), GuestRequest::Flush)
+    }
+
+    fn submit(&mut self, worker: usize, tag: Tag, request: GuestRequest) -> Vec<Operation> {
+        self.engines[worker].submit(tag, request, &mut self.effects);
         self.operations()
     }
 
@@ -149,4 +172,43 @@ fn fails_a_durable_write_only_where_it_may_be_lost() {
     let flush = one_flush(disk.flush(0, 3));
     disk.reply(0, flush, true);
     assert_eq!(disk.failed, [1, 3], "a flush is for the whole disk");
+}
+
+/// Each flush may be for another program of the guest, which would believe that it succeeded.
+#[test]
+fn fails_all_who_have_asked_before_the_guest_knows_what_is_undone() {
+    let mut disk = Disk::new();
+    assert!(disk.write_as(false, 0, 1, 3).is_empty());
+    let unheard = one_flush(disk.submit(0, Tag::OwnFlush, GuestRequest::Flush));
+    assert!(disk.reply(0, unheard, false).is_empty());
+    disk.read(2, 3);
+    assert_eq!(disk.succeeded, [1, 2]);
+    // Others ask while the first flush runs; one of them was not told by the first failure.
+    let first = one_flush(disk.flush(0, 3));
+    assert!(disk.flush(0, 4).is_empty());
+    assert!(disk.flush(0, 5).is_empty());
+    assert!(disk.flush(1, 6).is_empty());
+    let second = one_flush(disk.reply(0, first, true));
+    let third = one_flush(disk.reply(0, second, true));
+    assert!(disk.reply(1, third, true).is_empty());
+    assert_eq!(disk.failed, [3, 4, 5, 6]);
+    let after = one_flush(disk.flush(1, 7));
+    assert!(disk.reply(1, after, true).is_empty());
+    assert_eq!(disk.succeeded, [1, 2, 7]);
+}
+
+#[test]
+fn that_no_guest_has_asked_for_does_not_fail_in_place_of_one_of_a_guest() {
+    let mut disk = Disk::new();
+    assert!(disk.write_as(false, 0, 1, 3).is_empty());
+    for success in [false, false, true] {
+        let own = one_flush(disk.submit(0, Tag::OwnFlush, GuestRequest::Flush));
+        assert!(disk.reply(0, own, success).is_empty());
+        disk.read(2, 3);
+    }
+    for number in [3, 4] {
+        let flush = one_flush(disk.flush(0, number));
+        assert!(disk.reply(0, flush, true).is_empty());
+    }
+    assert_eq!(disk.failed, [3], "and not the one after it");
 }

@@ -53,12 +53,28 @@ pub(super) struct Undone {
     pub(super) ranges: RangeSet,
     /// Such a vote has taken place, and no flush that covers the writes has failed.
     owes_failure: bool,
+    /// Flushes of the guest that have failed.
+    failures: u64,
+    /// Those of which the guest knows.
+    failures_told: u64,
+    /// A guest that knew of so many failures when it asked for a flush knows what may be undone.
+    known_from: u64,
+}
+
+/// What the guest knew when it asked for a flush.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct FlushAsked {
+    /// So many writes had a quorum. The flush covers them.
+    writes: u64,
+    /// So many flushes had failed.
+    failures: u64,
 }
 
 impl Undone {
     /// Something was undone of which the guest must know.
     pub(super) fn is_more(&mut self) {
         self.owes_failure |= self.answered < self.covered_by;
+        self.known_from = self.failures;
     }
 }
 
@@ -361,9 +377,17 @@ impl Health {
         }
     }
 
-    /// How many writes have had a quorum. A flush that the guest asks for now covers them.
+    /// How many writes have had a quorum.
     pub fn counted_writes(&self) -> u64 {
         self.undone.writes
+    }
+
+    /// What a flush covers that the guest asks for now.
+    pub fn flush_asked(&self) -> FlushAsked {
+        FlushAsked {
+            writes: self.undone.writes,
+            failures: self.undone.failures_told,
+        }
     }
 
     /// Whether a vote may have undone the last write of some of `range`.
@@ -376,22 +400,33 @@ impl Health {
         self.undone.owes_failure
     }
 
-    /// The answer to a flush that the guest asked for after this many writes. `is_durable`: all
-    /// that it covers is durable on t members. It fails all the same if writes may be undone and
-    /// the guest does not know.
-    pub fn answer_flush(&mut self, is_durable: bool, asked_after: u64) -> bool {
-        if is_durable && !self.undone.owes_failure {
+    /// Whether a flush may succeed as far as it depends on what may be undone. The guest must have
+    /// known that when it asked for the flush: those that it asked for before fail as well, since
+    /// each may be for another of its programs.
+    pub fn guest_knows(&self, asked: FlushAsked) -> bool {
+        !self.undone.owes_failure && asked.failures >= self.undone.known_from
+    }
+
+    /// The answer to a flush of the guest. `is_durable`: all that it covers is durable on t
+    /// members. It fails all the same if writes may be undone and the guest did not know. After a
+    /// failure [`Self::failure_told`] follows.
+    pub fn answer_flush(&mut self, is_durable: bool, asked: FlushAsked) -> bool {
+        if is_durable && self.guest_knows(asked) {
             return true;
         }
-        let Undone {
-            covered_by,
-            answered,
-            owes_failure,
-            ..
-        } = &mut self.undone;
-        *answered = asked_after.max(*answered);
-        *owes_failure &= asked_after < *covered_by;
+        let undone = &mut self.undone;
+        undone.failures += 1;
+        undone.answered = asked.writes.max(undone.answered);
+        if undone.owes_failure && asked.writes >= undone.covered_by {
+            undone.owes_failure = false;
+            undone.known_from = undone.failures;
+        }
         false
+    }
+
+    /// The guest knows now of a flush that has failed.
+    pub fn failure_told(&mut self) {
+        self.undone.failures_told += 1;
     }
 }
 

@@ -42,7 +42,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 
 pub use self::binding::Binding;
-pub use self::disputed::Disputed;
+pub use self::disputed::{Disputed, FlushAsked};
 pub use self::durability::{FlushEpoch, WriteBegun, WriteEnd};
 pub use self::loss::Loss;
 pub use self::members::NotRemoved;

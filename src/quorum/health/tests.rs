@@ -419,9 +419,16 @@ fn a_failed_flush_of_a_job_fails_one_of_the_guest() {
     assert!(health.settled(written, &[written], None));
     let durable = flush(&mut health, &[]);
     assert!(durable);
-    let asked_after = health.counted_writes();
-    assert!(!health.answer_flush(durable, asked_after));
-    assert!(health.answer_flush(durable, asked_after));
+    let asked = health.flush_asked();
+    assert!(!health.answer_flush(durable, asked));
+    assert!(!health.answer_flush(durable, asked), "another program");
+    // The guest has not heard of the failures.
+    let asked = health.flush_asked();
+    assert!(!health.answer_flush(durable, asked));
+    for _ in 0..3 {
+        health.failure_told();
+    }
+    assert!(health.answer_flush(durable, health.flush_asked()));
 }
 
 /// The answer to a write waits for the records, and comes while a flush runs that was asked for
@@ -433,6 +440,7 @@ fn a_write_that_is_answered_during_a_flush_that_fails_fails_a_later_one() {
         let written = range(0, 8);
         write(&mut health, written, &[]);
         let counted = health.counted_writes();
+        let asked = health.flush_asked();
         let epoch = health.flush_begins();
         if is_late {
             health.answered_late(counted);
@@ -441,7 +449,8 @@ fn a_write_that_is_answered_during_a_flush_that_fails_fails_a_later_one() {
             health.flush_ended(epoch, replica, false);
         }
         assert!(!health.flush_decided(epoch, ReplicaSet::EMPTY, true, &mut []));
-        assert!(!health.answer_flush(false, counted));
+        assert!(!health.answer_flush(false, asked));
+        health.failure_told();
         health.may_be_undone(&health.disputed(written, 2).lacking);
         assert_eq!(health.owes_failure(), is_late);
     }
