@@ -59,6 +59,8 @@ pub(super) struct Undone {
     failures_told: u64,
     /// A guest that knew of so many failures when it asked for a flush knows what may be undone.
     known_from: u64,
+    /// No flush of the guest has succeeded since one last failed that covers all that is undone.
+    none_succeeded: bool,
 }
 
 /// What the guest knew when it asked for a flush.
@@ -71,8 +73,12 @@ pub struct FlushAsked {
 }
 
 impl Undone {
-    /// Something was undone of which the guest must know.
-    pub(super) fn is_more(&mut self) {
+    /// Something is undone. `before`: how many sectors were already.
+    pub(super) fn is_more(&mut self, before: u64) {
+        // The guest knows of it, and has seen no flush succeed since.
+        if self.none_succeeded && self.ranges.sectors() == before {
+            return;
+        }
         self.owes_failure |= self.answered < self.covered_by;
         self.known_from = self.failures;
     }
@@ -300,9 +306,12 @@ impl Health {
 
     /// Doubtful copies have voted in these ranges, where no member is proven: writes may be undone.
     pub fn may_be_undone(&mut self, ranges: &[SectorRange]) {
+        let before = self.undone.ranges.sectors();
         for range in ranges {
             self.undone.ranges.insert(*range);
-            self.undone.is_more();
+        }
+        if !ranges.is_empty() {
+            self.undone.is_more(before);
         }
     }
 
@@ -372,7 +381,8 @@ impl Health {
         if self.undone.covered_by >= counted {
             self.undone.covered_by = self.undone.writes;
             if !self.undone.ranges.is_empty() {
-                self.undone.is_more();
+                self.undone.none_succeeded = false;
+                self.undone.is_more(0);
             }
         }
     }
@@ -411,15 +421,20 @@ impl Health {
     /// members. It fails all the same if writes may be undone and the guest did not know. After a
     /// failure [`Self::failure_told`] follows.
     pub fn answer_flush(&mut self, is_durable: bool, asked: FlushAsked) -> bool {
-        if is_durable && self.guest_knows(asked) {
+        let succeeds = is_durable && self.guest_knows(asked);
+        let undone = &mut self.undone;
+        if succeeds {
+            undone.none_succeeded = false;
             return true;
         }
-        let undone = &mut self.undone;
         undone.failures += 1;
         undone.answered = asked.writes.max(undone.answered);
-        if undone.owes_failure && asked.writes >= undone.covered_by {
-            undone.owes_failure = false;
-            undone.known_from = undone.failures;
+        if asked.writes >= undone.covered_by {
+            if undone.owes_failure {
+                undone.owes_failure = false;
+                undone.known_from = undone.failures;
+            }
+            undone.none_succeeded = true;
         }
         false
     }

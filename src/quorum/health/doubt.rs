@@ -105,7 +105,7 @@ impl Health {
         if !(doubt.lost.is_empty() && lost.is_empty()) {
             // What was present is freed with what was prepared, without the mutex.
             std::mem::swap(&mut self.undone.ranges, &mut doubt.undone);
-            self.undone.is_more();
+            self.undone.is_more(doubt.undone.sectors());
         }
     }
 }

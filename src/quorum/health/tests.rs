@@ -335,6 +335,27 @@ fn a_write_of_which_only_copies_are_left_may_be_undone() {
     }
 }
 
+/// The guest knows that the write is undone, and writes something else.
+#[test]
+fn what_the_guest_knows_to_be_undone_fails_no_other_flush_before_one_has_succeeded() {
+    for (succeeds, undoes_more) in [(false, false), (true, false), (false, true)] {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+        write(&mut health, range(0, 8), &[]);
+        let asked = health.flush_asked();
+        assert!(!flush(&mut health, &[A, B, C]));
+        health.may_be_undone(&[range(0, 8)]);
+        assert!(!health.answer_flush(false, asked));
+        health.failure_told();
+        write(&mut health, range(8, 8), &[]);
+        if succeeds {
+            assert!(health.answer_flush(true, health.flush_asked()));
+        }
+        assert!(!flush(&mut health, &[A, B, C]));
+        health.may_be_undone(&[range(0, if undoes_more { 16 } else { 8 })]);
+        assert_eq!(health.owes_failure(), succeeds || undoes_more);
+    }
+}
+
 /// What the guest writes there is no copy.
 #[test]
 fn a_write_over_a_copy_is_not_undone() {
