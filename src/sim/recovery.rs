@@ -241,15 +241,22 @@ impl World {
 
     /// S5: everything was read without faults. What had a copy that may vote is recovered.
     pub(super) fn check_recovered(&self) -> Checked {
-        let has_copy = |sector: &usize| {
-            let may_vote = |replica: usize| {
-                let cannot = self.view.stale[replica] | self.ledger.unreadable[replica];
-                cannot >> sector & 1 == 0 && !self.is_evicted(replica)
+        let has_winner = |sector: usize| {
+            let any_wins = self.view.unrecovered >> sector & 1 == 1;
+            let may_vote = |replica: &usize| {
+                let cannot = self.view.stale[*replica] | self.ledger.unreadable[*replica];
+                let loses = if any_wins {
+                    0
+                } else {
+                    self.ledger.wrong(*replica)
+                };
+                (cannot | loses) >> sector & 1 == 0 && !self.is_evicted(*replica)
             };
-            self.members().any(may_vote)
+            let needed = if any_wins { 1 } else { self.thresholds.most };
+            self.members().filter(may_vote).count() >= needed
         };
         // A block with a sector that has none cannot be written.
-        let is_whole = |sector: &usize| self.block_of(*sector).all(|at| has_copy(&at));
+        let is_whole = |sector: &usize| self.block_of(*sector).all(has_winner);
         match bits(self.view.unrecovered).find(is_whole) {
             None => Ok(()),
             Some(sector) => {
