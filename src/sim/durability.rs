@@ -141,7 +141,7 @@ impl World {
             );
             return Err(Violation::new("W7", text));
         }
-        if owed.is_some() {
+        if !flush.withheld {
             self.ledger.told_at = Some(self.now);
         }
         if owed.is_some_and(|owed| owed <= flush.began) {

@@ -47,7 +47,7 @@ pub struct Ledger {
     /// When fewer than t members were last good in some sector: a flush that the guest asked for
     /// before then may fail, and so may the next one.
     pub lacking_at: Option<Moment>,
-    /// When a flush last failed that was allowed to for this: those that waited with it fail too.
+    /// When a flush last failed: those that waited with it may fail too.
     pub told_at: Option<Moment>,
     /// Where it was being repaired when it was evicted: a resync must write there again.
     pub unrepaired: Masks,
