@@ -62,7 +62,7 @@ slow-guest: guest ## A guest works for SECONDS=600 on replicas whose flushes tak
 model: ## Check every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
 
-exhaustive: ## Check every case of a vote and a flush of up to 8 replicas
+exhaustive: ## Check every case of a vote, a flush and a settlement, of up to 8 replicas
 	$(CARGO) test --locked --profile sim --features sim --test exhaustive -- --nocapture
 
 fuzz: ## Fuzz each target for SECONDS=60; TARGET=name: only that one (fuzz/README.md)

@@ -83,6 +83,8 @@ pub(super) enum FollowUp {
 pub(super) struct Suspicion {
     pub(super) tag: Tag,
     pub(super) range: SectorRange,
+    /// See [`Terms::failed_before`](super::confirmation::Terms::failed_before).
+    pub(super) failed: ReplicaSet,
 }
 
 impl Core {

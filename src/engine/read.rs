@@ -42,7 +42,7 @@ impl Read {
         if asked.len() < needed || core.shared.must_vote(range, core.policy.read_pattern) {
             // Too few replicas are fresh throughout, but sector by sector there may be enough; or
             // the vote decides what the disk holds (W7), or whether there is a winner again.
-            return Self::confirm_at_once(tag, range, context);
+            return Self::confirm_at_once(tag, range, ReplicaSet::EMPTY, context);
         }
         Self {
             tag: Some(tag),
@@ -54,7 +54,8 @@ impl Read {
     /// A read whose replies differ while a slow replica is out, so that under the lock the others
     /// decide; or one whose vote is outdated.
     pub(super) fn suspect(suspicion: Suspicion, context: &mut Context<'_, impl Effects>) -> Self {
-        Self::confirm_at_once(suspicion.tag, suspicion.range, context)
+        let Suspicion { tag, range, failed } = suspicion;
+        Self::confirm_at_once(tag, range, failed, context)
     }
 
     #[cold]
@@ -62,9 +63,13 @@ impl Read {
     fn confirm_at_once(
         tag: Tag,
         range: SectorRange,
+        failed_before: ReplicaSet,
         context: &mut Context<'_, impl Effects>,
     ) -> Self {
-        let terms = terms(true, context.core.all_if(true), context.core);
+        let terms = Terms {
+            failed_before,
+            ..terms(true, context.core.all_if(true), context.core)
+        };
         let replies = Replies::new(range, context.core);
         Self {
             tag: Some(tag),
@@ -272,7 +277,12 @@ impl Read {
     /// Has another read of the range answer the guest, under the lock, if it has no answer yet.
     fn repeat(&mut self, context: &mut Context<'_, impl Effects>) {
         let range = self.range;
-        let suspicion = self.tag.take().map(|tag| Suspicion { tag, range });
+        let failed = match &self.stage {
+            Stage::Confirming(confirmation) => confirmation.failed(),
+            Stage::FirstPass(_) => ReplicaSet::EMPTY,
+        };
+        let suspicion = self.tag.take();
+        let suspicion = suspicion.map(|tag| Suspicion { tag, range, failed });
         let follow_up = suspicion.map(FollowUp::Confirm);
         context.core.follow_ups.extend(follow_up);
     }
@@ -354,5 +364,6 @@ fn terms(answers: bool, locates: ReplicaSet, core: &Core) -> Terms {
         is_resync: false,
         prefers: None,
         searches_long: false,
+        failed_before: ReplicaSet::EMPTY,
     }
 }

@@ -37,6 +37,7 @@ impl Resync {
             is_resync: true,
             prefers: None,
             searches_long: true,
+            failed_before: ReplicaSet::EMPTY,
         };
         let replies = Replies::new(range, context.core);
         Self {

@@ -154,8 +154,13 @@ impl Scrub {
                 };
                 if confirmation.is_outdated() {
                     // What it is for is not decided yet.
+                    let terms = Terms {
+                        failed_before: confirmation.failed(),
+                        ..self.order.terms(context.core)
+                    };
                     let replies = Replies::new(self.order.range, context.core);
-                    self.stage = self.order.confirming(replies, context);
+                    let confirmation = Confirmation::begin(replies, terms, context);
+                    self.stage = Stage::Confirming(Box::new(confirmation));
                     return Progress::Waiting;
                 }
                 self.finish(end, context)
@@ -196,6 +201,7 @@ impl ScrubOrder {
             is_resync: false,
             prefers: self.prefers,
             searches_long: true,
+            failed_before: ReplicaSet::EMPTY,
         }
     }
 }

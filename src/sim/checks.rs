@@ -160,7 +160,9 @@ impl World {
             );
             return Err(Violation::new("W7", text).at(sectors));
         }
-        if bits(sectors).all(enough) {
+        // Whether a vote may have been settled in vain twice, because of the same replica.
+        let failed_twice = |r: usize| self.ledger.failures[r] >= read.seen.failures[r] + 2;
+        if bits(sectors).all(enough) && !self.members().any(failed_twice) {
             let text = format!(
                 "read {} failed, but enough replicas have good copies",
                 number_of(read.tag)

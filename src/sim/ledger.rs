@@ -111,6 +111,8 @@ pub struct Seen {
     pub failed: Masks,
     /// See [`Ledger::mixed`].
     pub mixed: u64,
+    /// See [`Ledger::failures`]: when the request began.
+    pub failures: [u32; PLACES],
 }
 
 impl Ledger {
@@ -123,6 +125,7 @@ impl Ledger {
             excused: self.excused,
             failed: Masks::default(),
             mixed: self.mixed,
+            failures: self.failures,
         }
     }
 

@@ -24,6 +24,9 @@ struct Disk {
     holds: [u8; 3],
     /// The replicas that fail writes.
     fails: [bool; 3],
+    /// The replicas that fail flushes.
+    flush_fails: [bool; 3],
+    flushes: usize,
     /// Of these the write comes into the page cache, and ends when this is over.
     slow: Option<ReplicaIndex>,
     waiting: Vec<Operation>,
@@ -60,6 +63,8 @@ impl Disk {
             effects: Collected::default(),
             holds,
             fails: [false; 3],
+            flush_fails: [false; 3],
+            flushes: 0,
             slow: None,
             waiting: Vec::new(),
             written: [0; 3],
@@ -125,6 +130,13 @@ impl Disk {
                 return;
             }
             Action::Flush if self.slow == Some(operation.replica) => result = Err(Errno(28)),
+            Action::Flush => {
+                self.flushes += 1;
+                assert!(self.flushes < 100, "it does not end");
+                if self.flush_fails[replica] {
+                    result = Err(Errno(5));
+                }
+            }
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(5)),
             Action::Write {
                 data, offset_bytes, ..
@@ -198,4 +210,19 @@ fn what_is_in_the_page_cache_after_a_failed_flush_is_written_again() {
     let answered = disk.fail_waiting();
     assert_eq!(answered, Some(Some([1, 1, 3])), "by a second vote");
     assert!(disk.written[1] > 0, "it holds nothing durably");
+}
+
+/// A read waits until enough replicas hold the winner durably, but not for one that fails again.
+#[test]
+fn is_not_decided_while_a_replica_that_is_needed_fails_every_flush() {
+    let mut disk = Disk::new([1, 2, 3]);
+    disk.flush_fails = [true, true, false];
+    assert_eq!(disk.read(1), None, "no second replica keeps what it writes");
+    assert_eq!(disk.shared.unrecovered_sectors(), RANGE.count);
+    disk.flush_fails = [true, false, false];
+    assert!(disk.read(2).is_some(), "the two others are enough");
+    assert_eq!(
+        (disk.shared.unrecovered_sectors(), disk.accusations),
+        (0, 0)
+    );
 }

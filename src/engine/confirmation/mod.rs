@@ -93,6 +93,9 @@ pub(super) struct Terms {
     pub(super) prefers: Option<ReplicaIndex>,
     /// Search long for what can be read of replicas that fail: no other read comes back to it.
     pub(super) searches_long: bool,
+    /// These have failed while what an earlier vote for this had decided was written. If one of
+    /// them fails again, no further vote is taken.
+    pub(super) failed_before: ReplicaSet,
 }
 
 #[derive(Debug)]

@@ -11,13 +11,13 @@ use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
 use super::super::repair_gate::Permission;
 use super::super::survey::Survey;
 use super::{Confirmation, Next, Step};
-use crate::common::SectorRange;
 use crate::common::buffer::Buffer;
 #[cfg(any(test, feature = "sim"))]
 use crate::common::operation::Operation;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::report::{Fact, Report};
 use crate::common::runs;
+use crate::common::{ReplicaSet, SectorRange};
 use crate::jobs::ChunkEnd;
 
 impl Confirmation {
@@ -208,7 +208,7 @@ impl Confirmation {
             return Next::Wait;
         }
         self.finish_preferences(context);
-        if !self.postponed.is_empty() && !self.any_failed_since_vote(context) {
+        if !self.postponed.is_empty() && self.failed_since_vote(context).is_empty() {
             self.step = Step::Flushing;
             context.core.join_flush(Origin::Winner {
                 request: context.id,
@@ -220,9 +220,9 @@ impl Confirmation {
     }
 
     /// A replica that held the winner may have lost a newer version, and said so only now.
-    fn any_failed_since_vote(&self, context: &Context<'_, impl Effects>) -> bool {
+    fn failed_since_vote(&self, context: &Context<'_, impl Effects>) -> ReplicaSet {
         let shared = context.shared();
-        shared.health(|health| health.any_failed_since(self.voted_at))
+        shared.health(|health| health.members_failed_since(self.voted_at))
     }
 
     /// All is written, and durable where it must be.
@@ -232,9 +232,21 @@ impl Confirmation {
             "finished with all replies"
         );
         let depends = self.withheld.is_some() || !self.postponed.is_empty();
-        self.outdated = depends && self.any_failed_since_vote(context);
+        let failed = match depends {
+            true => self.failed_since_vote(context),
+            false => ReplicaSet::EMPTY,
+        };
+        let before = self.terms.failed_before;
+        self.terms.failed_before = before.or(failed);
+        self.outdated = !failed.is_empty() && failed.and(before).is_empty();
+        if !failed.is_empty() && !self.outdated {
+            for replica in failed.iter() {
+                let found = self.end.on(replica);
+                found.not_written.extend(&self.postponed.decided);
+            }
+        }
         // If nothing is decided, any copy is legal still.
-        let is_decided = !self.outdated && self.decide_postponed(context);
+        let is_decided = failed.is_empty() && self.decide_postponed(context);
         if self.withheld.is_some() {
             let range = self.replies.range();
             let needed = self.needed_now();
@@ -254,6 +266,11 @@ impl Confirmation {
     /// The winner of a decision that waited for the repairs, if enough replicas hold it now.
     pub(in crate::engine) fn take_settled(&mut self) -> Option<Rc<Buffer>> {
         self.withheld.take()
+    }
+
+    /// The replicas that have failed since the first vote for this was taken.
+    pub(in crate::engine) fn failed(&self) -> ReplicaSet {
+        self.terms.failed_before
     }
 
     /// Whether there is no winner because a replica has failed during the repairs, so that the vote

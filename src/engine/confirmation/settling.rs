@@ -20,7 +20,7 @@ type Parts = Vec<(ReplicaIndex, Vec<SectorRange>)>;
 /// What is decided when its winner has been written and flushed.
 #[derive(Debug, Default)]
 pub(super) struct Postponed {
-    decided: Vec<SectorRange>,
+    pub(super) decided: Vec<SectorRange>,
     /// Where replicas are not known to hold the winner.
     others: Parts,
     /// The members that have voted, or could have.

@@ -281,10 +281,13 @@ impl Health {
             .collect()
     }
 
-    /// Whether a member has failed a flush or was evicted since `began`.
-    pub fn any_failed_since(&self, began: FailureEpoch) -> bool {
-        let mut members = self.members.iter();
-        members.any(|member| self.replicas[member.as_usize()].last_failure > began)
+    /// The members that have failed a flush or were evicted since `began`.
+    pub fn members_failed_since(&self, began: FailureEpoch) -> ReplicaSet {
+        let failed = |member: &ReplicaIndex| {
+            let state = &self.replicas[member.as_usize()];
+            state.last_failure > began
+        };
+        self.members.iter().filter(failed).collect()
     }
 
     /// The present epoch. An operation that changes sectors keeps it from the moment it goes to the
