@@ -5,7 +5,7 @@
 
 use std::time::Duration;
 
-use super::context::{Context, Core, FollowUp, Progress};
+use super::context::{Context, Core, FollowUp, Progress, Suspicion};
 use super::flush::NO_RANGE;
 use super::interface::{Effects, Failed, Mark, Tag};
 use super::lateness::{Kind, Out};
@@ -15,7 +15,7 @@ use crate::common::operation::{Action, OperationType, Reply, RequestId};
 use crate::common::report::{Report, Requester};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::SWEEP_TIMEOUTS;
-use crate::quorum::health::Health;
+use crate::quorum::health::{FailureEpoch, Health};
 use crate::quorum::tally::Tally;
 
 /// The range of the lock that those of all engines share: no disk has this sector.
@@ -76,6 +76,8 @@ struct Answer {
     counted: u64,
     /// A replica had no space left for it.
     no_space: bool,
+    /// When it was ready.
+    ready: FailureEpoch,
 }
 
 #[derive(Debug)]
@@ -190,6 +192,7 @@ impl<E: Effects> Context<'_, E> {
             memory,
             counted,
             no_space,
+            ready: self.core.shared.failure_epoch(),
         });
         self.core.have_remembered();
     }
@@ -204,7 +207,18 @@ impl<E: Effects> Context<'_, E> {
                 let shared = &self.core.shared;
                 shared.change_health(|health| health.answered_late(counted));
             }
+            let failed = self.core.shared.failure_epoch() != answer.ready;
             match answer.content {
+                Content::Data(_) if failed && answer.request.0 == OperationType::Read => {
+                    // What it brought may have been lost since, and another version have won.
+                    let (tag, range) = (answer.tag, answer.request.1);
+                    let again = FollowUp::Confirm(Suspicion {
+                        tag,
+                        range,
+                        failed: ReplicaSet::EMPTY,
+                    });
+                    self.core.follow_ups.push_back(again);
+                }
                 Content::Data(data) => self.effects.complete(answer.tag, Ok(&data)),
                 Content::Flushed(mark) => self.effects.flushed(answer.tag, mark),
             }

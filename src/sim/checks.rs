@@ -228,6 +228,15 @@ impl World {
         Ok(())
     }
 
+    /// Reads that have waited for the records, and whose vote is taken again.
+    pub(super) fn note_votes_again(&mut self) {
+        for read in self.pending.iter_mut().filter(|read| read.withheld) {
+            let is_read = matches!(read.kind, PendingKind::Read);
+            let mut engines = self.engines.iter();
+            read.withheld = !is_read || engines.any(|engine| engine.withholds(read.tag));
+        }
+    }
+
     /// The durable writes that the replicas have written, and that wait for a flush now; and the
     /// requests that have succeeded, and whose answers wait for the records.
     pub(super) fn check_ended_writes(&mut self) -> Checked {

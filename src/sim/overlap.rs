@@ -46,6 +46,7 @@ impl World {
         self.turn.set(self.clock);
         self.thresholds = Thresholds::only(self.threshold);
         self.before_input = self.ledger.known_failures();
+        self.note_votes_again();
         let mut checks = self.input_checks(worker, expected);
         let mut effects = std::mem::take(&mut self.collected);
         let other_input = self.draw_other_input(worker);

@@ -5,7 +5,7 @@ use std::time::Duration;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::report::Report;
 use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
-use quorum_blk::engine::Shared;
+use quorum_blk::engine::{GuestRequest, Shared};
 use quorum_blk::record::Keeper;
 use quorum_blk::sim::policy;
 
@@ -36,6 +36,9 @@ struct Three {
     failing: ReplicaSet,
     /// There is no space for the data of these.
     full: ReplicaSet,
+    /// These fail a flush.
+    unflushed: ReplicaSet,
+    reads: usize,
 }
 
 impl Replicas for Three {
@@ -44,8 +47,14 @@ impl Replicas for Three {
             return None;
         }
         let replica = operation.replica;
+        self.reads += usize::from(matches!(operation.action, Action::Read { .. }));
         let writes = matches!(operation.action, Action::Write { .. });
-        Some(if is_record(operation) && self.failing.contains(replica) {
+        let failing = match operation.action {
+            Action::Record { .. } => self.failing,
+            Action::Flush => self.unflushed,
+            _ => ReplicaSet::EMPTY,
+        };
+        Some(if failing.contains(replica) {
             Err(Errno(libc::EIO))
         } else if writes && self.full.contains(replica) {
             Err(Errno(libc::ENOSPC))
@@ -72,6 +81,8 @@ fn disk(threshold: u8) -> Disk {
         waits: nothing,
         failing: ReplicaSet::EMPTY,
         full: ReplicaSet::EMPTY,
+        unflushed: ReplicaSet::EMPTY,
+        reads: 0,
     };
     let mut disk = Disk::new(shared, policy::plain(votes), replicas);
     disk.engine.stop_background();
@@ -95,6 +106,29 @@ fn that_has_to_say_what_a_replica_has_missed_comes_before_the_answer() {
     assert_eq!(disk.answers, [true], "the first one");
     resume(&mut disk, nothing);
     assert_eq!(disk.answers, [true; 2]);
+}
+
+/// What was read may be lost by then, and another version have won a vote.
+#[test]
+fn that_a_read_has_waited_for_is_followed_by_another_vote_if_a_replica_has_failed_meanwhile() {
+    for fails in [false, true] {
+        let mut disk = disk(2);
+        disk.write(ELSEWHERE, 1);
+        disk.write(HERE, 1);
+        disk.replicas.full = ReplicaSet::from_iter([SLOW]);
+        disk.replicas.waits = is_record;
+        disk.write(HERE, 2);
+        disk.read(ELSEWHERE);
+        assert_eq!(disk.answers, [true; 2], "the first two");
+        let reads = disk.replicas.reads;
+        if fails {
+            disk.replicas.unflushed = ReplicaSet::from_iter([OTHER]);
+        }
+        disk.submit(GuestRequest::Flush);
+        resume(&mut disk, nothing);
+        assert_eq!(disk.answers.len(), 5);
+        assert_eq!(disk.replicas.reads > reads, fails);
+    }
 }
 
 /// Its own record may not say what it misses from now on: those of the others do, before the guest
