@@ -9,6 +9,7 @@ mod members;
 mod results;
 mod rooms;
 mod subsets;
+mod unsettled;
 mod unwritten;
 
 use std::cell::Cell;
