@@ -5,7 +5,7 @@ RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
 .PHONY: bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
-.PHONY: fuzz-corpus clean exhaustive crash
+.PHONY: fuzz-corpus clean exhaustive protocol crash
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -31,6 +31,7 @@ test: guest firmware clients lint ## Run every check of the project
 	QUORUM_BLK_TEST_AIO=threads $(CARGO) test --locked --test replicas -- --nocapture
 	$(MAKE) model
 	$(MAKE) exhaustive
+	$(MAKE) protocol
 	$(MAKE) sim FIRST=1 SEEDS=$(TEST_SEEDS)
 
 # The same seeds in each `make test`, so that what fails there is what was changed.
@@ -64,6 +65,10 @@ model: ## Check every interleaving of what worker threads share (loom)
 
 exhaustive: ## Check every case of a vote, a flush and a settlement, of up to 8 replicas
 	$(CARGO) test --locked --profile sim --features sim --test exhaustive -- --nocapture
+
+protocol: ## Explore a model of the protocol with all crashes and records; LARGE=1: for minutes
+	$(CARGO) test --locked --profile sim --features sim --test protocol -- --nocapture \
+		--test-threads 1 $(if $(LARGE),--include-ignored)
 
 fuzz: ## Fuzz each target for SECONDS=60; TARGET=name: only that one (fuzz/README.md)
 	SECONDS_EACH=$(SECONDS) fuzz/run.sh $(TARGET)
