@@ -53,9 +53,18 @@ install_packages() {
 
 # fetch PACKAGE DIRECTORY: unpacks the package there without installing it.
 fetch() {
+    fetch_all "$2" "$1"
+}
+
+# fetch_all DIRECTORY PACKAGE...: does so with several packages, which takes less time.
+fetch_all() {
+    directory=$1
+    shift
     mkdir -p "$scratch/packages"
-    (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$1")
-    quietly dpkg -x "$scratch/packages/$1"_*.deb "$2"
+    (cd "$scratch/packages" && quietly apt-get --option APT::Sandbox::User=root download "$@")
+    for package in "$@"; do
+        quietly dpkg -x "$scratch/packages/$package"_*.deb "$directory"
+    done
 }
 
 # is_fresh FILE SOURCE...: whether FILE exists and is newer than its sources.

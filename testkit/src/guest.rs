@@ -163,6 +163,18 @@ impl GuestBuilder {
         self
     }
 
+    /// A second disk, `/dev/vdb`, that is not voted and only read, with the programs below
+    /// `target/guest/NAME.raw`.
+    pub fn programs(self, name: &str) -> Self {
+        let image = prepared(&format!("{name}.raw"));
+        self.arguments([
+            "-drive".into(),
+            format!("if=none,id={name},file={image},format=raw,readonly=on"),
+            "-device".into(),
+            format!("virtio-blk-pci,drive={name}"),
+        ])
+    }
+
     /// Starts QEMU and waits until the guest takes commands.
     pub fn start(self) -> Guest {
         let started = Instant::now();

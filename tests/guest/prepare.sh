@@ -7,6 +7,7 @@
 # installing them, below target/guest/ or $CARGO_TARGET_DIR/guest/:
 #   vmlinuz              a stock Debian kernel
 #   initramfs.cpio.gz    busybox, the tools, the virtio drivers and tests/guest/init
+#   fio.raw              a read-only disk with fio, for the tests that need it
 # Does and prints nothing if everything is there. Remove that directory to build everything again.
 
 set -eu
@@ -72,24 +73,77 @@ fetch_tools() {
     mv "$scratch/tools" "$guest/tools"
 }
 
+# find_libraries FROM: sets $loader to the loader that is below FROM, and $directories to where the
+# libraries are.
+find_libraries() {
+    loader=$(find "$1" -name 'ld-linux-x86-64.so.*' -type f | head -n 1)
+    directories=$(find "$1" -name 'lib*.so.*' -exec dirname '{}' ';' |
+        sort -u | tr '\n' ':')
+}
+
+# copy_programs FROM PROGRAMS LIBRARIES NAME...: copies programs that are below FROM to the
+# directory PROGRAMS, and the libraries that they need to LIBRARIES. Sets $loader.
+copy_programs() {
+    from=$1
+    programs=$2
+    libraries=$3
+    shift 3
+    mkdir -p "$programs" "$libraries"
+    find_libraries "$from"
+    for program in "$@"; do
+        file=$(find "$from" -path "*bin/$program" -type f | head -n 1)
+        [ -n "$file" ] || fail "no package has $program"
+        cp "$file" "$programs/"
+        "$loader" --library-path "$directories" --list "$file"
+    done >"$scratch/libraries"
+    ! grep 'not found' "$scratch/libraries" >&2 || fail "libraries are missing"
+    awk '$2 == "=>" && $1 !~ "/" { print $3 }' "$scratch/libraries" | sort -u |
+        while IFS= read -r library; do
+            cp -L "$library" "$libraries/"
+        done
+}
+
 # install_tools ROOT: copies the tools there, and the loader and the libraries to where the loader
 # searches for them.
 install_tools() {
-    mkdir -p "$1/sbin" "$1/lib" "$1/lib64"
-    loader=$(find "$guest/tools" -name 'ld-linux-x86-64.so.*' -type f | head -n 1)
+    copy_programs "$guest/tools" "$1/sbin" "$1/lib" $tools
+    mkdir -p "$1/lib64"
     cp "$loader" "$1/lib64/"
-    directories=$(find "$guest/tools" -name 'lib*.so.*' -exec dirname '{}' ';' |
-        sort -u | tr '\n' ':')
-    for tool in $tools; do
-        file=$(find "$guest/tools" -path "*bin/$tool" -type f | head -n 1)
-        [ -n "$file" ] || fail "there is no $tool in util-linux or e2fsprogs"
-        cp "$file" "$1/sbin/"
-        "$loader" --library-path "$directories" --list "$file"
-    done >"$scratch/libraries"
-    awk '$2 == "=>" && $1 !~ "/" { print $3 }' "$scratch/libraries" | sort -u |
-        while IFS= read -r library; do
-            cp -L "$library" "$1/lib/"
-        done
+}
+
+# Fetches fio, the libraries with which it is linked, and what those depend on.
+fetch_fio() {
+    refresh_package_lists
+    libraries=$(apt-cache depends fio 2>/dev/null | awk '/Depends: z?lib/ { print $2 }')
+    [ -n "$libraries" ] || fail "the package archive has no fio; try apt-get update"
+    libraries=$(apt-cache depends --recurse --important $libraries 2>/dev/null |
+        grep -E '^z?lib' | sort -u)
+    say "fetching fio with the libraries of its engines"
+    fetch_all "$scratch/fio" fio $libraries
+    rm -rf "$scratch/fio/usr/share" "$guest/fio" "$guest/fio.raw"
+    mv "$scratch/fio" "$guest/fio"
+}
+
+# fio is linked with the libraries of all storage systems that it knows: more than 80 MB, which
+# would take every guest too long to unpack. It has a disk of its own, of which a guest reads what
+# it needs.
+build_fio_disk() {
+    say "building the disk with fio"
+    root=$scratch/disk
+    copy_programs "$guest/fio" "$root/lib" "$root/lib" fio
+    cp "$loader" "$root/lib/loader"
+    cat >"$root/fio" <<'END'
+#!/bin/sh
+directory=${0%/*}/lib
+exec "$directory/loader" --library-path "$directory" "$directory/fio" "$@"
+END
+    chmod 755 "$root/fio"
+    find_libraries "$guest/tools"
+    mke2fs=$(find "$guest/tools" -path '*bin/mke2fs' -type f | head -n 1)
+    quietly env MKE2FS_CONFIG="$guest/tools/etc/mke2fs.conf" \
+        "$loader" --library-path "$directories" "$mke2fs" \
+        -q -t ext4 -b 4096 -m 0 -O ^has_journal -d "$root" "$scratch/fio.raw" 160M
+    mv "$scratch/fio.raw" "$guest/fio.raw"
 }
 
 # The drivers that the guest needs, each after its dependencies. Kernels differ in which of them are
@@ -139,4 +193,10 @@ fi
 if ! is_fresh "$guest/initramfs.cpio.gz" \
     "$sources/init" "$sources/prepare.sh" "$guest/vmlinuz"; then
     build_initramfs
+fi
+if ! [ -d "$guest/fio" ]; then
+    fetch_fio
+fi
+if ! is_fresh "$guest/fio.raw" "$sources/prepare.sh" "$guest/fio"; then
+    build_fio_disk
 fi
