@@ -7,6 +7,7 @@ mod device_features;
 mod full_host;
 mod migration;
 mod new_size;
+mod operator;
 mod queues;
 mod readme;
 mod repair;

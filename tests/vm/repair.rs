@@ -5,13 +5,14 @@
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use serde_json::Value;
 use testkit::daemon::{Daemon, EventReader, replica_arguments};
 use testkit::guest::GuestBuilder;
 use testkit::guest_load::{expect_end, expect_progress};
 use testkit::images::{Random, are_identical, corrupt_sectors, create_images};
+
+use crate::operator::Operator;
 
 const MIB: u64 = 1 << 20;
 const IMAGE_BYTES: u64 = 256 * MIB;
@@ -167,28 +168,6 @@ fn a_disk_is_repaired_and_grown_under_a_guest() {
         );
     }
     assert!(are_identical(&images));
-}
-
-/// An operator with `quorum-blkctl` only.
-struct Operator {
-    monitor: PathBuf,
-}
-
-impl Operator {
-    /// Runs it to its end, prints its output, and returns its exit status.
-    fn run(&self, arguments: &[&str]) -> i32 {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkctl"));
-        command.arg("--qmp").arg(&self.monitor).args(arguments);
-        let output = command.output().expect("running quorum-blkctl");
-        let status = output.status.code().expect("not killed");
-        println!(
-            "$ quorum-blkctl {}\n{}{}(exit status {status})",
-            arguments.join(" "),
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr),
-        );
-        status
-    }
 }
 
 /// Writes random data to all images.
