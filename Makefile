@@ -3,8 +3,8 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
-.PHONY: help demo build man install uninstall test sim mutants soak slow-guest model
-.PHONY: bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
+.PHONY: help demo build man install uninstall test sim mutants soak slow-guest verify-guest
+.PHONY: model bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
 .PHONY: fuzz-corpus clean exhaustive protocol crash
 
 help: ## List the targets
@@ -59,6 +59,10 @@ soak: ## Kill the daemon under load in three ways, SECONDS=n each; SEED=s: the s
 slow-guest: guest ## A guest works for SECONDS=600 on replicas whose flushes take 1.5 s
 	QUORUM_BLK_SLOW_SECONDS=$(or $(SECONDS),600) \
 		$(CARGO) test --locked --test vm slow_flushes -- --nocapture
+
+verify-guest: guest ## fio verifies for SECONDS=600 over a replica: corrupt, slow, flapping
+	QUORUM_BLK_VERIFY_SECONDS=$(or $(SECONDS),600) \
+		$(CARGO) test --locked --test vm verified_work -- --nocapture --test-threads=1
 
 model: ## Check every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared

@@ -13,3 +13,4 @@ mod readme;
 mod repair;
 mod slow_flushes;
 mod two_guests;
+mod verified_work;
