@@ -78,7 +78,8 @@ pub(super) enum FollowUp {
     Remember,
 }
 
-/// A guest read whose replies differ while a slow replica is still out.
+/// A guest read whose replies differ while a slow replica is still out, or whose vote is taken
+/// again.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Suspicion {
     pub(super) tag: Tag,

@@ -68,7 +68,7 @@ impl Flush {
             for waiting in &mut origins {
                 waiting.is_durable = health.flushed_since(waiting.since)
                     && match waiting.origin {
-                        Origin::Request(_) => health.guest_knows(waiting.asked),
+                        Origin::Request(_) => health.guest_knew(waiting.asked),
                         Origin::Write(_, range, _) => {
                             !health.is_undone(range) && !health.was_given_up(range)
                         }

@@ -52,7 +52,7 @@ impl Read {
     }
 
     /// A read whose replies differ while a slow replica is out, so that under the lock the others
-    /// decide; or one whose vote is outdated.
+    /// decide; or one whose vote is outdated, or undone while its answer waited for the records.
     pub(super) fn suspect(suspicion: Suspicion, context: &mut Context<'_, impl Effects>) -> Self {
         let Suspicion { tag, range, failed } = suspicion;
         Self::confirm_at_once(tag, range, failed, context)

@@ -15,7 +15,6 @@ use crate::common::operation::{Action, OperationType, Reply, RequestId};
 use crate::common::report::{Report, Requester};
 use crate::common::{ReplicaSet, SectorRange};
 use crate::limits::SWEEP_TIMEOUTS;
-use crate::quorum::health::{FailureEpoch, Health};
 use crate::quorum::tally::Tally;
 
 /// The range of the lock that those of all engines share: no disk has this sector.
@@ -76,8 +75,8 @@ struct Answer {
     counted: u64,
     /// A replica had no space left for it.
     no_space: bool,
-    /// When it was ready.
-    ready: FailureEpoch,
+    /// How often votes had undone something when it was ready.
+    times_undone: u64,
 }
 
 #[derive(Debug)]
@@ -183,7 +182,9 @@ impl<E: Effects> Context<'_, E> {
     #[cold]
     fn withhold(&mut self, tag: Tag, request: (OperationType, SectorRange), content: Content) {
         let (memory, _) = self.core.shared.memory();
-        let counted = self.core.shared.health(Health::counted_writes);
+        let shared = &self.core.shared;
+        let (counted, times_undone) =
+            shared.health(|health| (health.counted_writes(), health.times_undone()));
         let no_space = self.core.had_no_space(self.id);
         self.core.withheld.answers.push(Answer {
             tag,
@@ -192,7 +193,7 @@ impl<E: Effects> Context<'_, E> {
             memory,
             counted,
             no_space,
-            ready: self.core.shared.failure_epoch(),
+            times_undone,
         });
         self.core.have_remembered();
     }
@@ -207,11 +208,15 @@ impl<E: Effects> Context<'_, E> {
                 let shared = &self.core.shared;
                 shared.change_health(|health| health.answered_late(counted));
             }
-            let failed = self.core.shared.failure_epoch() != answer.ready;
+            let (operation, range) = answer.request;
+            let is_undone = operation == OperationType::Read
+                && self.core.shared.health(|health| {
+                    health.times_undone() != answer.times_undone && health.is_undone(range)
+                });
             match answer.content {
-                Content::Data(_) if failed && answer.request.0 == OperationType::Read => {
-                    // What it brought may have been lost since, and another version have won.
-                    let (tag, range) = (answer.tag, answer.request.1);
+                Content::Data(_) if is_undone => {
+                    // A replica has lost what it brought, and another version has won since.
+                    let tag = answer.tag;
                     let again = FollowUp::Confirm(Suspicion {
                         tag,
                         range,

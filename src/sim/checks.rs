@@ -234,6 +234,9 @@ impl World {
             let is_read = matches!(read.kind, PendingKind::Read);
             let mut engines = self.engines.iter();
             read.withheld = !is_read || engines.any(|engine| engine.withholds(read.tag));
+            if !read.withheld {
+                read.seen.dropped = self.ledger.dropped;
+            }
         }
     }
 

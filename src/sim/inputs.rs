@@ -362,7 +362,8 @@ impl World {
         if let Some(before) = &mut self.before_reply {
             before.dropped[replica] |= seen;
         }
-        // What a read returns whose answer waits for the records is decided (R7).
+        // What a read returns whose answer waits for the records is decided (R7), unless its vote
+        // is taken again.
         for pending in self.pending.iter_mut().filter(|pending| !pending.withheld) {
             pending.seen.dropped[replica] = self.ledger.dropped[replica];
         }

@@ -183,7 +183,7 @@ fn fails_all_who_have_asked_before_the_guest_knows_what_is_undone() {
     assert!(disk.reply(0, unheard, false).is_empty());
     disk.read(2, 3);
     assert_eq!(disk.succeeded, [1, 2]);
-    // Others ask while the first flush runs; one of them was not told by the first failure.
+    // Others ask while the first flush runs, before the guest knows that it fails.
     let first = one_flush(disk.flush(0, 3));
     assert!(disk.flush(0, 4).is_empty());
     assert!(disk.flush(0, 5).is_empty());

@@ -51,8 +51,12 @@ pub(super) struct Undone {
     answered: u64,
     /// What votes may have undone that has not been written since.
     pub(super) ranges: RangeSet,
+    /// How often something was.
+    times: u64,
     /// Such a vote has taken place, and no flush that covers the writes has failed.
     owes_failure: bool,
+    /// All that is undone was written before this moment.
+    owed_until: u64,
     /// Flushes of the guest that have failed.
     failures: u64,
     /// Those of which the guest knows.
@@ -68,18 +72,20 @@ pub(super) struct Undone {
 pub struct FlushAsked {
     /// So many writes had a quorum. The flush covers them.
     writes: u64,
-    /// So many flushes had failed.
+    /// It knew of so many flushes that have failed.
     failures: u64,
 }
 
 impl Undone {
     /// Something is undone. `before`: how many sectors were already.
     pub(super) fn is_more(&mut self, before: u64) {
+        self.times += 1;
         // The guest knows of it, and has seen no flush succeed since.
         if self.none_succeeded && self.ranges.sectors() == before {
             return;
         }
-        self.owes_failure |= self.answered < self.covered_by;
+        self.owed_until = self.covered_by;
+        self.owes_failure |= self.answered < self.owed_until;
         self.known_from = self.failures;
     }
 }
@@ -405,6 +411,11 @@ impl Health {
         self.undone.ranges.overlaps(range)
     }
 
+    /// How often votes may have undone something.
+    pub fn times_undone(&self) -> u64 {
+        self.undone.times
+    }
+
     /// Whether the next flush of the guest fails, because writes may be undone.
     pub fn owes_failure(&self) -> bool {
         self.undone.owes_failure
@@ -417,19 +428,24 @@ impl Health {
         !self.undone.owes_failure && asked.failures >= self.undone.known_from
     }
 
+    /// The same for a flush of the guest that succeeds if this is so.
+    pub fn guest_knew(&mut self, asked: FlushAsked) -> bool {
+        let knows = self.guest_knows(asked);
+        self.undone.none_succeeded &= !knows;
+        knows
+    }
+
     /// The answer to a flush of the guest. `is_durable`: all that it covers is durable on t
     /// members. It fails all the same if writes may be undone and the guest did not know. After a
     /// failure [`Self::failure_told`] follows.
     pub fn answer_flush(&mut self, is_durable: bool, asked: FlushAsked) -> bool {
-        let succeeds = is_durable && self.guest_knows(asked);
-        let undone = &mut self.undone;
-        if succeeds {
-            undone.none_succeeded = false;
+        if is_durable && self.guest_knew(asked) {
             return true;
         }
+        let undone = &mut self.undone;
         undone.failures += 1;
         undone.answered = asked.writes.max(undone.answered);
-        if asked.writes >= undone.covered_by {
+        if asked.writes >= undone.owed_until {
             if undone.owes_failure {
                 undone.owes_failure = false;
                 undone.known_from = undone.failures;

@@ -356,6 +356,21 @@ fn what_the_guest_knows_to_be_undone_fails_no_other_flush_before_one_has_succeed
     }
 }
 
+/// A replica fails flush after flush while the guest goes on writing.
+#[test]
+fn what_is_undone_fails_one_flush_whatever_is_doubtful_later() {
+    let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+    write(&mut health, range(0, 8), &[]);
+    assert!(!flush(&mut health, &[A, B, C]));
+    health.may_be_undone(&[range(0, 8)]);
+    let asked = health.flush_asked();
+    write(&mut health, range(8, 8), &[]);
+    flush(&mut health, &[A]);
+    assert!(!health.answer_flush(true, asked));
+    health.failure_told();
+    assert!(health.answer_flush(true, health.flush_asked()));
+}
+
 /// What the guest writes there is no copy.
 #[test]
 fn a_write_over_a_copy_is_not_undone() {
