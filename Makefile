@@ -67,7 +67,7 @@ verify-guest: guest ## fio verifies for SECONDS=600 over a replica: corrupt, slo
 model: ## Check every interleaving of what worker threads share (loom)
 	$(CARGO) test --locked --target-dir target/model --features loom --lib engine::shared
 
-exhaustive: ## Check every case of a vote, a flush and a settlement, of up to 8 replicas
+exhaustive: ## Check every case of a vote, an answer, a flush and a settlement
 	$(CARGO) test --locked --profile sim --features sim --test exhaustive -- --nocapture
 
 protocol: ## Explore a model of the protocol with all crashes and records; LARGE=1: for minutes

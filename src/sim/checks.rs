@@ -162,7 +162,10 @@ impl World {
         }
         // Whether a vote may have been settled in vain twice, because of the same replica.
         let failed_twice = |r: usize| self.ledger.failures[r] >= read.seen.failures[r] + 2;
-        if bits(sectors).all(enough) && !self.members().any(failed_twice) {
+        let excused = self.members().map(|r| read.seen.excused[r]);
+        let settled = excused.fold(read.seen.mixed, |all, excused| all | excused) & sectors != 0;
+        let in_vain = settled && self.members().any(failed_twice);
+        if bits(sectors).all(enough) && !in_vain {
             let text = format!(
                 "read {} failed, but enough replicas have good copies",
                 number_of(read.tag)

@@ -1,6 +1,6 @@
 //! What becomes of one sector whose copies are in doubt after failed writes, a failed flush or an
 //! unclean end (contract W7, S5): a read settles it, through the engine, while replicas fail what
-//! it asks of them. All cases of up to four replicas.
+//! it asks of them.
 
 use std::sync::Arc;
 
@@ -8,6 +8,7 @@ use quorum_blk::common::buffer::BufferPool;
 use quorum_blk::common::clock::TurnClock;
 use quorum_blk::common::operation::{Action, Operation};
 use quorum_blk::common::ranges::RangeSet;
+use quorum_blk::common::report::{Cause, Report};
 use quorum_blk::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use quorum_blk::engine::{Engine, GuestRequest, Shared, WorkerIndex};
 use quorum_blk::quorum::health::Remembered;
@@ -28,6 +29,8 @@ enum Write {
     FailedWritten,
     /// It fails, and the replica holds what it held.
     Failed,
+    /// The same the first time.
+    FailedOnce,
 }
 
 /// What a replica does with a flush.
@@ -41,7 +44,7 @@ enum Flush {
 }
 
 /// How a replica answers.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Behaviour {
     write: Write,
     flush: Flush,
@@ -53,9 +56,13 @@ const WELL: Behaviour = Behaviour {
 };
 
 /// Every way to fail while a read settles the sector.
-const FAULTS: [Behaviour; 3] = [
+const FAULTS: [Behaviour; 4] = [
     Behaviour {
         write: Write::Failed,
+        ..WELL
+    },
+    Behaviour {
+        write: Write::FailedOnce,
         ..WELL
     },
     Behaviour {
@@ -139,9 +146,10 @@ impl Disk {
             match self.effects.effects.remove(0) {
                 Effect::Submit(operation) => self.carry_out(operation),
                 Effect::Complete(_, result) => success = Some(result.is_ok()),
-                Effect::Report(report) => {
-                    self.accusations += usize::from(format!("{report:?}").contains("Corrupt"));
-                }
+                Effect::Report(Report::Bad {
+                    cause: Cause::Corrupt(_),
+                    ..
+                }) => self.accusations += 1,
                 _ => {}
             }
         }
@@ -158,8 +166,11 @@ impl Disk {
                 true
             }
             Action::Write { data, .. } => {
-                if write != Write::Failed {
+                if matches!(write, Write::Done | Write::FailedWritten) {
                     copy.held = data[0];
+                }
+                if write == Write::FailedOnce {
+                    self.behaviour[replica].write = Write::Done;
                 }
                 write == Write::Done
             }
@@ -251,6 +262,10 @@ fn settle(mut disk: Disk, threshold: usize, told: Option<Told>, counts: &mut Cou
             assert!(is_legal, "{version} after {told:?}");
         }
     }
+    let is_well = |replica: &&Behaviour| **replica == WELL;
+    let enough = faulty.iter().filter(is_well).count() >= threshold;
+    let any_copy = told.is_none();
+    assert!(!(any_copy && enough) || first.is_some(), "{faulty:?}");
     counts.cases += 1;
     counts.unsettled += u64::from(first.is_none());
 
@@ -273,9 +288,13 @@ fn settle(mut disk: Disk, threshold: usize, told: Option<Told>, counts: &mut Cou
     assert_eq!(disk.accusations, 0, "no replica is at fault: {faulty:?}");
 }
 
-/// Calls `visit` with every way in which these replicas fail while the sector is settled: all that
-/// do fail in the same way.
+/// Calls `visit` with every way in which these replicas fail while the sector is settled. If there
+/// are more than three, all that fail do so in the same way.
 fn each_fault(replicas: usize, mut visit: impl FnMut(&[Behaviour])) {
+    if replicas <= 3 {
+        let [write, once, kept, lost] = FAULTS;
+        return each_of(&[WELL, write, once, kept, lost], replicas, visit);
+    }
     visit(&vec![WELL; replicas]);
     for fault in FAULTS {
         for set in 1..1_u32 << replicas {

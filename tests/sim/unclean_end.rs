@@ -24,6 +24,8 @@ struct Disk {
     holds: [u8; 3],
     /// The replicas that fail writes.
     fails: [bool; 3],
+    /// The replicas that fail one write.
+    fails_once: [bool; 3],
     /// The replicas that fail flushes.
     flush_fails: [bool; 3],
     flushes: usize,
@@ -63,6 +65,7 @@ impl Disk {
             effects: Collected::default(),
             holds,
             fails: [false; 3],
+            fails_once: [false; 3],
             flush_fails: [false; 3],
             flushes: 0,
             slow: None,
@@ -138,6 +141,10 @@ impl Disk {
                 }
             }
             Action::Write { .. } if self.fails[replica] => result = Err(Errno(5)),
+            Action::Write { .. } if self.fails_once[replica] => {
+                self.fails_once[replica] = false;
+                result = Err(Errno(5));
+            }
             Action::Write {
                 data, offset_bytes, ..
             } => {
@@ -225,4 +232,18 @@ fn is_not_decided_while_a_replica_that_is_needed_fails_every_flush() {
         (disk.shared.unrecovered_sectors(), disk.accusations),
         (0, 0)
     );
+}
+
+/// One fails every flush and one the first write, so that the vote is taken three times.
+#[test]
+fn is_decided_when_enough_others_hold_the_winner_although_one_fails_every_flush() {
+    let mut disk = Disk::new([1, 2, 3]);
+    disk.flush_fails = [false, true, false];
+    disk.fails_once = [false, false, true];
+    assert!(disk.read(1).is_some());
+    assert_eq!(
+        (disk.shared.unrecovered_sectors(), disk.accusations),
+        (0, 0)
+    );
+    assert_eq!((disk.holds[0], disk.holds[2]), (1, 1));
 }

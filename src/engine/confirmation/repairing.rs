@@ -10,6 +10,7 @@ use super::super::lateness::Kind;
 use super::super::repair::{RepairKind, RepairWrite, Repairs, bytes_of};
 use super::super::repair_gate::Permission;
 use super::super::survey::Survey;
+use super::settling::Postponed;
 use super::{Confirmation, Next, Step};
 use crate::common::buffer::Buffer;
 #[cfg(any(test, feature = "sim"))]
@@ -225,6 +226,21 @@ impl Confirmation {
         shared.health(|health| health.members_failed_since(self.voted_at))
     }
 
+    /// Whether enough replicas hold what is to be decided, without these that have failed.
+    fn is_held_without(&self, failed: ReplicaSet, context: &Context<'_, impl Effects>) -> bool {
+        let Postponed {
+            decided, others, ..
+        } = &self.postponed;
+        let failed = failed.iter().map(|replica| (replica, decided.clone()));
+        let others: Vec<_> = others.iter().cloned().chain(failed).collect();
+        let range = self.replies.range();
+        let few = context.shared().health(|health| {
+            let needed = self.needed_now().unwrap_or(health.threshold());
+            health.held_by_few((range, decided), &others, needed)
+        });
+        few.is_empty()
+    }
+
     /// All is written, and durable where it must be.
     pub(super) fn finish(&mut self, context: &mut Context<'_, impl Effects>) -> Next {
         assert!(
@@ -238,11 +254,14 @@ impl Confirmation {
         };
         let before = self.terms.failed_before;
         self.terms.failed_before = before.or(failed);
-        self.outdated = !failed.is_empty() && failed.and(before).is_empty();
-        if !failed.is_empty() && !self.outdated {
+        let is_needed = || self.postponed.is_empty() || !self.is_held_without(failed, context);
+        let in_vain = !failed.and(before).is_empty() && is_needed();
+        self.outdated = !failed.is_empty() && !in_vain;
+        if in_vain {
             for replica in failed.iter() {
                 let found = self.end.on(replica);
                 found.not_written.extend(&self.postponed.decided);
+                found.not_written.extend(&self.voted);
             }
         }
         // If nothing is decided, any copy is legal still.

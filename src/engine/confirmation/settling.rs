@@ -22,7 +22,7 @@ type Parts = Vec<(ReplicaIndex, Vec<SectorRange>)>;
 pub(super) struct Postponed {
     pub(super) decided: Vec<SectorRange>,
     /// Where replicas are not known to hold the winner.
-    others: Parts,
+    pub(super) others: Parts,
     /// The members that have voted, or could have.
     members: ReplicaSet,
 }
