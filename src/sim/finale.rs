@@ -64,8 +64,13 @@ impl World {
         self.check_resynced()?;
         // A replica whose repair failed is not repaired for some time.
         self.clock += FOLLOWED_ERRORS_REST;
+        let failures = self.ledger.failures;
         self.read_all()?;
-        self.check_recovered()?;
+        // Of what the guest has its answer to, no vote is taken again if a replica reports only now
+        // what it has lost.
+        if self.ledger.failures == failures {
+            self.check_recovered()?;
+        }
         self.check_rewritten()?;
         self.check_scrub()?;
         self.prefer_all()?;
