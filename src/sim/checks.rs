@@ -39,7 +39,7 @@ impl World {
                     self.note_refused_write(&pending, write);
                 }
                 if let PendingKind::Flush = kind {
-                    self.model.flush_failed(pending.began);
+                    self.note_failed_flush(&pending);
                 }
             }
             (PendingKind::Read, Err(())) if pending.withheld => self.check_refusal()?,

@@ -141,14 +141,20 @@ impl World {
             );
             return Err(Violation::new("W7", text));
         }
+        self.note_failed_flush(flush);
+        Ok(())
+    }
+
+    /// The guest knows that a flush has failed.
+    pub(super) fn note_failed_flush(&mut self, flush: &Pending) {
         if !flush.withheld {
             self.ledger.told_at = Some(self.now);
         }
+        let owed = self.ledger.lacking_at;
         if owed.is_some_and(|owed| owed <= flush.began) {
             self.ledger.lacking_at = None;
         }
         self.model.flush_failed(flush.began);
-        Ok(())
     }
 
     /// W5: everything was written and flushed without faults, so all replicas hold it durably.
