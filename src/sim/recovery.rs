@@ -35,12 +35,13 @@ impl World {
     }
 
     /// S2: what a sector holds after a crash on a replica that is not remembered to be stale
-    /// (`stale`): also where its copy is doubtful.
+    /// (`stale`): also where its copy is doubtful. `returns_with`: where a missing replica may
+    /// vote when its image is there.
     pub(super) fn check_after_crash(
         &mut self,
         sector: usize,
         before: &Ledger,
-        (stale, killed): (&Masks, bool),
+        (stale, returns_with, killed): (&Masks, &Masks, bool),
         marked: u64,
     ) -> Checked {
         let bit = 1 << sector;
@@ -49,7 +50,8 @@ impl World {
             let value = self.replicas[replica].value(sector);
             let permitted = self.model.is_permitted(sector, value, self.now);
             let is_fresh = self.ledger.excused[replica] & bit == 0;
-            if permitted && is_fresh && !versions.contains(&value) {
+            let votes = is_fresh || returns_with[replica] & bit != 0;
+            if permitted && votes && !versions.contains(&value) {
                 versions.push(value);
             }
             // An error is still to come: only after a kill.
@@ -82,7 +84,8 @@ impl World {
             // Where nothing is marked the records say that all copies are equal. So one that has
             // lied is wrong there, although what it holds would be legal where something is marked.
             if self.plan.records && marked & bit == 0 {
-                let honest = |r: &usize| !liars.contains(r) && self.ledger.excused[*r] & bit == 0;
+                let votes = |r: &usize| (!self.ledger.excused[*r] | returns_with[*r]) & bit != 0;
+                let honest = |r: &usize| !liars.contains(r) && votes(r);
                 let honest = self.members().find(honest);
                 let right = honest.map(|replica| self.replicas[replica].value(sector));
                 for liar in liars {
@@ -361,7 +364,12 @@ mod tests {
         world.now = 6;
         let mut before = Ledger::default();
         before.corrupt[2] = u64::from(!honest);
-        let checked = world.check_after_crash(0, &before, (&Masks::default(), false), marked);
+        let checked = world.check_after_crash(
+            0,
+            &before,
+            (&Masks::default(), &Masks::default(), false),
+            marked,
+        );
         assert_eq!(checked.is_err(), marked == 0 && honest);
         let wrong = world
             .members()
@@ -387,7 +395,12 @@ mod tests {
             world.now = 6;
             world.ledger.excused[0] = 1;
             let before = Ledger::default();
-            let checked = world.check_after_crash(0, &before, (&Masks::default(), killed), 1);
+            let checked = world.check_after_crash(
+                0,
+                &before,
+                (&Masks::default(), &Masks::default(), killed),
+                1,
+            );
             assert_eq!(checked.is_ok(), killed);
             assert_eq!(world.ledger.corrupt[0], u64::from(killed));
         }

@@ -183,11 +183,16 @@ impl World {
     ) -> Checked {
         let disk = self.plan.mask(self.plan.disk());
         let mut missed = Masks::default();
+        // Where the records say that it holds what the others hold, if it is missing.
+        let mut returns_with = Masks::default();
         for replica in self.members() {
             let copies = &remembered.copies[replica];
             let [stale, doubtful] =
                 [&copies.stale, &copies.doubtful].map(|set| mask_of(set.iter()));
             missed[replica] = stale;
+            if stale == disk {
+                self.records.uncopied |= 1 << replica;
+            }
             let stale = stale | doubtful;
             self.ledger.excused[replica] = stale;
             self.ledger.unsound[replica] = stale;
@@ -196,13 +201,14 @@ impl World {
             if self.missing >> replica & 1 == 1 {
                 // It is not asked, and what it holds is looked at when it is there.
                 missed[replica] = disk;
+                returns_with[replica] = disk & !stale;
                 self.ledger.excused[replica] = disk;
                 self.ledger.corrupt[replica] |=
                     before.corrupt[replica] | before.falsely_durable[replica];
             }
         }
         for sector in 0..self.changed_at.len() {
-            self.check_after_crash(sector, before, (&missed, killed), marked)?;
+            self.check_after_crash(sector, before, (&missed, &returns_with, killed), marked)?;
         }
         Ok(())
     }
