@@ -140,6 +140,10 @@ impl World {
             // Where something is marked it may be an older copy: it votes when it is copied.
             self.ledger.unsound[place] |= mask_of(stale.iter());
             self.check_found(place)?;
+            let disk = self.plan.mask(self.plan.disk());
+            if self.view.stale[place] & disk == disk {
+                self.records.uncopied |= 1 << place;
+            }
         }
         Ok(())
     }

@@ -45,7 +45,9 @@ pub(super) struct Records {
     pub(super) put_back: u32,
     /// The images that a forced start has left behind, and that were not served since: a mask.
     pub(super) left_behind: u32,
-    /// The images that were put back, and that were stale somewhere ever since: a mask.
+    /// The images that were put back, or that were stale everywhere at a start or when they
+    /// returned, and that were stale somewhere ever since: a mask. The records may say of them what
+    /// they said then.
     pub(super) uncopied: u32,
     /// How many starts have begun a branch.
     pub(super) branches: u64,
@@ -57,6 +59,9 @@ pub(super) struct Records {
     /// Where a replica that was missing is stale, as its own record says. The others need not say
     /// it before it rejoins.
     found: Masks,
+    /// The sequence numbers of the records with which members have returned, until newer ones are
+    /// written: a start knows from them that the disk has gone on.
+    returned_with: [Option<u64>; PLACES],
     /// What was recovered and is not in the records.
     recovered: Vec<Recovered>,
 }
@@ -281,9 +286,15 @@ impl World {
         else {
             return;
         };
+        let place = flight.operation.replica.as_usize();
         let random = &mut self.random;
-        let file = &mut self.records.files[flight.operation.replica.as_usize()];
+        let file = &mut self.records.files[place];
         file.write(*offset_bytes, bytes, || success || random.below(2) == 0);
+        let returned_with = &mut self.records.returned_with[place];
+        if returned_with.is_some_and(|sequence| file.sequence() > sequence) {
+            *returned_with = None;
+            self.are_served(1 << place);
+        }
     }
 
     /// A crash: what is in flight is there or not, each block by itself.
@@ -352,8 +363,8 @@ impl World {
         if verdict.why == Why::NoRecord {
             self.records.files[place] = File::default();
         }
-        self.are_served(1 << place);
         let sequence = self.records.files[place].sequence();
+        self.records.returned_with[place] = Some(sequence);
         self.shared.record_found(index(place), sequence);
         let mut stale = verdict.stale.to_ranges(layout);
         stale.insert_all(&verdict.doubtful.to_ranges(layout));
