@@ -174,8 +174,7 @@ impl Write {
         let asked = succeeded.or(writing.tally.failed());
         let range = self.order.range;
         let (success, became_stale) = context.shared().write_ends(range, |health| {
-            // A replica that was removed meanwhile does not count.
-            let success = succeeded.and(health.members()).len() >= health.threshold();
+            let success = health.has_quorum(writing.begun, succeeded);
             let end = WriteEnd {
                 asked,
                 succeeded,

@@ -212,7 +212,12 @@ impl Daemon {
             true => rules.threshold,
             false => 1,
         };
-        let success = len(copying.done) >= needed;
+        let no_vote = self.missed[sector] | self.behind[sector];
+        let counts = match rules.keeps(Rule::WriteNeedsVotes) {
+            true => copying.done & !(copying.tainted & no_vote),
+            false => copying.done,
+        };
+        let success = len(counts) >= needed;
         let missed = match success && rules.keeps(Rule::FailedIsStale) {
             true => rules.members() & !copying.done,
             false => rules.members() & !(copying.done | copying.failed),
@@ -232,8 +237,9 @@ impl Daemon {
         if success {
             self.undecided &= !sets::one(sector);
             self.unrecovered &= !sets::one(sector);
+            let lost = self.stale[sector] & (self.missed[sector] | self.behind[sector]);
             self.write = Some(Write {
-                stage: Stage::Written(copying.done, self.memory),
+                stage: Stage::Written(copying.done & !lost, self.memory),
                 ..write
             });
         } else if rules.keeps(Rule::FailedWriteIsUndecided) {

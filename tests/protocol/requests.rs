@@ -26,7 +26,8 @@ pub(crate) enum Stage {
     /// The sector has to be marked.
     Marking,
     Writing(Copying),
-    /// These have done it, which is a quorum, and the answer waits for the records.
+    /// These have done it, and their copies may vote, which is a quorum. The answer waits for the
+    /// records.
     Written(Set, Memory),
 }
 

@@ -59,6 +59,8 @@ pub(crate) enum Rule {
     LoserIsStale,
     /// W3: a write needs t replicas.
     WriteNeedsThreshold,
+    /// W3: it does not count on one that had no vote, and may lose it.
+    WriteNeedsVotes,
     /// W3: what has failed it is stale.
     FailedIsStale,
     /// W5: a flush needs t replicas that hold all it covers.
@@ -85,7 +87,7 @@ pub(crate) enum Rule {
 
 impl Rule {
     /// All of them.
-    pub(crate) const ALL: [Self; 28] = [
+    pub(crate) const ALL: [Self; 29] = [
         Self::MarkBeforeWrite,
         Self::ClearAfterFlush,
         Self::ClearAfterExactStaleness,
@@ -103,6 +105,7 @@ impl Rule {
         Self::FailedRepairIsStale,
         Self::LoserIsStale,
         Self::WriteNeedsThreshold,
+        Self::WriteNeedsVotes,
         Self::FailedIsStale,
         Self::FlushNeedsThreshold,
         Self::FlushNeedsHolders,

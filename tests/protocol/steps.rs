@@ -268,7 +268,8 @@ impl World {
             && (early || memory == 0)
         {
             let sector = usize::from(write.sector);
-            let holders = self.rules.members() & (!daemon.missed[sector] | done);
+            let no_vote = daemon.missed[sector] | daemon.behind[sector];
+            let holders = self.rules.members() & (!no_vote | done);
             state.faults.answered_by_few |= len(holders) < self.rules.threshold;
             state.guest.sees(sector, write.version);
             daemon.write = None;

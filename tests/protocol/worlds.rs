@@ -115,6 +115,8 @@ pub(crate) fn small() -> Vec<World> {
         // Three, with other thresholds.
         one(3, 1, with(1, 1, evictions(1).power_cuts(1))),
         one(3, 3, with(1, 1, failures(1).power_cuts(1))),
+        // One that has returned without a vote is evicted again.
+        one(2, 1, with(2, 0, evictions(2).failures(1))),
     ]
 }
 
@@ -161,6 +163,7 @@ pub(crate) fn that_misses(rule: Rule) -> World {
         | Rule::EvictedIsStale
         | Rule::ReturnIsDrained
         | Rule::ReturnIsStale => 16,
+        Rule::WriteNeedsVotes => 21,
     };
     let mut world = small().swap_remove(place);
     world.rules.without = Some(rule);

@@ -45,6 +45,19 @@ impl Health {
         self.writing[begun.place].may_succeed.remove(replica);
     }
 
+    /// Whether a write has a quorum that these have done: t replicas on which it counts. One that
+    /// was evicted meanwhile, or failed a flush, may lose it. Then its copy is doubtful, and may
+    /// vote; but not if it had no vote before: on such a replica the write does not count, nor on
+    /// one that was removed (W3).
+    pub fn has_quorum(&self, begun: WriteBegun, succeeded: ReplicaSet) -> bool {
+        let range = self.writing[begun.place].range;
+        let counts = |replica: &ReplicaIndex| {
+            let state = &self.replicas[replica.as_usize()];
+            state.last_failure <= begun.failure_epoch || !state.has_no_vote(range)
+        };
+        succeeded.iter().filter(counts).count() >= self.threshold
+    }
+
     /// A write has ended.
     ///
     /// A write that failed leaves old or new bytes on the replicas that failed it: none of them

@@ -167,6 +167,11 @@ impl ReplicaHealth {
         runs::without(&self.stale.within(range), &barred)
     }
 
+    /// Whether some of what is stale in `range` is not doubtful: it has no vote.
+    pub(super) fn has_no_vote(&self, range: SectorRange) -> bool {
+        self.missed.overlaps(range) || self.behind.overlaps(range)
+    }
+
     /// A flush has succeeded: every sector that it covers is durable on t members, and here some
     /// are not.
     pub(super) fn fall_behind(&mut self, _written: &RangeSet) {

@@ -561,3 +561,41 @@ fn a_replica_that_a_running_write_needs_is_not_evicted() {
     assert!(health.evict(C), "the write fails on it in any case");
     health.write_ended(&end(begun, set(&[A, B])));
 }
+
+/// What it may lose it cannot vote for: no copy of the write might be left.
+#[test]
+fn a_write_does_not_count_on_a_replica_that_had_no_vote_and_was_evicted() {
+    let written = range(0, 8);
+    for (had_no_vote, is_evicted) in [(false, true), (true, false), (true, true)] {
+        let mut health = Health::new(ReplicaSet::first(3), 1, 1, 1 << 22);
+        if had_no_vote {
+            write(&mut health, range(7, 1), &[C]);
+        }
+        let begun = health.write_begins(written);
+        if is_evicted {
+            assert!(health.evict(C));
+        }
+        let counts = health.has_quorum(begun, set(&[C]));
+        assert_eq!(counts, !(had_no_vote && is_evicted));
+        assert!(health.has_quorum(begun, set(&[B, C])));
+        health.write_ended(&end(begun, set(&[B, C])));
+    }
+}
+
+/// Without `B` the write would fail, although C may do it.
+#[test]
+fn a_replica_is_needed_for_a_write_that_does_not_count_on_another_one() {
+    for had_no_vote in [false, true] {
+        let mut health = Health::new(ReplicaSet::first(3), 2, 1, 1 << 22);
+        if had_no_vote {
+            write(&mut health, range(0, 1), &[C]);
+        }
+        let begun = health.write_begins(range(0, 8));
+        health.write_failed(begun, A);
+        let epoch = health.flush_begins();
+        health.flush_ended(epoch, C, false);
+        assert!(!health.can_evict(B));
+        assert_eq!(health.can_evict(C), had_no_vote);
+        health.write_ended(&end(begun, set(&[B, C])));
+    }
+}
