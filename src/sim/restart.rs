@@ -201,7 +201,11 @@ impl World {
             if self.missing >> replica & 1 == 1 {
                 // It is not asked, and what it holds is looked at when it is there.
                 missed[replica] = disk;
-                returns_with[replica] = disk & !stale;
+                // Of an old copy its own record says that it is one.
+                let old = self.records.put_back | self.records.left_behind;
+                if old >> replica & 1 == 0 {
+                    returns_with[replica] = disk & !stale;
+                }
                 self.ledger.excused[replica] = disk;
                 self.ledger.corrupt[replica] |=
                     before.corrupt[replica] | before.falsely_durable[replica];
