@@ -58,6 +58,7 @@ mod interface;
 pub mod interleaving;
 mod latencies;
 mod lateness;
+mod marks;
 mod memory;
 mod probing;
 mod range_locks;

@@ -29,7 +29,8 @@ use super::interface::ReadPattern;
 #[cfg(any(test, feature = "sim"))]
 use super::interleaving;
 use super::lateness::Loads;
-use super::memory::{Marks, Memory};
+use super::marks::Marks;
+use super::memory::Memory;
 use super::range_locks::{LockKey, RangeLocks};
 use super::record_counts::RecordCounts;
 use super::repair_gate::{Compared, Permission, RepairGate};

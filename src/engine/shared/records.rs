@@ -3,7 +3,8 @@
 use super::Shared;
 use crate::common::ranges::RangeSet;
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
-use crate::engine::memory::{self, Goal, Marks, Step};
+use crate::engine::marks::Marks;
+use crate::engine::memory::{self, Goal, Step};
 use crate::engine::record_counts::RecordFigures;
 use crate::jobs::JobEvent;
 use crate::quorum::health::{Health, Remembered};
@@ -226,7 +227,7 @@ impl Shared {
         if matches!(step, Step::Reached) {
             let mut state = self.state();
             if let Some(marks) = &mut state.marks {
-                marks.reached(goal);
+                marks.are_marked(goal.marks());
             }
             self.memory.reached(goal);
         }
