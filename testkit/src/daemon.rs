@@ -102,13 +102,13 @@ impl Daemon {
 
     fn spawn(arguments: &[OsString], log: &Path) -> Process {
         let log = OpenOptions::new().create(true).append(true).open(log);
+        let log = log.expect("opening the daemon's log");
         let mut command = Self::command();
-        command
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(log.expect("opening the daemon's log"));
-        Process::spawn(&mut command).expect("starting the daemon")
+        command.args(arguments);
+        let streams = |command: &mut Command| {
+            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        };
+        Process::spawn_light(&command, streams).expect("starting the daemon")
     }
 
     /// Starts it once more, with the same arguments, when it has ended. Does not wait for anything:
