@@ -106,7 +106,10 @@ impl Daemon {
         let mut command = Self::command();
         command.args(arguments);
         let streams = |command: &mut Command| {
-            command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+            command
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(log);
         };
         Process::spawn_light(&command, streams).expect("starting the daemon")
     }

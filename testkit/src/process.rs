@@ -42,10 +42,7 @@ impl Process {
     ///
     /// # Errors
     /// If `setpriv` cannot be started. If `command` cannot be, it ends at once.
-    pub fn spawn_light(
-        command: &Command,
-        streams: impl FnOnce(&mut Command),
-    ) -> io::Result<Self> {
+    pub fn spawn_light(command: &Command, streams: impl FnOnce(&mut Command)) -> io::Result<Self> {
         let mut light = Command::new("setpriv");
         light.args(["--pdeathsig", "KILL", "--"]);
         light.arg(command.get_program()).args(command.get_args());

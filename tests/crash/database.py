@@ -4,10 +4,11 @@
 database.py work PATH MODE COUNT: commits COUNT transactions in that journal mode, each with one row
 more, and prints the number of each when it is durable.
 
-database.py check PATH...: prints a line for each: `ok` and the number of rows, or what the
-integrity check found.
+database.py check: reads paths from standard input, one a line, and prints a line for each: `ok` and
+the number of rows, or what is wrong with it.
 """
 
+import contextlib
 import sqlite3
 import sys
 
@@ -28,22 +29,28 @@ def work(path, mode, count):
         print(f"durable {number}", flush=True)
 
 
-def check(path):
-    database = sqlite3.connect(path)
+def check(database):
     found = database.execute("PRAGMA integrity_check").fetchall()
     if found != [("ok",)]:
-        print(found)
-        return
+        return f"damaged: {found}"
     names = database.execute("SELECT name FROM sqlite_master").fetchall()
     if not names:
-        print("ok 0")
-        return
-    rows = database.execute("SELECT count(*), max(number) FROM rows").fetchone()
-    print(f"ok {rows[0]}" if rows[1] in (None, rows[0]) else f"rows are missing: {rows}")
+        return "ok 0"
+    count, last = database.execute("SELECT count(*), max(number) FROM rows").fetchone()
+    return f"ok {count}" if last in (None, count) else f"rows are missing: {count} up to {last}"
+
+
+def check_path(path):
+    try:
+        # Its file system is unmounted after this.
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return check(database)
+    except sqlite3.Error as error:
+        return f"cannot be read: {error}"
 
 
 if sys.argv[1] == "work":
     work(sys.argv[2], sys.argv[3], int(sys.argv[4]))
 else:
-    for name in sys.argv[2:]:
-        check(name)
+    for line in sys.stdin:
+        print(check_path(line.rstrip("\n")), flush=True)

@@ -2,12 +2,13 @@
 //!
 //! Each promise has a name and counts: how far it was durable, and how far the program had begun.
 
+use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, Read};
+use std::io::{self, BufRead, BufReader, Lines, Read, Write};
 use std::os::unix::fs::FileExt;
-use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Stdio};
 
 use testkit::fuse::logged::Moment;
 
@@ -170,36 +171,61 @@ fn check_mail(root: &Path, number: &str, progress: Progress) -> Result<(), Strin
     }
 }
 
-/// Checks all databases in one process, because to start it takes longest.
+/// Checks databases with one process for all that a thread checks, because to start it takes
+/// longest.
 fn check_databases(root: &Path, promises: &Promises) -> Vec<String> {
-    let databases = promises.iter().filter_map(|(name, progress)| {
+    let wrong = promises.iter().filter_map(|(name, progress)| {
         let path = root.join(name.strip_prefix("database ")?);
-        let is_expected = progress.durable > 0 || path.exists();
-        is_expected.then_some((path, *progress))
-    });
-    let databases: Vec<(PathBuf, Progress)> = databases.collect();
-    if databases.is_empty() {
-        return Vec::new();
-    }
-    let mut command = Command::new("python3");
-    command.arg(SCRIPT).arg("check");
-    command.args(databases.iter().map(|(path, _)| path));
-    let output = command.output().expect("running python3");
-    let text = String::from_utf8_lossy(&output.stdout);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    let mut lines = text.lines();
-    let wrong = databases.into_iter().filter_map(|(path, progress)| {
-        let line = lines.next().unwrap_or_default();
+        if progress.durable == 0 && !path.exists() {
+            return None;
+        }
+        let line = CHECKER.with(|checker| checker.borrow_mut().check(&path));
         let rows = line.strip_prefix("ok ").and_then(|rows| rows.parse().ok());
         match rows {
             Some(rows) if (progress.durable..=progress.begun).contains(&rows) => None,
-            _ => Some(format!(
-                "{} {progress:?}: {line:?} {stderr}",
-                path.display()
-            )),
+            _ => Some(format!("{} {progress:?}: {line}", path.display())),
         }
     });
     wrong.collect()
+}
+
+thread_local! {
+    static CHECKER: RefCell<Checker> = RefCell::new(Checker::start());
+}
+
+/// A process that checks databases. It ends with its standard input.
+struct Checker {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+}
+
+impl Checker {
+    fn start() -> Self {
+        let mut command = Command::new("python3");
+        command.arg(SCRIPT).arg("check");
+        command.stdin(Stdio::piped()).stdout(Stdio::piped());
+        let mut child = command.spawn().expect("running python3");
+        let stdout = child.stdout.take().expect("a pipe");
+        Self {
+            child,
+            lines: BufReader::new(stdout).lines(),
+        }
+    }
+
+    /// What it says of the database with this path.
+    fn check(&mut self, path: &Path) -> String {
+        let mut stdin = self.child.stdin.as_ref().expect("a pipe");
+        writeln!(stdin, "{}", path.display()).expect("asking python3");
+        let line = self.lines.next().expect("python3 has ended");
+        line.expect("an answer of python3")
+    }
+}
+
+impl Drop for Checker {
+    fn drop(&mut self) {
+        drop(self.child.stdin.take());
+        let _ = self.child.wait();
+    }
 }
 
 /// The program that uses databases.

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
-use testkit::client::{Client, QUEUE_MEMORY_BYTES, Request};
+use testkit::client::{Client, Request};
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::images::are_identical;
 use testkit::monitor::Monitor;
@@ -28,7 +28,9 @@ pub(crate) struct Outcome {
 
 /// Problems that are named; the others are counted.
 const NAMED_MAX: usize = 5;
-const PART: usize = 1 << 20;
+/// Bytes of a read, and of those that are sent together: memory that is used again costs least.
+const PART: usize = 256 << 10;
+const BATCH: usize = 1 << 20;
 /// What it says if only a replica that is not there may have a good copy, or one that is there has
 /// missed changes everywhere.
 const LACKS: [&str; 2] = ["may hold", "has to be copied as a whole"];
@@ -240,8 +242,8 @@ fn read_all(
     let bytes = wanted.bytes();
     let mut all = vec![0; bytes];
     let mut problems = Vec::new();
-    for first in (0..bytes).step_by(QUEUE_MEMORY_BYTES) {
-        let end = bytes.min(first + QUEUE_MEMORY_BYTES);
+    for first in (0..bytes).step_by(BATCH) {
+        let end = bytes.min(first + BATCH);
         let starts = || (first..end).step_by(PART);
         let part = |from: usize| PART.min(end - from);
         let read = |from: usize| Request::Read {

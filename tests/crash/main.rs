@@ -33,8 +33,8 @@ const STATES: usize = 12;
 const STATES_SHORT: usize = 3;
 /// The seed of `make test`: what fails there is what was changed.
 const SEED: u64 = 1;
-/// Traces that are made, and judged, at the same time.
-const THREADS: usize = 4;
+/// Traces that are made, and judged, at the same time: most of the time of each is waiting.
+const THREADS: usize = 12;
 
 const fn class(work: Work, replicas: usize, has_records: bool) -> Class {
     Class {
