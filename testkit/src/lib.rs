@@ -23,6 +23,7 @@ pub mod plan;
 pub mod process;
 pub mod programs;
 pub mod rows;
+pub mod sectors;
 pub mod small_disk;
 pub mod stop;
 pub mod terminal;
@@ -32,3 +33,11 @@ pub mod terminal;
 /// It detects hangs and says nothing about speed: on a loaded machine everything may take many
 /// times as long as on an idle one.
 pub const HANG_LIMIT: Duration = Duration::from_secs(300);
+
+/// A number that counts something in memory.
+///
+/// # Panics
+/// If it does not fit.
+pub fn size(number: u64) -> usize {
+    usize::try_from(number).expect("fits memory")
+}

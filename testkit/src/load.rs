@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use crate::client::{Client, Failed, Request};
 use crate::images::{BLOCK_BYTES, BLOCK_SECTORS, Random};
+use crate::sectors::{SECTOR, fill, number_of};
+use crate::size;
 
-const SECTOR: usize = 512;
 const BLOCK: usize = 4096;
 /// Requests that are sent together.
 const BATCH: usize = 32;
@@ -70,10 +71,7 @@ impl Model {
     pub fn begin_write(&mut self, sectors: Range<usize>, data: &mut [u8]) -> Write {
         let tag = self.next_tag;
         for (sector, bytes) in sectors.clone().zip(data.chunks_exact_mut(SECTOR)) {
-            for pair in bytes.chunks_exact_mut(16) {
-                pair[..8].copy_from_slice(&tag.to_le_bytes());
-                pair[8..].copy_from_slice(&(sector as u64).to_le_bytes());
-            }
+            fill(bytes, tag, sector);
         }
         self.begin(sectors, false)
     }
@@ -136,7 +134,7 @@ impl Model {
         let wrong = sectors
             .zip(&read.permitted)
             .filter(|((sector, bytes), permitted)| {
-                let tag = tag_of(bytes, *sector);
+                let tag = number_of(bytes, *sector);
                 let since = match tag {
                     Some(0) => self.zeroed[*sector],
                     Some(tag) => tag,
@@ -152,17 +150,6 @@ impl Model {
         let len = (data.len() / SECTOR).min(self.sectors.len());
         self.wrong(&self.begin_read(0..len), data)
     }
-}
-
-/// The write that wrote this; `None` if there are several, or if it was to another place.
-fn tag_of(bytes: &[u8], sector: usize) -> Option<u64> {
-    let word = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
-    let tag = word(0);
-    let expected_sector = if tag == 0 { 0 } else { sector as u64 };
-    let is_whole = (0..SECTOR)
-        .step_by(16)
-        .all(|at| word(at) == tag && word(at + 8) == expected_sector);
-    is_whole.then_some(tag)
 }
 
 /// What a load did and found.
@@ -362,8 +349,4 @@ pub fn bytes_that_differ(images: &[PathBuf]) -> usize {
 /// Prints a measured figure.
 pub fn figure(row: &str, value: &str) {
     println!("figure: {row}: {value}");
-}
-
-fn size(number: u64) -> usize {
-    usize::try_from(number).expect("fits memory")
 }

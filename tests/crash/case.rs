@@ -44,6 +44,8 @@ pub(crate) struct Case {
     /// Too few of those that are started hold everything: sectors may be unreadable, or the start
     /// may be refused. What can be read is as it must be.
     pub(crate) may_lack: bool,
+    /// No replica may have to be copied as a whole.
+    pub(crate) is_sound: bool,
 }
 
 const EXPECTED: &str = "expected.txt";
@@ -55,6 +57,23 @@ impl Case {
         self.content.files[OsStr::new(&name)].bytes.len()
     }
 
+    /// From now on these replicas are started, of which some may lack something.
+    pub(crate) fn start_with(
+        &mut self,
+        started: Vec<usize>,
+        threshold: usize,
+        lacks: impl Fn(&usize) -> bool,
+    ) {
+        let is_enough = started.len() >= threshold;
+        self.start = match is_enough {
+            true => Start::Serve,
+            false => Start::Refuse,
+        };
+        let whole = started.iter().filter(|replica| !lacks(replica));
+        self.may_lack = is_enough && whole.count() < threshold;
+        self.started = started;
+    }
+
     /// Keeps it in a new directory.
     pub(crate) fn save(&self, directory: &Path, problems: &[String]) -> io::Result<()> {
         let _ = fs::remove_dir_all(directory);
@@ -63,13 +82,14 @@ impl Case {
         fs::write(directory.join("problems.txt"), problems.join("\n"))?;
         let started: Vec<String> = self.started.iter().map(usize::to_string).collect();
         let mut text = format!(
-            "{} {} {} {} {} {}\n",
+            "{} {} {} {} {} {} {}\n",
             self.replicas,
             started.join(","),
             self.start == Start::Serve,
             self.has_records,
             self.others_return,
             self.may_lack,
+            self.is_sound,
         );
         match &self.expected {
             Expected::Versions(permitted) => {
@@ -100,6 +120,7 @@ impl Case {
             has_records,
             others_return,
             may_lack,
+            is_sound,
         ] = first[..]
         else {
             return Err(io::ErrorKind::InvalidData.into());
@@ -124,6 +145,7 @@ impl Case {
             has_records: has_records == "true",
             others_return: others_return == "true",
             may_lack: may_lack == "true",
+            is_sound: is_sound == "true",
         })
     }
 }

@@ -6,13 +6,13 @@ use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Lines, Read, Write};
+use std::ops::RangeInclusive;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Stdio};
 
 use testkit::fuse::logged::Moment;
-
-use crate::history::SECTOR;
+use testkit::sectors::SECTOR;
 
 /// Bytes of a page that is written in place.
 pub(crate) const PAGE: usize = 4096;
@@ -104,22 +104,35 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 }
 
 fn check_log(root: &Path, progress: Progress) -> Result<(), String> {
-    let expected: Vec<u8> = (1..=progress.durable)
-        .flat_map(|number| entry("log", number))
-        .collect();
+    let entries = |numbers: RangeInclusive<u64>| -> Vec<u8> {
+        numbers.flat_map(|number| entry("log", number)).collect()
+    };
+    let durable = entries(1..=progress.durable);
+    let later = entries(progress.durable + 1..=progress.begun);
     match read(&root.join("log")) {
-        Ok(bytes) if bytes.starts_with(&expected) => Ok(()),
         Ok(bytes) => {
-            let same = bytes
-                .iter()
-                .zip(&expected)
-                .take_while(|(left, right)| left == right);
-            let (same, has, needs) = (same.count(), bytes.len(), expected.len());
-            Err(format!("{has} bytes, {same} of {needs} as written"))
+            let rest = bytes.strip_prefix(&durable[..]).ok_or_else(|| {
+                let pairs = bytes.iter().zip(&durable);
+                let same = pairs.take_while(|(left, right)| left == right).count();
+                let (has, needs) = (bytes.len(), durable.len());
+                format!("{has} bytes, {same} of {needs} as written")
+            })?;
+            match is_part_of(rest, &later) {
+                true => Ok(()),
+                false => Err(format!("{} bytes at the end, not as written", rest.len())),
+            }
         }
         Err(_) if progress.durable == 0 => Ok(()),
         Err(error) => Err(error.to_string()),
     }
+}
+
+/// Whether this can be left of what was written to a new part of a file and not synced: its
+/// beginning, with zeroes where it was not written.
+fn is_part_of(bytes: &[u8], written: &[u8]) -> bool {
+    let mut pairs = bytes.iter().zip(written);
+    let is_legal = pairs.all(|(found, written)| found == written || *found == 0);
+    is_legal && bytes.len() <= written.len()
 }
 
 fn check_config(root: &Path, progress: Progress) -> Result<(), String> {
@@ -159,6 +172,9 @@ fn check_mail(root: &Path, number: &str, progress: Progress) -> Result<(), Strin
         (Ok(_), Progress { durable: 2, .. }) => Err("it is there".into()),
         (Ok(bytes), Progress { durable: 1, .. }) if bytes != content => {
             Err(format!("{} bytes of {}", bytes.len(), content.len()))
+        }
+        (Ok(bytes), Progress { durable: 0, .. }) if !is_part_of(&bytes, &content) => {
+            Err(format!("{} bytes, not as written", bytes.len()))
         }
         (
             Err(error),

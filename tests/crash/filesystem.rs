@@ -44,8 +44,16 @@ pub(crate) fn replay(socket: &Path, kind: &str) {
     drop(Mounted::mount(&disk.path(), kind).expect("mounting a file system"));
 }
 
-/// Has programs work on the disk that a daemon serves.
-pub(crate) fn work(socket: &Path, clock: &Clock, kind: &str, random: &mut Random) -> FileHistory {
+/// Has programs work on the disk that a daemon serves, for so many steps. `between` is called
+/// before each of them, with its number.
+pub(crate) fn work(
+    socket: &Path,
+    clock: &Clock,
+    kind: &str,
+    steps: u64,
+    random: &mut Random,
+    between: &mut dyn FnMut(u64),
+) -> FileHistory {
     let disk = VotedFile::mount(socket);
     let mounted = Mounted::mount(&disk.path(), kind).expect("mounting a file system");
     let history = Mutex::new(FileHistory::default());
@@ -64,7 +72,7 @@ pub(crate) fn work(socket: &Path, clock: &Clock, kind: &str, random: &mut Random
             let child = start_database(&mounted.path().join(name), mode);
             scope.spawn(|| follow_database(child, name, clock, &history))
         });
-        programs.work();
+        programs.work(steps, between);
         for database in databases {
             database.join().expect("a database failed");
         }
@@ -140,7 +148,7 @@ struct Programs<'a> {
 struct Aligned([u8; PAGE]);
 
 impl Programs<'_> {
-    fn work(&mut self) {
+    fn work(&mut self, steps: u64, between: &mut dyn FnMut(u64)) {
         let first: Vec<u8> = (0..PAGES).flat_map(|place| page(place as u64, 0)).collect();
         self.put("pages", &first);
         fs::create_dir(self.root.join("mail")).expect("creating a directory");
@@ -148,7 +156,8 @@ impl Programs<'_> {
         for place in 0..PAGES {
             self.durable(&format!("page {place}"), 0);
         }
-        for _ in 0..self.random.within(10..40) {
+        for step in 0..steps {
+            between(step);
             match self.random.within(0..5) {
                 0 => self.append(),
                 1 => self.configure(),

@@ -6,8 +6,7 @@
 use std::ops::Range;
 
 use testkit::fuse::logged::Moment;
-
-pub(crate) const SECTOR: usize = 512;
+use testkit::sectors::{SECTOR, fill, number_of};
 
 /// What a sector holds: the number of a write, or 0 if it is full of zeroes.
 pub(crate) type Version = u64;
@@ -123,26 +122,6 @@ impl History {
     }
 }
 
-/// Fills a sector with the number of a write and its own.
-fn fill(bytes: &mut [u8], version: Version, sector: usize) {
-    for pair in bytes.chunks_exact_mut(16) {
-        pair[..8].copy_from_slice(&version.to_le_bytes());
-        pair[8..].copy_from_slice(&(sector as u64).to_le_bytes());
-    }
-}
-
-/// What a sector holds. `None`: nothing that was ever written there as a whole.
-pub(crate) fn version_of(bytes: &[u8], sector: usize) -> Option<Version> {
-    static ZEROES: [u8; SECTOR] = [0; SECTOR];
-    if bytes == ZEROES {
-        return Some(0);
-    }
-    let version = Version::from_le_bytes(*bytes.first_chunk()?);
-    let mut whole = [0; SECTOR];
-    fill(&mut whole, version, sector);
-    (version != 0 && bytes == whole).then_some(version)
-}
-
 /// The sectors whose content is not permitted: each with what it holds.
 pub(crate) fn wrong(
     bytes: &[u8],
@@ -150,7 +129,7 @@ pub(crate) fn wrong(
     permitted: &[Vec<Version>],
 ) -> Vec<(usize, Option<Version>)> {
     let sectors = bytes.chunks_exact(SECTOR).zip(first..);
-    let versions = sectors.map(|(bytes, sector)| (sector, version_of(bytes, sector)));
+    let versions = sectors.map(|(bytes, sector)| (sector, number_of(bytes, sector)));
     let wrong = versions.filter(|(sector, version)| {
         !version.is_some_and(|version| permitted[*sector].contains(&version))
     });

@@ -1,6 +1,6 @@
 //! Starts the daemon on a crash state, and judges what it serves.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,13 @@ use testkit::daemon::{Daemon, replica_arguments};
 use testkit::images::are_identical;
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
+use testkit::sectors::SECTOR;
 
 use crate::case::{Case, Expected, Start};
 use crate::filesystem;
-use crate::history::{SECTOR, Version, wrong};
+use crate::history::{Version, wrong};
 use crate::laboratory::name;
+use crate::trace::copied_as_a_whole;
 
 /// What became of a crash state.
 #[derive(Default)]
@@ -224,8 +226,13 @@ fn serve(
                 .push("the images hold something else than was read".into());
         }
     }
+    let log = daemon.log();
+    if case.is_sound && replicas == case.started {
+        let copied = copied_as_a_whole(&log);
+        let texts = copied.map(|replica| format!("replica {replica} has to be copied as a whole"));
+        outcome.problems.extend(texts);
+    }
     if !outcome.problems.is_empty() {
-        let log = fs::read_to_string(sockets.path().join("daemon.log")).unwrap_or_default();
         outcome.problems.push(format!("the daemon says:\n{log}"));
     }
     Some(second)

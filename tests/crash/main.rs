@@ -12,6 +12,7 @@ mod history;
 mod judge;
 mod laboratory;
 mod report;
+mod trace;
 mod workload;
 
 use std::collections::BTreeMap;

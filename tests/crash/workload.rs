@@ -8,8 +8,10 @@ use std::time::Duration;
 use testkit::client::{Client, Failed, Request};
 use testkit::fuse::logged::{Clock, Moment};
 use testkit::images::Random;
+use testkit::sectors::{SECTOR, number_of};
+use testkit::size;
 
-use crate::history::{History, SECTOR, version_of};
+use crate::history::History;
 
 const BLOCK_SECTORS: usize = 8;
 /// Bytes of memory for each request of a batch.
@@ -59,23 +61,18 @@ impl<'a> Guest<'a> {
     }
 
     /// Works for some batches of requests. If it is to `pause`, so long that marks are cleared.
-    /// `fault` is called with `true` before some batch, and with `false` before a later one.
+    /// `between` is called before each batch, with its number.
     pub(crate) fn work(
         &mut self,
-        batches: Range<u64>,
+        batches: u64,
         pause: Option<Duration>,
-        fault: &dyn Fn(bool),
+        between: &mut dyn FnMut(u64),
     ) {
-        let batches = self.random.within(batches);
         let pauses_at = self.random.within(0..batches + 1);
-        let fails_from = self.random.within(0..batches + 1);
-        let fails_to = fails_from + self.random.within(1..12);
         // A database has pages that it writes more often than others.
         let hot = self.random.within(0..self.sectors as u64 / 64 - 8);
         for batch in 0..batches {
-            if batch == fails_from || batch == fails_to {
-                fault(batch == fails_from);
-            }
+            between(batch);
             if let Some(pause) = pause.filter(|_| batch == pauses_at) {
                 self.flush();
                 thread::sleep(pause);
@@ -105,7 +102,7 @@ impl<'a> Guest<'a> {
             };
             let now = self.clock.tick();
             for (bytes, sector) in bytes.chunks_exact(SECTOR).zip(part * PART..) {
-                let version = version_of(bytes, sector);
+                let version = number_of(bytes, sector);
                 if !version.is_some_and(|version| self.history.saw(sector, version, now)) {
                     let text = format!("sector {sector} is read as {version:?}");
                     self.problems.push(text);
@@ -219,8 +216,4 @@ impl<'a> Guest<'a> {
             }
         }
     }
-}
-
-fn size(number: u64) -> usize {
-    usize::try_from(number).expect("fits memory")
 }

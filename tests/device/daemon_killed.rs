@@ -27,6 +27,7 @@ use testkit::images::{
 };
 use testkit::load::{Model, Read, Write};
 use testkit::process::wait_until;
+use testkit::size;
 use virtio_bindings::virtio_blk::VIRTIO_BLK_S_OK;
 
 /// How long each test runs, in seconds, unless the environment sets it.
@@ -580,8 +581,4 @@ impl Load {
         };
         (self.random.within(0..end - blocks + 1), blocks)
     }
-}
-
-fn size(number: u64) -> usize {
-    usize::try_from(number).expect("fits memory")
 }

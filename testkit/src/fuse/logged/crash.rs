@@ -11,6 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use super::log::{FileNumber, Log, Moment, Operation, apply, apply_to_names};
 use crate::images::Random;
+use crate::size;
 
 /// The files of a directory.
 #[derive(Clone, Debug, Default)]
@@ -245,6 +246,5 @@ impl Log {
     }
 }
 
-fn size(number: u64) -> usize {
-    usize::try_from(number).expect("fits memory")
-}
+#[cfg(test)]
+mod tests;

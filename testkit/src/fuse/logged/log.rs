@@ -6,6 +6,8 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::crash::{Content, FileContent};
+use crate::sectors::SECTOR;
+use crate::size;
 
 /// A place in the order of all that happens. Each event has one of its own.
 pub type Moment = u64;
@@ -233,8 +235,6 @@ fn put(
     }
 }
 
-const SECTOR: usize = 512;
-
 pub(super) fn apply_to_names(names: &mut BTreeMap<OsString, FileNumber>, change: &NameChange) {
     match change {
         NameChange::Add { name, file } => {
@@ -249,8 +249,4 @@ pub(super) fn apply_to_names(names: &mut BTreeMap<OsString, FileNumber>, change:
             }
         }
     }
-}
-
-fn size(number: u64) -> usize {
-    usize::try_from(number).expect("fits memory")
 }
