@@ -1,6 +1,5 @@
 //! A crash state, with what is expected of a start with it; and how it is kept for later.
 
-use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::path::Path;
@@ -9,7 +8,6 @@ use testkit::fuse::logged::Content;
 
 use crate::files::{Progress, Promises};
 use crate::history::Version;
-use crate::laboratory::name;
 
 /// What a start must do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +19,7 @@ pub(crate) enum Start {
 }
 
 /// What the disk must hold.
+#[derive(Clone)]
 pub(crate) enum Expected {
     /// In each sector one of these.
     Versions(Vec<Vec<Version>>),
@@ -29,10 +28,13 @@ pub(crate) enum Expected {
 }
 
 /// A crash state.
+#[derive(Clone)]
 pub(crate) struct Case {
     /// All images and records.
     pub(crate) content: Content,
     pub(crate) expected: Expected,
+    /// The disk has one of these sizes in bytes.
+    pub(crate) sizes: Vec<u64>,
     /// The replicas that are started.
     pub(crate) started: Vec<usize>,
     pub(crate) start: Start,
@@ -51,12 +53,6 @@ pub(crate) struct Case {
 const EXPECTED: &str = "expected.txt";
 
 impl Case {
-    /// The size of the disk.
-    pub(crate) fn disk_bytes(&self) -> usize {
-        let name = name(self.started[0]);
-        self.content.files[OsStr::new(&name)].bytes.len()
-    }
-
     /// From now on these replicas are started, of which some may lack something.
     pub(crate) fn start_with(
         &mut self,
@@ -80,16 +76,16 @@ impl Case {
         fs::create_dir_all(directory.join("files"))?;
         self.content.write_to(&directory.join("files"), |_| true)?;
         fs::write(directory.join("problems.txt"), problems.join("\n"))?;
-        let started: Vec<String> = self.started.iter().map(usize::to_string).collect();
         let mut text = format!(
-            "{} {} {} {} {} {} {}\n",
+            "{} {} {} {} {} {} {} {}\n",
             self.replicas,
-            started.join(","),
+            joined(&self.started),
             self.start == Start::Serve,
             self.has_records,
             self.others_return,
             self.may_lack,
             self.is_sound,
+            joined(&self.sizes),
         );
         match &self.expected {
             Expected::Versions(permitted) => {
@@ -121,6 +117,7 @@ impl Case {
             others_return,
             may_lack,
             is_sound,
+            sizes,
         ] = first[..]
         else {
             return Err(io::ErrorKind::InvalidData.into());
@@ -146,8 +143,14 @@ impl Case {
             others_return: others_return == "true",
             may_lack: may_lack == "true",
             is_sound: is_sound == "true",
+            sizes: sizes.split(',').map(number).collect(),
         })
     }
+}
+
+fn joined<T: ToString>(numbers: &[T]) -> String {
+    let numbers: Vec<String> = numbers.iter().map(T::to_string).collect();
+    numbers.join(",")
 }
 
 fn permitted(lines: &[&str]) -> Vec<Vec<Version>> {

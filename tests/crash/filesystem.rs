@@ -52,7 +52,7 @@ pub(crate) fn work(
     kind: &str,
     steps: u64,
     random: &mut Random,
-    between: &mut dyn FnMut(u64),
+    between: &mut dyn FnMut(u64) -> u64,
 ) -> FileHistory {
     let disk = VotedFile::mount(socket);
     let mounted = Mounted::mount(&disk.path(), kind).expect("mounting a file system");
@@ -148,7 +148,7 @@ struct Programs<'a> {
 struct Aligned([u8; PAGE]);
 
 impl Programs<'_> {
-    fn work(&mut self, steps: u64, between: &mut dyn FnMut(u64)) {
+    fn work(&mut self, steps: u64, between: &mut dyn FnMut(u64) -> u64) {
         let first: Vec<u8> = (0..PAGES).flat_map(|place| page(place as u64, 0)).collect();
         self.put("pages", &first);
         fs::create_dir(self.root.join("mail")).expect("creating a directory");

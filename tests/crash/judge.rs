@@ -8,10 +8,10 @@ use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::client::{Client, Request};
 use testkit::daemon::{Daemon, replica_arguments};
-use testkit::images::are_identical;
 use testkit::monitor::Monitor;
 use testkit::process::wait_until;
 use testkit::sectors::SECTOR;
+use testkit::size;
 
 use crate::case::{Case, Expected, Start};
 use crate::filesystem;
@@ -36,8 +36,12 @@ const BATCH: usize = 1 << 20;
 /// What it says if only a replica that is not there may have a good copy, or one that is there has
 /// missed changes everywhere.
 const LACKS: [&str; 2] = ["may hold", "has to be copied as a whole"];
-/// What a line says that refuses a start because too few replicas are there.
-const REFUSALS: [&str; 2] = ["could have gone on without", "needed replicas can be used"];
+/// What a line says that refuses a start because too few replicas are there, or one that was removed.
+const REFUSALS: [&str; 3] = [
+    "could have gone on without",
+    "needed replicas can be used",
+    "was removed from disk",
+];
 
 /// A directory for files that need not survive: in memory if the host has one.
 pub(crate) fn scratch() -> tempfile::TempDir {
@@ -74,7 +78,7 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
         .expect("writing images");
     let wanted = match &case.expected {
         Expected::Versions(permitted) => Wanted::Versions(permitted),
-        Expected::Files(..) => Wanted::Anything(case.disk_bytes()),
+        Expected::Files(..) => Wanted::Anything,
     };
     let Some(first) = serve(case, &case.started, images, &wanted, &mut outcome) else {
         return outcome;
@@ -103,16 +107,16 @@ pub(crate) fn judge(case: &Case, images: &Path) -> Outcome {
 /// What a start must find on the disk.
 enum Wanted<'a> {
     Versions(&'a [Vec<Version>]),
-    Anything(usize),
+    Anything,
     Exactly(&'a [u8]),
 }
 
 impl Wanted<'_> {
-    fn bytes(&self) -> usize {
+    /// Whether the disk may have this size.
+    fn permits(&self, bytes: u64, case: &Case) -> bool {
         match self {
-            Self::Versions(permitted) => permitted.len() * SECTOR,
-            Self::Anything(bytes) => *bytes,
-            Self::Exactly(bytes) => bytes.len(),
+            Self::Exactly(expected) => expected.len() as u64 == bytes,
+            _ => case.sizes.contains(&bytes),
         }
     }
 
@@ -120,7 +124,7 @@ impl Wanted<'_> {
     fn is_open(&self, sector: usize) -> bool {
         match self {
             Self::Versions(permitted) => permitted[sector].len() > 1,
-            Self::Anything(_) => true,
+            Self::Anything => true,
             Self::Exactly(_) => false,
         }
     }
@@ -135,7 +139,7 @@ impl Wanted<'_> {
                     problems.push(problem);
                 }
             }
-            Self::Anything(_) => {}
+            Self::Anything => {}
             Self::Exactly(expected) => {
                 let expected = &expected[first * SECTOR..];
                 let pairs = bytes.chunks(SECTOR).zip(expected.chunks(SECTOR));
@@ -185,6 +189,12 @@ fn serve(
     };
     let is_whole = case.has_records && !case.may_lack;
     let mut client = Client::connect(daemon.socket(), 1);
+    let bytes = client.capacity_bytes();
+    if !wanted.permits(bytes, case) {
+        let problem = format!("the disk has {bytes} bytes, may have {:?}", case.sizes);
+        outcome.problems.push(problem);
+        return None;
+    }
     let first = read_all(&mut client, wanted, "", case, outcome);
     let mut monitor = Monitor::connect(&monitor);
     if is_whole {
@@ -212,18 +222,15 @@ fn serve(
         .map(|replica| images.join(name(*replica)))
         .collect();
     if is_whole {
-        if !are_identical(&paths) {
-            outcome
-                .problems
-                .push("the replicas differ after the recovery".into());
-        }
         let mut bytes = vec![0; second.len()];
-        let file = File::open(&paths[0]).expect("opening an image");
-        file.read_exact_at(&mut bytes, 0).expect("reading an image");
-        if bytes != second {
-            outcome
-                .problems
-                .push("the images hold something else than was read".into());
+        for path in paths {
+            // An image may be larger than the disk.
+            let file = File::open(&path).expect("opening an image");
+            file.read_exact_at(&mut bytes, 0).expect("reading an image");
+            if bytes != second {
+                let problem = format!("{} holds something else than was read", path.display());
+                outcome.problems.push(problem);
+            }
         }
     }
     let log = daemon.log();
@@ -246,7 +253,7 @@ fn read_all(
     case: &Case,
     outcome: &mut Outcome,
 ) -> Vec<u8> {
-    let bytes = wanted.bytes();
+    let bytes = size(client.capacity_bytes());
     let mut all = vec![0; bytes];
     let mut problems = Vec::new();
     for first in (0..bytes).step_by(BATCH) {

@@ -10,6 +10,7 @@ use testkit::size;
 
 use crate::case::{Case, Start};
 use crate::judge::{judge, scratch};
+use crate::operator::Spare;
 use crate::report::Figures;
 use crate::trace::{Trace, new_disk, run};
 
@@ -35,6 +36,8 @@ pub(crate) struct Class {
     /// For a while, writes or syncs of one of the images fail, or both, or it is so slow that its
     /// replica is evicted.
     pub(crate) has_fault: bool,
+    /// An operator scrubs the disk, grows it, and adds and removes a replica.
+    pub(crate) has_operator: bool,
     /// The images lose what was synced. States that fail are only counted.
     pub(crate) lies: bool,
 }
@@ -47,7 +50,8 @@ impl Class {
             Work::Files(kind) => kind,
         };
         let fault = if self.has_fault { "-fault" } else { "" };
-        format!("{work}-{}-{records}{fault}", self.replicas)
+        let operator = if self.has_operator { "-operator" } else { "" };
+        format!("{work}-{}-{records}{fault}{operator}", self.replicas)
     }
 
     /// What a power cut leaves. File systems need blocks that are not torn: ext4 has a checksum for
@@ -97,7 +101,7 @@ pub(crate) fn judge_trace(
     // A disk without records is refused if some of its images are empty and others are not.
     let is_empty = class.has_records && random.within(0..2) == 0;
     let (content, known) = new_disk(class, is_empty);
-    let trace = run(class, &content, known, false, &mut random);
+    let trace = run(class, &content, known, None, &mut random);
     if !class.has_records && trace.is_disturbed {
         // What an evicted replica has missed is forgotten, which is no surprise.
         return figures;
@@ -125,28 +129,58 @@ fn judge_state(
     random: &mut Random,
     figures: &mut Figures,
 ) {
-    let mut case = trace.crash(class, moment, random);
+    let case = trace.crash(class, moment, random);
     figures.states += 1;
     check(class, &case, moment, label, figures);
-    for bits in 1_usize..(1 << class.replicas) - 1 {
-        let started = (0..class.replicas).filter(|at| bits >> at & 1 == 1);
-        let started: Vec<usize> = started.collect();
-        let is_enough = started.len() >= class.threshold();
-        // Before it was used, or without records, fewer images are another disk.
-        if !class.has_records || !trace.is_used(moment) {
-            continue;
-        }
-        // Of the many subsets of many replicas, some.
-        if class.replicas > 3 && random.within(0..4) > 0 {
-            continue;
-        }
-        let lacks = |replica: &usize| trace.failed_at(moment) == Some(*replica);
-        case.start_with(started, class.threshold(), lacks);
-        case.others_return = is_enough && !case.may_lack && random.within(0..4) == 0;
-        check(class, &case, moment, &format!("{label}-{bits:b}"), figures);
+    // Before it was used, or without records, fewer images are another disk.
+    if class.has_records && trace.is_used(moment) {
+        judge_subsets(class, trace, &case, moment, label, random, figures);
     }
     if class.has_records && random.within(0..4) == 0 {
         crash_again(class, trace, moment, label, random, figures);
+    }
+}
+
+/// Has a crash state judged with some of its replicas.
+fn judge_subsets(
+    class: Class,
+    trace: &Trace,
+    case: &Case,
+    moment: Moment,
+    label: &str,
+    random: &mut Random,
+    figures: &mut Figures,
+) {
+    let spare = trace.spare(moment);
+    let has_spare = matches!(spare, Spare::Member | Spare::Removed);
+    let images = class.replicas + usize::from(has_spare);
+    let members = class.replicas + usize::from(spare == Spare::Member);
+    let threshold = members / 2 + 1;
+    for bits in 1_usize..1 << images {
+        let started: Vec<usize> = (0..images).filter(|at| bits >> at & 1 == 1).collect();
+        let is_all_or_first = started.len() == class.replicas && bits >> class.replicas == 0;
+        if is_all_or_first && spare != Spare::Member {
+            // Was judged before.
+            continue;
+        }
+        // Two replicas of three are enough, but not of four.
+        if spare == Spare::Unsure && started.len() == threshold {
+            continue;
+        }
+        // Of the many subsets of many replicas, some.
+        if images > 3 && random.within(0..4) > 0 {
+            continue;
+        }
+        let lacks = |replica: &usize| trace.failed_at(moment) == Some(*replica);
+        let mut case = case.clone();
+        case.replicas = members;
+        case.start_with(started, threshold, lacks);
+        if spare == Spare::Removed && case.started.contains(&class.replicas) {
+            case.start = Start::Refuse;
+        }
+        let may_return = case.start == Start::Serve && !case.may_lack;
+        case.others_return = may_return && random.within(0..4) == 0;
+        check(class, &case, moment, &format!("{label}-{bits:b}"), figures);
     }
 }
 
@@ -166,7 +200,8 @@ fn crash_again(
     }
     let first = moment;
     let known = trace.known_after(first);
-    let second = run(class, &case.content, known, true, random);
+    let sizes = Some(case.sizes.clone());
+    let second = run(class, &case.content, known, sizes, random);
     if !trace.is_disturbed {
         second.report(class, &format!("{label}-again"), figures);
     }
@@ -185,6 +220,7 @@ fn crash_again(
         case.is_sound &= lacking.is_empty() && is_known && trace.is_sound(first);
         figures.second_crashes += 1;
         check(class, &case, moment, &label, figures);
+        let is_known = is_known && !matches!(trace.spare(first), Spare::Unsure | Spare::Member);
         if is_known && second.is_used(moment) && class.threshold() < class.replicas {
             let left_out = size(random.within(0..class.replicas as u64));
             let mut started = case.started.clone();

@@ -11,6 +11,7 @@ mod filesystem;
 mod history;
 mod judge;
 mod laboratory;
+mod operator;
 mod report;
 mod trace;
 mod workload;
@@ -43,6 +44,7 @@ const fn class(work: Work, replicas: usize, has_records: bool) -> Class {
         replicas,
         has_records,
         has_fault: false,
+        has_operator: false,
         lies: false,
     }
 }
@@ -53,8 +55,17 @@ fn classes() -> Vec<Class> {
         has_fault: true,
         ..blocks(replicas, true)
     };
+    let operator = Class {
+        has_operator: true,
+        ..blocks(3, true)
+    };
+    let files_fault = Class {
+        has_fault: true,
+        ..class(Work::Files("ext4"), 3, true)
+    };
     vec![
         blocks(3, true),
+        operator,
         class(Work::Files("ext4"), 3, true),
         blocks(2, true),
         fault(3),
@@ -64,6 +75,7 @@ fn classes() -> Vec<Class> {
         blocks(2, false),
         blocks(4, true),
         class(Work::Files("ext4"), 2, true),
+        files_fault,
         blocks(5, true),
         fault(4),
         blocks(4, false),

@@ -1,6 +1,10 @@
 //! A disk that is used while everything is logged.
 
+use std::collections::BTreeMap;
+use std::ffi::{OsStr, OsString};
 use std::ops::Range;
+use std::sync::{Mutex, mpsc};
+use std::thread;
 use std::time::Duration;
 
 use testkit::daemon::Daemon;
@@ -15,10 +19,13 @@ use crate::filesystem;
 use crate::history::History;
 use crate::judge::{arguments, scratch};
 use crate::laboratory::{Class, Work, name};
+use crate::operator::{self, Administration, Spare};
 use crate::report::Figures;
 use crate::workload::Guest;
 
-const DISK_BYTES: usize = 4 << 20;
+const DISK_BYTES: u64 = 4 << 20;
+/// Bytes of a disk that an operator has grown.
+const GROWN_BYTES: u64 = DISK_BYTES + 2 * operator::GROWTH_BYTES;
 /// With a `--replica-timeout` of 250 ms marks are looked at every 2 s. Those are cleared that
 /// nothing has touched since the last time: a pause that is longer than two of these periods leaves
 /// none.
@@ -74,6 +81,8 @@ pub(crate) struct Trace {
     pub(crate) is_disturbed: bool,
     /// Replicas that had to be copied as a whole at its start.
     pub(crate) copied: Vec<usize>,
+    /// What an operator has done.
+    administration: Administration,
     /// What no disk may do.
     problems: Vec<String>,
 }
@@ -94,6 +103,11 @@ impl Trace {
     pub(crate) fn is_sound(&self, moment: Moment) -> bool {
         let is_faultless = self.failed_at(moment).is_none() && !self.is_disturbed;
         is_faultless && moment < self.ends_from
+    }
+
+    /// What is known of the spare replica at this moment.
+    pub(crate) fn spare(&self, moment: Moment) -> Spare {
+        self.administration.spare(moment)
     }
 
     /// What its users know at the start after a power cut at this moment.
@@ -117,6 +131,7 @@ impl Trace {
         Case {
             content: class.crash(&self.directory, moment, random),
             expected: self.known.expected(moment),
+            sizes: self.administration.sizes(moment),
             started: (0..class.replicas).collect(),
             start: Start::Serve,
             replicas: class.replicas,
@@ -155,13 +170,20 @@ pub(crate) fn new_disk(class: Class, is_empty: bool) -> (Content, Known) {
         modified_ns: 1_000_000_000_000_000_000,
     };
     let files = (0..class.replicas).map(|replica| (name(replica).into(), image.clone()));
-    let files = files.collect();
+    let mut files: BTreeMap<OsString, FileContent> = files.collect();
+    if class.has_operator {
+        let spare = FileContent {
+            bytes: vec![0; size(GROWN_BYTES)].into(),
+            ..image
+        };
+        files.insert(name(class.replicas).into(), spare);
+    }
     (Content { files }, known)
 }
 
 fn new_blocks(is_empty: bool) -> (Vec<u8>, Known) {
-    let mut history = History::after(vec![vec![0]; DISK_BYTES / SECTOR], 1);
-    let mut bytes = vec![0; DISK_BYTES];
+    let mut history = History::after(vec![vec![0]; size(GROWN_BYTES) / SECTOR], 1);
+    let mut bytes = vec![0; size(DISK_BYTES)];
     if !is_empty {
         history.begin_write(0..1, &mut bytes[..SECTOR], 1);
         let versions = history.permitted(1);
@@ -171,14 +193,16 @@ fn new_blocks(is_empty: bool) -> (Vec<u8>, Known) {
     (bytes, Known::Blocks(history))
 }
 
-/// Serves the disk from a logged directory while a guest works.
+/// Serves the disk from a logged directory while a guest works. It may have these `sizes` in bytes;
+/// if none is given it is a new one, and otherwise it recovers from a power cut.
 pub(crate) fn run(
     class: Class,
     content: &Content,
     known: Known,
-    is_second: bool,
+    sizes: Option<Vec<u64>>,
     random: &mut Random,
 ) -> Trace {
+    let is_second = sizes.is_some();
     let directory = LoggedDirectory::mount(content);
     let clock = directory.clock();
     let sockets = scratch();
@@ -198,40 +222,61 @@ pub(crate) fn run(
         .is_some_and(|fault| fault.how == Failing::Slow);
     let timeout = if is_short || is_slow { 250 } else { 60000 };
     arguments.extend(["--replica-timeout".into(), timeout.to_string()]);
-    if class.work != Work::Blocks {
+    if class.work != Work::Blocks || class.has_operator {
         arguments.push("--shared".into());
     }
+    let monitor = sockets.path().join("qmp.sock");
+    arguments.extend(["--qmp".into(), monitor.to_str().expect("UTF-8").into()]);
     let started = Daemon::try_start(sockets.path(), arguments);
     let mut daemon = started.unwrap_or_else(|line| panic!("a trace does not start: {line}"));
     let used_from = clock.tick();
     let is_ended = random.within(0..3) == 0;
-    let mut between = |step| {
-        if let Some(fault) = &mut fault {
-            fault.step(step);
-        }
-    };
+    let bytes = content.files[OsStr::new(&name(0))].bytes.len() as u64;
+    let sizes = sizes.unwrap_or(vec![bytes]);
+    let administration = Mutex::new(Administration::of(&sizes));
     let mut problems = Vec::new();
-    let known = match known {
-        Known::Blocks(history) => {
-            let mut guest = Guest::connect(daemon.socket(), clock.clone(), history, random);
-            if is_second {
-                guest.look();
+    let known = thread::scope(|scope| {
+        // All ends with this, also by a panic.
+        let mut plan = Vec::new();
+        let (acts, told) = mpsc::channel();
+        if class.has_operator && !is_second {
+            plan = operator::plan(bytes, steps, random);
+            let spare = (directory.path(), class.replicas);
+            let (monitor, clock, administration) = (&monitor, &clock, &administration);
+            scope.spawn(move || operator::work(monitor, spare, clock, &told, administration));
+        }
+        let (fault, administration) = (&mut fault, &administration);
+        let mut between = move |step| {
+            if let Some(fault) = fault {
+                fault.step(step);
             }
-            guest.work(steps, is_short.then_some(PAUSE), &mut between);
-            let (history, found) = guest.finish();
-            problems = found;
-            Known::Blocks(history)
+            for (_, act) in plan.extract_if(.., |(at, _)| *at == step) {
+                acts.send(act).expect("an operator");
+            }
+            administration.lock().expect("an operator failed").size()
+        };
+        match known {
+            Known::Blocks(history) => {
+                let mut guest = Guest::connect(daemon.socket(), clock.clone(), history, random);
+                if is_second {
+                    guest.look();
+                }
+                guest.work(steps, is_short.then_some(PAUSE), &mut between);
+                let (history, found) = guest.finish();
+                problems = found;
+                Known::Blocks(history)
+            }
+            Known::Files(kind, history, before) if is_second => {
+                filesystem::replay(daemon.socket(), kind);
+                Known::Files(kind, history, before)
+            }
+            Known::Files(kind, _, before) => {
+                let history =
+                    filesystem::work(daemon.socket(), &clock, kind, steps, random, &mut between);
+                Known::Files(kind, history, before)
+            }
         }
-        Known::Files(kind, history, before) if is_second => {
-            filesystem::replay(daemon.socket(), kind);
-            Known::Files(kind, history, before)
-        }
-        Known::Files(kind, _, before) => {
-            let history =
-                filesystem::work(daemon.socket(), &clock, kind, steps, random, &mut between);
-            Known::Files(kind, history, before)
-        }
-    };
+    });
     let failed = fault.and_then(|fault| Some((fault.replica, fault.began?)));
     let ends_from = clock.tick();
     if is_ended {
@@ -257,6 +302,7 @@ pub(crate) fn run(
         failed,
         is_disturbed,
         copied: copied_as_a_whole(&log).collect(),
+        administration: administration.into_inner().expect("an operator failed"),
         problems,
     }
 }

@@ -1,7 +1,7 @@
 //! What the guest does: it writes like a database, in place and at the end of a log, and flushes.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::thread;
 use std::time::Duration;
 
@@ -21,6 +21,7 @@ const BATCH_MAX: u64 = 8;
 
 /// A guest on a disk.
 pub(crate) struct Guest<'a> {
+    socket: PathBuf,
     client: Client,
     clock: Clock,
     history: History,
@@ -50,6 +51,7 @@ impl<'a> Guest<'a> {
         let client = Client::connect(socket, 1);
         let sectors = usize::try_from(client.capacity_bytes()).expect("small") / SECTOR;
         Self {
+            socket: socket.into(),
             client,
             clock,
             history,
@@ -61,18 +63,18 @@ impl<'a> Guest<'a> {
     }
 
     /// Works for some batches of requests. If it is to `pause`, so long that marks are cleared.
-    /// `between` is called before each batch, with its number.
+    /// `between` is called before each batch, with its number, and returns the size of the disk.
     pub(crate) fn work(
         &mut self,
         batches: u64,
         pause: Option<Duration>,
-        between: &mut dyn FnMut(u64),
+        between: &mut dyn FnMut(u64) -> u64,
     ) {
         let pauses_at = self.random.within(0..batches + 1);
         // A database has pages that it writes more often than others.
         let hot = self.random.within(0..self.sectors as u64 / 64 - 8);
         for batch in 0..batches {
-            between(batch);
+            self.notice(between(batch));
             if let Some(pause) = pause.filter(|_| batch == pauses_at) {
                 self.flush();
                 thread::sleep(pause);
@@ -84,6 +86,16 @@ impl<'a> Guest<'a> {
             if self.random.within(0..5) < 2 {
                 self.flush();
             }
+        }
+    }
+
+    /// The disk has grown to so many bytes. With another connection a part of it can be used that
+    /// was not there at the first.
+    fn notice(&mut self, bytes: u64) {
+        let sectors = size(bytes) / SECTOR;
+        if sectors > self.sectors {
+            self.client = Client::connect(&self.socket, 1);
+            self.sectors = sectors;
         }
     }
 
