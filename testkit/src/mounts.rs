@@ -37,9 +37,17 @@ impl Mounted {
     /// # Errors
     /// What `mount` says, if it cannot be mounted.
     pub fn mount(file: &Path, kind: &str) -> Result<Self, String> {
+        Self::mount_with(file, kind, "noatime")
+    }
+
+    /// The same with these mount options.
+    ///
+    /// # Errors
+    /// What `mount` says, if it cannot be mounted.
+    pub fn mount_with(file: &Path, kind: &str, options: &str) -> Result<Self, String> {
         let mount_point = tempfile::tempdir().expect("creating a directory");
         let output = Command::new("mount")
-            .args(["-o", "loop,noatime", "-t", kind])
+            .args(["-o", &format!("loop,{options}"), "-t", kind])
             .args([file, mount_point.path()])
             .output()
             .expect("running mount");

@@ -85,7 +85,8 @@ pub(crate) fn check(root: &Path, promises: &Promises) -> Vec<String> {
         let checked = match kind {
             "log" => check_log(root, *progress),
             "config" => check_config(root, *progress),
-            "page" => check_page(root, rest.parse().expect("a number"), *progress),
+            "page" => check_page(&root.join("pages"), rest, *progress),
+            "mapped" => check_page(&root.join("mapped"), rest, *progress),
             "mail" => check_mail(root, rest, *progress),
             _ => continue,
         };
@@ -151,9 +152,10 @@ fn check_config(root: &Path, progress: Progress) -> Result<(), String> {
 }
 
 /// Power cuts tear pages, but not sectors.
-fn check_page(root: &Path, place: u64, progress: Progress) -> Result<(), String> {
+fn check_page(path: &Path, place: &str, progress: Progress) -> Result<(), String> {
+    let place = place.parse().expect("a number");
     let mut bytes = vec![0; PAGE];
-    let file = File::open(root.join("pages")).map_err(|error| error.to_string())?;
+    let file = File::open(path).map_err(|error| error.to_string())?;
     file.read_exact_at(&mut bytes, place * PAGE as u64)
         .map_err(|error| error.to_string())?;
     for (sector, bytes) in bytes.chunks_exact(SECTOR).enumerate() {

@@ -1,7 +1,9 @@
 //! A file system of the host on the voted disk, with programs that sync what they write.
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io::{BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,6 +15,7 @@ use testkit::fuse::voted::VotedFile;
 use testkit::images::Random;
 use testkit::mounts::Mounted;
 use testkit::process::{run, text};
+use testkit::size;
 
 use crate::files::{self, FileHistory, PAGE, Promises, SCRIPT, entry, page};
 use crate::judge::scratch;
@@ -55,7 +58,12 @@ pub(crate) fn work(
     between: &mut dyn FnMut(u64) -> u64,
 ) -> FileHistory {
     let disk = VotedFile::mount(socket);
-    let mounted = Mounted::mount(&disk.path(), kind).expect("mounting a file system");
+    let options = match random.within(0..2) {
+        0 => "noatime",
+        _ => "noatime,discard",
+    };
+    let mounted = Mounted::mount_with(&disk.path(), kind, options);
+    let mounted = mounted.expect("mounting a file system");
     let history = Mutex::new(FileHistory::default());
     let mut programs = Programs {
         root: mounted.path(),
@@ -64,6 +72,7 @@ pub(crate) fn work(
         random,
         counts: [0; 3],
         pages: [0; PAGES],
+        mapped: [0; PAGES],
         mails: Vec::new(),
     };
     thread::scope(|scope| {
@@ -139,6 +148,8 @@ struct Programs<'a> {
     counts: [u64; 3],
     /// Versions of the pages.
     pages: [u64; PAGES],
+    /// Versions of the pages that are written through memory.
+    mapped: [u64; PAGES],
     /// Messages that were delivered and not removed.
     mails: Vec<u64>,
 }
@@ -151,18 +162,22 @@ impl Programs<'_> {
     fn work(&mut self, steps: u64, between: &mut dyn FnMut(u64) -> u64) {
         let first: Vec<u8> = (0..PAGES).flat_map(|place| page(place as u64, 0)).collect();
         self.put("pages", &first);
+        self.put("mapped", &first);
         fs::create_dir(self.root.join("mail")).expect("creating a directory");
         sync_directory(self.root);
         for place in 0..PAGES {
             self.durable(&format!("page {place}"), 0);
+            self.durable(&format!("mapped {place}"), 0);
         }
         for step in 0..steps {
             between(step);
-            match self.random.within(0..5) {
-                0 => self.append(),
-                1 => self.configure(),
-                2 => self.deliver(),
-                3 => self.remove_mail(),
+            match self.random.within(0..13) {
+                0..2 => self.append(),
+                2..4 => self.configure(),
+                4..6 => self.deliver(),
+                6..8 => self.remove_mail(),
+                8..10 => self.write_mapped(),
+                10 => run("fstrim", &[text(self.root)]),
                 _ => self.write_page(),
             }
         }
@@ -244,12 +259,38 @@ impl Programs<'_> {
         self.durable(&format!("mail {number}"), 2);
     }
 
+    /// As a program does that maps its file into memory.
+    fn write_mapped(&mut self) {
+        let mut pages = BTreeMap::new();
+        for _ in 0..self.random.within(1..5) {
+            let place = self.random.within(0..PAGES as u64);
+            let version = &mut self.mapped[size(place)];
+            *version += 1;
+            pages.insert(place, *version);
+        }
+        for (place, version) in &pages {
+            self.begun(&format!("mapped {place}"), *version);
+        }
+        let mut options = OpenOptions::new();
+        let opened = options
+            .read(true)
+            .write(true)
+            .open(self.root.join("mapped"));
+        let contents = pages.iter();
+        let contents = contents.map(|(place, version)| (size(*place), page(*place, *version)));
+        let contents: Vec<(usize, Vec<u8>)> = contents.collect();
+        write_through_memory(&opened.expect("opening pages"), &contents).expect("writing pages");
+        for (place, version) in &pages {
+            self.durable(&format!("mapped {place}"), *version);
+        }
+    }
+
     /// As a database does that writes in place.
     fn write_page(&mut self) {
         let place = self.random.within(0..PAGES as u64);
-        let versions = &mut self.pages[usize::try_from(place).expect("few pages")];
-        *versions += 1;
-        let (name, version) = (format!("page {place}"), *versions);
+        let version = &mut self.pages[size(place)];
+        *version += 1;
+        let (name, version) = (format!("page {place}"), *version);
         let mut bytes = Aligned([0; PAGE]);
         bytes.0.copy_from_slice(&page(place, version));
         let mut options = OpenOptions::new();
@@ -263,6 +304,35 @@ impl Programs<'_> {
         file.sync_data().expect("syncing pages");
         self.durable(&name, version);
     }
+}
+
+/// Writes pages of a file through memory that is mapped, and syncs all of it.
+fn write_through_memory(file: &File, pages: &[(usize, Vec<u8>)]) -> io::Result<()> {
+    const BYTES: usize = PAGES * PAGE;
+    let access = libc::PROT_READ | libc::PROT_WRITE;
+    let fd = file.as_raw_fd();
+    let hint = std::ptr::null_mut();
+    // SAFETY: the file is open and as long; the kernel chooses where it is mapped.
+    let start = unsafe { libc::mmap(hint, BYTES, access, libc::MAP_SHARED, fd, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    for (place, page) in pages {
+        assert!(*place < PAGES && page.len() == PAGE, "a page of the file");
+        let target = start.cast::<u8>().wrapping_add(place * PAGE);
+        // SAFETY: the page is within the memory that is mapped, and nothing else refers to that.
+        unsafe { std::ptr::copy_nonoverlapping(page.as_ptr(), target, PAGE) };
+    }
+    // SAFETY: this memory is mapped.
+    let synced = unsafe { libc::msync(start, BYTES, libc::MS_SYNC) };
+    let synced = if synced == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    };
+    // SAFETY: this memory is mapped, and nothing refers to it any more.
+    unsafe { libc::munmap(start, BYTES) };
+    synced
 }
 
 fn sync_directory(path: &Path) {
