@@ -11,7 +11,8 @@
 # `sim` is the random runs of the simulator, for SECONDS_EACH seconds at most; `sim NAME` is the
 # tests of that name in tests/sim; `unit NAME` is the unit tests of that name; `threads NAME` is the
 # tests of that name in tests/replicas, with `--aio threads`; `exhaustive NAME` is the tests of that
-# name in tests/exhaustive.
+# name in tests/exhaustive; `crash CLASS` is the crash laboratory with that class of disk, for
+# SECONDS_EACH seconds.
 #
 # ONLY='name name' runs only these. The exit status is 1 if a mutant survives.
 set -euo pipefail
@@ -56,19 +57,21 @@ cargo_test() {
 	unit) set -- --lib "$@" -- "$name" ;;
 	exhaustive) set -- --test exhaustive "$@" -- "$name" ;;
 	threads) set -- --test replicas "$@" -- "$name" ;;
-	*) echo "Caught-by: $kind is none of sim, unit, threads and exhaustive" >&2 && exit 2 ;;
+	crash) set -- --test crash "$@" -- nothing_flushed_is_lost ;;
+	*) echo "Caught-by: $kind is none of sim, unit, threads, exhaustive and crash" >&2 && exit 2 ;;
 	esac
 	# A mutant may make a test wait for ever.
 	(cd "$tree" && export QUORUM_BLK_SIM_SECONDS=$seconds QUORUM_BLK_TEST_AIO=threads &&
+		export QUORUM_BLK_CRASH_SECONDS=$seconds QUORUM_BLK_CRASH_CLASS=$name &&
 		timeout $((seconds + 900)) \
 			cargo test --locked --quiet --profile mutants --features sim "$@") >"$log" 2>&1
 }
 
 # What the failing test has said, in a few words: after how many seeds, and which rule is broken.
 cause() {
-	local seeds
+	local seeds what='^seed [0-9]+ after|^crash: .*, [1-9][0-9]* failed|panicked at|SIGABRT'
 	seeds=$(sed --quiet -E 's/^([0-9]+) seeds, .*/\1 seeds: /p' "$log" | head -n 1)
-	grep --max-count 1 -E '^seed [0-9]+ after|panicked at|SIGABRT' "$log" |
+	grep --max-count 1 -E "$what" "$log" |
 		sed -E "s/^seed [0-9]+ after [0-9]+ steps: /$seeds/" | cut -c 1-100
 }
 

@@ -72,10 +72,11 @@ fn check(patch: &str, root: &Path) -> Result<(), String> {
         return Err(format!("no sentence: {sentence}"));
     }
     match header("Caught-by")?.split(' ').collect::<Vec<_>>()[..] {
-        ["sim"] | ["sim" | "unit" | "threads" | "exhaustive", _] => {}
+        ["sim"] | ["sim" | "unit" | "threads" | "exhaustive" | "crash", _] => {}
         _ => {
             return Err(
-                "Caught-by: none of sim, sim NAME, unit NAME, threads NAME, exhaustive NAME"
+                "Caught-by: none of sim, sim NAME, unit NAME, threads NAME, exhaustive NAME, \
+                 crash CLASS"
                     .to_string(),
             );
         }

@@ -52,6 +52,7 @@ impl LoggedDirectory {
     /// Mounts a directory with these files. What they hold is durable. The mount is seen by the
     /// calling thread and those that it starts, if it has called [`crate::mounts::separate`].
     pub fn mount(content: &Content) -> Self {
+        keep_large_memory_apart();
         let shared = Arc::new(Shared::of(Log::of(content)));
         let mount_point = tempfile::tempdir().expect("creating a directory");
         let mut config = Config::default();
@@ -124,6 +125,14 @@ impl LoggedDirectory {
     ) -> Content {
         self.shared.log().crash(moment, atom, random)
     }
+}
+
+/// Has large buffers mapped, each by itself. The crate `fuser` gives 16 MiB of zeroes to each thread:
+/// they take memory, and time, only if they are not cut from memory that was used before.
+fn keep_large_memory_apart() {
+    const LARGE_BYTES: libc::c_int = 1 << 20;
+    // SAFETY: the call changes a setting of the allocator only.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BYTES) };
 }
 
 impl Drop for LoggedDirectory {
