@@ -5,7 +5,7 @@ RUSTDOCFLAGS := -D warnings
 
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest verify-guest
 .PHONY: model bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
-.PHONY: fuzz-corpus clean exhaustive protocol crash
+.PHONY: fuzz-corpus clean exhaustive protocol crash crash-plot
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -48,6 +48,9 @@ crash: clients ## Cut the power at random moments: SECONDS=60, CLASS=name; SEED=
 		QUORUM_BLK_CRASH_SEED=$(SEED) QUORUM_BLK_CRASH_STATE=$(STATE) \
 		$(CARGO) test --locked --profile sim --features sim --test crash \
 		nothing_flushed_is_lost -- --nocapture
+
+crash-plot: ## Draw docs/crash.svg from the table in docs/crash.md
+	QUORUM_BLK_DRAW=1 $(CARGO) test --locked --test repository crash_plot
 
 mutants: ## Break one rule at a time, a test must fail: ONLY=name, SECONDS=60 for each
 	ONLY='$(ONLY)' SECONDS_EACH='$(SECONDS)' tests/mutants/run.sh

@@ -2,6 +2,7 @@
 //! lines are short enough to read.
 
 mod contract;
+mod crash_plot;
 mod files;
 mod lines;
 mod pages;
