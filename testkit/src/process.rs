@@ -37,8 +37,8 @@ impl Process {
     }
 
     /// Starts `command`, as [`Self::spawn`] does, without copying the page tables of this process.
-    /// That takes longer than anything else if it has much memory. The kernel is told by `setpriv`
-    /// to kill it. `streams` sets its standard streams.
+    /// That takes longer than anything else if it has much memory. `setpriv` has the kernel kill it
+    /// with this thread. `streams` sets its standard streams.
     ///
     /// # Errors
     /// If `setpriv` cannot be started. If `command` cannot be, it ends at once.

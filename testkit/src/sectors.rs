@@ -3,7 +3,7 @@
 /// Bytes of a sector.
 pub const SECTOR: usize = 512;
 
-/// Fills a sector with the number of a write, which is not 0, and the sector's own, again and again.
+/// Fills a sector with the number of a write, which is not 0, and its own, again and again.
 pub fn fill(bytes: &mut [u8], number: u64, sector: usize) {
     for pair in bytes.chunks_exact_mut(16) {
         pair[..8].copy_from_slice(&number.to_le_bytes());

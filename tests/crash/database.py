@@ -32,7 +32,7 @@ def work(path, mode, count):
 def check(database):
     found = database.execute("PRAGMA integrity_check").fetchall()
     if found != [("ok",)]:
-        return f"damaged: {found}"
+        return f"not sound: {found}"
     names = database.execute("SELECT name FROM sqlite_master").fetchall()
     if not names:
         return "ok 0"

@@ -248,3 +248,63 @@ impl Drop for Checker {
 
 /// The program that uses databases.
 pub(crate) const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/crash/database.py");
+
+/// Whether files with these contents keep a promise.
+fn keeps(files: &[(&str, Vec<u8>)], name: &str, durable: u64, begun: u64) -> bool {
+    let root = tempfile::tempdir().expect("creating a directory");
+    std::fs::create_dir(root.path().join("mail")).expect("creating a directory");
+    for (name, content) in files {
+        std::fs::write(root.path().join(name), content).expect("writing a file");
+    }
+    let promises = Promises::from([(name.into(), Progress { durable, begun })]);
+    check(root.path(), &promises).is_empty()
+}
+
+#[test]
+fn a_log_ends_with_nothing_that_was_not_written() {
+    let [first, second] = [1, 2].map(|number| entry("log", number));
+    let log = |bytes: Vec<u8>| keeps(&[("log", bytes)], "log", 1, 2);
+    assert!(log(first.clone()));
+    assert!(log([&first[..], &second[..9]].concat()));
+    assert!(log([&first[..], &[0; 9], &second[9..]].concat()));
+    assert!(!log(first[1..].to_vec()));
+    assert!(!log([&first[..], b"garbage"].concat()));
+    assert!(!log([&first[..], &second, &[0]].concat()));
+    assert!(!keeps(&[], "log", 1, 2));
+    assert!(keeps(&[], "log", 0, 1));
+}
+
+#[test]
+fn a_configuration_is_one_that_was_written_as_a_whole() {
+    let config = |number, durable| {
+        let bytes = entry("config", number);
+        keeps(&[("config", bytes)], "config", durable, 3)
+    };
+    assert!(config(2, 2) && config(3, 2) && !config(1, 2) && !config(4, 2));
+    assert!(!keeps(&[("config", Vec::new())], "config", 2, 3));
+    assert!(!keeps(&[], "config", 1, 3) && keeps(&[], "config", 0, 3));
+}
+
+#[test]
+fn a_message_is_there_until_it_is_removed() {
+    let mail = entry("mail", 7);
+    let has = |bytes: &[u8], durable, begun| {
+        keeps(&[("mail/7", bytes.to_vec())], "mail 7", durable, begun)
+    };
+    let lacks = |durable, begun| keeps(&[], "mail 7", durable, begun);
+    assert!(has(&mail, 1, 1) && !has(&mail[1..], 1, 1) && !lacks(1, 1));
+    assert!(has(&mail, 1, 2) && lacks(1, 2) && !has(&mail, 2, 2) && lacks(2, 2));
+    assert!(has(&mail[..9], 0, 1) && !has(b"garbage", 0, 1) && lacks(0, 1));
+}
+
+#[test]
+fn each_sector_of_a_page_holds_a_version_that_was_written() {
+    for (file, kind) in [("pages", "page 1"), ("mapped", "mapped 1")] {
+        let page_of =
+            |bytes: Vec<u8>| keeps(&[(file, [vec![0; PAGE], bytes].concat())], kind, 3, 4);
+        let torn = [&page(1, 3)[..SECTOR], &page(1, 4)[SECTOR..]].concat();
+        assert!(page_of(page(1, 3)) && page_of(page(1, 4)) && page_of(torn));
+        assert!(!page_of(page(1, 2)) && !page_of(page(1, 5)) && !page_of(page(2, 3)));
+        assert!(!page_of(Vec::new()));
+    }
+}

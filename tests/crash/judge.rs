@@ -36,7 +36,8 @@ const BATCH: usize = 1 << 20;
 /// What it says if only a replica that is not there may have a good copy, or one that is there has
 /// missed changes everywhere.
 const LACKS: [&str; 2] = ["may hold", "has to be copied as a whole"];
-/// What a line says that refuses a start because too few replicas are there, or one that was removed.
+/// What a line says that refuses a start because too few replicas are there, or one that was
+/// removed.
 const REFUSALS: [&str; 3] = [
     "could have gone on without",
     "needed replicas can be used",

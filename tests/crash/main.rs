@@ -59,6 +59,10 @@ fn classes() -> Vec<Class> {
         has_operator: true,
         ..blocks(3, true)
     };
+    let operator_fault = Class {
+        has_fault: true,
+        ..operator
+    };
     let files_fault = Class {
         has_fault: true,
         ..class(Work::Files("ext4"), 3, true)
@@ -69,6 +73,7 @@ fn classes() -> Vec<Class> {
         class(Work::Files("ext4"), 3, true),
         blocks(2, true),
         fault(3),
+        operator_fault,
         blocks(3, false),
         class(Work::Files("xfs"), 3, true),
         blocks(1, true),

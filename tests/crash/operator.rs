@@ -6,7 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use testkit::HANG_LIMIT;
 use testkit::fuse::logged::{Clock, Moment};
 use testkit::images::Random;
@@ -18,6 +18,8 @@ use crate::laboratory::name;
 /// How long a command is waited for before it is asked whether the new replica is complete.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
+/// How long a copy is waited for that may never end, since a replica fails.
+const COPY_LIMIT: Duration = Duration::from_secs(2);
 /// By how much the disk grows at a time.
 pub(crate) const GROWTH_BYTES: u64 = 1 << 20;
 
@@ -109,19 +111,26 @@ pub(crate) fn plan(bytes: u64, steps: u64, random: &mut Random) -> Vec<(u64, Act
     plan
 }
 
-/// Does what it is told, until there is nothing more, and waits until the spare replica is copied.
+/// Carries out acts, until there are no more, and waits until the spare replica is copied.
+/// Commands may fail, and the copy too, if a replica `may_fail`.
 pub(crate) fn work(
     monitor: &Path,
     (images, spare): (&Path, usize),
     clock: &Clock,
     acts: &Receiver<Act>,
     administration: &Mutex<Administration>,
+    may_fail: bool,
 ) {
     let mut monitor = Monitor::connect(monitor);
     let spare = name(spare);
     let mut is_copied = false;
     let administration = || -> MutexGuard<'_, Administration> {
         administration.lock().expect("another thread failed")
+    };
+    let run = |monitor: &mut Monitor, command: &str, arguments: Value| {
+        let result = monitor.try_execute(command, arguments);
+        assert!(may_fail || result.is_ok(), "{command}: {result:?}");
+        result.is_ok()
     };
     let note = |what| administration().spare.push((clock.tick(), what));
     loop {
@@ -132,16 +141,16 @@ pub(crate) fn work(
         }
         match act {
             Ok(Act::Scrub) => {
-                monitor.execute("quorum-scrub", json!({ "repair": true }));
+                run(&mut monitor, "quorum-scrub", json!({ "repair": true }));
             }
             Ok(Act::Grow(bytes)) => {
                 let begin = clock.tick();
                 administration().sizes.push((bytes, begin, None));
                 let arguments = json!({ "device": "quorum0", "size": bytes });
-                monitor.execute("block_resize", arguments);
-                let end = clock.tick();
+                let has_grown = run(&mut monitor, "block_resize", arguments);
+                let end = has_grown.then(|| clock.tick());
                 let mut administration = administration();
-                administration.sizes.last_mut().expect("pushed").2 = Some(end);
+                administration.sizes.last_mut().expect("pushed").2 = end;
             }
             Ok(Act::Add) => {
                 let file = json!({ "driver": "file", "filename": images.join(&spare) });
@@ -149,22 +158,25 @@ pub(crate) fn work(
                 monitor.execute("blockdev-add", node);
                 note(None);
                 let arguments = json!({ "parent": "quorum0", "node": spare });
-                monitor.execute("x-blockdev-change", arguments);
-                is_copied = true;
+                is_copied = run(&mut monitor, "x-blockdev-change", arguments);
             }
             Ok(Act::Remove) => {
                 is_copied = false;
                 note(None);
                 let arguments = json!({ "parent": "quorum0", "child": spare });
-                monitor.execute("x-blockdev-change", arguments);
-                note(Some(Spare::Removed));
+                if run(&mut monitor, "x-blockdev-change", arguments) {
+                    note(Some(Spare::Removed));
+                }
             }
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => break,
         }
     }
-    if is_copied && wait_until(HANG_LIMIT, || is_complete(&mut monitor, &spare)) {
-        note(Some(Spare::Member));
+    let limit = if may_fail { COPY_LIMIT } else { HANG_LIMIT };
+    if is_copied {
+        let is_complete = wait_until(limit, || is_complete(&mut monitor, &spare));
+        assert!(may_fail || is_complete, "the replica is not copied");
+        note(is_complete.then_some(Spare::Member));
     }
 }
 

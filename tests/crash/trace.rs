@@ -222,6 +222,13 @@ pub(crate) fn run(
         .is_some_and(|fault| fault.how == Failing::Slow);
     let timeout = if is_short || is_slow { 250 } else { 60000 };
     arguments.extend(["--replica-timeout".into(), timeout.to_string()]);
+    // What is not flushed is in the page cache then, of which a power cut leaves the same.
+    let cache = if random.within(0..4) == 0 {
+        "writeback"
+    } else {
+        "none"
+    };
+    arguments.extend(["--cache".into(), cache.into()]);
     if class.work != Work::Blocks || class.has_operator {
         arguments.push("--shared".into());
     }
@@ -238,12 +245,14 @@ pub(crate) fn run(
     let known = thread::scope(|scope| {
         // All ends with this, also by a panic.
         let mut plan = Vec::new();
-        let (acts, told) = mpsc::channel();
+        let (acts, tasks) = mpsc::channel();
         if class.has_operator && !is_second {
             plan = operator::plan(bytes, steps, random);
             let spare = (directory.path(), class.replicas);
             let (monitor, clock, administration) = (&monitor, &clock, &administration);
-            scope.spawn(move || operator::work(monitor, spare, clock, &told, administration));
+            scope.spawn(move || {
+                operator::work(monitor, spare, clock, &tasks, administration, has_fault);
+            });
         }
         let (fault, administration) = (&mut fault, &administration);
         let mut between = move |step| {

@@ -127,8 +127,8 @@ impl LoggedDirectory {
     }
 }
 
-/// Has large buffers mapped, each by itself. The crate `fuser` gives 16 MiB of zeroes to each thread:
-/// they take memory, and time, only if they are not cut from memory that was used before.
+/// Has large buffers mapped, each by itself. The crate `fuser` gives 16 MiB of zeroes to each
+/// thread: they take memory, and time, only if they are cut from memory that was used before.
 fn keep_large_memory_apart() {
     const LARGE_BYTES: libc::c_int = 1 << 20;
     // SAFETY: the call changes a setting of the allocator only.
