@@ -175,6 +175,8 @@ fn judge_subsets(
         let mut case = case.clone();
         case.replicas = members;
         case.start_with(started, threshold, lacks);
+        // That it is complete may not be in the records yet.
+        case.is_sound &= !case.started.contains(&class.replicas);
         if spare == Spare::Removed && case.started.contains(&class.replicas) {
             case.start = Start::Refuse;
         }
