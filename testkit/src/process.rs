@@ -38,11 +38,15 @@ impl Process {
 
     /// Starts `command`, as [`Self::spawn`] does, without copying the page tables of this process.
     /// That takes longer than anything else if it has much memory. `setpriv` has the kernel kill it
-    /// with this thread. `streams` sets its standard streams.
+    /// with this thread. `streams` sets its standard streams; of `command` the program and the
+    /// arguments count.
     ///
     /// # Errors
     /// If `setpriv` cannot be started. If `command` cannot be, it ends at once.
-    pub fn spawn_light(command: &Command, streams: impl FnOnce(&mut Command)) -> io::Result<Self> {
+    pub(crate) fn spawn_light(
+        command: &Command,
+        streams: impl FnOnce(&mut Command),
+    ) -> io::Result<Self> {
         let mut light = Command::new("setpriv");
         light.args(["--pdeathsig", "KILL", "--"]);
         light.arg(command.get_program()).args(command.get_args());

@@ -15,9 +15,10 @@ const BAR: f64 = 16.0;
 const GROUP: f64 = 46.0;
 const TEXT: &str = "#1f2328";
 
-/// A row of the table: starts of a class, and after how many of them sectors were unreadable.
+/// A row of the table: starts of a class that were not refused, and after how many of them sectors
+/// were unreadable.
 struct Row {
-    starts: u32,
+    served: u32,
     unreadable: u32,
 }
 
@@ -30,10 +31,13 @@ fn row(page: &str, class: &str) -> Row {
         .unwrap_or_else(|| panic!("{PAGE} has no row of {class}"));
     let number = |text: &str| text.trim().parse::<u32>().expect("a number");
     let numbers: Vec<u32> = line.trim_end_matches('|').split('|').map(number).collect();
-    let [_, starts, _, _, unreadable, _] = numbers[..] else {
+    let [_, starts, refused, _, unreadable, _] = numbers[..] else {
         panic!("the row of {class} in {PAGE} has other columns");
     };
-    Row { starts, unreadable }
+    Row {
+        served: starts - refused,
+        unreadable,
+    }
 }
 
 /// A bar for each number of replicas, without records and with them.
@@ -91,11 +95,11 @@ fn plot(page: &str) -> String {
         };
         add(&text(LEFT - 14.0, y + BAR + 3.0, "end", 13, &label));
         for (place, (state, _, colour)) in series.iter().enumerate() {
-            let Row { starts, unreadable } = row(page, &format!("blocks-{replicas}-{state}"));
+            let Row { served, unreadable } = row(page, &format!("blocks-{replicas}-{state}"));
             let y = y + BAR * place as f64;
-            let width = WIDTH * f64::from(unreadable) / f64::from(starts.max(1));
+            let width = WIDTH * f64::from(unreadable) / f64::from(served.max(1));
             add(&bar(LEFT, y, width, colour));
-            let count = format!("{unreadable} of {starts}");
+            let count = format!("{unreadable} of {served}");
             add(&text(
                 LEFT + width + 6.0,
                 y + BAR - 4.0,
