@@ -49,4 +49,5 @@ pub mod replica;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod statistics;
+pub mod untrusted;
 pub mod worker;

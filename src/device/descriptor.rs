@@ -6,17 +6,10 @@ use std::io;
 use std::os::unix::fs::FileTypeExt;
 
 use rustix::event::epoll;
-use rustix::io::ioctl_fionbio;
-
-/// Sets O_NONBLOCK. The flag belongs to the open file, so the frontend sees it too.
-pub(super) fn set_nonblocking(file: &File) -> io::Result<()> {
-    Ok(ioctl_fionbio(file, true)?)
-}
 
 /// Rejects what no event can come through. A file is always readable, so a worker that waits for
-/// kicks from one would never sleep; and a write to one can take for ever whatever its flags say,
-/// if it is on a network or another process serves it.
-pub(super) fn check_is_no_file(descriptor: &File) -> io::Result<()> {
+/// kicks from one would never sleep.
+fn check_is_no_file(descriptor: &File) -> io::Result<()> {
     let kind = descriptor.metadata()?.file_type();
     if kind.is_file() || kind.is_dir() || kind.is_block_device() {
         return Err(io::Error::other("a file in place of an eventfd"));

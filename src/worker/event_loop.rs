@@ -34,6 +34,7 @@ use crate::limits::{
 use crate::replica::ring::kernel::{Kernel, Uring};
 use crate::replica::ring::{Completion, Ring, Wait, Watch, WatchToken};
 use crate::statistics::Recorder;
+use crate::untrusted::signal;
 
 /// The watch of the mailbox.
 const MAILBOX: WatchToken = WatchToken(0);
@@ -84,6 +85,7 @@ impl<K: Kernel> Worker<K> {
         let mailbox = Arc::clone(&mailboxes[usize::from(index.0)]);
         // Never unwatched: it lasts as long as the ring.
         ring.watch(&mailbox.event, MAILBOX)?;
+        signal::prepare()?;
         let statistics = disk.statistics.of_worker(index.0);
         let clock = Clock::new();
         let turn = clock.turn();

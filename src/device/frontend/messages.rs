@@ -22,10 +22,11 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion};
 
 use super::Frontend;
 use super::memory_map::MemoryMap;
-use crate::device::descriptor::{check_can_be_waited_for, check_is_no_file, set_nonblocking};
+use crate::device::descriptor::check_can_be_waited_for;
 use crate::device::memory::map_region;
 use crate::device::{GuestMemory, Vring, config_space, inflight};
 use crate::limits::{DISK_USE_LIMIT, MEMORY_SLOTS_MAX};
+use crate::untrusted::signal;
 
 impl Frontend {
     fn vring(&self, index: u32) -> Result<(u16, &Vring)> {
@@ -225,15 +226,17 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn set_vring_call(&mut self, index: u8, file: Option<File>) -> Result<()> {
-        let (_, vring) = self.vring(u32::from(index))?;
-        // A worker that signals the driver must not wait for room in the descriptor.
+        let (queue, vring) = self.vring(u32::from(index))?;
+        // Chains may have been completed while there was no descriptor to signal. This also shows
+        // whether it is an eventfd, which is signalled without waiting for its reader (I9).
         if let Some(file) = &file {
-            check_is_no_file(file).map_err(Error::ReqHandlerError)?;
-            set_nonblocking(file).map_err(Error::ReqHandlerError)?;
+            let signalled = signal::signal(file);
+            let signalled = signalled.inspect_err(|error| {
+                warn!(queue, error:%; "a call descriptor is rejected: it must be an eventfd");
+            });
+            signalled.map_err(Error::ReqHandlerError)?;
         }
         vring.set_call(file);
-        // Chains may have been completed while there was no descriptor to signal.
-        let _ = vring.signal_used_queue();
         Ok(())
     }
 

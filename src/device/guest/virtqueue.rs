@@ -20,6 +20,7 @@ use crate::device::inflight::{self, Begun, QueueRegion, Tracker, VirtqueueState}
 use crate::device::request::{Kind, Request};
 use crate::device::{DiskInfo, View, Vring};
 use crate::limits::RESUBMIT_LIMIT;
+use crate::untrusted::signal;
 
 /// One virtqueue as its worker sees it.
 pub(super) struct Virtqueue {
@@ -369,9 +370,13 @@ impl Virtqueue {
         let mut vring = self.vring.get_mut();
         let queue = vring.get_queue_mut();
         // When in doubt, notify.
-        if queue.needs_notification(&memory).unwrap_or(true) && !forbids_interrupts(queue, memory) {
-            // The frontend may have closed its end; then no notification is expected.
-            let _ = vring.signal_used_queue();
+        if queue.needs_notification(&memory).unwrap_or(true)
+            && !forbids_interrupts(queue, memory)
+            && let Some(call) = vring.get_call()
+            && let Err(error) = signal::signal(call)
+        {
+            // It was an eventfd when the frontend passed it.
+            error!(error:%; "the kernel has no memory to notify a driver, which may hang");
         }
     }
 

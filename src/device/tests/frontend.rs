@@ -40,16 +40,12 @@ fn frontend() -> Frontend {
 
 #[test]
 fn a_call_descriptor_without_room_blocks_no_thread() {
-    let (_reader, writer) = std::io::pipe().unwrap();
-    let writer = File::from(OwnedFd::from(writer));
-    // A pipe has room for 64 KiB, an eventfd for the greatest count but one.
-    (&writer).write_all(&[0; 1 << 16]).unwrap();
+    // There is room for the greatest count but one.
     let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
     (&event).write_all(&(u64::MAX - 1).to_ne_bytes()).unwrap();
     let (done, is_done) = sync_channel(1);
     let thread = thread::spawn(move || {
         let mut frontend = frontend();
-        frontend.set_vring_call(0, Some(writer)).unwrap();
         frontend.set_vring_call(0, Some(event)).unwrap();
         done.send(()).unwrap();
     });
@@ -60,7 +56,7 @@ fn a_call_descriptor_without_room_blocks_no_thread() {
 }
 
 #[test]
-fn files_are_no_kick_and_no_call_descriptors() {
+fn files_are_no_kick_and_only_eventfds_are_call_descriptors() {
     let mut frontend = frontend();
     for path in ["/", "/dev/null"] {
         assert!(
@@ -78,17 +74,16 @@ fn files_are_no_kick_and_no_call_descriptors() {
         assert!(frontend.set_vring_call(0, Some(file)).is_err());
     }
     let (reader, writer) = std::io::pipe().unwrap();
+    let writer = File::from(OwnedFd::from(writer));
+    assert!(frontend.set_vring_call(0, Some(writer)).is_err());
     let event = File::from(eventfd(0, EventfdFlags::CLOEXEC).unwrap());
-    for (kick, call) in [
-        (
-            File::from(OwnedFd::from(reader)),
-            File::from(OwnedFd::from(writer)),
-        ),
-        (event.try_clone().unwrap(), event),
+    for kick in [
+        File::from(OwnedFd::from(reader)),
+        event.try_clone().unwrap(),
     ] {
         frontend.set_vring_kick(0, Some(kick)).unwrap();
-        frontend.set_vring_call(0, Some(call)).unwrap();
     }
+    frontend.set_vring_call(0, Some(event)).unwrap();
 }
 
 #[test]

@@ -13,7 +13,6 @@ mod virtqueues;
 mod zeroes;
 
 use std::fs::File;
-use std::io::Read;
 use std::ops::Range;
 
 use proptest::collection::vec;

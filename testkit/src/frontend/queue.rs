@@ -41,7 +41,8 @@ pub struct Queue {
     pub(super) next_used: u16,
     pub(super) event_idx: bool,
     pub(super) kick: EventFd,
-    pub(super) call: EventFd,
+    /// How the device notifies the driver.
+    pub call: EventFd,
     pub(super) epoll: Epoll,
     /// Chains returned so far.
     pub completed: u64,

@@ -1,6 +1,7 @@
 //! The daemon with the frontend and the driver of testkit: what QEMU's qtests expect of a
 //! vhost-user-blk device, what only cloud-hypervisor does, and what neither does.
 
+mod availability;
 mod configuration;
 mod connections;
 mod hostile;

@@ -1,0 +1,6 @@
+//! What another process still holds: descriptors whose flags it may change at any time, and memory
+//! whose file it may truncate.
+//!
+//! Invariant: no thread waits for a descriptor because of what its other holders do to it.
+
+pub mod signal;
