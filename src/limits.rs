@@ -136,6 +136,14 @@ pub const REPLICA_THREADS_MAX: usize = 16;
 /// Regions of guest memory. QEMU's own limit, from what KVM once allowed.
 pub const MEMORY_SLOTS_MAX: usize = 509;
 
+/// Memory that one frontend may share at a time, in bytes: all of them together do not use up the
+/// addresses of a process. Memory that is replaced counts until no worker uses it any more.
+pub const MAPPED_BYTES_MAX: u64 = 16 << 40;
+
+/// Mappings of one frontend at a time: as many regions of guest memory as it may have, twice while
+/// they are replaced, the dirty log and the inflight region.
+pub const MAPPINGS_MAX: usize = 2 * MEMORY_SLOTS_MAX + 4;
+
 /// Operations of one worker that a replica may have in flight and still be asked in reads. Above
 /// this the replica lags, and reads do not ask it until it has caught up.
 pub const LAG_OPERATIONS_MAX: usize = 256;

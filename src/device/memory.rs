@@ -20,19 +20,19 @@ use log::info;
 use rustix::fs::{major, minor};
 use vhost::vhost_user::message::{VhostUserLog, VhostUserMemoryRegion};
 use vm_memory::bitmap::{Bitmap, NewBitmap, RefSlice, WithBitmapSlice};
-use vm_memory::mmap::{MmapRegionBuilder, MmapRegionError};
 use vm_memory::{
-    Address, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap, MmapRegion, VolatileMemory,
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    MmapRegion, VolatileMemory,
 };
 
 use crate::common::NOT_POISONED;
+use crate::untrusted::mapping::{self, Mapped, Share};
 
 /// Guest memory as the VMM shares it.
-pub type GuestMemory = GuestMemoryMmap<LoggedWrites>;
+pub type GuestMemory = GuestMemoryMmap<Mapped<LoggedWrites>>;
 
 /// A region of guest memory.
-pub type Region = GuestRegionMmap<LoggedWrites>;
+pub type Region = GuestRegionMmap<Mapped<LoggedWrites>>;
 
 /// Bytes of guest memory for each bit of the log (`VHOST_LOG_PAGE`), whatever the page size of the
 /// host.
@@ -47,9 +47,9 @@ pub enum Error {
     /// The region ends beyond the address space.
     #[error("the region ends beyond the address space")]
     Address,
-    /// The system does not map it.
-    #[error("the file cannot be mapped: {0}")]
-    Map(#[from] MmapRegionError),
+    /// It is too much, or the system does not map it.
+    #[error(transparent)]
+    Map(#[from] mapping::Error),
     /// Writes to a part of guest memory could not be logged.
     #[error("the log of {log_bytes} bytes does not cover guest memory up to {last:#x}")]
     NotCovered {
@@ -67,34 +67,31 @@ pub enum Error {
 pub fn map_region(
     region: &VhostUserMemoryRegion,
     file: File,
-    log: &Arc<DirtyLog>,
+    (log, share): (&Arc<DirtyLog>, &Share),
 ) -> Result<Region, Error> {
     let writes = LoggedWrites {
         log: Arc::clone(log),
+        share: share.clone(),
         region_address: region.guest_phys_addr,
     };
-    let mapping = map(file, region.mmap_offset, region.memory_size, writes)?;
+    let (offset, bytes) = (region.mmap_offset, region.memory_size);
+    let mapping = map(&file, offset, bytes, (share, writes))?;
     Region::new(mapping, GuestAddress(region.guest_phys_addr)).ok_or(Error::Address)
 }
 
-/// Maps part of a file that the VMM shares. A VMM that truncates the file afterwards ends this
-/// daemon, and with it its own disk.
+/// Maps part of a file that the VMM shares.
 fn map<B: Bitmap>(
-    file: File,
+    file: &File,
     offset_bytes: u64,
     bytes: u64,
-    bitmap: B,
-) -> Result<MmapRegion<B>, Error> {
+    (share, bitmap): (&Share, B),
+) -> Result<MmapRegion<Mapped<B>>, Error> {
     let end = offset_bytes.checked_add(bytes).ok_or(Error::BeyondFile)?;
-    if file_bytes(&file).is_none_or(|bytes| bytes < end) {
+    if file_bytes(file).is_none_or(|bytes| bytes < end) {
         return Err(Error::BeyondFile);
     }
     let size = usize::try_from(bytes).map_err(|_| Error::Address)?;
-    let mapping = MmapRegionBuilder::new_with_bitmap(size, bitmap)
-        .with_file_offset(FileOffset::new(file, offset_bytes))
-        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-        .with_mmap_flags(libc::MAP_NORESERVE | libc::MAP_SHARED);
-    Ok(mapping.build()?)
+    Ok(share.map(file, offset_bytes, size, bitmap)?)
 }
 
 /// The size of a file that the VMM shares. `None` for files that can be mapped behind their end,
@@ -147,9 +144,9 @@ impl DirtyLog {
         &self,
         log: &VhostUserLog,
         file: File,
-        memory: &GuestMemory,
+        (share, memory): (&Share, &GuestMemory),
     ) -> Result<(), Error> {
-        let area = Area(map(file, log.mmap_offset, log.mmap_size, ())?);
+        let area = Area(map(&file, log.mmap_offset, log.mmap_size, (share, ()))?);
         area.check(memory)?;
         self.change(|state| state.area = Some(area));
         Ok(())
@@ -213,7 +210,7 @@ impl DirtyLog {
 
 /// The bitmap: bit `n mod 8` of byte `n / 8` stands for page `n`.
 #[derive(Debug)]
-struct Area(MmapRegion<()>);
+struct Area(MmapRegion<Mapped<()>>);
 
 impl Area {
     fn check(&self, memory: &GuestMemory) -> Result<(), Error> {
@@ -254,7 +251,15 @@ impl Area {
 #[derive(Clone, Debug, Default)]
 pub struct LoggedWrites {
     log: Arc<DirtyLog>,
+    share: Share,
     region_address: u64,
+}
+
+impl LoggedWrites {
+    /// Whether memory of the frontend was lost.
+    pub fn is_lost(&self) -> bool {
+        self.share.is_lost()
+    }
 }
 
 impl<'a> WithBitmapSlice<'a> for LoggedWrites {

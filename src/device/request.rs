@@ -368,7 +368,8 @@ impl Segments {
                 .map_err(|_| OutsideMemory)?;
             done += segment.len;
         }
-        if done == to.len() {
+        // What was lost meanwhile reads as zeroes, which must not reach the disk.
+        if done == to.len() && !memory.is_lost() {
             Ok(())
         } else {
             Err(OutsideMemory)

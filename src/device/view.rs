@@ -10,19 +10,29 @@ use vm_memory::bitmap::BS;
 use vm_memory::guest_memory::{Error, GuestMemorySliceIterator, Result};
 use vm_memory::{
     GuestAddress, GuestMemory as Access, GuestMemoryBackend, GuestMemoryRegion,
-    MemoryRegionAddress, Permissions, VolatileSlice,
+    MemoryRegionAddress, MmapRegion, Permissions, VolatileSlice,
 };
 
 use super::GuestMemory;
 use super::memory::LoggedWrites;
+use crate::untrusted::mapping::Mapped;
 
 /// Guest memory at one moment.
 #[derive(Clone, Copy, Debug)]
 pub struct View<'a>(pub &'a GuestMemory);
 
+impl View<'_> {
+    /// Whether memory was lost that the frontend shares: what was read before counts only if not.
+    #[inline]
+    pub(super) fn is_lost(&self) -> bool {
+        let first = self.0.iter().next();
+        first.is_some_and(|region| MmapRegion::bitmap(region).bitmap().is_lost())
+    }
+}
+
 impl Access for View<'_> {
     type PhysicalMemory = GuestMemory;
-    type Bitmap = LoggedWrites;
+    type Bitmap = Mapped<LoggedWrites>;
 
     fn check_range(&self, address: GuestAddress, count: usize, _access: Permissions) -> bool {
         GuestMemoryBackend::check_range(self.0, address, count)
@@ -34,7 +44,7 @@ impl Access for View<'_> {
         address: GuestAddress,
         count: usize,
         _access: Permissions,
-    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, LoggedWrites>>> {
+    ) -> Result<impl GuestMemorySliceIterator<'a, BS<'a, Mapped<LoggedWrites>>>> {
         let (memory, left) = (self.0, count);
         Ok(Slices {
             memory,
@@ -57,7 +67,7 @@ struct Slices<'a> {
 
 impl<'a> Slices<'a> {
     #[inline]
-    fn part(&mut self) -> Result<VolatileSlice<'a, BS<'a, LoggedWrites>>> {
+    fn part(&mut self) -> Result<VolatileSlice<'a, BS<'a, Mapped<LoggedWrites>>>> {
         let region = self.memory.find_region(self.address);
         let region = region.ok_or(Error::InvalidGuestAddress(self.address))?;
         let offset = self.address.0 - region.start_addr().0;
@@ -73,7 +83,7 @@ impl<'a> Slices<'a> {
 }
 
 impl<'a> Iterator for Slices<'a> {
-    type Item = Result<VolatileSlice<'a, BS<'a, LoggedWrites>>>;
+    type Item = Result<VolatileSlice<'a, BS<'a, Mapped<LoggedWrites>>>>;
 
     #[inline]
     fn next(&mut self) -> Option<Self::Item> {
@@ -90,11 +100,11 @@ impl<'a> Iterator for Slices<'a> {
 
 impl FusedIterator for Slices<'_> {}
 
-impl<'a> GuestMemorySliceIterator<'a, BS<'a, LoggedWrites>> for Slices<'a> {
+impl<'a> GuestMemorySliceIterator<'a, BS<'a, Mapped<LoggedWrites>>> for Slices<'a> {
     #[inline]
     fn stop_on_error(
         mut self,
-    ) -> Result<impl Iterator<Item = VolatileSlice<'a, BS<'a, LoggedWrites>>>> {
+    ) -> Result<impl Iterator<Item = VolatileSlice<'a, BS<'a, Mapped<LoggedWrites>>>>> {
         let first = self.next().transpose()?;
         Ok(first.into_iter().chain(self.map_while(Result::ok)))
     }

@@ -3,4 +3,5 @@
 //!
 //! Invariant: no thread waits for a descriptor because of what its other holders do to it.
 
+pub mod mapping;
 pub mod signal;

@@ -113,7 +113,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let map = |(region, file)| map_region(region, file, &self.log).map_err(failed);
+        let map =
+            |(region, file)| map_region(region, file, (&self.log, &self.share)).map_err(failed);
         let mapped = regions.iter().zip(files).map(map);
         let mut mapped = mapped.collect::<Result<Vec<_>>>()?;
         // The frontend may list them in any order.
@@ -323,7 +324,12 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
         let layout = self.layout(inflight)?;
-        let region = inflight::Region::map(layout, file, inflight.mmap_offset, inflight.mmap_size);
+        let region = inflight::Region::map(
+            layout,
+            &file,
+            (inflight.mmap_offset, inflight.mmap_size),
+            &self.share,
+        );
         let region = region.inspect_err(|error| warn!(error:%; "the inflight region is rejected"));
         let region = region.map_err(failed)?;
         match region.writeback() {
@@ -347,7 +353,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         if self.memory_map.len() >= MEMORY_SLOTS_MAX {
             return Err(Error::InvalidParam);
         }
-        let added = Arc::new(map_region(region, file, &self.log).map_err(failed)?);
+        let added = Arc::new(map_region(region, file, (&self.log, &self.share)).map_err(failed)?);
         let with_it = self.memory.memory().insert_region(added).map_err(failed)?;
         self.log.admit(&with_it).map_err(failed)?;
         self.memory_map.add(region);
@@ -388,7 +394,7 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     /// as LOG_SHMFD demands.
     fn set_log_base(&mut self, log: &VhostUserLog, file: File) -> Result<()> {
         self.log
-            .set_area(log, file, &self.memory.memory())
+            .set_area(log, file, (&self.share, &self.memory.memory()))
             .map_err(failed)?;
         // As for the features: a write that a worker began before may not be in the log.
         if self.log.is_on() {

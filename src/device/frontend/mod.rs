@@ -22,7 +22,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use log::info;
+use log::{error, info};
 use vhost::vhost_user::{BackendReqHandler, Error, Result};
 use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
@@ -36,6 +36,7 @@ use super::inflight::{self, QueueRegion};
 use super::memory::DirtyLog;
 use super::{DiskInfo, GuestMemory, Vring};
 use crate::common::NOT_POISONED;
+use crate::untrusted::mapping::Share;
 
 /// Serves virtqueues: the worker threads, as a frontend sees them.
 pub trait VirtqueueServer: Send {
@@ -60,6 +61,8 @@ pub struct Frontend {
     choices: Arc<DriverChoices>,
     /// Marks what is written to guest memory while the guest is migrated.
     log: Arc<DirtyLog>,
+    /// What it shares.
+    share: Share,
     /// Where requests in flight are tracked.
     inflight: Option<inflight::Region>,
     back_channel: BackChannel,
@@ -87,6 +90,7 @@ impl Frontend {
             server,
             choices,
             log: Arc::default(),
+            share: Share::default(),
             inflight: None,
             back_channel,
             disk_use,
@@ -107,8 +111,10 @@ impl Frontend {
     /// Returns why the connection has ended. It is closed when the device is reset: a frontend that
     /// finds it closed may reuse guest memory.
     fn handle_messages(this: &Arc<Mutex<Self>>, connection: UnixStream) -> Error {
+        let share = lock(this).share.clone();
         let peek_at = connection.try_clone();
         let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(this));
+        share.set_connection(peek_at.as_ref().ok());
         let end = match &peek_at {
             Ok(peek_at) => loop {
                 if let Some(passed) = back_channel::peek(peek_at) {
@@ -120,6 +126,13 @@ impl Frontend {
             },
             Err(error) => Error::ReqHandlerError(io::Error::new(error.kind(), error.to_string())),
         };
+        share.set_connection(None);
+        if share.is_lost() {
+            error!(
+                "a frontend shares memory that is gone: its file was truncated, or there are no \
+                 more huge pages; its connection ends"
+            );
+        }
         lock(this).reset();
         end
     }
@@ -145,6 +158,7 @@ impl Frontend {
         self.replace_memory(GuestMemory::new());
         self.memory_map = MemoryMap::default();
         self.log.clear();
+        self.share.clear();
         self.back_channel.clear();
         self.passed = None;
         self.owned = false;

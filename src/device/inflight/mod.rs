@@ -31,10 +31,8 @@
 //! Invariants: the frontend can write all of this at any time, so every value is checked where it
 //! is used, and read once; the process never asks the region for what it knows itself.
 //!
-//! A file that is truncated while it is mapped kills the process that touches the mapping. Regions
-//! are sealed against that, those of other processes too if they can be. A region that is not a
-//! memory file cannot be sealed: a process with that file can end this daemon by truncating it, as
-//! with the file behind guest memory.
+//! Regions are sealed against truncation, those of other processes too if they can be. One that
+//! could not be, and was truncated, ends its connection as lost guest memory does.
 
 mod layout;
 mod queue;
@@ -45,14 +43,14 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use log::warn;
+use log::debug;
 use rustix::fs::{SealFlags, fcntl_add_seals, fcntl_get_seals};
-use vm_memory::mmap::MmapRegionError;
-use vm_memory::{FileOffset, MmapRegion};
+use vm_memory::MmapRegion;
 
 pub use self::layout::Layout;
 pub use self::queue::{BeginError, Begun, QueueRegion, VirtqueueState};
 pub use self::tracker::Tracker;
+use crate::untrusted::mapping::{self, Mapped, Share};
 
 /// Values of the cache mode; 0 if no process has stored one.
 const WRITEBACK: u8 = 1;
@@ -88,8 +86,8 @@ pub enum Error {
     #[error(transparent)]
     File(#[from] io::Error),
     /// The file cannot be mapped.
-    #[error("the file cannot be mapped: {0}")]
-    Map(#[from] MmapRegionError),
+    #[error(transparent)]
+    Map(#[from] mapping::Error),
 }
 
 /// Seals the file against truncation. `false` if it is not a file that can be sealed.
@@ -101,7 +99,7 @@ fn seal_size(file: &File) -> bool {
 /// A mapped region.
 #[derive(Debug)]
 pub struct Region {
-    mapping: Arc<MmapRegion<()>>,
+    mapping: Arc<MmapRegion<Mapped<()>>>,
     layout: Layout,
     to_resubmit: Arc<AtomicU64>,
 }
@@ -114,16 +112,13 @@ impl Region {
     /// If the layout does not fit into the region, or the file cannot be mapped.
     pub fn map(
         layout: Layout,
-        file: File,
-        offset_bytes: u64,
-        region_bytes: u64,
+        file: &File,
+        (offset_bytes, region_bytes): (u64, u64),
+        share: &Share,
     ) -> Result<Self, Error> {
         // First the seal, then the size: the file cannot shrink in between.
-        if !seal_size(&file) {
-            warn!(
-                "the file of the inflight region cannot be sealed: a process that truncates it \
-                 ends this daemon"
-            );
+        if !seal_size(file) {
+            debug!("the file of the inflight region cannot be sealed against truncation");
         }
         let file_bytes = file.metadata()?.len();
         let needed_bytes = layout.bytes();
@@ -139,7 +134,7 @@ impl Region {
                 file_bytes,
             });
         }
-        let mapping = MmapRegion::from_file(FileOffset::new(file, offset_bytes), needed_bytes)?;
+        let mapping = share.map(file, offset_bytes, needed_bytes, ())?;
         let region = Self {
             mapping: Arc::new(mapping),
             layout,

@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicU64, Ordering, compiler_fence};
 
 use vm_memory::{AtomicAccess, Bytes, MmapRegion, VolatileMemory};
 
+use crate::untrusted::mapping::Mapped;
+
 use super::layout::descriptor_offset;
 use super::{Layout, Tracker};
 #[cfg(test)]
@@ -43,7 +45,7 @@ pub enum BeginError {
 /// The part of a region for one queue.
 #[derive(Clone, Debug)]
 pub struct QueueRegion {
-    mapping: Arc<MmapRegion<()>>,
+    mapping: Arc<MmapRegion<Mapped<()>>>,
     start: usize,
     entries: u16,
     /// Names the queue in `to_resubmit`.
@@ -78,7 +80,7 @@ pub enum Begun {
 
 impl QueueRegion {
     pub(super) fn new(
-        mapping: Arc<MmapRegion<()>>,
+        mapping: Arc<MmapRegion<Mapped<()>>>,
         layout: Layout,
         queue: u16,
         to_resubmit: Arc<AtomicU64>,

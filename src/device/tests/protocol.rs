@@ -13,6 +13,7 @@ use super::super::connection::{CacheMode, ConnectionSlot, DriverChoices};
 use super::super::frontend::{Frontend, VirtqueueServer};
 use super::super::inflight::{Begun, Layout, QueueRegion, Region, VirtqueueState};
 use super::*;
+use crate::untrusted::mapping::Share;
 
 const GET_FEATURES: u32 = 1;
 const SET_FEATURES: u32 = 2;
@@ -240,7 +241,7 @@ fn a_reset_clears_virtqueues_and_features_but_not_the_owner() {
     let file = connection.agree_on_a_region();
     let queue = Layout::new(QUEUES, 64, QUEUES).unwrap();
     let region = || {
-        let region = Region::map(queue, file.try_clone().unwrap(), 0, queue.bytes() as u64);
+        let region = Region::map(queue, &file, (0, queue.bytes() as u64), &Share::default());
         region.unwrap().queue(1).unwrap()
     };
     let queue = VirtqueueState {

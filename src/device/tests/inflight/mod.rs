@@ -16,6 +16,7 @@ use crate::device::inflight::{
     BeginError, Begun, Error, Layout, QueueRegion, Region, VirtqueueState,
 };
 use crate::limits::RESUBMIT_LIMIT;
+use crate::untrusted::mapping::Share;
 
 const QUEUE_SIZE: u16 = 16;
 
@@ -68,7 +69,7 @@ fn region() -> (Region, File) {
 }
 
 fn map(file: &File) -> Region {
-    Region::map(
+    region_of(
         layout(),
         file.try_clone().unwrap(),
         0,
@@ -426,4 +427,9 @@ fn mark(file: &File, head: u16, counter: u64, next: u16) {
     put(file, place + 6, next);
     file.write_all_at(&counter.to_ne_bytes(), place + 8)
         .unwrap();
+}
+
+/// Maps a region as the frontend does.
+fn region_of(layout: Layout, file: File, offset: u64, bytes: u64) -> Result<Region, Error> {
+    Region::map(layout, &file, (offset, bytes), &Share::default())
 }

@@ -64,7 +64,7 @@ fn regions_of_another_layout_are_rejected() {
         (u64::MAX - 4095, bytes),
         (0, u64::MAX),
     ] {
-        let refused = Region::map(layout(), file.try_clone().unwrap(), offset, len);
+        let refused = region_of(layout(), file.try_clone().unwrap(), offset, len);
         assert!(
             matches!(refused, Err(Error::TooShort { .. })),
             "{offset} {len}"
@@ -73,13 +73,13 @@ fn regions_of_another_layout_are_rejected() {
     // Not on a page.
     let file = Layout::new(1, 1024, 1).unwrap().create_file().unwrap();
     assert!(matches!(
-        Region::map(layout(), file, 64, bytes),
+        region_of(layout(), file, 64, bytes),
         Err(Error::Map(_))
     ));
     // No file at all.
     let pipe = std::io::pipe().unwrap().0;
     assert!(
-        Region::map(
+        region_of(
             layout(),
             File::from(std::os::fd::OwnedFd::from(pipe)),
             0,
@@ -95,7 +95,7 @@ fn a_region_may_be_an_ordinary_file_and_begin_anywhere_in_it() {
     let file = tempfile::tempfile().unwrap();
     file.set_len(1 << 16).unwrap();
     let map = || {
-        Region::map(
+        region_of(
             layout(),
             file.try_clone().unwrap(),
             1 << 12,

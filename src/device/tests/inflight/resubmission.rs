@@ -33,7 +33,7 @@ fn resubmitted_writes_come_before_new_chains_of_any_virtqueue() {
     let file = Layout::new(2, 64, 2).unwrap().create_file().unwrap();
     let map = || {
         let layout = Layout::new(2, 64, 2).unwrap();
-        Region::map(layout, file.try_clone().unwrap(), 0, layout.bytes() as u64).unwrap()
+        region_of(layout, file.try_clone().unwrap(), 0, layout.bytes() as u64).unwrap()
     };
     let begin = |machine: &mut Machine| {
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
@@ -171,7 +171,7 @@ fn a_drained_virtqueue_unmaps_its_region() {
         let layout = Layout::new(1, 64, 1).unwrap();
         let file = layout.create_file().unwrap();
         let bytes = layout.bytes() as u64;
-        let region = Region::map(layout, file.try_clone().unwrap(), 0, bytes).unwrap();
+        let region = region_of(layout, file.try_clone().unwrap(), 0, bytes).unwrap();
         let mut machine = Machine::new();
         machine.vrings[0].set_queue_ready(false);
         assert!(!machine.guest.refresh(0, false));
@@ -206,7 +206,7 @@ fn waiting() -> [Guest; 2] {
     let mut machine = Machine::with(disk_info(), 2, 64, MEMORY_BYTES);
     let workers = |machine: &Machine| -> [Guest; 2] {
         let file = file.try_clone().unwrap();
-        let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
+        let region = region_of(layout, file, 0, layout.bytes() as u64).unwrap();
         let memory = GuestMemoryAtomic::new(machine.memory.clone());
         let queues = queues_over(&memory, 2, 64);
         [0, 1].map(|index| {
@@ -269,7 +269,7 @@ fn reads_that_were_in_flight_come_after_the_writes() {
             BufferPool::default(),
         );
         let file = file.try_clone().unwrap();
-        let region = Region::map(layout, file, 0, layout.bytes() as u64).unwrap();
+        let region = region_of(layout, file, 0, layout.bytes() as u64).unwrap();
         machine.guest.set_region(0, region.queue(0));
         assert!(machine.guest.refresh(0, false));
     };
@@ -341,7 +341,7 @@ fn chains_of_a_broken_virtqueue_fail_when_the_region_changes() {
     );
     let regions = [first, second].map(|layout| {
         let file = layout.create_file().unwrap();
-        Region::map(layout, file, 0, layout.bytes() as u64).unwrap()
+        region_of(layout, file, 0, layout.bytes() as u64).unwrap()
     });
     machine.vrings[0].set_enabled(false);
     assert!(!machine.guest.refresh(0, false));
