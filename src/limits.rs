@@ -136,6 +136,15 @@ pub const REPLICA_THREADS_MAX: usize = 16;
 /// Regions of guest memory. QEMU's own limit, from what KVM once allowed.
 pub const MEMORY_SLOTS_MAX: usize = 509;
 
+/// How long a frontend may leave a reply unread that the socket has no room for.
+pub const REPLY_LIMIT: Duration = Duration::from_secs(1);
+
+/// How long the end of a connection waits until what the frontend has passed is closed.
+pub const CLOSE_LIMIT: Duration = Duration::from_millis(200);
+
+/// Threads that may hang in closing what frontends have passed.
+pub const CLOSING_THREADS_MAX: usize = 64;
+
 /// Memory that one frontend may share at a time, in bytes: all of them together do not use up the
 /// addresses of a process. Memory that is replaced counts until no worker uses it any more.
 pub const MAPPED_BYTES_MAX: u64 = 16 << 40;

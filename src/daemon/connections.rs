@@ -18,6 +18,7 @@ use crate::control::wake::Wake;
 use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
 use crate::limits::{CONNECTIONS_MAX, GIVE_WAY_LIMIT};
+use crate::untrusted::close::close;
 
 /// How long accepting pauses after the system was out of resources for a connection.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
@@ -129,8 +130,10 @@ impl Slots {
     }
 
     fn free(&self, slot: usize) {
-        self.current().connections[slot] = None;
+        let connection = self.current().connections[slot].take();
         self.freed.notify_all();
+        // What lies in the socket unread may take long to close.
+        close(connection);
     }
 
     fn end_all(&self) {
@@ -236,6 +239,7 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
                     warn!("frontend rejected: {CONNECTIONS_MAX} connections are served already");
+                    close(connection);
                     continue;
                 }
                 Err(error) => {

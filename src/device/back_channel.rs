@@ -2,27 +2,20 @@
 //! which the device reports that the configuration space has changed.
 //!
 //! The `vhost` crate has no call for that message, and keeps the socket that it wraps to itself. So
-//! `peek` looks at a connection before the crate reads a message from it, and keeps a duplicate
-//! of the descriptor that passes a back channel. The crate checks the message and its descriptor as
-//! before.
+//! `frontend::intake` keeps a duplicate of the descriptor that passes a back channel. The crate
+//! checks the message and its descriptor as before.
 //!
 //! Invariant: no thread waits for a frontend that does not read its back channel.
 
-use std::io::{self, IoSliceMut};
-use std::mem::MaybeUninit;
+use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use log::{debug, warn};
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
-};
+use rustix::net::{SendFlags, send};
 
 use crate::common::NOT_POISONED;
-
-/// VHOST_USER_SET_BACKEND_REQ_FD.
-const SET_BACKEND_REQ_FD: u32 = 21;
+use crate::untrusted::close::close;
 
 /// VHOST_USER_BACKEND_CONFIG_CHANGE_MSG, version 1, no body, no reply requested.
 const CONFIG_CHANGE: [u32; 3] = [2, 1, 0];
@@ -47,7 +40,10 @@ impl BackChannel {
 
     /// Sets the socket that the frontend has passed.
     pub(super) fn set(&self, socket: Option<OwnedFd>) {
-        self.state().socket = socket;
+        let before = std::mem::replace(&mut self.state().socket, socket);
+        if let Some(socket) = before {
+            close(socket);
+        }
     }
 
     /// Sets whether the frontend understands messages about the configuration space.
@@ -57,7 +53,10 @@ impl BackChannel {
 
     /// Forgets the socket: the connection has ended.
     pub(super) fn clear(&self) {
-        *self.state() = State::default();
+        let before = std::mem::take(&mut *self.state());
+        if let Some(socket) = before.socket {
+            close(socket);
+        }
     }
 
     /// Reports to the frontend, if it understands that, that the configuration space has changed.
@@ -75,7 +74,9 @@ impl BackChannel {
             }
             Some(Err(error)) => {
                 warn!(error:%; "the back channel to the frontend failed and is closed");
-                state.socket = None;
+                if let Some(socket) = state.socket.take() {
+                    close(socket);
+                }
             }
         }
     }
@@ -91,33 +92,4 @@ fn send_message(socket: &OwnedFd, message: &[u32; 3]) -> io::Result<()> {
         // Linux does not cut so short a message; the next one would not be understood.
         Err(io::ErrorKind::WriteZero.into())
     }
-}
-
-/// Waits for the next message on a connection and leaves it there to be read. Returns a duplicate
-/// of the descriptor that comes with it, if it passes a back channel. Errors are left to the read
-/// of the message.
-pub(super) fn peek(connection: &UnixStream) -> Option<OwnedFd> {
-    let mut request = [0; size_of::<u32>()];
-    let (count, _) = recv(connection, &mut request, RecvFlags::PEEK).ok()?;
-    let is_whole = count == request.len();
-    (is_whole && u32::from_ne_bytes(request) == SET_BACKEND_REQ_FD)
-        .then(|| peek_descriptor(connection))
-        .flatten()
-}
-
-/// A duplicate of the first descriptor that comes with the next byte, which is there already.
-fn peek_descriptor(connection: &UnixStream) -> Option<OwnedFd> {
-    let mut byte = [0];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    let flags = RecvFlags::PEEK | RecvFlags::DONTWAIT | RecvFlags::CMSG_CLOEXEC;
-    let parts = &mut [IoSliceMut::new(&mut byte)];
-    let received = recvmsg(connection, parts, &mut control, flags).ok()?;
-    if received.bytes != 1 {
-        return None;
-    }
-    control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
-        _ => None,
-    })
 }

@@ -8,10 +8,10 @@ use std::os::unix::fs::FileTypeExt;
 use rustix::event::epoll;
 
 /// Rejects what no event can come through. A file is always readable, so a worker that waits for
-/// kicks from one would never sleep.
-fn check_is_no_file(descriptor: &File) -> io::Result<()> {
+/// kicks from one would never sleep. What lies in a socket unread may take long to close.
+pub(super) fn check_is_no_file(descriptor: &File) -> io::Result<()> {
     let kind = descriptor.metadata()?.file_type();
-    if kind.is_file() || kind.is_dir() || kind.is_block_device() {
+    if kind.is_file() || kind.is_dir() || kind.is_block_device() || kind.is_socket() {
         return Err(io::Error::other("a file in place of an eventfd"));
     }
     Ok(())

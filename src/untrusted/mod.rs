@@ -3,5 +3,9 @@
 //!
 //! Invariant: no thread waits for a descriptor because of what its other holders do to it.
 
+#[forbid(unsafe_code)]
+pub mod close;
+#[forbid(unsafe_code)]
+pub mod descriptor;
 pub mod mapping;
 pub mod signal;

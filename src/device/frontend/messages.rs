@@ -22,7 +22,7 @@ use vm_memory::{GuestAddress, GuestAddressSpace, GuestMemoryRegion};
 
 use super::Frontend;
 use super::memory_map::MemoryMap;
-use crate::device::descriptor::check_can_be_waited_for;
+use crate::device::descriptor::{check_can_be_waited_for, check_is_no_file};
 use crate::device::memory::map_region;
 use crate::device::{GuestMemory, Vring, config_space, inflight};
 use crate::limits::{DISK_USE_LIMIT, MEMORY_SLOTS_MAX};
@@ -243,6 +243,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
 
     fn set_vring_err(&mut self, index: u8, file: Option<File>) -> Result<()> {
         let (_, vring) = self.vring(u32::from(index))?;
+        if let Some(file) = &file {
+            check_is_no_file(file).map_err(Error::ReqHandlerError)?;
+        }
         vring.set_err(file);
         Ok(())
     }
@@ -261,6 +264,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     fn set_protocol_features(&mut self, features: u64) -> Result<()> {
         let has_config = features & VhostUserProtocolFeatures::CONFIG.bits() != 0;
         self.back_channel.set_has_config(has_config);
+        let reply_ack = VhostUserProtocolFeatures::REPLY_ACK.bits();
+        self.has_acknowledgements = features & reply_ack != 0;
         Ok(())
     }
 

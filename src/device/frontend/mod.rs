@@ -14,10 +14,12 @@
 //! - Virtqueues run only while [`DiskUse`] allows it.
 //! - A message that changes guest memory is answered when no worker uses the old map any more.
 
+mod intake;
 mod memory_map;
 mod messages;
 
 use std::io;
+use std::net::Shutdown;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -29,13 +31,14 @@ use virtio_queue::QueueT;
 use vm_memory::GuestMemoryAtomic;
 
 use self::memory_map::MemoryMap;
-use super::back_channel::{self, BackChannel};
+use super::back_channel::BackChannel;
 use super::connection::{ConnectionSlot, DriverChoices};
 use super::disk_use::DiskUse;
 use super::inflight::{self, QueueRegion};
 use super::memory::DirtyLog;
 use super::{DiskInfo, GuestMemory, Vring};
 use crate::common::NOT_POISONED;
+use crate::untrusted::close::close;
 use crate::untrusted::mapping::Share;
 
 /// Serves virtqueues: the worker threads, as a frontend sees them.
@@ -67,6 +70,9 @@ pub struct Frontend {
     inflight: Option<inflight::Region>,
     back_channel: BackChannel,
     disk_use: DiskUse,
+    /// The frontend has negotiated that it may ask for an acknowledgement
+    /// (VHOST_USER_PROTOCOL_F_REPLY_ACK).
+    has_acknowledgements: bool,
     /// The descriptor of a message that passes a back channel.
     passed: Option<OwnedFd>,
     owned: bool,
@@ -94,6 +100,7 @@ impl Frontend {
             inflight: None,
             back_channel,
             disk_use,
+            has_acknowledgements: false,
             passed: None,
             owned: false,
         }
@@ -117,8 +124,10 @@ impl Frontend {
         share.set_connection(peek_at.as_ref().ok());
         let end = match &peek_at {
             Ok(peek_at) => loop {
-                if let Some(passed) = back_channel::peek(peek_at) {
-                    lock(this).passed = Some(passed);
+                let has_acknowledgements = lock(this).has_acknowledgements;
+                match intake::next(peek_at, has_acknowledgements) {
+                    Ok(admitted) => lock(this).passed = admitted.back_channel,
+                    Err(error) => break error,
                 }
                 if let Err(error) = handler.handle_request() {
                     break error;
@@ -134,6 +143,12 @@ impl Frontend {
             );
         }
         lock(this).reset();
+        if let Ok(connection) = &peek_at {
+            // Fails only if the connection has ended.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+        // What lies in the socket unread may take long to close.
+        close((handler, peek_at));
         end
     }
 
@@ -160,7 +175,10 @@ impl Frontend {
         self.log.clear();
         self.share.clear();
         self.back_channel.clear();
-        self.passed = None;
+        self.has_acknowledgements = false;
+        if let Some(socket) = self.passed.take() {
+            close(socket);
+        }
         self.owned = false;
     }
 

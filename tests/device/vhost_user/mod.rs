@@ -6,6 +6,7 @@ mod configuration;
 mod connections;
 mod hostile;
 mod memory;
+mod passed;
 mod requests;
 
 use std::fs;

@@ -1,0 +1,111 @@
+//! Closes what may take long to close.
+//!
+//! A socket with SO_LINGER waits until its peer has acknowledged, a file of FUSE for its server,
+//! and a socket releases what lies in it unread, which may be either. So these are closed by
+//! threads of their own. Those that hang are few; what comes then stays open.
+
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::thread;
+
+use log::{debug, warn};
+
+use crate::limits::{CLOSE_LIMIT, CLOSING_THREADS_MAX};
+
+/// What is dropped, and then what the caller waits for.
+type Closed = (Box<dyn Send>, SyncSender<()>);
+
+/// Threads that have nothing to close, and how many there are in all.
+struct Threads {
+    idle: Vec<Sender<Closed>>,
+    count: usize,
+}
+
+static THREADS: Mutex<Threads> = Mutex::new(Threads {
+    idle: Vec::new(),
+    count: 0,
+});
+
+/// Drops `closed`. Returns when that is done, or has not ended within [`CLOSE_LIMIT`].
+pub fn close<T: Send + 'static>(closed: T) {
+    let (done, is_done) = sync_channel::<()>(1);
+    let closed: Closed = (Box::new(closed), done);
+    let thread = {
+        let mut threads = THREADS.lock().expect("no thread panics with it");
+        match threads.idle.pop() {
+            Some(thread) => Some(thread),
+            None if threads.count < CLOSING_THREADS_MAX => {
+                let started = start();
+                threads.count += usize::from(started.is_some());
+                started
+            }
+            None => None,
+        }
+    };
+    let sent = match thread {
+        Some(thread) => thread.send(closed).map_err(|unsent| unsent.0),
+        None => Err(closed),
+    };
+    if let Err((unsent, _)) = sent {
+        warn!("what a frontend has passed is not closed: {CLOSING_THREADS_MAX} threads hang");
+        std::mem::forget(unsent);
+        return;
+    }
+    // Ends when the sender is dropped.
+    if is_done.recv_timeout(CLOSE_LIMIT) == Err(RecvTimeoutError::Timeout) {
+        warn!("what a frontend has passed takes long to close");
+    }
+}
+
+fn start() -> Option<Sender<Closed>> {
+    let (sender, receiver) = channel();
+    let again = sender.clone();
+    let thread = thread::Builder::new().name("closing".into());
+    match thread.spawn(move || run(&receiver, &again)) {
+        Ok(_) => Some(sender),
+        Err(error) => {
+            debug!(error:%; "no thread to close with");
+            None
+        }
+    }
+}
+
+fn run(receiver: &Receiver<Closed>, sender: &Sender<Closed>) {
+    while let Ok((closed, done)) = receiver.recv() {
+        drop(closed);
+        let mut threads = THREADS.lock().expect("no thread panics with it");
+        threads.idle.push(sender.clone());
+        drop(threads);
+        drop(done);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// Takes until the other end is dropped.
+    struct Slow(Receiver<()>);
+
+    impl Drop for Slow {
+        fn drop(&mut self) {
+            let _ = self.0.recv();
+        }
+    }
+
+    #[test]
+    fn what_hangs_is_waited_for_a_limited_time_and_holds_nothing_up() {
+        let (release, hangs) = channel::<()>();
+        let begun = Instant::now();
+        close(Slow(hangs));
+        assert!(begun.elapsed() >= CLOSE_LIMIT);
+        for _ in 0..100 {
+            let (closed, is_closed) = sync_channel::<()>(0);
+            close(closed);
+            assert!(is_closed.try_recv().is_err(), "it is closed");
+        }
+        drop(release);
+    }
+}
