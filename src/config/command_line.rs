@@ -218,8 +218,9 @@ pub(super) struct Options {
         help_heading = "Disk")]
     pub(super) num_queues: u16,
 
-    /// Descriptors in each queue, a power of two from 4 to 1024. A request of the guest has at
-    /// most 126 data segments, and at most two fewer than the queue has descriptors
+    /// Descriptors expected in each queue, a power of two from 4 to 1024. A request of the guest
+    /// has at most 126 data segments, and at most two fewer than this. Queues of any size up to
+    /// 1024 are served
     #[arg(
         long,
         value_name = "N",

@@ -48,7 +48,7 @@ use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
-use crate::limits::{CONNECTIONS_MAX, REPLICAS_MAX};
+use crate::limits::{CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX};
 use crate::replica::file::Opening;
 use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
@@ -265,7 +265,7 @@ fn disk(
     let cache_mode = CacheMode::default();
     let slots = DiskUse::of_slots(CONNECTIONS_MAX, config.shared || config.read_only);
     let slots = slots.into_iter().map(|disk_use| {
-        let slot = ConnectionSlot::new(config.queue_count, config.queue_size, cache_mode.clone())?;
+        let slot = ConnectionSlot::new(config.queue_count, QUEUE_SIZE_MAX, cache_mode.clone())?;
         Ok(ConnectionSlot { disk_use, ..slot })
     });
     let shared = Shared::new(

@@ -25,7 +25,7 @@ use super::memory_map::MemoryMap;
 use crate::device::descriptor::{check_can_be_waited_for, check_is_no_file};
 use crate::device::memory::map_region;
 use crate::device::{GuestMemory, Vring, config_space, inflight};
-use crate::limits::{DISK_USE_LIMIT, MEMORY_SLOTS_MAX};
+use crate::limits::{DISK_USE_LIMIT, MEMORY_SLOTS_MAX, QUEUE_SIZE_MAX};
 use crate::untrusted::signal;
 
 impl Frontend {
@@ -40,6 +40,15 @@ impl Frontend {
         inflight::Layout::new(num_queues, queue_size, self.info.num_queues)
             .inspect_err(|error| warn!(error:%; "the inflight region is rejected"))
             .map_err(failed)
+    }
+
+    /// The layout of a region that this daemon makes. It has room for virtqueues of every size: the
+    /// driver chooses the size, and the frontend may not know it yet.
+    fn full_layout(&self, inflight: &VhostUserInflight) -> Result<inflight::Layout> {
+        self.layout(&VhostUserInflight {
+            queue_size: inflight.queue_size.max(QUEUE_SIZE_MAX),
+            ..*inflight
+        })
     }
 
     fn guest_address(&self, frontend_address: u64) -> Result<u64> {
@@ -140,11 +149,14 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         }
         // `Queue::set_size` would keep the old size silently when the new one is not a power of two
         // up to its maximum.
-        vring
-            .get_mut()
-            .get_queue_mut()
-            .try_set_size(size)
-            .map_err(|_| Error::InvalidParam)
+        let set = vring.get_mut().get_queue_mut().try_set_size(size);
+        set.map_err(|_| {
+            warn!(
+                queue, descriptors = num;
+                "a virtqueue is rejected: its size must be a power of two up to {QUEUE_SIZE_MAX}"
+            );
+            Error::InvalidParam
+        })
     }
 
     /// The log address is for used rings behind an IOMMU, which the device does not offer. The used
@@ -317,7 +329,8 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         &mut self,
         inflight: &VhostUserInflight,
     ) -> Result<(VhostUserInflight, File)> {
-        let layout = self.layout(inflight)?;
+        self.layout(inflight)?;
+        let layout = self.full_layout(inflight)?;
         let file = layout.create_file().map_err(Error::ReqHandlerError)?;
         let reply = VhostUserInflight {
             mmap_size: layout.bytes() as u64,
@@ -328,7 +341,9 @@ impl VhostUserBackendReqHandlerMut for Frontend {
     }
 
     fn set_inflight_fd(&mut self, inflight: &VhostUserInflight, file: File) -> Result<()> {
-        let layout = self.layout(inflight)?;
+        let (asked, full) = (self.layout(inflight)?, self.full_layout(inflight)?);
+        let is_full = inflight.mmap_size == full.bytes() as u64;
+        let layout = if is_full { full } else { asked };
         let region = inflight::Region::map(
             layout,
             &file,

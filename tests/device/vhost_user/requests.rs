@@ -1,5 +1,6 @@
 //! Requests and virtqueues, discard and write-zeroes.
 
+use std::os::fd::AsRawFd;
 use testkit::HANG_LIMIT;
 
 use testkit::frontend::{
@@ -7,6 +8,8 @@ use testkit::frontend::{
 };
 use testkit::images::Random;
 use testkit::process::wait_until;
+use vhost::vhost_user::VhostUserFrontend;
+use vhost::vhost_user::message::VhostUserInflight;
 use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_WRITE_ZEROES};
 
 use super::{DISK_SECTORS, IOERR, OK, Setup, UNSUPP, both_styles, status};
@@ -85,6 +88,27 @@ fn requests_work_in_every_descriptor_layout() {
 /// Each power of two that `--queue-size` takes, with a descriptor of the virtqueue for each part of
 /// a request and with indirect tables: the longest chains, a full virtqueue, and indices that wrap
 /// around.
+/// A driver may choose its size, as that of virtio-mmio does, after the VMM has asked for a region.
+#[test]
+fn virtqueues_larger_than_the_vmm_expects_are_served_and_tracked() {
+    let setup = Setup::new(&["--queue-size", "128"]);
+    for plan in both_styles() {
+        let mut vmm = setup.start(&Plan {
+            queue_size: 1024,
+            ..plan
+        });
+        vmm.queues[0].write_disk(0, &[1; 4096]);
+        vmm.stop_virtqueues().unwrap();
+        let expected = VhostUserInflight::new(0, 0, 1, 128);
+        let (region, file) = vmm.frontend().get_inflight_fd(&expected).unwrap();
+        let descriptor = file.as_raw_fd();
+        vmm.frontend().set_inflight_fd(&region, descriptor).unwrap();
+        vmm.activate_virtqueues().unwrap();
+        assert_eq!(vmm.queues[0].read_disk(0, 4096), [1; 4096]);
+    }
+    setup.end();
+}
+
 #[test]
 fn virtqueues_of_every_size_work_with_and_without_indirect_tables() {
     for size in (2..=10).map(|exponent| 1u16 << exponent) {
