@@ -7,7 +7,6 @@ use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 /// A write that has been handed to replicas and has not ended.
 #[derive(Clone, Copy, Debug)]
 pub struct WriteBegun {
-    failure_epoch: FailureEpoch,
     place: usize,
 }
 
@@ -32,9 +31,9 @@ impl Health {
     /// A write of `range` goes to the replicas. [`Self::write_ended`] must follow.
     pub fn write_begins(&mut self, range: SectorRange) -> WriteBegun {
         WriteBegun {
-            failure_epoch: self.failure_epoch,
             place: self.writing.insert(Writing {
                 range,
+                failure_epoch: self.failure_epoch,
                 may_succeed: self.in_service,
             }),
         }
@@ -45,17 +44,27 @@ impl Health {
         self.writing[begun.place].may_succeed.remove(replica);
     }
 
-    /// Whether a write has a quorum that these have done: t replicas on which it counts. One that
-    /// was evicted meanwhile, or failed a flush, may lose it. Then its copy is doubtful, and may
-    /// vote; but not if it had no vote before: on such a replica the write does not count, nor on
-    /// one that was removed (W3).
+    /// Whether a write that these have done has a quorum (W3).
     pub fn has_quorum(&self, begun: WriteBegun, succeeded: ReplicaSet) -> bool {
-        let range = self.writing[begun.place].range;
+        self.counting(&self.writing[begun.place], succeeded).len() >= self.threshold
+    }
+
+    /// Those of `replicas` on which a write counts when they have done it. One that was evicted
+    /// meanwhile, or failed a flush, may lose it. Then its copy is doubtful, and may vote; but not
+    /// if it had no vote before: on such a replica the write does not count, nor on one that was
+    /// removed.
+    fn counting(&self, writing: &Writing, replicas: ReplicaSet) -> ReplicaSet {
         let counts = |replica: &ReplicaIndex| {
             let state = &self.replicas[replica.as_usize()];
-            state.last_failure <= begun.failure_epoch || !state.has_no_vote(range)
+            state.last_failure <= writing.failure_epoch || !state.has_no_vote(writing.range)
         };
-        succeeded.iter().filter(counts).count() >= self.threshold
+        replicas.iter().filter(counts).collect()
+    }
+
+    /// For each write that has not ended, the replicas that may make it succeed.
+    pub(super) fn may_succeed(&self) -> impl Iterator<Item = ReplicaSet> {
+        let writing = self.writing.iter();
+        writing.map(|(_, writing)| self.counting(writing, writing.may_succeed))
     }
 
     /// A write has ended.
@@ -66,12 +75,12 @@ impl Health {
     ///
     /// `true` if a replica is stale now that was stale nowhere before.
     pub fn write_ended(&mut self, write: &WriteEnd) -> bool {
-        let WriteBegun {
+        let Writing {
+            range,
             failure_epoch: began,
-            place,
-        } = write.begun;
+            ..
+        } = self.writing.remove(write.begun.place);
         assert!(began <= self.failure_epoch, "a write ends after it began");
-        let Writing { range, .. } = self.writing.remove(place);
         let (mut became_stale, mut doubtful) = (false, false);
         for replica in self.members.iter() {
             let state = &mut self.replicas[replica.as_usize()];

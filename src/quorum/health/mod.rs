@@ -63,6 +63,8 @@ pub struct FailureEpoch(pub u64);
 #[derive(Clone, Copy, Debug)]
 struct Writing {
     range: SectorRange,
+    /// When it began.
+    failure_epoch: FailureEpoch,
     /// The replicas that may make it succeed: they were asked and have not failed it since.
     may_succeed: ReplicaSet,
 }

@@ -37,8 +37,7 @@ impl Health {
         let needs = |may_succeed: ReplicaSet| {
             may_succeed.contains(replica) && may_succeed.and(self.members).len() == self.threshold
         };
-        let mut writing = self.writing.iter();
-        writing.any(|(_, writing)| needs(writing.may_succeed)) || self.flushing.is_some_and(needs)
+        self.may_succeed().any(needs) || self.flushing.is_some_and(needs)
     }
 
     /// Whether the running flush would fail because `replica`, evicted now, has not confirmed what

@@ -234,11 +234,8 @@ impl Health {
         }
         let state = &mut self.replicas[replica.as_usize()];
         state.last_failure = self.failure_epoch;
-        for (_, writing) in &mut self.writing {
+        for (_, writing) in &self.writing {
             state.stale.insert(writing.range);
-            if state.has_no_vote(writing.range) {
-                writing.may_succeed.remove(replica);
-            }
         }
         self.doubt_arose();
         let doubt = loss.and_then(|(loss, changed)| Some((loss.doubt.as_mut()?, changed)));

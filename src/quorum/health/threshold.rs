@@ -97,8 +97,7 @@ impl Health {
             .filter(|replica| self.is_complete(*replica))
             .collect();
         // A write or a flush in flight does not fail because more replicas are needed now.
-        let in_flight = self.writing.iter().map(|(_, writing)| writing.may_succeed);
-        let in_flight = in_flight.chain(self.flushing);
+        let in_flight = self.may_succeed().chain(self.flushing);
         let possible = in_flight.fold(complete.len(), |least, may_succeed| {
             least.min(may_succeed.and(self.members).len())
         });
