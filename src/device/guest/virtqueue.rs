@@ -259,7 +259,7 @@ impl Virtqueue {
     fn next_chain(&mut self, memory: View<'_>, info: &DiskInfo) -> Option<Request> {
         let mut vring = self.vring.get_mut();
         // The frontend stops a virtqueue by taking its readiness away; this notices it at once.
-        if !vring.is_enabled() || !vring.get_queue().ready() {
+        if !vring.is_enabled() || !vring.get_queue().ready() || memory.is_lost() {
             return None;
         }
         let parse = |queue: &Queue, head| Request::parse(Chain::new(memory, queue, head), info);
@@ -313,6 +313,11 @@ impl Virtqueue {
             written_bytes,
         } = finished;
         let head = chain.head();
+        // The used ring may be lost, or the data. Whoever starts again with the region finds the
+        // chain there.
+        if memory.is_lost() && self.tracker.is_some() {
+            return self.leave(chain);
+        }
         self.signal_pending = true;
         if let Some(tracker) = &mut self.tracker {
             tracker.completing(head);
