@@ -122,29 +122,29 @@ impl Signaller {
         if self.ended.get() == RESULTS_MAX {
             self.take_results();
         }
-        let operation = Operation {
+        let mut operation = Operation {
             code: READ,
             file: empty()?.as_raw_fd().cast_unsigned(),
             flags: SIGNALS,
             signalled: event.as_raw_fd().cast_unsigned(),
             ..Operation::default()
         };
-        let mut result = self.submit(&operation);
+        let mut result = self.submit(&mut operation);
         if result
             .as_ref()
             .is_err_and(|error| error.raw_os_error() == Some(libc::EAGAIN))
         {
             self.take_results();
-            result = self.submit(&operation);
+            result = self.submit(&mut operation);
         }
         self.ended.set(self.ended.get() + u32::from(result.is_ok()));
         result
     }
 
-    fn submit(&self, operation: &Operation) -> io::Result<()> {
-        let list = [&raw const *operation];
-        // SAFETY: the kernel copies the list and the operation before it returns, and reads no
-        // bytes into a buffer.
+    fn submit(&self, operation: &mut Operation) -> io::Result<()> {
+        let list = [&raw mut *operation];
+        // SAFETY: before it returns the kernel copies the list and the operation, and writes to the
+        // `key` of that. It reads no bytes into a buffer.
         let count =
             unsafe { libc::syscall(libc::SYS_io_submit, self.context, 1_i64, list.as_ptr()) };
         match count {

@@ -85,9 +85,6 @@ fn requests_work_in_every_descriptor_layout() {
     setup.end();
 }
 
-/// Each power of two that `--queue-size` takes, with a descriptor of the virtqueue for each part of
-/// a request and with indirect tables: the longest chains, a full virtqueue, and indices that wrap
-/// around.
 /// A driver may choose its size, as that of virtio-mmio does, after the VMM has asked for a region.
 #[test]
 fn virtqueues_larger_than_the_vmm_expects_are_served_and_tracked() {
@@ -109,6 +106,9 @@ fn virtqueues_larger_than_the_vmm_expects_are_served_and_tracked() {
     setup.end();
 }
 
+/// Each power of two that `--queue-size` takes, with a descriptor of the virtqueue for each part of
+/// a request and with indirect tables: the longest chains, a full virtqueue, and indices that wrap
+/// around.
 #[test]
 fn virtqueues_of_every_size_work_with_and_without_indirect_tables() {
     for size in (2..=10).map(|exponent| 1u16 << exponent) {
