@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::io;
+use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
 use std::thread::JoinHandle;
@@ -161,7 +162,7 @@ impl Slots {
 
 fn end(connection: &UnixStream) {
     // Fails only if the connection has ended.
-    let _ = connection.shutdown(std::net::Shutdown::Both);
+    let _ = connection.shutdown(Shutdown::Both);
 }
 
 /// Whether the frontend has closed its end, even if messages of it are unread.
@@ -239,11 +240,14 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
                     warn!("frontend rejected: {CONNECTIONS_MAX} connections are served already");
+                    // Fails only if the connection has ended.
+                    let _ = connection.shutdown(Shutdown::Both);
                     close(connection);
                     continue;
                 }
                 Err(error) => {
                     warn!(error:%; "cannot serve a frontend");
+                    close(connection);
                     continue;
                 }
             };

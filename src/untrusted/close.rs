@@ -82,6 +82,7 @@ fn run(receiver: &Receiver<Closed>, sender: &Sender<Closed>) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::mpsc::TryRecvError;
     use std::time::Instant;
 
     use super::*;
@@ -104,7 +105,7 @@ mod tests {
         for _ in 0..100 {
             let (closed, is_closed) = sync_channel::<()>(0);
             close(closed);
-            assert!(is_closed.try_recv().is_err(), "it is closed");
+            assert_eq!(is_closed.try_recv(), Err(TryRecvError::Disconnected));
         }
         drop(release);
     }

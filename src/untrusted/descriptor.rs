@@ -6,11 +6,16 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::mpsc::sync_channel;
+use std::thread;
 
-use rustix::fs::{AtFlags, FileType, StatxFlags, fcntl_get_seals, statx};
+use rustix::fs::{AtFlags, FileType, FsWord, StatxFlags, fcntl_get_seals, fstatfs, statx};
 use rustix::net::AddressFamily;
 use rustix::net::sockopt::socket_domain;
 use rustix::termios::isatty;
+
+use crate::limits::{CLOSE_LIMIT, CLOSING_THREADS_MAX};
 
 /// The file systems that never wait for another process or machine.
 const LOCAL: [&str; 19] = [
@@ -33,6 +38,17 @@ const LOCAL: [&str; 19] = [
     "vfat",
     "xfs",
     "zfs",
+];
+
+/// Of these, the ones that have no block device: `f_type` of `statfs(2)`, as in `linux/magic.h` and
+/// OpenZFS.
+const LOCAL_KINDS: [FsWord; 6] = [
+    0x9123_683e, // btrfs
+    0xca45_1a4e, // bcachefs
+    0x794c_7630, // overlay
+    0x2fc1_2fc1, // zfs
+    0x8584_58f6, // ramfs
+    0x0102_1994, // tmpfs
 ];
 
 /// Checks that no thread waits for another process when it uses or closes a descriptor.
@@ -62,7 +78,7 @@ pub fn check_is_local(descriptor: &impl AsFd) -> io::Result<()> {
             let is_local = match file_system(descriptor) {
                 Some(name) => LOCAL.contains(&name.as_str()),
                 // Mounted elsewhere: those on a block device that users can mount are local.
-                None => status.stx_dev_major != 0,
+                None => status.stx_dev_major != 0 || says_it_is_local(descriptor),
             };
             if is_local {
                 return Ok(());
@@ -71,6 +87,45 @@ pub fn check_is_local(descriptor: &impl AsFd) -> io::Result<()> {
         }
         _ => refused("a device that may not answer"),
     }
+}
+
+/// Whether a file system without a block device says that it is one of [`LOCAL`]. It is asked by a
+/// thread, since it may not answer.
+fn says_it_is_local(descriptor: &impl AsFd) -> bool {
+    static ASKING: AtomicUsize = AtomicUsize::new(0);
+    let Ok(duplicate) = descriptor.as_fd().try_clone_to_owned() else {
+        return false;
+    };
+    if ASKING.fetch_add(1, Ordering::Relaxed) >= CLOSING_THREADS_MAX {
+        ASKING.fetch_sub(1, Ordering::Relaxed);
+        return false;
+    }
+    let (sender, answer) = sync_channel(1);
+    let ask = move || {
+        let kind = fstatfs(&duplicate).map(|stated| stated.f_type);
+        // The caller waits no more, or this.
+        let _ = sender.send(kind.is_ok_and(|kind| LOCAL_KINDS.contains(&kind)));
+        drop(duplicate);
+        ASKING.fetch_sub(1, Ordering::Relaxed);
+    };
+    let thread = thread::Builder::new().name("file-system".into());
+    match thread.spawn(ask) {
+        Ok(_) => answer.recv_timeout(CLOSE_LIMIT).unwrap_or(false),
+        Err(_) => {
+            ASKING.fetch_sub(1, Ordering::Relaxed);
+            false
+        }
+    }
+}
+
+/// Whether it is a socket.
+///
+/// # Errors
+/// If the system does not say.
+pub fn is_socket(descriptor: &impl AsFd) -> io::Result<bool> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
+    let mode = statx(descriptor, "", flags, StatxFlags::TYPE)?.stx_mode;
+    Ok(u32::from(mode) & libc::S_IFMT == libc::S_IFSOCK)
 }
 
 /// The name of the file system that a file is on, if it is mounted in the namespace of the daemon.
@@ -130,5 +185,13 @@ mod tests {
             testkit::fuse::Fault::Hang,
         );
         check_is_local(&file).unwrap_err();
+        assert!(!says_it_is_local(&file));
+    }
+
+    #[test]
+    fn a_file_system_of_another_namespace_is_asked() {
+        let memory = memfd_create("memory", MemfdFlags::CLOEXEC).unwrap();
+        assert!(says_it_is_local(&memory), "it is on tmpfs");
+        assert!(!says_it_is_local(&File::open("/proc/self/stat").unwrap()));
     }
 }

@@ -12,13 +12,14 @@ use std::os::unix::net::UnixStream;
 use log::debug;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendFlags, recv, recvmsg, send,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendFlags, recv, recvmsg,
+    send,
 };
 use vhost::vhost_user::{Error, Result};
 
 use crate::limits::REPLY_LIMIT;
 use crate::untrusted::close::close;
-use crate::untrusted::descriptor::check_is_local;
+use crate::untrusted::descriptor::{check_is_local, is_socket};
 
 /// Bytes of a header: request, flags and size of the body.
 const HEADER_BYTES: usize = 12;
@@ -53,18 +54,17 @@ pub(super) fn next(connection: &UnixStream, has_acknowledgements: bool) -> Resul
     loop {
         let (header, mut descriptors) = peek(connection)?;
         let [request, flags, size] = header;
-        for descriptor in &descriptors {
-            if let Err(error) = check_is_local(descriptor) {
-                close(descriptors);
-                return Err(Error::ReqHandlerError(error));
-            }
+        if let Err(error) = check_descriptors(request, &descriptors) {
+            close(descriptors);
+            return Err(Error::ReqHandlerError(error));
         }
         await_room(connection)?;
         if is_known(request) || flags & (VERSION_MASK | REPLY) != VERSION || size > BODY_BYTES_MAX {
-            let is_channel = request == SET_BACKEND_REQ_FD && !descriptors.is_empty();
-            let back_channel = is_channel.then(|| descriptors.swap_remove(0));
+            let is_channel = request == SET_BACKEND_REQ_FD;
             // The others are duplicates of what the crate receives next.
-            return Ok(Admitted { back_channel });
+            return Ok(Admitted {
+                back_channel: descriptors.pop().filter(|_| is_channel),
+            });
         }
         debug!(request; "a frontend sends a message that the device does not know");
         close(descriptors);
@@ -86,6 +86,21 @@ fn is_known(request: u32) -> bool {
     ) && request != 0
 }
 
+/// Checks that what the crate does with these takes no time. In a socket others may lie that take
+/// long to close, so there may be one only, which is kept: the back channel.
+fn check_descriptors(request: u32, descriptors: &[OwnedFd]) -> io::Result<()> {
+    let is_channel = request == SET_BACKEND_REQ_FD && descriptors.len() == 1;
+    for descriptor in descriptors {
+        check_is_local(descriptor)?;
+        if !is_channel && is_socket(descriptor)? {
+            return Err(io::Error::other(
+                "a socket is passed that is no back channel",
+            ));
+        }
+    }
+    Ok(())
+}
+
 /// The header of the next message, and duplicates of the descriptors that come with it.
 fn peek(connection: &UnixStream) -> Result<([u32; 3], Vec<OwnedFd>)> {
     let mut header = [0; HEADER_BYTES];
@@ -100,6 +115,11 @@ fn peek(connection: &UnixStream) -> Result<([u32; 3], Vec<OwnedFd>)> {
         if let RecvAncillaryMessage::ScmRights(passed) = message {
             descriptors.extend(passed);
         }
+    }
+    if received.flags.contains(ReturnFlags::CTRUNC) {
+        close(descriptors);
+        let text = "there are too few descriptors left to see what it passes";
+        return Err(Error::ReqHandlerError(io::Error::other(text)));
     }
     match received.bytes {
         0 => Err(Error::Disconnected),

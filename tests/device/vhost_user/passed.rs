@@ -69,12 +69,26 @@ fn pass(connection: &UnixStream, message: &[u8], descriptor: RawFd) {
     connection.send_with_fds(&[message], &[descriptor]).unwrap();
 }
 
-/// Sends messages of which the last one passes a lingering socket. The daemon is the last that
-/// closes it: it does not run meanwhile. Returns the peer of the socket.
+/// Sends messages of which the last one passes a lingering socket.
 fn pass_lingering(setup: &mut Setup, messages: &[Vec<u8>]) -> (UnixStream, TcpStream) {
+    let (socket, peer) = lingering();
+    (pass_last(setup, messages, socket), peer)
+}
+
+/// Sends messages of which the last one passes a socket in which a lingering one lies unread.
+fn pass_nested(setup: &mut Setup, messages: &[Vec<u8>]) -> (UnixStream, TcpStream) {
+    let (socket, peer) = lingering();
+    let (outer, sender) = UnixStream::pair().unwrap();
+    pass(&sender, &[1], socket.as_raw_fd());
+    drop(socket);
+    (pass_last(setup, messages, outer), peer)
+}
+
+/// Sends messages of which the last one passes a socket. The daemon is the last that closes it: it
+/// does not run meanwhile.
+fn pass_last(setup: &mut Setup, messages: &[Vec<u8>], socket: impl AsRawFd) -> UnixStream {
     setup.daemon.signal(libc::SIGSTOP);
     let connection = connect(setup);
-    let (socket, peer) = lingering();
     let (last, others) = messages.split_last().unwrap();
     for message in others {
         (&connection).write_all(message).unwrap();
@@ -82,8 +96,11 @@ fn pass_lingering(setup: &mut Setup, messages: &[Vec<u8>]) -> (UnixStream, TcpSt
     pass(&connection, last, socket.as_raw_fd());
     drop(socket);
     setup.daemon.signal(libc::SIGCONT);
-    (connection, peer)
+    connection
 }
+
+/// How a lingering socket is passed.
+type Pass = fn(&mut Setup, &[Vec<u8>]) -> (UnixStream, TcpStream);
 
 /// Waits until the daemon ends the connection.
 fn wait_for_end(mut connection: &UnixStream, what: &str) {
@@ -96,13 +113,19 @@ fn wait_for_end(mut connection: &UnixStream, what: &str) {
 
 #[test]
 fn sockets_that_linger_hold_up_no_other_frontend() {
-    for request in [SET_VRING_ERR, SET_VRING_CALL, SET_MEM_TABLE] {
+    for (request, pass) in [
+        (SET_VRING_ERR, pass_lingering as Pass),
+        (SET_VRING_CALL, pass_lingering),
+        (SET_MEM_TABLE, pass_lingering),
+        (SET_VRING_ERR, pass_nested),
+        (SET_MEM_TABLE, pass_nested),
+    ] {
         let mut setup = Setup::new(&[]);
         let mut peers = Vec::new();
         // More than there are connections.
         for _ in 0..2 * CONNECTIONS_MAX {
             let messages = [message(request, 1, &[0; 8])];
-            let (connection, peer) = pass_lingering(&mut setup, &messages);
+            let (connection, peer) = pass(&mut setup, &messages);
             wait_for_end(&connection, "a lingering socket");
             peers.push(peer);
         }
