@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 use quorum_blk::device::connection::{CacheMode, ConnectionSlot};
 use quorum_blk::device::frontend::Frontend;
 use quorum_blk::device::{Capacity, DiskInfo};
+use quorum_blk::limits;
 use rustix::event::{EventfdFlags, eventfd};
 use vhost::vhost_user::message::{
     VhostUserConfigFlags, VhostUserInflight, VhostUserLog, VhostUserMemoryRegion,
@@ -410,7 +411,14 @@ impl Machine {
         let Some((region, file)) = &self.region else {
             return;
         };
-        let queue_bytes = (16 + 16 * u64::from(region.queue_size)).next_multiple_of(64);
+        let bytes_for = |entries: u64| (16 + 16 * entries).next_multiple_of(64);
+        // A region with room for queues of every size has just so many bytes.
+        let full_bytes = bytes_for(limits::QUEUE_SIZE_MAX.max(region.queue_size).into());
+        let is_full = region.mmap_size == u64::from(region.num_queues) * full_bytes;
+        let queue_bytes = match is_full {
+            true => full_bytes,
+            false => bytes_for(region.queue_size.into()),
+        };
         let (region, offset) = (*region, region.mmap_offset);
         let (file, kept) = (
             file.try_clone().expect("a descriptor"),
