@@ -289,9 +289,12 @@ impl World {
         if fails || self.overlapped || self.before_input.failures != self.ledger.failures {
             return Ok(());
         }
+        let disk = self.plan.mask(self.plan.disk());
         for sector in bits(decided) {
             let is_fresh = |r: usize, view: &View| view.stale[r] >> sector & 1 == 0;
-            let before = |r: &usize| is_fresh(*r, earlier) && !self.is_evicted(*r);
+            // One that was added meanwhile is stale everywhere, and was not known before.
+            let is_new = |r: usize| self.view.stale[r] & disk == disk;
+            let before = |r: &usize| is_fresh(*r, earlier) && !self.is_evicted(*r) && !is_new(*r);
             let before = self.members().filter(before).count();
             let now = self.members().filter(|r| is_fresh(*r, &self.view)).count();
             if before >= self.thresholds.most && now < self.thresholds.least {
