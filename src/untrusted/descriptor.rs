@@ -119,13 +119,8 @@ fn says_it_is_local(descriptor: &impl AsFd) -> bool {
 }
 
 /// Whether it is a socket.
-///
-/// # Errors
-/// If the system does not say.
-pub fn is_socket(descriptor: &impl AsFd) -> io::Result<bool> {
-    let flags = AtFlags::EMPTY_PATH | AtFlags::STATX_DONT_SYNC;
-    let mode = statx(descriptor, "", flags, StatxFlags::TYPE)?.stx_mode;
-    Ok(u32::from(mode) & libc::S_IFMT == libc::S_IFSOCK)
+pub fn is_socket(descriptor: &impl AsFd) -> bool {
+    socket_domain(descriptor).is_ok()
 }
 
 /// The name of the file system that a file is on, if it is mounted in the namespace of the daemon.

@@ -43,6 +43,9 @@ const NEED_REPLY: u32 = 1 << 3;
 pub(super) struct Admitted {
     /// The descriptor that it passes, if it passes a back channel.
     pub(super) back_channel: Option<OwnedFd>,
+    /// Duplicates of other sockets, which the crate does not keep. Others may lie in them that take
+    /// long to close. They are to be closed by [`close`] after the message is handled.
+    pub(super) sockets: Vec<OwnedFd>,
 }
 
 /// Waits for the next message and leaves it to be read by the crate. What the device does not know
@@ -54,16 +57,18 @@ pub(super) fn next(connection: &UnixStream, has_acknowledgements: bool) -> Resul
     loop {
         let (header, mut descriptors) = peek(connection)?;
         let [request, flags, size] = header;
-        if let Err(error) = check_descriptors(request, &descriptors) {
+        if let Err(error) = descriptors.iter().try_for_each(check_is_local) {
             close(descriptors);
             return Err(Error::ReqHandlerError(error));
         }
         await_room(connection)?;
         if is_known(request) || flags & (VERSION_MASK | REPLY) != VERSION || size > BODY_BYTES_MAX {
-            let is_channel = request == SET_BACKEND_REQ_FD;
-            // The others are duplicates of what the crate receives next.
+            let is_channel = request == SET_BACKEND_REQ_FD && !descriptors.is_empty();
+            let back_channel = is_channel.then(|| descriptors.swap_remove(0));
+            descriptors.retain(is_socket);
             return Ok(Admitted {
-                back_channel: descriptors.pop().filter(|_| is_channel),
+                back_channel,
+                sockets: descriptors,
             });
         }
         debug!(request; "a frontend sends a message that the device does not know");
@@ -86,22 +91,8 @@ fn is_known(request: u32) -> bool {
     ) && request != 0
 }
 
-/// Checks that what the crate does with these takes no time. In a socket others may lie that take
-/// long to close, so there may be one only, which is kept: the back channel.
-fn check_descriptors(request: u32, descriptors: &[OwnedFd]) -> io::Result<()> {
-    let is_channel = request == SET_BACKEND_REQ_FD && descriptors.len() == 1;
-    for descriptor in descriptors {
-        check_is_local(descriptor)?;
-        if !is_channel && is_socket(descriptor)? {
-            return Err(io::Error::other(
-                "a socket is passed that is no back channel",
-            ));
-        }
-    }
-    Ok(())
-}
-
-/// The header of the next message, and duplicates of the descriptors that come with it.
+/// The header of the next message, and duplicates of the descriptors that come with it; or, where
+/// it has none, with a later one that is there too: Linux looks further than it is asked to.
 fn peek(connection: &UnixStream) -> Result<([u32; 3], Vec<OwnedFd>)> {
     let mut header = [0; HEADER_BYTES];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS_MAX))];

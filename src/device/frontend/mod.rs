@@ -122,26 +122,19 @@ impl Frontend {
         let peek_at = connection.try_clone();
         let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(this));
         share.set_connection(peek_at.as_ref().ok());
-        let mut has_channel = false;
         let end = match &peek_at {
             Ok(peek_at) => loop {
                 let has_acknowledgements = lock(this).has_acknowledgements;
-                match intake::next(peek_at, has_acknowledgements) {
-                    // Each may take long to close.
-                    Ok(intake::Admitted {
-                        back_channel: Some(channel),
-                    }) if has_channel => {
-                        close(channel);
-                        let text = "a second back channel is passed";
-                        break Error::ReqHandlerError(io::Error::other(text));
-                    }
-                    Ok(admitted) => {
-                        has_channel |= admitted.back_channel.is_some();
-                        lock(this).passed = admitted.back_channel;
-                    }
+                let admitted = match intake::next(peek_at, has_acknowledgements) {
+                    Ok(admitted) => admitted,
                     Err(error) => break error,
+                };
+                lock(this).passed = admitted.back_channel;
+                let handled = handler.handle_request();
+                if !admitted.sockets.is_empty() {
+                    close(admitted.sockets);
                 }
-                if let Err(error) = handler.handle_request() {
+                if let Err(error) = handled {
                     break error;
                 }
             },

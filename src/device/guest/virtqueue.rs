@@ -313,7 +313,7 @@ impl Virtqueue {
             written_bytes,
         } = finished;
         let head = chain.head();
-        // The used ring may be lost, or the data. Whoever starts again with the region finds the
+        // The used ring may be lost, or the data. The next start with the region finds the
         // chain there.
         if memory.is_lost() && self.tracker.is_some() {
             return self.leave(chain);
