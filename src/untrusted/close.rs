@@ -12,12 +12,12 @@ use log::{debug, warn};
 
 use crate::limits::{CLOSE_LIMIT, CLOSING_THREADS_MAX};
 
-/// What is dropped, and then what the caller waits for.
-type Closed = (Box<dyn Send>, SyncSender<()>);
+/// What is called, and then what the caller waits for.
+type Call = (Box<dyn FnOnce() + Send>, SyncSender<()>);
 
-/// Threads that have nothing to close, and how many there are in all.
+/// Threads that have nothing to do, and how many there are in all.
 struct Threads {
-    idle: Vec<Sender<Closed>>,
+    idle: Vec<Sender<Call>>,
     count: usize,
 }
 
@@ -28,8 +28,14 @@ static THREADS: Mutex<Threads> = Mutex::new(Threads {
 
 /// Drops `closed`. Returns when that is done, or has not ended within [`CLOSE_LIMIT`].
 pub fn close<T: Send + 'static>(closed: T) {
+    call(move || drop(closed));
+}
+
+/// Calls `function` on a thread that may hang. Returns when that is done, or has not ended within
+/// [`CLOSE_LIMIT`]; where too many threads hang, it is not called, and what it has stays open.
+pub(super) fn call(function: impl FnOnce() + Send + 'static) {
     let (done, is_done) = sync_channel::<()>(1);
-    let closed: Closed = (Box::new(closed), done);
+    let call: Call = (Box::new(function), done);
     let thread = {
         let mut threads = THREADS.lock().expect("no thread panics with it");
         match threads.idle.pop() {
@@ -43,8 +49,8 @@ pub fn close<T: Send + 'static>(closed: T) {
         }
     };
     let sent = match thread {
-        Some(thread) => thread.send(closed).map_err(|unsent| unsent.0),
-        None => Err(closed),
+        Some(thread) => thread.send(call).map_err(|unsent| unsent.0),
+        None => Err(call),
     };
     if let Err((unsent, _)) = sent {
         warn!("what a frontend has passed is not closed: {CLOSING_THREADS_MAX} threads hang");
@@ -57,7 +63,7 @@ pub fn close<T: Send + 'static>(closed: T) {
     }
 }
 
-fn start() -> Option<Sender<Closed>> {
+fn start() -> Option<Sender<Call>> {
     let (sender, receiver) = channel();
     let again = sender.clone();
     let thread = thread::Builder::new().name("closing".into());
@@ -70,9 +76,9 @@ fn start() -> Option<Sender<Closed>> {
     }
 }
 
-fn run(receiver: &Receiver<Closed>, sender: &Sender<Closed>) {
-    while let Ok((closed, done)) = receiver.recv() {
-        drop(closed);
+fn run(receiver: &Receiver<Call>, sender: &Sender<Call>) {
+    while let Ok((function, done)) = receiver.recv() {
+        function();
         let mut threads = THREADS.lock().expect("no thread panics with it");
         threads.idle.push(sender.clone());
         drop(threads);

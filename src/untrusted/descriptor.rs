@@ -6,16 +6,14 @@
 use std::fs;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
-use std::thread;
 
 use rustix::fs::{AtFlags, FileType, FsWord, StatxFlags, fcntl_get_seals, fstatfs, statx};
 use rustix::net::AddressFamily;
 use rustix::net::sockopt::socket_domain;
 use rustix::termios::isatty;
 
-use crate::limits::{CLOSE_LIMIT, CLOSING_THREADS_MAX};
+use super::close::call;
 
 /// The file systems that never wait for another process or machine.
 const LOCAL: [&str; 19] = [
@@ -92,30 +90,16 @@ pub fn check_is_local(descriptor: &impl AsFd) -> io::Result<()> {
 /// Whether a file system without a block device says that it is one of [`LOCAL`]. It is asked by a
 /// thread, since it may not answer.
 fn says_it_is_local(descriptor: &impl AsFd) -> bool {
-    static ASKING: AtomicUsize = AtomicUsize::new(0);
     let Ok(duplicate) = descriptor.as_fd().try_clone_to_owned() else {
         return false;
     };
-    if ASKING.fetch_add(1, Ordering::Relaxed) >= CLOSING_THREADS_MAX {
-        ASKING.fetch_sub(1, Ordering::Relaxed);
-        return false;
-    }
     let (sender, answer) = sync_channel(1);
-    let ask = move || {
+    call(move || {
         let kind = fstatfs(&duplicate).map(|stated| stated.f_type);
         // The caller waits no more, or this.
         let _ = sender.send(kind.is_ok_and(|kind| LOCAL_KINDS.contains(&kind)));
-        drop(duplicate);
-        ASKING.fetch_sub(1, Ordering::Relaxed);
-    };
-    let thread = thread::Builder::new().name("file-system".into());
-    match thread.spawn(ask) {
-        Ok(_) => answer.recv_timeout(CLOSE_LIMIT).unwrap_or(false),
-        Err(_) => {
-            ASKING.fetch_sub(1, Ordering::Relaxed);
-            false
-        }
-    }
+    });
+    answer.try_recv().unwrap_or(false)
 }
 
 /// Whether it is a socket.
