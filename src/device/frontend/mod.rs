@@ -1,9 +1,9 @@
 //! The back-end of the vhost-user protocol: what the VMM sends about memory and virtqueues.
 //!
-//! One [`Frontend`] serves one connection at a time. The `vhost` crate reads messages and checks
-//! their form; `messages` gives them their meaning. The daemon of `vhost-user-backend` is not
-//! used, since its worker loop cannot wait for io_uring completions (ARCHITECTURE.md); its vrings
-//! are.
+//! One [`Frontend`] serves one connection at a time. `intake` takes messages from the socket, the
+//! `vhost` crate checks their form, and `messages` gives them their meaning. The daemon of
+//! `vhost-user-backend` is not used, since its worker loop cannot wait for io_uring completions
+//! (ARCHITECTURE.md); its vrings are.
 //!
 //! Invariants:
 //! - A virtqueue that is stopped, disabled or lost with its connection is drained before the
@@ -30,6 +30,7 @@ use vhost_user_backend::VringT;
 use virtio_queue::QueueT;
 use vm_memory::GuestMemoryAtomic;
 
+use self::intake::Intake;
 use self::memory_map::MemoryMap;
 use super::back_channel::BackChannel;
 use super::connection::{ConnectionSlot, DriverChoices};
@@ -118,27 +119,17 @@ impl Frontend {
     /// Returns why the connection has ended. It is closed when the device is reset: a frontend that
     /// finds it closed may reuse guest memory.
     fn handle_messages(this: &Arc<Mutex<Self>>, connection: UnixStream) -> Error {
+        let (intake, end) = match Intake::new(connection) {
+            Ok(pair) => pair,
+            Err(error) => return Error::ReqHandlerError(error),
+        };
         let share = lock(this).share.clone();
-        let peek_at = connection.try_clone();
-        let mut handler = BackendReqHandler::from_stream(connection, Arc::clone(this));
-        share.set_connection(peek_at.as_ref().ok());
-        let end = match &peek_at {
-            Ok(peek_at) => loop {
-                let has_acknowledgements = lock(this).has_acknowledgements;
-                let admitted = match intake::next(peek_at, has_acknowledgements) {
-                    Ok(admitted) => admitted,
-                    Err(error) => break error,
-                };
-                lock(this).passed = admitted.back_channel;
-                let handled = handler.handle_request();
-                if !admitted.sockets.is_empty() {
-                    close(admitted.sockets);
-                }
-                if let Err(error) = handled {
-                    break error;
-                }
-            },
-            Err(error) => Error::ReqHandlerError(io::Error::new(error.kind(), error.to_string())),
+        share.set_connection(Some(intake.connection()));
+        let mut handler = BackendReqHandler::from_stream(end, Arc::clone(this));
+        let end = loop {
+            if let Err(error) = Self::handle_message(this, &intake, &mut handler) {
+                break error;
+            }
         };
         share.set_connection(None);
         if share.is_lost() {
@@ -148,13 +139,24 @@ impl Frontend {
             );
         }
         lock(this).reset();
-        if let Ok(connection) = &peek_at {
-            // Fails only if the connection has ended.
-            let _ = connection.shutdown(Shutdown::Both);
-        }
+        // Fails only if the connection has ended.
+        let _ = intake.connection().shutdown(Shutdown::Both);
         // What lies in the socket unread may take long to close.
-        close((handler, peek_at));
+        close((handler, intake));
         end
+    }
+
+    fn handle_message(
+        this: &Arc<Mutex<Self>>,
+        intake: &Intake,
+        handler: &mut BackendReqHandler<Mutex<Self>>,
+    ) -> Result<()> {
+        let has_acknowledgements = lock(this).has_acknowledgements;
+        let mut admitted = intake.next(has_acknowledgements)?;
+        lock(this).passed = admitted.back_channel.take();
+        let handled = handler.handle_request();
+        // Also those of a message that ends the connection.
+        intake.send_replies().and(handled)
     }
 
     /// Accepts no more requests, and answers those in flight. To be called before the connection is

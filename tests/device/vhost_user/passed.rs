@@ -134,6 +134,25 @@ fn sockets_that_linger_hold_up_no_other_frontend() {
     }
 }
 
+/// The socket comes with the header, and it comes with a part of the body.
+#[test]
+fn sockets_that_linger_in_the_middle_of_a_message_hold_up_no_other_frontend() {
+    for (request, first_bytes) in [(SET_VRING_ERR, 4), (SET_VRING_ERR, 12), (1000, 14)] {
+        let mut setup = Setup::new(&[]);
+        let mut peers = Vec::new();
+        for _ in 0..2 * CONNECTIONS_MAX {
+            let whole = message(request, 1, &[0; 8]);
+            let (first, rest) = whole.split_at(first_bytes);
+            let parts = [first.to_vec(), rest.to_vec()];
+            let (connection, peer) = pass_lingering(&mut setup, &parts);
+            wait_for_end(&connection, "a lingering socket");
+            peers.push(peer);
+        }
+        setup.assert_serves("sockets in the middle of a message");
+        setup.end();
+    }
+}
+
 /// What is unread is closed with the connection.
 #[test]
 fn sockets_that_linger_unread_hold_up_no_other_frontend() {
@@ -188,6 +207,37 @@ fn acknowledgement(mut connection: &UnixStream, request: u32) -> u64 {
     assert_eq!(reply[..4], request.to_ne_bytes());
     assert_eq!(reply[4..12], [5_u32, 8].map(u32::to_ne_bytes).concat());
     u64::from_ne_bytes(reply[12..].try_into().unwrap())
+}
+
+/// A socket passes bytes, not messages: several may come at once, and each in parts.
+#[test]
+fn messages_may_come_in_parts() {
+    let mut setup = Setup::new(&[]);
+    let connection = connect(&setup);
+    let call = vmm_sys_util::eventfd::EventFd::new(0).unwrap();
+    let features = VhostUserProtocolFeatures::REPLY_ACK.bits().to_ne_bytes();
+    let set_up = [
+        message(GET_FEATURES, 1, &[]),
+        message(2, 1, &(1_u64 << 30).to_ne_bytes()),
+        message(SET_PROTOCOL_FEATURES, 1, &features),
+    ];
+    for byte in set_up.concat() {
+        (&connection).write_all(&[byte]).unwrap();
+    }
+    assert_ne!(acknowledgement(&connection, GET_FEATURES), 0);
+    // The descriptor belongs to the message with whose last byte it comes, and not to the next.
+    let set_call = message(SET_VRING_CALL, 9, &0_u64.to_ne_bytes());
+    let (last, others) = set_call.split_last().unwrap();
+    for byte in others {
+        (&connection).write_all(&[*byte]).unwrap();
+    }
+    pass(&connection, &[*last], call.as_raw_fd());
+    let get = message(GET_FEATURES, 1, &[]);
+    (&connection).write_all(&get).unwrap();
+    assert_eq!(acknowledgement(&connection, SET_VRING_CALL), 0);
+    assert_ne!(acknowledgement(&connection, GET_FEATURES), 0);
+    setup.assert_serves("messages in parts");
+    setup.end();
 }
 
 #[test]
