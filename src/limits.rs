@@ -25,6 +25,10 @@ pub const QUEUES_MAX: u16 = 64;
 /// Entries of one virtqueue (virtio 1.3, 2.7: a power of two, at most 32768; QEMU stops at 1024).
 pub const QUEUE_SIZE_MAX: u16 = 1024;
 
+/// Descriptors of one chain that are looked at. A chain has no more than its virtqueue has entries
+/// (virtio 1.3, 2.7.5.3.1), but a driver that breaks this rule waits for the status at the end.
+pub const CHAIN_DESCRIPTORS_MAX: u16 = 4096;
+
 /// Data segments of one guest request, `seg_max` of the config space: with the header and the
 /// status descriptor a request fills the 128 entries of QEMU's default queue.
 pub const SEGMENTS_MAX: u32 = 126;

@@ -1,7 +1,7 @@
 //! A second implementation of virtio 1.3, 2.7.5 and 5.2.6, as simple as possible, to compare the
 //! device with.
 
-use quorum_blk::limits::QUEUE_SIZE_MAX;
+use quorum_blk::limits::{CHAIN_DESCRIPTORS_MAX, QUEUE_SIZE_MAX};
 use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 
 /// Bytes of a descriptor.
@@ -92,7 +92,10 @@ pub fn walk(memory: &impl Memory, table: u64, size: u16, head: u16) -> Walk {
     let mut indirect = false;
     let mut in_order = true;
     loop {
-        if index >= entries || in_this_table == entries || returned == u64::from(QUEUE_SIZE_MAX) {
+        if index >= entries
+            || in_this_table == entries
+            || returned == u64::from(CHAIN_DESCRIPTORS_MAX)
+        {
             return walk;
         }
         let Some(place) = table.checked_add(index * DESCRIPTOR_BYTES) else {
@@ -138,7 +141,7 @@ pub fn walk(memory: &impl Memory, table: u64, size: u16, head: u16) -> Walk {
         returned += 1;
         in_this_table += 1;
         if !has(VRING_DESC_F_NEXT) {
-            walk.well_formed = in_order;
+            walk.well_formed = in_order && returned <= u64::from(QUEUE_SIZE_MAX);
             return walk;
         }
         index = next;

@@ -6,7 +6,9 @@
 use quorum_blk::device::chain::Chain;
 use quorum_blk::device::request::{Kind, OutsideMemory, Request, Status, Zeroed};
 use quorum_blk::device::{Capacity, DiskInfo, GuestMemory, View};
-use quorum_blk::limits::{QUEUE_SIZE_MAX, SECTOR_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use quorum_blk::limits::{
+    CHAIN_DESCRIPTORS_MAX, QUEUE_SIZE_MAX, SECTOR_BYTES, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX,
+};
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID,
     VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
@@ -133,7 +135,7 @@ pub fn run(input: &[u8]) {
         bytes,
         bytes_of(&expected.readable) + bytes_of(&expected.writable)
     );
-    assert!(count <= usize::from(QUEUE_SIZE_MAX));
+    assert!(count <= usize::from(CHAIN_DESCRIPTORS_MAX));
 
     let request = Request::parse(chain, &case.info);
     assert_eq!(request.head, case.head);

@@ -9,7 +9,7 @@ use virtio_queue::{Queue, QueueT};
 use vm_memory::{Address, Bytes, GuestAddress};
 
 use super::View;
-use crate::limits::QUEUE_SIZE_MAX;
+use crate::limits::CHAIN_DESCRIPTORS_MAX;
 
 const DESCRIPTOR_BYTES: u32 = 16;
 
@@ -18,9 +18,9 @@ const DESCRIPTOR_BYTES: u32 = 16;
 ///
 /// The walk stops where the chain ends, and where it is malformed: at a descriptor outside of its
 /// table or of guest memory; at an indirect table of a broken length, within another one, or with a
-/// descriptor behind it; after as many descriptors as the table (a loop) or the longest virtqueue
-/// has; above 4 GiB. If the chain is malformed, the last descriptor that was returned, if any, has
-/// its NEXT flag set.
+/// descriptor behind it; after as many descriptors as the table has (a loop), or
+/// [`CHAIN_DESCRIPTORS_MAX`]; above 4 GiB. If the chain is malformed, the last descriptor that was
+/// returned, if any, has its NEXT flag set.
 #[derive(Clone, Debug)]
 pub struct Chain<'a> {
     memory: View<'a>,
@@ -64,7 +64,7 @@ impl<'a> Chain<'a> {
 
     /// The next descriptor, if it lies within its table and guest memory.
     fn read(&self) -> Option<Descriptor> {
-        if self.left == 0 || self.returned == QUEUE_SIZE_MAX || self.next >= self.entries {
+        if self.left == 0 || self.returned == CHAIN_DESCRIPTORS_MAX || self.next >= self.entries {
             return None;
         }
         let offset = u64::from(self.next) * u64::from(DESCRIPTOR_BYTES);

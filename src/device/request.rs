@@ -16,7 +16,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use super::chain::Chain;
 use super::{DiskInfo, View};
 use crate::common::{SECTOR_BYTES, SectorRange};
-use crate::limits::{ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
+use crate::limits::{QUEUE_SIZE_MAX, ZERO_SECTORS_MAX, ZERO_SEGMENTS_MAX};
 use crate::statistics::RequestKind;
 
 /// Bytes of the request header: type, reserved, sector.
@@ -318,19 +318,32 @@ fn parse_zeroes(
 
 /// The device-readable and the device-writable bytes of a chain, and whether it is well formed: the
 /// readable bytes come first (virtio 1.3, 2.7.4.2), and the chain has an end. Descriptors behind
-/// the point where it is malformed are left out.
+/// the point where it is malformed are left out, and so are all but the last of those that a chain
+/// has too many.
 fn split(chain: Chain<'_>) -> (Segments, Segments, bool) {
     let (mut readable, mut writable) = (Segments::default(), Segments::default());
     let mut in_order = true;
     let mut ended = false;
-    for descriptor in chain {
+    let mut status_in = None;
+    for (index, descriptor) in chain.enumerate() {
         ended = !descriptor.has_next();
+        if index >= usize::from(QUEUE_SIZE_MAX) {
+            // Too long: of the rest only the status is wanted, and nothing is kept.
+            in_order = false;
+            if descriptor.is_write_only() && descriptor.len() > 0 {
+                status_in = Some(descriptor);
+            }
+            continue;
+        }
         if descriptor.is_write_only() {
             writable.push(&descriptor);
         } else {
             in_order &= writable.0.is_empty();
             readable.push(&descriptor);
         }
+    }
+    if let Some(descriptor) = status_in {
+        writable.push(&descriptor);
     }
     (readable, writable, in_order && ended)
 }

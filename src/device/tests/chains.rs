@@ -1,6 +1,7 @@
 //! Malformed chains: each is completed, and at most that request fails.
 
 use super::*;
+use crate::limits::CHAIN_DESCRIPTORS_MAX;
 
 #[test]
 fn a_chain_without_room_for_a_status_is_given_back_all_the_same() {
@@ -234,22 +235,39 @@ fn chains_longer_than_any_queue_are_refused() {
     let info = disk_info();
     let mut machine = Machine::with(info, 1, 64, MEMORY_BYTES);
     let longest = usize::from(QUEUE_SIZE_MAX);
-    for (count, status) in [(longest, OK), (longest + 1, IOERR), (65535, IOERR)] {
+    let looked_at = usize::from(CHAIN_DESCRIPTORS_MAX);
+    for (count, status) in [
+        (longest, OK),
+        (longest + 1, IOERR),
+        (1500, IOERR),
+        (looked_at, IOERR),
+    ] {
         machine.put_header(IN, 0);
         let mut parts = vec![readable(HEADER, 16)];
-        parts.resize(count - 1, writable(DATA, 512));
-        parts.truncate(1023);
+        parts.resize((count - 1).min(longest - 1), writable(DATA, 512));
         // Above that the descriptors are empty: it is their number that matters.
         parts.resize(count - 1, writable(DATA, 0));
-        // The status byte is where it is found at either place.
-        parts.insert(1023, writable(STATUS, 1));
-        if count > longest {
-            parts.push(writable(STATUS, 1));
-            parts.truncate(count);
-        }
+        parts.push(writable(STATUS, 1));
         let head = machine.offer_indirect(0, DATA + 0x10_0000, &parts);
         machine.serve_head(head);
         assert_eq!(machine.status(), status, "{count} descriptors");
+    }
+}
+
+/// So is the time that one of them takes.
+#[test]
+fn chains_that_are_far_too_long_are_refused_where_they_are_cut() {
+    let mut machine = Machine::with(disk_info(), 1, 64, MEMORY_BYTES);
+    let looked_at = usize::from(CHAIN_DESCRIPTORS_MAX);
+    for count in [looked_at + 1, 65535] {
+        machine.put_header(IN, 0);
+        let mut parts = vec![readable(HEADER, 16)];
+        parts.resize(looked_at - 1, writable(DATA, 0));
+        parts.push(writable(STATUS, 1));
+        parts.resize(count, writable(STATUS + 1, 1));
+        let head = machine.offer_indirect(0, DATA + 0x10_0000, &parts);
+        machine.serve_head(head);
+        assert_eq!(machine.status(), IOERR, "{count} descriptors");
     }
 }
 
