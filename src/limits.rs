@@ -210,6 +210,12 @@ pub const UNSIGNALLED_TURNS_MAX: usize = 8;
 /// recently.
 pub const SPIN_MICROSECONDS_MAX: u64 = 50;
 
+/// How long a worker sleeps between two looks at virtqueues whose drivers do not kick, in
+/// microseconds: after a request, and after none for a while.
+pub const POLL_MICROSECONDS_MIN: u64 = 50;
+/// See [`POLL_MICROSECONDS_MIN`].
+pub const POLL_MICROSECONDS_MAX: u64 = 1600;
+
 /// Jobs at a time: a resync of every replica, and as many scrubs. Also the number of corrupt ranges
 /// remembered until their neighbourhood is scrubbed.
 pub const JOBS_MAX: usize = 64;

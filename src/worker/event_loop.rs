@@ -21,6 +21,7 @@ use super::draining::Draining;
 use super::effects::Io;
 use super::guests::Guests;
 use super::mailbox::{Mailbox, Message};
+use super::polled::Polled;
 use super::spin::Spin;
 use crate::common::buffer::BufferPool;
 use crate::device::connection::ConnectionSlot;
@@ -57,6 +58,7 @@ pub(super) struct Worker<K: Kernel = Uring> {
     slots: Vec<ConnectionSlot>,
     /// By slot and virtqueue.
     kicks: Vec<Vec<Option<Watch>>>,
+    polled: Polled,
     draining: Draining,
     /// When the worker ends even if requests are in flight. `None` until it is asked to end.
     exit_by: Option<Duration>,
@@ -105,6 +107,7 @@ impl<K: Kernel> Worker<K> {
         Ok(Self {
             index,
             kicks: kicks.collect(),
+            polled: Polled::new(),
             io: Io {
                 ring,
                 recorder,
@@ -161,6 +164,7 @@ impl<K: Kernel> Worker<K> {
         }
         if worked {
             self.spin.found();
+            self.polled.found();
         }
         if worked || self.polls_again() {
             self.turn(Wait::No)?;
@@ -170,7 +174,8 @@ impl<K: Kernel> Worker<K> {
         let blocked = !self.engine.has_room() || self.io.hold.is_holding();
         let idle = blocked || !self.io.guests.enable_kicks();
         let slept_from = self.clock.advanced_at();
-        self.turn(if idle { self.wait() } else { Wait::No })?;
+        let wait = if idle { self.wait() } else { Wait::No };
+        self.turn(wait)?;
         self.spin.slept(self.clock.advanced_at() - slept_from);
         Ok(true)
     }
@@ -231,18 +236,25 @@ impl<K: Kernel> Worker<K> {
     }
 
     /// How long the worker may sleep.
-    fn wait(&self) -> Wait {
-        let polls = !self.io.hold.is_holding() && self.io.guests.awaits_resubmission();
-        let resubmission = polls.then(|| self.clock.now() + TICK);
+    fn wait(&mut self) -> Wait {
+        let (now, is_holding) = (self.clock.now(), self.io.hold.is_holding());
+        let awaits_others = !is_holding && self.io.guests.awaits_resubmission();
+        let resubmission = awaits_others.then(|| now + TICK);
+        let poll = if is_holding {
+            None
+        } else {
+            self.polled.pause()
+        };
         let ends = [self.draining.deadline(), self.exit_by];
         let end = ends.into_iter().flatten().min();
         let deadlines = [
             end.map(|end| end + self.overtime()),
             resubmission,
+            poll.map(|pause| now + pause),
             self.engine.deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
-            Some(deadline) => Wait::AtMost(deadline.saturating_sub(self.clock.now())),
+            Some(deadline) => Wait::AtMost(deadline.saturating_sub(now)),
             None => Wait::Forever,
         }
     }
@@ -398,7 +410,10 @@ impl<K: Kernel> Worker<K> {
             choices, vrings, ..
         } = &self.slots[slot];
         let durable_writes = choices.durable_writes();
-        if !self.io.guests.refresh(slot, queue, region, durable_writes) {
+        let active = self.io.guests.refresh(slot, queue, region, durable_writes);
+        let kick = vrings[queue].get_ref().get_kick().is_some();
+        self.polled.set(slot, queue, active && !kick);
+        if !active {
             return Ok(false);
         }
         if self.pool.arena().is_none() {

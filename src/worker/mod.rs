@@ -12,6 +12,7 @@ mod effects;
 mod event_loop;
 mod guests;
 mod mailbox;
+mod polled;
 mod spin;
 mod threads;
 

@@ -6,7 +6,7 @@ use std::io;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
-use log::{debug, warn};
+use log::{debug, info, warn};
 use vhost::VhostUserMemoryRegionBase;
 use vhost::vhost_user::message::{
     VhostTransferStateDirection, VhostTransferStatePhase, VhostUserConfigFlags, VhostUserInflight,
@@ -222,17 +222,21 @@ impl VhostUserBackendReqHandlerMut for Frontend {
         let (queue, vring) = self.vring(u32::from(index))?;
         if let Some(file) = &file {
             check_can_be_waited_for(file).map_err(Error::ReqHandlerError)?;
-            if !self.disk_use.begin(DISK_USE_LIMIT) {
-                warn!(
-                    "frontend rejected: another one uses the disk; end its virtual machine, or \
-                     restart the daemon with --shared if the guests coordinate their writes"
-                );
-                return Err(failed(io::Error::other("another frontend uses the disk")));
-            }
         }
-        // A virtqueue starts when it has a kick descriptor (vhost-user, "Ring states"). Chains that
-        // are available already are served at once, without waiting for the first kick.
-        vring.set_queue_ready(file.is_some());
+        if !self.disk_use.begin(DISK_USE_LIMIT) {
+            warn!(
+                "frontend rejected: another one uses the disk; end its virtual machine, or \
+                 restart the daemon with --shared if the guests coordinate their writes"
+            );
+            return Err(failed(io::Error::other("another frontend uses the disk")));
+        }
+        // A virtqueue starts when its kick is set (vhost-user, "Ring states"). Chains that are
+        // available already are served at once, without waiting for the first kick. Without a
+        // descriptor, the virtqueue is polled.
+        if file.is_none() {
+            info!(queue; "a virtqueue has no kick descriptor and is polled");
+        }
+        vring.set_queue_ready(true);
         vring.set_kick(file);
         self.refresh(queue);
         Ok(())

@@ -136,7 +136,7 @@ impl Virtqueue {
     pub(super) fn is_startable(&self, memory: View<'_>) -> bool {
         let vring = self.vring.get_ref();
         let queue = vring.get_queue();
-        if !vring.is_enabled() || !queue.ready() || vring.get_kick().is_none() {
+        if !vring.is_enabled() || !queue.ready() {
             return false;
         }
         let valid = queue.is_valid(&memory);

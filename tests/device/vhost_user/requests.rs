@@ -1,6 +1,6 @@
 //! Requests and virtqueues, discard and write-zeroes.
 
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use testkit::HANG_LIMIT;
 
 use testkit::frontend::{
@@ -237,6 +237,31 @@ fn suppressed_calls_do_not_come_without_event_idx() {
         vmm.stop_virtqueues().unwrap();
         assert_eq!(vmm.queues[0].take_calls(), 0);
     }
+}
+
+/// vhost-user, VHOST_USER_SET_VRING_KICK: without a descriptor the virtqueue is polled.
+#[test]
+fn a_virtqueue_without_a_kick_is_served() {
+    let setup = Setup::new(&[]);
+    for plan in both_styles() {
+        let mut vmm = setup.start(&plan);
+        vmm.stop_virtqueues().unwrap();
+        vmm.activate_virtqueues().unwrap();
+        // SET_VRING_KICK of version 1 for virtqueue 0, with the flag for no descriptor.
+        let words = [12_u32, 1, 8, 0x100, 0];
+        let message = words.map(u32::to_ne_bytes).concat();
+        let connection = vmm.frontend().as_raw_fd();
+        // SAFETY: the connection stays open meanwhile.
+        let connection = unsafe { BorrowedFd::borrow_raw(connection) };
+        assert_eq!(rustix::io::write(connection, &message), Ok(message.len()));
+        // The kick that it had before leads nowhere now.
+        let queue = &mut vmm.queues[0];
+        for sector in 0..4 {
+            queue.write_disk(sector, &[3; 512]);
+            assert_eq!(queue.read_disk(sector, 512), [3; 512]);
+        }
+    }
+    setup.end();
 }
 
 #[test]
