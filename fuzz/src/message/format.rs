@@ -11,6 +11,8 @@ pub const USER_ADDRESS: u64 = 0x7f00_0000_0000;
 pub const NEGOTIATE: u8 = 1;
 /// Option: messages that set up memory and virtqueues come before those of the input.
 pub const START: u8 = 2;
+/// Option: each message is sent in two parts, and its descriptors come with the second.
+pub const PARTS: u8 = 4;
 
 /// Kinds of descriptors, by the byte that stands for them in an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,6 +35,16 @@ pub enum Kind {
     Epoll,
     Timer,
     Itself,
+    /// 16 TiB of it, all holes.
+    SparseMemory,
+    /// In it lies another one, unread.
+    FilledSocket,
+    NetworkSocket,
+}
+
+impl Kind {
+    /// How many there are, so that a byte of an input stands for one.
+    pub const COUNT: u8 = 19;
 }
 
 /// The codes of messages.

@@ -10,6 +10,7 @@ pub mod prepared;
 
 use std::fs::File;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
@@ -34,7 +35,7 @@ use vhost_user_backend::VringT;
 use vm_memory::{GuestAddressSpace, GuestMemoryBackend};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
-use self::format::{Kind, MEMORY_BYTES, Message, NEGOTIATE, START};
+use self::format::{Kind, MEMORY_BYTES, Message, NEGOTIATE, PARTS, START};
 use super::device::memory::memory_file;
 use super::script::Script;
 use super::signals::ignore_sigpipe;
@@ -43,6 +44,7 @@ use super::signals::ignore_sigpipe;
 const QUEUES: u16 = 2;
 const QUEUE_SIZE_MAX: u16 = 64;
 const REPLICA_BYTES: u64 = 1 << 20;
+const SPARSE_BYTES: u64 = 16 << 40;
 const REPLICAS: usize = 3;
 /// The most that one input sends: all of it must fit into the buffers of the socket.
 const MESSAGES_MAX: usize = 64;
@@ -56,7 +58,8 @@ struct Machine {
     _workers: Workers,
     _replicas: Vec<File>,
     _stopped: Receiver<Stop>,
-    descriptors: Vec<OwnedFd>,
+    /// By [`Kind`].
+    descriptors: Vec<Option<OwnedFd>>,
     /// The other ends of pipes and sockets.
     _others: Vec<OwnedFd>,
 }
@@ -65,8 +68,9 @@ fn opened(path: &str, flags: OFlags) -> OwnedFd {
     open(path, flags | OFlags::CLOEXEC, Mode::empty()).expect("something that every system has")
 }
 
-/// One descriptor of each kind but the last, and the other ends, which must stay open.
-fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
+/// One descriptor of each kind, and the other ends, which must stay open. The connection itself
+/// stands in place of the one that nothing is sent for.
+fn descriptors() -> (Vec<Option<OwnedFd>>, Vec<OwnedFd>) {
     let event = |count| eventfd(count, EventfdFlags::CLOEXEC).expect("an eventfd");
     let full = File::from(event(0));
     (&full)
@@ -82,7 +86,11 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
     let sealed = memory_file(MEMORY_BYTES);
     fcntl_add_seals(&sealed, SealFlags::WRITE | SealFlags::SHRINK).expect("seals");
     let timer = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC).expect("a timer");
-    let descriptors = vec![
+    let (filled, filler) = UnixStream::pair().expect("a pair of sockets");
+    let sent = filler.send_with_fds(&[&[0_u8][..]], &[socket.as_raw_fd()]);
+    sent.expect("room for a byte");
+    let network = TcpListener::bind(("127.0.0.1", 0)).expect("a local port");
+    let before = [
         memory.into(),
         memory_file(MEMORY_BYTES).into(),
         event(0),
@@ -99,7 +107,14 @@ fn descriptors() -> (Vec<OwnedFd>, Vec<OwnedFd>) {
         epoll::create(epoll::CreateFlags::CLOEXEC).expect("an epoll"),
         timer,
     ];
-    (descriptors, vec![peer.into()])
+    let behind = [
+        memory_file(SPARSE_BYTES).into(),
+        filled.into(),
+        network.into(),
+    ];
+    let descriptors = before.map(Some).into_iter();
+    let descriptors = descriptors.chain([None]).chain(behind.map(Some));
+    (descriptors.collect(), vec![peer.into(), filler.into()])
 }
 
 impl Machine {
@@ -168,10 +183,9 @@ impl Machine {
     fn set_memory(&self, content: &[u8]) {
         let mut memory = content.to_vec();
         memory.resize(usize::try_from(MEMORY_BYTES).expect("64 KiB"), 0);
-        let file = self.descriptors[Kind::Memory as usize]
-            .try_clone()
-            .expect("a descriptor");
-        File::from(file)
+        let file = self.descriptors[Kind::Memory as usize].as_ref();
+        let file = file.and_then(|file| file.try_clone().ok());
+        File::from(file.expect("a descriptor"))
             .write_all_at(&memory, 0)
             .expect("a memory file");
     }
@@ -228,6 +242,7 @@ pub fn run(input: &[u8]) {
         machine: &machine,
         socket: &ours,
         descriptors_left: DESCRIPTORS_MAX,
+        in_parts: options & PARTS != 0,
     };
     let mut prepared = Script::new(&prepared);
     while !prepared.is_empty() {
@@ -248,6 +263,7 @@ struct Sender<'a> {
     machine: &'a Machine,
     socket: &'a UnixStream,
     descriptors_left: usize,
+    in_parts: bool,
 }
 
 impl Sender<'_> {
@@ -257,19 +273,23 @@ impl Sender<'_> {
             .kinds
             .iter()
             .take(self.descriptors_left)
-            .map(
-                |kind| match self.machine.descriptors.get(usize::from(kind & 0xf)) {
-                    Some(descriptor) => descriptor.as_raw_fd(),
-                    None => self.socket.as_raw_fd(),
-                },
-            )
+            .map(|kind| {
+                let descriptor = &self.machine.descriptors[usize::from(kind % Kind::COUNT)];
+                let itself = self.socket.as_raw_fd();
+                descriptor.as_ref().map_or(itself, AsRawFd::as_raw_fd)
+            })
             .collect();
         self.descriptors_left -= descriptors.len();
         let bytes = message.bytes();
+        let first = if self.in_parts { bytes.len() / 2 } else { 0 };
+        let (first, bytes) = bytes.split_at(first);
         if bytes.is_empty() {
             return true;
         }
-        let sent = self.socket.send_with_fds(&[&bytes[..]], &descriptors);
+        if self.socket.write(first).ok() != Some(first.len()) {
+            return false;
+        }
+        let sent = self.socket.send_with_fds(&[bytes], &descriptors);
         sent.is_ok_and(|sent| sent == bytes.len())
     }
 }

@@ -1,6 +1,8 @@
 //! Inputs of `message`.
 
-use super::super::message::format::{Kind, MEMORY_BYTES, NEGOTIATE, START, USER_ADDRESS, code};
+use super::super::message::format::{
+    Kind, MEMORY_BYTES, NEGOTIATE, PARTS, START, USER_ADDRESS, code,
+};
 use super::super::message::prepared::{memory_table, message, numbers, start, state};
 use super::Seed;
 
@@ -37,6 +39,7 @@ pub fn all() -> Vec<Seed> {
             ),
         ),
         ("start", input(started, &[])),
+        ("parts", input(started | PARTS, &[])),
         (
             "stop",
             input(
@@ -163,6 +166,8 @@ pub fn all() -> Vec<Seed> {
         ("directory-call", Directory),
         ("memory-call", Memory),
         ("itself-call", Itself),
+        ("filled-socket-call", FilledSocket),
+        ("network-call", NetworkSocket),
     ] {
         let call = message(code::SET_VRING_CALL, 0, &vring(0), &[kind]);
         let err = message(code::SET_VRING_ERR, ACK, &vring(0), &[kind]);
@@ -175,6 +180,7 @@ pub fn all() -> Vec<Seed> {
         ("sealed-memory", SealedMemory),
         ("empty-memory", EmptyMemory),
         ("timer-memory", Timer),
+        ("filled-socket-memory", FilledSocket),
     ] {
         let regions = [
             [0, MEMORY_BYTES, USER_ADDRESS, 0],
@@ -188,6 +194,15 @@ pub fn all() -> Vec<Seed> {
         );
         seeds.push((name, input(NEGOTIATE, &[table, start()])));
     }
+    let whole = [0, 16 << 40, USER_ADDRESS, 0];
+    let table = message(
+        code::SET_MEM_TABLE,
+        ACK,
+        &memory_table(&[whole]),
+        &[SparseMemory],
+    );
+    let more = message(code::ADD_MEM_REG, ACK, &single(0x1000), &[OtherMemory]);
+    seeds.push(("sparse-memory", input(NEGOTIATE, &[table, start(), more])));
     for (name, kind, bytes) in [
         ("region", OtherMemory, 0x280),
         ("region-with-room", OtherMemory, MEMORY_BYTES),
