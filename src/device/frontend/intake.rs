@@ -102,7 +102,9 @@ impl Intake {
         loop {
             let mut message = self.receive()?;
             if is_known(message.request) {
-                send(&self.inner, &message.bytes, &message.passed.0)?;
+                let sent = send(&self.inner, &message.bytes, &message.passed.0);
+                // It is not the frontend that has ended this one.
+                sent.map_err(|error| Error::ReqHandlerError(io::Error::other(error)))?;
                 let passed = &mut message.passed.0;
                 let is_channel = message.request == SET_BACKEND_REQ_FD && !passed.is_empty();
                 let back_channel = is_channel.then(|| passed.swap_remove(0));
