@@ -3,9 +3,12 @@
 CARGO ?= cargo
 RUSTDOCFLAGS := -D warnings
 
+# Puts the list of all crates and versions into the programs, if cargo-auditable is installed.
+AUDITABLE := $(if $(shell command -v cargo-auditable),auditable)
+
 .PHONY: help demo build man install uninstall test sim mutants soak slow-guest verify-guest
 .PHONY: model bench bench-engine bench-jobs bench-records lint guest firmware clients fuzz
-.PHONY: fuzz-corpus clean exhaustive protocol crash crash-plot
+.PHONY: advisories fuzz-corpus clean exhaustive protocol crash crash-plot
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | \
@@ -16,7 +19,7 @@ demo: guest ## Boot a guest on a voted disk, corrupt a replica, cut the power, a
 	tests/guest/demo.sh
 
 build: ## Build quorum-blkd and quorum-blkctl (target/release/)
-	$(CARGO) build --release --locked
+	$(CARGO) $(AUDITABLE) build --release --locked
 
 man: ## Write the man pages and shell completions (target/manual)
 
@@ -95,6 +98,9 @@ bench-records: ## Measure what records cost a guest that writes: ONLY=row, BENCH
 bench: guest ## Compare with qemu-storage-daemon: ONLY=row, BENCH_SECONDS, BENCH_ROUNDS, BENCH_DIR
 	BENCH_ONLY='$(ONLY)' $(CARGO) bench --locked --quiet --bench disk
 
+advisories: ## Compare the dependencies with the RustSec database (cargo-deny and the network)
+	$(CARGO) deny --all-features --locked check
+
 lint: ## Check formatting, clippy and documentation; warnings are errors
 	$(CARGO) fmt --all --check
 	$(CARGO) fmt --check --manifest-path fuzz/Cargo.toml
@@ -102,6 +108,10 @@ lint: ## Check formatting, clippy and documentation; warnings are errors
 	$(CARGO) clippy --locked --workspace --all-targets --features sim -- -D warnings
 	RUSTDOCFLAGS='$(RUSTDOCFLAGS)' $(CARGO) doc --locked --workspace --features sim --no-deps \
 		--document-private-items --quiet
+	$(if $(shell command -v cargo-deny),$(DENY),@echo "lint: cargo-deny is not installed")
+
+# Without advisories: whether there are new ones does not depend on the project.
+DENY = $(CARGO) deny --all-features --locked check licenses bans sources
 
 guest: ## Install QEMU and prepare the small Linux guest of the demo and the tests
 	tests/guest/prepare.sh

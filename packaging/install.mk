@@ -29,7 +29,7 @@ MAN_PAGES := $(PROGRAMS:%=$(MANUAL)/man/%.1)
 BUILT := $(BUILD_DIRECTORY)/release
 ifeq ($(origin BUILT),file)
 $(PROGRAMS:%=$(BUILT)/%) &: $(SOURCES)
-	$(CARGO) build --release --locked
+	$(CARGO) $(AUDITABLE) build --release --locked
 	touch -c $(PROGRAMS:%=$(BUILT)/%)
 endif
 
