@@ -21,6 +21,8 @@
 //! [`daemon`] builds and stops the parts, [`config`] is the command line, [`common`] the vocabulary
 //! of all rooms, and [`limits`] has every bound.
 //!
+//! [`sandbox`] is what the daemon gives up when all of this is open.
+//!
 //! [`client`] is a second program, `quorum-blkctl`, which talks to the monitor.
 //!
 //! [`record`] is what is kept on disk about each replica: its format, and what may start.
@@ -46,6 +48,7 @@ pub mod limits;
 pub mod quorum;
 pub mod record;
 pub mod replica;
+pub mod sandbox;
 #[cfg(any(test, feature = "sim"))]
 pub mod sim;
 pub mod statistics;

@@ -324,6 +324,9 @@ pub const RESUBMIT_LIMIT: Duration = Duration::from_secs(1);
 /// back much of the page cache. Less than the 90 s after which systemd kills a service.
 pub const LAST_FLUSH_LIMIT: Duration = Duration::from_secs(60);
 
+/// How long threads whose work has ended may take to be gone, before the daemon gives up rights.
+pub const THREADS_END_LIMIT: Duration = Duration::from_secs(5);
+
 /// How long the file system of an image may take for each step of opening it: longer than a disk
 /// takes to start to spin, and less than the 60 s that `quorum-blkctl` waits for an answer.
 pub const OPEN_LIMIT: Duration = Duration::from_secs(20);

@@ -21,6 +21,7 @@ use crate::replica::file::{
 };
 use crate::replica::record_file::RecordAccess;
 use crate::replica::table::MissingReplica;
+use crate::sandbox::{self, ThreadKind};
 
 /// Decides whether an image that can be opened is the replica that is missing.
 pub trait Recognition: Send + Sync {
@@ -58,7 +59,10 @@ impl Admin {
         }
         let admin = Arc::downgrade(self);
         let thread = std::thread::Builder::new().name("missing".into());
-        thread.spawn(move || seek(&admin, &recognition, MISSING_RETRY_INTERVAL))?;
+        thread.spawn(move || {
+            sandbox::enter(ThreadKind::Images);
+            seek(&admin, &recognition, MISSING_RETRY_INTERVAL);
+        })?;
         Ok(())
     }
 
@@ -168,7 +172,9 @@ impl Admin {
         let how = (self.options, self.opening);
         let source = missing.source();
         // Of any size: its record comes first.
-        let opened = open_again(&self.open_files(), &source, how, 0);
+        let directory = self.image_directories.of(&source.path);
+        let directory = directory.map_err(|error| error.to_string())?;
+        let opened = open_again(&self.open_files(), &source, how, 0, directory);
         // It may take long until here, so no other change waits for it.
         let (file, mut record) = opened.map_err(|error| error.of_missing())?;
         let checked = check_beside(&self.open_files(), &file, self.capacity.bytes());

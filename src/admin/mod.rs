@@ -15,6 +15,7 @@ pub mod records;
 mod resize;
 
 use std::io;
+use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
@@ -35,11 +36,12 @@ use crate::engine::Shared;
 use crate::jobs::{JobEvent, JobId, JobInfo, NotStarted};
 use crate::quorum::health::{Loss, NotRemoved, Wanted};
 use crate::replica::file::{
-    OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource, Watched, check_beside,
-    open_beside, watch,
+    ImageDirectories, OpenError, OpenOptions, Opening, Overwrite, ReplicaFile, ReplicaSource,
+    Watched, check_beside, open_beside, watch,
 };
 use crate::replica::record_file::StateDirectory;
 use crate::replica::table::{Member, ReplicaTable};
+use crate::sandbox::{self, ThreadKind};
 use crate::statistics::Statistics;
 use crate::worker::control::WorkerControl;
 use crate::worker::{Disk, Workers};
@@ -65,6 +67,7 @@ pub struct Admin {
     hold: Arc<Hold>,
     options: OpenOptions,
     opening: Opening,
+    image_directories: ImageDirectories,
     /// Where records are; `None`: there are none.
     records: Option<StateDirectory>,
     capacity: Capacity,
@@ -89,7 +92,7 @@ impl Admin {
         disk: &Disk,
         workers: &Workers,
         table: Arc<ReplicaTable>,
-        (options, opening): (OpenOptions, Opening),
+        (options, opening, image_directories): (OpenOptions, Opening, ImageDirectories),
         released: Receiver<ReplicaIndex>,
     ) -> io::Result<Self> {
         let admin = Self {
@@ -107,6 +110,7 @@ impl Admin {
             hold: Arc::clone(&disk.hold),
             options,
             opening,
+            image_directories,
             records: None,
             capacity: disk.info.capacity.clone(),
             block_bytes: disk.info.block_bytes,
@@ -123,7 +127,10 @@ impl Admin {
         // Ends with the workers, which own the other end of the channel.
         std::thread::Builder::new()
             .name("closing".into())
-            .spawn(move || close_released(&released, &workers, &table))?;
+            .spawn(move || {
+                sandbox::enter(ThreadKind::Images);
+                close_released(&released, &workers, &table);
+            })?;
         Ok(admin)
     }
 
@@ -173,6 +180,7 @@ impl Admin {
         self.check_members_changeable()?;
         self.table.free_place().ok_or(AdminError::Full)?;
         self.check_beside_missing(source)?;
+        let directory = self.image_directories.of(&source.path)?;
         // Before this change excludes others, because it may take long.
         let (file, mut access) = open_beside(
             &self.open_files(),
@@ -180,6 +188,7 @@ impl Admin {
             (self.options, self.opening),
             self.capacity.bytes(),
             overwrite,
+            directory,
         )?;
         let holder = self.make_record(&file, &mut access)?;
         drop(access);
@@ -209,6 +218,14 @@ impl Admin {
             Ok(id) | Err(NotStarted::InResync(id)) => Some(id),
             Err(_) => None,
         })
+    }
+
+    /// Checks that an image may be added from this path, without a look at what is there.
+    ///
+    /// # Errors
+    /// If the path is outside of the directories from which images may be added.
+    pub fn check_place(&self, image: &Path) -> Result<(), OpenError> {
+        self.image_directories.of(image).map(drop)
     }
 
     /// How many replicas the disk should have: as many as it was started with, or as it had when

@@ -22,10 +22,9 @@ fn main() -> ExitCode {
     };
     let config = match Config::from_args(std::env::args_os(), passed) {
         Ok(Parsed::Run(config)) => config,
-        Ok(Parsed::Print(text)) => {
-            // print! would panic when the reader has seen enough: `quorum-blkd --help | head`.
-            let _ = std::io::stdout().write_all(text.as_bytes());
-            return ExitCode::SUCCESS;
+        Ok(Parsed::Print(text)) => return print(&text),
+        Ok(Parsed::PrintSandbox(config)) => {
+            return print(&daemon::print_sandbox(config.as_deref()));
         }
         Err(error) => return fail(&error),
     };
@@ -36,6 +35,12 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&error),
     }
+}
+
+fn print(text: &str) -> ExitCode {
+    // print! would panic when the reader has seen enough: `quorum-blkd --help | head`.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+    ExitCode::SUCCESS
 }
 
 fn fail(error: &dyn std::error::Error) -> ExitCode {

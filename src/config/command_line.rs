@@ -10,6 +10,7 @@ use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
 use nix::unistd::Group;
 
+use super::sandbox::SandboxOptions;
 use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern, State};
 use crate::common::message::Quoted;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX, REPAIR_LIMIT_MIN};
@@ -22,7 +23,8 @@ use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX, REPAIR_LIMIT_MIN};
     about = "Serve several disk images as one voted disk to a virtual machine over vhost-user-blk",
     override_usage = "\
         quorum-blkd --socket-path PATH --blk-file PATH[,node-name=NAME]... [OPTIONS]\n       \
-        quorum-blkd --print-capabilities",
+        quorum-blkd --print-capabilities\n       \
+        quorum-blkd --print-sandbox [OPTIONS]",
     after_help = "\
         Environment:\n  QUORUM_BLKD_LOG  log level, instead of --verbose: off, error, warn, info, \
         debug or trace\n\n\
@@ -244,6 +246,9 @@ pub(super) struct Options {
         help_heading = "Operator")]
     pub(super) metrics: Option<SocketAddr>,
 
+    #[command(flatten)]
+    pub(super) security: SandboxOptions,
+
     /// Print the capabilities of this backend as JSON, for management software, and exit
     #[arg(long)]
     print_capabilities: bool,
@@ -302,7 +307,7 @@ fn parse_mode(value: &str) -> Result<u32, &'static str> {
 }
 
 /// A group by its name or number.
-fn parse_group(value: &str) -> Result<u32, String> {
+pub(super) fn parse_group(value: &str) -> Result<u32, String> {
     let found = Group::from_name(value).map_err(|error| error.desc().to_owned())?;
     match (found, value.parse()) {
         (Some(group), _) => Ok(group.gid.as_raw()),

@@ -4,7 +4,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use super::{PassedSocket, QUEUE_SIZE_MIN};
-use crate::common::message::Quoted;
+use crate::common::message::{Quoted, Reason};
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SOCKET_PATH_BYTES_MAX};
 
 /// Why a command line is rejected. Each displays as one line.
@@ -14,6 +14,14 @@ pub enum ConfigError {
     /// The parser rejected it: an unknown option, an invalid value.
     #[error("{0}")]
     Usage(String),
+    /// A relative path cannot be completed.
+    #[error("{}: cannot find the current directory: {}", Quoted(.path), Reason(.source))]
+    NotAbsolute {
+        /// The path.
+        path: PathBuf,
+        /// The error of the system.
+        source: std::io::Error,
+    },
     /// Neither `--socket-path` nor `--fd` nor a passed socket.
     #[error("no socket to serve the disk on; give --socket-path PATH or --fd N")]
     NoSocket,

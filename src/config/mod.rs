@@ -13,6 +13,7 @@
 mod command_line;
 mod error;
 mod records;
+mod sandbox;
 mod sockets;
 
 use std::ffi::{OsStr, OsString};
@@ -27,10 +28,12 @@ use clap::{CommandFactory as _, FromArgMatches as _, ValueEnum};
 use self::command_line::{Options, usage_line};
 pub use self::error::ConfigError;
 pub use self::records::Records;
+pub use self::sandbox::SandboxMode;
 use self::sockets::Sockets;
 use crate::common::message::Quoted;
 use crate::limits::{QUEUE_SIZE_MAX, REPLICAS_MAX, SEGMENTS_MAX};
-use crate::replica::file::{OpenOptions, ReplicaSource};
+use crate::replica::file::{ImageDirectories, OpenOptions, ReplicaSource};
+use crate::sandbox::User;
 
 /// The output of `--print-capabilities` that QEMU's docs/interop/vhost-user.rst specifies.
 const CAPABILITIES: &str = r#"{"type": "block", "features": ["read-only", "blk-file"]}"#;
@@ -53,6 +56,9 @@ pub enum Parsed {
     Run(Box<Config>),
     /// Print this to standard output and exit with status 0.
     Print(String),
+    /// Print what the daemon would give up, with the paths of this disk if one is described, and
+    /// exit with status 0.
+    PrintSandbox(Option<Box<Config>>),
 }
 
 /// A disk to serve and how to serve it. The options fit together.
@@ -112,6 +118,12 @@ pub struct Config {
     pub qmp: Option<Listen>,
     /// The address of the metrics.
     pub metrics: Option<SocketAddr>,
+    /// What the daemon gives up.
+    pub sandbox: SandboxMode,
+    /// The user to become.
+    pub user: Option<User>,
+    /// The images that the monitor may use.
+    pub image_directories: ImageDirectories,
     /// How many times `-v` was given.
     pub verbosity: u8,
     /// A replica that has not answered for this long is evicted.
@@ -248,6 +260,14 @@ impl Config {
             .try_get_matches_from(arguments)
             .and_then(|mut matches| Options::from_arg_matches_mut(&mut matches));
         match options {
+            Ok(options) if options.security.print_sandbox => {
+                let describes_no_disk = options.blk_file.is_empty();
+                match check(options, passed) {
+                    Ok(config) => Ok(Parsed::PrintSandbox(Some(Box::new(config)))),
+                    Err(_) if describes_no_disk => Ok(Parsed::PrintSandbox(None)),
+                    Err(error) => Err(error),
+                }
+            }
             Ok(options) => Ok(Parsed::Run(Box::new(check(options, passed)?))),
             Err(error) if !error.use_stderr() => Ok(Parsed::Print(error.to_string())),
             Err(error) => Err(ConfigError::Usage(usage_line(&error))),
@@ -277,6 +297,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
     let vote_threshold = check_vote(&options, replicas.len())?;
     let of_service = std::env::var_os(STATE_DIRECTORY);
     let records = records::check(&options, &replicas, of_service.as_deref())?;
+    let image_directories = sandbox::image_directories(&options.security, &replicas)?;
     let queue_size = options.queue_size;
     if !queue_size.is_power_of_two() || !(QUEUE_SIZE_MIN..=QUEUE_SIZE_MAX).contains(&queue_size) {
         return Err(ConfigError::QueueSize(queue_size));
@@ -310,6 +331,9 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         events: sockets.events,
         qmp: sockets.qmp,
         metrics: options.metrics,
+        sandbox: options.security.sandbox,
+        user: options.security.user,
+        image_directories,
         verbosity: options.verbose,
         replica_timeout: Duration::from_millis(options.replica_timeout),
         scrub_around_bytes: options.scrub_around << 20,

@@ -22,6 +22,7 @@ use super::metrics::{CONTENT_TYPE, render};
 use super::wake::Wake;
 use crate::common::NOT_POISONED;
 use crate::limits::{METRICS_CONNECTIONS_MAX, METRICS_LIMIT, METRICS_REQUEST_BYTES_MAX};
+use crate::sandbox::{self, ThreadKind};
 
 /// Headers in a request: more than any client sends.
 const HEADERS_MAX: usize = 64;
@@ -56,7 +57,10 @@ impl MetricsServer {
                 Arc::clone(&server.stop),
             );
             let thread = std::thread::Builder::new().name("metrics".into());
-            let thread = thread.spawn(move || accept_all(&listener, &*operator, &stop))?;
+            let thread = thread.spawn(move || {
+                sandbox::enter(ThreadKind::Operator);
+                accept_all(&listener, &*operator, &stop);
+            })?;
             server.threads.push(thread);
         }
         info!(url:% = format_args!("http://{address}/metrics"); "serving metrics");

@@ -28,6 +28,7 @@ use super::queue::EventQueue;
 use super::socket::Listener;
 use crate::common::NOT_POISONED;
 use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
+use crate::sandbox::{self, ThreadKind};
 
 /// How long [`Publisher::stop`] waits for clients that have not read everything.
 const STOP_PATIENCE: Duration = Duration::from_millis(500);
@@ -69,7 +70,10 @@ impl Publisher {
         let server = Server::new(events, monitor, queue.clone(), names)?;
         let thread = std::thread::Builder::new()
             .name("events".into())
-            .spawn(move || server.run())?;
+            .spawn(move || {
+                sandbox::enter(ThreadKind::Operator);
+                server.run();
+            })?;
         Ok(Self {
             queue,
             thread: Some(thread),

@@ -19,6 +19,7 @@ use crate::control::wake::Wake;
 use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
 use crate::limits::{CONNECTIONS_MAX, GIVE_WAY_LIMIT};
+use crate::sandbox::{self, ThreadKind};
 use crate::untrusted::close::close;
 
 /// How long accepting pauses after the system was out of resources for a connection.
@@ -195,7 +196,10 @@ impl Connections {
             let (slots, stop) = (Arc::clone(&slots), Arc::clone(&stop));
             std::thread::Builder::new()
                 .name("frontend".into())
-                .spawn(move || accept_all(&listener, &slots, &stop))?
+                .spawn(move || {
+                    sandbox::enter(ThreadKind::Frontend);
+                    accept_all(&listener, &slots, &stop);
+                })?
         };
         Ok(Self {
             stop,

@@ -13,6 +13,7 @@ use crate::control::socket::BindError;
 use crate::record::start::Refusal;
 use crate::replica::file::OpenError;
 use crate::replica::record_file::RecordError;
+use crate::sandbox::SandboxError;
 
 /// Why the daemon cannot start, or why it ended. Each is one line for the operator.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +54,9 @@ pub enum Error {
     /// A record cannot be made or written.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// The sandbox cannot be applied.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// A socket cannot be created.
     #[error(transparent)]
     Bind(#[from] BindError),

@@ -13,9 +13,36 @@ use super::Error;
 use crate::config::{Config, Listen};
 use crate::control::socket::{Listener, SocketAccess, bind_unix_listener, check_unix_listener};
 
+/// The sockets of a daemon. Dropping it removes their names.
+pub(super) struct Listeners {
+    /// Of the events.
+    pub(super) events: Option<Listener>,
+    /// Of the monitor.
+    pub(super) qmp: Option<Listener>,
+    /// Of the metrics.
+    pub(super) metrics: Option<TcpListener>,
+    /// Of the frontends.
+    pub(super) frontend: Listener,
+}
+
+impl Listeners {
+    /// Opens all of them, with that of the frontends as the last one. What connects waits until it
+    /// is served.
+    pub(super) fn open(config: &Config) -> Result<Self, Error> {
+        // A client of these can stop the disk, or sees what happens on it.
+        let for_owner = |listen| open(listen, SocketAccess::OWNER);
+        Ok(Self {
+            events: config.events.as_ref().map(for_owner).transpose()?,
+            qmp: config.qmp.as_ref().map(for_owner).transpose()?,
+            metrics: config.metrics.map(listen_for_metrics).transpose()?,
+            frontend: open(&config.listen, access_of_frontends(config))?,
+        })
+    }
+}
+
 /// Opens the socket that an option or a service manager names. One that this creates has this
 /// `access`.
-pub(super) fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Error> {
+fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Error> {
     // SAFETY: a descriptor is inherited for the one purpose that its option or name gives. The
     // configuration accepts each descriptor once, and this opens each socket once.
     let adopted = |fd| unsafe { adopt(fd) }.map(Listener::Passed);
@@ -45,7 +72,7 @@ pub(super) fn check(config: &Config) -> Result<(), Error> {
 }
 
 /// Who may connect as a frontend.
-pub(super) fn access_of_frontends(config: &Config) -> SocketAccess {
+fn access_of_frontends(config: &Config) -> SocketAccess {
     SocketAccess {
         mode: config.socket_mode,
         group: config.socket_group,
@@ -53,7 +80,7 @@ pub(super) fn access_of_frontends(config: &Config) -> SocketAccess {
 }
 
 /// Listens for clients that read the metrics.
-pub(super) fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
+fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
     TcpListener::bind(address).map_err(|source| Error::Metrics { address, source })
 }
 

@@ -7,6 +7,7 @@
 //! says that this took too long; an image that the kernel may still write to stays locked until the
 //! kernel has finished.
 
+mod confinement;
 mod connections;
 mod error;
 mod last_flush;
@@ -26,9 +27,11 @@ use std::sync::mpsc::{Receiver, Sender, channel};
 use log::{info, warn};
 use sd_notify::NotifyState;
 
+pub use self::confinement::print_sandbox;
 use self::connections::{Connections, FrontendListener};
 pub use self::error::Error;
 use self::error::system;
+use self::listeners::Listeners;
 use self::operator::DiskOperator;
 use self::replicas::Replicas;
 use self::signals::Signals;
@@ -40,7 +43,6 @@ use crate::control::events::Names;
 use crate::control::http::MetricsServer;
 use crate::control::publisher::{Monitor, Publisher};
 use crate::control::queue::EventQueue;
-use crate::control::socket::SocketAccess;
 use crate::device::connection::{CacheMode, ConnectionSlot};
 use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
@@ -52,6 +54,7 @@ use crate::limits::{CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX};
 use crate::replica::file::Opening;
 use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
+use crate::sandbox::{self, ThreadKind};
 use crate::statistics::Statistics;
 use crate::worker::{Disk, Stop, Workers};
 
@@ -75,9 +78,12 @@ pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
+    confinement::check(config)?;
     listeners::check(config)?;
     let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
+    let listeners = Listeners::open(config)?;
+    confinement::confine(config, &replicas)?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
@@ -95,7 +101,11 @@ pub fn run(config: &Config) -> Result<(), Error> {
         &disk,
         &workers,
         Arc::clone(&table),
-        (config.open_options(), Opening::Apart),
+        (
+            config.open_options(),
+            Opening::Apart,
+            config.image_directories.clone(),
+        ),
         is_released,
     );
 
@@ -119,7 +129,8 @@ pub fn run(config: &Config) -> Result<(), Error> {
             };
             let watched = admin.watch_images();
             watched.map_err(system("cannot start a thread"))?;
-            serve(config, &disk, &workers, &admin, signals, (stop, &stopped))
+            let parts = (&disk, &workers, &admin);
+            serve(config, parts, listeners, signals, (stop, &stopped))
         });
     let mut unanswered = workers.exit();
     let ended = served.map(|(publisher, reason)| {
@@ -162,26 +173,22 @@ fn seeking(admin: Admin, disk: &Disk, records: &Records) -> Result<Arc<Admin>, E
     Ok(admin)
 }
 
-/// Creates the sockets and serves connections until there is a reason to stop. Returns with every
+/// Serves connections until there is a reason to stop. Returns with every
 /// virtqueue drained. The second half of [`run`], so that its errors end the workers.
 fn serve(
     config: &Config,
-    disk: &Disk,
-    workers: &Workers,
-    admin: &Arc<Admin>,
+    (disk, workers, admin): (&Disk, &Workers, &Arc<Admin>),
+    listeners: Listeners,
     signals: Signals,
     (stop, stopped): (Sender<Stop>, &Receiver<Stop>),
 ) -> Result<(Publisher, Stop), Error> {
-    // A client of these can stop the disk, or sees what happens on it.
-    let for_owner = |listen| listeners::open(listen, SocketAccess::OWNER);
-    let events = config.events.as_ref().map(for_owner).transpose()?;
-    let qmp = config.qmp.as_ref().map(for_owner).transpose()?;
-    let metrics = config
-        .metrics
-        .map(listeners::listen_for_metrics)
-        .transpose()?;
-    let for_frontend = listeners::access_of_frontends(config);
-    let listener = FrontendListener::new(listeners::open(&config.listen, for_frontend)?)?;
+    let Listeners {
+        events,
+        qmp,
+        metrics,
+        frontend,
+    } = listeners;
+    let listener = FrontendListener::new(frontend)?;
     let names = Names {
         reference: config.node_name.clone(),
         nodes: admin.names(),
@@ -219,6 +226,7 @@ fn serve(
     announce(disk, admin.replicas().len());
     let connections = Connections::start(listener, frontends.zip(uses).collect())
         .map_err(system("cannot start the frontend thread"))?;
+    sandbox::enter(ThreadKind::Main);
     let reason = stopped.recv().expect("this function owns a sender");
     let cause = match &reason {
         Stop::Requested => "requested",

@@ -101,6 +101,9 @@ impl DiskOperator {
 
     fn add_node(&self, node_name: String, path: PathBuf) -> Result<(), String> {
         check_node_name(&node_name)?;
+        self.admin
+            .check_place(&path)
+            .map_err(|error| error.to_string())?;
         let mut nodes = self.nodes();
         let mut replicas = self.admin.replicas().into_iter();
         let is_taken = node_name == self.fixed.node_name || nodes.contains_key(&node_name);

@@ -5,6 +5,7 @@ use std::sync::mpsc::Sender;
 
 use log::error;
 
+use crate::sandbox::{self, ThreadKind};
 use crate::worker::Stop;
 
 /// Ignores SIGXFSZ: a write beyond RLIMIT_FSIZE is an error of one replica and must not end the
@@ -46,6 +47,7 @@ impl Signals {
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
+                sandbox::enter(ThreadKind::Main);
                 for first in [true, false] {
                     let mut signal = 0;
                     // SAFETY: the set is initialised and `signal` is valid for the write.

@@ -19,6 +19,7 @@ use crate::engine::WorkerIndex;
 use crate::limits::{drain_limit, drain_overtime};
 use crate::replica::ring::kernel::Kernel;
 use crate::replica::ring::{Aio, Ring, RingFile};
+use crate::sandbox::{self, ThreadKind};
 
 /// The running worker threads of a disk. Worker `i mod count` serves virtqueue `i`.
 #[derive(Debug)]
@@ -80,9 +81,17 @@ impl Workers {
                 let (ready, ended) = (&ready, &ended);
                 match disk.aio {
                     Aio::IoUring => {
-                        run_worker(Ring::new, index, disk, files, mailboxes, ready, ended);
+                        // The kernel limits the memory of an io_uring by the rights of the thread
+                        // that creates it.
+                        let create = |files: &[RingFile]| {
+                            let ring = Ring::new(files);
+                            sandbox::enter(ThreadKind::Worker);
+                            ring
+                        };
+                        run_worker(create, index, disk, files, mailboxes, ready, ended);
                     }
                     Aio::Threads => {
+                        sandbox::enter(ThreadKind::Worker);
                         run_worker(
                             Ring::with_threads,
                             index,

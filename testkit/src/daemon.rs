@@ -8,7 +8,7 @@ use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus, Output, Stdio};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -82,6 +82,14 @@ impl Daemon {
         let mut all: Vec<OsString> = vec!["--socket-path".into(), socket.clone().into()];
         all.extend(["--events".into(), events_socket.clone().into()]);
         all.extend(owned(arguments));
+        if !all.iter().any(|argument| argument == "--sandbox") {
+            let is_reopened = !all.iter().any(|argument| argument == "none");
+            let sandbox = match is_reopened && all.iter().any(|name| is_in_no_directory(name)) {
+                true => "off",
+                false => sandbox(),
+            };
+            all.extend(["--sandbox".into(), sandbox.into()]);
+        }
         let mut daemon = Self {
             process: Self::spawn(&all, &log),
             arguments: all,
@@ -200,6 +208,33 @@ impl Drop for Daemon {
             println!("--- the daemon's stderr\n{}---", self.log());
         }
     }
+}
+
+/// Whether an argument names an image that is reached through a descriptor of another process, as
+/// those of [`FuseImage`] are: without capabilities it cannot be opened again, as a daemon with
+/// records does when it was missing.
+///
+/// [`FuseImage`]: crate::fuse::FuseImage
+fn is_in_no_directory(argument: &OsStr) -> bool {
+    let text = argument.to_string_lossy();
+    let path = Path::new(text.split(',').next().unwrap_or_default());
+    let leads_to = fs::read_link(path);
+    path.starts_with("/proc") || leads_to.is_ok_and(|path| path.starts_with("/proc"))
+}
+
+/// The sandbox of a daemon whose arguments do not say it. A part that this machine has must not be
+/// missing silently.
+fn sandbox() -> &'static str {
+    static IS_COMPLETE: OnceLock<bool> = OnceLock::new();
+    let is_complete = IS_COMPLETE.get_or_init(|| {
+        let printed = Daemon::run_to_end(["--print-sandbox"]).stdout;
+        let printed = String::from_utf8_lossy(&printed).into_owned();
+        assert!(printed.contains("core-dumps"), "{printed}");
+        printed
+            .lines()
+            .all(|line| line.split_whitespace().nth(1) != Some("missing"))
+    });
+    if *is_complete { "on" } else { "auto" }
 }
 
 fn owned(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Vec<OsString> {

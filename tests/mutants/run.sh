@@ -9,7 +9,8 @@
 #   Caught-by: sim
 #
 # `sim` is the random runs of the simulator, for SECONDS_EACH seconds at most; `sim NAME` is the
-# tests of that name in tests/sim; `unit NAME` is the unit tests of that name; `threads NAME` is the
+# tests of that name in tests/sim; `unit NAME` and `program NAME` are the unit tests of that name
+# and those in tests/program; `threads NAME` is the
 # tests of that name in tests/replicas, with `--aio threads`; `exhaustive NAME` is the tests of that
 # name in tests/exhaustive; `crash CLASS` is the crash laboratory with that class of disk, for
 # SECONDS_EACH seconds.
@@ -55,10 +56,11 @@ cargo_test() {
 	case $kind in
 	sim) set -- --test sim "$@" -- "${name:-keeps_the_contract}" ;;
 	unit) set -- --lib "$@" -- "$name" ;;
+	program) set -- --test program "$@" -- "$name" ;;
 	exhaustive) set -- --test exhaustive "$@" -- "$name" ;;
 	threads) set -- --test replicas "$@" -- "$name" ;;
 	crash) set -- --test crash "$@" -- nothing_flushed_is_lost ;;
-	*) echo "Caught-by: $kind is none of sim, unit, threads, exhaustive and crash" >&2 && exit 2 ;;
+	*) echo "Caught-by: $kind is no kind of test; see above" >&2 && exit 2 ;;
 	esac
 	# A mutant may make a test wait for ever.
 	(cd "$tree" && export QUORUM_BLK_SIM_SECONDS=$seconds QUORUM_BLK_TEST_AIO=threads &&

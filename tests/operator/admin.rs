@@ -259,6 +259,7 @@ fn a_refused_command_changes_nothing() {
     let monitor = &mut disk.monitor();
     let before = monitor.execute("query-quorum", json!({}))["replicas"].clone();
     let short = disk.images[0].with_file_name("short.raw");
+    let missing = disk.images[0].with_file_name("missing.raw");
     File::create_new(&short)
         .unwrap()
         .set_len(SIZE_BYTES / 2)
@@ -266,7 +267,7 @@ fn a_refused_command_changes_nothing() {
     for (name, path) in [
         ("short", short.as_path()),
         ("twice", disk.images[2].as_path()),
-        ("missing", Path::new("/nonexistent/image")),
+        ("missing", missing.as_path()),
     ] {
         monitor.execute(
             "blockdev-add",

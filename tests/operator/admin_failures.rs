@@ -31,6 +31,19 @@ fn serve(plan: Plan) -> Disk {
     Disk::start(System::Ours, &plan)
 }
 
+/// Images may be added that are anywhere.
+const ANYWHERE: [&str; 2] = ["--image-dir", "/"];
+
+/// Those of [`FuseImage`] are in no directory: without capabilities they cannot be opened.
+const OUT_OF_THE_TREE: [&str; 4] = ["--image-dir", "/", "--sandbox", "off"];
+
+fn serve_with(more: &[&'static str]) -> Disk {
+    serve(Plan {
+        more: more.to_vec(),
+        ..Plan::default()
+    })
+}
+
 /// Writes something to every block of the disk.
 fn fill(client: &mut Client) {
     for place in 0..SIZE_BYTES / MEBIBYTE {
@@ -157,6 +170,7 @@ fn is_locked(path: &Path) -> bool {
 fn a_hung_replica_can_be_removed() {
     let disk = serve(Plan {
         faulty: vec![2],
+        more: OUT_OF_THE_TREE.to_vec(),
         ..Plan::default()
     });
     let (hung, name) = (disk.faulty(2), node_name(2));
@@ -229,7 +243,7 @@ fn fail_midway(disk: &Disk, monitor: &mut Monitor, target: &FuseImage, errno: i3
 #[test]
 fn a_resync_that_fails_midway_is_reported_and_its_replica_replaced() {
     let (target, other) = (new_image(), new_image());
-    let disk = serve(Plan::default());
+    let disk = serve_with(&OUT_OF_THE_TREE);
     let _fault_guard = target.image.fault_guard();
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
@@ -251,7 +265,7 @@ fn a_resync_that_fails_midway_is_reported_and_its_replica_replaced() {
 #[test]
 fn a_resync_onto_a_full_file_system_continues_when_there_is_room() {
     let target = new_image();
-    let disk = serve(Plan::default());
+    let disk = serve_with(&OUT_OF_THE_TREE);
     let _fault_guard = target.image.fault_guard();
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
@@ -269,6 +283,7 @@ fn a_resync_copies_what_has_a_quorum() {
     let target = new_image();
     let disk = serve(Plan {
         faulty: vec![0, 1],
+        more: OUT_OF_THE_TREE.to_vec(),
         ..Plan::default()
     });
     let _fault_guard = target.image.fault_guard();
@@ -319,7 +334,7 @@ fn an_image_that_is_refused_changes_nothing() {
     let directory = tempfile::tempdir().expect("a directory");
     let image = create_images(directory.path(), 1, SIZE_BYTES).remove(0);
     let path = |name| directory.path().join(name);
-    let disk = serve(Plan::default());
+    let disk = serve_with(&ANYWHERE);
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     let mut refused = |image: &Path, why: &str| {
@@ -375,7 +390,7 @@ fn an_image_that_is_refused_changes_nothing() {
 fn an_image_on_tmpfs_is_accepted_or_refused_with_the_reason() {
     let directory = tempfile::tempdir_in("/dev/shm").expect("a directory in memory");
     let image = create_images(directory.path(), 1, SIZE_BYTES).remove(0);
-    let disk = serve(Plan::default());
+    let disk = serve_with(&ANYWHERE);
     let (mut client, mut monitor) = (disk.connect(), disk.monitor());
     fill(&mut client);
     if let Err(error) = try_add(&mut monitor, &image, "new") {

@@ -286,11 +286,12 @@ fn an_image_that_holds_data_is_overwritten_only_if_that_is_asked_for() {
 #[test]
 fn what_is_created_belongs_to_the_user_of_the_other_images() {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, chown};
-    let served = Served::new(&[]);
+    let served = Served::new(&["--user", "1234:5678"]);
     for image in &served.images {
         chown(image, Some(1234), Some(5678)).unwrap();
         std::fs::set_permissions(image, PermissionsExt::from_mode(0o640)).unwrap();
     }
+    std::fs::set_permissions(served.directory.path(), PermissionsExt::from_mode(0o711)).unwrap();
     let new = served.directory.path().join("new.raw");
     served
         .run(&format!("add {} --create", new.display()))

@@ -9,5 +9,6 @@ mod logging;
 mod panics;
 mod place;
 mod refusals;
+mod sandbox;
 mod socket_activation;
 mod start_up;

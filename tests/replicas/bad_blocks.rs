@@ -232,6 +232,7 @@ fn a_resync_leaves_nothing_stale_but_the_blocks_that_a_source_cannot_read() {
     let plan = Plan {
         replicas: 2,
         faulty: vec![0, 1],
+        more: vec!["--image-dir", "/"],
         ..Plan::default()
     };
     let disk = Disk::start(System::Ours, &plan);

@@ -449,7 +449,7 @@ fn an_interrupted_growth_is_completed_as_the_next_start_says() {
     );
     assert!(said.contains("and add a new image"), "{said}");
     let grown = [images[1].clone(), images[2].clone()];
-    let mut setup = Setup::new(&grown, &["--vote-threshold", "2"]);
+    let mut setup = Setup::new(&grown, &["--vote-threshold", "2", "--image-dir", "/"]);
     assert_eq!(setup.size(), NEW_BYTES);
     let other = tempfile::tempdir().unwrap();
     let new = create_images(other.path(), 1, NEW_BYTES).remove(0);

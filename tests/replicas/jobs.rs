@@ -21,7 +21,8 @@ use quorum_blk::engine::{Policy, ReadPattern, Shared};
 use quorum_blk::jobs::{JobId, JobKind, JobStatus, Sizes};
 use quorum_blk::limits::REPLICAS_MAX;
 use quorum_blk::replica::file::{
-    EmptyImages, OpenOptions, Opening, Overwrite, ReplicaSource, Unopenable, open_all_with_records,
+    EmptyImages, ImageDirectories, OpenOptions, Opening, Overwrite, ReplicaSource, Unopenable,
+    open_all_with_records,
 };
 use quorum_blk::replica::ring::{Aio, RingFile};
 use quorum_blk::replica::table::{MissingReplica, ReplicaTable};
@@ -136,7 +137,7 @@ pub(super) fn serve_without(missing: Option<usize>) -> Served {
         &disk,
         &workers,
         Arc::clone(&table),
-        (options, Opening::Here),
+        (options, Opening::Here, ImageDirectories::anywhere()),
         is_released,
     )
     .unwrap();

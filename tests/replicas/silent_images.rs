@@ -20,6 +20,9 @@ const SIZE_BYTES: u64 = 4 << 20;
 /// What opening an image asks of its file system, in turn.
 const STEPS: [Operation; 3] = [Operation::Attributes, Operation::Open, Operation::Read];
 
+/// Images of [`FuseImage`] are in no directory: without capabilities they cannot be opened.
+const OUT_OF_THE_TREE: [&str; 4] = ["--image-dir", "/", "--sandbox", "off"];
+
 /// An image that hangs at `operation`.
 fn silent(directory: &Path, operation: Operation) -> FuseImage {
     let image = FuseImage::serve(&create_images(directory, 1, SIZE_BYTES)[0]);
@@ -100,6 +103,7 @@ fn only_its_own_command_waits_for_an_image_that_is_added() {
         System::Ours,
         &Plan {
             size_bytes: SIZE_BYTES,
+            more: OUT_OF_THE_TREE.to_vec(),
             ..Plan::default()
         },
     );
@@ -156,6 +160,7 @@ fn sigterm_ends_the_daemon_while_an_image_is_added_that_does_not_answer() {
         System::Ours,
         &Plan {
             size_bytes: SIZE_BYTES,
+            more: OUT_OF_THE_TREE.to_vec(),
             ..Plan::default()
         },
     );

@@ -373,6 +373,7 @@ fn a_job_that_flushes_slow_replicas_evicts_none() {
 fn with_slow_flushes() -> Disk {
     let plan = Plan {
         faulty: vec![0, 1, 2],
+        more: vec!["--image-dir", "/"],
         replica_timeout: Duration::from_millis(200),
         ..Plan::default()
     };

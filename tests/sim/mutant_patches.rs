@@ -72,11 +72,15 @@ fn check(patch: &str, root: &Path) -> Result<(), String> {
         return Err(format!("no sentence: {sentence}"));
     }
     match header("Caught-by")?.split(' ').collect::<Vec<_>>()[..] {
-        ["sim"] | ["sim" | "unit" | "threads" | "exhaustive" | "crash", _] => {}
+        ["sim"]
+        | [
+            "sim" | "unit" | "program" | "threads" | "exhaustive" | "crash",
+            _,
+        ] => {}
         _ => {
             return Err(
-                "Caught-by: none of sim, sim NAME, unit NAME, threads NAME, exhaustive NAME, \
-                 crash CLASS"
+                "Caught-by: none of sim, sim NAME, unit NAME, program NAME, threads NAME, \
+                 exhaustive NAME, crash CLASS"
                     .to_string(),
             );
         }

@@ -15,6 +15,7 @@ use crate::common::message::Reason;
 use crate::control::Operator;
 use crate::control::wake::Wake;
 use crate::limits::QMP_CLIENTS_MAX;
+use crate::sandbox::{self, ThreadKind};
 
 /// Dropping it ends the thread after the calls that were sent, without waiting for that.
 pub(in crate::control) struct Executor {
@@ -46,6 +47,7 @@ impl Executor {
         std::thread::Builder::new()
             .name("monitor".into())
             .spawn(move || {
+                sandbox::enter(ThreadKind::Images);
                 for (client, call) in waiting {
                     debug!(command = call.name(); "monitor command");
                     if call.may_wait() {

@@ -163,7 +163,7 @@ fn examined(
 ) -> Result<Vec<Result<Candidate, OpenError>>, OpenError> {
     let started = sources
         .iter()
-        .map(|source| Candidate::start(source, options, opening));
+        .map(|source| Candidate::start(source, options, opening, None));
     let started: Vec<_> = started.collect();
     let mut images: Vec<Result<Candidate, OpenError>> = Vec::with_capacity(sources.len());
     for started in started {

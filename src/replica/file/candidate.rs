@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::path::Path;
 use std::sync::{OnceLock, RwLock};
 use std::time::{Duration, Instant};
 
@@ -32,6 +33,8 @@ const BUSY_INTERVAL: Duration = Duration::from_millis(10);
 pub(super) struct Started<'a> {
     source: &'a ReplicaSource,
     options: OpenOptions,
+    /// It is opened without leaving this directory.
+    directory: Option<&'a Path>,
     /// `None`: the calling thread opens it.
     opener: Option<Opener>,
     by: Instant,
@@ -47,14 +50,15 @@ pub(super) struct Candidate {
 
 impl Candidate {
     /// Begins to open an image.
-    pub(super) fn start(
-        source: &ReplicaSource,
+    pub(super) fn start<'a>(
+        source: &'a ReplicaSource,
         options: OpenOptions,
         opening: Opening,
-    ) -> Started<'_> {
+        directory: Option<&'a Path>,
+    ) -> Started<'a> {
         let opener = match opening {
             Opening::Here => None,
-            Opening::Apart => match Opener::start(&source.path, options) {
+            Opening::Apart => match Opener::start(&source.path, options, directory) {
                 Ok(opener) => Some(opener),
                 Err(error) => {
                     log::warn!(
@@ -69,6 +73,7 @@ impl Candidate {
         Started {
             source,
             options,
+            directory,
             opener,
             by: Instant::now() + OPEN_LIMIT,
         }
@@ -268,7 +273,7 @@ impl Started<'_> {
     pub(super) fn open(mut self) -> Result<Candidate, OpenError> {
         let path = &self.source.path;
         let opened = match &mut self.opener {
-            None => Ok(Image::open(path, self.options)),
+            None => Ok(Image::open(path, self.options, self.directory)),
             Some(opener) => opener.image(self.by),
         };
         let Image { file, facts } = with_path(opened, path, self.options.read_only)?;

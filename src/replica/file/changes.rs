@@ -21,6 +21,7 @@ use crate::common::ReplicaIndex;
 use crate::common::image::ImageChanges;
 use crate::limits::IMAGE_LOOK_INTERVAL;
 use crate::replica::table::ReplicaTable;
+use crate::sandbox::{self, ThreadKind};
 
 /// Bits of [`Seen`].
 const TRUNCATED: u8 = 1;
@@ -93,6 +94,7 @@ pub fn watch(
     let tell = Arc::new(tell);
     let thread = std::thread::Builder::new().name("images".into());
     thread.spawn(move || {
+        sandbox::enter(ThreadKind::Images);
         loop {
             std::thread::sleep(IMAGE_LOOK_INTERVAL);
             let Some(table) = table.upgrade() else {

@@ -35,6 +35,16 @@ pub enum OpenError {
         /// The error of the system call.
         source: io::Error,
     },
+    /// The image is in no directory from which images may be added.
+    #[error(
+        "{} is outside of the image directories, or a symbolic link there leads out of them; use \
+         an image in one of them, or start the daemon with --image-dir for its directory too",
+        Quoted(.path)
+    )]
+    Outside {
+        /// The image.
+        path: PathBuf,
+    },
     /// The file system has not answered within [`OPEN_LIMIT`].
     #[error(
         "{} does not answer: its file system has not opened it within {} s",
@@ -320,6 +330,7 @@ impl Fault {
                 read_only,
                 source: error(errno),
             },
+            Self::Outside => OpenError::Outside { path },
             Self::NoDirectIo => OpenError::NoDirectIo { path },
             Self::NotAnImage(kind) => OpenError::NotAnImage {
                 path,
@@ -383,6 +394,10 @@ fn not_raw(path: &Path, format: Format) -> String {
 fn open_hint(error: &io::Error, read_only: bool) -> String {
     let hint = match error.raw_os_error() {
         Some(libc::ENOENT) => ADD_NEW,
+        Some(libc::EACCES) if crate::sandbox::is_applied() => {
+            "give the image to the user of the daemon, which has no rights beyond that any more \
+             (--sandbox, --user), in a directory that the daemon was started with (--image-dir)"
+        }
         Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
             "make it writable for this user, or use --read-only"
         }

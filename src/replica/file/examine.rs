@@ -17,6 +17,7 @@ use rustix::fs::{Advice, Mode, OFlags, fadvise, fstatfs};
 use serde::{Deserialize, Serialize};
 
 use super::alignment::{Alignment, direct_alignment, physical_block_bytes};
+use super::directories::{is_outside, open_beneath};
 use super::location::Location;
 use super::{ImageIdentity, ImageStamp, OpenOptions, block_device};
 use crate::limits::{FORGET_BYTES_MIN, FORGET_LIMIT, FORGETS_MAX};
@@ -47,6 +48,8 @@ pub(super) enum Fault {
     Open(i32),
     /// The file system has no direct I/O.
     NoDirectIo,
+    /// The image is not in the directory that it must be in.
+    Outside,
     /// Neither a regular file nor a block device.
     NotAnImage(Kind),
     /// The block device is set read-only.
@@ -85,9 +88,14 @@ pub(in crate::replica) enum Kind {
 }
 
 impl Image {
-    /// Opens `path`, checks that it is an image, and examines it.
-    pub(super) fn open(path: &Path, options: OpenOptions) -> Result<Self, Fault> {
-        let (file, metadata) = open_image(path, options)?;
+    /// Opens `path`, checks that it is an image, and examines it. Does not leave `directory`, if
+    /// that is given.
+    pub(super) fn open(
+        path: &Path,
+        options: OpenOptions,
+        directory: Option<&Path>,
+    ) -> Result<Self, Fault> {
+        let (file, metadata) = open_image(path, options, directory)?;
         let is_block_device = metadata.file_type().is_block_device();
         if is_block_device && !options.read_only {
             let is_read_only = block_device::is_read_only(&file);
@@ -223,11 +231,29 @@ impl Fault {
 }
 
 /// Opens `path` and checks that it is an image.
-fn open_image(path: &Path, options: OpenOptions) -> Result<(File, Metadata), Fault> {
-    let not_open = |error: io::Error| Fault::Open(errno(&error));
+fn open_image(
+    path: &Path,
+    options: OpenOptions,
+    directory: Option<&Path>,
+) -> Result<(File, Metadata), Fault> {
+    let not_open = |error: io::Error| match directory {
+        Some(_) if is_outside(&error) => Fault::Outside,
+        _ => Fault::Open(errno(&error)),
+    };
+    let open = |flags| match directory {
+        Some(directory) => open_beneath(directory, path, flags),
+        None => {
+            let open = || rustix::fs::open(path, flags, Mode::empty());
+            Ok(File::from(rustix::io::retry_on_intr(open)?))
+        }
+    };
     // Checked before opening, because opening alone can block (a FIFO) or have effects (a tape).
-    check_kind(&std::fs::metadata(path).map_err(not_open)?)?;
-    let file = open_file(path, options).map_err(|error| {
+    let found = match directory {
+        Some(_) => open(OFlags::PATH | OFlags::CLOEXEC).and_then(|place| place.metadata()),
+        None => std::fs::metadata(path),
+    };
+    check_kind(&found.map_err(not_open)?)?;
+    let file = open_file(open, options).map_err(|error| {
         if options.direct && error.raw_os_error() == Some(libc::EINVAL) {
             Fault::NoDirectIo
         } else {
@@ -240,7 +266,7 @@ fn open_image(path: &Path, options: OpenOptions) -> Result<(File, Metadata), Fau
     Ok((file, metadata))
 }
 
-fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
+fn open_file(open: impl Fn(OFlags) -> io::Result<File>, options: OpenOptions) -> io::Result<File> {
     let mut flags = OFlags::CLOEXEC;
     flags |= if options.read_only {
         OFlags::RDONLY
@@ -250,14 +276,12 @@ fn open_file(path: &Path, options: OpenOptions) -> io::Result<File> {
     if options.direct {
         flags |= OFlags::DIRECT;
     }
-    let open = |flags| rustix::io::retry_on_intr(|| rustix::fs::open(path, flags, Mode::empty()));
     // Keeping the access time of an image up to date costs every read. Only its owner may turn
     // that off.
-    let opened = match open(flags | OFlags::NOATIME) {
-        Err(rustix::io::Errno::PERM) => open(flags),
+    match open(flags | OFlags::NOATIME) {
+        Err(error) if error.raw_os_error() == Some(libc::EPERM) => open(flags),
         opened => opened,
-    };
-    Ok(File::from(opened?))
+    }
 }
 
 fn check_kind(metadata: &Metadata) -> Result<(), Fault> {

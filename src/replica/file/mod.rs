@@ -19,6 +19,7 @@ mod candidate;
 mod changes;
 mod contents;
 mod descriptors;
+mod directories;
 mod error;
 mod examine;
 mod first_look;
@@ -45,6 +46,7 @@ pub use self::all::{
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::{Watched, watch};
+pub use self::directories::ImageDirectories;
 pub use self::error::OpenError;
 pub(super) use self::examine::Kind;
 pub use self::first_look::compare_first;
@@ -208,7 +210,7 @@ pub fn open(path: &Path, node_name: &str, options: OpenOptions) -> Result<Replic
         path: path.to_owned(),
         node_name: node_name.to_owned(),
     };
-    let mut candidate = Candidate::start(&source, options, Opening::Here).open()?;
+    let mut candidate = Candidate::start(&source, options, Opening::Here, None).open()?;
     candidate.examine()?;
     check_size(candidate.replica(), candidate.replica().size_bytes, options)?;
     candidate.lock()?;
@@ -225,13 +227,15 @@ pub enum Overwrite {
 }
 
 /// Opens and locks a replica for a disk of `size_bytes`, beside its `others`, with the way to its
-/// record. A resync will overwrite all of it.
+/// record. A resync will overwrite all of it. It is opened without leaving `directory`, if that is
+/// given ([`ImageDirectories::of`]).
 pub fn open_beside(
     others: &[Arc<ReplicaFile>],
     source: &ReplicaSource,
     (options, opening): (OpenOptions, Opening),
     size_bytes: u64,
     overwrite: Overwrite,
+    directory: Option<&Path>,
 ) -> Result<(ReplicaFile, RecordAccess), OpenError> {
     // Of no importance where everything is overwritten, and where nothing is there.
     let raw_anyway = true;
@@ -239,7 +243,8 @@ pub fn open_beside(
         raw_anyway,
         ..options
     };
-    let mut candidate = open_candidate(others, source, (options, opening), size_bytes)?;
+    let how = (options, opening);
+    let mut candidate = open_candidate(others, source, how, size_bytes, directory)?;
     // What it holds may change until then.
     if overwrite == Overwrite::Never {
         candidate.check_holds_nothing(size_bytes)?;
@@ -249,7 +254,7 @@ pub fn open_beside(
 
 /// Opens and locks the image of a replica of a disk of `size_bytes`, beside the `others`, which are
 /// served without it, with the way to its record. It is opened as at the start, and keeps what it
-/// holds.
+/// holds. It is opened without leaving `directory`, if that is given.
 ///
 /// # Errors
 /// If it cannot be used, or not beside the others.
@@ -258,8 +263,10 @@ pub fn open_again(
     source: &ReplicaSource,
     how: (OpenOptions, Opening),
     size_bytes: u64,
+    directory: Option<&Path>,
 ) -> Result<(ReplicaFile, RecordAccess), OpenError> {
-    open_candidate(others, source, how, size_bytes).map(Candidate::into_parts)
+    let candidate = open_candidate(others, source, how, size_bytes, directory);
+    candidate.map(Candidate::into_parts)
 }
 
 fn open_candidate(
@@ -267,8 +274,9 @@ fn open_candidate(
     source: &ReplicaSource,
     (options, opening): (OpenOptions, Opening),
     size_bytes: u64,
+    directory: Option<&Path>,
 ) -> Result<Candidate, OpenError> {
-    let mut candidate = Candidate::start(source, options, opening).open()?;
+    let mut candidate = Candidate::start(source, options, opening, directory).open()?;
     check_against(others.iter().map(Arc::as_ref), candidate.replica())?;
     candidate.examine()?;
     check_beside(others, candidate.replica(), size_bytes)?;

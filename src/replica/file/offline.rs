@@ -43,7 +43,7 @@ pub enum Sharing {
 /// # Errors
 /// If it cannot be opened, or is none.
 pub fn open_offline(path: &Path) -> Result<OfflineImage, OpenError> {
-    let Image { file, facts } = with_path(Ok(Image::open(path, options(true))), path, true)?;
+    let Image { file, facts } = with_path(Ok(Image::open(path, options(true), None)), path, true)?;
     let metadata = file.metadata().ok();
     Ok(OfflineImage {
         size_bytes: facts.size_bytes,

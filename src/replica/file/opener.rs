@@ -39,6 +39,7 @@ use super::look::{Look, Seen, look};
 use super::messages::{is_closed, is_readable, receive, send};
 use crate::common::NOT_POISONED;
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
+use crate::sandbox;
 
 /// The first argument of a process that opens an image.
 const ARGUMENT: &str = "--open-image";
@@ -46,6 +47,8 @@ const READ_ONLY: &str = "read-only";
 const READ_WRITE: &str = "read-write";
 const DIRECT: &str = "direct";
 const CACHED: &str = "cached";
+const FILTERED: &str = "filtered";
+const UNFILTERED: &str = "unfiltered";
 
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
@@ -113,8 +116,13 @@ pub(in crate::replica) struct Opener {
 }
 
 impl Opener {
-    /// Starts the process for an image.
-    pub(super) fn start(path: &Path, options: OpenOptions) -> io::Result<Self> {
+    /// Starts the process for an image. It opens the image without leaving `directory`, if that is
+    /// given.
+    pub(super) fn start(
+        path: &Path,
+        options: OpenOptions,
+        directory: Option<&Path>,
+    ) -> io::Result<Self> {
         let (socket, its_end) = socketpair(
             AddressFamily::UNIX,
             SocketType::SEQPACKET,
@@ -127,10 +135,15 @@ impl Opener {
             READ_WRITE
         };
         let cache = if options.direct { DIRECT } else { CACHED };
+        let calls = match sandbox::is_filtered() {
+            true => FILTERED,
+            false => UNFILTERED,
+        };
         let child = Command::new("/proc/self/exe")
             .arg0("quorum-blkd")
-            .args([ARGUMENT, access, cache])
+            .args([ARGUMENT, access, cache, calls])
             .arg(path)
+            .args(directory)
             .stdin(its_end)
             .stdout(Stdio::null())
             .stderr(Stdio::null())
@@ -256,7 +269,7 @@ impl Opener {
         let flags = SocketFlags::CLOEXEC;
         let (socket, its_end) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
         let image = path.to_owned();
-        std::thread::spawn(move || follow_orders(&its_end, &image, options));
+        std::thread::spawn(move || follow_orders(&its_end, &image, options, None));
         Self {
             path: path.to_owned(),
             socket,
@@ -296,7 +309,8 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
         return None;
     }
     let mut next = || arguments.next().unwrap_or_default();
-    let (access, cache, path) = (next(), next(), next());
+    let (access, cache, calls, path) = (next(), next(), next(), next());
+    let directory = arguments.next();
     let options = OpenOptions {
         read_only: access == OsStr::new(READ_ONLY),
         direct: cache == OsStr::new(DIRECT),
@@ -304,21 +318,32 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
         raw_anyway: true,
         block_bytes: ALIGNMENT_BYTES_MIN,
     };
-    Some(answer_all(Path::new(&path), options))
+    let directory = directory.as_deref().map(Path::new);
+    if calls == OsStr::new(FILTERED)
+        && let Err(error) = sandbox::enter_opener()
+    {
+        return Some(Err(io::Error::other(error)));
+    }
+    Some(answer_all(Path::new(&path), options, directory))
 }
 
 /// Opens the image, and follows the daemon's orders until it closes the socket.
-fn answer_all(path: &Path, options: OpenOptions) -> io::Result<()> {
+fn answer_all(path: &Path, options: OpenOptions, directory: Option<&Path>) -> io::Result<()> {
     // The daemon may end while this process waits for the file system.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // A listening socket of --fd, for example.
     // SAFETY: `serve` is called before this process opens anything.
     unsafe { close_inherited() }?;
-    follow_orders(&io::stdin(), path, options)
+    follow_orders(&io::stdin(), path, options, directory)
 }
 
-fn follow_orders(socket: &impl AsFd, path: &Path, options: OpenOptions) -> io::Result<()> {
-    let image = match Image::open(path, options) {
+fn follow_orders(
+    socket: &impl AsFd,
+    path: &Path,
+    options: OpenOptions,
+    directory: Option<&Path>,
+) -> io::Result<()> {
+    let image = match Image::open(path, options, directory) {
         Ok(image) => image,
         Err(fault) => return send(socket, &Answer::<Facts>::Err(fault), None),
     };

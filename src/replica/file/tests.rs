@@ -298,7 +298,7 @@ fn accepts_an_image_that_is_larger_than_the_disk() {
     let beside = |size_bytes| {
         let source = directory.image("4.raw", SIZE + 100);
         let opening = (BUFFERED, Opening::Here);
-        let file = open_beside(&[], &source, opening, size_bytes, Overwrite::Never);
+        let file = open_beside(&[], &source, opening, size_bytes, Overwrite::Never, None);
         file.map(|_| ()).map_err(|error| error.to_string())
     };
     beside(SIZE).unwrap();
@@ -311,7 +311,14 @@ fn refuses_to_overwrite_data() {
     let source = directory.image("new.raw", SIZE);
     let file = File::options().write(true).open(&source.path).unwrap();
     let beside = |overwrite| {
-        let file = open_beside(&[], &source, (BUFFERED, Opening::Here), SIZE, overwrite);
+        let file = open_beside(
+            &[],
+            &source,
+            (BUFFERED, Opening::Here),
+            SIZE,
+            overwrite,
+            None,
+        );
         file.map(|_| ()).map_err(|error| error.to_string())
     };
     beside(Overwrite::Never).unwrap();

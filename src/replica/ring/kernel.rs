@@ -10,10 +10,12 @@ use std::os::fd::RawFd;
 use std::ptr::NonNull;
 use std::time::Duration;
 
+use io_uring::register::Restriction;
 use io_uring::types::{SubmitArgs, Timespec};
-use io_uring::{IoUring, cqueue, squeue};
+use io_uring::{IoUring, cqueue, opcode, squeue};
 
 use crate::limits::RING_ENTRIES;
+use crate::sandbox;
 
 /// Kernel threads that may wait for replicas at a time.
 const KERNEL_THREADS_MAX: u32 = 1024;
@@ -60,18 +62,26 @@ pub struct KernelCompletion {
 pub struct Uring(IoUring);
 
 impl Uring {
-    /// Creates an io_uring for the calling thread.
+    /// Creates an io_uring for the calling thread. In a process that has given up what it does not
+    /// need, the kernel refuses operations that a ring never makes.
     ///
     /// # Errors
     /// If io_uring is not available, or there is not enough memory.
     pub fn new() -> io::Result<Self> {
-        let uring = build()?;
+        Self::with(sandbox::is_restricted())
+    }
+
+    fn with(is_restricted: bool) -> io::Result<Self> {
+        let uring = build(is_restricted)?;
         // A call that would block (fsync, for example) occupies a kernel thread while it waits. The
         // default of four threads per processor would soon wait for a replica that hangs, and the
         // operations of all other replicas would queue behind it.
         uring
             .submitter()
             .register_iowq_max_workers(&mut [KERNEL_THREADS_MAX, 0])?;
+        if is_restricted {
+            restrict(&uring)?;
+        }
         Ok(Self(uring))
     }
 }
@@ -131,10 +141,45 @@ impl Kernel for Uring {
     }
 }
 
-fn build() -> io::Result<IoUring> {
+/// What is registered with a ring that works: files, and the memory of a pool. The crate has no
+/// names for these (io_uring_register(2)).
+const REGISTER_BUFFERS: u8 = 0;
+const REGISTER_FILES: u8 = 2;
+const REGISTER_FILES_UPDATE: u8 = 6;
+
+/// The operations of a ring.
+const OPERATIONS: [u8; 9] = [
+    opcode::Read::CODE,
+    opcode::ReadFixed::CODE,
+    opcode::Write::CODE,
+    opcode::WriteFixed::CODE,
+    opcode::Fsync::CODE,
+    opcode::Fallocate::CODE,
+    opcode::PollAdd::CODE,
+    opcode::Timeout::CODE,
+    opcode::AsyncCancel::CODE,
+];
+
+/// Has the kernel refuse everything else from now on, and starts the ring for the calling thread. A
+/// filter of system calls does not see what an io_uring does (I10).
+fn restrict(uring: &IoUring) -> io::Result<()> {
+    let flags = squeue::Flags::FIXED_FILE | squeue::Flags::ASYNC;
+    let registered = [REGISTER_BUFFERS, REGISTER_FILES, REGISTER_FILES_UPDATE];
+    let mut restrictions: Vec<Restriction> = OPERATIONS.map(Restriction::sqe_op).into();
+    restrictions.extend(registered.map(Restriction::register_op));
+    restrictions.push(Restriction::sqe_flags_allowed(flags.bits()));
+    let submitter = uring.submitter();
+    submitter.register_restrictions(&mut restrictions)?;
+    submitter.register_enable_rings()
+}
+
+fn build(is_restricted: bool) -> io::Result<IoUring> {
     let basic = || {
         let mut builder = IoUring::builder();
         builder.setup_clamp().setup_cqsize(RING_ENTRIES * 4);
+        if is_restricted {
+            builder.setup_r_disabled();
+        }
         builder
     };
     let deferring = || {
@@ -156,4 +201,45 @@ fn build() -> io::Result<IoUring> {
         }
     }
     result
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::fd::AsRawFd as _;
+
+    use io_uring::types::{Fd, Fixed};
+
+    use super::*;
+
+    /// The result of one submission.
+    fn result_of(uring: &mut Uring, entry: &squeue::Entry) -> i32 {
+        assert!(uring.push(entry));
+        uring.enter(1, None).unwrap();
+        uring.next_completion().expect("it is complete").result
+    }
+
+    #[test]
+    fn a_restricted_ring_makes_its_own_operations_only() {
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(4096).unwrap();
+        let mut memory = [1_u8; 512];
+        let read = opcode::Read::new(Fixed(0), memory.as_mut_ptr(), 512).build();
+        let path = c"/dev/null".as_ptr();
+        let open = opcode::OpenAt::new(Fd(libc::AT_FDCWD), path).build();
+        let linked = opcode::Timeout::new(&Timespec::new().nsec(1)).build();
+        let linked = linked.flags(squeue::Flags::IO_DRAIN);
+        for is_restricted in [true, false] {
+            let mut uring = Uring::with(is_restricted).unwrap();
+            uring.register_files(&[-1]).unwrap();
+            uring.replace_file(0, file.as_raw_fd()).unwrap();
+            assert_eq!(result_of(&mut uring, &read), 512);
+            let refused = [&open, &linked].map(|entry| result_of(&mut uring, entry));
+            let is_refused = refused.map(|result| result == -libc::EACCES);
+            assert_eq!(is_refused, [is_restricted; 2], "{refused:?}");
+            let eventfd = uring.0.submitter().register_eventfd(file.as_raw_fd());
+            let error = eventfd.expect_err("not an eventfd").raw_os_error();
+            assert_eq!(error == Some(libc::EACCES), is_restricted, "{error:?}");
+        }
+        assert_eq!(memory, [0; 512]);
+    }
 }

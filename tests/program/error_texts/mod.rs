@@ -23,11 +23,12 @@ const LIST: &str = "tests/program/error_texts/list.txt";
 
 /// Files that advise without `#[error]`, or have parts of such texts; and those of the client but
 /// [`SHOWS`].
-const MORE_FILES: [&str; 8] = [
+const MORE_FILES: [&str; 9] = [
     "src/admin/resize.rs",
     "src/config/command_line.rs",
     "src/config/mod.rs",
     "src/config/records.rs",
+    "src/config/sandbox.rs",
     "src/control/qmp/change.rs",
     "src/control/qmp/commands.rs",
     "src/control/qmp/executor.rs",

@@ -40,7 +40,7 @@ fn an_image_of_another_disk_is_not_added() {
     let (host, other) = (Host::new(2), Host::new(1));
     let of_other = other.start();
     of_other.end();
-    let running = host.start();
+    let running = host.start_with(&host.images, &["--image-dir", "/"]);
     let before = fs::read(other.record(0)).unwrap();
     let image = other.images[0].to_str().unwrap();
     let (code, text) = running.blkctl(&["add", image, "--force", "--node-name", "x"]);
@@ -80,7 +80,7 @@ fn an_image_that_a_later_version_knows_is_not_added() {
         slot[25..33].copy_from_slice(checksum.as_bytes());
     }
     fs::write(other.record(0), &record).unwrap();
-    let running = host.start();
+    let running = host.start_with(&host.images, &["--image-dir", "/"]);
     let image = other.images[0].to_str().unwrap();
     let (code, text) = running.blkctl(&["add", image, "--force", "--node-name", "x"]);
     assert_eq!(code, 3, "{text}");

@@ -1,0 +1,101 @@
+//! The system calls of each kind of thread. What is not listed ends the process.
+//!
+//! Where the kernel has several calls for one purpose, all of them are listed: another C library,
+//! or another version of it, uses another one.
+
+use super::ThreadKind;
+
+/// Memory, threads and what they wait for, signals, time, and what is open: of all kinds.
+const ALL: &str = "\
+    brk mmap mprotect mremap munmap madvise clone clone3 futex futex_waitv futex_wait \
+    futex_wake gettid getpid rseq sched_getaffinity sched_setaffinity sched_yield \
+    set_robust_list set_tid_address getcpu membarrier prctl restart_syscall exit exit_group \
+    rt_sigaction rt_sigprocmask rt_sigreturn rt_sigtimedwait sigaltstack tgkill clock_gettime \
+    clock_getres clock_nanosleep gettimeofday nanosleep time close close_range read readv \
+    write writev fcntl ioctl fstat newfstatat statx lseek dup dup2 dup3 poll ppoll eventfd2 \
+    pipe2 getrandom uname sysinfo";
+
+/// Clients of sockets.
+const CONNECTIONS: &str = "\
+    accept accept4 recvfrom recvmsg recvmmsg sendto sendmsg shutdown getsockopt setsockopt \
+    getsockname getpeername socketpair epoll_create1 epoll_ctl epoll_wait epoll_pwait \
+    epoll_pwait2";
+
+/// Signals to guests: eventfds that are signalled without waiting.
+const NOTIFICATIONS: &str = "\
+    memfd_create io_setup io_submit io_getevents io_destroy";
+
+/// What io_uring would do, and waits for it.
+const OPERATIONS: &str = "\
+    io_uring_enter io_uring_register epoll_create1 epoll_ctl epoll_wait \
+    epoll_pwait epoll_pwait2 pread64 preadv preadv2 pwrite64 pwritev pwritev2 fdatasync fsync \
+    fallocate wait4 waitid getppid fadvise64 setsockopt shutdown kill fstatfs";
+
+/// Memory that a frontend shares, and where its descriptors come from.
+const SHARED_MEMORY: &str = "\
+    memfd_create ftruncate fallocate fstatfs statfs open openat openat2 readlink readlinkat \
+    getdents64 pidfd_open socket msync access faccessat faccessat2 lstat stat";
+
+/// What fails in threads that open nothing (`NO_FILES`).
+const OPENING: &str = "open openat openat2";
+
+/// Sockets lose their names.
+const NAMES_OF_SOCKETS: &str = "unlink unlinkat lstat";
+
+/// Images and records.
+const FILES: &str = "\
+    open openat openat2 access faccessat faccessat2 stat lstat fstatfs statfs readlink \
+    readlinkat getdents64 ftruncate fallocate pread64 preadv preadv2 pwrite64 pwritev pwritev2 \
+    fdatasync fsync syncfs fadvise64 flock unlink unlinkat rename renameat renameat2 link \
+    linkat mkdir mkdirat fchown fchmod fchownat fchmodat getcwd memfd_create geteuid getuid \
+    getegid getgid umask sync_file_range copy_file_range recvfrom recvmsg sendto sendmsg \
+    socket socketpair shutdown getsockopt setsockopt getppid readahead";
+
+/// To start the process that opens an image, and what the loader of a program needs.
+const PROCESSES: &str = "\
+    execve execveat vfork fork wait4 waitid kill pidfd_open pidfd_send_signal seccomp \
+    arch_prctl getrlimit prlimit64 setsid setpgid pause chdir";
+
+/// The end of the daemon: sockets lose their names, the service manager gets its last notice.
+const ENDING: &str = "\
+    socket connect sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt stat lstat \
+    unlink unlinkat pread64 pwrite64 fdatasync fsync wait4 kill readlink \
+    readlinkat getsockname";
+
+/// Calls that fail without ending the process, with this error.
+type Refused = (libc::c_int, &'static [&'static str]);
+
+/// The C library goes on: its memory allocator only looks at files below /proc and /sys.
+const NO_FILES: Refused = (libc::EACCES, &["open", "openat", "openat2"]);
+
+/// Its arguments cannot be looked at. Who gets this error uses clone, which starts threads only.
+const NO_PROCESSES: Refused = (libc::ENOSYS, &["clone3"]);
+
+/// The calls that fail in a kind of thread.
+pub(super) fn refused(kind: ThreadKind) -> &'static [Refused] {
+    match kind {
+        ThreadKind::Worker | ThreadKind::Operator | ThreadKind::Main => &[NO_FILES, NO_PROCESSES],
+        ThreadKind::Frontend | ThreadKind::Opener => &[NO_PROCESSES],
+        ThreadKind::Images => &[],
+    }
+}
+
+/// The names of the calls of a kind of thread. Some may be unknown on this architecture.
+pub(super) fn allowed(kind: ThreadKind) -> Vec<&'static str> {
+    let groups: &[&str] = match kind {
+        ThreadKind::Worker => &[ALL, OPERATIONS, NOTIFICATIONS, OPENING],
+        ThreadKind::Frontend => &[
+            ALL,
+            CONNECTIONS,
+            NOTIFICATIONS,
+            SHARED_MEMORY,
+            NAMES_OF_SOCKETS,
+        ],
+        ThreadKind::Operator => &[ALL, CONNECTIONS, NOTIFICATIONS, NAMES_OF_SOCKETS, OPENING],
+        ThreadKind::Images => &[ALL, FILES, NOTIFICATIONS, PROCESSES],
+        ThreadKind::Opener => &[ALL, FILES],
+        ThreadKind::Main => &[ALL, ENDING, NOTIFICATIONS, OPENING],
+    };
+    let names = groups.iter().flat_map(|group| group.split_whitespace());
+    names.collect()
+}

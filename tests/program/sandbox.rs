@@ -1,0 +1,279 @@
+//! What a daemon gives up when its images and sockets are open, as the kernel shows it; and what a
+//! monitor may use then.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::path::Path;
+
+use serde_json::{Value, json};
+use testkit::client::Client;
+use testkit::daemon::{Daemon, replica_arguments};
+use testkit::monitor::Monitor;
+
+use crate::place::{DISK_BYTES, Place, refusal};
+
+/// A daemon over the images of `place`, with a monitor.
+fn serve(place: &Place, options: &[&str]) -> (Daemon, Monitor) {
+    let mut arguments = replica_arguments(&place.images);
+    let socket = place.path("qmp.sock");
+    arguments.extend(["--qmp".into(), socket.clone().into()]);
+    arguments.extend(options.iter().map(Into::into));
+    let daemon = Daemon::start_with_records(place.directory.path(), arguments);
+    (daemon, Monitor::connect(&socket))
+}
+
+/// What /proc says of each thread of a process.
+fn threads(process: u32) -> Vec<String> {
+    let tasks = fs::read_dir(format!("/proc/{process}/task")).unwrap();
+    let statuses = tasks.filter_map(|task| {
+        // It may have ended.
+        fs::read_to_string(task.ok()?.path().join("status")).ok()
+    });
+    statuses.collect()
+}
+
+/// The value of a line of /proc/PID/status.
+fn value<'a>(status: &'a str, name: &str) -> &'a str {
+    let mut lines = status.lines();
+    let value = lines.find_map(|line| line.strip_prefix(name)?.strip_prefix(":\t"));
+    value.unwrap_or_else(|| panic!("no {name} in {status}"))
+}
+
+const SETS: [&str; 5] = ["CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb"];
+
+#[test]
+fn every_thread_has_given_up_its_rights() {
+    for aio in ["io_uring", "threads"] {
+        let place = Place::new(3);
+        let (daemon, mut monitor) = serve(&place, &["--aio", aio]);
+        monitor.execute("query-quorum", json!({}));
+        let threads = threads(daemon.id());
+        assert!(threads.len() > 3, "{threads:?}");
+        for status in &threads {
+            assert_eq!(value(status, "NoNewPrivs"), "1", "{status}");
+            assert_eq!(value(status, "Seccomp"), "2", "{status}");
+            for set in SETS {
+                assert_eq!(value(status, set), "0000000000000000", "{status}");
+            }
+        }
+        let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.id())).unwrap();
+        let core = limits
+            .lines()
+            .find(|line| line.starts_with("Max core file size"));
+        let core: Vec<&str> = core.expect("a line").split_whitespace().collect();
+        assert_eq!(core[4..6], ["0", "0"], "{limits}");
+    }
+}
+
+/// Of root, which may lock any memory; io_uring does so for all daemons of a user together.
+#[test]
+fn many_daemons_of_root_have_their_buffers() {
+    let places: Vec<Place> = (0..12).map(|_| Place::new(2)).collect();
+    let daemons: Vec<_> = places.iter().map(|place| serve(place, &[])).collect();
+    for (daemon, _) in &daemons {
+        Client::connect(daemon.socket(), 2)
+            .read(1, 0, 4096)
+            .unwrap();
+    }
+}
+
+#[test]
+fn without_a_sandbox_nothing_is_given_up() {
+    let place = Place::new(1);
+    let (daemon, _monitor) = serve(&place, &["--sandbox", "off"]);
+    let own = fs::read_to_string("/proc/self/status").unwrap();
+    for status in threads(daemon.id()) {
+        assert_eq!(value(&status, "NoNewPrivs"), "0");
+        assert_eq!(value(&status, "CapEff"), value(&own, "CapEff"));
+    }
+    assert!(!daemon.log().contains("sandbox"));
+}
+
+#[test]
+fn the_user_is_changed_when_all_is_open() {
+    for sandbox in ["auto", "off"] {
+        let place = Place::new(2);
+        let (mut daemon, mut monitor) =
+            serve(&place, &["--user", "1234:5678", "--sandbox", sandbox]);
+        for status in threads(daemon.id()) {
+            assert_eq!(value(&status, "Uid"), "1234\t1234\t1234\t1234");
+            assert_eq!(value(&status, "Gid"), "5678\t5678\t5678\t5678");
+            assert_eq!(value(&status, "Groups").trim(), "5678");
+            assert_eq!(value(&status, "CapEff"), "0000000000000000");
+        }
+        // The image of another user cannot be added, and one of this user can.
+        fs::set_permissions(place.directory.path(), PermissionsExt::from_mode(0o777)).unwrap();
+        let new = image(place.directory.path(), "new");
+        fs::set_permissions(&new, PermissionsExt::from_mode(0o600)).unwrap();
+        let refused = add(&mut monitor, &new).unwrap_err();
+        assert!(
+            refused.contains("Permission denied; give the image to the user"),
+            "{refused}"
+        );
+        chown(&new, Some(1234), Some(5678)).unwrap();
+        add(&mut monitor, &new).unwrap();
+        assert!(daemon.terminate().success());
+    }
+}
+
+#[test]
+fn a_user_that_cannot_be_is_refused() {
+    let place = Place::new(1);
+    let unknown = place.refusal(&["--user", "no-such-user"]);
+    let why = "invalid value 'no-such-user' for --user <USER[:GROUP]>: there is no such user; see \
+               quorum-blkd --help";
+    assert_eq!(unknown, why);
+    let numbers = place.refusal(&["--user", "123456"]);
+    assert!(
+        numbers.contains("this number has no name here, so give its group too"),
+        "{numbers}"
+    );
+    let group = place.refusal(&["--user", "root:no-such-group"]);
+    assert!(group.contains("there is no such group"), "{group}");
+}
+
+/// An empty image.
+fn image(directory: &Path, name: &str) -> std::path::PathBuf {
+    let path = directory.join(name);
+    fs::File::create(&path)
+        .unwrap()
+        .set_len(DISK_BYTES)
+        .unwrap();
+    path
+}
+
+/// Adds an image; the text of the error, if that is refused.
+fn add(monitor: &mut Monitor, image: &Path) -> Result<(), String> {
+    let text = |error: Value| error["desc"].as_str().unwrap().to_owned();
+    let node = json!({ "driver": "file", "node-name": "new", "filename": image });
+    monitor.try_execute("blockdev-add", node).map_err(text)?;
+    let change = json!({ "parent": "quorum0", "node": "new" });
+    let added = monitor.try_execute("x-blockdev-change", change);
+    if added.is_err() {
+        monitor.execute("blockdev-del", json!({ "node-name": "new" }));
+    }
+    added.map(drop).map_err(text)
+}
+
+#[test]
+fn the_monitor_learns_nothing_of_files_outside_of_the_image_directories() {
+    for sandbox in ["on", "off"] {
+        let outside = tempfile::tempdir().unwrap();
+        let other = image(outside.path(), "other.raw");
+        let place = Place::new(2);
+        let path = |name: &str| place.path(name);
+        symlink(&other, path("absolute")).unwrap();
+        symlink(outside.path().join("none"), path("dangling")).unwrap();
+        let up = Path::new("..").join(outside.path().file_name().unwrap());
+        symlink(up.join("other.raw"), path("relative")).unwrap();
+        symlink(outside.path(), path("directory")).unwrap();
+        let (_daemon, mut monitor) = serve(&place, &["--sandbox", sandbox]);
+        let outside_of_all = [
+            other.clone(),
+            outside.path().join("none"),
+            outside.path().to_owned(),
+            "/etc/passwd".into(),
+            "/nonexistent/image".into(),
+            path("absolute"),
+            path("dangling"),
+            path("relative"),
+            path("directory/other.raw"),
+            path("directory/none"),
+            place.directory.path().join(&up).join("other.raw"),
+            place.directory.path().join(&up).join("none"),
+            format!("/proc/{}/cwd", std::process::id()).into(),
+        ];
+        for path in outside_of_all {
+            let refused = add(&mut monitor, &path).unwrap_err();
+            let text = format!(
+                "'{}' is outside of the image directories, or a symbolic link there leads out of \
+                 them; use an image in one of them, or start the daemon with --image-dir for its \
+                 directory too",
+                path.display()
+            );
+            assert_eq!(refused, text);
+        }
+        // Paths in the directory get answers of their own, and a link in it is followed.
+        let refused = add(&mut monitor, &path("none")).unwrap_err();
+        assert!(refused.contains("No such file"), "{refused}");
+        let refused = add(&mut monitor, place.directory.path()).unwrap_err();
+        assert!(refused.contains("is a directory"), "{refused}");
+        image(place.directory.path(), "inside.raw");
+        symlink("inside.raw", path("link")).unwrap();
+        add(&mut monitor, &path("link")).unwrap();
+    }
+}
+
+#[test]
+fn images_are_added_from_the_directories_that_are_given() {
+    let given = tempfile::tempdir().unwrap();
+    let new = image(given.path(), "new.raw");
+    let place = Place::new(3);
+    let beside = image(place.directory.path(), "beside.raw");
+    let directory = given.path().to_str().unwrap();
+    let (mut daemon, mut monitor) = serve(&place, &["--image-dir", directory]);
+    let refused = add(&mut monitor, &beside).unwrap_err();
+    assert!(
+        refused.contains("is outside of the image directories"),
+        "{refused}"
+    );
+    // One that was named at the start can be added again, wherever it is.
+    let removed =
+        json!({ "parent": "quorum0", "child": place.images[1].file_name().unwrap().to_str() });
+    monitor.execute("x-blockdev-change", removed);
+    let change = json!({ "driver": "file", "node-name": "again", "filename": place.images[1] });
+    monitor.execute("blockdev-add", change);
+    let change = json!({ "parent": "quorum0", "node": "again", "force": true });
+    monitor.execute("x-blockdev-change", change);
+    add(&mut monitor, &new).unwrap();
+    assert!(daemon.terminate().success());
+    assert!(place.sockets().is_empty());
+}
+
+#[test]
+fn what_would_be_given_up_is_printed() {
+    let output = Daemon::run_to_end(["--print-sandbox"]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success());
+    let names: Vec<&str> = text
+        .lines()
+        .map(|line| line.split_whitespace().next().unwrap())
+        .take_while(|name| *name != "file")
+        .collect();
+    let expected = [
+        "core-dumps",
+        "capabilities",
+        "no-new-privileges",
+        "files",
+        "network",
+        "abstract-sockets",
+        "system-calls",
+        "io-uring",
+        "user",
+    ];
+    assert_eq!(names, expected);
+    let place = Place::new(1);
+    let mut arguments = place.sockets_arguments();
+    arguments.extend(replica_arguments(&place.images));
+    arguments.extend(["--print-sandbox", "--image-dir", "/srv/images"].map(Into::into));
+    let output = Daemon::run_to_end(&arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    let here = place.directory.path().display();
+    for line in [
+        "image-directory            '/srv/images'\n".to_owned(),
+        "file              write    '/srv/images'\n".to_owned(),
+        format!("file              write    '{here}'\n"),
+        format!("file              remove   '{here}'\n"),
+    ] {
+        assert!(text.contains(&line), "no {line} in {text}");
+    }
+    arguments.extend(["--sandbox", "off"].map(Into::into));
+    let output = Daemon::run_to_end(&arguments);
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(
+        !text.contains("\nfile ") && text.contains("core-dumps        off"),
+        "{text}"
+    );
+    let refused = refusal(["--print-sandbox", "--blk-file", "a", "--blk-file", "a"]);
+    assert!(refused.contains("no socket"), "{refused}");
+}
