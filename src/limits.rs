@@ -101,6 +101,19 @@ pub const METRICS_LIMIT: Duration = Duration::from_secs(5);
 /// Buckets of the map of corruption and errors: more than a terminal has columns.
 pub const MAP_BUCKETS: usize = 1024;
 
+/// Bytes of log lines that wait until stderr takes them. Lines that do not fit are dropped; those
+/// for debugging may fill half of it.
+pub const LOG_QUEUE_BYTES_MAX: usize = 256 << 10;
+
+/// How long the end of the process waits until they are written.
+pub const LOG_FLUSH_LIMIT: Duration = Duration::from_secs(1);
+
+/// Log lines of one kind, which frontends, guests or clients can cause, in one [`LOG_WINDOW`].
+pub const LOG_BURST: u32 = 32;
+
+/// See [`LOG_BURST`].
+pub const LOG_WINDOW: Duration = Duration::from_secs(30);
+
 /// Jobs that have ended and whose results are kept.
 pub const ENDED_JOBS_MAX: usize = 32;
 

@@ -32,7 +32,10 @@ fn main() -> ExitCode {
         return fail(&error);
     }
     match daemon::run(&config) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => {
+            logging::flush();
+            ExitCode::SUCCESS
+        }
         Err(error) => fail(&error),
     }
 }

@@ -113,6 +113,11 @@ impl Page {
             add(&[], disk.policy.vote_threshold as u64);
         });
         self.counter(
+            "log_lines_dropped_total",
+            "Log lines that were dropped because stderr was not read.",
+            |add| add(&[], disk.log_lines_dropped),
+        );
+        self.counter(
             "confirmations_total",
             "Reads that were repeated because the replies of the replicas differed.",
             |add| add(&[], disk.confirmations),

@@ -58,6 +58,8 @@ pub struct DiskState {
     pub confirmations: u64,
     /// Confirmations that found no replica at fault: writes were in flight.
     pub confirmations_without_fault: u64,
+    /// Log lines that were dropped because stderr was not read.
+    pub log_lines_dropped: u64,
     /// How many replicas the disk should have.
     pub intended_replicas: usize,
     /// The replicas, in order.

@@ -64,7 +64,8 @@ use crate::worker::{Disk, Stop, Workers};
 /// # Errors
 /// If [`logging::LEVEL_VARIABLE`] is set and does not hold levels.
 pub fn start_log(disk: &str, verbosity: u8) -> Result<(), logging::UnknownLevel> {
-    panic_hook::install(logging::start(disk, verbosity)?);
+    logging::start(disk, verbosity)?;
+    panic_hook::install();
     Ok(())
 }
 
@@ -95,6 +96,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     }
     let is_new = replicas.remember(&disk.shared, |event| disk.events.push(event))?;
     let files = replicas.ring_files();
+    logging::start_writer().map_err(system("cannot start a thread"))?;
     let workers = Workers::start(&disk, files, count).map_err(worker_error(config.aio))?;
     let table = Arc::new(ReplicaTable::with_missing(replicas.members));
     let admin = Admin::start(

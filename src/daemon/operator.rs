@@ -329,6 +329,7 @@ impl Operator for DiskOperator {
             undecided_sectors,
             confirmations: self.statistics.confirmations(),
             confirmations_without_fault: self.statistics.confirmations_without_fault(),
+            log_lines_dropped: super::logging::dropped(),
             intended_replicas,
             replicas,
         }

@@ -7,23 +7,18 @@
 #![forbid(unsafe_code)]
 
 use std::panic::PanicHookInfo;
-use std::sync::Arc;
 
-use log::Level;
-
-use super::logging::{Style, push_field};
+use super::logging::{print_last, push_field};
 
 /// Has every panic from now on print one line and abort the process.
-pub(super) fn install(style: Arc<Style>) {
-    std::panic::set_hook(Box::new(move |panic| {
-        let line = line(&style, panic);
-        // Directly, because the thread may hold the locks of the logger or of stderr.
-        let _ = rustix::io::write(std::io::stderr(), line.as_bytes());
+pub(super) fn install() {
+    std::panic::set_hook(Box::new(|panic| {
+        print_last("internal error: the process aborts", &fields(panic));
         std::process::abort();
     }));
 }
 
-fn line(style: &Style, panic: &PanicHookInfo<'_>) -> String {
+fn fields(panic: &PanicHookInfo<'_>) -> String {
     let thread = std::thread::current();
     let payload = panic.payload();
     let message = match payload.downcast_ref::<String>() {
@@ -36,6 +31,5 @@ fn line(style: &Style, panic: &PanicHookInfo<'_>) -> String {
         push_field(&mut fields, "location", &location.to_string());
     }
     push_field(&mut fields, "message", message);
-    let text = format_args!("internal error: the process aborts");
-    style.line(Level::Error, text, &fields)
+    fields
 }

@@ -54,6 +54,7 @@ impl Signals {
                     while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
                     if !first {
                         error!(signal; "second signal: exiting without draining requests");
+                        super::logging::flush();
                         std::process::exit(128 + signal);
                     }
                     let _ = stop.send(Stop::Requested);

@@ -207,6 +207,7 @@ pub fn disk() -> DiskState {
         marked_bytes: 0,
         unrecovered_bytes: 0,
         record_rounds: 0,
+        log_lines_dropped: 0,
         intended_replicas: replicas.len(),
         replicas: replicas.into(),
     }

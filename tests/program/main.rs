@@ -11,4 +11,5 @@ mod place;
 mod refusals;
 mod sandbox;
 mod socket_activation;
+mod stalled_log;
 mod start_up;

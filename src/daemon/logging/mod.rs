@@ -8,20 +8,27 @@
 //! format adds `disk=` to every line; `replica=` comes from the records that are about one.
 //!
 //! Invariants: a record is one line, whatever its text contains; a line has one timestamp, that of
-//! the journal where stderr is connected to it.
+//! the journal where stderr is connected to it; no thread waits for the reader of stderr but the
+//! one that writes.
 
 #![forbid(unsafe_code)]
 
+mod floods;
+mod queue;
+
 use std::fmt;
-use std::io::Write as _;
-use std::sync::Arc;
+use std::io;
+use std::sync::OnceLock;
 
 use env_logger::Builder;
 use jiff::Timestamp;
 use log::kv::{self, VisitSource};
-use log::{Level, LevelFilter};
+use log::{Level, LevelFilter, Metadata, Record};
 
+use self::floods::Site;
+use self::queue::Queue;
 use crate::common::message::Quoted;
+use crate::limits::LOG_FLUSH_LIMIT;
 
 /// Overrides `-v`: a level, or `MODULE=LEVEL`, or several of them with commas between.
 pub const LEVEL_VARIABLE: &str = "QUORUM_BLKD_LOG";
@@ -38,36 +45,128 @@ const JOURNAL_VARIABLE: &str = "JOURNAL_STREAM";
 )]
 pub struct UnknownLevel(String);
 
+/// The log of the process.
+static LOG: OnceLock<Log> = OnceLock::new();
+
+struct Log {
+    levels: env_logger::Logger,
+    style: Style,
+    queue: Queue,
+}
+
 /// Starts the log of the disk named `disk`. Without [`LEVEL_VARIABLE`], `verbosity` (the number of
-/// `-v`) selects the level. Returns the form of the lines, for those that are not log records.
+/// `-v`) selects the level. Until [`start_writer`], each thread writes its lines itself, or leaves
+/// them for later where stderr is not read.
 ///
 /// # Errors
 /// If [`LEVEL_VARIABLE`] is set and does not hold levels.
-pub(super) fn start(disk: &str, verbosity: u8) -> Result<Arc<Style>, UnknownLevel> {
+pub(super) fn start(disk: &str, verbosity: u8) -> Result<(), UnknownLevel> {
     let levels = std::env::var_os(LEVEL_VARIABLE).unwrap_or_default();
     let filters = filters(&levels.to_string_lossy(), verbosity)?;
-    let style = Arc::new(Style::of_stderr(disk));
     let mut builder = Builder::new();
     for (module, level) in filters {
         builder.filter(module.as_deref(), level);
     }
-    let formatted = Arc::clone(&style);
-    builder.format(move |out, record| {
+    let log = LOG.get_or_init(|| Log {
+        levels: builder.build(),
+        style: Style::of_stderr(disk),
+        queue: Queue::new(),
+    });
+    log::set_max_level(log.levels.filter());
+    log::set_logger(log).expect("the process has one log");
+    Ok(())
+}
+
+/// Starts the thread that writes the lines from now on, so that no other thread waits for the
+/// reader of stderr.
+///
+/// # Errors
+/// If the thread cannot be created.
+pub(super) fn start_writer() -> io::Result<()> {
+    let Some(log) = LOG.get() else {
+        return Ok(());
+    };
+    let thread = std::thread::Builder::new().name("log".into());
+    thread.spawn(|| write_all_lines(log))?;
+    log.queue.set_writer();
+    Ok(())
+}
+
+fn write_all_lines(log: &Log) -> ! {
+    loop {
+        let batch = log.queue.take();
+        let mut lines = batch.lines;
+        if batch.dropped > 0 {
+            let fields = format!(" count={}", batch.dropped);
+            let text = format_args!("log lines were dropped: stderr was not read");
+            lines.extend(log.style.line(Level::Warn, text, &fields).into_bytes());
+        }
+        for kind in batch.left_out {
+            let mut fields = format!(" count={}", kind.count);
+            push_field(&mut fields, "kind", &kind.text);
+            let text = format_args!("log lines were left out: too many of one kind");
+            lines.extend(log.style.line(kind.level, text, &fields).into_bytes());
+        }
+        // Without a reader there is nothing that could be done.
+        let _ = queue::write_all(&lines);
+    }
+}
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.levels.enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        let (level, text) = (record.level(), *record.args());
+        if !self.levels.matches(record)
+            || Site::of(record).is_some_and(|site| !self.queue.admits(site, level, text))
+        {
+            return;
+        }
         let mut fields = Fields::default();
         let visited = record.key_values().visit(&mut fields);
         visited.expect("the visitor does not fail");
-        let line = formatted.line(record.level(), *record.args(), &fields.0);
-        out.write_all(line.as_bytes())
-    });
-    builder.init();
-    Ok(style)
+        let line = self.style.line(level, text, &fields.0);
+        self.queue.push(level, line.as_bytes());
+    }
+
+    fn flush(&self) {
+        self.queue.flush(LOG_FLUSH_LIMIT);
+    }
+}
+
+/// Waits until the lines are written, for at most [`LOG_FLUSH_LIMIT`].
+pub fn flush() {
+    log::logger().flush();
+}
+
+/// How many lines were dropped because stderr was not read.
+pub(super) fn dropped() -> u64 {
+    LOG.get().map_or(0, |log| log.queue.lines_dropped())
 }
 
 /// Prints why the daemon cannot start, or why it ended.
 pub fn print_error(error: &dyn std::error::Error) {
     let priority = if is_journal() { "<3>" } else { "" };
-    // eprintln! would panic when the reader of stderr is gone.
-    let _ = writeln!(std::io::stderr(), "{priority}quorum-blkd: {error}");
+    let line = format!("{priority}quorum-blkd: {error}\n");
+    match LOG.get() {
+        Some(log) => {
+            log.queue.push_last(line.as_bytes());
+            flush();
+        }
+        // Not eprintln!, which would panic when the reader of stderr is gone.
+        None => drop(queue::write_all(line.as_bytes())),
+    }
+}
+
+/// Prints an error of a thread that may hold any lock, and after which the process ends. `fields`
+/// are as [`push_field`] makes them.
+pub(super) fn print_last(text: &'static str, fields: &str) {
+    let Some(log) = LOG.get() else { return };
+    flush();
+    let line = log.style.line(Level::Error, format_args!("{text}"), fields);
+    let _ = queue::write_within(line.as_bytes(), LOG_FLUSH_LIMIT);
 }
 
 /// The levels in `text`, each with its module. `verbosity` decides for modules that are not in it.
@@ -98,7 +197,7 @@ fn filters(text: &str, verbosity: u8) -> Result<Vec<(Option<String>, LevelFilter
 }
 
 /// The parts that all lines share.
-pub(super) struct Style {
+struct Style {
     disk: String,
     /// The journal adds a timestamp, and reads the level off the line.
     is_journal: bool,
@@ -113,7 +212,7 @@ impl Style {
     }
 
     /// A line with its end; `fields` are as [`push_field`] makes them.
-    pub(super) fn line(&self, level: Level, text: fmt::Arguments<'_>, fields: &str) -> String {
+    fn line(&self, level: Level, text: fmt::Arguments<'_>, fields: &str) -> String {
         let mut line = if self.is_journal {
             // sd-daemon(3)
             let priority = match level {
@@ -140,7 +239,7 @@ impl Style {
 /// Whether stderr is connected to the journal.
 fn is_journal() -> bool {
     let journal = std::env::var(JOURNAL_VARIABLE).ok();
-    let stderr = rustix::fs::fstat(std::io::stderr()).ok();
+    let stderr = rustix::fs::fstat(io::stderr()).ok();
     journal
         .zip(stderr)
         .is_some_and(|(journal, stderr)| journal == format!("{}:{}", stderr.st_dev, stderr.st_ino))
