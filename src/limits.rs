@@ -12,6 +12,20 @@ pub const SECTOR_BYTES: u64 = 512;
 /// needs two: the destination connects while the source still runs.
 pub const CONNECTIONS_MAX: usize = 4;
 
+/// Descriptors that one frontend may hold: three for each virtqueue, those of one message twice,
+/// its socket, its back channel, the dirty log and the inflight region.
+pub const DESCRIPTORS_OF_FRONTEND: u64 = 3 * QUEUES_MAX as u64 + 2 * 253 + 16;
+
+/// Descriptors that no frontend gets: for all clients of the monitor, readers of events, clients of
+/// the metrics and images that are opened, and for what frontends pass while they are refused.
+pub const DESCRIPTORS_RESERVED: u64 = 256;
+
+/// Descriptors that the process may need: also for the workers, and for images and their records.
+pub const DESCRIPTORS_NEEDED: u64 = CONNECTIONS_MAX as u64 * DESCRIPTORS_OF_FRONTEND
+    + DESCRIPTORS_RESERVED
+    + 8 * QUEUES_MAX as u64
+    + 4 * REPLICAS_MAX as u64;
+
 /// Replicas of one disk. A set of replicas is a 32-bit mask.
 pub const REPLICAS_MAX: usize = 32;
 

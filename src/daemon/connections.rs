@@ -21,6 +21,7 @@ use crate::device::frontend::Frontend;
 use crate::limits::{CONNECTIONS_MAX, GIVE_WAY_LIMIT};
 use crate::sandbox::{self, ThreadKind};
 use crate::untrusted::close::close;
+use crate::untrusted::reserve::is_reserved;
 
 /// How long accepting pauses after the system was out of resources for a connection.
 const ACCEPT_PAUSE: std::time::Duration = std::time::Duration::from_millis(100);
@@ -239,6 +240,11 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
                     continue;
                 }
             };
+            if is_reserved(&connection) {
+                warn!("frontend rejected: too few descriptors are left");
+                close(connection);
+                continue;
+            }
             slots.drain_closed();
             let slot = match slots.take(&connection) {
                 Ok(Some(slot)) => slot,

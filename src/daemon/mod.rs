@@ -9,6 +9,7 @@
 
 mod confinement;
 mod connections;
+mod descriptors;
 mod error;
 mod last_flush;
 mod listeners;
@@ -77,6 +78,7 @@ pub fn start_log(disk: &str, verbosity: u8) -> Result<(), logging::UnknownLevel>
 /// If it cannot start, if `--blkverify` finds a difference, or if the last flush fails.
 pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
+    descriptors::raise_limit();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
     confinement::check(config)?;

@@ -14,6 +14,7 @@ use rustix::net::sockopt::socket_domain;
 use rustix::termios::isatty;
 
 use super::close::call;
+use super::reserve::is_reserved;
 
 /// The file systems that never wait for another process or machine.
 const LOCAL: [&str; 19] = [
@@ -52,8 +53,12 @@ const LOCAL_KINDS: [FsWord; 6] = [
 /// Checks that no thread waits for another process when it uses or closes a descriptor.
 ///
 /// # Errors
-/// If one may, or that cannot be found out. The error says which kind it is.
+/// If one may, or that cannot be found out, or the descriptor is one of those in reserve. The
+/// error says which kind it is.
 pub fn check_is_local(descriptor: &impl AsFd) -> io::Result<()> {
+    if is_reserved(descriptor) {
+        return Err(io::Error::other("it passes more descriptors than are left"));
+    }
     // Memory files, and files of tmpfs and hugetlbfs. Others have no seals.
     if fcntl_get_seals(descriptor).is_ok() {
         return Ok(());

@@ -8,4 +8,6 @@ pub mod close;
 #[forbid(unsafe_code)]
 pub mod descriptor;
 pub mod mapping;
+#[forbid(unsafe_code)]
+pub mod reserve;
 pub mod signal;

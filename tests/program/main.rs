@@ -3,6 +3,7 @@
 mod aio;
 mod aliases;
 mod completion;
+mod descriptors;
 mod error_texts;
 mod installation;
 mod logging;
