@@ -7,7 +7,7 @@ use std::io::Write;
 use serde_json::json;
 
 use super::connection::parse_reply;
-use super::format::{printable, sectors, size};
+use super::format::{printable, printable_json, sectors, size};
 use super::replies::{Bucket, DiskMap, Failures, Range};
 use super::status::HEALTHY;
 use super::terminal::{Style, Terminal};
@@ -83,7 +83,7 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
         .connection
         .execute("query-quorum-map", json!({ "buckets": buckets }))?;
     if json {
-        writeln!(context.out, "{reply}")?;
+        writeln!(context.out, "{}", printable_json(&reply))?;
     }
     let map: DiskMap = parse_reply("query-quorum-map", reply)?;
     if !json {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::format::{duration, printable, sectors, size, timestamp};
+use super::format::{duration, printable, printable_json, sectors, size, timestamp};
 use super::progress::describe;
 use super::replies::{JobEnd, Range, Timestamp};
 use super::terminal::Style;
@@ -86,7 +86,7 @@ pub(super) fn run(context: &mut Context<'_>, json: bool) -> Result<Outcome, Erro
             continue;
         };
         if json {
-            writeln!(context.out, "{}", message.line)?;
+            writeln!(context.out, "{}", printable_json(&message.line))?;
         } else {
             let time = read::<Timestamp>(&message.value["timestamp"]);
             let time = time.and_then(|time| timestamp(time.seconds, time.microseconds));

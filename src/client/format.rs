@@ -3,7 +3,11 @@
 //! Own code, because libraries round: a size is never shown larger than it is, a disk that is not
 //! completely done is not at 100 %, and a size that is not a whole number of bytes is an error.
 
+use std::fmt::Display;
+
 use jiff::Timestamp;
+
+use crate::common::message::is_obeyed;
 
 const UNITS: [(u32, char); 6] = [
     (60, 'E'),
@@ -92,11 +96,25 @@ pub(super) fn timestamp(seconds: u64, microseconds: u32) -> Option<String> {
     Some(format!("{moment:.6}"))
 }
 
-/// Text from outside, on one line: control characters, which a terminal would obey, are escaped.
+/// JSON on one line, in which characters that a terminal would obey are escaped.
+pub(super) fn printable_json(json: impl Display) -> String {
+    let mut printable = String::new();
+    for character in json.to_string().chars() {
+        if is_obeyed(character) {
+            // They are in strings only, and none of them needs two units of UTF-16.
+            printable.push_str(&format!("\\u{:04x}", u32::from(character)));
+        } else {
+            printable.push(character);
+        }
+    }
+    printable
+}
+
+/// Text from outside, on one line: characters that a terminal would obey are escaped.
 pub(super) fn printable(text: &str) -> String {
     let mut printable = String::with_capacity(text.len());
     for character in text.chars() {
-        if character.is_control() {
+        if is_obeyed(character) {
             printable.extend(character.escape_default());
         } else {
             printable.push(character);
@@ -169,6 +187,24 @@ pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn no_character_reaches_a_terminal_that_it_obeys() {
+        let name = "a\u{9b}31m\u{7f}\u{202e}b\u{2066}\u{61c}\u{200f}\u{1b}";
+        let text = printable(name);
+        assert_eq!(
+            text,
+            "a\\u{9b}31m\\u{7f}\\u{202e}b\\u{2066}\\u{61c}\\u{200f}\\u{1b}"
+        );
+        let json = printable_json(serde_json::json!({ "node-name": name, "ä": "😀" }));
+        assert!(!json.contains(is_obeyed), "{json:?}");
+        assert!(
+            json.contains("\\u009b31m\\u007f\\u202eb") && json.contains("😀"),
+            "{json}"
+        );
+        let value: serde_json::Value = serde_json::from_str(&json).unwrap();
+        assert_eq!(value["node-name"], name, "it is the same text");
+    }
 
     #[test]
     fn sizes_are_parsed() {

@@ -4,7 +4,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 
-use super::format::{printable, size, timestamp};
+use super::format::{printable, printable_json, size, timestamp};
 use super::table::Table;
 use super::terminal::{Style, Terminal};
 use super::{Error, Outcome};
@@ -26,7 +26,7 @@ pub(super) fn run(
     let terminal = Terminal::of_stdout();
     if json {
         let text = serde_json::to_string(&found).expect("plain values become JSON");
-        writeln!(out, "{text}")?;
+        writeln!(out, "{}", printable_json(text))?;
     } else {
         for image in &found.images {
             show(image, terminal, out)?;

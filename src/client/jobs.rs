@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::arguments::JobCommand;
 use super::connection::parse_reply;
-use super::format::{percent, printable, size, timestamp};
+use super::format::{percent, printable, printable_json, size, timestamp};
 use super::replies::{EndedJob, Job};
 use super::scrub::wait_for;
 use super::table::Table;
@@ -47,7 +47,7 @@ pub(super) fn run(
 fn list(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
     let reply = context.connection.execute("query-jobs", json!({}))?;
     if json {
-        writeln!(context.out, "{reply}")?;
+        writeln!(context.out, "{}", printable_json(&reply))?;
         return Ok(Outcome::Good);
     }
     let jobs: Vec<Job> = parse_reply("query-jobs", reply)?;
@@ -65,7 +65,7 @@ fn list_all(context: &mut Context<'_>, json: bool) -> Result<Outcome, Error> {
     let mut running = context.connection.execute("query-jobs", json!({}))?;
     if json {
         let all = json!({ "query-quorum-jobs": ended.take(), "query-jobs": running.take() });
-        writeln!(context.out, "{all}")?;
+        writeln!(context.out, "{}", printable_json(&all))?;
         return Ok(Outcome::Good);
     }
     let ended: Vec<EndedJob> = parse_reply("query-quorum-jobs", ended)?;

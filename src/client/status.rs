@@ -9,7 +9,7 @@ use unicode_width::UnicodeWidthStr as _;
 
 use super::conditions::{Advice, advice};
 use super::connection::parse_reply;
-use super::format::{age, latency, printable, size};
+use super::format::{age, latency, printable, printable_json, size};
 use super::jobs::write_table;
 use super::replies::{Disk, EndedJob, Job, Operations, Replica};
 use super::table::Table;
@@ -75,7 +75,7 @@ fn show(context: &mut Context<'_>, out: &mut dyn Write, json: bool) -> Result<Ou
     let jobs: Vec<Job> = parse_reply("query-jobs", jobs)?;
     let ended: Vec<EndedJob> = parse_reply("query-quorum-jobs", ended)?;
     match all {
-        Some(all) => writeln!(out, "{all}")?,
+        Some(all) => writeln!(out, "{}", printable_json(all))?,
         None => {
             let now = SystemTime::now();
             write_status(out, &disk, &jobs, context.terminal)?;

@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::format::{printable, sectors, size};
+use super::format::{printable, printable_json, sectors, size};
 use super::progress::Progress;
 use super::terminal::{Style, Terminal};
 use super::{Error, Outcome};
@@ -44,7 +44,7 @@ pub(super) fn run(
     let verified = verified.map_err(|error| Error::Failed(error.to_string()))?;
     if json {
         let text = serde_json::to_string(&verified).expect("plain values become JSON");
-        writeln!(out, "{text}")?;
+        writeln!(out, "{}", printable_json(text))?;
     } else {
         show(&verified, terminal, out)?;
     }

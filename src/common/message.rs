@@ -4,14 +4,24 @@ use std::fmt::{self, Write as _};
 use std::io;
 use std::path::Path;
 
-/// A path or a name in a message: quoted, with control characters escaped, so on one line.
+/// Whether a terminal obeys a character instead of showing it: control characters, and those that
+/// change the direction of the text that follows (Unicode's Bidi_Control).
+pub(crate) fn is_obeyed(character: char) -> bool {
+    character.is_control()
+        || matches!(
+            character,
+            '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}'
+        )
+}
+
+/// A path or a name in a message: quoted, with what a terminal obeys escaped, so on one line.
 pub(crate) struct Quoted<'a, T: AsRef<Path> + ?Sized>(pub(crate) &'a T);
 
 impl<T: AsRef<Path> + ?Sized> fmt::Display for Quoted<'_, T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_char('\'')?;
         for character in self.0.as_ref().to_string_lossy().chars() {
-            if character.is_control() {
+            if is_obeyed(character) {
                 write!(f, "{}", character.escape_default())?;
             } else {
                 f.write_char(character)?;

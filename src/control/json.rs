@@ -5,7 +5,8 @@ use std::io;
 use serde::Serialize;
 use serde_json::ser::{CharEscape, CompactFormatter, Formatter, Serializer};
 
-/// Compact JSON in which every character outside of ASCII is escaped. One line, without its end.
+/// Compact JSON in which every character outside of printable ASCII is escaped. One line, without
+/// its end.
 pub(super) fn to_ascii<T: Serialize>(value: &T) -> Vec<u8> {
     let mut text = Vec::new();
     let mut serializer = Serializer::with_formatter(&mut text, Ascii(CompactFormatter));
@@ -24,7 +25,9 @@ impl Formatter for Ascii {
         fragment: &str,
     ) -> io::Result<()> {
         let mut rest = fragment;
-        while let Some(at) = rest.find(|character: char| !character.is_ascii()) {
+        while let Some(at) =
+            rest.find(|character: char| !character.is_ascii() || character.is_ascii_control())
+        {
             let (plain, special) = rest.split_at(at);
             writer.write_all(plain.as_bytes())?;
             let mut characters = special.chars();
@@ -58,8 +61,8 @@ mod tests {
     #[test]
     fn characters_outside_ascii_are_escaped() {
         assert_eq!(
-            to_ascii(&serde_json::json!({ "ä": "x\n\"€😀" })),
-            br#"{"\u00e4":"x\n\"\u20ac\ud83d\ude00"}"#
+            to_ascii(&serde_json::json!({ "ä": "x\n\"€😀\u{7f}" })),
+            br#"{"\u00e4":"x\n\"\u20ac\ud83d\ude00\u007f"}"#
         );
     }
 

@@ -27,7 +27,7 @@ use log::{Level, LevelFilter, Metadata, Record};
 
 use self::floods::Site;
 use self::queue::Queue;
-use crate::common::message::Quoted;
+use crate::common::message::{Quoted, is_obeyed};
 use crate::limits::LOG_FLUSH_LIMIT;
 
 /// Overrides `-v`: a level, or `MODULE=LEVEL`, or several of them with commas between.
@@ -259,7 +259,7 @@ impl<'kvs> VisitSource<'kvs> for Fields {
 /// Adds ` key=value`, with quotes around a value that is not one plain word.
 pub(super) fn push_field(line: &mut String, key: &str, value: &str) {
     let is_plain = |character: char| {
-        !character.is_whitespace() && !character.is_control() && !"\"=\\".contains(character)
+        !character.is_whitespace() && !is_obeyed(character) && !"\"=\\".contains(character)
     };
     line.extend([" ", key, "="]);
     if !value.is_empty() && value.chars().all(is_plain) {
@@ -282,7 +282,7 @@ fn push_on_one_line(line: &mut String, text: &str) {
 }
 
 fn push_escaped(line: &mut String, character: char) {
-    if character.is_control() {
+    if is_obeyed(character) {
         line.extend(character.escape_default());
     } else {
         line.push(character);
@@ -321,8 +321,9 @@ mod tests {
     fn a_record_is_one_line_for_any_contents() {
         let fields = [("replica", "a \"b\"\\"), ("error", "x\ny"), ("empty", "")];
         assert_eq!(
-            line(true, "a\nb", "two\nlines", &fields),
-            "<4>disk=\"a\\nb\" two\\nlines replica=\"a \\\"b\\\"\\\\\" error=\"x\\ny\" empty=\"\"\n"
+            line(true, "a\nb", "two\nlines\u{202e}", &fields),
+            "<4>disk=\"a\\nb\" two\\nlines\\u{202e} \
+             replica=\"a \\\"b\\\"\\\\\" error=\"x\\ny\" empty=\"\"\n"
         );
     }
 
