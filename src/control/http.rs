@@ -5,12 +5,12 @@
 //!
 //! Invariants: at most [`METRICS_CONNECTIONS_MAX`] connections are served at a time, each for at
 //! most [`METRICS_LIMIT`] and for at most [`METRICS_REQUEST_BYTES_MAX`] of a request. A client that
-//! sends slowly, endlessly or nothing delays other clients for that long, and never the disk.
+//! sends slowly, endlessly or nothing loses its place to one that waits, and never delays the disk.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -26,6 +26,12 @@ use crate::sandbox::{self, ThreadKind};
 
 /// Headers in a request: more than any client sends.
 const HEADERS_MAX: usize = 64;
+
+/// How long a client has its place before it may lose it: much longer than a scrape takes.
+const PLACE_KEPT: Duration = Duration::from_millis(100);
+
+/// How often a thread looks whether its client is to lose its place.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
 
 /// How long accepting pauses after the system was out of resources for a client.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
@@ -46,20 +52,18 @@ impl MetricsServer {
         listener.set_nonblocking(true)?;
         let listener = Arc::new(listener);
         let stop = Arc::new(Wake::new()?);
+        let places = Arc::new(Places::default());
         let mut server = Self {
             stop,
             threads: Vec::new(),
         };
         for _ in 0..METRICS_CONNECTIONS_MAX {
-            let (listener, operator, stop) = (
-                Arc::clone(&listener),
-                Arc::clone(operator),
-                Arc::clone(&server.stop),
-            );
+            let (listener, operator) = (Arc::clone(&listener), Arc::clone(operator));
+            let (stop, places) = (Arc::clone(&server.stop), Arc::clone(&places));
             let thread = std::thread::Builder::new().name("metrics".into());
             let thread = thread.spawn(move || {
                 sandbox::enter(ThreadKind::Operator);
-                accept_all(&listener, &*operator, &stop);
+                accept_all(&listener, &*operator, &stop, &places);
             })?;
             server.threads.push(thread);
         }
@@ -81,11 +85,63 @@ impl Drop for MetricsServer {
     }
 }
 
-fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &Wake) {
+/// When each client that is served was accepted.
+#[derive(Default)]
+struct Places(Mutex<Vec<Instant>>);
+
+impl Places {
+    fn taken(&self) -> MutexGuard<'_, Vec<Instant>> {
+        self.0.lock().expect(NOT_POISONED)
+    }
+}
+
+/// The place of a client, until it is dropped.
+struct Place<'a> {
+    places: &'a Places,
+    listener: &'a TcpListener,
+    taken_at: Instant,
+}
+
+impl<'a> Place<'a> {
+    fn take(places: &'a Places, listener: &'a TcpListener) -> Self {
+        let mut taken = places.taken();
+        let mut taken_at = Instant::now();
+        // No two are the same.
+        while taken.contains(&taken_at) {
+            taken_at += Duration::from_nanos(1);
+        }
+        taken.push(taken_at);
+        drop(taken);
+        Self {
+            places,
+            listener,
+            taken_at,
+        }
+    }
+
+    /// Whether its client loses it when another one comes: all are taken, this one for longest.
+    fn is_next(&self) -> bool {
+        let taken = self.places.taken();
+        taken.len() == METRICS_CONNECTIONS_MAX
+            && taken.iter().min() == Some(&self.taken_at)
+            && self.taken_at.elapsed() >= PLACE_KEPT
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.places
+            .taken()
+            .retain(|taken_at| *taken_at != self.taken_at);
+    }
+}
+
+fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &Wake, places: &Places) {
     while let Ok(()) = wait(listener.as_fd(), PollFlags::IN, stop, None) {
         match listener.accept() {
             Ok((stream, peer)) => {
-                if let Err(error) = serve(&stream, operator, stop) {
+                let place = Place::take(places, listener);
+                if let Err(error) = serve(&stream, operator, stop, &place) {
                     debug!(peer:%, error:%; "metrics request failed");
                 }
             }
@@ -103,9 +159,14 @@ fn accept_all(listener: &TcpListener, operator: &dyn Operator, stop: &Wake) {
     }
 }
 
-fn serve(mut stream: &TcpStream, operator: &dyn Operator, stop: &Wake) -> io::Result<()> {
+fn serve(
+    mut stream: &TcpStream,
+    operator: &dyn Operator,
+    stop: &Wake,
+    place: &Place<'_>,
+) -> io::Result<()> {
     stream.set_nonblocking(true)?;
-    let deadline = Some(Instant::now() + METRICS_LIMIT);
+    let deadline = Some((place, Instant::now() + METRICS_LIMIT));
     let mut request = Vec::new();
     let answer = loop {
         wait(stream.as_fd(), PollFlags::IN, stop, deadline)?;
@@ -182,28 +243,39 @@ pub fn answer(request: &[u8], metrics: impl FnOnce() -> String) -> Option<Vec<u8
 /// Waits until `fd` is ready.
 ///
 /// # Errors
-/// If `fd` is not ready by `deadline`, or `stop` is signalled.
+/// If `fd` is not ready by the deadline of the client, its place is needed for another one, or
+/// `stop` is signalled.
 fn wait(
     fd: BorrowedFd<'_>,
     events: PollFlags,
     stop: &Wake,
-    deadline: Option<Instant>,
+    client: Option<(&Place<'_>, Instant)>,
 ) -> io::Result<()> {
     loop {
-        let left = deadline.map(|deadline| deadline.saturating_duration_since(Instant::now()));
-        let timeout = left.map(|left| Timespec::try_from(left).expect("a short time"));
-        let mut polls = [
+        let mut polls = vec![
             PollFd::from_borrowed_fd(fd, events),
             PollFd::new(stop, PollFlags::IN),
         ];
-        match poll(&mut polls, timeout.as_ref()) {
-            Err(rustix::io::Errno::INTR) => {}
+        let mut left = None;
+        if let Some((place, deadline)) = client {
+            let rest = deadline.saturating_duration_since(Instant::now());
+            if rest.is_zero() {
+                return Err(ErrorKind::TimedOut.into());
+            }
+            let rest = Timespec::try_from(rest.min(LOOK_AGAIN));
+            left = Some(rest.expect("a short time"));
+            if place.is_next() {
+                polls.push(PollFd::new(place.listener, PollFlags::IN));
+            }
+        }
+        match poll(&mut polls, left.as_ref()) {
+            Err(rustix::io::Errno::INTR) | Ok(0) => {}
             Err(error) => return Err(error.into()),
-            Ok(0) => return Err(ErrorKind::TimedOut.into()),
             Ok(_) if !polls[1].revents().is_empty() => {
                 return Err(ErrorKind::ConnectionAborted.into());
             }
-            Ok(_) => return Ok(()),
+            Ok(_) if !polls[0].revents().is_empty() => return Ok(()),
+            Ok(_) => return Err(io::Error::other("another client needs its place")),
         }
     }
 }

@@ -291,6 +291,24 @@ fn a_misbehaving_client_delays_no_scrape_for_long() {
 }
 
 #[test]
+fn clients_that_send_nothing_give_their_places_to_one_that_comes() {
+    let served = serve("0");
+    measure(|| {
+        let _silent: Vec<TcpStream> = (0..3 * METRICS_CONNECTIONS_MAX)
+            .map(|_| served.connect())
+            .collect();
+        let begun = Instant::now();
+        served.scrape();
+        let took = begun.elapsed();
+        if took < METRICS_LIMIT {
+            Ok(())
+        } else {
+            Err(format!("scraped after {took:?}"))
+        }
+    });
+}
+
+#[test]
 fn an_address_that_other_hosts_reach_is_logged() {
     let served = serve("0.0.0.0:0");
     served.scrape();
