@@ -2,24 +2,29 @@
 //!
 //! Invariants:
 //! - Only those can connect that [`SocketAccess`] allows, from the first moment on: the socket gets
-//!   its group and mode before it listens, and its name after that.
+//!   its mode with its name, its group before it listens, and the name that clients know after
+//!   that. In a directory where others can write, no other file is changed.
 //! - The name always refers to a socket: the new one is renamed over one that a dead process left.
 //!   A socket that another process listens on, and a file that is not a socket, are left alone.
 //! - A [`BoundListener`] removes its name, unless another process has taken the name.
 
 use std::ffi::OsStr;
-use std::fs::{self, Permissions};
+use std::fs;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, chown};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, chownat, fchmod, fstat};
 use rustix::net::{
     AddressFamily, SocketAddrUnix, SocketFlags, SocketType, bind, connect, listen, socket_with,
 };
+use rustix::process::{Gid, geteuid, umask};
 
+use crate::common::NOT_POISONED;
 use crate::common::message::{Quoted, Reason};
 use crate::limits::SOCKET_PATH_BYTES_MAX;
 
@@ -182,20 +187,48 @@ impl Unnamed {
             let _ = fs::remove_file(&temporary);
         }
         let socket = new_socket().map_err(failed(path, "create a socket"))?;
-        let bound = SocketAddrUnix::new(&temporary).and_then(|address| bind(&socket, &address));
-        bound.map_err(|error| failed(path, "create the socket file")(error.into()))?;
+        let bound = bind_with_mode(&socket, &temporary, access.mode);
+        bound.map_err(failed(path, "create the socket file"))?;
         let temporary = Temporary(temporary);
-        if access.group.is_some() {
-            let chowned = chown(&temporary.0, None, access.group);
+        if let Some(group) = access.group {
+            let chowned = give_to_group(&temporary.0, group);
             chowned.map_err(failed(
                 path,
                 "give the socket to the group of --socket-group",
             ))?;
         }
-        let permissions = Permissions::from_mode(access.mode);
-        fs::set_permissions(&temporary.0, permissions).map_err(failed(path, "listen"))?;
         Ok(Self { socket, temporary })
     }
+}
+
+/// Held while the umask of the process is not its own.
+static UMASK: Mutex<()> = Mutex::new(());
+
+/// Binds a socket to a name that gets this mode with it. In a directory where others can write,
+/// they may have put another file there before the mode of the name could be changed.
+fn bind_with_mode(socket: &OwnedFd, name: &Path, mode: u32) -> io::Result<()> {
+    let address = SocketAddrUnix::new(name)?;
+    // The kernel takes the mode of the name from the socket, without the bits of the umask. What
+    // the daemon creates has modes of its own, so other threads do not need the umask meanwhile.
+    fchmod(socket, Mode::from_raw_mode(mode))?;
+    let _changed = UMASK.lock().expect(NOT_POISONED);
+    let before = umask(Mode::empty());
+    let bound = bind(socket, &address);
+    umask(before);
+    Ok(bound?)
+}
+
+/// Changes the group of a socket of this user, and of nothing else that may be there instead.
+fn give_to_group(name: &Path, group: u32) -> io::Result<()> {
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let found = rustix::fs::open(name, flags, Mode::empty())?;
+    let status = fstat(&found)?;
+    let is_socket = FileType::from_raw_mode(status.st_mode) == FileType::Socket;
+    if !is_socket || status.st_uid != geteuid().as_raw() || status.st_nlink != 1 {
+        return Err(io::Error::other("another process has replaced it"));
+    }
+    let group = Some(Gid::from_raw(group));
+    Ok(chownat(&found, "", None, group, AtFlags::EMPTY_PATH)?)
 }
 
 fn failed(path: &Path, action: &'static str) -> impl FnOnce(io::Error) -> BindError {
@@ -276,6 +309,61 @@ mod tests {
         listener.socket().accept().unwrap();
         drop((client, listener));
         assert!(names_in(directory.path()).is_empty());
+    }
+
+    #[test]
+    fn a_socket_has_its_mode_from_the_first_moment_on() {
+        let directory = tempfile::tempdir().unwrap();
+        for mode in [0o600, 0o660, 0o666, 0o000] {
+            let name = directory.path().join(mode.to_string());
+            let socket = new_socket().unwrap();
+            bind_with_mode(&socket, &name, mode).unwrap();
+            assert_eq!(fs::metadata(&name).unwrap().mode() & 0o7777, mode);
+        }
+        let _changed = UMASK.lock().unwrap();
+        let before = umask(Mode::empty());
+        umask(before);
+        assert!(!before.is_empty(), "it is as it was");
+    }
+
+    /// Another process may put something else in its place, in a directory where it can write.
+    #[test]
+    fn nothing_is_changed_that_takes_the_place_of_a_socket() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = directory.path().join("s");
+        let (victim, link) = (directory.path().join("victim"), directory.path().join("l"));
+        fs::write(&victim, "").unwrap();
+        let temporary = temporary_name(&path).unwrap();
+        let is_over = std::sync::atomic::AtomicBool::new(false);
+        let group = geteuid().as_raw();
+        let before = fs::metadata(&victim).unwrap();
+        std::thread::scope(|scope| {
+            let swapping = scope.spawn(|| {
+                let mut swapped = 0;
+                while !is_over.load(std::sync::atomic::Ordering::Relaxed) {
+                    let _ = std::os::unix::fs::symlink(&victim, &link);
+                    let is_socket = |found: fs::Metadata| found.file_type().is_socket();
+                    if fs::symlink_metadata(&temporary).is_ok_and(is_socket)
+                        && fs::rename(&link, &temporary).is_ok()
+                    {
+                        swapped += 1;
+                    }
+                }
+                swapped
+            });
+            let access = SocketAccess {
+                mode: 0o666,
+                group: Some(group + 1),
+            };
+            for _ in 0..2000 {
+                let _ = check_unix_listener(&path, access);
+                let _ = fs::remove_file(&temporary);
+            }
+            is_over.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(swapping.join().unwrap() > 0, "the race was never won");
+        });
+        let after = fs::metadata(&victim).unwrap();
+        assert_eq!((after.mode(), after.gid()), (before.mode(), before.gid()));
     }
 
     #[test]
