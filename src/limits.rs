@@ -336,6 +336,21 @@ pub fn drain_overtime(replica_timeout: Duration) -> Duration {
     replica_timeout.saturating_mul(LATE_LONG_LIMIT)
 }
 
+/// Threads that the watchdog watches: workers, frontends, the one that accepts them, the monitor
+/// and the events.
+pub const WATCHED_THREADS_MAX: usize = QUEUES_MAX as usize + CONNECTIONS_MAX + 3;
+
+/// How often the watchdog looks at the threads.
+pub const WATCHDOG_TICK: Duration = Duration::from_secs(1);
+
+/// For how long a thread may not turn before the process aborts. Longer than all that a thread
+/// waits for in a turn: [`OPEN_LIMIT`], [`DISK_USE_LIMIT`] and others, and
+/// [`drain_limit`] of those who change the replicas.
+pub fn watchdog_limit(replica_timeout: Duration) -> Duration {
+    let drained = drain_limit(replica_timeout).saturating_add(drain_overtime(replica_timeout));
+    drained.saturating_add(Duration::from_secs(60))
+}
+
 /// How long a frontend that starts its virtqueues waits until another one has stopped its own.
 pub const DISK_USE_LIMIT: Duration = Duration::from_secs(5);
 

@@ -7,6 +7,7 @@ use log::warn;
 use uuid::Uuid;
 
 use super::{Admin, AdminError};
+use crate::common::pulse;
 use crate::record::format::{self, Unusable};
 use crate::record::start::Kept;
 use crate::record::{Fingerprint, Holder, Layout, PastJob, Record};
@@ -133,7 +134,7 @@ impl Admin {
                 return Err(AdminError::Unrecorded);
             }
             self.workers.tick_all();
-            std::thread::sleep(INTERVAL);
+            pulse::waiting(|| std::thread::sleep(INTERVAL));
         }
         Ok(())
     }

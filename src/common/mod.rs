@@ -17,6 +17,8 @@ pub(crate) mod message;
 #[forbid(unsafe_code)]
 pub mod operation;
 #[forbid(unsafe_code)]
+pub mod pulse;
+#[forbid(unsafe_code)]
 pub mod ranges;
 #[forbid(unsafe_code)]
 mod replica_set;

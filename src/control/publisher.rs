@@ -26,7 +26,7 @@ use super::events::Names;
 use super::qmp::executor::Executor;
 use super::queue::EventQueue;
 use super::socket::Listener;
-use crate::common::NOT_POISONED;
+use crate::common::{NOT_POISONED, pulse};
 use crate::limits::{EVENT_READERS_MAX, QMP_CLIENTS_MAX};
 use crate::sandbox::{self, ThreadKind};
 
@@ -176,6 +176,8 @@ impl Server {
 
     fn run(mut self) {
         let mut timeout = None;
+        let _watched = pulse::watch();
+        pulse::busy();
         loop {
             self.wait(timeout);
             let batch = self.queue.take();
@@ -254,7 +256,7 @@ impl Server {
             i32::try_from(timeout.as_micros().div_ceil(1000)).unwrap_or(i32::MAX)
         });
         let mut fired = [EpollEvent::default(); CLIENTS_MAX + 4];
-        let count = match self.epoll.wait(timeout_ms, &mut fired) {
+        let count = match pulse::waiting(|| self.epoll.wait(timeout_ms, &mut fired)) {
             Ok(count) => count,
             Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
             // Other errors mean an invalid descriptor or buffer.

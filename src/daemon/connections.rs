@@ -13,7 +13,7 @@ use log::{info, warn};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
 use super::{Error, system};
-use crate::common::NOT_POISONED;
+use crate::common::{NOT_POISONED, pulse};
 use crate::control::socket::Listener;
 use crate::control::wake::Wake;
 use crate::device::disk_use::DiskUse;
@@ -151,6 +151,7 @@ impl Slots {
 
     /// Serves the connection of the slot until it ends.
     fn serve(&self, slot: usize, connection: UnixStream) {
+        let _watched = pulse::watch();
         info!(connection = slot; "frontend connected");
         match Frontend::serve(&self.frontends[slot], connection) {
             None => info!(connection = slot; "frontend disconnected"),
@@ -220,6 +221,7 @@ impl Connections {
 /// Accepts connections until `stop` is signalled. Returns when all of them have ended.
 fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
     std::thread::scope(|scope| {
+        let _watched = pulse::watch();
         loop {
             let connection = match listener.accept(stop) {
                 Ok(Some(connection)) => connection,
@@ -246,7 +248,7 @@ fn accept_all(listener: &FrontendListener, slots: &Slots, stop: &Wake) {
                 continue;
             }
             slots.drain_closed();
-            let slot = match slots.take(&connection) {
+            let slot = match pulse::turn(|| slots.take(&connection)) {
                 Ok(Some(slot)) => slot,
                 Ok(None) => {
                     warn!("frontend rejected: {CONNECTIONS_MAX} connections are served already");

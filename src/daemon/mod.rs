@@ -20,6 +20,7 @@ mod records;
 mod replicas;
 pub mod service_manager;
 mod signals;
+mod watchdog;
 
 use std::io;
 use std::sync::Arc;
@@ -36,6 +37,7 @@ use self::listeners::Listeners;
 use self::operator::DiskOperator;
 use self::replicas::Replicas;
 use self::signals::Signals;
+use self::watchdog::Watchdog;
 use crate::admin::Admin;
 use crate::common::{ReplicaIndex, SECTOR_BYTES};
 use crate::config::{Config, OnReadError, OnWriteError, Records};
@@ -51,7 +53,7 @@ use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, DiskInfo};
 use crate::engine::{Policy, ReadPattern, Shared};
 use crate::jobs::Sizes;
-use crate::limits::{CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX};
+use crate::limits::{CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX, watchdog_limit};
 use crate::replica::file::Opening;
 use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
@@ -230,6 +232,8 @@ fn serve(
     announce(disk, admin.replicas().len());
     let connections = Connections::start(listener, frontends.zip(uses).collect())
         .map_err(system("cannot start the frontend thread"))?;
+    let watchdog = Watchdog::start(watchdog_limit(config.replica_timeout))
+        .map_err(system("cannot start a thread"))?;
     sandbox::enter(ThreadKind::Main);
     let reason = stopped.recv().expect("this function owns a sender");
     let cause = match &reason {
@@ -237,6 +241,8 @@ fn serve(
         Stop::ContentsDiffer(_) => "replicas differ",
         Stop::Broken(_) => "worker failed",
     };
+    // The end has limits of its own.
+    drop(watchdog);
     info!(reason = cause; "stopping");
     service_manager::notify(&[NotifyState::Stopping, NotifyState::Status("stopping")]);
     connections.stop();

@@ -7,7 +7,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::Duration;
 
 use super::mailbox::{Mailbox, Message};
-use crate::common::ReplicaIndex;
+use crate::common::{ReplicaIndex, pulse};
 use crate::replica::ring::RingFile;
 
 /// A handle to the workers of a disk.
@@ -37,7 +37,7 @@ impl WorkerControl {
         for _ in &self.mailboxes {
             // A worker that has ended drops the message and with it the sender.
             let ended = |_| io::Error::other("the disk is being closed");
-            is_done.recv().map_err(ended)??;
+            pulse::waiting(|| is_done.recv()).map_err(ended)??;
         }
         Ok(())
     }
@@ -67,7 +67,7 @@ impl WorkerControl {
         self.mailboxes[0].send(Message::Flush { done });
         // A replica may hang for ever.
         let limit = self.drain_limit + self.drain_overtime;
-        is_done.recv_timeout(limit).unwrap_or(false)
+        pulse::waiting(|| is_done.recv_timeout(limit)).unwrap_or(false)
     }
 
     /// How long to wait for a replica that hangs.

@@ -12,7 +12,7 @@ use super::control::WorkerControl;
 use super::event_loop::Worker;
 use super::mailbox::{Mailbox, Message};
 use super::{Disk, Stop};
-use crate::common::{NOT_POISONED, ReplicaSet};
+use crate::common::{NOT_POISONED, ReplicaSet, pulse};
 use crate::device::frontend::VirtqueueServer;
 use crate::device::inflight::QueueRegion;
 use crate::engine::WorkerIndex;
@@ -173,7 +173,10 @@ fn run_worker<K: Kernel>(
         }
     };
     let _ = ready.send(Ok(()));
-    if let Err(error) = worker.run() {
+    let watched = pulse::watch();
+    let result = worker.run();
+    drop(watched);
+    if let Err(error) = result {
         let what = match aio {
             Aio::IoUring => "io_uring",
             Aio::Threads => "epoll",
@@ -206,7 +209,7 @@ impl VirtqueueServer for Handle {
         }
         drop(done);
         // Ends when all workers have dropped their senders; they never send.
-        let _ = is_done.recv();
+        let _ = pulse::waiting(|| is_done.recv());
     }
 
     fn flush(&self) -> bool {

@@ -14,3 +14,4 @@ mod sandbox;
 mod socket_activation;
 mod stalled_log;
 mod start_up;
+mod watchdog;

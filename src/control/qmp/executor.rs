@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex};
 use log::debug;
 
 use super::session::Call;
-use crate::common::NOT_POISONED;
 use crate::common::message::Reason;
+use crate::common::{NOT_POISONED, pulse};
 use crate::control::Operator;
 use crate::control::wake::Wake;
 use crate::limits::QMP_CLIENTS_MAX;
@@ -48,12 +48,14 @@ impl Executor {
             .name("monitor".into())
             .spawn(move || {
                 sandbox::enter(ThreadKind::Images);
+                let _watched = pulse::watch();
                 for (client, call) in waiting {
                     debug!(command = call.name(); "monitor command");
                     if call.may_wait() {
                         run_apart(client, call, &operator, &thread_done);
                     } else {
-                        thread_done.push(client, call.run(&*operator));
+                        let reply = pulse::turn(|| call.run(&*operator));
+                        thread_done.push(client, reply);
                     }
                 }
             })?;

@@ -38,7 +38,7 @@ use super::disk_use::DiskUse;
 use super::inflight::{self, QueueRegion};
 use super::memory::DirtyLog;
 use super::{DiskInfo, GuestMemory, Vring};
-use crate::common::NOT_POISONED;
+use crate::common::{NOT_POISONED, pulse};
 use crate::untrusted::close::close;
 use crate::untrusted::mapping::Share;
 
@@ -154,7 +154,7 @@ impl Frontend {
         let has_acknowledgements = lock(this).has_acknowledgements;
         let mut admitted = intake.next(has_acknowledgements)?;
         lock(this).passed = admitted.back_channel.take();
-        let handled = handler.handle_request();
+        let handled = pulse::turn(|| handler.handle_request());
         // Also those of a message that ends the connection.
         intake.send_replies().and(handled)
     }

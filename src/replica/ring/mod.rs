@@ -36,7 +36,7 @@ use self::threads::Threads;
 use super::zero::Ways;
 use crate::common::buffer::BufferPool;
 use crate::common::operation::{Action, Operation, Reply};
-use crate::common::{Errno, ReplicaIndex, ReplicaSet};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, pulse};
 use crate::limits::REPLICAS_MAX;
 use crate::statistics::Since;
 
@@ -397,12 +397,15 @@ impl<K: Kernel> Ring<K> {
     /// If the ring has become unusable.
     pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
         let want = usize::from(self.completions.is_empty());
+        // The system call may wait for a replica; its thread does not hang then.
+        pulse::idle();
         let entered = match wait {
             Wait::No if self.kernel.is_quiet() => Ok(()),
             Wait::No => self.kernel.enter(0, None),
             Wait::Forever => self.kernel.enter(want, None),
             Wait::AtMost(limit) => self.kernel.enter(want, Some(limit)),
         };
+        pulse::busy();
         match entered {
             Ok(()) => {}
             // EBUSY: the kernel submits more after completions are taken, which follows.
