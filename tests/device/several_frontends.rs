@@ -164,8 +164,9 @@ fn a_second_frontend_is_turned_away() {
     let mut first = Client::connect(daemon.socket(), 2);
     first.write(1, 0, &[1; 4096]).unwrap();
     assert!(Client::try_connect(daemon.socket(), 1, 256).is_err());
+    let is_logged = || daemon.log().contains("another one uses the disk");
+    assert!(wait_until(HANG_LIMIT, is_logged), "{}", daemon.log());
     let log = daemon.log();
-    assert!(log.contains("another one uses the disk"), "{log}");
     assert!(log.contains("--shared"), "{log}");
     assert!(first.read(1, 0, 4096).unwrap() == [1; 4096]);
     drop(first);
