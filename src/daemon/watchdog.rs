@@ -22,6 +22,7 @@ use super::logging::{print_last, push_field};
 use super::service_manager::notify;
 use crate::common::pulse::{Observed, observe};
 use crate::limits::WATCHDOG_TICK;
+use crate::sandbox::{self, ThreadKind};
 
 /// CPU time of a tick below which a thread that could run did not: 1/100 s, as the kernel counts.
 const RAN_AT_LEAST: u64 = 1;
@@ -45,6 +46,7 @@ impl Watchdog {
         let limit_ticks = u64::try_from(ticks).unwrap_or(u64::MAX);
         let thread = std::thread::Builder::new().name("watchdog".into());
         thread.spawn(move || {
+            sandbox::enter(ThreadKind::Watchdog);
             let mut hanging = Hanging::new(limit_ticks);
             while stopped.recv_timeout(tick) == Err(RecvTimeoutError::Timeout) {
                 if let Some(name) = hanging.tick(&observe(), state_of) {

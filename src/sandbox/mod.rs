@@ -68,16 +68,22 @@ pub enum ThreadKind {
     Images,
     /// The process that opens an image.
     Opener,
+    /// Writes the log.
+    Log,
+    /// Looks whether threads hang, and notifies the service manager.
+    Watchdog,
     /// The main thread while the disk is served, and the one that waits for signals.
     Main,
 }
 
 /// The kinds of threads of the daemon itself.
-const KINDS: [ThreadKind; 5] = [
+const KINDS: [ThreadKind; 7] = [
     ThreadKind::Worker,
     ThreadKind::Frontend,
     ThreadKind::Operator,
     ThreadKind::Images,
+    ThreadKind::Log,
+    ThreadKind::Watchdog,
     ThreadKind::Main,
 ];
 

@@ -56,6 +56,10 @@ const PROCESSES: &str = "\
     execve execveat vfork fork wait4 waitid kill pidfd_open pidfd_send_signal seccomp \
     arch_prctl getrlimit prlimit64 setsid setpgid pause chdir";
 
+/// To notify the service manager.
+const NOTICES: &str = "\
+    socket connect sendto sendmsg getsockopt setsockopt readlink readlinkat";
+
 /// The end of the daemon: sockets lose their names, the service manager gets its last notice.
 const ENDING: &str = "\
     socket connect sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt stat lstat \
@@ -74,8 +78,10 @@ const NO_PROCESSES: Refused = (libc::ENOSYS, &["clone3"]);
 /// The calls that fail in a kind of thread.
 pub(super) fn refused(kind: ThreadKind) -> &'static [Refused] {
     match kind {
-        ThreadKind::Worker | ThreadKind::Operator | ThreadKind::Main => &[NO_FILES, NO_PROCESSES],
-        ThreadKind::Frontend | ThreadKind::Opener => &[NO_PROCESSES],
+        ThreadKind::Worker | ThreadKind::Operator | ThreadKind::Log | ThreadKind::Main => {
+            &[NO_FILES, NO_PROCESSES]
+        }
+        ThreadKind::Watchdog | ThreadKind::Frontend | ThreadKind::Opener => &[NO_PROCESSES],
         ThreadKind::Images => &[],
     }
 }
@@ -94,6 +100,8 @@ pub(super) fn allowed(kind: ThreadKind) -> Vec<&'static str> {
         ThreadKind::Operator => &[ALL, CONNECTIONS, NOTIFICATIONS, NAMES_OF_SOCKETS, OPENING],
         ThreadKind::Images => &[ALL, FILES, NOTIFICATIONS, PROCESSES],
         ThreadKind::Opener => &[ALL, FILES],
+        ThreadKind::Log => &[ALL, OPENING],
+        ThreadKind::Watchdog => &[ALL, OPENING, NOTICES],
         ThreadKind::Main => &[ALL, ENDING, NOTIFICATIONS, OPENING],
     };
     let names = groups.iter().flat_map(|group| group.split_whitespace());

@@ -29,6 +29,7 @@ use self::floods::Site;
 use self::queue::Queue;
 use crate::common::message::{Quoted, is_obeyed};
 use crate::limits::LOG_FLUSH_LIMIT;
+use crate::sandbox::{self, ThreadKind};
 
 /// Overrides `-v`: a level, or `MODULE=LEVEL`, or several of them with commas between.
 pub const LEVEL_VARIABLE: &str = "QUORUM_BLKD_LOG";
@@ -87,7 +88,10 @@ pub(super) fn start_writer() -> io::Result<()> {
         return Ok(());
     };
     let thread = std::thread::Builder::new().name("log".into());
-    thread.spawn(|| write_all_lines(log))?;
+    thread.spawn(|| {
+        sandbox::enter(ThreadKind::Log);
+        write_all_lines(log)
+    })?;
     log.queue.set_writer();
     Ok(())
 }
