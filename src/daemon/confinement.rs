@@ -49,7 +49,7 @@ pub(super) fn confine(config: &Config, replicas: &Replicas) -> Result<(), Error>
     }
     let parts: Vec<&str> = lacking.iter().map(|(part, _)| part.name()).collect();
     let (_, reason) = &lacking[0];
-    warn!(missing = parts.join(","), reason; "the kernel lacks parts of the sandbox");
+    warn!(missing = parts.join(","), reason; "parts of the sandbox cannot be had");
     Ok(())
 }
 

@@ -95,8 +95,8 @@ const KINDS: [ThreadKind; 7] = [
 /// If the kernel has no memory for it.
 pub fn enter(kind: ThreadKind) {
     if is_restricted() {
-        let dropped = process::drop_capabilities(CapabilitySet::empty());
-        dropped.expect("a thread may always drop what it has");
+        // Fails only where it could not be done for the whole process, which was said then.
+        let _ = process::drop_capabilities(CapabilitySet::empty());
     }
     filter::enter(kind);
 }
@@ -245,43 +245,56 @@ impl Sandbox {
     }
 
     /// Gives it all up, in the calling thread, which must be the only one; each thread still has to
-    /// [`enter`] its kind. Returns the parts that the kernel lacks.
+    /// [`enter`] its kind. Returns the parts that the kernel lacks, or that with [`Mode::Auto`] a
+    /// container or a service manager has forbidden.
     ///
     /// # Errors
-    /// If the process has other threads, the user cannot be changed, or the kernel refuses a part.
-    /// The process must end then: some parts are applied.
+    /// If the process has other threads, the user cannot be changed, or with [`Mode::On`] a part is
+    /// refused. The process must end then: some parts are applied.
     pub fn apply(&self) -> Result<Vec<(Part, String)>, SandboxError> {
         check_alone()?;
         IS_APPLIED.store(
             self.mode != Mode::Off || self.user.is_some(),
             Ordering::Relaxed,
         );
-        let mut kept = process::keep_locked_memory()?;
+        let mut lacks = self.lacks();
+        let mut unless_forbidden = |applied| match applied {
+            Err(SandboxError::Refused { part, source }) if self.mode != Mode::On => {
+                if !lacks.iter().any(|(lacked, _)| *lacked == part) {
+                    lacks.push((part, source.to_string()));
+                }
+                Ok(())
+            }
+            applied => applied,
+        };
+        let mut kept = CapabilitySet::empty();
+        unless_forbidden(process::keep_locked_memory().map(|capability| kept = capability))?;
         if self.mode == Mode::Off {
             self.user.as_ref().map_or(Ok(()), process::become_user)?;
             return Ok(Vec::new());
         }
         self.check()?;
         // The new user may not reach all of the paths.
-        let ruleset = match &self.files {
-            Some(files) => files::ruleset(files, self.abstract_sockets)?,
-            None => None,
-        };
-        process::forget_bounding_set()?;
+        let mut ruleset = None;
+        if let Some(files) = &self.files {
+            let made = files::ruleset(files, self.abstract_sockets);
+            unless_forbidden(made.map(|made| ruleset = made))?;
+        }
+        unless_forbidden(process::forget_bounding_set())?;
         self.user.as_ref().map_or(Ok(()), process::become_user)?;
         if self.user.is_some() {
             // Gone with the user.
             kept = CapabilitySet::empty();
         }
-        process::drop_capabilities(kept)?;
+        unless_forbidden(process::drop_capabilities(kept))?;
         // Not earlier: a change of the user resets it.
-        process::forbid_core_dumps()?;
-        process::forbid_new_privileges()?;
-        ruleset.map_or(Ok(()), files::restrict)?;
+        unless_forbidden(process::forbid_core_dumps())?;
+        unless_forbidden(process::forbid_new_privileges())?;
+        unless_forbidden(ruleset.map_or(Ok(()), files::restrict))?;
         if is_filtered() {
-            filter::prepare(&KINDS)?;
+            unless_forbidden(filter::prepare(&KINDS))?;
         }
-        Ok(self.lacks())
+        Ok(lacks)
     }
 }
 

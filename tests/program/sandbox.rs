@@ -1,14 +1,22 @@
 //! What a daemon gives up when its images and sockets are open, as the kernel shows it; and what a
 //! monitor may use then.
 
-use std::fs;
+use std::collections::BTreeSet;
 use std::os::unix::fs::{PermissionsExt, chown, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
+use std::str::FromStr;
+use std::{fs, io};
 
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, apply_filter};
 use serde_json::{Value, json};
+use syscalls::Sysno;
+use testkit::HANG_LIMIT;
 use testkit::client::Client;
 use testkit::daemon::{Daemon, replica_arguments};
 use testkit::monitor::Monitor;
+use testkit::process::{Process, wait_until};
 
 use crate::place::{DISK_BYTES, Place, refusal};
 
@@ -74,6 +82,108 @@ fn many_daemons_of_root_have_their_buffers() {
         Client::connect(daemon.socket(), 2)
             .read(1, 0, 4096)
             .unwrap();
+    }
+}
+
+/// The system calls that the unit allows, and those that the service manager always does.
+fn calls_of_the_unit() -> BTreeSet<String> {
+    let unit = concat!(
+        env!("CARGO_MANIFEST_DIR"),
+        "/packaging/quorum-blkd@.service.in"
+    );
+    let unit = fs::read_to_string(unit).unwrap();
+    let lines = unit
+        .lines()
+        .filter_map(|line| line.strip_prefix("SystemCallFilter="));
+    let mut allowed = members("@default");
+    let mut count = 0;
+    for line in lines {
+        let (names, denied) = match line.strip_prefix('~') {
+            Some(names) => (names, true),
+            None => (line, false),
+        };
+        for call in names.split_whitespace().flat_map(members) {
+            if denied {
+                allowed.remove(&call);
+            } else {
+                allowed.insert(call);
+            }
+        }
+        count += 1;
+    }
+    assert!(count > 1, "{unit}");
+    allowed
+}
+
+/// The calls of a set, or the call of that name.
+fn members(name: &str) -> BTreeSet<String> {
+    if !name.starts_with('@') {
+        return BTreeSet::from([name.to_owned()]);
+    }
+    let shown = Command::new("systemd-analyze")
+        .args(["--no-pager", "syscall-filter", name])
+        .output()
+        .unwrap();
+    let shown = String::from_utf8(shown.stdout).unwrap();
+    let names = shown.lines().skip(1).map(str::trim);
+    let names = names.filter(|name| !name.is_empty() && !name.starts_with('#'));
+    names.flat_map(members).collect()
+}
+
+/// A filter that allows these calls and no others.
+fn allow(calls: &BTreeSet<String>) -> BpfProgram {
+    let numbers = calls.iter().filter_map(|name| Sysno::from_str(name).ok());
+    let rules = numbers.map(|number| (i64::from(number.id()), Vec::new()));
+    let filter = SeccompFilter::new(
+        rules.collect(),
+        SeccompAction::Errno(libc::EPERM.cast_unsigned()),
+        SeccompAction::Allow,
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    filter.unwrap().try_into().unwrap()
+}
+
+/// Serves a disk with these calls only. Returns the log.
+fn serve_with(filter: BpfProgram, sandbox: &str) -> String {
+    let place = Place::new(3);
+    let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkd"));
+    command
+        .args(place.sockets_arguments())
+        .args(replica_arguments(&place.images))
+        .args(["--sandbox", sandbox])
+        .stderr(fs::File::create(place.path("log")).unwrap());
+    // SAFETY: the closure makes system calls only.
+    unsafe { command.pre_exec(move || apply_filter(&filter).map_err(io::Error::other)) };
+    let mut daemon = Process::spawn(&mut command).unwrap();
+    let said = || fs::read_to_string(place.path("log")).unwrap();
+    let serves = wait_until(HANG_LIMIT, || said().contains("serving the disk"));
+    assert!(serves, "{}", said());
+    let mut client = Client::connect(&place.path("disk.sock"), 1);
+    client.write(0, 0, &[1; 4096]).unwrap();
+    client.flush(0).unwrap();
+    drop(client);
+    daemon.signal(libc::SIGTERM);
+    let status = daemon.wait_within(HANG_LIMIT).expect("it ends");
+    assert_eq!(status.code(), Some(0), "{}", said());
+    said()
+}
+
+#[test]
+fn the_unit_lets_the_daemon_give_up_the_rest() {
+    let log = serve_with(allow(&calls_of_the_unit()), "on");
+    assert!(!log.contains("WARN"), "{log}");
+}
+
+/// In a container that forbids it.
+#[test]
+fn what_cannot_be_given_up_is_said_and_keeps_no_disk_from_being_served() {
+    let mut calls = calls_of_the_unit();
+    calls.retain(|name| {
+        !name.starts_with("landlock") && !["capset", "seccomp"].contains(&name.as_str())
+    });
+    let log = serve_with(allow(&calls), "auto");
+    for part in ["capabilities", "files", "system-calls"] {
+        assert!(log.contains(part), "{log}");
     }
 }
 
