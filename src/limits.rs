@@ -382,7 +382,7 @@ pub const FORGET_LIMIT: Duration = Duration::from_secs(1);
 pub const FORGET_BYTES_MIN: u64 = 4 << 20;
 
 /// And in at most about so many calls.
-pub const FORGETS_MAX: u64 = 1 << 16;
+pub const FORGETS_MAX: u64 = 1 << 12;
 
 /// Samples of an image that are taken anywhere when the images of a new disk are compared, and as
 /// many where some image has data, besides those at its ends.
