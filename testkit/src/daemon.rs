@@ -172,10 +172,23 @@ impl Daemon {
         self.process.is_alive()
     }
 
-    /// What it wrote to stderr so far.
+    /// What it wrote to stderr so far: all lines about what has been seen of it already.
     pub fn log(&self) -> String {
+        wait_until(HANG_LIMIT, || !self.is_logging());
         let bytes = fs::read(&self.log).expect("reading the daemon's log");
         String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// Whether the thread that writes the log works.
+    fn is_logging(&self) -> bool {
+        let Ok(tasks) = fs::read_dir(format!("/proc/{}/task", self.id())) else {
+            return false;
+        };
+        let stats =
+            tasks.filter_map(|task| fs::read_to_string(task.ok()?.path().join("stat")).ok());
+        // "ID (NAME) STATE ...", proc_pid_stat(5): running, or waiting for a disk.
+        let mut states = stats.filter_map(|stat| Some(stat.split_once(" (log) ")?.1.to_owned()));
+        states.any(|state| state.starts_with(['R', 'D']))
     }
 
     /// Waits until it has compared the images, as it does first with `--rewrite-corrupted`.

@@ -35,7 +35,7 @@ mod formula {
 
     /// The program, its libraries, threads and tables. It is larger without optimisation.
     pub(super) const PROGRAM_BYTES: u64 = if cfg!(debug_assertions) {
-        15 * MIB
+        16 * MIB
     } else {
         5 * MIB
     };
