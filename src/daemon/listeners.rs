@@ -43,8 +43,9 @@ impl Listeners {
 /// Opens the socket that an option or a service manager names. One that this creates has this
 /// `access`.
 fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Error> {
-    // SAFETY: a descriptor is inherited for the one purpose that its option or name gives. The
-    // configuration accepts each descriptor once, and this opens each socket once.
+    // SAFETY: a descriptor is inherited for the one purpose that its option or name gives: it was
+    // open before any socket of this process (`check`). The configuration accepts each descriptor
+    // once, and this opens each socket once.
     let adopted = |fd| unsafe { adopt(fd) }.map(Listener::Passed);
     match listen {
         Listen::Path(path) => Ok(Listener::Bound(bind_unix_listener(path, access)?)),
@@ -55,15 +56,21 @@ fn open(listen: &Listen, access: SocketAccess) -> Result<Listener, Error> {
     }
 }
 
-/// Checks that the sockets can be created that [`open`] and [`listen_for_metrics`] are to create:
-/// before the images have records, and jobs begin.
+/// Checks that the sockets can be created that [`open`] and [`listen_for_metrics`] are to create,
+/// and that the others are inherited: before the images have records, and jobs begin, and before a
+/// socket of this process gets the number that an option names.
 pub(super) fn check(config: &Config) -> Result<(), Error> {
     let for_owner = [&config.events, &config.qmp].into_iter().flatten();
     let for_owner = for_owner.map(|listen| (listen, SocketAccess::OWNER));
     let for_frontend = (&config.listen, access_of_frontends(config));
     for (listen, access) in for_owner.chain([for_frontend]) {
-        if let Listen::Path(path) = listen {
-            check_unix_listener(path, access)?;
+        match listen {
+            Listen::Path(path) => check_unix_listener(path, access)?,
+            Listen::Fd(fd) if !is_listener(*fd) => return Err(Error::NotAListener(*fd)),
+            Listen::Passed(socket) if !is_listener(socket.fd) => {
+                return Err(Error::PassedNoListener(socket.clone()));
+            }
+            Listen::Fd(_) | Listen::Passed(_) => {}
         }
     }
     config
@@ -89,16 +96,19 @@ fn listen_for_metrics(address: SocketAddr) -> Result<TcpListener, Error> {
 /// # Safety
 /// Nothing else in this process may own the descriptor.
 unsafe fn adopt(fd: RawFd) -> Option<UnixListener> {
+    // SAFETY: the descriptor is open, as it listens, and the caller says that nothing else owns it.
+    is_listener(fd).then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
+}
+
+/// Whether `fd` is a listening UNIX stream socket, and no standard stream.
+fn is_listener(fd: RawFd) -> bool {
     if fd <= io::stderr().as_raw_fd() {
-        return None;
+        return false;
     }
-    // SAFETY: the system calls below reject a descriptor that is not open, and nothing closes one
-    // that is: the caller says that nothing else owns it.
+    // SAFETY: the system calls below reject a descriptor that is not open; nothing closes one
+    // meanwhile, as no other thread has it.
     let passed = unsafe { BorrowedFd::borrow_raw(fd) };
-    let is_listener = socket_domain(passed) == Ok(AddressFamily::UNIX)
+    socket_domain(passed) == Ok(AddressFamily::UNIX)
         && socket_type(passed) == Ok(SocketType::STREAM)
-        && socket_acceptconn(passed) == Ok(true);
-    // SAFETY: the descriptor is open (the calls above succeeded), and the caller says that nothing
-    // else owns it.
-    is_listener.then(|| unsafe { OwnedFd::from_raw_fd(fd) }.into())
+        && socket_acceptconn(passed) == Ok(true)
 }

@@ -188,6 +188,24 @@ fn an_inherited_descriptor_that_is_no_listening_socket_is_refused() {
     }
 }
 
+/// The monitor's clients would be served as frontends.
+#[test]
+fn a_descriptor_of_a_socket_that_the_daemon_makes_itself_is_refused() {
+    let place = Place::new(1);
+    let [events, qmp] = ["events.sock", "qmp.sock"].map(|name| place.path(name));
+    let (events, qmp) = (events.to_str().unwrap(), qmp.to_str().unwrap());
+    for descriptor in 3..12 {
+        let number = descriptor.to_string();
+        let arguments = ["--fd", &number, "--events", events, "--qmp", qmp];
+        let mut running = Running::start(&place, &arguments, None, None);
+        assert_eq!(running.exit_code(), Some(1), "{}", running.log());
+        assert_eq!(
+            running.log(),
+            format!("quorum-blkd: --fd {number}: not a listening UNIX stream socket\n")
+        );
+    }
+}
+
 #[test]
 fn a_signal_ends_it_and_nothing_is_left() {
     for signal in [libc::SIGTERM, libc::SIGINT] {
