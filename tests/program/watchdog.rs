@@ -8,6 +8,7 @@ use std::process::Stdio;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::thread;
+use std::time::Duration;
 
 use testkit::HANG_LIMIT;
 use testkit::client::{Client, Request};
@@ -19,39 +20,54 @@ use testkit::programs;
 /// `__WALL`, waitpid(2).
 const WAIT_ALL: libc::c_int = 0x4000_0000;
 
-/// A thread that this one has stopped, and no other thread of its process.
-struct Stopped(libc::pid_t);
+/// How long a stopped thread is given to end the process, which takes a minute on a machine that is
+/// not busy. It may have been stopped on its way into a system call, where it is idle: then it is
+/// stopped again.
+const END_LIMIT: Duration = Duration::from_secs(100);
 
-impl Stopped {
-    /// Stops a thread of `process` while it does not wait in the kernel.
-    fn stop(process: u32, thread: libc::pid_t) -> Self {
-        let ptrace = |request, data: usize| {
-            // SAFETY: the requests read and write no memory of this process.
-            let result = unsafe { libc::ptrace(request, thread, 0_usize, data) };
-            assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
-        };
-        ptrace(libc::PTRACE_SEIZE, 0);
+/// A thread that this one stops, and no other thread of its process.
+struct Traced {
+    process: u32,
+    thread: libc::pid_t,
+}
+
+impl Traced {
+    fn new(process: u32, thread: libc::pid_t) -> Self {
+        let traced = Self { process, thread };
+        traced.request(libc::PTRACE_SEIZE);
+        traced
+    }
+
+    fn request(&self, request: libc::c_uint) {
+        // SAFETY: the requests read and write no memory of this process.
+        let result = unsafe { libc::ptrace(request, self.thread, 0_usize, 0_usize) };
+        assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    }
+
+    /// Stops it while it does not wait in the kernel.
+    fn stop(&self) {
         loop {
-            ptrace(libc::PTRACE_INTERRUPT, 0);
+            self.request(libc::PTRACE_INTERRUPT);
             let mut status = 0;
             // SAFETY: `status` is valid for the write.
-            let waited = unsafe { libc::waitpid(thread, &raw mut status, WAIT_ALL) };
-            assert!(waited == thread && libc::WIFSTOPPED(status));
+            let waited = unsafe { libc::waitpid(self.thread, &raw mut status, WAIT_ALL) };
+            assert!(waited == self.thread && libc::WIFSTOPPED(status));
             // Outside of a system call its number is -1.
+            let (process, thread) = (self.process, self.thread);
             let call = fs::read_to_string(format!("/proc/{process}/task/{thread}/syscall"));
             if call.unwrap().starts_with("-1") {
-                return Self(thread);
+                return;
             }
-            ptrace(libc::PTRACE_CONT, 0);
+            self.request(libc::PTRACE_CONT);
         }
     }
 
     /// Whether it has ended; the end of the process waits for this question.
     fn has_ended(&self) -> bool {
-        let mut status = 0;
+        let (thread, mut status) = (self.thread, 0);
         // SAFETY: `status` is valid for the write.
-        let waited = unsafe { libc::waitpid(self.0, &raw mut status, WAIT_ALL | libc::WNOHANG) };
-        waited == -1 || waited == self.0 && !libc::WIFSTOPPED(status)
+        let waited = unsafe { libc::waitpid(thread, &raw mut status, WAIT_ALL | libc::WNOHANG) };
+        waited == -1 || waited == thread && !libc::WIFSTOPPED(status)
     }
 }
 
@@ -98,12 +114,19 @@ fn a_worker_that_hangs_ends_the_process() {
             let _ = ended.recv();
         });
         served.recv().unwrap();
-        let worker = Stopped::stop(daemon.id(), thread_named(daemon.id(), "worker-0"));
-        is_stopped.store(true, Ordering::Relaxed);
-        let is_ended = wait_until(HANG_LIMIT, || worker.has_ended());
+        let worker = Traced::new(daemon.id(), thread_named(daemon.id(), "worker-0"));
+        let is_ended = (0..4).any(|attempt| {
+            if attempt > 0 {
+                worker.request(libc::PTRACE_CONT);
+            }
+            worker.stop();
+            wait_until(END_LIMIT, || worker.has_ended())
+        });
         if !is_ended {
             daemon.signal(libc::SIGKILL);
+            wait_until(HANG_LIMIT, || worker.has_ended());
         }
+        is_stopped.store(true, Ordering::Relaxed);
         drop(end);
         assert!(is_ended, "{}", daemon.log());
     });

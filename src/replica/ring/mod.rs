@@ -397,13 +397,16 @@ impl<K: Kernel> Ring<K> {
     /// If the ring has become unusable.
     pub fn enter(&mut self, wait: Wait) -> io::Result<&mut VecDeque<Completion>> {
         let want = usize::from(self.completions.is_empty());
-        // The system call may wait for a replica; its thread does not hang then.
-        pulse::idle();
-        let entered = match wait {
-            Wait::No if self.kernel.is_quiet() => Ok(()),
-            Wait::No => self.kernel.enter(0, None),
-            Wait::Forever => self.kernel.enter(want, None),
-            Wait::AtMost(limit) => self.kernel.enter(want, Some(limit)),
+        let entered = if matches!(wait, Wait::No) && self.kernel.is_quiet() {
+            Ok(())
+        } else {
+            // The system call may wait for a replica; its thread does not hang then.
+            pulse::idle();
+            match wait {
+                Wait::No => self.kernel.enter(0, None),
+                Wait::Forever => self.kernel.enter(want, None),
+                Wait::AtMost(limit) => self.kernel.enter(want, Some(limit)),
+            }
         };
         pulse::busy();
         match entered {
