@@ -93,7 +93,7 @@ fn described(config: Option<&Config>) -> Sandbox {
     if let Some(config) = config {
         let directories = &config.image_directories;
         let of_directories = directories.directories.iter();
-        files.extend(of_directories.map(|path| of_directory(path.clone(), true, config)));
+        files.extend(of_directories.map(|path| of_directory(path.clone(), false, config)));
         let of_images = directories.images.iter().filter_map(|path| path.parent());
         files.extend(
             of_images

@@ -171,6 +171,8 @@ fn open(file: &Beneath) -> Result<Option<(OwnedFd, bool)>, SandboxError> {
             Err(Errno::NOTDIR) if is_directory => {}
             // Nor what this user cannot reach in any case.
             Err(Errno::NOENT | Errno::NOTDIR | Errno::AGAIN | Errno::ACCESS) => return Ok(None),
+            // One file system that fails is no reason to serve no disk.
+            Err(_) if !file.answers => return Ok(None),
             Err(errno) => {
                 let (path, source) = (file.path.clone(), errno.into());
                 return Err(SandboxError::Directory { path, source });
