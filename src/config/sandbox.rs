@@ -7,11 +7,8 @@ use clap::{Args, ValueEnum, ValueHint};
 use nix::unistd::{Gid, Uid, getgrouplist};
 
 use super::ConfigError;
-use crate::replica::file::{ImageDirectories, ReplicaSource};
+use crate::replica::file::{DEVICES, ImageDirectories, ReplicaSource};
 use crate::sandbox::{Mode, User};
-
-/// Where device nodes are. The links there lead from one directory to the other.
-const DEVICES: &str = "/dev";
 
 /// The options as written.
 #[derive(Debug, Args)]

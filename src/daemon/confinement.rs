@@ -12,10 +12,8 @@ use super::Error;
 use super::replicas::Replicas;
 use crate::common::message::Quoted;
 use crate::config::{Config, Listen};
+use crate::replica::file::DEVICES;
 use crate::sandbox::{Access, Beneath, Mode, Part, Sandbox};
-
-/// Where device nodes are.
-const DEVICES: &str = "/dev";
 
 /// The variable that names the socket of the service manager, sd_notify(3).
 const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
@@ -92,14 +90,11 @@ fn described(config: Option<&Config>) -> Sandbox {
     let mut files = of_system();
     if let Some(config) = config {
         let directories = &config.image_directories;
-        let of_directories = directories.directories.iter();
-        files.extend(of_directories.map(|path| of_directory(path.clone(), false, config)));
         let of_images = directories.images.iter().filter_map(|path| path.parent());
-        files.extend(
-            of_images
-                .filter(|path| path.parent().is_some())
-                .map(|path| of_directory(path.to_owned(), false, config)),
-        );
+        let of_images = of_images.filter(|path| path.parent().is_some());
+        let given = directories.directories.iter().map(PathBuf::as_path);
+        let paths = given.chain(of_images).map(Path::to_owned);
+        files.extend(paths.map(|path| of_directory(path, false, config)));
         if config.records.are_kept {
             let path = config.records.directory.path().to_owned();
             files.push(of_directory(path, true, config));

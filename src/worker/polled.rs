@@ -1,6 +1,6 @@
 //! How often a worker looks at virtqueues whose drivers do not kick (vhost-user,
-//! VHOST_USER_SET_VRING_KICK without a descriptor): often while there are requests, and less and
-//! less often while there are none.
+//! VHOST_USER_SET_VRING_KICK without a descriptor): often while there are requests, and more rarely
+//! the longer there are none.
 
 use std::collections::BTreeSet;
 use std::time::Duration;

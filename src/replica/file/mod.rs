@@ -46,7 +46,7 @@ pub use self::all::{
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::{Watched, watch};
-pub use self::directories::ImageDirectories;
+pub use self::directories::{DEVICES, ImageDirectories};
 pub use self::error::OpenError;
 pub(super) use self::examine::Kind;
 pub use self::first_look::compare_first;
