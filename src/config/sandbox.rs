@@ -7,8 +7,11 @@ use clap::{Args, ValueEnum, ValueHint};
 use nix::unistd::{Gid, Uid, getgrouplist};
 
 use super::ConfigError;
-use crate::replica::file::{DEVICES, ImageDirectories, ReplicaSource};
+use crate::replica::file::{ImageDirectories, ReplicaSource};
 use crate::sandbox::{Mode, User};
+
+/// Where device nodes are. The links there lead from one directory to the other.
+const DEVICES: &str = "/dev";
 
 /// The options as written.
 #[derive(Debug, Args)]
@@ -28,8 +31,7 @@ pub(super) struct SandboxOptions {
 
     /// Let the monitor add images from the directory DIR and those in it. Repeat the option for
     /// more directories [default: the directories of the images of --blk-file; /dev for those that
-    /// are in it]. Symbolic links there must not lead out of it. With / images may be anywhere, and
-    /// the sandbox has no Landlock
+    /// are in it]. Symbolic links there must not lead out of it. With / images may be anywhere
     #[arg(long, value_hint = ValueHint::DirPath, value_name = "DIR", help_heading = "Security")]
     pub(super) image_dir: Vec<PathBuf>,
 

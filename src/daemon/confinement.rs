@@ -1,18 +1,19 @@
 //! What the daemon gives up when its images and sockets are open: the paths that stay in reach.
+//!
+//! Images and records are not among them. They are opened by processes that another one starts
+//! (`replica/file/spawner.rs`), which keeps the rights to do so.
 
 #![forbid(unsafe_code)]
 
-use std::fs;
-use std::os::fd::AsRawFd as _;
-use std::path::{Path, PathBuf};
+use std::fmt::Write as _;
 
 use log::{debug, warn};
 
 use super::Error;
-use super::replicas::Replicas;
+use super::error::system;
 use crate::common::message::Quoted;
 use crate::config::{Config, Listen};
-use crate::replica::file::DEVICES;
+use crate::replica::file::{Permitted, start_spawner};
 use crate::sandbox::{Access, Beneath, Mode, Part, Sandbox};
 
 /// The variable that names the socket of the service manager, sd_notify(3).
@@ -23,21 +24,19 @@ pub(super) fn check(config: &Config) -> Result<(), Error> {
     Ok(described(Some(config)).check()?)
 }
 
-/// Gives up what is not needed to serve `replicas`. The calling thread must be the only one.
+/// Gives up what is not needed to serve a disk whose images and sockets are open. The calling
+/// thread must be the only one.
 ///
 /// # Errors
 /// If that cannot be done.
-pub(super) fn confine(config: &Config, replicas: &Replicas) -> Result<(), Error> {
-    let mut sandbox = described(Some(config));
-    if let Some(files) = &mut sandbox.files {
-        for member in &replicas.members {
-            match member {
-                Ok(file) => files.extend(of_image(&file.file, config)),
-                Err(missing) => files.extend(of_missing(&missing.path, config)),
-            }
-        }
+pub(super) fn confine(config: &Config) -> Result<(), Error> {
+    let sandbox = described(Some(config));
+    let begun = sandbox.begin()?;
+    if sandbox.mode != Mode::Off {
+        let started = start_spawner(&permitted(config));
+        started.map_err(system("cannot start a process"))?;
     }
-    let lacking = sandbox.apply()?;
+    let lacking = begun.finish()?;
     if sandbox.mode == Mode::Off {
         return Ok(());
     }
@@ -51,17 +50,30 @@ pub(super) fn confine(config: &Config, replicas: &Replicas) -> Result<(), Error>
     Ok(())
 }
 
+/// The images that may be opened while the disk is served.
+fn permitted(config: &Config) -> Permitted {
+    let records = &config.records;
+    Permitted {
+        directories: config.image_directories.clone(),
+        records: records
+            .are_kept
+            .then(|| records.directory.path().to_owned()),
+        read_only: config.read_only,
+    }
+}
+
 /// What `--print-sandbox` prints: the parts, one a line, and the files that stay in reach of a
 /// daemon with these options.
 pub fn print_sandbox(config: Option<&Config>) -> String {
     let sandbox = described(config);
+    let is_off = sandbox.mode == Mode::Off;
     let mut text = String::new();
     let mut line = |first: &str, second: &str, third: &str| {
-        text.push_str(&format!("{first:<18}{second:<9}{third}\n"));
+        let _ = writeln!(text, "{first:<18}{second:<9}{third}");
     };
     for part in Part::ALL {
         match part.lack() {
-            _ if !sandbox.wants(part) => line(part.name(), "off", part.effect()),
+            _ if is_off => line(part.name(), "off", part.effect()),
             None => line(part.name(), "on", part.effect()),
             Some(why) => line(part.name(), "missing", &why),
         }
@@ -72,135 +84,65 @@ pub fn print_sandbox(config: Option<&Config>) -> String {
         user.unwrap_or("same"),
         "the user while the disk is served",
     );
-    if let Some(config) = config {
-        for directory in &config.image_directories.directories {
-            line("image-directory", "", &Quoted(directory).to_string());
+    if !is_off {
+        for Beneath { path, access } in &sandbox.files {
+            line("file", access.name(), &Quoted(path).to_string());
         }
     }
-    if sandbox.wants(Part::Files) {
-        for Beneath { path, access, .. } in sandbox.files.iter().flatten() {
-            line("file", access.name(), &Quoted(path).to_string());
+    if let Some(config) = config {
+        let Permitted {
+            directories,
+            records,
+            read_only,
+        } = permitted(config);
+        let access = match read_only {
+            true => Access::Read,
+            false => Access::Write,
+        };
+        let lists = [
+            ("image", directories.images),
+            ("image-directory", directories.directories),
+            ("records", records.into_iter().collect()),
+        ];
+        for (what, paths) in &lists {
+            for path in paths {
+                line(what, access.name(), &Quoted(path).to_string());
+            }
         }
     }
     text
 }
 
-/// The sandbox of a daemon with these options, without what its images tell when they are open.
+/// The sandbox of a daemon with these options.
 fn described(config: Option<&Config>) -> Sandbox {
-    let mut files = of_system();
+    let mut files = vec![
+        Beneath {
+            path: "/proc".into(),
+            access: Access::Read,
+        },
+        Beneath {
+            path: "/sys".into(),
+            access: Access::Read,
+        },
+    ];
     if let Some(config) = config {
-        let directories = &config.image_directories;
-        let of_images = directories.images.iter().filter_map(|path| path.parent());
-        let of_images = of_images.filter(|path| path.parent().is_some());
-        let given = directories.directories.iter().map(PathBuf::as_path);
-        let paths = given.chain(of_images).map(Path::to_owned);
-        files.extend(paths.map(|path| of_directory(path, false, config)));
-        if config.records.are_kept {
-            let path = config.records.directory.path().to_owned();
-            files.push(of_directory(path, true, config));
-        }
         let sockets = [
             Some(&config.listen),
             config.events.as_ref(),
             config.qmp.as_ref(),
         ];
-        files.extend(sockets.into_iter().flatten().filter_map(of_socket));
-    }
-    let is_anywhere = config.is_some_and(|config| config.image_directories.is_anywhere());
-    let mut unique: Vec<Beneath> = Vec::new();
-    for file in files {
-        if !unique.contains(&file) {
-            unique.push(file);
+        for file in sockets.into_iter().flatten().filter_map(of_socket) {
+            if !files.contains(&file) {
+                files.push(file);
+            }
         }
     }
     Sandbox {
         mode: config.map_or(Mode::Auto, |config| config.sandbox.into()),
         user: config.and_then(|config| config.user.clone()),
-        // With images anywhere, there is nothing to keep out of reach.
-        files: (!is_anywhere).then_some(unique),
+        files,
         abstract_sockets: has_abstract_manager(),
     }
-}
-
-/// What every daemon needs.
-fn of_system() -> Vec<Beneath> {
-    let beneath = |path: &str, access| Beneath {
-        path: path.into(),
-        access,
-        answers: true,
-    };
-    let mut files = vec![
-        beneath("/proc", Access::Read),
-        beneath("/sys", Access::Read),
-        beneath("/run/udev", Access::Read),
-        beneath("/dev/disk", Access::Read),
-        beneath("/dev/null", Access::Use),
-        beneath("/etc/ld.so.cache", Access::Read),
-        beneath("/etc/ld.so.preload", Access::Read),
-        // The program opens images in processes of its own.
-        beneath("/proc/self/exe", Access::Execute),
-    ];
-    // Those of its libraries and of the loader: a directory, so that an update does not hurt.
-    files.extend(library_directories().into_iter().map(|path| Beneath {
-        path,
-        access: Access::Execute,
-        answers: true,
-    }));
-    files
-}
-
-/// The directories of the files that this program is made of, except its own.
-fn library_directories() -> Vec<PathBuf> {
-    let maps = fs::read_to_string("/proc/self/maps").unwrap_or_default();
-    let own = fs::read_link("/proc/self/exe").unwrap_or_default();
-    let paths = maps
-        .lines()
-        .filter_map(|line| line.find('/').map(|start| &line[start..]));
-    let libraries = paths
-        .map(Path::new)
-        .filter(|path| *path != own && path.to_string_lossy().contains(".so"));
-    let mut directories: Vec<PathBuf> = libraries
-        .filter_map(|path| path.parent().map(Path::to_owned))
-        .collect();
-    directories.sort();
-    directories.dedup();
-    directories
-}
-
-/// A directory with images or records.
-fn of_directory(path: PathBuf, answers: bool, config: &Config) -> Beneath {
-    let access = if path.starts_with(DEVICES) {
-        Access::Use
-    } else if config.read_only {
-        Access::Read
-    } else {
-        Access::Write
-    };
-    Beneath {
-        path,
-        access,
-        answers,
-    }
-}
-
-/// An open image, which may be in no directory any more, and the directory that it really is in,
-/// unless that is `/`: it may have been reached through links.
-fn of_image(image: &fs::File, config: &Config) -> Vec<Beneath> {
-    let itself = format!("/proc/self/fd/{}", image.as_raw_fd());
-    let real = fs::read_link(&itself).unwrap_or_default();
-    let directory = real.parent().filter(|path| path.parent().is_some());
-    let directory = directory.map(|path| of_directory(path.to_owned(), true, config));
-    let itself = of_directory(itself.into(), true, config);
-    directory.into_iter().chain([itself]).collect()
-}
-
-/// The directory above that of an image that is not there: if the file system of the image is
-/// mounted later, that is all that Landlock sees.
-fn of_missing(image: &Path, config: &Config) -> Option<Beneath> {
-    let image = std::path::absolute(image).ok()?;
-    let above = image.parent()?.parent()?;
-    above.parent()?;
-    Some(of_directory(above.to_owned(), false, config))
 }
 
 /// The directory of a socket that the daemon has made and will remove.
@@ -212,7 +154,6 @@ fn of_socket(listen: &Listen) -> Option<Beneath> {
     Some(Beneath {
         path: absolute.parent()?.to_owned(),
         access: Access::Remove,
-        answers: true,
     })
 }
 

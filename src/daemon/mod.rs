@@ -88,7 +88,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let listeners = Listeners::open(config)?;
-    confinement::confine(config, &replicas)?;
+    confinement::confine(config)?;
     let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
     let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();

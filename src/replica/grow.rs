@@ -4,14 +4,15 @@
 //! an image already has behind the old end is unknown, so it is zeroed: a block device, which must
 //! have the new size, and a file that is larger than the disk. A file gets a hole for the rest.
 //!
-//! The image is opened once more for this. Linux reports a writeback error once per open file
+//! The image is open once more for this. Linux reports a writeback error once per open file
 //! description, and an error of the guest's data must reach the guest's next flush, not this sync.
+//! This sync may report one that a flush has reported before: then growing fails, and succeeds when
+//! it is tried again.
 
 #![forbid(unsafe_code)]
 
-use std::fs::{File, OpenOptions};
+use std::fs::File;
 use std::io::{self, Seek as _, SeekFrom};
-use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt as _;
 
 use rustix::fs::fallocate;
@@ -89,13 +90,14 @@ impl Growth {
     /// Prepares to grow `replica` from the size of the disk, `from_bytes`.
     ///
     /// # Errors
-    /// If the image cannot be opened once more.
+    /// If the image is only read, or there is no descriptor for it.
     pub fn new(replica: &ReplicaFile, from_bytes: u64, to_bytes: u64) -> Result<Self, GrowError> {
-        // Not by its path, which may name another file by now.
-        let same = format!("/proc/self/fd/{}", replica.file.as_raw_fd());
-        let file = OpenOptions::new().read(true).write(true).open(same);
+        let file = replica.opened_again.as_ref();
+        let file = file
+            .ok_or_else(|| io::ErrorKind::ReadOnlyFilesystem.into())
+            .and_then(File::try_clone);
         Ok(Self {
-            file: file.map_err(system("open"))?,
+            file: file.map_err(system("dup"))?,
             is_block_device: replica.is_block_device,
             from_bytes,
             to_bytes,

@@ -11,7 +11,7 @@ use landlock::{
     RulesetCreated, RulesetCreatedAttr, RulesetError, Scope,
 };
 
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
+use rustix::fs::{CWD, Mode, OFlags, openat};
 use rustix::io::Errno;
 
 use super::{Part, SandboxError};
@@ -27,9 +27,6 @@ pub struct Beneath {
     pub path: PathBuf,
     /// What may be done to it.
     pub access: Access,
-    /// Its file system is known to answer. Else it stays out of reach if the kernel would have to
-    /// ask for it.
-    pub answers: bool,
 }
 
 /// What may be done to a file, or to all in a directory.
@@ -153,26 +150,16 @@ fn is_of_no_directory(error: &RulesetError) -> bool {
     errors.any(|error| error.raw_os_error() == Some(libc::EBADFD))
 }
 
-/// Opens a file as a place, and returns whether it is a directory. `None`: it does not exist, or
-/// its file system would have to be asked.
+/// Opens a file as a place, and returns whether it is a directory. `None`: it does not exist.
 fn open(file: &Beneath) -> Result<Option<(OwnedFd, bool)>, SandboxError> {
     for is_directory in [true, false] {
         let mut flags = OFlags::PATH | OFlags::CLOEXEC;
         flags.set(OFlags::DIRECTORY, is_directory);
-        let opened = match file.answers {
-            true => openat(CWD, &file.path, flags, Mode::empty()),
-            false => {
-                let cached = ResolveFlags::CACHED;
-                openat2(CWD, &file.path, flags, Mode::empty(), cached)
-            }
-        };
-        match opened {
+        match openat(CWD, &file.path, flags, Mode::empty()) {
             Ok(opened) => return Ok(Some((opened, is_directory))),
             Err(Errno::NOTDIR) if is_directory => {}
             // Nor what this user cannot reach in any case.
-            Err(Errno::NOENT | Errno::NOTDIR | Errno::AGAIN | Errno::ACCESS) => return Ok(None),
-            // One file system that fails is no reason to serve no disk.
-            Err(_) if !file.answers => return Ok(None),
+            Err(Errno::NOENT | Errno::NOTDIR | Errno::ACCESS) => return Ok(None),
             Err(errno) => {
                 let (path, source) = (file.path.clone(), errno.into());
                 return Err(SandboxError::Directory { path, source });

@@ -96,13 +96,13 @@ fn conditions(kind: ThreadKind, name: &str) -> Result<Vec<SeccompRule>, seccompi
         let compare = SeccompCmpOp::MaskedEq(mask);
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, compare, value)
     };
-    let starts_programs = matches!(kind, ThreadKind::Images | ThreadKind::Opener);
+    let starts_programs = matches!(kind, ThreadKind::Spawner | ThreadKind::Opener);
     let condition = match name {
         // The loader maps code.
         "mmap" | "mprotect" if !starts_programs => bits(2, libc::PROT_EXEC, 0)?,
         "socket" => bits(0, -1, libc::AF_UNIX)?,
         // A thread, or a task that shares the memory.
-        "clone" if kind != ThreadKind::Images => bits(0, libc::CLONE_VM, libc::CLONE_VM)?,
+        "clone" if kind != ThreadKind::Spawner => bits(0, libc::CLONE_VM, libc::CLONE_VM)?,
         // A task tells its process that it has made a call that is not allowed.
         "kill" if kind == ThreadKind::Worker => bits(0, -1, std::process::id().cast_signed())?,
         _ => return Ok(Vec::new()),

@@ -23,6 +23,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use landlock::RulesetCreated;
 use rustix::thread::CapabilitySet;
 
 pub use self::error::SandboxError;
@@ -64,8 +65,10 @@ pub enum ThreadKind {
     Frontend,
     /// Serves clients of the operator.
     Operator,
-    /// Runs commands, looks at images, and starts processes that open them.
+    /// Runs commands, and looks at images that are open.
     Images,
+    /// The process that starts those that open images.
+    Spawner,
     /// The process that opens an image.
     Opener,
     /// Writes the log.
@@ -101,14 +104,25 @@ pub fn enter(kind: ThreadKind) {
     filter::enter(kind);
 }
 
-/// The same for the process that opens an image, which has one thread.
+/// The same for a process of one thread that the daemon has started. Its core could be dumped again
+/// from its start on.
 ///
 /// # Errors
 /// If the kernel has no filters.
-pub fn enter_opener() -> Result<(), SandboxError> {
-    filter::prepare(&[ThreadKind::Opener])?;
-    filter::enter(ThreadKind::Opener);
+pub fn enter_process(kind: ThreadKind) -> Result<(), SandboxError> {
+    process::forbid_core_dumps()?;
+    filter::prepare(&[kind])?;
+    filter::enter(kind);
     Ok(())
+}
+
+/// From now on the calling thread, and those that it starts, reach these files only. Does nothing
+/// where the kernel has no Landlock.
+///
+/// # Errors
+/// If the kernel refuses it.
+pub fn keep_in_reach(files: &[Beneath]) -> Result<(), SandboxError> {
+    files::ruleset(files, false)?.map_or(Ok(()), files::restrict)
 }
 
 /// Whether the threads of this process have filters, or will have them, so that those that it
@@ -129,8 +143,8 @@ pub struct Sandbox {
     pub mode: Mode,
     /// The user to become.
     pub user: Option<User>,
-    /// The files that stay in reach. `None`: all of them, without Landlock.
-    pub files: Option<Vec<Beneath>>,
+    /// The files that stay in reach.
+    pub files: Vec<Beneath>,
     /// Abstract UNIX sockets of other programs stay in reach.
     pub abstract_sockets: bool,
 }
@@ -209,26 +223,18 @@ impl Part {
 }
 
 impl Sandbox {
-    /// Whether a part is to be applied.
-    pub fn wants(&self, part: Part) -> bool {
-        match part {
-            Part::Files | Part::Network | Part::Sockets => {
-                self.mode != Mode::Off && self.files.is_some()
-            }
-            _ => self.mode != Mode::Off,
-        }
-    }
-
     /// The parts that are to be applied and that this kernel lacks, each with the reason.
     pub fn lacks(&self) -> Vec<(Part, String)> {
         let parts = Part::ALL.into_iter();
-        let parts = parts.filter(|part| self.wants(*part));
-        parts
-            .filter_map(|part| Some((part, part.lack()?)))
-            .collect()
+        match self.mode {
+            Mode::Off => Vec::new(),
+            _ => parts
+                .filter_map(|part| Some((part, part.lack()?)))
+                .collect(),
+        }
     }
 
-    /// Checks, before anything is opened, that [`Self::apply`] will find what it needs.
+    /// Checks, before anything is opened, that [`Self::begin`] will find what it needs.
     ///
     /// # Errors
     /// With [`Mode::On`], if the kernel lacks a part.
@@ -244,57 +250,82 @@ impl Sandbox {
         }
     }
 
-    /// Gives it all up, in the calling thread, which must be the only one; each thread still has to
-    /// [`enter`] its kind. Returns the parts that the kernel lacks, or that with [`Mode::Auto`] a
-    /// container or a service manager has forbidden.
+    /// Gives up all but files, other programs and system calls, in the calling thread, which must
+    /// be the only one. A process that is started before [`Begun::finish`] gives up those itself.
     ///
     /// # Errors
     /// If the process has other threads, the user cannot be changed, or with [`Mode::On`] a part is
     /// refused. The process must end then: some parts are applied.
-    pub fn apply(&self) -> Result<Vec<(Part, String)>, SandboxError> {
+    pub fn begin(&self) -> Result<Begun, SandboxError> {
         check_alone()?;
         IS_APPLIED.store(
             self.mode != Mode::Off || self.user.is_some(),
             Ordering::Relaxed,
         );
-        let mut lacks = self.lacks();
-        let mut unless_forbidden = |applied| match applied {
-            Err(SandboxError::Refused { part, source }) if self.mode != Mode::On => {
-                if !lacks.iter().any(|(lacked, _)| *lacked == part) {
-                    lacks.push((part, source.to_string()));
-                }
-                Ok(())
-            }
-            applied => applied,
+        let mut begun = Begun {
+            mode: self.mode,
+            ruleset: None,
+            lacks: self.lacks(),
         };
-        let mut kept = CapabilitySet::empty();
-        unless_forbidden(process::keep_locked_memory().map(|capability| kept = capability))?;
+        let kept = begun.unless_forbidden(process::keep_locked_memory())?;
         if self.mode == Mode::Off {
             self.user.as_ref().map_or(Ok(()), process::become_user)?;
-            return Ok(Vec::new());
+            return Ok(begun);
         }
         self.check()?;
         // The new user may not reach all of the paths.
-        let mut ruleset = None;
-        if let Some(files) = &self.files {
-            let made = files::ruleset(files, self.abstract_sockets);
-            unless_forbidden(made.map(|made| ruleset = made))?;
-        }
-        unless_forbidden(process::forget_bounding_set())?;
+        let ruleset = files::ruleset(&self.files, self.abstract_sockets);
+        begun.ruleset = begun.unless_forbidden(ruleset)?.flatten();
+        begun.unless_forbidden(process::forget_bounding_set())?;
         self.user.as_ref().map_or(Ok(()), process::become_user)?;
-        if self.user.is_some() {
-            // Gone with the user.
-            kept = CapabilitySet::empty();
-        }
-        unless_forbidden(process::drop_capabilities(kept))?;
+        // Gone with the user.
+        let kept = kept.filter(|_| self.user.is_none());
+        let kept = kept.unwrap_or(CapabilitySet::empty());
+        begun.unless_forbidden(process::drop_capabilities(kept))?;
         // Not earlier: a change of the user resets it.
-        unless_forbidden(process::forbid_core_dumps())?;
-        unless_forbidden(process::forbid_new_privileges())?;
-        unless_forbidden(ruleset.map_or(Ok(()), files::restrict))?;
-        if is_filtered() {
-            unless_forbidden(filter::prepare(&KINDS))?;
+        begun.unless_forbidden(process::forbid_core_dumps())?;
+        begun.unless_forbidden(process::forbid_new_privileges())?;
+        Ok(begun)
+    }
+}
+
+/// A sandbox of which the first half is applied.
+#[derive(Debug)]
+pub struct Begun {
+    mode: Mode,
+    ruleset: Option<RulesetCreated>,
+    lacks: Vec<(Part, String)>,
+}
+
+impl Begun {
+    /// Gives up the rest; each thread still has to [`enter`] its kind. Returns the parts that the
+    /// kernel lacks, or that with [`Mode::Auto`] a container or a service manager has forbidden.
+    ///
+    /// # Errors
+    /// If with [`Mode::On`] a part is refused. The process must end then.
+    pub fn finish(mut self) -> Result<Vec<(Part, String)>, SandboxError> {
+        let ruleset = self.ruleset.take();
+        self.unless_forbidden(ruleset.map_or(Ok(()), files::restrict))?;
+        if self.mode != Mode::Off && is_filtered() {
+            self.unless_forbidden(filter::prepare(&KINDS))?;
         }
-        Ok(lacks)
+        Ok(self.lacks)
+    }
+
+    /// `None`: it is forbidden, and the process goes on without it.
+    fn unless_forbidden<T>(
+        &mut self,
+        applied: Result<T, SandboxError>,
+    ) -> Result<Option<T>, SandboxError> {
+        match applied {
+            Err(SandboxError::Refused { part, source }) if self.mode != Mode::On => {
+                if !self.lacks.iter().any(|(lacked, _)| *lacked == part) {
+                    self.lacks.push((part, source.to_string()));
+                }
+                Ok(None)
+            }
+            applied => applied.map(Some),
+        }
     }
 }
 

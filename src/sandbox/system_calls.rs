@@ -42,19 +42,23 @@ const OPENING: &str = "open openat openat2";
 /// Sockets lose their names.
 const NAMES_OF_SOCKETS: &str = "unlink unlinkat lstat";
 
-/// Images and records.
+/// Images and records that are open, and what their paths name.
+const OPEN_FILES: &str = "\
+    access faccessat faccessat2 stat lstat fstatfs statfs readlink readlinkat getcwd ftruncate \
+    fallocate pread64 preadv preadv2 pwrite64 pwritev pwritev2 fdatasync fsync syncfs fadvise64 \
+    flock sync_file_range memfd_create recvfrom recvmsg sendto sendmsg socket socketpair shutdown \
+    getsockopt setsockopt pidfd_send_signal";
+
+/// To open them, and to make records.
 const FILES: &str = "\
-    open openat openat2 access faccessat faccessat2 stat lstat fstatfs statfs readlink \
-    readlinkat getdents64 ftruncate fallocate pread64 preadv preadv2 pwrite64 pwritev pwritev2 \
-    fdatasync fsync syncfs fadvise64 flock unlink unlinkat rename renameat renameat2 link \
-    linkat mkdir mkdirat fchown fchmod fchownat fchmodat getcwd memfd_create geteuid getuid \
-    getegid getgid umask sync_file_range copy_file_range recvfrom recvmsg sendto sendmsg \
-    socket socketpair shutdown getsockopt setsockopt getppid readahead";
+    open openat openat2 getdents64 unlink unlinkat rename renameat renameat2 link linkat mkdir \
+    mkdirat fchown fchmod fchownat fchmodat geteuid getuid getegid getgid umask copy_file_range \
+    getppid readahead landlock_create_ruleset landlock_add_rule landlock_restrict_self";
 
 /// To start the process that opens an image, and what the loader of a program needs.
 const PROCESSES: &str = "\
-    execve execveat vfork fork wait4 waitid kill pidfd_open pidfd_send_signal seccomp \
-    arch_prctl getrlimit prlimit64 setsid setpgid pause chdir";
+    execve execveat vfork fork wait4 waitid kill pidfd_open seccomp arch_prctl getrlimit setrlimit \
+    prlimit64 setsid setpgid pause chdir";
 
 /// To notify the service manager.
 const NOTICES: &str = "\
@@ -78,11 +82,13 @@ const NO_PROCESSES: Refused = (libc::ENOSYS, &["clone3"]);
 /// The calls that fail in a kind of thread.
 pub(super) fn refused(kind: ThreadKind) -> &'static [Refused] {
     match kind {
-        ThreadKind::Worker | ThreadKind::Operator | ThreadKind::Log | ThreadKind::Main => {
-            &[NO_FILES, NO_PROCESSES]
-        }
+        ThreadKind::Worker
+        | ThreadKind::Operator
+        | ThreadKind::Images
+        | ThreadKind::Log
+        | ThreadKind::Main => &[NO_FILES, NO_PROCESSES],
         ThreadKind::Watchdog | ThreadKind::Frontend | ThreadKind::Opener => &[NO_PROCESSES],
-        ThreadKind::Images => &[],
+        ThreadKind::Spawner => &[],
     }
 }
 
@@ -98,8 +104,9 @@ pub(super) fn allowed(kind: ThreadKind) -> Vec<&'static str> {
             NAMES_OF_SOCKETS,
         ],
         ThreadKind::Operator => &[ALL, CONNECTIONS, NOTIFICATIONS, NAMES_OF_SOCKETS, OPENING],
-        ThreadKind::Images => &[ALL, FILES, NOTIFICATIONS, PROCESSES],
-        ThreadKind::Opener => &[ALL, FILES],
+        ThreadKind::Images => &[ALL, OPEN_FILES, NOTIFICATIONS, OPENING],
+        ThreadKind::Spawner => &[ALL, OPEN_FILES, FILES, PROCESSES],
+        ThreadKind::Opener => &[ALL, OPEN_FILES, FILES],
         ThreadKind::Log => &[ALL, OPENING],
         ThreadKind::Watchdog => &[ALL, OPENING, NOTICES],
         ThreadKind::Main => &[ALL, ENDING, NOTIFICATIONS, OPENING],

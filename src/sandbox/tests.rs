@@ -129,20 +129,16 @@ fn an_act_is_tried_if_the_environment_says_so() {
         gid: 5678,
         groups: vec![7, 8],
     });
-    let beneath = |path: PathBuf, access| Beneath {
-        path,
-        access,
-        answers: true,
-    };
+    let beneath = |path: PathBuf, access| Beneath { path, access };
     let sandbox = Sandbox {
         mode: Mode::On,
         user,
-        files: Some(vec![
+        files: vec![
             beneath(directory.clone(), Access::Write),
             beneath(directory.parent().unwrap().join("sockets"), Access::Remove),
             beneath("/proc".into(), Access::Read),
             beneath("/none".into(), Access::Write),
-        ]),
+        ],
         abstract_sockets: false,
     };
     // The test harness has a thread of its own; a process that was forked has one.
@@ -155,7 +151,7 @@ fn an_act_is_tried_if_the_environment_says_so() {
         println!("ended: {status:#x}");
         return;
     }
-    sandbox.apply().unwrap();
+    sandbox.begin().unwrap().finish().unwrap();
     let (_, act) = ACTS.iter().find(|(act, _)| *act == name).unwrap();
     act(&directory);
     println!("done: {name}");
@@ -190,7 +186,7 @@ fn what_is_forbidden_fails() {
 /// A call that a kind of thread does not have, and its name.
 type Call = (&'static str, ThreadKind, fn());
 
-const CALLS: [Call; 9] = [
+const CALLS: [Call; 11] = [
     ("ptrace", ThreadKind::Worker, || {
         raw(libc::SYS_ptrace, [0; 3])
     }),
@@ -211,6 +207,12 @@ const CALLS: [Call; 9] = [
     }),
     ("mprotect", ThreadKind::Operator, || {
         raw(libc::SYS_mprotect, [0, 4096, 4])
+    }),
+    ("execve", ThreadKind::Images, || {
+        raw(libc::SYS_execve, [0; 3])
+    }),
+    ("ptrace", ThreadKind::Spawner, || {
+        raw(libc::SYS_ptrace, [0; 3])
     }),
     ("execve", ThreadKind::Opener, || {
         raw(libc::SYS_execve, [0; 3])
@@ -267,7 +269,9 @@ fn calls_that_are_not_listed_end_the_process_with_a_line() {
 #[test]
 fn names_of_calls_are_known() {
     use std::str::FromStr as _;
-    let kinds = KINDS.into_iter().chain([ThreadKind::Opener]);
+    let kinds = KINDS
+        .into_iter()
+        .chain([ThreadKind::Spawner, ThreadKind::Opener]);
     for name in kinds.flat_map(system_calls::allowed) {
         assert!(syscalls::Sysno::from_str(name).is_ok(), "{name}");
     }
@@ -280,10 +284,10 @@ fn a_process_of_several_threads_is_left_alone() {
     let sandbox = Sandbox {
         mode: Mode::Auto,
         user: None,
-        files: None,
+        files: Vec::new(),
         abstract_sockets: false,
     };
-    assert!(matches!(sandbox.apply(), Err(SandboxError::NotAlone(count)) if count > 1));
+    assert!(matches!(sandbox.begin(), Err(SandboxError::NotAlone(count)) if count > 1));
     assert_eq!(rustix::thread::no_new_privs(), Ok(false));
     drop(wait);
     assert!(other.join().unwrap().is_err());

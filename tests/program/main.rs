@@ -12,6 +12,7 @@ mod place;
 mod refusals;
 mod sandbox;
 mod socket_activation;
+mod spawner;
 mod stalled_log;
 mod start_up;
 mod watchdog;

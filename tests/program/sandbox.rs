@@ -370,9 +370,9 @@ fn what_would_be_given_up_is_printed() {
     let text = String::from_utf8(output.stdout).unwrap();
     let here = place.directory.path().display();
     for line in [
-        "image-directory            '/srv/images'\n".to_owned(),
-        "file              write    '/srv/images'\n".to_owned(),
-        format!("file              write    '{here}'\n"),
+        "image-directory   write    '/srv/images'\n".to_owned(),
+        format!("image             write    '{here}/0.raw'\n"),
+        "file              read     '/proc'\n".to_owned(),
         format!("file              remove   '{here}'\n"),
     ] {
         assert!(text.contains(&line), "no {line} in {text}");

@@ -13,6 +13,7 @@ use testkit::disk::{Disk, Plan, System};
 use testkit::fuse::{Fault, FuseImage, Operation};
 use testkit::images::{are_identical, create_images};
 use testkit::monitor::Monitor;
+use testkit::mounts;
 use testkit::process::{Process, wait_until};
 use testkit::programs;
 
@@ -20,14 +21,34 @@ const SIZE_BYTES: u64 = 4 << 20;
 /// What opening an image asks of its file system, in turn.
 const STEPS: [Operation; 3] = [Operation::Attributes, Operation::Open, Operation::Read];
 
-/// Images of [`FuseImage`] are in no directory: without capabilities they cannot be opened.
-const OUT_OF_THE_TREE: [&str; 4] = ["--image-dir", "/", "--sandbox", "off"];
+/// Images may be anywhere.
+const ANYWHERE: [&str; 2] = ["--image-dir", "/"];
 
 /// An image that hangs at `operation`.
 fn silent(directory: &Path, operation: Operation) -> FuseImage {
     let image = FuseImage::serve(&create_images(directory, 1, SIZE_BYTES)[0]);
     image.inject(operation, Fault::Hang);
     image
+}
+
+/// An image in a directory, where a process without capabilities can open it, and its path.
+fn mounted(directory: &Path) -> (FuseImage, PathBuf) {
+    let mount_point = directory.join("mounted");
+    std::fs::create_dir(&mount_point).unwrap();
+    let backing = create_images(directory, 1, SIZE_BYTES).remove(0);
+    let image = FuseImage::serve_in(&mount_point, &backing);
+    (image, mount_point.join("image"))
+}
+
+/// Runs a test with mounts of its own.
+fn with_mounts(test: fn()) {
+    let test = thread::spawn(move || {
+        mounts::separate();
+        test();
+    });
+    if let Err(panic) = test.join() {
+        std::panic::resume_unwind(panic);
+    }
 }
 
 /// The arguments for a disk of two images that answer and one that does not.
@@ -99,16 +120,21 @@ fn remove(monitor: &mut Monitor, name: &str) {
 
 #[test]
 fn only_its_own_command_waits_for_an_image_that_is_added() {
+    with_mounts(add_beside_a_silent_one);
+}
+
+fn add_beside_a_silent_one() {
     let disk = Disk::start(
         System::Ours,
         &Plan {
             size_bytes: SIZE_BYTES,
-            more: OUT_OF_THE_TREE.to_vec(),
+            more: ANYWHERE.to_vec(),
             ..Plan::default()
         },
     );
     let directory = tempfile::tempdir().unwrap();
-    let image = silent(directory.path(), Operation::Open);
+    let (image, path) = mounted(directory.path());
+    image.inject(Operation::Open, Fault::Hang);
     let image = &image;
     let hangs = || image.asked(Operation::Open) > image.done(Operation::Open);
     let names = |monitor: &mut Monitor| {
@@ -118,7 +144,7 @@ fn only_its_own_command_waits_for_an_image_that_is_added() {
     };
     thread::scope(|scope| {
         let (mut waiting, mut monitor) = (disk.monitor(), disk.monitor());
-        let added = scope.spawn(move || add(&mut waiting, &image.path(), "silent"));
+        let added = scope.spawn(move || add(&mut waiting, &path, "silent"));
         assert!(wait_until(HANG_LIMIT, || image.asked(Operation::Open) > 0));
         // Meanwhile, another image is added, resynced and removed.
         let other = directory.path().join("other");
@@ -156,20 +182,25 @@ fn only_its_own_command_waits_for_an_image_that_is_added() {
 
 #[test]
 fn sigterm_ends_the_daemon_while_an_image_is_added_that_does_not_answer() {
+    with_mounts(end_while_a_silent_one_is_added);
+}
+
+fn end_while_a_silent_one_is_added() {
     let disk = Disk::start(
         System::Ours,
         &Plan {
             size_bytes: SIZE_BYTES,
-            more: OUT_OF_THE_TREE.to_vec(),
+            more: ANYWHERE.to_vec(),
             ..Plan::default()
         },
     );
     for operation in STEPS {
         let directory = tempfile::tempdir().unwrap();
-        let image = silent(directory.path(), operation);
+        let (image, path) = mounted(directory.path());
+        image.inject(operation, Fault::Hang);
         let mut monitor = disk.monitor();
         let name = format!("{operation:?}");
-        let node = json!({ "driver": "file", "node-name": name, "filename": image.path() });
+        let node = json!({ "driver": "file", "node-name": name, "filename": path });
         monitor.execute("blockdev-add", node);
         let change = json!({ "parent": "quorum0", "node": name });
         monitor.send("x-blockdev-change", change);

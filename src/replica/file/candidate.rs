@@ -3,6 +3,7 @@
 #![forbid(unsafe_code)]
 
 use std::fs::File;
+use std::io;
 use std::path::Path;
 use std::sync::{OnceLock, RwLock};
 use std::time::{Duration, Instant};
@@ -16,7 +17,7 @@ use super::error::with_path;
 use super::examine::{self, Facts, Fault, Image, Locked};
 use super::format::Format;
 use super::opener::{Answer, NoAnswer, Opener};
-use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource};
+use super::{OpenError, OpenOptions, Opening, ReplicaFile, ReplicaSource, spawner};
 use crate::common::buffer::BUFFER_ALIGNMENT_BYTES;
 use crate::limits::OPEN_LIMIT;
 use crate::replica::image_lock::Locking;
@@ -36,7 +37,7 @@ pub(super) struct Started<'a> {
     /// It is opened without leaving this directory.
     directory: Option<&'a Path>,
     /// `None`: the calling thread opens it.
-    opener: Option<Opener>,
+    opener: io::Result<Option<Opener>>,
     by: Instant,
 }
 
@@ -57,16 +58,17 @@ impl Candidate {
         directory: Option<&'a Path>,
     ) -> Started<'a> {
         let opener = match opening {
-            Opening::Here => None,
+            Opening::Here => Ok(None),
             Opening::Apart => match Opener::start(&source.path, options, directory) {
-                Ok(opener) => Some(opener),
+                Ok(opener) => Ok(Some(opener)),
+                Err(error) if spawner::is_needed() => Err(error),
                 Err(error) => {
                     log::warn!(
                         file:% = source.path.display(), error:%;
                         "cannot start a process that opens an image: the daemon opens it itself, \
                          and waits as long as the file system does not answer"
                     );
-                    None
+                    Ok(None)
                 }
             },
         };
@@ -196,12 +198,14 @@ impl Candidate {
     /// Claims and locks the image.
     pub(super) fn lock(&mut self) -> Result<(), OpenError> {
         self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
+        let (locked, again) = self.when_free(examine::lock, Opener::lock)?;
         let Locked {
             locking,
             stamp,
             cache_forgotten,
-        } = self.when_free(examine::lock, Opener::lock)?;
+        } = locked;
         self.replica.stamp = stamp;
+        self.replica.opened_again = again;
         if !cache_forgotten {
             log::warn!(
                 replica:% = self.replica.node_name(), file:% = self.replica.path.display();
@@ -270,9 +274,14 @@ impl Candidate {
 
 impl Started<'_> {
     /// Waits until the image is open.
-    pub(super) fn open(mut self) -> Result<Candidate, OpenError> {
+    pub(super) fn open(self) -> Result<Candidate, OpenError> {
         let path = &self.source.path;
-        let opened = match &mut self.opener {
+        let not_started = |source| OpenError::Opener {
+            path: path.clone(),
+            source,
+        };
+        let mut opener = self.opener.map_err(not_started)?;
+        let opened = match &mut opener {
             None => Ok(Image::open(path, self.options, self.directory)),
             Some(opener) => opener.image(self.by),
         };
@@ -290,13 +299,14 @@ impl Started<'_> {
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
                 stamp: None,
+                opened_again: None,
                 record: OnceLock::new(),
                 location: facts.location.clone(),
                 seen: Seen::default(),
             },
             facts,
             options: self.options,
-            opener: self.opener,
+            opener,
         })
     }
 }

@@ -15,9 +15,6 @@ use rustix::io::Errno;
 
 use super::OpenError;
 
-/// Where device nodes are. The links there lead from one directory to the other.
-pub const DEVICES: &str = "/dev";
-
 /// Where images may be.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ImageDirectories {

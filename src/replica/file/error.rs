@@ -396,7 +396,7 @@ fn open_hint(error: &io::Error, read_only: bool) -> String {
         Some(libc::ENOENT) => ADD_NEW,
         Some(libc::EACCES) if crate::sandbox::is_applied() => {
             "give the image to the user of the daemon, which has no rights beyond that any more \
-             (--sandbox, --user), in a directory that the daemon was started with (--image-dir)"
+             (--sandbox, --user)"
         }
         Some(libc::EACCES | libc::EPERM | libc::EROFS) if !read_only => {
             "make it writable for this user, or use --read-only"

@@ -1,4 +1,5 @@
-//! Messages between the daemon and the process that opens an image: JSON, and a file with some.
+//! Messages between the daemon, the process that opens an image, and the one that starts it: JSON,
+//! and a file with some.
 
 #![forbid(unsafe_code)]
 
@@ -10,14 +11,20 @@ use std::time::Instant;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
 };
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// Bytes of a message: more than the longest one has, with two paths of a byte in two digits.
 const MESSAGE_BYTES_MAX: usize = 32 << 10;
+
+/// Both ends of a socket for messages.
+pub(super) fn pair() -> io::Result<(OwnedFd, OwnedFd)> {
+    let (kind, flags) = (SocketType::SEQPACKET, SocketFlags::CLOEXEC);
+    Ok(socketpair(AddressFamily::UNIX, kind, flags, None)?)
+}
 
 /// Sends a message, and a file with it.
 pub(super) fn send(

@@ -30,6 +30,7 @@ mod messages;
 mod offline;
 mod opener;
 mod sizes;
+mod spawner;
 mod stamp;
 
 use std::fs::{File, Metadata};
@@ -46,7 +47,7 @@ pub use self::all::{
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::{Watched, watch};
-pub use self::directories::{DEVICES, ImageDirectories};
+pub use self::directories::ImageDirectories;
 pub use self::error::OpenError;
 pub(super) use self::examine::Kind;
 pub use self::first_look::compare_first;
@@ -57,6 +58,7 @@ pub use self::offline::{OfflineImage, Sharing, open_offline};
 pub(super) use self::opener::{NoAnswer, Opener};
 pub use self::opener::{serve as serve_opener, waiting_for};
 pub use self::sizes::disk_size;
+pub use self::spawner::{Permitted, start_spawner};
 pub use self::stamp::ImageStamp;
 use super::image_lock;
 use super::record_file::{RecordAccess, RecordFile};
@@ -144,6 +146,8 @@ pub struct ReplicaFile {
     pub identity: ImageIdentity,
     /// Its stamp when it was locked. `None` for a block device.
     pub stamp: Option<ImageStamp>,
+    /// The image opened once more, to grow it. `None` if it is only read.
+    pub opened_again: Option<File>,
     /// Its record, if it has one that is kept.
     record: OnceLock<RecordFile>,
     location: Location,

@@ -14,32 +14,32 @@
 
 #![allow(unsafe_code)]
 
-use std::ffi::{OsStr, OsString};
+use std::ffi::OsString;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::process::CommandExt as _;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Signal, pidfd_send_signal, set_parent_process_death_signal};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use super::OpenOptions;
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
 use super::contents::Contents;
 use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock};
 use super::format::Format;
 use super::look::{Look, Seen, look};
-use super::messages::{is_closed, is_readable, receive, send};
+use super::messages::{is_closed, is_readable, pair, receive, send};
+use super::{OpenOptions, spawner};
 use crate::common::NOT_POISONED;
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
-use crate::sandbox;
+use crate::sandbox::{self, Access, Beneath, ThreadKind};
+
+/// The program of this process.
+pub(super) const OWN_PROGRAM: &str = "/proc/self/exe";
 
 /// The first argument of a process that opens an image.
 const ARGUMENT: &str = "--open-image";
@@ -49,6 +49,8 @@ const DIRECT: &str = "direct";
 const CACHED: &str = "cached";
 const FILTERED: &str = "filtered";
 const UNFILTERED: &str = "unfiltered";
+const CONFINED: &str = "confined";
+const UNCONFINED: &str = "unconfined";
 
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
@@ -107,8 +109,8 @@ impl From<io::Error> for NoAnswer {
 pub(in crate::replica) struct Opener {
     path: PathBuf,
     socket: OwnedFd,
-    /// `None` in a test that has a thread follow the orders.
-    child: Option<Child>,
+    /// Its pidfd. `None` in a test that has a thread follow the orders.
+    process: Option<OwnedFd>,
     /// Its end of the socket is closed: its process id may belong to another process.
     has_ended: bool,
     /// An answer did not come in time.
@@ -123,35 +125,21 @@ impl Opener {
         options: OpenOptions,
         directory: Option<&Path>,
     ) -> io::Result<Self> {
-        let (socket, its_end) = socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )?;
-        let access = if options.read_only {
-            READ_ONLY
-        } else {
-            READ_WRITE
+        let (socket, its_end) = pair()?;
+        let start = Start {
+            path: path.to_owned(),
+            read_only: options.read_only,
+            direct: options.direct,
+            is_filtered: sandbox::is_filtered(),
+            is_confined: false,
+            directory: directory.map(Path::to_owned),
+            records: None,
         };
-        let cache = if options.direct { DIRECT } else { CACHED };
-        let calls = match sandbox::is_filtered() {
-            true => FILTERED,
-            false => UNFILTERED,
-        };
-        let child = Command::new("/proc/self/exe")
-            .arg0("quorum-blkd")
-            .args([ARGUMENT, access, cache, calls])
-            .arg(path)
-            .args(directory)
-            .stdin(its_end)
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()?;
+        let process = spawner::start_opener(&start, its_end)?;
         Ok(Self {
             path: path.to_owned(),
             socket,
-            child: Some(child),
+            process: Some(process),
             has_ended: false,
             is_silent: false,
         })
@@ -207,10 +195,11 @@ impl Opener {
         Ok(answer.map(|()| file))
     }
 
-    /// Locks the image, without waiting for another process.
-    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locked>, NoAnswer> {
+    /// Locks the image, without waiting for another process ([`lock`]).
+    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<(Locked, Option<File>)>, NoAnswer> {
         self.order(Order::Lock)?;
-        self.answer(by).map(|(answer, _)| answer)
+        let (answer, file) = self.answer::<Answer<Locked>>(by)?;
+        Ok(answer.map(|locked| (locked, file)))
     }
 
     /// Has the process look at the image.
@@ -265,15 +254,13 @@ impl Opener {
 impl Opener {
     /// One whose orders a thread follows, which waits for the file system as the process would.
     pub(in crate::replica) fn on_a_thread(path: &Path, options: OpenOptions) -> Self {
-        let kind = SocketType::SEQPACKET;
-        let flags = SocketFlags::CLOEXEC;
-        let (socket, its_end) = socketpair(AddressFamily::UNIX, kind, flags, None).unwrap();
+        let (socket, its_end) = pair().unwrap();
         let image = path.to_owned();
-        std::thread::spawn(move || follow_orders(&its_end, &image, options, None));
+        std::thread::spawn(move || follow_orders(&its_end, &image, options, None, |_| Ok(())));
         Self {
             path: path.to_owned(),
             socket,
-            child: None,
+            process: None,
             has_ended: false,
             is_silent: false,
         }
@@ -288,10 +275,10 @@ impl Opener {
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        if let (false, Some(child)) = (self.has_ended, &mut self.child) {
+        if let (false, Some(process)) = (self.has_ended, &self.process) {
             // Ends what waits in the kernel and can be ended. Nothing waits for the process: the
-            // daemon ignores SIGCHLD.
-            let _ = child.kill();
+            // daemon and the spawner ignore SIGCHLD.
+            let _ = pidfd_send_signal(process, Signal::KILL);
             if self.is_silent
                 && let Ok(socket) = self.socket.try_clone()
             {
@@ -301,52 +288,142 @@ impl Drop for Opener {
     }
 }
 
-/// Serves as the process of an `Opener`, if that is what this process was started for. Otherwise
-/// returns `None`. To be called before anything else.
+/// What a process that opens an image is started with.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Start {
+    /// The image.
+    pub(super) path: PathBuf,
+    /// It is only read.
+    pub(super) read_only: bool,
+    /// With O_DIRECT.
+    pub(super) direct: bool,
+    /// The process makes the system calls of its kind only.
+    pub(super) is_filtered: bool,
+    /// It reaches the image and its record only, as soon as the image is open.
+    pub(super) is_confined: bool,
+    /// It does not leave this directory on the way to the image.
+    pub(super) directory: Option<PathBuf>,
+    /// Where the record may be, besides beside the image.
+    pub(super) records: Option<PathBuf>,
+}
+
+impl Start {
+    /// The arguments of the process.
+    pub(super) fn arguments(&self) -> Vec<OsString> {
+        let either = |is_first, first: &str, second: &str| match is_first {
+            true => OsString::from(first),
+            false => OsString::from(second),
+        };
+        let path = |path: &Option<PathBuf>| path.clone().unwrap_or_default().into_os_string();
+        vec![
+            ARGUMENT.into(),
+            either(self.read_only, READ_ONLY, READ_WRITE),
+            either(self.direct, DIRECT, CACHED),
+            either(self.is_filtered, FILTERED, UNFILTERED),
+            either(self.is_confined, CONFINED, UNCONFINED),
+            self.path.clone().into(),
+            path(&self.directory),
+            path(&self.records),
+        ]
+    }
+
+    /// The reverse, for the arguments after the first one.
+    fn from_arguments(arguments: &[OsString]) -> Self {
+        let mut arguments = arguments.iter().cloned();
+        let mut next = || arguments.next().unwrap_or_default();
+        let [access, cache, calls, files] = [(); 4].map(|()| next());
+        let path = PathBuf::from(next());
+        let mut next = || Some(PathBuf::from(next())).filter(|path| !path.as_os_str().is_empty());
+        Self {
+            path,
+            read_only: access == READ_ONLY,
+            direct: cache == DIRECT,
+            is_filtered: calls == FILTERED,
+            is_confined: files == CONFINED,
+            directory: next(),
+            records: next(),
+        }
+    }
+
+    /// The files that the process reaches when it has opened the image.
+    fn in_reach(&self, image: &Image) -> Vec<Beneath> {
+        let beneath = |path: PathBuf, access| Beneath { path, access };
+        let itself = PathBuf::from(format!("/proc/self/fd/{}", image.file.as_raw_fd()));
+        let access = match self.read_only {
+            true => Access::Read,
+            false => Access::Write,
+        };
+        let system = ["/proc", "/sys", "/run/udev", "/dev/disk"];
+        let system = system.map(|path| beneath(path.into(), Access::Read));
+        let records = self.records.clone();
+        let records = records.map(|path| beneath(path, access));
+        // Through whatever links its path leads, its record is beside the image itself.
+        let real = std::fs::read_link(&itself).unwrap_or_default();
+        let beside = real.parent().filter(|_| !image.facts.is_block_device);
+        let beside = beside.map(|path| beneath(path.to_owned(), access));
+        let image = beneath(itself, access);
+        let files = system.into_iter().chain(records).chain(beside);
+        files.chain([image]).collect()
+    }
+}
+
+/// Serves as the process of an `Opener`, if that is what this process was started for, or as the
+/// one that starts those. Otherwise returns `None`. To be called before anything else.
 pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result<()>> {
-    let mut arguments = arguments.into_iter().skip(1);
-    if arguments.next()? != ARGUMENT {
-        return None;
+    let arguments: Vec<OsString> = arguments.into_iter().skip(1).collect();
+    let (first, others) = arguments.split_first()?;
+    if first == ARGUMENT {
+        return Some(answer_all(&Start::from_arguments(others)));
     }
-    let mut next = || arguments.next().unwrap_or_default();
-    let (access, cache, calls, path) = (next(), next(), next(), next());
-    let directory = arguments.next();
-    let options = OpenOptions {
-        read_only: access == OsStr::new(READ_ONLY),
-        direct: cache == OsStr::new(DIRECT),
-        // The daemon decides what to do about a format.
-        raw_anyway: true,
-        block_bytes: ALIGNMENT_BYTES_MIN,
-    };
-    let directory = directory.as_deref().map(Path::new);
-    if calls == OsStr::new(FILTERED)
-        && let Err(error) = sandbox::enter_opener()
-    {
-        return Some(Err(io::Error::other(error)));
+    if first == spawner::ARGUMENT {
+        return Some(spawner::serve(others));
     }
-    Some(answer_all(Path::new(&path), options, directory))
+    None
 }
 
 /// Opens the image, and follows the daemon's orders until it closes the socket.
-fn answer_all(path: &Path, options: OpenOptions, directory: Option<&Path>) -> io::Result<()> {
+fn answer_all(start: &Start) -> io::Result<()> {
+    if start.is_filtered {
+        sandbox::enter_process(ThreadKind::Opener).map_err(io::Error::other)?;
+    }
     // The daemon may end while this process waits for the file system.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // A listening socket of --fd, for example.
     // SAFETY: `serve` is called before this process opens anything.
     unsafe { close_inherited() }?;
-    follow_orders(&io::stdin(), path, options, directory)
+    let options = OpenOptions {
+        read_only: start.read_only,
+        direct: start.direct,
+        // The daemon decides what to do about a format.
+        raw_anyway: true,
+        block_bytes: ALIGNMENT_BYTES_MIN,
+    };
+    let directory = start.directory.as_deref();
+    follow_orders(
+        &io::stdin(),
+        &start.path,
+        options,
+        directory,
+        |image| match start.is_confined {
+            true => sandbox::keep_in_reach(&start.in_reach(image)).map_err(io::Error::other),
+            false => Ok(()),
+        },
+    )
 }
 
+/// Opens an image, calls `confine`, and follows the orders about it until the socket is closed.
 fn follow_orders(
     socket: &impl AsFd,
     path: &Path,
     options: OpenOptions,
     directory: Option<&Path>,
+    confine: impl FnOnce(&Image) -> io::Result<()>,
 ) -> io::Result<()> {
     let image = match Image::open(path, options, directory) {
         Ok(image) => image,
         Err(fault) => return send(socket, &Answer::<Facts>::Err(fault), None),
     };
+    confine(&image)?;
     send(socket, &Answer::Ok(&image.facts), Some(&image.file))?;
     let mut keeper = Keeper::new(path, image.facts.identity, options.read_only);
     while let Some((order, given)) = receive(socket)? {
@@ -371,7 +448,10 @@ fn follow_orders(
                 Ok(file) => send(socket, &Answer::Ok(()), file.as_ref())?,
                 Err(fault) => send(socket, &Answer::<()>::Err(fault), None)?,
             },
-            Order::Lock => send(socket, &lock(&image.file, options), None)?,
+            Order::Lock => match lock(&image.file, options) {
+                Ok((locked, again)) => send(socket, &Answer::Ok(locked), again.as_ref())?,
+                Err(fault) => send(socket, &Answer::<Locked>::Err(fault), None)?,
+            },
             Order::Look(at) => send(socket, &look(&image.file, at), None)?,
             Order::Record(order) => {
                 let (answer, file) = keeper.carry_out(order, given.as_ref());

@@ -143,7 +143,7 @@ fn check_range(offset: u64, length: usize, size_bytes: u64) -> io::Result<()> {
 }
 
 /// A path in JSON, which has no place for bytes that are not UTF-8.
-mod path_in_hex {
+pub(in crate::replica) mod path_in_hex {
     use std::ffi::OsString;
     use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
     use std::path::{Path, PathBuf};
@@ -151,13 +151,18 @@ mod path_in_hex {
     use serde::de::Error;
     use serde::{Deserialize as _, Deserializer, Serializer};
 
-    pub(super) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    pub(in crate::replica) fn serialize<S: Serializer>(
+        path: &Path,
+        to: S,
+    ) -> Result<S::Ok, S::Error> {
         let bytes = path.as_os_str().as_bytes();
         let digits: String = bytes.iter().map(|byte| format!("{byte:02x}")).collect();
         to.serialize_str(&digits)
     }
 
-    pub(super) fn deserialize<'d, D: Deserializer<'d>>(from: D) -> Result<PathBuf, D::Error> {
+    pub(in crate::replica) fn deserialize<'d, D: Deserializer<'d>>(
+        from: D,
+    ) -> Result<PathBuf, D::Error> {
         let digits = String::deserialize(from)?;
         let byte = |pair: &[u8]| {
             let pair = std::str::from_utf8(pair).ok()?;

@@ -50,6 +50,8 @@ pub struct FuseImage {
     /// The file and its directory. They keep the detached file system alive. The paths for other
     /// processes lead through them.
     files: Option<[File; 2]>,
+    /// Where the file system is mounted, if it is not detached.
+    mount_point: Option<PathBuf>,
 }
 
 /// The name of the file, if no other one is given.
@@ -75,15 +77,28 @@ impl FuseImage {
         Self::serve_by(Server::over(backing, FILE_NAME.into(), true))
     }
 
+    /// The same, with the file in `mount_point`, so that a process without capabilities can open
+    /// it. For a thread with mounts of its own ([`mounts::separate`]): a test that is killed leaves
+    /// the mount behind.
+    ///
+    /// [`mounts::separate`]: crate::mounts::separate
+    pub fn serve_in(mount_point: &Path, backing: &Path) -> Self {
+        let server = Server::over(backing, FILE_NAME.into(), false);
+        Self::mount(server, mount_point, true)
+    }
+
     fn serve_by(server: Server) -> Self {
-        let server = Arc::new(server);
         let directory = tempfile::tempdir().expect("creating a directory");
+        Self::mount(server, directory.path(), false)
+    }
+
+    fn mount(server: Server, mount_point: &Path, stays: bool) -> Self {
+        let server = Arc::new(server);
         let mut config = Config::default();
         config.mount_options = vec![MountOption::FSName("quorum-blk-test".into())];
-        let session = fuser::spawn_mount(Disk(Arc::clone(&server)), directory.path(), &config)
-            .expect(
-                "mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)",
-            );
+        let session = fuser::spawn_mount(Disk(Arc::clone(&server)), mount_point, &config).expect(
+            "mounting a FUSE file system; this takes /dev/fuse and the right to mount (root)",
+        );
         let look_up = |path: &Path| {
             let opened = OpenOptions::new()
                 .read(true)
@@ -91,9 +106,11 @@ impl FuseImage {
                 .open(path);
             opened.expect("looking the file up")
         };
-        let file = look_up(&directory.path().join(&server.name));
-        let files = [file, look_up(directory.path())];
-        detach(directory.path());
+        let file = look_up(&mount_point.join(&server.name));
+        let files = [file, look_up(mount_point)];
+        if !stays {
+            detach(mount_point);
+        }
         let deferred = thread::spawn({
             let server = Arc::clone(&server);
             move || server.run_deferred()
@@ -103,6 +120,7 @@ impl FuseImage {
             session: Some(session),
             deferred: Some(deferred),
             files: Some(files),
+            mount_point: stays.then(|| mount_point.to_owned()),
         }
     }
 
@@ -198,6 +216,9 @@ impl FuseImage {
 impl Drop for FuseImage {
     fn drop(&mut self) {
         self.server.clear_faults();
+        if let Some(mount_point) = &self.mount_point {
+            detach(mount_point);
+        }
         // With the last descriptor goes the mount, and with the mount the connection.
         drop(self.files.take());
         let session = self.session.take().expect("dropped once");

@@ -1,0 +1,288 @@
+//! The process that starts those that open images, for a daemon that has given up the rights to
+//! open files and to start programs (I10).
+//!
+//! The daemon starts it when it gives them up. It has the rights of the daemon's user, also to what
+//! is mounted, made or replaced later, and does one thing with them: it has an image opened that is
+//! in an image directory, or that was named at the start.
+//!
+//! Invariants: what may be opened is on its command line, and nothing that it is asked changes that
+//! (I11); it makes no system call that waits for the file system of an image.
+
+#![forbid(unsafe_code)]
+
+use std::ffi::{OsStr, OsString};
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::{Mutex, OnceLock};
+use std::time::Instant;
+
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
+use serde::{Deserialize, Serialize};
+
+use super::messages::{is_readable, pair, receive, send};
+use super::opener::{OWN_PROGRAM, Start};
+use super::{ImageDirectories, OpenError};
+use crate::common::NOT_POISONED;
+use crate::limits::OPEN_LIMIT;
+use crate::replica::record_file::path_in_hex;
+use crate::sandbox::{self, ThreadKind};
+
+/// The first argument of this process, and the beginnings of the others.
+pub(super) const ARGUMENT: &str = "--start-openers";
+const FILTERED: &str = "filtered";
+const READ_ONLY: &str = "read-only";
+const RECORDS: &str = "records=";
+const IMAGE: &str = "image=";
+const DIRECTORY: &str = "directory=";
+
+/// Why no image can be opened any more.
+const ENDED: &str = "the process that starts those that open images (quorum-blkd --start-openers) \
+                     has ended; restart the daemon";
+
+/// The daemon's end of its socket, if there is such a process. Without one the daemon starts the
+/// processes that open images itself.
+static SPAWNER: OnceLock<Mutex<OwnedFd>> = OnceLock::new();
+
+/// Which images may be opened, and how.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Permitted {
+    /// Where they may be.
+    pub directories: ImageDirectories,
+    /// Where their records may be, besides beside them.
+    pub records: Option<PathBuf>,
+    /// They may only be read.
+    pub read_only: bool,
+}
+
+/// What the daemon asks. The socket of the process that is to open the image comes with it.
+#[derive(Debug, Serialize, Deserialize)]
+struct Request {
+    #[serde(with = "path_in_hex")]
+    path: PathBuf,
+    read_only: bool,
+    direct: bool,
+}
+
+/// The answer: the process comes with it, as a pidfd; or an errno.
+type Answer = Result<(), i32>;
+
+/// From now on a process of its own starts those that open images, and only those that are
+/// permitted.
+///
+/// # Errors
+/// If it cannot be started.
+pub fn start_spawner(permitted: &Permitted) -> io::Result<()> {
+    let (socket, its_end) = pair()?;
+    Command::new(OWN_PROGRAM)
+        .arg0("quorum-blkd")
+        .arg(ARGUMENT)
+        .args(permitted.arguments(sandbox::is_filtered()))
+        .stdin(its_end)
+        .stdout(Stdio::null())
+        // A signal of the terminal is for the daemon.
+        .process_group(0)
+        .spawn()?;
+    let set = SPAWNER.set(Mutex::new(socket));
+    assert!(set.is_ok(), "a daemon has one spawner");
+    Ok(())
+}
+
+/// Whether the daemon cannot open images by itself.
+pub(super) fn is_needed() -> bool {
+    SPAWNER.get().is_some()
+}
+
+/// Starts the process that opens an image, and follows the orders that come from the other end of
+/// `its_end`. Returns its pidfd.
+pub(super) fn start_opener(start: &Start, its_end: OwnedFd) -> io::Result<OwnedFd> {
+    let Some(socket) = SPAWNER.get() else {
+        return spawn(start, its_end);
+    };
+    let request = Request {
+        path: start.path.clone(),
+        read_only: start.read_only,
+        direct: start.direct,
+    };
+    let socket = socket.lock().expect(NOT_POISONED);
+    let its_end = File::from(its_end);
+    let asked = send(&*socket, &request, Some(&its_end)).and_then(|()| {
+        match is_readable(&socket, Instant::now() + OPEN_LIMIT)? {
+            true => receive::<Answer>(&*socket),
+            false => Err(io::ErrorKind::TimedOut.into()),
+        }
+    });
+    match asked {
+        Ok(Some((Ok(()), Some(process)))) => Ok(process.into()),
+        Ok(Some((Err(errno), _))) => Err(io::Error::from_raw_os_error(errno)),
+        Ok(_) => Err(io::Error::other(ENDED)),
+        Err(error) => match error.raw_os_error() {
+            Some(libc::EPIPE | libc::ECONNRESET) => Err(io::Error::other(ENDED)),
+            _ => Err(error),
+        },
+    }
+}
+
+fn spawn(start: &Start, its_end: OwnedFd) -> io::Result<OwnedFd> {
+    let child = Command::new(OWN_PROGRAM)
+        .arg0("quorum-blkd")
+        .args(start.arguments())
+        .stdin(its_end)
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    // Nothing waits for the process. Its number is its own still: it waits for orders.
+    Ok(pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?)
+}
+
+/// Serves as this process, with the arguments after the first one, until the daemon ends.
+pub(super) fn serve(arguments: &[OsString]) -> io::Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    let (permitted, is_filtered) = Permitted::from_arguments(arguments);
+    if is_filtered {
+        sandbox::enter_process(ThreadKind::Spawner).map_err(io::Error::other)?;
+    }
+    let socket = io::stdin();
+    while let Some((request, its_end)) = receive::<Request>(&socket)? {
+        let started = permitted.start(request, is_filtered);
+        let started = started.and_then(|start| {
+            let its_end = its_end.ok_or(io::ErrorKind::InvalidInput)?;
+            spawn(&start, its_end.into())
+        });
+        let (answer, process) = match started {
+            Ok(process) => (Ok(()), Some(File::from(process))),
+            Err(error) => (Err(error.raw_os_error().unwrap_or(libc::EIO)), None),
+        };
+        send(&socket, &answer, process.as_ref())?;
+    }
+    Ok(())
+}
+
+impl Permitted {
+    /// What is started at this request.
+    fn start(&self, request: Request, is_filtered: bool) -> io::Result<Start> {
+        let Request {
+            path,
+            read_only,
+            direct,
+        } = request;
+        let found = self.directories.of(&path);
+        let refused = |_: OpenError| io::Error::from_raw_os_error(libc::EACCES);
+        let directory = found.map_err(refused)?.map(Path::to_owned);
+        Ok(Start {
+            path,
+            read_only: read_only || self.read_only,
+            direct,
+            is_filtered,
+            is_confined: true,
+            directory,
+            records: self.records.clone(),
+        })
+    }
+
+    fn arguments(&self, is_filtered: bool) -> Vec<OsString> {
+        let word = |is_set: bool, word: &str| is_set.then(|| OsString::from(word));
+        let with = |beginning: &str, path: &Path| {
+            let mut argument = OsString::from(beginning);
+            argument.push(path);
+            argument
+        };
+        let ImageDirectories {
+            images,
+            directories,
+        } = &self.directories;
+        let words = [word(is_filtered, FILTERED), word(self.read_only, READ_ONLY)];
+        let words = words.into_iter().flatten();
+        let records = self.records.iter().map(|path| with(RECORDS, path));
+        let images = images.iter().map(|path| with(IMAGE, path));
+        let directories = directories.iter().map(|path| with(DIRECTORY, path));
+        let paths = records.chain(images).chain(directories);
+        words.chain(paths).collect()
+    }
+
+    /// The reverse of [`Self::arguments`].
+    fn from_arguments(arguments: &[OsString]) -> (Self, bool) {
+        let (mut permitted, mut is_filtered) = (Self::default(), false);
+        for argument in arguments {
+            let path_after = |beginning: &str| {
+                let path = argument.as_bytes().strip_prefix(beginning.as_bytes())?;
+                Some(PathBuf::from(OsStr::from_bytes(path)))
+            };
+            let of = &mut permitted.directories;
+            if argument == FILTERED {
+                is_filtered = true;
+            } else if argument == READ_ONLY {
+                permitted.read_only = true;
+            } else if let Some(path) = path_after(RECORDS) {
+                permitted.records = Some(path);
+            } else if let Some(path) = path_after(IMAGE) {
+                of.images.push(path);
+            } else if let Some(path) = path_after(DIRECTORY) {
+                of.directories.push(path);
+            }
+        }
+        (permitted, is_filtered)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn permitted() -> Permitted {
+        Permitted {
+            directories: ImageDirectories {
+                images: vec!["/elsewhere/a".into()],
+                directories: vec!["/ssd1".into(), OsStr::from_bytes(b"/\xff").into()],
+            },
+            records: Some("/var/lib/records".into()),
+            read_only: false,
+        }
+    }
+
+    fn request(path: &str) -> Request {
+        Request {
+            path: path.into(),
+            read_only: false,
+            direct: true,
+        }
+    }
+
+    #[test]
+    fn its_command_line_has_what_is_permitted() {
+        for (read_only, is_filtered) in [(false, true), (true, false)] {
+            let permitted = Permitted {
+                read_only,
+                ..permitted()
+            };
+            let arguments = permitted.arguments(is_filtered);
+            let parsed = Permitted::from_arguments(&arguments);
+            assert_eq!(parsed, (permitted, is_filtered));
+        }
+        assert_eq!(Permitted::from_arguments(&[]), Default::default());
+    }
+
+    #[test]
+    fn what_is_not_permitted_is_not_opened() {
+        let permitted = permitted();
+        for path in ["/etc/passwd", "/ssd10/a", "/elsewhere/b", "", "a"] {
+            let refused = permitted.start(request(path), true).unwrap_err();
+            assert_eq!(refused.raw_os_error(), Some(libc::EACCES), "{path}");
+        }
+        let inside = permitted.start(request("/ssd1/a"), true).unwrap();
+        assert_eq!(inside.directory.as_deref(), Some(Path::new("/ssd1")));
+        assert!(!inside.read_only && inside.is_filtered);
+        let named = permitted.start(request("/elsewhere/a"), true).unwrap();
+        assert_eq!(named.directory, None);
+        let for_reading = Permitted {
+            read_only: true,
+            ..permitted
+        };
+        let start = for_reading.start(request("/ssd1/a"), true).unwrap();
+        assert!(start.read_only);
+    }
+}
