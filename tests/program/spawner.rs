@@ -136,6 +136,21 @@ fn the_spawner_has_no_other_rights_and_ends_with_the_daemon() {
     assert!(wait_until(HANG_LIMIT, has_ended));
 }
 
+/// A monitor cannot end it with what it asks for.
+#[test]
+fn what_is_no_path_is_refused_and_the_spawner_goes_on() {
+    let place = Place::new(2);
+    let (mut daemon, mut monitor) = serve(&place, &place.images, &[]);
+    let long = place.path(&"a/".repeat(10_000));
+    let refused = add(&mut monitor, &long).unwrap_err();
+    assert!(refused.contains("File name too long"), "{refused}");
+    monitor.execute("blockdev-del", json!({ "node-name": "new" }));
+    let new = place.path("new.raw");
+    image(&new);
+    add(&mut monitor, &new).unwrap();
+    assert!(daemon.terminate().success());
+}
+
 #[test]
 fn the_disk_is_served_on_without_the_spawner() {
     let place = Place::new(2);
@@ -189,6 +204,7 @@ impl Opener {
             _process: Process::spawn(&mut command).unwrap(),
             socket,
         };
+        assert_eq!(opener.answer(), json!({ "Ok": null }), "it has started");
         assert!(opener.answer()["Ok"].is_object());
         opener
     }

@@ -32,6 +32,24 @@ pub(super) fn send(
     message: &impl Serialize,
     file: Option<&File>,
 ) -> io::Result<()> {
+    send_with(socket, message, file, SendFlags::empty())
+}
+
+/// The same, but fails with EAGAIN where it would wait for the other end.
+pub(super) fn send_at_once(
+    socket: &impl AsFd,
+    message: &impl Serialize,
+    file: Option<&File>,
+) -> io::Result<()> {
+    send_with(socket, message, file, SendFlags::DONTWAIT)
+}
+
+fn send_with(
+    socket: &impl AsFd,
+    message: &impl Serialize,
+    file: Option<&File>,
+    flags: SendFlags,
+) -> io::Result<()> {
     let bytes = serde_json::to_vec(message).map_err(io::Error::other)?;
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut ancillary = SendAncillaryBuffer::new(&mut space);
@@ -39,7 +57,7 @@ pub(super) fn send(
     if !files.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&files)) {
         return Err(io::Error::other("no room for a descriptor"));
     }
-    let flags = SendFlags::NOSIGNAL;
+    let flags = flags | SendFlags::NOSIGNAL;
     sendmsg(socket, &[IoSlice::new(&bytes)], &mut ancillary, flags)?;
     Ok(())
 }

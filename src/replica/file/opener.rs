@@ -22,7 +22,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Signal, pidfd_send_signal, set_parent_process_death_signal};
+use rustix::process::{
+    PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
+};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -86,7 +88,11 @@ enum Order {
     Record(RecordOrder),
 }
 
-/// An answer of the process. The first one, to its start, carries the open file.
+/// What comes first: the process is there, and its pidfd comes with this; or why it is not, an
+/// errno.
+pub(super) type Started = Result<(), i32>;
+
+/// An answer of the process. The first one, after [`Started`], carries the open file.
 pub(super) type Answer<T> = Result<T, Fault>;
 
 /// Why there is no answer.
@@ -109,7 +115,9 @@ impl From<io::Error> for NoAnswer {
 pub(in crate::replica) struct Opener {
     path: PathBuf,
     socket: OwnedFd,
-    /// Its pidfd. `None` in a test that has a thread follow the orders.
+    /// It has sent [`Started`].
+    has_started: bool,
+    /// Its pidfd, when it has started. `None` in a test that has a thread follow the orders.
     process: Option<OwnedFd>,
     /// Its end of the socket is closed: its process id may belong to another process.
     has_ended: bool,
@@ -135,11 +143,12 @@ impl Opener {
             directory: directory.map(Path::to_owned),
             records: None,
         };
-        let process = spawner::start_opener(&start, its_end)?;
+        spawner::start_opener(&start, its_end)?;
         Ok(Self {
             path: path.to_owned(),
             socket,
-            process: Some(process),
+            has_started: false,
+            process: None,
             has_ended: false,
             is_silent: false,
         })
@@ -147,6 +156,12 @@ impl Opener {
 
     /// The image, as the first look finds it.
     pub(super) fn image(&mut self, by: Instant) -> Result<Answer<Image>, NoAnswer> {
+        if !self.has_started {
+            let (started, process) = self.answer::<Started>(by)?;
+            started.map_err(io::Error::from_raw_os_error)?;
+            self.has_started = true;
+            self.process = process.map(OwnedFd::from);
+        }
         let (answer, file) = self.answer::<Answer<Facts>>(by)?;
         match (answer, file) {
             (Ok(facts), Some(file)) => Ok(Ok(Image { file, facts })),
@@ -260,6 +275,7 @@ impl Opener {
         Self {
             path: path.to_owned(),
             socket,
+            has_started: true,
             process: None,
             has_ended: false,
             is_silent: false,
@@ -275,15 +291,18 @@ impl Opener {
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        if let (false, Some(process)) = (self.has_ended, &self.process) {
-            // Ends what waits in the kernel and can be ended. Nothing waits for the process: the
-            // daemon and the spawner ignore SIGCHLD.
+        if self.has_ended {
+            return;
+        }
+        // Ends what waits in the kernel and can be ended. Nothing waits for the process: the daemon
+        // and the spawner ignore SIGCHLD. One that has not started finds the socket closed.
+        if let Some(process) = &self.process {
             let _ = pidfd_send_signal(process, Signal::KILL);
-            if self.is_silent
-                && let Ok(socket) = self.socket.try_clone()
-            {
-                killed().push((self.path.clone(), socket));
-            }
+        }
+        if self.is_silent
+            && let Ok(socket) = self.socket.try_clone()
+        {
+            killed().push((self.path.clone(), socket));
         }
     }
 }
@@ -383,6 +402,8 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
 
 /// Opens the image, and follows the daemon's orders until it closes the socket.
 fn answer_all(start: &Start) -> io::Result<()> {
+    let itself = pidfd_open(getpid(), PidfdFlags::empty())?;
+    send(&io::stdin(), &Started::Ok(()), Some(&File::from(itself)))?;
     if start.is_filtered {
         sandbox::enter_process(ThreadKind::Opener).map_err(io::Error::other)?;
     }

@@ -19,16 +19,14 @@ use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::{Mutex, OnceLock};
-use std::time::Instant;
 
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, set_parent_process_death_signal};
+use rustix::process::{Signal, set_parent_process_death_signal};
 use serde::{Deserialize, Serialize};
 
-use super::messages::{is_readable, pair, receive, send};
-use super::opener::{OWN_PROGRAM, Start};
+use super::messages::{pair, receive, send, send_at_once};
+use super::opener::{OWN_PROGRAM, Start, Started};
 use super::{ImageDirectories, OpenError};
 use crate::common::NOT_POISONED;
-use crate::limits::OPEN_LIMIT;
 use crate::replica::record_file::path_in_hex;
 use crate::sandbox::{self, ThreadKind};
 
@@ -39,6 +37,9 @@ const READ_ONLY: &str = "read-only";
 const RECORDS: &str = "records=";
 const IMAGE: &str = "image=";
 const DIRECTORY: &str = "directory=";
+
+/// The kernel takes no longer path (PATH_MAX).
+const PATH_BYTES_MAX: usize = 4095;
 
 /// Why no image can be opened any more.
 const ENDED: &str = "the process that starts those that open images (quorum-blkd --start-openers) \
@@ -68,9 +69,6 @@ struct Request {
     direct: bool,
 }
 
-/// The answer: the process comes with it, as a pidfd; or an errno.
-type Answer = Result<(), i32>;
-
 /// From now on a process of its own starts those that open images, and only those that are
 /// permitted.
 ///
@@ -97,9 +95,12 @@ pub(super) fn is_needed() -> bool {
     SPAWNER.get().is_some()
 }
 
-/// Starts the process that opens an image, and follows the orders that come from the other end of
-/// `its_end`. Returns its pidfd.
-pub(super) fn start_opener(start: &Start, its_end: OwnedFd) -> io::Result<OwnedFd> {
+/// Has the process started that opens an image. What comes first from the other end of `its_end` is
+/// [`Started`].
+///
+/// # Errors
+/// If the daemon starts it and that fails, or if what is to start it has ended or does not go on.
+pub(super) fn start_opener(start: &Start, its_end: OwnedFd) -> io::Result<()> {
     let Some(socket) = SPAWNER.get() else {
         return spawn(start, its_end);
     };
@@ -108,35 +109,26 @@ pub(super) fn start_opener(start: &Start, its_end: OwnedFd) -> io::Result<OwnedF
         read_only: start.read_only,
         direct: start.direct,
     };
-    let socket = socket.lock().expect(NOT_POISONED);
-    let its_end = File::from(its_end);
-    let asked = send(&*socket, &request, Some(&its_end)).and_then(|()| {
-        match is_readable(&socket, Instant::now() + OPEN_LIMIT)? {
-            true => receive::<Answer>(&*socket),
-            false => Err(io::ErrorKind::TimedOut.into()),
-        }
-    });
-    match asked {
-        Ok(Some((Ok(()), Some(process)))) => Ok(process.into()),
-        Ok(Some((Err(errno), _))) => Err(io::Error::from_raw_os_error(errno)),
-        Ok(_) => Err(io::Error::other(ENDED)),
-        Err(error) => match error.raw_os_error() {
-            Some(libc::EPIPE | libc::ECONNRESET) => Err(io::Error::other(ENDED)),
-            _ => Err(error),
-        },
+    if request.path.as_os_str().len() > PATH_BYTES_MAX {
+        return Err(io::Error::from_raw_os_error(libc::ENAMETOOLONG));
     }
+    let socket = socket.lock().expect(NOT_POISONED);
+    let asked = send_at_once(&*socket, &request, Some(&File::from(its_end)));
+    asked.map_err(|error| match error.raw_os_error() {
+        Some(libc::EPIPE | libc::ECONNRESET) => io::Error::other(ENDED),
+        _ => error,
+    })
 }
 
-fn spawn(start: &Start, its_end: OwnedFd) -> io::Result<OwnedFd> {
-    let child = Command::new(OWN_PROGRAM)
+fn spawn(start: &Start, its_end: OwnedFd) -> io::Result<()> {
+    Command::new(OWN_PROGRAM)
         .arg0("quorum-blkd")
         .args(start.arguments())
         .stdin(its_end)
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         .spawn()?;
-    // Nothing waits for the process. Its number is its own still: it waits for orders.
-    Ok(pidfd_open(Pid::from_child(&child), PidfdFlags::empty())?)
+    Ok(())
 }
 
 /// Serves as this process, with the arguments after the first one, until the daemon ends.
@@ -147,19 +139,23 @@ pub(super) fn serve(arguments: &[OsString]) -> io::Result<()> {
         sandbox::enter_process(ThreadKind::Spawner).map_err(io::Error::other)?;
     }
     let socket = io::stdin();
-    while let Some((request, its_end)) = receive::<Request>(&socket)? {
-        let started = permitted.start(request, is_filtered);
-        let started = started.and_then(|start| {
-            let its_end = its_end.ok_or(io::ErrorKind::InvalidInput)?;
-            spawn(&start, its_end.into())
-        });
-        let (answer, process) = match started {
-            Ok(process) => (Ok(()), Some(File::from(process))),
-            Err(error) => (Err(error.raw_os_error().unwrap_or(libc::EIO)), None),
+    loop {
+        let (request, its_end) = match receive::<Request>(&socket) {
+            Ok(Some((request, Some(its_end)))) => (request, its_end),
+            Ok(None) => return Ok(()),
+            // What is no request has an end that closes, so that the daemon does not wait.
+            Ok(Some((_, None))) => continue,
+            Err(error) if error.raw_os_error().is_none() => continue,
+            Err(error) => return Err(error),
         };
-        send(&socket, &answer, process.as_ref())?;
+        let started = permitted.start(request, is_filtered);
+        let started = started.and_then(|start| spawn(&start, its_end.try_clone()?.into()));
+        if let Err(error) = started {
+            let failed = Started::Err(error.raw_os_error().unwrap_or(libc::EIO));
+            // The daemon may not wait for it any more.
+            let _ = send(&its_end, &failed, None);
+        }
     }
-    Ok(())
 }
 
 impl Permitted {
