@@ -1,10 +1,10 @@
 //! The settings of a benchmark, from environment variables.
 
-use std::env;
 use std::fmt::Display;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
+use std::{env, fs, process};
 
 /// The settings.
 pub struct Settings {
@@ -26,11 +26,17 @@ impl Settings {
             .split(',')
             .map(str::trim)
             .filter(|part| !part.is_empty());
+        let directory: PathBuf =
+            variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into());
+        if let Err(error) = fs::create_dir_all(&directory) {
+            eprintln!("cannot make {}, BENCH_DIR: {error}", directory.display());
+            process::exit(2);
+        }
         Self {
             time: Duration::from_secs_f64(variable("BENCH_SECONDS").unwrap_or(seconds)),
             rounds: variable("BENCH_ROUNDS").unwrap_or(rounds).max(1),
             only: parts.map(str::to_owned).collect(),
-            directory: variable("BENCH_DIR").unwrap_or_else(|| env!("CARGO_TARGET_TMPDIR").into()),
+            directory,
         }
     }
 

@@ -1,12 +1,14 @@
 //! The command line: its options and commands, and their `--help` texts.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::builder::{OsStringValueParser, TypedValueParser as _};
 use clap::{Args, Parser, Subcommand, ValueHint};
 
 use super::format::{NewSize, parse_rate, parse_size_change};
 use super::threshold::{self, NewThreshold};
+use crate::common::time_span::parse_ms;
 use crate::limits::REPLICAS_MAX;
 
 /// The environment variable that replaces `--qmp`.
@@ -83,6 +85,22 @@ fn rate(text: &str) -> Result<Rate, String> {
     parse_rate(text).map(Rate)
 }
 
+fn parse_timeout(text: &str) -> Result<Duration, &'static str> {
+    let from_1s_to_1h = time(text, 3600);
+    from_1s_to_1h.ok_or("expected a time from 1s to 1h, such as 5s, 2min, or 60 for seconds")
+}
+
+fn parse_watch(text: &str) -> Result<Duration, &'static str> {
+    let from_1s_to_24h = time(text, 86_400);
+    from_1s_to_24h.ok_or("expected a time from 1s to 24h, such as 5s, 2min, or 60 for seconds")
+}
+
+/// Of at least a second, and at most so many.
+fn time(text: &str, seconds_max: u64) -> Option<Duration> {
+    let ms = parse_ms(text, 1000).filter(|ms| (1000..=seconds_max * 1000).contains(ms));
+    ms.map(Duration::from_millis)
+}
+
 /// The options as written.
 #[derive(Debug, Parser)]
 #[command(
@@ -98,12 +116,11 @@ pub(super) struct Options {
         value_hint = ValueHint::FilePath, help_heading = "Connection")]
     pub(super) qmp: Option<PathBuf>,
 
-    /// Fail if the daemon does not answer within this time in seconds, 1 to 3600. Raise it if the
-    /// daemon's disks are very slow
-    #[arg(long, value_name = "SECONDS", default_value_t = 60, global = true,
-        help_heading = "Connection",
-        value_parser = clap::value_parser!(u64).range(1..=3600))]
-    pub(super) timeout: u64,
+    /// Fail if the daemon does not answer within this time, from 1s to 1h; a number without unit
+    /// is in seconds. Raise it if the daemon's disks are very slow
+    #[arg(long, value_name = "TIME", default_value = "60s", global = true,
+        help_heading = "Connection", value_parser = parse_timeout)]
+    pub(super) timeout: Duration,
 
     #[command(subcommand)]
     pub(super) action: Action,
@@ -114,10 +131,11 @@ pub(super) enum Action {
     /// Show the health of the disk, its replicas and its jobs
     #[command(after_help = STATUS_LEGEND)]
     Status {
-        /// Show it again every SECONDS, 1 to 86400, until Ctrl-C [default without SECONDS: 2]
-        #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2",
-            value_parser = clap::value_parser!(u64).range(1..=86400))]
-        watch: Option<u64>,
+        /// Show it again after each TIME, from 1s to 24h, until Ctrl-C; a number without unit is in
+        /// seconds [default without TIME: 2s]
+        #[arg(long, value_name = "TIME", num_args = 0..=1, default_missing_value = "2s",
+            value_parser = parse_watch)]
+        watch: Option<Duration>,
         /// Print the daemon's replies to query-quorum, query-jobs and query-quorum-jobs as one JSON
         /// object
         #[arg(long)]

@@ -17,6 +17,9 @@ use serde_json::{Value, json};
 use super::Error;
 use crate::limits::{CLIENT_EVENTS_KEPT_MAX, CLIENT_LINE_BYTES_MAX};
 
+/// A monitor greets each client at once, whatever the disks do. Other sockets never do.
+const GREETING_LIMIT: Duration = Duration::from_secs(5);
+
 /// A connection after the negotiation of capabilities.
 #[derive(Debug)]
 pub(super) struct Connection {
@@ -65,8 +68,12 @@ impl Connection {
             job_ends: VecDeque::new(),
             limit,
         };
+        let limit = limit.min(GREETING_LIMIT);
         let greeting = connection.receive(Instant::now() + limit)?;
-        let greeting = greeting.ok_or_else(|| connection.timeout("a new client"))?;
+        let greeting = greeting.ok_or_else(|| {
+            let path = path.to_owned();
+            Error::Silent { path, limit }
+        })?;
         if !greeting.value.get("QMP").is_some_and(Value::is_object) {
             return Err(Error::invalid(
                 "the greeting of the server",

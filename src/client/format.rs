@@ -123,6 +123,9 @@ pub(super) fn printable(text: &str) -> String {
     printable
 }
 
+/// Slower jobs are mistakes: `--speed 1` was to be 1 MiB/s.
+const RATE_MIN: u64 = 4 << 10;
+
 /// Bytes, or K, M, G, T, P, E with powers of 1024 (KiB, ... too): `4096`, `10G`, `1.5T`.
 pub(super) fn parse_size(text: &str) -> Result<u64, String> {
     let invalid = || {
@@ -178,9 +181,16 @@ pub(super) fn parse_size_change(text: &str) -> Result<NewSize, String> {
     }
 }
 
-/// Bytes per second, with or without `/s`.
+/// Bytes per second, with or without `/s`; 0 for no limit.
 pub(super) fn parse_rate(text: &str) -> Result<u64, String> {
-    parse_size(text.strip_suffix("/s").unwrap_or(text))
+    let rate = parse_size(text.strip_suffix("/s").unwrap_or(text))?;
+    match rate {
+        1..RATE_MIN => Err(format!(
+            "a job would hardly go on with {rate} bytes per second; expected 0 for no limit, or at \
+             least 4K, such as 100M"
+        )),
+        rate => Ok(rate),
+    }
 }
 
 #[cfg(test)]
@@ -248,6 +258,9 @@ mod tests {
         assert_eq!(parse_size_change("1G"), Ok(NewSize::Absolute(1 << 30)));
         assert!(parse_size_change("++1G").is_err());
         assert_eq!(parse_rate("100M/s"), Ok(100 << 20));
+        assert_eq!(parse_rate("0"), Ok(0));
+        assert_eq!(parse_rate("4K"), Ok(RATE_MIN));
+        assert!(parse_rate("1").unwrap_err().contains("1 bytes per second"));
     }
 
     #[test]

@@ -62,8 +62,15 @@ enum Error {
     Lost(io::Error),
     #[error("the daemon closed the connection")]
     Closed,
-    #[error("no answer to {request} within {} s; --timeout SECONDS waits longer", .limit.as_secs())]
+    #[error("no answer to {request} within {} s; --timeout TIME waits longer", .limit.as_secs())]
     Timeout { request: String, limit: Duration },
+    #[error(
+        "{} does not begin to speak within {} s; --qmp needs the socket of the daemon's --qmp, not \
+         that of the disk or of the events",
+        Quoted(.path),
+        .limit.as_secs()
+    )]
+    Silent { path: PathBuf, limit: Duration },
     /// A message that does not follow the protocol.
     #[error("{message} is invalid: {reason}")]
     Invalid { message: String, reason: String },
@@ -147,6 +154,7 @@ pub fn run(arguments: impl IntoIterator<Item = OsString>) -> ExitCode {
             let _ = writeln!(io::stderr(), "quorum-blkctl: {error}");
             ExitCode::from(match error {
                 Error::Interrupted(_) => 130,
+                Error::NoSocket => 2,
                 _ => 3,
             })
         }
@@ -191,21 +199,19 @@ fn execute(options: Options, out: &mut dyn Write) -> Result<Outcome, Error> {
 
 /// Runs a command of a daemon.
 fn execute_connected(
-    (socket, timeout): (Option<PathBuf>, u64),
+    (socket, timeout): (Option<PathBuf>, Duration),
     action: Action,
     out: &mut dyn Write,
 ) -> Result<Outcome, Error> {
     let socket = socket.ok_or(Error::NoSocket)?;
     let mut context = Context {
-        connection: Connection::open(&socket, Duration::from_secs(timeout))?,
+        connection: Connection::open(&socket, timeout)?,
         terminal: Terminal::of_stdout(),
         out,
     };
     let context = &mut context;
     match action {
-        Action::Status { watch, json } => {
-            status::run(context, watch.map(Duration::from_secs), json)
-        }
+        Action::Status { watch, json } => status::run(context, watch, json),
         Action::Events { json } => events::run(context, json),
         Action::Map { json } => disk_map::run(context, json),
         Action::Scrub { repair, job } => scrub::scrub(context, repair, &job),

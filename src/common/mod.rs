@@ -28,6 +28,8 @@ pub mod report;
 pub mod runs;
 #[forbid(unsafe_code)]
 mod sector;
+#[forbid(unsafe_code)]
+pub mod time_span;
 
 pub use self::errno::Errno;
 pub use self::found_data::FoundData;

@@ -5,6 +5,7 @@ use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::os::fd::RawFd;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{Parser, ValueHint};
@@ -13,6 +14,7 @@ use nix::unistd::Group;
 use super::sandbox::SandboxOptions;
 use super::{Aio, Cache, OnReadError, OnWriteError, ReadPattern, State};
 use crate::common::message::Quoted;
+use crate::common::time_span::parse_ms;
 use crate::limits::{NEIGHBOURHOOD_BYTES, QUEUES_MAX, REPAIR_LIMIT_MIN};
 
 /// The options as written, each valid by itself. `super::check` decides whether they fit together.
@@ -104,19 +106,19 @@ pub(super) struct Options {
     #[arg(long, help_heading = "Vote")]
     pub(super) blkverify: bool,
 
-    /// Evict a replica that has not answered for this long, in milliseconds, 10 to 3600000; it
-    /// rejoins by itself and is resynced. Raise it for slow disks; lower it to shorten the pauses
-    /// of the guest when a replica hangs
-    #[arg(long, value_name = "MS", allow_negative_numbers = true, default_value_t = 1000,
-        value_parser = clap::value_parser!(u64).range(10..=3_600_000), help_heading = "Replicas")]
-    pub(super) replica_timeout: u64,
+    /// Evict a replica that has not answered for this long, from 10ms to 1h; a number without unit
+    /// is in milliseconds. It rejoins by itself and is resynced. Raise it for slow disks; lower it
+    /// to shorten the pauses of the guest when a replica hangs
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true, default_value = "1s",
+        value_parser = parse_replica_timeout, help_heading = "Replicas")]
+    pub(super) replica_timeout: Duration,
 
     /// When a read of the guest finds corrupt or unreadable sectors, scrub this much of the disk
     /// before and after them at once, in MiB, 0 to 1048576; 0 turns this off. Raise it if faults
     /// of your disks affect large areas
     #[arg(long, value_name = "MIB", allow_negative_numbers = true,
-        default_value_t = NEIGHBOURHOOD_BYTES >> 20,
-        value_parser = clap::value_parser!(u64).range(0..=1 << 20), help_heading = "Replicas")]
+        default_value_t = NEIGHBOURHOOD_BYTES >> 20, value_parser = parse_scrub_around,
+        help_heading = "Replicas")]
     pub(super) scrub_around: u64,
 
     /// How to access the images
@@ -322,6 +324,19 @@ fn parse_block_size(value: &str) -> Result<u32, &'static str> {
         "4096" | "4k" | "4K" => Ok(4096),
         _ => Err("expected 512 or 4096"),
     }
+}
+
+fn parse_replica_timeout(value: &str) -> Result<Duration, &'static str> {
+    parse_ms(value, 1)
+        .filter(|ms| (10..=3_600_000).contains(ms))
+        .map(Duration::from_millis)
+        .ok_or("expected a time from 10ms to 1h, such as 500ms, 5s, or 1000 for milliseconds")
+}
+
+fn parse_scrub_around(value: &str) -> Result<u64, &'static str> {
+    let number = value.parse().ok();
+    let number = number.filter(|mib| (0..=1 << 20).contains(mib));
+    number.ok_or("expected a number of MiB from 0 to 1048576, such as 4")
 }
 
 /// Bytes, in units of 1024.

@@ -335,7 +335,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         user: options.security.user,
         image_directories,
         verbosity: options.verbose,
-        replica_timeout: Duration::from_millis(options.replica_timeout),
+        replica_timeout: options.replica_timeout,
         scrub_around_bytes: options.scrub_around << 20,
     })
 }

@@ -2,11 +2,15 @@
 
 use std::io;
 use std::sync::mpsc::Sender;
+use std::time::{Duration, Instant};
 
 use log::error;
 
 use crate::sandbox::{self, ThreadKind};
 use crate::worker::Stop;
+
+/// A signal that comes again within this time was sent once.
+const SAME_SIGNAL_LIMIT: Duration = Duration::from_secs(1);
 
 /// Ignores SIGXFSZ: a write beyond RLIMIT_FSIZE is an error of one replica and must not end the
 /// process. Ignores SIGCHLD: nothing waits for the end of a process that opens an image.
@@ -42,24 +46,33 @@ impl Signals {
     }
 
     /// Starts the thread that turns a signal into [`Stop::Requested`]. A second signal ends the
-    /// process at once.
+    /// process at once, unless it is the same one again within a second: timeout(1) sends its
+    /// signal to the daemon, and then to its process group.
     pub(super) fn forward_to(self, stop: Sender<Stop>) -> io::Result<()> {
         std::thread::Builder::new()
             .name("signals".into())
             .spawn(move || {
                 sandbox::enter(ThreadKind::Main);
-                for first in [true, false] {
-                    let mut signal = 0;
-                    // SAFETY: the set is initialised and `signal` is valid for the write.
-                    while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
-                    if !first {
+                let first = self.wait();
+                let since = Instant::now();
+                let _ = stop.send(Stop::Requested);
+                loop {
+                    let signal = self.wait();
+                    if signal != first || since.elapsed() >= SAME_SIGNAL_LIMIT {
                         error!(signal; "second signal: exiting without draining requests");
                         super::logging::flush();
                         std::process::exit(128 + signal);
                     }
-                    let _ = stop.send(Stop::Requested);
                 }
             })?;
         Ok(())
+    }
+
+    /// The next of the signals.
+    fn wait(&self) -> libc::c_int {
+        let mut signal = 0;
+        // SAFETY: the set is initialised and `signal` is valid for the write.
+        while unsafe { libc::sigwait(&raw const self.0, &raw mut signal) } != 0 {}
+        signal
     }
 }

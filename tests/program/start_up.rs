@@ -206,6 +206,27 @@ fn a_descriptor_of_a_socket_that_the_daemon_makes_itself_is_refused() {
     }
 }
 
+/// It sends a signal on to the daemon, and then to its process group.
+#[test]
+fn timeout_ends_it_in_an_orderly_way() {
+    for _ in 0..5 {
+        let place = Place::new(2);
+        let mut command = Command::new("timeout");
+        command
+            .args(["--preserve-status", "1h", env!("CARGO_BIN_EXE_quorum-blkd")])
+            .args(place.sockets_arguments())
+            .args(replica_arguments(&place.images))
+            .stderr(File::create(place.path("log")).unwrap());
+        let mut timeout = Process::spawn(&mut command).unwrap();
+        let log = || fs::read_to_string(place.path("log")).unwrap();
+        let serves = wait_until(HANG_LIMIT, || log().contains("serving the disk"));
+        assert!(serves, "{}", log());
+        timeout.signal(libc::SIGTERM);
+        let status = timeout.wait_within(HANG_LIMIT).expect("it ends");
+        assert_eq!(status.code(), Some(0), "{}", log());
+    }
+}
+
 #[test]
 fn a_signal_ends_it_and_nothing_is_left() {
     for signal in [libc::SIGTERM, libc::SIGINT] {

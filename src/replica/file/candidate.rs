@@ -255,7 +255,7 @@ impl Candidate {
                     std::thread::sleep(BUSY_INTERVAL);
                     if !logged && since.elapsed() >= BUSY_LOGGED_AFTER {
                         logged = true;
-                        log::debug!(
+                        log::info!(
                             replica:% = self.replica.node_name(),
                             file:% = self.replica.path.display();
                             "waiting for another process to release an image"
