@@ -33,8 +33,15 @@ pub(super) fn confine(config: &Config) -> Result<(), Error> {
     let sandbox = described(Some(config));
     let begun = sandbox.begin()?;
     if sandbox.mode != Mode::Off {
-        let started = start_spawner(&permitted(config));
-        started.map_err(system("cannot start a process"))?;
+        match start_spawner(&permitted(config)) {
+            Err(error) if sandbox.mode == Mode::Auto => warn!(
+                error:%;
+                "cannot start the process that starts those that open images: no image can be \
+                 added, and none that is missing is taken in; check that the user may execute the \
+                 program, or use --sandbox off"
+            ),
+            started => started.map_err(system("cannot start a process"))?,
+        }
     }
     let lacking = begun.finish()?;
     if sandbox.mode == Mode::Off {
@@ -55,9 +62,7 @@ fn permitted(config: &Config) -> Permitted {
     let records = &config.records;
     Permitted {
         directories: config.image_directories.clone(),
-        records: records
-            .are_kept
-            .then(|| records.directory.path().to_owned()),
+        records: records.are_kept.then(|| records.directory.clone()),
         read_only: config.read_only,
     }
 }
@@ -102,7 +107,13 @@ pub fn print_sandbox(config: Option<&Config>) -> String {
         let lists = [
             ("image", directories.images),
             ("image-directory", directories.directories),
-            ("records", records.into_iter().collect()),
+            (
+                "records",
+                records
+                    .iter()
+                    .map(|directory| directory.path().to_owned())
+                    .collect(),
+            ),
         ];
         for (what, paths) in &lists {
             for path in paths {

@@ -90,14 +90,14 @@ impl Growth {
     /// Prepares to grow `replica` from the size of the disk, `from_bytes`.
     ///
     /// # Errors
-    /// If the image is only read, or there is no descriptor for it.
+    /// If the image could not be opened once more, or there is no descriptor for it.
     pub fn new(replica: &ReplicaFile, from_bytes: u64, to_bytes: u64) -> Result<Self, GrowError> {
-        let file = replica.opened_again.as_ref();
-        let file = file
-            .ok_or_else(|| io::ErrorKind::ReadOnlyFilesystem.into())
-            .and_then(File::try_clone);
+        let file = match &replica.opened_again {
+            Ok(file) => file.try_clone(),
+            Err(errno) => Err(io::Error::from_raw_os_error(*errno)),
+        };
         Ok(Self {
-            file: file.map_err(system("dup"))?,
+            file: file.map_err(system("open"))?,
             is_block_device: replica.is_block_device,
             from_bytes,
             to_bytes,

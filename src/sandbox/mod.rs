@@ -110,19 +110,19 @@ pub fn enter(kind: ThreadKind) {
 /// # Errors
 /// If the kernel has no filters.
 pub fn enter_process(kind: ThreadKind) -> Result<(), SandboxError> {
-    process::forbid_core_dumps()?;
+    // Where the daemon could not do it either, it has said so.
+    let _ = process::forbid_core_dumps();
     filter::prepare(&[kind])?;
     filter::enter(kind);
     Ok(())
 }
 
 /// From now on the calling thread, and those that it starts, reach these files only. Does nothing
-/// where the kernel has no Landlock.
-///
-/// # Errors
-/// If the kernel refuses it.
-pub fn keep_in_reach(files: &[Beneath]) -> Result<(), SandboxError> {
-    files::ruleset(files, false)?.map_or(Ok(()), files::restrict)
+/// where that cannot be done: the daemon has said so.
+pub fn keep_in_reach(files: &[Beneath]) {
+    if let Ok(Some(ruleset)) = files::ruleset(files, false) {
+        let _ = files::restrict(ruleset);
+    }
 }
 
 /// Whether the threads of this process have filters, or will have them, so that those that it

@@ -6,7 +6,7 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::os::unix::fs::symlink;
+use std::os::unix::fs::{PermissionsExt, symlink};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -172,7 +172,85 @@ fn the_disk_is_served_on_without_the_spawner() {
     client.write(0, 0, &[1; 4096]).unwrap();
     client.flush(0).unwrap();
     drop(client);
+    let says = || {
+        daemon
+            .log()
+            .contains("the process that starts those that open images has ended")
+    };
+    assert!(wait_until(HANG_LIMIT, says), "{}", daemon.log());
     assert!(daemon.terminate().success());
+}
+
+/// A program that its user may not execute, as one below /root.
+#[test]
+fn a_disk_is_served_though_its_user_cannot_start_the_program() {
+    let place = Place::new(2);
+    let program = place.path("quorum-blkd");
+    fs::copy(env!("CARGO_BIN_EXE_quorum-blkd"), &program).unwrap();
+    fs::set_permissions(&program, PermissionsExt::from_mode(0o700)).unwrap();
+    let run = |sandbox: &str| {
+        let mut command = Command::new(&program);
+        command
+            .args(place.sockets_arguments())
+            .args(replica_arguments(&place.images))
+            .args(["--user", "1234:5678", "--sandbox", sandbox])
+            .stderr(File::create(place.path("log")).unwrap());
+        Process::spawn(&mut command).unwrap()
+    };
+    let log = || fs::read_to_string(place.path("log")).unwrap();
+    let mut daemon = run("auto");
+    assert!(
+        wait_until(HANG_LIMIT, || log().contains("serving the disk")),
+        "{}",
+        log()
+    );
+    assert!(
+        log().contains("check that the user may execute the program"),
+        "{}",
+        log()
+    );
+    daemon.signal(libc::SIGTERM);
+    daemon.wait_within(HANG_LIMIT).expect("it ends");
+    let status = run("on").wait_within(HANG_LIMIT).expect("it ends");
+    assert_eq!(status.code(), Some(1), "{}", log());
+}
+
+/// One that could not be started in time is not started later: it would keep its file system busy.
+#[test]
+fn an_image_is_left_alone_that_nothing_waits_for_any_more() {
+    let place = Place::new(2);
+    let (mut daemon, mut monitor) = serve(&place, &place.images, &[]);
+    let spawner = spawner(&daemon);
+    let signal = |name: &str| {
+        let status = Command::new("kill")
+            .args([name, &spawner.to_string()])
+            .status();
+        assert!(status.unwrap().success());
+    };
+    let new = place.path("new.raw");
+    image(&new);
+    signal("-STOP");
+    let refused = add(&mut monitor, &new).unwrap_err();
+    assert!(refused.contains("does not answer"), "{refused}");
+    signal("-CONT");
+    // It deals with one request after the other.
+    add_again(&mut monitor);
+    let openers = || {
+        let children = format!("/proc/{spawner}/task/{spawner}/children");
+        fs::read_to_string(children).unwrap()
+    };
+    assert!(
+        wait_until(HANG_LIMIT, || openers().is_empty()),
+        "{}",
+        openers()
+    );
+    assert!(daemon.terminate().success());
+}
+
+/// Adds the replica `new` again.
+fn add_again(monitor: &mut Monitor) {
+    let change = json!({ "parent": "quorum0", "node": "new" });
+    monitor.execute("x-blockdev-change", change);
 }
 
 /// A process that opens an image, and this end of its socket.
@@ -195,9 +273,7 @@ impl Opener {
                 "filtered",
                 "confined",
             ])
-            .arg(image)
-            .arg("")
-            .arg(records)
+            .args([image, Path::new(""), Path::new("given-state"), records])
             .stdin(its_end)
             .stderr(Stdio::null());
         let opener = Self {

@@ -198,14 +198,19 @@ impl Candidate {
     /// Claims and locks the image.
     pub(super) fn lock(&mut self) -> Result<(), OpenError> {
         self.replica._claim = self.when_free(examine::claim, Opener::claim)?;
-        let (locked, again) = self.when_free(examine::lock, Opener::lock)?;
         let Locked {
             locking,
             stamp,
             cache_forgotten,
-        } = locked;
+        } = self.when_free(examine::lock, Opener::lock)?;
         self.replica.stamp = stamp;
-        self.replica.opened_again = again;
+        self.replica.opened_again = match &mut self.opener {
+            None => examine::open_again(&self.replica.file, self.options),
+            Some(opener) => {
+                let again = opener.open_again(Instant::now() + OPEN_LIMIT).map(Ok);
+                self.answered(again)?
+            }
+        };
         if !cache_forgotten {
             log::warn!(
                 replica:% = self.replica.node_name(), file:% = self.replica.path.display();
@@ -299,7 +304,7 @@ impl Started<'_> {
                 is_block_device: facts.is_block_device,
                 identity: facts.identity,
                 stamp: None,
-                opened_again: None,
+                opened_again: Err(libc::EBADF),
                 record: OnceLock::new(),
                 location: facts.location.clone(),
                 seen: Seen::default(),

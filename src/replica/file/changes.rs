@@ -16,7 +16,7 @@ use std::sync::{Arc, Weak};
 use log::debug;
 use rustix::io::Errno;
 
-use super::{ImageIdentity, ReplicaFile};
+use super::{ImageIdentity, ReplicaFile, spawner};
 use crate::common::ReplicaIndex;
 use crate::common::image::ImageChanges;
 use crate::limits::IMAGE_LOOK_INTERVAL;
@@ -97,6 +97,7 @@ pub fn watch(
         sandbox::enter(ThreadKind::Images);
         loop {
             std::thread::sleep(IMAGE_LOOK_INTERVAL);
+            spawner::report_end();
             let Some(table) = table.upgrade() else {
                 return;
             };

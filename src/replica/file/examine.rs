@@ -159,9 +159,8 @@ pub(super) struct Locked {
     pub(super) cache_forgotten: bool,
 }
 
-/// Locks an open image, without waiting for another process. Returns it opened once more, unless it
-/// is only read.
-pub(super) fn lock(file: &File, options: OpenOptions) -> Result<(Locked, Option<File>), Fault> {
+/// Locks an open image, without waiting for another process.
+pub(super) fn lock(file: &File, options: OpenOptions) -> Result<Locked, Fault> {
     let access = if options.read_only {
         Access::ReadOnly
     } else {
@@ -174,28 +173,26 @@ pub(super) fn lock(file: &File, options: OpenOptions) -> Result<(Locked, Option<
     })?;
     let cache_forgotten = forget_cached(file);
     let metadata = file.metadata().map_err(failed(Call::Fstat))?;
-    let again = match options.read_only {
-        true => None,
-        false => Some(open_again(file)?),
-    };
     let stamp = ImageStamp::of(&metadata);
-    let locked = Locked {
+    Ok(Locked {
         locking,
         stamp,
         cache_forgotten,
-    };
-    Ok((locked, again))
+    })
 }
 
-/// Opens an image once more, through the page cache. The kernel reports what it could not write
-/// back once for each open file (fsync(2)): this one takes no report away from the first.
-fn open_again(file: &File) -> Result<File, Fault> {
+/// Opens an image once more, through the page cache, unless it is only read. The kernel reports
+/// what it could not write back once for each open file (fsync(2)): this one takes no report away
+/// from the first. An error is an errno.
+pub(super) fn open_again(file: &File, options: OpenOptions) -> Result<File, i32> {
+    if options.read_only {
+        return Err(libc::EROFS);
+    }
     // Not by its path, which may name another file by now.
     let same = format!("/proc/self/fd/{}", file.as_raw_fd());
     let flags = OFlags::RDWR | OFlags::CLOEXEC;
     let opened = rustix::io::retry_on_intr(|| rustix::fs::open(&same, flags, Mode::empty()));
-    let opened = opened.map_err(|error| Fault::Open(error.raw_os_error()));
-    opened.map(File::from)
+    opened.map(File::from).map_err(|errno| errno.raw_os_error())
 }
 
 /// Takes out of the page cache what need not be written back any more, so that reads show what the

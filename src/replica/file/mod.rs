@@ -146,8 +146,8 @@ pub struct ReplicaFile {
     pub identity: ImageIdentity,
     /// Its stamp when it was locked. `None` for a block device.
     pub stamp: Option<ImageStamp>,
-    /// The image opened once more, to grow it. `None` if it is only read.
-    pub opened_again: Option<File>,
+    /// The image opened once more, to grow it, or why it is not: an errno.
+    pub opened_again: Result<File, i32>,
     /// Its record, if it has one that is kept.
     record: OnceLock<RecordFile>,
     location: Location,

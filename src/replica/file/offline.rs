@@ -67,8 +67,7 @@ impl OfflineImage {
         self.claim = with_path(Ok(claimed), &self.path, read_only)?;
         let locked = examine::lock(&self.file, options(read_only));
         // From now on no other process changes it.
-        let (locked, _) = with_path(Ok(locked), &self.path, read_only)?;
-        self.stamp = locked.stamp;
+        self.stamp = with_path(Ok(locked), &self.path, read_only)?.stamp;
         Ok(())
     }
 

@@ -22,22 +22,25 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustix::fs::Mode;
+use rustix::net::{Shutdown, shutdown};
 use rustix::process::{
     PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
+use rustix::thread::set_name;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
 use super::alignment::{ALIGNMENT_BYTES_MIN, Alignment};
 use super::contents::Contents;
 use super::descriptors::close_inherited;
-use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock};
+use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock, open_again};
 use super::format::Format;
 use super::look::{Look, Seen, look};
 use super::messages::{is_closed, is_readable, pair, receive, send};
 use super::{OpenOptions, spawner};
 use crate::common::NOT_POISONED;
-use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder};
+use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder, StateDirectory};
 use crate::sandbox::{self, Access, Beneath, ThreadKind};
 
 /// The program of this process.
@@ -53,6 +56,9 @@ const FILTERED: &str = "filtered";
 const UNFILTERED: &str = "unfiltered";
 const CONFINED: &str = "confined";
 const UNCONFINED: &str = "unconfined";
+const NO_STATE: &str = "no-state";
+const GIVEN_STATE: &str = "given-state";
+const USUAL_STATE: &str = "usual-state";
 
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
@@ -83,6 +89,7 @@ enum Order {
     GlanceAtContents(u64),
     Claim,
     Lock,
+    OpenAgain,
     Look(Look),
     /// What is to be written comes in a file with the order.
     Record(RecordOrder),
@@ -210,11 +217,17 @@ impl Opener {
         Ok(answer.map(|()| file))
     }
 
-    /// Locks the image, without waiting for another process ([`lock`]).
-    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<(Locked, Option<File>)>, NoAnswer> {
+    /// Locks the image, without waiting for another process.
+    pub(super) fn lock(&mut self, by: Instant) -> Result<Answer<Locked>, NoAnswer> {
         self.order(Order::Lock)?;
-        let (answer, file) = self.answer::<Answer<Locked>>(by)?;
-        Ok(answer.map(|locked| (locked, file)))
+        self.answer(by).map(|(answer, _)| answer)
+    }
+
+    /// The image opened once more, to grow it, or why it is not: an errno.
+    pub(super) fn open_again(&mut self, by: Instant) -> Result<Result<File, i32>, NoAnswer> {
+        self.order(Order::OpenAgain)?;
+        let (answer, file) = self.answer::<Result<(), i32>>(by)?;
+        Ok(answer.and_then(|()| file.ok_or(libc::EIO)))
     }
 
     /// Has the process look at the image.
@@ -271,7 +284,7 @@ impl Opener {
     pub(in crate::replica) fn on_a_thread(path: &Path, options: OpenOptions) -> Self {
         let (socket, its_end) = pair().unwrap();
         let image = path.to_owned();
-        std::thread::spawn(move || follow_orders(&its_end, &image, options, None, |_| Ok(())));
+        std::thread::spawn(move || follow_orders(&its_end, &image, options, None, |_| ()));
         Self {
             path: path.to_owned(),
             socket,
@@ -291,14 +304,17 @@ impl Opener {
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        if self.has_ended {
+        // One that has not started finds the socket closed.
+        if self.has_ended || !self.has_started {
             return;
         }
         // Ends what waits in the kernel and can be ended. Nothing waits for the process: the daemon
-        // and the spawner ignore SIGCHLD. One that has not started finds the socket closed.
+        // and the spawner ignore SIGCHLD.
         if let Some(process) = &self.process {
             let _ = pidfd_send_signal(process, Signal::KILL);
         }
+        // Ends what cannot be killed, as soon as its file system has answered.
+        let _ = shutdown(&self.socket, Shutdown::Write);
         if self.is_silent
             && let Ok(socket) = self.socket.try_clone()
         {
@@ -322,8 +338,8 @@ pub(super) struct Start {
     pub(super) is_confined: bool,
     /// It does not leave this directory on the way to the image.
     pub(super) directory: Option<PathBuf>,
-    /// Where the record may be, besides beside the image.
-    pub(super) records: Option<PathBuf>,
+    /// Where the record may be that is not beside the image.
+    pub(super) records: Option<StateDirectory>,
 }
 
 impl Start {
@@ -333,7 +349,12 @@ impl Start {
             true => OsString::from(first),
             false => OsString::from(second),
         };
-        let path = |path: &Option<PathBuf>| path.clone().unwrap_or_default().into_os_string();
+        let directory = self.directory.clone().unwrap_or_default();
+        let (kind, records) = match &self.records {
+            None => (NO_STATE, PathBuf::new()),
+            Some(StateDirectory::Given(path)) => (GIVEN_STATE, path.clone()),
+            Some(StateDirectory::Usual(path)) => (USUAL_STATE, path.clone()),
+        };
         vec![
             ARGUMENT.into(),
             either(self.read_only, READ_ONLY, READ_WRITE),
@@ -341,8 +362,9 @@ impl Start {
             either(self.is_filtered, FILTERED, UNFILTERED),
             either(self.is_confined, CONFINED, UNCONFINED),
             self.path.clone().into(),
-            path(&self.directory),
-            path(&self.records),
+            directory.into(),
+            kind.into(),
+            records.into(),
         ]
     }
 
@@ -351,16 +373,20 @@ impl Start {
         let mut arguments = arguments.iter().cloned();
         let mut next = || arguments.next().unwrap_or_default();
         let [access, cache, calls, files] = [(); 4].map(|()| next());
-        let path = PathBuf::from(next());
-        let mut next = || Some(PathBuf::from(next())).filter(|path| !path.as_os_str().is_empty());
+        let [path, directory] = [(); 2].map(|()| PathBuf::from(next()));
+        let (kind, records) = (next(), PathBuf::from(next()));
         Self {
             path,
             read_only: access == READ_ONLY,
             direct: cache == DIRECT,
             is_filtered: calls == FILTERED,
             is_confined: files == CONFINED,
-            directory: next(),
-            records: next(),
+            directory: Some(directory).filter(|path| !path.as_os_str().is_empty()),
+            records: match kind {
+                kind if kind == GIVEN_STATE => Some(StateDirectory::Given(records)),
+                kind if kind == USUAL_STATE => Some(StateDirectory::Usual(records)),
+                _ => None,
+            },
         }
     }
 
@@ -374,11 +400,24 @@ impl Start {
         };
         let system = ["/proc", "/sys", "/run/udev", "/dev/disk"];
         let system = system.map(|path| beneath(path.into(), Access::Read));
-        let records = self.records.clone();
-        let records = records.map(|path| beneath(path, access));
-        // Through whatever links its path leads, its record is beside the image itself.
+        let is_device = image.facts.is_block_device;
+        let records = match &self.records {
+            Some(StateDirectory::Usual(path)) if is_device => {
+                // It cannot be made later.
+                if !self.read_only {
+                    let _ = rustix::fs::mkdir(path, Mode::RWXU);
+                }
+                Some(path)
+            }
+            Some(StateDirectory::Usual(_)) | None => None,
+            Some(StateDirectory::Given(path)) => Some(path),
+        };
+        let records = records.map(|path| beneath(path.clone(), access));
+        // Through whatever links its path leads, its record is beside the image itself. In `/`
+        // everything is beside it.
         let real = std::fs::read_link(&itself).unwrap_or_default();
-        let beside = real.parent().filter(|_| !image.facts.is_block_device);
+        let beside = real.parent().filter(|path| path.parent().is_some());
+        let beside = beside.filter(|_| !is_device);
         let beside = beside.map(|path| beneath(path.to_owned(), access));
         let image = beneath(itself, access);
         let files = system.into_iter().chain(records).chain(beside);
@@ -402,8 +441,10 @@ pub fn serve(arguments: impl IntoIterator<Item = OsString>) -> Option<io::Result
 
 /// Opens the image, and follows the daemon's orders until it closes the socket.
 fn answer_all(start: &Start) -> io::Result<()> {
-    let itself = pidfd_open(getpid(), PidfdFlags::empty())?;
-    send(&io::stdin(), &Started::Ok(()), Some(&File::from(itself)))?;
+    // Without one it cannot be killed, which matters only while it waits for the file system.
+    let itself = pidfd_open(getpid(), PidfdFlags::empty()).map(File::from);
+    send(&io::stdin(), &Started::Ok(()), itself.as_ref().ok())?;
+    let _ = set_name(c"blkd-opener");
     if start.is_filtered {
         sandbox::enter_process(ThreadKind::Opener).map_err(io::Error::other)?;
     }
@@ -420,16 +461,11 @@ fn answer_all(start: &Start) -> io::Result<()> {
         block_bytes: ALIGNMENT_BYTES_MIN,
     };
     let directory = start.directory.as_deref();
-    follow_orders(
-        &io::stdin(),
-        &start.path,
-        options,
-        directory,
-        |image| match start.is_confined {
-            true => sandbox::keep_in_reach(&start.in_reach(image)).map_err(io::Error::other),
-            false => Ok(()),
-        },
-    )
+    follow_orders(&io::stdin(), &start.path, options, directory, |image| {
+        if start.is_confined {
+            sandbox::keep_in_reach(&start.in_reach(image));
+        }
+    })
 }
 
 /// Opens an image, calls `confine`, and follows the orders about it until the socket is closed.
@@ -438,13 +474,13 @@ fn follow_orders(
     path: &Path,
     options: OpenOptions,
     directory: Option<&Path>,
-    confine: impl FnOnce(&Image) -> io::Result<()>,
+    confine: impl FnOnce(&Image),
 ) -> io::Result<()> {
     let image = match Image::open(path, options, directory) {
         Ok(image) => image,
         Err(fault) => return send(socket, &Answer::<Facts>::Err(fault), None),
     };
-    confine(&image)?;
+    confine(&image);
     send(socket, &Answer::Ok(&image.facts), Some(&image.file))?;
     let mut keeper = Keeper::new(path, image.facts.identity, options.read_only);
     while let Some((order, given)) = receive(socket)? {
@@ -469,9 +505,10 @@ fn follow_orders(
                 Ok(file) => send(socket, &Answer::Ok(()), file.as_ref())?,
                 Err(fault) => send(socket, &Answer::<()>::Err(fault), None)?,
             },
-            Order::Lock => match lock(&image.file, options) {
-                Ok((locked, again)) => send(socket, &Answer::Ok(locked), again.as_ref())?,
-                Err(fault) => send(socket, &Answer::<Locked>::Err(fault), None)?,
+            Order::Lock => send(socket, &lock(&image.file, options), None)?,
+            Order::OpenAgain => match open_again(&image.file, options) {
+                Ok(again) => send(socket, &Ok::<_, i32>(()), Some(&again))?,
+                Err(errno) => send(socket, &Err::<(), _>(errno), None)?,
             },
             Order::Look(at) => send(socket, &look(&image.file, at), None)?,
             Order::Record(order) => {

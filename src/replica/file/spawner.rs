@@ -8,7 +8,7 @@
 //! Invariants: what may be opened is on its command line, and nothing that it is asked changes that
 //! (I11); it makes no system call that waits for the file system of an image.
 
-#![forbid(unsafe_code)]
+#![allow(unsafe_code)]
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
@@ -18,25 +18,32 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Mutex, OnceLock};
+use std::sync::{Mutex, Once, OnceLock};
 
-use rustix::process::{Signal, set_parent_process_death_signal};
+use rustix::process::{Signal, set_parent_process_death_signal, setpgid};
+use rustix::thread::set_name;
 use serde::{Deserialize, Serialize};
 
-use super::messages::{pair, receive, send, send_at_once};
+use super::descriptors::close_inherited;
+use super::messages::{is_closed, pair, receive, send, send_at_once};
 use super::opener::{OWN_PROGRAM, Start, Started};
 use super::{ImageDirectories, OpenError};
 use crate::common::NOT_POISONED;
-use crate::replica::record_file::path_in_hex;
+use crate::replica::record_file::{StateDirectory, path_in_hex};
 use crate::sandbox::{self, ThreadKind};
 
 /// The first argument of this process, and the beginnings of the others.
 pub(super) const ARGUMENT: &str = "--start-openers";
 const FILTERED: &str = "filtered";
 const READ_ONLY: &str = "read-only";
-const RECORDS: &str = "records=";
+const GIVEN_STATE: &str = "given-state=";
+const USUAL_STATE: &str = "usual-state=";
 const IMAGE: &str = "image=";
 const DIRECTORY: &str = "directory=";
+
+/// The same, where it could not even be started.
+const NOT_STARTED: &str = "the process that starts those that open images could not be started; \
+                           the log says why";
 
 /// The kernel takes no longer path (PATH_MAX).
 const PATH_BYTES_MAX: usize = 4095;
@@ -45,17 +52,17 @@ const PATH_BYTES_MAX: usize = 4095;
 const ENDED: &str = "the process that starts those that open images (quorum-blkd --start-openers) \
                      has ended; restart the daemon";
 
-/// The daemon's end of its socket, if there is such a process. Without one the daemon starts the
-/// processes that open images itself.
-static SPAWNER: OnceLock<Mutex<OwnedFd>> = OnceLock::new();
+/// The daemon's end of its socket; `None` if it could not be started. As long as this is not set,
+/// the daemon starts the processes that open images itself.
+static SPAWNER: OnceLock<Option<Mutex<OwnedFd>>> = OnceLock::new();
 
 /// Which images may be opened, and how.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Permitted {
     /// Where they may be.
     pub directories: ImageDirectories,
-    /// Where their records may be, besides beside them.
-    pub records: Option<PathBuf>,
+    /// Where their records may be that are not beside them.
+    pub records: Option<StateDirectory>,
     /// They may only be read.
     pub read_only: bool,
 }
@@ -73,21 +80,43 @@ struct Request {
 /// permitted.
 ///
 /// # Errors
-/// If it cannot be started.
+/// If it cannot be started: no image can be opened any more.
 pub fn start_spawner(permitted: &Permitted) -> io::Result<()> {
-    let (socket, its_end) = pair()?;
-    Command::new(OWN_PROGRAM)
-        .arg0("quorum-blkd")
-        .arg(ARGUMENT)
-        .args(permitted.arguments(sandbox::is_filtered()))
-        .stdin(its_end)
-        .stdout(Stdio::null())
-        // A signal of the terminal is for the daemon.
-        .process_group(0)
-        .spawn()?;
-    let set = SPAWNER.set(Mutex::new(socket));
+    let start = || {
+        let (socket, its_end) = pair()?;
+        Command::new(OWN_PROGRAM)
+            .arg0("quorum-blkd")
+            .arg(ARGUMENT)
+            .args(permitted.arguments(sandbox::is_filtered()))
+            .stdin(its_end)
+            .stdout(Stdio::null())
+            .spawn()?;
+        Ok(socket)
+    };
+    let started: io::Result<OwnedFd> = start();
+    let (socket, result) = match started {
+        Ok(socket) => (Some(Mutex::new(socket)), Ok(())),
+        Err(error) => (None, Err(error)),
+    };
+    let set = SPAWNER.set(socket);
     assert!(set.is_ok(), "a daemon has one spawner");
-    Ok(())
+    result
+}
+
+/// Reports once that the process has ended.
+pub(super) fn report_end() {
+    static IS_REPORTED: Once = Once::new();
+    let Some(Some(socket)) = SPAWNER.get() else {
+        return;
+    };
+    if is_closed(&socket.lock().expect(NOT_POISONED)) {
+        IS_REPORTED.call_once(|| {
+            log::warn!(
+                "the process that starts those that open images has ended: no image can be added, \
+                 and none that is missing is taken in, until the daemon is restarted"
+            );
+        });
+    }
 }
 
 /// Whether the daemon cannot open images by itself.
@@ -101,8 +130,10 @@ pub(super) fn is_needed() -> bool {
 /// # Errors
 /// If the daemon starts it and that fails, or if what is to start it has ended or does not go on.
 pub(super) fn start_opener(start: &Start, its_end: OwnedFd) -> io::Result<()> {
-    let Some(socket) = SPAWNER.get() else {
-        return spawn(start, its_end);
+    let socket = match SPAWNER.get() {
+        None => return spawn(start, its_end),
+        Some(None) => return Err(io::Error::other(NOT_STARTED)),
+        Some(Some(socket)) => socket,
     };
     let request = Request {
         path: start.path.clone(),
@@ -134,6 +165,12 @@ fn spawn(start: &Start, its_end: OwnedFd) -> io::Result<()> {
 /// Serves as this process, with the arguments after the first one, until the daemon ends.
 pub(super) fn serve(arguments: &[OsString]) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
+    // A listening socket of --fd, for example.
+    // SAFETY: this process has opened nothing.
+    unsafe { close_inherited() }?;
+    // A signal of the terminal is for the daemon.
+    let _ = setpgid(None, None);
+    let _ = set_name(c"blkd-spawner");
     let (permitted, is_filtered) = Permitted::from_arguments(arguments);
     if is_filtered {
         sandbox::enter_process(ThreadKind::Spawner).map_err(io::Error::other)?;
@@ -151,7 +188,8 @@ pub(super) fn serve(arguments: &[OsString]) -> io::Result<()> {
         let started = permitted.start(request, is_filtered);
         let started = started.and_then(|start| spawn(&start, its_end.try_clone()?.into()));
         if let Err(error) = started {
-            let failed = Started::Err(error.raw_os_error().unwrap_or(libc::EIO));
+            // What is no path has none: it has a NUL.
+            let failed = Started::Err(error.raw_os_error().unwrap_or(libc::EINVAL));
             // The daemon may not wait for it any more.
             let _ = send(&its_end, &failed, None);
         }
@@ -193,7 +231,10 @@ impl Permitted {
         } = &self.directories;
         let words = [word(is_filtered, FILTERED), word(self.read_only, READ_ONLY)];
         let words = words.into_iter().flatten();
-        let records = self.records.iter().map(|path| with(RECORDS, path));
+        let records = self.records.iter().map(|directory| match directory {
+            StateDirectory::Given(path) => with(GIVEN_STATE, path),
+            StateDirectory::Usual(path) => with(USUAL_STATE, path),
+        });
         let images = images.iter().map(|path| with(IMAGE, path));
         let directories = directories.iter().map(|path| with(DIRECTORY, path));
         let paths = records.chain(images).chain(directories);
@@ -213,8 +254,10 @@ impl Permitted {
                 is_filtered = true;
             } else if argument == READ_ONLY {
                 permitted.read_only = true;
-            } else if let Some(path) = path_after(RECORDS) {
-                permitted.records = Some(path);
+            } else if let Some(path) = path_after(GIVEN_STATE) {
+                permitted.records = Some(StateDirectory::Given(path));
+            } else if let Some(path) = path_after(USUAL_STATE) {
+                permitted.records = Some(StateDirectory::Usual(path));
             } else if let Some(path) = path_after(IMAGE) {
                 of.images.push(path);
             } else if let Some(path) = path_after(DIRECTORY) {
@@ -235,7 +278,7 @@ mod tests {
                 images: vec!["/elsewhere/a".into()],
                 directories: vec!["/ssd1".into(), OsStr::from_bytes(b"/\xff").into()],
             },
-            records: Some("/var/lib/records".into()),
+            records: Some(StateDirectory::Usual("/var/lib/records".into())),
             read_only: false,
         }
     }
