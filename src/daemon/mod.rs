@@ -59,6 +59,7 @@ use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
 use crate::sandbox::{self, ThreadKind};
 use crate::statistics::Statistics;
+use crate::untrusted::close::start_with;
 use crate::worker::{Disk, Stop, Workers};
 
 /// Starts the log of the disk named `disk`, and has a panic of any thread end the process from now
@@ -219,6 +220,7 @@ fn serve(
     signals
         .forward_to(stop)
         .map_err(system("cannot start the signal thread"))?;
+    start_with(|| sandbox::enter(ThreadKind::Closing)).map_err(system("cannot start a thread"))?;
     let frontends = disk.slots.iter().enumerate();
     let frontends = frontends.map(|(index, slot)| {
         Frontend::new(

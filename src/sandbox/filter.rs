@@ -13,6 +13,7 @@ use seccompiler::{
 };
 use syscalls::Sysno;
 
+use super::system_calls::Limited;
 use super::{Part, SandboxError, ThreadKind, system_calls, violation};
 
 /// The filters of the threads of this process, once they are wanted.
@@ -62,7 +63,24 @@ fn filters(kind: ThreadKind) -> Result<Vec<BpfProgram>, seccompiler::BackendErro
         let action = SeccompAction::Errno(errno.cast_unsigned());
         compile(rules.collect(), SeccompAction::Allow, action)
     });
-    refused.chain([filter(kind)]).collect()
+    let limited = system_calls::limited(kind).into_iter().map(limit);
+    refused.chain(limited).chain([filter(kind)]).collect()
+}
+
+/// The filter that has a call fail if its argument has no value that it may have.
+fn limit(limited: Limited) -> Result<BpfProgram, seccompiler::BackendError> {
+    let condition = |argument, compare, value: u32| {
+        SeccompCondition::new(argument, SeccompCmpArgLen::Dword, compare, value.into())
+    };
+    let when = limited.when.into_iter();
+    let when = when.map(|(argument, value)| condition(argument, SeccompCmpOp::Eq, value));
+    let values = limited.values.into_iter();
+    let others = values.map(|value| condition(limited.argument, SeccompCmpOp::Ne, value));
+    let conditions: Result<Vec<_>, _> = when.chain(others).collect();
+    let rule = SeccompRule::new(conditions?)?;
+    let number = Sysno::from_str(limited.name).map(|number| (i64::from(number.id()), vec![rule]));
+    let action = SeccompAction::Errno(limited.errno.cast_unsigned());
+    compile(number.into_iter().collect(), SeccompAction::Allow, action)
 }
 
 fn compile(
@@ -96,6 +114,10 @@ fn conditions(kind: ThreadKind, name: &str) -> Result<Vec<SeccompRule>, seccompi
         let compare = SeccompCmpOp::MaskedEq(mask);
         SeccompCondition::new(argument, SeccompCmpArgLen::Dword, compare, value)
     };
+    let is_null = |argument| {
+        let (len, compare) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq);
+        SeccompCondition::new(argument, len, compare, 0)
+    };
     let starts_programs = matches!(kind, ThreadKind::Spawner | ThreadKind::Opener);
     let condition = match name {
         // The loader maps code.
@@ -103,6 +125,8 @@ fn conditions(kind: ThreadKind, name: &str) -> Result<Vec<SeccompRule>, seccompi
         "socket" => bits(0, -1, libc::AF_UNIX)?,
         // A thread, or a task that shares the memory.
         "clone" if kind != ThreadKind::Spawner => bits(0, libc::CLONE_VM, libc::CLONE_VM)?,
+        // Limits are only read, such as that of descriptors.
+        "prlimit64" if !starts_programs => is_null(2)?,
         // A task tells its process that it has made a call that is not allowed.
         "kill" if kind == ThreadKind::Worker => bits(0, -1, std::process::id().cast_signed())?,
         _ => return Ok(Vec::new()),

@@ -20,6 +20,7 @@ mod system_calls;
 mod violation;
 
 use std::fs;
+use std::os::fd::AsRawFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -29,6 +30,7 @@ use rustix::thread::CapabilitySet;
 pub use self::error::SandboxError;
 pub use self::files::{Access, Beneath};
 pub use self::process::User;
+pub use self::violation::{set_log_pending, violation};
 use crate::limits::THREADS_END_LIMIT;
 
 /// Whether this process has given up rights.
@@ -75,18 +77,21 @@ pub enum ThreadKind {
     Log,
     /// Looks whether threads hang, and notifies the service manager.
     Watchdog,
+    /// Closes what frontends have passed.
+    Closing,
     /// The main thread while the disk is served, and the one that waits for signals.
     Main,
 }
 
 /// The kinds of threads of the daemon itself.
-const KINDS: [ThreadKind; 7] = [
+const KINDS: [ThreadKind; 8] = [
     ThreadKind::Worker,
     ThreadKind::Frontend,
     ThreadKind::Operator,
     ThreadKind::Images,
     ThreadKind::Log,
     ThreadKind::Watchdog,
+    ThreadKind::Closing,
     ThreadKind::Main,
 ];
 
@@ -105,13 +110,17 @@ pub fn enter(kind: ThreadKind) {
 }
 
 /// The same for a process of one thread that the daemon has started. Its core could be dumped again
-/// from its start on.
+/// from its start on. A call that is not allowed is its last message through `socket`, if it has
+/// one for that.
 ///
 /// # Errors
 /// If the kernel has no filters.
-pub fn enter_process(kind: ThreadKind) -> Result<(), SandboxError> {
+pub fn enter_process<S: AsRawFd>(kind: ThreadKind, socket: Option<&S>) -> Result<(), SandboxError> {
     // Where the daemon could not do it either, it has said so.
     let _ = process::forbid_core_dumps();
+    if let Some(socket) = socket {
+        violation::report_to(socket);
+    }
     filter::prepare(&[kind])?;
     filter::enter(kind);
     Ok(())

@@ -10,7 +10,10 @@ use std::os::unix::net::{SocketAddr, UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use rustix::process::set_dumpable_behavior;
 use rustix::process::{DumpableBehavior, Resource, dumpable_behavior, getrlimit};
+use testkit::HANG_LIMIT;
+use testkit::process::Process;
 
 use super::*;
 
@@ -19,6 +22,15 @@ const VARIABLE: &str = "QUORUM_BLK_TEST_SANDBOX";
 
 /// Set for a process that is to make a call: its place in [`CALLS`].
 const VARIABLE_OF_CALLS: &str = "QUORUM_BLK_TEST_CALL";
+
+/// Set for a process that is to make a call while a line waits to be written.
+const VARIABLE_OF_LOG: &str = "QUORUM_BLK_TEST_LOG";
+
+/// Set for a process that is to try arguments: a kind of thread.
+const VARIABLE_OF_ARGUMENTS: &str = "QUORUM_BLK_TEST_ARGUMENTS";
+
+/// Set for a process that is to be as one that opens an image.
+const VARIABLE_OF_OPENER: &str = "QUORUM_BLK_TEST_OPENER";
 
 /// What a process tries when it has given up all but the directory.
 type Act = (&'static str, fn(&Path));
@@ -186,7 +198,7 @@ fn what_is_forbidden_fails() {
 /// A call that a kind of thread does not have, and its name.
 type Call = (&'static str, ThreadKind, fn());
 
-const CALLS: [Call; 11] = [
+const CALLS: [Call; 13] = [
     ("ptrace", ThreadKind::Worker, || {
         raw(libc::SYS_ptrace, [0; 3])
     }),
@@ -220,6 +232,12 @@ const CALLS: [Call; 11] = [
     ("clone", ThreadKind::Main, || {
         raw(libc::SYS_clone, [libc::SIGCHLD.into(), 0, 0])
     }),
+    ("socket", ThreadKind::Closing, || {
+        raw(libc::SYS_socket, [1, 1, 0])
+    }),
+    ("prlimit64", ThreadKind::Worker, || {
+        raw(libc::SYS_prlimit64, [0, 0, 1])
+    }),
 ];
 
 fn raw(number: libc::c_long, arguments: [libc::c_long; 3]) {
@@ -236,23 +254,48 @@ fn a_call_is_made_if_the_environment_says_so() {
         return;
     };
     let (_, kind, call) = CALLS[index];
-    filter::prepare(&[kind]).unwrap();
-    enter(kind);
+    enter_as_a_process(kind);
+    if env::var_os(VARIABLE_OF_LOG).is_some() {
+        set_log_pending(true);
+        std::thread::spawn(|| {
+            // Longer than the other thread needs for its line, if it does not wait.
+            std::thread::sleep(Duration::from_millis(50));
+            eprintln!("what was logged before");
+            set_log_pending(false);
+        });
+    }
     // What every kind may do.
     std::thread::spawn(|| vec![1_u8; 1 << 20]).join().unwrap();
     call();
     println!("it returned");
 }
 
+fn enter_as_a_process(kind: ThreadKind) {
+    if kind == ThreadKind::Opener {
+        enter_process(ThreadKind::Opener, Some(&std::io::stdin())).unwrap();
+        return;
+    }
+    filter::prepare(&[kind]).unwrap();
+    enter(kind);
+}
+
+/// A process that makes a call.
+fn calling(index: usize) -> Command {
+    let mut command = Command::new(env::current_exe().unwrap());
+    command
+        .args(["--exact", "--nocapture"])
+        .arg("sandbox::tests::a_call_is_made_if_the_environment_says_so")
+        .env(VARIABLE_OF_CALLS, index.to_string());
+    command
+}
+
+const STATUS: i32 = 128 + libc::SIGSYS;
+
 #[test]
 fn calls_that_are_not_listed_end_the_process_with_a_line() {
-    for (index, (name, kind, _)) in CALLS.iter().enumerate() {
-        let output = Command::new(env::current_exe().unwrap())
-            .args(["--exact", "--nocapture"])
-            .arg("sandbox::tests::a_call_is_made_if_the_environment_says_so")
-            .env(VARIABLE_OF_CALLS, index.to_string())
-            .output()
-            .unwrap();
+    let calls = CALLS.iter().enumerate();
+    for (index, (name, kind, _)) in calls.filter(|(_, (_, kind, _))| *kind != ThreadKind::Opener) {
+        let output = calling(index).output().unwrap();
         let errors = String::from_utf8_lossy(&output.stderr);
         let line = format!("quorum-blkd: the sandbox does not allow the system call {name} (");
         assert!(errors.starts_with(&line), "{kind:?} {name}: {errors}");
@@ -260,8 +303,139 @@ fn calls_that_are_not_listed_end_the_process_with_a_line() {
             errors.contains(" in the thread sandbox::tests:"),
             "{errors}"
         );
-        assert_eq!(output.status.code(), Some(128 + libc::SIGSYS), "{errors}");
+        assert_eq!(output.status.code(), Some(STATUS), "{errors}");
     }
+}
+
+#[test]
+fn the_line_follows_what_was_logged_before() {
+    let output = calling(0).env(VARIABLE_OF_LOG, "").output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<&str> = errors.lines().collect();
+    assert_eq!(lines.len(), 2, "{errors}");
+    assert_eq!(lines[0], "what was logged before");
+    assert_eq!(output.status.code(), Some(STATUS));
+}
+
+#[test]
+fn a_process_whose_stderr_is_not_read_ends() {
+    let (_reader, writer) = std::io::pipe().unwrap();
+    rustix::io::ioctl_fionbio(&writer, true).unwrap();
+    while rustix::io::write(&writer, &[b'x'; 4096]).is_ok() {}
+    rustix::io::ioctl_fionbio(&writer, false).unwrap();
+    let shared = writer.try_clone().unwrap();
+    let mut process = Process::spawn(calling(0).stderr(writer)).unwrap();
+    let status = process.wait_within(HANG_LIMIT).expect("it ends");
+    assert_eq!(status.code(), Some(STATUS));
+    let flags = rustix::fs::fcntl_getfl(&shared).unwrap();
+    assert!(!flags.contains(rustix::fs::OFlags::NONBLOCK), "{flags:?}");
+}
+
+#[test]
+fn a_process_that_opens_an_image_names_a_call_to_the_daemon() {
+    let is_of_opener = |call: &&Call| call.1 == ThreadKind::Opener;
+    let index = CALLS.iter().position(|call| is_of_opener(&call)).unwrap();
+    let (socket, its_end) = std::os::unix::net::UnixDatagram::pair().unwrap();
+    let output = calling(index)
+        .stdin(std::os::fd::OwnedFd::from(its_end))
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(STATUS));
+    assert!(output.stderr.is_empty(), "it goes to the daemon");
+    let mut message = [0; 512];
+    let len = socket.recv(&mut message).unwrap();
+    let said = violation(&message[..len]).expect("it is of a violation");
+    let beginning = "the sandbox does not allow the system call execve (";
+    assert!(said.starts_with(beginning), "{said}");
+}
+
+/// Does nothing in the ordinary run of the tests.
+#[test]
+fn arguments_are_tried_if_the_environment_says_so() {
+    let Ok(name) = env::var(VARIABLE_OF_ARGUMENTS) else {
+        return;
+    };
+    let kinds = KINDS.into_iter().chain([ThreadKind::Opener]);
+    let kind = kinds.into_iter().find(|kind| format!("{kind:?}") == name);
+    let (socket, _peer) = UnixStream::pair().unwrap();
+    enter_as_a_process(kind.unwrap());
+    let errno = |result: libc::c_int| match result {
+        0 => 0,
+        _ => std::io::Error::last_os_error().raw_os_error().unwrap(),
+    };
+    let file = std::os::fd::AsRawFd::as_raw_fd(&socket);
+    let mut number: libc::c_int = 0;
+    // SAFETY: the number is valid for the writes of all of these.
+    let mut asked = |request| errno(unsafe { libc::ioctl(file, request, &raw mut number) });
+    for request in [libc::FIONREAD, libc::FIONBIO, libc::FIOCLEX] {
+        assert_eq!(asked(request), 0, "{request:#x}");
+    }
+    // The kernel has these, but the last one, for sockets.
+    for request in [libc::TIOCOUTQ, libc::FIOASYNC, libc::TIOCSTI] {
+        assert_eq!(asked(request), libc::ENOTTY, "{request:#x}");
+    }
+    let set = |option, value: libc::c_ulong| {
+        // SAFETY: these options take a number.
+        errno(unsafe { libc::prctl(option, value, 0, 0, 0) })
+    };
+    assert_eq!(set(libc::PR_SET_NO_NEW_PRIVS, 1), 0);
+    for option in [libc::PR_SET_KEEPCAPS, libc::PR_SET_CHILD_SUBREAPER] {
+        assert_eq!(set(option, 1), libc::EINVAL, "{option}");
+    }
+    assert_eq!(set(libc::PR_SET_DUMPABLE, 1), libc::EINVAL);
+    // Processes that are started do this.
+    let starts = matches!(kind, Some(ThreadKind::Spawner | ThreadKind::Opener));
+    let expected = if starts { 0 } else { libc::EINVAL };
+    assert_eq!(set(libc::PR_SET_DUMPABLE, 0), expected);
+    println!("done: {name}");
+}
+
+#[test]
+fn arguments_that_are_not_listed_are_errors() {
+    for kind in KINDS.into_iter().chain([ThreadKind::Opener]) {
+        let name = format!("{kind:?}");
+        let output = Command::new(env::current_exe().unwrap())
+            .args(["--exact", "--nocapture"])
+            .arg("sandbox::tests::arguments_are_tried_if_the_environment_says_so")
+            .env(VARIABLE_OF_ARGUMENTS, &name)
+            .output()
+            .unwrap();
+        let text = String::from_utf8_lossy(&output.stdout).into_owned();
+        let errors = String::from_utf8_lossy(&output.stderr);
+        assert!(text.contains(&format!("done: {name}")), "{text}{errors}");
+    }
+}
+
+/// Does nothing in the ordinary run of the tests.
+#[test]
+fn a_process_opens_an_image_if_the_environment_says_so() {
+    if env::var_os(VARIABLE_OF_OPENER).is_none() {
+        return;
+    }
+    set_dumpable_behavior(DumpableBehavior::Dumpable).unwrap();
+    // Another thread can still ask.
+    let (entered, has_entered) = std::sync::mpsc::channel();
+    let asking = std::thread::spawn(move || {
+        has_entered.recv().unwrap();
+        core_dumps(Path::new(""));
+    });
+    enter_process(ThreadKind::Opener, Some(&std::io::stdin())).unwrap();
+    entered.send(()).unwrap();
+    asking.join().unwrap();
+    println!("done");
+}
+
+#[test]
+fn a_process_that_opens_an_image_dumps_no_core() {
+    let output = Command::new(env::current_exe().unwrap())
+        .args(["--exact", "--nocapture"])
+        .arg("sandbox::tests::a_process_opens_an_image_if_the_environment_says_so")
+        .env(VARIABLE_OF_OPENER, "")
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(text.contains("done"), "{text}{errors}");
 }
 
 /// On this architecture; others lack some of them.

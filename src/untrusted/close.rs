@@ -4,8 +4,9 @@
 //! and a socket releases what lies in it unread, which may be either. So these are closed by
 //! threads of their own. Those that hang are few; what comes then stays open.
 
-use std::sync::Mutex;
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, SyncSender, channel, sync_channel};
+use std::sync::{Mutex, OnceLock};
 use std::thread;
 
 use log::{debug, warn};
@@ -25,6 +26,30 @@ static THREADS: Mutex<Threads> = Mutex::new(Threads {
     idle: Vec::new(),
     count: 0,
 });
+
+/// What asks the thread that starts the others for one, and where it puts it.
+type Asked = SyncSender<Option<Sender<Call>>>;
+
+/// Asks the thread that starts the others.
+static STARTER: OnceLock<Sender<Asked>> = OnceLock::new();
+
+/// From now on, the threads have the rights of one that has called `prepare`, and not those of the
+/// thread that calls [`close`] first.
+///
+/// # Errors
+/// If the thread cannot be created.
+pub fn start_with(prepare: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let (starter, asked) = channel::<Asked>();
+    let thread = thread::Builder::new().name("frontend-close".into());
+    thread.spawn(move || {
+        prepare();
+        for answer in asked {
+            let _ = answer.send(start_here());
+        }
+    })?;
+    let _ = STARTER.set(starter);
+    Ok(())
+}
 
 /// Drops `closed`. Returns when that is done, or has not ended within [`CLOSE_LIMIT`].
 pub fn close<T: Send + 'static>(closed: T) {
@@ -64,9 +89,18 @@ pub(super) fn call(function: impl FnOnce() + Send + 'static) {
 }
 
 fn start() -> Option<Sender<Call>> {
+    let Some(starter) = STARTER.get() else {
+        return start_here();
+    };
+    let (answer, started) = sync_channel(1);
+    starter.send(answer).ok()?;
+    started.recv().ok().flatten()
+}
+
+fn start_here() -> Option<Sender<Call>> {
     let (sender, receiver) = channel();
     let again = sender.clone();
-    let thread = thread::Builder::new().name("closing".into());
+    let thread = thread::Builder::new().name("frontend-close".into());
     match thread.spawn(move || run(&receiver, &again)) {
         Ok(_) => Some(sender),
         Err(error) => {

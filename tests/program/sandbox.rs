@@ -73,6 +73,34 @@ fn every_thread_has_given_up_its_rights() {
     }
 }
 
+/// Those that close what a frontend has passed, whose connection another kind of thread serves.
+#[test]
+fn closing_threads_have_a_filter_of_their_own() {
+    let place = Place::new(1);
+    let (daemon, mut monitor) = serve(&place, &[]);
+    let mut client = Client::connect(daemon.socket(), 1);
+    client.read(0, 0, 4096).unwrap();
+    drop(client);
+    let named = |name: &str| {
+        let mut threads = threads(daemon.id());
+        threads.retain(|status| value(status, "Name") == name);
+        threads
+    };
+    // The one that starts the others, and another one.
+    assert!(wait_until(HANG_LIMIT, || named("frontend-close").len() > 1));
+    monitor.execute("query-quorum", json!({}));
+    let [filters, of_frontend, of_events] = ["frontend-close", "frontend", "events"].map(|name| {
+        let threads = named(name);
+        let filters = threads
+            .iter()
+            .map(|status| value(status, "Seccomp_filters"));
+        filters.map(str::to_owned).collect::<BTreeSet<_>>()
+    });
+    // Filters add up, and these kinds have as many.
+    assert_eq!(filters, of_events);
+    assert_ne!(filters, of_frontend);
+}
+
 /// Of root, which may lock any memory; io_uring does so for all daemons of a user together.
 #[test]
 fn many_daemons_of_root_have_their_buffers() {
@@ -130,6 +158,18 @@ fn members(name: &str) -> BTreeSet<String> {
     names.flat_map(members).collect()
 }
 
+/// A filter that does this at a call.
+fn at(name: &str, action: SeccompAction) -> BpfProgram {
+    let number = i64::from(Sysno::from_str(name).unwrap().id());
+    let filter = SeccompFilter::new(
+        [(number, Vec::new())].into(),
+        SeccompAction::Allow,
+        action,
+        std::env::consts::ARCH.try_into().unwrap(),
+    );
+    filter.unwrap().try_into().unwrap()
+}
+
 /// A filter that allows these calls and no others.
 fn allow(calls: &BTreeSet<String>) -> BpfProgram {
     let numbers = calls.iter().filter_map(|name| Sysno::from_str(name).ok());
@@ -143,21 +183,27 @@ fn allow(calls: &BTreeSet<String>) -> BpfProgram {
     filter.unwrap().try_into().unwrap()
 }
 
-/// Serves a disk with these calls only. Returns the log.
-fn serve_with(filter: BpfProgram, sandbox: &str) -> String {
-    let place = Place::new(3);
+/// Starts a daemon with these calls only.
+fn start_with(filter: BpfProgram, place: &Place, options: &[&str]) -> Process {
     let mut command = Command::new(env!("CARGO_BIN_EXE_quorum-blkd"));
     command
         .args(place.sockets_arguments())
         .args(replica_arguments(&place.images))
-        .args(["--sandbox", sandbox])
+        .args(options)
         .stderr(fs::File::create(place.path("log")).unwrap());
     // SAFETY: the closure makes system calls only.
     unsafe { command.pre_exec(move || apply_filter(&filter).map_err(io::Error::other)) };
-    let mut daemon = Process::spawn(&mut command).unwrap();
+    Process::spawn(&mut command).unwrap()
+}
+
+/// Serves a disk with these calls only. Returns the log.
+fn serve_with(filter: BpfProgram, options: &[&str]) -> String {
+    let place = Place::new(3);
+    let mut daemon = start_with(filter, &place, options);
     let said = || fs::read_to_string(place.path("log")).unwrap();
-    let serves = wait_until(HANG_LIMIT, || said().contains("serving the disk"));
-    assert!(serves, "{}", said());
+    let has_begun = || ["serving the disk", "quorum-blkd: "].map(|text| said().contains(text));
+    wait_until(HANG_LIMIT, || has_begun() != [false; 2]);
+    assert_eq!(has_begun(), [true, false], "{}", said());
     let mut client = Client::connect(&place.path("disk.sock"), 1);
     client.write(0, 0, &[1; 4096]).unwrap();
     client.flush(0).unwrap();
@@ -170,8 +216,30 @@ fn serve_with(filter: BpfProgram, sandbox: &str) -> String {
 
 #[test]
 fn the_unit_lets_the_daemon_give_up_the_rest() {
-    let log = serve_with(allow(&calls_of_the_unit()), "on");
+    let log = serve_with(allow(&calls_of_the_unit()), &["--sandbox", "on"]);
     assert!(!log.contains("WARN"), "{log}");
+}
+
+/// The tasks of `--aio threads` close what they do not need one by one there.
+#[test]
+fn a_kernel_without_close_range_serves_the_disk() {
+    let lacks = SeccompAction::Errno(libc::ENOSYS.cast_unsigned());
+    let log = serve_with(at("close_range", lacks), &["--aio", "threads"]);
+    assert!(log.contains("aio=threads"), "{log}");
+}
+
+/// Of the calls of a start, only such a process makes this one.
+#[test]
+fn a_call_of_a_process_that_opens_an_image_is_named_to_the_operator() {
+    let place = Place::new(1);
+    let mut daemon = start_with(at("fstatfs", SeccompAction::Trap), &place, &[]);
+    let status = daemon.wait_within(HANG_LIMIT).expect("it is refused");
+    assert_eq!(status.code(), Some(1));
+    let log = fs::read_to_string(place.path("log")).unwrap();
+    let why = "cannot open '";
+    assert!(log.contains(why), "{log}");
+    let call = "': the sandbox does not allow the system call fstatfs (";
+    assert!(log.contains(call), "{log}");
 }
 
 /// In a container that forbids it.
@@ -181,7 +249,7 @@ fn what_cannot_be_given_up_is_said_and_keeps_no_disk_from_being_served() {
     calls.retain(|name| {
         !name.starts_with("landlock") && !["capset", "seccomp"].contains(&name.as_str())
     });
-    let log = serve_with(allow(&calls), "auto");
+    let log = serve_with(allow(&calls), &["--sandbox", "auto"]);
     for part in ["capabilities", "files", "system-calls"] {
         assert!(log.contains(part), "{log}");
     }

@@ -19,6 +19,7 @@ use rustix::io::Errno;
 use super::floods::{Floods, LeftOut, Site};
 use crate::common::NOT_POISONED;
 use crate::limits::LOG_QUEUE_BYTES_MAX;
+use crate::sandbox;
 
 /// How often a thread looks whether the queue has been written.
 const LOOK_AGAIN: Duration = Duration::from_millis(1);
@@ -91,6 +92,7 @@ impl Queue {
             state.lines_dropped += 1;
         } else {
             state.lines.extend_from_slice(line);
+            sandbox::set_log_pending(state.has_writer);
             self.changed.notify_one();
         }
     }
@@ -99,6 +101,7 @@ impl Queue {
     pub(super) fn push_last(&self, line: &[u8]) {
         let mut state = self.state();
         state.lines.extend_from_slice(line);
+        sandbox::set_log_pending(state.has_writer);
         self.changed.notify_one();
     }
 
@@ -151,6 +154,7 @@ impl Queue {
                     left_out,
                 };
             }
+            sandbox::set_log_pending(false);
             state = match state.floods.due_at() {
                 None => self.changed.wait(state).expect(NOT_POISONED),
                 Some(due_at) => {

@@ -17,6 +17,8 @@ use rustix::net::{
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::sandbox;
+
 /// Bytes of a message: more than the longest one has, with two paths of a byte in two digits.
 const MESSAGE_BYTES_MAX: usize = 32 << 10;
 
@@ -62,7 +64,8 @@ fn send_with(
     Ok(())
 }
 
-/// The next message and the file it carries; `None` if the other end is closed.
+/// The next message and the file it carries; `None` if the other end is closed. That a process has
+/// made a call that the sandbox does not allow is an error.
 pub(super) fn receive<T: DeserializeOwned>(
     socket: &impl AsFd,
 ) -> io::Result<Option<(T, Option<File>)>> {
@@ -80,7 +83,11 @@ pub(super) fn receive<T: DeserializeOwned>(
         RecvAncillaryMessage::ScmRights(mut files) => files.next().map(File::from),
         _ => None,
     });
-    let message = serde_json::from_slice(&bytes[..received.bytes]);
+    let bytes = &bytes[..received.bytes];
+    if let Some(violation) = sandbox::violation(bytes) {
+        return Err(io::Error::other(violation));
+    }
+    let message = serde_json::from_slice(bytes);
     Ok(Some((message.map_err(io::Error::other)?, file)))
 }
 

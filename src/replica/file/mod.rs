@@ -47,6 +47,7 @@ pub use self::all::{
 use self::candidate::Candidate;
 use self::changes::Seen;
 pub use self::changes::{Watched, watch};
+pub(super) use self::descriptors::close_range;
 pub use self::directories::ImageDirectories;
 pub use self::error::OpenError;
 pub(super) use self::examine::Kind;

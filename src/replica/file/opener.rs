@@ -446,13 +446,13 @@ fn answer_all(start: &Start) -> io::Result<()> {
     send(&io::stdin(), &Started::Ok(()), itself.as_ref().ok())?;
     let _ = set_name(c"blkd-opener");
     if start.is_filtered {
-        sandbox::enter_process(ThreadKind::Opener).map_err(io::Error::other)?;
+        sandbox::enter_process(ThreadKind::Opener, Some(&io::stdin())).map_err(io::Error::other)?;
     }
     // The daemon may end while this process waits for the file system.
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // A listening socket of --fd, for example.
     // SAFETY: `serve` is called before this process opens anything.
-    unsafe { close_inherited() }?;
+    unsafe { close_inherited() };
     let options = OpenOptions {
         read_only: start.read_only,
         direct: start.direct,

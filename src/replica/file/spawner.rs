@@ -167,13 +167,13 @@ pub(super) fn serve(arguments: &[OsString]) -> io::Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // A listening socket of --fd, for example.
     // SAFETY: this process has opened nothing.
-    unsafe { close_inherited() }?;
+    unsafe { close_inherited() };
     // A signal of the terminal is for the daemon.
     let _ = setpgid(None, None);
     let _ = set_name(c"blkd-spawner");
     let (permitted, is_filtered) = Permitted::from_arguments(arguments);
     if is_filtered {
-        sandbox::enter_process(ThreadKind::Spawner).map_err(io::Error::other)?;
+        sandbox::enter_process(ThreadKind::Spawner, None::<&File>).map_err(io::Error::other)?;
     }
     let socket = io::stdin();
     loop {

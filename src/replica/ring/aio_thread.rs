@@ -22,6 +22,7 @@ use rustix::io::{pread, pwrite};
 use rustix::thread::futex;
 
 use super::submission::Submission;
+use crate::replica::file::close_range;
 
 /// The task has nothing to do.
 const IDLE: u32 = 0;
@@ -209,18 +210,9 @@ fn prepare(slot: &Slot) {
         (first + 1, second - 1),
         (second + 1, RawFd::MAX),
     ];
-    for (from, to) in ranges.into_iter().filter(|(from, to)| from <= to) {
+    for (from, to) in ranges {
         // SAFETY: nothing of the task uses these, and its table is a copy of the daemon's.
-        unsafe {
-            let (from, last) = (from.cast_unsigned(), to.cast_unsigned());
-            if libc::close_range(from, last, 0) != 0 {
-                // Linux before 5.9.
-                let end = libc::sysconf(libc::_SC_OPEN_MAX).clamp(0, 1 << 20) as RawFd;
-                for descriptor in from.cast_signed()..=to.min(end) {
-                    libc::close(descriptor);
-                }
-            }
-        }
+        unsafe { close_range(from, to) };
     }
     // SAFETY: no pointers but to a static string.
     unsafe {
