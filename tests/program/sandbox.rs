@@ -55,6 +55,12 @@ fn every_thread_has_given_up_its_rights() {
         let place = Place::new(3);
         let (daemon, mut monitor) = serve(&place, &["--aio", aio]);
         monitor.execute("query-quorum", json!({}));
+        // The monitor answers before the last thread has done so.
+        let filtered = || {
+            let threads = threads(daemon.id());
+            threads.iter().all(|status| value(status, "Seccomp") == "2")
+        };
+        wait_until(HANG_LIMIT, filtered);
         let threads = threads(daemon.id());
         assert!(threads.len() > 3, "{threads:?}");
         for status in &threads {
