@@ -145,11 +145,12 @@ pub const CHANGES_SINCE_SNAPSHOT_MAX: usize = 512;
 /// takes no more from the guest until some are retired.
 pub const REQUESTS_MAX: usize = 2048;
 
-/// Bytes of private buffers that the requests of one worker may use at a time. At the bound the
-/// worker takes no more from the guest until some are free.
+/// Default of `--memory-max`: bytes of private buffers that the requests of all workers may use at
+/// a time, and that are kept for reuse. At the bound a worker takes no more from the guest until
+/// some are free.
 pub const BUFFER_BYTES_MAX: u64 = 512 << 20;
 
-/// Bytes of free buffers that a worker keeps for reuse.
+/// Bytes of free buffers that a worker keeps for reuse, within [`BUFFER_BYTES_MAX`].
 pub const BUFFER_BYTES_KEPT: usize = 64 << 20;
 
 /// Bytes of buffers of one length that a worker has registered with its io_uring, for each length

@@ -6,7 +6,8 @@
 //!
 //! Invariants: a buffer is initialised memory (zeroed at its allocation; later it holds what was
 //! last written or read into it), aligned for O_DIRECT on any file. A dropped buffer returns to the
-//! pool of the thread that made it. The arena lives as long as any buffer of the pool.
+//! pool of the thread that made it. The arena lives as long as any buffer of the pool. No free
+//! buffer is kept above the limit of the pool, which counts those in use too.
 
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
 use std::cell::RefCell;
@@ -33,11 +34,15 @@ const ARENA_BYTES: usize = (ARENA_CLASSES + 1) * ARENA_SHARE_BYTES;
 #[derive(Clone, Debug, Default)]
 pub struct BufferPool(Rc<RefCell<Free>>);
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Free {
     by_class: [Vec<NonNull<u8>>; CLASSES],
     /// Bytes of the free buffers outside the arena.
     bytes: usize,
+    /// Bytes of all buffers outside the arena, with what aligns them.
+    allocated_bytes: u64,
+    /// With more than this, no buffer is kept.
+    limit_bytes: u64,
     arena: Option<Arena>,
 }
 
@@ -116,6 +121,19 @@ impl BufferPool {
             .map(|arena| (arena.start, ARENA_BYTES))
     }
 
+    /// Keeps free buffers only as long as all that the pool has allocated, with those in use, stays
+    /// within `bytes`, counted in [`footprint_bytes`]. The arena does not count.
+    pub fn limit(&self, bytes: u64) {
+        let mut free = self.0.borrow_mut();
+        free.limit_bytes = bytes;
+        free.make_room(0);
+    }
+
+    /// What the pool has allocated, in [`footprint_bytes`], without the arena.
+    pub fn allocated_bytes(&self) -> u64 {
+        self.0.borrow().allocated_bytes
+    }
+
     /// A buffer of `len` bytes, at most [`FRAGMENT_BYTES_MAX`]. Its content is unspecified.
     pub fn take(&self, len: usize) -> Buffer {
         let class = class_of(len);
@@ -126,7 +144,7 @@ impl BufferPool {
             free.bytes -= capacity_of(class);
         }
         Buffer {
-            memory: memory.unwrap_or_else(|| allocate(class)),
+            memory: memory.unwrap_or_else(|| free.add(class)),
             class,
             len,
             in_arena,
@@ -136,10 +154,53 @@ impl BufferPool {
 }
 
 impl Free {
+    /// Allocates a buffer, if need be in place of free ones of other lengths.
+    #[cold]
+    fn add(&mut self, class: usize) -> NonNull<u8> {
+        let bytes = footprint_of(class);
+        self.make_room(bytes);
+        self.allocated_bytes += bytes;
+        allocate(class)
+    }
+
+    /// Releases free buffers until `more` bytes fit the limit, or none is left; the longest first.
+    fn make_room(&mut self, more: u64) {
+        let mut class = CLASSES;
+        while self.allocated_bytes + more > self.limit_bytes && self.bytes > 0 && class > 0 {
+            let is_own = |memory: &NonNull<u8>| !self.is_in_arena(*memory);
+            match self.by_class[class - 1].iter().rposition(is_own) {
+                Some(place) => {
+                    let memory = self.by_class[class - 1].swap_remove(place);
+                    self.bytes -= capacity_of(class - 1);
+                    self.release(memory, class - 1);
+                }
+                None => class -= 1,
+            }
+        }
+    }
+
+    /// Gives a buffer outside the arena back to the system.
+    fn release(&mut self, memory: NonNull<u8>, class: usize) {
+        self.allocated_bytes -= footprint_of(class);
+        release(memory, class);
+    }
+
     fn is_in_arena(&self, memory: NonNull<u8>) -> bool {
         self.arena
             .as_ref()
             .is_some_and(|arena| arena.contains(memory))
+    }
+}
+
+impl Default for Free {
+    fn default() -> Self {
+        Self {
+            by_class: Default::default(),
+            bytes: 0,
+            allocated_bytes: 0,
+            limit_bytes: u64::MAX,
+            arena: None,
+        }
     }
 }
 
@@ -162,6 +223,18 @@ fn class_of(len: usize) -> usize {
 
 fn capacity_of(class: usize) -> usize {
     BUFFER_ALIGNMENT_BYTES << class
+}
+
+/// Bytes of memory that a buffer of `len` bytes takes, at most [`FRAGMENT_BYTES_MAX`]: a power of
+/// two, and a page to align it.
+#[inline]
+pub fn footprint_bytes(len: u64) -> u64 {
+    let page = BUFFER_ALIGNMENT_BYTES as u64;
+    len.next_power_of_two().max(page) + page
+}
+
+fn footprint_of(class: usize) -> u64 {
+    footprint_bytes(capacity_of(class) as u64)
 }
 
 fn layout_of(class: usize) -> Layout {
@@ -221,11 +294,13 @@ impl Drop for Buffer {
         let mut free = self.pool.0.borrow_mut();
         if self.in_arena {
             free.by_class[self.class].push(self.memory);
-        } else if free.bytes + capacity <= BUFFER_BYTES_KEPT {
+        } else if free.bytes + capacity <= BUFFER_BYTES_KEPT
+            && free.allocated_bytes <= free.limit_bytes
+        {
             free.bytes += capacity;
             free.by_class[self.class].push(self.memory);
         } else {
-            release(self.memory, self.class);
+            free.release(self.memory, self.class);
         }
     }
 }
@@ -267,6 +342,42 @@ mod tests {
             .collect();
         drop(many);
         assert_eq!(pool.0.borrow().bytes, BUFFER_BYTES_KEPT);
+    }
+
+    #[test]
+    fn keeps_nothing_above_its_limit() {
+        let pool = BufferPool::default();
+        let [short, long] = [64 << 10, 1 << 20].map(footprint_bytes);
+        pool.limit(2 * long);
+        let in_use = pool.take(1 << 20);
+        drop([(); 16].map(|()| pool.take(64 << 10)));
+        assert!(pool.allocated_bytes() <= 2 * long, "free buffers count");
+        assert_eq!((pool.allocated_bytes() - long) % short, 0);
+        let second = pool.take(1 << 20);
+        assert_eq!(pool.allocated_bytes(), 2 * long, "in place of short ones");
+        let third = pool.take(4096);
+        assert!(pool.allocated_bytes() > 2 * long, "none in use is refused");
+        drop((second, third));
+        pool.limit(long);
+        assert_eq!(pool.allocated_bytes(), long);
+        drop(in_use);
+        assert_eq!(pool.allocated_bytes(), long, "it is kept");
+        pool.limit(0);
+        assert_eq!(pool.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn the_limit_does_not_touch_the_arena() {
+        let pool = BufferPool::default();
+        pool.limit(0);
+        pool.add_arena();
+        let count = ARENA_SHARE_BYTES / (64 << 10);
+        let buffers: Vec<_> = (0..=count).map(|_| pool.take(64 << 10)).collect();
+        drop(buffers);
+        pool.limit(0);
+        assert_eq!(pool.allocated_bytes(), 0);
+        let again: Vec<_> = (0..count).map(|_| pool.take(64 << 10)).collect();
+        assert!(again.iter().all(Buffer::is_in_arena));
     }
 
     #[test]

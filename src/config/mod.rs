@@ -82,6 +82,8 @@ pub struct Config {
     pub rewrite_corrupted: bool,
     /// Repair at most so much without being asked, in bytes.
     pub repair_limit_bytes: u64,
+    /// Bytes of buffers that all requests may use at a time, if given.
+    pub memory_bytes_max: Option<u64>,
     /// What to do with a read that fails.
     pub rerror: OnReadError,
     /// What to do with a write or discard that fails.
@@ -313,6 +315,7 @@ fn check(options: Options, passed: Vec<PassedSocket>) -> Result<Config, ConfigEr
         read_pattern: options.read_pattern,
         rewrite_corrupted: options.rewrite_corrupted,
         repair_limit_bytes: options.repair_limit,
+        memory_bytes_max: options.memory_max,
         rerror: options.rerror,
         werror: options.werror,
         blkverify: options.blkverify,

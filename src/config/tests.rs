@@ -97,6 +97,7 @@ fn defaults() {
     assert!(!config.rewrite_corrupted && !config.blkverify && !config.read_only);
     assert!(!config.empty_anyway);
     assert_eq!(config.repair_limit_bytes, 16 << 20);
+    assert_eq!(config.memory_bytes_max, None);
     assert_eq!(
         (config.node_name.as_str(), config.serial.as_str()),
         ("quorum0", "")

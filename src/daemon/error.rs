@@ -54,6 +54,20 @@ pub enum Error {
     /// A record cannot be made or written.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// `--memory-max` is too low for the workers.
+    #[error(
+        "--memory-max is too low: {workers} workers and {replicas} replicas need {}M at least; \
+         give as much, or use fewer queues (--num-queues)",
+        .least.div_ceil(1 << 20)
+    )]
+    MemoryMax {
+        /// The number of workers.
+        workers: u16,
+        /// The number of replicas.
+        replicas: usize,
+        /// The least value, in bytes.
+        least: u64,
+    },
     /// The sandbox cannot be applied.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),

@@ -51,9 +51,11 @@ use crate::device::disk_use::DiskUse;
 use crate::device::frontend::Frontend;
 use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, DiskInfo};
-use crate::engine::{Policy, ReadPattern, Shared};
+use crate::engine::{Policy, ReadPattern, Shared, buffer_bytes_min};
 use crate::jobs::Sizes;
-use crate::limits::{CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX, watchdog_limit};
+use crate::limits::{
+    BUFFER_BYTES_MAX, CONNECTIONS_MAX, QUEUE_SIZE_MAX, REPLICAS_MAX, watchdog_limit,
+};
 use crate::replica::file::Opening;
 use crate::replica::ring::Aio;
 use crate::replica::table::ReplicaTable;
@@ -84,17 +86,19 @@ pub fn run(config: &Config) -> Result<(), Error> {
     descriptors::raise_limit();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
+    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
+    let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
+    let memory_bytes_max = memory_bytes_max(config, count)?;
     confinement::check(config)?;
     listeners::check(config)?;
     let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let listeners = Listeners::open(config)?;
     confinement::confine(config)?;
-    let threads = std::thread::available_parallelism().map_or(1, |count| count.get().min(64));
-    let count = config.queue_count.min(u16::try_from(threads).unwrap_or(1));
     let (stop, stopped) = channel();
     let (released, is_released) = channel();
-    let disk = disk(config, &replicas, count, (stop.clone(), released))?;
+    let workers = (count, memory_bytes_max);
+    let disk = disk(config, &replicas, workers, (stop.clone(), released))?;
     let has_records = replicas.has_records();
     if let Some(keeper) = replicas.keeper() {
         disk.events.restore_jobs(&keeper.record().jobs);
@@ -274,11 +278,28 @@ fn worker_error(aio: crate::config::Aio) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
-/// The parts of the disk that `workers` workers serve.
+/// The bound on the memory of `workers` for requests, in bytes.
+///
+/// # Errors
+/// If a bound is given with which not every worker can serve a request.
+fn memory_bytes_max(config: &Config, workers: u16) -> Result<u64, Error> {
+    let replicas = config.replicas.len();
+    let least = buffer_bytes_min(workers, replicas);
+    match config.memory_bytes_max {
+        Some(given) if given < least => Err(Error::MemoryMax {
+            workers,
+            replicas,
+            least,
+        }),
+        given => Ok(given.unwrap_or(BUFFER_BYTES_MAX)),
+    }
+}
+
+/// The parts of the disk that so many workers serve, with so many bytes of buffers at most.
 fn disk(
     config: &Config,
     replicas: &Replicas,
-    workers: u16,
+    (workers, memory_bytes_max): (u16, u64),
     (stop, released): (Sender<Stop>, Sender<ReplicaIndex>),
 ) -> Result<Disk, Error> {
     let info = disk_info(config, replicas);
@@ -288,12 +309,13 @@ fn disk(
         let slot = ConnectionSlot::new(config.queue_count, QUEUE_SIZE_MAX, cache_mode.clone())?;
         Ok(ConnectionSlot { disk_use, ..slot })
     });
-    let shared = Shared::new(
+    let mut shared = Shared::new(
         replicas.members.len(),
         replicas.votes,
         workers,
         info.capacity.sectors(),
     );
+    shared.limit_buffers(memory_bytes_max);
     Ok(Disk {
         policy: policy(config, replicas.votes, &info),
         info,

@@ -43,6 +43,7 @@
 #![cfg_attr(not(feature = "loom"), forbid(unsafe_code))]
 
 mod background;
+mod buffer_share;
 mod changes;
 mod chunks;
 mod confirmation;
@@ -87,8 +88,9 @@ pub use self::interface::{
 };
 pub use self::record_counts::RecordFigures;
 pub use self::repair_gate::UnaskedRepairs;
-pub use self::shared::{Shared, WorkerIndex};
+pub use self::shared::{Shared, WorkerIndex, WorkerSet, buffer_bytes_min};
 
+use self::buffer_share::{BufferShare, Purpose};
 use self::context::{Context, Core, Progress};
 #[cfg(any(test, feature = "sim"))]
 use self::flush_queue::{Origin, Waiting};
@@ -100,7 +102,7 @@ use crate::common::clock::TurnClock;
 use crate::common::operation::{Action, Operation};
 use crate::common::operation::{Reply, RequestId};
 use crate::common::{ReplicaIndex, ReplicaSet};
-use crate::limits::{BUFFER_BYTES_MAX, CONFIRMATIONS_MAX, FRAGMENT_BYTES_MAX, REQUESTS_MAX};
+use crate::limits::{CONFIRMATIONS_MAX, REQUESTS_MAX};
 
 /// The state machine of one worker.
 #[derive(Debug)]
@@ -109,8 +111,8 @@ pub struct Engine {
     core: Core,
     /// Requests that are not retired.
     active: usize,
-    /// Bytes of buffers that these may hold.
-    buffer_bytes: u64,
+    /// The buffers that these may hold.
+    buffers: BufferShare,
 }
 
 impl Engine {
@@ -125,22 +127,36 @@ impl Engine {
         let (block_sectors, timeout) = (policy.block_sectors, policy.replica_timeout);
         shared.configure_jobs(block_sectors, policy.job_sizes, timeout);
         shared.limit_repairs(policy.repair_limit_sectors);
+        let buffers = BufferShare::new(worker, shared.buffers(), pool.clone());
         Self {
             slots: Slots::default(),
             core: Core::new(worker, policy, shared, pool, clock),
             active: 0,
-            buffer_bytes: 0,
+            buffers,
         }
     }
 
     /// Whether another request may be submitted. At the bound the device takes nothing from the
     /// guest until some requests are retired.
-    pub fn has_room(&self) -> bool {
-        let replicas = self.core.shared.in_service().len() as u64;
-        let most = FRAGMENT_BYTES_MAX * (replicas + 1);
+    pub fn has_room(&mut self) -> bool {
         self.active + self.core.unanswered() < REQUESTS_MAX
             && self.core.confirmations < CONFIRMATIONS_MAX
-            && self.buffer_bytes + most <= BUFFER_BYTES_MAX.max(most)
+            && self.has_buffers(Purpose::Guest)
+    }
+
+    fn has_buffers(&mut self, purpose: Purpose) -> bool {
+        let shared = &self.core.shared;
+        let replicas = shared.in_service().len();
+        self.buffers.has_room(purpose, replicas, shared.buffers())
+    }
+
+    /// Shares the memory for buffers with the other workers. Returns those that are to look at it
+    /// again, by this call. To be called in each turn.
+    #[must_use]
+    pub fn share_buffers(&mut self) -> WorkerSet {
+        let shared = &self.core.shared;
+        let replicas = shared.in_service().len();
+        self.buffers.share(replicas, shared.buffers())
     }
 
     /// The guest's write or zeroing that `request`, which has operations in flight, does.
@@ -273,10 +289,7 @@ impl Engine {
         let (mut unanswered, mut next_flushes) = (flushes.waiting().len(), 0);
         let mut remembers = 0;
         for (id, slot) in self.slots.iter() {
-            let Slot {
-                request,
-                buffer_bytes: bytes,
-            } = slot;
+            let Slot { request, charge } = slot;
             if let Some(tally) = request.tally() {
                 tally.self_check();
             }
@@ -290,7 +303,7 @@ impl Engine {
                 assert!(in_flight > 0, "an orphaned slot has operations");
             } else {
                 active += 1;
-                buffer_bytes += bytes;
+                buffer_bytes += charge.bytes;
                 assert!(
                     in_flight > 0 || request.waits_for_lock(),
                     "a request waits for something"
@@ -303,7 +316,7 @@ impl Engine {
             }
         }
         assert_eq!(active, self.active, "requests that are not retired");
-        assert_eq!(buffer_bytes, self.buffer_bytes, "bytes of buffers");
+        assert_eq!(buffer_bytes, self.buffers.used_bytes(), "bytes of buffers");
         assert_eq!(confirmations, self.core.confirmations, "confirmations");
         assert_eq!(unanswered, flushes.unanswered(), "what flushes are for");
         let is_any_waiting = !flushes.waiting().is_empty();
@@ -325,7 +338,7 @@ impl Engine {
     }
 
     fn begin(&mut self, start: Start, effects: &mut impl Effects) {
-        let buffer_bytes = start.buffer_bytes(self.core.shared.in_service());
+        let charge = start.charge(self.core.shared.in_service());
         let id = self.slots.take();
         self.core.in_flight.open(id);
         let mut context = Context {
@@ -334,9 +347,9 @@ impl Engine {
             effects,
         };
         let request = start.begin(&mut context);
-        self.slots.fill(id, buffer_bytes, request);
+        self.slots.fill(id, charge, request);
         self.active += 1;
-        self.buffer_bytes += buffer_bytes;
+        self.buffers.charge(charge);
     }
 
     /// Gives a request an input, and retires it if that was the last it waited for.
@@ -358,7 +371,7 @@ impl Engine {
         if !slot.request.is_orphaned() {
             slot.request = Request::Orphaned;
             self.active -= 1;
-            self.buffer_bytes -= slot.buffer_bytes;
+            self.buffers.discharge(slot.charge);
         }
         if self.core.in_flight.of_request(id) == 0 {
             self.core.forget_errors(id);
@@ -385,6 +398,7 @@ impl Engine {
             } else if let Some(follow_up) = self.core.follow_ups.pop_front() {
                 self.begin(follow_up.into(), effects);
             } else if self.core.background.is_due()
+                && self.has_buffers(Purpose::Job)
                 && let Some(chunk) = self.next_chunk(effects)
             {
                 self.take(Wanted::by_job(chunk), effects);

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::time::Duration;
 
+use super::buffer_share::{Charge, Purpose};
 use super::confirmation::Confirmation;
 use super::context::{Context, FollowUp, Progress, Suspicion};
 use super::flush::{self, Flush};
@@ -15,6 +16,7 @@ use super::resync::Resync;
 use super::scrub::{Scrub, ScrubOrder};
 use super::skip::{Skip, SkipOrder};
 use super::write::{Content, Write, WriteOrder};
+use crate::common::buffer::footprint_bytes;
 use crate::common::operation::{Action, OperationType, Reply};
 use crate::common::{ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::{Chunk, ChunkId, Work};
@@ -111,18 +113,29 @@ impl Wanted {
 }
 
 impl Start {
-    /// Bytes of buffers that the request may hold at a time.
-    pub(super) fn buffer_bytes(&self, in_service: ReplicaSet) -> u64 {
+    /// The buffers that the request may hold at a time.
+    pub(super) fn charge(&self, in_service: ReplicaSet) -> Charge {
+        let purpose = match self {
+            Self::Resync(..) | Self::Scrub(_) | Self::Skip(_) => Purpose::Job,
+            _ => Purpose::Guest,
+        };
+        Charge {
+            bytes: self.buffer_bytes(in_service),
+            purpose,
+        }
+    }
+
+    fn buffer_bytes(&self, in_service: ReplicaSet) -> u64 {
         match self {
             Self::Read(_, range)
             | Self::Confirm(Suspicion { range, .. })
             | Self::Resync(_, _, range)
             | Self::Scrub(ScrubOrder { range, .. }) => {
                 // One buffer for each replica, and one to put the winner together in.
-                range.bytes() * (in_service.len() as u64 + 1)
+                footprint_bytes(range.bytes()) * (in_service.len() as u64 + 1)
             }
             Self::Write(_, WriteOrder { content, .. }) => match content {
-                Content::Data(data) => data.len() as u64,
+                Content::Data(data) => footprint_bytes(data.len() as u64),
                 Content::Zeroes { .. } => 0,
             },
             Self::Skip(_) | Self::Flush | Self::Remember => 0,

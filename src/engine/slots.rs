@@ -2,6 +2,7 @@
 //!
 //! A request is large and lives shortly, so it is dropped where it lies: a slab would move it out.
 
+use super::buffer_share::Charge;
 use super::request::Request;
 use crate::common::operation::RequestId;
 
@@ -9,8 +10,8 @@ use crate::common::operation::RequestId;
 #[derive(Debug)]
 pub(super) struct Slot {
     pub(super) request: Request,
-    /// Bytes of buffers that the request may hold at a time.
-    pub(super) buffer_bytes: u64,
+    /// The buffers that the request may hold at a time.
+    pub(super) charge: Charge,
 }
 
 #[derive(Debug, Default)]
@@ -31,13 +32,10 @@ impl Slots {
     }
 
     #[inline(always)]
-    pub(super) fn fill(&mut self, id: RequestId, buffer_bytes: u64, request: Request) {
+    pub(super) fn fill(&mut self, id: RequestId, charge: Charge, request: Request) {
         let place = &mut self.slots[id.0 as usize];
         assert!(place.is_none(), "a slot holds one request");
-        *place = Some(Slot {
-            request,
-            buffer_bytes,
-        });
+        *place = Some(Slot { request, charge });
     }
 
     pub(super) fn empty(&mut self, id: RequestId) {

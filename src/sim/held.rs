@@ -268,7 +268,7 @@ impl World {
     }
 
     /// Whether a worker may submit a held request now.
-    pub(super) fn next_held(&self) -> Option<usize> {
+    pub(super) fn next_held(&mut self) -> Option<usize> {
         let mut workers = 0..self.plan.workers;
         workers.find(|worker| {
             let index = WorkerIndex(u16::try_from(*worker).expect("few"));

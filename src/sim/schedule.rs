@@ -235,7 +235,7 @@ impl World {
     }
 
     /// Whether the worker may take another request.
-    fn has_room(&self, worker: usize) -> bool {
+    fn has_room(&mut self, worker: usize) -> bool {
         let in_flight = self.pending.iter().filter(|p| p.worker == worker).count();
         in_flight < self.plan.depth && self.engines[worker].has_room()
     }

@@ -153,6 +153,7 @@ impl<K: Kernel> Worker<K> {
         }
         self.signal();
         self.draining.finish(&mut self.io.guests);
+        self.share_buffers();
         if self.io.hold.take_wake() {
             for mailbox in &self.io.mailboxes {
                 mailbox.send(Message::Continue);
@@ -275,6 +276,19 @@ impl<K: Kernel> Worker<K> {
             taken += 1;
         }
         taken > 0
+    }
+
+    /// Shares the memory for buffers with the other workers.
+    #[inline]
+    fn share_buffers(&mut self) {
+        let woken = self.engine.share_buffers();
+        if !woken.is_empty() {
+            for (index, mailbox) in (0..).zip(&self.io.mailboxes) {
+                if woken.contains(WorkerIndex(index)) {
+                    mailbox.send(Message::Continue);
+                }
+            }
+        }
     }
 
     /// Moves held requests to the engine again, if the operator has continued. Until these are

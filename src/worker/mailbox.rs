@@ -37,7 +37,8 @@ pub(super) enum Message {
         file: Option<RingFile>,
         done: SyncSender<io::Result<()>>,
     },
-    /// What is held is to be submitted again, or nothing is held any more.
+    /// What is held is to be submitted again, or nothing is held any more; or there is memory for
+    /// buffers again, or another worker waits for some.
     Continue,
     /// Exit when no request is in flight, or when the drain limit has passed.
     Exit,

@@ -23,9 +23,9 @@ use crate::common::{ReplicaSet, SECTOR_BYTES};
 use crate::device::connection::CacheMode;
 use crate::device::hold::{ErrorPolicy, Hold, OnError};
 use crate::device::{Capacity, GuestMemory};
-use crate::engine::{Effects as _, ReadPattern, WorkerIndex};
+use crate::engine::{Effects as _, ReadPattern, WorkerIndex, buffer_bytes_min};
 use crate::jobs::Sizes;
-use crate::limits::REPLICAS_MAX;
+use crate::limits::{BUFFER_BYTES_MAX, REPLICAS_MAX};
 use crate::replica::ring::fake_kernel::{FakeKernel, Submission};
 use crate::replica::ring::{Ring, RingFile, WatchToken};
 
@@ -102,10 +102,18 @@ impl Machine {
 
     /// Workers that hold what fails.
     fn with_hold(count: u16, hold: Arc<Hold>) -> Self {
+        Self::with_memory(count, hold, BUFFER_BYTES_MAX)
+    }
+
+    /// Workers with so many bytes of buffers.
+    fn with_memory(count: u16, hold: Arc<Hold>, buffer_bytes_max: u64) -> Self {
         let bytes = usize::from(count) * 0x1_0000;
         let memory = GuestMemory::from_ranges(&[(GuestAddress(0), bytes)]).unwrap();
+        let mut shared = Shared::new(REPLICAS, 2, count, SECTORS);
+        shared.limit_buffers(buffer_bytes_max);
         let disk = Disk {
             hold,
+            shared: Arc::new(shared),
             ..disk(&memory, count)
         };
         let files = vec![RingFile::of(&File::open("/dev/null").unwrap()); REPLICAS];
@@ -485,4 +493,48 @@ fn a_worker_without_requests_exits_at_once() {
         assert!(!is_asleep, "the message does not wake it");
     }
     assert_eq!(worker.io.ring.operations(), 0);
+}
+
+/// The memory that a worker has used once is there for another one that waits for it, although the
+/// first one sleeps; and the one that waits sleeps until then.
+#[test]
+fn a_worker_that_waits_for_the_memory_of_another_goes_on_when_it_is_given_back() {
+    for late in [false, true] {
+        // Beyond what each has in any case, there is memory for one request.
+        let least = buffer_bytes_min(2, REPLICAS);
+        let memory = least + least / 3;
+        let mut machine = Machine::with_memory(2, Arc::default(), memory);
+        let first = machine.write(1, 8);
+        machine.settle(1);
+        machine.finish_write(1, first);
+
+        let (one, other) = (machine.write(0, 16), machine.write(0, 24));
+        if late {
+            // The answer comes just before the worker sleeps.
+            let giver = Rc::clone(&machine.workers[1]);
+            machine.watch_mailbox(0, move || {
+                for _ in 0..4 {
+                    assert!(giver.borrow_mut().step().unwrap());
+                }
+            });
+        } else {
+            machine.settle(0);
+            let begun = machine.kernels[0].operations();
+            assert_eq!(begun.len(), REPLICAS, "there is memory for one: {begun:?}");
+            machine.settle(1);
+        }
+        machine.settle(0);
+        let begun = machine.kernels[0].operations();
+        assert_eq!(begun.len(), 2 * REPLICAS, "late {late}: {begun:?}");
+        complete_all(&machine.kernels[0]);
+        machine.settle(0);
+        while machine.status(0, other).is_none() {
+            complete_all(&machine.kernels[0]);
+            machine.settle(0);
+        }
+        assert_eq!(
+            [one, other].map(|write| machine.status(0, write)),
+            [Some(0); 2]
+        );
+    }
 }

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use testkit::HANG_LIMIT;
 use testkit::machine::measure;
 
+use quorum_blk::common::buffer::footprint_bytes;
 use quorum_blk::limits::{BUFFER_BYTES_KEPT, BUFFER_BYTES_MAX, FRAGMENT_BYTES_MAX, REQUESTS_MAX};
 use tempfile::TempDir;
 use testkit::client::{Client, Request};
@@ -80,6 +81,8 @@ struct Shape {
     queues: u64,
     disk_bytes: u64,
     request_bytes: u64,
+    /// `--memory-max`.
+    memory_max: u64,
 }
 
 impl Shape {
@@ -88,25 +91,61 @@ impl Shape {
         self.queues.min(processors.get() as u64)
     }
 
-    /// Requests that each worker has in flight when all of its queues are full, or the bounds are
-    /// reached.
-    fn in_flight(&self) -> Vec<u64> {
-        let buffers = self.replicas + 1;
-        let room = BUFFER_BYTES_MAX - buffers * FRAGMENT_BYTES_MAX;
-        let fit = room / (buffers * self.request_bytes) + 1;
+    /// Requests that the guest has for each worker.
+    fn offered(&self) -> impl Iterator<Item = u64> {
         let queues_of = |worker: u64| (self.queues - worker).div_ceil(self.workers());
         (0..self.workers())
-            .map(|worker| queues_of(worker) * REQUESTS_PER_QUEUE)
-            .map(|offered| offered.min(fit).min(REQUESTS_MAX as u64))
-            .collect()
+            .map(move |worker| queues_of(worker) * REQUESTS_PER_QUEUE)
+            .map(|offered| offered.min(REQUESTS_MAX as u64))
+    }
+
+    /// The bytes of `--memory-max` that a read of so many bytes takes.
+    fn charge(&self, len: u64) -> u64 {
+        (self.replicas + 1) * footprint_bytes(len)
+    }
+
+    /// Requests in flight at least when all queues are full, or the bound is reached: each worker
+    /// has its part of the memory, and one leaves room for a job.
+    fn in_flight_min(&self) -> u64 {
+        let part = self.memory_max / self.workers();
+        let longest = self.charge(FRAGMENT_BYTES_MAX);
+        let fit = |worker: u64| {
+            let room = part.saturating_sub(longest * (1 + u64::from(worker == 0)));
+            room / self.charge(self.request_bytes) + 1
+        };
+        (0..)
+            .zip(self.offered())
+            .map(|(worker, offered)| offered.min(fit(worker)))
+            .sum()
+    }
+
+    /// Requests that each worker has in flight at most, so that all of them fit the bound.
+    fn in_flight_max(&self) -> Vec<u64> {
+        let mut left = self.memory_max / self.charge(self.request_bytes);
+        let take = |offered: u64| {
+            let taken = offered.min(left);
+            left -= taken;
+            taken
+        };
+        self.offered().map(take).collect()
     }
 
     /// The memory when all of that is in flight, without that of the guest.
     fn full_bytes(&self) -> u64 {
-        let workers = self.in_flight().into_iter();
+        let workers = self.in_flight_max().into_iter();
         let in_flight = workers
             .map(|reads| formula::in_flight_bytes(reads * self.replicas, self.request_bytes));
         self.idle_bytes() + in_flight.sum::<u64>()
+    }
+
+    /// The memory while requests end and begin. At the bound, free buffers are kept up to it too.
+    fn peak_bytes(&self) -> u64 {
+        let in_flight = self.in_flight_max();
+        if self.offered().eq(in_flight) {
+            self.full_bytes()
+        } else {
+            self.idle_bytes() + self.memory_max
+        }
     }
 
     fn idle_bytes(&self) -> u64 {
@@ -156,7 +195,8 @@ impl Setup {
             image.push(format!(",node-name=r{index}"));
         }
         // No replica is evicted meanwhile.
-        let queues = shape.queues.to_string();
+        let (queues, memory) = (shape.queues.to_string(), shape.memory_max.to_string());
+        arguments.extend(["--memory-max", &memory].map(OsString::from));
         arguments
             .extend(["--replica-timeout", "60000", "--num-queues", &queues].map(OsString::from));
         let daemon = Daemon::start(directory.path(), &arguments);
@@ -197,7 +237,7 @@ impl Setup {
         for queue in 0..usize::try_from(shape.queues).expect("few") {
             self.client.send(queue, &reads);
         }
-        let expected = before + shape.in_flight().iter().sum::<u64>() * asked_for_one;
+        let expected = before + shape.in_flight_min() * asked_for_one;
         let filled = wait_until(HANG_LIMIT, || self.reads_asked() >= expected);
         assert!(
             filled,
@@ -260,7 +300,7 @@ fn check(shape: Shape) {
         "{shape:?}: {idle} bytes when idle"
     );
     assert!(fits(full, full_expected), "{shape:?}: {full} bytes in all");
-    let peak_max = full_expected + guest;
+    let peak_max = shape.peak_bytes() + guest;
     assert!(peak <= peak_max, "{shape:?}: {peak} bytes at some time");
     assert!(after <= after_max, "{shape:?}: {after} bytes afterwards");
 }
@@ -277,6 +317,7 @@ fn check_all(replicas: u64, queues: u64) {
                 queues,
                 disk_bytes,
                 request_bytes,
+                memory_max: BUFFER_BYTES_MAX,
             });
         }
     }
@@ -302,6 +343,22 @@ fn peak_memory_of_sixteen_replicas_and_sixteen_queues() {
     check_all(16, 16);
 }
 
+/// Whatever the number of queues, all workers together stay within it and serve each request.
+#[test]
+fn peak_memory_of_all_queues_is_bounded() {
+    for memory_max in [32 * MIB, 128 * MIB] {
+        for request_bytes in [64 * KIB, MIB] {
+            check(Shape {
+                replicas: 3,
+                queues: 16,
+                disk_bytes: GIB,
+                request_bytes,
+                memory_max,
+            });
+        }
+    }
+}
+
 /// A replica misses many writes all over the disk.
 #[test]
 fn peak_memory_of_stale_and_unflushed_ranges() {
@@ -311,6 +368,7 @@ fn peak_memory_of_stale_and_unflushed_ranges() {
         queues: 1,
         disk_bytes: 16 * TIB,
         request_bytes: 4 * KIB,
+        memory_max: BUFFER_BYTES_MAX,
     };
     let mut setup = Setup::new(shape);
     setup.images[2].inject(Operation::Write, Fault::Fail(libc::EIO));

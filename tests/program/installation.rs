@@ -13,6 +13,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Mutex, PoisonError};
 
 use quorum_blk::config::{Config, Listen, Parsed, PassedSocket, command_line};
+use quorum_blk::limits::{ARENA_SHARE_BYTES, BUFFER_BYTES_MAX};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -285,6 +286,15 @@ fn systemd_accepts_the_units() {
         installed.setting("quorum-blkd@.socket", "SocketGroup"),
         "quorum-blk"
     );
+    // With room for the default of --memory-max and the buffers of 64 workers.
+    let least = BUFFER_BYTES_MAX + 64 * 6 * ARENA_SHARE_BYTES as u64;
+    let high = installed.setting("quorum-blkd@.service", "MemoryHigh");
+    let gigabytes: u64 = high
+        .strip_suffix('G')
+        .expect("a size in G")
+        .parse()
+        .unwrap();
+    assert!(gigabytes << 30 >= least, "{high}");
 }
 
 /// The program accepts the command line of the units, the variable of the options file, and the

@@ -206,6 +206,7 @@ fn unknown_options_are_refused() {
         ["--repair-limit", "+16M"],
         ["--repair-limit", "16MiB"],
         ["--repair-limit", "99999999T"],
+        ["--memory-max", "16MiB"],
         ["--socket-mode", "1777"],
         ["--socket-mode", "rw"],
         ["--socket-group", "no such group"],

@@ -6,6 +6,7 @@
 //! in atomics beside the mutex, which change only under it: a read that loads them a moment too
 //! early ran concurrently with the change.
 
+mod buffer_budget;
 mod operator;
 mod records;
 
@@ -24,6 +25,8 @@ use std::sync::{
     atomic::{AtomicBool, AtomicU32},
 };
 
+pub(super) use self::buffer_budget::{BufferBudget, request_bytes};
+pub use self::buffer_budget::{WorkerSet, buffer_bytes_min};
 use super::changes::Changes;
 use super::interface::ReadPattern;
 #[cfg(any(test, feature = "sim"))]
@@ -39,6 +42,7 @@ use crate::common::ranges::RangeSet;
 use crate::common::{NOT_POISONED, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::jobs::pace::GuestRequests;
 use crate::jobs::{JobEvent, Jobs, Sizes};
+use crate::limits::BUFFER_BYTES_MAX;
 use crate::quorum::health::{FailureEpoch, Health, WriteBegun};
 
 /// A decision on a copy is made this often if the original has changed too much meanwhile.
@@ -82,6 +86,7 @@ pub struct Shared {
     raises_threshold: AtomicBool,
     /// The workers whose guest waits for a replica longer than it should.
     waiting: AtomicU32,
+    buffers: BufferBudget,
     memory: Memory,
     record_counts: RecordCounts,
 }
@@ -144,6 +149,7 @@ impl Shared {
             wants_all: AtomicBool::new(false),
             raises_threshold: AtomicBool::new(false),
             waiting: AtomicU32::new(0),
+            buffers: BufferBudget::new(BUFFER_BYTES_MAX, workers, members.len()),
             memory: Memory::default(),
             record_counts: RecordCounts::default(),
         }

@@ -138,3 +138,35 @@ fn an_evicted_replica_rejoins_after_its_last_operation() {
         assert!(rejoined && shared.in_service().contains(LAST));
     });
 }
+
+/// A worker looks for memory, says that it waits, and looks again; another one gives memory back
+/// and looks for those that wait. Either the first one has it then, or it is woken.
+#[test]
+fn no_worker_that_waits_for_memory_misses_that_some_is_given_back() {
+    loom::model(|| {
+        let shared = shared(2);
+        let (taker, giver) = (WorkerIndex(0), WorkerIndex(1));
+        let all = shared.buffers().take(1, u64::MAX);
+        assert!(all > 0, "there is some beyond what the workers hold");
+        let (mailbox, mail) = channel();
+        let other = shared.clone();
+        let giver = thread::spawn(move || {
+            let woken = other.buffers().give_back(giver, all);
+            if woken.contains(taker) {
+                mailbox.send(()).unwrap();
+            }
+        });
+        let buffers = shared.buffers();
+        let mut has_it = buffers.take(all, all) > 0;
+        if !has_it {
+            buffers.wait(taker);
+            has_it = buffers.take(all, all) > 0;
+        }
+        if !has_it {
+            // The model fails if this waits for ever.
+            mail.recv().unwrap();
+            assert_eq!(buffers.take(all, all), all);
+        }
+        giver.join().unwrap();
+    });
+}
