@@ -43,6 +43,8 @@ struct Free {
     allocated_bytes: u64,
     /// With more than this, no buffer is kept.
     limit_bytes: u64,
+    #[cfg(test)]
+    refuses: bool,
     arena: Option<Arena>,
 }
 
@@ -126,7 +128,7 @@ impl BufferPool {
     pub fn limit(&self, bytes: u64) {
         let mut free = self.0.borrow_mut();
         free.limit_bytes = bytes;
-        free.make_room(0);
+        free.make_room(0, None);
     }
 
     /// What the pool has allocated, in [`footprint_bytes`], without the arena.
@@ -135,7 +137,15 @@ impl BufferPool {
     }
 
     /// A buffer of `len` bytes, at most [`FRAGMENT_BYTES_MAX`]. Its content is unspecified.
+    ///
+    /// Where the system has no memory for it, the process aborts.
     pub fn take(&self, len: usize) -> Buffer {
+        let buffer = self.try_take(len);
+        buffer.unwrap_or_else(|| handle_alloc_error(layout_of(class_of(len))))
+    }
+
+    /// The same. `None` where the system has no memory for it.
+    pub fn try_take(&self, len: usize) -> Option<Buffer> {
         let class = class_of(len);
         let mut free = self.0.borrow_mut();
         let memory = free.by_class[class].pop();
@@ -143,30 +153,72 @@ impl BufferPool {
         if memory.is_some() && !in_arena {
             free.bytes -= capacity_of(class);
         }
-        Buffer {
-            memory: memory.unwrap_or_else(|| free.add(class)),
+        let memory = match memory {
+            Some(memory) => memory,
+            None => free.add(class)?,
+        };
+        Some(Buffer {
+            memory,
             class,
             len,
             in_arena,
             pool: self.clone(),
+        })
+    }
+
+    /// Allocates what is missing of `count` free buffers of `len` bytes, so that [`Self::take`] has
+    /// them. Returns whether they are there.
+    #[inline]
+    pub fn prepare(&self, len: usize, count: usize) -> bool {
+        let class = class_of(len);
+        self.0.borrow().by_class[class].len() >= count || self.add_missing(class, count)
+    }
+
+    #[cold]
+    fn add_missing(&self, class: usize, count: usize) -> bool {
+        let mut free = self.0.borrow_mut();
+        while free.by_class[class].len() < count {
+            let Some(memory) = free.add(class) else {
+                return false;
+            };
+            free.bytes += capacity_of(class);
+            free.by_class[class].push(memory);
         }
+        true
+    }
+
+    /// Has the system refuse memory from now on, or not any more. For tests.
+    #[cfg(test)]
+    pub fn refuse(&self, refuses: bool) {
+        self.0.borrow_mut().refuses = refuses;
     }
 }
 
 impl Free {
-    /// Allocates a buffer, if need be in place of free ones of other lengths.
+    /// Allocates a buffer, if need be in place of free ones of other lengths. `None` where the
+    /// system has no memory for it.
     #[cold]
-    fn add(&mut self, class: usize) -> NonNull<u8> {
+    fn add(&mut self, class: usize) -> Option<NonNull<u8>> {
+        #[cfg(test)]
+        if self.refuses {
+            return None;
+        }
         let bytes = footprint_of(class);
-        self.make_room(bytes);
+        self.make_room(bytes, Some(class));
+        let memory = allocate(class)?;
         self.allocated_bytes += bytes;
-        allocate(class)
+        Some(memory)
     }
 
-    /// Releases free buffers until `more` bytes fit the limit, or none is left; the longest first.
-    fn make_room(&mut self, more: u64) {
+    /// Releases free buffers until `more` bytes fit the limit, or none is left; the longest first,
+    /// and none of the class `spared`.
+    fn make_room(&mut self, more: u64, spared: Option<usize>) {
         let mut class = CLASSES;
         while self.allocated_bytes + more > self.limit_bytes && self.bytes > 0 && class > 0 {
+            if spared == Some(class - 1) {
+                class -= 1;
+                continue;
+            }
             let is_own = |memory: &NonNull<u8>| !self.is_in_arena(*memory);
             match self.by_class[class - 1].iter().rposition(is_own) {
                 Some(place) => {
@@ -199,6 +251,8 @@ impl Default for Free {
             bytes: 0,
             allocated_bytes: 0,
             limit_bytes: u64::MAX,
+            #[cfg(test)]
+            refuses: false,
             arena: None,
         }
     }
@@ -242,11 +296,9 @@ fn layout_of(class: usize) -> Layout {
         .expect("a small power of two")
 }
 
-fn allocate(class: usize) -> NonNull<u8> {
-    let layout = layout_of(class);
+fn allocate(class: usize) -> Option<NonNull<u8>> {
     // SAFETY: the layout's size is not zero.
-    let memory = unsafe { alloc_zeroed(layout) };
-    NonNull::new(memory).unwrap_or_else(|| handle_alloc_error(layout))
+    NonNull::new(unsafe { alloc_zeroed(layout_of(class)) })
 }
 
 fn release(memory: NonNull<u8>, class: usize) {
@@ -364,6 +416,21 @@ mod tests {
         assert_eq!(pool.allocated_bytes(), long, "it is kept");
         pool.limit(0);
         assert_eq!(pool.allocated_bytes(), 0);
+    }
+
+    #[test]
+    fn memory_that_the_system_refuses_is_not_taken_for_granted() {
+        let pool = BufferPool::default();
+        assert!(pool.prepare(1 << 20, 2));
+        let prepared = pool.allocated_bytes();
+        pool.refuse(true);
+        assert!(pool.prepare(1 << 20, 2) && !pool.prepare(1 << 20, 3));
+        let both = [pool.take(1 << 20), pool.take(1 << 20)];
+        assert!(pool.try_take(1 << 20).is_none());
+        assert_eq!(pool.allocated_bytes(), prepared);
+        drop(both);
+        pool.refuse(false);
+        assert!(pool.prepare(1 << 20, 3));
     }
 
     #[test]

@@ -100,8 +100,9 @@ use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
 #[cfg(any(test, feature = "sim"))]
 use crate::common::operation::{Action, Operation};
-use crate::common::operation::{Reply, RequestId};
-use crate::common::{ReplicaIndex, ReplicaSet};
+use crate::common::operation::{OperationType, Reply, RequestId};
+use crate::common::report::{Report, Requester};
+use crate::common::{Errno, ReplicaIndex, ReplicaSet, SectorRange};
 use crate::limits::{CONFIRMATIONS_MAX, REQUESTS_MAX};
 
 /// The state machine of one worker.
@@ -256,8 +257,38 @@ impl Engine {
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
         self.core.count_request();
+        if let GuestRequest::Read(range) = request
+            && !self.prepare_buffers(range)
+        {
+            return self.refuse(tag, range, effects);
+        }
         self.take(Wanted::by_guest(tag, request), effects);
         self.run_ready(effects);
+    }
+
+    /// Has buffers ready for a read of `range`. Returns whether there is memory for them.
+    #[inline]
+    fn prepare_buffers(&self, range: SectorRange) -> bool {
+        let len = usize::try_from(range.bytes()).expect("a fragment fits memory");
+        let count = self.core.shared.in_service().len() + 1;
+        self.core.pool.prepare(len, count)
+    }
+
+    /// Fails a read for which the system has no memory.
+    #[cold]
+    fn refuse(&mut self, tag: Tag, range: SectorRange, effects: &mut impl Effects) {
+        effects.report(Report::Failure {
+            operation: OperationType::Read,
+            range,
+            requester: Requester::Guest,
+            error: Some(Errno(libc::ENOMEM)),
+            no_space: false,
+        });
+        let failed = Failed {
+            no_space: false,
+            by_flush: false,
+        };
+        effects.complete(tag, Err(failed));
     }
 
     /// Takes in that `replica` has done a part of a long operation, so it is not late (W6).

@@ -53,7 +53,7 @@ pub(super) struct Worker<K: Kernel = Uring> {
     pub(super) io: Io<K>,
     mailbox: Arc<Mailbox>,
     /// Has an arena once a virtqueue has started: a worker that serves none takes no memory.
-    pool: BufferPool,
+    pub(super) pool: BufferPool,
     /// With the virtqueues of this worker only.
     slots: Vec<ConnectionSlot>,
     /// By slot and virtqueue.

@@ -11,7 +11,8 @@ use std::time::Duration;
 use io_uring::opcode;
 use vhost_user_backend::VringT;
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
+    VIRTIO_BLK_S_IOERR, VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -192,9 +193,14 @@ impl Machine {
         self.put(place + STATUSES, &[NO_STATUS]);
         self.put(data_place, data);
         let (next, write) = (1_u16, 2_u16);
+        let to_guest = if request_type == VIRTIO_BLK_T_IN {
+            write
+        } else {
+            0
+        };
         let parts = [
             (place + HEADERS, 16, next),
-            (data_place, data.len(), next),
+            (data_place, data.len(), next | to_guest),
             (place + STATUSES, 1, write),
         ];
         for (index, (address, len, flags)) in (number * 3..).zip(parts) {
@@ -537,4 +543,26 @@ fn a_worker_that_waits_for_the_memory_of_another_goes_on_when_it_is_given_back()
             [Some(0); 2]
         );
     }
+}
+
+#[test]
+fn a_request_for_which_the_system_has_no_memory_fails_and_the_next_one_is_served() {
+    let mut machine = Machine::new(1);
+    let pool = machine.workers[0].borrow().pool.clone();
+    pool.refuse(true);
+    let all: Vec<_> = std::iter::from_fn(|| pool.try_take(512)).collect();
+    assert!(!all.is_empty());
+    let write = machine.write(0, 8);
+    let read = machine.request(0, VIRTIO_BLK_T_IN, 8, &[0; 512]);
+    machine.settle(0);
+    let io_error = u8::try_from(VIRTIO_BLK_S_IOERR).unwrap();
+    for failed in [write, read] {
+        assert_eq!(machine.status(0, failed), Some(io_error));
+    }
+    assert!(machine.kernels[0].operations().is_empty());
+
+    drop(all);
+    let next = machine.write(0, 8);
+    machine.settle(0);
+    machine.finish_write(0, next);
 }
