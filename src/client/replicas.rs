@@ -6,8 +6,8 @@
 //! Invariant: when a step fails, the last line says which replicas the disk has and how to
 //! continue; a file that `--create` created is removed if it does not become a replica.
 
-use std::fs::{self, File};
-use std::os::unix::fs::{MetadataExt as _, fchown};
+use std::fs::{self, File, Metadata, OpenOptions, Permissions};
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, fchown};
 use std::path::{Path, PathBuf};
 
 use serde_json::json;
@@ -270,19 +270,33 @@ fn create(path: &Path, disk: &Disk) -> Result<(), Error> {
             Reason(&error)
         ))
     };
-    let file = File::create_new(path).map_err(failed)?;
     let like = disk.replicas.iter().find_map(|replica| {
         let found = fs::metadata(&replica.file).ok()?;
         found.is_file().then_some(found)
     });
-    if let Some(like) = like {
-        let _ = fchown(&file, Some(like.uid()), Some(like.gid()));
-        let _ = file.set_permissions(like.permissions());
-    }
+    let file = create_like(path, like.as_ref()).map_err(failed)?;
     file.set_len(bytes).map_err(|error| {
         let _ = fs::remove_file(path);
         failed(error)
     })
+}
+
+/// Creates a file that only its owner may use, whatever the umask is, and then gives it owner,
+/// group and mode of `like`. Where it cannot have the group, that of this user gets no rights.
+fn create_like(path: &Path, like: Option<&Metadata>) -> std::io::Result<File> {
+    let mut options = OpenOptions::new();
+    let file = options
+        .write(true)
+        .create_new(true)
+        .mode(0o600)
+        .open(path)?;
+    if let Some(like) = like {
+        let (owner, group) = (Some(like.uid()), Some(like.gid()));
+        let has_group = fchown(&file, owner, group).or_else(|_| fchown(&file, None, group));
+        let rights = if has_group.is_ok() { 0o777 } else { 0o707 };
+        let _ = file.set_permissions(Permissions::from_mode(like.mode() & rights));
+    }
+    Ok(file)
 }
 
 pub(super) fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error> {
@@ -301,4 +315,32 @@ pub(super) fn find<'a>(disk: &'a Disk, node: &str) -> Result<&'a Replica, Error>
             names.collect::<Vec<_>>().join(", ")
         ))
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::Mode;
+    use rustix::process::umask;
+
+    use super::*;
+
+    /// Also before it has the rights of another image, and where there is none to take them from.
+    #[test]
+    fn what_is_created_is_not_for_other_users_whatever_the_umask() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = |name: &str| directory.path().join(name);
+        let mode = |file: &File| file.metadata().unwrap().mode() & 0o777;
+        let before = umask(Mode::empty());
+        let first = create_like(&path("first"), None).unwrap();
+        assert_eq!(mode(&first), 0o600);
+        for rights in [0o600, 0o640, 0o660] {
+            first
+                .set_permissions(Permissions::from_mode(rights))
+                .unwrap();
+            let like = first.metadata().unwrap();
+            let made = create_like(&path(&format!("{rights:o}")), Some(&like)).unwrap();
+            assert_eq!(mode(&made), rights);
+        }
+        umask(before);
+    }
 }

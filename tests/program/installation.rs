@@ -286,6 +286,11 @@ fn systemd_accepts_the_units() {
         installed.setting("quorum-blkd@.socket", "SocketGroup"),
         "quorum-blk"
     );
+    // Its records are not for the members of that group.
+    assert_eq!(
+        installed.setting("quorum-blkd@.service", "StateDirectoryMode"),
+        "0700"
+    );
     // With room for the default of --memory-max and the buffers of 64 workers.
     let least = BUFFER_BYTES_MAX + 64 * 6 * ARENA_SHARE_BYTES as u64;
     let high = installed.setting("quorum-blkd@.service", "MemoryHigh");
