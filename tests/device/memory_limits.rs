@@ -274,8 +274,9 @@ fn check(shape: Shape) {
     let (peak, guest) = (status_bytes(id, "VmHWM"), status_bytes(id, "RssShmem"));
     // Free buffers are kept up to a bound; those of 4 KiB take two pages each.
     let (idle_expected, full_expected) = (shape.idle_bytes(), shape.full_bytes());
-    let after_max =
-        full_expected.min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
+    let after_max = shape
+        .peak_bytes()
+        .min(idle_expected + shape.workers() * 2 * BUFFER_BYTES_KEPT as u64);
     // The last replies to decided requests may still be in flight.
     wait_until(HANG_LIMIT, || own("VmRSS") <= after_max);
     let after = own("VmRSS");
