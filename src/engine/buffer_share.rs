@@ -194,7 +194,7 @@ impl BufferShare {
     }
 
     /// What the worker holds, in bytes.
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "loom")))]
     pub(super) fn held_bytes(&self) -> u64 {
         self.held_bytes
     }

@@ -9,9 +9,9 @@
 //! memory back looks after that for workers that wait: no wake-up is lost.
 
 #[cfg(feature = "loom")]
-use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU64, Ordering, fence};
 #[cfg(not(feature = "loom"))]
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use super::{Shared, WorkerIndex};
 use crate::common::buffer;
@@ -136,6 +136,8 @@ impl BufferBudget {
     pub(in crate::engine) fn wait(&self, worker: WorkerIndex) {
         let bit = WorkerSet::only(worker).0;
         self.waiting.fetch_or(bit, Ordering::SeqCst);
+        // Its next look at what is free is after this, as `give_back` is the other way round.
+        fence(Ordering::SeqCst);
     }
 
     /// `worker` does not wait for memory any more.
@@ -160,17 +162,18 @@ impl BufferBudget {
     #[must_use]
     pub(in crate::engine) fn give_back(&self, worker: WorkerIndex, bytes: u64) -> WorkerSet {
         self.free.fetch_add(bytes, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
         WorkerSet(self.waiting.load(Ordering::SeqCst)).without(worker)
     }
 
     /// The bytes that no worker holds.
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "loom")))]
     pub(in crate::engine) fn free_bytes(&self) -> u64 {
         self.free.load(Ordering::SeqCst)
     }
 
     /// The bound in bytes.
-    #[cfg(test)]
+    #[cfg(all(test, not(feature = "loom")))]
     pub(in crate::engine) fn bytes_max(&self) -> u64 {
         self.bytes_max
     }
