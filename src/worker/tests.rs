@@ -528,6 +528,9 @@ fn a_worker_that_waits_for_the_memory_of_another_goes_on_when_it_is_given_back()
             let begun = machine.kernels[0].operations();
             assert_eq!(begun.len(), REPLICAS, "there is memory for one: {begun:?}");
             machine.settle(1);
+            let mail = machine.mailboxes[0].take();
+            let is_wake = |message: &Message| matches!(message, Message::Continue);
+            assert!(mail.iter().any(is_wake), "it is woken: {mail:?}");
         }
         machine.settle(0);
         let begun = machine.kernels[0].operations();
