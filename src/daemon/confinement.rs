@@ -16,9 +16,6 @@ use crate::config::{Config, Listen};
 use crate::replica::file::{Permitted, start_spawner};
 use crate::sandbox::{Access, Beneath, Mode, Part, Sandbox};
 
-/// The variable that names the socket of the service manager, sd_notify(3).
-const NOTIFY_SOCKET: &str = "NOTIFY_SOCKET";
-
 /// Checks that a start need not be refused later, because the kernel lacks a part of the sandbox.
 pub(super) fn check(config: &Config) -> Result<(), Error> {
     Ok(described(Some(config)).check()?)
@@ -152,7 +149,6 @@ fn described(config: Option<&Config>) -> Sandbox {
         mode: config.map_or(Mode::Auto, |config| config.sandbox.into()),
         user: config.and_then(|config| config.user.clone()),
         files,
-        abstract_sockets: has_abstract_manager(),
     }
 }
 
@@ -166,9 +162,4 @@ fn of_socket(listen: &Listen) -> Option<Beneath> {
         path: absolute.parent()?.to_owned(),
         access: Access::Remove,
     })
-}
-
-/// Whether the service manager listens on an abstract socket.
-fn has_abstract_manager() -> bool {
-    std::env::var_os(NOTIFY_SOCKET).is_some_and(|name| name.as_encoded_bytes().starts_with(b"@"))
 }

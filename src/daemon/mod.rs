@@ -94,6 +94,7 @@ pub fn run(config: &Config) -> Result<(), Error> {
     let mut replicas = Replicas::open(config)?;
     let signals = Signals::block().map_err(system("cannot block signals"))?;
     let listeners = Listeners::open(config)?;
+    service_manager::connect();
     confinement::confine(config)?;
     let (stop, stopped) = channel();
     let (released, is_released) = channel();

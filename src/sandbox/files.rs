@@ -108,20 +108,14 @@ pub(super) fn lack(part: Part) -> Option<String> {
 
 /// What [`restrict`] applies; `None` where the kernel has no Landlock. Paths that do not exist are
 /// left out.
-pub(super) fn ruleset(
-    files: &[Beneath],
-    abstract_sockets: bool,
-) -> Result<Option<RulesetCreated>, SandboxError> {
+pub(super) fn ruleset(files: &[Beneath]) -> Result<Option<RulesetCreated>, SandboxError> {
     if version() == 0 {
         return Ok(None);
     }
     let created = || {
         let handled = Ruleset::default().handle_access(AccessFs::from_all(RIGHTS))?;
-        let mut handled = handled.handle_access(AccessNet::from_all(ABI::V4))?;
-        if !abstract_sockets {
-            handled = handled.scope(Scope::AbstractUnixSocket)?;
-        }
-        handled.create()
+        let handled = handled.handle_access(AccessNet::from_all(ABI::V4))?;
+        handled.scope(Scope::AbstractUnixSocket)?.create()
     };
     let mut ruleset = created().map_err(refused)?;
     for file in files {

@@ -118,17 +118,27 @@ fn conditions(kind: ThreadKind, name: &str) -> Result<Vec<SeccompRule>, seccompi
         let (len, compare) = (SeccompCmpArgLen::Qword, SeccompCmpOp::Eq);
         SeccompCondition::new(argument, len, compare, 0)
     };
+    // The type of a socket has flags.
+    let one_of = |argument, types: &[libc::c_int]| {
+        let rules = types.iter().map(|kind| {
+            let condition = bits(argument, 0xf, *kind)?;
+            SeccompRule::new(vec![condition])
+        });
+        rules.collect()
+    };
     let starts_programs = matches!(kind, ThreadKind::Spawner | ThreadKind::Opener);
     let condition = match name {
         // The loader maps code.
         "mmap" | "mprotect" if !starts_programs => bits(2, libc::PROT_EXEC, 0)?,
-        "socket" => bits(0, -1, libc::AF_UNIX)?,
+        // No datagram could be sent to a name: pairs of sockets are connected for good.
+        "socketpair" => return one_of(1, &[libc::SOCK_STREAM, libc::SOCK_SEQPACKET]),
+        "sendto" => is_null(4)?,
         // A thread, or a task that shares the memory.
         "clone" if kind != ThreadKind::Spawner => bits(0, libc::CLONE_VM, libc::CLONE_VM)?,
         // Limits are only read, such as that of descriptors.
         "prlimit64" if !starts_programs => is_null(2)?,
-        // A task tells its process that it has made a call that is not allowed.
-        "kill" if kind == ThreadKind::Worker => bits(0, -1, std::process::id().cast_signed())?,
+        // A panic, and a task that tells its process that it has made a call that is not allowed.
+        "kill" | "tgkill" => bits(0, -1, std::process::id().cast_signed())?,
         _ => return Ok(Vec::new()),
     };
     Ok(vec![SeccompRule::new(vec![condition])?])

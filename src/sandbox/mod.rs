@@ -129,7 +129,7 @@ pub fn enter_process<S: AsRawFd>(kind: ThreadKind, socket: Option<&S>) -> Result
 /// From now on the calling thread, and those that it starts, reach these files only. Does nothing
 /// where that cannot be done: the daemon has said so.
 pub fn keep_in_reach(files: &[Beneath]) {
-    if let Ok(Some(ruleset)) = files::ruleset(files, false) {
+    if let Ok(Some(ruleset)) = files::ruleset(files) {
         let _ = files::restrict(ruleset);
     }
 }
@@ -154,8 +154,6 @@ pub struct Sandbox {
     pub user: Option<User>,
     /// The files that stay in reach.
     pub files: Vec<Beneath>,
-    /// Abstract UNIX sockets of other programs stay in reach.
-    pub abstract_sockets: bool,
 }
 
 /// A part of the sandbox.
@@ -283,7 +281,7 @@ impl Sandbox {
         }
         self.check()?;
         // The new user may not reach all of the paths.
-        let ruleset = files::ruleset(&self.files, self.abstract_sockets);
+        let ruleset = files::ruleset(&self.files);
         begun.ruleset = begun.unless_forbidden(ruleset)?.flatten();
         begun.unless_forbidden(process::forget_bounding_set())?;
         self.user.as_ref().map_or(Ok(()), process::become_user)?;

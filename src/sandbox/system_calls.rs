@@ -34,7 +34,7 @@ const OPERATIONS: &str = "\
 /// Memory that a frontend shares, and where its descriptors come from.
 const SHARED_MEMORY: &str = "\
     memfd_create ftruncate fallocate fstatfs statfs open openat openat2 readlink readlinkat \
-    getdents64 pidfd_open socket msync access faccessat faccessat2 lstat stat";
+    getdents64 pidfd_open msync access faccessat faccessat2 lstat stat";
 
 /// What fails in threads that open nothing (`NO_FILES`).
 const OPENING: &str = "open openat openat2";
@@ -46,7 +46,7 @@ const NAMES_OF_SOCKETS: &str = "unlink unlinkat lstat";
 const OPEN_FILES: &str = "\
     access faccessat faccessat2 stat lstat fstatfs statfs readlink readlinkat getcwd ftruncate \
     fallocate pread64 preadv preadv2 pwrite64 pwritev pwritev2 fdatasync fsync syncfs fadvise64 \
-    flock sync_file_range memfd_create recvfrom recvmsg sendto sendmsg socket socketpair shutdown \
+    flock sync_file_range memfd_create recvfrom recvmsg sendto sendmsg socketpair shutdown \
     getsockopt setsockopt pidfd_send_signal";
 
 /// To open them, and to make records.
@@ -60,15 +60,14 @@ const PROCESSES: &str = "\
     execve execveat vfork fork wait4 waitid kill pidfd_open seccomp arch_prctl setrlimit setsid \
     setpgid pause chdir";
 
-/// To notify the service manager.
+/// To notify the service manager, through a socket that is connected.
 const NOTICES: &str = "\
-    socket connect sendto sendmsg getsockopt setsockopt readlink readlinkat";
+    sendto sendmsg getsockopt setsockopt readlink readlinkat";
 
 /// The end of the daemon: sockets lose their names, the service manager gets its last notice.
 const ENDING: &str = "\
-    socket connect sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt stat lstat \
-    unlink unlinkat pread64 pwrite64 fdatasync fsync wait4 kill readlink \
-    readlinkat getsockname";
+    sendto sendmsg recvfrom recvmsg shutdown getsockopt setsockopt stat lstat unlink unlinkat \
+    pread64 pwrite64 fdatasync fsync wait4 kill readlink readlinkat getsockname";
 
 /// What a frontend has passed may be asked for its file system before it is closed.
 const CLOSING: &str = "\

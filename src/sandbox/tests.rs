@@ -151,7 +151,6 @@ fn an_act_is_tried_if_the_environment_says_so() {
             beneath("/proc".into(), Access::Read),
             beneath("/none".into(), Access::Write),
         ],
-        abstract_sockets: false,
     };
     // The test harness has a thread of its own; a process that was forked has one.
     // SAFETY: no other thread of this process holds a lock: the harness waits.
@@ -198,7 +197,7 @@ fn what_is_forbidden_fails() {
 /// A call that a kind of thread does not have, and its name.
 type Call = (&'static str, ThreadKind, fn());
 
-const CALLS: [Call; 13] = [
+const CALLS: [Call; 17] = [
     ("ptrace", ThreadKind::Worker, || {
         raw(libc::SYS_ptrace, [0; 3])
     }),
@@ -209,8 +208,18 @@ const CALLS: [Call; 13] = [
         raw(libc::SYS_accept4, [0; 3])
     }),
     ("socket", ThreadKind::Frontend, || {
-        raw(libc::SYS_socket, [2, 1, 0])
+        raw(libc::SYS_socket, [1, 1, 0])
     }),
+    ("connect", ThreadKind::Watchdog, || {
+        raw(libc::SYS_connect, [0; 3])
+    }),
+    ("socketpair", ThreadKind::Images, || {
+        raw(libc::SYS_socketpair, [1, 2, 0])
+    }),
+    ("tgkill", ThreadKind::Worker, || {
+        raw(libc::SYS_tgkill, [1, 1, 0])
+    }),
+    ("kill", ThreadKind::Main, || raw(libc::SYS_kill, [1, 0, 0])),
     ("execve", ThreadKind::Frontend, || {
         raw(libc::SYS_execve, [0; 3])
     }),
@@ -459,7 +468,6 @@ fn a_process_of_several_threads_is_left_alone() {
         mode: Mode::Auto,
         user: None,
         files: Vec::new(),
-        abstract_sockets: false,
     };
     assert!(matches!(sandbox.begin(), Err(SandboxError::NotAlone(count)) if count > 1));
     assert_eq!(rustix::thread::no_new_privs(), Ok(false));
