@@ -235,6 +235,44 @@ fn the_vhost_user_descriptor_matches_the_daemon() {
     }
 }
 
+/// The blocks below "Disks kept apart" in docs/systemd.md.
+#[test]
+fn systemd_accepts_a_disk_with_a_user_of_its_own() {
+    let installed = Installed::new();
+    let page = include_str!("../../docs/systemd.md");
+    let (_, section) = page
+        .split_once("\n## Disks kept apart\n")
+        .expect("the section");
+    let (section, _) = section.split_once("\n## ").expect("another one");
+    let blocks: Vec<&str> = section.split("\n```").skip(1).step_by(2).collect();
+    assert_eq!(blocks.len(), 2);
+    let units = ["quorum-blkd@db.service", "quorum-blkd@db.socket"];
+    for (unit, block) in units.iter().zip(&blocks) {
+        let drop_ins = installed.unit(&format!("{unit}.d"));
+        fs::create_dir(&drop_ins).unwrap();
+        fs::write(drop_ins.join("user.conf"), block).unwrap();
+        assert!(block.contains("quorum-blk-db"), "{block}");
+    }
+    // Those of the machine come after ours.
+    let mut path = installed.path("lib/systemd/system").into_os_string();
+    path.push(":");
+    let said = run_with(
+        "systemd-analyze",
+        [OsString::from("verify")]
+            .into_iter()
+            .chain(units.map(OsString::from)),
+        &[
+            ("SYSTEMD_UNIT_PATH", &*path),
+            ("MANPATH", installed.path("share/man").as_os_str()),
+        ],
+    );
+    let ours: Vec<&str> = said
+        .lines()
+        .filter(|line| line.contains("user.conf"))
+        .collect();
+    assert_eq!(ours, Vec::<&str>::new(), "{said}");
+}
+
 #[test]
 fn systemd_accepts_the_units() {
     let installed = Installed::new();
