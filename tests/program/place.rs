@@ -76,7 +76,12 @@ pub(crate) fn refusal(arguments: impl IntoIterator<Item = impl AsRef<OsStr>>) ->
     let stderr = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(1), "{stderr}");
     assert_eq!(output.stdout, b"", "{stderr}");
-    let line = stderr.strip_suffix('\n').expect("a whole line");
+    // An image in use is waited for, which is logged.
+    let refused: String = stderr
+        .split_inclusive('\n')
+        .filter(|line| !line.contains(" waiting for another process to release an image "))
+        .collect();
+    let line = refused.strip_suffix('\n').expect("a whole line");
     assert!(!line.contains('\n'), "more than a line: {stderr}");
     line.strip_prefix("quorum-blkd: ")
         .expect("its name")
