@@ -235,9 +235,9 @@ pub(super) struct Options {
     pub(super) queue_size: u16,
 
     /// Use at most this much memory for the data of requests, over all queues: bytes, or with a
-    /// suffix K, M, G or T [default: 512M, or the least that is needed if that is more]. The least
-    /// is, for each replica and one more, 1028 KiB for each worker (one for each queue, up to the
-    /// number of CPUs) and once more. With less memory fewer long requests are in flight at a time
+    /// suffix K, M, G or T [default: 512M, or three times the least value if that is more]. The
+    /// least is, for each replica and one more, 1028 KiB for each worker (one for each queue, up to
+    /// the number of CPUs) and once more. With it each worker has one request in flight at a time
     #[arg(long, value_name = "SIZE", value_parser = parse_size, help_heading = "Disk")]
     pub(super) memory_max: Option<u64>,
 

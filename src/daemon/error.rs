@@ -57,7 +57,7 @@ pub enum Error {
     /// `--memory-max` is too low for the workers.
     #[error(
         "--memory-max is too low: {workers} workers and {replicas} replicas need {}M at least; \
-         give as much, or use fewer queues (--num-queues)",
+         give as much, or use less than {workers} queues (--num-queues)",
         .least.div_ceil(1 << 20)
     )]
     MemoryMax {

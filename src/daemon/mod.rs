@@ -7,6 +7,7 @@
 //! says that this took too long; an image that the kernel may still write to stays locked until the
 //! kernel has finished.
 
+mod allocator;
 mod confinement;
 mod connections;
 mod descriptors;
@@ -83,6 +84,7 @@ pub fn start_log(disk: &str, verbosity: u8) -> Result<(), logging::UnknownLevel>
 /// If it cannot start, if `--blkverify` finds a difference, or if the last flush fails.
 pub fn run(config: &Config) -> Result<(), Error> {
     signals::ignore();
+    allocator::share();
     descriptors::raise_limit();
     // Until the images are open, there is nothing that SIGTERM would have to end in order: it ends
     // the process at once.
@@ -279,6 +281,9 @@ fn worker_error(aio: crate::config::Aio) -> impl FnOnce(io::Error) -> Error {
     }
 }
 
+/// Unless a bound on the memory is given, it is so many times the least one.
+const USUAL_TIMES_LEAST: u64 = 3;
+
 /// The bound on the memory of `workers` for requests, in bytes.
 ///
 /// # Errors
@@ -292,7 +297,9 @@ fn memory_bytes_max(config: &Config, workers: u16) -> Result<u64, Error> {
             replicas,
             least,
         }),
-        given => Ok(given.unwrap_or(BUFFER_BYTES_MAX)),
+        Some(given) => Ok(given),
+        // With the least, each worker has one request in flight, however short it is.
+        None => Ok(BUFFER_BYTES_MAX.max(USUAL_TIMES_LEAST * least)),
     }
 }
 

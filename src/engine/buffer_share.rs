@@ -177,8 +177,10 @@ impl BufferShare {
             return woken;
         }
         let used = self.used_bytes();
+        // One that uses nothing would take as much again before it sleeps: replicas may have been
+        // added since its reserve was made.
         let next = if used == 0 {
-            0
+            request_bytes(replicas) + budget.of_other_purpose(self.worker)
         } else {
             2 * request_bytes(replicas)
         };
@@ -393,5 +395,44 @@ mod tests {
             assert!(share.has_room(Purpose::Guest, REPLICAS + 1, budget));
         }
         assert!(FRAGMENT_BYTES_MAX < request_bytes(1));
+    }
+
+    /// A replica was added, so that a request needs more than the reserve of a worker.
+    #[test]
+    fn idle_workers_do_not_take_back_what_they_gave() {
+        let mut workers = Workers::new(8, 512 << 20);
+        let more = REPLICAS + 1;
+        let budget = workers.shared.buffers();
+        let turn = |share: &mut BufferShare| {
+            share.has_room(Purpose::Guest, more, budget);
+            let woken = share.share(more, budget);
+            share.has_room(Purpose::Guest, more, budget);
+            woken
+        };
+        for share in &mut workers.shares {
+            turn(share);
+        }
+        let charge = Charge {
+            bytes: request_bytes(more),
+            purpose: Purpose::Guest,
+        };
+        for _ in 0..200 {
+            while workers.shares[1].has_room(Purpose::Guest, more, budget) {
+                workers.shares[1].charge(charge);
+            }
+            let woken = workers.shares[1].share(more, budget);
+            for (index, share) in (0..).zip(&mut workers.shares) {
+                if index != 1 && woken.contains(WorkerIndex(index)) {
+                    turn(share);
+                }
+            }
+            workers.shares[1].discharge(charge);
+        }
+        let shares = workers.shares.iter().enumerate();
+        let idle = shares.filter(|(index, _)| *index != 1);
+        let idle: u64 = idle.map(|(_, share)| share.held_bytes()).sum();
+        // Each what it needs for a request, and one of them for a chunk too.
+        let needed = 9 * request_bytes(more);
+        assert!(idle <= needed, "{idle} of {needed}");
     }
 }

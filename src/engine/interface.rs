@@ -82,6 +82,8 @@ pub enum GuestRequest {
         /// The data must be durable when the request is answered: the guest has no flush.
         durable: bool,
     },
+    /// A write of the range for whose data the system has no memory. It fails.
+    WriteWithoutMemory(SectorRange),
     /// Make the range read as zeroes on every replica: a discard, or write-zeroes. At most
     /// [`ZERO_BYTES_MAX`](crate::limits::ZERO_BYTES_MAX) long.
     Zero {
@@ -101,7 +103,7 @@ impl GuestRequest {
     pub fn bytes(&self) -> u64 {
         match self {
             Self::Read(range) | Self::Write { range, .. } => range.bytes(),
-            Self::Zero { .. } | Self::Flush => 0,
+            Self::WriteWithoutMemory(_) | Self::Zero { .. } | Self::Flush => 0,
         }
     }
 }

@@ -257,10 +257,14 @@ impl Engine {
     /// Takes a guest request in. `tag` comes back with its answer, perhaps before this returns.
     pub fn submit(&mut self, tag: Tag, request: GuestRequest, effects: &mut impl Effects) {
         self.core.count_request();
-        if let GuestRequest::Read(range) = request
-            && !self.prepare_buffers(range)
-        {
-            return self.refuse(tag, range, effects);
+        match request {
+            GuestRequest::Read(range) if !self.prepare_buffers(range) => {
+                return self.refuse(tag, (OperationType::Read, range), effects);
+            }
+            GuestRequest::WriteWithoutMemory(range) => {
+                return self.refuse(tag, (OperationType::Write, range), effects);
+            }
+            _ => {}
         }
         self.take(Wanted::by_guest(tag, request), effects);
         self.run_ready(effects);
@@ -274,11 +278,16 @@ impl Engine {
         self.core.pool.prepare(len, count)
     }
 
-    /// Fails a read for which the system has no memory.
+    /// Fails a request for which the system has no memory.
     #[cold]
-    fn refuse(&mut self, tag: Tag, range: SectorRange, effects: &mut impl Effects) {
+    fn refuse(
+        &mut self,
+        tag: Tag,
+        (operation, range): (OperationType, SectorRange),
+        effects: &mut impl Effects,
+    ) {
         effects.report(Report::Failure {
-            operation: OperationType::Read,
+            operation,
             range,
             requester: Requester::Guest,
             error: Some(Errno(libc::ENOMEM)),

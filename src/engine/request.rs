@@ -64,6 +64,7 @@ impl Wanted {
         let order = match request {
             GuestRequest::Read(range) => return Self::Request(Start::Read(tag, range)),
             GuestRequest::Flush => return Self::Flush(Origin::Request(tag)),
+            GuestRequest::WriteWithoutMemory(_) => unreachable!("it is refused"),
             GuestRequest::Write {
                 range,
                 data,

@@ -569,3 +569,39 @@ fn a_request_for_which_the_system_has_no_memory_fails_and_the_next_one_is_served
     machine.settle(0);
     machine.finish_write(0, next);
 }
+
+/// With `--werror stop` (W9).
+#[test]
+fn a_write_for_which_the_system_has_no_memory_is_held_and_an_error_is_counted() {
+    for policy in [OnError::Stop, OnError::Report] {
+        let hold = Arc::new(Hold::new(ErrorPolicy {
+            read: policy,
+            write: policy,
+        }));
+        let mut machine = Machine::with_hold(1, Arc::clone(&hold));
+        let pool = machine.workers[0].borrow().pool.clone();
+        pool.refuse(true);
+        let all: Vec<_> = std::iter::from_fn(|| pool.try_take(512)).collect();
+        let write = machine.write(0, 8);
+        machine.settle(0);
+        if policy == OnError::Report {
+            let io_error = u8::try_from(VIRTIO_BLK_S_IOERR).unwrap();
+            assert_eq!(machine.status(0, write), Some(io_error));
+            let errors = machine.workers[0].borrow().io.events.guest_errors();
+            assert_eq!(errors.counts.write, 1);
+            continue;
+        }
+        // It fails again, and is held again.
+        for _ in 0..2 {
+            assert_eq!((machine.status(0, write), hold.count()), (None, 1));
+            assert_eq!(hold.continue_all(), 1);
+            machine.mailboxes[0].send(Message::Continue);
+            machine.settle(0);
+        }
+        drop(all);
+        assert_eq!(hold.continue_all(), 1);
+        machine.mailboxes[0].send(Message::Continue);
+        machine.settle(0);
+        machine.finish_write(0, write);
+    }
+}

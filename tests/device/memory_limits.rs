@@ -435,3 +435,59 @@ fn start_up_takes_no_longer_on_a_large_disk() {
         }
     });
 }
+
+/// The queues of one worker are busy, then those of the other one, and so on.
+#[test]
+fn memory_that_one_worker_gives_back_is_used_by_others() {
+    let shape = Shape {
+        replicas: 3,
+        queues: 16,
+        disk_bytes: GIB,
+        request_bytes: 64 * KIB,
+        memory_max: 128 * MIB,
+    };
+    let mut setup = Setup::new(shape);
+    let id = setup.daemon.id();
+    let own = |field| status_bytes(id, field) - status_bytes(id, "RssShmem");
+    let idle = own("VmRSS");
+    let len = usize::try_from(shape.request_bytes).unwrap();
+    let reads: Vec<_> = (0..REQUESTS_PER_QUEUE)
+        .map(|index| Request::Read {
+            offset: index * MIB,
+            memory: 0,
+            len,
+        })
+        .collect();
+    for turn in 0..4 {
+        let queues: Vec<usize> = (0..16).filter(|queue| queue % 2 == turn % 2).collect();
+        for image in &setup.images {
+            image.inject(Operation::Read, Fault::Hang);
+        }
+        for queue in &queues {
+            setup.client.send(*queue, &reads);
+        }
+        // As many as the memory allows.
+        let asked = || setup.images[0].asked(Operation::Read);
+        let mut before = u64::MAX;
+        wait_until(HANG_LIMIT, || {
+            thread::sleep(Duration::from_millis(300));
+            let is_full = asked() == before;
+            before = asked();
+            is_full
+        });
+        for image in &setup.images {
+            image.clear_faults();
+        }
+        for queue in &queues {
+            let mut left = reads.len();
+            while left > 0 {
+                left -= setup.client.poll(*queue, 1).len();
+            }
+        }
+    }
+    let peak = own("VmHWM");
+    println!("{:.1} MiB idle, {:.1} at most", mib(idle), mib(peak));
+    // Tables that grow with the requests, and what lies between the buffers.
+    assert!(peak - idle < shape.memory_max + 8 * MIB);
+    setup.daemon.terminate();
+}

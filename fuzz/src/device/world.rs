@@ -261,7 +261,9 @@ fn check_fragment(request: &GuestRequest, info: &DiskInfo) {
         );
     };
     match request {
-        GuestRequest::Read(range) => check(*range, FRAGMENT_BYTES_MAX),
+        GuestRequest::Read(range) | GuestRequest::WriteWithoutMemory(range) => {
+            check(*range, FRAGMENT_BYTES_MAX);
+        }
         GuestRequest::Write { range, data, .. } => {
             check(*range, FRAGMENT_BYTES_MAX);
             assert_eq!(data.len() as u64, range.bytes());

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use log::warn;
 use vm_memory::GuestAddressSpace as _;
 
-use super::in_flight::{FragmentEnd, InFlight, NotServed, Stage};
+use super::in_flight::{FragmentEnd, InFlight, Stage};
 use super::{Entry, Guest, place};
 use crate::device::View;
 use crate::device::hold::{Fragment, Hold};
+use crate::device::request::OutsideMemory;
 use crate::engine::{Failed, FragmentId, GuestRequest, Mark, Tag, WorkerIndex};
 
 /// A guest's way to what the disk holds.
@@ -95,7 +96,7 @@ impl Guest {
     }
 
     /// A held fragment, for the engine again. `None` if the request has failed: the data that it
-    /// writes is no longer in guest memory, or there is no memory for it.
+    /// writes is no longer in guest memory.
     pub fn held_request(&mut self, fragment: FragmentId) -> Option<GuestRequest> {
         let (key, offset_sectors) = place(fragment);
         let Entry::InFlight(in_flight) = &mut self.entries[key] else {
@@ -105,7 +106,7 @@ impl Guest {
         let options = (offset_sectors, self.durable_writes);
         match in_flight.held_fragment(View(&memory), &mut self.pool, options) {
             Ok(request) => Some(request),
-            Err(NotServed) => {
+            Err(OutsideMemory) => {
                 self.holder.forget(in_flight);
                 if let Some(status) = in_flight.status() {
                     self.complete(key, status);

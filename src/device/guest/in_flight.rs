@@ -5,8 +5,6 @@
 //! the request once, in order; guest memory is written by an [`InFlight`] only, and finishing
 //! consumes it.
 
-use log::warn;
-
 use crate::common::buffer::BufferPool;
 use crate::common::operation::OperationType;
 use crate::common::{SECTOR_BYTES, SectorRange};
@@ -19,17 +17,6 @@ use crate::statistics::{RequestKind, Since};
 
 const FRAGMENT_SECTORS: u64 = FRAGMENT_BYTES_MAX / SECTOR_BYTES;
 const ZERO_FRAGMENT_SECTORS: u64 = ZERO_BYTES_MAX / SECTOR_BYTES;
-
-/// A fragment that writes is not served: its data is not in guest memory, or there is no memory for
-/// a copy.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct NotServed;
-
-impl From<OutsideMemory> for NotServed {
-    fn from(OutsideMemory: OutsideMemory) -> Self {
-        Self
-    }
-}
 
 /// The obligation to complete a chain that was accepted from a virtqueue. A chain that is dropped
 /// while it is owed to the driver is a bug that would leave a guest waiting for ever, so dropping
@@ -188,19 +175,18 @@ impl InFlight {
     /// The next fragment, and how many sectors into the request it begins. It counts as submitted.
     ///
     /// # Errors
-    /// If the data to write does not lie in guest memory, or there is no memory for a copy. Then
-    /// the request has failed.
+    /// If the data to write does not lie in guest memory. Then the request has failed.
     pub(super) fn next_fragment(
         &mut self,
         memory: View<'_>,
         pool: &mut BufferPool,
         durable: bool,
-    ) -> Result<(u64, GuestRequest), NotServed> {
+    ) -> Result<(u64, GuestRequest), OutsideMemory> {
         assert_eq!(self.stage, Stage::Submitting);
         let offset = self.submitted_sectors;
         let (fragment, sectors) = self
             .fragment(offset, memory, pool, durable)
-            .inspect_err(|NotServed| self.stage = Stage::Failed)?;
+            .inspect_err(|OutsideMemory| self.stage = Stage::Failed)?;
         self.submitted_sectors += sectors;
         self.outstanding += 1;
         let sectors = self.request.sectors();
@@ -217,18 +203,17 @@ impl InFlight {
     /// The held fragment that begins `offset_sectors` into the request, to be submitted again.
     ///
     /// # Errors
-    /// If the data to write does not lie in guest memory any more, or there is no memory for a
-    /// copy. Then the request has failed.
+    /// If the data to write does not lie in guest memory any more. Then the request has failed.
     pub(super) fn held_fragment(
         &mut self,
         memory: View<'_>,
         pool: &mut BufferPool,
         (offset_sectors, durable): (u64, bool),
-    ) -> Result<GuestRequest, NotServed> {
+    ) -> Result<GuestRequest, OutsideMemory> {
         assert!(self.ticket(offset_sectors).is_some(), "a fragment is held");
         let (fragment, _) = self
             .fragment(offset_sectors, memory, pool, durable)
-            .inspect_err(|NotServed| self.stage = Stage::Failed)?;
+            .inspect_err(|OutsideMemory| self.stage = Stage::Failed)?;
         self.outstanding += 1;
         Ok(fragment)
     }
@@ -276,20 +261,21 @@ impl InFlight {
         memory: View<'_>,
         pool: &mut BufferPool,
         durable: bool,
-    ) -> Result<(GuestRequest, u64), NotServed> {
+    ) -> Result<(GuestRequest, u64), OutsideMemory> {
         let (_, range) = self.describe(offset);
         let fragment = match self.request.kind {
             Kind::In(_) => (GuestRequest::Read(range), range.count),
             Kind::Out(_) => {
-                let Some(mut data) = pool.try_take(bytes(range.count)) else {
-                    warn!("no memory for the data of a write; it fails");
-                    return Err(NotServed);
-                };
-                self.request.data.read(memory, bytes(offset), &mut data)?;
-                let write = GuestRequest::Write {
-                    range,
-                    data,
-                    durable,
+                let write = match pool.try_take(bytes(range.count)) {
+                    None => GuestRequest::WriteWithoutMemory(range),
+                    Some(mut data) => {
+                        self.request.data.read(memory, bytes(offset), &mut data)?;
+                        GuestRequest::Write {
+                            range,
+                            data,
+                            durable,
+                        }
+                    }
                 };
                 (write, range.count)
             }

@@ -23,11 +23,11 @@ use slab::Slab;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic};
 
 pub use self::held::Holder;
-use self::in_flight::{AcceptedChain, FragmentEnd, InFlight, NotServed, Stage};
+use self::in_flight::{AcceptedChain, FragmentEnd, InFlight, Stage};
 use self::rejections::Rejections;
 use self::virtqueue::Virtqueue;
 use super::inflight::QueueRegion;
-use super::request::{Kind, Request, Status};
+use super::request::{Kind, OutsideMemory, Request, Status};
 use super::{DiskInfo, GuestMemory, View, Vring};
 use crate::common::buffer::BufferPool;
 use crate::common::clock::TurnClock;
@@ -363,7 +363,7 @@ impl Guest {
         }
         match fragment {
             Ok((offset_sectors, request)) => Some((fragment_id(key, offset_sectors), request)),
-            Err(NotServed) => {
+            Err(OutsideMemory) => {
                 self.holder.forget(in_flight);
                 if let Some(status) = in_flight.status() {
                     self.complete(key, status);

@@ -336,7 +336,9 @@ impl Machine {
     fn answer(&mut self, tag: FragmentId, request: GuestRequest) {
         let (name, range) = match &request {
             GuestRequest::Read(range) => ("read", *range),
-            GuestRequest::Write { range, .. } => ("write", *range),
+            GuestRequest::Write { range, .. } | GuestRequest::WriteWithoutMemory(range) => {
+                ("write", *range)
+            }
             GuestRequest::Zero { range, unmap, .. } => {
                 (if *unmap { "unmap" } else { "zero" }, *range)
             }
@@ -348,6 +350,7 @@ impl Machine {
         let is_bad = |sector| (range.start..range.end()).contains(&sector);
         let result: Result<&[u8], Failed> = match request {
             _ if self.failing_sector.is_some_and(is_bad) => Err(FAILED),
+            GuestRequest::WriteWithoutMemory(_) => Err(FAILED),
             GuestRequest::Read(_) => Ok(&self.disk[place]),
             GuestRequest::Write { data, durable, .. } => {
                 self.disk[place].copy_from_slice(&data);

@@ -291,7 +291,7 @@ fn reads_that_were_in_flight_come_after_the_writes() {
     let kinds: Vec<&str> = again
         .map(|(_, request)| match request {
             GuestRequest::Read(_) => "read",
-            GuestRequest::Write { .. } => "write",
+            GuestRequest::Write { .. } | GuestRequest::WriteWithoutMemory(_) => "write",
             GuestRequest::Flush => "flush",
             GuestRequest::Zero { .. } => "zero",
         })
