@@ -23,7 +23,6 @@ use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use rustix::fs::Mode;
-use rustix::net::{Shutdown, shutdown};
 use rustix::process::{
     PidfdFlags, Signal, getpid, pidfd_open, pidfd_send_signal, set_parent_process_death_signal,
 };
@@ -37,7 +36,7 @@ use super::descriptors::close_inherited;
 use super::examine::{Facts, Fault, Image, Locked, alignment, claim, lock, open_again};
 use super::format::Format;
 use super::look::{Look, Seen, look};
-use super::messages::{is_closed, is_readable, pair, receive, send};
+use super::messages::{is_readable, pair, receive, send};
 use super::{OpenOptions, spawner};
 use crate::common::NOT_POISONED;
 use crate::replica::record_file::{Keeper, RecordAnswer, RecordOrder, StateDirectory};
@@ -63,8 +62,7 @@ const USUAL_STATE: &str = "usual-state";
 /// How long an image may be silent before that is logged.
 const SILENCE_LOGGED_AFTER: Duration = Duration::from_secs(2);
 
-/// The images of processes that were killed since they did not answer, each with the daemon's end
-/// of the socket, which shows when the process has ended.
+/// The images of processes that were killed since they did not answer, each with the pidfd.
 static KILLED: Mutex<Vec<(PathBuf, OwnedFd)>> = Mutex::new(Vec::new());
 
 /// How many processes that were to open this image were killed and have not ended: they wait for
@@ -76,7 +74,9 @@ pub fn waiting_for(image: &Path) -> usize {
 
 fn killed() -> MutexGuard<'static, Vec<(PathBuf, OwnedFd)>> {
     let mut killed = KILLED.lock().expect(NOT_POISONED);
-    killed.retain(|(_, socket)| !is_closed(socket));
+    let now = Instant::now();
+    // A pidfd can be read when its process has ended.
+    killed.retain(|(_, process)| matches!(is_readable(process, now), Ok(false)));
     killed
 }
 
@@ -304,21 +304,17 @@ impl Opener {
 
 impl Drop for Opener {
     fn drop(&mut self) {
-        // One that has not started finds the socket closed.
-        if self.has_ended || !self.has_started {
+        if self.has_ended {
             return;
         }
         // Ends what waits in the kernel and can be ended. Nothing waits for the process: the daemon
-        // and the spawner ignore SIGCHLD.
-        if let Some(process) = &self.process {
-            let _ = pidfd_send_signal(process, Signal::KILL);
-        }
-        // Ends what cannot be killed, as soon as its file system has answered.
-        let _ = shutdown(&self.socket, Shutdown::Write);
-        if self.is_silent
-            && let Ok(socket) = self.socket.try_clone()
-        {
-            killed().push((self.path.clone(), socket));
+        // and the spawner ignore SIGCHLD. What has not started yet, or cannot be killed, finds
+        // the socket closed.
+        if let Some(process) = self.process.take() {
+            let _ = pidfd_send_signal(&process, Signal::KILL);
+            if self.is_silent {
+                killed().push((self.path.clone(), process));
+            }
         }
     }
 }
