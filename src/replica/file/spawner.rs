@@ -41,16 +41,16 @@ const USUAL_STATE: &str = "usual-state=";
 const IMAGE: &str = "image=";
 const DIRECTORY: &str = "directory=";
 
+/// Why no image can be opened any more.
+const ENDED: &str = "the process that starts those that open images (quorum-blkd --start-openers) \
+                     has ended; restart the daemon";
+
 /// The same, where it could not even be started.
 const NOT_STARTED: &str = "the process that starts those that open images could not be started; \
                            the log says why";
 
 /// The kernel takes no longer path (PATH_MAX).
 const PATH_BYTES_MAX: usize = 4095;
-
-/// Why no image can be opened any more.
-const ENDED: &str = "the process that starts those that open images (quorum-blkd --start-openers) \
-                     has ended; restart the daemon";
 
 /// The daemon's end of its socket; `None` if it could not be started. As long as this is not set,
 /// the daemon starts the processes that open images itself.
